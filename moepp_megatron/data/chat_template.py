@@ -19,9 +19,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.json_file import read_json
 from moepp_megatron.data.manifest import TEMPLATE
-from moepp_megatron.data.tokenizer import TOKENIZER_CONFIG, Tokenizer, tokenizer_file
+from moepp_megatron.data.tokenizer import (
+    TOKENIZER_CONFIG,
+    Tokenizer,
+    read_tokenizer_config,
+    spelling,
+    tokenizer_file,
+)
 
 Message = dict[str, str]
 ANSWERS = "assistant"
@@ -94,7 +99,7 @@ class ChatTemplate:
             ConfigError: There is none, or none that can be read.
         """
         folder = tokenizer_file(tokenizer_path).parent
-        content = _tokenizer_config(folder / TOKENIZER_CONFIG)
+        content = read_tokenizer_config(folder)
         text, name = _named_template(content), f"chat_template in {folder / TOKENIZER_CONFIG}"
         path = file or folder / TEMPLATE
         if file is not None or path.is_file():
@@ -200,14 +205,6 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) 
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 
-def _tokenizer_config(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _with_tokens(text: str, content: dict[str, Any], eod_token: str) -> str:
     """The template with the special tokens that it names, which are not written beside it again.
 
@@ -218,15 +215,10 @@ def _with_tokens(text: str, content: dict[str, Any], eod_token: str) -> str:
     """
     lines = []
     for name in _SPECIAL_TOKENS:
-        spelling = _spelling(content.get(name))
-        if spelling is not None and name in text and (name, spelling) != ("eos_token", eod_token):
-            lines.append(f"{{% set {name} = {json.dumps(spelling, ensure_ascii=False)} %}}\n")
+        token = spelling(content.get(name))
+        if token is not None and name in text and (name, token) != ("eos_token", eod_token):
+            lines.append(f"{{% set {name} = {json.dumps(token, ensure_ascii=False)} %}}\n")
     return "".join(lines) + text
-
-
-def _spelling(token: Any) -> str | None:
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
 
 
 def _named_template(content: dict[str, Any]) -> str | None:

@@ -14,7 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepp_megatron.data.encoding import EncodedPiece, token_dtype
-from moepp_megatron.data.manifest import CORPUS, DOCUMENT_SOURCES, MAX_SOURCES, SourceSummary
+from moepp_megatron.data.manifest import (
+    CORPUS,
+    DOCUMENT_SOURCES,
+    MAX_SOURCES,
+    Conversations,
+    SourceSummary,
+)
 from moepp_megatron.data.sources import TextSource
 
 _VALIDATION_SHARE = 0.05
@@ -95,20 +101,30 @@ def spool_corpus(
 
 @dataclass(frozen=True)
 class WrittenCorpus:
-    """What `write_indexed_dataset` has written.
+    """What has been written, in terms of the manifest.
 
     Attributes:
+        sources: one summary per source.
+        skipped: documents left out, by reason.
+        documents: number of documents.
+        tokens: number of tokens.
         sha256: SHA-256 by file name, of the bytes that were to be written: it shows errors of the
             storage, too.
         split: weights of train, validation and test by documents; None if any will do.
+        chat: what conversations it holds.
     """
 
+    sources: list[SourceSummary]
+    skipped: Counter[str]
+    documents: int
+    tokens: int
     sha256: dict[str, str]
-    split: str | None
+    split: str | None = None
+    chat: Conversations | None = None
 
 
 def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> WrittenCorpus:
-    """Write `folder/corpus.bin` and `folder/corpus.idx`.
+    """Write `folder/corpus.bin` and `folder/corpus.idx`; the temporary file is removed.
 
     Where documents come from several data sources, `folder/sources.npy` says which is whose.
 
@@ -130,7 +146,11 @@ def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> Wr
         np.save(sources_file, spooled.source_ids[order].astype(np.uint8))
         hashes[sources_file.name] = hashlib.sha256(sources_file.read_bytes()).hexdigest()
     split = None if validation is None else f"{len(order) - validation},{validation},0"
-    return WrittenCorpus(hashes, split)
+    spooled.path.unlink()
+    lengths = spooled.lengths
+    return WrittenCorpus(
+        spooled.sources, spooled.skipped, len(lengths), int(lengths.sum()), hashes, split
+    )
 
 
 def write_documents(

@@ -3,14 +3,10 @@
 import dataclasses
 import hashlib
 import json
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moepp_megatron.config.json_file import read_json
-
-if TYPE_CHECKING:
-    from moepp_megatron.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
@@ -120,53 +116,6 @@ class Manifest:
     sha256: dict[str, str] | None = None
     split: str | None = None
     chat: Conversations | None = None
-
-    @classmethod
-    def of(
-        cls,
-        folder: Path,
-        tokenizer: "Tokenizer",
-        inputs: Inputs,
-        sources: list[SourceSummary],
-        skipped: Counter[str],
-        *,
-        documents: int,
-        tokens: int,
-        sha256: dict[str, str],
-        split: str | None = None,
-        chat: Conversations | None = None,
-    ) -> "Manifest":
-        """The manifest of a folder whose other files are written.
-
-        Args:
-            folder: the folder.
-            tokenizer: the one in it.
-            inputs: what it was made from.
-            sources: one entry per SOURCE argument.
-            skipped: documents left out, by reason.
-            documents: number of documents.
-            tokens: number of tokens.
-            sha256: SHA-256 of every file but the tokenizer's.
-            split: the corpus's own split.
-            chat: what conversations the folder holds.
-        """
-        return cls(
-            format_version=FORMAT_VERSION,
-            sources=sources,
-            documents=documents,
-            skipped=skipped.total(),
-            skipped_reasons=dict(sorted(skipped.items())),
-            tokens=tokens,
-            vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod,
-            eod_token=tokenizer.eod_token,
-            tokenizer_sha256=hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest(),
-            files={name: (folder / name).stat().st_size for name in [*sha256, TOKENIZER]},
-            inputs=inputs,
-            sha256=sha256,
-            split=split,
-            chat=chat,
-        )
 
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json`."""

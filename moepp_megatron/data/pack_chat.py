@@ -12,17 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepp_megatron.data.chat_template import ChatTemplate
-from moepp_megatron.data.corpus import write_documents
+from moepp_megatron.data.corpus import WrittenCorpus, write_documents
 from moepp_megatron.data.documents import Piece
 from moepp_megatron.data.encoding import token_dtype
-from moepp_megatron.data.manifest import (
-    CORPUS,
-    MARKS,
-    TEMPLATE,
-    Conversations,
-    Inputs,
-    Manifest,
-)
+from moepp_megatron.data.manifest import CORPUS, MARKS, TEMPLATE, Conversations
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.read_chat import Encoded, encode_chat, notice_of_ends
 from moepp_megatron.data.sources import TextSource
@@ -37,9 +30,8 @@ def write_chat(
     sequence_length: int,
     seed: int,
     folder: Path,
-    inputs: Inputs,
     console: Console,
-) -> Manifest:
+) -> WrittenCorpus:
     """Write everything of a folder of conversations but its tokenizer, which is there.
 
     Args:
@@ -49,11 +41,7 @@ def write_chat(
         sequence_length: tokens of a sequence.
         seed: Seed of the order.
         folder: the folder.
-        inputs: what it is made from.
         console: shows the progress.
-
-    Returns:
-        The manifest, not written yet.
     """
     tokenizer = template.tokenizer
     with track(console, "encode", sum(piece.size for piece in pieces)) as advance:
@@ -67,15 +55,12 @@ def write_chat(
     (folder / TEMPLATE).write_bytes(text)
     hashes |= {TEMPLATE: hashlib.sha256(text).hexdigest()}
     tokens = sequences * sequence_length
-    return Manifest.of(
-        folder,
-        tokenizer,
-        inputs,
+    return WrittenCorpus(
         encoded.sources,
         encoded.skipped,
-        documents=sequences,
-        tokens=tokens,
-        sha256=hashes,
+        sequences,
+        tokens,
+        hashes,
         chat=Conversations(
             sequence_length=sequence_length,
             conversations=len(encoded.lengths),

@@ -9,13 +9,18 @@ from pathlib import Path
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.chat_template import ChatTemplate
-from moepp_megatron.data.corpus import SpooledCorpus, spool_corpus, write_indexed_dataset
+from moepp_megatron.data.corpus import (
+    SpooledCorpus,
+    WrittenCorpus,
+    spool_corpus,
+    write_indexed_dataset,
+)
 from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces, read_piece
 from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
 from moepp_megatron.data.foreign_tokenizers import GivenTokenizer, open_given
 from moepp_megatron.data.long_text import BYTES_PER_BYTE
-from moepp_megatron.data.manifest import TOKENIZER, Inputs, Manifest
+from moepp_megatron.data.manifest import FORMAT_VERSION, TOKENIZER, Inputs, Manifest
 from moepp_megatron.data.pack_chat import write_chat
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.read_chat import check_formats
@@ -203,22 +208,11 @@ def prepare(
             _warn_of_memory(sources, tokenizer, console)
             spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
             written = write_indexed_dataset(spooled, partial, settings.seed)
-            spooled.path.unlink()
-            manifest = Manifest.of(
-                partial,
-                tokenizer,
-                inputs,
-                spooled.sources,
-                spooled.skipped,
-                documents=len(spooled.lengths),
-                tokens=int(spooled.lengths.sum()),
-                sha256=written.sha256,
-                split=written.split,
-            )
         else:
             assert settings.sequence_length is not None, "the settings have been checked"
             length, seed = settings.sequence_length, settings.seed
-            manifest = write_chat(pieces, sources, template, length, seed, partial, inputs, console)
+            written = write_chat(pieces, sources, template, length, seed, partial, console)
+        manifest = _manifest(written, tokenizer, inputs, partial)
         manifest.write(partial)
         publish(partial, out)
     return Prepared(manifest, up_to_date=False)
@@ -309,3 +303,25 @@ def _tokenize(
 def _import_megatron() -> None:
     # Several seconds, needed at the end only: hidden behind the workers.
     import megatron.core.datasets.indexed_dataset  # noqa: F401
+
+
+def _manifest(
+    written: WrittenCorpus, tokenizer: Tokenizer, inputs: Inputs, folder: Path
+) -> Manifest:
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        sources=written.sources,
+        documents=written.documents,
+        skipped=written.skipped.total(),
+        skipped_reasons=dict(sorted(written.skipped.items())),
+        tokens=written.tokens,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod,
+        eod_token=tokenizer.eod_token,
+        tokenizer_sha256=hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest(),
+        files={name: (folder / name).stat().st_size for name in [*written.sha256, TOKENIZER]},
+        inputs=inputs,
+        sha256=written.sha256,
+        split=written.split,
+        chat=written.chat,
+    )

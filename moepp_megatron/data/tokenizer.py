@@ -7,6 +7,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -244,14 +245,22 @@ def named_eod_token(path: Path) -> str | None:
         return Manifest.read(path.parent).eod_token
     except (OSError, ValueError):
         pass  # no prepared folder
+    return spelling(read_tokenizer_config(path.parent).get("eos_token")) or None
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `tokenizer_config.json`; empty if there is none to be read."""
     try:
-        content = read_json(path.parent / TOKENIZER_CONFIG)
+        content = read_json(folder / TOKENIZER_CONFIG)
     except (OSError, ValueError):
-        return None
-    token = content.get("eos_token") if isinstance(content, dict) else None
-    # Older files describe the token instead of naming it.
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def spelling(token: Any) -> str | None:
+    """A special token as `tokenizer_config.json` names it; older files describe it instead."""
     token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) and token else None
+    return token if isinstance(token, str) else None
 
 
 def tokenizer_config(eod_token: str) -> bytes:
