@@ -9,6 +9,7 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import OverridesArgument
+from moepp_megatron.cli.planned import planned_samples
 
 if TYPE_CHECKING:
     from moepp_megatron.config import Config
@@ -71,13 +72,7 @@ def show(
             )
         tokenizer = tokenizer or config.data.tokenizer
         corpora = {path: Corpus(folder) for path, folder in folders.items()}
-        samples = None
-        if config.training.batch_ramp is not None:
-            # Seconds of imports: megatron-core computes the ramp.
-            from moepp_megatron.training.schedule import planned_samples
-
-            samples = planned_samples(config)
-        for stage in planned_shares(config, corpora, samples):
+        for stage in planned_shares(config, corpora, planned_samples(config)):
             _print_stage(console, stage, config)
     for path, folder in folders.items():
         _print_counts(console, folder.path, corpora[path].manifest)
@@ -103,13 +98,17 @@ def _print_counts(console: Console, path: Path, manifest: Manifest) -> None:
     from rich.table import Table
 
     table = Table("source", title=str(path))
-    for column in ("documents", "tokens", "share"):
+    kept = "documents" if manifest.chat is None else "conversations"
+    for column in (kept, "tokens", "share"):
         table.add_column(column, justify="right")
+    # Padding is of no source.
+    total = sum(source.tokens for source in manifest.sources)
     for source in manifest.sources:
-        share = source.tokens / max(manifest.tokens, 1)
+        share = source.tokens / max(total, 1)
         table.add_row(source.name, f"{source.documents:,}", f"{source.tokens:,}", f"{share:.1%}")
     console.print(table)
-    echo(f"{path}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+    parts = "documents" if manifest.chat is None else "sequences"
+    echo(f"{path}: {manifest.documents:,} {parts}, {manifest.tokens:,} tokens")
     if manifest.is_bare:
         echo("no manifest: tokenizer, vocabulary and hashes are not known")
     else:

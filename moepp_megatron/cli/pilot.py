@@ -17,6 +17,7 @@ from moepp_megatron.cli.options import (
     PriceOption,
     TokensOption,
 )
+from moepp_megatron.cli.planned import planned_samples
 from moepp_megatron.config import Config, ConfigError, Layout, check_config, load_config
 
 if TYPE_CHECKING:
@@ -298,13 +299,11 @@ def _target(
     from moepp_megatron.workbench.experiments.pilot.extrapolate import TargetRequest
     from moepp_megatron.workbench.planning.machine import machine_of
 
-    training = wanted.training
-    per_step = training.global_batch_size * wanted.model.seq_length
     return TargetRequest(
         name=(target or config).stem,
         config=wanted,
         gpus=gpus,
         machine=machine_of(hardware),
-        tokens=tokens or training.train_iters * per_step,
+        tokens=tokens or planned_samples(wanted) * wanted.model.seq_length,
         price_per_hour=price or hardware.price_per_hour,
     )

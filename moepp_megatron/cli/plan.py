@@ -16,6 +16,7 @@ from moepp_megatron.cli.options import (
     TokensOption,
 )
 from moepp_megatron.cli.plan_simulation import Assume, Simulate, Steps, play_best
+from moepp_megatron.cli.planned import planned_samples
 from moepp_megatron.config import Config, ConfigError, load_config
 
 if TYPE_CHECKING:
@@ -115,9 +116,8 @@ def plan(
 
     result = search(settings, gpus=gpus, gpu=gpu, taus=tau_values, routing=routing, top=top)
     hardware = result.machine.hardware
-    training = settings.training
-    per_step = training.global_batch_size * settings.model.seq_length
-    tokens, price = tokens or training.train_iters * per_step, price or hardware.price_per_hour
+    tokens = tokens or planned_samples(settings) * settings.model.seq_length
+    price = price or hardware.price_per_hour
     report.print_plan(result, tokens, price)
     played = play_best(result, routing, simulate_steps, assume or []) if simulate else None
     if played is not None:

@@ -34,7 +34,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Blend:
-    """What is drawn from some place of a run on.
+    """What a run draws, from some sample on.
 
     Attributes:
         name: The setting that describes it.

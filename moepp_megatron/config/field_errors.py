@@ -23,6 +23,7 @@ _TYPES = {
     "string_type": ("must be text", "put it in quotes"),
     "path_type": ("must be a path", "put it in quotes"),
     "list_type": ("must be a list", "write it as [a, b]"),
+    "dict_type": ("must be a mapping", "write it as {name: value}"),
     "finite_number": ("must be a finite number", "write an ordinary number"),
     "string_too_short": ("must not be empty", "give it a value or leave the key out"),
 }
@@ -76,7 +77,9 @@ def _field_problem(
         assert inner is not None, f"{section} is no section"
         model, holder = inner, holder[section]
     field, value, name = model.model_fields[key], holder.get(key), ".".join(path)
-    entry = _entry_problem(name, field, errors[0], value, len(path))
+    # A misspelt key is missing, too.
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    entry = _entry_problem(name, field, first, value, len(path))
     if entry is not None:
         return entry
     return _problem(name, field, errors, value, len(errors[0]["loc"]) > len(path))
@@ -138,11 +141,13 @@ def _problem(
     rule, remedy = _TYPES.get(first["type"], (f"is refused: {first['msg']}", field.description))
     if first["type"] == "int_type" and isinstance(value, float) and value.is_integer():
         remedy = f"write {int(value)}"
-    if not in_list and isinstance(value, list | Mapping) and first["type"] != "list_type":
+    wants_one = first["type"] not in ("list_type", "dict_type")
+    if not in_list and isinstance(value, list | Mapping) and wants_one:
         kind = "list" if isinstance(value, list) else "mapping"
         remedy = f"give one value instead of a {kind}"
     if in_list:
-        rule = rule.replace("must be", "must be a list whose every entry is")
+        kinds = ("mapping", "value") if isinstance(value, Mapping) else ("list", "entry")
+        rule = rule.replace("must be", "must be a {} whose every {} is".format(*kinds))
     return Problem(name, value, rule, remedy or "see the documentation")
 
 

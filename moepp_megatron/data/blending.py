@@ -1,7 +1,7 @@
 """One order of samples over several folders, stage by stage.
 
-Which folder a sample is of is megatron-core's choice (`BlendedDataset`). Each folder has one order
-of samples for the whole run, and a stage goes on in it behind those of the stages before.
+megatron-core chooses the folder of each sample (`BlendedDataset`). Each folder has one order of
+samples for the whole run, in which a stage continues where the stages before have stopped.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch.utils.data import Dataset
 
 from moepp_megatron.config.blends import Blend
+from moepp_megatron.config.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,31 @@ def plan_draws(blends: Sequence[Blend], num_samples: int) -> tuple[list[Draw], d
     return draws, needed
 
 
+@contextmanager
+def cached_in(cache: Path) -> Iterator[None]:
+    """A block in which megatron-core writes or reads its orders of samples.
+
+    Raises:
+        ConfigError: The folder cannot be written, or a killed run has left half a file in it.
+    """
+    try:
+        yield
+    except Exception as error:
+        # With torch.distributed megatron-core raises a plain Exception from it.
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError):
+            raise ConfigError(
+                f"data.cache ({cache}) cannot be written ({cause.strerror}); set data.cache to a "
+                "folder that can be, and that all ranks see"
+            ) from error
+        if isinstance(error, ValueError | EOFError):
+            raise ConfigError(
+                f"data.cache ({cache}) holds a damaged file ({error}); remove this folder: it is "
+                "made again"
+            ) from error
+        raise
+
+
 class DrawnDataset(Dataset[Any]):
     """The samples of all stages in one order.
 
@@ -75,7 +102,7 @@ class DrawnDataset(Dataset[Any]):
     Attributes:
         config: megatron-core's configuration of the first folder.
         source_names: Names of the data sources.
-        repeats_from: Where to go on behind the last sample: with the last stage again.
+        repeats_from: The sample that follows the last one: the first of the last stage.
     """
 
     def __init__(
@@ -102,15 +129,16 @@ class DrawnDataset(Dataset[Any]):
         """Which folder each sample is of; None for one folder. Every rank must call."""
         if len(datasets) == 1:
             return None
-        return BlendedMegatronDatasetBuilder.build_generic_dataset(
-            BlendedDataset,
-            lambda: True,
-            True,  # rank 0 first, the others read what it has written
-            datasets,
-            [folder.share for folder in draw.blend.folders],
-            draw.size,
-            self.config,
-        )
+        with cached_in(Path(self.config.path_to_cache)):
+            return BlendedMegatronDatasetBuilder.build_generic_dataset(
+                BlendedDataset,
+                lambda: True,
+                True,  # rank 0 first, the others read what it has written
+                datasets,
+                [folder.share for folder in draw.blend.folders],
+                draw.size,
+                self.config,
+            )
 
     def __len__(self) -> int:
         """Samples of all stages."""

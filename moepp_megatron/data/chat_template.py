@@ -19,9 +19,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.json_file import read_json
 from moepp_megatron.data.manifest import TEMPLATE
-from moepp_megatron.data.tokenizer import TOKENIZER_CONFIG, Tokenizer, tokenizer_file
+from moepp_megatron.data.tokenizer import (
+    TOKENIZER_CONFIG,
+    Tokenizer,
+    read_tokenizer_config,
+    spelling,
+    tokenizer_file,
+)
 
 Message = dict[str, str]
 ANSWERS = "assistant"
@@ -94,12 +99,11 @@ class ChatTemplate:
             ConfigError: There is none, or none that can be read.
         """
         folder = tokenizer_file(tokenizer_path).parent
-        content = _tokenizer_config(folder / TOKENIZER_CONFIG)
-        beside = folder / TEMPLATE
+        content = read_tokenizer_config(folder)
         text, name = _named_template(content), f"chat_template in {folder / TOKENIZER_CONFIG}"
-        if file is not None or beside.is_file():
-            path = file or beside
-            name = f"--template ({path})"
+        path = file or folder / TEMPLATE
+        if file is not None or path.is_file():
+            name = f"chat template ({path})" if file is None else f"--template ({path})"
             try:
                 text = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
@@ -126,7 +130,8 @@ class ChatTemplate:
                 eos_token=self.tokenizer.eod_token,
             )
         except jinja2.TemplateError as error:
-            raise UnusableChat(f"the template refuses it: {error.message}") from None
+            reason = " ".join(str(error.message).split())
+            raise UnusableChat(f"the template refuses it: {reason}") from None
         except Exception as error:  # a template is a program of somebody else's
             raise UnusableChat(f"the template fails: {type(error).__name__}") from None
 
@@ -156,7 +161,7 @@ class ChatTemplate:
         """
         self._check_content(messages)
         text = self.render(messages)
-        ids, spans = self.tokenizer.encode_with_special_tokens(text)
+        ids, spans = self.tokenizer.encode_with_spans(text, has_special_tokens=True)
         starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
         is_learnt = np.zeros(len(ids), dtype=np.bool_)
         for index, message in enumerate(messages):
@@ -165,7 +170,13 @@ class ChatTemplate:
             before = self.render(messages[:index], add_generation_prompt=True)
             until = self.render(messages[: index + 1])
             if not (until.startswith(before) and text.startswith(until)):
-                raise UnusableChat("the template changes earlier messages when later ones follow")
+                raise UnusableChat(
+                    "the template changes earlier messages, or what begins an answer, when later "
+                    "ones follow"
+                )
+            if ((starts < len(before)) & (ends > len(before))).any():
+                # `moepp generate` asks for an answer behind the tokens of `before` alone.
+                raise UnusableChat("an answer begins in the middle of a token")
             own = (starts >= len(before)) & (ends <= len(until)) & (ends > starts)
             # What stands behind the token that ends generation is never generated.
             over = own & (np.array(ids) == self.tokenizer.eod)
@@ -177,8 +188,10 @@ class ChatTemplate:
         return ids, is_learnt
 
     def _check_content(self, messages: Sequence[Message]) -> None:
+        # Whole messages: templates render names and tool calls, too.
+        text = json.dumps(messages, ensure_ascii=False)
         for token in self.tokenizer.special_tokens:
-            if any(token in message["content"] for message in messages):
+            if json.dumps(token, ensure_ascii=False)[1:-1] in text:
                 # It would end a message, or a document, where the author only wrote of it.
                 raise UnusableChat(f"a message spells the special token {token}")
 
@@ -192,14 +205,6 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) 
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 
-def _tokenizer_config(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _with_tokens(text: str, content: dict[str, Any], eod_token: str) -> str:
     """The template with the special tokens that it names, which are not written beside it again.
 
@@ -210,15 +215,10 @@ def _with_tokens(text: str, content: dict[str, Any], eod_token: str) -> str:
     """
     lines = []
     for name in _SPECIAL_TOKENS:
-        spelling = _spelling(content.get(name))
-        if spelling is not None and name in text and (name, spelling) != ("eos_token", eod_token):
-            lines.append(f"{{% set {name} = {json.dumps(spelling, ensure_ascii=False)} %}}\n")
+        token = spelling(content.get(name))
+        if token is not None and name in text and (name, token) != ("eos_token", eod_token):
+            lines.append(f"{{% set {name} = {json.dumps(token, ensure_ascii=False)} %}}\n")
     return "".join(lines) + text
-
-
-def _spelling(token: Any) -> str | None:
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
 
 
 def _named_template(content: dict[str, Any]) -> str | None:

@@ -26,16 +26,19 @@ def open_source(path: Path, compression: Compression | None) -> Iterator[BinaryI
         compression: how it is compressed; None if it is not.
 
     Raises:
-        ConfigError: it is compressed with Zstandard and pyarrow, which reads that, is absent; or
-            the compressed data are damaged or end too early, also if that shows only while reading.
+        ConfigError: it cannot be read; it is compressed with Zstandard and pyarrow, which reads
+            that, is absent; or the compressed data are damaged or end too early. Each of them may
+            show only while reading.
     """
     try:
         with _open(path, compression) as stream:
             yield stream
     except (EOFError, zlib.error, OSError) as error:
         # Errors of decompression that are an OSError have no number, unlike those of the system.
-        if compression is None or getattr(error, "errno", None) is not None:
-            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ConfigError(
+                f"source {path} cannot be read ({error.strerror}); make it readable or leave it out"
+            ) from error
         raise ConfigError(
             f"source {path} cannot be decompressed ({error}); replace it or leave it out"
         ) from error

@@ -8,12 +8,19 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moepp_megatron.data.encoding import EncodedPiece, token_dtype
-from moepp_megatron.data.manifest import CORPUS, DOCUMENT_SOURCES, MAX_SOURCES, SourceSummary
+from moepp_megatron.data.manifest import (
+    CORPUS,
+    DOCUMENT_SOURCES,
+    MAX_SOURCES,
+    Conversations,
+    SourceSummary,
+)
 from moepp_megatron.data.sources import TextSource
 
 _VALIDATION_SHARE = 0.05
@@ -94,20 +101,30 @@ def spool_corpus(
 
 @dataclass(frozen=True)
 class WrittenCorpus:
-    """What `write_indexed_dataset` has written.
+    """What has been written, in terms of the manifest.
 
     Attributes:
+        sources: one summary per source.
+        skipped: documents left out, by reason.
+        documents: number of documents.
+        tokens: number of tokens.
         sha256: SHA-256 by file name, of the bytes that were to be written: it shows errors of the
             storage, too.
         split: weights of train, validation and test by documents; None if any will do.
+        chat: what conversations it holds.
     """
 
+    sources: list[SourceSummary]
+    skipped: Counter[str]
+    documents: int
+    tokens: int
     sha256: dict[str, str]
-    split: str | None
+    split: str | None = None
+    chat: Conversations | None = None
 
 
 def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> WrittenCorpus:
-    """Write `folder/corpus.bin` and `folder/corpus.idx` with megatron-core's builder.
+    """Write `folder/corpus.bin` and `folder/corpus.idx`; the temporary file is removed.
 
     Where documents come from several data sources, `folder/sources.npy` says which is whose.
 
@@ -119,30 +136,48 @@ def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> Wr
         folder: the folder.
         seed: Seed of the shuffle.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     tokens = np.memmap(spooled.path, dtype=spooled.dtype, mode="r")
     ends = np.cumsum(spooled.lengths)
     order, validation = arrange(spooled.groups, spooled.lengths, seed)
-    bin_file, idx_file = folder / f"{CORPUS}.bin", folder / f"{CORPUS}.idx"
-    builder = IndexedDatasetBuilder(str(bin_file), dtype=spooled.dtype)
-    digest = hashlib.sha256()
-    for document in order:
-        length = int(spooled.lengths[document])
-        end = int(ends[document])
-        ids = tokens[end - length : end]
-        digest.update(ids)
-        builder.add_document(ids, [length])
-    builder.finalize(str(idx_file))
-    with idx_file.open("rb") as stream:
-        idx_digest = hashlib.file_digest(stream, "sha256")
-    hashes = {bin_file.name: digest.hexdigest(), idx_file.name: idx_digest.hexdigest()}
+    documents = (tokens[ends[each] - spooled.lengths[each] : ends[each]] for each in order)
+    hashes = write_documents(folder / CORPUS, documents, spooled.dtype)
     if 1 < spooled.source_ids.max() + 1 <= MAX_SOURCES:
         sources_file = folder / DOCUMENT_SOURCES
         np.save(sources_file, spooled.source_ids[order].astype(np.uint8))
         hashes[sources_file.name] = hashlib.sha256(sources_file.read_bytes()).hexdigest()
     split = None if validation is None else f"{len(order) - validation},{validation},0"
-    return WrittenCorpus(hashes, split)
+    spooled.path.unlink()
+    lengths = spooled.lengths
+    return WrittenCorpus(
+        spooled.sources, spooled.skipped, len(lengths), int(lengths.sum()), hashes, split
+    )
+
+
+def write_documents(
+    prefix: Path, documents: Iterable[NDArray[Any]], dtype: type[np.generic]
+) -> dict[str, str]:
+    """Write `PREFIX.bin` and `PREFIX.idx` with megatron-core's builder.
+
+    Args:
+        prefix: Path of both files without the suffix.
+        documents: Ids of each document.
+        dtype: Integer type of the ids.
+
+    Returns:
+        SHA-256 by file name.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    bin_file, idx_file = prefix.with_suffix(".bin"), prefix.with_suffix(".idx")
+    builder = IndexedDatasetBuilder(str(bin_file), dtype=dtype)
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document)
+        builder.add_document(document, [len(document)])
+    builder.finalize(str(idx_file))
+    with idx_file.open("rb") as stream:
+        idx_digest = hashlib.file_digest(stream, "sha256")
+    return {bin_file.name: digest.hexdigest(), idx_file.name: idx_digest.hexdigest()}
 
 
 def arrange(

@@ -10,7 +10,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import Blend, Folder, blends_of, folders_of, labels
-from moepp_megatron.data.blending import DrawnDataset, plan_draws
+from moepp_megatron.data.blending import DrawnDataset, cached_in, plan_draws
 from moepp_megatron.data.conversations import ConversationDataset, open_marks
 from moepp_megatron.data.document_sources import SourcedDataset, read_document_sources
 from moepp_megatron.data.manifest import CACHE, MAX_SOURCES, Manifest
@@ -106,8 +106,8 @@ def build_validation_sets(
     for name, path in data.validation.items() if num_samples else ():
         folder = Folder(f"data.validation.{name}", path)
         split = split_of_set(folder, trained, data.split)
-        opener = _Opener(options, split, data.cache, False)
-        _, found[name], _ = opener.open(folder, (0, num_samples, 0))
+        opener = _Opener(options, split, data.cache)
+        _, found[name], _ = opener.open(folder, (0, num_samples, 0), tells_source=False)
     return found
 
 
@@ -132,7 +132,7 @@ def _open_blends(blends: Sequence[Blend], opener: "_Opener", num_samples: Sample
     is_told = len(folders) <= MAX_SOURCES
     opened = {
         folder.real: opener.open(
-            folder, (needed[folder.real], validating.get(folder.real, 0), 0), in_blend=is_told
+            folder, (needed[folder.real], validating.get(folder.real, 0), 0), tells_source=is_told
         )
         for folder in folders
     }
@@ -158,7 +158,7 @@ def _place_sources(names: Sequence[str], opened: Sequence[Any]) -> None:
     for name, parts in zip(names, opened, strict=True):
         first, own = len(all_names), _own_sources(parts) if is_detailed else ("",)
         all_names += [f"{name}/{each}" if each else name for each in own]
-        for dataset in filter(None, parts):
+        for dataset in (each for each in parts if each is not None):
             dataset.first_source = first
             if own == ("",):
                 dataset.document_sources = None
@@ -179,16 +179,22 @@ class _Opener:
         options: settings of megatron-core's datasets that all folders share.
         split: the split asked for.
         cache_dir: folder of the sample indices.
-        tells_sources: whether samples say their data source if the folder has several.
     """
 
     options: Mapping[str, Any]
     split: str | None
     cache_dir: Path | None
-    tells_sources: bool = True
 
-    def open(self, folder: Folder, num_samples: Samples, in_blend: bool = False) -> Any:
-        """Train, validation and test of one folder; in a blend all say their source, if any may."""
+    def open(
+        self, folder: Folder, num_samples: Samples, tells_source: bool | None = None
+    ) -> Datasets:
+        """Train, validation and test of one folder.
+
+        Args:
+            folder: the folder.
+            num_samples: how many samples each of them must have at least.
+            tells_source: whether samples say their data source; None where the folder has several.
+        """
         manifest = read_manifest(folder.path, folder.name)
         check_start(folder.path, manifest, whole_index=False, name=folder.name)
         _check_tokenizer(self.options["tokenizer"], manifest, folder)
@@ -205,9 +211,10 @@ class _Opener:
             path_to_cache=str((self.cache(folder) / manifest.identity[:16]).resolve()),
             **self.options,
         )
-        sources = read_document_sources(folder.path, manifest) if self.tells_sources else None
-        is_told = self.tells_sources and (in_blend or sources is not None)
-        kind = SourcedDataset if is_told else GPTDataset
+        sources = None if tells_source is False else read_document_sources(folder, manifest)
+        if tells_source is None:
+            tells_source = sources is not None
+        kind = SourcedDataset if tells_source else GPTDataset
         if manifest.chat is not None:
             kind = ConversationDataset
         builder = BlendedMegatronDatasetBuilder(
@@ -216,13 +223,15 @@ class _Opener:
             is_built_on_rank=lambda: True,
             config=config,
         )
-        parts = tuple(builder.build())
-        for dataset in parts:
+        with cached_in(Path(config.path_to_cache)):
+            train, validation, test = builder.build()
+        for dataset in (each for each in (train, validation, test) if each is not None):
+            dataset.setting = folder.name  # for `check_tokens`
             if isinstance(dataset, SourcedDataset):
                 dataset.source_names, dataset.document_sources = manifest.source_names, sources
             elif isinstance(dataset, ConversationDataset):
                 dataset.marks = open_marks(folder.path)
-        return parts
+        return train, validation, test
 
     def cache(self, folder: Folder) -> Path:
         """The folder of the sample indices."""

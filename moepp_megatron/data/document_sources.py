@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from numpy.typing import NDArray
 
+from moepp_megatron.config.blends import Folder
 from moepp_megatron.data.manifest import DOCUMENT_SOURCES, Manifest
 from moepp_megatron.data.verify import damaged
 
@@ -70,7 +70,7 @@ def documents_of(dataset: GPTDataset, sample: int) -> tuple[NDArray[np.int64], N
     return documents, lengths
 
 
-def read_document_sources(folder: Path, manifest: Manifest) -> NDArray[np.uint8] | None:
+def read_document_sources(folder: Folder, manifest: Manifest) -> NDArray[np.uint8] | None:
     """[documents] uint8 data source of each document; None in a folder that does not say.
 
     Raises:
@@ -79,12 +79,12 @@ def read_document_sources(folder: Path, manifest: Manifest) -> NDArray[np.uint8]
     if DOCUMENT_SOURCES not in manifest.files:
         return None
     try:
-        found = np.load(folder / DOCUMENT_SOURCES, mmap_mode="r", allow_pickle=False)
+        found = np.load(folder.path / DOCUMENT_SOURCES, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise damaged("data.path", folder, f"{DOCUMENT_SOURCES}: {error}") from None
+        raise damaged(folder.name, folder.path, f"{DOCUMENT_SOURCES}: {error}") from None
     number = len(manifest.source_names)
     fits = found.shape == (manifest.documents,) and found.dtype == np.uint8
     if not fits or int(found.max(initial=0)) >= number:
         problem = f"{DOCUMENT_SOURCES} does not give each document one of {number} data sources"
-        raise damaged("data.path", folder, problem)
+        raise damaged(folder.name, folder.path, problem)
     return np.asarray(found)

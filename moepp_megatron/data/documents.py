@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def plan_pieces(sources: Sequence[TextSource], text_key: str) -> list[Piece]:
         text_key: the column of tables that must exist.
 
     Raises:
-        ConfigError: a table that is damaged, lacks the column, or pyarrow is absent.
+        ConfigError: a table that is damaged, lacks the column, or pyarrow is absent; a text that is
+            JSONL.
     """
     pieces: list[Piece] = []
     for index, source in enumerate(sources):
@@ -77,6 +79,7 @@ def plan_pieces(sources: Sequence[TextSource], text_key: str) -> list[Piece]:
         pending_size = 0
         group: str | None = None
         for file in source.files:
+            _refuse_jsonl(file, text_key)
             for part, size in _parts(file, text_key):
                 is_full = pending_size + size > PIECE_BYTES
                 if pending and (is_full or file.group != group):
@@ -102,6 +105,20 @@ def _parts(file: SourceFile, text_key: str) -> Iterator[tuple[DocumentPart, int]
             yield DocumentPart(file.path, file.format, group, group + 1), file.size // groups
     else:
         yield DocumentPart(file.path, "text", 0, file.size), file.size
+
+
+def _refuse_jsonl(file: SourceFile, text_key: str) -> None:
+    """Refuse `.json` of a record per line: it would be one text, with all keys and quotes in it."""
+    names = [suffix.lower() for suffix in file.path.suffixes[-2:]]
+    if file.format != "text" or ".json" not in names:
+        return
+    whole = DocumentPart(file.path, file.format, 0, file.size, file.compression)
+    records = list(islice(read_records(whole), 2))
+    if len(records) == 2 and all(isinstance(r, dict) and text_key in r for r in records):
+        raise ConfigError(
+            f"source {file.path} must be a text, and has a JSON object with the key {text_key} in "
+            "each line; rename it to .jsonl (or .jsonl.gz), and each line is a document"
+        )
 
 
 def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:

@@ -4,13 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data.manifest import (
-    CACHE,
-    FILES,
-    NAME,
-    Inputs,
-    Manifest,
-)
+from moepp_megatron.data.manifest import CACHE, FILES, NAME, Inputs, Manifest
 
 _OURS = frozenset({NAME, CACHE, *FILES})
 

@@ -20,7 +20,7 @@ import tokenizers
 from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.data.long_text import PATTERNS
 from moepp_megatron.data.manifest import TOKENIZER
-from moepp_megatron.data.tokenizer import Tokenizer, tokenizer_file
+from moepp_megatron.data.tokenizer import Tokenizer, known_eod_token, tokenizer_file
 from moepp_megatron.runtime.install import how_to_install
 
 # A file of ranks holds neither pattern nor special tokens; both follow from the number of ranks.
@@ -33,8 +33,9 @@ _ENCODINGS: dict[int, tuple[str, tuple[str, ...]]] = {
     199998: ("o200k", ("<|unused_199998|>", "<|endoftext|>")),
 }
 _CHECKED_CHARACTERS = 200_000
-# Of sentencepiece's pieces: normal and user-defined ones; a score that no text outweighs.
-_IN_TEXTS, _NEVER = (1, 4), -1.0e6
+# Of sentencepiece's pieces: normal and user-defined ones, control pieces; a score that no text
+# outweighs.
+_IN_TEXTS, _CONTROL, _NEVER = (1, 4), 3, -1.0e6
 # Where conversions have been wrong: white space, digits, special tokens as text, rare characters.
 _DIFFICULT = (
     "a",
@@ -129,7 +130,7 @@ def _given(
     identity: str,
     original: Callable[[str], list[int]] | None,
 ) -> GivenTokenizer:
-    tokenizer = Tokenizer(backend, eod_token or Tokenizer.known_eod_token(backend, path))
+    tokenizer = Tokenizer(backend, eod_token or known_eod_token(backend, path))
     return GivenTokenizer(tokenizer, tokenizer.content(), identity, original)
 
 
@@ -217,6 +218,9 @@ def _from_sentencepiece(
     pieces = [(p.piece, p.score if p.type in _IN_TEXTS else _NEVER) for p in proto.pieces]
     vocabulary: Any = {piece: i for i, (piece, _) in enumerate(pieces)} if kind == 2 else pieces
     backend = SpmConverter.build_tokenizer_from_spm_proto(proto, vocabulary)
+    # Chat templates spell them: the end of a sentence, which ends answers, among them.
+    control = [piece.piece for piece in proto.pieces if piece.type == _CONTROL]
+    backend.add_special_tokens([tokenizers.AddedToken(each, normalized=False) for each in control])
     eos = processor.eos_id()
     own_eod = processor.id_to_piece(eos) if eos >= 0 else None
     return backend, processor.encode, own_eod

@@ -12,18 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepp_megatron.data.chat_template import ChatTemplate
+from moepp_megatron.data.corpus import WrittenCorpus, write_documents
 from moepp_megatron.data.documents import Piece
 from moepp_megatron.data.encoding import token_dtype
-from moepp_megatron.data.manifest import (
-    CORPUS,
-    FORMAT_VERSION,
-    MARKS,
-    TEMPLATE,
-    TOKENIZER,
-    Conversations,
-    Inputs,
-    Manifest,
-)
+from moepp_megatron.data.manifest import CORPUS, MARKS, TEMPLATE, Conversations
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.read_chat import Encoded, encode_chat, notice_of_ends
 from moepp_megatron.data.sources import TextSource
@@ -38,9 +30,8 @@ def write_chat(
     sequence_length: int,
     seed: int,
     folder: Path,
-    inputs: Inputs,
     console: Console,
-) -> Manifest:
+) -> WrittenCorpus:
     """Write everything of a folder of conversations but its tokenizer, which is there.
 
     Args:
@@ -50,11 +41,7 @@ def write_chat(
         sequence_length: tokens of a sequence.
         seed: Seed of the order.
         folder: the folder.
-        inputs: what it is made from.
         console: shows the progress.
-
-    Returns:
-        The manifest, not written yet.
     """
     tokenizer = template.tokenizer
     with track(console, "encode", sum(piece.size for piece in pieces)) as advance:
@@ -68,20 +55,12 @@ def write_chat(
     (folder / TEMPLATE).write_bytes(text)
     hashes |= {TEMPLATE: hashlib.sha256(text).hexdigest()}
     tokens = sequences * sequence_length
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        sources=encoded.sources,
-        documents=sequences,
-        skipped=encoded.skipped.total(),
-        skipped_reasons=dict(sorted(encoded.skipped.items())),
-        tokens=tokens,
-        vocab_size=tokenizer.vocab_size,
-        eod_id=tokenizer.eod,
-        eod_token=tokenizer.eod_token,
-        tokenizer_sha256=hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest(),
-        files={name: (folder / name).stat().st_size for name in [*hashes, TOKENIZER]},
-        inputs=inputs,
-        sha256=hashes,
+    return WrittenCorpus(
+        encoded.sources,
+        encoded.skipped,
+        sequences,
+        tokens,
+        hashes,
         chat=Conversations(
             sequence_length=sequence_length,
             conversations=len(encoded.lengths),
@@ -135,8 +114,8 @@ def _write_sequences(
                 marks[start] |= FIRST
             yield tokens, marks
 
-    hashes = _write(folder / CORPUS, (tokens for tokens, _ in sequences()), dtype)
-    hashes |= _write(folder / MARKS, (marks for _, marks in sequences()), np.uint8)
+    hashes = write_documents(folder / CORPUS, (tokens for tokens, _ in sequences()), dtype)
+    hashes |= write_documents(folder / MARKS, (marks for _, marks in sequences()), np.uint8)
     return len(packs), hashes
 
 
@@ -165,22 +144,3 @@ def pack(lengths: Sequence[int], order: NDArray[np.int64], room: int) -> list[li
         if space > lengths[index]:
             insort(spaces, (space - lengths[index], number))
     return packs
-
-
-def _write(
-    prefix: Path, documents: Iterator[NDArray[Any]], dtype: type[np.generic]
-) -> dict[str, str]:
-    """Write an indexed dataset; SHA-256 by file name."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    bin_file, idx_file = prefix.with_suffix(".bin"), prefix.with_suffix(".idx")
-    builder = IndexedDatasetBuilder(str(bin_file), dtype=dtype)
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(document)
-        builder.add_document(document, [len(document)])
-    builder.finalize(str(idx_file))
-    return {
-        bin_file.name: digest.hexdigest(),
-        idx_file.name: hashlib.sha256(idx_file.read_bytes()).hexdigest(),
-    }

@@ -21,9 +21,9 @@ def is_pair(path: Path) -> bool:
 
 
 def read_pair(prefix: Path) -> Manifest:
-    """What can be told of a pair as a manifest tells it; `Manifest.is_bare` says what cannot.
+    """The manifest of a pair, as far as its files tell; `Manifest.is_bare` is true for it.
 
-    The identity is of the sizes and of both ends of the files, so that nothing large is read.
+    Its identity is a hash of the sizes and of both ends of the files, so that little is read.
 
     Raises:
         CorpusError: The index is none of tokens.
@@ -59,7 +59,7 @@ def read_pair(prefix: Path) -> Manifest:
 
 
 def doubts(prefix: Path, tokenizer: Tokenizer, name: str) -> list[str]:
-    """What cannot be checked of a pair, and what speaks against its tokenizer.
+    """Warnings: what cannot be checked of a pair, and whether its tokenizer looks wrong.
 
     Args:
         prefix: The prefix.

@@ -30,11 +30,7 @@ from moepp_megatron.data.sources import (
     resolve_sources,
     stat_fingerprint,
 )
-from moepp_megatron.data.tokenizer import (
-    MIN_VOCAB_SIZE,
-    Tokenizer,
-    train_tokenizer,
-)
+from moepp_megatron.data.tokenizer import Tokenizer, check_vocab_size, train_tokenizer
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.terminal import Console
@@ -94,11 +90,8 @@ class PrepareSettings:
             raise ConfigError(
                 f"--eod-token ({self.eod_token}) needs --tokenizer; leave it out to train one"
             )
-        if self.vocab_size is not None and self.vocab_size < MIN_VOCAB_SIZE:
-            raise ConfigError(
-                f"--vocab-size ({self.vocab_size}) must be at least {MIN_VOCAB_SIZE} (256 bytes "
-                f"and the end-of-document token); use {_DEFAULT_VOCAB_SIZE}"
-            )
+        if self.vocab_size is not None:
+            check_vocab_size(self.vocab_size)
 
     def _check_chat(self) -> None:
         options = [("--seq-length", self.sequence_length), ("--template", self.template)]
@@ -215,12 +208,11 @@ def prepare(
             _warn_of_memory(sources, tokenizer, console)
             spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
             written = write_indexed_dataset(spooled, partial, settings.seed)
-            spooled.path.unlink()
-            manifest = _manifest(spooled, tokenizer, inputs, partial, written)
         else:
             assert settings.sequence_length is not None, "the settings have been checked"
             length, seed = settings.sequence_length, settings.seed
-            manifest = write_chat(pieces, sources, template, length, seed, partial, inputs, console)
+            written = write_chat(pieces, sources, template, length, seed, partial, console)
+        manifest = _manifest(written, tokenizer, inputs, partial)
         manifest.write(partial)
         publish(partial, out)
     return Prepared(manifest, up_to_date=False)
@@ -314,33 +306,22 @@ def _import_megatron() -> None:
 
 
 def _manifest(
-    spooled: SpooledCorpus,
-    tokenizer: Tokenizer,
-    inputs: Inputs,
-    folder: Path,
-    written: WrittenCorpus,
+    written: WrittenCorpus, tokenizer: Tokenizer, inputs: Inputs, folder: Path
 ) -> Manifest:
-    files = [*written.sha256, TOKENIZER]
     return Manifest(
         format_version=FORMAT_VERSION,
-        sources=spooled.sources,
-        documents=len(spooled.lengths),
-        skipped=spooled.skipped.total(),
-        skipped_reasons=dict(sorted(spooled.skipped.items())),
-        tokens=int(spooled.lengths.sum()),
+        sources=written.sources,
+        documents=written.documents,
+        skipped=written.skipped.total(),
+        skipped_reasons=dict(sorted(written.skipped.items())),
+        tokens=written.tokens,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod,
         eod_token=tokenizer.eod_token,
-        tokenizer_sha256=_sha256(folder / TOKENIZER),
-        files={name: (folder / name).stat().st_size for name in files},
+        tokenizer_sha256=hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest(),
+        files={name: (folder / name).stat().st_size for name in [*written.sha256, TOKENIZER]},
         inputs=inputs,
         sha256=written.sha256,
         split=written.split,
+        chat=written.chat,
     )
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ConfigError(f"--tokenizer ({path}) cannot be read ({error.strerror})") from error

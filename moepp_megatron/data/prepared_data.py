@@ -46,9 +46,9 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
             warnings += doubts
         else:
             check_start(folder.path, manifest, whole_index, folder.name)
-            check_corpus_tokenizer(config, manifest, folder)
             if manifest.chat is not None:
                 _check_chat(config, manifest, folder)
+            check_corpus_tokenizer(config, manifest, folder)
             size = manifest.vocab_size
         if size > config.model.vocab_size:
             raise ConfigError(
@@ -99,6 +99,8 @@ def check_sequence_length(sequence_length: int, manifest: Manifest, folder: Fold
 
 def _check_chat(config: Config, manifest: Manifest, folder: Folder) -> None:
     """Refuse settings with which conversations would be trained on in another way than prepared."""
+    from moepp_megatron.data.same_tokenizer import tokenizer_of_run
+
     check_sequence_length(config.model.seq_length, manifest, folder)
     name, of = folder.name, f"({folder.path}), which holds conversations"
     data = config.data
@@ -106,6 +108,11 @@ def _check_chat(config: Config, manifest: Manifest, folder: Folder) -> None:
         raise ConfigError(
             f"{name} {of}, cannot be combined with other folders, whose samples have no padding; "
             "name it as data.path, without data.blend, data.stages and data.validation"
+        )
+    if tokenizer_of_run(config).parent.resolve() != folder.path.resolve():
+        raise ConfigError(
+            f"data.tokenizer ({data.tokenizer}) must be null with {name} {of}: checkpoints take "
+            "the chat template from beside the tokenizer; leave it out"
         )
     if not data.reset_attention_mask:
         raise ConfigError(
@@ -145,13 +152,13 @@ def _wasted_vocabulary(config: Config, tokens: int, name: str) -> list[str]:
     from moepp_megatron.config.parameters import count_parameters
 
     model = config.model
-    rows = model.vocab_size - tokens
+    enough = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    rows = max(model.vocab_size - enough, 0)
     flops = forward_flops_per_token(config, config.moe.ffn_share)
     share = 2 * model.hidden_size * rows / flops
     if share < _WASTED_SHARE:
         return []
     parameters = rows * model.hidden_size * (1 if model.tie_embeddings else 2)
-    enough = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
     return [
         f"model.vocab_size ({model.vocab_size}) is far larger than the vocabulary of {name} "
         f"({tokens}): {parameters / 1e6:,.1f} of {count_parameters(config).total / 1e6:,.1f} M "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from moepp_megatron.data.sources import TextSource
 from moepp_megatron.data.tokenizer import Tokenizer
 
 _KEY = "messages"
+_MOST_REASONS = 50
 _ROLES = ("system", "developer", "user", ANSWERS, "tool")
 
 
@@ -88,7 +90,9 @@ def encode_chat(
                     try:
                         _add(encoded, stream, template, sequence_length, _messages(record))
                     except UnusableChat as error:
-                        skipped[str(error)] += 1
+                        # A template may tell each conversation another reason.
+                        is_known = str(error) in skipped or len(skipped) < _MOST_REASONS
+                        skipped[str(error) if is_known else "another reason"] += 1
                 advance(piece.size)
             lengths = encoded.lengths[first:]
             if not lengths:
@@ -134,13 +138,15 @@ def _messages(record: dict[str, Any] | Skipped) -> list[Message]:
     messages = record.get(_KEY)
     if not isinstance(messages, list) or not messages:
         raise UnusableChat(f"no list of messages under the key {_KEY}")
+    if record.get("tools"):
+        raise UnusableChat("tools, which templates are not given here")
+    if not is_utf8(json.dumps(messages, ensure_ascii=False)):
+        raise UnusableChat("a message is not UTF-8 text")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise UnusableChat("a message without text as its content")
         if message.get("role") not in _ROLES:
             raise UnusableChat(f"a role other than {', '.join(_ROLES)}")
-        if not is_utf8(message["content"]):
-            raise UnusableChat("a message is not UTF-8 text")
     answers = [message["content"] for message in messages if message["role"] == ANSWERS]
     if not answers:
         raise UnusableChat(f"no message of the role {ANSWERS}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import Folder, blends_of
 from moepp_megatron.data.manifest import TOKENIZER, Manifest
-from moepp_megatron.data.tokenizer import Tokenizer, tokenizer_file
+from moepp_megatron.data.tokenizer import Tokenizer, named_eod_token, tokenizer_file
 
 _SHOWN = 16
 
@@ -26,7 +26,7 @@ def tokenizer_of_run(config: Config) -> Path:
 
 
 def check_corpus_tokenizer(config: Config, manifest: Manifest, folder: Folder) -> None:
-    """Refuse a tokenizer that is not that of a folder.
+    """Refuse a tokenizer that is not that of a folder, or ends documents with another token.
 
     The same tokenizer in another notation is accepted.
 
@@ -40,13 +40,13 @@ def check_corpus_tokenizer(config: Config, manifest: Manifest, folder: Folder) -
     """
     file, own = tokenizer_of_run(config), folder.path / TOKENIZER
     found = _sha256(file)
-    if found == manifest.tokenizer_sha256:
-        return
-    if (
+    is_same = found == manifest.tokenizer_sha256 or (
         own.is_file()
         and _sha256(own) == manifest.tokenizer_sha256
         and _content(file) == _content(own)
-    ):
+    )
+    if is_same:
+        _check_end_of_document(file, manifest, folder)
         return
     of_corpus = f"SHA-256 {manifest.tokenizer_sha256[:_SHOWN]}... in its manifest"
     if file == own:
@@ -66,6 +66,17 @@ def check_corpus_tokenizer(config: Config, manifest: Manifest, folder: Folder) -
         f"({folder.path}) was tokenized with ({of_corpus}); leave data.tokenizer out, or "
         f"prepare the text again with --tokenizer {file}"
     )
+
+
+def _check_end_of_document(file: Path, manifest: Manifest, folder: Folder) -> None:
+    """Masks, generation and metrics look for one token, whichever folder a sample is of."""
+    eod_token = named_eod_token(file) or Tokenizer.load(file).eod_token
+    if eod_token != manifest.eod_token:
+        raise ConfigError(
+            f"{folder.name} ({folder.path}) must end documents with {eod_token}, the "
+            f"end-of-document token of {file}, and ends them with {manifest.eod_token}; prepare "
+            f"its text again with --eod-token '{eod_token}', or name another tokenizer or folder"
+        )
 
 
 def check_model_tokenizer(config: Config, trained: Path) -> None:

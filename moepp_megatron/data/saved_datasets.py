@@ -49,7 +49,18 @@ def companions(source: str, root: Path, names: Sequence[str]) -> set[str]:
     for folder, inside in by_folder.items():
         if {_STATE, _INFO} <= inside:
             data = _data_files(root / folder / _STATE)
+            if data - inside:
+                raise ConfigError(
+                    f"source {root / folder} must hold all files that its {_STATE} lists, and "
+                    f"{min(data - inside)} is missing; copy the dataset again"
+                )
             found |= {str(folder / name) for name in inside - data} if data else set()
+        elif _INFO in inside and any(name.endswith(".arrow") for name in inside):
+            # All splits, and what `map` has left.
+            raise ConfigError(
+                f"source {root / folder} must be a dataset that save_to_disk has written, and is a "
+                "cache of the package datasets; load it and call save_to_disk, or name one file"
+            )
     return found
 
 

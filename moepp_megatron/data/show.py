@@ -65,7 +65,7 @@ class Corpus:
         Raises:
             ConfigError: The split cannot be made.
         """
-        plain = check_split(split, self.manifest, validates=False)
+        plain = check_split(split, self.manifest, validates=False, folder=self._folder)
         part = document_ranges(plain, self.manifest.documents)[0]
         if part is None:
             return 0
@@ -122,20 +122,17 @@ class StageShares:
     shares: tuple[Share, ...]
 
 
-def planned_shares(
-    config: Config, corpora: dict[str, Corpus], num_samples: int | None = None
-) -> list[StageShares]:
+def planned_shares(config: Config, corpora: dict[str, Corpus], end: int) -> list[StageShares]:
     """What each stage of a run draws, and behind them the whole run.
 
     Args:
         config: The configuration.
         corpora: The folders by their real paths.
-        num_samples: Samples of the whole run, where not every step reads
-            `training.global_batch_size` of them; then the run has one stage.
+        end: Samples of the whole run. Where not every step reads `training.global_batch_size` of
+            them, the run has one stage.
     """
     training, length = config.training, config.model.seq_length
     batch = training.global_batch_size
-    end = training.train_iters * batch if num_samples is None else num_samples
     blends = [blend for blend in blends_of(config) if blend.first_sample < end]
     own = {real: each.training_tokens(config.data.split) for real, each in corpora.items()}
     drawn: dict[str, float] = {}

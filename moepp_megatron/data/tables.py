@@ -34,7 +34,7 @@ def count_groups(path: Path, kind: str, column: str) -> int:
 
 
 def read_column(path: Path, kind: str, groups: range, column: str) -> Iterator[Any]:
-    """The values of a column in some groups of rows.
+    """The values of a column in some groups of rows; bytes where a text is not UTF-8.
 
     Raises:
         ConfigError: The table is damaged, or pyarrow is absent.
@@ -42,12 +42,24 @@ def read_column(path: Path, kind: str, groups: range, column: str) -> Iterator[A
     with _opened(path, kind) as table:
         if kind == "parquet":
             batches = table.iter_batches(256, row_groups=list(groups), columns=[column])
-            for batch in batches:
-                yield from batch.column(0).to_pylist()
-            return
-        # A stream has no index, but a batch that is passed over is mapped and not read.
-        for batch in islice(table, groups.start, groups.stop):
-            yield from batch.column(column).to_pylist()
+            columns = (batch.column(0) for batch in batches)
+        else:
+            # A stream has no index, but a batch that is passed over is mapped and not read.
+            batches = islice(table, groups.start, groups.stop)
+            columns = (batch.column(column) for batch in batches)
+        for values in columns:
+            try:
+                yield from values.to_pylist()
+            except UnicodeDecodeError:
+                # Whoever wrote the file has not checked it.
+                yield from map(_text_or_bytes, values.cast("binary").to_pylist())
+
+
+def _text_or_bytes(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 @contextmanager

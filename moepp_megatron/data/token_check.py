@@ -59,16 +59,15 @@ def check_tokens(
 
 
 def _error(dataset: Any, sample: int, position: int, token: int, vocab_size: int) -> Exception:
-    name = "data.path"
     if isinstance(dataset, DrawnDataset):
         dataset, sample = dataset.locate(sample)
-        name = "data.blend"
     if not isinstance(dataset, GPTDataset):
         return ValueError(outside(f"token {position} of sample {sample}", token, vocab_size))
     document, offset = _locate(dataset, sample, position)
     prefix = Path(dataset.dataset.path_prefix)
     folder = prefix.parent if prefix.name == CORPUS else prefix
     place = f"token {offset} of document {document}"
+    name = getattr(dataset, "setting", "data.path")
     return damaged(name, folder, outside(place, token, vocab_size))
 
 

@@ -7,6 +7,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -28,7 +29,7 @@ _KNOWN_EOD_TOKENS = (
     "<|eos|>",
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
-MIN_VOCAB_SIZE = 256 + 1  # every byte, and the end of a document
+_MIN_VOCAB_SIZE = 256 + 1  # every byte, and the end of a document
 
 
 class Tokenizer:
@@ -84,7 +85,7 @@ class Tokenizer:
                 f"tokenizer ({path}) must have the end-of-document token ({named}) that "
                 f"{MANIFEST} or {TOKENIZER_CONFIG} beside it names; correct the name there"
             )
-        return cls(backend, eod_token or named or _find_eod_token(backend, path))
+        return cls(backend, eod_token or named or known_eod_token(backend, path))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; nothing is added."""
@@ -104,21 +105,27 @@ class Tokenizer:
         """Whether long texts are encoded in pieces, with the tokens of the whole."""
         return can_cut(self._backend)
 
-    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_with_spans(
+        self, text: str, has_special_tokens: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a text, and for each its first character and the one behind its last.
 
         Tokens of one character that a byte-level tokenizer has split all span that character.
-        """
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
 
-    def encode_with_special_tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The same of a text whose special tokens are meant as such."""
-        self._backend.encode_special_tokens = False
+        Args:
+            text: The text.
+            has_special_tokens: Whether special tokens that it spells are meant as such.
+        """
+        backend = self._backend
+        # Nothing is added to the text, so all that a post-processor could do is to trim spans: that
+        # of Llama 3 leaves a token of white space an empty one.
+        processor, backend.post_processor = backend.post_processor, None
+        backend.encode_special_tokens = not has_special_tokens
         try:
-            return self.encode_with_spans(text)
+            encoding = backend.encode(text, add_special_tokens=False)
         finally:
-            self._backend.encode_special_tokens = True
+            backend.encode_special_tokens, backend.post_processor = True, processor
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens appear by name."""
@@ -131,15 +138,6 @@ class Tokenizer:
     def content(self) -> bytes:
         """Its `tokenizer.json`."""
         return (self._backend.to_str(pretty=True) + "\n").encode()
-
-    @staticmethod
-    def known_eod_token(backend: tokenizers.Tokenizer, path: Path) -> str:
-        """The first known end-of-document token that a tokenizer has.
-
-        Raises:
-            ConfigError: It has none.
-        """
-        return _find_eod_token(backend, path)
 
     @functools.cached_property
     def special_tokens(self) -> tuple[str, ...]:
@@ -193,6 +191,19 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
         ) from error
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuse a vocabulary that has no room for every byte.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    if vocab_size < _MIN_VOCAB_SIZE:
+        raise ConfigError(
+            f"--vocab-size ({vocab_size}) must be at least {_MIN_VOCAB_SIZE} (256 bytes and the "
+            "end-of-document token); use 4096"
+        )
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer (GPT-2's kind): every text round-trips.
 
@@ -203,11 +214,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         ConfigError: vocab_size below 257.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ConfigError(
-            f"--vocab-size ({vocab_size}) must be at least {MIN_VOCAB_SIZE} "
-            "(256 bytes and the end-of-document token); use 4096"
-        )
+    check_vocab_size(vocab_size)
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     backend = tokenizers.Tokenizer(models.BPE())
@@ -238,14 +245,22 @@ def named_eod_token(path: Path) -> str | None:
         return Manifest.read(path.parent).eod_token
     except (OSError, ValueError):
         pass  # no prepared folder
+    return spelling(read_tokenizer_config(path.parent).get("eos_token")) or None
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `tokenizer_config.json`; empty if there is none to be read."""
     try:
-        content = read_json(path.parent / TOKENIZER_CONFIG)
+        content = read_json(folder / TOKENIZER_CONFIG)
     except (OSError, ValueError):
-        return None
-    token = content.get("eos_token") if isinstance(content, dict) else None
-    # Older files describe the token instead of naming it.
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def spelling(token: Any) -> str | None:
+    """A special token as `tokenizer_config.json` names it; older files describe it instead."""
     token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) and token else None
+    return token if isinstance(token, str) else None
 
 
 def tokenizer_config(eod_token: str) -> bytes:
@@ -254,7 +269,12 @@ def tokenizer_config(eod_token: str) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _find_eod_token(backend: tokenizers.Tokenizer, path: Path) -> str:
+def known_eod_token(backend: tokenizers.Tokenizer, path: Path) -> str:
+    """The first known end-of-document token that a tokenizer has.
+
+    Raises:
+        ConfigError: It has none.
+    """
     for token in _KNOWN_EOD_TOKENS:
         if backend.token_to_id(token) is not None:
             return token

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.index import CorpusError, IndexHeader, read_ends, read_header
-from moepp_megatron.data.manifest import CORPUS, FILES, Manifest
+from moepp_megatron.data.manifest import CORPUS, FILES, NAME, Manifest
 from moepp_megatron.data.pairs import is_pair, read_pair
 
 BIN, IDX = f"{CORPUS}.bin", f"{CORPUS}.idx"
@@ -45,8 +45,13 @@ def read_manifest(folder: Path, name: str) -> Manifest:
     Raises:
         ConfigError: there is none, or one that is damaged.
     """
-    stem = folder.with_suffix("")
-    if folder.suffix in (".bin", ".idx") and is_pair(stem):
+    stem = folder.with_suffix("") if folder.suffix in (".bin", ".idx") else folder
+    if is_pair(stem) and (stem.parent / NAME).is_file():
+        # Its tokenizer, its hashes and the marks of conversations would go unread.
+        raise ConfigError(
+            f"{name} ({folder}) must be the folder that moepp data prepare wrote; use {stem.parent}"
+        )
+    if folder != stem and is_pair(stem):
         raise ConfigError(f"{name} ({folder}) must be the prefix of both files; use {stem}")
     try:
         return read_pair(folder) if is_pair(folder) else Manifest.read(folder)
@@ -61,7 +66,7 @@ def read_manifest(folder: Path, name: str) -> Manifest:
 
 
 def corpus_identity(folder: Path) -> str | None:
-    """What tells a prepared folder's tokens from others', wherever it is; None if it is none."""
+    """Identifies the tokens of a prepared folder, wherever it is; None if it is not one."""
     try:
         return (read_pair(folder) if is_pair(folder) else Manifest.read(folder)).identity
     except (OSError, ValueError):

@@ -29,9 +29,11 @@ class DataStages:
         self._newest: str | None = extra.get("corpus", current)
 
     def enter(self, consumed_samples: int) -> str | None:
-        """Note where the next batch begins; why other data follow from there, None if they do not.
+        """Note where the next batch begins.
 
-        That is so where a stage begins, and where a resumed run has data of other content.
+        Returns:
+            Why its data are others than before: a stage begins, or a resumed run has data of other
+            content. None if they are not.
         """
         blend = blend_at(self._blends, consumed_samples)
         before, self._newest = self._newest, self._identities[blend.name]
@@ -51,7 +53,7 @@ class DataStages:
 
 
 def _identity(blend: Blend) -> str | None:
-    """What tells the data of a blend from others: the tokens of its folders, and the shares."""
+    """Identifies the data of a blend: the tokens of its folders, and the shares."""
     identities = [corpus_identity(folder.path) for folder in blend.folders]
     if len(identities) == 1:
         return identities[0]

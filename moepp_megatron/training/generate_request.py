@@ -184,7 +184,7 @@ def _encode(
     if template is None:
         ids = tokenizer.encode(prompt)
     else:
-        ids, _ = tokenizer.encode_with_special_tokens(template.prompt(prompt))
+        ids, _ = tokenizer.encode_with_spans(template.prompt(prompt), has_special_tokens=True)
     if not 0 < len(ids) < seq_length:
         raise ConfigError(
             f"--prompt ({len(ids)} tokens) must have between 1 and {seq_length - 1} tokens, one "

@@ -70,7 +70,7 @@ def _stages_say_when(config: Config) -> Iterator[Problem]:
                 f"data.stages[{index}]",
                 {"from_step": stage.from_step, "from_tokens": stage.from_tokens},
                 "must have one of from_step and from_tokens",
-                "keep one of them",
+                "give one of them",
             )
 
 
@@ -101,6 +101,18 @@ def _stages_follow_each_other(config: Config) -> Iterator[Problem]:
         before = begins
 
 
+def _validation_sets_have_names(config: Config) -> Iterator[Problem]:
+    """They name metrics, in records and in what others read."""
+    for name in config.data.validation:
+        if not name.strip() or not name.isprintable():
+            yield Problem(
+                "data.validation",
+                name,
+                "must have names of printable characters",
+                "use a word, such as {law: DIR}",
+            )
+
+
 RULES = (
     _path_or_blend,
     _blends_have_weight,
@@ -108,4 +120,5 @@ RULES = (
     _stages_say_when,
     _stages_need_one_batch_size,
     _stages_follow_each_other,
+    _validation_sets_have_names,
 )

@@ -16,19 +16,18 @@ class BlendPart(Section):
     )
     weight: float = Field(
         ge=0,
-        description="Its part of the samples, over the sum of the blend's weights",
+        description="Share of the samples, before division by the sum of the blend's weights",
         json_schema_extra=unit("1"),
     )
 
 
 class DataStage(Section):
-    """One stage: the blend from some place of the run on. A folder goes on where it was left."""
+    """One stage: a blend, and where it begins. A folder continues where it was left."""
 
     from_step: int | None = Field(
         default=None,
         ge=1,
-        description="Steps that the run has taken when the stage begins; batches that were refused "
-        "count",
+        description="Steps that the run has taken when the stage begins, refused batches included",
         json_schema_extra=unit("steps"),
     )
     from_tokens: float | None = Field(

@@ -59,13 +59,13 @@ class DataSection(Section):
     )
     stages: list[DataStage] = Field(
         default_factory=list,
-        description="Other blends from a step or a number of tokens on, in order",
+        description="Blends that replace the one before at a step or a number of tokens, in order",
         json_schema_extra=unit("-"),
     )
     validation: dict[str, ConfigPath] = Field(
         default_factory=dict,
-        description="Further validation sets, {name: folder}, each with a loss of its own; of a "
-        "folder that is trained on the validation part, of any other all documents",
+        description="Further validation sets, {name: folder}, each with its own loss: the "
+        "validation part of a folder that is trained on, all documents of any other",
         json_schema_extra=unit("-"),
     )
     cache: ConfigPath | None = Field(
@@ -81,8 +81,8 @@ class DataSection(Section):
     )
     dataset: Literal["gpt"] | Annotated[str, Plugin("datasets")] = Field(
         default="gpt",
-        description="What samples are made of the documents in data.path; gpt is megatron-core's "
-        "dataset of shuffled documents, cut into sequences",
+        description="How documents become samples; gpt is megatron-core's dataset, which shuffles "
+        "documents and cuts them into sequences",
         json_schema_extra=unit("-"),
     )
     split: str | None = Field(
@@ -99,7 +99,7 @@ class DataSection(Section):
     )
     reset_position_ids: bool = Field(
         default=False,
-        description="Positions start at 0 in every document; metrics by position see it alone, "
+        description="Positions start at 0 in every document; changes metrics by position only, "
         "because rotary embeddings depend on distances",
         json_schema_extra=unit("-"),
     )

@@ -137,16 +137,28 @@ def _shape_problems(checkpoint: Path, saved: Config, config: Config) -> list[Pro
 
 
 def _state_problems(checkpoint: Path, saved: Config, config: Config) -> Iterator[Problem]:
-    """Optimizers keep other things of a parameter; weights without state fit each of them."""
-    has_state = config.checkpoint.load_optimizer and read_record(checkpoint) is not None
+    """What a run that goes on must keep, and one that takes weights alone need not."""
+    if not config.checkpoint.load_optimizer or read_record(checkpoint) is None:
+        return
     kind, wanted = saved.optimizer.kind, config.optimizer.kind
-    if has_state and kind != wanted:
+    if kind != wanted:
         yield Problem(
             "optimizer.kind",
             wanted,
             f"must be that of the checkpoint {checkpoint} ({kind}), whose state it goes on with",
             f"use {kind}, or in another run.dir checkpoint.load_optimizer=false, which takes the "
             "weights alone",
+        )
+    before, now = saved.training.global_batch_size, config.training.global_batch_size
+    data = config.data
+    # Where stages begin and how much is drawn of each folder follow from batches of one size.
+    if (data.stages and now != before) or (data.blend and now < before):
+        yield Problem(
+            "training.global_batch_size",
+            now,
+            f"must be that of the checkpoint {checkpoint} ({before}), after which data.blend and "
+            "data.stages would go on with other samples",
+            f"use {before}; with data.blend alone more will do, too",
         )
 
 

@@ -176,7 +176,6 @@ def describe(config: Config, layout: Layout, clock_ns: list[int]) -> dict[str, A
         "router_topk": config.moe.router_topk,
         "num_ffn_experts": config.moe.num_ffn_experts,
         "hidden_size": config.model.hidden_size,
-        "tokens_per_step": config.training.global_batch_size * config.model.seq_length,
         "nodes": _nodes(),
         "groups": _groups(),
         "clock": {"barrier_unix_ns": clock_ns},

@@ -102,6 +102,15 @@ def test_table_json_plot_and_layout(plan, tmp_path: Path, capsys) -> None:
     assert best["tokens_per_s_per_gpu"] == pytest.approx(64 * 2048 / best["step_time_s"] / 16)
 
 
+def test_a_ramp_of_the_batch_trains_on_less(plan, tmp_path: Path) -> None:
+    """10 steps of 32 sequences, until 655,360 tokens are read, then 90 of 64."""
+    data = tmp_path / "plan.json"
+    ramp = "training.batch_ramp=[[0, 32], [655360, 64]]"
+    assert plan("model.num_layers=4", ramp, "--gpus", "2", "--price", "2", "--json", str(data)) == 0
+    tokens = {record["run"]["tokens"] for record in json.loads(data.read_text())}
+    assert tokens == {(10 * 32 + 90 * 64) * 2048}
+
+
 def test_steps_are_played(plan, tmp_path: Path, capsys) -> None:
     data, picture, run = (tmp_path / name for name in ("plan.json", "plan.png", "metrics.jsonl"))
     options = ["model.num_layers=4", "--gpus", "16", "--simulate", "--simulate-steps", "20"]

@@ -119,6 +119,16 @@ def test_each_token_has_its_source_over_stages(folders, tmp_path: Path) -> None:
     assert min(seen.values()) > 50, "every source is there"
 
 
+def test_folders_above_the_limit_tell_no_sources(
+    folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one of them, and not the other, says which source its documents are of."""
+    monkeypatch.setattr("moepp_megatron.data.datasets.MAX_SOURCES", 1)
+    train, _, _ = open_blends(folders, tmp_path, blend(folders, a=1, cd=1))
+    assert source_names(train) == ()
+    assert SOURCES not in next(batches(train, 0, 4, 0, 1, 8, vocab_size=257))
+
+
 def test_a_stage_added_on_resuming_leaves_what_was_drawn(folders, tmp_path: Path) -> None:
     """As long as no folder is read more than once, whatever is planned for later."""
     first = blend(folders, a=3, b=1)
@@ -152,7 +162,7 @@ def test_a_damaged_token_is_named(folders, tmp_path: Path) -> None:
     content.tofile(damaged / "corpus.bin")
     mine = folders | {"b": damaged}
     train, _, _ = open_blends(mine, tmp_path, blend(mine, a=1, b=1))
-    with pytest.raises(ConfigError, match=rf"data\.blend \({damaged}\) .* document \d+ is 300"):
+    with pytest.raises(ConfigError, match=rf"\[b\]\.path \({damaged}\) .* document \d+ is 300"):
         list(batches(train, 0, 4, 0, 1, 8, vocab_size=257))
 
 

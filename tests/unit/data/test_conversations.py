@@ -167,6 +167,15 @@ BAD: dict[str, tuple[Any, str]] = {
     "no messages": ({"text": "hm"}, "no list of messages under the key messages"),
     "not an object": ([1], "not a JSON object"),
     "half a surrogate": ({"messages": [turn("user", "\ud800")]}, "a message is not UTF-8 text"),
+    "half a surrogate beside": (
+        {"messages": [{**turn("user", "hm"), "name": "\ud800"}]},
+        "a message is not UTF-8 text",
+    ),
+    "tools": ({"messages": chat(1), "tools": [{"name": "search"}]}, "tools, which templates"),
+    "special token in a name": (
+        {"messages": [{**turn("user", "hm"), "name": "<|im_end|>"}, *chat(2)]},
+        "a message spells the special token <|im_end|>",
+    ),
     "too long": ({"messages": [*chat(1), turn("user", "so " * LENGTH)]}, "longer than 64 tokens"),
     "special token": (
         {"messages": [turn("user", "print <|im_end|>"), turn("assistant", "no")]},
@@ -183,6 +192,7 @@ def test_what_is_left_out_is_counted_by_reason(tokenizer_folder: Path, tmp_path:
     for _, reason in BAD.values():
         assert any(each.startswith(reason) for each in manifest.skipped_reasons), reason
     assert manifest.skipped_reasons["no message of the role assistant"] == 2
+    assert sum(manifest.skipped_reasons.values()) == manifest.skipped
     assert manifest.sources[0].documents == 1
     assert manifest.documents == 1
 
@@ -213,6 +223,40 @@ def test_another_template_is_another_folder(
         prepare(source, folder, text, Console(quiet=True))
 
 
+def test_reasons_stay_few(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """A template may tell each conversation another one."""
+    file = tmp_path / "template.jinja"
+    refusal = "{% if messages[0].content[-1] == '1' %}"
+    refusal += "{{ raise_exception('no\\n' ~ messages[0].content) }}"
+    file.write_text(refusal + "{% endif %}" + CHATML)
+    records = [
+        {"messages": [turn("user", f"{n} {n % 2}"), turn("assistant", "yes")]} for n in range(120)
+    ]
+    source = write(tmp_path / "chats.jsonl", records)
+    manifest = prepared(source, tokenizer_folder, tmp_path / "out", template=file).manifest
+    assert manifest.skipped_reasons["the template refuses it: no 1 1"] == 1
+    assert manifest.skipped_reasons["another reason"] == 10
+    assert len(manifest.skipped_reasons) == 51
+
+
+@pytest.mark.parametrize("trims", [False, True])
+def test_white_space_of_answers_is_learnt(
+    tokenizer_folder: Path, tmp_path: Path, trims: bool
+) -> None:
+    """Also where a post-processor such as Llama 3's takes it out of the tokens' spans."""
+    backend = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    if trims:
+        backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path, "<|im_end|>")
+    content = tokenizer.content()
+    answer = "  def f():\n\n    return 1\n\n"
+    template = ChatTemplate(CHATML, tokenizer, "it")
+    ids, learnt = template.encode([turn("user", " a "), turn("assistant", answer)])
+    assert tokenizer.decode(np.array(ids)[learnt].tolist()) == f"{answer}<|im_end|>"
+    assert tokenizer.content() == content
+
+
 TEMPLATES: dict[str, tuple[str, str]] = {
     "no program": ("{% for x in %}", "must be a Jinja template .line 1"),
     "refuses": (
@@ -223,6 +267,16 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "changes what was": (
         "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
         "changes earlier messages",
+    ),
+    "begins answers otherwise": (
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}think{% endif %}",
+        "or what begins an answer, when",
+    ),
+    "within a token": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        "an answer begins in the middle of a token",
     ),
     "without answers": ("{{ messages[0].content }}", "no token of an answer"),
 }
@@ -327,6 +381,10 @@ RUNS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
         "reset_attention_mask .false. must be",
     ),
     "loss": ({"data": {"eod_mask_loss": True}}, "data.eod_mask_loss .true. must be false with"),
+    "template": (
+        {"data": {"tokenizer": "elsewhere/tokenizer.json"}},
+        "data.tokenizer .elsewhere/tokenizer.json. must be null with data.path",
+    ),
     "length": ({"model": {"seq_length": 32}}, "model.seq_length .32. must be the --seq-length"),
     "capacity": (
         {"moe": VANILLA | {"capacity_factor": 1.0}},

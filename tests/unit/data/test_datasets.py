@@ -133,6 +133,19 @@ def test_cache_outside_does_not_outlive_a_replaced_dataset(corpus_file: Path, tm
     assert not torch.equal(*tokens)
 
 
+def test_a_cache_that_cannot_be_used_is_named(build, tmp_path):
+    build(cache_dir=tmp_path / "cache")
+    for file in (tmp_path / "cache").rglob("*train-shuffle_index.npy"):
+        file.write_bytes(file.read_bytes()[:-4])  # as a run leaves it that is killed
+    with pytest.raises(
+        ConfigError, match=rf"data\.cache \({tmp_path}/cache/.*damaged file .*remove"
+    ):
+        build(cache_dir=tmp_path / "cache")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"data\.cache .* cannot be written \(Not a directory\)"):
+        build(cache_dir=tmp_path / "file")
+
+
 def test_same_samples_under_torch_distributed(build, tmp_path):
     alone = build(cache_dir=tmp_path / "alone")[0]
     torch.distributed.init_process_group(

@@ -32,6 +32,26 @@ def test_text_files(tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+def test_a_file_that_has_gone_is_named(tmp_path: Path, name: str):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"{}") if name.endswith("gz") else b"{}")
+    (piece,) = plan_pieces(resolve_sources([str(path)]), "text")
+    path.unlink()
+    with pytest.raises(ConfigError, match=rf"{name} cannot be read \(No such file"):
+        list(read_piece(piece, "text"))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_jsonl_under_another_name_is_refused(tmp_path: Path, name: str):
+    lines = b'{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    with pytest.raises(ConfigError, match=rf"{name} must be a text, .* rename it to \.jsonl"):
+        read_all(tmp_path)
+    # Other keys, and files of one record, are texts as any.
+    assert read_all(tmp_path, "content") == [lines.decode()]
+
+
 def test_jsonl_records(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     lines = [

@@ -56,9 +56,15 @@ def test_sentencepiece_gives_its_ids(tmp_path: Path, kind: str, options: dict) -
     assert [given.tokenizer.encode(text) for text in texts] == own.encode(texts)
     assert (given.tokenizer.eod, given.tokenizer.eod_token) == (own.eos_id(), "</s>")
     assert given.tokenizer.vocab_size == own.vocab_size()
-    again = tmp_path / "tokenizer.json"
-    again.write_bytes(given.content)
-    assert Tokenizer.load(again, "</s>").encode(texts[0]) == own.encode(texts[0])
+    (tmp_path / "tokenizer.json").write_bytes(given.content)
+    again = Tokenizer.load(tmp_path / "tokenizer.json", "</s>")
+    assert again.encode(texts[0]) == own.encode(texts[0])
+    # As text it is none, but what a chat template spells ends the answer.
+    assert again.encode("yes</s>") == own.encode("yes</s>")
+    assert again.encode_with_spans("yes</s>", has_special_tokens=True)[0] == [
+        *own.encode("yes"),
+        own.eos_id(),
+    ]
 
 
 def test_a_conversion_with_other_ids_is_refused(tmp_path: Path) -> None:

@@ -115,7 +115,10 @@ def test_documents_of_several_sentences(tmp_path: Path, tokenizer: Tokenizer) ->
     assert len(train[0]["tokens"]) == 16
 
 
-def test_mistakes(pair, tmp_path: Path) -> None:
+def test_mistakes(pair, prepared, tmp_path: Path) -> None:
+    for inside in ("corpus", "corpus.bin"):
+        with pytest.raises(ConfigError, match=rf"must be the folder .* wrote; use {prepared}$"):
+            read_manifest(prepared / inside, "data.path")
     with pytest.raises(ConfigError, match=rf"must be the prefix of both files; use {pair}"):
         read_manifest(Path(f"{pair}.bin"), "data.path")
     Path(f"{pair}.idx").write_bytes(b"nonsense")

@@ -49,8 +49,10 @@ def test_default_tokenizer_is_too_small_for_the_paper_s_models(check, name: str)
     assert "set model.vocab_size=4096, or prepare the data with --vocab-size 65536" in warning
     assert "\n" not in warning
     assert check(config, 65536) == []
-    # Padded to a multiple, as published models are.
+    # Padded to a multiple, as published models are: also where that is much of a small model.
     assert check(config, 65530) == []
+    small = ("model.hidden_size=96", "model.ffn_hidden_size=96", "model.vocab_size=512")
+    assert check(config_of("quickstart.yaml", *small), 392) == []
 
 
 def test_the_numbers_are_what_the_smaller_model_saves(check):

@@ -73,6 +73,24 @@ def test_another_one_is_refused_with_both_hashes(folder: Path, other: Path):
     assert f"leave data.tokenizer out, or prepare the text again with --tokenizer {other}" in line
 
 
+def test_another_end_of_document_is_refused(folder: Path, tmp_path: Path):
+    """Of the same tokenizer: by another --eod-token, or by the file that names it."""
+    other = shutil.copytree(folder, tmp_path / "other")
+    content = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(content | {"eod_id": 5, "eod_token": "%"}))
+    blend = [{"path": str(each), "weight": 1.0} for each in (folder, other)]
+    message = r"\(.*other\) must end documents with <.endoftext.>, .* and ends them with %"
+    with pytest.raises(ConfigError, match=rf"data\.blend\[1\]\.path {message}"):
+        check_corpus_tokenizer(
+            config_of(data={"blend": blend}),
+            Manifest.read(other),
+            Folder("data.blend[1].path", other),
+        )
+    _check(other)
+    with pytest.raises(ConfigError, match=rf"data\.path {message}"):
+        _check(other, shutil.copy(folder / "tokenizer.json", tmp_path / "copy.json"))
+
+
 def test_another_one_in_the_folder_is_refused(folder: Path, other: Path):
     shutil.copy(other, folder / "tokenizer.json")
     with pytest.raises(ConfigError, match=r"data\.path .* must hold the tokenizer\.json that its"):

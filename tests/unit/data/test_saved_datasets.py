@@ -50,6 +50,35 @@ def test_save_to_disk_is_read_in_order(tmp_path: Path) -> None:
     assert whole == TEXTS[10:]
 
 
+def test_a_cache_of_the_package_is_refused(tmp_path: Path) -> None:
+    """It holds all splits, and a description that is no text."""
+    folder = save_to_disk(tmp_path / "saved", TEXTS)
+    (folder / "state.json").unlink()
+    with pytest.raises(ConfigError, match="and is a cache of the package datasets; load it"):
+        read_all(folder)
+
+
+def test_a_dataset_must_be_whole(tmp_path: Path) -> None:
+    folder = save_to_disk(tmp_path / "saved", TEXTS)
+    (folder / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(ConfigError, match=r"must hold all files .* data-00001-of-00002\.arrow is"):
+        read_all(folder)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_text_that_is_not_utf8_is_left_out(tmp_path: Path, kind: str) -> None:
+    """Whoever wrote the column has not checked it."""
+    raw = pa.array([b"good", b"bad \xff", None, "\u2116".encode()], pa.binary())
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())})
+    path = tmp_path / f"texts.{kind}"
+    if kind == "parquet":
+        parquet.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    assert read_all(path) == ["good", "\u2116"]
+
+
 def test_datasets_own_files(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="needs the package datasets")
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "one", num_shards=3)

@@ -40,7 +40,7 @@ def test_shares_are_those_drawn(folders: list[Path], tmp_path: Path) -> None:
     config = staged(folders)
     blends = blends_of(config)
     corpora = {real: Corpus(folder) for real, folder in folders_of(blends).items()}
-    *stages, whole = planned_shares(config, corpora)
+    *stages, whole = planned_shares(config, corpora, 32)
     tokenizer = Tokenizer.load(folders[0])
     train, _, _ = build_datasets(
         blends, tokenizer, 16, "80,20,0", 7, (32, 0, 0), cache_dir=tmp_path

@@ -1,4 +1,5 @@
 import os
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -113,3 +114,15 @@ def test_fingerprints_see_content_and_name(tmp_path: Path):
     after = content_fingerprint(changed)
     path.write_text("one")
     assert content_fingerprint(first) == content_fingerprint(touched) != after
+
+
+def test_what_has_been_prepared_is_no_text(prepared: Path, tmp_path: Path):
+    shutil.copytree(prepared, tmp_path / "texts" / "old")
+    for source in (tmp_path / "texts", tmp_path / "texts" / "old"):
+        with pytest.raises(
+            ConfigError, match=r"texts/old must be text, and is a folder that moepp"
+        ):
+            resolve_sources([str(source)])
+    (tmp_path / "texts" / "new.txt").write_text("text")
+    (source,) = resolve_sources([str(tmp_path / "texts")], exclude=tmp_path / "texts" / "old")
+    assert names(source) == ["new.txt"]

@@ -168,6 +168,33 @@ def test_other_shapes_are_refused_by_name(write, tmp_path: Path, sections, messa
         check_start(config_of(**sections, checkpoint={"load": str(tmp_path)}), tmp_path / "own")
 
 
+@pytest.mark.parametrize(
+    ("batch", "data", "is_refused"),
+    [
+        (4, {"blend": []}, False),
+        (4, {"blend": [{"path": "a", "weight": 1.0}]}, True),
+        (16, {"blend": [{"path": "a", "weight": 1.0}]}, False),
+        (16, {"path": "a", "stages": [{"from_step": 9, "blend": [{"path": "b", "weight": 1.0}]}]},
+         True),
+    ],
+)  # fmt: skip
+def test_what_is_drawn_is_counted_in_batches_of_one_size(
+    write, tmp_path: Path, batch: int, data: dict, is_refused: bool
+):
+    checkpoint = write(tmp_path, 5, data=data)
+    config = config_of(data=data, training={"global_batch_size": batch})
+    if is_refused:
+        message = rf"training.global_batch_size \({batch}\) must be that of .* \(8\)"
+        with pytest.raises(ConfigError, match=message):
+            check_compatible(checkpoint, config)
+    else:
+        check_compatible(checkpoint, config)
+    alone = {"load": "there", "load_optimizer": False}
+    check_compatible(
+        checkpoint, config.model_copy(update={"checkpoint": config_of(checkpoint=alone).checkpoint})
+    )
+
+
 def test_weights_alone_fit_every_optimizer(write, tmp_path: Path):
     sections = {"optimizer": {"kind": "lion"}, "parallel": {"use_distributed_optimizer": False}}
     config = config_of(**sections, checkpoint={"load": "there", "load_optimizer": False})
