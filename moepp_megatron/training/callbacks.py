@@ -214,8 +214,8 @@ def _check(name: str, callback: object) -> None:
     """
     if not isinstance(callback, Callback):
         raise ConfigError(
-            f"callback {name} ({type(callback).__name__}) must be a Callback; derive its "
-            "class from moepp_megatron.Callback, which an entry point names"
+            f"callback {name} ({type(callback).__name__}) must be a Callback; give an object of a "
+            "class derived from moepp_megatron.Callback, or such a class as the entry point"
         )
     moments = [method for method in vars(Callback) if method.startswith("on_")]
     for method in dir(callback):

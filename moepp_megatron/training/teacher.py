@@ -13,7 +13,7 @@ from moepp_megatron.training.checkpoint.find import find_checkpoint
 from moepp_megatron.training.checkpoint.names import CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILE
 from moepp_megatron.training.checkpoint.validity import plain_damage
 
-# What of the run's own settings a forward pass in its layout takes.
+# Settings of the run that decide how a forward pass is spread over its ranks.
 _LAYOUT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
