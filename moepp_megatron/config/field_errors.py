@@ -128,7 +128,7 @@ def _problem(
         return _bound_problem(name, field, first, value)
     if first["type"] == "literal_error":
         return _choice_problem(name, field, value)
-    if len(errors) > 1:
+    if len(errors) > 1 and isinstance(first["loc"][-1], str):  # the name of an alternative
         return Problem(
             name,
             value,
@@ -141,6 +141,8 @@ def _problem(
     if not in_list and isinstance(value, list | Mapping) and first["type"] != "list_type":
         kind = "list" if isinstance(value, list) else "mapping"
         remedy = f"give one value instead of a {kind}"
+    if in_list and first["type"] == "list_type":
+        remedy = "write it as [[a, b], [c, d]]"
     if in_list:
         rule = rule.replace("must be", "must be a list whose every entry is")
     return Problem(name, value, rule, remedy or "see the documentation")

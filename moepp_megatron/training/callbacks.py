@@ -189,7 +189,7 @@ class Callbacks:
         for name, callback in self._named:
             try:
                 callback.on_exception(self._state(), error)
-            except Exception:
+            except (Exception, SystemExit):
                 logger.exception("callback %s failed in on_exception", name)
 
     def _state(self) -> RunState:

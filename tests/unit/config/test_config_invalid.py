@@ -716,6 +716,11 @@ INVALID = [
         "optimizer.kind to adam",
     ),
     (["training.batch_ramp=[]"], "training.batch_ramp ([])", "[1000000, 16]]"),
+    (
+        ["training.batch_ramp=[0, 8]"],
+        "training.batch_ramp ([0, 8]) must be a list whose every entry is a list",
+        "write it as [[a, b], [c, d]]",
+    ),
     (["training.batch_ramp=[[0, 8, 1]]"], "training.batch_ramp ([[0, 8, 1]])", "use for example"),
     (
         ["training.batch_ramp=[[0, 8], [127, 16]]"],
@@ -1273,6 +1278,16 @@ IGNORED = [
         ["optimizer.wsd_decay_iters=5"],
         "optimizer.wsd_decay_iters (5)",
         "without optimizer.decay_style WSD",
+    ),
+    (
+        ["moe.num_constant_experts=0", "optimizer.groups.constants.lr_mult=2.0"],
+        "optimizer.groups.constants.lr_mult (2.0)",
+        "with moe.num_constant_experts 0",
+    ),
+    (
+        ["checkpoint.staging=/local"],
+        "checkpoint.staging ('/local')",
+        "where checkpoint.dir is a folder",
     ),
     (["optimizer.lion_beta1=0.9"], "optimizer.lion_beta1 (0.9)", "without optimizer.kind lion"),
     (
