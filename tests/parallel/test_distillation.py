@@ -268,7 +268,9 @@ def refusal_of(raw: dict[str, Any]) -> str:
 def test_resuming_takes_the_same_teacher_alone(
     ranks: RankPools, corpus: Path, tmp_path: Path
 ) -> None:
-    first = trainer_settings(corpus, tmp_path / "teacher", checkpoint={"save_interval": 1})
+    at_once = {"warmup_iters": 0}
+    saves = {"save_interval": 1}
+    first = trainer_settings(corpus, tmp_path / "teacher", optimizer=at_once, checkpoint=saves)
     first["training"]["train_iters"] = 2
     ranks(1).run(run_trainer, first)
     (older, newer) = sorted((tmp_path / "teacher/checkpoints").glob("step_*"))
@@ -277,6 +279,7 @@ def test_resuming_takes_the_same_teacher_alone(
         raw = trainer_settings(
             corpus,
             tmp_path / run,
+            optimizer=at_once,
             checkpoint={"save_interval": 2, "load": load},
             distillation={"teacher": str(teacher)},
         )
