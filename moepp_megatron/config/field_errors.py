@@ -131,7 +131,7 @@ def _problem(
         return _bound_problem(name, field, first, value)
     if first["type"] == "literal_error":
         return _choice_problem(name, field, value)
-    if len(errors) > 1:
+    if len(errors) > 1 and isinstance(first["loc"][-1], str):  # the name of an alternative
         return Problem(
             name,
             value,
@@ -145,6 +145,8 @@ def _problem(
     if not in_list and isinstance(value, list | Mapping) and wants_one:
         kind = "list" if isinstance(value, list) else "mapping"
         remedy = f"give one value instead of a {kind}"
+    if in_list and first["type"] == "list_type":
+        remedy = "write it as [[a, b], [c, d]]"
     if in_list:
         kinds = ("mapping", "value") if isinstance(value, Mapping) else ("list", "entry")
         rule = rule.replace("must be", "must be a {} whose every {} is".format(*kinds))

@@ -9,7 +9,8 @@ from typing import NamedTuple
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 # Of object storage; a path would keep one slash of two.
 _ADDRESS = re.compile(r"(s3|msc):/+([^/]*)(.*)")
-_PASSWORD = re.compile(r"(:/+)[^/@\s\"']*@")
+# Up to the last @: a secret of AWS may hold slashes, and what is written by hand anything.
+_PASSWORD = re.compile(r"(:/+)[^\s\"']*@")
 # Of Linux (limits.h): bytes of a name between two slashes, and of a whole path.
 _NAME_MAX, _PATH_MAX = 255, 4095
 

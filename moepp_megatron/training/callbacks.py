@@ -118,6 +118,7 @@ class Callbacks:
 
     Raises:
         ConfigError: A plugin cannot be imported, or one is no `Callback`.
+        CallbackError: One cannot be made.
     """
 
     def __init__(
@@ -130,15 +131,11 @@ class Callbacks:
         self._config, self._model, self._supervisor = config, model, supervisor
         self._named = [(type(callback).__name__, callback) for callback in given]
         for name in config.run.callbacks:
-            make = load_plugin("callbacks", "run.callbacks", name)
-            with unchanged(model):
-                self._named.append((name.removeprefix(PREFIX), make()))
+            make, bare = load_plugin("callbacks", "run.callbacks", name), name.removeprefix(PREFIX)
+            with unchanged(model), _failing_as(f"callback {bare} could not be made"):
+                self._named.append((bare, make()))
         for name, callback in self._named:
-            if not isinstance(callback, Callback):
-                raise ConfigError(
-                    f"callback {name} ({type(callback).__name__}) must be a Callback; derive its "
-                    "class from moepp_megatron.Callback, which an entry point names"
-                )
+            _check(name, callback)
 
     @contextmanager
     def following(self, progress: Callable[[], Progress], stop: StopRequest) -> Iterator[Callbacks]:
@@ -164,14 +161,13 @@ class Callbacks:
             CallbackError: One has raised.
         """
         for name, callback in self._named:
-            try:
-                with unchanged(self._model), self._supervisor.during(f"callback {name}"):
-                    getattr(callback, method)(self._state(), *arguments)
-            except Exception as error:
-                raise CallbackError(
-                    f"callback {name} failed in {method} after step {self._progress().step}: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+            what = f"callback {name} failed in {method} after step {self._progress().step}"
+            with (
+                _failing_as(what),
+                unchanged(self._model),
+                self._supervisor.during(f"callback {name}"),
+            ):
+                getattr(callback, method)(self._state(), *arguments)
 
     def tell_step(self, record: StepMetrics | None) -> None:
         """Tell of a step, with its record if it is logged, and of the evaluation in it."""
@@ -193,7 +189,7 @@ class Callbacks:
         for name, callback in self._named:
             try:
                 callback.on_exception(self._state(), error)
-            except Exception:
+            except (Exception, SystemExit):
                 logger.exception("callback %s failed in on_exception", name)
 
     def _state(self) -> RunState:
@@ -208,3 +204,32 @@ class Callbacks:
             self._model.models,
             self._stop.ask,
         )
+
+
+def _check(name: str, callback: object) -> None:
+    """Refuse what would never be called.
+
+    Raises:
+        ConfigError: It is no `Callback`, or has a method of a name that no moment has.
+    """
+    if not isinstance(callback, Callback):
+        raise ConfigError(
+            f"callback {name} ({type(callback).__name__}) must be a Callback; give an object of a "
+            "class derived from moepp_megatron.Callback, or such a class as the entry point"
+        )
+    moments = [method for method in vars(Callback) if method.startswith("on_")]
+    for method in dir(callback):
+        if method.startswith("on_") and method not in moments:
+            raise ConfigError(
+                f"callback {name} ({type(callback).__name__}) must have no method {method}, which "
+                f"nothing calls; use {', '.join(moments)}, or another name"
+            )
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """A context whose exceptions are a `CallbackError`; `sys.exit` is none that ends a rank."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise CallbackError(f"{what}: {type(error).__name__}: {error}") from error

@@ -164,7 +164,7 @@ def run_tasks(
         Scores by `TASK/METRIC`, or `TASK/METRIC/FILTER` where a task has filters.
     """
     model = _Model(score, tokenizer, max_length)
-    # It draws bars.
+    # lm-eval draws progress bars.
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
         found = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=False)
     return {

@@ -30,29 +30,14 @@ from moepp_megatron.model.megatron_config import params_dtype
 _MATRICES = "matrices"
 
 
-def _adam(settings: OptimizerSection) -> dict[str, Any]:
-    return {"optimizer": "adam"}
-
-
-def _muon(settings: OptimizerSection) -> dict[str, Any]:
-    names = ["momentum", "nesterov", "num_ns_steps", "scale_mode", "extra_scale_factor"]
-    names += ["fp32_matmul_prec", "tp_mode"]
-    return {"optimizer": "muon"} | {f"muon_{n}": getattr(settings, f"muon_{n}") for n in names}
-
-
-def _lion(settings: OptimizerSection) -> dict[str, Any]:
-    return {
-        "optimizer": "lion",
-        "lion_beta1": settings.lion_beta1,
-        "lion_beta2": settings.lion_beta2,
-    }
+def _named_after(kind: str, settings: OptimizerSection) -> dict[str, Any]:
+    names = [name for name in type(settings).model_fields if name.startswith(f"{kind}_")]
+    return {"optimizer": kind} | {name: getattr(settings, name) for name in names}
 
 
 # What `optimizer.kind` may name: Megatron's settings that are of this optimizer alone.
 OPTIMIZERS: dict[str, Callable[[OptimizerSection], dict[str, Any]]] = {
-    "adam": _adam,
-    "muon": _muon,
-    "lion": _lion,
+    kind: partial(_named_after, kind) for kind in ("adam", "muon", "lion")
 }
 
 
@@ -79,7 +64,8 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
     # several ranks hold (expert tensor ranks are fewer than tensor ranks) once for each of them.
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     by_layer = parallel.use_distributed_optimizer and is_emerging and ranks > 1
-    own = {key: getattr(settings, key) for key in ("adam_beta1", "adam_beta2", "adam_eps")}
+    # Adam trains the other parameters.
+    own = _named_after("adam", settings)
     own |= pick(OPTIMIZERS, "optimizer.kind", settings.kind, "optimizers")(settings)
     return OptimizerConfig(
         **own,

@@ -64,7 +64,7 @@ SCHEDULES = dict.fromkeys(
 
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate that step `step` (from 1) of a run trains with."""
-    # It sets the rate of every group of an optimizer, here of none.
+    # An optimizer without groups of parameters, since only the rate is asked for.
     schedule = build_schedule(config, SimpleNamespace(param_groups=[]))
     schedule.num_steps = step
     return float(schedule.get_lr({}))

@@ -2,15 +2,18 @@
 
 Rank 0 alone has the tasks and lm-eval. It sends the tokens that lm-eval asks about to the other
 ranks, and all of them score these together. Training goes on as if there had been no evaluation:
-random numbers and buffers are put back, and routers count nothing outside of training.
+random numbers and buffers are put back, and routers count nothing outside of training. It also goes
+on where a task fails that was tried before the run began, as by a perplexity beyond all numbers.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,17 @@ from moepp_megatron.model.stage import PipelineStage, evaluation_stages
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.checkpoint.agree import Agreement
+from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import unchanged
 from moepp_megatron.training.token_scores import Sequences, score_sequences
 
+logger = logging.getLogger(__name__)
+
 # Rows are as long as the next of its doublings, so that few lengths occur.
 _SHORTEST = 32
+# Of each rank at once: what is sent, and the time between two signs of progress, has a bound.
+_MICRO_BATCHES = 64
 
 
 class TaskEvaluation:
@@ -40,16 +48,24 @@ class TaskEvaluation:
         model: The wrapped model.
         layout: The rank grid.
         tokenizer: The tokenizer's file.
+        supervisor: Told of progress, since an evaluation may take hours.
 
     Raises:
         ConfigError: A task cannot be loaded; on rank 0.
     """
 
     def __init__(
-        self, config: Config, model: TrainingModel, layout: Layout, tokenizer: Path
+        self,
+        config: Config,
+        model: TrainingModel,
+        layout: Layout,
+        tokenizer: Path,
+        supervisor: Supervisor,
     ) -> None:
         self._config, self._model, self._layout = config, model, layout
-        self._agreement = Agreement()
+        self._supervisor, self._agreement = supervisor, Agreement()
+        self._stages: list[PipelineStage] = []
+        self._is_scoring = False
         self._tasks: Any = None
         if dist.get_rank() == 0:
             from moepp_megatron.training.lm_eval_tasks import load_tasks
@@ -58,68 +74,75 @@ class TaskEvaluation:
             with unchanged(model):
                 self._tasks = load_tasks(config)
 
-    def scores(self) -> dict[str, float]:
-        """Evaluate the present model; scores by `TASK/METRIC` on every rank."""
+    def scores(self) -> dict[str, float] | None:
+        """Evaluate the present model.
+
+        Returns:
+            Scores by `TASK/METRIC` on every rank; None if lm-eval has failed, which is logged.
+        """
         model = self._model
-        with unchanged(model), model.gathered_parameters(), _without_limits(model.models):
-            stages = evaluation_stages(model.models, self._config)
+        with (
+            self._supervisor.during("evaluation"),
+            unchanged(model),
+            model.gathered_parameters(),
+            _without_limits(model.models),
+        ):
+            self._stages = evaluation_stages(model.models, self._config)
             try:
-                found = self._lead(stages) if dist.get_rank() == 0 else self._follow(stages)
+                return self._lead() if dist.get_rank() == 0 else self._follow()
             finally:
                 model.set_training(True)
-        return found
 
-    def _lead(self, stages: list[PipelineStage]) -> dict[str, float]:
+    def _lead(self) -> dict[str, float] | None:
         from moepp_megatron.training.lm_eval_tasks import run_tasks
 
-        def score(rows: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-            return self._score(stages, rows)
-
         settings = self._config
-        found: dict[str, float] | str
+        length, limit = settings.model.seq_length, settings.evaluation.limit
+        found: dict[str, float] | None = None
         try:
-            found = run_tasks(
-                self._tasks,
-                score,
-                self._tokenizer,
-                settings.model.seq_length,
-                settings.evaluation.limit,
-            )
-        except Exception as error:
-            self._agreement.from_first(f"{type(error).__name__}: {error}")
-            raise
+            found = run_tasks(self._tasks, self._score, self._tokenizer, length, limit)
+        except Exception:
+            if self._is_scoring:
+                # The model has failed, and other ranks may be in the middle of a collective.
+                raise
+            logger.exception("evaluation.tasks failed; training goes on without these scores")
         self._agreement.from_first(found)
         return found
 
-    def _follow(self, stages: list[PipelineStage]) -> dict[str, float]:
+    def _follow(self) -> dict[str, float] | None:
         while isinstance(sent := self._agreement.from_first(None), Sequences):
-            score_sequences(stages, sent)
-        if isinstance(sent, str):
-            raise RuntimeError(f"evaluation.tasks failed on rank 0: {sent}")
-        found: dict[str, float] = sent
+            self._score_together(sent)
+        found: dict[str, float] | None = sent
         return found
 
-    def _score(
-        self, stages: list[PipelineStage], rows: Sequence[Sequence[int]]
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _score_together(self, sequences: Sequences) -> dict[str, np.ndarray] | None:
+        with self._supervisor.during("evaluation"):
+            return score_sequences(self._stages, sequences)
+
+    def _score(self, rows: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Log-probabilities of the tokens after the first of each row, and which are likeliest."""
         by_length: dict[int, list[int]] = defaultdict(list)
         for number, row in enumerate(rows):
             by_length[self._padded(len(row) - 1)].append(number)
         answers: list[Any] = [None] * len(rows)
+        self._is_scoring = True
         # The longest first: what does not fit into memory shows at once.
         for padded in sorted(by_length, reverse=True):
-            numbers = by_length[padded]
-            sequences = self._sequences([rows[number] for number in numbers], padded)
-            self._agreement.from_first(sequences)
-            scores = score_sequences(stages, sequences)
-            assert scores is not None, "rank 0 has the scores"
-            for place, number in enumerate(numbers):
-                length = len(rows[number]) - 1
-                answers[number] = (
-                    scores["token_logprobs"][place, :length],
-                    scores["is_likeliest"][place, :length],
-                )
+            # As many tokens in a micro-batch as training has.
+            training = self._config.training
+            most = max(1, training.micro_batch_size * self._config.model.seq_length // padded)
+            for numbers in batched(by_length[padded], most * self._layout.dp * _MICRO_BATCHES):
+                sequences = self._sequences([rows[number] for number in numbers], padded, most)
+                self._agreement.from_first(sequences)
+                scores = self._score_together(sequences)
+                assert scores is not None, "rank 0 has the scores"
+                for place, number in enumerate(numbers):
+                    length = len(rows[number]) - 1
+                    answers[number] = (
+                        scores["token_logprobs"][place, :length],
+                        scores["is_likeliest"][place, :length],
+                    )
+        self._is_scoring = False
         return answers
 
     def _padded(self, length: int) -> int:
@@ -130,15 +153,13 @@ class TaskEvaluation:
             padded *= 2
         return min(padded, self._config.model.seq_length)
 
-    def _sequences(self, rows: Sequence[Sequence[int]], padded: int) -> Sequences:
+    def _sequences(self, rows: Sequence[Sequence[int]], padded: int, most: int) -> Sequences:
         input_ids = np.zeros((len(rows), padded), dtype=np.int64)
         labels = np.zeros_like(input_ids)
         for place, row in enumerate(rows):
             input_ids[place, : len(row) - 1], labels[place, : len(row) - 1] = row[:-1], row[1:]
-        # As many tokens at once as training has.
-        most = self._config.training.micro_batch_size * self._config.model.seq_length // padded
         per_replica = -(-len(rows) // self._layout.dp)
-        return Sequences(input_ids, padded, labels, max(1, min(most, per_replica)))
+        return Sequences(input_ids, padded, labels, min(most, per_replica))
 
 
 @contextmanager

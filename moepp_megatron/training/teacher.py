@@ -13,7 +13,7 @@ from moepp_megatron.training.checkpoint.find import find_checkpoint
 from moepp_megatron.training.checkpoint.names import CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILE
 from moepp_megatron.training.checkpoint.validity import plain_damage
 
-# What of the run's own settings a forward pass in its layout takes.
+# Settings of the run that decide how a forward pass is spread over its ranks.
 _LAYOUT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -93,6 +93,8 @@ def _find(name: str, config: Config) -> Path:
 def _in_layout(saved: Config, config: Config) -> Config:
     """The teacher's model, with what a forward pass beside the run's model takes from the run."""
     shape = saved.model.model_dump(mode="json", exclude_unset=True)
+    # Its further tokens teach nothing.
+    shape.pop("mtp_num_layers", None)
     moe = saved.moe.model_dump(mode="json", exclude_unset=True)
     # What acts in training alone, or makes a token's logits depend on the others in the batch.
     for key in ("budget", "capacity_factor", "input_jitter_eps"):

@@ -28,6 +28,7 @@ from moepp_megatron.training.checkpoint import (
     lack_of_room,
     read_checkpoint,
 )
+from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.data_stages import DataStages
@@ -110,7 +111,8 @@ class Trainer:
         self._recorder = StepRecorder(config, layout, self.model)
         self._tasks: TaskEvaluation | None = None
         if config.evaluation.tasks:
-            self._tasks = TaskEvaluation(config, self.model, layout, self._tokenizer)
+            parts = (self.model, layout, self._tokenizer, self._supervisor)
+            self._tasks = TaskEvaluation(config, *parts)
         self._callbacks = Callbacks(config, self.model, self._supervisor, callbacks)
 
     def run(self) -> StepMetrics | None:
@@ -362,8 +364,7 @@ class Trainer:
                 validation = self._validation.losses(self.model, self.config, self.layout)
         if self._does_tasks():
             assert self._tasks is not None, "there are tasks to do"
-            with self._supervisor.during("evaluation"):
-                validation["task_score"] = self._tasks.scores()
+            validation["task_score"] = self._tasks.scores()
         ffn_fraction: float = routing["ffn_fraction"]
         telemetry = self._telemetry.metrics(self.progress.tokens, tokens / elapsed, ffn_fraction)
         return StepMetrics(
@@ -395,9 +396,10 @@ class Trainer:
         return planned_samples(self.config), validation, 0
 
     def _teach(self) -> Distillation | None:
-        teacher = TeacherModel.of(self.config)
-        if teacher is None:
+        if self.config.distillation.teacher is None:
             return None
+        # A run that teaches may save between the looks of two ranks.
+        teacher = Agreement().from_first(TeacherModel.of(self.config))
         with unchanged(self.model):
             return Distillation(self.config, teacher)
 

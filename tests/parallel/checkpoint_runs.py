@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ class Messages(logging.Handler):
         logging.getLogger("moepp_megatron").removeHandler(self)
 
 
-def run_trainer(raw: dict[str, Any]) -> list[str]:
-    """A whole `Trainer` run on this rank; returns what it logged."""
+def trainer_of(raw: dict[str, Any], callbacks: Sequence[Any] = ()) -> Any:
+    """A `Trainer` on this rank."""
     import torch.distributed as dist
 
     from moepp_megatron.config import Layout, parse_config
@@ -42,8 +43,13 @@ def run_trainer(raw: dict[str, Any]) -> list[str]:
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())
     build_groups(config, layout)
+    return Trainer(config, layout, callbacks)
+
+
+def run_trainer(raw: dict[str, Any]) -> list[str]:
+    """A whole `Trainer` run on this rank; returns what it logged."""
     with Messages() as messages:
-        Trainer(config, layout).run()
+        trainer_of(raw).run()
     return messages
 
 

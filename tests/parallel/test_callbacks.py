@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import yaml
 
@@ -12,52 +16,21 @@ from moepp_megatron import Callback, ConfigError, train
 from tests.commands import module, moepp
 from tests.example_plugins import install, write_entry_points
 from tests.faults.harness import write_config
+from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_of
+from tests.parallel.ranks import RankPools
 
-# Writes what it is told to a file for each rank, and disturbs what it may disturb.
-RECORDER = """
-import random
-import numpy
-import torch
+# What an installed package has: one fails on rank 0 while the other ranks go on.
+PACKAGE = """
 from moepp_megatron import Callback
 
 
-class Recorder(Callback):
-    def note(self, run, *words):
-        random.random(), numpy.random.rand(), torch.rand(3)
-        with (run.folder / f"told{run.rank}").open("a") as file:
-            print(run.step, *words, file=file)
-
-    def on_start(self, run):
-        self.note(run, "start", run.world_size, len(run.models))
-
+class Failing(Callback):
     def on_step(self, run, metrics):
-        self.note(run, "step", None if metrics is None else metrics.loss)
-        if run.step in self.fails:
+        if run.step == 3 and run.rank == 0:
             raise OSError("no room\\nleft")
-        if run.step == self.stops and run.rank == 1:
-            run.stop()
-
-    def on_evaluation(self, run, results):
-        self.note(run, "evaluation", *results)
-
-    def on_save(self, run, checkpoint):
-        self.note(run, "save", checkpoint.name, (checkpoint / "integrity.json").is_file())
 
     def on_exception(self, run, error):
-        self.note(run, "exception", type(error).__name__)
-
-    def on_end(self, run):
-        self.note(run, "end")
-
-    fails, stops = (), None
-
-
-class Failing(Recorder):
-    fails = (3,)
-
-
-class Stopping(Recorder):
-    stops = 2
+        (run.folder / f"told{run.rank}").write_text(f"{run.step} {type(error).__name__}")
 
 
 class AlsoFailing(Callback):
@@ -70,9 +43,7 @@ def nothing():
 """
 ONE = "parallel.expert_model_parallel_size=1"
 NAMES = {
-    "recorder": "told_callbacks:Recorder",
     "failing": "told_callbacks:Failing",
-    "stopping": "told_callbacks:Stopping",
     "also_failing": "told_callbacks:AlsoFailing",
     "nothing": "told_callbacks:nothing",
 }
@@ -83,7 +54,7 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "installed"
     folder.mkdir()
     install(folder)
-    (folder / "told_callbacks.py").write_text(RECORDER)
+    (folder / "told_callbacks.py").write_text(PACKAGE)
     write_entry_points(folder, {"moepp_megatron.callbacks": NAMES}, "told")
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
     return folder
@@ -103,39 +74,81 @@ def config(tmp_path: Path, corpus: Path) -> Path:
     return path
 
 
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+def settings_of(config: Path, run: Path) -> dict[str, Any]:
+    return {**yaml.safe_load(config.read_text()), "run": {"dir": str(run)}}
 
 
-def told(run: Path, rank: int) -> list[list[str]]:
-    return [line.split() for line in (run / f"told{rank}").read_text().splitlines()]
+class Recorder(Callback):
+    """Notes what it is told, and disturbs what it may disturb.
+
+    Args:
+        stops: The step after which rank 1 asks for the end.
+    """
+
+    def __init__(self, stops: int | None = None) -> None:
+        self.told: list[tuple[Any, ...]] = []
+        self.stops = stops
+
+    def note(self, run: Any, *what: object) -> None:
+        import torch
+
+        random.random(), np.random.rand(), torch.rand(3)
+        self.told.append((run.step, *what))
+
+    def on_start(self, run: Any) -> None:
+        self.note(run, "start", run.world_size, len(run.models))
+
+    def on_step(self, run: Any, metrics: Any) -> None:
+        self.note(run, "step", None if metrics is None else metrics.loss)
+        if run.step == self.stops and run.rank == 1:
+            run.stop()
+
+    def on_evaluation(self, run: Any, results: Any) -> None:
+        self.note(run, "evaluation", *results)
+
+    def on_save(self, run: Any, checkpoint: Path) -> None:
+        self.note(run, "save", checkpoint.name, (checkpoint / "integrity.json").is_file())
+
+    def on_end(self, run: Any) -> None:
+        self.note(run, "end")
 
 
-def test_what_callbacks_are_told(config: Path, plugins: Path, tmp_path: Path) -> None:
-    plain = moepp("train", config, f"run.dir={tmp_path / 'plain'}", "--nproc", 2)
-    assert plain.returncode == 0, plain.stderr
-    done = moepp("train", config, "run.callbacks=[recorder]", "--nproc", 2)
-    assert done.returncode == 0, done.stderr
-    expected = losses(tmp_path / "plain")
+def told(raw: dict[str, Any], stops: int | None = None) -> tuple[list[tuple[Any, ...]], bool]:
+    """What a callback is told, and whether the run was stopped."""
+    recorder = Recorder(stops)
+    trainer = trainer_of(raw, [recorder])
+    trainer.run()
+    return recorder.told, trainer.stopped
+
+
+def test_what_callbacks_are_told(ranks: RankPools, config: Path, tmp_path: Path) -> None:
+    ranks(2).run(run_trainer, settings_of(config, tmp_path / "plain"))
+    expected = logged(tmp_path / "plain")
+    zero, one = ranks(2).run(told, settings_of(config, tmp_path / "run"))
     # Their random numbers are their own.
-    assert losses(tmp_path / "run") == expected
+    assert logged(tmp_path / "run") == expected
     lines = [
-        ["0", "start", "2", "1"],
-        ["1", "step", "None"],
-        ["2", "step", str(expected[0])],
-        ["2", "save", "step_00000002", "True"],
-        ["3", "step", "None"],
-        ["4", "evaluation", "valid_loss"],
-        ["4", "step", str(expected[1])],
-        ["4", "save", "step_00000004", "True"],
-        ["4", "end"],
+        (0, "start", 2, 1),
+        (1, "step", None),
+        (2, "step", expected[0]),
+        (2, "save", "step_00000002", True),
+        (3, "step", None),
+        (4, "evaluation", "valid_loss"),
+        (4, "step", expected[1]),
+        (4, "save", "step_00000004", True),
+        (4, "end"),
     ]
-    assert told(tmp_path / "run", 0) == told(tmp_path / "run", 1) == lines
+    assert zero == one == (lines, False)
+
+
+def test_one_rank_may_ask_to_stop(ranks: RankPools, config: Path, tmp_path: Path) -> None:
+    for lines, stopped in ranks(2).run(told, settings_of(config, tmp_path / "run"), stops=2):
+        assert lines[-2:] == [(2, "save", "step_00000002", True), (2, "end")]
+        assert stopped
 
 
 def test_a_callback_that_raises(config: Path, plugins: Path, tmp_path: Path) -> None:
-    plain = moepp("train", config, f"run.dir={tmp_path / 'plain'}", "--nproc", 2)
-    assert plain.returncode == 0, plain.stderr
+    """On one rank, while the other goes on to the next step and waits there."""
     names = "run.callbacks=[also_failing, failing]"
     failed = moepp("train", config, names, "--nproc", 2)
     assert failed.returncode == 1
@@ -144,57 +157,95 @@ def test_a_callback_that_raises(config: Path, plugins: Path, tmp_path: Path) -> 
         in failed.stderr
     )
     assert "callback also_failing failed in on_exception" in failed.stderr
-    ends = told(tmp_path / "run", 0)[-2:]
-    assert [line[1] for line in ends] == ["step", "exception"]
-    assert ends[-1] == ["3", "exception", "CallbackError"]
+    assert (tmp_path / "run" / "told0").read_text() == "3 CallbackError"
     went_on = moepp("train", config, "--resume", "--nproc", 2)
     assert went_on.returncode == 0, went_on.stderr
-    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+    assert "resumed from step 2" in went_on.stdout
+    assert logged(tmp_path / "run", "step") == [2, 4]
 
 
-def test_one_rank_may_ask_to_stop(config: Path, plugins: Path, tmp_path: Path) -> None:
-    done = moepp("train", config, "run.callbacks=[stopping]", "--nproc", 2)
-    assert done.returncode == 75, done.stderr
-    ends = [["2", "save", "step_00000002", "True"], ["2", "end"]]
-    assert [told(tmp_path / "run", rank)[-2:] for rank in (0, 1)] == [ends, ends]
+class Leaving(Callback):
+    """Ends the process as a script does."""
+
+    def on_start(self, run: Any) -> None:
+        raise SystemExit(0)
+
+
+class Misspelt(Callback):
+    def on_steps(self, run: Any) -> None:
+        pass
+
+
+class Demanding(Callback):
+    def __init__(self, folder: Path) -> None:
+        pass
+
+
+def refusals(raw: dict[str, Any]) -> list[str]:
+    """What is said of callbacks that cannot be called, or would end a rank without a word."""
+    from moepp_megatron.training import callbacks
+    from moepp_megatron.training.callbacks import CallbackError, Callbacks
+
+    trainer = trainer_of(raw, [Leaving()])
+    with pytest.raises(CallbackError) as left:
+        trainer.run()
+    config = trainer.config
+    with pytest.raises(ConfigError) as misspelt:
+        Callbacks(config, trainer.model, trainer._supervisor, [Misspelt()])
+    named = config.model_copy(update={"run": config.run.model_copy(update={"callbacks": ["x"]})})
+    with (
+        mock.patch.object(callbacks, "load_plugin", return_value=Demanding),
+        pytest.raises(CallbackError) as demanding,
+    ):
+        Callbacks(named, trainer.model, trainer._supervisor)
+    return [str(raised.value) for raised in (left, misspelt, demanding)]
+
+
+def test_what_a_callback_may_not_be(ranks: RankPools, config: Path, tmp_path: Path) -> None:
+    raw = settings_of(config, tmp_path / "run")
+    ((left, misspelt, demanding),) = ranks(1).run(refusals, raw | {"parallel": {}})
+    assert left == "callback Leaving failed in on_start after step 0: SystemExit: 0"
+    assert misspelt == (
+        "callback Misspelt (Misspelt) must have no method on_steps, which nothing calls; use "
+        "on_start, on_step, on_evaluation, on_save, on_exception, on_end, or another name"
+    )
+    assert demanding.startswith("callback x could not be made: TypeError: Demanding.__init__()")
 
 
 def test_what_is_no_callback(config: Path, plugins: Path) -> None:
     done = moepp("train", config, ONE, "run.callbacks=[nothing]")
     assert done.returncode == 2
     assert (
-        "error: callback nothing (dict) must be a Callback; derive its class from "
-        "moepp_megatron.Callback, which an entry point names" in done.stderr
+        "error: callback nothing (dict) must be a Callback; give an object of a class derived from "
+        "moepp_megatron.Callback, or such a class as the entry point" in done.stderr
     )
-    done = moepp("train", config, ONE, "run.callbacks=[plugin:recoder]", "--dry-run")
+    done = moepp("train", config, ONE, "run.callbacks=[plugin:noting]", "--dry-run")
     assert done.returncode == 2
-    assert done.stderr.endswith("use recorder\n")
+    assert done.stderr.endswith("use nothing\n")
 
 
-def test_the_example_package(
-    config: Path, plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_example_package(config: Path, plugins: Path, tmp_path: Path) -> None:
     names = (
         "optimizer.kind=adam_l2", "optimizer.decay_style=inverse_root", "data.dataset=one_batch",
         "observe.sinks=[csv]", "run.callbacks=[patience]",
     )  # fmt: skip
-    steps = ("training.train_iters=8", "training.eval_interval=1", "training.log_interval=1")
+    steps = ("training.eval_interval=1", "training.log_interval=1")
     done = moepp("train", config, ONE, *names, *steps, "optimizer.warmup_iters=2")
     assert done.returncode in (0, 75), done.stderr
     run = tmp_path / "run"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = [record["lr"] for record in records]
-    assert rates[:4] == pytest.approx([5e-4, 1e-3, 1e-3 * (2 / 3) ** 0.5, 1e-3 * (2 / 4) ** 0.5])
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3 * (2 / 3) ** 0.5, 1e-3 * (2 / 4) ** 0.5])
     rows = [line.split(",") for line in (run / "losses.csv").read_text().splitlines()]
     assert [(int(step), float(loss)) for step, loss in rows] == [
         (record["step"], record["loss"]) for record in records
     ]
     written = yaml.safe_load((run / "config.yaml").read_text())
     assert written["optimizer"]["kind"] == "plugin:adam_l2"
-    # The run's report needs no plugin.
-    monkeypatch.setenv("PYTHONPATH", "")
-    done = moepp("report", run)
-    assert done.returncode == 0, done.stderr
+    from moepp_megatron.workbench.report import build_report
+
+    # The run's report needs no plugin: this process has none.
+    build_report(run)
 
 
 def test_callbacks_of_a_program(config: Path, tmp_path: Path) -> None:
@@ -205,14 +256,14 @@ def test_callbacks_of_a_program(config: Path, tmp_path: Path) -> None:
         "class Steps(moepp.Callback):\n"
         "    def on_step(self, run, metrics):\n"
         "        print('told', run.rank, run.step, flush=True)\n"
-        "moepp.train(sys.argv[1], 'training.train_iters=2', callbacks=[Steps()])\n"
+        "moepp.train(sys.argv[1], 'training.train_iters=1', callbacks=[Steps()])\n"
     )
     done = module(
         "torch.distributed.run", "--standalone", "--nproc-per-node=2", program, config, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("told")]
-    assert sorted(said) == ["told 0 1", "told 0 2", "told 1 1", "told 1 2"]
+    assert sorted(said) == ["told 0 1", "told 1 1"]
 
 
 def test_objects_are_not_handed_to_other_processes(config: Path) -> None:

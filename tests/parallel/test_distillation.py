@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
-from tests.parallel.checkpoint_runs import logged, run_trainer, train_between, trainer_settings
+from moepp_megatron.training import teacher
+from tests.parallel.checkpoint_runs import (
+    logged,
+    run_trainer,
+    train_between,
+    trainer_of,
+    trainer_settings,
+)
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_expert_overlap import EP2, STAGES, both
-from tests.parallel.training_runs import Run, assemble, compare, difference, settings, train
+from tests.parallel.training_runs import (
+    PP2,
+    Run,
+    assemble,
+    compare,
+    difference,
+    settings,
+    short,
+    train,
+)
 
 TOKENS, COLUMNS = 6, 20
 # As in test_cross_entropy.py: a dozen fp32 operations, and sums in another order.
@@ -70,11 +87,12 @@ def test_shares_of_the_vocabulary(
 
 @pytest.fixture(scope="module")
 def teachers(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Checkpoints: the students' own shape, another depth, and one without new experts."""
+    """Checkpoints: the students' own shape, other depths, and one without new experts."""
     folder = tmp_path_factory.mktemp("teachers")
     shapes: dict[str, dict[str, Any]] = {
         "same": {"moe": {"gating_residual": True}},
         "deeper": {"model": {"num_layers": 6}},
+        "further": {"model": {"mtp_num_layers": 1}},
         "vanilla": {
             "moe": {
                 "num_ffn_experts": 4,
@@ -87,7 +105,7 @@ def teachers(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> dict
     }
     for name, sections in shapes.items():
         raw = settings(**sections, training={"seed": 11})
-        ranks(1).run(train_between, raw, folder / name, 2)
+        ranks(1).run(train_between, raw, folder / name, 1)
     return {name: folder / name for name in shapes}
 
 
@@ -95,8 +113,7 @@ def distilled(
     ranks: RankPools, size: int, teacher: Path, kind: dict[str, Any] | None = None, **sections: Any
 ) -> Run:
     distillation = {"teacher": str(teacher), "weight": 0.7, **(kind or {})}
-    raw = settings(**sections, distillation=distillation)
-    return assemble(ranks(size).run(train, raw, 3))
+    return assemble(ranks(size).run(train, short(**sections, distillation=distillation), 2))
 
 
 # MoE layers need sequence parallelism beside tensor parallelism.
@@ -187,7 +204,7 @@ def test_weight_0_changes_no_bit(ranks: RankPools, teachers: dict[str, Path], si
     sections: dict[str, Any] = {}
     if size == 2:
         sections["parallel"] = {"pipeline_model_parallel_size": 2}
-    without = assemble(ranks(size).run(train, settings(**sections), 3))
+    without = assemble(ranks(size).run(train, short(**sections), 2))
     measured = distilled(ranks, size, teachers["deeper"], {"weight": 0.0}, **sections)
     assert measured.losses == without.losses
     assert measured.grad_norms == without.grad_norms
@@ -222,11 +239,39 @@ def test_the_gradient_is_that_of_the_sum(ranks: RankPools, teachers: dict[str, P
     assert np.abs(divergence.gradients[name]).max() > 0
 
 
+def test_a_teacher_teaches_the_next_token_alone(
+    ranks: RankPools, teachers: dict[str, Path]
+) -> None:
+    """Its layers of further tokens have no place in the run's stages, and need none."""
+    one = distilled(ranks, 1, teachers["further"])
+    stages = {**PP2, "pipeline_model_parallel_layout": "Ettt|tL"}
+    two = distilled(ranks, 2, teachers["further"], parallel=stages)
+    compare(two, one, LAYOUT)
+    assert two.divergences == pytest.approx(one.divergences, rel=LAYOUT)
+
+
+def teacher_of_all(raw: dict[str, Any], seen: list[Path]) -> str:
+    """Which one teaches where each rank sees another checkpoint of a run as its newest."""
+    import torch.distributed as dist
+
+    with mock.patch.object(teacher, "_find", return_value=seen[dist.get_rank()]):
+        identity: str = trainer_of(raw)._distillation.state()["teacher"]
+    return identity
+
+
+def refusal_of(raw: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as refused:
+        trainer_of(raw)
+    return str(refused.value)
+
+
 def test_resuming_takes_the_same_teacher_alone(
     ranks: RankPools, corpus: Path, tmp_path: Path
 ) -> None:
-    first = trainer_settings(corpus, tmp_path / "teacher", checkpoint={"save_interval": 3})
-    first["training"]["train_iters"] = 6
+    at_once = {"warmup_iters": 0}
+    saves = {"save_interval": 1}
+    first = trainer_settings(corpus, tmp_path / "teacher", optimizer=at_once, checkpoint=saves)
+    first["training"]["train_iters"] = 2
     ranks(1).run(run_trainer, first)
     (older, newer) = sorted((tmp_path / "teacher/checkpoints").glob("step_*"))
 
@@ -234,20 +279,24 @@ def test_resuming_takes_the_same_teacher_alone(
         raw = trainer_settings(
             corpus,
             tmp_path / run,
+            optimizer=at_once,
             checkpoint={"save_interval": 2, "load": load},
             distillation={"teacher": str(teacher)},
         )
         raw["training"] |= {"train_iters": iters, "seed": 5}
         return raw
 
-    ranks(1).run(run_trainer, student("whole", newer, 6))
-    ranks(1).run(run_trainer, student("half", newer, 4))
-    ranks(1).run(run_trainer, student("half", newer, 6, "auto"))
+    ranks(1).run(run_trainer, student("whole", newer, 4))
+    ranks(1).run(run_trainer, student("half", newer, 2))
+    ranks(1).run(run_trainer, student("half", newer, 4, "auto"))
     for key in ("loss", "distillation_loss"):
         assert logged(tmp_path / "half", key) == logged(tmp_path / "whole", key)
     assert min(logged(tmp_path / "whole", "distillation_loss")) > 0
-    with pytest.raises(Exception, match="must be the one that this run was taught by"):
-        ranks(1).run(run_trainer, student("half", older, 8, "auto"))
+    (refused,) = ranks(1).run(refusal_of, student("half", older, 6, "auto"))
+    assert "must be the one that this run was taught by" in refused
+    raw = student("other", tmp_path / "teacher", 2)
+    identities = ranks(2).run(teacher_of_all, raw, [newer, older])
+    assert len(set(identities)) == 1
 
 
 @pytest.mark.parametrize("stages", ["plain", "interleaved"])

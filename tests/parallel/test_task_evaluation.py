@@ -1,11 +1,17 @@
-"""Tasks of lm-eval on the running model: the scores of the export, and training as without them."""
+"""Tasks of lm-eval on the running model: the scores of the export, and training as without them.
+
+What is wrong with a task is tested in tests/unit/training/test_lm_eval_tasks.py.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,34 +19,15 @@ import yaml
 
 from moepp_megatron.data.tokenizer import Tokenizer
 from tests.commands import moepp
-from tests.faults.harness import write_config
+from tests.lm_eval_tasks import LAST, SQUARE, write_task
+from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import EP2, PP2, TP2
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'lm-eval')")
+# To import it takes seconds, which the ranks spend already.
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("lm-eval is not installed (pip install 'lm-eval')", allow_module_level=True)
 
-CHOICE = {
-    "task": "square",
-    "dataset_path": "json",
-    "dataset_kwargs": {"data_files": {"test": "square.jsonl"}},
-    "test_split": "test",
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "{{choices}}",
-    "doc_to_target": "answer",
-    "target_delimiter": "",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}
-LAST = {
-    "task": "last",
-    "dataset_path": "json",
-    "dataset_kwargs": {"data_files": {"test": ["last.jsonl"]}},
-    "test_split": "test",
-    "output_type": "loglikelihood",
-    "doc_to_text": "{{text}}",
-    "doc_to_target": " {{last}}",
-    "metric_list": [
-        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-    ],
-}
 DOCUMENTS = {
     "square": [
         {
@@ -53,30 +40,32 @@ DOCUMENTS = {
     # Of lengths around the 32 tokens that the model reads at once.
     "last": [{"text": " and lines;" * (i + 1), "last": f"words {i}"} for i in range(9)],
 }
+LIMIT = {"capacity_factor": 1.0}
 
 
-@pytest.fixture
-def tasks(tmp_path: Path) -> Path:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    for name, task in (("square", CHOICE), ("last", LAST)):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
-        lines = [json.dumps(document) for document in DOCUMENTS[name]]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    for task in (SQUARE, LAST):
+        write_task(folder, task, DOCUMENTS[task["task"]])
     (folder / "_common.yaml").write_text("no: task\n")
     return folder
 
 
-def configuration(path: Path, corpus: Path, ranks: int) -> Path:
-    """Four steps with noise and the guard, saved after the second and the fourth."""
-    write_config(
-        path, corpus, path.parent / "run", ranks, save_interval=2, train_iters=4, log_interval=2
+def settings_of(corpus: Path, run: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """Two steps with noise and the guard, saved and logged after the second."""
+    training = {"train_iters": 2, "log_interval": 2}
+    moe = {"num_ffn_experts": 4, "input_jitter_eps": 0.1, **sections.pop("moe", {})}
+    return trainer_settings(
+        corpus,
+        run,
+        training=training,
+        moe=moe,
+        model={"seq_length": 32},
+        optimizer={"warmup_iters": 0},
+        checkpoint={"save_interval": 2},
+        **sections,
     )
-    content = yaml.safe_load(path.read_text())
-    content["moe"]["input_jitter_eps"] = 0.1
-    content["checkpoint"]["async_save"] = False
-    path.write_text(yaml.safe_dump(content))
-    return path
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -90,6 +79,57 @@ CLOCKS = ("step_time_s", "tokens_per_s", "mfu", "model_tflops", "cpu_utilization
 def course(run: Path) -> list[dict[str, Any]]:
     clocks = (*CLOCKS, "host_memory_bytes", "task_score")
     return [{k: v for k, v in record.items() if k not in clocks} for record in records(run)]
+
+
+def evaluated(raw: dict[str, Any]) -> tuple[list[int], int]:
+    """A run whose ranks score one micro-batch at a time; rows at once, and signs of progress."""
+    from moepp_megatron.training import task_evaluation
+    from moepp_megatron.training.resilience.activity import Activity
+
+    rows, phases = [], []
+    score, enter = task_evaluation.score_sequences, Activity.enter
+
+    def noted(stages: Any, sequences: Any) -> Any:
+        rows.append(len(sequences.input_ids))
+        return score(stages, sequences)
+
+    def entered(self: Activity, phase: str, step: int | None = None) -> None:
+        phases.append(phase)
+        enter(self, phase, step)
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (task_evaluation, "_MICRO_BATCHES", 1),
+            (task_evaluation, "score_sequences", noted),
+            (Activity, "enter", entered),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        run_trainer(raw)
+    return rows, phases.count("evaluation")
+
+
+def trained(
+    ranks: RankPools, tasks: Path, corpus: Path, folder: Path, **sections: dict[str, Any]
+) -> dict[str, float]:
+    """The last scores of a run on two ranks, whose course is that of one without tasks."""
+    ranks(2).run(run_trainer, settings_of(corpus, folder / "plain", **sections))
+    evaluation = {"tasks": [str(tasks)], "interval": 1}
+    raw = settings_of(corpus, folder / "run", evaluation=evaluation, **sections)
+    told = ranks(2).run(evaluated, raw)
+    assert told[0] == told[1]
+    rows, signs = told[0]
+    # 99 rows in each of two evaluations, of 32 tokens at most: no more at once than a step has.
+    assert sum(rows) == 2 * (3 * 30 + 9)
+    assert max(rows) <= 8
+    assert signs >= len(rows)
+    found = records(folder / "run")
+    # Both steps are logged now; the one that was before is the same to the last bit.
+    assert course(folder / "run")[1:] == course(folder / "plain")
+    first, last = (record["task_score"] for record in found)
+    assert set(first) == set(last) == {"square/acc", "last/perplexity"}
+    # The test can fail: other weights have another perplexity.
+    assert first["last/perplexity"] != pytest.approx(last["last/perplexity"], rel=1e-3)
+    return last
 
 
 def loglikelihood(model: Any, tokens: list[int], count: int) -> float:
@@ -126,71 +166,39 @@ def offline(exported: Path) -> dict[str, float]:
     }
 
 
-ALONE = "parallel.expert_model_parallel_size=1"
-LIMIT = "moe.capacity_factor=1.0"
+def export(run: str, target: str) -> None:
+    from moepp_megatron.interop.convert import convert
 
-
-def trained(config: Path, tasks: Path, *words: str) -> list[dict[str, Any]]:
-    """The records of a run on two ranks with tasks, whose course is that of one without them."""
-    folder = config.parent
-    plain = moepp("train", config, *words, f"run.dir={folder / 'plain'}", "--nproc", 2)
-    assert plain.returncode == 0, plain.stderr
-    evaluation = [f"evaluation.tasks=[{tasks}]", "evaluation.interval=1"]
-    done = moepp("train", config, *words, *evaluation, "--nproc", 2)
-    assert done.returncode == 0, done.stderr
-    found = records(folder / "run")
-    # All steps are logged now; those that were before are the same to the last bit.
-    assert course(folder / "run")[1::2] == course(folder / "plain")
-    assert [set(record["task_score"]) for record in found] == [
-        {"square/acc", "last/perplexity"}
-    ] * 4
-    last = found[-1]["task_score"]
-    assert f" {last['square/acc']:.4f} | " in done.stdout
-    # The test can fail: other weights have another perplexity.
-    assert found[0]["task_score"]["last/perplexity"] != pytest.approx(
-        last["last/perplexity"], rel=1e-3
-    )
-    return found
+    convert("mcore-to-hf", run, target)
 
 
 @pytest.mark.parametrize(
     "layout",
     [
-        [LIMIT],
-        [ALONE, LIMIT, "parallel.pipeline_model_parallel_size=2"],
-        [
-            ALONE,
-            "moe.budget.target_ffn_per_token=1.0",
-            "parallel.tensor_model_parallel_size=2",
-            "parallel.sequence_parallel=true",
-        ],
+        {"parallel": EP2, "moe": LIMIT},
+        {"parallel": PP2, "moe": LIMIT},
+        {"parallel": TP2, "moe": {"budget": {"target_ffn_per_token": 1.0}}},
     ],
     ids=["expert", "pipeline", "tensor"],
 )
 def test_the_scores_are_those_of_the_export(
-    tasks: Path, corpus: Path, tmp_path: Path, layout: list[str]
+    ranks: RankPools, tasks: Path, corpus: Path, tmp_path: Path, layout: dict[str, Any]
 ) -> None:
-    config = configuration(tmp_path / "c.yaml", corpus, 2)
-    scores = trained(config, tasks, *layout)[-1]["task_score"]
+    scores = trained(ranks, tasks, corpus, tmp_path, **layout)
     # The checkpoint of the last step, exported, scored by transformers in one process.
-    run, exported = tmp_path / "run", tmp_path / "exported"
-    converted = moepp("convert", "mcore-to-hf", run, exported)
-    assert converted.returncode == 0, converted.stderr
-    expected = offline(exported)
+    ranks(1).run(export, str(tmp_path / "run"), str(tmp_path / "exported"))
+    expected = offline(tmp_path / "exported")
     assert scores["square/acc"] == expected["square/acc"]
     # fp32 in another order of sums.
     assert scores["last/perplexity"] == pytest.approx(expected["last/perplexity"], rel=1e-4)
-    report = moepp("report", run)
-    assert report.returncode == 0, report.stderr
-    assert "Scores of tasks" in (run / "report.html").read_text()
 
 
-def test_the_vanilla_layer_has_no_limit_either(tasks: Path, corpus: Path, tmp_path: Path) -> None:
-    kinds = ("zero", "copy", "constant")
-    none = [f"moe.num_{kind}_experts=0" for kind in kinds]
-    config = configuration(tmp_path / "c.yaml", corpus, 2)
-    vanilla = [*none, "moe.gating_residual=false", LIMIT, "moe.balance_coeff=0.0"]
-    scores = trained(config, tasks, *vanilla)[-1]["task_score"]
+def test_the_vanilla_layer_has_no_limit_either(
+    ranks: RankPools, tasks: Path, corpus: Path, tmp_path: Path
+) -> None:
+    none = dict.fromkeys(("num_zero_experts", "num_copy_experts", "num_constant_experts"), 0)
+    vanilla = {**none, **LIMIT, "gating_residual": False, "balance_coeff": 0.0}
+    scores = trained(ranks, tasks, corpus, tmp_path, parallel=EP2, moe=vanilla)
     tokenizer = Tokenizer.load(corpus)
     rows, counts = [], []
     for document in DOCUMENTS["last"]:
@@ -213,46 +221,69 @@ def test_the_vanilla_layer_has_no_limit_either(tasks: Path, corpus: Path, tmp_pa
     assert scores["last/perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
-def refusal(config: Path, *words: object) -> str:
-    done = moepp("train", config, *words)
-    assert done.returncode == 2, done.stderr
-    return done.stderr.splitlines()[-1]
+def test_the_command(corpus: Path, tmp_path: Path) -> None:
+    """One task that works and one that fails only with the model's own numbers."""
+    write_task(tmp_path / "tasks", LAST, DOCUMENTS["last"])
+    endless = {
+        **LAST,
+        "task": "endless",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }
+    raw = settings_of(corpus, tmp_path / "run")
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    evaluation = f"evaluation.tasks=[{tmp_path / 'tasks'}]"
+    done = moepp("train", config, evaluation)
+    assert done.returncode == 0, done.stderr
+    (record,) = records(tmp_path / "run")
+    assert f"last/perplexity {record['task_score']['last/perplexity']:.4f} | " in done.stdout
+    assert "Scores of tasks" in (tmp_path / "run" / "report.html").read_text()
+    # One word of 600 tokens: exp(600 ln 320) is no float.
+    write_task(tmp_path / "tasks", endless, [{"text": "lines;" * 600}])
+    done = moepp("train", config, evaluation, "--resume", "training.train_iters=3")
+    assert done.returncode == 0, done.stderr
+    assert "OverflowError" in done.stderr
+    assert "evaluation.tasks failed; training goes on without these scores" in done.stderr
+    assert [record.get("task_score") is None for record in records(tmp_path / "run")] == [
+        False,
+        True,
+    ]
+    asked = (evaluation, "training.cuda_graphs=[attn]")
+    done = moepp("train", config, *asked)
+    assert done.returncode == 2
+    assert "must have training.cuda_graphs (['attn']) []" in done.stderr
 
 
-def test_mistakes(tasks: Path, corpus: Path, tmp_path: Path) -> None:
-    config = configuration(tmp_path / "c.yaml", corpus, 1)
-    missing = f"evaluation.tasks=[{tasks / 'none.yaml'}]"
-    assert "none.yaml) cannot be read (FileNotFoundError" in refusal(config, missing)
-    file = tasks / "square.yaml"
-    named = f"evaluation.tasks=[{file}]"
-    for changes, message in (
-        ({"task": ["a", "b"]}, "must be a single task, with its name as task:"),
-        ({"dataset_path": "EleutherAI/lambada_openai"}, "must have dataset_path: json"),
-        ({"output_type": "generate_until"}, "not generate_until; use multiple_choice"),
-        ({"dataset_kwargs": {}}, "must name its documents by split"),
-        (
-            {"dataset_kwargs": {"data_files": {"test": "no.jsonl"}}},
-            "names documents that cannot be read (FileNotFoundError",
-        ),
-        ({"doc_to_text": "{{question"}, "is no task that lm-eval can build"),
+def failing_model(raw: dict[str, Any]) -> tuple[str, list[str]]:
+    """What a run ends with whose model cannot be evaluated, and what other ranks are sent."""
+    from moepp_megatron.training import task_evaluation
+
+    sent: list[str] = []
+    send = task_evaluation.Agreement.from_first
+
+    def noted(self: Any, value: Any) -> Any:
+        sent.append(type(value).__name__)
+        return send(self, value)
+
+    def out_of_memory(*_: Any) -> None:
+        sent.clear()
+        raise MemoryError("no room for logits")
+
+    with (
+        mock.patch.object(task_evaluation.Agreement, "from_first", noted),
+        mock.patch.object(task_evaluation, "score_sequences", out_of_memory),
+        pytest.raises(MemoryError) as raised,
     ):
-        file.write_text(yaml.safe_dump(CHOICE | changes))
-        assert message in refusal(config, named)
-    file.write_text(yaml.safe_dump(CHOICE))
-    (tasks / "square.jsonl").write_text('{"question": 1}\n[]\n')
-    assert "square.jsonl:2; correct that line" in refusal(config, named)
-    long = {"question": "Document 1:", "choices": [" a", " and lines" * 40], "answer": 0}
-    (tasks / "square.jsonl").write_text(json.dumps(long))
-    said = refusal(config, named)
-    assert "(square) must be possible to evaluate, which fails (ValueError: a continuation" in said
-    assert "does not fit into model.seq_length (32)); correct the task" in said
-    assert "must have a name of its own" in refusal(
-        config, f"evaluation.tasks=[{tasks / 'last.yaml'}, {tasks / 'last.yaml'}]"
-    )
-    assert not (tmp_path / "run").exists()
+        run_trainer(raw)
+    return str(raised.value), sent
 
 
-def test_what_cannot_be_evaluated(corpus: Path, tmp_path: Path) -> None:
-    config = configuration(tmp_path / "c.yaml", corpus, 1)
-    asked = ("evaluation.tasks=[t.yaml]", "training.cuda_graphs=[attn]")
-    assert "must have training.cuda_graphs (['attn']) []" in refusal(config, *asked)
+def test_a_model_that_fails_ends_the_run_at_once(
+    ranks: RankPools, tasks: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Other ranks are in its collectives, where a message would wait for them."""
+    raw = settings_of(corpus, tmp_path, evaluation={"tasks": [str(tasks)], "limit": 1})
+    assert ranks(1).run(failing_model, raw) == [("no room for logits", [])]

@@ -10,7 +10,7 @@ from moepp_megatron.config.blends import first_step
 from moepp_megatron.config.paths import is_address
 from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.schema import Config, Section
-from moepp_megatron.experts import LOCAL_KINDS
+from moepp_megatron.experts import CONSTANT, LOCAL_KINDS
 from moepp_megatron.layer_settings import settings_of
 
 Rule = Callable[[Config], Iterator[Problem]]
@@ -72,8 +72,11 @@ def _settings_of_absent_experts(config: Config) -> Iterator[Problem]:
         if config.moe.count(kind) == 0:
             reason = f"with moe.{kind.setting} 0"
             remedy = f"add {kind.name} experts, or leave it out"
-            for key in settings_of(kind):
-                yield from _ignored(config, f"moe.{key}", reason, remedy)
+            names = [f"moe.{key}" for key in settings_of(kind)]
+            if kind is CONSTANT:
+                names += [f"optimizer.groups.constants.{k}" for k in ("lr_mult", "weight_decay")]
+            for name in names:
+                yield from _ignored(config, name, reason, remedy)
 
 
 def _priority_of_groups_of_one(config: Config) -> Iterator[Problem]:

@@ -8,49 +8,41 @@ from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.schema import Config
 
 
-def _whole_matrices_are_shared_out_in_bf16(config: Config) -> Iterator[Problem]:
-    """Only fp32 copies of bf16 weights can be shared out (LayerWiseDistributedOptimizer).
+def _emerging_optimizers_take_whole_matrices(config: Config) -> Iterator[Problem]:
+    """They share out, gather and write whole matrices, each where megatron-core has a way to.
 
-    In fp32 it holds torch's optimizers as they are, which have none of megatron-core's methods.
+    Only fp32 copies of bf16 weights can be shared out: in fp32 `LayerWiseDistributedOptimizer`
+    holds torch's optimizers as they are, which have none of megatron-core's methods. The overlapped
+    gather works on ranges of flat buffers, and FP8 weights are written by the optimizer of ranges.
     """
-    if not config.optimizer.is_emerging or not config.parallel.use_distributed_optimizer:
+    optimizer, parallel, precision = config.optimizer, config.parallel, config.precision
+    if not optimizer.is_emerging:
         return
-    if config.precision.dtype != "bf16":
-        yield Problem(
+    conflicts = (
+        (
             "parallel.use_distributed_optimizer",
-            True,
-            f"must be false with optimizer.kind {config.optimizer.kind} and precision.dtype fp32: "
-            "megatron-core shares out whole matrices over data-parallel ranks in bf16 alone",
+            parallel.use_distributed_optimizer and precision.dtype != "bf16",
+            " and precision.dtype fp32: megatron-core shares out whole matrices over data-parallel "
+            "ranks in bf16 alone",
             "set parallel.use_distributed_optimizer to false, or precision.dtype to bf16",
-        )
-
-
-def _emerging_optimizers_gather_after_the_step(config: Config) -> Iterator[Problem]:
-    """The overlapped gather works on ranges of flat buffers, which cut matrices in two."""
-    if config.optimizer.is_emerging and config.parallel.overlap_param_gather:
-        yield Problem(
+        ),
+        (
             "parallel.overlap_param_gather",
-            True,
-            f"must be false with optimizer.kind {config.optimizer.kind}, whose ranks exchange "
-            "whole matrices",
+            parallel.overlap_param_gather,
+            ", whose ranks exchange whole matrices",
             "set it to false, or optimizer.kind to adam",
-        )
-
-
-def _emerging_optimizers_leave_weights_in_bf16(config: Config) -> Iterator[Problem]:
-    """FP8 weights are written by the distributed optimizer of ranges alone."""
-    if config.optimizer.is_emerging and config.precision.fp8_param:
-        yield Problem(
+        ),
+        (
             "precision.fp8_param",
-            True,
-            f"must be false with optimizer.kind {config.optimizer.kind}, which does not turn its "
-            "fp32 copies into FP8 weights",
+            precision.fp8_param,
+            ", which does not turn its fp32 copies into FP8 weights",
             "set it to false, or optimizer.kind to adam",
-        )
+        ),
+    )
+    for name, is_set, reason, remedy in conflicts:
+        if is_set:
+            rule = f"must be false with optimizer.kind {optimizer.kind}{reason}"
+            yield Problem(name, True, rule, remedy)
 
 
-RULES = (
-    _whole_matrices_are_shared_out_in_bf16,
-    _emerging_optimizers_gather_after_the_step,
-    _emerging_optimizers_leave_weights_in_bf16,
-)
+RULES = (_emerging_optimizers_take_whole_matrices,)

@@ -55,7 +55,7 @@ class _Save:
     failure: str | None = None
 
     def sent(self, written: Written) -> Written:
-        """Have this rank's files, which are written, where the checkpoint is to be."""
+        """Upload the files that this rank has written, if the checkpoint is in object storage."""
         if isinstance(self.final, ObjectPath):
             return upload(written, self.plan.folder, self.final)
         return written
@@ -174,7 +174,7 @@ class CheckpointWriter:
             try:
                 temporary.mkdir(parents=True)
                 if dist.get_rank() == 0 and isinstance(final, ObjectPath):
-                    # Its name cannot be given to other files while it has them.
+                    # Objects cannot be renamed, so an older checkpoint of this step goes first.
                     final.delete_below(MANIFEST_FILE)
             except (OSError, StoreError) as error:
                 reason = str(error)

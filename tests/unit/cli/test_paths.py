@@ -134,7 +134,7 @@ def test_also_among_others(words, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words",
     [
-        ["generate", "s3://user:hidden@bucket/x", "--prompt", "a"],
+        ["generate", "s3://user:a/hidden@bucket/x", "--prompt", "a"],
         ["score", "s3://user:hidden@bucket/x", "--text", "a"],
         ["inspect", "run", "--text", "a", "--against", "s3://user:hidden@bucket/x"],
         ["convert", "mcore-to-hf", "s3://user:hidden@bucket/x", "out"],
