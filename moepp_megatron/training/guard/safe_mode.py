@@ -91,8 +91,8 @@ class SafeMode:
             if layer in self._mended
         ]
         if not steps:
-            return "no router weights of before"
-        return f"router weights of before step {min(steps)}"
+            return "no copy of a healthy router to go back to"
+        return f"the router has its weights of before step {min(steps)} again"
 
 
 class SafeRamp:

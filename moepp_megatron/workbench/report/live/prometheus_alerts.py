@@ -126,7 +126,7 @@ RULES = (
     ),
     _AlertRule(
         "MoeppDeadExpert",
-        f"avg_over_time(({_IDLEST} < bool {_MIN_LOAD:g})[10m:]) >= {_DEAD_PART:g}",
+        f"avg_over_time(({_IDLEST} < bool {_MIN_LOAD:g})[20m:]) >= {_DEAD_PART:g}",
         "10m", "warning",
         "an FFN expert of layer {{ $labels.layer }} gets no tokens",
         "moe.balance_coeff; the page of the run shows which expert (moepp report)",

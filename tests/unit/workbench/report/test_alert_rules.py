@@ -75,7 +75,7 @@ WRONG = {
     "MoeppLogitsExplode": {'router_health{layer="2",metric="logit_variance"}': "200"},
     "MoeppFfnShareFarFromTarget": {"ffn_ratio": "0.44"},
     # A few tokens come now and then.
-    "MoeppDeadExpert": {'layer_min_ffn_load_ratio{layer="2"}': " ".join(["0 0 0 0.3"] * 120)},
+    "MoeppDeadExpert": {'layer_min_ffn_load_ratio{layer="2"}': " ".join(["0 0 0 0 0.3"] * 96)},
     "MoeppSelectionsDropped": {"dropped_ratio": "0.1"},
     "MoeppRoutingShift": {"routing_shift": "1.5"},
     "MoeppSaveFailed": {"failed_saves": "0x440 1x40"},
