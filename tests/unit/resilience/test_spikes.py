@@ -44,7 +44,8 @@ def _told(guard: NumericalGuard, losses: list[float]) -> list[str]:
 def test_batches_refused_now_and_then_are_told_once_they_are_many() -> None:
     settings = ResilienceSection(guard_window=32, guard_max_consecutive_skips=3)
     guard = NumericalGuard(settings)
-    calm, seldom = [2.0 + 0.01 * (i % 7) for i in range(12)], [9.0, *[2.0] * 15]
+    calm = [2.0 + 0.01 * (i % 7) for i in range(12)]
+    seldom = [9.0, *calm, *calm[:3]]
     assert _told(guard, calm) == []
     # Two in any 32 batches are few.
     assert _told(guard, seldom * 4) == [""] * 4
