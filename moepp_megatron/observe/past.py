@@ -66,10 +66,10 @@ class Past:
     """
 
     def __init__(self, num_layers: int, state: Mapping[str, Any] | None = None) -> None:
-        shape = (num_layers + 2,)
-        if state is None or np.shape(state.get("mean")) != shape:
-            state = {"count": 0, "mean": None, "lowest": math.nan, "lowest_at": 0}
-        self._count, self._usual = state["count"], Usual(shape, _OF_LAYERS, state["mean"])
+        shape, mean = (num_layers + 2,), _mean_of(state)
+        if state is None or np.shape(mean) != shape:
+            state = {"count": 0, "lowest": math.nan, "lowest_at": 0}
+        self._count, self._usual = state["count"], Usual(shape, _OF_LAYERS, mean)
         self._lowest, self._lowest_at = state["lowest"], state["lowest_at"]
 
     def state(self) -> dict[str, Any]:
@@ -130,12 +130,11 @@ class ClassPast:
     ) -> None:
         # Of now: FFN experts and tokens, those of all tokens behind the classes'. Before: FFN
         # experts per token, and these over the layer's mean.
-        shape = (num_layers, num_classes, 2)
-        if state is None or np.shape(state.get("mean")) != shape:
-            now = np.zeros((num_layers, num_classes + 1, 2))
-            state = {"steps": 0, "now": now, "mean": None}
+        shape, mean = (num_layers, num_classes, 2), _mean_of(state)
+        if state is None or np.shape(mean) != shape:
+            state = {"steps": 0, "now": np.zeros((num_layers, num_classes + 1, 2))}
         self._steps, self._now = state["steps"], np.asarray(state["now"], dtype=np.float64)
-        self._before = Usual(shape, _OF_CLASSES, state["mean"])
+        self._before = Usual(shape, _OF_CLASSES, mean)
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, which later steps do not change."""
@@ -169,6 +168,11 @@ class ClassPast:
         """[L, C] FFN experts per token before, and now."""
         now = _over(self._now[..., 0], self._now[..., 1])
         return self._before.mean[..., 0], now[:, :-1]
+
+
+def _mean_of(state: Mapping[str, Any] | None) -> Any:
+    """The means of a checkpoint; None where it has none, as before they had one form."""
+    return None if state is None else state.get("mean")
 
 
 def _keep(half_life: float) -> float:

@@ -230,7 +230,7 @@ class RoutingGuardSection(Section):
     safe_ramp: int = Field(
         default=20,
         ge=0,
-        description="Steps over which zero-computation experts that safe mode has switched off come "
+        description="Steps over which zero-computation experts that safe mode switched off come "
         "back: their logits are lowered by less and less; 0: at once",
         json_schema_extra=unit("steps"),
     )

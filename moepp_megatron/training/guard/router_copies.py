@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ class RouterCopies:
     def __init__(self, model: TrainingModel, state: Sequence[Sequence[Any]] = ()) -> None:
         self._model = model
         layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
-        self._routers = {layer.layer_number: cast(MoEPPRouter, layer.router) for layer in layers}
+        self._routers = {layer.layer_number: layer.router for layer in layers}
         self.steps: dict[int, int] = {layer: step for layer, step, _ in state}
         self._kept: dict[int, list[Tensor]] = {
             layer: [value.to(torch.cuda.current_device()) for value in values]
