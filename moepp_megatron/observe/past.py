@@ -35,8 +35,8 @@ class Usual:
     that has settled elsewhere for good becomes usual.
 
     Args:
-        shape: Of the numbers.
-        half_lives: In steps, of what is usual and of what is far from it.
+        shape: The numbers' shape.
+        half_lives: Half-lives in steps, of what is usual and of what is far from it.
         mean: Means from a checkpoint; those of another shape are ignored.
 
     Attributes:
