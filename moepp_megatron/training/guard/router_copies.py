@@ -85,14 +85,15 @@ class RouterCopies:
         if found:
             with self._model.gathered_parameters(), torch.no_grad():
                 for layer in sorted(found & self._routers.keys()):
-                    pairs = zip(_weights(self._routers[layer]), self._kept[layer], strict=True)
+                    # The bias is last: a run may have been resumed with one, and copies are older.
+                    pairs = zip(_weights(self._routers[layer]), self._kept[layer], strict=False)
                     for weight, value in pairs:
                         _overwrite(self._model.optimizer, weight, value)
         return found
 
 
 def _weights(router: MoEPPRouter) -> list[Tensor]:
-    """All that says how a router routes."""
+    """All that decides how a router routes."""
     biases = [] if router.expert_bias is None else [router.expert_bias]
     return [*router.parameters(), *biases]
 
