@@ -37,6 +37,16 @@ DEFAULT_RULES = (
         action="safe_mode",
     ),
     GuardRule(
+        name="sudden_fall_of_ffn_experts",
+        metric="ffn_to_past",
+        below=0.25,
+        clear=0.6,
+        for_steps=2,
+        clear_for_steps=20,
+        severity="critical",
+        action="safe_mode",
+    ),
+    GuardRule(
         name="few_ffn_experts",
         metric="ffn_to_target",
         below=0.6,

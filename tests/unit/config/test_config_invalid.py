@@ -203,7 +203,8 @@ INVALID = [
     (
         [GUARD, "moe.balance_coeff=0"],
         "moe.balance_coeff (0.0)",
-        "rules collapse_to_zero_computation, fall_of_ffn_experts, few_ffn_experts: tau acts",
+        "rules collapse_to_zero_computation, fall_of_ffn_experts, sudden_fall_of_ffn_experts, "
+        "few_ffn_experts: tau acts",
     ),
     (
         [
