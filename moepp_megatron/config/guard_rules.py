@@ -23,6 +23,10 @@ DEFAULT_RULES = (
         of_steps=8, clear_for_steps=20, severity="critical", action="safe_mode",
     ),
     GuardRule(
+        name="sudden_fall_of_ffn_experts", metric="ffn_to_past", below=0.25, clear=0.6, for_steps=2,
+        clear_for_steps=20, severity="critical", action="safe_mode",
+    ),
+    GuardRule(
         name="few_ffn_experts", metric="ffn_to_target", below=0.6, clear=0.75, for_steps=40,
         of_steps=50, severity="warning", action="raise_tau", scope="mean", min_steps_between=200,
     ),

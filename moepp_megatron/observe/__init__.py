@@ -4,7 +4,6 @@ alert_sinks.py      the alert sinks of a training run
 alerts.py           what a run tells people: alerts, `RUN/alerts.jsonl`, what takes alerts
 course.py           the course of numbers that training moves slowly: a line, and how sure it is
 cusum.py            evidence of a change that adds up over steps
-class_past.py       what each class of tokens had of FFN experts before, and what is left of it
 console.py          shows a running training: a live bar on a terminal, or plain lines in a log
 jsonl.py            `RUN/metrics.jsonl`
 layer_numbers.py    the numbers that MoE layers have in every record and view

@@ -15,7 +15,7 @@ numbers nor clocks: the same numbers give the same decisions.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -68,6 +68,11 @@ class Event:
     value: float
     held_for: int
     is_used_up: bool = False
+
+
+def layers_in(places: Collection[int], layer_numbers: Iterable[int]) -> set[int]:
+    """The layers of these places: all of them with the whole model."""
+    return {layer for layer in layer_numbers if layer in places or WHOLE_MODEL in places}
 
 
 class RuleJudge:
@@ -144,6 +149,18 @@ class RuleJudge:
             and place.phase in ("firing", "clearing")
             and (rules is None or name in rules)
         }
+
+    def layers_where(
+        self, action: str, values: Values, test: Callable[[CompleteRule, float], bool]
+    ) -> set[int]:
+        """Layers in which every rule with `action` passes a test by what a step has measured."""
+        found = set(self._layers)
+        for rule in self.rules:
+            if rule.action == action and rule.metric in values:
+                by_place = self._by_place(rule, values[rule.metric])
+                failed = {at for at, v in by_place if not (math.isnan(v) or test(rule, v))}
+                found -= layers_in(failed, self._layers)
+        return found
 
     def forget(self) -> list[Event]:
         """Reset all rules after a rollback; counts and times of past actions are kept.

@@ -1,4 +1,8 @@
-"""What was usual before: running means that rules of the routing guard compare a step with."""
+"""What was usual before: running means that rules of the routing guard compare a step with.
+
+The same numbers give the same state on every machine, because products and sums are single
+operations of NumPy.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,55 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moepp_megatron.observe.guard_judge import Values
 
-# Half-lives in steps: of what is usual, of what has fallen below this share of it, and of the loss.
-_HALF_LIFE = 15.0
-_FALLEN, _FALLEN_HALF_LIFE = 0.7, 400.0
-_LOSS_HALF_LIFE = 15.0
-# Nothing is compared before so many steps.
-_FEWEST = 40
-_FEWEST_OF_PLATEAU = 200
+Numbers = NDArray[np.float64]
+
+# Of layers: half-lives in steps of what is usual and of what is far from it, from which share of
+# it a value is far, and the steps before which nothing is compared.
+_OF_LAYERS, _FAR, _FEWEST, _FEWEST_OF_PLATEAU = (15.0, 400.0), 0.7, 40, 200
+# The same of classes, and the half-life of what counts as now. A class that training changes slowly
+# is followed at the usual pace as long as it has more than half of what it had.
+_NOW, _OF_CLASSES, _FALLEN, _FEWEST_OF_CLASSES = 5.0, (30.0, 1000.0), 0.5, 100
+# Classes are not compared where fewer tokens or FFN experts were to be expected now: independent
+# tokens then give a standard deviation of a tenth at most.
+_FEWEST_TOKENS, _FEWEST_EXPECTED = 100.0, 100.0
+
+
+class Usual:
+    """Running means that learn slowly from what is far from them.
+
+    Otherwise a fallen value would soon be compared with its fall. It is learnt at all, so that one
+    that has settled elsewhere for good becomes usual.
+
+    Args:
+        shape: The numbers' shape.
+        half_lives: Half-lives in steps, of what is usual and of what is far from it.
+        mean: Means from a checkpoint; those of another shape are ignored.
+
+    Attributes:
+        mean: The means; NaN where nothing is known.
+    """
+
+    def __init__(self, shape: tuple[int, ...], half_lives: tuple[float, float], mean: Any) -> None:
+        self.mean: Numbers = np.full(shape, np.nan)
+        self._usual, self._far = map(_keep, half_lives)
+        if np.shape(mean) == shape:
+            self.mean = np.asarray(mean, dtype=np.float64)
+
+    def learn(self, values: Numbers, step: int, is_far: Any, is_counted: Any = True) -> None:
+        """Learn from a step, counted from 1; not from values that are not finite or not counted."""
+        # At first the plain mean, which no step outweighs.
+        keep = np.where(is_far, self._far, min(self._usual, 1.0 - 1.0 / step))
+        learnt = np.where(np.isnan(self.mean), values, keep * self.mean + (1.0 - keep) * values)
+        self.mean = np.where(np.isfinite(values) & is_counted, learnt, self.mean)
 
 
 class Past:
-    """Running means of FFN shares, gradient norm and loss. The same numbers give the same state.
-
-    A share or gradient norm that is far from what was usual is learnt slowly: otherwise a fallen
-    layer would soon be compared with its fall. It is learnt at all, so that a router that has
-    settled elsewhere for good becomes usual.
+    """What FFN shares, gradient norm and loss were.
 
     Args:
         num_layers: MoE layers.
@@ -30,25 +66,16 @@ class Past:
     """
 
     def __init__(self, num_layers: int, state: Mapping[str, Any] | None = None) -> None:
-        self._count = 0
-        self._shares = [math.nan] * num_layers
-        self._grad_norm = self._loss = self._lowest = math.nan
-        self._lowest_at = 0
-        if state is not None and len(state["shares"]) == num_layers:
-            self._count, self._shares = state["count"], list(state["shares"])
-            self._grad_norm, self._loss = state["grad_norm"], state["loss"]
-            self._lowest, self._lowest_at = state["lowest"], state["lowest_at"]
+        shape, mean = (num_layers + 2,), _mean_of(state)
+        if state is None or np.shape(mean) != shape:
+            state = {"count": 0, "lowest": math.nan, "lowest_at": 0}
+        self._count, self._usual = state["count"], Usual(shape, _OF_LAYERS, mean)
+        self._lowest, self._lowest_at = state["lowest"], state["lowest_at"]
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, which later steps do not change."""
-        return {
-            "count": self._count,
-            "shares": list(self._shares),
-            "grad_norm": self._grad_norm,
-            "loss": self._loss,
-            "lowest": self._lowest,
-            "lowest_at": self._lowest_at,
-        }
+        state = {"count": self._count, "mean": self._usual.mean.tolist()}
+        return state | {"lowest": self._lowest, "lowest_at": self._lowest_at}
 
     def add(self, shares: Sequence[float], grad_norm: float, loss: float) -> Values:
         """Compare a step with what was usual, then learn from it.
@@ -63,43 +90,97 @@ class Past:
             too little to compare with.
         """
         self._count += 1
-        known = self._count > _FEWEST
-        found: dict[str, float | list[float]] = {
-            "ffn_to_past": [
-                _ratio(share, mean) if known else math.nan
-                for share, mean in zip(shares, self._shares, strict=True)
-            ],
-            "grad_norm_to_past": _ratio(grad_norm, self._grad_norm) if known else math.nan,
+        values = np.array([*shares, grad_norm, loss])
+        ratios = _over(values, self._usual.mean)
+        # Shares fall, gradient norms grow, and a loss is what it is.
+        is_far = [*(ratios[:-2] < _FAR), ratios[-2] > 1.0 / _FAR, False]
+        self._usual.learn(values, self._count, is_far)
+        *to_past, grad_norm_to_past, _ = ratios.tolist()
+        if self._count <= _FEWEST:
+            to_past, grad_norm_to_past = [math.nan] * len(to_past), math.nan
+        return {
+            "ffn_to_past": to_past,
+            "grad_norm_to_past": grad_norm_to_past,
+            "loss_plateau": self._plateau(float(self._usual.mean[-1])),
         }
-        self._shares = [
-            _learnt(mean, share, is_far=share < _FALLEN * mean)
-            for share, mean in zip(shares, self._shares, strict=True)
-        ]
-        is_far = grad_norm * _FALLEN > self._grad_norm
-        self._grad_norm = _learnt(self._grad_norm, grad_norm, is_far)
-        found["loss_plateau"] = self._plateau(loss)
-        return found
 
     def _plateau(self, loss: float) -> float:
-        self._loss = _towards(self._loss, loss, _LOSS_HALF_LIFE)
-        if not self._loss >= self._lowest:
-            self._lowest, self._lowest_at = self._loss, self._count
+        if not loss >= self._lowest:
+            self._lowest, self._lowest_at = loss, self._count
         if self._count < _FEWEST_OF_PLATEAU:
             return math.nan
         return (self._count - self._lowest_at) / self._count
 
 
-def _ratio(value: float, mean: float) -> float:
-    return value / mean if mean > 0 else math.nan
+class ClassPast:
+    """What each class of tokens had of FFN experts, by layer.
+
+    A class is compared with itself before in two ways: its FFN experts per token, and their ratio
+    to the layer's mean. The larger result counts, so that a class that falls with its whole layer,
+    which other rules see, and one that stays while the others rise have not fallen.
+
+    Args:
+        num_layers: MoE layers.
+        num_classes: Classes of tokens.
+        state: Result of an earlier `state()`; one of other numbers is ignored.
+    """
+
+    def __init__(
+        self, num_layers: int, num_classes: int, state: Mapping[str, Any] | None = None
+    ) -> None:
+        # Of now: FFN experts and tokens, those of all tokens behind the classes'. Before: FFN
+        # experts per token, and these over the layer's mean.
+        shape, mean = (num_layers, num_classes, 2), _mean_of(state)
+        if state is None or np.shape(mean) != shape:
+            state = {"steps": 0, "now": np.zeros((num_layers, num_classes + 1, 2))}
+        self._steps, self._now = state["steps"], np.asarray(state["now"], dtype=np.float64)
+        self._before = Usual(shape, _OF_CLASSES, mean)
+
+    def state(self) -> dict[str, Any]:
+        """The state for a checkpoint, which later steps do not change."""
+        now, mean = self._now.tolist(), self._before.mean.tolist()
+        return {"steps": self._steps, "now": now, "mean": mean}
+
+    def add(self, counts: NDArray[np.int64]) -> Numbers:
+        """Compare a step with what was before, then learn from it.
+
+        Args:
+            counts: [L, C + 1, 2] FFN experts that the routers want, and tokens, of each class, and
+                behind them of all tokens.
+
+        Returns:
+            [L, C] what is left: 1 is as before; NaN where there is too little to compare.
+        """
+        self._steps += 1
+        self._now = _keep(_NOW) * self._now + counts
+        per_token = _over(self._now[..., 0], self._now[..., 1])
+        own, layer = per_token[:, :-1], per_token[:, -1:]
+        now = np.stack([own, _over(own, layer)], axis=-1)
+        left = _over(now, self._before.mean).max(axis=-1)
+        tokens = self._now[:, :-1, 1]
+        is_known = self._before.mean[..., 0] * tokens >= _FEWEST_EXPECTED
+        left = np.where(is_known & (self._steps > _FEWEST_OF_CLASSES), left, np.nan)
+        is_counted = (tokens >= _FEWEST_TOKENS)[..., None]
+        self._before.learn(now, self._steps, (left < _FALLEN)[..., None], is_counted)
+        return left
+
+    def ffn_per_token(self) -> tuple[Numbers, Numbers]:
+        """[L, C] FFN experts per token before, and now."""
+        now = _over(self._now[..., 0], self._now[..., 1])
+        return self._before.mean[..., 0], now[:, :-1]
 
 
-def _learnt(mean: float, value: float, is_far: bool) -> float:
-    return _towards(mean, value, _FALLEN_HALF_LIFE if is_far else _HALF_LIFE)
+def _mean_of(state: Mapping[str, Any] | None) -> Any:
+    """The means of a checkpoint; None where it has none, as before they had one form."""
+    return None if state is None else state.get("mean")
 
 
-def _towards(mean: float, value: float, half_life: float) -> float:
-    if not math.isfinite(value):
-        return mean
-    if math.isnan(mean):
-        return value
-    return mean + (1.0 - 0.5 ** (1.0 / half_life)) * (value - mean)
+def _keep(half_life: float) -> float:
+    """Weight of the past, a step."""
+    return float(0.5 ** (1.0 / half_life))
+
+
+def _over(part: Numbers, whole: Numbers) -> Numbers:
+    """`part / whole`, NaN where `whole` is 0."""
+    part, whole = np.broadcast_arrays(part, whole)
+    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole != 0)

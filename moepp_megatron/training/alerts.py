@@ -78,7 +78,7 @@ def guard_alert(progress: Progress, reason: str, action: str) -> Alert:
         metric="skipped_steps",
         value=progress.skipped_steps,
         condition=reason,
-        severity="critical" if action in ("rollback", "stop") else "warning",
+        severity="critical" if action in ("rollback", "stop", "warn") else "warning",
         action=action,
     )
 

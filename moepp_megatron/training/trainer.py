@@ -264,6 +264,8 @@ class Trainer:
         self.progress = self.progress.after_skip(self._batch_size())
         self._alerts.send(guard_alert(self.progress, guard.last_reason, "skip_batch"))
         is_due = guard.note_refused(self._routers.selections())
+        if many := guard.many_refused():
+            self._alerts.send(guard_alert(self.progress, many, "warn"))
         if self._judge_routers(result) and is_due:
             self._settle(guard)
         return False

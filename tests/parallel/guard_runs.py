@@ -6,7 +6,7 @@ fault would leave them; nothing in the package knows of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class Found:
         forced: By step, forced tokens on this rank without an FFN expert, and with one, layers
             added up.
         forced_ids: By step, the token ids that are forced where they are.
+        routers: By step, the checksum of this rank's routers as it begins; of all ranks, where
+            `train` has joined them.
         weights: Checksum of this rank's weights at the end.
     """
 
@@ -58,6 +60,7 @@ class Found:
     wanted: dict[int, list[float]] = field(default_factory=dict)
     forced: dict[int, list[int]] = field(default_factory=dict)
     forced_ids: dict[int, list[int]] = field(default_factory=dict)
+    routers: dict[int, Any] = field(default_factory=dict)
     weights: int = 0
 
 
@@ -96,7 +99,6 @@ def run(
     from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training import trainer as module
-    from moepp_megatron.training.resilience.divergence import checksum
 
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())
@@ -110,10 +112,18 @@ def run(
     found = Found()
     _watch(trainer, found, faults)
     trainer.run()
-    for model in trainer.model.models:
-        for parameter in model.parameters():
-            found.weights = (found.weights * 31 + int(checksum(parameter.data))) % 2**61
+    found.weights = checksum_of(p for model in trainer.model.models for p in model.parameters())
     return found
+
+
+def checksum_of(parameters: Iterable[Any]) -> int:
+    """One number for the bits of all of them."""
+    from moepp_megatron.training.resilience.divergence import checksum
+
+    total = 0
+    for parameter in parameters:
+        total = (total * 31 + int(checksum(parameter.data))) % 2**61
+    return total
 
 
 def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
@@ -136,6 +146,8 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
         counts[:] = [0, 0]
         found.forced[step] = [0, 0]
         begin(step, num_microbatches)
+        own = [layer.router for model in trainer.model.models for layer in moepp_layers(model)]
+        found.routers[step] = checksum_of(p for router in own for p in router.parameters())
         masks = [getattr(chunk.token_tags, "forced_ids", None) for chunk in trainer.model.models]
         if masks[0] is not None:
             found.forced_ids[step] = masks[0].nonzero().flatten().tolist()

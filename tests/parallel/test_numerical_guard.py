@@ -58,6 +58,8 @@ def test_skipped_batches_leave_no_trace(ranks: RankPools, tmp_path: Path, layout
     clean = _train(ranks, world_size, trainer_settings(tmp_path / "b", **sections), without)
     _assert_same(run, clean)
     assert [record.skipped_steps for record in run] == [None, None, None, 1, 2, 3]
+    # Never two in a row, but three of eight.
+    assert _told(tmp_path / "a") == [*["skip_batch"] * 3, "warn"]
     assert [record.skipped_steps for record in clean] == [None] * 6
 
 

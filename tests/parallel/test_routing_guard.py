@@ -72,6 +72,7 @@ def train(
         assert other.forced_ids == found[0].forced_ids
     for step, (bad, _) in [item for other in found for item in other.forced.items()]:
         assert bad == 0, f"forced tokens without an FFN expert in step {step}"
+    found[0].routers = {step: [other.routers[step] for other in found] for step in found[0].routers}
     found[0].forced = {
         step: [sum(other.forced[step][i] for other in found) for i in (0, 1)]
         for step in found[0].forced
@@ -123,6 +124,62 @@ def test_collapse_to_zero_computation(ranks: RankPools, tmp_path: Path, layout: 
     assert [(a.step, a.rule, a.layer, a.action) for a in alerts] == found.decisions
     assert (alerts[0].severity, alerts[0].metric) == ("critical", "ffn_to_target")
     assert alerts[0].value < 0.25
+
+
+# Before step 12, so that there is a copy of the routers before step 10; seen in 12, 13 and 14.
+LATE = Fault(12, "collapse", None, 2.0)
+BACK = [(14, SAFE["name"], layer, "safe_mode") for layer in (1, 2)]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "dp2 bf16"])
+def test_a_fallen_router_gets_its_weights_from_before_back(
+    ranks: RankPools, tmp_path: Path, layout: str
+) -> None:
+    """Those before step 10, to the bit, in the optimizer's copies too; nothing is switched off."""
+    sections: dict[str, Any] = {}
+    if layout == "dp2 bf16":
+        # Each rank has a part of the fp32 copies.
+        layout, sections = "dp2", {"precision": {"dtype": "bf16"}}
+    found = train(
+        ranks, tmp_path, 19, (LATE,), layout=layout, routing_guard=guard(SAFE), **sections
+    )
+    assert found.decisions[:2] == BACK
+    assert max(found.wanted[14]) < 0.15
+    assert found.routers[15] == found.routers[10] != found.routers[14]
+    for step in range(15, 20):
+        assert min(found.wanted[step]) > 0.5 * min(found.wanted[11]), step
+        assert found.ffn[step] < 0.95, step
+    ends = [(17, SAFE["name"], layer, "end of safe_mode") for layer in (1, 2)]
+    assert found.decisions[2:] == ends
+    assert told(tmp_path)[0].condition.endswith("its weights of before step 10 again")
+
+
+def test_a_router_that_falls_again_is_overruled(ranks: RankPools, tmp_path: Path) -> None:
+    """Before safe mode has ended, so that its weights from before have not helped."""
+    faults = (LATE, Fault(16, "collapse", 2, 2.0))
+    found = train(ranks, tmp_path, 18, faults, routing_guard=guard(SAFE))
+    assert found.decisions[:2] == BACK
+    made = [found.ffn[step] for step in (15, 16, 17)]
+    # All that layer 2 selects is FFN experts from step 17 on, with the same weights.
+    assert made[2] > made[0] > made[1]
+    assert found.ffn[17] > 0.5 * (1.0 + min(found.wanted[11]))
+    assert found.wanted[17][1] < 0.15
+
+
+def test_copies_of_routers_are_in_checkpoints(ranks: RankPools, tmp_path: Path) -> None:
+    """The fault comes after the run has been resumed, on both pipeline stages."""
+    sections: dict[str, Any] = {
+        "routing_guard": guard(SAFE),
+        "checkpoint": {"save_interval": 11, "load": "auto"},
+        "layout": "pp2",
+    }
+    whole = train(ranks, tmp_path / "whole", 17, (LATE,), **sections)
+    first = train(ranks, tmp_path / "parts", 11, (LATE,), **sections)
+    second = train(ranks, tmp_path / "parts", 17, (LATE,), **sections)
+    assert second.routers[15] == whole.routers[15] == whole.routers[10]
+    assert first.losses | second.losses == whole.losses
+    assert first.decisions + second.decisions == whole.decisions
+    assert second.weights == whole.weights
 
 
 def judge_balance_loss(raw: dict[str, Any]) -> None:

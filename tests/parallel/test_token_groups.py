@@ -201,13 +201,13 @@ def take_ffn_experts_from_rarest(model: Any, fault: Fault) -> None:
 
 def run_with_a_fall(raw: dict[str, Any]) -> Found:
     """A run whose rarest tokens lose their FFN experts in one layer, compared from step 16 on."""
-    from moepp_megatron.observe import class_past
+    from moepp_megatron.observe import past
 
     with (
         mock.patch.object(guard_runs, "plant", take_ffn_experts_from_rarest),
         # So many that the rarest class has tokens of its own.
         mock.patch.object(guard_runs, "BATCHES", 400),
-        mock.patch.multiple(class_past, _FEWEST_STEPS=16, _FEWEST_EXPECTED=8.0, _FEWEST_TOKENS=8.0),
+        mock.patch.multiple(past, _FEWEST_OF_CLASSES=16, _FEWEST_EXPECTED=8.0, _FEWEST_TOKENS=8.0),
     ):
         return guard_runs.run(raw, (Fault(FAULT_STEP, "rare", LAYER),), data="skewed")
 

@@ -230,8 +230,8 @@ class RoutingGuardSection(Section):
     safe_ramp: int = Field(
         default=20,
         ge=0,
-        description="Steps over which safe mode ends: zero-computation experts come back by a "
-        "growing share of the tokens; 0: at once",
+        description="Steps over which zero-computation experts that safe mode switched off come "
+        "back: their logits are lowered by less and less; 0: at once",
         json_schema_extra=unit("steps"),
     )
     force_ffn: ForceFFNSection = Field(

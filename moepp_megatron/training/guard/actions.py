@@ -11,15 +11,12 @@ from moepp_megatron.config import Config
 from moepp_megatron.moe.budget import set_taus
 from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.moe.layer import moepp_layers
-from moepp_megatron.observe.guard_judge import WHOLE_MODEL
+from moepp_megatron.observe.guard_judge import layers_in
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.tagging import tags_of
 
 # Tau times less than this is tau.
 _LEAST_RAISE = 1.001
-# By how much zero-computation experts' logits are lowered at the beginning and at the end of a
-# ramp: a factor of 3,000 between scores, then of 1.1.
-_RAMP_FROM, _RAMP_TO = 8.0, 0.1
 
 
 class RaisedTau:
@@ -57,58 +54,13 @@ class RaisedTau:
         Args:
             places: Layers, or `WHOLE_MODEL`, where the action is in force.
         """
+        raised = layers_in(places, self.factors)
         for layer, factor in self.factors.items():
-            if layer in places or WHOLE_MODEL in places:
+            if layer in raised:
                 self.factors[layer] = self._factor
             else:
                 rest = factor**0.5 ** (1.0 / self._half_life)
                 self.factors[layer] = rest if rest >= _LEAST_RAISE else 1.0
-
-
-class SafeRamp:
-    """The way out of safe mode, for each MoE layer.
-
-    All at once, zero-computation experts would change the selections and the gates of most tokens
-    between two steps, and the loss with them. Instead their logits are lowered, by less from step
-    to step; each step takes the same factor off.
-
-    Args:
-        layer_numbers: Global numbers of all MoE layers.
-        steps: `routing_guard.safe_ramp`; 0 ends safe mode at once.
-        state: Result of an earlier `state()`.
-    """
-
-    def __init__(
-        self, layer_numbers: Sequence[int], steps: int, state: Sequence[tuple[int, int]] = ()
-    ) -> None:
-        self._layers, self._steps = list(layer_numbers), steps
-        self._left = {int(layer): int(left) for layer, left in state if layer in self._layers}
-
-    def state(self) -> list[tuple[int, int]]:
-        """The state for a checkpoint: layers on their way out, and their steps left."""
-        return list(self._left.items())
-
-    def step(self, places: Collection[int]) -> None:
-        """Update after a step has been judged.
-
-        Args:
-            places: Layers, or `WHOLE_MODEL`, in safe mode.
-        """
-        for layer in self._layers:
-            if layer in places or WHOLE_MODEL in places:
-                self._left[layer] = self._steps
-            elif layer in self._left:
-                self._left[layer] -= 1
-                if self._left[layer] < 0:
-                    del self._left[layer]
-
-    def demands(self) -> dict[int, FFNDemand]:
-        """The demand on each layer that is on its way out."""
-        found: dict[int, FFNDemand] = {}
-        for layer, left in self._left.items():
-            done = 1.0 - (left + 1) / max(self._steps, 1)
-            found[layer] = _RAMP_FROM * (_RAMP_TO / _RAMP_FROM) ** max(done, 0.0)
-        return found
 
 
 class RouterControl:
@@ -148,25 +100,3 @@ class RouterControl:
     def set_taus(self, taus: Mapping[int, float]) -> None:
         """Set tau by global layer number."""
         set_taus(self._models, dict(taus))
-
-
-def demands(
-    safe_places: Collection[int],
-    forced_places: Collection[int],
-    layer_numbers: Sequence[int],
-    ramp: Mapping[int, FFNDemand] | None = None,
-) -> dict[int, FFNDemand]:
-    """The demand on each layer; safe mode demands more, so it has priority.
-
-    Args:
-        safe_places: Layers, or `WHOLE_MODEL`, in safe mode.
-        forced_places: Places in which tokens are forced to FFN experts.
-        layer_numbers: Global numbers of all MoE layers.
-        ramp: Demands on layers that are on their way out of safe mode, which forcing waits for.
-    """
-
-    def layers(places: Collection[int]) -> list[int]:
-        return [layer for layer in layer_numbers if layer in places or WHOLE_MODEL in places]
-
-    found: dict[int, FFNDemand] = dict.fromkeys(layers(forced_places), "one")
-    return found | dict(ramp or {}) | dict.fromkeys(layers(safe_places), "all")

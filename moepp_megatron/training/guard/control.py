@@ -14,19 +14,22 @@ from torch import Tensor
 from moepp_megatron.config import Config
 from moepp_megatron.config.guard_metrics import MEASURED, RECORDED
 from moepp_megatron.config.guard_rules import effective_rules
+from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values
+from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values, layers_in
 from moepp_megatron.observe.past import Past
 from moepp_megatron.observe.shift_reading import ShiftReading
 from moepp_megatron.training.batch_losses import BatchLoss
 from moepp_megatron.training.budget import BudgetControl
 from moepp_megatron.training.collect import RoutingCollector
-from moepp_megatron.training.guard.actions import RaisedTau, RouterControl, SafeRamp, demands
+from moepp_megatron.training.guard.actions import RaisedTau, RouterControl
 from moepp_megatron.training.guard.alerts import told
 from moepp_megatron.training.guard.fallen import METRIC as FALLEN
 from moepp_megatron.training.guard.fallen import FallenClasses
 from moepp_megatron.training.guard.high_loss import HighLossTokens
 from moepp_megatron.training.guard.readings import counted, from_first_rank, measured
+from moepp_megatron.training.guard.safe_mode import ACTION as SAFE_MODE
+from moepp_megatron.training.guard.safe_mode import SafeMode
 from moepp_megatron.training.router_health import HealthCollector
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.shift_text import ShiftStory
@@ -114,6 +117,8 @@ class RoutingGuard:
         self._routers: RouterControl | None = None
         if self._settings.acts:
             self._routers = RouterControl(config, model, needs_tags=self._tokens != "all")
+        self._model = model
+        self._may_be_safe = self._settings.acts and any(r.action == SAFE_MODE for r in rules)
         # What the routers have been given, where that is not the budget's or `moe.tau`.
         self._raised_taus: dict[int, float] = {}
         self._load(state)
@@ -124,7 +129,11 @@ class RoutingGuard:
         self._raised = RaisedTau(
             self._layers, settings.tau_factor, settings.tau_half_life, state.get("raised", ())
         )
-        self._ramp = SafeRamp(self._layers, settings.safe_ramp, state.get("ramp", ()))
+        self._safe: SafeMode | None = None
+        if self._may_be_safe:
+            self._safe = SafeMode(
+                self._model, self._judge, self._layers, settings.safe_ramp, state.get("safe", {})
+            )
         self._past = Past(len(self._layers), state.get("past"))
         self._fallen = self._open_fallen(state.get("fallen"))
         self._high_loss: HighLossTokens | None = None
@@ -139,13 +148,17 @@ class RoutingGuard:
         return FallenClasses(self._groups, self._layers, state)
 
     def state(self) -> dict[str, Any]:
-        """The state for a checkpoint, the same on every rank; later steps do not change it."""
+        """The state for a checkpoint, the same on every rank; a collective.
+
+        Later steps do not change it.
+        """
         state: dict[str, Any] = {
             "judge": self._judge.state(),
             "raised": self._raised.state(),
-            "ramp": self._ramp.state(),
             "past": self._past.state(),
         }
+        if self._safe is not None:
+            state["safe"] = self._safe.state()
         if self._high_loss is not None:
             state["high_loss"] = self._high_loss.state()
         if self._fallen is not None:
@@ -167,8 +180,10 @@ class RoutingGuard:
             return
         self._set_taus(step, budget)
         forced = self._judge.places("force_ffn")
-        safe, ramp = self._judge.places("safe_mode"), self._ramp.demands()
-        found = demands(safe, forced, self._layers, ramp)
+        found: dict[int, FFNDemand] = dict.fromkeys(layers_in(forced, self._layers), "one")
+        if self._safe is not None:
+            self._safe.begin_step(step)
+            found |= self._safe.demands()
         self._routers.demand(found, self._forced_ids() if forced else None)
 
     def _set_taus(self, step: int, budget: BudgetControl | None) -> None:
@@ -233,7 +248,8 @@ class RoutingGuard:
             self._high_loss.end_step()
         if step <= self._settings.warmup:
             return NOTHING
-        events = self._judge.judge(self._read(result, loss, shift))
+        values = self._read(result, loss, shift)
+        events = self._judge.judge(values)
         if self._fallen is not None:
             self._fallen.choose(
                 self._judge.places("force_ffn", self._of_classes), max(self._of_classes.values())
@@ -241,8 +257,9 @@ class RoutingGuard:
         rollbacks: list[Event] = []
         if self._settings.acts:
             self._raised.step(self._judge.places("raise_tau"))
-            self._ramp.step(self._judge.places("safe_mode"))
             rollbacks = [event for event in events if event.begins and event.action == "rollback"]
+        if self._safe is not None:
+            self._safe.end_step(events, values)
         others = [event for event in events if event not in rollbacks]
         # All ranks have the same events, so all of them ask.
         is_shift = any(event.begins and event.rule.metric in _SHIFTS for event in others)
@@ -281,10 +298,10 @@ class RoutingGuard:
         return [told(event, step, not self._settings.acts, note) for event in ended]
 
     def _note(self, event: Event) -> str:
-        """Further text of an alert: which classes of tokens fell."""
-        if self._fallen is None or event.rule.metric != FALLEN or not event.begins:
-            return ""
-        return self._fallen.note(event.layer, event.rule.limit)
+        """Further text of an alert: which classes of tokens fell, where a router went back to."""
+        if self._fallen is not None and event.rule.metric == FALLEN and event.begins:
+            return self._fallen.note(event.layer, event.rule.limit)
+        return "" if self._safe is None else self._safe.note(event)
 
     def _read(self, result: StepResult, loss: BatchLoss, shift: ShiftReading | None) -> Values:
         """This step's values of the metrics that rules use."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.data.token_groups import BANDS
-from moepp_megatron.observe.class_past import ClassPast
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL
+from moepp_megatron.observe.past import ClassPast
 from moepp_megatron.training.token_groups import TOKENS, WANTED, GroupCollector
 
 METRIC = "class_ffn_to_past"

@@ -45,6 +45,8 @@ class NumericalGuard:
         recent_losses: Accepted losses, the newest last, at most `guard_window`.
         recent_samples: First samples of the batches accepted, the newest last, at most as many.
         refused: The batches refused in a row, the newest last, as far as they have been noted.
+        verdicts: Whether each of the newest batches was refused, at most `guard_window`, counted
+            anew when that has been told.
         last_loss: Loss of the batch judged last, over all ranks; NaN where it or the gradients are
             not finite.
         last_reason: Why the newest refused batch was refused.
@@ -55,6 +57,7 @@ class NumericalGuard:
         self.recent_losses: list[float] = []
         self.recent_samples: list[int] = []
         self.refused: list[BatchEvidence] = []
+        self.verdicts: list[bool] = []
         self.last_loss = math.nan
         self.last_reason = ""
         self._rollbacks_in_a_row = 0
@@ -66,6 +69,7 @@ class NumericalGuard:
             "recent_losses": list(self.recent_losses),
             "recent_samples": list(self.recent_samples),
             "refused_batches": [batch.state() for batch in self.refused],
+            "verdicts": list(self.verdicts),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -74,6 +78,7 @@ class NumericalGuard:
         self.recent_samples = list(state.get("recent_samples", ()))
         refused = state.get("refused_batches", ())
         self.refused = [BatchEvidence.from_state(batch) for batch in refused]
+        self.verdicts = list(state.get("verdicts", ()))
 
     def refuses(self, sums: StepSums, losses: Tensor) -> bool:
         """Judge a batch before the optimizer acts; every rank must call.
@@ -83,17 +88,18 @@ class NumericalGuard:
             losses: [2] this rank's sum of token losses and number of tokens, for the reason.
         """
         self.last_loss = loss = sums.loss
+        refuses = not math.isfinite(loss) or not self.is_usual(loss)
+        self.verdicts = [*self.verdicts, refuses][-self._settings.guard_window :]
         if not math.isfinite(loss):
             self.last_reason = _describe_non_finite(losses, sums.grad_norm)
-            return True
-        if not self.is_usual(loss):
+        elif refuses:
             score = robust_z_score(loss, self.recent_losses)
             self.last_reason = f"loss {loss:.4f} is a spike: robust z-score {score:.1f}"
-            return True
-        self.forget_refused()
-        self.recent_losses.append(loss)
-        del self.recent_losses[: -self._settings.guard_window]
-        return False
+        else:
+            self.forget_refused()
+            self.recent_losses.append(loss)
+            del self.recent_losses[: -self._settings.guard_window]
+        return refuses
 
     def is_usual(self, loss: float) -> bool:
         """Whether a finite loss is no spike beside the recent ones."""
@@ -112,7 +118,24 @@ class NumericalGuard:
             Whether so many in a row were refused that their cause must be found.
         """
         self.refused.append(BatchEvidence(self.last_loss, selections_LE))
-        return len(self.refused) >= self._settings.guard_max_consecutive_skips
+        is_due = len(self.refused) >= self._settings.guard_max_consecutive_skips
+        self.verdicts = [] if is_due else self.verdicts
+        return is_due
+
+    def many_refused(self) -> str:
+        """What there is to tell of batches refused now and then; empty if they are few.
+
+        They never are so many in a row that their cause is sought, and each is lost to training.
+        """
+        count, among = sum(self.verdicts), len(self.verdicts)
+        if count < self._settings.guard_max_consecutive_skips:
+            return ""
+        self.verdicts = []
+        return (
+            f"{count} of the newest {among} batches refused, not all in a row "
+            f"({self.last_reason}); see what their texts have in common, or raise "
+            "resilience.guard_threshold"
+        )
 
     def note_accepted(self, first_sample: int) -> None:
         """Note where in the data the batch just accepted begins."""

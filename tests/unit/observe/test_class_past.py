@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moepp_megatron.observe.class_past import ClassPast
+from moepp_megatron.observe.past import ClassPast
 
 TOKENS = np.array([2000, 1000, 40])
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from moepp_megatron.config.guard_metrics import COUNTED, MEASURED
 from moepp_megatron.config.guard_rules import CompleteRule
-from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
-from moepp_megatron.training.guard.actions import RaisedTau, SafeRamp, demands
+from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event, RuleJudge
+from moepp_megatron.training.guard.actions import RaisedTau
 from moepp_megatron.training.guard.alerts import told
 from moepp_megatron.training.guard.readings import counted, measured
+from moepp_megatron.training.guard.safe_mode import SafeMode, SafeRamp
 from moepp_megatron.training.shift_text import ShiftStory
 
 LAYERS = [2, 4]
@@ -57,22 +62,56 @@ def test_metrics_of_router_health() -> None:
     assert measured({}, 4) == {}
 
 
-def test_safe_mode_goes_before_forced_tokens() -> None:
-    assert demands({2}, {2, 4}, LAYERS) == {2: "all", 4: "one"}
-    assert demands(set(), {WHOLE_MODEL}, LAYERS) == {2: "one", 4: "one"}
-    assert demands({WHOLE_MODEL}, {4}, LAYERS) == {2: "all", 4: "all"}
-    assert demands(set(), set(), LAYERS) == {}
+def safe_mode() -> tuple[SafeMode, RuleJudge]:
+    """That of a pipeline stage without routers; two steps begin it, and two end it."""
+    judge = RuleJudge([replace(RULE, for_steps=2, clear_for_steps=2)], LAYERS)
+    model: Any = SimpleNamespace(models=[], gathered_parameters=nullcontext)
+    return SafeMode(model, judge, LAYERS, 0, {}), judge
+
+
+def taken(safe: SafeMode, judge: RuleJudge, step: int, *values: float) -> tuple[Any, list[str]]:
+    """Demands after a step in which each layer had this value, and what alerts say."""
+    safe.begin_step(step)
+    found = {RULE.metric: list(values)}
+    events = judge.judge(found)
+    safe.end_step(events, found)
+    return safe.demands(), [safe.note(event) for event in events]
+
+
+NONE = "no copy of a healthy router to go back to"
+BACK = "the router has its weights of before step 20 again"
+
+
+def test_safe_mode_overrules_a_router_of_which_there_is_no_copy() -> None:
+    safe, judge = safe_mode()
+    taken(safe, judge, 10, 0.6, 0.3)
+    # In layer 4 nothing held before, but it was not healthy either.
+    assert taken(safe, judge, 11, 0.6, 0.1) == ({}, [])
+    assert taken(safe, judge, 12, 0.6, 0.1) == ({4: "all"}, [NONE])
+    assert taken(safe, judge, 13, 0.6, 0.6)[0] == {4: "all"}
+    assert taken(safe, judge, 14, 0.6, 0.6) == ({}, [""])
+
+
+def test_safe_mode_overrules_a_router_that_its_weights_from_before_do_not_help() -> None:
+    safe, judge = safe_mode()
+    for step in (10, 19, 20, 21):
+        taken(safe, judge, step, 0.6, 0.6)
+    assert taken(safe, judge, 22, 0.1, 0.1) == ({}, [])
+    # A step that is seen to be bad is not copied.
+    assert taken(safe, judge, 30, 0.1, 0.1) == ({}, [BACK] * 2)
+    assert taken(safe, judge, 31, 0.4, 0.4)[0] == {}
+    assert taken(safe, judge, 32, 0.2, 0.6)[0] == {2: "all"}
+    assert taken(safe, judge, 33, 0.6, 0.6)[0] == {2: "all"}
+    assert taken(safe, judge, 34, 0.6, 0.6)[0] == {}
 
 
 def test_safe_mode_ends_by_a_ramp() -> None:
     ramp = SafeRamp(LAYERS, steps=4)
     ramp.step({4})
-    # In safe mode the ramp has no say: `demands` puts it behind.
-    assert demands({4}, {2}, LAYERS, ramp.demands()) == {2: "one", 4: "all"}
     lowered = []
     for _ in range(4):
         ramp.step(set())
-        found = demands(set(), {4}, LAYERS, ramp.demands())
+        found = ramp.demands()
         assert set(found) == {4}
         lowered.append(found[4])
     assert lowered[0] == pytest.approx(8.0)
@@ -87,7 +126,7 @@ def test_safe_mode_ends_by_a_ramp() -> None:
         each.step(set())
         assert each.demands() == {}
     at_once = SafeRamp(LAYERS, steps=0)
-    at_once.step({WHOLE_MODEL})
+    at_once.step(LAYERS)
     at_once.step(set())
     assert at_once.demands() == {}
     # A layer that goes wrong again begins its way anew.

@@ -55,6 +55,12 @@ def _guard(name: str, limit: Literal["above", "below", "clear"]) -> float:
     return value
 
 
+def _part(name: str) -> float:
+    """The part of the newest steps in which a default rule must hold; 1 where all are in a row."""
+    rule = next(rule for rule in DEFAULT_RULES if rule.name == name)
+    return 1.0 if rule.of_steps is None else (rule.for_steps or 1) / rule.of_steps
+
+
 def _of(key: str) -> str:
     return OF_RECORDS[key].name
 
@@ -75,7 +81,9 @@ def _while_running(query: str) -> str:
 
 # From where on the guard takes a run with few FFN experts for healthy again.
 _FAR = 1 - _guard("few_ffn_experts", "clear")
-_MIN_LOAD = _guard("dead_expert", "below")
+_IDLEST, _MIN_LOAD = exported.MIN_FFN_LOAD.name, _guard("dead_expert", "below")
+# So large a part of the newest steps that it may get a few tokens now and then.
+_DEAD_PART = _part("dead_expert")
 _MAX_VARIANCE = _guard("logit_explosion", "above")
 _SLOW_RANK = ResilienceSection().straggler_threshold
 _WANTED = f"({_of('ffn_target')} or {exported.PHI.name})"
@@ -118,7 +126,8 @@ RULES = (
     ),
     _AlertRule(
         "MoeppDeadExpert",
-        f"max_over_time({exported.MIN_FFN_LOAD.name}[10m]) < {_MIN_LOAD:g}", "10m", "warning",
+        f"avg_over_time(({_IDLEST} < bool {_MIN_LOAD:g})[20m:]) >= {_DEAD_PART:g}",
+        "10m", "warning",
         "an FFN expert of layer {{ $labels.layer }} gets no tokens",
         "moe.balance_coeff; the page of the run shows which expert (moepp report)",
     ),
