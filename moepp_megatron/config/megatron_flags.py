@@ -70,6 +70,8 @@ SETTINGS = {
     "adam-beta1": "optimizer.adam_beta1",
     "adam-beta2": "optimizer.adam_beta2",
     "adam-eps": "optimizer.adam_eps",
+    "exp-avg-dtype": "optimizer.exp_avg_dtype",
+    "exp-avg-sq-dtype": "optimizer.exp_avg_sq_dtype",
     "lr-warmup-iters": "optimizer.warmup_iters",
     "lr-decay-iters": "optimizer.decay_iters",
     "lr-decay-style": "optimizer.decay_style",
@@ -159,7 +161,7 @@ _SPEED = (
     "no-create-attention-mask-in-dataloader no-masked-softmax-fusion no-mmap-bin-files "
     "no-position-embedding no-rope-fusion tensorboard-dir "
     "tensorboard-log-interval tp-comm-overlap transformer-impl use-flash-attn use-mcore-models "
-    "use-pytorch-profiler wandb-exp-name wandb-save-dir"
+    "use-precision-aware-optimizer use-pytorch-profiler wandb-exp-name wandb-save-dir"
 )
 WITHOUT_A_SETTING = frozenset(_SPEED.split())
 """Arguments of speed, logging and files that need no setting here, or that others imply."""

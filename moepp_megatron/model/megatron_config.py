@@ -23,9 +23,13 @@ from moepp_megatron.runtime.optional import (
 _HYBRIDEP_CHUNK = 64
 
 
+# The types that settings name.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 def params_dtype(config: Config) -> torch.dtype:
     """The dtype of parameters and activations."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
+    return DTYPES[config.precision.dtype]
 
 
 def moepp_config(config: Config) -> MoEPPConfig:

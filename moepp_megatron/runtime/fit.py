@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
-from moepp_megatron.runtime.install import how_to_install
+from moepp_megatron.runtime.install import TRANSFORMER_ENGINE, how_to_install
 from moepp_megatron.runtime.optional import (
     flex_backend,
     flex_backends,
@@ -15,6 +15,9 @@ from moepp_megatron.runtime.optional import (
     import_failure,
 )
 from moepp_megatron.runtime.triton_compiler import compiler_obstacle
+
+# The first whose FusedAdam takes them (optimizers/fused_adam.py).
+_TE_OF_BF16_MOMENTS = (2, 3)
 
 
 def check_fit(config: Config) -> None:
@@ -48,6 +51,22 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.kind ({kind}) must have the package emerging-optimizers, which is not "
             f"installed; {how_to_install('emerging-optimizers>=0.3')}, or use adam"
         )
+    if config.optimizer.bf16_moments:
+        _check_bf16_moments(config)
+
+
+def _check_bf16_moments(config: Config) -> None:
+    moment = config.optimizer.bf16_moments[0]
+    version = FP8Machine.this().transformer_engine
+    if version is not None and version >= _TE_OF_BF16_MOMENTS:
+        return
+    lack = "Transformer Engine and a GPU, which this machine lacks"
+    if version is not None:
+        lack = f"Transformer Engine 2.3 or newer, not {'.'.join(map(str, version))}"
+    raise UnfitError(
+        f"optimizer.{moment} (bf16) must have {lack}; use fp32, or install it where there is a "
+        f"GPU: {TRANSFORMER_ENGINE}"
+    )
 
 
 def _check_triton(config: Config) -> None:
