@@ -113,6 +113,7 @@ SWITCHES = {
     "overlap-grad-reduce": ("parallel.overlap_grad_reduce", True),
     "overlap-param-gather": ("parallel.overlap_param_gather", True),
     "overlap-moe-expert-parallel-comm": ("parallel.overlap_moe_expert_parallel_comm", True),
+    "delay-wgrad-compute": ("parallel.delay_wgrad_compute", True),
     "bf16": ("precision.dtype", "bf16"),
     "grad-reduce-in-bf16": ("precision.grad_reduce_in_fp32", False),
     "fp8-param-gather": ("precision.fp8_param", True),

@@ -117,6 +117,7 @@ def _parallel_fields(config: Config) -> dict[str, object]:
         # gone; the message's own stream is waited for anyway.
         "batch_p2p_sync": False,
         "overlap_moe_expert_parallel_comm": parallel.overlap_moe_expert_parallel_comm,
+        "delay_wgrad_compute": parallel.delay_wgrad_compute,
     }
 
 

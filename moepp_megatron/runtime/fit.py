@@ -18,6 +18,8 @@ from moepp_megatron.runtime.triton_compiler import compiler_obstacle
 
 # The first whose FusedAdam takes them (optimizers/fused_adam.py).
 _TE_OF_BF16_MOMENTS = (2, 3)
+# megatron-core's extensions/transformer_engine.py.
+_TE_OF_DELAYED_GRADIENTS = (2, 3)
 
 
 def check_fit(config: Config) -> None:
@@ -27,6 +29,8 @@ def check_fit(config: Config) -> None:
         UnfitError: If a rule is broken; names the setting, its value, the rule and a remedy.
     """
     _check_optimizer(config)
+    if config.parallel.delay_wgrad_compute:
+        _check_engine("parallel.delay_wgrad_compute (true)", _TE_OF_DELAYED_GRADIENTS, "false")
     if config.moe.dispatcher == "flex":
         _check_flex(config)
     if config.training.cuda_graphs:
@@ -52,20 +56,22 @@ def _check_optimizer(config: Config) -> None:
             f"installed; {how_to_install('emerging-optimizers>=0.3')}, or use adam"
         )
     if config.optimizer.bf16_moments:
-        _check_bf16_moments(config)
+        moment = config.optimizer.bf16_moments[0]
+        _check_engine(f"optimizer.{moment} (bf16)", _TE_OF_BF16_MOMENTS, "fp32")
 
 
-def _check_bf16_moments(config: Config) -> None:
-    moment = config.optimizer.bf16_moments[0]
+def _check_engine(setting: str, needed: tuple[int, ...], instead: str) -> None:
+    """Refuse a setting, given with its value, where Transformer Engine is missing or too old."""
     version = FP8Machine.this().transformer_engine
-    if version is not None and version >= _TE_OF_BF16_MOMENTS:
+    if version is not None and version >= needed:
         return
     lack = "Transformer Engine and a GPU, which this machine lacks"
     if version is not None:
-        lack = f"Transformer Engine 2.3 or newer, not {'.'.join(map(str, version))}"
+        wanted, found = (".".join(map(str, numbers)) for numbers in (needed, version))
+        lack = f"Transformer Engine {wanted} or newer, not {found}"
     raise UnfitError(
-        f"optimizer.{moment} (bf16) must have {lack}; use fp32, or install it where there is a "
-        f"GPU: {TRANSFORMER_ENGINE}"
+        f"{setting} must have {lack}; use {instead}, or install it where there is a GPU: "
+        f"{TRANSFORMER_ENGINE}"
     )
 
 

@@ -88,3 +88,24 @@ def resume_with_bf16_moments(folder: Path, is_writing: bool) -> dict[str, Any]:
     if is_writing:
         found["is_same"] = all(torch.equal(step(second), step(first)) for _ in range(2))
     return found
+
+
+def train_in_nodes(raw: dict[str, Any], steps: int) -> tuple[Any, int]:
+    """`training_runs.train`, and how often gradients of weights were computed on their own."""
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    from tests.parallel.training_runs import train
+
+    _count_stand_in()
+    delayed = []
+    original = TransformerEngineBaseModule.backward_dw
+
+    def counting(module: TransformerEngineBaseModule) -> None:
+        delayed.append(type(module).__name__)
+        original(module)
+
+    TransformerEngineBaseModule.backward_dw = counting
+    try:
+        return train(raw, steps), len(delayed)
+    finally:
+        TransformerEngineBaseModule.backward_dw = original

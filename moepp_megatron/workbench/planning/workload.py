@@ -115,6 +115,7 @@ class Workload:
         graphs: Parts of a layer that run as CUDA graphs, so that the host does not issue them one
             by one: attn, mlp, moe_router, moe_preprocess, moe, full_iteration.
         gated: FFNs of dense layers have a gate: three matrices instead of two.
+        delays_gradients: The combined schedule computes the weights' gradients last.
     """
 
     hidden: int
@@ -133,6 +134,7 @@ class Workload:
     loss_fused: bool = False
     graphs: frozenset[str] = frozenset()
     gated: bool = True
+    delays_gradients: bool = False
 
     @classmethod
     def from_config(cls, config: Config, modules: Modules = "fused") -> Workload:
@@ -162,6 +164,7 @@ class Workload:
             # What `runtime.kernel_choices` chooses on a GPU; on a CPU there are no kernels.
             loss_fused=modules == "fused" and precision.cross_entropy in ("auto", "fused"),
             graphs=frozenset(config.training.cuda_graphs),
+            delays_gradients=config.parallel.delay_wgrad_compute,
         )
 
     @property

@@ -716,6 +716,11 @@ INVALID = [
         "optimizer.kind to adam",
     ),
     (
+        ["parallel.delay_wgrad_compute=true"],
+        "parallel.delay_wgrad_compute (true)",
+        "set that to true, or parallel.delay_wgrad_compute to false",
+    ),
+    (
         ["optimizer.kind=lion", "optimizer.exp_avg_dtype=bf16", "precision.dtype=bf16"],
         "optimizer.exp_avg_dtype (bf16)",
         "set optimizer.kind to adam, or optimizer.exp_avg_dtype to fp32",
