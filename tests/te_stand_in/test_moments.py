@@ -123,4 +123,6 @@ def test_ranks_that_share_the_state(ranks, tmp_path) -> None:
     assert all(result["is_same"] for result in two)
     (one,) = ranks(1).run(resume_with_bf16_moments, tmp_path, False)
     assert one["weights"] == two[0]["weights"] == two[1]["weights"]
-    assert one["moments"] == sum(result["moments"] for result in two)
+    # fp64 sums in another order.
+    moments = sum(result["moments"] for result in two)
+    assert one["moments"] == pytest.approx(moments, rel=1e-12)

@@ -722,7 +722,7 @@ INVALID = [
     ),
     (
         ["optimizer.kind=lion", "optimizer.exp_avg_dtype=bf16", "precision.dtype=bf16"],
-        "optimizer.exp_avg_dtype (bf16)",
+        "optimizer.exp_avg_dtype ('bf16')",
         "set optimizer.kind to adam, or optimizer.exp_avg_dtype to fp32",
     ),
     (
@@ -731,17 +731,17 @@ INVALID = [
             "precision.dtype=bf16",
             "parallel.use_distributed_optimizer=false",
         ],
-        "optimizer.exp_avg_dtype (bf16)",
+        "optimizer.exp_avg_dtype ('bf16')",
         "set that to true",
     ),
     (
         ["optimizer.exp_avg_sq_dtype=bf16"],
-        "optimizer.exp_avg_sq_dtype (bf16)",
+        "optimizer.exp_avg_sq_dtype ('bf16')",
         "set that to bf16, or optimizer.exp_avg_sq_dtype to fp32",
     ),
     (
         ["optimizer.exp_avg_dtype=bf16", *FP8, "precision.fp8_param=true"],
-        "optimizer.exp_avg_dtype (bf16)",
+        "optimizer.exp_avg_dtype ('bf16')",
         "precision.fp8_recipe to tensorwise or blockwise",
     ),
     (
@@ -753,7 +753,11 @@ INVALID = [
         "optimizer.adam_beta2 (0.999)",
         "use 0.95, or set optimizer.exp_avg_sq_dtype to fp32",
     ),
-    (["optimizer.exp_avg_dtype=fp8"], "optimizer.exp_avg_dtype ('fp8')", "use fp32 or bf16"),
+    (
+        ["optimizer.exp_avg_dtype=fp8"],
+        "optimizer.exp_avg_dtype ('fp8')",
+        "must be one of fp32, bf16; use fp32",
+    ),
     (["training.batch_ramp=[]"], "training.batch_ramp ([])", "[1000000, 16]]"),
     (["training.batch_ramp=[[0, 8, 1]]"], "training.batch_ramp ([[0, 8, 1]])", "use for example"),
     (
