@@ -36,13 +36,15 @@ class QuickstartSteps:
     def build(
         cls, folder: Path, *settings: str, dataset: Callable[[Any], Any] | None = None
     ) -> QuickstartSteps:
-        """Builds groups and model; every rank calls, once.
+        """Builds the model, and the groups where there are none; every rank calls.
 
         Args:
             folder: `run.dir`.
             *settings: Further `section.key=value`.
             dataset: Makes the data from the configuration; random tokens by default.
         """
+        from megatron.core import parallel_state
+
         from moepp_megatron.config import Layout, load_config
         from moepp_megatron.runtime.distributed import build_groups
         from moepp_megatron.training.batches import rank_batches
@@ -52,7 +54,8 @@ class QuickstartSteps:
         quickstart = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
         config = load_config(quickstart, [f"run.dir={folder}", *settings])
         layout = Layout.from_config(config, dist.get_world_size())
-        build_groups(config, layout)
+        if not parallel_state.model_parallel_is_initialized():
+            build_groups(config, layout)
         model = build_training_model(config)
         model.set_training(True)
         data = (dataset or RandomTokens)(config)

@@ -92,7 +92,7 @@ def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
         verdict = "same" if check.holds else "DIFFERS"
         table.add_row(check.name, check.built, check.expected, verdict, style=style)
     numbers = Workload.from_config(config).numbers
-    state = 2 * numbers.moment_bytes + numbers.master_bytes
+    state = numbers.moments_bytes + numbers.master_bytes
     print_whole(
         table,
         f"gradients with what aligns them: {built.aligned_bytes:,} bytes; optimizer state of this "

@@ -70,6 +70,8 @@ SETTINGS = {
     "adam-beta1": "optimizer.adam_beta1",
     "adam-beta2": "optimizer.adam_beta2",
     "adam-eps": "optimizer.adam_eps",
+    "exp-avg-dtype": "optimizer.exp_avg_dtype",
+    "exp-avg-sq-dtype": "optimizer.exp_avg_sq_dtype",
     "lr-warmup-iters": "optimizer.warmup_iters",
     "lr-decay-iters": "optimizer.decay_iters",
     "lr-decay-style": "optimizer.decay_style",
@@ -111,6 +113,7 @@ SWITCHES = {
     "overlap-grad-reduce": ("parallel.overlap_grad_reduce", True),
     "overlap-param-gather": ("parallel.overlap_param_gather", True),
     "overlap-moe-expert-parallel-comm": ("parallel.overlap_moe_expert_parallel_comm", True),
+    "delay-wgrad-compute": ("parallel.delay_wgrad_compute", True),
     "bf16": ("precision.dtype", "bf16"),
     "grad-reduce-in-bf16": ("precision.grad_reduce_in_fp32", False),
     "fp8-param-gather": ("precision.fp8_param", True),
@@ -159,7 +162,7 @@ _SPEED = (
     "no-create-attention-mask-in-dataloader no-masked-softmax-fusion no-mmap-bin-files "
     "no-position-embedding no-rope-fusion tensorboard-dir "
     "tensorboard-log-interval tp-comm-overlap transformer-impl use-flash-attn use-mcore-models "
-    "use-pytorch-profiler wandb-exp-name wandb-save-dir"
+    "use-precision-aware-optimizer use-pytorch-profiler wandb-exp-name wandb-save-dir"
 )
 WITHOUT_A_SETTING = frozenset(_SPEED.split())
 """Arguments of speed, logging and files that need no setting here, or that others imply."""

@@ -23,9 +23,13 @@ from moepp_megatron.runtime.optional import (
 _HYBRIDEP_CHUNK = 64
 
 
+# The types that settings name.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 def params_dtype(config: Config) -> torch.dtype:
     """The dtype of parameters and activations."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
+    return DTYPES[config.precision.dtype]
 
 
 def moepp_config(config: Config) -> MoEPPConfig:
@@ -113,6 +117,7 @@ def _parallel_fields(config: Config) -> dict[str, object]:
         # gone; the message's own stream is waited for anyway.
         "batch_p2p_sync": False,
         "overlap_moe_expert_parallel_comm": parallel.overlap_moe_expert_parallel_comm,
+        "delay_wgrad_compute": parallel.delay_wgrad_compute,
     }
 
 

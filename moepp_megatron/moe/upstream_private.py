@@ -136,14 +136,6 @@ PRIVATE_NAMES = (
     *_LAYER_NAMES,
     # Of training/checkpoint: what is missing would be found at a run's first save.
     PrivateName(
-        "optimizer.distrib_optimizer",
-        "DistributedOptimizer",
-        "_get_main_param_and_optimizer_states",
-        "called",
-        "a rank's own state of a parameter, which is written and read in place",
-        ("model_param",),
-    ),
-    PrivateName(
         "dist_checkpointing.strategies.torch",
         "TorchDistSaveShardedStrategy",
         "_get_save_and_finalize_callbacks",

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
-from moepp_megatron.runtime.install import how_to_install
+from moepp_megatron.runtime.install import TRANSFORMER_ENGINE, how_to_install
 from moepp_megatron.runtime.optional import (
     flex_backend,
     flex_backends,
@@ -16,6 +16,11 @@ from moepp_megatron.runtime.optional import (
 )
 from moepp_megatron.runtime.triton_compiler import compiler_obstacle
 
+# The first whose FusedAdam takes them (optimizers/fused_adam.py).
+_TE_OF_BF16_MOMENTS = (2, 3)
+# megatron-core's extensions/transformer_engine.py.
+_TE_OF_DELAYED_GRADIENTS = (2, 3)
+
 
 def check_fit(config: Config) -> None:
     """Refuse settings that would fail later during the start; needs no process group.
@@ -24,6 +29,8 @@ def check_fit(config: Config) -> None:
         UnfitError: If a rule is broken; names the setting, its value, the rule and a remedy.
     """
     _check_optimizer(config)
+    if config.parallel.delay_wgrad_compute:
+        _check_engine("parallel.delay_wgrad_compute (true)", _TE_OF_DELAYED_GRADIENTS, "false")
     if config.moe.dispatcher == "flex":
         _check_flex(config)
     if config.training.cuda_graphs:
@@ -48,6 +55,24 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.kind ({kind}) must have the package emerging-optimizers, which is not "
             f"installed; {how_to_install('emerging-optimizers>=0.3')}, or use adam"
         )
+    if config.optimizer.bf16_moments:
+        moment = config.optimizer.bf16_moments[0]
+        _check_engine(f"optimizer.{moment} (bf16)", _TE_OF_BF16_MOMENTS, "fp32")
+
+
+def _check_engine(setting: str, needed: tuple[int, ...], instead: str) -> None:
+    """Refuse a setting, given with its value, where Transformer Engine is missing or too old."""
+    version = FP8Machine.this().transformer_engine
+    if version is not None and version >= needed:
+        return
+    lack = "Transformer Engine and a GPU, which this machine lacks"
+    if version is not None:
+        wanted, found = (".".join(map(str, numbers)) for numbers in (needed, version))
+        lack = f"Transformer Engine {wanted} or newer, not {found}"
+    raise UnfitError(
+        f"{setting} must have {lack}; use {instead}, or install it where there is a GPU: "
+        f"{TRANSFORMER_ENGINE}"
+    )
 
 
 def _check_triton(config: Config) -> None:

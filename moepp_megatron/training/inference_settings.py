@@ -16,8 +16,11 @@ FORWARD_ONLY = (
     "parallel.overlap_grad_reduce=false",
     "parallel.overlap_param_gather=false",
     "parallel.overlap_moe_expert_parallel_comm=false",
+    "parallel.delay_wgrad_compute=false",
     # Nothing is optimized.
     "optimizer.kind=adam",
+    "optimizer.exp_avg_dtype=fp32",
+    "optimizer.exp_avg_sq_dtype=fp32",
     # Its packages want several ranks; the others give the same results.
     "moe.dispatcher=alltoall",
     "moe.flex_backend=auto",

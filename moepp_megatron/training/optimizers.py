@@ -25,7 +25,7 @@ from torch import Tensor
 from moepp_megatron.config import Config
 from moepp_megatron.config.choices import pick
 from moepp_megatron.config.schema.optimizer import OptimizerSection, ParameterGroups
-from moepp_megatron.model.megatron_config import params_dtype
+from moepp_megatron.model.megatron_config import DTYPES, params_dtype
 
 _MATRICES = "matrices"
 
@@ -66,6 +66,8 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
     by_layer = parallel.use_distributed_optimizer and is_emerging and ranks > 1
     # Adam trains the other parameters.
     own = _named_after("adam", settings)
+    if settings.bf16_moments:
+        own |= _bf16_moments(settings)
     own |= pick(OPTIMIZERS, "optimizer.kind", settings.kind, "optimizers")(settings)
     return OptimizerConfig(
         **own,
@@ -81,6 +83,17 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         # How it cuts FP8 weights depends on their format.
         fp8_recipe=config.precision.recipe,
     )
+
+
+def _bf16_moments(settings: OptimizerSection) -> dict[str, Any]:
+    """Transformer Engine's FusedAdam keeps the moments, and in most cases the fp32 weights too."""
+    return {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": DTYPES[settings.exp_avg_dtype],
+        "exp_avg_sq_dtype": DTYPES[settings.exp_avg_sq_dtype],
+        # Half of each fp32 weight would lie in the bf16 weight, where no checkpoint finds it.
+        "store_param_remainders": False,
+    }
 
 
 def parameter_overrides(config: Config) -> dict[ParamKey, ParamGroupOverride]:

@@ -154,6 +154,7 @@ def _wrap(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         fp8_param_gather=config.precision.fp8_param,
+        delay_wgrad_compute=parallel.delay_wgrad_compute,
     )
     # The schedules read their tensor width from the outermost module's configuration.
     return DistributedDataParallel(

@@ -19,6 +19,7 @@ _MODULES = (
     "pytorch.attention",
     "pytorch.attention.rope",
     "pytorch.distributed",
+    "pytorch.optimizers",
     "pytorch.permutation",
     "pytorch.quantization",
     "pytorch.router",
@@ -39,6 +40,8 @@ def promised() -> dict[str, list[str]]:
             found[f"{path}:{name}"] = parameters(thing)
             if _is_torch_module(thing):
                 found[f"{path}:{name}.forward"] = parameters(thing.forward)
+            if hasattr(thing, "initialize_state"):
+                found[f"{path}:{name}.initialize_state"] = parameters(thing.initialize_state)
     return found
 
 

@@ -67,11 +67,23 @@ def step(model: TrainingModel) -> torch.Tensor:
     return loss.detach()
 
 
+BF16_MOMENTS = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+
+
 @pytest.mark.parametrize(
-    ("recipe", "fp8_param"), [("delayed", False), ("delayed", True), ("blockwise", True)]
+    ("recipe", "fp8_param", "optimizer"),
+    [
+        ("delayed", False, {}),
+        ("delayed", True, {}),
+        ("blockwise", True, {}),
+        (None, False, BF16_MOMENTS),
+        (None, False, {"exp_avg_dtype": "bf16"}),
+        ("delayed", False, BF16_MOMENTS),
+        ("blockwise", True, BF16_MOMENTS),
+    ],
 )
-def test_training_goes_on_as_if_it_had_not_stopped(tmp_path, trained, recipe, fp8_param):
-    config = config_of(recipe, precision={"fp8_param": fp8_param})
+def test_training_goes_on_as_if_it_had_not_stopped(tmp_path, trained, recipe, fp8_param, optimizer):
+    config = config_of(recipe, precision={"fp8_param": fp8_param}, optimizer=optimizer)
     first, second = trained(config, steps=2), trained(config, steps=0)
     save_and_load(tmp_path, first, second)
     for _ in range(2):

@@ -65,4 +65,17 @@ def _overlapped_experts_have_their_parts(config: Config) -> Iterator[Problem]:
             )
 
 
-RULES = (_overlapped_experts_have_their_parts,)
+def _only_the_combined_schedule_delays(config: Config) -> Iterator[Problem]:
+    """No other schedule comes back for the weights (transformer_config.py, `__post_init__`)."""
+    parallel = config.parallel
+    if parallel.delay_wgrad_compute and not parallel.overlap_moe_expert_parallel_comm:
+        yield Problem(
+            "parallel.delay_wgrad_compute",
+            True,
+            "must come with parallel.overlap_moe_expert_parallel_comm (false), whose schedule "
+            "computes the gradients that are left out at first",
+            "set that to true, or parallel.delay_wgrad_compute to false",
+        )
+
+
+RULES = (_overlapped_experts_have_their_parts, _only_the_combined_schedule_delays)

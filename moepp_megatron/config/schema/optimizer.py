@@ -66,6 +66,17 @@ class OptimizerSection(Section):
     adam_eps: float = Field(
         default=1e-8, gt=0.0, description="Adam epsilon", json_schema_extra=unit("1")
     )
+    exp_avg_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Type of Adam's first moment between steps; bf16 takes half of its memory and "
+        "needs Transformer Engine",
+        json_schema_extra=unit("-"),
+    )
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="The same of Adam's second moment",
+        json_schema_extra=unit("-"),
+    )
     warmup_iters: int = Field(
         default=0,
         ge=0,
@@ -150,6 +161,12 @@ class OptimizerSection(Section):
         default_factory=ParameterGroups,
         description="Learning rate and weight decay of some kinds of parameters",
     )
+
+    @property
+    def bf16_moments(self) -> tuple[str, ...]:
+        """The settings of moments that are kept in bf16."""
+        names = ("exp_avg_dtype", "exp_avg_sq_dtype")
+        return tuple(name for name in names if getattr(self, name) == "bf16")
 
     @property
     def is_emerging(self) -> bool:

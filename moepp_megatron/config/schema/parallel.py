@@ -73,6 +73,12 @@ class ParallelSection(Section):
         "(megatron-core's combined schedule of forward and backward)",
         json_schema_extra=unit("-"),
     )
+    delay_wgrad_compute: bool = Field(
+        default=False,
+        description="In the combined schedule: compute gradients of weights after those of "
+        "activations are on their way, so that more work hides what travels",
+        json_schema_extra=unit("-"),
+    )
 
     high_priority_stream_groups: list[Literal["tp", "cp", "dp_cp", "pp", "ep", "ep_dp"]] = Field(
         default=[],

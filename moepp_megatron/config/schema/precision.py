@@ -16,7 +16,8 @@ class PrecisionSection(Section):
 
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32",
-        description="Type of parameters and activations (optimizer state is always fp32)",
+        description="Type of parameters and activations (the optimizer keeps fp32 copies of bf16 "
+        "parameters)",
         json_schema_extra=unit("-"),
     )
     grad_reduce_in_fp32: bool = Field(

@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 def complete_state(optimizer: Any) -> None:
-    """Create the state that an optimizer makes at its first step: zeros.
+    """Create the state that an optimizer makes at its first step.
 
-    megatron-core 0.19.2 relies on it before, and the distributed optimizer reads values into it.
+    It is zeros, and where the optimizer keeps the fp32 weights, these. megatron-core 0.19.2 relies
+    on it before, and the distributed optimizer reads values into it.
 
     Args:
         optimizer: One of megatron-core's, not a chain of them.
@@ -31,6 +32,11 @@ def complete_state(optimizer: Any) -> None:
                     }
     elif is_emerging(inner):
         optimizer.init_state_fn(inner, optimizer.config)
+    elif optimizer.config.use_precision_aware_optimizer:
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.initialize_state(parameter, optimizer.config.store_param_remainders)
     elif not inner.state and is_distributed(optimizer):
         # It makes room for the state that it is to load, and leaves the values open.
         optimizer.load_state_dict(optimizer.state_dict())

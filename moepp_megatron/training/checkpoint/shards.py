@@ -57,11 +57,20 @@ def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[Pa
         for buckets in ranges.values():
             for bucket in buckets:
                 for parameter, places in bucket["param_map"].items():
-                    state = optimizer._get_main_param_and_optimizer_states(parameter)
-                    # Torch's Adam counts its steps per parameter; they are stored once for all.
-                    tensors = {name: value for name, value in state.items() if name != "step"}
+                    tensors = _own_tensors(optimizer, parameter)
                     begin = places["param"].start
                     yield ParameterShard(parameter, entries[parameter], begin, tensors)
+
+
+def _own_tensors(optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+    """The tensors themselves: megatron-core's own methods hand out fp32 copies of bf16 moments."""
+    group, place = optimizer.model_param_group_index_map[parameter]
+    inner = optimizer.optimizer
+    key = inner.param_groups[group]["params"][place]
+    # Torch's Adam counts its steps per parameter; they are stored once for all.
+    state = {name: value for name, value in inner.state[key].items() if name != "step"}
+    # FusedAdam with moments in bf16 keeps the fp32 weights too; its parameters are bf16.
+    return {"param": state.pop("master_param", key), **state}
 
 
 def sharded_boxes(shard: ParameterShard, prefix: str, values: Tensor) -> list[ShardedTensor]:

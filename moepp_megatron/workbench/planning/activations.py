@@ -65,7 +65,11 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
                 * row
             )
         inner = 3 * layer.rows * grid.etp * load.experts.ffn_size / grid.etp * size
-        peak += sent + layer.rows * grid.etp * row + inner
+        arrived = layer.rows * grid.etp * row
+        peak += sent + arrived + inner
+        if load.delays_gradients and grid.expert_overlap:
+            # Gradients of the experts' outputs wait beside those of their inputs.
+            peak += arrived
     if grid.recompute:
         whole = replace(grid, recompute=(), recomputed_layers=None)
         peak += kept_bytes(load, whole, layer) - kept_bytes(load, grid, layer)

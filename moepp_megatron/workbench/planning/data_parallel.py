@@ -91,7 +91,7 @@ def _optimizer(load: Workload, grid: Grid, machine: Machine, parameters: RankPar
     own = parameters.dense / shards[0] + parameters.experts / shards[1]
     # Norm and update read the gradient, Adam reads and writes moments and master weights, then
     # writes the weights; clearing the gradients writes all of them.
-    state = 2 * (2 * numbers.moment_bytes + max(numbers.master_bytes, 4))
+    state = 2 * (numbers.moments_bytes + max(numbers.master_bytes, 4))
     moved = own * (2 * numbers.gradient_bytes + state + numbers.weight_bytes)
     moved += (parameters.dense + parameters.experts) * numbers.gradient_bytes
     return moved / machine.optimizer_rate

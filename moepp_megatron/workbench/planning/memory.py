@@ -179,8 +179,8 @@ def _optimizer_bytes(load: Workload, grid: Grid, parameters: RankParameters) -> 
     Muon and Lion share out whole matrices: the fullest rank may hold more than its even share.
     """
     numbers = load.numbers
-    state = numbers.matrix_moments * numbers.moment_bytes + numbers.master_bytes
-    further = (2 - numbers.matrix_moments) * numbers.moment_bytes * parameters.of_adam
+    state = numbers.matrix_moments_bytes + numbers.master_bytes
+    further = (numbers.moments_bytes - numbers.matrix_moments_bytes) * parameters.of_adam
     dense_shards, expert_shards = grid.dp * grid.cp, grid.edp
     if not grid.distributed_optimizer:
         dense_shards = expert_shards = 1

@@ -64,17 +64,17 @@ class Numbers:
         dtype: Dtype of parameters and activations.
         fp8: FP8 scaling of the matrix products, or None.
         fp8_weights: Whether weights exist only in FP8.
-        moment_bytes: Bytes of each of Adam's two moments.
+        moments_bytes: Bytes of Adam's two moments of a weight.
         gradient_bytes: Bytes of a gradient in the buffer that is reduced.
-        matrix_moments: Moments of a weight of a matrix: Adam's two, or the one of Muon and Lion.
+        matrix_moments_bytes: The same of a weight of a matrix, of which Muon and Lion keep one.
     """
 
     dtype: Literal["fp32", "bf16"] = "bf16"
     fp8: str | None = None
     fp8_weights: bool = False
-    moment_bytes: int = 4
+    moments_bytes: int = 8
     gradient_bytes: int = 4
-    matrix_moments: int = 2
+    matrix_moments_bytes: int = 8
 
     @property
     def activation_bytes(self) -> int:
@@ -115,6 +115,7 @@ class Workload:
         graphs: Parts of a layer that run as CUDA graphs, so that the host does not issue them one
             by one: attn, mlp, moe_router, moe_preprocess, moe, full_iteration.
         gated: FFNs of dense layers have a gate: three matrices instead of two.
+        delays_gradients: The combined schedule computes the weights' gradients last.
     """
 
     hidden: int
@@ -133,11 +134,13 @@ class Workload:
     loss_fused: bool = False
     graphs: frozenset[str] = frozenset()
     gated: bool = True
+    delays_gradients: bool = False
 
     @classmethod
     def from_config(cls, config: Config, modules: Modules = "fused") -> Workload:
         """The workload that a checked configuration describes."""
         model, precision = config.model, config.precision
+        moments = 8 - 2 * len(config.optimizer.bf16_moments)
         return cls(
             hidden=model.hidden_size,
             vocab=model.vocab_size,
@@ -154,12 +157,14 @@ class Workload:
                 precision.recipe,
                 precision.fp8_param,
                 gradient_bytes=precision.gradient_bytes,
-                matrix_moments=1 if config.optimizer.is_emerging else 2,
+                moments_bytes=moments,
+                matrix_moments_bytes=4 if config.optimizer.is_emerging else moments,
             ),
             modules=modules,
             # What `runtime.kernel_choices` chooses on a GPU; on a CPU there are no kernels.
             loss_fused=modules == "fused" and precision.cross_entropy in ("auto", "fused"),
             graphs=frozenset(config.training.cuda_graphs),
+            delays_gradients=config.parallel.delay_wgrad_compute,
         )
 
     @property
@@ -192,7 +197,12 @@ class Workload:
         return replace(
             self,
             attention=attention,
-            numbers=replace(self.numbers, gradient_bytes=gradient_bytes, moment_bytes=moment_bytes),
+            numbers=replace(
+                self.numbers,
+                gradient_bytes=gradient_bytes,
+                moments_bytes=2 * moment_bytes,
+                matrix_moments_bytes=2 * moment_bytes,
+            ),
             extra_layers=extra_layers or self.extra_layers,
             causal_share=_seen_share(self.seq, window, window_every),
             # Whose kernels these runs had is not known of all of them.

@@ -96,6 +96,27 @@ def test_the_doctor_shows_the_same():
     assert packages.check_fp8(load_config(ROOT / "configs/quickstart.yaml"), H100) is None
 
 
+@pytest.mark.parametrize(
+    ("machine", "lack"),
+    [
+        (NEITHER, "Transformer Engine and a GPU"),
+        (replace(H100, transformer_engine=(2, 2)), "Transformer Engine 2.3 or newer, not 2.2"),
+        (H100, None),
+    ],
+)
+def test_bf16_moments_need_fused_adam(monkeypatch, machine, lack):
+    monkeypatch.setattr(FP8Machine, "this", classmethod(lambda cls: machine))
+    overrides = ["precision.dtype=bf16", "optimizer.exp_avg_sq_dtype=bf16"]
+    config = load_config(ROOT / "configs/models/moepp_0.6b_8_4.yaml", overrides)
+    if lack is None:
+        check_fit(config)
+        return
+    with pytest.raises(UnfitError) as caught:
+        check_fit(config)
+    assert f"optimizer.exp_avg_sq_dtype (bf16) must have {lack}" in str(caught.value)
+    assert "use fp32, or install" in str(caught.value)
+
+
 def test_this_machine_refuses_before_it_starts(monkeypatch):
     monkeypatch.setattr(FP8Machine, "this", classmethod(lambda cls: NEITHER))
     with pytest.raises(UnfitError, match=r"precision.fp8 \(hybrid\) must have") as caught:

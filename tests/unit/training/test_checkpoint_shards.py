@@ -94,13 +94,14 @@ def test_ranks_shards_make_up_the_tensor(make, cuts: tuple[int, ...]) -> None:
 def test_values_that_are_read_arrive_in_the_optimizer() -> None:
     parameter = torch.nn.Parameter(torch.empty(6, 4))
     moment = torch.zeros(10)
+    own = parameter.data.view(-1)[7:17]
     optimizer = SimpleNamespace(
         gbuf_ranges=[{"fp32": [{"param_map": {parameter: {"param": SimpleNamespace(start=7)}}}]}],
-        _get_main_param_and_optimizer_states=lambda _: {
-            "param": parameter.data.view(-1)[7:17],
-            "exp_avg": moment,
-            "step": torch.tensor(3.0),
-        },
+        model_param_group_index_map={parameter: (0, 0)},
+        optimizer=SimpleNamespace(
+            param_groups=[{"params": [own]}],
+            state={own: {"exp_avg": moment, "step": torch.tensor(3.0)}},
+        ),
     )
     (shard,) = parameter_shards(optimizer, {"model0": {"w": plain("w", parameter, 0, 1)}})
     assert sorted(shard.tensors) == ["exp_avg", "param"]

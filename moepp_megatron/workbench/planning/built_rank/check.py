@@ -97,7 +97,7 @@ def _sizes(config: Config, layout: Layout, built: BuiltRank, pp_rank: int) -> li
     weights = sum(one.numel * one.size for one in built.parameters)
     dtypes = sorted({one.dtype for one in built.parameters})
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[numbers.dtype]
-    state = 2 * numbers.moment_bytes + numbers.master_bytes
+    state = numbers.moments_bytes + numbers.master_bytes
     optimizer = built.mean_shard * state
     exact = (
         ("parameters outside FFN experts", dense, said.dense),

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from collections import deque
 
 import torch
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
@@ -22,8 +23,11 @@ def get_dummy_wgrad(shape, dtype, zero=False):
 class TransformerEngineBaseModule(torch.nn.Module):
     num_gemms = 1
 
-    def __init__(self, name=None):
+    def __init__(self, name=None, delay_wgrad_compute=False):
         super().__init__()
+        # What is needed for the gradients of weights, until `backward_dw`.
+        self.delayed = deque() if delay_wgrad_compute else None
+        self.wgrad_accumulation_and_reduce_hooks = []
         self.name = name
         # megatron-core's setting, which the constructors get, needs apex, and is off here.
         self.fuse_wgrad_accumulation = False
@@ -44,7 +48,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
             # Not initialised memory, made visible.
             init_method(weight.fill_(float("nan")))
         if not self.primary_weights_in_fp8:
-            self.register_parameter(name, torch.nn.Parameter(weight))
+            self.register_weight(name, torch.nn.Parameter(weight))
             return
         assert weight.isfinite().all(), "uninitialised memory would be quantised"
         recipe = FP8GlobalStateManager.get_fp8_recipe()
@@ -52,7 +56,30 @@ class TransformerEngineBaseModule(torch.nn.Module):
         parameter = torch.nn.Parameter(kind.of(weight))
         if self.keeps_init_val:
             attach_high_precision_init_val(parameter, weight.detach().cpu())
+        self.register_weight(name, parameter)
+
+    def register_weight(self, name, parameter):
         self.register_parameter(name, parameter)
+        if self.delayed is not None:
+            parameter.skip_backward_post_hook = True
+
+    def register_wgrad_accumulation_and_reduce_hooks(self, wgrad_accumulation_and_reduce_hook):
+        self.wgrad_accumulation_and_reduce_hooks.append(wgrad_accumulation_and_reduce_hook)
+
+    def backward_dw(self):
+        """The gradients of the weights of the oldest pass that they are left out of."""
+        if self.delayed is None:
+            return
+        if not self.delayed:
+            raise RuntimeError("Pop empty queue")
+        for _ in range(self.num_gemms):
+            weight, adds_to, grad, x = self.delayed.popleft()
+            if adds_to is None:
+                weight.grad = grad.T @ x
+            else:
+                _add_product(adds_to, grad, x)
+        for hook in self.wgrad_accumulation_and_reduce_hooks:
+            hook()
 
     def init_fp8_metadata(self, num_gemms=1):
         self.fp8 = FP8GlobalStateManager.is_fp8_enabled()
@@ -75,6 +102,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
                 if self.fuse_wgrad_accumulation
                 else None
             )
+            weight.delayed = self.delayed
         self.init_fp8_metadata(self.num_gemms)
         recipe = type(self.fp8_meta["recipe"]).__name__ if self.fp8 else None
         CALLS.append(Call(type(self).__name__, tuple(rows), recipe))
@@ -118,7 +146,7 @@ class _Gemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, fp8, group):
         ctx.fp8, ctx.group = fp8, group
-        ctx.weight, ctx.adds_to = weight, weight.adds_to
+        ctx.weight, ctx.adds_to, ctx.delayed = weight, weight.adds_to, weight.delayed
         w = plain_of(weight)
         if fp8:
             x, w = _rounded(x, torch.float8_e4m3fn), _rounded(w, torch.float8_e4m3fn)
@@ -138,13 +166,22 @@ class _Gemm(torch.autograd.Function):
         return own, _weight_gradient(ctx, grad, _gathered(x, ctx.group)), None, None
 
 
-def _weight_gradient(ctx, grad, x):
-    if ctx.adds_to is None:
-        return grad.T @ x
+def _add_product(adds_to, grad, x):
     # Added inside the product, in fp32; the first of a step begins the sum.
-    sums, is_first = ctx.adds_to
+    sums, is_first = adds_to
     product = grad.T.float() @ x.float()
     sums.copy_(product) if is_first else sums.add_(product)
+
+
+def _weight_gradient(ctx, grad, x):
+    if ctx.delayed is not None:
+        ctx.delayed.append((ctx.weight, ctx.adds_to, grad, x))
+    elif ctx.adds_to is None:
+        return grad.T @ x
+    else:
+        _add_product(ctx.adds_to, grad, x)
+    if ctx.adds_to is None:
+        return None
     ctx.weight.grad_added_to_main_grad = True
     return get_dummy_wgrad(ctx.weight.shape, x.dtype, getattr(ctx.weight, "zero_out_wgrad", False))
 

@@ -68,7 +68,7 @@ class Linear(_Sharded):
         save_original_input=False,
         name=None,
     ):
-        super().__init__(name)
+        super().__init__(name, delay_wgrad_compute)
         assert not bias, "the stand-in knows no bias"
         self.use_bias, self.save_original_input = bias, save_original_input
         shape = self.shard(
@@ -115,7 +115,7 @@ class LayerNormLinear(_Sharded):
         symmetric_ar_type=None,
         name=None,
     ):
-        super().__init__(name)
+        super().__init__(name, delay_wgrad_compute)
         assert not bias, "the stand-in knows no bias"
         assert normalization == "RMSNorm"
         self.use_bias, self.eps = bias, eps
@@ -163,7 +163,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         name=None,
         use_grouped_tensor=None,
     ):
-        super().__init__(name)
+        super().__init__(name, delay_wgrad_compute)
         assert not bias, "the stand-in knows no bias"
         self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
         self.use_bias, self.parallel_mode, self.tp_size = bias, parallel_mode, tp_size

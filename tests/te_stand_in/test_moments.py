@@ -1,0 +1,128 @@
+"""Adam's moments in bf16: what a step, a checkpoint and the planner make of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformer_engine.pytorch.optimizers import FusedAdam
+
+from moepp_megatron.config import Layout
+from moepp_megatron.training.checkpoint.optimizer import complete_state
+from moepp_megatron.training.checkpoint.shards import parameter_shards
+from moepp_megatron.training.checkpoint.state import model_state
+from moepp_megatron.training.setup import TrainingModel, build_training_model
+from moepp_megatron.workbench.planning.memory import rank_memory
+from tests.te_stand_in.models import config_of
+from tests.te_stand_in.rank_runs import resume_with_bf16_moments
+from tests.te_stand_in.test_checkpoint import BF16_MOMENTS, save_and_load, step
+
+NAMES = {"param", "exp_avg", "exp_avg_sq"}
+
+
+def trained(steps: int, **sections: Any) -> TrainingModel:
+    model = build_training_model(config_of(None, **sections))
+    for _ in range(steps):
+        step(model)
+    return model
+
+
+def states(model: TrainingModel) -> dict[str, dict[str, Tensor]]:
+    """What the optimizer keeps of each parameter."""
+    names = {parameter: name for name, parameter in model.models[0].named_parameters()}
+    sharded, found = model_state(model.models), {}
+    for part in model.optimizer.chained_optimizers:
+        complete_state(part)
+        for shard in parameter_shards(part, sharded):
+            found[names[shard.parameter]] = shard.tensors
+    assert found.keys() == set(names.values())
+    return found
+
+
+def test_the_stand_in_is_adamw() -> None:
+    weights = [torch.nn.Parameter(torch.randn(5, 3, generator=torch.manual_seed(1)))]
+    weights.append(torch.nn.Parameter(weights[0].detach().clone()))
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    ours, theirs = FusedAdam(weights[:1], **settings), torch.optim.AdamW(weights[1:], **settings)
+    for seed in range(4):
+        for weight in weights:
+            weight.grad = torch.randn(5, 3, generator=torch.manual_seed(seed))
+        ours.step()
+        theirs.step()
+    # fp32, and the same operations in another order.
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=1e-7)
+
+
+def test_a_step_moves_weights_by_moments_before_they_are_rounded() -> None:
+    """After the first step alone both runs have seen the same moments: all of it is equal."""
+    plain, bf16 = states(trained(1)), states(trained(1, optimizer=BF16_MOMENTS))
+    for name, expected in plain.items():
+        assert expected.keys() == bf16[name].keys() == NAMES
+        assert torch.equal(bf16[name]["param"], expected["param"]), name
+        assert expected["exp_avg"].abs().max() > 0, name
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert expected[moment].dtype is torch.float32
+            assert bf16[name][moment].dtype is torch.bfloat16
+            assert torch.equal(bf16[name][moment], expected[moment].bfloat16()), name
+
+
+def test_the_planner_counts_what_is_kept() -> None:
+    for optimizer in ({}, BF16_MOMENTS, {"exp_avg_sq_dtype": "bf16"}):
+        config = config_of(None, optimizer=optimizer)
+        kept = [
+            value
+            for of in states(trained(1, optimizer=optimizer)).values()
+            for value in of.values()
+        ]
+        said = rank_memory(config, Layout.from_config(config, 1), 0)
+        assert sum(value.numel() * value.element_size() for value in kept) == said.optimizer
+        assert said.optimizer == (12 - 2 * len(optimizer)) * (said.dense + said.experts)
+
+
+def test_a_checkpoint_before_the_first_step_holds_the_weights(tmp_path) -> None:
+    first = trained(0, optimizer=BF16_MOMENTS)
+    second = trained(1, optimizer=BF16_MOMENTS, training={"seed": 5})
+    save_and_load(tmp_path, first, second)
+    for name, state in states(second).items():
+        weight = dict(first.models[0].named_parameters())[name]
+        assert torch.equal(state["param"], weight.detach().float().flatten()), name
+    assert torch.equal(step(second), step(first))
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [({}, BF16_MOMENTS), (BF16_MOMENTS, {})])
+def test_a_run_goes_on_with_the_other_type(tmp_path, saved, loaded) -> None:
+    first, second = trained(2, optimizer=saved), trained(0, optimizer=loaded)
+    save_and_load(tmp_path, first, second)
+    found = states(second)
+    for name, expected in states(first).items():
+        for key, value in expected.items():
+            assert torch.equal(found[name][key], value.to(found[name][key].dtype)), (name, key)
+    assert step(second).isfinite()
+
+
+@pytest.mark.parametrize(("beta2", "falls"), [(1 - 2**-8, True), (0.999, False)])
+def test_why_beta2_has_a_bound(beta2: float, falls: bool) -> None:
+    """Without gradients a second moment falls, unless bf16 rounds it back to what it was."""
+    weight = torch.nn.Parameter(torch.zeros(128))
+    optimizer = FusedAdam([weight], betas=(0.9, beta2), exp_avg_sq_dtype=torch.bfloat16)
+    weight.grad = torch.zeros(128)
+    optimizer.initialize_state(weight, False)
+    # Every number of 8 bits between 1 and 2.
+    start = 1 + torch.arange(128) / 128
+    optimizer.state[weight]["exp_avg_sq"].copy_(start)
+    optimizer.step()
+    moved = optimizer.state[weight]["exp_avg_sq"].float() < start
+    assert moved.all() if falls else not moved.any()
+
+
+def test_ranks_that_share_the_state(ranks, tmp_path) -> None:
+    """Two data-parallel ranks go on as if they had not stopped; one reads what they wrote."""
+    two = ranks(2).run(resume_with_bf16_moments, tmp_path, True)
+    assert all(result["is_same"] for result in two)
+    (one,) = ranks(1).run(resume_with_bf16_moments, tmp_path, False)
+    assert one["weights"] == two[0]["weights"] == two[1]["weights"]
+    # fp64 sums in another order.
+    moments = sum(result["moments"] for result in two)
+    assert one["moments"] == pytest.approx(moments, rel=1e-12)
