@@ -1,0 +1,429 @@
+"""Which faults the tests notice: changes one place of the engine at a time and runs tests near it.
+
+    python -m benchmarks.mutants sample --count 160 --seed 0 --out mutants.jsonl
+    python -m benchmarks.mutants run mutants.jsonl --tree COPY --out killed.jsonl
+    python -m benchmarks.mutants compare killed-of-one-suite.jsonl killed-of-another.jsonl
+
+A mutant is a comparison, an operation, a constant or a condition turned, or a call or a returned
+value left out. It is killed if a test fails, or runs out of time. `run` changes the files of COPY,
+a copy of the repository of its own, and takes its tests from there. Tests near a module are those
+that import it, shortest first, then those of its room, then those of its room that train on ranks.
+Each mutant is tested in a fork of a process that has imported torch and megatron-core. `--hints`
+takes what `run` wrote of another suite: the test that killed a mutant there is tried first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("moe", "training", "config", "workbench/planning", "interop")
+# Of each room: what trains or converts with it on ranks, the widest first.
+ON_RANKS = {
+    "moe": (
+        "parallel/test_layer_layouts.py",
+        "parallel/test_matrix.py",
+        "parallel/test_padding.py",
+    ),
+    "training": (
+        "parallel/test_numerical_guard.py",
+        "parallel/test_checkpoint_load.py",
+        "parallel/test_routing_guard.py",
+        "parallel/test_telemetry.py",
+        "parallel/test_checkpoint_resume.py",
+    ),
+    "config": ("parallel/test_matrix.py",),
+    "workbench/planning": ("parallel/test_rank_memory.py",),
+    "interop": ("interop",),
+}
+_COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+_OPERATIONS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.Pow: ast.Mult,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change.
+
+    Attributes:
+        path: The file, below the package.
+        kind: What is done: compare, operate, constant, negate, call or return.
+        index: Which of the places of that kind in the file.
+        line: Of the place.
+    """
+
+    path: str
+    kind: str
+    index: int
+    line: int
+
+
+class _Places(ast.NodeTransformer):
+    """Counts the places of a kind; changes one of them."""
+
+    def __init__(self, kind: str, index: int = -1) -> None:
+        self.kind, self.index = kind, index
+        self.lines: list[int] = []
+
+    def _is_it(self, kind: str, node: ast.AST) -> bool:
+        if kind != self.kind:
+            return False
+        self.lines.append(getattr(node, "lineno", 0))
+        return len(self.lines) - 1 == self.index
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        if self._is_it("compare", node):
+            node.ops[0] = _COMPARISONS[type(node.ops[0])]()
+        return node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        text = any(
+            isinstance(each, (ast.JoinedStr, ast.Constant)) and not _is_number(each)
+            for each in (node.left, node.right)
+        )
+        if type(node.op) in _OPERATIONS and not text and self._is_it("operate", node):
+            node.op = _OPERATIONS[type(node.op)]()
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        if isinstance(node.value, bool):
+            if self._is_it("constant", node):
+                return ast.copy_location(ast.Constant(not node.value), node)
+        elif isinstance(node.value, (int, float)) and self._is_it("constant", node):
+            return ast.copy_location(ast.Constant(node.value + 1), node)
+        return node
+
+    def _negated(self, node: ast.If | ast.IfExp | ast.While) -> ast.AST:
+        self.generic_visit(node)
+        if self._is_it("negate", node):
+            node.test = ast.copy_location(ast.UnaryOp(ast.Not(), node.test), node.test)
+        return node
+
+    visit_If = visit_IfExp = visit_While = _negated
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.value, ast.Call) and self._is_it("call", node):
+            return ast.copy_location(ast.Pass(), node)
+        return node
+
+    def visit_Return(self, node: ast.Return) -> ast.AST:
+        self.generic_visit(node)
+        if node.value is not None and not _is_none(node.value) and self._is_it("return", node):
+            node.value = ast.copy_location(ast.Constant(None), node.value)
+        return node
+
+    def _without_types(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
+        # Annotations compute nothing.
+        node.body = [self.visit(each) for each in node.body]
+        node.args.defaults = [self.visit(each) for each in node.args.defaults]
+        return node
+
+    visit_FunctionDef = visit_AsyncFunctionDef = _without_types
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if node.value is not None:
+            node.value = self.visit(node.value)
+        return node
+
+
+def _is_number(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, (int, float))
+
+
+def _is_none(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+KINDS = ("compare", "operate", "constant", "negate", "call", "return")
+
+
+def mutants(package: Path) -> Iterator[Mutant]:
+    """All of them, in the rooms of `ROOMS`."""
+    for room in ROOMS:
+        for path in sorted((package / room).rglob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for kind in KINDS:
+                places = _Places(kind)
+                places.visit(copy.deepcopy(tree))
+                for index, line in enumerate(places.lines):
+                    yield Mutant(str(path.relative_to(package)), kind, index, line)
+
+
+def sample(package: Path, count: int, seed: int) -> list[Mutant]:
+    """As many of each room, drawn by `seed`."""
+    chance = random.Random(seed)
+    everything = list(mutants(package))
+    drawn = []
+    for room in ROOMS:
+        of_room = [each for each in everything if each.path.startswith(room + "/")]
+        drawn += chance.sample(of_room, count // len(ROOMS))
+    return drawn
+
+
+def changed(source: str, mutant: Mutant) -> str:
+    """The file's text with the change."""
+    places = _Places(mutant.kind, mutant.index)
+    return ast.unparse(ast.fix_missing_locations(places.visit(ast.parse(source))))
+
+
+# ---- running the tests -------------------------------------------------------------------
+
+
+def stages(tree: Path, mutant: Mutant) -> Iterator[list[str]]:
+    """Tests, nearest first: those that import the module, all of the room, those on ranks."""
+    room = next(room for room in ROOMS if mutant.path.startswith(room + "/"))
+    module = ".".join(["moepp_megatron", *Path(mutant.path).with_suffix("").parts])
+    name = Path(mutant.path).stem
+    near = [
+        path
+        for path in (tree / "tests" / "unit").rglob("test_*.py")
+        if f"test_{name}" in path.name or _imports(path, module)
+    ]
+    seconds = json.loads((ROOT / "tests" / "durations.json").read_text(encoding="ascii"))
+
+    def cost(path: str) -> float:
+        return float(seconds.get(path, 1.0))
+
+    first = sorted((str(path.relative_to(tree)) for path in near), key=cost)
+    first.sort(key=lambda path: f"test_{name}" not in path)
+    first = [path for path in first if cost(path) < 60]
+    yield first
+    folder = tree / "tests" / "unit" / room
+    rest = [str(path.relative_to(tree)) for path in sorted(folder.rglob("test_*.py"))]
+    yield [path for path in sorted(rest, key=cost) if path not in first and cost(path) < 60]
+    yield [f"tests/{each}" for each in ON_RANKS[room]]
+
+
+def _imports(path: Path, module: str) -> bool:
+    parent, _, name = module.rpartition(".")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            if node.module == module:
+                return True
+            if node.module == parent and any(alias.name == name for alias in node.names):
+                return True
+    return False
+
+
+def killed_by(tree: Path, tests: list[str], limit_s: float) -> str | None:
+    """The test that fails in a fork of this process, or None; needs a tree that is changed."""
+    if not tests:
+        return None
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.close(reader)
+        _be_pytest(tree, tests, writer)
+    os.close(writer)
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            with os.fdopen(reader) as pipe:
+                failed = pipe.read().strip()
+            if failed or os.waitstatus_to_exitcode(status) == 0:
+                return failed or None
+            return "pytest itself"
+        time.sleep(0.05)
+    os.close(reader)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "out of time"
+
+
+def _be_pytest(tree: Path, tests: list[str], writer: int) -> None:
+    import pytest
+
+    class FirstFailure:
+        @staticmethod
+        def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+            if report.failed:
+                os.write(writer, f"{report.nodeid}\n".encode())
+
+        @staticmethod
+        def pytest_collectreport(report: pytest.CollectReport) -> None:
+            if report.failed:
+                os.write(writer, f"{report.nodeid} (import)\n".encode())
+
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(null, number)
+    os.chdir(tree)
+    sys.path[:] = [str(tree), *(each for each in sys.path if each not in ("", str(ROOT)))]
+    os.environ["PYTHONPATH"] = str(tree)
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    for name in [name for name in sys.modules if name.split(".")[0] in _OURS]:
+        del sys.modules[name]
+    options = [
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not matrix and not slow",
+        "-W",
+        "ignore",
+    ]
+    status = pytest.main([*options, *tests], plugins=[FirstFailure()])
+    # Nothing collected is no failure.
+    os._exit(0 if status in (0, 5) else int(status))
+
+
+_OURS = ("moepp_megatron", "tests", "benchmarks")
+
+
+def run(
+    sampled: list[Mutant], tree: Path, out: Path, limit_s: float, hints: dict[object, object]
+) -> None:
+    """Test each mutant that `out` does not have yet; one line each.
+
+    Args:
+        sampled: The mutants.
+        tree: Where the files are changed and the tests run.
+        out: Gets a line of JSON a mutant.
+        limit_s: Seconds for the tests of a stage, of which more kill.
+        hints: By number of the mutant, the test to try first.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    _import_once()
+    done = {line["number"] for line in _lines(out)} if out.exists() else set()
+    for number, mutant in enumerate(sampled, 1):
+        if number in done:
+            continue
+        path = tree / "moepp_megatron" / mutant.path
+        source = path.read_text(encoding="utf-8")
+        begin, killer, stage = time.monotonic(), None, 0
+        try:
+            path.write_text(changed(source, mutant), encoding="utf-8")
+            first = [test for test in [hints.get(number)] if _is_there(tree, test)]
+            for stage, tests in enumerate([first, *stages(tree, mutant)]):  # noqa: B007
+                killer = killed_by(tree, tests, limit_s)
+                if killer is not None:
+                    break
+        finally:
+            path.write_text(source, encoding="utf-8")
+        took = round(time.monotonic() - begin, 1)
+        line = {"number": number, **asdict(mutant), "killed_by": killer, "stage": stage, "s": took}
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{number}/{len(sampled)} {mutant.path}:{mutant.line} {mutant.kind}: {killer}")
+
+
+def _is_there(tree: Path, test: object) -> bool:
+    """Whether a hint is the name of a test that the tree has."""
+    file, found, name = str(test).partition("::")
+    function = name.split("[")[0]
+    path = tree / file
+    return bool(found) and path.is_file() and f"def {function}(" in path.read_text("utf-8")
+
+
+def _import_once() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import megatron.core.distributed
+    import megatron.core.models.gpt
+    import megatron.core.optimizer
+    import pydantic
+    import pytest
+    import rich.console
+    import typer
+
+    del os.environ["TRITON_INTERPRET"]
+    del megatron, pydantic, pytest, rich, typer
+
+
+def _lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def compare(first: Path, second: Path) -> str:
+    """Mutants of each room killed by either suite, and those that only one of them kills."""
+    kills = [{line["number"]: line for line in _lines(path)} for path in (first, second)]
+    both = sorted(kills[0].keys() & kills[1].keys(), key=int)
+    of_room: list[Counter[str]] = [Counter(), Counter(), Counter()]
+    only = []
+    for number in both:
+        lines = [kill[number] for kill in kills]
+        room = next(room for room in ROOMS if str(lines[0]["path"]).startswith(room + "/"))
+        of_room[2][room] += 1
+        for count, line in zip(of_room, lines, strict=False):
+            count[room] += line["killed_by"] is not None
+        if (lines[0]["killed_by"] is None) != (lines[1]["killed_by"] is None):
+            only.append(f"{lines[0]['path']}:{lines[0]['line']} {lines[0]['kind']}: {lines}")
+    rows = [
+        f"{room:20} {of_room[2][room]:4} {of_room[0][room]:4} {of_room[1][room]:4}"
+        for room in ROOMS
+    ]
+    total = [sum(count.values()) for count in of_room]
+    rows.append(f"{'all':20} {total[2]:4} {total[0]:4} {total[1]:4}")
+    return "\n".join([f"{'room':20} mutants, killed by the first, by the second", *rows, *only])
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    drawing = commands.add_parser("sample")
+    drawing.add_argument("--count", type=int, default=160)
+    drawing.add_argument("--seed", type=int, default=0)
+    drawing.add_argument("--out", type=Path, required=True)
+    running = commands.add_parser("run")
+    running.add_argument("mutants", type=Path)
+    running.add_argument("--tree", type=Path, required=True)
+    running.add_argument("--out", type=Path, required=True)
+    running.add_argument("--limit-s", type=float, default=300.0)
+    running.add_argument("--hints", type=Path)
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("killed", type=Path, nargs=2)
+    arguments = parser.parse_args()
+    if arguments.command == "sample":
+        drawn = sample(ROOT / "moepp_megatron", arguments.count, arguments.seed)
+        arguments.out.write_text("".join(json.dumps(asdict(each)) + "\n" for each in drawn))
+    elif arguments.command == "run":
+        read = [Mutant(**line) for line in _lines(arguments.mutants)]  # type: ignore[arg-type]
+        lines = _lines(arguments.hints) if arguments.hints else []
+        hints = {line["number"]: line["killed_by"] for line in lines}
+        run(read, arguments.tree.resolve(), arguments.out, arguments.limit_s, hints)
+    else:
+        print(compare(*arguments.killed))
+
+
+if __name__ == "__main__":
+    main()
