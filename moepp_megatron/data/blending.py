@@ -117,8 +117,9 @@ class DrawnDataset(Dataset[Any]):
         self._firsts = [
             [draw.firsts[folder.real] for folder in draw.blend.folders] for draw in draws
         ]
+        self._cache = cache.resolve()
         self.config = dataclasses.replace(
-            self._datasets[0][0].config, path_to_cache=str(cache.resolve())
+            self._datasets[0][0].config, path_to_cache=str(self._cache)
         )
         self.source_names = tuple(getattr(self._datasets[0][0], "source_names", ()))
         self._orders = [
@@ -129,7 +130,7 @@ class DrawnDataset(Dataset[Any]):
         """Which folder each sample is of; None for one folder. Every rank must call."""
         if len(datasets) == 1:
             return None
-        with cached_in(Path(self.config.path_to_cache)):
+        with cached_in(self._cache):
             return BlendedMegatronDatasetBuilder.build_generic_dataset(
                 BlendedDataset,
                 lambda: True,

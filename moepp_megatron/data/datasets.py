@@ -200,6 +200,8 @@ class _Opener:
         _check_tokenizer(self.options["tokenizer"], manifest, folder)
         plain_split = check_split(self.split, manifest, num_samples[1] > 0, folder)
         check_sequence_length(self.options["sequence_length"], manifest, folder)
+        # By content, so that a cache outside the folder survives a replaced dataset.
+        cache = (self.cache(folder) / manifest.identity[:16]).resolve()
         config = GPTDatasetConfig(
             # Masks are made on the device, from the documents (`model.document_attention`).
             reset_attention_mask=False,
@@ -207,8 +209,7 @@ class _Opener:
             add_extra_token_to_sequence=manifest.chat is None,
             blend=([str(manifest.prefix(folder.path).resolve())], None),
             split=plain_split,
-            # By content, so that a cache outside the folder survives a replaced dataset.
-            path_to_cache=str((self.cache(folder) / manifest.identity[:16]).resolve()),
+            path_to_cache=str(cache),
             **self.options,
         )
         sources = None if tells_source is False else read_document_sources(folder, manifest)
@@ -223,7 +224,7 @@ class _Opener:
             is_built_on_rank=lambda: True,
             config=config,
         )
-        with cached_in(Path(config.path_to_cache)):
+        with cached_in(cache):
             train, validation, test = builder.build()
         for dataset in (each for each in (train, validation, test) if each is not None):
             dataset.setting = folder.name  # for `check_tokens`
