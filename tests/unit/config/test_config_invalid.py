@@ -920,7 +920,7 @@ INVALID = [
     ),
     (["model.tau=0.5"], "unknown key model.tau", "did you mean moe.tau?"),
     (["optimizer.name=adam"], "unknown key optimizer.name", "optimizer has lr, min_lr"),
-    (["optimizer.type=adam"], "unknown key optimizer.type", "optimizer has lr, min_lr"),
+    (["optimizer.algorithm=adam"], "unknown key optimizer.algorithm", "optimizer has lr, min_lr"),
     (["checkpoint.path=x"], "unknown key checkpoint.path", "checkpoint has dir"),
     (["checkpoint.lod=x"], "unknown key checkpoint.lod", "did you mean checkpoint.load?"),
     (
