@@ -135,11 +135,17 @@ def _all_sections() -> Iterator[tuple[str, type[Section]]]:
 
 
 def _close(key: str, model: type[Section], cutoff: float) -> list[str]:
-    """Names of `model` that look like `key`, or contain it but for underscores (top_k)."""
+    """Names of `model` that look like `key`, or contain it from a word on (top_k: router_topk)."""
     names = list(model.model_fields)
     bare = key.replace("_", "")
-    containing = [name for name in names if len(bare) > 2 and bare in name.replace("_", "")]
+    containing = [name for name in names if len(bare) > 2 and _has_word(name, bare)]
     return get_close_matches(key, names, n=1, cutoff=cutoff) or containing
+
+
+def _has_word(name: str, bare: str) -> bool:
+    """Whether `bare` begins where a word of `name` does, underscores left out."""
+    words = name.split("_")
+    return any("".join(words[i:]).startswith(bare) for i in range(len(words)))
 
 
 def _one_line(key: Any) -> str:

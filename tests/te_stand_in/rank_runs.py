@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,46 +47,6 @@ def _count_stand_in() -> None:
 
     build.have_transformer_engine = lambda: True
     megatron_config.have_transformer_engine = lambda: True
-
-
-def resume_with_bf16_moments(folder: Path, is_writing: bool) -> dict[str, Any]:
-    """Train, save and read on the ranks that write; read alone on those that do not.
-
-    Returns:
-        `is_same`: another step is the same with the model that was read; `weights`: its checksum
-        then; `moments`: sum of this rank's first moments.
-    """
-    import torch.distributed as dist
-    from megatron.core import dist_checkpointing
-
-    from moepp_megatron.config import Layout
-    from moepp_megatron.runtime.distributed import build_groups
-    from moepp_megatron.training.checkpoint.data_only import load_data
-    from moepp_megatron.training.checkpoint.state import apply_state, saved_state, wanted_state
-    from moepp_megatron.training.setup import build_training_model
-    from tests.te_stand_in.models import config_of
-    from tests.te_stand_in.test_checkpoint import BF16_MOMENTS, step
-
-    _count_stand_in()
-    config = config_of(None, optimizer=BF16_MOMENTS, training={"global_batch_size": 4})
-    build_groups(config, Layout.from_config(config, dist.get_world_size()))
-    second = build_training_model(config)
-    if is_writing:
-        first = build_training_model(config)
-        for _ in range(2):
-            step(first)
-        dist_checkpointing.save(saved_state(first), str(folder))
-    apply_state(second, load_data(wanted_state(second), folder))
-    inner = [part.optimizer for part in second.optimizer.chained_optimizers]
-    moments = [state["exp_avg"] for each in inner for state in each.state.values()]
-    assert {moment.dtype for moment in moments} == {torch.bfloat16}
-    found = {
-        "weights": sum(float(p.double().sum()) for p in second.models[0].parameters()),
-        "moments": sum(moment.float().abs().double().sum().item() for moment in moments),
-    }
-    if is_writing:
-        found["is_same"] = all(torch.equal(step(second), step(first)) for _ in range(2))
-    return found
 
 
 def train_in_nodes(raw: dict[str, Any], steps: int) -> tuple[Any, int]:

@@ -25,7 +25,7 @@ _MODULES = (
     "pytorch.router",
 )
 # Not called itself, its methods are; and one that takes any keywords and hands them on.
-_NOT_CALLED = ("FP8GlobalStateManager", "Recipe", "Format", "checkpoint")
+_NOT_CALLED = ("FP8GlobalStateManager", "Recipe", "Format", "checkpoint", "FusedSGD")
 
 
 def promised() -> dict[str, list[str]]:

@@ -21,7 +21,11 @@ CASES: dict[str, tuple[int, dict[str, Any], int]] = {
     "experts on two ranks": (2, {}, 4 * 4),
     "dense layers, shared experts": (2, {"moe": SHARED}, 2 * 4 + 2 * 6),
     "gradients reduced, parameters gathered meanwhile": (2, {"parallel": OVERLAPPED}, 4 * 4),
-    "latent attention": (2, {"model": {"latent_attention": LATENT}}, 4 * 7),
+    "latent attention": (
+        2,
+        {"model": {"latent_attention": LATENT, "num_query_groups": None}},
+        4 * 7,
+    ),
     "moe_act recomputed": (
         2,
         {"training": {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}},

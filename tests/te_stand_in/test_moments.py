@@ -16,7 +16,6 @@ from moepp_megatron.training.checkpoint.state import model_state
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.workbench.planning.memory import rank_memory
 from tests.te_stand_in.models import config_of
-from tests.te_stand_in.rank_runs import resume_with_bf16_moments
 from tests.te_stand_in.test_checkpoint import BF16_MOMENTS, save_and_load, step
 
 NAMES = {"param", "exp_avg", "exp_avg_sq"}
@@ -115,14 +114,3 @@ def test_why_beta2_has_a_bound(beta2: float, falls: bool) -> None:
     optimizer.step()
     moved = optimizer.state[weight]["exp_avg_sq"].float() < start
     assert moved.all() if falls else not moved.any()
-
-
-def test_ranks_that_share_the_state(ranks, tmp_path) -> None:
-    """Two data-parallel ranks go on as if they had not stopped; one reads what they wrote."""
-    two = ranks(2).run(resume_with_bf16_moments, tmp_path, True)
-    assert all(result["is_same"] for result in two)
-    (one,) = ranks(1).run(resume_with_bf16_moments, tmp_path, False)
-    assert one["weights"] == two[0]["weights"] == two[1]["weights"]
-    # fp64 sums in another order.
-    moments = sum(result["moments"] for result in two)
-    assert one["moments"] == pytest.approx(moments, rel=1e-12)

@@ -113,3 +113,7 @@ class FusedAdam(torch.optim.Optimizer):
             param.copy_(weight)
         state["exp_avg"].copy_(first)
         state["exp_avg_sq"].copy_(second)
+
+
+class FusedSGD:
+    """megatron-core imports it together with FusedAdam, and nothing here calls it."""

@@ -66,6 +66,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
     def register_wgrad_accumulation_and_reduce_hooks(self, wgrad_accumulation_and_reduce_hook):
         self.wgrad_accumulation_and_reduce_hooks.append(wgrad_accumulation_and_reduce_hook)
 
+    @torch.no_grad()
     def backward_dw(self):
         """The gradients of the weights of the oldest pass that they are left out of."""
         if self.delayed is None:
