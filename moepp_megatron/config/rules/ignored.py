@@ -33,6 +33,7 @@ def _where(applies: Callable[[Config], bool], reason: str, names: str, remedy: s
                 yield from _ignored(config, name, reason, remedy)
 
     rule.__name__ = f"{names} {reason}"
+    rule.__doc__ = f"What is without effect {reason}: {names}."
     return rule
 
 
