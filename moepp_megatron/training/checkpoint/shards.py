@@ -56,10 +56,32 @@ def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[Pa
     for ranges in optimizer.gbuf_ranges:
         for buckets in ranges.values():
             for bucket in buckets:
-                for parameter, places in bucket["param_map"].items():
-                    tensors = _own_tensors(optimizer, parameter)
-                    begin = places["param"].start
+                for parameter in bucket["param_map"]:
+                    begin, tensors = _own_part(optimizer, bucket, parameter)
                     yield ParameterShard(parameter, entries[parameter], begin, tensors)
+
+
+def put_into_shard(optimizer: Any, parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Put a parameter's new value into what this rank's distributed optimizer keeps of it.
+
+    Args:
+        optimizer: Has taken a step. What it does not hold is left.
+        parameter: The model's parameter.
+        value: Its whole value, of the parameter's shape.
+    """
+    for ranges in optimizer.gbuf_ranges:
+        for bucket in (bucket for buckets in ranges.values() for bucket in buckets):
+            if parameter in bucket["param_map"]:
+                begin, tensors = _own_part(optimizer, bucket, parameter)
+                own = tensors["param"]
+                own.copy_(value.reshape(-1)[begin : begin + own.numel()].view_as(own))
+
+
+def _own_part(
+    optimizer: Any, bucket: Any, parameter: torch.nn.Parameter
+) -> tuple[int, dict[str, Tensor]]:
+    """`ParameterShard`'s `begin` and `tensors`."""
+    return bucket["param_map"][parameter]["param"].start, _own_tensors(optimizer, parameter)
 
 
 def _own_tensors(optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from moepp_megatron.moe.layer import moepp_layers
 from moepp_megatron.moe.router import MoEPPRouter
+from moepp_megatron.training.checkpoint.optimizer import is_distributed
+from moepp_megatron.training.checkpoint.shards import put_into_shard
 from moepp_megatron.training.setup import TrainingModel
 
 # Steps between copies.
@@ -102,16 +104,8 @@ def _overwrite(optimizer: MegatronOptimizer, weight: Tensor, value: Tensor) -> N
     """Put a value into a weight, and into what this rank has of its fp32 copy in the optimizer."""
     weight.copy_(value)
     main: Tensor | None = getattr(weight, "main_param", None)
-    if main is not None:
-        flat, begin = value.reshape(-1), _first_element(optimizer, weight)
-        main.copy_(flat[begin : begin + main.numel()].view_as(main))
-
-
-def _first_element(optimizer: MegatronOptimizer, weight: Tensor) -> int:
-    """Number of the first element whose copy this rank has: not 0 if ranks have a shard each."""
     for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for ranges in getattr(chained, "gbuf_ranges", ()):
-            for bucket in (bucket for buckets in ranges.values() for bucket in buckets):
-                if weight in bucket["param_map"]:
-                    return int(bucket["param_map"][weight]["param"].start)
-    return 0
+        if is_distributed(chained):
+            put_into_shard(chained, weight, value)
+        elif main is not None:
+            main.copy_(value.view_as(main))
