@@ -61,7 +61,7 @@ def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[Pa
                     yield ParameterShard(parameter, entries[parameter], begin, tensors)
 
 
-def put_into_shard(optimizer: Any, parameter: torch.nn.Parameter, value: Tensor) -> None:
+def put_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
     """Put a parameter's new value into what this rank's distributed optimizer keeps of it.
 
     Args:
@@ -77,14 +77,12 @@ def put_into_shard(optimizer: Any, parameter: torch.nn.Parameter, value: Tensor)
                 own.copy_(value.reshape(-1)[begin : begin + own.numel()].view_as(own))
 
 
-def _own_part(
-    optimizer: Any, bucket: Any, parameter: torch.nn.Parameter
-) -> tuple[int, dict[str, Tensor]]:
+def _own_part(optimizer: Any, bucket: Any, parameter: Tensor) -> tuple[int, dict[str, Tensor]]:
     """`ParameterShard`'s `begin` and `tensors`."""
     return bucket["param_map"][parameter]["param"].start, _own_tensors(optimizer, parameter)
 
 
-def _own_tensors(optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+def _own_tensors(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
     """The tensors themselves: megatron-core's own methods hand out fp32 copies of bf16 moments."""
     group, place = optimizer.model_param_group_index_map[parameter]
     inner = optimizer.optimizer
