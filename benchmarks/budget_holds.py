@@ -157,8 +157,7 @@ def configuration(run: Run, out: Path) -> Config:
 
 def measure(run: Run, out: Path) -> dict[str, Any]:
     """Loss, FFN experts per token of each layer, and the busiest expert's load, of each step."""
-    from megatron.core import parallel_state
-
+    from benchmarks.fresh_ranks import forget_model
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.budget import BudgetControl
@@ -193,7 +192,7 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
         record["loss"].append(mean_loss(result.losses))
         record["layers"].append([s * config.moe.router_topk for s in shares["layer_ffn_fraction"]])
         record["load"].append(shares["max_ffn_load"])
-    parallel_state.destroy_model_parallel()
+    forget_model()
     return record
 
 

@@ -185,8 +185,7 @@ def train(
     Returns:
         Losses and FFN shares (as wanted) by step, alerts, and why the run ended early.
     """
-    from megatron.core import parallel_state
-
+    from benchmarks.fresh_ranks import forget_model
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training import trainer as module
     from moepp_megatron.training.collect import mean_loss
@@ -194,8 +193,7 @@ def train(
     shutil.rmtree(folder, ignore_errors=True)
     config = parse_config(settings(case, folder, steps, load))
     layout = Layout.from_config(config, 1)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    forget_model()
     build_groups(config, layout)
     schedule: list[tuple[int, Mixture]] = [(1, {case.base: 1.0})]
     if case.other:

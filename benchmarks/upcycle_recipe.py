@@ -188,8 +188,7 @@ def upcycled(run: Run, out: Path) -> tuple[Path, Config]:
 
 def measure(run: Run, out: Path) -> dict[str, Any]:
     """Training loss and FFN share of each step, validation losses at `LOOKS`."""
-    from megatron.core import parallel_state
-
+    from benchmarks.fresh_ranks import forget_model
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.budget import BudgetControl
@@ -226,7 +225,7 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
         record["layers"].append(shares["layer_ffn_fraction"])
         if step in LOOKS:
             record["valid"][step] = _validation(model, run, config, layout)
-    parallel_state.destroy_model_parallel()
+    forget_model()
     return record
 
 
