@@ -164,7 +164,7 @@ def test_system_errors_of_compressed_files_are_not_called_damage(tmp_path: Path)
     path.write_bytes(gzip.compress(b"{}"))
     pieces = plan_pieces(resolve_sources([str(path)]), "text")
     path.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match=r"gz cannot be read \(No such file"):
         list(read_piece(pieces[0], "text"))
 
 
