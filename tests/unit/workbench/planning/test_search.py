@@ -210,7 +210,7 @@ def test_16384_cards_are_searched_in_seconds(h100: Machine) -> None:
     spent = time.process_time() - started
     assert search.best
     assert search.legal > 10_000
-    # Not a measurement: 10 s of wall time are allowed for two such searches (issue 10), and this
+    # Not a measurement: 10 s of wall time are allowed for two such searches, and this
     # takes about 2 s of processor time. A search that became quadratic would take minutes.
     assert spent < 30
 
