@@ -14,12 +14,15 @@ within a step.
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import torch.distributed as dist
 
 from benchmarks.quickstart_steps import Kind, QuickstartSteps, Times, in_turns, on_ranks, ratios
 
@@ -99,9 +102,14 @@ def _with_callback(steps: QuickstartSteps) -> Step:
 
 def followed(make: Callable[[], Step]) -> tuple[Step, float, float]:
     """The step that is made, MiB of tensors that then stay, and the most while it is taken."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
     from benchmarks.tensor_bytes import live_bytes, tensor_bytes
 
     before, made = live_bytes(), []
+
+    # megatron-core's tracker has as many layers as the first model that it has seen.
+    destroy_moe_metrics_tracker()
 
     def prepare() -> Step:
         made.append(make())
@@ -131,6 +139,9 @@ def measure(rounds: int, folder: Path) -> list[str]:
     for number, name in enumerate(CHOICES):
         lines.append(row(name, folder / str(number), rounds))
         forget_model()
+        if dist.get_rank() == 0:
+            # The whole takes minutes, and a later choice may fail.
+            print(lines[-1], file=sys.stderr, flush=True)
     return lines
 
 

@@ -156,8 +156,12 @@ def on_ranks(
     quiet()
     logging.disable()
     rank = RankEnvironment.read()
-    with joined(rank), tempfile.TemporaryDirectory() as folder:
-        lines = measure(rounds, Path(folder))
+    with joined(rank), tempfile.TemporaryDirectory() as own:
+        folders = [own]
+        dist.broadcast_object_list(folders, 0)
+        lines = measure(rounds, Path(folders[0]))
+        # Rank 0 removes the folder.
+        dist.barrier()
     if rank.rank == 0:
         print("\n".join(lines))
 
