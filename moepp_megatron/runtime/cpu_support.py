@@ -219,14 +219,14 @@ def _redirected(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_factories() -> None:
-    # Schedules, gradient clipping, scalers and attention masks write `device="cuda"` literally.
-    # Wrapping the factories costs nothing elsewhere; a global TorchFunctionMode would add Python
-    # time to every operation of a step.
     # `with torch.device(...)` keeps a set of the factories that it acts on, made when it is first
     # used: with those below in it, it would know none of torch's own, and transformers would leave
     # the frequencies of rotary embeddings uninitialised.
     with torch.device("cpu"):
         torch.empty(0)
+    # Schedules, gradient clipping, scalers and attention masks write `device="cuda"` literally.
+    # Wrapping the factories costs nothing elsewhere; a global TorchFunctionMode would add Python
+    # time to every operation of a step.
     for name in (
         "empty",
         "empty_like",

@@ -15,7 +15,11 @@ from moepp_megatron.training.checkpoint.shards import parameter_shards
 from moepp_megatron.training.checkpoint.state import model_state
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.workbench.planning.memory import rank_memory
+from tests.parallel.ranks import RankPools
+from tests.parallel.test_matrix import check_bf16
+from tests.parallel.training_runs import EP2, PP2, TP2, Run, assemble, difference, settings
 from tests.te_stand_in.models import config_of
+from tests.te_stand_in.rank_runs import train_in_nodes
 from tests.te_stand_in.test_checkpoint import BF16_MOMENTS, save_and_load, step
 
 NAMES = {"param", "exp_avg", "exp_avg_sq"}
@@ -99,6 +103,31 @@ def test_a_run_goes_on_with_the_other_type(tmp_path, saved, loaded) -> None:
         for key, value in expected.items():
             assert torch.equal(found[name][key], value.to(found[name][key].dtype)), (name, key)
     assert step(second).isfinite()
+
+
+def run_of(ranks: RankPools, world_size: int, **sections: Any) -> Run:
+    results = ranks(world_size).run(train_in_nodes, settings(**sections), 5)
+    return assemble([run for run, _ in results])
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: RankPools) -> dict[str, Run]:
+    """One rank: moments in bf16 and in fp32, and all in fp32."""
+    bf16 = {"precision": {"dtype": "bf16"}}
+    return {
+        "moments": run_of(ranks, 1, **bf16, optimizer=BF16_MOMENTS),
+        "bf16": run_of(ranks, 1, **bf16),
+        "fp32": run_of(ranks, 1),
+    }
+
+
+@pytest.mark.parametrize("parallel", [{}, EP2, TP2, PP2], ids=["data", "ep", "tp", "pp"])
+def test_two_ranks_train_as_one(ranks: RankPools, alone: dict[str, Run], parallel: Any) -> None:
+    # The test can fail: moments in fp32 are another run.
+    assert alone["moments"].losses != alone["bf16"].losses
+    sections = {"precision": {"dtype": "bf16"}, "optimizer": BF16_MOMENTS, "parallel": parallel}
+    found = difference(run_of(ranks, 2, **sections), alone["moments"])
+    check_bf16(found, difference(alone["bf16"], alone["fp32"]))
 
 
 @pytest.mark.parametrize(("beta2", "falls"), [(1 - 2**-8, True), (0.999, False)])

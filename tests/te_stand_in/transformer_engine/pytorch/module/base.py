@@ -22,6 +22,7 @@ def get_dummy_wgrad(shape, dtype, zero=False):
 
 class TransformerEngineBaseModule(torch.nn.Module):
     num_gemms = 1
+    parallel_mode = None
 
     def __init__(self, name=None, delay_wgrad_compute=False):
         super().__init__()
@@ -60,6 +61,11 @@ class TransformerEngineBaseModule(torch.nn.Module):
 
     def register_weight(self, name, parameter):
         self.register_parameter(name, parameter)
+        # As `reset_parameters` of every linear layer: megatron-core's gradient norm counts what is
+        # not marked on one tensor-parallel rank alone.
+        parameter.tensor_model_parallel = True
+        parameter.partition_dim = 1 if self.parallel_mode == "row" else 0
+        parameter.partition_stride = 1
         if self.delayed is not None:
             parameter.skip_backward_post_hook = True
 
