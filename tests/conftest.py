@@ -142,6 +142,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """What stays frozen is never freed, of which Triton's binding warns at exit."""
+    gc.unfreeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return timetable.scheduler(config, log, config.stash[_PROGRESS])
