@@ -17,7 +17,7 @@ from tests.parallel.ranks import RankPools
 
 _GPU_TESTS = Path(__file__).parent / "gpu"
 
-# Imports and collection make what lives as long as this process: collections of garbage find nothing.
+# Imports and collection make what lives as long as this process, and hardly any garbage.
 gc.disable()
 
 # Threads that wait for each other sleep: spinning, they take six of seven seconds of a short run on

@@ -2,8 +2,8 @@
 
 `./launch/test.sh` runs the tests on workers of pytest-xdist. The tests of one file stay together,
 for they share models, ranks and browsers, and so do those of some folders; the longest come first,
-so that none is left over for one worker at the end. Slurm's come before all others, each file with a
-cluster of its own: they wait most of the time, beside which the other workers compute.
+so that none is left over for one worker at the end. Slurm's come before all others, each file with
+a cluster of its own: they wait most of the time, beside which the other workers compute.
 `durations.json` says how long each file took; it is written anew by
 `./launch/test.sh --record-durations`.
 """
