@@ -67,11 +67,20 @@ def _import_triton_for_its_interpreter() -> None:
 _import_triton_for_its_interpreter()
 
 
+_POOLS = RankPools()
+
+
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPools]:
-    """`ranks(n).run(fn, *args)` runs a module-level function on n gloo ranks, started once."""
-    with RankPools() as pools:
-        yield pools
+def ranks() -> RankPools:
+    """`ranks(n).run(fn, *args)` runs a module-level function on n gloo ranks, started once a file."""
+    return _POOLS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_rank_outlives_its_file() -> Iterator[None]:
+    """Ranks that wait compute: threads of their groups wake up a hundred times a second each."""
+    with _POOLS:
+        yield
 
 
 @pytest.fixture

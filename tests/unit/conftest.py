@@ -40,3 +40,14 @@ def browser() -> Iterator[Any]:
         )
         yield running
         running.close()
+
+
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not turned into SVG, which is most of the work of a page."""
+    import matplotlib.figure
+
+    def write(figure: Any, buffer: Any, **_: Any) -> None:
+        buffer.write('<svg><style type="text/css"></style></svg>')
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", write)

@@ -14,6 +14,7 @@ from tests.unit.workbench.experiments.pilot_report.made_up import (
 from tests.unit.workbench.experiments.pilot_report.terminal_reader import printed
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_single_seed_has_no_intervals(
     read_whole: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +79,7 @@ def test_without_a_narrowed_model_nothing_is_said_at_equal_compute(read: Any) ->
     assert "No vanilla model of the same compute was trained." in page.text
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_what_tokens_are_worth_may_be_unknown(
     read_whole: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
