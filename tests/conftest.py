@@ -72,7 +72,7 @@ _POOLS = RankPools()
 
 @pytest.fixture(scope="session")
 def ranks() -> RankPools:
-    """`ranks(n).run(fn, *args)` runs a module-level function on n gloo ranks, started once a file."""
+    """`ranks(n).run(fn, *args)` runs a module-level function on n gloo ranks, started once."""
     return _POOLS
 
 
