@@ -78,4 +78,4 @@ def request_of(text: TokenizedText, out: Path, **changes: object) -> InspectRequ
 
 @pytest.fixture
 def make_request(text: TokenizedText, tmp_path: Path) -> Callable[..., InspectRequest]:
-    return lambda **changes: request_of(text, tmp_path / "page.html", **changes)
+    return lambda **changes: request_of(**{"text": text, "out": tmp_path / "page.html"} | changes)
