@@ -78,7 +78,7 @@ def whole(
     return case, stages[fullest]
 
 
-def shipped(path: Path, layers: int = 2, sequences: int = 2) -> dict[str, Any]:
+def shipped(path: Path, layers: int = 2) -> dict[str, Any]:
     """A shipped configuration on as many ranks as it is meant for, `layers` a pipeline chunk."""
     config, world = _loaded(path), ranks_of(path)
     parallel = config.parallel
@@ -86,7 +86,7 @@ def shipped(path: Path, layers: int = 2, sequences: int = 2) -> dict[str, Any]:
     chunks = stages * (parallel.virtual_pipeline_model_parallel_size or 1)
     overrides = [
         f"model.num_layers={layers * chunks}",
-        f"training.global_batch_size={sequences * world}",
+        f"training.global_batch_size={2 * world}",
         "parallel.pipeline_model_parallel_layout=null",
     ]
     if not isinstance(config.moe.layer_freq, int):
@@ -160,5 +160,5 @@ ENGINE: dict[str, dict[str, Any]] = {
         _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true",
         world_size=2, sequences=4,
     ),
-    "FP8": shipped(ROOT / "configs/models/moepp_7b_16_4_fp8.yaml", sequences=1),
+    "FP8": shipped(ROOT / "configs/models/moepp_7b_16_4_fp8.yaml"),
 }  # fmt: skip

@@ -270,6 +270,8 @@ def train_upcycled(
     source: Path, target: Path, steps: int
 ) -> tuple[list[float], list[float], float]:
     """Losses and FFN shares of a short run from the upcycled checkpoint, and phi."""
+    import torch.distributed as dist
+
     from moepp_megatron.config import load_config, with_overrides
     from moepp_megatron.interop.upcycle import Additions, upcycle
     from moepp_megatron.training.batches import rank_batches
@@ -280,10 +282,13 @@ def train_upcycled(
     from moepp_megatron.training.step import training_step
     from tests.parallel.training_runs import SyntheticDataset
 
-    upcycle(source, target, Additions(tau=0.5))
+    if dist.get_rank() == 0:
+        upcycle(source, target, Additions(tau=0.5))
+    dist.barrier()
     overrides = [f"training.train_iters={steps}", "training.global_batch_size=8"]
-    overrides += ["training.micro_batch_size=8"]
+    overrides += ["training.micro_batch_size=4"]
     overrides += ["optimizer.lr=0.001", "optimizer.decay_style=constant", "model.seq_length=16"]
+    overrides += ["parallel.expert_model_parallel_size=2"]
     config = with_overrides(load_config(target / "config.yaml"), overrides)
     layout = join(config)
     model = build_training_model(config)
@@ -307,7 +312,9 @@ def test_short_run_moves_the_ffn_share_from_1_towards_phi(
     ranks: RankPools, plain: RunPlain, tmp_path: Path
 ) -> None:
     plain(write_source, tmp_path / "hf", "mixtral", write_tokens(tmp_path))
-    ((losses, shares, phi),) = ranks(1).run(train_upcycled, tmp_path / "hf", tmp_path / "moepp", 60)
+    runs = ranks(2).run(train_upcycled, tmp_path / "hf", tmp_path / "moepp", 60)
+    (losses, shares, phi), other = runs
+    assert (losses, shares) == (other[0], other[1]), "ranks disagree"
     assert shares[0] == 1.0
     last = np.mean(shares[-10:])
     assert abs(last - phi) < 0.25 * (1.0 - phi), f"share {last}, phi {phi}"
