@@ -17,9 +17,9 @@ MOEPP_DEV=1
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 
 cd -- "$MOEPP_ROOT"
-# One more than cores, for tests that wait; each may have ranks of its own in memory.
+# Two more than cores, for tests that wait; each may have ranks of its own in memory.
 cores=$(nproc 2>/dev/null || echo 2)
-workers=$((cores < 5 ? cores + 1 : 6))
+workers=$((cores < 5 ? cores + 2 : 7))
 shared=(-n)
 for argument; do
     case $argument in

@@ -17,6 +17,9 @@ from tests.parallel.ranks import RankPools
 
 _GPU_TESTS = Path(__file__).parent / "gpu"
 
+# Imports and collection make what lives as long as this process, and hardly any garbage.
+gc.disable()
+
 # Threads that wait for each other sleep: spinning, they take six of seven seconds of a short run on
 # cores that other tests want, too. Read when torch is loaded, here and in what tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -64,11 +67,20 @@ def _import_triton_for_its_interpreter() -> None:
 _import_triton_for_its_interpreter()
 
 
+_POOLS = RankPools()
+
+
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPools]:
+def ranks() -> RankPools:
     """`ranks(n).run(fn, *args)` runs a module-level function on n gloo ranks, started once."""
-    with RankPools() as pools:
-        yield pools
+    return _POOLS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_rank_outlives_its_file() -> Iterator[None]:
+    """Ranks that wait compute: threads of their groups wake up a hundred times a second each."""
+    with _POOLS:
+        yield
 
 
 @pytest.fixture
@@ -127,7 +139,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if _is_quick(config):
         config.args = [str(quick.ROOT / each) for each in quick.chosen()]
         # A few cases on ranks: one worker starts them once.
-        timetable.TOGETHER += ["tests/parallel/", "tests/interop/"]
+        timetable.TOGETHER.append("tests/parallel/")
     is_controller = getattr(config.option, "dist", "no") != "no"
     if is_controller and not hasattr(config, "workerinput"):
         # Units go to the workers in the order of the collection.
@@ -140,6 +152,7 @@ def pytest_collection_finish() -> None:
     """Collections of garbage need not walk what lives as long as this process."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

@@ -1,10 +1,11 @@
 """The whole suite on several workers: who runs what when, how far it is, how long it still takes.
 
 `./launch/test.sh` runs the tests on workers of pytest-xdist. The tests of one file stay together,
-for they share models, ranks and browsers; the longest files come first, so that none is left over
-for one worker at the end. Slurm's come before all others, each with a cluster of its own: they wait
-most of the time, beside which the other workers compute. `durations.json` says how long each file
-took; it is written anew by `./launch/test.sh --record-durations`.
+for they share models, ranks and browsers, and so do those of some folders; the longest come first,
+so that none is left over for one worker at the end. Slurm's come before all others, each file with
+a cluster of its own: they wait most of the time, beside which the other workers compute.
+`durations.json` says how long each file took; it is written anew by
+`./launch/test.sh --record-durations`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 DURATIONS = Path(__file__).parent / "durations.json"
 # What waits most of the time.
 FIRST = "tests/slurm/"
-# Folders whose tests stay with one worker.
-TOGETHER: list[str] = []
+# Folders whose tests stay with one worker: they share a process that has imported transformers, and
+# a run whose report has been drawn.
+TOGETHER = ["tests/interop/", "tests/unit/workbench/report/"]
 # A new file, until its duration is recorded: seconds a test.
 UNKNOWN_S = 0.3
 # A line of progress at most this often.
@@ -34,12 +36,16 @@ _LINE_EVERY_S = 10.0
 
 def unit_of(node_id: str) -> str:
     """What is run as one piece by one worker: a file, or a folder of `TOGETHER`."""
-    file = node_id.split("::", 1)[0]
+    file = _file_of(node_id)
     return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 
 
+def _file_of(node_id: str) -> str:
+    return node_id.split("::", 1)[0]
+
+
 def recorded() -> dict[str, float]:
-    """Seconds by unit, as the last record has them."""
+    """Seconds by file, as the last record has them."""
     seconds: dict[str, float] = json.loads(DURATIONS.read_text(encoding="ascii"))
     return seconds
 
@@ -53,8 +59,10 @@ def longest_first(items: list[pytest.Item]) -> None:
 def expected_seconds(node_ids: Iterable[str]) -> dict[str, float]:
     """Seconds that each unit of these tests will take."""
     known = recorded()
-    counts = Counter(unit_of(node_id) for node_id in node_ids)
-    return {unit: known.get(unit, UNKNOWN_S * count) for unit, count in counts.items()}
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for file, count in Counter(map(_file_of, node_ids)).items():
+        seconds[unit_of(file)] += known.get(file, UNKNOWN_S * count)
+    return dict(seconds)
 
 
 def _urgency(unit: str, expected: dict[str, float]) -> tuple[bool, float, str]:
@@ -115,7 +123,7 @@ class Progress:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         unit = unit_of(report.nodeid)
-        self._took[unit] += report.duration
+        self._took[_file_of(report.nodeid)] += report.duration
         if report.failed:
             self._outcomes["failed"] += 1
             self._show(report)
@@ -140,8 +148,8 @@ class Progress:
         )
 
     def record(self) -> None:
-        """Write down how long each unit took."""
-        seconds = {unit: round(took, 1) for unit, took in sorted(self._took.items())}
+        """Write down how long each file took."""
+        seconds = {file: round(took, 1) for file, took in sorted(self._took.items())}
         DURATIONS.write_text(json.dumps(seconds, indent=0) + "\n", encoding="ascii")
 
     def _show(self, report: pytest.TestReport) -> None:

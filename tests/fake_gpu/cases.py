@@ -97,9 +97,11 @@ def shipped(path: Path, layers: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def smallest(*overrides: str, world_size: int = 1, **fields: Any) -> dict[str, Any]:
-    """The smallest of the paper's models; as many sequences a step as two for each rank."""
-    batch = f"training.global_batch_size={2 * world_size}"
+def smallest(
+    *overrides: str, world_size: int = 1, sequences: int = 0, **fields: Any
+) -> dict[str, Any]:
+    """The smallest of the paper's models; as many sequences a step as ranks unless given."""
+    batch = f"training.global_batch_size={sequences or world_size}"
     return {
         "config": SMALLEST, "overrides": [batch, *overrides], "world_size": world_size, **fields
     }  # fmt: skip
@@ -116,49 +118,47 @@ _TENSOR_AND_CONTEXT = [
     "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
     "parallel.context_parallel_size=2",
 ]  # fmt: skip
-# Without Transformer Engine, and with its stand-in.
+# Without Transformer Engine, and with its stand-in. A step has one micro-batch, two on one rank, in
+# pipelines and in the combined schedule.
 LOCAL: dict[str, dict[str, Any]] = {
-    "one rank": smallest(),
+    "one rank": smallest(sequences=2),
     "guards, health, evaluation, save": smallest(
         *_WATCHED, parts=["guard", "health", "evaluation", "save"]
     ),
-    "capacity": smallest("moe.capacity_factor=1.25"),
-    "context parallel": smallest("parallel.context_parallel_size=2", world_size=2),
-    "first stage": smallest(_STAGES, world_size=2),
-    "last stage": smallest(_STAGES, world_size=2, rank=1),
-    "tensor parallel": smallest(
-        "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
-        "parallel.expert_tensor_parallel_size=2", world_size=2,
+    "capacity, context parallel": smallest(
+        "moe.capacity_factor=1.25", "parallel.context_parallel_size=2", world_size=2, sequences=1
     ),
-    "expert parallel": smallest(_TWO_EXPERT_RANKS, world_size=2),
+    "first stage, expert parallel": smallest(_STAGES, _TWO_EXPERT_RANKS, world_size=4),
+    "last stage, expert parallel, recompute": smallest(
+        _STAGES, _TWO_EXPERT_RANKS, "training.recompute_granularity=full",
+        "training.recompute_method=uniform", "training.recompute_num_layers=1",
+        world_size=4, rank=2,
+    ),
+    "tensor, expert tensor and context parallel": smallest(
+        *_TENSOR_AND_CONTEXT, "parallel.expert_tensor_parallel_size=2", world_size=4, sequences=1
+    ),
     "all-gather": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=allgather", world_size=2),
     "deduplicated": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=alltoall_dedup", world_size=2),
     "DeepEP": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=flex", world_size=2),
     "HybridEP": smallest(
         _TWO_EXPERT_RANKS, "moe.dispatcher=flex", "moe.flex_backend=hybridep", world_size=2
     ),
-    "tensor and context parallel": smallest(*_TENSOR_AND_CONTEXT, world_size=4),
     "graphs": smallest("training.cuda_graphs=[attn,moe_router]"),
-    "recompute": smallest(
-        "training.recompute_granularity=full", "training.recompute_method=uniform",
-        "training.recompute_num_layers=1",
-    ),
     "vanilla": smallest(
         "moe.num_zero_experts=0", "moe.num_copy_experts=0", "moe.num_constant_experts=0",
         "moe.gating_residual=false",
     ),
 }  # fmt: skip
 ENGINE: dict[str, dict[str, Any]] = {
-    "one rank": smallest(),
-    "all-gather": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=allgather", world_size=2),
-    "deduplicated": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=alltoall_dedup", world_size=2),
-    "DeepEP": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=flex", world_size=2),
-    "tensor and context parallel": smallest(*_TENSOR_AND_CONTEXT, world_size=4),
-    "recompute": smallest(
+    "one rank, recompute": smallest(
         "training.recompute_granularity=selective", "training.recompute_modules=[moe_act]"
     ),
+    "all-gather": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=allgather", world_size=2),
+    "deduplicated": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=alltoall_dedup", world_size=2),
+    "tensor and context parallel": smallest(*_TENSOR_AND_CONTEXT, world_size=4, sequences=1),
     "combined schedule": smallest(
-        _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true", world_size=2
+        _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true",
+        world_size=2, sequences=4,
     ),
     "FP8": shipped(ROOT / "configs/models/moepp_7b_16_4_fp8.yaml"),
-}
+}  # fmt: skip

@@ -20,7 +20,7 @@ pytestmark = [
 TOLERANCE = 0.15
 SMALL = cases.ROOT / cases.SMALLEST
 
-FAULTY = [cases.smallest(parts=[part]) for part in ("plant", "plant read")]
+FAULTY = [cases.smallest("model.num_layers=1", parts=[part]) for part in ("plant", "plant read")]
 
 Outcomes = list[dict[str, Any]]
 Play = Callable[..., Outcomes]
@@ -67,7 +67,7 @@ def sound(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for outcome in outcomes:
         assert outcome["error"] == "", outcome["error"]
         assert outcome["faults"] == []
-        assert outcome["kernels"] > 500, "nothing was played"
+        assert outcome["kernels"] > 100 * max(1, outcome["layers"]), "nothing was played"
     return outcomes
 
 
@@ -84,7 +84,8 @@ def test_local_modules(local: tuple[Outcomes, Outcomes]) -> None:
     outcomes = dict(zip(cases.LOCAL, sound(local[0]), strict=True))
     modules = {name: outcome["modules"] for name, outcome in outcomes.items()}
     assert modules["one rank"] == ["CausalAttention", "GroupedExperts"]
-    assert modules["context parallel"] == ["ContextParallelAttention", "GroupedExperts"]
+    context = modules["capacity, context parallel"]
+    assert context == ["ContextParallelAttention", "GroupedExperts"]
     tables = {
         "all-gather": (reads.ALL_GATHER, reads.PERMUTATION),
         "deduplicated": (reads.DEDUPLICATED,),
@@ -96,7 +97,7 @@ def test_local_modules(local: tuple[Outcomes, Outcomes]) -> None:
             # megatron-core's own layers, which are not counted.
             continue
         layer = tables.get(name, (reads.ALL_TO_ALL,))
-        if name == "recompute":
+        if "recompute" in name:
             outcome["layers"] *= 2
         assert excess(outcome, layer) == {}, name
     saved = outcomes["guards, health, evaluation, save"]["saved"]
@@ -120,8 +121,9 @@ def test_transformer_engine(engine: dict[str, Any]) -> None:
     tables = {
         "all-gather": (reads.ALL_GATHER, reads.PERMUTATION, reads.FUSED_PERMUTATION),
         "deduplicated": (reads.DEDUPLICATED,),
-        "DeepEP": (reads.DEEPEP,),
+        "DeepEP, combined schedule": (reads.DEEPEP,),
     }
+    (outcomes["DeepEP, combined schedule"],) = sound([engine["layers"][0][0]])
     for name, outcome in outcomes.items():
         assert outcome["modules"] == ["TEDotProductAttention", "TEGroupedMLP"]
         assert excess(outcome, tables.get(name, (reads.ALL_TO_ALL,))) == {}, name

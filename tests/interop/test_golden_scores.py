@@ -20,17 +20,13 @@ EP2 = "parallel.expert_model_parallel_size=2"
 CP2 = "parallel.context_parallel_size=2"
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "1 rank": (1, []),
-    "dp2": (2, []),
     "tp2": (2, [TP2]),
-    "ep2": (2, [EP2]),
-    "cp2": (2, [CP2]),
     "tp2 ep2 dp2": (4, [TP2, EP2]),
     "tp2 etp2 cp2": (4, [TP2, CP2, "parallel.expert_tensor_parallel_size=2"]),
     "ep4": (4, ["parallel.expert_model_parallel_size=4"]),
 }
 # Four layers share out evenly over stages; the other case's three do not.
 PIPELINES: dict[str, tuple[int, list[str]]] = {
-    "pp2": (2, [PP2]),
     "pp2 ep2": (4, [PP2, EP2]),
     "tp2 pp2": (4, [TP2, PP2]),
     "pp2 vpp2": (2, [PP2, "parallel.virtual_pipeline_model_parallel_size=2"]),

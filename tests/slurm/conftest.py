@@ -48,12 +48,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def jobs(cluster: Cluster, data: Path, tmp_path: Path) -> Iterator[Jobs]:
+def jobs(
+    request: pytest.FixtureRequest, cluster: Cluster, data: Path, tmp_path: Path
+) -> Iterator[Jobs]:
     """Submits jobs from a folder whose name no shell may read; none is left afterwards."""
     folder = tmp_path / NASTY
     folder.mkdir()
     cluster.wait_for_nodes("idle")
-    jobs = Jobs(cluster, data, folder)
+    jobs = Jobs(cluster, data, folder, getattr(request.module, "STEP_WAIT_S", 60))
     try:
         yield jobs
     finally:

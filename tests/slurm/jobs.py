@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Any
 import psutil
 import yaml
 
+from tests.commands import MODULE, forked
 from tests.faults.harness import losses, write_config
 from tests.slurm.cluster import Cluster
 
-# Enough to be disturbed twice on the way; some hundredths of a second each.
-STEPS = 120
+# Enough to be disturbed thrice on the way; a tenth of a second each.
+STEPS = 60
 # A start imports megatron-core on both "nodes"; two very busy cores take minutes.
 _TIMEOUT_S = 900.0
 _POLL_S = 0.05
@@ -143,16 +143,19 @@ class Jobs:
         cluster: Where to.
         data: The corpus.
         folder: Where configurations and runs go.
+        step_wait_s: What nodes get to end after the first one; the default is a user's.
     """
 
-    def __init__(self, cluster: Cluster, data: Path, folder: Path) -> None:
+    def __init__(self, cluster: Cluster, data: Path, folder: Path, step_wait_s: int = 60) -> None:
         self.cluster, self.data, self.folder = cluster, data, folder
+        self._step_wait_s = step_wait_s
         self._submitted: list[Job] = []
 
     def config(self, sections: dict[str, dict[str, Any]]) -> Path:
         """A configuration for two nodes with one CPU rank each; `sections` are merged into it."""
         path = self.folder / "run.yaml"
-        write_config(path, self.data, self.folder / "run", 2, train_iters=STEPS)
+        training = {"train_iters": STEPS, "micro_batch_size": 2}
+        write_config(path, self.data, self.folder / "run", 2, **training)
         content = yaml.safe_load(path.read_text())
         content["slurm"] = {
             # Doctor imports torch on every node; its own tests are in tests/unit/workbench/doctor.
@@ -175,20 +178,13 @@ class Jobs:
             **self.cluster.environment,
             "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
-            # As by default: on a busy machine the node that writes the report ends much later.
-            "MOEPP_STEP_WAIT": "60",
+            "MOEPP_STEP_WAIT": str(self._step_wait_s),
             "MOEPP_LOG_DIR": str(self.folder / "rank logs"),
         }
 
     def moepp(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A `moepp` command in the folder of the jobs."""
-        return subprocess.run(
-            [sys.executable, "-m", "moepp_megatron.cli.main", *arguments],
-            env=self.environment,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-        )
+        return forked(["-m", MODULE, *arguments], self.folder, self.environment)
 
     def submit(self, *overrides: str, **sections: dict[str, Any]) -> Job:
         config = self.config(sections)

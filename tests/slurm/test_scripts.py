@@ -1,4 +1,4 @@
-"""The batch scripts of slurm/ as a user submits them by hand, and ranks that srun itself starts."""
+"""Preflight, batch scripts of slurm/ submitted by hand, and ranks that srun itself starts."""
 
 from __future__ import annotations
 
@@ -71,6 +71,39 @@ def test_preflight_names_the_sick_node(jobs: Jobs) -> None:
     healthy = sbatch(jobs, script, "bash", "-c", "true")
     healthy.wait_for_end("COMPLETED")
     assert "preflight: all 2 nodes passed" in healthy.output
+
+
+def test_node_that_fails_preflight_is_named_and_avoided(jobs: Jobs) -> None:
+    check = 'if [[ $SLURMD_NODENAME == n2 ]]; then echo "GPU 3: ECC errors (12)"; exit 1; fi'
+    job = jobs.submit(
+        slurm={"min_nodes": 1, "preflight": True, "preflight_command": ["bash", "-c", check]},
+        parallel={"expert_model_parallel_size": 1},
+        training={"train_iters": 5},
+    )
+    job.wait_for_end("COMPLETED")
+    assert "n2: GPU 3: ECC errors (12)" in job.output
+    assert "preflight failed on n2 (exit 1)" in job.output
+    assert job.cluster.job(job.number)["ExcNodeList"] == "n2"
+    # The first start ended before a rank did: all steps are the second's.
+    first, second = job.output.split("start 2 on n1, 1 nodes")
+    assert "step 1/5" not in first
+    assert "step 1/5" in second
+
+
+def test_job_does_not_start_where_every_node_fails_preflight(jobs: Jobs) -> None:
+    job = jobs.submit(slurm={"preflight": True, "preflight_command": ["bash", "-c", "exit 1"]})
+    job.wait_for_end("FAILED")
+    assert job.cluster.job(job.number)["ExitCode"] == "3:0"
+    assert "every node fails" in job.output
+    assert job.restarts == 0
+    assert not (job.run / "metrics.jsonl").exists()
+
+
+def test_wrong_preflight_command_excludes_nobody(jobs: Jobs) -> None:
+    job = jobs.submit(slurm={"preflight": True, "preflight_command": ["no-such-command"]})
+    job.wait_for_end("FAILED")
+    assert "the preflight command itself is wrong (exit 127 on n1)" in job.output
+    assert job.cluster.job(job.number)["ExcNodeList"] == "(null)"
 
 
 @pytest.mark.slow

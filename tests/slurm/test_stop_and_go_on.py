@@ -1,38 +1,13 @@
-"""Two-node training under Slurm: requests to stop, time limits, cancellation."""
+"""Two-node training under Slurm: time limits, cancellation."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.faults.harness import losses
-from tests.slurm.conftest import NASTY
-from tests.slurm.jobs import STEPS, Jobs
+from tests.slurm.jobs import Jobs
 
 pytestmark = pytest.mark.timeout(2400)
-
-
-def test_preempted_twice_with_an_unbroken_loss_curve(
-    jobs: Jobs, undisturbed: dict[int, float]
-) -> None:
-    job = jobs.submit(run={"name": NASTY})
-    job.wait_for_step(10)
-    nodes = {rank: each.environ()["SLURMD_NODENAME"] for rank, each in job.ranks().items()}
-    assert nodes == {0: "n1", 1: "n2"}, "one rank a node, in the order of the nodes"
-    assert jobs.cluster.run("squeue", "-h", "-j", job.number, "-o", "%j").strip() == NASTY
-    # To the batch script alone, as before a time limit.
-    job.signal("--batch", "--signal=USR1")
-    job.wait_for_restart(1)
-    stopped_at = job.step
-    assert (job.run / "checkpoints" / "latest").read_text().strip() == f"step_{stopped_at:08d}"
-    job.wait_for_step(stopped_at + 10)
-    # To every process of the step at once, as the scheduler preempts.
-    job.signal("--signal=TERM")
-    job.wait_for_restart(2)
-    job.wait_for_end("COMPLETED")
-    assert losses(job.run) == undisturbed, "the same layout continues to the bit"
-    assert sorted(undisturbed) == list(range(1, STEPS + 1))
-    assert "requeued (2 of at most 20 times)" in job.output
-    assert not list(jobs.folder.rglob("pwned"))
 
 
 @pytest.mark.slow

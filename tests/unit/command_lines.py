@@ -5,6 +5,7 @@ Capital words are placeholders (`CONFIG`, `N`) for any value, and `...` is for w
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shlex
@@ -76,6 +77,7 @@ def _is_ours(line: str) -> bool:
     )
 
 
+@functools.cache
 def problem_of(line: Line) -> str | None:
     """What is wrong with a command line, or None."""
     words = ["VARIABLE" if "$" in word else word for word in shlex.split(line.text)]
@@ -126,9 +128,14 @@ def _problem_of_script(name: str, words: list[str], whole: bool) -> str | None:
     return None
 
 
+@functools.cache
+def _program() -> Any:
+    return typer.main.get_command(main.app)
+
+
 def _problem_of_moepp(words: list[str], whole: bool) -> str | None:
     """Follow `words` through the commands, then parse what is left as the command does."""
-    command: Any = typer.main.get_command(main.app)
+    command: Any = _program()
     names, rest = ["moepp"], [word for word in words if word != "..."]
     while hasattr(command, "commands"):
         if not rest or rest[0].startswith("-"):
@@ -182,10 +189,16 @@ def _problem_of_settings(command: Any, values: Mapping[str, Any]) -> str | None:
     if not file.is_file():
         return f"no {config}"
     plain = [word for word in overrides if not _is_placeholder(word.partition("=")[2])]
-    load_config(file, ["run.dir=RUN", "data.path=DIR", *plain])
+    _load(file, *plain)
     return None
 
 
+@functools.cache
+def _load(file: Path, *overrides: str) -> None:
+    load_config(file, ["run.dir=RUN", "data.path=DIR", *overrides])
+
+
+@functools.cache
 def _check_override(word: str) -> None:
     """Refuse a name that is no setting, or a value that it does not take."""
     content: dict[str, Any] = {}

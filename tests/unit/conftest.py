@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_program() -> Iterator[None]:
+    """typer builds all commands and their options anew for each call; here once a program."""
+    import typer.main
+    import typer.testing
+
+    once = functools.cache(typer.main.get_command)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", once)
+        patch.setattr(typer.testing, "_get_command", once)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +40,14 @@ def browser() -> Iterator[Any]:
         )
         yield running
         running.close()
+
+
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not turned into SVG, which is most of the work of a page."""
+    import matplotlib.figure
+
+    def write(figure: Any, buffer: Any, **_: Any) -> None:
+        buffer.write('<svg><style type="text/css"></style></svg>')
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", write)

@@ -33,11 +33,13 @@ MOEPP = MoEPPConfig(num_ffn_experts=4, router_topk=2)
 PARTS = [["attn"], ["moe_router"], ["attn", "moe_router"]]
 CASES = {
     "plain": MOEPP,
-    "capacity, two-layer gate": MoEPPConfig(
-        num_ffn_experts=4, router_topk=2, capacity_factor=1.0, two_layer_gate=True
-    ),
-    "selection bias, nonzero gates": MoEPPConfig(
-        num_ffn_experts=4, router_topk=2, selection_bias=True, gate_normalization="nonzero"
+    "capacity, two-layer gate, selection bias, nonzero gates": MoEPPConfig(
+        num_ffn_experts=4,
+        router_topk=2,
+        capacity_factor=1.0,
+        two_layer_gate=True,
+        selection_bias=True,
+        gate_normalization="nonzero",
     ),
 }
 
@@ -103,12 +105,12 @@ def test_replayed_graphs_train_like_the_model(parts: list[str], case: str) -> No
         model.load_state_dict(plain.state_dict(), strict=False)
         assert_same_step(model, plain, batch(0), "recorded")
         create_cudagraphs()
-        for seed in (1, 2, 3):
+        for seed in (1, 2):
             change_weights(model, plain, seed)
             assert_same_step(model, plain, batch(seed), f"replay {seed}")
         graphs = graphs_of(model)
         assert len(graphs) == len(parts) * 3, "one graph a layer and part"
-        assert {graph.replays for graph in graphs} == {3}
+        assert {graph.replays for graph in graphs} == {2}
 
         # Counted where it is not captured, once a step.
         theirs = moe_statistics(plain)
@@ -122,7 +124,7 @@ def test_replayed_graphs_train_like_the_model(parts: list[str], case: str) -> No
         with torch.no_grad():
             short = batch(4)[:, : SEQUENCE // 2]
             assert_close(token_losses(model, short), token_losses(plain, short), "evaluation")
-        assert {graph.replays for graph in graphs} == {3}
+        assert {graph.replays for graph in graphs} == {2}
 
 
 def test_what_reads_on_the_host_cannot_be_captured() -> None:

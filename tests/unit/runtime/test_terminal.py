@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from rich.text import Text
 
 from moepp_megatron.config.printable import printable
 from moepp_megatron.runtime.terminal import Console
+from tests.commands import moepp
 
 PACKAGE = Path(__file__).parents[3] / "moepp_megatron"
 HOSTILE = "a\x1b]0;title\x07\x1b[2J\x9b31m\u202e\u2028\x7f\rb"
@@ -58,8 +57,7 @@ def test_an_error_that_quotes_a_file_is_escaped(tmp_path: Path):
     header = f'{{"{name}": 1}}'.encode()
     content = len(header).to_bytes(8, "little") + header
     (tmp_path / "model.safetensors").write_bytes(content)
-    command = [sys.executable, "-m", "moepp_megatron.cli.main", "convert", "hf-to-mcore"]
-    done = subprocess.run([*command, str(tmp_path), str(tmp_path / "out")], capture_output=True)
+    done = moepp("convert", "hf-to-mcore", tmp_path, tmp_path / "out")
     assert done.returncode == 2
-    assert rb"\x1b[2Jtensor" in done.stderr
-    assert b"\x1b" not in done.stderr
+    assert r"\x1b[2Jtensor" in done.stderr
+    assert "\x1b" not in done.stderr

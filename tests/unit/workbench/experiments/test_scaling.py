@@ -223,6 +223,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return call
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_failed_point_is_recorded_and_only_it_is_measured_again(run: Any, tmp_path: Path) -> None:
     cursed = "n2_tp1-pp1-cp1-ep2-etp1_b32"
     result, started = run(lambda name: 1 if name == cursed else None)
@@ -261,6 +262,7 @@ def test_interrupted_point_is_neither_finished_nor_failed(run: Any, tmp_path: Pa
     assert "run again to go on" in result.output
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_two_commands_in_one_folder(run: Any, tmp_path: Path) -> None:
     """The second is refused, whether it is to do everything or the point that is being done."""
     seen = []
@@ -332,6 +334,7 @@ def _check_page(tmp_path: Path) -> None:
     assert "40.0% fewer bytes" in page
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_plan_and_collect_for_batch_scripts(run: Any) -> None:
     result, started = run(lambda name: None, "--plan")
     assert started == []

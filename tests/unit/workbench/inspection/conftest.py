@@ -60,20 +60,22 @@ def invented_trace(count: int, seed: int = 1, layers: int = 3, window: int = 64)
     )
 
 
+def request_of(text: TokenizedText, out: Path, **changes: object) -> InspectRequest:
+    """A page of the text, without models of its own."""
+    classes = token_classes(text.text, text.spans.tolist(), "python")
+    values = {
+        "text": text,
+        "language": "python",
+        "classes": classes,
+        "tags": None,
+        "window": 64,
+        "models": [],
+        "out": out,
+        "notices": ["the text is read in windows of 64"],
+    }
+    return InspectRequest(**{**values, **changes})  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def make_request(text: TokenizedText, tmp_path: Path) -> Callable[..., InspectRequest]:
-    def make(**changes: object) -> InspectRequest:
-        classes = token_classes(text.text, text.spans.tolist(), "python")
-        values = {
-            "text": text,
-            "language": "python",
-            "classes": classes,
-            "tags": None,
-            "window": 64,
-            "models": [],
-            "out": tmp_path / "page.html",
-            "notices": ["the text is read in windows of 64"],
-        }
-        return InspectRequest(**{**values, **changes})  # type: ignore[arg-type]
-
-    return make
+    return lambda **changes: request_of(**{"text": text, "out": tmp_path / "page.html"} | changes)

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from moepp_megatron.data.token_classes import CLASSES
-from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.text import TokenizedText
 from moepp_megatron.workbench.inspection.trace import Trace
 from moepp_megatron.workbench.report.inspect import write_inspection
-from tests.unit.workbench.inspection.conftest import invented_trace
+from tests.unit.workbench.inspection.conftest import invented_trace, request_of
 
-Make = Callable[..., InspectRequest]
+
+@pytest.fixture(scope="module")
+def written(
+    text: TokenizedText, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], tuple[Path, list[Trace]]]:
+    """The page of one or two models, written when it is first asked for, and its traces."""
+
+    @functools.cache
+    def page_of(models: int) -> tuple[Path, list[Trace]]:
+        out = tmp_path_factory.mktemp("inspection") / "page.html"
+        traces = [invented_trace(len(text), seed) for seed in range(1, models + 1)]
+        write_inspection(request_of(text, out), traces)
+        return out, traces
+
+    return page_of
 
 
 @pytest.fixture
 def open_page(
-    browser: Any,
-    make_request: Make,
-    text: TokenizedText,
+    browser: Any, written: Callable[[int], tuple[Path, list[Trace]]]
 ) -> Iterator[Callable[..., tuple[Any, list[Trace]]]]:
     """Opens the page of one or two models; fails at the end if the page complained."""
     complaints: list[str] = []
@@ -32,12 +45,10 @@ def open_page(
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: complaints.append(request.url))
 
-    def open_page(models: int = 1, **changes: object) -> tuple[Any, list[Trace]]:
-        traces = [invented_trace(len(text), seed) for seed in range(1, models + 1)]
-        request = make_request(**changes)
-        write_inspection(request, traces)
-        page.goto(request.out.as_uri())
-        assert complaints.pop(0) == request.out.as_uri()
+    def open_page(models: int = 1) -> tuple[Any, list[Trace]]:
+        out, traces = written(models)
+        page.goto(out.as_uri())
+        assert complaints.pop(0) == out.as_uri()
         return page, traces
 
     yield open_page
@@ -114,11 +125,11 @@ def test_loss_and_kinds_colour_the_text_too(open_page) -> None:
     assert page.locator("#layers button").first.is_disabled()
 
 
-def test_a_class_is_picked_from_the_table(open_page, make_request: Make) -> None:
+def test_a_class_is_picked_from_the_table(open_page, text: TokenizedText) -> None:
     page, _ = open_page()
     page.click("button.pick[data-class='keyword']")
     faded = page.locator(".text b.faded").count()
-    classes = make_request().classes
+    classes = request_of(text, Path()).classes
     assert faded == (classes != CLASSES.index("keyword")).sum()
     page.select_option("#filter", "")
     assert page.locator(".text b.faded").count() == 0

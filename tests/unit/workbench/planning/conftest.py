@@ -1,13 +1,14 @@
 """A machine to plan for, and a process of its own for ranks that are built."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.workbench.planning.machine import Machine, machine_of
+from tests.parallel.ranks import fork_server
 
 
 @pytest.fixture(scope="module")
@@ -17,5 +18,9 @@ def h100() -> Machine:
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with fork_server() as context:
+        pool = ProcessPoolExecutor(1, mp_context=context)
+        # Started here, with the server's environment.
+        pool.submit(os.getpid).result()
+    with pool:
         yield pool

@@ -19,13 +19,19 @@ SAMPLE = Path(__file__).parents[1] / "profiling" / "samples" / "kineto_nccl"
 STEP_US, GUTTER = 1000, 128
 
 
-@pytest.fixture
-def page(browser: Any, tmp_path: Path) -> Iterator[Any]:
-    """Of the sample; fails at the end if the page complained."""
-    shutil.copytree(SAMPLE, tmp_path / "run" / "profile")
-    result = CliRunner().invoke(app, ["profile", str(tmp_path / "run")], catch_exceptions=False)
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of the sample's page."""
+    run = tmp_path_factory.mktemp("profiled") / "run"
+    shutil.copytree(SAMPLE, run / "profile")
+    result = CliRunner().invoke(app, ["profile", str(run)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    address = (tmp_path / "run" / "profile.html").as_uri()
+    return (run / "profile.html").as_uri()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """The page; fails at the end if it complained."""
     complaints: list[str] = []
     page = browser.new_page(viewport={"width": 1440, "height": 1000})
     page.on("console", lambda message: complaints.append(message.text))

@@ -137,6 +137,7 @@ def test_the_same_run_gives_the_same_bytes(full_run):
     ]
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_vanilla_run_has_nothing_to_save(make_run):
     page = read_page(make_run(steps=20, moe=VANILLA))
     assert "megatron-core's vanilla MoE layer: every selection goes to an FFN expert" in page.text
@@ -155,6 +156,7 @@ def test_one_record_gives_sentences_for_curves(make_run):
     assert "Expert work saved" in page.text
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_missing_optional_keys_give_sentences(make_run):
     def strip(records):
         for record in records:
@@ -173,6 +175,7 @@ def test_missing_optional_keys_give_sentences(make_run):
     assert len(page.pictures) == 6
 
 
+@pytest.mark.usefixtures("unrendered")
 @pytest.mark.parametrize("kind", ["zero", "copy", "constant"])
 def test_a_single_zero_computation_kind(make_run, kind: str):
     counts = {f"num_{k}_experts": int(k == kind) for k in ("zero", "copy", "constant")}
@@ -197,6 +200,7 @@ def test_a_run_whose_numbers_are_not_finite(make_run):
     assert "vanilla layer's traffic does not follow" in page.text
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_run_without_any_ffn_selection(make_run):
     def none(records):
         for record in records:
@@ -208,6 +212,7 @@ def test_a_run_without_any_ffn_selection(make_run):
     assert "1 / FFN share" not in text
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_drops_and_z_loss_are_shown_where_they_are(make_run):
     def add(records):
         for record in records:
@@ -252,6 +257,7 @@ def test_the_command_refuses_a_missing_run_in_one_line(tmp_path: Path, monkeypat
     )
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_ramped_batch_is_drawn(make_run):
     def ramp(records):
         for record in records:

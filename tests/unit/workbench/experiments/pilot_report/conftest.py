@@ -10,7 +10,15 @@ import pytest
 from moepp_megatron.workbench.experiments.pilot.report import write_pilot_page
 from moepp_megatron.workbench.experiments.pilot.result import PilotResult
 from moepp_megatron.workbench.report.plot import Plot
+from tests.unit.workbench.experiments.pilot_report.made_up import contents
 from tests.unit.workbench.experiments.pilot_report.page_reader import Reader
+
+
+@pytest.fixture(scope="module")
+def whole_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of `contents`, with its plots."""
+    result = PilotResult.model_validate(contents())
+    return write_pilot_page(result, tmp_path_factory.mktemp("pilot") / "pilot.html")
 
 
 @pytest.fixture

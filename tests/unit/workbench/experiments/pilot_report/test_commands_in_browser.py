@@ -7,18 +7,15 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.workbench.experiments.pilot.report import write_pilot_page
-from moepp_megatron.workbench.experiments.pilot.result import PilotResult
-from tests.unit.workbench.experiments.pilot_report.made_up import contents
-
 
 @pytest.mark.parametrize("width", [420, 500, 900, 1280])
-def test_a_command_breaks_between_its_words_alone(browser: Any, tmp_path: Path, width: int) -> None:
+def test_a_command_breaks_between_its_words_alone(
+    browser: Any, whole_page: Path, width: int
+) -> None:
     """`--nproc` with its end on the next line is copied as two words."""
-    page = write_pilot_page(PilotResult.model_validate(contents()), tmp_path / "pilot.html")
     context = browser.new_context(viewport={"width": width, "height": 900})
     tab = context.new_page()
-    tab.goto(page.as_uri())
+    tab.goto(whole_page.as_uri())
     lines = tab.evaluate(
         """() => [...document.querySelectorAll(".shell code")].map((code) => [code.textContent,
              [...code.querySelectorAll("span")].map((word) => {

@@ -14,6 +14,7 @@ from tests.unit.workbench.experiments.pilot_report.made_up import (
 from tests.unit.workbench.experiments.pilot_report.terminal_reader import printed
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_single_seed_has_no_intervals(
     read_whole: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,14 +71,15 @@ def test_a_model_that_does_not_fit_has_no_numbers(
     assert "none is legal" in printed(found, capsys)
 
 
-def test_without_a_narrowed_model_nothing_is_said_at_equal_compute(read_whole: Any) -> None:
+def test_without_a_narrowed_model_nothing_is_said_at_equal_compute(read: Any) -> None:
     found = contents() | {"equal_compute": []}
     found["arms"] = [one for one in found["arms"] if one["arm"]["kind"] != "narrow"]
-    page = read_whole(found)
+    page = read(found)
     assert "computes" not in page.tables
     assert "No vanilla model of the same compute was trained." in page.text
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_what_tokens_are_worth_may_be_unknown(
     read_whole: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
