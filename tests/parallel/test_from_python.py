@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.commands import module, program
-from tests.faults.harness import write_config
+from tests.faults.harness import short_steps, write_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -19,7 +19,9 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def config(tmp_path: Path, corpus: Path) -> Path:
     """The smallest configuration, three steps of it; its run goes to `tmp_path / "run"`."""
-    path = write_config(tmp_path / "c.yaml", corpus, tmp_path / "run", 1, train_iters=3)
+    path = write_config(
+        tmp_path / "c.yaml", corpus, tmp_path / "run", 1, train_iters=3, **short_steps(2)
+    )
     content = yaml.safe_load(path.read_text())
     content["checkpoint"] = {"save_interval": 3}
     path.write_text(yaml.safe_dump(content))

@@ -39,7 +39,7 @@ def checkpoint(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPath
         folder / "data",
         folder / "run",
         model={"seq_length": LENGTH, "num_layers": 4},
-        training={"train_iters": 2},
+        training={"train_iters": 2, "micro_batch_size": 8},
         optimizer={"warmup_iters": 0},
         checkpoint={"save_interval": 2},
     )
