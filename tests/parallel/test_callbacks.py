@@ -158,7 +158,7 @@ def test_a_callback_that_raises(config: Path, plugins: Path, tmp_path: Path) -> 
     )
     assert "callback also_failing failed in on_exception" in failed.stderr
     assert (tmp_path / "run" / "told0").read_text() == "3 CallbackError"
-    went_on = moepp("train", config, "--resume", "--nproc", 2)
+    went_on = moepp("train", config, "--resume", ONE)
     assert went_on.returncode == 0, went_on.stderr
     assert "resumed from step 2" in went_on.stdout
     assert logged(tmp_path / "run", "step") == [2, 4]
