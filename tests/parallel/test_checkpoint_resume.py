@@ -40,7 +40,7 @@ def test_two_and_two_steps_are_four(
     def run(name: str, steps: int, **sections: Any) -> list[str]:
         training = {"train_iters": steps, "micro_batch_size": 8 // world_size}
         sections |= {"moe": NOISE, "parallel": parallel, "training": training}
-        raw = trainer_settings(corpus, tmp_path / name, **sections)
+        raw = trainer_settings(corpus, tmp_path / name, optimizer={"warmup_iters": 1}, **sections)
         return ranks(world_size).run(run_trainer, raw)[0]
 
     run("whole", 4)
@@ -89,7 +89,7 @@ def test_python_and_numpy_draw_the_same_again(
     def drawn(run: str, steps: int, **sections: Any) -> list[tuple[float, float]]:
         training = {"train_iters": steps, "micro_batch_size": 8, **sections.pop("training", {})}
         sections["training"] = training
-        raw = trainer_settings(corpus, tmp_path / run, **sections)
+        raw = trainer_settings(corpus, tmp_path / run, optimizer={"warmup_iters": 0}, **sections)
         return ranks(1).run(draw_in_every_step, raw)[0]
 
     whole = drawn("whole", 4)
