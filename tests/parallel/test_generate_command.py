@@ -38,7 +38,7 @@ def checkpoint(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPath
     raw = trainer_settings(
         folder / "data",
         folder / "run",
-        model={"seq_length": LENGTH},
+        model={"seq_length": LENGTH, "num_layers": 4},
         training={"train_iters": 2, "micro_batch_size": 8},
         optimizer={"warmup_iters": 0},
         checkpoint={"save_interval": 2},

@@ -27,7 +27,7 @@ model:
 moe: {{num_ffn_experts: 4, balance_coeff: 0.05}}
 data: {{path: {data}}}
 optimizer: {{lr: 1.0e-3, warmup_iters: 2}}
-training: {{train_iters: 4, global_batch_size: 2, micro_batch_size: 2}}
+training: {{train_iters: 8, global_batch_size: 2, micro_batch_size: 2}}
 """
 
 
@@ -88,14 +88,14 @@ def test_pilot_from_runs_to_answer(
         return capsys.readouterr().out
 
     said = pilot("--gpus", "2", "training.seed=5", "--eval-iters", "1", "precision.dtype=bf16")
-    assert said.startswith("8 runs of 4 steps (128 tokens): 2 seeds of 4 models")
+    assert said.startswith("8 runs of 8 steps (256 tokens): 2 seeds of 4 models")
     # Two more arms follow once MoE++ was timed, at the share that its runs had.
     assert len(trained) == 12
     assert len(timed) == 2
     assert all(words[0].startswith("moe.tau=") for words in timed)
     result = PilotResult.model_validate_json((out / "pilot.json").read_text())
     assert [outcome.seeds for outcome in result.arms] == [[5, 6]] * 6
-    assert (result.setting.config, result.setting.tokens, result.setting.nproc) == ("tiny", 128, 1)
+    assert (result.setting.config, result.setting.tokens, result.setting.nproc) == ("tiny", 256, 1)
     # Nothing is decided by two seeds.
     assert (result.setting.look, result.setting.next_seeds, result.setting.sessions) == (0, 3, 2)
     assert result.answer.startswith("Nothing is decided before 3 seeds")
