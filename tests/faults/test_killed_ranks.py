@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.faults.harness import (
     Kills,
@@ -24,8 +23,6 @@ from tests.faults.harness import (
     training,
     write_config,
 )
-from tests.parallel.checkpoint_runs import run_trainer
-from tests.parallel.ranks import RankPools
 
 STEPS = 40
 
@@ -71,17 +68,8 @@ def summed_up(done: Kills) -> str:
 
 @pytest.mark.faults
 @pytest.mark.timeout(900)
-def test_two_kills(
-    ranks: RankPools, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Threads decide how sums are rounded; ranks of a pool have one.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    run, sizes = tmp_path / "undisturbed", short_steps(2)
-    path = write_config(
-        tmp_path / "undisturbed.yaml", data, run, 2, save_interval=0, train_iters=STEPS, **sizes
-    )
-    ranks(2).run(run_trainer, yaml.safe_load(path.read_text()))
-    expected = losses(run)
+def test_two_kills(tmp_path: Path, data: Path) -> None:
+    expected = undisturbed(tmp_path, data, 2, STEPS)
     actual, done = survive(tmp_path, data, 2, STEPS, kills=2)
     assert done.hit == 2
     # The same layout continues to the bit.

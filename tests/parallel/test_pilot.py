@@ -27,7 +27,7 @@ model:
 moe: {{num_ffn_experts: 4, balance_coeff: 0.05}}
 data: {{path: {data}}}
 optimizer: {{lr: 1.0e-3, warmup_iters: 2}}
-training: {{train_iters: 8, global_batch_size: 2, micro_batch_size: 2}}
+training: {{train_iters: 8, global_batch_size: 2, micro_batch_size: 1}}
 """
 
 
