@@ -42,7 +42,6 @@ def install() -> bool:
     _patch_factories()
     _patch_tensor_methods()
     _patch_uneven_collectives()
-    _patch_gloo_groups()
     _patch_megatron()
     _installed = True
     return True
@@ -306,28 +305,6 @@ def _patch_uneven_collectives() -> None:
 
     replace(dist, "all_gather", all_gather)
     replace(dist, "reduce_scatter", reduce_scatter)
-
-
-def _patch_gloo_groups() -> None:
-    # Each group would have a device of its own, whose thread wakes up a hundred times a second;
-    # megatron-core makes some twenty groups on each rank. All take that of the first one.
-    import torch.distributed.distributed_c10d as c10d
-
-    make_group = c10d._create_gloo_process_group
-    devices: list[Any] = []
-
-    def make_group_on_one_device(wanted: Any, backend_options: Any) -> Any:
-        if not devices:
-            group = make_group(wanted, backend_options)
-            devices.extend(group.options._devices)
-            return group
-        options = c10d.ProcessGroupGloo._Options()
-        options._timeout, options._devices = wanted.timeout, devices
-        options.global_ranks_in_group = wanted.global_ranks_in_group
-        options.group_name = wanted.group_id
-        return c10d.ProcessGroupGloo(wanted.store, wanted.group_rank, wanted.group_size, options)
-
-    replace(c10d, "_create_gloo_process_group", make_group_on_one_device)
 
 
 def _patch_megatron() -> None:
