@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shlex
 import signal
 import subprocess
 import sys
@@ -77,6 +76,11 @@ def write_config(
     return path
 
 
+def short_steps(num_ranks: int) -> dict[str, int]:
+    """For `write_config`: steps of one micro-batch on each rank."""
+    return {"global_batch_size": 4, "micro_batch_size": 4 // num_ranks}
+
+
 @contextmanager
 def training(
     config: Path, num_ranks: int, max_restarts: int = 0, is_cold: bool = False
@@ -98,19 +102,15 @@ def training(
 
 
 @contextmanager
-def going_on(command: str, config: Path, is_cold: bool = False) -> Iterator[Training]:
+def going_on(command: str, config: Path) -> Iterator[Training]:
     """As `training`, by a line that a run has printed for a shell; the log begins anew."""
     log = config.with_suffix(".log")
     log.write_bytes(b"")
-    if is_cold:
-        with log.open("ab") as output:
-            process: Training = subprocess.Popen(
-                ["bash", "-c", f"exec {command}"], stdout=output, stderr=output
-            )
-    else:
-        interpreter, *words = shlex.split(command)
-        assert interpreter == sys.executable
-        process = Begun(words, log)
+    taken_apart = ["bash", "-c", f"printf '%s\\0' {command}"]
+    read = subprocess.run(taken_apart, capture_output=True, text=True, check=True).stdout
+    interpreter, *words = read.split("\0")[:-1]
+    assert interpreter == sys.executable
+    process = Begun(words, log)
     with _until_the_end(process):
         yield process
 

@@ -58,7 +58,8 @@ def trainer_settings(corpus: Path, run: Path, **sections: dict[str, Any]) -> dic
     training = {
         "train_iters": 20,
         "eval_iters": 0,
-        # Half as much to compute as with `BASE`; the sum over micro-batches is not the point.
+        # The sum over micro-batches is not the point: one a step on each of two ranks.
+        "global_batch_size": 8,
         "micro_batch_size": 4,
         **sections.pop("training", {}),
     }

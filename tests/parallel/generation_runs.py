@@ -15,7 +15,8 @@ NO_EOD = -7
 
 
 def model_settings(**sections: dict[str, Any]) -> dict[str, Any]:
-    return settings(**{**sections, "model": {"seq_length": LENGTH, **sections.get("model", {})}})
+    model = {"seq_length": LENGTH, "num_layers": 2, **sections.get("model", {})}
+    return settings(**{**sections, "model": model})
 
 
 def prompts_of(lengths: list[int], vocab_size: int = 64) -> list[list[int]]:
@@ -41,10 +42,11 @@ def generated(
     overrides: list[str],
     prompts: list[list[int]],
     new_tokens: int,
-    sampling: dict[str, Any],
+    samplings: list[dict[str, Any]],
     eod: int = NO_EOD,
-) -> tuple[list[list[int]], list[Any]]:
-    """New tokens, and on the last stage the logits [b, vocab] of every pass."""
+) -> list[tuple[list[list[int]], list[Any]]]:
+    """Of each way of sampling: new tokens; on the last stage all passes' logits [b, vocab]."""
+    from moepp_megatron.runtime.patches import replaced
     from moepp_megatron.training import decoding
     from moepp_megatron.training.generate_request import Sampling
 
@@ -58,59 +60,72 @@ def generated(
             seen.append(logits.numpy().copy())
         return logits
 
-    decoding.CachedModel.read = read_watched
-    try:
-        new = decoding.continue_prompts(
-            models,
-            config,
-            layout,
-            prompts,
-            new_tokens,
-            Sampling(**sampling),
-            eod=eod,
-            vocab_size=config.model.vocab_size,
-        )
-    finally:
-        decoding.CachedModel.read = read
-    return new, seen
+    found = []
+    with replaced(decoding.CachedModel, read=read_watched):
+        for sampling in samplings:
+            new = decoding.continue_prompts(
+                models,
+                config,
+                layout,
+                prompts,
+                new_tokens,
+                Sampling(**sampling),
+                eod=eod,
+                vocab_size=config.model.vocab_size,
+            )
+            found.append((new, list(seen)))
+            seen.clear()
+    return found
 
 
 def scored_again(
     raw: dict[str, Any],
     prompts: list[list[int]],
     new_tokens: int,
-    sampling: dict[str, Any],
+    samplings: list[dict[str, Any]],
     eod: int = NO_EOD,
-) -> tuple[list[list[int]], list[list[Any]]]:
+) -> list[tuple[list[list[int]], list[list[Any]]]]:
     """The naive loop, on one process: all of the text again for every new token, prompt by prompt.
 
     Returns:
-        New tokens, and of each prompt the logits [vocab] that every one of them was drawn from.
+        For each way of sampling new tokens, and of each prompt the logits [vocab] that every one of
+        them was drawn from.
     """
+    from moepp_megatron.training.generate_request import Sampling
+
+    _, _, (model,) = build(raw, [])
+    model.eval()
+    found = []
+    for how in (Sampling(**sampling) for sampling in samplings):
+        continued = [
+            _continue(model, prompt, new_tokens, how, how.seed + number, eod)
+            for number, prompt in enumerate(prompts)
+        ]
+        found.append(([new for new, _ in continued], [logits for _, logits in continued]))
+    return found
+
+
+def _continue(
+    model: Any, prompt: list[int], new_tokens: int, how: Any, seed: int, eod: int
+) -> tuple[list[int], list[Any]]:
     import torch
 
     from moepp_megatron.training.decoding import sample
-    from moepp_megatron.training.generate_request import Sampling
 
-    how = Sampling(**sampling)
-    _, _, (model,) = build(raw, [])
-    model.eval()
-    all_new, all_logits = [], []
-    for number, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed(how.seed + number)
-        ids, logits = list(prompt), []
-        while len(ids) < len(prompt) + new_tokens:
-            tokens = torch.tensor([ids])
-            with torch.no_grad():
-                last = model(tokens, torch.arange(len(ids)).unsqueeze(0), None)[0, -1].float()
-            logits.append(last.numpy().copy())
-            token = sample(last, how.temperature, how.top_p, generator)
-            if token == eod:
-                break
-            ids.append(token)
-        all_new.append(ids[len(prompt) :])
-        all_logits.append(logits)
-    return all_new, all_logits
+    generator = torch.Generator().manual_seed(seed)
+    new: list[int] = []
+    logits = []
+    while len(new) < new_tokens:
+        tokens = torch.tensor([prompt + new])
+        with torch.no_grad():
+            places = torch.arange(tokens.shape[1]).unsqueeze(0)
+            last = model(tokens, places, None)[0, -1].float()
+        logits.append(last.numpy().copy())
+        token = sample(last, how.temperature, how.top_p, generator)
+        if token == eod:
+            break
+        new.append(token)
+    return new, logits
 
 
 def drawn_from(passes: list[Any], prompts: list[list[int]], row: int, count: int) -> Any:

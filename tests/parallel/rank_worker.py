@@ -81,6 +81,8 @@ def reset() -> None:
 
     assert dist.is_initialized(), "the function destroyed the default group, which ranks keep"
     forget_model()
+    # What lives on, such as modules, need not be walked after the next function again.
+    gc.freeze()
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)

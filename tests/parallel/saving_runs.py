@@ -19,20 +19,28 @@ class Run:
         from moepp_megatron.config import Layout, parse_config
         from moepp_megatron.runtime.distributed import build_groups
         from moepp_megatron.training.batches import rank_batches
-        from moepp_megatron.training.checkpoint import CheckpointWriter, Progress
         from moepp_megatron.training.setup import build_training_model
 
-        parallel = EP2 if dist.get_world_size() == 2 else {}
+        ranks = dist.get_world_size()
         raw = settings(
-            model=model or {}, parallel=parallel, checkpoint={"save_interval": 1, **checkpoint}
+            model={"num_layers": 2, **(model or {})},
+            parallel=EP2 if ranks == 2 else {},
+            training={"global_batch_size": 4, "micro_batch_size": 4 // ranks},
+            checkpoint={"save_interval": 1, **checkpoint},
         )
         self.config = parse_config(raw)
         self.layout = Layout.from_config(self.config, dist.get_world_size())
         build_groups(self.config, self.layout)
         self.model = build_training_model(self.config)
         self.model.set_training(True)
-        dataset = SyntheticDataset(self.config, 20)
+        dataset = SyntheticDataset(self.config, 40)
         self.batches = rank_batches(dataset, 0, self.config, len(self.model.chunks))
+        self.begin_in(folder)
+
+    def begin_in(self, folder: Path) -> None:
+        """Count steps from 0 again, with the weights that are there, and save into a folder."""
+        from moepp_megatron.training.checkpoint import CheckpointWriter, Progress
+
         self.progress = Progress()
         self.writer = CheckpointWriter(folder, self.config, folder / "no tokenizer")
 
@@ -40,7 +48,7 @@ class Run:
         from moepp_megatron.training.step import training_step
 
         training_step(self.model, self.batches, self.config, self.layout)
-        self.progress = self.progress.after_step(8, 8 * 16)
+        self.progress = self.progress.after_step(4, 4 * 16)
         self.writer.poll()
 
     def save(self, wait: bool = True) -> str | None:

@@ -15,7 +15,7 @@ import yaml
 from moepp_megatron import Callback, ConfigError, train
 from tests.commands import module, moepp
 from tests.example_plugins import install, write_entry_points
-from tests.faults.harness import write_config
+from tests.faults.harness import short_steps, write_config
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_of
 from tests.parallel.ranks import RankPools
 
@@ -65,7 +65,7 @@ def config(tmp_path: Path, corpus: Path) -> Path:
     """Four steps on two ranks with random noise, saved after the second and the fourth."""
     path = write_config(
         tmp_path / "c.yaml", corpus, tmp_path / "run", 2, save_interval=2, train_iters=4,
-        eval_interval=4, eval_iters=1, log_interval=2,
+        eval_interval=4, eval_iters=1, log_interval=2, **short_steps(2),
     )  # fmt: skip
     content = yaml.safe_load(path.read_text())
     content["moe"]["input_jitter_eps"] = 0.1
@@ -158,7 +158,7 @@ def test_a_callback_that_raises(config: Path, plugins: Path, tmp_path: Path) -> 
     )
     assert "callback also_failing failed in on_exception" in failed.stderr
     assert (tmp_path / "run" / "told0").read_text() == "3 CallbackError"
-    went_on = moepp("train", config, "--resume", "--nproc", 2)
+    went_on = moepp("train", config, "--resume", ONE)
     assert went_on.returncode == 0, went_on.stderr
     assert "resumed from step 2" in went_on.stdout
     assert logged(tmp_path / "run", "step") == [2, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,21 @@ from typing import Any
 import pytest
 import yaml
 
+from moepp_megatron.config import ConfigError
 from tests.commands import moepp
-from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
+from tests.parallel.checkpoint_runs import Messages, logged, run_trainer, trainer_settings
 from tests.parallel.planted_pickles import STATEFUL, plant
-from tests.parallel.ranks import RankError, RankPools
+from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import EP2
 
-AUTO = {"save_interval": 5, "load": "auto"}
+AUTO = {"save_interval": 2, "load": "auto"}
 
 
 @pytest.fixture(scope="module")
 def trained(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 10 steps with checkpoints of steps 5 and 10, on two ranks."""
+    """A run of four steps with checkpoints of steps 2 and 4, on two ranks."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    ranks(2).run(run_trainer, _settings(corpus, folder, 10, {"save_interval": 5}))
+    ranks(2).run(run_trainer, _settings(corpus, folder, 4, {"save_interval": 2}))
     return folder
 
 
@@ -36,9 +38,35 @@ def _settings(
     corpus: Path, run: Path, steps: int, checkpoint: dict[str, Any], **sections: Any
 ) -> dict[str, Any]:
     training = {"train_iters": steps}
+    # So fast that two steps show.
+    optimizer = {"lr": 0.01, "warmup_iters": 0}
     return trainer_settings(
-        corpus, run, training=training, checkpoint=checkpoint, parallel=EP2, **sections
+        corpus,
+        run,
+        training=training,
+        optimizer=optimizer,
+        checkpoint=checkpoint,
+        parallel=EP2,
+        **sections,
     )
+
+
+def found(raw: dict[str, Any]) -> tuple[Path | None, list[str]]:
+    """Where a trainer on this rank would start, and what it would log."""
+    from moepp_megatron.config import parse_config
+    from moepp_megatron.training.checkpoint import find_start
+    from moepp_megatron.training.run_folder import checkpoint_folder
+
+    config = parse_config(raw)
+    with Messages() as messages:
+        return find_start(config, checkpoint_folder(config)), messages
+
+
+def refusal(raw: dict[str, Any]) -> str:
+    """Why a trainer on this rank does not start."""
+    with pytest.raises(ConfigError) as refused:
+        run_trainer(raw)
+    return str(refused.value)
 
 
 def _flip(path: Path) -> None:
@@ -68,29 +96,41 @@ def _truncate(path: Path) -> None:
 def test_auto_skips_what_is_damaged(
     ranks: RankPools, corpus: Path, run: Path, name: str, harm: Any, why: str
 ) -> None:
-    newest = run / "checkpoints" / "step_00000010"
+    newest = run / "checkpoints" / "step_00000004"
     harm(newest / name)
     left = sorted(path.name for path in newest.iterdir())
-    expected = logged(run)[5:10]
-    # Without saving, so that step 10 stays as it is.
-    messages = ranks(2).run(run_trainer, _settings(corpus, run, 10, {"load": "auto"}))
-    assert logged(run)[5:10] == expected
-    assert [line for line in messages[0] if f"{newest}: {why}" in line], messages[0]
-    assert not messages[1], "rank 0 alone warns"
+    raw = _settings(corpus, run, 4, {"load": "auto"})
+    (start, messages), (same, nothing) = ranks(2).run(found, raw)
+    assert start == same == run / "checkpoints" / "step_00000002"
+    assert [line for line in messages if f"{newest}: {why}" in line], messages
+    assert not nothing, "rank 0 alone warns"
     assert sorted(path.name for path in newest.iterdir()) == left
+
+
+def test_a_run_goes_on_from_the_newest_valid_checkpoint(
+    ranks: RankPools, corpus: Path, run: Path
+) -> None:
+    newest = run / "checkpoints" / "step_00000004"
+    _flip(newest / "__1_0.distcp")
+    expected = logged(run)
+    # Without saving, so that step 4 stays as it is.
+    messages = ranks(2).run(run_trainer, _settings(corpus, run, 4, {"load": "auto"}))
+    assert logged(run) == expected
+    assert [line for line in messages[0] if f"{newest}: __1_0.distcp is damaged" in line]
+    assert not messages[1]
 
 
 def test_auto_ignores_what_a_killed_save_left(ranks: RankPools, corpus: Path, run: Path) -> None:
     checkpoints = run / "checkpoints"
-    shutil.copytree(checkpoints / "step_00000010", checkpoints / ".step_00000015.incomplete-ab")
-    (checkpoints / "step_00000020").mkdir()
-    (checkpoints / "latest").write_text("step_00000020\n")
-    messages = ranks(2).run(run_trainer, _settings(corpus, run, 15, AUTO))[0]
-    assert logged(run, "step") == list(range(1, 16))
-    assert any("step_00000020: metadata.json is missing" in line for line in messages)
+    shutil.copytree(checkpoints / "step_00000004", checkpoints / ".step_00000006.incomplete-ab")
+    (checkpoints / "step_00000008").mkdir()
+    (checkpoints / "latest").write_text("step_00000008\n")
+    messages = ranks(2).run(run_trainer, _settings(corpus, run, 6, AUTO))[0]
+    assert logged(run, "step") == list(range(1, 7))
+    assert any("step_00000008: metadata.json is missing" in line for line in messages)
     # Read, and so kept; never complete, and so removed.
     assert sorted(path.name for path in checkpoints.iterdir()) == [
-        "latest", "step_00000005", "step_00000010", "step_00000015", "step_00000020"
+        "latest", "step_00000002", "step_00000004", "step_00000006", "step_00000008"
     ]  # fmt: skip
 
 
@@ -98,30 +138,31 @@ def test_unreadable_checkpoint_of_the_same_step_is_put_aside(
     ranks: RankPools, corpus: Path, run: Path
 ) -> None:
     checkpoints = run / "checkpoints"
-    _flip(checkpoints / "step_00000010" / "__1_0.distcp")
-    damaged = (checkpoints / "step_00000010" / "__1_0.distcp").read_bytes()
-    ranks(2).run(run_trainer, _settings(corpus, run, 10, {**AUTO, "keep": 1}))
-    (aside,) = checkpoints.glob("step_00000010.unreadable-*")
+    _flip(checkpoints / "step_00000004" / "__1_0.distcp")
+    damaged = (checkpoints / "step_00000004" / "__1_0.distcp").read_bytes()
+    ranks(2).run(run_trainer, _settings(corpus, run, 4, {**AUTO, "keep": 1}))
+    (aside,) = checkpoints.glob("step_00000004.unreadable-*")
     assert (aside / "__1_0.distcp").read_bytes() == damaged
-    assert (checkpoints / "step_00000010").is_dir()
-    assert not (checkpoints / "step_00000005").exists(), "keep deletes what is valid and old"
+    assert (checkpoints / "step_00000004").is_dir()
+    assert not (checkpoints / "step_00000002").exists(), "keep deletes what is valid and old"
 
 
 def test_auto_starts_from_scratch_where_there_is_nothing(
     ranks: RankPools, corpus: Path, tmp_path: Path
 ) -> None:
-    messages = ranks(2).run(run_trainer, _settings(corpus, tmp_path / "new", 3, {"load": "auto"}))
-    assert logged(tmp_path / "new", "step") == [1, 2, 3]
+    messages = ranks(2).run(run_trainer, _settings(corpus, tmp_path / "new", 1, {"load": "auto"}))
+    assert logged(tmp_path / "new", "step") == [1]
     assert any("starts from scratch" in line for line in messages[0])
 
 
 def test_all_damaged_is_no_start_from_scratch(ranks: RankPools, corpus: Path, run: Path) -> None:
     # Beneath what is looked at before ranks start.
-    for step in (5, 10):
+    for step in (2, 4):
         _flip(run / "checkpoints" / f"step_{step:08d}" / "__1_0.distcp")
     records = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(RankError, match=r"none of 2 is: .*step_00000010: __1_0.distcp is damaged"):
-        ranks(2).run(run_trainer, _settings(corpus, run, 10, {"load": "auto"}))
+    why = r"none of 2 is: .*step_00000004: __1_0.distcp is damaged"
+    for line in ranks(2).run(refusal, _settings(corpus, run, 4, {"load": "auto"})):
+        assert re.search(why, line)
     assert (run / "metrics.jsonl").read_bytes() == records
 
 
@@ -130,9 +171,9 @@ def test_resume_without_a_sound_checkpoint_is_exit_code_2(
     corpus: Path, run: Path, tmp_path: Path, arguments: list[str]
 ) -> None:
     config = tmp_path / "config.yaml"
-    raw = _settings(corpus, run, 10, {"save_interval": 5})
+    raw = _settings(corpus, run, 4, {"save_interval": 2})
     config.write_text(yaml.safe_dump(raw if arguments else {**raw, "parallel": {}}))
-    for step in (5, 10):
+    for step in (2, 4):
         _flip(run / "checkpoints" / f"step_{step:08d}" / "__1_0.distcp")
     done = moepp("train", "--resume", *arguments, config)
     assert done.returncode == 2
@@ -142,37 +183,44 @@ def test_resume_without_a_sound_checkpoint_is_exit_code_2(
     assert "restore one of them" in line
 
 
-@pytest.mark.parametrize("name", ["run", "{tmp}/run", "{tmp}/run/checkpoints/step_00000005"])
-def test_another_run_goes_on_from_a_name(
+@pytest.mark.parametrize("name", ["run", "{tmp}/run", "{tmp}/run/checkpoints/step_00000004"])
+def test_names_of_another_run(
     ranks: RankPools, corpus: Path, run: Path, tmp_path: Path, name: str
 ) -> None:
-    load = {"load": name.format(tmp=tmp_path)}
-    ranks(2).run(run_trainer, _settings(corpus, tmp_path / "second", 12, load))
-    first = 6 if "step" in name else 11
-    assert logged(tmp_path / "second", "step") == list(range(first, 13))
-    if first == 6:
-        assert logged(tmp_path / "second")[:5] == logged(run)[5:]
+    raw = _settings(corpus, tmp_path / "second", 5, {"load": name.format(tmp=tmp_path)})
+    newest = run / "checkpoints" / "step_00000004"
+    assert ranks(2).run(found, raw) == [(newest, [])] * 2
+
+
+def test_another_run_goes_on_from_a_checkpoint(
+    ranks: RankPools, corpus: Path, run: Path, tmp_path: Path
+) -> None:
+    load = {"load": str(run / "checkpoints" / "step_00000002")}
+    ranks(2).run(run_trainer, _settings(corpus, tmp_path / "second", 5, load))
+    assert logged(tmp_path / "second", "step") == [3, 4, 5]
+    assert logged(tmp_path / "second")[:2] == logged(run)[2:]
 
 
 def test_weights_alone_start_at_step_0(
     ranks: RankPools, corpus: Path, run: Path, tmp_path: Path
 ) -> None:
     load = {"load": str(run), "load_optimizer": False}
-    ranks(2).run(run_trainer, _settings(corpus, tmp_path / "tuned", 3, load))
-    assert logged(tmp_path / "tuned", "step") == [1, 2, 3]
-    # The first batch of the data again, with weights of 10 steps.
+    ranks(2).run(run_trainer, _settings(corpus, tmp_path / "tuned", 2, load))
+    assert logged(tmp_path / "tuned", "step") == [1, 2]
+    # The first batch of the data again, with weights of four steps.
     assert logged(tmp_path / "tuned")[0] < logged(run)[0] - 0.1
 
 
 def test_missing_name_is_refused(ranks: RankPools, corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"checkpoint.load \(nowhere\) must be a checkpoint"):
-        ranks(2).run(run_trainer, _settings(corpus, tmp_path / "new", 3, {"load": "nowhere"}))
+    raw = _settings(corpus, tmp_path / "new", 1, {"load": "nowhere"})
+    for line in ranks(2).run(refusal, raw):
+        assert line.startswith("checkpoint.load (nowhere) must be a checkpoint")
 
 
 def test_other_shapes_are_refused(ranks: RankPools, corpus: Path, run: Path) -> None:
-    raw = _settings(corpus, run, 12, {"load": "auto"}, model={"hidden_size": 64})
-    with pytest.raises(RankError, match=r"model.hidden_size \(64\) must be .* \(32\); use 32"):
-        ranks(2).run(run_trainer, raw)
+    raw = _settings(corpus, run, 5, {"load": "auto"}, model={"hidden_size": 64})
+    for line in ranks(2).run(refusal, raw):
+        assert re.search(r"model.hidden_size \(64\) must be .* \(32\); use 32", line)
 
 
 @pytest.mark.parametrize(
@@ -186,20 +234,21 @@ def test_other_shapes_are_refused(ranks: RankPools, corpus: Path, run: Path) -> 
 def test_planted_pickle_is_not_executed(
     ranks: RankPools, corpus: Path, run: Path, tmp_path: Path, name: str, why: str
 ) -> None:
-    newest, exploded = run / "checkpoints" / "step_00000010", tmp_path / "exploded"
+    newest, exploded = run / "checkpoints" / "step_00000004", tmp_path / "exploded"
     plant(newest, name, exploded)
-    messages = ranks(2).run(run_trainer, _settings(corpus, run, 10, {"load": "auto"}))[0]
+    start, messages = ranks(2).run(found, _settings(corpus, run, 4, {"load": "auto"}))[0]
     assert any(f"{newest}: {why}" in line for line in messages), messages
     assert not exploded.exists()
-    assert len(logged(run)) == 10
+    assert start == run / "checkpoints" / "step_00000002"
     load = {"load": str(newest), "load_optimizer": False}
-    with pytest.raises(RankError, match=f"must be a checkpoint folder .*{why}"):
-        ranks(2).run(run_trainer, _settings(corpus, run, 10, load))
+    for line in ranks(2).run(refusal, _settings(corpus, run, 4, load)):
+        assert re.search(f"must be a checkpoint folder .*{why}", line)
     assert not exploded.exists()
 
 
 def test_planted_legacy_file_is_refused(ranks: RankPools, corpus: Path, run: Path) -> None:
-    newest = run / "checkpoints" / "step_00000010"
+    newest = run / "checkpoints" / "step_00000004"
     (newest / "common.pt").write_bytes(b"anything")
-    messages = ranks(2).run(run_trainer, _settings(corpus, run, 10, {"load": "auto"}))[0]
+    start, messages = ranks(2).run(found, _settings(corpus, run, 4, {"load": "auto"}))[0]
+    assert start != newest
     assert any("common.pt does not belong" in line for line in messages)

@@ -74,18 +74,25 @@ MORE_PAIRS = [
 ]
 
 
+def run_settings(world_size: int = 1, **sections: Any) -> dict[str, Any]:
+    """Four layers, for pipelines; as few micro-batches as the ranks can have."""
+    model = {"num_layers": 4, **sections.pop("model", {})}
+    training = {"global_batch_size": 4, "micro_batch_size": 1 if world_size == 4 else 2}
+    return settings(model=model, training=training, **sections)
+
+
 @cache
 def unbroken(ranks: RankPools) -> list[float]:
-    return assemble(ranks(1).run(train, settings(), STEPS)).losses
+    return assemble(ranks(1).run(train, run_settings(), STEPS)).losses
 
 
 def check(ranks: RankPools, folder: Path, writer: str, reader: str, **sections: Any) -> list[float]:
     """Losses of a run that changes its layout in the middle."""
     world_size, parallel = LAYOUTS[writer]
-    raw = settings(parallel=parallel, **sections)
+    raw = run_settings(world_size, parallel=parallel, **sections)
     losses = ranks(world_size).run(train_between, raw, folder, CHANGE_AT)[0]
     world_size, parallel = LAYOUTS[reader]
-    raw = settings(parallel=parallel, **sections)
+    raw = run_settings(world_size, parallel=parallel, **sections)
     start = folder / f"step_{CHANGE_AT:08d}"
     rest: list[float] = ranks(world_size).run(train_between, raw, folder, STEPS, start)[0]
     return losses + rest
@@ -116,7 +123,7 @@ def test_run_goes_on_in_another_layout_more(
 )
 def test_other_models(ranks: RankPools, tmp_path: Path, sections: dict[str, Any]) -> None:
     losses = check(ranks, tmp_path, "pp2", "ep2", **sections)
-    expected = assemble(ranks(1).run(train, settings(**sections), STEPS)).losses
+    expected = assemble(ranks(1).run(train, run_settings(**sections), STEPS)).losses
     np.testing.assert_allclose(losses, expected, rtol=FP32)
 
 
@@ -129,9 +136,9 @@ def test_fp32_copies_of_bf16_parameters_are_the_same_for_either_optimizer(
 ) -> None:
     # The same ranks add the same gradients in the same order, so nothing may differ but what a
     # lost fp32 copy would change (bf16 keeps 8 bits: 4e-3).
-    sections = {"precision": {"dtype": "bf16"}}
+    sections = {"model": {"num_layers": 2}, "precision": {"dtype": "bf16"}}
     losses = check(ranks, tmp_path, writer, reader, **sections)
     world_size, parallel = LAYOUTS[writer]
-    raw = settings(parallel=parallel, **sections)
+    raw = run_settings(world_size, parallel=parallel, **sections)
     expected = ranks(world_size).run(train_between, raw, tmp_path / "whole", STEPS)[0]
     np.testing.assert_allclose(losses, expected, rtol=FP32)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.commands import module, program
-from tests.faults.harness import write_config
+from tests.faults.harness import short_steps, write_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -19,7 +17,9 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def config(tmp_path: Path, corpus: Path) -> Path:
     """The smallest configuration, three steps of it; its run goes to `tmp_path / "run"`."""
-    path = write_config(tmp_path / "c.yaml", corpus, tmp_path / "run", 1, train_iters=3)
+    path = write_config(
+        tmp_path / "c.yaml", corpus, tmp_path / "run", 1, train_iters=3, **short_steps(2)
+    )
     content = yaml.safe_load(path.read_text())
     content["checkpoint"] = {"save_interval": 3}
     path.write_text(yaml.safe_dump(content))
@@ -32,14 +32,6 @@ def written(code: str, folder: Path) -> Path:
     body = "".join(f"    {line}\n" for line in code.strip().splitlines())
     path.write_text(f"import sys\n\nif __name__ == '__main__':\n{body}", encoding="utf-8")
     return path
-
-
-def python(code: str, *arguments: object, cwd: Path) -> str:
-    """Runs a program from its start; what it printed."""
-    command = [sys.executable, str(written(code, cwd)), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_a_run_from_data_to_export(config: Path, tmp_path: Path) -> None:
@@ -132,6 +124,10 @@ def test_no_instrument_is_imported_before_the_run_has_ended(config: Path, tmp_pa
 import json
 from pathlib import Path
 
+# As in a process that has imported nothing of it.
+for name in [name for name in sys.modules if name.startswith("moepp_megatron")]:
+    del sys.modules[name]
+
 class Witness:
     # Asked for every module that is not imported yet; it finds none.
     def find_spec(self, name, path=None, target=None):
@@ -145,7 +141,8 @@ sys.argv[1:] = ["train", sys.argv[1], "training.train_iters=2"]
 from moepp_megatron.cli.main import run
 run()
 """
-    printed = python(code, config, cwd=tmp_path)
-    when = re.findall(r"^imported (\S+) (\S+)$", printed, re.MULTILINE)
+    done = program(written(code, tmp_path), config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    when = re.findall(r"^imported (\S+) (\S+)$", done.stdout, re.MULTILINE)
     assert ("moepp_megatron.workbench.report", "after") in when, "the report is written last"
     assert [name for name, moment in when if moment == "before"] == []

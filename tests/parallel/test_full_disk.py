@@ -20,6 +20,7 @@ from tests.parallel.training_runs import begin
 # A checkpoint of some 12 MB, with tensors larger than the buffer of a file: only then does
 # torch.save fail in its own way.
 WIDE = {"hidden_size": 128, "ffn_hidden_size": 128, "num_layers": 2}
+BATCH = {"micro_batch_size": 8}
 
 
 def save_before_in_and_after_a_full_disk(
@@ -66,8 +67,8 @@ def test_train_command(corpus: Path, small_disk: Path, tmp_path: Path, is_async:
         corpus,
         run,
         model=WIDE,
-        training={"train_iters": 8},
-        checkpoint={"save_interval": 2, "keep": 2, "async_save": is_async},
+        training={"train_iters": 4, **BATCH},
+        checkpoint={"save_interval": 1, "keep": 2, "async_save": is_async},
     )
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(raw))
@@ -79,23 +80,23 @@ def test_train_command(corpus: Path, small_disk: Path, tmp_path: Path, is_async:
     assert "error: at the end of the run, checkpoint" in first.stderr
     assert "No space left on device" in first.stderr
     assert "Traceback" not in first.stderr
-    assert logged(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert names(checkpoints) == ["latest", "step_00000002", "step_00000004"]
+    assert logged(run, "step") == [1, 2, 3, 4]
+    assert names(checkpoints) == ["latest", "step_00000001", "step_00000002"]
     alerts = [json.loads(line) for line in (run / "alerts.jsonl").read_text().splitlines()]
     # In the background two failures may be found at once; the last save's is told, too.
     assert {alert["rule"] for alert in alerts} == {"failed_save"}
     assert alerts[-1]["value"] == 2
 
     # Room for another checkpoint, all of it taken by what a killed run has left.
-    shutil.rmtree(checkpoints / "step_00000002")
+    shutil.rmtree(checkpoints / "step_00000001")
     leftover = checkpoints / ".step_00000099.incomplete-elsewhere-1-ab"
     leftover.mkdir()
     fill(leftover)
     second = moepp("train", config, "--resume", "checkpoint.keep=1")
     assert second.returncode == 0, second.stderr
     assert "Traceback" not in second.stderr
-    assert logged(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert names(checkpoints) == ["latest", "step_00000008"]
+    assert logged(run, "step") == [1, 2, 3, 4]
+    assert names(checkpoints) == ["latest", "step_00000004"]
 
 
 def train_on_a_disk_that_stays_full(raw: dict[str, Any], disk: Path) -> str | None:
@@ -115,19 +116,20 @@ def train_on_a_disk_that_stays_full(raw: dict[str, Any], disk: Path) -> str | No
     with mock.patch.object(module, "training_step", fill_before_step_3):
         trainer = module.Trainer(config, layout)
         trainer.run()
-    assert trainer.progress.step == 6
+    assert trainer.progress.step == 4
     return trainer.failure
 
 
 def test_a_disk_that_stays_full(ranks: RankPools, corpus: Path, small_disk: Path) -> None:
     run = small_disk / "run"
+    training = {"train_iters": 4, **BATCH}
     raw = trainer_settings(
-        corpus, run, model=WIDE, training={"train_iters": 6}, checkpoint={"save_interval": 2}
+        corpus, run, model=WIDE, training=training, checkpoint={"save_interval": 2}
     )
     (failure,) = ranks(1).run(train_on_a_disk_that_stays_full, raw, small_disk)
     assert failure is not None
     saved, _, records = failure.partition("; ")
-    assert "step_00000006 could not be written: [Errno 28] No space left on device" in saved
+    assert "step_00000004 could not be written: [Errno 28] No space left on device" in saved
     assert "the last records of metrics could not be written: " in records
     # Whole lines, in order, as far as there was room.
     steps = logged(run, "step")

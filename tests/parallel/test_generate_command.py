@@ -13,7 +13,7 @@ from rich.console import Console
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.training.generate_request import GenerateRequest, Sampling
-from tests.commands import cold, moepp
+from tests.commands import moepp
 from tests.interop.checkpoints import score
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.planted_pickles import STATEFUL, plant
@@ -39,7 +39,7 @@ def checkpoint(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPath
         folder / "data",
         folder / "run",
         model={"seq_length": LENGTH, "num_layers": 4},
-        training={"train_iters": 2},
+        training={"train_iters": 2, "micro_batch_size": 8},
         optimizer={"warmup_iters": 0},
         checkpoint={"save_interval": 2},
     )
@@ -50,8 +50,8 @@ def checkpoint(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPath
 
 def test_same_text_in_every_layout(checkpoint: Path) -> None:
     prompts = ["--prompt", "Document 7", "--prompt", "-- words"]
-    drawn = ["--seed", 5, "--temperature", 1.5, "--top-p", 0.9]
-    alone = cold("generate", checkpoint.parent.parent, *prompts, *drawn)
+    drawn = ["--seed", 5, "--temperature", 1.5, "--top-p", 0.9, "--max-new-tokens", 12]
+    alone = moepp("generate", checkpoint.parent.parent, *prompts, *drawn)
     assert alone.returncode == 0, alone.stderr
     tp2 = "parallel.tensor_model_parallel_size=2"
     split = moepp("generate", checkpoint, tp2, "--nproc", 2, *prompts, *drawn)

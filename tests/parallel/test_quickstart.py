@@ -53,7 +53,8 @@ def test_the_docs_show_what_the_script_runs(tmp_path: Path) -> None:
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank, as on a machine with one GPU, on a small text instead of the built-in corpus."""
     short = ("training.train_iters=2", "training.eval_iters=1", "optimizer.warmup_iters=1")
-    commands = _commands(tmp_path, 1, *short, "training.global_batch_size=4", "model.num_layers=2")
+    small = ("training.global_batch_size=4", "model.num_layers=2", "model.seq_length=64")
+    commands = _commands(tmp_path, 1, *short, *small)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     line = json.dumps({"text": "def main(words, lines):\n    return sorted(words)\n" * 20})
     (tmp_path / "text.jsonl").write_text(f"{line}\n" * 60)
