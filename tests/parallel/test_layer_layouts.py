@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parallel.layer_runs import add_up, run_layer, run_reference
+from tests.parallel.layer_runs import add_up, run_layers, run_reference
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import settings
+from tests.parallel.training_runs import short
 
 # fp32 sums in another order: a few units in the last place (6e-8) of the largest summand.
 RELATIVE = 1e-5
@@ -44,9 +44,27 @@ def reference(ranks: RankPools) -> Callable[[str, int], dict[str, Any]]:
 
     @functools.cache
     def computed(variant: str, data_parallel_size: int) -> dict[str, Any]:
-        raw = settings(moe=VARIANTS[variant])
+        raw = short(moe=VARIANTS[variant])
         (result,) = ranks(1).run(run_reference, raw, data_parallel_size)
         return result
+
+    return computed
+
+
+@pytest.fixture(scope="module")
+def layers(ranks: RankPools) -> Callable[..., list[dict[str, Any]]]:
+    """What the ranks of a layout compute: by rank and variant, once for all variants."""
+
+    @functools.cache
+    def computed(world: int, ep: int, tp: int, etp: int) -> list[dict[str, Any]]:
+        parallel = {
+            "expert_model_parallel_size": ep,
+            "tensor_model_parallel_size": tp,
+            "sequence_parallel": tp > 1,
+            "expert_tensor_parallel_size": etp,
+        }
+        variants = {name: short(moe=moe, parallel=parallel) for name, moe in VARIANTS.items()}
+        return ranks(world).run(run_layers, variants)
 
     return computed
 
@@ -54,7 +72,7 @@ def reference(ranks: RankPools) -> Callable[[str, int], dict[str, Any]]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("world", "ep", "tp", "etp"), LAYOUTS)
 def test_layer_equals_reference(
-    ranks: RankPools,
+    layers: Callable[..., list[dict[str, Any]]],
     reference: Callable[[str, int], dict[str, Any]],
     world: int,
     ep: int,
@@ -62,15 +80,8 @@ def test_layer_equals_reference(
     etp: int,
     variant: str,
 ) -> None:
-    moe = VARIANTS[variant]
-    parallel = {
-        "expert_model_parallel_size": ep,
-        "tensor_model_parallel_size": tp,
-        "sequence_parallel": tp > 1,
-        "expert_tensor_parallel_size": etp,
-    }
     expected = reference(variant, world // tp)
-    layer = add_up(ranks(world).run(run_layer, settings(moe=moe, parallel=parallel)))
+    layer = add_up([rank[variant] for rank in layers(world, ep, tp, etp)])
     for name in ("output", "logits", "input_grad", "previous_grad"):
         _assert_close(layer[name], expected[name], name)
     assert layer["gradients"].keys() == expected["gradients"].keys()
