@@ -20,15 +20,18 @@ from tests.parallel.dispatch_runs import (
 )
 from tests.parallel.layer_runs import run_layer
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import short
+from tests.parallel.training_runs import settings
 
 TOKENS, FFN = 96, 8
 WIDTH = {"fp32": 4, "bf16": 2}
+# The layer is the second.
+MODEL = {"num_layers": 2}
 DISPATCHERS = ("alltoall", "alltoall_dedup")
 
 
 def layer_settings(dispatcher: str, ep: int, dtype: str = "fp32", **moe: Any) -> dict[str, Any]:
-    return short(
+    return settings(
+        model=MODEL,
         moe={"dispatcher": dispatcher, "num_zero_experts": 2, **moe},
         parallel={"expert_model_parallel_size": ep},
         precision={"dtype": dtype},
@@ -44,11 +47,11 @@ def sent(ranks: RankPools) -> Callable[[int], list[Any]]:
 
     @functools.cache
     def by_rank(ep: int) -> list[Any]:
-        settings = {
+        variants = {
             (dispatcher, topk, dtype): layer_settings(dispatcher, ep, dtype, router_topk=topk)
             for dispatcher, topk, dtype in product(DISPATCHERS, (2, 4), WIDTH)
         }
-        return ranks(ep).run(sent_bytes_of, settings, routing_map, TOKENS)
+        return ranks(ep).run(sent_bytes_of, variants, routing_map, TOKENS)
 
     return by_rank
 
@@ -91,13 +94,13 @@ def test_bytes_of_balanced_routing_are_the_formula(ranks: RankPools, ep: int) ->
     Deduplicated, experts t and t + 1 share a rank but for the last of each: F tokens make F + ep
     copies.
     """
-    settings = {
+    variants = {
         **{topk: layer_settings("alltoall", ep, router_topk=topk) for topk in (1, 2)},
         "shared": layer_settings("alltoall_dedup", ep),
     }
     # Every rank is the destination of 1/ep of them, by symmetry.
     copies = TOKENS * 0.75 / FFN * (FFN + ep) * (1 - 1 / ep)
-    for results in ranks(ep).run(sent_bytes_of, settings, balanced_map, TOKENS):
+    for results in ranks(ep).run(sent_bytes_of, variants, balanced_map, TOKENS):
         for topk in (1, 2):
             formula = TOKENS * topk * 0.75 * HIDDEN * 4 * (1 - 1 / ep)
             assert results[topk]["vectors"] == [2 * formula, 2 * formula]
@@ -118,7 +121,9 @@ def test_two_selections_give_the_bits_of_the_plain_dispatcher(
         "sequence_parallel": tp > 1,
     }
     plain, dedup = (
-        ranks(world).run(run_layer, short(moe={"dispatcher": name}, parallel=parallel))
+        ranks(world).run(
+            run_layer, settings(model=MODEL, moe={"dispatcher": name}, parallel=parallel)
+        )
         for name in ("alltoall", "alltoall_dedup")
     )
     _assert_same_bits(plain, dedup)

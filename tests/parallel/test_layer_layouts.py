@@ -11,7 +11,7 @@ import pytest
 
 from tests.parallel.layer_runs import add_up, run_layers, run_reference
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import short
+from tests.parallel.training_runs import settings
 
 # fp32 sums in another order: a few units in the last place (6e-8) of the largest summand.
 RELATIVE = 1e-5
@@ -28,6 +28,8 @@ LAYOUTS = [
     (2, 1, 2, 2),
     (4, 2, 2, 2),
 ]
+# The layer is the second.
+MODEL = {"num_layers": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {"gate_normalization": "nonzero", "expert_input_scale": 2.0},
@@ -44,7 +46,7 @@ def reference(ranks: RankPools) -> Callable[[str, int], dict[str, Any]]:
 
     @functools.cache
     def computed(variant: str, data_parallel_size: int) -> dict[str, Any]:
-        raw = short(moe=VARIANTS[variant])
+        raw = settings(model=MODEL, moe=VARIANTS[variant])
         (result,) = ranks(1).run(run_reference, raw, data_parallel_size)
         return result
 
@@ -63,7 +65,10 @@ def layers(ranks: RankPools) -> Callable[..., list[dict[str, Any]]]:
             "sequence_parallel": tp > 1,
             "expert_tensor_parallel_size": etp,
         }
-        variants = {name: short(moe=moe, parallel=parallel) for name, moe in VARIANTS.items()}
+        variants = {
+            name: settings(model=MODEL, moe=moe, parallel=parallel)
+            for name, moe in VARIANTS.items()
+        }
         return ranks(world).run(run_layers, variants)
 
     return computed

@@ -60,7 +60,11 @@ def test_a_ramp_goes_on_where_it_was(
             "global_batch_size": SIZES[-1],
             "batch_ramp": RAMP,
         }
-        sections |= {"training": training, "parallel": parallel if ranks_of_it > 1 else {}}
+        sections |= {
+            "training": training,
+            "optimizer": {"warmup_iters": 0},
+            "parallel": parallel if ranks_of_it > 1 else {},
+        }
         raw = trainer_settings(corpus, tmp_path / name, **sections)
         ranks(ranks_of_it).run(run_trainer, raw)
 
