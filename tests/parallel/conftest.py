@@ -1,14 +1,18 @@
-"""A corpus for runs on test ranks."""
+"""A corpus for runs on test ranks, and the runs of one process that layouts are held to."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from moepp_megatron.data.prepare import PrepareSettings, prepare
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import STEPS, Run, assemble, train
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +26,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare_settings = PrepareSettings(vocab_size=300, workers=1)
     prepare([str(source)], folder / "prepared", prepare_settings, Console(quiet=True))
     return folder / "prepared"
+
+
+@pytest.fixture(scope="session")
+def alone(ranks: RankPools) -> Callable[..., Run]:
+    """`alone(raw)`: the run of one process with these settings, made once; not to be changed."""
+    runs: dict[str, Run] = {}
+
+    def run(
+        raw: dict[str, Any], prepare: Callable[[list[Any]], None] | None = None, steps: int = STEPS
+    ) -> Run:
+        key = json.dumps([raw, steps, prepare and prepare.__qualname__], sort_keys=True)
+        if key not in runs:
+            runs[key] = assemble(ranks(1).run(train, raw, steps, prepare))
+        return runs[key]
+
+    return run

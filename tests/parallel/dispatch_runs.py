@@ -37,15 +37,16 @@ def balanced_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, top
 
 
 def build(raw: dict[str, Any]) -> Any:
-    """The second MoE++ layer of a model, and its configuration."""
-    import torch.distributed as dist
+    """The second MoE++ layer of a model, and its configuration; groups are built where none are."""
+    from megatron.core import parallel_state
 
-    from moepp_megatron.config import Layout, parse_config
+    from moepp_megatron.config import parse_config
     from moepp_megatron.model.build import build_model
-    from moepp_megatron.runtime.distributed import build_groups
+    from tests.parallel.training_runs import join
 
     config = parse_config(raw)
-    build_groups(config, Layout.from_config(config, dist.get_world_size()))
+    if not parallel_state.model_parallel_is_initialized():
+        join(config)
     (model,) = build_model(config)
     return model.decoder.layers[1].mlp, config
 
@@ -81,6 +82,13 @@ def watched_all_to_all(seen: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         dist.all_to_all_single = original
+
+
+def sent_bytes_of(
+    settings: dict[Any, dict[str, Any]], draw: Callable[..., Any], num_tokens: int
+) -> dict[Any, dict[str, Any]]:
+    """`sent_bytes` of the settings of each name, all of one layout."""
+    return {name: sent_bytes(raw, draw, num_tokens) for name, raw in settings.items()}
 
 
 def sent_bytes(raw: dict[str, Any], draw: Callable[..., Any], num_tokens: int) -> dict[str, Any]:

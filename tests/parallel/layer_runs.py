@@ -6,11 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from tests.parallel.training_runs import begin
+from tests.parallel.training_runs import begin, join
 
 SEQUENCE, BATCH = 16, 8
 _LAYER = 1  # The second layer has a gating residual.
 _PREFIX = f"decoder.layers.{_LAYER}.mlp."
+
+
+def run_layers(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`run_layer` for the settings of each name, all of one layout, which is built once."""
+    from moepp_megatron.config import parse_config
+
+    configs = {name: parse_config(raw) for name, raw in settings.items()}
+    layout = join(next(iter(configs.values())))
+    return {name: _run(config, layout) for name, config in configs.items()}
 
 
 def run_layer(raw: dict[str, Any]) -> dict[str, Any]:
@@ -20,13 +29,16 @@ def run_layer(raw: dict[str, Any]) -> dict[str, Any]:
         `where`: slices of this rank's tokens in [s, b]; `output`, `logits`, `input_grad`,
         `previous_grad`: arrays of these tokens; `pieces`: gradients of this rank's parameters.
     """
+    return _run(*begin(raw))
+
+
+def _run(config: Any, layout: Any) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from moepp_megatron.model.build import build_model
 
-    config, layout = begin(raw)
     (model,) = build_model(config)
     layer = model.decoder.layers[_LAYER].mlp
     place = layout.coordinates(dist.get_rank())

@@ -27,10 +27,12 @@ from tests.parallel.training_runs import (
 )
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "pretrain_megatron_lm.py"
-STEPS = 4
+STEPS = 2
 # Megatron's schedule counts steps from 0 where ours counts from 1; a constant rate has no such
 # difference.
-SETTINGS = settings(optimizer={"decay_style": "constant", "warmup_iters": 0})
+SETTINGS = settings(
+    optimizer={"decay_style": "constant", "warmup_iters": 0}, training={"global_batch_size": 4}
+)
 CPU_ARGUMENTS = (
     "--distributed-backend gloo --transformer-impl local --use-cpu-initialization "
     "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion "
@@ -46,7 +48,7 @@ MODEL_ARGUMENTS = (
 )
 RUN_ARGUMENTS = (
     "--moe-token-dispatcher-type alltoall --expert-tensor-parallel-size 1 "
-    "--micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --lr-decay-style constant "
+    "--micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant "
     "--weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1 --use-distributed-optimizer "
     "--calculate-per-token-loss --tokenizer-type NullTokenizer --vocab-size 64 "
     "--make-vocab-size-divisible-by 1 --eval-iters 0 --eval-interval 100 --log-interval 1 "

@@ -4,12 +4,24 @@ from itertools import permutations
 
 import pytest
 
-from tests.parallel.training_runs import CP2, FULL, assemble, begin, compare, settings, short, train
+from tests.parallel.training_runs import (
+    CP2,
+    EP2,
+    FULL,
+    PP2,
+    STEPS,
+    TP2,
+    assemble,
+    begin,
+    compare,
+    settings,
+    short,
+    train,
+)
 
 # Two orders of summation of the same fp32 terms: some hundred roundings of 2^-24 each.
 FP32_TOLERANCE = 1e-5
 SEQUENCE = 32
-STEPS = 2
 MODEL = {"hidden_size": 64, "num_query_groups": 2, "seq_length": SEQUENCE}
 
 
@@ -65,7 +77,17 @@ def output_and_gradients(attention, inputs, weight, dtype):
     return [output.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def attention_errors(cp, query_groups, batch, dtype):
+def attention_errors(cp, cases):
+    """`_attention_errors` of each case (query groups, sequences, dtype)."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(context_parallel_size=cp)
+    model_parallel_cuda_manual_seed(1)
+    return [_attention_errors(cp, *case) for case in cases]
+
+
+def _attention_errors(cp, query_groups, batch, dtype):
     """Output and gradients of q, k, v: distance to fp32 attention on one process.
 
     Returns:
@@ -75,13 +97,10 @@ def attention_errors(cp, query_groups, batch, dtype):
     """
     import torch
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     from moepp_megatron.model.attention import ContextParallelAttention
 
-    parallel_state.initialize_model_parallel(context_parallel_size=cp)
-    model_parallel_cuda_manual_seed(1)
     rank = parallel_state.get_context_parallel_rank()
     generator = torch.Generator().manual_seed(3)
     shapes = [(SEQUENCE, batch, heads, 8) for heads in (6, query_groups, query_groups)]
@@ -210,18 +229,19 @@ def batches_read(parallel):
 # ---- tests -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("query_groups", [6, 2], ids=["mha", "gqa"])
 @pytest.mark.parametrize("cp", [1, 2, 4])
-def test_attention_equals_one_process(ranks, cp, query_groups, batch):
-    for errors in ranks(cp).run(attention_errors, cp, query_groups, batch, "float32"):
-        assert max(largest for largest, _ in errors["split"]) < FP32_TOLERANCE
+def test_attention_equals_one_process(ranks, cp):
+    # Heads of their own for keys, and shared ones; one sequence, and several.
+    cases = [(groups, batch, "float32") for groups in (6, 2) for batch in (1, 3)]
+    for errors_of_rank in ranks(cp).run(attention_errors, cp, cases):
+        for case, errors in zip(cases, errors_of_rank, strict=True):
+            assert max(largest for largest, _ in errors["split"]) < FP32_TOLERANCE, case
 
 
-@pytest.mark.parametrize("query_groups", [6, 2], ids=["mha", "gqa"])
 @pytest.mark.parametrize("cp", [2, 4])
-def test_attention_in_bf16_is_as_exact_as_one_process(ranks, cp, query_groups):
-    for errors in ranks(cp).run(attention_errors, cp, query_groups, 3, "bfloat16"):
+def test_attention_in_bf16_is_as_exact_as_one_process(ranks, cp):
+    cases = [(6, 3, "bfloat16"), (2, 3, "bfloat16")]
+    for errors in sum(ranks(cp).run(attention_errors, cp, cases), []):
         for (largest, mean), (_, whole_mean) in zip(errors["split"], errors["whole"], strict=True):
             # bf16 rounds by up to 2^-8: once the result, once the factors of the sums behind it.
             assert largest < 2 * 2**-8
@@ -279,18 +299,11 @@ def test_ranks_read_their_samples_and_their_chunks_of_them(ranks, cp):
             assert batch == {"tokens": numbers, "loss_mask": numbers}
 
 
-@pytest.fixture(scope="module")
-def one_process(ranks):
-    return assemble(ranks(1).run(train, short(model=MODEL), STEPS))
-
-
 LAYOUTS = {
-    "cp2": (2, CP2),
-    "cp2_ep2": (2, CP2 | {"expert_model_parallel_size": 2}),
-    "cp2_tp2": (4, CP2 | {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "cp2_pp2": (4, CP2 | {"pipeline_model_parallel_size": 2}),
-    "cp4_ep2": (4, {"context_parallel_size": 4, "expert_model_parallel_size": 2}),
-    "dp2_cp2_ep4": (4, CP2 | {"expert_model_parallel_size": 4}),
+    "cp2_ep2": (2, CP2 | EP2),
+    "cp2_tp2_ep4": (4, CP2 | TP2 | {"expert_model_parallel_size": 4}),
+    "cp2_pp2": (4, CP2 | PP2),
+    "cp4_ep2": (4, EP2 | {"context_parallel_size": 4}),
 }
 RECOMPUTE = {
     "full": FULL,
@@ -299,13 +312,15 @@ RECOMPUTE = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_training_equals_one_process(ranks, one_process, name):
+def test_training_equals_one_process(ranks, alone, name):
     world_size, parallel = LAYOUTS[name]
     raw = short(model=MODEL, parallel=parallel)
-    compare(assemble(ranks(world_size).run(train, raw, STEPS)), one_process, FP32_TOLERANCE)
+    run = assemble(ranks(world_size).run(train, raw, STEPS))
+    compare(run, alone(short(model=MODEL)), FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", RECOMPUTE)
-def test_training_with_recomputed_attention_equals_one_process(ranks, one_process, name):
+def test_training_with_recomputed_attention_equals_one_process(ranks, alone, name):
     raw = short(model=MODEL, parallel=CP2, training=RECOMPUTE[name])
-    compare(assemble(ranks(2).run(train, raw, STEPS)), one_process, FP32_TOLERANCE)
+    run = assemble(ranks(2).run(train, raw, STEPS))
+    compare(run, alone(short(model=MODEL)), FP32_TOLERANCE)

@@ -245,7 +245,7 @@ def test_no_code_of_the_checkpoint_runs(saved: tuple[Path, np.ndarray], tmp_path
 def test_arguments_that_cannot_be_read_are_an_error(
     saved: tuple[Path, np.ndarray], tmp_path: Path, common: bytes
 ) -> None:
-    folder = tmp_path / "iter_0000004"
+    folder = tmp_path / f"iter_{STEPS:07d}"
     shutil.copytree(saved[0] / folder.name, folder)
     (folder / "common.pt").write_bytes(common)
     with pytest.raises(ConfigError, match="must hold the arguments of the run that wrote it"):

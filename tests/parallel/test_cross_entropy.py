@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import assemble, compare, settings, train
+from tests.parallel.training_runs import PP2, STEPS, TP2, assemble, compare, short, train
 
 TOKENS, COLUMNS = 6, 20
 # As in tests/unit/moe/test_kernels.py: a dozen fp32 operations.
@@ -74,22 +74,16 @@ def test_shares_of_the_vocabulary(ranks: RankPools, size: int, spread: float) ->
 
 def run(ranks: RankPools, size: int, kind: str, **sections: dict[str, Any]) -> Any:
     precision = {"cross_entropy": kind, **sections.pop("precision", {})}
-    raw = settings(**sections, precision=precision)
-    return assemble(ranks(size).run(train, raw, 2))
+    raw = short(**sections, precision=precision)
+    return assemble(ranks(size).run(train, raw, STEPS))
 
 
 @pytest.mark.parametrize(
     ("size", "sections"),
     [
         (1, {"model": {"implementation": "hybrid"}}),
-        (
-            2,
-            {
-                "model": {"tie_embeddings": True},
-                "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-            },
-        ),
-        (2, {"parallel": {"pipeline_model_parallel_size": 2}}),
+        (2, {"model": {"tie_embeddings": True}, "parallel": TP2}),
+        (2, {"parallel": PP2}),
     ],
     ids=["hybrid", "tp2 tied", "pp2"],
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,10 +16,10 @@ from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
 from tests.parallel.ranks import RankPools
 from tests.unit.data.letters import prepare_letters
 
-STEPS = 12
-# The second stage begins between checkpoints, the third where one is written.
-BEGINS = (4, 8)
-KILLED_AT = 7
+STEPS = 6
+# Checkpoints are written where stages begin, before they do.
+BEGINS = (2, 4)
+KILLED_AT = 4
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +33,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {
         "blend": [{"path": web, "weight": 3.0}, {"path": code, "weight": 1.0}],
         "stages": [
-            {"from_step": 4, "blend": [{"path": code, "weight": 1.0}]},
-            # 8 steps of 8 sequences of 16 tokens.
+            {"from_step": 2, "blend": [{"path": code, "weight": 1.0}]},
+            # 4 steps of 8 sequences of 16 tokens.
             {
-                "from_tokens": 1024.0,
+                "from_tokens": 512.0,
                 "blend": [{"path": web, "weight": 1.0}, {"path": math, "weight": 1.0}],
             },
         ],
@@ -78,7 +80,7 @@ def run_and_read(raw: dict[str, Any], killed_at: int | None = None) -> list[list
 
 
 def raw_of(data: dict[str, Any], run: Path, **sections: Any) -> dict[str, Any]:
-    training = {"train_iters": STEPS, "eval_iters": 1, "eval_interval": 6, "micro_batch_size": 2}
+    training = {"train_iters": STEPS, "eval_iters": 1, "eval_interval": 3, "micro_batch_size": 4}
     raw = trainer_settings(Path("unused"), run, training=training, **sections)
     return raw | {"data": data}
 
@@ -88,26 +90,44 @@ def stages_of(run: Path) -> list[tuple[int, str]]:
     return [(alert.step, alert.condition) for alert in alerts]
 
 
+@pytest.fixture(scope="module")
+def unbroken(
+    ranks: RankPools, data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], tuple[list[Any], Path]]:
+    """What each of so many ranks reads in a run that nothing ends, and the run's folder."""
+
+    @functools.cache
+    def run(ranks_of_run: int) -> tuple[list[Any], Path]:
+        folder = tmp_path_factory.mktemp("unbroken")
+        return ranks(ranks_of_run).run(run_and_read, raw_of(data, folder)), folder
+
+    return run
+
+
 @pytest.mark.parametrize("ranks_of_run", [1, 2])
 def test_killed_and_resumed_is_unbroken(
-    ranks: RankPools, data: dict[str, Any], tmp_path: Path, ranks_of_run: int
+    ranks: RankPools,
+    data: dict[str, Any],
+    unbroken: Callable[[int], tuple[list[Any], Path]],
+    tmp_path: Path,
+    ranks_of_run: int,
 ) -> None:
-    pool, per_step = ranks(ranks_of_run), 4 // ranks_of_run
-    whole = pool.run(run_and_read, raw_of(data, tmp_path / "whole"))
-    checkpoint = {"save_interval": 4, "load": "auto"}
+    pool, per_step = ranks(ranks_of_run), 2 // ranks_of_run
+    whole, folder = unbroken(ranks_of_run)
+    checkpoint = {"save_interval": 2, "load": "auto"}
     raw = raw_of(data, tmp_path / "run", checkpoint=checkpoint)
     before = pool.run(run_and_read, raw, KILLED_AT)
     after = pool.run(run_and_read, raw)
     for rank in range(ranks_of_run):
         assert len(whole[rank]) == STEPS * per_step
         assert before[rank] == whole[rank][: (KILLED_AT - 1) * per_step]
-        assert after[rank] == whole[rank][4 * per_step :]
+        assert after[rank] == whole[rank][2 * per_step :]
         # Batches differ, but for a few that lie wholly in runs of one letter.
         assert len({json.dumps(batch) for batch in whole[rank]}) >= 0.9 * STEPS * per_step
-    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
-    assert logged(tmp_path / "run", "source_loss") == logged(tmp_path / "whole", "source_loss")
+    assert logged(tmp_path / "run") == logged(folder)
+    assert logged(tmp_path / "run", "source_loss") == logged(folder, "source_loss")
 
-    told = stages_of(tmp_path / "whole")
+    told = stages_of(folder)
     assert [step for step, _ in told] == list(BEGINS)
     assert "data.stages[1] begins: 50.0% " in told[1][1]
     # The first is announced again: the checkpoint was written before it.
@@ -115,20 +135,20 @@ def test_killed_and_resumed_is_unbroken(
 
 
 def test_losses_by_source_and_by_set(
-    ranks: RankPools, data: dict[str, Any], tmp_path: Path
+    unbroken: Callable[[int], tuple[list[Any], Path]],
 ) -> None:
-    ranks(1).run(run_trainer, raw_of(data, tmp_path / "run"))
-    losses = logged(tmp_path / "run", "source_loss")
-    assert [sorted(each) for each in losses[:4]] == [["code", "web"]] * 4
-    assert [sorted(each) for each in losses[4:8]] == [["code"]] * 4
-    assert [sorted(each) for each in losses[8:]] == [["math", "web"]] * 4
-    shares = logged(tmp_path / "run", "source_ffn_share")
+    _, folder = unbroken(1)
+    losses = logged(folder, "source_loss")
+    assert [sorted(each) for each in losses[:2]] == [["code", "web"]] * 2
+    assert [sorted(each) for each in losses[2:4]] == [["code"]] * 2
+    assert [sorted(each) for each in losses[4:]] == [["math", "web"]] * 2
+    shares = logged(folder, "source_ffn_share")
     assert all(0 < share < 1 for each in shares for share in each.values())
 
-    sets = logged(tmp_path / "run", "valid_set_loss")
-    assert [step for step, each in enumerate(sets, 1) if each] == [6, 12]
+    sets = logged(folder, "valid_set_loss")
+    assert [step for step, each in enumerate(sets, 1) if each] == [3, 6]
     assert sorted(sets[-1]) == ["elsewhere", "seen"]
-    whole = logged(tmp_path / "run", "valid_loss")[-1]
+    whole = logged(folder, "valid_loss")[-1]
     # What has been trained on from the beginning is known better.
     assert sets[-1]["seen"] < sets[-1]["elsewhere"]
     assert whole is not None

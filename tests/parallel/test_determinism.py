@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.parallel.forced_routing import duplicate_router_rows
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, PP2, TP2, assemble, difference, settings, short, train
+from tests.parallel.training_runs import (
+    CP2,
+    EP2,
+    PP2,
+    STEPS,
+    TP2,
+    Run,
+    assemble,
+    difference,
+    short,
+    train,
+)
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one process": (1, {}),
-    "tp2 ep2": (2, {**TP2, "expert_model_parallel_size": 2}),
-    "dp2 pp2 interleaved ep2": (4, {**PP2, **EP2, "virtual_pipeline_model_parallel_size": 2}),
-    "cp2 ep4": (4, {"context_parallel_size": 2, "expert_model_parallel_size": 4}),
+# Ranks, layout, layers and micro-batch size.
+LAYOUTS: dict[str, tuple[int, dict[str, Any], int, int]] = {
+    "one process": (1, {}, 2, 2),
+    "tp2 ep2": (2, {**TP2, **EP2}, 2, 2),
+    "dp2 pp2 interleaved ep2": (
+        4,
+        {**PP2, **EP2, "virtual_pipeline_model_parallel_size": 2},
+        4,
+        1,
+    ),
+    "cp2 ep4": (4, {**CP2, "expert_model_parallel_size": 4}, 2, 2),
 }
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_repeated_runs_are_bitwise_equal(ranks: RankPools, layout: str, dtype: str) -> None:
-    world_size, parallel = LAYOUTS[layout]
+    world_size, parallel, num_layers, micro_batch_size = LAYOUTS[layout]
     raw = short(
+        model={"num_layers": num_layers},
         parallel=parallel,
         precision={"dtype": dtype},
-        training={"deterministic": True},
+        training={"deterministic": True, "micro_batch_size": micro_batch_size},
         moe={"input_jitter_eps": 0.1, "capacity_factor": 1.0},
     )
-    first, second = (assemble(ranks(world_size).run(train, raw, 2)) for _ in range(2))
+    first, second = (assemble(ranks(world_size).run(train, raw, STEPS)) for _ in range(2))
     assert first.losses == second.losses
     assert first.grad_norms == second.grad_norms
     found = difference(second, first)
@@ -57,23 +76,16 @@ def test_between_equal_scores_the_first_expert_wins(ranks: RankPools) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "parallel"),
-    [
-        (2, {"expert_model_parallel_size": 2}),
-        (2, TP2),
-        (4, {"context_parallel_size": 2, "expert_model_parallel_size": 4}),
-        (2, {"pipeline_model_parallel_size": 2}),
-    ],
-    ids=["ep2", "tp2", "cp2 ep4", "pp2"],
+    "parallel", [{**TP2, **EP2}, {**CP2, **EP2}, PP2], ids=["tp2 ep2", "cp2 ep2", "pp2"]
 )
 def test_ties_break_the_same_way_in_every_layout(
-    ranks: RankPools, world_size: int, parallel: dict[str, Any]
+    ranks: RankPools, alone: Callable[..., Run], parallel: dict[str, Any]
 ) -> None:
     """With router rows in equal pairs, every first pick of a pair of FFN experts is a tie."""
     moe = {"router_topk": 1}
-    reference = assemble(ranks(1).run(train, settings(moe=moe), 1, duplicate_router_rows))
-    raw = settings(moe=moe, parallel=parallel)
-    run = assemble(ranks(world_size).run(train, raw, 1, duplicate_router_rows))
+    raw = short(moe=moe, parallel=parallel)
+    run = assemble(ranks(2).run(train, raw, 1, duplicate_router_rows))
+    reference = alone(short(moe=moe), duplicate_router_rows, steps=1)
     assert difference(run, reference).selections < 1e-12
     for share in run.routing[0]["layer_expert_share"][:1]:
         # In the first MoE layer, whose logits are products with equal rows, exactly.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from tests.parallel.dispatch_runs import (
     events,
     padded_to_capacity,
     routing_map,
-    sent_bytes,
+    sent_bytes_of,
 )
 from tests.parallel.layer_runs import run_layer
 from tests.parallel.ranks import RankPools
@@ -21,10 +24,14 @@ from tests.parallel.training_runs import settings
 
 TOKENS, FFN = 96, 8
 WIDTH = {"fp32": 4, "bf16": 2}
+# The layer is the second.
+MODEL = {"num_layers": 2}
+DISPATCHERS = ("alltoall", "alltoall_dedup")
 
 
 def layer_settings(dispatcher: str, ep: int, dtype: str = "fp32", **moe: Any) -> dict[str, Any]:
     return settings(
+        model=MODEL,
         moe={"dispatcher": dispatcher, "num_zero_experts": 2, **moe},
         parallel={"expert_model_parallel_size": ep},
         precision={"dtype": dtype},
@@ -34,15 +41,29 @@ def layer_settings(dispatcher: str, ep: int, dtype: str = "fp32", **moe: Any) ->
 # ---- bytes ---------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def sent(ranks: RankPools) -> Callable[[int], list[Any]]:
+    """What the ranks send, by rank and by dispatcher, selections and number format."""
+
+    @functools.cache
+    def by_rank(ep: int) -> list[Any]:
+        variants = {
+            (dispatcher, topk, dtype): layer_settings(dispatcher, ep, dtype, router_topk=topk)
+            for dispatcher, topk, dtype in product(DISPATCHERS, (2, 4), WIDTH)
+        }
+        return ranks(ep).run(sent_bytes_of, variants, routing_map, TOKENS)
+
+    return by_rank
+
+
 @pytest.mark.parametrize("dtype", WIDTH)
 @pytest.mark.parametrize("ep", [2, 4])
 @pytest.mark.parametrize("topk", [2, 4])
-@pytest.mark.parametrize("dispatcher", ["alltoall", "alltoall_dedup"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 def test_bytes_are_those_of_the_routing(
-    ranks: RankPools, dispatcher: str, topk: int, ep: int, dtype: str
+    sent: Callable[[int], list[Any]], dispatcher: str, topk: int, ep: int, dtype: str
 ) -> None:
-    raw = layer_settings(dispatcher, ep, dtype, router_topk=topk)
-    results = ranks(ep).run(sent_bytes, raw, routing_map, TOKENS)
+    results = [rank[dispatcher, topk, dtype] for rank in sent(ep)]
     # [from rank, token, to rank, its experts]
     maps = np.stack([result["map"] for result in results]).reshape(ep, TOKENS, ep, FFN // ep)
     selections = maps.sum(axis=(1, 3))
@@ -67,24 +88,24 @@ def _others(rows: np.ndarray, rank: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("ep", [2, 4])
-@pytest.mark.parametrize("topk", [1, 2])
-def test_bytes_of_balanced_routing_are_the_formula(ranks: RankPools, topk: int, ep: int) -> None:
-    """Dispatch sends T K phi D w (1 - 1/ep) from every rank, and so does combine."""
-    raw = layer_settings("alltoall", ep, router_topk=topk)
-    formula = TOKENS * topk * 0.75 * HIDDEN * 4 * (1 - 1 / ep)
-    for result in ranks(ep).run(sent_bytes, raw, balanced_map, TOKENS):
-        assert result["vectors"] == [2 * formula, 2 * formula]
-        assert result["counted"] == 2 * formula
+def test_bytes_of_balanced_routing_are_the_formula(ranks: RankPools, ep: int) -> None:
+    """Dispatch sends T K phi D w (1 - 1/ep) from every rank, and so does combine.
 
-
-@pytest.mark.parametrize("ep", [2, 4])
-def test_neighbouring_experts_share_a_vector(ranks: RankPools, ep: int) -> None:
-    """Experts t and t + 1 share a rank but for the last of each: F tokens make F + ep copies."""
-    raw = layer_settings("alltoall_dedup", ep)
+    Deduplicated, experts t and t + 1 share a rank but for the last of each: F tokens make F + ep
+    copies.
+    """
+    variants = {
+        **{topk: layer_settings("alltoall", ep, router_topk=topk) for topk in (1, 2)},
+        "shared": layer_settings("alltoall_dedup", ep),
+    }
     # Every rank is the destination of 1/ep of them, by symmetry.
-    vectors = TOKENS * 0.75 / FFN * (FFN + ep) * (1 - 1 / ep)
-    for result in ranks(ep).run(sent_bytes, raw, balanced_map, TOKENS):
-        assert result["counted"] == 2 * vectors * HIDDEN * 4
+    copies = TOKENS * 0.75 / FFN * (FFN + ep) * (1 - 1 / ep)
+    for results in ranks(ep).run(sent_bytes_of, variants, balanced_map, TOKENS):
+        for topk in (1, 2):
+            formula = TOKENS * topk * 0.75 * HIDDEN * 4 * (1 - 1 / ep)
+            assert results[topk]["vectors"] == [2 * formula, 2 * formula]
+            assert results[topk]["counted"] == 2 * formula
+        assert results["shared"]["counted"] == 2 * copies * HIDDEN * 4
 
 
 # ---- results -------------------------------------------------------------------------------
@@ -100,7 +121,9 @@ def test_two_selections_give_the_bits_of_the_plain_dispatcher(
         "sequence_parallel": tp > 1,
     }
     plain, dedup = (
-        ranks(world).run(run_layer, settings(moe={"dispatcher": name}, parallel=parallel))
+        ranks(world).run(
+            run_layer, settings(model=MODEL, moe={"dispatcher": name}, parallel=parallel)
+        )
         for name in ("alltoall", "alltoall_dedup")
     )
     _assert_same_bits(plain, dedup)
@@ -112,7 +135,7 @@ def test_many_selections_are_added_in_one_order(ranks: RankPools) -> None:
     _assert_same_bits(first, second)
 
 
-@pytest.mark.parametrize("dispatcher", ["alltoall", "alltoall_dedup"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 def test_kernels_change_rounding_only(ranks: RankPools, dispatcher: str) -> None:
     moe = {"router_topk": 4, "shared_expert_ffn_hidden_size": 16}
     plain, fused = (
@@ -142,7 +165,7 @@ def _assert_same_bits(ones: list[dict[str, Any]], others: list[dict[str, Any]]) 
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "kernels"])
-@pytest.mark.parametrize("dispatcher", ["alltoall", "alltoall_dedup"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
 def test_local_work_runs_while_tokens_travel(
     ranks: RankPools, dispatcher: str, fused: bool
 ) -> None:

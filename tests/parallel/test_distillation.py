@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,9 +20,15 @@ from tests.parallel.checkpoint_runs import (
     trainer_settings,
 )
 from tests.parallel.ranks import RankPools
-from tests.parallel.test_expert_overlap import EP2, STAGES, both
+from tests.parallel.test_expert_overlap import STAGES, both
 from tests.parallel.training_runs import (
+    CP2,
+    EP2,
+    FULL,
     PP2,
+    STEPS,
+    TP2,
+    VANILLA,
     Run,
     assemble,
     compare,
@@ -91,120 +98,93 @@ def teachers(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> dict
     folder = tmp_path_factory.mktemp("teachers")
     shapes: dict[str, dict[str, Any]] = {
         "same": {"moe": {"gating_residual": True}},
-        "deeper": {"model": {"num_layers": 6}},
-        "further": {"model": {"mtp_num_layers": 1}},
-        "vanilla": {
-            "moe": {
-                "num_ffn_experts": 4,
-                "num_zero_experts": 0,
-                "num_copy_experts": 0,
-                "num_constant_experts": 0,
-                "gating_residual": False,
-            }
-        },
+        "deeper": {"model": {"num_layers": 4}},
+        "further": {"model": {"num_layers": 3, "mtp_num_layers": 1}},
+        "vanilla": {"model": {"num_layers": 4}, "moe": VANILLA | {"num_ffn_experts": 4}},
     }
     for name, sections in shapes.items():
-        raw = settings(**sections, training={"seed": 11})
-        ranks(1).run(train_between, raw, folder / name, 1)
+        raw = short(**sections, training={"seed": 11})
+        ranks(1).run(train_between, raw, folder / name, 0)
     return {name: folder / name for name in shapes}
 
 
-def distilled(
-    ranks: RankPools, size: int, teacher: Path, kind: dict[str, Any] | None = None, **sections: Any
-) -> Run:
-    distillation = {"teacher": str(teacher), "weight": 0.7, **(kind or {})}
-    return assemble(ranks(size).run(train, short(**sections, distillation=distillation), 2))
+def taught(
+    teacher: Path, kind: dict[str, Any] | None = None, **sections: dict[str, Any]
+) -> dict[str, Any]:
+    """Settings of a run with a teacher."""
+    return short(**sections, distillation={"teacher": str(teacher), "weight": 0.7, **(kind or {})})
 
 
-# MoE layers need sequence parallelism beside tensor parallelism.
-TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+def distilled(ranks: RankPools, size: int, *args: Any, **sections: Any) -> Run:
+    return assemble(ranks(size).run(train, taught(*args, **sections), STEPS))
+
+
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tp 2": (2, {"parallel": TP}),
-    "pp 2": (2, {"parallel": {"pipeline_model_parallel_size": 2}}),
-    "ep 2": (2, {"parallel": {"expert_model_parallel_size": 2}}),
-    "dp 2": (2, {}),
-    "cp 2": (2, {"parallel": {"context_parallel_size": 2}}),
-    "recompute": (
-        1,
-        {
-            "training": {
-                "recompute_granularity": "full",
-                "recompute_method": "uniform",
-                "recompute_num_layers": 1,
-            }
-        },
-    ),
+    "tp 2, layers again": (2, {"parallel": TP2, "training": FULL}),
+    "pp 2": (2, {"parallel": PP2}),
+    "cp 2": (2, {"parallel": CP2}),
     "pp 2, ep 2, recompute": (
         4,
-        {
-            "parallel": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
-            "training": {"recompute_granularity": "selective"},
-        },
+        {"parallel": PP2 | EP2, "training": {"recompute_granularity": "selective"}},
     ),
     "pp 2, chunks 2": (
         2,
         {
-            "parallel": {
-                "pipeline_model_parallel_size": 2,
-                "virtual_pipeline_model_parallel_size": 2,
-            }
+            "model": {"num_layers": 4},
+            "parallel": {**PP2, "virtual_pipeline_model_parallel_size": 2},
         },
     ),
 }
 
 
-@pytest.fixture(scope="module")
-def reference(ranks: RankPools, teachers: dict[str, Path]) -> Run:
-    return distilled(ranks, 1, teachers["vanilla"])
-
-
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_every_layout_is_one_process(
-    ranks: RankPools, teachers: dict[str, Path], reference: Run, layout: str
+    ranks: RankPools, alone: Callable[..., Run], teachers: dict[str, Path], layout: str
 ) -> None:
     size, sections = LAYOUTS[layout]
     run = distilled(ranks, size, teachers["vanilla"], **sections)
+    reference = alone(taught(teachers["vanilla"], model=sections.get("model", {})))
     compare(run, reference, LAYOUT)
     assert run.divergences == pytest.approx(reference.divergences, rel=LAYOUT)
     assert min(reference.divergences) > 0.01
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_micro_batches_add_up(ranks: RankPools, teachers: dict[str, Path], stages: int) -> None:
+def test_micro_batches_add_up(ranks: RankPools, teachers: dict[str, Path]) -> None:
     # The balance loss is one of each micro-batch, by its definition.
     moe = {"balance_coeff": 0.0}
-    whole = distilled(ranks, 1, teachers["deeper"], moe=moe, training={"micro_batch_size": 8})
-    parts = distilled(
-        ranks,
-        stages,
-        teachers["deeper"],
-        moe=moe,
-        training={"micro_batch_size": 1},
-        parallel={"pipeline_model_parallel_size": stages},
-    )
-    found = difference(parts, whole)
-    assert max(found.loss, found.grad_norm, found.gradient) <= LAYOUT, found
-    assert parts.divergences == pytest.approx(whole.divergences, rel=LAYOUT)
+    whole = distilled(ranks, 1, teachers["deeper"], moe=moe, training={"micro_batch_size": 4})
+    for stages in (1, 2):
+        parts = distilled(
+            ranks,
+            stages,
+            teachers["deeper"],
+            moe=moe,
+            training={"micro_batch_size": 1},
+            parallel={"pipeline_model_parallel_size": stages},
+        )
+        found = difference(parts, whole)
+        assert max(found.loss, found.grad_norm, found.gradient) <= LAYOUT, found
+        assert parts.divergences == pytest.approx(whole.divergences, rel=LAYOUT)
 
 
 @pytest.mark.parametrize("kind", [{"top_k": 5}, {"temperature": 2.0}, {"text_weight": 0.0}])
 def test_each_kind_of_loss_is_one_process(
-    ranks: RankPools, teachers: dict[str, Path], reference: Run, kind: dict[str, Any]
+    ranks: RankPools,
+    alone: Callable[..., Run],
+    teachers: dict[str, Path],
+    kind: dict[str, Any],
 ) -> None:
-    one = distilled(ranks, 1, teachers["deeper"], kind)
-    parallel = {**TP, "pipeline_model_parallel_size": 2}
-    four = distilled(ranks, 4, teachers["deeper"], kind, parallel=parallel)
-    compare(four, one, LAYOUT)
-    assert four.divergences == pytest.approx(one.divergences, rel=LAYOUT)
-    assert one.grad_norms != reference.grad_norms
+    one = alone(taught(teachers["vanilla"], kind))
+    two = distilled(ranks, 2, teachers["vanilla"], kind, parallel=TP2)
+    compare(two, one, LAYOUT)
+    assert two.divergences == pytest.approx(one.divergences, rel=LAYOUT)
+    assert one.grad_norms != alone(taught(teachers["vanilla"], model={})).grad_norms
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_weight_0_changes_no_bit(ranks: RankPools, teachers: dict[str, Path], size: int) -> None:
-    sections: dict[str, Any] = {}
-    if size == 2:
-        sections["parallel"] = {"pipeline_model_parallel_size": 2}
-    without = assemble(ranks(size).run(train, short(**sections), 2))
+    sections: dict[str, Any] = {"parallel": PP2} if size == 2 else {}
+    without = assemble(ranks(size).run(train, short(**sections), STEPS))
     measured = distilled(ranks, size, teachers["deeper"], {"weight": 0.0}, **sections)
     assert measured.losses == without.losses
     assert measured.grad_norms == without.grad_norms
@@ -215,21 +195,23 @@ def test_weight_0_changes_no_bit(ranks: RankPools, teachers: dict[str, Path], si
 
 
 def test_a_teacher_equal_to_the_student_says_nothing(ranks: RankPools, tmp_path: Path) -> None:
-    ranks(1).run(train_between, settings(), tmp_path, 0)
-    alone = assemble(ranks(1).run(train, settings(), 1))
+    ranks(1).run(train_between, short(), tmp_path, 0)
+    alone = assemble(ranks(1).run(train, short(), 1))
     for size in (1, 2):
-        parallel = TP if size == 2 else {}
-        raw = settings(parallel=parallel, distillation={"teacher": str(tmp_path), "weight": 5.0})
+        parallel = TP2 if size == 2 else {}
+        raw = short(parallel=parallel, distillation={"teacher": str(tmp_path), "weight": 5.0})
         run = assemble(ranks(size).run(train, raw, 1))
         assert run.divergences == [0.0]
         compare(run, alone, LAYOUT)
 
 
-def test_the_gradient_is_that_of_the_sum(ranks: RankPools, teachers: dict[str, Path]) -> None:
+def test_the_gradient_is_that_of_the_sum(
+    alone: Callable[..., Run], teachers: dict[str, Path]
+) -> None:
     """Of three runs that differ in the two weights alone, one's gradient is the others' sum."""
     name = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
     text, both, divergence = (
-        distilled(ranks, 1, teachers["same"], kind, moe={"balance_coeff": 0.0})
+        alone(taught(teachers["same"], kind, moe={"balance_coeff": 0.0}), steps=1)
         for kind in ({"weight": 0.0}, {}, {"text_weight": 0.0})
     )
     found = both.gradients[name]
@@ -243,9 +225,10 @@ def test_a_teacher_teaches_the_next_token_alone(
     ranks: RankPools, teachers: dict[str, Path]
 ) -> None:
     """Its layers of further tokens have no place in the run's stages, and need none."""
-    one = distilled(ranks, 1, teachers["further"])
-    stages = {**PP2, "pipeline_model_parallel_layout": "Ettt|tL"}
-    two = distilled(ranks, 2, teachers["further"], parallel=stages)
+    model = {"num_layers": 3}
+    one = distilled(ranks, 1, teachers["further"], model=model)
+    stages = {**PP2, "pipeline_model_parallel_layout": "Ett|tL"}
+    two = distilled(ranks, 2, teachers["further"], model=model, parallel=stages)
     compare(two, one, LAYOUT)
     assert two.divergences == pytest.approx(one.divergences, rel=LAYOUT)
 
@@ -270,8 +253,9 @@ def test_resuming_takes_the_same_teacher_alone(
 ) -> None:
     at_once = {"warmup_iters": 0}
     saves = {"save_interval": 1}
+    small = {"global_batch_size": 4, "micro_batch_size": 2}
     first = trainer_settings(corpus, tmp_path / "teacher", optimizer=at_once, checkpoint=saves)
-    first["training"]["train_iters"] = 2
+    first["training"] |= {"train_iters": 2} | small
     ranks(1).run(run_trainer, first)
     (older, newer) = sorted((tmp_path / "teacher/checkpoints").glob("step_*"))
 
@@ -283,7 +267,7 @@ def test_resuming_takes_the_same_teacher_alone(
             checkpoint={"save_interval": 2, "load": load},
             distillation={"teacher": str(teacher)},
         )
-        raw["training"] |= {"train_iters": iters, "seed": 5}
+        raw["training"] |= {"train_iters": iters, "seed": 5} | small
         return raw
 
     ranks(1).run(run_trainer, student("whole", newer, 4))
@@ -334,9 +318,8 @@ def estimated_and_held(raw: dict[str, Any]) -> tuple[float, int]:
 
 def test_the_planner_counts_the_teacher(ranks: RankPools, teachers: dict[str, Path]) -> None:
     distillation = {"teacher": str(teachers["deeper"])}
-    parallel = {"pipeline_model_parallel_size": 2}
     first, last = ranks(2).run(
-        estimated_and_held, settings(distillation=distillation, parallel=parallel)
+        estimated_and_held, settings(distillation=distillation, parallel=PP2)
     )
     assert first[0] == first[1]
     # 4 micro-batches' hidden states, and of one four times the logits, in fp32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,63 +12,61 @@ from tests.parallel.layouts import RECOMPUTE
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_expert_overlap import both
 from tests.parallel.test_hybrid import HYBRID
-from tests.parallel.training_runs import assemble, compare, settings, train
+from tests.parallel.test_latent_attention import WIDTHS
+from tests.parallel.training_runs import (
+    CP2,
+    EP2,
+    PP2,
+    STEPS,
+    TP2,
+    VANILLA,
+    Run,
+    assemble,
+    compare,
+    settings,
+    short,
+    train,
+)
 
-STEPS = 2
 # fp32 sums in another order: a few units in the last place (6e-8) of the largest summand.
 RELATIVE = 1e-5
 DATA = {"reset_attention_mask": True}
 MOE = {"num_ffn_experts": 8, "z_loss_coeff": 1e-3}
 
-EP2 = {"expert_model_parallel_size": 2}
-TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-CP2 = {"context_parallel_size": 2}
-PP2 = {"pipeline_model_parallel_size": 2}
+FOUR_LAYERS = {"num_layers": 4}
 CORE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-LATENT = {
-    "num_query_groups": None,
-    "latent_attention": {
-        "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_head_dim": 8,
-        "qk_pos_emb_head_dim": 4,
-        "v_head_dim": 6,
-    },
-}
-VANILLA = {
-    "num_zero_experts": 0,
-    "num_copy_experts": 0,
-    "num_constant_experts": 0,
-    "gating_residual": False,
-}
-# Ranks, layout, and what else differs from the plainest run.
+LATENT = {"num_query_groups": None, "latent_attention": WIDTHS}
+PLAIN_MOE = VANILLA | {"z_loss_coeff": None}
+# Ranks, layout, and what else differs from the plainest run; one process computes nothing again.
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, dict[str, Any]]]] = {
-    "dp2 ep2": (2, EP2, {}),
     "tp2 ep2": (2, TP2 | EP2, {"moe": {"capacity_factor": 1.0}}),
     "cp2": (2, CP2, {}),
     "cp2 tp2": (4, CP2 | TP2, {"moe": {"balance_scope": "sequence", "capacity_factor": 0.9}}),
     "pp2 tp2 recomputed": (4, PP2 | TP2, {"training": RECOMPUTE["uniform"]}),
-    "pp2 vpp2 ep2": (4, PP2 | EP2 | {"virtual_pipeline_model_parallel_size": 2}, {}),
+    "pp2 vpp2": (2, PP2 | {"virtual_pipeline_model_parallel_size": 2}, {"model": FOUR_LAYERS}),
     "ep2 attention recomputed": (2, EP2, {"training": CORE}),
     "tp2 latent": (2, TP2, {"model": LATENT}),
     "pp2 hybrid": (2, PP2, {"model": HYBRID}),
-    "ep2 vanilla": (2, EP2, {"moe": VANILLA | {"z_loss_coeff": None}}),
-    "pp2 vanilla": (2, PP2, {"moe": VANILLA | {"z_loss_coeff": None}}),
+    "ep2 vanilla": (2, EP2, {"moe": PLAIN_MOE}),
+    "pp2 vanilla": (2, PP2, {"moe": PLAIN_MOE}),
 }
 
 
 def raw_settings(name: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    others = {section: dict(values) for section, values in LAYOUTS[name][2].items()}
+    others = dict(LAYOUTS[name][2])
     moe = {**MOE, **others.pop("moe", {})}
-    return settings(data=DATA, moe=moe, parallel=parallel, **others)
+    return short(data=DATA, moe=moe, parallel=parallel, **others)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_training_equals_one_process(ranks: RankPools, name: str) -> None:
+def test_training_equals_one_process(
+    ranks: RankPools, alone: Callable[..., Run], name: str
+) -> None:
     world, parallel, _ = LAYOUTS[name]
-    one_process = assemble(ranks(1).run(train, raw_settings(name, {}), STEPS))
     run = assemble(ranks(world).run(train, raw_settings(name, parallel), STEPS))
-    compare(run, one_process, RELATIVE)
+    reference = raw_settings(name, {})
+    reference["training"] = short()["training"]
+    compare(run, alone(reference), RELATIVE)
 
 
 def test_combined_schedule(ranks: RankPools) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.parallel.flex_stand_ins import train_with_deepep, train_with_hybridep
 from tests.parallel.forced_routing import only_zero_experts, second_half_without_ffn
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, PP2, assemble, compare, settings, train
+from tests.parallel.training_runs import EP2, PP2, STEPS, assemble, compare, short, train
 
 STAGES = {**PP2, **EP2, "virtual_pipeline_model_parallel_size": 2}
 
@@ -39,38 +39,51 @@ def counted(function: Any, *args: Any) -> Any:
 def both(
     ranks: RankPools, world_size: int, function: Any, prepare: Any = None, **sections: Any
 ) -> tuple[Any, Any]:
-    """The overlapped run and the ordinary one."""
-    sections["training"] = {"micro_batch_size": 1}
+    """The overlapped run and the ordinary one; virtual stages have four layers and micro-batches.
+
+    Of two micro-batches one's backward pass meets the other's forward pass. Between virtual stages
+    the passes of that many would all be warm-up.
+    """
+    parallel = sections.pop("parallel")
+    is_virtual = "virtual_pipeline_model_parallel_size" in parallel
+    sections["training"] = {"micro_batch_size": 1, "global_batch_size": 8 if is_virtual else 4}
     sections["precision"] = {"dtype": "bf16"}
-    plain = ranks(world_size).run(function, settings(**sections), 2, prepare)
-    parallel = {**sections.pop("parallel"), "overlap_moe_expert_parallel_comm": True}
-    raw = settings(parallel=parallel, **sections)
-    overlapped = ranks(world_size).run(counted, function, raw, 2, prepare)
+    if is_virtual:
+        sections["model"] = {"num_layers": 4, **sections.get("model", {})}
+    raw = short(parallel=parallel, **sections)
+    plain = ranks(world_size).run(function, raw, STEPS, prepare)
+    raw["parallel"]["overlap_moe_expert_parallel_comm"] = True
+    overlapped = ranks(world_size).run(counted, function, raw, STEPS, prepare)
     assert all(number > 0 for _, number in overlapped), "the combined schedule did not run"
     return assemble([result for result, _ in overlapped]), assemble(plain)
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    "every layer": {},
     "dense layers, shared expert": {
-        "layer_freq": [0, 1, 0, 1],
-        "shared_expert_ffn_hidden_size": 16,
-        "expert_input_scale": 2.0,
+        "model": {"num_layers": 4},
+        "moe": {
+            "layer_freq": [0, 1, 0, 1],
+            "shared_expert_ffn_hidden_size": 16,
+            "expert_input_scale": 2.0,
+        },
     },
-    "no residual": {"gating_residual": False},
+    "no residual": {"moe": {"gating_residual": False}},
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_without_pipeline(ranks: RankPools, name: str) -> None:
-    run, reference = both(ranks, 2, train, moe=MODELS[name], parallel=EP2)
+    run, reference = both(ranks, 2, train, **MODELS[name], parallel=EP2)
     compare(run, reference, 0.0)
 
 
 def test_overlapped_reduction_and_gathering(ranks: RankPools) -> None:
-    """Parameters are gathered by hooks of the modules, which the nodes must still call."""
+    """Parameters are gathered by hooks of the modules, which the nodes must still call.
+
+    Three layers, so that one both takes logits and hands them on.
+    """
     parallel = {**EP2, "overlap_grad_reduce": True, "overlap_param_gather": True}
-    run, reference = both(ranks, 2, train, parallel=parallel)
+    run, reference = both(ranks, 2, train, model={"num_layers": 3}, parallel=parallel)
     compare(run, reference, 0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tests.parallel.forced_routing import (
     only_zero_experts,
 )
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import TP2, Run, assemble, compare, settings, short, train
+from tests.parallel.training_runs import EP2, STEPS, TP2, Run, assemble, compare, short, train
 
 FP32 = 1e-5
 
@@ -21,37 +22,31 @@ FP32 = 1e-5
 BACKENDS = {"deepep": train_with_deepep, "hybridep": train_with_hybridep}
 FLEX = {"moe": {"dispatcher": "flex"}}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "ep2": (2, {"expert_model_parallel_size": 2}),
-    "ep2 etp2": (4, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+    "ep2": (2, EP2),
+    "tp2 ep2 etp2": (4, {**TP2, **EP2, "expert_tensor_parallel_size": 2}),
     "tp2 ep4": (4, {**TP2, "expert_model_parallel_size": 4}),
 }
-
-
-@pytest.fixture(scope="module")
-def one_process(ranks: RankPools) -> Run:
-    return assemble(ranks(1).run(train, short(), 2))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_training_equals_one_process(
-    ranks: RankPools, one_process: Run, backend: str, layout: str
+    ranks: RankPools, alone: Callable[..., Run], backend: str, layout: str
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
     raw = short(parallel=parallel, **FLEX)
-    run = assemble(ranks(world_size).run(BACKENDS[backend], raw, 2))
-    compare(run, one_process, FP32)
+    run = assemble(ranks(world_size).run(BACKENDS[backend], raw, STEPS))
+    compare(run, alone(short()), FP32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bytes_are_those_of_one_vector_per_token_and_rank(ranks: RankPools, backend: str) -> None:
+def test_bytes_are_those_of_one_vector_per_token_and_rank(ranks: RankPools) -> None:
     """With one expert a rank no two selections share a vector: as many as the all-to-all sends."""
-    parallel = {"expert_model_parallel_size": 2}
     moe = {"num_ffn_experts": 2}
-    alltoall = assemble(ranks(2).run(train, settings(parallel=parallel, moe=moe), 1))
-    raw = settings(parallel=parallel, moe={**moe, "dispatcher": "flex"})
-    flex = assemble(ranks(2).run(BACKENDS[backend], raw, 1))
-    assert flex.routing[0]["a2a_bytes"] == alltoall.routing[0]["a2a_bytes"] > 0
+    alltoall = assemble(ranks(2).run(train, short(parallel=EP2, moe=moe), 1))
+    raw = short(parallel=EP2, moe={**moe, "dispatcher": "flex"})
+    for backend, train_with_flex in BACKENDS.items():
+        flex = assemble(ranks(2).run(train_with_flex, raw, 1))
+        assert flex.routing[0]["a2a_bytes"] == alltoall.routing[0]["a2a_bytes"] > 0, backend
 
 
 # What each forces through the routers, and the FFN share that it leaves.
@@ -60,14 +55,15 @@ FORCED = {only_zero_experts: 0.0, one_ffn_expert: 0.5, first_half_of_ffn_experts
 
 @pytest.mark.parametrize("prepare", FORCED)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ranks_and_experts_without_tokens(ranks: RankPools, backend: str, prepare: Any) -> None:
+def test_ranks_and_experts_without_tokens(
+    ranks: RankPools, alone: Callable[..., Run], backend: str, prepare: Any
+) -> None:
     """No FFN token at all; all of them on one expert; none for the second rank."""
     moe = {"num_zero_experts": 1 if prepare is one_ffn_expert else 2}
-    reference = assemble(ranks(1).run(train, settings(moe=moe), 2, prepare))
-    raw = settings(moe={**moe, "dispatcher": "flex"}, parallel={"expert_model_parallel_size": 2})
-    run = assemble(ranks(2).run(BACKENDS[backend], raw, 2, prepare))
+    raw = short(moe={**moe, "dispatcher": "flex"}, parallel=EP2)
+    run = assemble(ranks(2).run(BACKENDS[backend], raw, 1, prepare))
     assert run.routing[0]["ffn_fraction"] == FORCED[prepare]
-    compare(run, reference, FP32)
+    compare(run, alone(short(moe=moe), prepare, steps=1), FP32)
 
 
 def metadata(routing_map: list[list[bool]], gates: list[list[float]]) -> tuple[Any, Any, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import assemble, settings, train
+from tests.parallel.training_runs import EP2, STEPS, assemble, short, train
 
 # Each gradient is summed over 2 micro-batches and 2 ranks; bf16 keeps 8 bits, so each of the four
 # sums rounds by at most 2^-9, and the norm of many of them by much less than their sum.
@@ -29,14 +29,15 @@ def buffer_types(raw: dict[str, Any]) -> set[str]:
 
 def raw(in_fp32: bool) -> dict[str, Any]:
     precision = {"dtype": "bf16", "grad_reduce_in_fp32": in_fp32}
-    return settings(precision=precision, parallel={"expert_model_parallel_size": 2})
+    # Two micro-batches on either rank.
+    return short(precision=precision, parallel=EP2, training={"micro_batch_size": 1})
 
 
 def test_gradients_are_summed_in_bf16(ranks: RankPools) -> None:
     pool = ranks(2)
     assert pool.run(buffer_types, raw(True)) == [{"torch.float32"}] * 2
     assert pool.run(buffer_types, raw(False)) == [{"torch.bfloat16"}] * 2
-    exact, rounded = (assemble(pool.run(train, raw(in_fp32), 2)) for in_fp32 in (True, False))
+    exact, rounded = (assemble(pool.run(train, raw(in_fp32), STEPS)) for in_fp32 in (True, False))
     assert rounded.losses[0] == exact.losses[0], "the forward pass is the same"
     np.testing.assert_allclose(rounded.grad_norms[0], exact.grad_norms[0], rtol=BF16)
     assert rounded.grad_norms[0] != exact.grad_norms[0]

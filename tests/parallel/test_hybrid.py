@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,17 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import parse_config
+from moepp_megatron.training.checkpoint.names import checkpoint_name
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
+    CP2,
+    EP2,
     FULL,
     PP2,
+    STEPS,
+    TP2,
     VANILLA,
+    Run,
     SyntheticDataset,
     assemble,
     begin_training,
@@ -29,21 +36,20 @@ EXACT = 0.0
 # As in test_training_layouts.py: another layout adds up in another order.
 FP32 = 1e-5
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one process": (1, {}),
-    "ep2": (2, {"expert_model_parallel_size": 2}),
-    "tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "pp2 vpp2": (
-        2,
-        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-    ),
+FOUR_LAYERS = {"model": {"num_layers": 4}}
+VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+# Ranks and settings by section.
+LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "one process": (1, FOUR_LAYERS),
+    "tp2 ep2": (2, {"parallel": {**TP2, **EP2}}),
+    "pp2 vpp2": (2, {"parallel": VPP2, **FOUR_LAYERS}),
 }
 BLOCK = {**FULL, "recompute_method": "block"}
 
-# Ranks and settings by section; what a lane or a pattern could get wrong.
+# What a lane or a pattern could get wrong.
 CORNERS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
-    "cp2": (2, {"parallel": {"context_parallel_size": 2}}),
+    "cp2": (2, {"parallel": CP2}),
+    "pp2": (2, {"parallel": PP2}),
     "first layer dense, pp2": (2, {"moe": {"layer_freq": [0, 1, 0, 1]}, "parallel": PP2}),
     "uneven stages": (2, {"parallel": {**PP2, "pipeline_model_parallel_layout": "Ettt|tL"}}),
     "no layer on the first stage": (
@@ -52,13 +58,7 @@ CORNERS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     ),
     "vpp2, embedding and loss alone": (
         2,
-        {
-            "parallel": {
-                **PP2,
-                "virtual_pipeline_model_parallel_size": 2,
-                "pipeline_model_parallel_layout": "E|tt|tt|L",
-            }
-        },
+        {"parallel": {**VPP2, "pipeline_model_parallel_layout": "E|tt|tt|L"}},
     ),
     "block recompute, pp2": (2, {"parallel": PP2, "training": BLOCK}),
     "selective recompute, shared expert": (
@@ -82,8 +82,8 @@ def as_hybrid(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def check_hybrid_equals_gpt(
     ranks: RankPools, world_size: int, sections: dict[str, dict[str, Any]]
 ) -> None:
-    gpt = assemble(ranks(world_size).run(train, short(**sections), 2))
-    hybrid = assemble(ranks(world_size).run(train, short(**as_hybrid(sections)), 2))
+    gpt = assemble(ranks(world_size).run(train, short(**sections), STEPS))
+    hybrid = assemble(ranks(world_size).run(train, short(**as_hybrid(sections)), STEPS))
     compare(hybrid, gpt, EXACT)
 
 
@@ -91,8 +91,8 @@ def check_hybrid_equals_gpt(
 @pytest.mark.parametrize("training", [{}, FULL], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_hybrid_equals_gpt(ranks: RankPools, layout: str, training: dict[str, Any]) -> None:
-    world_size, parallel = LAYOUTS[layout]
-    check_hybrid_equals_gpt(ranks, world_size, {"parallel": parallel, "training": training})
+    world_size, sections = LAYOUTS[layout]
+    check_hybrid_equals_gpt(ranks, world_size, {**sections, "training": training})
 
 
 @pytest.mark.parallel
@@ -100,13 +100,14 @@ def test_hybrid_equals_gpt(ranks: RankPools, layout: str, training: dict[str, An
 @pytest.mark.parametrize("corner", CORNERS)
 def test_hybrid_equals_gpt_in_corners(ranks: RankPools, corner: str) -> None:
     world_size, sections = CORNERS[corner]
-    check_hybrid_equals_gpt(ranks, world_size, sections)
+    model = {**FOUR_LAYERS["model"], **sections.get("model", {})}
+    check_hybrid_equals_gpt(ranks, world_size, {**sections, "model": model})
 
 
 def resume(
     raw: dict[str, Any], folder: Path, is_writer: bool, weights_only: bool = False
 ) -> list[float]:
-    """Losses of two steps: the writer's 0 and 1, then saved, or the reader's 2 and 3 from there."""
+    """Losses: the writer's of step 0, then saved; the reader's of steps 1 and 2 from there."""
     from moepp_megatron.training import checkpoint
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
@@ -114,38 +115,39 @@ def resume(
 
     config, layout, model = begin_training(raw)
 
-    def losses_of_two_steps(first: int) -> list[float]:
+    def losses_of(first: int, steps: int) -> list[float]:
         consumed = first * config.training.global_batch_size
-        dataset = SyntheticDataset(config, first + 2)
+        dataset = SyntheticDataset(config, first + steps)
         batches = rank_batches(dataset, consumed, config, len(model.chunks))
-        return [mean_loss(training_step(model, batches, config, layout).losses) for _ in range(2)]
+        return [
+            mean_loss(training_step(model, batches, config, layout).losses) for _ in range(steps)
+        ]
 
     if is_writer:
-        losses = losses_of_two_steps(0)
+        losses = losses_of(0, 1)
         tokenizer = folder / "tokenizer.json"
-        checkpoint.save_checkpoint(folder, model, checkpoint.Progress(step=2), config, tokenizer)
+        checkpoint.save_checkpoint(folder, model, checkpoint.Progress(step=1), config, tokenizer)
         return losses
-    saved = folder / "step_00000002"
+    saved = folder / checkpoint_name(1)
     if weights_only:
         checkpoint.load_weights(saved, model.models)
-    else:
-        checkpoint.load_checkpoint(saved, model, config)
-    return losses_of_two_steps(2)
+        # The first loss is of the loaded weights alone; a second needs the optimizer's state.
+        return losses_of(1, 1)
+    checkpoint.load_checkpoint(saved, model, config)
+    return losses_of(1, 2)
 
 
 @pytest.mark.parallel
 @pytest.mark.parametrize(("writer", "reader"), [("gpt", "hybrid"), ("hybrid", "gpt")])
 def test_either_assembly_loads_the_others_weights(
-    ranks: RankPools, tmp_path: Path, writer: str, reader: str
+    ranks: RankPools, alone: Callable[..., Run], tmp_path: Path, writer: str, reader: str
 ) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    uninterrupted = assemble(ranks(1).run(train, settings(), 3)).losses
-    raw = settings(model={"implementation": writer}, parallel=LAYOUTS["pp2"][1])
+    raw = short(model={"implementation": writer}, parallel=PP2)
     ranks(2).run(resume, raw, tmp_path, is_writer=True)
-    raw = settings(model={"implementation": reader}, parallel=LAYOUTS["ep2"][1])
+    raw = short(model={"implementation": reader}, parallel=EP2)
     losses = ranks(2).run(resume, raw, tmp_path, is_writer=False, weights_only=True)[0]
-    # The first loss is of the loaded weights alone; a second needs the optimizer's state.
-    np.testing.assert_allclose(losses[0], uninterrupted[2], rtol=FP32)
+    np.testing.assert_allclose(losses, alone(short()).losses[1:], rtol=FP32)
 
 
 @pytest.mark.parallel
@@ -157,10 +159,10 @@ def test_either_assembly_resumes_the_other(ranks: RankPools, tmp_path: Path) -> 
         folder.mkdir()
         (folder / "tokenizer.json").write_text("{}")
         one_optimizer = {"use_distributed_optimizer": False}
-        raw = settings(model={"implementation": writer}, parallel=one_optimizer)
+        raw = short(model={"implementation": writer}, parallel=one_optimizer)
         ranks(1).run(resume, raw, folder, is_writer=True)
         for reader in ("gpt", "hybrid"):
-            raw = settings(model={"implementation": reader}, parallel=one_optimizer)
+            raw = short(model={"implementation": reader}, parallel=one_optimizer)
             losses[writer, reader] = ranks(1).run(resume, raw, folder, is_writer=False)[0]
     assert all(of_pair == losses["gpt", "gpt"] for of_pair in losses.values()), losses
 
@@ -200,7 +202,7 @@ def test_megatrons_stack_has_no_lane(ranks: RankPools) -> None:
         ({}, "*E*E*E*E"),
         ({"moe": {"layer_freq": 2}}, "*E*-*E*-"),
         ({"parallel": PP2}, "*E*E|*E*E"),
-        ({"parallel": LAYOUTS["pp2 vpp2"][1]}, "*E|*E|*E|*E"),
+        ({"parallel": VPP2}, "*E|*E|*E|*E"),
         (CORNERS["uneven stages"][1], "*E*E*E|*E"),
         (CORNERS["vpp2, embedding and loss alone"][1], "|*E*E|*E*E|"),
     ],

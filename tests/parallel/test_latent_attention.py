@@ -5,6 +5,7 @@ That one process computes what plain PyTorch does is tested in tests/unit/moe.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,22 @@ from moepp_megatron.config import ConfigError, parse_config
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_expert_overlap import STAGES, both
-from tests.parallel.training_runs import EP2, FULL, TP2, Run, assemble, compare, short, train
+from tests.parallel.training_runs import (
+    CP2,
+    EP2,
+    FULL,
+    PP2,
+    STEPS,
+    TP2,
+    Run,
+    assemble,
+    compare,
+    short,
+    train,
+)
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
-STEPS = 2
 WIDTHS = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
@@ -36,47 +48,40 @@ UP_PROJECTION = {
     "recompute_granularity": "selective",
     "recompute_modules": ["mla_up_proj"],
 }
+# The lane of router logits crosses stages.
+STAGES_OF_THREE = {**PP2, "pipeline_model_parallel_layout": "Ett|tL"}
 Sections = dict[str, dict[str, Any]]
 LAYOUTS: dict[str, tuple[int, Sections]] = {
-    "tp2": (2, {"parallel": TP2}),
     "tp2, up-projection again": (2, {"parallel": TP2, "training": UP_PROJECTION}),
-    "cp2, layers again": (2, {"parallel": {"context_parallel_size": 2}, "training": FULL}),
-    # The lane of router logits crosses stages.
-    "pp2": (2, {"parallel": {"pipeline_model_parallel_size": 2}}),
-    "ep2, whole optimizer": (
+    "pp2, whole optimizer": (
         2,
-        {"parallel": {"expert_model_parallel_size": 2, "use_distributed_optimizer": False}},
+        {"parallel": {**STAGES_OF_THREE, "use_distributed_optimizer": False}},
     ),
     "tp2 ep2 dp2, overlapped": (
         4,
         {"parallel": {**EP2, **TP2, "overlap_grad_reduce": True, "overlap_param_gather": True}},
     ),
-    "tp2 cp2": (4, {"parallel": {**TP2, "context_parallel_size": 2}}),
+    "tp2 cp2, layers again": (4, {"parallel": {**TP2, **CP2}, "training": FULL}),
 }
 
 
 def latent(model: dict[str, Any] = MODEL, **sections: dict[str, Any]) -> Sections:
     """Settings of a run whose first layer is dense, as DeepSeek's are."""
-    return short(model=model, moe={"num_ffn_experts": 8, "layer_freq": [0, 1, 1, 1]}, **sections)
-
-
-@pytest.fixture(scope="module")
-def one_process(ranks: RankPools) -> Run:
-    return assemble(ranks(1).run(train, latent(), STEPS))
+    moe = {"num_ffn_experts": 8, "layer_freq": [0, 1, 1]}
+    return short(model={"num_layers": 3, **model}, moe=moe, **sections)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(ranks: RankPools, one_process: Run, layout: str) -> None:
+def test_layouts(ranks: RankPools, alone: Callable[..., Run], layout: str) -> None:
     world_size, sections = LAYOUTS[layout]
     run = assemble(ranks(world_size).run(train, latent(**sections), STEPS))
-    compare(run, one_process, FP32)
+    compare(run, alone(latent()), FP32)
 
 
-def test_queries_from_the_input(ranks: RankPools) -> None:
+def test_queries_from_the_input(ranks: RankPools, alone: Callable[..., Run]) -> None:
     model = MODEL | {"qk_layernorm": False, "latent_attention": WIDTHS | {"q_lora_rank": None}}
-    expected = assemble(ranks(1).run(train, latent(model), STEPS))
     run = assemble(ranks(2).run(train, latent(model, parallel=TP2), STEPS))
-    compare(run, expected, FP32)
+    compare(run, alone(latent(model)), FP32)
 
 
 @pytest.mark.parametrize("parallel", [EP2, STAGES], ids=["one stage", "interleaved"])
@@ -90,11 +95,12 @@ def test_combined_schedule(ranks: RankPools, parallel: dict[str, Any]) -> None:
 def test_checkpoint_of_another_layout(ranks: RankPools, tmp_path: Path) -> None:
     from moepp_megatron.training.checkpoint.compatible import check_compatible
 
-    (whole,) = ranks(1).run(train_between, latent(), tmp_path / "whole", 4)
-    begun = ranks(2).run(train_between, latent(parallel=TP2), tmp_path / "half", 2)[0]
+    (whole,) = ranks(1).run(train_between, latent(), tmp_path / "whole", 3)
+    begun = ranks(2).run(train_between, latent(parallel=TP2), tmp_path / "half", 1)[0]
     (start,) = (tmp_path / "half").glob("step_*")
-    pp2 = latent(parallel={"pipeline_model_parallel_size": 2})
-    ended = ranks(2).run(train_between, pp2, tmp_path / "rest", 4, start)[0]
+    # Two steps: the second loss follows from the weights and the optimizer's state.
+    staged = latent(parallel=STAGES_OF_THREE)
+    ended = ranks(2).run(train_between, staged, tmp_path / "rest", 3, start)[0]
     np.testing.assert_allclose([*begun, *ended], whole, rtol=FP32)
     wider = MODEL | {"latent_attention": WIDTHS | {"kv_lora_rank": 20}}
     with pytest.raises(ConfigError, match=r"model\.latent_attention .*'kv_lora_rank': 20"):

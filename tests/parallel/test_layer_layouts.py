@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parallel.layer_runs import add_up, run_layer, run_reference
+from tests.parallel.layer_runs import add_up, run_layers, run_reference
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import settings
 
@@ -28,6 +28,8 @@ LAYOUTS = [
     (2, 1, 2, 2),
     (4, 2, 2, 2),
 ]
+# The layer is the second.
+MODEL = {"num_layers": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {"gate_normalization": "nonzero", "expert_input_scale": 2.0},
@@ -44,9 +46,30 @@ def reference(ranks: RankPools) -> Callable[[str, int], dict[str, Any]]:
 
     @functools.cache
     def computed(variant: str, data_parallel_size: int) -> dict[str, Any]:
-        raw = settings(moe=VARIANTS[variant])
+        raw = settings(model=MODEL, moe=VARIANTS[variant])
         (result,) = ranks(1).run(run_reference, raw, data_parallel_size)
         return result
+
+    return computed
+
+
+@pytest.fixture(scope="module")
+def layers(ranks: RankPools) -> Callable[..., list[dict[str, Any]]]:
+    """What the ranks of a layout compute: by rank and variant, once for all variants."""
+
+    @functools.cache
+    def computed(world: int, ep: int, tp: int, etp: int) -> list[dict[str, Any]]:
+        parallel = {
+            "expert_model_parallel_size": ep,
+            "tensor_model_parallel_size": tp,
+            "sequence_parallel": tp > 1,
+            "expert_tensor_parallel_size": etp,
+        }
+        variants = {
+            name: settings(model=MODEL, moe=moe, parallel=parallel)
+            for name, moe in VARIANTS.items()
+        }
+        return ranks(world).run(run_layers, variants)
 
     return computed
 
@@ -54,7 +77,7 @@ def reference(ranks: RankPools) -> Callable[[str, int], dict[str, Any]]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("world", "ep", "tp", "etp"), LAYOUTS)
 def test_layer_equals_reference(
-    ranks: RankPools,
+    layers: Callable[..., list[dict[str, Any]]],
     reference: Callable[[str, int], dict[str, Any]],
     world: int,
     ep: int,
@@ -62,15 +85,8 @@ def test_layer_equals_reference(
     etp: int,
     variant: str,
 ) -> None:
-    moe = VARIANTS[variant]
-    parallel = {
-        "expert_model_parallel_size": ep,
-        "tensor_model_parallel_size": tp,
-        "sequence_parallel": tp > 1,
-        "expert_tensor_parallel_size": etp,
-    }
     expected = reference(variant, world // tp)
-    layer = add_up(ranks(world).run(run_layer, settings(moe=moe, parallel=parallel)))
+    layer = add_up([rank[variant] for rank in layers(world, ep, tp, etp)])
     for name in ("output", "logits", "input_grad", "previous_grad"):
         _assert_close(layer[name], expected[name], name)
     assert layer["gradients"].keys() == expected["gradients"].keys()

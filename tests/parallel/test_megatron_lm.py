@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,10 @@ from tests.parallel.megatron_lm_runs import (
     train_in_megatron_lm,
 )
 from tests.parallel.ranks import RankError, RankPools
-from tests.parallel.training_runs import Run, assemble, compare, train
+from tests.parallel.training_runs import Run, assemble, compare
 
 # fp32; the same bound as in the layout matrix, whose largest difference is 2.3e-6.
 RELATIVE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def reference(ranks: RankPools) -> Run:
-    return assemble(ranks(1).run(train, SETTINGS, STEPS))
 
 
 SPEC = "--spec moepp_megatron.interop.megatron_lm moepp_spec"
@@ -32,10 +28,11 @@ SPEC = "--spec moepp_megatron.interop.megatron_lm moepp_spec"
 @pytest.mark.parametrize(
     ("way", "arguments"),
     [
-        pytest.param("config", "--expert-model-parallel-size 2", id="config, ep 2"),
         pytest.param("spec", f"--expert-model-parallel-size 2 {SPEC}", id="spec, ep 2"),
         pytest.param(
-            "config", "--tensor-model-parallel-size 2 --sequence-parallel", id="config, tp 2"
+            "config",
+            "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2",
+            id="config, tp 2, ep 2",
         ),
         pytest.param(
             "config", "--context-parallel-size 2 --cp-comm-type all_gather", id="config, cp 2"
@@ -49,10 +46,10 @@ SPEC = "--spec moepp_megatron.interop.megatron_lm moepp_spec"
     ],
 )
 def test_equals_our_trainer(
-    ranks: RankPools, reference: Run, tmp_path: Path, way: str, arguments: str
+    ranks: RankPools, alone: Callable[..., Run], tmp_path: Path, way: str, arguments: str
 ) -> None:
     results = ranks(2).run(train_in_megatron_lm, arguments, way, str(tmp_path))
-    compare(assemble(results), reference, RELATIVE)
+    compare(assemble(results), alone(SETTINGS, steps=STEPS), RELATIVE)
 
 
 @pytest.mark.parallel
@@ -76,9 +73,13 @@ def test_spec_refuses_a_gating_residual_across_stages(ranks: RankPools, tmp_path
 
 @pytest.mark.parallel
 def test_example_script_trains_on_mock_data(ranks: RankPools, tmp_path: Path) -> None:
-    arguments = f"{ARGUMENTS} --mock-data --expert-model-parallel-size 2 --moepp-tau 0.5"
+    steps = 4
+    arguments = (
+        f"{ARGUMENTS} --mock-data --expert-model-parallel-size 2 --moepp-tau 0.5 "
+        f"--train-iters {steps}"
+    )
     first, *others = ranks(2).run(run_script, arguments, str(tmp_path))
-    assert len(first["lm loss"]) == STEPS
+    assert len(first["lm loss"]) == steps
     assert first["lm loss"][-1] < first["lm loss"][0]
     assert all(value > 0 for value in first["load_balancing_loss"])
     assert others == [first]

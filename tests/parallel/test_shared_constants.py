@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,22 @@ from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
     EP2,
     FULL,
+    STEPS,
     TP2,
     Run,
     assemble,
     compare,
-    settings,
     short,
     train,
 )
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
-STEPS = 2
 SHARED = {"num_ffn_experts": 8, "constants_shared": True}
 CONSTANTS = "zero_computation.constants"
 OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
-    "recompute": (1, {"training": FULL}),
-    "ep2": (2, {"parallel": {"expert_model_parallel_size": 2}}),
-    "tp2": (2, {"parallel": TP2}),
+    "tp2, recompute": (2, {"parallel": TP2, "training": FULL}),
     "dp2 overlapped": (2, {"parallel": OVERLAPPED}),
     # Each layer's backward pass adds its part by itself; megatron-core counts them in the first
     # step and reduces the gradient after as many in the others.
@@ -45,9 +43,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 
 
 def shared(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    raw = short(moe=SHARED, **{n: v for n, v in sections.items() if n != "training"})
-    raw["training"] |= sections.get("training", {})
-    return raw
+    """Settings of a run of three layers: one both takes V from the first and hands it on."""
+    return short(model={"num_layers": 3}, moe=SHARED, **sections)
 
 
 def first_layers_vectors(models: list[Any]) -> None:
@@ -61,16 +58,13 @@ def first_layers_vectors(models: list[Any]) -> None:
             layer.mlp.zero_computation.constants.copy_(first.constants)
 
 
-@pytest.fixture(scope="module")
-def one_process(ranks: RankPools) -> Run:
-    return assemble(ranks(1).run(train, shared(), STEPS))
-
-
-def test_gradient_is_the_sum_over_layers(ranks: RankPools, one_process: Run) -> None:
-    apart = assemble(ranks(1).run(train, settings(), 1, first_layers_vectors))
+def test_gradient_is_the_sum_over_layers(ranks: RankPools, alone: Callable[..., Run]) -> None:
+    one_process = alone(shared())
+    raw = short(model={"num_layers": 3})
+    apart = assemble(ranks(1).run(train, raw, 1, first_layers_vectors))
     own = [name for name in apart.gradients if CONSTANTS in name]
     together = [name for name in one_process.gradients if CONSTANTS in name]
-    assert len(own) == 4
+    assert len(own) == 3
     assert together == ["decoder.layers.0.mlp." + CONSTANTS]
     assert one_process.losses[0] == apart.losses[0]
     parts = [apart.gradients.pop(name) for name in own]
@@ -85,20 +79,20 @@ def test_gradient_is_the_sum_over_layers(ranks: RankPools, one_process: Run) -> 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(ranks: RankPools, one_process: Run, layout: str) -> None:
+def test_layouts(ranks: RankPools, alone: Callable[..., Run], layout: str) -> None:
     world_size, sections = LAYOUTS[layout]
     run = assemble(ranks(world_size).run(train, shared(**sections), STEPS))
-    compare(run, one_process, FP32)
+    compare(run, alone(shared()), FP32)
 
 
 def test_checkpoint_of_another_layout(ranks: RankPools, tmp_path: Path) -> None:
     from moepp_megatron.training.checkpoint.compatible import check_compatible
 
-    (whole,) = ranks(1).run(train_between, shared(), tmp_path / "whole", 4)
-    ep2 = shared(parallel={"expert_model_parallel_size": 2})
-    begun = ranks(2).run(train_between, ep2, tmp_path / "half", 2)[0]
+    (whole,) = ranks(1).run(train_between, shared(), tmp_path / "whole", 3)
+    begun = ranks(2).run(train_between, shared(parallel=EP2), tmp_path / "half", 1)[0]
     (start,) = (tmp_path / "half").glob("step_*")
-    ended = ranks(2).run(train_between, shared(parallel=TP2), tmp_path / "rest", 4, start)[0]
+    # Two steps: the second loss follows from the weights and the optimizer's state.
+    ended = ranks(2).run(train_between, shared(parallel=TP2), tmp_path / "rest", 3, start)[0]
     np.testing.assert_allclose([*begun, *ended], whole, rtol=FP32)
     with pytest.raises(ConfigError, match=r"moe\.constants_shared \(false\) must be that of"):
-        check_compatible(start, parse_config(settings()))
+        check_compatible(start, parse_config(short(model={"num_layers": 3})))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,8 @@ import pytest
 
 from tests.parallel.layer_runs import evaluate_layer
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import assemble, compare, settings, train
+from tests.parallel.training_runs import STEPS, Run, assemble, compare, short, train
 
-STEPS = 2
 # fp32 sums in another order: a few units in the last place (6e-8) of the largest summand.
 RELATIVE = 1e-5
 
@@ -35,19 +35,21 @@ def layout(tp: int, ep: int) -> dict[str, Any]:
 @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall", "alltoall_dedup"])
 @pytest.mark.parametrize(("world", "tp", "ep"), [(2, 2, 2), (4, 2, 4)])
 def test_training_is_that_of_one_process(
-    ranks: RankPools, world: int, tp: int, ep: int, dispatcher: str
+    ranks: RankPools, alone: Callable[..., Run], world: int, tp: int, ep: int, dispatcher: str
 ) -> None:
-    moe = {**SHARED, "dispatcher": dispatcher}
-    one_process = assemble(ranks(1).run(train, settings(moe=moe), STEPS))
-    raw = settings(moe=moe, parallel=layout(tp, ep))
-    compare(assemble(ranks(world).run(train, raw, STEPS)), one_process, RELATIVE)
+    raw = short(moe={**SHARED, "dispatcher": dispatcher}, parallel=layout(tp, ep))
+    run = assemble(ranks(world).run(train, raw, STEPS))
+    # On one process nothing travels, whatever the dispatcher.
+    compare(run, alone(short(moe=SHARED)), RELATIVE)
 
 
-def test_vanilla_training_is_that_of_one_process(ranks: RankPools) -> None:
+def test_vanilla_training_is_that_of_one_process(
+    ranks: RankPools, alone: Callable[..., Run]
+) -> None:
     moe = {**VANILLA, "dispatcher": "allgather"}
-    one_process = assemble(ranks(1).run(train, settings(moe=moe), STEPS))
-    raw = settings(moe=moe, parallel=layout(2, 2))
-    compare(assemble(ranks(2).run(train, raw, STEPS)), one_process, RELATIVE)
+    raw = short(moe=moe, parallel=layout(2, 2))
+    run = assemble(ranks(2).run(train, raw, STEPS))
+    compare(run, alone(short(moe=moe)), RELATIVE)
 
 
 @pytest.mark.parametrize("kind", ["moepp", "vanilla"])
@@ -58,9 +60,7 @@ def test_evaluation_reads_its_own_tokens(ranks: RankPools, kind: str) -> None:
     """
     moe = SHARED if kind == "moepp" else VANILLA
     gathered, exchanged = (
-        ranks(4).run(
-            evaluate_layer, settings(moe={**moe, "dispatcher": name}, parallel=layout(2, 4))
-        )
+        ranks(4).run(evaluate_layer, short(moe={**moe, "dispatcher": name}, parallel=layout(2, 4)))
         for name in ("allgather", "alltoall")
     )
     for actual, expected in zip(gathered, exchanged, strict=True):

@@ -15,9 +15,16 @@ import pytest
 
 from tests.parallel.layouts import OPTIMIZER, RECOMPUTE, VANILLA
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, PP2, TP2, SyntheticDataset, begin, short, train
-
-STEPS = 2
+from tests.parallel.training_runs import (
+    EP2,
+    PP2,
+    STEPS,
+    TP2,
+    SyntheticDataset,
+    begin,
+    short,
+    train,
+)
 
 
 def upstream_model(config: Any) -> list[Any]:
@@ -102,27 +109,32 @@ def train_upstream(raw: dict[str, Any]) -> tuple[list[float], list[float]]:
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
-    "one process": (1, {}),
     "dp2 overlapped": (2, {"parallel": OPTIMIZER["overlap both"]}),
     "ep2 allgather": (
         2,
-        {"parallel": {"expert_model_parallel_size": 2}, "moe": {"dispatcher": "allgather"}},
+        {"parallel": EP2, "moe": {"dispatcher": "allgather"}},
     ),
     "ep2 etp2": (
         4,
-        {"parallel": {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}},
+        {
+            "parallel": {**EP2, "expert_tensor_parallel_size": 2},
+            "training": {"micro_batch_size": 1},
+        },
     ),
     "tp2 ep2": (2, {"parallel": TP2 | EP2}),
     "pp2 ep2 bf16": (
         4,
         {
-            "parallel": {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+            "parallel": PP2 | EP2,
             "precision": {"dtype": "bf16"},
+            # Two of them go through the stages.
+            "training": {"micro_batch_size": 1},
         },
     ),
     "pp2 interleaved recompute": (
         2,
         {
+            "model": {"num_layers": 4},
             "parallel": {**PP2, "virtual_pipeline_model_parallel_size": 2},
             "training": RECOMPUTE["uniform"],
         },
@@ -130,8 +142,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "pp2 dense layers tied": (
         2,
         {
-            "parallel": {"pipeline_model_parallel_size": 2},
-            "moe": {"layer_freq": [0, 1, 0, 1]},
+            "parallel": PP2,
+            "moe": {"layer_freq": [0, 1]},
             "model": {"tie_embeddings": True},
         },
     ),
@@ -140,6 +152,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {"moe": {"gate_normalization": "selected", "balance_scope": "sequence"}},
     ),
     "z loss and capacity": (1, {"moe": {"z_loss_coeff": 0.01, "capacity_factor": 1.0}}),
+    # The plainest run but for this.
     "shared expert": (1, {"moe": {"shared_expert_ffn_hidden_size": 16}}),
 }
 

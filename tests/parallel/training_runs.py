@@ -31,6 +31,8 @@ BASE: dict[str, dict[str, Any]] = {
     "optimizer": {"lr": 1.0e-3, "weight_decay": 0.1, "warmup_iters": 2},
     "training": {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2, "seed": 7},
 }
+# Steps of a `short` run.
+STEPS = 2
 
 # What layouts are made of, layers that are all computed again, and the vanilla MoE layer.
 EP2 = {"expert_model_parallel_size": 2}
@@ -56,6 +58,7 @@ class Run:
         routing: Routing metrics of each step.
         gradients: Of the first step: checkpoint name to global gradient, assembled from all ranks.
         divergences: Divergence from the teacher of each step, where there is one.
+        further_losses: Loss of multi-token prediction of each step, where there is one.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -63,6 +66,7 @@ class Run:
     routing: list[dict[str, Any]] = field(default_factory=list)
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     divergences: list[float] = field(default_factory=list)
+    further_losses: list[float] = field(default_factory=list)
 
 
 def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -74,10 +78,18 @@ def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def short(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """As `settings`, for two steps: already the first changes weights, which the second shows."""
-    return settings(
-        **{**sections, "optimizer": {"warmup_iters": 0, **sections.get("optimizer", {})}}
-    )
+    """As `settings`, for two steps of two layers and two micro-batches of two sequences.
+
+    Already the first step changes weights, which the second shows. The first layer has no gating
+    residual, the second has. Who needs more says so: virtual stages and a layer that both takes
+    and hands on logits need more layers, four data-parallel ranks smaller micro-batches.
+    """
+    small: dict[str, dict[str, Any]] = {
+        "model": {"num_layers": 2},
+        "optimizer": {"warmup_iters": 0},
+        "training": {"global_batch_size": 4},
+    }
+    return settings(**{n: small.get(n, {}) | sections.get(n, {}) for n in small | sections})
 
 
 def join(config: Any) -> Any:
@@ -126,6 +138,7 @@ def train(
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import RoutingCollector, mean_loss
     from moepp_megatron.training.distillation import Distillation
+    from moepp_megatron.training.further_tokens import FurtherTokens
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
     from moepp_megatron.training.teacher import TeacherModel
@@ -139,17 +152,20 @@ def train(
         model.optimizer.reload_model_params()
     model.set_training(True)
     collector = RoutingCollector(model, config, layout)
+    further = FurtherTokens(model, config.model.mtp_num_layers)
     pieces = _capture_gradients(model)
     batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(model.chunks))
     run = Run()
     for _ in range(steps):
         collector.reset()
+        further.reset()
         result = training_step(model, batches, config, layout, distillation=distillation)
         if distillation is not None:
             run.divergences.append(distillation.mean)
         run.losses.append(mean_loss(result.losses))
         run.grad_norms.append(result.grad_norm)
         run.routing.append(collector.collect())
+        run.further_losses.extend(further.metrics().values())
     return run, pieces
 
 
@@ -159,6 +175,7 @@ def assemble(results: list[tuple[Run, list[Any]]]) -> Run:
     for rank, (run, _) in enumerate(results):
         assert run.losses == first.losses, f"rank {rank} logs other losses than rank 0"
         assert run.grad_norms == first.grad_norms, f"rank {rank} has another gradient norm"
+        assert run.further_losses == first.further_losses, f"rank {rank}, further tokens"
     for _, pieces in results:
         for key, shape, offset, values in pieces:
             whole = first.gradients.setdefault(key, np.full(shape, np.nan, dtype=np.float32))
@@ -174,7 +191,7 @@ class Difference:
     """How far one run is from another.
 
     Attributes:
-        loss: Largest relative difference of a step's language-model loss.
+        loss: Largest relative difference of a step's loss, of the next token and of further ones.
         grad_norm: The same of the gradient norm.
         gradient: Largest difference of an element of a gradient, relative to the largest element
             of its parameter's gradient.
@@ -205,7 +222,9 @@ def difference(run: Run, reference: Run) -> Difference:
     steps = list(zip(run.routing, reference.routing, strict=True))
     losses = [name for name in ("balance_loss", "z_loss") if name in reference.routing[0]]
     return Difference(
-        loss=_relative(run.losses, reference.losses),
+        loss=_relative(
+            run.losses + run.further_losses, reference.losses + reference.further_losses
+        ),
         grad_norm=_relative(run.grad_norms, reference.grad_norms),
         gradient=gradients[parameter],
         parameter=parameter,
