@@ -74,10 +74,18 @@ def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def short(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """As `settings`, for two steps: already the first changes weights, which the second shows."""
-    return settings(
-        **{**sections, "optimizer": {"warmup_iters": 0, **sections.get("optimizer", {})}}
-    )
+    """As `settings`, for two steps of two layers and two micro-batches of two sequences.
+
+    Already the first step changes weights, which the second shows. The first layer has no gating
+    residual, the second has. Who needs more says so: virtual stages and a layer that both takes
+    and hands on logits need more layers, four data-parallel ranks smaller micro-batches.
+    """
+    small: dict[str, dict[str, Any]] = {
+        "model": {"num_layers": 2},
+        "optimizer": {"warmup_iters": 0},
+        "training": {"global_batch_size": 4},
+    }
+    return settings(**{n: small.get(n, {}) | sections.get(n, {}) for n in small | sections})
 
 
 def join(config: Any) -> Any:
