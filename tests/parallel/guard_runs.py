@@ -20,7 +20,7 @@ BATCH = 8
 # Of a data set: more than the longest run takes. Frequencies of tokens are counted over all.
 BATCHES = 80
 # The batch from which on some data sets are other data.
-NEW_FROM = 12
+NEW_FROM = 24
 
 
 @dataclass(frozen=True)

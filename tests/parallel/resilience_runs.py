@@ -123,7 +123,7 @@ def trainer_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict
         **sections.pop("training", {}),
     }
     # Nobody looks at what these measure.
-    observe = {"token_groups": False, "health_interval": 0, **sections.pop("observe", {})}
+    observe = {"token_groups": False, **sections.pop("observe", {})}
     telemetry = sections.pop("telemetry", {"interval_s": 0.0})
     raw = settings(training=training, observe=observe, telemetry=telemetry, **sections)
     raw["model"]["num_layers"] = 2

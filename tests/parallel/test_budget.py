@@ -140,7 +140,7 @@ def test_bias_holds_the_budget_through_a_shift_of_the_data(
     moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": target, **budget}}
     training = {"train_iters": steps, "global_batch_size": BATCH, "micro_batch_size": BATCH}
     optimizer = {"lr": 3e-3, "decay_style": "constant"}
-    raw = settings(moe=moe, training=training, optimizer=optimizer, model={"num_layers": 2})
+    raw = settings(moe=moe, training=training, optimizer=optimizer)
     shift = steps * 3 // 5
     (run,) = ranks(1).run(train, raw, steps, shift * BATCH)
     taken = run.taken
@@ -187,6 +187,7 @@ def test_a_run_begun_without_a_bias_goes_on_with_one(
             tmp_path / name,
             moe={"num_ffn_experts": 8, "budget": {"target_ffn_per_token": 0.8, **budget}},
             training={"train_iters": steps, **WHOLE},
+            optimizer={"warmup_iters": 0},
             checkpoint=checkpoint,
         )
         ranks(1).run(run_trainer, raw)

@@ -111,7 +111,7 @@ def test_without_the_guard_the_fault_is_fatal(ranks: RankPools, tmp_path: Path) 
 # The losses of this data set fall by learning, so that other texts are a spike.
 LEARNS: Sections = {
     "optimizer": {"lr": 1.0e-2, "decay_style": "constant"},
-    "checkpoint": {"load": "auto", "save_interval": 100},
+    "checkpoint": {"load": "auto"},
 }
 OTHER_TEXTS = {"data": "other texts", "corpus": "prose"}
 # World size and configuration of a run in a folder of its own.
@@ -201,7 +201,7 @@ def test_another_corpus_is_announced(ranks: RankPools, goes_on: Continued) -> No
     """Resumed with it no batch is refused; with the same one nothing is said."""
     _, raw = goes_on("one rank")
     folder = Path(raw["run"]["dir"])
-    raw["training"]["train_iters"] = NEW_FROM
+    raw["checkpoint"]["save_interval"] = raw["training"]["train_iters"] = NEW_FROM
     ranks(1).run(run_trainer, raw, **OTHER_TEXTS)
     assert _told(folder) == []
     raw["training"]["train_iters"] = NEW_FROM + 2

@@ -22,6 +22,7 @@ def test_telemetry_stands_beside_every_step(ranks: RankPools, tmp_path: Path) ->
         tmp_path,
         parallel={"expert_model_parallel_size": 2},
         training={"train_iters": 2, "global_batch_size": 4, "micro_batch_size": 1},
+        optimizer={"warmup_iters": 0},
         telemetry={"interval_s": 1.0, "hardware": str(card)},
     )
     ranks(2).run(run_trainer, raw)
@@ -45,6 +46,7 @@ def test_telemetry_can_be_off(ranks: RankPools, tmp_path: Path) -> None:
     raw = trainer_settings(
         tmp_path,
         training={"train_iters": 2, "global_batch_size": 2, "micro_batch_size": 1},
+        optimizer={"warmup_iters": 0},
         telemetry={"interval_s": 0.0},
     )
     ranks(2).run(run_trainer, raw)
