@@ -140,7 +140,7 @@ def test_bias_holds_the_budget_through_a_shift_of_the_data(
     moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": target, **budget}}
     training = {"train_iters": steps, "global_batch_size": BATCH, "micro_batch_size": BATCH}
     optimizer = {"lr": 3e-3, "decay_style": "constant"}
-    raw = settings(moe=moe, training=training, optimizer=optimizer)
+    raw = settings(moe=moe, training=training, optimizer=optimizer, model={"num_layers": 4})
     shift = steps * 3 // 5
     (run,) = ranks(1).run(train, raw, steps, shift * BATCH)
     taken = run.taken

@@ -19,7 +19,7 @@ def printed_by_trainer(raw: dict[str, Any]) -> list[str]:
 
 
 def test_every_third_step_and_the_last(ranks: RankPools, corpus: Path, tmp_path: Path) -> None:
-    training = {"train_iters": 7, "log_interval": 3, "micro_batch_size": 8}
+    training = {"train_iters": 7, "log_interval": 3, "global_batch_size": 4}
     raw = trainer_settings(corpus, tmp_path / "run", training=training)
     (lines,) = ranks(1).run(printed_by_trainer, raw)
     steps = [line.split(" | ")[0] for line in lines if line.startswith("step ")]

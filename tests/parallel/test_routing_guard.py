@@ -351,10 +351,17 @@ def test_a_dry_run_changes_no_bit(ranks: RankPools, tmp_path: Path) -> None:
         {"name": "force", "metric": "loss", "above": 0.1, "action": "force_ffn"},
         {"name": "back", "metric": "max_expert_share", "above": 0.2, "action": "rollback"},
     )
-    common: dict[str, Any] = {"checkpoint": {"save_interval": 2}, "layout": "dp2"}
-    off = train(ranks, tmp_path / "off", 8, (COLLAPSE,), **common)
-    dry_guard = guard(*rules, dry_run=True)
-    dry = train(ranks, tmp_path / "dry", 8, (COLLAPSE,), routing_guard=dry_guard, **common)
+    off = train(ranks, tmp_path / "off", 8, (COLLAPSE,), layout="dp2")
+    dry = train(
+        ranks,
+        tmp_path / "dry",
+        8,
+        (COLLAPSE,),
+        layout="dp2",
+        routing_guard=guard(*rules, dry_run=True),
+        # Were it to go back, there would be something to go back to.
+        checkpoint={"save_interval": 2},
+    )
     assert dry.losses == off.losses
     assert dry.weights == off.weights
     alerts = told(tmp_path / "dry")
@@ -368,7 +375,7 @@ def test_a_dry_run_changes_no_bit(ranks: RankPools, tmp_path: Path) -> None:
     assert off.decisions == []
     # The same rules do act where they may.
     acting = guard(*rules[:3])
-    on = train(ranks, tmp_path / "on", 8, (COLLAPSE,), routing_guard=acting, **common)
+    on = train(ranks, tmp_path / "on", 8, (COLLAPSE,), routing_guard=acting, layout="dp2")
     assert on.losses != off.losses
     assert [d for d in on.decisions if d[3] == "safe_mode"][:2] == CAUGHT
 
