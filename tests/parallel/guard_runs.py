@@ -6,6 +6,7 @@ fault would leave them; nothing in the package knows of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 from unittest import mock
 
 from tests.parallel.resilience_runs import Without
-from tests.parallel.training_runs import SyntheticDataset, settings
+from tests.parallel.training_runs import SyntheticDataset, begin, settings
 
 BATCH = 8
 # Of a data set: more than the longest run takes. Frequencies of tokens are counted over all.
 BATCHES = 80
+# The batch from which on some data sets are other data.
+NEW_FROM = 24
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,9 @@ def guard_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[s
     defaults = {"global_batch_size": BATCH, "micro_batch_size": 4, "seed": 7, "eval_iters": 0}
     raw["training"] = {**defaults, **sections.get("training", {})}
     raw.setdefault("resilience", {"guard": False, "divergence_interval": 5})
+    # Nobody looks at what this measures.
+    raw.setdefault("telemetry", {"interval_s": 0.0})
+    raw["observe"] = {"token_groups": False, **sections.get("observe", {})}
     return raw
 
 
@@ -85,6 +91,7 @@ def run(
     faults: tuple[Fault, ...] = (),
     without: tuple[int, ...] = (),
     data: str = "cycle",
+    copies_every: int = 10,
 ) -> Found:
     """Train as `moepp train` does, on synthetic data, with faults.
 
@@ -93,25 +100,26 @@ def run(
         faults: What goes wrong.
         without: Global batches that the data set does not have.
         data: A key of `DATA`.
+        copies_every: Steps between copies of the routers; by default as in the package.
     """
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
+    from moepp_megatron.observe.sinks import VIEWS
     from moepp_megatron.training import trainer as module
+    from moepp_megatron.training.guard import router_copies
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     dataset = Without(DATA[data](config, BATCHES), without)
     with (
         mock.patch.dict(module.DATASETS, gpt=lambda *_: (dataset, dataset, None)),
         mock.patch.object(module.Tokenizer, "load", return_value=None),
+        mock.patch.object(router_copies, "_INTERVAL", copies_every),
+        mock.patch.dict(VIEWS),
     ):
+        # No test that runs this looks at TensorBoard.
+        del VIEWS["TensorBoard output"]
         trainer = module.Trainer(config, layout)
-    found = Found()
-    _watch(trainer, found, faults)
-    trainer.run()
+        found = Found()
+        _watch(trainer, found, faults)
+        trainer.run()
     found.weights = checksum_of(p for model in trainer.model.models for p in model.parameters())
     return found
 
@@ -240,48 +248,54 @@ class CycleDataset(SyntheticDataset):
     """Each token decides the next but for some noise, so there is something to learn."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        import torch
-
-        sample = super().__getitem__(index)
         model = self._config.model
-        generator = torch.Generator().manual_seed(index)
-        noise = torch.rand(model.seq_length + 1, generator=generator) < 0.1
-        tokens = torch.empty(model.seq_length + 1, dtype=torch.long)
-        token = int(torch.randint(model.vocab_size, (1,), generator=generator))
-        jumps = torch.randint(model.vocab_size, (model.seq_length + 1,), generator=generator)
-        for place in range(model.seq_length + 1):
-            token = int(jumps[place]) if noise[place] else (token * 5 + 3) % model.vocab_size
-            tokens[place] = token
-        return sample | {"tokens": tokens[:-1], "labels": tokens[1:]}
+        tokens = _cycle(index, model.seq_length, model.vocab_size)
+        return super().__getitem__(index) | {"tokens": tokens[:-1], "labels": tokens[1:]}
+
+
+@functools.cache
+def _cycle(index: int, length: int, vocab_size: int) -> Any:
+    """[length + 1] tokens; a rank makes each sequence once in its life."""
+    import torch
+
+    generator = torch.Generator().manual_seed(index)
+    noise = torch.rand(length + 1, generator=generator) < 0.1
+    token = int(torch.randint(vocab_size, (1,), generator=generator))
+    jumps = torch.randint(vocab_size, (length + 1,), generator=generator)
+    tokens = []
+    for is_noise, jump in zip(noise.tolist(), jumps.tolist(), strict=True):
+        token = jump if is_noise else (token * 5 + 3) % vocab_size
+        tokens.append(token)
+    return torch.tensor(tokens)
 
 
 class BrokenSourceDataset(SyntheticDataset):
-    """From batch 56 on nothing but four token ids comes."""
+    """From batch 44 on nothing but four token ids comes."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = super().__getitem__(index)
-        if index >= 56 * self._config.training.global_batch_size:
+        if index >= 44 * self._config.training.global_batch_size:
             sample |= {name: sample[name] % 4 for name in ("tokens", "labels")}
         return sample
 
 
 class OtherTextsDataset(CycleDataset):
-    """From batch 24 on each token decides the next by another rule, and only some ids come."""
+    """From `NEW_FROM` on each token decides the next by another rule, and only some ids come."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = super().__getitem__(index)
-        if index >= 24 * self._config.training.global_batch_size:
+        if index >= NEW_FROM * self._config.training.global_batch_size:
             tokens = sample["tokens"] // 8
             sample |= {"tokens": tokens, "labels": 63 - tokens}
         return sample
 
 
 class OtherTargetsDataset(CycleDataset):
-    """From batch 24 on the same texts have other labels."""
+    """From `NEW_FROM` on the same texts have other labels."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = super().__getitem__(index)
-        if index >= 24 * self._config.training.global_batch_size:
+        if index >= NEW_FROM * self._config.training.global_batch_size:
             sample["labels"] = (sample["labels"] + 17) % self._config.model.vocab_size
         return sample
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.parallel.training_runs import SyntheticDataset, begin
+import pytest
+
+from tests.parallel.training_runs import SyntheticDataset, begin, settings
 
 BATCH = 8
 
@@ -58,12 +61,16 @@ def run_trainer(
     """
     import torch.distributed as dist
 
+    from moepp_megatron.observe.sinks import VIEWS
     from moepp_megatron.training import data_stages
     from moepp_megatron.training import trainer as module
 
     config, layout = begin(raw)
     dataset = Without(_dataset(config, data), without)
     with ExitStack() as stack:
+        # No test that runs this looks at TensorBoard.
+        stack.enter_context(mock.patch.dict(VIEWS))
+        del VIEWS["TensorBoard output"]
         stack.enter_context(mock.patch.dict(module.DATASETS, gpt=lambda *_: (dataset, None, None)))
         stack.enter_context(mock.patch.object(data_stages, "corpus_identity", return_value=corpus))
         stack.enter_context(mock.patch.object(module.Tokenizer, "load", return_value=None))
@@ -81,6 +88,23 @@ def run_trainer(
     return trainer.pause_reason
 
 
+def why_it_fails(*args: Any, **named: Any) -> str:
+    """Message of the numerical guard that ends `run_trainer` on this rank."""
+    from moepp_megatron.training.resilience.numerical_guard import NumericalFailureError
+
+    with pytest.raises(NumericalFailureError) as caught:
+        run_trainer(*args, **named)
+    return str(caught.value)
+
+
+def copy_as_of(step: int, run: Path, folder: Path) -> None:
+    """Copy a run's folder as if the run had been killed behind the checkpoint of this step."""
+    shutil.copytree(run, folder)
+    for checkpoint in (folder / "checkpoints").glob("step_*"):
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)
+
+
 def _dataset(config: Any, data: str | None) -> Any:
     from tests.parallel.guard_runs import DATA
 
@@ -89,13 +113,19 @@ def _dataset(config: Any, data: str | None) -> Any:
 
 def trainer_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A configuration for `run_trainer` whose files go to `folder`."""
-    from tests.parallel.training_runs import settings
-
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_text("{}")
-    training = {"micro_batch_size": 4, "eval_iters": 0, **sections.pop("training", {})}
-    raw = settings(training=training, **sections)
+    training = {
+        "global_batch_size": BATCH,
+        "micro_batch_size": 4,
+        "eval_iters": 0,
+        **sections.pop("training", {}),
+    }
+    # Nobody looks at what these measure.
+    observe = {"token_groups": False, **sections.pop("observe", {})}
+    telemetry = sections.pop("telemetry", {"interval_s": 0.0})
+    raw = settings(training=training, observe=observe, telemetry=telemetry, **sections)
     raw["model"]["num_layers"] = 2
     raw["run"] = {"dir": str(folder)}
     raw["data"] = {"path": str(folder), "tokenizer": str(tokenizer)}

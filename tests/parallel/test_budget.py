@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,16 @@ import torch
 
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import SyntheticDataset, begin, begin_training, settings
+from tests.parallel.resilience_runs import copy_as_of
+from tests.parallel.training_runs import (
+    EP2,
+    PP2,
+    SyntheticDataset,
+    begin,
+    begin_training,
+    settings,
+    short,
+)
 
 BATCH = 32
 
@@ -34,8 +44,28 @@ class ShiftedDataset(SyntheticDataset):
         return sample
 
 
-def train(raw: dict[str, Any], steps: int, shift: int) -> tuple[list[float], list[float], Any]:
-    """FFN experts per token and loss of each step, and the controller's last state."""
+@dataclass
+class Run:
+    """What one rank saw.
+
+    Attributes:
+        taken: FFN experts per token of each step.
+        losses: Of each step.
+        recorded: Tau in the record of each step.
+        was_set: Mean tau of this rank's layers in each step's forward passes.
+        state: The controller's last.
+    """
+
+    taken: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    recorded: list[float] = field(default_factory=list)
+    was_set: list[float] = field(default_factory=list)
+    state: Any = None
+
+
+def train(raw: dict[str, Any], steps: int, shift: int) -> Run:
+    """Train with a budget on data that change with sample `shift`."""
+    from moepp_megatron.moe.layer import moepp_layers
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.budget import BudgetControl
     from moepp_megatron.training.collect import RoutingCollector, mean_loss
@@ -45,75 +75,53 @@ def train(raw: dict[str, Any], steps: int, shift: int) -> tuple[list[float], lis
     routing = RoutingCollector(model, config, layout)
     budget = BudgetControl(config, model, routing, None)
     batches = rank_batches(ShiftedDataset(config, steps, shift), 0, config, len(model.chunks))
-    taken, losses = [], []
+    layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
+    run = Run()
     for step in range(1, steps + 1):
         routing.reset()
         budget.begin_step(step)
         result = training_step(model, batches, config, layout)
-        budget.end_step(step)
-        taken.append(float(routing.collect()["ffn_per_token"]))
-        losses.append(mean_loss(result.losses))
-    return taken, losses, budget.state()
-
-
-def recorded_and_set_taus(raw: dict[str, Any], steps: int) -> list[tuple[float, float]]:
-    """Of each step: tau in its record, and the mean tau of its forward passes."""
-    from moepp_megatron.moe.layer import moepp_layers
-    from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.budget import BudgetControl
-    from moepp_megatron.training.collect import RoutingCollector
-    from moepp_megatron.training.step import training_step
-
-    config, layout, model = begin_training(raw)
-    routing = RoutingCollector(model, config, layout)
-    budget = BudgetControl(config, model, routing, None)
-    batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(model.chunks))
-    layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
-    pairs = []
-    for step in range(1, steps + 1):
-        routing.reset()
-        budget.begin_step(step)
-        training_step(model, batches, config, layout)
         # The last expert is a zero-computation expert.
         taus = [layer.router.balance_weights[-1].item() for layer in layers]
         budget.end_step(step)
-        pairs.append((budget.metrics(step)["tau"], sum(taus) / len(taus)))
-    return pairs
+        run.was_set.append(sum(taus) / len(taus))
+        run.recorded.append(budget.metrics(step)["tau"])
+        run.taken.append(float(routing.collect()["ffn_per_token"]))
+        run.losses.append(mean_loss(result.losses))
+    run.state = budget.state()
+    return run
 
 
-CONTROLLED = {
-    "tau": {"budget": {"target_ffn_per_token": 0.8, "controller": "tau", "gain": 3.0}},
-    "gain": {"budget": {"target_ffn_per_token": 0.8, "controller": "bias", "gain": 0.2}},
-    "default": {"budget": {"target_ffn_per_token": 0.8}},
+CONTROLLED: dict[str, dict[str, Any]] = {
+    "tau": {"target_ffn_per_token": 0.8, "controller": "tau", "gain": 3.0},
+    "gain": {"target_ffn_per_token": 0.8, "controller": "bias", "gain": 0.2},
+    "default": {"target_ffn_per_token": 0.8},
 }
-
-
-@pytest.mark.parametrize("controller", list(CONTROLLED))
-def test_state_and_losses_are_those_of_one_process(ranks: RankPools, controller: str) -> None:
-    moe = {"num_ffn_experts": 8, **CONTROLLED[controller]}
-    ((taken, losses, state),) = ranks(1).run(train, settings(moe=moe), 6, 24)
-    # Only the layout that spreads layers, experts and tokens over ranks at once.
-    parallel = {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2}
-    results = ranks(4).run(train, settings(moe=moe, parallel=parallel), 6, 24)
-    for other_taken, other_losses, other_state in results:
-        # fp32 sums in another order; no selection changes in six steps.
-        assert other_losses == pytest.approx(losses, rel=1e-5)
-        assert other_taken == taken
-        assert other_state == state, "every rank knows every layer's state"
 
 
 RAMP = {"target_ffn_per_token": 0.8, "start_ffn_per_token": 1.6, "ramp_steps": 4}
 
 
 @pytest.mark.parametrize("controller", ["none", *CONTROLLED])
-def test_the_record_holds_the_tau_of_the_step(ranks: RankPools, controller: str) -> None:
-    moe = {"num_ffn_experts": 8, **CONTROLLED.get(controller, {"budget": {}})}
-    moe["budget"] = moe["budget"] | RAMP
-    (pairs,) = ranks(1).run(recorded_and_set_taus, settings(moe=moe), 6)
-    recorded, was_set = zip(*pairs, strict=True)
+def test_state_and_losses_are_those_of_one_process(ranks: RankPools, controller: str) -> None:
+    """While the target moves, and the data change in the middle; the record holds each step's tau.
+
+    Only the layout that spreads layers, experts and tokens over ranks at once.
+    """
+    budget = CONTROLLED.get(controller, {"controller": "none"}) | RAMP
+    sections = {"moe": {"num_ffn_experts": 8, "budget": budget}}
+    (one,) = ranks(1).run(train, short(**sections), 6, 12)
     # The weights hold tau in fp32.
-    assert recorded == pytest.approx(was_set, rel=1e-6)
-    assert len(set(recorded)) >= 5, "nothing moves tau here"
+    assert one.recorded == pytest.approx(one.was_set, rel=1e-6)
+    assert len(set(one.recorded)) >= 5, "nothing moves tau here"
+    if controller == "none":
+        return
+    for other in ranks(4).run(train, short(**sections, parallel=PP2 | EP2), 6, 12):
+        # fp32 sums in another order; no selection changes in six steps.
+        assert other.losses == pytest.approx(one.losses, rel=1e-5)
+        assert other.taken == one.taken
+        assert other.state == one.state, "every rank knows every layer's state"
+        assert other.recorded == one.recorded
 
 
 @pytest.mark.parametrize(
@@ -132,9 +140,10 @@ def test_bias_holds_the_budget_through_a_shift_of_the_data(
     moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": target, **budget}}
     training = {"train_iters": steps, "global_batch_size": BATCH, "micro_batch_size": BATCH}
     optimizer = {"lr": 3e-3, "decay_style": "constant"}
-    raw = settings(moe=moe, training=training, optimizer=optimizer)
+    raw = settings(moe=moe, training=training, optimizer=optimizer, model={"num_layers": 4})
     shift = steps * 3 // 5
-    ((taken, _, _),) = ranks(1).run(train, raw, steps, shift * BATCH)
+    (run,) = ranks(1).run(train, raw, steps, shift * BATCH)
+    taken = run.taken
 
     def mean(begin: int, end: int) -> float:
         return sum(taken[begin:end]) / (end - begin)
@@ -145,46 +154,48 @@ def test_bias_holds_the_budget_through_a_shift_of_the_data(
     assert mean(steps * 7 // 10, steps) == pytest.approx(target, rel=tolerance)
 
 
+# Two micro-batches of half the batch show nothing more here.
+WHOLE = {"global_batch_size": 8, "micro_batch_size": 8}
+
+
 @pytest.mark.parametrize("controller", list(CONTROLLED))
-def test_five_and_five_steps_are_ten(
+def test_two_and_two_steps_are_four(
     ranks: RankPools, corpus: Path, tmp_path: Path, controller: str
 ) -> None:
-    common = {"moe": {"num_ffn_experts": 8, **CONTROLLED[controller]}}
-    checkpoint = {"save_interval": 5, "async_save": True, "load": "auto"}
-
-    def run(name: str, steps: int, **sections: Any) -> None:
-        sections |= {"training": {"train_iters": steps}, "optimizer": {"decay_iters": 10}}
-        raw = trainer_settings(corpus, tmp_path / name, **common, **sections)
+    moe = {"num_ffn_experts": 8, "budget": CONTROLLED[controller]}
+    checkpoint = {"save_interval": 2, "async_save": True, "load": "auto"}
+    training = {"train_iters": 4, **WHOLE}
+    for name in ("whole", "parts"):
+        sections = {"moe": moe, "training": training, "checkpoint": checkpoint}
+        raw = trainer_settings(corpus, tmp_path / name, **sections)
         ranks(1).run(run_trainer, raw)
-
-    run("whole", 10)
-    run("parts", 5, checkpoint=checkpoint)
-    run("parts", 10, checkpoint=checkpoint)
+        if name == "whole":
+            copy_as_of(2, tmp_path / "whole", tmp_path / "parts")
     for name in ("loss", "ffn_per_token", "ffn_target", "tau"):
         assert logged(tmp_path / "parts", name) == logged(tmp_path / "whole", name)
-    assert logged(tmp_path / "parts", "ffn_target") == [0.8 / 2] * 10
+    assert logged(tmp_path / "parts", "ffn_target") == [0.8 / 2] * 4
 
 
-@pytest.mark.parametrize("changed", ["resumed", "weights"])
 def test_a_run_begun_without_a_bias_goes_on_with_one(
-    ranks: RankPools, corpus: Path, tmp_path: Path, changed: str
+    ranks: RankPools, corpus: Path, tmp_path: Path
 ) -> None:
-    old = {"target_ffn_per_token": 0.8, "controller": "none"}
-    common: dict[str, Any] = {"training": {"train_iters": 3}, "checkpoint": {"save_interval": 3}}
-    moe = {"num_ffn_experts": 8, "budget": old}
-    ranks(1).run(run_trainer, trainer_settings(corpus, tmp_path / "old", moe=moe, **common))
-    new = trainer_settings(
-        corpus,
-        tmp_path / ("old" if changed == "resumed" else "new"),
-        moe={"num_ffn_experts": 8, "budget": {"target_ffn_per_token": 0.8}},
-        training={"train_iters": 6},
-        checkpoint={
-            "load": "auto" if changed == "resumed" else str(tmp_path / "old"),
-            "load_optimizer": changed == "resumed",
-        },
-    )
-    ranks(1).run(run_trainer, new)
-    assert len(logged(Path(new["run"]["dir"]))) == 6
+    """Another run from its weights, and then the run itself."""
+
+    def run(name: str, steps: int, budget: dict[str, Any], **checkpoint: Any) -> int:
+        raw = trainer_settings(
+            corpus,
+            tmp_path / name,
+            moe={"num_ffn_experts": 8, "budget": {"target_ffn_per_token": 0.8, **budget}},
+            training={"train_iters": steps, **WHOLE},
+            optimizer={"warmup_iters": 0},
+            checkpoint=checkpoint,
+        )
+        ranks(1).run(run_trainer, raw)
+        return len(logged(tmp_path / name))
+
+    run("old", 1, {"controller": "none"}, save_interval=1)
+    assert run("new", 2, {}, load=str(tmp_path / "old"), load_optimizer=False) == 2
+    assert run("old", 2, {}, load="auto") == 2
 
 
 def missing_target(raw: dict[str, Any], steps: int, resumed_at: int) -> list[tuple[int, str]]:
@@ -223,7 +234,7 @@ def test_a_target_that_is_missed_is_told_once(
     ranks: RankPools, budget: dict[str, Any], remedy: str
 ) -> None:
     moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": 0.8, **budget}}
-    ((alert, *others),) = ranks(1).run(missing_target, settings(moe=moe), 250, 60)
+    ((alert, *others),) = ranks(1).run(missing_target, short(moe=moe), 250, 60)
     assert others == []
     # The share is 67% too large at once; its average over 20 steps is 10% too large after four.
     assert alert[0] == 103
@@ -236,4 +247,4 @@ def test_a_target_that_is_met_or_on_its_way_is_not_told(ranks: RankPools) -> Non
     ramp = {"target_ffn_per_token": 0.8, "controller": "none", "start_ffn_per_token": 1.0}
     for budget in (met, ramp | {"ramp_begin": 250}):
         moe = {"num_ffn_experts": 8, "budget": budget}
-        assert ranks(1).run(missing_target, settings(moe=moe), 250, 60) == [[]]
+        assert ranks(1).run(missing_target, short(moe=moe), 250, 60) == [[]]

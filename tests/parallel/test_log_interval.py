@@ -18,10 +18,10 @@ def printed_by_trainer(raw: dict[str, Any]) -> list[str]:
     return out.getvalue().splitlines()
 
 
-def test_every_fifth_step_and_the_last(ranks: RankPools, corpus: Path, tmp_path: Path) -> None:
-    training = {"train_iters": 12, "log_interval": 5}
+def test_every_third_step_and_the_last(ranks: RankPools, corpus: Path, tmp_path: Path) -> None:
+    training = {"train_iters": 7, "log_interval": 3, "global_batch_size": 4}
     raw = trainer_settings(corpus, tmp_path / "run", training=training)
     (lines,) = ranks(1).run(printed_by_trainer, raw)
     steps = [line.split(" | ")[0] for line in lines if line.startswith("step ")]
-    assert steps == ["step 5/12", "step 10/12", "step 12/12"]
-    assert logged(tmp_path / "run", "step") == [5, 10, 12]
+    assert steps == ["step 3/7", "step 6/7", "step 7/7"]
+    assert logged(tmp_path / "run", "step") == [3, 6, 7]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,17 +18,17 @@ from tests.parallel.training_runs import (
     FULL,
     PP2,
     TP2,
+    Run,
     assemble,
     compare,
     difference,
-    settings,
+    short,
     train,
 )
 
 STEPS = 2
 # fp32 sums in another order: a few units in the last place (6e-8) of the largest summand.
 RELATIVE = 1e-5
-MODEL = {"seq_length": 16}
 
 
 def pad_some(models: list[Any]) -> None:
@@ -44,40 +46,51 @@ def _with_mask(function: Any) -> Any:
     return inner
 
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "dp2 ep2": (2, EP2, {}),
-    "dp2 ep2 dedup": (2, EP2, {"dispatcher": "alltoall_dedup"}),
-    "tp2 ep2": (2, TP2 | EP2, {"shared_expert_ffn_hidden_size": 16}),
-    "tp2 ep2 allgather": (
-        2,
-        TP2 | EP2,
-        {"dispatcher": "allgather", "shared_expert_ffn_hidden_size": 16},
-    ),
-    "cp2 capacity": (2, CP2, {"capacity_factor": 1.0}),
-    "cp2 tp2 sequence": (4, CP2 | TP2, {"balance_scope": "sequence", "capacity_factor": 0.8}),
-    "pp2 tp2": (4, PP2 | TP2, {"z_loss_coeff": 1e-2}),
+SHARED = {"shared_expert_ffn_hidden_size": 16}
+# World size, layout, and settings of the layer: its own, and those of one process too.
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "dp2 ep2": (2, EP2, {}, {}),
+    "dp2 ep2 dedup": (2, EP2, {"dispatcher": "alltoall_dedup"}, {}),
+    "tp2 ep2": (2, TP2 | EP2, {}, SHARED),
+    "tp2 ep2 allgather": (2, TP2 | EP2, {"dispatcher": "allgather"}, SHARED),
+    "cp2 capacity": (2, CP2, {}, {"capacity_factor": 1.0}),
+    "cp2 tp2 sequence": (4, CP2 | TP2, {}, {"balance_scope": "sequence", "capacity_factor": 0.8}),
+    "pp2 tp2": (4, PP2 | TP2, {}, {"z_loss_coeff": 1e-2}),
 }
+MOE = {"num_ffn_experts": 8, "z_loss_coeff": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPools) -> Callable[..., Run]:
+    """By the settings of its MoE layers, a padded run."""
+
+    @functools.cache
+    def run(**moe: Any) -> Run:
+        return assemble(ranks(1).run(train, short(moe=MOE | moe), STEPS, pad_some))
+
+    return run
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_training_equals_one_process(ranks: RankPools, name: str) -> None:
-    world, parallel, moe = LAYOUTS[name]
-    moe = {"num_ffn_experts": 8, "z_loss_coeff": 1e-3, **moe}
-    one_process = assemble(ranks(1).run(train, settings(moe=moe), STEPS, pad_some))
-    raw = settings(moe=moe, parallel=parallel)
-    compare(assemble(ranks(world).run(train, raw, STEPS, pad_some)), one_process, RELATIVE)
+def test_training_equals_one_process(
+    ranks: RankPools, one_process: Callable[..., Run], name: str
+) -> None:
+    world, parallel, own, moe = LAYOUTS[name]
+    raw = short(moe=MOE | moe | own, parallel=parallel)
+    found = assemble(ranks(world).run(train, raw, STEPS, pad_some))
+    compare(found, one_process(**moe), RELATIVE)
     if name == "dp2 ep2":
-        without = assemble(ranks(1).run(train, settings(moe=moe), STEPS))
-        assert without.losses != one_process.losses
+        without = assemble(ranks(1).run(train, short(moe=MOE), STEPS))
+        assert without.losses != one_process().losses
 
 
 def test_global_balance_equals_one_process_with_the_same_batches(ranks: RankPools) -> None:
     """One process whose micro-batches are as large as those of all data-parallel ranks."""
     moe = {"num_ffn_experts": 8, "balance_scope": "global"}
-    raw = settings(moe=moe, training={"micro_batch_size": 4})
-    one_process = assemble(ranks(1).run(train, raw, STEPS, pad_some))
-    raw = settings(moe=moe, parallel=EP2)
-    found = difference(assemble(ranks(2).run(train, raw, STEPS, pad_some)), one_process)
+    raw = short(moe=moe, training={"micro_batch_size": 2})
+    one = assemble(ranks(1).run(train, raw, STEPS, pad_some))
+    raw = short(moe=moe, parallel=EP2, training={"micro_batch_size": 1})
+    found = difference(assemble(ranks(2).run(train, raw, STEPS, pad_some)), one)
     # The balance losses themselves are means over other micro-batches.
     assert max(found.loss, found.grad_norm, found.gradient) <= RELATIVE, found
     assert found.selections < 1e-12, found
@@ -98,12 +111,11 @@ HYBRID_LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("layout", HYBRID_LAYOUTS)
 def test_hybrid_model_equals_gpt_model(ranks: RankPools, layout: str) -> None:
     world, parallel, training = HYBRID_LAYOUTS[layout]
-    moe = {"num_ffn_experts": 8, "z_loss_coeff": 1e-3}
     gpt, hybrid = (
         assemble(
             ranks(world).run(
                 train,
-                settings(moe=moe, parallel=parallel, training=training, model=model),
+                short(moe=MOE, parallel=parallel, training=training, model=model),
                 STEPS,
                 pad_some,
             )
@@ -155,7 +167,7 @@ def test_hybrid_model_is_as_without_the_padded_tokens(
     ranks: RankPools, training: dict[str, Any]
 ) -> None:
     moe = {"num_ffn_experts": 8, "balance_coeff": 0.1, "z_loss_coeff": 0.1, "capacity_factor": 1.0}
-    raw = settings(moe=moe, training=training, model=HYBRID)
+    raw = short(moe=moe, training=training, model=HYBRID)
     padded, without = (
         ranks(1).run(losses_and_gradients, raw, is_padded)[0] for is_padded in (True, False)
     )

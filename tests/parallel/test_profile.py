@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,28 @@ from moepp_megatron.workbench.profiling.document import document
 from moepp_megatron.workbench.profiling.measures.purpose import Place, place_of
 from tests.parallel import forced_routing
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, SyntheticDataset, begin, settings
+from tests.parallel.training_runs import (
+    EP2,
+    FULL,
+    PP2,
+    TP2,
+    VANILLA,
+    SyntheticDataset,
+    begin,
+    short,
+)
 
 pytestmark = pytest.mark.parallel
 
-STEPS = [2, 3]
 LAYERS = 2
-MODEL = {"num_layers": LAYERS}
+# Sequences of a step.
+BATCH = 4
 
 
 def record(
     raw: dict[str, Any], prepare: Callable[[list[Any]], None] | None = None
 ) -> tuple[list[float], bool]:
-    """Train four steps and record some; returns losses, and whether all methods are back."""
+    """Train and record some steps; returns losses, and whether all methods are back."""
     import torch.distributed as dist
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -59,9 +69,10 @@ def record(
 
     before = methods()
     recorder = StepRecorder(config, layout, model)
-    batches = rank_batches(SyntheticDataset(config, 4), 0, config, len(model.chunks))
+    steps = config.training.train_iters
+    batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(model.chunks))
     losses = []
-    for step in (1, 2, 3, 4):
+    for step in range(1, steps + 1):
         recorder.begin_step(step)
         result = training_step(model, batches, config, layout)
         recorder.end_step()
@@ -70,71 +81,80 @@ def record(
     return losses, methods() == before
 
 
+def run_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Two steps, of which the second is recorded."""
+    training = {"train_iters": 2, "profile_steps": [2], **sections.pop("training", {})}
+    return short(run={"dir": str(folder)}, training=training, **sections)
+
+
 def profile(
     ranks: RankPools,
     folder: Path,
-    world_size: int = 2,
     prepare: Callable[[list[Any]], None] | None = None,
     **sections: dict[str, Any],
 ) -> Profile:
-    training = {"profile_steps": STEPS, **sections.pop("training", {})}
-    raw = settings(run={"dir": str(folder)}, training=training, model=MODEL, **sections)
-    results = ranks(world_size).run(record, raw, prepare)
+    results = ranks(2).run(record, run_settings(folder, **sections), prepare)
     assert all(restored for _, restored in results)
     return analyse(folder)
 
 
-RECOMPUTE = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
-VANILLA = {
-    "num_ffn_experts": 8,
-    "num_zero_experts": 0,
-    "num_copy_experts": 0,
-    "num_constant_experts": 0,
-    "gating_residual": False,
-}
+# Several recorded steps and micro-batches, and a step after them, in the first alone.
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
-    "plain": {},
-    "deduplicated": {"moe": {"num_ffn_experts": 8, "dispatcher": "alltoall_dedup"}},
-    "vanilla": {"moe": VANILLA},
-    "recompute": {"training": RECOMPUTE},
+    "plain": {"training": {"train_iters": 4, "profile_steps": [2, 3], "micro_batch_size": 1}},
+    "deduplicated, recomputed": {
+        "moe": {"num_ffn_experts": 8, "dispatcher": "alltoall_dedup"},
+        "training": FULL,
+    },
+    "vanilla": {"moe": {"num_ffn_experts": 8, **VANILLA}},
 }
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run's folder, rank 0's losses, and the profile."""
+
+    folder: Path
+    losses: list[float]
+    profile: Profile
 
 
 @pytest.fixture(scope="module")
-def profiles(
+def recorded(
     ranks: RankPools, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Profile]:
+) -> Callable[[str], Recorded]:
     """By the name of the run in `RUNS`."""
-    return functools.cache(
-        lambda name: profile(ranks, tmp_path_factory.mktemp("run"), parallel=EP2, **RUNS[name])
-    )
+
+    @functools.cache
+    def run(name: str) -> Recorded:
+        folder = tmp_path_factory.mktemp("run")
+        results = ranks(2).run(record, run_settings(folder, parallel=EP2, **RUNS[name]))
+        assert all(restored for _, restored in results)
+        return Recorded(folder, results[0][0], analyse(folder))
+
+    return run
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_bytes_equal_the_routing_in_every_layer_direction_and_pass(
-    profiles: Callable[[str], Profile], name: str
+    recorded: Callable[[str], Recorded], name: str
 ) -> None:
-    found = profiles(name)
-    phases = ["forward", "backward"] + ["recompute"] * (name == "recompute")
+    found = recorded(name).profile
+    phases = ["forward", "backward"] + ["recompute"] * ("recomputed" in name)
     every = {
         Place(layer, part, phase)
         for layer in range(1, LAYERS + 1)
         for part in ("dispatch", "combine")
         for phase in phases
     }
-    assert found.steps == STEPS
-    for step in STEPS:
+    assert found.steps == RUNS[name].get("training", {}).get("profile_steps", [2])
+    for step in found.steps:
         layers = found.layers[step]
         assert {one.place for one in layers} == every
         for one in layers:
             assert one.measured == one.expected, one
             assert 0 < one.deduplicated <= one.plain, one
-    moved = [one for step in STEPS for one in found.layers[step]]
-    if name == "deduplicated":
+    moved = [one for step in found.steps for one in found.layers[step]]
+    if "deduplicated" in name:
         assert all(one.measured == one.deduplicated for one in moved)
         # Top-2 of four experts per rank: some tokens must have had both on the other one.
         assert sum(one.measured for one in moved) < sum(one.plain for one in moved)
@@ -153,21 +173,20 @@ def test_formula_with_an_even_load(ranks: RankPools, tmp_path: Path) -> None:
         moe=moe,
         parallel=EP2,
     )
-    tokens, topk, phi, vector = 8 * 16, 3, 2 / 3, 32 * 4
+    tokens, topk, phi, vector = BATCH * 16, 3, 2 / 3, 32 * 4
     expected = tokens * topk * phi * vector * (2 - 1) / 2
-    for step in STEPS:
-        assert [one.measured for one in found.layers[step]] == [expected] * LAYERS * 4
-        # The two experts live on two ranks: nothing is sent twice.
-        assert all(one.deduplicated == one.measured for one in found.layers[step])
+    assert [one.measured for one in found.layers[2]] == [expected] * LAYERS * 4
+    # The two experts live on two ranks: nothing is sent twice.
+    assert all(one.deduplicated == one.measured for one in found.layers[2])
     # Half of the global batch's FFN selections on each rank, in each layer and pass.
     rows = tokens * topk * phi * LAYERS
     assert found.load is not None
     assert found.load.busiest_over_mean == 1.0
-    assert found.load.rows == {(step, rank): rows / 2 for step in STEPS for rank in (0, 1)}
+    assert found.load.rows == {(2, rank): rows / 2 for rank in (0, 1)}
 
 
-def test_every_call_is_placed_and_matched(profiles: Callable[[str], Profile]) -> None:
-    found = profiles("plain")
+def test_every_call_is_placed_and_matched(recorded: Callable[[str], Recorded]) -> None:
+    found = recorded("plain").profile
     microbatches = 2
     for trace in found.traces:
         span = trace.steps[2]
@@ -201,16 +220,13 @@ def test_every_call_is_placed_and_matched(profiles: Callable[[str], Profile]) ->
 
 
 def test_pipeline_and_tensor_parallel(ranks: RankPools, tmp_path: Path) -> None:
-    stages = {"pipeline_model_parallel_size": 2}
-    two = {"micro_batch_size": 4}
-    pipeline = profile(ranks, tmp_path / "pp", parallel=stages, training=two)
+    pipeline = profile(ranks, tmp_path / "pp", parallel=PP2)
     ends = (Operation.SEND, Operation.RECEIVE)
     sends = [one for one in pipeline.classes if one.name.operation in ends]
     assert {one.name.operation for one in sends} == set(ends)
     assert {one.name.purpose for one in sends} == {"pipeline"}
     assert all(one.matched == one.calls and one.size > 0 for one in sends)
-    tensor = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-    found = profile(ranks, tmp_path / "tp", parallel=tensor, training={"micro_batch_size": 8})
+    found = profile(ranks, tmp_path / "tp", parallel=TP2, training={"micro_batch_size": BATCH})
     purposes = {(one.name.purpose, one.name.phase) for one in found.classes}
     assert {("tensor parallel", "forward"), ("tensor parallel", "backward")} <= purposes
 
@@ -224,11 +240,12 @@ def test_some_ranks(ranks: RankPools, tmp_path: Path) -> None:
     assert document(found)["collectives"][0]["wait_ms"] is None
 
 
-def test_recording_changes_no_loss(ranks: RankPools, tmp_path: Path) -> None:
-    raw = settings(run={"dir": str(tmp_path)}, parallel=EP2, model=MODEL)
-    plain = ranks(2).run(record, raw)
-    raw["training"]["profile_steps"] = STEPS
-    assert ranks(2).run(record, raw)[0][0] == plain[0][0]
-    assert {path.name for path in (tmp_path / "profile").iterdir()} == {
+def test_recording_changes_no_loss(
+    ranks: RankPools, recorded: Callable[[str], Recorded], tmp_path: Path
+) -> None:
+    raw = run_settings(tmp_path, parallel=EP2, **RUNS["plain"])
+    raw["training"]["profile_steps"] = []
+    assert ranks(2).run(record, raw)[0][0] == recorded("plain").losses
+    assert {path.name for path in (recorded("plain").folder / "profile").iterdir()} == {
         f"rank{rank}.{ending}" for rank in (0, 1) for ending in ("meta.json", "pt.trace.json.gz")
     }

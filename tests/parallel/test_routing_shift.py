@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +14,70 @@ from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.observe.usage_file import USAGE_FILE
 from tests.parallel.ranks import RankPools
 from tests.parallel.shift_runs import begin, watch
-from tests.parallel.training_runs import CP2, TP2, SyntheticDataset, settings
+from tests.parallel.training_runs import CP2, EP2, PP2, TP2, SyntheticDataset, short
 
 GUARD = {"shift": {"window": 2}}
-# Of runs of many steps: one micro-batch, two layers.
-SMALL: dict[str, Any] = {"model": {"num_layers": 2}, "training": {"micro_batch_size": 8}}
 
 
-def usages(raw: dict[str, Any], steps: int) -> tuple[list[Any], list[Any]]:
-    """Each window's usage, as counts, and the collectors' state behind each step.
+@dataclass
+class Watched:
+    """What one rank saw.
+
+    Attributes:
+        usages: Each window's usage and selections of its last step, as counts.
+        states: The collectors' state behind each step.
+        loss: Mean and spread of the first batch's losses.
+    """
+
+    usages: list[Any] = field(default_factory=list)
+    states: list[Any] = field(default_factory=list)
+    loss: tuple[float, float] = (0.0, 0.0)
+
+
+def usages(raw: dict[str, Any], steps: int) -> Watched:
+    """Usage and losses of a training.
 
     Every odd step ends in a restart: another collector goes on from the state of the one before.
     """
     from moepp_megatron.config import parse_config
+    from moepp_megatron.training.batch_losses import BatchLosses
     from moepp_megatron.training.expert_usage import ExpertUsageCollector, token_classes
     from moepp_megatron.training.step import training_step
 
     dataset = SyntheticDataset(parse_config(raw), steps)
     config, layout, model, routing, batches = begin(raw, dataset)
     classes = token_classes(dataset, config.model.vocab_size)
-    made, states = [], []
+    found = Watched()
     collector = ExpertUsageCollector(config, model, routing, classes)
     for step in range(1, steps + 1):
         routing.reset()
-        training_step(model, batches, config, layout)
+        losses = BatchLosses()
+        result = training_step(
+            model, batches, config, layout, watcher=lambda _, *seen, add=losses.add: add(*seen)
+        )
+        if step == 1:
+            loss = losses.end(result)
+            found.loss = (loss.mean, loss.spread)
         usage = collector.end_step()
         assert (usage is None) == (step % 2 == 1)
         if usage is not None:
             assert usage.shapes == collector.shapes
             # What the run logs is counted apart from the cells.
-            logged = routing.selections().numpy()
-            made.append((usage.as_json(), logged.tolist()))
-        states.append(collector.state_dict())
+            found.usages.append((usage.as_json(), routing.selections().tolist()))
+        found.states.append(collector.state_dict())
         if step % 2 == 1:
             collector = ExpertUsageCollector(config, model, routing, classes)
-            collector.load_state_dict(json.loads(json.dumps(states[-1])))
-    return made, states
+            collector.load_state_dict(json.loads(json.dumps(found.states[-1])))
+    return found
 
 
-LAYOUTS = [
-    {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
-    TP2 | CP2,
-]
+LAYOUTS = [PP2 | EP2, TP2 | CP2]
 
 
-def test_usage_is_that_of_one_process(ranks: RankPools) -> None:
-    raw = settings(routing_guard=GUARD)
-    ((expected, states),) = ranks(1).run(usages, raw, 4)
-    tokens = 8 * 16
-    for usage, _ in expected:
+def test_usage_and_losses_are_those_of_one_process(ranks: RankPools) -> None:
+    (one,) = ranks(1).run(usages, short(routing_guard=GUARD), 4)
+    tokens = 4 * 16
+    for usage, _ in one.usages:
         experts, cells = (np.array(usage[name]) for name in ("experts", "cells"))
         assert (experts.sum(axis=1) == 2 * 2 * tokens).all()
         assert (cells[..., 1].sum(axis=1) == 2 * tokens).all()
@@ -70,14 +86,21 @@ def test_usage_is_that_of_one_process(ranks: RankPools) -> None:
         classes = cells[0, :, 1].reshape(4, 4).sum(axis=0) / (2 * tokens)
         # Of 64 token ids the most frequent has an eighth of the tokens.
         assert (abs(classes - 0.25) < 0.13).all(), "each class holds about a quarter"
-    assert [state["steps"] for state in states] == [1, 0, 1, 0]
+    assert [state["steps"] for state in one.states] == [1, 0, 1, 0]
     # Half a window, and the selections that the run logs in its second half.
-    for (usage, logged), half in zip(expected, states[::2], strict=True):
+    for (usage, logged), half in zip(one.usages, one.states[::2], strict=True):
         sums = np.array(half["profile"]["experts"]) + np.array(logged)
         assert sums.tolist() == usage["experts"]
+    mean, spread = one.loss
+    assert 0.0 < spread < mean
     for parallel in LAYOUTS:
-        for made in ranks(4).run(usages, settings(routing_guard=GUARD, parallel=parallel), 4):
-            assert made == (expected, states)
+        made = ranks(4).run(usages, short(routing_guard=GUARD, parallel=parallel), 4)
+        for each in made:
+            assert (each.usages, each.states) == (one.usages, one.states)
+            assert each.loss == made[0].loss, "to the same bits on every rank"
+        assert made[0].loss[0] == pytest.approx(mean, rel=1e-5)
+        if "context_parallel_size" not in parallel:
+            assert made[0].loss[1] == pytest.approx(spread, rel=1e-4)
 
 
 def untold(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -101,18 +124,18 @@ def untold(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
         training_step(model, batches, config, layout)
         usage = collector.end_step()
     assert usage is not None
-    assert usage.experts.sum() == 4 * 2 * 2 * 8 * 16
+    assert usage.experts.sum() == 2 * 2 * 2 * 4 * 16
     return usage.shapes, counted, tags
 
 
 def test_nothing_is_counted_that_nobody_asked_for(ranks: RankPools) -> None:
-    ((shapes, counted, tags),) = ranks(1).run(untold, settings(routing_guard=GUARD))
-    assert shapes == ((4, 12), (4, 16, 2))
-    assert (counted, tags) == ([None] * 4, None)
-    raw = settings(routing_guard=GUARD, model={"implementation": "hybrid"})
+    ((shapes, counted, tags),) = ranks(1).run(untold, short(routing_guard=GUARD))
+    assert shapes == ((2, 12), (2, 16, 2))
+    assert (counted, tags) == ([None] * 2, None)
+    raw = short(routing_guard=GUARD, model={"implementation": "hybrid"})
     ((shapes, counted, tags),) = ranks(1).run(untold, raw)
-    assert shapes == ((4, 12), (4, 0, 2))
-    assert (counted, tags) == ([None] * 4, None)
+    assert shapes == ((2, 12), (2, 0, 2))
+    assert (counted, tags) == ([None] * 2, None)
 
 
 def test_another_language_is_told_within_five_steps(ranks: RankPools) -> None:
@@ -129,37 +152,8 @@ def test_another_language_is_told_within_five_steps(ranks: RankPools) -> None:
     assert any("layer" in line for line in story.moved[1:])
 
 
-def losses_of_ranks(raw: dict[str, Any]) -> tuple[float, float]:
-    """Mean and spread of the first batch."""
-    from moepp_megatron.config import parse_config
-    from moepp_megatron.training.batch_losses import BatchLosses
-    from moepp_megatron.training.step import training_step
-
-    dataset = SyntheticDataset(parse_config(raw), 1)
-    config, layout, model, _, batches = begin(raw, dataset)
-    losses = BatchLosses()
-    result = training_step(
-        model, batches, config, layout, watcher=lambda _, *seen: losses.add(*seen)
-    )
-    found = losses.end(result)
-    return found.mean, found.spread
-
-
-def test_losses_are_those_of_one_process(ranks: RankPools) -> None:
-    ((mean, spread),) = ranks(1).run(losses_of_ranks, settings())
-    assert 0.0 < spread < mean
-    for parallel in LAYOUTS:
-        found = ranks(4).run(losses_of_ranks, settings(parallel=parallel))
-        assert len(set(found)) == 1, "to the same bits on every rank"
-        assert found[0][0] == pytest.approx(mean, rel=1e-5)
-        if "context_parallel_size" not in parallel:
-            assert found[0][1] == pytest.approx(spread, rel=1e-4)
-
-
-def shifted_run(
-    folder: Path, reference: Path | None, steps: int, restart: bool
-) -> tuple[list[Any], Any]:
-    """Readings of a short run and its last state; writes its profile."""
+def shifted_run(folder: Path, reference: Path | None, steps: int) -> list[tuple[list[Any], Any]]:
+    """Readings of a short run and its last state, without and with restarts; writes its profile."""
     from moepp_megatron.config import parse_config
     from moepp_megatron.training.batch_losses import BatchLosses
     from moepp_megatron.training.routing_shift import RoutingShift
@@ -168,38 +162,41 @@ def shifted_run(
     name = None if reference is None else str(reference)
     shift = {"window": 2, "reference": name, "warmup": 4}
     guard = {"enabled": True, "shift": shift}
-    raw = settings(run={"dir": str(folder)}, routing_guard=guard, **SMALL)
+    one = {"micro_batch_size": 4}
+    raw = short(run={"dir": str(folder)}, routing_guard=guard, training=one)
     dataset = SyntheticDataset(parse_config(raw), steps)
     config, layout, model, routing, batches = begin(raw, dataset)
-    watcher, losses = RoutingShift(config, model, routing, dataset), BatchLosses()
+    # Both only look on.
+    watchers = [RoutingShift(config, model, routing, dataset) for _ in range(2)]
+    losses = BatchLosses()
 
     def see(chunk: Any, batch: Any, token_losses: Any) -> None:
         losses.add(batch, token_losses)
 
-    values = []
+    values: tuple[list[Any], list[Any]] = ([], [])
     for step in range(1, steps + 1):
         routing.reset()
         losses.begin()
-        result = training_step(model, batches, config, layout, watcher=see)
-        values.append(watcher.end_step(losses.end(result)))
-        if restart and step % 5 == 0:
-            state = json.loads(json.dumps(watcher.state_dict()))
-            watcher = RoutingShift(config, model, routing, None, state)
-    watcher.write()
-    return values, watcher.state_dict()
+        loss = losses.end(training_step(model, batches, config, layout, watcher=see))
+        for watcher, found in zip(watchers, values, strict=True):
+            found.append(watcher.end_step(loss))
+        if step % 5 == 0:
+            state = json.loads(json.dumps(watchers[1].state_dict()))
+            watchers[1] = RoutingShift(config, model, routing, None, state)
+    watchers[1].write()
+    return [(found, w.state_dict()) for found, w in zip(values, watchers, strict=True)]
 
 
 def test_a_restart_changes_no_bit_and_a_run_can_be_the_reference_of_another(
     ranks: RankPools, tmp_path: Path
 ) -> None:
     pool = ranks(1)
-    (whole,) = pool.run(shifted_run, tmp_path, None, 44, False)
+    ((whole, parts),) = pool.run(shifted_run, tmp_path, None, 44)
     assert any(value is not None for value in whole[0])
-    (parts,) = pool.run(shifted_run, tmp_path, None, 44, True)
     assert parts == whole
     path = tmp_path / USAGE_FILE
     assert json.loads(path.read_text())["token_classes"] == whole[1]["token_classes"]
-    ((values, state),) = pool.run(shifted_run, tmp_path, path, 8, True)
+    ((_, (values, state)),) = pool.run(shifted_run, tmp_path, path, 8)
     assert None not in values, "there from the first"
     assert state["token_classes"] == whole[1]["token_classes"]
 
@@ -210,8 +207,7 @@ def resumed_run(implementation: str, state: Any) -> tuple[Any, Any]:
     from moepp_megatron.training.routing_shift import RoutingShift
     from moepp_megatron.training.step import training_step
 
-    model = SMALL["model"] | {"implementation": implementation}
-    raw = settings(routing_guard=GUARD, **(SMALL | {"model": model}))
+    raw = short(routing_guard=GUARD, model={"implementation": implementation})
     config, layout, model, routing, batches = begin(raw, SyntheticDataset(parse(raw), 1))
     watcher = RoutingShift(config, model, routing, SyntheticDataset(config, 1), state)
     result = training_step(model, batches, config, layout)
@@ -228,7 +224,7 @@ def test_another_implementation_begins_anew(ranks: RankPools, tmp_path: Path) ->
     """The layers of a HybridModel are not told their tokens."""
     pool = ranks(1)
     # Stopped within its third window.
-    ((_, state),) = pool.run(shifted_run, tmp_path, None, 5, False)
+    (((_, state), _),) = pool.run(shifted_run, tmp_path, None, 5)
     assert state["window"]["steps"] == 1
     ((resumed, _),) = pool.run(resumed_run, "gpt", state)
     assert resumed == state
@@ -270,5 +266,5 @@ def test_the_usage_of_another_model_is_refused(
 
 def refused_reference(folder: Path) -> str:
     with pytest.raises(ConfigError) as error:
-        shifted_run(folder, folder / USAGE_FILE, 1, False)
+        shifted_run(folder, folder / USAGE_FILE, 1)
     return str(error.value)

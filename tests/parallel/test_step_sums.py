@@ -11,7 +11,7 @@ import pytest
 
 from tests.parallel.checkpoint_runs import trainer_settings
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, begin, settings
+from tests.parallel.training_runs import EP2, begin, short
 
 
 def norms(raw: dict[str, Any], steps: int) -> list[tuple[float, float]]:
@@ -40,7 +40,7 @@ def test_gradient_norm_has_the_bits_of_megatron_core(
 ) -> None:
     """One norm over all ranks, or, not distributed, one of experts and one of the rest."""
     parallel = {**EP2, "use_distributed_optimizer": is_distributed, "overlap_param_gather": False}
-    for pairs in ranks(2).run(norms, settings(parallel=parallel), 2):
+    for pairs in ranks(2).run(norms, short(parallel=parallel), 2):
         assert len(pairs) == 2
         assert all(ours == theirs > 0 for ours, theirs in pairs)
 

@@ -16,8 +16,8 @@ from moepp_megatron.observe.alerts import read_alerts
 from tests.parallel import guard_runs
 from tests.parallel.guard_runs import Fault, Found
 from tests.parallel.ranks import RankPools
-from tests.parallel.test_health import LAYOUTS as HEALTH_LAYOUTS
-from tests.parallel.training_runs import SyntheticDataset, settings
+from tests.parallel.test_health import LAYOUTS
+from tests.parallel.training_runs import PP2, TP2, SyntheticDataset, begin_training, short
 
 NAMES = ("web", "code", "absent")
 NUM_FFN = 8
@@ -38,21 +38,12 @@ class SourcedTokens(SyntheticDataset):
 
 def measure(raw: dict[str, Any], recounts: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of a step's record, and the same counted by hooks if asked for (in one process)."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.moe.layer import moepp_layers
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.routers import Routers
-    from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
-    model = build_training_model(config)
-    model.set_training(True)
+    config, layout, model = begin_training(raw)
     dataset = SourcedTokens(config, 2)
     routers = Routers(config, model, layout, {}, dataset)
     batches = rank_batches(dataset, 0, config, len(model.chunks))
@@ -107,13 +98,12 @@ def recounted(maps: list[Any], losses: list[Any], groups: Any) -> dict[str, Any]
     }
 
 
-LAYOUTS = {"dp2": (2, {}, {}), **HEALTH_LAYOUTS}
 MOE = {"num_ffn_experts": NUM_FFN}
 
 
 @pytest.fixture(scope="module")
 def whole(ranks: RankPools) -> tuple[dict[str, Any], dict[str, Any]]:
-    return ranks(1).run(measure, settings(moe=MOE), True)[0]
+    return ranks(1).run(measure, short(moe=MOE), True)[0]
 
 
 def flat(values: dict[str, Any]) -> dict[str, float]:
@@ -146,9 +136,8 @@ def test_layouts_agree(
     ranks: RankPools, whole: tuple[dict[str, Any], dict[str, Any]], layout: str
 ) -> None:
     world_size, parallel, training = LAYOUTS[layout]
-    results = ranks(world_size).run(
-        measure, settings(moe=MOE, parallel=parallel, training=training)
-    )
+    raw = short(moe=MOE, parallel=parallel, training=training)
+    results = ranks(world_size).run(measure, raw)
     for fields, _ in results:
         # Losses of a second step differ in the last bits of fp32; counts not at all.
         assert flat(fields) == pytest.approx(flat(whole[0]), rel=1e-5)
@@ -165,13 +154,13 @@ def test_layouts_agree(
     ],
 )
 def test_what_is_not_counted(ranks: RankPools, section: dict[str, Any], left: set[str]) -> None:
-    fields, _ = ranks(1).run(measure, settings(moe=MOE, **section))[0]
+    fields, _ = ranks(1).run(measure, short(moe=MOE, **section))[0]
     assert set(fields) == left
 
 
 # The last band's first group.
 LAST_BAND = (len(BANDS) - 1) * len(ID_CLASSES)
-FAULT_STEP, LAYER = 24, 2
+FAULT_STEP, STEPS, LAYER = 14, 30, 2
 
 
 def take_ffn_experts_from_rarest(model: Any, fault: Fault) -> None:
@@ -200,38 +189,32 @@ def take_ffn_experts_from_rarest(model: Any, fault: Fault) -> None:
 
 
 def run_with_a_fall(raw: dict[str, Any]) -> Found:
-    """A run whose rarest tokens lose their FFN experts in one layer, compared from step 16 on."""
+    """A run whose rarest tokens lose their FFN experts in one layer, compared from step 10 on."""
     from moepp_megatron.observe import past
 
     with (
         mock.patch.object(guard_runs, "plant", take_ffn_experts_from_rarest),
         # So many that the rarest class has tokens of its own.
         mock.patch.object(guard_runs, "BATCHES", 400),
-        mock.patch.multiple(past, _FEWEST_OF_CLASSES=16, _FEWEST_EXPECTED=8.0, _FEWEST_TOKENS=8.0),
+        mock.patch.multiple(past, _FEWEST_OF_CLASSES=10, _FEWEST_EXPECTED=8.0, _FEWEST_TOKENS=8.0),
     ):
         return guard_runs.run(raw, (Fault(FAULT_STEP, "rare", LAYER),), data="skewed")
 
 
-@pytest.mark.parametrize(
-    ("world_size", "parallel"),
-    [
-        (1, {}),
-        (2, {"pipeline_model_parallel_size": 2}),
-        (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    ],
-)
+@pytest.mark.parametrize(("parallel", "size"), [(PP2, 8), (TP2, 16)], ids=["pp2", "tp2"])
 def test_classes_that_fall_are_told_and_forced(
-    ranks: RankPools, tmp_path: Path, world_size: int, parallel: dict[str, Any]
+    ranks: RankPools, tmp_path: Path, parallel: dict[str, Any], size: int
 ) -> None:
     rule = {"name": "rare_ffn", "clear_for_steps": 4}
     raw = guard_runs.guard_settings(
         tmp_path,
-        training={"train_iters": 44},
+        training={"train_iters": STEPS, "global_batch_size": 16, "micro_batch_size": size},
         parallel=parallel,
         moe={"num_ffn_experts": NUM_FFN},
         routing_guard={"enabled": True, "rules": [rule]},
+        observe={"token_groups": True},
     )
-    results = ranks(world_size).run(run_with_a_fall, raw)
+    results = ranks(2).run(run_with_a_fall, raw)
     found = results[0]
     assert all(other.decisions == found.decisions for other in results)
     assert all(other.forced_ids == found.forced_ids for other in results)
@@ -246,8 +229,8 @@ def test_classes_that_fall_are_told_and_forced(
     # From then on every such token has one, and no other is touched.
     forced = found.forced_ids[step + 1]
     assert 0 < len(forced) < 40
-    assert found.forced_ids[44] == forced
-    steps = range(step + 1, 45)
+    assert found.forced_ids[STEPS] == forced
+    steps = range(step + 1, STEPS + 1)
     bad, good = (sum(each.forced[later][i] for each in results for later in steps) for i in (0, 1))
     assert bad == 0
     assert good > 10
