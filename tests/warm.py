@@ -47,6 +47,9 @@ def run(words: Sequence[str], environment: Mapping[str, str], folder: str | None
         environment: All of it.
         folder: Working directory; None to stay.
     """
+    # The server has matplotlib; a process that imports this module may not.
+    from tests.figures import leave_unrendered
+
     status = 1
     try:
         _forget_the_parent()
@@ -58,6 +61,7 @@ def run(words: Sequence[str], environment: Mapping[str, str], folder: str | None
         paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
         sys.path[:0] = [path for path in paths if path not in sys.path]
         importlib.invalidate_caches()
+        leave_unrendered()
         status = _status_of(words)
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()

@@ -83,6 +83,19 @@ def _flip_one_bit(model: Any, part: str) -> str:
     return names[-1]
 
 
+def test_expert_is_compared_with_its_copies_alone(ranks: RankPools) -> None:
+    """Ranks 1 and 3 of two times two expert-parallel ranks have the same experts."""
+    watch = {"divergence_interval": 1, "hang_timeout_s": 0.0, "straggler_interval": 0}
+    raw = short(parallel=EP2, training={"micro_batch_size": 1}, resilience=watch)
+    for found in ranks(4).run(train_and_flip, raw, ("local_experts.3.linear_fc1.weight",)):
+        ((_, message),) = found
+        lines = [line for line in message.splitlines() if line.startswith("  step 2: ")]
+        assert len(lines) == 1, f"one parameter was changed: {lines}"
+        assert "local_experts.3.linear_fc1.weight" in lines[0]
+        assert "rank 1 " in lines[0]
+        assert "rank 3 " in lines[0]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_one_flipped_bit_ends_every_rank(ranks: RankPools, case: str) -> None:
     """Healthy copies agree before and after; a rank that saw no difference would not return."""

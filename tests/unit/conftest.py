@@ -45,9 +45,6 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are made but not turned into SVG, which is most of the work of a page."""
-    import matplotlib.figure
+    from tests.figures import save_empty
 
-    def write(figure: Any, buffer: Any, **_: Any) -> None:
-        buffer.write('<svg><style type="text/css"></style></svg>')
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", write)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_empty)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from moepp_megatron.moe import budget
 from moepp_megatron.moe.budget import Budget, BudgetController
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.margins import count_margins
@@ -266,3 +268,28 @@ def test_restored_controller_goes_on_as_if_nothing_had_happened(controller: str)
     assert resumed.state() == whole.state()
     assert resumed.taus(9) == whole.taus(9)
     assert (last is None and again is None) or torch.equal(last, again)
+
+
+def test_each_layer_gets_its_own_tau_and_its_own_part_of_the_biases(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pipeline stage has layers from the middle of the model, in chunks that take turns."""
+    taus: dict[int, float] = {}
+
+    def layer(number: int) -> SimpleNamespace:
+        router = SimpleNamespace(
+            expert_bias=torch.full((12,), 0.5), set_tau=lambda tau: taus.update({number: tau})
+        )
+        return SimpleNamespace(layer_number=number, router=router)
+
+    chunks = [[layer(3), layer(5)], [layer(9)]]
+    monkeypatch.setattr(budget, "moepp_layers", list)
+    numbers = [1, 3, 5, 7, 9]
+    steps = torch.arange(5.0)[:, None].expand(5, 12)
+    budget.add_to_biases(chunks, numbers, steps)
+    budget.set_taus(chunks, {number: number / 10 for number in numbers})
+    biases = {each.layer_number: each.router.expert_bias for chunk in chunks for each in chunk}
+    assert {number: set(bias.tolist()) for number, bias in biases.items()} == {
+        3: {1.5}, 5: {2.5}, 9: {4.5}
+    }  # fmt: skip
+    assert taus == {3: 0.3, 5: 0.5, 9: 0.9}
