@@ -1,4 +1,4 @@
-"""Figures that are made but not rendered: rendering is half of the time of a short run's command."""
+"""Figures that are made but not rendered: rendering takes half of the time of a short command."""
 
 from __future__ import annotations
 
