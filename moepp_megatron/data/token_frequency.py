@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from moepp_megatron.data.token_check import check_tokens
+
+# Checked and counted together, since a call a sample adds up where samples are short.
+_TOKENS_AT_ONCE = 1 << 16
 
 
 def token_counts(dataset: Any, vocab_size: int, max_tokens: int = 1 << 21) -> NDArray[np.int64]:
@@ -26,12 +30,15 @@ def token_counts(dataset: Any, vocab_size: int, max_tokens: int = 1 << 21) -> ND
         ConfigError: If a token is outside the vocabulary (`check_tokens`).
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
-    wanted = min(len(dataset), max(1, max_tokens // len(dataset[0]["tokens"])))
-    for index in np.linspace(0, len(dataset) - 1, wanted, dtype=np.int64):
-        sample = dataset[int(index)]["tokens"]
-        check_tokens(dataset, [int(index)], {"tokens": sample[None]}, vocab_size)
-        tokens = np.asarray(sample)
-        counts += np.bincount(tokens, minlength=vocab_size)
+    length = len(dataset[0]["tokens"])
+    wanted = min(len(dataset), max(1, max_tokens // length))
+    indices = np.linspace(0, len(dataset) - 1, wanted, dtype=np.int64).tolist()
+    at_once = max(1, _TOKENS_AT_ONCE // length)
+    for begin in range(0, wanted, at_once):
+        part = indices[begin : begin + at_once]
+        tokens = torch.stack([dataset[index]["tokens"] for index in part])
+        check_tokens(dataset, part, {"tokens": tokens}, vocab_size)
+        counts += np.bincount(tokens.flatten().numpy(), minlength=vocab_size)
     return counts
 
 

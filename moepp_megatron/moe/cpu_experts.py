@@ -79,6 +79,11 @@ class CPUExperts(SequentialMLP):
         return _forward(tokens, gates, rows, weights, keep=None)
 
 
+# Elements of a weight. For each number of rows that it has not seen oneDNN makes a kernel first,
+# about a millisecond; with smaller weights that takes longer than the product.
+_LARGE = 1 << 20
+
+
 @cache
 def _onednn_has(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies this dtype here; bf16 needs AVX-512 (or what replaces it)."""
@@ -89,8 +94,8 @@ def _onednn_has(dtype: torch.dtype) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """X [n, in] times weight [out, in] transposed, by oneDNN where it can."""
-    if not _onednn_has(x.dtype):
+    """X [n, in] times weight [out, in] transposed, by oneDNN where it can and gains by it."""
+    if weight.numel() < _LARGE or not _onednn_has(x.dtype):
         return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 

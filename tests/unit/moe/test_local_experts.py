@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor
 
+from moepp_megatron.moe import cpu_experts
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cpu_experts import CPUExperts, suits
 from moepp_megatron.moe.grouped_experts import GroupedExperts, suits_grouped
@@ -66,13 +67,23 @@ def run(experts: SequentialMLP, rows: list[int], dtype: torch.dtype) -> list[Ten
     [[5, 1, 0, 9], [0, 0, 7, 0], [0, 1, 0, 0], [0, 0, 0, 0], [300, 2, 40, 170]],
     ids=str,
 )
-@pytest.mark.parametrize("kind", [CPUExperts, GroupedExperts])
+@pytest.mark.parametrize(
+    ("kind", "large"),
+    [(CPUExperts, 1), (CPUExperts, cpu_experts._LARGE), (GroupedExperts, cpu_experts._LARGE)],
+    ids=["oneDNN", "torch", "grouped"],
+)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
 )
 def test_equals_sequential_mlp(
-    rows: list[int], dtype: torch.dtype, tolerance: float, kind: type[CPUExperts]
+    rows: list[int],
+    dtype: torch.dtype,
+    tolerance: float,
+    kind: type[CPUExperts],
+    large: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(cpu_experts, "_LARGE", large)
     theirs, ours = both(dtype, kind)
     for expected, actual in zip(run(theirs, rows, dtype), run(ours, rows, dtype), strict=True):
         expected, actual = expected.float(), actual.float()
