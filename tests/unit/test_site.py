@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import typer
 
 from benchmarks import commands_page, megatron_flags_page
 from benchmarks.site_check import loads_elsewhere
@@ -15,6 +17,13 @@ ROOT = Path(__file__).parents[2]
 PROVEN, COMPARED = (
     (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("proven.md", "compared.md")
 )
+
+
+@pytest.fixture(autouse=True)
+def _commands_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page changes the commands that it is given; other tests share theirs (`one_program`)."""
+    build: Any = typer.main.get_command
+    monkeypatch.setattr(typer.main, "get_command", build.__wrapped__)
 
 
 @pytest.mark.parametrize(
