@@ -35,10 +35,13 @@ def without_password(text: str) -> str:
 def place_problem(text: str) -> PathProblem | None:
     """Same as `path_problem`, for a setting that may also be an address of object storage."""
     address = _ADDRESS.fullmatch(text)
-    if address is None and text.startswith(("s3:", "msc:")):
-        # A folder of that name could be meant, but hardly ever is.
-        return PathProblem("must have two slashes behind the colon", "write s3://bucket/prefix")
     if address is None:
+        scheme = text.partition(":")[0]
+        if scheme in ("s3", "msc") and scheme != text:
+            # A folder of that name could be meant, but hardly ever is.
+            return PathProblem(
+                "must have two slashes behind the colon", f"write {scheme}://NAME/PREFIX"
+            )
         problem = path_problem(text)
         if problem is None or _SCHEME.match(text) is None:
             return problem

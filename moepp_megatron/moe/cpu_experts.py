@@ -3,8 +3,9 @@
 megatron-core's `SequentialMLP` runs each expert as a chain of modules: at a hundred rows per
 expert, as with MoE++ at a small tau, its matrix products run at three quarters of their speed at a
 thousand rows, and each elementwise step of SwiGLU is a pass over memory of its own that is also
-kept for the backward pass. Here the products go to oneDNN, which holds its speed at few rows, and
-only the first product's result is kept. Parameters, their names and checkpoints are unchanged.
+kept for the backward pass. Here products with large weights go to oneDNN, which holds its speed at
+few rows, and only the first product's result is kept. Parameters, their names and checkpoints are
+unchanged.
 """
 
 from __future__ import annotations

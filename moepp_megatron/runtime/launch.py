@@ -27,6 +27,7 @@ from moepp_megatron.runtime.stop_signals import (
     end_at_once,
     passing_on_signals,
     starting,
+    wait_until_gone,
 )
 
 # Exit status of a run that was asked to stop and has saved; its last line is the way to go on.
@@ -186,6 +187,7 @@ def _run(
         finally:
             agent.kill()
             agent.wait()
+            wait_until_gone(request.killed)
     if status == 0:
         return 0
     if request.at_once or (not stoppable and request.number):
@@ -209,7 +211,7 @@ def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path
                 # Time for torchrun to pass on what ranks have printed.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return agent.wait(_REFUSAL_GRACE_S)
-                end_at_once(agent)
+                wait_until_gone(end_at_once(agent))
                 return 1
             continue
         # Where ranks have ended well, torchrun waits for those of the other machines to end.

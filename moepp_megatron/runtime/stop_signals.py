@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
 import psutil
@@ -21,6 +21,8 @@ INTERRUPTED = 128 + signal.SIGINT
 # One Ctrl-C may arrive twice: `timeout -s INT` signals the process and its group. A person takes
 # longer for the second one, which ends everything at once.
 SAME_INTERRUPT_S = 0.25
+# How long ranks that were killed get to be gone: with much memory on a GPU it takes seconds.
+_GONE_S = 30.0
 _ACKNOWLEDGED = b"\nstopping after this step; Ctrl-C again ends at once, without saving\n"
 
 
@@ -42,11 +44,20 @@ def starting(stoppable: bool) -> Iterator[None]:
 
 @dataclass
 class StopRequests:
-    """The state of a request to stop; torchrun may just be waiting for other machines."""
+    """The state of a request to stop; torchrun may just be waiting for other machines.
+
+    Attributes:
+        met_no_rank: Whether it came before there was a rank.
+        number: The newest signal; 0 for none.
+        at_once: Whether all processes were killed.
+        killed: Those below torchrun.
+        interrupted_at: When the first Ctrl-C came.
+    """
 
     met_no_rank: bool = False
     number: int = 0
     at_once: bool = False
+    killed: list[psutil.Process] = field(default_factory=list)
     interrupted_at: float | None = None
 
     def is_second_interrupt(self, number: int) -> bool:
@@ -93,7 +104,7 @@ def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Itera
         second = request.is_second_interrupt(number)
         if second or (number == signal.SIGINT and not stoppable):
             request.number, request.at_once = number, True
-            end_at_once(agent)
+            request.killed += end_at_once(agent)
             return
         if number == signal.SIGINT and not request.number:
             acknowledge()
@@ -117,13 +128,32 @@ def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Itera
             signal.signal(number, handler)
 
 
-def end_at_once(agent: subprocess.Popen[bytes]) -> None:
-    """End all processes, first torchrun, which would report each rank's end at length."""
+def end_at_once(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """End all processes, first torchrun, which would report each rank's end at length.
+
+    Returns:
+        Those below torchrun; see `wait_until_gone`.
+    """
     family = children(agent, recursive=True)
     agent.kill()
     for each in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
+    return family
+
+
+def wait_until_gone(killed: list[psutil.Process]) -> None:
+    """Wait until killed processes hold no memory and no device any more, half a minute at most."""
+    deadline = time.monotonic() + _GONE_S
+    while any(map(_is_alive, killed)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    # Nobody may be there to reap what has lost its parent.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def children(agent: subprocess.Popen[bytes], recursive: bool = False) -> list[psutil.Process]:

@@ -121,10 +121,8 @@ def trained(seed: int = 3) -> tuple[ShiftMonitor, Text]:
     return copy.deepcopy(_trained(seed)), text_of(seed)
 
 
-@pytest.mark.parametrize(
-    ("drift", "seed"),
-    [(resting, 1), (settling, 1), (settling, 2), (warming_up, 2), (wandering, 1), (wandering, 2)],
-)
+@pytest.mark.parametrize("drift", [resting, settling, warming_up, wandering])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_no_false_alarm_and_another_text_is_told_within_five_steps(
     drift: Callable[[np.random.Generator], Drift], seed: int
 ) -> None:
@@ -235,7 +233,7 @@ def test_a_monitor_that_was_saved_goes_on_to_the_bit(changes: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("changes", [{"memory": 4}, {"memory": 64}, {"span": 1}, {"window": 4}])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(3))
 def test_other_settings_on_resuming_raise_no_alarm(changes: dict[str, int], seed: int) -> None:
     monitor, text = trained(seed)
     resumed = ShiftMonitor(ShiftSection(**changes))
