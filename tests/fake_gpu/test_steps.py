@@ -67,7 +67,7 @@ def sound(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for outcome in outcomes:
         assert outcome["error"] == "", outcome["error"]
         assert outcome["faults"] == []
-        assert outcome["kernels"] > 100 * max(1, outcome["layers"]), "nothing was played"
+        assert outcome["kernels"] > 150 * max(1, outcome["layers"]), "nothing was played"
     return outcomes
 
 
