@@ -110,7 +110,7 @@ def test_stop_on_request_and_go_on_as_printed(tmp_path: Path, data: Path) -> Non
     assert lines[-3:-1] == [f"stopped on request at step {stopped_at}, saved", "to go on:"]
     records = (run / "metrics.jsonl").read_bytes()
     with training(config, 2) as process:
-        assert process.wait(timeout=240) == 2
+        assert process.wait(timeout=120) == 2
     assert (run / "metrics.jsonl").read_bytes() == records
     checkpoint = run / "checkpoints" / f"step_{stopped_at:08d}"
     with going_on(lines[-1], config) as process:
@@ -131,7 +131,7 @@ def _stopped(
         assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(timeout=240) == 75, log.read_text()[-3000:]
+    assert process.wait(timeout=120) == 75, log.read_text()[-3000:]
     assert not ranks_of(process)
     stopped_at = max(losses(run))
     latest = (run / "checkpoints" / "latest").read_text().strip()

@@ -268,7 +268,7 @@ def test_killed_torchrun_is_reported_as_a_shell_does(start, tmp_path: Path) -> N
 def test_a_failed_rank_is_one_line(start, tmp_path: Path) -> None:
     """Here in the file that all output goes to."""
     process = start("crash", "quiet")
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert output == ""
     text = (tmp_path / "all.log").read_text()
@@ -281,7 +281,7 @@ def test_a_failed_rank_is_one_line(start, tmp_path: Path) -> None:
 
 def test_a_users_error_is_not_tried_again(start, tmp_path: Path) -> None:
     process = start("refuse", "restarting")
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert output.count("error: no such thing") == 1
     assert "Traceback" not in output
@@ -290,7 +290,7 @@ def test_a_users_error_is_not_tried_again(start, tmp_path: Path) -> None:
 
 def test_who_fails_because_another_refused_is_not_named(start) -> None:
     process = start("refuse and fail")
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert output.count("error: no such thing") == 1
     assert "exit status" not in output

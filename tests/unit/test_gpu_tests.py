@@ -11,9 +11,6 @@ from tests.commands import forked
 
 ROOT = Path(__file__).parents[2]
 
-# A process among those of several workers, which share the cores with their ranks.
-pytestmark = pytest.mark.timeout(900)
-
 
 def run(*arguments: str, stand_in: bool = False) -> str:
     path = [str(ROOT / "tests/te_stand_in")] if stand_in else []
@@ -27,7 +24,7 @@ def run(*arguments: str, stand_in: bool = False) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["--tb=short", "--show-capture=no", *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=840, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return done.stdout
