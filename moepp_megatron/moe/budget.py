@@ -38,8 +38,6 @@ Controller = Literal["none", "bias", "tau"]
 
 # Beyond these the balance loss is all zero-computation experts or none of them.
 _LEAST_TAU, _MOST_TAU = 0.01, 100.0
-# The newest step's part of the measured drift, over the response.
-_DRIFT = 0.4
 # The past's part of the tau controller's gain, a step.
 _INTEGRAL = 0.01
 # Log odds of 0 and 1 are infinite; a share nearer to them than this counts as this far.
@@ -56,6 +54,8 @@ class Budget:
         gain: Change of the bias per step and missing share, or of log tau per missing unit of
             log odds; None with `bias` where `response` acts.
         response: Part of the missing bias that is added after a step.
+        drift: The newest step's part of the drift that `response` is corrected by, as a part of
+            `response`; 0 for no correction.
         decay: Weight of the past in the measured share's moving average.
         per_layer: Whether each layer is held to the share, or their mean.
         start_share: Share at the start; None for a constant share.
@@ -67,6 +67,7 @@ class Budget:
     controller: Controller = "none"
     gain: float | None = None
     response: float = 0.7
+    drift: float = 0.4
     decay: float = 0.9
     per_layer: bool = True
     start_share: float | None = None
@@ -211,7 +212,7 @@ class BudgetController:
         response, drift, lacking = self.budget.response, self._drift[layer], self._lacking[layer]
         if lacking is not None and abs(now) < OUT_OF_REACH:
             # The bias needed in this step less the one needed in the step before.
-            self._drift[layer] += _DRIFT * response * (now - lacking - drift)
+            self._drift[layer] += self.budget.drift * response * (now - lacking - drift)
         # An average of what moves by d a step is d / response behind the next step. So the bias is
         # the average and so much of the drift; what is added keeps it that.
         change = (self._drift[layer] - drift) / response
