@@ -32,7 +32,7 @@ from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import MoEPPLayer, moepp_layers
-from moepp_megatron.moe.margins import quantile
+from moepp_megatron.moe.margins import OUT_OF_REACH, quantile
 
 Controller = Literal["none", "bias", "tau"]
 
@@ -54,6 +54,8 @@ class Budget:
         gain: Change of the bias per step and missing share, or of log tau per missing unit of
             log odds; None with `bias` where `response` acts.
         response: Part of the missing bias that is added after a step.
+        drift: The newest step's part of the drift that `response` is corrected by, as a part of
+            `response`; 0 for no correction.
         decay: Weight of the past in the measured share's moving average.
         per_layer: Whether each layer is held to the share, or their mean.
         start_share: Share at the start; None for a constant share.
@@ -65,6 +67,7 @@ class Budget:
     controller: Controller = "none"
     gain: float | None = None
     response: float = 0.7
+    drift: float = 0.4
     decay: float = 0.9
     per_layer: bool = True
     start_share: float | None = None
@@ -117,6 +120,9 @@ class BudgetController:
             self._shares = torch.tensor(state["shares"], dtype=torch.float64)
         self._missing: list[float] = list(state.get("missing") or [0.0] * num_layers)
         self._past: list[float] = list(state.get("past") or [0.0] * num_layers)
+        # Of the measured bias: what a step moves it by, and what it lacked after the last step.
+        self._drift: list[float] = list(state.get("drift") or [0.0] * num_layers)
+        self._lacking: list[float | None] = list(state.get("lacking") or [None] * num_layers)
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint: plain numbers, copies that later steps do not change."""
@@ -124,6 +130,8 @@ class BudgetController:
             "shares": None if self._shares is None else self._shares.tolist(),
             "missing": list(self._missing),
             "past": list(self._past),
+            "drift": list(self._drift),
+            "lacking": list(self._lacking),
         }
 
     @property
@@ -156,7 +164,7 @@ class BudgetController:
         """
         if self.needs_margins:
             assert margins_LB is not None, "without a gain the bias controller needs margins"
-            return self._measured_steps(selected_LE, margins_LB, self.budget.share_at(step + 1))
+            return self._measured_steps(selected_LE, margins_LB, step)
         shares = selected_LE.double() / selected_LE.sum(dim=1, keepdim=True)
         past = shares if self._shares is None else self._shares
         self._shares = self.budget.decay * past + (1.0 - self.budget.decay) * shares
@@ -171,12 +179,12 @@ class BudgetController:
             self._turn_tau(measured, wanted, step)
         return None
 
-    def _measured_steps(self, selected_LE: Tensor, margins_LB: Tensor, wanted: float) -> Tensor:
-        """[MoE layers, E] fp32 steps towards the bias that would have given the share `wanted`.
+    def _measured_steps(self, selected_LE: Tensor, margins_LB: Tensor, step: int) -> Tensor:
+        """[MoE layers, E] fp32 steps towards the bias that the next step needs.
 
-        A moving average of the bias that each step needed: without a sum over the past there is
-        nothing to wind up, and it is stable for every response up to 2, since the next selection
-        follows the bias at once.
+        A moving average of the bias that each step needed, ahead by what it lags behind where
+        routers drift: nothing sums up how far the share is from its target, so there is nothing to
+        wind up, and the next selection follows the bias at once.
         """
         steps_LE = torch.zeros(selected_LE.shape)
         selections_L = selected_LE.sum(dim=1)
@@ -185,9 +193,32 @@ class BudgetController:
             selections_L = selections_L.sum().expand_as(selections_L)
         for layer, selections in enumerate(selections_L.tolist()):
             if selections > 0:
-                shift = quantile(margins_LB[layer].tolist(), wanted * selections)
-                steps_LE[layer, : self._config.num_ffn_experts] = self.budget.response * shift
+                now, ahead = (
+                    quantile(margins_LB[layer].tolist(), self.budget.share_at(at) * selections)
+                    for at in (step, step + 1)
+                )
+                moved = self._measured_step(layer, now, ahead)
+                steps_LE[layer, : self._config.num_ffn_experts] = moved
         return steps_LE
+
+    def _measured_step(self, layer: int, now: float, ahead: float) -> float:
+        """What the bias of a layer moves by.
+
+        Args:
+            layer: Place among the MoE layers.
+            now: What the bias lacked for the target of the step just taken.
+            ahead: What it lacked for that of the next one.
+        """
+        response, drift, lacking = self.budget.response, self._drift[layer], self._lacking[layer]
+        if lacking is not None and abs(now) < OUT_OF_REACH:
+            # The bias needed in this step less the one needed in the step before.
+            self._drift[layer] += self.budget.drift * response * (now - lacking - drift)
+        # An average of what moves by d a step is d / response behind the next step. So the bias is
+        # the average and so much of the drift; what is added keeps it that.
+        change = (self._drift[layer] - drift) / response
+        moved = response * ahead + drift + change
+        self._lacking[layer] = ahead - moved if abs(ahead) < OUT_OF_REACH else None
+        return moved
 
     def _turn_tau(self, measured: Tensor, wanted: float, step: int) -> None:
         ffn_shares = measured[:, : self._config.num_ffn_experts].sum(dim=1).tolist()

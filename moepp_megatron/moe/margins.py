@@ -27,6 +27,8 @@ from moepp_megatron.moe.expert_groups import within_groups
 # Scores are in [0, 1] and biases begin within 1.25 (upcycling), so margins are within 4. Of scores
 # of a thousandth, fp32 resolves 2^-33.
 _LEAST_EXPONENT, _MOST_EXPONENT, _BINS_PER_OCTAVE = -24, 2, 4
+OUT_OF_REACH = 2.0**_MOST_EXPONENT
+"""The last edge: a `quantile` this far from 0 is one that no bias reaches."""
 
 
 @cache
