@@ -58,7 +58,8 @@ class GroupedExperts(CPUExperts):
         Returns:
             [R, D] outputs times gates.
         """
-        ends = tokens_per_expert.to(tokens.device, non_blocking=True).cumsum(0).to(torch.int32)
+        ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
+        ends = ends.to(tokens.device, non_blocking=True)
         result: Tensor = _GroupedExperts.apply(tokens, gates, ends, *weights)
         return result
 

@@ -489,6 +489,12 @@ LAYERS = [
     ({}, "alltoall", {}),
     ({"gate_normalization": "nonzero", "expert_input_scale": 2.0}, "alltoall_dedup", {}),
     ({"balance_scope": "sequence", "score_function": "sigmoid"}, "allgather", {}),
+    ({"expert_input_scale": 2.0}, "allgather", {"moe_shared_expert_intermediate_size": 8}),
+    (
+        {"num_constant_experts": 0, "num_copy_experts": 0},
+        "allgather",
+        {"moe_shared_expert_intermediate_size": 8},
+    ),
     (
         {"gate_normalization": "selected", "capacity_factor": 0.6, "logits_norm_std": 1.5},
         "alltoall",
@@ -530,6 +536,8 @@ def test_layer_with_and_without_kernels(compiled, changes, dispatcher, megatron)
         if config.selection_bias:
             layer.router.expert_bias.copy_(torch.linspace(-0.2, 0.2, config.num_experts))
     assert fused.router.fused
+    assert fused.fuses_local
+    assert not plain.fuses_local
     assert fused.fuses_combine == (dispatcher != "allgather")
     hidden, previous, *weights = (
         torch.randn(9, 3, width, device=DEVICE)
