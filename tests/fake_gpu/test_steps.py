@@ -110,9 +110,9 @@ def test_local_modules(local: tuple[Outcomes, Outcomes]) -> None:
     # Forward and backward of the loss, in each of the two layers' micro-batches.
     for name in ("_reduce_logits", "_write_gradient"):
         assert launches.pop(name) == layers / 2
-    # Forward and backward of router, numbering of rows, combine.
+    # Forward and backward of router, counts by tags, numbering of rows, combine.
     assert launches == dict.fromkeys(launches, layers)
-    assert len(launches) == 7
+    assert len(launches) == 8
 
 
 def test_transformer_engine(engine: dict[str, Any]) -> None:

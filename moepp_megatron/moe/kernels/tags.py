@@ -35,7 +35,7 @@ def count_by_tags(
     num_tokens, num_experts = made.shape
     programs = triton.cdiv(num_tokens, _BLOCK_T)
     if programs:
-        _count[(programs,)](
+        _count_tags[(programs,)](
             made.contiguous(),
             None if wanted is None else wanted.contiguous(),
             tags.contiguous(),
@@ -56,7 +56,7 @@ def count_by_tags(
 
 
 @triton.jit
-def _count(  # type: ignore[no-untyped-def]
+def _count_tags(  # type: ignore[no-untyped-def]
     made_ptr, wanted_ptr, tags_ptr, padded_ptr, cells_ptr, groups_ptr, sources_ptr, num_tokens,
     CELLS: tl.constexpr, GROUPS: tl.constexpr, SOURCES: tl.constexpr, FIRST_BITS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr, NUM_FFN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,

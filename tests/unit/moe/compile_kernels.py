@@ -119,10 +119,10 @@ def main() -> None:
     by_tags = {"CELLS": 24, "GROUPS": 20, "FIRST_BITS": bits, "BLOCK_TAGS": tags._BLOCK_TAGS}
     by_tags |= {"BLOCK_T": tags._BLOCK_T, "wanted_ptr": None, "padded_ptr": None}
     few = {"SOURCES": 0, "NUM_EXPERTS": 12, "NUM_FFN": 8, "BLOCK_E": 16}
-    compile_kernel("tags._count", by_tags | few, num_warps=tags._WARPS)
+    compile_kernel("tags._count_tags", by_tags | few, num_warps=tags._WARPS)
     del by_tags["wanted_ptr"], by_tags["padded_ptr"]
     many = {"SOURCES": 7, "NUM_EXPERTS": 320, "NUM_FFN": 256, "BLOCK_E": tags._MOST_COLUMNS}
-    compile_kernel("tags._count", by_tags | many, num_warps=tags._WARPS)
+    compile_kernel("tags._count_tags", by_tags | many, num_warps=tags._WARPS)
     for logits in ("*bf16", "*fp32"):
         for name in ("_reduce_logits", "_write_gradient"):
             compile_kernel(f"cross_entropy.{name}", {"BLOCK": cross_entropy._BLOCK}, logits=logits)
