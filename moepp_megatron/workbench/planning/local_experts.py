@@ -63,8 +63,8 @@ def seconds_beside_rows(
 ) -> float:
     """Seconds of an exchange that this rank computes beside, in one pass.
 
-    The combined schedule has its own rule, and computes these experts before the dispatch. With expert-tensor parallelism rows are gathered, too,
-    which nothing runs beside: left out.
+    The combined schedule has its own rule, and computes these experts before the dispatch. With
+    expert-tensor parallelism rows are gathered, too, which nothing runs beside: left out.
 
     Args:
         load: The model.
