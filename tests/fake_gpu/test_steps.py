@@ -113,11 +113,16 @@ def test_local_modules(local: tuple[Outcomes, Outcomes]) -> None:
     # Forward and backward of router, counts by tags, numbering of rows, combine.
     assert launches == dict.fromkeys(launches, layers)
     assert len(launches) == 8
+    # What the package starts a layer, next to loss, tags and the step itself; and all of it.
+    assert outcomes["one rank"]["owners"]["this package"] <= 74 * layers
+    assert outcomes["one rank"]["kernels"] <= 194 * layers
 
 
 def test_transformer_engine(engine: dict[str, Any]) -> None:
     steps = sound([outcome for outcome, _ in engine["steps"]])
     outcomes = dict(zip(cases.ENGINE, steps, strict=True))
+    gathered = outcomes["all-gather"]
+    assert gathered["owners"]["this package"] <= 46 * gathered["layers"]
     tables = {
         "all-gather": (reads.ALL_GATHER, reads.PERMUTATION, reads.FUSED_PERMUTATION),
         "deduplicated": (reads.DEDUPLICATED,),
