@@ -165,12 +165,25 @@ PYTHON
 
 # Prints, one a line, the options by which pip and uv ask no registry.
 _moepp_sources() {
+    if [[ -n ${MOEPP_OFFLINE:-} ]]; then
+        printf '%s\n' --no-index -f "$(cd -- "$MOEPP_OFFLINE" && pwd)"
+    fi
+}
+
+# Whether MOEPP_OFFLINE is not set, or is a folder to install from.
+_moepp_offline_fits() {
+    local needs
     if [[ -z ${MOEPP_OFFLINE:-} ]]; then return 0; fi
     if [[ ! -d $MOEPP_OFFLINE ]]; then
-        _moepp_say "MOEPP_OFFLINE ($MOEPP_OFFLINE) must be a folder of wheels; fill it with pip download"
-        return 1
+        needs='be a folder of wheels, and there is no such folder'
+    elif ! compgen -G "$MOEPP_OFFLINE/*.whl" >/dev/null; then
+        needs='hold wheels (*.whl), and there are none in it'
+    else
+        return 0
     fi
-    printf '%s\n' --no-index -f "$(cd -- "$MOEPP_OFFLINE" && pwd)"
+    _moepp_say "MOEPP_OFFLINE ($MOEPP_OFFLINE) must $needs;" \
+        "fill it with: pip download -d DIR -c constraints.txt . 'setuptools>=77'"
+    return 2
 }
 
 # Whether the largest part is there already.
@@ -393,6 +406,7 @@ _moepp_env() {
     # shellcheck disable=SC2034  # for the sourcing script
     MOEPP_BIN=$venv/bin
     if _moepp_is_ready "$venv"; then return 0; fi
+    _moepp_offline_fits || return
     mkdir -p -- "$(dirname -- "$venv")" || return 1
     (_moepp_make_ready "$venv") 9>>"$venv.lock" || return 1
 }

@@ -54,6 +54,8 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         # The combined schedule frees what has been sent as soon as the call returns.
         self._waits_at_once = config.overlap_moe_expert_parallel_comm
         self._given_config = self.config
+        # Whether all rows come from this rank, which has them in order of experts.
+        self._is_alone = self.ep_size * self.tp_size == 1
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -69,7 +71,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return super().dispatch_preprocess(hidden_states, routing_map, probs)
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
-        """Same as in megatron-core, with the number of permuted rows taken from the map.
+        """Same as in megatron-core, but the host knows the counts before the permutation.
 
         Args:
             routing_map: [T, F] bool.
@@ -79,8 +81,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """
         tokens_per_expert = super().preprocess(routing_map)
         if not self.drop_and_pad:
-            self.num_out_tokens = routing_map.sum()
-            # The permutation needs it as a Python number, so it has to be on the host by then.
+            # The number of permuted rows, which they add up to, has to be a Python number by then.
             self.cuda_sync_point = "before_permutation_1"
         return tokens_per_expert
 
@@ -88,8 +89,10 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self, point: str, tokens_per_expert: Tensor | None = None
     ) -> Tensor:
         tokens_per_expert = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
-        if point == "before_permutation_1" and torch.is_tensor(self.num_out_tokens):
-            self.num_out_tokens = int(self.num_out_tokens)  # type: ignore[assignment]
+        if point == "before_permutation_1" and not self.drop_and_pad:
+            counts = tokens_per_expert if self.input_splits is None else self.input_splits
+            assert counts is not None, "preprocess has counted the rows"
+            self.num_out_tokens = int(counts.sum())
             if self.num_out_tokens == 0:
                 self.config = _without_fusion(self.config)
         return tokens_per_expert
@@ -116,10 +119,17 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Wait for rows and gates, given their tickets; then as in megatron-core."""
+        if self._is_alone:
+            # megatron-core would copy each expert's rows to where they are already.
+            return hidden_states, self.tokens_per_expert, probs
         if not self._waits_at_once:
             rows, gates = self._outbound
             hidden_states, probs = rows.end(hidden_states), gates.end(probs)
         return super().dispatch_postprocess(hidden_states, probs)
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """Same as in megatron-core."""
+        return hidden_states if self._is_alone else super().combine_preprocess(hidden_states)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Send the experts' outputs back; returns a ticket, or as in `token_dispatch`."""

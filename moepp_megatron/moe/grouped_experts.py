@@ -58,7 +58,8 @@ class GroupedExperts(CPUExperts):
         Returns:
             [R, D] outputs times gates.
         """
-        ends = tokens_per_expert.to(tokens.device, non_blocking=True).cumsum(0).to(torch.int32)
+        ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
+        ends = ends.to(tokens.device, non_blocking=True)
         result: Tensor = _GroupedExperts.apply(tokens, gates, ends, *weights)
         return result
 
@@ -89,7 +90,8 @@ class _GroupedExperts(torch.autograd.Function):
         projected_grad = torch.empty_like(projected)
         gate_half, up_half = projected_grad.chunk(2, dim=-1)
         torch.mul(activated_grad, gated, out=up_half)
-        gate_half.copy_(torch.ops.aten.silu_backward(activated_grad.mul_(up), gate_part))
+        silu_backward = torch.ops.aten.silu_backward.grad_input
+        silu_backward(activated_grad.mul_(up), gate_part, grad_input=gate_half)
         input_grad = _product(projected_grad, torch.stack(weights[::2]), ends_E)
         fc1_grads = _weight_grads(projected_grad, tokens_RD, ends_E)
         pairs = zip(fc1_grads.unbind(), fc2_grads.unbind(), strict=True)

@@ -5,8 +5,9 @@ Order of operations; local work runs while tokens travel:
     route -> dispatch FFN-routed tokens ...... FFN experts -> combine ........... -> add
                   shared experts in the meantime      zero-computation experts
 
-With the Triton kernels of `moe/kernels`, one kernel adds up all experts' outputs; where tokens
-travel, zero-computation experts have one of their own in the meantime (`kernels.combine`).
+With the Triton kernels of `moe/kernels`, one kernel adds up all experts' outputs. Zero-computation
+experts have one of their own where tokens travel, in the meantime, and where a dispatcher adds up
+FFN experts' outputs by itself (`kernels.combine`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from moepp_megatron.moe.router import Choice, MoEPPRouter, Routing
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.moe.upstream_private import check_upstream
 from moepp_megatron.moe.upstream_settings import refuse_ignored
-from moepp_megatron.moe.zero_computation import ZeroComputationExperts
+from moepp_megatron.moe.zero_computation import Ingredients, ZeroComputationExperts
 
 
 class VanillaMoELayer(MoELayer):
@@ -115,9 +116,8 @@ class MoEPPLayer(MoELayer):
             moepp.deduplicate_dispatch,
         )
         self.zero_computation = ZeroComputationExperts(config, moepp)
-        self.fuses_combine = use_kernels(moepp.fused) and isinstance(
-            self.token_dispatcher, RowDispatcher
-        )
+        self.fuses_local = use_kernels(moepp.fused)
+        self.fuses_combine = self.fuses_local and isinstance(self.token_dispatcher, RowDispatcher)
         # The combined schedule has its own nodes; whoever calls the layer besides waits at once.
         self.local_first = (
             self.fuses_combine
@@ -221,7 +221,7 @@ class MoEPPLayer(MoELayer):
         shared_output = self.shared_output(hidden_states, padding)
         expert_output, _ = self.routed_experts_compute(dispatched, probs)
         returning = self.combine(expert_output)
-        if self.fuses_combine:
+        if self.fuses_local:
             all_output = self._fused_output(returning, hidden_states, routing, shared_output)
             return all_output.view(hidden_states.shape), routing.logits
         output = self.local_output(hidden_states, routing, shared_output)
@@ -276,14 +276,27 @@ class MoEPPLayer(MoELayer):
         return output.masked_fill(padding.unsqueeze(-1), 0.0)
 
     def local_output(
-        self, hidden_states: Tensor, routing: Routing, shared_output: Tensor | None
+        self, hidden_states: Tensor, routing: Routing, addend: Tensor | None
     ) -> Tensor | None:
-        """[T, D] output of zero-computation and shared experts; None if there are none."""
-        hidden_size = hidden_states.shape[-1]
-        if shared_output is not None:
-            shared_output = shared_output.reshape(-1, hidden_size)
-        return self.zero_computation(
-            hidden_states.view(-1, hidden_size), routing.gates, shared_output, routing.mixing_logits
+        """[T, D] zero-computation experts' output plus [s, b, D] `addend`; None for neither.
+
+        With kernels and without such experts it is the addend itself, else a tensor of its own.
+        """
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        addend = None if addend is None else addend.reshape(tokens.shape)
+        if not self.fuses_local:
+            return self.zero_computation(tokens, routing.gates, addend, routing.mixing_logits)
+        zero = self._ingredients(hidden_states, routing)
+        if zero is None:
+            return addend
+        from moepp_megatron.moe.kernels.combine import add_local
+
+        return add_local(zero, addend, self.moepp)
+
+    def _ingredients(self, hidden_states: Tensor, routing: Routing) -> Ingredients | None:
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return self.zero_computation.ingredients(
+            tokens, routing.gates, routing.routing_map, routing.mixing_logits
         )
 
     def _fused_output(
@@ -293,20 +306,21 @@ class MoEPPLayer(MoELayer):
         routing: Routing,
         shared_output: Tensor | None,
     ) -> Tensor:
-        """[T, D] output of all experts, added up by kernels."""
-        from moepp_megatron.moe.kernels.combine import add_local, combine
+        """Output of all experts, T D numbers, added up by kernels."""
+        from moepp_megatron.moe.kernels.combine import combine
 
-        hidden_size = hidden_states.shape[-1]
-        if shared_output is not None:
-            shared_output = shared_output.reshape(-1, hidden_size)
-        tokens = hidden_states.reshape(-1, hidden_size)
-        zero = self.zero_computation.ingredients(
-            tokens, routing.gates, routing.routing_map, routing.mixing_logits
-        )
-        if self.local_first and zero is not None:
-            shared_output, zero = add_local(zero, shared_output, self.moepp), None
+        if not self.fuses_combine:
+            # What is returning is there already.
+            finished: Tensor = self.postprocess(returning, shared_output)
+            local = self.local_output(hidden_states, routing, finished)
+            return finished if local is None else local
+        zero, addend = self._ingredients(hidden_states, routing), shared_output
+        if self.local_first:
+            zero, addend = None, self.local_output(hidden_states, routing, addend)
+        if addend is not None:
+            addend = addend.reshape(-1, hidden_states.shape[-1])
         rows, table = cast(RowDispatcher, self.token_dispatcher).combine_rows(returning)
-        return combine(rows, table, zero, shared_output, self.moepp)
+        return combine(rows, table, zero, addend, self.moepp)
 
 
 def moepp_layers(model: torch.nn.Module) -> list[MoEPPLayer]:

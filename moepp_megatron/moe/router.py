@@ -37,7 +37,7 @@ from moepp_megatron.moe.router_config import router_config
 from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.moe.selection import Selection, select, standardized
 from moepp_megatron.moe.statistics import RoutingStatistics
-from moepp_megatron.moe.token_tags import cells, forced_tokens, groups, sources
+from moepp_megatron.moe.token_tags import count_by_tags, forced_tokens
 
 # The names under which Megatron's training loop looks for a balance loss of this scope.
 _TRACKED_NAMES: dict[BalanceScope, str] = {
@@ -372,18 +372,14 @@ class MoEPPRouter(TopKRouter):
         self.statistics.add_margins(count_margins(logits_TE, self.expert_bias, self.moepp, padded))
 
     def _count_tags(self, selection: Selection, tags: Tensor, padded: Tensor | None) -> None:
-        statistics, num_ffn = self.statistics, self.moepp.num_ffn_experts
-        made_TE, wanted_TE = selection.routing_map, selection.wanted_map
-        if statistics.num_sources > 0:
-            statistics.add_sources(made_TE, sources(tags))
-        if statistics.num_cells == 0 and statistics.num_groups == 0:
+        counts = self.statistics.counts_by_tags(tags.device)
+        if counts is None:
             return
-        made = made_TE[:, :num_ffn].sum(dim=-1)
-        wanted = made if wanted_TE is None else wanted_TE[:, :num_ffn].sum(dim=-1)
-        if statistics.num_cells > 0:
-            statistics.add_cells(wanted, cells(tags), padded)
-        if statistics.num_groups > 0:
-            statistics.add_groups(wanted, made, groups(tags), padded)
+        count = count_by_tags
+        if self.fused:
+            from moepp_megatron.moe.kernels.tags import count_by_tags as count
+        made, wanted = selection.routing_map, selection.wanted_map
+        count(counts, made, wanted, tags, self.moepp.num_ffn_experts, padded)
 
     def _measure(
         self,

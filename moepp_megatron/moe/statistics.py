@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moepp_megatron.moe.token_tags import TagCounts
+
 
 class RoutingStatistics:
     """Counters of one layer on one rank. Summing over all ranks gives the global batch.
@@ -16,12 +18,8 @@ class RoutingStatistics:
         selected: [E] selections of each expert, before any capacity limit.
         wanted: [E] selections of the router before an FFN demand changed them; None without a
             demand.
-        cells: [cells, 2] int64 FFN selections (as wanted) and tokens of each cell of the expert
-            usage; None where none are counted.
-        groups: [groups, 3] int64 FFN selections as wanted and as made, and tokens, of each group of
-            token ids; None where none are counted.
-        sources: [sources, E] int64 selections of the tokens of each data source, before any
-            capacity limit; None where none are counted.
+        tagged: Tokens and selections by the tokens' tags; None where none are counted.
+        num_cells, num_groups, num_sources: How many there are to count by; 0 for no count.
         dropped: Selections that a capacity limit took away.
         balance_loss: Sum over micro-batches of this rank's summands of L_b, beta excluded.
         num_tokens: Tokens seen, without padding.
@@ -41,9 +39,7 @@ class RoutingStatistics:
         """Forget everything counted."""
         self.selected: Tensor | None = None
         self.wanted: Tensor | None = None
-        self.cells: Tensor | None = None
-        self.groups: Tensor | None = None
-        self.sources: Tensor | None = None
+        self.tagged: TagCounts | None = None
         self.margins: Tensor | None = None
         self.dropped: Tensor | None = None
         self.balance_loss: Tensor | None = None
@@ -84,55 +80,31 @@ class RoutingStatistics:
             loss = balance_loss.detach()
             self.balance_loss = loss if self.balance_loss is None else self.balance_loss + loss
 
-    @torch.no_grad()
-    def add_cells(self, ffn_counts: Tensor, cells: Tensor, padded: Tensor | None = None) -> None:
-        """Count one micro-batch's tokens in the cells of the expert usage, of `num_cells`.
-
-        Args:
-            ffn_counts: [T] int64 FFN experts that the router wants for each token.
-            cells: [T] int64.
-            padded: [T] bool tokens that do not count; None for none.
-        """
-        tokens = torch.ones_like(ffn_counts) if padded is None else (~padded).to(ffn_counts.dtype)
-        pairs = torch.stack([ffn_counts, tokens], dim=-1)
-        if self.cells is None:
-            self.cells = pairs.new_zeros(self.num_cells, 2)
-        self.cells.index_add_(0, cells, pairs)
-
     def wanted_counts(self) -> Tensor | None:
         """[E] selections that the router wanted, on its device; None where none were counted."""
         return self.selected if self.wanted is None else self.wanted
 
-    @torch.no_grad()
-    def add_groups(
-        self, wanted: Tensor, made: Tensor, groups: Tensor, padded: Tensor | None = None
-    ) -> None:
-        """Count one micro-batch's tokens in groups of token ids, of `num_groups`.
+    def counts_by_tags(self, device: torch.device) -> TagCounts | None:
+        """The counters to add to, made where there are none yet; None where tags do not count."""
+        sizes = self.num_cells, self.num_groups, self.num_sources
+        if self.tagged is None and any(sizes):
+            self.tagged = TagCounts.zeros(*sizes, self.num_experts, device)
+        return self.tagged
 
-        Args:
-            wanted: [T] int64 FFN experts that the router wants for each token.
-            made: [T] int64 FFN experts that it gets.
-            groups: [T] int64.
-            padded: [T] bool tokens that do not count; None for none.
-        """
-        tokens = torch.ones_like(made) if padded is None else (~padded).to(made.dtype)
-        rows = torch.stack([wanted, made, tokens], dim=-1)
-        if self.groups is None:
-            self.groups = rows.new_zeros(self.num_groups, 3)
-        self.groups.index_add_(0, groups, rows)
+    @property
+    def cells(self) -> Tensor | None:
+        """[cells, 2] int64 FFN selections (as wanted) and tokens; None where none are counted."""
+        return self.tagged.cells if self.tagged and self.num_cells else None
 
-    @torch.no_grad()
-    def add_sources(self, routing_map: Tensor, sources: Tensor) -> None:
-        """Count one micro-batch's selections by data source, of `num_sources`.
+    @property
+    def groups(self) -> Tensor | None:
+        """[groups, 3] int64 FFN selections as wanted and as made, and tokens; or None."""
+        return self.tagged.groups if self.tagged and self.num_groups else None
 
-        Args:
-            routing_map: [T, E] bool selections before any capacity limit; none of padding.
-            sources: [T] int64.
-        """
-        if self.sources is None:
-            shape = self.num_sources, self.num_experts
-            self.sources = torch.zeros(shape, dtype=torch.int64, device=routing_map.device)
-        self.sources.index_add_(0, sources, routing_map.long())
+    @property
+    def sources(self) -> Tensor | None:
+        """[sources, E] int64 selections of each data source's tokens; or None."""
+        return self.tagged.sources if self.tagged and self.num_sources else None
 
     @torch.no_grad()
     def add_margins(self, counts: Tensor) -> None:

@@ -16,12 +16,14 @@ group and the source.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 # First bit of each, and one bit behind the last of a cell, and of a group.
-_CELL, _GROUP, _SOURCE = 1, 16, 32
+CELL, GROUP, SOURCE = 1, 16, 32
 
 
 class TokenTags:
@@ -72,11 +74,11 @@ class TokenTags:
         tags = position_ids * self.position_bins // self._seq_length * self.frequency_bins
         if self.classes is not None:
             tags = tags + self.classes[input_ids]
-        tags = tags << _CELL
+        tags = tags << CELL
         if self.groups is not None:
-            tags = tags + (self.groups[input_ids] << _GROUP)
+            tags = tags + (self.groups[input_ids] << GROUP)
         if sources is not None:
-            tags = tags + (sources.long() << _SOURCE)
+            tags = tags + (sources.long() << SOURCE)
         if self.forced_ids is not None:
             tags = tags + self.forced_ids[input_ids]
         tags = tags.T
@@ -93,14 +95,71 @@ def forced_tokens(tags: Tensor | None) -> Tensor | None:
 
 def cells(tags: Tensor) -> Tensor:
     """[T] int64 cells from tags [s, b]."""
-    return (tags.reshape(-1) & ((1 << _GROUP) - 1)) >> _CELL
+    return (tags.reshape(-1) & ((1 << GROUP) - 1)) >> CELL
 
 
 def groups(tags: Tensor) -> Tensor:
     """[T] int64 groups from tags [s, b]."""
-    return (tags.reshape(-1) & ((1 << _SOURCE) - 1)) >> _GROUP
+    return (tags.reshape(-1) & ((1 << SOURCE) - 1)) >> GROUP
 
 
 def sources(tags: Tensor) -> Tensor:
     """[T] int64 data sources from tags [s, b]."""
-    return tags.reshape(-1) >> _SOURCE
+    return tags.reshape(-1) >> SOURCE
+
+
+class TagCounts(NamedTuple):
+    """Counters by tags, int64, on the device; no rows where nothing is counted by one.
+
+    Attributes:
+        cells: [cells, 2] FFN experts that the router wants, and tokens.
+        groups: [groups, 3] FFN experts that it wants, those that it gets, and tokens.
+        sources: [sources, E] selections that are made.
+    """
+
+    cells: Tensor
+    groups: Tensor
+    sources: Tensor
+
+    @classmethod
+    def zeros(
+        cls, cells: int, groups: int, sources: int, num_experts: int, device: torch.device
+    ) -> TagCounts:
+        """Counters of nothing yet, in one tensor."""
+        sizes = [2 * cells, 3 * groups, sources * num_experts]
+        parts = torch.zeros(sum(sizes), dtype=torch.int64, device=device).split(sizes)
+        widths = (2, 3, num_experts)
+        return cls(*(part.view(-1, width) for part, width in zip(parts, widths, strict=True)))
+
+
+@torch.no_grad()
+def count_by_tags(
+    counts: TagCounts,
+    made: Tensor,
+    wanted: Tensor | None,
+    tags: Tensor,
+    num_ffn: int,
+    padded: Tensor | None = None,
+) -> None:
+    """Count one micro-batch's tokens in place. `kernels.tags` does the same on a GPU.
+
+    Args:
+        counts: What to add to.
+        made: [T, E] bool selections before any capacity limit; none of padding.
+        wanted: [T, E] bool selections that the router wants; None where they are made.
+        tags: [s, b] int64 tags.
+        num_ffn: FFN experts, which are the first columns.
+        padded: [T] bool tokens that do not count; None for none.
+    """
+    if len(counts.sources):
+        counts.sources.index_add_(0, sources(tags), made.long())
+    if not (len(counts.cells) or len(counts.groups)):
+        return
+    ffn_made = made[:, :num_ffn].sum(dim=-1)
+    ffn_wanted = ffn_made if wanted is None else wanted[:, :num_ffn].sum(dim=-1)
+    tokens = torch.ones_like(ffn_made) if padded is None else (~padded).to(ffn_made.dtype)
+    if len(counts.cells):
+        counts.cells.index_add_(0, cells(tags), torch.stack([ffn_wanted, tokens], dim=-1))
+    if len(counts.groups):
+        rows = torch.stack([ffn_wanted, ffn_made, tokens], dim=-1)
+        counts.groups.index_add_(0, groups(tags), rows)

@@ -40,6 +40,7 @@ class Record:
         launches: Triton kernels by name.
         collectives: By name.
         operations: Operations of torch that start at least one kernel, by name.
+        owners: Kernels of both by whose code starts them (`owner`).
         faults: What would fail or be wrong on a GPU.
     """
 
@@ -47,12 +48,14 @@ class Record:
     launches: Counter[str] = field(default_factory=Counter)
     collectives: Counter[str] = field(default_factory=Counter)
     operations: Counter[str] = field(default_factory=Counter)
+    owners: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forget everything but faults."""
-        for counter in (self.reads, self.launches, self.collectives, self.operations):
-            counter.clear()
+        for value in vars(self).values():
+            if isinstance(value, Counter):
+                value.clear()
 
     @property
     def kernels(self) -> int:
@@ -119,16 +122,30 @@ _NO_KERNEL = (
 )  # fmt: skip
 
 
-def place() -> str:
+def place(packages: tuple[str, ...] = ("/moepp_megatron/", "/megatron/core/")) -> str:
     """The innermost function of megatron-core or of this package, "file:function"."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        for package in ("/moepp_megatron/", "/megatron/core/"):
+        for package in packages:
             if package in name:
                 return f"{package[1:]}{name.split(package)[-1]}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"
+
+
+# Whose code starts a kernel, by the folder of the innermost function.
+OWNERS = {
+    "/moepp_megatron/": "this package",
+    "/megatron/core/": "megatron-core",
+    "/te_stand_in/": "stand-in",
+}
+
+
+def owner() -> str:
+    """Whose code runs; torch's autograd where a backward pass runs no code in Python."""
+    found = "/" + place(tuple(OWNERS))
+    return next((name for folder, name in OWNERS.items() if found.startswith(folder)), "autograd")
 
 
 class Device(TorchDispatchMode):
@@ -157,6 +174,7 @@ class Device(TorchDispatchMode):
             _note_copy(args[1], args[0], not waits)
         if not func.__name__.startswith(_NO_KERNEL) and (on_gpu or _is_on_gpu(result)):
             RECORD.operations[func.__name__] += 1
+            RECORD.owners[owner()] += 1
         return result
 
 
@@ -213,6 +231,7 @@ def install() -> None:
     def run(self: Any, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
         name = self.fn.__name__
         RECORD.launches[name] += 1
+        RECORD.owners[owner()] += 1
         for number, value in enumerate(args):
             if isinstance(value, torch.Tensor) and value.device.type != "cuda":
                 RECORD.faults.append(f"kernel {name}: argument {number} is on {value.device}")

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.workbench.planning.efficiency import DEFAULT
-from tests.fake_gpu import build, cases
+from tests.fake_gpu import build, cases, machine
 
 GIB = 2**30
+OWNERS = (*machine.OWNERS.values(), "autograd")
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def played_bytes(folder: Path, paths: list[Path], transformer_engine: bool) -> d
     }
 
 
-def launches(folder: Path, path: Path, transformer_engine: bool) -> int:
-    """Kernels that an MoE layer starts for a micro-batch, forward and backward.
+def launches(folder: Path, path: Path, transformer_engine: bool) -> dict[str, int]:
+    """Kernels that an MoE layer starts for a micro-batch, forward and backward, by `OWNERS`.
 
     The difference between three layers and two.
     """
@@ -111,7 +112,11 @@ def launches(folder: Path, path: Path, transformer_engine: bool) -> int:
     for outcome in found:
         assert outcome["error"] == "", outcome["error"]
     few, more = found
-    return round((more["kernels"] - few["kernels"]) / (more["layers"] - few["layers"]))
+    layers = more["layers"] - few["layers"]
+    return {
+        name: round((more["owners"].get(name, 0) - few["owners"].get(name, 0)) / layers)
+        for name in OWNERS
+    }
 
 
 def main() -> None:
@@ -131,11 +136,16 @@ def main() -> None:
 
 
 def _print_launches(folder: Path, paths: list[Path]) -> None:
-    print("| configuration | without TE | with its stand-in |")
-    print("|---|---|---|")
+    print(f"| configuration | modules | kernels | {' | '.join(OWNERS)} |")
+    print("|---|---|---" + "|---" * len(OWNERS) + "|")
     for path in paths:
-        local = "-" if cases.needs_engine(path) else launches(folder, path, False)
-        print(f"| {path.stem} | {local} | {launches(folder, path, True)} |", flush=True)
+        for engine in (False, True):
+            if not engine and cases.needs_engine(path):
+                continue
+            found = launches(folder, path, engine)
+            modules = "stand-in" if engine else "without TE"
+            counts = " | ".join(str(found[name]) for name in OWNERS)
+            print(f"| {path.stem} | {modules} | {sum(found.values())} | {counts} |", flush=True)
 
 
 def _print_peaks(folder: Path, paths: list[Path]) -> None:

@@ -57,6 +57,7 @@ class Outcome:
         launches: Triton kernels of it.
         kernels: Kernels of its forward and backward passes. The optimizer's are left out: torch
             has them one by one for fake tensors.
+        owners: The same by whose code starts them (`machine.owner`).
         modules: Names of what computes attention and experts.
         layers: MoE layers of the rank, times micro-batches.
         held: Bytes of tensors before that step: weights, gradients, optimizer.
@@ -71,6 +72,7 @@ class Outcome:
     reads: dict[str, int] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
     kernels: int = 0
+    owners: dict[str, int] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
     layers: int = 0
     held: int = 0
@@ -247,6 +249,7 @@ class _Run:
 
         def prepared(optimizer: Any) -> Any:
             self.outcome.kernels = RECORD.kernels
+            self.outcome.owners = dict(RECORD.owners)
             return prepare(optimizer)
 
         step_module.prepare_gradients = prepared

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +110,19 @@ def test_local_modules(local: tuple[Outcomes, Outcomes]) -> None:
     # Forward and backward of the loss, in each of the two layers' micro-batches.
     for name in ("_reduce_logits", "_write_gradient"):
         assert launches.pop(name) == layers / 2
-    # Forward and backward of router, numbering of rows, combine.
+    # Forward and backward of router, counts by tags, numbering of rows, combine.
     assert launches == dict.fromkeys(launches, layers)
-    assert len(launches) == 7
+    assert len(launches) == 8
+    # What the package starts a layer, next to loss, tags and the step itself; and all of it.
+    assert outcomes["one rank"]["owners"]["this package"] <= 74 * layers
+    assert outcomes["one rank"]["kernels"] <= 194 * layers
 
 
 def test_transformer_engine(engine: dict[str, Any]) -> None:
     steps = sound([outcome for outcome, _ in engine["steps"]])
     outcomes = dict(zip(cases.ENGINE, steps, strict=True))
+    gathered = outcomes["all-gather"]
+    assert gathered["owners"]["this package"] <= 46 * gathered["layers"]
     tables = {
         "all-gather": (reads.ALL_GATHER, reads.PERMUTATION, reads.FUSED_PERMUTATION),
         "deduplicated": (reads.DEDUPLICATED,),
@@ -137,14 +142,21 @@ def test_what_would_fail_on_a_gpu_fails_here(local: tuple[Outcomes, Outcomes]) -
     assert new.startswith("item moepp_megatron/moe/")
 
 
+def every_shipped() -> Iterator[Any]:
+    """Each shipped configuration with the modules that it can run with."""
+    for path in (*cases.MODELS, *cases.PLANNED):
+        for engine in (False, True):
+            if engine or not cases.needs_engine(path):
+                modules = "Transformer Engine" if engine else "local modules"
+                yield pytest.param(path, engine, id=f"{path.stem}, {modules}")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [False, True], ids=["local modules", "Transformer Engine"])
-def test_every_shipped_configuration(play: Play, engine: bool) -> None:
-    paths = (*cases.MODELS, *cases.PLANNED)
-    wanted = [cases.shipped(path) for path in paths if engine or not cases.needs_engine(path)]
-    for case, outcome in zip(wanted, play(wanted, engine), strict=True):
-        assert outcome["error"] == "", f"{case}\n{outcome['error']}"
-        assert outcome["faults"] == [], case
+@pytest.mark.parametrize(("path", "engine"), list(every_shipped()))
+def test_every_shipped_configuration(play: Play, path: Path, engine: bool) -> None:
+    (outcome,) = play([cases.shipped(path)], engine)
+    assert outcome["error"] == "", outcome["error"]
+    assert outcome["faults"] == []
 
 
 def test_peak_memory_is_the_planned_one(engine: dict[str, Any]) -> None:

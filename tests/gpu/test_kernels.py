@@ -15,6 +15,7 @@ from tests.unit.moe.test_kernels import (  # noqa: F401
     test_combine_of_no_tokens,
     test_combine_where_all_select_the_same,
     test_combine_with_long_sums,
+    test_counts_by_tags,
     test_gates_of_scores_that_underflow,
     test_layer_with_and_without_kernels,
     test_nan_is_selected_and_seen,

@@ -343,13 +343,33 @@ def test_transformer_engine_that_fails_is_tried_again(machine, environment, says
 
 def test_offline_asks_no_registry(machine, tmp_path):
     machine.add_python("python3.12", "3.12")
-    script = f'"{machine.root}/launch/env.sh" --offline '
-    status, _, err = machine.source(script + "nowhere")
-    assert status == 1
-    assert "MOEPP_OFFLINE (nowhere) must be a folder of wheels" in err
-    status, _, err = machine.source(script + f'"{tmp_path}"')
+    wheels = tmp_path / "wheels of the node"
+    wheels.mkdir()
+    (wheels / "torch-2.12-cp312-cp312-linux_x86_64.whl").touch()
+    status, _, err = machine.source(f'"{machine.root}/launch/env.sh" --offline "{wheels}"')
     assert status == 0, err
-    assert f"--no-index -f {tmp_path} -c" in machine.calls.read_text()
+    assert f"--no-index -f {wheels} -c" in machine.calls.read_text()
+
+
+@pytest.mark.parametrize(
+    ("is_there", "says"), [(False, "there is no such folder"), (True, "hold wheels (*.whl)")]
+)
+def test_a_folder_without_wheels_is_refused_before_anything_is_made(machine, is_there, says):
+    machine.add_python("python3.12", "3.12")
+    if is_there:
+        (machine.root / "wheels").mkdir()
+        # What a source distribution would build, it would ask a registry for.
+        (machine.root / "wheels/torch-2.12.tar.gz").touch()
+    script = f'cd "{machine.root}" && launch/env.sh --offline wheels'
+    status, _, err = machine.source(script)
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert err.startswith("set-up: MOEPP_OFFLINE (wheels) must ")
+    assert says in err
+    assert "pip download -d DIR" in err
+    made = {path.name for path in machine.root.iterdir()} - {"wheels"}
+    assert made == {"launch", "pyproject.toml", "constraints.txt", "constraints-torch2.11.txt"}
+    assert not Path(f"{machine.calls}.all").exists()
 
 
 @pytest.mark.parametrize(("words", "says"), [("--offline", "needs a folder"), ("--tee", "--te")])

@@ -3,6 +3,7 @@
 router.py          logits to gates, routing map and statistics, in one kernel each way
 expert_groups.py   group-limited routing inside that kernel
 rows.py            which FFN rows are each token's
+tags.py            selections counted by the tokens' tags
 combine.py         FFN rows back to their tokens, plus zero-computation and shared experts
 combine_triton.py  what `combine.py` launches
 cross_entropy.py   the model's loss, over a vocabulary that tensor-parallel ranks share

@@ -15,8 +15,9 @@ backward pass the rows' gradients leave after no more than their own making; x a
 their gradients written while they travel. So the way back gains more than the way there loses, and
 the travel is longer than the work: a row takes seven times as long over NVLink (450 GB/s) as
 through memory (3.35 TB/s), and more over a network. Autograd runs nodes in the reverse order of
-their creation, hence `add_local` before the wait. A dispatcher whose package combines by itself
-(all-gather, flex) hands over finished tokens and keeps the order without kernels.
+their creation, hence `add_local` before the wait. A dispatcher that adds up FFN experts' outputs by
+itself (all-gather, flex) hands over finished tokens, which are the addend of `add_local`. In the
+combined schedule `add_local` runs before the dispatch.
 
 Bytes per token: forward reads the rows, x where it is used, addend, gates, map and mixing logits
 and writes D elements. Backward reads D and x, writes the rows and D, and besides writes and reads

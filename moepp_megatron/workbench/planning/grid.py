@@ -36,6 +36,7 @@ class Grid:
         fully_sharded: Parameters and gradients are sharded over data-parallel ranks too (FSDP).
         is_dualpipe: The schedule is DualPipe (arXiv 2412.19437, section 3.2.1), not interleaved.
         dispatcher: Name of the dispatcher, where a search chose it.
+        unpaired: Passes are meant that the combined schedule runs alone.
     """
 
     world: int
@@ -55,6 +56,7 @@ class Grid:
     fully_sharded: bool = False
     is_dualpipe: bool = False
     dispatcher: Dispatcher | None = None
+    unpaired: bool = False
 
     @classmethod
     def from_layout(cls, config: Config, layout: Layout) -> Grid:
@@ -129,7 +131,7 @@ class Grid:
 
         It gives the cost of passes that the combined schedule runs alone.
         """
-        return replace(self, expert_overlap=False)
+        return replace(self, expert_overlap=False, unpaired=self.expert_overlap)
 
     def micro_batches(self, batch: int) -> int:
         """Micro-batches of a step and data-parallel rank."""

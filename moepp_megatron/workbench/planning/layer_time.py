@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.local_experts import seconds_beside_rows
 from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.parts import (
     Layer,
@@ -89,6 +90,12 @@ def layer_time(
         reached = machine.reached
         share = reached.overlap if load.experts.dispatcher == "flex" else reached.plain_overlap
         clock.exchange(traffic.experts, repeats * traffic.experts, share if overlaps else 0.0)
+        local = [part for part in parts if part.name in ("shared_expert", "zero_computation")]
+        beside = [
+            seconds_beside_rows(load, grid, machine, works, traffic.experts)
+            for works in ([p.forward for p in local], [p.backward for p in local])
+        ]
+        clock.hide(EXCHANGE, beside[0], beside[1] + (repeats - 1) * beside[0])
         if load.experts.dispatcher != "allgather":
             clock.wait_for_metadata(repeats, overlaps)
     if is_moe:
@@ -124,6 +131,7 @@ def layer_key(grid: Grid) -> Grid:
         expert_overlap=grid.expert_overlap,
         recomputed_layers=grid.recomputed_layers,
         fully_sharded=grid.fully_sharded,
+        unpaired=grid.unpaired,
     )
 
 
@@ -195,6 +203,12 @@ class _Clock:
         self._forward += forward
         self._backward += backward
         self._seconds[name] += forward + backward
+
+    def hide(self, name: str, forward: float, backward: float) -> None:
+        """Take seconds of communication that run beside computation out of those that count."""
+        self.communicate(name, -forward, -backward)
+        if forward + backward > 0:
+            self._hidden[name] += forward + backward
 
     def shard(self, forward: float, backward: float) -> None:
         """Parameters and gradients travel beside the layer's computation; only the rest counts."""

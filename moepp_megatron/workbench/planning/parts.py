@@ -16,6 +16,7 @@ from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.linear import linear_work
 from moepp_megatron.workbench.planning.links import distinct_targets
 from moepp_megatron.workbench.planning.local_core import with_local_core
+from moepp_megatron.workbench.planning.local_experts import local_work, mixing_logits
 from moepp_megatron.workbench.planning.module_costs import COSTS
 from moepp_megatron.workbench.planning.rates import Product, Work
 from moepp_megatron.workbench.planning.workload import Workload
@@ -165,10 +166,12 @@ def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> L
 
 
 def _router(load: Workload, grid: Grid, has_residual: bool) -> LayerPart:
-    """Logits z = W x (+ G z'), scores, the choice of K experts, the balance loss."""
+    """Logits z = W x (+ G z') beside U x, scores, the choice of K experts, the balance loss."""
     experts = load.experts
     tokens, wide = grid.tokens(load.seq), experts.num_experts
-    shapes = experts.router_shapes(load.hidden, is_first=not has_residual)
+    (width, depth), *others = experts.router_shapes(load.hidden, is_first=not has_residual)
+    # The gate's first product and the constant experts' are one.
+    shapes = [(width + mixing_logits(load), depth), *others]
     number = load.numbers.dtype
     forward = tuple(Product(tokens, n, k, 1, number) for n, k in shapes)
     backward = tuple(Product(tokens, k, n, 1, number) for n, k in shapes)
@@ -234,16 +237,8 @@ def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
 
 
 def _zero_computation(load: Workload, grid: Grid) -> LayerPart:
-    """`y = s x + A V` and `softmax(U_c x)`: no gather, two reads and a write of the activations."""
-    tokens = grid.tokens(load.seq)
-    tensor = tokens * load.hidden * load.numbers.activation_bytes
-    number = load.numbers.dtype
-    matmuls = load.experts.local_matmuls(load.hidden)
-    forward = tuple(Product(tokens, n, k, 1, number) for n, k in matmuls)
-    backward = tuple(Product(p.m, p.k, p.n, 1, number) for p in forward)
-    backward += tuple(Product(p.n, p.k, p.m, 1, number) for p in forward)
-    ahead = Work(forward, moved=3.0 * tensor, kernels=6)
-    back = Work(backward, moved=6.0 * tensor, kernels=10)
+    """`y = s x + A V`: no token is gathered, sorted or sent."""
+    ahead, back = local_work(load, grid)
     return LayerPart("zero_computation", ahead, back, _again(grid, "moe", ahead))
 
 

@@ -112,6 +112,7 @@ class Workload:
             with an output layer of its own.
         modules: Kind of modules, which decides what is kept for the backward pass.
         loss_fused: The cross entropy works on the logits as they are, without an fp32 copy.
+        local_fused: Kernels compute the zero-computation experts (`moe.fused`).
         graphs: Parts of a layer that run as CUDA graphs, so that the host does not issue them one
             by one: attn, mlp, moe_router, moe_preprocess, moe, full_iteration.
         gated: FFNs of dense layers have a gate: three matrices instead of two.
@@ -132,6 +133,7 @@ class Workload:
     extra_layers: int = 0
     modules: Modules = "fused"
     loss_fused: bool = False
+    local_fused: bool = False
     graphs: frozenset[str] = frozenset()
     gated: bool = True
     delays_gradients: bool = False
@@ -163,6 +165,7 @@ class Workload:
             modules=modules,
             # What `runtime.kernel_choices` chooses on a GPU; on a CPU there are no kernels.
             loss_fused=modules == "fused" and precision.cross_entropy in ("auto", "fused"),
+            local_fused=modules == "fused" and config.moe.fused is not False,
             graphs=frozenset(config.training.cuda_graphs),
             delays_gradients=config.parallel.delay_wgrad_compute,
         )

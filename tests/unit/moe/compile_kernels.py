@@ -12,15 +12,17 @@ from triton import knobs, next_power_of_2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from moepp_megatron.moe.kernels import combine, combine_triton, cross_entropy, router, rows
+from moepp_megatron.moe.kernels import combine, combine_triton, cross_entropy, router, rows, tags
 
 HOPPER = GPUTarget("cuda", 90, 32)
 MODULES = {
-    "router": router, "combine": combine_triton, "rows": rows, "cross_entropy": cross_entropy
+    "router": router, "combine": combine_triton, "rows": rows, "cross_entropy": cross_entropy,
+    "tags": tags,
 }  # fmt: skip
 INTEGERS = {"positions", "sequences", "num_tokens", "stride", "programs", "columns"}
 POINTERS = {"map_ptr": "*i1", "padded_ptr": "*i1", "table_ptr": "*i32", "counts_ptr": "*i32"}
-POINTERS["labels_ptr"] = "*i64"
+POINTERS |= {"made_ptr": "*i1", "wanted_ptr": "*i1"}
+POINTERS |= {f"{name}_ptr": "*i64" for name in ("labels", "tags", "cells", "groups", "sources")}
 BF16 = {"rows_ptr", "x_ptr", "v_ptr", "addend_ptr", "output_ptr", "grad_ptr"}
 BF16 |= {"grad_rows_ptr", "grad_x_ptr"}
 
@@ -113,6 +115,14 @@ def main() -> None:
         sizes = {"COLUMNS": columns, "BLOCK_M": columns, "SLOTS": slots, "BLOCK_S": 8, "TILES": 4}
         for name in ("_count", "_number"):
             compile_kernel(f"rows.{name}", sizes | {"BLOCK_T": block_t, "BLOCK_P": 32})
+    bits = tags.CELL, tags.GROUP, tags.SOURCE
+    by_tags = {"CELLS": 24, "GROUPS": 20, "FIRST_BITS": bits, "BLOCK_TAGS": tags._BLOCK_TAGS}
+    by_tags |= {"BLOCK_T": tags._BLOCK_T, "wanted_ptr": None, "padded_ptr": None}
+    few = {"SOURCES": 0, "NUM_EXPERTS": 12, "NUM_FFN": 8, "BLOCK_E": 16}
+    compile_kernel("tags._count_tags", by_tags | few, num_warps=tags._WARPS)
+    del by_tags["wanted_ptr"], by_tags["padded_ptr"]
+    many = {"SOURCES": 7, "NUM_EXPERTS": 320, "NUM_FFN": 256, "BLOCK_E": tags._MOST_COLUMNS}
+    compile_kernel("tags._count_tags", by_tags | many, num_warps=tags._WARPS)
     for logits in ("*bf16", "*fp32"):
         for name in ("_reduce_logits", "_write_gradient"):
             compile_kernel(f"cross_entropy.{name}", {"BLOCK": cross_entropy._BLOCK}, logits=logits)

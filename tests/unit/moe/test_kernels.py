@@ -17,6 +17,7 @@ from moepp_megatron.experts import CONSTANT, COPY
 from moepp_megatron.moe import kernels, selection
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.copies import Copies, rows_of_tokens
+from moepp_megatron.moe.token_tags import CELL, GROUP, SOURCE, TagCounts, count_by_tags
 from moepp_megatron.moe.zero_computation import Ingredients
 from tests.unit.moe.builders import HIDDEN, assert_close, build_layer
 
@@ -41,13 +42,14 @@ def compiled() -> Iterator[SimpleNamespace]:
                 pytest.skip("no GPU here, and Triton was imported without its interpreter")
             patch.setenv("TRITON_INTERPRET", "1")
             _forget_compiled_kernels(triton)
-        from moepp_megatron.moe.kernels import combine, cross_entropy, router, rows
+        from moepp_megatron.moe.kernels import combine, cross_entropy, router, rows, tags
         from tests.unit.moe import product_kernel
 
         yield SimpleNamespace(
             select=router.select,
             combine=combine.combine,
             rows_of_tokens=rows.rows_of_tokens,
+            count_by_tags=tags.count_by_tags,
             cross_entropy=cross_entropy.cross_entropy,
             multiply=product_kernel.multiply,
         )
@@ -277,6 +279,48 @@ def test_rows_of_tokens_beyond_one_load_of_counts(compiled, monkeypatch):
     assert torch.equal(table, rows_of_tokens(routing_map, 2))
 
 
+# Cells, groups, sources, experts, FFN experts, tokens.
+TAGGED = [
+    (6, 20, 3, 12, 8, 301),
+    (40, 0, 0, 5, 5, 128),
+    (0, 70, 0, 70, 64, 130),
+    (0, 0, 33, 40, 32, 17),
+    (1, 1, 1, 1, 1, 1),
+    (3, 3, 3, 12, 8, 0),
+]
+
+
+@pytest.mark.parametrize("demanded", [False, True], ids=["as wanted", "demanded"])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("case", TAGGED)
+def test_counts_by_tags(compiled, case, padded, demanded):
+    cells, groups, sources, num_experts, num_ffn, tokens = case
+    padding = torch.rand(tokens, device=DEVICE) < 0.3 if padded else None
+
+    def some_map():
+        chosen = torch.rand(tokens, num_experts, device=DEVICE) < 0.4
+        return chosen if padding is None else chosen & ~padding.unsqueeze(1)
+
+    def some(number, first_bit):
+        return torch.randint(max(1, number), (tokens, 1), device=DEVICE) << first_bit
+
+    made, wanted = some_map(), some_map() if demanded else None
+    tags = some(cells, CELL) + some(groups, GROUP) + some(sources, SOURCE) + some(2, 0)
+    expected, actual = (
+        TagCounts.zeros(cells, groups, sources, num_experts, DEVICE) for _ in range(2)
+    )
+    # The second micro-batch adds to what is there.
+    for _ in range(2):
+        count_by_tags(expected, made, wanted, tags, num_ffn, padding)
+        compiled.count_by_tags(actual, made, wanted, tags, num_ffn, padding)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+    num_counted = tokens if padding is None else int((~padding).sum())
+    for counts, number in ((actual.cells, cells), (actual.groups, groups)):
+        assert counts[:, -1].sum() == (2 * num_counted if number else 0)
+    assert actual.sources.sum() == (2 * made.sum() if sources else 0)
+
+
 @dataclasses.dataclass
 class Parts:
     """What is combined; floating-point tensors are leaves."""
@@ -445,6 +489,12 @@ LAYERS = [
     ({}, "alltoall", {}),
     ({"gate_normalization": "nonzero", "expert_input_scale": 2.0}, "alltoall_dedup", {}),
     ({"balance_scope": "sequence", "score_function": "sigmoid"}, "allgather", {}),
+    ({"expert_input_scale": 2.0}, "allgather", {"moe_shared_expert_intermediate_size": 8}),
+    (
+        {"num_constant_experts": 0, "num_copy_experts": 0},
+        "allgather",
+        {"moe_shared_expert_intermediate_size": 8},
+    ),
     (
         {"gate_normalization": "selected", "capacity_factor": 0.6, "logits_norm_std": 1.5},
         "alltoall",
@@ -486,6 +536,8 @@ def test_layer_with_and_without_kernels(compiled, changes, dispatcher, megatron)
         if config.selection_bias:
             layer.router.expert_bias.copy_(torch.linspace(-0.2, 0.2, config.num_experts))
     assert fused.router.fused
+    assert fused.fuses_local
+    assert not plain.fuses_local
     assert fused.fuses_combine == (dispatcher != "allgather")
     hidden, previous, *weights = (
         torch.randn(9, 3, width, device=DEVICE)
@@ -578,7 +630,7 @@ def test_kernels_compile_for_hopper(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len({name for name, _, _ in lines}) == 9
+    assert len({name for name, _, _ in lines}) == 10
     assert all(count >= 2 for count in Counter(name for name, _, _ in lines).values())
     # Registers that do not fit go through memory.
     assert [line for line in lines if line[2] != "0"] == []

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
@@ -307,6 +308,29 @@ def test_no_ffn_token_in_the_micro_batch(dispatcher):
     for name, actual, _ in gradient_pairs(layer, run.reference):
         if name.startswith("experts"):
             assert torch.equal(actual, torch.zeros_like(actual)), name
+
+
+def test_rows_of_one_rank_are_sorted_once(monkeypatch):
+    """megatron-core would sort rows by local expert, which the permutation has done already."""
+    sorts = []
+    original = token_dispatcher.sort_chunks_by_idxs
+
+    def counted(*args, **kwargs):
+        sorts.append(len(args[0]))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(token_dispatcher, "sort_chunks_by_idxs", counted)
+    layer = build_layer(MoEPPConfig(num_ffn_experts=4))
+    hidden = torch.randn(9, 3, HIDDEN)
+    previous = torch.randn(9, 3, layer.moepp.num_experts)
+    output, _ = layer(hidden, previous)
+    assert sorts == []
+    # Sorted once more, they are what they were.
+    layer.token_dispatcher._is_alone = False
+    again, _ = layer(hidden, previous)
+    assert len(sorts) == 2
+    assert sorts[0] > 0
+    assert torch.equal(output, again)
 
 
 def test_capacity_of_one_ffn_selection():

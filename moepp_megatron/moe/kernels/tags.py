@@ -1,0 +1,117 @@
+"""One kernel that counts a micro-batch's selections by the tags of its tokens, instead of a dozen.
+
+The definition is `moepp_megatron.moe.token_tags.count_by_tags`. A program adds up its tile of
+tokens for each tag and then adds that to the counters with atomic additions of integers, whose
+order does not matter.
+
+Bytes per token: reads 8 of its tag and E of the map, 2 E where the router wanted something else.
+A program adds 2 numbers a cell, 3 a group and E a source.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moepp_megatron.moe.token_tags import CELL, GROUP, SOURCE, TagCounts
+
+# Tokens of a program, most columns of the map that it reads at once, and tags that it adds up at
+# once: 16 numbers a thread.
+_BLOCK_T, _MOST_COLUMNS, _BLOCK_TAGS, _WARPS = 128, 32, 32, 8
+
+
+@torch.no_grad()
+def count_by_tags(
+    counts: TagCounts,
+    made: Tensor,
+    wanted: Tensor | None,
+    tags: Tensor,
+    num_ffn: int,
+    padded: Tensor | None = None,
+) -> None:
+    """Same as `moepp_megatron.moe.token_tags.count_by_tags`."""
+    num_tokens, num_experts = made.shape
+    programs = triton.cdiv(num_tokens, _BLOCK_T)
+    if programs:
+        _count_tags[(programs,)](
+            made.contiguous(),
+            None if wanted is None else wanted.contiguous(),
+            tags.contiguous(),
+            None if padded is None else padded.contiguous(),
+            *counts,
+            num_tokens,
+            CELLS=len(counts.cells),
+            GROUPS=len(counts.groups),
+            SOURCES=len(counts.sources),
+            FIRST_BITS=(CELL, GROUP, SOURCE),
+            NUM_EXPERTS=num_experts,
+            NUM_FFN=num_ffn,
+            BLOCK_T=_BLOCK_T,
+            BLOCK_E=min(_MOST_COLUMNS, triton.next_power_of_2(num_experts)),
+            BLOCK_TAGS=_BLOCK_TAGS,
+            num_warps=_WARPS,
+        )
+
+
+@triton.jit
+def _count_tags(  # type: ignore[no-untyped-def]
+    made_ptr, wanted_ptr, tags_ptr, padded_ptr, cells_ptr, groups_ptr, sources_ptr, num_tokens,
+    CELLS: tl.constexpr, GROUPS: tl.constexpr, SOURCES: tl.constexpr, FIRST_BITS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, NUM_FFN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_TAGS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    counts = token < num_tokens
+    tag = tl.load(tags_ptr + token, counts, 0)
+    if padded_ptr is not None:
+        counts &= tl.load(padded_ptr + token, counts, 1) == 0
+    cell = _field(tag, FIRST_BITS[0], FIRST_BITS[1])
+    group = _field(tag, FIRST_BITS[1], FIRST_BITS[2])
+    source = (tag >> FIRST_BITS[2]).to(tl.int32)
+
+    made = tl.zeros([BLOCK_T], tl.int32)
+    wanted = tl.zeros([BLOCK_T], tl.int32)
+    for first in range(0, NUM_EXPERTS, BLOCK_E):
+        column = first + tl.arange(0, BLOCK_E)
+        exists = counts[:, None] & (column < NUM_EXPERTS)[None, :]
+        is_ffn = (column < NUM_FFN)[None, :]
+        at = token[:, None] * NUM_EXPERTS + column[None, :]
+        selected = tl.load(made_ptr + at, exists, 0).to(tl.int32)
+        made += tl.sum(tl.where(is_ffn, selected, 0), axis=1)
+        if wanted_ptr is not None:
+            desired = tl.load(wanted_ptr + at, exists & is_ffn, 0).to(tl.int32)
+            wanted += tl.sum(desired, axis=1)
+        for number in range(SOURCES):
+            total = tl.sum(tl.where((source == number)[:, None], selected, 0), axis=0)
+            out = sources_ptr + number * NUM_EXPERTS + column
+            tl.atomic_add(out, total.to(tl.int64), column < NUM_EXPERTS, sem="relaxed")
+    if wanted_ptr is None:
+        wanted = made
+
+    tokens = counts.to(tl.int32)
+    _add_up(cells_ptr, cell, wanted, 2, CELLS, BLOCK_TAGS)
+    _add_up(cells_ptr + 1, cell, tokens, 2, CELLS, BLOCK_TAGS)
+    _add_up(groups_ptr, group, wanted, 3, GROUPS, BLOCK_TAGS)
+    _add_up(groups_ptr + 1, group, made, 3, GROUPS, BLOCK_TAGS)
+    _add_up(groups_ptr + 2, group, tokens, 3, GROUPS, BLOCK_TAGS)
+
+
+@triton.jit
+def _field(tag, FIRST: tl.constexpr, END: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The number that these bits of tags hold."""
+    return ((tag >> FIRST) & ((1 << (END - FIRST)) - 1)).to(tl.int32)
+
+
+@triton.jit
+def _add_up(  # type: ignore[no-untyped-def]
+    counts_ptr, number_of_token, values, WIDTH: tl.constexpr, NUMBERS: tl.constexpr,
+    BLOCK_TAGS: tl.constexpr,
+):  # fmt: skip
+    """Add the values [BLOCK_T] of each number's tokens to its counter, `WIDTH` apart."""
+    for first in range(0, NUMBERS, BLOCK_TAGS):
+        number = first + tl.arange(0, BLOCK_TAGS)
+        is_of = number_of_token[:, None] == number[None, :]
+        total = tl.sum(tl.where(is_of, values[:, None], 0), axis=0).to(tl.int64)
+        tl.atomic_add(counts_ptr + number * WIDTH, total, number < NUMBERS, sem="relaxed")

@@ -1,0 +1,81 @@
+"""Zero-computation experts: their work in each of its three forms, and what it hides.
+
+- combined: in the kernel that returns FFN experts' rows to their tokens, where nothing travels
+- apart: in one kernel (`moe.kernels.combine.add_local`)
+- plain: in PyTorch's operations, without kernels
+
+Rows of an all-to-all travel while shared experts (on the way there) and zero-computation experts
+(on the way back) compute (`moe/layer.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.machine import Machine
+from moepp_megatron.workbench.planning.rates import Product, Work, work_seconds
+from moepp_megatron.workbench.planning.workload import Workload
+
+# Dispatchers whose rows travel beside computation.
+_TICKETS = ("alltoall", "alltoall_dedup")
+
+
+def local_form(load: Workload, grid: Grid) -> Literal["combined", "apart", "plain"]:
+    """The form in which zero-computation experts are computed."""
+    if not load.local_fused:
+        return "plain"
+    return "combined" if grid.ep == 1 and load.experts.dispatcher in _TICKETS else "apart"
+
+
+def mixing_logits(load: Workload) -> int:
+    """Outputs of the constant experts' own gate, `U x`: the router's product computes them too."""
+    return sum(n for n, k in load.experts.local_matmuls(load.hidden) if k == load.hidden)
+
+
+def local_work(load: Workload, grid: Grid) -> tuple[Work, Work]:
+    """Forward and backward work of `y = s x + A V`, without `U x`."""
+    tokens, number = grid.tokens(load.seq), load.numbers.dtype
+    tensor = tokens * load.hidden * load.numbers.activation_bytes
+    matmuls = [(n, k) for n, k in load.experts.local_matmuls(load.hidden) if k != load.hidden]
+    ahead = tuple(Product(tokens, n, k, 1, number) for n, k in matmuls)
+    back = tuple(Product(tokens, k, n, 1, number) for n, k in matmuls)
+    back += tuple(Product(n, k, tokens, 1, number) for n, k in matmuls)
+    form = local_form(load, grid)
+    if form == "plain":
+        forward = Work(ahead, moved=3.0 * tensor, kernels=5)
+        return forward, Work(back, moved=6.0 * tensor, kernels=8)
+    # Tensors [T, D] of the kernel, those of its products too: x; apart also the output, which is
+    # read again. Backward x and its gradient, apart also the output's gradient.
+    tensors, kernels = ((1.0, 2.0), 0) if form == "combined" else ((3.0, 3.0), 1)
+    moved = [
+        max(count * tensor - sum(product.moved for product in products), 0.0)
+        for count, products in zip(tensors, (ahead, back), strict=True)
+    ]
+    # Gradients of the gates, then of V: parts added up, rounded.
+    after = 1 + (2 if matmuls else 0)
+    return Work(ahead, 0.0, 0, moved[0], kernels), Work(back, 0.0, 0, moved[1], kernels + after)
+
+
+def seconds_beside_rows(
+    load: Workload, grid: Grid, machine: Machine, works: Sequence[Work], exchange: float
+) -> float:
+    """Seconds of an exchange that this rank computes beside, in one pass.
+
+    The combined schedule has its own rule, and computes these experts before the dispatch. With
+    expert-tensor parallelism rows are gathered, too, which nothing runs beside: left out.
+
+    Args:
+        load: The model.
+        grid: The layout.
+        machine: The cluster.
+        works: What is computed on each of the two ways.
+        exchange: Seconds of both ways.
+    """
+    travels = load.experts.dispatcher in _TICKETS and grid.ep > 1 and grid.etp == 1
+    is_combined = grid.expert_overlap or grid.unpaired
+    if not machine.overlaps or is_combined or not travels or load.experts.is_vanilla:
+        return 0.0
+    most = exchange / 2 * (1.0 - machine.reached.overlap_slowdown)
+    return sum(min(work_seconds(work, machine), most) for work in works)
