@@ -36,8 +36,13 @@ from moepp_megatron.config.yaml_file import read_mapping
 from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.training.occupancy import refuse_running
-from moepp_megatron.workbench.experiments.pilot.arms import PilotArm, build_arms, matched_arms
-from moepp_megatron.workbench.experiments.pilot.arms import configured_tau, narrow_width
+from moepp_megatron.workbench.experiments.pilot.arms import (
+    PilotArm,
+    build_arms,
+    configured_tau,
+    matched_arms,
+    narrow_width,
+)
 from moepp_megatron.workbench.experiments.pilot.outcome import RunOutcome
 from moepp_megatron.workbench.experiments.pilot.plan import Plan
 from moepp_megatron.workbench.experiments.pilot.procedure import Pilot

@@ -1,4 +1,4 @@
-"""The state of `benchmarks.pilot_large`: losses, and differences of arms while others are missing."""
+"""The state of `benchmarks.pilot_large`: losses, and differences of arms as long as some miss."""
 
 from __future__ import annotations
 

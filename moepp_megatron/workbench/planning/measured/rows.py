@@ -48,6 +48,7 @@ class Beyond(_Strict):
     schedule: Literal["dualpipe"] | None = None
     most_nodes_per_token: int | None = Field(default=None, ge=1)
     permute_fusion: bool = True
+    router_padding: bool = False
 
 
 class Measured(_Strict):
@@ -203,6 +204,7 @@ def run_of(row: Row, source: str = "a row") -> Run:
         key_norm=beyond.latent_key_norm,
         most_nodes=beyond.most_nodes_per_token,
         permute_fused=beyond.permute_fusion,
+        router_pads=beyond.router_padding,
     )
     hardware = load_hardware(nearest_hardware(row.hardware))
     routing = early(load.experts.num_ffn_experts) if row.routing == "learned" else FORCED_BALANCE
