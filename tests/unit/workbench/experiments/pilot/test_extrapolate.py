@@ -85,7 +85,7 @@ def test_models_at_the_target_are_the_plans_own() -> None:
 
 
 def test_hours_at_the_target_count_smaller_first_steps() -> None:
-    ramp = ["training.batch_ramp=[[0, 16], [200000000, 64]]"]
+    ramp = ["training.batch_ramp=[[0, 32], [200000000, 64]]"]
     whole = extrapolated(0.5).models
     slower = extrapolated(0.5, request=replace(REQUEST, config=with_overrides(LARGE, ramp))).models
     for plain, ramped in zip(whole, slower, strict=True):
