@@ -126,6 +126,7 @@ class LargeRuns(PilotRuns):
 
     def do(self, run: PilotRun) -> None:
         """Train, from the newest checkpoint on, and leave the file."""
+        self.claim([run])
         refuse_running(Path(run.config.run.dir))
         options = LaunchOptions(self.nproc, stoppable=True, output=self.log(run))
         reason = self.launch(run, options, ["train", "--resume", "--", str(self.config_file(run))])
@@ -143,8 +144,10 @@ class LargeRuns(PilotRuns):
 
     def work_on(self, run: PilotRun) -> bool:
         """Do the run if nobody else has it; False otherwise."""
+        lock = self.path / "logs" / f"{run.name}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._alone(self.path / "logs" / f"{run.name}.lock"):
+            with self._alone(lock):
                 if not self.is_done(run):
                     self.do(run)
                     return True
@@ -232,9 +235,8 @@ def work(open_it: Callable[[], Pilot], most: int, is_over: Callable[[], bool]) -
         pilot = open_it()
         folder = pilot.folder
         assert isinstance(folder, LargeRuns), "open_pilot makes no others"
-        runs = runs_in_order(pilot)
-        folder.claim(runs)
-        done = next((run for run in folder.unfinished(runs) if folder.work_on(run)), None)
+        missing = folder.unfinished(runs_in_order(pilot))
+        done = next((run for run in missing if folder.work_on(run)), None)
         if done is None:
             break
         finished.append(done.name)
