@@ -140,7 +140,7 @@ class LargeRuns(PilotRuns):
         }
         values["curve"] = outcome.curve.model_dump()
         content = {"settings": self.digest, "began": super().began(run), "outcome": values}
-        write_result(self.results / f"{run.name}.json", json.dumps(content, indent=1).encode())
+        write_result(self.results / f"{run.name}.json", json.dumps(content).encode() + b"\n")
 
     def work_on(self, run: PilotRun) -> bool:
         """Do the run if nobody else has it; False otherwise."""
