@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
     from moepp_megatron.workbench.planning.plan import Plan
 
 
+# What `--measured` uses; all else says what rows say themselves.
+_WITH_ROWS = ("measured", "json_file", "fit")
+
+
 def plan(
+    context: typer.Context,
     config: Annotated[
         Path | None,
         typer.Argument(
@@ -91,10 +97,11 @@ def plan(
     from moepp_megatron.config.choices import parse_numbers
 
     if measured is not None:
-        if config is not None or out is not None or plot is not None or simulate:
+        ignored = list(_given_beside_rows(context))
+        if ignored:
             raise ConfigError(
-                "--measured must come without CONFIG, --out, --plot and --simulate: rows say what "
-                "ran; leave these out"
+                f"--measured ({measured}) must come without {', '.join(ignored)}: rows say what "
+                "ran; leave this out"
             )
         _hold_to_runs(measured, json_file, fit)
         return
@@ -139,6 +146,15 @@ def plan(
     if out is not None:
         _write_layout(out, result, config, overrides or [])
         echo(f"layout       {out}")
+
+
+def _given_beside_rows(context: typer.Context) -> Iterator[str]:
+    """Arguments and options of the command line that `--measured` would ignore."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name not in _WITH_ROWS:
+            yield parameter.opts[0] if parameter.opts[0].startswith("-") else name.upper()
 
 
 def _hold_to_runs(measured: Path, json_file: Path | None, fit_file: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from moepp_megatron.workbench.planning.module_costs import COSTS
 from moepp_megatron.workbench.planning.rates import Product
@@ -12,6 +13,9 @@ from moepp_megatron.workbench.planning.workload import Workload
 # largest value it is read before), and kernels: the cast; before it the largest value in two steps
 # and the scale; after it the layout of the scales.
 _CASTS = {"blockwise": (4.0, 1), "delayed": (4.0, 1), "tensorwise": (6.0, 4), "mxfp8": (4.0, 3)}
+# With delayed scaling one kernel casts so many tensors (Transformer Engine, multi_cast_transpose.cu
+# and `split_quantize`); with other scaling each group has its own.
+_CAST_TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +59,12 @@ def linear_work(
         accumulated = COSTS[load.modules].accumulated * outputs * inputs * groups
         return LinearWork(forward, backward, 0.0, accumulated, 0)
     element, kernels = _CASTS[load.numbers.fp8]
+    casts = ceil(groups / _CAST_TOGETHER) if load.numbers.fp8 == "delayed" else groups
     return LinearWork(
         forward,
         backward,
         element * rows * inputs * groups,
         element * rows * outputs * groups,
         # The weight's cast is kept over a step's micro-batches.
-        kernels * groups,
+        kernels * casts,
     )

@@ -75,7 +75,7 @@ def outlook_of(
         faults: Failures and checkpoints; by default those of `moepp plan --simulate`.
     """
     faults = faults or Faults()
-    days = tokens / (planned.tokens_per_s_per_gpu * world) / 86400
+    days = planned.run_seconds(tokens) / 86400
     failure_s = faults.failure_s(world)
     interval = max(faults.interval_s(world), planned.step.total)
     useful = expected_goodput(interval, faults.save_s, faults.restart_s, failure_s)

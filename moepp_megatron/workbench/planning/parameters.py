@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
@@ -29,17 +30,19 @@ class RankParameters:
 def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) -> RankParameters:
     """Parameters of each rank of a pipeline stage."""
     dense = of_adam = _outside_layers(load, grid, pp_rank)
+    layers = [layer for chunk in stages[pp_rank] for layer in chunk]
+    kinds = Counter((load.is_moe[layer], layer == load.first_moe_layer) for layer in layers)
     experts = 0
-    for layer in (layer for chunk in stages[pp_rank] for layer in chunk):
-        dense += _attention(load, grid)
-        of_adam += _attention_vectors(load, grid)
-        if load.is_moe[layer]:
-            is_first = layer == load.first_moe_layer
-            dense += _moe_dense(load, grid, is_first)
-            of_adam += _moe_dense(load, grid, is_first) - _shared_matrices(load, grid)
-            experts += _ffn_experts(load, grid)
+    for (is_moe, is_first), count in kinds.items():
+        dense += count * _attention(load, grid)
+        of_adam += count * _attention_vectors(load, grid)
+        if is_moe:
+            outside = _moe_dense(load, grid, is_first)
+            dense += count * outside
+            of_adam += count * (outside - _shared_matrices(load, grid))
+            experts += count * _ffn_experts(load, grid)
         else:
-            dense += (3 if load.gated else 2) * load.hidden * load.dense_size // grid.tp
+            dense += count * _dense_ffn(load, grid)
     if pp_rank == grid.pp - 1:
         for _ in range(load.extra_layers):
             # Multi-token prediction: two norms and a projection of two vectors to one in front, a
@@ -55,7 +58,11 @@ def layer_parameters(load: Workload, grid: Grid, is_moe: bool) -> tuple[int, int
     dense = _attention(load, grid)
     if is_moe:
         return dense + _moe_dense(load, grid, is_first=False), _ffn_experts(load, grid)
-    return dense + (3 if load.gated else 2) * load.hidden * load.dense_size // grid.tp, 0
+    return dense + _dense_ffn(load, grid), 0
+
+
+def _dense_ffn(load: Workload, grid: Grid) -> int:
+    return (3 if load.gated else 2) * load.hidden * load.dense_size // grid.tp
 
 
 def _outside_layers(load: Workload, grid: Grid, pp_rank: int) -> int:

@@ -213,7 +213,9 @@ def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     """The FFN experts of a rank, one grouped product for each of their matrices."""
     experts = load.experts.num_ffn_experts // grid.ep
     width = load.experts.ffn_size / grid.etp
-    rows = rows * grid.etp
+    copied, copies = _row_copies(load, rows * grid.etp)
+    # Of what is added to each expert's rows, half an alignment is the mean.
+    rows = rows * grid.etp + experts * (load.numbers.row_alignment - 1) / 2
     first = linear_work(load, rows / experts, 2 * width, load.hidden, experts)
     second = linear_work(load, rows / experts, load.hidden, width, experts)
     activation = load.numbers.activation_bytes * rows * width
@@ -222,18 +224,32 @@ def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     casts = first.casts + second.casts
     forward = Work(
         first.forward + second.forward,
-        moved=passes[0] * activation + first.moved + second.moved,
-        kernels=costs.layer_kernels[0] + costs.expert_kernels[0] * experts + casts,
+        moved=passes[0] * activation + first.moved + second.moved + copied,
+        kernels=costs.layer_kernels[0] + costs.expert_kernels[0] * experts + casts + copies,
     )
     backward = Work(
         first.backward + second.backward,
-        moved=passes[1] * activation + first.moved_back + second.moved_back,
-        kernels=costs.layer_kernels[1] + costs.expert_kernels[1] * experts + casts,
+        moved=passes[1] * activation + first.moved_back + second.moved_back + copied,
+        kernels=costs.layer_kernels[1] + costs.expert_kernels[1] * experts + casts + copies,
     )
     again = _again(grid, "moe", forward)
     if "moe_act" in grid.recompute:
         again = Work(moved=3 * activation, kernels=1)
     return LayerPart("experts", forward, backward, again)
+
+
+def _row_copies(load: Workload, rows: float) -> tuple[float, int]:
+    """Bytes and kernels, of either pass, that round each expert's rows for FP8 products.
+
+    The router or a flex dispatcher may have rounded them. Otherwise input, gates and output are
+    copied one by one (megatron-core, `TEGroupedMLP`: Transformer Engine's `Fp8Padding`,
+    `Fp8Unpadding`).
+    """
+    experts = load.experts
+    if load.numbers.fp8 is None or experts.router_pads or experts.dispatcher == "flex":
+        return 0.0, 0
+    # Two copies of [rows, D], each read and written; gates are fp32.
+    return rows * (4.0 * load.hidden * load.numbers.activation_bytes + 2.0 * 4), 3
 
 
 def _zero_computation(load: Workload, grid: Grid) -> LayerPart:

@@ -60,7 +60,7 @@ class Plan:
 
     def hours(self, planned: Planned, tokens: float) -> float:
         """Hours to train on this many tokens."""
-        return tokens / (planned.tokens_per_s_per_gpu * self.world) / 3600
+        return planned.run_seconds(tokens) / 3600
 
 
 def plan(

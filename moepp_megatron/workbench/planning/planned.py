@@ -8,6 +8,7 @@ from typing import Any, Literal
 from moepp_megatron.config import Config
 from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.config.vanilla import vanilla
+from moepp_megatron.workbench.planning.batch_ramp import RampStage, ramp_stages
 from moepp_megatron.workbench.planning.coster import GIB
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting
@@ -36,6 +37,7 @@ class Planned:
         mfu: Their share of the rated rate.
         vanilla_step_s: Step of the vanilla model in the same layout; None for vanilla itself.
         vanilla_fits: Whether it fits there; the ratio is of speed alone where it does not.
+        ramp: Smaller steps at the beginning of a run.
     """
 
     grid: Grid
@@ -50,6 +52,16 @@ class Planned:
     mfu: float
     vanilla_step_s: float | None = None
     vanilla_fits: bool = True
+    ramp: tuple[RampStage, ...] = ()
+
+    def run_seconds(self, tokens: float) -> float:
+        """Time of the steps that read so many tokens from a run's beginning on, seconds."""
+        seconds = 0.0
+        for stage in self.ramp:
+            read = min(tokens, stage.tokens)
+            seconds += read / stage.tokens_per_s
+            tokens -= read
+        return seconds + tokens / (self.tokens_per_s_per_gpu * self.grid.world)
 
     def record(self, layers: int) -> dict[str, Any]:
         """A dictionary for JSON; the contract's keys come first."""
@@ -83,7 +95,8 @@ def planned_of(
     config: Config, grid: Grid, held: float, fits: bool, machine: Machine, routing: AssumedRouting
 ) -> Planned:
     """A layout with its numbers."""
-    step = step_time(Workload.from_config(config), grid, machine, routing)
+    load = Workload.from_config(config)
+    step = step_time(load, grid, machine, routing)
     tokens = config.training.global_batch_size * config.model.seq_length
     rate = tokens / step.total / grid.world
     tflops = rate * training_flops_per_token(config, config.moe.ffn_share) / 1e12
@@ -106,6 +119,7 @@ def planned_of(
         mfu=tflops / peak,
         vanilla_step_s=beside,
         vanilla_fits=has_room,
+        ramp=tuple(ramp_stages(config, load, grid, machine, routing)),
     )
 
 

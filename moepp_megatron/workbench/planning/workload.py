@@ -26,6 +26,7 @@ class Experts(ExpertLayout):
         shared_gate: Whether a gate weighs the shared expert's output.
         dispatcher: How tokens reach their experts.
         permute_fused: Tokens are permuted by fused kernels.
+        router_pads: The router gives each FFN expert as many tokens as FP8 products take.
         most_nodes: A token's experts lie on at most so many nodes; None for any.
         num_groups: Groups of neighbouring FFN experts.
         group_topk: Groups that a token's FFN experts come from.
@@ -37,6 +38,7 @@ class Experts(ExpertLayout):
     shared_gate: bool = False
     dispatcher: Dispatcher = "alltoall"
     permute_fused: bool = True
+    router_pads: bool = False
     most_nodes: int | None = None
     num_groups: int = 1
     group_topk: int = 1
@@ -75,6 +77,13 @@ class Numbers:
     moments_bytes: int = 8
     gradient_bytes: int = 4
     matrix_moments_bytes: int = 8
+
+    @property
+    def row_alignment(self) -> int:
+        """What the rows of an expert's FP8 products are padded to a multiple of; 1 without FP8."""
+        if self.fp8 is None:
+            return 1
+        return 32 if self.fp8 == "mxfp8" else 16
 
     @property
     def activation_bytes(self) -> int:
@@ -192,6 +201,7 @@ class Workload:
         key_norm: bool,
         most_nodes: int | None,
         permute_fused: bool,
+        router_pads: bool,
     ) -> Workload:
         """The same model with what no configuration says (`measured.rows.Beyond`)."""
         attention = self.attention
@@ -212,7 +222,12 @@ class Workload:
             loss_fused=False,
             dense_size=ungated_size or self.dense_size,
             gated=ungated_size is None,
-            experts=replace(self.experts, most_nodes=most_nodes, permute_fused=permute_fused),
+            experts=replace(
+                self.experts,
+                most_nodes=most_nodes,
+                permute_fused=permute_fused,
+                router_pads=router_pads,
+            ),
         )
 
     def with_dispatcher(self, dispatcher: Dispatcher) -> Workload:

@@ -18,6 +18,7 @@ from moepp_megatron.workbench.planning.measured.compare import (
     pair_errors,
 )
 from moepp_megatron.workbench.planning.measured.fit import Fit
+from moepp_megatron.workbench.planning.measured.rows import nearest_key
 from moepp_megatron.workbench.report.terminal import print_whole
 
 
@@ -52,8 +53,13 @@ def print_measured(comparisons: Sequence[Comparison]) -> None:
         )
     for one in comparisons:
         if one.run.unused:
-            facts = ", ".join(one.run.unused)
+            facts = ", ".join(map(_with_nearest, one.run.unused))
             print_whole(f"not used: {facts} of {one.run.row.name}")
+
+
+def _with_nearest(key: str) -> str:
+    nearest = nearest_key(key)
+    return key if nearest is None else f"{key} (did you mean {nearest}?)"
 
 
 def _families(title: str, found: dict[str, FamilyErrors]) -> Table:

@@ -252,11 +252,16 @@ def test_the_model_is_held_to_runs(tmp_path: Path, monkeypatch, capsys) -> None:
     rows = [one for one in json.loads(SET_NUMBERS.read_text()) if one["hardware"] == "b200"]
     rows[0]["measured"]["peak_memory_gib"] = 100.0
     rows.append({**rows[0], "name": "not measured", "pair": [], "measured": {}})
+    rows[-1] |= {"routng": "forced", "colour": "red", "beyond": {"moment_byte": 2}}
     file, data, mine = (tmp_path / name for name in ("rows.json", "errors.json", "mine.yaml"))
     file.write_text(json.dumps(rows))
     assert call("--measured", str(file), "--json", str(data), "--fit", str(mine)) == 0
     told = capsys.readouterr().out
     for text in ("Llama-3 8B MXFP8, 8", "errors of rows in scope in", "ratio: ", "left out"):
+        assert text in told
+    for text in ("routng (did you mean routing?)", "moment_byte (did you mean moment_bytes?)"):
+        assert text in told
+    for text in ("not used: colour, routng", "of not measured"):
         assert text in told
     found = json.loads(data.read_text())
     assert [one["name"] for one in found] == [one["name"] for one in rows]
@@ -272,6 +277,10 @@ def test_the_model_is_held_to_runs(tmp_path: Path, monkeypatch, capsys) -> None:
     assert call("--measured", str(file), "--fit", str(mine)) == 2
     for options, says in (
         (["--measured", str(file), "config.yaml"], "must come without CONFIG"),
+        (
+            ["--measured", str(file), "--gpus", "8", "--simulate", "--taus", "0.5"],
+            "must come without --gpus, --taus, --simulate: rows say what ran; leave",
+        ),
         (["--fit", str(mine)], "must come with --measured"),
         ([], "CONFIG must be given, or --measured FILE"),
         (["--measured", str(tmp_path / "none.json")], "cannot be read"),

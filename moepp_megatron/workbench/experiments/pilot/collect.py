@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import os
 import platform
@@ -11,12 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from moepp_megatron.config.parameters import count_parameters
-from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.workbench.experiments.pilot import schedule, sentences
 from moepp_megatron.workbench.experiments.pilot.evidence import Evidence, Names
 from moepp_megatron.workbench.experiments.pilot.extrapolate import measured_routing
-from moepp_megatron.workbench.experiments.pilot.outcome import RunOutcome, arm_outcome, run_outcome
+from moepp_megatron.workbench.experiments.pilot.outcome import RunOutcome, arm_outcome
 from moepp_megatron.workbench.experiments.pilot.pooled import PooledLosses
 from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
 from moepp_megatron.workbench.experiments.pilot.result import (
@@ -37,9 +35,6 @@ from moepp_megatron.workbench.experiments.pilot.verdict import (
 )
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting
 
-Records = list[StepMetrics]
-
-
 Runs = Mapping[int, RunOutcome]
 
 
@@ -53,7 +48,7 @@ def result_of(pilot: Pilot) -> PilotResult | None:
     """
     if len(pilot.plan.matches) < len(pilot.moepp):
         return None
-    found = _records(pilot)
+    found = _outcomes(pilot)
     if not found:
         return None
     look = look_of(len(found), pilot.plan.first)
@@ -63,15 +58,15 @@ def result_of(pilot: Pilot) -> PilotResult | None:
     return _Measured(pilot, found, look).result()
 
 
-def _records(pilot: Pilot) -> dict[int, dict[str, Records]]:
-    """Records by finished seed and arm."""
+def _outcomes(pilot: Pilot) -> dict[int, dict[str, RunOutcome]]:
+    """Outcomes by finished seed and arm."""
     whole = {}
     for seed in pilot.seeds:
-        records = {
-            arm.arm.name: pilot.folder.records(pilot.folder.run_of(arm, seed)) for arm in pilot.arms
+        outcomes = {
+            arm.arm.name: pilot.folder.outcome(pilot.folder.run_of(arm, seed)) for arm in pilot.arms
         }
-        if all(found is not None for found in records.values()):
-            whole[seed] = {name: found for name, found in records.items() if found is not None}
+        if all(found is not None for found in outcomes.values()):
+            whole[seed] = {name: found for name, found in outcomes.items() if found is not None}
     return whole
 
 
@@ -79,16 +74,13 @@ class _Measured:
     """The whole seeds of a pilot."""
 
     def __init__(
-        self, pilot: Pilot, records: Mapping[int, Mapping[str, list[StepMetrics]]], look: int
+        self, pilot: Pilot, outcomes: Mapping[int, Mapping[str, RunOutcome]], look: int
     ) -> None:
-        self.pilot, self.records, self.look = pilot, records, look
-        self.runs: dict[str, dict[int, RunOutcome]] = {}
-        for arm in pilot.arms:
-            folders = {seed: pilot.folder.run_of(arm, seed).config.run.dir for seed in records}
-            self.runs[arm.arm.name] = {
-                seed: run_outcome(found[arm.arm.name], folders[seed])
-                for seed, found in records.items()
-            }
+        self.pilot, self.seeds, self.look = pilot, list(outcomes), look
+        self.runs: dict[str, dict[int, RunOutcome]] = {
+            arm.arm.name: {seed: found[arm.arm.name] for seed, found in outcomes.items()}
+            for arm in pilot.arms
+        }
         self.losses = PooledLosses(
             {
                 name: {seed: run.valid_loss for seed, run in runs.items()}
@@ -140,7 +132,7 @@ class _Measured:
             caveats=sentences.caveats(
                 self.pilot.folder.nproc,
                 not self._on_gpu(),
-                len(self.records),
+                len(self.seeds),
                 setting.steps,
                 setting.tokens,
                 None if target is None else _routing_words(routing),
@@ -182,7 +174,7 @@ class _Measured:
             return None
         found = {}
         for arm in self.pilot.arms:
-            runs = [self.pilot.folder.run_of(arm, seed) for seed in self.records]
+            runs = [self.pilot.folder.run_of(arm, seed) for seed in self.seeds]
             routing = measured_routing(runs, self.pilot.target.config)
             if routing is None:
                 return None
@@ -202,16 +194,14 @@ class _Measured:
 
     def _on_gpu(self) -> bool:
         """Whether the runs used GPUs."""
-        last = [records[-1] for seed in self.records.values() for records in seed.values()]
-        return any(record.gpu_hours is not None for record in last)
+        return any(run.on_gpu for runs in self.runs.values() for run in runs.values())
 
     def _began(self) -> str:
-        """Day of the first run: a run writes its configuration when it starts."""
-        folder, first = self.pilot.folder, []
-        for arm in self.pilot.arms:
-            runs = [folder.run_of(arm, seed) for seed in self.records]
-            first += [(run.config.run.dir / "config.yaml").stat().st_mtime for run in runs]
-        return datetime.datetime.fromtimestamp(min(first), datetime.UTC).date().isoformat()
+        """Day of the first run."""
+        folder = self.pilot.folder
+        return min(
+            folder.began(folder.run_of(arm, seed)) for arm in self.pilot.arms for seed in self.seeds
+        )
 
     def _setting(self) -> Setting:
         pilot = self.pilot

@@ -110,7 +110,7 @@ class TargetRequest:
         planned = best[0]
         if not planned.fits:
             return TargetModel(arm=arm, layout=_words(planned), fits=False)
-        hours = self.tokens / (planned.tokens_per_s_per_gpu * self.gpus) / 3600
+        hours = planned.run_seconds(self.tokens) / 3600
         price = self.price_per_hour
         return TargetModel(
             arm=arm,

@@ -24,7 +24,7 @@ _POINTS_OF_CURVE = 200
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """The outcome of one run; names as in `ArmOutcome`."""
+    """The outcome of one run; names as in `ArmOutcome`, and whether it used GPUs."""
 
     valid_loss: float
     step_time_s: float
@@ -35,6 +35,7 @@ class RunOutcome:
     alerts: Mapping[str, int]
     health: Mapping[str, float]
     curve: Curve
+    on_gpu: bool = False
 
 
 def run_outcome(records: Sequence[StepMetrics], folder: Path) -> RunOutcome:
@@ -60,6 +61,7 @@ def run_outcome(records: Sequence[StepMetrics], folder: Path) -> RunOutcome:
         ),
         health=_health(late),
         curve=_curve(records),
+        on_gpu=last.gpu_hours is not None,
     )
 
 

@@ -22,7 +22,6 @@ from moepp_megatron.workbench.experiments.pilot.arms import (
     narrow_width,
 )
 from moepp_megatron.workbench.experiments.pilot.extrapolate import TargetRequest
-from moepp_megatron.workbench.experiments.pilot.outcome import run_outcome
 from moepp_megatron.workbench.experiments.pilot.plan import Match, Plan
 from moepp_megatron.workbench.experiments.pilot.runs import PilotRun, PilotRuns
 from moepp_megatron.workbench.experiments.pilot.sessions import Session, SpeedSessions
@@ -84,7 +83,7 @@ class Pilot:
         """The sessions of the arms that are not matched yet; none before their runs are there."""
         found = []
         for arm in self.moepp:
-            share = None if arm.arm.name in self.plan.matches else self._ffn_share(arm)
+            share = None if arm.arm.name in self.plan.matches else self.ffn_share(arm)
             if share is not None:
                 found += [Session(arm, share, n + 1) for n in range(self.plan.sessions)]
         return found
@@ -94,15 +93,14 @@ class Pilot:
         """Sessions of all arms that are not matched yet."""
         return self.plan.sessions * (len(self.moepp) - len(self.plan.matches))
 
-    def _ffn_share(self, arm: PilotArm) -> float | None:
+    def ffn_share(self, arm: PilotArm) -> float | None:
         """FFN share of an arm's runs of the first look; None before they are finished."""
         shares = []
         for seed in self.seeds[: self.plan.first]:
-            run = self.folder.run_of(arm, seed)
-            records = self.folder.records(run)
-            if records is None:
+            outcome = self.folder.outcome(self.folder.run_of(arm, seed))
+            if outcome is None:
                 return None
-            shares.append(run_outcome(records, run.config.run.dir).ffn_share)
+            shares.append(outcome.ffn_share)
         return statistics.fmean(shares)
 
     def matching(self, timed: SpeedSessions) -> Pilot:

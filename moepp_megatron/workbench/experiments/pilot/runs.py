@@ -7,12 +7,14 @@ DIR/pilot.html           the page
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moepp_megatron.config import with_overrides
 from moepp_megatron.workbench.experiments.pilot.arms import PilotArm
+from moepp_megatron.workbench.experiments.pilot.outcome import RunOutcome, run_outcome
 from moepp_megatron.workbench.experiments.pilot.result import Arm
 from moepp_megatron.workbench.experiments.runs import in_turns
 from moepp_megatron.workbench.experiments.training_runs import TrainingRun, TrainingRuns
@@ -43,6 +45,20 @@ class PilotRuns(TrainingRuns[PilotRun]):
     def all_of(self, arms: Sequence[PilotArm], seeds: Sequence[int]) -> list[PilotRun]:
         """All runs in their order, seed by seed."""
         return [self.run_of(arm, seed) for arm, seed in in_turns(arms, seeds)]
+
+    def outcome(self, run: PilotRun) -> RunOutcome | None:
+        """What a finished run has shown; None where it is not finished.
+
+        Raises:
+            RunFailed: It has diverged.
+        """
+        records = self.records(run)
+        return None if records is None else run_outcome(records, run.config.run.dir)
+
+    def began(self, run: PilotRun) -> str:
+        """Day of its start, ISO date: a run writes its configuration when it starts."""
+        seconds = (run.config.run.dir / "config.yaml").stat().st_mtime
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()
 
 
 def run_name(arm: Arm, seed: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +49,7 @@ class Beyond(_Strict):
     schedule: Literal["dualpipe"] | None = None
     most_nodes_per_token: int | None = Field(default=None, ge=1)
     permute_fusion: bool = True
+    router_padding: bool = False
 
 
 class Measured(_Strict):
@@ -70,7 +72,8 @@ class Measured(_Strict):
 class Row(_Strict):
     """One run, as a file describes it; docs/planning.md has the format."""
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    # What is not known is told, because a file may hold remarks under names of its own.
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     name: str = Field(min_length=1)
     family: str = Field(min_length=1)
@@ -100,7 +103,7 @@ class Run:
         grid: The layout.
         stages: Layers by pipeline rank and chunk.
         routing: How uneven its routing is taken to be.
-        unused: Facts in `beyond` that the model does not know.
+        unused: Keys of the row and of its `beyond` that are not known.
     """
 
     row: Row
@@ -123,6 +126,12 @@ class Run:
             flop = training_flops_per_token(self.config, share)
             return 1000.0 * measured.tflops_per_gpu / (measured.gflop_per_token or flop / 1e9)
         return measured.tokens_per_s_per_gpu
+
+
+def nearest_key(key: str) -> str | None:
+    """The key of a row or of its `beyond` that a key which is not known may stand for."""
+    known = [*Row.model_fields, *Beyond.model_fields]
+    return next(iter(get_close_matches(key, known, n=1)), None)
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -203,6 +212,7 @@ def run_of(row: Row, source: str = "a row") -> Run:
         key_norm=beyond.latent_key_norm,
         most_nodes=beyond.most_nodes_per_token,
         permute_fused=beyond.permute_fusion,
+        router_pads=beyond.router_padding,
     )
     hardware = load_hardware(nearest_hardware(row.hardware))
     routing = early(load.experts.num_ffn_experts) if row.routing == "learned" else FORCED_BALANCE
@@ -214,7 +224,10 @@ def run_of(row: Row, source: str = "a row") -> Run:
         grid=grid,
         stages=_stages(row, config, grid, place),
         routing=routing,
-        unused=tuple(sorted(set(row.beyond) - set(Beyond.model_fields))),
+        unused=(
+            *sorted(row.model_extra or {}),
+            *sorted(set(row.beyond) - set(Beyond.model_fields)),
+        ),
     )
 
 

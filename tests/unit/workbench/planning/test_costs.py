@@ -25,10 +25,17 @@ from moepp_megatron.workbench.planning.layer_time import (
     PassTime,
     layer_time,
 )
+from moepp_megatron.workbench.planning.linear import linear_work
 from moepp_megatron.workbench.planning.links import Placement
 from moepp_megatron.workbench.planning.machine import Machine, machine_of
 from moepp_megatron.workbench.planning.memory import fullest_rank, fullest_rows, memory_of
-from moepp_megatron.workbench.planning.parts import Layer, embedding_part, layer_parts, output_part
+from moepp_megatron.workbench.planning.parts import (
+    Layer,
+    LayerPart,
+    embedding_part,
+    layer_parts,
+    output_part,
+)
 from moepp_megatron.workbench.planning.pipeline import (
     bubble_seconds,
     chunks_in_flight,
@@ -369,6 +376,50 @@ def test_casts_to_fp8_are_kernels_of_each_expert() -> None:
     }
     # More casts, more time: FP8 does not pay for narrow experts.
     assert in_bf16 < found["blockwise"] < found["tensorwise"]
+
+
+def _experts_of(recipe: str | None, **experts: object) -> LayerPart:
+    """64 experts of 32 rows each on two ranks."""
+    load = narrow(numbers=Numbers(fp8=recipe))
+    load = replace(load, experts=replace(load.experts, **experts))
+    parts = layer_parts(load, Grid(8, ep=2), Layer(True, 32 * 32.0))
+    return next(part for part in parts if part.name == "experts")
+
+
+def test_delayed_scaling_casts_all_experts_in_one_kernel() -> None:
+    kernels = {
+        recipe: (part.forward.kernels, part.backward.kernels)
+        for recipe in ("delayed", "blockwise")
+        for part in [_experts_of(recipe)]
+    }
+    # 32 experts of a rank, two matrices.
+    apart = tuple(a - b for a, b in zip(kernels["blockwise"], kernels["delayed"], strict=True))
+    assert apart == (62, 62)
+    # More than 64 experts do not fit one launch.
+    load = narrow(numbers=Numbers(fp8="delayed"))
+    assert [linear_work(load, 9, 8, 8, groups).casts for groups in (1, 64, 65, 129)] == [1, 1, 2, 3]
+
+
+def test_rows_are_copied_for_fp8_where_nothing_has_rounded_them() -> None:
+    copied = _experts_of("tensorwise")
+    for spared in (
+        _experts_of("tensorwise", router_pads=True),
+        _experts_of("tensorwise", dispatcher="flex"),
+    ):
+        for mine, less in ((copied.forward, spared.forward), (copied.backward, spared.backward)):
+            # Input and output [rows, 2048] bf16, gates [rows] fp32: each is read and written.
+            assert mine.moved - less.moved == 1024 * (2 * 2 * 2048 * 2 + 2 * 4)
+            assert mine.kernels - less.kernels == 3
+            assert mine.products == less.products
+    in_bf16 = _experts_of(None)
+    assert in_bf16 == _experts_of(None, router_pads=True)
+
+
+def test_products_in_fp8_have_rows_rounded_up() -> None:
+    found = {
+        recipe: _experts_of(recipe).forward.products[0].m for recipe in (None, "delayed", "mxfp8")
+    }
+    assert found == {None: 32.0, "delayed": 32 + 15 / 2, "mxfp8": 32 + 31 / 2}
 
 
 def test_ranks_wait_for_sizes_once_a_forward_pass(h100: Machine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,11 @@ ARMS = build_arms(config_of(), 8, [1.0, 0.5])
 NOMINAL = {arm.arm.name: arm.config.moe.ffn_share for arm in ARMS}
 
 
-def extrapolated(share: float, routing: dict[str, AssumedRouting] | None = None) -> PilotTarget:
+def extrapolated(
+    share: float,
+    routing: dict[str, AssumedRouting] | None = None,
+    request: TargetRequest = REQUEST,
+) -> PilotTarget:
     runs = seeds([4.0, 4.1], [1.0, 1.1])
     found = []
     for arm in ARMS:
@@ -53,7 +58,7 @@ def extrapolated(share: float, routing: dict[str, AssumedRouting] | None = None)
         found.append(
             one.model_copy(update={"ffn_share": one.ffn_share.model_copy(update={"mean": mean})})
         )
-    return REQUEST.extrapolate(found, NOMINAL, routing)
+    return request.extrapolate(found, NOMINAL, routing)
 
 
 def test_the_stated_error_is_that_of_the_published_table() -> None:
@@ -77,6 +82,17 @@ def test_models_at_the_target_are_the_plans_own() -> None:
     assert mine.hours is not None
     assert mine.hours == pytest.approx(plan.hours(plan.best, 1e9))
     assert mine.money == pytest.approx(mine.hours * 2 * 2.0)
+
+
+def test_hours_at_the_target_count_smaller_first_steps() -> None:
+    ramp = ["training.batch_ramp=[[0, 32], [200000000, 64]]"]
+    whole = extrapolated(0.5).models
+    slower = extrapolated(0.5, request=replace(REQUEST, config=with_overrides(LARGE, ramp))).models
+    for plain, ramped in zip(whole, slower, strict=True):
+        assert plain.hours is not None
+        assert ramped.hours is not None
+        assert ramped.hours > plain.hours
+        assert ramped.step_time_s == plain.step_time_s
 
 
 def test_the_measured_share_counts_not_the_nominal_one() -> None:
