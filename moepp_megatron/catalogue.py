@@ -267,6 +267,10 @@ class Record(BaseModel):
     loss_shift: Annotated[MaybeFloat, Metric(
         "evidence that the loss has left its course, over its limit; above 1 is a shift; only once "
         "it is judged", "", "loss/shift", "moepp_loss_shift", guard="whole")] = None
+    token_shift: Annotated[MaybeFloat, Metric(
+        "evidence that the token ids of the batches have changed, over its limit; above 1 is a "
+        "shift; only once it is judged", "", "tokens/shift", "moepp_token_shift", guard="whole"
+        )] = None
     failed_saves: Annotated[MaybeInt, Metric(
         "checkpoints that could not be written so far; only where any are", "", "other",
         "moepp_failed_saves")] = None

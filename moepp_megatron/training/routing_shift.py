@@ -1,8 +1,10 @@
-"""Detects shifts of the data while a run trains, by the use of its experts and by its loss."""
+"""Detects shifts of the data while a run trains, by its experts, its loss and its token ids."""
 
 from __future__ import annotations
 
 import logging
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from moepp_megatron.config import Config
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.observe.expert_usage import ExpertUsage
 from moepp_megatron.observe.shift import ShiftMonitor
-from moepp_megatron.observe.shift_reading import ShiftReading
+from moepp_megatron.observe.shift_reading import ShiftFinding, ShiftReading
+from moepp_megatron.observe.token_shift import TokenShift
 from moepp_megatron.observe.usage_file import StoredUsage
 from moepp_megatron.training.batch_losses import BatchLoss
 from moepp_megatron.training.collect import RoutingCollector
@@ -23,7 +26,13 @@ from moepp_megatron.training.expert_usage import (
     token_classes,
 )
 from moepp_megatron.training.setup import TrainingModel
-from moepp_megatron.training.shift_text import ShiftStory, moved_classes, moved_experts
+from moepp_megatron.training.shift_text import (
+    ShiftStory,
+    moved_classes,
+    moved_experts,
+    with_tokens,
+)
+from moepp_megatron.training.token_counts import TokenCounts
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +46,9 @@ class RoutingShift:
         routing: Resets what the layers count at the beginning of each step.
         dataset: The training set, for the frequency of tokens.
         state: `state_dict` of a checkpoint; None at the beginning.
+
+    Attributes:
+        counts: Counts the token ids of a step, if it is told its batches.
 
     Raises:
         ConfigError: `routing_guard.shift.reference` is not there, damaged, or of another model.
@@ -67,6 +79,7 @@ class RoutingShift:
             self._classes = "".join(map(str, classes.tolist()))
         as_array = np.array([int(digit) for digit in self._classes], dtype=np.int64)
         self._collector = ExpertUsageCollector(config, model, routing, as_array)
+        self.counts, self._tokens = TokenCounts(config.model.vocab_size), TokenShift(settings)
         if stored is None:
             self._monitor = ShiftMonitor(settings)
         else:
@@ -74,6 +87,9 @@ class RoutingShift:
             self._monitor = ShiftMonitor(settings, stored.usage.experts, stored.noise)
         if state is None:
             return
+        # Token ids are the same whatever the model's layers are.
+        if "tokens" in state:
+            self._tokens.load_state_dict(state["tokens"])
         if "windows" not in state:
             logger.warning("detector of the checkpoint is that of an older version: begun anew")
         elif (state["shapes"], state["token_classes"]) == (self._shapes(), self._classes):
@@ -97,21 +113,32 @@ class RoutingShift:
         # Counts, so their sums are the same on every rank.
         experts = self._routing.selections().numpy().astype(np.int64)
         reading = self._monitor.add(experts, loss.mean, loss.spread)
+        tokens = self._tokens.add(self.counts.end())
+        if not math.isnan(tokens):
+            reading = replace(reading or ShiftReading(math.nan, math.nan, "data"), tokens=tokens)
+            if tokens > 1.0:
+                reading = replace(reading, cause="data")
         self._ended = self._collector.end_step()
-        if self._ended is not None and (reading is None or max(reading.routing, reading.loss) <= 1):
+        if self._ended is not None and (reading is None or not reading.is_shift):
             self._windows = [*self._windows, self._ended][-self._span :]
         return reading
 
     def explain(self) -> ShiftStory | None:
         """What the newest reading is about; None where nothing is suspect; a collective."""
-        finding = self._monitor.explain()
-        if finding is None:
-            return None
+        finding, story = self._monitor.explain(), None
+        if finding is not None:
+            story = ShiftStory.of(finding, self._moved(finding))
+        if self._tokens.over_limit > 1.0:
+            return with_tokens(story, self._tokens.steps, self._tokens.moved)
+        return story
+
+    def _moved(self, finding: ShiftFinding) -> list[str]:
+        """The experts and the classes of tokens that have moved most; a collective."""
         moved = moved_experts(finding, self._names, self._routing.layer_numbers)
         before, now = self._windows, self._ended or self._collector.unfinished()
         if now is not None and before and before[-1] is not now:
             moved += moved_classes(before, now, self._routing.layer_numbers)
-        return ShiftStory.of(finding, moved)
+        return moved
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, the same on every rank; a collective."""
@@ -121,6 +148,7 @@ class RoutingShift:
             "window": self._collector.state_dict(),
             "windows": [profile.as_json() for profile in self._windows],
             "monitor": self._monitor.state_dict(),
+            "tokens": self._tokens.state_dict(),
         }
 
     def write(self) -> None:

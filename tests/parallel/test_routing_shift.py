@@ -6,11 +6,14 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.observe import token_shift
+from moepp_megatron.observe.token_shift import GROUPS, group_of
 from moepp_megatron.observe.usage_file import USAGE_FILE
 from tests.parallel.ranks import RankPools
 from tests.parallel.shift_runs import begin, watch
@@ -27,11 +30,13 @@ class Watched:
         usages: Each window's usage and selections of its last step, as counts.
         states: The collectors' state behind each step.
         loss: Mean and spread of the first batch's losses.
+        tokens: Tokens of each group of ids, of each step.
     """
 
     usages: list[Any] = field(default_factory=list)
     states: list[Any] = field(default_factory=list)
     loss: tuple[float, float] = (0.0, 0.0)
+    tokens: list[Any] = field(default_factory=list)
 
 
 def usages(raw: dict[str, Any], steps: int) -> Watched:
@@ -43,18 +48,25 @@ def usages(raw: dict[str, Any], steps: int) -> Watched:
     from moepp_megatron.training.batch_losses import BatchLosses
     from moepp_megatron.training.expert_usage import ExpertUsageCollector, token_classes
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.training.token_counts import TokenCounts
 
     dataset = SyntheticDataset(parse_config(raw), steps)
     config, layout, model, routing, batches = begin(raw, dataset)
+    tokens = TokenCounts(config.model.vocab_size)
     classes = token_classes(dataset, config.model.vocab_size)
     found = Watched()
     collector = ExpertUsageCollector(config, model, routing, classes)
     for step in range(1, steps + 1):
         routing.reset()
         losses = BatchLosses()
-        result = training_step(
-            model, batches, config, layout, watcher=lambda _, *seen, add=losses.add: add(*seen)
-        )
+        tokens.begin()
+
+        def watcher(chunk: Any, batch: Any, token_losses: Any, losses: Any = losses) -> None:
+            losses.add(batch, token_losses)
+            tokens.add(batch)
+
+        result = training_step(model, batches, config, layout, watcher=watcher, summands=[tokens])
+        found.tokens.append(tokens.end().tolist())
         if step == 1:
             loss = losses.end(result)
             found.loss = (loss.mean, loss.spread)
@@ -91,12 +103,18 @@ def test_usage_and_losses_are_those_of_one_process(ranks: RankPools) -> None:
     for (usage, logged), half in zip(one.usages, one.states[::2], strict=True):
         sums = np.array(half["profile"]["experts"]) + np.array(logged)
         assert sums.tolist() == usage["experts"]
+    samples = SyntheticDataset(parse(short(routing_guard=GUARD)), 4)
+    for step, found in enumerate(one.tokens):
+        batch = [samples[4 * step + place] for place in range(4)]
+        ids = np.concatenate([each["labels"][each["loss_mask"] > 0].numpy() for each in batch])
+        assert found == np.bincount(group_of(ids), minlength=GROUPS).tolist()
     mean, spread = one.loss
     assert 0.0 < spread < mean
     for parallel in LAYOUTS:
         made = ranks(4).run(usages, short(routing_guard=GUARD, parallel=parallel), 4)
         for each in made:
             assert (each.usages, each.states) == (one.usages, one.states)
+            assert each.tokens == one.tokens
             assert each.loss == made[0].loss, "to the same bits on every rank"
         assert made[0].loss[0] == pytest.approx(mean, rel=1e-5)
         if "context_parallel_size" not in parallel:
@@ -172,14 +190,20 @@ def shifted_run(folder: Path, reference: Path | None, steps: int) -> list[tuple[
 
     def see(chunk: Any, batch: Any, token_losses: Any) -> None:
         losses.add(batch, token_losses)
+        for watcher in watchers:
+            watcher.counts.add(batch)
 
     values: tuple[list[Any], list[Any]] = ([], [])
     for step in range(1, steps + 1):
         routing.reset()
         losses.begin()
+        for watcher in watchers:
+            watcher.counts.begin()
         loss = losses.end(training_step(model, batches, config, layout, watcher=see))
-        for watcher, found in zip(watchers, values, strict=True):
-            found.append(watcher.end_step(loss))
+        with mock.patch.multiple(token_shift, _FEWEST=10, _FEWEST_JUDGED=20):
+            for watcher, found in zip(watchers, values, strict=True):
+                reading = watcher.end_step(loss)
+                found.append(None if reading is None else (reading.metrics, reading.cause))
         if step % 5 == 0:
             state = json.loads(json.dumps(watchers[1].state_dict()))
             watchers[1] = RoutingShift(config, model, routing, None, state)
@@ -192,7 +216,7 @@ def test_a_restart_changes_no_bit_and_a_run_can_be_the_reference_of_another(
 ) -> None:
     pool = ranks(1)
     ((whole, parts),) = pool.run(shifted_run, tmp_path, None, 44)
-    assert any(value is not None for value in whole[0])
+    assert whole[0][-1][0].keys() == {"routing_shift", "loss_shift", "token_shift"}
     assert parts == whole
     path = tmp_path / USAGE_FILE
     assert json.loads(path.read_text())["token_classes"] == whole[1]["token_classes"]
