@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moepp_megatron.observe.course import Row
 
-Cause = Literal["data", "router", "optimizer"]
+Cause = Literal["data", "router", "optimizer", "source"]
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,17 @@ class ShiftReading:
         loss: The same of the loss.
         cause: What they together say: the data move loss and routing, or make sequences differ, or
             have other token ids; a router moves the routing alone, an optimizer the loss.
-        tokens: The same as `routing` of the token ids; None where they are not judged yet. Where
-            nothing else is, the others are NaN.
+        tokens: The same as `routing` of the token ids.
+        source: The same of the loss of the data source that has moved most.
+
+    The last two are None where they are not judged (yet), the first two then NaN.
     """
 
     routing: float
     loss: float
     cause: Cause
     tokens: float | None = None
+    source: float | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -39,9 +42,14 @@ class ShiftReading:
         found = {
             "routing_shift": self.routing,
             "loss_shift": self.loss,
-            "token_shift": math.nan if self.tokens is None else self.tokens,
+            "token_shift": self.tokens,
+            "source_shift": self.source,
         }
-        return {name: value for name, value in found.items() if not math.isnan(value)}
+        return {
+            name: value
+            for name, value in found.items()
+            if value is not None and not math.isnan(value)
+        }
 
     @property
     def is_shift(self) -> bool:

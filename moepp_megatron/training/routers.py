@@ -119,6 +119,8 @@ class Routers:
             found.append(self._routing)
         if self._shift is not None:
             found.append(self._shift.counts)
+        if self._sources.names:
+            found.append(self._sources)
         return found
 
     def reset_counts(self) -> None:
@@ -142,7 +144,8 @@ class Routers:
         if self._guard is not None and result.is_finite:
             self._loss = self._losses.end(result)
             if self._shift is not None:
-                self._reading = self._shift.end_step(self._loss)
+                sources = self._sources.losses() if self._sources.names else None
+                self._reading = self._shift.end_step(self._loss, sources)
         return alerts
 
     def judge(self, step: int, result: StepResult) -> GuardVerdict:

@@ -1,4 +1,4 @@
-"""Detects shifts of the data while a run trains, by its experts, its loss and its token ids."""
+"""Detects shifts of the data while a run trains: by experts, loss, token ids, data sources."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.document_sources import source_names
 from moepp_megatron.observe.expert_usage import ExpertUsage
 from moepp_megatron.observe.shift import ShiftMonitor
 from moepp_megatron.observe.shift_reading import ShiftFinding, ShiftReading
+from moepp_megatron.observe.source_shift import SourceShift
 from moepp_megatron.observe.token_shift import TokenShift
 from moepp_megatron.observe.usage_file import StoredUsage
 from moepp_megatron.training.batch_losses import BatchLoss
@@ -30,11 +33,15 @@ from moepp_megatron.training.shift_text import (
     ShiftStory,
     moved_classes,
     moved_experts,
+    with_sources,
     with_tokens,
 )
 from moepp_megatron.training.token_counts import TokenCounts
 
 logger = logging.getLogger(__name__)
+
+# Data sources that an alert names.
+_MOST_SOURCES = 3
 
 
 class RoutingShift:
@@ -44,7 +51,7 @@ class RoutingShift:
         config: The run's configuration; `routing_guard.shift.window` is above 0.
         model: The wrapped model.
         routing: Resets what the layers count at the beginning of each step.
-        dataset: The training set, for the frequency of tokens.
+        dataset: The training set, for the frequency of tokens and the names of data sources.
         state: `state_dict` of a checkpoint; None at the beginning.
 
     Attributes:
@@ -79,6 +86,8 @@ class RoutingShift:
             self._classes = "".join(map(str, classes.tolist()))
         as_array = np.array([int(digit) for digit in self._classes], dtype=np.int64)
         self._collector = ExpertUsageCollector(config, model, routing, as_array)
+        names = source_names(dataset) if config.observe.token_groups else ()
+        self._sources = SourceShift(settings, names) if len(names) > 1 else None
         self.counts, self._tokens = TokenCounts(config.model.vocab_size), TokenShift(settings)
         if stored is None:
             self._monitor = ShiftMonitor(settings)
@@ -90,6 +99,8 @@ class RoutingShift:
         # Token ids are the same whatever the model's layers are.
         if "tokens" in state:
             self._tokens.load_state_dict(state["tokens"])
+        if self._sources is not None and "sources" in state:
+            self._sources.load_state_dict(state["sources"])
         if "windows" not in state:
             logger.warning("detector of the checkpoint is that of an older version: begun anew")
         elif (state["shapes"], state["token_classes"]) == (self._shapes(), self._classes):
@@ -101,11 +112,15 @@ class RoutingShift:
             # tokens, or another run's profile to compare with.
             logger.warning("routing profile of the checkpoint has other cells: begun anew")
 
-    def end_step(self, loss: BatchLoss) -> ShiftReading | None:
+    def end_step(
+        self, loss: BatchLoss, sources: NDArray[np.float64] | None = None
+    ) -> ShiftReading | None:
         """Judge the batch just taken; a collective.
 
         Args:
             loss: Its losses, to the same bits on every rank.
+            sources: [sources, 2] sum of token losses and tokens of each data source, likewise; None
+                where they are not told apart.
 
         Returns:
             None until there is enough to compare with.
@@ -113,11 +128,14 @@ class RoutingShift:
         # Counts, so their sums are the same on every rank.
         experts = self._routing.selections().numpy().astype(np.int64)
         reading = self._monitor.add(experts, loss.mean, loss.spread)
-        tokens = self._tokens.add(self.counts.end())
-        if not math.isnan(tokens):
-            reading = replace(reading or ShiftReading(math.nan, math.nan, "data"), tokens=tokens)
-            if tokens > 1.0:
-                reading = replace(reading, cause="data")
+        further = {"tokens": self._tokens.add(self.counts.end())}
+        if self._sources is not None and sources is not None:
+            further["source"] = self._sources.add(sources)
+        known: dict[str, Any] = {k: value for k, value in further.items() if not math.isnan(value)}
+        if known:
+            reading = replace(reading or ShiftReading(math.nan, math.nan, "data"), **known)
+        if reading is not None and self._tokens.over_limit > 1.0:
+            reading = replace(reading, cause="data")
         self._ended = self._collector.end_step()
         if self._ended is not None and (reading is None or not reading.is_shift):
             self._windows = [*self._windows, self._ended][-self._span :]
@@ -129,7 +147,9 @@ class RoutingShift:
         if finding is not None:
             story = ShiftStory.of(finding, self._moved(finding))
         if self._tokens.over_limit > 1.0:
-            return with_tokens(story, self._tokens.steps, self._tokens.moved)
+            story = with_tokens(story, self._tokens.steps, self._tokens.moved)
+        if self._sources is not None and (lines := self._sources.moved()):
+            story = with_sources(story, self._sources.steps, lines[:_MOST_SOURCES])
         return story
 
     def _moved(self, finding: ShiftFinding) -> list[str]:
@@ -142,7 +162,7 @@ class RoutingShift:
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, the same on every rank; a collective."""
-        return {
+        state = {
             "token_classes": self._classes,
             "shapes": self._shapes(),
             "window": self._collector.state_dict(),
@@ -150,6 +170,9 @@ class RoutingShift:
             "monitor": self._monitor.state_dict(),
             "tokens": self._tokens.state_dict(),
         }
+        if self._sources is not None:
+            state["sources"] = self._sources.state_dict()
+        return state
 
     def write(self) -> None:
         """Write `routing_profile.json` into the run's folder, on rank 0, once there is a window."""

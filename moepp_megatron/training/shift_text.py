@@ -18,6 +18,7 @@ _CAUSES: dict[Cause, str] = {
     "data": "the data: loss and routing, or token ids",
     "router": "the routers: routing alone",
     "optimizer": "the optimizer, or data that is routed alike: loss alone",
+    "source": "data of one source: its loss",
 }
 
 
@@ -28,7 +29,8 @@ class ShiftStory:
     Attributes:
         cause: What has changed.
         steps: Steps since when, the newest included.
-        chance: Steps in which chance alone gives as much evidence once; None of token ids.
+        chance: Steps in which chance alone gives as much evidence once; None where loss and routing
+            of all the data say nothing.
         moved: What has moved most, a line each.
     """
 
@@ -42,6 +44,10 @@ class ShiftStory:
         """The story of a finding, with the change of the loss before the rest."""
         loss = f"loss {finding.loss_before:.2f} -> {finding.loss_after:.2f}"
         return cls(finding.reading.cause, finding.steps, finding.chance, [loss, *moved])
+
+    def of_metric(self, metric: str) -> ShiftStory:
+        """The story of an alert on this metric: that on a source is about it, whatever else is."""
+        return replace(self, cause="source") if metric == "source_shift" else self
 
     def text(self, step: int) -> str:
         """One line; `step` is the newest step."""
@@ -62,6 +68,19 @@ def with_tokens(story: ShiftStory | None, steps: int, share: float) -> ShiftStor
         return ShiftStory("data", steps, None, [line])
     steps = max(steps, story.steps)
     return replace(story, cause="data", steps=steps, moved=[*story.moved, line])
+
+
+def with_sources(story: ShiftStory | None, steps: int, lines: list[str]) -> ShiftStory:
+    """The story with the data sources that have moved.
+
+    Args:
+        story: What all the data say; None where nothing.
+        steps: Steps since when a source has moved.
+        lines: A line for each; one at least.
+    """
+    if story is None:
+        return ShiftStory("source", steps, None, lines)
+    return replace(story, steps=max(steps, story.steps), moved=[*story.moved, *lines])
 
 
 def moved_experts(

@@ -17,6 +17,7 @@ from moepp_megatron.observe.token_shift import GROUPS, group_of
 from moepp_megatron.observe.usage_file import USAGE_FILE
 from tests.parallel.ranks import RankPools
 from tests.parallel.shift_runs import begin, watch
+from tests.parallel.test_token_groups import SourcedTokens
 from tests.parallel.training_runs import CP2, EP2, PP2, TP2, SyntheticDataset, short
 
 GUARD = {"shift": {"window": 2}}
@@ -173,7 +174,9 @@ def test_another_language_is_told_within_five_steps(ranks: RankPools) -> None:
 def shifted_run(folder: Path, reference: Path | None, steps: int) -> list[tuple[list[Any], Any]]:
     """Readings of a short run and its last state, without and with restarts; writes its profile."""
     from moepp_megatron.config import parse_config
+    from moepp_megatron.observe import source_shift
     from moepp_megatron.training.batch_losses import BatchLosses
+    from moepp_megatron.training.data_sources import SourceCollector
     from moepp_megatron.training.routing_shift import RoutingShift
     from moepp_megatron.training.step import training_step
 
@@ -182,14 +185,16 @@ def shifted_run(folder: Path, reference: Path | None, steps: int) -> list[tuple[
     guard = {"enabled": True, "shift": shift}
     one = {"micro_batch_size": 4}
     raw = short(run={"dir": str(folder)}, routing_guard=guard, training=one)
-    dataset = SyntheticDataset(parse_config(raw), steps)
+    dataset = SourcedTokens(parse_config(raw), steps)
     config, layout, model, routing, batches = begin(raw, dataset)
+    sources = SourceCollector(config, model, dataset)
     # Both only look on.
     watchers = [RoutingShift(config, model, routing, dataset) for _ in range(2)]
     losses = BatchLosses()
 
     def see(chunk: Any, batch: Any, token_losses: Any) -> None:
         losses.add(batch, token_losses)
+        sources.add_losses(batch, token_losses)
         for watcher in watchers:
             watcher.counts.add(batch)
 
@@ -197,16 +202,20 @@ def shifted_run(folder: Path, reference: Path | None, steps: int) -> list[tuple[
     for step in range(1, steps + 1):
         routing.reset()
         losses.begin()
+        sources.begin_step()
         for watcher in watchers:
             watcher.counts.begin()
         loss = losses.end(training_step(model, batches, config, layout, watcher=see))
-        with mock.patch.multiple(token_shift, _FEWEST=10, _FEWEST_JUDGED=20):
+        with (
+            mock.patch.multiple(token_shift, _FEWEST=10, _FEWEST_JUDGED=20),
+            mock.patch.object(source_shift, "_FEWEST_JUDGED", 20),
+        ):
             for watcher, found in zip(watchers, values, strict=True):
-                reading = watcher.end_step(loss)
+                reading = watcher.end_step(loss, sources.losses())
                 found.append(None if reading is None else (reading.metrics, reading.cause))
         if step % 5 == 0:
             state = json.loads(json.dumps(watchers[1].state_dict()))
-            watchers[1] = RoutingShift(config, model, routing, None, state)
+            watchers[1] = RoutingShift(config, model, routing, dataset, state)
     watchers[1].write()
     return [(found, w.state_dict()) for found, w in zip(values, watchers, strict=True)]
 
@@ -216,7 +225,12 @@ def test_a_restart_changes_no_bit_and_a_run_can_be_the_reference_of_another(
 ) -> None:
     pool = ranks(1)
     ((whole, parts),) = pool.run(shifted_run, tmp_path, None, 44)
-    assert whole[0][-1][0].keys() == {"routing_shift", "loss_shift", "token_shift"}
+    assert whole[0][-1][0].keys() == {
+        "routing_shift",
+        "loss_shift",
+        "token_shift",
+        "source_shift",
+    }
     assert parts == whole
     path = tmp_path / USAGE_FILE
     assert json.loads(path.read_text())["token_classes"] == whole[1]["token_classes"]
@@ -233,7 +247,7 @@ def resumed_run(implementation: str, state: Any) -> tuple[Any, Any]:
 
     raw = short(routing_guard=GUARD, model={"implementation": implementation})
     config, layout, model, routing, batches = begin(raw, SyntheticDataset(parse(raw), 1))
-    watcher = RoutingShift(config, model, routing, SyntheticDataset(config, 1), state)
+    watcher = RoutingShift(config, model, routing, SourcedTokens(config, 1), state)
     result = training_step(model, batches, config, layout)
     return watcher.state_dict(), watcher.end_step(BatchLosses().end(result))
 

@@ -96,7 +96,7 @@ def _guard_rules_clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
 
 
 # Metrics of the detector of shifts.
-_OF_SHIFTS = ("routing_shift", "loss_shift", "token_shift")
+_OF_SHIFTS = ("routing_shift", "loss_shift", "token_shift", "source_shift")
 # Settings that switch off other metrics than that of classes of tokens.
 _OF_OTHER_METRICS = ("observe.health_interval", "routing_guard.shift.window")
 
@@ -119,6 +119,8 @@ def _guard_metrics_are_measured(config: Config) -> Iterator[Problem]:
         needs = ["observe.health_interval", "training.cuda_graphs"]
         if rule.metric in _OF_SHIFTS:
             needs = ["routing_guard.shift.window"]
+            if rule.metric == "source_shift":
+                needs.append("observe.token_groups")
         elif rule.metric == "class_ffn_to_past":
             needs = [name for name in is_off if name not in _OF_OTHER_METRICS]
         elif rule.metric not in MEASURED:

@@ -37,7 +37,7 @@ from moepp_megatron.training.step import Batch, StepResult
 from moepp_megatron.training.token_groups import GroupCollector
 
 # Metrics whose alerts say what has moved.
-_SHIFTS = ("routing_shift", "loss_shift", "token_shift")
+_SHIFTS = ("routing_shift", "loss_shift", "token_shift", "source_shift")
 # Actions that go on until the rule is healthy.
 _LASTING = ("raise_tau", "force_ffn", "safe_mode")
 

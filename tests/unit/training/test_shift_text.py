@@ -10,6 +10,7 @@ from moepp_megatron.training.shift_text import (
     ShiftStory,
     moved_classes,
     moved_experts,
+    with_sources,
     with_tokens,
 )
 
@@ -45,6 +46,18 @@ def test_other_token_ids_are_the_data_whatever_has_moved() -> None:
     both = with_tokens(loss, 2, 0.034)
     assert (both.cause, both.steps, both.chance) == ("data", 3, 1e5)
     assert both.moved == ["loss 2.00 -> 2.75", "3.4% of the tokens in other groups of ids"]
+
+
+def test_data_sources_are_named_whatever_else_has_moved() -> None:
+    line = "source code: loss 3.00 -> 5.10"
+    alone = with_sources(None, 4, [line])
+    assert alone == ShiftStory("source", 4, None, [line])
+    assert alone.text(20) == f"data of one source: its loss; since step 17; {line}"
+    tokens = with_sources(with_tokens(None, 12, 0.034), 4, [line])
+    assert (tokens.cause, tokens.steps) == ("data", 12)
+    assert tokens.moved == ["3.4% of the tokens in other groups of ids", line]
+    assert tokens.of_metric("token_shift") == tokens
+    assert tokens.of_metric("source_shift").cause == "source"
 
 
 def profile(rarest_ffn: int) -> ExpertUsage:
