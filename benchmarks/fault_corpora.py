@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moepp_megatron.data.document_sources import SOURCES
+
 VOCAB_SIZE = 1024
 _BYTES = 1_500_000
 _ROOTS = ("/usr/share", "/usr/include", "/usr/lib", "/usr/local", sys.prefix)
@@ -164,6 +166,8 @@ class Mixed:
         batch: Sequences of a step.
         length: Tokens of a sequence.
         seed: Of the places.
+        sources: Index of the data source of each corpus; samples do not tell them apart without.
+        source_names: Names of the data sources.
     """
 
     def __init__(
@@ -173,7 +177,10 @@ class Mixed:
         batch: int,
         length: int,
         seed: int,
+        sources: Mapping[str, int] | None = None,
+        source_names: tuple[str, ...] = (),
     ) -> None:
+        self._sources, self.source_names = sources, source_names
         self._texts = {kind: corpora.tokens(kind) for _, mixture in schedule for kind in mixture}
         self._schedule, self._batch = list(schedule), batch
         self._length, self._seed = length, seed
@@ -195,9 +202,12 @@ class Mixed:
         text = self._texts[kind]
         start = int(chance.integers(len(text) - self._length))
         tokens = torch.from_numpy(text[start : start + self._length + 1])
-        return {
+        sample = {
             "tokens": tokens[:-1],
             "labels": tokens[1:],
             "loss_mask": torch.ones(self._length),
             "position_ids": torch.arange(self._length),
         }
+        if self._sources is not None:
+            sample[SOURCES] = torch.full((self._length,), self._sources[kind], dtype=torch.int32)
+        return sample

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 _SAVED = 150
-_SHIFTS = ("data_shift", "loss_shift")
+_SHIFTS = ("data_shift", "loss_shift", "token_shift")
 # Losses are compared as means over so many steps.
 _MEAN = 10
 

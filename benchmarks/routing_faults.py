@@ -177,8 +177,19 @@ def _kill(router: Any) -> None:
 _FAULTS: dict[str, Callable[[Any], None]] = {"collapse": _collapse, "dead": _kill}
 
 
+def data_of(case: Case, corpora: Corpora) -> Mixed:
+    """The sequences of a run, which change behind its step 150."""
+    schedule: list[tuple[int, Mixture]] = [(1, {case.base: 1.0})]
+    if case.other:
+        shares = {case.base: 1.0 - case.share, case.other: case.share}
+        schedule.append((SAVED + 1, {kind: share for kind, share in shares.items() if share}))
+    if case.kind == "burst":
+        schedule.append((SAVED + 1 + case.steps, {case.base: 1.0}))
+    return Mixed(corpora, schedule, BATCH, LENGTH, case.seed)
+
+
 def train(
-    case: Case, folder: Path, corpora: Corpora, steps: int, load: Path | None = None
+    case: Case, folder: Path, data: Mixed, steps: int, load: Path | None = None
 ) -> dict[str, Any]:
     """Train to `steps`; from the base run's checkpoint if there is one.
 
@@ -195,13 +206,6 @@ def train(
     layout = Layout.from_config(config, 1)
     forget_model()
     build_groups(config, layout)
-    schedule: list[tuple[int, Mixture]] = [(1, {case.base: 1.0})]
-    if case.other:
-        shares = {case.base: 1.0 - case.share, case.other: case.share}
-        schedule.append((SAVED + 1, {kind: share for kind, share in shares.items() if share}))
-    if case.kind == "burst":
-        schedule.append((SAVED + 1 + case.steps, {case.base: 1.0}))
-    data = Mixed(corpora, schedule, BATCH, LENGTH, case.seed)
     with (
         mock.patch.dict(module.DATASETS, gpt=lambda *_: (data, None, None)),
         mock.patch.object(module.Tokenizer, "load", return_value=None),
@@ -231,22 +235,58 @@ def train(
     return {"losses": losses, "shares": shares_L, "alerts": alerts, "ended": ended}
 
 
-def run(case: Case, corpora: Corpora, work: Path) -> dict[str, Any]:
+def run(
+    case: Case,
+    corpora: Corpora,
+    work: Path,
+    data: Callable[[Case, Corpora], Mixed] = data_of,
+) -> dict[str, Any]:
     """One case; the base run is made where it is missing."""
     if case.kind == "rate":
-        return train(case, work / "run", corpora, case.steps)
+        return train(case, work / "run", data(case, corpora), case.steps)
     # Saved without a case, so that all cases of a base have the same beginning.
     base = work / f"{case.base} {case.seed}"
     checkpoint = base / "checkpoints" / f"step_{SAVED:08d}"
     if not (work / f"{base.name}.json").exists():
-        before = train(Case("healthy", case.base, case.seed), base, corpora, SAVED)
+        healthy = Case("healthy", case.base, case.seed)
+        before = train(healthy, base, data(healthy, corpora), SAVED)
         (work / f"{base.name}.json").write_text(json.dumps(before))
     before = json.loads((work / f"{base.name}.json").read_text())
     steps = SAVED + (case.steps + 40 if case.kind == "burst" else case.steps)
-    after = train(case, work / "run", corpora, steps, checkpoint)
+    after = train(case, work / "run", data(case, corpora), steps, checkpoint)
     after["alerts"] = [*before["alerts"], *after["alerts"]]
     after["before"] = before["losses"]
     return after
+
+
+def work_off(
+    todo: list[Case],
+    out: Path,
+    which: str,
+    minutes: float,
+    data: Callable[[Case, Corpora], Mixed] = data_of,
+) -> list[dict[str, Any]]:
+    """Run the cases that OUT/SET.jsonl lacks, within the time; all results that it has then."""
+    results = out / f"{which}.jsonl"
+    lines = results.read_text().splitlines() if results.exists() else []
+    done = {result["name"]: result for result in map(json.loads, lines)}
+    until = time.monotonic() + 60 * minutes
+    todo = [case for case in todo if case.name not in done]
+    if todo and minutes > 0:
+        cpu_support.install()
+        distributed.start(RankEnvironment())
+        corpora, work = Corpora(out / "corpora"), out / which
+        for case in todo:
+            if time.monotonic() > until:
+                break
+            started = time.monotonic()
+            result = {"name": case.name, "case": vars(case), **run(case, corpora, work, data)}
+            done[case.name] = result
+            with results.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{case.name}: {time.monotonic() - started:.0f} s", flush=True)
+        distributed.stop()
+    return list(done.values())
 
 
 def main() -> None:
@@ -261,28 +301,10 @@ def main() -> None:
     arguments = parser.parse_args()
     global _NUMERICAL_GUARD
     _NUMERICAL_GUARD = not arguments.no_numerical_guard
-    results = arguments.out / f"{arguments.set}.jsonl"
-    lines = results.read_text().splitlines() if results.exists() else []
-    done = {result["name"]: result for result in map(json.loads, lines)}
-    until = time.monotonic() + 60 * arguments.minutes
-    todo = [case for case in cases(arguments.set) if case.name not in done]
+    todo = list(cases(arguments.set))
     todo = [case for case in todo if not arguments.kinds or case.kind in arguments.kinds]
     todo = [case for case in todo if not arguments.bases or case.base in arguments.bases]
-    if todo and arguments.minutes > 0:
-        cpu_support.install()
-        distributed.start(RankEnvironment())
-        corpora, work = Corpora(arguments.out / "corpora"), arguments.out / arguments.set
-        for case in todo:
-            if time.monotonic() > until:
-                break
-            started = time.monotonic()
-            result = {"name": case.name, "case": vars(case), **run(case, corpora, work)}
-            done[case.name] = result
-            with results.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            print(f"{case.name}: {time.monotonic() - started:.0f} s", flush=True)
-        distributed.stop()
-    print(table(list(done.values())))
+    print(table(work_off(todo, arguments.out, arguments.set, arguments.minutes)))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,14 @@ DEFAULT_RULES = (
         action="warn",
     ),
     GuardRule(
+        name="token_shift", metric="token_shift", above=1.0, for_steps=1, severity="warning",
+        action="warn",
+    ),
+    GuardRule(
+        name="source_shift", metric="source_shift", above=1.0, for_steps=1, severity="warning",
+        action="warn",
+    ),
+    GuardRule(
         name="gradient_growth", metric="grad_norm_to_past", above=5.0, clear=2.0, for_steps=5,
         of_steps=10, severity="warning", action="warn",
     ),

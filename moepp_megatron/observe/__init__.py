@@ -18,8 +18,10 @@ shift.py            says when the data has shifted, by the use of the experts an
 shift_reading.py    what the detector of shifts keeps of a step, and what it says after one
 sink.py             the interface of sinks for records
 sinks.py            all sinks of a run, and the fan-out that protects training from their failures
+source_shift.py     says when the loss of a data source has left its course
 status.py           `RUN/status.json`: which processes train, how to go on
 tail.py             reads new lines of a file that another process appends to and sometimes rewrites
+token_shift.py      says when the data has shifted, by the token ids of each batch
 tensorboard.py      writes to TensorBoard: scalars, and histograms of a record's lists
 wandb_sink.py       Weights & Biases
 webhook.py          sends alerts to a web address from a separate thread

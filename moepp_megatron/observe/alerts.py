@@ -32,8 +32,9 @@ class Alert(BaseModel):
         severity: ``info`` (also: back to normal), ``warning`` or ``critical``.
         action: The action taken, such as ``warn`` or ``safe_mode``.
         layer: Number of the transformer layer from 1, for a metric of one layer.
-        cause: What a shift is due to: ``data`` (loss and routing have changed), ``router`` (routing
-            alone) or ``optimizer`` (the loss alone); None for other rules, like the next three.
+        cause: What a shift is due to: ``data`` (loss and routing, or token ids, have changed),
+            ``source`` (the loss of a data source), ``router`` (routing alone) or ``optimizer`` (the
+            loss alone); None for other rules, like the next three.
         since: First step of the evidence.
         chance_steps: Steps in which chance alone gives as much evidence once.
         moved: What has moved most, a text each.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from moepp_megatron.observe.course import Row
 
-Cause = Literal["data", "router", "optimizer"]
+Cause = Literal["data", "router", "optimizer", "source"]
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,39 @@ class ShiftReading:
         routing: Evidence that the use of the experts has changed, over its limit; above 1 is a
             shift.
         loss: The same of the loss.
-        cause: What the two together say: the data move both, or make sequences differ; a router
-            moves the routing alone, an optimizer the loss.
+        cause: What they together say: the data move loss and routing, or make sequences differ, or
+            have other token ids; a router moves the routing alone, an optimizer the loss.
+        tokens: The same as `routing` of the token ids.
+        source: The same of the loss of the data source that has moved most.
+
+    The last two are None where they are not judged (yet), the first two then NaN.
     """
 
     routing: float
     loss: float
     cause: Cause
+    tokens: float | None = None
+    source: float | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What is known, by the names of metrics."""
+        found = {
+            "routing_shift": self.routing,
+            "loss_shift": self.loss,
+            "token_shift": self.tokens,
+            "source_shift": self.source,
+        }
+        return {
+            name: value
+            for name, value in found.items()
+            if value is not None and not math.isnan(value)
+        }
+
+    @property
+    def is_shift(self) -> bool:
+        """Whether any is above its limit."""
+        return any(value > 1.0 for value in self.metrics.values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,6 +40,7 @@ tagging.py             whether layers are told which tokens they see, and by wha
 teacher.py             which model teaches, and its configuration in the layout of the run
 task_evaluation.py     evaluates the running model on tasks of lm-eval, in the run's own layout
 telemetry.py           adds telemetry of all nodes to a step's metrics
+token_counts.py        tokens of each group of token ids, in one step
 token_groups.py        FFN experts of each class of tokens, in one step
 token_scores.py        log-probabilities of given tokens from a model that is there
 train_request.py       what `moepp train` is asked to do, checked before anything heavy is imported

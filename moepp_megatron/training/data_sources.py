@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
-from megatron.core import parallel_state
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moepp_megatron.config import Config
@@ -14,6 +15,7 @@ from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
+from moepp_megatron.training.step_sums import first_of_tensor_ranks, shared_sum
 from moepp_megatron.training.tagging import layers_know_tokens, tags_of
 
 
@@ -21,29 +23,40 @@ class SourceCollector:
     """Counts by data source. Every rank has one and calls its methods together.
 
     Its construction makes the model's layers count, if they know their tokens. A loss is of the
-    source of the token that it was made behind; nothing synchronises before `collect`.
+    source of the token that it was made behind. The losses are a `Summand`; nothing synchronises
+    before `collect`.
 
     Args:
         config: The run's configuration.
         model: The wrapped model.
         dataset: The training set.
+
+    Attributes:
+        names: Names of the sources; none where they are not told apart.
     """
 
     def __init__(self, config: Config, model: TrainingModel, dataset: Any) -> None:
-        self._names = source_names(dataset) if config.observe.token_groups else ()
+        self.names = source_names(dataset) if config.observe.token_groups else ()
         self._num_ffn, self._num_experts = config.moe.num_ffn_experts, config.moe.num_experts
         self._statistics = []
-        if self._names and layers_know_tokens(config):
+        # On every rank alike, whether or not its pipeline stage has layers that count.
+        self._counts_experts = bool(self.names) and layers_know_tokens(config)
+        if self._counts_experts:
             for chunk in model.models:
                 tags_of(chunk, config)
                 self._statistics += list(moe_statistics(chunk).values())
         for statistics in self._statistics:
-            statistics.num_sources = len(self._names)
+            statistics.num_sources = len(self.names)
+        # Of each source, sum of token losses and tokens.
+        device = torch.cuda.current_device()
+        self._losses = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
         self.begin_step()
 
     def begin_step(self) -> None:
         """Forget the losses before."""
-        self._losses: Tensor | None = None
+        if self.names:
+            self._losses.zero_()
+        self._total: Tensor | None = None
 
     @torch.no_grad()
     def add_losses(self, batch: Batch, token_losses: Tensor) -> None:
@@ -54,44 +67,59 @@ class SourceCollector:
             token_losses: [b, s].
         """
         # Tensor-parallel ranks hold the same tokens: only the first of each group counts.
-        if not self._names or parallel_state.get_tensor_model_parallel_rank() != 0:
+        if not self.names or not first_of_tensor_ranks():
             return
         mask = batch["loss_mask"].reshape(-1).double()
         pairs = torch.stack([token_losses.detach().reshape(-1).double() * mask, mask], dim=-1)
-        if self._losses is None:
-            self._losses = pairs.new_zeros(len(self._names), 2)
         self._losses.index_add_(0, batch[SOURCES].reshape(-1).long(), pairs)
+
+    def summand(self) -> Tensor:
+        """[sources * 2] float64 on the device: this rank's losses."""
+        return self._losses.reshape(-1)
+
+    def take_sum(self, total: Tensor) -> None:
+        """Note the losses [sources * 2] over all ranks."""
+        self._total = total
+
+    def losses(self) -> NDArray[np.float64]:
+        """[sources, 2] sum of token losses in nats, and tokens, over all ranks.
+
+        The same bits on every rank; a collective unless the step has summed them.
+        """
+        if self._total is None:
+            self._total = shared_sum(self.summand().clone()).cpu()
+        return self._total.reshape(-1, 2).numpy()
 
     def collect(self) -> dict[str, Any]:
         """Fields for the record of the step, by name of the source; a collective.
 
         A source without a token in the step is left out. Nothing where all is of one source.
         """
-        if not self._names:
+        if not self.names:
             return {}
-        # [sources, 2 + E]: losses, tokens, selections of all layers.
-        shape = len(self._names), 2 + self._num_experts
-        local = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
-        if self._losses is not None:
-            local[:, :2] = self._losses
-        for statistics in self._statistics:
-            if statistics.sources is not None:
-                local[:, 2:] += statistics.sources
-        return self._fields(sum_over_ranks(local))
+        losses = self.losses()
+        tokens = losses[:, 1]
+        seen = [index for index in range(len(self.names)) if tokens[index] > 0]
 
-    def _fields(self, total: Tensor) -> dict[str, Any]:
-        tokens = total[:, 1]
-        seen = [index for index in range(len(self._names)) if tokens[index] > 0]
-        shares = total[:, 2:] / total[:, 2:].sum(dim=1, keepdim=True)
-
-        def named(values: Tensor) -> dict[str, Any]:
-            return {self._names[index]: values[index].tolist() for index in seen}
+        def named(values: Any) -> dict[str, Any]:
+            return {self.names[index]: values[index].tolist() for index in seen}
 
         fields = {
             "source_tokens": named(tokens / tokens.sum()),
-            "source_loss": named(total[:, 0] / tokens),
+            "source_loss": named(losses[:, 0] / np.where(tokens > 0, tokens, 1.0)),
         }
-        if total[:, 2:].sum() > 0:
+        if self._counts_experts:
+            selected = sum_over_ranks(self._selections())
+            shares = selected / selected.sum(dim=1, keepdim=True)
             fields["source_ffn_share"] = named(shares[:, : self._num_ffn].sum(dim=1))
             fields["source_expert_share"] = named(shares)
         return fields
+
+    def _selections(self) -> Tensor:
+        """[sources, E] float64 on the device: selections of all layers of this rank."""
+        shape = len(self.names), self._num_experts
+        local = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
+        for statistics in self._statistics:
+            if statistics.sources is not None:
+                local += statistics.sources
+        return local

@@ -88,6 +88,8 @@ class Routers:
         self._losses.begin()
         self._health.begin_step(step)
         self._begin_counts()
+        if self._shift is not None:
+            self._shift.counts.begin()
         if self._budget is not None:
             self._budget.begin_step(step)
         if self._guard is not None:
@@ -105,6 +107,8 @@ class Routers:
         if self._guard is not None:
             self._losses.add(batch, token_losses)
             self._guard.add_losses(batch, token_losses)
+        if self._shift is not None:
+            self._shift.counts.add(batch)
 
     def summands(self) -> list[Summand]:
         """What these objects want summed in the read that every step makes."""
@@ -113,6 +117,10 @@ class Routers:
             found.append(self._losses)
         if self._shift is not None or self._budget is not None:
             found.append(self._routing)
+        if self._shift is not None:
+            found.append(self._shift.counts)
+        if self._sources.names:
+            found.append(self._sources)
         return found
 
     def reset_counts(self) -> None:
@@ -136,7 +144,8 @@ class Routers:
         if self._guard is not None and result.is_finite:
             self._loss = self._losses.end(result)
             if self._shift is not None:
-                self._reading = self._shift.end_step(self._loss)
+                sources = self._sources.losses() if self._sources.names else None
+                self._reading = self._shift.end_step(self._loss, sources)
         return alerts
 
     def judge(self, step: int, result: StepResult) -> GuardVerdict:
@@ -199,5 +208,5 @@ class Routers:
         if self._guard is not None:
             fields |= self._guard.metrics()
         if self._reading is not None:
-            fields |= {"routing_shift": self._reading.routing, "loss_shift": self._reading.loss}
+            fields |= self._reading.metrics
         return fields

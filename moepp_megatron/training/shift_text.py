@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,9 +15,10 @@ _MOST_EXPERTS, _MOST_CLASSES = 3, 2
 _LEAST_SURPRISE = 2.0
 _CLASSES = ("most frequent", "frequent", "rarer", "rarest")
 _CAUSES: dict[Cause, str] = {
-    "data": "the data: loss and routing",
+    "data": "the data: loss and routing, or token ids",
     "router": "the routers: routing alone",
     "optimizer": "the optimizer, or data that is routed alike: loss alone",
+    "source": "data of one source: its loss",
 }
 
 
@@ -28,13 +29,14 @@ class ShiftStory:
     Attributes:
         cause: What has changed.
         steps: Steps since when, the newest included.
-        chance: Steps in which chance alone gives as much evidence once.
+        chance: Steps in which chance alone gives as much evidence once; None where loss and routing
+            of all the data say nothing.
         moved: What has moved most, a line each.
     """
 
     cause: Cause
     steps: int
-    chance: float
+    chance: float | None
     moved: list[str]
 
     @classmethod
@@ -43,10 +45,42 @@ class ShiftStory:
         loss = f"loss {finding.loss_before:.2f} -> {finding.loss_after:.2f}"
         return cls(finding.reading.cause, finding.steps, finding.chance, [loss, *moved])
 
+    def of_metric(self, metric: str) -> ShiftStory:
+        """The story of an alert on this metric: that on a source is about it, whatever else is."""
+        return replace(self, cause="source") if metric == "source_shift" else self
+
     def text(self, step: int) -> str:
         """One line; `step` is the newest step."""
         since = step - self.steps + 1
         return f"{_CAUSES[self.cause]}; since step {since}; {', '.join(self.moved)}"
+
+
+def with_tokens(story: ShiftStory | None, steps: int, share: float) -> ShiftStory:
+    """The story of a step whose token ids are a shift: whatever has moved besides, it is the data.
+
+    Args:
+        story: What loss and routing say; None where nothing.
+        steps: Steps since when the token ids are others.
+        share: Share of the tokens in other groups than usual.
+    """
+    line = f"{share:.1%} of the tokens in other groups of ids"
+    if story is None:
+        return ShiftStory("data", steps, None, [line])
+    steps = max(steps, story.steps)
+    return replace(story, cause="data", steps=steps, moved=[*story.moved, line])
+
+
+def with_sources(story: ShiftStory | None, steps: int, lines: list[str]) -> ShiftStory:
+    """The story with the data sources that have moved.
+
+    Args:
+        story: What all the data say; None where nothing.
+        steps: Steps since when a source has moved.
+        lines: A line for each; one at least.
+    """
+    if story is None:
+        return ShiftStory("source", steps, None, lines)
+    return replace(story, steps=max(steps, story.steps), moved=[*story.moved, *lines])
 
 
 def moved_experts(

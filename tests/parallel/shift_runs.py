@@ -93,8 +93,11 @@ def watch(counts: list[tuple[int, int]]) -> tuple[list[ShiftReading | None], Any
         routing.reset()
         losses.begin()
 
+        shift.counts.begin()
+
         def watcher(chunk: Any, batch: Any, token_losses: Any) -> None:
             losses.add(batch, token_losses)
+            shift.counts.add(batch)
 
         result = training_step(model, batches, config, layout, watcher=watcher)
         reading = shift.end_step(losses.end(result))

@@ -6,14 +6,18 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.observe import token_shift
+from moepp_megatron.observe.token_shift import GROUPS, group_of
 from moepp_megatron.observe.usage_file import USAGE_FILE
 from tests.parallel.ranks import RankPools
 from tests.parallel.shift_runs import begin, watch
+from tests.parallel.test_token_groups import SourcedTokens
 from tests.parallel.training_runs import CP2, EP2, PP2, TP2, SyntheticDataset, short
 
 GUARD = {"shift": {"window": 2}}
@@ -27,11 +31,13 @@ class Watched:
         usages: Each window's usage and selections of its last step, as counts.
         states: The collectors' state behind each step.
         loss: Mean and spread of the first batch's losses.
+        tokens: Tokens of each group of ids, of each step.
     """
 
     usages: list[Any] = field(default_factory=list)
     states: list[Any] = field(default_factory=list)
     loss: tuple[float, float] = (0.0, 0.0)
+    tokens: list[Any] = field(default_factory=list)
 
 
 def usages(raw: dict[str, Any], steps: int) -> Watched:
@@ -43,18 +49,25 @@ def usages(raw: dict[str, Any], steps: int) -> Watched:
     from moepp_megatron.training.batch_losses import BatchLosses
     from moepp_megatron.training.expert_usage import ExpertUsageCollector, token_classes
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.training.token_counts import TokenCounts
 
     dataset = SyntheticDataset(parse_config(raw), steps)
     config, layout, model, routing, batches = begin(raw, dataset)
+    tokens = TokenCounts(config.model.vocab_size)
     classes = token_classes(dataset, config.model.vocab_size)
     found = Watched()
     collector = ExpertUsageCollector(config, model, routing, classes)
     for step in range(1, steps + 1):
         routing.reset()
         losses = BatchLosses()
-        result = training_step(
-            model, batches, config, layout, watcher=lambda _, *seen, add=losses.add: add(*seen)
-        )
+        tokens.begin()
+
+        def watcher(chunk: Any, batch: Any, token_losses: Any, losses: Any = losses) -> None:
+            losses.add(batch, token_losses)
+            tokens.add(batch)
+
+        result = training_step(model, batches, config, layout, watcher=watcher, summands=[tokens])
+        found.tokens.append(tokens.end().tolist())
         if step == 1:
             loss = losses.end(result)
             found.loss = (loss.mean, loss.spread)
@@ -91,12 +104,18 @@ def test_usage_and_losses_are_those_of_one_process(ranks: RankPools) -> None:
     for (usage, logged), half in zip(one.usages, one.states[::2], strict=True):
         sums = np.array(half["profile"]["experts"]) + np.array(logged)
         assert sums.tolist() == usage["experts"]
+    samples = SyntheticDataset(parse(short(routing_guard=GUARD)), 4)
+    for step, found in enumerate(one.tokens):
+        batch = [samples[4 * step + place] for place in range(4)]
+        ids = np.concatenate([each["labels"][each["loss_mask"] > 0].numpy() for each in batch])
+        assert found == np.bincount(group_of(ids), minlength=GROUPS).tolist()
     mean, spread = one.loss
     assert 0.0 < spread < mean
     for parallel in LAYOUTS:
         made = ranks(4).run(usages, short(routing_guard=GUARD, parallel=parallel), 4)
         for each in made:
             assert (each.usages, each.states) == (one.usages, one.states)
+            assert each.tokens == one.tokens
             assert each.loss == made[0].loss, "to the same bits on every rank"
         assert made[0].loss[0] == pytest.approx(mean, rel=1e-5)
         if "context_parallel_size" not in parallel:
@@ -155,7 +174,9 @@ def test_another_language_is_told_within_five_steps(ranks: RankPools) -> None:
 def shifted_run(folder: Path, reference: Path | None, steps: int) -> list[tuple[list[Any], Any]]:
     """Readings of a short run and its last state, without and with restarts; writes its profile."""
     from moepp_megatron.config import parse_config
+    from moepp_megatron.observe import source_shift
     from moepp_megatron.training.batch_losses import BatchLosses
+    from moepp_megatron.training.data_sources import SourceCollector
     from moepp_megatron.training.routing_shift import RoutingShift
     from moepp_megatron.training.step import training_step
 
@@ -164,25 +185,37 @@ def shifted_run(folder: Path, reference: Path | None, steps: int) -> list[tuple[
     guard = {"enabled": True, "shift": shift}
     one = {"micro_batch_size": 4}
     raw = short(run={"dir": str(folder)}, routing_guard=guard, training=one)
-    dataset = SyntheticDataset(parse_config(raw), steps)
+    dataset = SourcedTokens(parse_config(raw), steps)
     config, layout, model, routing, batches = begin(raw, dataset)
+    sources = SourceCollector(config, model, dataset)
     # Both only look on.
     watchers = [RoutingShift(config, model, routing, dataset) for _ in range(2)]
     losses = BatchLosses()
 
     def see(chunk: Any, batch: Any, token_losses: Any) -> None:
         losses.add(batch, token_losses)
+        sources.add_losses(batch, token_losses)
+        for watcher in watchers:
+            watcher.counts.add(batch)
 
     values: tuple[list[Any], list[Any]] = ([], [])
     for step in range(1, steps + 1):
         routing.reset()
         losses.begin()
+        sources.begin_step()
+        for watcher in watchers:
+            watcher.counts.begin()
         loss = losses.end(training_step(model, batches, config, layout, watcher=see))
-        for watcher, found in zip(watchers, values, strict=True):
-            found.append(watcher.end_step(loss))
+        with (
+            mock.patch.multiple(token_shift, _FEWEST=10, _FEWEST_JUDGED=20),
+            mock.patch.object(source_shift, "_FEWEST_JUDGED", 20),
+        ):
+            for watcher, found in zip(watchers, values, strict=True):
+                reading = watcher.end_step(loss, sources.losses())
+                found.append(None if reading is None else (reading.metrics, reading.cause))
         if step % 5 == 0:
             state = json.loads(json.dumps(watchers[1].state_dict()))
-            watchers[1] = RoutingShift(config, model, routing, None, state)
+            watchers[1] = RoutingShift(config, model, routing, dataset, state)
     watchers[1].write()
     return [(found, w.state_dict()) for found, w in zip(values, watchers, strict=True)]
 
@@ -192,7 +225,12 @@ def test_a_restart_changes_no_bit_and_a_run_can_be_the_reference_of_another(
 ) -> None:
     pool = ranks(1)
     ((whole, parts),) = pool.run(shifted_run, tmp_path, None, 44)
-    assert any(value is not None for value in whole[0])
+    assert whole[0][-1][0].keys() == {
+        "routing_shift",
+        "loss_shift",
+        "token_shift",
+        "source_shift",
+    }
     assert parts == whole
     path = tmp_path / USAGE_FILE
     assert json.loads(path.read_text())["token_classes"] == whole[1]["token_classes"]
@@ -209,7 +247,7 @@ def resumed_run(implementation: str, state: Any) -> tuple[Any, Any]:
 
     raw = short(routing_guard=GUARD, model={"implementation": implementation})
     config, layout, model, routing, batches = begin(raw, SyntheticDataset(parse(raw), 1))
-    watcher = RoutingShift(config, model, routing, SyntheticDataset(config, 1), state)
+    watcher = RoutingShift(config, model, routing, SourcedTokens(config, 1), state)
     result = training_step(model, batches, config, layout)
     return watcher.state_dict(), watcher.end_step(BatchLosses().end(result))
 

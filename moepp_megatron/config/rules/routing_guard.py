@@ -95,6 +95,8 @@ def _guard_rules_clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
             )
 
 
+# Metrics of the detector of shifts.
+_OF_SHIFTS = ("routing_shift", "loss_shift", "token_shift", "source_shift")
 # Settings that switch off other metrics than that of classes of tokens.
 _OF_OTHER_METRICS = ("observe.health_interval", "routing_guard.shift.window")
 
@@ -112,9 +114,13 @@ def _guard_metrics_are_measured(config: Config) -> Iterator[Problem]:
         ),
     }
     for name, rule in _own(config):
+        if rule.action == "none":
+            continue
         needs = ["observe.health_interval", "training.cuda_graphs"]
-        if rule.metric == "routing_shift":
+        if rule.metric in _OF_SHIFTS:
             needs = ["routing_guard.shift.window"]
+            if rule.metric == "source_shift":
+                needs.append("observe.token_groups")
         elif rule.metric == "class_ffn_to_past":
             needs = [name for name in is_off if name not in _OF_OTHER_METRICS]
         elif rule.metric not in MEASURED:

@@ -30,6 +30,7 @@ def told(
     if event.is_used_up:
         condition += f"; taken {rule.max_firings} times (max_firings), so only told"
     if story is not None:
+        story = story.of_metric(rule.metric)
         note = story.text(step)
     action = event.action if event.begins else f"end of {event.action}"
     # A warning is the same whether or not the guard may act.

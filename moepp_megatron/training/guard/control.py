@@ -37,7 +37,7 @@ from moepp_megatron.training.step import Batch, StepResult
 from moepp_megatron.training.token_groups import GroupCollector
 
 # Metrics whose alerts say what has moved.
-_SHIFTS = ("routing_shift", "loss_shift")
+_SHIFTS = ("routing_shift", "loss_shift", "token_shift", "source_shift")
 # Actions that go on until the rule is healthy.
 _LASTING = ("raise_tau", "force_ffn", "safe_mode")
 
@@ -320,7 +320,7 @@ class RoutingGuard:
         if result.updated:
             values |= {"grad_norm": result.grad_norm, "loss": loss.mean}
         if shift is not None:
-            values |= {"routing_shift": shift.routing, "loss_shift": shift.loss}
+            values |= shift.metrics
         if self._fallen is not None:
             values[FALLEN] = self._fallen.end_step()
         values = dict(from_first_rank(values))

@@ -55,6 +55,17 @@ def test_invalid_setting(
     assert remedy in message.removeprefix(name_and_value)
 
 
+def test_a_rule_that_is_dropped_needs_no_metric(minimal: Path) -> None:
+    off = ["observe.token_groups=false", "observe.health_interval=0"]
+    off.append("routing_guard.shift.window=0")
+    names = ("rare_ffn", "loss_shift", "logit_explosion")
+    dropped = ", ".join(f"{{name: {name}, action: none}}" for name in names)
+    load_config(minimal, [*off, f"routing_guard.rules=[{dropped}]"])
+    for name in names:
+        with pytest.raises(ConfigError, match="must be measured"):
+            load_config(minimal, [*off, f"routing_guard.rules=[{{name: {name}}}]"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "name_and_value", "remedy"), INVALID_WORLD_SIZE
 )

@@ -174,8 +174,8 @@ def test_alerts_say_what_was_done_and_what_was_not() -> None:
     assert shift.moved == story.moved
     assert shift.text() == (
         "critical at step 70: low: ffn_to_target of layer 4 is 0.1 (< 0.25 for 20 steps; the data: "
-        "loss and routing; since step 68; loss 2.00 -> 3.00, layer 2 FFN 1 8.0% -> 21.0%); "
-        "action: safe_mode"
+        "loss and routing, or token ids; since step 68; loss 2.00 -> 3.00, "
+        "layer 2 FFN 1 8.0% -> 21.0%); action: safe_mode"
     )
     assert '"cause"' not in alert.to_json_line()
     used_up = told(Event(RULE, 4, True, "warn", 0.1, 20, is_used_up=True), 95, False)

@@ -88,6 +88,7 @@ _MAX_VARIANCE = _guard("logit_explosion", "above")
 _SLOW_RANK = ResilienceSection().straggler_threshold
 _WANTED = f"({_of('ffn_target')} or {exported.PHI.name})"
 _LOSS, _SHARE = _of("loss"), _of("ffn_fraction")
+_SHIFTS = ("routing_shift", "loss_shift", "token_shift")
 _HEALTH = OF_RECORDS["router_health"].name
 
 RULES = (
@@ -137,9 +138,9 @@ RULES = (
         "a larger capacity factor, or a larger moe.balance_coeff",
     ),
     _AlertRule(
-        "MoeppRoutingShift", f"{_of('routing_shift')} > 1", "10m", "warning",
-        "routing has moved {{ $value }} times as far from its reference as it may",
-        "have the data changed? (docs/routing_shift.md)",
+        "MoeppDataShift", " or ".join(f"{_of(key)} > 1" for key in _SHIFTS), "0m", "warning",
+        "experts, loss or token ids have moved {{ $value }} times as far as they may",
+        "have the data changed? alerts.jsonl says what has moved (docs/routing_shift.md)",
     ),
     _AlertRule(
         "MoeppSaveFailed", _while_running(_grown(_of("failed_saves"), "1h")), "0m", "critical",

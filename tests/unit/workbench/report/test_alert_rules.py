@@ -58,6 +58,7 @@ GOOD = {
     'layer_min_ffn_load_ratio{layer="2"}': "0.3",
     'router_health{layer="2",metric="logit_variance"}': "2",
     "dropped_ratio": "0",
+    "routing_shift": "0.5",
     "failed_saves": "0",
     "tokens_per_second": "1000",
     "slowest_rank_ratio": "1.1",
@@ -77,7 +78,7 @@ WRONG = {
     # A few tokens come now and then.
     "MoeppDeadExpert": {'layer_min_ffn_load_ratio{layer="2"}': " ".join(["0 0 0 0 0.3"] * 96)},
     "MoeppSelectionsDropped": {"dropped_ratio": "0.1"},
-    "MoeppRoutingShift": {"routing_shift": "1.5"},
+    "MoeppDataShift": {"loss_shift": "0.2", "token_shift": "1.5"},
     "MoeppSaveFailed": {"failed_saves": "0x440 1x40"},
     "MoeppStepsSkipped": {"skipped_steps": "_x440 2x40"},
     "MoeppGuardActs": {"guard_actions": "1"},
