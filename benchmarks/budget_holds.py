@@ -1,4 +1,4 @@
-"""Does `moe.budget` hold? Small models on real text: runs that chose its default, others as proof.
+"""Does `moe.budget` hold? Small models on real text that chose no default.
 
     python -m benchmarks.budget_holds OUT [--only TEXT] [--list] [--table]
 
@@ -6,8 +6,8 @@ Three layers 32 wide, 3,072 tokens a step, 240 steps, bytes as tokens, one proce
 a run on one core. Each run leaves `OUT/<name>.json`, which is not made again. `--only` takes the
 runs whose names contain TEXT, `--table` prints what is there as the tables of docs/budget.md.
 
-`chose` runs differ in `moe.budget.response`; the texts and seeds of all runs after them were not
-looked at before its default was chosen.
+`benchmarks.budget_drift` chose `moe.budget.response` and the correction for drift, on other texts
+and seeds than those of all runs here but `before`.
 """
 
 from __future__ import annotations
@@ -45,10 +45,6 @@ def runs() -> Iterator[Run]:
     """All runs."""
     for label, budget in _OLD.items():
         yield Run("before", "prose", 1, label, _budget(0.3, **budget))
-    for corpus, seed in (("prose", 1), ("code", 2)):
-        for response in (0.1, 0.2, 0.35, 0.5, 0.7, 1.0):
-            moe = _budget(0.3, response=response)
-            yield Run("chose", corpus, seed, f"response {response:g}", moe)
     for place, (corpus, seed) in enumerate((("headers", 11), ("metadata", 12), ("tests", 13))):
         for target in (0.3, 0.6, 1.0, 1.5):
             yield Run("proved", corpus, seed, f"{target:g}", _budget(target))

@@ -19,7 +19,7 @@ class Run:
     """One run.
 
     Attributes:
-        part: What it is for: before, chose, proved, loss or upcycled.
+        part: What it is for: before, proved, loss or upcycled.
         corpus: Name of the text.
         seed: Of weights and of the order of the text.
         label: What is particular about it; with the others it makes the name.
@@ -88,7 +88,7 @@ def tables(runs: Sequence[Run], out: Path) -> str:
         if (out / f"{run.name}.json").exists()
     ]
     lines = [f"{len(found)} of {len(runs)} runs"]
-    for part in ("before", "chose", "proved"):
+    for part in ("before", "proved"):
         heads = [
             f"{part}: text, seed, what",
             "last third",
