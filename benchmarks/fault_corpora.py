@@ -166,7 +166,7 @@ class Mixed:
         batch: Sequences of a step.
         length: Tokens of a sequence.
         seed: Of the places.
-        sources: Index of the data source of each corpus; samples do not tell them apart without.
+        sources: Index of the data source of each corpus; without, samples do not say it.
         source_names: Names of the data sources.
     """
 

@@ -32,7 +32,7 @@ class SourceCollector:
         dataset: The training set.
 
     Attributes:
-        names: Names of the sources; none where they are not told apart.
+        names: Names of the sources; none where they are not known.
     """
 
     def __init__(self, config: Config, model: TrainingModel, dataset: Any) -> None:

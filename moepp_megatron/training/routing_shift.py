@@ -120,7 +120,7 @@ class RoutingShift:
         Args:
             loss: Its losses, to the same bits on every rank.
             sources: [sources, 2] sum of token losses and tokens of each data source, likewise; None
-                where they are not told apart.
+                where they are not known.
 
         Returns:
             None until there is enough to compare with.
