@@ -20,6 +20,7 @@ class Store:
     Attributes:
         environment: What its clients need.
         bucket: Its bucket's name, which no other store of this process has: clients are kept.
+        missing: Name of a bucket that it does not have, and no other store either.
         requests: How many there were, by method.
         received: Bytes of objects that were written.
         sent: Bytes of objects that were read.
@@ -37,6 +38,7 @@ class Store:
         self.received = self.sent = 0
         self.start()
         self.bucket = f"bucket-{self._port}-{next(_NUMBERS)}"
+        self.missing = f"no-{self.bucket}"
         self.environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}",
             "AWS_ACCESS_KEY_ID": "key-of-the-store",

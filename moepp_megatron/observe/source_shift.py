@@ -19,6 +19,12 @@ from moepp_megatron.observe.usage_noise import least_steps, usual
 
 # Steps with the source that make a line, and residuals that make a spread, at least.
 _FEWEST, _FEWEST_JUDGED = 12, 30
+# Newest usual steps that are not in the line yet, so that the first steps of a change, which are not
+# suspect by themselves, do not bend it.
+_HELD = 5
+# Differences from a line that ends earlier move together and so add up sooner: the limit is that
+# of independent ones times this.
+_TOGETHER = 1.35
 # A loss that moves by less, in nats, has not moved.
 _LEAST_SPREAD = 0.01
 # Evidence over its limit from which steps are not learnt from until they prove to be usual, and
@@ -31,7 +37,7 @@ class SourceShift:
 
     Each has two CUSUMs, upwards and downwards. Their limit is that of `false_alarm_steps` times
     their number, so that all of them together raise one false alarm in that many steps
-    (Bonferroni).
+    (Bonferroni). What the limit is multiplied by was chosen on drawn losses.
 
     Args:
         settings: Settings of the configuration.
@@ -41,7 +47,8 @@ class SourceShift:
     def __init__(self, settings: ShiftSection, names: Sequence[str]) -> None:
         self._names = list(names)
         self._warmup, self._num_steps = settings.warmup * settings.window, 0
-        limit = limit_for(settings.false_alarm_steps * 2 * max(len(self._names), 1))
+        steps = settings.false_alarm_steps * 2 * max(len(self._names), 1)
+        limit = _TOGETHER * limit_for(steps)
         self._courses = [_Course(settings, limit) for _ in self._names]
 
     def add(self, losses: NDArray[np.float64]) -> float:
@@ -153,13 +160,13 @@ class _Course:
 
     def _forecast(self, step: _Step) -> tuple[float, float]:
         """Loss by the line, and by how much more than usual a step may differ from it."""
-        numbers, losses, _ = np.array(self._usual).T
+        numbers, losses, _ = np.array(self._usual[:-_HELD]).T
         row, spread = forecast(numbers, losses[:, None], step[0])
         return float(row[0]), spread
 
     def _residual(self, step: _Step) -> float | None:
         """Difference from the line in units of usual ones; None without a line."""
-        if len(self._usual) < _FEWEST:
+        if len(self._usual) < _FEWEST + _HELD:
             return None
         expected, spread = self._forecast(step)
         return (step[1] - expected) / spread
@@ -177,7 +184,7 @@ class _Course:
         if residual is not None:
             scaled = residual * math.sqrt(step[2])
             self._residuals = [*self._residuals, scaled][-self._memory :]
-        self._usual = [*self._usual, step][-self._span :]
+        self._usual = [*self._usual, step][-self._span - _HELD :]
 
     def _return(self) -> None:
         """The evidence has gone: learn from the steps apart, but not from those of a shift."""

@@ -186,11 +186,11 @@ def test_what_cannot_be_used_is_refused_at_once(
         assert not run.exists()
         return error
 
-    assert "the bucket s3://no-bucket does not exist" in refused(
-        2, "checkpoint.dir=s3://no-bucket/x"
+    assert f"the bucket s3://{store.missing} does not exist" in refused(
+        2, f"checkpoint.dir=s3://{store.missing}/x"
     )
-    assert "checkpoint.load (s3://no-bucket/x) must be usable" in refused(
-        2, "checkpoint.load=s3://no-bucket/x"
+    assert f"checkpoint.load (s3://{store.missing}/x) must be usable" in refused(
+        2, f"checkpoint.load=s3://{store.missing}/x"
     )
     assert "must be a checkpoint folder" in refused(2, f"checkpoint.load={address}/none")
     store.deny("PUT")
