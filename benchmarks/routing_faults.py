@@ -31,7 +31,7 @@ from moepp_megatron.runtime import cpu_support, distributed
 from moepp_megatron.runtime.rank import RankEnvironment
 
 SAVED, HEALTHY, LENGTH, BATCH = 150, 150, 64, 48
-_WHOLE, _MIXED, _FAULT = 20, 40, 80
+_WHOLE, _MIXED, _FAULT, _LONG = 20, 40, 80, 500
 # Set by --no-numerical-guard.
 _NUMERICAL_GUARD = True
 
@@ -89,6 +89,9 @@ def cases(which: str) -> Iterator[Case]:
         yield Case("burst", base, seed, "noise", steps=30)
         yield Case("rate", base, seed, steps=120, factor=25.0)
         yield Case("rate", base, seed, steps=120, factor=250.0)
+    # Long ones of other seeds, to say how rare false alarms are.
+    for seed, base in enumerate(bases * 2, _SEEDS[which] + 50):
+        yield Case("healthy", base, seed, steps=_LONG)
 
 
 _SETS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = {
