@@ -1,5 +1,6 @@
 """Fixtures and collection rules for every test."""
 
+import atexit
 import gc
 import os
 import shutil
@@ -153,11 +154,9 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    """What stays frozen is never freed, of which Triton's binding warns at exit."""
-    gc.unfreeze()
+    # What stays frozen is never freed, of which Triton's binding warns at exit. Not before that:
+    # pytest collects twice when it ends, which would walk all of it.
+    atexit.register(gc.unfreeze)
 
 
 @pytest.hookimpl(optionalhook=True)
