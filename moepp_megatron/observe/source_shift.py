@@ -19,8 +19,8 @@ from moepp_megatron.observe.usage_noise import least_steps, usual
 
 # Steps with the source that make a line, and residuals that make a spread, at least.
 _FEWEST, _FEWEST_JUDGED = 12, 30
-# Newest usual steps that are not in the line yet, so that the first steps of a change, which are not
-# suspect by themselves, do not bend it.
+# Newest usual steps that are not in the line yet, so that the first steps of a change, which are
+# not suspect by themselves, do not bend it.
 _HELD = 5
 # Differences from a line that ends earlier move together and so add up sooner: the limit is that
 # of independent ones times this.
