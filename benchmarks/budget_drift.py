@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,8 @@ def _recorded(run: Run, out: Path) -> tuple[NDArray[np.float64], NDArray[np.floa
     def observed(
         self: BudgetController, selected_LE: Tensor, step: int, margins_LB: Tensor | None = None
     ) -> Tensor | None:
+        # Runs of before the correction, which no choice of it has shaped.
+        self.budget = replace(self.budget, drift=0.0)
         moved = observe(self, selected_LE, step, margins_LB)
         assert margins_LB is not None
         assert moved is not None
