@@ -393,39 +393,54 @@ def run_whole(
     lines = {int(str(line["number"])): line for line in _lines(out)}
     left = [number for number, line in lines.items() if line["killed_by"] is None]
     report = out.with_suffix(".xml")
-    sound = _failing(tree, command, report)
-    print(f"{len(left)} left; {len(sound)} tests fail without them: {sound}")
+    ignored = _failing(tree, command, report)
+    print(f"{len(left)} left; {len(ignored)} tests fail without them: {ignored}")
+    asked: list[str] = []
     while left:
         with applied(tree, [sampled[number - 1] for number in left]):
-            failing = [test for test in _failing(tree, command, report) if test not in sound]
+            found = _failing(tree, [*command, *asked], report)
+        failing = [test for test in found if test not in ignored]
         print(f"{len(left)} mutants at once: {len(failing)} tests fail")
-        found = False
-        for test in failing:
-            while (number := _culprit(sampled, left, tree, test, limit_s)) is not None:
-                print(f"{number} {sampled[number - 1]}: {test}")
-                lines[number] |= {"killed_by": test, "stage": "whole"}
-                left.remove(number)
-                found = True
+        if not failing and not asked:
+            break
+        # Without those that are found, what has failed is tried again, and then the whole suite.
+        asked = failing
+        if not failing:
+            continue
+        number = _culprit(sampled, left, tree, failing[0], limit_s)
+        if number is None:
+            print(f"fails with all of them and with none alone: {failing[0]}")
+            ignored.append(failing[0])
+            continue
+        print(f"{number} {sampled[number - 1]}: {failing[0]}")
+        lines[number] |= {"killed_by": failing[0], "stage": "whole"}
+        left.remove(number)
         texts = (json.dumps(lines[number]) for number in sorted(lines))
         out.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-        if not found:
-            if failing:
-                print(f"fail with all of them and with none alone: {failing}")
-            break
 
 
 def _failing(tree: Path, command: Sequence[str], report: Path) -> list[str]:
     """Names of the tests that fail."""
     report.unlink(missing_ok=True)
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run(
+    done = subprocess.run(
         [*command, f"--junitxml={report}"], cwd=tree, env=environment, stdout=subprocess.DEVNULL
     )
-    return [
-        f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+    names = [
+        _name(case)
         for case in ElementTree.parse(report).iter("testcase")
         if any(case.find(kind) is not None for kind in ("failure", "error"))
     ]
+    # 2: files that cannot be imported, which are named, too.
+    if done.returncode not in (0, 1) and not (done.returncode == 2 and names):
+        sys.exit(f"error: {' '.join(command)} ended with status {done.returncode}")
+    return names
+
+
+def _name(case: ElementTree.Element) -> str:
+    """What pytest calls a test, or a file that cannot be imported."""
+    inside, name = case.get("classname", ""), case.get("name", "")
+    return f"{inside.replace('.', '/')}.py::{name}" if inside else f"{name.replace('.', '/')}.py"
 
 
 def _culprit(
