@@ -53,7 +53,8 @@ class _Worker:
         """Kind and content of the next message."""
         try:
             message: tuple[str, Any] = self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
+            # The end of the process, perhaps in the middle of a message.
             return ("ended", None)
         return message
 
