@@ -2,6 +2,7 @@
 
     python -m benchmarks.mutants sample --count 160 --seed 0 --out mutants.jsonl
     python -m benchmarks.mutants run mutants.jsonl --tree COPY --out killed.jsonl
+    python -m benchmarks.mutants whole mutants.jsonl --tree COPY --out killed.jsonl -- COMMAND
     python -m benchmarks.mutants compare killed-of-one-suite.jsonl killed-of-another.jsonl
 
 A mutant is a comparison, an operation, a constant or a condition turned, or a call or a returned
@@ -10,6 +11,12 @@ a copy of the repository of its own, and takes its tests from there. Tests near 
 that import it, shortest first, then those of its room, then those of its room that train on ranks.
 Each mutant is tested in a fork of a process that has imported torch and megatron-core. `--hints`
 takes what `run` wrote of another suite: the test that killed a mutant there is tried first.
+
+`whole` gives the mutants that are left to the whole suite, all of them in one run: COMMAND, to
+which `--junitxml` is added. Of each test that fails the mutants are halved until one is found that
+makes it fail alone; the suite runs again without those that were found, until nothing fails.
+`sample --same-as COPY` draws from files that another version of the repository has, too, so that
+the suites of both can be compared.
 """
 
 from __future__ import annotations
@@ -22,12 +29,14 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("moe", "training", "config", "workbench/planning", "interop")
@@ -171,11 +180,15 @@ def _is_none(node: ast.expr) -> bool:
 KINDS = ("compare", "operate", "constant", "negate", "call", "return")
 
 
-def mutants(package: Path) -> Iterator[Mutant]:
-    """All of them, in the rooms of `ROOMS`."""
+def mutants(package: Path, other: Path | None = None) -> Iterator[Mutant]:
+    """All of them, in the rooms of `ROOMS`, of files that `other` has with the same content."""
     for room in ROOMS:
         for path in sorted((package / room).rglob("*.py")):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            source = path.read_bytes()
+            twin = None if other is None else other / path.relative_to(package)
+            if twin is not None and not (twin.is_file() and twin.read_bytes() == source):
+                continue
+            tree = ast.parse(source)
             for kind in KINDS:
                 places = _Places(kind)
                 places.visit(copy.deepcopy(tree))
@@ -183,10 +196,10 @@ def mutants(package: Path) -> Iterator[Mutant]:
                     yield Mutant(str(path.relative_to(package)), kind, index, line)
 
 
-def sample(package: Path, count: int, seed: int) -> list[Mutant]:
+def sample(package: Path, count: int, seed: int, other: Path | None = None) -> list[Mutant]:
     """As many of each room, drawn by `seed`."""
     chance = random.Random(seed)
-    everything = list(mutants(package))
+    everything = list(mutants(package, other))
     drawn = []
     for room in ROOMS:
         of_room = [each for each in everything if each.path.startswith(room + "/")]
@@ -194,10 +207,30 @@ def sample(package: Path, count: int, seed: int) -> list[Mutant]:
     return drawn
 
 
-def changed(source: str, mutant: Mutant) -> str:
-    """The file's text with the change."""
-    places = _Places(mutant.kind, mutant.index)
-    return ast.unparse(ast.fix_missing_locations(places.visit(ast.parse(source))))
+def changed(source: str, together: Sequence[Mutant]) -> str:
+    """The file's text with several changes of it."""
+    # What takes parts of the tree away comes last, from the end on: no other place is renumbered.
+    order = sorted(together, key=lambda each: (each.kind in ("call", "return"), -each.index))
+    tree: ast.AST = ast.parse(source)
+    for mutant in order:
+        tree = _Places(mutant.kind, mutant.index).visit(tree)
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+@contextlib.contextmanager
+def applied(tree: Path, together: Sequence[Mutant]) -> Iterator[None]:
+    """Have the files of `tree` changed."""
+    sources = {}
+    try:
+        for name in sorted({mutant.path for mutant in together}):
+            path = tree / "moepp_megatron" / name
+            sources[path] = path.read_text(encoding="utf-8")
+            of_file = [mutant for mutant in together if mutant.path == name]
+            path.write_text(changed(sources[path], of_file), encoding="utf-8")
+        yield
+    finally:
+        for path, source in sources.items():
+            path.write_text(source, encoding="utf-8")
 
 
 # ---- running the tests -------------------------------------------------------------------
@@ -327,23 +360,105 @@ def run(
     for number, mutant in enumerate(sampled, 1):
         if number in done:
             continue
-        path = tree / "moepp_megatron" / mutant.path
-        source = path.read_text(encoding="utf-8")
         begin, killer, stage = time.monotonic(), None, 0
-        try:
-            path.write_text(changed(source, mutant), encoding="utf-8")
-            first = [test for test in [hints.get(number)] if _is_there(tree, test)]
-            for stage, tests in enumerate([first, *stages(tree, mutant)]):  # noqa: B007
+        first = [str(test) for test in [hints.get(number)] if _is_there(tree, test)]
+        # Read before the file is changed: which tests import it.
+        in_turn = [first, *stages(tree, mutant)]
+        with applied(tree, [mutant]):
+            for stage, tests in enumerate(in_turn):  # noqa: B007
                 killer = killed_by(tree, tests, limit_s)
                 if killer is not None:
                     break
-        finally:
-            path.write_text(source, encoding="utf-8")
         took = round(time.monotonic() - begin, 1)
         line = {"number": number, **asdict(mutant), "killed_by": killer, "stage": stage, "s": took}
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{number}/{len(sampled)} {mutant.path}:{mutant.line} {mutant.kind}: {killer}")
+
+
+def run_whole(
+    sampled: list[Mutant], tree: Path, out: Path, limit_s: float, command: Sequence[str]
+) -> None:
+    """Find which of the mutants that `out` has as not killed the whole suite kills.
+
+    Args:
+        sampled: The mutants.
+        tree: Where the files are changed and the tests run.
+        out: What `run` wrote; lines of mutants that are killed get their test.
+        limit_s: Seconds for one test.
+        command: Runs the suite, in `tree`.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    _import_once()
+    lines = {int(str(line["number"])): line for line in _lines(out)}
+    left = [number for number, line in lines.items() if line["killed_by"] is None]
+    report = out.with_suffix(".xml")
+    ignored = _failing(tree, command, report)
+    print(f"{len(left)} left; {len(ignored)} tests fail without them: {ignored}")
+    asked: list[str] = []
+    while left:
+        with applied(tree, [sampled[number - 1] for number in left]):
+            found = _failing(tree, [*command, *asked], report)
+        failing = [test for test in found if test not in ignored]
+        print(f"{len(left)} mutants at once: {len(failing)} tests fail")
+        if not failing and not asked:
+            break
+        # Without those that are found, what has failed is tried again, and then the whole suite.
+        asked = failing
+        if not failing:
+            continue
+        number = _culprit(sampled, left, tree, failing[0], limit_s)
+        if number is None:
+            print(f"fails with all of them and with none alone: {failing[0]}")
+            ignored.append(failing[0])
+            continue
+        print(f"{number} {sampled[number - 1]}: {failing[0]}")
+        lines[number] |= {"killed_by": failing[0], "stage": "whole"}
+        left.remove(number)
+        texts = (json.dumps(lines[number]) for number in sorted(lines))
+        out.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+
+
+def _failing(tree: Path, command: Sequence[str], report: Path) -> list[str]:
+    """Names of the tests that fail."""
+    report.unlink(missing_ok=True)
+    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [*command, f"--junitxml={report}"], cwd=tree, env=environment, stdout=subprocess.DEVNULL
+    )
+    names = [
+        _name(case)
+        for case in ElementTree.parse(report).iter("testcase")
+        if any(case.find(kind) is not None for kind in ("failure", "error"))
+    ]
+    # 2: files that cannot be imported, which are named, too.
+    if done.returncode not in (0, 1) and not (done.returncode == 2 and names):
+        sys.exit(f"error: {' '.join(command)} ended with status {done.returncode}")
+    return names
+
+
+def _name(case: ElementTree.Element) -> str:
+    """What pytest calls a test, or a file that cannot be imported."""
+    inside, name = case.get("classname", ""), case.get("name", "")
+    return f"{inside.replace('.', '/')}.py::{name}" if inside else f"{name.replace('.', '/')}.py"
+
+
+def _culprit(
+    sampled: list[Mutant], left: Sequence[int], tree: Path, test: str, limit_s: float
+) -> int | None:
+    """One of the mutants that lets the test fail, found by halves; None if it passes with all."""
+
+    def fails(numbers: Sequence[int]) -> bool:
+        with applied(tree, [sampled[number - 1] for number in numbers]):
+            return killed_by(tree, [test], limit_s) is not None
+
+    suspects = list(left)
+    if not suspects or not fails(suspects):
+        return None
+    while len(suspects) > 1:
+        half = suspects[: len(suspects) // 2]
+        suspects = half if fails(half) else suspects[len(half) :]
+    return suspects[0] if fails(suspects) else None
 
 
 def _is_there(tree: Path, test: object) -> bool:
@@ -403,6 +518,7 @@ def main() -> None:
     drawing = commands.add_parser("sample")
     drawing.add_argument("--count", type=int, default=160)
     drawing.add_argument("--seed", type=int, default=0)
+    drawing.add_argument("--same-as", type=Path)
     drawing.add_argument("--out", type=Path, required=True)
     running = commands.add_parser("run")
     running.add_argument("mutants", type=Path)
@@ -410,17 +526,27 @@ def main() -> None:
     running.add_argument("--out", type=Path, required=True)
     running.add_argument("--limit-s", type=float, default=300.0)
     running.add_argument("--hints", type=Path)
+    whole = commands.add_parser("whole")
+    whole.add_argument("mutants", type=Path)
+    whole.add_argument("--tree", type=Path, required=True)
+    whole.add_argument("--out", type=Path, required=True)
+    whole.add_argument("--limit-s", type=float, default=300.0)
+    whole.add_argument("suite", nargs="+", metavar="COMMAND")
     comparing = commands.add_parser("compare")
     comparing.add_argument("killed", type=Path, nargs=2)
     arguments = parser.parse_args()
     if arguments.command == "sample":
-        drawn = sample(ROOT / "moepp_megatron", arguments.count, arguments.seed)
+        other = arguments.same_as and arguments.same_as / "moepp_megatron"
+        drawn = sample(ROOT / "moepp_megatron", arguments.count, arguments.seed, other)
         arguments.out.write_text("".join(json.dumps(asdict(each)) + "\n" for each in drawn))
     elif arguments.command == "run":
         read = [Mutant(**line) for line in _lines(arguments.mutants)]  # type: ignore[arg-type]
         lines = _lines(arguments.hints) if arguments.hints else []
         hints = {line["number"]: line["killed_by"] for line in lines}
         run(read, arguments.tree.resolve(), arguments.out, arguments.limit_s, hints)
+    elif arguments.command == "whole":
+        read = [Mutant(**line) for line in _lines(arguments.mutants)]  # type: ignore[arg-type]
+        run_whole(read, arguments.tree.resolve(), arguments.out, arguments.limit_s, arguments.suite)
     else:
         print(compare(*arguments.killed))
 

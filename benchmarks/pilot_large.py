@@ -2,6 +2,7 @@
 
     python -m benchmarks.pilot_large OUT --work K --until HH:MM   # UTC; two workers may share OUT
     python -m benchmarks.pilot_large OUT --time                   # the sessions, on an idle machine
+    python -m benchmarks.pilot_large OUT --work K --factors      # what changes the answer
     python -m benchmarks.pilot_large OUT --table
 
 Models of 4 layers, 96 wide, learn from Python sources (`pilot_corpus`) for 1,000 steps of 2,048
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pilot_corpus import prepare_corpus
+from benchmarks.pilot_factors import factor_runs, factors_table
 from benchmarks.pilot_table import print_state
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.config.yaml_file import read_mapping
@@ -50,6 +52,7 @@ from moepp_megatron.workbench.experiments.pilot.result import Curve
 from moepp_megatron.workbench.experiments.pilot.runs import PilotRun, PilotRuns
 from moepp_megatron.workbench.experiments.pilot.sessions import SpeedSessions
 from moepp_megatron.workbench.experiments.runs import Interrupted, RunFailed
+from moepp_megatron.workbench.report.terminal import wide_console
 
 HERE = Path(__file__).parent
 _SAVE_INTERVAL = 100
@@ -223,8 +226,13 @@ def runs_in_order(pilot: Pilot) -> list[PilotRun]:
     return list({run.name: run for run in runs}.values())
 
 
-def work(open_it: Callable[[], Pilot], most: int, is_over: Callable[[], bool]) -> list[str]:
-    """Do up to `most` runs; the names of those that were finished.
+def work(
+    open_it: Callable[[], Pilot],
+    most: int,
+    is_over: Callable[[], bool],
+    runs: Callable[[Pilot], list[PilotRun]] = runs_in_order,
+) -> list[str]:
+    """Do up to `most` of `runs`; the names of those that were finished.
 
     Raises:
         Interrupted: Asked to stop in a run, whose checkpoint is kept.
@@ -235,7 +243,7 @@ def work(open_it: Callable[[], Pilot], most: int, is_over: Callable[[], bool]) -
         pilot = open_it()
         folder = pilot.folder
         assert isinstance(folder, LargeRuns), "open_pilot makes no others"
-        missing = folder.unfinished(runs_in_order(pilot))
+        missing = folder.unfinished(runs(pilot))
         done = next((run for run in missing if folder.work_on(run)), None)
         if done is None:
             break
@@ -269,7 +277,9 @@ def _deadline(text: str | None) -> datetime.datetime:
     return at if at > now else at + datetime.timedelta(days=1)
 
 
-def _work_until(open_it: Callable[[], Pilot], most: int, until: datetime.datetime) -> None:
+def _work_until(do: Callable[[Callable[[], bool]], object], until: datetime.datetime) -> None:
+    """Call `do` with what tells whether the time is over; have it interrupted then."""
+
     def left() -> float:
         return (until - datetime.datetime.now(datetime.UTC)).total_seconds()
 
@@ -278,7 +288,7 @@ def _work_until(open_it: Callable[[], Pilot], most: int, until: datetime.datetim
     timer.daemon = True
     timer.start()
     try:
-        work(open_it, most, lambda: left() < 1)
+        do(lambda: left() < 1)
     except Interrupted as stop:
         print(stop)
     finally:
@@ -290,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=int, metavar="K", help="do up to K runs")
+    parser.add_argument("--factors", action="store_true", help="with --work: those of FACTORS")
     parser.add_argument("--until", metavar="HH:MM", help="stop then, UTC")
     parser.add_argument("--time", action="store_true", help="time MoE++ on an idle machine")
     parser.add_argument("--table", action="store_true", help="print what is there")
@@ -298,12 +309,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     open_it = functools.partial(open_pilot, options.out, options.results, Study())
     try:
         if options.work is not None:
-            _work_until(open_it, options.work, _deadline(options.until))
+            runs = factor_runs if options.factors else runs_in_order
+            _work_until(
+                lambda is_over: work(open_it, options.work, is_over, runs),
+                _deadline(options.until),
+            )
         if options.time:
             time_sessions(open_it(), options.results)
         if options.table:
             pilot = open_it()
             print_state(pilot, known_arms(pilot))
+            wide_console().print(factors_table(pilot))
     except (ConfigError, RunFailed) as error:
         sys.exit(f"error: {error}")
 

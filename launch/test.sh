@@ -20,10 +20,11 @@ cd -- "$MOEPP_ROOT"
 # Two more than cores, for tests that wait; each may have ranks of its own in memory.
 cores=$(nproc 2>/dev/null || echo 2)
 workers=$((cores < 5 ? cores + 2 : 7))
-shared=(-n)
+# Progress is told by seconds (tests/timetable.py), not by files.
+shared=(-o console_output_style=classic --workers)
 for argument; do
     case $argument in
-    # Nothing of it waits, and each worker collects all tests.
+    # Nothing of it waits.
     --quick) workers=$((cores < 5 ? cores : 5)) ;;
     --record-durations) ;;
     *) shared=() ;;

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests import long_table, quick, timetable
 from tests.parallel.ranks import RankPools
+from tests.workers import Workers
 
 _GPU_TESTS = Path(__file__).parent / "gpu"
 
@@ -112,7 +112,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--record-durations",
         action="store_true",
-        help="after a run of everything on several workers (-n): write tests/durations.json anew",
+        help="after a run of everything on several workers: write tests/durations.json anew",
+    )
+    group.addoption(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="forks of pytest's process that share the tests (tests/workers.py)",
     )
 
 
@@ -141,12 +148,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args = [str(quick.ROOT / each) for each in quick.chosen()]
         # A few cases on ranks: one worker starts them once.
         timetable.TOGETHER.append("tests/parallel/")
-    is_controller = getattr(config.option, "dist", "no") != "no"
-    if is_controller and not hasattr(config, "workerinput"):
-        # Units go to the workers in the order of the collection.
-        config.option.loadscopereorder = False
-        config.stash[_PROGRESS] = timetable.Progress(config)
-        config.pluginmanager.register(config.stash[_PROGRESS])
+    if config.option.workers > 1:
+        progress = config.stash[_PROGRESS] = timetable.Progress(config)
+        config.pluginmanager.register(progress)
+        config.pluginmanager.register(Workers(config, config.option.workers, progress))
 
 
 def pytest_collection_finish() -> None:
@@ -157,11 +162,6 @@ def pytest_collection_finish() -> None:
     # What stays frozen is never freed, of which Triton's binding warns at exit. Not before that:
     # pytest collects twice when it ends, which would walk all of it.
     atexit.register(gc.unfreeze)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    return timetable.scheduler(config, log, config.stash[_PROGRESS])
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -179,7 +179,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, obj
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):
+    if config.option.workers > 1:
         timetable.longest_first(items)
     gpu_items = []
     for item in items:

@@ -1,10 +1,10 @@
 """The whole suite on several workers: who runs what when, how far it is, how long it still takes.
 
-`./launch/test.sh` runs the tests on workers of pytest-xdist. The tests of one file stay together,
-for they share models, ranks and browsers, and so do those of some folders; the longest come first,
-so that none is left over for one worker at the end. Slurm's come before all others, each file with
-a cluster of its own: they wait most of the time, beside which the other workers compute.
-`durations.json` says how long each file took; it is written anew by
+`./launch/test.sh` runs the tests on several workers (tests/workers.py). The tests of one file stay
+together, for they share models, ranks and browsers, and so do those of some folders; the longest
+come first, so that none is left over for one worker at the end. Slurm's come before all others,
+each file with a cluster of its own: they wait most of the time, beside which the other workers
+compute. `durations.json` says how long each file took; it is written anew by
 `./launch/test.sh --record-durations`.
 """
 
@@ -15,12 +15,8 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pytest
-
-if TYPE_CHECKING:
-    from xdist.scheduler import LoadScopeScheduling
 
 DURATIONS = Path(__file__).parent / "durations.json"
 # What waits most of the time.
@@ -69,23 +65,6 @@ def _urgency(unit: str, expected: dict[str, float]) -> tuple[bool, float, str]:
     return not unit.startswith(FIRST), -expected[unit], unit
 
 
-def scheduler(config: pytest.Config, log: Any, progress: Progress) -> LoadScopeScheduling:
-    """Hands units to the workers in the order of the collection (`longest_first`)."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Units(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return unit_of(nodeid)
-
-        def schedule(self) -> None:
-            first = self.collection is None
-            super().schedule()
-            if first and self.collection:
-                progress.starts_with(self.collection)
-
-    return Units(config, log)
-
-
 class Progress:
     """Says how far the workers are, and shows each failure when it happens.
 
@@ -119,7 +98,7 @@ class Progress:
             return None
         if report.passed:
             return ("passed" if report.when == "call" else "", "", "")
-        return ("skipped", "", "")
+        return ("skipped", "", "SKIPPED")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         unit = unit_of(report.nodeid)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import pilot_large
+from benchmarks import pilot_factors, pilot_large
+from benchmarks.pilot_factors import factor_runs, factors, factors_table
 from benchmarks.pilot_large import Study, known_arms, open_pilot, runs_in_order, time_sessions, work
 from benchmarks.pilot_table import differences, losses_of
 from moepp_megatron.config import ConfigError, load_config
@@ -106,6 +107,32 @@ def test_the_verdict_is_the_pilots_own(tmp_path: Path, ranks: Ranks) -> None:
     assert result is not None
     assert (result.setting.look, result.verdicts[0].at_pilot) == (1, "pays")
     assert result.verdicts[0].loss_in_compute.mean == pytest.approx(-0.3, abs=0.01)
+
+
+def test_factors_are_compared_with_what_has_them(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {factor.name: factor for factor in factors(opened(tmp_path))}
+    assert len(named) == len(pilot_factors.FACTORS)
+    both = named["gate_normalization=nonzero"]
+    assert both.moepp.config.moe.gate_normalization == "nonzero"
+    assert both.vanilla.config.moe.gate_normalization == "selected"
+    std, scale = (named[name] for name in ("init_method_std=0.02", "expert_input_scale=2"))
+    monkeypatch.setattr(
+        pilot_factors,
+        "FACTORS",
+        [(("model.init_method_std=0.02",),) * 2, (("moe.expert_input_scale=2",), ())],
+    )
+    pilot = opened(tmp_path)
+    assert factors(pilot) == [std, scale]
+    assert scale.vanilla is not std.vanilla
+    assert scale.vanilla.config == pilot.base[0].config
+    assert scale.moepp.config.training == pilot.moepp[0].config.training
+    work(partial(opened, tmp_path), 4 * 3, never)
+    assert len(work(partial(opened, tmp_path), 100, never, factor_runs)) == 2 * 3
+    table = factors_table(opened(tmp_path, "other"))
+    shown = [float(str(cell).split()[0]) for cell in table.columns[2].cells]
+    assert shown == pytest.approx([-0.2] * 3, abs=0.01)
 
 
 def test_a_run_that_somebody_has_is_left_to_them(tmp_path: Path, ranks: Ranks) -> None:
