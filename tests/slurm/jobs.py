@@ -117,20 +117,14 @@ class Job:
         return found
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The rank processes by rank; none that is about to end."""
+        """The rank processes by rank, one a node; none that is about to end."""
         found = {}
         for process in self.processes():
             try:
-                environment = process.environ()
                 parent = process.parent()
-                if (
-                    "RANK" in environment
-                    and parent is not None
-                    and ("moepp_megatron.runtime.agent" in parent.cmdline())
-                ):
-                    node = int(environment.get("MOEPP_NODE_RANK", 0))
-                    per_node = int(environment["LOCAL_WORLD_SIZE"])
-                    found[node * per_node + int(environment["LOCAL_RANK"])] = process
+                # As torch's agent calls itself; its command line is that of the launcher.
+                if parent is not None and parent.name() == "pt_elastic":
+                    found[int(process.environ()["SLURM_NODEID"])] = process
             except psutil.Error:
                 continue
         return found
@@ -173,10 +167,11 @@ class Jobs:
     @property
     def environment(self) -> dict[str, str]:
         """Of whoever submits; jobs inherit it."""
-        root = str(Path(__file__).parents[2])
+        folders = (Path(__file__).parent / "preload", Path(__file__).parents[2])
+        path = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
         return {
             **self.cluster.environment,
-            "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(path),
             "OMP_NUM_THREADS": "1",
             "MOEPP_STEP_WAIT": str(self._step_wait_s),
             "MOEPP_LOG_DIR": str(self.folder / "rank logs"),
