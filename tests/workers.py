@@ -72,6 +72,7 @@ class Workers:
         self._config, self._count, self._progress = config, count, progress
         self._workers: list[_Worker] = []
         self._numbers = itertools.count()
+        self._ended = 0
         # In a worker: where its messages go.
         self._pipe: connection.Connection | None = None
 
@@ -105,6 +106,8 @@ class Workers:
                 self._listen(session)
         finally:
             self._end()
+        if self._ended != len(session.items):
+            raise RuntimeError(f"{self._ended} of {len(session.items)} tests have ended")
         return True
 
     # ---- pytest's process ----------------------------------------------------------------
@@ -133,6 +136,7 @@ class Workers:
                 worker.at = worker.left.popleft()
             elif kind == "finishes":
                 worker.at = None
+                self._ended += 1
             elif kind == "warns":
                 self._config.hook.pytest_warning_recorded.call_historic(kwargs=_received(content))
             else:
@@ -151,6 +155,7 @@ class Workers:
         self._workers.remove(worker)
         status = worker.process.exitcode
         if worker.at is not None:
+            self._ended += 1
             item = session.items[worker.at]
             how = signal.Signals(-status).name if status < 0 else f"status {status}"
             self._config.hook.pytest_runtest_logreport(report=_death_report(item, how))
