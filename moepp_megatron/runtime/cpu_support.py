@@ -42,6 +42,7 @@ def install() -> bool:
     _patch_factories()
     _patch_tensor_methods()
     _patch_uneven_collectives()
+    _patch_group_devices()
     _patch_megatron()
     _installed = True
     return True
@@ -271,6 +272,41 @@ def _patch_tensor_methods() -> None:
     replace(torch.Tensor, "cuda", cuda)
     replace(torch.Tensor, "type", type_)
     replace(torch.Tensor, "record_stream", _nothing)
+
+
+def _patch_group_devices() -> None:
+    # megatron-core makes dozens of groups, and torch makes a gloo device for each of them, whose
+    # thread wakes up a hundred times a second whether or not the group is used. One is enough:
+    # a device serves any number of groups.
+    group_class: Any = dist.ProcessGroupGloo
+    original = group_class.__init__
+    devices = functools.cache(_gloo_devices)
+
+    def with_shared_devices(
+        self: Any, store: Any, rank: int, size: int, *options: Any, **named: Any
+    ) -> None:
+        if "timeout" not in named:
+            # With options of the caller's, devices among them.
+            original(self, store, rank, size, *options, **named)
+            return
+        chosen = group_class._Options()
+        chosen._devices = devices()
+        chosen._threads = 2 * len(devices())
+        chosen._timeout = named.pop("timeout")
+        if "enable_reconfigure" in named:
+            chosen.enable_reconfigure = named.pop("enable_reconfigure")
+        original(self, store, rank, size, *options, chosen, **named)
+
+    replace(group_class, "__init__", with_shared_devices)
+
+
+def _gloo_devices() -> list[Any]:
+    """What torch makes for each group: a device for each chosen network interface."""
+    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    make = dist.ProcessGroupGloo
+    if not names:
+        return [make.create_default_device()]
+    return [make.create_device(interface=name) for name in names]
 
 
 def _patch_uneven_collectives() -> None:

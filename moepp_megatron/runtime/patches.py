@@ -38,7 +38,7 @@ PATCHES = (
         "runtime.cpu_support",
         "torch, megatron-core",
         "streams, events, device queries, random states, factories, uneven collectives, "
-        "torch.compile; for good, "
+        "devices of gloo groups, torch.compile; for good, "
         "in a process without a GPU",
         "megatron-core asks for CUDA where nothing depends on a GPU",
         "megatron-core trains on CPU ranks by itself",

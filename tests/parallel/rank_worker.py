@@ -50,8 +50,8 @@ def serve(rank: int, world_size: int, pipe: Connection, log: Path) -> None:
     # The collections in reset() need not walk, and so copy, what all ranks share with the server.
     gc.freeze()
     try:
-        _join_group(rank, world_size, pipe)
         worker_setup()
+        _join_group(rank, world_size, pipe)
         answer: tuple[bool, str | None] = (True, None)
     except BaseException:
         answer = (False, traceback.format_exc())

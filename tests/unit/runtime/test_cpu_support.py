@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.parallel.ranks import RankPools
 
 _SCRIPT = """
 from moepp_megatron.runtime import cpu_support
@@ -20,3 +27,28 @@ def test_a_context_of_a_device_still_acts_on_factories() -> None:
     """Transformers builds models so; with other devices, their rotary frequencies stay garbage."""
     done = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def _two_groups() -> None:
+    """Groups with timeouts of their own, which add up and share a device."""
+    seconds = (50, 77)
+    groups = [dist.new_group(timeout=timedelta(seconds=each)) for each in seconds]
+    for group in groups:
+        value = torch.ones(1)
+        dist.all_reduce(value, group=group)
+        assert value == 2
+    cpu = torch.device("cpu")
+    made = [group._get_backend(cpu).options for group in groups]  # type: ignore[union-attr]
+    assert [options._timeout for options in made] == [timedelta(seconds=each) for each in seconds]
+    (first,), (second,) = (options._devices for options in made)
+    assert first is second
+    # Who chooses devices has them.
+    chosen = dist.ProcessGroupGloo._Options()
+    chosen._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
+    group = dist.ProcessGroupGloo(dist.HashStore(), 0, 1, chosen)
+    assert group.options._devices[0] is chosen._devices[0]
+
+
+@pytest.mark.parallel
+def test_groups_share_a_device(ranks: RankPools) -> None:
+    ranks(2).run(_two_groups)
