@@ -1,25 +1,28 @@
 """What changes the answer of `benchmarks.pilot_large`: its MoE++ arm with one setting changed.
 
 A setting that vanilla has, too, is changed in both. What they are compared with are the pilot's own
-runs of its first seeds.
+runs. The first seed tells which changes are worth further ones.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 
+from benchmarks.pilot_table import losses_of
 from moepp_megatron.config import with_overrides
 from moepp_megatron.workbench.experiments.pilot.arms import PilotArm, build_arms, configured_tau
+from moepp_megatron.workbench.experiments.pilot.outcome import RunOutcome
 from moepp_megatron.workbench.experiments.pilot.pooled import PooledLosses
 from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
 from moepp_megatron.workbench.experiments.pilot.runs import PilotRun
 from moepp_megatron.workbench.experiments.pilot.statistics import Estimate
 from moepp_megatron.workbench.report.terminal import titled_table
 
-NUM_SEEDS = 2
 _HELD = "moe.budget.target_ffn_per_token=1.3"
 # Overrides of MoE++, and those of vanilla where it has the setting.
 FACTORS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -53,6 +56,11 @@ class Factor:
     moepp: PilotArm
     vanilla: PilotArm
 
+    @property
+    def arms(self) -> tuple[PilotArm, PilotArm]:
+        """MoE++ and vanilla."""
+        return self.moepp, self.vanilla
+
 
 def factors(pilot: Pilot) -> list[Factor]:
     """All of them, with the steps and the validation of the pilot."""
@@ -83,46 +91,83 @@ def _title(overrides: tuple[str, ...]) -> str:
 
 
 def factor_runs(pilot: Pilot) -> list[PilotRun]:
-    """The runs of the first seed of all factors, then those of the next."""
+    """The first seed of all factors; then all seeds of what changed most with it, and so on."""
+    first, *later = pilot.seeds
+    known = factors(pilot)
+    unchanged = _unchanged(pilot)
+    outcomes = _outcomes(pilot, (unchanged, *known))
+
+    def gain(factor: Factor) -> float:
+        moepp, vanilla = (outcomes[arm.arm.name].get(first) for arm in factor.arms)
+        return moepp.valid_loss - vanilla.valid_loss if moepp and vanilla else math.nan
+
+    def change(factor: Factor) -> float:
+        found = abs(gain(factor) - gain(unchanged))
+        return 0.0 if math.isnan(found) else found
+
+    by_change = sorted(known, key=change, reverse=True)
+    turns = [(first, factor) for factor in known]
+    turns += [(seed, factor) for factor in by_change for seed in later]
     found = [
-        pilot.folder.run_of(arm, seed)
-        for seed in pilot.seeds[:NUM_SEEDS]
-        for factor in factors(pilot)
-        for arm in (factor.vanilla, factor.moepp)
+        pilot.folder.run_of(arm, seed) for seed, factor in turns for arm in reversed(factor.arms)
     ]
     return list({run.name: run for run in found}.values())
 
 
 def factors_table(pilot: Pilot) -> Table:
-    """MoE++ minus vanilla with and without each change, nats; all finished runs tell the noise."""
-    seeds = pilot.seeds[:NUM_SEEDS]
-    unchanged = Factor("nothing", pilot.moepp[0], pilot.base[0])
+    """MoE++ minus vanilla with and without each change, nats, of the seeds that are finished.
+
+    The noise of a run is that of the pilot's own arms, with all their seeds.
+    """
+    unchanged = _unchanged(pilot)
     rows = (unchanged, *factors(pilot))
-    losses, shares = {}, {}
-    for arm in (arm for factor in rows for arm in (factor.vanilla, factor.moepp)):
-        found = [pilot.folder.outcome(pilot.folder.run_of(arm, seed)) for seed in seeds]
-        done = [one for one in found if one is not None]
-        if len(done) == len(seeds):
-            name = arm.arm.name
-            losses[name] = {seed: one.valid_loss for seed, one in zip(seeds, done, strict=True)}
-            shares[name] = statistics.fmean(one.ffn_share for one in done)
-    table = titled_table(f"one factor at a time, {len(seeds)} seeds, nats with 95% intervals")
-    for head in ("changed", "FFN share", "MoE++ minus vanilla", "minus unchanged MoE++"):
+    outcomes = _outcomes(pilot, rows)
+    noise = _noise(losses_of(pilot, pilot.arms), pilot.seeds)
+    table = titled_table("one factor at a time, nats with 95% intervals")
+    for head in ("changed", "seeds", "FFN share", "MoE++ minus vanilla", "minus unchanged MoE++"):
         table.add_column(head, justify="left" if head == "changed" else "right")
     for factor in rows:
-        name = factor.moepp.arm.name
-        others = [factor.vanilla.arm.name, unchanged.moepp.arm.name]
-        if not losses.keys() >= {name, *others}:
-            table.add_row(factor.name, "", "not finished", "")
+        compared = (*factor.arms, unchanged.moepp)
+        names = dict.fromkeys(arm.arm.name for arm in compared)
+        moepp, *others = (outcomes[name] for name in names)
+        seeds = [seed for seed in moepp if all(seed in other for other in others)]
+        if not seeds:
+            table.add_row(factor.name, "", "", "not finished")
             continue
-        pooled = PooledLosses(losses)
-        shown = [
-            "" if other == name else _shown(pooled.difference(name, other)) for other in others
-        ]
-        table.add_row(factor.name, f"{shares[name]:.3f}", *shown)
+        share = statistics.fmean(moepp[seed].ffn_share for seed in seeds)
+        shown = []
+        for other in others:
+            mean = statistics.fmean(
+                moepp[seed].valid_loss - other[seed].valid_loss for seed in seeds
+            )
+            shown.append(_shown(mean, len(seeds), noise))
+        table.add_row(factor.name, str(len(seeds)), f"{share:.3f}", *shown)
     return table
 
 
-def _shown(difference: Estimate) -> str:
-    found = difference.interval()
+def _unchanged(pilot: Pilot) -> Factor:
+    return Factor("nothing", pilot.moepp[0], pilot.base[0])
+
+
+def _outcomes(pilot: Pilot, rows: Sequence[Factor]) -> dict[str, dict[int, RunOutcome]]:
+    """Finished runs by arm and seed."""
+    found: dict[str, dict[int, RunOutcome]] = {}
+    for arm in (arm for factor in rows for arm in factor.arms):
+        outcomes = {
+            seed: pilot.folder.outcome(pilot.folder.run_of(arm, seed)) for seed in pilot.seeds
+        }
+        found[arm.arm.name] = {seed: one for seed, one in outcomes.items() if one}
+    return found
+
+
+def _noise(losses: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -> PooledLosses | None:
+    whole = {name: found for name, found in losses.items() if found.keys() == set(seeds)}
+    return PooledLosses(whole) if whole else None
+
+
+def _shown(mean: float, num_seeds: int, noise: PooledLosses | None) -> str:
+    if noise is None or noise.noise is None:
+        return f"{mean:+.4f}"
+    error = noise.noise * math.sqrt(2 / num_seeds)
+    found = Estimate(mean, error, noise.degrees).interval()
     return f"{found.mean:+.4f} ({found.low:+.3f} to {found.high:+.3f})"

@@ -129,10 +129,26 @@ def test_factors_are_compared_with_what_has_them(
     assert scale.vanilla.config == pilot.base[0].config
     assert scale.moepp.config.training == pilot.moepp[0].config.training
     work(partial(opened, tmp_path), 4 * 3, never)
-    assert len(work(partial(opened, tmp_path), 100, never, factor_runs)) == 2 * 3
+    assert len(work(partial(opened, tmp_path), 100, never, factor_runs)) == 3 * 3
     table = factors_table(opened(tmp_path, "other"))
-    shown = [float(str(cell).split()[0]) for cell in table.columns[2].cells]
+    assert list(table.columns[1].cells) == ["3"] * 3
+    shown = [float(str(cell).split()[0]) for cell in table.columns[3].cells]
     assert shown == pytest.approx([-0.2] * 3, abs=0.01)
+
+
+def test_what_changed_most_has_further_seeds_first(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A model with "wide" in its name is worse by 0.1 (`Ranks`).
+    small, large = ((f"model.init_method_std={std}",) for std in (0.02, 0.03))
+    monkeypatch.setattr(pilot_factors, "FACTORS", [(small, small), (large, ())])
+    monkeypatch.setattr(pilot_factors, "_title", lambda changed: {large: "wide"}.get(changed, "x"))
+    work(partial(opened, tmp_path), 4 * 3, never)
+    assert len(work(partial(opened, tmp_path), 3, never, factor_runs)) == 3
+    table = factors_table(opened(tmp_path))
+    assert list(table.columns[1].cells) == ["3", "1", "1"]
+    (name,) = work(partial(opened, tmp_path), 1, never, factor_runs)
+    assert name == "moepp-wide-seed-1235"
 
 
 def test_a_run_that_somebody_has_is_left_to_them(tmp_path: Path, ranks: Ranks) -> None:
