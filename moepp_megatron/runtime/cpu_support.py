@@ -280,7 +280,6 @@ def _patch_group_devices() -> None:
     # a device serves any number of groups.
     group_class: Any = dist.ProcessGroupGloo
     original = group_class.__init__
-    devices = functools.cache(_gloo_devices)
 
     def with_shared_devices(
         self: Any, store: Any, rank: int, size: int, *options: Any, **named: Any
@@ -289,9 +288,11 @@ def _patch_group_devices() -> None:
             # With options of the caller's, devices among them.
             original(self, store, rank, size, *options, **named)
             return
+        # A fork does not have the threads of its parent's devices.
+        devices = _gloo_devices(os.getpid())
         chosen = group_class._Options()
-        chosen._devices = devices()
-        chosen._threads = 2 * len(devices())
+        chosen._devices = devices
+        chosen._threads = 2 * len(devices)
         chosen._timeout = named.pop("timeout")
         if "enable_reconfigure" in named:
             chosen.enable_reconfigure = named.pop("enable_reconfigure")
@@ -300,8 +301,9 @@ def _patch_group_devices() -> None:
     replace(group_class, "__init__", with_shared_devices)
 
 
-def _gloo_devices() -> list[Any]:
-    """What torch makes for each group: a device for each chosen network interface."""
+@functools.cache
+def _gloo_devices(process: int) -> list[Any]:
+    """A process's devices, made as torch makes them for each group: one per network interface."""
     names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     make = dist.ProcessGroupGloo
     if not names:
