@@ -23,6 +23,8 @@ from moepp_megatron.workbench.experiments.pilot.runs import PilotRun
 from moepp_megatron.workbench.experiments.pilot.statistics import Estimate
 from moepp_megatron.workbench.report.terminal import titled_table
 
+# Seeds whose differences tell their own noise.
+_ENOUGH = 3
 _HELD = "moe.budget.target_ffn_per_token=1.3"
 # Overrides of MoE++, and those of vanilla where it has the setting.
 FACTORS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -117,7 +119,7 @@ def factor_runs(pilot: Pilot) -> list[PilotRun]:
 def factors_table(pilot: Pilot) -> Table:
     """MoE++ minus vanilla with and without each change, nats, of the seeds that are finished.
 
-    The noise of a run is that of the pilot's own arms, with all their seeds.
+    With few seeds an interval is that of the pilot's noise, which a changed model need not have.
     """
     unchanged = _unchanged(pilot)
     rows = (unchanged, *factors(pilot))
@@ -135,12 +137,10 @@ def factors_table(pilot: Pilot) -> Table:
             table.add_row(factor.name, "", "", "not finished")
             continue
         share = statistics.fmean(moepp[seed].ffn_share for seed in seeds)
-        shown = []
-        for other in others:
-            mean = statistics.fmean(
-                moepp[seed].valid_loss - other[seed].valid_loss for seed in seeds
-            )
-            shown.append(_shown(mean, len(seeds), noise))
+        differences = (
+            [moepp[seed].valid_loss - other[seed].valid_loss for seed in seeds] for other in others
+        )
+        shown = [_shown(found, noise) for found in differences]
         table.add_row(factor.name, str(len(seeds)), f"{share:.3f}", *shown)
     return table
 
@@ -165,9 +165,11 @@ def _noise(losses: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -> P
     return PooledLosses(whole) if whole else None
 
 
-def _shown(mean: float, num_seeds: int, noise: PooledLosses | None) -> str:
-    if noise is None or noise.noise is None:
-        return f"{mean:+.4f}"
-    error = noise.noise * math.sqrt(2 / num_seeds)
-    found = Estimate(mean, error, noise.degrees).interval()
+def _shown(differences: Sequence[float], noise: PooledLosses | None) -> str:
+    """Their mean; its interval by themselves if they are enough, else by the pilot's noise."""
+    estimate = Estimate.of(differences)
+    if len(differences) < _ENOUGH and noise is not None and noise.noise is not None:
+        error = noise.noise * math.sqrt(2 / len(differences))
+        estimate = Estimate(estimate.mean, error, noise.degrees)
+    found = estimate.interval()
     return f"{found.mean:+.4f} ({found.low:+.3f} to {found.high:+.3f})"
