@@ -20,7 +20,7 @@ from tests.slurm.cluster import Cluster
 STEPS = 60
 # A start imports megatron-core on both "nodes"; two very busy cores take minutes.
 _TIMEOUT_S = 900.0
-_POLL_S = 0.05
+_POLL_S = 0.1
 # Between questions to the controller: each is a process.
 _ASK_EVERY_S = 0.3
 

@@ -1,4 +1,7 @@
-"""The tests in tests/gpu, tested without a GPU: what a CPU and the stand-in can stand for."""
+"""The tests in tests/gpu, tested without a GPU: what a CPU and the stand-in can stand for.
+
+Layers, FP8, documents and moments are tested by tests/unit/fp8/test_with_stand_in.py.
+"""
 
 import os
 import subprocess
@@ -33,18 +36,6 @@ def run(*arguments: str, stand_in: bool = False) -> str:
 def reasons(output: str) -> set[str]:
     """Why tests were skipped."""
     return {line.rsplit(": ", 1)[1] for line in output.splitlines() if "SKIPPED" in line}
-
-
-def test_layers_and_fp8_on_the_stand_in() -> None:
-    """Layers; of FP8 one recipe, for the stand-in rounds in all of them alike.
-
-    On a CPU no kernel is chosen by itself, and tests/unit/moe has every setting.
-    """
-    layers = "test_layer.py and not auto and not every_setting"
-    chosen = f"{layers} or tensorwise or documents or moments"
-    files = [f"tests/gpu/test_{name}.py" for name in ("layer", "fp8", "documents", "moments")]
-    output = run(*files, "-k", chosen, stand_in=True)
-    assert "skipped" not in output
 
 
 def test_training_and_telemetry() -> None:
