@@ -29,10 +29,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 SHAPES = ("0.6B", "1B")
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
-DTYPES = ("fp32", "bf16")
+DTYPES = ("bf16", "fp32")
 PASSES = ("forward", "forward_backward")
 TOKENS = 4096
-ROUNDS = 9
+ROUNDS = 5
 
 
 def measure_here(dtype: str, shape_name: str, tau: float) -> list[dict[str, Any]]:
