@@ -1,0 +1,201 @@
+"""Efficiency of the MoE++ layer on a CPU, cell by cell, of one or two versions of the code in turn.
+
+    python -P benchmarks/cpu_layer_cells.py OUT.json --before CHECKOUT    # measure
+    python -P benchmarks/cpu_layer_cells.py OUT.json --report             # the table alone
+
+A cell is a shape of the paper, a tau, a dtype and a pass of `moepp bench layer`; its efficiency is
+speed-up times phi. Each process measures one version's cells of a dtype, shape and tau: the two
+layers take turns with the FFN experts' products alone, once with the rows that an expert of the
+MoE++ layer gets and once with those of a vanilla layer's. Versions take turns by process. A cell
+that was measured is not measured again. `-P` keeps this folder's names out of the imports of the
+other version.
+
+What the products alone explain: `least` is the efficiency that the layer would have if it did
+nothing but these products, and `row` the time of a product's row among few over one among many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SHAPES = ("0.6B", "1B")
+TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
+DTYPES = ("bf16", "fp32")
+PASSES = ("forward", "forward_backward")
+TOKENS = 4096
+ROUNDS = 5
+
+
+def measure_here(dtype: str, shape_name: str, tau: float) -> list[dict[str, Any]]:
+    """Both passes' cells, with the package that is imported."""
+    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.workbench.bench.contestants import Contestant
+    from moepp_megatron.workbench.bench.interleave import interleaved, speedup
+    from moepp_megatron.workbench.bench.parts import parts_ms
+    from moepp_megatron.workbench.bench.process import single_process
+    from moepp_megatron.workbench.bench.shapes import SHAPES as PAPER
+
+    quiet()
+    shape = PAPER[shape_name]
+    cells = []
+    with single_process():
+        vanilla = Contestant(shape, 1.0, dtype, TOKENS, vanilla=True)
+        moepp = Contestant(shape, tau, dtype, TOKENS, vanilla=False)
+        layers = {"vanilla": vanilla, "moepp": moepp}
+        parts = {
+            name: parts_ms(layer.layer, layer.forward_only, ROUNDS)
+            for name, layer in layers.items()
+        }
+        for name in PASSES:
+            method = {"forward": "forward_only"}.get(name, name)
+            turns = {key: getattr(layer, method) for key, layer in layers.items()}
+            for key, layer in layers.items():
+                turns[f"{key}_products"] = _products(shape, dtype, layer.load.rows, name)
+            times = interleaved(turns, ROUNDS, warmup=2)
+            phi = shape.experts.phi(tau)
+            per_row = {
+                key: statistics.median(times[f"{key}_products"].seconds) / layers[key].load.rows
+                for key in layers
+            }
+            cells.append(
+                {
+                    "dtype": dtype,
+                    "shape": shape_name,
+                    "tau": tau,
+                    "pass": name,
+                    "phi": phi,
+                    "rows": moepp.load.rows // shape.experts.num_ffn_experts,
+                    "efficiency": speedup(times["vanilla"], times["moepp"]) * phi,
+                    "least": speedup(times["vanilla"], times["moepp_products"]) * phi,
+                    "row": per_row["moepp"] / per_row["vanilla"],
+                    "ms": {key: value.median_ms for key, value in times.items()},
+                    "parts_ms": parts,
+                }
+            )
+        cells[-1]["backward_ms"] = _backward_ms(moepp.forward_backward)
+    return cells
+
+
+def _backward_ms(forward_backward: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds of a pass by node of its backward graph, as the profiler sees them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    prefix = "autograd::engine::evaluate_function: "
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(ROUNDS):
+            forward_backward()
+    return {
+        event.key.removeprefix(prefix): event.cpu_time_total / ROUNDS / 1e3
+        for event in profiled.key_averages()
+        if event.key.startswith(prefix)
+    }
+
+
+def _products(shape: Any, dtype: str, rows: int, name: str) -> Callable[[], None]:
+    """The FFN experts' products alone, each expert with the same number of rows."""
+    import torch
+
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    hidden, width, count = shape.hidden_size, shape.ffn_hidden_size, shape.experts.num_ffn_experts
+    each = rows // count
+    weights = [
+        (
+            torch.randn(2 * width, hidden, dtype=kind) * 0.02,
+            torch.randn(hidden, width, dtype=kind) * 0.02,
+        )
+        for _ in range(count)
+    ]
+    tokens = torch.randn(each, hidden, dtype=kind)
+    projected = torch.randn(each, 2 * width, dtype=kind)
+    activated = torch.randn(each, width, dtype=kind)
+    linear = torch.ops.mkldnn._linear_pointwise
+
+    def forward() -> None:
+        for weight_in, weight_out in weights:
+            linear(tokens, weight_in, None, "none", [], "")
+            linear(activated, weight_out, None, "none", [], "")
+
+    def backward() -> None:
+        for weight_in, weight_out in weights:
+            torch.mm(tokens, weight_out)
+            torch.mm(tokens.t(), activated)
+            torch.mm(projected, weight_in)
+            torch.mm(projected.t(), tokens)
+
+    def both() -> None:
+        with torch.no_grad():
+            forward()
+            if name != "forward":
+                backward()
+
+    return both
+
+
+def _measure(out: Path, versions: dict[str, Path]) -> None:
+    cells = json.loads(out.read_text()) if out.exists() else []
+    done = {(cell["version"], cell["dtype"], cell["shape"], cell["tau"]) for cell in cells}
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            for tau in TAUS:
+                for version, checkout in versions.items():
+                    if (version, dtype, shape, tau) in done:
+                        continue
+                    command = [sys.executable, "-P", __file__, "-", "--cell", dtype, shape]
+                    environment = os.environ | {"PYTHONPATH": str(checkout)}
+                    answer = subprocess.run(
+                        [*command, str(tau)], env=environment, stdout=subprocess.PIPE, check=True
+                    )
+                    measured = json.loads(answer.stdout.splitlines()[-1])
+                    cells += [{"version": version, **cell} for cell in measured]
+                    partial = out.with_suffix(".partial")
+                    partial.write_text(json.dumps(cells, indent=1) + "\n")
+                    partial.replace(out)
+
+
+def _report(cells: list[dict[str, Any]]) -> None:
+    print("| dtype | shape | pass | tau | rows | before | now | least | row | time, ms, and its largest parts |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    by_key: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for cell in cells:
+        key = (cell["dtype"], cell["shape"], cell["pass"], cell["tau"], cell["rows"])
+        by_key.setdefault(key, {})[cell["version"]] = cell
+    for key, versions in sorted(by_key.items(), key=lambda item: [str(part) for part in item[0]]):
+        now = versions["now"]
+        before = f"{versions['before']['efficiency']:.2f}" if "before" in versions else ""
+        parts = now.get("backward_ms") or now["parts_ms"]["moepp"]
+        largest = sorted(parts.items(), key=lambda part: -part[1])[:6]
+        where = ", ".join(f"{part} {ms:.1f}" for part, ms in largest)
+        numbers = " | ".join(f"{now[name]:.2f}" for name in ("efficiency", "least", "row"))
+        ms = now["ms"]
+        times = f"{ms['moepp']:.1f} (products {ms['moepp_products']:.1f}; {ms['vanilla']:.0f})"
+        print(f"| {' | '.join(map(str, key))} | {before} | {numbers} | {times} {where} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--before", type=Path, help="checkout of the version to compare with")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--cell", nargs=3, metavar=("DTYPE", "SHAPE", "TAU"))
+    options = parser.parse_args()
+    if options.cell:
+        dtype, shape, tau = options.cell
+        print(json.dumps(measure_here(dtype, shape, float(tau))))
+        return
+    if not options.report:
+        versions = {"before": options.before} if options.before else {}
+        _measure(options.out, {**versions, "now": ROOT})
+    _report(json.loads(options.out.read_text()))
+
+
+if __name__ == "__main__":
+    main()
