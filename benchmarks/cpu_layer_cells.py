@@ -12,6 +12,7 @@ other version.
 
 What the products alone explain: `least` is the efficiency that the layer would have if it did
 nothing but these products, and `row` the time of a product's row among few over one among many.
+`ms` is the MoE++ layer's time, its products' alone, the vanilla layer's, and the largest parts.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 SHAPES = ("0.6B", "1B")
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
-DTYPES = ("bf16", "fp32")
+DTYPES = ("fp32", "bf16")
 PASSES = ("forward", "forward_backward")
 TOKENS = 4096
 ROUNDS = 5
+_HEADS = ("dtype", "shape", "pass", "tau", "rows", "before", "now", "least", "row", "ms")
 
 
 def measure_here(dtype: str, shape_name: str, tau: float) -> list[dict[str, Any]]:
@@ -78,11 +80,17 @@ def measure_here(dtype: str, shape_name: str, tau: float) -> list[dict[str, Any]
                     "least": speedup(times["vanilla"], times["moepp_products"]) * phi,
                     "row": per_row["moepp"] / per_row["vanilla"],
                     "ms": {key: value.median_ms for key, value in times.items()},
-                    "parts_ms": parts,
                 }
             )
-        cells[-1]["backward_ms"] = _backward_ms(moepp.forward_backward)
-    return cells
+        cells[0]["parts_ms"] = parts
+        cells[1]["backward_ms"] = _backward_ms(moepp.forward_backward)
+    return [_rounded(cell) for cell in cells]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return round(value, 3) if isinstance(value, float) else value
 
 
 def _backward_ms(forward_backward: Callable[[], None]) -> dict[str, float]:
@@ -157,13 +165,13 @@ def _measure(out: Path, versions: dict[str, Path]) -> None:
                     measured = json.loads(answer.stdout.splitlines()[-1])
                     cells += [{"version": version, **cell} for cell in measured]
                     partial = out.with_suffix(".partial")
-                    partial.write_text(json.dumps(cells, indent=1) + "\n")
+                    lines = ",\n".join(f" {json.dumps(cell)}" for cell in cells)
+                    partial.write_text(f"[\n{lines}\n]\n")
                     partial.replace(out)
 
 
 def _report(cells: list[dict[str, Any]]) -> None:
-    print("| dtype | shape | pass | tau | rows | before | now | least | row | time, ms, and its largest parts |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(f"| {' | '.join(_HEADS)} |\n{'|---' * len(_HEADS)}|")
     by_key: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for cell in cells:
         key = (cell["dtype"], cell["shape"], cell["pass"], cell["tau"], cell["rows"])
@@ -171,7 +179,7 @@ def _report(cells: list[dict[str, Any]]) -> None:
     for key, versions in sorted(by_key.items(), key=lambda item: [str(part) for part in item[0]]):
         now = versions["now"]
         before = f"{versions['before']['efficiency']:.2f}" if "before" in versions else ""
-        parts = now.get("backward_ms") or now["parts_ms"]["moepp"]
+        parts = now["backward_ms"] if "backward_ms" in now else now["parts_ms"]["moepp"]
         largest = sorted(parts.items(), key=lambda part: -part[1])[:6]
         where = ", ".join(f"{part} {ms:.1f}" for part, ms in largest)
         numbers = " | ".join(f"{now[name]:.2f}" for name in ("efficiency", "least", "row"))
@@ -181,6 +189,7 @@ def _report(cells: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    """Measure or report."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--before", type=Path, help="checkout of the version to compare with")
