@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,7 +47,7 @@ def measure_here(dtype: str, shape_name: str, tau: float) -> list[dict[str, Any]
 
     quiet()
     shape = PAPER[shape_name]
-    cells = []
+    cells: list[dict[str, Any]] = []
     with single_process():
         vanilla = Contestant(shape, 1.0, dtype, TOKENS, vanilla=True)
         moepp = Contestant(shape, tau, dtype, TOKENS, vanilla=False)
@@ -64,24 +63,15 @@ def measure_here(dtype: str, shape_name: str, tau: float) -> list[dict[str, Any]
                 turns[f"{key}_products"] = _products(shape, dtype, layer.load.rows, name)
             times = interleaved(turns, ROUNDS, warmup=2)
             phi = shape.experts.phi(tau)
-            per_row = {
-                key: statistics.median(times[f"{key}_products"].seconds) / layers[key].load.rows
-                for key in layers
-            }
-            cells.append(
-                {
-                    "dtype": dtype,
-                    "shape": shape_name,
-                    "tau": tau,
-                    "pass": name,
-                    "phi": phi,
-                    "rows": moepp.load.rows // shape.experts.num_ffn_experts,
-                    "efficiency": speedup(times["vanilla"], times["moepp"]) * phi,
-                    "least": speedup(times["vanilla"], times["moepp_products"]) * phi,
-                    "row": per_row["moepp"] / per_row["vanilla"],
-                    "ms": {key: value.median_ms for key, value in times.items()},
-                }
-            )
+            cell: dict[str, Any] = {}
+            cell |= {"dtype": dtype, "shape": shape_name, "tau": tau, "pass": name, "phi": phi}
+            cell["rows"] = moepp.load.rows // shape.experts.num_ffn_experts
+            cell["efficiency"] = speedup(times["vanilla"], times["moepp"]) * phi
+            cell["least"] = speedup(times["vanilla"], times["moepp_products"]) * phi
+            products_ms = [times[f"{key}_products"].median_ms for key in ("moepp", "vanilla")]
+            cell["row"] = products_ms[0] / products_ms[1] * vanilla.load.rows / moepp.load.rows
+            cell["ms"] = {key: value.median_ms for key, value in times.items()}
+            cells.append(cell)
         cells[0]["parts_ms"] = parts
         cells[1]["backward_ms"] = _backward_ms(moepp.forward_backward)
     return [_rounded(cell) for cell in cells]
@@ -177,6 +167,8 @@ def _report(cells: list[dict[str, Any]]) -> None:
         key = (cell["dtype"], cell["shape"], cell["pass"], cell["tau"], cell["rows"])
         by_key.setdefault(key, {})[cell["version"]] = cell
     for key, versions in sorted(by_key.items(), key=lambda item: [str(part) for part in item[0]]):
+        if "now" not in versions:
+            continue
         now = versions["now"]
         before = f"{versions['before']['efficiency']:.2f}" if "before" in versions else ""
         parts = now["backward_ms"] if "backward_ms" in now else now["parts_ms"]["moepp"]
