@@ -25,6 +25,11 @@ gc.disable()
 # cores that other tests want, too. Read when torch is loaded, here and in what tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# megatron-core's extension is compiled once a checkout: in the user's folder, where torch keeps it,
+# environments in different places would compile it again in turn.
+_EXTENSIONS = Path(__file__).parents[1] / ".pytest_cache" / "extensions"
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_EXTENSIONS))
+
 # A shell starts background jobs of a script with Ctrl-C ignored, which all their children inherit:
 # tests that send it would then wait for nothing.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

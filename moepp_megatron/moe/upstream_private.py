@@ -166,6 +166,14 @@ PRIVATE_NAMES = (
         "overrides that give routers to AdamW, which get_megatron_optimizer refuses",
         ("config", "model_chunks", "config_overrides"),
     ),
+    # Of training/setup.py.
+    PrivateName(
+        "tensor_parallel.random",
+        "",
+        "_get_share_storage",
+        "called",
+        "compiles the extension of recompute_modules before the first step",
+    ),
     # Of planning, which looks into a built model's buffers.
     PrivateName(
         "distributed.param_and_grad_buffer",

@@ -3,6 +3,7 @@
 agent.py             torchrun that reports a failure in one line per rank
 atomic.py            files, lines and folders that appear whole or not at all
 backends.py          the roles of optional packages on this machine
+compilers.py         whether this machine can compile what is compiled when a run starts
 cpu_support.py       lets unmodified megatron-core train on CPU ranks with gloo
 disk.py              full disks: what a failed write means, and how much space is free
 distributed.py       creates process groups: the default group and Megatron's rank grid
@@ -25,5 +26,4 @@ rank_environment.py  sets the environment variables with which every rank is sta
 stop_signals.py      passes requests to stop from a launcher to its ranks, past torchrun
 store_errors.py      what the errors of an object store's client mean
 terminal.py          the console for all output that may hold untrusted text
-triton_compiler.py   whether Triton can compile here
 """

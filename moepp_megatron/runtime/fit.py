@@ -5,6 +5,11 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from moepp_megatron.config import Config, UnfitError
+from moepp_megatron.runtime.compilers import (
+    compiler_obstacle,
+    extension_obstacle,
+    modules_with_extension,
+)
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
 from moepp_megatron.runtime.install import TRANSFORMER_ENGINE, how_to_install
 from moepp_megatron.runtime.optional import (
@@ -14,7 +19,6 @@ from moepp_megatron.runtime.optional import (
     have_triton,
     import_failure,
 )
-from moepp_megatron.runtime.triton_compiler import compiler_obstacle
 
 # The first whose FusedAdam takes them (optimizers/fused_adam.py).
 _TE_OF_BF16_MOMENTS = (2, 3)
@@ -40,6 +44,7 @@ def check_fit(config: Config) -> None:
         _check_packed_sequences(config)
     if not have_transformer_engine():
         _check_recomputation(config)
+    _check_extension(config)
     if config.model.latent_attention is not None and not have_transformer_engine():
         _check_local_latent_attention(config)
     if config.precision.fp8 is not None:
@@ -137,6 +142,16 @@ def _check_recomputation(config: Config) -> None:
             f"training.recompute_modules ({', '.join(modules)}) must not hold "
             f"{' or '.join(lacking)} without Transformer Engine, which megatron-core needs for "
             "it; leave it out, or use [moe]"
+        )
+
+
+def _check_extension(config: Config) -> None:
+    modules = modules_with_extension(config)
+    if modules and (missing := extension_obstacle()) is not None:
+        lacks, remedy = missing
+        raise UnfitError(
+            f"training.recompute_modules ({', '.join(modules)}) must have {lacks}, because "
+            f"megatron-core compiles an extension for it; {remedy}, or leave it out"
         )
 
 

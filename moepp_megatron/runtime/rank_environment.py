@@ -14,7 +14,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moepp_megatron.config import Config
 
@@ -94,17 +94,7 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
             only_at_start=True,
         ),
     ]
-    cache = _own_folder("triton")
-    if cache is not None:
-        variables.append(
-            Variable(
-                "TRITON_CACHE_DIR",
-                cache,
-                "compiled kernels on the node: in the home folder all nodes would wait for, and "
-                "write to, one file system",
-                aliases=("TRITON_HOME",),
-            )
-        )
+    variables += _caches()
     if interface is not None:
         variables.append(
             Variable(
@@ -114,6 +104,19 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
             )
         )
     return variables
+
+
+def _caches() -> list[Variable]:
+    """Where what is compiled is kept."""
+    reason = (
+        "on the node: in the home folder all nodes would wait for, and write to, one file system"
+    )
+    caches = [
+        Variable("TRITON_CACHE_DIR", "triton", f"compiled kernels {reason}", ("TRITON_HOME",)),
+        Variable("TORCH_EXTENSIONS_DIR", "extensions", f"megatron-core's extension {reason}"),
+    ]
+    folders = [(cache, _own_folder(cache.value)) for cache in caches]
+    return [replace(cache, value=folder) for cache, folder in folders if folder is not None]
 
 
 def connections(config: Config) -> Variable:

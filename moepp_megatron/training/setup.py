@@ -26,6 +26,7 @@ from moepp_megatron.model.build import build_model
 from moepp_megatron.model.megatron_config import moepp_config, params_dtype
 from moepp_megatron.moe.kernels import start_one, use_kernels
 from moepp_megatron.moe.lane import pipeline_config
+from moepp_megatron.runtime.compilers import modules_with_extension
 from moepp_megatron.runtime.kernel_choices import chosen_cross_entropy
 from moepp_megatron.runtime.patches import replace
 from moepp_megatron.training.gradient_norm import use_one_read
@@ -89,6 +90,8 @@ def build_training_model(config: Config) -> TrainingModel:
     """
     if torch.cuda.is_available() and _uses_triton(config):
         _start_a_kernel()
+    if modules_with_extension(config):
+        compile_extension()
     use_one_read()
     models = build_model(config)
     schedule_config, chunks = wrap_models(models, config)
@@ -110,6 +113,28 @@ def _start_a_kernel() -> None:
         raise UnfitError(
             "moe.fused and precision.cross_entropy must have Triton kernels that start on this "
             f"machine ({error}); see moepp doctor, or use false and unfused"
+        ) from error
+
+
+def compile_extension() -> None:
+    """Have megatron-core's extension for `recompute_modules` compiled, once a machine.
+
+    It would be compiled in the first backward pass, while other ranks wait in collectives. The
+    first process of a machine compiles it, which takes half a minute; the others wait for it.
+
+    Raises:
+        UnfitError: If it cannot be compiled or loaded; names the cause.
+    """
+    from megatron.core.tensor_parallel.random import _get_share_storage
+
+    try:
+        _get_share_storage()
+    except (ImportError, OSError, RuntimeError) as error:
+        cause = " ".join(str(error).split())[:500]
+        raise UnfitError(
+            "training.recompute_modules (layernorm, mla_up_proj, moe_act) must have an extension "
+            f"of megatron-core's that compiles on this machine ({cause}); see moepp doctor, or "
+            "leave them out"
         ) from error
 
 

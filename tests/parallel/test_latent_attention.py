@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
+from moepp_megatron.training.setup import compile_extension
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_expert_overlap import STAGES, both
@@ -71,9 +72,13 @@ def latent(model: dict[str, Any] = MODEL, **sections: dict[str, Any]) -> Section
     return short(model={"num_layers": 3, **model}, moe=moe, **sections)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(ranks: RankPools, alone: Callable[..., Run], layout: str) -> None:
     world_size, sections = LAYOUTS[layout]
+    if sections.get("training") is UP_PROJECTION:
+        # Here: half a minute of computing, alone, is not what the ranks have their time for.
+        compile_extension()
     run = assemble(ranks(world_size).run(train, latent(**sections), STEPS))
     compare(run, alone(latent()), FP32)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moepp_megatron.training.setup import compile_extension
 from tests.parallel.training_runs import EP2, assemble, compare, settings
 from tests.te_stand_in.rank_runs import train_in_nodes
 from tests.te_stand_in.test_latent_attention import LATENT
@@ -35,9 +36,13 @@ CASES: dict[str, tuple[int, dict[str, Any], int]] = {
 }
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_the_same(ranks, case: str) -> None:
     world, sections, products = CASES[case]
+    if case == "moe_act recomputed":
+        # Here: half a minute of computing, alone, is not what the ranks have their time for.
+        compile_extension()
     runs, counts = [], []
     for delays in (False, True):
         parallel = {

@@ -8,11 +8,15 @@ import sys
 from moepp_megatron.config import Config
 from moepp_megatron.moe.upstream_private import TESTED_VERSION
 from moepp_megatron.runtime.backends import Backend, optional_backends, version_of
+from moepp_megatron.runtime.compilers import (
+    compiler_obstacle,
+    extension_obstacle,
+    modules_with_extension,
+)
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
 from moepp_megatron.runtime.install import how_to_install
 from moepp_megatron.runtime.kernel_choices import KernelChoice, kernel_choices
 from moepp_megatron.runtime.optional import have_triton
-from moepp_megatron.runtime.triton_compiler import compiler_obstacle
 from moepp_megatron.workbench.doctor.finding import Finding, Severity
 from moepp_megatron.workbench.doctor.gpu_checks import TorchCuda
 
@@ -33,6 +37,7 @@ def check_packages(config: Config | None) -> list[Finding]:
     if config is not None:
         used = {backend.name for backend in backends if backend.used}
         findings += check_needs(config, used)
+        findings.append(check_extension(config))
         if "Transformer Engine" in used:
             findings.append(check_fp8(config, FP8Machine.this()))
     return [finding for finding in findings if finding is not None]
@@ -97,6 +102,20 @@ def check_compiler() -> Finding:
     lacks, remedy = obstacle
     rule = "Triton needs it to start a kernel"
     return Finding("Triton's compiler", Severity.ERROR, f"lacks {lacks}", rule, remedy)
+
+
+def check_extension(config: Config) -> Finding | None:
+    """Whether megatron-core's extension can be compiled; None where the run has no use for it."""
+    modules = ", ".join(modules_with_extension(config))
+    if not modules:
+        return None
+    obstacle = extension_obstacle()
+    if obstacle is None:
+        found = "a C++ compiler, ninja and Python.h"
+        return Finding("training.recompute_modules", Severity.OK, f"{modules}: {found}")
+    lacks, remedy = obstacle
+    rule = f"megatron-core compiles an extension for {modules}"
+    return Finding("training.recompute_modules", Severity.ERROR, f"lacks {lacks}", rule, remedy)
 
 
 def _check_kernel(choice: KernelChoice) -> Finding:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import UnfitError, load_config
-from moepp_megatron.runtime import fit, optional, rank_environment, triton_compiler
+from moepp_megatron.runtime import compilers, fit, optional, rank_environment
 from moepp_megatron.runtime.backends import doubts, optional_backends
 from moepp_megatron.workbench.doctor import packages
 from moepp_megatron.workbench.doctor.finding import Severity
@@ -100,19 +100,17 @@ def test_packages_that_are_sound_or_absent_stay(installed) -> None:
 
 def test_what_triton_compiles_with(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(
-        triton_compiler.sysconfig, "get_paths", lambda scheme: {"include": tmp_path}
-    )
+    monkeypatch.setattr(compilers.sysconfig, "get_paths", lambda scheme: {"include": tmp_path})
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert triton_compiler.compiler_obstacle()[0] == "a C compiler"
+    assert compilers.compiler_obstacle()[0] == "a C compiler"
     monkeypatch.setenv("CC", "mycc")
-    assert triton_compiler.compiler_obstacle()[0] == "a C compiler (CC is mycc, which is not there)"
+    assert compilers.compiler_obstacle()[0] == "a C compiler (CC is mycc, which is not there)"
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    lacks, remedy = triton_compiler.compiler_obstacle()
+    lacks, remedy = compilers.compiler_obstacle()
     assert lacks == f"the header {tmp_path}/Python.h"
     assert f"python{sysconfig.get_python_version()}-dev" in remedy
     (tmp_path / "Python.h").touch()
-    assert triton_compiler.compiler_obstacle() is None
+    assert compilers.compiler_obstacle() is None
     assert packages.check_compiler().severity is Severity.OK
 
 
@@ -132,11 +130,62 @@ def test_a_run_whose_kernels_cannot_start_is_refused_at_once(monkeypatch) -> Non
     assert packages.check_compiler().severity is Severity.ERROR
 
 
-def test_the_cache_of_kernels_is_a_folder_that_nobody_else_writes_to(monkeypatch, tmp_path) -> None:
+RECOMPUTES = (
+    "model.latent_attention.kv_lora_rank=16",
+    "model.num_query_groups=null",
+    "training.recompute_granularity=selective",
+    "training.recompute_modules=[moe,mla_up_proj]",
+)
+
+
+def test_what_the_extension_is_compiled_with(monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compilers.sysconfig, "get_paths", lambda scheme: {"include": tmp_path})
+    there: set[str] = set()
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    assert compilers.extension_obstacle() == (
+        "a C++ compiler",
+        "install g++, or name a compiler with the variable CXX",
+    )
+    there.add("c++")
+    assert compilers.extension_obstacle() == (
+        "the program ninja on the PATH",
+        "install ninja-build",
+    )
+    there.add("ninja")
+    assert compilers.extension_obstacle()[0] == f"the header {tmp_path}/Python.h"
+    (tmp_path / "Python.h").touch()
+    assert compilers.extension_obstacle() is None
+    monkeypatch.setenv("CXX", "mycxx")
+    assert compilers.extension_obstacle()[0] == "a C++ compiler (CXX is mycxx, which is not there)"
+
+
+def test_a_run_whose_extension_cannot_be_compiled_is_refused_at_once(monkeypatch) -> None:
+    config = load_config(MODEL, RECOMPUTES)
+    monkeypatch.setattr(fit, "extension_obstacle", lambda: None)
+    fit.check_fit(config)
+    lacks = ("the program ninja on the PATH", "install ninja-build")
+    monkeypatch.setattr(fit, "extension_obstacle", lambda: lacks)
+    with pytest.raises(UnfitError) as refused:
+        fit.check_fit(config)
+    assert str(refused.value) == (
+        "training.recompute_modules (mla_up_proj) must have the program ninja on the PATH, because "
+        "megatron-core compiles an extension for it; install ninja-build, or leave it out"
+    )
+    fit.check_fit(load_config(MODEL, [*RECOMPUTES, "training.recompute_modules=[moe]"]))
+    monkeypatch.setattr(packages, "extension_obstacle", lambda: lacks)
+    assert packages.check_extension(config).severity is Severity.ERROR
+    monkeypatch.setattr(packages, "extension_obstacle", lambda: None)
+    assert packages.check_extension(config).severity is Severity.OK
+    assert packages.check_extension(load_config(MODEL, [])) is None
+
+
+@pytest.mark.parametrize("variable", ["TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR"])
+def test_what_is_compiled_is_kept_where_nobody_else_writes(monkeypatch, tmp_path, variable) -> None:
     monkeypatch.setattr(rank_environment.tempfile, "gettempdir", lambda: str(tmp_path))
 
     def cache() -> str | None:
-        return rank_environment.with_rank_variables({}, 1).get("TRITON_CACHE_DIR")
+        return rank_environment.with_rank_variables({}, 1).get(variable)
 
     folder = Path(cache())
     assert folder.parent == tmp_path
