@@ -180,6 +180,21 @@ def test_a_run_whose_extension_cannot_be_compiled_is_refused_at_once(monkeypatch
     assert packages.check_extension(load_config(MODEL, [])) is None
 
 
+def test_an_extension_that_does_not_compile_is_said_before_the_model_is_built(monkeypatch) -> None:
+    from megatron.core.tensor_parallel import random
+
+    from moepp_megatron.training import setup
+
+    def fails() -> None:
+        raise RuntimeError("Error building extension\n'share_storage_ext'")
+
+    monkeypatch.setattr(random, "_get_share_storage", fails)
+    monkeypatch.setattr(setup, "build_model", lambda config: pytest.fail("the model is built"))
+    with pytest.raises(UnfitError) as refused:
+        setup.build_training_model(load_config(MODEL, RECOMPUTES))
+    assert "(Error building extension 'share_storage_ext')" in str(refused.value)
+
+
 @pytest.mark.parametrize("variable", ["TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR"])
 def test_what_is_compiled_is_kept_where_nobody_else_writes(monkeypatch, tmp_path, variable) -> None:
     monkeypatch.setattr(rank_environment.tempfile, "gettempdir", lambda: str(tmp_path))
