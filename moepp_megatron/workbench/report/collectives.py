@@ -9,15 +9,14 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from moepp_megatron.runtime.atomic import write_result
-from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.bench.collective_cases import KINDS
 from moepp_megatron.workbench.bench.collectives import CollectiveResult
 from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, VERMILION, plot_style
+from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
 # Okabe and Ito's palette, a marker each for print.
 _LOOKS = {
@@ -28,10 +27,6 @@ _LOOKS = {
     "reduce-scatter": ("#cc79a7", "v", "-"),
     "send/receive": (INK, "D", "-"),
 }
-
-
-# A log has no width of its own.
-_LOG_WIDTH = 100
 
 
 def label(result: CollectiveResult) -> str:
@@ -53,9 +48,7 @@ def _binary_size(size: float) -> str:
 
 def print_tables(results: Sequence[CollectiveResult]) -> None:
     """Print one table per group size."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = _LOG_WIDTH
+    console = wide_console(highlight=True, width=100)
     for size in dict.fromkeys(r.group_size for r in results):
         console.print(_table([r for r in results if r.group_size == size]))
     console.print(
@@ -69,15 +62,9 @@ def print_tables(results: Sequence[CollectiveResult]) -> None:
 def _table(results: Sequence[CollectiveResult]) -> Table:
     first = results[0]
     nodes = f", over {first.nodes} machines" if first.nodes > 1 else ""
-    table = Table(
-        title=f"Groups of {first.group_size} ranks{nodes}, {first.backend}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("operation", no_wrap=True)
-    for name in ("size B", "count", "type", "time us", "algbw GB/s", "busbw GB/s", "wrong"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"Groups of {first.group_size} ranks{nodes}, {first.backend}"
+    names = ("size B", "count", "type", "time us", "algbw GB/s", "busbw GB/s", "wrong")
+    table = titled_table(title, "operation", *names, words=1, narrow=True)
     before = label(first)
     for r in results:
         name = label(r)

@@ -19,7 +19,7 @@ from moepp_megatron.workbench.planning.measured.compare import (
 )
 from moepp_megatron.workbench.planning.measured.fit import Fit
 from moepp_megatron.workbench.planning.measured.rows import nearest_key
-from moepp_megatron.workbench.report.terminal import print_whole
+from moepp_megatron.workbench.report.terminal import print_whole, titled_table
 
 
 def print_measured(comparisons: Sequence[Comparison]) -> None:
@@ -63,7 +63,7 @@ def _with_nearest(key: str) -> str:
 
 
 def _families(title: str, found: dict[str, FamilyErrors]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = titled_table(title)
     table.add_column("family")
     for name in ("rows", "median", "largest", "too fast", "eight in ten took, of the estimate"):
         table.add_column(name, justify="right")
@@ -81,7 +81,7 @@ def _families(title: str, found: dict[str, FamilyErrors]) -> Table:
 
 def print_fit(fit: Fit) -> None:
     """Print what was fitted, and the errors before, after and of rows left out."""
-    table = Table(title="fitted inputs", title_justify="left", box=box.SIMPLE_HEAD)
+    table = titled_table("fitted inputs")
     table.add_column("input")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")

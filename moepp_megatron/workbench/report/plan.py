@@ -12,7 +12,6 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import box
 from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_result
@@ -32,7 +31,7 @@ from moepp_megatron.workbench.report.plan_models import (
     short_name,
     size_words,
 )
-from moepp_megatron.workbench.report.terminal import print_whole
+from moepp_megatron.workbench.report.terminal import print_whole, titled_table
 
 # Bars: the legend's names and colours, and the names in `StepTime.seconds` that they add up.
 _BARS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -98,9 +97,8 @@ def print_plan(plan: Plan, tokens: float, price: float | None) -> None:
 
 
 def _layouts(plan: Plan) -> Table:
-    table = Table(title="layouts, best first", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("", "TP", "CP", "PP", "VPP", "EP", "ETP", "DP", "MBS"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("", "TP", "CP", "PP", "VPP", "EP", "ETP", "DP", "MBS")
+    table = titled_table("layouts, best first", *names)
     table.add_column("recompute, overlap, dispatcher")
     for name in ("GiB", "step s", "tok/s/GPU", "TFLOP/s", "MFU", "a2a"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -11,16 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from rich import box
 from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_result
-from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.planning.simulation.result import Timeline
 from moepp_megatron.workbench.planning.simulation.study import Study
 from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, MUTED, STYLE, VERMILION
+from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
-_WIDTH = 120
 _KINDS = {
     "forward": ("forward", BLUE),
     "backward": ("backward", GREEN),
@@ -30,9 +28,7 @@ _KINDS = {
 
 def print_study(study: Study) -> None:
     """Print step times, the cost of each cause, the gain of other exchanges, and goodput."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
+    console = wide_console()
     played = study.played
     each = played.ranks_per_column
     a_stage = (
@@ -58,7 +54,7 @@ def _number(count: int, name: str) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = titled_table(title)
     table.add_column(columns[0])
     for name in columns[1:]:
         table.add_column(name, justify="right", no_wrap=True)
