@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.bench.dispatch import DispatchResult, DispatchSetting
 from moepp_megatron.workbench.bench.layer import LayerResult
 from moepp_megatron.workbench.bench.step import TimedStep
-from moepp_megatron.workbench.report.drawing import BLUE, INK, MUTED, STYLE, VERMILION
+from moepp_megatron.workbench.report.drawing import BLUE, INK, MUTED, VERMILION, png_figure
 from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
 # The widest table fits.
@@ -89,8 +86,7 @@ def plot(path: Path, results: Sequence[LayerResult]) -> None:
     """Plot efficiency over tau, one panel per shape, with the paper's in grey."""
     shapes = list(dict.fromkeys(r.shape for r in results))
     top = max(1.15, 1.08 * max(r.efficiency for r in results))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.2 + 3.4 * len(shapes), 3.4), layout="constrained")
+    with png_figure(path, 1.2 + 3.4 * len(shapes), 3.4) as figure:
         axes = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
         for axis, shape in zip(axes, shapes, strict=True):
             _panel(axis, [r for r in results if r.shape == shape], top)
@@ -102,9 +98,6 @@ def plot(path: Path, results: Sequence[LayerResult]) -> None:
             ha="left",
             fontsize=11,
         )
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=150)
-    write_result(path, content.getvalue())
 
 
 def _panel(axis: Axes, results: Sequence[LayerResult], top: float) -> None:

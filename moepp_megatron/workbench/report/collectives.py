@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from rich.table import Table
 from rich.text import Text
 
-from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.workbench.bench.collective_cases import KINDS
 from moepp_megatron.workbench.bench.collectives import CollectiveResult
-from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, VERMILION, plot_style
+from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, VERMILION, png_figure
 from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
 # Okabe and Ito's palette, a marker each for print.
@@ -87,8 +84,7 @@ def _table(results: Sequence[CollectiveResult]) -> Table:
 def plot(path: Path, results: Sequence[CollectiveResult]) -> None:
     """Plot bus bandwidth over size, one line per operation, one panel per group size."""
     sizes = list(dict.fromkeys(r.group_size for r in results))
-    with plot_style():
-        figure = Figure(figsize=(1.8 + 4.2 * len(sizes), 3.9), layout="constrained")
+    with png_figure(path, 1.8 + 4.2 * len(sizes), 3.9) as figure:
         panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
         for axes, size in zip(panels, sizes, strict=True):
             _panel(axes, [r for r in results if r.group_size == size])
@@ -99,9 +95,6 @@ def plot(path: Path, results: Sequence[CollectiveResult]) -> None:
         )
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right upper", fontsize=8.5)
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=150)
-    write_result(path, content.getvalue())
 
 
 def _panel(axes: Axes, results: Sequence[CollectiveResult]) -> None:
