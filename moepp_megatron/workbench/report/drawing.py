@@ -136,10 +136,10 @@ def short_name(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else "..." + name[3 - _LONGEST_NAME :]
 
 
-def draw_healthy(axes: Axes, ends: tuple[float, float] | None, label: str = "healthy") -> None:
+def draw_healthy(axes: Axes, ends: tuple[float, float] | None) -> None:
     """Draw a pale band over the range of a healthy run; nothing without a range."""
     if ends is not None:
-        axes.axhspan(*ends, color=GREEN, alpha=0.16, linewidth=0, zorder=0, label=label)
+        axes.axhspan(*ends, color=GREEN, alpha=0.16, linewidth=0, zorder=0, label="healthy")
 
 
 def draw_level(axes: Axes, level: tuple[str, float]) -> None:
