@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 
 from rich import box
 from rich.table import Table
@@ -89,14 +90,9 @@ def print_fit(fit: Fit) -> None:
         table.add_row(name, f"{before:.4g}", f"{after:.4g}")
     print_whole(table)
     for name, errors in (("before", fit.before), ("after", fit.after), ("left out", fit.held_out)):
-        print_whole(f"median error of {len(errors)} rows, {name}: {_median(errors):.1%}")
+        middle = median(map(abs, errors))
+        print_whole(f"median error of {len(errors)} rows, {name}: {middle:.1%}")
     print_whole("left out: each row by the inputs that all others give, linear around the fit")
-
-
-def _median(errors: Sequence[float]) -> float:
-    ordered = sorted(map(abs, errors))
-    middle = len(ordered) // 2
-    return (ordered[middle] + ordered[~middle]) / 2
 
 
 def write_measured(path: Path, comparisons: Iterable[Comparison]) -> None:
