@@ -52,6 +52,8 @@ KIND_INKS = {"FFN": BLUE, "constant": "#9a6700", "copy": "#007a59", "zero": "#52
 
 # Lines of one plot, on light and dark. More lines than these are not told apart.
 LINE_COLOURS = (BLUE, VERMILION, GREEN, "#e69f00", "#cc79a7", "#56b4e9", MUTED, "#9a6700")
+# Beyond this, a layer's row is too thin for its number.
+_MAX_NAMED_LAYERS = 32
 # A longer name would leave a plot no room.
 _LONGEST_NAME = 24
 
@@ -168,6 +170,13 @@ def step_axis(axes: Axes) -> None:
     """Label the horizontal axis with whole training steps."""
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+
+
+def name_layers(axes: Axes, numbers: Sequence[int]) -> None:
+    """Number the rows of the vertical axis as layers; of many layers only some get their number."""
+    stride = -(-len(numbers) // _MAX_NAMED_LAYERS)
+    axes.set_yticks(range(0, len(numbers), stride), labels=[str(n) for n in numbers[::stride]])
+    axes.set_ylabel("layer")
 
 
 def thin(
