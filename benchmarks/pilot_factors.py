@@ -125,7 +125,7 @@ def factors_table(pilot: Pilot) -> Table:
     rows = (unchanged, *factors(pilot))
     outcomes = _outcomes(pilot, rows)
     noise = _noise(losses_of(pilot, pilot.arms), pilot.seeds)
-    table = titled_table("one factor at a time, nats with 95% intervals")
+    table = titled_table("one factor at a time, nats with 95% intervals", narrow=True)
     for head in ("changed", "seeds", "FFN share", "MoE++ minus vanilla", "minus unchanged MoE++"):
         table.add_column(head, justify="left" if head == "changed" else "right")
     for factor in rows:

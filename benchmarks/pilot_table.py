@@ -15,7 +15,7 @@ from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 def print_state(pilot: Pilot, arms: Sequence[PilotArm]) -> None:
     """Print losses by arm and seed, then the verdict or what can be said before it."""
     losses = losses_of(pilot, arms)
-    table = titled_table("validation loss")
+    table = titled_table("validation loss", narrow=True)
     for name in ("arm", *map(str, pilot.seeds)):
         table.add_column(name, justify="left" if name == "arm" else "right")
     for name, found in losses.items():

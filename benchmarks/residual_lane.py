@@ -43,28 +43,6 @@ class SentBytes:
         return call
 
 
-class Tokens:
-    """Sequences of random tokens."""
-
-    def __init__(self, length: int, vocab_size: int) -> None:
-        self._length, self._vocab_size = length, vocab_size
-
-    def __len__(self) -> int:
-        """More than any run reads."""
-        return 1_000_000
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Depends on the index alone."""
-        generator = torch.Generator().manual_seed(index)
-        text = torch.randint(self._vocab_size, (self._length + 1,), generator=generator)
-        return {
-            "tokens": text[:-1],
-            "labels": text[1:],
-            "loss_mask": torch.ones(self._length),
-            "position_ids": torch.arange(self._length),
-        }
-
-
 def settings(arguments: argparse.Namespace, chunks: int | None, residual: bool) -> dict[str, Any]:
     """The configuration: 4 layers a stage, or 2 in each of its chunks."""
     stages = dist.get_world_size()
@@ -102,6 +80,7 @@ def measure(arguments: argparse.Namespace, schedule: str, sent: SentBytes) -> st
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
+    from moepp_megatron.workbench.bench.step import RandomTokens
 
     runs: dict[bool, Any] = {}
     for residual in (False, True):
@@ -111,7 +90,7 @@ def measure(arguments: argparse.Namespace, schedule: str, sent: SentBytes) -> st
             build_groups(config, layout)
         model = build_training_model(config)
         model.set_training(True)
-        data = Tokens(config.model.seq_length, config.model.vocab_size)
+        data = RandomTokens(config)
         batches = rank_batches(data, 0, config, len(model.chunks))
         runs[residual] = (model, batches, config, layout)
     times: dict[bool, list[float]] = {False: [], True: []}

@@ -12,7 +12,6 @@ from moepp_megatron.cli.options import OverridesArgument
 from moepp_megatron.cli.planned import planned_samples
 
 if TYPE_CHECKING:
-    from moepp_megatron.config import Config
     from moepp_megatron.data.manifest import Manifest
     from moepp_megatron.data.show import Corpus, StageShares
     from moepp_megatron.runtime.terminal import Console
@@ -73,14 +72,14 @@ def show(
         tokenizer = tokenizer or config.data.tokenizer
         corpora = {path: Corpus(folder) for path, folder in folders.items()}
         for stage in planned_shares(config, corpora, planned_samples(config)):
-            _print_stage(console, stage, config)
+            _print_stage(console, stage)
     for path, folder in folders.items():
         _print_counts(console, folder.path, corpora[path].manifest)
     first = next(iter(folders))
     _print_sample(folders[first].path, corpora[first], document, tokens, tokenizer)
 
 
-def _print_stage(console: Console, stage: StageShares, config: Config) -> None:
+def _print_stage(console: Console, stage: StageShares) -> None:
     from rich.table import Table
 
     title = f"{stage.name}: steps {stage.first_step + 1:,} to {stage.last_step:,}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from moepp_megatron.config import Config
 from moepp_megatron.interop.latent_rules import latent_attention_rules, norm_keys
 from moepp_megatron.interop.longcat import dense_width, routed_experts
-from moepp_megatron.interop.tensor_rules import HFTensor, TensorRule, made, row, same, stacked
+from moepp_megatron.interop.tensor_rules import HFTensor, TensorRule, expert_rules, made, same
 
 
 def longcat_rules(config: Config, with_identity_weights: bool = False) -> Iterator[TensorRule]:
@@ -94,9 +94,8 @@ def _dense_rules(config: Config, layer: int, is_moe: bool) -> Iterator[TensorRul
 
 
 def _moe_rules(config: Config, layer: int) -> Iterator[TensorRule]:
-    moe, width, inner = config.moe, config.model.hidden_size, config.expert_ffn_hidden_size
+    moe, width = config.moe, config.model.hidden_size
     ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
-    count = moe.num_ffn_experts
     router, total = theirs + "router.", moe.num_experts
     yield _reordered(ours + "router.weight", router + "classifier.weight", config, total, width)
     bias = router + "e_score_correction_bias"
@@ -104,13 +103,8 @@ def _moe_rules(config: Config, layer: int) -> Iterator[TensorRule]:
         yield _reordered(ours + "router.expert_bias", bias, config, total)
     else:
         yield made(bias, (total,))
-    for index in range(count):
-        experts, source = ours + "experts.experts.", f"{theirs}experts.{index}."
-        names = [source + "gate_proj.weight", source + "up_proj.weight"]
-        yield stacked(experts + "linear_fc1.weight", names, inner, width, (count, index))
-        down = source + "down_proj.weight"
-        yield row(experts + "linear_fc2.weight", count, index, down, width, inner)
-    yield from _experts_of_zeros(config, layer, range(count, routed_experts(config)))
+    yield from expert_rules(config, layer)
+    yield from _experts_of_zeros(config, layer, range(moe.num_ffn_experts, routed_experts(config)))
 
 
 def _no_moe_rules(config: Config, layer: int) -> Iterator[TensorRule]:

@@ -12,9 +12,7 @@ import numpy as np
 from moepp_megatron.config import Config, ConfigError, Layout, load_config, with_overrides
 from moepp_megatron.config.load import parse_override
 from moepp_megatron.interop.score_text import TextWindows
-from moepp_megatron.training.inference_settings import FORWARD_ONLY
-
-_SECTIONS = ("parallel", "precision")
+from moepp_megatron.training.inference_settings import FORWARD_ONLY, inference_override
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,8 @@ class ScoreRequest:
         input_ids = read_input_ids(tokens) if isinstance(tokens, Path) else tokens
         if input_ids is not None:
             input_ids = _checked(input_ids, source)
-        check_overrides(overrides)
+        for override in overrides:
+            inference_override(override)
         if out is not None and out.is_dir():
             raise ConfigError(f"--out ({out}) must be a file to write, and is a folder; name one")
         from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
@@ -100,7 +99,7 @@ class ScoreRequest:
             folder: A checkpoint's folder.
             trained: Its configuration.
             input_ids: [b, s] int64.
-            overrides: Settings that `check_overrides` has passed.
+            overrides: Settings that `inference_override` has passed.
             world_size: Ranks.
             out: File to write, for `write_scores`, or None.
             logits: Whether logits are wanted.
@@ -161,21 +160,6 @@ def _checked(input_ids: np.ndarray, source: str) -> np.ndarray:
             f"{source}: input_ids ({input_ids.dtype}) must be whole numbers; write it as int64"
         )
     return input_ids.astype(np.int64)
-
-
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Refuse settings that the checkpoint decides.
-
-    Raises:
-        ConfigError: If there is one; names the setting.
-    """
-    for override in overrides:
-        section, key, _ = parse_override(override)
-        if section not in _SECTIONS:
-            raise ConfigError(
-                f"override {section}.{key} must be in section {' or '.join(_SECTIONS)}: the "
-                "checkpoint says the rest; leave it out"
-            )
 
 
 def _check_vocabulary(source: str, input_ids: np.ndarray, config: Config) -> None:

@@ -16,9 +16,8 @@ from moepp_megatron.interop.tensor_rules import (
     attention_rules,
     decoder_rules,
     dense_mlp_rules,
-    row,
+    expert_rules,
     same,
-    stacked,
 )
 
 _ZEDA = (
@@ -76,8 +75,7 @@ def zeda_hf_config(config: Config) -> dict[str, Any]:
 
 def qwen3_moe_rules(config: Config) -> Iterator[TensorRule]:
     """Qwen3-MoE's names for every tensor; the gate has a row for each zero expert too."""
-    width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
-    count = config.moe.num_ffn_experts
+    width = config.model.hidden_size
     yield from decoder_rules(config)
     for layer, is_moe in enumerate(config.moe.moe_layer_pattern(config.model.num_layers)):
         yield from attention_rules(config, layer)
@@ -86,12 +84,7 @@ def qwen3_moe_rules(config: Config) -> Iterator[TensorRule]:
             continue
         ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
         yield same(ours + "router.weight", theirs + "gate.weight", config.moe.num_experts, width)
-        for index in range(count):
-            experts, source = ours + "experts.experts.", f"{theirs}experts.{index}."
-            names = [source + "gate_proj.weight", source + "up_proj.weight"]
-            yield stacked(experts + "linear_fc1.weight", names, inner, width, (count, index))
-            down = source + "down_proj.weight"
-            yield row(experts + "linear_fc2.weight", count, index, down, width, inner)
+        yield from expert_rules(config, layer)
 
 
 def _refuse(config: Config) -> None:

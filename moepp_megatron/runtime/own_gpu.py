@@ -31,7 +31,8 @@ def own_gpu(environment: RankEnvironment, store: dist.Store | None) -> torch.dev
     if store is None:
         return torch.device("cuda", torch.cuda.current_device())
     node = f"gpu of {socket.gethostname()}"
-    store.set(f"{node} {environment.local_rank}", _uuid(0))
+    own = str(torch.cuda.get_device_properties(0).uuid)
+    store.set(f"{node} {environment.local_rank}", own)
     ranks = range(environment.local_world_size)
     gpus = {store.get(f"{node} {rank}") for rank in ranks}
     if len(gpus) < len(ranks):
@@ -42,7 +43,3 @@ def own_gpu(environment: RankEnvironment, store: dist.Store | None) -> torch.dev
             "own"
         )
     return torch.device("cuda", 0)
-
-
-def _uuid(index: int) -> str:
-    return str(torch.cuda.get_device_properties(index).uuid)

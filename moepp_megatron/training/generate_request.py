@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, Layout, load_config, with_overrides
-from moepp_megatron.config.load import parse_override
 from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_checkpoint
-from moepp_megatron.training.inference_settings import FORWARD_ONLY
+from moepp_megatron.training.inference_settings import FORWARD_ONLY, inference_override
 
 _DEFAULT_NEW_TOKENS = 96
 
@@ -22,7 +21,6 @@ _GENERATION = (
     # How tokens travel changes no result, and this way needs no package.
     "moe.dispatcher=alltoall",
 )
-_SECTIONS = ("parallel", "precision")
 
 
 @dataclass(frozen=True)
@@ -130,12 +128,7 @@ class GenerateRequest:
 
 def _check_overrides(overrides: Sequence[str]) -> None:
     for override in overrides:
-        section, key, value = parse_override(override)
-        if section not in _SECTIONS:
-            raise ConfigError(
-                f"override {section}.{key} must be in section {' or '.join(_SECTIONS)}: the "
-                "checkpoint says the rest; leave it out"
-            )
+        key, value = inference_override(override)
         if key == "context_parallel_size" and value != 1:
             raise ConfigError(
                 f"parallel.context_parallel_size ({value}) must be 1 for moepp generate: no "

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.config.load import parse_override
+
 # One rank, unless the command line says otherwise, and nothing that only training wants.
 FORWARD_ONLY = (
     "parallel.tensor_model_parallel_size=1",
@@ -43,3 +48,18 @@ FORWARD_ONLY = (
     # Noise on the router's input, which megatron-core adds outside of training too.
     "moe.input_jitter_eps=null",
 )
+
+
+def inference_override(override: str) -> tuple[str, Any]:
+    """Key and value of a `section.key=value` override for scoring or generation.
+
+    Raises:
+        ConfigError: If the checkpoint decides the setting; names it.
+    """
+    section, key, value = parse_override(override)
+    if section not in ("parallel", "precision"):
+        raise ConfigError(
+            f"override {section}.{key} must be in section parallel or precision: the checkpoint "
+            "says the rest; leave it out"
+        )
+    return key, value

@@ -30,7 +30,7 @@ def hang_report(
     lines = []
     culprits, why = _culprits({rank: beats[rank] for rank in held_up}, silent)
     for rank in culprits:
-        lines.append(f"hang: rank {rank} {why}{_last_seen(rank, beats.get(rank))}")
+        lines.append(f"hang: rank {rank} {why}{_last_seen(beats.get(rank))}")
     if not culprits:
         lines.append(f"hang: {why}")
     waits = Counter(
@@ -66,7 +66,7 @@ def _culprits(awake: Mapping[int, Heartbeat], silent: Collection[int]) -> tuple[
     return [], "all ranks answer and wait for each other: collectives do not match, or the network"
 
 
-def _last_seen(rank: int, beat: Heartbeat | None) -> str:
+def _last_seen(beat: Heartbeat | None) -> str:
     if beat is None:
         return " and has never written a heartbeat"
     where = f"; last seen in step {beat.step} ({beat.phase}), process {beat.pid} on {beat.host}"

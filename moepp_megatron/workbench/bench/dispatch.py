@@ -83,10 +83,7 @@ class DispatchResult:
 
 
 def run_dispatch_benchmark(
-    setting: DispatchSetting,
-    rounds: int,
-    warmup: int = 3,
-    progress: Callable[[], object] = lambda: None,
+    setting: DispatchSetting, rounds: int, warmup: int = 3
 ) -> list[DispatchResult]:
     """One result per dispatcher; every rank must call, groups must not exist yet."""
     variants, dtype = _variants(setting)
@@ -100,7 +97,6 @@ def run_dispatch_benchmark(
                 if index >= warmup:
                     for part, seconds in times.items():
                         variant.times[part].append(seconds)
-            progress()
     return [_result(variant, variants[0], setting, hidden.element_size()) for variant in variants]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,27 +73,19 @@ class Stepper:
         dist.barrier()
 
 
-def run_step_benchmark(
-    config: Config,
-    layout: Layout,
-    rounds: int,
-    warmup: int = 2,
-    progress: Callable[[], object] = lambda: None,
-) -> TimedStep:
+def run_step_benchmark(config: Config, layout: Layout, rounds: int) -> TimedStep:
     """Measure; every rank must call, and all get the result of their own clock.
 
     Args:
         config: A MoE++ configuration.
         layout: The rank grid; groups exist.
-        rounds: Steps of each model that count.
-        warmup: Steps before them, which do not count.
-        progress: Called after each round.
+        rounds: Steps of each model that count; two before them do not.
     """
     steppers = {
         "vanilla": Stepper(vanilla(config), layout),
         "moepp": Stepper(config, layout),
     }
-    times = interleaved({n: s.step for n, s in steppers.items()}, rounds, warmup, progress)
+    times = interleaved({n: s.step for n, s in steppers.items()}, rounds, warmup=2)
     counted = {name: stepper.routing.collect() for name, stepper in steppers.items()}
     training, moe = config.training, config.moe
     return TimedStep(

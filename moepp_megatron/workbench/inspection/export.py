@@ -10,7 +10,7 @@ from typing import Any
 
 from moepp_megatron.data.token_classes import CLASSES
 from moepp_megatron.experts import KIND_NAMES
-from moepp_megatron.workbench.inspection.findings import Findings, find
+from moepp_megatron.workbench.inspection.findings import find
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.trace import Trace
 
@@ -46,17 +46,13 @@ def _model(request: InspectRequest, trace: Trace) -> dict[str, Any]:
         "layers": list(trace.layers),
         "router_topk": trace.topk,
         "balanced_ffn_share": trace.balanced_share,
-        **_aggregates(find(request, trace)),
+        **asdict(find(request, trace)),
         # [layer][token][k], the largest gate first.
         "selected": trace.selected.tolist(),
         "gates": [[[round(g, 6) for g in k] for k in layer] for layer in trace.gates.tolist()],
         # [token]; null for the first token of a window, which nothing predicts.
         "loss": [round(loss, 6) for loss in trace.losses.tolist()],
     }
-
-
-def _aggregates(findings: Findings) -> dict[str, Any]:
-    return asdict(findings)
 
 
 def _finite(value: Any) -> Any:

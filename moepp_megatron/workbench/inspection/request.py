@@ -14,10 +14,11 @@ from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.data.token_classes import Language, language_of, token_classes
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.experts import LOCAL_COUNTS, ExpertCounts
-from moepp_megatron.interop.score_request import ScoreRequest, check_overrides
+from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.generate_request import checkpoint_tokenizer
+from moepp_megatron.training.inference_settings import inference_override
 from moepp_megatron.workbench.inspection.tags import Tagger, read_tags, run_tagger, token_tags
 from moepp_megatron.workbench.inspection.text import TokenizedText, read_text, tokenize, windows
 
@@ -106,7 +107,8 @@ class InspectRequest:
             ConfigError: If the request is wrong.
             UnfitError: If the tagger is not installed.
         """
-        check_overrides(overrides)
+        for override in overrides:
+            inference_override(override)
         if pos_tags is not None and tagger is not None:
             raise ConfigError(
                 f"--pos-tags ({pos_tags}) and --tagger ({tagger}) must not both be given; leave "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from moepp_megatron.workbench.planning.module_costs import COSTS
-from moepp_megatron.workbench.planning.rates import Product
+from moepp_megatron.workbench.planning.rates import Product, linear_products
 from moepp_megatron.workbench.planning.workload import Workload
 
 # Of casting a tensor to FP8: bytes an element (bf16 is read, rows and columns are written; for its
@@ -50,11 +50,7 @@ def linear_work(
 ) -> LinearWork:
     """Work of a weight [outputs, inputs] on `rows` rows per group."""
     number = _product_number(load)
-    forward = (Product(rows, outputs, inputs, groups, number),)
-    backward = (
-        Product(rows, inputs, outputs, groups, number),
-        Product(outputs, inputs, rows, groups, number),
-    )
+    forward, backward = linear_products(rows, [(outputs, inputs)], number, groups)
     if load.numbers.fp8 is None:
         accumulated = COSTS[load.modules].accumulated * outputs * inputs * groups
         return LinearWork(forward, backward, 0.0, accumulated, 0)

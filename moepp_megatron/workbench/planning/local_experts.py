@@ -15,7 +15,7 @@ from typing import Literal
 
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.machine import Machine
-from moepp_megatron.workbench.planning.rates import Product, Work, work_seconds
+from moepp_megatron.workbench.planning.rates import Work, linear_products, work_seconds
 from moepp_megatron.workbench.planning.workload import Workload
 
 # Dispatchers whose rows travel beside computation.
@@ -36,12 +36,10 @@ def mixing_logits(load: Workload) -> int:
 
 def local_work(load: Workload, grid: Grid) -> tuple[Work, Work]:
     """Forward and backward work of `y = s x + A V`, without `U x`."""
-    tokens, number = grid.tokens(load.seq), load.numbers.dtype
+    tokens = grid.tokens(load.seq)
     tensor = tokens * load.hidden * load.numbers.activation_bytes
     matmuls = [(n, k) for n, k in load.experts.local_matmuls(load.hidden) if k != load.hidden]
-    ahead = tuple(Product(tokens, n, k, 1, number) for n, k in matmuls)
-    back = tuple(Product(tokens, k, n, 1, number) for n, k in matmuls)
-    back += tuple(Product(n, k, tokens, 1, number) for n, k in matmuls)
+    ahead, back = linear_products(tokens, matmuls, load.numbers.dtype)
     form = local_form(load, grid)
     if form == "plain":
         forward = Work(ahead, moved=3.0 * tensor, kernels=5)

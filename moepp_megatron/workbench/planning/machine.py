@@ -113,14 +113,13 @@ def machine_of(hardware: Hardware, reached: Efficiencies | None = None) -> Machi
     )
 
 
-def cpu_machine(rates: CpuRates, ranks: int, cores: int, memory_bytes: float = 0.0) -> Machine:
+def cpu_machine(rates: CpuRates, ranks: int, cores: int) -> Machine:
     """The machine that ranks on a CPU see; all of them on one node.
 
     Args:
         rates: Rates of a rank with a core of its own.
         ranks: Ranks on the machine.
         cores: Cores of the machine.
-        memory_bytes: Memory that a rank may use.
     """
     own = rates.among(ranks, cores)
     reached = Efficiencies(
@@ -138,7 +137,7 @@ def cpu_machine(rates: CpuRates, ranks: int, cores: int, memory_bytes: float = 0
         hardware=Hardware(name="cpu", kind="cpu"),
         reached=reached,
         multiprocessors=1,
-        memory_bytes=memory_bytes,
+        memory_bytes=0.0,
         memory_rate=_rate(own.moved_s),
         nvlink=_rate(own.send_s),
         network=_rate(own.send_s),

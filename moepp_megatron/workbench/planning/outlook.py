@@ -61,9 +61,8 @@ def outlook_of(
     tokens: float,
     price: float | None,
     errors: Range | None,
-    faults: Faults | None = None,
 ) -> Outlook:
-    """The outlook of a run.
+    """The outlook of a run, with failures and checkpoints as `moepp plan --simulate` assumes them.
 
     Args:
         planned: The model in its layout.
@@ -72,9 +71,8 @@ def outlook_of(
         tokens: Tokens to train on.
         price: Price of a GPU hour.
         errors: How far estimates like this one were off.
-        faults: Failures and checkpoints; by default those of `moepp plan --simulate`.
     """
-    faults = faults or Faults()
+    faults = Faults()
     days = planned.run_seconds(tokens) / 86400
     failure_s = faults.failure_s(world)
     interval = max(faults.interval_s(world), planned.step.total)

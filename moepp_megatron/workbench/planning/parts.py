@@ -18,7 +18,7 @@ from moepp_megatron.workbench.planning.links import distinct_targets
 from moepp_megatron.workbench.planning.local_core import with_local_core
 from moepp_megatron.workbench.planning.local_experts import local_work, mixing_logits
 from moepp_megatron.workbench.planning.module_costs import COSTS
-from moepp_megatron.workbench.planning.rates import Product, Work
+from moepp_megatron.workbench.planning.rates import Product, Work, linear_products
 from moepp_megatron.workbench.planning.workload import Workload
 
 # Kernels of the attention forward beside its projections: rotations, layouts, core.
@@ -172,10 +172,7 @@ def _router(load: Workload, grid: Grid, has_residual: bool) -> LayerPart:
     (width, depth), *others = experts.router_shapes(load.hidden, is_first=not has_residual)
     # The gate's first product and the constant experts' are one.
     shapes = [(width + mixing_logits(load), depth), *others]
-    number = load.numbers.dtype
-    forward = tuple(Product(tokens, n, k, 1, number) for n, k in shapes)
-    backward = tuple(Product(tokens, k, n, 1, number) for n, k in shapes)
-    backward += tuple(Product(n, k, tokens, 1, number) for n, k in shapes)
+    forward, backward = linear_products(tokens, shapes, load.numbers.dtype)
     # fp32 logits, scores, map and probabilities: about eight passes over [T, E].
     moved = 8.0 * 4 * tokens * wide
     ahead = Work(forward, moved=moved, kernels=10 + 2 * len(shapes))
@@ -271,12 +268,7 @@ def output_part(load: Workload, grid: Grid) -> LayerPart:
     """Work of the output layer [V, D] in bf16 and the cross entropy of its logits."""
     rows = grid.tokens(load.seq) * grid.tp
     width = load.vocab / grid.tp
-    number = load.numbers.dtype
-    forward = (Product(rows, width, load.hidden, 1, number),)
-    backward = (
-        Product(rows, load.hidden, width, 1, number),
-        Product(width, load.hidden, rows, 1, number),
-    )
+    forward, backward = linear_products(rows, [(width, load.hidden)], load.numbers.dtype)
     logits = rows * width
     accumulated = COSTS[load.modules].accumulated * width * load.hidden
     # Logits to fp32, their maximum, exponentials and sum; backward one pass.

@@ -228,11 +228,11 @@ def _degrees(grid: Grid) -> tuple[int, ...]:
 
 
 def best_layouts(
-    config: Config, world: int, machine: Machine, routing: AssumedRouting, top: int = 1
+    config: Config, world: int, machine: Machine, routing: AssumedRouting
 ) -> list[Planned]:
-    """The best layouts of one model alone; ones that do not fit only if none does."""
+    """The best layout of one model alone, if there is one; one that does not fit if none does."""
     search = search_layouts(config, world, machine, routing)
-    return _accepted(config, search, machine, routing, top)
+    return _accepted(config, search, machine, routing, top=1)
 
 
 def _best_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -44,6 +45,16 @@ class Product:
         size = {"fp32": 4, "bf16": 2}.get(self.number, 1)
         operands = self.m * self.k + self.n * self.k
         return self.groups * (size * operands + max(size, 2) * self.m * self.n)
+
+
+def linear_products(
+    rows: float, shapes: Sequence[tuple[float, float]], number: str, groups: int = 1
+) -> tuple[tuple[Product, ...], tuple[Product, ...]]:
+    """Forward and backward products of weights [n, k] on `rows` rows; gradients of inputs first."""
+    forward = [Product(rows, n, k, groups, number) for n, k in shapes]
+    backward = [Product(rows, k, n, groups, number) for n, k in shapes]
+    backward += [Product(n, k, rows, groups, number) for n, k in shapes]
+    return tuple(forward), tuple(backward)
 
 
 @lru_cache(maxsize=200_000)

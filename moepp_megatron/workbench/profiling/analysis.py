@@ -99,10 +99,7 @@ def analyse(
 
 
 def _analyse_traces(
-    traces: list[RankTrace],
-    name: str,
-    step: int | None = None,
-    measured: MeasuredPeak | None = None,
+    traces: list[RankTrace], name: str, step: int | None, measured: MeasuredPeak | None
 ) -> Profile:
     """Same as `analyse`, for recordings that have been read."""
     steps = _steps(traces, step)

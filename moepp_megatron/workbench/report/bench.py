@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from rich import box
-from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.bench.dispatch import DispatchResult, DispatchSetting
 from moepp_megatron.workbench.bench.layer import LayerResult
 from moepp_megatron.workbench.bench.step import TimedStep
-from moepp_megatron.workbench.report.drawing import BLUE, INK, MUTED, STYLE, VERMILION
+from moepp_megatron.workbench.report.drawing import BLUE, INK, MUTED, VERMILION, png_figure
+from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
-# A log has no width of its own; the widest table fits.
+# The widest table fits.
 _LOG_WIDTH = 110
 
 _PASS_COLOURS = {"forward": BLUE, "forward_backward": VERMILION}
@@ -30,18 +26,10 @@ _PASS_NAMES = {"forward": "forward", "forward_backward": "fwd + bwd"}
 
 def print_table(results: Sequence[LayerResult]) -> None:
     """Print times and efficiency beside the paper's; then parts and memory."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = _LOG_WIDTH
-    table = Table(
-        title="MoE++ layer against megatron-core's MoE layer, milliseconds",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    for name in ("shape", "tau", "pass"):
-        table.add_column(name, no_wrap=True)
-    for name in ("vanilla", "MoE++", "speedup", "efficiency", "paper"):
-        table.add_column(name, justify="right", no_wrap=True)
+    console = wide_console(highlight=True, width=_LOG_WIDTH)
+    title = "MoE++ layer against megatron-core's MoE layer, milliseconds"
+    names = ("shape", "tau", "pass", "vanilla", "MoE++", "speedup", "efficiency", "paper")
+    table = titled_table(title, *names, words=3)
     for r in results:
         paper = "" if r.paper_efficiency is None else f"{r.paper_efficiency:.2f}"
         table.add_row(
@@ -61,13 +49,8 @@ def print_table(results: Sequence[LayerResult]) -> None:
 
 def _print_parts(console: Console, results: Sequence[LayerResult]) -> None:
     names = list(dict.fromkeys(part for r in results for part in r.moepp_parts_ms))
-    table = Table(
-        title="Forward pass, milliseconds a part; kept for the backward pass, MB",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    for name in ("shape", "tau", "phi"):
-        table.add_column(name, no_wrap=True)
+    title = "Forward pass, milliseconds a part; kept for the backward pass, MB"
+    table = titled_table(title, "shape", "tau", "phi", words=3)
     for name in (*names, "overhead", "kept"):
         table.add_column(name.replace("_", " "), justify="right")
     seen: set[object] = set()
@@ -103,8 +86,7 @@ def plot(path: Path, results: Sequence[LayerResult]) -> None:
     """Plot efficiency over tau, one panel per shape, with the paper's in grey."""
     shapes = list(dict.fromkeys(r.shape for r in results))
     top = max(1.15, 1.08 * max(r.efficiency for r in results))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.2 + 3.4 * len(shapes), 3.4), layout="constrained")
+    with png_figure(path, 1.2 + 3.4 * len(shapes), 3.4) as figure:
         axes = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
         for axis, shape in zip(axes, shapes, strict=True):
             _panel(axis, [r for r in results if r.shape == shape], top)
@@ -116,9 +98,6 @@ def plot(path: Path, results: Sequence[LayerResult]) -> None:
             ha="left",
             fontsize=11,
         )
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=150)
-    write_result(path, content.getvalue())
 
 
 def _panel(axis: Axes, results: Sequence[LayerResult], top: float) -> None:
@@ -142,11 +121,9 @@ def _panel(axis: Axes, results: Sequence[LayerResult], top: float) -> None:
 
 def print_step(result: TimedStep) -> None:
     """Print both models' step times and bytes."""
-    table = Table(
-        title=f"Training step on {result.ranks} rank{'s' if result.ranks > 1 else ''}, tau "
-        f"{result.tau:g}, {result.tokens} tokens",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
+    table = titled_table(
+        f"Training step on {result.ranks} rank{'s' if result.ranks > 1 else ''}, tau "
+        f"{result.tau:g}, {result.tokens} tokens"
     )
     table.add_column("model")
     for name in ("FFN share", "ms per step", "tokens/s", "all-to-all MB"):
@@ -171,14 +148,13 @@ def print_step(result: TimedStep) -> None:
 def print_dispatch(setting: DispatchSetting, results: Sequence[DispatchResult]) -> None:
     """Print bytes beside the formula, and times, of each dispatcher."""
     first = results[0]
-    table = Table(
-        title=f"Dispatch and combine, EP {first.ep}: {setting.tokens} tokens per rank, hidden "
+    table = titled_table(
+        f"Dispatch and combine, EP {first.ep}: {setting.tokens} tokens per rank, hidden "
         f"{setting.hidden_size}, {setting.experts} FFN experts, top-{setting.topk}, phi "
         f"{setting.phi:g}, {setting.dtype}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
+        "dispatcher",
+        words=1,
     )
-    table.add_column("dispatcher", no_wrap=True)
     for name in ("vectors MB", "of vanilla", "formula MB", "other MB", "ms", "time of vanilla"):
         table.add_column(name, justify="right")
     for r in results:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
-from rich.table import Table
-
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.bench.card import CardResult, card_obstacle
 from moepp_megatron.workbench.bench.layer import LayerResult
+from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
 _PARTS = ("router", "dispatch", "experts", "zero_computation", "combine")
 
@@ -17,10 +15,8 @@ _PARTS = ("router", "dispatch", "experts", "zero_computation", "combine")
 def print_card(result: CardResult, asked: Sequence[str]) -> None:
     """Print measured beside rated numbers, and missing formats with the reason."""
     on_cpu = "" if result.kind == "cuda" else f", {result.threads} threads"
-    table = Table(title=f"{result.device}{on_cpu}", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("measured", no_wrap=True)
-    for name in ("", "rated", "share"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("measured", "", "rated", "share")
+    table = titled_table(f"{result.device}{on_cpu}", *names, words=1)
     for dtype in asked:
         rate = result.matmul_tflops.get(dtype)
         what = f"{dtype} product of {result.matmul_size}"
@@ -35,14 +31,11 @@ def print_card(result: CardResult, asked: Sequence[str]) -> None:
 def print_bounds(results: Sequence[LayerResult]) -> None:
     """Print each part's time over its bound on this GPU, and the experts' rate."""
     first = results[0]
-    table = Table(
-        title=f"Forward pass of the MoE++ layer on {first.device}, {first.dtype}: "
-        "time of each part over its bound",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
+    title = (
+        f"Forward pass of the MoE++ layer on {first.device}, {first.dtype}: "
+        "time of each part over its bound"
     )
-    for name in ("shape", "tau"):
-        table.add_column(name, no_wrap=True)
+    table = titled_table(title, "shape", "tau", words=2)
     for name in (*_PARTS, "experts TFLOP/s", "of product"):
         table.add_column(name.replace("_", " "), justify="right")
     seen: set[object] = set()
@@ -54,9 +47,7 @@ def print_bounds(results: Sequence[LayerResult]) -> None:
             table.add_row(
                 r.shape, f"{r.tau:g}", *ratios, f"{rate:.3g}", f"{rate / r.matmul_tflops:.0%}"
             )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 110
+    console = wide_console(highlight=True, width=110)
     console.print(table)
     console.print(
         f"bound: bytes over the measured copy ({first.copy_gb_s:.0f} GB/s), or FLOPs over the "

@@ -30,7 +30,7 @@ def headline_cards(run: RunData, summary: RunSummary, savings: Savings) -> list[
     return [
         *_loss_cards(summary),
         *_saving_cards(run, summary, savings),
-        *_speed_cards(run, summary),
+        *_speed_cards(summary),
     ]
 
 
@@ -74,7 +74,7 @@ def _saving_cards(run: RunData, summary: RunSummary, savings: Savings) -> list[C
     return cards
 
 
-def _speed_cards(run: RunData, summary: RunSummary) -> list[Card]:
+def _speed_cards(summary: RunSummary) -> list[Card]:
     return [
         Card("Tokens/s", formatting.big_count(summary.tokens_per_s), "median of the records"),
         Card("Tokens", formatting.big_count(summary.tokens), f"trained on: {summary.tokens:,}"),

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from moepp_megatron.runtime.atomic import write_result
-from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.bench.collective_cases import KINDS
 from moepp_megatron.workbench.bench.collectives import CollectiveResult
-from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, VERMILION, plot_style
+from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, VERMILION, png_figure
+from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
 # Okabe and Ito's palette, a marker each for print.
 _LOOKS = {
@@ -28,10 +24,6 @@ _LOOKS = {
     "reduce-scatter": ("#cc79a7", "v", "-"),
     "send/receive": (INK, "D", "-"),
 }
-
-
-# A log has no width of its own.
-_LOG_WIDTH = 100
 
 
 def label(result: CollectiveResult) -> str:
@@ -53,9 +45,7 @@ def _binary_size(size: float) -> str:
 
 def print_tables(results: Sequence[CollectiveResult]) -> None:
     """Print one table per group size."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = _LOG_WIDTH
+    console = wide_console(highlight=True, width=100)
     for size in dict.fromkeys(r.group_size for r in results):
         console.print(_table([r for r in results if r.group_size == size]))
     console.print(
@@ -69,15 +59,9 @@ def print_tables(results: Sequence[CollectiveResult]) -> None:
 def _table(results: Sequence[CollectiveResult]) -> Table:
     first = results[0]
     nodes = f", over {first.nodes} machines" if first.nodes > 1 else ""
-    table = Table(
-        title=f"Groups of {first.group_size} ranks{nodes}, {first.backend}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("operation", no_wrap=True)
-    for name in ("size B", "count", "type", "time us", "algbw GB/s", "busbw GB/s", "wrong"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"Groups of {first.group_size} ranks{nodes}, {first.backend}"
+    names = ("size B", "count", "type", "time us", "algbw GB/s", "busbw GB/s", "wrong")
+    table = titled_table(title, "operation", *names, words=1, narrow=True)
     before = label(first)
     for r in results:
         name = label(r)
@@ -100,8 +84,7 @@ def _table(results: Sequence[CollectiveResult]) -> Table:
 def plot(path: Path, results: Sequence[CollectiveResult]) -> None:
     """Plot bus bandwidth over size, one line per operation, one panel per group size."""
     sizes = list(dict.fromkeys(r.group_size for r in results))
-    with plot_style():
-        figure = Figure(figsize=(1.8 + 4.2 * len(sizes), 3.9), layout="constrained")
+    with png_figure(path, 1.8 + 4.2 * len(sizes), 3.9) as figure:
         panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
         for axes, size in zip(panels, sizes, strict=True):
             _panel(axes, [r for r in results if r.group_size == size])
@@ -112,9 +95,6 @@ def plot(path: Path, results: Sequence[CollectiveResult]) -> None:
         )
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right upper", fontsize=8.5)
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=150)
-    write_result(path, content.getvalue())
 
 
 def _panel(axes: Axes, results: Sequence[CollectiveResult]) -> None:

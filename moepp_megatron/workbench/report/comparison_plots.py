@@ -33,10 +33,11 @@ def comparison_plots(runs: Sequence[ComparedRun]) -> list[Plot]:
     """Loss over tokens, time and FLOPs; FFN share and step time over tokens."""
     return [
         _loss_plot(runs),
-        _plot(runs, "Loss over time", _seconds, "training time (s)", _loss, "loss (nats)",
+        _plot(runs, "Loss over time", lambda r: r.seconds, "training time (s)", _loss,
+              "loss (nats)",
               "Time in training steps, without start, evaluation and checkpoints. It compares "
               "machines and layouts as well as models."),
-        _plot(runs, "Loss over FLOPs", _flops, "model FLOP", _loss, "loss (nats)",
+        _plot(runs, "Loss over FLOPs", lambda r: r.flops, "model FLOP", _loss, "loss (nats)",
               "Forward and backward pass; experts that tokens did not take do not count."),
         _plot(runs, "FFN share of all selections", _tokens, "tokens",
               lambda r: r.ffn_fraction, "FFN share",
@@ -49,14 +50,6 @@ def comparison_plots(runs: Sequence[ComparedRun]) -> list[Plot]:
 
 def _tokens(run: ComparedRun) -> np.ndarray:
     return run.tokens
-
-
-def _seconds(run: ComparedRun) -> np.ndarray:
-    return run.seconds
-
-
-def _flops(run: ComparedRun) -> np.ndarray | None:
-    return run.flops
 
 
 def _loss(record: StepMetrics) -> float:

@@ -70,7 +70,7 @@ def loss_plot(run: RunData) -> Plot:
     steps, losses = _series(run.records, lambda r: r.loss)
     valid_steps, valid = _series(run.records, lambda r: r.valid_loss)
     if len(steps) < 2:
-        return _too_short(run, title, caption, "loss", losses)
+        return _too_short(title, caption, "loss", losses)
     figure = new_figure(13.2, 3.6)
     axes = figure.subplots()
     draw_noisy(axes, steps, losses, BLUE, "training")
@@ -111,7 +111,7 @@ def _ffn_share_plot(run: RunData) -> Plot:
     caption = f"Dashed: {what}. What lies below 100% is expert work that was not done."
     steps, shares = _series(run.records, lambda r: r.ffn_fraction)
     if len(steps) < 2:
-        return _too_short(run, title, caption, "FFN share", shares, formatting.percent)
+        return _too_short(title, caption, "FFN share", shares, formatting.percent)
     figure = new_figure()
     axes = figure.subplots()
     draw_noisy(axes, steps, shares, BLUE, "measured")
@@ -147,7 +147,7 @@ def _a2a_plot(run: RunData) -> Plot:
             f"(parallel.expert_model_parallel_size is {size}).",
         )
     if len(steps) < 2:
-        return _too_short(run, title, caption, "bytes", sent, formatting.data_size)
+        return _too_short(title, caption, "bytes", sent, formatting.data_size)
     figure = new_figure()
     axes = figure.subplots()
     mib = 1024.0**2
@@ -174,7 +174,7 @@ def speed_plot(run: RunData) -> Plot:
     caption = "Tokens of the global batch per second, and wall time of a step."
     steps, speed = _series(run.records, lambda r: r.tokens_per_s)
     if len(steps) < 2:
-        return _too_short(run, title, caption, "tokens/s", speed, formatting.count)
+        return _too_short(title, caption, "tokens/s", speed, formatting.count)
     times = [r.step_time_s for r in run.records if math.isfinite(r.tokens_per_s)]
     image = _two_panels(
         steps, _Panel(speed, "tokens/s", BLUE), _Panel(times, "step time (s)", GREEN)
@@ -189,7 +189,7 @@ def _gradient_plot(run: RunData) -> Plot:
     caption = "Global gradient norm before clipping, and the learning rate of the step."
     steps, norms = _series(run.records, lambda r: r.grad_norm)
     if len(steps) < 2:
-        return _too_short(run, title, caption, "gradient norm", norms)
+        return _too_short(title, caption, "gradient norm", norms)
     rates = [r.lr for r in run.records if math.isfinite(r.grad_norm)]
     image = _two_panels(
         steps,
@@ -210,7 +210,7 @@ def plain_plot(
     values = [scale * value for value in values]
     show = formatting.percent if is_share else formatting.number
     if len(steps) < 2:
-        return _too_short(run, title, caption, title, values, show)
+        return _too_short(title, caption, title, values, show)
     figure = new_figure()
     axes = figure.subplots()
     draw_noisy(axes, steps, values, BLUE, "this run")
@@ -275,7 +275,6 @@ def _course(
 
 
 def _too_short(
-    run: RunData,
     title: str,
     caption: str,
     name: str,

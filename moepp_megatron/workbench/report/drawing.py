@@ -3,8 +3,9 @@
 import base64
 import io
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -12,6 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from moepp_megatron.runtime.atomic import write_result
 
 INK = "#1f2933"
 MUTED = "#7b8794"
@@ -49,6 +52,8 @@ KIND_INKS = {"FFN": BLUE, "constant": "#9a6700", "copy": "#007a59", "zero": "#52
 
 # Lines of one plot, on light and dark. More lines than these are not told apart.
 LINE_COLOURS = (BLUE, VERMILION, GREEN, "#e69f00", "#cc79a7", "#56b4e9", MUTED, "#9a6700")
+# Beyond this, a layer's row is too thin for its number.
+_MAX_NAMED_LAYERS = 32
 # A longer name would leave a plot no room.
 _LONGEST_NAME = 24
 
@@ -133,10 +138,10 @@ def short_name(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else "..." + name[3 - _LONGEST_NAME :]
 
 
-def draw_healthy(axes: Axes, ends: tuple[float, float] | None, label: str = "healthy") -> None:
+def draw_healthy(axes: Axes, ends: tuple[float, float] | None) -> None:
     """Draw a pale band over the range of a healthy run; nothing without a range."""
     if ends is not None:
-        axes.axhspan(*ends, color=GREEN, alpha=0.16, linewidth=0, zorder=0, label=label)
+        axes.axhspan(*ends, color=GREEN, alpha=0.16, linewidth=0, zorder=0, label="healthy")
 
 
 def draw_level(axes: Axes, level: tuple[str, float]) -> None:
@@ -150,10 +155,28 @@ def plot_style() -> AbstractContextManager[None]:
     return mpl.rc_context(STYLE)
 
 
+@contextmanager
+def png_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of this size in inches, in the common style; what is drawn is written to `path`."""
+    with plot_style():
+        figure = new_figure(width, height)
+        yield figure
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=150)
+    write_result(path, content.getvalue())
+
+
 def step_axis(axes: Axes) -> None:
     """Label the horizontal axis with whole training steps."""
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+
+
+def name_layers(axes: Axes, numbers: Sequence[int]) -> None:
+    """Number the rows of the vertical axis as layers; of many layers only some get their number."""
+    stride = -(-len(numbers) // _MAX_NAMED_LAYERS)
+    axes.set_yticks(range(0, len(numbers), stride), labels=[str(n) for n in numbers[::stride]])
+    axes.set_ylabel("layer")
 
 
 def thin(

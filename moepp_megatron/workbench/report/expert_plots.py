@@ -15,6 +15,7 @@ from moepp_megatron.workbench.report.drawing import (
     INK,
     KIND_COLOURS,
     KIND_INKS,
+    name_layers,
     new_figure,
     step_axis,
     svg_data_uri,
@@ -26,7 +27,6 @@ from moepp_megatron.workbench.report.summary import tail, window
 
 # Beyond these, text in a cell or at a tick can no longer be read.
 _MAX_NAMED_EXPERTS = 48
-_MAX_NAMED_LAYERS = 32
 _MAX_NUMBERED_CELLS = 500
 
 
@@ -82,7 +82,7 @@ def _layer_heat_map(run: RunData) -> Plot:
     bar = figure.colorbar(image, ax=axes, pad=0.01, extend="max", label="share / balanced share")
     bar.outline.set_visible(False)
     _name_experts(axes, run.config)
-    _name_layers(axes, run.config, layers)
+    name_layers(axes, layer_numbers(run.config.moe_layers, layers))
     if shares.size <= _MAX_NUMBERED_CELLS:
         _number_cells(axes, shares, balanced)
     axes.grid(visible=False)
@@ -201,13 +201,6 @@ def _name_experts(axes: Axes, config: RunConfig) -> None:
         kinds = [kinds[i] for i in firsts]
     for label, kind in zip(axes.get_xticklabels(), kinds, strict=True):
         label.set_color(KIND_INKS[kind])
-
-
-def _name_layers(axes: Axes, config: RunConfig, layers: int) -> None:
-    numbers = layer_numbers(config.moe_layers, layers)
-    stride = -(-layers // _MAX_NAMED_LAYERS)
-    axes.set_yticks(range(0, layers, stride), labels=[str(n) for n in numbers[::stride]])
-    axes.set_ylabel("layer")
 
 
 def _number_cells(axes: Axes, shares: np.ndarray, balanced: np.ndarray) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 
 from rich import box
 from rich.table import Table
@@ -19,7 +20,7 @@ from moepp_megatron.workbench.planning.measured.compare import (
 )
 from moepp_megatron.workbench.planning.measured.fit import Fit
 from moepp_megatron.workbench.planning.measured.rows import nearest_key
-from moepp_megatron.workbench.report.terminal import print_whole
+from moepp_megatron.workbench.report.terminal import print_whole, titled_table
 
 
 def print_measured(comparisons: Sequence[Comparison]) -> None:
@@ -63,7 +64,7 @@ def _with_nearest(key: str) -> str:
 
 
 def _families(title: str, found: dict[str, FamilyErrors]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = titled_table(title)
     table.add_column("family")
     for name in ("rows", "median", "largest", "too fast", "eight in ten took, of the estimate"):
         table.add_column(name, justify="right")
@@ -81,7 +82,7 @@ def _families(title: str, found: dict[str, FamilyErrors]) -> Table:
 
 def print_fit(fit: Fit) -> None:
     """Print what was fitted, and the errors before, after and of rows left out."""
-    table = Table(title="fitted inputs", title_justify="left", box=box.SIMPLE_HEAD)
+    table = titled_table("fitted inputs")
     table.add_column("input")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
@@ -89,14 +90,9 @@ def print_fit(fit: Fit) -> None:
         table.add_row(name, f"{before:.4g}", f"{after:.4g}")
     print_whole(table)
     for name, errors in (("before", fit.before), ("after", fit.after), ("left out", fit.held_out)):
-        print_whole(f"median error of {len(errors)} rows, {name}: {_median(errors):.1%}")
+        middle = median(map(abs, errors))
+        print_whole(f"median error of {len(errors)} rows, {name}: {middle:.1%}")
     print_whole("left out: each row by the inputs that all others give, linear around the fit")
-
-
-def _median(errors: Sequence[float]) -> float:
-    ordered = sorted(map(abs, errors))
-    middle = len(ordered) // 2
-    return (ordered[middle] + ordered[~middle]) / 2
 
 
 def write_measured(path: Path, comparisons: Iterable[Comparison]) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from rich import box
 from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_result
@@ -22,7 +18,7 @@ from moepp_megatron.workbench.planning.measured.published import error_range
 from moepp_megatron.workbench.planning.outlook import outlook_of
 from moepp_megatron.workbench.planning.plan import Plan
 from moepp_megatron.workbench.planning.planned import Planned
-from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, MUTED, STYLE, VERMILION
+from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, MUTED, VERMILION, png_figure
 from moepp_megatron.workbench.report.plan_models import (
     how_well,
     model_name,
@@ -32,7 +28,7 @@ from moepp_megatron.workbench.report.plan_models import (
     short_name,
     size_words,
 )
-from moepp_megatron.workbench.report.terminal import print_whole
+from moepp_megatron.workbench.report.terminal import print_whole, titled_table
 
 # Bars: the legend's names and colours, and the names in `StepTime.seconds` that they add up.
 _BARS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -98,9 +94,8 @@ def print_plan(plan: Plan, tokens: float, price: float | None) -> None:
 
 
 def _layouts(plan: Plan) -> Table:
-    table = Table(title="layouts, best first", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("", "TP", "CP", "PP", "VPP", "EP", "ETP", "DP", "MBS"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("", "TP", "CP", "PP", "VPP", "EP", "ETP", "DP", "MBS")
+    table = titled_table("layouts, best first", *names)
     table.add_column("recompute, overlap, dispatcher")
     for name in ("GiB", "step s", "tok/s/GPU", "TFLOP/s", "MFU", "a2a"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -222,8 +217,7 @@ def plot(path: Path, plan: Plan) -> None:
         entries.append((f"{model_name(planned)}\n{short_name(planned)}", planned))
     for number, planned in enumerate(plan.layouts[1:], start=2):
         entries.append((f"layout {number}\n{short_name(planned)}", planned))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 1.9 + 0.46 * len(entries)), layout="constrained")
+    with png_figure(path, 10.5, 1.9 + 0.46 * len(entries)) as figure:
         axis = figure.subplots()
         _draw(axis, entries)
         hardware = plan.machine.hardware.name
@@ -236,9 +230,6 @@ def plot(path: Path, plan: Plan) -> None:
         figure.legend(
             *axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5
         )
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=150)
-    write_result(path, content.getvalue())
 
 
 def _draw(axis: Axes, entries: Sequence[tuple[str, Planned]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.table import Table
 
 from moepp_megatron.workbench.planning.measured.published import Range
@@ -10,6 +9,7 @@ from moepp_megatron.workbench.planning.outlook import outlook_of
 from moepp_megatron.workbench.planning.plan import Plan
 from moepp_megatron.workbench.planning.planned import Planned
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.terminal import titled_table
 
 
 def models_table(plan: Plan, errors: Range | None) -> Table:
@@ -20,10 +20,8 @@ def models_table(plan: Plan, errors: Range | None) -> Table:
         errors: How far such estimates were off.
     """
     title = "MoE++ beside vanilla, each in its fastest layout"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("model", no_wrap=True)
-    for name in ("phi", "step s", "range", "speed-up", "same layout", "tok/s/GPU", "a2a"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("phi", "step s", "range", "speed-up", "same layout", "tok/s/GPU", "a2a")
+    table = titled_table(title, "model", *names, words=1)
     table.add_column("layout")
     shown = models(plan)
     base = next((planned for planned in shown if planned.kind == "vanilla"), shown[0])
@@ -66,13 +64,10 @@ def outlooks_table(plan: Plan, tokens: float, price: float | None, errors: Range
         errors: How far such estimates were off.
     """
     title = f"a run of {formatting.big_count(tokens)} tokens, with checkpoints and failures"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("model", no_wrap=True)
     names = ["days", "of these lost", "range", "GPU hours", "MWh"]
     if price is not None:
         names += ["money", "of it lost", "range", "a million tokens"]
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = titled_table(title, "model", *names, words=1)
     for planned in models(plan):
         found = outlook_of(planned, plan.world, plan.machine, tokens, price, errors)
         row = [

@@ -19,6 +19,7 @@ from moepp_megatron.workbench.report.drawing import (
     draw_healthy,
     draw_level,
     legend_above,
+    name_layers,
     new_figure,
     smooth,
     step_axis,
@@ -29,9 +30,6 @@ from moepp_megatron.workbench.report.healthy import QUICKSTART_EXPERTS, healthy_
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.summary import tail
-
-# Beyond this, a layer's row is too thin for its number.
-_MAX_NAMED_LAYERS = 32
 
 
 class HealthSeries(NamedTuple):
@@ -208,7 +206,6 @@ def ffn_histogram(run: RunData) -> Plot | None:
     tables = [record.layer_ffn_histogram for record in tail(measured)]
     shares = np.asarray(tables, dtype=np.float64).mean(axis=0)
     layers, width = shares.shape
-    numbers = layer_numbers(run.config.moe_layers, layers)
     figure = new_figure(height=max(3.1, min(9.0, 1.2 + 0.28 * layers)))
     axes = figure.subplots()
     colours = colormaps["Blues"](np.linspace(0.12, 0.85, width))
@@ -218,10 +215,8 @@ def ffn_histogram(run: RunData) -> Plot | None:
             np.arange(layers), shares[:, count], left=left, color=colours[count], label=str(count)
         )
         left += shares[:, count]
-    stride = -(-layers // _MAX_NAMED_LAYERS)
-    axes.set_yticks(range(0, layers, stride), labels=[str(n) for n in numbers[::stride]])
+    name_layers(axes, layer_numbers(run.config.moe_layers, layers))
     axes.invert_yaxis()
-    axes.set_ylabel("layer")
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1.0))
     axes.set_xlabel("tokens")

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from rich import box
 from rich.table import Table
 
-from moepp_megatron.runtime.atomic import write_result
-from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.planning.simulation.result import Timeline
 from moepp_megatron.workbench.planning.simulation.study import Study
-from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, MUTED, STYLE, VERMILION
+from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, MUTED, VERMILION, png_figure
+from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
-_WIDTH = 120
 _KINDS = {
     "forward": ("forward", BLUE),
     "backward": ("backward", GREEN),
@@ -30,9 +24,7 @@ _KINDS = {
 
 def print_study(study: Study) -> None:
     """Print step times, the cost of each cause, the gain of other exchanges, and goodput."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
+    console = wide_console()
     played = study.played
     each = played.ranks_per_column
     a_stage = (
@@ -58,7 +50,7 @@ def _number(count: int, name: str) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = titled_table(title)
     table.add_column(columns[0])
     for name in columns[1:]:
         table.add_column(name, justify="right", no_wrap=True)
@@ -145,20 +137,16 @@ def plot_study(path: Path, study: Study, title: str) -> None:
     timeline = study.played.timeline
     ranks = 1 + max(bar.rank for bar in timeline.bars)
     height = max(1.6, 0.32 * ranks + 0.9)
-    with mpl.rc_context(STYLE):
-        if varies(study):
-            figure = Figure(figsize=(10.5, 3.0 + height), layout="constrained")
+    is_varied = varies(study)
+    with png_figure(path, 10.5, (3.0 if is_varied else 0.9) + height) as figure:
+        if is_varied:
             upper, lower = figure.subplots(2, 1, height_ratios=(2.4, height))
             _draw_steps(upper, study)
         else:
-            figure = Figure(figsize=(10.5, 0.9 + height), layout="constrained")
             lower = figure.subplots()
             title += f": every step takes {study.played.median:.3f} s, for nothing in it varies"
         figure.suptitle(title, x=0.01, ha="left", color=INK)
         _draw_timeline(lower, timeline, ranks, study.played.columns)
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=150)
-    write_result(path, content.getvalue())
 
 
 def _draw_steps(axis: Axes, study: Study) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import RenderableType
 from rich.measure import Measurement
@@ -13,21 +15,32 @@ from moepp_megatron.runtime.terminal import Console
 _LOG_WIDTH = 120
 
 
-def wide_console(highlight: bool = False) -> Console:
+def wide_console(highlight: bool = False, width: int | None = None) -> Console:
     """A console on which a pipe or a log is as wide as tables want.
 
     Args:
         highlight: Colour numbers in texts, on a terminal.
+        width: Width of a pipe or a log, in characters; None for the usual one.
     """
     console = Console(highlight=highlight)
     if not console.is_terminal:
-        console.width = _LOG_WIDTH
+        console.width = width or _LOG_WIDTH
     return console
 
 
-def titled_table(title: str) -> Table:
-    """A narrow table with a rule below its head and its title on the left."""
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def titled_table(title: str, *columns: str, words: int = 0, narrow: bool = False) -> Table:
+    """A table with a rule below its head and its title on the left.
+
+    Args:
+        title: Its title.
+        columns: Names of the first columns, which do not wrap.
+        words: Number of these, from the left, that hold words; the rest hold numbers.
+        narrow: Leave out the space on the left of each cell.
+    """
+    padding = (0, 1, 0, 0) if narrow else (0, 1)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=padding)
+    _add_columns(table, columns, words)
+    return table
 
 
 def plain_table(*columns: str, words: int = 0) -> Table:
@@ -38,10 +51,13 @@ def plain_table(*columns: str, words: int = 0) -> Table:
         words: Number of columns, from the left, that hold words; the rest hold numbers.
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for place, name in enumerate(columns):
-        is_text = place < words
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
+    _add_columns(table, columns, words)
     return table
+
+
+def _add_columns(table: Table, columns: Sequence[str], words: int) -> None:
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="left" if place < words else "right", no_wrap=True)
 
 
 def print_whole(*parts: RenderableType) -> None:

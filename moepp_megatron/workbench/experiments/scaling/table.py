@@ -41,7 +41,7 @@ def print_records(records: Sequence[ScaleRecord]) -> None:
 
 
 def _table(title: str, records: Sequence[ScaleRecord]) -> Table:
-    table = titled_table(title)
+    table = titled_table(title, narrow=True)
     table.add_column("ranks", justify="right")
     for name in ("layout", "model"):
         table.add_column(name, no_wrap=True)

@@ -37,12 +37,6 @@ class Comparison:
         measured = self.run.tokens_per_s_per_gpu
         return None if measured is None else self.tokens_per_s_per_gpu / measured - 1.0
 
-    @property
-    def memory_error(self) -> float | None:
-        """Predicted over measured peak, less 1."""
-        measured = self.run.row.measured.peak_memory_gib
-        return None if measured is None else self.memory_gib / measured - 1.0
-
     def record(self) -> dict[str, object]:
         """The entry of `--json`."""
         return {

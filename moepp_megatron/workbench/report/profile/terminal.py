@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.profiling.summary import ProfileSummary
 from moepp_megatron.workbench.report import formatting
@@ -20,24 +17,20 @@ from moepp_megatron.workbench.report.profile.rows import (
     layer_rows,
     rank_rows,
 )
+from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
-# A log has no width of its own; the widest table fits.
+# The widest table fits.
 _LOG_WIDTH = 150
 
 
-def print_profile(
-    document: dict[str, Any], findings: Sequence[str], console: Console | None = None
-) -> None:
+def print_profile(document: dict[str, Any], findings: Sequence[str]) -> None:
     """Print findings in words, then tables.
 
     Args:
         document: Result of `profiling.document`.
         findings: Sentences.
-        console: Console to print on; the terminal if None.
     """
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = _LOG_WIDTH
+    console = wide_console(highlight=True, width=_LOG_WIDTH)
     for sentence in findings:
         console.print(f"- {sentence}", highlight=False)
     _print(
@@ -58,11 +51,9 @@ def print_profile(
     _print(console, "Ranks, ms", RANK_COLUMNS, rank_rows(document), words=0)
 
 
-def print_summary(summary: ProfileSummary, console: Console | None = None) -> None:
+def print_summary(summary: ProfileSummary) -> None:
     """Print a recording of collectives only: sums per rank over the recording."""
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = _LOG_WIDTH
+    console = wide_console(highlight=True, width=_LOG_WIDTH)
     rows = [
         (
             row.operation,
@@ -88,9 +79,7 @@ def _print(
     rows: Sequence[Sequence[str]],
     words: int,
 ) -> None:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for place, name in enumerate(columns):
-        table.add_column(name, no_wrap=True, justify="left" if place < words else "right")
+    table = titled_table(title, *columns, words=words)
     for row in rows:
         table.add_row(*row)
     console.print(table)

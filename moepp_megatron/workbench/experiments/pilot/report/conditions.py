@@ -146,7 +146,7 @@ def room(verdict: ArmVerdict, model: TargetModel) -> list[str]:
     return [text + f"leaves {formatting.percent(left)} of room to break-even."]
 
 
-def if_it_does_not(result: PilotResult, verdict: ArmVerdict) -> str:
+def if_it_does_not(result: PilotResult) -> str:
     """The consequences if MoE++ does not pay."""
     if result.is_open:
         return "It stays undecided: stay with vanilla. Nothing here argues for a larger run."

@@ -64,7 +64,7 @@ def stages(result: PilotResult) -> list[Stage]:
     if result.recommended is None:
         return [first]
     second = _node(result, verdict, outcome, commands)
-    return [first, second, _cluster(result, verdict, outcome, commands)]
+    return [first, second, _cluster(result, verdict, commands)]
 
 
 def _pilot(
@@ -80,7 +80,7 @@ def _pilot(
             f"{verdict.arm} pays, or may pay, at the target, about which you decide. Found: "
             f"{verdict.at_target}; at the pilot's scale {verdict.at_pilot}."
         ]
-    go_back = [if_it_does_not(result, verdict)]
+    go_back = [if_it_does_not(result)]
     if verdict.at_pilot == "undecided":
         go_back.append(if_undecided(result, verdict))
     return Stage(
@@ -135,9 +135,7 @@ def _node(
     )
 
 
-def _cluster(
-    result: PilotResult, verdict: ArmVerdict, outcome: ArmOutcome, commands: Commands
-) -> Stage:
+def _cluster(result: PilotResult, verdict: ArmVerdict, commands: Commands) -> Stage:
     target = result.target
     model = target.model_of(verdict.arm) if target is not None else None
     watch = ["The same metrics; their ranges are those of stage 2 now."]

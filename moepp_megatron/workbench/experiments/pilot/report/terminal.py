@@ -52,7 +52,9 @@ def print_pilot(result: PilotResult) -> None:
 
 
 def _arms(result: PilotResult, is_wide: bool) -> Table:
-    table = titled_table("arms; in brackets 95% intervals over seeds, of pairs with vanilla")
+    table = titled_table(
+        "arms; in brackets 95% intervals over seeds, of pairs with vanilla", narrow=True
+    )
     table.add_column("arm")
     names = ("valid loss", "less vanilla's", "step", "over vanilla's", "tok/s", "FFN", "a2a MB")
     for name in names:
@@ -81,7 +83,7 @@ def _interval(found: Interval | None, show: Callable[[float], str]) -> str:
 
 
 def _verdicts(result: PilotResult) -> Table:
-    table = titled_table("nats less vanilla's; 95% intervals in brackets")
+    table = titled_table("nats less vanilla's; 95% intervals in brackets", narrow=True)
     table.add_column("arm", no_wrap=True)
     for name in ("after vanilla's time", "at equal compute", "probability"):
         table.add_column(name, justify="right")
@@ -119,7 +121,7 @@ def _target(result: PilotResult, is_wide: bool) -> Table:
     target = result.target
     assert target is not None, "the caller has one"
     tokens = formatting.big_count(target.tokens)
-    table = titled_table(f"{target.title}, {tokens} tokens, by the cost model")
+    table = titled_table(f"{target.title}, {tokens} tokens, by the cost model", narrow=True)
     table.add_column("model")
     table.add_column("layout")
     priced = target.price_per_hour is not None
