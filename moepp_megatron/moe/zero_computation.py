@@ -148,9 +148,17 @@ class ZeroComputationExperts(MegatronModule):
 
     @property
     def mixing_rows(self) -> Tensor | None:
-        """[2C, D] U, one row for each mixing logit; None without constant experts."""
+        """[2C, D] U, one row for each mixing logit; None without constant experts.
+
+        Every pass asks for it before it uses U or V, so here is where they are waited for.
+        """
         if self.moepp.num_constant_experts == 0:
             return None
+        # The router multiplies by U and a kernel reads V, so nobody calls this module. Weights that
+        # are still being gathered (`parallel.overlap_param_gather`) are waited for in a hook before
+        # the call.
+        for hook in self._forward_pre_hooks.values():
+            hook(self, ())
         return self.mixing_weight.flatten(0, 1)
 
     def _mixing_logits(self, x: Tensor, logits: Tensor | None) -> Tensor:
