@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import socket
 from dataclasses import dataclass
 
 import psutil
+
+from moepp_megatron.runtime.rank import RankEnvironment
 
 _DEFAULT_PORT = 29500
 # An address of no machine (RFC 5737), to ask for the route to any other machine.
@@ -86,6 +89,20 @@ class Nodes:
         options += ["--rdzv-endpoint", f"{_bracketed(self.host)}:{self.port}"]
         options += ["--rdzv-id", self.run_id]
         return [*options, "--restart-timeout", str(self.restart_timeout_s)]
+
+
+def interface_of_rank(rank: RankEnvironment) -> str | None:
+    """The network interface of a rank towards the other machines; None for one or if unknown."""
+    if rank.world_size == rank.local_world_size:
+        return None
+    host = os.environ.get("MASTER_ADDR") if rank.meets_at is None else rank.meets_at[0]
+    if not host:
+        return None
+    try:
+        return Nodes(rank.world_size, None, host).interface()
+    except OSError:
+        # Whoever needs the host says so.
+        return None
 
 
 def _address_towards(host: str, port: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from moepp_megatron.config import Config, parse_config
 from moepp_megatron.runtime import nodes
 from moepp_megatron.runtime.launch import LaunchOptions, _torchrun
-from moepp_megatron.runtime.nodes import Nodes, parse_endpoint
+from moepp_megatron.runtime.nodes import Nodes, interface_of_rank, parse_endpoint
 from moepp_megatron.runtime.rank import RankEnvironment, first_host
 from moepp_megatron.runtime.rank_environment import (
     adopt_rank_variables,
@@ -57,6 +58,22 @@ def test_a_rank_without_launcher_adopts_what_still_matters(monkeypatch) -> None:
     assert os.environ.items() <= launched.items()
     assert os.environ["NCCL_DEBUG"] == "INFO"
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+def test_a_rank_without_launcher_finds_its_interface(monkeypatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    alone = RankEnvironment(world_size=2, local_world_size=2, meets_at=("127.0.0.1", 80, True))
+    spread = dataclasses.replace(alone, world_size=4)
+    nowhere = dataclasses.replace(spread, meets_at=None)
+    assert interface_of_rank(alone) is None
+    assert interface_of_rank(nowhere) is None
+    loopback = interface_of_rank(spread)
+    assert loopback is not None
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert interface_of_rank(nowhere) == loopback
+    monkeypatch.setattr(os, "environ", {})
+    adopt_rank_variables(layout(), loopback)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
 
 
 CP, EP = {"context_parallel_size": 2}, {"expert_model_parallel_size": 2}
