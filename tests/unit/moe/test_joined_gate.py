@@ -74,6 +74,15 @@ def test_hidden_states_become_fp32_once_a_pass(moe, changes, products):
     assert backward.products == 2 * products + 2 * of_constants
 
 
+def test_weights_of_one_product_are_neighbours():
+    """Or a layer's FFN experts lie between them in the order in which parameters are gathered."""
+    layer = build_layer(
+        MoEPPConfig(num_ffn_experts=4), moe_shared_expert_intermediate_size=8, add_bias_linear=False
+    )
+    owners = dict.fromkeys(name.split(".")[0] for name, _ in layer.named_parameters())
+    assert list(owners) == ["router", "zero_computation", "experts", "shared_experts"]
+
+
 def gemm(A: Any, B: Any, out_dtype: Any, layout: str, **unused: Any) -> list[torch.Tensor]:
     """Transformer Engine's product, which takes factors of one type (cuBLASLt)."""
     assert A.dtype == B.dtype, f"{A.dtype} times {B.dtype}"
