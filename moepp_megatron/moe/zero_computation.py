@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from megatron.core.distributed import distributed_data_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -155,10 +156,11 @@ class ZeroComputationExperts(MegatronModule):
         if self.moepp.num_constant_experts == 0:
             return None
         # The router multiplies by U and a kernel reads V, so nobody calls this module. Weights that
-        # are still being gathered (`parallel.overlap_param_gather`) are waited for in a hook before
-        # the call.
+        # are still being gathered (overlap_param_gather) are waited for in a hook before the call.
+        # megatron-core starts it by hand, too, before a graph (`call_ddp_preforward_hook`).
         for hook in self._forward_pre_hooks.values():
-            hook(self, ())
+            if getattr(hook, "__module__", None) == distributed_data_parallel.__name__:
+                hook(self)
         return self.mixing_weight.flatten(0, 1)
 
     def _mixing_logits(self, x: Tensor, logits: Tensor | None) -> Tensor:
