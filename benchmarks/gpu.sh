@@ -74,7 +74,14 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$work/triton}
 commit=$(git describe --always --dirty --abbrev=40 2>/dev/null || printf unknown)
 
 has() { [[ ,$steps, == *,$1,* ]]; }
-failed=0
+failed=0 part=''
+# Ends the part that runs, and with it the script.
+# shellcheck disable=SC2317  # called by the trap
+interrupted() {
+    [[ -z $part ]] || { kill "$part" 2>/dev/null && wait "$part"; } || true
+    die 'interrupted; the same command goes on' 130
+}
+trap interrupted INT TERM
 # Whether a part has passed with this commit. Changes that are not committed have no name to go by.
 passed() {
     [[ -z $again && $commit != *-dirty && -e $work/steps.tsv ]] || return 1
@@ -91,7 +98,11 @@ run() {
         printf 'passed before with %.12s\n' "$commit"
         return
     fi
-    timeout --kill-after=30 600 "$@" || status=$?
+    # Waited for, not in the foreground: no Ctrl-C reaches what `timeout` runs, in its own group.
+    timeout --kill-after=30 600 "$@" &
+    part=$!
+    wait "$part" || status=$?
+    part=''
     # 3: this machine cannot do it, with the reason above.
     ((status == 0 || status == 3)) || failed=1
     printf '%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - begin))" "$commit" >>"$work/steps.tsv"

@@ -98,12 +98,7 @@ class MoEPPLayer(MoELayer):
         refuse_ignored(config, moepp)
         refuse_uncapturable(config)
         if is_mtp_layer:
-            raise ValueError(
-                f"TransformerConfig.mtp_num_layers ({config.mtp_num_layers}) must come with "
-                "mtp_block_spec=get_moepp_mtp_block_spec(...) and MoEPPGPTModel, because "
-                "megatron-core's own MTP layers get no router logits of the layer before; use "
-                "these, or None"
-            )
+            raise ValueError(_no_mtp_layer(config))
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
@@ -116,6 +111,11 @@ class MoEPPLayer(MoELayer):
             moepp.deduplicate_dispatch,
         )
         self.zero_computation = ZeroComputationExperts(config, moepp)
+        # Parameters are gathered and gradients reduced in the order of modules. The router uses
+        # these experts' weights, so they come beside it, not a layer's FFN experts away.
+        for module in ("experts", "shared_experts"):
+            if module in self._modules:
+                self._modules[module] = self._modules.pop(module)
         self.fuses_local = use_kernels(moepp.fused)
         self.fuses_combine = self.fuses_local and isinstance(self.token_dispatcher, RowDispatcher)
         # The combined schedule has its own nodes; whoever calls the layer besides waits at once.
@@ -321,6 +321,14 @@ class MoEPPLayer(MoELayer):
             addend = addend.reshape(-1, hidden_states.shape[-1])
         rows, table = cast(RowDispatcher, self.token_dispatcher).combine_rows(returning)
         return combine(rows, table, zero, addend, self.moepp)
+
+
+def _no_mtp_layer(config: TransformerConfig) -> str:
+    return (
+        f"TransformerConfig.mtp_num_layers ({config.mtp_num_layers}) must come with "
+        "mtp_block_spec=get_moepp_mtp_block_spec(...) and MoEPPGPTModel, because megatron-core's "
+        "own MTP layers get no router logits of the layer before; use these, or None"
+    )
 
 
 def moepp_layers(model: torch.nn.Module) -> list[MoEPPLayer]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
@@ -247,7 +248,8 @@ class MoEPPRouter(TopKRouter):
         """
         if not self.moepp.two_layer_gate:
             return hidden
-        return router_gating_linear(torch.tanh(hidden), self.output_weight, None, hidden.dtype)
+        # Not megatron-core's product, which with Transformer Engine takes no factors of two types.
+        return F.linear(torch.tanh(hidden), self.output_weight.to(hidden.dtype))
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Select experts, weigh them, attach the losses, apply capacity limits.

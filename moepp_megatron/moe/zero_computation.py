@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from megatron.core.distributed import distributed_data_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -148,9 +149,18 @@ class ZeroComputationExperts(MegatronModule):
 
     @property
     def mixing_rows(self) -> Tensor | None:
-        """[2C, D] U, one row for each mixing logit; None without constant experts."""
+        """[2C, D] U, one row for each mixing logit; None without constant experts.
+
+        Every pass asks for it before it uses U or V, so here is where they are waited for.
+        """
         if self.moepp.num_constant_experts == 0:
             return None
+        # The router multiplies by U and a kernel reads V, so nobody calls this module. Weights that
+        # are still being gathered (overlap_param_gather) are waited for in a hook before the call.
+        # megatron-core starts it by hand, too, before a graph (`call_ddp_preforward_hook`).
+        for hook in self._forward_pre_hooks.values():
+            if getattr(hook, "__module__", None) == distributed_data_parallel.__name__:
+                hook(self)
         return self.mixing_weight.flatten(0, 1)
 
     def _mixing_logits(self, x: Tensor, logits: Tensor | None) -> Tensor:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
+import os
 import socket
 from dataclasses import dataclass
 
 import psutil
 
+from moepp_megatron.runtime.rank import RankEnvironment
+
 _DEFAULT_PORT = 29500
+# An address of no machine (RFC 5737), to ask for the route to any other machine.
+_ELSEWHERE = "192.0.2.1"
 # How much longer torchrun waits for the other machines than the launcher does.
 _GRACE_S = 60
 
@@ -38,15 +45,15 @@ class Nodes:
     def local_address(self) -> str:
         """The address by which the others reach this machine.
 
-        Not the host's name: many machines map theirs to a loopback address.
+        Not the host's name: many machines map theirs to a loopback address. So does the first
+        machine, for which `host` may be its own name: then the address by which it reaches others.
         """
-        # Connecting a datagram socket sends nothing; it only chooses the route.
-        family, kind, protocol, _, target = socket.getaddrinfo(
-            self.host, self.port, type=socket.SOCK_DGRAM
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(target)
-            return str(probe.getsockname()[0])
+        address = _address_towards(self.host, self.port)
+        if not _is_loopback(address) or self.host == "localhost" or _is_loopback(self.host):
+            return address
+        with contextlib.suppress(OSError):
+            return _address_towards(_ELSEWHERE, self.port)
+        return address
 
     def interface(self) -> str | None:
         """The network interface with `local_address`, or None if it is unknown."""
@@ -82,6 +89,37 @@ class Nodes:
         options += ["--rdzv-endpoint", f"{_bracketed(self.host)}:{self.port}"]
         options += ["--rdzv-id", self.run_id]
         return [*options, "--restart-timeout", str(self.restart_timeout_s)]
+
+
+def interface_of_rank(rank: RankEnvironment) -> str | None:
+    """The network interface of a rank towards the other machines; None for one or if unknown."""
+    if rank.world_size == rank.local_world_size:
+        return None
+    host = os.environ.get("MASTER_ADDR") if rank.meets_at is None else rank.meets_at[0]
+    if not host:
+        return None
+    try:
+        return Nodes(rank.world_size, None, host).interface()
+    except OSError:
+        # Whoever needs the host says so.
+        return None
+
+
+def _address_towards(host: str, port: int) -> str:
+    """This machine's address on the way to another one."""
+    # Connecting a datagram socket sends nothing; it only chooses the route.
+    family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0])
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether it is an address, no name, that only this machine reaches itself by."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
 
 
 def _bracketed(host: str) -> str:

@@ -184,13 +184,17 @@ def with_rank_variables(
     return result
 
 
-def adopt_rank_variables(config: Config) -> None:
+def adopt_rank_variables(config: Config, interface: str | None = None) -> None:
     """Give this rank of a training run its variables; call it before torch is imported.
 
     CUDA, torch's allocator and NCCL read their variables once, when they start.
+
+    Args:
+        config: The run's configuration.
+        interface: As for `rank_variables`.
     """
     _set_default(os.environ, connections(config))
-    for variable in rank_variables(num_local_ranks=1):
+    for variable in rank_variables(1, interface):
         if not variable.only_at_start:
             _set_default(os.environ, variable)
 

@@ -20,6 +20,7 @@ from moepp_megatron.config import (
 from moepp_megatron.config.plugins import check_plugins, load_plugin
 from moepp_megatron.runtime.install import how_to_install
 from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
+from moepp_megatron.runtime.nodes import interface_of_rank
 from moepp_megatron.runtime.object_store import check_store, place
 from moepp_megatron.runtime.optional import have_lm_eval
 from moepp_megatron.runtime.rank import RankEnvironment
@@ -126,7 +127,7 @@ class TrainRequest:
             if doubt is not None:
                 warn(doubt)
         if not self.starts_ranks:
-            adopt_rank_variables(config)
+            adopt_rank_variables(config, interface_of_rank(self.rank))
         from moepp_megatron.data.prepared_data import check_data
         from moepp_megatron.runtime.fit import check_fit
 

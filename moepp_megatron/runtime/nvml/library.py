@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# In place of a link's number in a field of NVLink: the sum over all links (nvml.h, `scopeId`).
+ALL_LINKS = 2**32 - 1
+
 
 class Library:
     """NVML's functions, without its exceptions.
@@ -35,8 +38,8 @@ class Library:
                 faults.append(str(error))
             return None
 
-    def fields(self, handle: Any, *fields: int) -> list[int | None]:
-        """Field values of a GPU, each None where it has none."""
+    def fields(self, handle: Any, *fields: int | tuple[int, int]) -> list[int | None]:
+        """Field values of a GPU, each None where it has none; of an NVLink field (field, link)."""
         values = self.ask("nvmlDeviceGetFieldValues", handle, list(fields))
         if values is None:
             return [None] * len(fields)

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from moepp_megatron.runtime.nvml.card_reader import CardReader
-from moepp_megatron.runtime.nvml.library import Library, scaled, text
+from moepp_megatron.runtime.nvml.library import ALL_LINKS, Library, scaled, text
 from moepp_megatron.runtime.nvml.state import Driver, GPUState, Sample
 from moepp_megatron.runtime.nvml.visible import bare_uuid, visible_indices
 
@@ -145,8 +145,8 @@ class Nvml:
         memory = self._library.ask("nvmlDeviceGetMemoryInfo", handle)
         tx, rx = self._library.fields(
             handle,
-            library.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
-            library.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
+            (library.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, ALL_LINKS),
+            (library.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX, ALL_LINKS),
         )
         pcie: list[float | None] = [None, None]
         if with_traffic:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe import moe_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -71,6 +72,39 @@ def test_hidden_states_become_fp32_once_a_pass(moe, changes, products):
     of_constants = 1 if moepp.num_constant_experts else 0
     assert forward.products == products + of_constants
     assert backward.products == 2 * products + 2 * of_constants
+
+
+def test_weights_of_one_product_are_neighbours():
+    """Or a layer's FFN experts lie between them in the order in which parameters are gathered."""
+    layer = build_layer(
+        MoEPPConfig(num_ffn_experts=4), moe_shared_expert_intermediate_size=8, add_bias_linear=False
+    )
+    owners = dict.fromkeys(name.split(".")[0] for name, _ in layer.named_parameters())
+    assert list(owners) == ["router", "zero_computation", "experts", "shared_experts"]
+
+
+def gemm(A: Any, B: Any, out_dtype: Any, layout: str, **unused: Any) -> list[torch.Tensor]:
+    """Transformer Engine's product, which takes factors of one type (cuBLASLt)."""
+    assert A.dtype == B.dtype, f"{A.dtype} times {B.dtype}"
+    left = B.float().T if layout[1] == "T" else B.float()
+    right = A.float().T if layout[0] == "T" else A.float()
+    return [(left @ right).to(out_dtype)]
+
+
+@pytest.mark.parametrize("moe", [{}, {"two_layer_gate": True}, {"num_constant_experts": 0}])
+@pytest.mark.parametrize("jitter", [None, 0.1], ids=["joined", "apart"])
+def test_transformer_engine_multiplies_what_it_can(monkeypatch, moe, jitter):
+    moepp = MoEPPConfig(num_ffn_experts=4, **moe)
+    layer = build_layer(moepp, **BF16, moe_input_jitter_eps=jitter)
+    products = []
+
+    def counted(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        products.append(kwargs["layout"])
+        return gemm(*args, **kwargs)
+
+    monkeypatch.setattr(moe_utils, "te_general_gemm", counted)
+    passes(layer, moepp)
+    assert {"TN", "NN", "NT"} == set(products)
 
 
 def test_products_in_fp64_stay_apart():

@@ -525,11 +525,11 @@ def test_ffn_demands_with_the_fused_combine(compiled, demand):
     assert_close(outputs[1], outputs[0], "output")
 
 
-@pytest.mark.parametrize(("changes", "dispatcher", "megatron"), LAYERS)
-def test_layer_with_and_without_kernels(compiled, changes, dispatcher, megatron):
+@pytest.mark.parametrize(("changes", "dispatcher", "others"), LAYERS)
+def test_layer_with_and_without_kernels(compiled, changes, dispatcher, others):
     config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, **changes)
-    plain = build_layer(dataclasses.replace(config, fused=False), dispatcher=dispatcher, **megatron)
-    fused = build_layer(dataclasses.replace(config, fused=True), dispatcher=dispatcher, **megatron)
+    plain = build_layer(dataclasses.replace(config, fused=False), dispatcher=dispatcher, **others)
+    fused = build_layer(dataclasses.replace(config, fused=True), dispatcher=dispatcher, **others)
     fused.load_state_dict(plain.state_dict())
     for layer in (plain, fused):
         layer.to(DEVICE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from typing import Any
@@ -10,8 +11,9 @@ import psutil
 import pytest
 
 from moepp_megatron.config import Config, parse_config
+from moepp_megatron.runtime import nodes
 from moepp_megatron.runtime.launch import LaunchOptions, _torchrun
-from moepp_megatron.runtime.nodes import Nodes, parse_endpoint
+from moepp_megatron.runtime.nodes import Nodes, interface_of_rank, parse_endpoint
 from moepp_megatron.runtime.rank import RankEnvironment, first_host
 from moepp_megatron.runtime.rank_environment import (
     adopt_rank_variables,
@@ -56,6 +58,22 @@ def test_a_rank_without_launcher_adopts_what_still_matters(monkeypatch) -> None:
     assert os.environ.items() <= launched.items()
     assert os.environ["NCCL_DEBUG"] == "INFO"
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+def test_a_rank_without_launcher_finds_its_interface(monkeypatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    alone = RankEnvironment(world_size=2, local_world_size=2, meets_at=("127.0.0.1", 80, True))
+    spread = dataclasses.replace(alone, world_size=4)
+    nowhere = dataclasses.replace(spread, meets_at=None)
+    assert interface_of_rank(alone) is None
+    assert interface_of_rank(nowhere) is None
+    loopback = interface_of_rank(spread)
+    assert loopback is not None
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert interface_of_rank(nowhere) == loopback
+    monkeypatch.setattr(os, "environ", {})
+    adopt_rank_variables(layout(), loopback)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
 
 
 CP, EP = {"context_parallel_size": 2}, {"expert_model_parallel_size": 2}
@@ -232,14 +250,42 @@ def test_wrong_endpoint(text: str) -> None:
 
 
 def test_address_and_interface_are_those_of_the_route() -> None:
-    nodes = Nodes(2, 0, "127.0.0.1")
-    assert nodes.local_address() == "127.0.0.1"
-    name = nodes.interface()
+    machines = Nodes(2, 0, "127.0.0.1")
+    assert machines.local_address() == "127.0.0.1"
+    name = machines.interface()
     assert name is not None
     assert any(
         each.family == socket.AF_INET and each.address == "127.0.0.1"
         for each in psutil.net_if_addrs()[name]
     )
+
+
+@pytest.mark.parametrize(
+    ("host", "towards_host", "expected"),
+    [
+        ("node1", "127.0.1.1", "10.0.0.7"),  # the first machine by its own name, as Debian has it
+        ("node1", "10.0.0.8", "10.0.0.8"),
+        ("localhost", "127.0.0.1", "127.0.0.1"),
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+        ("::1", "::1", "::1"),
+    ],
+)
+def test_own_name_does_not_lead_back_here(
+    monkeypatch: pytest.MonkeyPatch, host: str, towards_host: str, expected: str
+) -> None:
+    addresses = {"192.0.2.1": "10.0.0.7", host: towards_host}
+    monkeypatch.setattr(nodes, "_address_towards", lambda host, port: addresses[host])
+    assert Nodes(2, 0, host).local_address() == expected
+
+
+def test_own_name_where_there_is_no_other_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def towards(host: str, port: int) -> str:
+        if host == "192.0.2.1":
+            raise OSError("Network is unreachable")
+        return "127.0.1.1"
+
+    monkeypatch.setattr(nodes, "_address_towards", towards)
+    assert Nodes(2, 0, "node1").local_address() == "127.0.1.1"
 
 
 def test_torchrun_is_told_who_hosts_the_meeting() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks import record
@@ -130,14 +133,33 @@ def test_wrong_usage_of_the_script(arguments: list[str], status: int, message: s
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_part_that_has_passed_is_not_run_again(tmp_path: Path) -> None:
+def functions_of_the_script(*names: str) -> str:
     script = (ROOT / "benchmarks/gpu.sh").read_text()
-    functions = [
-        script[script.index(f"\n{name}() {{") : script.index("\n}\n", script.index(f"\n{name}()"))]
-        for name in ("passed", "run")
-    ]
+    begins = [script.index(f"\n{name}() {{") for name in names]
+    return "".join(f"{script[begin : script.index('\n}\n', begin)]}\n}}" for begin in begins)
+
+
+def test_an_interrupt_ends_the_part_and_the_script(tmp_path: Path) -> None:
+    """As a terminal's Ctrl-C, which reaches the script's group and not what `timeout` runs."""
+    program = "set -euo pipefail; work=$1 commit=abc again= failed=0 part="
+    program += functions_of_the_script("die", "interrupted", "passed", "run")
+    program += (
+        "\ntrap interrupted INT; run part bash -c 'echo $$ >&2; exec sleep 100'; run next true"
+    )
+    command = ["bash", "-c", program, "gpu.sh", str(tmp_path)]
+    script = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert script.stderr is not None
+    part = int(script.stderr.readline())
+    os.killpg(script.pid, signal.SIGINT)
+    assert script.wait(20) == 130
+    assert script.stderr.read() == "error: interrupted; the same command goes on\n"
+    assert not psutil.pid_exists(part)
+    assert not (tmp_path / "steps.tsv").exists()
+
+
+def test_a_part_that_has_passed_is_not_run_again(tmp_path: Path) -> None:
     program = "set -euo pipefail; work=$1 commit=$2 again=$3 failed=0"
-    program += "".join(f"{function}\n}}" for function in functions)
+    program += functions_of_the_script("passed", "run")
     program += '\nrun part bash -c "echo ran; exit $4" | grep -c "^ran"; exit 0'
 
     def ran(commit: str, again: str = "", status: int = 0) -> int:

@@ -12,6 +12,12 @@ from typing import Any
 import pynvml
 
 LINKS = 18
+# Fields that each link has by itself, and what NVML takes for their sum in place of a link.
+_OF_LINKS = (
+    pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
+    pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
+)
+_ALL_LINKS = 0xFFFFFFFF
 
 
 def answers(index: int = 0, **changes: Any) -> dict[str, Any]:
@@ -151,16 +157,21 @@ class FakeNvml:
     def nvmlDeviceGetNvLinkErrorCounter(self, handle: int, link: int, counter: int) -> int:
         return self._cards[handle]["link_errors"].get((link, counter), 0)
 
-    def nvmlDeviceGetFieldValues(self, handle: int, fields: list[int]) -> list[SimpleNamespace]:
-        known = self._cards[handle]["fields"]
-        return [
-            SimpleNamespace(
-                nvmlReturn=0 if field in known else pynvml.NVML_ERROR_NOT_SUPPORTED,
-                valueType=pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG,
-                value=SimpleNamespace(ullVal=known.get(field)),
-            )
-            for field in fields
-        ]
+    def nvmlDeviceGetFieldValues(self, handle: int, fields: list[Any]) -> list[SimpleNamespace]:
+        return [self._field_value(self._cards[handle], field) for field in fields]
+
+    @staticmethod
+    def _field_value(card: dict[str, Any], field: int | tuple[int, int]) -> SimpleNamespace:
+        # nvidia-ml-py leaves the scope of a bare number 0, which is the first link.
+        number, link = field if isinstance(field, tuple) else (field, 0)
+        value = card["fields"].get(number)
+        if number in _OF_LINKS and value is not None and link != _ALL_LINKS:
+            value //= len(card["links"])
+        return SimpleNamespace(
+            nvmlReturn=pynvml.NVML_ERROR_NOT_SUPPORTED if value is None else 0,
+            valueType=pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG,
+            value=SimpleNamespace(ullVal=value),
+        )
 
 
 def _answer(card: dict[str, Any], name: str) -> Any:

@@ -1,0 +1,46 @@
+"""Parameters that are gathered in many small buckets while the forward pass begins to use them.
+
+megatron-core gathers about 40 M parameters at once, so a test's model is in one bucket, and waiting
+for any of its parameters is waiting for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import EP2, STEPS, Run, assemble, compare, short, train
+
+# fp32 rounds by 6e-8; sums in another order, carried on by a step of Adam (see test_matrix).
+FP32 = 1e-5
+OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, OVERLAPPED),
+    "ep2 dp2": (4, {**OVERLAPPED, **EP2}),
+}
+# Four data-parallel ranks have a sequence each.
+TRAINING = {"micro_batch_size": 1}
+
+
+def train_in_small_buckets(raw: dict[str, Any], steps: int) -> tuple[Run, list[Any]]:
+    """`train` with a bucket for each parameter."""
+    from moepp_megatron.runtime.patches import replaced
+    from moepp_megatron.training import setup
+
+    small = partial(setup.DistributedDataParallelConfig, bucket_size=1)
+    with replaced(setup, DistributedDataParallelConfig=small):
+        return train(raw, steps)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_parameter_is_read_before_it_is_gathered(
+    ranks: RankPools, alone: Callable[..., Run], layout: str
+) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    raw = short(parallel=parallel, training=TRAINING)
+    run = assemble(ranks(world_size).run(train_in_small_buckets, raw, STEPS))
+    compare(run, alone(short(training=TRAINING)), FP32)
