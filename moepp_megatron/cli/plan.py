@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -195,24 +195,18 @@ def _require_fit(result: Plan) -> None:
 
 
 def _write_layout(out: Path, result: Plan, config: Path, overrides: list[str]) -> None:
-    from moepp_megatron.config.load import parse_override
+    from moepp_megatron.config.load import overriding_sections
     from moepp_megatron.runtime.atomic import write_result
     from moepp_megatron.workbench.planning.overlay import overlay_text
 
     best = result.best
     assert best is not None, "a layout that fits was required"
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        section, key, value = parse_override(override)
-        first, *inner = key.split(".")
-        for name in reversed(inner):
-            value = {name: value}
-        changes.setdefault(section, {})[first] = value
     comment = (
         f"Planned for {result.world} {result.machine.hardware.name}: {best.step.total:.3f} s per "
         f"step, {best.memory_gib:.1f} GiB per GPU (estimates)."
     )
     layers = result.config.model.num_layers
+    changes = overriding_sections(overrides)
     text = overlay_text(best.grid, layers, config, out, changes, comment)
     write_result(out, text.encode())
     _check(out, result)

@@ -108,10 +108,20 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: Same as for `load_config`.
     """
-    content: Content = config.model_dump(mode="json", exclude_unset=True)
+    content = config.model_dump(mode="json", exclude_unset=True)
+    return parse_config(_merge(content, overriding_sections(overrides)))
+
+
+def overriding_sections(overrides: Sequence[str]) -> Content:
+    """The sections that `section.key=value` overrides set; later ones win.
+
+    Raises:
+        ConfigError: If an override cannot be read.
+    """
+    content: Content = {}
     for override in overrides:
         content = _merge(content, _overriding(override))
-    return parse_config(content)
+    return content
 
 
 def parse_override(override: str) -> tuple[str, str, Any]:

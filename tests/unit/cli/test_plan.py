@@ -102,6 +102,23 @@ def test_table_json_plot_and_layout(plan, tmp_path: Path, capsys) -> None:
     assert best["tokens_per_s_per_gpu"] == pytest.approx(64 * 2048 / best["step_time_s"] / 16)
 
 
+def test_the_written_layout_has_all_overrides(plan, tmp_path: Path) -> None:
+    """Two in one section inside a section, and a section by its word, as CONFIG may have them."""
+    out = tmp_path / "best.yaml"
+    budget = ("moe.budget.target_ffn_per_token=1.2", "moe.budget.response=0.01")
+    overrides = ("model.num_layers=2", *budget, "routing_guard=safe")
+    assert plan(*overrides, "--gpus", "2", "--out", str(out)) == 0
+    written = load_config(out)
+    assert written.moe.budget is not None
+    assert (written.moe.budget.target_ffn_per_token, written.moe.budget.response) == (1.2, 0.01)
+    asked = load_config(tmp_path / "config.yaml", overrides)
+    assert (
+        written.routing_guard
+        == asked.routing_guard
+        != load_config(tmp_path / "config.yaml").routing_guard
+    )
+
+
 def test_a_ramp_of_the_batch_trains_on_less(plan, tmp_path: Path) -> None:
     """10 steps of 32 sequences, until 655,360 tokens are read, then 90 of 64."""
     data = tmp_path / "plan.json"
