@@ -277,3 +277,11 @@ def test_json_that_is_printed_needs_a_folder(
     code, out, error = _run(["config", "keys", "moe.tau", "--json", "-"], monkeypatch, capsys)
     assert (code, out) == (3, "")
     assert error.startswith("error: --json (-) needs a temporary folder that can be written (")
+
+
+def test_a_full_disk_behind_stdout_is_one_line():
+    words = [sys.executable, "-m", "moepp_megatron.cli.main", "config", "keys", "moe.tau"]
+    with open("/dev/full", "w") as stdout:
+        done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 3
+    assert done.stderr == "error: stdout: No space left on device; free space\n"
