@@ -11,6 +11,7 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.config.blends import blends_of, folders_of
 from moepp_megatron.config.load import config_layers
+from moepp_megatron.observe.status import read_status
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint import CONFIG_FILE, list_checkpoints
 from moepp_megatron.training.checkpoint.find import checkpoints_of
@@ -91,6 +92,11 @@ def owner_of_checkpoints(config: Config) -> Path | None:
     folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
     if _is_inside(checkpoints, folder):
         return None
+    home = Path(os.path.realpath(checkpoints)).parent
+    is_own_name = checkpoints.name == "checkpoints" and not isinstance(checkpoints, ObjectPath)
+    # Of a run that has not saved yet, too.
+    if is_own_name and read_status(home) is not None:
+        return checkpoints.parent
     for checkpoint in list_checkpoints(checkpoints):
         try:
             owner = Path(load_config(checkpoint / CONFIG_FILE).run.dir)

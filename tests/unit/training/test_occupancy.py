@@ -232,6 +232,13 @@ def test_checkpoints_of_another_run_are_never_shared(run, write, start: Start) -
     enter(config, RESUME)
 
 
+def test_nor_is_the_place_of_a_run_that_has_not_saved_yet(run) -> None:
+    other = run.with_name("other")
+    alive(other)
+    with pytest.raises(ConfigError, match=r"of another run, and has those of .*other; choose"):
+        enter(config_in(run, checkpoint={"dir": str(other / "checkpoints")}))
+
+
 def alive(run: Path, **changes: object) -> RunStatus:
     """A run of this process."""
     make_run(run)
