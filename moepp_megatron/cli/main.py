@@ -108,7 +108,8 @@ def run() -> None:
         # Of a rank: torchrun would turn it into 1.
         write_status(error.exit_code)
         sys.exit(error.exit_code)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
+        # The second one comes before typer has made the command, or after its end.
         echo("error: aborted", err=True)
         sys.exit(1)
     except UsageError as error:

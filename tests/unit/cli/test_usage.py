@@ -236,6 +236,16 @@ def test_ctrl_c_while_the_program_is_imported_prints_nothing() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
+def test_ctrl_c_before_there_is_a_command_is_one_line(monkeypatch, capsys) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "app", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert (ended.value.code, capsys.readouterr().err) == (1, "error: aborted\n")
+
+
 @pytest.mark.parametrize("before", ["default_int_handler", "SIG_IGN"])
 def test_the_import_leaves_ctrl_c_as_it_was(before: str) -> None:
     code = (
