@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.echo import echo_of_run
 from moepp_megatron.observe.status import GO_ON
 
 # Set by scripts that change folder: where their user's shell is.
@@ -38,7 +38,7 @@ def is_given() -> bool:
 
 def say_go_on(command: str | None) -> None:
     """Print the command, alone on the last line."""
-    echo(f"to go on:\n{command}")
+    echo_of_run(f"to go on:\n{command}")
 
 
 def program() -> list[str]:

@@ -36,6 +36,7 @@ from moepp_megatron.cli.paths import check_paths
 from moepp_megatron.cli.usage import COMMANDS, UsageError, explain_commands, refuse
 from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.config.printable import make_logs_printable
+from moepp_megatron.runtime.disk import NO_SPACE, is_full
 from moepp_megatron.version import __version__
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
@@ -107,14 +108,20 @@ def run() -> None:
         # Of a rank: torchrun would turn it into 1.
         write_status(error.exit_code)
         sys.exit(error.exit_code)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
+        # The second one comes before typer has made the command, or after its end.
         echo("error: aborted", err=True)
         sys.exit(1)
     except UsageError as error:
         sys.exit(refuse(error))
-    except Exception:
-        from moepp_megatron.runtime.launch import refused_with
+    except Exception as error:
+        from moepp_megatron.runtime.launch import has_launcher, refused_with
+        from moepp_megatron.runtime.terminal import discard_output
 
+        if isinstance(error, OSError) and is_full(error) and not has_launcher():
+            discard_output()
+            echo(f"error: {error.filename or 'stdout'}: {NO_SPACE}; free space", err=True)
+            sys.exit(UnfitError.exit_code)
         refusal = refused_with()
         if refusal is None:
             raise

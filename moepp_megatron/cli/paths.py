@@ -30,6 +30,10 @@ _STDOUT = Path("-")
 _IN_MEMORY = "/dev/shm"
 # Options that name a file to write, where their metavar is a file.
 _WRITTEN = ("--out", "--json", "--plot")
+# Of the files in a folder that a command reads, those that it may replace: results of before.
+_RESULTS = (".html", ".json", ".npz", ".png")
+# JSON that is no result, in runs, checkpoints and prepared folders.
+_RECORDS = ("status.json", "state.json", "integrity.json", "manifest.json", "tokenizer.json")
 
 
 def check_paths(app: typer.Typer) -> None:
@@ -58,6 +62,7 @@ def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
                     raise ConfigError(str(shown))
             if isinstance(value, Path) and value != _STDOUT and _is_written(command, name):
                 _check_writable(_shown(command, name), value)
+        _check_replaced(command, arguments)
         printed = [
             n for n, v in arguments.items() if v == _STDOUT and _shown(command, n) == "--json"
         ]
@@ -103,10 +108,13 @@ def _check_writable(name: str, path: Path) -> None:
     place = path
     while not os.path.lexists(place):
         place = place.parent
+    is_special = path.exists() and not path.is_file() and not path.is_dir()
     if place == path and not place.is_dir():
         # Replaced as a whole, so that its folder counts.
         place = place.parent
-    if place == path or not place.is_dir():
+    if is_special:
+        reason = "a device or a pipe"
+    elif place == path or not place.is_dir():
         reason = "Is a directory" if place == path else f"{place} is a file"
     elif os.access(place, os.W_OK | os.X_OK):
         return
@@ -116,6 +124,37 @@ def _check_writable(name: str, path: Path) -> None:
     raise ConfigError(
         f"{name} ({path}) must be a file that can be written ({reason}); name another one"
     )
+
+
+def _check_replaced(command: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """Refuse to write to what the command reads, or two results to one file."""
+    seen: dict[str, str] = {}
+    for name, path in arguments.items():
+        if not isinstance(path, Path) or path == _STDOUT or not _is_written(command, name):
+            continue
+        shown, real = _shown(command, name), os.path.realpath(path)
+        if real in seen:
+            raise ConfigError(f"{shown} ({path}) must not be {seen[real]} too; name another file")
+        seen[real] = shown
+        for other, value in arguments.items():
+            ones = value if isinstance(value, list) else [value]
+            if other != name and path.is_file() and any(_is_lost(real, one) for one in ones):
+                raise ConfigError(
+                    f"{shown} ({path}) must not replace {_shown(command, other)}, which is read, "
+                    "or a part of it; name another file"
+                )
+
+
+def _is_lost(file: str, read: Any) -> bool:
+    """Whether to replace `file` would lose what a command reads: `read` itself, or a part of it."""
+    if not isinstance(read, str | Path) or isinstance(read, ObjectPath):
+        return False
+    real = os.path.realpath(read)
+    if isinstance(read, str) or not os.path.isdir(real):
+        return file == real
+    found = Path(file)
+    is_result = found.suffix in _RESULTS and found.name not in _RECORDS
+    return Path(real) in found.parents and not is_result
 
 
 def _is_written(command: Callable[..., Any], name: str) -> bool:

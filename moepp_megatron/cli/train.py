@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.echo import echo, echo_of_run
 from moepp_megatron.cli.go_on import go_on_command, is_given
 from moepp_megatron.cli.machines import machines
 from moepp_megatron.cli.options import (
@@ -156,7 +156,7 @@ def _run(request: TrainRequest, says_go_on: bool) -> None:
     from moepp_megatron.training.run import RanksFailedError, run
 
     try:
-        result = run(request, echo)
+        result = run(request, echo_of_run)
     except RanksFailedError as error:
         raise typer.Exit(error.status) from None
     except NoStartError as error:

@@ -202,7 +202,8 @@ def sweep_variants(config: Config, sweeps: Sequence[str]) -> list[list[str]]:
         sweeps: `section.key=[value, ...]`.
 
     Raises:
-        ConfigError: If it is not a list, or the configuration refuses a combination.
+        ConfigError: If it is not a list, or the configuration refuses a combination, or several
+            would share a folder.
     """
     choices = []
     for sweep in sweeps:
@@ -212,16 +213,33 @@ def sweep_variants(config: Config, sweeps: Sequence[str]) -> list[list[str]]:
                 f"--sweep {section}.{key} ({show(values)}) must be a list of values; write for "
                 "example moe.tau=[0.25,0.5]"
             )
+        if (section, key) == ("run", "dir"):
+            raise ConfigError(
+                f"--sweep run.dir ({show(values)}) must be another setting, since each run of a "
+                "sweep gets a folder in run.dir; sweep run.name, or set run.dir once"
+            )
         # JSON is YAML on one line.
         choices.append([f"{section}.{key}={json.dumps(value)}" for value in values])
     variants = []
     for index, combination in enumerate(itertools.product(*choices)):
         folder = json.dumps(str(Path(config.run.dir) / "sweep" / f"{index:03d}"))
         variants.append([*combination, f"run.dir={folder}"])
+    _check_variants(config, variants)
+    return variants
+
+
+def _check_variants(config: Config, variants: Sequence[Sequence[str]]) -> None:
+    places: set[str] = set()
     for variant in variants:
         varied = with_overrides(config, variant)
         check_world_size(varied, varied.slurm.nodes * _ranks_per_node(varied))
-    return variants
+        place = varied.checkpoint.folder(varied.run.dir)
+        if place in places:
+            raise ConfigError(
+                f"checkpoint.dir ({place}) must not be that of several runs of --sweep, which "
+                "would delete each other's checkpoints; leave it out, or sweep it too"
+            )
+        places.add(place)
 
 
 def _ranks_per_node(config: Config) -> int:

@@ -30,6 +30,8 @@ _KNOWN_EOD_TOKENS = (
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
 _MIN_VOCAB_SIZE = 256 + 1  # every byte, and the end of a document
+# The library takes 45 bytes of memory per token at once, and ends the process if there are none.
+_MAX_VOCAB_SIZE = 10_000_000
 
 
 class Tokenizer:
@@ -192,11 +194,16 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Refuse a vocabulary that has no room for every byte.
+    """Refuse a vocabulary that has no room for every byte, or whose training would end in a crash.
 
     Raises:
-        ConfigError: It has not.
+        ConfigError: It has not, or would.
     """
+    if vocab_size > _MAX_VOCAB_SIZE:
+        raise ConfigError(
+            f"--vocab-size ({vocab_size}) must be at most {_MAX_VOCAB_SIZE}; use 65536 for the "
+            "models of the paper"
+        )
     if vocab_size < _MIN_VOCAB_SIZE:
         raise ConfigError(
             f"--vocab-size ({vocab_size}) must be at least {_MIN_VOCAB_SIZE} (256 bytes and the "
@@ -212,7 +219,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size: wanted number of tokens; a small corpus has fewer repeated pairs and gives less.
 
     Raises:
-        ConfigError: vocab_size below 257.
+        ConfigError: vocab_size below 257 or above 10,000,000.
     """
     check_vocab_size(vocab_size)
     from tokenizers import decoders, models, pre_tokenizers, trainers

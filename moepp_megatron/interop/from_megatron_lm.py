@@ -80,7 +80,7 @@ def from_megatron_lm(
         _check_tokenizer(tokenizer, config)
     names = weight_names(reader, config)
     target = free_folder(target)
-    with partial_folder(target) as partial:
+    with partial_folder(target, "DST") as partial:
         link_data(reader, names, partial)
         writer = ConvertedCheckpointWriter(partial, _PREFIX)
         for name in names:

@@ -138,7 +138,7 @@ def mcore_to_hf(
     names = [source.resolve().name, target.name]
     command = ["moepp", "convert", "mcore-to-hf", *names, "--layout", layout]
     command += [] if dtype is None else ["--dtype", dtype]
-    with partial_folder(target) as unfinished:
+    with partial_folder(target, "DST") as unfinished:
         written = _write_weights(reader, rules, unfinished, max_shard_bytes, console, dtype)
         name = _DTYPE_NAMES.get(written, "float32")
         fields |= special_ids(folder) | {form.dtype_field: name} | _auto_map(form.classes)

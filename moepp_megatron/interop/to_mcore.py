@@ -73,7 +73,7 @@ def write_checkpoint(
     tensors = hf.tensors
     total = sum(_rule_bytes(tensors, rule) for rule in rules)
     with (
-        partial_folder(target) as folder,
+        partial_folder(target, "DST") as folder,
         track(console or Console(stderr=True), "converting", total) as advance,
     ):
         writer = ConvertedCheckpointWriter(folder)

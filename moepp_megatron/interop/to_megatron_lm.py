@@ -57,7 +57,7 @@ def to_megatron_lm(source: Path, target: Path) -> str:
     reader = CheckpointReader(folder)
     names = weight_names(reader, config)
     target = free_folder(target)
-    with partial_folder(target) as partial:
+    with partial_folder(target, "DST") as partial:
         release = partial / RELEASE
         release.mkdir()
         link_data(reader, names, release)

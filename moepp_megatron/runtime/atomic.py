@@ -96,7 +96,7 @@ def append_line(fd: int, path: Path, line: bytes) -> None:
 
 
 @contextmanager
-def partial_folder(out: Path) -> Iterator[Path]:
+def partial_folder(out: Path, name: str = "--out") -> Iterator[Path]:
     """An empty, locked sibling of `out` to write into; what is left of it at the end is removed.
 
     The next run removes the remains of a killed one; the lock distinguishes these from a
@@ -104,13 +104,14 @@ def partial_folder(out: Path) -> Iterator[Path]:
 
     Args:
         out: the folder that `publish` will make of it; an absolute path.
+        name: what the user calls it.
 
     Raises:
         ConfigError: another process is writing `out`, or its parent cannot be written.
         UnfitError: the disk filled up in the block; what was written is removed.
     """
     partial = out.with_name(f".{out.name}.partial")
-    lock = _lock(out, partial)
+    lock = _lock(out, partial, name)
     try:
         for leftover in partial.iterdir():
             _remove(leftover)
@@ -152,7 +153,7 @@ def publish(partial: Path, out: Path) -> None:
     shutil.rmtree(replaced)
 
 
-def _lock(out: Path, partial: Path) -> int:
+def _lock(out: Path, partial: Path, name: str) -> int:
     while True:
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -161,14 +162,14 @@ def _lock(out: Path, partial: Path) -> int:
             continue  # the run that had the lock has just finished
         except OSError as error:
             raise ConfigError(
-                f"--out ({out}) cannot be written ({error.strerror}); choose another folder"
+                f"{name} ({out}) cannot be written ({error.strerror}); choose another folder"
             ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise ConfigError(
-                f"--out ({out}) is being written by another process; wait for it to finish"
+                f"{name} ({out}) is being written by another process; wait for it to finish"
             ) from None
         if _is_same_folder(partial, descriptor):
             return descriptor

@@ -1,7 +1,8 @@
-"""The console for all output that may hold untrusted text."""
+"""The consoles for all output that may hold untrusted text."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,3 +34,19 @@ class Console(rich.console.Console):
                 yield segment
             else:
                 yield Segment(printable(segment.text), segment.style)
+
+
+class RunConsole(Console):
+    """The console of a training, which goes on when nobody reads it any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from here on, where rich's ends the process."""
+        self.quiet = True
+        discard_output()
+
+
+def discard_output(descriptor: int = 1) -> None:
+    """Send what this process prints from here on nowhere; 1 is stdout and 2 is stderr."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

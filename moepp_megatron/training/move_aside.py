@@ -10,9 +10,11 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.config.blends import blends_of, folders_of
+from moepp_megatron.config.load import config_layers
+from moepp_megatron.observe.status import read_status
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint import CONFIG_FILE, list_checkpoints
-from moepp_megatron.training.checkpoint.find import start_candidates
+from moepp_megatron.training.checkpoint.find import checkpoints_of
 from moepp_megatron.training.checkpoint.names import LATEST_FILE, PREFIX
 from moepp_megatron.training.run_folder import checkpoint_folder
 
@@ -28,20 +30,19 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
 
     Args:
         config: Configuration of the new run.
-        config_file: Its file; one in the run's folder is copied, not moved.
+        config_file: Its file. It and its bases stay; of config.yaml, which is a record of the run
+            too, a copy is moved.
 
     Returns:
         One line per moved folder: from where to where.
 
     Raises:
-        ConfigError: `checkpoint.load` names something that would be moved.
+        ConfigError: `checkpoint.load` or the teacher is something that would be moved.
         OSError: The folder's parent cannot be written.
     """
     folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
-    trained = [folder.path for folder in folders_of(blends_of(config)).values()]
-    needed = [config.data.tokenizer, config.telemetry.hardware, config.data.cache]
-    needed += [*trained, *config.data.validation.values()]
-    kept = [Path(os.path.realpath(path)) for path in needed if path is not None]
+    ours = _configuration(config_file)
+    kept = [Path(path) for path in _read(config) | ours - {os.path.realpath(folder / CONFIG_FILE)}]
     moved = [path for path in sorted(folder.iterdir()) if not _stays(path, kept)]
     if isinstance(checkpoints, ObjectPath) and list_checkpoints(checkpoints):
         raise ConfigError(
@@ -55,10 +56,7 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
     if old:
         lines.append(f"moved the checkpoints of before to {_move(old, checkpoints)}")
     if moved:
-        copied = config_file is not None and folder / CONFIG_FILE in moved
-        keeps_config = copied and os.path.realpath(folder / CONFIG_FILE) == os.path.realpath(
-            str(config_file)
-        )
+        keeps_config = os.path.realpath(folder / CONFIG_FILE) in ours
         if keeps_config:
             moved.remove(folder / CONFIG_FILE)
         target = _move(moved, folder)
@@ -66,6 +64,23 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
             shutil.copy2(folder / CONFIG_FILE, target / CONFIG_FILE)
         lines.append(f"moved the run of before to {target}")
     return lines
+
+
+def _read(config: Config) -> set[str]:
+    """What a run reads of its configuration's paths, but for checkpoints; links are resolved."""
+    trained = [folder.path for folder in folders_of(blends_of(config)).values()]
+    needed = [config.data.tokenizer, config.telemetry.hardware, config.data.cache]
+    needed += [*trained, *config.data.validation.values()]
+    needed += [config.routing_guard.shift.reference, *config.evaluation.tasks]
+    return {os.path.realpath(path) for path in needed if path is not None}
+
+
+def _configuration(config_file: Path | None) -> set[str]:
+    """The configuration's file and its bases, which each rank reads; links are resolved."""
+    # Not of a pipe, which can be read once.
+    if config_file is None or not config_file.is_file():
+        return set()
+    return {os.path.realpath(path) for path, _ in config_layers(config_file)}
 
 
 def owner_of_checkpoints(config: Config) -> Path | None:
@@ -77,6 +92,11 @@ def owner_of_checkpoints(config: Config) -> Path | None:
     folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
     if _is_inside(checkpoints, folder):
         return None
+    home = Path(os.path.realpath(checkpoints)).parent
+    is_own_name = checkpoints.name == "checkpoints" and not isinstance(checkpoints, ObjectPath)
+    # Of a run that has not saved yet, too.
+    if is_own_name and read_status(home) is not None:
+        return checkpoints.parent
     for checkpoint in list_checkpoints(checkpoints):
         try:
             owner = Path(load_config(checkpoint / CONFIG_FILE).run.dir)
@@ -103,18 +123,21 @@ def _stays(path: Path, kept: list[Path]) -> bool:
 
 
 def _refuse_moved_start(config: Config, moved: list[Path]) -> None:
-    name = config.checkpoint.load
-    if name is None or name == "auto":
-        return
-    candidates = start_candidates(config, Path())
-    here = [path for path in candidates if not isinstance(path, ObjectPath)]
-    starts = [Path(os.path.realpath(path)) for path in here]
     homes = [Path(os.path.realpath(path)) for path in moved]
-    if any(start == home or home in start.parents for start in starts for home in homes):
-        raise ConfigError(
-            f"checkpoint.load ({name}) must not be in the run that --overwrite moves aside; choose "
-            "another run.dir"
-        )
+    for setting, name in (
+        ("checkpoint.load", config.checkpoint.load),
+        ("distillation.teacher", config.distillation.teacher),
+    ):
+        if name is None or name == "auto":
+            continue
+        candidates = checkpoints_of(name, Path(os.path.abspath(config.run.dir)))
+        here = [path for path in candidates if not isinstance(path, ObjectPath)]
+        starts = [Path(os.path.realpath(path)) for path in here]
+        if any(start == home or home in start.parents for start in starts for home in homes):
+            raise ConfigError(
+                f"{setting} ({name}) must not be in the run that --overwrite moves aside; choose "
+                "another run.dir"
+            )
 
 
 def _move(paths: list[Path], folder: Path) -> Path:

@@ -77,10 +77,15 @@ def start_candidates(config: Config, folder: Path) -> list[Path]:
         return []
     if name == "auto":
         return list_checkpoints(folder)
+    return checkpoints_of(name, Path(os.path.abspath(config.run.dir)))
+
+
+def checkpoints_of(name: str, beside: Path) -> list[Path]:
+    """The checkpoints that `name` may mean, newest first; see `find_checkpoint`."""
     path = place(name)
     if is_checkpoint(path):
         return [path]
-    folders = _checkpoint_folders(name, beside=Path(os.path.abspath(config.run.dir)))
+    folders = _checkpoint_folders(name, beside)
     return [checkpoint for each in folders for checkpoint in list_checkpoints(each)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Iterator
@@ -154,3 +155,42 @@ def test_a_path_that_looks_alike_is_one(tmp_path, monkeypatch, capsys):
     code, err = _run(["report", str(tmp_path / "s3:" / "bucket")], monkeypatch, capsys)
     assert code == 2
     assert "s3:/bucket: is not a folder" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("config show x.yaml --json x.yaml", "--json (x.yaml) must not replace CONFIG"),
+        ("config show x.yaml --json link.json", "--json (link.json) must not replace CONFIG"),
+        ("plan x.yaml --gpu gpu.yaml --json gpu.yaml", "must not replace --gpu"),
+        ("report run --out run/metrics.jsonl", "--out (run/metrics.jsonl) must not replace RUN"),
+        ("report run --out run/status.json", "--out (run/status.json) must not replace RUN"),
+        ("report other run --out run/config.yaml", "must not replace RUN"),
+        ("score run --text x.txt --out x.txt", "--out (x.txt) must not replace --text"),
+        ("plan x.yaml --out new --json ./new", "(new) must not be --json too"),
+        ("report run --out pipe", "(a device or a pipe); name another one"),
+    ],
+)
+def test_what_is_read_is_not_replaced(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    names = ["x.yaml", "x.txt", "gpu.yaml", "run/metrics.jsonl", "run/status.json"]
+    files = [tmp_path / name for name in [*names, "run/config.yaml"]]
+    for file in files:
+        file.write_text("kept")
+    (tmp_path / "link.json").symlink_to("x.yaml")
+    os.mkfifo(tmp_path / "pipe")
+    code, err = _run(words.split(), monkeypatch, capsys)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+    assert {file.read_text() for file in files} == {"kept"}
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["report.html", "mine.json"])
+def test_results_of_before_are_replaced(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    code, err = _run(["report", ".", "--out", name], monkeypatch, capsys)
+    assert (code, "config.yaml: cannot be read" in err) == (2, True)

@@ -244,11 +244,20 @@ def test_sweep_gives_each_element_of_the_array_its_values_and_folder(bash) -> No
         ("moe.tau=0.5", r"--sweep moe.tau \(0.5\) must be a list of values"),
         ("moe.tau=[]", "must be a list of values"),
         ("moe.tau=[0.5, -1]", r"moe.tau \(-1"),
+        ("run.dir=[a, b]", "--sweep run.dir .* must be another setting"),
+        ("checkpoint.dir=[a, b, a]", r"checkpoint.dir \(a\) must not be that of several runs"),
     ],
 )
 def test_wrong_sweeps_are_refused(sweep: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         sweep_variants(config(), [sweep])
+
+
+def test_runs_of_a_sweep_share_no_checkpoints() -> None:
+    settings = config(checkpoint={"dir": "big disk"})
+    with pytest.raises(ConfigError, match=r"checkpoint.dir \(big disk\) .* leave it out"):
+        sweep_variants(settings, ["moe.tau=[0.25, 0.5]"])
+    assert len(sweep_variants(settings, ["checkpoint.dir=[a, b]"])) == 2
 
 
 def test_prints_by_default_and_submits_on_request(tmp_path: Path, monkeypatch, capsys) -> None:

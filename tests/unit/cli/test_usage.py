@@ -236,6 +236,16 @@ def test_ctrl_c_while_the_program_is_imported_prints_nothing() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
+def test_ctrl_c_before_there_is_a_command_is_one_line(monkeypatch, capsys) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "app", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert (ended.value.code, capsys.readouterr().err) == (1, "error: aborted\n")
+
+
 @pytest.mark.parametrize("before", ["default_int_handler", "SIG_IGN"])
 def test_the_import_leaves_ctrl_c_as_it_was(before: str) -> None:
     code = (
@@ -277,3 +287,11 @@ def test_json_that_is_printed_needs_a_folder(
     code, out, error = _run(["config", "keys", "moe.tau", "--json", "-"], monkeypatch, capsys)
     assert (code, out) == (3, "")
     assert error.startswith("error: --json (-) needs a temporary folder that can be written (")
+
+
+def test_a_full_disk_behind_stdout_is_one_line():
+    words = [sys.executable, "-m", "moepp_megatron.cli.main", "config", "keys", "moe.tau"]
+    with open("/dev/full", "w") as stdout:
+        done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 3
+    assert done.stderr == "error: stdout: No space left on device; free space\n"

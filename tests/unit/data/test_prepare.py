@@ -255,6 +255,7 @@ def test_chosen_end_of_document_token_is_remembered(tmp_path: Path, console: Con
         ({"workers": 0}, r"--workers \(0\) must be at least 1"),
         ({"seed": -1}, r"--seed \(-1\) must be between 0"),
         ({"vocab_size": 100}, r"--vocab-size \(100\) must be at least 257"),
+        ({"vocab_size": 10**11}, r"--vocab-size \(100000000000\) must be at most 10000000; use"),
         ({"vocab_size": 999, "tokenizer": Path("t.json")}, r"--vocab-size \(999\) cannot be comb"),
         ({"eod_token": "</s>"}, r"--eod-token \(</s>\) needs --tokenizer"),
     ],

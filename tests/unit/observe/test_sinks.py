@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -251,6 +253,39 @@ def test_a_terminal_gets_a_bar(make_record):
     assert "step 1: validation loss 5.5000" in shown
     assert "FFN share 0.625 (phi 0.600)" in shown
     assert "2/2" in shown
+
+
+# What a training prints, in its order; then what has become of it.
+_PRINTS = """
+import sys
+from moepp_megatron.cli.echo import echo_of_run
+from moepp_megatron.observe import ConsoleSink
+sink = ConsoleSink(2, phi=0.6)
+if {by_sink_first}:
+    sink.message("step 1")
+echo_of_run("loss")
+sink.message("step 2")
+sink.close()
+echo_of_run("report")
+print("ended", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("is_full", "by_sink_first"),
+    [(False, True), (False, False), (True, False)],
+    ids=["reader gone", "reader gone before the first step", "disk full"],
+)
+def test_a_training_ends_well_though_nothing_can_be_printed(is_full, by_sink_first):
+    if is_full:
+        stdout = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, stdout = os.pipe()
+        os.close(reader)
+    words = [sys.executable, "-c", _PRINTS.format(by_sink_first=by_sink_first)]
+    done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    os.close(stdout)
+    assert (done.returncode, done.stderr) == (0, "ended\n")
 
 
 def test_tensorboard_gets_every_number(make_record, tmp_path: Path):

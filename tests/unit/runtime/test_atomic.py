@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.config import UnfitError
+from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.runtime import atomic
 from moepp_megatron.runtime.atomic import partial_folder, publish, whole_file, write_atomic
 from tests.full_disk import torch_error
@@ -92,3 +92,11 @@ def test_a_file_follows_the_umask_and_keeps_its_suffix_while_it_is_written(tmp_p
     plain.touch()
     assert path.read_bytes() == b"whole"
     assert path.stat().st_mode == plain.stat().st_mode
+
+
+def test_a_folder_that_cannot_be_made_is_called_as_the_user_does(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    refused = pytest.raises(ConfigError, match=r"^DST \(.*out\) cannot be written")
+    with refused, partial_folder(out, "DST"):
+        pass

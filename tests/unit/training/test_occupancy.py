@@ -161,6 +161,25 @@ def test_what_the_new_run_reads_stays(run, write) -> None:
     assert file.read_bytes() == (aside / "config.yaml").read_bytes() == content
 
 
+def test_configuration_files_of_other_names_stay(run, write) -> None:
+    make_run(run, write)
+    (run / "base.yaml").write_text(config_in(run).to_yaml())
+    (run / "mine.yaml").write_text("base: base.yaml")
+    enter(config_in(run), Start(overwrite=True, config_file=run / "mine.yaml"))
+    assert sorted(files(run)) == ["base.yaml", "mine.yaml", "status.json"]
+    (aside,) = (path for path in run.parent.iterdir() if path != run)
+    assert "config.yaml" in files(aside)
+
+
+def test_a_run_that_is_the_base_keeps_its_configuration(run, write, tmp_path) -> None:
+    make_run(run, write)
+    content = (run / "config.yaml").read_bytes()
+    (tmp_path / "mine.yaml").write_text(f"base: {run / 'config.yaml'}")
+    enter(config_in(run), Start(overwrite=True, config_file=tmp_path / "mine.yaml"))
+    (aside,) = run.parent.glob("run.2*")
+    assert (run / "config.yaml").read_bytes() == (aside / "config.yaml").read_bytes() == content
+
+
 def test_the_configuration_file_itself_is_no_trace(run: Path) -> None:
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("")
@@ -173,6 +192,15 @@ def test_weights_that_would_be_moved_are_refused_as_a_start(run, write) -> None:
     for name in (str(run), "run", str(run / "checkpoints" / "step_00000005")):
         with pytest.raises(ConfigError, match=r"checkpoint\.load .* choose another run\.dir"):
             enter(config_in(run, checkpoint={"load": name}), OVERWRITE)
+    assert files(run) == before
+
+
+def test_so_is_a_teacher(run, write) -> None:
+    make_run(run, write)
+    before = files(run)
+    for name in (str(run), "run", str(run / "checkpoints" / "step_00000005")):
+        with pytest.raises(ConfigError, match=r"distillation\.teacher .* choose another run\.dir"):
+            enter(config_in(run, distillation={"teacher": name}), OVERWRITE)
     assert files(run) == before
 
 
@@ -202,6 +230,13 @@ def test_checkpoints_of_another_run_are_never_shared(run, write, start: Start) -
     # A run that was renamed takes its checkpoints along.
     other.rename(run)
     enter(config, RESUME)
+
+
+def test_nor_is_the_place_of_a_run_that_has_not_saved_yet(run) -> None:
+    other = run.with_name("other")
+    alive(other)
+    with pytest.raises(ConfigError, match=r"of another run, and has those of .*other; choose"):
+        enter(config_in(run, checkpoint={"dir": str(other / "checkpoints")}))
 
 
 def alive(run: Path, **changes: object) -> RunStatus:
