@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -38,13 +39,18 @@ _FUNCTIONS = (
 
 
 class CollectiveClock:
-    """Adds up this rank's time in collectives."""
+    """Adds up this rank's time in collectives.
+
+    Attributes:
+        counting: Whether collectives are timed now.
+    """
 
     def __init__(self) -> None:
+        self.counting = True
         self._on_gpu = dist.get_backend() == "nccl"
         self._depth = 0
         self._seconds = 0.0
-        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._replaced = Replacements()
 
     def start(self) -> None:
@@ -63,20 +69,22 @@ class CollectiveClock:
         self._replaced.undo()
 
     def read(self) -> float:
-        """Seconds of waiting since the last reading; on GPUs the device must be synchronised."""
-        seconds = self._seconds
-        if self._pairs:
-            self._pairs[-1][1].synchronize()
-            seconds += sum(begin.elapsed_time(end) for begin, end in self._pairs) / 1000.0
-        self._seconds = 0.0
-        self._pairs.clear()
+        """Seconds of waiting since the last reading.
+
+        The host waits for no GPU: what has not ended on the device is for a later reading.
+        """
+        seconds, self._seconds = self._seconds, 0.0
+        while self._pairs and self._pairs[0][1].query():
+            begin, end = self._pairs.popleft()
+            seconds += begin.elapsed_time(end) / 1000.0
         return seconds
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             # A blocking collective waits for its own asynchronous one: that counts once.
-            if self._depth > 0 or (self._on_gpu and torch.cuda.is_current_stream_capturing()):
+            counts = self.counting and self._depth == 0
+            if not counts or (self._on_gpu and torch.cuda.is_current_stream_capturing()):
                 return function(*args, **kwargs)
             with self._measure():
                 return function(*args, **kwargs)

@@ -61,7 +61,8 @@ class StragglerDetector:
         self._began = 0.0
 
     def start(self) -> None:
-        """Start measuring collectives."""
+        """Start measuring collectives, in steps."""
+        self._clock.counting = False
         self._clock.start()
 
     def stop(self) -> None:
@@ -70,7 +71,7 @@ class StragglerDetector:
 
     def begin_step(self) -> None:
         """Begin a step; the time since the last one (evaluation, saving) does not count."""
-        self._clock.read()
+        self._clock.counting = True
         self._began = time.perf_counter()
 
     def end_step(self, step: int) -> OwnTimes | None:
@@ -81,6 +82,7 @@ class StragglerDetector:
             beyond the threshold.
         """
         self._wall_s += time.perf_counter() - self._began
+        self._clock.counting = False
         self._waiting_s += self._clock.read()
         self._steps += 1
         if step % self._interval != 0:

@@ -13,6 +13,7 @@ class Event:
     """A CUDA event that has taken a second since the one before it."""
 
     recorded = 0
+    ended = 1_000_000
 
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
@@ -21,8 +22,8 @@ class Event:
         Event.recorded += 1
         self.at = Event.recorded
 
-    def synchronize(self) -> None:
-        pass
+    def query(self) -> bool:
+        return self.at <= Event.ended
 
     def elapsed_time(self, end: Event) -> float:
         return 1000.0 * (end.at - self.at)
@@ -48,4 +49,24 @@ def test_nothing_is_recorded_into_a_graph(clock, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert dist.all_reduce() == "reduced"
     assert Event.recorded == 2
+    assert clock.read() == 1.0
+
+
+def test_the_host_waits_for_nothing_that_is_still_running(clock, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(3):
+        dist.all_reduce()
+    monkeypatch.setattr(Event, "ended", 4)
+    assert clock.read() == 2.0
+    assert clock.read() == 0.0
+    monkeypatch.setattr(Event, "ended", 6)
+    assert clock.read() == 1.0
+
+
+def test_collectives_between_steps_do_not_count(clock, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    clock.counting = False
+    assert dist.all_reduce() == "reduced"
+    clock.counting = True
+    dist.all_reduce()
     assert clock.read() == 1.0
