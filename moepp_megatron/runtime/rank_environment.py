@@ -191,7 +191,7 @@ def adopt_rank_variables(config: Config, interface: str | None = None) -> None:
 
     Args:
         config: The run's configuration.
-        interface: As for `rank_variables`.
+        interface: Network interface towards the other machines; None where there are none.
     """
     _set_default(os.environ, connections(config))
     for variable in rank_variables(1, interface):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,8 @@ class Fault:
 
     Attributes:
         kind: `loss` (NaN in the loss), `gradient` (Inf in the gradients after the reduction),
-            `spike` (a loss 50 times too large), `slow` (half a second a forward pass), or, once
+            `spike` (a loss 50 times too large), `slow` (half a second a forward pass, more on
+            a busy machine, where the other ranks' own steps take longer, too), or, once
             before the first of the batches, `nan weight` and `large weights` (100 times).
         rank: Where.
         batches: Numbers of the global batches, from 0; None for all.
@@ -211,7 +213,7 @@ def _slow(trainer: Any, fault: Fault) -> Iterator[None]:
     original = step._forward_step
 
     def slow(*args: Any, **named: Any) -> Any:
-        time.sleep(0.5)
+        time.sleep(0.5 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
         return original(*args, **named)
 
     with mock.patch.object(step, "_forward_step", slow):

@@ -26,7 +26,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_slow_rank_is_named(ranks: RankPools, tmp_path: Path, layout: str) -> None:
-    """Rank 1 sleeps half a second in each forward pass: far more than everything else together."""
+    """Rank 1 sleeps in each forward pass: far longer than everything else together takes."""
     world_size, parallel, batch = LAYOUTS[layout]
     raw = trainer_settings(
         tmp_path,
