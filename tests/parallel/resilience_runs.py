@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import shutil
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
