@@ -92,10 +92,9 @@ def owner_of_checkpoints(config: Config) -> Path | None:
     folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
     if _is_inside(checkpoints, folder):
         return None
-    home = Path(os.path.realpath(checkpoints)).parent
-    is_own_name = checkpoints.name == "checkpoints" and not isinstance(checkpoints, ObjectPath)
     # Of a run that has not saved yet, too.
-    if is_own_name and read_status(home) is not None:
+    is_own_name = checkpoints.name == "checkpoints" and not isinstance(checkpoints, ObjectPath)
+    if is_own_name and read_status(Path(os.path.realpath(checkpoints)).parent) is not None:
         return checkpoints.parent
     for checkpoint in list_checkpoints(checkpoints):
         try:
