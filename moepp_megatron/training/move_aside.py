@@ -8,15 +8,15 @@ import shutil
 import time
 from pathlib import Path
 
-from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import blends_of, folders_of
 from moepp_megatron.config.load import config_layers
-from moepp_megatron.observe.status import read_status
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint import CONFIG_FILE, list_checkpoints
 from moepp_megatron.training.checkpoint.find import checkpoints_of
 from moepp_megatron.training.checkpoint.names import LATEST_FILE, PREFIX
-from moepp_megatron.training.run_folder import checkpoint_folder
+from moepp_megatron.training.checkpoint_owner import carry_mark
+from moepp_megatron.training.run_folder import checkpoint_folder, outside_checkpoint_folder
 
 # Slurm's output: that of the job in which the new run starts is among it.
 _STAYS = {"slurm"}
@@ -49,12 +49,13 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
             f"checkpoint.dir ({checkpoints}) must hold no checkpoints for --overwrite, since "
             "nothing can be moved in object storage; choose another checkpoint.dir, or delete them"
         )
-    outside = not _is_inside(checkpoints, folder)
-    old = _checkpoint_files(checkpoints) if outside else []
+    outside = outside_checkpoint_folder(config)
+    old = [] if outside is None else _checkpoint_files(outside)
     _refuse_moved_start(config, [*moved, *old])
-    lines = []
-    if old:
-        lines.append(f"moved the checkpoints of before to {_move(old, checkpoints)}")
+    lines, place = [], None
+    if outside is not None and old:
+        place = _move(old, outside)
+        lines.append(f"moved the checkpoints of before to {place}")
     if moved:
         keeps_config = os.path.realpath(folder / CONFIG_FILE) in ours
         if keeps_config:
@@ -63,6 +64,8 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
         if keeps_config:
             shutil.copy2(folder / CONFIG_FILE, target / CONFIG_FILE)
         lines.append(f"moved the run of before to {target}")
+        if outside is not None:
+            carry_mark(outside, place, target)
     return lines
 
 
@@ -81,30 +84,6 @@ def _configuration(config_file: Path | None) -> set[str]:
     if config_file is None or not config_file.is_file():
         return set()
     return {os.path.realpath(path) for path, _ in config_layers(config_file)}
-
-
-def owner_of_checkpoints(config: Config) -> Path | None:
-    """The folder of another run whose checkpoints are where this one's would go, if it is there.
-
-    Two runs in one folder would delete and continue each other's checkpoints. A run that was
-    renamed has no folder of its old name, so its checkpoints still count as its own.
-    """
-    folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
-    if _is_inside(checkpoints, folder):
-        return None
-    home = Path(os.path.realpath(checkpoints)).parent
-    is_own_name = checkpoints.name == "checkpoints" and not isinstance(checkpoints, ObjectPath)
-    # Of a run that has not saved yet, too.
-    if is_own_name and read_status(home) is not None:
-        return checkpoints.parent
-    for checkpoint in list_checkpoints(checkpoints):
-        try:
-            owner = Path(load_config(checkpoint / CONFIG_FILE).run.dir)
-        except ConfigError:
-            continue
-        is_other = os.path.realpath(owner) != os.path.realpath(folder)
-        return owner if is_other and (owner / CONFIG_FILE).is_file() else None
-    return None
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
@@ -155,10 +134,3 @@ def _move(paths: list[Path], folder: Path) -> Path:
     for path in paths:
         os.rename(path, target / path.name)
     return target
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    if isinstance(path, ObjectPath):
-        return False
-    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    return real == home or home in real.parents

@@ -214,7 +214,7 @@ def test_checkpoints_elsewhere_are_traces_and_are_moved_beside(run, write) -> No
     with pytest.raises(ConfigError, match="has the checkpoints in .*big disk"):
         enter(config)
     enter(config, OVERWRITE)
-    assert [path.name for path in place.iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "owner"]
     (aside,) = (path for path in place.parent.iterdir() if path != place)
     assert sorted(path.name for path in aside.iterdir()) == ["latest", "step_00000005"]
 
