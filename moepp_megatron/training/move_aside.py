@@ -11,11 +11,12 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import blends_of, folders_of
 from moepp_megatron.config.load import config_layers
+from moepp_megatron.observe.status import STATUS_FILE
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint import CONFIG_FILE, list_checkpoints
 from moepp_megatron.training.checkpoint.find import checkpoints_of
-from moepp_megatron.training.checkpoint.names import LATEST_FILE, PREFIX
-from moepp_megatron.training.checkpoint_owner import carry_mark
+from moepp_megatron.training.checkpoint.names import LATEST_FILE, OWNER_FILE, PREFIX
+from moepp_megatron.training.checkpoint_owner import carry_mark, marked_owner
 from moepp_megatron.training.run_folder import checkpoint_folder, outside_checkpoint_folder
 
 # Slurm's output: that of the job in which the new run starts is among it.
@@ -25,8 +26,9 @@ _STAYS = {"slurm"}
 def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
     """Move the files of a run to a new folder beside its own, named by date and time.
 
-    What the new run reads (data, tokenizer, its configuration file) and Slurm's output stay. A
-    checkpoint folder outside of the run's gets a neighbour of its own, so that nothing is copied.
+    What the new run reads (data, tokenizer, its configuration file), Slurm's output and folders
+    with other runs stay. A checkpoint folder in none of what is moved, such as one outside of the
+    run's, gets a neighbour of its own, so that nothing is copied.
 
     Args:
         config: Configuration of the new run.
@@ -43,18 +45,22 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
     folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
     ours = _configuration(config_file)
     kept = [Path(path) for path in _read(config) | ours - {os.path.realpath(folder / CONFIG_FILE)}]
-    moved = [path for path in sorted(folder.iterdir()) if not _stays(path, kept)]
+    moved = [
+        path
+        for path in sorted(folder.iterdir())
+        if not _stays(path, kept) and not _holds_runs(path, folder)
+    ]
     if isinstance(checkpoints, ObjectPath) and list_checkpoints(checkpoints):
         raise ConfigError(
             f"checkpoint.dir ({checkpoints}) must hold no checkpoints for --overwrite, since "
             "nothing can be moved in object storage; choose another checkpoint.dir, or delete them"
         )
     outside = outside_checkpoint_folder(config)
-    old = [] if outside is None else _checkpoint_files(outside)
+    old = _left_checkpoints(checkpoints, folder, moved)
     _refuse_moved_start(config, [*moved, *old])
     lines, place = [], None
-    if outside is not None and old:
-        place = _move(old, outside)
+    if old:
+        place = _move(old, old[0].parent)
         lines.append(f"moved the checkpoints of before to {place}")
     if moved:
         keeps_config = os.path.realpath(folder / CONFIG_FILE) in ours
@@ -86,14 +92,26 @@ def _configuration(config_file: Path | None) -> set[str]:
     return {os.path.realpath(path) for path, _ in config_layers(config_file)}
 
 
-def _checkpoint_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
+def _left_checkpoints(checkpoints: Path, folder: Path, moved: list[Path]) -> list[Path]:
+    """The run's checkpoints that are in none of what is moved from its folder."""
+    real, home = Path(os.path.realpath(checkpoints)), Path(os.path.realpath(folder))
+    if isinstance(checkpoints, ObjectPath) or not real.is_dir():
         return []
+    gone = {home / path.name for path in moved}
     return [
         path
-        for path in sorted(folder.iterdir())
-        if path.name == LATEST_FILE or path.name.lstrip(".").startswith(PREFIX)
+        for path in sorted(real.iterdir())
+        if (path.name == LATEST_FILE or path.name.lstrip(".").startswith(PREFIX))
+        and gone.isdisjoint((path, *path.parents))
     ]
+
+
+def _holds_runs(path: Path, run: Path) -> bool:
+    """Whether other runs are in a folder of the run's, or the checkpoints of some."""
+    if any(path.rglob(STATUS_FILE)):
+        return True
+    owners = {marked_owner(mark.parent) for mark in path.rglob(OWNER_FILE)}
+    return any(os.path.realpath(owner) != os.path.realpath(run) for owner in owners if owner)
 
 
 def _stays(path: Path, kept: list[Path]) -> bool:
