@@ -16,8 +16,8 @@ from moepp_megatron.runtime.object_store import ObjectPath, place
 from moepp_megatron.version import __version__
 
 # What a run writes there.
-_FILES = ("config.yaml", "metrics.jsonl", "status.json", "alerts.jsonl")
-_FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "status.json", "alerts.jsonl")
+RUN_FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")
 
 
 def checkpoint_folder(config: Config) -> Path:
@@ -85,8 +85,11 @@ def usable(config: Config) -> Iterator[None]:
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in [*(folder / name for name in _FILES), *(folder / name for name in _FOLDERS)]:
-            _check_kind(path, is_folder=path.name in _FOLDERS)
+        for path in [
+            *(folder / name for name in RUN_FILES),
+            *(folder / name for name in RUN_FOLDERS),
+        ]:
+            _check_kind(path, is_folder=path.name in RUN_FOLDERS)
         checkpoints = checkpoint_folder(config)
         if isinstance(checkpoints, ObjectPath):
             checkpoints = staging_folder(config)
