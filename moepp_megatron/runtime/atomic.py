@@ -24,6 +24,27 @@ def write_atomic(path: Path, content: bytes, *, is_synced: bool = True) -> None:
         temporary.write_bytes(content)
 
 
+def create_atomic(path: Path, content: bytes) -> None:
+    """Makes `path` in one step; of several processes that do so at once, one succeeds.
+
+    On a file system without hard links the last one does.
+
+    Raises:
+        FileExistsError: It is there already.
+        OSError: Same as `write_atomic`.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        write_synced(temporary, content)
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_result(path: Path, content: bytes) -> None:
     """Same as `write_atomic`, for a file that a user has named: folders that are missing are made.
 

@@ -5,6 +5,7 @@ batches.py             micro-batches on this rank's device, for training and val
 batch_losses.py        the loss of each batch and how much its sequences differ
 budget.py              applies the budget of FFN experts per token to the model, step by step
 callbacks.py           a user's own objects that are told what a run does
+checkpoint_owner.py    whose a checkpoint folder outside of its run's folder is
 collect.py             adds up what all ranks counted in one step
 data_sources.py        loss, FFN share and use of the experts by data source, of one step
 data_stages.py         which of its data a run is drawing from, and when others follow

@@ -8,15 +8,16 @@ import shutil
 import time
 from pathlib import Path
 
-from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import blends_of, folders_of
 from moepp_megatron.config.load import config_layers
-from moepp_megatron.observe.status import read_status
+from moepp_megatron.observe.status import STATUS_FILE
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint import CONFIG_FILE, list_checkpoints
 from moepp_megatron.training.checkpoint.find import checkpoints_of
-from moepp_megatron.training.checkpoint.names import LATEST_FILE, PREFIX
-from moepp_megatron.training.run_folder import checkpoint_folder
+from moepp_megatron.training.checkpoint.names import LATEST_FILE, OWNER_FILE, PREFIX
+from moepp_megatron.training.checkpoint_owner import carry_mark, marked_owner
+from moepp_megatron.training.run_folder import checkpoint_folder, outside_checkpoint_folder
 
 # Slurm's output: that of the job in which the new run starts is among it.
 _STAYS = {"slurm"}
@@ -25,8 +26,9 @@ _STAYS = {"slurm"}
 def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
     """Move the files of a run to a new folder beside its own, named by date and time.
 
-    What the new run reads (data, tokenizer, its configuration file) and Slurm's output stay. A
-    checkpoint folder outside of the run's gets a neighbour of its own, so that nothing is copied.
+    What the new run reads (data, tokenizer, its configuration file), Slurm's output and folders
+    with other runs stay. A checkpoint folder in none of what is moved, such as one outside of the
+    run's, gets a neighbour of its own, so that nothing is copied.
 
     Args:
         config: Configuration of the new run.
@@ -43,18 +45,23 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
     folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
     ours = _configuration(config_file)
     kept = [Path(path) for path in _read(config) | ours - {os.path.realpath(folder / CONFIG_FILE)}]
-    moved = [path for path in sorted(folder.iterdir()) if not _stays(path, kept)]
+    moved = [
+        path
+        for path in sorted(folder.iterdir())
+        if not _stays(path, kept) and not _holds_runs(path, folder)
+    ]
     if isinstance(checkpoints, ObjectPath) and list_checkpoints(checkpoints):
         raise ConfigError(
             f"checkpoint.dir ({checkpoints}) must hold no checkpoints for --overwrite, since "
             "nothing can be moved in object storage; choose another checkpoint.dir, or delete them"
         )
-    outside = not _is_inside(checkpoints, folder)
-    old = _checkpoint_files(checkpoints) if outside else []
+    outside = outside_checkpoint_folder(config)
+    old = _left_checkpoints(checkpoints, folder, moved)
     _refuse_moved_start(config, [*moved, *old])
-    lines = []
+    lines, place = [], None
     if old:
-        lines.append(f"moved the checkpoints of before to {_move(old, checkpoints)}")
+        place = _move(old, old[0].parent)
+        lines.append(f"moved the checkpoints of before to {place}")
     if moved:
         keeps_config = os.path.realpath(folder / CONFIG_FILE) in ours
         if keeps_config:
@@ -63,6 +70,8 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
         if keeps_config:
             shutil.copy2(folder / CONFIG_FILE, target / CONFIG_FILE)
         lines.append(f"moved the run of before to {target}")
+        if outside is not None:
+            carry_mark(outside, place, target)
     return lines
 
 
@@ -83,37 +92,26 @@ def _configuration(config_file: Path | None) -> set[str]:
     return {os.path.realpath(path) for path, _ in config_layers(config_file)}
 
 
-def owner_of_checkpoints(config: Config) -> Path | None:
-    """The folder of another run whose checkpoints are where this one's would go, if it is there.
-
-    Two runs in one folder would delete and continue each other's checkpoints. A run that was
-    renamed has no folder of its old name, so its checkpoints still count as its own.
-    """
-    folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
-    if _is_inside(checkpoints, folder):
-        return None
-    # Of a run that has not saved yet, too.
-    is_own_name = checkpoints.name == "checkpoints" and not isinstance(checkpoints, ObjectPath)
-    if is_own_name and read_status(Path(os.path.realpath(checkpoints)).parent) is not None:
-        return checkpoints.parent
-    for checkpoint in list_checkpoints(checkpoints):
-        try:
-            owner = Path(load_config(checkpoint / CONFIG_FILE).run.dir)
-        except ConfigError:
-            continue
-        is_other = os.path.realpath(owner) != os.path.realpath(folder)
-        return owner if is_other and (owner / CONFIG_FILE).is_file() else None
-    return None
-
-
-def _checkpoint_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
+def _left_checkpoints(checkpoints: Path, folder: Path, moved: list[Path]) -> list[Path]:
+    """The run's checkpoints that are in none of what is moved from its folder."""
+    real, home = Path(os.path.realpath(checkpoints)), Path(os.path.realpath(folder))
+    if isinstance(checkpoints, ObjectPath) or not real.is_dir():
         return []
+    gone = {home / path.name for path in moved}
     return [
         path
-        for path in sorted(folder.iterdir())
-        if path.name == LATEST_FILE or path.name.lstrip(".").startswith(PREFIX)
+        for path in sorted(real.iterdir())
+        if (path.name == LATEST_FILE or path.name.lstrip(".").startswith(PREFIX))
+        and gone.isdisjoint((path, *path.parents))
     ]
+
+
+def _holds_runs(path: Path, run: Path) -> bool:
+    """Whether other runs are in a folder of the run's, or the checkpoints of some."""
+    if any(path.rglob(STATUS_FILE)):
+        return True
+    owners = {marked_owner(mark.parent) for mark in path.rglob(OWNER_FILE)}
+    return any(os.path.realpath(owner) != os.path.realpath(run) for owner in owners if owner)
 
 
 def _stays(path: Path, kept: list[Path]) -> bool:
@@ -154,10 +152,3 @@ def _move(paths: list[Path], folder: Path) -> Path:
     for path in paths:
         os.rename(path, target / path.name)
     return target
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    if isinstance(path, ObjectPath):
-        return False
-    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    return real == home or home in real.parents

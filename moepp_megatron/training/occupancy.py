@@ -3,7 +3,8 @@
 A folder that holds a run is refused, unless the run goes on (`--resume`) or is moved aside
 (`--overwrite`); nothing is ever deleted. A folder in which a run is being trained is refused in any
 case. Whoever is let in claims the folder: it writes `RUN/status.json` and touches it every
-`BEAT_S` seconds, by which other machines see that it lives. Imports no torch.
+`BEAT_S` seconds, by which other machines see that it lives, and marks a checkpoint folder elsewhere
+(`checkpoint_owner`). Imports no torch.
 """
 
 from __future__ import annotations
@@ -31,8 +32,19 @@ from moepp_megatron.observe.status import (
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.checkpoint.room import remove_leftovers
-from moepp_megatron.training.move_aside import move_aside, owner_of_checkpoints
-from moepp_megatron.training.run_folder import checkpoint_folder, staging_folder, usable
+from moepp_megatron.training.checkpoint_owner import (
+    is_marked,
+    mark_checkpoints,
+    owner_of_checkpoints,
+    remove_mark,
+)
+from moepp_megatron.training.move_aside import move_aside
+from moepp_megatron.training.run_folder import (
+    checkpoint_folder,
+    outside_checkpoint_folder,
+    staging_folder,
+    usable,
+)
 
 BEAT_S = 3.0
 # How long a process on another machine may show no beat: it may be busy, its disk slow.
@@ -123,34 +135,21 @@ def claimed(config: Config, start: Start, say: Callable[[str], object] = print) 
     """
     folder = Path(config.run.dir)
     refuse_occupied(config, start)
-    existed = folder.exists()
-    with usable(config), _one_at_a_time(folder):
-        _refuse_running(folder, start)
-        # Again: somebody else may have been here meanwhile.
-        refuse_occupied(config, start)
-        _refuse_other_owner(config)
-        if start.overwrite and not start.restarted and traces(config, start.config_file):
-            for line in move_aside(config, start.config_file):
-                say(line)
-        previous, claim = (
-            read_status(folder),
-            RunStatus.own(start.name, start.restarted, start.go_on),
-        )
-        _write(config, claim)
-    before = os.environ.get(CLAIM)
-    os.environ[CLAIM] = claim.model_dump_json()
-    stop = threading.Event()
-    beat = threading.Thread(target=_beat, args=(folder, stop), name="claim", daemon=True)
-    beat.start()
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(_empty_folders_removed(config))
+        with usable(config), _one_at_a_time(config):
+            _refuse_running(folder, start)
+            # Again: somebody else may have been here meanwhile.
+            refuse_occupied(config, start)
+            _refuse_other_owner(config)
+            if start.overwrite and not start.restarted and traces(config, start.config_file):
+                for line in move_aside(config, start.config_file):
+                    say(line)
+            claim = RunStatus.own(start.name, start.restarted, start.go_on)
+            undo.callback(_withdraw, config, claim, read_status(folder), is_marked(config))
+            _write(config, claim)
+        undo.enter_context(_shown(folder, claim))
         yield
-    finally:
-        stop.set()
-        beat.join()
-        os.environ.pop(CLAIM)
-        if before is not None:
-            os.environ[CLAIM] = before
-        _withdraw(folder, claim, previous, existed)
 
 
 def refuse_running(folder: Path) -> None:
@@ -226,8 +225,8 @@ def _refuse_other_owner(config: Config) -> None:
     owner = owner_of_checkpoints(config)
     if owner is not None:
         raise ConfigError(
-            f"checkpoint.dir ({config.checkpoint.dir}) must not hold checkpoints of another run, "
-            f"and has those of {owner}; choose another checkpoint.dir"
+            f"checkpoint.dir ({checkpoint_folder(config)}) must not hold checkpoints of another "
+            f"run, and has those of {owner}; choose another checkpoint.dir"
         )
 
 
@@ -260,25 +259,58 @@ def _beat(folder: Path, stop: threading.Event) -> None:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """A lock, so that of two processes one checks and claims the folder before the other.
-
-    Where the file system cannot lock a folder (NFS), two that start within the same instant may
-    both be let in.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _shown(folder: Path, claim: RunStatus) -> Iterator[None]:
+    """Ranks that are started inside know the claim, and other machines see that it lives."""
+    before = os.environ.get(CLAIM)
+    os.environ[CLAIM] = claim.model_dump_json()
+    stop = threading.Event()
+    beat = threading.Thread(target=_beat, args=(folder, stop), name="claim", daemon=True)
+    beat.start()
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        stop.set()
+        beat.join()
+        os.environ.pop(CLAIM)
+        if before is not None:
+            os.environ[CLAIM] = before
+
+
+@contextmanager
+def _one_at_a_time(config: Config) -> Iterator[None]:
+    """Locks, so that of two processes one checks and claims the folders before the other.
+
+    Where the file system cannot lock a folder (NFS), two that start within the same instant may
+    both be let into a run's folder.
+    """
+    folders = {os.path.realpath(config.run.dir), outside_checkpoint_folder(config)} - {None}
+    with contextlib.ExitStack() as locks:
+        # In an order that is the same for all, so that no two wait for each other.
+        for folder in sorted(map(str, folders)):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            locks.callback(os.close, descriptor)
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _empty_folders_removed(config: Config) -> Iterator[None]:
+    """Folders of the run that were not there before are removed at the end if they are empty."""
+    wanted = (Path(config.run.dir), outside_checkpoint_folder(config))
+    paths = [each for path in wanted if path is not None for each in (path, *path.parents)]
+    new = [path for path in paths if not os.path.lexists(path)]
+    try:
+        yield
+    finally:
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _write(config: Config, claim: RunStatus) -> None:
-    folder = Path(config.run.dir)
     try:
-        write_status(folder, claim)
+        _write_claim(config, claim)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -286,20 +318,33 @@ def _write(config: Config, claim: RunStatus) -> None:
         checkpoints = checkpoint_folder(config)
         is_far = isinstance(checkpoints, ObjectPath)
         remove_leftovers(staging_folder(config) if is_far else checkpoints)
-        write_status(folder, claim)
+        _write_claim(config, claim)
 
 
-def _withdraw(folder: Path, claim: RunStatus, previous: RunStatus | None, existed: bool) -> None:
+def _write_claim(config: Config, claim: RunStatus) -> None:
+    write_status(Path(config.run.dir), claim)
+    try:
+        mark_checkpoints(config)
+    except FileExistsError:
+        # Without locks: another run has been faster.
+        _refuse_other_owner(config)
+        raise
+
+
+def _withdraw(
+    config: Config, claim: RunStatus, previous: RunStatus | None, was_marked: bool
+) -> None:
     """Remove the files of a start that did not become a run."""
+    folder = Path(config.run.dir)
     if read_status(folder) != claim:
         return
+    if not was_marked:
+        remove_mark(config)
     with contextlib.suppress(OSError):
         if previous is not None:
             write_status(folder, previous)
             return
         (folder / STATUS_FILE).unlink()
-        if not existed:
-            folder.rmdir()
 
 
 def _is_of_start(status: RunStatus, name: str | None) -> bool:

@@ -16,8 +16,8 @@ from moepp_megatron.runtime.object_store import ObjectPath, place
 from moepp_megatron.version import __version__
 
 # What a run writes there.
-_FILES = ("config.yaml", "metrics.jsonl", "status.json", "alerts.jsonl")
-_FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "status.json", "alerts.jsonl")
+RUN_FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")
 
 
 def checkpoint_folder(config: Config) -> Path:
@@ -28,6 +28,25 @@ def checkpoint_folder(config: Config) -> Path:
 def staging_folder(config: Config) -> Path:
     """Where files of a checkpoint are until they are uploaded to object storage."""
     return config.checkpoint.staging or config.run.dir / "staging"
+
+
+def outside_checkpoint_folder(config: Config) -> Path | None:
+    """Where the run's checkpoints are if that lies outside of its folder; links are resolved.
+
+    None for object storage too.
+    """
+    checkpoints = checkpoint_folder(config)
+    if isinstance(checkpoints, ObjectPath) or is_inside(checkpoints, Path(config.run.dir)):
+        return None
+    return Path(os.path.realpath(checkpoints))
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether `path` is the folder or lies in it; links are resolved."""
+    if isinstance(path, ObjectPath):
+        return False
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return real == home or home in real.parents
 
 
 def write_config(config: Config) -> Path:
@@ -58,7 +77,7 @@ def _git_commit() -> str:
 
 @contextmanager
 def usable(config: Config) -> Iterator[None]:
-    """Make the run's folder if needed; what cannot be written there is refused, inside too.
+    """Make the folders of run and checkpoints; what cannot be written is refused, inside too.
 
     Raises:
         ConfigError: If it cannot be written; names path and cause.
@@ -66,14 +85,20 @@ def usable(config: Config) -> Iterator[None]:
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in [*(folder / name for name in _FILES), *(folder / name for name in _FOLDERS)]:
-            _check_kind(path, is_folder=path.name in _FOLDERS)
+        for path in [
+            *(folder / name for name in RUN_FILES),
+            *(folder / name for name in RUN_FOLDERS),
+        ]:
+            _check_kind(path, is_folder=path.name in RUN_FOLDERS)
         checkpoints = checkpoint_folder(config)
         if isinstance(checkpoints, ObjectPath):
             checkpoints = staging_folder(config)
             _check_kind(checkpoints, is_folder=True, setting="checkpoint.staging")
         else:
             _check_kind(checkpoints, is_folder=True, setting="checkpoint.dir")
+        outside = outside_checkpoint_folder(config)
+        if outside is not None:
+            outside.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         at = error.filename if isinstance(error.filename, str) else str(folder)

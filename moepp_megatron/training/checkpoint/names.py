@@ -27,6 +27,8 @@ FORMAT_FILE = "metadata.json"
 MANIFEST_FILE = "integrity.json"
 TENSORS_FILE = ".metadata"
 LATEST_FILE = "latest"
+# Beside checkpoints outside of their run's folder: names that folder.
+OWNER_FILE = "owner"
 PREFIX = "step_"
 
 

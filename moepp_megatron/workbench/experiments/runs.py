@@ -26,6 +26,8 @@ from typing import Any, ClassVar, Protocol
 from moepp_megatron.config import ConfigError
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions, run_ranks
 from moepp_megatron.runtime.stop_signals import heeded_signals
+from moepp_megatron.training.checkpoint import CONFIG_FILE
+from moepp_megatron.training.run_folder import RUN_FILES, RUN_FOLDERS
 
 # How a rank says why it fails; `failure_reason` looks for it in the log.
 FAILURE_MARK = "moepp: point failed on rank"
@@ -194,8 +196,16 @@ class RunSet[Run: Named](ABC):
         """Make DIR with its parts; the body may write there.
 
         Raises:
-            ConfigError: The file system refuses one of them; names `--out` and the cause.
+            ConfigError: A training run is there, or the file system refuses one of them; names
+                `--out` and the cause.
         """
+        # But for a configuration, which this command may read.
+        for name in (*RUN_FILES, *RUN_FOLDERS):
+            if name != CONFIG_FILE and os.path.lexists(self.path / name):
+                raise ConfigError(
+                    f"--out ({self.path}) must not be the folder of a training run, but holds "
+                    f"{name}; choose another"
+                )
         try:
             for part in self.parts:
                 (self.path / part).mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,20 @@ def test_everything_is_refused_before_the_first_run(
     assert not (tmp_path / "out").exists()
 
 
+def test_folder_of_a_training_run_is_refused(
+    pilot, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("records")
+    assert pilot("--collect") == 2
+    assert capsys.readouterr().err.endswith(
+        f"error: --out ({out}) must not be the folder of a training run, but holds metrics.jsonl; "
+        "choose another\n"
+    )
+    assert [path.name for path in out.iterdir()] == ["metrics.jsonl"]
+
+
 def test_collect_leaves_a_configuration_for_every_run(
     pilot, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

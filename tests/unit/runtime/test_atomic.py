@@ -5,7 +5,13 @@ import pytest
 
 from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.runtime import atomic
-from moepp_megatron.runtime.atomic import partial_folder, publish, whole_file, write_atomic
+from moepp_megatron.runtime.atomic import (
+    create_atomic,
+    partial_folder,
+    publish,
+    whole_file,
+    write_atomic,
+)
 from tests.full_disk import torch_error
 
 
@@ -100,3 +106,17 @@ def test_a_folder_that_cannot_be_made_is_called_as_the_user_does(tmp_path: Path)
     refused = pytest.raises(ConfigError, match=r"^DST \(.*out\) cannot be written")
     with refused, partial_folder(out, "DST"):
         pass
+
+
+def test_a_file_that_is_there_is_not_created_again(tmp_path: Path, monkeypatch) -> None:
+    create_atomic(tmp_path / "file", b"first")
+    with pytest.raises(FileExistsError):
+        create_atomic(tmp_path / "file", b"second")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"first"}
+
+    def no_links(*arguments: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    create_atomic(tmp_path / "other", b"third")
+    assert (tmp_path / "other").read_bytes() == b"third"

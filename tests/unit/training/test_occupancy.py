@@ -186,6 +186,49 @@ def test_the_configuration_file_itself_is_no_trace(run: Path) -> None:
     enter(config_in(run), Start(config_file=run / "config.yaml"))
 
 
+def test_runs_below_the_run_stay(run, write) -> None:
+    make_run(run, write)
+    (run / "notes").mkdir()
+    (run / "notes" / "mine.txt").write_text("mine")
+    (run / "a.txt").symlink_to("notes/mine.txt")
+    for name in ("child", "sweep/000", "child.20260101-000000"):
+        make_run(run / name, write)
+        write_status(run / name, RunStatus.own())
+    # Checkpoints of the second one, which it is about to write.
+    (run / "disk" / "of_sweep").mkdir(parents=True)
+    (run / "disk" / "of_sweep" / "owner").write_text(f"{run / 'sweep' / '000'}\n")
+    (run / "disk of a run that is gone").mkdir()
+    (run / "disk of a run that is gone" / "owner").write_text("/gone\n")
+    stay = ("child", "sweep", "child.20260101-000000", "disk")
+    before = {name: files(run / name) for name in stay}
+    everything = files(run)
+    enter(config_in(run), OVERWRITE)
+    assert {path.name for path in run.iterdir()} == {*stay, "status.json"}
+    assert {name: files(run / name) for name in stay} == before
+    (aside,) = (path for path in run.parent.iterdir() if path != run)
+    left = {name: text for name, text in files(run).items() if name != "status.json"}
+    assert files(aside) | left == everything
+    assert (aside / "checkpoints" / "step_00000005").is_dir()
+
+
+@pytest.mark.parametrize("place", [".", "checkpoints", "sweep/checkpoints"])
+def test_checkpoints_among_runs_that_stay_are_moved(run, write, place: str) -> None:
+    """The new run would otherwise delete them."""
+    make_run(run)
+    write(run / place, 5)
+    for name in ("checkpoints", "sweep"):
+        make_run(run / name / "child")
+        write_status(run / name / "child", RunStatus.own())
+    everything = files(run)
+    enter(config_in(run, checkpoint={"dir": str(run / place)}), OVERWRITE)
+    assert not (run / place / "step_00000005").exists()
+    assert (run / "checkpoints" / "child" / "status.json").exists()
+    assert (run / "sweep" / "child" / "status.json").exists()
+    assert sorted(everything.values()) == sorted(
+        text for name, text in files(run.parent).items() if name != "run/status.json"
+    )
+
+
 def test_weights_that_would_be_moved_are_refused_as_a_start(run, write) -> None:
     make_run(run, write)
     before = files(run)
@@ -214,7 +257,7 @@ def test_checkpoints_elsewhere_are_traces_and_are_moved_beside(run, write) -> No
     with pytest.raises(ConfigError, match="has the checkpoints in .*big disk"):
         enter(config)
     enter(config, OVERWRITE)
-    assert [path.name for path in place.iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in place.iterdir()) == ["mine.txt", "owner"]
     (aside,) = (path for path in place.parent.iterdir() if path != place)
     assert sorted(path.name for path in aside.iterdir()) == ["latest", "step_00000005"]
 

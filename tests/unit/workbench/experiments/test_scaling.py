@@ -384,6 +384,29 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert "must be a folder that can be written" in str(result.exception)
 
 
+@pytest.mark.parametrize("name", ["status.json", "metrics.jsonl", "checkpoints/latest"])
+def test_folder_of_a_training_run_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    for file in (tmp_path / "config.yaml", tmp_path / name):
+        file.write_text("the run's")
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(
+        app, ["scale", str(QUICKSTART), "--out", str(tmp_path), "--collect"]
+    )
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == (
+        f"--out ({tmp_path}) must not be the folder of a training run, but holds "
+        f"{name.split('/')[0]}; choose another"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_configuration_may_be_in_the_folder(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    ScalingRuns(tmp_path).claim(config, Measuring(("moepp",), 1, 1, 3))
+    assert (tmp_path / "settings.json").exists()
+
+
 @pytest.mark.parametrize(
     ("ranks", "arguments", "message"),
     [

@@ -1,0 +1,113 @@
+"""Whose a checkpoint folder is. Two runs in one would delete and continue each other's checkpoints.
+
+A run that is let in marks a checkpoint folder outside of its own with the file `owner`, which names
+the run's folder. A mark counts while that folder has a `status.json`: a run that was renamed or
+deleted owns nothing under its old name. Object storage has no marks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.observe.status import STATUS_FILE, read_status
+from moepp_megatron.runtime.atomic import create_atomic, write_atomic
+from moepp_megatron.runtime.object_store import ObjectPath
+from moepp_megatron.training.checkpoint import CONFIG_FILE, list_checkpoints
+from moepp_megatron.training.checkpoint.names import OWNER_FILE
+from moepp_megatron.training.run_folder import (
+    checkpoint_folder,
+    is_inside,
+    outside_checkpoint_folder,
+)
+
+
+def owner_of_checkpoints(config: Config) -> Path | None:
+    """The folder of another run whose checkpoints are where this one's would go, if it is there.
+
+    Two runs in one folder would delete and continue each other's checkpoints. A run that was
+    renamed has no folder of its old name, so its checkpoints still count as its own.
+    """
+    folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
+    if is_inside(checkpoints, folder):
+        return None
+    marked = marked_owner(checkpoints)
+    if marked is not None:
+        return None if _is_same(marked, folder) else marked
+    # Of a run that has not saved yet, too.
+    is_own_name = checkpoints.name == "checkpoints" and not isinstance(checkpoints, ObjectPath)
+    if is_own_name and read_status(Path(os.path.realpath(checkpoints)).parent) is not None:
+        return checkpoints.parent
+    for checkpoint in list_checkpoints(checkpoints):
+        try:
+            owner = Path(load_config(checkpoint / CONFIG_FILE).run.dir)
+        except ConfigError:
+            continue
+        is_other = os.path.realpath(owner) != os.path.realpath(folder)
+        return owner if is_other and (owner / CONFIG_FILE).is_file() else None
+    return None
+
+
+def marked_owner(checkpoints: Path) -> Path | None:
+    """The run's folder that a mark in a checkpoint folder names; None without one that counts."""
+    if isinstance(checkpoints, ObjectPath):
+        return None
+    try:
+        owner = Path(os.fsdecode((checkpoints / OWNER_FILE).read_bytes()).removesuffix("\n"))
+    except OSError:
+        return None
+    return owner if owner.is_absolute() and (owner / STATUS_FILE).is_file() else None
+
+
+def is_marked(config: Config) -> bool:
+    """Whether the run has marked its checkpoint folder."""
+    outside = outside_checkpoint_folder(config)
+    marked = None if outside is None else marked_owner(outside)
+    return marked is not None and _is_same(marked, Path(config.run.dir))
+
+
+def mark_checkpoints(config: Config) -> None:
+    """Mark a checkpoint folder outside of the run's, which must have its `status.json` by now.
+
+    Raises:
+        FileExistsError: Another run has marked it.
+        OSError: The folder cannot be written.
+    """
+    outside = outside_checkpoint_folder(config)
+    if outside is None or is_marked(config):
+        return
+    mark = outside / OWNER_FILE
+    if mark.exists() and marked_owner(outside) is None:
+        mark.unlink()
+    create_atomic(mark, _content(Path(config.run.dir)))
+
+
+def remove_mark(config: Config) -> None:
+    """Remove the run's own mark."""
+    outside = outside_checkpoint_folder(config)
+    if outside is not None and is_marked(config):
+        with contextlib.suppress(OSError):
+            (outside / OWNER_FILE).unlink()
+
+
+def carry_mark(checkpoints: Path, place: Path | None, run: Path) -> None:
+    """Take a run's mark along with what is moved aside.
+
+    Args:
+        checkpoints: Its checkpoint folder of before.
+        place: Where its checkpoints are now; None if it had none.
+        run: Where its other files are now.
+    """
+    (checkpoints / OWNER_FILE).unlink(missing_ok=True)
+    if place is not None:
+        write_atomic(place / OWNER_FILE, _content(run))
+
+
+def _content(run: Path) -> bytes:
+    return os.fsencode(os.path.realpath(run)) + b"\n"
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)

@@ -1,0 +1,224 @@
+"""Checkpoint folders outside of their run's folder: who may write there. No ranks."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.observe.status import STATUS_FILE, StatusSink
+from moepp_megatron.runtime.atomic import create_atomic
+from moepp_megatron.training import checkpoint_owner, occupancy
+from moepp_megatron.training.checkpoint import find_checkpoint, list_checkpoints
+from moepp_megatron.training.checkpoint.room import Pruner
+from moepp_megatron.training.occupancy import Start, claimed
+from tests.unit.training.conftest import config_of
+
+RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)
+REFUSED = r"checkpoint\.dir \(.+\) must not hold checkpoints of another run, and has those of .*{};"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A checkpoint folder, and its parent, that are not there yet."""
+    return tmp_path / "disk" / "shared"
+
+
+@pytest.fixture
+def of(tmp_path: Path, place: Path):
+    """Gives the configuration of the run of a name, with checkpoints in `place`."""
+
+    def config(name: str, checkpoints: Path | None = place) -> Config:
+        checkpoint = {"dir": None if checkpoints is None else str(checkpoints)}
+        return config_of(run={"dir": str(tmp_path / "runs" / name)}, checkpoint=checkpoint)
+
+    return config
+
+
+def enter(config: Config, start: Start | None = None) -> None:
+    """A run that writes its configuration and ends."""
+    with claimed(config, start or Start(), lambda line: None):
+        folder = Path(config.run.dir)
+        StatusSink(folder).close()
+        (folder / "config.yaml").write_text(config.to_yaml())
+
+
+def mark_of(place: Path) -> str:
+    return (place / "owner").read_text()
+
+
+@pytest.mark.parametrize("start", [Start(), RESUME, OVERWRITE], ids=["", "resume", "overwrite"])
+def test_a_run_that_has_not_saved_yet_owns_its_folder(of, place, tmp_path, start: Start) -> None:
+    with claimed(of("a"), Start()):
+        StatusSink(tmp_path / "runs" / "a")
+        assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
+        with pytest.raises(ConfigError, match=REFUSED.format("runs/a")) as refused:
+            enter(of("b"), start)
+    assert "\n" not in str(refused.value)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
+    assert [path.name for path in place.iterdir()] == ["owner"]
+
+
+def start_at_once(config: Config, barrier, answers) -> None:
+    barrier.wait()
+    try:
+        with claimed(config, Start()):
+            StatusSink(Path(config.run.dir))
+            answers.put(config.run.dir.name)
+    except ConfigError as error:
+        answers.put(str(error))
+
+
+@pytest.mark.parametrize("is_stale", [False, True], ids=["new", "of a run that is gone"])
+def test_of_two_at_once_one_is_let_in(of, place, tmp_path, is_stale: bool) -> None:
+    if is_stale:
+        place.mkdir(parents=True)
+        (place / "owner").write_text(f"{tmp_path / 'gone'}\n")
+    fork = multiprocessing.get_context("fork")
+    barrier, answers = fork.Barrier(2), fork.Queue()
+    both = [fork.Process(target=start_at_once, args=(of(n), barrier, answers)) for n in "ab"]
+    for process in both:
+        process.start()
+    winner, refusal = sorted((answers.get(), answers.get()), key=len)
+    for process in both:
+        process.join()
+    assert f"and has those of {tmp_path / 'runs' / winner};" in refusal
+    assert mark_of(place) == f"{tmp_path / 'runs' / winner}\n"
+
+
+def test_without_locks_too(of, place, tmp_path, monkeypatch) -> None:
+    """The other one is let in between the look and the mark."""
+    look, others = occupancy._refuse_other_owner, ["a"]
+
+    def look_early(config: Config) -> None:
+        look(config)
+        if others:
+            enter(of(others.pop()))
+
+    def no_locks(*arguments: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(occupancy, "_refuse_other_owner", look_early)
+    with pytest.raises(ConfigError, match=REFUSED.format("runs/a")):
+        enter(of("b"))
+    assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
+
+
+def test_the_own_run_is_let_in_again(of, place, tmp_path, write) -> None:
+    enter(of("a"))
+    # Before its first checkpoint, as the restart of a job, and after it.
+    enter(of("a"), Start(resume=True, restarted=True))
+    shutil.copy(tmp_path / "runs" / "a" / "config.yaml", write(place, 5) / "config.yaml")
+    enter(of("a"), RESUME)
+    (tmp_path / "runs" / "a").rename(tmp_path / "runs" / "b")
+    enter(of("b"), RESUME)
+    assert mark_of(place) == f"{tmp_path / 'runs' / 'b'}\n"
+    # Another run gets the old name, by which the checkpoint still calls its run.
+    enter(of("a", None))
+    enter(of("b"), RESUME)
+
+
+def test_a_run_that_is_moved_aside_takes_its_checkpoints_along(of, place, tmp_path, write) -> None:
+    enter(of("a"))
+    shutil.copy(tmp_path / "runs" / "a" / "config.yaml", write(place, 5) / "config.yaml")
+    enter(of("a"), OVERWRITE)
+    assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
+    (aside,) = (tmp_path / "runs").glob("a.2*")
+    (saved,) = place.parent.glob("shared.2*")
+    enter(of(aside.name, saved), RESUME)
+    with pytest.raises(ConfigError, match=REFUSED.format(aside.name)):
+        enter(of("a", saved), RESUME)
+    # One without checkpoints leaves no folder for them.
+    enter(of("a"), OVERWRITE)
+    assert list(place.parent.glob("shared.2*")) == [saved]
+
+
+@pytest.mark.parametrize("mark", ["", "\0\0\0", "/\0", "runs/a\n", "/gone\n", "\udcff"])
+def test_marks_of_runs_that_are_not_there_count_for_nothing(of, place, tmp_path, mark: str) -> None:
+    place.mkdir(parents=True)
+    (place / "owner").write_bytes(os.fsencode(mark))
+    enter(of("a"))
+    assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
+
+
+def test_a_run_that_was_deleted_leaves_its_place(of, place, tmp_path) -> None:
+    enter(of("a"))
+    (tmp_path / "runs" / "a" / STATUS_FILE).unlink()
+    enter(of("b"))
+    assert mark_of(place) == f"{tmp_path / 'runs' / 'b'}\n"
+
+
+def test_a_start_from_which_no_run_came_leaves_nothing(of, place, tmp_path) -> None:
+    with claimed(of("a"), Start()):
+        assert (place / "owner").exists()
+    assert list(tmp_path.iterdir()) == []
+    # What was there stays: a file of somebody else, the mark of a run that goes on.
+    place.mkdir(parents=True)
+    (place / "notes.txt").write_text("mine")
+    with claimed(of("a"), Start()):
+        pass
+    assert [path.name for path in place.iterdir()] == ["notes.txt"]
+    enter(of("a"))
+    with claimed(of("a"), Start(restarted=True)):
+        pass
+    assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
+
+
+def test_a_full_disk_of_checkpoints_is_no_claim(of, place, tmp_path, write, monkeypatch) -> None:
+    """It is first freed of half-written checkpoints."""
+    leftover = place / ".step_00000009.incomplete-abc"
+    leftover.mkdir(parents=True)
+    always = []
+
+    def full(path: Path, content: bytes) -> None:
+        if always or leftover.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        create_atomic(path, content)
+
+    monkeypatch.setattr(checkpoint_owner, "create_atomic", full)
+    with claimed(of("a"), Start()):
+        assert (place / "owner").exists()
+    always.append(True)
+    with pytest.raises(ConfigError, match=r"No space left on device at .*owner\); make room there"):
+        enter(of("a"))
+    assert not (tmp_path / "runs").exists()
+    assert list(place.iterdir()) == []
+
+
+def test_checkpoints_inside_of_the_run_need_no_mark(of, place, tmp_path) -> None:
+    run = tmp_path / "runs" / "b"
+    enter(of("b", None))
+    assert not (run / "checkpoints").exists()
+    # A copy of another run's checkpoints is the run's own.
+    enter(of("a"))
+    shutil.copytree(place, run / "checkpoints")
+    enter(of("b", None), Start(restarted=True))
+
+
+def test_links_are_followed(of, place, tmp_path) -> None:
+    """Checkpoints of a run whose folder of them is a link are elsewhere, too."""
+    place.mkdir(parents=True)
+    for name in "ab":
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "checkpoints").symlink_to(place)
+    enter(of("a", None))
+    with pytest.raises(ConfigError, match=REFUSED.format("runs/a")):
+        enter(of("b", None))
+    enter(of("a"), Start(restarted=True))
+
+
+def test_the_mark_is_no_checkpoint(of, place, write) -> None:
+    enter(of("a"))
+    old, new = write(place, 5), write(place, 6)
+    assert list_checkpoints(place) == [new, old]
+    assert find_checkpoint(place) == new
+    Pruner(place, 1).wrote(new)
+    assert sorted(path.name for path in place.iterdir()) == ["owner", new.name]
