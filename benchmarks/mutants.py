@@ -33,6 +33,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -69,19 +70,25 @@ def stages(tree: Path, mutant: Mutant) -> Iterator[list[str]]:
         for path in (tree / "tests" / "unit").rglob("test_*.py")
         if f"test_{name}" in path.name or _imports(path, module)
     ]
-    seconds = json.loads((ROOT / "tests" / "durations.json").read_text(encoding="ascii"))
-
-    def cost(path: str) -> float:
-        return float(seconds.get(path, 1.0))
-
-    first = sorted((str(path.relative_to(tree)) for path in near), key=cost)
+    first = sorted((str(path.relative_to(tree)) for path in near), key=_seconds)
     first.sort(key=lambda path: f"test_{name}" not in path)
-    first = [path for path in first if cost(path) < 60]
+    first = [path for path in first if _seconds(path) < 60]
     yield first
     folder = tree / "tests" / "unit" / room
     rest = [str(path.relative_to(tree)) for path in sorted(folder.rglob("test_*.py"))]
-    yield [path for path in sorted(rest, key=cost) if path not in first and cost(path) < 60]
+    yield [path for path in sorted(rest, key=_seconds) if path not in first and _seconds(path) < 60]
     yield [f"tests/{each}" for each in ON_RANKS[room]]
+
+
+def _seconds(test: str) -> float:
+    """What the file of a test takes."""
+    return float(_durations().get(test.partition("::")[0], 1.0))
+
+
+@cache
+def _durations() -> dict[str, float]:
+    path = ROOT / "tests" / "durations.json"
+    return json.loads(path.read_text(encoding="ascii"))  # type: ignore[no-any-return]
 
 
 def _imports(path: Path, module: str) -> bool:
@@ -223,23 +230,22 @@ def run_whole(
         with applied(tree, [sampled[number - 1] for number in left]):
             found = _failing(tree, [*command, *asked], report)
         failing = [test for test in found if test not in ignored]
-        print(f"{len(left)} mutants at once: {len(failing)} tests fail")
+        print(f"{len(left)} mutants at once: {len(failing)} tests fail", flush=True)
         if not failing and not asked:
             break
         # Without those that are found, what has failed is tried again, and then the whole suite.
         asked = failing
-        if not failing:
-            continue
-        number = _culprit(sampled, left, tree, failing[0], limit_s)
-        if number is None:
-            print(f"fails with all of them and with none alone: {failing[0]}")
-            ignored.append(failing[0])
-            continue
-        print(f"{number} {sampled[number - 1]}: {failing[0]}")
-        lines[number] |= {"killed_by": failing[0], "stage": "whole"}
-        left.remove(number)
-        texts = (json.dumps(lines[number]) for number in sorted(lines))
-        out.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        number_before = len(left)
+        for test in sorted(failing, key=_seconds):
+            while (number := _culprit(sampled, left, tree, test, limit_s)) is not None:
+                print(f"{number} {sampled[number - 1]}: {test}", flush=True)
+                lines[number] |= {"killed_by": test, "stage": "whole"}
+                left.remove(number)
+                texts = (json.dumps(lines[number]) for number in sorted(lines))
+                out.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        if len(left) == number_before:
+            print(f"fail with all of them and with none alone: {failing}", flush=True)
+            ignored += failing
 
 
 def _failing(tree: Path, command: Sequence[str], report: Path) -> list[str]:
@@ -269,14 +275,17 @@ def _name(case: ElementTree.Element) -> str:
 def _culprit(
     sampled: list[Mutant], left: Sequence[int], tree: Path, test: str, limit_s: float
 ) -> int | None:
-    """One of the mutants that lets the test fail, found by halves; None if it passes with all."""
+    """One of the mutants that lets the test fail, found by halves.
+
+    None if it passes with all of them, or fails without any when it runs alone.
+    """
 
     def fails(numbers: Sequence[int]) -> bool:
         with applied(tree, [sampled[number - 1] for number in numbers]):
             return killed_by(tree, [test], limit_s) is not None
 
     suspects = list(left)
-    if not suspects or not fails(suspects):
+    if not suspects or not fails(suspects) or fails([]):
         return None
     while len(suspects) > 1:
         half = suspects[: len(suspects) // 2]

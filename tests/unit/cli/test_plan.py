@@ -212,7 +212,7 @@ def test_the_configuration_is_not_overwritten(plan, capsys, tmp_path: Path) -> N
     # Refused before the search: nothing is printed.
     assert plan("--out", str(config)) == 2
     told = capsys.readouterr()
-    assert "must not exist yet" in told.err
+    assert f"--out ({config}) must not replace CONFIG, which is read" in told.err
     assert not told.out
     assert config.read_text() == CONFIG
 
