@@ -120,7 +120,7 @@ def compile_extension() -> None:
     """Have megatron-core's extension for `recompute_modules` compiled, once a machine.
 
     It would be compiled in the first backward pass, while other ranks wait in collectives. The
-    first process of a machine compiles it, which takes half a minute; the others wait for it.
+    first process of a machine compiles it, which takes 20 seconds; the others wait for it.
 
     Raises:
         UnfitError: If it cannot be compiled or loaded; names the cause.

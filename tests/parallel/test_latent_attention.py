@@ -77,7 +77,7 @@ def latent(model: dict[str, Any] = MODEL, **sections: dict[str, Any]) -> Section
 def test_layouts(ranks: RankPools, alone: Callable[..., Run], layout: str) -> None:
     world_size, sections = LAYOUTS[layout]
     if sections.get("training") is UP_PROJECTION:
-        # Here: half a minute of computing, alone, is not what the ranks have their time for.
+        # Here: 20 seconds of computing, alone, are not what the ranks have their time for.
         compile_extension()
     run = assemble(ranks(world_size).run(train, latent(**sections), STEPS))
     compare(run, alone(latent()), FP32)

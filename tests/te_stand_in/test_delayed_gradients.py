@@ -41,7 +41,7 @@ CASES: dict[str, tuple[int, dict[str, Any], int]] = {
 def test_gradients_are_the_same(ranks, case: str) -> None:
     world, sections, products = CASES[case]
     if case == "moe_act recomputed":
-        # Here: half a minute of computing, alone, is not what the ranks have their time for.
+        # Here: 20 seconds of computing, alone, are not what the ranks have their time for.
         compile_extension()
     runs, counts = [], []
     for delays in (False, True):

@@ -229,21 +229,14 @@ def test_checkpoints_among_runs_that_stay_are_moved(run, write, place: str) -> N
     )
 
 
-def test_weights_that_would_be_moved_are_refused_as_a_start(run, write) -> None:
+@pytest.mark.parametrize("setting", ["checkpoint.load", "distillation.teacher"])
+def test_weights_that_would_be_moved_are_refused_as_a_start(run, write, setting: str) -> None:
     make_run(run, write)
     before = files(run)
+    section, key = setting.split(".")
     for name in (str(run), "run", str(run / "checkpoints" / "step_00000005")):
-        with pytest.raises(ConfigError, match=r"checkpoint\.load .* choose another run\.dir"):
-            enter(config_in(run, checkpoint={"load": name}), OVERWRITE)
-    assert files(run) == before
-
-
-def test_so_is_a_teacher(run, write) -> None:
-    make_run(run, write)
-    before = files(run)
-    for name in (str(run), "run", str(run / "checkpoints" / "step_00000005")):
-        with pytest.raises(ConfigError, match=r"distillation\.teacher .* choose another run\.dir"):
-            enter(config_in(run, distillation={"teacher": name}), OVERWRITE)
+        with pytest.raises(ConfigError, match=rf"{section}\.{key} .* choose another run\.dir"):
+            enter(config_in(run, **{section: {key: name}}), OVERWRITE)
     assert files(run) == before
 
 
