@@ -26,6 +26,11 @@ MODULE = "moepp_megatron.cli.main"
 TIMEOUT_S = 240.0
 
 
+def slowdown() -> float:
+    """How many times longer work takes here than on idle cores: the load a core, at least 1."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def moepp(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs a command in a fork of the server of ranks; ranks that it starts are real ones."""
     return forked(["-m", MODULE, *map(str, arguments)], cwd)

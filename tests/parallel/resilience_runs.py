@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from unittest import mock
 
 import pytest
 
+from tests.commands import slowdown
 from tests.parallel.training_runs import SyntheticDataset, begin, settings
 
 BATCH = 8
@@ -213,7 +213,7 @@ def _slow(trainer: Any, fault: Fault) -> Iterator[None]:
     original = step._forward_step
 
     def slow(*args: Any, **named: Any) -> Any:
-        time.sleep(0.5 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
+        time.sleep(0.5 * slowdown())
         return original(*args, **named)
 
     with mock.patch.object(step, "_forward_step", slow):
