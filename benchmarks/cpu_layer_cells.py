@@ -99,35 +99,39 @@ def _backward_ms(forward_backward: Callable[[], None]) -> dict[str, float]:
 
 
 def _products(shape: Any, dtype: str, rows: int, name: str) -> Callable[[], None]:
-    """The FFN experts' products alone, each expert with the same number of rows."""
+    """The FFN experts' products alone, each expert with the same number of rows.
+
+    As in a layer, each expert has rows and weights of its own, which no cache holds, and the
+    gradients of all weights exist at the end.
+    """
     import torch
 
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     hidden, width, count = shape.hidden_size, shape.ffn_hidden_size, shape.experts.num_ffn_experts
+
+    def of_experts(*size: int) -> tuple[torch.Tensor, ...]:
+        return (torch.randn(count, *size, dtype=kind) * 0.02).unbind()
+
     each = rows // count
-    weights = [
-        (
-            torch.randn(2 * width, hidden, dtype=kind) * 0.02,
-            torch.randn(hidden, width, dtype=kind) * 0.02,
-        )
-        for _ in range(count)
-    ]
-    tokens = torch.randn(each, hidden, dtype=kind)
-    projected = torch.randn(each, 2 * width, dtype=kind)
-    activated = torch.randn(each, width, dtype=kind)
+    weights_in, weights_out = of_experts(2 * width, hidden), of_experts(hidden, width)
+    tokens, outputs = of_experts(each, hidden), of_experts(each, hidden)
+    activated, projected = of_experts(each, width), of_experts(each, 2 * width)
     linear = torch.ops.mkldnn._linear_pointwise
 
     def forward() -> None:
-        for weight_in, weight_out in weights:
-            linear(tokens, weight_in, None, "none", [], "")
-            linear(activated, weight_out, None, "none", [], "")
+        for x, inner, weight_in, weight_out in zip(
+            tokens, activated, weights_in, weights_out, strict=True
+        ):
+            linear(x, weight_in, None, "none", [], "")
+            linear(inner, weight_out, None, "none", [], "")
 
     def backward() -> None:
-        for weight_in, weight_out in weights:
-            torch.mm(tokens, weight_out)
-            torch.mm(tokens.t(), activated)
-            torch.mm(projected, weight_in)
-            torch.mm(projected.t(), tokens)
+        grads = []
+        for number in range(count):
+            torch.mm(outputs[number], weights_out[number])
+            grads.append(torch.mm(outputs[number].t(), activated[number]))
+            torch.mm(projected[number], weights_in[number])
+            grads.append(torch.mm(projected[number].t(), tokens[number]))
 
     def both() -> None:
         with torch.no_grad():

@@ -94,11 +94,29 @@ def _onednn_has(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    return weight.numel() >= _LARGE and _onednn_has(x.dtype)
+
+
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """X [n, in] times weight [out, in] transposed, by oneDNN where it can and gains by it."""
-    if weight.numel() < _LARGE or not _onednn_has(x.dtype):
+    if not _suits_onednn(x, weight):
         return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _activated(x: Tensor, weight: Tensor) -> Tensor:
+    """SwiGLU's activation [n, F] of x [n, D] and fc1's weight [2F, D]; keeps nothing.
+
+    oneDNN applies the activation to a product while it writes it.
+    """
+    weight_gate, weight_up = weight.chunk(2)
+    if not _suits_onednn(x, weight_gate):
+        return swiglu(*F.linear(x, weight).chunk(2, dim=-1))
+    linear = torch.ops.mkldnn._linear_pointwise
+    gated = linear(x, weight_gate, None, "swish", [], "")
+    activated: Tensor = linear.binary(x, gated, weight_up, None, "mul")
+    return activated
 
 
 def _forward(
@@ -115,19 +133,23 @@ def _forward(
         gates: [rows] fp32.
         rows: Number of rows of each expert.
         weights: fc1 and fc2 of each expert in turn; fc1 holds W_gate and W_up.
-        keep: Receives fc1's result of each expert. Without it the experts share one buffer:
-            fresh pages cost as much as an elementwise pass.
+        keep: Receives fc1's result of each expert.
     """
     output = torch.empty_like(tokens)
     parts = zip(tokens.split(rows), gates.split(rows), output.split(rows), strict=True)
     for index, (x, gate, out) in enumerate(parts):
-        # A product of no rows at all is not defined for oneDNN.
-        projected = _linear(x, weights[2 * index]) if len(x) else x.new_empty(0, 0)
-        if keep is not None:
-            keep.append(projected)
+        weight_in, weight_out = weights[2 * index], weights[2 * index + 1]
         if len(x):
-            activated = swiglu(*projected.chunk(2, dim=-1))
-            out.copy_(_linear(weighted(activated, gate), weights[2 * index + 1]))
+            if keep is None:
+                activated = _activated(x, weight_in)
+            else:
+                keep.append(_linear(x, weight_in))
+                activated = swiglu(*keep[-1].chunk(2, dim=-1))
+            # The gate scales the output, which is narrower than the activation.
+            torch.mul(_linear(activated, weight_out), gate.unsqueeze(-1), out=out)
+        elif keep is not None:
+            # A product of no rows at all is not defined for oneDNN.
+            keep.append(x.new_empty(0, 0))
     return output
 
 
@@ -144,34 +166,52 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (output_grad,) = grads
         rows, count = ctx.rows, len(ctx.rows)
         tokens, gates, *rest = ctx.saved_tensors
         weights, hidden = rest[: 2 * count], rest[2 * count :]
         input_grad, gate_grad = torch.empty_like(tokens), torch.empty_like(gates)
         weight_grads: list[Tensor] = []
-        for index in range(count):
-            begin = sum(rows[:index])
-            part = slice(begin, begin + rows[index])
+        tensors = (tokens, gates, grads[0], input_grad, gate_grad)
+        parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+        for index, (x, gate, out_grad, x_grad, g_grad) in enumerate(parts):
             weight_in, weight_out = weights[2 * index], weights[2 * index + 1]
-            if rows[index] == 0:
+            if not len(x):
                 weight_grads += [torch.zeros_like(weight_in), torch.zeros_like(weight_out)]
                 continue
-            out_grad = output_grad[part]
-            gate_part, up = hidden[index].chunk(2, dim=-1)
-            gated = F.silu(gate_part)
-            activated = gated * up
-            weighted_grad = torch.mm(out_grad, weight_out)
-            weight_out_grad = torch.mm(out_grad.t(), weighted(activated, gates[part]))
-            gate_grad[part] = (weighted_grad * activated).sum(dim=-1, dtype=gates.dtype)
-            activated_grad = weighted(weighted_grad, gates[part])
-            projected_grad = torch.empty_like(hidden[index])
-            gate_half, up_half = projected_grad.chunk(2, dim=-1)
-            torch.mul(activated_grad, gated, out=up_half)
-            gate_half.copy_(torch.ops.aten.silu_backward(activated_grad.mul_(up), gate_part))
-            torch.mm(projected_grad, weight_in, out=input_grad[part])
-            weight_grads += [torch.mm(projected_grad.t(), tokens[part]), weight_out_grad]
+            activated, projected_grad, grad = activation_grads(
+                hidden[index], torch.mm(out_grad, weight_out), gate
+            )
+            g_grad.copy_(grad)
+            torch.mm(projected_grad, weight_in, out=x_grad)
+            weight_grads.append(torch.mm(projected_grad.t(), x))
+            weight_grads.append(torch.mm(weighted(out_grad, gate).t(), activated))
         return (input_grad, gate_grad, None, *weight_grads)
+
+
+def activation_grads(
+    projected: Tensor, weighted_grad: Tensor, gates: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """SwiGLU's activation again, and gradients.
+
+    Args:
+        projected: [n, 2F] fc1's result, what is gated and the factor beside it.
+        weighted_grad: [n, F] gradient of the activation times its gates.
+        gates: [n] fp32.
+
+    Returns:
+        The activation [n, F], and the gradients of `projected` and of the gates.
+    """
+    gate_part, up = projected.chunk(2, dim=-1)
+    gated = F.silu(gate_part)
+    activated = gated * up
+    gate_grad = (weighted_grad * activated).sum(dim=-1, dtype=gates.dtype)
+    activated_grad = weighted(weighted_grad, gates)
+    projected_grad = torch.empty_like(projected)
+    gate_half, up_half = projected_grad.chunk(2, dim=-1)
+    torch.mul(activated_grad, gated, out=up_half)
+    silu_backward = torch.ops.aten.silu_backward.grad_input
+    silu_backward(activated_grad.mul_(up), gate_part, grad_input=gate_half)
+    return activated, projected_grad, gate_grad
 
 
 def swiglu(gate_part: Tensor, up: Tensor) -> Tensor:

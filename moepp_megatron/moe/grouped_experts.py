@@ -23,7 +23,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moepp_megatron.moe.cpu_experts import CPUExperts, suits, swiglu, weighted
+from moepp_megatron.moe.cpu_experts import (
+    CPUExperts,
+    activation_grads,
+    suits,
+    swiglu,
+    weighted,
+)
 
 # Rows of a matrix begin at multiples of 16 bytes.
 _ALIGNMENT = 8
@@ -71,8 +77,9 @@ class _GroupedExperts(torch.autograd.Function):
     ) -> Tensor:
         projected = _product(tokens_RD, _transposed(weights[::2]), ends_E)
         ctx.save_for_backward(tokens_RD, gates_R, ends_E, projected, *weights)
-        activated = weighted(swiglu(*projected.chunk(2, dim=-1)), gates_R)
-        return _product(activated, _transposed(weights[1::2]), ends_E)
+        activated = swiglu(*projected.chunk(2, dim=-1))
+        # The gate scales the output, which is narrower than the activation.
+        return weighted(_product(activated, _transposed(weights[1::2]), ends_E), gates_R)
 
     @staticmethod
     @once_differentiable
@@ -80,18 +87,10 @@ class _GroupedExperts(torch.autograd.Function):
         (output_grad,) = grads
         output_grad = output_grad.contiguous()
         tokens_RD, gates_R, ends_E, projected, *weights = ctx.saved_tensors
-        gate_part, up = projected.chunk(2, dim=-1)
-        gated = F.silu(gate_part)
-        activated = gated * up
-        weighted_grad = _product(output_grad, torch.stack(weights[1::2]), ends_E)
-        gate_grad = (weighted_grad * activated).sum(dim=-1, dtype=gates_R.dtype)
-        fc2_grads = _weight_grads(output_grad, weighted(activated, gates_R), ends_E)
-        activated_grad = weighted(weighted_grad, gates_R)
-        projected_grad = torch.empty_like(projected)
-        gate_half, up_half = projected_grad.chunk(2, dim=-1)
-        torch.mul(activated_grad, gated, out=up_half)
-        silu_backward = torch.ops.aten.silu_backward.grad_input
-        silu_backward(activated_grad.mul_(up), gate_part, grad_input=gate_half)
+        activated, projected_grad, gate_grad = activation_grads(
+            projected, _product(output_grad, torch.stack(weights[1::2]), ends_E), gates_R
+        )
+        fc2_grads = _weight_grads(weighted(output_grad, gates_R), activated, ends_E)
         input_grad = _product(projected_grad, torch.stack(weights[::2]), ends_E)
         fc1_grads = _weight_grads(projected_grad, tokens_RD, ends_E)
         pairs = zip(fc1_grads.unbind(), fc2_grads.unbind(), strict=True)

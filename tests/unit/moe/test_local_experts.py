@@ -47,19 +47,21 @@ def both(
 
 
 def run(experts: SequentialMLP, rows: list[int], dtype: torch.dtype) -> list[Tensor]:
-    """Output and gradients of input, gates and parameters."""
+    """Output without and with gradients, and those of input, gates and parameters."""
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randn(sum(rows), HIDDEN, generator=generator).to(dtype).requires_grad_()
     gates = torch.rand(sum(rows), generator=generator).requires_grad_()
+    with torch.no_grad():
+        evaluated, _ = experts(tokens, torch.tensor(rows), gates)
     output, bias = experts(tokens, torch.tensor(rows), gates)
     assert bias is None
-    assert output.dtype is dtype
+    assert evaluated.dtype is output.dtype is dtype
     output.backward(torch.randn(output.shape, generator=generator).to(dtype))
     grads = [tokens.grad, gates.grad, *(p.grad for p in experts.parameters())]
     for index, grad in enumerate(grads):
         # An expert without tokens: its gradient is none or zeros.
         grads[index] = torch.zeros(()) if grad is None else grad
-    return [output.detach(), *grads]  # type: ignore[list-item]
+    return [evaluated, output.detach(), *grads]  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(
