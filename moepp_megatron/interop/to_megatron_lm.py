@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.from_megatron_lm import link_data, weight_names
@@ -20,7 +21,7 @@ from moepp_megatron.interop.megatron_checkpoint import RELEASE, TRACKER_FILE
 from moepp_megatron.interop.to_mcore import free_folder, write_objects
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_checkpoint
+from moepp_megatron.training.checkpoint import find_checkpoint
 
 ARGUMENTS_FILE = "arguments.txt"
 _PREFIX = "__release"

@@ -12,11 +12,11 @@ import os
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config
-from moepp_megatron.observe.status import STATUS_FILE, read_status
+from moepp_megatron.file_names import CONFIG_FILE, OWNER_FILE, STATUS_FILE
+from moepp_megatron.observe.status import read_status
 from moepp_megatron.runtime.atomic import create_atomic, write_atomic
 from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.training.checkpoint import CONFIG_FILE, list_checkpoints
-from moepp_megatron.training.checkpoint.names import OWNER_FILE
+from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.run_folder import (
     checkpoint_folder,
     is_inside,

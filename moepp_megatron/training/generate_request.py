@@ -11,7 +11,8 @@ from moepp_megatron.config import Config, ConfigError, Layout, load_config, with
 from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_checkpoint
+from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
+from moepp_megatron.training.checkpoint import find_checkpoint
 from moepp_megatron.training.inference_settings import FORWARD_ONLY, inference_override
 
 _DEFAULT_NEW_TOKENS = 96

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE, STATUS_FILE
 from moepp_megatron.observe.status import (
     CLAIM,
-    STATUS_FILE,
     RunStatus,
     inherited_claim,
     read_status,
@@ -53,7 +53,7 @@ _SILENT_S = 4 * BEAT_S
 _OLD_S = 3600.0
 
 # What a run leaves in its folder, beside checkpoints.
-_TRACES = ("config.yaml", "metrics.jsonl", STATUS_FILE)
+_TRACES = (CONFIG_FILE, METRICS_FILE, STATUS_FILE)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def refuse_occupied(config: Config, start: Start) -> None:
         )
     status = read_status(folder)
     ended = status is not None and status.state == "ended"
-    if ended and "metrics.jsonl" in found and not list_checkpoints(checkpoint_folder(config)):
+    if ended and METRICS_FILE in found and not list_checkpoints(checkpoint_folder(config)):
         raise ConfigError(
             f"run.dir ({folder}) must have a checkpoint for --resume, and its run has ended "
             "without one; use --overwrite to move it aside and start anew"

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE, STATUS_FILE
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.disk import is_full
 from moepp_megatron.runtime.object_store import ObjectPath, place
 from moepp_megatron.version import __version__
 
 # What a run writes there.
-RUN_FILES = ("config.yaml", "metrics.jsonl", "status.json", "alerts.jsonl")
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, STATUS_FILE, ALERTS_FILE)
 RUN_FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")
 
 
@@ -53,7 +54,7 @@ def write_config(config: Config) -> Path:
     """Write `RUN/config.yaml`: the resolved configuration with version and git commit."""
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.yaml"
+    path = folder / CONFIG_FILE
     comment = f"moepp_megatron {__version__}, commit {_git_commit()}"
     write_atomic(path, config.to_yaml(comment).encode())
     return path

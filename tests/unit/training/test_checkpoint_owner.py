@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.observe.status import STATUS_FILE, StatusSink
+from moepp_megatron.file_names import STATUS_FILE
+from moepp_megatron.observe.status import StatusSink
 from moepp_megatron.runtime.atomic import create_atomic
 from moepp_megatron.training import checkpoint_owner, occupancy
 from moepp_megatron.training.checkpoint import find_checkpoint, list_checkpoints
