@@ -17,7 +17,7 @@ from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.checkpoint.find import checkpoints_of
 from moepp_megatron.training.checkpoint.names import PREFIX
 from moepp_megatron.training.checkpoint_owner import carry_mark, marked_owner
-from moepp_megatron.training.run_folder import checkpoint_folder, outside_checkpoint_folder
+from moepp_megatron.training.run_folder import checkpoint_folder, is_same, outside_checkpoint_folder
 
 # Slurm's output: that of the job in which the new run starts is among it.
 _STAYS = {"slurm"}
@@ -111,7 +111,7 @@ def _holds_runs(path: Path, run: Path) -> bool:
     if any(path.rglob(STATUS_FILE)):
         return True
     owners = {marked_owner(mark.parent) for mark in path.rglob(OWNER_FILE)}
-    return any(os.path.realpath(owner) != os.path.realpath(run) for owner in owners if owner)
+    return not all(is_same(owner, run) for owner in owners if owner)
 
 
 def _stays(path: Path, kept: list[Path]) -> bool:

@@ -95,7 +95,7 @@ def test_of_two_at_once_one_is_let_in(of, place, tmp_path, is_stale: bool) -> No
 
 def test_without_locks_too(of, place, tmp_path, monkeypatch) -> None:
     """The other one is let in between the look and the mark."""
-    look, others = occupancy._refuse_other_owner, ["a"]
+    look, others = occupancy.refuse_other_owner, ["a"]
 
     def look_early(config: Config) -> None:
         look(config)
@@ -106,7 +106,7 @@ def test_without_locks_too(of, place, tmp_path, monkeypatch) -> None:
         raise OSError
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    monkeypatch.setattr(occupancy, "_refuse_other_owner", look_early)
+    monkeypatch.setattr(occupancy, "refuse_other_owner", look_early)
     with pytest.raises(ConfigError, match=REFUSED.format("runs/a")):
         enter(of("b"))
     assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
