@@ -139,7 +139,7 @@ def _stages(config: Config, stages: list[RankMemory]) -> Table:
     return table
 
 
-def _layers(chunk: list[int]) -> str:
+def _layers(chunk: tuple[int, ...]) -> str:
     """Layers, numbered from 1, as "5", "5-8" or nothing; `chunk` numbers them from 0."""
     if not chunk:
         return ""
