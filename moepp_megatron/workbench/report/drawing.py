@@ -195,12 +195,7 @@ def thin(
 
 
 def smooth(values: np.ndarray, reach: int | None = None) -> np.ndarray:
-    """Centred moving mean; NaN where a value in reach is NaN.
-
-    Args:
-        values: [n], n above 0.
-        reach: Points to either side; None for a hundredth of them, at least one.
-    """
+    """Centred moving mean, by default over a fiftieth of the points; NaN where one in reach is."""
     reach = max(1, len(values) // 100) if reach is None else reach
     window = np.ones(2 * reach + 1)
     counts = np.convolve(np.ones(len(values)), window, mode="same")
