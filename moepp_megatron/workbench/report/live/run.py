@@ -9,18 +9,18 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE, STATUS_FILE
+from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE
 from moepp_megatron.observe.alerts import Alert, parse_alert
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.status import RunStatus, read_status
 from moepp_megatron.observe.tail import Tail
+from moepp_megatron.training.run_folder import RUN_FILES
 from moepp_megatron.workbench.report.live.history import History
 from moepp_megatron.workbench.report.live.liveness import RunHealth, judge
 from moepp_megatron.workbench.report.run_data import ReportError, RunConfig, read_config
 
-RUN_FILES = {CONFIG_FILE, METRICS_FILE, STATUS_FILE, ALERTS_FILE}
 # What a run, or a job that waits to become one, leaves in its folder.
-_TRACES = RUN_FILES | {"checkpoints", "tensorboard", "slurm", "hangs"}
+_TRACES = {*RUN_FILES, "checkpoints", "tensorboard", "slurm", "hangs"}
 # Alerts that are remembered; the file has all.
 _KEPT_ALERTS = 200
 
