@@ -126,7 +126,7 @@ def _compared(run: RunData, name: str) -> ComparedRun:
 def _flops(run: RunData) -> np.ndarray | None:
     """Model FLOPs until each record; None where this version does not read the configuration."""
     try:
-        config = parse_config(parse_yaml(run.config_text, "config.yaml"))
+        config = parse_config(parse_yaml(run.config_text, CONFIG_FILE))
     except ConfigError:
         return None
     # Linear in the FFN share, so that two points give all.
