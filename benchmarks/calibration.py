@@ -53,7 +53,7 @@ class Observation:
 def layout_observation(config: Config, layout: Layout, cores: int, seconds: float) -> Observation:
     """A training step, its routing held at balance."""
     load, grid = Workload.from_config(config, "local"), Grid.from_layout(config, layout)
-    stages = tuple(tuple(tuple(chunk) for chunk in chunks) for chunks in stage_layers(config))
+    stages = stage_layers(config)
 
     def predict(rates: CpuRates) -> float:
         machine = cpu_machine(rates, grid.world, cores)

@@ -17,6 +17,13 @@ from moepp_megatron.experts import CONSTANT, ExpertKind, ExpertLayout, setting
 GateNormalization = Literal["none", "selected", "nonzero"]
 ScoreFunction = Literal["softmax", "sigmoid"]
 BalanceScope = Literal["microbatch", "sequence", "global"]
+# By the names of Megatron's `moe_router_load_balancing_type`.
+SCOPES: dict[str, BalanceScope] = {
+    "aux_loss": "microbatch",
+    "seq_aux_loss": "sequence",
+    "global_aux_loss": "global",
+}
+BALANCE_TYPES = {scope: kind for kind, scope in SCOPES.items()}
 ConstantInit = Literal["normal", "zero"]
 Fused = Literal["auto", True, False]
 

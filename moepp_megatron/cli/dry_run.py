@@ -104,18 +104,7 @@ def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
 def _parameters(config: Config) -> Table:
     counts = count_parameters(config)
     table = plain_table("part", "parameters", words=1)
-    for name in (
-        "embedding",
-        "further_tokens",
-        "attention",
-        "norms",
-        "dense_ffn",
-        "ffn_experts",
-        "shared_experts",
-        "router",
-        "zero_computation_experts",
-    ):
-        number = getattr(counts, name)
+    for name, number in counts.parts.items():
         if number:
             table.add_row(name.replace("_", " "), f"{number:,}")
     table.add_row("total", f"{counts.total:,}", style="bold")
@@ -139,7 +128,7 @@ def _stages(config: Config, stages: list[RankMemory]) -> Table:
     return table
 
 
-def _layers(chunk: list[int]) -> str:
+def _layers(chunk: tuple[int, ...]) -> str:
     """Layers, numbered from 1, as "5", "5-8" or nothing; `chunk` numbers them from 0."""
     if not chunk:
         return ""

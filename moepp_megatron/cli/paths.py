@@ -22,6 +22,7 @@ from moepp_megatron.cli.echo import echo
 from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.config.paths import path_problem, place_problem
 from moepp_megatron.config.problem import Problem
+from moepp_megatron.file_names import is_record
 from moepp_megatron.runtime.object_store import ObjectPath
 
 # What --json takes for stdout.
@@ -32,8 +33,6 @@ _IN_MEMORY = "/dev/shm"
 _WRITTEN = ("--out", "--json", "--plot")
 # Of the files in a folder that a command reads, those that it may replace: results of before.
 _RESULTS = (".html", ".json", ".npz", ".png")
-# JSON that is no result, in runs, checkpoints and prepared folders.
-_RECORDS = ("status.json", "state.json", "integrity.json", "manifest.json", "tokenizer.json")
 
 
 def check_paths(app: typer.Typer) -> None:
@@ -153,7 +152,7 @@ def _is_lost(file: str, read: Any) -> bool:
     if isinstance(read, str) or not os.path.isdir(real):
         return file == real
     found = Path(file)
-    is_result = found.suffix in _RESULTS and found.name not in _RECORDS
+    is_result = found.suffix in _RESULTS and not is_record(found.name)
     return Path(real) in found.parents and not is_result
 
 

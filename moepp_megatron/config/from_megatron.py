@@ -29,10 +29,10 @@ from moepp_megatron.config.megatron_flags import (
     WITHOUT_A_SETTING,
 )
 from moepp_megatron.config.yaml_file import parse_yaml
+from moepp_megatron.layer_settings import SCOPES
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)\+?=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
-_SCOPES = {"aux_loss": "microbatch", "seq_aux_loss": "sequence", "global_aux_loss": "global"}
 
 Arguments = dict[str, str]
 
@@ -215,9 +215,9 @@ class _Translator:
         experts, topk = settings["moe.num_ffn_experts"], settings.get("moe.router_topk", 2)
         coefficient = float(self._left.pop("moe-aux-loss-coeff", "0"))
         kind = self._left.pop("moe-router-load-balancing-type", "aux_loss")
-        if kind in _SCOPES:
+        if kind in SCOPES:
             settings["moe.balance_coeff"] = coefficient * experts / topk
-            settings["moe.balance_scope"] = _SCOPES[kind]
+            settings["moe.balance_scope"] = SCOPES[kind]
         elif kind != "none":
             self._notes.append(f"--moe-router-load-balancing-type {kind} has no counterpart")
         is_raw = self._left.pop("moe-router-pre-softmax", None) is not None

@@ -44,21 +44,14 @@ class ParameterCounts:
     active: int
 
     @property
-    def total(self) -> int:
-        """All parameters."""
-        return self._outside_experts + self.ffn_experts + self.zero_computation_experts
+    def parts(self) -> dict[str, int]:
+        """All parameters, by the part that they are in."""
+        return {key: n for key, n in vars(self).items() if key not in ("per_ffn_expert", "active")}
 
     @property
-    def _outside_experts(self) -> int:
-        return (
-            self.embedding
-            + self.further_tokens
-            + self.attention
-            + self.norms
-            + self.dense_ffn
-            + self.shared_experts
-            + self.router
-        )
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self.parts.values())
 
 
 def checkpoint_bytes(config: Config) -> int:

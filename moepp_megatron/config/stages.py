@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from moepp_megatron.config.schema import Config
+
+# Layer numbers (from 0) by pipeline rank and, within it, by model chunk.
+Stages = tuple[tuple[tuple[int, ...], ...], ...]
 
 # Longest repetition in a layout string; a typo such as *99999999 must not fill the memory.
 _MOST_REPEATS = 10_000
@@ -49,7 +53,7 @@ def virtual_stages(config: Config) -> int:
     return parallel.virtual_pipeline_model_parallel_size or 1
 
 
-def stage_layers(config: Config) -> list[list[list[int]]]:
+def stage_layers(config: Config) -> Stages:
     """Layer numbers (from 0) by pipeline rank and, within it, by model chunk.
 
     Chunk `v` of rank `p` is stage `v * PP + p` in the order of the layers, as in megatron-core's
@@ -65,6 +69,11 @@ def stage_layers(config: Config) -> list[list[list[int]]]:
         sizes = [stage.count("t") for stage in expand_pipeline_layout(layout)]
     else:
         sizes = [config.model.num_layers // (pp * vpp)] * (pp * vpp)
+    return stages_of(sizes, pp)
+
+
+def stages_of(sizes: Sequence[int], pp: int) -> Stages:
+    """Layer numbers by pipeline rank and chunk from the sizes of all stages in order."""
     starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
-    stages = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
-    return [[stages[chunk * pp + rank] for chunk in range(vpp)] for rank in range(pp)]
+    stages = [tuple(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+    return tuple(tuple(stages[rank::pp]) for rank in range(pp))

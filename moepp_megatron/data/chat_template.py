@@ -19,14 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data.manifest import TEMPLATE
-from moepp_megatron.data.tokenizer import (
-    TOKENIZER_CONFIG,
-    Tokenizer,
-    read_tokenizer_config,
-    spelling,
-    tokenizer_file,
-)
+from moepp_megatron.data.tokenizer import Tokenizer, read_tokenizer_config, spelling, tokenizer_file
+from moepp_megatron.file_names import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 
 Message = dict[str, str]
 ANSWERS = "assistant"
@@ -100,8 +94,8 @@ class ChatTemplate:
         """
         folder = tokenizer_file(tokenizer_path).parent
         content = read_tokenizer_config(folder)
-        text, name = _named_template(content), f"chat_template in {folder / TOKENIZER_CONFIG}"
-        path = file or folder / TEMPLATE
+        text, name = _named_template(content), f"chat_template in {folder / TOKENIZER_CONFIG_FILE}"
+        path = file or folder / CHAT_TEMPLATE_FILE
         if file is not None or path.is_file():
             name = f"chat template ({path})" if file is None else f"--template ({path})"
             try:
@@ -111,9 +105,9 @@ class ChatTemplate:
                 raise ConfigError(f"{name} cannot be read ({reason}); name a file") from None
         if text is None:
             raise ConfigError(
-                f"tokenizer ({tokenizer_path}) must have a chat template, in {TEMPLATE} or "
-                f"{TOKENIZER_CONFIG} beside it; put one there, or give moepp data prepare one "
-                "with --template, such as examples/chat.jinja"
+                f"tokenizer ({tokenizer_path}) must have a chat template, in "
+                f"{CHAT_TEMPLATE_FILE} or {TOKENIZER_CONFIG_FILE} beside it; put one there, or "
+                "give moepp data prepare one with --template, such as examples/chat.jinja"
             )
         return cls(_with_tokens(text, content, tokenizer.eod_token), tokenizer, name)
 

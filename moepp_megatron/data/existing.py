@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data.manifest import CACHE, FILES, NAME, Inputs, Manifest
+from moepp_megatron.data.manifest import CACHE, FILES, Inputs, Manifest
+from moepp_megatron.file_names import DATA_MANIFEST_FILE
 
-_OURS = frozenset({NAME, CACHE, *FILES})
+_OURS = frozenset({DATA_MANIFEST_FILE, CACHE, *FILES})
 
 
 def find_reusable(
@@ -37,7 +38,7 @@ def find_reusable(
         raise ConfigError(f"--out ({out}) must be a folder, but is a file; choose another")
     names = {path.name for path in out.iterdir()}
     # Never remove what this command has not written, not even with --force.
-    if names and (NAME not in names or names - _OURS):
+    if names and (DATA_MANIFEST_FILE not in names or names - _OURS):
         stranger = min(names - _OURS or names)
         raise ConfigError(
             f"--out ({out}) must be a new or empty folder, or one written by this command, but "

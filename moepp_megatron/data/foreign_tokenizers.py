@@ -19,8 +19,8 @@ import tokenizers
 
 from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.data.long_text import PATTERNS
-from moepp_megatron.data.manifest import TOKENIZER
 from moepp_megatron.data.tokenizer import Tokenizer, known_eod_token, tokenizer_file
+from moepp_megatron.file_names import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.runtime.install import how_to_install
 
 # A file of ranks holds neither pattern nor special tokens; both follow from the number of ranks.
@@ -82,8 +82,8 @@ class GivenTokenizer:
             expected, found = self.original(text[:left]), self.tokenizer.encode(text[:left])
             if expected != found:
                 raise ConfigError(
-                    f"--tokenizer: converted to {TOKENIZER} it gives {text[:30]!r} other ids than "
-                    "its own library; give a tokenizer.json that its authors have made"
+                    f"--tokenizer: converted to {TOKENIZER_FILE} it gives {text[:30]!r} other ids "
+                    "than its own library; give a tokenizer.json that its authors have made"
                 )
             left -= len(text)
             if left <= 0:
@@ -147,17 +147,17 @@ def _needed(path: Path, what: str, command: str) -> UnfitError:
 
 def _from_folder(path: Path, eod_token: str | None) -> GivenTokenizer:
     """A Hugging Face folder whose tokenizer transformers knows how to convert."""
-    if not (path / "tokenizer_config.json").is_file():
+    if not (path / TOKENIZER_CONFIG_FILE).is_file():
         raise ConfigError(
-            f"--tokenizer ({path}) must hold {TOKENIZER} or tokenizer_config.json; name a folder "
-            "that does, or the tokenizer's file"
+            f"--tokenizer ({path}) must hold {TOKENIZER_FILE} or {TOKENIZER_CONFIG_FILE}; name a "
+            "folder that does, or the tokenizer's file"
         )
     try:
         from transformers import AutoTokenizer
     except ImportError:
         raise _needed(
             path,
-            f"a folder without {TOKENIZER}, which needs transformers",
+            f"a folder without {TOKENIZER_FILE}, which needs transformers",
             how_to_install("transformers>=5"),
         ) from None
     try:
@@ -168,12 +168,12 @@ def _from_folder(path: Path, eod_token: str | None) -> GivenTokenizer:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"--tokenizer ({path}) must be a tokenizer that transformers can load ({reason}); give "
-            f"a folder with {TOKENIZER}"
+            f"a folder with {TOKENIZER_FILE}"
         ) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         raise ConfigError(
-            f"--tokenizer ({path}) must be one that can be converted to {TOKENIZER}, and "
+            f"--tokenizer ({path}) must be one that can be converted to {TOKENIZER_FILE}, and "
             f"{type(loaded).__name__} cannot; give another form of it"
         )
     digest = hashlib.sha256()
@@ -212,7 +212,7 @@ def _from_sentencepiece(
     if kind not in (1, 2):
         raise ConfigError(
             f"--tokenizer ({path}) must be a sentencepiece model of kind unigram or BPE; give its "
-            f"{TOKENIZER}"
+            f"{TOKENIZER_FILE}"
         )
     # sentencepiece finds control and byte pieces in no text; `Unigram` does unless they cost much.
     pieces = [(p.piece, p.score if p.type in _IN_TEXTS else _NEVER) for p in proto.pieces]
@@ -247,7 +247,7 @@ def _from_ranks(
         raise ConfigError(
             f"--tokenizer ({path}) has {len(ranks)} ranks, and must have one of "
             f"{', '.join(map(str, _ENCODINGS))}, whose pattern and special tokens are known; give "
-            f"its {TOKENIZER}"
+            f"its {TOKENIZER_FILE}"
         )
     pattern, special = _ENCODINGS[len(ranks)][0], _ENCODINGS[len(ranks)][1]
     try:

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config.json_file import read_json
+from moepp_megatron.file_names import CHAT_TEMPLATE_FILE, DATA_MANIFEST_FILE, TOKENIZER_FILE
 
 FORMAT_VERSION = 1
-NAME = "manifest.json"
-TOKENIZER = "tokenizer.json"
 CORPUS = "corpus"
 DOCUMENT_SOURCES = "sources.npy"
 # Of conversations: what each token is, as an indexed dataset beside the corpus, and the template.
 MARKS = "marks"
-TEMPLATE = "chat_template.jinja"
-_OF_CONVERSATIONS = frozenset({f"{MARKS}.bin", f"{MARKS}.idx", TEMPLATE})
-FILES = (f"{CORPUS}.idx", f"{CORPUS}.bin", TOKENIZER, DOCUMENT_SOURCES, *sorted(_OF_CONVERSATIONS))
+_OF_CORPUS = (f"{CORPUS}.idx", f"{CORPUS}.bin", TOKENIZER_FILE)
+_OF_CONVERSATIONS = frozenset({f"{MARKS}.bin", f"{MARKS}.idx", CHAT_TEMPLATE_FILE})
+FILES = (*_OF_CORPUS, DOCUMENT_SOURCES, *sorted(_OF_CONVERSATIONS))
 """All files that a folder may hold beside its manifest."""
 # Every record of a run has numbers for each of them.
 MAX_SOURCES = 64
@@ -120,7 +119,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json`."""
         text = json.dumps(dataclasses.asdict(self), indent=2)
-        (folder / NAME).write_text(text + "\n", encoding="utf-8")
+        (folder / DATA_MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -131,7 +130,7 @@ class Manifest:
             ValueError: it is damaged or of another format version.
         """
         try:
-            values: Any = read_json(folder / NAME)
+            values: Any = read_json(folder / DATA_MANIFEST_FILE)
             if values["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format_version is {values['format_version']}")
             values["sources"] = [SourceSummary(**source) for source in values["sources"]]
@@ -153,8 +152,7 @@ class Manifest:
             all(type(number) is int and number >= 0 for number in numbers)
             and isinstance(self.files, dict)
             and set(self.files) - {DOCUMENT_SOURCES}
-            == {f"{CORPUS}.bin", f"{CORPUS}.idx", TOKENIZER}
-            | (set() if self.chat is None else _OF_CONVERSATIONS)
+            == set(_OF_CORPUS) | (set() if self.chat is None else _OF_CONVERSATIONS)
             and all(type(size) is int for size in self.files.values())
             and isinstance(self.sha256, dict | None)
             and isinstance(self.split, str | None)
@@ -186,7 +184,7 @@ class Manifest:
 
     def sha256_of(self, name: str) -> str | None:
         """SHA-256 of a file as it was written; None where an earlier version has not kept it."""
-        if name == TOKENIZER:
+        if name == TOKENIZER_FILE:
             return self.tokenizer_sha256
         return None if self.sha256 is None else self.sha256.get(name)
 

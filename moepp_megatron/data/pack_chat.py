@@ -15,11 +15,12 @@ from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.corpus import WrittenCorpus, write_documents
 from moepp_megatron.data.documents import Piece
 from moepp_megatron.data.encoding import token_dtype
-from moepp_megatron.data.manifest import CORPUS, MARKS, TEMPLATE, Conversations
+from moepp_megatron.data.manifest import CORPUS, MARKS, Conversations
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.read_chat import Encoded, encode_chat, notice_of_ends
 from moepp_megatron.data.sources import TextSource
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.file_names import CHAT_TEMPLATE_FILE
 from moepp_megatron.runtime.terminal import Console
 
 
@@ -52,8 +53,8 @@ def write_chat(
     sequences, hashes = _write_sequences(encoded, tokenizer, sequence_length, folder, seed)
     encoded.path.unlink()
     text = template.text.encode()
-    (folder / TEMPLATE).write_bytes(text)
-    hashes |= {TEMPLATE: hashlib.sha256(text).hexdigest()}
+    (folder / CHAT_TEMPLATE_FILE).write_bytes(text)
+    hashes |= {CHAT_TEMPLATE_FILE: hashlib.sha256(text).hexdigest()}
     tokens = sequences * sequence_length
     return WrittenCorpus(
         encoded.sources,

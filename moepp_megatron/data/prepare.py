@@ -20,7 +20,7 @@ from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
 from moepp_megatron.data.foreign_tokenizers import GivenTokenizer, open_given
 from moepp_megatron.data.long_text import BYTES_PER_BYTE
-from moepp_megatron.data.manifest import FORMAT_VERSION, TOKENIZER, Inputs, Manifest
+from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest
 from moepp_megatron.data.pack_chat import write_chat
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.read_chat import check_formats
@@ -31,6 +31,7 @@ from moepp_megatron.data.sources import (
     stat_fingerprint,
 )
 from moepp_megatron.data.tokenizer import Tokenizer, check_vocab_size, train_tokenizer
+from moepp_megatron.file_names import TOKENIZER_FILE
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.terminal import Console
@@ -200,10 +201,10 @@ def prepare(
             inputs = Inputs(deciding, content_fingerprint(sources, advance), stat_sha256)
         if given is None:
             tokenizer = _make_tokenizer(pieces, settings, console)
-            tokenizer.save(partial / TOKENIZER)
+            tokenizer.save(partial / TOKENIZER_FILE)
         else:
             tokenizer = given.tokenizer
-            (partial / TOKENIZER).write_bytes(given.content)
+            (partial / TOKENIZER_FILE).write_bytes(given.content)
         if template is None:
             _warn_of_memory(sources, tokenizer, console)
             spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
@@ -284,7 +285,7 @@ def _tokenize(
 ) -> SpooledCorpus:
     encoded = encode_pieces(
         pieces,
-        partial / TOKENIZER,
+        partial / TOKENIZER_FILE,
         tokenizer.eod_token,
         settings.text_key,
         settings.workers or len(os.sched_getaffinity(0)),
@@ -318,8 +319,8 @@ def _manifest(
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod,
         eod_token=tokenizer.eod_token,
-        tokenizer_sha256=hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest(),
-        files={name: (folder / name).stat().st_size for name in [*written.sha256, TOKENIZER]},
+        tokenizer_sha256=hashlib.sha256((folder / TOKENIZER_FILE).read_bytes()).hexdigest(),
+        files={name: (folder / name).stat().st_size for name in [*written.sha256, TOKENIZER_FILE]},
         inputs=inputs,
         sha256=written.sha256,
         split=written.split,

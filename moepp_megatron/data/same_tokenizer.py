@@ -11,8 +11,9 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import Folder, blends_of
-from moepp_megatron.data.manifest import TOKENIZER, Manifest
+from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.tokenizer import Tokenizer, named_eod_token, tokenizer_file
+from moepp_megatron.file_names import TOKENIZER_FILE
 
 _SHOWN = 16
 
@@ -38,7 +39,7 @@ def check_corpus_tokenizer(config: Config, manifest: Manifest, folder: Folder) -
     Raises:
         ConfigError: If it is another tokenizer, is not a tokenizer, or cannot be read.
     """
-    file, own = tokenizer_of_run(config), folder.path / TOKENIZER
+    file, own = tokenizer_of_run(config), folder.path / TOKENIZER_FILE
     found = _sha256(file)
     is_same = found == manifest.tokenizer_sha256 or (
         own.is_file()
@@ -51,9 +52,9 @@ def check_corpus_tokenizer(config: Config, manifest: Manifest, folder: Folder) -
     of_corpus = f"SHA-256 {manifest.tokenizer_sha256[:_SHOWN]}... in its manifest"
     if file == own:
         raise ConfigError(
-            f"{folder.name} ({folder.path}) must hold the {TOKENIZER} that its text was tokenized "
-            f"with ({of_corpus}), and holds another (SHA-256 {found[:_SHOWN]}...); put that one "
-            "back, or prepare the text again"
+            f"{folder.name} ({folder.path}) must hold the {TOKENIZER_FILE} that its text was "
+            f"tokenized with ({of_corpus}), and holds another (SHA-256 {found[:_SHOWN]}...); put "
+            "that one back, or prepare the text again"
         )
     if config.data.tokenizer is None:
         raise ConfigError(
@@ -103,9 +104,9 @@ def check_model_tokenizer(config: Config, trained: Path) -> None:
     if _vocabulary(file) != wanted:
         raise ConfigError(
             f"{blends[0].name} ({blends[0].text}) has a tokenizer ({file}, SHA-256 "
-            f"{here[:_SHOWN]}...) whose ids must mean the tokens that {trained.parent} was trained "
-            f"on ({TOKENIZER} there: SHA-256 {there[:_SHOWN]}...); prepare the text again with "
-            f"--tokenizer {trained}, or start from another checkpoint"
+            f"{here[:_SHOWN]}...) whose ids must mean the tokens that {trained.parent} was "
+            f"trained on ({TOKENIZER_FILE} there: SHA-256 {there[:_SHOWN]}...); prepare the text "
+            f"again with --tokenizer {trained}, or start from another checkpoint"
         )
 
 

@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.json_file import read_json
+from moepp_megatron.file_names import DATASET_DICT_FILE, DATASET_INFO_FILE, DATASET_STATE_FILE
 
-_DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 # Such as train-00000-of-00002.parquet, or with a hash behind the numbers.
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.parquet")
 
@@ -44,18 +44,18 @@ def companions(source: str, root: Path, names: Sequence[str]) -> set[str]:
     by_folder: dict[PurePosixPath, set[str]] = defaultdict(set)
     for path in paths:
         by_folder[path.parent].add(path.name)
-        if splits and path.name in ("README.md", _DICT):
+        if splits and path.name in ("README.md", DATASET_DICT_FILE):
             found.add(str(path))
     for folder, inside in by_folder.items():
-        if {_STATE, _INFO} <= inside:
-            data = _data_files(root / folder / _STATE)
+        if {DATASET_STATE_FILE, DATASET_INFO_FILE} <= inside:
+            data = _data_files(root / folder / DATASET_STATE_FILE)
             if data - inside:
                 raise ConfigError(
-                    f"source {root / folder} must hold all files that its {_STATE} lists, and "
-                    f"{min(data - inside)} is missing; copy the dataset again"
+                    f"source {root / folder} must hold all files that its {DATASET_STATE_FILE} "
+                    f"lists, and {min(data - inside)} is missing; copy the dataset again"
                 )
             found |= {str(folder / name) for name in inside - data} if data else set()
-        elif _INFO in inside and any(name.endswith(".arrow") for name in inside):
+        elif DATASET_INFO_FILE in inside and any(name.endswith(".arrow") for name in inside):
             # All splits, and what `map` has left.
             raise ConfigError(
                 f"source {root / folder} must be a dataset that save_to_disk has written, and is a "
@@ -66,7 +66,7 @@ def companions(source: str, root: Path, names: Sequence[str]) -> set[str]:
 
 def _splits(root: Path, path: PurePosixPath) -> Iterator[str]:
     """Names of the splits that a saved dictionary has, or a shard of parquet is of."""
-    if path.name == _DICT:
+    if path.name == DATASET_DICT_FILE:
         content = _read(root / path)
         yield from map(str, content.get("splits", []) if isinstance(content, dict) else [])
     elif (shard := _SHARD.fullmatch(path.name)) is not None:

@@ -13,9 +13,9 @@ from typing import Literal
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.compressed import COMPRESSIONS, Compression
 from moepp_megatron.data.manifest import CORPUS
-from moepp_megatron.data.manifest import NAME as MANIFEST
 from moepp_megatron.data.saved_datasets import companions
 from moepp_megatron.data.stdlib import is_table, package_of
+from moepp_megatron.file_names import DATA_MANIFEST_FILE
 
 Format = Literal["text", "jsonl", "parquet", "arrow"]
 
@@ -158,7 +158,7 @@ def _walk(
     found: list[SourceFile] = []
     for folder, folders, files in os.walk(root, onerror=fail):
         here = Path(folder)
-        if {MANIFEST, f"{CORPUS}.idx"} <= set(files):
+        if {DATA_MANIFEST_FILE, f"{CORPUS}.idx"} <= set(files):
             raise ConfigError(
                 f"source {source}: {here} must be text, and is a folder that moepp data prepare "
                 "wrote; name the text that it was made from, or train on it as a part of data.blend"

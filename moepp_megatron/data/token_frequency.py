@@ -13,15 +13,16 @@ from moepp_megatron.data.token_check import check_tokens
 
 # Checked and counted together, since a call a sample adds up where samples are short.
 _TOKENS_AT_ONCE = 1 << 16
+# About as many tokens are read.
+_TOKENS = 1 << 21
 
 
-def token_counts(dataset: Any, vocab_size: int, max_tokens: int = 1 << 21) -> NDArray[np.int64]:
+def token_counts(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
     """How often each token id occurs in evenly spaced samples.
 
     Args:
         dataset: Its samples have `tokens`, [sequence length] int64.
         vocab_size: Size of the vocabulary; all ids are smaller.
-        max_tokens: Approximate number of tokens to read.
 
     Returns:
         [vocab_size] int64.
@@ -31,7 +32,7 @@ def token_counts(dataset: Any, vocab_size: int, max_tokens: int = 1 << 21) -> ND
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
     length = len(dataset[0]["tokens"])
-    wanted = min(len(dataset), max(1, max_tokens // length))
+    wanted = min(len(dataset), max(1, _TOKENS // length))
     indices = np.linspace(0, len(dataset) - 1, wanted, dtype=np.int64).tolist()
     at_once = max(1, _TOKENS_AT_ONCE // length)
     for begin in range(0, wanted, at_once):

@@ -14,11 +14,9 @@ import tokenizers
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.data.long_text import can_cut, cut_text
-from moepp_megatron.data.manifest import NAME as MANIFEST
-from moepp_megatron.data.manifest import TOKENIZER, Manifest
+from moepp_megatron.data.manifest import Manifest
+from moepp_megatron.file_names import DATA_MANIFEST_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
-# Beside a tokenizer.json, where Hugging Face names special tokens.
-TOKENIZER_CONFIG = "tokenizer_config.json"
 EOD_TOKEN = "<|endoftext|>"
 # What the tokenizers of published models call it, tried in this order.
 _KNOWN_EOD_TOKENS = (
@@ -85,7 +83,8 @@ class Tokenizer:
         if eod_token is None and named is not None and backend.token_to_id(named) is None:
             raise ConfigError(
                 f"tokenizer ({path}) must have the end-of-document token ({named}) that "
-                f"{MANIFEST} or {TOKENIZER_CONFIG} beside it names; correct the name there"
+                f"{DATA_MANIFEST_FILE} or {TOKENIZER_CONFIG_FILE} beside it names; correct the "
+                "name there"
             )
         return cls(backend, eod_token or named or known_eod_token(backend, path))
 
@@ -170,7 +169,7 @@ def check_tokenizer_file(path: Path) -> None:
 
 def tokenizer_file(path: Path) -> Path:
     """The `tokenizer.json` at a path, which may also be its folder."""
-    return path / TOKENIZER if path.is_dir() else path
+    return path / TOKENIZER_FILE if path.is_dir() else path
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
@@ -246,7 +245,7 @@ def named_eod_token(path: Path) -> str | None:
     That is the token that `moepp data prepare` was run with, from its manifest, or the `eos_token`
     of a `tokenizer_config.json`, which checkpoints of ours and Hugging Face's models have.
     """
-    if path.name != TOKENIZER:
+    if path.name != TOKENIZER_FILE:
         return None
     try:
         return Manifest.read(path.parent).eod_token
@@ -258,7 +257,7 @@ def named_eod_token(path: Path) -> str | None:
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's `tokenizer_config.json`; empty if there is none to be read."""
     try:
-        content = read_json(folder / TOKENIZER_CONFIG)
+        content = read_json(folder / TOKENIZER_CONFIG_FILE)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

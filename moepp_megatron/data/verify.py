@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.index import CorpusError, IndexHeader, read_ends, read_header
-from moepp_megatron.data.manifest import CORPUS, FILES, NAME, Manifest
+from moepp_megatron.data.manifest import CORPUS, FILES, Manifest
 from moepp_megatron.data.pairs import is_pair, read_pair
+from moepp_megatron.file_names import DATA_MANIFEST_FILE
 
 BIN, IDX = f"{CORPUS}.bin", f"{CORPUS}.idx"
 # A multiple of the size of an id.
@@ -46,7 +47,7 @@ def read_manifest(folder: Path, name: str) -> Manifest:
         ConfigError: there is none, or one that is damaged.
     """
     stem = folder.with_suffix("") if folder.suffix in (".bin", ".idx") else folder
-    if is_pair(stem) and (stem.parent / NAME).is_file():
+    if is_pair(stem) and (stem.parent / DATA_MANIFEST_FILE).is_file():
         # Its tokenizer, its hashes and the marks of conversations would go unread.
         raise ConfigError(
             f"{name} ({folder}) must be the folder that moepp data prepare wrote; use {stem.parent}"

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.file_names import TENSORS_FILE
 from moepp_megatron.training.checkpoint.index import read_metadata
-from moepp_megatron.training.checkpoint.names import TENSORS_FILE
 from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError
 
 

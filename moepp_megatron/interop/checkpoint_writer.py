@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from moepp_megatron.file_names import FORMAT_FILE, MANIFEST_FILE, TENSORS_FILE
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.training.checkpoint.validity import file_digest
 
@@ -91,9 +92,9 @@ class ConvertedCheckpointWriter:
         if self._file is not None:
             self._close_file(self._file)
         metadata = Metadata(self._tensors, storage_data=self._places, storage_meta=StorageMeta())
-        self._put(".metadata", pickle.dumps(metadata))
+        self._put(TENSORS_FILE, pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        self._put("metadata.json", json.dumps(config).encode())
+        self._put(FORMAT_FILE, json.dumps(config).encode())
 
     def finish_manifest(self) -> None:
         """Write megatron-core's integrity manifest over every file of the folder."""
@@ -101,7 +102,7 @@ class ConvertedCheckpointWriter:
             if path.name not in self._hashes:
                 self._hashes[path.name] = file_digest(path)
         manifest = {"algorithm": "sha256", "files": dict(sorted(self._hashes.items()))}
-        self._put("integrity.json", json.dumps(manifest, indent=2).encode())
+        self._put(MANIFEST_FILE, json.dumps(manifest, indent=2).encode())
 
     def _write(self, index: MetadataIndex, value: object) -> None:
         if self._file is None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, parse_config
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.megatron_arguments import environment_arguments, moepp_config
@@ -27,7 +28,6 @@ from moepp_megatron.interop.to_mcore import free_folder, write_objects
 from moepp_megatron.layer_settings import DECLARED
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.runtime.atomic import partial_folder, publish
-from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE
 
 # How data files of ours begin that stand beside data files of another writer.
 _PREFIX = "__converted"

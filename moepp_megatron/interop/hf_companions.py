@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.file_names import (
+    CHAT_TEMPLATE_FILE,
+    GENERATION_CONFIG_FILE,
+    HF_CONFIG_FILE,
+    SPECIAL_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 from moepp_megatron.interop.hf_source import read_json
-from moepp_megatron.interop.to_mcore import HF_CONFIG_FILE
-from moepp_megatron.training.checkpoint import TOKENIZER_FILE
 
 _MODEL_FILES = ("configuration_moepp.py", "modeling_moepp.py")
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_COPIED = (TOKENIZER_FILE, "special_tokens_map.json", "chat_template.jinja")
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-_GENERATION_CONFIG = "generation_config.json"
+# What models of Hugging Face and checkpoints have under the same names.
+_COMPANIONS = (
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    SPECIAL_TOKENS_FILE,
+    CHAT_TEMPLATE_FILE,
+    GENERATION_CONFIG_FILE,
+)
 
 
 def special_ids(folder: Path) -> dict[str, int | list[int] | None]:
@@ -44,25 +56,24 @@ def write_companions(source: Path, target: Path, config: Config) -> None:
         target: The exported folder.
         config: The checkpoint's configuration.
     """
-    for name in _COPIED:
-        if (source / name).is_file():
-            (target / name).write_bytes((source / name).read_bytes())
+    copy_companions(source, target)
     if (source / TOKENIZER_FILE).is_file():
-        write_json(target / _TOKENIZER_CONFIG, _tokenizer_config(source, config))
-    elif (source / _TOKENIZER_CONFIG).is_file():
-        content = (source / _TOKENIZER_CONFIG).read_bytes()
-        (target / _TOKENIZER_CONFIG).write_bytes(content)
-    if (source / _GENERATION_CONFIG).is_file():
-        content = (source / _GENERATION_CONFIG).read_bytes()
-        (target / _GENERATION_CONFIG).write_bytes(content)
-    else:
+        write_json(target / TOKENIZER_CONFIG_FILE, _tokenizer_config(source, config))
+    if not (source / GENERATION_CONFIG_FILE).is_file():
         known = {key: value for key, value in special_ids(source).items() if value is not None}
-        write_json(target / _GENERATION_CONFIG, known)
+        write_json(target / GENERATION_CONFIG_FILE, known)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what lies beside the weights and says the same in a model and a checkpoint."""
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _tokenizer_config(source: Path, config: Config) -> dict[str, Any]:
     """The checkpoint's `tokenizer_config.json`, completed by our tokenizers' conventions."""
-    file = source / _TOKENIZER_CONFIG
+    file = source / TOKENIZER_CONFIG_FILE
     stated = read_json(file) if file.is_file() else {}
     token = Tokenizer.load(source / TOKENIZER_FILE).eod_token
     assumed = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": token}

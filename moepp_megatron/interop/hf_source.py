@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.config import ConfigError, json_file
+from moepp_megatron.file_names import MODEL_CONFIG_FILE, PICKLES_INDEX_FILE, SAFETENSORS_INDEX_FILE
 from moepp_megatron.interop.safetensors_file import TensorEntry, read_header, read_tensor
 
 
@@ -35,10 +36,10 @@ class HFSource:
 
     def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
         self.folder = folder
-        self.config = read_json(folder / "config.json")
+        self.config = read_json(folder / MODEL_CONFIG_FILE)
         self._entries: dict[str, TensorEntry] = {}
         self._pickled: dict[str, Tensor] = {}
-        index = folder / "model.safetensors.index.json"
+        index = folder / SAFETENSORS_INDEX_FILE
         if index.is_file():
             self._open_shards(index)
         elif (folder / "model.safetensors").is_file():
@@ -92,7 +93,7 @@ class HFSource:
             )
 
     def _open_pickles(self, allow_pickle: bool) -> None:
-        index = self.folder / "pytorch_model.bin.index.json"
+        index = self.folder / PICKLES_INDEX_FILE
         files = [self.folder / "pytorch_model.bin"]
         if index.is_file():
             names = sorted(set(_weight_map(index, read_json(index)).values()))

@@ -23,17 +23,12 @@ from typing import NoReturn
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moepp_megatron.config.printable import printable
-from moepp_megatron.layer_settings import DECLARED, BalanceScope
+from moepp_megatron.layer_settings import DECLARED, SCOPES, BalanceScope
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.upstream_settings import refuse_ignored
 
 ENVIRONMENT = "MOEPP_ARGS"
 
-_SCOPES: dict[str, BalanceScope] = {
-    "aux_loss": "microbatch",
-    "seq_aux_loss": "sequence",
-    "global_aux_loss": "global",
-}
 # Megatron has arguments for the first eight; the others have no place in its loop, but for the
 # gating residual, which `--moepp-no-gating-residual` turns off.
 _NOT_OWN = {
@@ -241,10 +236,10 @@ def _balance(config: TransformerConfig) -> tuple[BalanceScope, float]:
     kind, beta = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     if kind == "none":
         return "microbatch", 0.0
-    if not isinstance(kind, str) or kind not in _SCOPES:
+    if not isinstance(kind, str) or kind not in SCOPES:
         raise ValueError(
             f"--moe-router-load-balancing-type ({kind}) must be one that MoE++ has; "
-            f"use {', '.join(_SCOPES)} or none"
+            f"use {', '.join(SCOPES)} or none"
         )
     if not isinstance(beta, (int, float)) or beta <= 0:
         raise ValueError(
@@ -252,4 +247,4 @@ def _balance(config: TransformerConfig) -> tuple[BalanceScope, float]:
             f"--moe-router-load-balancing-type {kind}; use 0.01, or the type none for no balance "
             "loss"
         )
-    return _SCOPES[kind], float(beta)
+    return SCOPES[kind], float(beta)

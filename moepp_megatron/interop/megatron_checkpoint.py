@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.file_names import FORMAT_FILE
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
-from moepp_megatron.training.checkpoint.names import FORMAT_FILE
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"

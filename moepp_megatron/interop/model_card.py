@@ -9,6 +9,7 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.parameters import count_parameters
 from moepp_megatron.experts import KINDS
+from moepp_megatron.file_names import METRICS_FILE
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
 from moepp_megatron.training.checkpoint.progress import Progress, read_record
 
@@ -120,7 +121,7 @@ def _record(folder: Path) -> StepMetrics | None:
     if progress is None:
         return None
     try:
-        records = read_metrics(folder.parent.parent / "metrics.jsonl")
+        records = read_metrics(folder.parent.parent / METRICS_FILE)
     except MetricsError:
         return None
     earlier = [record for record in records if record.step <= progress.step]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.json_file import parse_json
+from moepp_megatron.file_names import SAFETENSORS_INDEX_FILE
 
 _DTYPES = {
     "F64": torch.float64,
@@ -218,7 +219,7 @@ class SafetensorsWriter:
         }
         total = sum(_num_bytes(d, s) for shard in self._shards for _, d, s in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        path = self._folder / "model.safetensors.index.json"
+        path = self._folder / SAFETENSORS_INDEX_FILE
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

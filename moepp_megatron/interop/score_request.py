@@ -65,7 +65,8 @@ class ScoreRequest:
             inference_override(override)
         if out is not None and out.is_dir():
             raise ConfigError(f"--out ({out}) must be a file to write, and is a folder; name one")
-        from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
+        from moepp_megatron.file_names import CONFIG_FILE
+        from moepp_megatron.training.checkpoint import find_checkpoint
         from moepp_megatron.training.generate_request import checkpoint_tokenizer
 
         folder = find_checkpoint(checkpoint)

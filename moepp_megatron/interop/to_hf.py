@@ -14,6 +14,7 @@ import torch
 from moepp_megatron.config import Config, ConfigError, load_config, parse_config
 from moepp_megatron.config.problem import show
 from moepp_megatron.data.progress import track
+from moepp_megatron.file_names import CONFIG_FILE, MODEL_CONFIG_FILE
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.hf_companions import (
     copy_model_files,
@@ -37,7 +38,7 @@ from moepp_megatron.interop.to_mcore import TORCH_DTYPES, free_folder
 from moepp_megatron.interop.zeda import qwen3_moe_rules, zeda_hf_config
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
-from moepp_megatron.training.checkpoint import CONFIG_FILE, find_checkpoint
+from moepp_megatron.training.checkpoint import find_checkpoint
 
 _DEFAULT_SHARD_BYTES = 5 * 1000**3
 # What a checkpoint holds beside the model's weights.
@@ -142,7 +143,7 @@ def mcore_to_hf(
         written = _write_weights(reader, rules, unfinished, max_shard_bytes, console, dtype)
         name = _DTYPE_NAMES.get(written, "float32")
         fields |= special_ids(folder) | {form.dtype_field: name} | _auto_map(form.classes)
-        write_json(unfinished / "config.json", fields)
+        write_json(unfinished / MODEL_CONFIG_FILE, fields)
         write_companions(folder, unfinished, config)
         card = model_card(folder, config, name, layout, shlex.join(command), license_id)
         (unfinished / "README.md").write_text(card, encoding="utf-8")

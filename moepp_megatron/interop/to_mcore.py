@@ -13,17 +13,16 @@ from torch import Tensor
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.data.progress import track
 from moepp_megatron.data.tokenizer import check_tokenizer_file
+from moepp_megatron.file_names import CONFIG_FILE, HF_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
+from moepp_megatron.interop.hf_companions import copy_companions
 from moepp_megatron.interop.hf_config import config_from_hf
 from moepp_megatron.interop.hf_source import HFSource, TensorInfo
 from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.tensor_rules import TensorRule, linear_modules
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
-from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE
 
-# Beside the weights, so that the way back gives what this package has no field for.
-HF_CONFIG_FILE = "hf_config.json"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SHOWN = 5
 
@@ -88,7 +87,9 @@ def write_checkpoint(
             writer.add(rule.key, rule.pack(sources), rule.shape, rule.index)
             advance(_rule_bytes(tensors, rule))
         write_objects(writer, config)
-        _copy_companions(hf, folder)
+        copy_companions(hf.folder, folder)
+        # So that the way back gives what this package has no field for.
+        shutil.copyfile(hf.folder / MODEL_CONFIG_FILE, folder / HF_CONFIG_FILE)
         (folder / CONFIG_FILE).write_text(
             config.to_yaml(f"converted from {hf.folder.name}"), encoding="utf-8"
         )
@@ -180,17 +181,3 @@ def _check_tokenizer(hf: HFSource) -> None:
     file = hf.folder / TOKENIZER_FILE
     if file.is_file():
         check_tokenizer_file(file)
-
-
-def _copy_companions(hf: HFSource, folder: Path) -> None:
-    names = {"config.json": HF_CONFIG_FILE, TOKENIZER_FILE: TOKENIZER_FILE}
-    for name in (
-        "generation_config.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-    ):
-        names[name] = name
-    for name, copied in names.items():
-        if (hf.folder / name).is_file():
-            shutil.copyfile(hf.folder / name, folder / copied)

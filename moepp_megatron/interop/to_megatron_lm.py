@@ -12,23 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.from_megatron_lm import link_data, weight_names
 from moepp_megatron.interop.megatron_arguments import OWN_SETTINGS, option
 from moepp_megatron.interop.megatron_checkpoint import RELEASE, TRACKER_FILE
 from moepp_megatron.interop.to_mcore import free_folder, write_objects
+from moepp_megatron.layer_settings import BALANCE_TYPES
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_checkpoint
+from moepp_megatron.training.checkpoint import find_checkpoint
 
 ARGUMENTS_FILE = "arguments.txt"
 _PREFIX = "__release"
-_BALANCE_TYPES = {
-    "microbatch": "aux_loss",
-    "sequence": "seq_aux_loss",
-    "global": "global_aux_loss",
-}
 
 
 def to_megatron_lm(source: Path, target: Path) -> str:
@@ -156,7 +153,7 @@ def _options(config: Config) -> Iterator[list[str]]:
         "moe-router-topk-scaling-factor": None if moe.gate_scale == 1.0 else moe.gate_scale,
         "moe-router-num-groups": moe.num_groups if moe.limits_groups else None,
         "moe-router-group-topk": moe.group_topk if moe.limits_groups else None,
-        "moe-router-load-balancing-type": _BALANCE_TYPES[moe.balance_scope]
+        "moe-router-load-balancing-type": BALANCE_TYPES[moe.balance_scope]
         if moe.balance_coeff > 0
         else "none",
         "moe-aux-loss-coeff": moe.balance_coeff,

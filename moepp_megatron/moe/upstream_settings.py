@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from moepp_megatron.layer_settings import BALANCE_TYPES
 from moepp_megatron.moe.config import MoEPPConfig
 
 
@@ -49,12 +50,6 @@ class Ours:
     unset: tuple[Any, ...]
     meaning: Callable[[MoEPPConfig], tuple[Any, ...]]
 
-
-_BALANCE_TYPES = {
-    "microbatch": "aux_loss",
-    "sequence": "seq_aux_loss",
-    "global": "global_aux_loss",
-}
 
 HONOURED = frozenset(
     {
@@ -106,7 +101,7 @@ OURS: dict[str, Ours] = {
     "moe_router_load_balancing_type": Ours(
         "balance_scope",
         ("aux_loss", "none"),
-        lambda moepp: (_BALANCE_TYPES[moepp.balance_scope],),
+        lambda moepp: (BALANCE_TYPES[moepp.balance_scope],),
     ),
     "moe_router_score_function": Ours(
         "score_function", ("softmax",), lambda moepp: (moepp.score_function,)

@@ -6,13 +6,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from moepp_megatron.observe.alerts import (
-    ALERTS_FILE,
-    AlertFile,
-    AlertLines,
-    AlertSink,
-    AlertSinks,
-)
+from moepp_megatron.file_names import ALERTS_FILE
+from moepp_megatron.observe.alerts import AlertFile, AlertLines, AlertSink, AlertSinks
 from moepp_megatron.observe.webhook import Webhook, read_address
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,6 @@ from moepp_megatron.runtime.atomic import append_line
 logger = logging.getLogger(__name__)
 
 Severity = Literal["info", "warning", "critical"]
-ALERTS_FILE = "alerts.jsonl"
 
 
 class Alert(BaseModel):

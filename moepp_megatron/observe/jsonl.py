@@ -9,13 +9,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from moepp_megatron.file_names import UNDONE_FILE
 from moepp_megatron.observe.metrics import StepMetrics, scan_metrics
 from moepp_megatron.runtime.atomic import append_line, write_atomic
 
 logger = logging.getLogger(__name__)
-
-_UNDONE_FILE = "metrics.undone.jsonl"
-"""Beside ``metrics.jsonl``: records of steps that a rollback has undone."""
 
 
 class JsonlSink:
@@ -84,7 +82,7 @@ class JsonlSink:
         end = _end_of(content, step)
         if end == len(content):
             return
-        path = self.path.with_name(_UNDONE_FILE)
+        path = self.path.with_name(UNDONE_FILE)
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             append_line(fd, path, content[end:])

@@ -9,6 +9,7 @@ from typing import Any
 from moepp_megatron.config.choices import pick
 from moepp_megatron.config.schema import WandbSection
 from moepp_megatron.experts import ExpertCounts
+from moepp_megatron.file_names import METRICS_FILE
 from moepp_megatron.observe.console import ConsoleSink
 from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.metrics import StepMetrics
@@ -160,7 +161,7 @@ VIEWS: dict[str, Callable[[SinkSettings], Sink | None]] = {
 
 def open_sinks(run: SinkSettings) -> Sinks:
     """The sinks of a training run: ``metrics.jsonl``, the console, ``VIEWS`` and plugins."""
-    jsonl = JsonlSink(run.run_dir / "metrics.jsonl", run.resume_step)
+    jsonl = JsonlSink(run.run_dir / METRICS_FILE, run.resume_step)
     console = ConsoleSink(run.total_steps, phi=run.phi)
     optional: list[Sink] = [console]
     for name in (*VIEWS, *run.plugins):

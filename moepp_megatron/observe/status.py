@@ -17,10 +17,10 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from moepp_megatron.file_names import STATUS_FILE
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.runtime.atomic import write_atomic
 
-STATUS_FILE = "status.json"
 # The claim of a run's launcher, as JSON, for its ranks.
 CLAIM = "MOEPP_CLAIM"
 # The command that starts the run again, from whoever has started `moepp train`: a script, or the

@@ -10,11 +10,11 @@ from typing import Any
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.config.schema.routing_guard import ShiftSection
+from moepp_megatron.file_names import USAGE_FILE
 from moepp_megatron.observe.expert_usage import ExpertUsage
 from moepp_megatron.observe.usage_noise import UsageNoise
 from moepp_megatron.runtime.atomic import write_atomic
 
-USAGE_FILE = "routing_profile.json"
 _FORMAT = "moepp routing profile 2"
 # Its noise is that of windows, not of steps.
 _OLD_FORMAT = "moepp routing profile 1"

@@ -12,30 +12,41 @@ import os
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config
-from moepp_megatron.observe.status import STATUS_FILE, read_status
+from moepp_megatron.file_names import CONFIG_FILE, OWNER_FILE, STATUS_FILE
+from moepp_megatron.observe.status import read_status
 from moepp_megatron.runtime.atomic import create_atomic, write_atomic
 from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.training.checkpoint import CONFIG_FILE, list_checkpoints
-from moepp_megatron.training.checkpoint.names import OWNER_FILE
+from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.run_folder import (
     checkpoint_folder,
     is_inside,
+    is_same,
     outside_checkpoint_folder,
 )
 
 
-def owner_of_checkpoints(config: Config) -> Path | None:
-    """The folder of another run whose checkpoints are where this one's would go, if it is there.
+def refuse_other_owner(config: Config) -> None:
+    """Refuse a checkpoint folder that is another run's.
 
-    Two runs in one folder would delete and continue each other's checkpoints. A run that was
-    renamed has no folder of its old name, so its checkpoints still count as its own.
+    Raises:
+        ConfigError: If it is; names that run's folder.
     """
+    owner = _other_owner(config)
+    if owner is not None:
+        raise ConfigError(
+            f"checkpoint.dir ({checkpoint_folder(config)}) must not hold checkpoints of another "
+            f"run, and has those of {owner}; choose another checkpoint.dir"
+        )
+
+
+def _other_owner(config: Config) -> Path | None:
+    """The folder of another run whose checkpoints are where this one's would go, if it is there."""
     folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
     if is_inside(checkpoints, folder):
         return None
     marked = marked_owner(checkpoints)
     if marked is not None:
-        return None if _is_same(marked, folder) else marked
+        return None if is_same(marked, folder) else marked
     # Of a run that has not saved yet, too.
     is_own_name = checkpoints.name == "checkpoints" and not isinstance(checkpoints, ObjectPath)
     if is_own_name and read_status(Path(os.path.realpath(checkpoints)).parent) is not None:
@@ -45,8 +56,9 @@ def owner_of_checkpoints(config: Config) -> Path | None:
             owner = Path(load_config(checkpoint / CONFIG_FILE).run.dir)
         except ConfigError:
             continue
-        is_other = os.path.realpath(owner) != os.path.realpath(folder)
-        return owner if is_other and (owner / CONFIG_FILE).is_file() else None
+        # A run that was renamed has no folder of its old name.
+        is_there = (owner / CONFIG_FILE).is_file()
+        return owner if is_there and not is_same(owner, folder) else None
     return None
 
 
@@ -65,7 +77,7 @@ def is_marked(config: Config) -> bool:
     """Whether the run has marked its checkpoint folder."""
     outside = outside_checkpoint_folder(config)
     marked = None if outside is None else marked_owner(outside)
-    return marked is not None and _is_same(marked, Path(config.run.dir))
+    return marked is not None and is_same(marked, Path(config.run.dir))
 
 
 def mark_checkpoints(config: Config) -> None:
@@ -107,7 +119,3 @@ def carry_mark(checkpoints: Path, place: Path | None, run: Path) -> None:
 
 def _content(run: Path) -> bytes:
     return os.fsencode(os.path.realpath(run)) + b"\n"
-
-
-def _is_same(path: Path, other: Path) -> bool:
-    return os.path.realpath(path) == os.path.realpath(other)

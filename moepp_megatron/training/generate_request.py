@@ -11,16 +11,11 @@ from moepp_megatron.config import Config, ConfigError, Layout, load_config, with
 from moepp_megatron.config.stages import virtual_stages
 from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, find_checkpoint
+from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
+from moepp_megatron.training.checkpoint import find_checkpoint
 from moepp_megatron.training.inference_settings import FORWARD_ONLY, inference_override
 
 _DEFAULT_NEW_TOKENS = 96
-
-_GENERATION = (
-    *FORWARD_ONLY,
-    # How tokens travel changes no result, and this way needs no package.
-    "moe.dispatcher=alltoall",
-)
 
 
 @dataclass(frozen=True)
@@ -195,7 +190,7 @@ def generation_config(trained: Config, overrides: Sequence[str], world_size: int
     # One sequence per data-parallel rank, which the check of the rank grid asks for. For sequence
     # parallelism see below.
     fixed = ("training.global_batch_size=1", "parallel.sequence_parallel=true")
-    config = with_overrides(trained, [*_GENERATION, *overrides, *fixed])
+    config = with_overrides(trained, [*FORWARD_ONLY, *overrides, *fixed])
     parallel = config.parallel
     if virtual_stages(config) > 1:
         raise ConfigError(

@@ -11,13 +11,13 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import blends_of, folders_of
 from moepp_megatron.config.load import config_layers
-from moepp_megatron.observe.status import STATUS_FILE
+from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, OWNER_FILE, STATUS_FILE
 from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.training.checkpoint import CONFIG_FILE, list_checkpoints
+from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.checkpoint.find import checkpoints_of
-from moepp_megatron.training.checkpoint.names import LATEST_FILE, OWNER_FILE, PREFIX
+from moepp_megatron.training.checkpoint.names import PREFIX
 from moepp_megatron.training.checkpoint_owner import carry_mark, marked_owner
-from moepp_megatron.training.run_folder import checkpoint_folder, outside_checkpoint_folder
+from moepp_megatron.training.run_folder import checkpoint_folder, is_same, outside_checkpoint_folder
 
 # Slurm's output: that of the job in which the new run starts is among it.
 _STAYS = {"slurm"}
@@ -111,7 +111,7 @@ def _holds_runs(path: Path, run: Path) -> bool:
     if any(path.rglob(STATUS_FILE)):
         return True
     owners = {marked_owner(mark.parent) for mark in path.rglob(OWNER_FILE)}
-    return any(os.path.realpath(owner) != os.path.realpath(run) for owner in owners if owner)
+    return not all(is_same(owner, run) for owner in owners if owner)
 
 
 def _stays(path: Path, kept: list[Path]) -> bool:

@@ -10,7 +10,6 @@ case. Whoever is let in claims the folder: it writes `RUN/status.json` and touch
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import threading
@@ -21,28 +20,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE, STATUS_FILE
 from moepp_megatron.observe.status import (
     CLAIM,
-    STATUS_FILE,
     RunStatus,
     inherited_claim,
     read_status,
     write_status,
 )
-from moepp_megatron.runtime.object_store import ObjectPath
+from moepp_megatron.runtime.disk import is_full
 from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.checkpoint.room import remove_leftovers
 from moepp_megatron.training.checkpoint_owner import (
     is_marked,
     mark_checkpoints,
-    owner_of_checkpoints,
+    refuse_other_owner,
     remove_mark,
 )
 from moepp_megatron.training.move_aside import move_aside
 from moepp_megatron.training.run_folder import (
     checkpoint_folder,
+    is_same,
+    local_checkpoint_folder,
     outside_checkpoint_folder,
-    staging_folder,
     usable,
 )
 
@@ -53,7 +53,7 @@ _SILENT_S = 4 * BEAT_S
 _OLD_S = 3600.0
 
 # What a run leaves in its folder, beside checkpoints.
-_TRACES = ("config.yaml", "metrics.jsonl", STATUS_FILE)
+_TRACES = (CONFIG_FILE, METRICS_FILE, STATUS_FILE)
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,11 @@ def claimed(config: Config, start: Start, say: Callable[[str], object] = print) 
     with contextlib.ExitStack() as undo:
         undo.enter_context(_empty_folders_removed(config))
         with usable(config), _one_at_a_time(config):
-            _refuse_running(folder, start)
+            if not start.restarted:
+                refuse_running(folder)
             # Again: somebody else may have been here meanwhile.
             refuse_occupied(config, start)
-            _refuse_other_owner(config)
+            refuse_other_owner(config)
             if start.overwrite and not start.restarted and traces(config, start.config_file):
                 for line in move_aside(config, start.config_file):
                     say(line)
@@ -158,7 +159,19 @@ def refuse_running(folder: Path) -> None:
     Raises:
         ConfigError: If one is; names process and machine.
     """
-    _refuse_running(folder, Start())
+    status = read_status(folder)
+    if status is None or status.state == "ended":
+        return
+    gone = status.is_gone()
+    if gone is None:
+        gone = _is_silent(folder / STATUS_FILE)
+    if not gone:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
+        owner = status.launcher.pid if status.launcher is not None else status.pid
+        raise ConfigError(
+            f"run.dir ({folder}) must not be in use, and process {owner} on {status.host} trains "
+            f"in it since {since}; stop that one first, or choose another run.dir"
+        )
 
 
 def refuse_occupied(config: Config, start: Start) -> None:
@@ -183,7 +196,7 @@ def refuse_occupied(config: Config, start: Start) -> None:
         )
     status = read_status(folder)
     ended = status is not None and status.state == "ended"
-    if ended and "metrics.jsonl" in found and not list_checkpoints(checkpoint_folder(config)):
+    if ended and METRICS_FILE in found and not list_checkpoints(checkpoint_folder(config)):
         raise ConfigError(
             f"run.dir ({folder}) must have a checkpoint for --resume, and its run has ended "
             "without one; use --overwrite to move it aside and start anew"
@@ -196,38 +209,14 @@ def traces(config: Config, config_file: Path | None = None) -> list[str]:
     found = [
         name
         for name in _TRACES
-        if os.path.lexists(folder / name) and not _is_same(folder / name, config_file)
+        if os.path.lexists(folder / name)
+        and not (config_file is not None and is_same(folder / name, config_file))
     ]
     checkpoints = checkpoint_folder(config)
     if list_checkpoints(checkpoints):
         inside = checkpoints == folder / "checkpoints"
         found.append("checkpoints" if inside else f"the checkpoints in {checkpoints}")
     return found
-
-
-def _refuse_running(folder: Path, start: Start) -> None:
-    status = read_status(folder)
-    if status is None or status.state == "ended" or start.restarted:
-        return
-    gone = status.is_gone()
-    if gone is None:
-        gone = _is_silent(folder / STATUS_FILE)
-    if not gone:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
-        owner = status.launcher.pid if status.launcher is not None else status.pid
-        raise ConfigError(
-            f"run.dir ({folder}) must not be in use, and process {owner} on {status.host} trains "
-            f"in it since {since}; stop that one first, or choose another run.dir"
-        )
-
-
-def _refuse_other_owner(config: Config) -> None:
-    owner = owner_of_checkpoints(config)
-    if owner is not None:
-        raise ConfigError(
-            f"checkpoint.dir ({checkpoint_folder(config)}) must not hold checkpoints of another "
-            f"run, and has those of {owner}; choose another checkpoint.dir"
-        )
 
 
 def _is_silent(path: Path) -> bool:
@@ -276,6 +265,12 @@ def _shown(folder: Path, claim: RunStatus) -> Iterator[None]:
             os.environ[CLAIM] = before
 
 
+def _folders(config: Config) -> list[Path]:
+    """The folders that a run has for itself: its own, and that of its checkpoints elsewhere."""
+    outside = outside_checkpoint_folder(config)
+    return [Path(config.run.dir), *([] if outside is None else [outside])]
+
+
 @contextmanager
 def _one_at_a_time(config: Config) -> Iterator[None]:
     """Locks, so that of two processes one checks and claims the folders before the other.
@@ -283,10 +278,9 @@ def _one_at_a_time(config: Config) -> Iterator[None]:
     Where the file system cannot lock a folder (NFS), two that start within the same instant may
     both be let into a run's folder.
     """
-    folders = {os.path.realpath(config.run.dir), outside_checkpoint_folder(config)} - {None}
     with contextlib.ExitStack() as locks:
         # In an order that is the same for all, so that no two wait for each other.
-        for folder in sorted(map(str, folders)):
+        for folder in sorted({os.path.realpath(folder) for folder in _folders(config)}):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             locks.callback(os.close, descriptor)
             with contextlib.suppress(OSError):
@@ -297,8 +291,7 @@ def _one_at_a_time(config: Config) -> Iterator[None]:
 @contextmanager
 def _empty_folders_removed(config: Config) -> Iterator[None]:
     """Folders of the run that were not there before are removed at the end if they are empty."""
-    wanted = (Path(config.run.dir), outside_checkpoint_folder(config))
-    paths = [each for path in wanted if path is not None for each in (path, *path.parents)]
+    paths = [each for path in _folders(config) for each in (path, *path.parents)]
     new = [path for path in paths if not os.path.lexists(path)]
     try:
         yield
@@ -312,12 +305,10 @@ def _write(config: Config, claim: RunStatus) -> None:
     try:
         _write_claim(config, claim)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(error):
             raise
         # Nobody else trains here, so half-written checkpoints are nobody's.
-        checkpoints = checkpoint_folder(config)
-        is_far = isinstance(checkpoints, ObjectPath)
-        remove_leftovers(staging_folder(config) if is_far else checkpoints)
+        remove_leftovers(local_checkpoint_folder(config))
         _write_claim(config, claim)
 
 
@@ -327,7 +318,7 @@ def _write_claim(config: Config, claim: RunStatus) -> None:
         mark_checkpoints(config)
     except FileExistsError:
         # Without locks: another run has been faster.
-        _refuse_other_owner(config)
+        refuse_other_owner(config)
         raise
 
 
@@ -349,7 +340,3 @@ def _withdraw(
 
 def _is_of_start(status: RunStatus, name: str | None) -> bool:
     return status.state == "running" and name is not None and status.start == name
-
-
-def _is_same(path: Path, other: Path | None) -> bool:
-    return other is not None and os.path.realpath(path) == os.path.realpath(other)

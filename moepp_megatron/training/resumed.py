@@ -6,8 +6,8 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, Layout, load_config
 from moepp_megatron.config.problem import show
+from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.training.checkpoint.compatible import differences
-from moepp_megatron.training.checkpoint.names import CONFIG_FILE
 from moepp_megatron.training.checkpoint.progress import SavedRecord, grid
 from moepp_megatron.training.schedule import learning_rate
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moepp_megatron.config import Config, ConfigError, UnfitError
+from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE
 from moepp_megatron.observe.status import GO_ON
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
 from moepp_megatron.training import occupancy
@@ -115,7 +116,7 @@ def _as_file(config: Config | str | Path) -> Iterator[Path]:
         yield Path(config)
         return
     with tempfile.TemporaryDirectory(prefix="moepp-") as folder:
-        file = Path(folder) / "config.yaml"
+        file = Path(folder) / CONFIG_FILE
         file.write_text(config.to_yaml(), encoding="utf-8")
         yield file
 
@@ -222,7 +223,7 @@ def _as_written(result: TrainResult, config: Config) -> TrainResult:
 
     newest = [checkpoint_step(path) for path in list_checkpoints(checkpoint_folder(config))[:1]]
     try:
-        last = read_metrics(result.folder / "metrics.jsonl")[-1]
+        last = read_metrics(result.folder / METRICS_FILE)[-1]
     except MetricsError:
         # Stopped before the first step, or a full disk has cost the run its records.
         return replace(result, step=max(newest, default=0))

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE, STATUS_FILE
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.disk import is_full
 from moepp_megatron.runtime.object_store import ObjectPath, place
 from moepp_megatron.version import __version__
 
 # What a run writes there.
-RUN_FILES = ("config.yaml", "metrics.jsonl", "status.json", "alerts.jsonl")
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, STATUS_FILE, ALERTS_FILE)
 RUN_FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")
 
 
@@ -30,6 +31,12 @@ def staging_folder(config: Config) -> Path:
     return config.checkpoint.staging or config.run.dir / "staging"
 
 
+def local_checkpoint_folder(config: Config) -> Path:
+    """Where this machine writes checkpoints, those too that are then uploaded."""
+    folder = checkpoint_folder(config)
+    return staging_folder(config) if isinstance(folder, ObjectPath) else folder
+
+
 def outside_checkpoint_folder(config: Config) -> Path | None:
     """Where the run's checkpoints are if that lies outside of its folder; links are resolved.
 
@@ -39,6 +46,11 @@ def outside_checkpoint_folder(config: Config) -> Path | None:
     if isinstance(checkpoints, ObjectPath) or is_inside(checkpoints, Path(config.run.dir)):
         return None
     return Path(os.path.realpath(checkpoints))
+
+
+def is_same(path: Path, other: Path) -> bool:
+    """Whether two paths mean the same place; links are resolved."""
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -53,7 +65,7 @@ def write_config(config: Config) -> Path:
     """Write `RUN/config.yaml`: the resolved configuration with version and git commit."""
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.yaml"
+    path = folder / CONFIG_FILE
     comment = f"moepp_megatron {__version__}, commit {_git_commit()}"
     write_atomic(path, config.to_yaml(comment).encode())
     return path
@@ -85,17 +97,11 @@ def usable(config: Config) -> Iterator[None]:
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in [
-            *(folder / name for name in RUN_FILES),
-            *(folder / name for name in RUN_FOLDERS),
-        ]:
-            _check_kind(path, is_folder=path.name in RUN_FOLDERS)
-        checkpoints = checkpoint_folder(config)
-        if isinstance(checkpoints, ObjectPath):
-            checkpoints = staging_folder(config)
-            _check_kind(checkpoints, is_folder=True, setting="checkpoint.staging")
-        else:
-            _check_kind(checkpoints, is_folder=True, setting="checkpoint.dir")
+        for name in (*RUN_FILES, *RUN_FOLDERS):
+            _check_kind(folder / name, is_folder=name in RUN_FOLDERS)
+        is_far = isinstance(checkpoint_folder(config), ObjectPath)
+        setting = "checkpoint.staging" if is_far else "checkpoint.dir"
+        _check_kind(local_checkpoint_folder(config), is_folder=True, setting=setting)
         outside = outside_checkpoint_folder(config)
         if outside is not None:
             outside.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config, parse_config
 from moepp_megatron.data.same_tokenizer import check_model_tokenizer
+from moepp_megatron.file_names import CONFIG_FILE, MANIFEST_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.training.checkpoint.find import find_checkpoint
-from moepp_megatron.training.checkpoint.names import CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILE
 from moepp_megatron.training.checkpoint.validity import plain_damage
 
 # Settings of the run that decide how a forward pass is spread over its ranks.
@@ -74,7 +74,7 @@ class TeacherModel:
 
 def _find(name: str, config: Config) -> Path:
     folder = Path(name).expanduser()
-    if (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
+    if (folder / MODEL_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
         raise ConfigError(
             f"distillation.teacher ({name}) must be a checkpoint of ours, and is one of Hugging "
             f"Face; convert it once: moepp convert upcycle {name} TEACHER --zero 0 --copy 0 "

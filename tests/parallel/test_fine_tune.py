@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.data.manifest import TEMPLATE
+from moepp_megatron.file_names import CHAT_TEMPLATE_FILE
 from tests.commands import moepp
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def test_the_example(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPat
     assert [record["step"] for record in records] == [1, 2]
     assert records[1]["valid_loss"] < records[0]["valid_loss"]
     (checkpoint,) = (folder / "checkpoints").glob("step_*")
-    assert (checkpoint / TEMPLATE).read_bytes() == (EXAMPLES / "chat.jinja").read_bytes()
+    assert (checkpoint / CHAT_TEMPLATE_FILE).read_bytes() == (EXAMPLES / "chat.jinja").read_bytes()
 
     answers = run(*generate, "--max-new-tokens", "4")
     assert answers.startswith("Question: In which module is deepcopy?\nAnswer:")

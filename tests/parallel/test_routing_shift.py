@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.file_names import USAGE_FILE
 from moepp_megatron.observe import token_shift
 from moepp_megatron.observe.token_shift import GROUPS, group_of
-from moepp_megatron.observe.usage_file import USAGE_FILE
 from tests.parallel.ranks import RankPools
 from tests.parallel.shift_runs import begin, watch
 from tests.parallel.test_token_groups import SourcedTokens

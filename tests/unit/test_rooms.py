@@ -15,7 +15,7 @@ PACKAGE = ROOT / "moepp_megatron"
 # From the top down: a room imports only rooms that come after it.
 WORKBENCH = ["experiments", "report", "planning", "inspection", "bench", "profiling", "doctor"]
 ENGINE = ["cluster", "interop", "training", "model", "moe", "data", "observe", "runtime", "config"]
-FLOOR = ["catalogue", "layer_settings", "experts", "version"]
+FLOOR = ["catalogue", "layer_settings", "experts", "file_names", "version"]
 ROOMS = ["cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE, *FLOOR]
 
 # Not yet: planning says in which order to read it, the experiments nothing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from moepp_megatron.config.paths import is_address, path_problem, place_problem
+from moepp_megatron.config.paths import PathProblem, is_address, path_problem, place_problem
 
 # The most that a whole number may be, by the unit of its field: far above any model or cluster,
 # and little enough that what is made for each layer, expert or rank fits into memory.
@@ -34,12 +35,16 @@ LARGEST = {
 LARGEST_OF_ALL = 2**31 - 1
 
 
-def _checked_text(value: Any) -> Any:
-    """Refuse text that is no path of a file system here, before it becomes one."""
-    problem = path_problem(str(value)) if isinstance(value, str | Path) else None
-    if problem is not None:
-        raise PydanticCustomError("no_path", "{rule}|{remedy}", dict(problem._asdict()))
-    return value
+def _without(find: Callable[[str], PathProblem | None]) -> Callable[[Any], Any]:
+    """A validator that refuses text with a problem that `find` finds, before it becomes a path."""
+
+    def check(value: Any) -> Any:
+        problem = find(str(value)) if isinstance(value, str | Path) else None
+        if problem is not None:
+            raise PydanticCustomError("no_path", "{rule}|{remedy}", dict(problem._asdict()))
+        return value
+
+    return check
 
 
 # Strict everywhere except here: YAML has no path type, so a string is right. The shell does not
@@ -49,18 +54,10 @@ ConfigPath = Annotated[
     Path,
     Strict(False),
     AfterValidator(lambda path: Path(os.path.expanduser(path))),
-    BeforeValidator(_checked_text),
+    BeforeValidator(_without(path_problem)),
 ]
 # What names either a path or something else.
-PathText = Annotated[str, AfterValidator(_checked_text)]
-
-
-def _checked_place(value: Any) -> Any:
-    """Refuse text that is neither a path nor an address of object storage."""
-    problem = place_problem(str(value)) if isinstance(value, str | Path) else None
-    if problem is not None:
-        raise PydanticCustomError("no_path", "{rule}|{remedy}", dict(problem._asdict()))
-    return value
+PathText = Annotated[str, AfterValidator(_without(path_problem))]
 
 
 def _expanded_place(value: str) -> str:
@@ -68,12 +65,12 @@ def _expanded_place(value: str) -> str:
 
 
 # A path, an address of object storage, or another word, such as checkpoint.load: auto.
-PlaceText = Annotated[str, AfterValidator(_checked_place)]
+PlaceText = Annotated[str, AfterValidator(_without(place_problem))]
 # A folder, or an address of one.
 Place = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
-    AfterValidator(_checked_place),
+    AfterValidator(_without(place_problem)),
     AfterValidator(_expanded_place),
 ]
 

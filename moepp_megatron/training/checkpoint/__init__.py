@@ -39,7 +39,7 @@ from moepp_megatron.training.checkpoint.find import (
     latest_checkpoint,
     list_checkpoints,
 )
-from moepp_megatron.training.checkpoint.names import CONFIG_FILE, TOKENIZER_FILE, is_checkpoint
+from moepp_megatron.training.checkpoint.names import is_checkpoint
 from moepp_megatron.training.checkpoint.progress import Progress
 from moepp_megatron.training.checkpoint.room import lack_of_room
 from moepp_megatron.training.checkpoint.validity import damage
@@ -56,8 +56,6 @@ if TYPE_CHECKING:
     from moepp_megatron.training.checkpoint.write import CheckpointWriter, save_checkpoint
 
 __all__ = [
-    "CONFIG_FILE",
-    "TOKENIZER_FILE",
     "CheckpointWriter",
     "Loaded",
     "NoStartError",

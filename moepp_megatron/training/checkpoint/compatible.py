@@ -10,7 +10,7 @@ from typing import Any
 from moepp_megatron.config import Config, ConfigError, load_config, parse_split
 from moepp_megatron.config.problem import Problem, raise_problems, show
 from moepp_megatron.experts import KINDS
-from moepp_megatron.training.checkpoint.names import CONFIG_FILE
+from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.training.checkpoint.progress import read_record
 
 

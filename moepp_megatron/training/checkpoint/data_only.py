@@ -31,10 +31,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from moepp_megatron.file_names import FORMAT_FILE, TENSORS_FILE
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.checkpoint.index import read_metadata
-from moepp_megatron.training.checkpoint.names import FORMAT_FILE, TENSORS_FILE
 from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError
 
 # torch/serialization.py: the first beats an explicit `weights_only=False`, and does not go together

@@ -11,15 +11,10 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.yaml_file import read_mapping
 from moepp_megatron.data.same_tokenizer import check_model_tokenizer
+from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, TOKENIZER_FILE
 from moepp_megatron.runtime.object_store import place
 from moepp_megatron.training.checkpoint.compatible import check_compatible
-from moepp_megatron.training.checkpoint.names import (
-    CONFIG_FILE,
-    LATEST_FILE,
-    PREFIX,
-    TOKENIZER_FILE,
-    is_checkpoint,
-)
+from moepp_megatron.training.checkpoint.names import PREFIX, is_checkpoint
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.checkpoint.validity import damage, plain_damage
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from moepp_megatron.training.checkpoint.names import TENSORS_FILE
+from moepp_megatron.file_names import TENSORS_FILE
 from moepp_megatron.training.checkpoint.plain_pickle import (
     MAX_BYTES,
     Description,

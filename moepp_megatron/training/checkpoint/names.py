@@ -1,4 +1,4 @@
-"""The files of a checkpoint.
+"""The files of a checkpoint (`moepp_megatron/file_names.py`), and its name.
 
 A checkpoint is a folder `step_NNNNNNNN` in megatron-core's distributed format, plus everything
 that makes it usable by itself:
@@ -18,17 +18,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-CONFIG_FILE = "config.yaml"
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-STATE_FILE = "state.json"
-FORMAT_FILE = "metadata.json"
-MANIFEST_FILE = "integrity.json"
-TENSORS_FILE = ".metadata"
-LATEST_FILE = "latest"
-# Beside checkpoints outside of their run's folder: names that folder.
-OWNER_FILE = "owner"
+from moepp_megatron.file_names import CONFIG_FILE, FORMAT_FILE, MANIFEST_FILE
+
 PREFIX = "step_"
 
 

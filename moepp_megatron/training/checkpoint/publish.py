@@ -17,9 +17,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import Tokenizer, named_eod_token, tokenizer_config
-from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_synced
-from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.training.checkpoint.names import (
+from moepp_megatron.file_names import (
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
     FORMAT_FILE,
@@ -30,6 +28,8 @@ from moepp_megatron.training.checkpoint.names import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
 )
+from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_synced
+from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint.plan import SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import SavedRecord
 from moepp_megatron.training.checkpoint.room import discard

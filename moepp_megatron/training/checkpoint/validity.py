@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config.json_file import read_json
-from moepp_megatron.training.checkpoint.names import (
-    CONFIG_FILE,
-    FORMAT_FILE,
-    MANIFEST_FILE,
-    TENSORS_FILE,
-)
+from moepp_megatron.file_names import CONFIG_FILE, FORMAT_FILE, MANIFEST_FILE, TENSORS_FILE
 from moepp_megatron.training.checkpoint.progress import read_record
 
 # megatron-core reads it, where it is, in place of what the manifest vouches for.

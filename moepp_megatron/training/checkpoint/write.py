@@ -15,13 +15,14 @@ from typing import Any
 import torch.distributed as dist
 
 from moepp_megatron.config import Config, Layout
+from moepp_megatron.file_names import MANIFEST_FILE
 from moepp_megatron.runtime.disk import NO_SPACE, free_bytes, show_bytes
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.store_errors import StoreError
 from moepp_megatron.training.checkpoint import rng
 from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.background import Background, BackgroundError
-from moepp_megatron.training.checkpoint.names import MANIFEST_FILE, checkpoint_name
+from moepp_megatron.training.checkpoint.names import checkpoint_name
 from moepp_megatron.training.checkpoint.plan import Planner, SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
 from moepp_megatron.training.checkpoint.publish import Companions, publish, tokenizer_files

@@ -182,10 +182,10 @@ def describe(config: Config, layout: Layout, clock_ns: list[int]) -> dict[str, A
     }
 
 
-def _clock_at_barriers(count: int = 5) -> list[int]:
+def _clock_at_barriers() -> list[int]:
     """Unix time [ns] on this node when ranks leave a barrier together; all ranks must call."""
     times = []
-    for _ in range(count):
+    for _ in range(5):
         dist.barrier()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

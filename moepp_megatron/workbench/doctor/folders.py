@@ -11,8 +11,7 @@ from pathlib import Path
 from moepp_megatron.config import Config, checkpoint_bytes
 from moepp_megatron.config.hardware import Thresholds
 from moepp_megatron.runtime.disk import free_bytes
-from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.training.run_folder import checkpoint_folder, staging_folder
+from moepp_megatron.training.run_folder import local_checkpoint_folder
 from moepp_megatron.workbench.doctor.finding import Finding, Severity
 
 # Large enough for a rate, small enough for every preflight.
@@ -109,11 +108,7 @@ def config_folders(config: Config) -> dict[str, tuple[Path, int]]:
     """
     folders = {"run": (Path(config.run.dir), 0)}
     if config.checkpoint.save_interval > 0:
-        path = checkpoint_folder(config)
-        if isinstance(path, ObjectPath):
-            # The ranks of this machine write there what they upload.
-            path = staging_folder(config)
-        folders["checkpoint"] = (path, checkpoint_bytes(config))
+        folders["checkpoint"] = (local_checkpoint_folder(config), checkpoint_bytes(config))
     return folders
 
 

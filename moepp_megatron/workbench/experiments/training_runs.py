@@ -16,6 +16,7 @@ from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.config.blends import with_whole_paths
+from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.launch import LaunchOptions
@@ -93,7 +94,7 @@ class TrainingRuns[Run: TrainingRun](RunSet[Run]):
         """
         folder = run.config.run.dir
         try:
-            records = read_metrics(folder / "metrics.jsonl")
+            records = read_metrics(folder / METRICS_FILE)
         except MetricsError:
             return None
         last = records[-1]
@@ -130,7 +131,7 @@ class TrainingRuns[Run: TrainingRun](RunSet[Run]):
             raise RunFailed(f"run {run.name} ended without a validation loss; see {log}")
 
     def _refuse_other_settings(self, run: Run) -> None:
-        file = run.config.run.dir / "config.yaml"
+        file = run.config.run.dir / CONFIG_FILE
         try:
             found = _content(load_config(file)) if file.exists() else None
         except ConfigError:

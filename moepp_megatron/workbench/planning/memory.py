@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moepp_megatron.config import Config, Layout, stage_layers
+from moepp_megatron.config.stages import Stages
 from moepp_megatron.workbench.planning.activations import (
     kept_bytes,
     output_bytes,
@@ -20,7 +21,7 @@ from moepp_megatron.workbench.planning.parameters import (
     rank_parameters,
 )
 from moepp_megatron.workbench.planning.parts import Layer
-from moepp_megatron.workbench.planning.pipeline import Stages, chunks_in_flight
+from moepp_megatron.workbench.planning.pipeline import chunks_in_flight
 from moepp_megatron.workbench.planning.teacher import teacher_bytes
 from moepp_megatron.workbench.planning.workload import Modules, Workload
 
@@ -67,7 +68,7 @@ def rank_memory(
         pp_rank: The pipeline rank.
         modules: Kind of modules: "fused" on a GPU, "local" on a CPU.
     """
-    stages = tuple(tuple(tuple(chunk) for chunk in chunks) for chunks in stage_layers(config))
+    stages = stage_layers(config)
     load, grid = Workload.from_config(config, modules), Grid.from_layout(config, layout)
     memory = memory_of(load, grid, stages, pp_rank)
     return replace(memory, teacher=teacher_bytes(config, layout, pp_rank, modules))

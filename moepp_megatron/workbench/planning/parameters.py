@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
+from moepp_megatron.config.stages import Stages
 from moepp_megatron.experts import FFN
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.pipeline import Stages
 from moepp_megatron.workbench.planning.workload import Workload
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-Stages = tuple[tuple[tuple[int, ...], ...], ...]
+from moepp_megatron.config.stages import Stages, stages_of
 
 
 def split_passes(pp: int, vpp: int, micro_batches: int, is_combined: bool) -> tuple[float, float]:
@@ -111,14 +111,6 @@ def stage_sizes(layers: int, stages: int) -> tuple[int, ...]:
 def even_stages(layers: int, pp: int, vpp: int) -> Stages:
     """Layer numbers by pipeline rank and, within it, by chunk; as `config.stages.stage_layers`."""
     return stages_of(stage_sizes(layers, pp * vpp), pp)
-
-
-def stages_of(sizes: tuple[int, ...], pp: int) -> Stages:
-    """Layer numbers by pipeline rank and chunk from the sizes of all stages in order."""
-    starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
-    stages = [tuple(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
-    vpp = len(sizes) // pp
-    return tuple(tuple(stages[chunk * pp + rank] for chunk in range(vpp)) for rank in range(pp))
 
 
 def layout_string(sizes: tuple[int, ...]) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.json_file import parse_json
+from moepp_megatron.file_names import METRICS_FILE
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting, evenness_of
 
 
@@ -56,7 +57,7 @@ def recorded_shares(source: Path, num_ffn_experts: int) -> NDArray[np.float64]:
 
 def _late_steps(source: Path, num_ffn_experts: int) -> list[dict[str, Any]]:
     """Lines of the second half of a run that hold shares."""
-    path = source / "metrics.jsonl" if source.is_dir() else source
+    path = source / METRICS_FILE if source.is_dir() else source
     try:
         lines = [parse_json(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:

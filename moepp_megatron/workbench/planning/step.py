@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from moepp_megatron.config.stages import Stages
 from moepp_megatron.workbench.planning.data_parallel import pipeline_end
 from moepp_megatron.workbench.planning.grid import Grid, Recompute
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting, Load, rank_load
@@ -16,7 +17,6 @@ from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.memory import fullest_rows, layer_counts
 from moepp_megatron.workbench.planning.parameters import rank_parameters
 from moepp_megatron.workbench.planning.pipeline import (
-    Stages,
     bubble_seconds,
     even_stages,
     late_messages,

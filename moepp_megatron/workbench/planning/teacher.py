@@ -27,7 +27,7 @@ def teacher_bytes(config: Config, layout: Layout, pp_rank: int, modules: Modules
     if teacher is None:
         return 0.0
     theirs = teacher.config
-    stages = tuple(tuple(tuple(chunk) for chunk in chunks) for chunks in stage_layers(theirs))
+    stages = stage_layers(theirs)
     load, grid = Workload.from_config(theirs, modules), Grid.from_layout(theirs, layout)
     parameters = rank_parameters(load, grid, stages, pp_rank)
     weights = float(load.numbers.weight_bytes * (parameters.dense + parameters.experts))

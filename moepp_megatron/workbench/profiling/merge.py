@@ -1,15 +1,11 @@
 """Brings ranks onto one clock.
 
-Each file has the clock of its process or host. Their differences follow from two sources:
-
-- collectives that every rank of a group leaves together, because none can end before the last has
-  begun (barrier, all-reduce, all-gather, reduce-scatter; all-to-all where there is nothing better):
-  the median over many calls of how much later one rank ends than another. What remains is how
-  unevenly ranks leave them: microseconds with NCCL, tens of them with gloo on one host.
-- what the files say about wall-clock time, as good as the hosts' clocks agree (NTP: milliseconds).
-
-The first is preferred. Clocks that drift apart within a recording are not corrected: 10 ppm, a poor
-crystal, are 10 us in a second.
+Each file has the clock of its process or host. Their differences follow from collectives that every
+rank of a group leaves together, because none can end before the last has begun (barrier,
+all-reduce, all-gather, reduce-scatter; all-to-all where there is nothing better): the median over
+many calls of how much later one rank ends than another. What remains is how unevenly ranks leave
+them: microseconds with NCCL, tens of them with gloo on one host. Clocks that drift apart within a
+recording are not corrected: 10 ppm, a poor crystal, are 10 us in a second.
 """
 
 from __future__ import annotations
@@ -46,7 +42,6 @@ class Basis(StrEnum):
 
     REFERENCE = "reference"
     COLLECTIVES = "collectives"
-    WALL_CLOCK = "wall clock"
     UNKNOWN = "unknown"
 
 
@@ -82,35 +77,25 @@ class _Edge:
         return max(self.spread_us, _RESOLUTION_US) ** 2 / self.calls
 
 
-def find_clocks(
-    by_rank: Mapping[int, Sequence[Collective]], wall_us: Mapping[int, float] | None = None
-) -> dict[int, Clock]:
+def find_clocks(by_rank: Mapping[int, Sequence[Collective]]) -> dict[int, Clock]:
     """The clock of each rank.
 
     Args:
         by_rank: Collectives of each rank, by its own clock.
-        wall_us: Microseconds to add to a rank's times to get Unix time, from its file.
 
     Returns:
-        Clocks by rank. Those with neither common calls nor wall-clock time are UNKNOWN with an
-        offset of 0, and a warning.
+        Clocks by rank. Those without common calls are UNKNOWN with an offset of 0, and a warning.
     """
     if not by_rank:
         return {}
-    wall = wall_us or {}
     reference = min(by_rank)
     found = {reference: Clock(0.0, 0.0, 0, Basis.REFERENCE)}
     found |= _measured(_edges(by_rank), reference)
-    for rank in sorted(set(by_rank) - set(found)):
-        if rank in wall and reference in wall:
-            found[rank] = Clock(wall[rank] - wall[reference], None, 0, Basis.WALL_CLOCK)
-        else:
-            found[rank] = Clock(0.0, None, 0, Basis.UNKNOWN)
-    unknown = [rank for rank in sorted(found) if found[rank].basis is Basis.UNKNOWN]
+    unknown = sorted(set(by_rank) - set(found))
     if unknown:
+        found |= {rank: Clock(0.0, None, 0, Basis.UNKNOWN) for rank in unknown}
         logger.warning(
-            "ranks %s share no timed collective with rank %d, and their files give no wall-clock "
-            "time: their times are left as they are",
+            "ranks %s share no timed collective with rank %d: their times are left as they are",
             ", ".join(map(str, unknown)),
             reference,
         )

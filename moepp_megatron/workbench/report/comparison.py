@@ -18,6 +18,7 @@ from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.config.load import parse_config
 from moepp_megatron.config.origins import leaves
 from moepp_megatron.config.yaml_file import parse_yaml
+from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report.run_data import ReportError, RunData, load_run, name_below
 from moepp_megatron.workbench.report.summary import RunSummary, finite_mean, step_weights, summarize
@@ -115,7 +116,7 @@ def _compared(run: RunData, name: str) -> ComparedRun:
         name=name,
         data=run,
         summary=summarize(run),
-        settings=flat(parse_yaml(run.config_text, str(run.folder / "config.yaml"))),
+        settings=flat(parse_yaml(run.config_text, str(run.folder / CONFIG_FILE))),
         tokens=np.array([record.tokens for record in records], dtype=np.float64),
         seconds=np.cumsum(steps * times),
         flops=_flops(run),
@@ -125,7 +126,7 @@ def _compared(run: RunData, name: str) -> ComparedRun:
 def _flops(run: RunData) -> np.ndarray | None:
     """Model FLOPs until each record; None where this version does not read the configuration."""
     try:
-        config = parse_config(parse_yaml(run.config_text, "config.yaml"))
+        config = parse_config(parse_yaml(run.config_text, CONFIG_FILE))
     except ConfigError:
         return None
     # Linear in the FFN share, so that two points give all.

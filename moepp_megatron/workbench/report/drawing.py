@@ -194,9 +194,9 @@ def thin(
     return np.asarray(steps, dtype=np.float64)[ends], sums / (ends - starts + 1)
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving mean over a fiftieth of the points; NaN where a value in reach is NaN."""
-    reach = max(1, len(values) // 100)
+def smooth(values: np.ndarray, reach: int | None = None) -> np.ndarray:
+    """Centred moving mean, by default over a fiftieth of the points; NaN where one in reach is."""
+    reach = max(1, len(values) // 100) if reach is None else reach
     window = np.ones(2 * reach + 1)
     counts = np.convolve(np.ones(len(values)), window, mode="same")
     return np.convolve(values, window, mode="same") / counts

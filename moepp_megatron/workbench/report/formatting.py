@@ -15,9 +15,9 @@ def number(value: float, digits: int = 4) -> str:
     return f"{value:,.{digits}f}"
 
 
-def significant(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits."""
-    return f"{value:,.{digits}g}" if math.isfinite(value) else NOT_FINITE
+def significant(value: float) -> str:
+    """A number with three significant digits."""
+    return f"{value:,.3g}" if math.isfinite(value) else NOT_FINITE
 
 
 def percent(fraction: float) -> str:

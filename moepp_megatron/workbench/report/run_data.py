@@ -11,7 +11,8 @@ from moepp_megatron.config.printable import printable
 from moepp_megatron.config.schema.section import LARGEST, LARGEST_OF_ALL
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.experts import ExpertLayout
-from moepp_megatron.observe.alerts import ALERTS_FILE, Alert, read_alerts
+from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE
+from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
 
 # A run's folder may come from elsewhere: what it counts is bounded as in the configuration.
@@ -158,9 +159,9 @@ def load_run(folder: Path) -> RunData:
         raise ReportError(
             f"{folder}: is not a folder; name the folder of a run that `moepp train` has started"
         )
-    config, text = read_config(folder / "config.yaml")
+    config, text = read_config(folder / CONFIG_FILE)
     try:
-        records = read_metrics(folder / "metrics.jsonl")
+        records = read_metrics(folder / METRICS_FILE)
     except MetricsError as error:
         raise ReportError(str(error)) from error
     _check_fit(config, records, folder)
@@ -220,7 +221,7 @@ def _check_fit(config: RunConfig, records: list[StepMetrics], folder: Path) -> N
         for row in rows:
             if row and len(row) != expected:
                 raise ReportError(
-                    f"{folder / 'metrics.jsonl'}: expert shares of step {record.step} have "
+                    f"{folder / METRICS_FILE}: expert shares of step {record.step} have "
                     f"{len(row)} entries but config.yaml describes {expected} experts; "
                     "use the configuration that the run was made with"
                 )

@@ -166,6 +166,8 @@ def test_a_path_that_looks_alike_is_one(tmp_path, monkeypatch, capsys):
         ("report run --out run/metrics.jsonl", "--out (run/metrics.jsonl) must not replace RUN"),
         ("report run --out run/status.json", "--out (run/status.json) must not replace RUN"),
         ("report other run --out run/config.yaml", "must not replace RUN"),
+        ("report run --out run/metadata.json", "must not replace RUN"),
+        ("report run --out run/rank_00000.json", "must not replace RUN"),
         ("score run --text x.txt --out x.txt", "--out (x.txt) must not replace --text"),
         ("plan x.yaml --out new --json ./new", "(new) must not be --json too"),
         ("report run --out pipe", "(a device or a pipe); name another one"),
@@ -175,7 +177,8 @@ def test_what_is_read_is_not_replaced(words, said, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     names = ["x.yaml", "x.txt", "gpu.yaml", "run/metrics.jsonl", "run/status.json"]
-    files = [tmp_path / name for name in [*names, "run/config.yaml"]]
+    more = ["run/config.yaml", "run/metadata.json", "run/rank_00000.json"]
+    files = [tmp_path / name for name in [*names, *more]]
     for file in files:
         file.write_text("kept")
     (tmp_path / "link.json").symlink_to("x.yaml")

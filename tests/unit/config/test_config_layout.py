@@ -88,11 +88,11 @@ def test_every_rank_stands_somewhere_else(minimal: Path) -> None:
 
 
 def test_stages_without_layout(minimal: Path) -> None:
-    assert stage_layers(load_config(minimal)) == [[[0, 1, 2, 3]]]
+    assert stage_layers(load_config(minimal)) == (((0, 1, 2, 3),),)
     pp2 = ["parallel.pipeline_model_parallel_size=2"]
-    assert stage_layers(load_config(minimal, pp2)) == [[[0, 1]], [[2, 3]]]
+    assert stage_layers(load_config(minimal, pp2)) == (((0, 1),), ((2, 3),))
     vpp2 = [*pp2, "parallel.virtual_pipeline_model_parallel_size=2"]
-    assert stage_layers(load_config(minimal, vpp2)) == [[[0], [2]], [[1], [3]]]
+    assert stage_layers(load_config(minimal, vpp2)) == (((0,), (2,)), ((1,), (3,)))
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,13 @@ from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.conversations import DOCUMENTS, PADDING
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.loader import batches
-from moepp_megatron.data.manifest import TEMPLATE, Manifest
+from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.pack_chat import pack
 from moepp_megatron.data.prepare import Prepared, PrepareSettings, prepare
 from moepp_megatron.data.prepared_data import check_data
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import verify
+from moepp_megatron.file_names import CHAT_TEMPLATE_FILE
 
 LENGTH = 64
 CHATML = """{% for message in messages %}
@@ -329,7 +330,7 @@ def test_a_template_keeps_the_tokens_that_it_names(tokenizer_folder: Path, tmp_p
 
 def test_prompt_is_a_message(folder: Path) -> None:
     """The folder keeps its template, which a checkpoint takes along."""
-    assert (folder / TEMPLATE).read_text() == CHATML
+    assert (folder / CHAT_TEMPLATE_FILE).read_text() == CHATML
     template = ChatTemplate.find(folder, Tokenizer.load(folder), None)
     assert template.prompt("hm") == "<|im_start|>user\nhm<|im_end|>\n<|im_start|>assistant\n"
     with pytest.raises(ConfigError, match="spells the special token <.im_end.>"):

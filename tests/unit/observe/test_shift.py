@@ -17,11 +17,12 @@ import pytest
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.schema.routing_guard import ShiftSection
+from moepp_megatron.file_names import USAGE_FILE
 from moepp_megatron.observe.cusum import Cusum, limit_for, steps_of_chance
 from moepp_megatron.observe.expert_usage import ExpertUsage, difference
 from moepp_megatron.observe.shift import ShiftMonitor
 from moepp_megatron.observe.shift_reading import ShiftReading
-from moepp_megatron.observe.usage_file import USAGE_FILE, StoredUsage
+from moepp_megatron.observe.usage_file import StoredUsage
 from moepp_megatron.observe.usage_noise import LossNoise, UsageNoise
 from tests.unit.observe.drawn_usages import EXPERTS, FFN, LAYERS, Router
 

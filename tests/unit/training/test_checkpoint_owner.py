@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.observe.status import STATUS_FILE, StatusSink
+from moepp_megatron.file_names import STATUS_FILE
+from moepp_megatron.observe.status import StatusSink
 from moepp_megatron.runtime.atomic import create_atomic
 from moepp_megatron.training import checkpoint_owner, occupancy
 from moepp_megatron.training.checkpoint import find_checkpoint, list_checkpoints
@@ -94,7 +95,7 @@ def test_of_two_at_once_one_is_let_in(of, place, tmp_path, is_stale: bool) -> No
 
 def test_without_locks_too(of, place, tmp_path, monkeypatch) -> None:
     """The other one is let in between the look and the mark."""
-    look, others = occupancy._refuse_other_owner, ["a"]
+    look, others = occupancy.refuse_other_owner, ["a"]
 
     def look_early(config: Config) -> None:
         look(config)
@@ -105,7 +106,7 @@ def test_without_locks_too(of, place, tmp_path, monkeypatch) -> None:
         raise OSError
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    monkeypatch.setattr(occupancy, "_refuse_other_owner", look_early)
+    monkeypatch.setattr(occupancy, "refuse_other_owner", look_early)
     with pytest.raises(ConfigError, match=REFUSED.format("runs/a")):
         enter(of("b"))
     assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"

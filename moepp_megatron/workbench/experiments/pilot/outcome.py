@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moepp_megatron.observe.alerts import ALERTS_FILE, read_alerts
+from moepp_megatron.file_names import ALERTS_FILE
+from moepp_megatron.observe.alerts import read_alerts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmOutcome, Curve, Interval
 from moepp_megatron.workbench.experiments.pilot.statistics import factor_interval, mean_interval

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moepp_megatron.config import with_overrides
+from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.workbench.experiments.pilot.arms import PilotArm
 from moepp_megatron.workbench.experiments.pilot.outcome import RunOutcome, run_outcome
 from moepp_megatron.workbench.experiments.pilot.result import Arm
@@ -57,7 +58,7 @@ class PilotRuns(TrainingRuns[PilotRun]):
 
     def began(self, run: PilotRun) -> str:
         """Day of its start, ISO date: a run writes its configuration when it starts."""
-        seconds = (run.config.run.dir / "config.yaml").stat().st_mtime
+        seconds = (run.config.run.dir / CONFIG_FILE).stat().st_mtime
         return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()
 
 

@@ -128,13 +128,13 @@ class Estimate:
             mean=_exp(self.mean), low=_exp(found.low - wide), high=_exp(found.high + wide)
         )
 
-    def probability_below(self, limit: float = 0.0) -> float | None:
-        """How probable it is that the number is below `limit`; None where nothing tells."""
+    def probability_below(self) -> float | None:
+        """How probable it is that the number is below 0; None where nothing tells."""
         if self.error is None:
             return None
         if self.error == 0.0:
-            return 1.0 if self.mean < limit else 0.0
-        return t_below((limit - self.mean) / self.error, self.degrees)
+            return 1.0 if self.mean < 0.0 else 0.0
+        return t_below(-self.mean / self.error, self.degrees)
 
     def expected_above(self) -> float | None:
         """The mean of max(0, number): what it costs to take it for 0 or less; None if unknown."""

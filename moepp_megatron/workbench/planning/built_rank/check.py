@@ -39,7 +39,7 @@ def check_rank(config: Config, layout: Layout, built: BuiltRank) -> list[Check]:
     place = layout.coordinates(built.rank)
     checks = [_group(layout, built, name) for name in built.groups]
     if built.layers is not None:
-        expected = stage_layers(config)[place.pp]
+        expected = [list(chunk) for chunk in stage_layers(config)[place.pp]]
         checks.append(Check("layers", str(built.layers), str(expected), built.layers == expected))
     checks.append(_shapes(config, layout, built))
     return checks + _sizes(config, layout, built, place.pp)
@@ -89,7 +89,7 @@ def _shapes(config: Config, layout: Layout, built: BuiltRank) -> Check:
 
 def _sizes(config: Config, layout: Layout, built: BuiltRank, pp_rank: int) -> list[Check]:
     load = _built_workload(config)
-    stages = tuple(tuple(tuple(chunk) for chunk in chunks) for chunks in stage_layers(config))
+    stages = stage_layers(config)
     said = memory_of(load, Grid.from_layout(config, layout), stages, pp_rank)
     numbers = load.numbers
     dense = sum(one.numel for one in built.parameters if not one.is_expert)

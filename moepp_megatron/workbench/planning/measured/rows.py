@@ -21,11 +21,11 @@ from moepp_megatron.config.hardware import Hardware, load_hardware, nearest_hard
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.config.load import from_dotted, validated
 from moepp_megatron.config.schema import Config
-from moepp_megatron.config.stages import expand_pipeline_layout
+from moepp_megatron.config.stages import Stages, expand_pipeline_layout, stages_of
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, AssumedRouting, early
-from moepp_megatron.workbench.planning.pipeline import Stages, even_stages, stages_of
+from moepp_megatron.workbench.planning.pipeline import even_stages
 from moepp_megatron.workbench.planning.workload import Workload
 
 Scope = Literal["in", "near", "out", "alt"]

@@ -15,6 +15,7 @@ from math import lcm
 import numpy as np
 from numpy.typing import NDArray
 
+from moepp_megatron.config.stages import Stages
 from moepp_megatron.workbench.planning.data_parallel import StepEnd, step_end
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.layer_time import EXCHANGE, layer_key, layer_time
@@ -22,7 +23,7 @@ from moepp_megatron.workbench.planning.links import placement
 from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.memory import fullest_rows
 from moepp_megatron.workbench.planning.parameters import rank_parameters
-from moepp_megatron.workbench.planning.pipeline import Stages, even_stages
+from moepp_megatron.workbench.planning.pipeline import even_stages
 from moepp_megatron.workbench.planning.simulation.contention import Fabric
 from moepp_megatron.workbench.planning.simulation.events import Durations, Message, play
 from moepp_megatron.workbench.planning.simulation.faults import Faults, slow_factors

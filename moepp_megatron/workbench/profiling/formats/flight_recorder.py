@@ -19,6 +19,7 @@ from typing import Any
 
 from moepp_megatron.config.json_file import parse_json
 from moepp_megatron.workbench.profiling.collective import Collective, Operation
+from moepp_megatron.workbench.profiling.formats.kineto_sizes import bytes_of_type, operation_of
 from moepp_megatron.workbench.profiling.formats.records import SourceError, field, read_bytes
 
 SOURCE = "flight_recorder"
@@ -26,60 +27,6 @@ _MAJOR_VERSION = "2"
 _PICKLE = b"\x80"
 _RANK = re.compile(r"(\d+)(\.json|\.pkl|\.pickle)?(\.gz)?$")
 _PEER = re.compile(r"(?:send|recv) (\d+)(->|<-)(\d+|\?)")
-
-# torch/distributed/flight_recorder/components/types.py, COLLECTIVES and P2P.
-_OPERATIONS = {
-    "all_to_all": Operation.ALL_TO_ALL,
-    "all_to_all_single": Operation.ALL_TO_ALL,
-    "all_to_all_v_single": Operation.ALL_TO_ALL,
-    "all_reduce": Operation.ALL_REDUCE,
-    "allreduce_coalesced": Operation.ALL_REDUCE,
-    "all_gather": Operation.ALL_GATHER,
-    "all_gather_single": Operation.ALL_GATHER,
-    "all_gather_v": Operation.ALL_GATHER,
-    "_all_gather_base": Operation.ALL_GATHER,
-    "all_gather_into_tensor_coalesced": Operation.ALL_GATHER,
-    "allgather_coalesced": Operation.ALL_GATHER,
-    "ALLGATHER_coalesced": Operation.ALL_GATHER,
-    "reduce_scatter": Operation.REDUCE_SCATTER,
-    "reduce_scatter_single": Operation.REDUCE_SCATTER,
-    "reduce_scatter_v": Operation.REDUCE_SCATTER,
-    "_reduce_scatter_base": Operation.REDUCE_SCATTER,
-    "reduce_scatter_tensor_coalesced": Operation.REDUCE_SCATTER,
-    "REDUCE_SCATTER_coalesced": Operation.REDUCE_SCATTER,
-    "reduce": Operation.REDUCE,
-    "_reduce_oop": Operation.REDUCE,
-    "broadcast": Operation.BROADCAST,
-    "_broadcast_oop": Operation.BROADCAST,
-    "gather": Operation.GATHER,
-    "scatter": Operation.SCATTER,
-    "send": Operation.SEND,
-    "recv": Operation.RECEIVE,
-    "barrier": Operation.BARRIER,
-    "all_reduce_barrier": Operation.BARRIER,
-}
-
-# Bytes by c10::toString(ScalarType).
-_WIDTHS = {
-    "Bool": 1,
-    "Byte": 1,
-    "Char": 1,
-    "Float8_e4m3fn": 1,
-    "Float8_e5m2": 1,
-    "Float8_e8m0fnu": 1,
-    "Short": 2,
-    "UInt16": 2,
-    "Half": 2,
-    "BFloat16": 2,
-    "Int": 4,
-    "UInt32": 4,
-    "Float": 4,
-    "Long": 8,
-    "UInt64": 8,
-    "Double": 8,
-    "ComplexFloat": 8,
-    "ComplexDouble": 16,
-}
 
 
 class _DataUnpickler(pickle.Unpickler):
@@ -150,7 +97,7 @@ def _collective(
     entry: dict[str, Any], rank: int, groups: dict[str, tuple[int, ...]], place: str
 ) -> Collective:
     name = field(entry, "profiling_name", str, place).rpartition(":")[2]
-    operation = _OPERATIONS.get(name.partition(" ")[0], Operation.OTHER)
+    operation = operation_of(name.partition(" ")[0])
     named = entry.get("process_group")
     if not isinstance(named, list | tuple) or len(named) < 2:
         raise SourceError(f"{place}: field 'process_group' is not a name and a description")
@@ -195,7 +142,7 @@ def _size(entry: dict[str, Any], place: str) -> tuple[int | None, str]:
             continue
         # One type for all tensors, or one for each.
         each = dtypes if len(dtypes) == len(shapes) else [dtypes[0]] * len(shapes)
-        widths = [_WIDTHS.get(dtype) for dtype in each]
+        widths = [bytes_of_type(str(dtype)) for dtype in each]
         if any(width is None for width in widths):
             return None, names[0]
         pairs = zip(shapes, widths, strict=True)

@@ -33,6 +33,7 @@ from moepp_megatron.workbench.profiling.formats.kineto_events import (
     sweep,
 )
 from moepp_megatron.workbench.profiling.formats.kineto_sizes import (
+    Sizes,
     operation_of,
     sizes_of_cpu,
     sizes_of_nccl,
@@ -168,22 +169,12 @@ class _Reader:
         sequence = around.call.number if around.call else args.get("Seq")
         return Collective(
             operation=operation,
-            rank=self._rank,
             group=name,
             group_ranks=tuple(ranks) if ranks else (group.ranks if group else ()),
             group_size=int(args.get("Group size") or (len(group.ranks) if group else 0)),
-            size=sizes.size,
-            dtype=sizes.dtype,
-            sent=sizes.sent,
-            received=sizes.received,
-            row_bytes=sizes.row_bytes,
             sequence=int(sequence) if isinstance(sequence, int) else None,
-            pair=around.call.pair if around.call else None,
-            start_us=float(kernel["ts"]),
-            end_us=float(kernel["ts"] + kernel["dur"]),
             stream=str(own.get("stream", kernel["tid"])),
-            source="kineto",
-            scopes=around.scopes,
+            **self._shared(around, sizes, kernel),
         )
 
     def of_gloo(self, calls: list[Event], spans: list[Event]) -> list[Collective]:
@@ -216,23 +207,25 @@ class _Reader:
         timed = transfer if transfer is not None else call
         return Collective(
             operation=operation,
-            rank=self._rank,
             group=name,
             group_ranks=ranks,
             group_size=len(ranks),
-            size=sizes.size,
-            dtype=sizes.dtype,
-            sent=sizes.sent,
-            received=sizes.received,
-            row_bytes=sizes.row_bytes,
             sequence=around.call.number if around.call else None,
-            pair=around.call.pair if around.call else None,
-            start_us=float(timed["ts"]),
-            end_us=float(timed["ts"] + timed["dur"]),
             stream=str(timed["tid"]),
-            source="kineto",
-            scopes=around.scopes,
+            **self._shared(around, sizes, timed),
         )
+
+    def _shared(self, around: Around, sizes: Sizes, timed: Event) -> dict[str, Any]:
+        """What NCCL's and gloo's collectives say alike."""
+        return {
+            "rank": self._rank,
+            **vars(sizes),
+            "pair": around.call.pair if around.call else None,
+            "start_us": float(timed["ts"]),
+            "end_us": float(timed["ts"] + timed["dur"]),
+            "source": "kineto",
+            "scopes": around.scopes,
+        }
 
     def _around(self, call: Event | None) -> Around:
         if call is None:

@@ -14,17 +14,19 @@ from typing import Any
 from moepp_megatron.config.json_file import parse_json
 from moepp_megatron.workbench.profiling.collective import Operation
 
-# c10::ScalarType in NCCL's events, C++ type names in those of the CPU.
+# c10::ScalarType in NCCL's events and flight records, C++ type names in those of the CPU.
 _BYTES = {
     "float": 4, "double": 8, "half": 2, "c10::half": 2, "bfloat16": 2, "c10::bfloat16": 2,
     "long": 8, "long int": 8, "int": 4, "short": 2, "short int": 2, "byte": 1, "char": 1,
     "unsigned char": 1, "signed char": 1, "bool": 1, "uint16": 2, "uint32": 4, "uint64": 8,
+    "complexfloat": 8, "complexdouble": 16,
 }  # fmt: skip
 
 _NAMES = {
     "all_to_all": Operation.ALL_TO_ALL,
     "alltoall": Operation.ALL_TO_ALL,
     "reduce_scatter": Operation.REDUCE_SCATTER,
+    "all_reduce_barrier": Operation.BARRIER,
     "all_reduce": Operation.ALL_REDUCE,
     "allreduce": Operation.ALL_REDUCE,
     "all_gather": Operation.ALL_GATHER,
@@ -40,7 +42,11 @@ _NAMES = {
 
 
 def operation_of(name: str) -> Operation:
-    """Operation of a name of c10d: `allreduce_`, `_allgather_base_`, `all_to_allv`, `gloo:send`."""
+    """Operation of a name of c10d: `allreduce_`, `_allgather_base_`, `all_to_allv`, `gloo:send`.
+
+    Those of flight records too (torch/distributed/flight_recorder/components/types.py, COLLECTIVES
+    and P2P).
+    """
     plain = name.lower().split("::")[-1].split(":")[-1].lstrip("_")
     for start, operation in _NAMES.items():
         if plain.startswith(start):

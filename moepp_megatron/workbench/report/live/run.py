@@ -9,19 +9,18 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from moepp_megatron.observe.alerts import ALERTS_FILE, Alert, parse_alert
+from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE
+from moepp_megatron.observe.alerts import Alert, parse_alert
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.observe.status import STATUS_FILE, RunStatus, read_status
+from moepp_megatron.observe.status import RunStatus, read_status
 from moepp_megatron.observe.tail import Tail
+from moepp_megatron.training.run_folder import RUN_FILES
 from moepp_megatron.workbench.report.live.history import History
 from moepp_megatron.workbench.report.live.liveness import RunHealth, judge
 from moepp_megatron.workbench.report.run_data import ReportError, RunConfig, read_config
 
-CONFIG_FILE = "config.yaml"
-_METRICS_FILE = "metrics.jsonl"
-RUN_FILES = {CONFIG_FILE, _METRICS_FILE, STATUS_FILE, ALERTS_FILE}
 # What a run, or a job that waits to become one, leaves in its folder.
-_TRACES = RUN_FILES | {"checkpoints", "tensorboard", "slurm", "hangs"}
+_TRACES = {*RUN_FILES, "checkpoints", "tensorboard", "slurm", "hangs"}
 # Alerts that are remembered; the file has all.
 _KEPT_ALERTS = 200
 
@@ -54,7 +53,7 @@ class LiveRun:
         self.damaged_lines = 0
         self._clock = clock
         self._config_mtime_ns = -1
-        self._metrics = Tail(folder / _METRICS_FILE)
+        self._metrics = Tail(folder / METRICS_FILE)
         self._alert_lines = Tail(folder / ALERTS_FILE)
         self._status: RunStatus | None = None
         self._record_time: float | None = None
@@ -150,6 +149,6 @@ def check_folder(folder: Path) -> None:
         raise ReportError(f"{folder}: cannot be read ({error.strerror})") from error
     if names and names.isdisjoint(_TRACES):
         raise ReportError(
-            f"{folder}: holds other files but no {CONFIG_FILE} or {_METRICS_FILE}; name the folder "
+            f"{folder}: holds other files but no {CONFIG_FILE} or {METRICS_FILE}; name the folder "
             "of a run (run.dir)"
         )

@@ -14,6 +14,7 @@ import yaml
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.hardware import load_hardware
+from moepp_megatron.config.stages import stages_of
 from moepp_megatron.workbench.planning.coster import GIB
 from moepp_megatron.workbench.planning.efficiency import Efficiencies
 from moepp_megatron.workbench.planning.machine import machine_of
@@ -33,7 +34,6 @@ from moepp_megatron.workbench.planning.measured.published import (
 )
 from moepp_megatron.workbench.planning.measured.rows import Run, read_runs
 from moepp_megatron.workbench.planning.memory import memory_of
-from moepp_megatron.workbench.planning.pipeline import stages_of
 from moepp_megatron.workbench.planning.workload import Numbers
 from moepp_megatron.workbench.report.measured import families_table, rows_table
 

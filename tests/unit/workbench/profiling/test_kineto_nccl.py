@@ -179,6 +179,7 @@ def test_kernel_that_says_nothing() -> None:
         ("allreduce_coalesced", Operation.ALL_REDUCE),
         ("_reduce_oop", Operation.REDUCE),
         ("gloo:recv", Operation.RECEIVE),
+        ("all_reduce_barrier", Operation.BARRIER),
         ("wait", Operation.OTHER),
     ],
 )
@@ -186,7 +187,14 @@ def test_names(name: str, operation: Operation) -> None:
     assert operation_of(name) is operation
 
 
+def test_all_operations_of_flight_records_are_known() -> None:
+    kinds = pytest.importorskip("torch.distributed.flight_recorder.components.types")
+    unknown = {n for n in kinds.COLLECTIVES | kinds.P2P if operation_of(n) is Operation.OTHER}
+    assert unknown <= {"new_window", "split"}, "what sends nothing"
+
+
 def test_types_and_lists() -> None:
+    assert (bytes_of_type("ComplexDouble"), bytes_of_type("UInt16")) == (16, 2)
     assert bytes_of_type("Float8_e4m3fn") == bytes_of_type("c10::Float8_e5m2") == 1
     assert bytes_of_type("c10::BFloat16") == bytes_of_type("Half") == 2
     assert bytes_of_type("ScalarList") is None

@@ -113,20 +113,13 @@ def test_without_numbers_the_order_counts_if_all_have_equally_many():
     assert find_clocks(by_rank)[1].basis is Basis.UNKNOWN
 
 
-def test_wall_clock_time_where_no_call_is_shared(caplog):
+def test_times_are_left_where_no_call_is_shared(caplog):
     by_rank = {0: [call(0, 10.0, 1)], 1: [call(1, 20.0, 2)], 2: []}
-    clocks = find_clocks(by_rank, wall_us={0: 1.0e15, 1: 1.0e15 + 250})
-    assert clocks[1].basis is Basis.WALL_CLOCK
-    assert clocks[1].offset_us == 250
-    assert clocks[1].spread_us is None
-    assert clocks[2].basis is Basis.UNKNOWN
-    assert "ranks 2 share no timed collective with rank 0" in caplog.text
-
-
-def test_shared_calls_are_preferred_to_wall_clock_time():
-    by_rank = recorded({0: 0.0, 1: 500.0}, 5, 0)
-    clocks = find_clocks(by_rank, wall_us={0: 0.0, 1: -9000.0})
-    assert clocks[1].basis is Basis.COLLECTIVES
+    clocks = find_clocks(by_rank)
+    for rank in (1, 2):
+        assert (clocks[rank].basis, clocks[rank].offset_us) == (Basis.UNKNOWN, 0.0)
+        assert clocks[rank].spread_us is None
+    assert "ranks 1, 2 share no timed collective with rank 0" in caplog.text
 
 
 def test_calls_without_a_place_in_time_are_not_compared():

@@ -96,10 +96,7 @@ def _difference_plot(base: ArmOutcome, others: list[ArmOutcome], styles: dict[st
 
 def _trend(values: np.ndarray) -> np.ndarray:
     """Centred moving mean over a tenth of the points: differences are small beside their noise."""
-    reach = len(values) // 20
-    window = np.ones(2 * reach + 1)
-    counts = np.convolve(np.ones(len(values)), window, mode="same")
-    return np.convolve(values, window, mode="same") / counts if len(values) else values
+    return smooth(values, len(values) // 20) if len(values) else values
 
 
 def _token_axes() -> Axes:
