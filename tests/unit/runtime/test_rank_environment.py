@@ -278,9 +278,19 @@ def test_own_name_does_not_lead_back_here(
     assert Nodes(2, 0, host).local_address() == expected
 
 
-def test_own_name_where_there_is_no_other_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_name_where_there_is_only_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
     def towards(host: str, port: int) -> str:
         if host == "192.0.2.1":
+            raise OSError("Network is unreachable")
+        return {"node1": "::1", "2001:db8::1": "fd00::7"}[host]
+
+    monkeypatch.setattr(nodes, "_address_towards", towards)
+    assert Nodes(2, 0, "node1").local_address() == "fd00::7"
+
+
+def test_own_name_where_there_is_no_other_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def towards(host: str, port: int) -> str:
+        if host != "node1":
             raise OSError("Network is unreachable")
         return "127.0.1.1"
 
