@@ -123,7 +123,7 @@ def judge_while_pruning(raw: dict[str, Any]) -> list[tuple[str, str, int]]:
 def test_all_ranks_look_into_checkpoints_of_before(
     ranks: RankPools, corpus: Path, tmp_path: Path, is_async: bool
 ) -> None:
-    """Hashing takes minutes: one rank alone would have the others wait for it in their next step."""
+    """Hashing takes minutes: for one rank alone the others would wait in their next step."""
     checkpoint = {"save_interval": 1, "keep": 2, "load": "auto"}
 
     def raw(steps: int, **more: Any) -> dict[str, Any]:

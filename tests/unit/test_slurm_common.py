@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Logs each call, one NUL-separated record a call. srun ends with $SRUN_STATUS, after being asked to
 # stop where $SRUN_STOPS says so; for a preflight it plays the nodes, sick ones named by $SICK.
 SRUN = r"""#!/bin/bash
+# Tasks get what is exported; with NONE, a name in place of a path is not found.
+if [[ ${SLURM_EXPORT_ENV:-ALL} != ALL ]]; then exit 2; fi
 # Whether all nodes still answer.
 if [[ ${*: -1} == true ]]; then exit "${PROBE_STATUS:-0}"; fi
 printf '%s\0' "$@" "" >>"$CALLS"
@@ -115,6 +117,14 @@ def test_one_launcher_a_node_meets_at_the_first_nodes_address(node: Node) -> Non
     assert "--resume" in step
     assert step[-3:] == ["--", "/c d/run.yaml", "run.name=$(x)"]
     assert node.orders == []
+
+
+@pytest.mark.parametrize("exported", ["NONE", "PATH,HOME"])
+def test_nodes_get_the_jobs_variables(node: Node, exported: str) -> None:
+    """Also from `sbatch --export`, which Slurm makes the rule for the job's steps."""
+    status, said = node.job(SRUN_STATUS="1", SLURM_EXPORT_ENV=exported)
+    assert status == 1, said
+    assert node.orders == [], "every node answers, so a failure is not tried again"
 
 
 def test_nodes_meet_at_an_ipv6_address(node: Node) -> None:
