@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from moepp_megatron.config import Config, parse_config
+from moepp_megatron.config import Config, ConfigError, parse_config
 from moepp_megatron.runtime import nodes
 from moepp_megatron.runtime.launch import LaunchOptions, _torchrun
 from moepp_megatron.runtime.nodes import Nodes, interface_of_rank, parse_endpoint
@@ -206,6 +206,21 @@ def test_rank_of_srun(monkeypatch) -> None:
     assert rank.meets_at == ("gpu07", 20005, False)
     assert place(monkeypatch, **SRUN, MASTER_ADDR="x", MASTER_PORT="7").meets_at == ("x", 7, False)
     assert place(monkeypatch, **{**SRUN, "SLURM_PROCID": "0"}).meets_at == ("gpu07", 20005, True)
+
+
+def test_srun_says_which_ranks_share_a_machine_where_a_script_does_not(monkeypatch) -> None:
+    script = {"RANK": "9", "WORLD_SIZE": "12", "MASTER_ADDR": "x", "MASTER_PORT": "7"}
+    rank = place(monkeypatch, **SRUN, **script)
+    assert (rank.rank, rank.world_size, rank.local_rank, rank.local_world_size) == (9, 12, 1, 2)
+    assert rank.meets_at is None
+    assert place(monkeypatch, **SRUN, **script, LOCAL_RANK="1").local_world_size == 2
+
+
+@pytest.mark.parametrize("more", [{}, {"LOCAL_RANK": "1"}])
+def test_ranks_without_a_place_on_their_machine_are_refused(monkeypatch, more) -> None:
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE \(16\) must come with LOCAL_RANK"):
+        place(monkeypatch, RANK="9", WORLD_SIZE="16", **more)
+    assert place(monkeypatch, RANK="0", WORLD_SIZE="1", **more).local_world_size == 1
 
 
 def test_shell_in_an_allocation_is_no_rank(monkeypatch) -> None:
