@@ -153,6 +153,15 @@ def test_torchrun_hands_on_what_is_not_its_own(words) -> None:
     assert parsed.training_script_args == words
 
 
+def test_ranks_of_one_machine_do_not_need_its_name() -> None:
+    """One without a network may not know it, and ranks would look for it for half an hour."""
+    from torch.distributed.run import config_from_args, get_args_parser
+
+    command = _torchrun(LaunchOptions(2), "a.module", [])
+    config, _, _ = config_from_args(get_args_parser().parse_args(command[3:]))
+    assert config.local_addr == "127.0.0.1"
+
+
 def place(monkeypatch: pytest.MonkeyPatch, **environment: str) -> RankEnvironment:
     for name in list(os.environ):
         if name.startswith(("SLURM", "TORCHELASTIC", "MASTER", "LOCAL", "MOEPP")):
