@@ -107,7 +107,7 @@ def first_host(nodes: str) -> str:
 def _place_on_machine(env: Mapping[str, str], rank: int, world_size: int) -> tuple[int, int]:
     """This rank's number on its machine, and how many ranks are there.
 
-    torch itself wants neither, so that scripts of srun often leave them out. Taken for one machine's,
+    torch itself wants neither, so scripts for srun often leave them out. Taken for one machine's,
     ranks of several would wait for each other's GPUs.
     """
     if "LOCAL_RANK" in env and "LOCAL_WORLD_SIZE" in env:
@@ -117,9 +117,9 @@ def _place_on_machine(env: Mapping[str, str], rank: int, world_size: int) -> tup
     if env.get("SLURM_STEP_NUM_TASKS") == str(world_size):
         return int(env["SLURM_LOCALID"]), _tasks_on_node(env)
     raise ConfigError(
-        f"WORLD_SIZE ({world_size}) must come with LOCAL_RANK and LOCAL_WORLD_SIZE, a rank's number "
-        "on its machine and the number of ranks there; export both, or start ranks with torchrun, "
-        "srun or --nproc"
+        f"WORLD_SIZE ({world_size}) must come with LOCAL_RANK and LOCAL_WORLD_SIZE, a rank's "
+        "number on its machine and the number of ranks there; export both, or start ranks with "
+        "torchrun, srun or --nproc"
     )
 
 

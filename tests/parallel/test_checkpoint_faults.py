@@ -135,7 +135,7 @@ def save_with_another_clock(folder: Path) -> list[list[str]]:
     run, found = Run(folder, keep=2), []
     run.step()
     assert run.save() is None
-    with mock.patch.object(time, "time", lambda behind=time.time() - 600.0: behind):
+    with mock.patch.object(time, "time", return_value=time.time() - 600.0):
         for _ in range(2):
             run.step()
             assert run.save() is None
