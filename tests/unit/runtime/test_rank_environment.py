@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import tempfile
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -41,6 +43,14 @@ def test_the_rest_is_set_each_for_a_reason() -> None:
 def test_an_older_name_of_a_variable_counts() -> None:
     user = {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
     assert "PYTORCH_ALLOC_CONF" not in with_rank_variables(user, 1)
+
+
+@pytest.mark.parametrize("flags", [0, os.ST_NOEXEC])
+def test_caches_are_where_compiled_code_can_be_loaded(monkeypatch, tmp_path, flags) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags))
+    found = with_rank_variables({}, 1).keys()
+    assert ({"TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR"} <= found) == (not flags)
 
 
 def test_cores_are_shared_out() -> None:
