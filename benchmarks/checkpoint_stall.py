@@ -68,7 +68,8 @@ def measure(loop: Loop, writers: dict[str, Any], rounds: int) -> list[dict[str, 
         busy_steps = []
         while writers[kind].is_writing:
             busy_steps.append(loop.step())
-            writers[kind].poll()
+            if writers[kind].is_written():
+                writers[kind].finish()
         assert writers[kind].error is None, writers[kind].error
         rows.append(
             {

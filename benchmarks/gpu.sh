@@ -58,7 +58,9 @@ for name in "${chosen[@]}"; do
         die "--steps ($name) must be of ${known//|/, }; use --steps card,layer"
 done
 
-gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU ' || true)
+# shellcheck source=launch/ranks.sh
+source "$root/launch/ranks.sh"
+gpus=$(moepp_gpus)
 if ((gpus == 0)) && [[ -z $allow_cpu ]]; then
     die 'benchmarks/gpu.sh needs a CUDA GPU; use --rehearse to try the script' 3
 fi

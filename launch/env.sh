@@ -18,7 +18,9 @@
 #        MOEPP_WHEELS  where the compiled wheel is kept and found again (default: .wheels in the
 #                      repository)
 #        MOEPP_OFFLINE a folder of wheels, as --offline: ask no registry. To fill it, elsewhere:
-#                      pip download -d DIR -c constraints.txt . 'setuptools>=77'  ('.[dev]' for tests)
+#                      pip download -d DIR -c constraints.txt . 'setuptools>=77'  ('.[dev]' for tests).
+#                      What the environment is made from, later installations take too, while it is
+#                      there; set it to nothing to ask a registry again
 # Sets   MOEPP_ROOT    the repository
 #        MOEPP_BIN     the environment's bin folder
 # Neither is exported, and nothing is activated. Returns non-zero, with the reason on stderr, on failure.
@@ -182,7 +184,7 @@ _moepp_offline_fits() {
         return 0
     fi
     _moepp_say "MOEPP_OFFLINE ($MOEPP_OFFLINE) must $needs;" \
-        "fill it with: pip download -d DIR -c constraints.txt . 'setuptools>=77'"
+        "fill it with: pip download -d DIR -c ${_moepp_tested##*/} . 'setuptools>=77'"
     return 2
 }
 
@@ -205,6 +207,10 @@ _moepp_install() {
             "about 3 GB to download, 6 GB on disk, up to 2 minutes on two idle cores (log: $log)"
     else
         _moepp_say "installing the package$tools (log: $log)"
+    fi
+    if [[ -n ${sources[*]:-} ]]; then
+        _moepp_say "from the wheels in ${sources[-1]}, asking no registry"
+        printf '%s\n' "${sources[-1]}" >"$venv/.moepp-offline"
     fi
     cd -- "$MOEPP_ROOT" || return 1
     if command -v uv >/dev/null; then
@@ -406,6 +412,10 @@ _moepp_env() {
     # shellcheck disable=SC2034  # for the sourcing script
     MOEPP_BIN=$venv/bin
     if _moepp_is_ready "$venv"; then return 0; fi
+    # Another script, such as one that needs the tools of tests, knows nothing of --offline.
+    if [[ ! -v MOEPP_OFFLINE && -e $venv/.moepp-offline && -d $(<"$venv/.moepp-offline") ]]; then
+        MOEPP_OFFLINE=$(<"$venv/.moepp-offline")
+    fi
     _moepp_offline_fits || return
     mkdir -p -- "$(dirname -- "$venv")" || return 1
     (_moepp_make_ready "$venv") 9>>"$venv.lock" || return 1

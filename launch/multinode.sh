@@ -16,4 +16,4 @@ source "$MOEPP_ROOT/launch/ranks.sh"
 
 # Options of the user come later and win. Each rank's own output stays on its machine.
 exec "$MOEPP_BIN/moepp" train --resume --nproc "$(moepp_ranks_here)" --max-restarts 3 --restart-timeout 900 \
-    --log-dir "${TMPDIR:-/tmp}/moepp-logs" "$@"
+    --log-dir "${TMPDIR:-/tmp}/moepp-logs-$UID" "$@"

@@ -7,6 +7,8 @@
 # text: --data-path PREFIX instead of --mock-data. NPROC=4 starts four ranks.
 set -euo pipefail
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
+# shellcheck source=launch/ranks.sh
+source "$MOEPP_ROOT/launch/ranks.sh"
 cd -- "$MOEPP_ROOT"
 
 model=(
@@ -30,8 +32,7 @@ training=(
 data=(--tokenizer-type NullTokenizer --vocab-size 255)
 [[ " $* " == *" --data-path "* ]] || data+=(--mock-data)
 devices=(--bf16)
-gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU ' || true)
-if [[ $gpus == 0 ]]; then
+if [[ $(moepp_gpus) == 0 ]]; then
     devices=(
         --distributed-backend gloo --transformer-impl local --use-cpu-initialization
         --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion

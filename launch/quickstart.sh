@@ -8,6 +8,8 @@
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
+# shellcheck source=launch/ranks.sh
+source "$MOEPP_ROOT/launch/ranks.sh"
 
 # The command that goes on with an interrupted run says how to get from here to there.
 export MOEPP_SHELL_FOLDER=$PWD
@@ -20,7 +22,7 @@ for argument in "$@"; do
 done
 
 devices=(--nproc 2)
-gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU ' || true)
+gpus=$(moepp_gpus)
 if [[ $gpus == 1 ]]; then
     # Two ranks cannot share one GPU under NCCL.
     devices=(--nproc 1 parallel.expert_model_parallel_size=1)

@@ -29,11 +29,17 @@ _MOEPP_USAGE=2 _MOEPP_UNFIT=3 _MOEPP_HUNG=70 _MOEPP_LOST=71 _MOEPP_STOPPED=75
 # Not above the restart's: nodes that are left when one has failed for good end before they give it up.
 : "${MOEPP_STEP_WAIT:=$((MOEPP_RESTART_TIMEOUT < 60 ? MOEPP_RESTART_TIMEOUT : 60))}"
 : "${MOEPP_RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
-: "${MOEPP_LOG_DIR:=${TMPDIR:-/tmp}/moepp-logs}"
+# The user's own: a folder of another user on the node could not be written to.
+: "${MOEPP_LOG_DIR:=${TMPDIR:-/tmp}/moepp-logs-$UID}"
+# A job that was submitted with --export would hand its steps no more than the job was given, and with
+# NONE not even a PATH.
+export SLURM_EXPORT_ENV=ALL
 if [[ -z ${MOEPP_COMMAND[*]:-} ]]; then
     MOEPP_COMMAND=(moepp)
-    if [[ $MOEPP_CONTAINER == none && -x $MOEPP_ROOT/.venv/bin/moepp ]]; then
-        MOEPP_COMMAND=("$MOEPP_ROOT/.venv/bin/moepp")
+    # Where launch/env.sh makes it.
+    _moepp_venv=${MOEPP_VENV:-$MOEPP_ROOT/.venv${MOEPP_PAIR:+-$MOEPP_PAIR}}
+    if [[ $MOEPP_CONTAINER == none && -z ${MOEPP_ENV:-} && -x $_moepp_venv/bin/moepp ]]; then
+        MOEPP_COMMAND=("$_moepp_venv/bin/moepp")
     fi
 fi
 [[ -v MOEPP_PREFLIGHT ]] || declare -a MOEPP_PREFLIGHT=()
@@ -124,6 +130,7 @@ _moepp_launch() {
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     # The node's address as Slurm itself uses it: a node's name need not be one.
     head=$(scontrol show node --oneliner "$head" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    if [[ $head == *:* ]]; then head="[$head]"; fi # IPv6
     if ((nodes > 1)); then
         # A port of the job's own, so that two jobs that share a node do not meet, and none of those
         # that Linux hands out to connections (from 32768 on).

@@ -147,7 +147,9 @@ def write_status(status: int) -> bool:
 
 
 def _torchrun(options: LaunchOptions, module: str, arguments: Sequence[str]) -> list[str]:
-    where = ["--standalone"] if options.nodes is None else options.nodes.torchrun_options()
+    # Ranks of one machine meet there by address: a machine without a network may not know its name.
+    alone = ["--standalone", "--local-addr=127.0.0.1"]
+    where = alone if options.nodes is None else options.nodes.torchrun_options()
     logs: list[str] = []
     if options.log_dir is not None:
         logs = [f"--log-dir={options.log_dir}", "--redirects=3", "--tee=3"]

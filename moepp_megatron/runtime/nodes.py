@@ -13,8 +13,8 @@ import psutil
 from moepp_megatron.runtime.rank import RankEnvironment
 
 _DEFAULT_PORT = 29500
-# An address of no machine (RFC 5737), to ask for the route to any other machine.
-_ELSEWHERE = "192.0.2.1"
+# Addresses of no machine (RFC 5737, RFC 3849), to ask for the route to any other machine.
+_ELSEWHERE = ("192.0.2.1", "2001:db8::1")
 # How much longer torchrun waits for the other machines than the launcher does.
 _GRACE_S = 60
 
@@ -51,8 +51,9 @@ class Nodes:
         address = _address_towards(self.host, self.port)
         if not _is_loopback(address) or self.host == "localhost" or _is_loopback(self.host):
             return address
-        with contextlib.suppress(OSError):
-            return _address_towards(_ELSEWHERE, self.port)
+        for elsewhere in _ELSEWHERE:
+            with contextlib.suppress(OSError):
+                return _address_towards(elsewhere, self.port)
         return address
 
     def interface(self) -> str | None:

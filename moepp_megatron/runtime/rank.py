@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moepp_megatron.config.errors import ConfigError
+
 # This machine's number among those of the run, from the launcher (`runtime.nodes.Nodes.rank`).
 NODE_RANK = "MOEPP_NODE_RANK"
 # What tells one start of ranks by srun from any other.
@@ -41,7 +43,11 @@ class RankEnvironment:
 
     @classmethod
     def read(cls) -> RankEnvironment:
-        """Read the variables that torchrun or srun sets; without them this is a lone process."""
+        """Read the variables that torchrun or srun sets; without them this is a lone process.
+
+        Raises:
+            ConfigError: Somebody's own launcher does not say which ranks share this machine.
+        """
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
             return cls._of_torchrun(env)
@@ -53,8 +59,7 @@ class RankEnvironment:
     @classmethod
     def _of_torchrun(cls, env: Mapping[str, str]) -> RankEnvironment:
         rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local_rank = int(env.get("LOCAL_RANK", rank))
-        local_world_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
+        local_rank, local_world_size = _place_on_machine(env, rank, world_size)
         meets_at = None
         if env.get("TORCHELASTIC_USE_AGENT_STORE") == str(False):
             # torchrun's own rank 0 is on the machine whose address it handed out, whatever number
@@ -97,6 +102,25 @@ def first_host(nodes: str) -> str:
     match = re.match(r"([^\[,]*)(?:\[([^\],-]*)[^\]]*\]([^,\[]*))?", nodes)
     assert match is not None, "the pattern matches anything"
     return "".join(part or "" for part in match.groups())
+
+
+def _place_on_machine(env: Mapping[str, str], rank: int, world_size: int) -> tuple[int, int]:
+    """This rank's number on its machine, and how many ranks are there.
+
+    torch itself wants neither, so scripts for srun often leave them out. Taken for one machine's,
+    ranks of several would wait for each other's GPUs.
+    """
+    if "LOCAL_RANK" in env and "LOCAL_WORLD_SIZE" in env:
+        return int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
+    if world_size == 1:
+        return int(env.get("LOCAL_RANK", rank)), 1
+    if env.get("SLURM_STEP_NUM_TASKS") == str(world_size):
+        return int(env["SLURM_LOCALID"]), _tasks_on_node(env)
+    raise ConfigError(
+        f"WORLD_SIZE ({world_size}) must come with LOCAL_RANK and LOCAL_WORLD_SIZE, a rank's "
+        "number on its machine and the number of ranks there; export both, or start ranks with "
+        "torchrun, srun or --nproc"
+    )
 
 
 def _tasks_on_node(env: Mapping[str, str]) -> int:

@@ -162,16 +162,19 @@ def contradiction(config: Config, environment: Mapping[str, str]) -> str | None:
 
 
 def _own_folder(name: str) -> str | None:
-    """A folder of this user's on this machine, which nobody else can write to; None without one."""
+    """A folder of this user's on this machine, which nobody else can write to; None without one.
+
+    Nor where nothing can be loaded from it: many clusters mount /tmp with noexec.
+    """
     path = os.path.join(tempfile.gettempdir(), f"moepp-{name}-{os.getuid()}")
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
-        found = os.lstat(path)
+        found, flags = os.lstat(path), os.statvfs(path).f_flag
     except OSError:
         return None
     # Code is loaded from it.
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-    return path if is_own and not found.st_mode & 0o022 else None
+    return path if is_own and not found.st_mode & 0o022 and not flags & os.ST_NOEXEC else None
 
 
 def with_rank_variables(

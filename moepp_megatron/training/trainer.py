@@ -138,7 +138,9 @@ class Trainer:
                 if (why := self._stages.enter(self.progress.consumed_samples)) is not None:
                     self.announce_stage(why)
                 result, started = self._take_step(batches, stop)
-                self.checkpoints.poll()
+                if self.checkpoints.is_written():
+                    with supervisor.during("save"):
+                        self.checkpoints.finish()
                 # The loss is needed by the log alone, but reading it waits for the device: so the
                 # time of the step is its own.
                 logs = result.updated and any(

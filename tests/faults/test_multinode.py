@@ -163,7 +163,9 @@ def test_host_that_is_cut_off_and_comes_back(
     for process in processes:
         wait_until(lambda process=process: process.poll() == 0, "done")  # type: ignore[misc]
     assert losses(run) == losses(tmp_path / "alone"), "two hosts compute what one does, to the bit"
-    assert list((tmp_path / "moepp-logs").rglob("attempt_*/0/stdout.log")), "each rank's own output"
+    assert list((tmp_path / f"moepp-logs-{os.getuid()}").rglob("attempt_*/0/stdout.log")), (
+        "each rank's own output"
+    )
 
 
 def _ip(*arguments: str) -> None:

@@ -55,7 +55,9 @@ def on_ranks(
     """
     call = Call(function.__module__, function.__qualname__, args, kwargs, transformer_engine)
     (folder / "call").write_bytes(pickle.dumps(call))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    # By address: a machine without a network may not know its own name.
+    torchrun = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    launcher = ["-m", *torchrun, f"--nproc-per-node={nproc}"]
     command = [sys.executable, *(launcher if nproc > 1 else []), "-m", "tests.gpu.program"]
     done = subprocess.run(
         [*command, str(folder / "call"), str(folder)],

@@ -49,7 +49,8 @@ class Run:
 
         training_step(self.model, self.batches, self.config, self.layout)
         self.progress = self.progress.after_step(4, 4 * 16)
-        self.writer.poll()
+        if self.writer.is_written():
+            self.writer.finish()
 
     def save(self, wait: bool = True) -> str | None:
         """Save; returns why that failed."""

@@ -126,6 +126,31 @@ def test_forked_writers_among_gloo_threads(ranks: RankPools, tmp_path: Path) -> 
     assert names(tmp_path) == ["latest", "step_00000005", "step_00000006"]
 
 
+def save_with_another_clock(folder: Path) -> list[list[str]]:
+    """Checkpoints, newest first, after a save by a node whose clock is behind, and one more."""
+    from unittest import mock
+
+    from moepp_megatron.training.checkpoint import list_checkpoints
+
+    run, found = Run(folder, keep=2), []
+    run.step()
+    assert run.save() is None
+    with mock.patch.object(time, "time", return_value=time.time() - 600.0):
+        for _ in range(2):
+            run.step()
+            assert run.save() is None
+            found.append([path.name for path in list_checkpoints(folder)])
+    return found
+
+
+def test_the_newest_checkpoint_is_the_last_one_whatever_the_clock_says(
+    ranks: RankPools, tmp_path: Path
+) -> None:
+    (found,) = ranks(1).run(save_with_another_clock, tmp_path)
+    steps = [f"step_{step:08d}" for step in (1, 2, 3)]
+    assert found == [[steps[1], steps[0]], [steps[2], steps[1]]]
+
+
 def step_while_writing(folder: Path) -> bool:
     """Whether nothing is written yet after two steps on a disk that waits for them."""
     from moepp_megatron.runtime.patches import replaced

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
+from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_of, trainer_settings
 from tests.parallel.ranks import RankPools
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -98,3 +98,39 @@ def test_python_and_numpy_draw_the_same_again(
     assert drawn("other", 1, training={"seed": 8}) != whole[:1]
     parts = [drawn("run", steps, checkpoint=checkpoint) for steps in (2, 4)]
     assert parts == [whole[:2], whole[2:]]
+
+
+def judge_while_pruning(raw: dict[str, Any]) -> list[tuple[str, str, int]]:
+    """Phase, checkpoint and part of each look into one, on this rank."""
+    from unittest import mock
+
+    from moepp_megatron.training.checkpoint import read, room
+    from moepp_megatron.training.checkpoint.validity import damage
+
+    trainer = trainer_of(raw)
+    looks: list[tuple[str, str, int]] = []
+
+    def look(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
+        looks.append((trainer._supervisor._activity.now.phase, checkpoint.name, num_parts))
+        return damage(checkpoint, part, num_parts)
+
+    with mock.patch.object(read, "damage", look), mock.patch.object(room, "damage", look):
+        trainer.run()
+    return looks
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_all_ranks_look_into_checkpoints_of_before(
+    ranks: RankPools, corpus: Path, tmp_path: Path, is_async: bool
+) -> None:
+    """Hashing takes minutes: for one rank alone the others would wait in their next step."""
+    checkpoint = {"save_interval": 1, "keep": 2, "load": "auto"}
+
+    def raw(steps: int, **more: Any) -> dict[str, Any]:
+        sections = {"training": {"train_iters": steps}, "checkpoint": checkpoint | more}
+        return trainer_settings(corpus, tmp_path / "run", optimizer={"warmup_iters": 0}, **sections)
+
+    ranks(2).run(run_trainer, raw(2))
+    looks = ranks(2).run(judge_while_pruning, raw(4, async_save=is_async))
+    expected = [("save", f"step_{step:08d}", 2) for step in (2, 1)]
+    assert looks == [expected, expected]

@@ -28,7 +28,8 @@ def _commands(folder: Path, gpus: int, *arguments: str) -> list[list[str]]:
     """Arguments of each `moepp` that launch/quickstart.sh calls on a machine with `gpus` GPUs."""
     (folder / "launch").mkdir()
     (folder / "bin").mkdir()
-    shutil.copy(ROOT / "launch" / "quickstart.sh", folder / "launch")
+    for name in ("quickstart.sh", "ranks.sh"):
+        shutil.copy(ROOT / "launch" / name, folder / "launch")
     (folder / "launch" / "env.sh").write_text(_ENV.format(root=shlex.quote(str(folder))))
     listed = "".join(f"echo 'GPU {index}: made up'\n" for index in range(gpus))
     for name, text in {"moepp": _MOEPP, "nvidia-smi": f"#!/bin/sh\n{listed}exit 0\n"}.items():
@@ -36,7 +37,10 @@ def _commands(folder: Path, gpus: int, *arguments: str) -> list[list[str]]:
         (folder / "bin" / name).chmod(0o755)
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     script = [str(folder / "launch" / "quickstart.sh"), *arguments]
-    subprocess.run(script, check=True, env={**os.environ, "PATH": path}, stdout=subprocess.DEVNULL)
+    # Tests hide the GPUs of their machine, and these are others.
+    environment = {key: value for key, value in os.environ.items() if "VISIBLE" not in key}
+    environment["PATH"] = path
+    subprocess.run(script, check=True, env=environment, stdout=subprocess.DEVNULL)
     return [shlex.split(line) for line in (folder / "calls").read_text().splitlines()]
 
 

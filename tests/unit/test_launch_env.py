@@ -349,6 +349,18 @@ def test_offline_asks_no_registry(machine, tmp_path):
     status, _, err = machine.source(f'"{machine.root}/launch/env.sh" --offline "{wheels}"')
     assert status == 0, err
     assert f"--no-index -f {wheels} -c" in machine.calls.read_text()
+    # A script that needs more than that was not told of the folder, and has no network either.
+    status, _, err = machine.source(MOEPP_DEV="1")
+    assert status == 0, err
+    assert f"from the wheels in {wheels}, asking no registry" in err
+    # Somebody else may say otherwise, and a folder that is gone is none.
+    (machine.root / ".venv/.moepp-dev").unlink()
+    assert machine.source(MOEPP_DEV="1", MOEPP_OFFLINE="")[0] == 0
+    (machine.root / ".venv/.moepp-dev").unlink()
+    wheels.rename(tmp_path / "elsewhere")
+    assert machine.source(MOEPP_DEV="1")[0] == 0
+    calls = machine.calls.read_text().splitlines()
+    assert ["--no-index" in call for call in calls] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(

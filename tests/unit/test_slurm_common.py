@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from moepp_megatron.runtime.nodes import parse_endpoint
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Logs each call, one NUL-separated record a call. srun ends with $SRUN_STATUS, after being asked to
 # stop where $SRUN_STOPS says so; for a preflight it plays the nodes, sick ones named by $SICK.
 SRUN = r"""#!/bin/bash
+# Tasks get what is exported; with NONE, a name in place of a path is not found.
+if [[ ${SLURM_EXPORT_ENV:-ALL} != ALL ]]; then exit 2; fi
 # Whether all nodes still answer.
 if [[ ${*: -1} == true ]]; then exit "${PROBE_STATUS:-0}"; fi
 printf '%s\0' "$@" "" >>"$CALLS"
@@ -36,7 +40,7 @@ exit "${SRUN_STATUS:-0}"
 SCONTROL = r"""#!/bin/bash
 case "$1 $2" in
 "show hostnames") printf 'n1\nn2\n' ;;
-"show node") echo "NodeName=n1 Arch=x NodeAddr=10.0.0.1 NodeHostName=h" ;;
+"show node") echo "NodeName=n1 Arch=x NodeAddr=${ADDRESS:-10.0.0.1} NodeHostName=h" ;;
 "show job") echo "JobId=7 JobState=${STATE:-RUNNING} ExcNodeList=${EXCLUDED:-(null)} X=y" ;;
 listpids*) ;;
 *) printf 'scontrol %s\n' "$*" >>"$CALLS.scontrol" ;;
@@ -113,6 +117,44 @@ def test_one_launcher_a_node_meets_at_the_first_nodes_address(node: Node) -> Non
     assert "--resume" in step
     assert step[-3:] == ["--", "/c d/run.yaml", "run.name=$(x)"]
     assert node.orders == []
+
+
+@pytest.mark.parametrize("exported", ["NONE", "PATH,HOME"])
+def test_nodes_get_the_jobs_variables(node: Node, exported: str) -> None:
+    """Also from `sbatch --export`, which Slurm makes the rule for the job's steps."""
+    status, said = node.job(SRUN_STATUS="1", SLURM_EXPORT_ENV=exported)
+    assert status == 1, said
+    assert node.orders == [], "every node answers, so a failure is not tried again"
+
+
+def test_nodes_meet_at_an_ipv6_address(node: Node) -> None:
+    assert node.job(ADDRESS="fd00::1")[0] == 0
+    (step,) = node.steps
+    endpoint = step[step.index("--rdzv-endpoint") + 1]
+    assert parse_endpoint(endpoint) == ("fd00::1", 28007)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "{root}/.venv/bin/moepp"),
+        ({"MOEPP_PAIR": "torch2.11"}, "{root}/.venv-torch2.11/bin/moepp"),
+        ({"MOEPP_VENV": "other"}, "other/bin/moepp"),
+        ({"MOEPP_VENV": "missing"}, "moepp"),
+        ({"MOEPP_ENV": "current"}, "moepp"),
+    ],
+)
+def test_the_environment_of_the_set_up_is_used(
+    node: Node, environment: dict[str, str], expected: str
+) -> None:
+    root = node.folder / "root"
+    for venv in (root / ".venv", root / ".venv-torch2.11", node.folder / "other"):
+        (venv / "bin").mkdir(parents=True)
+        (venv / "bin/moepp").touch(0o755)
+    (root / "slurm").symlink_to(ROOT / "slurm")
+    status, said = node.job(f"MOEPP_ROOT={root}; unset MOEPP_COMMAND", **environment)
+    assert status == 0, said
+    assert expected.format(root=root) in node.steps[0]
 
 
 @pytest.mark.parametrize(

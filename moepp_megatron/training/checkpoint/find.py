@@ -154,6 +154,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(paths, key=_age_key, reverse=True)
 
 
+def time_of_newest(folder: Path) -> float:
+    """When the newest checkpoint of a folder was saved, seconds since 1970; 0 if there is none."""
+    return max((_age_key(path)[0] for path in list_checkpoints(folder)[:1]), default=0.0)
+
+
 def first_valid(
     checkpoints: Iterable[Path], reason_against: Callable[[Path], str | None]
 ) -> tuple[Path | None, list[str]]:

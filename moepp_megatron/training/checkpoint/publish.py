@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from moepp_megatron.file_names import (
 )
 from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_synced
 from moepp_megatron.runtime.object_store import ObjectPath
+from moepp_megatron.training.checkpoint.find import time_of_newest
 from moepp_megatron.training.checkpoint.plan import SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import SavedRecord
 from moepp_megatron.training.checkpoint.room import discard
@@ -39,6 +41,8 @@ from moepp_megatron.training.checkpoint.validity import damage, file_digest, man
 logger = logging.getLogger(__name__)
 
 _TOKENIZER = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE)
+# Between two checkpoints, where clocks do not tell which one is newer.
+_TICK_S = 1e-3
 _COMPANIONS = (CONFIG_FILE, *_TOKENIZER, STATE_FILE)
 
 
@@ -102,6 +106,7 @@ def publish(plan: SavePlan, final: Path, written: list[Written], companions: Com
     else:
         _check_shared(folder, sizes)
     plan.write_index([part.results for part in written])
+    _make_newest(companions.record, final.parent)
     _write_companions(folder, companions)
     content = json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode()
     write_synced(folder / FORMAT_FILE, content)
@@ -119,6 +124,16 @@ def publish(plan: SavePlan, final: Path, written: list[Written], companions: Com
     _give_name(folder, final)
     write_atomic(final.parent / LATEST_FILE, latest)
     sync(final.parent)
+
+
+def _make_newest(record: SavedRecord, folder: Path) -> None:
+    """Date a checkpoint after those that are there, whose machine's clock may have been ahead.
+
+    A run would otherwise go on from an older one, and `checkpoint.keep` would delete this one.
+    """
+    newest = time_of_newest(folder)
+    if math.isfinite(newest):
+        record.saved_at = max(record.saved_at, newest + _TICK_S)
 
 
 def _check_shared(folder: Path, sizes: dict[str, int]) -> None:

@@ -93,7 +93,7 @@ def _first_agreed(candidates: list[Path]) -> tuple[Path | None, list[str]]:
     agreement = Agreement()
     # Rank 0 looks, so that ranks which see a folder's changes late do not choose another one.
     candidates = agreement.from_first(candidates)
-    start, skipped = first_valid(candidates, lambda path: _agreed_reason(path, agreement))
+    start, skipped = first_valid(candidates, lambda path: agreed_reason(path, agreement))
     if dist.get_rank() == 0:
         warn_skipped(skipped)
     return start, skipped
@@ -177,7 +177,7 @@ def _restore_rng(
         )
 
 
-def _agreed_reason(checkpoint: Path, agreement: Agreement) -> str | None:
+def agreed_reason(checkpoint: Path, agreement: Agreement) -> str | None:
     """Why a checkpoint must not be read, or None; ranks share the work and all get the answer."""
     part, num_parts = dist.get_rank(), dist.get_world_size()
     mine = damage(checkpoint, part, num_parts) or unsafe_pickle(checkpoint, part, num_parts)
@@ -185,7 +185,7 @@ def _agreed_reason(checkpoint: Path, agreement: Agreement) -> str | None:
 
 
 def _refuse_unsound(checkpoint: Path) -> None:
-    reason = _agreed_reason(checkpoint, Agreement())
+    reason = agreed_reason(checkpoint, Agreement())
     if reason is not None:
         raise ConfigError(
             f"checkpoint ({checkpoint}) must be whole and hold nothing but data, and: {reason}; "

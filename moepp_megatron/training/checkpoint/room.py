@@ -84,6 +84,22 @@ class Pruner:
         # were hashed as they were written.
         self._is_valid: dict[str, bool] = {}
 
+    def unknown(self, written: Path) -> list[Path]:
+        """Checkpoints that have to be hashed before `wrote(written)`, by as many as can help.
+
+        None of a store: all of them would be read from there, while training waits.
+        """
+        if self._keep is None or isinstance(self._folder, ObjectPath):
+            return []
+        known = {*self._is_valid, written.name}
+        return [path for path in list_checkpoints(self._folder) if path.name not in known]
+
+    def note(self, checkpoint: Path, reason: str | None) -> None:
+        """Note what speaks against a checkpoint; None if it is valid."""
+        self._is_valid[checkpoint.name] = reason is None
+        if reason is not None:
+            logger.warning("checkpoint.keep leaves %s alone: %s", checkpoint, reason)
+
     def wrote(self, checkpoint: Path) -> None:
         """Note a checkpoint that this run has just completed, and delete what is now too old."""
         self._is_valid[checkpoint.name] = True
@@ -102,12 +118,8 @@ class Pruner:
 
     def _valid(self, checkpoint: Path) -> bool:
         if checkpoint.name not in self._is_valid:
-            # One process would read all of it from a store, while training waits.
             is_far = isinstance(checkpoint, ObjectPath)
-            reason = plain_damage(checkpoint) if is_far else damage(checkpoint)
-            self._is_valid[checkpoint.name] = reason is None
-            if reason is not None:
-                logger.warning("checkpoint.keep leaves %s alone: %s", checkpoint, reason)
+            self.note(checkpoint, plain_damage(checkpoint) if is_far else damage(checkpoint))
         return self._is_valid[checkpoint.name]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import shutil
 import time
@@ -26,6 +27,7 @@ from moepp_megatron.training.checkpoint.names import checkpoint_name
 from moepp_megatron.training.checkpoint.plan import Planner, SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
 from moepp_megatron.training.checkpoint.publish import Companions, publish, tokenizer_files
+from moepp_megatron.training.checkpoint.read import agreed_reason
 from moepp_megatron.training.checkpoint.room import Pruner, incomplete_name, remove_leftovers
 from moepp_megatron.training.checkpoint.state import saved_state
 from moepp_megatron.training.checkpoint.upload import BackgroundUpload, upload
@@ -136,15 +138,16 @@ class CheckpointWriter:
                 self._complete(save, lambda: save.sent(plan.write()))
         return final
 
-    def poll(self) -> None:
-        """Complete the save that is being written, if every rank has written its part."""
-        save = self._save
-        if save is None:
-            return
-        process = save.process
-        if self._agreement.all(process is None or process.done()):
-            self._save = None
-            self._complete(save, lambda: _result(save))
+    def is_written(self) -> bool:
+        """Whether every rank has written its part of a save, so that `finish` completes it.
+
+        Returns at once; every rank must call, and all get the same answer. To complete a save may
+        take long: it counts as saving, not as a training step.
+        """
+        if self._save is None:
+            return False
+        process = self._save.process
+        return self._agreement.all(process is None or process.done())
 
     @property
     def is_writing(self) -> bool:
@@ -152,10 +155,12 @@ class CheckpointWriter:
         return self._save is not None
 
     def finish(self) -> None:
-        """Wait until nothing is being written."""
-        while self._save is not None:
-            self.poll()
-            if self._save is not None:
+        """Wait until nothing is being written, and complete the save."""
+        while (save := self._save) is not None:
+            if self.is_written():
+                self._save = None
+                self._complete(save, functools.partial(_result, save))
+            else:
                 time.sleep(_POLL_S)
 
     def close(self) -> None:
@@ -224,8 +229,17 @@ class CheckpointWriter:
             return
         self.error = None
         self.written.append(save.final)
-        if dist.get_rank() == 0:
-            self._pruner.wrote(save.final)
+        self._prune(save.final)
+
+    def _prune(self, written: Path) -> None:
+        """Delete old checkpoints. All ranks look into those of before, so that none waits long."""
+        is_first = dist.get_rank() == 0
+        for path in self._agreement.from_first(self._pruner.unknown(written) if is_first else []):
+            reason = agreed_reason(path, self._agreement)
+            if is_first:
+                self._pruner.note(path, reason)
+        if is_first:
+            self._pruner.wrote(written)
 
     @property
     def _uploads(self) -> bool:

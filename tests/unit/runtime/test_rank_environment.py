@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import tempfile
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
-from moepp_megatron.config import Config, parse_config
+from moepp_megatron.config import Config, ConfigError, parse_config
 from moepp_megatron.runtime import nodes
 from moepp_megatron.runtime.launch import LaunchOptions, _torchrun
 from moepp_megatron.runtime.nodes import Nodes, interface_of_rank, parse_endpoint
@@ -41,6 +43,14 @@ def test_the_rest_is_set_each_for_a_reason() -> None:
 def test_an_older_name_of_a_variable_counts() -> None:
     user = {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
     assert "PYTORCH_ALLOC_CONF" not in with_rank_variables(user, 1)
+
+
+@pytest.mark.parametrize("flags", [0, os.ST_NOEXEC])
+def test_caches_are_where_compiled_code_can_be_loaded(monkeypatch, tmp_path, flags) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags))
+    found = with_rank_variables({}, 1).keys()
+    assert ({"TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR"} <= found) == (not flags)
 
 
 def test_cores_are_shared_out() -> None:
@@ -153,6 +163,15 @@ def test_torchrun_hands_on_what_is_not_its_own(words) -> None:
     assert parsed.training_script_args == words
 
 
+def test_ranks_of_one_machine_do_not_need_its_name() -> None:
+    """One without a network may not know it, and ranks would look for it for half an hour."""
+    from torch.distributed.run import config_from_args, get_args_parser
+
+    command = _torchrun(LaunchOptions(2), "a.module", [])
+    config, _, _ = config_from_args(get_args_parser().parse_args(command[3:]))
+    assert config.local_addr == "127.0.0.1"
+
+
 def place(monkeypatch: pytest.MonkeyPatch, **environment: str) -> RankEnvironment:
     for name in list(os.environ):
         if name.startswith(("SLURM", "TORCHELASTIC", "MASTER", "LOCAL", "MOEPP")):
@@ -206,6 +225,21 @@ def test_rank_of_srun(monkeypatch) -> None:
     assert rank.meets_at == ("gpu07", 20005, False)
     assert place(monkeypatch, **SRUN, MASTER_ADDR="x", MASTER_PORT="7").meets_at == ("x", 7, False)
     assert place(monkeypatch, **{**SRUN, "SLURM_PROCID": "0"}).meets_at == ("gpu07", 20005, True)
+
+
+def test_srun_says_which_ranks_share_a_machine_where_a_script_does_not(monkeypatch) -> None:
+    script = {"RANK": "9", "WORLD_SIZE": "12", "MASTER_ADDR": "x", "MASTER_PORT": "7"}
+    rank = place(monkeypatch, **SRUN, **script)
+    assert (rank.rank, rank.world_size, rank.local_rank, rank.local_world_size) == (9, 12, 1, 2)
+    assert rank.meets_at is None
+    assert place(monkeypatch, **SRUN, **script, LOCAL_RANK="1").local_world_size == 2
+
+
+@pytest.mark.parametrize("more", [{}, {"LOCAL_RANK": "1"}])
+def test_ranks_without_a_place_on_their_machine_are_refused(monkeypatch, more) -> None:
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE \(16\) must come with LOCAL_RANK"):
+        place(monkeypatch, RANK="9", WORLD_SIZE="16", **more)
+    assert place(monkeypatch, RANK="0", WORLD_SIZE="1", **more).local_world_size == 1
 
 
 def test_shell_in_an_allocation_is_no_rank(monkeypatch) -> None:
@@ -278,9 +312,19 @@ def test_own_name_does_not_lead_back_here(
     assert Nodes(2, 0, host).local_address() == expected
 
 
-def test_own_name_where_there_is_no_other_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_name_where_there_is_only_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
     def towards(host: str, port: int) -> str:
         if host == "192.0.2.1":
+            raise OSError("Network is unreachable")
+        return {"node1": "::1", "2001:db8::1": "fd00::7"}[host]
+
+    monkeypatch.setattr(nodes, "_address_towards", towards)
+    assert Nodes(2, 0, "node1").local_address() == "fd00::7"
+
+
+def test_own_name_where_there_is_no_other_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def towards(host: str, port: int) -> str:
+        if host != "node1":
             raise OSError("Network is unreachable")
         return "127.0.1.1"
 
