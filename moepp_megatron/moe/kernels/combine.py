@@ -46,6 +46,9 @@ from moepp_megatron.moe.zero_computation import Ingredients
 _BLOCK_T, _BLOCK_D, _WARPS = 16, 256, 8
 # The least side of a matrix that these units multiply, to which constant experts are padded.
 _LEAST = 16
+# Columns of V beside which tiles of that width fit: a program holds V's part of them in the shared
+# memory of its processor, of which an H100 gives it 227 KiB.
+_MOST = 64
 # Programs of a backward pass to aim at: two on each of an H100's 132 processors, as many as their
 # registers hold. Not taken from the device, so that the order of additions, and with it the last
 # bit, depends on shapes alone.
@@ -110,12 +113,13 @@ class _Combine(torch.autograd.Function):
         columns = _columns(config, x)
         # As many tokens as columns of V: what is read of V is then no more than a row a token.
         chunk = columns["BLOCK_C"]
-        programs = triton.cdiv(num_tokens, chunk) * triton.cdiv(hidden, _BLOCK_D)
+        tile = _tile(hidden, columns["BLOCK_C"])
+        programs = triton.cdiv(num_tokens, chunk) * triton.cdiv(hidden, tile["BLOCK_D"])
         if programs:
             kernel.forward[(programs,)](
                 rows, table, x, gates, routing_map, mixing, V, addend, output, num_tokens,
-                config.expert_input_scale, SLOTS=table.shape[1], CHUNK=chunk, **_tile(hidden),
-                **columns,
+                config.expert_input_scale, SLOTS=table.shape[1], CHUNK=chunk,
+                num_stages=_stages(columns["BLOCK_C"], is_backward=False), **tile, **columns,
             )  # fmt: skip
         ctx.save_for_backward(table, x, gates, routing_map, mixing, V)
         ctx.num_rows, ctx.config = rows.shape[0], config
@@ -129,7 +133,8 @@ class _Combine(torch.autograd.Function):
         num_tokens, hidden = table.shape[0], grad.shape[1]
         columns = _columns(ctx.config, x)
         constants = columns["CONSTANTS"]
-        parts = triton.cdiv(hidden, _BLOCK_D)
+        tile = _tile(hidden, columns["BLOCK_C"])
+        parts = triton.cdiv(hidden, tile["BLOCK_D"])
         chunk = _chunk(num_tokens, parts, columns["BLOCK_C"])
         chunks = triton.cdiv(num_tokens, chunk)
 
@@ -145,7 +150,7 @@ class _Combine(torch.autograd.Function):
             kernel.backward[(chunks * parts,)](
                 grad, table, x, gates, routing_map, mixing, V, grad_rows, grad_x, weights, vectors,
                 num_tokens, ctx.config.expert_input_scale, SLOTS=table.shape[1], CHUNK=chunk,
-                num_stages=_stages(columns["BLOCK_C"]), **_tile(hidden), **columns,
+                num_stages=_stages(columns["BLOCK_C"], is_backward=True), **tile, **columns,
             )  # fmt: skip
         grad_gates, grad_mixing = _backward_of_weights(weights, gates, mixing, ctx.config)
         return (
@@ -178,11 +183,11 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _tile(hidden: int) -> dict[str, Any]:
+def _tile(hidden: int, block_c: int) -> dict[str, Any]:
     return {
         "HIDDEN": hidden,
         "BLOCK_T": _BLOCK_T,
-        "BLOCK_D": _BLOCK_D,
+        "BLOCK_D": _BLOCK_D if block_c <= _MOST else max(_LEAST, _BLOCK_D * _MOST // block_c),
         "WIDEN": interprets(),
         "num_warps": _WARPS,
     }
@@ -215,10 +220,12 @@ def _chunk(num_tokens: int, parts: int, block_c: int) -> int:
     return chunk
 
 
-def _stages(block_c: int) -> int:
-    """Tokens' tiles that a program of the backward pass has under way.
+def _stages(block_c: int, is_backward: bool) -> int:
+    """Tokens' tiles that a program has under way.
 
-    One leaves registers for a second program on a processor up to 32 columns of V. There is none
-    with more, and the loads of a program by itself have to run ahead of its products.
+    In the backward pass one leaves registers for a second program on a processor up to 32 columns
+    of V. There is none with more, and the loads of a program by itself have to run ahead of its
+    products. Beyond 128 columns the gates and mixing logits of several tiles do not fit the shared
+    memory.
     """
-    return 1 if block_c <= 32 else 3
+    return 1 if block_c > 128 or (is_backward and block_c <= 32) else 3

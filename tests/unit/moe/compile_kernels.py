@@ -15,6 +15,9 @@ from triton.compiler import ASTSource, compile
 from moepp_megatron.moe.kernels import combine, combine_triton, cross_entropy, router, rows, tags
 
 HOPPER = GPUTarget("cuda", 90, 32)
+# Bytes of shared memory that a program may have on an H100 (CUDA C++ Programming Guide, compute
+# capability 9.0): 227 KiB. A launch of one that wants more fails.
+SHARED = 227 * 1024
 MODULES = {
     "router": router, "combine": combine_triton, "rows": rows, "cross_entropy": cross_entropy,
     "tags": tags,
@@ -48,10 +51,13 @@ def compile_kernel(
         if signature[argument].startswith("*") or signature[argument] == "i32"
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = compile(source, target=HOPPER, options=options).asm
-    assert "tf32" not in compiled["ptx"], f"{name} multiplies with 11 bits of a factor's 24"
+    compiled = compile(source, target=HOPPER, options=options)
+    shared = compiled.metadata.shared
+    assert shared <= SHARED, f"{name} wants {shared} bytes of shared memory: {constants}"
+    code = compiled.asm
+    assert "tf32" not in code["ptx"], f"{name} multiplies with 11 bits of a factor's 24"
     if not fp32:
-        print(name, *resources(compiled["cubin"]))
+        print(name, *resources(code["cubin"]))
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -82,13 +88,14 @@ def compile_combine(constants: int, copies: int, extra: dict[str, Any]) -> None:
     block = max(combine._LEAST, next_power_of_2(constants + copies))
     sizes = {"CONSTANTS": constants, "COPIES": copies, "BLOCK_C": block, "PARTS": 3}
     sizes |= {"NUM_EXPERTS": 9 + copies + constants, "FIRST": 8, "SLOTS": 2, "CHUNK": 64}
-    tile = combine._tile(768) | {"WIDEN": False}
+    tile = combine._tile(768, block) | {"WIDEN": False}
     warps = tile.pop("num_warps")
-    compile_kernel("combine.forward", sizes | tile | extra, num_warps=warps)
-    if constants == 2:
-        compile_kernel("combine.forward", sizes | tile | extra, fp32=True, num_warps=warps)
-    stages = combine._stages(block)
-    compile_kernel("combine.backward", sizes | tile | extra, num_warps=warps, num_stages=stages)
+    # In fp32 the most shared memory is wanted, and from some columns on not all registers fit.
+    for fp32 in (True, False) if constants == 2 else (constants > 100,):
+        for name in ("forward", "backward"):
+            stages = combine._stages(block, is_backward=name == "backward")
+            options = {"num_warps": warps, "num_stages": stages}
+            compile_kernel(f"combine.{name}", sizes | tile | extra, fp32, **options)
     tile["BLOCK_T"] = combine._TILE_OF_WEIGHTS // block
     compile_kernel("combine.backward_of_weights", sizes | tile | extra)
 
@@ -109,7 +116,8 @@ def main() -> None:
     absent = ("mixing_ptr", "v_ptr", "addend_ptr", "grad_mixing_ptr", "vectors_ptr")
     # Triton compiles anew for an argument that is 1.
     one_token = dict.fromkeys(absent) | {"num_tokens": 1}
-    for constants, copies, extra in ((2, 1, {}), (0, 2, one_token), (30, 1, {}), (62, 1, {})):
+    cases = (2, 1, {}), (0, 2, one_token), (30, 1, {}), (62, 1, {}), (254, 1, {})
+    for constants, copies, extra in cases:
         compile_combine(constants, copies, extra)
     for columns, block_t, slots in ((8, 128, 2), (64, 32, 6), (256, 8, 8)):
         sizes = {"COLUMNS": columns, "BLOCK_M": columns, "SLOTS": slots, "BLOCK_S": 8, "TILES": 4}
