@@ -91,11 +91,14 @@ def compile_combine(constants: int, copies: int, extra: dict[str, Any]) -> None:
     tile = combine._tile(768, block) | {"WIDEN": False}
     warps = tile.pop("num_warps")
     # In fp32 the most shared memory is wanted, and from some columns on not all registers fit.
-    for fp32 in (True, False) if constants == 2 else (constants > 100,):
-        for name in ("forward", "backward"):
-            stages = combine._stages(block, is_backward=name == "backward")
-            options = {"num_warps": warps, "num_stages": stages}
-            compile_kernel(f"combine.{name}", sizes | tile | extra, fp32, **options)
+    is_wide = constants > 100
+    for name in ("forward", "backward"):
+        stages = combine._stages(block, is_backward=name == "backward")
+        options = {"num_warps": warps, "num_stages": stages}
+        if is_wide or (constants == 2 and name == "forward"):
+            compile_kernel(f"combine.{name}", sizes | tile | extra, fp32=True, **options)
+        if not is_wide:
+            compile_kernel(f"combine.{name}", sizes | tile | extra, **options)
     tile["BLOCK_T"] = combine._TILE_OF_WEIGHTS // block
     compile_kernel("combine.backward_of_weights", sizes | tile | extra)
 
