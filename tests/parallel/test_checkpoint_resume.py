@@ -124,10 +124,11 @@ def test_all_ranks_look_into_checkpoints_of_before(
     ranks: RankPools, corpus: Path, tmp_path: Path, is_async: bool
 ) -> None:
     """Hashing takes minutes: for one rank alone the others would wait in their next step."""
-    checkpoint = {"save_interval": 1, "keep": 2, "load": "auto"}
+    checkpoint: dict[str, Any] = {"save_interval": 1, "keep": 2, "load": "auto"}
 
     def raw(steps: int, **more: Any) -> dict[str, Any]:
-        sections = {"training": {"train_iters": steps}, "checkpoint": checkpoint | more}
+        sections: dict[str, dict[str, Any]] = {"training": {"train_iters": steps}}
+        sections["checkpoint"] = checkpoint | more
         return trainer_settings(corpus, tmp_path / "run", optimizer={"warmup_iters": 0}, **sections)
 
     ranks(2).run(run_trainer, raw(2))

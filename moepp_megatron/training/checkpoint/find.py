@@ -154,11 +154,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(paths, key=_age_key, reverse=True)
 
 
-def time_of_newest(folder: Path) -> float:
-    """When the newest checkpoint of a folder was saved, seconds since 1970; 0 if there is none."""
-    return max((_age_key(path)[0] for path in list_checkpoints(folder)[:1]), default=0.0)
-
-
 def first_valid(
     checkpoints: Iterable[Path], reason_against: Callable[[Path], str | None]
 ) -> tuple[Path | None, list[str]]:
@@ -186,6 +181,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
         return None
     checkpoint = folder / name
     return checkpoint if _NAME.fullmatch(name) and is_checkpoint(checkpoint) else None
+
+
+def time_of_latest(folder: Path) -> float:
+    """When the checkpoint that `latest` points to was saved, seconds since 1970; 0 without one."""
+    latest = latest_checkpoint(folder)
+    return 0.0 if latest is None else _age_key(latest)[0]
 
 
 def _configured_folder(run: Path) -> Path | None:

@@ -31,7 +31,7 @@ from moepp_megatron.file_names import (
 )
 from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_synced
 from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.training.checkpoint.find import time_of_newest
+from moepp_megatron.training.checkpoint.find import time_of_latest
 from moepp_megatron.training.checkpoint.plan import SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import SavedRecord
 from moepp_megatron.training.checkpoint.room import discard
@@ -127,13 +127,13 @@ def publish(plan: SavePlan, final: Path, written: list[Written], companions: Com
 
 
 def _make_newest(record: SavedRecord, folder: Path) -> None:
-    """Date a checkpoint after those that are there, whose machine's clock may have been ahead.
+    """Date a checkpoint after the latest one, whose machine's clock may have been ahead.
 
     A run would otherwise go on from an older one, and `checkpoint.keep` would delete this one.
     """
-    newest = time_of_newest(folder)
-    if math.isfinite(newest):
-        record.saved_at = max(record.saved_at, newest + _TICK_S)
+    latest = time_of_latest(folder)
+    if math.isfinite(latest):
+        record.saved_at = max(record.saved_at, latest + _TICK_S)
 
 
 def _check_shared(folder: Path, sizes: dict[str, int]) -> None:
