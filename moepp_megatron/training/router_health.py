@@ -33,6 +33,7 @@ class HealthCollector:
     ) -> None:
         self._topk = config.moe.router_topk
         self._num_constants = config.moe.num_constant_experts
+        self._model = model
         self._numbers = list(layer_numbers)
         self._chunks = [moepp_layers(chunk) for chunk in model.models]
         self._layers = {layer.layer_number: layer for chunk in self._chunks for layer in chunk}
@@ -97,11 +98,12 @@ class HealthCollector:
         width = len(RouterHealth.names_for(self._topk, self._num_constants))
         device = torch.cuda.current_device()
         local = torch.zeros(len(self._numbers), width, dtype=torch.float64, device=device)
-        for row, number in enumerate(self._numbers):
-            if number in self._layers:
-                router = self._layers[number].router
-                router.health.add_rows(router.logits_weight)
-                local[row] = router.health.as_vector()
+        with self._model.gathered_parameters():
+            for row, number in enumerate(self._numbers):
+                if number in self._layers:
+                    router = self._layers[number].router
+                    router.health.add_rows(router.logits_weight)
+                    local[row] = router.health.as_vector()
         # One read for both.
         summed = sum_over_ranks(torch.cat([local.reshape(-1), self._losses.reshape(-1)]))
         total, losses = summed[: local.numel()], summed[local.numel() :].view_as(self._losses)

@@ -37,6 +37,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}, {}),
     "tp2 cp2": (4, TP2 | CP2, {}),
     "recompute": (1, {}, FULL),
+    "gathered late": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, {}),
 }
 MOE = {"num_ffn_experts": 8, "balance_coeff": 0.1}
 
