@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,8 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copy what lies beside the weights and says the same in a model and a checkpoint."""
     for name in _COMPANIONS:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            # The checkpoint may be in object storage.
+            (target / name).write_bytes((source / name).read_bytes())
 
 
 def _tokenizer_config(source: Path, config: Config) -> dict[str, Any]:
