@@ -426,8 +426,9 @@ def test_ranks_of_somebody_else_must_know_their_point(
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", ranks)
+    for name, value in {"RANK": "0", "WORLD_SIZE": ranks}.items():
+        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(f"LOCAL_{name}", value)
     base = ["scale", str(QUICKSTART), "--out", str(tmp_path)]
     result = CliRunner().invoke(app, [*base, *arguments])
     assert isinstance(result.exception, ConfigError)
