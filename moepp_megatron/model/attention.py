@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -24,7 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moepp_megatron.model.causal_attention import refuse_unused
+from moepp_megatron.model.causal_attention import attend, refuse_unused
 
 
 class ContextParallelAttention(MegatronModule):
@@ -137,15 +136,7 @@ class ContextParallelAttention(MegatronModule):
             seen = query_positions.unsqueeze(1) >= torch.arange(end, device=query.device)
         else:
             seen = ~mask[..., :end]
-        context_bncd = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key[:end].permute(1, 2, 0, 3),
-            value[:end].permute(1, 2, 0, 3),
-            attn_mask=seen,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return context_bncd.permute(2, 0, 1, 3)
+        return attend(query, key[:end], value[:end], seen, self.softmax_scale)
 
 
 def _chunk_starts(num_local_tokens: int, group: torch.distributed.ProcessGroup) -> tuple[int, int]:

@@ -106,16 +106,48 @@ class CausalAttention(MegatronModule):
             # Values are a view of the projection's output, all of which would stay until the
             # backward pass, although rotation has made new queries and keys.
             value = value.contiguous()
-        context_bncd = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            is_causal=mask is None and 1 < last == num_tokens,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return context_bncd.permute(2, 0, 1, 3).flatten(start_dim=2)
+        is_causal = mask is None and 1 < last == num_tokens
+        context = attend(query, key, value, mask, self.softmax_scale, is_causal=is_causal)
+        return context.flatten(start_dim=2)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    *,
+    is_causal: bool = False,
+) -> Tensor:
+    """Attention by torch's kernels, which do not write the scores.
+
+    Args:
+        query: [S, b, n, d].
+        key: [s, b, g, d]; n is a multiple of g.
+        value: [s, b, g, v].
+        mask: [S, s] or [b, 1, S, s] bool, True where a query sees a key; None for no mask.
+        scale: Factor on the scores; 1 / sqrt(d) where None.
+        is_causal: A query sees the keys up to its own position; S is s, and there is no mask.
+
+    Returns:
+        [S, b, n, v], dtype of `query`.
+    """
+    repeats = query.shape[2] // key.shape[2]
+    if repeats > 1 and (mask is not None or query.dtype is torch.float32):
+        # Of torch 2.11's kernels for a GPU only flash attention takes fewer heads of keys than of
+        # queries, and it takes neither a mask nor fp32: torch would write the scores.
+        key, value = (each.repeat_interleave(repeats, dim=2) for each in (key, value))
+    context_bncd = F.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3),
+        key.permute(1, 2, 0, 3),
+        value.permute(1, 2, 0, 3),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return context_bncd.permute(2, 0, 1, 3)
 
 
 def refuse_unused(name: str, **given: object) -> None:

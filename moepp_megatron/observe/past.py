@@ -37,7 +37,8 @@ class Usual:
     Args:
         shape: The numbers' shape.
         half_lives: Half-lives in steps, of what is usual and of what is far from it.
-        mean: Means from a checkpoint; those of another shape are ignored.
+        mean: Means from a checkpoint, None or NaN where nothing is known; those of another shape are
+            ignored.
 
     Attributes:
         mean: The means; NaN where nothing is known.
@@ -48,6 +49,10 @@ class Usual:
         self._usual, self._far = map(_keep, half_lives)
         if np.shape(mean) == shape:
             self.mean = np.asarray(mean, dtype=np.float64)
+
+    def state(self) -> list[Any]:
+        """The means for a checkpoint, None for NaN: saving compares ranks, and NaN is not equal."""
+        return np.where(np.isnan(self.mean), None, self.mean).tolist()
 
     def learn(self, values: Numbers, step: int, is_far: Any, is_counted: Any = True) -> None:
         """Learn from a step, counted from 1; not from values that are not finite or not counted."""
@@ -68,14 +73,16 @@ class Past:
     def __init__(self, num_layers: int, state: Mapping[str, Any] | None = None) -> None:
         shape, mean = (num_layers + 2,), _mean_of(state)
         if state is None or np.shape(mean) != shape:
-            state = {"count": 0, "lowest": math.nan, "lowest_at": 0}
+            state = {"count": 0, "lowest": None, "lowest_at": 0}
         self._count, self._usual = state["count"], Usual(shape, _OF_LAYERS, mean)
-        self._lowest, self._lowest_at = state["lowest"], state["lowest_at"]
+        lowest = state["lowest"]
+        self._lowest, self._lowest_at = math.nan if lowest is None else lowest, state["lowest_at"]
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, which later steps do not change."""
-        state = {"count": self._count, "mean": self._usual.mean.tolist()}
-        return state | {"lowest": self._lowest, "lowest_at": self._lowest_at}
+        lowest = None if math.isnan(self._lowest) else self._lowest
+        state = {"count": self._count, "mean": self._usual.state()}
+        return state | {"lowest": lowest, "lowest_at": self._lowest_at}
 
     def add(self, shares: Sequence[float], grad_norm: float, loss: float) -> Values:
         """Compare a step with what was usual, then learn from it.
@@ -138,7 +145,7 @@ class ClassPast:
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, which later steps do not change."""
-        now, mean = self._now.tolist(), self._before.mean.tolist()
+        now, mean = self._now.tolist(), self._before.state()
         return {"steps": self._steps, "now": now, "mean": mean}
 
     def add(self, counts: NDArray[np.int64]) -> Numbers:

@@ -94,6 +94,33 @@ def test_documents_equal_megatron_cores_with_its_mask(groups: int) -> None:
     assert not torch.allclose(whole[0], ours[0], atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "masked", "heads"),
+    [
+        (torch.bfloat16, False, 2),
+        (torch.bfloat16, True, HEADS),
+        (torch.float32, False, HEADS),
+        (torch.float32, True, HEADS),
+    ],
+)
+def test_shared_keys_are_repeated_where_no_kernel_of_a_gpu_takes_them(
+    monkeypatch, dtype, masked, heads
+) -> None:
+    """Only flash attention takes shared keys, in 16 bits and without a mask."""
+    given: list[Tensor] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*tensors: Tensor, **options: object) -> Tensor:
+        given.extend(tensors)
+        return kernel(*tensors, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    documents = torch.zeros(BATCH, 9, dtype=torch.long)
+    mask = dense_mask(documents) if masked else None
+    attention(CausalAttention, 2, dtype)(*leaves(9, 2, dtype), mask)
+    assert [each.shape[1] for each in given] == [HEADS, heads, heads]
+
+
 def test_ends_of_documents_count_through_the_sequences() -> None:
     documents = torch.tensor([[0, 0, 1, 3], [3, 3, 4, 4]])
     ends = document_ends(documents)

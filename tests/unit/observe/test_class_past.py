@@ -1,5 +1,7 @@
 """What is left of a class's FFN experts beside its past."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -74,3 +76,14 @@ def test_state_goes_on_to_the_bit() -> None:
         assert np.array_equal(whole.add(step), second.add(step), equal_nan=True)
     # Another number of classes begins anew.
     assert np.isnan(ClassPast(1, 4, first.state()).add(np.ones((1, 5, 2), dtype=np.int64))).all()
+
+
+def test_a_class_without_tokens_leaves_no_nan_in_the_state() -> None:
+    past = ClassPast(1, 2)
+    past.add(np.array([[[0, 0], [100, 1000], [100, 1000]]]))
+    state = past.state()
+    assert state == json.loads(json.dumps(state))
+    assert state["mean"] == [[[None, None], [pytest.approx(0.1), pytest.approx(1.0)]]]
+    state["mean"][0][0] = [float("nan")] * 2
+    before, _ = ClassPast(1, 2, state).ffn_per_token()
+    assert np.array_equal(before, [[np.nan, 0.1]], equal_nan=True)

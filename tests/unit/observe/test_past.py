@@ -77,3 +77,15 @@ def test_a_state_goes_on_to_the_bit() -> None:
         values = [*head, *(after.add(*step) for step in steps[cut:])]
         assert json.dumps(values) == json.dumps(expected)
     assert Past(3, whole.state()).state()["count"] == 0
+
+
+def test_a_state_without_numbers_equals_its_copy_and_one_with_nan_is_read() -> None:
+    """Saving compares the ranks' states; those of before held NaN, which is not equal."""
+    empty = Past(2)
+    empty.add([math.nan, 0.6], math.nan, math.nan)
+    state = empty.state()
+    assert state == json.loads(json.dumps(state))
+    assert state["mean"] == [None, 0.6, None, None] and state["lowest"] is None
+    old = {**state, "mean": [math.nan, 0.6, math.nan, math.nan], "lowest": math.nan}
+    found, expected = [fed(Past(2, each), 60, 0.5) for each in (old, state)]
+    assert found == expected and found["ffn_to_past"][0] == pytest.approx(1.0)
