@@ -134,7 +134,8 @@ def attend(
         [S, b, n, v], dtype of `query`.
     """
     repeats = query.shape[2] // key.shape[2]
-    if repeats > 1 and (mask is not None or query.dtype is torch.float32):
+    is_taken = query.device.type == "cpu" or (mask is None and query.dtype is not torch.float32)
+    if repeats > 1 and not is_taken:
         # Of torch 2.11's kernels for a GPU only flash attention takes fewer heads of keys than of
         # queries, and it takes neither a mask nor fp32: torch would write the scores.
         key, value = (each.repeat_interleave(repeats, dim=2) for each in (key, value))

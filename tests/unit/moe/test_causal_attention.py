@@ -106,7 +106,7 @@ def test_documents_equal_megatron_cores_with_its_mask(groups: int) -> None:
 def test_shared_keys_are_repeated_where_no_kernel_of_a_gpu_takes_them(
     monkeypatch, dtype, masked, heads
 ) -> None:
-    """Only flash attention takes shared keys, in 16 bits and without a mask."""
+    """Only flash attention takes shared keys, in 16 bits and without a mask; a CPU's takes all."""
     given: list[Tensor] = []
     kernel = torch.nn.functional.scaled_dot_product_attention
 
@@ -117,7 +117,13 @@ def test_shared_keys_are_repeated_where_no_kernel_of_a_gpu_takes_them(
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
     documents = torch.zeros(BATCH, 9, dtype=torch.long)
     mask = dense_mask(documents) if masked else None
-    attention(CausalAttention, 2, dtype)(*leaves(9, 2, dtype), mask)
+    module, tensors = attention(CausalAttention, 2, dtype), leaves(9, 2, dtype)
+    module(*tensors, mask)
+    assert [each.shape[1] for each in given] == [HEADS, 2, 2]
+    given.clear()
+    away = None if mask is None else mask.to("meta")
+    elsewhere = module(*(each.to("meta") for each in tensors), away)
+    assert elsewhere.shape == (9, BATCH, HEADS * WIDTH)
     assert [each.shape[1] for each in given] == [HEADS, heads, heads]
 
 
