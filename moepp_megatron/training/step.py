@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
@@ -24,6 +21,7 @@ from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.distillation import Distillation
 from moepp_megatron.training.gradient_norm import squared_norms
 from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
+from moepp_megatron.training.rng import get_rng_state, set_rng_state
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step_sums import StepSums, Summand, read_step
 from moepp_megatron.training.tagging import layers_know_tokens
@@ -256,20 +254,11 @@ class _StepState:
         self._buffers = [
             (buffer, buffer.detach().clone()) for model in models for buffer in model.buffers()
         ]
-        self._python = random.getstate()
-        self._numpy = np.random.get_state()
-        self._cpu = torch.get_rng_state()
-        self._device = torch.cuda.get_rng_state()
-        # Megatron replaces the tensors in this mapping, it does not write into them.
-        self._tracker = get_cuda_rng_tracker().get_states()
+        self._random = get_rng_state()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back to that moment."""
         for buffer, value in self._buffers:
             buffer.copy_(value)
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        torch.cuda.set_rng_state(self._device)
-        get_cuda_rng_tracker().set_states(self._tracker)
+        set_rng_state(self._random)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from moepp_megatron.config import Config, ConfigError, Layout
-from moepp_megatron.training.checkpoint import rng
+from moepp_megatron.training import rng
 from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.data_only import load_data, unsafe_pickle

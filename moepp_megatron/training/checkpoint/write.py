@@ -20,7 +20,7 @@ from moepp_megatron.file_names import MANIFEST_FILE
 from moepp_megatron.runtime.disk import NO_SPACE, free_bytes, show_bytes
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.store_errors import StoreError
-from moepp_megatron.training.checkpoint import rng
+from moepp_megatron.training import rng
 from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.background import Background, BackgroundError
 from moepp_megatron.training.checkpoint.names import checkpoint_name
