@@ -37,8 +37,8 @@ class Usual:
     Args:
         shape: The numbers' shape.
         half_lives: Half-lives in steps, of what is usual and of what is far from it.
-        mean: Means from a checkpoint, None or NaN where nothing is known; those of another shape are
-            ignored.
+        mean: Means from a checkpoint, None or NaN where nothing is known; ignored if they have
+            another shape.
 
     Attributes:
         mean: The means; NaN where nothing is known.

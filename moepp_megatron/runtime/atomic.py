@@ -132,7 +132,7 @@ def partial_folder(out: Path, name: str = "--out") -> Iterator[Path]:
         UnfitError: the disk filled up in the block; what was written is removed.
     """
     partial = out.with_name(f".{out.name}.partial")
-    lock = _lock(out, partial, name)
+    held = _locked(out, partial, name)
     try:
         for leftover in partial.iterdir():
             _remove(leftover)
@@ -140,9 +140,9 @@ def partial_folder(out: Path, name: str = "--out") -> Iterator[Path]:
             yield partial
     finally:
         # After `publish` the name is free, or another run's.
-        if _is_same_folder(partial, lock):
+        if _is_same_folder(partial, held):
             shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
+        os.close(held)
 
 
 @contextmanager
@@ -174,7 +174,7 @@ def publish(partial: Path, out: Path) -> None:
     shutil.rmtree(replaced)
 
 
-def _lock(out: Path, partial: Path, name: str) -> int:
+def _locked(out: Path, partial: Path, name: str) -> int:
     while True:
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -185,16 +185,34 @@ def _lock(out: Path, partial: Path, name: str) -> int:
             raise ConfigError(
                 f"{name} ({out}) cannot be written ({error.strerror}); choose another folder"
             ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(descriptor):
             os.close(descriptor)
             raise ConfigError(
                 f"{name} ({out}) is being written by another process; wait for it to finish"
-            ) from None
+            )
         if _is_same_folder(partial, descriptor):
             return descriptor
         os.close(descriptor)
+
+
+def lock(descriptor: int, *, waits: bool = False) -> bool:
+    """Lock an open file or folder against other processes, until it is closed.
+
+    Args:
+        descriptor: The file or folder.
+        waits: Wait for a process that holds it.
+
+    Returns:
+        False where another process holds it. True also on a file system without locks (some mounts
+        of Lustre and NFS), where two processes can work at the same time.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _is_same_folder(path: Path, descriptor: int) -> bool:

@@ -10,7 +10,6 @@ case. Whoever is let in claims the folder: it writes `RUN/status.json` and touch
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import threading
 import time
@@ -28,6 +27,7 @@ from moepp_megatron.observe.status import (
     read_status,
     write_status,
 )
+from moepp_megatron.runtime.atomic import lock
 from moepp_megatron.runtime.disk import is_full
 from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.checkpoint.room import remove_leftovers
@@ -283,8 +283,7 @@ def _one_at_a_time(config: Config) -> Iterator[None]:
         for folder in sorted({os.path.realpath(folder) for folder in _folders(config)}):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             locks.callback(os.close, descriptor)
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor, waits=True)
         yield
 
 

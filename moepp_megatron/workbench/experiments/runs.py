@@ -9,8 +9,6 @@ DIR/logs/NAME.log  what the ranks of a run have printed, if this machine has sta
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import re
 import signal
@@ -25,6 +23,7 @@ from typing import Any, ClassVar, Protocol
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.file_names import CONFIG_FILE
+from moepp_megatron.runtime.atomic import lock
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions, run_ranks
 from moepp_megatron.runtime.stop_signals import heeded_signals
 from moepp_megatron.training.run_folder import RUN_FILES, RUN_FOLDERS
@@ -230,15 +229,12 @@ class RunSet[Run: Named](ABC):
             path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o666
         )
         try:
-            with contextlib.suppress(OSError):
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    what = path.name.removesuffix(".log")
-                    raise ConfigError(
-                        f"--out ({self.path}) must be used by one command at a time, and another "
-                        f"one is at work on {what}; wait for it, or choose another folder"
-                    ) from None
+            if not lock(descriptor):
+                what = path.name.removesuffix(".log")
+                raise ConfigError(
+                    f"--out ({self.path}) must be used by one command at a time, and another "
+                    f"one is at work on {what}; wait for it, or choose another folder"
+                )
             yield
         finally:
             os.close(descriptor)

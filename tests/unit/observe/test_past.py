@@ -85,7 +85,9 @@ def test_a_state_without_numbers_equals_its_copy_and_one_with_nan_is_read() -> N
     empty.add([math.nan, 0.6], math.nan, math.nan)
     state = empty.state()
     assert state == json.loads(json.dumps(state))
-    assert state["mean"] == [None, 0.6, None, None] and state["lowest"] is None
+    assert state["mean"] == [None, 0.6, None, None]
+    assert state["lowest"] is None
     old = {**state, "mean": [math.nan, 0.6, math.nan, math.nan], "lowest": math.nan}
     found, expected = [fed(Past(2, each), 60, 0.5) for each in (old, state)]
-    assert found == expected and found["ffn_to_past"][0] == pytest.approx(1.0)
+    assert found == expected
+    assert found["ffn_to_past"][0] == pytest.approx(1.0)

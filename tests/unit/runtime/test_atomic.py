@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -55,6 +57,20 @@ def test_failure_leaves_the_old_folder(tmp_path: Path):
         fail_halfway()
     assert (out / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_is_one_writers_where_the_file_system_has_locks(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with partial_folder(out), pytest.raises(ConfigError, match="written by another process"):
+        write(out, "new")
+    no_locks = OSError(errno.ENOSYS, "Function not implemented")
+
+    def flock(*arguments: object) -> None:
+        raise no_locks
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write(out, "new")
+    assert (out / "file").read_text() == "new"
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path):
