@@ -13,6 +13,7 @@ exchange.py           an all-to-all that leaves time for work, forward and backw
 expert_groups.py      group-limited routing: FFN experts come from a token's best groups of them
 ffn_demand.py         FFN experts that tokens must take, whatever the router wants
 flex_dispatcher.py    megatron-core's flex dispatcher (DeepEP) without what no FFN expert takes
+gate_product.py       the fp32 product of hidden states with gate and mixing weights
 grouped_experts.py    FFN experts on a GPU without Transformer Engine
 router_health.py      how healthy a router is: what one step's logits, gates and gradients say
 lane.py               the lane on which router logits travel from MoE layer to MoE layer

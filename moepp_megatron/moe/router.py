@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -30,6 +29,7 @@ from moepp_megatron.moe.balance import (
 from moepp_megatron.moe.capacity import within_capacity
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.ffn_demand import FFNDemand
+from moepp_megatron.moe.gate_product import gate_product
 from moepp_megatron.moe.kernels import use_kernels
 from moepp_megatron.moe.margins import count_margins
 from moepp_megatron.moe.padding import flat_mask, without_padding
@@ -202,7 +202,7 @@ class MoEPPRouter(TopKRouter):
             self.weight.data = self.weight.data.to(input.device)
         rows = (self.weight.shape[0], mixing_weight.shape[0])
         joined = torch.cat([self.weight, mixing_weight])
-        hidden, mixing = router_gating_linear(input, joined, None, torch.float32).split(rows, -1)
+        hidden, mixing = gate_product(input, joined).split(rows, -1)
         return self.second_layer(hidden), mixing.reshape(-1, rows[1])
 
     @property

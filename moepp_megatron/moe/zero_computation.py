@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from megatron.core.distributed import distributed_data_parallel
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from moepp_megatron.experts import CONSTANT, COPY
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.gate_product import gate_product
 from moepp_megatron.moe.parameter import replicated_parameter
 
 
@@ -166,7 +166,7 @@ class ZeroComputationExperts(MegatronModule):
     def _mixing_logits(self, x: Tensor, logits: Tensor | None) -> Tensor:
         """[T, 2C] fp32, U x / temperature, without the scale of the experts' input."""
         if logits is None:
-            logits = router_gating_linear(x, self.mixing_rows, None, torch.float32)
+            logits = gate_product(x, self.mixing_rows)
         temperature = self.moepp.constant_temperature
         return logits if temperature == 1.0 else logits / temperature
 
