@@ -10,9 +10,11 @@ MoE++ layer gets and once with those of a vanilla layer's. Versions take turns b
 that was measured is not measured again. `-P` keeps this folder's names out of the imports of the
 other version.
 
-What the products alone explain: `least` is the efficiency that the layer would have if it did
-nothing but these products, and `row` the time of a product's row among few over one among many.
-`ms` is the MoE++ layer's time, its products' alone, the vanilla layer's, and the largest parts.
+What explains a cell: `products` is the efficiency that the layer would have if it did nothing but
+these products, `experts` if it did nothing but its FFN experts (products, SwiGLU, gates), and `row`
+the time of a product's row among few over one among many. `faults` are pages that the kernel gave
+to the MoE++ layer's pass. `ms` is the MoE++ layer's time, its products' alone, the vanilla
+layer's, and the largest parts.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +36,8 @@ DTYPES = ("fp32", "bf16")
 PASSES = ("forward", "forward_backward")
 TOKENS = 4096
 ROUNDS = 5
-_HEADS = ("dtype", "shape", "pass", "tau", "rows", "before", "now", "least", "row", "ms")
+_CELL = ("dtype", "shape", "pass", "tau", "rows")
+_HEADS = (*_CELL, "before", "now", "experts", "products", "row", "faults", "ms")
 
 
 def measure_here(dtype: str, shape_name: str, tau: float) -> list[dict[str, Any]]:
@@ -61,15 +65,20 @@ def measure_here(dtype: str, shape_name: str, tau: float) -> list[dict[str, Any]
             turns = {key: getattr(layer, method) for key, layer in layers.items()}
             for key, layer in layers.items():
                 turns[f"{key}_products"] = _products(shape, dtype, layer.load.rows, name)
+            turns["moepp_experts"] = _experts(moepp, name)
+            faults: dict[str, list[int]] = {key: [] for key in turns}
+            turns = {key: _counting_faults(run, faults[key]) for key, run in turns.items()}
             times = interleaved(turns, ROUNDS, warmup=2)
             phi = shape.experts.phi(tau)
             cell: dict[str, Any] = {}
             cell |= {"dtype": dtype, "shape": shape_name, "tau": tau, "pass": name, "phi": phi}
             cell["rows"] = moepp.load.rows // shape.experts.num_ffn_experts
             cell["efficiency"] = speedup(times["vanilla"], times["moepp"]) * phi
-            cell["least"] = speedup(times["vanilla"], times["moepp_products"]) * phi
+            for key in ("experts", "products"):
+                cell[key] = speedup(times["vanilla"], times[f"moepp_{key}"]) * phi
             products_ms = [times[f"{key}_products"].median_ms for key in ("moepp", "vanilla")]
             cell["row"] = products_ms[0] / products_ms[1] * vanilla.load.rows / moepp.load.rows
+            cell["faults"] = {key: median(counts[-ROUNDS:]) for key, counts in faults.items()}
             cell["ms"] = {key: value.median_ms for key, value in times.items()}
             cells.append(cell)
         cells[0]["parts_ms"] = parts
@@ -142,6 +151,43 @@ def _products(shape: Any, dtype: str, rows: int, name: str) -> Callable[[], None
     return both
 
 
+def _experts(contestant: Any, name: str) -> Callable[[], None]:
+    """The MoE++ layer's FFN experts alone, on rows that are sorted already."""
+    import torch
+
+    layer, rows = contestant.layer, contestant.load.rows
+    experts, count = layer.experts, layer.config.num_moe_experts
+    grad = torch.randn(rows, layer.config.hidden_size, dtype=layer.config.params_dtype)
+    tokens = torch.randn_like(grad, requires_grad=True)
+    gates = torch.rand(rows, requires_grad=True)
+    each = torch.full((count,), rows // count)
+    each[: rows % count] += 1
+
+    def run() -> None:
+        if name == "forward":
+            with torch.no_grad():
+                experts(tokens, each, gates)
+            return
+        experts(tokens, each, gates)[0].backward(grad)
+        tokens.grad = gates.grad = None
+        for parameter in experts.parameters():
+            parameter.grad = None
+
+    return run
+
+
+def _counting_faults(run: Callable[[], None], faults: list[int]) -> Callable[[], None]:
+    """`run`, which notes how many pages the kernel gave it."""
+    from resource import RUSAGE_SELF, getrusage
+
+    def counted() -> None:
+        before = getrusage(RUSAGE_SELF).ru_minflt
+        run()
+        faults.append(getrusage(RUSAGE_SELF).ru_minflt - before)
+
+    return counted
+
+
 def _measure(out: Path, versions: dict[str, Path]) -> None:
     cells = json.loads(out.read_text()) if out.exists() else []
     done = {(cell["version"], cell["dtype"], cell["shape"], cell["tau"]) for cell in cells}
@@ -168,7 +214,7 @@ def _report(cells: list[dict[str, Any]]) -> None:
     print(f"| {' | '.join(_HEADS)} |\n{'|---' * len(_HEADS)}|")
     by_key: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for cell in cells:
-        key = (cell["dtype"], cell["shape"], cell["pass"], cell["tau"], cell["rows"])
+        key = tuple(cell[name] for name in _CELL)
         by_key.setdefault(key, {})[cell["version"]] = cell
     for key, versions in sorted(by_key.items(), key=lambda item: [str(part) for part in item[0]]):
         if "now" not in versions:
@@ -178,10 +224,12 @@ def _report(cells: list[dict[str, Any]]) -> None:
         parts = now["backward_ms"] if "backward_ms" in now else now["parts_ms"]["moepp"]
         largest = sorted(parts.items(), key=lambda part: -part[1])[:6]
         where = ", ".join(f"{part} {ms:.1f}" for part, ms in largest)
-        numbers = " | ".join(f"{now[name]:.2f}" for name in ("efficiency", "least", "row"))
+        names = ("efficiency", "experts", "products", "row")
+        numbers = " | ".join(f"{now[name]:.2f}" for name in names)
         ms = now["ms"]
         times = f"{ms['moepp']:.1f} (products {ms['moepp_products']:.1f}; {ms['vanilla']:.0f})"
-        print(f"| {' | '.join(map(str, key))} | {before} | {numbers} | {times} {where} |")
+        columns = (*key, before, numbers, now["faults"]["moepp"], f"{times} {where}")
+        print(f"| {' | '.join(map(str, columns))} |")
 
 
 def main() -> None:
