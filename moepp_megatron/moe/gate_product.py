@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from torch import Tensor
 
-# Tokens of a block: of 512, 1,024 and 2,048 the fastest in a layer of 768 and of 1,536 channels.
+# Tokens of a block: of 256, 512, 1,024 and 2,048 the fastest in layers of 768 channels.
 _BLOCK = 1024
 
 
