@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
 # Tokens of a block: of 256, 512, 1,024 and 2,048 the fastest in layers of 768 channels.
@@ -27,10 +27,12 @@ def gate_product(input: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [..., n] fp32. The gradients have the dtypes of the factors.
     """
-    if input.device.type == "cpu" and input.dtype.itemsize == 2:
-        result: Tensor = _BlockwiseProduct.apply(input, weight)
-        return result
-    return router_gating_linear(input, weight, None, torch.float32)
+    is_on_cpu = input.device.type == "cpu" and moe_utils.te_general_gemm is None
+    if is_on_cpu and input.dtype.itemsize == 2:
+        blockwise: Tensor = _BlockwiseProduct.apply(input, weight)
+        return blockwise
+    whole: Tensor = moe_utils.router_gating_linear(input, weight, None, torch.float32)
+    return whole
 
 
 class _BlockwiseProduct(torch.autograd.Function):

@@ -24,6 +24,7 @@ occupancy.py           whether a run may start in its folder
 optimizers.py          the optimizer: its kind, and the groups of parameters that differ
 replay.py              what the model makes of batches that it was trained on before
 resumed.py             messages of a resumed run: its checkpoint, and what differs from before
+rng.py                 random states of a rank
 router_health.py       computes the router health of one step for the record from every rank's sums
 routers.py             measurement and control of a run's routers
 expert_usage.py        expert usage of a running training

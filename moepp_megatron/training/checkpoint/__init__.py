@@ -12,7 +12,6 @@ state.py         model, optimizer, schedule as megatron-core's sharded state
 fp8_state.py     histories of delayed FP8 scaling, checked before they are unpickled
 optimizer.py     state and step count of megatron-core's optimizers
 shards.py        a rank's own shard of a distributed optimizer, in terms of whole parameters
-rng.py           random states of a rank
 plan.py          which rank writes which bytes
 background.py    a forked process that writes while training goes on
 upload.py        from a rank's staging folder to object storage
