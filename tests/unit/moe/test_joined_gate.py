@@ -28,8 +28,9 @@ class Passes(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "_to_copy" and result.shape == SHAPE and result.dtype == torch.float32:
             self.casts += 1
-        shapes = [tensor.shape for tensor in tree_leaves((args, result))]
-        if name in ("mm", "addmm_") and (SHAPE in shapes or SHAPE[::-1] in shapes):
+        tensors = tree_leaves((args, result))
+        is_product = name in ("mm", "addmm_")
+        if is_product and any(tensor.shape in (SHAPE, SHAPE[::-1]) for tensor in tensors):
             self.products += 1
         return result
 
