@@ -52,7 +52,9 @@ class Usual:
 
     def state(self) -> list[Any]:
         """The means for a checkpoint, None for NaN: saving compares ranks, and NaN is not equal."""
-        return np.where(np.isnan(self.mean), None, self.mean).tolist()
+        mean = self.mean.astype(object)
+        mean[np.isnan(self.mean)] = None
+        return list(mean.tolist())
 
     def learn(self, values: Numbers, step: int, is_far: Any, is_counted: Any = True) -> None:
         """Learn from a step, counted from 1; not from values that are not finite or not counted."""
