@@ -166,7 +166,9 @@ class ZeroComputationExperts(MegatronModule):
     def _mixing_logits(self, x: Tensor, logits: Tensor | None) -> Tensor:
         """[T, 2C] fp32, U x / temperature, without the scale of the experts' input."""
         if logits is None:
-            logits = gate_product(x, self.mixing_rows)
+            rows = self.mixing_rows
+            assert rows is not None, "only constant experts have mixing logits"
+            logits = gate_product(x, rows)
         temperature = self.moepp.constant_temperature
         return logits if temperature == 1.0 else logits / temperature
 
