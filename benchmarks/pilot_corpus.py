@@ -6,7 +6,6 @@ results, so that runs on another corpus are refused.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from moepp_megatron.config import ConfigError
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.sources import resolve_sources
 from moepp_megatron.data.stdlib import is_table
-from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.runtime.atomic import lock, write_atomic
 
 STDLIB = "stdlib"
 # Larger files are mostly tables that a model would learn by heart.
@@ -40,9 +39,9 @@ def prepare_corpus(folder: Path, sources: Sequence[str], vocab_size: int) -> dic
         ConfigError: A package is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (folder / "lock").open("w") as held:
         # Of two workers that begin together, one prepares.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock(held.fileno(), waits=True)
         record = folder / "corpus.json"
         if not record.exists():
             described = _prepared(folder, sources, vocab_size)

@@ -134,10 +134,7 @@ def attend(
         [S, b, n, v], dtype of `query`.
     """
     repeats = query.shape[2] // key.shape[2]
-    is_taken = query.device.type == "cpu" or (mask is None and query.dtype is not torch.float32)
-    if repeats > 1 and not is_taken:
-        # Of torch 2.11's kernels for a GPU only flash attention takes fewer heads of keys than of
-        # queries, and it takes neither a mask nor fp32: torch would write the scores.
+    if repeats > 1 and not _takes_shared_keys(query, mask):
         key, value = (each.repeat_interleave(repeats, dim=2) for each in (key, value))
     context_bncd = F.scaled_dot_product_attention(
         query.permute(1, 2, 0, 3),
@@ -149,6 +146,15 @@ def attend(
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return context_bncd.permute(2, 0, 1, 3)
+
+
+def _takes_shared_keys(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether a kernel takes fewer heads of keys than of queries; else torch writes the scores.
+
+    Of torch 2.11's kernels for a GPU only flash attention does, and it takes neither a mask nor
+    fp32.
+    """
+    return query.device.type == "cpu" or (mask is None and query.dtype is not torch.float32)
 
 
 def refuse_unused(name: str, **given: object) -> None:

@@ -1,8 +1,9 @@
 """The fp32 product of hidden states with gate and mixing weights.
 
 megatron-core's `router_gating_linear` makes an fp32 copy of all hidden states, forward and
-backward, and an fp32 gradient of them. With Transformer Engine a GPU's product reads 16-bit numbers
-itself. On a CPU such copies do not fit the caches, so they are made of a block of tokens at a time.
+backward, and an fp32 gradient of them. On a CPU these do not fit the caches, so they are made of a
+block of tokens at a time. With Transformer Engine the product is left to megatron-core, whose
+forward pass then reads 16-bit numbers without a copy.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ def gate_product(input: Tensor, weight: Tensor) -> Tensor:
     """`input @ weight.T` in fp32, whatever the dtype of the factors.
 
     Args:
-        input: [..., D] hidden states.
-        weight: [n, D].
+        input: [..., D] hidden states, of any floating-point dtype.
+        weight: [n, D], likewise.
 
     Returns:
         [..., n] fp32. The gradients have the dtypes of the factors.
     """
-    is_on_cpu = input.device.type == "cpu" and moe_utils.te_general_gemm is None
-    if is_on_cpu and input.dtype.itemsize == 2:
+    is_in_torch = moe_utils.te_general_gemm is None
+    if is_in_torch and input.device.type == "cpu" and input.dtype.itemsize == 2:
         blockwise: Tensor = _BlockwiseProduct.apply(input, weight)
         return blockwise
     whole: Tensor = moe_utils.router_gating_linear(input, weight, None, torch.float32)
@@ -50,8 +51,8 @@ class _BlockwiseProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         input, weight = ctx.saved_tensors
         tokens, grad = input.reshape(-1, input.shape[-1]), grads[0].reshape(-1, len(weight))
-        token_grad, weight_grad = torch.empty_like(tokens), torch.zeros_like(weight).float()
         rows = weight.float()
+        token_grad, weight_grad = torch.empty_like(tokens), torch.zeros_like(rows)
         parts = zip(*(each.split(_BLOCK) for each in (tokens, grad, token_grad)), strict=True)
         for block, out_grad, block_grad in parts:
             block_grad.copy_(out_grad @ rows)

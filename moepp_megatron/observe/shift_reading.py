@@ -99,8 +99,9 @@ class Step:
     losses: Row
 
     def as_json(self) -> list[Any]:
-        """The step as JSON, exactly."""
-        return [self.number, *(row.tolist() for row in (self.roots, self.totals, self.losses))]
+        """The step as JSON, exactly; None for NaN, because saving compares ranks."""
+        losses = [None if math.isnan(value) else value for value in self.losses.tolist()]
+        return [self.number, self.roots.tolist(), self.totals.tolist(), losses]
 
     @classmethod
     def from_json(cls, values: list[Any]) -> Step:

@@ -32,13 +32,19 @@ class BatchEvidence:
     selections_LE: Tensor
 
     def state(self) -> list[Any]:
-        """The state for a checkpoint, as plain numbers."""
-        return [self.loss, self.selections_LE.tolist()]
+        """The state for a checkpoint, as plain numbers.
+
+        None stands for NaN: saving compares ranks, and NaN is not equal.
+        """
+        loss = None if math.isnan(self.loss) else self.loss
+        return [loss, self.selections_LE.tolist()]
 
     @classmethod
     def from_state(cls, state: Sequence[Any]) -> BatchEvidence:
         """Undo `state`."""
-        return cls(state[0], torch.tensor(state[1], dtype=torch.float64))
+        loss, selections = state
+        known = math.nan if loss is None else loss
+        return cls(known, torch.tensor(selections, dtype=torch.float64))
 
 
 # What each cause means, and what somebody can do where it has ended a run.

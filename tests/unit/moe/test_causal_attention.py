@@ -12,6 +12,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from moepp_megatron.model import causal_attention
 from moepp_megatron.model.causal_attention import CausalAttention, suits_causal_attention
 from moepp_megatron.model.document_attention import dense_mask, document_ends, document_numbers
 from moepp_megatron.model.local_modules import fit_local_modules
@@ -125,6 +126,19 @@ def test_shared_keys_are_repeated_where_no_kernel_of_a_gpu_takes_them(
     elsewhere = module(*(each.to("meta") for each in tensors), away)
     assert elsewhere.shape == (9, BATCH, HEADS * WIDTH)
     assert [each.shape[1] for each in given] == [HEADS, heads, heads]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_repeated_keys_give_what_shared_ones_do(monkeypatch, masked: bool) -> None:
+    """Each head of queries keeps its keys, and their gradients are sums over these heads."""
+    documents = torch.tensor([[0] * 4 + [1] * 5] * BATCH)
+    mask = dense_mask(documents) if masked else None
+    module = attention(CausalAttention, 2, torch.float32)
+    shared = outcome(module, leaves(9, 2, torch.float32), mask)
+    monkeypatch.setattr(causal_attention, "_takes_shared_keys", lambda query, mask: False)
+    repeated = outcome(module, leaves(9, 2, torch.float32), mask)
+    for actual, expected in zip(repeated, shared, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=3e-6)
 
 
 def test_ends_of_documents_count_through_the_sequences() -> None:

@@ -47,10 +47,15 @@ def test_no_token_at_all() -> None:
 
 
 def test_a_sequence_that_is_not_contiguous() -> None:
-    tokens = torch.randn(3, 7, HIDDEN).bfloat16().transpose(0, 1)
-    weight = torch.randn(COLUMNS, HIDDEN).bfloat16()
-    expected = tokens.float() @ weight.float().T
-    torch.testing.assert_close(gate_product(tokens, weight), expected)
+    """Nor is the gradient of the result, which megatron-core's product refuses."""
+    tokens = torch.randn(3, 7, HIDDEN).bfloat16().transpose(0, 1).requires_grad_()
+    weight = torch.randn(COLUMNS, HIDDEN).bfloat16().requires_grad_()
+    grad = torch.randn(COLUMNS, 3, 7).permute(2, 1, 0)
+    output = gate_product(tokens, weight)
+    ours = [output, *torch.autograd.grad(output, (tokens, weight), grad)]
+    output = tokens.float() @ weight.float().T
+    theirs = [output, *torch.autograd.grad(output, (tokens, weight), grad)]
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_no_tensor_in_fp32_is_kept_or_as_large_as_the_tokens() -> None:

@@ -233,6 +233,20 @@ def test_a_monitor_that_was_saved_goes_on_to_the_bit(changes: dict[str, Any]) ->
     assert monitor.state_dict() == whole.state_dict()
 
 
+def test_a_state_without_spreads_equals_its_copy() -> None:
+    """One sequence a step has no spread. Saving compares the ranks' states; NaN is not equal."""
+    monitor, text = ShiftMonitor(ShiftSection()), text_of(1)
+    samples = [(experts, loss) for experts, loss, _ in islice(text.steps(1), 60)]
+    for sample in samples:
+        monitor.add(*sample)
+    state = monitor.state_dict()
+    assert state == json.loads(json.dumps(state))
+    assert state["usual"][-1][-1] == [samples[-1][1], None]
+    resumed = ShiftMonitor(ShiftSection())
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+    assert resumed.add(*samples[0]) == monitor.add(*samples[0])
+
+
 @pytest.mark.parametrize("changes", [{"memory": 4}, {"memory": 64}, {"span": 1}, {"window": 4}])
 @pytest.mark.parametrize("seed", range(3))
 def test_other_settings_on_resuming_raise_no_alarm(changes: dict[str, int], seed: int) -> None:

@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.runtime import atomic
 from moepp_megatron.runtime.atomic import (
     create_atomic,
+    lock,
     partial_folder,
     publish,
     whole_file,
@@ -71,6 +73,25 @@ def test_a_folder_is_one_writers_where_the_file_system_has_locks(tmp_path, monke
     monkeypatch.setattr(fcntl, "flock", flock)
     write(out, "new")
     assert (out / "file").read_text() == "new"
+
+
+def test_who_waits_for_a_lock_gets_it_when_it_is_free(tmp_path: Path):
+    holder, other = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
+    try:
+        assert lock(holder, waits=True)
+        assert not lock(other)
+        answers: list[bool] = []
+        waiter = threading.Thread(
+            target=lambda: answers.append(lock(other, waits=True)), daemon=True
+        )
+        waiter.start()
+        waiter.join(0.2)
+        assert waiter.is_alive()
+    finally:
+        os.close(holder)
+    waiter.join(30)
+    assert answers == [True]
+    os.close(other)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path):

@@ -42,10 +42,17 @@ def draw(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any
     tracker = CudaRNGStatesTracker()
     draw_from_tracker = request.param(tracker)
     monkeypatch.setattr(rng, "get_cuda_rng_tracker", lambda: tracker)
-    # The default generator of a CPU stands for that of a GPU.
-    monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", torch.set_rng_state)
-    streams = (random.random, np.random.rand, lambda: torch.rand(()).item(), draw_from_tracker)
+    # A generator beside the default one stands for that of a GPU.
+    gpu = torch.Generator().manual_seed(2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", gpu.get_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", gpu.set_state)
+    streams = (
+        random.random,
+        np.random.rand,
+        lambda: torch.rand(()).item(),
+        lambda: torch.rand((), generator=gpu).item(),
+        draw_from_tracker,
+    )
     return lambda: [stream() for stream in streams]
 
 
