@@ -27,7 +27,7 @@ def test_golden_case_end_to_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     arguments = ["--tokens", CASE / "expected.npz", "--out", tmp_path / "out.npz", "--logits"]
     done = moepp("score", tmp_path / "mcore", TP2, *arguments, "--nproc", "2")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     expected = np.load(CASE / "expected.npz")
     with np.load(tmp_path / "out.npz") as scores:
         assert set(scores.files) == {"token_logprobs", "logits"}
