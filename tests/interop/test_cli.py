@@ -44,7 +44,7 @@ def test_refusals_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"error: {tmp_path / 'config.json'} cannot be read (No such file or directory); "
-        "name its folder"
+        "name the folder of a Hugging Face model"
     ]
 
 
