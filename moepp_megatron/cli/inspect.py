@@ -92,11 +92,12 @@ def inspect(
 
 
 def _inspect_rank(request: InspectRequest) -> None:
+    from moepp_megatron.runtime.rank_environment import adopted
+
+    rank = adopted(request.models[0].scoring.config)
     from moepp_megatron.runtime import distributed
-    from moepp_megatron.runtime.rank import RankEnvironment
     from moepp_megatron.workbench.inspection.record import trace_models
 
-    rank = RankEnvironment.read()
     if rank.rank == 0:
         for notice in request.notices:
             echo(f"note: {notice}", err=True)

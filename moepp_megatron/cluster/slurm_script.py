@@ -130,9 +130,19 @@ class SlurmJob:
             The output of sbatch.
 
         Raises:
-            ConfigError: If there is no sbatch, or it refuses.
+            ConfigError: If there is no sbatch, or it refuses; no folder is made then.
         """
-        self.output_folder.mkdir(parents=True, exist_ok=True)
+        output = self.output_folder
+        made = [folder for folder in (output, *output.parents) if not folder.exists()]
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            return self._submitted()
+        except ConfigError:
+            for folder in made:
+                folder.rmdir()
+            raise
+
+    def _submitted(self) -> str:
         try:
             done = subprocess.run(
                 ["sbatch"],

@@ -107,7 +107,9 @@ def open_given(path: Path, eod_token: str | None) -> GivenTokenizer:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise ConfigError(f"--tokenizer ({path}) cannot be read ({error.strerror})") from error
+        raise ConfigError(
+            f"--tokenizer ({path}) cannot be read ({error.strerror}); name a file or its folder"
+        ) from None
     identity = hashlib.sha256(content).hexdigest()
     if content.lstrip()[:1] == b"{":
         return GivenTokenizer(Tokenizer.load(path, eod_token), content, identity)

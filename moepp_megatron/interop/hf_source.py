@@ -129,7 +129,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json_file.read_json(path)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); name its folder") from None
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); name the folder of a Hugging Face model"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"{path} must be JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):

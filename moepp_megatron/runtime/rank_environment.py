@@ -17,6 +17,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
 from moepp_megatron.config import Config
+from moepp_megatron.runtime.rank import RankEnvironment
 
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
@@ -200,6 +201,21 @@ def adopt_rank_variables(config: Config, interface: str | None = None) -> None:
     for variable in rank_variables(1, interface):
         if not variable.only_at_start:
             _set_default(os.environ, variable)
+
+
+def adopted(config: Config) -> RankEnvironment:
+    """This process's place as a rank that computes with a model, with the variables of a rank.
+
+    Call it before torch is imported. A process that nobody has launched keeps its environment,
+    which its caller may need for other things.
+
+    Args:
+        config: The model's configuration, in the layout of the ranks.
+    """
+    rank = RankEnvironment.read()
+    if rank.is_launched:
+        adopt_rank_variables(config)
+    return rank
 
 
 def _set_default(environment: MutableMapping[str, str], variable: Variable) -> None:

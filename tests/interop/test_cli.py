@@ -27,7 +27,7 @@ def test_golden_case_end_to_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     arguments = ["--tokens", CASE / "expected.npz", "--out", tmp_path / "out.npz", "--logits"]
     done = moepp("score", tmp_path / "mcore", TP2, *arguments, "--nproc", "2")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     expected = np.load(CASE / "expected.npz")
     with np.load(tmp_path / "out.npz") as scores:
         assert set(scores.files) == {"token_logprobs", "logits"}
@@ -44,7 +44,7 @@ def test_refusals_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"error: {tmp_path / 'config.json'} cannot be read (No such file or directory); "
-        "name its folder"
+        "name the folder of a Hugging Face model"
     ]
 
 

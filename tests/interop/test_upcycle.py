@@ -244,6 +244,21 @@ def test_one_expert_a_token_is_refused_with_advice_that_can_be_followed() -> Non
         upcycled_config(mixtral, Additions(), "model", None)
 
 
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [
+        ("moepp", "a MoE.. model already, so use moepp convert hf-to-mcore"),
+        ("MoE++", "a MoE.. model already, so use moepp convert hf-to-mcore"),
+        ("gpt2", "cannot be upcycled"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_with_what_is_possible(kind, remedy) -> None:
+    from moepp_megatron.interop.upcycle_sources import source_kind
+
+    with pytest.raises(ConfigError, match=f"must be one of llama, .*{remedy}"):
+        source_kind({**LLAMA, "model_type": kind})
+
+
 class SkewedTokens:
     """Sequences of 16 tokens that depend on their index alone, small ids likelier than large."""
 

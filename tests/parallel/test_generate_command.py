@@ -55,7 +55,8 @@ def test_same_text_in_every_layout(checkpoint: Path) -> None:
     assert alone.returncode == 0, alone.stderr
     tp2 = "parallel.tensor_model_parallel_size=2"
     split = moepp("generate", checkpoint, tp2, "--nproc", 2, *prompts, *drawn)
-    assert split.returncode == 0, split.stderr
+    # megatron-core warns of what its tensor parallelism does not find in the environment.
+    assert (split.returncode, split.stderr) == (0, "")
     assert split.stdout == alone.stdout
     first, second = alone.stdout.split("\n\n-- words")
     assert first.startswith("Document 7")

@@ -11,7 +11,7 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.yaml_file import read_mapping
 from moepp_megatron.data.same_tokenizer import check_model_tokenizer
-from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, TOKENIZER_FILE
+from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.runtime.object_store import place
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.names import PREFIX, is_checkpoint
@@ -54,9 +54,11 @@ def find_checkpoint(
         warn_skipped(skipped)
         if newest is not None:
             return newest
+    remedy = "train with checkpoint.save_interval > 0 or name another folder"
+    if (path / MODEL_CONFIG_FILE).is_file():
+        remedy = "this is a folder of Hugging Face, so convert it with moepp convert hf-to-mcore"
     raise ConfigError(
-        f"checkpoint ({path}) must be a checkpoint folder or a run that has a valid one; "
-        "train with checkpoint.save_interval > 0 or name another folder"
+        f"checkpoint ({path}) must be a checkpoint folder or a run that has a valid one; {remedy}"
     )
 
 

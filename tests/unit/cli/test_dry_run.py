@@ -12,6 +12,7 @@ import pytest
 from moepp_megatron.cli import main
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 
+ROOT = Path(__file__).parents[3]
 MINIMAL = """\
 run: {dir: runs/test}
 model:
@@ -172,7 +173,7 @@ def _has_process_groups() -> bool:
     return torch is not None and torch.distributed.is_initialized()
 
 
-PLANNED = sorted((Path(__file__).parents[3] / "configs" / "h100").glob("*.yaml"))
+PLANNED = sorted((ROOT / "configs" / "h100").glob("*.yaml"))
 
 
 # What needs more memory than the smaller clusters have.
@@ -200,6 +201,31 @@ def test_planned_configurations_pass_a_dry_run(path, tmp_path, monkeypatch, caps
     printed = capsys.readouterr()
     assert not ended.value.code, printed.err
     assert "data-parallel rank; phi 0." in printed.out
+
+
+@pytest.mark.parametrize(
+    ("page", "model", "ranks"),
+    [
+        ("docs/how_to/change_the_layout.md", "moepp_7b_16_4", "8"),
+        ("docs/tutorials/your_data.md", "moepp_0.6b_8_4", "1"),
+    ],
+)
+def test_pages_quote_the_memory_that_is_printed(page, model, ranks, monkeypatch, capsys):
+    """A block between fences line by line; in prose the fullest rank's whole GiB."""
+    path = f"configs/models/{model}.yaml"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert f"moepp train {path} data.path=" in text
+    words = ["moepp", "train", str(ROOT / path), "data.path=D", "run.dir=R", "--nproc", ranks]
+    monkeypatch.setattr(sys, "argv", [*words, "--dry-run"])
+    with pytest.raises(SystemExit):
+        main.run()
+    out = capsys.readouterr().out
+    block = re.search(r"^Memory of a rank[^`]*", text, re.M)
+    if block is None:
+        needed = re.search(r"fullest rank: ([\d.]+) GiB", out)
+        assert f"({float(needed[1]):.0f} GiB of an H100's 80 " in text
+    else:
+        assert set(block[0].splitlines()) <= set(out.splitlines())
 
 
 def test_a_machine_without_deepep_refuses_flex(command, capsys):
@@ -266,7 +292,7 @@ def test_a_rank_that_differs_is_a_failure(command, monkeypatch):
     assert asked == [(1024, 7)]
 
 
-MODELS = sorted((Path(__file__).parents[3] / "configs/models").glob("moepp_*.yaml"))
+MODELS = sorted((ROOT / "configs/models").glob("moepp_*.yaml"))
 
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda path: path.stem)

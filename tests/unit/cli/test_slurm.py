@@ -281,6 +281,27 @@ def test_prints_by_default_and_submits_on_request(tmp_path: Path, monkeypatch, c
     assert (tmp_path / "runs/test/slurm").is_dir(), "Slurm does not make it"
 
 
+def test_a_refused_job_leaves_no_folder(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(CONTENT))
+    monkeypatch.chdir(tmp_path)
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/bash\necho 'sbatch: error: invalid partition' >&2; exit 1\n")
+    sbatch.chmod(0o755)
+    before = sorted(tmp_path.rglob("*"))
+    job = SlurmJob(load_config(path, ["slurm.nodes=2"]), path, [], tmp_path)
+    for places, words in ((f"{sbatch.parent}:/usr/bin:/bin", "invalid partition"), ("", "PATH")):
+        monkeypatch.setenv("PATH", places)
+        with pytest.raises(ConfigError, match=words):
+            job.submit()
+        assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "runs/test").mkdir(parents=True)
+    with pytest.raises(ConfigError):
+        job.submit()
+    assert [place.name for place in (tmp_path / "runs").rglob("*")] == ["test"]
+
+
 def test_script_is_sound_bash(tmp_path: Path) -> None:
     config_file = Path(__file__).parents[3] / "configs/models/moepp_7b_16_4.yaml"
     settings = load_config(config_file, ["slurm.nodes=4"])

@@ -34,7 +34,7 @@ def test_prepare_writes_and_reports(corpus_file: Path, tmp_path: Path):
     [
         (["no-such-source", "--out", "x"], ["no-such-source", "No such file"]),
         (["stdlib", "--out", "x", "--vocab-size", "9"], ["--vocab-size (9)", "use 4096"]),
-        (["stdlib", "--out", "x", "--tokenizer", "none.json"], ["none.json", "cannot be read"]),
+        (["stdlib", "--out", "x", "--tokenizer", "none.json"], ["none.json", "name a file"]),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(

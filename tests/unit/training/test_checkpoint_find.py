@@ -124,6 +124,10 @@ def test_find_follows_a_configured_folder(write, tmp_path: Path):
 def test_nothing_to_find_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="must be a checkpoint folder or a run"):
         find_checkpoint(tmp_path)
+    # An exported model.
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="convert it with moepp convert hf-to-mcore"):
+        find_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["step_00000005", "../step_00000005", "", "\0"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ _SMALLEST_WIDTH = 40
 _MOST_ALERTS = 4
 _MOST_SOURCES = 4
 _CURVE_ROWS = (4, 10)
+# Up to a space outside of the quotes that `shlex.quote` writes.
+_SHELL_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|[^'"\s])+""")
 
 _STATE_STYLES: dict[State, str] = {
     "waiting": "yellow",
@@ -100,8 +103,23 @@ def _header(run: LiveRun, width: int, glyphs: Glyphs) -> list[Text]:
         text.append(f"; went back from step {before:,} to {after:,}", style="yellow")
     if run.damaged_lines:
         text.append(f"; {run.damaged_lines} unreadable lines in metrics.jsonl", style="red")
-    lines.append(_cut(text, width))
-    return lines
+    if health.go_on is None:
+        return [*lines, _cut(text, width)]
+    lines.append(_cut(text.append("; to go on:"), width))
+    return lines + [Text(line) for line in _command_lines(printable(health.go_on, keep=""), width)]
+
+
+def _command_lines(command: str, width: int) -> list[str]:
+    """A shell command over as many lines as it needs; copied together they are the command."""
+    lines = [""]
+    for word in _SHELL_WORD.findall(command):
+        longer = f"{lines[-1]} {word}".strip()
+        # Room for what says that the command goes on.
+        if lines[-1] and len(longer) > width - 2:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def _progress(run: LiveRun, total: int, width: int, glyphs: Glyphs) -> Text:

@@ -34,10 +34,12 @@ class RunHealth:
             ``silent`` (no record for long), ``finished``, ``stopped`` (on request, or before its
             last step), ``died`` (its process is gone without a report).
         text: The state in words.
+        go_on: The command that goes on with a stopped run, where it is known.
     """
 
     state: State
     text: str
+    go_on: str | None = None
 
     @property
     def is_over(self) -> bool:
@@ -67,8 +69,7 @@ def judge(
         return RunHealth("finished", f"finished {_ago(record_age_s)}")
     if status is not None and status.state == "ended":
         since = f"{short_time(max(0.0, now - status.time))} ago"
-        how = "" if status.go_on is None else f"; to go on: {status.way_on()}"
-        return RunHealth("stopped", f"stopped {since}{how}")
+        return RunHealth("stopped", f"stopped {since}", status.way_on())
     gone = status is not None and status.is_gone()
     if newest is None or record_age_s is None:
         if gone:

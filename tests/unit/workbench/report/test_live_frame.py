@@ -1,6 +1,7 @@
 """What `moepp monitor` shows."""
 
 import io
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from moepp_megatron.cli import main
 from moepp_megatron.observe.alerts import Alert, AlertFile
+from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.workbench.report.live import screen
 from moepp_megatron.workbench.report.live.curve import LiveSeries, draw_curve, sparkline
 from moepp_megatron.workbench.report.live.experts import expert_bars, layer_shares
@@ -240,6 +242,22 @@ def test_the_view_follows_a_run_to_its_end(make_run):
     shown = out.getvalue()
     assert "step 5/6" in shown
     assert shown.count("FINISHED") == 2
+
+
+@WIDTHS
+def test_the_command_that_goes_on_is_whole(make_run, width):
+    """It is there to be copied: no word is cut, and its lines together are the command."""
+    run = make_run(steps=5)
+    words = ["moepp", "train", "a.yaml", "run.dir=it's /a 'long' folder", *["moe.tau=0.5"] * 9]
+    StatusSink(run)
+    status = read_status(run).model_copy(update={"state": "ended", "go_on": shlex.join(words)})
+    (run / "status.json").write_text(status.model_dump_json())
+    lines = lines_of(run, width)
+    (begin,) = [i for i, line in enumerate(lines) if line.endswith("; to go on:")]
+    end = next(i for i, line in enumerate(lines) if i > begin and not line.endswith(" \\"))
+    assert end - begin > 1
+    assert max(map(len, lines)) <= width
+    assert shlex.split("\n".join(lines[begin + 1 : end + 1]).replace("\\\n", "")) == words
 
 
 def test_ctrl_c_leaves_the_last_frame(make_run):
