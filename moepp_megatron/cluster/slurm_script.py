@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,8 @@ class SlurmJob:
             return self._submitted()
         except ConfigError:
             for folder in made:
-                folder.rmdir()
+                with suppress(OSError):
+                    folder.rmdir()
             raise
 
     def _submitted(self) -> str:
