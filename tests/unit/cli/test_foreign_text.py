@@ -180,7 +180,9 @@ def test_inspection(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
         "workbench.report.inspect.write_inspection": lambda *args: [("page", Path(HOSTILE))],
     }.items():
         monkeypatch.setattr(f"moepp_megatron.{name}", stand_in)
-    inspect._inspect_rank(SimpleNamespace(notices=[HOSTILE]))  # type: ignore[arg-type]
+    models = [SimpleNamespace(scoring=SimpleNamespace(config=None))]
+    request = SimpleNamespace(notices=[HOSTILE], models=models)
+    inspect._inspect_rank(request)  # type: ignore[arg-type]
     printed = capsys.readouterr()
     # A path keeps one slash of several.
     assert harmless(printed.out) == f"page         {SHOWN.replace('///', '/')}\n"
