@@ -76,11 +76,15 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$work/triton}
 commit=$(git describe --always --dirty --abbrev=40 2>/dev/null || printf unknown)
 
 has() { [[ ,$steps, == *,$1,* ]]; }
-failed=0 part=''
+failed=0
 # Ends the part that runs, and with it the script.
 # shellcheck disable=SC2317  # called by the trap
 interrupted() {
-    [[ -z $part ]] || { kill "$part" 2>/dev/null && wait "$part"; } || true
+    local part
+    # What is running, as bash knows it: a signal can come before a line after the start has run.
+    for part in $(jobs -pr); do
+        kill "$part" 2>/dev/null && wait "$part"
+    done || true
     die 'interrupted; the same command goes on' 130
 }
 trap interrupted INT TERM
@@ -102,9 +106,7 @@ run() {
     fi
     # Waited for, not in the foreground: no Ctrl-C reaches what `timeout` runs, in its own group.
     timeout --kill-after=30 600 "$@" &
-    part=$!
-    wait "$part" || status=$?
-    part=''
+    wait "$!" || status=$?
     # 3: this machine cannot do it, with the reason above.
     ((status == 0 || status == 3)) || failed=1
     printf '%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - begin))" "$commit" >>"$work/steps.tsv"

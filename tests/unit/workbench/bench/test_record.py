@@ -141,7 +141,7 @@ def functions_of_the_script(*names: str) -> str:
 
 def test_an_interrupt_ends_the_part_and_the_script(tmp_path: Path) -> None:
     """As a terminal's Ctrl-C, which reaches the script's group and not what `timeout` runs."""
-    program = "set -euo pipefail; work=$1 commit=abc again= failed=0 part="
+    program = "set -euo pipefail; work=$1 commit=abc again= failed=0"
     program += functions_of_the_script("die", "interrupted", "passed", "run")
     program += (
         "\ntrap interrupted INT; run part bash -c 'echo $$ >&2; exec sleep 100'; run next true"
@@ -155,6 +155,21 @@ def test_an_interrupt_ends_the_part_and_the_script(tmp_path: Path) -> None:
     assert script.stderr.read() == "error: interrupted; the same command goes on\n"
     assert not psutil.pid_exists(part)
     assert not (tmp_path / "steps.tsv").exists()
+
+
+def test_an_interrupt_right_after_the_start_of_a_part_ends_it(tmp_path: Path) -> None:
+    functions = functions_of_the_script("die", "interrupted", "passed", "run")
+    waits = 'wait "$!"'
+    assert waits in functions
+    program = "set -euo pipefail; work=$1 commit=abc again= failed=0"
+    program += functions.replace(waits, f"kill -INT $$; {waits}")
+    program += "\ntrap interrupted INT; run part sleep 100"
+    command = ["bash", "-c", program, "gpu.sh", str(tmp_path)]
+    script = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # Until everything that writes there has ended, the part too.
+    _, errors = script.communicate(timeout=20)
+    assert errors == "error: interrupted; the same command goes on\n"
+    assert script.returncode == 130
 
 
 def test_a_part_that_has_passed_is_not_run_again(tmp_path: Path) -> None:
