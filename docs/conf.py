@@ -69,7 +69,8 @@ NAVIGATION = {
         "Untrusted files <docs/untrusted>",
     ],
     "Speed and cost": [
-        "Plan and pilot <docs/planning>",
+        "Plan <docs/planning>",
+        "Pilot <docs/pilot>",
         "Speed of the layer <docs/speed>",
         "Scaling tests <docs/scaling>",
         "Profiles <docs/profiling>",
