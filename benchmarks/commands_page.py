@@ -5,6 +5,7 @@ Write it anew: `python -m benchmarks.commands_page`.
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import typer
 from typer.cli import get_docs_for_click
 
 from moepp_megatron.cli.main import app
-from moepp_megatron.cli.usage import first_sentence
 
 FILE = Path(__file__).parents[1] / "docs" / "commands.md"
 _HEAD = """\
@@ -36,8 +36,10 @@ def page() -> str:
 
 def _adapt(command: Any) -> None:
     """Put examples into blocks, and whole first sentences into lists, where click cuts them."""
-    command.short_help = first_sentence(command.help)
-    command.epilog = f"**Examples**:\n\n```bash\n{command.epilog}\n```"
+    paragraph = " ".join(command.help.split("\n\n")[0].split())
+    command.short_help = paragraph.partition(". ")[0].removesuffix(".") + "."
+    examples = textwrap.dedent(command.epilog.split("\n", 2)[2])
+    command.epilog = f"**Examples**:\n\n```bash\n{examples}\n```"
     for inner in getattr(command, "commands", {}).values():
         _adapt(inner)
 

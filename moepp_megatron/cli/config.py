@@ -12,7 +12,6 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import ConfigArgument, JsonOption, OverridesArgument
-from moepp_megatron.cli.usage import COMMANDS
 from moepp_megatron.config import ConfigError
 
 app = typer.Typer(
@@ -22,7 +21,6 @@ app = typer.Typer(
         moepp config show configs/quickstart.yaml
         moepp config keys moe.tau
     """,
-    **COMMANDS,
 )
 
 _WIDTH = 100

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import GPU_NAMES, OverridesArgument
 from moepp_megatron.cli.ranks import start_ranks
-from moepp_megatron.cli.usage import Command
 from moepp_megatron.config import Config, UnfitError, load_config
 
 if TYPE_CHECKING:
     from moepp_megatron.workbench.doctor.finding import Finding
 
 
-class Doctor(Command):
+class Doctor(TyperCommand):
     """The command, which takes `--json` without a FILE too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ from moepp_megatron.cli import (
 )
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.paths import check_paths
-from moepp_megatron.cli.usage import COMMANDS, UsageError, explain_commands, refuse
+from moepp_megatron.cli.usage import UsageError, move_examples, refuse
 from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.config.printable import make_logs_printable
 from moepp_megatron.runtime.disk import NO_SPACE, is_full
@@ -44,12 +44,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
 
 app = typer.Typer(
     name="moepp",
+    help="""Train MoE++ models (arXiv 2410.07348) with megatron-core.
+
+    Examples:
+        moepp train configs/quickstart.yaml --nproc 2
+        moepp report runs/quickstart
+    """,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     # Markup would take what stands in brackets out of every command's help: `input_ids [b, s]`.
     rich_markup_mode=None,
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
-    **COMMANDS,
 )
 
 
@@ -68,32 +73,27 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Train MoE++ models (arXiv 2410.07348) with megatron-core.
-
-    Examples:
-        moepp train configs/quickstart.yaml --nproc 2
-        moepp report runs/quickstart
-    """
+    """Options of the program itself."""
 
 
 app.command(cls=doctor.Doctor)(doctor.doctor)
-app.add_typer(config.app, name="config", **COMMANDS)
-app.add_typer(data.app, name="data", **COMMANDS)
+app.add_typer(config.app, name="config")
+app.add_typer(data.app, name="data")
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(score.score)
 app.command()(inspect.inspect)
-app.add_typer(convert.app, name="convert", **COMMANDS)
+app.add_typer(convert.app, name="convert")
 app.command()(report.report)
 app.command()(monitor.monitor)
 app.command()(profile.profile)
-app.add_typer(bench.app, name="bench", **COMMANDS)
+app.add_typer(bench.app, name="bench")
 app.command()(plan.plan)
 app.command()(pilot.pilot)
 app.command()(scale.scale)
 app.command()(slurm.slurm)
 check_paths(app)
-explain_commands(app)
+move_examples(app)
 
 
 def run() -> None:
