@@ -21,8 +21,8 @@ def profile(
         Path,
         typer.Argument(
             help="Analyse this run, which needs training.profile_steps, or a folder of torch "
-            "profiler traces, or a file or folder of NCCL Inspector, NCCL's profiler plugin or the "
-            "flight recorder.",
+            "profiler traces, or a file or folder of NCCL Inspector or the flight "
+            "recorder.",
             metavar="RUN",
         ),
     ],
@@ -51,12 +51,12 @@ def profile(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write profile.html and the merged trace to this folder; by default, to RUN.",
+            help="Write profile.html to this folder; by default, to RUN.",
             metavar="DIR",
         ),
     ] = None,
 ) -> None:
-    """Say where a run's communication time goes: tables, a page, a trace for Perfetto.
+    """Say where a run's communication time goes: tables and a page.
 
     Examples:
         moepp profile runs/mine
@@ -91,7 +91,6 @@ def _profile(
     from moepp_megatron.workbench.profiling.analysis import analyse
     from moepp_megatron.workbench.profiling.document import document
     from moepp_megatron.workbench.profiling.measures.ceiling import Ceiling
-    from moepp_megatron.workbench.profiling.perfetto import merged_trace
     from moepp_megatron.workbench.profiling.recognise import compared, run_name
     from moepp_megatron.workbench.profiling.step_summary import measured_peak, summarise
     from moepp_megatron.workbench.report.profile.findings import findings
@@ -104,15 +103,14 @@ def _profile(
     comparison = compared(summarise(found, run_name(run)), against)
     folder = out or run
     folder.mkdir(parents=True, exist_ok=True)
-    page, trace = folder / "profile.html", folder / "profile.perfetto.json.gz"
+    page = folder / "profile.html"
     html = render(found, numbers, comparison)
     write_atomic(page, html.encode("ascii", "xmlcharrefreplace"))
-    write_atomic(trace, merged_trace(found))
     if json_file is not None:
         write_atomic(json_file, json.dumps(numbers, indent=1).encode())
     print_profile(numbers, findings(found))
     _print_comparison(comparison)
-    echo(f"page   {page}\ntrace  {trace}  (ui.perfetto.dev)")
+    echo(f"page   {page}")
 
 
 def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:

@@ -9,7 +9,6 @@ measures/            exposure, waiting, bytes, experts' load, links
 analysis.py          all of it together
 recognise.py         what a path holds; the summary of any recording
 document.py          the same as JSON
-perfetto.py          one trace of all ranks
 merge.py             ranks brought onto one clock
 summary.py           a profile in a few numbers, to compare
 step_summary.py      the summary of an analysed profile

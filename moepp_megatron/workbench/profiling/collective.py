@@ -67,7 +67,7 @@ class Collective:
             do. `sequence` then counts within the pair.
         row_bytes: Bytes of a row, the unit in which an all-to-all is split; None where unknown.
         stream: CUDA stream or host thread.
-        source: Which format it was read from: kineto, inspector, plugin, flight_recorder.
+        source: Which format it was read from: kineto, inspector, flight_recorder.
         scopes: Names of the profiler ranges it lies in, outermost first.
         synthetic: True if read from a sample written from documentation.
         placed: False where the source gives no time of the transfer, only how long it took:

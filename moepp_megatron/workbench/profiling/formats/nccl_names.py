@@ -1,8 +1,7 @@
-"""NCCL's names of functions and data types, and the buffer that its counts describe.
+"""NCCL's names of functions, and the buffer that its counts describe.
 
-Sources: NVIDIA/nccl 2.30.7, src/collectives.cc (ncclFuncToString, ncclDatatypeToString),
-src/nccl.h.in, and plugins/profiler/inspector/inspector.cc (which says All2All where NCCL says
-AlltoAll).
+Sources: NVIDIA/nccl 2.30.7, src/collectives.cc (ncclFuncToString), and
+plugins/profiler/inspector/inspector.cc (which says All2All where NCCL says AlltoAll).
 """
 
 from __future__ import annotations
@@ -26,22 +25,6 @@ _OPERATIONS = {
 
 POINT_TO_POINT = frozenset({Operation.SEND, Operation.RECEIVE})
 
-# In the order of ncclDataType_t: NCCL 2.23's plugin writes the number.
-_TYPES = (
-    ("ncclInt8", 1),
-    ("ncclUint8", 1),
-    ("ncclInt32", 4),
-    ("ncclUint32", 4),
-    ("ncclInt64", 8),
-    ("ncclUint64", 8),
-    ("ncclFloat16", 2),
-    ("ncclFloat32", 4),
-    ("ncclFloat64", 8),
-    ("ncclBfloat16", 2),
-    ("ncclFloat8e4m3", 1),
-    ("ncclFloat8e5m2", 1),
-)
-
 # Their count is that of one rank's part; the larger buffer holds a part for each rank.
 _COUNTS_A_PART = frozenset(
     {
@@ -57,13 +40,6 @@ _COUNTS_A_PART = frozenset(
 def operation_of(function: str) -> Operation:
     """The operation of an NCCL function's name; OTHER for one that is not known."""
     return _OPERATIONS.get(function, Operation.OTHER)
-
-
-def data_type(value: str | int) -> tuple[str, int | None]:
-    """Name and bytes of a data type given by name or number; None bytes where not known."""
-    if isinstance(value, int):
-        return _TYPES[value] if 0 <= value < len(_TYPES) else (str(value), None)
-    return value, dict(_TYPES).get(value)
 
 
 def buffer_size(operation: Operation, size: int, ranks: int) -> int | None:

@@ -13,7 +13,6 @@ from moepp_megatron.workbench.profiling.collective import Collective
 from moepp_megatron.workbench.profiling.formats.flight_recorder import read_flight_record
 from moepp_megatron.workbench.profiling.formats.inspector import read_inspector
 from moepp_megatron.workbench.profiling.formats.kineto import read_kineto
-from moepp_megatron.workbench.profiling.formats.plugin_trace import read_plugin_trace
 from moepp_megatron.workbench.profiling.formats.records import SourceError, read_bytes
 
 # Enough for the first record of each format, whatever it holds.
@@ -27,7 +26,6 @@ class Format(StrEnum):
 
     KINETO = "torch profiler traces (Kineto)"
     INSPECTOR = "NCCL Inspector logs"
-    PLUGIN = "traces of NCCL's example profiler plugin"
     FLIGHT_RECORDER = "torch flight-recorder dumps"
 
 
@@ -69,8 +67,6 @@ def recognise(path: Path) -> Format | None:
     head = read_bytes(path, _HEAD).lstrip()
     if head.startswith(b"{") and re.search(rb'"(coll|p2p)_perf"\s*:|^{\s*"header"\s*:', head):
         return Format.INSPECTOR
-    if head.startswith(b"[") and re.search(rb'"cat"\s*:\s*"(GROUP|COLL|P2P|PROXY|CE_COLL)', head):
-        return Format.PLUGIN
     if head.startswith(b"{") and re.search(rb'"(traceEvents|schemaVersion)"\s*:', head):
         return Format.KINETO
     if head.startswith(b"{") and re.search(rb'"(entries|pg_config|comm_lib_version)"\s*:', head):
@@ -123,8 +119,6 @@ def _files(path: Path) -> list[Path]:
 def _read(kind: Format, files: Sequence[Path]) -> list[Collective]:
     if kind is Format.INSPECTOR:
         found = read_inspector(files)
-    elif kind is Format.PLUGIN:
-        found = read_plugin_trace(files)
     elif kind is Format.FLIGHT_RECORDER:
         found = [one for file in _one_a_rank(files) for one in read_flight_record(file)]
     else:

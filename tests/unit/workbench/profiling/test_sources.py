@@ -15,8 +15,6 @@ SAMPLES = Path(__file__).parent / "samples"
 FOLDERS = {
     "inspector_2_28": (Format.INSPECTOR, [0, 1]),
     "inspector_2_30": (Format.INSPECTOR, [0, 1, 2, 3]),
-    "plugin_2_27": (Format.PLUGIN, [0, 1, 2, 3]),
-    "plugin_2_30": (Format.PLUGIN, [0, 1, 2, 3]),
     "flight_recorder_gloo": (Format.FLIGHT_RECORDER, [0, 1]),
     "flight_recorder_nccl": (Format.FLIGHT_RECORDER, [0, 1, 2, 3]),
 }
@@ -48,7 +46,7 @@ def test_a_rank_that_left_json_and_a_pickle_is_read_once():
     assert len(recording.by_rank[0]) == 18
 
 
-def test_torch_profiler_traces_are_told_from_the_plugin_s(tmp_path):
+def test_a_torch_profiler_trace_without_collectives(tmp_path):
     kineto = tmp_path / "rank0.pt.trace.json"
     kineto.write_text(json.dumps({"schemaVersion": 1, "traceEvents": []}))
     assert recognise(kineto) is Format.KINETO
@@ -76,7 +74,7 @@ def test_anything_else_is_named_with_what_is_supported(tmp_path, content, looks)
     said = str(caught.value)
     assert said.startswith(f"{path}: ")
     assert looks in said
-    assert said.endswith("NCCL's example profiler plugin, torch flight-recorder dumps")
+    assert said.endswith("NCCL Inspector logs, torch flight-recorder dumps")
 
 
 def test_folders_without_a_profile(tmp_path):
@@ -113,9 +111,8 @@ def test_a_packed_file_that_was_cut_is_an_error(tmp_path):
         read_recording(path)
 
 
-@pytest.mark.parametrize("name", ["inspector_2_30", "plugin_2_30"])
-def test_both_ways_to_record_a_run_tell_the_same_all_to_alls(name):
-    recording = read_recording(SAMPLES / name)
+def test_all_to_alls_of_the_inspector():
+    recording = read_recording(SAMPLES / "inspector_2_30")
     # Written: two calls of four ranks, 40 to 1 rows of 3072 bytes.
     sent = [
         [sum(one.sent or ()) for one in calls if one.operation is Operation.ALL_TO_ALL]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import shutil
@@ -15,7 +14,6 @@ from typer.testing import CliRunner
 from moepp_megatron.cli.main import app
 from moepp_megatron.config import ConfigError
 from moepp_megatron.workbench.profiling.analysis import Profile, analyse
-from moepp_megatron.workbench.profiling.perfetto import merged_trace
 from moepp_megatron.workbench.report.profile.timeline import timeline
 
 SAMPLE = Path(__file__).parents[1] / "profiling" / "samples" / "kineto_nccl"
@@ -82,17 +80,6 @@ def test_names_cannot_end_the_script(run: Path) -> None:
     page = (run / "profile.html").read_text()
     assert "<b>" not in page.replace("<b>bwd</b>", "").replace('"<\\/script><b>_kernel"', "")
     assert page.count("</script>") == 2
-
-
-def test_merged_trace(profile: Profile) -> None:
-    content = json.loads(gzip.decompress(merged_trace(profile)))
-    events = content["traceEvents"]
-    names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
-    assert names == {"rank 0 (node-a)", "rank 1 (node-a)"}
-    exchanges = [event for event in events if event["name"] == "dispatch: all_to_all"]
-    assert [event["args"]["waiting us"] for event in exchanges] == [40.0, 0.0]
-    lanes = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
-    assert {(e["pid"], e["tid"]) for e in events if e["ph"] == "X"} == lanes
 
 
 def test_against_itself_nothing_changed(run: Path) -> None:
