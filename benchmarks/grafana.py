@@ -1,11 +1,7 @@
-"""The Grafana dashboard, made from what is exported.
-
-``python -m benchmarks.grafana > docs/grafana/moepp.json`` writes it anew.
-"""
+"""The Grafana dashboard, made from what is exported (written by `benchmarks/pages.py`)."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,7 +211,3 @@ def _panel(number: int, panel: Panel, position: dict[str, int]) -> dict[str, Any
             for i, curve in enumerate(panel.curves)
         ],
     }
-
-
-if __name__ == "__main__":
-    print(json.dumps(dashboard(), indent=2))

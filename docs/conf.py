@@ -77,6 +77,7 @@ NAVIGATION = {
         "Profiles from other sources <docs/profiling_sources>",
     ],
     "Reference": [
+        # Generated: benchmarks/pages.py.
         "docs/settings",
         "docs/commands",
         "docs/metrics",

@@ -25,6 +25,9 @@ if ! "$MOEPP_BIN/python" -P -c 'import furo, myst_parser, sphinx' 2>/dev/null; t
         "${sources[@]}" -c "$constraints" -e '.[docs]'
 fi
 
+# Settings, commands, metrics, Megatron-LM's arguments.
+"$MOEPP_BIN/python" -m benchmarks.pages
+
 # What an earlier build has left is not part of the site, and pages that it has read give no warnings.
 rm -rf build/site build/doctrees
 # The API pages import the package, and with it libraries whose warnings are not about the docs.

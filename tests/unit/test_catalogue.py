@@ -2,35 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from benchmarks.metrics_page import TABLES, with_ranges, with_tables
 from moepp_megatron.catalogue import IN_LAYERS, METRICS, OF_RECORD
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.tensorboard import tag_of
 from moepp_megatron.workbench.report.healthy import guard_rule
-
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-@pytest.mark.parametrize("page", sorted({page for page, _ in TABLES}))
-def test_tables_in_the_docs_are_up_to_date(page: str) -> None:
-    text = (DOCS / page).read_text(encoding="utf-8")
-    assert with_tables(page, text) == text, "write them anew: python -m benchmarks.metrics_page"
-    stale = text.replace("| `loss` |", "| `lost` |")
-    assert stale != text
-    assert with_tables(page, stale) == text
-
-
-def test_healthy_ranges_in_the_docs_are_the_catalogues() -> None:
-    text = (DOCS / "routing.md").read_text(encoding="utf-8")
-    assert with_ranges(text) == text, "write them anew: python -m benchmarks.metrics_page"
-    for name, row in METRICS.items():
-        if row.healthy:
-            assert f"\n| `{name}`" in text, f"docs/routing.md has no row for {name}"
-            assert with_ranges(text.replace(f"| {row.healthy} |", "| 1 to 2 |")) == text, name
 
 
 def test_every_key_of_a_record_has_a_row() -> None:
