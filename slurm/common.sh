@@ -237,7 +237,7 @@ _moepp_may_requeue() {
 # Requeues for reason $1 and ends this script.
 _moepp_requeue() {
     if ! _moepp_may_requeue "$1"; then
-        if [[ -n ${MOEPP_GO_ON:-} ]]; then _moepp_say "to go on: $MOEPP_GO_ON"; fi
+        if [[ -n ${MOEPP_GO_ON:-} ]]; then _moepp_say "to resume: $MOEPP_GO_ON"; fi
         exit "$_MOEPP_STOPPED"
     fi
     _moepp_say "$1; requeued ($((_MOEPP_RESTART + 1)) of at most $MOEPP_MAX_REQUEUES times)"

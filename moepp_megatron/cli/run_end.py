@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from moepp_megatron.cli.echo import echo_of_run
-from moepp_megatron.cli.go_on import say_go_on
+from moepp_megatron.cli.resume_command import print_resume_command
 from moepp_megatron.config import Config
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from moepp_megatron.training.train_request import TrainRequest
 
 
-def say_end(request: TrainRequest, result: TrainResult, says_go_on: bool) -> None:
+def say_end(request: TrainRequest, result: TrainResult, prints_command: bool) -> None:
     """Write the report on rank 0, print what happened, and leave with the run's exit status.
 
     Args:
         request: What was asked for.
         result: What became of it.
-        says_go_on: Whether a launcher says how to go on with a run that was asked to stop.
+        prints_command: Whether a launcher prints how to resume a run that was asked to stop.
     """
     from moepp_megatron.observe.status import inherited_claim
     from moepp_megatron.runtime.launch import STOPPED, leave
@@ -37,8 +37,8 @@ def say_end(request: TrainRequest, result: TrainResult, says_go_on: bool) -> Non
             )
         # Said last: by the launcher that has claimed the folder, if one has.
         own_claim = is_rank_0 and inherited_claim() is None
-        if own_claim or (request.starts_ranks and says_go_on):
-            say_go_on(request.start.go_on)
+        if own_claim or (request.starts_ranks and prints_command):
+            print_resume_command(request.start.go_on)
         leave(STOPPED)
     if is_rank_0:
         _finish(request.config, result.metrics)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo, echo_of_run
-from moepp_megatron.cli.go_on import go_on_command, is_given
 from moepp_megatron.cli.machines import machines
 from moepp_megatron.cli.options import (
     GPU_NAMES,
@@ -20,6 +19,7 @@ from moepp_megatron.cli.options import (
     RdzvEndpointOption,
     RdzvIdOption,
 )
+from moepp_megatron.cli.resume_command import is_given, resume_command
 from moepp_megatron.config import ConfigError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def train(
     options = LaunchOptions(nproc, nodes, max_restarts, log_dir, stoppable=True)
     words = [str(config), *(overrides or []), *_words(options)]
     words += ["--ignore-memory"] if ignore_memory else []
-    start = Start(resume=resume, overwrite=overwrite, go_on=go_on_command(words))
+    start = Start(resume=resume, overwrite=overwrite, go_on=resume_command(words))
     request = TrainRequest.read(config, overrides or [], options, start, _warn)
     _check_dry_options(dry_run, gpu, build_rank, request.layout.world_size)
     if dry_run:
@@ -141,15 +141,15 @@ def train(
         refuse_too_large(request.config, request.layout)
     request = request.admitted(_warn)
     # A script's command is for all machines; without one each has its own.
-    says_go_on = not is_given() or nodes is None or not nodes.rank
+    prints_command = not is_given() or nodes is None or not nodes.rank
     try:
-        _run(request, says_go_on)
+        _run(request, prints_command)
     except KeyboardInterrupt:
         echo("interrupted before training or after its end", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _run(request: TrainRequest, says_go_on: bool) -> None:
+def _run(request: TrainRequest, prints_command: bool) -> None:
     from moepp_megatron.cli.run_end import say_end
     from moepp_megatron.runtime.launch import leave
     from moepp_megatron.training.checkpoint import NoStartError
@@ -165,7 +165,7 @@ def _run(request: TrainRequest, says_go_on: bool) -> None:
             echo(f"error: {error}", err=True)
         leave(error.exit_code)
     else:
-        say_end(request, result, says_go_on)
+        say_end(request, result, prints_command)
 
 
 def _warn(warning: str) -> None:
@@ -173,7 +173,7 @@ def _warn(warning: str) -> None:
 
 
 def _words(options: LaunchOptions) -> list[str]:
-    """The options of this call, but for whether it goes on or starts anew."""
+    """The options of this call without --resume and --overwrite."""
     words = []
     if options.num_local_ranks > 1:
         words += ["--nproc", str(options.num_local_ranks)]

@@ -107,7 +107,7 @@ def test_stop_on_request_and_go_on_as_printed(tmp_path: Path, data: Path) -> Non
     with training(config, 2) as process:
         stopped_at, lines = _stopped(process, config, run, signal.SIGINT)
     assert "Traceback" not in "".join(lines)
-    assert lines[-3:-1] == [f"stopped on request at step {stopped_at}, saved", "to go on:"]
+    assert lines[-3:-1] == [f"stopped on request at step {stopped_at}, saved", "to resume:"]
     records = (run / "metrics.jsonl").read_bytes()
     with training(config, 2) as process:
         assert process.wait(timeout=120) == 2

@@ -183,7 +183,7 @@ def test_the_environment_of_the_set_up_is_used(
             {"SLURM_RESTART_COUNT": "2"},
             75,
             None,
-            "to go on: sbatch again",
+            "to resume: sbatch again",
         ),
         (75, "MOEPP_MAX_REQUEUES=2", {"SLURM_RESTART_COUNT": "1"}, 75, "requeue", "(2 of at most"),
         (75, "", {"STATE": "CANCELLED"}, 75, None, "the job is CANCELLED"),

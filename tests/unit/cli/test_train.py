@@ -12,11 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 
 from moepp_megatron.cli import main, run_end
-from moepp_megatron.cli.go_on import go_on_command
+from moepp_megatron.cli.resume_command import resume_command
 from moepp_megatron.config import Layout, load_config, with_overrides
 from moepp_megatron.data import prepared_data
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
@@ -159,7 +158,7 @@ def test_a_configuration_that_goes_on_by_itself_is_let_in(command, capsys) -> No
 def test_the_last_line_of_a_stopped_run_is_the_command(command, capsys) -> None:
     command.status = STOPPED
     assert command() == STOPPED
-    assert capsys.readouterr().out == f"to go on:\n{command.go_on()}\n"
+    assert capsys.readouterr().out == f"to resume:\n{command.go_on()}\n"
     # Each machine has its own; a batch script's is said once.
     assert command(*NODES, "--node-rank", "1") == STOPPED
     assert "--node-rank 1" in capsys.readouterr().out
@@ -167,7 +166,7 @@ def test_the_last_line_of_a_stopped_run_is_the_command(command, capsys) -> None:
     assert command(*NODES, "--node-rank", "1") == STOPPED
     assert capsys.readouterr().out == ""
     assert command(*NODES, "--node-rank", "0") == STOPPED
-    assert capsys.readouterr().out == "to go on:\nsbatch job.sh\n"
+    assert capsys.readouterr().out == "to resume:\nsbatch job.sh\n"
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "under a launcher"])
@@ -189,9 +188,9 @@ def test_a_process_that_trains_alone_says_it_itself(
     )
     result = TrainResult(tmp_path, step=7, stopped=True, pause_reason=pause_reason)
     with pytest.raises(SystemExit):
-        run_end.say_end(request, result, says_go_on=False)
+        run_end.say_end(request, result, prints_command=False)
     said = f"{pause_reason or 'stopped on request'} at step 7, saved\n"
-    said += "to go on:\nmoepp train c --resume\n" if alone else ""
+    said += "to resume:\nmoepp train c --resume\n" if alone else ""
     assert capsys.readouterr().out == said
 
 
@@ -273,11 +272,11 @@ def test_ctrl_c_outside_of_training_prints_no_traceback(command, capsys) -> None
     assert capsys.readouterr().err == "interrupted before training or after its end\n"
 
 
-def test_the_command_that_goes_on(command, monkeypatch, tmp_path: Path) -> None:
+def test_the_command_that_resumes(command, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "argv", ["/venv/bin/moepp"])
     words = ["it's.yaml", "run.name=a b"]
     plain = "/venv/bin/moepp train 'it'\"'\"'s.yaml' 'run.name=a b' --resume"
-    assert go_on_command(words) == plain
+    assert resume_command(words) == plain
     assert shlex.split(plain)[2:4] == words
     # On the PATH it needs no folder.
     program = tmp_path / "moepp"
@@ -285,28 +284,29 @@ def test_the_command_that_goes_on(command, monkeypatch, tmp_path: Path) -> None:
     program.chmod(0o755)
     os.environ["PATH"] = str(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(program)])
-    assert go_on_command(["c"]) == "moepp train c --resume"
+    assert resume_command(["c"]) == "moepp train c --resume"
     # A script that has changed folder.
     os.environ["MOEPP_SHELL_FOLDER"] = "/"
-    assert go_on_command(["c"]) == f"cd {shlex.quote(os.getcwd())} && moepp train c --resume"
+    assert resume_command(["c"]) == f"cd {shlex.quote(os.getcwd())} && moepp train c --resume"
     os.environ["MOEPP_SHELL_FOLDER"] = os.getcwd()
-    assert go_on_command(["c"]) == "moepp train c --resume"
+    assert resume_command(["c"]) == "moepp train c --resume"
     # Ranks of srun, of torchrun, of a batch script.
     step = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
     os.environ.update(step)
-    assert go_on_command(["c"]) == "srun --nodes=2 --ntasks=4 moepp train c --resume"
+    assert resume_command(["c"]) == "srun --nodes=2 --ntasks=4 moepp train c --resume"
     # A machine's own command, which no other task of the step may run.
-    assert go_on_command(["c", "--node-rank", "1"]) == "moepp train c --node-rank 1 --resume"
-    called = ["/p/python", "/p/torchrun", "--nproc-per-node=2", "-m", "moepp_megatron.cli.main"]
-    called += ["train", "--overwrite", "--", "c", "run.name=a b"]
-    monkeypatch.setattr(psutil.Process, "cmdline", lambda self: called)
-    os.environ["RANK"] = "0"
-    assert go_on_command(["c"]) == (
-        "/p/torchrun --nproc-per-node=2 -m moepp_megatron.cli.main train --resume -- c "
-        "'run.name=a b'"
+    assert resume_command(["c", "--node-rank", "1"]) == "moepp train c --node-rank 1 --resume"
+    # The parent may be any program: what counts is the number of ranks.
+    os.environ.update({"RANK": "0", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"})
+    assert resume_command(["c", "run.name=a b"]) == (
+        "moepp train c 'run.name=a b' --nproc 2 --resume"
+    )
+    os.environ.update({"GROUP_WORLD_SIZE": "3", "MASTER_ADDR": "node01"})
+    assert resume_command(["c"]) == (
+        "moepp train c --nproc 2 --nnodes 3 --rdzv-endpoint node01 --resume"
     )
     os.environ["MOEPP_GO_ON"] = "sbatch job.sh"
-    assert go_on_command(["c"]) == "sbatch job.sh"
+    assert resume_command(["c"]) == "sbatch job.sh"
 
 
 def test_a_page_that_cannot_be_made_ends_no_run(tmp_path: Path) -> None:
