@@ -16,7 +16,6 @@ from moepp_megatron.cli.options import (
     PriceOption,
     TokensOption,
 )
-from moepp_megatron.cli.plan_simulation import Assume, Simulate, Steps, play_best
 from moepp_megatron.cli.planned import planned_samples
 from moepp_megatron.config import Config, ConfigError, load_config
 
@@ -81,9 +80,6 @@ def plan(
             metavar="FILE.yaml",
         ),
     ] = None,
-    simulate: Simulate = False,
-    simulate_steps: Steps = 200,
-    assume: Assume = None,
 ) -> None:
     """Search every legal layout of CONFIG's model on a number of GPUs.
 
@@ -112,8 +108,6 @@ def plan(
     settings = load_config(config, overrides or [])
     if out is not None and out.exists():
         raise ConfigError(f"--out ({out}) must not exist yet; use another name, or remove the file")
-    if assume and not simulate:
-        raise ConfigError("--assume must come with --simulate, which it is for; add --simulate")
     tau_values = parse_numbers("--taus", taus, "a number > 0", lambda tau: 0 < tau <= 10)
     for name, value in (("--price", price), ("--tokens", tokens)):
         if value is not None and not 0 < value < float("inf"):
@@ -122,26 +116,15 @@ def plan(
     from moepp_megatron.workbench.report import plan as report
 
     result = search(settings, gpus=gpus, gpu=gpu, taus=tau_values, routing=routing, top=top)
-    hardware = result.machine.hardware
     tokens = tokens or planned_samples(settings) * settings.model.seq_length
-    price = price or hardware.price_per_hour
+    price = price or result.machine.hardware.price_per_hour
     report.print_plan(result, tokens, price)
-    played = play_best(result, routing, simulate_steps, assume or []) if simulate else None
-    if played is not None:
-        from moepp_megatron.workbench.report import simulation as played_report
-
-        played_report.print_study(played)
     if json_file is not None:
-        report.write_json(json_file, result, tokens, price, played.record() if played else None)
+        report.write_json(json_file, result, tokens, price)
         echo(f"layouts      {json_file}")
     if plot is not None:
         report.plot(plot, result)
         echo(f"plot         {plot}")
-        if played is not None:
-            second = plot.with_stem(f"{plot.stem}_simulation")
-            title = f"{settings.run.name or 'model'} on {gpus:,} {hardware.name} (simulated)"
-            played_report.plot_study(second, played, title)
-            echo(f"plot         {second}")
     _require_fit(result)
     if out is not None:
         _write_layout(out, result, config, overrides or [])

@@ -13,7 +13,7 @@ def split_passes(pp: int, vpp: int, micro_batches: int, is_combined: bool) -> tu
     The combined schedule's last rank runs (v - 1) p + 1 forward passes of a chunk before its first
     pair and as many backward passes after its last. Earlier ranks run more of them alone, while
     they would have to wait: the path that decides a step has (v - 1) p + 1 through whichever rank
-    (order: `simulation/schedule.py`, from combined_1f1b.py of megatron-core).
+    (megatron-core, pipeline_parallel/combined_1f1b.py).
 
     Args:
         pp: Pipeline ranks.

@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.json_file import parse_json
 from moepp_megatron.file_names import METRICS_FILE
@@ -32,27 +29,6 @@ def recorded_routing(source: Path, num_ffn_experts: int, topk: int) -> AssumedRo
     shares = [layer[:num_ffn_experts] for line in late for layer in line["layer_expert_share"]]
     evenness = evenness_of(shares, selections)
     return AssumedRouting(evenness if evenness != float("inf") else None)
-
-
-def recorded_shares(source: Path, num_ffn_experts: int) -> NDArray[np.float64]:
-    """Shares of FFN experts in the second half of a run [steps, MoE layers, FFN experts].
-
-    Args:
-        source: A run's folder or its `metrics.jsonl`.
-        num_ffn_experts: FFN experts of the run.
-
-    Raises:
-        ConfigError: If there is no such file, or it has no shares of this many experts.
-    """
-    late = _late_steps(source, num_ffn_experts)
-    layers = len(late[-1]["layer_expert_share"])
-    shares = [
-        [layer[:num_ffn_experts] for layer in line["layer_expert_share"]]
-        for line in late
-        if len(line["layer_expert_share"]) == layers
-    ]
-    found = np.array(shares, dtype=np.float64)
-    return found / found.sum(axis=-1, keepdims=True)
 
 
 def _late_steps(source: Path, num_ffn_experts: int) -> list[dict[str, Any]]:

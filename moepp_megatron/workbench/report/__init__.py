@@ -26,7 +26,6 @@ progress.py            how far a measurement is
 run_data.py            what a report is made of
 savings.py             what the zero-computation experts saved against a vanilla layer
 savings_table.py       the table that sets a run against the vanilla layer of the same size
-simulation.py          `moepp plan --simulate` on the terminal, and its plot
 summary.py             the numbers of a run that the page shows, computed from its records
 template.py            the templates of this room's pages
 terminal.py            tables on a terminal that are whole wherever they are printed

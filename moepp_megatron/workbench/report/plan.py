@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from matplotlib.axes import Axes
 from rich.table import Table
@@ -173,13 +172,7 @@ def _bars(seconds: Mapping[str, float]) -> dict[str, float]:
     return {name: sum(seconds.get(part, 0.0) for part in parts) for name, _, parts in _BARS}
 
 
-def write_json(
-    path: Path,
-    plan: Plan,
-    tokens: float,
-    price: float | None,
-    simulation: Mapping[str, Any] | None = None,
-) -> None:
+def write_json(path: Path, plan: Plan, tokens: float, price: float | None) -> None:
     """Write a list of layouts, those that fit first, then by step time.
 
     The record of the plan, which `--out` writes, has `plan: true`.
@@ -189,7 +182,6 @@ def write_json(
         plan: The plan.
         tokens: Tokens of the run.
         price: Price of a GPU hour.
-        simulation: The simulation of the plan's layout, for its key `simulation`.
     """
     layers = plan.config.model.num_layers
     shown = [*plan.layouts, *plan.baselines]
@@ -203,8 +195,6 @@ def write_json(
         found = outlook_of(planned, plan.world, plan.machine, tokens, price, errors)
         record["run"] = found.record()
         record["step_time_range_s"] = errors and errors.of(planned.step.total)
-        if simulation is not None and planned is plan.best:
-            record["simulation"] = dict(simulation)
         records.append(record)
     text = json.dumps(records, indent=1)
     write_result(path, (text + "\n").encode())

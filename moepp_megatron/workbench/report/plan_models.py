@@ -101,7 +101,7 @@ def how_well(errors: Range | None) -> str:
     other = "" if errors.is_own else "; there are too few of this GPU"
     return (
         f"estimates, off by {found.median:.0%} in the median of {whose}{other}. Ranges hold eight "
-        "in ten of them; MWh at the GPUs' rated power; failures as in moepp plan --simulate"
+        "in ten of them; MWh at the GPUs' rated power; failures as docs/planning.md assumes them"
     )
 
 

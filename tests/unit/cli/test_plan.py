@@ -128,44 +128,6 @@ def test_a_ramp_of_the_batch_trains_on_less(plan, tmp_path: Path) -> None:
     assert tokens == {(10 * 32 + 90 * 64) * 2048}
 
 
-def test_steps_are_played(plan, tmp_path: Path, capsys) -> None:
-    data, picture, run = (tmp_path / name for name in ("plan.json", "plan.png", "metrics.jsonl"))
-    options = ["model.num_layers=4", "--gpus", "16", "--simulate", "--simulate-steps", "20"]
-    files = ["--json", str(data), "--plot", str(picture)]
-    assert plan(*options, *files, "--assume", "mtbf_hours=1000") == 0
-    text = capsys.readouterr().out
-    for expected in (
-        "simulated: 20 steps",
-        "what the tail costs",
-        "layouts again",
-        "goodput",
-        "best (Daly)",
-    ):
-        assert expected in text
-    assert (tmp_path / "plan_simulation.png").read_bytes().startswith(b"\x89PNG")
-    [played] = [one["simulation"] for one in json.loads(data.read_text()) if "simulation" in one]
-    others = played["other_layouts_s"]
-    assert len(others) == 4
-    assert all(other["planned"] > 0 and other["simulated"] > 0 for other in others)
-    times = played["step_s"]
-    assert times["steps"] == 20
-    assert 0 < played["even_s"] <= times["median"] <= times["p95"] <= times["p99"] <= times["max"]
-    assert sum(played["phases_s"].values()) == pytest.approx(times["mean"])
-    goodput = played["goodput"]
-    assert 0 < goodput["share"] < 1
-    # A recorded run decides the load: all selections of all layers go to one expert.
-    shares = [[1.0, *[0.0] * 7]] * 2
-    lines = [
-        {"step": step, "tokens": 1000 * step, "ffn_fraction": 1.0, "layer_expert_share": shares}
-        for step in (1, 2, 3, 4)
-    ]
-    run.write_text("\n".join(json.dumps(line) for line in lines))
-    assert plan(*options, *files, "--routing", str(run)) == 0
-    [first] = [one for one in json.loads(data.read_text()) if "simulation" in one]
-    ranks = first["layout"]["expert_model_parallel_size"]
-    assert first["simulation"]["fullest_rank"]["mean"] == pytest.approx(ranks, rel=1e-3)
-
-
 def test_a_vanilla_model_is_planned_alone(plan, tmp_path: Path) -> None:
     data = tmp_path / "plan.json"
     none = [f"moe.num_{kind}_experts=0" for kind in ("zero", "copy", "constant")]
@@ -183,8 +145,6 @@ def test_a_vanilla_model_is_planned_alone(plan, tmp_path: Path) -> None:
         (["--price", "-1"], "--price (-1) must be a number above 0"),
         (["--tokens", "inf"], "--tokens (inf) must be a number above 0"),
         (["--routing", "nowhere"], "--routing (nowhere) must be a run"),
-        (["--assume", "seed=1"], "--assume must come with --simulate"),
-        (["--simulate", "--assume", "seed=x"], "--assume seed (x) must be a whole number"),
         (["moe.tau=-1"], "moe.tau"),
         (["precision.fp8=hybrid", "--gpu", "a100"], "precision.fp8 (hybrid) must be a format"),
     ],
@@ -215,45 +175,6 @@ def test_the_configuration_is_not_overwritten(plan, capsys, tmp_path: Path) -> N
     assert f"--out ({config}) must not replace CONFIG, which is read" in told.err
     assert not told.out
     assert config.read_text() == CONFIG
-
-
-def test_steps_that_do_not_vary_are_drawn_as_that(
-    plan, capsys, monkeypatch, tmp_path: Path
-) -> None:
-    """One rank without slow nodes has nobody to wait for; a histogram would have one bar."""
-    from matplotlib.figure import Figure
-
-    drawn = []
-    save = Figure.savefig
-
-    def watched(figure, *arguments, **named):
-        drawn.append(figure)
-        return save(figure, *arguments, **named)
-
-    monkeypatch.setattr(Figure, "savefig", watched)
-    plot = tmp_path / "plan.png"
-    arguments = ["--gpus", "1", "--simulate", "--simulate-steps", "10", "--plot", str(plot)]
-    assert plan(*arguments, "--assume", "slow_nodes=0") == 0
-    text = capsys.readouterr().out
-    assert "on 1 column of 1 rank, without a pipeline, that move together" in text
-    (axes,) = drawn[-1].get_axes()
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["no pipeline"]
-    assert "column" not in axes.get_xlabel()
-    assert "every step takes" in drawn[-1].get_suptitle()
-
-
-def test_steps_that_differ_are_told_from_rounding() -> None:
-    from types import SimpleNamespace
-
-    import numpy as np
-
-    from moepp_megatron.workbench.report.simulation import varies
-
-    def study(totals: list[float]) -> SimpleNamespace:
-        return SimpleNamespace(played=SimpleNamespace(totals=np.asarray(totals)))
-
-    assert varies(study([1.0, 1.001, 1.0]))
-    assert not varies(study([1.0, 1.0 + 1e-12]))
 
 
 def test_the_model_is_held_to_runs(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -295,8 +216,8 @@ def test_the_model_is_held_to_runs(tmp_path: Path, monkeypatch, capsys) -> None:
     for options, says in (
         (["--measured", str(file), "config.yaml"], "must come without CONFIG"),
         (
-            ["--measured", str(file), "--gpus", "8", "--simulate", "--taus", "0.5"],
-            "must come without --gpus, --taus, --simulate: rows say what ran; leave",
+            ["--measured", str(file), "--gpus", "8", "--taus", "0.5"],
+            "must come without --gpus, --taus: rows say what ran; leave",
         ),
         (["--fit", str(mine)], "must come with --measured"),
         ([], "CONFIG must be given, or --measured FILE"),

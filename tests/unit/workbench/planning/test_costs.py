@@ -44,7 +44,6 @@ from moepp_megatron.workbench.planning.pipeline import (
     stage_sizes,
 )
 from moepp_megatron.workbench.planning.rates import Product, product_seconds
-from moepp_megatron.workbench.planning.simulation.schedule import step_graph
 from moepp_megatron.workbench.planning.step import BUBBLE, OPTIMIZER, step_time
 from moepp_megatron.workbench.planning.traffic import (
     exchanged_bytes,
@@ -136,25 +135,6 @@ def test_interleaving_shrinks_the_bubble_and_keeps_more_in_flight() -> None:
     assert chunks_in_flight(4, 1, 0, 2) == 2
     # megatron-core: 2 (p - 1) + (v - 1) p warm-up chunks and one at work.
     assert chunks_in_flight(8, 4, 0, 100) == 2 * 7 + 3 * 8 + 1
-
-
-@pytest.mark.parametrize(
-    ("pp", "vpp", "micro_batches", "is_combined"),
-    [(4, 1, 8, False), (4, 1, 2, False), (4, 3, 8, False), (4, 3, 8, True), (2, 2, 2, True)]
-    + [(1, 1, 4, True), (1, 1, 1, True), (1, 1, 4, False)],
-)
-def test_chunks_in_flight_are_those_of_the_schedule(
-    pp: int, vpp: int, micro_batches: int, is_combined: bool
-) -> None:
-    graph = step_graph(pp, vpp, micro_batches, is_combined)
-    for rank in range(pp):
-        held = most = 0
-        for node in graph:
-            if node.rank == rank:
-                # Both passes of a pair run at the same time.
-                held += sum(-1 if one.is_backward else 1 for one in node.works)
-                most = max(most, held)
-        assert chunks_in_flight(pp, vpp, rank, micro_batches) == most
 
 
 @pytest.mark.parametrize(("layers", "stages"), [(48, 8), (94, 32), (61, 16), (5, 4), (24, 7)])

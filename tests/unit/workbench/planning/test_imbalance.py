@@ -17,7 +17,7 @@ from moepp_megatron.workbench.planning.imbalance import (
     evenness_of,
     rank_load,
 )
-from moepp_megatron.workbench.planning.recorded_routing import recorded_routing, recorded_shares
+from moepp_megatron.workbench.planning.recorded_routing import recorded_routing
 
 
 def test_forced_balance_and_a_single_rank_are_even() -> None:
@@ -80,15 +80,6 @@ def test_routing_of_a_recorded_run(tmp_path: Path) -> None:
     assert routing.evenness == pytest.approx((1 / 0.039 - 1) / 2)
 
 
-def test_shares_of_a_recorded_run(tmp_path: Path) -> None:
-    shares = [[0.5, 0.0, 0.5], [0.5, 0.0, 0.5], [0.3, 0.2, 0.5], [0.1, 0.3, 0.6]]
-    (tmp_path / "metrics.jsonl").write_text(
-        "\n".join(line(step, share) for step, share in enumerate(shares, start=1))
-    )
-    found = recorded_shares(tmp_path, num_ffn_experts=2)
-    assert found == pytest.approx(np.array([[[0.6, 0.4]], [[0.25, 0.75]]]))
-
-
 @pytest.mark.parametrize("content", [None, "not json", "{}", line(1, [0.5, 0.5])])
 def test_a_run_without_shares_is_refused(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -96,5 +87,3 @@ def test_a_run_without_shares_is_refused(tmp_path: Path, content: str | None) ->
         path.write_text(content)
     with pytest.raises(ConfigError, match="--routing"):
         recorded_routing(path, num_ffn_experts=2, topk=2)
-    with pytest.raises(ConfigError, match="--routing"):
-        recorded_shares(path, num_ffn_experts=2)

@@ -1,1 +1,0 @@
-"""Simulates a training step pass by pass, with uneven load, contention, slow nodes, failures."""
