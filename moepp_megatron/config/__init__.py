@@ -22,6 +22,7 @@ plugins.py        what a setting may name besides: entry points of installed pac
 printable.py      makes untrusted text safe for a terminal
 problem.py        one problem of a configuration, in the form that every message has
 reference.py      every setting with type, default, unit, range and meaning, from the schema
+removed.py        settings that earlier versions had, which resolved configurations still name
 shorthand.py      sections that one word stands for, such as `routing_guard: safe`
 split.py          the data split: weights of the train, validation and test parts
 stages.py         which transformer layers each pipeline stage holds

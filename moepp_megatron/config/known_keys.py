@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.problem import show
+from moepp_megatron.config.removed import REMOVED
 from moepp_megatron.config.schema import Config, Section
 
 # Words that mean nothing without their section, so that another section's key is not what was
@@ -86,7 +87,10 @@ def _unknown_keys(path: str, model: type[Section], keys: Any) -> Iterator[str]:
         )
         return
     for key, value in keys.items():
-        if key not in model.model_fields:
+        if f"{path}.{key}" in REMOVED:
+            given = "" if value is None else f" ({show(value)})"
+            yield f"{path}.{key}{given} has been removed; {REMOVED[f'{path}.{key}'][1]}"
+        elif key not in model.model_fields:
             yield _unknown_key(path, model, _one_line(key))
         elif (inner := subsection(model, key)) is not None:
             yield from _unknown_keys(f"{path}.{key}", inner, value)

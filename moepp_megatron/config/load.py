@@ -19,6 +19,7 @@ from moepp_megatron.config.known_keys import (
     subsection,
 )
 from moepp_megatron.config.problem import raise_problems
+from moepp_megatron.config.removed import without_removed
 from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.config.shorthand import WORDS, expanded
 from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
@@ -87,7 +88,7 @@ def validated(content: Mapping[str, Any], source: str = "the configuration") -> 
     Raises:
         ConfigError: Unknown keys or wrong values, one line each.
     """
-    content = expanded(content)
+    content = without_removed(expanded(content))
     refuse_unknown_keys(content, source)
     # Absent sections are added empty, so that a missing field is reported by its own name.
     filled = {
@@ -167,7 +168,7 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> list[tuple[str, Cont
         raise ConfigError(f"base: goes in a circle: {names}; remove one of these base: lines")
     content = read_mapping(path)
     base = content.pop("base", None)
-    content = expanded(content)
+    content = without_removed(expanded(content))
     refuse_unknown_keys(content, str(path))
     own: Content = {section: keys or {} for section, keys in content.items()}
     if base is None:

@@ -1,8 +1,8 @@
-"""Builds this rank's model chunks, as a GPTModel or as a HybridModel."""
+"""Builds this rank's model chunks, as megatron-core's GPTModel."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -28,9 +28,6 @@ from moepp_megatron.moe.upstream_private import (
 )
 from moepp_megatron.runtime.kernel_choices import chosen_cross_entropy
 from moepp_megatron.runtime.optional import have_transformer_engine
-
-if TYPE_CHECKING:
-    from moepp_megatron.model.hybrid import MoEPPHybridModel
 
 
 def build_model(config: Config) -> list[LanguageModule]:
@@ -67,10 +64,12 @@ def build_chunks(config: Config) -> list[LanguageModule]:
 
 
 def _build_chunk(config: Config, vp_stage: int | None) -> WithCrossEntropy:
-    build = {"gpt": _gpt_model, "hybrid": _hybrid_model}[config.model.implementation]
-    return build(
-        config,
-        _backend(config),
+    megatron, moepp, backend = transformer_config(config), moepp_config(config), _backend(config)
+    return MoEPPGPTModel(
+        megatron,
+        get_moepp_block_spec(megatron, moepp, vp_stage=vp_stage, **backend),
+        moepp=moepp,
+        mtp_block_spec=get_moepp_mtp_block_spec(megatron, moepp, vp_stage=vp_stage, **backend),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -98,24 +97,3 @@ def _backend(config: Config) -> dict[str, Any]:
         return with_attention(spec, q_layernorm=queries, k_layernorm=keys)
 
     return {"use_transformer_engine": has_transformer_engine, "adapt": adapt}
-
-
-def _gpt_model(
-    config: Config, backend: dict[str, Any], *, vp_stage: int | None, **kwargs: Any
-) -> MoEPPGPTModel:
-    megatron, moepp = transformer_config(config), moepp_config(config)
-    spec = get_moepp_block_spec(megatron, moepp, vp_stage=vp_stage, **backend)
-    mtp = get_moepp_mtp_block_spec(megatron, moepp, vp_stage=vp_stage, **backend)
-    return MoEPPGPTModel(
-        megatron, spec, moepp=moepp, vp_stage=vp_stage, mtp_block_spec=mtp, **kwargs
-    )
-
-
-def _hybrid_model(config: Config, backend: dict[str, Any], **kwargs: Any) -> MoEPPHybridModel:
-    # Its modules are many and needed only here: ranks that build a GPTModel need not import them.
-    from moepp_megatron.model import hybrid
-
-    megatron = hybrid.hybrid_transformer_config(config)
-    spec = hybrid.get_moepp_hybrid_stack_spec(megatron, moepp_config(config), **backend)
-    pattern = hybrid.hybrid_layer_pattern(config)
-    return hybrid.MoEPPHybridModel(megatron, spec, hybrid_layer_pattern=pattern, **kwargs)

@@ -38,8 +38,8 @@ def initialize_weights(chunks: Iterable[LanguageModule], seed: int) -> None:
     """
     for chunk in chunks:
         config = chunk.config
-        # A GPT layer writes twice, in attention and FFN, which are two layers of a hybrid model.
-        branches = config.num_layers * (1 if config.is_hybrid_model else 2)
+        # A layer writes twice into the residual stream, in attention and in the FFN.
+        branches = 2 * config.num_layers
         with fp8_weights_as_plain(chunk):
             parameters = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
             for entry in nested_values(chunk.sharded_state_dict()):

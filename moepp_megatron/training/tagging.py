@@ -12,11 +12,10 @@ from moepp_megatron.moe.token_tags import TokenTags
 def layers_know_tokens(config: Config) -> bool:
     """Whether the layers are told which tokens they see.
 
-    A `HybridModel`, the combined schedule and a router in a CUDA graph tell them nothing.
+    The combined schedule and a router in a CUDA graph tell them nothing.
     """
     return not (
-        config.model.implementation == "hybrid"
-        or config.parallel.overlap_moe_expert_parallel_comm
+        config.parallel.overlap_moe_expert_parallel_comm
         or "moe_router" in config.training.cuda_graphs
         or config.moe.is_vanilla
     )

@@ -114,7 +114,7 @@ def _in_layout(saved: Config, config: Config) -> Config:
     return parse_config(
         {
             "run": {"dir": str(config.run.dir)},
-            "model": {**shape, "implementation": "gpt", "seq_length": config.model.seq_length},
+            "model": {**shape, "seq_length": config.model.seq_length},
             "moe": moe,
             "parallel": layout,
             "precision": {"dtype": config.precision.dtype},

@@ -53,7 +53,6 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, dict[str, Any]]]] = {
     "pp2": ("two key heads", 2, {"parallel": PP2}),
     "cp2": ("two key heads", 2, {"parallel": CP2}),
     "tp2 ep2 dp2": ("two key heads", 4, {"parallel": TP2 | EP2}),
-    "hybrid, tp2": ("two key heads", 2, {"model": {"implementation": "hybrid"}, "parallel": TP2}),
 }
 
 

@@ -13,7 +13,7 @@ from tests.parallel.training_runs import PP2, STEPS, TP2, assemble, compare, sho
 TOKENS, COLUMNS = 6, 20
 # As in tests/unit/moe/test_kernels.py: a dozen fp32 operations.
 FP32 = 5e-6
-# As in test_hybrid.py: another layout adds up in another order.
+# As in test_training_layouts.py: another layout adds up in another order.
 LAYOUT = 1e-5
 
 
@@ -81,11 +81,10 @@ def run(ranks: RankPools, size: int, kind: str, **sections: dict[str, Any]) -> A
 @pytest.mark.parametrize(
     ("size", "sections"),
     [
-        (1, {"model": {"implementation": "hybrid"}}),
         (2, {"model": {"tie_embeddings": True}, "parallel": TP2}),
         (2, {"parallel": PP2}),
     ],
-    ids=["hybrid", "tp2 tied", "pp2"],
+    ids=["tp2 tied", "pp2"],
 )
 def test_training(ranks: RankPools, size: int, sections: dict[str, Any]) -> None:
     """Losses, gradients and routing are those of megatron-core's cross entropy in the layout."""

@@ -346,7 +346,6 @@ def test_what_is_refused(teachers: dict[str, Path], tmp_path: Path) -> None:
         distillation={"teacher": str(teachers["vanilla"])},
         parallel={"expert_model_parallel_size": 8},
     )
-    refused("implementation", distillation=teacher, model={"implementation": "hybrid"})
     refused("nothing would be learnt", distillation={**teacher, "weight": 0.0, "text_weight": 0.0})
     refused("top_k", distillation={**teacher, "top_k": 65})
     with pytest.raises(ConfigError, match="must be null for a plan"):

@@ -11,7 +11,6 @@ import pytest
 from tests.parallel.layouts import RECOMPUTE
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_expert_overlap import both
-from tests.parallel.test_hybrid import HYBRID
 from tests.parallel.test_latent_attention import WIDTHS
 from tests.parallel.training_runs import (
     CP2,
@@ -46,7 +45,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "pp2 vpp2": (2, PP2 | {"virtual_pipeline_model_parallel_size": 2}, {"model": FOUR_LAYERS}),
     "ep2 attention recomputed": (2, EP2, {"training": CORE}),
     "tp2 latent": (2, TP2, {"model": LATENT}),
-    "pp2 hybrid": (2, PP2, {"model": HYBRID}),
     "ep2 vanilla": (2, EP2, {"moe": PLAIN_MOE}),
     "pp2 vanilla": (2, PP2, {"moe": PLAIN_MOE}),
 }
@@ -123,7 +121,7 @@ def losses_and_gradients(raw: dict[str, Any], is_packed: bool) -> dict[str, Any]
     return {name: value.numpy().copy() for name, value in values.items()}
 
 
-@pytest.mark.parametrize("model", [{}, LATENT, HYBRID], ids=["plain", "latent", "hybrid"])
+@pytest.mark.parametrize("model", [{}, LATENT], ids=["plain", "latent"])
 def test_documents_of_a_sequence_are_as_each_by_itself(
     ranks: RankPools, model: dict[str, Any]
 ) -> None:

@@ -32,7 +32,6 @@ TP2 = "parallel.tensor_model_parallel_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 EP2 = "parallel.expert_model_parallel_size=2"
 ETP2 = "parallel.expert_tensor_parallel_size=2"
-HYBRID = {"model": {"implementation": "hybrid"}}
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
     "replicas": (2, []),
@@ -114,13 +113,6 @@ def check_equals_scoring(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_scoring_again(ranks: RankPools, references: dict[str, Any], layout: str) -> None:
     check_equals_scoring(ranks, references, {}, layout, [GREEDY, SAMPLED])
-
-
-@pytest.mark.parametrize("layout", ["one process", "tp2", "pp2", "no layer on the first stage"])
-def test_hybrid_equals_scoring_again(
-    ranks: RankPools, references: dict[str, Any], layout: str
-) -> None:
-    check_equals_scoring(ranks, references, HYBRID, layout, [GREEDY, SAMPLED], {})
 
 
 @pytest.mark.parametrize("name", MODELS)

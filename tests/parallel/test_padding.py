@@ -11,7 +11,6 @@ import pytest
 
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_expert_overlap import both
-from tests.parallel.test_hybrid import HYBRID
 from tests.parallel.training_runs import (
     CP2,
     EP2,
@@ -101,30 +100,6 @@ def test_combined_schedule(ranks: RankPools) -> None:
     compare(run, reference, 0.0)
 
 
-HYBRID_LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "one process": (1, {}, {}),
-    "tp2 ep2": (2, TP2 | EP2, {}),
-    "pp2, recomputed": (2, PP2, FULL),
-}
-
-
-@pytest.mark.parametrize("layout", HYBRID_LAYOUTS)
-def test_hybrid_model_equals_gpt_model(ranks: RankPools, layout: str) -> None:
-    world, parallel, training = HYBRID_LAYOUTS[layout]
-    gpt, hybrid = (
-        assemble(
-            ranks(world).run(
-                train,
-                short(moe=MOE, parallel=parallel, training=training, model=model),
-                STEPS,
-                pad_some,
-            )
-        )
-        for model in ({}, HYBRID)
-    )
-    compare(hybrid, gpt, 0.0)
-
-
 KEPT = 11
 
 
@@ -163,11 +138,11 @@ def losses_and_gradients(raw: dict[str, Any], is_padded: bool) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("training", [{}, FULL], ids=["kept", "recomputed"])
-def test_hybrid_model_is_as_without_the_padded_tokens(
+def test_a_model_is_as_without_the_padded_tokens(
     ranks: RankPools, training: dict[str, Any]
 ) -> None:
     moe = {"num_ffn_experts": 8, "balance_coeff": 0.1, "z_loss_coeff": 0.1, "capacity_factor": 1.0}
-    raw = short(moe=moe, training=training, model=HYBRID)
+    raw = short(moe=moe, training=training)
     padded, without = (
         ranks(1).run(losses_and_gradients, raw, is_padded)[0] for is_padded in (True, False)
     )

@@ -151,10 +151,6 @@ def test_nothing_is_counted_that_nobody_asked_for(ranks: RankPools) -> None:
     ((shapes, counted, tags),) = ranks(1).run(untold, short(routing_guard=GUARD))
     assert shapes == ((2, 12), (2, 16, 2))
     assert (counted, tags) == ([None] * 2, None)
-    raw = short(routing_guard=GUARD, model={"implementation": "hybrid"})
-    ((shapes, counted, tags),) = ranks(1).run(untold, raw)
-    assert shapes == ((2, 12), (2, 0, 2))
-    assert (counted, tags) == ([None] * 2, None)
 
 
 def test_another_language_is_told_within_five_steps(ranks: RankPools) -> None:
@@ -239,13 +235,13 @@ def test_a_restart_changes_no_bit_and_a_run_can_be_the_reference_of_another(
     assert state["token_classes"] == whole[1]["token_classes"]
 
 
-def resumed_run(implementation: str, state: Any) -> tuple[Any, Any]:
+def resumed_run(state: Any) -> tuple[Any, Any]:
     """State before the first step, and what that tells."""
     from moepp_megatron.training.batch_losses import BatchLosses
     from moepp_megatron.training.routing_shift import RoutingShift
     from moepp_megatron.training.step import training_step
 
-    raw = short(routing_guard=GUARD, model={"implementation": implementation})
+    raw = short(routing_guard=GUARD)
     config, layout, model, routing, batches = begin(raw, SyntheticDataset(parse(raw), 1))
     watcher = RoutingShift(config, model, routing, SourcedTokens(config, 1), state)
     result = training_step(model, batches, config, layout)
@@ -258,21 +254,22 @@ def parse(raw: dict[str, Any]) -> Any:
     return parse_config(raw)
 
 
-def test_another_implementation_begins_anew(ranks: RankPools, tmp_path: Path) -> None:
-    """The layers of a HybridModel are not told their tokens."""
+def test_counts_of_other_cells_begin_anew(ranks: RankPools, tmp_path: Path) -> None:
+    """A run whose layers were not told their tokens, or an older version, counted fewer."""
     pool = ranks(1)
     # Stopped within its third window.
     (((_, state), _),) = pool.run(shifted_run, tmp_path, None, 5)
     assert state["window"]["steps"] == 1
-    ((resumed, _),) = pool.run(resumed_run, "gpt", state)
+    ((resumed, _),) = pool.run(resumed_run, state)
     assert resumed == state
     # A checkpoint of before the detector judged steps.
     old = {name: values for name, values in state.items() if name != "windows"}
-    ((resumed, value),) = pool.run(resumed_run, "gpt", old)
+    ((resumed, value),) = pool.run(resumed_run, old)
     assert resumed["window"]["steps"] == resumed["monitor"]["num_steps"] == 0
     assert value is None
-    ((resumed, value),) = pool.run(resumed_run, "hybrid", state)
-    assert resumed["shapes"] == [[2, 12], [2, 0, 2]]
+    fewer = state | {"shapes": [[2, 12], [2, 0, 2]]}
+    ((resumed, value),) = pool.run(resumed_run, fewer)
+    assert resumed["shapes"] == state["shapes"]
     assert resumed["window"]["steps"] == 0
     assert resumed["token_classes"] == state["token_classes"]
     assert value is None

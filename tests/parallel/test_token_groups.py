@@ -17,7 +17,7 @@ from tests.parallel import guard_runs
 from tests.parallel.guard_runs import Fault, Found
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_health import LAYOUTS
-from tests.parallel.training_runs import PP2, TP2, SyntheticDataset, begin_training, short
+from tests.parallel.training_runs import PP2, TP2, VANILLA, SyntheticDataset, begin_training, short
 
 NAMES = ("web", "code", "absent")
 NUM_FFN = 8
@@ -150,13 +150,13 @@ def test_layouts_agree(
 @pytest.mark.parametrize(
     ("section", "left"),
     [
-        # A hybrid model's layers do not know their tokens; its losses are known.
-        ({"model": {"implementation": "hybrid"}}, {"source_tokens", "source_loss"}),
+        # Vanilla layers do not know their tokens; their losses are known.
+        ({"moe": VANILLA}, {"source_tokens", "source_loss"}),
         ({"observe": {"token_groups": False}}, set()),
     ],
 )
 def test_what_is_not_counted(ranks: RankPools, section: dict[str, Any], left: set[str]) -> None:
-    fields, _ = ranks(1).run(measure, short(moe=MOE, **section))[0]
+    fields, _ = ranks(1).run(measure, short(**{"moe": MOE, **section}))[0]
     assert set(fields) == left
 
 

@@ -30,9 +30,8 @@ def losses(model: torch.nn.Module, mask: torch.Tensor | None) -> torch.Tensor:
         {},
         {"model": {"num_query_groups": 1}},
         {"training": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}},
-        {"model": {"implementation": "hybrid"}},
     ],
-    ids=["plain", "grouped queries", "recomputed", "hybrid"],
+    ids=["plain", "grouped queries", "recomputed"],
 )
 def test_packed_sequences_are_the_mask(changes, monkeypatch: pytest.MonkeyPatch) -> None:
     formats = []

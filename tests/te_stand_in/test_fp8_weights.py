@@ -9,19 +9,15 @@ from moepp_megatron.training.setup import build_training_model
 from tests.te_stand_in.models import RECIPES, config_of, losses, model_of
 
 IN_FP8 = {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
-both_assemblies = pytest.mark.parametrize("implementation", ["gpt", "hybrid"])
 
 
 def fp8_names(model: torch.nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
 
 
-@both_assemblies
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_gemm_weights_alone_are_in_fp8(recipe, implementation):
-    config = config_of(
-        recipe, precision={"fp8_param": True}, model={"implementation": implementation}
-    )
+def test_gemm_weights_alone_are_in_fp8(recipe):
+    config = config_of(recipe, precision={"fp8_param": True})
     model = model_of(config)
     expected = {
         name
@@ -35,13 +31,11 @@ def test_gemm_weights_alone_are_in_fp8(recipe, implementation):
     assert not any("router" in name or "zero_computation" in name for name in expected)
 
 
-@both_assemblies
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_fp8_weights_start_as_the_bf16_weights_do(recipe, implementation):
+def test_fp8_weights_start_as_the_bf16_weights_do(recipe):
     """Each is the bf16 weight, quantised as a whole; so is what the optimizer starts from."""
-    assembly = {"implementation": implementation}
-    plain = dict(model_of(config_of(recipe, model=assembly)).named_parameters())
-    config = config_of(recipe, precision={"fp8_param": True}, model=assembly)
+    plain = dict(model_of(config_of(recipe)).named_parameters())
+    config = config_of(recipe, precision={"fp8_param": True})
     for name, parameter in model_of(config).named_parameters():
         if not isinstance(parameter, QuantizedTensor):
             assert torch.equal(parameter, plain[name]), name

@@ -9,7 +9,6 @@ from tests.te_stand_in.models import RECIPES, calls_of, config_of, losses, model
 
 EXPERTS = ("TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear")
 DENSE = ("TELayerNormColumnParallelLinear", "TERowParallelLinear")
-both_assemblies = pytest.mark.parametrize("implementation", ["gpt", "hybrid"])
 
 
 def test_an_argument_that_transformer_engine_does_not_have_is_refused():
@@ -17,10 +16,9 @@ def test_an_argument_that_transformer_engine_does_not_have_is_refused():
         Linear(16, 16, fp8=True)
 
 
-@both_assemblies
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_gemm_of_the_layers_runs_in_fp8(recipe, implementation):
-    model = model_of(config_of(recipe, model={"implementation": implementation}))
+def test_every_gemm_of_the_layers_runs_in_fp8(recipe):
+    model = model_of(config_of(recipe))
     logits = []
     for layer in model.decoder.layers:
         if hasattr(layer.mlp, "router"):
@@ -34,10 +32,9 @@ def test_every_gemm_of_the_layers_runs_in_fp8(recipe, implementation):
         assert parameter.grad.isfinite().all(), name
 
 
-@both_assemblies
-def test_layers_at_the_ends_run_in_bf16(implementation):
+def test_layers_at_the_ends_run_in_bf16():
     precision = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2}
-    config = config_of("tensorwise", model={"implementation": implementation}, precision=precision)
+    config = config_of("tensorwise", precision=precision)
     losses(model_of(config))
     for module in (*DENSE, *EXPERTS):
         recipes = [call.recipe for call in calls_of(module)]

@@ -49,10 +49,6 @@ def _graphs_stand_alone(config: Config) -> Iterator[Problem]:
             "parts of a layer itself",
         ),
         (
-            config.model.implementation != "gpt",
-            f"model.implementation ({config.model.implementation}) gpt: its layers are halves",
-        ),
-        (
             moe.is_vanilla,
             "zero-computation experts or moe.gating_residual: for vanilla layers megatron-core's "
             "attn captures the experts as well, whose sizes are not fixed",

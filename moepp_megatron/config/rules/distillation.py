@@ -8,18 +8,6 @@ from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.schema import Config
 
 
-def _teacher_has_a_model_to_teach(config: Config) -> Iterator[Problem]:
-    """megatron-core's HybridModel has no hook between logits and loss (`output_processor`)."""
-    if config.distillation.teacher is not None and config.model.implementation != "gpt":
-        yield Problem(
-            "model.implementation",
-            config.model.implementation,
-            "must be gpt with distillation.teacher: megatron-core's HybridModel has no place "
-            "where the logits of both models meet",
-            "use gpt, or leave distillation.teacher out",
-        )
-
-
 def _teacher_predicts_one_token(config: Config) -> Iterator[Problem]:
     """A teacher says nothing of the tokens behind the next one."""
     if config.distillation.teacher is not None and config.model.mtp_num_layers:
@@ -67,7 +55,6 @@ def _compared_tokens_exist(config: Config) -> Iterator[Problem]:
 
 
 RULES = (
-    _teacher_has_a_model_to_teach,
     _teacher_predicts_one_token,
     _teacher_sees_what_the_model_sees,
     _something_is_learnt,

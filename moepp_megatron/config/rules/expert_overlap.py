@@ -49,11 +49,6 @@ def _overlapped_experts_have_their_parts(config: Config) -> Iterator[Problem]:
             f"training.recompute_modules ({show(training.recompute_modules)}) without "
             f"{' and '.join(recomputed)}: the schedule runs their parts separately",
         ),
-        (
-            config.model.implementation == "gpt",
-            f"model.implementation ({config.model.implementation}) gpt: HybridStack's schedule "
-            "has no place for the router logits",
-        ),
     )
     for holds, need in needs:
         if not holds:

@@ -71,12 +71,6 @@ def _latent_attention_stands_where_it_was_tested(config: Config) -> Iterator[Pro
     if model.latent_attention is None:
         return
     conflicts: tuple[tuple[str, object, object, str], ...] = (
-        (
-            "model.implementation",
-            model.implementation,
-            "gpt",
-            "HybridModel's attention layers are built without it",
-        ),
         ("model.qkv_bias", model.qkv_bias, False, "its projections have no biases"),
         (
             "model.qk_layernorm_scope",

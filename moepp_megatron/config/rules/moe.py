@@ -118,7 +118,7 @@ def _vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
 
 
 def _shared_constants_are_whole(config: Config) -> Iterator[Problem]:
-    """Shared constants need all layers on one rank, and a tested assembly and schedule."""
+    """Shared constants need all layers on one rank, and a tested schedule."""
     moe, parallel = config.moe, config.parallel
     if not moe.shares_constants:
         return
@@ -128,11 +128,6 @@ def _shared_constants_are_whole(config: Config) -> Iterator[Problem]:
             stages == 1,
             f"with parallel.pipeline_model_parallel_size ({stages}): no stage sees all layers' "
             "gradients",
-        ),
-        (
-            config.model.implementation == "gpt",
-            f"with model.implementation ({config.model.implementation}), whose layers do not "
-            "share anything",
         ),
         (
             not parallel.overlap_moe_expert_parallel_comm,

@@ -17,13 +17,6 @@ def _further_tokens_stand_where_they_were_tested(config: Config) -> Iterator[Pro
         return
     conflicts: tuple[tuple[str, object, object, str], ...] = (
         (
-            "model.implementation",
-            model.implementation,
-            "gpt",
-            "HybridModel's layers of multi-token prediction are halves, which pass no router "
-            "logits on",
-        ),
-        (
             "moe.constants_shared",
             config.moe.shares_constants,
             False,

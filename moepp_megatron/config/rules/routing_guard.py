@@ -108,7 +108,6 @@ def _guard_metrics_are_measured(config: Config) -> Iterator[Problem]:
         "training.cuda_graphs": "moe_router" in config.training.cuda_graphs,
         "routing_guard.shift.window": config.routing_guard.shift.window == 0,
         "observe.token_groups": not config.observe.token_groups,
-        "model.implementation": config.model.implementation == "hybrid",
         "parallel.overlap_moe_expert_parallel_comm": (
             config.parallel.overlap_moe_expert_parallel_comm
         ),
@@ -182,23 +181,17 @@ def _guard_reaches_the_router(config: Config) -> Iterator[Problem]:
 
 def _forced_tokens_are_known_in_every_layer(config: Config) -> Iterator[Problem]:
     """Token ids travel with the hidden vectors, which not all schedules support."""
-    reasons = {
-        "model.implementation": config.model.implementation == "hybrid",
-        "parallel.overlap_moe_expert_parallel_comm": (
-            config.parallel.overlap_moe_expert_parallel_comm
-        ),
-    }
     tokens = config.routing_guard.force_ffn.tokens
     if tokens == "all" or not list(_acting(config, "force_ffn")):
         return
-    for setting, holds in reasons.items():
-        if holds:
-            yield Problem(
-                "routing_guard.force_ffn.tokens",
-                tokens,
-                f"must be all with {setting}, whose layers do not know their tokens",
-                "use all",
-            )
+    if config.parallel.overlap_moe_expert_parallel_comm:
+        yield Problem(
+            "routing_guard.force_ffn.tokens",
+            tokens,
+            "must be all with parallel.overlap_moe_expert_parallel_comm, whose layers do not know "
+            "their tokens",
+            "use all",
+        )
 
 
 def _forced_token_ids_exist(config: Config) -> Iterator[Problem]:

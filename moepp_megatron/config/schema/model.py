@@ -13,11 +13,6 @@ from moepp_megatron.config.schema.section import Section, unit
 class ModelSection(Section):
     """Shape of the transformer; names follow megatron-core's TransformerConfig."""
 
-    implementation: Literal["gpt", "hybrid"] = Field(
-        default="gpt",
-        description="megatron-core's GPTModel or its successor HybridModel; weights are the same",
-        json_schema_extra=unit("-"),
-    )
     num_layers: int = Field(
         ge=1, description="Transformer layers", json_schema_extra=unit("layers")
     )

@@ -76,7 +76,6 @@ class Space:
             groups_are_set=config.model.num_query_groups is not None,
             can_overlap=(
                 config.precision.dtype == "bf16"
-                and config.model.implementation == "gpt"
                 and not config.training.cuda_graphs
                 and not load.experts.shares_constants
             ),

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moepp_megatron.config import (
     Config,
@@ -12,9 +13,11 @@ from moepp_megatron.config import (
     check_config,
     check_world_size,
     load_config,
+    parse_config,
     with_overrides,
 )
 from moepp_megatron.config.known_keys import subsection
+from moepp_megatron.config.removed import REMOVED
 from moepp_megatron.config.rules import IGNORED, RULES, WORLD_SIZE_IGNORED, WORLD_SIZE_RULES
 from moepp_megatron.config.schema import Section
 
@@ -114,6 +117,25 @@ def test_unknown_key_names_its_file(minimal: Path, tmp_path: Path) -> None:
         str(caught.value) == "unknown key moe.top_k; did you mean moe.router_topk or "
         f"distillation.top_k? (in {middle})"
     )
+
+
+def test_a_resolved_configuration_of_an_older_version_loads(minimal: Path, tmp_path: Path) -> None:
+    """It names every setting, so those that are gone too."""
+    resolved = load_config(minimal).model_dump(mode="json")
+    current = parse_config(resolved)
+    for name, (value, remedy) in REMOVED.items():
+        section, _, key = name.partition(".")
+        old = {**resolved, section: {**resolved[section], key: value}}
+        assert parse_config(old) == current
+        path = tmp_path / "old.yaml"
+        path.write_text(yaml.safe_dump(old))
+        assert load_config(path) == current
+        old[section][key] = "another"
+        with pytest.raises(ConfigError) as caught:
+            parse_config(old)
+        assert str(caught.value).startswith(f"{name} ('another') has been removed; {remedy}")
+        with pytest.raises(ConfigError, match=f"{name} has been removed"):
+            load_config(minimal, [f"{name}={value}"])
 
 
 @pytest.mark.parametrize(

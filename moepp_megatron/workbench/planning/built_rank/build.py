@@ -47,8 +47,7 @@ class BuiltRank:
     Attributes:
         rank: Its number.
         groups: Ranks of each process group that it is in, by name.
-        layers: Numbers (from 0) of the layers in each model chunk; None for a hybrid model, which
-            numbers attention and FFN separately.
+        layers: Numbers (from 0) of the layers in each model chunk.
         parameters: All parameters of the rank.
         gradient_bytes: Bytes of the gradients' buffers without alignment.
         aligned_bytes: The same with alignment.
@@ -58,7 +57,7 @@ class BuiltRank:
 
     rank: int
     groups: dict[str, list[int]]
-    layers: list[list[int]] | None
+    layers: list[list[int]]
     parameters: list[BuiltParameter]
     gradient_bytes: int
     aligned_bytes: int
@@ -106,9 +105,7 @@ def _build(config: Config, rank: int) -> BuiltRank:
         for number, model in enumerate(models)
         for name, parameter in model.named_parameters()
     ]
-    layers = None
-    if config.model.implementation == "gpt":
-        layers = [[layer.layer_number - 1 for layer in model.decoder.layers] for model in models]
+    layers = [[layer.layer_number - 1 for layer in model.decoder.layers] for model in models]
     _, chunks = wrap_models(models, config, casts=False)
     buffers = [
         buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers

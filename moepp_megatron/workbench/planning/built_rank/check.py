@@ -38,9 +38,8 @@ def check_rank(config: Config, layout: Layout, built: BuiltRank) -> list[Check]:
     """All comparisons of one rank: groups, layers, shapes, parameters, memory."""
     place = layout.coordinates(built.rank)
     checks = [_group(layout, built, name) for name in built.groups]
-    if built.layers is not None:
-        expected = [list(chunk) for chunk in stage_layers(config)[place.pp]]
-        checks.append(Check("layers", str(built.layers), str(expected), built.layers == expected))
+    expected = [list(chunk) for chunk in stage_layers(config)[place.pp]]
+    checks.append(Check("layers", str(built.layers), str(expected), built.layers == expected))
     checks.append(_shapes(config, layout, built))
     return checks + _sizes(config, layout, built, place.pp)
 

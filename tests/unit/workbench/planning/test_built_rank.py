@@ -116,14 +116,6 @@ def test_ranks_are_what_the_layout_says(
         assert built.aligned_bytes >= built.gradient_bytes
 
 
-def test_hybrid_models_are_built_too(elsewhere: ProcessPoolExecutor) -> None:
-    raw = INTERLEAVED | {"model": INTERLEAVED["model"] | {"implementation": "hybrid"}}
-    [(built, checks)] = elsewhere.submit(build, raw, [1000]).result()
-    assert built.layers is None
-    assert len(checks) == 17
-    assert all(check.holds for check in checks)
-
-
 def test_shards_of_all_ranks_are_all_parameters(elsewhere: ProcessPoolExecutor) -> None:
     layout = {
         "tensor_model_parallel_size": 8,
