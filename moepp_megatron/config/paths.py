@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 # One letter is a drive: C:/data is an odd name on this system, but not an address.
@@ -20,6 +22,12 @@ class PathProblem(NamedTuple):
 
     rule: str
     remedy: str
+
+
+def looked_at(path: Path) -> str:
+    """`, looked at /work/data` for a message about a relative path; nothing for another."""
+    is_clear = is_address(str(path)) or path.is_absolute()
+    return "" if is_clear else f", looked at {os.path.abspath(path)}"
 
 
 def is_address(text: str) -> bool:

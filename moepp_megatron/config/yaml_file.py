@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.paths import looked_at
 
 # Values, keys and collections; an alias counts as all that it stands for. Hundreds are usual.
 _MAX_NODES = 20_000
@@ -152,7 +153,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         with path.open(encoding="utf-8") as file:
             text = file.read(_MAX_CHARACTERS + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; check the path of the configuration") from None
+        raise ConfigError(
+            f"{path}: no such file{looked_at(path)}; check the path of the configuration"
+        ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: must be UTF-8 text; give a YAML file") from None
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.paths import looked_at
 from moepp_megatron.data.compressed import COMPRESSIONS, Compression
 from moepp_megatron.data.manifest import CORPUS
 from moepp_megatron.data.saved_datasets import companions
@@ -185,7 +186,8 @@ def _stat(source: str, path: Path) -> os.stat_result:
         return path.stat()
     except OSError as error:
         raise ConfigError(
-            f"source {source}: {path} cannot be read ({error.strerror}); check the path"
+            f"source {source}: {path} cannot be read ({error.strerror}){looked_at(path)}; "
+            "check the path"
         ) from error
 
 

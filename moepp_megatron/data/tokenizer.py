@@ -13,6 +13,7 @@ import tokenizers
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.json_file import read_json
+from moepp_megatron.config.paths import looked_at
 from moepp_megatron.data.long_text import can_cut, cut_text
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.file_names import DATA_MANIFEST_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
@@ -176,7 +177,10 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"tokenizer ({path}) cannot be read ({error.strerror})") from error
+        raise ConfigError(
+            f"tokenizer ({path}) cannot be read ({error.strerror}){looked_at(path)}; name a "
+            "tokenizer.json or its folder"
+        ) from error
     except UnicodeDecodeError:
         # A sentencepiece model, most often: tokenizer.model beside the file that is wanted.
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Checks a prepared folder against its manifest, quickly or byte by byte."""
 
 import hashlib
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.paths import looked_at
 from moepp_megatron.data.index import CorpusError, IndexHeader, read_ends, read_header
 from moepp_megatron.data.manifest import CORPUS, FILES, Manifest
 from moepp_megatron.data.pairs import is_pair, read_pair
@@ -61,8 +63,8 @@ def read_manifest(folder: Path, name: str) -> Manifest:
     except (OSError, ValueError) as error:
         reason = "" if isinstance(error, FileNotFoundError) else f" ({error})"
         raise ConfigError(
-            f"{name} ({folder}) must be a prepared folder{reason}; run: "
-            f"moepp data prepare SOURCE... --out {folder}"
+            f"{name} ({folder}) must be a prepared folder{reason}{looked_at(folder)}; run: "
+            f"moepp data prepare SOURCE... --out {shlex.quote(str(folder))}"
         ) from None
 
 
@@ -112,7 +114,7 @@ def damaged(name: str, folder: Path, problem: str) -> ConfigError:
         )
     return ConfigError(
         f"{name} ({folder}) is damaged: {problem}; put back a copy or prepare it again with "
-        f"--force, and check it with: moepp data verify {folder}"
+        f"--force, and check it with: moepp data verify {shlex.quote(str(folder))}"
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.config import ConfigError, json_file
+from moepp_megatron.config.paths import looked_at
 from moepp_megatron.file_names import MODEL_CONFIG_FILE, PICKLES_INDEX_FILE, SAFETENSORS_INDEX_FILE
 from moepp_megatron.interop.safetensors_file import TensorEntry, read_header, read_tensor
 
@@ -130,7 +131,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json_file.read_json(path)
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be read ({error.strerror}); name the folder of a Hugging Face model"
+            f"{path} cannot be read ({error.strerror}){looked_at(path)}; name the folder "
+            "of a Hugging Face model"
         ) from None
     except ValueError as error:
         raise ConfigError(f"{path} must be JSON ({error}); fetch it again") from None

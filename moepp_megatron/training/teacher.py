@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +78,8 @@ def _find(name: str, config: Config) -> Path:
     if (folder / MODEL_CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
         raise ConfigError(
             f"distillation.teacher ({name}) must be a checkpoint of ours, and is one of Hugging "
-            f"Face; convert it once: moepp convert upcycle {name} TEACHER --zero 0 --copy 0 "
-            "--constant 0, or moepp convert hf-to-mcore if it is a MoE++ model"
+            f"Face; convert it once: moepp convert upcycle {shlex.quote(name)} TEACHER --zero 0 "
+            "--copy 0 --constant 0, or moepp convert hf-to-mcore if it is a MoE++ model"
         )
     try:
         # Tensors are hashed when they are read, by all ranks together.

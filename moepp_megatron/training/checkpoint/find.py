@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.paths import looked_at
 from moepp_megatron.config.yaml_file import read_mapping
 from moepp_megatron.data.same_tokenizer import check_model_tokenizer
 from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
@@ -58,7 +59,8 @@ def find_checkpoint(
     if (path / MODEL_CONFIG_FILE).is_file():
         remedy = "this is a folder of Hugging Face, so convert it with moepp convert hf-to-mcore"
     raise ConfigError(
-        f"checkpoint ({path}) must be a checkpoint folder or a run that has a valid one; {remedy}"
+        f"checkpoint ({path}) must be a checkpoint folder or a run that has a valid one"
+        f"{looked_at(path)}; {remedy}"
     )
 
 
@@ -118,7 +120,7 @@ def refuse_no_start(name: str, skipped: list[str]) -> None:
         why = f" ({'; '.join(skipped)})" if skipped else ""
         raise NoStartError(
             f"checkpoint.load ({name}) must be a checkpoint folder or a run that has a valid one"
-            f"{why}; name another one, auto, or null"
+            f"{why}{looked_at(place(name))}; name another one, auto, or null"
         )
     if skipped:
         raise NoStartError(

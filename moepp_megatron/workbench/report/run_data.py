@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.paths import looked_at
 from moepp_megatron.config.printable import printable
 from moepp_megatron.config.schema.section import LARGEST, LARGEST_OF_ALL
 from moepp_megatron.config.yaml_file import parse_yaml
@@ -157,7 +158,8 @@ def load_run(folder: Path) -> RunData:
     """
     if not folder.is_dir():
         raise ReportError(
-            f"{folder}: is not a folder; name the folder of a run that `moepp train` has started"
+            f"{folder}: is not a folder{looked_at(folder)}; name the folder of a run that "
+            "`moepp train` has started"
         )
     config, text = read_config(folder / CONFIG_FILE)
     try:

@@ -264,3 +264,27 @@ def test_a_full_disk_behind_stdout_is_one_line():
         done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 3
     assert done.stderr == "error: stdout: No space left on device; free space\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "n ö"],
+        ["train", str(ROOT / "configs" / "quickstart.yaml"), "--nproc", "2", "data.path=n ö"],
+        ["data", "show", "n ö"],
+        ["data", "prepare", "n ö", "--out", "x"],
+        ["report", "n ö"],
+        ["monitor", "n ö", "--once"],
+        ["generate", "n ö", "--prompt", "a"],
+        ["convert", "hf-to-mcore", "n ö", "x"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_a_relative_path_is_said_in_full_and_quoted_where_it_is_suggested(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = _run(words, monkeypatch, capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f", looked at {tmp_path}/n ö" in err
+    assert "--out" not in err or "--out 'n ö'" in err

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from moepp_megatron.config.paths import looked_at
 from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE
 from moepp_megatron.observe.alerts import Alert, parse_alert
 from moepp_megatron.observe.metrics import StepMetrics
@@ -140,8 +141,8 @@ def check_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ReportError(
-            f"{folder}: is not a folder; name the folder of a run that `moepp train` has started, "
-            "or make it to wait for one"
+            f"{folder}: is not a folder{looked_at(folder)}; name the folder of a run that "
+            "`moepp train` has started, or make it to wait for one"
         )
     try:
         names = {path.name for path in folder.iterdir()}
