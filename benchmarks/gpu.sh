@@ -12,7 +12,7 @@
 # step     whole training steps of the 0.6B model against its vanilla rival, bf16 and FP8
 # resume   the run of train, from its checkpoint
 # graphs   the run of train with attention and router as CUDA graphs
-# pair     two GPUs: dispatchers, collectives, and a run each with EP, TP, PP and CP over NCCL
+# pair     two GPUs: their link, and a run each with EP, TP, PP and CP over NCCL
 #
 # In this order unless --steps names some. Writes OUT/<card>.json (default benchmarks/results), which
 # `moepp bench report` makes a page of. What each part leaves stays in WORK (default runs/gpu_sh),
@@ -136,7 +136,7 @@ if ((gpus > 0)); then
     all=(--shapes '0.6B,1B,2B,7B' --taus '0.1,0.25,0.5,0.75,1.0')
     one=(--shapes 7B --taus 0.75)
     precisions=(bf16 fp8:delayed fp8:tensorwise fp8:blockwise)
-    card=() dispatch=(--dtype bf16 --tokens 16384) most=256M
+    card=() most=256M
     model=(configs/models/moepp_0.6b_8_4.yaml "data.path=$work/corpus" training.micro_batch_size=4
         training.global_batch_size=8 "${length[@]}")
     step=(configs/models/moepp_0.6b_8_4.yaml run.dir=unused training.micro_batch_size=4
@@ -147,7 +147,7 @@ else
     all=(--shapes 0.6B --taus 0.75)
     one=("${all[@]}")
     precisions=(bf16)
-    card=(--size 256 --megabytes 16) dispatch=(--tokens 64 --rounds 2) most=64K
+    card=(--size 256 --megabytes 16) most=64K
     tiny=(model.num_layers=2 training.micro_batch_size=1)
     # Two sequences a step, so that two ranks have one each.
     model=(configs/quickstart.yaml parallel.expert_model_parallel_size=1 training.global_batch_size=2
@@ -206,8 +206,8 @@ if has graphs && ((gpus > 0)); then
 fi
 if has pair && ((gpus != 1)); then
     corpus
-    bench dispatch dispatch --nproc 2 "${dispatch[@]}"
-    run collectives "$MOEPP_BIN/moepp" bench collectives --nproc 2 --max "$most"
+    run links "$MOEPP_BIN/torchrun" --standalone --nproc-per-node 2 \
+        -m moepp_megatron.workbench.bench.links "$work/links.json" --max "$most"
     train ep --nproc 2 parallel.expert_model_parallel_size=2
     train tp --nproc 2 parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true
     train pp --nproc 2 parallel.pipeline_model_parallel_size=2

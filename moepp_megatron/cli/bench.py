@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moepp_megatron.cli.bench_collectives import collectives
-from moepp_megatron.cli.bench_dispatch import dispatch
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import (
     ConfigArgument,
@@ -31,8 +29,6 @@ app = typer.Typer(
     """,
     no_args_is_help=True,
 )
-app.command()(collectives)
-app.command()(dispatch)
 
 _DTYPES = ("fp32", "bf16")
 _LAYER_DTYPES = (*_DTYPES, "fp8")

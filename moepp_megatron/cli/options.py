@@ -52,9 +52,6 @@ JsonOption = Annotated[
         metavar="FILE",
     ),
 ]
-DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="Send values of this dtype.", metavar="fp32|bf16")
-]
 GpuOption = Annotated[
     str, typer.Option("--gpu", help=f"Estimate for this kind of GPU: {GPU_NAMES}.", metavar="NAME")
 ]

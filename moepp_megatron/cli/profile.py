@@ -43,7 +43,7 @@ def profile(
         Path | None,
         typer.Option(
             help="Compare with what collectives reach here when they run alone: a FILE of "
-            "moepp bench collectives --json.",
+            "moepp_megatron.workbench.bench.links.",
             metavar="FILE",
         ),
     ] = None,
@@ -90,14 +90,14 @@ def _profile(
     from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.workbench.profiling.analysis import analyse
     from moepp_megatron.workbench.profiling.document import document
-    from moepp_megatron.workbench.profiling.measures.ceiling import Ceiling
+    from moepp_megatron.workbench.profiling.measures.links import read_ceiling
     from moepp_megatron.workbench.profiling.recognise import compared, run_name
-    from moepp_megatron.workbench.profiling.step_summary import measured_peak, summarise
+    from moepp_megatron.workbench.profiling.step_summary import summarise
     from moepp_megatron.workbench.report.profile.findings import findings
     from moepp_megatron.workbench.report.profile.page import render
     from moepp_megatron.workbench.report.profile.terminal import print_profile
 
-    peaks = None if ceiling is None else measured_peak(Ceiling.read(ceiling))
+    peaks = None if ceiling is None else read_ceiling(ceiling)
     found: Profile = analyse(run, step, peaks)
     numbers = document(found)
     comparison = compared(summarise(found, run_name(run)), against)

@@ -150,13 +150,6 @@ PATCHES = (
         "neither gloo nor NCCL says how long a rank waits, and with how many bytes",
         "torch tells the time of a collective",
     ),
-    Patch(
-        "workbench.bench.dispatch",
-        "torch",
-        "all_to_all_single; while bytes are counted",
-        "bytes are counted where they leave, not by the code that sends them",
-        "torch tells the bytes of a collective",
-    ),
 )
 
 

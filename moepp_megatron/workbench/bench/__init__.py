@@ -10,9 +10,7 @@ bounds.py            the least time of each part on such a GPU
 layer.py             `moepp bench layer`, and what a layer keeps for its backward pass
 parts.py             where a layer's time goes
 step.py              `moepp bench step`, and the random tokens that it reads
-dispatch.py          `moepp bench dispatch`
 all_to_all_clock.py  time and bytes of all-to-alls within a step
-collectives.py       `moepp bench collectives`
-collective_cases.py  its operations, their buffers and what must arrive
+links.py             bandwidth of a cluster's links
 process.py           sets up one process with Megatron's groups, which a layer needs to be built
 """

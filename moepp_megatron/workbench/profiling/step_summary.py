@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from moepp_megatron.workbench.profiling.analysis import Profile
-from moepp_megatron.workbench.profiling.collective import Collective
-from moepp_megatron.workbench.profiling.measures.ceiling import Ceiling
-from moepp_megatron.workbench.profiling.measures.links import MeasuredPeak
 from moepp_megatron.workbench.profiling.summary import ProfileSummary, SummaryRow
 
 
@@ -37,18 +34,3 @@ def summarise(profile: Profile, name: str | None = None) -> ProfileSummary:
         compute_us=sum(time.compute_us for time in times) / len(times),
         rows=tuple(rows),
     )
-
-
-def measured_peak(ceiling: Ceiling) -> MeasuredPeak:
-    """The bandwidth that a call could reach, by a file of `moepp bench collectives`."""
-
-    def peak(call: Collective) -> float | None:
-        if call.size is None:
-            return None
-        even = call.sent is None or len(set(call.sent)) <= 1
-        found = ceiling.bus_bandwidth(call.operation, call.group_size, call.size, even)
-        if found is None and not even:
-            found = ceiling.bus_bandwidth(call.operation, call.group_size, call.size)
-        return found
-
-    return peak

@@ -4,7 +4,6 @@ alerts.py              A run's alerts on its page: a table, and marks where they
 bench.py               results of `moepp bench layer`: a table, JSON, a plot
 bench_bounds.py        results of `moepp bench card`, and of layers beside them
 cards.py               the headline numbers of a run
-collectives.py         results of `moepp bench collectives`
 comparison.py          several runs: how far each has come, and the settings that differ
 comparison_page.py     the page of several runs
 comparison_plots.py    the curves of several runs over each other

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 
 from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
-from moepp_megatron.workbench.bench.dispatch import DispatchResult, DispatchSetting
 from moepp_megatron.workbench.bench.layer import LayerResult
 from moepp_megatron.workbench.bench.step import TimedStep
 from moepp_megatron.workbench.report.drawing import BLUE, INK, MUTED, VERMILION, png_figure
@@ -142,36 +141,6 @@ def print_step(result: TimedStep) -> None:
     console.print(
         f"MoE++ is {result.speedup:.2f} times as fast (median of the rounds' ratios); "
         f"without anything but FFN experts it could be {1 / result.phi:.2f} times"
-    )
-
-
-def print_dispatch(setting: DispatchSetting, results: Sequence[DispatchResult]) -> None:
-    """Print bytes beside the formula, and times, of each dispatcher."""
-    first = results[0]
-    table = titled_table(
-        f"Dispatch and combine, EP {first.ep}: {setting.tokens} tokens per rank, hidden "
-        f"{setting.hidden_size}, {setting.experts} FFN experts, top-{setting.topk}, phi "
-        f"{setting.phi:g}, {setting.dtype}",
-        "dispatcher",
-        words=1,
-    )
-    for name in ("vectors MB", "of vanilla", "formula MB", "other MB", "ms", "time of vanilla"):
-        table.add_column(name, justify="right")
-    for r in results:
-        table.add_row(
-            r.dispatcher,
-            f"{r.vector_bytes / 1e6:.3f}",
-            f"{r.vector_bytes / max(first.vector_bytes, 1):.3f}",
-            "" if r.dispatcher == "dedup" else f"{r.formula_bytes / 1e6:.3f}",
-            f"{r.metadata_bytes / 1e6:.3f}",
-            f"{r.total_ms:.1f}",
-            f"{r.time_of_vanilla:.2f}",
-        )
-    console = Console()
-    console.print(table)
-    console.print(
-        "Bytes that leave rank 0 in a forward pass, equal to what its selections ask for; the "
-        "formula 2 T K phi D w (EP - 1) / EP is their mean. Milliseconds forward and backward."
     )
 
 

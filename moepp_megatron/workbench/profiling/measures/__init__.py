@@ -8,6 +8,5 @@ expected_bytes.py  all-to-all bytes, measured against what routing makes necessa
 expert_load.py     rows that the experts of each rank computed
 slow_rank.py       a rank that computes longer than its rows explain
 links.py           the link that a group's messages take, and its peak
-ceiling.py         bandwidth that `moepp bench collectives` has measured
 intervals.py       arithmetic of time intervals: lists of (start, end), microseconds
 """

@@ -128,8 +128,8 @@ def _facts(document: dict[str, Any]) -> list[str]:
 def _tables(document: dict[str, Any]) -> list[TextTable]:
     peak = {
         "rated": "Peak: the rated bandwidth of the link.",
-        "measured": "Peak: what moepp bench collectives measured for such a call.",
-        "unknown": "Peak: unknown here; give --ceiling with a file of moepp bench collectives.",
+        "measured": "Peak: what such a call reached alone.",
+        "unknown": "Peak: unknown here; --ceiling gives one.",
     }[document["ceiling"]]
     found = [
         TextTable(

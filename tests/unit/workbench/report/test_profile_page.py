@@ -126,7 +126,7 @@ def test_other_sources(tmp_path: Path) -> None:
         (["missing"], "training.profile_steps"),
         (["run", "--step", 9], r"--step \(9\).*use one of \[7\]"),
         (["run", "--against", "missing"], "missing"),
-        (["run", "--ceiling", "missing"], "moepp bench collectives"),
+        (["run", "--ceiling", "missing"], "workbench.bench.links"),
         (["run", "--out", "run/profile/rank0.meta.json"], "--out"),
     ],
 )
