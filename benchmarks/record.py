@@ -148,7 +148,6 @@ def _estimated_bytes(path: Path) -> float:
     from moepp_megatron.cli.memory_fit import needed_bytes
     from moepp_megatron.config import Layout, load_config
     from moepp_megatron.workbench.planning.memory import rank_memory
-    from moepp_megatron.workbench.planning.target import target_of
 
     config = load_config(path)
     parallel = config.parallel
@@ -158,8 +157,7 @@ def _estimated_bytes(path: Path) -> float:
         * parallel.context_parallel_size
     )
     layout = Layout.from_config(config, max(model_ranks, parallel.expert_model_parallel_size))
-    modules = target_of(config).modules
-    return needed_bytes([rank_memory(config, layout, p, modules) for p in range(layout.pp)])
+    return needed_bytes([rank_memory(config, layout, p) for p in range(layout.pp)])
 
 
 def _tests(path: Path) -> dict[str, Any] | None:

@@ -13,12 +13,12 @@ from moepp_megatron.config import Config, Layout, count_parameters, stage_layers
 from moepp_megatron.workbench.planning.efficiency import DEFAULT
 from moepp_megatron.workbench.planning.memory import RankMemory, rank_memory
 from moepp_megatron.workbench.planning.target import Target, target_of
-from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.terminal import plain_table, print_whole
 
 # A large grid says nothing that its first and last ranks do not.
 _MOST_RANKS = 16
-_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "teacher")
+_EXACT = ("weights", "gradients", "optimizer")
+_PARTS = (*_EXACT, "activations", "buffers")
 
 
 def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
@@ -33,7 +33,7 @@ def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
         ConfigError: If there is no such GPU.
     """
     target = target_of(config, gpu)
-    stages = [rank_memory(config, layout, p, target.modules) for p in range(layout.pp)]
+    stages = [rank_memory(config, layout, p) for p in range(layout.pp)]
     device = "this machine's CPU" if target.hardware is None else target.hardware.name
     print_whole(
         _parameters(config),
@@ -43,8 +43,7 @@ def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
         _stages(config, stages),
         f"\nMemory of a rank on {device} ({target.reason})",
         _memory(stages, target),
-        "activations and buffers: estimates for even routing (docs/planning.md)",
-        _fit(config, layout, stages, target),
+        _fit(stages, target),
         f"\n{_number(layout.world_size, 'rank', 'ranks')}",
         _grid(layout),
         f"\n{_number(layout.num_microbatches, 'micro-batch', 'micro-batches')} of "
@@ -137,27 +136,31 @@ def _layers(chunk: tuple[int, ...]) -> str:
 
 
 def _memory(stages: list[RankMemory], target: Target) -> Table:
-    """Memory of a rank of each stage: in GiB, or in MiB on a CPU if all of it is small."""
-    most = max(memory.total for memory in stages)
-    unit, size = ("MiB", 2**20) if target.hardware is None and most < GIB else ("GiB", GIB)
-    has_teacher = any(memory.teacher for memory in stages)
-    parts = _PARTS if has_teacher else _PARTS[:-1]
+    """Memory of a rank of each stage: in GiB, or in MiB on a CPU if all of it is small.
+
+    On a CPU only what is exact: what is kept for the backward pass is not estimated.
+    """
+    parts = _EXACT if target.hardware is None else _PARTS
+    if any(memory.teacher for memory in stages):
+        parts += ("teacher",)
+    rows = [[getattr(memory, part) for part in parts] for memory in stages]
+    is_small = target.hardware is None and max(map(sum, rows)) < GIB
+    unit, size, digits = ("MiB", 2**20, 1) if is_small else ("GiB", GIB, 2)
     table = plain_table("stage", *parts, f"sum, {unit}")
-    digits = 1 if unit == "MiB" else 2
-    for stage, memory in enumerate(stages):
-        sizes = [*(getattr(memory, part) for part in parts), memory.total]
-        table.add_row(str(stage), *(f"{value / size:,.{digits}f}" for value in sizes))
+    for stage, sizes in enumerate(rows):
+        table.add_row(
+            str(stage), *(f"{value / size:,.{digits}f}" for value in (*sizes, sum(sizes)))
+        )
     return table
 
 
-def _fit(config: Config, layout: Layout, stages: list[RankMemory], target: Target) -> str:
+def _fit(stages: list[RankMemory], target: Target) -> str:
     """Whether the fullest rank fits the GPU, by the rule of `moepp plan`."""
-    most = max(memory.total for memory in stages)
     if target.hardware is None:
-        on_card = max(rank_memory(config, layout, p).total for p in range(layout.pp))
-        return f"fullest rank: {formatting.data_size(most)}; on a GPU {_size(on_card)}"
+        return "activations are not estimated on a CPU; --gpu NAME estimates those on a GPU"
     needed = needed_bytes(stages)
     text = (
+        "activations and buffers: estimates for even routing (docs/planning.md)\n"
         f"fullest rank: {_size(needed)}, of these {DEFAULT.reserved_gib:g} GiB for CUDA, NCCL and "
         "fragmentation: "
     )

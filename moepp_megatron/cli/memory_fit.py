@@ -51,7 +51,7 @@ def refuse_too_large(config: Config, layout: Layout) -> None:
     from moepp_megatron.workbench.planning.target import target_of
 
     target = target_of(config)
-    stages = [rank_memory(config, layout, p, target.modules) for p in range(layout.pp)]
+    stages = [rank_memory(config, layout, p) for p in range(layout.pp)]
     needed = needed_bytes(stages)
     if fits(needed, target) is not False:
         return

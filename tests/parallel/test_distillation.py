@@ -313,7 +313,7 @@ def estimated_and_held(raw: dict[str, Any]) -> tuple[float, int]:
     parameters = Distillation(config, teacher).parameters()
     stage = layout.coordinates(dist.get_rank()).pp
     held = sum(each.numel() * each.element_size() for each in parameters)
-    return rank_memory(config, layout, stage, "local").teacher, held
+    return rank_memory(config, layout, stage).teacher, held
 
 
 def test_the_planner_counts_the_teacher(ranks: RankPools, teachers: dict[str, Path]) -> None:

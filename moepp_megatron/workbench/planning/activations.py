@@ -3,15 +3,13 @@
 Counted tensor by tensor from megatron-core 0.19: with sequence parallelism the norms, the residual
 stream and the router hold the rank's own tokens T, attention the T tp tokens of its group, experts
 the R rows that arrived. Gates are applied inside the experts' activation, so that their outputs are
-not kept (arXiv 2603.07685, section 4.1.2). This file counts fused modules; megatron-core's own
-modules, which a CPU runs, are counted in `local_activations.py`.
+not kept (arXiv 2603.07685, section 4.1.2).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from moepp_megatron.workbench.planning import local_activations as local
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.latent_attention import LatentAttention
 from moepp_megatron.workbench.planning.links import distinct_targets
@@ -24,8 +22,6 @@ _JOINED_RANKS = 8
 
 def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
     """Bytes kept between the passes of one micro-batch and layer."""
-    if load.modules == "local":
-        return local.kept_bytes(load, grid, layer)
     size = load.numbers.activation_bytes
     own = grid.tokens(load.seq)
     stream = float(own * load.hidden * size)
@@ -47,8 +43,6 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
 
     With recomputation the kept tensors of one layer are rebuilt too.
     """
-    if load.modules == "local":
-        return local.peak_bytes(load, grid, layer)
     size = load.numbers.activation_bytes
     own = grid.tokens(load.seq)
     peak = 3.0 * own * load.hidden * size
@@ -84,8 +78,6 @@ def output_bytes(load: Workload, grid: Grid) -> float:
     logits in place; the other format holds first the logits, then their gradient. Beside them the
     final norm's output, its gradient and that of the weights, which is added up after its product.
     """
-    if load.modules == "local":
-        return local.output_bytes(load, grid)
     size = load.numbers.activation_bytes
     own = grid.tokens(load.seq)
     width = load.vocab / grid.tp
@@ -95,8 +87,6 @@ def output_bytes(load: Workload, grid: Grid) -> float:
 
 def resident_bytes(load: Workload, grid: Grid) -> float:
     """Bytes that the modules allocate once and never free."""
-    if load.modules == "local":
-        return local.resident_bytes(load, grid)
     if load.experts.dispatcher != "flex" or not any(load.is_moe):
         return 0.0
     # DeepEP and HybridEP receive into buffers for the worst case, one for each direction: all

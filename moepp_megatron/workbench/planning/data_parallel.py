@@ -20,13 +20,11 @@ class StepEnd:
         reduce: Reduce-scatter (or all-reduce) of gradients.
         gather: All-gather of parameters.
         optimizer: Gradient norm, Adam, casts: all bound by memory.
-        overlaps: Communication may run beside computation.
     """
 
     reduce: float
     gather: float
     optimizer: float
-    overlaps: bool = True
 
     def exposed(self, grid: Grid, forward_s: float, backward_s: float) -> float:
         """Communication that does not run beside computation, in seconds.
@@ -40,11 +38,11 @@ class StepEnd:
 
     def exposed_reduce(self, grid: Grid, backward_s: float) -> float:
         """The part of the reduction that runs after the last backward pass."""
-        return max(self.reduce - (backward_s if self.overlaps and grid.grad_overlap else 0.0), 0.0)
+        return max(self.reduce - (backward_s if grid.grad_overlap else 0.0), 0.0)
 
     def exposed_gather(self, grid: Grid, forward_s: float) -> float:
         """The part of the gathering that the first forward pass waits for."""
-        return max(self.gather - (forward_s if self.overlaps and grid.param_overlap else 0.0), 0.0)
+        return max(self.gather - (forward_s if grid.param_overlap else 0.0), 0.0)
 
 
 def step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> StepEnd:
@@ -64,7 +62,7 @@ def step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankParam
         # They travel with each micro-batch (`traffic.sharding_seconds`).
         reduce = gather = 0.0
     optimizer = _optimizer(load, grid, machine, parameters)
-    return StepEnd(reduce, gather, optimizer, machine.overlaps)
+    return StepEnd(reduce, gather, optimizer)
 
 
 def pipeline_end(
@@ -94,4 +92,4 @@ def _optimizer(load: Workload, grid: Grid, machine: Machine, parameters: RankPar
     state = 2 * (numbers.moments_bytes + max(numbers.master_bytes, 4))
     moved = own * (2 * numbers.gradient_bytes + state + numbers.weight_bytes)
     moved += (parameters.dense + parameters.experts) * numbers.gradient_bytes
-    return moved / machine.optimizer_rate
+    return moved / machine.memory_rate

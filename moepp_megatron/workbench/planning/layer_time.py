@@ -67,7 +67,7 @@ def layer_time(
     """Time of a layer; `grid` need not be whole, see `layer_key`."""
     parts = list(layer_parts(load, grid, Layer(is_moe, rows, has_residual=True)))
     traffic = layer_traffic(load, grid, machine, is_moe, skew)
-    overlaps = machine.overlaps and grid.expert_overlap and traffic.experts > 0
+    overlaps = grid.expert_overlap and traffic.experts > 0
     slower = 1.0 / (1.0 - machine.reached.overlap_slowdown) if overlaps else 1.0
     clock = _Clock(machine, slower, load.graphs)
     for part in parts:
@@ -76,10 +76,8 @@ def layer_time(
     if grid.recomputes_all:
         clock.communicate(TENSOR, 0.0, traffic.tensor_forward)
     # Keys and values travel while the core works on those that have arrived.
-    cover = (0.0, 0.0)
-    if machine.overlaps:
-        core = next(part for part in parts if part.name == "attention")
-        cover = (_core_seconds(core.forward, machine), _core_seconds(core.backward, machine))
+    core = next(part for part in parts if part.name == "attention")
+    cover = (_core_seconds(core.forward, machine), _core_seconds(core.backward, machine))
     clock.communicate(
         CONTEXT,
         max(traffic.context - cover[0], 0.0),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from moepp_megatron.workbench.planning.module_costs import COSTS
 from moepp_megatron.workbench.planning.rates import Product, linear_products
 from moepp_megatron.workbench.planning.workload import Workload
 
@@ -26,8 +25,7 @@ class LinearWork:
         forward: Products forward.
         backward: Products backward.
         moved: Bytes of casts to FP8 forward.
-        moved_back: The same backward, and of adding the weight's gradient to the others, where the
-            product does not.
+        moved_back: The same backward.
         casts: Kernels of the casts of one direction.
     """
 
@@ -52,8 +50,7 @@ def linear_work(
     number = _product_number(load)
     forward, backward = linear_products(rows, [(outputs, inputs)], number, groups)
     if load.numbers.fp8 is None:
-        accumulated = COSTS[load.modules].accumulated * outputs * inputs * groups
-        return LinearWork(forward, backward, 0.0, accumulated, 0)
+        return LinearWork(forward, backward, 0.0, 0.0, 0)
     element, kernels = _CASTS[load.numbers.fp8]
     casts = ceil(groups / _CAST_TOGETHER) if load.numbers.fp8 == "delayed" else groups
     return LinearWork(

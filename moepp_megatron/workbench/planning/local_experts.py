@@ -73,7 +73,7 @@ def seconds_beside_rows(
     """
     travels = load.experts.dispatcher in _TICKETS and grid.ep > 1 and grid.etp == 1
     is_combined = grid.expert_overlap or grid.unpaired
-    if not machine.overlaps or is_combined or not travels or load.experts.is_vanilla:
+    if is_combined or not travels or load.experts.is_vanilla:
         return 0.0
     most = exchange / 2 * (1.0 - machine.reached.overlap_slowdown)
     return sum(min(work_seconds(work, machine), most) for work in works)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.hardware import Hardware
-from moepp_megatron.workbench.planning.cpu_rates import CpuRates
 from moepp_megatron.workbench.planning.efficiency import Efficiencies
 
 _NEEDED = (
@@ -31,7 +30,6 @@ class Machine:
         nvlink: Bytes per second and direction inside a node.
         network: Bytes per second and direction of a GPU's port.
         per_node: GPUs of a node.
-        cpu: Rates of a rank on a machine without GPUs; None with GPUs.
     """
 
     hardware: Hardware
@@ -42,22 +40,11 @@ class Machine:
     nvlink: float
     network: float
     per_node: int
-    cpu: CpuRates | None = None
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether communication runs beside computation: a core does one thing at a time."""
-        return self.cpu is None
 
     @property
     def usable_bytes(self) -> float:
         """Device memory that a plan may fill."""
         return self.memory_bytes * (1.0 - self.reached.memory_margin)
-
-    @property
-    def optimizer_rate(self) -> float:
-        """Bytes per second in the optimizer's step."""
-        return self.memory_rate if self.cpu is None else _rate(self.cpu.state_s)
 
     def flops(self, number: str) -> float:
         """FLOP/s that products which fill the GPU reach.
@@ -111,41 +98,3 @@ def machine_of(hardware: Hardware, reached: Efficiencies | None = None) -> Machi
         network=network / 8 * 1e9 * reached.network,
         per_node=hardware.gpus_per_node or 1,
     )
-
-
-def cpu_machine(rates: CpuRates, ranks: int, cores: int) -> Machine:
-    """The machine that ranks on a CPU see; all of them on one node.
-
-    Args:
-        rates: Rates of a rank with a core of its own.
-        ranks: Ranks on the machine.
-        cores: Cores of the machine.
-    """
-    own = rates.among(ranks, cores)
-    reached = Efficiencies(
-        kernel_s=own.kernel_s,
-        nvlink_latency_s=own.start_s,
-        network_latency_s=own.start_s,
-        # The host is what computes: it need not wait for itself, and hides nothing.
-        launch_s=0.0,
-        metadata_s=0.0,
-        metadata_beside_s=0.0,
-        point_to_point_overlap=0.0,
-        reserved_gib=0.0,
-    )
-    return Machine(
-        hardware=Hardware(name="cpu", kind="cpu"),
-        reached=reached,
-        multiprocessors=1,
-        memory_bytes=0.0,
-        memory_rate=_rate(own.moved_s),
-        nvlink=_rate(own.send_s),
-        network=_rate(own.send_s),
-        per_node=max(ranks, 1),
-        cpu=own,
-    )
-
-
-def _rate(seconds: float) -> float:
-    """Units per second, from the seconds per unit."""
-    return 1.0 / seconds if seconds else float("inf")

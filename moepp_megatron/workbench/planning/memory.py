@@ -23,7 +23,7 @@ from moepp_megatron.workbench.planning.parameters import (
 from moepp_megatron.workbench.planning.parts import Layer
 from moepp_megatron.workbench.planning.pipeline import chunks_in_flight
 from moepp_megatron.workbench.planning.teacher import teacher_bytes
-from moepp_megatron.workbench.planning.workload import Modules, Workload
+from moepp_megatron.workbench.planning.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +57,18 @@ class RankMemory:
         return state + self.activations + self.buffers + self.teacher
 
 
-def rank_memory(
-    config: Config, layout: Layout, pp_rank: int, modules: Modules = "fused"
-) -> RankMemory:
+def rank_memory(config: Config, layout: Layout, pp_rank: int) -> RankMemory:
     """Memory of each rank of a pipeline stage of a checked configuration.
 
     Args:
         config: The configuration.
         layout: Its ranks.
         pp_rank: The pipeline rank.
-        modules: Kind of modules: "fused" on a GPU, "local" on a CPU.
     """
     stages = stage_layers(config)
-    load, grid = Workload.from_config(config, modules), Grid.from_layout(config, layout)
+    load, grid = Workload.from_config(config), Grid.from_layout(config, layout)
     memory = memory_of(load, grid, stages, pp_rank)
-    return replace(memory, teacher=teacher_bytes(config, layout, pp_rank, modules))
+    return replace(memory, teacher=teacher_bytes(config, layout, pp_rank))
 
 
 def memory_of(

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.linear import linear_work
 from moepp_megatron.workbench.planning.links import distinct_targets
-from moepp_megatron.workbench.planning.local_core import with_local_core
 from moepp_megatron.workbench.planning.local_experts import local_work, mixing_logits
-from moepp_megatron.workbench.planning.module_costs import COSTS
 from moepp_megatron.workbench.planning.rates import Product, Work, linear_products
 from moepp_megatron.workbench.planning.workload import Workload
 
 # Kernels of the attention forward beside its projections: rotations, layouts, core.
 _CORE_KERNELS = 10
+# Reads and writes, forward and backward, of a tensor [rows, I] between an FFN's two products.
+_ACTIVATION_PASSES = (3, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,6 @@ def _attention(load: Workload, grid: Grid) -> LayerPart:
     # The rotation reads and writes queries and keys; query/key norms do so again.
     turned = 2 * size * group * heads * 2 * attention.qk_dim
     moved = turned * (2 if attention.norm_parameters() else 1)
-    moved *= COSTS[load.modules].rotation
     number = load.numbers.dtype
     ahead_work = Work(
         forward, core, load.seq // grid.cp, moved + moved_forward, kernels, core_number=number
@@ -120,8 +119,6 @@ def _attention(load: Workload, grid: Grid) -> LayerPart:
         core_number=number,
     )
     again, core_again = Work(), Work((), core, load.seq // grid.cp, 0.0, 1, core_number=number)
-    if load.modules == "local":
-        ahead_work, back_work, core_again = with_local_core(load, grid, ahead_work, back_work)
     if grid.recomputes_all:
         again = ahead_work
     else:
@@ -135,10 +132,9 @@ def _attention(load: Workload, grid: Grid) -> LayerPart:
 def _norms(load: Workload, grid: Grid) -> LayerPart:
     """Two RMSNorms and two additions to the residual stream."""
     tensor = grid.tokens(load.seq) * load.hidden * load.numbers.activation_bytes
-    costs = COSTS[load.modules]
-    forward = Work(moved=costs.norms[0] * tensor, kernels=costs.norm_kernels[0])
-    backward = Work(moved=costs.norms[1] * tensor, kernels=costs.norm_kernels[1])
-    again = Work(moved=costs.norms_again[0] * tensor, kernels=costs.norms_again[1])
+    forward = Work(moved=10 * tensor, kernels=4)
+    backward = Work(moved=10 * tensor, kernels=6)
+    again = Work(moved=4 * tensor, kernels=2)
     return LayerPart("norms", forward, backward, _again(grid, "layernorm", again))
 
 
@@ -150,7 +146,7 @@ def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> L
     first = linear_work(load, rows, halves * width, load.hidden)
     second = linear_work(load, rows, load.hidden, width)
     size = load.numbers.activation_bytes
-    passes = COSTS[load.modules].chain
+    passes = _ACTIVATION_PASSES
     casts = first.casts + second.casts
     forward = Work(
         first.forward + second.forward,
@@ -207,7 +203,11 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
 
 
 def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
-    """The FFN experts of a rank, one grouped product for each of their matrices."""
+    """The FFN experts of a rank.
+
+    One product an expert and matrix, issued over a few streams (Transformer Engine,
+    common/gemm/cublaslt_gemm.cu, multi_stream_cublas_gemm); backward two.
+    """
     experts = load.experts.num_ffn_experts // grid.ep
     width = load.experts.ffn_size / grid.etp
     copied, copies = _row_copies(load, rows * grid.etp)
@@ -216,18 +216,17 @@ def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     first = linear_work(load, rows / experts, 2 * width, load.hidden, experts)
     second = linear_work(load, rows / experts, load.hidden, width, experts)
     activation = load.numbers.activation_bytes * rows * width
-    costs = COSTS[load.modules]
-    passes = costs.chain if load.experts.is_vanilla else costs.experts
+    passes = _ACTIVATION_PASSES
     casts = first.casts + second.casts
     forward = Work(
         first.forward + second.forward,
         moved=passes[0] * activation + first.moved + second.moved + copied,
-        kernels=costs.layer_kernels[0] + costs.expert_kernels[0] * experts + casts + copies,
+        kernels=4 + 2 * experts + casts + copies,
     )
     backward = Work(
         first.backward + second.backward,
         moved=passes[1] * activation + first.moved_back + second.moved_back + copied,
-        kernels=costs.layer_kernels[1] + costs.expert_kernels[1] * experts + casts + copies,
+        kernels=6 + 4 * experts + casts + copies,
     )
     again = _again(grid, "moe", forward)
     if "moe_act" in grid.recompute:
@@ -258,10 +257,8 @@ def _zero_computation(load: Workload, grid: Grid) -> LayerPart:
 def embedding_part(load: Workload, grid: Grid) -> LayerPart:
     """Work of the embedding: rows of the table are read; backward, gradients are added to it."""
     tensor = grid.tokens(load.seq) * grid.tp * load.hidden * load.numbers.activation_bytes
-    costs = COSTS[load.modules]
-    backward = 3.0 * tensor
-    backward += (costs.table + costs.accumulated) * load.vocab / grid.tp * load.hidden
-    return LayerPart("output", Work(moved=2.0 * tensor, kernels=3), Work(moved=backward, kernels=3))
+    backward = Work(moved=3.0 * tensor, kernels=3)
+    return LayerPart("output", Work(moved=2.0 * tensor, kernels=3), backward)
 
 
 def output_part(load: Workload, grid: Grid) -> LayerPart:
@@ -270,7 +267,6 @@ def output_part(load: Workload, grid: Grid) -> LayerPart:
     width = load.vocab / grid.tp
     forward, backward = linear_products(rows, [(width, load.hidden)], load.numbers.dtype)
     logits = rows * width
-    accumulated = COSTS[load.modules].accumulated * width * load.hidden
     # Logits to fp32, their maximum, exponentials and sum; backward one pass.
     moved, kernels = (20.0, 10.0), (10, 6)
     if load.loss_fused:
@@ -280,5 +276,5 @@ def output_part(load: Workload, grid: Grid) -> LayerPart:
     return LayerPart(
         "output",
         Work(forward, moved=moved[0] * logits, kernels=kernels[0]),
-        Work(backward, moved=moved[1] * logits + accumulated, kernels=kernels[1]),
+        Work(backward, moved=moved[1] * logits, kernels=kernels[1]),
     )

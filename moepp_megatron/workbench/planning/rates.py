@@ -66,8 +66,6 @@ def product_seconds(product: Product, machine: Machine) -> float:
     """
     if product.flop == 0:
         return 0.0
-    if machine.cpu is not None:
-        return machine.cpu.product_seconds(product.m, product.n, product.k, product.groups)
     share = max(_filled(product, tile, machine.multiprocessors) for tile in _TILES)
     share *= product.k / (product.k + machine.reached.depth)
     computing = product.flop / (machine.flops(product.number) * share)

@@ -12,7 +12,6 @@ from moepp_megatron.config.hardware import (
     nearest_hardware,
 )
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
-from moepp_megatron.workbench.planning.workload import Modules
 
 _ASSUMED = "h100_sxm"
 
@@ -28,11 +27,6 @@ class Target:
 
     hardware: Hardware | None
     reason: str
-
-    @property
-    def modules(self) -> Modules:
-        """Kind of modules with which a rank computes on it."""
-        return "local" if self.hardware is None else "fused"
 
     @property
     def memory_bytes(self) -> float | None:

@@ -6,10 +6,10 @@ from moepp_megatron.config import Config, Layout, stage_layers
 from moepp_megatron.training.teacher import TeacherModel
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.parameters import rank_parameters
-from moepp_megatron.workbench.planning.workload import Modules, Workload
+from moepp_megatron.workbench.planning.workload import Workload
 
 
-def teacher_bytes(config: Config, layout: Layout, pp_rank: int, modules: Modules) -> float:
+def teacher_bytes(config: Config, layout: Layout, pp_rank: int) -> float:
     """Bytes that the teacher of a checked configuration adds to each rank of a pipeline stage.
 
     Its weights; on the last stage its last hidden states, and what comparing a micro-batch's logits
@@ -28,7 +28,7 @@ def teacher_bytes(config: Config, layout: Layout, pp_rank: int, modules: Modules
         return 0.0
     theirs = teacher.config
     stages = stage_layers(theirs)
-    load, grid = Workload.from_config(theirs, modules), Grid.from_layout(theirs, layout)
+    load, grid = Workload.from_config(theirs), Grid.from_layout(theirs, layout)
     parameters = rank_parameters(load, grid, stages, pp_rank)
     weights = float(load.numbers.weight_bytes * (parameters.dense + parameters.experts))
     if pp_rank < layout.pp - 1:

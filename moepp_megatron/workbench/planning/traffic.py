@@ -63,7 +63,7 @@ def layer_traffic(
             # and the reduce-scatter of the input's gradient run beside products (megatron-core,
             # tensor_parallel/layers.py, and Transformer Engine's modules): what is left is the
             # gather of the output's gradient, as long as the forward pass's reduce-scatter.
-            backward += scatter if machine.overlaps else 2 * gather + scatter
+            backward += scatter
     return LayerTraffic(
         tensor_forward=forward,
         tensor_backward=backward,

@@ -11,9 +11,6 @@ from moepp_megatron.workbench.planning.attention import Attention, attention_of
 from moepp_megatron.workbench.planning.grid import Dispatcher
 from moepp_megatron.workbench.planning.latent_attention import LatentAttention
 
-# "fused": Transformer Engine's; "local": megatron-core's own and this package's, as on a CPU.
-Modules = Literal["fused", "local"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Experts(ExpertLayout):
@@ -119,7 +116,6 @@ class Workload:
         causal_share: Share of the attention scores that are computed: half under a causal mask.
         extra_layers: MoE layers on the last stage beside `is_moe` (multi-token prediction), each
             with an output layer of its own.
-        modules: Kind of modules, which decides what is kept for the backward pass.
         loss_fused: The cross entropy works on the logits as they are, without an fp32 copy.
         local_fused: Kernels compute the zero-computation experts (`moe.fused`).
         graphs: Parts of a layer that run as CUDA graphs, so that the host does not issue them one
@@ -140,7 +136,6 @@ class Workload:
     numbers: Numbers
     causal_share: float = 0.5
     extra_layers: int = 0
-    modules: Modules = "fused"
     loss_fused: bool = False
     local_fused: bool = False
     graphs: frozenset[str] = frozenset()
@@ -148,7 +143,7 @@ class Workload:
     delays_gradients: bool = False
 
     @classmethod
-    def from_config(cls, config: Config, modules: Modules = "fused") -> Workload:
+    def from_config(cls, config: Config) -> Workload:
         """The workload that a checked configuration describes."""
         model, precision = config.model, config.precision
         moments = 8 - 2 * len(config.optimizer.bf16_moments)
@@ -171,10 +166,9 @@ class Workload:
                 moments_bytes=moments,
                 matrix_moments_bytes=4 if config.optimizer.is_emerging else moments,
             ),
-            modules=modules,
-            # What `runtime.kernel_choices` chooses on a GPU; on a CPU there are no kernels.
-            loss_fused=modules == "fused" and precision.cross_entropy in ("auto", "fused"),
-            local_fused=modules == "fused" and config.moe.fused is not False,
+            # What `runtime.kernel_choices` chooses on a GPU.
+            loss_fused=precision.cross_entropy in ("auto", "fused"),
+            local_fused=config.moe.fused is not False,
             graphs=frozenset(config.training.cuda_graphs),
             delays_gradients=config.parallel.delay_wgrad_compute,
         )

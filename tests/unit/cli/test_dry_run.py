@@ -375,6 +375,12 @@ def test_memory_is_that_of_the_card_it_is_meant_for(command, capsys):
     out = capsys.readouterr().out
     assert "Memory of a rank on this machine's CPU" in out
     assert "sum, MiB" in out
+    assert "activations are not estimated on a CPU; --gpu NAME" in out
+    # Of fp32 parameters: themselves, gradients and two moments.
+    (row,) = _rows(out, "stage weights")
+    weights, gradients, moments, whole = map(float, row[1:])
+    assert (gradients, moments) == (weights, pytest.approx(2 * weights, abs=0.11))
+    assert whole == pytest.approx(4 * weights, abs=0.25)
 
 
 def test_what_does_not_fit_is_said(command, capsys):

@@ -58,8 +58,6 @@ def test_gate_and_mixing_logits_are_one_product() -> None:
 def test_the_form_is_that_of_the_layer(dispatcher: Dispatcher, grid: Grid, form: str) -> None:
     assert local_form(LOAD.with_dispatcher(dispatcher), grid) == form
     assert local_form(WITHOUT_KERNELS.with_dispatcher(dispatcher), grid) == "plain"
-    on_cpu = Workload.from_config(configured(), "local")
-    assert local_form(on_cpu.with_dispatcher(dispatcher), grid) == "plain"
 
 
 def test_kernels_move_less_the_more_they_do_at_once(h100: Machine) -> None:
