@@ -58,9 +58,6 @@ def step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankParam
         gather += gather_seconds(experts, parameters.experts * numbers.weight_bytes, machine)
     else:
         reduce *= 2  # an all-reduce is a reduce-scatter and an all-gather
-    if grid.fully_sharded:
-        # They travel with each micro-batch (`traffic.sharding_seconds`).
-        reduce = gather = 0.0
     optimizer = _optimizer(load, grid, machine, parameters)
     return StepEnd(reduce, gather, optimizer)
 

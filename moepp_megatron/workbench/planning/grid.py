@@ -33,7 +33,6 @@ class Grid:
         grad_overlap: Gradients are reduced during the backward pass.
         param_overlap: Parameters are gathered during the forward pass.
         recomputed_layers: Layers of each model chunk that FULL recomputes; None for all.
-        fully_sharded: Parameters and gradients are sharded over data-parallel ranks too (FSDP).
         is_dualpipe: The schedule is DualPipe (arXiv 2412.19437, section 3.2.1), not interleaved.
         dispatcher: Name of the dispatcher, where a search chose it.
         unpaired: Passes are meant that the combined schedule runs alone.
@@ -53,7 +52,6 @@ class Grid:
     grad_overlap: bool = True
     param_overlap: bool = True
     recomputed_layers: int | None = None
-    fully_sharded: bool = False
     is_dualpipe: bool = False
     dispatcher: Dispatcher | None = None
     unpaired: bool = False

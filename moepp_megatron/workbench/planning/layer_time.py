@@ -18,22 +18,21 @@ from moepp_megatron.workbench.planning.parts import (
     output_part,
 )
 from moepp_megatron.workbench.planning.rates import Work, work_seconds
-from moepp_megatron.workbench.planning.traffic import layer_traffic, sharding_seconds
+from moepp_megatron.workbench.planning.traffic import layer_traffic
 from moepp_megatron.workbench.planning.workload import Workload
 
 # Names beside those of parts.py, in the order of plots.
-RECOMPUTE, TENSOR, CONTEXT, EXCHANGE, METADATA, SHARDING, HOST = (
+RECOMPUTE, TENSOR, CONTEXT, EXCHANGE, METADATA, HOST = (
     "recomputation",
     "tensor parallel",
     "context parallel",
     "expert exchange",
     "sizes of the exchange",
-    "sharded parameters",
     "waiting for the host",
 )
 
 # Those that are communication.
-NETWORK = (TENSOR, CONTEXT, EXCHANGE, METADATA, SHARDING)
+NETWORK = (TENSOR, CONTEXT, EXCHANGE, METADATA)
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,6 @@ def layer_time(
             clock.wait_for_metadata(repeats, overlaps)
     if is_moe:
         clock.read_sizes()
-    if grid.fully_sharded:
-        clock.shard(*sharding_seconds(load, grid, machine, is_moe))
     return clock.time()
 
 
@@ -116,10 +113,8 @@ def layer_key(grid: Grid) -> Grid:
 
     Many layouts share it, so that their layers are timed once.
     """
-    whole = grid.tp * grid.cp * grid.ep * grid.etp
     return Grid(
-        # Sharded parameters travel over all ranks of a stage.
-        world=grid.world // grid.pp if grid.fully_sharded else whole,
+        world=grid.tp * grid.cp * grid.ep * grid.etp,
         tp=grid.tp,
         cp=grid.cp,
         ep=grid.ep,
@@ -128,7 +123,6 @@ def layer_key(grid: Grid) -> Grid:
         recompute=grid.recompute,
         expert_overlap=grid.expert_overlap,
         recomputed_layers=grid.recomputed_layers,
-        fully_sharded=grid.fully_sharded,
         unpaired=grid.unpaired,
     )
 
@@ -207,12 +201,6 @@ class _Clock:
         self.communicate(name, -forward, -backward)
         if forward + backward > 0:
             self._hidden[name] += forward + backward
-
-    def shard(self, forward: float, backward: float) -> None:
-        """Parameters and gradients travel beside the layer's computation; only the rest counts."""
-        self.communicate(
-            SHARDING, max(forward - self._forward, 0.0), max(backward - self._backward, 0.0)
-        )
 
     def wait_for_metadata(self, times: int, overlaps: bool) -> None:
         """Ranks tell each other how many tokens come, and wait for the last one."""

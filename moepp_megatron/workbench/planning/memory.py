@@ -17,7 +17,6 @@ from moepp_megatron.workbench.planning.activations import (
 from moepp_megatron.workbench.planning.grid import Grid, Recompute
 from moepp_megatron.workbench.planning.parameters import (
     RankParameters,
-    layer_parameters,
     rank_parameters,
 )
 from moepp_megatron.workbench.planning.parts import Layer
@@ -144,8 +143,6 @@ def assemble(
         layers: Its layers of each kind, and the activations of one.
     """
     count = parameters.dense + parameters.experts
-    if grid.fully_sharded:
-        count = parameters.dense // (grid.dp * grid.cp) + parameters.experts // grid.edp
     flying = chunks_in_flight(grid.pp, grid.vpp, pp_rank, grid.micro_batches(load.batch))
     kept = sum(number * one.kept for number, one in layers)
     buffers = max((one.peak for number, one in layers if number), default=0.0)
@@ -159,16 +156,8 @@ def assemble(
         optimizer=_optimizer_bytes(load, grid, parameters),
         # Chunks of a rank hold about as many layers each.
         activations=kept / grid.vpp * flying,
-        buffers=buffers + resident_bytes(load, grid) + _whole_layers(load, grid),
+        buffers=buffers + resident_bytes(load, grid),
     )
-
-
-def _whole_layers(load: Workload, grid: Grid) -> float:
-    """Bytes of layers that a fully sharded rank holds whole: one computes, one arrives."""
-    if not grid.fully_sharded:
-        return 0.0
-    largest = max(sum(layer_parameters(load, grid, kind)) for kind in set(load.is_moe))
-    return largest * (2.0 * load.numbers.weight_bytes + load.numbers.gradient_bytes)
 
 
 def _optimizer_bytes(load: Workload, grid: Grid, parameters: RankParameters) -> int:

@@ -53,14 +53,6 @@ def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) ->
     return RankParameters(dense, experts, of_adam)
 
 
-def layer_parameters(load: Workload, grid: Grid, is_moe: bool) -> tuple[int, int]:
-    """A rank's parameters of one layer: outside its FFN experts, and of these."""
-    dense = _attention(load, grid)
-    if is_moe:
-        return dense + _moe_dense(load, grid, is_first=False), _ffn_experts(load, grid)
-    return dense + _dense_ffn(load, grid), 0
-
-
 def _dense_ffn(load: Workload, grid: Grid) -> int:
     return (3 if load.gated else 2) * load.hidden * load.dense_size // grid.tp
 

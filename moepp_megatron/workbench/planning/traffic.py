@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moepp_megatron.workbench.planning.grid import Grid, GroupName
+from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.links import (
     Placement,
     all_to_all_seconds,
@@ -15,7 +15,6 @@ from moepp_megatron.workbench.planning.links import (
     send_seconds,
 )
 from moepp_megatron.workbench.planning.machine import Machine
-from moepp_megatron.workbench.planning.parameters import layer_parameters
 from moepp_megatron.workbench.planning.workload import Workload
 
 
@@ -128,25 +127,6 @@ def hierarchical_rows(
     # A token lands on the rank of its own number in each node: that one of the node's ranks
     # needs no copy over NVLink.
     return to_ranks * (place.per_node - 1) / place.per_node, across
-
-
-def sharding_seconds(
-    load: Workload, grid: Grid, machine: Machine, is_moe: bool
-) -> tuple[float, float]:
-    """Gathers of a fully sharded layer's parameters, forward; backward again, and of gradients.
-
-    Each micro-batch gathers the parameters twice and reduce-scatters the gradients once
-    (docs of megatron-core, "Megatron FSDP").
-    """
-    dense, experts = layer_parameters(load, grid, is_moe)
-    forward = backward = 0.0
-    groups: tuple[tuple[int, GroupName], ...] = ((dense, "dp_cp"), (experts, "edp"))
-    for count, name in groups:
-        place = placement(grid, name, machine.per_node)
-        gather = gather_seconds(place, count * load.numbers.weight_bytes, machine)
-        forward += gather
-        backward += gather + gather_seconds(place, count * load.numbers.gradient_bytes, machine)
-    return forward, backward
 
 
 def exchanged_bytes(load: Workload, grid: Grid) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -52,10 +53,13 @@ def print_measured(comparisons: Sequence[Comparison]) -> None:
             f"ratio: {pair.predicted:.2f}, measured {pair.measured:.2f} ({pair.error:+.1%}): "
             f"{pair.name}",
         )
+    ignoring: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for one in comparisons:
-        if one.run.unused:
-            facts = ", ".join(map(_with_nearest, one.run.unused))
-            print_whole(f"not used: {facts} of {one.run.row.name}")
+        ignoring[one.run.unused].append(one.run.row.name)
+    for unused, names in ignoring.items():
+        if unused:
+            facts = ", ".join(map(_with_nearest, unused))
+            print_whole(f"not used: {facts} of {'; '.join(names)}")
 
 
 def _with_nearest(key: str) -> str:

@@ -48,7 +48,7 @@ _BARS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "tensor and context parallel",
         "#e69f00",
-        ("tensor parallel", "context parallel", "sharded parameters"),
+        ("tensor parallel", "context parallel"),
     ),
     ("waiting for the host", "#000000", ("waiting for the host",)),
     ("pipeline: bubble and transfers", "#cc79a7", ("pipeline bubble", "pipeline transfers")),

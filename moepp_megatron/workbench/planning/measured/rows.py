@@ -45,7 +45,6 @@ class Beyond(_Strict):
     sliding_window_every: int = Field(default=1, ge=1)
     ungated_ffn_hidden_size: int | None = Field(default=None, ge=1)
     latent_key_norm: bool = False
-    fully_sharded: bool = False
     schedule: Literal["dualpipe"] | None = None
     most_nodes_per_token: int | None = Field(default=None, ge=1)
     permute_fusion: bool = True
@@ -242,7 +241,6 @@ def _grid(row: Row, config: Config, beyond: Beyond, place: str) -> Grid:
         ) from None
     grid = replace(
         Grid.from_config(config, row.gpus),
-        fully_sharded=beyond.fully_sharded,
         is_dualpipe=beyond.schedule == "dualpipe",
     )
     dense, sparse = grid.tp * grid.cp * grid.pp, grid.ep * grid.etp * grid.pp

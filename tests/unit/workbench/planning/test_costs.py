@@ -21,7 +21,6 @@ from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, LEARNED,
 from moepp_megatron.workbench.planning.layer_time import (
     HOST,
     METADATA,
-    SHARDING,
     PassTime,
     layer_time,
 )
@@ -468,17 +467,6 @@ def test_a_block_of_layers_is_recomputed(h100: Machine) -> None:
         ],
     )
     assert Grid.from_config(config, 8).recomputed_layers == 5
-
-
-def test_sharded_parameters_travel_with_every_micro_batch(h100: Machine) -> None:
-    whole, sharded = Grid(64), Grid(64, fully_sharded=True)
-    stages = even_stages(8, 1, 1)
-    held = [fullest_rank(LOAD, grid, stages) for grid in (whole, sharded)]
-    assert held[1].weights < held[0].weights / 32
-    assert held[1].optimizer == held[0].optimizer
-    slow = replace(h100, network=h100.network / 100)
-    times = [step_time(LOAD, sharded, machine, FORCED_BALANCE) for machine in (h100, slow)]
-    assert times[1].seconds[SHARDING] > times[0].seconds.get(SHARDING, 0.0)
 
 
 def test_recomputed_modules_add_up(h100: Machine) -> None:

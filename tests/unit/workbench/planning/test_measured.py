@@ -204,10 +204,10 @@ def test_units_of_speed_are_the_same_run(tmp_path: Path) -> None:
 
 
 def test_a_row_need_not_be_one_of_this_trainers(tmp_path: Path) -> None:
-    # Dense, recomputed in part, fully sharded: each refused by a rule of the trainer.
+    # Dense and recomputed in part; fully sharded, which is not estimated.
     [run] = runs_of(tmp_path, row(LLAMA))
     assert not any(run.load.is_moe)
-    assert run.grid.fully_sharded
+    assert run.unused == ("fully_sharded",)
     assert [run.grid.recompute_of(place) for place in (4, 5)] == [("full",), ()]
     whole = replace(run, grid=replace(run.grid, recomputed_layers=None))
     assert compare(run).tokens_per_s_per_gpu > 1.15 * compare(whole).tokens_per_s_per_gpu
@@ -224,7 +224,6 @@ def test_facts_beyond_the_settings_count(tmp_path: Path) -> None:
     assert found(multi_token_prediction_layers=1).step.total > base.step.total
     assert found(gradient_bytes=2).memory_gib < base.memory_gib
     assert found(moment_bytes=2).memory_gib < base.memory_gib
-    assert found(fully_sharded=True).memory_gib < base.memory_gib
     assert found(permute_fusion=False).step.total > base.step.total
     assert found(sliding_window=256).step.total < base.step.total
     halfway = found(sliding_window=256, sliding_window_every=2).step.total
