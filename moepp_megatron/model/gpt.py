@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -135,16 +136,26 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
 
     def _further_states(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """[(1 + depths) * s, b, D + lane columns] hidden states, the given ones first."""
-        names = ("input_ids", "position_ids", "attention_mask", "rotary_pos_emb", "padding_mask")
+        names = ("input_ids", "position_ids", "attention_mask", "rotary_pos_emb")
         tags = (kwargs["extra_block_kwargs"] or {}).get("context_mask")
         further: Tensor = self.mtp(
             hidden_states=hidden_states,
             embedding=self.embedding,
             extra_block_kwargs={"context_mask": tags},
             packed_seq_params=kwargs["packed_seq_params"],
+            padding_mask=self._whole_mask(kwargs["padding_mask"], kwargs["input_ids"]),
             **{name: kwargs[name] for name in names},
         )
         return further
+
+    def _whole_mask(self, padding_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
+        """[b, s] the mask, of which a first stage has cut out this rank's part of the sequence."""
+        if padding_mask is None or padding_mask.shape == input_ids.shape:
+            return padding_mask
+        whole = gather_from_sequence_parallel_region(
+            padding_mask.T.contiguous(), tensor_parallel_output_grad=False, group=self.tp_group
+        )
+        return whole.T
 
     def _losses_of(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """[b, s] cross entropy of labels [b, s] from hidden states [s, b, D]."""

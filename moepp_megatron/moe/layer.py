@@ -26,6 +26,7 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cuda_graphs import refuse_uncapturable
 from moepp_megatron.moe.dispatcher import RowDispatcher, build_dispatcher, bytes_sent
 from moepp_megatron.moe.kernels import use_kernels
+from moepp_megatron.moe.padding import local_mask
 from moepp_megatron.moe.router import Choice, MoEPPRouter, Routing
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.moe.upstream_private import check_upstream
@@ -47,6 +48,8 @@ class VanillaMoELayer(MoELayer):
         self, hidden_states: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Route as megatron-core does and count the selections."""
+        if padding_mask is not None:
+            padding_mask = local_mask(padding_mask, hidden_states, self.config, self.attn_tp_group)
         probs, routing_map = super().route(hidden_states, padding_mask)
         if RoutingStatistics.counts_now(self.training):
             counted, num_tokens = routing_map, routing_map.shape[0]
@@ -169,12 +172,9 @@ class MoEPPLayer(MoELayer):
         """[s, b] bool, True for padding, of the local tokens; arguments as `forward`."""
         if padding_mask is None:
             return None
-        padding = padding_mask.transpose(0, 1).bool()
-        size = self.attn_tp_group.size()
-        if self.config.sequence_parallel and len(padding) == len(hidden_states) * size:
-            # megatron-core shares out the mask on the first pipeline stage alone.
-            padding = padding.chunk(size)[self.attn_tp_group.rank()]
-        return padding
+        return local_mask(
+            padding_mask.transpose(0, 1).bool(), hidden_states, self.config, self.attn_tp_group
+        )
 
     def _recomputed_forward(
         self,

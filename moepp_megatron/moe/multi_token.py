@@ -77,8 +77,27 @@ class _Inner(_AfterDecoder, MoEPPTransformerLayer):
         return super().forward(hidden_states, context, **kwargs)
 
 
-class LaneMTPLayer(MultiTokenPredictionLayer):
-    """megatron-core's MTP layer, whose hidden states have the lane of router logits beside them."""
+class MTPLayer(MultiTokenPredictionLayer):
+    """megatron-core's MTP layer with an exact padding mask.
+
+    At depth k position i is padding where token i + k is, or lies beyond the end of the sequence.
+    """
+
+    def _get_embeddings(
+        self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        # megatron-core moves the mask one place and fills with zeros, as it does the token ids.
+        # Zero has to mean padding there, so what is moved says which tokens are none.
+        is_token = None if padding_mask is None else ~padding_mask.bool()
+        ids, positions, is_token, embeddings, hidden_states = super()._get_embeddings(
+            *args, padding_mask=is_token, **kwargs
+        )
+        padding_mask = None if is_token is None else ~is_token
+        return ids, positions, padding_mask, embeddings, hidden_states
+
+
+class LaneMTPLayer(MTPLayer):
+    """The MTP layer whose hidden states have the lane of router logits beside them."""
 
     def _concat_embeddings(self, hidden_states: Tensor, decoder_input: Tensor) -> Tensor:
         hidden_states, lane = unpack(hidden_states, self.config.hidden_size)
@@ -128,8 +147,8 @@ def get_moepp_mtp_block_spec(
     norm = final_norm(use_transformer_engine, inner)
     for layer in block.layer_specs:
         layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
-        if not moepp.is_vanilla and moepp.gating_residual:
-            layer.module = LaneMTPLayer
+        has_lane = not moepp.is_vanilla and moepp.gating_residual
+        layer.module = LaneMTPLayer if has_lane else MTPLayer
     return block
 
 

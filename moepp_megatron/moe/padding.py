@@ -6,7 +6,9 @@ in a MoE++ layer, [T] inside of its router. A padded token selects nothing and c
 
 from __future__ import annotations
 
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 def flat_mask(padding_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
@@ -19,6 +21,23 @@ def flat_mask(padding_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
             f"{tuple(tokens.shape[:2])} local tokens [s, b]; give each rank the mask of its tokens"
         )
     return padding_mask.reshape(-1).bool()
+
+
+def local_mask(
+    padding_mask: Tensor, tokens: Tensor, config: TransformerConfig, tp_group: ProcessGroup
+) -> Tensor:
+    """This rank's part of a mask, which megatron-core cuts on the first pipeline stage only.
+
+    Args:
+        padding_mask: [s, b] of the local tokens, or with sequence parallelism of those of all
+            tensor-parallel ranks.
+        tokens: [s, b, ...] the local tokens.
+        config: `sequence_parallel` is read.
+        tp_group: The tensor-parallel ranks.
+    """
+    if config.sequence_parallel and len(padding_mask) == len(tokens) * tp_group.size():
+        return padding_mask.chunk(tp_group.size())[tp_group.rank()]
+    return padding_mask
 
 
 def without_padding(logits: Tensor, padding_mask: Tensor | None) -> Tensor:

@@ -124,6 +124,13 @@ _LAYER_NAMES = (
         ("hidden_states", "decoder_input"),
     ),
     PrivateName(
+        *_MTP_LAYER,
+        "_get_embeddings",
+        "overridden",
+        "the padding mask moves with the tokens, and what lies beyond the end is padding",
+        ("padding_mask",),
+    ),
+    PrivateName(
         "models.gpt.gpt_model",
         "GPTModel",
         "_postprocess",

@@ -83,6 +83,30 @@ def test_training_equals_one_process(
         assert without.losses != one_process().losses
 
 
+MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "moe"),
+    [
+        (2, TP2 | EP2, {}),
+        (2, CP2, {"capacity_factor": 1.0}),
+        (4, CP2 | TP2, {"balance_scope": "sequence", "capacity_factor": 0.8}),
+        (4, PP2 | EP2, {"balance_scope": "sequence"}),
+        (2, EP2, {"gating_residual": False}),
+    ],
+    ids=["tp2 ep2", "cp2 capacity", "cp2 tp2 sequence", "pp2 ep2", "no residual"],
+)
+def test_multi_token_prediction_equals_one_process(
+    ranks: RankPools, world: int, parallel: dict[str, Any], moe: dict[str, Any]
+) -> None:
+    """The mask moves over the halves of a sequence that context-parallel ranks hold, too."""
+    raw = short(moe=MOE | moe, model=MTP)
+    one = assemble(ranks(1).run(train, raw, STEPS, pad_some))
+    raw = short(moe=MOE | moe, model=MTP, parallel=parallel)
+    compare(assemble(ranks(world).run(train, raw, STEPS, pad_some)), one, RELATIVE)
+
+
 def test_global_balance_equals_one_process_with_the_same_batches(ranks: RankPools) -> None:
     """One process whose micro-batches are as large as those of all data-parallel ranks."""
     moe = {"num_ffn_experts": 8, "balance_scope": "global"}

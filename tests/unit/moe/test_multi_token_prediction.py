@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from torch import Tensor
 
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
 from moepp_megatron.model.local_modules import fit_local_modules
+from moepp_megatron.moe import reference
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import moe_statistics, moepp_layers
 from moepp_megatron.moe.multi_token import get_moepp_mtp_block_spec
@@ -63,7 +67,14 @@ def ahead(values: Tensor, places: int) -> Tensor:
     return F.pad(values[:, places:], (0, places))
 
 
-def by_hand(model: MoEPPGPTModel, ids: Tensor, labels: Tensor, mask: Tensor) -> list[Tensor]:
+def padding_ahead(padding: Tensor | None, places: int) -> Tensor | None:
+    """[b, s] where the token so many places ahead is padding, or lies beyond the end."""
+    return None if padding is None else F.pad(padding[:, places:], (0, places), value=True)
+
+
+def by_hand(
+    model: MoEPPGPTModel, ids: Tensor, labels: Tensor, mask: Tensor, padding: Tensor | None = None
+) -> list[Tensor]:
     """Loss of each depth, 0 first, of the tokens together; the modules called one by one."""
     decoder, rope = model.decoder, model.rotary_pos_emb(SEQUENCE)
     for layer in [*decoder.layers, *(depth.mtp_model_layer for depth in model.mtp.layers)]:
@@ -81,7 +92,9 @@ def by_hand(model: MoEPPGPTModel, ids: Tensor, labels: Tensor, mask: Tensor) -> 
 
     hidden, lane = model.embedding(ids, positions), None
     for layer in decoder.layers:
-        hidden, lane = layer(hidden, lane, attention_mask=None, rotary_pos_emb=rope)
+        hidden, lane = layer(
+            hidden, lane, attention_mask=None, rotary_pos_emb=rope, padding_mask=padding
+        )
     hidden = decoder.final_layernorm(hidden)
     found = [loss(hidden, 0)]
     for places, depth in enumerate(model.mtp.layers, start=1):
@@ -89,7 +102,11 @@ def by_hand(model: MoEPPGPTModel, ids: Tensor, labels: Tensor, mask: Tensor) -> 
         joined = torch.cat([depth.enorm(further), depth.hnorm(hidden)], dim=-1)
         # The lane is that of the same position, one layer before.
         hidden, lane = depth.mtp_model_layer(
-            F.linear(joined, depth.eh_proj.weight), lane, attention_mask=None, rotary_pos_emb=rope
+            F.linear(joined, depth.eh_proj.weight),
+            lane,
+            attention_mask=None,
+            rotary_pos_emb=rope,
+            padding_mask=padding_ahead(padding, places),
         )
         hidden = depth.final_layernorm(hidden)
         found.append(loss(hidden, places))
@@ -129,6 +146,86 @@ def test_loss_and_gradients_are_those_of_its_parts(
     expected = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, expected[name].grad, f"gradient of {name}")
+
+
+# Unequal ends, an end that is no padding, and padding between tokens.
+PADDING = torch.arange(SEQUENCE) >= torch.tensor([[SEQUENCE - 4], [SEQUENCE], [SEQUENCE - 1]])
+PADDING[1, 3:5] = True
+LOSSES = dataclasses.replace(MOEPP, balance_coeff=0.1, capacity_factor=0.9)
+
+
+@pytest.fixture
+def aux_losses_count() -> Iterator[None]:
+    MTPLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    yield
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
+@pytest.mark.usefixtures("aux_losses_count")
+@pytest.mark.parametrize("changes", [{}, FULL], ids=["kept", "layers again"])
+@pytest.mark.parametrize(
+    "moepp",
+    [
+        LOSSES,
+        dataclasses.replace(LOSSES, balance_scope="sequence"),
+        dataclasses.replace(LOSSES, gating_residual=False),
+    ],
+    ids=["residual", "by sequence", "no residual"],
+)
+def test_padding_moves_with_the_tokens(moepp: MoEPPConfig, changes: dict[str, Any]) -> None:
+    """Losses and gradients, with those of balance and z-loss and with a capacity."""
+    model = build(moepp, moe_z_loss_coeff=0.1, **changes)
+    other = build(moepp, moe_z_loss_coeff=0.1)
+    other.load_state_dict(model.state_dict())
+    ids, positions, labels, mask = batch()
+    mask = mask * ~PADDING
+    losses = model(ids, positions, None, labels=labels, loss_mask=mask, padding_mask=PADDING)
+    (losses * mask).sum().backward()
+    main, *further = by_hand(other, ids, labels, mask, PADDING)
+    (main + WEIGHT / DEPTHS * sum(further)).backward()
+    assert_close((losses * mask).sum(), main, "loss")
+    expected = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name].grad, f"gradient of {name}")
+
+
+def test_routers_of_further_tokens_are_the_reference_without_padding() -> None:
+    """In fp64, over the tokens that are none: selections, limits, balance loss and z-loss."""
+    model = build(LOSSES, moe_z_loss_coeff=0.1)
+    seen: dict[int, tuple[Any, Any]] = {}
+    for layer in moepp_layers(model):
+        layer.router.register_forward_hook(
+            lambda _, given, routing, number=layer.layer_number: seen.update(
+                {number: (given, routing)}
+            )
+        )
+    ids, positions, labels, mask = batch()
+    model(ids, positions, None, labels=labels, loss_mask=mask, padding_mask=PADDING)
+    recorded = get_moe_metrics_tracker().metrics["z_loss"].values
+    for number, statistics in moe_statistics(model).items():
+        depth = max(0, number - 3)
+        padded = padding_ahead(PADDING, depth)
+        assert padded is not None
+        real = (~padded).T.flatten()
+        (hidden, previous, *_), routing = seen[number]
+        router = model.get_submodule(
+            f"mtp.layers.{depth - 1}.mtp_model_layer" if depth else f"decoder.layers.{number - 1}"
+        ).mlp.router
+        logits = hidden.flatten(0, 1)[real].double() @ router.weight.double().T
+        if router.residual_weight is not None:
+            logits += previous.flatten(0, 1)[real].double() @ router.residual_weight.double().T
+        gates, selected, scores = reference.select_experts(logits, LOSSES)
+        kept = reference.within_capacity(gates, selected, LOSSES)
+        assert statistics.num_tokens == real.sum() < BATCH * SEQUENCE
+        assert torch.equal(statistics.selected, selected.sum(dim=0)), f"layer {number}"
+        assert torch.equal(routing.routing_map[real], kept)
+        assert not routing.routing_map[~real].any()
+        assert not routing.logits.flatten(0, 1)[~real].any()
+        balance = reference.balance_loss(scores, selected, LOSSES)
+        assert_close(statistics.balance_loss, balance.float(), f"balance loss of layer {number}")
+        z_loss = logits.logsumexp(-1).square().mean()
+        assert_close(recorded[number - 1], z_loss.float(), f"z-loss of layer {number}")
 
 
 def test_its_routers_are_the_decoders_next() -> None:
