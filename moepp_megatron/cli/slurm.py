@@ -9,7 +9,13 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
-from moepp_megatron.config import check_config, load_config, with_overrides
+from moepp_megatron.config import (
+    Config,
+    ConfigError,
+    check_config,
+    load_config,
+    with_overrides,
+)
 
 
 def slurm(
@@ -45,7 +51,20 @@ def slurm(
         settings = with_overrides(settings, [f"slurm.nodes={nodes}"])
     variants = sweep_variants(settings, sweep or []) if sweep else []
     job = SlurmJob(settings, config, overrides or [], Path.cwd(), variants)
+    _report_path_problems([with_overrides(settings, v) for v in variants] or [settings], submit)
     if submit:
         echo(job.submit())
     else:
         typer.echo(job.script(), nl=False)
+
+
+def _report_path_problems(configs: list[Config], submit: bool) -> None:
+    """Say what the job would miss here; a job that is submitted would fail hours later."""
+    from moepp_megatron.cli.path_problems import path_problems
+
+    problems = list(dict.fromkeys(line for config in configs for line in path_problems(config)))
+    # In a container paths can be others.
+    if problems and submit and configs[0].slurm.container == "none":
+        raise ConfigError("\n".join(problems))
+    for problem in problems:
+        echo(f"warning: {problem}", err=True)

@@ -129,9 +129,12 @@ def train(
     _check_dry_options(dry_run, gpu, build_rank, request.layout.world_size)
     if dry_run:
         from moepp_megatron.cli.dry_run import build_and_check, print_plan
+        from moepp_megatron.cli.path_problems import path_problems
 
         settings, layout = request.config, request.layout
         print_plan(settings, layout, gpu)
+        for problem in path_problems(settings):
+            _warn(f"a start here would be refused: {problem}")
         if build_rank is not None and not build_and_check(settings, layout, build_rank):
             raise typer.Exit(1)
         return

@@ -95,16 +95,32 @@ def usable(config: Config) -> Iterator[None]:
         ConfigError: If it cannot be written; names path and cause.
     """
     folder = Path(config.run.dir)
-    try:
+    with _refusing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (*RUN_FILES, *RUN_FOLDERS):
-            _check_kind(folder / name, is_folder=name in RUN_FOLDERS)
-        is_far = isinstance(checkpoint_folder(config), ObjectPath)
-        setting = "checkpoint.staging" if is_far else "checkpoint.dir"
-        _check_kind(local_checkpoint_folder(config), is_folder=True, setting=setting)
+        _check_kinds(config)
         outside = outside_checkpoint_folder(config)
         if outside is not None:
             outside.mkdir(parents=True, exist_ok=True)
+        yield
+
+
+def refuse_unwritable(config: Config) -> None:
+    """Refuse folders of run and checkpoints that cannot be written; makes none.
+
+    Raises:
+        ConfigError: Same as for `usable`.
+    """
+    folder = Path(config.run.dir)
+    with _refusing(folder):
+        place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+        _check_kinds(config)
+
+
+@contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    try:
         yield
     except OSError as error:
         at = error.filename if isinstance(error.filename, str) else str(folder)
@@ -114,6 +130,14 @@ def usable(config: Config) -> Iterator[None]:
             f"run.dir ({folder}) must be a folder that can be written "
             f"({error.strerror or error}{where}); {remedy}, or choose another run.dir"
         ) from None
+
+
+def _check_kinds(config: Config) -> None:
+    for name in (*RUN_FILES, *RUN_FOLDERS):
+        _check_kind(Path(config.run.dir) / name, is_folder=name in RUN_FOLDERS)
+    is_far = isinstance(checkpoint_folder(config), ObjectPath)
+    setting = "checkpoint.staging" if is_far else "checkpoint.dir"
+    _check_kind(local_checkpoint_folder(config), is_folder=True, setting=setting)
 
 
 def _check_kind(path: Path, is_folder: bool, setting: str = "run.dir") -> None:

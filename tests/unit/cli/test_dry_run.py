@@ -297,13 +297,15 @@ MODELS = sorted((ROOT / "configs/models").glob("moepp_*.yaml"))
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda path: path.stem)
 def test_every_starting_point_is_sound(config, monkeypatch, capsys):
-    """On a machine without a GPU, FP8 included: 32 ranks, nothing ignored."""
+    """On a machine without a GPU, FP8 included: 32 ranks, nothing ignored, no data."""
     arguments = ["moepp", "train", str(config), "data.path=corpus", "--nproc", "32", "--dry-run"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as ended:
         main.run()
     assert not ended.value.code
-    assert capsys.readouterr().err == ""
+    (warning,) = capsys.readouterr().err.splitlines()
+    problem = "data.path (corpus) must be a prepared folder, looked at /"
+    assert warning.startswith(f"warning: a start here would be refused: {problem}")
 
 
 def test_a_machine_without_transformer_engine_refuses_fp8(command, capsys):

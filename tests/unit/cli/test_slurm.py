@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import yaml
 from moepp_megatron.cluster import slurm_script
 from moepp_megatron.cluster.slurm_script import SlurmJob, sweep_variants
 from moepp_megatron.config import Config, ConfigError, load_config, parse_config
+from tests.unit.data.letters import prepare_letters
 
 CONTENT = {
     "run": {"dir": "runs/test"},
@@ -270,15 +272,59 @@ def test_prints_by_default_and_submits_on_request(tmp_path: Path, monkeypatch, c
     sbatch.write_text(f"#!/bin/bash\ncat >{shlex.quote(str(tmp_path))}/given; echo job 7\n")
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    slurm.slurm(path, nodes=2)
-    printed = capsys.readouterr().out
+    data = f"data.path={prepare_letters(tmp_path, 'data', a='a')}"
+    slurm.slurm(path, [data], nodes=2)
+    printed, told = capsys.readouterr()
+    assert told == ""
     assert directives(printed)["nodes"] == "2"
     assert not (tmp_path / "given").exists()
     assert not (tmp_path / "runs").exists()
-    slurm.slurm(path, nodes=2, submit=True)
+    slurm.slurm(path, [data], nodes=2, submit=True)
     assert capsys.readouterr().out == "job 7\n"
     assert (tmp_path / "given").read_text() == printed
     assert (tmp_path / "runs/test/slurm").is_dir(), "Slurm does not make it"
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("data.path=nowhere", "data.path (nowhere) must be a prepared folder, looked at /"),
+        ("run.dir=c.yaml/run", "run.dir (c.yaml/run) must be a folder that can be written"),
+        ("checkpoint.load=nowhere", "checkpoint.load (nowhere) must be a checkpoint folder"),
+        ("distillation.teacher=nowhere", "distillation.teacher (nowhere) must be"),
+    ],
+)
+def test_a_path_that_the_job_would_miss_is_said_and_not_submitted(
+    override: str, problem: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from moepp_megatron.cli import slurm
+
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(CONTENT))
+    monkeypatch.chdir(tmp_path)
+    overrides = [f"data.path={prepare_letters(tmp_path, 'data', a='a')}", override]
+    before = sorted(tmp_path.rglob("*"))
+    slurm.slurm(path, overrides, nodes=2)
+    assert problem in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        slurm.slurm(path, overrides, nodes=2, submit=True)
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        slurm.slurm(path, [*overrides, "slurm.nodes=2"], sweep=["moe.tau=[0.5,1.0]"], submit=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_paths_of_an_image_are_not_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    from moepp_megatron.cli import slurm
+
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(CONTENT))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SlurmJob, "submit", lambda job: "job 7")
+    image = ["slurm.container=apptainer", "slurm.container_image=image.sif", "data.path=/inside"]
+    slurm.slurm(path, image, nodes=2, submit=True)
+    out, err = capsys.readouterr()
+    assert out == "job 7\n"
+    assert "warning: data.path (/inside) must be a prepared folder" in err
 
 
 def test_a_refused_job_leaves_no_folder(tmp_path: Path, monkeypatch) -> None:

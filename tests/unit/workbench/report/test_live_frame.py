@@ -211,7 +211,7 @@ def test_the_command_prints_one_frame(make_run, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing"], "missing: is not a folder; name the folder of a run"),
+        (["missing"], "missing: is not a folder, looked at "),
         ([".", "--once", "--prometheus", "9400"], "--once (true) must not come with --prometheus"),
     ],
 )

@@ -1,0 +1,36 @@
+"""What a run would miss at its start: data, checkpoint, teacher, a folder that can be written."""
+
+from __future__ import annotations
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.paths import is_address
+
+
+def path_problems(config: Config) -> list[str]:
+    """One line for each path of a configuration that its run would refuse on this machine.
+
+    Nothing is made or changed, and object storage is not asked.
+
+    Args:
+        config: A checked configuration.
+    """
+    from moepp_megatron.data.prepared_data import check_data
+    from moepp_megatron.training.checkpoint import check_start
+    from moepp_megatron.training.run_folder import checkpoint_folder, refuse_unwritable
+    from moepp_megatron.training.teacher import TeacherModel
+
+    def check_checkpoint(config: Config) -> None:
+        folder, load = checkpoint_folder(config), config.checkpoint.load
+        if load is not None and not is_address(str(folder if load == "auto" else load)):
+            check_start(config, folder)
+
+    def check_data_folders(config: Config) -> None:
+        check_data(config, whole_index=False)
+
+    problems: list[str] = []
+    for check in (refuse_unwritable, check_data_folders, check_checkpoint, TeacherModel.of):
+        try:
+            check(config)
+        except ConfigError as error:
+            problems += str(error).splitlines()
+    return problems
