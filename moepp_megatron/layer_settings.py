@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from moepp_megatron.experts import CONSTANT, ExpertKind, ExpertLayout, setting
 
 GateNormalization = Literal["none", "selected", "nonzero"]
-ScoreFunction = Literal["softmax", "sigmoid"]
+ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 BalanceScope = Literal["microbatch", "sequence", "global"]
 # By the names of Megatron's `moe_router_load_balancing_type`.
 SCOPES: dict[str, BalanceScope] = {
@@ -65,7 +65,11 @@ class LayerSettings(ExpertLayout):
     ] = "none"
     score_function: Annotated[
         ScoreFunction,
-        setting("-", "From router logits of all experts to scores", exported=True),
+        setting(
+            "-",
+            "From router logits of all experts to scores; sqrtsoftplus: the root of log(1 + e^z)",
+            exported=True,
+        ),
     ] = "softmax"
     expert_input_scale: Annotated[
         float,

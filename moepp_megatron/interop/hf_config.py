@@ -6,10 +6,13 @@ and gating residuals. Ours (`model_type: moepp`) holds all settings that a forwa
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, parse_config
+from moepp_megatron.experts import FFN_ONLY, KINDS
 from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 
 _RELEASED_TYPE = "MoE++"
@@ -17,7 +20,11 @@ _OWN_TYPE = "moepp"
 MOEPP_TYPES = (_RELEASED_TYPE, _OWN_TYPE)
 # moe_plus_plus_layer.py of the released model: MOE_TOP_K, Constant, and one of the other kinds.
 _RELEASED_TOPK = 2
-_RELEASED_KINDS = {"num_constant_experts": 2, "num_copy_experts": 1, "num_zero_experts": 1}
+_RELEASED_KINDS = FFN_ONLY | {
+    "num_constant_experts": 2,
+    "num_copy_experts": 1,
+    "num_zero_experts": 1,
+}
 # Settings of which the released format can say more than their defaults.
 _RELEASED_FIELDS = {"expert_input_scale", "two_layer_gate", "logits_norm_std"}
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -203,14 +210,43 @@ def _own_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     moe["ffn_hidden_size"] = hf.get("moe_intermediate_size")
     moe["shared_expert_ffn_hidden_size"] = hf.get("shared_expert_intermediate_size")
     moe["shared_expert_gate"] = hf.get("shared_expert_gate", False)
+    moe["balance_scope"] = hf.get("balance_scope", DECLARED["balance_scope"].default)
     return moe
+
+
+def refuse_uncomputed(config: Config) -> None:
+    """Refuse what the modelling file of an export does not declare to compute.
+
+    Raises:
+        ConfigError: If the model has any of it; names each setting.
+    """
+    text = (Path(__file__).parent / "hf_files" / "modeling_moepp.py").read_text(encoding="utf-8")
+    declared = next(
+        statement.value
+        for statement in ast.parse(text).body
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "COMPUTES"
+    )
+    computes = {name: known.split() for name, known in ast.literal_eval(declared).items()}
+    free = [kind.setting for kind in KINDS if kind.name in computes["kinds"]] + computes["others"]
+    unset = {name: [row.default] for name, row in DECLARED.items()}
+    unset |= {name: [none] for name, none in FFN_ONLY.items()}
+    problems = []
+    for name in [name for name in DECLARED if name not in free]:
+        known, value = computes.get(name, unset[name]), getattr(config.moe, name)
+        if value not in known:
+            problems.append(
+                f"moe.{name} ({value}) must be {' or '.join(map(str, known))} for an export, whose "
+                "modelling file computes nothing else; score and generate from the checkpoint"
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def own_hf_config(config: Config) -> dict[str, Any]:
     """`config.json` of our own format, without `architectures` and `auto_map`."""
     moe = config.moe
     fields = {key: getattr(moe, key) for key in EXPORTED}
-    if moe.is_vanilla and moe.score_function == "sigmoid" and moe.router_topk > 1:
+    if moe.is_vanilla and moe.score_function != "softmax" and moe.router_topk > 1:
         # What megatron-core's own router does there.
         fields["gate_normalization"] = "selected"
     shared = shared_fields(config)
@@ -223,6 +259,7 @@ def own_hf_config(config: Config) -> dict[str, Any]:
         "rope_parameters": rope,
         **fields,
         "router_aux_loss_coef": moe.balance_coeff,
+        "balance_scope": moe.balance_scope,
         "moe_intermediate_size": config.expert_ffn_hidden_size,
         "shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size,
         "shared_expert_gate": moe.shared_expert_gate,

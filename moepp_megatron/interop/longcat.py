@@ -21,17 +21,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.experts import COPY, LOCAL_KINDS, ZERO
 from moepp_megatron.interop.hf_config import shared_fields
+from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 
-# What LongCat-Flash lacks: (setting of `moe`, its only value, why).
+_KNOWN_THERE = ("selection_bias", "gate_scale")
+# What LongCat-Flash lacks: (setting of `moe`, its only value, why). A setting that is added to the
+# layer is lacking there too.
 UNKNOWN_THERE: tuple[tuple[str, Any, str], ...] = (
-    ("num_constant_experts", 0, "constant experts are unknown there"),
+    *(
+        (kind.setting, 0, f"{kind.name} experts are unknown there")
+        for kind in LOCAL_KINDS
+        if kind not in (COPY, ZERO)
+    ),
     ("gating_residual", False, "gating residuals are unknown there"),
     ("score_function", "softmax", "scores are softmax probabilities there"),
-    ("expert_input_scale", 1.0, "experts see their input as it is there"),
-    ("num_groups", 1, "experts have no groups there"),
-    ("two_layer_gate", False, "gates have one layer there"),
-    ("logits_norm_std", None, "logits are not rescaled there"),
+    *(
+        (name, DECLARED[name].default, "it is unknown there")
+        for name in EXPORTED
+        if name in EXTENSIONS and name not in _KNOWN_THERE and DECLARED[name].says("kind") is None
+    ),
 )
 _RULES = (
     *UNKNOWN_THERE,

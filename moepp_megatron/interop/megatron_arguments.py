@@ -8,7 +8,7 @@ Megatron builds:
     --moe-aux-loss-coeff               beta of the balance loss
     --moe-router-load-balancing-type   aux_loss, seq_aux_loss or global_aux_loss (the micro-batch,
                                        each sequence or the global batch), or none
-    --moe-router-score-function        softmax or sigmoid
+    --moe-router-score-function        softmax, sigmoid or sqrtsoftplus
     --moe-router-topk-scaling-factor   factor on the gates
 """
 

@@ -22,7 +22,12 @@ from moepp_megatron.interop.hf_companions import (
     write_companions,
     write_json,
 )
-from moepp_megatron.interop.hf_config import own_hf_config, released_hf_config, released_warnings
+from moepp_megatron.interop.hf_config import (
+    own_hf_config,
+    refuse_uncomputed,
+    released_hf_config,
+    released_warnings,
+)
 from moepp_megatron.interop.longcat import longcat_hf_config, longcat_warnings
 from moepp_megatron.interop.longcat_rules import longcat_rules
 from moepp_megatron.interop.model_card import (
@@ -132,6 +137,8 @@ def mcore_to_hf(
     config = without_further_tokens(trained)
     if not form.has_latent_attention:
         _refuse_latent_attention(config)
+    if form.classes is not None:
+        refuse_uncomputed(config)
     fields = form.fields(config)
     reader = CheckpointReader(folder)
     rules = _present_rules(reader, list(form.rules(config)), form.keeps_unused)

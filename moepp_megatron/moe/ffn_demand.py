@@ -54,12 +54,3 @@ def lowered(logits: Tensor, config: MoEPPConfig, by: float) -> Tensor:
     """[T, E] logits of a router whose zero-computation experts' are lower by `by`."""
     others = torch.arange(config.num_experts, device=logits.device) >= config.num_ffn_experts
     return logits - by * others.to(logits.dtype)
-
-
-def ffn_scores(logits: Tensor, config: MoEPPConfig) -> Tensor:
-    """[T, E] fp32 scores of a router without zero-computation experts: 0 for these."""
-    if config.score_function == "softmax":
-        others = torch.arange(config.num_experts, device=logits.device) >= config.num_ffn_experts
-        return torch.softmax(logits.masked_fill(others, -torch.inf), dim=-1)
-    scores_TF = torch.sigmoid(logits[:, : config.num_ffn_experts])
-    return torch.nn.functional.pad(scores_TF, (0, config.num_zero_computation_experts))

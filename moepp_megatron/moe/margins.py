@@ -23,9 +23,11 @@ from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.expert_groups import within_groups
+from moepp_megatron.moe.scores import score_of
 
-# Scores are in [0, 1] and biases begin within 1.25 (upcycling), so margins are within 4. Of scores
-# of a thousandth, fp32 resolves 2^-33.
+# Scores are in [0, 1] and biases begin within 1.25 (upcycling), so margins are within 4; those of
+# sqrtsoftplus are for logits up to 16, and a margin beyond counts as 4. Of scores of a thousandth,
+# fp32 resolves 2^-33.
 _LEAST_EXPONENT, _MOST_EXPONENT, _BINS_PER_OCTAVE = -24, 2, 4
 OUT_OF_REACH = 2.0**_MOST_EXPONENT
 """The last edge: a `quantile` this far from 0 is one that no bias reaches."""
@@ -62,9 +64,7 @@ def count_margins(
         no bias can remove, for lack of zero-computation experts, are in the first bin.
     """
     topk, ffn = config.router_topk, config.num_ffn_experts
-    is_softmax = config.score_function == "softmax"
-    ranked_TE = torch.softmax(logits, dim=-1) if is_softmax else torch.sigmoid(logits)
-    ranked_TE = ranked_TE + bias
+    ranked_TE = score_of(config).scores(logits) + bias
     # A bias that rises for all FFN experts does not change which groups are best.
     ranked_TE = within_groups(ranked_TE, ranked_TE, config)
     best = ranked_TE[:, :ffn].topk(min(topk, ffn), dim=-1).values

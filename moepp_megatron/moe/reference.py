@@ -10,7 +10,6 @@ width. Expert order: FFN, constant, copy, zero. Source: arXiv 2410.07348, named 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from moepp_megatron.experts import CONSTANT, COPY, ZERO
 from moepp_megatron.moe.capacity import GATE_STEPS
 from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
 from moepp_megatron.moe.ffn_demand import FFNDemand
+from moepp_megatron.moe.scores import ffn_scores, score_of
 
 
 @dataclass
@@ -176,7 +176,8 @@ def select_experts(
         scores_TE: fp32, the probabilities that the balance loss averages (rows sum to 1).
     """
     logits_TE = _standardized(logits_TE, config)
-    scores_TE, logs_TE = _scores(logits_TE, config)
+    score = score_of(config)
+    scores_TE, logs_TE = score.scores(logits_TE), score.logs(logits_TE)
     # Logits rank as scores do, and still differ where scores underflow.
     ranked_TE = logits_TE if selection_bias_E is None else scores_TE + selection_bias_E
     ranked_TE = in_best_groups(ranked_TE, logits_TE, config, selection_bias_E)
@@ -214,7 +215,7 @@ def in_best_groups(
         return ranked_TE
     affinity_TE = ranked_TE
     if selection_bias_E is None:
-        affinity_TE, _ = _scores(logits_TE, config, only_ffn=True)
+        affinity_TE = ffn_scores(logits_TE, config)
     size = config.num_ffn_experts // config.num_groups
     masked_TE = ranked_TE.clone()
     for token, affinities in enumerate(affinity_TE[:, : config.num_ffn_experts]):
@@ -243,7 +244,9 @@ def _demanded_experts(
     if isinstance(demand, float):
         lower_E[config.num_ffn_experts :] = demand
     logits_TE = logits_TE - lower_E
-    scores_TE, logs_TE = _scores(logits_TE, config, only_ffn=demand == "all")
+    score = score_of(config)
+    logs_TE = score.logs(logits_TE)
+    scores_TE = ffn_scores(logits_TE, config) if demand == "all" else score.scores(logits_TE)
     ranked_TE = logits_TE
     if selection_bias_E is not None:
         ranked_TE = scores_TE + selection_bias_E - lower_E
@@ -267,22 +270,6 @@ def _standardized(logits_TE: Tensor, config: MoEPPConfig) -> Tensor:
         return logits_TE
     spread_T1 = logits_TE.std(dim=-1, keepdim=True).clamp(min=LEAST_LOGIT_STD)
     return logits_TE * (config.logits_norm_std / spread_T1)
-
-
-def _scores(
-    logits_TE: Tensor, config: MoEPPConfig, only_ffn: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Scores of all experts and their logarithms, the latter up to a constant for each token.
-
-    With `only_ffn` the scores are those of a router that has FFN experts alone.
-    """
-    is_sigmoid = config.score_function == "sigmoid"
-    logs_TE = F.logsigmoid(logits_TE) if is_sigmoid else logits_TE
-    score = torch.sigmoid if is_sigmoid else partial(torch.softmax, dim=-1)
-    if not only_ffn:
-        return score(logits_TE), logs_TE
-    ffn_TF = score(logits_TE[:, : config.num_ffn_experts])
-    return F.pad(ffn_TF, (0, config.num_zero_computation_experts)), logs_TE
 
 
 def _gates(scores_TE: Tensor, logs_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:

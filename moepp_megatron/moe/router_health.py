@@ -16,6 +16,7 @@ from torch import Tensor
 from moepp_megatron.experts import CONSTANT
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.expert_groups import within_groups
+from moepp_megatron.moe.scores import score_of
 
 _SCALARS = (
     "tokens",
@@ -95,9 +96,9 @@ class RouterHealth:
             logits, own_logits, ffn_counts = (
                 values[~padded] for values in (logits, own_logits, ffn_counts)
             )
-        uses_softmax = config.score_function == "softmax"
-        scores = torch.softmax(logits, dim=-1) if uses_softmax else torch.sigmoid(logits)
-        shares = scores if uses_softmax else torch.softmax(F.logsigmoid(logits), dim=-1)
+        score = score_of(config)
+        scores = score.scores(logits)
+        shares = score.shares(logits, scores)
         # x log x is 0 at 0.
         self._add("entropy", -(torch.xlogy(shares, shares)).sum())
         self._add("margin", _margins(scores if bias is None else scores + bias, config).sum())

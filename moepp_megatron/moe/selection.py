@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moepp_megatron.experts import ZERO
 from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
 from moepp_megatron.moe.expert_groups import within_groups
-from moepp_megatron.moe.ffn_demand import FFNDemand, ffn_scores, lowered, with_an_ffn_expert
+from moepp_megatron.moe.ffn_demand import FFNDemand, lowered, with_an_ffn_expert
+from moepp_megatron.moe.scores import ffn_scores, score_of
 
 
 class Selection(NamedTuple):
@@ -67,9 +67,8 @@ def select(
         padded: [T] bool tokens that are padding: they select nothing and are not counted. Their
             logits must be finite. None for none.
     """
-    uses_softmax = config.score_function == "softmax"
-    scores_TE = torch.softmax(logits, dim=-1) if uses_softmax else torch.sigmoid(logits)
-    logs_TE = logits if uses_softmax else F.logsigmoid(logits)
+    score = score_of(config)
+    scores_TE, logs_TE = score.scores(logits), score.logs(logits)
     ranked_TE = _ranked(logits, scores_TE, bias, config)
     chosen_TK = top_experts(ranked_TE, config.router_topk)
     wanted_TE = None
@@ -83,8 +82,7 @@ def select(
             chosen_TK = top_experts(ranked_TE[:, :num_ffn], config.router_topk)
         elif isinstance(demand, float):
             lower_TE = lowered(logits, config, demand)
-            weights_TE = torch.softmax(lower_TE, -1) if uses_softmax else torch.sigmoid(lower_TE)
-            logs_TE = lower_TE if uses_softmax else F.logsigmoid(lower_TE)
+            weights_TE, logs_TE = score.scores(lower_TE), score.logs(lower_TE)
             # The bias could outweigh scores of 0, so it is lowered as well.
             lower_E = None if bias is None else lowered(bias, config, demand)
             ranked_TE = _ranked(lower_TE, weights_TE, lower_E, config)
@@ -95,7 +93,7 @@ def select(
     gates_TK = _gates(weights_TE, logs_TE, chosen_TK, config)
     gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
     routing_map_TE = _as_map(chosen_TK, scores_TE)
-    shares_TE = scores_TE if uses_softmax else torch.softmax(F.logsigmoid(logits), dim=-1)
+    shares_TE = score.shares(logits, scores_TE)
     if padded is not None:
         padded_T1 = padded.unsqueeze(-1)
         gates_TE, shares_TE = (t.masked_fill(padded_T1, 0.0) for t in (gates_TE, shares_TE))

@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"num_query_groups": 2, "qk_layernorm": True, "kv_channels": 16, "num_layers": 3},
         "moe": {
             "layer_freq": [1, 0, 1],
-            "score_function": "sigmoid",
+            "score_function": "sqrtsoftplus",
             "gate_normalization": "selected",
             "two_layer_gate": True,
             "selection_bias": True,

@@ -103,14 +103,14 @@ def test_reentrant_checkpointing_is_refused(plain: RunPlain) -> None:
     assert "must be False" in plain(reentrant_message)
 
 
-def balance_losses(padded: bool) -> dict[str, float]:
+def balance_losses(padded: bool, scope: str) -> dict[str, float]:
     """What the model adds to its loss, and the same by `moe.reference`."""
     import torch
 
     from moepp_megatron.moe.config import MoEPPConfig
     from moepp_megatron.moe.reference import balance_loss, select_experts
 
-    model = random_model(output_router_logits=False).eval()
+    model = random_model(output_router_logits=False, balance_scope=scope).eval()
     inputs = batch(padded)
     plain_output = model(**inputs)
     assert getattr(plain_output, "router_logits", None) is None
@@ -129,10 +129,12 @@ def balance_losses(padded: bool) -> dict[str, float]:
     )
     bias = torch.linspace(0.05, -0.05, 8)
     counted = inputs["attention_mask"].flatten().bool()
+    parts = len(inputs["input_ids"]) if scope == "sequence" else 1
     reference = 0.0
     for logits in output.router_logits:
-        _, selected, scores = select_experts(logits[counted], config, bias)
-        reference += float(balance_loss(scores, selected, config))
+        for tokens, counts in zip(logits.chunk(parts), counted.chunk(parts), strict=True):
+            _, selected, scores = select_experts(tokens[counts], config, bias)
+            reference += float(balance_loss(scores, selected, config)) / parts
     coefficient = model.config.router_aux_loss_coef
     return {
         "aux": float(output.aux_loss),
@@ -150,9 +152,10 @@ def balance_losses(padded: bool) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize("scope", ["microbatch", "sequence"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_balance_loss_is_that_of_the_reference(plain: RunPlain, padded: bool) -> None:
-    values = plain(balance_losses, padded)
+def test_balance_loss_is_that_of_the_reference(plain: RunPlain, padded: bool, scope: str) -> None:
+    values = plain(balance_losses, padded, scope)
     assert values["aux"] > 0.1
     # fp32 sums of a few dozen scores in another order.
     assert values["aux"] == pytest.approx(values["reference"], rel=1e-5)

@@ -123,7 +123,7 @@ def test_norms_that_differ_are_told() -> None:
         ({}, {"gating_residual": True}, "gating residuals are unknown there"),
         ({}, {"num_constant_experts": 2}, "constant experts are unknown there"),
         ({}, {"gate_normalization": "selected"}, "keeps the raw scores"),
-        ({}, {"expert_input_scale": 2.0}, "experts see their input as it is"),
+        ({}, {"expert_input_scale": 2.0}, "it is unknown there"),
         ({}, {"layer_freq": [0, 1], "num_ffn_experts": 1, "num_zero_experts": 1}, "router_topk"),
     ],
 )

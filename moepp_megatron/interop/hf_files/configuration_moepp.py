@@ -32,7 +32,7 @@ class MoEPPConfig(LlamaConfig):
         gating_residual: Whether a router adds a map of the previous router's logits.
         gate_normalization: `none`, `selected` (divided by their sum) or `nonzero` (a selected zero
             expert's gate is 0, the others are divided by their sum).
-        score_function: `softmax` or `sigmoid`.
+        score_function: `softmax`, `sigmoid` or `sqrtsoftplus`.
         expert_input_scale: Factor on the experts' input, not the router's.
         constant_temperature: Divisor of the constant experts' mixing logits.
         two_layer_gate: Whether the gate is `W_b tanh(W_a x)`.
@@ -46,6 +46,8 @@ class MoEPPConfig(LlamaConfig):
             `all_heads` of a token at once.
         qkv_bias: Whether queries, keys and values have biases.
         tau: Weight of zero-computation experts in the balance loss.
+        balance_scope: Tokens that one balance loss is taken over: those of a `sequence`, or all of
+            a batch (`microbatch`, `global`).
         output_router_logits: Whether outputs have the router logits and the balance loss, and
             whether the loss has the latter too.
         router_aux_loss_coef: Factor on the balance loss in the loss.
@@ -84,6 +86,7 @@ class MoEPPConfig(LlamaConfig):
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
         tau: float = 0.75,
+        balance_scope: str = "microbatch",
         output_router_logits: bool = False,
         router_aux_loss_coef: float = 0.01,
         **kwargs: Any,
@@ -114,6 +117,7 @@ class MoEPPConfig(LlamaConfig):
         self.qk_norm_scope = qk_norm_scope
         self.qkv_bias = qkv_bias
         self.tau = tau
+        self.balance_scope = balance_scope
         self.output_router_logits = output_router_logits
         self.router_aux_loss_coef = router_aux_loss_coef
 

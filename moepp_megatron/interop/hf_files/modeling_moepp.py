@@ -6,7 +6,8 @@ FFN, constant, copy, zero.
 
 from __future__ import annotations
 
-from functools import wraps
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -25,6 +26,34 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from .configuration_moepp import MoeConfig, MoEPPConfig
+
+# What this file computes: kinds of experts, and values of settings; `others` may have any value.
+# moepp_megatron reads this without running the file, and refuses to export anything else.
+COMPUTES = {
+    "kinds": "FFN constant copy zero",
+    "score_function": "softmax sigmoid sqrtsoftplus",
+    "gate_normalization": "none selected nonzero",
+    # Of `global` only the batch at hand.
+    "balance_scope": "microbatch sequence global",
+    "qk_norm_scope": "head all_heads",
+    "others": "tau balance_coeff router_topk gating_residual two_layer_gate logits_norm_std "
+    "expert_input_scale constant_temperature constant_init constants_shared selection_bias "
+    "num_groups group_topk gate_scale capacity_factor fused",
+}
+
+
+def _log_sqrt_softplus(logits: Tensor) -> Tensor:
+    # Of smaller logits, the softplus is e^z and underflows.
+    log = (-F.logsigmoid(-logits.clamp(min=-40.0))).log()
+    return 0.5 * torch.where(logits < -40.0, logits, log)
+
+
+# Scores, and their logarithms up to a number for each token; of standardised logits.
+_SCORES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "softmax": (partial(torch.softmax, dim=-1), lambda logits: logits),
+    "sigmoid": (torch.sigmoid, F.logsigmoid),
+    "sqrtsoftplus": (lambda logits: _log_sqrt_softplus(logits).exp(), _log_sqrt_softplus),
+}
 
 
 class MoEPPGate(nn.Module):
@@ -64,17 +93,12 @@ class MoEPPGate(nn.Module):
         spread = logits_TE.std(dim=-1, keepdim=True).clamp(min=1e-6)
         return logits_TE * (self.config.logits_norm_std / spread)
 
-    def log_scores(self, logits_TE: Tensor) -> Tensor:
-        """Logarithms of the scores, up to a number for each token; of standardised logits."""
-        is_softmax = self.config.score_function == "softmax"
-        return logits_TE if is_softmax else F.logsigmoid(logits_TE)
-
     def select(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The selected experts and their gates, under the configured normalisation."""
         config = self.config
         logits_TE = self.standardized(logits_TE)
-        is_softmax = config.score_function == "softmax"
-        scores_TE = torch.softmax(logits_TE, dim=-1) if is_softmax else torch.sigmoid(logits_TE)
+        scores, logs = _SCORES[config.score_function]
+        scores_TE = scores(logits_TE)
         # Logits rank as scores do, and still differ where scores underflow.
         ranked_TE = logits_TE
         if config.selection_bias:
@@ -85,7 +109,7 @@ class MoEPPGate(nn.Module):
         if config.gate_normalization == "none":
             return scores_TE.gather(1, chosen_TK) * config.gate_scale, chosen_TK
         # Scores divided by their sum, which may underflow: a softmax over their logarithms.
-        logs_TK = self.log_scores(logits_TE).gather(1, chosen_TK)
+        logs_TK = logs(logits_TE).gather(1, chosen_TK)
         if config.gate_normalization == "selected":
             return torch.softmax(logs_TK, dim=-1) * config.gate_scale, chosen_TK
         is_zero_TK = chosen_TK >= config.total_experts - config.num_zero_experts
@@ -101,9 +125,7 @@ class MoEPPGate(nn.Module):
         affinity_TF = ranked_TE[:, :ffn]
         if not config.selection_bias:
             # Scores among FFN experts, which do not underflow.
-            affinity_TF = logits_TE[:, :ffn]
-            is_softmax = config.score_function == "softmax"
-            affinity_TF = affinity_TF.softmax(dim=-1) if is_softmax else affinity_TF.sigmoid()
+            affinity_TF = _SCORES[config.score_function][0](logits_TE[:, :ffn])
         best = affinity_TF.unflatten(1, (groups, -1)).topk(config.num_experts_per_tok // kept)
         sums = best.values.sum(dim=-1)
         chosen = sums.argsort(dim=-1, descending=True, stable=True)[:, :kept]
@@ -113,17 +135,8 @@ class MoEPPGate(nn.Module):
             F.pad(others, (0, ranked_TE.shape[1] - ffn), value=False), -torch.inf
         )
 
-    def balance_loss(self, logits_TE: Tensor, counted_T: Tensor | None = None) -> Tensor:
-        """`sum_i eta_i f_i P_i` of these tokens, eta = 1 for FFN experts and tau for the others.
-
-        Args:
-            logits_TE: Router logits.
-            counted_T: bool, False for padding; None counts all tokens.
-        """
-        if counted_T is not None:
-            logits_TE = logits_TE[counted_T]
-        if logits_TE.shape[0] == 0:
-            return logits_TE.sum()
+    def balance_loss(self, logits_TE: Tensor) -> Tensor:
+        """`sum_i eta_i f_i P_i` of these tokens, eta = 1 for FFN experts and tau for the others."""
         fractions_E = logits_TE.new_zeros(self.config.total_experts)
         chosen = self.select(logits_TE.detach())[1].flatten()
         fractions_E.index_add_(0, chosen, torch.ones_like(chosen, dtype=fractions_E.dtype))
@@ -131,7 +144,8 @@ class MoEPPGate(nn.Module):
         eta_E = torch.full_like(fractions_E, self.config.tau)
         eta_E[: self.config.num_ffn_experts] = 1.0
         # A token's scores divided by their sum.
-        probabilities_TE = torch.softmax(self.log_scores(self.standardized(logits_TE)), dim=-1)
+        _, logs = _SCORES[self.config.score_function]
+        probabilities_TE = torch.softmax(logs(self.standardized(logits_TE)), dim=-1)
         return (eta_E * fractions_E * probabilities_TE.mean(dim=0)).sum()
 
 
@@ -348,6 +362,13 @@ class MoEPPModel(_MoEPPMixin, LlamaModel):
     """The decoder without output layer."""
 
     def __init__(self, config: MoEPPConfig) -> None:
+        for name in COMPUTES.keys() - {"kinds", "others"}:
+            known = COMPUTES[name].split()
+            if getattr(config, name) not in known:
+                raise ValueError(
+                    f"{name} ({getattr(config, name)}) must be {' or '.join(known)}, which is all "
+                    "that this model's code computes; use the code that was exported with it"
+                )
         # Not Llama's own: it would build Llama's layers first.
         super(LlamaModel, self).__init__(config)
         self.padding_idx = config.pad_token_id
@@ -400,7 +421,8 @@ class MoEPPForCausalLM(_MoEPPMixin, LlamaForCausalLM):
         lane: dict[int, Tensor] = {}
         output = super().forward(*args, router_lane=lane, return_dict=True, **kwargs)
         if output_router_logits:
-            aux_loss = self._balance_loss(lane, kwargs.get("attention_mask"))
+            mask = kwargs.get("attention_mask")
+            aux_loss = self._balance_loss(lane, mask, output.logits.shape[0])
             fields = dict(output) | {"aux_loss": aux_loss, "router_logits": tuple(lane.values())}
             if output.loss is not None:
                 weight = self.config.router_aux_loss_coef * _batch_share(**kwargs)
@@ -408,8 +430,8 @@ class MoEPPForCausalLM(_MoEPPMixin, LlamaForCausalLM):
             output = MoeCausalLMOutputWithPast(**fields)
         return output if return_dict else output.to_tuple()
 
-    def _balance_loss(self, lane: dict[int, Tensor], attention_mask: Any) -> Tensor:
-        """The sum of the layers' balance losses; scalar fp32."""
+    def _balance_loss(self, lane: dict[int, Tensor], attention_mask: Any, batch: int) -> Tensor:
+        """The sum of the layers' balance losses, those of a batch of sequences; scalar fp32."""
         counted_T = None
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             counted_T = attention_mask.flatten().bool()
@@ -418,13 +440,19 @@ class MoEPPForCausalLM(_MoEPPMixin, LlamaForCausalLM):
                 counted_T = None
         device = self.lm_head.weight.device
         layers: Any = self.model.layers
-        losses = [
-            layers[index].mlp.moe.gate.balance_loss(
-                logits, None if counted_T is None else counted_T.to(logits.device)
-            )
-            for index, logits in lane.items()
-        ]
-        return sum((loss.to(device) for loss in losses), torch.zeros((), device=device))
+        parts = batch if self.config.balance_scope == "sequence" else 1
+        total = torch.zeros((), device=device)
+        for index, logits in lane.items():
+            counted = torch.ones(len(logits), dtype=torch.bool) if counted_T is None else counted_T
+            chunks = zip(logits.chunk(parts), counted.to(logits.device).chunk(parts), strict=True)
+            losses = [
+                layers[index].mlp.moe.gate.balance_loss(tokens[counts])
+                for tokens, counts in chunks
+                if counts.any()
+            ]
+            if losses:
+                total = total + torch.stack(losses).mean().to(device)
+        return total
 
 
 def _batch_share(labels: Any = None, num_items_in_batch: Any = None, **_: Any) -> Any:

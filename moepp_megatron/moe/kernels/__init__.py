@@ -1,7 +1,8 @@
 """Triton kernels for steps that a GPU spends on memory traffic and launches. Never required.
 
 router.py          logits to gates, routing map and statistics, in one kernel each way
-expert_groups.py   group-limited routing inside that kernel
+scores.py          the score functions inside that kernel
+expert_groups.py   group-limited routing inside it
 rows.py            which FFN rows are each token's
 tags.py            selections counted by the tokens' tags
 combine.py         FFN rows back to their tokens, plus zero-computation and shared experts

@@ -29,6 +29,14 @@ from torch.autograd.function import once_differentiable
 from moepp_megatron.experts import ZERO
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.kernels.expert_groups import in_best_groups
+from moepp_megatron.moe.kernels.scores import (
+    SCORES,
+    grad_of_logs,
+    log_scores,
+    scores_of,
+    shares_of,
+    slope_of_logs,
+)
 from moepp_megatron.moe.selection import Selection
 
 # Elements of a program's tile [tokens, experts]. It moves few bytes and waits for reductions, so
@@ -119,12 +127,17 @@ def _launch(
     assert num_tokens % num_sequences == 0, (
         f"{num_tokens} tokens are not {num_sequences} sequences of one length"
     )
+    if config.score_function not in SCORES:
+        raise ValueError(
+            f"score_function ({config.score_function}) must be {' or '.join(SCORES)} for the "
+            "router's kernel; set fused to False, or write it in moe/kernels/scores.py"
+        )
     positions = num_tokens // num_sequences
     block_e = triton.next_power_of_2(num_experts)
     block_t = max(1, _TILE // block_e)
     settings = {
         "NUM_EXPERTS": num_experts,
-        "SOFTMAX": config.score_function == "softmax",
+        "SCORE": config.score_function,
         "NORMALIZED": config.gate_normalization != "none",
         # Where the experts end whose gates count in the normalisation.
         "END": config.columns(ZERO).start
@@ -163,45 +176,9 @@ def _tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scores(  # type: ignore[no-untyped-def]
-    logits, column, NUM_EXPERTS: tl.constexpr, SOFTMAX: tl.constexpr
-):  # fmt: skip
-    """Scores of the tile's experts, 0 in the columns that are none."""
-    is_expert = (column < NUM_EXPERTS)[None, :]
-    return _shares(logits, is_expert) if SOFTMAX else tl.where(is_expert, _sigmoid(logits), 0.0)
-
-
-@triton.jit
-def _sigmoid(x):  # type: ignore[no-untyped-def]
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _log_scores(logits, SOFTMAX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Logarithms of the scores; those of a softmax up to a constant for each token."""
-    softplus = tl.log(1.0 + tl.exp(-tl.abs(logits)))
-    return logits if SOFTMAX else tl.minimum(logits, 0.0) - softplus
-
-
-@triton.jit
-def _shares(logs, counted):  # type: ignore[no-untyped-def]
-    """A softmax over the counted columns, 0 in the others and where nothing is counted."""
-    largest = tl.max(tl.where(counted, logs, float("-inf")), axis=1)
-    powers = tl.where(counted, tl.exp(logs - largest[:, None]), 0.0)
-    total = tl.sum(powers, axis=1)
-    return powers / tl.where(total == 0.0, 1.0, total)[:, None]
-
-
-@triton.jit
-def _grad_of_logs(shares, grad):  # type: ignore[no-untyped-def]
-    """The gradient of the logarithms from that of `_shares`."""
-    return shares * (grad - tl.sum(shares * grad, axis=1)[:, None])
-
-
-@triton.jit
 def _forward(  # type: ignore[no-untyped-def]
     logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, partial_ptr, positions, sequences, scale,
-    NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, SOFTMAX: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, SCORE: tl.constexpr,
     NORMALIZED: tl.constexpr, END: tl.constexpr, TILES: tl.constexpr, NUM_FFN: tl.constexpr,
     GROUPS: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -212,7 +189,7 @@ def _forward(  # type: ignore[no-untyped-def]
     for tile in range(TILES):
         chosen, scores = _route(
             logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, tl.program_id(0) * TILES + tile,
-            positions, sequences, scale, NUM_EXPERTS, TOPK, SOFTMAX, NORMALIZED, END,
+            positions, sequences, scale, NUM_EXPERTS, TOPK, SCORE, NORMALIZED, END,
             partial_ptr is not None, NUM_FFN, GROUPS, KEPT, RANKED, BLOCK_T, BLOCK_E,
         )  # fmt: skip
         counts += tl.sum(tl.where(chosen, 1.0, 0.0), axis=0)
@@ -226,7 +203,7 @@ def _forward(  # type: ignore[no-untyped-def]
 @triton.jit
 def _route(  # type: ignore[no-untyped-def]
     logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, tile, positions, sequences, scale,
-    NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, SOFTMAX: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, SCORE: tl.constexpr,
     NORMALIZED: tl.constexpr, END: tl.constexpr, COUNTED: tl.constexpr, NUM_FFN: tl.constexpr,
     GROUPS: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -237,7 +214,7 @@ def _route(  # type: ignore[no-untyped-def]
     )
     is_expert = (column < NUM_EXPERTS)[None, :]
     logits = tl.load(logits_ptr + at, exists, 0.0)
-    scores = _scores(logits, column, NUM_EXPERTS, SOFTMAX)
+    scores = scores_of(logits, column, NUM_EXPERTS, SCORE)
 
     ranked = logits
     if bias_ptr is not None:
@@ -253,7 +230,10 @@ def _route(  # type: ignore[no-untyped-def]
     if GROUPS > 1:
         affinities = ranked
         if bias_ptr is None:
-            affinities = _shares(logits, (column < NUM_FFN)[None, :]) if SOFTMAX else scores
+            if SCORE == "softmax":
+                affinities = shares_of(logits, (column < NUM_FFN)[None, :])
+            else:
+                affinities = scores
         allowed &= in_best_groups(affinities, column, NUM_FFN, GROUPS, KEPT, RANKED, BLOCK_E)
     keys = tl.where(allowed, keys, _LOWEST)
     chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
@@ -266,21 +246,21 @@ def _route(  # type: ignore[no-untyped-def]
     counted = chosen & (column < END)[None, :]
     if NORMALIZED:
         # Where a logit is NaN all shares are, but only the selected may show it.
-        gates = tl.where(counted, _shares(_log_scores(logits, SOFTMAX), counted), 0.0)
+        gates = tl.where(counted, shares_of(log_scores(logits, SCORE), counted), 0.0)
     else:
         gates = tl.where(counted, scores, 0.0)
     tl.store(gates_ptr + at, gates * scale, exists)
     tl.store(map_ptr + at, chosen, exists)
 
-    if COUNTED and not SOFTMAX:
-        scores = _shares(_log_scores(logits, SOFTMAX), is_expert)
+    if COUNTED and SCORE != "softmax":
+        scores = shares_of(log_scores(logits, SCORE), is_expert)
     return chosen, tl.where(routes, scores, 0.0)
 
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
     logits_ptr, padded_ptr, map_ptr, grad_gates_ptr, grad_sums_ptr, grad_logits_ptr, positions,
-    sequences, scale, NUM_EXPERTS: tl.constexpr, SOFTMAX: tl.constexpr, NORMALIZED: tl.constexpr,
+    sequences, scale, NUM_EXPERTS: tl.constexpr, SCORE: tl.constexpr, NORMALIZED: tl.constexpr,
     END: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     at, exists, routes, column = _tile(
@@ -288,8 +268,8 @@ def _backward(  # type: ignore[no-untyped-def]
     )
     is_expert = (column < NUM_EXPERTS)[None, :]
     logits = tl.load(logits_ptr + at, exists, 0.0)
-    scores = _scores(logits, column, NUM_EXPERTS, SOFTMAX)
-    logs = _log_scores(logits, SOFTMAX)
+    scores = scores_of(logits, column, NUM_EXPERTS, SCORE)
+    logs = log_scores(logits, SCORE)
     # Gradient of the logarithms of the scores.
     grad = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
 
@@ -298,9 +278,9 @@ def _backward(  # type: ignore[no-untyped-def]
         counted = (tl.load(map_ptr + at, exists, 0) != 0) & (column < END)[None, :]
         grad_gates = tl.where(counted, grad_gates, 0.0)
         if NORMALIZED:
-            grad += _grad_of_logs(_shares(logs, counted), grad_gates)
-        elif SOFTMAX:
-            grad += _grad_of_logs(scores, grad_gates)
+            grad += grad_of_logs(shares_of(logs, counted), grad_gates)
+        elif SCORE == "softmax":
+            grad += grad_of_logs(scores, grad_gates)
         else:
             grad += scores * grad_gates
 
@@ -308,9 +288,8 @@ def _backward(  # type: ignore[no-untyped-def]
         of_sequence = grad_sums_ptr + tl.program_id(1) * NUM_EXPERTS + column
         grad_sums = tl.load(of_sequence, column < NUM_EXPERTS, 0.0)[None, :]
         grad_sums = tl.where(routes, grad_sums, 0.0)
-        grad += _grad_of_logs(_shares(logs, is_expert), grad_sums)
+        grad += grad_of_logs(shares_of(logs, is_expert), grad_sums)
 
-    if not SOFTMAX:
-        # The slope of the logarithm of a sigmoid is the sigmoid of -x.
-        grad *= _sigmoid(-logits)
+    if SCORE != "softmax":
+        grad *= slope_of_logs(logits, SCORE)
     tl.store(grad_logits_ptr + at, grad, exists)

@@ -1,7 +1,7 @@
 """Tiny MoE++ layers and models for one process, their reference, and how to compare the two."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,12 @@ HIDDEN = 16
 FFN_HIDDEN = 24
 VOCAB = 64
 SEQUENCE = 12
+# By their formulas, for fp64.
+DEFINED_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda z: z.exp() / z.exp().sum(-1, keepdim=True),
+    "sigmoid": lambda z: 1.0 / (1.0 + (-z).exp()),
+    "sqrtsoftplus": lambda z: z.exp().log1p().sqrt(),
+}
 
 
 def megatron_config(moepp: MoEPPConfig, **changes: Any) -> TransformerConfig:

@@ -108,14 +108,17 @@ def main() -> None:
     experts = {"NUM_EXPERTS": 12, "BLOCK_T": 32, "BLOCK_E": 16, "TOPK": 2, "END": 11}
     experts |= {"TILES": 2, "NUM_FFN": 8, "GROUPS": 1, "KEPT": 1, "RANKED": 1}
     without = {"bias_ptr": None, "padded_ptr": None, "partial_ptr": None, "grad_sums_ptr": None}
-    for extra in ({"SOFTMAX": True, "NORMALIZED": True}, {"SOFTMAX": False, "NORMALIZED": False}):
-        rest = {} if extra["SOFTMAX"] else without
+    for extra, rest in (
+        ({"SCORE": "softmax", "NORMALIZED": True}, {}),
+        ({"SCORE": "sigmoid", "NORMALIZED": False}, without),
+        ({"SCORE": "sqrtsoftplus", "NORMALIZED": False}, {}),
+    ):
         for name in ("router._forward", "router._backward"):
             compile_kernel(name, experts | extra | rest)
     # DeepSeek-V3's groups.
     many = {"NUM_EXPERTS": 320, "BLOCK_T": 1, "BLOCK_E": 512, "TOPK": 8, "END": 319, "TILES": 2}
     many |= {"NUM_FFN": 256, "GROUPS": 8, "KEPT": 4, "RANKED": 2}
-    compile_kernel("router._forward", many | {"SOFTMAX": False, "NORMALIZED": True})
+    compile_kernel("router._forward", many | {"SCORE": "sigmoid", "NORMALIZED": True})
     absent = ("mixing_ptr", "v_ptr", "addend_ptr", "grad_mixing_ptr", "vectors_ptr")
     # Triton compiles anew for an argument that is 1.
     one_token = dict.fromkeys(absent) | {"num_tokens": 1}

@@ -17,7 +17,7 @@ from moepp_megatron.moe.balance import (
 )
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.reference import balance_loss
-from tests.unit.moe.builders import HIDDEN, build_layer
+from tests.unit.moe.builders import DEFINED_SCORES, HIDDEN, build_layer
 
 
 def loss_of(scores, selected, weights, num_sequences=1):
@@ -84,7 +84,7 @@ def test_reference_gradient_against_finite_differences():
     )
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", DEFINED_SCORES)
 @pytest.mark.parametrize("scope", ["microbatch", "sequence"])
 def test_router_gradient_against_finite_differences(score_function, scope):
     # The only gradient that a sum over no output leaves is the balance loss's own.

@@ -155,6 +155,7 @@ LAYERS = {
     "4 of 6, top-1": MoEPPConfig(4, num_constant_experts=0, router_topk=1),
     "32 of 40, top-4": MoEPPConfig(32, num_constant_experts=6, router_topk=4),
     "sigmoid": MoEPPConfig(8, score_function="sigmoid"),
+    "sqrtsoftplus": MoEPPConfig(8, score_function="sqrtsoftplus"),
 }
 
 

@@ -39,7 +39,7 @@ from moepp_megatron.moe.config import MoEPPConfig
             r"gate_normalization \(sum\) is unknown; use none, selected or nonzero",
         ),
         ({"fused": "yes"}, r"fused \(yes\) is unknown; use auto, True or False"),
-        ({"score_function": "tanh"}, r"score_function \(tanh\) is unknown; use softmax or sigmoid"),
+        ({"score_function": "tanh"}, r"score_function \(tanh\) .* use softmax, sigmoid or sqrt"),
         (
             {"balance_scope": "batch"},
             r"balance_scope \(batch\) is unknown; use microbatch, sequence or global",

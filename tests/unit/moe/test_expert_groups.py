@@ -14,13 +14,21 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.margins import count_margins, edges
 from moepp_megatron.moe.router_health import _margins
 from moepp_megatron.moe.selection import select
-from tests.unit.moe.builders import HIDDEN, assert_close, build_layer, gradient_pairs, reference_of
+from tests.unit.moe.builders import (
+    DEFINED_SCORES,
+    HIDDEN,
+    assert_close,
+    build_layer,
+    gradient_pairs,
+    reference_of,
+)
 
 LENGTH, BATCH = 8, 3
 # K, groups, groups kept, then what else differs.
 SETTINGS: list[tuple[int, int, int, dict[str, Any]]] = [
     (2, 4, 1, {}),
     (3, 4, 2, {"score_function": "sigmoid", "gate_normalization": "selected"}),
+    (4, 4, 2, {"score_function": "sqrtsoftplus"}),
     (4, 4, 2, {"score_function": "sigmoid", "selection_bias": True, "gate_scale": 2.5}),
     (3, 2, 1, {"gate_normalization": "nonzero", "selection_bias": True}),
     (4, 2, 1, {"logits_norm_std": 1.5, "capacity_factor": 0.8, "balance_scope": "sequence"}),
@@ -48,8 +56,7 @@ def bias_of(config: MoEPPConfig) -> Tensor | None:
 def tried_out(logits: Tensor, bias: Tensor | None, config: MoEPPConfig) -> list[set[int]]:
     """For each token the best K experts of all that the rule allows, found by trying all."""
     logits = logits.double()
-    softmax = config.score_function == "softmax"
-    scores = torch.softmax(logits, -1) if softmax else torch.sigmoid(logits)
+    scores = DEFINED_SCORES[config.score_function](logits)
     if bias is not None:
         scores = scores + bias.double()
     size = config.num_ffn_experts // config.num_groups

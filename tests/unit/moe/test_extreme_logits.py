@@ -11,7 +11,7 @@ from moepp_megatron.experts import ZERO
 from moepp_megatron.moe import reference, selection
 from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
 from moepp_megatron.moe.reference import select_experts
-from tests.unit.moe.builders import HIDDEN, assert_close, build_layer, reference_of
+from tests.unit.moe.builders import DEFINED_SCORES, HIDDEN, assert_close, build_layer, reference_of
 from tests.unit.moe.test_kernels import DEVICE, compiled  # noqa: F401
 
 GAPS = (0.0, 1.0, 20.0, 60.0, 82.0, 87.0, 95.0, 102.0, 104.0, 150.0, 200.0)
@@ -27,7 +27,7 @@ def edge_config(**changes: Any) -> MoEPPConfig:
 def gapped_logits(function: str) -> Tensor:
     """[gaps, E]: one zero expert first under softmax, then what is selected besides it.
 
-    Under a sigmoid all logits are this far below 0.
+    Under the others all logits are this far below 0.
     """
     below = torch.tensor([-1.0, 0.5, 0.25, -2.0, -0.5, -3.0, -1.5, 0.0])
     logits = below - torch.tensor(GAPS)[:, None]
@@ -39,7 +39,7 @@ def gapped_logits(function: str) -> Tensor:
 def by_definition(logits: Tensor, config: MoEPPConfig) -> tuple[Tensor, Tensor]:
     """Gates [T, E] and probabilities [T, E] by divisions, in fp64."""
     z = logits.double()
-    scores = torch.softmax(z, -1) if config.score_function == "softmax" else torch.sigmoid(z)
+    scores = DEFINED_SCORES[config.score_function](z)
     chosen = z.argsort(dim=-1, descending=True, stable=True)[:, : config.router_topk]
     gates = torch.where(torch.zeros_like(z).scatter(1, chosen, 1.0) > 0, scores, 0.0)
     if config.gate_normalization == "nonzero":
@@ -102,7 +102,7 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
-@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("function", DEFINED_SCORES)
 def test_gaps_of_logits(function: str, normalization: str, place: str) -> None:
     config = edge_config(score_function=function, gate_normalization=normalization)
     to_gates, to_shares = torch.randn(2, len(GAPS), config.num_experts)

@@ -7,7 +7,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from moepp_megatron.experts import CONSTANT
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.router_health import RouterHealth
-from tests.unit.moe.builders import HIDDEN, build_layer
+from tests.unit.moe.builders import DEFINED_SCORES, HIDDEN, build_layer
 
 TOKENS, BATCH = 7, 3
 
@@ -35,7 +35,7 @@ def sums_of(layer):
     return dict(zip(names, layer.router.health.as_vector().tolist(), strict=True))
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", DEFINED_SCORES)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_sums_are_their_definitions(score_function, recompute):
     moepp = MoEPPConfig(4, router_topk=2, score_function=score_function)
@@ -43,7 +43,7 @@ def test_sums_are_their_definitions(score_function, recompute):
     sums = sums_of(layer)
     logits = logits.view(-1, moepp.num_experts).double()
     own = (x.detach().view(-1, HIDDEN) @ layer.router.weight.detach().T).double()
-    scores = logits.softmax(-1) if score_function == "softmax" else logits.sigmoid()
+    scores = DEFINED_SCORES[score_function](logits)
     shares = scores / scores.sum(-1, keepdim=True)
     ordered = scores.sort(-1, descending=True)
     ffn = (ordered.indices[:, :2] < 4).sum(-1)

@@ -17,6 +17,7 @@ from moepp_megatron.experts import CONSTANT, COPY
 from moepp_megatron.moe import kernels, selection
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.copies import Copies, rows_of_tokens
+from moepp_megatron.moe.scores import SCORES
 from moepp_megatron.moe.token_tags import CELL, GROUP, SOURCE, TagCounts, count_by_tags
 from moepp_megatron.moe.zero_computation import Ingredients
 from tests.unit.moe.builders import HIDDEN, assert_close, build_layer
@@ -82,6 +83,9 @@ SELECTIONS = [
     (E5, 3, "sigmoid", "nonzero", 1.0, True, 130, 2),
     (E5, 4, "softmax", "none", 1.0, False, 1, 1),
     (FFN3, 3, "softmax", "selected", 1.0, False, 7, 7),
+    (E12, 2, "sqrtsoftplus", "none", 2.5, True, 66, 1),
+    (E20, 4, "sqrtsoftplus", "selected", 1.0, False, 40, 2),
+    (E5, 3, "sqrtsoftplus", "nonzero", 1.0, True, 31, None),
 ]
 
 
@@ -141,6 +145,7 @@ GROUPS = [
     (4, 2, 4, "softmax", True),
     (8, 3, 4, "sigmoid", False),
     (2, 1, 3, "sigmoid", True),
+    (4, 2, 4, "sqrtsoftplus", False),
 ]
 
 
@@ -197,7 +202,7 @@ def test_selection_with_one_gradient(compiled, used):
     assert_close(gradient(compiled.select), gradient(selection.select), "gradient of logits")
 
 
-@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("function", SCORES)
 @pytest.mark.parametrize("largest_bias", [None, 2, -1])
 def test_ties(compiled, function, largest_bias):
     # Few different logits, -0 among them, so most tokens have ties; the bias makes more, and ranks
@@ -215,10 +220,11 @@ def test_ties(compiled, function, largest_bias):
     assert (logits.sort(dim=1).values.diff(dim=1) == 0).any(dim=1).all()
 
 
+@pytest.mark.parametrize("function", ["sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("normalization", ["selected", "nonzero"])
-def test_gates_of_scores_that_underflow(compiled, normalization):
-    # Sigmoid scores of -300 are 0 in fp32; their shares are not, and there is no NaN.
-    config = settings(E5, 2, score_function="sigmoid", gate_normalization=normalization)
+def test_gates_of_scores_that_underflow(compiled, function, normalization):
+    # Scores of -300 are 0 in fp32; their shares are not, and there is no NaN.
+    config = settings(E5, 2, score_function=function, gate_normalization=normalization)
     logits = torch.full((3, 5), -300.0, device=DEVICE)
     logits[1] = torch.tensor([-300.0, -300.0, -300.0, -300.0, 1.0])
     leaf = logits.clone().requires_grad_()
@@ -233,7 +239,9 @@ def test_nan_is_selected_and_seen(compiled):
     logits = torch.randn(5, 12, device=DEVICE)
     broken = logits.clone()
     broken[3, 7] = float("nan")
-    for function, normalization in (("sigmoid", "none"), ("softmax", "selected")):
+    for function, normalization in (
+        ("sigmoid", "none"), ("softmax", "selected"), ("sqrtsoftplus", "nonzero"),
+    ):  # fmt: skip
         config = settings(E12, 2, score_function=function, gate_normalization=normalization)
         actual = compiled.select(broken, None, config, None)
         expected = selection.select(logits, None, config, None)

@@ -40,7 +40,7 @@ MIXTURES = {
 DISPATCHERS = ("alltoall", "alltoall_dedup", "allgather")
 AXES: dict[str, tuple[Any, ...]] = {
     "gate_normalization": ("none", "selected", "nonzero"),
-    "score_function": ("softmax", "sigmoid"),
+    "score_function": ("softmax", "sigmoid", "sqrtsoftplus"),
     "mixture": tuple(MIXTURES),
     "capacity_factor": (None, 0.6),
     "two_layer_gate": (False, True),

@@ -13,6 +13,7 @@ CONFIGS = {
     "top-2": MoEPPConfig(8),
     "top-1": MoEPPConfig(4, router_topk=1),
     "sigmoid": MoEPPConfig(8, score_function="sigmoid", router_topk=3),
+    "sqrtsoftplus": MoEPPConfig(8, score_function="sqrtsoftplus", router_topk=3),
     "more selections than zero-computation experts": MoEPPConfig(
         8, num_constant_experts=0, router_topk=4
     ),

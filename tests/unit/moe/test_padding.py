@@ -14,6 +14,7 @@ from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
 from moepp_megatron.moe.reference import ReferenceOutput, balance_loss, select_experts
 from tests.parallel.training_runs import FULL
 from tests.unit.moe.builders import (
+    DEFINED_SCORES,
     HIDDEN,
     SEQUENCE,
     VOCAB,
@@ -191,7 +192,7 @@ def test_masks_of_all_and_of_nothing(all_padding: bool) -> None:
 
 
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
-@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("function", DEFINED_SCORES)
 @pytest.mark.parametrize("sequences", [None, 1, 3])
 def test_kernel(compiled: Any, function: str, normalization: str, sequences: int | None) -> None:
     config = settings(E12, 3, score_function=function, gate_normalization=normalization)

@@ -10,7 +10,7 @@ from moepp_megatron.experts import CONSTANT, COPY, ZERO
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.reference import ReferenceMoEPP, balance_loss, select_experts
 from moepp_megatron.moe.reference import within_capacity as reference_within_capacity
-from tests.unit.moe.builders import assert_close
+from tests.unit.moe.builders import DEFINED_SCORES, assert_close
 
 D, H = 6, 5
 # Experts of HAND: FFN 0, FFN 1, constant 2, copy 3, zero 4.
@@ -56,7 +56,7 @@ def test_sigmoid_by_hand():
 
 
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", DEFINED_SCORES)
 def test_only_zero_experts_selected(normalization, score_function):
     config = MoEPPConfig(
         num_ffn_experts=2,
@@ -161,7 +161,7 @@ def dense(layer: ReferenceMoEPP, x: torch.Tensor, gates: torch.Tensor) -> torch.
 
 
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score_function", DEFINED_SCORES)
 @pytest.mark.parametrize("capacity_factor", [None, 0.5])
 def test_equals_the_dense_evaluation(normalization, score_function, capacity_factor):
     config = MoEPPConfig(
@@ -184,7 +184,7 @@ def test_equals_the_dense_evaluation(normalization, score_function, capacity_fac
     )
     # Gates written with indices instead of masks.
     logits = layer.route(x, previous)
-    scores = logits.softmax(dim=-1) if score_function == "softmax" else logits.sigmoid()
+    scores = DEFINED_SCORES[score_function](logits)
     chosen = scores.topk(3, dim=-1).indices
     rows = []
     for token, picks in enumerate(chosen.tolist()):
