@@ -27,6 +27,7 @@ reference.py          the MoE++ layer in plain PyTorch on one process
 router.py             the router: gating residuals, selection over all experts, gates, balance loss
 router_config.py      the router's configuration: megatron-core's, with the count of all experts
 selection.py          which experts a token's logits select, and with which gates
+scores.py            from router logits to scores: the list of score functions
 spec.py               builds MoE++ layers from megatron-core's own specs
 statistics.py         what one MoE layer did since the last reset
 token_tags.py         tags that tell MoE++ layers what a token counts as, and whether it is forced
