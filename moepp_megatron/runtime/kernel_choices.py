@@ -1,14 +1,12 @@
 """Which implementation serves each operation that can be fused.
 
-megatron-core decides most of this when it is imported: Transformer Engine first, then apex, then
-torch. The same question is asked here in the same order, so that the log and `moepp doctor` can
-show it; `tests/unit/runtime/test_kernel_choices.py` compares both answers.
+megatron-core chooses some of them on its import; what it has chosen is read. The others are chosen
+in this package.
 """
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from moepp_megatron.config.schema.precision import CrossEntropy
 from moepp_megatron.runtime.optional import (
@@ -16,14 +14,25 @@ from moepp_megatron.runtime.optional import (
     have_fused_weight_gradient,
     have_transformer_engine,
     have_triton,
+    hide_broken_packages,
 )
 
-TRANSFORMER_ENGINE, APEX, TORCH = "Transformer Engine", "apex", "torch"
-_TRITON = "Triton"
+TRANSFORMER_ENGINE, APEX, TORCH, TRITON = "Transformer Engine", "apex", "torch", "Triton"
+# By the first part of a module's name; megatron-core's own functions call torch's operations.
+_PACKAGES = {
+    "transformer_engine": TRANSFORMER_ENGINE,
+    "transformer_engine_torch": TRANSFORMER_ENGINE,
+    "amp_C": APEX,
+    "megatron": TORCH,
+}
+_LOSSES = {
+    "fused": (TRITON, "its gradient written over the logits"),
+    "native": (TORCH, "megatron-core's native fusion, on an fp32 copy"),
+    "unfused": (TORCH, "megatron-core's, on an fp32 copy of the logits"),
+}
 
 
-@dataclass(frozen=True)
-class KernelChoice:
+class KernelChoice(NamedTuple):
     """One operation.
 
     Attributes:
@@ -42,53 +51,28 @@ class KernelChoice:
 
 
 def kernel_choices(cross_entropy: CrossEntropy = "auto") -> list[KernelChoice]:
-    """Every choice of this machine; imports torch and what is installed of the other two.
+    """Every choice of this machine; imports torch and megatron-core.
 
     Args:
         cross_entropy: `precision.cross_entropy`.
     """
-    return [
-        _attention(),
-        _experts(),
-        _permutation(),
-        _cross_entropy(cross_entropy),
-        _adam(),
-        _multi_tensor(),
-        _norm(),
-        _gradient_accumulation(),
-    ]
+    hide_broken_packages()
+    from megatron.core.optimizer import Adam, clip_grads
 
-
-def _attention() -> KernelChoice:
-    """The core attention of model/local_modules.py, or Transformer Engine's."""
-    import torch
-
-    if have_transformer_engine():
-        return KernelChoice("attention", TRANSFORMER_ENGINE, "DotProductAttention")
-    if torch.cuda.is_available():
-        detail = "scaled_dot_product_attention, which writes no scores"
-        return KernelChoice("attention", TORCH, detail)
-    return KernelChoice("attention", TORCH, "megatron-core's, which writes all scores")
-
-
-def _experts() -> KernelChoice:
-    """The FFN experts of moe/spec.py."""
-    import torch
-
-    if have_transformer_engine():
-        return KernelChoice("experts", TRANSFORMER_ENGINE, "grouped product")
-    if not torch.cuda.is_available():
-        return KernelChoice("experts", TORCH, "one loop on oneDNN")
-    if torch.cuda.get_device_capability() >= (9, 0):
-        return KernelChoice("experts", TORCH, "grouped_mm in bf16, one after another in fp32")
-    return KernelChoice("experts", TORCH, "one after another; no grouped product on this GPU")
-
-
-def _permutation() -> KernelChoice:
-    """What sorts rows by expert, as `TransformerConfig.moe_permute_fusion` decides."""
-    if have_transformer_engine():
-        return KernelChoice("permutation", TRANSFORMER_ENGINE, "fused")
-    return KernelChoice("permutation", TORCH, "sort and index_select")
+    chosen = {
+        **(_of_transformer_engine() if have_transformer_engine() else _of_torch()),
+        "cross entropy": _LOSSES[chosen_cross_entropy(cross_entropy)],
+        "Adam": (_package(Adam), Adam.__name__),
+        "gradient norm and scaling": (
+            _package(clip_grads.l2_norm_impl),
+            clip_grads.l2_norm_impl.__name__,
+        ),
+    }
+    if have_fused_weight_gradient():
+        # Before Transformer Engine, for it serves the output layer too.
+        detail = "in the matrix product of the weight gradient"
+        chosen["gradient accumulation of linear layers"] = (APEX, detail)
+    return [KernelChoice(operation, *choice) for operation, choice in chosen.items()]
 
 
 def chosen_cross_entropy(wanted: CrossEntropy) -> CrossEntropy:
@@ -98,69 +82,38 @@ def chosen_cross_entropy(wanted: CrossEntropy) -> CrossEntropy:
     return "fused" if have_triton() else "unfused"
 
 
-def _cross_entropy(wanted: CrossEntropy) -> KernelChoice:
-    """The loss of model/cross_entropy.py."""
-    name = "cross entropy"
+def _of_transformer_engine() -> dict[str, tuple[str, str]]:
+    details = {
+        "attention": "DotProductAttention",
+        "experts": "grouped product",
+        "permutation": "fused",
+        "RMSNorm": "fused with the linear layer after it",
+        "gradient accumulation of linear layers": "in the matrix product of the weight gradient, "
+        "but for the output layer",
+    }
+    return {operation: (TRANSFORMER_ENGINE, detail) for operation, detail in details.items()}
+
+
+def _of_torch() -> dict[str, tuple[str, str]]:
+    """What model/local_modules.py, moe/spec.py and model/norm.py build."""
+    import torch
+
+    attention, experts = "megatron-core's, which writes all scores", "one loop on oneDNN"
+    if torch.cuda.is_available():
+        attention = "scaled_dot_product_attention, which writes no scores"
+        experts = "one after another; no grouped product on this GPU"
+        if torch.cuda.get_device_capability() >= (9, 0):
+            experts = "grouped_mm in bf16, one after another in fp32"
+    has_fused_norm = fused_rms_norm() is not None
     return {
-        "fused": KernelChoice(name, _TRITON, "its gradient written over the logits"),
-        "native": KernelChoice(name, TORCH, "megatron-core's native fusion, on an fp32 copy"),
-        "unfused": KernelChoice(name, TORCH, "megatron-core's, on an fp32 copy of the logits"),
-    }[chosen_cross_entropy(wanted)]
+        "attention": (TORCH, attention),
+        "experts": (TORCH, experts),
+        "permutation": (TORCH, "sort and index_select"),
+        "RMSNorm": (APEX, "fused_rms_norm_affine") if has_fused_norm else (TORCH, "RMSNorm"),
+        "gradient accumulation of linear layers": (TORCH, "added after the product"),
+    }
 
 
-def _adam() -> KernelChoice:
-    """The optimizer's kernel, as megatron/core/optimizer/__init__.py chooses it."""
-    used = _first(
-        (TRANSFORMER_ENGINE, {"transformer_engine.pytorch.optimizers": ["FusedAdam", "FusedSGD"]}),
-        (APEX, {"apex.optimizers": ["FusedAdam", "FusedSGD"]}),
-    )
-    return KernelChoice("Adam", used, "torch.optim.AdamW" if used == TORCH else "FusedAdam")
-
-
-def _multi_tensor() -> KernelChoice:
-    """The multi-tensor kernels, as megatron/core/optimizer/clip_grads.py chooses them."""
-    names = ["multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale"]
-    names.append("multi_tensor_scale_tensor")
-    used = _first(
-        (TRANSFORMER_ENGINE, {"transformer_engine.pytorch.optimizers": names}),
-        (APEX, {"amp_C": [], "apex.multi_tensor_apply": ["multi_tensor_applier"]}),
-    )
-    detail = "tensor by tensor" if used == TORCH else "multi-tensor l2norm and scale"
-    return KernelChoice("gradient norm and scaling", used, detail)
-
-
-def _norm() -> KernelChoice:
-    """The norm of model/build.py and model/norm.py. megatron-core has only apex's LayerNorm."""
-    if have_transformer_engine():
-        return KernelChoice("RMSNorm", TRANSFORMER_ENGINE, "fused with the linear layer after it")
-    if fused_rms_norm() is not None:
-        return KernelChoice("RMSNorm", APEX, "fused_rms_norm_affine")
-    return KernelChoice("RMSNorm", TORCH, "torch.nn.RMSNorm")
-
-
-def _gradient_accumulation() -> KernelChoice:
-    """What adds weight gradients to the buffers that are reduced: `training/setup.py`.
-
-    Without apex megatron-core's own output layer adds its gradient afterwards.
-    """
-    name = "gradient accumulation of linear layers"
-    if have_fused_weight_gradient():
-        return KernelChoice(name, APEX, "in the matrix product of the weight gradient")
-    if have_transformer_engine():
-        detail = "in the matrix product of the weight gradient, but for the output layer"
-        return KernelChoice(name, TRANSFORMER_ENGINE, detail)
-    return KernelChoice(name, TORCH, "added after the product")
-
-
-def _first(*candidates: tuple[str, dict[str, list[str]]]) -> str:
-    """The first implementation whose modules and names can be imported; torch if there is none."""
-    for owner, modules in candidates:
-        try:
-            for module, names in modules.items():
-                imported = importlib.import_module(module)
-                for name in names:
-                    getattr(imported, name)
-        except (ImportError, AttributeError):
-            continue
-        return owner
-    return TORCH
+def _package(implementation: object) -> str:
+    root = str(getattr(implementation, "__module__", "")).partition(".")[0]
+    return _PACKAGES.get(root, root)

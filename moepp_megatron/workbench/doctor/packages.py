@@ -33,7 +33,8 @@ def check_packages(config: Config | None) -> list[Finding]:
     findings += [check_backend(backend, on_gpu) for backend in backends]
     findings += [check_compiler()] if have_triton() else []
     loss = "auto" if config is None else config.precision.cross_entropy
-    findings += [_check_kernel(choice) for choice in kernel_choices(loss)]
+    if version_of("megatron-core") is not None:
+        findings += [_check_kernel(choice) for choice in kernel_choices(loss)]
     if config is not None:
         used = {backend.name for backend in backends if backend.used}
         findings += check_needs(config, used)

@@ -1,4 +1,4 @@
-"""Which implementation is picked, with stand-ins for apex and Transformer Engine."""
+"""Which implementations are named, with stand-ins for apex and Transformer Engine."""
 
 from __future__ import annotations
 
@@ -18,28 +18,13 @@ from moepp_megatron.config import load_config
 from moepp_megatron.runtime import backends, kernel_choices, optional
 
 ROOT = Path(__file__).parents[3]
-ADAM, MULTI_TENSOR, NORM, ACCUMULATION = range(4)
-FUSED_ADAM = {"FusedAdam": object, "FusedSGD": object}
 APEX: dict[str, dict[str, Any]] = {
     "apex": {},
-    "apex.optimizers": FUSED_ADAM,
-    "apex.multi_tensor_apply": {"multi_tensor_applier": object()},
     "apex.normalization": {},
     "apex.normalization.fused_layer_norm": {"fused_rms_norm_affine": lambda *args: "fused"},
-    "amp_C": {"multi_tensor_l2norm": None, "multi_tensor_scale": None},
+    "amp_C": {},
     "fused_layer_norm_cuda": {},
     "fused_weight_gradient_mlp_cuda": {},
-}
-TE: dict[str, dict[str, Any]] = {
-    "transformer_engine": {},
-    "transformer_engine.pytorch": {},
-    "transformer_engine.pytorch.optimizers": {
-        **FUSED_ADAM,
-        "multi_tensor_applier": None,
-        "multi_tensor_l2norm": None,
-        "multi_tensor_scale": None,
-        "multi_tensor_scale_tensor": None,
-    },
 }
 
 
@@ -67,31 +52,32 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
         function.cache_clear()
 
 
-def implementations() -> list[str]:
-    """Of what apex has a part in; what it has none in comes before."""
-    return [choice.implementation for choice in kernel_choices.kernel_choices()[4:]]
+def implementations() -> dict[str, str]:
+    return {choice.operation: choice.implementation for choice in kernel_choices.kernel_choices()}
 
 
-def layers() -> list[str]:
-    return [choice.line() for choice in kernel_choices.kernel_choices()[:3]]
+def lines() -> list[str]:
+    return [choice.line() for choice in kernel_choices.kernel_choices()]
 
 
 def test_attention_experts_and_permutation(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     install(gpu=False)
-    assert layers()[0] == "attention: torch (megatron-core's, which writes all scores)"
-    assert layers()[1] == "experts: torch (one loop on oneDNN)"
+    assert lines()[:2] == [
+        "attention: torch (megatron-core's, which writes all scores)",
+        "experts: torch (one loop on oneDNN)",
+    ]
     install()
-    assert layers() == [
+    assert lines()[:3] == [
         "attention: torch (scaled_dot_product_attention, which writes no scores)",
         "experts: torch (grouped_mm in bf16, one after another in fp32)",
         "permutation: torch (sort and index_select)",
     ]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert "no grouped product on this GPU" in layers()[1]
+    assert "no grouped product on this GPU" in lines()[1]
     monkeypatch.setattr(kernel_choices, "have_transformer_engine", lambda: True)
-    assert layers() == [
+    assert lines()[:3] == [
         "attention: Transformer Engine (DotProductAttention)",
         "experts: Transformer Engine (grouped product)",
         "permutation: Transformer Engine (fused)",
@@ -113,59 +99,68 @@ def test_cross_entropy(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert choice.implementation == used
 
 
-def without(package: dict[str, dict[str, Any]], *names: str) -> dict[str, dict[str, Any]]:
-    return {name: content for name, content in package.items() if name not in names}
+def norm_and_accumulation() -> tuple[str, str]:
+    found = implementations()
+    return found["RMSNorm"], found["gradient accumulation of linear layers"]
 
 
-def test_torch_alone(install: Any) -> None:
+def test_each_part_of_apex_that_was_not_built_has_its_own_fallback(install: Any) -> None:
+    """apex is built with any subset of its extensions, and needs a GPU."""
     install()
-    assert implementations() == ["torch"] * 4
-
-
-def test_apex_alone(install: Any) -> None:
+    assert norm_and_accumulation() == ("torch", "torch")
     install(APEX)
-    assert implementations() == ["apex"] * 4
+    assert norm_and_accumulation() == ("apex", "apex")
     assert optional.fused_rms_norm()(1, 2, 3, 4) == "fused"
-
-
-def test_apex_without_a_gpu_fuses_nothing_that_needs_one(install: Any) -> None:
     install(APEX, gpu=False)
-    assert implementations() == ["apex", "apex", "torch", "torch"]
+    assert norm_and_accumulation() == ("torch", "torch")
 
 
 @pytest.mark.parametrize(
-    ("missing", "choice"),
+    ("missing", "expected"),
     [
-        ("apex.optimizers", ADAM),
-        ("apex.multi_tensor_apply", MULTI_TENSOR),
-        ("fused_layer_norm_cuda", NORM),
-        ("fused_weight_gradient_mlp_cuda", ACCUMULATION),
+        ("fused_layer_norm_cuda", ("torch", "apex")),
+        ("fused_weight_gradient_mlp_cuda", ("apex", "torch")),
+        ("amp_C", ("torch", "apex")),
     ],
 )
-def test_each_part_of_apex_that_was_not_built_has_its_own_fallback(
-    install: Any, missing: str, choice: int
-) -> None:
-    """apex is built with any subset of its extensions."""
-    install(without(APEX, missing))
-    expected = ["apex"] * 4
-    expected[choice] = "torch"
-    assert implementations() == expected
+def test_parts_of_apex(install: Any, missing: str, expected: tuple[str, str]) -> None:
+    install({name: content for name, content in APEX.items() if name != missing})
+    assert norm_and_accumulation() == expected
 
 
-def test_apex_without_its_base_extension(install: Any) -> None:
-    install(without(APEX, "amp_C"))
-    assert implementations() == ["apex", "torch", "torch", "apex"]
-
-
-def test_transformer_engine_comes_first_but_where_apex_accumulates_more(
+def test_apex_accumulates_more_than_transformer_engine(
     install: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(TE)
+    install()
     monkeypatch.setattr(kernel_choices, "have_transformer_engine", lambda: True)
-    assert implementations() == ["Transformer Engine"] * 4
-    assert "but for the output layer" in kernel_choices.kernel_choices()[-1].detail
-    install(TE, APEX)
-    assert implementations() == ["Transformer Engine"] * 3 + ["apex"]
+    assert norm_and_accumulation() == ("Transformer Engine", "Transformer Engine")
+    assert any("but for the output layer" in line for line in lines())
+    install(APEX)
+    assert norm_and_accumulation() == ("Transformer Engine", "apex")
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("transformer_engine.pytorch.optimizers", "Transformer Engine"),
+        ("transformer_engine_torch", "Transformer Engine"),
+        ("apex.optimizers", "apex"),
+        ("amp_C", "apex"),
+        ("torch.optim.adamw", "torch"),
+        ("another.package", "another"),
+    ],
+)
+def test_what_megatron_core_has_chosen_is_named(
+    install: Any, monkeypatch: pytest.MonkeyPatch, module: str, package: str
+) -> None:
+    from megatron.core import optimizer
+
+    chosen = type("Chosen", (), {"__module__": module})
+    monkeypatch.setattr(optimizer, "Adam", chosen)
+    monkeypatch.setattr(optimizer.clip_grads, "l2_norm_impl", chosen)
+    install()
+    assert implementations()["Adam"] == package
+    assert implementations()["gradient norm and scaling"] == package
 
 
 def test_the_log_has_one_line_with_every_choice(install: Any) -> None:
@@ -196,64 +191,28 @@ def test_a_run_on_a_cpu_has_nothing_to_say_of_packages_for_gpus(
     assert backends.choices_to_log(config) == backends.choices_line("unfused")
 
 
-PICKED = """
-import json, sys
-from megatron.core.optimizer import Adam, clip_grads, optimizer
-from megatron.core.tensor_parallel import layers
-from moepp_megatron.runtime.kernel_choices import kernel_choices
-print(json.dumps({
-    "adam": Adam.__module__,
-    "l2norm": clip_grads.l2_norm_impl.__module__,
-    "scale": optimizer.multi_tensor_scale_impl.__module__,
-    "accumulation": layers._grad_accum_fusion_available,
-    "ours": [choice.implementation for choice in kernel_choices()],
-}))
-"""
-
-
-def picked_by_megatron(folder: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{PICKED}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    picked: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return picked
-
-
-def test_megatron_core_picks_the_same_with_an_apex_on_the_path(tmp_path: Path) -> None:
-    """An apex of the three modules that megatron-core asks for, in a process of its own."""
+def test_a_process_with_an_apex_on_its_path(tmp_path: Path) -> None:
+    """An apex of the modules that megatron-core asks for."""
     files = {
         "apex/__init__.py": "",
         "apex/optimizers.py": "from torch.optim import AdamW, SGD\n"
         "class FusedAdam(AdamW): pass\nclass FusedSGD(SGD): pass\n",
         "apex/multi_tensor_apply.py": "def multi_tensor_applier(*args): pass\n",
         "amp_C.py": "def multi_tensor_l2norm(*args): pass\ndef multi_tensor_scale(*args): pass\n",
-        "fused_weight_gradient_mlp_cuda.py": "",
     }
     for name, content in files.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)
-    picked = picked_by_megatron(tmp_path)
-    assert picked["adam"] == "apex.optimizers"
-    assert picked["l2norm"] == picked["scale"] == "amp_C"
-    assert picked["accumulation"]
-    # Norm and accumulation need a GPU besides, which the machines of CI lack.
-    assert picked["ours"][4:6] == ["apex", "apex"]
-
-
-@pytest.mark.skipif(kernel_choices._adam().implementation != "torch", reason="one is installed")
-def test_megatron_core_picks_the_same_without_either() -> None:
-    from moepp_megatron.runtime import cpu_support
-
-    # Before megatron-core is imported, as every run does.
-    cpu_support.install()
-    from megatron.core.optimizer import Adam, clip_grads, optimizer
-
-    assert Adam.__module__.startswith("torch.optim")
-    for function in (clip_grads.l2_norm_impl, optimizer.multi_tensor_scale_impl):
-        assert function.__module__ == "megatron.core.utils"
-    assert implementations() == ["torch"] * 4
+    script = (
+        f"import json, sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from moepp_megatron.runtime.kernel_choices import kernel_choices\n"
+        "print(json.dumps([choice.line() for choice in kernel_choices()]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "Adam: apex (FusedAdam)" in found
+    assert "gradient norm and scaling: apex (multi_tensor_l2norm)" in found
