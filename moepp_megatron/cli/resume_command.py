@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moepp_megatron.cli.echo import echo_of_run
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.observe.status import GO_ON
 
 # Set by scripts that change folder: where their user's shell is.
@@ -36,7 +36,7 @@ def is_given() -> bool:
 
 def print_resume_command(command: str | None) -> None:
     """Print the command as the last line."""
-    echo_of_run(f"to resume:\n{command}")
+    echo(f"to resume:\n{command}")
 
 
 def _program() -> list[str]:

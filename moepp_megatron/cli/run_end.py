@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from moepp_megatron.cli.echo import echo_of_run
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.resume_command import print_resume_command
 from moepp_megatron.config import Config
 
@@ -32,9 +32,7 @@ def say_end(request: TrainRequest, result: TrainResult, prints_command: bool) ->
     is_rank_0 = request.rank.rank == 0 and not request.starts_ranks
     if result.stopped:
         if is_rank_0:
-            echo_of_run(
-                f"{result.pause_reason or 'stopped on request'} at step {result.step}, saved"
-            )
+            echo(f"{result.pause_reason or 'stopped on request'} at step {result.step}, saved")
         # Said last: by the launcher that has claimed the folder, if one has.
         own_claim = is_rank_0 and inherited_claim() is None
         if own_claim or (request.starts_ranks and prints_command):
@@ -43,7 +41,7 @@ def say_end(request: TrainRequest, result: TrainResult, prints_command: bool) ->
     if is_rank_0:
         _finish(request.config, result.metrics)
         if result.failure is not None:
-            echo_of_run(f"error: at the end of the run, {result.failure}", err=True)
+            echo(f"error: at the end of the run, {result.failure}", err=True)
     if result.failure is not None:
         # All that could be done is done, but the run's last state is nowhere.
         raise typer.Exit(1)
@@ -53,21 +51,21 @@ def _finish(config: Config, record: StepMetrics | None) -> None:
     from moepp_megatron.training.run_folder import checkpoint_folder
 
     if record is None:
-        echo_of_run("nothing left to do: the checkpoint is at training.train_iters already")
+        echo("nothing left to do: the checkpoint is at training.train_iters already")
         return
     page = _report(Path(config.run.dir))
     share, window = _settled_ffn_share(Path(config.run.dir), record)
     valid = "" if record.valid_loss is None else f", validation {record.valid_loss:.4f}"
-    echo_of_run(f"loss         {record.loss:.4f}{valid} after {record.tokens:,} tokens")
+    echo(f"loss         {record.loss:.4f}{valid} after {record.tokens:,} tokens")
     for name, loss in (record.valid_set_loss or {}).items():
-        echo_of_run(f"             validation of {name} {loss:.4f}")
-    echo_of_run(
+        echo(f"             validation of {name} {loss:.4f}")
+    echo(
         f"FFN share    {share:.3f} of all selections (phi {config.moe.ffn_share:.3f}): "
         f"{1.0 - share:.1%} of the expert work saved, mean of {window}"
     )
-    echo_of_run(f"report       {page}")
+    echo(f"report       {page}")
     if config.checkpoint.save_interval > 0:
-        echo_of_run(f"checkpoints  {checkpoint_folder(config)}")
+        echo(f"checkpoints  {checkpoint_folder(config)}")
 
 
 def _settled_ffn_share(run: Path, last: StepMetrics) -> tuple[float, str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moepp_megatron.cli.echo import echo, echo_of_run
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.machines import machines
 from moepp_megatron.cli.options import (
     GPU_NAMES,
@@ -117,6 +117,7 @@ def train(
     # Nothing here imports torch: that would cost seconds before an error shows.
     from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
     from moepp_megatron.runtime.stop_signals import INTERRUPTED
+    from moepp_megatron.runtime.terminal import lasting_output
     from moepp_megatron.training.occupancy import Start
     from moepp_megatron.training.train_request import TrainRequest
 
@@ -146,7 +147,8 @@ def train(
     # A script's command is for all machines; without one each has its own.
     prints_command = not is_given() or nodes is None or not nodes.rank
     try:
-        _run(request, prints_command)
+        with lasting_output():
+            _run(request, prints_command)
     except KeyboardInterrupt:
         echo("interrupted before training or after its end", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -159,7 +161,7 @@ def _run(request: TrainRequest, prints_command: bool) -> None:
     from moepp_megatron.training.run import RanksFailedError, run
 
     try:
-        result = run(request, echo_of_run)
+        result = run(request, echo)
     except RanksFailedError as error:
         raise typer.Exit(error.status) from None
     except NoStartError as error:

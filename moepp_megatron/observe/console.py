@@ -6,7 +6,7 @@ from collections import deque
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.runtime.terminal import Console, RunConsole
+from moepp_megatron.runtime.terminal import Console
 
 # Enough steps that one slow one (a checkpoint, an evaluation) does not move the estimate.
 _STEP_TIME_WINDOW = 20
@@ -25,7 +25,7 @@ class ConsoleSink:
         """
         self._total_steps = total_steps
         self._phi = phi
-        self._console = console if console is not None else RunConsole()
+        self._console = console if console is not None else Console()
         self._step_times: deque[float] = deque(maxlen=_STEP_TIME_WINDOW)
         self._started = False
         self._progress: Progress | None = None

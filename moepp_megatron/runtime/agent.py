@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from moepp_megatron.runtime.launch import refused_with
 from moepp_megatron.runtime.patches import replace
+from moepp_megatron.runtime.terminal import lasting_output
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import WorkerGroup
@@ -78,4 +79,5 @@ def _end(failure: ProcessFailure) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with lasting_output():
+        sys.exit(main())

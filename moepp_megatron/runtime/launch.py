@@ -25,6 +25,7 @@ from moepp_megatron.runtime.rank_environment import with_rank_variables
 from moepp_megatron.runtime.stop_signals import (
     children,
     end_at_once,
+    heeded_signals,
     passing_on_signals,
     starting,
     wait_until_gone,
@@ -78,11 +79,11 @@ class LaunchOptions:
 def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
     """Run `python -m module arguments` on this machine's ranks and wait.
 
-    SIGTERM, SIGUSR1 and SIGINT that this process receives are passed on to the ranks, not to
-    torchrun, which would end them after a fixed time whether they have saved or not. Slurm sends
-    its SIGTERM to all processes of a job at once, and a terminal its SIGINT to all of the
-    foreground, so torchrun does not get to see those either. A second SIGINT ends everything at
-    once, and so does the first one where ranks are not stoppable.
+    The stop signals that this process receives are passed on to the ranks, not to torchrun, which
+    would end them after a fixed time whether they have saved or not. Slurm sends its SIGTERM to all
+    processes of a job at once, and a terminal its SIGINT and SIGHUP to all of the foreground, so
+    torchrun does not get to see those either. A second SIGINT ends everything at once, and so does
+    the first one where ranks are not stoppable.
 
     Args:
         options: Number of ranks, machines and restarts.
@@ -162,6 +163,8 @@ def _torchrun(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
         f"--max-restarts={options.max_restarts}",
         # How long the agent takes to notice a dead rank.
         "--monitor-interval=0.5",
+        # Its handler would end what nohup protects, and have ranks listen to it again.
+        f"--signals-to-handle={','.join(number.name for number in heeded_signals())}",
         *logs,
         "--module",
         module,

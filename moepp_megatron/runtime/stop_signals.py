@@ -14,8 +14,10 @@ from types import FrameType
 
 import psutil
 
-# By these a run is asked to stop.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# By these a run is asked to stop. SIGHUP says that its terminal is gone.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+# Those that a shell or nohup has a program ignore, because they are not meant for it.
+_IGNORABLE = (signal.SIGINT, signal.SIGHUP)
 # Exit status of a process that Ctrl-C ended.
 INTERRUPTED = 128 + signal.SIGINT
 # One Ctrl-C may arrive twice: `timeout -s INT` signals the process and its group. A person takes
@@ -79,14 +81,14 @@ def acknowledge() -> None:
 
 
 def heeded_signals() -> list[signal.Signals]:
-    """`STOP_SIGNALS` but for a SIGINT that was ignored from the start.
+    """`STOP_SIGNALS` but for a SIGINT or SIGHUP that was ignored from the start.
 
-    A shell starts background jobs of a script like that, because Ctrl-C is not meant for them.
+    A shell starts background jobs of a script without SIGINT, nohup a program without SIGHUP.
     """
     return [
         number
         for number in STOP_SIGNALS
-        if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
+        if number not in _IGNORABLE or signal.getsignal(number) is not signal.SIG_IGN
     ]
 
 
@@ -108,6 +110,9 @@ def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Itera
             return
         if number == signal.SIGINT and not request.number:
             acknowledge()
+        if number == signal.SIGHUP and request.number:
+            # Shell and kernel each send one when a terminal closes; nobody waits impatiently.
+            return
         request.number = number
         if agent.poll() is not None:
             return

@@ -1,9 +1,12 @@
-"""The consoles for all output that may hold untrusted text."""
+"""Output that may hold untrusted text, and output that may lose its reader."""
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Buffer, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import rich.console
@@ -36,13 +39,45 @@ class Console(rich.console.Console):
                 yield Segment(printable(segment.text), segment.style)
 
 
-class RunConsole(Console):
-    """The console of a training, which goes on when nobody reads it any more."""
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """A context in which stdout and stderr take all that is printed, whatever becomes of them.
 
-    def on_broken_pipe(self) -> None:
-        """Print nothing from here on, where rich's ends the process."""
-        self.quiet = True
-        discard_output()
+    A training and its exit status depend on no reader, no disk and no terminal of its output: what
+    cannot be written is dropped, from the first failure on. Streams that are no files (a
+    notebook's) stay as they are.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_lasting(stream, number) for number, stream in enumerate(before, 1))
+    try:
+        yield
+    finally:
+        for stream in {sys.stdout, sys.stderr}.difference(before):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+class _LastingFile(io.FileIO):
+    def write(self, content: Buffer) -> int:
+        """Write, or from the first failure on pretend to."""
+        try:
+            return super().write(content)
+        except OSError:
+            discard_output(self.fileno())
+            return memoryview(content).nbytes
+
+
+def _lasting(stream: Any, number: int) -> Any:
+    """A stream like `stream` that does not fail, if that writes to the descriptor `number`."""
+    try:
+        stream.flush()
+        if stream.fileno() != number:
+            return stream
+        options = {"encoding": stream.encoding, "errors": stream.errors}
+    except (AttributeError, OSError, ValueError):
+        return stream
+    buffer = io.BufferedWriter(_LastingFile(number, "w", closefd=False))
+    return io.TextIOWrapper(buffer, **options, line_buffering=True)
 
 
 def discard_output(descriptor: int = 1) -> None:

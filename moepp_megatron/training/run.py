@@ -15,6 +15,7 @@ from moepp_megatron.config import Config, ConfigError, UnfitError
 from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE
 from moepp_megatron.observe.status import GO_ON
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
+from moepp_megatron.runtime.terminal import lasting_output
 from moepp_megatron.training import occupancy
 from moepp_megatron.training.run_folder import checkpoint_folder
 from moepp_megatron.training.train_request import Say, TrainRequest
@@ -67,8 +68,8 @@ def train(
     """Train the model that a configuration describes, as `moepp train` does but for the report.
 
     Alone it trains in this process. In a script that torchrun or srun has started, every rank calls
-    it, and each gets the result. Like the command it listens to SIGTERM, SIGUSR1 and Ctrl-C, so
-    the main thread must call. Ranks that `nproc` starts write the report too.
+    it, and each gets the result. Like the command it listens to SIGTERM, SIGUSR1, SIGHUP and
+    Ctrl-C, so the main thread must call. Ranks that `nproc` starts write the report too.
 
     Args:
         config: A configuration, or its YAML file.
@@ -88,7 +89,7 @@ def train(
         RanksFailedError: Ranks that were started have failed.
         OSError: The run's last state could not be written.
     """
-    with _as_file(config) as file:
+    with _as_file(config) as file, lasting_output():
         options = LaunchOptions(nproc, stoppable=True)
         start = occupancy.Start(resume=resume, overwrite=overwrite)
         request = TrainRequest.read(file, overrides, options, start, _warn).admitted(_warn)

@@ -24,9 +24,9 @@ SAME_REQUEST_S = 10.0
 class StopRequest:
     """Whether this run was asked to stop.
 
-    The first SIGTERM, SIGUSR1 or SIGINT is remembered and the step continues; one that comes more
-    than `SAME_REQUEST_S` later ends the process at once. A process that trains alone is ended by a
-    second Ctrl-C at once; for ranks their launcher decides that, which has passed on the first.
+    The first of `STOP_SIGNALS` is remembered and the step continues; one that comes more than
+    `SAME_REQUEST_S` later, unless it is SIGHUP, ends the process at once. A process that trains
+    by itself is ended by a second Ctrl-C at once; for ranks their launcher decides that.
 
     Attributes:
         seen: Whether any rank was asked before the newest step's read; the same on every rank. The
@@ -80,7 +80,7 @@ class StopRequest:
         first, same_for = self._asked_at, SAME_REQUEST_S
         if number == signal.SIGINT and self._is_alone:
             first, same_for = self._interrupted_at, SAME_INTERRUPT_S
-        if first is not None and now - first > same_for:
+        if number != signal.SIGHUP and first is not None and now - first > same_for:
             # Without cleaning up: whoever asks again does not want to wait.
             os._exit(128 + number)
         if number == signal.SIGINT and self._interrupted_at is None:

@@ -258,29 +258,30 @@ def test_a_terminal_gets_a_bar(make_record):
 # What a training prints, in its order; then what has become of it.
 _PRINTS = """
 import sys
-from moepp_megatron.cli.echo import echo_of_run
+from moepp_megatron.cli.echo import echo
 from moepp_megatron.observe import ConsoleSink
-sink = ConsoleSink(2, phi=0.6)
-if {by_sink_first}:
-    sink.message("step 1")
-echo_of_run("loss")
-sink.message("step 2")
-sink.close()
-echo_of_run("report")
-print("ended", file=sys.stderr)
+from moepp_megatron.runtime.terminal import lasting_output
+with lasting_output():
+    sink = ConsoleSink(2, phi=0.6)
+    if {by_sink_first}:
+        sink.message("step 1")
+    echo("loss")
+    sink.message("step 2")
+    sink.close()
+    echo("report")
+    print("ended", file=sys.stderr)
 """
 
 
 @pytest.mark.parametrize(
-    ("is_full", "by_sink_first"),
-    [(False, True), (False, False), (True, False)],
-    ids=["reader gone", "reader gone before the first step", "disk full"],
+    ("loss", "by_sink_first"),
+    [("reader", True), ("reader", False), ("disk", False), ("terminal", False)],
 )
-def test_a_training_ends_well_though_nothing_can_be_printed(is_full, by_sink_first):
-    if is_full:
+def test_a_training_ends_well_though_nothing_can_be_printed(loss, by_sink_first):
+    if loss == "disk":
         stdout = os.open("/dev/full", os.O_WRONLY)
     else:
-        reader, stdout = os.pipe()
+        reader, stdout = os.pipe() if loss == "reader" else os.openpty()
         os.close(reader)
     words = [sys.executable, "-c", _PRINTS.format(by_sink_first=by_sink_first)]
     done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True)

@@ -1,0 +1,162 @@
+"""A terminal that closes, as when ssh breaks off: the run saves, or with nohup trains on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.commands import MODULE, Begun
+from tests.faults.harness import losses, prepare_data, short_steps, write_config
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
+
+LONG = 20000
+SHORT = 60
+MAIN = f"runpy.run_module({MODULE!r}, run_name='__main__', alter_sys=True)\n"
+# As nohup: what is ignored here is ignored in what this starts.
+NOHUP = "import runpy, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + MAIN
+# The first terminal that a session's leader opens for reading is that of the session.
+IN_TERMINAL = (
+    """
+import os, runpy, sys
+terminal = os.open(sys.argv.pop(1), os.O_RDWR)
+for number in range(3):
+    os.dup2(terminal, number)
+"""
+    + MAIN
+)
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", MODULE]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_data(tmp_path_factory.mktemp("corpus"))
+
+
+class Hung:
+    """A run in a session of its own, as a terminal's foreground is."""
+
+    def __init__(self, folder: Path, data: Path, num_ranks: int, steps: int) -> None:
+        self.run = folder / "run"
+        self.log = folder / "log"
+        sizes = short_steps(num_ranks)
+        self.config = write_config(
+            folder / "run.yaml", data, self.run, num_ranks, train_iters=steps, **sizes
+        )
+        self.words = ["train", str(self.config)]
+        if num_ranks > 1:
+            self.words += ["--nproc", str(num_ranks)]
+
+    def start(self, *words: str) -> Begun:
+        environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}
+        options = {"environment": environment, "new_session": True}
+        self.process = Begun(words, self.log, **options)  # type: ignore[arg-type]
+        return self.process
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 120
+        while max(losses(self.run), default=0) < step:
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.05)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")[-5000:] if self.log.exists() else ""
+
+    def lost(self) -> int:
+        """Steps that are in the records and in no checkpoint."""
+        latest = (self.run / "checkpoints" / "latest").read_text().strip()
+        return max(losses(self.run)) - int(latest.removeprefix("step_"))
+
+    def end(self) -> None:
+        """Kill what is left: the session's leader takes the others with it."""
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def begin(tmp_path: Path, data: Path):
+    begun: list[Hung] = []
+
+    def make(num_ranks: int, steps: int = LONG) -> Hung:
+        begun.append(Hung(tmp_path, data, num_ranks, steps))
+        return begun[-1]
+
+    yield make
+    for each in begun:
+        each.end()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_closed_terminal_costs_nothing(
+    begin: Callable[..., Hung], tmp_path: Path, num_ranks: int
+) -> None:
+    hung = begin(num_ranks)
+    program = tmp_path / "terminal_of_test.py"
+    program.write_text(IN_TERMINAL)
+    master, slave = os.openpty()
+    process = hung.start(str(program), os.ttyname(slave), *hung.words)
+    shown = b""
+    # A bar, drawn by a thread of its own.
+    while b"ETA" not in shown:
+        shown += os.read(master, 1 << 16)
+    hung.wait_for_step(3)
+    os.close(slave)
+    os.close(master)
+    assert process.wait(120) == 75
+    assert hung.lost() == 0
+    status = json.loads((hung.run / "status.json").read_text())
+    assert status["state"] == "ended"
+    assert status["go_on"].endswith(" --resume")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_hang_up_of_all_processes_stops_as_ctrl_c_does(
+    begin: Callable[..., Hung], num_ranks: int
+) -> None:
+    hung = begin(num_ranks)
+    process = hung.start("-m", MODULE, *hung.words)
+    hung.wait_for_step(3)
+    # Shell and kernel each send one.
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(120) == 75, hung.text()
+    assert hung.lost() == 0
+    lines = hung.log.read_text().splitlines()
+    assert lines[-3:-1] == [
+        f"stopped on request at step {max(losses(hung.run))}, saved",
+        "to resume:",
+    ]
+    assert lines[-1].endswith(" --resume")
+    assert "Traceback" not in hung.text()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_with_nohup_it_trains_on(
+    begin: Callable[..., Hung], tmp_path: Path, num_ranks: int
+) -> None:
+    hung = begin(num_ranks, SHORT)
+    program = tmp_path / "nohup_of_test.py"
+    program.write_text(NOHUP)
+    process = hung.start(str(program), *hung.words)
+    hung.wait_for_step(3)
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(120) == 0, hung.text()
+    assert sorted(losses(hung.run)) == list(range(1, SHORT + 1))
+
+
+def test_under_a_foreign_torchrun_ranks_save(begin: Callable[..., Hung]) -> None:
+    hung = begin(2)
+    process = hung.start("-m", *TORCHRUN, "train", str(hung.config))
+    hung.wait_for_step(3)
+    os.killpg(process.pid, signal.SIGHUP)
+    # Its own status, whatever ranks end with.
+    assert process.wait(120) == 1
+    assert hung.lost() == 0
+    assert "to resume:" in hung.log.read_text()
