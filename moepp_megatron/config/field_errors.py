@@ -14,6 +14,7 @@ from moepp_megatron.config.known_keys import section_models, subsection
 from moepp_megatron.config.plugins import PREFIX, plugin_of
 from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.schema import Section
+from moepp_megatron.config.schema.section import meaning_of
 
 # pydantic's error type -> (what must hold, what to write).
 _TYPES = {
@@ -122,7 +123,7 @@ def _problem(
         return Problem(
             name,
             _MISSING,
-            f"must be given: {field.description}",
+            f"must be given: {meaning_of(field)}",
             f"add {key} under {section}: or pass {name}=VALUE",
         )
     if first["type"] in ("no_path", "no_plugin"):
@@ -138,7 +139,7 @@ def _problem(
             "must be a whole number or a list of whole numbers",
             f"write it as {show(field.default)} or as [1, 0]",
         )
-    rule, remedy = _TYPES.get(first["type"], (f"is refused: {first['msg']}", field.description))
+    rule, remedy = _TYPES.get(first["type"], (f"is refused: {first['msg']}", meaning_of(field)))
     if first["type"] == "int_type" and isinstance(value, float) and value.is_integer():
         remedy = f"write {int(value)}"
     wants_one = first["type"] not in ("list_type", "dict_type")

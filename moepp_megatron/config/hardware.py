@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.schema.section import Section, unit
+from moepp_megatron.config.schema.section import Section, Unit
 from moepp_megatron.config.yaml_file import read_mapping
 
 # Beside the package in a source tree, which is how `launch/env.sh` installs it.
@@ -22,149 +22,73 @@ _FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"
 class Thresholds(Section):
     """The limits beyond which a measurement is a finding."""
 
-    matmul_fraction: float = Field(
-        default=0.6,
-        gt=0.0,
-        le=1.0,
-        description="Least share of the rated bf16 rate in a large matrix product; healthy GPUs "
-        "reach 0.7 to 0.85",
-        json_schema_extra=unit("1"),
-    )
-    collective_fraction: float = Field(
-        default=0.5,
-        gt=0.0,
-        le=1.0,
-        description="Least share of the rated link bandwidth in a large collective",
-        json_schema_extra=unit("1"),
-    )
-    slowest_ratio: float = Field(
-        default=1.15,
-        gt=1.0,
-        description="Time of the slowest rank over the ranks' median from which it is a finding",
-        json_schema_extra=unit("1"),
-    )
-    power_limit_fraction: float = Field(
-        default=0.95,
-        gt=0.0,
-        le=1.0,
-        description="Least share of the rated power that the power cap may allow",
-        json_schema_extra=unit("1"),
-    )
-    temperature_margin_c: float = Field(
-        default=5.0,
-        ge=0.0,
-        description="Distance from the slowdown temperature from which a GPU is too warm",
-        json_schema_extra=unit("degrees Celsius"),
-    )
-    foreign_memory_gib: float = Field(
-        default=1.0,
-        ge=0.0,
-        description="GPU memory of other processes from which a GPU is taken",
-        json_schema_extra=unit("GiB"),
-    )
-    shared_memory_gib: float = Field(
-        default=1.0,
-        ge=0.0,
-        description="Least size of /dev/shm; containers start with 64 MiB, on which NCCL fails",
-        json_schema_extra=unit("GiB"),
-    )
-    open_files: int = Field(
-        default=4096,
-        ge=1,
-        description="Least soft limit of open files; each rank holds a socket a peer and channel",
-        json_schema_extra=unit("files"),
-    )
-    disk_write_mb_s: float = Field(
-        default=100.0,
-        ge=0.0,
-        description="Least write speed of the run and checkpoint folders",
-        json_schema_extra=unit("MB/s"),
-    )
-    clock_skew_s: float = Field(
-        default=1.0,
-        gt=0.0,
-        description="Largest difference between the clocks of two nodes; logs cannot be put in "
-        "order beyond it",
-        json_schema_extra=unit("s"),
-    )
+    matmul_fraction: Annotated[float, Unit("1"), Field(gt=0.0, le=1.0)] = 0.6
+    """Least share of the rated bf16 rate in a large matrix product; healthy GPUs reach 0.7 to 0.85
+    """
+    collective_fraction: Annotated[float, Unit("1"), Field(gt=0.0, le=1.0)] = 0.5
+    """Least share of the rated link bandwidth in a large collective"""
+    slowest_ratio: Annotated[float, Unit("1"), Field(gt=1.0)] = 1.15
+    """Time of the slowest rank over the ranks' median from which it is a finding"""
+    power_limit_fraction: Annotated[float, Unit("1"), Field(gt=0.0, le=1.0)] = 0.95
+    """Least share of the rated power that the power cap may allow"""
+    temperature_margin_c: Annotated[float, Unit("degrees Celsius"), Field(ge=0.0)] = 5.0
+    """Distance from the slowdown temperature from which a GPU is too warm"""
+    foreign_memory_gib: Annotated[float, Unit("GiB"), Field(ge=0.0)] = 1.0
+    """GPU memory of other processes from which a GPU is taken"""
+    shared_memory_gib: Annotated[float, Unit("GiB"), Field(ge=0.0)] = 1.0
+    """Least size of /dev/shm; containers start with 64 MiB, on which NCCL fails"""
+    open_files: Annotated[int, Unit("files"), Field(ge=1)] = 4096
+    """Least soft limit of open files; each rank holds a socket a peer and channel"""
+    disk_write_mb_s: Annotated[float, Unit("MB/s"), Field(ge=0.0)] = 100.0
+    """Least write speed of the run and checkpoint folders"""
+    clock_skew_s: Annotated[float, Unit("s"), Field(gt=0.0)] = 1.0
+    """Largest difference between the clocks of two nodes; logs cannot be put in order beyond it"""
 
 
 class Hardware(Section):
     """One kind of GPU in its usual server. Rates are dense (without sparsity) and decimal."""
 
-    name: str = Field(description="Short name", json_schema_extra=unit("-"))
-    kind: Literal["gpu", "cpu"] = Field(
-        default="gpu", description="What computes", json_schema_extra=unit("-")
-    )
-    device_names: list[str] = Field(
-        default=[],
-        description="Names under which NVML knows the GPU",
-        json_schema_extra=unit("-"),
-    )
-    memory_gb: float | None = Field(
-        default=None, gt=0.0, description="Device memory", json_schema_extra=unit("GB")
-    )
-    memory_mib: float | None = Field(
-        default=None,
-        gt=0.0,
-        description="Device memory as the driver reports it; what the name rounds",
-        json_schema_extra=unit("MiB"),
-    )
-    memory_bandwidth_gb_s: float | None = Field(
-        default=None, gt=0.0, description="Device memory bandwidth", json_schema_extra=unit("GB/s")
-    )
-    fp32_tflops: float | None = Field(
-        default=None, gt=0.0, description="fp32 without tensor cores", json_schema_extra=unit("TF")
-    )
-    bf16_tflops: float | None = Field(
-        default=None, gt=0.0, description="bf16 tensor cores, dense", json_schema_extra=unit("TF")
-    )
-    fp8_tflops: float | None = Field(
-        default=None, gt=0.0, description="fp8 tensor cores, dense", json_schema_extra=unit("TF")
-    )
-    multiprocessors: int | None = Field(
-        default=None, ge=1, description="Streaming multiprocessors", json_schema_extra=unit("-")
-    )
-    nvlink_gb_s: float | None = Field(
-        default=None,
-        gt=0.0,
-        description="NVLink bandwidth of a GPU, both directions added",
-        json_schema_extra=unit("GB/s"),
-    )
-    nvlink_links: int = Field(
-        default=0, ge=0, description="NVLink links of a GPU", json_schema_extra=unit("links")
-    )
-    pcie_generation: int | None = Field(
-        default=None, ge=1, description="PCIe generation", json_schema_extra=unit("-")
-    )
-    pcie_width: int | None = Field(
-        default=None, ge=1, description="PCIe lanes", json_schema_extra=unit("lanes")
-    )
-    power_watts: float | None = Field(
-        default=None, gt=0.0, description="Rated board power", json_schema_extra=unit("W")
-    )
-    network_gbit_s_per_gpu: float | None = Field(
-        default=None,
-        gt=0.0,
-        description="Network port of a GPU in the vendor's reference server, one direction",
-        json_schema_extra=unit("Gbit/s"),
-    )
-    gpus_per_node: int | None = Field(
-        default=None, ge=1, description="GPUs of the reference server", json_schema_extra=unit("-")
-    )
-    price_per_hour: float | None = Field(
-        default=None,
-        gt=0.0,
-        description="What a GPU costs per hour, in your currency; none is set here",
-        json_schema_extra=unit("money/h"),
-    )
-    reached: dict[str, float] = Field(
-        default={},
-        description="What this GPU reaches where it differs from an H100 "
-        "(workbench/planning/efficiency.py); moepp plan --fit writes it",
-        json_schema_extra=unit("-"),
-    )
-    thresholds: Thresholds = Field(default_factory=Thresholds, description="What counts as unfit")
+    name: Annotated[str, Unit("-")]
+    """Short name"""
+    kind: Annotated[Literal["gpu", "cpu"], Unit("-")] = "gpu"
+    """What computes"""
+    device_names: Annotated[list[str], Unit("-")] = []
+    """Names under which NVML knows the GPU"""
+    memory_gb: Annotated[float | None, Unit("GB"), Field(gt=0.0)] = None
+    """Device memory"""
+    memory_mib: Annotated[float | None, Unit("MiB"), Field(gt=0.0)] = None
+    """Device memory as the driver reports it; what the name rounds"""
+    memory_bandwidth_gb_s: Annotated[float | None, Unit("GB/s"), Field(gt=0.0)] = None
+    """Device memory bandwidth"""
+    fp32_tflops: Annotated[float | None, Unit("TF"), Field(gt=0.0)] = None
+    """fp32 without tensor cores"""
+    bf16_tflops: Annotated[float | None, Unit("TF"), Field(gt=0.0)] = None
+    """bf16 tensor cores, dense"""
+    fp8_tflops: Annotated[float | None, Unit("TF"), Field(gt=0.0)] = None
+    """fp8 tensor cores, dense"""
+    multiprocessors: Annotated[int | None, Unit("-"), Field(ge=1)] = None
+    """Streaming multiprocessors"""
+    nvlink_gb_s: Annotated[float | None, Unit("GB/s"), Field(gt=0.0)] = None
+    """NVLink bandwidth of a GPU, both directions added"""
+    nvlink_links: Annotated[int, Unit("links"), Field(ge=0)] = 0
+    """NVLink links of a GPU"""
+    pcie_generation: Annotated[int | None, Unit("-"), Field(ge=1)] = None
+    """PCIe generation"""
+    pcie_width: Annotated[int | None, Unit("lanes"), Field(ge=1)] = None
+    """PCIe lanes"""
+    power_watts: Annotated[float | None, Unit("W"), Field(gt=0.0)] = None
+    """Rated board power"""
+    network_gbit_s_per_gpu: Annotated[float | None, Unit("Gbit/s"), Field(gt=0.0)] = None
+    """Network port of a GPU in the vendor's reference server, one direction"""
+    gpus_per_node: Annotated[int | None, Unit("-"), Field(ge=1)] = None
+    """GPUs of the reference server"""
+    price_per_hour: Annotated[float | None, Unit("money/h"), Field(gt=0.0)] = None
+    """What a GPU costs per hour, in your currency; none is set here"""
+    reached: Annotated[dict[str, float], Unit("-")] = {}
+    """What this GPU reaches where it differs from an H100 (workbench/planning/efficiency.py); moepp
+    plan --fit writes it"""
+    thresholds: Thresholds = Thresholds()
+    """What counts as unfit"""
 
     @property
     def memory_bytes(self) -> float | None:

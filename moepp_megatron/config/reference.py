@@ -13,6 +13,7 @@ from moepp_megatron.config.known_keys import is_optional, section_models, subsec
 from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.problem import show
 from moepp_megatron.config.schema import Section
+from moepp_megatron.config.schema.section import meaning_of, unit_of
 
 _SIGNS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
 _KINDS = {"int": "whole number", "float": "number", "bool": "true or false", "str": "text"}
@@ -73,9 +74,9 @@ def _section(path: str, model: type[Section], meaning: str = "") -> Iterator[Sec
         section, entry = subsection(model, key), _entry(field)
         if section is not None:
             optional = " May be null." if is_optional(model, key) else ""
-            inside.append((name, section, f"{field.description}.{optional}"))
+            inside.append((name, section, f"{meaning_of(field)}.{optional}"))
         elif entry is not None:
-            inside.append((f"{name}[]", entry, f"{field.description}."))
+            inside.append((f"{name}[]", entry, f"{meaning_of(field)}."))
         else:
             settings.append(_setting(name, field))
     yield SectionReference(
@@ -86,8 +87,7 @@ def _section(path: str, model: type[Section], meaning: str = "") -> Iterator[Sec
 
 
 def _setting(name: str, field: FieldInfo) -> SettingReference:
-    extra = field.json_schema_extra
-    assert isinstance(extra, dict), f"{name} has no unit"
+    assert unit_of(field), f"{name} has no unit"
     default = None
     if not field.is_required():
         default = show(field.get_default(call_default_factory=True, validated_data={}))
@@ -95,9 +95,9 @@ def _setting(name: str, field: FieldInfo) -> SettingReference:
         name,
         _kind(field.annotation),
         default,
-        str(extra["unit"]),
+        unit_of(field),
         tuple(_allowed(field)),
-        str(field.description),
+        meaning_of(field),
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moepp_megatron.config.schema.section import Section, unit
+from moepp_megatron.config.schema.section import Section, Unit
 
 Controller = Literal["none", "bias", "tau"]
 
@@ -14,67 +14,29 @@ Controller = Literal["none", "bias", "tau"]
 class BudgetSection(Section):
     """The budget of FFN experts per token, its controller and its schedule."""
 
-    target_ffn_per_token: float | None = Field(
-        default=None,
-        gt=0.0,
-        description="FFN experts a token takes on average, of the moe.router_topk selected; takes "
-        "the place of moe.tau. null: what moe.tau gives under perfect balance",
-        json_schema_extra=unit("experts"),
-    )
-    controller: Controller | None = Field(
-        default=None,
-        description="What moves the measured share to the target: a bias on the selection of FFN "
-        "experts, or tau in the balance loss, or nothing. null: bias where there is a target, else "
-        "none",
-        json_schema_extra=unit("-"),
-    )
-    response: float = Field(
-        default=0.7,
-        gt=0.0,
-        le=1.0,
-        description="Part of the bias that was missing in a step that is added after it, as "
-        "measured; with controller bias and gain null",
-        json_schema_extra=unit("1"),
-    )
-    gain: float | None = Field(
-        default=None,
-        gt=0.0,
-        description="A fixed gain: step of the bias for each share that is missing (LongCat-Flash; "
-        "null: the bias follows moe.budget.response), or of log tau for each unit of log odds "
-        "(null: 1)",
-        json_schema_extra=unit("1"),
-    )
-    decay: float = Field(
-        default=0.9,
-        ge=0.0,
-        lt=1.0,
-        description="Weight of the past in the measured share's moving average; 0 takes each step "
-        "as it is. Of tau and of a fixed gain",
-        json_schema_extra=unit("1"),
-    )
-    scope: Literal["layer", "model"] = Field(
-        default="layer",
-        description="Hold each MoE layer to the target, or only their mean",
-        json_schema_extra=unit("-"),
-    )
-    start_ffn_per_token: float | None = Field(
-        default=None,
-        gt=0.0,
-        description="Where the target starts; null: at target_ffn_per_token",
-        json_schema_extra=unit("experts"),
-    )
-    ramp_begin: int = Field(
-        default=0,
-        ge=0,
-        description="Steps that the target stays at its start",
-        json_schema_extra=unit("steps"),
-    )
-    ramp_steps: int = Field(
-        default=0,
-        ge=0,
-        description="Steps in which it then moves to the target, on a straight line",
-        json_schema_extra=unit("steps"),
-    )
+    target_ffn_per_token: Annotated[float | None, Unit("experts"), Field(gt=0.0)] = None
+    """FFN experts a token takes on average, of the moe.router_topk selected; takes the place of
+    moe.tau. null: what moe.tau gives under perfect balance"""
+    controller: Annotated[Controller | None, Unit("-")] = None
+    """What moves the measured share to the target: a bias on the selection of FFN experts, or tau
+    in the balance loss, or nothing. null: bias where there is a target, else none"""
+    response: Annotated[float, Unit("1"), Field(gt=0.0, le=1.0)] = 0.7
+    """Part of the bias that was missing in a step that is added after it, as measured; with
+    controller bias and gain null"""
+    gain: Annotated[float | None, Unit("1"), Field(gt=0.0)] = None
+    """A fixed gain: step of the bias for each share that is missing (LongCat-Flash; null: the bias
+    follows moe.budget.response), or of log tau for each unit of log odds (null: 1)"""
+    decay: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.9
+    """Weight of the past in the measured share's moving average; 0 takes each step as it is. Of tau
+    and of a fixed gain"""
+    scope: Annotated[Literal["layer", "model"], Unit("-")] = "layer"
+    """Hold each MoE layer to the target, or only their mean"""
+    start_ffn_per_token: Annotated[float | None, Unit("experts"), Field(gt=0.0)] = None
+    """Where the target starts; null: at target_ffn_per_token"""
+    ramp_begin: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    """Steps that the target stays at its start"""
+    ramp_steps: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    """Steps in which it then moves to the target, on a straight line"""
 
     @property
     def held_by(self) -> Controller:

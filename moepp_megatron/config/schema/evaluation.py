@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
-from moepp_megatron.config.schema.section import ConfigPath, Section, unit
+from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
 
 
 class EvaluationSection(Section):
     """Tasks of lm-eval that the model is evaluated on while it trains. A task is code."""
 
-    tasks: list[ConfigPath] = Field(
-        default=[],
-        description="YAML files of tasks, or folders of them (names that begin with _ are left "
-        "out); their documents are local JSONL files",
-        json_schema_extra=unit("-"),
-    )
-    interval: int = Field(
-        default=0,
-        ge=0,
-        description="Steps between evaluations; 0 evaluates only at the end",
-        json_schema_extra=unit("steps"),
-    )
-    limit: int | None = Field(
-        default=None,
-        ge=1,
-        description="Documents of each task, from its first; null takes all",
-        json_schema_extra=unit("documents"),
-    )
+    tasks: Annotated[list[ConfigPath], Unit("-")] = []
+    """YAML files of tasks, or folders of them (names that begin with _ are left out); their
+    documents are local JSONL files"""
+    interval: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    """Steps between evaluations; 0 evaluates only at the end"""
+    limit: Annotated[int | None, Unit("documents"), Field(ge=1)] = None
+    """Documents of each task, from its first; null takes all"""

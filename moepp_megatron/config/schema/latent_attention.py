@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moepp_megatron.config.schema.section import Section, unit
+from moepp_megatron.config.schema.section import Section, Unit
 
 
 class LatentAttentionSection(Section):
@@ -15,73 +15,30 @@ class LatentAttentionSection(Section):
     Names follow megatron-core's MLATransformerConfig.
     """
 
-    q_lora_rank: int | None = Field(
-        default=None,
-        ge=1,
-        description="Width of the compressed query; null makes queries from the layer's input",
-        json_schema_extra=unit("channels"),
-    )
-    kv_lora_rank: int = Field(
-        ge=1,
-        description="Width of the compressed vector that keys and values are made of",
-        json_schema_extra=unit("channels"),
-    )
-    qk_head_dim: int = Field(
-        default=128,
-        ge=1,
-        description="Width of a head's query and key without position",
-        json_schema_extra=unit("channels"),
-    )
-    qk_pos_emb_head_dim: int = Field(
-        default=64,
-        ge=1,
-        description="Width of their part with position, whose key all heads share",
-        json_schema_extra=unit("channels"),
-    )
-    v_head_dim: int = Field(
-        default=128, ge=1, description="Width of a head's value", json_schema_extra=unit("channels")
-    )
-    rope_type: Literal["rope", "yarn"] = Field(
-        default="rope",
-        description="Rotary embedding as it is, or stretched to longer sequences (YaRN)",
-        json_schema_extra=unit("-"),
-    )
-    rotary_scaling_factor: float = Field(
-        default=40.0,
-        ge=1.0,
-        description="With yarn: how many times longer sequences are than those trained on before",
-        json_schema_extra=unit("1"),
-    )
-    original_max_position_embeddings: int = Field(
-        default=4096,
-        ge=1,
-        description="With yarn: the sequence length trained on before",
-        json_schema_extra=unit("tokens"),
-    )
-    beta_fast: float = Field(
-        default=32.0,
-        gt=0.0,
-        description="With yarn: turns in that length from which on channels keep their speed",
-        json_schema_extra=unit("turns"),
-    )
-    beta_slow: float = Field(
-        default=1.0,
-        gt=0.0,
-        description="With yarn: turns in that length up to which channels slow down fully",
-        json_schema_extra=unit("turns"),
-    )
-    mscale: float = Field(
-        default=1.0,
-        ge=0.0,
-        description="With yarn: growth of the rotated channels with the logarithm of the factor",
-        json_schema_extra=unit("1"),
-    )
-    mscale_all_dim: float = Field(
-        default=0.0,
-        ge=0.0,
-        description="With yarn: the same of all scores instead of the rotated channels alone",
-        json_schema_extra=unit("1"),
-    )
+    q_lora_rank: Annotated[int | None, Unit("channels"), Field(ge=1)] = None
+    """Width of the compressed query; null makes queries from the layer's input"""
+    kv_lora_rank: Annotated[int, Unit("channels"), Field(ge=1)]
+    """Width of the compressed vector that keys and values are made of"""
+    qk_head_dim: Annotated[int, Unit("channels"), Field(ge=1)] = 128
+    """Width of a head's query and key without position"""
+    qk_pos_emb_head_dim: Annotated[int, Unit("channels"), Field(ge=1)] = 64
+    """Width of their part with position, whose key all heads share"""
+    v_head_dim: Annotated[int, Unit("channels"), Field(ge=1)] = 128
+    """Width of a head's value"""
+    rope_type: Annotated[Literal["rope", "yarn"], Unit("-")] = "rope"
+    """Rotary embedding as it is, or stretched to longer sequences (YaRN)"""
+    rotary_scaling_factor: Annotated[float, Unit("1"), Field(ge=1.0)] = 40.0
+    """With yarn: how many times longer sequences are than those trained on before"""
+    original_max_position_embeddings: Annotated[int, Unit("tokens"), Field(ge=1)] = 4096
+    """With yarn: the sequence length trained on before"""
+    beta_fast: Annotated[float, Unit("turns"), Field(gt=0.0)] = 32.0
+    """With yarn: turns in that length from which on channels keep their speed"""
+    beta_slow: Annotated[float, Unit("turns"), Field(gt=0.0)] = 1.0
+    """With yarn: turns in that length up to which channels slow down fully"""
+    mscale: Annotated[float, Unit("1"), Field(ge=0.0)] = 1.0
+    """With yarn: growth of the rotated channels with the logarithm of the factor"""
+    mscale_all_dim: Annotated[float, Unit("1"), Field(ge=0.0)] = 0.0
+    """With yarn: the same of all scores instead of the rotated channels alone"""
 
     @property
     def qk_dim(self) -> int:

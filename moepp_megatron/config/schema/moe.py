@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from moepp_megatron.config.schema.budget import BudgetSection
-from moepp_megatron.config.schema.section import Section, unit
+from moepp_megatron.config.schema.section import Section, Unit
 from moepp_megatron.layer_settings import LayerSettings
 
 
@@ -15,63 +15,31 @@ from moepp_megatron.layer_settings import LayerSettings
 class MoESection(Section, LayerSettings):  # type: ignore[misc]
     """Experts, router, balance: the layer's settings, and what surrounds the layer."""
 
-    z_loss_coeff: float | None = Field(
-        default=None,
-        ge=0.0,
-        description="Coefficient of the router z-loss; null: off",
-        json_schema_extra=unit("1"),
+    z_loss_coeff: Annotated[float | None, Unit("1"), Field(ge=0.0)] = None
+    """Coefficient of the router z-loss; null: off"""
+    input_jitter_eps: Annotated[float | None, Unit("1"), Field(ge=0.0, lt=1.0)] = None
+    """Half width of the uniform noise factor on the router's input; null: off"""
+    dispatcher: Annotated[Literal["alltoall", "alltoall_dedup", "allgather", "flex"], Unit("-")] = (
+        "alltoall"
     )
-    input_jitter_eps: float | None = Field(
-        default=None,
-        ge=0.0,
-        lt=1.0,
-        description="Half width of the uniform noise factor on the router's input; null: off",
-        json_schema_extra=unit("1"),
-    )
-    dispatcher: Literal["alltoall", "alltoall_dedup", "allgather", "flex"] = Field(
-        default="alltoall",
-        description="How FFN-routed tokens reach their experts (alltoall_dedup: a token goes once "
-        "to each rank; flex: DeepEP or HybridEP)",
-        json_schema_extra=unit("-"),
-    )
-    flex_backend: Literal["auto", "deepep", "hybridep"] = Field(
-        default="auto",
-        description="What the flex dispatcher runs on; auto takes DeepEP, or else HybridEP",
-        json_schema_extra=unit("-"),
-    )
-    flex_num_sms: int | None = Field(
-        default=None,
-        ge=2,
-        description="Multiprocessors that the flex dispatcher's kernels occupy; null: 20 with "
-        "DeepEP, HybridEP's own choice",
-        json_schema_extra=unit("multiprocessors"),
-    )
-    layer_freq: int | list[int] = Field(
-        default=1,
-        description="MoE layers: every n-th layer from the first, or one 0 or 1 per layer",
-        json_schema_extra=unit("layers"),
-    )
-    ffn_hidden_size: int | None = Field(
-        default=None,
-        ge=1,
-        description="Inner width of an FFN expert; null means model.ffn_hidden_size",
-        json_schema_extra=unit("channels"),
-    )
-    shared_expert_ffn_hidden_size: int | None = Field(
-        default=None,
-        ge=1,
-        description="Inner width of an expert that every token takes; null: none",
-        json_schema_extra=unit("channels"),
-    )
-    shared_expert_gate: bool = Field(
-        default=False,
-        description="Weigh what the shared expert returns by sigmoid(w x) with a learned w (Qwen2)",
-        json_schema_extra=unit("-"),
-    )
+    """How FFN-routed tokens reach their experts (alltoall_dedup: a token goes once to each rank;
+    flex: DeepEP or HybridEP)"""
+    flex_backend: Annotated[Literal["auto", "deepep", "hybridep"], Unit("-")] = "auto"
+    """What the flex dispatcher runs on; auto takes DeepEP, or else HybridEP"""
+    flex_num_sms: Annotated[int | None, Unit("multiprocessors"), Field(ge=2)] = None
+    """Multiprocessors that the flex dispatcher's kernels occupy; null: 20 with DeepEP, HybridEP's
+    own choice"""
+    layer_freq: Annotated[int | list[int], Unit("layers")] = 1
+    """MoE layers: every n-th layer from the first, or one 0 or 1 per layer"""
+    ffn_hidden_size: Annotated[int | None, Unit("channels"), Field(ge=1)] = None
+    """Inner width of an FFN expert; null means model.ffn_hidden_size"""
+    shared_expert_ffn_hidden_size: Annotated[int | None, Unit("channels"), Field(ge=1)] = None
+    """Inner width of an expert that every token takes; null: none"""
+    shared_expert_gate: Annotated[bool, Unit("-")] = False
+    """Weigh what the shared expert returns by sigmoid(w x) with a learned w (Qwen2)"""
 
-    budget: BudgetSection = Field(
-        default_factory=BudgetSection, description="FFN experts per token, held during training"
-    )
+    budget: BudgetSection = BudgetSection()
+    """FFN experts per token, held during training"""
 
     @model_validator(mode="after")
     def _bias_of_its_controller(self) -> MoESection:

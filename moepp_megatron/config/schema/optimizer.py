@@ -7,24 +7,16 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moepp_megatron.config.plugins import Plugin
-from moepp_megatron.config.schema.section import Section, unit
+from moepp_megatron.config.schema.section import Section, Unit
 
 
 class ParameterGroup(Section):
     """What parameters of one kind are trained with."""
 
-    lr_mult: float = Field(
-        default=1.0,
-        gt=0.0,
-        description="Factor of the learning rate, of lr and of min_lr",
-        json_schema_extra=unit("1"),
-    )
-    weight_decay: float | None = Field(
-        default=None,
-        ge=0.0,
-        description="Weight decay; null is optimizer.weight_decay for matrices and 0 for vectors",
-        json_schema_extra=unit("1"),
-    )
+    lr_mult: Annotated[float, Unit("1"), Field(gt=0.0)] = 1.0
+    """Factor of the learning rate, of lr and of min_lr"""
+    weight_decay: Annotated[float | None, Unit("1"), Field(ge=0.0)] = None
+    """Weight decay; null is optimizer.weight_decay for matrices and 0 for vectors"""
 
 
 def _group(description: str) -> ParameterGroup:
@@ -44,123 +36,69 @@ class ParameterGroups(Section):
 class OptimizerSection(Section):
     """The optimizer and its learning-rate schedule."""
 
-    lr: float = Field(gt=0.0, description="Peak learning rate", json_schema_extra=unit("1"))
-    min_lr: float = Field(
-        default=0.0, ge=0.0, description="Final learning rate", json_schema_extra=unit("1")
-    )
-    weight_decay: float = Field(
-        default=0.1, ge=0.0, description="Decoupled weight decay", json_schema_extra=unit("1")
-    )
-    clip_grad: float = Field(
-        default=1.0,
-        ge=0.0,
-        description="Largest global gradient norm; 0 does not clip",
-        json_schema_extra=unit("1"),
-    )
-    adam_beta1: float = Field(
-        default=0.9, ge=0.0, lt=1.0, description="Adam beta 1", json_schema_extra=unit("1")
-    )
-    adam_beta2: float = Field(
-        default=0.95, ge=0.0, lt=1.0, description="Adam beta 2", json_schema_extra=unit("1")
-    )
-    adam_eps: float = Field(
-        default=1e-8, gt=0.0, description="Adam epsilon", json_schema_extra=unit("1")
-    )
-    exp_avg_dtype: Literal["fp32", "bf16"] = Field(
-        default="fp32",
-        description="Type of Adam's first moment between steps; bf16 takes half of its memory and "
-        "needs Transformer Engine",
-        json_schema_extra=unit("-"),
-    )
-    exp_avg_sq_dtype: Literal["fp32", "bf16"] = Field(
-        default="fp32",
-        description="The same of Adam's second moment",
-        json_schema_extra=unit("-"),
-    )
-    warmup_iters: int = Field(
-        default=0,
-        ge=0,
-        description="Steps in which the rate rises from 0 to lr",
-        json_schema_extra=unit("steps"),
-    )
-    decay_style: (
+    lr: Annotated[float, Unit("1"), Field(gt=0.0)]
+    """Peak learning rate"""
+    min_lr: Annotated[float, Unit("1"), Field(ge=0.0)] = 0.0
+    """Final learning rate"""
+    weight_decay: Annotated[float, Unit("1"), Field(ge=0.0)] = 0.1
+    """Decoupled weight decay"""
+    clip_grad: Annotated[float, Unit("1"), Field(ge=0.0)] = 1.0
+    """Largest global gradient norm; 0 does not clip"""
+    adam_beta1: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.9
+    """Adam beta 1"""
+    adam_beta2: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.95
+    """Adam beta 2"""
+    adam_eps: Annotated[float, Unit("1"), Field(gt=0.0)] = 1e-8
+    """Adam epsilon"""
+    exp_avg_dtype: Annotated[Literal["fp32", "bf16"], Unit("-")] = "fp32"
+    """Type of Adam's first moment between steps; bf16 takes half of its memory and needs
+    Transformer Engine"""
+    exp_avg_sq_dtype: Annotated[Literal["fp32", "bf16"], Unit("-")] = "fp32"
+    """The same of Adam's second moment"""
+    warmup_iters: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    """Steps in which the rate rises from 0 to lr"""
+    decay_style: Annotated[
         Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"]
-        | Annotated[str, Plugin("schedules")]
-    ) = Field(
-        default="cosine",
-        description="How the rate falls from lr to min_lr; WSD keeps it at lr until its last steps",
-        json_schema_extra=unit("-"),
+        | Annotated[str, Plugin("schedules")],
+        Unit("-"),
+    ] = "cosine"
+    """How the rate falls from lr to min_lr; WSD keeps it at lr until its last steps"""
+    wsd_decay_iters: Annotated[int | None, Unit("steps"), Field(ge=1)] = None
+    """With WSD: the steps before decay_iters in which the rate falls"""
+    wsd_decay_style: Annotated[
+        Literal["exponential", "linear", "cosine", "minus_sqrt"], Unit("-")
+    ] = "exponential"
+    """With WSD: how it falls in these steps"""
+    decay_iters: Annotated[int | None, Unit("steps"), Field(ge=1)] = None
+    """Step at which min_lr is reached; null means training.train_iters"""
+    kind: Annotated[
+        Literal["adam", "muon", "lion"] | Annotated[str, Plugin("optimizers")], Unit("-")
+    ] = "adam"
+    """The optimizer; adam is AdamW; the others train the matrices, and AdamW the router, constants,
+    embeddings, output layer, norms and biases"""
+    muon_momentum: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.95
+    """Share of the average gradient that a step keeps"""
+    muon_nesterov: Annotated[bool, Unit("-")] = False
+    """Look ahead by the step's own gradient"""
+    muon_num_ns_steps: Annotated[int, Unit("1"), Field(ge=1)] = 5
+    """Newton-Schulz iterations"""
+    muon_scale_mode: Annotated[Literal["spectral", "unit_rms_norm", "shape_scaling"], Unit("-")] = (
+        "spectral"
     )
-    wsd_decay_iters: int | None = Field(
-        default=None,
-        ge=1,
-        description="With WSD: the steps before decay_iters in which the rate falls",
-        json_schema_extra=unit("steps"),
-    )
-    wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = Field(
-        default="exponential",
-        description="With WSD: how it falls in these steps",
-        json_schema_extra=unit("-"),
-    )
-    decay_iters: int | None = Field(
-        default=None,
-        ge=1,
-        description="Step at which min_lr is reached; null means training.train_iters",
-        json_schema_extra=unit("steps"),
-    )
-    kind: Literal["adam", "muon", "lion"] | Annotated[str, Plugin("optimizers")] = Field(
-        default="adam",
-        description="The optimizer; adam is AdamW; the others train the matrices, and AdamW the "
-        "router, constants, embeddings, output layer, norms and biases",
-        json_schema_extra=unit("-"),
-    )
-    muon_momentum: float = Field(
-        default=0.95,
-        ge=0.0,
-        lt=1.0,
-        description="Share of the average gradient that a step keeps",
-        json_schema_extra=unit("1"),
-    )
-    muon_nesterov: bool = Field(
-        default=False,
-        description="Look ahead by the step's own gradient",
-        json_schema_extra=unit("-"),
-    )
-    muon_num_ns_steps: int = Field(
-        default=5, ge=1, description="Newton-Schulz iterations", json_schema_extra=unit("1")
-    )
-    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = Field(
-        default="spectral",
-        description="How an update is scaled by the shape of its matrix (emerging_optimizers)",
-        json_schema_extra=unit("-"),
-    )
-    muon_extra_scale_factor: float = Field(
-        default=1.0,
-        gt=0.0,
-        description="Factor of every update; 0.2 gives those of spectral the size of AdamW's",
-        json_schema_extra=unit("1"),
-    )
-    muon_fp32_matmul_prec: Literal["highest", "high", "medium"] = Field(
-        default="medium",
-        description="Precision of the iterations' products; medium is bf16",
-        json_schema_extra=unit("-"),
-    )
-    muon_tp_mode: Literal["duplicated", "distributed"] = Field(
-        default="duplicated",
-        description="With tensor parallelism: gather each matrix, or share out its products; "
-        "both orthogonalize it whole",
-        json_schema_extra=unit("-"),
-    )
-    lion_beta1: float = Field(
-        default=0.95, ge=0.0, lt=1.0, description="Lion beta 1", json_schema_extra=unit("1")
-    )
-    lion_beta2: float = Field(
-        default=0.98, ge=0.0, lt=1.0, description="Lion beta 2", json_schema_extra=unit("1")
-    )
-    groups: ParameterGroups = Field(
-        default_factory=ParameterGroups,
-        description="Learning rate and weight decay of some kinds of parameters",
-    )
+    """How an update is scaled by the shape of its matrix (emerging_optimizers)"""
+    muon_extra_scale_factor: Annotated[float, Unit("1"), Field(gt=0.0)] = 1.0
+    """Factor of every update; 0.2 gives those of spectral the size of AdamW's"""
+    muon_fp32_matmul_prec: Annotated[Literal["highest", "high", "medium"], Unit("-")] = "medium"
+    """Precision of the iterations' products; medium is bf16"""
+    muon_tp_mode: Annotated[Literal["duplicated", "distributed"], Unit("-")] = "duplicated"
+    """With tensor parallelism: gather each matrix, or share out its products; both orthogonalize it
+    whole"""
+    lion_beta1: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.95
+    """Lion beta 1"""
+    lion_beta2: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.98
+    """Lion beta 2"""
+    groups: ParameterGroups = ParameterGroups()
+    """Learning rate and weight decay of some kinds of parameters"""
 
     @property
     def bf16_moments(self) -> tuple[str, ...]:

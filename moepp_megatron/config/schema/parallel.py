@@ -2,90 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moepp_megatron.config.schema.section import Section, unit
+from moepp_megatron.config.schema.section import Section, Unit
 
 
 class ParallelSection(Section):
     """Degrees of parallelism; names follow megatron-core's ModelParallelConfig."""
 
-    tensor_model_parallel_size: int = Field(
-        default=1, ge=1, description="Ranks that split each layer", json_schema_extra=unit("ranks")
-    )
-    pipeline_model_parallel_size: int = Field(
-        default=1, ge=1, description="Pipeline stages", json_schema_extra=unit("ranks")
-    )
-    virtual_pipeline_model_parallel_size: int | None = Field(
-        default=None,
-        ge=2,
-        description="Model chunks per pipeline rank (interleaved schedule); null: one",
-        json_schema_extra=unit("chunks"),
-    )
-    pipeline_model_parallel_layout: str | None = Field(
-        default=None,
-        description="Layers per stage, such as Ett|tt|ttL (E embedding, t layer, L loss)",
-        json_schema_extra=unit("-"),
-    )
-    expert_model_parallel_size: int = Field(
-        default=1,
-        ge=1,
-        description="Ranks that share out the FFN experts",
-        json_schema_extra=unit("ranks"),
-    )
-    expert_tensor_parallel_size: int | None = Field(
-        default=None,
-        ge=1,
-        description="Ranks that split each FFN expert; null means 1",
-        json_schema_extra=unit("ranks"),
-    )
-    context_parallel_size: int = Field(
-        default=1,
-        ge=1,
-        description="Ranks that split the sequence",
-        json_schema_extra=unit("ranks"),
-    )
-    sequence_parallel: bool = Field(
-        default=False,
-        description="Split norms and the residual stream over the tensor-parallel ranks",
-        json_schema_extra=unit("-"),
-    )
-    use_distributed_optimizer: bool = Field(
-        default=True,
-        description="Shard the optimizer state over the data-parallel ranks",
-        json_schema_extra=unit("-"),
-    )
-    overlap_grad_reduce: bool = Field(
-        default=False,
-        description="Reduce gradients during the backward pass",
-        json_schema_extra=unit("-"),
-    )
-    overlap_param_gather: bool = Field(
-        default=False,
-        description="Gather parameters during the forward pass",
-        json_schema_extra=unit("-"),
-    )
-    overlap_moe_expert_parallel_comm: bool = Field(
-        default=False,
-        description="Move the tokens of one micro-batch while another one's layer computes "
-        "(megatron-core's combined schedule of forward and backward)",
-        json_schema_extra=unit("-"),
-    )
-    delay_wgrad_compute: bool = Field(
-        default=False,
-        description="In the combined schedule: compute gradients of weights after those of "
-        "activations are on their way, so that more work hides what travels",
-        json_schema_extra=unit("-"),
-    )
+    tensor_model_parallel_size: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
+    """Ranks that split each layer"""
+    pipeline_model_parallel_size: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
+    """Pipeline stages"""
+    virtual_pipeline_model_parallel_size: Annotated[int | None, Unit("chunks"), Field(ge=2)] = None
+    """Model chunks per pipeline rank (interleaved schedule); null: one"""
+    pipeline_model_parallel_layout: Annotated[str | None, Unit("-")] = None
+    """Layers per stage, such as Ett|tt|ttL (E embedding, t layer, L loss)"""
+    expert_model_parallel_size: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
+    """Ranks that share out the FFN experts"""
+    expert_tensor_parallel_size: Annotated[int | None, Unit("ranks"), Field(ge=1)] = None
+    """Ranks that split each FFN expert; null means 1"""
+    context_parallel_size: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
+    """Ranks that split the sequence"""
+    sequence_parallel: Annotated[bool, Unit("-")] = False
+    """Split norms and the residual stream over the tensor-parallel ranks"""
+    use_distributed_optimizer: Annotated[bool, Unit("-")] = True
+    """Shard the optimizer state over the data-parallel ranks"""
+    overlap_grad_reduce: Annotated[bool, Unit("-")] = False
+    """Reduce gradients during the backward pass"""
+    overlap_param_gather: Annotated[bool, Unit("-")] = False
+    """Gather parameters during the forward pass"""
+    overlap_moe_expert_parallel_comm: Annotated[bool, Unit("-")] = False
+    """Move the tokens of one micro-batch while another one's layer computes (megatron-core's
+    combined schedule of forward and backward)"""
+    delay_wgrad_compute: Annotated[bool, Unit("-")] = False
+    """In the combined schedule: compute gradients of weights after those of activations are on
+    their way, so that more work hides what travels"""
 
-    high_priority_stream_groups: list[Literal["tp", "cp", "dp_cp", "pp", "ep", "ep_dp"]] = Field(
-        default=[],
-        description="Process groups, by megatron-core's names, whose NCCL kernels start before "
-        "others that wait for the GPU",
-        json_schema_extra=unit("-"),
-    )
+    high_priority_stream_groups: Annotated[
+        list[Literal["tp", "cp", "dp_cp", "pp", "ep", "ep_dp"]], Unit("-")
+    ] = []
+    """Process groups, by megatron-core's names, whose NCCL kernels start before others that wait
+    for the GPU"""
 
     @property
     def expert_tensor_size(self) -> int:

@@ -14,153 +14,77 @@ from moepp_megatron.config.schema.section import (
     Place,
     PlaceText,
     Section,
-    unit,
+    Unit,
 )
 
 
 class RunSection(Section):
     """Settings of a run's folder and name."""
 
-    dir: ConfigPath = Field(
-        description="Folder of the run: config.yaml, metrics.jsonl, checkpoints, report",
-        json_schema_extra=unit("-"),
-    )
-    name: str = Field(
-        default="moepp",
-        min_length=1,
-        description="Name shown in reports and logs",
-        json_schema_extra=unit("-"),
-    )
-    callbacks: list[Annotated[str, Plugin("callbacks")]] = Field(
-        default=[],
-        description="Callbacks of installed packages that are told what the run does",
-        json_schema_extra=unit("-"),
-    )
-    numa_binding: bool = Field(
-        default=True,
-        description="Keep each rank on the CPU cores of its GPU's NUMA node that it may use",
-        json_schema_extra=unit("-"),
-    )
+    dir: Annotated[ConfigPath, Unit("-")]
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints, report"""
+    name: Annotated[str, Unit("-"), Field(min_length=1)] = "moepp"
+    """Name shown in reports and logs"""
+    callbacks: Annotated[list[Annotated[str, Plugin("callbacks")]], Unit("-")] = []
+    """Callbacks of installed packages that are told what the run does"""
+    numa_binding: Annotated[bool, Unit("-")] = True
+    """Keep each rank on the CPU cores of its GPU's NUMA node that it may use"""
 
 
 class DataSection(Section):
     """The prepared corpus."""
 
-    path: ConfigPath | None = Field(
-        default=None,
-        description="Folder written by `moepp data prepare`, or the prefix of Megatron's .bin and "
-        ".idx; null where data.blend names several, or no data is read",
-        json_schema_extra=unit("-"),
-    )
-    blend: list[BlendPart] = Field(
-        default_factory=list,
-        description="Folders that are trained on together, instead of data.path",
-        json_schema_extra=unit("-"),
-    )
-    stages: list[DataStage] = Field(
-        default_factory=list,
-        description="Blends that replace the one before at a step or a number of tokens, in order",
-        json_schema_extra=unit("-"),
-    )
-    validation: dict[str, ConfigPath] = Field(
-        default_factory=dict,
-        description="Further validation sets, {name: folder}, each with its own loss: the "
-        "validation part of a folder that is trained on, all documents of any other",
-        json_schema_extra=unit("-"),
-    )
-    cache: ConfigPath | None = Field(
-        default=None,
-        description="Folder for the order of samples, which all ranks must see; null: cache/ in "
-        "the data folder",
-        json_schema_extra=unit("-"),
-    )
-    tokenizer: ConfigPath | None = Field(
-        default=None,
-        description="Tokenizer file; null takes tokenizer.json in the (first) data folder",
-        json_schema_extra=unit("-"),
-    )
-    dataset: Literal["gpt"] | Annotated[str, Plugin("datasets")] = Field(
-        default="gpt",
-        description="How documents become samples; gpt is megatron-core's dataset, which shuffles "
-        "documents and cuts them into sequences",
-        json_schema_extra=unit("-"),
-    )
-    split: str | None = Field(
-        default=None,
-        description="Weights of the train, validation and test parts by documents, separated by "
-        "commas; null takes the corpus's own (whole packages of the built-in one) or 98,2,0",
-        json_schema_extra=unit("1"),
-    )
-    reset_attention_mask: bool = Field(
-        default=False,
-        description="Attention stays within documents; must be true for conversations "
-        "(`moepp data prepare --chat`)",
-        json_schema_extra=unit("-"),
-    )
-    reset_position_ids: bool = Field(
-        default=False,
-        description="Positions start at 0 in every document; changes metrics by position only, "
-        "because rotary embeddings depend on distances",
-        json_schema_extra=unit("-"),
-    )
-    eod_mask_loss: bool = Field(
-        default=False,
-        description="No loss where the input is the end-of-document token",
-        json_schema_extra=unit("-"),
-    )
-    num_workers: int = Field(
-        default=0,
-        ge=0,
-        description="Data loader processes per rank; 0 loads in the training process",
-        json_schema_extra=unit("processes"),
-    )
+    path: Annotated[ConfigPath | None, Unit("-")] = None
+    """Folder written by `moepp data prepare`, or the prefix of Megatron's .bin and .idx; null where
+    data.blend names several, or no data is read"""
+    blend: Annotated[list[BlendPart], Unit("-")] = []
+    """Folders that are trained on together, instead of data.path"""
+    stages: Annotated[list[DataStage], Unit("-")] = []
+    """Blends that replace the one before at a step or a number of tokens, in order"""
+    validation: Annotated[dict[str, ConfigPath], Unit("-")] = {}
+    """Further validation sets, {name: folder}, each with its own loss: the validation part of a
+    folder that is trained on, all documents of any other"""
+    cache: Annotated[ConfigPath | None, Unit("-")] = None
+    """Folder for the order of samples, which all ranks must see; null: cache/ in the data folder"""
+    tokenizer: Annotated[ConfigPath | None, Unit("-")] = None
+    """Tokenizer file; null takes tokenizer.json in the (first) data folder"""
+    dataset: Annotated[Literal["gpt"] | Annotated[str, Plugin("datasets")], Unit("-")] = "gpt"
+    """How documents become samples; gpt is megatron-core's dataset, which shuffles documents and
+    cuts them into sequences"""
+    split: Annotated[str | None, Unit("1")] = None
+    """Weights of the train, validation and test parts by documents, separated by commas; null takes
+    the corpus's own (whole packages of the built-in one) or 98,2,0"""
+    reset_attention_mask: Annotated[bool, Unit("-")] = False
+    """Attention stays within documents; must be true for conversations (`moepp data prepare
+    --chat`)"""
+    reset_position_ids: Annotated[bool, Unit("-")] = False
+    """Positions start at 0 in every document; changes metrics by position only, because rotary
+    embeddings depend on distances"""
+    eod_mask_loss: Annotated[bool, Unit("-")] = False
+    """No loss where the input is the end-of-document token"""
+    num_workers: Annotated[int, Unit("processes"), Field(ge=0)] = 0
+    """Data loader processes per rank; 0 loads in the training process"""
 
 
 class CheckpointSection(Section):
     """Settings of saving and loading checkpoints."""
 
-    dir: Place | None = Field(
-        default=None,
-        min_length=1,
-        description="Folder of the checkpoints, or s3://bucket/prefix or msc://profile/path; null "
-        "means RUN/checkpoints",
-        json_schema_extra=unit("-"),
-    )
-    staging: ConfigPath | None = Field(
-        default=None,
-        description="Where checkpoint.dir is an address: folder of this machine in which a rank's "
-        "files are until they are uploaded; null means RUN/staging",
-        json_schema_extra=unit("-"),
-    )
-    save_interval: int = Field(
-        default=0,
-        ge=0,
-        description="Steps between checkpoints; 0 saves none on the way",
-        json_schema_extra=unit("steps"),
-    )
-    async_save: bool = Field(
-        default=False,
-        description="Write checkpoints in the background while training goes on",
-        json_schema_extra=unit("-"),
-    )
-    keep: int | None = Field(
-        default=None,
-        ge=1,
-        description="Newest checkpoints to keep; null keeps all",
-        json_schema_extra=unit("checkpoints"),
-    )
-    load: PlaceText | None = Field(
-        default=None,
-        min_length=1,
-        description="Checkpoint folder, its address, or a run to start from, or auto for this "
-        "run's newest",
-        json_schema_extra=unit("-"),
-    )
-    load_optimizer: bool = Field(
-        default=True,
-        description="Go on where the checkpoint was; false takes its weights and starts at step 0",
-        json_schema_extra=unit("-"),
-    )
+    dir: Annotated[Place | None, Unit("-"), Field(min_length=1)] = None
+    """Folder of the checkpoints, or s3://bucket/prefix or msc://profile/path; null means
+    RUN/checkpoints"""
+    staging: Annotated[ConfigPath | None, Unit("-")] = None
+    """Where checkpoint.dir is an address: folder of this machine in which a rank's files are until
+    they are uploaded; null means RUN/staging"""
+    save_interval: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    """Steps between checkpoints; 0 saves none on the way"""
+    async_save: Annotated[bool, Unit("-")] = False
+    """Write checkpoints in the background while training goes on"""
+    keep: Annotated[int | None, Unit("checkpoints"), Field(ge=1)] = None
+    """Newest checkpoints to keep; null keeps all"""
+    load: Annotated[PlaceText | None, Unit("-"), Field(min_length=1)] = None
+    """Checkpoint folder, its address, or a run to start from, or auto for this run's newest"""
+    load_optimizer: Annotated[bool, Unit("-")] = True
+    """Go on where the checkpoint was; false takes its weights and starts at step 0"""
 
     def folder(self, run_dir: Path) -> str:
         """The folder that checkpoints are written to, or its address, for a run in `run_dir`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from moepp_megatron.config.paths import PathProblem, is_address, path_problem, place_problem
@@ -33,6 +35,26 @@ LARGEST = {
     "channels": 16_777_216,
 }
 LARGEST_OF_ALL = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The unit of a setting, in its annotation; "1" is a pure number, "-" none."""
+
+    name: str
+
+
+def unit_of(field: FieldInfo) -> str:
+    """The unit of a field; empty for a section inside another."""
+    # Settings of the layer are declared outside of the schema (`experts.setting`).
+    extra = field.json_schema_extra
+    declared = str(extra["unit"]) if isinstance(extra, dict) else ""
+    return next((each.name for each in field.metadata if isinstance(each, Unit)), declared)
+
+
+def meaning_of(field: FieldInfo) -> str:
+    """What a field is: its docstring in the schema, as one line."""
+    return " ".join((field.description or "").split())
 
 
 def _without(find: Callable[[str], PathProblem | None]) -> Callable[[Any], Any]:
@@ -82,15 +104,19 @@ class Section(BaseModel):
     8.5 is never quietly read as 8; unknown keys and infinite numbers are refused.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
     @field_validator("*", mode="after")
     @classmethod
     def _bound_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse a whole number that no machine could do anything with."""
-        extra = cls.model_fields[info.field_name or ""].json_schema_extra
-        unit_name = extra.get("unit") if isinstance(extra, dict) else None
-        largest = LARGEST.get(str(unit_name), LARGEST_OF_ALL)
+        largest = LARGEST.get(unit_of(cls.model_fields[info.field_name or ""]), LARGEST_OF_ALL)
         for number in value if isinstance(value, list) else [value]:
             if type(number) is int and number > largest:
                 raise PydanticKnownError("less_than_equal", {"le": largest})
@@ -107,8 +133,3 @@ class Section(BaseModel):
         return name in self.model_fields_set and getattr(self, name) != field.get_default(
             call_default_factory=True, validated_data={}
         )
-
-
-def unit(name: str) -> dict[str, Any]:
-    """The unit of a field, for `LARGEST` and docs/settings.md; "1" is a pure number, "-" none."""
-    return {"unit": name}

@@ -2,95 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moepp_megatron.config.schema.section import Section, unit
+from moepp_megatron.config.schema.section import Section, Unit
 
 
 class TrainingSection(Section):
     """Settings of batches, length, recomputation and logging."""
 
-    train_iters: int = Field(ge=1, description="Optimizer steps", json_schema_extra=unit("steps"))
-    global_batch_size: int = Field(
-        ge=1, description="Sequences per step, all ranks", json_schema_extra=unit("sequences")
-    )
-    micro_batch_size: int = Field(
-        ge=1,
-        description="Sequences per forward pass and data-parallel rank",
-        json_schema_extra=unit("sequences"),
-    )
-    batch_ramp: list[list[int]] | None = Field(
-        default=None,
-        description="Smaller steps at first: pairs of tokens trained on and sequences per step "
-        "from then on, the last with global_batch_size; null: all steps are alike",
-        json_schema_extra=unit("tokens, sequences"),
-    )
-    seed: int = Field(
-        default=1234,
-        ge=0,
-        lt=2**31,
-        description="Seed of initialisation, data order and noise",
-        json_schema_extra=unit("-"),
-    )
-    recompute_granularity: Literal["full", "selective"] | None = Field(
-        default=None,
-        description="Activations to recompute in the backward pass; null: none",
-        json_schema_extra=unit("-"),
-    )
-    recompute_method: Literal["uniform", "block"] | None = Field(
-        default=None,
-        description="With full: equal groups of layers, or the first layers of each stage",
-        json_schema_extra=unit("-"),
-    )
-    recompute_num_layers: int | None = Field(
-        default=None,
-        ge=1,
-        description="With full: layers per group (uniform) or per stage (block)",
-        json_schema_extra=unit("layers"),
-    )
-    recompute_modules: list[str] = Field(
-        default=["moe"],
-        description="With selective: the modules to recompute",
-        json_schema_extra=unit("-"),
-    )
-    cuda_graphs: list[str] = Field(
-        default=[],
-        description="Parts of each layer that run as CUDA graphs: attn, moe_router",
-        json_schema_extra=unit("-"),
-    )
-    log_interval: int = Field(
-        default=1, ge=1, description="Steps between log lines", json_schema_extra=unit("steps")
-    )
-    eval_interval: int = Field(
-        default=0,
-        ge=0,
-        description="Steps between validations; 0 validates only at the end",
-        json_schema_extra=unit("steps"),
-    )
-    eval_iters: int = Field(
-        default=4,
-        ge=0,
-        description="Global batches per validation; 0 never validates",
-        json_schema_extra=unit("steps"),
-    )
-    deterministic: bool = Field(
-        default=False,
-        description="Only deterministic kernels, at some cost in speed",
-        json_schema_extra=unit("-"),
-    )
-    profile_steps: list[int] = Field(
-        default=[],
-        description="Steps to record with torch's profiler, to RUN/profile; empty is off",
-        json_schema_extra=unit("-"),
-    )
-    profile_ranks: list[int] | None = Field(
-        default=None,
-        description="Ranks that record them; null is all, without which waiting for late ranks "
-        "cannot be distinguished from transfer",
-        json_schema_extra=unit("-"),
-    )
+    train_iters: Annotated[int, Unit("steps"), Field(ge=1)]
+    """Optimizer steps"""
+    global_batch_size: Annotated[int, Unit("sequences"), Field(ge=1)]
+    """Sequences per step, all ranks"""
+    micro_batch_size: Annotated[int, Unit("sequences"), Field(ge=1)]
+    """Sequences per forward pass and data-parallel rank"""
+    batch_ramp: Annotated[list[list[int]] | None, Unit("tokens, sequences")] = None
+    """Smaller steps at first: pairs of tokens trained on and sequences per step from then on, the
+    last with global_batch_size; null: all steps are alike"""
+    seed: Annotated[int, Unit("-"), Field(ge=0, lt=2**31)] = 1234
+    """Seed of initialisation, data order and noise"""
+    recompute_granularity: Annotated[Literal["full", "selective"] | None, Unit("-")] = None
+    """Activations to recompute in the backward pass; null: none"""
+    recompute_method: Annotated[Literal["uniform", "block"] | None, Unit("-")] = None
+    """With full: equal groups of layers, or the first layers of each stage"""
+    recompute_num_layers: Annotated[int | None, Unit("layers"), Field(ge=1)] = None
+    """With full: layers per group (uniform) or per stage (block)"""
+    recompute_modules: Annotated[list[str], Unit("-")] = ["moe"]
+    """With selective: the modules to recompute"""
+    cuda_graphs: Annotated[list[str], Unit("-")] = []
+    """Parts of each layer that run as CUDA graphs: attn, moe_router"""
+    log_interval: Annotated[int, Unit("steps"), Field(ge=1)] = 1
+    """Steps between log lines"""
+    eval_interval: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    """Steps between validations; 0 validates only at the end"""
+    eval_iters: Annotated[int, Unit("steps"), Field(ge=0)] = 4
+    """Global batches per validation; 0 never validates"""
+    deterministic: Annotated[bool, Unit("-")] = False
+    """Only deterministic kernels, at some cost in speed"""
+    profile_steps: Annotated[list[int], Unit("-")] = []
+    """Steps to record with torch's profiler, to RUN/profile; empty is off"""
+    profile_ranks: Annotated[list[int] | None, Unit("-")] = None
+    """Ranks that record them; null is all, without which waiting for late ranks cannot be
+    distinguished from transfer"""
 
     @property
     def batch_sizes(self) -> list[int]:

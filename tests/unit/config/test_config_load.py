@@ -20,6 +20,7 @@ from moepp_megatron.config.known_keys import subsection
 from moepp_megatron.config.removed import REMOVED
 from moepp_megatron.config.rules import IGNORED, RULES, WORLD_SIZE_IGNORED, WORLD_SIZE_RULES
 from moepp_megatron.config.schema import Section
+from moepp_megatron.config.schema.section import unit_of
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -274,9 +275,7 @@ def described_settings(path: str, model: type[Section]) -> int:
         if (inner := subsection(model, name)) is not None:
             count += described_settings(f"{path}.{name}", inner)
             continue
-        extra = setting.json_schema_extra
-        assert isinstance(extra, dict), f"{path}.{name}"
-        assert extra["unit"], f"{path}.{name}"
+        assert unit_of(setting), f"{path}.{name}"
         count += 1
     return count
 
