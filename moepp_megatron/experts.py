@@ -34,12 +34,15 @@ class ExpertKind:
         description: Description of the setting that gives their number.
         is_local: Whether it is computed where the token is: one of the zero-computation experts,
             which every rank holds whole. Others are sent tokens, from rank to rank.
+        has_kernel: Whether `moe/kernels/combine.py` computes it where it is local. A layer that has
+            experts of a kind without does not use that kernel.
         shareable: Weights that all layers may have in common (`constants_shared`).
     """
 
     name: str
     description: str
     is_local = True
+    has_kernel = False
     shareable: frozenset[str] = frozenset()
 
     @property
@@ -79,6 +82,7 @@ class _FFN(ExpertKind):
 class _Constant(ExpertKind):
     name = "constant"
     description = "Experts that mix their input with a learned vector"
+    has_kernel = True
     shareable = frozenset({"constants"})
 
     def weights(self, hidden: int, inner: int) -> dict[str, Shape]:
@@ -91,11 +95,13 @@ class _Constant(ExpertKind):
 class _Copy(ExpertKind):
     name = "copy"
     description = "Experts that return their input"
+    has_kernel = True
 
 
 class _Zero(ExpertKind):
     name = "zero"
     description = "Experts that return 0"
+    has_kernel = True
 
 
 FFN, CONSTANT, COPY, ZERO = _FFN(), _Constant(), _Copy(), _Zero()
@@ -171,6 +177,11 @@ class ExpertCounts:
     def num_zero_computation_experts(self) -> int:
         """Z, the experts that need no FFN."""
         return sum(map(self.count, LOCAL_KINDS))
+
+    @property
+    def have_kernels(self) -> bool:
+        """Whether a kernel computes all zero-computation experts that there are."""
+        return all(kind.has_kernel for kind in LOCAL_KINDS if self.count(kind))
 
     @property
     def num_experts(self) -> int:

@@ -80,6 +80,10 @@ class MoEPPLayer(MoELayer):
         name: Module name.
         moepp: The MoE++ settings.
 
+    Attributes:
+        fuses: Whether kernels add up the experts' outputs: where `moepp.fused` allows it and they
+            compute every kind of experts that there is (`experts.ExpertKind.has_kernel`).
+
     Raises:
         ValueError: If a setting of megatron-core cannot be honoured by this layer.
     """
@@ -119,14 +123,18 @@ class MoEPPLayer(MoELayer):
         for module in ("experts", "shared_experts"):
             if module in self._modules:
                 self._modules[module] = self._modules.pop(module)
-        self.fuses_local = use_kernels(moepp.fused)
-        self.fuses_combine = self.fuses_local and isinstance(self.token_dispatcher, RowDispatcher)
+        self.fuses = use_kernels(moepp.fused) and moepp.have_kernels
         # The combined schedule has its own nodes; whoever calls the layer besides waits at once.
         self.local_first = (
-            self.fuses_combine
+            self.fuses_rows
             and self.ep_group.size() > 1
             and not config.overlap_moe_expert_parallel_comm
         )
+
+    @property
+    def fuses_rows(self) -> bool:
+        """Whether a kernel adds up FFN experts' rows too, as not every dispatcher lets it."""
+        return self.fuses and isinstance(self.token_dispatcher, RowDispatcher)
 
     @property
     def statistics(self) -> RoutingStatistics:
@@ -221,7 +229,7 @@ class MoEPPLayer(MoELayer):
         shared_output = self.shared_output(hidden_states, padding)
         expert_output, _ = self.routed_experts_compute(dispatched, probs)
         returning = self.combine(expert_output)
-        if self.fuses_local:
+        if self.fuses:
             all_output = self._fused_output(returning, hidden_states, routing, shared_output)
             return all_output.view(hidden_states.shape), routing.logits
         output = self.local_output(hidden_states, routing, shared_output)
@@ -284,7 +292,7 @@ class MoEPPLayer(MoELayer):
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         addend = None if addend is None else addend.reshape(tokens.shape)
-        if not self.fuses_local:
+        if not self.fuses:
             return self.zero_computation(tokens, routing.gates, addend, routing.mixing_logits)
         zero = self._ingredients(hidden_states, routing)
         if zero is None:
@@ -309,7 +317,7 @@ class MoEPPLayer(MoELayer):
         """Output of all experts, T D numbers, added up by kernels."""
         from moepp_megatron.moe.kernels.combine import combine
 
-        if not self.fuses_combine:
+        if not self.fuses_rows:
             # What is returning is there already.
             finished: Tensor = self.postprocess(returning, shared_output)
             local = self.local_output(hidden_states, routing, finished)

@@ -103,7 +103,7 @@ class ZeroComputationExperts(MegatronModule):
             there is nothing to add up.
         """
         moepp = self.moepp
-        if moepp.num_constant_experts + moepp.num_copy_experts == 0:
+        if moepp.num_zero_computation_experts == moepp.num_zero_experts:
             return None if addend is None else addend.clone()
         output = None
         weight_of_input = gates[:, moepp.columns(COPY)].sum(dim=-1)

@@ -170,7 +170,7 @@ def events(raw: dict[str, Any]) -> list[str]:
 @contextlib.contextmanager
 def _watched_combine(layer: Any, log: list[str]) -> Iterator[None]:
     """Note where a kernel combines, if it does, and whether zero-computation experts are in it."""
-    if not layer.fuses_combine:
+    if not layer.fuses_rows:
         yield
         return
     from moepp_megatron.moe.kernels import combine

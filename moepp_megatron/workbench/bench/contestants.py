@@ -116,7 +116,7 @@ class Contestant:
         picks = balanced_selection(num_tokens, shares, TOPK, generator)
         hold(self.layer.router, picks)
         self.load = RoutedLoad.of(picks, shape)
-        fused = isinstance(self.layer, MoEPPLayer) and self.layer.fuses_combine
+        fused = isinstance(self.layer, MoEPPLayer) and self.layer.fuses_rows
         self.work: dict[str, MinimalWork] = layer_work(
             shape, self.load, dtype, topk=TOPK, vanilla=vanilla, fused=fused
         )

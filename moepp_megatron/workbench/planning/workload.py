@@ -168,7 +168,7 @@ class Workload:
             ),
             # What `runtime.kernel_choices` chooses on a GPU.
             loss_fused=precision.cross_entropy in ("auto", "fused"),
-            local_fused=config.moe.fused is not False,
+            local_fused=config.moe.fused is not False and config.moe.have_kernels,
             graphs=frozenset(config.training.cuda_graphs),
             delays_gradients=config.parallel.delay_wgrad_compute,
         )

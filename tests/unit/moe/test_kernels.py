@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moepp_megatron.experts import CONSTANT, COPY
+from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS
 from moepp_megatron.moe import kernels, selection
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.copies import Copies, rows_of_tokens
@@ -517,6 +517,7 @@ LAYERS = [
     ),
     ({"selection_bias": True, "gate_scale": 2.0, "two_layer_gate": True}, "alltoall", {}),
     ({"constant_temperature": 0.3, "expert_input_scale": 2.0}, "alltoall", {}),
+    ({kind.setting: 1 for kind in LOCAL_KINDS}, "alltoall", {}),
 ]
 
 
@@ -546,9 +547,9 @@ def test_layer_with_and_without_kernels(compiled, changes, dispatcher, others):
         if config.selection_bias:
             layer.router.expert_bias.copy_(torch.linspace(-0.2, 0.2, config.num_experts))
     assert fused.router.fused
-    assert fused.fuses_local
-    assert not plain.fuses_local
-    assert fused.fuses_combine == (dispatcher != "allgather")
+    assert fused.fuses == config.have_kernels
+    assert not plain.fuses
+    assert fused.fuses_rows == (fused.fuses and dispatcher != "allgather")
     hidden, previous, *weights = (
         torch.randn(9, 3, width, device=DEVICE)
         for width in (HIDDEN, config.num_experts, HIDDEN, config.num_experts)
@@ -574,6 +575,14 @@ def test_layer_with_and_without_kernels(compiled, changes, dispatcher, others):
         assert_close(fused(hidden, previous)[0], plain(hidden, previous)[0], "without gradients")
 
 
+@pytest.mark.parametrize("kind", LOCAL_KINDS, ids=lambda kind: kind.name)
+def test_the_kernel_is_not_used_for_a_kind_that_declares_none(compiled, kind, monkeypatch):
+    counts = {each.setting: 1 for each in LOCAL_KINDS}
+    monkeypatch.setattr(kind, "has_kernel", False)
+    assert not build_layer(MoEPPConfig(4, fused=True, **counts)).fuses
+    assert build_layer(MoEPPConfig(4, fused=True, **(counts | {kind.setting: 0}))).fuses
+
+
 @pytest.mark.parametrize("shared", [None, 8], ids=["alone", "shared"])
 def test_local_experts_before_the_rows(compiled, shared, monkeypatch):
     # One rank waits for nothing, so one kernel does all; ranks that wait do local experts before
@@ -582,7 +591,7 @@ def test_local_experts_before_the_rows(compiled, shared, monkeypatch):
 
     config = MoEPPConfig(num_ffn_experts=4, fused=True)
     layer = build_layer(config, moe_shared_expert_intermediate_size=shared).to(DEVICE)
-    assert layer.fuses_combine
+    assert layer.fuses_rows
     assert not layer.local_first
     launches = []
     original = combine.combine
