@@ -93,4 +93,4 @@ def test_the_new_kind_of_expert_is_the_reference(patched: Path) -> None:
         check=False,
     )
     assert process.returncode == 0, process.stdout[-4000:]
-    assert "3 passed" in process.stdout
+    assert "6 passed" in process.stdout

@@ -577,7 +577,7 @@ def test_layer_with_and_without_kernels(compiled, changes, dispatcher, others):
 
 @pytest.mark.parametrize("kind", LOCAL_KINDS, ids=lambda kind: kind.name)
 def test_the_kernel_is_not_used_for_a_kind_that_declares_none(compiled, kind, monkeypatch):
-    counts = {each.setting: 1 for each in LOCAL_KINDS}
+    counts = {each.setting: int(each.has_kernel) for each in LOCAL_KINDS} | {kind.setting: 1}
     monkeypatch.setattr(kind, "has_kernel", False)
     assert not build_layer(MoEPPConfig(4, fused=True, **counts)).fuses
     assert build_layer(MoEPPConfig(4, fused=True, **(counts | {kind.setting: 0}))).fuses
