@@ -77,7 +77,6 @@ class Metric:
             "recorded" of the model and every step as `RoutingCollector` counts it for the record.
         healthy: Its range, layer by layer, in a healthy run of the quickstart model.
         wrong: When something is wrong: in words, or a default rule of the routing guard.
-        is_watched: Whether somebody who follows a run should look at it first.
         drawn: Its own plot in the report.
         panel: Title and legend of its own panel at Grafana.
     """
@@ -90,7 +89,6 @@ class Metric:
     guard: Literal["", "counted", "compared", "measured", "whole", "recorded"] = ""
     healthy: str = ""
     wrong: str = ""
-    is_watched: bool = True
     drawn: Drawn | None = None
     panel: tuple[str, str] | None = None
 
@@ -363,7 +361,7 @@ IN_LAYERS = {
     "selection_margin": Metric(
         "score of the last selected expert less that of the next one: how little would change the "
         "selection", guard="measured", healthy="0.02 to 0.07",
-        wrong="near 0 for long: rounding decides", is_watched=False,
+        wrong="near 0 for long: rounding decides",
         panel=("Margin of the selection", "layer {{layer}}"),
         drawn=Drawn("Selection margin", "score", 1)),
     "logit_mean": Metric("mean of the router's logits", guard="measured"),
@@ -387,7 +385,7 @@ IN_LAYERS = {
             "layer has none.")),
     "row_cosine": Metric(
         "absolute cosine of two experts' rows of the router, mean over pairs",
-        guard="measured", healthy="0.06 to 0.07", wrong="near 1", is_watched=False),
+        guard="measured", healthy="0.06 to 0.07", wrong="near 1"),
     "row_cosine_max": Metric(
         "absolute cosine of the two most alike experts' rows of the router",
         guard="measured", healthy="0.17 to 0.24", wrong="near 1",
@@ -411,7 +409,7 @@ IN_LAYERS = {
             "by their gates.")),
     "constant_norm": Metric(
         "norm of the constant experts' vectors", guard="measured", healthy="0.69 to 0.73",
-        wrong="growing without end", is_watched=False,
+        wrong="growing without end",
         drawn=Drawn("Constant experts: norm", "norm", 8)),
 }
 

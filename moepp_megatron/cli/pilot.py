@@ -12,16 +12,11 @@ import typer
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import (
     ConfigArgument,
-    GpuOption,
     OverridesArgument,
-    PriceOption,
-    TokensOption,
 )
-from moepp_megatron.cli.planned import planned_samples
-from moepp_megatron.config import Config, ConfigError, Layout, check_config, load_config
+from moepp_megatron.config import Config, Layout, check_config, load_config
 
 if TYPE_CHECKING:
-    from moepp_megatron.workbench.experiments.pilot.extrapolate import TargetRequest
     from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
     from moepp_megatron.workbench.experiments.pilot.runs import PilotRun
 
@@ -31,7 +26,7 @@ def pilot(
     out: Annotated[
         Path,
         typer.Option(
-            help="Write the pilot to this folder; a second call goes on with it.", metavar="DIR"
+            help="Write the pilot to this folder; a second call continues it.", metavar="DIR"
         ),
     ],
     overrides: OverridesArgument = None,
@@ -53,17 +48,9 @@ def pilot(
             "a look takes, at least 3; further looks are at multiples of it.",
         ),
     ] = 5,
-    taus: Annotated[
-        str | None,
-        typer.Option(
-            help="Train MoE++ with these values of moe.tau; by default, with the configured one. "
-            "Each further value makes a decision harder.",
-            metavar="TAU,...",
-        ),
-    ] = None,
     sessions: Annotated[
         int,
-        typer.Option(min=2, max=50, help="Time MoE++ beside vanilla in this many sessions."),
+        typer.Option(min=2, max=50, help="Time MoE++ and vanilla in turn in this many sessions."),
     ] = 5,
     eval_iters: Annotated[
         int | None,
@@ -81,67 +68,44 @@ def pilot(
             "are there. This is for runs that are started elsewhere, such as by moepp slurm.",
         ),
     ] = False,
-    target: Annotated[
-        Path | None,
-        typer.Option(
-            help="With --gpus, decide about the model of this configuration; by default, about "
-            "that of CONFIG.",
-            metavar="CONFIG",
-        ),
-    ] = None,
-    gpus: Annotated[
-        int | None,
-        typer.Option(min=1, help="Extrapolate to a training run on this many GPUs."),
-    ] = None,
-    gpu: GpuOption = "h100_sxm",
-    price: PriceOption = None,
-    tokens: TokensOption = None,
 ) -> None:
     """Find out in short paired runs against vanilla whether MoE++ pays on your data and hardware.
 
-    Vanilla, MoE++, MoE++ for vanilla's time, vanilla narrowed to MoE++'s compute, and MoE++ with
-    more selections at vanilla's compute train with the same seeds; speed is timed in sessions of
-    its own. DIR/pilot.json and DIR/pilot.html have the results. Finished runs stay finished: a
-    second call goes on.
+    Vanilla, MoE++, MoE++ for vanilla's time, and vanilla narrowed to MoE++'s compute train with the
+    same seeds; speed is timed in sessions of its own. DIR/pilot.json and DIR/pilot.html have the
+    results. Finished runs stay finished: a second call continues.
 
     On several machines, --collect writes DIR/configs/*.yaml, each of which `moepp train` or `moepp
     slurm` takes; a later --collect reads what they have left in DIR/runs.
 
     Examples:
         moepp pilot configs/quickstart.yaml --out pilots/mine --nproc 2 --steps 60
-        moepp pilot configs/quickstart.yaml --out pilots/mine --nproc 2 --gpus 64
+        moepp pilot configs/quickstart.yaml --out pilots/other moe.tau=0.5 --nproc 2 --steps 60
     """
     settings = load_config(config, overrides or [])
-    request = _target(settings, config, target, gpus, gpu, price, tokens)
     from moepp_megatron.workbench.experiments.pilot.arms import build_arms
     from moepp_megatron.workbench.experiments.pilot.plan import Plan
     from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
     from moepp_megatron.workbench.experiments.pilot.runs import PilotRuns
     from moepp_megatron.workbench.experiments.pilot.schedule import FEWEST_SEEDS
 
-    arms = build_arms(
-        settings, steps or settings.training.train_iters, _taus(settings, taus), eval_iters
-    )
+    arms = build_arms(settings, steps or settings.training.train_iters, eval_iters)
     first = settings.training.seed
     folder = PilotRuns(out.resolve(), nproc)
     numbers = list(range(first, first + seeds))
-    _check_runs(settings, folder.all_of(arms, numbers), nproc, collect)
-    if request is not None:
-        request.check()
-    folder.claim(folder.all_of(arms, numbers))
-    names = [arm.arm.name for arm in arms if arm.arm.kind == "moepp"]
-    first_look = max(seeds, FEWEST_SEEDS)
+    runs = folder.all_of(arms, numbers)
+    _check_runs(settings, runs, nproc, collect)
+    folder.claim(runs)
+    plan = Plan(first=max(seeds, FEWEST_SEEDS), sessions=sessions)
     whole = Pilot(
         folder=folder,
         config=settings,
         base=arms,
         seeds=numbers,
-        plan=Plan.claim(folder.path, Plan(first=first_look, arms=names, sessions=sessions)),
+        plan=Plan.claim(folder.path, plan),
         command=shlex.join(["moepp", *sys.argv[1:]]),
         eval_iters=eval_iters,
-        target=request,
     )
-    folder.claim(whole.runs())
     _run_and_write(whole, collect)
 
 
@@ -174,11 +138,11 @@ def _announce(whole: Pilot) -> None:
     )
     for arm in whole.base:
         phi = arm.config.moe.ffn_share
-        share = "" if arm.arm.tau is None else f", FFN share {phi:.0%} if balanced"
-        echo(f"  {arm.arm.name}: top-{arm.arm.topk}{share}, {arm.arm.steps:,} steps")
+        share = "" if phi == 1 else f", FFN share {phi:.0%} if balanced"
+        echo(f"  {arm.arm.name}: {arm.arm.steps:,} steps{share}")
     echo(
-        f"then {whole.plan.sessions} sessions of speed, and for each MoE++ arm it for vanilla's "
-        f"time and vanilla in its compute; decided after every {whole.plan.first} seeds"
+        f"then {whole.plan.sessions} sessions of speed, MoE++ for vanilla's time and vanilla in "
+        f"MoE++'s compute; decided after every {whole.plan.first} seeds"
     )
 
 
@@ -186,9 +150,10 @@ def _run(whole: Pilot) -> Pilot:
     """Do what is missing; results are written after each seed of the last stage."""
     from moepp_megatron.workbench.report.progress import progress
 
-    runs, sessions = whole.folder.unfinished(whole.runs()), whole.num_sessions
-    matched = 0 if whole.matched else 2 * len(whole.moepp) * len(whole.seeds)
-    with progress(len(runs) + sessions + matched) as advance:
+    left = len(whole.folder.unfinished(whole.runs()))
+    if not whole.matched:
+        left += whole.plan.sessions + 2 * len(whole.seeds)
+    with progress(left) as advance:
         return whole.run(advance, _write)
 
 
@@ -213,7 +178,7 @@ def _write(whole: Pilot) -> bool:
     """Write results of whole seeds; False if there are none."""
     from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.workbench.experiments.pilot.collect import result_of
-    from moepp_megatron.workbench.experiments.pilot.report import write_pilot_page
+    from moepp_megatron.workbench.experiments.pilot.page import write_pilot_page
 
     result = result_of(whole)
     if result is None:
@@ -225,8 +190,8 @@ def _write(whole: Pilot) -> bool:
 
 
 def _finish(whole: Pilot) -> None:
-    from moepp_megatron.workbench.experiments.pilot.report import print_pilot
     from moepp_megatron.workbench.experiments.pilot.result import PilotResult
+    from moepp_megatron.workbench.experiments.pilot.terminal import print_pilot
 
     path = whole.folder.path
     runs = whole.runs()
@@ -245,18 +210,6 @@ def _finish(whole: Pilot) -> None:
     echo(f"page         {path / 'pilot.html'}")
 
 
-def _taus(config: Config, text: str | None) -> list[float]:
-    from moepp_megatron.config.choices import parse_numbers
-    from moepp_megatron.workbench.experiments.pilot.arms import configured_tau
-
-    if text is None:
-        return [configured_tau(config)]
-    return sorted(
-        parse_numbers("--taus", text, "a number > 0 and up to 10", lambda tau: 0 < tau <= 10),
-        reverse=True,
-    )
-
-
 def _check_runs(settings: Config, runs: list[PilotRun], nproc: int, collect: bool) -> None:
     """Check every model, before the first run, for errors that would stop a run at its start."""
     from moepp_megatron.data.prepared_data import check_data
@@ -272,38 +225,3 @@ def _check_runs(settings: Config, runs: list[PilotRun], nproc: int, collect: boo
         check_fit(run.config)
     for warning in check_data(settings):
         echo(f"warning: {warning}", err=True)
-
-
-def _target(
-    settings: Config,
-    config: Path,
-    target: Path | None,
-    gpus: int | None,
-    gpu: str,
-    price: float | None,
-    tokens: float | None,
-) -> TargetRequest | None:
-    """The target of the extrapolation; None if no GPUs are named."""
-    from moepp_megatron.config.hardware import load_hardware, nearest_hardware
-
-    given = {"--target": target, "--price": price, "--tokens": tokens}
-    for name, value in given.items():
-        if value is not None and gpus is None:
-            raise ConfigError(f"{name} ({value}) must come with --gpus; say how many GPUs")
-        if isinstance(value, float) and not 0 < value < float("inf"):
-            raise ConfigError(f"{name} ({value:g}) must be a number above 0; use for example 2.5")
-    if gpus is None:
-        return None
-    wanted = settings if target is None else load_config(target)
-    hardware = load_hardware(nearest_hardware(gpu))
-    from moepp_megatron.workbench.experiments.pilot.extrapolate import TargetRequest
-    from moepp_megatron.workbench.planning.machine import machine_of
-
-    return TargetRequest(
-        name=(target or config).stem,
-        config=wanted,
-        gpus=gpus,
-        machine=machine_of(hardware),
-        tokens=tokens or planned_samples(wanted) * wanted.model.seq_length,
-        price_per_hour=price or hardware.price_per_hour,
-    )

@@ -87,46 +87,38 @@ def test_pilot_from_runs_to_answer(
         assert ended.value.code == 0
         return capsys.readouterr().out
 
-    said = pilot("--gpus", "2", "training.seed=5", "--eval-iters", "1", "precision.dtype=bf16")
-    assert said.startswith("8 runs of 8 steps (256 tokens): 2 seeds of 4 models")
+    said = pilot("training.seed=5", "--eval-iters", "1", "precision.dtype=bf16")
+    assert said.startswith("6 runs of 8 steps (256 tokens): 2 seeds of 3 models")
     # Two more arms follow once MoE++ was timed, at the share that its runs had.
-    assert len(trained) == 12
+    assert len(trained) == 10
     assert len(timed) == 2
     assert all(words[0].startswith("moe.tau=") for words in timed)
     result = PilotResult.model_validate_json((out / "pilot.json").read_text())
-    assert [outcome.seeds for outcome in result.arms] == [[5, 6]] * 6
+    assert [outcome.seeds for outcome in result.arms] == [[5, 6]] * 5
     assert (result.setting.config, result.setting.tokens, result.setting.nproc) == ("tiny", 256, 1)
     # Nothing is decided by two seeds.
     assert (result.setting.look, result.setting.next_seeds, result.setting.sessions) == (0, 3, 2)
-    assert result.answer.startswith("Nothing is decided before 3 seeds")
+    assert result.sentence == "Undecided: nothing is decided before 3 seeds."
     vanilla, moepp = result.arms[0], result.arms[1]
     assert vanilla.ffn_share.mean == 1.0
     assert moepp.ffn_share.mean < 1.0
-    assert moepp.health
     # The difference is that of the runs' own records.
     last = {
         (arm, seed): json.loads(
             (out / "runs" / f"{arm}-seed-{seed}" / "metrics.jsonl").read_text().splitlines()[-1]
         )["valid_loss"]
-        for arm in ("vanilla", "moepp-tau-0.75")
+        for arm in ("vanilla", "moepp")
         for seed in (5, 6)
     }
-    pairs = [last["moepp-tau-0.75", seed] - last["vanilla", seed] for seed in (5, 6)]
+    pairs = [last["moepp", seed] - last["vanilla", seed] for seed in (5, 6)]
     assert moepp.loss_difference is not None
     assert moepp.loss_difference.mean == pytest.approx(sum(pairs) / 2)
     assert moepp.loss_difference.high is not None
-    assert result.target is not None
-    assert [model.arm for model in result.target.models] == [
-        "vanilla",
-        "MoE++ tau 0.75",
-    ]
-    assert result.answer.endswith(".")
-    page = (out / "pilot.html").read_text()
-    assert "MoE++ tau 0.75" in page
+    assert result.sentence in (out / "pilot.html").read_text()
     # Nothing is left to do; the results are written anew from what is there.
     (out / "pilot.json").unlink()
-    again = pilot("--gpus", "2", "training.seed=5", "--eval-iters", "1", "precision.dtype=bf16")
-    assert "8 runs are there already" in again
-    assert len(trained) == 12
+    again = pilot("training.seed=5", "--eval-iters", "1", "precision.dtype=bf16")
+    assert "6 runs are there already" in again
+    assert len(trained) == 10
     written = PilotResult.model_validate_json((out / "pilot.json").read_text())
     assert written.model_copy(update={"setting": result.setting}) == result

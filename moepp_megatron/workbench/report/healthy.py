@@ -17,19 +17,17 @@ class HealthyMetric(NamedTuple):
         meaning: Its meaning in plain words.
         healthy: Its range, layer by layer, in a healthy run of the quickstart model.
         wrong: Sign of a problem: in words, or a default rule of the routing guard.
-        is_watched: Whether somebody who follows a run should look at it first.
     """
 
     name: str
     meaning: str
     healthy: str
     wrong: str
-    is_watched: bool = True
 
 
 # A test holds the ranges to the page.
 METRICS = tuple(
-    HealthyMetric(name, row.meaning, row.healthy, row.wrong, row.is_watched)
+    HealthyMetric(name, row.meaning, row.healthy, row.wrong)
     for name, row in catalogue.METRICS.items()
     if row.wrong
 )

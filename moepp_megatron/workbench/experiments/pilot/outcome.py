@@ -13,7 +13,7 @@ from moepp_megatron.file_names import ALERTS_FILE
 from moepp_megatron.observe.alerts import read_alerts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmOutcome, Curve, Interval
-from moepp_megatron.workbench.experiments.pilot.statistics import factor_interval, mean_interval
+from moepp_megatron.workbench.experiments.pilot.statistics import Estimate, mean_interval
 
 # A step that begins the last quarter is still in the third.
 _LATE = 0.75
@@ -34,7 +34,6 @@ class RunOutcome:
     a2a_bytes: float
     energy_per_token_j: float | None
     alerts: Mapping[str, int]
-    health: Mapping[str, float]
     curve: Curve
     on_gpu: bool = False
 
@@ -60,14 +59,13 @@ def run_outcome(records: Sequence[StepMetrics], folder: Path) -> RunOutcome:
         alerts=Counter(
             alert.rule for alert in read_alerts(folder / ALERTS_FILE) if alert.severity != "info"
         ),
-        health=_health(late),
         curve=_curve(records),
         on_gpu=last.gpu_hours is not None,
     )
 
 
 def timed_steps(records: Sequence[StepMetrics]) -> list[StepMetrics]:
-    """Steps whose time is that of training alone.
+    """Steps whose time is that of training only.
 
     The first steps and those that measured router health or were evaluated are left out. If none
     is left in a short run, all steps after the first ones are taken.
@@ -93,7 +91,7 @@ def arm_outcome(
     """
     seeds = sorted(runs)
     mine = [runs[seed] for seed in seeds]
-    pairs = [(runs[seed], baseline[seed]) for seed in seeds]
+    # Vanilla has no ratio to itself, whatever its steps.
     has_ratio = arm.kind not in ("vanilla", "short")
     energies = [run.energy_per_token_j for run in mine if run.energy_per_token_j is not None]
     return ArmOutcome(
@@ -102,20 +100,21 @@ def arm_outcome(
         valid_loss=_mean(mine, lambda run: run.valid_loss),
         loss_difference=difference,
         step_time_s=_mean(mine, lambda run: run.step_time_s),
-        time_ratio=factor_interval(_log_time_ratios(pairs)) if has_ratio else None,
+        time_ratio=log_time_ratio(runs, baseline).factor() if has_ratio else None,
         tokens_per_s=_mean(mine, lambda run: run.tokens_per_s),
         ffn_share=_mean(mine, lambda run: run.ffn_share),
         a2a_bytes=_mean(mine, lambda run: run.a2a_bytes),
         energy_per_token_j=mean_interval(energies) if len(energies) == len(mine) else None,
         alerts=dict(sum((Counter(run.alerts) for run in mine), Counter())),
-        health=_mean_health([run.health for run in mine]),
         curve=_mean_curve([run.curve for run in mine]),
     )
 
 
-def _log_time_ratios(pairs: Sequence[tuple[RunOutcome, RunOutcome]]) -> list[float]:
-    """Logarithm of the first's step time over the second's, of each pair."""
-    return [math.log(one.step_time_s / other.step_time_s) for one, other in pairs]
+def log_time_ratio(runs: Mapping[int, RunOutcome], baseline: Mapping[int, RunOutcome]) -> Estimate:
+    """Logarithm of the step time over that of the baseline's run with the same seed."""
+    return Estimate.of(
+        [math.log(run.step_time_s / baseline[seed].step_time_s) for seed, run in runs.items()]
+    )
 
 
 def _mean(runs: Sequence[RunOutcome], value: Callable[[RunOutcome], float]) -> Interval:
@@ -135,22 +134,6 @@ def _energy_per_token(records: Sequence[StepMetrics]) -> float | None:
         return None
     per_step = records[-1].tokens / records[-1].step
     return sum(joules) / (len(joules) * per_step)
-
-
-def _health(late: Sequence[StepMetrics]) -> dict[str, float]:
-    """Means over layers and measured steps; what is nowhere a number is left out."""
-    values: dict[str, list[float]] = {}
-    for record in late:
-        for name, layers in (record.router_health or {}).items():
-            values.setdefault(name, []).extend(v for v in layers if math.isfinite(v))
-    return {name: statistics.fmean(found) for name, found in values.items() if found}
-
-
-def _mean_health(seeds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for health in seeds for name in health)
-    return {
-        name: statistics.fmean(health[name] for health in seeds if name in health) for name in names
-    }
 
 
 def _curve(records: Sequence[StepMetrics]) -> Curve:

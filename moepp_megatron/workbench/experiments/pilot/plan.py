@@ -1,6 +1,6 @@
 """The plan that a pilot fixes before any decision: its looks, and the arms matched to MoE++.
 
-DIR/plan.json  written by the first call, completed once the MoE++ arms were timed
+DIR/plan.json  written by the first call, completed once MoE++ was timed
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ FILE = "plan.json"
 
 
 class Match(BaseModel):
-    """What was measured of a MoE++ arm, and the arms that follow from it.
+    """What was measured of MoE++, and the arms that follow from it.
 
     Attributes:
         ffn_share: FFN share of its selections, mean over the seeds of the first look.
         log_time_ratio: Logarithm of its step time over vanilla's, mean over sessions.
-        error: Standard error of that; None with one session.
-        sessions: Sessions.
+        error: Standard error of that.
         steps: Its steps in vanilla's time.
         width: Inner width of the experts of the vanilla model with its compute.
     """
@@ -32,15 +31,9 @@ class Match(BaseModel):
 
     ffn_share: float
     log_time_ratio: float
-    error: float | None
-    sessions: int
+    error: float
     steps: int
     width: int
-
-    @property
-    def speed(self) -> Estimate:
-        """The logarithm of the time ratio with its uncertainty."""
-        return Estimate(self.log_time_ratio, self.error, max(self.sessions - 1, 0))
 
 
 class Plan(BaseModel):
@@ -48,17 +41,21 @@ class Plan(BaseModel):
 
     Attributes:
         first: Seeds of the first look; the k-th look comes after k times as many.
-        arms: Names of the MoE++ arms, which share the error that is allowed.
-        sessions: Sessions that time each of them.
-        matches: What was measured, keyed by MoE++ arm; empty before they were timed.
+        sessions: Sessions that time MoE++.
+        match: What was measured; None before MoE++ was timed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     first: int
-    arms: list[str]
     sessions: int
-    matches: dict[str, Match] = {}
+    match: Match | None = None
+
+    @property
+    def speed(self) -> Estimate:
+        """The logarithm of the time ratio with its uncertainty, once it was measured."""
+        assert self.match is not None, "timed before its speed is asked for"
+        return Estimate(self.match.log_time_ratio, self.match.error, self.sessions - 1)
 
     def write(self, folder: Path) -> None:
         """Write the file.
@@ -69,41 +66,26 @@ class Plan(BaseModel):
         write_atomic(folder / FILE, (self.model_dump_json(indent=1) + "\n").encode())
 
     @staticmethod
-    def read(folder: Path) -> Plan | None:
-        """The plan of a pilot that has begun; None for a new one.
-
-        Raises:
-            ConfigError: The file is damaged.
-        """
-        path = folder / FILE
-        try:
-            return Plan.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValidationError):
-            raise ConfigError(
-                f"--out ({folder}) must hold a readable {FILE}, and {path} is not; choose another "
-                "folder"
-            ) from None
-
-    @staticmethod
     def claim(folder: Path, wanted: Plan) -> Plan:
         """The plan in force: the folder's own, or else `wanted`, which is written.
 
         Raises:
-            ConfigError: The folder has other MoE++ arms or sessions.
+            ConfigError: The file is damaged, or of a pilot with another number of sessions.
         """
-        found = Plan.read(folder)
-        if found is None:
+        path = folder / FILE
+        try:
+            found = Plan.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
             wanted.write(folder)
             return wanted
-        for name, before, now in (
-            ("--taus", ", ".join(found.arms), ", ".join(wanted.arms)),
-            ("--sessions", found.sessions, wanted.sessions),
-        ):
-            if before != now:
-                raise ConfigError(
-                    f"{name} ({now}) must be as at the beginning ({before}), because the level of "
-                    "a decision depends on it; give the same, or choose another folder"
-                )
+        except (OSError, ValidationError):
+            raise ConfigError(
+                f"--out ({folder}) must hold a readable {FILE} of this version, and {path} is "
+                "not; choose another folder"
+            ) from None
+        if found.sessions != wanted.sessions:
+            raise ConfigError(
+                f"--sessions ({wanted.sessions}) must be as at the beginning ({found.sessions}), "
+                "because a decision depends on it; give the same, or choose another folder"
+            )
         return found

@@ -1,9 +1,9 @@
-"""Runs a pilot in order: all arms, then their speed, then the arms matched by speed.
+"""Runs a pilot in order: three arms, then their speed, then the arms matched by speed.
 
-1. Vanilla, MoE++, MoE++ with more selections and the short runs, seed by seed.
-2. Sessions that time each MoE++ arm beside vanilla, its routing held at the share it has shown.
-3. For each MoE++ arm, itself for vanilla's time and vanilla narrowed to its compute, with the same
-   seeds. Their steps and widths are fixed by the first look and are kept when seeds are added.
+1. Vanilla, MoE++ and the short runs, seed by seed.
+2. Sessions that time MoE++ against vanilla, its routing held at the share it has shown.
+3. MoE++ for vanilla's time and vanilla narrowed to MoE++'s compute, with the same seeds. Steps and
+   width are fixed by the first look and are kept when seeds are added.
 """
 
 from __future__ import annotations
@@ -16,13 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moepp_megatron.config import Config
-from moepp_megatron.workbench.experiments.pilot.arms import (
-    PilotArm,
-    matched_arms,
-    narrow_width,
-)
-from moepp_megatron.workbench.experiments.pilot.extrapolate import TargetRequest
+from moepp_megatron.workbench.experiments.pilot.arms import PilotArm, matched_arms, narrow_width
 from moepp_megatron.workbench.experiments.pilot.plan import Match, Plan
+from moepp_megatron.workbench.experiments.pilot.result import ArmKind
 from moepp_megatron.workbench.experiments.pilot.runs import PilotRun, PilotRuns
 from moepp_megatron.workbench.experiments.pilot.sessions import Session, SpeedSessions
 
@@ -34,12 +30,11 @@ class Pilot:
     Attributes:
         folder: Folder of its runs.
         config: CONFIG with its overrides.
-        base: The arms of the first stage: vanilla first, "short" last.
+        base: The arms of the first stage.
         seeds: All seeds.
         plan: What is fixed.
         command: The command line.
         eval_iters: Global batches of validation; None for the default.
-        target: Target to extrapolate to, or None.
     """
 
     folder: PilotRuns
@@ -49,80 +44,64 @@ class Pilot:
     plan: Plan
     command: str
     eval_iters: int | None = None
-    target: TargetRequest | None = None
-
-    @property
-    def moepp(self) -> list[PilotArm]:
-        """The MoE++ arms about which is decided."""
-        return [arm for arm in self.base if arm.arm.kind == "moepp"]
 
     @functools.cached_property
     def matched(self) -> list[PilotArm]:
-        """The arms that match a MoE++ arm; none before it was timed."""
-        return [
-            matching
-            for arm in self.moepp
-            if (match := self.plan.matches.get(arm.arm.name)) is not None
-            for matching in matched_arms(
-                self.config, arm, match.steps, match.width, self.eval_iters
-            )
-        ]
+        """The arms that match MoE++; none before it was timed."""
+        match = self.plan.match
+        if match is None:
+            return []
+        steps = self.arm("moepp").arm.steps
+        return matched_arms(self.config, steps, match.steps, match.width, self.eval_iters)
 
     @property
     def arms(self) -> list[PilotArm]:
         """All arms that are known."""
         return [*self.base, *self.matched]
 
+    def arm(self, kind: ArmKind) -> PilotArm:
+        """The arm of a kind; one of the last stage is known only once MoE++ was timed."""
+        arms = self.base if kind in ("vanilla", "moepp", "short") else self.matched
+        return next(arm for arm in arms if arm.arm.kind == kind)
+
     def runs(self) -> list[PilotRun]:
         """All runs that are known, in their order."""
         early = self.folder.all_of(self.base, self.seeds)
-        matched = self.matched
-        return early + (self.folder.all_of(matched, self.seeds) if matched else [])
+        return early + (self.folder.all_of(self.matched, self.seeds) if self.matched else [])
 
     def sessions(self) -> list[Session]:
-        """The sessions of the arms that are not matched yet; none before their runs are there."""
-        found = []
-        for arm in self.moepp:
-            share = None if arm.arm.name in self.plan.matches else self.ffn_share(arm)
-            if share is not None:
-                found += [Session(arm, share, n + 1) for n in range(self.plan.sessions)]
-        return found
+        """The sessions; none before the runs of the first look, or once they were used."""
+        share = None if self.plan.match is not None else self._ffn_share()
+        if share is None:
+            return []
+        return [Session(self.arm("moepp"), share, n + 1) for n in range(self.plan.sessions)]
 
-    @property
-    def num_sessions(self) -> int:
-        """Sessions of all arms that are not matched yet."""
-        return self.plan.sessions * (len(self.moepp) - len(self.plan.matches))
-
-    def ffn_share(self, arm: PilotArm) -> float | None:
-        """FFN share of an arm's runs of the first look; None before they are finished."""
+    def _ffn_share(self) -> float | None:
+        """FFN share of MoE++'s runs of the first look; None before they are finished."""
         shares = []
         for seed in self.seeds[: self.plan.first]:
-            outcome = self.folder.outcome(self.folder.run_of(arm, seed))
+            outcome = self.folder.outcome(self.folder.run_of(self.arm("moepp"), seed))
             if outcome is None:
                 return None
             shares.append(outcome.ffn_share)
         return statistics.fmean(shares)
 
     def matching(self, timed: SpeedSessions) -> Pilot:
-        """The pilot with the matching arms of whatever was timed in full; writes the plan."""
-        matches = dict(self.plan.matches)
+        """The pilot with its matching arms, if MoE++ was timed in full; writes the plan."""
         sessions = self.sessions()
-        for arm in self.moepp:
-            mine = [one for one in sessions if one.arm is arm]
-            if mine and not timed.unfinished(mine):
-                ratio = timed.log_time_ratio(mine)
-                assert ratio is not None, "finished sessions have a result"
-                matches[arm.arm.name] = Match(
-                    ffn_share=mine[0].share,
-                    log_time_ratio=ratio.mean,
-                    error=ratio.error,
-                    sessions=len(mine),
-                    steps=max(round(arm.arm.steps * math.exp(-ratio.mean)), 1),
-                    width=narrow_width(self.config, mine[0].share),
-                )
-        if matches == self.plan.matches:
+        if not sessions or timed.unfinished(sessions):
             return self
-        plan = self.plan.model_copy(update={"matches": matches})
+        ratio = timed.log_time_ratio(sessions)
+        assert ratio.error is not None, "two sessions at least"
+        share = sessions[0].share
+        match = Match(
+            ffn_share=share,
+            log_time_ratio=ratio.mean,
+            error=ratio.error,
+            steps=max(round(self.arm("moepp").arm.steps * math.exp(-ratio.mean)), 1),
+            width=narrow_width(self.config, share),
+        )
+        plan = self.plan.model_copy(update={"match": match})
         plan.write(self.folder.path)
         return dataclasses.replace(self, plan=plan)
 

@@ -1,7 +1,7 @@
 """The runs of a pilot: every arm with every seed.
 
 DIR/configs, runs, logs  the same as for all training runs (experiments/training_runs.py)
-DIR/pilot.json           what was found
+DIR/pilot.json           the result
 DIR/pilot.html           the page
 """
 
@@ -64,5 +64,5 @@ class PilotRuns(TrainingRuns[PilotRun]):
 
 def run_name(arm: Arm, seed: int) -> str:
     """The name of the files of an arm's run with this seed."""
-    words = arm.name.lower().replace("++", "pp").replace("%", "-percent")
+    words = arm.name.lower().replace("++", "pp").replace("%", "-percent").replace("'", "")
     return re.sub(r"[^a-z0-9.]+", "-", f"{words}-seed-{seed}")

@@ -1,10 +1,10 @@
-"""Sessions that time MoE++ beside vanilla: both models in one process, step by step in turn.
+"""Sessions that time MoE++ against vanilla: both models in one process, step by step in turn.
 
 A machine is faster or slower from one process to the next, by a few per cent. Arms that run one
 after the other take that for a difference between them. Here both arms of a session see the same
 machine, and the interval is over sessions.
 
-DIR/speed/NAME.json  what `moepp bench step` has measured, one session of one MoE++ arm
+DIR/speed/NAME.json  what `moepp bench step` has measured in one session
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moepp_megatron.config import Config
 from moepp_megatron.runtime.launch import LaunchOptions
-from moepp_megatron.workbench.experiments.pilot.arms import PilotArm, with_tau
+from moepp_megatron.workbench.experiments.pilot.arms import PilotArm
 from moepp_megatron.workbench.experiments.pilot.runs import run_name
 from moepp_megatron.workbench.experiments.pilot.statistics import Estimate
 from moepp_megatron.workbench.experiments.runs import RunFailed, RunSet
@@ -29,10 +30,10 @@ _LARGEST_TAU = 10.0
 
 @dataclass(frozen=True)
 class Session:
-    """One session of one MoE++ arm.
+    """One session.
 
     Attributes:
-        arm: The arm.
+        arm: MoE++.
         share: Share of its selections that goes to FFN experts, at which its routing is held.
         number: Which session, from 1.
     """
@@ -72,18 +73,15 @@ class SpeedSessions(RunSet[Session]):
 
     def title(self, session: Session) -> str:
         """What people read while it runs."""
-        return f"speed, session {session.number}, {session.arm.arm.name}"
+        return f"speed, session {session.number}"
 
     def command(self, session: Session) -> list[str]:
         """What follows `moepp`."""
-        layout = session.arm.config.moe
-        # Held at perfect balance under the tau of the measured share.
-        tau = layout.tau_for(min(session.share, layout.phi(_LARGEST_TAU)))
+        arm, config = session.arm.arm, session.arm.config
         # The command starts the ranks itself only where it is typed by hand.
-        config = self.path / "configs" / f"{run_name(session.arm.arm, _first_seed(session))}.yaml"
-        overrides = with_tau(session.arm.config, float(f"{tau:.6g}"))[1]
+        file = self.path / "configs" / f"{run_name(arm, config.training.seed)}.yaml"
         options = ["--rounds", str(_ROUNDS), "--json", str(self.file(session))]
-        return ["bench", "step", str(config), *overrides, *options]
+        return ["bench", "step", str(file), *_held_at(config, session.share), *options]
 
     def do(self, session: Session) -> None:
         """Time it.
@@ -100,11 +98,10 @@ class SpeedSessions(RunSet[Session]):
         if reason is not None:
             raise RunFailed(f"session {session.name} failed: {reason}; see {log}")
 
-    def log_time_ratio(self, sessions: Sequence[Session]) -> Estimate | None:
-        """Logarithm of MoE++'s step time over vanilla's, over sessions; None without any."""
+    def log_time_ratio(self, sessions: Sequence[Session]) -> Estimate:
+        """Logarithm of MoE++'s step time over vanilla's, over finished sessions."""
         found = [self._log_ratio(session) for session in sessions]
-        known = [value for value in found if value is not None]
-        return Estimate.of(known) if known else None
+        return Estimate.of([value for value in found if value is not None])
 
     def _log_ratio(self, session: Session) -> float | None:
         try:
@@ -115,5 +112,14 @@ class SpeedSessions(RunSet[Session]):
         return -math.log(speedup) if is_number else None
 
 
-def _first_seed(session: Session) -> int:
-    return session.arm.config.training.seed
+def _held_at(config: Config, share: float) -> list[str]:
+    """Settings under which a perfect balance has this FFN share; a budget has its own and goes."""
+    moe = config.moe
+    settings = [f"moe.tau={moe.tau_for(min(share, moe.phi(_LARGEST_TAU))):.6g}"]
+    if moe.budget.target_ffn_per_token is not None or moe.budget.start_ffn_per_token is not None:
+        settings += [
+            "moe.budget.target_ffn_per_token=null",
+            "moe.budget.start_ffn_per_token=null",
+            "moe.budget.controller=none",
+        ]
+    return settings

@@ -1,4 +1,4 @@
-"""Student's t distribution, estimates with their uncertainty, and means over seeds."""
+"""Student's t distribution, and estimates with their uncertainty."""
 
 from __future__ import annotations
 
@@ -6,56 +6,44 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-
-import numpy as np
 
 from moepp_megatron.workbench.experiments.pilot.result import Interval
 
 _CONFIDENCE = 0.95
 # Beyond it the exponential overflows; a factor of this size is no number to decide by anyway.
 _LARGEST_LOG = 700.0
-# With which a spread is worth going by.
-_FEWEST_SEEDS = 3
-
-
-@lru_cache(maxsize=64)
-def _angles(degrees: int) -> tuple[np.ndarray, np.ndarray]:
-    """Angles, and the probability below each in the upper half of Student's distribution.
-
-    With t = sqrt(degrees) tan(angle) the density of the angle is proportional to
-    cos(angle)^(degrees - 1).
-    """
-    angle = np.linspace(0.0, math.pi / 2, 1_000_001)
-    density = np.cos(angle) ** (degrees - 1)
-    below = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    return angle, below / below[-1]
-
-
-@lru_cache(maxsize=1024)
-def t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's distribution, above one half, to 5 digits."""
-    angle, below = _angles(degrees)
-    return math.sqrt(degrees) * math.tan(float(np.interp(2 * probability - 1, below, angle)))
+# Halvings of an angle, after which a double has no more digits.
+_BISECTIONS = 60
 
 
 def t_below(value: float, degrees: int) -> float:
-    """The probability that Student's distribution is below `value`."""
-    angle, below = _angles(degrees)
-    reached = float(np.interp(math.atan(abs(value) / math.sqrt(degrees)), angle, below))
-    return 0.5 + math.copysign(reached / 2, value)
+    """The probability that Student's distribution is below `value`.
+
+    The finite series of Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3-4, which
+    is exact for a whole number of degrees of freedom.
+    """
+    angle = math.atan(value / math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    is_odd = degrees % 2
+    term = cosine if is_odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for k in range(2 + is_odd, degrees - 1, 2):
+        term *= cosine**2 * (k - 1) / k
+        total += term
+    inside = 2 / math.pi * (angle + sine * total) if is_odd else sine * total
+    return 0.5 + inside / 2
 
 
-def t_excess(value: float, degrees: int) -> float:
-    """Mean of max(0, value + T), with T of Student's distribution with 2 degrees or more."""
-    log_density = (
-        math.lgamma((degrees + 1) / 2)
-        - math.lgamma(degrees / 2)
-        - 0.5 * math.log(degrees * math.pi)
-        - (degrees + 1) / 2 * math.log1p(value**2 / degrees)
-    )
-    tail = (degrees + value**2) / (degrees - 1) * math.exp(log_density)
-    return tail + value * t_below(value, degrees)
+def t_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's distribution, by bisection of the angle of `t_below`."""
+    low, high = -math.pi / 2, math.pi / 2
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if t_below(math.sqrt(degrees) * math.tan(middle), degrees) < probability:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(degrees) * math.tan((low + high) / 2)
 
 
 @dataclass(frozen=True)
@@ -114,58 +102,16 @@ class Estimate:
         half = self.reach((1 - _CONFIDENCE) / 2)
         return Interval(mean=self.mean, low=self.mean - half, high=self.mean + half)
 
-    def factor(self, widened_by: float = 0.0) -> Interval:
-        """The factor whose logarithm this is, with its 95% interval.
-
-        Args:
-            widened_by: An additional relative error of unknown sign: both ends move out by it.
-        """
+    def factor(self) -> Interval:
+        """The factor whose logarithm this is, with its 95% interval."""
         found = self.interval()
-        if found.low is None or found.high is None:
-            return Interval(mean=_exp(self.mean))
-        wide = math.log1p(widened_by)
-        return Interval(
-            mean=_exp(self.mean), low=_exp(found.low - wide), high=_exp(found.high + wide)
-        )
-
-    def probability_below(self) -> float | None:
-        """How probable it is that the number is below 0; None where nothing tells."""
-        if self.error is None:
-            return None
-        if self.error == 0.0:
-            return 1.0 if self.mean < 0.0 else 0.0
-        return t_below(-self.mean / self.error, self.degrees)
-
-    def expected_above(self) -> float | None:
-        """The mean of max(0, number): what it costs to take it for 0 or less; None if unknown."""
-        if self.error is None or self.degrees < 2:
-            return None
-        if self.error == 0.0:
-            return max(0.0, self.mean)
-        return self.error * t_excess(self.mean / self.error, self.degrees)
+        low, high = (None if end is None else _exp(end) for end in (found.low, found.high))
+        return Interval(mean=_exp(self.mean), low=low, high=high)
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """The mean of independent values with its 95% t-interval."""
     return Estimate.of(values).interval()
-
-
-def factor_interval(logarithms: Sequence[float]) -> Interval:
-    """The geometric mean of factors with its 95% interval, from their natural logarithms."""
-    return Estimate.of(logarithms).factor()
-
-
-def one_run(found: Interval, seeds: int) -> float | None:
-    """How far a single new run may be from the mean, 95% prediction interval; None if unknown.
-
-    Of two seeds it would be 22 times the standard deviation, which tells nobody anything.
-
-    The interval of a mean over n seeds is t s / sqrt(n) to either side, that of one further value
-    t s sqrt(1 + 1/n).
-    """
-    if found.low is None or found.high is None or seeds < _FEWEST_SEEDS:
-        return None
-    return (found.high - found.low) / 2 * math.sqrt(seeds + 1)
 
 
 def _exp(logarithm: float) -> float:

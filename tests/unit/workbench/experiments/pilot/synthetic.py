@@ -45,7 +45,6 @@ def outcome(loss: float, time: float) -> RunOutcome:
         a2a_bytes=1000.0,
         energy_per_token_j=None,
         alerts={},
-        health={},
         curve=Curve(tokens=[100], loss=[loss]),
     )
 
@@ -76,12 +75,14 @@ def record(step: int, **values: Any) -> StepMetrics:
     return StepMetrics.model_validate(content)
 
 
-def write_run(run: PilotRun, steps: int | None = None, loss: float | None = 4.0) -> None:
+def write_run(
+    run: PilotRun, steps: int | None = None, loss: float | None = 4.0, **values: Any
+) -> None:
     """The folder that `moepp train` leaves behind; cut off after `steps`."""
     folder, last = run.config.run.dir, run.arm.steps
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(run.config.to_yaml("moepp_megatron"))
-    lines = [record(step) for step in range(1, (steps or last) + 1)]
+    lines = [record(step, **values) for step in range(1, (steps or last) + 1)]
     if steps is None:
         lines[-1] = lines[-1].model_copy(update={"valid_loss": loss})
     Path(folder / "metrics.jsonl").write_text("".join(line.to_json_line() for line in lines))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from moepp_megatron.config import ConfigError, load_config
+from moepp_megatron.config import ConfigError, load_config, with_overrides
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.workbench.experiments.pilot.arms import build_arms
 from moepp_megatron.workbench.experiments.pilot.collect import result_of
@@ -16,19 +17,20 @@ from moepp_megatron.workbench.experiments.pilot.plan import Plan
 from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
 from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmKind
 from moepp_megatron.workbench.experiments.pilot.runs import PilotRun, PilotRuns
+from moepp_megatron.workbench.experiments.pilot.sessions import Session, SpeedSessions
 from tests.unit.workbench.experiments.pilot.synthetic import config_of, write_run
 
-ARM = "MoE++ tau 0.75"
 SPEEDUPS = (1.248, 1.25, 1.252)
 SPEEDUP = math.prod(SPEEDUPS) ** (1 / 3)
-LOSSES = {"vanilla": 4.0, "short": 4.3, "moepp": 4.05, "more": 3.95}
+# Of MoE++; vanilla takes 0.5 s.
+STEP_S = 0.4
+LOSSES = {"vanilla": 4.0, "short": 4.3, "moepp": 4.05}
 LOSSES |= {"equal_time": 3.9, "narrow": 4.2}
 # By a part of the name, the first that is found.
 KINDS: dict[str, ArmKind] = {
     "time": "equal_time",
     "wide": "narrow",
     "percent": "short",
-    "top-3": "more",
     "moepp": "moepp",
     "vanilla": "vanilla",
 }
@@ -37,10 +39,10 @@ KINDS: dict[str, ArmKind] = {
 def pilot_in(path: Path, seeds: int, first: int = 3) -> Pilot:
     config = config_of()
     folder = PilotRuns(path)
-    base = build_arms(config, 8, [0.75])
+    base = build_arms(config, 8)
     numbers = list(range(7, 7 + seeds))
     folder.claim(folder.all_of(base, numbers))
-    plan = Plan.claim(path, Plan(first=first, arms=[ARM], sessions=3))
+    plan = Plan.claim(path, Plan(first=first, sessions=3))
     return Pilot(folder, config, base, numbers, plan, "moepp pilot")
 
 
@@ -49,6 +51,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.started: list[str] = []
+        self.step_s = STEP_S
 
     def __call__(self, options: LaunchOptions, module: str, arguments: list[str]) -> int:
         if arguments[0] == "bench":
@@ -61,9 +64,10 @@ class Ranks:
         self.started.append(name)
         kind = next(kind for part, kind in KINDS.items() if part in name)
         noise = 0.001 * ((config.training.seed * 7 + len(name)) % 5)
-        arm = Arm(name=name, kind=kind, tau=None, topk=2, steps=config.training.train_iters)
+        arm = Arm(name=name, kind=kind, steps=config.training.train_iters)
         run = PilotRun(name, name, config, arm, config.training.seed)
-        write_run(run, loss=LOSSES[kind] + 0.1 * run.seed + noise)
+        step_s = self.step_s if "moepp" in name else 0.5
+        write_run(run, loss=LOSSES[kind] + 0.1 * run.seed + noise, step_time_s=step_s)
         return 0
 
 
@@ -79,10 +83,11 @@ def test_arms_then_speed_then_matching_arms(tmp_path: Path, ranks: Ranks) -> Non
     kinds = [
         "session" if "session" in name else name.rpartition("-seed")[0] for name in ranks.started
     ]
-    assert kinds[12:15] == ["session"] * 3
-    assert set(kinds[15:]) == {"moepp-tau-0.75-vanilla-s-time", "vanilla-32-wide-as-moepp-tau-0.75"}
-    assert len(kinds) == 4 * 3 + 3 + 2 * 3
-    match = whole.plan.matches[ARM]
+    assert kinds[9:12] == ["session"] * 3
+    assert set(kinds[12:]) == {"moepp-vanillas-time", "vanilla-32-wide"}
+    assert len(kinds) == 3 * 3 + 3 + 2 * 3
+    match = whole.plan.match
+    assert match is not None
     assert match.log_time_ratio == pytest.approx(-math.log(SPEEDUP))
     assert match.steps == round(8 * SPEEDUP)
     # The records' share of 0.6, of 48 channels in units of 16.
@@ -90,15 +95,24 @@ def test_arms_then_speed_then_matching_arms(tmp_path: Path, ranks: Ranks) -> Non
     result = result_of(whole)
     assert result is not None
     assert (result.setting.look, result.setting.next_seeds) == (1, 6)
-    assert result.verdicts[0].at_pilot == "pays"
-    assert [pair.other for pair in result.equal_compute] == [
-        "vanilla, 32 wide, as MoE++ tau 0.75",
-        "vanilla",
+    assert [arm.arm.kind for arm in result.arms] == [
+        *("vanilla", "moepp", "short", "equal_time", "narrow")
     ]
-    timed = result.outcome_of(ARM)
-    assert timed is not None
-    assert timed.time_ratio is not None
-    assert timed.time_ratio.mean == pytest.approx(1 / SPEEDUP)
+    verdict = result.verdict
+    assert (verdict.answer, verdict.speeds_agree) == ("pays", True)
+    assert verdict.speed.mean == pytest.approx(1 / SPEEDUP)
+    assert verdict.speed_in_runs.mean == pytest.approx(STEP_S / 0.5)
+
+
+def test_nothing_is_decided_where_the_runs_show_another_speed_than_the_sessions(
+    tmp_path: Path, ranks: Ranks
+) -> None:
+    ranks.step_s *= 1.015
+    whole = pilot_in(tmp_path, 3).run(lambda line: None, lambda pilot: None)
+    result = result_of(whole)
+    assert result is not None
+    assert (result.verdict.answer, result.verdict.speeds_agree) == ("undecided", False)
+    assert result.sentence.startswith("Undecided: a MoE++ step takes 0.812 of vanilla's time")
 
 
 def test_nothing_is_known_before_moepp_was_timed(tmp_path: Path, ranks: Ranks) -> None:
@@ -116,7 +130,7 @@ def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(
     before = (tmp_path / "plan.json").read_bytes()
     ranks.started.clear()
     more = pilot_in(tmp_path, 4).run(lambda line: None, lambda pilot: None)
-    assert len(ranks.started) == 6, "every arm with the new seed; no session"
+    assert len(ranks.started) == 5, "every arm with the new seed; no session"
     assert (tmp_path / "plan.json").read_bytes() == before
     result = result_of(more)
     assert result is not None
@@ -129,11 +143,21 @@ def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(
     assert (result.setting.look, result.setting.level) == (2, pytest.approx(0.025 / 4))
 
 
-def test_the_level_belongs_to_the_arms_of_the_beginning(tmp_path: Path) -> None:
+def test_the_plan_is_that_of_the_beginning(tmp_path: Path) -> None:
     pilot_in(tmp_path, 1)
-    with pytest.raises(ConfigError, match=r"--taus \(a, b\) must be as at the beginning"):
-        Plan.claim(tmp_path, Plan(first=3, arms=["a", "b"], sessions=3))
-    assert Plan.claim(tmp_path, Plan(first=9, arms=[ARM], sessions=3)).first == 3
+    with pytest.raises(ConfigError, match=r"--sessions \(4\) must be as at the beginning \(3\)"):
+        Plan.claim(tmp_path, Plan(first=3, sessions=4))
+    assert Plan.claim(tmp_path, Plan(first=9, sessions=3)).first == 3
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(ConfigError, match="must hold a readable plan.json"):
-        Plan.read(tmp_path)
+        Plan.claim(tmp_path, Plan(first=3, sessions=3))
+
+
+@pytest.mark.parametrize("budget", [{}, {"target_ffn_per_token": 1.0, "controller": "tau"}])
+def test_sessions_hold_the_share_that_the_runs_had(tmp_path: Path, budget: dict[str, Any]) -> None:
+    config = config_of(budget={**budget, "ramp_steps": 5} if budget else {})
+    arm = build_arms(config, 8)[1]
+    words = SpeedSessions(tmp_path, 1).command(Session(arm, 0.6, 1))
+    held = with_overrides(arm.config, words[3 : words.index("--rounds")]).moe
+    assert held.ffn_share == pytest.approx(0.6, rel=1e-4)
+    assert not held.budget.acts

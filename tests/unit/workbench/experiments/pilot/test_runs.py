@@ -17,7 +17,7 @@ from tests.unit.workbench.experiments.pilot.synthetic import config_of, write_ru
 
 
 def runs_in(path: Path, steps: int = 8, seeds: tuple[int, ...] = (7, 8)) -> list[PilotRun]:
-    return PilotRuns(path).all_of(build_arms(config_of(), steps, [0.75]), seeds)
+    return PilotRuns(path).all_of(build_arms(config_of(), steps), seeds)
 
 
 class Ranks:
@@ -56,11 +56,9 @@ def test_order_rotates_from_seed_to_seed(tmp_path: Path) -> None:
     names = [run.name for run in runs_in(tmp_path, seeds=(7, 8))]
     assert names == [
         "vanilla-seed-7",
-        "moepp-tau-0.75-seed-7",
-        "moepp-top-3-tau-1-seed-7",
+        "moepp-seed-7",
         "vanilla-70-percent-of-the-steps-seed-7",
-        "moepp-tau-0.75-seed-8",
-        "moepp-top-3-tau-1-seed-8",
+        "moepp-seed-8",
         "vanilla-70-percent-of-the-steps-seed-8",
         "vanilla-seed-8",
     ]
@@ -81,17 +79,17 @@ def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(
     folder, runs = PilotRuns(tmp_path), runs_in(tmp_path)
     folder.claim(runs)
     write_run(runs[0])
-    write_run(runs[2], steps=5)
+    write_run(runs[1], steps=5)
     # All steps, but ended before its validation.
-    write_run(runs[3], loss=None)
-    assert [folder.is_done(run) for run in runs[:4]] == [True, False, False, False]
+    write_run(runs[2], loss=None)
+    assert [folder.is_done(run) for run in runs[:3]] == [True, False, False]
     ranks = stand_in(runs)
     shown: list[str] = []
     ended: list[str] = []
     folder.run_missing(runs, shown.append, lambda run: ended.append(run.name))
     assert ranks.started == ended == [run.name for run in runs[1:]]
-    assert shown[0] == "seed 7, MoE++ tau 0.75"
-    assert shown[1].startswith("seed 7, MoE++ top-3 tau 1 (")
+    assert shown[0] == "seed 7, MoE++"
+    assert shown[1].startswith("seed 7, vanilla, 70% of the steps (")
     again = stand_in(runs)
     folder.run_missing(runs)
     assert again.started == []
@@ -193,5 +191,5 @@ def test_time_left_follows_from_steps() -> None:
 def test_settings_of_place_alone_may_differ(tmp_path: Path) -> None:
     write_run(runs_in(tmp_path)[0])
     config = with_overrides(config_of(), ["slurm.partition=fast", "run.name=other"])
-    runs = PilotRuns(tmp_path).all_of(build_arms(config, 8, [0.75]), [7])
+    runs = PilotRuns(tmp_path).all_of(build_arms(config, 8), [7])
     PilotRuns(tmp_path).claim(runs)

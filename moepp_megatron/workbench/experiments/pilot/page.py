@@ -1,0 +1,248 @@
+"""`pilot.html`: does MoE++ pay, and how certain is the answer? One screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.ticker import EngFormatter
+
+from moepp_megatron.workbench.experiments.pilot.result import (
+    ArmKind,
+    ArmOutcome,
+    Interval,
+    PilotResult,
+)
+from moepp_megatron.workbench.experiments.pilot.schedule import LEVEL
+from moepp_megatron.workbench.experiments.pilot.verdict import SPEED_LIMIT
+from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.blocks import (
+    Cell,
+    Page,
+    Section,
+    Table,
+    Text,
+    number,
+    write_blocks,
+)
+from moepp_megatron.workbench.report.cards import Card
+from moepp_megatron.workbench.report.drawing import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    VERMILION,
+    legend_above,
+    new_figure,
+    plain,
+    plot_style,
+    smooth,
+    svg_data_uri,
+)
+from moepp_megatron.workbench.report.plot import Plot
+
+_ARM_COLUMNS = (
+    *("Arm", "Steps", "Validation loss", "Less vanilla's", "Step", "Of vanilla's"),
+    *("FFN share", "All-to-all, MB", "mJ/token", "Alerts"),
+)
+_COLOURS: dict[ArmKind, str] = {
+    "vanilla": INK,
+    "moepp": BLUE,
+    "equal_time": GREEN,
+    "narrow": VERMILION,
+    "short": MUTED,
+}
+# The start of training is the same fall for all; what is compared comes later.
+_DRAWN_FROM = 0.2
+_NOTHING = "-"
+
+
+def write_pilot_page(result: PilotResult, out: Path) -> Path:
+    """Write the page, which needs no other file and no network.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ReportError: It cannot be written; an existing page is then unchanged.
+    """
+    with plot_style():
+        plots = [_loss_plot(result), _difference_plot(result)]
+    setting = result.setting
+    page = Page(
+        kind="MoE++ pilot",
+        name=setting.config,
+        title=result.sentence,
+        facts=_facts(result),
+        cards=_cards(result),
+        sections=[
+            Section("", [*plots, arm_table(result)]),
+            Section("", [Text(_limits(result), "note", fold="How to read it, and its limits")]),
+        ],
+        sources="pilot.json",
+        command=setting.command,
+    )
+    return write_blocks(out, page)
+
+
+def arm_table(result: PilotResult) -> Table:
+    """A row of numbers for every arm; columns of which nothing is known are left out."""
+    rows = [_row(each) for each in result.arms]
+    kept = [
+        place
+        for place in range(len(_ARM_COLUMNS))
+        if any(row[place].text != _NOTHING for row in rows)
+    ]
+    head = [_ARM_COLUMNS[place] for place in kept]
+    return Table(head, [[row[place] for place in kept] for row in rows])
+
+
+def _row(outcome: ArmOutcome) -> list[Cell]:
+    used = outcome.energy_per_token_j
+    alerts = sorted(outcome.alerts.items(), key=lambda item: (-item[1], item[0]))
+    return [
+        Cell(outcome.arm.name),
+        number(f"{outcome.arm.steps:,}"),
+        number(formatting.number(outcome.valid_loss.mean)),
+        number(*_with_ends(outcome.loss_difference, "+,.4f")),
+        number(_seconds(outcome.step_time_s.mean)),
+        number(*_with_ends(outcome.time_ratio, ".3f")),
+        number(formatting.percent(outcome.ffn_share.mean)),
+        number(f"{outcome.a2a_bytes.mean / 1e6:,.2f}"),
+        number(_NOTHING if used is None else f"{used.mean * 1e3:,.3g}"),
+        Cell(", ".join(f"{rule} {times}" for rule, times in alerts if times) or _NOTHING),
+    ]
+
+
+def _with_ends(found: Interval | None, form: str) -> tuple[str, str]:
+    """The mean, and the ends of its interval."""
+    if found is None:
+        return _NOTHING, ""
+    if found.low is None or found.high is None:
+        return f"{found.mean:{form}}", ""
+    return f"{found.mean:{form}}", f"{found.low:{form}} to {found.high:{form}}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:,.1f} ms" if value < 1 else f"{value:,.3f} s"
+
+
+def _cards(result: PilotResult) -> list[Card]:
+    verdict, setting = result.verdict, result.setting
+    time, ends = _with_ends(verdict.time_to_loss, ".3f")
+    in_time, time_ends = _with_ends(verdict.loss_in_time, "+,.4f")
+    in_compute, compute_ends = _with_ends(verdict.loss_in_compute, "+,.4f")
+    speed, speed_ends = _with_ends(verdict.speed, ".3f")
+    look = f"look {setting.look}" if setting.look else "no look yet"
+    return [
+        Card(
+            "Does MoE++ pay?",
+            verdict.answer,
+            f"{look}; the next one after {setting.next_seeds} seeds",
+            accent=True,
+        ),
+        Card("Loss less vanilla's, same time", in_time, time_ends or "one seed"),
+        Card("Loss less narrowed vanilla's, same compute", in_compute, compute_ends or "one seed"),
+        Card("Time to vanilla's loss", time, ends or "not known from these runs"),
+        Card(
+            "Step, of vanilla's",
+            speed,
+            f"{speed_ends}; in the runs {verdict.speed_in_runs.mean:.3f}"
+            + ("" if verdict.speeds_agree else ": too far apart to decide"),
+            accent=not verdict.speeds_agree,
+        ),
+    ]
+
+
+def _facts(result: PilotResult) -> list[str]:
+    setting = result.setting
+    seeds = len(result.arms[0].seeds)
+    return [
+        f"{seeds} seed{'' if seeds == 1 else 's'}, {setting.sessions} sessions of speed",
+        f"{setting.steps:,} steps, {formatting.big_count(setting.tokens)} tokens",
+        f"{formatting.big_count(setting.parameters)} parameters, tau {setting.tau:g}",
+        f"{setting.nproc} x {setting.device}",
+        setting.began,
+    ]
+
+
+def _limits(result: PilotResult) -> list[str]:
+    setting, value = result.setting, result.token_value
+    mean, ends = _with_ends(value, ".4f")
+    lines = [
+        "It pays if its loss is clearly lower than vanilla's after vanilla's time, and clearly "
+        "lower than that of a vanilla model with narrower experts and the same compute. Losses are "
+        "in nats, intervals 95%, curves smoothed means over seeds. An e-fold of tokens is worth "
+        f"{mean} nats to vanilla{f' ({ends})' if ends else ''}.",
+        f'"Pays" is wrong in {LEVEL:.1%} of pilots at most, however often they are extended '
+        f"(one-sided level of this look: {setting.level:.3g}), if the noise of a run is normal and "
+        "equally large in every arm. Nothing that rests on speed is decided where runs and "
+        f"sessions differ by more than {SPEED_LIMIT:.0%}.",
+        f"{setting.steps:,} steps of this model show neither longer training nor a larger model, "
+        "and one learning rate may suit one of the models better.",
+    ]
+    if not setting.on_gpu:
+        lines.append("Speed on a CPU says nothing about a GPU's: experts run one after the other.")
+    versions = f"torch {setting.torch} and megatron-core {setting.megatron_core}"
+    return [*lines, f"Measured with {versions}, {setting.cores} processor cores."]
+
+
+def _loss_plot(result: PilotResult) -> Plot:
+    return _curves(
+        result,
+        "Training loss",
+        "training loss, nats",
+        {each.arm.name: _smooth_curve(each) for each in result.arms if _has_curve(each)},
+    )
+
+
+def _difference_plot(result: PilotResult) -> Plot:
+    vanilla, *others = result.arms
+    lines = {}
+    if _has_curve(vanilla):
+        x, reference = _smooth_curve(vanilla)
+        for each in others:
+            # A shorter schedule is compared at its end only.
+            if not _has_curve(each) or each.arm.steps != vanilla.arm.steps:
+                continue
+            tokens, values = _smooth_curve(each)
+            kept = (tokens >= x[0]) & (tokens <= x[-1])
+            gap = values[kept] - np.interp(tokens[kept], x, reference)
+            # Differences are small against their noise.
+            lines[each.arm.name] = tokens[kept], smooth(gap, len(gap) // 20)
+    return _curves(
+        result, "Training loss less vanilla's, same tokens", "nats (below 0: better)", lines
+    )
+
+
+def _has_curve(outcome: ArmOutcome) -> bool:
+    return len(outcome.curve.tokens) >= 2
+
+
+def _smooth_curve(outcome: ArmOutcome) -> tuple[np.ndarray, np.ndarray]:
+    tokens, losses = (np.array(each, dtype=np.float64) for each in vars(outcome.curve).values())
+    return tokens, smooth(losses) if len(losses) >= 12 else losses
+
+
+def _curves(
+    result: PilotResult, title: str, label: str, lines: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> Plot:
+    """Lines over tokens by arm, from where they are worth comparing."""
+    if not lines:
+        return Plot(title, "", None, "Too few records to draw.")
+    colours = {each.arm.name: _COLOURS[each.arm.kind] for each in result.arms}
+    axes = new_figure(width=5.7, height=2.1).subplots()
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    start = _DRAWN_FROM * max(float(tokens[-1]) for tokens, _ in lines.values())
+    for name, (tokens, values) in lines.items():
+        late = tokens >= start if np.count_nonzero(tokens >= start) > 1 else tokens >= 0
+        axes.plot(tokens[late], values[late], color=colours[name], label=plain(name))
+    axes.set_xlabel("tokens")
+    axes.set_ylabel(label)
+    legend_above(axes, ncols=3)
+    figure = axes.get_figure(root=True)
+    assert figure is not None, "made with its figure"
+    alt = "; ".join(
+        f"{name} ends at {float(values[-1]):.4f}" for name, (_, values) in lines.items()
+    )
+    return Plot(title, "", svg_data_uri(figure), alt + ".")

@@ -1,0 +1,130 @@
+"""A page as a list of blocks, which `templates/page.html.j2` draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from moepp_megatron.version import __version__
+from moepp_megatron.workbench.report.cards import Card
+from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.template import render_template, write_page
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table.
+
+    Attributes:
+        text: Its content.
+        look: How it is set: as text, a number (on the right), a comment, code, or a badge.
+        note: Small text below it.
+    """
+
+    text: str
+    look: Literal["text", "number", "comment", "code", "critical", "warning", "info"] = "text"
+    note: str = ""
+
+
+def number(text: str, note: str = "") -> Cell:
+    """The cell of a number."""
+    return Cell(text, "number", note)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; a heading stands as its column's cells of the first row do.
+
+    Attributes:
+        head: Headings of the columns; empty for none.
+        rows: Cells by row, as many as headings; the first one names its row.
+        caption: Small text below it.
+        strong: Indices of rows to emphasise.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+    strong: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs.
+
+    Attributes:
+        lines: One paragraph each.
+        look: `note` is small, `warning` framed, `nothing` stands where something could be; `code`
+            keeps its line breaks.
+        fold: With a title, all of it is folded away below that.
+    """
+
+    lines: Sequence[str]
+    look: Literal["text", "note", "warning", "nothing", "code"] = "text"
+    fold: str = ""
+
+
+Block = Plot | Table | Text
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks below a heading.
+
+    Attributes:
+        title: The heading; empty for none.
+        blocks: Plots in two columns, unless they are wide; all else in the full width.
+    """
+
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page.
+
+    Attributes:
+        kind: What it is: "MoE++ pilot".
+        title: The largest heading.
+        name: Whose page it is, where the title does not say.
+        lead: The result in a sentence.
+        facts: Short descriptions.
+        warnings: What a reader has to know before believing the numbers.
+        cards: Headline numbers.
+        sections: All that follows.
+        sources: The files that it is made of.
+        command: What makes it again.
+    """
+
+    kind: str
+    title: str
+    sources: str
+    command: str
+    name: str = ""
+    lead: str = ""
+    facts: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    cards: Sequence[Card] = ()
+    sections: Sequence[Section] = field(default_factory=list)
+
+
+def render_page(page: Page) -> str:
+    """The page's HTML, which needs no other file and no network."""
+    kinds = {Plot: "plot", Table: "table", Text: "text"}
+    return render_template("page.html.j2", page=page, version=__version__, kinds=kinds)
+
+
+def write_blocks(path: Path, page: Page) -> Path:
+    """Write the page as ASCII, whole or not at all; the same content gives the same bytes.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ReportError: It cannot be written.
+    """
+    write_page(path, render_page(page))
+    return path
