@@ -3,6 +3,7 @@
 alerts.py              A run's alerts on its page: a table, and marks where they fall on curves
 bench.py               results of `moepp bench layer`: a table, JSON, a plot
 bench_bounds.py        results of `moepp bench card`, and of layers beside them
+blocks.py              a page as a list of plots, tables and texts, which one template draws
 cards.py               the headline numbers of a run
 comparison.py          several runs: how far each has come, and the settings that differ
 comparison_page.py     the page of several runs
