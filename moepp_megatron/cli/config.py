@@ -87,10 +87,13 @@ def keys(
     found = [one for one in settings if one.name.startswith(wanted)]
     found = found or [one for one in settings if wanted in one.name]
     if not found:
+        from moepp_megatron.config.known_keys import nearest_setting
+
         sections = ", ".join(dict.fromkeys(one.name.partition(".")[0] for one in settings))
+        near = nearest_setting(wanted)
+        remedy = f"use a section ({sections})" if near is None else f"did you mean {near}?"
         raise ConfigError(
-            f"PREFIX ({wanted}) must be the beginning or a part of a setting's name; use a section "
-            f"({sections}) or leave it out for all"
+            f"PREFIX ({wanted}) must be the beginning or a part of a setting's name; {remedy}"
         )
     if json_file is not None:
         from moepp_megatron.runtime.atomic import write_result

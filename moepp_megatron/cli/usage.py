@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import shlex
+import sys
 import textwrap
 from typing import cast
 
 import typer
 
 from moepp_megatron.cli.echo import echo
+from moepp_megatron.config.known_keys import section_models
 from moepp_megatron.config.megatron_flags import setting_of
 
 # The base of typer's public exceptions, which is in another module from version to version.
@@ -50,7 +53,20 @@ def refuse(error: Exception) -> int:
         typer.echo(message, err=True)
         return 2
     path = "moepp" if context is None else context.command_path
-    setting = setting_of(str(getattr(error, "option_name", "")))
-    hint = "" if setting is None else f"; Megatron's option is the setting {setting}=VALUE here"
+    hint = _as_setting(str(getattr(error, "option_name", "")))
     echo(f"error: {' '.join(message.split()).rstrip('.')}{hint}; see {path} --help", err=True)
     return 2
+
+
+def _as_setting(option: str) -> str:
+    """What to write in place of an unknown option that is a setting, here or in Megatron-LM."""
+    name = option.lstrip("-").replace("-", "_")
+    of_megatron = setting_of(option)
+    if of_megatron is not None:
+        return f"; Megatron's option is the setting {of_megatron}=VALUE here"
+    if name.partition(".")[0] not in section_models():
+        return ""
+    words = [*sys.argv, "VALUE"]
+    place = next((i for i, word in enumerate(words) if word.partition("=")[0] == option), -2)
+    value = words[place].partition("=")[2] or words[place + 1]
+    return f"; write {shlex.join([f'{name}={value}'])}"

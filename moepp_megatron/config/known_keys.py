@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, get_args
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.megatron_flags import counterpart_of
 from moepp_megatron.config.problem import show
 from moepp_megatron.config.removed import REMOVED
 from moepp_megatron.config.schema import Config, Section
@@ -96,6 +97,17 @@ def _unknown_keys(path: str, model: type[Section], keys: Any) -> Iterator[str]:
             yield from _unknown_keys(f"{path}.{key}", inner, value)
 
 
+def nearest_setting(text: str) -> str | None:
+    """The section or setting whose name, or last word of it, is most like `text`, if any is."""
+    names: dict[str, str] = {}
+    for path, model in _all_sections():
+        for name in model.model_fields:
+            names[name] = names[f"{path}.{name}"] = f"{path}.{name}"
+        names[path] = path
+    near = [names[name] for name in get_close_matches(text, names, n=1, cutoff=0.7)]
+    return counterpart_of(text) or next(iter(near), None)
+
+
 def _unknown_section(section: str) -> str:
     """The message for a section that does not exist."""
     sections = section_models()
@@ -115,6 +127,10 @@ def _unknown_key(path: str, own: type[Section], key: str) -> str:
     section, where the user may have meant it to be; both are named.
     """
     near = [f"{path}.{name}" for name in _close(key, own, 0.7)[:1]]
+    # Megatron's name for it says more than a similar one.
+    of_megatron = counterpart_of(key)
+    if of_megatron is not None and not of_megatron.endswith(f".{key}"):
+        near = [of_megatron]
     others = {name: model for name, model in _all_sections() if name != path}
     if key not in _WITHOUT_MEANING:
         near += [f"{name}.{key}" for name, model in others.items() if key in model.model_fields][:1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,10 @@ def config_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple
     Raises:
         ConfigError: If a file or an override cannot be read.
     """
-    overriding = [(_COMMAND_LINE, _overriding(override)) for override in overrides]
     # A path of object storage stays one.
     file = path if isinstance(path, Path) else Path(path)
+    _refuse_settings_first(file, overrides)
+    overriding = [(_COMMAND_LINE, _overriding(override)) for override in overrides]
     return [*_read_with_bases(file, chain=()), *overriding]
 
 
@@ -151,6 +153,19 @@ def parse_override(override: str) -> tuple[str, str, Any]:
             f"override {override!r} must give a value after '='; write the value, or null for none"
         )
     return section, key, parse_yaml(text, f"override {override!r}")
+
+
+def _refuse_settings_first(path: Path, overrides: Sequence[str]) -> None:
+    """Refuse `section.key=value` where the file should be."""
+    section = str(path).partition(".")[0]
+    if "=" not in str(path) or section not in section_models() or path.exists():
+        return
+    file = next((word for word in overrides if "=" not in word), "CONFIG")
+    words = [file, str(path), *(word for word in overrides if word != file)]
+    raise ConfigError(
+        f"CONFIG ({path}) must be a YAML file, and is a setting; write the file first: "
+        f"{shlex.join(words)}"
+    )
 
 
 def _read_with_bases(path: Path, chain: tuple[str, ...]) -> list[tuple[str, Content]]:

@@ -208,3 +208,14 @@ def setting_of(option: str) -> str | None:
     if name in SWITCHES:
         return SWITCHES[name][0]
     return SETTINGS.get(name)
+
+
+def counterpart_of(option: str) -> str | None:
+    """Same as `setting_of`, also for values to be worked out and names without `moe-`."""
+    name = option.lstrip("-").replace("_", "-")
+    for full in (name, f"moe-{name}"):
+        derived = DERIVED.get(full, "")
+        setting = derived.split("`")[1] if derived.startswith("`") else setting_of(full)
+        if setting is not None:
+            return setting
+    return None

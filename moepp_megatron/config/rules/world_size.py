@@ -49,7 +49,8 @@ def _product_divides(sizes: dict[str, int], world_size: int) -> Iterator[Problem
             "world size",
             world_size,
             f"must be divisible by {factors} = {product}",
-            f"start {nearest_multiples(world_size, product)} ranks, or lower one of these",
+            f"start {(ranks := nearest_multiples(world_size, product))} ranks (on one machine "
+            f"--nproc {ranks}), or lower one of these",
         )
 
 

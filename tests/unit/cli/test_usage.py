@@ -21,6 +21,7 @@ from moepp_megatron.cli.options import GPU_NAMES
 from moepp_megatron.config import Layout, load_config
 
 ROOT = Path(__file__).parents[3]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
 def _commands() -> Iterator[tuple[list[str], Any]]:
@@ -154,6 +155,18 @@ def _run(
         (["train", "c.yaml", "--nproc", "0"], "'--nproc'"),
         (["train", "c.yaml", "--nproc", "two"], "'--nproc'"),
         (["train", "no-such.yaml"], "no-such.yaml"),
+        (["train", "c.yaml", "--moe.tau", "0.5"], "; write moe.tau=0.5; see"),
+        (["train", "c.yaml", "--run.dir=a b"], "; write 'run.dir=a b'; see"),
+        (
+            ["train", "c.yaml", "--training.train-iters=5"],
+            "write training.train_iters=5",
+        ),
+        (["train", "moe.tau=0.5"], "write the file first: CONFIG moe.tau=0.5"),
+        (["plan", "moe.tau=0.5", "run.dir=a", "c.yaml"], "first: c.yaml moe.tau=0.5 run.dir=a"),
+        (["config", "keys", "optimzer"], "did you mean optimizer?"),
+        (["config", "keys", "moe.tua"], "did you mean moe.tau?"),
+        (["config", "keys", "aux_loss_coeff"], "did you mean moe.balance_coeff?"),
+        (["train", str(QUICKSTART)], "start 2 ranks (on one machine --nproc 2)"),
         (["bench", "layer", "--dtype", "bf1"], "--dtype (bf1)"),
         (["report", "no-such-run"], "no-such-run: is not a folder"),
         (["monitor", "no-such-run", "--once"], "no-such-run: is not a folder"),
