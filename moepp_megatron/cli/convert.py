@@ -79,7 +79,7 @@ def hf_to_mcore(
     Examples:
         moepp convert hf-to-mcore moepp_7b converted --dtype bf16
     """
-    _quiet()
+    _begin(target)
     from moepp_megatron.interop.to_mcore import hf_to_mcore as convert
 
     convert(source, target, dtype, allow_pickle)
@@ -119,7 +119,7 @@ def mcore_to_hf(
         moepp convert mcore-to-hf runs/quickstart exported
         moepp convert mcore-to-hf runs/mine exported --dtype bf16 --license apache-2.0
     """
-    _quiet()
+    _begin(target)
     from moepp_megatron.interop.to_hf import mcore_to_hf as convert
 
     shard_bytes, chosen = int(max_shard_gb * 1e9), None if dtype is None else dtype.value
@@ -175,7 +175,7 @@ def upcycle(
         moepp convert upcycle mixtral upcycled --zero 1 --copy 1 --constant 2
         moepp convert upcycle llama upcycled --experts 8 --topk 2 --dtype bf16
     """
-    _quiet()
+    _begin(target)
     from moepp_megatron.interop.upcycle import Additions, least_gate
     from moepp_megatron.interop.upcycle import upcycle as convert
 
@@ -235,7 +235,7 @@ def megatron_lm(
     Examples:
         moepp convert megatron-lm checkpoints converted --tokenizer tokenizer.json
     """
-    _quiet()
+    _begin(target)
     from moepp_megatron.interop.from_megatron_lm import from_megatron_lm
 
     config = from_megatron_lm(source, target, moepp_args, tokenizer)
@@ -257,7 +257,7 @@ def to_megatron_lm(source: Source, target: Target) -> None:
     Examples:
         moepp convert to-megatron-lm runs/quickstart for_megatron
     """
-    _quiet()
+    _begin(target)
     from moepp_megatron.interop.to_megatron_lm import ARGUMENTS_FILE
     from moepp_megatron.interop.to_megatron_lm import to_megatron_lm as convert
 
@@ -266,7 +266,10 @@ def to_megatron_lm(source: Source, target: Target) -> None:
     echo(f"arguments    {target / ARGUMENTS_FILE}: {arguments}")
 
 
-def _quiet() -> None:
+def _begin(target: Path) -> None:
+    """Refuse a DST that is taken at once: the converters import torch."""
+    from moepp_megatron.interop.convert import free_folder
     from moepp_megatron.runtime.quiet import quiet
 
+    free_folder(target)
     quiet()

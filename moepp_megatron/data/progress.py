@@ -41,13 +41,15 @@ def track(console: Console, label: str, total: int) -> Iterator[Callable[[int], 
 def _plain_lines(console: Console, label: str, total: int) -> Callable[[int], None]:
     start = shown = time.perf_counter()
     done = 0
+    is_complete = False
 
     def advance(size: int) -> None:
-        nonlocal done, shown
+        nonlocal done, is_complete, shown
         done += size
         now = time.perf_counter()
-        if now - shown > _SECONDS_BETWEEN_LINES or done >= total:
-            shown = now
+        # The end is said once, though files may have grown or empty ones come last.
+        if not is_complete and (now - shown > _SECONDS_BETWEEN_LINES or done >= total):
+            shown, is_complete = now, done >= total
             speed = done / 1e6 / max(now - start, 1e-9)
             console.print(
                 f"{label}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {speed:.1f} MB/s",

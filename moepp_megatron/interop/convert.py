@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from moepp_megatron.config import ConfigError
 from moepp_megatron.config.choices import pick
 from moepp_megatron.runtime.quiet import quiet
 
@@ -37,11 +38,25 @@ def convert(kind: str, source: str | Path, target: str | Path, **options: Any) -
             checkpoint, or a folder that is not free.
         UnfitError: `target` cannot be written.
     """
-    quiet()
     module, name = pick(_CONVERTERS, "kind", kind).split(".")
+    # At once: the converters import torch.
+    free_folder(Path(target))
+    quiet()
     converter = getattr(importlib.import_module(f"moepp_megatron.interop.{module}"), name)
     told = converter(Path(source), Path(target), **options)
     if isinstance(told, list):
         for warning in told:
             logging.getLogger(__name__).warning("%s", warning)
     return Path(target)
+
+
+def free_folder(target: Path) -> Path:
+    """The absolute path of a folder that may be written.
+
+    Raises:
+        ConfigError: If something is there already.
+    """
+    target = target.absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"DST ({target}) must not exist or be empty; choose another folder")
+    return target

@@ -21,10 +21,11 @@ from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
+from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.megatron_arguments import environment_arguments, moepp_config
 from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint, read_arguments
 from moepp_megatron.interop.moepp_rules import moepp_rules
-from moepp_megatron.interop.to_mcore import free_folder, write_objects
+from moepp_megatron.interop.to_mcore import write_objects
 from moepp_megatron.layer_settings import DECLARED
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.runtime.atomic import partial_folder, publish

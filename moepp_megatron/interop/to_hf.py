@@ -16,6 +16,7 @@ from moepp_megatron.config.problem import show
 from moepp_megatron.data.progress import track
 from moepp_megatron.file_names import CONFIG_FILE, MODEL_CONFIG_FILE
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
+from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.hf_companions import (
     copy_model_files,
     special_ids,
@@ -39,7 +40,7 @@ from moepp_megatron.interop.model_card import (
 from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.safetensors_file import SafetensorsWriter
 from moepp_megatron.interop.tensor_rules import UNUSED_PREFIX, TensorRule
-from moepp_megatron.interop.to_mcore import TORCH_DTYPES, free_folder
+from moepp_megatron.interop.to_mcore import TORCH_DTYPES
 from moepp_megatron.interop.zeda import qwen3_moe_rules, zeda_hf_config
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console

@@ -15,6 +15,7 @@ from moepp_megatron.data.progress import track
 from moepp_megatron.data.tokenizer import check_tokenizer_file
 from moepp_megatron.file_names import CONFIG_FILE, HF_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
+from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.hf_companions import copy_companions
 from moepp_megatron.interop.hf_config import config_from_hf
 from moepp_megatron.interop.hf_source import HFSource, TensorInfo
@@ -125,18 +126,6 @@ def _account_for(hf: HFSource, rules: Sequence[TensorRule]) -> None:
             problems.append(f"tensors {names} must have one dtype; use --dtype fp32 or bf16")
     if problems:
         raise ConfigError("\n".join(f"{hf.folder}: {problem}" for problem in problems))
-
-
-def free_folder(target: Path) -> Path:
-    """The absolute path of a folder that may be written.
-
-    Raises:
-        ConfigError: If something is there already.
-    """
-    target = target.absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"DST ({target}) must not exist or be empty; choose another folder")
-    return target
 
 
 def _listed(what: str, names: Sequence[str]) -> list[str]:

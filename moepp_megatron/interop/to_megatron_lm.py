@@ -15,10 +15,11 @@ from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
+from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.from_megatron_lm import link_data, weight_names
 from moepp_megatron.interop.megatron_arguments import OWN_SETTINGS, option
 from moepp_megatron.interop.megatron_checkpoint import RELEASE, TRACKER_FILE
-from moepp_megatron.interop.to_mcore import free_folder, write_objects
+from moepp_megatron.interop.to_mcore import write_objects
 from moepp_megatron.layer_settings import BALANCE_TYPES
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.object_store import ObjectPath

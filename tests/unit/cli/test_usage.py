@@ -301,3 +301,24 @@ def test_a_relative_path_is_said_in_full_and_quoted_where_it_is_suggested(
     assert (code, err.count("\n")) == (2, 1)
     assert f", looked at {tmp_path}/n ö" in err
     assert "--out" not in err or "--out 'n ö'" in err
+
+
+def test_a_target_that_is_taken_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / "file").touch()
+    code = (
+        "import sys\n"
+        "from moepp_megatron.cli.main import run\n"
+        "for kind in 'hf-to-mcore mcore-to-hf upcycle megatron-lm to-megatron-lm'.split():\n"
+        "    sys.argv = ['moepp', 'convert', kind, 'src', 'dst']\n"
+        "    try:\n"
+        "        run()\n"
+        "    except SystemExit as end:\n"
+        "        print(end.code, 'torch' in sys.modules)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == "2 False\n" * 5
+    taken = f"error: DST ({tmp_path / 'dst'}) must not exist or be empty; choose another folder\n"
+    assert ended.stderr == taken * 5
