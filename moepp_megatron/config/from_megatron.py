@@ -28,6 +28,7 @@ from moepp_megatron.config.megatron_flags import (
     SWITCHES,
     WITHOUT_A_SETTING,
 )
+from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.layer_settings import SCOPES
 
@@ -61,6 +62,7 @@ def translate(path: Path, variables: Mapping[str, str]) -> Translation:
         ConfigError: The file cannot be read or describes no Megatron-LM run of a MoE model.
     """
     try:
+        check_regular(path)
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"

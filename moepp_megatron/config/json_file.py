@@ -1,4 +1,4 @@
-"""Reads untrusted JSON: its size is limited, and any fault is a ValueError."""
+"""Reads untrusted JSON: size and memory are limited, and any fault is a ValueError."""
 
 from __future__ import annotations
 
@@ -6,39 +6,47 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moepp_megatron.config.regular_file import read_regular
+
 # Deeper than any file that is read here, far from what exhausts the stack of whoever walks it.
 MAX_DEPTH = 64
 # The safetensors library's limit of a header, the largest JSON of a checkpoint.
 _MAX_BYTES = 100_000_000
+# A value takes about 100 bytes of memory, and two characters of a file: `[],[],[],`.
+MAX_VALUES = 2_000_000
+_MAX_TRACE_VALUES = 50_000_000
 _MAX_NUMBER = 1 << 64
 
 
-def read_json(path: Path, max_bytes: int = _MAX_BYTES) -> Any:
-    """The content of a JSON file in UTF-8.
+def read_json(
+    path: Path, max_bytes: int = _MAX_BYTES, max_values: int = MAX_VALUES, unpack: bool = False
+) -> Any:
+    """The content of a JSON file in UTF-8; with `unpack`, also of one in gzip format.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: Same as for `parse_json`, or if it has more than `max_bytes`.
+        OSError: It cannot be read, or is no regular file.
+        ValueError: Same as for `parse_json`, or if it has more than `max_bytes`, also unpacked.
     """
-    with path.open("rb") as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise ValueError(f"it has more than {max_bytes} bytes")
-    return parse_json(content)
+    return parse_json(read_regular(path, max_bytes, unpack), max_values)
 
 
-def parse_json(content: str | bytes) -> Any:
+def parse_json(content: str | bytes, max_values: int = _MAX_TRACE_VALUES) -> Any:
     """Same as `json.loads`, with limits: the result can be walked, compared, printed and written.
 
     Args:
         content: The document; bytes are UTF-8.
+        max_values: Limit of the values and keys, for which commas, colons and brackets are counted,
+            also those in texts.
 
     Raises:
-        ValueError: It is no JSON, is nested more than `MAX_DEPTH` levels deep, or holds half of a
-            surrogate pair or a whole number of more than 64 bits.
+        ValueError: It is no JSON, is nested more than `MAX_DEPTH` levels deep, or holds more
+            values, half of a surrogate pair or a whole number of more than 64 bits.
     """
+    text = content if isinstance(content, str) else content.decode("utf-8-sig")
+    if sum(map(text.count, ",:[{")) > max_values:
+        raise ValueError(f"it has more than {max_values} values")
     try:
-        value = json.loads(content if isinstance(content, str) else content.decode("utf-8-sig"))
+        value = json.loads(text)
     except RecursionError:
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from None
     level, depth = [value], 0

@@ -13,6 +13,9 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _ADDRESS = re.compile(r"(s3|msc):/+([^/]*)(.*)")
 # Up to the last @: a secret of AWS may hold slashes, and what is written by hand anything.
 _PASSWORD = re.compile(r"(:/+)[^\s\"']*@")
+_HUB = re.compile(
+    r"(?:https?://huggingface\.co/|hf://)(?:datasets/)?([\w.-]+/[\w.-]+).*|([\w.-]+/[\w.-]+)"
+)
 # Of Linux (limits.h): bytes of a name between two slashes, and of a whole path.
 _NAME_MAX, _PATH_MAX = 255, 4095
 
@@ -28,6 +31,12 @@ def looked_at(path: Path) -> str:
     """`, looked at /work/data` for a message about a relative path; nothing for another."""
     is_clear = is_address(str(path)) or path.is_absolute()
     return "" if is_clear else f", looked at {os.path.abspath(path)}"
+
+
+def hub_id(text: str) -> str | None:
+    """The model or dataset of the Hub that `text` names; None if it can be a path that is wrong."""
+    found = _HUB.fullmatch(text)
+    return None if found is None or Path(text).parent.exists() else found[1] or found[2]
 
 
 def is_address(text: str) -> bool:

@@ -10,6 +10,7 @@ import yaml
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.paths import looked_at
+from moepp_megatron.config.regular_file import check_regular
 
 # Values, keys and collections; an alias counts as all that it stands for. Hundreds are usual.
 _MAX_NODES = 20_000
@@ -150,6 +151,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, unreadable, empty, not YAML or not a mapping.
     """
     try:
+        check_regular(path)
         with path.open(encoding="utf-8") as file:
             text = file.read(_MAX_CHARACTERS + 1)
     except FileNotFoundError:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.config.json_file import parse_json
+from moepp_megatron.config.json_file import MAX_VALUES, parse_json
+from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.file_names import SAFETENSORS_INDEX_FILE
 
 _DTYPES = {
@@ -70,18 +71,19 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         ConfigError: If the file is truncated, or its header contradicts itself or its size.
     """
     try:
+        check_regular(file)
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise _broken(file, f"has {size} bytes, too few for its header of {length}")
-            header = parse_json(stream.read(length))
+            header = parse_json(stream.read(length), MAX_VALUES)
     except OSError as error:
         raise _broken(file, f"cannot be read ({error.strerror})") from None
+    except ConfigError:
+        raise
     except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise _broken(file, f"has a header that is no JSON ({error})") from None
+        raise _broken(file, f"has a header that cannot be read ({error})") from None
     if not isinstance(header, dict):
         raise _broken(file, "has a header that is no JSON object")
     header.pop("__metadata__", None)

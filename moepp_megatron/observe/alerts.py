@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moepp_megatron.catalogue import Number
+from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.runtime.atomic import append_line
 
 logger = logging.getLogger(__name__)
@@ -187,6 +188,7 @@ def read_alerts(path: Path) -> list[Alert]:
         OSError: If the file exists and cannot be read.
     """
     try:
+        check_regular(path)
         content = path.read_bytes()
     except FileNotFoundError:
         return []

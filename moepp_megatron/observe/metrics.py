@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moepp_megatron.catalogue import Record
+from moepp_megatron.config.regular_file import check_regular
 
 
 class MetricsError(ValueError):
@@ -39,6 +40,7 @@ def read_metrics(path: Path) -> list[StepMetrics]:
         MetricsError: The file is missing, has no complete record, or a line is not a record.
     """
     try:
+        check_regular(path)
         content = path.read_bytes()
     except OSError as error:
         raise MetricsError(

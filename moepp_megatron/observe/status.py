@@ -17,6 +17,7 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.file_names import STATUS_FILE
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.runtime.atomic import write_atomic
@@ -190,6 +191,7 @@ class StatusSink:
 def read_status(run_dir: Path) -> RunStatus | None:
     """The status of a run; None where it has none that can be read."""
     try:
+        check_regular(run_dir / STATUS_FILE)
         return RunStatus.model_validate_json((run_dir / STATUS_FILE).read_bytes())
     except (OSError, ValidationError):
         return None

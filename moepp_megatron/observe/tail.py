@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from moepp_megatron.config.regular_file import check_regular
+
 # What a poll reads at once; a file far longer is read in several pieces.
 CHUNK = 1 << 22
 # The end of what was read, kept to see whether it still stands there.
@@ -56,6 +58,7 @@ class Tail:
             OSError: If the file exists and cannot be read.
         """
         try:
+            check_regular(self._path)
             fd = os.open(self._path, os.O_RDONLY)
         except FileNotFoundError:
             return NewLines(self._forget(None), [])

@@ -144,8 +144,8 @@ def _check_kind(path: Path, is_folder: bool, setting: str = "run.dir") -> None:
     place = path
     while not os.path.lexists(place):
         place = place.parent
-    wrong_kind = place.is_dir() != is_folder if place == path else not place.is_dir()
-    if wrong_kind:
+    is_right = place.is_dir() if is_folder or place != path else place.is_file()
+    if not is_right:
         kind = "folder" if is_folder or place != path else "file"
         raise ConfigError(
             f"{setting} ({path.parent if setting == 'run.dir' else path}) must leave {place} to be "

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.file_names import TENSORS_FILE
 from moepp_megatron.training.checkpoint.plain_pickle import (
     MAX_BYTES,
@@ -69,6 +70,7 @@ def read_metadata(checkpoint: Path) -> Metadata:
         UnsafePickleError: The file is not an index alone, or it places bytes outside of the folder.
         OSError: It cannot be read.
     """
+    check_regular(checkpoint / TENSORS_FILE)
     with (checkpoint / TENSORS_FILE).open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     try:

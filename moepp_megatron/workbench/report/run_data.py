@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, ValidationError
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.paths import looked_at
 from moepp_megatron.config.printable import printable
+from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.config.schema.section import LARGEST, LARGEST_OF_ALL
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.experts import ExpertLayout
@@ -197,6 +198,7 @@ def read_config(path: Path) -> tuple[RunConfig, str]:
         ReportError: If it cannot be read, or is not the configuration of a run.
     """
     try:
+        check_regular(path)
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"

@@ -1,10 +1,12 @@
 """JSON that somebody else wrote: what is refused, and that it is refused with a ValueError."""
 
+import gzip
 import json
+import tracemalloc
 
 import pytest
 
-from moepp_megatron.config.json_file import MAX_DEPTH, parse_json, read_json
+from moepp_megatron.config.json_file import MAX_DEPTH, MAX_VALUES, parse_json, read_json
 
 HOSTILE = [
     (b"[" * 1_000_000, "nested more than 64 levels"),
@@ -42,3 +44,36 @@ def test_a_file_beyond_the_limit_is_not_read(tmp_path):
     assert read_json(tmp_path / "file.json", 3) == [1]
     with pytest.raises(ValueError, match="more than 2 bytes"):
         read_json(tmp_path / "file.json", 2)
+
+
+# Values that take the most memory for their length in a file.
+SMALL = [b"[]", b"{}", b'{"":0}', b'[""]', b'""']
+
+
+@pytest.mark.parametrize("value", SMALL, ids=range(len(SMALL)))
+def test_values_that_outgrow_their_file_are_counted(value, tmp_path):
+    content = b"[" + b",".join([value] * (MAX_VALUES + 1)) + b"]"
+    (tmp_path / "file.json").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"more than {MAX_VALUES} values"):
+            read_json(tmp_path / "file.json")
+        assert tracemalloc.get_traced_memory()[1] < 2 * 100_000_000 + 3 * len(content)
+    finally:
+        tracemalloc.stop()
+
+
+def test_gzip_is_unpacked_up_to_the_limit(tmp_path):
+    file = tmp_path / "file.json.gz"
+    file.write_bytes(gzip.compress(b"[1]" + b" " * 997))
+    assert read_json(file, 1000, unpack=True) == [1]
+    for limit, why in ((999, "more than 999 bytes"), (20, "more than 20 bytes")):
+        with pytest.raises(ValueError, match=why):
+            read_json(file, limit, unpack=True)
+    for damaged in (file.read_bytes()[:-9], b"\x1f\x8bno"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="gzip data are damaged"):
+            read_json(file, unpack=True)
+    # As a file that was not asked to be unpacked.
+    with pytest.raises(ValueError, match="can't decode"):
+        read_json(file)
