@@ -7,8 +7,10 @@ names that Hugging Face's templates expect.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Never
 
@@ -19,12 +21,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.config.regular_file import read_regular
+from moepp_megatron.data.long_text import MAX_PIECE_CHARACTERS
 from moepp_megatron.data.tokenizer import Tokenizer, read_tokenizer_config, spelling, tokenizer_file
 from moepp_megatron.file_names import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 
 Message = dict[str, str]
 ANSWERS = "assistant"
 """The role whose messages are answers."""
+# Templates of published models have up to 20,000 characters.
+_MAX_BYTES = 1_000_000
+# Of Unicode's private use: part of no special token, and no normalizer makes anything of it.
+_PLACEHOLDER = "\ue000"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -71,10 +79,13 @@ class ChatTemplate:
         }
         try:
             self._template = environment.from_string(text)
-        except jinja2.TemplateSyntaxError as error:
+        except Exception as error:  # Jinja and Python's compiler raise many kinds
+            reason = f"Jinja cannot compile it: {type(error).__name__}"
+            if isinstance(error, jinja2.TemplateSyntaxError):
+                reason = f"line {error.lineno}: {error.message}"
             raise ConfigError(
-                f"{name} must be a Jinja template (line {error.lineno}: {error.message}); "
-                "correct it, or name another with --template"
+                f"{name} must be a Jinja template ({reason}); correct it, or name another with "
+                "--template"
             ) from None
         self.text = text
         self.tokenizer = tokenizer
@@ -99,9 +110,9 @@ class ChatTemplate:
         if file is not None or path.is_file():
             name = f"chat template ({path})" if file is None else f"--template ({path})"
             try:
-                text = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or "no UTF-8 text"
+                text = read_regular(path, _MAX_BYTES).decode()
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
                 raise ConfigError(f"{name} cannot be read ({reason}); name a file") from None
         if text is None:
             raise ConfigError(
@@ -138,7 +149,10 @@ class ChatTemplate:
         messages = [{"role": "user", "content": text}]
         try:
             self._check_content(messages)
-            return self.render(messages, add_generation_prompt=True)
+            rendered = self.render(messages, add_generation_prompt=True)
+            ids, _ = self.tokenizer.encode_with_spans(rendered, has_special_tokens=True)
+            self._check_rendered(messages, ids, add_generation_prompt=True)
+            return rendered
         except UnusableChat as error:
             raise ConfigError(
                 f"--prompt ({text[:40]!r}) cannot be a message: {error}; change it"
@@ -155,7 +169,10 @@ class ChatTemplate:
         """
         self._check_content(messages)
         text = self.render(messages)
+        if len(text) > MAX_PIECE_CHARACTERS:
+            raise UnusableChat(f"more than {MAX_PIECE_CHARACTERS} characters")
         ids, spans = self.tokenizer.encode_with_spans(text, has_special_tokens=True)
+        self._check_rendered(messages, ids)
         starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
         is_learnt = np.zeros(len(ids), dtype=np.bool_)
         for index, message in enumerate(messages):
@@ -184,10 +201,43 @@ class ChatTemplate:
     def _check_content(self, messages: Sequence[Message]) -> None:
         # Whole messages: templates render names and tool calls, too.
         text = json.dumps(messages, ensure_ascii=False)
-        for token in self.tokenizer.special_tokens:
+        for token in self.tokenizer.special_tokens.values():
             if json.dumps(token, ensure_ascii=False)[1:-1] in text:
                 # It would end a message, or a document, where the author only wrote of it.
                 raise UnusableChat(f"a message spells the special token {token}")
+
+    def _check_rendered(
+        self, messages: Sequence[Message], ids: Sequence[int], add_generation_prompt: bool = False
+    ) -> None:
+        """Refuse special tokens that a template makes of a message: by `trim`, or around it."""
+        neutral = [
+            {key: text if key == "role" else self._neutral(text) for key, text in message.items()}
+            for message in messages
+        ]
+        text = self.render(neutral, add_generation_prompt)
+        # One for a run of them: what encodes fast.
+        text = re.sub(f"{_PLACEHOLDER}+", _PLACEHOLDER, text)
+        expected, _ = self.tokenizer.encode_with_spans(text, has_special_tokens=True)
+        special = self.tokenizer.special_tokens
+        pairs = zip_longest(*([i for i in each if i in special] for each in (ids, expected)))
+        for found, own in pairs:
+            if found != own:
+                token = special[own if found is None else found]
+                raise UnusableChat(f"by the template, a message spells or hides {token}")
+
+    def _neutral(self, value: Any) -> Any:
+        """A value with nothing in its texts that could be a part of a special token."""
+        if isinstance(value, str):
+            return re.sub(r"\S", _PLACEHOLDER, value)
+        if isinstance(value, list):
+            return [self._neutral(each) for each in value]
+        if isinstance(value, dict):
+            # What the template spells it asks for by name.
+            return {
+                key if key in self.text else self._neutral(key): self._neutral(each)
+                for key, each in value.items()
+            }
+        return value
 
 
 def _refuse(message: str) -> Never:

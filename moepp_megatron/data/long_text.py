@@ -13,8 +13,13 @@ from typing import Any
 import tokenizers
 
 PIECE_CHARACTERS = 64 * 1024
-# Bytes of memory per byte of a text that is encoded whole (measured; docs/data.md).
-BYTES_PER_BYTE = 165
+MAX_PIECE_CHARACTERS = 16 * 1024 * 1024
+"""What is longer and cannot be cut is not encoded: it would take 165 bytes of memory per byte."""
+
+
+class UncuttableError(ValueError):
+    """A text that cannot be cut is too long to be encoded."""
+
 
 # Cuts that no pre-token of the patterns below crosses: each match is an optional leading character
 # and then characters of one class (letters, digits, others, white space), some with line ends

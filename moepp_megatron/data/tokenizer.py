@@ -14,7 +14,8 @@ import tokenizers
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.config.paths import looked_at
-from moepp_megatron.data.long_text import can_cut, cut_text
+from moepp_megatron.config.regular_file import check_regular
+from moepp_megatron.data.long_text import MAX_PIECE_CHARACTERS, UncuttableError, can_cut, cut_text
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.file_names import DATA_MANIFEST_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
@@ -97,8 +98,13 @@ class Tokenizer:
         """Token ids of a text, piece by piece, so that a long text needs little memory if possible.
 
         See `cuts_long_texts`.
+
+        Raises:
+            UncuttableError: A piece would be too long.
         """
         for piece in cut_text(text) if self.cuts_long_texts else [text]:
+            if len(piece) > MAX_PIECE_CHARACTERS:
+                raise UncuttableError
             # The batch call is the one that skips the character offsets, which nobody needs here.
             yield self._backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids
 
@@ -142,10 +148,11 @@ class Tokenizer:
         return (self._backend.to_str(pretty=True) + "\n").encode()
 
     @functools.cached_property
-    def special_tokens(self) -> tuple[str, ...]:
-        """Tokens that stand for themselves and not for the text that spells them."""
-        added = self._backend.get_added_tokens_decoder().values()
-        return tuple(token.content for token in added if token.special)
+    def special_tokens(self) -> dict[int, str]:
+        """Tokens by id that stand for themselves, not for the text that spells them; `eod` too."""
+        added = self._backend.get_added_tokens_decoder()
+        special = {index: token.content for index, token in added.items() if token.special}
+        return special | {self.eod: self.eod_token}
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -175,6 +182,7 @@ def tokenizer_file(path: Path) -> Path:
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
+        check_regular(path)
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(

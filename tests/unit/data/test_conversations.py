@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from moepp_megatron.config import ConfigError, parse_config
-from moepp_megatron.data.chat_template import ChatTemplate
+from moepp_megatron.data.chat_records import messages_of
+from moepp_megatron.data.chat_template import ChatTemplate, UnusableChat
 from moepp_megatron.data.conversations import DOCUMENTS, PADDING
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.loader import batches
@@ -165,7 +166,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "no text": ({"messages": [turn("user", ["hm"])]}, "a message without text as its content"),
     "no role": ({"messages": [{"content": "hm"}]}, "a role other than"),
-    "no messages": ({"text": "hm"}, "no list of messages under the key messages"),
+    "no messages": ({"text": "hm"}, "no messages, conversations, or instruction and output"),
     "not an object": ([1], "not a JSON object"),
     "half a surrogate": ({"messages": [turn("user", "\ud800")]}, "a message is not UTF-8 text"),
     "half a surrogate beside": (
@@ -258,8 +259,143 @@ def test_white_space_of_answers_is_learnt(
     assert tokenizer.content() == content
 
 
+HELLO = [turn("user", "hi"), turn("assistant", "hello")]
+FORMS: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
+    "messages": ({"messages": HELLO}, HELLO),
+    "sharegpt": (
+        {
+            "id": "x_0",
+            "conversations": [
+                {"from": "human", "value": "hi"},
+                {"from": "gpt", "value": "hello"},
+                {"from": "user", "value": "a\nb"},
+                {"from": "assistant", "value": "c"},
+            ],
+        },
+        [*HELLO, turn("user", "a\nb"), turn("assistant", "c")],
+    ),
+    "sharegpt, system": (
+        {
+            "system": "be short",
+            "conversations": [
+                {"from": "human", "value": "hi"},
+                {"from": "observation", "value": "3"},
+                {"from": "gpt", "value": "hello"},
+            ],
+        },
+        [turn("system", "be short"), HELLO[0], turn("tool", "3"), HELLO[1]],
+    ),
+    "sharegpt, names of messages": ({"conversations": HELLO}, HELLO),
+    "alpaca": (
+        {"instruction": "Add", "input": "1, 2", "output": "3"},
+        [turn("user", "Add\n1, 2"), turn("assistant", "3")],
+    ),
+    "alpaca, no input": ({"instruction": "hi", "input": "", "output": "hello"}, HELLO),
+    "alpaca, history": (
+        {"instruction": "hi", "output": "hello", "system": "s", "history": [["a", "b"]]},
+        [turn("system", "s"), turn("user", "a"), turn("assistant", "b"), *HELLO],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_of_records(name: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    record, messages = FORMS[name]
+    assert messages_of(record) == messages
+    one = write(tmp_path / "one.jsonl", [record])
+    other = write(tmp_path / "other.jsonl", [{"messages": messages}])
+    written = [
+        prepared(each, tokenizer_folder, tmp_path / each.stem).manifest for each in (one, other)
+    ]
+    assert written[0].sha256 == written[1].sha256
+
+
+def test_rows_of_parquet_are_conversations(tokenizer_folder: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for name, (record, messages) in FORMS.items():
+        table = pyarrow.Table.from_pylist([record, {**record, "id": "other"}])
+        parquet.write_table(table, tmp_path / "a.parquet")
+        source = tmp_path / "a.parquet"
+        out = tmp_path / name.replace(" ", "_")
+        manifest = prepared(source, tokenizer_folder, out).manifest
+        assert manifest.chat is not None
+        assert manifest.chat.conversations == 2
+        template = ChatTemplate.find(out, Tokenizer.load(out), None)
+        assert manifest.chat.answer_tokens == 2 * template.encode(messages)[1].sum()
+
+
+WRONG_FORMS = {
+    "no value": {"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]},
+    "a text": {"conversations": [{"from": "human", "value": ["a"]}, {"from": "gpt", "value": "b"}]},
+    "strange name": {"conversations": [{"from": ["human"], "value": "a"}]},
+    "a call": {"conversations": [{"from": "function_call", "value": "a"}]},
+    "no list": {"conversations": "hm"},
+    "no turn": {"conversations": [1]},
+    "instruction": {"instruction": 5, "output": "b"},
+    "output": {"instruction": "a", "output": None},
+    "no output": {"instruction": "a", "input": "b"},
+    "history": {"instruction": "a", "output": "b", "history": [["c"]]},
+    "history's text": {"instruction": "a", "output": "b", "history": [["c", 1]]},
+    "system": {"system": 5, **FORMS["alpaca"][0]},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FORMS)
+def test_wrong_records_are_left_out(name: str) -> None:
+    with pytest.raises(UnusableChat):
+        messages_of(WRONG_FORMS[name])
+
+
+# How a template writes a message, and messages that spell the token `<|im_end|>` by that.
+SPELLING: dict[str, tuple[str, Any]] = {
+    "trim": ("{{ m.content | trim }}|>", "<|im_end "),
+    "replace": ("{{ m.content | replace('~', '') }}", "<|im~_end|>"),
+    "split": ("{{ m.content.split('#') | join }}", "<|im_#end|>"),
+    "case": ("{{ m.content | lower }}", "<|IM_END|>"),
+    "around": ("<|{{ m.content }}|>", "im_end"),
+    "two contents": ("{{ m.content }}{{ m.name }}", {"content": "<|im_", "name": "end|>"}),
+    "a key": (
+        "{% for k in m.get('args', {}) %}{{ k | trim }}{% endfor %}|>{{ m.content }}",
+        {"content": "hm", "args": {"<|im_end ": 1}},
+    ),
+    "hidden": ("{% if '+' not in m.content %}<|im_end|>{% endif %}{{ m.content }}", "+"),
+}
+
+
+@pytest.mark.parametrize("name", SPELLING)
+def test_no_message_spells_a_special_token_by_its_template(
+    name: str, tokenizer_folder: Path
+) -> None:
+    text, content = SPELLING[name]
+    own = content if isinstance(content, dict) else {"content": content}
+    body = (
+        "{% if m.role == 'user' %}" + text + "{% else %}A:{{ m.content }}{{ eos_token }}{% endif %}"
+    )
+    tokenizer = Tokenizer.load(tokenizer_folder, "<|im_end|>")
+    template = ChatTemplate("{% for m in messages %}" + body + "{% endfor %}", tokenizer, "it")
+    answer = turn("assistant", "yes")
+    # The same template takes what spells nothing.
+    ids, _ = template.encode(
+        [turn("user", "hm") | ({"name": "me"} if "name" in own else {}), answer]
+    )
+    assert ids.count(tokenizer.eod) == (2 if name == "hidden" else 1)
+    with pytest.raises(UnusableChat, match=r"spells or hides <\|im_end\|>"):
+        template.encode([{"role": "user", **own}, answer])
+    if "".join(own) == "content":
+        with pytest.raises(ConfigError, match=r"--prompt .* spells or hides <\|im_end\|>"):
+            template.prompt(own["content"])
+
+
 TEMPLATES: dict[str, tuple[str, str]] = {
     "no program": ("{% for x in %}", "must be a Jinja template .line 1"),
+    "brackets": (
+        "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}",
+        "cannot compile it: RecursionError",
+    ),
+    "lists": ("{{" + "[" * 150 + "]" * 150 + "}}", "cannot compile it: RecursionError"),
+    "too long": ("x" * 1_000_001, "it has more than 1000000 bytes"),
     "refuses": (
         "{{ raise_exception('roles must alternate') }}",
         "refuses it: roles must alternate",
