@@ -66,8 +66,9 @@ def prepare(
         bool,
         typer.Option(
             "--chat",
-            help="Read conversations: JSONL with the key messages, a list of objects with role and "
-            "content. Only answers (role assistant) have loss. Needs --tokenizer and --seq-length.",
+            help="Read conversations: JSONL or parquet with messages (role, content), ShareGPT's "
+            "conversations (from, value) or Alpaca's instruction, input and output. Only answers "
+            "have loss. Needs --tokenizer and --seq-length.",
         ),
     ] = False,
     seq_length: Annotated[

@@ -122,6 +122,9 @@ def run() -> None:
             discard_output()
             echo(f"error: {error.filename or 'stdout'}: {NO_SPACE}; free space", err=True)
             sys.exit(UnfitError.exit_code)
+        if isinstance(error, MemoryError) and not has_launcher():
+            echo(f"error: {_no_memory(error)}", err=True)
+            sys.exit(UnfitError.exit_code)
         refusal = refused_with()
         if refusal is None:
             raise
@@ -129,6 +132,15 @@ def run() -> None:
         sys.exit(refusal)
     # A command returns nothing; `typer.Exit` returns its code here.
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _no_memory(error: MemoryError) -> str:
+    """What Python, NumPy and pyarrow say of it, in one line."""
+    said = " ".join(str(error).split())
+    return (
+        f"this machine's memory does not suffice{f' ({said})' if said else ''}; give the command "
+        "less to read at once, or a machine with more"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Turns text into batches: corpus, tokenizer, Megatron indexed datasets, loader.
 
 blending.py         one order of samples over several folders, stage by stage
+chat_records.py     conversations in the forms that people keep them in
 chat_template.py    conversations as text, and which tokens of it are answers
 compressed.py       source files that may be compressed
 conversations.py    conversations as training samples

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.runtime.install import how_to_install
@@ -15,6 +15,21 @@ Compression = Literal["gzip", "zstd"]
 
 COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 _BUFFER_BYTES = 1024 * 1024
+# Of a file that unpacks to more, memory would be the measure. Text packs to a tenth, logs to less.
+_SMALL_BYTES, _MOST_TIMES = 64 * 1024 * 1024, 100
+
+
+def unpacked_limit(path: Path) -> int:
+    """Bytes that a compressed file, or one that is compressed inside, may hold."""
+    return max(_SMALL_BYTES, _MOST_TIMES * path.stat().st_size)
+
+
+def too_large(path: Path) -> ConfigError:
+    """The error of a file that holds more."""
+    return ConfigError(
+        f"source {path} must hold at most {_MOST_TIMES} times its size and holds more; leave it "
+        "out, or unpack it if you know what made it"
+    )
 
 
 @contextmanager
@@ -27,8 +42,8 @@ def open_source(path: Path, compression: Compression | None) -> Iterator[BinaryI
 
     Raises:
         ConfigError: it cannot be read; it is compressed with Zstandard and pyarrow, which reads
-            that, is absent; or the compressed data are damaged or end too early. Each of them may
-            show only while reading.
+            that, is absent; or the compressed data are damaged, end too early or unpack to more
+            than `unpacked_limit`. Each of them may show only while reading.
     """
     try:
         with _open(path, compression) as stream:
@@ -48,7 +63,7 @@ def open_source(path: Path, compression: Compression | None) -> Iterator[BinaryI
 def _open(path: Path, compression: Compression | None) -> Iterator[BinaryIO]:
     if compression == "gzip":
         with gzip.open(path, "rb") as stream:
-            yield stream  # type: ignore[misc]  # reads like a BinaryIO
+            yield io.BufferedReader(_Limited(stream, path), _BUFFER_BYTES)
     elif compression == "zstd":
         try:
             import pyarrow
@@ -58,7 +73,24 @@ def _open(path: Path, compression: Compression | None) -> Iterator[BinaryIO]:
                 f"{how_to_install('pyarrow')}"
             ) from error
         with pyarrow.input_stream(str(path), compression="zstd") as compressed:
-            yield io.BufferedReader(compressed, _BUFFER_BYTES)
+            yield io.BufferedReader(_Limited(compressed, path), _BUFFER_BYTES)
     else:
         with path.open("rb") as stream:
             yield stream
+
+
+class _Limited(io.RawIOBase):
+    """Reads an unpacking stream up to the file's limit."""
+
+    def __init__(self, stream: Any, path: Path) -> None:
+        self._stream, self._path, self._left = stream, path, unpacked_limit(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._stream.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise too_large(self._path)
+        return count

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moepp_megatron.data.documents import nothing_usable
 from moepp_megatron.data.encoding import EncodedPiece, token_dtype
 from moepp_megatron.data.manifest import (
     CORPUS,
@@ -55,7 +56,11 @@ class SpooledCorpus:
 def spool_corpus(
     pieces: Iterable[EncodedPiece], sources: Sequence[TextSource], vocab_size: int, path: Path
 ) -> SpooledCorpus:
-    """Append every piece to a file, so that memory holds the lengths only."""
+    """Append every piece to a file, so that memory holds the lengths only.
+
+    Raises:
+        ConfigError: a source without a single usable document.
+    """
     dtype = token_dtype(vocab_size)
     lengths: list[NDArray[np.int64]] = []
     groups: list[NDArray[np.int64]] = []
@@ -76,6 +81,9 @@ def spool_corpus(
             documents[encoded.piece.source] += len(encoded.lengths)
             tokens[encoded.piece.source] += len(encoded.tokens)
             skipped[encoded.piece.source] += encoded.skipped
+    for index, source in enumerate(sources):
+        if not documents[index]:
+            raise nothing_usable(source, skipped[index])
     summaries = [
         SourceSummary(
             name=source.name,

@@ -5,6 +5,7 @@ order of documents does not either.
 """
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,22 @@ from typing import Any
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.compressed import Compression, open_source
 from moepp_megatron.data.sources import Format, SourceFile, TextSource
-from moepp_megatron.data.tables import TABLES, count_groups, read_column
+from moepp_megatron.data.tables import (
+    CONVERSATION_KEYS,
+    TABLES,
+    count_groups,
+    read_column,
+    read_rows,
+)
 
 PIECE_BYTES = 256 * 1024
 
+UNCUTTABLE = "too long to be tokenized whole, and cannot be cut"
+_CONVERSATION = "a conversation, without --chat"
 _EMPTY = "empty"
 _NOT_TEXT = "not UTF-8 text"
 _NOT_JSON = "not a JSON object"
+_HEAD_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -62,12 +72,12 @@ class Skipped:
     reason: str
 
 
-def plan_pieces(sources: Sequence[TextSource], text_key: str) -> list[Piece]:
+def plan_pieces(sources: Sequence[TextSource], text_key: str | None) -> list[Piece]:
     """Cut all sources into pieces, in reading order.
 
     Args:
         sources: the resolved sources.
-        text_key: the column of tables that must exist.
+        text_key: the column of tables that must exist; None for conversations.
 
     Raises:
         ConfigError: a table that is damaged, lacks the column, or pyarrow is absent; a text that is
@@ -79,7 +89,8 @@ def plan_pieces(sources: Sequence[TextSource], text_key: str) -> list[Piece]:
         pending_size = 0
         group: str | None = None
         for file in source.files:
-            _refuse_jsonl(file, text_key)
+            if text_key is not None:
+                _refuse_records(file, text_key)
             for part, size in _parts(file, text_key):
                 is_full = pending_size + size > PIECE_BYTES
                 if pending and (is_full or file.group != group):
@@ -92,7 +103,7 @@ def plan_pieces(sources: Sequence[TextSource], text_key: str) -> list[Piece]:
     return pieces
 
 
-def _parts(file: SourceFile, text_key: str) -> Iterator[tuple[DocumentPart, int]]:
+def _parts(file: SourceFile, text_key: str | None) -> Iterator[tuple[DocumentPart, int]]:
     if file.compression is not None:
         yield DocumentPart(file.path, file.format, 0, file.size, file.compression), file.size
     elif file.format == "jsonl":
@@ -107,18 +118,41 @@ def _parts(file: SourceFile, text_key: str) -> Iterator[tuple[DocumentPart, int]
         yield DocumentPart(file.path, "text", 0, file.size), file.size
 
 
-def _refuse_jsonl(file: SourceFile, text_key: str) -> None:
-    """Refuse `.json` of a record per line: it would be one text, with all keys and quotes in it."""
+def _refuse_records(file: SourceFile, text_key: str) -> None:
+    """Refuse `.json` that holds records: it would be one text, with all keys and quotes in it."""
     names = [suffix.lower() for suffix in file.path.suffixes[-2:]]
     if file.format != "text" or ".json" not in names:
         return
     whole = DocumentPart(file.path, file.format, 0, file.size, file.compression)
     records = list(islice(read_records(whole), 2))
-    if len(records) == 2 and all(isinstance(r, dict) and text_key in r for r in records):
+    if len(records) == 2 and all(_is_record(each, text_key) for each in records):
         raise ConfigError(
-            f"source {file.path} must be a text, and has a JSON object with the key {text_key} in "
-            "each line; rename it to .jsonl (or .jsonl.gz), and each line is a document"
+            f"source {file.path} must be a text, and has a record in each line; rename it to "
+            ".jsonl (or .jsonl.gz), and each line is a document"
         )
+    if _is_record(_first_of_array(whole), text_key):
+        raise ConfigError(
+            f"source {file.path} must be a text, and is an array of records; write one in each "
+            f"line: jq -c '.[]' {shlex.quote(str(file.path))} > FILE.jsonl"
+        )
+
+
+def _is_record(record: object, text_key: str) -> bool:
+    return isinstance(record, dict) and (text_key in record or _is_conversation(record))
+
+
+def _is_conversation(record: dict[str, Any]) -> bool:
+    return any(keys <= record.keys() for keys in CONVERSATION_KEYS)
+
+
+def _first_of_array(part: DocumentPart) -> object:
+    """The first value of a file that begins as an array of JSON; None for any other."""
+    with open_source(part.path, part.compression) as stream:
+        head = stream.read(_HEAD_BYTES).decode("utf-8-sig", errors="ignore").lstrip()
+    try:
+        return json.JSONDecoder().raw_decode(head[1:].lstrip())[0] if head[:1] == "[" else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:
@@ -151,11 +185,23 @@ def check_usable(sources: Sequence[TextSource], pieces: Sequence[Piece], text_ke
                 break
             skipped[document.reason] += 1
         else:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
-            raise ConfigError(
-                f"source {source.name} has no usable document ({reasons or 'no records'}); "
-                "name UTF-8 text, JSONL or parquet, and the right --text-key"
-            )
+            raise nothing_usable(source, skipped)
+
+
+def nothing_usable(source: TextSource, skipped: Counter[str]) -> ConfigError:
+    """The error of a source of which every document is left out, with what to do about it."""
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
+    remedy = "name UTF-8 text, JSONL or parquet, and the right --text-key"
+    if skipped[_CONVERSATION]:
+        remedy = "prepare conversations with --chat, --tokenizer and --seq-length"
+    elif skipped[_NOT_TEXT]:
+        file = shlex.quote(str(source.files[0].path))
+        remedy = f"encode text as UTF-8, such as by: iconv -f UTF-16 -t UTF-8 {file} > FILE.txt"
+    elif skipped[UNCUTTABLE]:
+        remedy = "cut it into several documents"
+    return ConfigError(
+        f"source {source.name} has no usable document ({reasons or 'no records'}); {remedy}"
+    )
 
 
 def _usable(text: str) -> str | Skipped:
@@ -181,7 +227,11 @@ def _text_of(part: DocumentPart) -> str | Skipped:
 
 
 def read_records(part: DocumentPart) -> Iterator[dict[str, Any] | Skipped]:
-    """The JSON objects of a part of a JSONL file, or why a line is none."""
+    """The JSON objects of a part of a JSONL file, or the rows of a table; or why one is none."""
+    if part.format in TABLES:
+        for row in read_rows(part.path, part.format, range(part.start, part.end)):
+            yield Skipped(_NOT_TEXT) if row is None else row
+        return
     for line in _lines(part):
         if line.strip():
             yield _record(line)
@@ -222,7 +272,8 @@ def _record(line: bytes) -> dict[str, Any] | Skipped:
 def _record_text(record: dict[str, Any], text_key: str) -> str | Skipped:
     text = record.get(text_key)
     if not isinstance(text, str):
-        return Skipped(f"no text under the key {text_key}")
+        is_chat = _is_conversation(record)
+        return Skipped(_CONVERSATION if is_chat else f"no text under the key {text_key}")
     return _usable(text) if is_utf8(text) else Skipped(_NOT_TEXT)
 
 

@@ -6,6 +6,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -13,7 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moepp_megatron.data.documents import Piece, Skipped, read_piece
+from moepp_megatron.config.errors import UnfitError
+from moepp_megatron.data.documents import UNCUTTABLE, Piece, Skipped, read_piece
+from moepp_megatron.data.long_text import UncuttableError
 from moepp_megatron.data.tokenizer import Tokenizer
 
 # In flight per worker: enough to keep it busy while this process is, little enough for memory.
@@ -56,10 +59,13 @@ def _encode_piece(piece: Piece, tokenizer: Tokenizer, text_key: str) -> EncodedP
         if isinstance(document, Skipped):
             skipped[document.reason] += 1
             continue
-        first = len(encoded)
-        encoded += [np.array(ids, dtype) for ids in tokenizer.encode_in_pieces(document)]
-        encoded.append(np.array([tokenizer.eod], dtype))
-        lengths.append(sum(map(len, encoded[first:])))
+        try:
+            own = [np.array(ids, dtype) for ids in tokenizer.encode_in_pieces(document)]
+        except UncuttableError:
+            skipped[UNCUTTABLE] += 1
+            continue
+        encoded += [*own, np.array([tokenizer.eod], dtype)]
+        lengths.append(sum(map(len, own)) + 1)
     return EncodedPiece(
         piece=piece,
         tokens=np.concatenate(encoded),
@@ -129,7 +135,13 @@ def _in_order(
     meanwhile()
     while waiting:
         piece, encoded = waiting.popleft()
-        yield encoded.result()
+        try:
+            yield encoded.result()
+        except BrokenProcessPool:
+            raise UnfitError(
+                f"a process that read {piece.parts[0].path} was ended from outside, most often for "
+                "lack of memory; use fewer --workers"
+            ) from None
         size_ahead -= piece.size
         refill()
 

@@ -18,6 +18,8 @@ from typing import Any
 import tokenizers
 
 from moepp_megatron.config.errors import ConfigError, UnfitError
+from moepp_megatron.config.paths import hub_id
+from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.data.long_text import PATTERNS
 from moepp_megatron.data.tokenizer import Tokenizer, known_eod_token, tokenizer_file
 from moepp_megatron.file_names import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
@@ -105,10 +107,14 @@ def open_given(path: Path, eod_token: str | None) -> GivenTokenizer:
     if path.is_dir() and not file.is_file():
         return _from_folder(path, eod_token)
     try:
+        check_regular(file)
         content = file.read_bytes()
     except OSError as error:
+        model = hub_id(str(path))
+        fetch = f", or fetch it from the Hub: hf download {model} --include 'tokenizer*'"
         raise ConfigError(
             f"--tokenizer ({path}) cannot be read ({error.strerror}); name a file or its folder"
+            + ("" if model is None else f"{fetch} --local-dir {model.split('/')[1]}")
         ) from None
     identity = hashlib.sha256(content).hexdigest()
     if content.lstrip()[:1] == b"{":

@@ -19,7 +19,6 @@ from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pie
 from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
 from moepp_megatron.data.foreign_tokenizers import GivenTokenizer, open_given
-from moepp_megatron.data.long_text import BYTES_PER_BYTE
 from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest
 from moepp_megatron.data.pack_chat import write_chat
 from moepp_megatron.data.progress import track
@@ -39,7 +38,6 @@ from moepp_megatron.runtime.terminal import Console
 _DEFAULT_VOCAB_SIZE = 4096
 # Characters the tokenizer is trained on. Merges hardly change beyond a few MB, time does.
 _SAMPLE_CHARACTERS = 8_000_000
-_MUCH_MEMORY = 2**30
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ def prepare(
             "sequence_length": settings.sequence_length,
             "template": hashlib.sha256(template.text.encode()).hexdigest(),
         }
-    sources = resolve_sources([str(name) for name in names], exclude=out)
+    sources = resolve_sources([str(name) for name in names], out)
     stat_sha256 = stat_fingerprint(sources)
     found = find_reusable(
         out, deciding, stat_sha256, lambda: content_fingerprint(sources), settings.force
@@ -190,7 +188,7 @@ def prepare(
         return Prepared(found, up_to_date=True)
     if template is not None:
         check_formats(sources)
-    pieces = plan_pieces(sources, settings.text_key)
+    pieces = plan_pieces(sources, None if settings.chat else settings.text_key)
     if template is None:
         check_usable(sources, pieces, settings.text_key)
         if given is not None:
@@ -206,7 +204,6 @@ def prepare(
             tokenizer = given.tokenizer
             (partial / TOKENIZER_FILE).write_bytes(given.content)
         if template is None:
-            _warn_of_memory(sources, tokenizer, console)
             spooled = _tokenize(pieces, sources, tokenizer, settings, partial, console)
             written = write_indexed_dataset(spooled, partial, settings.seed)
         else:
@@ -244,23 +241,6 @@ def _make_tokenizer(
             soft_wrap=True,
         )
     return tokenizer
-
-
-def _warn_of_memory(sources: Sequence[TextSource], tokenizer: Tokenizer, console: Console) -> None:
-    """Warn of the longest document's memory if it cannot be tokenized in pieces."""
-    # How long records are shows only when they are read.
-    texts = [file for source in sources for file in source.files if file.format == "text"]
-    longest = max(texts, key=lambda file: file.size, default=None)
-    needed = 0 if longest is None else longest.size * BYTES_PER_BYTE
-    if longest is None or needed < _MUCH_MEMORY or tokenizer.cuts_long_texts:
-        return
-    console.print(
-        f"warning: {longest.path} takes about {needed / 2**30:.1f} GiB of memory: where this "
-        "tokenizer may split a text is not known here, so documents are tokenized whole; cut it "
-        "into several documents if that is too much",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 def _sample(pieces: Sequence[Piece], settings: PrepareSettings) -> Iterator[str]:

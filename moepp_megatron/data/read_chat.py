@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data.chat_template import ANSWERS, ChatTemplate, Message, UnusableChat
-from moepp_megatron.data.documents import Piece, Skipped, is_utf8, read_records
+from moepp_megatron.data.chat_records import FORMS, messages_of
+from moepp_megatron.data.chat_template import ChatTemplate, Message, UnusableChat
+from moepp_megatron.data.documents import Piece, Skipped, read_records
 from moepp_megatron.data.manifest import SourceSummary
 from moepp_megatron.data.sources import TextSource
 from moepp_megatron.data.tokenizer import Tokenizer
 
-_KEY = "messages"
 _MOST_REASONS = 50
-_ROLES = ("system", "developer", "user", ANSWERS, "tool")
 
 
 @dataclass
@@ -46,17 +45,17 @@ class Encoded:
 
 
 def check_formats(sources: Sequence[TextSource]) -> None:
-    """Refuse files that hold no JSONL.
+    """Refuse files that hold no records.
 
     Raises:
         ConfigError: Naming the first.
     """
     for file in (file for source in sources for file in source.files):
-        if file.format != "jsonl":
+        if file.format == "text":
             raise ConfigError(
-                f"source {file.path} must be JSONL (.jsonl, .ndjson) with --chat, a line for each "
-                f'conversation: {{"{_KEY}": [{{"role": "user", "content": "..."}}, ...]}}; '
-                "rename or convert it, or leave --chat out"
+                f"source {file.path} must be JSONL (.jsonl, .ndjson) or parquet with --chat, with "
+                f"a line for each conversation: {FORMS}; rename it, or convert an array of JSON: "
+                f"jq -c '.[]' {shlex.quote(str(file.path))} > FILE.jsonl"
             )
 
 
@@ -88,7 +87,9 @@ def encode_chat(
             for piece in (piece for piece in pieces if piece.source == index):
                 for record in (r for part in piece.parts for r in read_records(part)):
                     try:
-                        _add(encoded, stream, template, sequence_length, _messages(record))
+                        if isinstance(record, Skipped):
+                            raise UnusableChat(record.reason)
+                        _add(encoded, stream, template, sequence_length, messages_of(record))
                     except UnusableChat as error:
                         # A template may tell each conversation another reason.
                         is_known = str(error) in skipped or len(skipped) < _MOST_REASONS
@@ -127,40 +128,11 @@ def _add(
     encoded.answer_tokens += int(is_learnt.sum())
 
 
-def _messages(record: dict[str, Any] | Skipped) -> list[Message]:
-    """The messages of a record.
-
-    Raises:
-        UnusableChat: They cannot be trained on.
-    """
-    if isinstance(record, Skipped):
-        raise UnusableChat(record.reason)
-    messages = record.get(_KEY)
-    if not isinstance(messages, list) or not messages:
-        raise UnusableChat(f"no list of messages under the key {_KEY}")
-    if record.get("tools"):
-        raise UnusableChat("tools, which templates are not given here")
-    if not is_utf8(json.dumps(messages, ensure_ascii=False)):
-        raise UnusableChat("a message is not UTF-8 text")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise UnusableChat("a message without text as its content")
-        if message.get("role") not in _ROLES:
-            raise UnusableChat(f"a role other than {', '.join(_ROLES)}")
-    answers = [message["content"] for message in messages if message["role"] == ANSWERS]
-    if not answers:
-        raise UnusableChat(f"no message of the role {ANSWERS}")
-    if not all(answer.strip() for answer in answers):
-        raise UnusableChat("an empty answer")
-    return messages
-
-
 def _nothing_usable(source: TextSource, skipped: Counter[str]) -> ConfigError:
     reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common(4))
     return ConfigError(
         f"source {source.name} has no usable conversation ({reasons or 'no records'}); each line "
-        f'must be {{"{_KEY}": [...]}} with a role and a content in each message, an answer among '
-        "them, and fit into --seq-length"
+        f"must be {FORMS}, with an answer, and fit into --seq-length"
     )
 
 

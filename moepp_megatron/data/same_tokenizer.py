@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import Folder, blends_of
+from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.tokenizer import Tokenizer, named_eod_token, tokenizer_file
 from moepp_megatron.file_names import TOKENIZER_FILE
@@ -112,6 +113,7 @@ def check_model_tokenizer(config: Config, trained: Path) -> None:
 
 def _sha256(path: Path) -> str:
     try:
+        check_regular(path)
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise ConfigError(

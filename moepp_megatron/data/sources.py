@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.paths import looked_at
+from moepp_megatron.config.paths import hub_id, looked_at, path_problem
 from moepp_megatron.data.compressed import COMPRESSIONS, Compression
 from moepp_megatron.data.manifest import CORPUS
 from moepp_megatron.data.saved_datasets import companions
@@ -68,30 +68,31 @@ class TextSource:
         return sum(file.size for file in self.files)
 
 
-def resolve_sources(names: Sequence[str], exclude: Path | None = None) -> list[TextSource]:
+def resolve_sources(names: Sequence[str], out: Path | None = None) -> list[TextSource]:
     """Find the files of every source.
 
     Args:
         names: files, folders, or the word `stdlib` (a folder of that name is `./stdlib`); any of
             them as `NAME=PATH`, which gives the data source a name of its own.
-        exclude: a folder that is not walked: the output, which may lie inside a source.
+        out: the folder that is written, which must not lie in a source.
 
     Returns:
         One `TextSource` per name, in the given order.
 
     Raises:
-        ConfigError: no sources, or one that is missing, unreadable, or without a non-empty file.
+        ConfigError: no sources, or one that is missing, unreadable, without a non-empty file, with
+            a link that leads out of it, or around `out`.
     """
     if not names:
         raise ConfigError("SOURCE is missing; name files, folders or the word stdlib")
-    return [_resolve(name, exclude) for name in names]
+    return [_resolve(name, out) for name in names]
 
 
-def _resolve(given: str, exclude: Path | None) -> TextSource:
+def _resolve(given: str, out: Path | None) -> TextSource:
     own_name, name = _named(given)
     if name == _STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        files = _code_of_stdlib(root, exclude)
+        files = _code_of_stdlib(root)
     elif not name:
         # As a path it would be the working directory.
         raise ConfigError(
@@ -99,9 +100,15 @@ def _resolve(given: str, exclude: Path | None) -> TextSource:
         )
     else:
         root = Path(name)
+        _check_named(name)
         mode = _stat(name, root).st_mode
         if stat.S_ISDIR(mode):
-            files = _walk(name, root, exclude)
+            if out is not None and out.resolve().is_relative_to(root.resolve()):
+                # The next call would take it for a part of the text.
+                raise ConfigError(
+                    f"--out ({out}) must not lie in the source {name}; choose a folder elsewhere"
+                )
+            files = _walk(name, root)
             left_out = companions(name, root, [file.name for file in files])
             files = [file for file in files if file.name not in left_out]
         elif stat.S_ISREG(mode):
@@ -129,8 +136,22 @@ def _named(given: str) -> tuple[str, str]:
     return own_name, path
 
 
-def _code_of_stdlib(root: Path, exclude: Path | None) -> list[SourceFile]:
-    files = _walk(_STDLIB, root, exclude, only_suffix=".py", skip_folders=_SITE_FOLDERS)
+def _check_named(name: str) -> None:
+    """Refuse what is no path of this machine."""
+    dataset, problem = hub_id(name), path_problem(name)
+    if dataset is not None and not os.path.lexists(name):
+        raise ConfigError(
+            f"source {name} must be a file or folder of this machine; if it is a dataset of the "
+            f"Hub, fetch it and name its folder: hf download {dataset} --repo-type dataset "
+            f"--local-dir {dataset.split('/')[1]}"
+        )
+    if problem is not None:
+        raise ConfigError(f"source {name} {problem.rule}; {problem.remedy}")
+
+
+def _code_of_stdlib(root: Path) -> list[SourceFile]:
+    # Distributions link files of it to other places.
+    files = _walk(_STDLIB, root, only_suffix=".py", skip_folders=_SITE_FOLDERS, may_leave=True)
     try:
         return [
             dataclasses.replace(file, group=package_of(file.name))
@@ -146,16 +167,16 @@ def _code_of_stdlib(root: Path, exclude: Path | None) -> list[SourceFile]:
 def _walk(
     source: str,
     root: Path,
-    exclude: Path | None,
     only_suffix: str | None = None,
     skip_folders: frozenset[str] = frozenset(),
+    may_leave: bool = False,
 ) -> list[SourceFile]:
     """Regular, not hidden files below root, sorted by their path within it."""
 
     def fail(error: OSError) -> None:
         raise ConfigError(f"source {source}: {error.filename} cannot be read ({error.strerror})")
 
-    excluded = exclude.resolve() if exclude else None
+    real_root = root.resolve()
     found: list[SourceFile] = []
     for folder, folders, files in os.walk(root, onerror=fail):
         here = Path(folder)
@@ -165,20 +186,31 @@ def _walk(
                 "wrote; name the text that it was made from, or train on it as a part of data.blend"
             )
         folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".")
-            and name not in skip_folders
-            and (here / name).resolve() != excluded
+            name for name in folders if not name.startswith(".") and name not in skip_folders
         ]
-        for name in files:
-            if name.startswith(".") or (only_suffix and not name.endswith(only_suffix)):
+        wanted = [name for name in files if not name.startswith(".")]
+        if not may_leave:
+            # Links to folders are not followed: what they lead to is read where it is.
+            _refuse_links_out(source, real_root, [here / name for name in (*folders, *wanted)])
+        for name in wanted:
+            if only_suffix and not name.endswith(only_suffix):
                 continue
             path = here / name
             # Opening a pipe or a device that happens to lie in a folder would block for ever.
             if stat.S_ISREG(_stat(source, path).st_mode):
                 found.append(_source_file(source, path, path.relative_to(root).as_posix()))
     return sorted(found, key=lambda file: file.name)
+
+
+def _refuse_links_out(source: str, real_root: Path, paths: Sequence[Path]) -> None:
+    """Whoever made a corpus must not have other files of this machine read into it."""
+    for path in paths:
+        target = path.resolve() if path.is_symlink() else real_root
+        if not target.is_relative_to(real_root):
+            raise ConfigError(
+                f"source {source}: {path} must not be a link that leaves the source (to {target}); "
+                "remove it, name what it leads to as a source, or copy the folder with cp -rL"
+            )
 
 
 def _stat(source: str, path: Path) -> os.stat_result:

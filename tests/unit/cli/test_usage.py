@@ -271,6 +271,27 @@ def test_json_that_is_printed_needs_a_folder(
     assert error.startswith("error: --json (-) needs a temporary folder that can be written (")
 
 
+@pytest.mark.parametrize("said", ["", "malloc of size 9\n failed"])
+def test_no_memory_is_one_line(said: str, tmp_path, monkeypatch, capsys) -> None:
+    from moepp_megatron.config import json_file
+
+    def without_memory(*_: object) -> None:
+        raise MemoryError(said)
+
+    monkeypatch.setattr(json_file.json, "loads", without_memory)
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    words = ["moepp", "data", "prepare", str(tmp_path), "--out", "unused"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == 3
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.startswith("error: this machine's memory does not suffice")
+    assert " ".join(said.split()) in line
+
+
 def test_a_full_disk_behind_stdout_is_one_line():
     words = [sys.executable, "-m", "moepp_megatron.cli.main", "config", "keys", "moe.tau"]
     with open("/dev/full", "w") as stdout:

@@ -2,12 +2,13 @@ import builtins
 import contextlib
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data import documents
+from moepp_megatron.data import compressed, documents
 from moepp_megatron.data.documents import Skipped, check_usable, plan_pieces, read_piece
 from moepp_megatron.data.sources import resolve_sources
 
@@ -232,3 +233,83 @@ def test_source_without_a_usable_document_is_named_with_reasons(tmp_path: Path):
     assert "no text under the key text: 2" in str(caught.value)
     assert "not a JSON object: 1" in str(caught.value)
     check_usable(sources, plan_pieces(sources, "content"), "content")
+
+
+# Memory follows what is unpacked, so a small file must not unpack to much.
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst"])
+def test_a_small_file_that_unpacks_to_much_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    monkeypatch.setattr(compressed, "_SMALL_BYTES", 1000)
+    path = tmp_path / name
+    lines = json.dumps({"text": "a" * 300_000}).encode() + b"\n"
+    if name.endswith("gz"):
+        path.write_bytes(gzip.compress(lines))
+    else:
+        zstd_file(path, lines)
+    with pytest.raises(ConfigError, match="must hold at most 100 times its size") as caught:
+        read_all(path)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(compressed, "_SMALL_BYTES", 1_000_000)
+    assert len(read_all(path)) == 1
+
+
+def test_a_small_table_that_unpacks_to_much_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(compressed, "_SMALL_BYTES", 1000)
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["a" * 300_000], "id": [1]})
+    parquet.write_table(table, path, compression="zstd")
+    with pytest.raises(ConfigError, match="must hold at most 100 times its size"):
+        read_all(path)
+    # Of another column nothing is unpacked.
+    assert read_all(path, "id") == [Skipped("no text in the column id")]
+
+
+def test_rows_that_share_a_value_take_the_memory_of_few(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a" * 1_000_000] * 200}), path)
+    (piece,) = plan_pieces(resolve_sources([str(path)]), "text")
+    before = pyarrow.default_memory_pool().max_memory()
+    assert sum(len(text) for text in read_piece(piece, "text")) == 200_000_000
+    assert pyarrow.default_memory_pool().max_memory() - before < 50_000_000
+
+
+RECORDS = ({"messages": [{"role": "user", "content": "hm"}]}, {"conversations": [{"from": "gpt"}]})
+
+
+@pytest.mark.parametrize("record", [*RECORDS, {"instruction": "a", "output": "b"}])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "array.json", "a.parquet"])
+def test_conversations_without_chat_are_recognized(tmp_path: Path, record: dict, name: str):
+    path = tmp_path / name
+    path.write_text(json.dumps(record) + "\n" + json.dumps(record))
+    match = "a conversation, without --chat: 2); prepare conversations with --chat, --tokenizer"
+    if name == "a.json":
+        match = "has a record in each line; rename it to .jsonl"
+    elif name == "array.json":
+        path.write_text(json.dumps([record, record], indent=2))
+        match = f"is an array of records; write one in each line: jq -c '.[]' {path} > FILE.jsonl"
+    elif name == "a.parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist([record, record]), path)
+        match = "is of conversations; prepare them with --chat, --tokenizer and --seq-length"
+    sources = resolve_sources([str(path)])
+    with pytest.raises(ConfigError, match=re.escape(match)):
+        check_usable(sources, plan_pieces(sources, "text"), "text")
+
+
+def test_text_in_another_encoding_is_to_be_encoded(tmp_path: Path):
+    path = tmp_path / "a file.txt"
+    path.write_bytes("w\u00f6rds".encode("utf-16"))
+    sources = resolve_sources([str(path)])
+    with pytest.raises(ConfigError, match=r"iconv -f UTF-16 -t UTF-8 '/.*/a file.txt' > FILE"):
+        check_usable(sources, plan_pieces(sources, "text"), "text")

@@ -168,3 +168,13 @@ def test_missing_packages_are_told(
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UnfitError, match=r"pip install sentencepiece protobuf"):
         open_given(tmp_path / "a.model", None)
+
+
+def test_a_tokenizer_of_the_hub_is_to_be_fetched(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fetch = "hf download Qwen/Qwen3-8B --include 'tokenizer[*]' --local-dir Qwen3-8B"
+    with pytest.raises(ConfigError, match=fetch):
+        open_given(Path("Qwen/Qwen3-8B"), None)
+    Path("data").mkdir()
+    with pytest.raises(ConfigError, match="name a file or its folder$"):
+        open_given(Path("data/tokenizer.json"), None)

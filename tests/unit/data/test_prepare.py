@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import json
 import shutil
@@ -294,29 +295,44 @@ def test_a_full_disk_is_one_line(corpus_file: Path, small_disk: Path, console: C
     assert not prepare([str(corpus_file)], small_disk / "out", SMALL, console).up_to_date
 
 
-def test_memory_of_long_documents_is_told_where_they_are_tokenized_whole(
+def test_what_is_too_long_to_be_tokenized_whole_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import io
-
+    """Whatever it is packed in, since a text of one letter packs to a thousandth."""
     import tokenizers
 
-    monkeypatch.setattr(prepare_module, "_MUCH_MEMORY", 165 * 1000)
+    monkeypatch.setattr("moepp_megatron.data.tokenizer.MAX_PIECE_CHARACTERS", 1000)
     vocab = {"a": 0, "<|endoftext|>": 1}
     tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(tmp_path / "whole.json"))
-    source = tmp_path / "long.txt"
     whole = PrepareSettings(tokenizer=tmp_path / "whole.json", workers=1, force=True)
-    said = {}
-    for name, length, settings in [
-        ("own", 1000, FORCE),
-        ("short", 999, whole),
-        ("long", 1000, whole),
-    ]:
-        source.write_text("a" * length)
-        stream = io.StringIO()
-        prepare([str(source)], tmp_path / "out", settings, Console(file=stream))
-        said[name] = [line for line in stream.getvalue().splitlines() if "warning" in line]
-    assert said["own"] == said["short"] == []
-    assert len(said["long"]) == 1
-    assert f"{source} takes about 0.0 GiB of memory" in said["long"][0]
-    assert "cut it into several documents" in said["long"][0]
+    line = json.dumps({"text": "a" * 1001}).encode() + b"\n"
+    for name, content in (
+        ("a.txt", b"a" * 1001),
+        ("b.txt.gz", gzip.compress(b"a" * 1001)),
+        ("c.jsonl.gz", gzip.compress(line)),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match="cannot be cut: 1.; cut it into several documents"):
+            prepare([str(tmp_path / name)], tmp_path / "out", whole, Console(quiet=True))
+    (tmp_path / "d.jsonl").write_bytes(line + json.dumps({"text": "a" * 1000}).encode())
+    manifest = prepare([str(tmp_path / "d.jsonl")], tmp_path / "out", whole).manifest
+    assert (manifest.documents, manifest.skipped, manifest.tokens) == (1, 1, 1001)
+
+
+def test_a_worker_without_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The kernel ends a process that has taken all memory, and there is no exception."""
+    import os
+
+    from moepp_megatron.data import encoding
+
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": "text"}) + "\n") * 50_000)
+    submit = encoding.ProcessPoolExecutor.submit
+
+    def killed(self, function, *arguments):
+        return submit(self, os._exit, 9)
+
+    monkeypatch.setattr(encoding.ProcessPoolExecutor, "submit", killed)
+    settings = PrepareSettings(vocab_size=VOCAB_SIZE, workers=2)
+    with pytest.raises(UnfitError, match=r"a.jsonl was ended .* use fewer --workers"):
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", settings, Console(quiet=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

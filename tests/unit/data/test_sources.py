@@ -22,12 +22,94 @@ def test_folder_is_walked_in_sorted_order_without_hidden_files(tmp_path: Path):
     assert [file.format for file in source.files] == ["text", "text", "text", "jsonl"]
 
 
-def test_output_folder_within_a_source_is_left_out(tmp_path: Path):
-    (tmp_path / "a.txt").write_text("x")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "tokenizer.json").write_text("{}")
-    (source,) = resolve_sources([str(tmp_path)], exclude=tmp_path / "out")
-    assert names(source) == ["a.txt"]
+@pytest.mark.parametrize("out", ["texts", "texts/out", "texts/a/b", "link/out", "other/../texts/o"])
+def test_output_in_a_source_is_refused(tmp_path: Path, out: str):
+    """It would be a part of the source for every later call."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("x")
+    (tmp_path / "link").symlink_to("texts")
+    for source in ("texts", "link"):
+        with pytest.raises(ConfigError, match=r"--out .* must not lie in the source") as caught:
+            resolve_sources([str(tmp_path / source)], tmp_path / out)
+        assert "\n" not in str(caught.value)
+    resolve_sources([str(tmp_path / "texts")], tmp_path / "texts2")
+    resolve_sources([str(tmp_path / "texts" / "a.txt")], tmp_path / "texts" / "out")
+
+
+# What lies in a source, and where it leads.
+LINKS = {
+    "file": ("a.txt", "../secret/key"),
+    "absolute": ("a.txt", "/etc/passwd"),
+    "folder": ("sub", "../secret"),
+    "archive": ("a.jsonl.gz", "../secret/key.gz"),
+    "table": ("a.parquet", "../secret/key"),
+    "in a folder": ("x/y/a.txt", "../../../secret/key"),
+    "link to a link": ("a.txt", "../hop"),
+    "link to a link in the source": ("a.txt", ".hop"),
+    "through a link to a folder": ("a.txt", "sub/key"),
+    "around": ("a.txt", "../texts2/key"),
+}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_links_that_leave_a_source_are_refused(tmp_path: Path, kind: str):
+    name, target = LINKS[kind]
+    for folder in ("secret", "texts2", "texts"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "key").write_text("private")
+    (tmp_path / "secret" / "key.gz").write_text("private")
+    (tmp_path / "hop").symlink_to("secret/key")
+    root = tmp_path / "texts"
+    (root / ".hop").symlink_to("../secret/key")
+    link = root / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(target)
+    if "sub" in target:
+        (root / "sub").symlink_to("../secret")
+    for source in (str(root), f"mine={root}", f"{root}/../texts"):
+        with pytest.raises(ConfigError, match=r"must not be a link that leaves the source"):
+            resolve_sources([source])
+
+
+def test_links_within_a_source_and_those_that_a_user_names_are_followed(tmp_path: Path):
+    (tmp_path / "texts" / "sub").mkdir(parents=True)
+    (tmp_path / "texts" / "sub" / "a.txt").write_text("x")
+    (tmp_path / "texts" / "b.txt").symlink_to("sub/a.txt")
+    (tmp_path / "texts" / "c.txt").symlink_to(tmp_path / "texts" / "b.txt")
+    (tmp_path / "texts" / "again").symlink_to("sub")
+    (tmp_path / "texts" / "round").symlink_to(".")
+    (tmp_path / "texts" / ".hidden").symlink_to("/etc")
+    (tmp_path / "link").symlink_to("texts")
+    (source,) = resolve_sources([str(tmp_path / "link")])
+    assert names(source) == ["b.txt", "c.txt", "sub/a.txt"]
+    (tmp_path / "one.txt").symlink_to("texts/b.txt")
+    (source,) = resolve_sources([str(tmp_path / "one.txt")])
+    assert names(source) == ["one.txt"]
+
+
+@pytest.mark.parametrize(
+    ("given", "hub_id"),
+    [
+        ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb-edu"),
+        ("web=org/data_set.v2", "org/data_set.v2"),
+        ("https://huggingface.co/datasets/tatsu-lab/alpaca", "tatsu-lab/alpaca"),
+        ("hf://datasets/tatsu-lab/alpaca/data/a.parquet", "tatsu-lab/alpaca"),
+    ],
+)
+def test_a_dataset_of_the_hub_is_to_be_fetched(
+    given: str, hub_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"hf download {hub_id} --repo-type dataset") as caught:
+        resolve_sources([given])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="https:// is not supported; mount it .* or copy it"):
+        resolve_sources(["https://example.com/a/b.jsonl"])
+    Path("data").mkdir()
+    for path in ("a/b/c", "data/corpus.jsonl", "corpus.jsonl"):
+        with pytest.raises(ConfigError, match="No such file or directory") as caught:
+            resolve_sources([path])
+        assert "hf download" not in str(caught.value)
 
 
 def test_pipe_in_a_folder_is_not_opened(tmp_path: Path):
@@ -123,6 +205,3 @@ def test_what_has_been_prepared_is_no_text(prepared: Path, tmp_path: Path):
             ConfigError, match=r"texts/old must be text, and is a folder that moepp"
         ):
             resolve_sources([str(source)])
-    (tmp_path / "texts" / "new.txt").write_text("text")
-    (source,) = resolve_sources([str(tmp_path / "texts")], exclude=tmp_path / "texts" / "old")
-    assert names(source) == ["new.txt"]

@@ -1,0 +1,87 @@
+"""What is no regular file is refused in one line, and never opened: a pipe would block for ever."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.cli import main
+from moepp_megatron.config.regular_file import check_regular
+from moepp_megatron.observe.metrics import MetricsError, read_metrics
+from moepp_megatron.observe.status import read_status
+from moepp_megatron.observe.tail import Tail
+from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    config = synthetic_config()
+    return write_run(tmp_path / "run", config, synthetic_records(config, steps=3))
+
+
+def test_regular_files_and_links_to_them_pass(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("file")
+    check_regular(tmp_path / "file")
+    check_regular(tmp_path / "link")
+    with pytest.raises(IsADirectoryError, match="Is a directory"):
+        check_regular(tmp_path)
+    with pytest.raises(OSError, match="Not a regular file"):
+        check_regular(Path("/dev/zero"))
+
+
+def test_readers_refuse_a_pipe(pipe: Path, tmp_path: Path):
+    with pytest.raises(MetricsError, match="Not a regular file"):
+        read_metrics(pipe)
+    with pytest.raises(OSError, match="Not a regular file"):
+        Tail(pipe).poll()
+    os.mkfifo(tmp_path / "status.json")
+    assert read_status(tmp_path) is None
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object):
+    """The line with which a command refuses its arguments."""
+    monkeypatch.setattr(sys, "argv", ["moepp", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2, printed
+    assert printed.count("\n") == 1, printed
+    return printed
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+def test_commands_refuse_a_pipe_or_a_device_in_one_line(
+    kind: str, pipe: Path, tmp_path: Path, monkeypatch, capsys
+):
+    given = pipe if kind == "pipe" else Path(kind)
+    (tmp_path / "a.yaml").write_text(f"base: {given}\n")
+    (tmp_path / "a.txt").write_text("text")
+    prepare = ("data", "prepare", tmp_path / "a.txt", "--out", tmp_path / "out")
+    chat = ("--chat", "--seq-length", "8", "--tokenizer")
+    for words in (
+        ("config", "show", given),
+        ("config", "show", tmp_path / "a.yaml"),
+        ("config", "from-megatron", given),
+        ("data", "prepare", given, "--out", tmp_path / "out"),
+        (*prepare, "--tokenizer", given),
+        (*prepare, *chat, given),
+    ):
+        line = refused(monkeypatch, capsys, *words)
+        assert "regular file" in line or "neither a file nor a folder" in line
+        assert str(given) in line
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "alerts.jsonl"])
+def test_a_run_with_a_pipe_for_a_file_is_no_run(name: str, run: Path, monkeypatch, capsys):
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    assert "Not a regular file" in refused(monkeypatch, capsys, "report", run)
+    assert "Not a regular file" in refused(monkeypatch, capsys, "monitor", run, "--once")
