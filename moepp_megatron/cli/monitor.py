@@ -21,11 +21,13 @@ def monitor(
     ],
     interval: Annotated[
         float,
-        typer.Option(min=0.1, max=3600.0, help="Show a new frame this often.", metavar="SECONDS"),
+        typer.Option(min=0.1, max=3600.0, help="Show new numbers this often.", metavar="SECONDS"),
     ] = 2.0,
     once: Annotated[
         bool,
-        typer.Option("--once", help="Print one frame and stop, as is done without a terminal."),
+        typer.Option(
+            "--once", help="Print the numbers once and stop, as is done without a terminal."
+        ),
     ] = False,
     prometheus: Annotated[
         int | None,
@@ -40,9 +42,9 @@ def monitor(
         str, typer.Option(help="Let --prometheus listen on this address.", metavar="ADDRESS")
     ] = "127.0.0.1",
 ) -> None:
-    """Show how a run goes: loss, FFN share, experts of each layer, alerts, speed, energy.
+    """Show a run: whether it is alive, the newest numbers, alerts.
 
-    It waits for a run that has not started, goes on through resumes, and ends with the run or on
+    It waits for a run that has not started, continues through resumes, and ends with the run or on
     Ctrl-C.
 
     Examples:
@@ -60,7 +62,7 @@ def monitor(
         )
     from moepp_megatron.runtime.terminal import Console
     from moepp_megatron.workbench.report.live.run import LiveRun
-    from moepp_megatron.workbench.report.live.screen import print_frame, watch
+    from moepp_megatron.workbench.report.live.table import print_run, watch
 
     console = Console()
     if prometheus is not None and (not _serve(run, prometheus, bind) or not console.is_terminal):
@@ -70,13 +72,13 @@ def monitor(
         return
     live = LiveRun(run[0])
     if once or not console.is_terminal:
-        print_frame(live, console)
+        print_run(live, console)
     else:
         watch(live, console, interval, until_over=prometheus is None)
 
 
 def _serve(folders: list[Path], port: int, bind: str) -> bool:
-    """Begins to serve; returns whether there is one run, which can be shown beside."""
+    """Begins to serve; returns whether there is one run, which can be shown too."""
     from moepp_megatron.workbench.report.live.prometheus import is_open, serve
     from moepp_megatron.workbench.report.live.runs import LiveRuns
 

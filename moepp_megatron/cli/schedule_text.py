@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import partial
 
 from moepp_megatron.config import Config
-from moepp_megatron.workbench.report.live.curve import sparkline
-from moepp_megatron.workbench.report.live.glyphs import glyphs_of
 from moepp_megatron.workbench.report.terminal import wide_console
 
 _WIDTH = 40
+# Heights of a column, lowest first, for terminals with and without Unicode.
+_LEVELS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+_ASCII_LEVELS = "_.-~=+*#"
 
 
 def schedule_lines(config: Config) -> list[str]:
@@ -27,7 +29,8 @@ def schedule_lines(config: Config) -> list[str]:
     columns = min(last, _WIDTH)
     shown = [1 + place * (last - 1) // max(columns - 1, 1) for place in range(columns)]
     rates = [learning_rate(config, step) for step in shown]
-    spark = partial(sparkline, width=columns, glyphs=glyphs_of(wide_console()))
+    levels = _ASCII_LEVELS if wide_console().options.ascii_only else _LEVELS
+    spark = partial(_columns, levels=levels)
     # Where the rate is highest: the last step of warmup.
     top = max(config.optimizer.warmup_iters, 1)
     lines = [
@@ -45,3 +48,9 @@ def schedule_lines(config: Config) -> list[str]:
             f"{tokens:,} tokens in all"
         )
     return lines
+
+
+def _columns(values: Sequence[float], levels: str) -> str:
+    low, high = min(values), max(values)
+    scale = (len(levels) - 1) / (high - low) if high > low else 0.0
+    return "".join(levels[round((value - low) * scale)] for value in values)

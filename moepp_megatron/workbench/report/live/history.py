@@ -1,9 +1,8 @@
-"""The part of a run's records that a live view keeps: a few numbers, and the newest record."""
+"""The part of a run's records that the monitor keeps: the newest of each number."""
 
 from __future__ import annotations
 
 import math
-from array import array
 from collections import deque
 from collections.abc import Iterable
 from statistics import median
@@ -20,11 +19,7 @@ class History:
     """The records so far; a record of an earlier step undoes those from that step on.
 
     Attributes:
-        steps: Steps of the records, strictly increasing.
-        loss: Language-model loss of each, nats.
-        valid_loss: Validation loss of each; NaN where it was not evaluated.
-        ffn_fraction: FFN share of all selections of each.
-        newest: The last record; None before the first.
+        recent: The last records, steps strictly increasing.
         latest: The newest number under each key; not every record has every key.
         latest_lists: The same for keys that hold lists, or lists by name.
         went_back: The steps from and to which the run last went back; None if it never did.
@@ -38,17 +33,15 @@ class History:
         self._step_before_rewrite: int | None = None
 
     def _clear(self) -> None:
-        self.steps = array("q")
-        self.loss = array("d")
-        self.valid_loss = array("d")
-        self.ffn_fraction = array("d")
-        self._energy_j = array("d")
-        self._gpu_hours = array("d")
-        self._recent: deque[StepMetrics] = deque(maxlen=_RECENT)
-        self.newest: StepMetrics | None = None
+        self.recent: deque[StepMetrics] = deque(maxlen=_RECENT)
         self.latest: dict[str, float] = {}
-        self.latest_lists: dict[str, list[Any] | dict[str, list[Any]]] = {}
+        self.latest_lists: dict[str, list[Any] | dict[str, Any]] = {}
         self.first_bad_step: int | None = None
+
+    @property
+    def newest(self) -> StepMetrics | None:
+        """The last record; None before the first."""
+        return self.recent[-1] if self.recent else None
 
     def start_over(self) -> None:
         """Discard all records, because their file has been replaced."""
@@ -63,18 +56,12 @@ class History:
             self.went_back = (before, now)
 
     def add(self, record: StepMetrics) -> None:
-        """Takes the next record of the file."""
-        if self.steps and record.step <= self.steps[-1]:
-            self.went_back = (self.steps[-1], record.step - 1)
-            self._undo(record.step)
-        self.steps.append(record.step)
-        self.loss.append(record.loss)
-        self.valid_loss.append(math.nan if record.valid_loss is None else record.valid_loss)
-        self.ffn_fraction.append(record.ffn_fraction)
-        self._energy_j.append(record.energy_j or 0.0)
-        self._gpu_hours.append(record.gpu_hours or 0.0)
-        self._recent.append(record)
-        self.newest = record
+        """Take the next record of the file."""
+        if self.newest is not None and record.step <= self.newest.step:
+            self.went_back = (self.newest.step, record.step - 1)
+            while self.recent and self.recent[-1].step >= record.step:
+                self.recent.pop()
+        self.recent.append(record)
         self.latest.update(_numbers(record))
         self.latest_lists.update((k, v) for k, v in record if isinstance(v, list | dict))
         if math.isfinite(record.loss):
@@ -82,59 +69,18 @@ class History:
         elif self.first_bad_step is None:
             self.first_bad_step = record.step
 
-    def _undo(self, step: int) -> None:
-        """Drops the records from `step` on."""
-        columns: tuple[array[float] | array[int], ...] = (
-            self.steps,
-            self.loss,
-            self.valid_loss,
-            self.ffn_fraction,
-            self._energy_j,
-            self._gpu_hours,
-        )
-        keep = len(self.steps)
-        while keep and self.steps[keep - 1] >= step:
-            keep -= 1
-        for column in columns:
-            del column[keep:]
-        while self._recent and self._recent[-1].step >= step:
-            self._recent.pop()
-
     @property
     def step_time_s(self) -> float:
         """Median time of a step over the last records; NaN before the first."""
-        return median(r.step_time_s for r in self._recent) if self._recent else math.nan
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Median throughput over the last records; NaN before the first."""
-        return median(r.tokens_per_s for r in self._recent) if self._recent else math.nan
+        return median(r.step_time_s for r in self.recent) if self.recent else math.nan
 
     @property
     def record_interval_s(self) -> float:
         """Training time between two of the last records; NaN before the first."""
-        if not self._recent:
+        if not self.recent:
             return math.nan
-        first, last = self._recent[0], self._recent[-1]
-        gaps = max(1, len(self._recent) - 1)
-        return self.step_time_s * max(1.0, (last.step - first.step) / gaps)
-
-    @property
-    def energy_j(self) -> float:
-        """Energy of all records' steps, J; 0 where it is not measured."""
-        return sum(self._energy_j)
-
-    @property
-    def gpu_hours(self) -> float:
-        """GPU-hours of all records' steps; 0 where they are not counted."""
-        return sum(self._gpu_hours)
-
-    def last_valid_loss(self) -> tuple[int, float] | None:
-        """Step and value of the last evaluation."""
-        for step, value in zip(reversed(self.steps), reversed(self.valid_loss), strict=True):
-            if not math.isnan(value):
-                return step, value
-        return None
+        gaps = max(1, len(self.recent) - 1)
+        return self.step_time_s * max(1.0, (self.recent[-1].step - self.recent[0].step) / gaps)
 
 
 def _numbers(record: StepMetrics) -> Iterable[tuple[str, float]]:

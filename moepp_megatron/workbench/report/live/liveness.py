@@ -34,7 +34,7 @@ class RunHealth:
             ``silent`` (no record for long), ``finished``, ``stopped`` (on request, or before its
             last step), ``died`` (its process is gone without a report).
         text: The state in words.
-        go_on: The command that goes on with a stopped run, where it is known.
+        go_on: The command that its folder names to resume a stopped run; None without one.
     """
 
     state: State

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
+from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.report.drawing import plot_style
-from moepp_megatron.workbench.report.live.frame import Size, build_frame
-from moepp_megatron.workbench.report.live.glyphs import ASCII
 from moepp_megatron.workbench.report.live.run import LiveRun
 from moepp_megatron.workbench.report.live.samples import samples_of
+from moepp_megatron.workbench.report.live.table import print_run
 from moepp_megatron.workbench.report.page import render
 from moepp_megatron.workbench.report.run_data import load_run
 from moepp_megatron.workbench.report.token_groups import source_table, token_plots
@@ -70,14 +69,11 @@ def test_a_run_of_one_source_has_no_table(make_run) -> None:
     assert token_plots(data) == []
 
 
-def test_the_view_has_a_line_of_sources(run: Path) -> None:
+def test_the_monitor_has_a_line_of_sources(run: Path) -> None:
     live = LiveRun(run, clock=time.time)
-    live.poll()
     out = io.StringIO()
-    Console(file=out, width=100, height=60, color_system=None).print(
-        build_frame(live, Size(100, 60), ASCII), highlight=False
-    )
-    assert "web <b> 60%: loss 4.200, FFN 0.60 | code 30%: loss 4.500, FFN 0.30" in out.getvalue()
+    print_run(live, Console(file=out, width=200, color_system=None))
+    assert "web <b> 60.0%: loss 4.200, FFN 60.0%; code 30.0%: loss 4.500, FFN 30" in out.getvalue()
 
 
 def test_prometheus_gets_them_by_name(run: Path) -> None:

@@ -1,0 +1,187 @@
+"""A run in the terminal: its state, the newest numbers by the catalogue, and its alerts."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+
+from rich import box
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from moepp_megatron.catalogue import OF_RECORD
+from moepp_megatron.config.printable import printable
+from moepp_megatron.observe.layer_numbers import layer_numbers
+from moepp_megatron.runtime.terminal import Console
+from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.live.liveness import State
+from moepp_megatron.workbench.report.live.run import LiveRun
+
+_MOST_ALERTS = 4
+_MOST_SOURCES = 4
+_STATE_STYLES: dict[State, str] = {
+    "waiting": "yellow",
+    "starting": "yellow",
+    "running": "green",
+    "silent": "bold red",
+    "finished": "bold green",
+    "stopped": "yellow",
+    "died": "bold red",
+}
+_SEVERITY_STYLES = {"info": "cyan", "warning": "yellow", "critical": "bold red"}
+
+
+def print_run(run: LiveRun, console: Console) -> None:
+    """Print the run as it is now."""
+    run.poll()
+    console.print(run_table(run), highlight=False)
+
+
+def watch(
+    run: LiveRun,
+    console: Console,
+    interval_s: float,
+    *,
+    until_over: bool = True,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Show a run until it is over or Ctrl-C; the last state stays in the terminal.
+
+    Args:
+        run: The run.
+        console: A terminal.
+        interval_s: Time between updates.
+        until_over: Whether to end with the run.
+        sleep: Function that waits.
+    """
+    with Live(console=console, auto_refresh=False) as live:
+        try:
+            while True:
+                run.poll()
+                live.update(run_table(run), refresh=True)
+                if until_over and run.health().is_over:
+                    return
+                sleep(interval_s)
+        except KeyboardInterrupt:
+            pass
+
+
+def run_table(run: LiveRun) -> Group:
+    """The run as it was at the last poll."""
+    health = run.health()
+    style = _STATE_STYLES[health.state]
+    name = run.config.run.name if run.config is not None else run.folder.name
+    title = Text(printable(name, keep=""), style="bold")
+    title.append(printable(f"  {run.folder}  ", keep=""), style="dim not bold")
+    title.append(health.state.upper(), style=style)
+    lines = [title, Text(_condition(run, health.text), style=style)]
+    if health.go_on is not None:
+        # A run folder may come from elsewhere, so this is no command to copy unread.
+        said = printable(json.dumps(health.go_on, ensure_ascii=False), keep="")
+        lines.append(Text(f"to resume, status.json names (read it before you run it): {said}"))
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, show_edge=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for row in _rows(run):
+        table.add_row(*row)
+    for alert in [*run.alerts][: -_MOST_ALERTS - 1 : -1]:
+        text = " ".join(alert.text().splitlines())
+        shown = Text(printable(text, keep=""), style=_SEVERITY_STYLES[alert.severity])
+        table.add_row("alert", shown)
+    if len(run.alerts) > _MOST_ALERTS:
+        table.add_row("alerts", f"{run.alert_counts.total()} in all, in alerts.jsonl")
+    return Group(*lines, table)
+
+
+def _condition(run: LiveRun, health: str) -> str:
+    parts = [health]
+    history = run.history
+    if history.went_back is not None:
+        before, after = history.went_back
+        parts.append(f"went back from step {before:,} to {after:,}")
+    if history.first_bad_step is not None:
+        parts.append(f"loss not finite since step {history.first_bad_step:,}")
+    if run.damaged_lines:
+        parts.append(f"{run.damaged_lines} unreadable lines in metrics.jsonl")
+    return "; ".join(parts)
+
+
+def _rows(run: LiveRun) -> Iterator[tuple[str, str]]:
+    """Progress, then the numbers that the newest records have, by the catalogue's group."""
+    history = run.history
+    if history.newest is None:
+        return
+    yield "step", _progress(run)
+    groups: dict[str, list[str]] = {}
+    for key, row in OF_RECORD.items():
+        if key != "step" and key in history.latest:
+            group = row.group.partition("/")[0]
+            groups.setdefault(group, []).append(f"{key} {_shown(history.latest[key], row.unit)}")
+    if run.wanted_ffn_share is not None and "router" in groups:
+        groups["router"].append(f"wanted ffn_fraction {run.wanted_ffn_share:.3g}")
+    for group, numbers in groups.items():
+        yield group, "  ".join(numbers)
+    layers = history.latest_lists.get("layer_expert_share")
+    if run.config is not None and layers:
+        yield from _layers(run, layers)
+    sources = _sources(run)
+    if sources:
+        yield "sources", "; ".join(sources)
+
+
+def _progress(run: LiveRun) -> str:
+    step = run.history.newest.step if run.history.newest is not None else 0
+    if run.config is None:
+        return f"{step:,}"
+    total = run.config.training.train_iters
+    seconds = run.history.step_time_s * max(0, total - step)
+    left = formatting.duration(seconds) if math.isfinite(seconds) else "unknown"
+    return f"{step:,} of {total:,} ({min(1.0, step / total):.0%}), time left {left}"
+
+
+def _shown(value: float, unit: str) -> str:
+    if unit == "share":
+        return formatting.percent(value)
+    if unit == "bytes":
+        return formatting.data_size(value)
+    # Other units are in the key.
+    return formatting.count(value) if abs(value) >= 1e3 else formatting.significant(value)
+
+
+def _layers(run: LiveRun, rows: list[list[float]]) -> Iterator[tuple[str, str]]:
+    """The MoE layers with the least and the largest FFN share, and experts without a selection."""
+    assert run.config is not None, "its experts are known"
+    count = run.config.experts.num_ffn_experts
+    numbers = layer_numbers(run.config.moe_layers, len(rows))
+    shares = {number: sum(row[:count]) for number, row in zip(numbers, rows, strict=True)}
+    least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+    yield (
+        "layers",
+        f"FFN share {formatting.percent(shares[least])} (layer {least}) to "
+        f"{formatting.percent(shares[most])} (layer {most})",
+    )
+    unused = {number: row[:count].count(0.0) for number, row in zip(numbers, rows, strict=True)}
+    named = [f"{n} in layer {number}" for number, n in unused.items() if n]
+    if named:
+        yield "unused", f"FFN experts without a selection: {', '.join(named)}"
+
+
+def _sources(run: LiveRun) -> list[str]:
+    """Loss and FFN share of the data sources with the most tokens."""
+    lists = run.history.latest_lists
+    tokens, losses, shares = (
+        dict(lists.get(f"source_{name}") or {}) for name in ("tokens", "loss", "ffn_share")
+    )
+    names = sorted(tokens, key=lambda name: -tokens[name])
+    parts = [
+        f"{printable(name, keep='')} {formatting.percent(tokens[name])}: "
+        f"loss {formatting.number(losses.get(name, math.nan), 3)}, "
+        f"FFN {formatting.percent(shares.get(name, math.nan))}"
+        for name in names[:_MOST_SOURCES]
+    ]
+    rest = len(names) - _MOST_SOURCES
+    return [*parts, f"{rest} more"] if rest > 0 else parts
