@@ -85,7 +85,7 @@ def inverse_root(config: Config, optimizer: Any) -> OptimizerParamScheduler:
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=settings.warmup_iters,
+        lr_warmup_steps=config.warmup_iters,
         lr_decay_steps=settings.decay_iters or steps,
         lr_decay_style="inverse-square-root",
         start_wd=settings.weight_decay,

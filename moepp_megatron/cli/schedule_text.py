@@ -32,7 +32,7 @@ def schedule_lines(config: Config) -> list[str]:
     levels = _ASCII_LEVELS if wide_console().options.ascii_only else _LEVELS
     spark = partial(_columns, levels=levels)
     # Where the rate is highest: the last step of warmup.
-    top = max(config.optimizer.warmup_iters, 1)
+    top = max(config.warmup_iters, 1)
     lines = [
         f"learning rate  {spark(rates)}  {rates[0]:.3g} at step 1, "
         f"{learning_rate(config, top):.3g} at step {top:,}, {rates[-1]:.3g} at step {last:,}"

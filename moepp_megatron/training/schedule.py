@@ -44,7 +44,7 @@ def _megatron_schedule(
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=settings.warmup_iters,
+        lr_warmup_steps=config.warmup_iters,
         lr_decay_steps=settings.decay_iters or config.training.train_iters,
         lr_decay_style=settings.decay_style,
         wsd_decay_steps=settings.wsd_decay_iters,

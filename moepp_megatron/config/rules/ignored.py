@@ -234,7 +234,21 @@ def _settings_of_tokens_that_are_not_forced(config: Config) -> Iterator[Problem]
             yield from _ignored(config, name, reason, f"use tokens {kind}")
 
 
+def _warmup_longer_than_the_run(config: Config) -> Iterator[Problem]:
+    """A short try of a long run's configuration."""
+    warmup, steps = config.optimizer.warmup_iters, config.training.train_iters
+    if config.warmup_iters != warmup:
+        yield Problem(
+            "optimizer.warmup_iters",
+            warmup,
+            f"is not less than training.train_iters ({steps}), and is taken for "
+            f"{config.warmup_iters}, a tenth of the run",
+            "lower it, or raise training.train_iters",
+        )
+
+
 RULES: tuple[Rule, ...] = (
+    _warmup_longer_than_the_run,
     _where(
         lambda config: config.moe.num_zero_computation_experts == 0,
         "without zero-computation experts", "moe.tau", "add some, or leave it out",

@@ -35,17 +35,15 @@ def _learning_rate_falls(config: Config) -> Iterator[Problem]:
         )
 
 
-def _warmup_ends_in_time(config: Config) -> Iterator[Problem]:
-    """Warmup ends before training does and before the decay does."""
-    optimizer, iters = config.optimizer, config.training.train_iters
-    ends = {"training.train_iters": iters, "optimizer.decay_iters": optimizer.decay_iters or iters}
-    name, end = min(ends.items(), key=lambda item: item[1])
-    if optimizer.warmup_iters >= end:
+def _warmup_ends_before_the_decay(config: Config) -> Iterator[Problem]:
+    """The rate has risen before it has fallen."""
+    optimizer, end = config.optimizer, config.optimizer.decay_iters
+    if end is not None and config.warmup_iters >= end:
         yield Problem(
             "optimizer.warmup_iters",
             optimizer.warmup_iters,
-            f"must be less than {name} ({end})",
-            f"use {end // 10}, or raise {name}",
+            f"must be less than optimizer.decay_iters ({end})",
+            f"use {end // 10}, or raise optimizer.decay_iters",
         )
 
 
@@ -55,13 +53,13 @@ def _wsd_decay_comes_after_warmup(config: Config) -> Iterator[Problem]:
     if optimizer.decay_style != "WSD":
         return
     end = optimizer.decay_iters or config.training.train_iters
-    most, steps = end - optimizer.warmup_iters, optimizer.wsd_decay_iters
+    most, steps = end - config.warmup_iters, optimizer.wsd_decay_iters
     if most > 0 and (steps is None or steps > most):
         yield Problem(
             "optimizer.wsd_decay_iters",
             steps,
             f"must be from 1 to the {most} steps between warmup (optimizer.warmup_iters "
-            f"{optimizer.warmup_iters}) and the end of the decay ({end}) with "
+            f"{config.warmup_iters}) and the end of the decay ({end}) with "
             "optimizer.decay_style WSD",
             f"use {max(most // 5, 1)}",
         )
@@ -220,7 +218,7 @@ def _profiled_steps_follow_each_other(config: Config) -> Iterator[Problem]:
 
 RULES = (
     _learning_rate_falls,
-    _warmup_ends_in_time,
+    _warmup_ends_before_the_decay,
     _wsd_decay_comes_after_warmup,
     _inverse_square_root_starts_with_warmup,
     _batch_ramp_rises_to_the_batch,

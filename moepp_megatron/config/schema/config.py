@@ -78,6 +78,12 @@ class Config(Section):
         return pattern + pattern[-1:] * self.model.mtp_num_layers
 
     @property
+    def warmup_iters(self) -> int:
+        """Steps of warm-up: `optimizer.warmup_iters`, or a tenth of a run that is no longer."""
+        warmup, steps = self.optimizer.warmup_iters, self.training.train_iters
+        return warmup if warmup < steps else max(steps // 10, min(1, steps - 1))
+
+    @property
     def tokens_per_rank(self) -> int:
         """Tokens of a micro-batch that a rank routes, T."""
         parallel = self.parallel

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moepp_megatron.config import Config, Layout
+from moepp_megatron.config import Config, Layout, check_config
 from moepp_megatron.training.schedule import (
     BatchSizes,
     BatchStage,
@@ -89,3 +89,18 @@ def test_a_ramp_gives_each_rank_its_micro_batches() -> None:
     assert [sizes.layout(layout, read).num_microbatches for read in (0, 5, 6, 17, 18)] == [
         1, 1, 2, 2, 4
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(200, 100), (101, 100), (100, 10), (40, 4), (8, 1), (2, 1), (1, 0)]
+)
+@pytest.mark.parametrize("style", ["cosine", "inverse-square-root"])
+def test_a_short_try_warms_up_for_a_tenth_of_its_steps(style: str, steps: int, warmup: int) -> None:
+    optimizer = {"lr": PEAK, "decay_style": style, "warmup_iters": 100}
+    config = config_of(training=TRAINING | {"train_iters": steps}, optimizer=optimizer)
+    assert config.warmup_iters == warmup
+    if warmup:
+        assert learning_rate(config, warmup) == pytest.approx(PEAK)
+    told = [line for line in check_config(config) if "warmup" in line]
+    assert len(told) == (warmup != 100)
+    assert all(f"is taken for {warmup}, a tenth of the run" in line for line in told)

@@ -109,7 +109,7 @@ def run_settings(config: Config, steps: int, eval_iters: int) -> list[str]:
     """
     optimizer, training = config.optimizer, config.training
     # An eighth of a short run, or the share that CONFIG has where that is more.
-    share = max(1 / 8, optimizer.warmup_iters / training.train_iters)
+    share = max(1 / 8, config.warmup_iters / training.train_iters)
     settings = [] if optimizer.wsd_decay_iters is None else [_wsd_decay(config, steps)]
     return [
         *settings,
@@ -120,7 +120,7 @@ def run_settings(config: Config, steps: int, eval_iters: int) -> list[str]:
         "training.eval_interval=0",
         f"training.eval_iters={eval_iters}",
         "training.profile_steps=[]",
-        f"optimizer.warmup_iters={min(optimizer.warmup_iters, int(share * steps))}",
+        f"optimizer.warmup_iters={min(config.warmup_iters, int(share * steps))}",
         "optimizer.decay_iters=null",
         "checkpoint.dir=null",
         "checkpoint.save_interval=0",
