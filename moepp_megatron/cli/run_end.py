@@ -30,7 +30,7 @@ def say_end(request: TrainRequest, result: TrainResult, prints_command: bool) ->
     from moepp_megatron.runtime.launch import STOPPED, leave
 
     is_rank_0 = request.rank.rank == 0 and not request.starts_ranks
-    if result.stopped:
+    if result.stopped and result.failure is None:
         if is_rank_0:
             echo(f"{result.pause_reason or 'stopped on request'} at step {result.step}, saved")
         # Said last: by the launcher that has claimed the folder, if one has.
@@ -39,7 +39,8 @@ def say_end(request: TrainRequest, result: TrainResult, prints_command: bool) ->
             print_resume_command(request.start.go_on)
         leave(STOPPED)
     if is_rank_0:
-        _finish(request.config, result.metrics)
+        if not result.stopped:
+            _finish(request.config, result.metrics)
         if result.failure is not None:
             echo(f"error: at the end of the run, {result.failure}", err=True)
     if result.failure is not None:

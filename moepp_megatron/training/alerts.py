@@ -41,13 +41,14 @@ class RunAlerts:
 
     def complain(self, progress: Progress, checkpoints: CheckpointWriter) -> None:
         """Repeat that the last save failed, until one succeeds; each failure is one alert."""
-        error, failed = checkpoints.error, checkpoints.failed_saves
-        if self._sinks is None or error is None:
+        failed = checkpoints.failed_saves
+        if self._sinks is None:
             return
-        logger.error("step %d: %s (%d failed saves)", progress.step, error, failed)
+        if checkpoints.error is not None:
+            logger.error("step %d: %s (%d failed saves)", progress.step, checkpoints.error, failed)
         if failed > self._told_failed_saves:
             self._told_failed_saves = failed
-            self.send(_save_failed(progress, failed, error))
+            self.send(_save_failed(progress, failed, str(checkpoints.last_failure)))
 
     def close(self) -> None:
         """Close the sinks; nothing is sent after it."""

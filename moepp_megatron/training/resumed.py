@@ -30,6 +30,11 @@ def start_lines(
         return [f"started from the weights of {checkpoint}"]
     step = record.progress.step
     lines = [f"resumed from step {step} of {checkpoint}"]
+    if changed := record.changed_versions():
+        lines.append(
+            f"warning: it was written with {', '.join(changed)}: the run may differ in bits from "
+            "one without a break"
+        )
     if record.layout != grid(layout):
         lines.append(f"  layout: {_grid_text(grid(layout))}; before: {_grid_text(record.layout)}")
     before = load_config(checkpoint / CONFIG_FILE)

@@ -137,7 +137,6 @@ def run(request: TrainRequest, say: Say, callbacks: Sequence[Callback] = ()) -> 
         ConfigError: The run may not start in its folder, or has nothing to start from
             (`NoStartError`, on all ranks alike).
         RanksFailedError: Ranks that were started have failed.
-        OSError: The run was asked to stop and could not be saved.
     """
     with _entering(request, say):
         return _start_ranks(request) if request.starts_ranks else _be_rank(request, say, callbacks)
@@ -204,8 +203,6 @@ def _be_rank(request: TrainRequest, say: Say, callbacks: Sequence[Callback]) -> 
             for line in trainer.start_lines:
                 say(line)
         record = trainer.run()
-    if trainer.stopped and trainer.failure is not None:
-        raise OSError(trainer.failure)
     return TrainResult(
         folder,
         trainer.progress.step,

@@ -166,6 +166,7 @@ class Trainer:
             self._recorder.close()
             with supervisor.during("save"):
                 self.checkpoints.finish()
+                self.checkpoints.check_newest()
                 self._routers.write_expert_usage()
             callbacks.tell_saves(self.checkpoints.written)
             # No logged step comes after the last save.

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -17,7 +18,13 @@ from typing import Any
 import pytest
 
 from tests.full_disk import fill, torch_error
-from tests.parallel.checkpoint_runs import Messages, logged, run_trainer, trainer_settings
+from tests.parallel.checkpoint_runs import (
+    Messages,
+    logged,
+    run_trainer,
+    trainer_of,
+    trainer_settings,
+)
 from tests.parallel.ranks import RankPools
 from tests.parallel.saving_runs import Run, names
 
@@ -149,6 +156,63 @@ def test_the_newest_checkpoint_is_the_last_one_whatever_the_clock_says(
     (found,) = ranks(1).run(save_with_another_clock, tmp_path)
     steps = [f"step_{step:08d}" for step in (1, 2, 3)]
     assert found == [[steps[1], steps[0]], [steps[2], steps[1]]]
+
+
+def save_after_dates_ahead(folder: Path) -> list[list[str]]:
+    """What is there after each save by a node that others, with clocks ahead, have saved before."""
+    from unittest import mock
+
+    run, found = Run(folder, keep=1), []
+    with mock.patch.object(time, "time", return_value=time.time() + 86400.0):
+        run.step()
+        assert run.save() is None
+    for _ in range(2):
+        # Lost, or restored from a backup.
+        (folder / "latest").unlink()
+        run.step()
+        assert run.save() is None
+        found.append(names(folder))
+    return found
+
+
+def test_a_new_checkpoint_stays_though_others_are_dated_ahead(
+    ranks: RankPools, tmp_path: Path
+) -> None:
+    (found,) = ranks(1).run(save_after_dates_ahead, tmp_path)
+    assert found == [["latest", f"step_{step:08d}"] for step in (2, 3)]
+    dates = [json.loads(path.read_text())["saved_at"] for path in tmp_path.glob("*/state.json")]
+    assert all(date > time.time() + 80000.0 for date in dates)
+
+
+def lose_checkpoints(raw: dict[str, Any], lost: int) -> tuple[str | None, int]:
+    """What a run calls missing at its end, and its failed saves, if a checkpoint is removed."""
+    from moepp_megatron.training.callbacks import Callback
+
+    class Thief(Callback):
+        def on_save(self, run: Any, checkpoint: Path) -> None:
+            if checkpoint.name == f"step_{lost:08d}":
+                shutil.rmtree(checkpoint)
+
+    trainer = trainer_of(raw, [Thief()])
+    trainer.run()
+    return trainer.failure, trainer.checkpoints.failed_saves
+
+
+@pytest.mark.parametrize("lost", [2, 3])
+def test_a_checkpoint_that_is_lost_after_its_save(
+    ranks: RankPools, corpus: Path, tmp_path: Path, lost: int
+) -> None:
+    """Is told, and is the run's failure if it was the last one."""
+    raw = trainer_settings(
+        corpus, tmp_path, training={"train_iters": 3}, checkpoint={"save_interval": 1}
+    )
+    ((failure, failed_saves),) = ranks(1).run(lose_checkpoints, raw, lost)
+    gone = f"checkpoint {tmp_path}/checkpoints/step_{lost:08d} was complete and is not any more"
+    assert failed_saves == 1
+    assert failure == (f"{gone}: is not a folder" if lost == 3 else None)
+    (alert,) = (tmp_path / "alerts.jsonl").read_text().splitlines()
+    assert json.loads(alert)["rule"] == "failed_save"
+    assert gone in json.loads(alert)["condition"]
 
 
 def step_while_writing(folder: Path) -> bool:

@@ -35,7 +35,6 @@ from moepp_megatron.training.checkpoint.find import (
     NoStartError,
     check_start,
     find_checkpoint,
-    latest_checkpoint,
     list_checkpoints,
 )
 from moepp_megatron.training.checkpoint.names import is_checkpoint
@@ -66,7 +65,6 @@ __all__ = [
     "find_start",
     "is_checkpoint",
     "lack_of_room",
-    "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
     "load_weights",

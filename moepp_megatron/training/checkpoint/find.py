@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.paths import looked_at
 from moepp_megatron.config.yaml_file import read_mapping
 from moepp_megatron.data.same_tokenizer import check_model_tokenizer
-from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
+from moepp_megatron.file_names import CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.runtime.object_store import place
 from moepp_megatron.training.checkpoint.compatible import check_compatible
-from moepp_megatron.training.checkpoint.names import PREFIX, is_checkpoint
-from moepp_megatron.training.checkpoint.progress import read_record
+from moepp_megatron.training.checkpoint.names import PREFIX, checkpoint_step, is_checkpoint
+from moepp_megatron.training.checkpoint.progress import NewerFormatError, read_record
 from moepp_megatron.training.checkpoint.validity import damage, plain_damage
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ class NoStartError(ConfigError):
 
 
 _NAME = re.compile(rf"{PREFIX}\d+")
+# How far clocks of two machines that are set may differ.
+_CLOCKS_DIFFER_S = 60.0
 
 
 def find_checkpoint(
@@ -45,10 +48,11 @@ def find_checkpoint(
         reason_against: What makes a run's checkpoint invalid.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is none, or one of a newer format.
     """
     path = place(name)
     if is_checkpoint(path):
+        _refuse_newer(path)
         return path
     for folder in _checkpoint_folders(name, beside):
         newest, skipped = first_valid(list_checkpoints(folder), reason_against)
@@ -92,8 +96,8 @@ def check_start(config: Config, folder: Path) -> None:
     """Refuse, before any rank starts, a `checkpoint.load` that does not fit; hashes no tensors.
 
     Raises:
-        ConfigError: There is no checkpoint of that name, all are damaged, or its model has other
-            shapes or other tokens.
+        ConfigError: There is no checkpoint of that name, all are damaged, one has a newer format,
+            or its model has other shapes or other tokens.
     """
     name = config.checkpoint.load
     if name is None:
@@ -149,20 +153,35 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders in `folder`, newest first, complete or not.
 
     The order is that of writing: a run that went back to step 50 and saved step 60 has step 60 as
-    its newest, though step 100 of before is still there.
+    its newest, though step 100 of before is still there. Where a date lies, because it is ahead of
+    the clock or none, the order is that of the steps.
     """
+    dates = checkpoint_dates(folder)
+    latest = time.time() + _CLOCKS_DIFFER_S
+    if all(0.0 <= date <= latest for date in dates.values()):
+        return sorted(dates, key=lambda path: (dates[path], checkpoint_step(path)), reverse=True)
+    return sorted(dates, key=checkpoint_step, reverse=True)
+
+
+def checkpoint_dates(folder: Path) -> dict[Path, float]:
+    """When each checkpoint in `folder` says that it was saved, seconds since 1970."""
     try:
-        paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+        return {path: _date(path) for path in folder.iterdir() if _NAME.fullmatch(path.name)}
     except OSError:
-        return []
-    return sorted(paths, key=_age_key, reverse=True)
+        return {}
 
 
 def first_valid(
     checkpoints: Iterable[Path], reason_against: Callable[[Path], str | None]
 ) -> tuple[Path | None, list[str]]:
-    """The first valid checkpoint, and a line for every one before it."""
-    skipped: list[str] = []
+    """The first valid checkpoint, and a line for every one before it.
+
+    Raises:
+        NewerFormatError: One of them has a newer format: it is not damaged, and may be the newest.
+    """
+    checkpoints, skipped = list(checkpoints), []
+    for checkpoint in checkpoints:
+        _refuse_newer(checkpoint)
     for checkpoint in checkpoints:
         reason = reason_against(checkpoint)
         if reason is None:
@@ -177,20 +196,14 @@ def warn_skipped(skipped: Iterable[str]) -> None:
         logger.warning("skipping checkpoint %s", line)
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that `latest` points to in a run's checkpoint folder, if it is there."""
+def _refuse_newer(checkpoint: Path) -> None:
     try:
-        name = (folder / LATEST_FILE).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    checkpoint = folder / name
-    return checkpoint if _NAME.fullmatch(name) and is_checkpoint(checkpoint) else None
-
-
-def time_of_latest(folder: Path) -> float:
-    """When the checkpoint that `latest` points to was saved, seconds since 1970; 0 without one."""
-    latest = latest_checkpoint(folder)
-    return 0.0 if latest is None else _age_key(latest)[0]
+        read_record(checkpoint)
+    except NewerFormatError:
+        raise
+    except ValueError:
+        # Damaged, which others say.
+        return
 
 
 def _configured_folder(run: Path) -> Path | None:
@@ -202,14 +215,14 @@ def _configured_folder(run: Path) -> Path | None:
     return place(folder) if isinstance(folder, str) else None
 
 
-def _age_key(checkpoint: Path) -> tuple[float, str]:
+def _date(checkpoint: Path) -> float:
     try:
         record = read_record(checkpoint)
     except ValueError:
         record = None
     if record is not None:
-        return record.saved_at, checkpoint.name
+        return record.saved_at
     try:
-        return checkpoint.stat().st_mtime, checkpoint.name
+        return checkpoint.stat().st_mtime
     except OSError:
-        return 0.0, checkpoint.name
+        return 0.0

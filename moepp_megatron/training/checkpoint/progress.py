@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import time
@@ -10,12 +11,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.config import Layout
+from moepp_megatron.config import ConfigError, Layout
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.file_names import STATE_FILE
 from moepp_megatron.version import __version__
 
 _FORMAT_VERSION = 1
+# What decides the bits of a step; the last two where they are installed.
+_PACKAGES = ("torch", "megatron-core", "triton", "transformer-engine")
+
+
+class NewerFormatError(ConfigError):
+    """A checkpoint was written by a newer version, in a format that this one does not read."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,15 @@ class SavedRecord:
         """Same as `state.json`."""
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
+    def changed_versions(self) -> list[str]:
+        """Each package whose version is another one here, as `torch 2.11.0 (now 2.15.0)`."""
+        now = _versions()
+        return [
+            f"{name} {version} (now {now.get(name, 'none')})"
+            for name, version in self.versions.items()
+            if now.get(name) != version
+        ]
+
 
 def grid(layout: Layout) -> dict[str, int]:
     """The degrees of parallelism that decide which rank draws which random numbers."""
@@ -93,7 +109,8 @@ def read_record(checkpoint: Path) -> SavedRecord | None:
     """A checkpoint's record; None if it has none, as weights from `moepp convert`.
 
     Raises:
-        ValueError: The file is there but cannot be read, or is from a newer version.
+        NewerFormatError: It has a newer format.
+        ValueError: The file is there but cannot be read.
     """
     path = checkpoint / STATE_FILE
     try:
@@ -104,13 +121,15 @@ def read_record(checkpoint: Path) -> SavedRecord | None:
         raise ValueError(f"{STATE_FILE} cannot be read ({error})") from error
     try:
         version = content["format_version"]
+        versions = dict(content.get("versions", {}))
         if version > _FORMAT_VERSION:
-            raise ValueError(
-                f"{STATE_FILE} has format {version}, and this version reads {_FORMAT_VERSION}"
+            raise NewerFormatError(
+                f"checkpoint ({checkpoint}) must have format {_FORMAT_VERSION}, and {STATE_FILE} "
+                f"has format {version}; use the moepp_megatron that wrote it "
+                f"({versions.get('moepp_megatron', 'a newer one')}), or move the checkpoint away"
             )
         progress = Progress(**content["progress"])
         layout, saved_at = dict(content["layout"]), float(content["saved_at"])
-        versions = dict(content.get("versions", {}))
         counts = (*asdict(progress).values(), *layout.values())
         if not all(type(count) is int and count >= 0 for count in counts):
             raise TypeError("a count that is none")
@@ -120,9 +139,8 @@ def read_record(checkpoint: Path) -> SavedRecord | None:
 
 
 def _versions() -> dict[str, str]:
-    return {
-        "moepp_megatron": __version__,
-        "torch": metadata.version("torch"),
-        "megatron-core": metadata.version("megatron-core"),
-        "python": platform.python_version(),
-    }
+    versions = {"moepp_megatron": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions

@@ -31,7 +31,7 @@ from moepp_megatron.file_names import (
 )
 from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_synced
 from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.training.checkpoint.find import time_of_latest
+from moepp_megatron.training.checkpoint.find import checkpoint_dates
 from moepp_megatron.training.checkpoint.plan import SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import SavedRecord
 from moepp_megatron.training.checkpoint.room import discard
@@ -127,13 +127,9 @@ def publish(plan: SavePlan, final: Path, written: list[Written], companions: Com
 
 
 def _make_newest(record: SavedRecord, folder: Path) -> None:
-    """Date a checkpoint after the latest one, whose machine's clock may have been ahead.
-
-    A run would otherwise go on from an older one, and `checkpoint.keep` would delete this one.
-    """
-    latest = time_of_latest(folder)
-    if math.isfinite(latest):
-        record.saved_at = max(record.saved_at, latest + _TICK_S)
+    """Date a checkpoint after all that are there, since a machine's clock may have been ahead."""
+    others = [date + _TICK_S for date in checkpoint_dates(folder).values() if math.isfinite(date)]
+    record.saved_at = max([record.saved_at, *others])
 
 
 def _check_shared(folder: Path, sizes: dict[str, int]) -> None:

@@ -104,16 +104,18 @@ class Pruner:
         """Note a checkpoint that this run has just completed, and delete what is now too old."""
         self._is_valid[checkpoint.name] = True
         try:
-            self._prune()
+            self._prune(checkpoint)
             remove_leftovers(self._folder)
         except (OSError, StoreError) as error:
             logger.error("old checkpoints could not be deleted: %s", error)
 
-    def _prune(self) -> None:
+    def _prune(self, written: Path) -> None:
         if self._keep is None:
             return
-        valid = [path for path in list_checkpoints(self._folder) if self._valid(path)]
-        for checkpoint in valid[self._keep :]:
+        # What was just written stays, whatever the dates of the others say.
+        others = [path for path in list_checkpoints(self._folder) if path.name != written.name]
+        valid = [path for path in others if self._valid(path)]
+        for checkpoint in valid[self._keep - 1 :]:
             discard(checkpoint, secrets.token_hex(4))
 
     def _valid(self, checkpoint: Path) -> bool:

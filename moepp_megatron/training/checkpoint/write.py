@@ -31,6 +31,7 @@ from moepp_megatron.training.checkpoint.read import agreed_reason
 from moepp_megatron.training.checkpoint.room import Pruner, incomplete_name, remove_leftovers
 from moepp_megatron.training.checkpoint.state import saved_state
 from moepp_megatron.training.checkpoint.upload import BackgroundUpload, upload
+from moepp_megatron.training.checkpoint.validity import plain_damage
 from moepp_megatron.training.run_folder import staging_folder
 from moepp_megatron.training.setup import TrainingModel
 
@@ -77,14 +78,17 @@ class CheckpointWriter:
 
     Attributes:
         failed_saves: Saves that failed so far.
-        error: Why the last save failed; None if it did not.
+        error: What is wrong with the last save; None if nothing is.
+        last_failure: The newest `error` that there was, though a later save has succeeded.
         written: Complete checkpoints, oldest first, until whoever wants to know takes them out.
     """
 
     def __init__(self, folder: Path, config: Config, tokenizer: Path) -> None:
         self.failed_saves = 0
         self.error: str | None = None
+        self.last_failure: str | None = None
         self.written: list[Path] = []
+        self._newest: Path | None = None
         self._folder = folder
         self._config = config
         self._tokenizer = tokenizer_files(tokenizer) if dist.get_rank() == 0 else {}
@@ -118,6 +122,7 @@ class CheckpointWriter:
             The folder that the checkpoint has, or will have, unless the save fails.
         """
         self.finish()
+        self.check_newest()
         final = self._folder / checkpoint_name(progress.step)
         temporary = self._prepare(final)
         if temporary is None:
@@ -162,6 +167,19 @@ class CheckpointWriter:
                 self._complete(save, functools.partial(_result, save))
             else:
                 time.sleep(_POLL_S)
+
+    def check_newest(self) -> None:
+        """Note it as a failed save if the newest checkpoint is gone; every rank must call."""
+        reason = None
+        if self._newest is not None and dist.get_rank() == 0:
+            try:
+                reason = plain_damage(self._newest)
+            except StoreError as error:
+                reason = str(error)
+        reason = self._agreement.from_first(reason)
+        if reason is not None and self._newest is not None:
+            self._failed(self._newest, reason, "was complete and is not any more")
+            self._newest = None
 
     def close(self) -> None:
         """End a save that is being written, without waiting for it or for other ranks."""
@@ -227,7 +245,7 @@ class CheckpointWriter:
         if reason is not None:
             self._failed(save.final, reason)
             return
-        self.error = None
+        self.error, self._newest = None, save.final
         self.written.append(save.final)
         self._prune(save.final)
 
@@ -260,9 +278,9 @@ class CheckpointWriter:
             return _describe(error)
         return None
 
-    def _failed(self, final: Path, reason: str) -> None:
+    def _failed(self, final: Path, reason: str, what: str = "could not be written") -> None:
         self.failed_saves += 1
-        self.error = f"checkpoint {final} could not be written: {reason}"
+        self.error = self.last_failure = f"checkpoint {final} {what}: {reason}"
         if dist.get_rank() == 0:
             logger.error("%s; training goes on without it", self.error)
 

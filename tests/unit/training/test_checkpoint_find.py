@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,6 @@ from moepp_megatron.training.checkpoint import (
     check_start,
     damage,
     find_checkpoint,
-    latest_checkpoint,
     list_checkpoints,
 )
 from moepp_megatron.training.checkpoint.room import Pruner
@@ -46,7 +47,6 @@ def test_a_whole_checkpoint_has_no_damage(write, tmp_path: Path):
         ("__0_0.distcp", None, "__0_0.distcp is missing"),
         ("integrity.json", b'{"files": {}}', "integrity.json is damaged"),
         ("integrity.json", b'{"algorithm": "sha256", "files": {}}', "does not vouch for .metadata"),
-        ("state.json", b'{"format_version": 99}', "state.json has format 99"),
         ("integrity.json", b"[" * 100_000, "integrity.json is damaged"),
         ("integrity.json", manifest_of(sizes=["a"]), "integrity.json is damaged"),
         ("integrity.json", manifest_of(sizes={".metadata": "5"}), "integrity.json is damaged"),
@@ -130,13 +130,51 @@ def test_nothing_to_find_is_refused(tmp_path: Path):
         find_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["step_00000005", "../step_00000005", "", "\0"])
-def test_latest(write, tmp_path: Path, content: str):
-    checkpoint = write(tmp_path / "checkpoints", 5)
-    write(tmp_path, 5)
-    (tmp_path / "checkpoints" / "latest").write_text(content)
-    expected = checkpoint if content == "step_00000005" else None
-    assert latest_checkpoint(tmp_path / "checkpoints") == expected
+@pytest.mark.parametrize("step", [5, 20])
+def test_a_newer_format_is_refused_and_nothing_is_touched(write, tmp_path: Path, caplog, step: int):
+    """It is no damage: an older one would be continued in its place. Wherever it is in the list."""
+    newer, old = write(tmp_path, step), write(tmp_path, 10)
+    record = json.loads(record_of(format_version=2, versions={"moepp_megatron": "9.8"}))
+    (newer / "state.json").write_text(json.dumps(record | {"what": "nobody knows"}))
+    before = sorted(tmp_path.rglob("*"))
+    message = (
+        rf"^checkpoint \({newer}\) must have format 1, and state.json has format 2; use the "
+        r"moepp_megatron that wrote it \(9.8\), or move the checkpoint away$"
+    )
+    auto, named = (config_of(checkpoint={"load": name}) for name in ("auto", str(newer)))
+    for look in (
+        lambda: find_checkpoint(tmp_path),
+        lambda: find_checkpoint(newer),
+        lambda: check_start(auto, tmp_path),
+        lambda: check_start(named, tmp_path),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            look()
+        assert caught.value.exit_code == 2
+    assert caplog.messages == []
+    # A save cannot refuse: it leaves the checkpoint alone.
+    Pruner(tmp_path, keep=1).wrote(old)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("lie", [time.time() + 86400.0, math.inf, math.nan, 1e300, -1.0])
+def test_where_a_date_lies_the_order_is_that_of_the_steps(write, tmp_path: Path, lie: float):
+    for step, saved_at in ((20, lie), (30, 5.0), (40, 4.0), (100_000_000, 3.0)):
+        write(tmp_path, step, saved_at)
+    steps = [int(path.name.removeprefix("step_")) for path in list_checkpoints(tmp_path)]
+    assert steps == [100_000_000, 40, 30, 20]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("saved_at", [0.5, 99.0])
+def test_what_was_just_written_is_never_pruned(write, tmp_path: Path, keep: int, saved_at: float):
+    """Whatever its date and its step: a run may have gone back."""
+    for step in (5, 10, 15):
+        write(tmp_path, step)
+    written = write(tmp_path, 4, saved_at)
+    Pruner(tmp_path, keep).wrote(written)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == ({"step_00000004", "step_00000015"} if keep == 2 else {written.name})
 
 
 def test_keep_counts_valid_ones_and_never_deletes_what_is_damaged(write, tmp_path: Path, caplog):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import Layout
+from moepp_megatron.training.checkpoint import progress
 from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
 from moepp_megatron.training.resumed import start_lines
 from moepp_megatron.training.schedule import learning_rate
@@ -30,6 +31,25 @@ def resumed(folder: Path, ranks: int = 1, **changes: dict) -> list[str]:
 
 def test_the_same_run_says_only_where_it_goes_on(tmp_path: Path) -> None:
     assert resumed(tmp_path, run={"dir": "elsewhere"}) == [f"resumed from step 6 of {tmp_path}"]
+
+
+def test_other_versions_than_those_of_the_checkpoint_are_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = {**progress._versions(), "triton": "9"}
+    recorded = {**here, "torch": "2.3.4", "transformer-engine": "1.2"}
+    # What an older version did not record is no difference.
+    del recorded["triton"]
+    monkeypatch.setattr(progress, "_versions", lambda: recorded)
+    config = config_of()
+    record = SavedRecord.now(Progress(6, 48, 768), Layout.from_config(config, 1))
+    monkeypatch.setattr(progress, "_versions", lambda: here)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    (line,) = start_lines(tmp_path, record, config, Layout.from_config(config, 1))[1:]
+    assert line == (
+        f"warning: it was written with torch 2.3.4 (now {here['torch']}), transformer-engine 1.2 "
+        "(now none): the run may differ in bits from one without a break"
+    )
 
 
 def test_a_longer_run_names_the_jump_of_the_learning_rate(tmp_path: Path) -> None:
