@@ -23,6 +23,16 @@ from moepp_megatron.workbench.planning.workload import Workload
 _CORE_KERNELS = 10
 # Reads and writes, forward and backward, of a tensor [rows, I] between an FFN's two products.
 _ACTIVATION_PASSES = (3, 6)
+# Of clamping both halves of the first product, two clamps that are joined again: the same passes,
+# and kernels (megatron-core, fusions/fused_bias_geglu.py).
+_CLAMP_PASSES, _CLAMP_KERNELS = (8, 10), 3
+# Of the second product's bias, which is added to each expert's rows apart: a product with the gates
+# and a sum, all joined; backward two products and their sums. Passes over [rows, D], and kernels of
+# each expert (megatron-core, `TEGroupedMLP._apply_bias`). The first product adds its own.
+_BIAS_PASSES, _BIAS_KERNELS = (6, 8), (2, 4)
+# Of a rotation without a kernel of its own: products with cosine and sine, halves swapped, joined
+# and added, either way: passes over queries and keys (megatron-core, rope_utils.py).
+_ROTATION_PASSES, _ROTATION_KERNELS = 12, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +114,10 @@ def _attention(load: Workload, grid: Grid) -> LayerPart:
     # The rotation reads and writes queries and keys; query/key norms do so again.
     turned = 2 * size * group * heads * 2 * attention.qk_dim
     moved = turned * (2 if attention.norm_parameters() else 1)
+    if not load.rotation_fused:
+        width = heads * attention.qk_dim + attention.exchanged_width(grid.tp) / 2
+        moved += _ROTATION_PASSES * size * group * width - turned
+        kernels += _ROTATION_KERNELS
     number = load.numbers.dtype
     ahead_work = Work(
         forward, core, load.seq // grid.cp, moved + moved_forward, kernels, core_number=number
@@ -216,22 +230,41 @@ def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     first = linear_work(load, rows / experts, 2 * width, load.hidden, experts)
     second = linear_work(load, rows / experts, load.hidden, width, experts)
     activation = load.numbers.activation_bytes * rows * width
-    passes = _ACTIVATION_PASSES
-    casts = first.casts + second.casts
+    moved, kernels = _beside_products(load, activation, rows, experts)
+    casts = first.casts + second.casts + copies
     forward = Work(
         first.forward + second.forward,
-        moved=passes[0] * activation + first.moved + second.moved + copied,
-        kernels=4 + 2 * experts + casts + copies,
+        moved=moved[0] + first.moved + second.moved + copied,
+        kernels=kernels[0] + casts,
     )
     backward = Work(
         first.backward + second.backward,
-        moved=passes[1] * activation + first.moved_back + second.moved_back + copied,
-        kernels=6 + 4 * experts + casts + copies,
+        moved=moved[1] + first.moved_back + second.moved_back + copied,
+        kernels=kernels[1] + casts,
     )
     again = _again(grid, "moe", forward)
     if "moe_act" in grid.recompute:
-        again = Work(moved=3 * activation, kernels=1)
+        clamped = load.experts.is_clamped
+        passes = _ACTIVATION_PASSES[0] + clamped * _CLAMP_PASSES[0]
+        again = Work(moved=passes * activation, kernels=1 + clamped * _CLAMP_KERNELS)
     return LayerPart("experts", forward, backward, again)
+
+
+def _beside_products(
+    load: Workload, activation: float, rows: float, experts: int
+) -> tuple[list[float], list[int]]:
+    """Bytes beside the experts' products, and kernels with them, forward and backward."""
+    clamped, biased = load.experts.is_clamped, load.experts.has_bias
+    output = load.numbers.activation_bytes * rows * load.hidden
+    moved = [
+        (own + clamped * clamp) * activation + biased * bias * output
+        for own, clamp, bias in zip(_ACTIVATION_PASSES, _CLAMP_PASSES, _BIAS_PASSES, strict=True)
+    ]
+    kernels = [
+        base + (each + biased * bias) * experts + clamped * _CLAMP_KERNELS
+        for base, each, bias in zip((4, 6), (2, 4), _BIAS_KERNELS, strict=True)
+    ]
+    return moved, kernels
 
 
 def _row_copies(load: Workload, rows: float) -> tuple[float, int]:

@@ -63,6 +63,9 @@ def layer_traffic(
             # tensor_parallel/layers.py, and Transformer Engine's modules): what is left is the
             # gather of the output's gradient, as long as the forward pass's reduce-scatter.
             backward += scatter
+    if load.tensor_overlap:
+        # Around a ring, all but one of a product's chunks compute beside the next one's transfer.
+        forward, backward = forward / grid.tp, backward / grid.tp
     return LayerTraffic(
         tensor_forward=forward,
         tensor_backward=backward,

@@ -24,6 +24,8 @@ class Experts(ExpertLayout):
         dispatcher: How tokens reach their experts.
         permute_fused: Tokens are permuted by fused kernels.
         router_pads: The router gives each FFN expert as many tokens as FP8 products take.
+        has_bias: FFN experts have biases.
+        is_clamped: The two halves of the first product are clamped before the activation.
         most_nodes: A token's experts lie on at most so many nodes; None for any.
         num_groups: Groups of neighbouring FFN experts.
         group_topk: Groups that a token's FFN experts come from.
@@ -36,6 +38,8 @@ class Experts(ExpertLayout):
     dispatcher: Dispatcher = "alltoall"
     permute_fused: bool = True
     router_pads: bool = False
+    has_bias: bool = False
+    is_clamped: bool = False
     most_nodes: int | None = None
     num_groups: int = 1
     group_topk: int = 1
@@ -122,6 +126,9 @@ class Workload:
             by one: attn, mlp, moe_router, moe_preprocess, moe, full_iteration.
         gated: FFNs of dense layers have a gate: three matrices instead of two.
         delays_gradients: The combined schedule computes the weights' gradients last.
+        rotation_fused: One kernel rotates queries, and one keys.
+        tensor_overlap: Tensor-parallel gathers and reduce-scatters run chunk by chunk beside their
+            products (Transformer Engine's user buffers).
     """
 
     hidden: int
@@ -141,6 +148,8 @@ class Workload:
     graphs: frozenset[str] = frozenset()
     gated: bool = True
     delays_gradients: bool = False
+    rotation_fused: bool = True
+    tensor_overlap: bool = False
 
     @classmethod
     def from_config(cls, config: Config) -> Workload:
@@ -196,6 +205,10 @@ class Workload:
         most_nodes: int | None,
         permute_fused: bool,
         router_pads: bool,
+        expert_bias: bool,
+        clamped: bool,
+        rotation_fused: bool,
+        tensor_overlap: bool,
     ) -> Workload:
         """The same model with what no configuration says (`measured.rows.Beyond`)."""
         attention = self.attention
@@ -216,11 +229,15 @@ class Workload:
             loss_fused=False,
             dense_size=ungated_size or self.dense_size,
             gated=ungated_size is None,
+            rotation_fused=rotation_fused,
+            tensor_overlap=tensor_overlap,
             experts=replace(
                 self.experts,
                 most_nodes=most_nodes,
                 permute_fused=permute_fused,
                 router_pads=router_pads,
+                has_bias=expert_bias,
+                is_clamped=clamped,
             ),
         )
 

@@ -1,4 +1,4 @@
-"""`moepp plan --measured` on the terminal, as JSON, and as tables for docs/planning.md."""
+"""`moepp plan --measured` on the terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rich import box
 from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_result
-from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.measured.compare import (
     Comparison,
     FamilyErrors,
@@ -103,51 +102,3 @@ def write_measured(path: Path, comparisons: Iterable[Comparison]) -> None:
     """Write one entry for every row, in their order."""
     records = [one.record() for one in comparisons]
     write_result(path, (json.dumps(records, indent=1) + "\n").encode())
-
-
-def rows_table(comparisons: Iterable[Comparison]) -> str:
-    """The comparisons as a table for docs/planning.md."""
-    lines = [
-        "| run | GPUs | layout | tokens/s/GPU | model | error |",
-        "|---|---|---|---|---|---|",
-    ]
-    for one in comparisons:
-        measured = one.run.tokens_per_s_per_gpu
-        if measured is None or one.error is None:
-            continue
-        name = one.run.row.name + ("" if one.run.row.scope == "in" else f" ({one.run.row.scope})")
-        lines.append(
-            f"| {name} | {one.run.row.gpus:,} | {_layout_words(one.run.grid)} | {measured:,.0f} "
-            f"| {one.tokens_per_s_per_gpu:,.0f} | {one.error:+.1%} |"
-        )
-    return "\n".join(lines)
-
-
-def families_table(chosen_by: Iterable[Comparison], shown_on: Iterable[Comparison]) -> str:
-    """Errors by family of the runs that set numbers and of those that did not."""
-    sets, others = family_errors(chosen_by), family_errors(shown_on)
-    near = family_errors(shown_on, ("near",))
-    lines = [
-        "| family | set numbers: rows, median | held out: rows, median, largest | held out, near |",
-        "|---|---|---|---|",
-    ]
-    for family in sorted({*sets, *others, *near}):
-        cells = [
-            _cell(found.get(family), largest)
-            for found, largest in ((sets, False), (others, True), (near, True))
-        ]
-        lines.append(f"| {family} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cell(errors: FamilyErrors | None, largest: bool) -> str:
-    if errors is None:
-        return "-"
-    text = f"{errors.rows}, {errors.median:.1%}"
-    return f"{text}, {errors.largest:.0%}" if largest else text
-
-
-def _layout_words(grid: Grid) -> str:
-    """Degrees above 1, such as TP2 PP8 EP64, overlap."""
-    text = " ".join(grid.splits) or "data parallel"
-    return text + (", overlap" if grid.expert_overlap else "")

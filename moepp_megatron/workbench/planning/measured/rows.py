@@ -49,6 +49,10 @@ class Beyond(_Strict):
     most_nodes_per_token: int | None = Field(default=None, ge=1)
     permute_fusion: bool = True
     router_padding: bool = False
+    expert_bias: bool = False
+    activation_clamp: bool = False
+    rotation_fusion: bool = True
+    tensor_overlap: bool = False
 
 
 class Measured(_Strict):
@@ -212,6 +216,10 @@ def run_of(row: Row, source: str = "a row") -> Run:
         most_nodes=beyond.most_nodes_per_token,
         permute_fused=beyond.permute_fusion,
         router_pads=beyond.router_padding,
+        expert_bias=beyond.expert_bias,
+        clamped=beyond.activation_clamp,
+        rotation_fused=beyond.rotation_fusion,
+        tensor_overlap=beyond.tensor_overlap,
     )
     hardware = load_hardware(nearest_hardware(row.hardware))
     routing = early(load.experts.num_ffn_experts) if row.routing == "learned" else FORCED_BALANCE

@@ -392,6 +392,23 @@ def test_rows_are_copied_for_fp8_where_nothing_has_rounded_them() -> None:
     assert in_bf16 == _experts_of(None, router_pads=True)
 
 
+def test_unfused_parts_of_experts_move_what_they_read_and_write() -> None:
+    """`TEGroupedMLP` with a bias and clamped halves, 1,024 rows of 32 experts in bf16."""
+    plain = _experts_of(None)
+    biased, clamped = _experts_of(None, has_bias=True), _experts_of(None, is_clamped=True)
+    output = 1024 * 2048 * 2
+    # Gate times bias; rows and that to a sum; all joined. Backward gradient times gate and times
+    # bias, their sums, and the pieces joined.
+    assert biased.forward.moved - plain.forward.moved == (1 + 3 + 2) * output
+    assert biased.backward.moved - plain.backward.moved == (2 + 1 + 2 + 1 + 2) * output
+    assert biased.forward.kernels - plain.forward.kernels == 2 * 32
+    # Both halves read and written, and once more where they are joined; backward each is read with
+    # its gradient.
+    inner = (clamped.forward.moved - plain.forward.moved) / 8
+    assert clamped.backward.moved - plain.backward.moved == 10 * inner
+    assert clamped.forward.products == plain.forward.products
+
+
 def test_products_in_fp8_have_rows_rounded_up() -> None:
     found = {
         recipe: _experts_of(recipe).forward.products[0].m for recipe in (None, "delayed", "mxfp8")
