@@ -70,7 +70,8 @@ def monitor(
 
         wait_until_stopped()
         return
-    live = LiveRun(run[0])
+    # A name for `.` too.
+    live = LiveRun(run[0] if run[0].name else run[0].absolute())
     if once or not console.is_terminal:
         print_run(live, console)
     else:

@@ -1,5 +1,6 @@
 """Reads the data of a report: a run's resolved configuration, its records and alerts."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,10 @@ from moepp_megatron.experts import ExpertLayout
 from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
+from moepp_megatron.training.run_folder import RUN_FILES
+
+# Runs of a folder that a message names.
+_NAMED_RUNS = 5
 
 # A run's folder may come from elsewhere: what it counts is bounded as in the configuration.
 Layers = Annotated[int, Field(ge=1, le=LARGEST["layers"])]
@@ -151,6 +156,32 @@ class RunData:
     alerts: list[Alert] = field(default_factory=list)
 
 
+def runs_inside(folder: Path) -> list[Path]:
+    """The folders of runs directly in a folder, by name; none where it cannot be read."""
+    try:
+        return sorted(path for path in folder.iterdir() if _is_run(path))
+    except OSError:
+        return []
+
+
+def _is_run(path: Path) -> bool:
+    # A link such as `latest` would be a second name of the same run.
+    return not path.is_symlink() and any((path / name).is_file() for name in RUN_FILES)
+
+
+def refuse_folder_of_runs(folder: Path) -> None:
+    """Refuse a folder that holds runs and is none.
+
+    Raises:
+        ReportError: If it does; names them.
+    """
+    runs = runs_inside(folder)
+    if runs:
+        named = " ".join(shlex.quote(str(run)) for run in runs[:_NAMED_RUNS])
+        rest = f" and {len(runs) - _NAMED_RUNS} more" if len(runs) > _NAMED_RUNS else ""
+        raise ReportError(f"{folder}: holds runs and is none itself; name one: {named}{rest}")
+
+
 def load_run(folder: Path) -> RunData:
     """Reads a run's ``config.yaml``, ``metrics.jsonl`` and, where there is one, ``alerts.jsonl``.
 
@@ -162,6 +193,8 @@ def load_run(folder: Path) -> RunData:
             f"{folder}: is not a folder{looked_at(folder)}; name the folder of a run that "
             "`moepp train` has started"
         )
+    if not (folder / CONFIG_FILE).exists():
+        refuse_folder_of_runs(folder)
     config, text = read_config(folder / CONFIG_FILE)
     try:
         records = read_metrics(folder / METRICS_FILE)

@@ -79,7 +79,7 @@ def test_an_option_means_the_same_in_every_command() -> None:
         assert text.startswith("Write "), name
     for name, metavar, text in found["--gpu"]:
         assert (metavar, GPU_NAMES in text) == ("NAME", True), name
-    assert {option: len(places) >= 3 for option, places in found.items()} == dict.fromkeys(
+    assert {option: len(places) >= 2 for option, places in found.items()} == dict.fromkeys(
         found, True
     )
 
@@ -343,3 +343,21 @@ def test_a_target_that_is_taken_is_refused_before_torch_is_imported(tmp_path: Pa
     assert ended.stdout == "2 False\n" * 5
     taken = f"error: DST ({tmp_path / 'dst'}) must not exist or be empty; choose another folder\n"
     assert ended.stderr == taken * 5
+
+
+@pytest.mark.parametrize("command", [["report"], ["monitor", "--once"]], ids=lambda c: c[0])
+def test_runs_inside_a_folder_are_named(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(7):
+        (tmp_path / "runs" / f"r {number}").mkdir(parents=True)
+        (tmp_path / "runs" / f"r {number}" / "config.yaml").touch()
+    code, _, err = _run([*command, "runs"], monkeypatch, capsys)
+    assert code == 2
+    assert err.startswith("error: runs: holds runs and is none itself; name one: 'runs/r 0' 'runs/")
+    assert err.endswith("'runs/r 4' and 2 more\n")
+    monkeypatch.chdir("runs")
+    assert "name one: 'r 0'" in _run([*command, "."], monkeypatch, capsys)[2].replace(
+        str(tmp_path / "runs") + "/", ""
+    )

@@ -18,7 +18,12 @@ from moepp_megatron.observe.tail import Tail
 from moepp_megatron.training.run_folder import RUN_FILES
 from moepp_megatron.workbench.report.live.history import History
 from moepp_megatron.workbench.report.live.liveness import RunHealth, judge
-from moepp_megatron.workbench.report.run_data import ReportError, RunConfig, read_config
+from moepp_megatron.workbench.report.run_data import (
+    ReportError,
+    RunConfig,
+    read_config,
+    refuse_folder_of_runs,
+)
 
 # What a run, or a job that waits to become one, leaves in its folder.
 _TRACES = {*RUN_FILES, "checkpoints", "tensorboard", "slurm", "hangs"}
@@ -148,7 +153,8 @@ def check_folder(folder: Path) -> None:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise ReportError(f"{folder}: cannot be read ({error.strerror})") from error
-    if names and names.isdisjoint(_TRACES):
+    if names.isdisjoint(RUN_FILES) and not names <= _TRACES:
+        refuse_folder_of_runs(folder)
         raise ReportError(
             f"{folder}: holds other files but no {CONFIG_FILE} or {METRICS_FILE}; name the folder "
             "of a run (run.dir)"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moepp_megatron.training.run_folder import RUN_FILES
 from moepp_megatron.workbench.report.live.run import LiveRun, check_folder
-from moepp_megatron.workbench.report.run_data import ReportError, name_below
+from moepp_megatron.workbench.report.run_data import ReportError, name_below, runs_inside
 
 
 class LiveRuns:
@@ -62,13 +62,4 @@ def _runs_in(folder: Path) -> list[Path]:
     """The folders of runs in a folder; the folder itself if it is a run's, or holds none."""
     if any((folder / name).exists() for name in RUN_FILES):
         return [folder]
-    try:
-        inside = sorted(path for path in folder.iterdir() if _is_run(path))
-    except OSError:
-        inside = []
-    return inside or [folder]
-
-
-def _is_run(path: Path) -> bool:
-    # A link such as `latest` would be a second name of the same run.
-    return not path.is_symlink() and any((path / name).is_file() for name in RUN_FILES)
+    return runs_inside(folder) or [folder]

@@ -179,6 +179,8 @@ def test_wrong_folders_are_refused(tmp_path: Path, make_run):
         LiveRun(tmp_path / "missing")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("x")
+    # A folder `slurm` of a job that waits, in what is no run's folder: a clone of the repository.
+    (tmp_path / "other" / "slurm").mkdir()
     with pytest.raises(ReportError, match=r"holds other files but no config\.yaml"):
         LiveRun(tmp_path / "other")
     run = make_run(steps=1)
