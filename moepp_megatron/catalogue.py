@@ -141,7 +141,8 @@ class Record(BaseModel):
         "tokens of the global batch over the step's time", "tokens/s", "speed",
         "moepp_tokens_per_second", panel=("Throughput", "tokens/s"))]
     balance_loss: Annotated[Number, Metric(
-        "heterogeneous load-balance loss, without its coefficient, mean over MoE layers", "",
+        "heterogeneous load-balance loss, without its coefficient: mean over MoE layers, and over "
+        "micro-batches by their tokens without padding, as it is trained", "",
         "loss/balance", "moepp_balance_loss", drawn=Drawn("Balance loss", "balance loss", 5))]
     ffn_fraction: Annotated[Number, Metric(
         "FFN experts' share of all selections, mean over MoE layers", "share", "router",
@@ -217,9 +218,9 @@ class Record(BaseModel):
         "moepp_class_ffn_per_token", "class",
         panel=("FFN experts of a token, by class", "{{class}}"))] = None
     source_tokens: Annotated[dict[str, Number] | None, Metric(
-        "share of the tokens that come from a data source; like the next three only where the "
-        "prepared data have several", "share", "source_tokens", "moepp_source_tokens_ratio",
-        "source")] = None
+        "share of the tokens with a loss that come from a data source; like the next three only "
+        "where the prepared data have several", "share", "source_tokens",
+        "moepp_source_tokens_ratio", "source")] = None
     source_loss: Annotated[dict[str, Number] | None, Metric(
         "mean language-model loss behind the tokens of a data source", "nats", "source_loss",
         "moepp_source_loss", "source", panel=("Loss by data source", "{{source}}"))] = None
@@ -232,7 +233,7 @@ class Record(BaseModel):
         "layers", "share", "source_expert_share", "moepp_source_expert_ratio",
         "source,expert,kind")] = None
     z_loss: Annotated[MaybeFloat, Metric(
-        "router z-loss, without its coefficient, mean over MoE layers", "", "loss/z",
+        "router z-loss, without its coefficient, mean as of balance_loss", "", "loss/z",
         "moepp_z_loss", drawn=Drawn("Router z-loss", "z-loss", 8))] = None
     mtp_loss: Annotated[MaybeFloat, Metric(
         "loss of multi-token prediction: mean over its depths and the tokens that they predict, "

@@ -28,7 +28,7 @@ from moepp_megatron.moe.dispatcher import RowDispatcher, build_dispatcher, bytes
 from moepp_megatron.moe.kernels import use_kernels
 from moepp_megatron.moe.padding import local_mask
 from moepp_megatron.moe.router import Choice, MoEPPRouter, Routing
-from moepp_megatron.moe.statistics import RoutingStatistics
+from moepp_megatron.moe.statistics import RoutingStatistics, tracked_losses
 from moepp_megatron.moe.upstream_private import check_upstream
 from moepp_megatron.moe.upstream_settings import refuse_ignored
 from moepp_megatron.moe.zero_computation import Ingredients, ZeroComputationExperts
@@ -50,14 +50,18 @@ class VanillaMoELayer(MoELayer):
         """Route as megatron-core does and count the selections."""
         if padding_mask is not None:
             padding_mask = local_mask(padding_mask, hidden_states, self.config, self.attn_tp_group)
+        if not RoutingStatistics.counts_now(self.training):
+            return super().route(hidden_states, padding_mask)
+        before = {} if padding_mask is None else tracked_losses(self.layer_number)
         probs, routing_map = super().route(hidden_states, padding_mask)
-        if RoutingStatistics.counts_now(self.training):
-            counted, num_tokens = routing_map, routing_map.shape[0]
-            if padding_mask is not None:
-                # megatron-core routes padding as it does tokens; it counts in none of its losses.
-                counts = ~padding_mask.reshape(-1)
-                counted, num_tokens = routing_map & counts.unsqueeze(-1), counts.sum()
-            self.statistics.add_selection(counted.sum(dim=0), num_tokens)
+        counted, num_tokens = routing_map, routing_map.shape[0]
+        if padding_mask is not None:
+            # megatron-core routes padding as it does tokens; it counts in none of its losses.
+            counts = ~padding_mask.reshape(-1)
+            counted, num_tokens = routing_map & counts.unsqueeze(-1), counts.sum()
+            for name, loss in tracked_losses(self.layer_number).items():
+                self.statistics.add_loss(name, loss - before.get(name, 0.0), num_tokens)
+        self.statistics.add_selection(counted.sum(dim=0), num_tokens)
         return probs, routing_map
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:

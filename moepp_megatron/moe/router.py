@@ -18,6 +18,7 @@ from torch import Tensor
 from moepp_megatron.layer_settings import BalanceScope
 from moepp_megatron.moe.balance import (
     GlobalBatchFractions,
+    NumTokens,
     attach_loss,
     attached_loss,
     local_balance_loss,
@@ -37,7 +38,7 @@ from moepp_megatron.moe.parameter import replicated_parameter
 from moepp_megatron.moe.router_config import router_config
 from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.moe.selection import Selection, select, standardized
-from moepp_megatron.moe.statistics import RoutingStatistics
+from moepp_megatron.moe.statistics import BALANCE, Z_LOSS, RoutingStatistics
 from moepp_megatron.moe.token_tags import count_by_tags, forced_tokens
 
 # The names under which Megatron's training loop looks for a balance loss of this scope.
@@ -277,7 +278,9 @@ class MoEPPRouter(TopKRouter):
         if padding_mask is None or not counts:
             return super().apply_z_loss(logits)
         squares_T = torch.logsumexp(logits, dim=-1).square().masked_fill(padding_mask, 0.0)
-        num_tokens = over_group((~padding_mask).sum(dtype=torch.float32), self.tp_cp_group)
+        own_tokens = (~padding_mask).sum(dtype=torch.float32)
+        num_tokens = over_group(own_tokens, self.tp_cp_group)
+        self.statistics.add_loss(Z_LOSS, squares_T.sum() / own_tokens.clamp(min=1), own_tokens)
         # This rank's summand, as of the balance loss.
         loss = squares_T.sum() / num_tokens.clamp(min=1)
         get_moe_metrics_tracker().record(
@@ -319,9 +322,8 @@ class MoEPPRouter(TopKRouter):
         """
         logits, gates_TE, routing_map_TE, counts_SE, *_ = choice
         num_tokens = gates_TE.shape[0] if padded is None else (~padded).sum()
-        loss = None
         if counts_SE is not None and self.moepp.balance_coeff > 0:
-            loss, gates_TE = self._balance(choice, padded)
+            gates_TE = self._balance(choice, padded)
         kept_TE = None
         if self.moepp.capacity_factor is not None:
             kept_TE = within_capacity(
@@ -336,10 +338,10 @@ class MoEPPRouter(TopKRouter):
             counts_E = counts_SE[0] if len(counts_SE) == 1 else counts_SE.sum(dim=0)
             wanted_E = counts_E.long()
             if self.ffn_demand == "none":
-                self.statistics.add_selection(wanted_E, num_tokens, kept_TE, loss)
+                self.statistics.add_selection(wanted_E, num_tokens, kept_TE)
             else:
                 made_E = routing_map_TE.sum(dim=0)
-                self.statistics.add_selection(made_E, num_tokens, kept_TE, loss, wanted_E)
+                self.statistics.add_selection(made_E, num_tokens, kept_TE, wanted_E)
             if self.statistics.watches_margins:
                 self._count_margins(logits, padded)
         if kept_TE is not None:
@@ -402,8 +404,8 @@ class MoEPPRouter(TopKRouter):
         logits_TE = standardized(logits_TE, self.moepp.logits_norm_std)
         self.health.add_routing(logits_TE, own_TE, routing_map_TE, self.expert_bias, padded)
 
-    def _balance(self, choice: Choice, padded: Tensor | None) -> tuple[Tensor, Tensor]:
-        """This rank's summand of L_b, and the gates with its gradient attached."""
+    def _balance(self, choice: Choice, padded: Tensor | None) -> Tensor:
+        """The gates with the gradient of this rank's summand of L_b, which is counted."""
         logits, gates_TE, _, counts_SE, score_sums_SE, _ = choice
         assert counts_SE is not None, "a selection that was not counted has no balance loss"
         assert score_sums_SE is not None, "counts and sums come together"
@@ -422,12 +424,15 @@ class MoEPPRouter(TopKRouter):
             self._num_tracked,
             reduce_group=self.tp_cp_group,
         )
+        if isinstance(shared, int):
+            num_tokens: NumTokens = shared * num_sequences
+            self.statistics.add_loss(BALANCE, loss)
+        else:
+            num_tokens = shared.sum()
+            self.statistics.add_loss(BALANCE, loss, num_tokens)
         attached = attached_loss(
-            loss,
-            self.moepp.balance_coeff,
-            shared * num_sequences if isinstance(shared, int) else shared.sum(),
-            self.calculate_per_token_loss,
+            loss, self.moepp.balance_coeff, num_tokens, self.calculate_per_token_loss
         )
         if self.health.enabled:
             self.health.watch_gradients(logits, attached)
-        return loss, attach_loss(gates_TE, attached)
+        return attach_loss(gates_TE, attached)

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
 from moepp_megatron.moe.token_tags import TagCounts
+
+BALANCE, Z_LOSS = "balance", "z"
+# Their names in megatron-core's tracker; a model has one kind of balance loss.
+_TRACKED = {
+    "load_balancing_loss": BALANCE,
+    "seq_load_balancing_loss": BALANCE,
+    "z_loss": Z_LOSS,
+}
+
+
+def tracked_losses(layer_number: int) -> dict[str, Tensor]:
+    """Losses of a layer in megatron-core's tracker, each a scalar on the device, by our names."""
+    found: dict[str, Tensor] = {}
+    for tracked, name in _TRACKED.items():
+        entry = get_moe_metrics_tracker().metrics.get(tracked)
+        if entry is not None:
+            value = entry.values[layer_number - 1].detach()
+            # A copy, for the tracker adds in place.
+            found[name] = value.clone() if name not in found else found[name] + value
+    return found
 
 
 class RoutingStatistics:
@@ -21,7 +42,7 @@ class RoutingStatistics:
         tagged: Tokens and selections by the tokens' tags; None where none are counted.
         num_cells, num_groups, num_sources: How many there are to count by; 0 for no count.
         dropped: Selections that a capacity limit took away.
-        balance_loss: Sum over micro-batches of this rank's summands of L_b, beta excluded.
+        losses: By name (`BALANCE`, `Z_LOSS`), what `add_loss` added up and the sum of its weights.
         num_tokens: Tokens seen, without padding.
         margins: [bins] int64 margins of FFN experts (`moe.margins`); None where none are counted.
         watches_margins: Whether they are to be counted.
@@ -42,7 +63,7 @@ class RoutingStatistics:
         self.tagged: TagCounts | None = None
         self.margins: Tensor | None = None
         self.dropped: Tensor | None = None
-        self.balance_loss: Tensor | None = None
+        self.losses: dict[str, tuple[Tensor, int | Tensor]] = {}
         self.num_tokens: int | Tensor = 0
         self.a2a_bytes: int | Tensor = 0
 
@@ -57,7 +78,6 @@ class RoutingStatistics:
         selected: Tensor,
         num_tokens: int | Tensor,
         kept: Tensor | None = None,
-        balance_loss: Tensor | None = None,
         wanted: Tensor | None = None,
     ) -> None:
         """Count one micro-batch.
@@ -66,7 +86,6 @@ class RoutingStatistics:
             selected: [E] int64 selections of each expert, all of them.
             num_tokens: T; a scalar on the device where some tokens are padding, which do not count.
             kept: [T, E] bool, the selections within capacity; None where nothing is dropped.
-            balance_loss: Scalar, this rank's summand of L_b.
             wanted: [E] int64, what the router wanted; None where that is `selected`.
         """
         self.selected = selected if self.selected is None else self.selected + selected
@@ -76,9 +95,32 @@ class RoutingStatistics:
         if kept is not None:
             dropped = selected.sum() - kept.sum()
             self.dropped = dropped if self.dropped is None else self.dropped + dropped
-        if balance_loss is not None:
-            loss = balance_loss.detach()
-            self.balance_loss = loss if self.balance_loss is None else self.balance_loss + loss
+
+    @torch.no_grad()
+    def add_loss(self, name: str, loss: Tensor, num_tokens: Tensor | None = None) -> None:
+        """Count one micro-batch's loss with the weight that it has in training.
+
+        Args:
+            name: `BALANCE` or `Z_LOSS`.
+            loss: Scalar: this rank's summand of L_b, or the z-loss of its tokens; without factor.
+            num_tokens: Tokens that it is of, where some are padding; None counts as 1, for
+                micro-batches that are all as large.
+        """
+        loss, weight = loss.detach(), 1 if num_tokens is None else num_tokens
+        if num_tokens is not None:
+            loss = loss * num_tokens
+        if name in self.losses:
+            total, weights = self.losses[name]
+            loss, weight = total + loss, weights + weight
+        self.losses[name] = loss, weight
+
+    @property
+    def balance_loss(self) -> Tensor | None:
+        """Mean over micro-batches of this rank's summands of L_b, beta excluded; or None."""
+        if BALANCE not in self.losses:
+            return None
+        total, weight = self.losses[BALANCE]
+        return total / weight
 
     def wanted_counts(self) -> Tensor | None:
         """[E] selections that the router wanted, on its device; None where none were counted."""
@@ -113,12 +155,12 @@ class RoutingStatistics:
 
     @torch.no_grad()
     def as_vector(self) -> Tensor:
-        """[E + 4] float64 on the device: selected, dropped, balance loss, tokens, bytes sent."""
+        """[E + 3] float64 on the device: selected, dropped, tokens, bytes sent."""
         device = torch.cuda.current_device()
-        vector = torch.zeros(self.num_experts + 4, dtype=torch.float64, device=device)
+        vector = torch.zeros(self.num_experts + 3, dtype=torch.float64, device=device)
         if self.selected is not None:
             vector[: self.num_experts] = self.selected
-        rest = (self.dropped, self.balance_loss, self.num_tokens, self.a2a_bytes)
+        rest = (self.dropped, self.num_tokens, self.a2a_bytes)
         for offset, value in enumerate(rest):
             if value is not None:
                 vector[self.num_experts + offset] = value

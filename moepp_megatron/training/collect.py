@@ -12,6 +12,7 @@ from moepp_megatron.config import Config, Layout
 from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.moe.margins import edges
 from moepp_megatron.moe.spec import router_pattern
+from moepp_megatron.moe.statistics import BALANCE, Z_LOSS, tracked_losses
 from moepp_megatron.training.setup import TrainingModel
 
 
@@ -51,7 +52,7 @@ class RoutingCollector:
         self._config = config
         self._num_experts = config.moe.num_experts
         self._is_vanilla = config.moe.is_vanilla
-        self._dp, self._num_microbatches = layout.dp, layout.num_microbatches
+        self._num_microbatches = layout.num_microbatches
         self._ranks_per_replica = layout.tp * layout.cp
         pattern = router_pattern(model.models[0].config)
         self.layer_numbers = [number for number, is_moe in enumerate(pattern, 1) if is_moe]
@@ -69,11 +70,6 @@ class RoutingCollector:
         for statistics in self._statistics.values():
             statistics.reset()
         get_moe_metrics_tracker().clear()
-
-    @property
-    def _num_losses(self) -> int:
-        """How often L_b, a sum over the ranks of one data-parallel replica, was computed."""
-        return self._dp * self._num_microbatches
 
     def selections(self) -> Tensor:
         """[MoE layers, E] float64 selections that routers wanted in the step, over all ranks.
@@ -127,45 +123,46 @@ class RoutingCollector:
 
     def collect(self) -> dict[str, object]:
         """Reduce over all ranks (every rank must call) and compute the metrics of the step."""
-        shape = len(self.layer_numbers), self._num_experts + 6
+        shape = len(self.layer_numbers), self._num_experts + 7
         local = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
         for row, number in enumerate(self.layer_numbers):
             if number in self._statistics:
-                local[row, : self._num_experts + 4] = self._statistics[number].as_vector()
-            local[row, -2:] = self._megatron_losses(number)
+                local[row, :-4] = self._statistics[number].as_vector()
+                # In megatron-core's tracker micro-batches weigh the same: none has padding.
+                losses: dict[str, tuple[Tensor, int | Tensor]] = {
+                    name: (loss, self._num_microbatches)
+                    for name, loss in tracked_losses(number).items()
+                }
+                losses |= self._statistics[number].losses
+                for place, name in enumerate((BALANCE, Z_LOSS)):
+                    local[row, place - 4], local[row, place - 2] = losses.get(name, (0, 0))
         return self._metrics(sum_over_ranks(local))
-
-    def _megatron_losses(self, layer_number: int) -> Tensor:
-        """[2] of megatron-core's own tracker, on the device: balance loss (vanilla) and z-loss."""
-        entries = get_moe_metrics_tracker().metrics
-        per_sequence = self._config.moe.balance_scope == "sequence"
-        balance = "seq_load_balancing_loss" if per_sequence else "load_balancing_loss"
-        found = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-        for place, name in enumerate((balance, "z_loss")):
-            if name in entries:
-                found[place] = entries[name].values[layer_number - 1].detach()
-        return found
 
     def _metrics(self, total: Tensor) -> dict[str, object]:
         """Metrics from the per-layer sums.
 
         Args:
-            total: [MoE layers, E + 6] float64: selections of each expert, dropped, balance loss,
-                tokens, bytes, megatron-core's balance loss, z-loss.
+            total: [MoE layers, E + 7] float64: selections of each expert, dropped, tokens, bytes,
+                balance loss, z-loss, the weights of these two.
         """
         experts, ffn = self._num_experts, self._config.moe.num_ffn_experts
         selected = total[:, :experts]
-        dropped, balance, tokens, num_bytes, their_balance, z_loss = total[:, experts:].T
+        dropped, tokens, num_bytes = total[:, experts:-4].T
+        # A mean over micro-batches, weighted as in training. The balance loss is a sum over the
+        # ranks of a data-parallel replica, the z-loss a mean over all ranks.
+        weights = total[:, -2:].clamp(min=1)
+        weights[:, 0] /= self._ranks_per_replica
+        balance, z_loss = (total[:, -4:-2] / weights).T
         # Every token makes K selections; where one capacity serves all experts (vanilla), dropped
         # selections are those that are missing.
         selections = (tokens * self._config.moe.router_topk).unsqueeze(1)
         if self._is_vanilla:
-            balance, dropped = their_balance, selections.squeeze(1) - selected.sum(dim=1)
+            dropped = selections.squeeze(1) - selected.sum(dim=1)
         share = selected / selections
         ffn_share = share[:, :ffn].sum(dim=1)
         ffn_load = share[:, :ffn].amax(dim=1) / (ffn_share / ffn).clamp(min=1e-12)
         metrics: dict[str, object] = {
-            "balance_loss": float(balance.mean() / self._num_losses),
+            "balance_loss": float(balance.mean()),
             "ffn_fraction": float(ffn_share.mean()),
             "ffn_per_token": float((selected[:, :ffn].sum(dim=1) / tokens).mean()),
             "expert_share": share.mean(dim=0).tolist(),
@@ -176,6 +173,5 @@ class RoutingCollector:
             "layer_ffn_fraction": ffn_share.tolist(),
         }
         if self._config.moe.z_loss_coeff is not None:
-            replicas = self._num_losses * self._ranks_per_replica
-            metrics["z_loss"] = float(z_loss.mean() / replicas)
+            metrics["z_loss"] = float(z_loss.mean())
         return metrics

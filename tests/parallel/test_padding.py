@@ -17,8 +17,11 @@ from tests.parallel.training_runs import (
     FULL,
     PP2,
     TP2,
+    VANILLA,
     Run,
+    SyntheticDataset,
     assemble,
+    begin_training,
     compare,
     difference,
     short,
@@ -175,3 +178,69 @@ def test_a_model_is_as_without_the_padded_tokens(
         apart = np.abs(padded[name] - expected).max()
         assert apart <= RELATIVE * np.abs(expected).max(), name
         assert expected.any(), f"{name} compares nothing"
+
+
+def recorded_and_trained(raw: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Losses of a step's record, and the means over its micro-batches as training weighs them."""
+    from unittest import mock
+
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from moepp_megatron.training.batches import rank_batches
+    from moepp_megatron.training.collect import RoutingCollector
+    from moepp_megatron.training.step import training_step
+
+    config, layout, model = begin_training(raw)
+    pad_some(model.models)
+    collector = RoutingCollector(model, config, layout)
+    collector.reset()
+    batches = rank_batches(SyntheticDataset(config, 1), 0, config, 1)
+    values: dict[str, list[float]] = {}
+    trained: list[float] = []
+    record, attach = MoEMetricsTracker.record, MoEAuxLossAutoScaler.apply
+
+    def recording(self: Any, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        values.setdefault("z_loss" if name == "z_loss" else "balance_loss", []).append(value.item())
+        record(self, name, value, *args, **kwargs)
+
+    def attaching(activation: Any, loss: Any) -> Any:
+        trained.append(loss.item())
+        return attach(activation, loss)
+
+    patches = (
+        mock.patch.object(MoEMetricsTracker, "record", recording),
+        mock.patch.object(MoEAuxLossAutoScaler, "apply", attaching),
+    )
+    with patches[0], patches[1]:
+        training_step(model, batches, config, layout)
+    coeffs = {"z_loss": config.moe.z_loss_coeff, "balance_loss": config.moe.balance_coeff}
+    (again,) = rank_batches(SyntheticDataset(config, 1), 0, config, 1)
+    tokens = sum(
+        int((next(again)["tokens"] % 5 >= 2).sum()) for _ in range(layout.num_microbatches)
+    )
+    # A z-loss is attached to the logits before the balance loss is to the gates.
+    names = [name for name, coeff in coeffs.items() if coeff]
+    expected = {
+        name: sum(trained[place :: len(names)]) / (coeffs[name] * tokens * config.model.num_layers)
+        for place, name in enumerate(names)
+    }
+    found = collector.collect()
+    plain = {name: sum(each) / len(each) for name, each in values.items()}
+    assert all(abs(plain[name] - expected[name]) > 1e-4 for name in names), "they weigh the same"
+    return {name: found[name] for name in names}, expected
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"balance_coeff": 0.1, "z_loss_coeff": 0.1},
+        {"balance_coeff": 0.1, "z_loss_coeff": 0.1, "balance_scope": "sequence"},
+        VANILLA | {"balance_coeff": 0.1, "z_loss_coeff": 0.1},
+    ],
+    ids=["microbatch", "sequence", "vanilla"],
+)
+def test_recorded_losses_are_the_trained_ones(ranks: RankPools, moe: dict[str, Any]) -> None:
+    """Micro-batches of unequal padding weigh as much as they have tokens."""
+    ((recorded, trained),) = ranks(1).run(recorded_and_trained, short(moe=moe))
+    assert recorded == pytest.approx(trained, rel=RELATIVE)
