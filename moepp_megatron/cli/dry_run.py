@@ -79,8 +79,7 @@ def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
-    from moepp_megatron.workbench.planning.built_rank.build import build_rank
-    from moepp_megatron.workbench.planning.built_rank.check import check_rank
+    from moepp_megatron.workbench.planning.built_rank import build_rank, check_rank
     from moepp_megatron.workbench.planning.workload import Workload
 
     built = build_rank(config, layout, rank)

@@ -103,7 +103,7 @@ def train(
         typer.Option(
             min=0,
             help="With --dry-run, build this rank here, without its peers or its memory, and "
-            "compare groups, shapes, parameters and memory with what is printed.",
+            "compare groups, layers, parameters and memory with what is printed.",
             metavar="RANK",
         ),
     ] = None,

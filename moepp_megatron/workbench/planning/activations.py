@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from moepp_megatron.workbench.planning.attention import LatentAttention
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.latent_attention import LatentAttention
 from moepp_megatron.workbench.planning.links import distinct_targets
 from moepp_megatron.workbench.planning.parts import Layer
 from moepp_megatron.workbench.planning.workload import Workload

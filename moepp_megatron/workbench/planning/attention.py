@@ -6,8 +6,25 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moepp_megatron.config import Config
-from moepp_megatron.workbench.planning.latent_attention import LatentAttention
-from moepp_megatron.workbench.planning.matmul import Matmul, NamedShape
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """A weight [outputs, inputs] of one rank and the tokens that it sees.
+
+    Attributes:
+        outputs: Rows of the weight on this rank.
+        inputs: Columns of the weight on this rank.
+        is_sequence_parallel: Whether it sees the rank's own share of the sequence instead of all of
+            it, because its weight is whole on every tensor-parallel rank.
+        is_up_projection: Whether it expands a compressed vector (`mla_up_proj` of megatron-core's
+            recomputation).
+    """
+
+    outputs: int
+    inputs: int
+    is_sequence_parallel: bool = False
+    is_up_projection: bool = False
 
 
 class Attention(Protocol):
@@ -27,9 +44,6 @@ class Attention(Protocol):
 
     def matmuls(self, hidden: int, tp: int) -> tuple[Matmul, ...]:
         """The projections, the output projection last."""
-
-    def named_shapes(self, hidden: int, tp: int) -> tuple[NamedShape, ...]:
-        """Shapes of the parameters by patterns of their names, the first that fits decides."""
 
     def norm_parameters(self) -> int:
         """Parameters of norms inside the attention, whole on every rank."""
@@ -84,18 +98,6 @@ class GroupedQuery:
             Matmul(hidden, self._query(tp)),
         )
 
-    def named_shapes(self, hidden: int, tp: int) -> tuple[NamedShape, ...]:
-        """The two products, and the query and key norms."""
-        first, last = self.matmuls(hidden, tp)
-        query_norm, key_norm = self._norm_widths()
-        return (
-            (r"q_layernorm\.weight$", (query_norm,)),
-            (r"k_layernorm\.weight$", (key_norm,)),
-            (r"linear_qkv\.weight$", (first.outputs, first.inputs)),
-            (r"linear_qkv\.bias$", (first.outputs,)),
-            (r"linear_proj\.weight$", (last.outputs, last.inputs)),
-        )
-
     def norm_parameters(self) -> int:
         """Weights of the query and key norms."""
         return sum(self._norm_widths()) if self.has_qk_norm else 0
@@ -139,6 +141,81 @@ class GroupedQuery:
     def _key(self, tp: int) -> int:
         # With fewer key/value heads than ranks, ranks share one.
         return max(self.groups // tp, 1) * self.head_dim
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (arXiv 2405.04434, section 2.1) as Megatron-LM lays it out.
+
+    With Transformer Engine's modules, compressions are whole on every tensor-parallel rank and see
+    its own tokens; their results are gathered, expansions are split over the ranks.
+
+    Attributes:
+        heads: Heads.
+        query_rank: Width of the compressed query; None where queries come from the input.
+        key_rank: Width of the compressed keys and values.
+        plain_dim: Width of a head's query and key without position.
+        rotary_dim: Width of the part with position, shared by all heads' keys.
+        v_dim: Width of a value.
+        has_norms: The compressed vectors are normalised.
+        splits_compressions: Compressions are split over the ranks and see all tokens, as
+            megatron-core's local modules do it (a rank built without Transformer Engine).
+    """
+
+    heads: int
+    query_rank: int | None
+    key_rank: int
+    plain_dim: int
+    rotary_dim: int
+    v_dim: int
+    has_norms: bool = True
+    splits_compressions: bool = False
+
+    @property
+    def qk_dim(self) -> int:
+        """Width of a query and of a key of one head."""
+        return self.plain_dim + self.rotary_dim
+
+    def matmuls(self, hidden: int, tp: int) -> tuple[Matmul, ...]:
+        """Compressions and expansions of queries and of keys and values, the output."""
+        heads = self.heads // tp
+        queries, keys = heads * self.qk_dim, heads * (self.plain_dim + self.v_dim)
+        compressed = self._compression(self.key_rank + self.rotary_dim, hidden, tp)
+        expanded = Matmul(keys, self.key_rank, is_up_projection=True)
+        output = Matmul(hidden, heads * self.v_dim)
+        if self.query_rank is None:
+            query = Matmul(queries, hidden, is_up_projection=True)
+            return query, compressed, expanded, output
+        down = self._compression(self.query_rank, hidden, tp)
+        up = Matmul(queries, self.query_rank, is_up_projection=True)
+        return down, compressed, up, expanded, output
+
+    def _compression(self, width: int, hidden: int, tp: int) -> Matmul:
+        if self.splits_compressions:
+            return Matmul(width // tp, hidden)
+        return Matmul(width, hidden, is_sequence_parallel=True)
+
+    def norm_parameters(self) -> int:
+        """Norms of the compressed vectors."""
+        return (self.query_rank or 0) + self.key_rank if self.has_norms else 0
+
+    def bias_parameters(self, tp: int) -> int:
+        """Parameters of biases: none."""
+        return 0
+
+    def gathered_width(self, hidden: int) -> int:
+        """The compressed vectors, the input in place of a query that is not compressed."""
+        queries = hidden if self.query_rank is None else self.query_rank
+        return queries + self.key_rank + self.rotary_dim
+
+    def kept_width(self, tp: int) -> int:
+        """Queries, keys, values, output of the core, and the compressed vectors."""
+        own = self.heads // tp * (2 * self.qk_dim + 2 * self.v_dim)
+        return own + self.gathered_width(0)
+
+    def exchanged_width(self, tp: int) -> int:
+        """Keys and values."""
+        return self.heads // tp * (self.qk_dim + self.v_dim)
 
 
 def attention_of(config: Config) -> GroupedQuery | LatentAttention:

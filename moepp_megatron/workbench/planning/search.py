@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.rules.flex import HIDDEN_ALIGNMENT
+from moepp_megatron.workbench.planning.attention import LatentAttention
 from moepp_megatron.workbench.planning.grid import FULL, Dispatcher, Grid, Recompute
-from moepp_megatron.workbench.planning.latent_attention import LatentAttention
 from moepp_megatron.workbench.planning.workload import Workload
 
 # arXiv 2603.07685, section 9.1: below this, context parallelism costs more than it gives.

@@ -7,9 +7,8 @@ from typing import Literal
 
 from moepp_megatron.config import Config
 from moepp_megatron.experts import ExpertLayout
-from moepp_megatron.workbench.planning.attention import Attention, attention_of
+from moepp_megatron.workbench.planning.attention import Attention, LatentAttention, attention_of
 from moepp_megatron.workbench.planning.grid import Dispatcher
-from moepp_megatron.workbench.planning.latent_attention import LatentAttention
 
 
 @dataclass(frozen=True, kw_only=True)

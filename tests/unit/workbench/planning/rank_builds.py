@@ -10,8 +10,7 @@ WORLD = 1024
 def build(raw: dict[str, Any], ranks: list[int]) -> list[tuple[Any, list[Any]]]:
     """Each rank as built, and its comparisons."""
     from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.workbench.planning.built_rank.build import build_rank
-    from moepp_megatron.workbench.planning.built_rank.check import check_rank
+    from moepp_megatron.workbench.planning.built_rank import build_rank, check_rank
 
     config = parse_config(raw)
     layout = Layout.from_config(config, WORLD)

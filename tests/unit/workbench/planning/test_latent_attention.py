@@ -11,9 +11,8 @@ import pytest
 
 from moepp_megatron.config import Layout, count_parameters, load_config, parse_config
 from moepp_megatron.config.flops import forward_flops_per_token
-from moepp_megatron.workbench.planning.attention import attention_of
+from moepp_megatron.workbench.planning.attention import LatentAttention, attention_of
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.latent_attention import LatentAttention
 from moepp_megatron.workbench.planning.memory import fullest_rank, memory_of, rank_memory
 from moepp_megatron.workbench.planning.pipeline import even_stages
 from moepp_megatron.workbench.planning.workload import Workload
@@ -72,8 +71,6 @@ def test_ranks_are_what_the_plan_says(elsewhere: ProcessPoolExecutor, kind: str,
     raw = settings(LAYOUT, model=MODELS[kind], moe={"layer_freq": [0, *[1] * 15]})
     [(built, checks)] = elsewhere.submit(build, raw, [rank]).result()
     assert [check for check in checks if not check.holds] == []
-    shapes = next(check for check in checks if check.name == "shapes as expected")
-    assert shapes.built == f"{len(built.parameters)} of {len(built.parameters)}"
     # With Transformer Engine a rank holds the compressions whole, which the plan counts.
     config = parse_config(raw)
     layout = Layout.from_config(config, WORLD)
