@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moepp_megatron.catalogue import Number
 from moepp_megatron.config.regular_file import check_regular
-from moepp_megatron.runtime.atomic import append_line
+from moepp_megatron.observe.line_file import LineFile
 
 logger = logging.getLogger(__name__)
 
@@ -95,30 +94,22 @@ class AlertFile:
     """
 
     def __init__(self, path: Path, start_over: bool = False) -> None:
-        self._path = path
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        self._fd = os.open(path, flags | (os.O_TRUNC if start_over else 0), 0o666)
-        self._repair()
-
-    def _repair(self) -> None:
-        """End an unfinished line of a killed run, so that the next one starts on its own line."""
-        content = self._path.read_bytes()
-        if not content.endswith(b"\n"):
-            os.ftruncate(self._fd, content.rfind(b"\n") + 1)
+        self._file = LineFile(path, start_over)
+        # A killed run may have left an unfinished line.
+        self._file.cut(self._file.read().rfind(b"\n") + 1)
 
     def send(self, alert: Alert) -> None:
         """Appends the alert.
 
         Raises:
             OSError: If the disk is full or gone.
+            ConfigError: If the folder has become another run's.
         """
-        append_line(self._fd, self._path, alert.to_json_line().encode())
+        self._file.append(alert.to_json_line().encode())
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
 
 class AlertLines:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from moepp_megatron.file_names import UNDONE_FILE
+from moepp_megatron.observe.line_file import LineFile
 from moepp_megatron.observe.metrics import StepMetrics, scan_metrics
-from moepp_megatron.runtime.atomic import append_line, write_atomic
+from moepp_megatron.runtime.atomic import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class JsonlSink:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             self._repair(resume_step)
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._file = LineFile(path)
 
     def _repair(self, resume_step: int | None) -> None:
         content = self.path.read_bytes()
@@ -66,8 +66,9 @@ class JsonlSink:
 
         Raises:
             OSError: If the disk is full or gone; the file then still ends with a complete line.
+            ConfigError: If the folder has become another run's.
         """
-        append_line(self._fd, self.path, record.to_json_line().encode())
+        self._file.append(record.to_json_line().encode())
 
     def go_back(self, step: int) -> None:
         """Moves the records of steps after ``step`` to ``metrics.undone.jsonl``.
@@ -78,25 +79,24 @@ class JsonlSink:
         Raises:
             OSError: If the disk is full or gone; the records are then still in the file.
         """
-        content = self.path.read_bytes()
+        content = self._file.read()
         end = _end_of(content, step)
         if end == len(content):
             return
-        path = self.path.with_name(UNDONE_FILE)
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        undone = LineFile(self.path.with_name(UNDONE_FILE))
         try:
-            append_line(fd, path, content[end:])
-            os.fsync(fd)
+            undone.append(content[end:])
         finally:
-            os.close(fd)
-        os.ftruncate(self._fd, end)
+            undone.close()
+        self._file.cut(end)
 
     def close(self) -> None:
-        """Forces the file to disk and closes it; a second call does nothing."""
-        if self._fd >= 0:
-            os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+        """Forces the file to disk and closes it; a second call does nothing.
+
+        Raises:
+            OSError: If it is on no disk.
+        """
+        self._file.close()
 
 
 def _end_of(content: bytes, step: int) -> int:

@@ -17,6 +17,7 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.file_names import STATUS_FILE
 from moepp_megatron.observe.metrics import StepMetrics
@@ -163,7 +164,8 @@ def write_status(run_dir: Path, status: RunStatus) -> None:
 class StatusSink:
     """Keeps ``RUN/status.json``: ``running`` from here on, ``ended`` once closed.
 
-    A run that fails or is killed does not close it, and leaves the id of a process that is gone.
+    It is written anew where it was removed, so that no other run takes the folder for free. A run
+    that fails or is killed does not close it, and leaves the id of a process that is gone.
 
     Args:
         run_dir: The run's folder.
@@ -177,7 +179,9 @@ class StatusSink:
         write_status(run_dir, RunStatus.of_rank())
 
     def write(self, record: StepMetrics) -> None:
-        """Do nothing: a record does not change the status."""
+        """Write the status if it is gone; a record does not change it."""
+        if not (self._run_dir / STATUS_FILE).exists():
+            write_status(self._run_dir, RunStatus.of_rank())
 
     def go_back(self, step: int) -> None:
         """Do nothing: a rollback does not change the status."""
@@ -186,6 +190,24 @@ class StatusSink:
         """Record that training has ended in order."""
         ended = RunStatus.of_rank().model_copy(update={"state": "ended"})
         write_status(self._run_dir, ended)
+
+
+def refuse_taken_over(run_dir: Path) -> None:
+    """Refuse to write on where this run's folder was moved away and another run has its name.
+
+    Raises:
+        ConfigError: If it is so; names that run's process.
+    """
+    status, claim = read_status(run_dir), inherited_claim()
+    if status is None or status.state == "ended" or status.is_gone():
+        return
+    own = {(socket.gethostname(), os.getpid())} | ({(claim.host, claim.pid)} if claim else set())
+    if (status.host, status.pid) in own:
+        return
+    raise ConfigError(
+        f"run.dir ({run_dir}) must stay this run's while it trains, and process {status.pid} on "
+        f"{status.host} has taken it; this run ends here, so resume it where its folder is now"
+    )
 
 
 def read_status(run_dir: Path) -> RunStatus | None:

@@ -64,6 +64,7 @@ class TensorBoardSink:
         self._names = experts.names
         self._moe_layers = moe_layers
         self._records = 0
+        self._folder = folder
         self._open = functools.partial(SummaryWriter, str(folder))
         _quiet_writer_thread()
         self._writer: Any = self._open(purge_step=resume_step)
@@ -75,6 +76,10 @@ class TensorBoardSink:
         health. Events that a full disk refuses are missing here, but not in ``metrics.jsonl``.
         """
         try:
+            if not self._folder.is_dir():
+                # Removed or renamed: what is open has no name any more.
+                self.close()
+                self._writer = None
             if self._writer is None:
                 self._writer = self._open()
             self._write(record)

@@ -1,4 +1,4 @@
-"""Writes files, lines and folders that readers see whole or not at all."""
+"""Writes files and folders that readers see whole or not at all."""
 
 import contextlib
 import ctypes
@@ -93,27 +93,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def append_line(fd: int, path: Path, line: bytes) -> None:
-    """Appends a line in one write, or nothing.
-
-    Args:
-        fd: The file, opened with ``O_APPEND`` by its only writer.
-        path: Its name, for the message.
-        line: The line with its line end.
-
-    Raises:
-        OSError: The disk is full or gone; the file then still ends with a complete line.
-    """
-    end = os.fstat(fd).st_size
-    written = os.write(fd, line)
-    if written != len(line):
-        os.ftruncate(fd, end)
-        raise OSError(
-            f"{path}: only {written} of {len(line)} bytes could be written; "
-            "free disk space and resume the run"
-        )
 
 
 @contextmanager

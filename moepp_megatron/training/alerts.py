@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from pathlib import Path
 
 from moepp_megatron.config import Config
+from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.observe.alert_sinks import open_alert_sinks
 from moepp_megatron.observe.alerts import Alert, AlertSinks
 from moepp_megatron.observe.sinks import Sinks
 from moepp_megatron.training.checkpoint import CheckpointWriter
 from moepp_megatron.training.checkpoint.progress import Progress
+from moepp_megatron.training.run_folder import write_config
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +24,12 @@ class RunAlerts:
 
     def __init__(self) -> None:
         self._sinks: AlertSinks | None = None
+        self._config: Config | None = None
         self._told_failed_saves = 0
 
     def open(self, config: Config, sinks: Sinks, progress: Progress) -> None:
         """Open the alert sinks, on the rank that owns the run's sinks."""
+        self._config = config
         self._sinks = open_alert_sinks(
             Path(config.run.dir),
             config.run.name,
@@ -40,10 +45,15 @@ class RunAlerts:
                 self._sinks.send(alert)
 
     def complain(self, progress: Progress, checkpoints: CheckpointWriter) -> None:
-        """Repeat that the last save failed, until one succeeds; each failure is one alert."""
+        """Repeat that the last save failed, until one succeeds; each loss of files is one alert."""
         failed = checkpoints.failed_saves
-        if self._sinks is None:
+        if self._sinks is None or self._config is None:
             return
+        folder = Path(self._config.run.dir)
+        if not (folder / CONFIG_FILE).exists():
+            self.send(_lost_files(progress, folder))
+            with contextlib.suppress(OSError):
+                write_config(self._config)
         if checkpoints.error is not None:
             logger.error("step %d: %s (%d failed saves)", progress.step, checkpoints.error, failed)
         if failed > self._told_failed_saves:
@@ -67,6 +77,21 @@ def _save_failed(progress: Progress, failed_saves: int, reason: str) -> Alert:
         condition=reason,
         severity="critical",
         action="warn",
+    )
+
+
+def _lost_files(progress: Progress, folder: Path) -> Alert:
+    """The run's folder, or files in it, were removed or renamed."""
+    return Alert(
+        step=progress.step,
+        time=time.time(),
+        rule="lost_files",
+        metric="tokens",
+        value=progress.tokens,
+        condition=f"{folder} has lost its {CONFIG_FILE}, and maybe all else: it was removed or "
+        "renamed while the run trains in it",
+        severity="critical",
+        action="write what follows there anew",
     )
 
 

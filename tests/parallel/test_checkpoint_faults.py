@@ -215,6 +215,49 @@ def test_a_checkpoint_that_is_lost_after_its_save(
     assert gone in json.loads(alert)["condition"]
 
 
+def lose_folder(raw: dict[str, Any], step: int, event: str) -> str | None:
+    """What a run calls missing at its end, if its folder is removed in a step or after its save."""
+    from moepp_megatron.training.callbacks import Callback
+
+    class Thief(Callback):
+        def on_step(self, run: Any, metrics: Any) -> None:
+            if event == "step" and run.step == step:
+                shutil.rmtree(raw["run"]["dir"])
+
+        def on_save(self, run: Any, checkpoint: Path) -> None:
+            if event == "save" and run.step == step:
+                shutil.rmtree(raw["run"]["dir"])
+
+    trainer = trainer_of(raw, [Thief()])
+    trainer.run()
+    return trainer.failure
+
+
+def test_a_run_whose_folder_is_removed(ranks: RankPools, corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    steps = {"train_iters": 4}
+    raw = trainer_settings(corpus, run, training=steps, checkpoint={"save_interval": 1})
+    assert ranks(1).run(lose_folder, raw, 2, "step") == [None]
+    assert logged(run, "step") == [3, 4]
+    told = [json.loads(line) for line in (run / "alerts.jsonl").read_text().splitlines()]
+    assert [alert["rule"] for alert in told] == ["lost_files", "failed_save"]
+    assert names(run / "checkpoints") == ["latest", *(f"step_0000000{step}" for step in (2, 3, 4))]
+    assert {"config.yaml", "status.json", "tensorboard"} <= set(names(run))
+
+
+def test_a_run_whose_folder_is_removed_at_its_end(
+    ranks: RankPools, corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    steps = {"train_iters": 3}
+    raw = trainer_settings(corpus, run, training=steps, checkpoint={"save_interval": 3})
+    (failure,) = ranks(1).run(lose_folder, raw, 3, "save")
+    assert failure is not None
+    saved, _, records = failure.partition("; ")
+    assert saved.startswith(f"checkpoint {run}/checkpoints/step_00000003 was complete and is not")
+    assert f"{run}/metrics.jsonl was removed while the run wrote it" in records
+
+
 def step_while_writing(folder: Path) -> bool:
     """Whether nothing is written yet after two steps on a disk that waits for them."""
     from moepp_megatron.runtime.patches import replaced

@@ -179,7 +179,8 @@ def first_valid(
     Raises:
         NewerFormatError: One of them has a newer format: it is not damaged, and may be the newest.
     """
-    checkpoints, skipped = list(checkpoints), []
+    checkpoints = list(checkpoints)
+    skipped: list[str] = []
     for checkpoint in checkpoints:
         _refuse_newer(checkpoint)
     for checkpoint in checkpoints:

@@ -67,6 +67,7 @@ class HeartbeatFolder:
         """Replace this rank's file; quietly does nothing where the disk refuses."""
         content = json.dumps(asdict(heartbeat)).encode()
         with contextlib.suppress(OSError):
+            self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self._file(heartbeat.rank), content, is_synced=False)
 
     def read(self, world_size: int) -> dict[int, Heartbeat]:

@@ -1,0 +1,151 @@
+"""Files of a run that are removed, renamed or rotated while it writes them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.observe import JsonlSink
+from moepp_megatron.observe.alerts import Alert, AlertFile, read_alerts
+from moepp_megatron.observe.status import ProcessId, RunStatus, StatusSink, write_status
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def rotate(run: Path) -> None:
+    """As logrotate without `copytruncate`."""
+    for path in run.glob("*.jsonl"):
+        path.rename(path.with_name(f"{path.name}.1"))
+
+
+def rotate_and_create(run: Path) -> None:
+    names = [path.name for path in run.glob("*.jsonl")]
+    rotate(run)
+    for name in names:
+        (run / name).touch()
+
+
+def remove(run: Path) -> None:
+    for path in run.glob("*.jsonl"):
+        path.unlink()
+
+
+def move_folder(run: Path) -> None:
+    run.rename(run.with_name("moved"))
+
+
+LOSSES = [rotate, rotate_and_create, remove, move_folder, shutil.rmtree]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_what_follows_is_under_the_name_again(make_record, run: Path, caplog, lose):
+    sink, alerts = JsonlSink(run / "metrics.jsonl"), AlertFile(run / "alerts.jsonl")
+    for step in (1, 2):
+        sink.write(make_record(step))
+        alerts.send(alert(step))
+    lose(run)
+    for step in (3, 4):
+        sink.write(make_record(step))
+        alerts.send(alert(step))
+    sink.go_back(3)
+    sink.close()
+    alerts.close()
+    assert steps_in(run / "metrics.jsonl") == [3]
+    assert steps_in(run / "metrics.undone.jsonl") == [4]
+    assert [each.step for each in read_alerts(run / "alerts.jsonl")] == [3, 4]
+    gone = lose in (remove, shutil.rmtree)
+    what = "removed, with all that was in it" if gone else "renamed"
+    assert caplog.messages == [
+        f"{run / name} was {what}, while the run writes it: a new file begins"
+        for name in ("metrics.jsonl", "alerts.jsonl")
+    ]
+
+
+def test_a_rollback_leaves_what_was_rotated_away(make_record, run: Path):
+    sink = JsonlSink(run / "metrics.jsonl")
+    for step in (1, 2, 3):
+        sink.write(make_record(step))
+    rotate(run)
+    sink.go_back(1)
+    sink.write(make_record(2))
+    assert steps_in(run / "metrics.jsonl.1") == [1, 2, 3]
+    assert steps_in(run / "metrics.jsonl") == [2]
+
+
+def test_records_that_are_removed_before_the_end_are_a_failure(make_record, run: Path):
+    sink = JsonlSink(run / "metrics.jsonl")
+    sink.write(make_record(1))
+    remove(run)
+    with pytest.raises(OSError, match=r"metrics.jsonl was removed while the run wrote it"):
+        sink.close()
+    sink.close()
+
+
+def alert(step: int) -> Alert:
+    return Alert(
+        step=step, time=1.0, rule="r", metric="m", value=1.0, condition="c", severity="info",
+        action="a",
+    )  # fmt: skip
+
+
+@contextmanager
+def other_run(folder: Path) -> Iterator[None]:
+    """Another process that trains in the folder."""
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        started = psutil.Process(sleeper.pid).create_time()
+        process = {"pid": sleeper.pid, "started": started}
+        write_status(folder, RunStatus.own().model_copy(update=process))
+        yield
+    finally:
+        sleeper.kill()
+        sleeper.communicate()
+
+
+def test_a_run_that_took_the_name_keeps_it_for_itself(make_record, run: Path):
+    sink = JsonlSink(run / "metrics.jsonl")
+    sink.write(make_record(1))
+    move_folder(run)
+    run.mkdir()
+    with other_run(run):
+        message = rf"run.dir \({run}\) must stay this run's while it trains, and process"
+        with pytest.raises(ConfigError, match=message):
+            sink.write(make_record(2))
+    assert not (run / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("state", ["ended", "running"])
+def test_a_folder_from_a_backup_is_written_on(make_record, run: Path, state):
+    """Its status may be that of an earlier start of the run, which is gone."""
+    sink = JsonlSink(run / "metrics.jsonl")
+    shutil.rmtree(run)
+    run.mkdir()
+    gone = RunStatus.own().model_copy(update={"state": state, "started": 1.0})
+    write_status(run, gone)
+    sink.write(make_record(2))
+    assert steps_in(run / "metrics.jsonl") == [2]
+
+
+def test_the_status_is_there_again(make_record, run: Path):
+    sink: StatusSink = StatusSink(run)
+    (run / "status.json").unlink()
+    sink.write(make_record(1))
+    status = RunStatus.model_validate_json((run / "status.json").read_bytes())
+    assert (status.state, status.pid) == ("running", ProcessId.own().pid)
