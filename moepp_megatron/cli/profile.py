@@ -14,6 +14,7 @@ from moepp_megatron.config import ConfigError
 if TYPE_CHECKING:
     from moepp_megatron.workbench.profiling.analysis import Profile
     from moepp_megatron.workbench.profiling.compare import ProfileComparison
+    from moepp_megatron.workbench.profiling.summary import ProfileSummary
 
 
 def profile(
@@ -62,7 +63,7 @@ def profile(
         moepp profile runs/mine
         moepp profile runs/mine --against runs/before --out profile
     """
-    from moepp_megatron.workbench.profiling.recognise import records_only_collectives
+    from moepp_megatron.workbench.profiling.summaries import records_only_collectives
 
     try:
         if records_only_collectives(run):
@@ -91,8 +92,7 @@ def _profile(
     from moepp_megatron.workbench.profiling.analysis import analyse
     from moepp_megatron.workbench.profiling.document import document
     from moepp_megatron.workbench.profiling.measures.links import read_ceiling
-    from moepp_megatron.workbench.profiling.recognise import compared, run_name
-    from moepp_megatron.workbench.profiling.step_summary import summarise
+    from moepp_megatron.workbench.profiling.summaries import summarise
     from moepp_megatron.workbench.report.profile.findings import findings
     from moepp_megatron.workbench.report.profile.page import render
     from moepp_megatron.workbench.report.profile.terminal import print_profile
@@ -100,7 +100,7 @@ def _profile(
     peaks = None if ceiling is None else read_ceiling(ceiling)
     found: Profile = analyse(run, step, peaks)
     numbers = document(found)
-    comparison = compared(summarise(found, run_name(run)), against)
+    comparison = _compared(summarise(found, run.resolve().name), against)
     folder = out or run
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "profile.html"
@@ -116,14 +116,21 @@ def _profile(
 def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
     """Analyse a source that records only collectives."""
     from moepp_megatron.runtime.atomic import write_atomic
-    from moepp_megatron.workbench.profiling.recognise import compared, summary_of
+    from moepp_megatron.workbench.profiling.summaries import summary_of
     from moepp_megatron.workbench.report.profile.terminal import print_summary
 
     summary = summary_of(run)
     if json_file is not None:
         write_atomic(json_file, summary.model_dump_json(indent=1).encode())
     print_summary(summary)
-    _print_comparison(compared(summary, against))
+    _print_comparison(_compared(summary, against))
+
+
+def _compared(after: ProfileSummary, against: Path | None) -> ProfileComparison | None:
+    from moepp_megatron.workbench.profiling.compare import compare
+    from moepp_megatron.workbench.profiling.summaries import summary_of
+
+    return None if against is None else compare(summary_of(against), after)
 
 
 def _print_comparison(comparison: ProfileComparison | None) -> None:

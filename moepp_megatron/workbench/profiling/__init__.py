@@ -1,17 +1,15 @@
 """Where the communication time of a run goes.
 
 collective.py        one collective operation, whatever recorded it
-groups.py            what a process group is for
-trace.py             what one rank recorded
+trace.py             what one rank recorded, and what its process groups are for
 load.py              what all ranks recorded, on one clock
-formats/             torch's profiler, NCCL's profilers, the flight recorder
+formats/             torch's profiler, NCCL Inspector, the flight recorder
 measures/            exposure, waiting, bytes, experts' load, links
 analysis.py          all of it together
-recognise.py         what a path holds; the summary of any recording
 document.py          the same as JSON
-merge.py             ranks brought onto one clock
 summary.py           a profile in a few numbers, to compare
-step_summary.py      the summary of an analysed profile
+summaries.py         the summary of any recording
+merge.py             clocks of ranks whose files have none in common
 changes.py           differences between two profiles, with sizes and causes
 compare.py           these differences in words
 """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from moepp_megatron.workbench.profiling.load import load_profile
 from moepp_megatron.workbench.profiling.measures.classes import CallClass, call_classes
@@ -12,12 +14,16 @@ from moepp_megatron.workbench.profiling.measures.expected_bytes import (
     ExpectedLayerBytes,
     layer_bytes,
 )
-from moepp_megatron.workbench.profiling.measures.expert_load import ExpertLoad, expert_load
+from moepp_megatron.workbench.profiling.measures.expert_load import (
+    ExpertLoad,
+    SlowRank,
+    expert_load,
+    slow_rank,
+)
 from moepp_megatron.workbench.profiling.measures.exposure import MeasuredStepTime, step_time
 from moepp_megatron.workbench.profiling.measures.lateness import CallKey, Lateness, lateness
 from moepp_megatron.workbench.profiling.measures.links import Links, MeasuredPeak
-from moepp_megatron.workbench.profiling.measures.slow_rank import SlowRank, slow_rank
-from moepp_megatron.workbench.profiling.trace import ProfileError, RankTrace
+from moepp_megatron.workbench.profiling.trace import About, ProfileError, RankTrace
 
 
 @dataclass
@@ -35,7 +41,6 @@ class Profile:
         slow: A rank that computes longer than its rows explain; None where there is none.
         caused_us: For each rank, how long others waited for it in these steps, summed over them.
         late: Waiting of each call.
-        links: The link that each group uses.
         ceiling: Kind of the peaks: rated, measured or unknown.
     """
 
@@ -49,8 +54,12 @@ class Profile:
     slow: SlowRank | None
     caused_us: dict[int, float]
     late: dict[CallKey, Lateness]
-    links: Links
     ceiling: str
+
+    @property
+    def about(self) -> About:
+        """What the recorder wrote beside the first trace."""
+        return self.traces[0].about
 
     @property
     def ranks(self) -> list[int]:
@@ -60,17 +69,27 @@ class Profile:
     @property
     def world_size(self) -> int:
         """Ranks of the run; at least those recorded."""
-        return int(self.traces[0].about.get("world_size", len(self.traces)))
+        return self.about.world_size or len(self.traces)
+
+    @property
+    def rank_steps(self) -> list[MeasuredStepTime]:
+        """The times of all recorded steps of all ranks."""
+        return [time for ranks in self.times.values() for time in ranks.values()]
+
+    @property
+    def step_times_us(self) -> list[float]:
+        """Length of each step on its slowest rank."""
+        return [max(time.step_us for time in ranks.values()) for ranks in self.times.values()]
 
     @property
     def step_us(self) -> float:
         """Mean length of a step on its slowest rank."""
-        return _mean([max(t.step_us for t in ranks.values()) for ranks in self.times.values()])
+        return fmean(self.step_times_us)
 
     @property
     def exposed_share(self) -> float:
         """Exposed communication over step time, mean over ranks and steps."""
-        return _mean([t.exposed_share for ranks in self.times.values() for t in ranks.values()])
+        return fmean(time.exposed_share for time in self.rank_steps)
 
     @property
     def critical_rank(self) -> int | None:
@@ -79,12 +98,19 @@ class Profile:
             return None
         return max(self.caused_us, key=lambda rank: self.caused_us[rank])
 
+    @property
+    def all_layers(self) -> Iterable[ExpectedLayerBytes]:
+        """All-to-all bytes of all steps."""
+        return [one for step in self.steps for one in self.layers[step]]
 
-def analyse(
-    folder: Path,
-    step: int | None = None,
-    measured: MeasuredPeak | None = None,
-) -> Profile:
+    @property
+    def equals_formula(self) -> bool | None:
+        """Whether every measured all-to-all equals its formula; None if none could be compared."""
+        known = [one.is_equal for one in self.all_layers if one.is_equal is not None]
+        return all(known) if known else None
+
+
+def analyse(folder: Path, step: int | None = None, measured: MeasuredPeak | None = None) -> Profile:
     """Read and analyse a recording.
 
     Args:
@@ -95,17 +121,10 @@ def analyse(
     Raises:
         ProfileError: The recording cannot be read, or does not hold the step.
     """
-    return _analyse_traces(load_profile(folder), folder.resolve().name, step, measured)
-
-
-def _analyse_traces(
-    traces: list[RankTrace], name: str, step: int | None, measured: MeasuredPeak | None
-) -> Profile:
-    """Same as `analyse`, for recordings that have been read."""
+    traces = load_profile(folder)
     steps = _steps(traces, step)
     late = lateness({trace.rank: trace.collectives for trace in traces})
     links = Links(traces)
-    rated = links.hardware is not None
     load = expert_load(traces, steps)
     times = {
         number: {
@@ -115,8 +134,9 @@ def _analyse_traces(
         }
         for number in steps
     }
+    rated = "rated" if links.hardware is not None else "unknown"
     return Profile(
-        name=str(traces[0].about.get("name") or name),
+        name=traces[0].about.name or folder.resolve().name,
         traces=traces,
         steps=steps,
         times=times,
@@ -126,8 +146,7 @@ def _analyse_traces(
         slow=slow_rank(traces, times, load),
         caused_us=_caused(traces, steps, late),
         late=late,
-        links=links,
-        ceiling="measured" if measured is not None else "rated" if rated else "unknown",
+        ceiling="measured" if measured is not None else rated,
     )
 
 
@@ -138,11 +157,9 @@ def _steps(traces: list[RankTrace], step: int | None) -> list[int]:
             "profile must hold a step, and its traces have none of the ranges moepp/step/N; record "
             "it with training.profile_steps, or put such a range around a step"
         )
-    if step is None:
-        return recorded
-    if step not in recorded:
+    if step is not None and step not in recorded:
         raise ProfileError(f"--step ({step}) must be a recorded step; use one of {recorded}")
-    return [step]
+    return recorded if step is None else [step]
 
 
 def _caused(
@@ -157,7 +174,3 @@ def _caused(
             if found is not None and within:
                 caused[found.last_rank] += found.wait_us
     return dict(caused)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

@@ -6,7 +6,7 @@ of a rank, so that algorithm and bus bandwidth are `size / time` and `size / tim
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -27,18 +27,24 @@ class Operation(StrEnum):
     OTHER = "other"
 
 
-def bus_factor(operation: Operation, ranks: int) -> float:
-    """Bus over algorithm bandwidth in a group of `ranks` (nccl-tests, doc/PERFORMANCE.md)."""
-    if operation is Operation.ALL_REDUCE:
-        return 2.0 * (ranks - 1) / ranks
-    shared = (
+POINT_TO_POINT = frozenset({Operation.SEND, Operation.RECEIVE})
+# The larger buffer holds a part for each rank, of which a rank's own does not travel.
+PARTED = frozenset(
+    {
         Operation.ALL_GATHER,
         Operation.REDUCE_SCATTER,
         Operation.ALL_TO_ALL,
         Operation.GATHER,
         Operation.SCATTER,
-    )
-    return (ranks - 1) / ranks if operation in shared else 1.0
+    }
+)
+
+
+def bus_factor(operation: Operation, ranks: int) -> float:
+    """Bus over algorithm bandwidth in a group of `ranks` (nccl-tests, doc/PERFORMANCE.md)."""
+    if operation is Operation.ALL_REDUCE:
+        return 2.0 * (ranks - 1) / ranks
+    return (ranks - 1) / ranks if operation in PARTED else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,30 +54,24 @@ class Collective:
     Attributes:
         operation: What it does.
         rank: Global rank that recorded it.
-        group: Name of the process group, as its backend gives it; "" where unknown.
-        description: What the group is for, as it was given to torch (`group_desc`) or NCCL
-            (`commName`); "" where unknown.
+        group: Name of the process group in its backend; "" where unknown.
+        description: What the group is for (torch's `group_desc`, NCCL's `commName`); "" unknown.
         group_ranks: Global ranks of the group, in order; empty where unknown.
         group_size: Ranks in the group; 0 where unknown.
-        size: Bytes, by nccl-tests' convention (see the top of the file); None where unknown.
-        dtype: Data type as the source names it; "" where unknown.
-        sent: Bytes to each rank of the group, in its order; None where the source does not say or
-            has cut the list short.
-        received: Bytes from each rank of the group, in the form of `sent`.
-        sequence: Number of the call among those of its group (NCCL: those of its group and
-            operation), to find the same call on other ranks; None where the source does not say.
-        start_us: When the transfer (or, on a host backend, the call) began, in microseconds, by the
-            clock of this rank's file; `merge` brings ranks onto one clock.
-        end_us: When it had finished, in microseconds.
-        pair: Ranks of the group that a send or receive goes from and to; None for what all ranks
-            do. `sequence` then counts within the pair.
+        size: Bytes, by nccl-tests' convention; None where unknown.
+        sent: Bytes to each rank of the group, in its order; None where unknown.
+        received: Bytes from each rank of the group.
+        sequence: Number of the call in its group (NCCL: in its group and operation), by which it is
+            found on other ranks; None where unknown.
+        start_us: When the transfer (on a host backend, the call) began, in microseconds, by the
+            clock of this rank's file.
+        end_us: When it had finished.
+        pair: Ranks of the group that a send or receive goes from and to, within which `sequence`
+            then counts; None for what all ranks do.
         row_bytes: Bytes of a row, the unit in which an all-to-all is split; None where unknown.
         stream: CUDA stream or host thread.
-        source: Which format it was read from: kineto, inspector, flight_recorder.
         scopes: Names of the profiler ranges it lies in, outermost first.
-        synthetic: True if read from a sample written from documentation.
-        placed: False where the source gives no time of the transfer, only how long it took:
-            `start_us` is then 0, or when the host issued the call; no place on a timeline.
+        placed: False where only the duration is known: no place on a timeline.
     """
 
     operation: Operation
@@ -81,7 +81,6 @@ class Collective:
     group_ranks: tuple[int, ...] = ()
     group_size: int = 0
     size: int | None = None
-    dtype: str = ""
     sent: tuple[int, ...] | None = None
     received: tuple[int, ...] | None = None
     sequence: int | None = None
@@ -90,9 +89,7 @@ class Collective:
     pair: tuple[int, int] | None = None
     row_bytes: int | None = None
     stream: str = ""
-    source: str = ""
-    scopes: tuple[str, ...] = field(default=())
-    synthetic: bool = False
+    scopes: tuple[str, ...] = ()
     placed: bool = True
 
     @property
@@ -101,16 +98,8 @@ class Collective:
         return self.end_us - self.start_us
 
     @property
-    def algorithm_bandwidth(self) -> float | None:
-        """GB/s (1e9 bytes) by nccl-tests' `algbw`; None where size or time is unknown."""
-        if self.size is None or self.duration_us <= 0:
-            return None
-        return self.size / self.duration_us / 1e3
-
-    @property
     def bus_bandwidth(self) -> float | None:
-        """GB/s by nccl-tests' `busbw`; None where size, time or group is unknown."""
-        algorithm = self.algorithm_bandwidth
-        if algorithm is None or self.group_size < 1:
+        """GB/s (1e9 bytes) by nccl-tests' `busbw`; None where size, time or group is unknown."""
+        if self.size is None or self.duration_us <= 0 or self.group_size < 1:
             return None
-        return algorithm * bus_factor(self.operation, self.group_size)
+        return self.size / self.duration_us / 1e3 * bus_factor(self.operation, self.group_size)

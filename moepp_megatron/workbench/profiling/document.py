@@ -9,26 +9,24 @@ from typing import Any
 
 from moepp_megatron.workbench.profiling.analysis import Profile
 from moepp_megatron.workbench.profiling.measures.classes import CallClass
-from moepp_megatron.workbench.profiling.measures.expected_bytes import ExpectedLayerBytes
-from moepp_megatron.workbench.profiling.step_summary import summarise
+from moepp_megatron.workbench.profiling.summaries import summarise
 
 _FORMAT = 1
 
 
 def document(profile: Profile) -> dict[str, Any]:
     """All results, for `json.dumps`."""
-    about = profile.traces[0].about
+    about, load = profile.about, profile.load
     return {
         "format": _FORMAT,
         "name": profile.name,
         "backend": profile.traces[0].backend,
-        "device": about.get("device", "gpu" if profile.traces[0].on_gpu else "cpu"),
+        "device": about.device or ("gpu" if profile.traces[0].on_gpu else "cpu"),
         "world_size": profile.world_size,
-        "synthetic": any(one.synthetic for trace in profile.traces for one in trace.collectives),
         "ranks": profile.ranks,
-        "nodes": about.get("nodes", []),
-        "layout": about.get("layout", {}),
-        "dispatcher": about.get("dispatcher"),
+        "nodes": about.nodes,
+        "layout": about.layout,
+        "dispatcher": about.dispatcher,
         "steps": profile.steps,
         "step_ms": profile.step_us / 1e3,
         "exposed_share": profile.exposed_share,
@@ -37,32 +35,14 @@ def document(profile: Profile) -> dict[str, Any]:
             str(rank): us / 1e3 / len(profile.steps) for rank, us in profile.caused_us.items()
         },
         "rank_steps": _rank_steps(profile),
-        "expert_load": _load(profile),
+        "expert_load": load
+        and {"busiest_rank": load.busiest, "busiest_over_mean": load.busiest_over_mean},
         "ceiling": profile.ceiling,
-        "collectives": [_class(one, _count(profile)) for one in profile.classes],
-        "all_to_all": [_layer(step, one) for step in profile.steps for one in profile.layers[step]],
-        "all_to_all_equals_formula": equals_formula(profile),
+        "collectives": [_class(one, len(profile.rank_steps)) for one in profile.classes],
+        "all_to_all": _layers(profile),
+        "all_to_all_equals_formula": profile.equals_formula,
         "summary": summarise(profile).model_dump(mode="json"),
     }
-
-
-def equals_formula(profile: Profile) -> bool | None:
-    """Whether every measured all-to-all equals its formula; None if none could be compared."""
-    verdicts = [one.is_equal for step in profile.steps for one in profile.layers[step]]
-    known = [verdict for verdict in verdicts if verdict is not None]
-    return all(known) if known else None
-
-
-def _count(profile: Profile) -> int:
-    """Recorded steps of recorded ranks."""
-    return sum(len(ranks) for ranks in profile.times.values())
-
-
-def _load(profile: Profile) -> dict[str, Any] | None:
-    load = profile.load
-    if load is None:
-        return None
-    return {"busiest_rank": load.busiest, "busiest_over_mean": load.busiest_over_mean}
 
 
 def _rank_steps(profile: Profile) -> list[dict[str, Any]]:
@@ -107,18 +87,22 @@ def _class(one: CallClass, count: int) -> dict[str, Any]:
     }
 
 
-def _layer(step: int, one: ExpectedLayerBytes) -> dict[str, Any]:
-    return {
-        "step": step,
-        "layer": one.place.layer,
-        "direction": one.place.part,
-        "pass": one.place.phase,
-        "measured_bytes": one.measured,
-        "expected_bytes": one.expected,
-        "equal": one.is_equal,
-        "ffn_only_bytes": one.plain,
-        "deduplicated_bytes": one.deduplicated,
-        "even_load_bytes": one.even,
-        "vanilla_bytes": one.vanilla,
-        "side_bytes": one.side,
-    }
+def _layers(profile: Profile) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": step,
+            "layer": one.place.layer,
+            "direction": one.place.part,
+            "pass": one.place.phase,
+            "measured_bytes": one.measured,
+            "expected_bytes": one.expected,
+            "equal": one.is_equal,
+            "ffn_only_bytes": one.plain,
+            "deduplicated_bytes": one.deduplicated,
+            "even_load_bytes": one.even,
+            "vanilla_bytes": one.vanilla,
+            "side_bytes": one.side,
+        }
+        for step in profile.steps
+        for one in profile.layers[step]
+    ]

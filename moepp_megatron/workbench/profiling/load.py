@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 import statistics
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from moepp_megatron.config.json_file import read_json
 from moepp_megatron.workbench.profiling.formats.kineto import read_kineto
-from moepp_megatron.workbench.profiling.formats.sources import SYNTHETIC_MARK
-from moepp_megatron.workbench.profiling.trace import ProfileError, RankTrace
+from moepp_megatron.workbench.profiling.formats.records import read_document, read_model
+from moepp_megatron.workbench.profiling.trace import About, ProfileError, RankTrace
 
-_RANK = re.compile(r"rank[-_]?(\d+)")
+_RANK = re.compile(r"rank[-_]?(\d{1,9})")
 
 
 def load_profile(folder: Path) -> list[RankTrace]:
@@ -25,31 +22,30 @@ def load_profile(folder: Path) -> list[RankTrace]:
     Raises:
         ProfileError: If there is none, or one cannot be read.
     """
-    place, files = _files(folder)
+    files = _files(folder)
     if not files:
         raise ProfileError(
             f"profile ({folder}) must be a run's folder with profile/rank0.pt.trace.json.gz, or a "
             "folder of *.pt.trace.json[.gz] files; record one with training.profile_steps=[10,11]"
         )
-    traces = [_load(path) for path in files]
-    traces.sort(key=lambda trace: trace.rank)
+    traces = sorted((_load(path) for path in files), key=lambda trace: trace.rank)
     ranks = [trace.rank for trace in traces]
     if len(set(ranks)) < len(ranks):
         raise ProfileError(
-            f"profile ({place}) must hold one trace a rank, and it holds ranks {ranks}; move the "
-            "others away"
+            f"profile ({files[0].parent}) must hold one trace a rank, and it holds ranks {ranks}; "
+            "move the others away"
         )
     return _on_one_clock(traces)
 
 
 def has_kineto(folder: Path) -> bool:
     """Whether `load_profile` finds traces there."""
-    return bool(_files(folder)[1])
+    return bool(_files(folder))
 
 
-def _files(folder: Path) -> tuple[Path, list[Path]]:
+def _files(folder: Path) -> list[Path]:
     place = folder / "profile" if (folder / "profile").is_dir() else folder
-    return place, sorted(
+    return sorted(
         path
         for pattern in ("*.pt.trace.json", "*.pt.trace.json.gz")
         for path in (place.glob(pattern) if place.is_dir() else [])
@@ -59,26 +55,14 @@ def _files(folder: Path) -> tuple[Path, list[Path]]:
 
 def _load(path: Path) -> RankTrace:
     trace = read_kineto(path)
-    named = _RANK.search(path.name)
-    if named is not None:
+    if named := _RANK.search(path.name):
         # Without a process group the trace says rank 0.
         trace.rank = int(named[1])
     about = path.with_name(path.name.split(".")[0] + ".meta.json")
     if about.is_file():
-        trace.about = _about(about)
-    if (path.parent / SYNTHETIC_MARK).exists():
-        trace.collectives = [replace(one, synthetic=True) for one in trace.collectives]
+        remedy = "record the profile with this version"
+        trace.about = read_model(about, About, read_document(about), remedy)
     return trace
-
-
-def _about(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path)
-    except (OSError, ValueError) as error:
-        raise ProfileError(f"{path}: cannot be read ({error}); record the profile again") from None
-    if not isinstance(content, dict) or content.get("format") != 1:
-        raise ProfileError(f"{path}: format must be 1; record the profile with this version")
-    return content
 
 
 def _on_one_clock(traces: list[RankTrace]) -> list[RankTrace]:
@@ -87,29 +71,22 @@ def _on_one_clock(traces: list[RankTrace]) -> list[RankTrace]:
     Ranks of one node share its clock. Clocks of nodes are compared by when their ranks left the
     barriers before the first step.
     """
-    reference = _barriers(traces[0])
+    reference = traces[0].about.clock.barrier_unix_ns
+    # In whole nanoseconds: Unix time in microseconds has too many digits for a float.
     offsets = []
     for trace in traces:
-        ns = trace.base_ns
-        own = _barriers(trace)
-        if trace.node != traces[0].node and reference and len(own) == len(reference):
+        own, ahead = trace.about.clock.barrier_unix_ns, 0.0
+        apart = trace.about.node != traces[0].about.node
+        if apart and reference and len(own) == len(reference):
             ahead = statistics.median(a - b for a, b in zip(own, reference, strict=True))
-            ns -= round(ahead)
-        offsets.append(ns)
-    # In whole nanoseconds: Unix time in microseconds has too many digits for a float.
-    base, origin = offsets[0], _first(traces[0])
-    earliest = min(
-        (offset - base) / 1000.0 + _first(trace) - origin
-        for offset, trace in zip(offsets, traces, strict=True)
-    )
+        offsets.append(trace.base_ns - round(ahead) - traces[0].base_ns)
+    firsts = [
+        offset / 1000.0 + _first(trace) for offset, trace in zip(offsets, traces, strict=True)
+    ]
     return [
-        trace.shifted((offset - base) / 1000.0 - origin - earliest)
+        trace.shifted(offset / 1000.0 - min(firsts))
         for offset, trace in zip(offsets, traces, strict=True)
     ]
-
-
-def _barriers(trace: RankTrace) -> list[int]:
-    return list(trace.about.get("clock", {}).get("barrier_unix_ns", []))
 
 
 def _first(trace: RankTrace) -> float:

@@ -16,20 +16,14 @@ import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from typing import NamedTuple
 
 from moepp_megatron.workbench.profiling.collective import Collective, Operation
 
 logger = logging.getLogger(__name__)
 
 _LEFT_TOGETHER = frozenset(
-    {
-        Operation.BARRIER,
-        Operation.ALL_REDUCE,
-        Operation.ALL_GATHER,
-        Operation.REDUCE_SCATTER,
-    }
+    {Operation.BARRIER, Operation.ALL_REDUCE, Operation.ALL_GATHER, Operation.REDUCE_SCATTER}
 )
 # Times the median absolute deviation: the standard deviation of normally distributed values.
 _MAD = 1.4826
@@ -37,37 +31,17 @@ _MAD = 1.4826
 _RESOLUTION_US = 0.01
 
 
-class Basis(StrEnum):
-    """The source of a clock's offset."""
-
-    REFERENCE = "reference"
-    COLLECTIVES = "collectives"
-    UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True)
-class Clock:
-    """One rank's clock against that of the reference, the lowest rank.
+class Clock(NamedTuple):
+    """How much later one rank's clock is than another's; of a rank, what to add to its times.
 
     Attributes:
-        offset_us: Microseconds to add to the rank's times.
+        offset_us: Microseconds.
         spread_us: Standard deviation of single calls about it, by the median absolute deviation,
-            summed over the ranks in between; None where no calls were compared.
-        calls: Calls that were compared, the fewest on the path; 0 for none.
-        basis: The source of the offset.
+            summed over the ranks in between.
+        calls: Calls that were compared, the fewest on the path; 0 for the reference.
     """
 
     offset_us: float
-    spread_us: float | None
-    calls: int
-    basis: Basis
-
-
-@dataclass(frozen=True)
-class _Edge:
-    """How much later the clock of one rank is than that of another."""
-
-    later_us: float
     spread_us: float
     calls: int
 
@@ -77,29 +51,29 @@ class _Edge:
         return max(self.spread_us, _RESOLUTION_US) ** 2 / self.calls
 
 
-def find_clocks(by_rank: Mapping[int, Sequence[Collective]]) -> dict[int, Clock]:
-    """The clock of each rank.
+def find_clocks(by_rank: Mapping[int, Sequence[Collective]]) -> dict[int, Clock | None]:
+    """The clock of each rank, against that of the lowest.
 
     Args:
         by_rank: Collectives of each rank, by its own clock.
 
     Returns:
-        Clocks by rank. Those without common calls are UNKNOWN with an offset of 0, and a warning.
+        Clocks by rank; None, with a warning, for ranks without common calls.
     """
     if not by_rank:
         return {}
     reference = min(by_rank)
-    found = {reference: Clock(0.0, 0.0, 0, Basis.REFERENCE)}
-    found |= _measured(_edges(by_rank), reference)
+    edges = _compare(same_calls(by_rank, {Operation.ALL_TO_ALL}))
+    edges |= _compare(same_calls(by_rank, _LEFT_TOGETHER))
+    found = _paths(edges, reference)
     unknown = sorted(set(by_rank) - set(found))
     if unknown:
-        found |= {rank: Clock(0.0, None, 0, Basis.UNKNOWN) for rank in unknown}
         logger.warning(
             "ranks %s share no timed collective with rank %d: their times are left as they are",
             ", ".join(map(str, unknown)),
             reference,
         )
-    return dict(sorted(found.items()))
+    return {rank: found.get(rank) for rank in sorted(by_rank)}
 
 
 def same_calls(
@@ -149,13 +123,8 @@ def _parts_agree(call: Mapping[int, Collective]) -> bool:
     return True
 
 
-def _edges(by_rank: Mapping[int, Sequence[Collective]]) -> dict[tuple[int, int], _Edge]:
+def _compare(calls: Iterable[Mapping[int, Collective]]) -> dict[tuple[int, int], Clock]:
     """Clock differences between the lowest rank of each call and its others."""
-    good = _compare(same_calls(by_rank, _LEFT_TOGETHER))
-    return _compare(same_calls(by_rank, {Operation.ALL_TO_ALL})) | good
-
-
-def _compare(calls: Iterable[Mapping[int, Collective]]) -> dict[tuple[int, int], _Edge]:
     later: dict[tuple[int, int], list[float]] = defaultdict(list)
     for call in calls:
         first = min(call)
@@ -166,18 +135,18 @@ def _compare(calls: Iterable[Mapping[int, Collective]]) -> dict[tuple[int, int],
     for pair, values in later.items():
         middle = statistics.median(values)
         spread = _MAD * statistics.median(abs(value - middle) for value in values)
-        edges[pair] = _Edge(middle, spread, len(values))
+        edges[pair] = Clock(middle, spread, len(values))
     return edges
 
 
-def _measured(edges: Mapping[tuple[int, int], _Edge], reference: int) -> dict[int, Clock]:
+def _paths(edges: Mapping[tuple[int, int], Clock], reference: int) -> dict[int, Clock]:
     """Clocks of the ranks that calls connect with the reference, over the most certain path."""
-    neighbours: dict[int, list[tuple[int, float, _Edge]]] = defaultdict(list)
+    neighbours: dict[int, list[tuple[int, float, Clock]]] = defaultdict(list)
     for (first, second), edge in edges.items():
-        neighbours[first].append((second, edge.later_us, edge))
-        neighbours[second].append((first, -edge.later_us, edge))
+        neighbours[first].append((second, edge.offset_us, edge))
+        neighbours[second].append((first, -edge.offset_us, edge))
     done: dict[int, Clock] = {}
-    waiting = [(0.0, reference, Clock(0.0, 0.0, 0, Basis.REFERENCE))]
+    waiting = [(0.0, reference, Clock(0.0, 0.0, 0))]
     while waiting:
         variance, rank, clock = heapq.heappop(waiting)
         if rank in done:
@@ -187,10 +156,8 @@ def _measured(edges: Mapping[tuple[int, int], _Edge], reference: int) -> dict[in
             if other not in done:
                 further = Clock(
                     offset_us=clock.offset_us - later_us,
-                    spread_us=math.hypot(clock.spread_us or 0.0, edge.spread_us),
+                    spread_us=math.hypot(clock.spread_us, edge.spread_us),
                     calls=min(clock.calls or edge.calls, edge.calls),
-                    basis=Basis.COLLECTIVES,
                 )
                 heapq.heappush(waiting, (variance + edge.variance, other, further))
-    del done[reference]
     return done

@@ -1,13 +1,12 @@
 """Readers of other programs' files, for `profiling.trace` and `profiling.collective`.
 
-sources.py           which format a file is in, and its collectives
-records.py           fields and lines of such files
+records.py           the checked reader of all of them: bounds, fields, errors
 kineto.py            traces of torch's profiler
 kineto_events.py     their events, and in which ranges of the program each lies
-kineto_sizes.py      sizes, data types and splits of their collectives
-inspector.py         logs of NCCL Inspector
+c10d.py              names, sizes, data types and splits of torch's collectives
+sources.py           recordings of collectives only: which format, and what is in it
 flight_recorder.py   dumps of torch's flight recorder
-nccl_names.py        functions and counts as NCCL tells them to profilers
+inspector.py         logs of NCCL Inspector
 communicators.py     global ranks from ranks within communicators
 peer_transfers.py    all-to-alls from sends and receives
 """

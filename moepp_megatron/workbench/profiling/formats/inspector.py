@@ -18,22 +18,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.workbench.profiling.collective import Collective, Operation
-from moepp_megatron.workbench.profiling.formats.communicators import Membership, Ranks, global_ranks
-from moepp_megatron.workbench.profiling.formats.nccl_names import (
+from moepp_megatron.workbench.profiling.collective import (
+    PARTED,
     POINT_TO_POINT,
-    buffer_size,
-    operation_of,
+    Collective,
+    Operation,
 )
+from moepp_megatron.workbench.profiling.formats.communicators import Membership, Ranks, global_ranks
 from moepp_megatron.workbench.profiling.formats.peer_transfers import (
     PeerTransfer,
     put_together,
     split_calls,
 )
-from moepp_megatron.workbench.profiling.formats.records import SourceError, field, json_objects
+from moepp_megatron.workbench.profiling.formats.records import MOST_RANKS, field, json_objects
+from moepp_megatron.workbench.profiling.trace import ProfileError
 
-SOURCE = "inspector"
 _FORMATS = ("v4.0",)
+# NVIDIA/nccl 2.30.7, src/collectives.cc (ncclFuncToString); the plugin says All2All for AlltoAll.
+_OPERATIONS = {
+    "AllGather": Operation.ALL_GATHER,
+    "AllGatherV": Operation.ALL_GATHER,
+    "AllReduce": Operation.ALL_REDUCE,
+    "AlltoAll": Operation.ALL_TO_ALL,
+    "All2All": Operation.ALL_TO_ALL,
+    "Broadcast": Operation.BROADCAST,
+    "Gather": Operation.GATHER,
+    "Recv": Operation.RECEIVE,
+    "Reduce": Operation.REDUCE,
+    "ReduceScatter": Operation.REDUCE_SCATTER,
+    "Scatter": Operation.SCATTER,
+    "Send": Operation.SEND,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +58,19 @@ class _Record:
     Attributes:
         member: Its process and communicator.
         name: Name of the communicator; "" where unknown.
-        is_p2p: Whether it is a send or receive, or another operation between two ranks.
-        function: Name of the NCCL function.
+        operation: OTHER for an NCCL function that is not known.
         number: Number of the call within communicator and function, or of this process's transfer.
         size: Bytes of NCCL's count.
         took_us: How long the kernel took by the GPU's clock.
-        kernel_us: When the host saw it start; None unless verbose.
-        issued_us: When the host began to issue the call; None unless verbose.
-        returned_us: When it had issued it; None unless verbose.
+        kernel_us: When the host saw it start; None unless verbose, as the next two.
+        issued_us: When the host began to issue the call.
+        returned_us: When it had issued it.
         peer: The other rank within the communicator; -1 for collectives.
     """
 
     member: Membership
     name: str
-    is_p2p: bool
-    function: str
+    operation: Operation
     number: int
     size: int
     took_us: int
@@ -67,81 +80,77 @@ class _Record:
     peer: int
 
     @property
-    def is_transfer(self) -> bool:
-        """Whether it is a send or receive; an unknown function between two ranks is neither."""
-        return self.is_p2p and operation_of(self.function) in POINT_TO_POINT
-
-    @property
     def start_us(self) -> float:
         """When the kernel started; 0 where unknown."""
         return self.kernel_us or 0.0
 
 
 def read_inspector(paths: Sequence[Path]) -> list[Collective]:
-    """Reads the logs of all processes of a run.
-
-    Args:
-        paths: The files, one per process; also `.gz`.
+    """Reads the logs of all processes of a run, one file each; also `.gz`.
 
     Returns:
         Collectives by rank and, where known, start. Sends and receives of one grouped call are one
         ALL_TO_ALL, which took as long as its longest part unless verbose.
 
     Raises:
-        SourceError: If a file is damaged, lacks a field, or has an unknown format version.
+        ProfileError: A file is damaged, lacks a field, or has an unknown format version.
     """
     records = [record for path in paths for record in _records(path)]
     ranks = global_ranks(record.member for record in records)
-    found = [_collective(record, ranks) for record in records if not record.is_transfer]
-    found += _exchanges([record for record in records if record.is_transfer], ranks)
+    transfers: dict[Membership, list[_Record]] = defaultdict(list)
+    found = []
+    for record in records:
+        if record.peer >= 0 and record.operation in POINT_TO_POINT:
+            transfers[record.member].append(record)
+        else:
+            found.append(_collective(record, ranks))
+    for own in transfers.values():
+        found += _exchanges(own, ranks)
     return sorted(found, key=lambda one: (one.rank, one.start_us))
 
 
 def _records(path: Path) -> Iterator[_Record]:
-    members: dict[tuple[str, int, str, int, int], Membership] = {}
+    members: dict[Membership, Membership] = {}
     for place, line in json_objects(path):
         version = field(line, "metadata.inspector_output_format_version", str, place)
         if version not in _FORMATS:
-            raise SourceError(
-                f"{place}: NCCL Inspector format {version}; supported: {', '.join(_FORMATS)}"
+            raise ProfileError(
+                f"{place}: NCCL Inspector format {version[:20]}; supported: {', '.join(_FORMATS)}"
             )
-        header = field(line, "header", dict, place)
-        key = (
-            field(line, "metadata.hostname", str, place),
-            field(line, "metadata.pid", int, place),
-            field(line, "header.id", str, place),
-            field(line, "header.rank", int, place),
-            field(line, "header.n_ranks", int, place),
+        host = field(line, "metadata.hostname", str, place)
+        process = field(line, "metadata.pid", int, place, least=0)
+        size = field(line, "header.n_ranks", int, place, least=1)
+        member = Membership(
+            communicator=field(line, "header.id", str, place)[:64],
+            rank=field(line, "header.rank", int, place, least=0),
+            process=f"{host[:64]} pid {process:010d}",
+            size=size,
         )
-        if key not in members:
-            host, process, communicator, rank, size = key
-            members[key] = Membership(
-                process=f"{host} pid {process:010d}",
-                communicator=communicator,
-                rank=rank,
-                size=size,
+        if member.rank >= size or size > MOST_RANKS:
+            raise ProfileError(
+                f"{place}: rank {member.rank} of {size} ranks; give a log that NCCL has written"
             )
-        name = field(header, "comm_name", str, place, "")
-        yield _record(line, members[key], "" if name == "unknown" else name, place)
+        # One object for all lines of a communicator.
+        member = members.setdefault(member, member)
+        name = field(line, "header.comm_name", str, place, "")
+        yield _record(line, member, "" if name == "unknown" else name, place)
 
 
 def _record(line: dict[str, Any], member: Membership, name: str, place: str) -> _Record:
-    is_p2p = "p2p_perf" in line
-    kind = "p2p" if is_p2p else "coll"
+    kind = "p2p" if "p2p_perf" in line else "coll"
     numbers = field(line, f"{kind}_perf", dict, place)
     kernel, issued, returned = _trace(numbers, kind, place)
     return _Record(
         member=member,
         name=name,
-        is_p2p=is_p2p,
-        function=field(numbers, kind, str, place),
+        operation=_OPERATIONS.get(field(numbers, kind, str, place), Operation.OTHER),
         number=field(numbers, f"{kind}_sn", int, place),
-        size=field(numbers, f"{kind}_msg_size_bytes", int, place),
-        took_us=field(numbers, f"{kind}_exec_time_us", int, place),
+        size=field(numbers, f"{kind}_msg_size_bytes", int, place, least=0),
+        took_us=field(numbers, f"{kind}_exec_time_us", int, place, least=0),
         kernel_us=kernel,
         issued_us=issued,
         returned_us=returned,
-        peer=field(numbers, "p2p_peer", int, place) if is_p2p else -1,
+        peer=field(numbers, "p2p_peer", int, place, least=0) if kind == "p2p" else -1,
     )
 
 
@@ -161,57 +170,51 @@ def _trace(
 
 
 def _base(record: _Record, ranks: Ranks, placed: bool) -> dict[str, Any]:
-    group = record.member.communicator
     return {
         "rank": ranks.of_process[record.member.process],
-        "group": group,
+        "group": record.member.communicator,
         "description": record.name,
-        "group_ranks": ranks.of_communicator[group],
+        "group_ranks": ranks.of_communicator[record.member.communicator],
         "group_size": record.member.size,
         "placed": placed,
-        "source": SOURCE,
     }
 
 
 def _collective(record: _Record, ranks: Ranks) -> Collective:
-    operation = operation_of(record.function)
+    # NCCL's count is that of one rank's part.
+    parts = record.member.size if record.operation in PARTED else 1
     return Collective(
-        operation=operation,
-        size=buffer_size(operation, record.size, record.member.size),
-        sequence=None if record.is_p2p else record.number,
+        operation=record.operation,
+        size=record.size * parts,
+        sequence=None if record.peer >= 0 else record.number,
         start_us=record.start_us,
         end_us=record.start_us + record.took_us,
         **_base(record, ranks, record.kernel_us is not None),
     )
 
 
-def _exchanges(records: Sequence[_Record], ranks: Ranks) -> list[Collective]:
-    """All-to-alls, sends and receives from the records of single peers."""
-    by_member: dict[Membership, list[_Record]] = defaultdict(list)
-    for record in records:
-        by_member[record.member].append(record)
-    found = []
-    for member, own in by_member.items():
-        own.sort(key=lambda record: record.number)
-        # Some were lost where the numbers, which begin at 1, are not all there.
-        complete = [record.number for record in own] == list(range(1, len(own) + 1))
-        placed = all(record.kernel_us is not None for record in own)
-        number = 0
-        for call in split_calls((_transfer(record) for record in own), member.rank):
-            base = Collective(
-                operation=Operation.OTHER,
-                sequence=number if complete else None,
-                **_base(own[0], ranks, placed),
-            )
-            made = put_together(call, member.rank, base)
-            number += made[0].operation is Operation.ALL_TO_ALL
-            found += made
+def _exchanges(own: list[_Record], ranks: Ranks) -> list[Collective]:
+    """All-to-alls, sends and receives from a member's records of single peers."""
+    own.sort(key=lambda record: record.number)
+    # Some were lost where the numbers, which begin at 1, are not all there.
+    complete = [record.number for record in own] == list(range(1, len(own) + 1))
+    placed = all(record.kernel_us is not None for record in own)
+    rank, found, number = own[0].member.rank, [], 0
+    for call in split_calls((_transfer(record) for record in own), rank):
+        base = Collective(
+            operation=Operation.OTHER,
+            sequence=number if complete else None,
+            **_base(own[0], ranks, placed),
+        )
+        made = put_together(call, rank, base)
+        number += made[0].operation is Operation.ALL_TO_ALL
+        found += made
     return found
 
 
 def _transfer(record: _Record) -> PeerTransfer:
     return PeerTransfer(
-        is_send=operation_of(record.function) is Operation.SEND,
+        is_send=record.operation is Operation.SEND,
         peer=record.peer,
         size=record.size,
         start_us=record.start_us,

@@ -1,4 +1,4 @@
-"""Reads events of a Kineto chrome trace, with the ranges of the program around each of them.
+"""Reads events of a Kineto trace, with the ranges of the program around each of them.
 
 A host thread's events are nested. One pass over each thread, in order of time, finds for every
 event what is open around it: ranges `moepp/...`, and the node of autograd's graph that runs. An
@@ -13,38 +13,93 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from moepp_megatron.workbench.profiling.trace import Span
+from moepp_megatron.workbench.profiling.formats import records
+from moepp_megatron.workbench.profiling.trace import ProfileError, Span
 
-Event = dict[str, Any]
 # Where an operation began: thread and time identify it.
-Key = tuple[Any, float]
+Key = tuple[str, float]
 
 _PREFIX = "moepp/"
-_COMM = re.compile(r"comm/([^/]+)/(?:(\d+)>(\d+)\.)?(\d+)/(\w+)")
-_MODEL_PART = re.compile(r"(layer\d+|model)/\w+")
+_COMM = re.compile(r"comm/([^/]+)/(?:(\d{1,9})>(\d{1,9})\.)?(\d{1,18})/(\w+)")
+_STEP = re.compile(r"step/(\d{1,18})")
+_MODEL_PART = re.compile(r"(layer\d{1,9}|model)/\w+")
 _NODE = "autograd::engine::evaluate_function"
 
 
-@dataclass(frozen=True)
-class Call:
-    """A collective as the recorder named it.
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event with a duration; times in microseconds by the trace's clock."""
 
-    Attributes:
-        group: Process group.
-        pair: Sender and receiver, as ranks of the group; None for an operation of all ranks.
-        number: Number of the call in its group, or pair.
+    name: str
+    category: str
+    thread: str
+    start: float
+    duration: float
+    args: dict[str, Any]
+
+    @property
+    def key(self) -> Key:
+        """Thread and time."""
+        return self.thread, self.start
+
+    @property
+    def end(self) -> float:
+        """When it ended."""
+        return self.start + self.duration
+
+    def span(self, name: str = "", kind: str = "") -> Span:
+        """The event as a span of its thread or stream."""
+        return Span(name or self.name, self.start, self.end, self.thread, kind)
+
+
+def read_events(events: list[Any], place: str) -> tuple[list[Event], dict[Key, Key]]:
+    """Events with a duration, and the operation of each derivative.
+
+    Raises:
+        ProfileError: An event lacks a field that these need, or has a wrong one.
     """
+    found: list[Event] = []
+    ends: dict[str, dict[Any, Key]] = {"s": {}, "f": {}}
+    for number, raw in enumerate(events):
+        where = f"{place}, traceEvents[{number}]"
+        if not isinstance(raw, dict):
+            raise ProfileError(f"{where}: an event is expected, not {type(raw).__name__}")
+        phase, category = raw.get("ph"), raw.get("cat")
+        if phase == "X" and "dur" in raw:
+            found.append(
+                Event(
+                    name=records.field(raw, "name", str, where),
+                    category=category if isinstance(category, str) else "",
+                    thread=_thread(raw, where),
+                    start=records.field(raw, "ts", float, where),
+                    duration=records.field(raw, "dur", float, where, least=0),
+                    args=records.field(raw, "args", dict, where, {}),
+                )
+            )
+        elif category == "fwdbwd" and (phase == "s" or phase == "f"):
+            start = records.field(raw, "ts", float, where)
+            ends[phase][str(raw.get("id"))] = (_thread(raw, where), start)
+    links = {at: ends["s"][number] for number, at in ends["f"].items() if number in ends["s"]}
+    return found, links
+
+
+def _thread(raw: dict[str, Any], where: str) -> str:
+    kind = str if isinstance(raw.get("tid"), str) else int
+    return str(records.field(raw, "tid", kind, where))
+
+
+class Call(NamedTuple):
+    """A collective as the recorder named it: group, sender and receiver in it, number."""
 
     group: str
     pair: tuple[int, int] | None
     number: int
 
 
-@dataclass
-class Around:
-    """The ranges and the call that are open around an event.
+class Around(NamedTuple):
+    """What is open around an event.
 
     Attributes:
         scopes: Parts of the program, outermost first: forward, layer3/dispatch,
@@ -61,7 +116,7 @@ class Swept:
     """The results of a pass over all host threads.
 
     Attributes:
-        around: Surroundings of each event of interest, by its key.
+        around: Surroundings of each event of interest.
         parts: Ranges of the program and backward passes of parts.
         waits: Spans in which the thread waits for a collective.
         steps: Recorded steps.
@@ -72,161 +127,111 @@ class Swept:
     parts: list[Span] = field(default_factory=list)
     waits: list[Span] = field(default_factory=list)
     steps: dict[int, Span] = field(default_factory=dict)
-    thread: Any = None
+    thread: str | None = None
 
 
-def complete(events: Iterable[Event]) -> list[Event]:
-    """Events with a duration."""
-    return [event for event in events if event.get("ph") == "X" and "dur" in event]
-
-
-def key(event: Event) -> Key:
-    """Thread and time of an event."""
-    return event["tid"], event["ts"]
-
-
-def span(event: Event, name: str = "", kind: str = "") -> Span:
-    """An event as a span of its thread or stream."""
-    start = float(event["ts"])
-    return Span(name or event["name"], start, start + event["dur"], str(event["tid"]), kind)
-
-
-def sweep(events: list[Event], wanted: Iterable[Event]) -> Swept:
-    """Find what is around the wanted events, and the ranges.
-
-    Args:
-        events: All events of the trace.
-        wanted: Host events whose surroundings are asked for.
-    """
-    host = [e for e in complete(events) if e.get("cat") in ("cpu_op", "user_annotation")]
-    threads: dict[Any, list[Event]] = defaultdict(list)
-    for event in host:
-        threads[event["tid"]].append(event)
+def sweep(events: list[Event], links: dict[Key, Key], wanted: Iterable[Event]) -> Swept:
+    """Find what is around the wanted events, and the ranges; `links` are of `read_events`."""
+    threads: dict[str, list[Event]] = defaultdict(list)
+    for event in events:
+        if event.category in ("cpu_op", "user_annotation"):
+            threads[event.thread].append(event)
     for of_thread in threads.values():
-        of_thread.sort(key=lambda event: (event["ts"], -event["dur"]))
-    links = _links(events)
-    keys = {key(event) for event in wanted}
-    swept = Swept()
+        of_thread.sort(key=lambda event: (event.start, -event.duration))
+    keys = {event.key for event in wanted}
     # Parts of operations: their derivatives may run on another thread, and a recomputed forward
-    # pass inside of a derivative has derivatives of its own.
+    # pass inside of a derivative has derivatives of its own. So everything is passed twice.
     parts: dict[Key, str] = {}
-    operations = set(links.values())
-    for of_thread in threads.values():
-        _Pass(swept, links, parts, operations, set()).run(of_thread)
     swept = Swept()
-    for of_thread in threads.values():
-        _Pass(swept, links, parts, operations, keys).run(of_thread)
+    for _ in range(2):
+        swept = Swept()
+        for of_thread in threads.values():
+            _Pass(swept, links, parts, keys).run(of_thread)
     swept.parts.sort(key=lambda one: one.start_us)
     return swept
 
 
-def _links(events: list[Event]) -> dict[Key, Key]:
-    """Maps each derivative to its operation."""
-    ends: dict[str, dict[Any, Key]] = {"s": {}, "f": {}}
-    for event in events:
-        if event.get("cat") == "fwdbwd" and event.get("ph") in ends:
-            ends[event["ph"]][event["id"]] = key(event)
-    return {at: ends["s"][number] for number, at in ends["f"].items() if number in ends["s"]}
+class _Open(NamedTuple):
+    end: float
+    scope: str | None
+    call: Call | None
+    is_node: bool
 
 
 class _Pass:
-    """One pass over one thread's events in order of time.
-
-    Args:
-        swept: Receives the results.
-        links: Maps each derivative to its operation.
-        parts: Part of each operation that has a derivative; read and completed.
-        operations: Operations that have one.
-        keys: Events whose surroundings are asked for.
-    """
+    """One pass over one thread's events in order of time; completes `swept` and `parts`."""
 
     def __init__(
-        self,
-        swept: Swept,
-        links: dict[Key, Key],
-        parts: dict[Key, str],
-        operations: set[Key],
-        keys: set[Key],
+        self, swept: Swept, links: dict[Key, Key], parts: dict[Key, str], keys: set[Key]
     ) -> None:
-        self._swept, self._links, self._parts = swept, links, parts
-        self._operations, self._keys = operations, keys
-        # End, scope or None, collective or None, whether it is a node of the graph.
-        self._open: list[tuple[float, str | None, Call | None, bool]] = []
+        self._swept, self._links, self._parts, self._keys = swept, links, parts, keys
+        self._operations = set(links.values())
+        self._open: list[_Open] = []
         self._backward: Span | None = None
         self._pass: Span | None = None
 
     def run(self, events: list[Event]) -> None:
         for event in events:
-            while self._open and self._open[-1][0] <= event["ts"]:
+            while self._open and self._open[-1].end <= event.start:
                 self._open.pop()
             self._enter(event)
         self._close_backward()
         self._close_pass()
 
     def _enter(self, event: Event) -> None:
-        name: str = event["name"]
-        at, end = key(event), event["ts"] + event["dur"]
-        scope, call, is_node = None, None, False
-        if name.startswith(_PREFIX):
-            scope, call = self._range(event, name.removeprefix(_PREFIX))
+        at, scope, call, is_node = event.key, None, None, False
+        if event.name.startswith(_PREFIX):
+            scope, call = self._range(event, event.name.removeprefix(_PREFIX))
         elif at in self._links:
             part = self._parts.get(self._links[at])
             if part is not None:
                 scope = f"{part.split(':')[0]}:backward"
                 self._extend_backward(event, scope)
-        elif name.startswith(_NODE):
+        elif event.name.startswith(_NODE):
             is_node = True
             self._extend_pass(event)
-        if at in self._operations:
-            part = self._innermost_part()
-            if part is not None:
-                self._parts[at] = part
+        if at in self._operations and (part := self._innermost_part()) is not None:
+            self._parts[at] = part
         if at in self._keys:
             self._swept.around[at] = Around(
-                tuple(one[1] for one in self._open if one[1] is not None),
-                next((one[2] for one in reversed(self._open) if one[2] is not None), None),
+                tuple(one.scope for one in self._open if one.scope is not None),
+                next((one.call for one in reversed(self._open) if one.call is not None), None),
             )
         if scope is not None or call is not None or is_node:
-            self._open.append((end, scope, call, is_node))
+            self._open.append(_Open(event.end, scope, call, is_node))
 
     def _range(self, event: Event, name: str) -> tuple[str | None, Call | None]:
         """The scope or collective that a range of the recorder means."""
-        found = _COMM.fullmatch(name)
-        if found is not None:
+        if found := _COMM.fullmatch(name):
             pair = (int(found[2]), int(found[3])) if found[2] else None
             return None, Call(found[1], pair, int(found[4]))
         if name == "wait":
-            self._swept.waits.append(span(event, "wait"))
+            self._swept.waits.append(event.span("wait"))
             return None, None
-        if name.startswith("step/"):
-            self._swept.steps[int(name.removeprefix("step/"))] = span(event, name)
-            self._swept.thread = event["tid"]
+        if found := _STEP.fullmatch(name):
+            self._swept.steps[int(found[1])] = event.span(name)
+            self._swept.thread = event.thread
             return None, None
         is_part = _MODEL_PART.fullmatch(name) is not None
         recomputed = is_part and self._in_node()
-        kind = ("recompute" if recomputed else "forward") if is_part else ""
         if not self._in_node():
             self._close_pass()
-        self._swept.parts.append(span(event, name, kind))
+        kind = ("recompute" if recomputed else "forward") if is_part else ""
+        self._swept.parts.append(event.span(name, kind))
         return (f"{name}:recompute" if recomputed else name), None
 
     def _in_node(self) -> bool:
-        return any(one[3] for one in self._open)
+        return any(one.is_node for one in self._open)
 
     def _innermost_part(self) -> str | None:
-        for _, scope, _, _ in reversed(self._open):
-            if scope is not None and "/" in scope:
-                return scope
-        return None
+        scopes = (one.scope for one in reversed(self._open))
+        return next((scope for scope in scopes if scope is not None and "/" in scope), None)
 
     def _extend_pass(self, event: Event) -> None:
         """Outermost nodes that follow each other are one backward pass."""
-        if self._in_node():
-            return
-        end = event["ts"] + event["dur"]
-        if self._pass is None:
-            self._pass = span(event, "backward")
-        self._pass = Span("backward", self._pass.start_us, end, str(event["tid"]))
+        if not self._in_node():
+            start = event.start if self._pass is None else self._pass.start_us
+            self._pass = Span("backward", start, event.end, event.thread)
 
     def _close_pass(self) -> None:
         if self._pass is not None:
@@ -235,13 +240,12 @@ class _Pass:
 
     def _extend_backward(self, event: Event, scope: str) -> None:
         """Derivatives of one part that follow each other are one span."""
-        name, end = scope.split(":")[0], event["ts"] + event["dur"]
+        name, start = scope.split(":")[0], event.start
         if self._backward is not None and self._backward.name == name:
             start = self._backward.start_us
-            self._backward = Span(name, start, end, str(event["tid"]), "backward")
-            return
-        self._close_backward()
-        self._backward = span(event, name, "backward")
+        else:
+            self._close_backward()
+        self._backward = Span(name, start, event.end, event.thread, "backward")
 
     def _close_backward(self) -> None:
         if self._backward is not None:

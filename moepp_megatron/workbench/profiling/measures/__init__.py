@@ -1,12 +1,11 @@
-"""Single measures of a recording; `profiling.analysis` puts them together.
+"""What the traces of a recording say, each measure in a file.
 
-exposure.py        communication that nothing hides (intervals.py)
-lateness.py        waiting for late ranks, separated from transfer
-classes.py         collectives of a kind, summed
-purpose.py         where in the model a collective was called, and what it serves
-expected_bytes.py  all-to-all bytes, measured against what routing makes necessary
-expert_load.py     rows that the experts of each rank computed
-slow_rank.py       a rank that computes longer than its rows explain
-links.py           the link that a group's messages take, and its peak
-intervals.py       arithmetic of time intervals: lists of (start, end), microseconds
+intervals.py       arithmetic of time intervals
+exposure.py        communication that no computation hides
+lateness.py        waiting for late ranks
+purpose.py         what a collective serves
+classes.py         sums by kind of collective
+expected_bytes.py  all-to-all bytes against the routing
+expert_load.py     rows of FFN experts by rank, and a rank that these do not explain
+links.py           the link of a call, and the bandwidth that it could reach
 """

@@ -11,14 +11,14 @@ Gates, 4 bytes per selection, and with deduplication maps are counted separately
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from moepp_megatron.workbench.profiling.collective import Collective, Operation
 from moepp_megatron.workbench.profiling.measures.purpose import Place, place_of
-from moepp_megatron.workbench.profiling.trace import RankTrace
+from moepp_megatron.workbench.profiling.trace import Pass, RankTrace
+
+_PHASES, _PARTS = ("forward", "recompute", "backward"), ("dispatch", "combine")
 
 
 @dataclass
@@ -51,74 +51,68 @@ class ExpectedLayerBytes:
         """Whether measured and expected agree to the byte; None without an expectation."""
         return None if self.expected is None else self.measured == self.expected
 
+    def add_measured(self, call: Collective, row_bytes: set[int]) -> None:
+        """Count an all-to-all; `row_bytes` are those of the layers' hidden vectors."""
+        others = _to_others(call, self.place)
+        # Gates and maps travel beside hidden vectors; a row tells which is which.
+        if row_bytes and call.row_bytes is not None and call.row_bytes not in row_bytes:
+            self.side += others
+        else:
+            self.measured += others
 
-def layer_bytes(traces: Iterable[RankTrace], step: int) -> list[ExpectedLayerBytes]:
+    def add_expected(self, counted: Pass) -> None:
+        """Count what the routing of a pass requires."""
+        row, share = counted.row_bytes, (counted.ranks - 1) / counted.ranks
+        plain, copies = (
+            row * (sum(rows) - sum(rows[counted.own : counted.own + 1]))
+            for rows in (counted.to_ranks, counted.copies_to_ranks)
+        )
+        self.plain += plain
+        self.deduplicated += copies
+        # T K phi is the number of FFN selections.
+        self.even += counted.selections * row * share
+        self.vanilla += counted.tokens * counted.topk * row * share
+        for kind, required in (("dedup", copies), ("allto", plain)):
+            if kind in counted.dispatcher.lower():
+                self.expected = (self.expected or 0) + required
+                return
+
+
+def layer_bytes(traces: list[RankTrace], step: int) -> list[ExpectedLayerBytes]:
     """Bytes over all recorded ranks, ordered by layer, dispatch before combine, forward first."""
     found: dict[Place, ExpectedLayerBytes] = {}
-    for trace in traces:
-        span = trace.steps.get(step)
-        if span is None:
-            continue
-        passes = _passes(trace, step)
-        row_bytes = {p["row_bytes"] for ps in passes.values() for p in ps}
+    for trace in [trace for trace in traces if step in trace.steps]:
+        span, passes = trace.steps[step], trace.passes(step)
+        row_bytes = {counted.row_bytes for counted in passes}
         for call in trace.collectives:
             place = place_of(call)
-            is_within = span.start_us <= call.start_us < span.end_us
-            if place is not None and is_within and _is_exchange(call, place):
+            within = span.start_us <= call.start_us < span.end_us
+            exchanges = call.operation is Operation.ALL_TO_ALL and within
+            if exchanges and place and place.part in _PARTS and place.phase in _PHASES:
                 entry = found.setdefault(place, ExpectedLayerBytes(place))
-                _add_measured(entry, call, row_bytes)
+                entry.add_measured(call, row_bytes)
         for place, counted in _places(passes):
-            entry = found.setdefault(place, ExpectedLayerBytes(place))
-            _add_expected(entry, counted)
-    phases, parts = ("forward", "recompute", "backward"), ("dispatch", "combine")
-    return sorted(
-        found.values(),
-        key=lambda one: (
-            one.place.layer,
-            phases.index(one.place.phase),
-            parts.index(one.place.part),
-        ),
-    )
+            found.setdefault(place, ExpectedLayerBytes(place)).add_expected(counted)
+    return [found[place] for place in sorted(found, key=_order)]
 
 
-def _is_exchange(call: Collective, place: Place) -> bool:
-    return call.operation is Operation.ALL_TO_ALL and place.part in ("dispatch", "combine")
+def _order(place: Place) -> tuple[int, int, int]:
+    return place.layer, _PHASES.index(place.phase), _PARTS.index(place.part)
 
 
-def _passes(trace: RankTrace, step: int) -> dict[tuple[int, bool], list[dict[str, Any]]]:
-    """Counted passes by layer, and by whether they were repeated."""
-    found: dict[tuple[int, bool], list[dict[str, Any]]] = defaultdict(list)
-    for entry in trace.about.get("steps", []):
-        if entry["step"] == step:
-            for counted in entry.get("passes", []):
-                found[counted["layer"], counted["recomputed"]].append(counted)
-    return found
-
-
-def _places(
-    passes: dict[tuple[int, bool], list[dict[str, Any]]],
-) -> Iterable[tuple[Place, dict[str, Any]]]:
+def _places(passes: list[Pass]) -> Iterator[tuple[Place, Pass]]:
     """Each counted pass under every place that moves its tokens.
 
     The backward pass moves the tokens of the last forward pass: the repeated one, if there is one.
     """
-    for (layer, recomputed), counted in passes.items():
-        phases = ["recompute" if recomputed else "forward"]
-        if recomputed or (layer, True) not in passes:
+    repeated = {one.layer for one in passes if one.recomputed}
+    for one in passes:
+        phases = ["recompute" if one.recomputed else "forward"]
+        if one.recomputed or one.layer not in repeated:
             phases.append("backward")
-        for one in counted:
-            for phase in phases:
-                for part in ("dispatch", "combine"):
-                    yield Place(layer, part, phase), one
-
-
-def _add_measured(entry: ExpectedLayerBytes, call: Collective, row_bytes: set[int]) -> None:
-    others = _to_others(call, entry.place)
-    # Gates and maps travel beside hidden vectors; a row tells which is which.
-    if row_bytes and call.row_bytes is not None and call.row_bytes not in row_bytes:
-        entry.side += others
-    else:
-        entry.measured += others
+        for phase in phases:
+            for part in _PARTS:
+                yield Place(one.layer, part, phase), one
 
 
 def _to_others(call: Collective, place: Place) -> int:
@@ -132,23 +126,3 @@ def _to_others(call: Collective, place: Place) -> int:
         return call.size or 0
     own = call.group_ranks.index(call.rank)
     return sum(size for rank, size in enumerate(parts) if rank != own)
-
-
-def _add_expected(entry: ExpectedLayerBytes, counted: dict[str, Any]) -> None:
-    row, own, ranks = counted["row_bytes"], counted["own"], counted["ranks"]
-
-    def to_others(rows: list[int]) -> int:
-        return row * sum(count for rank, count in enumerate(rows) if rank != own)
-
-    plain, copies = to_others(counted["to_ranks"]), to_others(counted["copies_to_ranks"])
-    entry.plain += plain
-    entry.deduplicated += copies
-    share = (ranks - 1) / ranks
-    # T K phi is the number of FFN selections.
-    entry.even += counted["selections"] * row * share
-    entry.vanilla += counted["tokens"] * counted["topk"] * row * share
-    expected = {"Dedup": copies, "Allto": plain}
-    for part, value in expected.items():
-        if part.lower() in counted["dispatcher"].lower():
-            entry.expected = (entry.expected or 0) + value
-            return

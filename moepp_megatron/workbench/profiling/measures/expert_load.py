@@ -2,20 +2,24 @@
 
 Ranks of an expert-parallel group meet in every all-to-all, so in every pass through a layer the
 rank with most rows sets the pace, whichever it is. Rows are counted from the routing, so neither a
-busy machine nor the recording affects them.
+busy machine nor the recording affects them. A rank that computes longer than its rows explain is
+slow by itself: its cores, clock, or neighbours.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
+from moepp_megatron.workbench.profiling.measures.exposure import MeasuredStepTime
 from moepp_megatron.workbench.profiling.trace import RankTrace
 
 # megatron-core's description of the group that an all-to-all of experts spans.
 _GROUP = "EXPERT_MODEL_PARALLEL_GROUP"
+# Times of ranks with equal work differ by less on a machine with nothing else to do.
+_SLOW = 1.25
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,19 @@ def expert_load(traces: Iterable[RankTrace], steps: Iterable[int]) -> ExpertLoad
         None without expert parallelism or counted passes, and with expert tensor parallelism,
         where ranks share rows.
     """
-    wanted = set(steps)
-    passes: dict[tuple[Any, ...], list[list[int]]] = defaultdict(list)
+    wanted = list(steps)
+    # By group, step, layer and number of the pass: each member's selections for each rank.
+    passes: dict[tuple[tuple[int, ...], int, int, int], list[list[int]]] = defaultdict(list)
     for trace in traces:
-        members = expert_group(trace)
-        if len(members) > 1 and trace.about.get("layout", {}).get("etp", 1) == 1:
-            for key, to_ranks in _passes(trace, wanted):
-                if len(to_ranks) == len(members):
-                    passes[(members, *key)].append(to_ranks)
+        members = _expert_group(trace)
+        if len(members) > 1 and trace.about.layout.get("etp", 1) == 1:
+            for step in wanted:
+                numbers: Counter[int] = Counter()
+                for one in trace.passes(step):
+                    if not one.recomputed and len(one.to_ranks) == len(members):
+                        key = (members, step, one.layer, numbers[one.layer])
+                        passes[key].append(one.to_ranks)
+                        numbers[one.layer] += 1
     rows: Counter[tuple[int, int]] = Counter()
     most = mean = 0.0
     for (members, step, *_), sent in passes.items():
@@ -65,18 +74,56 @@ def expert_load(traces: Iterable[RankTrace], steps: Iterable[int]) -> ExpertLoad
     return ExpertLoad(dict(rows), max(sorted(total), key=lambda one: total[one]), most / mean)
 
 
-def expert_group(trace: RankTrace) -> tuple[int, ...]:
+def _expert_group(trace: RankTrace) -> tuple[int, ...]:
     """Ranks of this rank's expert-parallel group; empty where it has none."""
     found = (one.ranks for one in trace.groups.values() if one.description == _GROUP)
     return next(found, ())
 
 
-def _passes(trace: RankTrace, steps: set[int]) -> Iterable[tuple[tuple[int, int, int], list[int]]]:
-    """Step, layer and number of each forward pass, and its selections for each rank."""
-    for entry in trace.about.get("steps", []):
-        numbers: Counter[int] = Counter()
-        for counted in entry.get("passes", []):
-            if entry["step"] in steps and not counted["recomputed"]:
-                layer = counted["layer"]
-                yield (entry["step"], layer, numbers[layer]), counted["to_ranks"]
-                numbers[layer] += 1
+class SlowRank(NamedTuple):
+    """The rank whose time its rows explain least.
+
+    Attributes:
+        rank: Its number.
+        time_ratio: Its computing time over the mean of the other ranks of its group.
+        rows_ratio: Rows of its FFN experts over theirs.
+    """
+
+    rank: int
+    time_ratio: float
+    rows_ratio: float
+
+
+def slow_rank(
+    traces: Iterable[RankTrace],
+    times: Mapping[int, Mapping[int, MeasuredStepTime]],
+    load: ExpertLoad | None,
+) -> SlowRank | None:
+    """The rank that others wait for because it is slow, not because it has more rows; or None.
+
+    All of a rank's work may be in its experts, so additional time in proportion to additional rows
+    counts as explained; fewer rows explain no time.
+
+    Args:
+        traces: Traces of the recorded ranks.
+        times: Times by step and rank.
+        load: Rows by step and rank; None gives None.
+    """
+    if load is None:
+        return None
+    compute = {(step, rank): t.compute_us for step, own in times.items() for rank, t in own.items()}
+    found = []
+    for group in {_expert_group(trace) for trace in traces}:
+        for rank in group:
+            others = [other for other in group if other != rank]
+            ratios = [_ratio(numbers, rank, others) for numbers in (compute, load.rows)]
+            if ratios[0] > _SLOW * max(1.0, ratios[1]):
+                found.append(SlowRank(rank, *ratios))
+    return max(found, key=lambda one: one.time_ratio, default=None)
+
+
+def _ratio(numbers: Mapping[tuple[int, int], float], rank: int, others: list[int]) -> float:
+    """A rank's sum over steps, divided by the others' mean; 0 if theirs is unknown."""
+    own = sum(value for (_, of), value in numbers.items() if of == rank)
+    rest = sum(value for (_, of), value in numbers.items() if of in others)
+    return own * len(others) / rest if rest else 0.0

@@ -28,7 +28,6 @@ class MeasuredStepTime:
         compute_us: Time in which something computed.
         communication_us: Time in which a collective ran or waited.
         exposed_us: Time in which a collective ran or waited and nothing computed.
-        idle_us: Time with neither.
     """
 
     step_us: float
@@ -50,11 +49,10 @@ class MeasuredStepTime:
 def computing(trace: RankTrace, within: Interval) -> list[Interval]:
     """The intervals in which this rank computes."""
     whole = [within]
-    if trace.on_gpu:
-        return intersect(union(span.interval for span in trace.kernels), whole)
-    if trace.waits:
+    if trace.waits and not trace.on_gpu:
         return subtract(whole, union(span.interval for span in trace.waits))
-    return intersect(union(span.interval for span in trace.host_work), whole)
+    work = trace.kernels if trace.on_gpu else trace.host_work
+    return intersect(union(span.interval for span in work), whole)
 
 
 def step_time(trace: RankTrace, step: Span) -> MeasuredStepTime:
@@ -63,10 +61,9 @@ def step_time(trace: RankTrace, step: Span) -> MeasuredStepTime:
     compute = computing(trace, within)
     busy = union((one.start_us, one.end_us) for one in trace.collectives)
     communication = intersect(busy, [within])
-    exposed = subtract(communication, compute)
     return MeasuredStepTime(
         step_us=within[1] - within[0],
         compute_us=length(compute),
         communication_us=length(communication),
-        exposed_us=length(exposed),
+        exposed_us=length(subtract(communication, compute)),
     )

@@ -46,9 +46,8 @@ class Links:
 
     def __init__(self, traces: list[RankTrace]) -> None:
         self._on_gpu = any(trace.on_gpu for trace in traces)
-        about = traces[0].about
-        self._nodes: list[str] = list(about.get("nodes", []))
-        self.hardware = find_hardware(str(about.get("device", ""))) if self._on_gpu else None
+        self._nodes = traces[0].about.nodes
+        self.hardware = find_hardware(traces[0].about.device) if self._on_gpu else None
 
     def of(self, call: Collective) -> Link:
         """The slowest link that the group's messages must take."""

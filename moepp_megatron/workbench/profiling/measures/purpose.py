@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from moepp_megatron.workbench.profiling.collective import Collective, Operation
-from moepp_megatron.workbench.profiling.groups import DATA_MEANINGS
+from moepp_megatron.workbench.profiling.collective import POINT_TO_POINT, Collective, Operation
 
-_PART = re.compile(r"layer(\d+)/(\w+)(?::(\w+))?")
+_PART = re.compile(r"layer(\d{1,9})/(\w+)(?::(\w+))?")
+_DATA_MEANINGS = ("data", "expert data", "tensor and data")
 
 # In the order in which tables show them.
 PURPOSES = (
@@ -25,8 +25,7 @@ PURPOSES = (
 )
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A part of a layer in one of its passes.
 
     Attributes:
@@ -43,8 +42,7 @@ class Place:
 def place_of(collective: Collective) -> Place | None:
     """The innermost part of a layer that it was called in; None outside of layers."""
     for scope in reversed(collective.scopes):
-        found = _PART.fullmatch(scope)
-        if found is not None:
+        if found := _PART.fullmatch(scope):
             return Place(int(found[1]), found[2], found[3] or "forward")
     return None
 
@@ -56,37 +54,28 @@ def purpose_of(collective: Collective, meaning: str) -> str:
 
     Args:
         collective: The call.
-        meaning: Meaning of its group (`Group.meaning`).
+        meaning: Meaning of its group (`TracedGroup.meaning`).
     """
-    place = place_of(collective)
+    place, operation = place_of(collective), collective.operation
+    in_optimizer = "optimizer" in collective.scopes
     if place is not None and place.part in ("dispatch", "combine", "router"):
         return place.part
-    operation = collective.operation
     if meaning == "context":
         # Ring attention sends and receives too.
         return "context parallel"
-    if operation in (Operation.SEND, Operation.RECEIVE) or meaning == "pipeline":
+    if operation in POINT_TO_POINT or meaning == "pipeline":
         return "pipeline"
-    if meaning in DATA_MEANINGS:
-        return _of_data_parallel(collective)
-    if meaning == "embedding" or "gradients" in collective.scopes:
+    if meaning in _DATA_MEANINGS and operation is Operation.ALL_GATHER:
+        return "parameter gather"
+    if meaning in _DATA_MEANINGS and not in_optimizer:
+        reduces = operation in (Operation.REDUCE_SCATTER, Operation.ALL_REDUCE)
+        return "gradient reduce" if reduces else "other"
+    if meaning == "embedding" or "gradients" in collective.scopes and not in_optimizer:
         return "gradient reduce"
-    if "optimizer" in collective.scopes:
+    if in_optimizer:
+        # The norm of the gradients, found infinities.
         return "optimizer"
     if meaning.startswith("tensor"):
         return "tensor parallel"
     # Without ranges, tokens of experts can only be told from other things by their group.
-    if meaning == "expert" and operation is Operation.ALL_TO_ALL:
-        return "dispatch"
-    return "other"
-
-
-def _of_data_parallel(collective: Collective) -> str:
-    if collective.operation is Operation.ALL_GATHER:
-        return "parameter gather"
-    if "optimizer" in collective.scopes:
-        # The norm of the gradients, found infinities.
-        return "optimizer"
-    if collective.operation in (Operation.REDUCE_SCATTER, Operation.ALL_REDUCE):
-        return "gradient reduce"
-    return "other"
+    return "dispatch" if meaning == "expert" and operation is Operation.ALL_TO_ALL else "other"

@@ -6,7 +6,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from moepp_megatron.workbench.profiling.analysis import Profile
-from moepp_megatron.workbench.profiling.document import equals_formula
 from moepp_megatron.workbench.profiling.measures.classes import CallClass
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.cards import Card
@@ -64,7 +63,7 @@ def vectors(profile: Profile) -> Vectors | None:
         sum(one.plain for one in every),
         sum(one.deduplicated for one in every),
         sum(one.vanilla for one in every),
-        equals_formula(profile),
+        profile.equals_formula,
     )
 
 
@@ -221,8 +220,6 @@ def _bytes(moved: Vectors) -> str:
 
 
 def _unseen(profile: Profile) -> list[str]:
-    if any(one.synthetic for trace in profile.traces for one in trace.collectives):
-        return ["This recording was written from documentation: its times say nothing."]
     missing = profile.world_size - len(profile.ranks)
     if missing <= 0:
         return []

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.workbench.profiling.compare import compare, in_words
-from moepp_megatron.workbench.profiling.formats.records import SourceError
 from moepp_megatron.workbench.profiling.formats.sources import read_recording
+from moepp_megatron.workbench.profiling.summaries import summarise_recording, summary_of
 from moepp_megatron.workbench.profiling.summary import (
     ProfileSummary,
     SummaryRow,
-    read_summary,
-    summarise_recording,
 )
+from moepp_megatron.workbench.profiling.trace import ProfileError
 
 SAMPLES = Path(__file__).parent / "samples"
 
@@ -187,13 +186,13 @@ def test_summaries_are_read_alone_or_within_a_profile(tmp_path):
     alone, within = tmp_path / "alone.json", tmp_path / "within.json"
     alone.write_text(written.model_dump_json())
     within.write_text(json.dumps({"other": 1, "summary": written.model_dump(mode="json")}))
-    assert read_summary(alone) == read_summary(within) == written
+    assert summary_of(alone) == summary_of(within) == written
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "not JSON"),
+        ("", "not a whole JSON file"),
         ("[]", "field 'the whole'"),
         ('{"name": "A"}', "field 'ranks': field required"),
         ('{"name": "A", "ranks": 1, "format": 2}', "field 'format'"),
@@ -206,13 +205,13 @@ def test_summaries_are_read_alone_or_within_a_profile(tmp_path):
 def test_what_is_no_summary_is_named(tmp_path, content, said):
     path = tmp_path / "profile.json"
     path.write_text(content)
-    with pytest.raises(SourceError) as caught:
-        read_summary(path)
+    with pytest.raises(ProfileError) as caught:
+        summary_of(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert said in str(caught.value)
     assert "moepp profile --json" in str(caught.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(SourceError, match="absent.json: No such file or directory"):
-        read_summary(tmp_path / "absent.json")
+    with pytest.raises(ProfileError, match="absent.json: no such file or folder"):
+        summary_of(tmp_path / "absent.json")

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from moepp_megatron.workbench.profiling.groups import TracedGroup
 from moepp_megatron.workbench.profiling.measures.expert_load import expert_load
-from moepp_megatron.workbench.profiling.trace import RankTrace
+from moepp_megatron.workbench.profiling.trace import About, Pass, Passes, RankTrace, TracedGroup
+
+
+def routed(layer: int, to_ranks: list[int]) -> Pass:
+    return Pass(
+        layer=layer,
+        recomputed=False,
+        dispatcher="AlltoAll",
+        tokens=0,
+        topk=2,
+        selections=0,
+        row_bytes=4,
+        ranks=2,
+        own=0,
+        to_ranks=to_ranks,
+        copies_to_ranks=to_ranks,
+    )
 
 
 def trace(
     rank: int, ranks: tuple[int, ...], *sent: tuple[int, list[int]], etp: int = 1
 ) -> RankTrace:
     """A rank's step 5; each of `sent` is a layer and its selections for the group's ranks."""
-    passes: list[dict[str, Any]] = [
-        {"layer": layer, "recomputed": False, "to_ranks": to_ranks} for layer, to_ranks in sent
-    ]
+    passes = [routed(layer, to_ranks) for layer, to_ranks in sent]
     return RankTrace(
         rank,
         groups={"9": TracedGroup("9", ranks, "EXPERT_MODEL_PARALLEL_GROUP")},
-        about={"steps": [{"step": 5, "passes": passes}], "layout": {"etp": etp}},
+        about=About(steps=[Passes(step=5, passes=passes)], layout={"etp": etp}),
     )
 
 
@@ -40,8 +51,8 @@ def test_the_busiest_rank_of_each_layer_counts() -> None:
 def test_passes_of_a_layer_are_apart_and_repeated_ones_do_not_count() -> None:
     both = [trace(0, (0, 1), (1, [3, 0]), (1, [0, 3])), trace(1, (0, 1), (1, [3, 0]), (1, [0, 3]))]
     for one in both:
-        again = {"layer": 1, "recomputed": True, "to_ranks": [9, 0]}
-        one.about["steps"][0]["passes"].append(again)
+        again = routed(1, [9, 0]).model_copy(update={"recomputed": True})
+        one.about.steps[0].passes.append(again)
     found = expert_load(both, [5])
     assert found is not None
     assert found.busiest_over_mean == 2.0

@@ -8,7 +8,7 @@ import pytest
 
 from moepp_megatron.workbench.profiling.collective import Operation
 from moepp_megatron.workbench.profiling.formats.flight_recorder import read_flight_record
-from moepp_megatron.workbench.profiling.formats.records import SourceError
+from moepp_megatron.workbench.profiling.trace import ProfileError
 
 GLOO = Path(__file__).parent / "samples" / "flight_recorder_gloo"
 NCCL = Path(__file__).parent / "samples" / "flight_recorder_nccl"
@@ -29,7 +29,7 @@ def test_recorded_sizes_groups_and_order():
     found = read_flight_record(GLOO / "collectives_rank_1.json")
     exchange = found[1]
     # 40 rows of 4 floats sent, 50 received.
-    assert (exchange.size, exchange.dtype) == (50 * 4 * 4, "Float")
+    assert exchange.size == 50 * 4 * 4
     assert exchange.description == "EXPERT_MODEL_PARALLEL_GROUP"
     assert [one.sequence for one in found if one.group == exchange.group] == [1, 2, 3]
     assert found[0].group_ranks == (0, 1)
@@ -54,16 +54,13 @@ def test_nccl_with_timing():
 def test_sends_and_receives_name_their_peer():
     sends = {one.operation: one for one in read_flight_record(NCCL / "collectives_rank_0.json")}
     receives = {one.operation: one for one in read_flight_record(NCCL / "collectives_rank_2.json")}
-    size = 2048 * 1536 * 2
-    assert sends[Operation.SEND].sent == (0, size)
-    assert sends[Operation.SEND].group_ranks == (0, 2)
-    assert receives[Operation.RECEIVE].received == (size, 0)
-    assert sends[Operation.SEND].pair == receives[Operation.RECEIVE].pair == (0, 1)
+    ends = sends[Operation.SEND], receives[Operation.RECEIVE]
+    assert [(one.pair, one.size) for one in ends] == [((0, 1), 2048 * 1536 * 2)] * 2
 
 
 def test_a_collective_that_has_not_ended_takes_no_time():
     last = read_flight_record(NCCL / "collectives_rank_0.json")[-1]
-    assert (last.duration_us, last.algorithm_bandwidth) == (0, None)
+    assert (last.duration_us, last.bus_bandwidth) == (0, None)
 
 
 def edited(tmp_path: Path, edit) -> Path:
@@ -90,7 +87,7 @@ def edited(tmp_path: Path, edit) -> Path:
 )
 def test_what_is_missing_is_named_with_its_file(tmp_path, edit, said):
     path = edited(tmp_path, edit)
-    with pytest.raises(SourceError) as caught:
+    with pytest.raises(ProfileError) as caught:
         read_flight_record(path)
     assert str(caught.value).startswith(f"{path}{said}")
 
@@ -102,7 +99,7 @@ def test_unknown_collectives_types_and_fields(tmp_path):
 
     found = read_flight_record(edited(tmp_path, edit))
     assert found[0].operation is Operation.OTHER
-    assert (found[1].size, found[1].dtype) == (None, "Float2")
+    assert found[1].size is None
 
 
 class Planted:
@@ -113,7 +110,7 @@ class Planted:
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
     path = tmp_path / "trace_rank_0"
     path.write_bytes(pickle.dumps({"version": "2.10", "entries": [Planted()]}))
-    with pytest.raises(SourceError, match=r"asks for builtins\.print, which no flight record"):
+    with pytest.raises(ProfileError, match=r"asks for builtins\.print, which no flight record"):
         read_flight_record(path)
     assert capsys.readouterr().out == ""
 
@@ -122,12 +119,12 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
 def test_damaged_dumps(tmp_path, content):
     path = tmp_path / "trace_rank_0"
     path.write_bytes(content)
-    with pytest.raises(SourceError, match="trace_rank_0: "):
+    with pytest.raises(ProfileError, match="trace_rank_0: "):
         read_flight_record(path)
 
 
 def test_the_rank_must_be_in_the_name(tmp_path):
     path = tmp_path / "dump.json"
     path.write_text("{}")
-    with pytest.raises(SourceError, match="must end with its rank, such as trace_rank_3"):
+    with pytest.raises(ProfileError, match="must end with its rank, such as trace_rank_3"):
         read_flight_record(path)

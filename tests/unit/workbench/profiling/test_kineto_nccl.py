@@ -9,13 +9,9 @@ import pytest
 
 from moepp_megatron.workbench.profiling.analysis import Profile, analyse
 from moepp_megatron.workbench.profiling.collective import Collective, Operation
-from moepp_megatron.workbench.profiling.document import document
+from moepp_megatron.workbench.profiling.formats.c10d import bytes_of_type, operation_of
 from moepp_megatron.workbench.profiling.formats.kineto import parse_kineto
-from moepp_megatron.workbench.profiling.formats.kineto_sizes import (
-    bytes_of_type,
-    operation_of,
-    whole_list,
-)
+from moepp_megatron.workbench.profiling.formats.records import whole_list
 from moepp_megatron.workbench.profiling.load import load_profile
 from moepp_megatron.workbench.profiling.measures.purpose import Place, place_of
 
@@ -44,7 +40,6 @@ def test_uneven_all_to_all(profile: Profile) -> None:
     assert first.stream == "20"
     assert place_of(first) == Place(1, "dispatch", "forward")
     assert first.sequence == 0
-    assert first.synthetic
 
 
 def test_times_and_bandwidth(profile: Profile) -> None:
@@ -52,7 +47,6 @@ def test_times_and_bandwidth(profile: Profile) -> None:
     assert one.size == 2097152 * 4
     assert one.duration_us == 100.0
     # nccl-tests: 8 MiB in 100 us, and half of it over the bus of two ranks.
-    assert one.algorithm_bandwidth == pytest.approx(83.88608)
     assert one.bus_bandwidth == pytest.approx(41.94304)
 
 
@@ -94,19 +88,15 @@ def test_bytes_and_routing(profile: Profile) -> None:
     assert dispatch.vanilla == 16 * 2 * 2048 / 2
 
 
-def test_document_says_what_is_synthetic(profile: Profile) -> None:
-    assert document(profile)["synthetic"] is True
-
-
 def test_network_between_nodes() -> None:
     traces = load_profile(SAMPLE)
     for trace in traces:
-        trace.about["nodes"] = ["node-a", "node-b"]
+        trace.about.nodes = ["node-a", "node-b"]
     from moepp_megatron.workbench.profiling.measures.links import Link, Links
 
     call = traces[0].collectives[0]
     assert Links(traces).of(call) == Link("network", 50.0)  # 400 Gbit/s a card.
-    traces[0].about["nodes"] = ["node-a"]
+    traces[0].about.nodes = ["node-a"]
     assert Links(traces).of(call) == Link("unknown")
 
 

@@ -93,7 +93,7 @@ def test_a_step_is_needed() -> None:
         (b"{", "not a whole JSON file"),
         (b"[]", "has no traceEvents"),
         (b'{"traceEvents": []}', "none of the ranges moepp/step/N"),
-        (b"\x1f\x8b\x08\x00", "not a whole JSON file"),
+        (b"\x1f\x8b\x08\x00", "cut short inside its gzip data"),
     ],
 )
 def test_files_that_are_no_profile(tmp_path: Path, content: bytes, message: str) -> None:
@@ -112,5 +112,5 @@ def test_folders_that_are_no_profile(tmp_path: Path) -> None:
         analyse(tmp_path)
     (tmp_path / "rank1.again.pt.trace.json").unlink()
     (tmp_path / "rank1.meta.json").write_text('{"format": 2}')
-    with pytest.raises(ProfileError, match="format must be 1"):
+    with pytest.raises(ProfileError, match="field 'format': input should be 1"):
         analyse(tmp_path)

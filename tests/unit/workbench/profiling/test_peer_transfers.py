@@ -3,7 +3,6 @@
 from moepp_megatron.workbench.profiling.collective import Collective, Operation
 from moepp_megatron.workbench.profiling.formats.peer_transfers import (
     PeerTransfer,
-    is_all_to_all,
     put_together,
     split_calls,
 )
@@ -49,15 +48,12 @@ def test_times_part_calls_that_share_no_peer():
 
 def test_a_pipeline_exchange_stays_sends_and_receives():
     call = [transfer(True, 2, 100), transfer(False, 0, 50), transfer(False, 2, 25)]
-    assert not is_all_to_all(call, own_rank=1)
     made = put_together(call, 1, BASE)
     assert [one.operation for one in made] == [
         Operation.SEND,
         Operation.RECEIVE,
         Operation.RECEIVE,
     ]
-    assert made[0].sent == (0, 0, 100, 0)
-    assert made[1].received == (50, 0, 0, 0)
     assert [one.pair for one in made] == [(1, 2), (0, 1), (2, 1)]
     assert all(one.sequence is None and one.rank == 5 for one in made)
 

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from moepp_megatron.workbench.profiling import analysis
-from moepp_megatron.workbench.profiling.groups import TracedGroup
-from moepp_megatron.workbench.profiling.measures.expert_load import ExpertLoad
+from moepp_megatron.workbench.profiling.measures.expert_load import ExpertLoad, slow_rank
 from moepp_megatron.workbench.profiling.measures.exposure import MeasuredStepTime
-from moepp_megatron.workbench.profiling.measures.slow_rank import slow_rank
-from moepp_megatron.workbench.profiling.trace import RankTrace
+from moepp_megatron.workbench.profiling.trace import RankTrace, TracedGroup
 from moepp_megatron.workbench.report.profile import findings
 
 GROUP = (0, 1, 2, 3)

@@ -1,4 +1,4 @@
-"""Reads sizes, data types and splits in the forms of torch's profiler.
+"""Names, data types, sizes and splits of c10d's operations, as torch writes them.
 
 There are two forms: NCCL's `record_param_comms` and kernels carry `In msg nelems`, `dtype`, `In
 split size` (torch/csrc/distributed/c10d/ParamCommsUtils.hpp, torch/csrc/profiler/util.cpp); an
@@ -11,8 +11,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from moepp_megatron.config.json_file import parse_json
 from moepp_megatron.workbench.profiling.collective import Operation
+from moepp_megatron.workbench.profiling.formats.records import (
+    LARGEST,
+    MOST_RANKS,
+    optional,
+    whole_list,
+)
 
 # c10::ScalarType in NCCL's events and flight records, C++ type names in those of the CPU.
 _BYTES = {
@@ -22,6 +27,7 @@ _BYTES = {
     "complexfloat": 8, "complexdouble": 16,
 }  # fmt: skip
 
+# By the beginning of a name; the first that fits.
 _NAMES = {
     "all_to_all": Operation.ALL_TO_ALL,
     "alltoall": Operation.ALL_TO_ALL,
@@ -48,10 +54,8 @@ def operation_of(name: str) -> Operation:
     and P2P).
     """
     plain = name.lower().split("::")[-1].split(":")[-1].lstrip("_")
-    for start, operation in _NAMES.items():
-        if plain.startswith(start):
-            return operation
-    return Operation.OTHER
+    found = (operation for start, operation in _NAMES.items() if plain.startswith(start))
+    return next(found, Operation.OTHER)
 
 
 def bytes_of_type(name: str) -> int | None:
@@ -60,25 +64,11 @@ def bytes_of_type(name: str) -> int | None:
     return 1 if plain.removeprefix("c10::").startswith("float8") else _BYTES.get(plain)
 
 
-def whole_list(text: Any) -> list[int] | None:
-    """Numbers of "[1, 2]"; None if it is not a list, or is cut short: "[1, 2, ...]"."""
-    if isinstance(text, list):
-        return [int(item) for item in text] if "..." not in text else None
-    if not isinstance(text, str) or "..." in text:
-        return None
-    try:
-        found = parse_json(text)
-    except ValueError:
-        return None
-    return [int(item) for item in found] if isinstance(found, list) else None
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of a call on one rank, with the fields of `Collective`."""
 
     size: int | None = None
-    dtype: str = ""
     sent: tuple[int, ...] | None = None
     received: tuple[int, ...] | None = None
     row_bytes: int | None = None
@@ -86,21 +76,15 @@ class Sizes:
 
 def sizes_of_nccl(args: dict[str, Any], operation: Operation) -> Sizes:
     """Read the arguments of `record_param_comms` or of an NCCL kernel."""
-    dtype = str(args.get("dtype", ""))
-    width = bytes_of_type(dtype)
-    given, returned = args.get("In msg nelems"), args.get("Out msg nelems")
-    if width is None or not isinstance(given, int) or not isinstance(returned, int):
-        return Sizes(dtype=dtype)
-    size = max(given, returned) * width
+    width = bytes_of_type(str(args.get("dtype", "")))
+    given, returned = (optional(args, f"{side} msg nelems", int) for side in ("In", "Out"))
+    if width is None or given is None or returned is None:
+        return Sizes()
     if operation is not Operation.ALL_TO_ALL:
-        return Sizes(size, dtype)
-    ranks = int(args.get("Group size") or 0)
-    return _split(
-        (given * width, returned * width),
-        (whole_list(args.get("In split size")), whole_list(args.get("Out split size"))),
-        dtype,
-        ranks,
-    )
+        return Sizes(max(given, returned) * width)
+    splits = [whole_list(args.get(f"{side} split size")) for side in ("In", "Out")]
+    ranks = optional(args, "Group size", int) or 0
+    return _split([given * width, returned * width], splits, ranks)
 
 
 def sizes_of_cpu(args: dict[str, Any], operation: Operation, ranks: int, dtype: str = "") -> Sizes:
@@ -114,54 +98,42 @@ def sizes_of_cpu(args: dict[str, Any], operation: Operation, ranks: int, dtype: 
     """
     if operation is Operation.BARRIER:
         return Sizes(0)
-    tensors = _tensors(args.get("Input Dims", []))
-    dtype = next((kind for kind in args.get("Input type", []) if bytes_of_type(kind)), dtype)
-    width = bytes_of_type(dtype)
-    if width is None:
-        return Sizes(dtype="")
-    totals = [sum(math.prod(shape) for shape in shapes) * width for shapes in tensors]
-    if not totals:
-        return Sizes(dtype=dtype)
+    types = [str(kind) for kind in optional(args, "Input type", list) or []]
+    width = bytes_of_type(next((kind for kind in types if bytes_of_type(kind)), dtype))
+    totals = [(width or 0) * count for count in _elements(optional(args, "Input Dims", list) or [])]
+    if width is None or not totals or max(totals) > LARGEST:
+        return Sizes()
     if operation is not Operation.ALL_TO_ALL or len(totals) < 2:
-        return Sizes(max(totals), dtype)
-    concrete = [whole_list(text) for text in args.get("Concrete Inputs", [])]
-    lists = [
-        found
-        for text, found in zip(args.get("Concrete Inputs", []), concrete, strict=True)
-        if isinstance(text, (str, list)) and str(text).startswith("[")
-    ]
+        return Sizes(max(totals))
+    texts = optional(args, "Concrete Inputs", list) or []
+    lists = [whole_list(text) for text in texts if str(text).startswith("[")]
     # c10d::alltoall_base_(output, input, group, output splits, input splits, ...).
-    returned_split, given_split = (lists + [None, None])[:2]
-    return _split((totals[1], totals[0]), (given_split, returned_split), dtype, ranks)
+    returned_split, given_split = [*lists, None, None][:2]
+    return _split([totals[1], totals[0]], [given_split, returned_split], ranks)
 
 
-def _tensors(dims: list[Any]) -> list[list[list[int]]]:
-    """Shapes of each argument that is a tensor or a list of tensors."""
+def _elements(dims: list[Any]) -> list[int]:
+    """Elements of each argument that is a tensor or a list of tensors."""
     found = []
     for shape in dims:
-        if not shape:
-            continue
-        found.append(shape if isinstance(shape[0], list) else [shape])
+        if isinstance(shape, list) and shape:
+            sizes = [whole_list(one) for one in (shape if isinstance(shape[0], list) else [shape])]
+            found.append(sum(math.prod(size) for size in sizes if size is not None))
     return found
 
 
-def _split(
-    totals: tuple[int, int],
-    splits: tuple[list[int] | None, list[int] | None],
-    dtype: str,
-    ranks: int,
-) -> Sizes:
+def _split(totals: list[int], splits: list[list[int] | None], ranks: int) -> Sizes:
     """Sizes of an all-to-all, from totals and splits of input and output. Empty splits are even."""
     parts: list[tuple[int, ...] | None] = []
     row = None
     for total, rows in zip(totals, splits, strict=True):
-        if rows is None:
+        if rows is None or (not rows and not 0 < ranks <= MOST_RANKS):
             parts.append(None)
         elif not rows:
-            parts.append((total // ranks,) * ranks if ranks else None)
+            parts.append((total // ranks,) * ranks)
         elif sum(rows) == 0:
             parts.append((0,) * len(rows))
         else:
             row = total // sum(rows)
             parts.append(tuple(count * row for count in rows))
-    return Sizes(max(totals), dtype, parts[0], parts[1], row)
+    return Sizes(max(totals), parts[0], parts[1], row)

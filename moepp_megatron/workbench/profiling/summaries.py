@@ -1,0 +1,137 @@
+"""Makes or reads the summary of any recording."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+from moepp_megatron.workbench.profiling.analysis import Profile, analyse
+from moepp_megatron.workbench.profiling.collective import Collective, bus_factor
+from moepp_megatron.workbench.profiling.formats.records import read_document, read_model
+from moepp_megatron.workbench.profiling.formats.sources import holds_recording, read_recording
+from moepp_megatron.workbench.profiling.load import has_kineto
+from moepp_megatron.workbench.profiling.measures.lateness import CallKey, Lateness, lateness
+from moepp_megatron.workbench.profiling.merge import find_clocks
+from moepp_megatron.workbench.profiling.summary import ProfileSummary, SummaryRow
+from moepp_megatron.workbench.profiling.trace import meaning, shifted
+
+
+def records_only_collectives(path: Path) -> bool:
+    """Whether a path holds recordings of NCCL or PyTorch alone, none of torch's profiler."""
+    return not has_kineto(path) and holds_recording(path)
+
+
+def summary_of(path: Path) -> ProfileSummary:
+    """The summary of any recording, or one that `moepp profile --json` wrote.
+
+    Raises:
+        ProfileError: It cannot be read.
+    """
+    # Two runs of one configuration differ by their folders.
+    name = path.resolve().name
+    if has_kineto(path):
+        return summarise(analyse(path), name)
+    if path.suffix == ".json" and path.is_file() and not holds_recording(path):
+        remedy = "write it with moepp profile --json"
+        content = read_document(path, remedy)
+        if isinstance(content, dict) and "summary" in content:
+            content = content["summary"]
+        return read_model(path, ProfileSummary, content, remedy)
+    return summarise_recording(read_recording(path), name)
+
+
+def summarise(profile: Profile, name: str | None = None) -> ProfileSummary:
+    """Means over recorded ranks and analysed steps; `name` replaces the profile's own."""
+    count = len(profile.rank_steps)
+    rows = [
+        SummaryRow(
+            purpose=one.name.purpose,
+            operation=one.name.operation.value,
+            group=one.name.group,
+            phase=one.name.phase,
+            calls=one.calls / count,
+            bytes=one.size / count,
+            time_us=one.time_us / count,
+            exposed_us=one.exposed_us / count,
+            wait_us=max(0.0, one.wait_us) / count if one.matched else None,
+            bus_bytes=one.bus_bytes / count,
+        )
+        for one in profile.classes
+    ]
+    return ProfileSummary(
+        name=name or profile.name,
+        ranks=len(profile.ranks),
+        step_times_us=tuple(profile.step_times_us),
+        exposed_us=fmean(time.exposed_us for time in profile.rank_steps),
+        compute_us=fmean(time.compute_us for time in profile.rank_steps),
+        rows=tuple(rows),
+    )
+
+
+def summarise_recording(by_rank: dict[int, list[Collective]], name: str) -> ProfileSummary:
+    """The summary of a source that knows neither steps nor work: sums a rank over the recording.
+
+    Args:
+        by_rank: Collectives of each rank, by its own clock.
+        name: Name of the recording.
+    """
+    waits = _waiting(by_rank)
+    kinds: dict[tuple[str, str], list[CallKey]] = defaultdict(list)
+    for rank, own in by_rank.items():
+        for place, one in enumerate(own):
+            kinds[one.operation.value, _group_name(one)].append((rank, place))
+    rows = [_row(kind, calls, by_rank, waits) for kind, calls in kinds.items()]
+    rows.sort(key=lambda row: -row.time_us)
+    return ProfileSummary(name=name, ranks=max(1, len(by_rank)), rows=tuple(rows))
+
+
+def _group_name(one: Collective) -> str:
+    """The group's meaning; its size where it has no description: hashes differ from run to run."""
+    if one.description:
+        return meaning(one.description) or one.description
+    return f"unnamed of {one.group_size} ranks" if one.group_size else "unnamed"
+
+
+def _waiting(by_rank: dict[int, list[Collective]]) -> dict[CallKey, Lateness]:
+    """Waiting of each call for the last rank, where the clocks of its ranks can be compared."""
+    if not any(one.placed for own in by_rank.values() for one in own):
+        return {}
+    clocks = find_clocks(by_rank)
+    # A call without a place in time keeps its place in the list, and has no counterpart.
+    return lateness(
+        {
+            rank: [
+                one if one.placed else replace(one, sequence=None)
+                for one in shifted(by_rank[rank], clock.offset_us)
+            ]
+            for rank, clock in clocks.items()
+            if clock is not None
+        }
+    )
+
+
+def _row(
+    kind: tuple[str, str],
+    keys: Sequence[CallKey],
+    by_rank: dict[int, list[Collective]],
+    waits: Mapping[CallKey, Lateness],
+) -> SummaryRow:
+    ranks = len(by_rank)
+    calls = [by_rank[rank][place] for rank, place in keys]
+    sizes = [one.size for one in calls if one.size is not None]
+    known = len(sizes) == len(calls)
+    factors = [bus_factor(one.operation, one.group_size) for one in calls if one.group_size]
+    bus = sum(size * factor for size, factor in zip(sizes, factors, strict=False))
+    waited = [waits[key].wait_us for key in keys if key in waits]
+    return SummaryRow(
+        operation=kind[0],
+        group=kind[1],
+        calls=len(calls) / ranks,
+        bytes=sum(sizes) / ranks if known else None,
+        bus_bytes=bus / ranks if known and len(factors) == len(calls) else None,
+        time_us=sum(one.duration_us for one in calls) / ranks,
+        wait_us=sum(waited) / ranks if waited else None,
+    )
