@@ -14,6 +14,7 @@ json_file.py      reads JSON that somebody else may have written: in bounds
 known_keys.py     refuses unknown sections and keys, and names the nearest known one
 layout.py         the rank grid
 load.py           loads a checked Config from a YAML file
+megatron_file.py  reads the arguments of a Megatron-LM run from its script or YAML
 megatron_flags.py Megatron-LM's arguments beside the settings
 origins.py        where each value of a configuration comes from
 parameters.py     exact parameter counts from the configuration alone, before any model is built

@@ -1,15 +1,12 @@
 """Turns a Megatron-LM command line into a configuration, and lists what has no counterpart.
 
-What is read: a shell script with arguments in the call or in arrays, or a YAML file with a
-mapping of arguments (`MODEL_ARGS:` with keys such as `--num-layers`). Nothing in it is executed.
 The configuration has the same model: no zero-computation experts.
 """
 
 from __future__ import annotations
 
 import ast
-import re
-import shlex
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import yaml
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.load import parse_config
+from moepp_megatron.config.megatron_file import Arguments, read_arguments
 from moepp_megatron.config.megatron_flags import (
     ABSENT,
     ALWAYS,
@@ -28,14 +26,10 @@ from moepp_megatron.config.megatron_flags import (
     SWITCHES,
     WITHOUT_A_SETTING,
 )
-from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.layer_settings import SCOPES
 
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)\+?=(.*)", re.DOTALL)
-_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
-
-Arguments = dict[str, str]
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -61,84 +55,13 @@ def translate(path: Path, variables: Mapping[str, str]) -> Translation:
     Raises:
         ConfigError: The file cannot be read or describes no Megatron-LM run of a MoE model.
     """
-    try:
-        check_regular(path)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise ConfigError(f"FILE ({path}) cannot be read ({reason}); give a text file") from None
-    is_yaml = path.suffix in (".yaml", ".yml")
-    arguments = _from_yaml(text, path) if is_yaml else _from_shell(text, path, dict(variables))
-    found = {name: _expand(value, variables) for name, value in arguments.items()}
+    found = read_arguments(path, variables)
     if "num-experts" not in found:
         raise ConfigError(
             f"FILE ({path}) must hold the arguments of a MoE model, --num-experts among them; "
             "give the script that calls pretrain_gpt.py"
         )
     return _Translator(found).translation(path)
-
-
-def _from_yaml(text: str, path: Path) -> Arguments:
-    """All keys that begin with `--`, wherever they are nested."""
-    found: Arguments = {}
-    waiting = [parse_yaml(text, str(path))]
-    while waiting:
-        value = waiting.pop()
-        if not isinstance(value, Mapping):
-            continue
-        for key, inner in value.items():
-            if not str(key).startswith("--"):
-                waiting.append(inner)
-            elif inner is not False:
-                words = inner if isinstance(inner, list) else [inner]
-                found[_name(str(key))] = " ".join("true" if w is True else str(w) for w in words)
-    return found
-
-
-def _from_shell(text: str, path: Path, variables: dict[str, str]) -> Arguments:
-    lexer = shlex.shlex(text.replace("\\\n", " "), posix=True, punctuation_chars="();|&")
-    lexer.whitespace_split = True
-    found: Arguments = {}
-    current: str | None = None
-    try:
-        for word in lexer:
-            assignment = _ASSIGNMENT.fullmatch(word)
-            if assignment is not None and assignment[2]:
-                variables.setdefault(assignment[1], _expand(assignment[2], variables))
-            if word.startswith("--"):
-                name, _, value = word.partition("=")
-                current = _name(name)
-                found[current] = _expand(value, variables)
-            elif assignment is not None or set(word) <= set("();|&") or not _is_value(word):
-                current = None
-            elif current is not None:
-                found[current] = f"{found[current]} {_expand(word, variables)}".strip()
-    except ValueError as error:
-        raise ConfigError(
-            f"FILE ({path}) must be a shell script that can be read ({error}); give one with all "
-            "quotes closed"
-        ) from None
-    return {name: value or "true" for name, value in found.items()}
-
-
-def _is_value(word: str) -> bool:
-    """Whether a word can be an argument's value: no program, no command in quotes."""
-    return not (word.endswith(".py") or "\n" in word)
-
-
-def _name(option: str) -> str:
-    return option.lstrip("-").replace("_", "-")
-
-
-def _expand(text: str, variables: Mapping[str, str]) -> str:
-    """Put in the variables that are known; the others stay."""
-
-    def value(match: re.Match[str]) -> str:
-        name = match[1] or match[3]
-        known = variables.get(name, match[2])
-        return match[0] if known is None else known
-
-    return _VARIABLE.sub(value, text)
 
 
 class _Translator:
@@ -161,6 +84,7 @@ class _Translator:
         self._take_direct()
         self._take_batches()
         self._take_routing()
+        self._take_data()
         self._take_parallelism()
         self._check_model()
         self._check_rest()
@@ -197,13 +121,14 @@ class _Translator:
             ("lr-warmup-samples", "optimizer.warmup_iters"),
             ("lr-wsd-decay-samples", "optimizer.wsd_decay_iters"),
         ):
-            if name in self._left and isinstance(batch, int):
-                self._settings[key] = max(int(float(self._left.pop(name))) // batch, 1)
+            if name in self._left and type(batch) is int and batch > 0:
+                samples = _number(name, self._left.pop(name))
+                self._settings[key] = max(int(samples) // batch, 1)
         decay = self._settings.get(
             "optimizer.decay_iters", self._settings.get("training.train_iters")
         )
         if "lr-warmup-fraction" in self._left and isinstance(decay, int):
-            fraction = float(self._left.pop("lr-warmup-fraction"))
+            fraction = _number("lr-warmup-fraction", self._left.pop("lr-warmup-fraction"))
             self._settings["optimizer.warmup_iters"] = int(fraction * decay)
 
     def _take_routing(self) -> None:
@@ -214,20 +139,74 @@ class _Translator:
         if "moe.group_topk" not in settings:
             # Megatron limits nothing then.
             settings.pop("moe.num_groups", None)
-        experts, topk = settings["moe.num_ffn_experts"], settings.get("moe.router_topk", 2)
-        coefficient = float(self._left.pop("moe-aux-loss-coeff", "0"))
-        kind = self._left.pop("moe-router-load-balancing-type", "aux_loss")
-        if kind in SCOPES:
-            settings["moe.balance_coeff"] = coefficient * experts / topk
-            settings["moe.balance_scope"] = SCOPES[kind]
-        elif kind != "none":
-            self._notes.append(f"--moe-router-load-balancing-type {kind} has no counterpart")
+        topk = self._whole("moe-router-topk", 2)
+        self._take_balance(self._whole("num-experts") / topk)
+        if not settings.get("moe.selection_bias"):
+            settings.pop("moe.bias_update_rate", None)
+        else:
+            settings.setdefault("moe.bias_update_rate", 1.0e-3)
         is_raw = self._left.pop("moe-router-pre-softmax", None) is not None
-        if settings.get("moe.score_function", "softmax") == "sigmoid":
+        if settings.get("moe.score_function", "softmax") != "softmax":
             is_raw = topk == 1
         settings["moe.gate_normalization"] = "none" if is_raw else "selected"
         if "moe-layer-freq" in self._left:
             settings["moe.layer_freq"] = _layer_freq(self._left.pop("moe-layer-freq"))
+
+    def _take_balance(self, factor: float) -> None:
+        """Megatron adds up several losses, each with its coefficient; a layer here has one."""
+        name = "moe-aux-loss-coeff"
+        kinds = self._left.pop("moe-router-load-balancing-type", "aux_loss").split()
+        coefficients = [_number(name, each) for each in self._left.pop(name, "0").split()]
+        losses = dict(zip(kinds, [*coefficients, *[0.0] * len(kinds)], strict=False))
+        known = [kind for kind in losses if kind in SCOPES]
+        taken = next((kind for kind in known if losses[kind] > 0), next(iter(known), None))
+        if taken is not None:
+            self._settings["moe.balance_coeff"] = losses[taken] * factor
+            self._settings["moe.balance_scope"] = SCOPES[taken]
+        for kind, coefficient in losses.items():
+            if kind not in SCOPES and kind != "none":
+                self._notes.append(f"--moe-router-load-balancing-type {kind} has no counterpart")
+            elif kind not in (taken, "none") and coefficient > 0:
+                self._notes.append(
+                    f"--moe-router-load-balancing-type {kind} (--{name} {coefficient:g}) is left "
+                    f"out: a layer has one balance loss, here {taken}"
+                )
+        if len(coefficients) > len(kinds):
+            self._notes.append(
+                f"--{name} has {len(coefficients)} numbers for {len(kinds)} of "
+                "--moe-router-load-balancing-type: the first are taken"
+            )
+
+    def _take_data(self) -> None:
+        """A prefix, or weights and prefixes in turn; of several without weights all is read."""
+        words = self._left.pop("data-path", "").split()
+        if not words:
+            return
+        weights = [_number_or_none(word) for word in words[::2]]
+        if len(words) == 1:
+            self._settings["data.path"] = words[0]
+        elif len(words) % 2 == 0 and None not in weights:
+            parts = zip(words[1::2], weights, strict=True)
+            self._settings["data.blend"] = [{"path": path, "weight": w} for path, w in parts]
+        else:
+            self._notes.append(
+                f"--data-path names {len(words)} prefixes without weights, which Megatron reads "
+                "whole: write data.blend with a weight for each, such as its number of tokens"
+            )
+        self._notes.append(
+            "--data-path: set data.tokenizer to the tokenizer's file, unless the data was "
+            "prepared by moepp"
+        )
+
+    def _whole(self, name: str, default: int | None = None) -> int:
+        """The setting of an argument that others are derived from."""
+        value = self._settings.get(SETTINGS[name], default)
+        if type(value) is not int or value < 1:
+            raise ConfigError(
+                f"--{name} ({value}) must be a whole number above 0; give it so, and a variable in "
+                "it as NAME=VALUE"
+            )
+        return value
 
     def _take_parallelism(self) -> None:
         settings = self._settings
@@ -235,8 +214,9 @@ class _Translator:
         settings.setdefault("parallel.expert_tensor_parallel_size", tensor)
         per_chunk = self._left.get("num-layers-per-virtual-pipeline-stage")
         if per_chunk is not None:
-            stages = settings.get("parallel.pipeline_model_parallel_size", 1)
-            chunks = settings["model.num_layers"] // (stages * int(per_chunk))
+            layers = _number("num-layers-per-virtual-pipeline-stage", per_chunk)
+            stages = self._whole("pipeline-model-parallel-size", 1)
+            chunks = self._whole("num-layers") // (stages * max(int(layers), 1))
             settings["parallel.virtual_pipeline_model_parallel_size"] = (
                 chunks if chunks > 1 else None
             )
@@ -260,11 +240,6 @@ class _Translator:
                 self._notes.append(f"--{name} {shown}: this project's model has {wanted}")
 
     def _check_rest(self) -> None:
-        if "data-path" in self._left:
-            self._notes.append(
-                "--data-path has no counterpart: set data.path to the prefix and data.tokenizer to "
-                "the tokenizer's file, or data.blend for several with weights"
-            )
         if "load" in self._left:
             self._notes.append(
                 "--load has no counterpart: `moepp convert megatron-lm` turns the checkpoint into "
@@ -283,30 +258,44 @@ class _Translator:
             self._notes.append(f"{shown} has no counterpart")
 
 
-def _same(given: str, wanted: str) -> bool:
+def _number_or_none(text: str) -> float | None:
     try:
-        return float(given) == float(wanted)
+        number = float(text)
     except ValueError:
-        return given == wanted
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _number(name: str, text: str) -> float:
+    number = _number_or_none(text)
+    if number is None:
+        raise ConfigError(f"--{name} ({text}) must be a number; write it as 1000 or 1e-3")
+    return number
+
+
+def _same(given: str, wanted: str) -> bool:
+    return given == wanted or _number_or_none(given) == _number_or_none(wanted) is not None
 
 
 def _layer_freq(text: str) -> Any:
     """A number, or a list written as in Python: `([0]*1+[1]*26)`."""
 
     def value(node: ast.expr) -> Any:
-        if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 10_000:
+        if isinstance(node, ast.Constant) and type(node.value) is int and node.value < _MOST_LAYERS:
             return node.value
         if isinstance(node, ast.List):
             return [value(each) for each in node.elts]
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
             left, right = value(node.left), value(node.right)
-            if isinstance(left, list):
-                return left + right if isinstance(node.op, ast.Add) else left * right
+            if isinstance(left, list) and isinstance(node.op, ast.Add):
+                return left + right
+            if isinstance(left, list) and len(left) * right < _MOST_LAYERS:
+                return left * right
         raise ValueError
 
     try:
         return value(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise ConfigError(
             f"--moe-layer-freq ({text}) must be a number or a list such as ([0]*1+[1]*26); "
             "write it so"
@@ -319,7 +308,8 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     order = [one.name for section in section_references() for one in section.settings]
     content: dict[str, Any] = {}
-    for key in sorted(settings, key=order.index):
+    # A list of sections, as data.blend, is a section of its own there.
+    for key in sorted(settings, key=lambda key: order.index(key) if key in order else len(order)):
         *sections, name = key.split(".")
         place = content
         for section in sections:

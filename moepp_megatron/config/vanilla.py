@@ -19,7 +19,7 @@ def vanilla(config: Config) -> Config:
     content = config.model_dump(mode="json", exclude_unset=True)
     content.pop("routing_guard", None)
     moe = content["moe"]
-    for name in ("budget", *EXTENSIONS):
+    for name in ("budget", "bias_update_rate", *EXTENSIONS):
         moe.pop(name, None)
     moe |= {
         **FFN_ONLY,

@@ -189,12 +189,15 @@ def _model(arguments: Namespace) -> dict[str, Any]:
 def _moe(arguments: Namespace, moepp: MoEPPConfig) -> dict[str, Any]:
     # Both sides have these under one name.
     fields = {key: getattr(moepp, key) for key in _MOE_FIELDS}
+    has_bias = getattr(arguments, "moe_router_enable_expert_bias", False)
     if moepp.is_vanilla:
         # megatron-core's own router, which has a setting of its own for that.
         before_selection = arguments.moe_router_pre_softmax
         fields["gate_normalization"] = "none" if before_selection else "selected"
+        fields["selection_bias"] = has_bias
     return {
         **fields,
+        "bias_update_rate": arguments.moe_router_bias_update_rate if has_bias else 0.0,
         "z_loss_coeff": arguments.moe_z_loss_coeff,
         "input_jitter_eps": arguments.moe_input_jitter_eps,
         "ffn_hidden_size": arguments.moe_ffn_hidden_size,

@@ -20,7 +20,8 @@ _OWN_TYPE = "moepp"
 MOEPP_TYPES = (_RELEASED_TYPE, _OWN_TYPE)
 # moe_plus_plus_layer.py of the released model: MOE_TOP_K, Constant, and one of the other kinds.
 _RELEASED_TOPK = 2
-_RELEASED_KINDS = FFN_ONLY | {
+_RELEASED_KINDS = {
+    **FFN_ONLY,
     "num_constant_experts": 2,
     "num_copy_experts": 1,
     "num_zero_experts": 1,

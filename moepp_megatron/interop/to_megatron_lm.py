@@ -152,6 +152,7 @@ def _options(config: Config) -> Iterator[list[str]]:
         "moe-router-topk": moe.router_topk,
         "moe-router-score-function": moe.score_function,
         "moe-router-topk-scaling-factor": None if moe.gate_scale == 1.0 else moe.gate_scale,
+        "moe-router-bias-update-rate": moe.bias_update_rate or None,
         "moe-router-num-groups": moe.num_groups if moe.limits_groups else None,
         "moe-router-group-topk": moe.group_topk if moe.limits_groups else None,
         "moe-router-load-balancing-type": BALANCE_TYPES[moe.balance_scope]
@@ -176,6 +177,8 @@ def _options(config: Config) -> Iterator[list[str]]:
         # Top-1 routing demands it; without MoE++ experts megatron-core's own router reads it.
         "moe-router-pre-softmax": moe.router_topk == 1
         or (moe.is_vanilla and moe.gate_normalization == "none"),
+        "moe-router-enable-expert-bias": moe.bias_update_rate > 0
+        or (moe.is_vanilla and moe.selection_bias),
         "moepp-no-gating-residual": not moe.gating_residual,
         **{name: value for name, value in own.items() if isinstance(value, bool)},
     }

@@ -158,6 +158,10 @@ def _moe_fields(config: Config) -> dict[str, object]:
         "moe_token_dispatcher_type": moe.dispatcher.removesuffix("_dedup"),
         **_flex_fields(config),
         "moe_router_dtype": "fp32",
+        "moe_router_score_function": moe.score_function,
+        # With it megatron-core moves the routers' biases after every step.
+        "moe_router_enable_expert_bias": moe.bias_update_rate > 0,
+        "moe_router_bias_update_rate": moe.bias_update_rate,
         "moe_z_loss_coeff": moe.z_loss_coeff,
         "moe_input_jitter_eps": moe.input_jitter_eps,
         "moe_shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size,
@@ -174,7 +178,8 @@ def _moe_fields(config: Config) -> dict[str, object]:
         # megatron-core's own router: softmax over all experts keeps the raw scores of the selected
         # ones ("none"), softmax over the selected ones is "selected".
         fields |= {
-            "moe_router_score_function": moe.score_function,
+            "moe_router_enable_expert_bias": moe.selection_bias,
+            "moe_router_topk_scaling_factor": None if moe.gate_scale == 1.0 else moe.gate_scale,
             "moe_router_pre_softmax": moe.gate_normalization == "none",
             "moe_router_load_balancing_type": "seq_aux_loss"
             if moe.balance_scope == "sequence"

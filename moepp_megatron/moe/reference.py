@@ -293,6 +293,20 @@ def balance_loss(scores_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) ->
     return (eta_E * fraction_E * scores_TE.mean(dim=0)).sum()
 
 
+def moved_bias(
+    bias_E: Tensor, selected_TE: Tensor, config: MoEPPConfig, update_rate: float
+) -> Tensor:
+    """The selection bias after a batch of tokens: balancing without a loss (arXiv 2408.15664).
+
+    As megatron-core, `b_i + rate sign(mean load - load of i)`, where the load of a zero-computation
+    expert counts tau times, as in the balance loss: equal loads send phi of the selections to FFN
+    experts.
+    """
+    eta_E = torch.tensor(config.balance_weights())
+    load_E = eta_E * selected_TE.float().sum(dim=0)
+    return bias_E + update_rate * torch.sign(load_E.mean() - load_E)
+
+
 def within_capacity(gates_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:
     """Which selections stay (bool [T, E]): per expert those with the largest gates.
 

@@ -173,9 +173,10 @@ class MoEPPRouter(TopKRouter):
         self, input: Tensor, previous_logits: Tensor | None, mixing_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, E] fp32 logits, residual included, and the mixing logits of `forward`."""
-        if self.expert_bias is not None and self.expert_bias.dtype != torch.float32:
-            # Float16Module has rounded it; updates of a thousandth would be lost.
-            self.expert_bias.data = self.expert_bias.data.float()
+        for buffer in (self.expert_bias, self.local_tokens_per_expert):
+            if buffer is not None and buffer.dtype != torch.float32:
+                # Float16Module has rounded it; updates of a thousandth would be lost, and counts.
+                buffer.data = buffer.data.float()
         # megatron-core adds the noise in validation too; there it would only blur the loss.
         jitters = self.training and self.config.moe_input_jitter_eps is not None
         mixing_logits = None
@@ -342,6 +343,10 @@ class MoEPPRouter(TopKRouter):
             else:
                 made_E = routing_map_TE.sum(dim=0)
                 self.statistics.add_selection(made_E, num_tokens, kept_TE, wanted_E)
+            if self.enable_expert_bias:
+                # What L_b would have equal. megatron-core's `finalize_model_grads` moves the biases
+                # by the sign of the mean less each expert's.
+                self.local_tokens_per_expert += counts_E * self.balance_weights
             if self.statistics.watches_margins:
                 self._count_margins(logits, padded)
         if kept_TE is not None:

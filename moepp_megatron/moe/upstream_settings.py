@@ -68,6 +68,7 @@ HONOURED = frozenset(
         "moe_single_grouped_weight",
         # What the router keeps of megatron-core's.
         "moe_input_jitter_eps",
+        "moe_router_bias_update_rate",
         "moe_router_dtype",
         "moe_z_loss_coeff",
         # Dispatch; `build_dispatcher` and `FFNFlexTokenDispatcher` refuse what they cannot do.
@@ -105,6 +106,10 @@ OURS: dict[str, Ours] = {
     ),
     "moe_router_score_function": Ours(
         "score_function", ("softmax",), lambda moepp: (moepp.score_function,)
+    ),
+    # True: megatron-core moves the bias after every batch.
+    "moe_router_enable_expert_bias": Ours(
+        "selection_bias", (False,), lambda moepp: (moepp.selection_bias,)
     ),
     # True: the gates are the scores before the selection. megatron-core demands it for one expert
     # per token.
@@ -159,11 +164,6 @@ REFUSED: dict[str, Refused] = {
         "megatron-core has replaced it by moe_router_num_groups and moe_router_group_topk",
         "those",
     ),
-    "moe_router_enable_expert_bias": Refused(
-        (False,),
-        "megatron-core would update it by the loads of FFN experts alone",
-        "MoEPPConfig.selection_bias",
-    ),
     "moe_router_force_load_balancing": Refused((False,), _FORCED),
     "moe_router_force_biased": Refused((None,), _FORCED),
     "moe_router_fusion": Refused(
@@ -194,7 +194,6 @@ REFUSED: dict[str, Refused] = {
 }
 
 IDLE: dict[str, str] = {
-    "moe_router_bias_update_rate": "moe_router_enable_expert_bias",
     "moe_router_quantile_balancing_ema": "moe_router_load_balancing_type",
     "moe_paged_stash_page_size": "moe_paged_stash",
     "moe_paged_stash_buffer_size_factor_cuda": "moe_paged_stash",

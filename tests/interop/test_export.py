@@ -71,6 +71,12 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"tie_embeddings": True},
         "moe": PLAIN_MOE | {"num_zero_experts": 0, "num_copy_experts": 0},
     },
+    "vanilla with a bias": {
+        "moe": PLAIN_MOE
+        | {"num_zero_experts": 0, "num_copy_experts": 0, "score_function": "sigmoid"}
+        | {"selection_bias": True, "bias_update_rate": 0.001, "gate_scale": 2.5}
+        | {"num_ffn_experts": 8, "num_groups": 4, "group_topk": 2, "router_topk": 4},
+    },
     "zeda": {"model": {"qk_layernorm": True}, "moe": ZEDA},
 }
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))

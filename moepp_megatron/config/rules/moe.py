@@ -86,8 +86,6 @@ def _vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
         "two_layer_gate": False,
         "expert_input_scale": 1.0,
         "logits_norm_std": None,
-        "selection_bias": False,
-        "gate_scale": 1.0,
     }
     for key, value in neutral.items():
         if getattr(moe, key) != value:
@@ -115,6 +113,43 @@ def _vanilla_layer_has_no_moepp_router(config: Config) -> Iterator[Problem]:
             "of data-parallel ranks",
             "use microbatch, set moe.gating_residual to true or add zero-computation experts",
         )
+
+
+def _bias_moves_by_one_rule(config: Config) -> Iterator[Problem]:
+    """megatron-core moves selection biases, and routes with them where scores are no softmax."""
+    moe = config.moe
+    moves, is_softmax = moe.bias_update_rate > 0, moe.score_function == "softmax"
+    other_scores = "use moe.score_function sigmoid or sqrtsoftplus, or leave it out"
+    for name, is_wrong, rule, remedy in (
+        (
+            "bias_update_rate",
+            moves and not moe.selection_bias,
+            "must be 0 without moe.selection_bias, which it moves",
+            "set moe.selection_bias to true, or use 0",
+        ),
+        (
+            "bias_update_rate",
+            moves and moe.budget.held_by == "bias",
+            "must be 0 with moe.budget.controller bias, which moves the same bias",
+            "use 0, or moe.budget.controller tau",
+        ),
+        (
+            "bias_update_rate",
+            moves and is_softmax,
+            "must be 0 with moe.score_function softmax, for which megatron-core moves no bias",
+            other_scores,
+        ),
+        (
+            "selection_bias",
+            moe.is_vanilla and moe.selection_bias and is_softmax,
+            "must be false with moe.score_function softmax on megatron-core's vanilla MoE layer, "
+            "which has no bias for it",
+            other_scores,
+        ),
+    ):
+        if is_wrong:
+            yield Problem(f"moe.{name}", getattr(moe, name), rule, remedy)
+            return
 
 
 def _shared_constants_are_whole(config: Config) -> Iterator[Problem]:
@@ -160,6 +195,7 @@ RULES = (
     _single_selection_keeps_raw_gate,
     _layer_freq_names_moe_layers,
     _vanilla_layer_has_no_moepp_router,
+    _bias_moves_by_one_rule,
     _shared_constants_are_whole,
     _shared_expert_is_there_to_weigh,
 )

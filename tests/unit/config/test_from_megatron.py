@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 
 import pytest
 
 from moepp_megatron.config import ConfigError, load_config, parse_config
 from moepp_megatron.config.from_megatron import Translation, to_yaml, translate
-from moepp_megatron.config.megatron_flags import ABSENT, SETTINGS, SWITCHES, setting_of
+from moepp_megatron.config.megatron_flags import (
+    ABSENT,
+    ALWAYS,
+    DERIVED,
+    SETTINGS,
+    SWITCHES,
+    setting_of,
+)
 from moepp_megatron.config.reference import section_references
 
 SCRIPT = """\
@@ -68,7 +77,7 @@ def test_what_has_no_counterpart_is_listed(tmp_path: Path) -> None:
     notes = "\n".join(_translated(SCRIPT, tmp_path).notes)
     assert "--fancy-thing 3 has no counterpart" in notes
     assert "--no-load-rng has no counterpart" in notes
-    assert "--data-path has no counterpart: set data.path" in notes
+    assert "--data-path: set data.tokenizer to the tokenizer's file" in notes
     assert "nproc" not in notes
 
 
@@ -99,6 +108,90 @@ def test_schedules_and_optimizers_of_later_megatrons(tmp_path: Path) -> None:
     assert (optimizer["decay_style"], optimizer["wsd_decay_style"]) == ("WSD", "minus_sqrt")
     assert optimizer["wsd_decay_iters"] == 50
     assert "--step-batch-size-schedule is not taken over" in "\n".join(translated.notes)
+
+
+def test_blends(tmp_path: Path) -> None:
+    path = "--data-path /data/c4"
+    assert _translated(SCRIPT, tmp_path).content["data"]["path"] == "/data/c4"
+    text = SCRIPT.replace(path, "--data-path 0.3 /data/c4_text_document 7e-1 /data/wiki")
+    config = parse_config(_translated(text, tmp_path).content)
+    assert [(str(part.path), part.weight) for part in config.data.blend] == [
+        ("/data/c4_text_document", 0.3),
+        ("/data/wiki", 0.7),
+    ]
+    for unweighted in ("a b c", "a b"):
+        found = _translated(SCRIPT.replace(path, f"--data-path {unweighted}"), tmp_path)
+        assert "data" not in found.content
+        assert "without weights, which Megatron reads whole" in "\n".join(found.notes)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "coefficients", "taken", "told"),
+    [
+        ("aux_loss", "1e-2", ("microbatch", 1e-2), ""),
+        ("seq_aux_loss global_aux_loss", "1e-4 0", ("sequence", 1e-4), ""),
+        ("seq_aux_loss global_aux_loss", "0 1e-4", ("global", 1e-4), ""),
+        (
+            "aux_loss seq_aux_loss",
+            "1e-2 1e-4",
+            ("microbatch", 1e-2),
+            "seq_aux_loss (--moe-aux-loss-coeff 0.0001) is left out: a layer has one balance loss",
+        ),
+        ("aux_loss", "1e-2 1e-4", ("microbatch", 1e-2), "2 numbers for 1 of"),
+        ("none", "1e-2", (None, 0.0), ""),
+        ("sinkhorn", "1e-2", (None, 0.0), "--moe-router-load-balancing-type sinkhorn has no"),
+    ],
+)
+def test_lists_of_balance_losses(
+    kinds: str,
+    coefficients: str,
+    taken: tuple[str | None, float],
+    told: str,
+    tmp_path: Path,
+) -> None:
+    text = SCRIPT.replace("seq_aux_loss", kinds).replace("coeff 1e-2", f"coeff {coefficients}")
+    found = _translated(text, tmp_path)
+    moe = found.content["moe"]
+    assert (moe.get("balance_scope"), moe["balance_coeff"]) == (taken[0], taken[1] * 8 / 2)
+    notes = [note for note in found.notes if "balanc" in note or "aux" in note]
+    assert told in "\n".join(notes)
+    # megatron-core's own layer has no loss over the global batch; the schema says so.
+    assert bool(notes) == bool(told) or taken[0] == "global"
+
+
+DEEPSEEK_V3 = """\
+--moe-router-score-function sigmoid --moe-router-enable-expert-bias \\
+--moe-router-bias-update-rate 2e-3 --moe-router-topk-scaling-factor 2.5 \\
+--moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-pre-softmax"""
+
+
+def test_the_recipe_of_deepseek_v3(tmp_path: Path) -> None:
+    script = SCRIPT.replace("--no-load-rng", DEEPSEEK_V3)
+    found = _translated(script, tmp_path)
+    moe = parse_config(found.content).moe
+    assert (moe.selection_bias, moe.bias_update_rate, moe.gate_scale) == (True, 2e-3, 2.5)
+    assert (moe.score_function, moe.gate_normalization) == ("sigmoid", "selected")
+    assert not [note for note in found.notes if "router" in note]
+    # Megatron's default rate, and a rate of no bias.
+    shorter = script.replace("--moe-router-bias-update-rate 2e-3", "")
+    assert _translated(shorter, tmp_path).content["moe"]["bias_update_rate"] == 1e-3
+    without = script.replace("--moe-router-enable-expert-bias", "")
+    assert "bias_update_rate" not in _translated(without, tmp_path).content["moe"]
+    root = script.replace("function sigmoid", "function sqrtsoftplus")
+    assert parse_config(_translated(root, tmp_path).content).moe.score_function == "sqrtsoftplus"
+
+
+@pytest.mark.parametrize("value", ["", "abc", "1 2", "$NOWHERE", "-1", "0", "nan", "1e999", "[1"])
+def test_no_value_of_any_argument_is_a_traceback(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a configuration is refused for is a note; asking takes most of the time.
+    monkeypatch.setattr("moepp_megatron.config.from_megatron.parse_config", lambda content: None)
+    for name in sorted({*SETTINGS, *SWITCHES, *DERIVED, *ALWAYS}):
+        text = re.sub(rf"--{name} [^ )]+", "", SCRIPT).replace("--no-load-rng", f"--{name} {value}")
+        with contextlib.suppress(ConfigError):
+            found = _translated(text, tmp_path)
+            to_yaml(found, tmp_path)
 
 
 def test_yaml_of_arguments(tmp_path: Path) -> None:
@@ -140,6 +233,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     [
         ("--num-layers 4", "--num-experts among them"),
         ("--num-experts 4 --moe-layer-freq __import__('os')", "--moe-layer-freq"),
+        ("--num-experts 4 --moe-layer-freq [0]*9999*9999*9999", "--moe-layer-freq"),
+        (f"--num-experts 4 --moe-layer-freq {'1+' * 9999}1", "--moe-layer-freq"),
+        ("--num-experts $E", "--num-experts \\(None\\) must be a whole number above 0"),
+        ("--num-experts 4 --moe-aux-loss-coeff abc", r"--moe-aux-loss-coeff \(abc\) must be a"),
         ("echo 'open --num-experts 4", "all quotes closed"),
     ],
 )
