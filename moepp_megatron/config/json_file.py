@@ -18,16 +18,14 @@ _MAX_TRACE_VALUES = 50_000_000
 _MAX_NUMBER = 1 << 64
 
 
-def read_json(
-    path: Path, max_bytes: int = _MAX_BYTES, max_values: int = MAX_VALUES, unpack: bool = False
-) -> Any:
-    """The content of a JSON file in UTF-8; with `unpack`, also of one in gzip format.
+def read_json(path: Path, max_bytes: int = _MAX_BYTES) -> Any:
+    """The content of a JSON file in UTF-8.
 
     Raises:
         OSError: It cannot be read, or is no regular file.
-        ValueError: Same as for `parse_json`, or if it has more than `max_bytes`, also unpacked.
+        ValueError: Same as for `parse_json`, or if it has more than `max_bytes`.
     """
-    return parse_json(read_regular(path, max_bytes, unpack), max_values)
+    return parse_json(read_regular(path, max_bytes), MAX_VALUES)
 
 
 def parse_json(content: str | bytes, max_values: int = _MAX_TRACE_VALUES) -> Any:

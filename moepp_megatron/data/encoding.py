@@ -52,7 +52,7 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
 def _encode_piece(piece: Piece, tokenizer: Tokenizer, text_key: str) -> EncodedPiece:
     """Read and tokenize one piece."""
     dtype = token_dtype(tokenizer.vocab_size)
-    encoded = [np.empty(0, dtype)]
+    encoded: list[NDArray[np.generic]] = [np.empty(0, dtype)]
     lengths: list[int] = []
     skipped: Counter[str] = Counter()
     for document in read_piece(piece, text_key):
@@ -60,7 +60,9 @@ def _encode_piece(piece: Piece, tokenizer: Tokenizer, text_key: str) -> EncodedP
             skipped[document.reason] += 1
             continue
         try:
-            own = [np.array(ids, dtype) for ids in tokenizer.encode_in_pieces(document)]
+            own: list[NDArray[np.generic]] = [
+                np.array(ids, dtype) for ids in tokenizer.encode_in_pieces(document)
+            ]
         except UncuttableError:
             skipped[UNCUTTABLE] += 1
             continue

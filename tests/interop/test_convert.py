@@ -381,8 +381,14 @@ def test_training_starts_from_converted_weights(
 
 @pytest.mark.parametrize(
     "content",
-    [b"[" * 100_000, b'{"a":' * 200 + b"1" + b"}" * 200, b'{"\\ud800": {}}', b"1" * 5000],
-    ids=["brackets", "objects", "surrogate", "digits"],
+    [
+        b"[" * 100_000,
+        b'{"a":' * 200 + b"1" + b"}" * 200,
+        b'{"\\ud800": {}}',
+        b"1" * 5000,
+        b"{%s}" % b",".join(b'"%d":{"shape":[],"data_offsets":[0,0]}' % i for i in range(250_000)),
+    ],
+    ids=["brackets", "objects", "surrogate", "digits", "tensors"],
 )
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_hostile_json_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:

@@ -1,6 +1,5 @@
 """JSON that somebody else wrote: what is refused, and that it is refused with a ValueError."""
 
-import gzip
 import json
 import tracemalloc
 
@@ -61,19 +60,3 @@ def test_values_that_outgrow_their_file_are_counted(value, tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 2 * 100_000_000 + 3 * len(content)
     finally:
         tracemalloc.stop()
-
-
-def test_gzip_is_unpacked_up_to_the_limit(tmp_path):
-    file = tmp_path / "file.json.gz"
-    file.write_bytes(gzip.compress(b"[1]" + b" " * 997))
-    assert read_json(file, 1000, unpack=True) == [1]
-    for limit, why in ((999, "more than 999 bytes"), (20, "more than 20 bytes")):
-        with pytest.raises(ValueError, match=why):
-            read_json(file, limit, unpack=True)
-    for damaged in (file.read_bytes()[:-9], b"\x1f\x8bno"):
-        file.write_bytes(damaged)
-        with pytest.raises(ValueError, match="gzip data are damaged"):
-            read_json(file, unpack=True)
-    # As a file that was not asked to be unpacked.
-    with pytest.raises(ValueError, match="can't decode"):
-        read_json(file)
