@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ class Tokenizer:
             if len(piece) > MAX_PIECE_CHARACTERS:
                 raise UncuttableError
             # The batch call is the one that skips the character offsets, which nobody needs here.
-            yield self._backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+            with _checked("tokenizer cannot encode a text"):
+                found = self._backend.encode_batch_fast([piece], add_special_tokens=False)
+            yield found[0].ids
 
     @functools.cached_property
     def cuts_long_texts(self) -> bool:
@@ -130,7 +133,8 @@ class Tokenizer:
         processor, backend.post_processor = backend.post_processor, None
         backend.encode_special_tokens = not has_special_tokens
         try:
-            encoding = backend.encode(text, add_special_tokens=False)
+            with _checked("tokenizer cannot encode a text"):
+                encoding = backend.encode(text, add_special_tokens=False)
         finally:
             backend.encode_special_tokens, backend.post_processor = True, processor
         return encoding.ids, encoding.offsets
@@ -196,12 +200,20 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
             "sentencepiece model name the tokenizer.json beside it, or have transformers write "
             "one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         ) from None
-    try:
+    with _checked(f"tokenizer ({path}) must be a Hugging Face tokenizer.json"):
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises no narrower class
-        raise ConfigError(
-            f"tokenizer ({path}) must be a Hugging Face tokenizer.json ({error}); fetch it again"
-        ) from error
+
+
+@contextmanager
+def _checked(problem: str) -> Iterator[None]:
+    """A block in which the library raises no narrower class, or one that is not an `Exception`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{problem} ({reason}); fetch it again") from error
 
 
 def check_vocab_size(vocab_size: int) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.file_names import TENSORS_FILE
+from moepp_megatron.training.checkpoint.data_only import refuse_packed
 from moepp_megatron.training.checkpoint.index import read_metadata
 from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError
 
@@ -80,6 +81,12 @@ class CheckpointReader:
 
     def _record(self, index: MetadataIndex) -> Any:
         data = io.BytesIO(self._bytes(index))
+        try:
+            refuse_packed(data)
+        except UnsafePickleError as error:
+            raise ConfigError(
+                f"{self.folder}: tensor {index.fqn} {error}; do not use this checkpoint"
+            ) from None
         return torch.load(data, map_location="cpu", weights_only=True)
 
     def _bytes(self, index: MetadataIndex) -> bytes:

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.file_names import FORMAT_FILE, TENSORS_FILE
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.patches import replaced
@@ -103,12 +105,33 @@ def only_data() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
+def refuse_packed(record: IO[bytes]) -> None:
+    """Refuse a record of `torch.save` that unpacks to more than it is; torch writes none.
+
+    Raises:
+        UnsafePickleError: It does.
+    """
+    try:
+        with zipfile.ZipFile(record) as archive:
+            is_packed = any(each.file_size > each.compress_size for each in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        is_packed = False  # torch says what is wrong with it, or knows the format before
+    record.seek(0)
+    if is_packed:
+        raise UnsafePickleError("is compressed, as no checkpoint's is")
+
+
 class _Reader(FileSystemReader):
     """Reads the files of a checkpoint by an index that it is given."""
 
     def __init__(self, metadata: Metadata, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
         self._metadata = metadata
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        record = super()._slice_file(file, sinfo)
+        refuse_packed(record)
+        return record
 
     # Without arguments: torch would otherwise look for an index of the rank's own as well.
     def read_metadata(self) -> Metadata:
@@ -137,7 +160,9 @@ class _ObjectReader(_Reader):
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
         # torch.load would jump about in it.
         file.seek(sinfo.offset)
-        return io.BytesIO(file.read(sinfo.length))
+        record = io.BytesIO(file.read(sinfo.length))
+        refuse_packed(record)
+        return record
 
 
 class _Objects(FileSystem):
@@ -158,21 +183,23 @@ def unsafe_pickle(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | 
 
     Args:
         checkpoint: The folder.
-        part: Which part of the byte entries to check, so that ranks share the work.
+        part: Which part of the entries to check, so that ranks share the work.
         num_parts: Number of parts.
     """
     try:
         metadata = read_metadata(checkpoint)
         _refuse_further_indexes(checkpoint)
+        reader = _Reader(metadata, checkpoint)
         # All places of a name: torch looks them up by name and offset, and any of them may be it.
-        entries = [
-            (index.fqn, info)
-            for index, info in metadata.storage_data.items()
-            if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata)
-        ]
+        entries = [(index.fqn, info) for index, info in metadata.storage_data.items()]
         entries.sort(key=lambda entry: (entry[0], entry[1].relative_path, entry[1].offset))
         for key, info in entries[part::num_parts]:
-            _check_entry(checkpoint, key, info)
+            if isinstance(metadata.state_dict_metadata.get(key), BytesStorageMetadata):
+                _check_entry(checkpoint, key, info)
+            elif not isinstance(checkpoint, ObjectPath):
+                # Of objects when they are read, which asks for them once.
+                with _opened(checkpoint, key, info) as file:
+                    reader._slice_file(file, info)
     except UnsafePickleError as error:
         return str(error)
     except OSError as error:
@@ -187,12 +214,27 @@ def _refuse_further_indexes(checkpoint: Path) -> None:
             raise UnsafePickleError(f"{path.name} does not belong into this format")
 
 
-def _check_entry(checkpoint: Path, key: str, info: Any) -> None:
-    with (checkpoint / info.relative_path).open("rb", buffering=0) as file:
-        file.seek(info.offset)
-        content = file.read(info.length)
+@contextmanager
+def _opened(checkpoint: Path, key: str, info: Any) -> Iterator[Any]:
+    """The file of an entry, which is in it whole; what is wrong with the entry names it."""
+    path = checkpoint / info.relative_path
+    check_regular(path)
     try:
-        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if info.offset + info.length > path.stat().st_size:
+            raise UnsafePickleError("is cut short")
+        with path.open("rb", buffering=0) as file:
+            yield file
+    except UnsafePickleError as error:
+        raise UnsafePickleError(f"{info.relative_path}: entry {key} {error}") from error
+
+
+def _check_entry(checkpoint: Path, key: str, info: Any) -> None:
+    with _opened(checkpoint, key, info) as file:
+        file.seek(info.offset)
+        record = io.BytesIO(file.read(info.length))
+        refuse_packed(record)
+    try:
+        torch.load(record, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds; each of them refuses the entry
         # Torch's message explains at length how to read the entry all the same.
         asked = re.search(r"GLOBAL (\S+)", str(error))

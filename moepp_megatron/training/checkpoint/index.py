@@ -7,6 +7,7 @@ never reads it: here its values are checked one by one, and the index is made an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,7 +82,7 @@ def read_metadata(checkpoint: Path) -> Metadata:
         what = value.kind.name if isinstance(value, Description) else type(value).__name__
         raise UnsafePickleError(f"{TENSORS_FILE} holds a {what}, not an index")
     fields = _fields(value, "Metadata")
-    return Metadata(
+    metadata = Metadata(
         state_dict_metadata={
             _text(key): _entry(entry)
             for key, entry in _dictionary(fields.get("state_dict_metadata")).items()
@@ -91,6 +92,18 @@ def read_metadata(checkpoint: Path) -> Metadata:
             for key, place in _dictionary(fields.get("storage_data")).items()
         },
     )
+    _check_lengths(metadata)
+    return metadata
+
+
+def _check_lengths(metadata: Metadata) -> None:
+    """A shard must not be more than the bytes that hold it: reading it would take such memory."""
+    for key, entry in metadata.state_dict_metadata.items():
+        for chunk in entry.chunks if isinstance(entry, TensorStorageMetadata) else ():
+            place = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+            size = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
+            if place is not None and place.length < size:
+                _damaged(f"{place.length} bytes hold a shard of {size}")
 
 
 def _is_known(name: Name) -> bool:

@@ -1,7 +1,9 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tokenizers
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.tokenizer import EOD_TOKEN, Tokenizer, tokenizer_config, train_tokenizer
@@ -46,7 +48,6 @@ def test_too_small_vocabulary_is_refused():
 
 
 def test_loaded_tokenizer_neither_truncates_nor_adds_special_tokens(tmp_path: Path):
-    import tokenizers
     from tokenizers import models, processors
 
     vocab = {"<s>": 0, "</s>": 1, "a": 5}
@@ -68,7 +69,6 @@ def test_loaded_tokenizer_neither_truncates_nor_adds_special_tokens(tmp_path: Pa
 
 
 def test_unusable_tokenizer_files_are_named(tmp_path: Path):
-    import tokenizers
 
     with pytest.raises(ConfigError, match=r"none\.json\) cannot be read"):
         Tokenizer.load(tmp_path / "none.json")
@@ -103,3 +103,22 @@ def test_end_of_document_is_the_one_named_beside_the_file(
     for nothing in ("[]", "{", '{"eos_token": null}'):
         (tmp_path / "tokenizer_config.json").write_text(nothing)
         assert Tokenizer.load(path).eod_token == EOD_TOKEN
+
+
+DAMAGED: dict[str, dict[str, Any]] = {
+    "word level": {"model": {"type": "WordLevel", "vocab": {"<|endoftext|>": 0}, "unk_token": "u"}},
+    # The library panics, which Python sees as no `Exception`.
+    "panic": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_the_library_fails_with_is_one_line(name: str, tmp_path: Path):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"<|endoftext|>": 0}, []))
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(backend.to_str()), **DAMAGED[name]}))
+    with pytest.raises(ConfigError, match="; fetch it again$") as caught:
+        Tokenizer.load(file).encode("text")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="; fetch it again$"):
+        Tokenizer.load(file).encode_with_spans("text")

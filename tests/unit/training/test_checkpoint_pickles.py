@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.training.checkpoint.data_only import load_data, only_data, unsafe_pickle
 from moepp_megatron.training.checkpoint.index import read_metadata
 from moepp_megatron.training.checkpoint.plain_pickle import MAX_BYTES, UnsafePickleError
@@ -65,7 +68,7 @@ def shard(folder: Path) -> TensorStorageMetadata:
     index.state_dict_metadata["weight"] = tensor
     for chunk in chunks:
         index.storage_data[MetadataIndex("weight", chunk.offsets)] = _StorageInfo(
-            "__0_0.distcp", 0, 1
+            "__0_0.distcp", 0, 6
         )
     write_index(folder, index)
     return tensor
@@ -252,3 +255,48 @@ def test_size_of_the_index_is_bounded(tmp_path: Path) -> None:
         # Sparse: nothing but its length is there.
         file.truncate(MAX_BYTES + 1)
     assert "is too large" in str(unsafe_pickle(tmp_path))
+
+
+@pytest.mark.parametrize("size", [(2,), (1 << 62, 4)])
+def test_a_shard_of_more_bytes_than_it_has_is_refused(tmp_path: Path, size: tuple[int]) -> None:
+    """A tensor of one value that stands for all would otherwise take their memory."""
+    begin, whole = torch.Size([0] * len(size)), torch.Size(size)
+    chunks = [ChunkStorageMetadata(begin, whole)]
+    tensor = TensorStorageMetadata(TensorProperties(dtype=torch.float32), whole, chunks)
+    index = Metadata({"a": tensor})
+    index.storage_data = {MetadataIndex("a", begin): _StorageInfo("__0_0.distcp", 0, 7)}
+    write_index(tmp_path, index)
+    assert "7 bytes hold a shard of" in str(unsafe_pickle(tmp_path))
+
+
+def packed(value: Any) -> bytes:
+    """What torch saves of a value, compressed: torch reads that as well."""
+    saved, smaller = io.BytesIO(), io.BytesIO()
+    torch.save(value, saved)
+    written = zipfile.ZipFile(smaller, "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(saved) as source, written as to:
+        for entry in source.infolist():
+            to.writestr(entry.filename, source.read(entry))
+    return smaller.getvalue()
+
+
+@pytest.mark.parametrize("is_tensor", [True, False])
+def test_a_record_that_unpacks_to_much_is_refused(tmp_path: Path, is_tensor: bool) -> None:
+    record = packed(torch.zeros(100_000) if is_tensor else [torch.zeros(100_000)])
+    assert len(record) < 10_000
+    key = "weight" if is_tensor else KEY
+    size = torch.Size([100])
+    chunk = ChunkStorageMetadata(torch.Size([0]), size)
+    tensor = TensorStorageMetadata(TensorProperties(dtype=torch.float32), size, [chunk])
+    place = MetadataIndex(key, torch.Size([0])) if is_tensor else MetadataIndex(key)
+    index = Metadata({key: tensor if is_tensor else BytesStorageMetadata()})
+    index.storage_data = {place: _StorageInfo("__0_0.distcp", 5, len(record))}
+    write_index(tmp_path, index)
+    (tmp_path / "__0_0.distcp").write_bytes(b"other" + record)
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    assert f"entry {key} is compressed" in str(unsafe_pickle(tmp_path))
+    if is_tensor:
+        with pytest.raises(ConfigError, match="weight is compressed"):
+            CheckpointReader(tmp_path).read("weight")
+    (tmp_path / "__0_0.distcp").write_bytes(b"other" + record[:-1])
+    assert f"entry {key} is cut short" in str(unsafe_pickle(tmp_path))
