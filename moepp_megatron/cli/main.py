@@ -105,9 +105,11 @@ def run() -> None:
         echo(f"error: {error}", err=True)
         from moepp_megatron.runtime.launch import write_status
 
+        # A full disk is never wrong usage, whoever has met it.
+        status = UnfitError.exit_code if is_full(error) else error.exit_code
         # Of a rank: torchrun would turn it into 1.
-        write_status(error.exit_code)
-        sys.exit(error.exit_code)
+        write_status(status)
+        sys.exit(status)
     except (typer.Abort, KeyboardInterrupt):
         # The second one comes before typer has made the command, or after its end.
         echo("error: aborted", err=True)
@@ -119,7 +121,9 @@ def run() -> None:
         from moepp_megatron.runtime.terminal import discard_output
 
         if isinstance(error, OSError) and is_full(error) and not has_launcher():
-            discard_output()
+            # Writers of files name them (`runtime.atomic`).
+            if error.filename is None:
+                discard_output()
             echo(f"error: {error.filename or 'stdout'}: {NO_SPACE}; free space", err=True)
             sys.exit(UnfitError.exit_code)
         if isinstance(error, MemoryError) and not has_launcher():

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moepp_megatron.config.errors import ConfigError, UnfitError
-from moepp_megatron.runtime.disk import NO_SPACE, is_full, show_bytes
+from moepp_megatron.runtime.disk import NO_SPACE, is_full, show_bytes, write_error
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -74,9 +74,12 @@ def whole_file(path: Path, *, is_synced: bool = True) -> Iterator[Path]:
         if is_synced:
             sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and is_full(error):
+            # A write knows no name, and this one has ended.
+            raise write_error(error, path) from None
         raise
 
 

@@ -19,6 +19,9 @@ from typer.testing import CliRunner
 from moepp_megatron.cli import main, paths
 from moepp_megatron.cli.options import GPU_NAMES
 from moepp_megatron.config import Layout, load_config
+from tests.full_disk import fill
+from tests.unit.data.letters import prepare_letters
+from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -290,6 +293,44 @@ def test_no_memory_is_one_line(said: str, tmp_path, monkeypatch, capsys) -> None
     assert line.count("\n") == 1
     assert line.startswith("error: this machine's memory does not suffice")
     assert " ".join(said.split()) in line
+
+
+MODEL = str(ROOT / "configs" / "models" / "moepp_0.6b_8_4.yaml")
+FULL = {
+    "config keys": ["config", "keys", "moe.tau", "--json", "FILE"],
+    "config show": ["config", "show", str(QUICKSTART), "--json", "FILE"],
+    "doctor": ["doctor", "--out", "FILE.json"],
+    "report": ["report", "RUN", "--out", "FILE"],
+    "plan": ["plan", MODEL, "--gpus", "8", "--gpu", "h100", "--json", "FILE"],
+    "data prepare": ["data", "prepare", "README.md", "--out", "FILE"],
+    "train": ["train", str(QUICKSTART), "--nproc", "2", "data.path=DATA", "run.dir=FILE"],
+}
+
+
+@pytest.mark.parametrize("words", FULL.values(), ids=FULL)
+def test_a_full_disk_is_one_line_that_names_the_file(
+    words: list[str],
+    small_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fill(small_disk)
+    monkeypatch.chdir(ROOT)
+    config = synthetic_config()
+    paths = {
+        "FILE": small_disk / "made",
+        "RUN": write_run(tmp_path / "run", config, synthetic_records(config, 3)),
+        "DATA": prepare_letters(tmp_path, "data", a="a"),
+    }
+    for name, path in paths.items():
+        words = [word.replace(name, str(path)) for word in words]
+    code, _, err = _run(words, monkeypatch, capsys)
+    assert code == 3
+    (error,) = (line for line in err.splitlines() if not line.startswith("warning: "))
+    assert "No space left on device" in error
+    assert str(small_disk / "made") in error
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
 def test_a_full_disk_behind_stdout_is_one_line():
