@@ -74,7 +74,6 @@ NAVIGATION = {
         "Speed of the layer <docs/speed>",
         "Scaling tests <docs/scaling>",
         "Profiles <docs/profiling>",
-        "Profiles from other sources <docs/profiling_sources>",
     ],
     "Reference": [
         # Generated: benchmarks/pages.py.
