@@ -168,8 +168,7 @@ def upcycle(
 ) -> None:
     """Convert a checkpoint of another model to a MoE++ one that computes the same.
 
-    It takes Llama, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and DeepSeek-V3 (without groups of
-    experts).
+    It takes Llama, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and DeepSeek-V3.
 
     Examples:
         moepp convert upcycle mixtral upcycled --zero 1 --copy 1 --constant 2

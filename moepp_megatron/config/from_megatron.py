@@ -242,8 +242,8 @@ class _Translator:
     def _check_rest(self) -> None:
         if "load" in self._left:
             self._notes.append(
-                "--load has no counterpart: `moepp convert megatron-lm` turns the checkpoint into "
-                "one that checkpoint.load takes"
+                "--load: `moepp convert megatron-lm` turns the checkpoint into one that "
+                "checkpoint.load takes"
             )
         for name in ("step-batch-size-schedule", "rampup-batch-size"):
             if name in self._left:

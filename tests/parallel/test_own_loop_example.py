@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +40,16 @@ def test_losses_are_those_of_one_process(ranks: RankPools) -> None:
     losses = [loss for loss, _ in alone]
     assert losses[-1] < losses[0] - 0.5
     assert all(0.0 < share < 1.0 for _, share in alone)
+
+
+def test_the_model_of_the_page_runs_without_a_gpu() -> None:
+    """As torchrun starts one rank of it; a port of 0 lets the store choose."""
+    page = (EXAMPLE.parents[1] / "docs" / "how_to" / "from_megatron_lm.md").read_text("utf-8")
+    section = page.partition("## In your own loop")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"tensor\(5\.\d+, ", done.stdout)
