@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Buffer, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
 import rich.console
@@ -47,14 +47,14 @@ def lasting_output() -> Iterator[None]:
     cannot be written is dropped, from the first failure on. Streams that are no files (a
     notebook's) stay as they are.
     """
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_lasting(stream, number) for number, stream in enumerate(before, 1))
-    try:
-        yield
-    finally:
-        for stream in {sys.stdout, sys.stderr}.difference(before):
-            stream.flush()
-        sys.stdout, sys.stderr = before
+    stdout, stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            yield
+        finally:
+            for stream in (stdout, stderr):
+                with suppress(AttributeError, OSError, ValueError):
+                    stream.flush()
 
 
 class _LastingFile(io.FileIO):

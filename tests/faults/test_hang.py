@@ -49,6 +49,9 @@ def test_stopped_rank_is_named_and_the_run_ends(tmp_path: Path, data: Path) -> N
     with training(config, 2, is_cold=True) as process:
         wait_for_steps(run, 5)
         beats = run / "heartbeats" / "rank_00001.json"
+        while not beats.exists():
+            # The first one comes a second after the start, which may be after five steps.
+            time.sleep(0.01)
         rank = psutil.Process(json.loads(beats.read_text())["pid"])
         rank.suspend()
         while rank.status() != psutil.STATUS_STOPPED:
