@@ -182,7 +182,7 @@ def complete(rule: GuardRule) -> CompleteRule:
         clear_for_steps=rule.clear_for_steps or for_steps,
         severity=rule.severity or "warning",
         action=rule.action or "warn",
-        per_layer=rule.scope != "mean",
+        per_layer={"any": True, "mean": False, None: True}[rule.scope],
         min_steps_between=rule.min_steps_between or 0,
         max_firings=rule.max_firings or 10,
     )

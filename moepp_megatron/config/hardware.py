@@ -101,7 +101,7 @@ class Hardware(Section):
         """Rated dense TFLOP/s of a number format of `precision:`; None where it is not known."""
         if fp8 is not None:
             return self.fp8_tflops
-        return self.bf16_tflops if dtype == "bf16" else self.fp32_tflops
+        return {"fp32": self.fp32_tflops, "bf16": self.bf16_tflops}[dtype]
 
 
 def load_hardware(name: str) -> Hardware:

@@ -60,7 +60,7 @@ def checkpoint_bytes(config: Config) -> int:
     fp32 weights and two Adam moments of every parameter, and with bf16 also the weights that the
     model computes with.
     """
-    per_parameter = 12 + (2 if config.precision.dtype == "bf16" else 0)
+    per_parameter = 12 + {"fp32": 0, "bf16": 2}[config.precision.dtype]
     return count_parameters(config).total * per_parameter
 
 
@@ -116,10 +116,8 @@ def _attention_parameters(config: Config) -> int:
         matrices = sum(rows * columns for rows, columns in latent_matrices(model))
         return matrices + (sum(_latent_widths(model.latent_attention)) if model.qk_layernorm else 0)
     projections = 2 * (model.num_attention_heads + model.query_groups) * model.head_dim
-    normed_heads = 2
-    if model.qk_layernorm_scope == "all_heads":
-        normed_heads = model.num_attention_heads + model.query_groups
-    norms = normed_heads * model.head_dim if model.qk_layernorm else 0
+    heads = {"head": 2, "all_heads": model.num_attention_heads + model.query_groups}
+    norms = heads[model.qk_layernorm_scope] * model.head_dim if model.qk_layernorm else 0
     biases = (model.num_attention_heads + 2 * model.query_groups) * model.head_dim
     return projections * model.hidden_size + norms + (biases if model.qkv_bias else 0)
 

@@ -75,6 +75,7 @@ def _open(path: Path, compression: Compression | None) -> Iterator[BinaryIO]:
         with pyarrow.input_stream(str(path), compression="zstd") as compressed:
             yield io.BufferedReader(_Limited(compressed, path), _BUFFER_BYTES)
     else:
+        assert compression is None, f"{path}: the compression {compression} is unknown"
         with path.open("rb") as stream:
             yield stream
 

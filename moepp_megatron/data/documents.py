@@ -110,12 +110,13 @@ def _parts(file: SourceFile, text_key: str | None) -> Iterator[tuple[DocumentPar
         for start in range(0, file.size, PIECE_BYTES):
             end = min(start + PIECE_BYTES, file.size)
             yield DocumentPart(file.path, "jsonl", start, end), end - start
-    elif file.format in TABLES:
+    elif file.format == "text":
+        yield DocumentPart(file.path, "text", 0, file.size), file.size
+    else:
+        # A table, or refused there.
         groups = count_groups(file.path, file.format, text_key)
         for group in range(groups):
             yield DocumentPart(file.path, file.format, group, group + 1), file.size // groups
-    else:
-        yield DocumentPart(file.path, "text", 0, file.size), file.size
 
 
 def _refuse_records(file: SourceFile, text_key: str) -> None:

@@ -105,9 +105,11 @@ def _opened(path: Path, kind: str) -> Iterator[Any]:
         if kind == "parquet":
             with ParquetFile(path) as table:
                 yield table
-        else:
+        elif kind == "arrow":
             with pyarrow.memory_map(str(path)) as mapped:
                 yield _batches(mapped, pyarrow)
+        else:
+            raise ValueError(f"the format {kind} of {path} is unknown")
     except (OSError, pyarrow.ArrowException) as error:
         name = "parquet" if kind == "parquet" else "Arrow"
         raise ConfigError(f"source {path} is no readable {name} file ({error})") from error

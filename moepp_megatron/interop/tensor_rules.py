@@ -134,7 +134,8 @@ def attention_rules(config: Config, layer: int) -> Iterator[TensorRule]:
         attention + "linear_proj.weight", theirs + "self_attn.o_proj.weight", width, heads * head
     )
     if model.qk_layernorm:
-        queries, keys = (heads, groups) if model.qk_layernorm_scope == "all_heads" else (1, 1)
+        counts = {"head": (1, 1), "all_heads": (heads, groups)}
+        queries, keys = counts[model.qk_layernorm_scope]
         for kind, count in (("q", queries), ("k", keys)):
             name = f"{theirs}self_attn.{kind}_norm.weight"
             yield same(f"{attention}{kind}_layernorm.weight", name, count * head)

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.stages import virtual_stages
-from moepp_megatron.layer_settings import LayerSettings
+from moepp_megatron.layer_settings import BALANCE_TYPES, LayerSettings
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.runtime.optional import (
     flex_backend,
@@ -180,10 +180,10 @@ def _moe_fields(config: Config) -> dict[str, object]:
         fields |= {
             "moe_router_enable_expert_bias": moe.selection_bias,
             "moe_router_topk_scaling_factor": None if moe.gate_scale == 1.0 else moe.gate_scale,
-            "moe_router_pre_softmax": moe.gate_normalization == "none",
-            "moe_router_load_balancing_type": "seq_aux_loss"
-            if moe.balance_scope == "sequence"
-            else "aux_loss",
+            "moe_router_pre_softmax": {"none": True, "selected": False, "nonzero": False}[
+                moe.gate_normalization
+            ],
+            "moe_router_load_balancing_type": BALANCE_TYPES[moe.balance_scope],
             "moe_aux_loss_coeff": moe.balance_coeff,
             "moe_expert_capacity_factor": moe.capacity_factor,
         }
@@ -202,7 +202,8 @@ def _flex_fields(config: Config) -> dict[str, object]:
     backend = flex_backend(moe.flex_backend)
     if backend is None:
         # Nothing is installed (`runtime.fit` has refused a run by now): what the user named.
-        backend = "hybridep" if moe.flex_backend == "hybridep" else "deepep"
+        named = {"auto": "deepep", "deepep": "deepep", "hybridep": "hybridep"}
+        backend = named[moe.flex_backend]
     return {
         "moe_flex_dispatcher_backend": backend,
         "moe_flex_dispatcher_num_sms": moe.flex_num_sms,

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor
@@ -172,11 +172,16 @@ class BudgetController:
         if not self.budget.per_layer:
             measured = measured.mean(dim=0, keepdim=True).expand_as(measured)
         wanted = self.budget.share_at(step)
-        if self.budget.controller == "bias":
-            assert self.budget.gain is not None, "LongCat-Flash's rule has a gain"
-            return bias_step(measured, wanted, self._config.num_ffn_experts, self.budget.gain)
-        if self.budget.controller == "tau":
-            self._turn_tau(measured, wanted, step)
+        match self.budget.controller:
+            case "bias":
+                assert self.budget.gain is not None, "LongCat-Flash's rule has a gain"
+                return bias_step(measured, wanted, self._config.num_ffn_experts, self.budget.gain)
+            case "tau":
+                self._turn_tau(measured, wanted, step)
+            case "none":
+                pass
+            case other:
+                assert_never(other)
         return None
 
     def _measured_steps(self, selected_LE: Tensor, margins_LB: Tensor, step: int) -> Tensor:

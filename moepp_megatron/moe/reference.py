@@ -10,6 +10,7 @@ width. Expert order: FFN, constant, copy, zero. Source: arXiv 2410.07348, named 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +163,7 @@ class ReferenceMoEPP(nn.Module):
             return keep * x + replace * self.constants[c]
         if index < config.columns(COPY).stop:
             return x
+        assert index >= config.columns(ZERO).start, f"expert {index} is of an undefined kind"
         return torch.zeros_like(x)
 
 
@@ -274,11 +276,16 @@ def _standardized(logits_TE: Tensor, config: MoEPPConfig) -> Tensor:
 
 def _gates(scores_TE: Tensor, logs_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:
     """Gates of the selected experts under the configured normalisation, 0 elsewhere."""
-    if config.gate_normalization == "none":
-        return torch.where(selected_TE, scores_TE, 0.0) * config.gate_scale
     counted_TE = selected_TE.clone()
-    if config.gate_normalization == "nonzero":
-        counted_TE[:, config.columns(ZERO)] = False
+    match config.gate_normalization:
+        case "none":
+            return torch.where(selected_TE, scores_TE, 0.0) * config.gate_scale
+        case "selected":
+            pass
+        case "nonzero":
+            counted_TE[:, config.columns(ZERO)] = False
+        case other:
+            assert_never(other)
     # The scores divided by their sum: a softmax over their logarithms, which do not underflow.
     logs_TE = torch.where(counted_TE, logs_TE, -torch.inf)
     # A token whose picks are all zero experts has nothing to divide: its gates are 0.

@@ -301,7 +301,8 @@ class MoEPPRouter(TopKRouter):
         logits_TE = standardized(logits_TE, self.moepp.logits_norm_std)
         num_sequences = None
         if RoutingStatistics.counts_now(self.training):
-            num_sequences = logits.shape[1] if self.moepp.balance_scope == "sequence" else 1
+            counted_apart = {"microbatch": 1, "sequence": logits.shape[1], "global": 1}
+            num_sequences = counted_apart[self.moepp.balance_scope]
         forced = None if self.ffn_demand == "none" else forced_tokens(tags)
         selection = self._select(logits_TE, num_sequences, forced, padded)
         if tags is not None and num_sequences is not None:

@@ -6,7 +6,7 @@ each by itself.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
@@ -127,18 +127,20 @@ def _as_map(chosen_TK: Tensor, scores_TE: Tensor) -> Tensor:
 
 def _gates(scores_TE: Tensor, logs_TE: Tensor, chosen_TK: Tensor, config: MoEPPConfig) -> Tensor:
     """[T, K] gates of the chosen experts under the configured normalisation."""
-    if config.gate_normalization == "none":
-        gates_TK = scores_TE.gather(1, chosen_TK)
-    else:
-        logs_TK = logs_TE.gather(1, chosen_TK)
-        if config.gate_normalization == "nonzero":
+    match config.gate_normalization:
+        case "none":
+            gates_TK = scores_TE.gather(1, chosen_TK)
+        case "selected":
+            gates_TK = torch.softmax(logs_TE.gather(1, chosen_TK), dim=-1)
+        case "nonzero":
             is_zero_TK = chosen_TK >= config.columns(ZERO).start
             # The least number and not -inf: a token whose picks are all zero experts has finite
             # gradients, and gates of 0.
-            logs_TK = logs_TK.masked_fill(is_zero_TK, torch.finfo(logs_TK.dtype).min)
+            least = torch.finfo(logs_TE.dtype).min
+            logs_TK = logs_TE.gather(1, chosen_TK).masked_fill(is_zero_TK, least)
             gates_TK = torch.softmax(logs_TK, dim=-1).masked_fill(is_zero_TK, 0.0)
-        else:
-            gates_TK = torch.softmax(logs_TK, dim=-1)
+        case other:
+            assert_never(other)
     return gates_TK if config.gate_scale == 1.0 else gates_TK * config.gate_scale
 
 

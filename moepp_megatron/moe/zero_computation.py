@@ -10,10 +10,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moepp_megatron.experts import CONSTANT, COPY
+from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS, ZERO
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.gate_product import gate_product
 from moepp_megatron.moe.parameter import replicated_parameter
+
+# What `ZeroComputationExperts` adds up.
+_COMPUTED = (CONSTANT, COPY, ZERO)
 
 
 class Ingredients(NamedTuple):
@@ -55,6 +58,8 @@ class ZeroComputationExperts(MegatronModule):
 
     def __init__(self, config: TransformerConfig, moepp: MoEPPConfig) -> None:
         super().__init__(config)
+        for kind in LOCAL_KINDS:
+            assert kind in _COMPUTED or not moepp.count(kind), f"{kind.name} experts are undefined"
         self.moepp = moepp
         self._owner: ZeroComputationExperts | None = None
         for name, shape in moepp.local_weights(config.hidden_size):
@@ -80,7 +85,8 @@ class ZeroComputationExperts(MegatronModule):
     @property
     def starts_at_zero(self) -> bool:
         """Whether V is 0 before training."""
-        return self.moepp.num_constant_experts > 0 and self.moepp.constant_init == "zero"
+        is_zero = {"normal": False, "zero": True}[self.moepp.constant_init]
+        return self.moepp.num_constant_experts > 0 and is_zero
 
     def forward(
         self,

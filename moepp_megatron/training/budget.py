@@ -139,7 +139,7 @@ def _budget(config: Config) -> Budget:
         gain=settings.fixed_gain,
         response=settings.response,
         decay=settings.decay,
-        per_layer=settings.scope == "layer",
+        per_layer={"layer": True, "model": False}[settings.scope],
         start_share=None if start is None else start / moe.router_topk,
         ramp_begin=settings.ramp_begin,
         ramp_steps=settings.ramp_steps,

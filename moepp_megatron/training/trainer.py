@@ -298,7 +298,7 @@ class Trainer:
                 f"{what}; {self.checkpoints.error or saved}; {finding.remedy}"
             )
         guard.accept_refused()
-        self.pause_reason = "paused before new data" if action == "pause" else None
+        self.pause_reason = {"accept": None, "pause": "paused before new data"}[action]
 
     def _judge_routers(self, result: StepResult) -> bool:
         """Let the routing guard judge the step just taken; False if the run has gone back."""

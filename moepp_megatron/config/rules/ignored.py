@@ -257,6 +257,7 @@ RULES: tuple[Rule, ...] = (
         lambda config: (
             config.moe.num_zero_computation_experts > 0
             and config.moe.balance_coeff == 0
+            and config.moe.bias_update_rate == 0
             and config.moe.capacity_factor is None
         ),
         "with moe.balance_coeff 0 and no moe.capacity_factor", "moe.tau",

@@ -46,7 +46,7 @@ class PrecisionSection(Section):
     @property
     def gradient_bytes(self) -> int:
         """Bytes of a gradient in the buffer that micro-batches add to and ranks reduce."""
-        return 4 if self.grad_reduce_in_fp32 or self.dtype == "fp32" else 2
+        return 4 if self.grad_reduce_in_fp32 else {"fp32": 4, "bf16": 2}[self.dtype]
 
     @property
     def recipe(self) -> str | None:

@@ -135,14 +135,17 @@ def _launch(
     positions = num_tokens // num_sequences
     block_e = triton.next_power_of_2(num_experts)
     block_t = max(1, _TILE // block_e)
+    # Where the experts end whose gates count in the normalisation.
+    ends = {
+        "none": num_experts,
+        "selected": num_experts,
+        "nonzero": config.columns(ZERO).start,
+    }
     settings = {
         "NUM_EXPERTS": num_experts,
         "SCORE": config.score_function,
         "NORMALIZED": config.gate_normalization != "none",
-        # Where the experts end whose gates count in the normalisation.
-        "END": config.columns(ZERO).start
-        if config.gate_normalization == "nonzero"
-        else num_experts,
+        "END": ends[config.gate_normalization],
         "BLOCK_T": block_t,
         "BLOCK_E": block_e,
     }

@@ -104,7 +104,7 @@ def layer_work(
         vanilla: megatron-core's layer: no zero-computation experts, no gating residual.
         fused: Whether one kernel combines and adds up zero-computation experts.
     """
-    width = 4 if dtype == "fp32" else 2
+    width = {"fp32": 4, "bf16": 2, "fp8": 2}[dtype]
     vector = shape.hidden_size * width
     work = {
         "router": _router(shape, load, width, vanilla),

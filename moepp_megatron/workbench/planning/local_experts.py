@@ -46,7 +46,7 @@ def local_work(load: Workload, grid: Grid) -> tuple[Work, Work]:
         return forward, Work(back, moved=6.0 * tensor, kernels=8)
     # Tensors [T, D] of the kernel, those of its products too: x; apart also the output, which is
     # read again. Backward x and its gradient, apart also the output's gradient.
-    tensors, kernels = ((1.0, 2.0), 0) if form == "combined" else ((3.0, 3.0), 1)
+    tensors, kernels = {"combined": ((1.0, 2.0), 0), "apart": ((3.0, 3.0), 1)}[form]
     moved = [
         max(count * tensor - sum(product.moved for product in products), 0.0)
         for count, products in zip(tensors, (ahead, back), strict=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.linear import linear_work
@@ -196,18 +197,22 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
     element = load.hidden * load.numbers.activation_bytes
     arrived = rows * grid.etp
     if grid.ep == 1:
-        moved = 2.0 * element * (tokens + arrived)
-    elif load.experts.dispatcher == "alltoall":
-        # Sorted by expert at the sender, and again where several experts share a rank.
-        again = 2 * arrived if load.experts.num_ffn_experts > grid.ep else 0.0
-        moved = 2.0 * element * (tokens + rows + again)
-    elif load.experts.dispatcher == "allgather":
-        moved = 2.0 * element * (tokens * grid.ep + arrived)
+        moved = tokens + arrived
     else:
-        copies = tokens * distinct_targets(
-            grid.ep, load.experts.ffn_per_token, load.experts.num_ffn_experts
-        )
-        moved = 2.0 * element * (tokens + 2 * copies + arrived)
+        match load.experts.dispatcher:
+            case "alltoall":
+                # Sorted by expert at the sender, and again where several experts share a rank.
+                again = 2 * arrived if load.experts.num_ffn_experts > grid.ep else 0.0
+                moved = tokens + rows + again
+            case "allgather":
+                moved = tokens * grid.ep + arrived
+            case "alltoall_dedup" | "flex":
+                taken, experts = load.experts.ffn_per_token, load.experts.num_ffn_experts
+                copies = tokens * distinct_targets(grid.ep, taken, experts)
+                moved = tokens + 2 * copies + arrived
+            case other:
+                assert_never(other)
+    moved *= 2.0 * element
     kernels = 8
     if not load.experts.permute_fused:
         # Sorting of the map, gathers and scatter-adds with their zeroed targets, one by one.

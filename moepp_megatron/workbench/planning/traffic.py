@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import assert_never
 
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.links import (
@@ -103,8 +104,10 @@ def _expert_seconds(load: Workload, grid: Grid, machine: Machine, skew: float = 
             )
             inside, across = skew * tokens * inside * row, skew * tokens * across * row
             seconds = hierarchical_seconds(place, inside, across, machine)
-        else:
+        elif load.experts.dispatcher == "allgather":
             seconds = gather_seconds(place, tokens * place.size * row, machine)
+        else:
+            assert_never(load.experts.dispatcher)
     if grid.etp > 1:
         group = placement(grid, "etp", machine.per_node)
         gathered = skew * tokens * taken * row * grid.etp
@@ -142,10 +145,13 @@ def exchanged_bytes(load: Workload, grid: Grid) -> float:
     tokens, taken, ep = grid.tokens(load.seq), load.experts.ffn_per_token, grid.ep
     if ep == 1:
         return 0.0
-    if load.experts.dispatcher == "alltoall":
-        rows = taken * (ep - 1) / ep
-    elif load.experts.dispatcher == "allgather":
-        rows = grid.etp * ep - 1.0
-    else:
-        rows = distinct_targets(ep, taken, load.experts.num_ffn_experts) * (ep - 1) / ep
+    match load.experts.dispatcher:
+        case "alltoall":
+            rows = taken * (ep - 1) / ep
+        case "allgather":
+            rows = grid.etp * ep - 1.0
+        case "alltoall_dedup" | "flex":
+            rows = distinct_targets(ep, taken, load.experts.num_ffn_experts) * (ep - 1) / ep
+        case other:
+            assert_never(other)
     return 2.0 * tokens * rows * row

@@ -83,12 +83,12 @@ class Numbers:
         """What the rows of an expert's FP8 products are padded to a multiple of; 1 without FP8."""
         if self.fp8 is None:
             return 1
-        return 32 if self.fp8 == "mxfp8" else 16
+        return {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}[self.fp8]
 
     @property
     def activation_bytes(self) -> int:
         """Bytes of an activation."""
-        return 4 if self.dtype == "fp32" else 2
+        return {"fp32": 4, "bf16": 2}[self.dtype]
 
     @property
     def weight_bytes(self) -> int:
@@ -98,7 +98,7 @@ class Numbers:
     @property
     def master_bytes(self) -> int:
         """Bytes of the optimizer's own copy of a weight."""
-        return 0 if self.dtype == "fp32" else 4
+        return {"fp32": 0, "bf16": 4}[self.dtype]
 
 
 @dataclass(frozen=True)
