@@ -3,66 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config import Config
-from moepp_megatron.runtime.atomic import write_atomic
-from moepp_megatron.version import __version__
 from moepp_megatron.workbench.experiments.scaling.efficiency import ScaleRecord
 from moepp_megatron.workbench.experiments.scaling.grid import ScalingGrid
 from moepp_megatron.workbench.experiments.scaling.plots import scaling_plots, series
 from moepp_megatron.workbench.experiments.scaling.runs import Measuring, ScalingRuns
 from moepp_megatron.workbench.experiments.scaling.table import KIND_NAMES, MODE_TITLES, short_layout
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.blocks import (
+    Cell,
+    Page,
+    Section,
+    Table,
+    Text,
+    number,
+    write_blocks,
+)
 from moepp_megatron.workbench.report.cards import Card
 from moepp_megatron.workbench.report.drawing import plot_style
-from moepp_megatron.workbench.report.plot import Plot
-from moepp_megatron.workbench.report.template import render_template
 
-
-@dataclass(frozen=True)
-class ModeSection:
-    """One kind of scaling.
-
-    Attributes:
-        title: Heading.
-        plots: Plots over rank counts.
-        rows: Cells of the table, as text.
-    """
-
-    title: str
-    plots: list[Plot]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
-class _ScalingPage:
-    """Everything that the template shows.
-
-    Attributes:
-        name: Name of the configuration.
-        sentence: The main result, in words.
-        warnings: What a reader must know before believing the numbers.
-        facts: Short descriptions of what was measured.
-        cards: Headline numbers.
-        modes: Strong and weak, those that were measured.
-        gaps: Points that failed or do not fit, with the reason.
-        method: How it was measured.
-        config_text: The configuration.
-        version: Version of this package.
-    """
-
-    name: str
-    sentence: str
-    warnings: list[str]
-    facts: list[str]
-    cards: list[Card]
-    modes: list[ModeSection]
-    gaps: list[tuple[str, str]]
-    method: str
-    config_text: str
-    version: str
+_HEAD = (
+    *("Ranks", "Layout", "Model", "Batch", "Step, ms", "Fastest, slowest", "Tokens/s"),
+    *("Efficiency", "All-to-all, MB", "Waiting, ms (ranks)", "Share"),
+)
+_TERMS = (
+    (
+        "Routing and data",
+        "Routing is held at perfect balance: FFN experts get exactly the share phi of all "
+        "selections, in vanilla all of them, every expert as many as any other. Tokens are random. "
+        "So nothing here depends on training, or says how balanced a trained router is.",
+    ),
+    (
+        "Efficiency",
+        "Strong scaling keeps the global batch: t1 n1 / (tn n), with t1 the step time at the "
+        "smallest count n1. Weak scaling keeps the batch of a rank: tokens per second and rank, "
+        "relative to the smallest count. Each model is compared with itself; where several layouts "
+        "were measured at the smallest count, with its fastest.",
+    ),
+    (
+        "Layout",
+        "TP tensor, PP pipeline, CP context, EP expert, ETP expert-tensor parallel ranks; those of "
+        "1 are left out, and the rest of the ranks is data parallel.",
+    ),
+    (
+        "All-to-all bytes",
+        "Bytes of hidden vectors that leave their ranks in the forward passes of a step, all ranks "
+        "and layers, counted from the routing (a2a_bytes in metrics.jsonl). scale.json also has "
+        "a2a_sent_bytes: forward and backward, counted at the call.",
+    ),
+    (
+        "Waiting in all-to-alls",
+        "With gloo the host's time inside all-to-alls and inside waiting for them; with NCCL the "
+        "time that the compute stream waits for them. Transfers that hide behind computation do "
+        "not count, waiting for a rank that comes late does. Mean over ranks, in parentheses the "
+        "least and the most; medians over steps that were not used for the step time.",
+    ),
+)
 
 
 def build_scaling_page(
@@ -83,29 +81,36 @@ def build_scaling_page(
 
     Returns:
         Path of the page.
+
+    Raises:
+        ReportError: It cannot be written.
     """
     with plot_style():
-        modes = [
-            ModeSection(title, scaling_plots(records, mode), _rows(records, mode))
+        sections = [
+            Section(title, [*scaling_plots(records, mode), Table(_HEAD, _rows(records, mode))])
             for mode, title in MODE_TITLES.items()
             if any(record.mode == mode for record in records)
         ]
-    page = _ScalingPage(
-        name=config.run.name,
-        sentence=_sentence(records),
-        warnings=_warnings(records),
+    gaps = _gaps(grid, folder)
+    if gaps:
+        sections.append(Section("Not measured", [Table((), gaps)]))
+    terms = [("How it was measured", _method(measuring)), *_TERMS]
+    rows = [[Cell(term), Cell(text, "comment")] for term, text in terms]
+    sections.append(Section("What the numbers mean", [Table((), rows)]))
+    text = Text([config.to_yaml()], "code", fold="Before layouts and batches of the points")
+    sections.append(Section("Configuration", [text]))
+    page = Page(
+        kind="MoE++ scaling test",
+        title=config.run.name,
+        lead=_sentence(records),
         facts=_facts(config, records),
+        warnings=_warnings(records),
         cards=_cards(records),
-        modes=modes,
-        gaps=_gaps(grid, folder),
-        method=_method(measuring),
-        config_text=config.to_yaml(),
-        version=__version__,
+        sections=sections,
+        sources="points/*.json",
+        command="moepp scale",
     )
-    html = render_template("scaling.html.j2", page=page)
-    path = folder.path / "scaling.html"
-    write_atomic(path, html.encode("ascii", "xmlcharrefreplace"))
-    return path
+    return write_blocks(folder.path / "scaling.html", page)
 
 
 def _is_crowded(record: ScaleRecord) -> bool:
@@ -226,7 +231,7 @@ def _cards(records: Sequence[ScaleRecord]) -> list[Card]:
     if moepp is not None and moepp.a2a_share is not None and moepp.a2a_bytes:
         cards.append(
             Card(
-                "Standing still in all-to-alls",
+                "Waiting in all-to-alls",
                 formatting.percent(moepp.a2a_share),
                 f"of MoE++'s step on {_ranks(moepp.nproc)}"
                 + (
@@ -239,34 +244,33 @@ def _cards(records: Sequence[ScaleRecord]) -> list[Card]:
     return cards
 
 
-def _rows(records: Sequence[ScaleRecord], mode: str) -> list[list[str]]:
-    rows = []
-    for r in (r for r in records if r.mode == mode):
-        waits = "-"
-        if r.a2a_time_s is not None and r.a2a_time_min_s is not None and r.a2a_time_max_s:
-            waits = (
-                f"{r.a2a_time_s * 1e3:.1f} ({r.a2a_time_min_s * 1e3:.1f} to "
-                f"{r.a2a_time_max_s * 1e3:.1f})"
-            )
-        rows.append(
-            [
-                str(r.nproc),
-                short_layout(r.layout),
-                KIND_NAMES[r.kind],
-                str(r.global_batch_size),
-                f"{r.step_time_s * 1e3:,.1f}",
-                f"{r.step_time_min_s * 1e3:,.1f} to {r.step_time_max_s * 1e3:,.1f}",
-                formatting.count(r.tokens_per_s),
-                formatting.percent(r.efficiency),
-                f"{r.a2a_bytes / 1e6:,.2f}",
-                waits,
-                "-" if r.a2a_share is None else formatting.percent(r.a2a_share),
-            ]
+def _rows(records: Sequence[ScaleRecord], mode: str) -> list[list[Cell]]:
+    return [_row(record) for record in records if record.mode == mode]
+
+
+def _row(r: ScaleRecord) -> list[Cell]:
+    waits = "-"
+    if r.a2a_time_s is not None and r.a2a_time_min_s is not None and r.a2a_time_max_s:
+        waits = (
+            f"{r.a2a_time_s * 1e3:.1f} ({r.a2a_time_min_s * 1e3:.1f} to "
+            f"{r.a2a_time_max_s * 1e3:.1f})"
         )
-    return rows
+    return [
+        number(str(r.nproc)),
+        Cell(short_layout(r.layout)),
+        Cell(KIND_NAMES[r.kind]),
+        number(str(r.global_batch_size)),
+        number(f"{r.step_time_s * 1e3:,.1f}"),
+        number(f"{r.step_time_min_s * 1e3:,.1f} to {r.step_time_max_s * 1e3:,.1f}"),
+        number(formatting.count(r.tokens_per_s)),
+        number(formatting.percent(r.efficiency)),
+        number(f"{r.a2a_bytes / 1e6:,.2f}"),
+        number(waits),
+        number("-" if r.a2a_share is None else formatting.percent(r.a2a_share)),
+    ]
 
 
-def _gaps(grid: ScalingGrid, folder: ScalingRuns) -> list[tuple[str, str]]:
+def _gaps(grid: ScalingGrid, folder: ScalingRuns) -> list[list[Cell]]:
     gaps = []
     for point in grid.points:
         file = folder.read(point)
@@ -278,7 +282,7 @@ def _gaps(grid: ScalingGrid, folder: ScalingRuns) -> list[tuple[str, str]]:
         (f"{_ranks(each.nproc)}, {each.layout}, {each.mode}", f"does not fit: {each.reason}")
         for each in grid.impossible
     ]
-    return gaps
+    return [[Cell(what), Cell(why, "comment")] for what, why in gaps]
 
 
 def _method(measuring: Measuring) -> str:

@@ -41,6 +41,73 @@ class KindSeries:
     others: list[ScaleRecord]
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """One quantity over rank counts.
+
+    Attributes:
+        title: Heading.
+        unit: Label of the vertical axis; "%" for shares.
+        caption: Text below.
+        value: The quantity; None where it was not measured.
+        ends: The least and the largest of the repetitions.
+        perfect: Perfect scaling of a model's first record, at another count.
+        top: What the vertical axis reaches at least.
+    """
+
+    title: str
+    unit: str
+    caption: str
+    value: Value
+    ends: tuple[Value, Value] | None = None
+    perfect: Callable[[ScaleRecord, int], float] | None = None
+    top: float = 0.0
+
+
+def _relative(r: ScaleRecord) -> float | None:
+    return None if r.kind != "moepp" or r.speedup is None else 1 / r.speedup
+
+
+_EFFICIENCY = _Drawn(
+    "Efficiency", "%",
+    "Tokens per second and rank, relative to the smallest count.",
+    lambda r: r.efficiency, perfect=lambda first, n: 1.0, top=1.1,
+)  # fmt: skip
+_RATE = _Drawn(
+    "Throughput", "tokens/s", "Tokens of a step over its time, all ranks together.",
+    lambda r: r.tokens_per_s,
+    (lambda r: r.tokens / r.step_time_max_s, lambda r: r.tokens / r.step_time_min_s),
+    lambda first, n: first.tokens_per_s * n / first.nproc,
+)  # fmt: skip
+_AGAINST_VANILLA = _Drawn(
+    "MoE++ against vanilla", "share of vanilla's step time",
+    "Median of the ratios within a repetition. The dotted line is phi, what would be left if a "
+    "step were nothing but FFN experts: a limit, not a forecast.",
+    _relative, perfect=lambda first, n: first.phi, top=1.1,
+)  # fmt: skip
+_BYTES = _Drawn(
+    "All-to-all bytes", "MB per step",
+    "Hidden vectors that leave their ranks in a step's forward passes, all ranks together. The "
+    "backward passes send as much again.",
+    lambda r: r.a2a_bytes / 1e6,
+)  # fmt: skip
+_SHARE = _Drawn(
+    "All-to-all share of time", "%",
+    "Time in which a rank waits in all-to-alls, mean over ranks, of the whole step; measured in "
+    "separate steps. Waiting for a rank that comes late is part of it.",
+    lambda r: r.a2a_share,
+)  # fmt: skip
+
+
+def _step_time(mode: str) -> _Drawn:
+    return _Drawn(
+        "Step time", "ms", "Median of the repetitions; bars from the fastest to the slowest.",
+        lambda r: r.step_time_s * 1e3,
+        (lambda r: r.step_time_min_s * 1e3, lambda r: r.step_time_max_s * 1e3),
+        lambda first, n: first.step_time_s * 1e3 * (first.nproc / n if mode == "strong" else 1.0),
+    )  # fmt: skip
+
+
 def series(records: Sequence[ScaleRecord]) -> list[KindSeries]:
     """One series per model, MoE++ first; `records` are of one mode."""
     kinds = [kind for kind in _LOOKS if any(r.kind == kind for r in records)]
@@ -65,18 +132,35 @@ def series(records: Sequence[ScaleRecord]) -> list[KindSeries]:
 def scaling_plots(records: Sequence[ScaleRecord], mode: str) -> list[Plot]:
     """The plots of one mode."""
     lines = series([r for r in records if r.mode == mode])
-    plots = [
-        _step_time(lines, mode),
-        _rate(lines),
-        _efficiency(lines, mode),
-        _against_vanilla(lines),
-        _bytes(lines),
-        _share(lines),
-    ]
-    return [plot for plot in plots if plot is not None]
+    drawn = [_step_time(mode), _RATE, _EFFICIENCY, _AGAINST_VANILLA, _BYTES, _SHARE]
+    return [plot for one in drawn if (plot := _plot(one, lines)) is not None]
 
 
-def _axes(lines: list[KindSeries]) -> Axes:
+def _plot(drawn: _Drawn, lines: Sequence[KindSeries]) -> Plot | None:
+    """Lines through the chosen layouts, rings for the others; None where nothing was measured."""
+    lines = [line for line in lines if any(drawn.value(r) is not None for r in line.best)]
+    if not lines:
+        return None
+    axes = _axes(lines)
+    for line in lines:
+        _draw(axes, line, drawn)
+    axes.set_ylim(0, max(axes.get_ylim()[1], drawn.top))
+    axes.set_ylabel("" if drawn.unit == "%" else drawn.unit)
+    axes.yaxis.set_major_formatter(
+        PercentFormatter(1.0, decimals=0)
+        if drawn.unit == "%"
+        else FuncFormatter(lambda value, _: f"{value:,.6g}")
+    )
+    legend_above(axes)
+    caption = drawn.caption
+    if any(line.others for line in lines):
+        caption += " Lines: the layout in which MoE++ is fastest. Rings: others."
+    figure = axes.get_figure(root=True)
+    assert figure is not None, "made with its figure"
+    return Plot(drawn.title, caption, svg_data_uri(figure), _words(drawn, lines))
+
+
+def _axes(lines: Sequence[KindSeries]) -> Axes:
     axes = new_figure().add_subplot()
     counts = sorted({r.nproc for line in lines for r in line.best})
     axes.set_xscale("log", base=2)
@@ -87,171 +171,27 @@ def _axes(lines: list[KindSeries]) -> Axes:
     return axes
 
 
-def _draw(
-    axes: Axes, lines: list[KindSeries], value: Value, spread: tuple[Value, Value] | None = None
-) -> None:
-    """Lines through the chosen layouts, rings for the others, bars from least to most."""
-    for line in lines:
-        colour, marker = _LOOKS[line.kind]
-        points = [(r, v) for r in line.best if (v := value(r)) is not None]
-        x, y = [r.nproc for r, _ in points], [v for _, v in points]
-        name = KIND_NAMES[line.kind]
-        axes.plot(x, y, color=colour, marker=marker, markersize=5, label=name)
-        if spread is not None:
-            ends = [(spread[0](r) or 0.0, spread[1](r) or 0.0) for r, _ in points]
-            axes.vlines(x, [e[0] for e in ends], [e[1] for e in ends], color=colour, alpha=0.55)
-        rings = [(r.nproc, v) for r in line.others if (v := value(r)) is not None]
-        axes.plot(
-            [x for x, _ in rings],
-            [y for _, y in rings],
-            color=colour,
-            marker=marker,
-            markersize=5,
-            markerfacecolor="none",
-            linestyle="none",
-        )
+def _draw(axes: Axes, line: KindSeries, drawn: _Drawn) -> None:
+    colour, marker = _LOOKS[line.kind]
+    if drawn.perfect is not None:
+        counts = [r.nproc for r in line.best]
+        perfect = [drawn.perfect(line.best[0], count) for count in counts]
+        axes.plot(counts, perfect, color=MUTED, linewidth=1.3, linestyle=":")
+    points = [(r, v) for r in line.best if (v := drawn.value(r)) is not None]
+    x, y = [r.nproc for r, _ in points], [v for _, v in points]
+    axes.plot(x, y, color=colour, marker=marker, markersize=5, label=KIND_NAMES[line.kind])
+    if drawn.ends is not None:
+        low, high = ([end(r) or 0.0 for r, _ in points] for end in drawn.ends)
+        axes.vlines(x, low, high, color=colour, alpha=0.55)
+    rings = [(r.nproc, v) for r in line.others if (v := drawn.value(r)) is not None]
+    for x_ring, y_ring in rings:
+        axes.plot(x_ring, y_ring, marker, color=colour, markersize=5, markerfacecolor="none")
 
 
-def _others(lines: list[KindSeries]) -> str:
-    shown = any(line.others for line in lines)
-    return " Lines: the layout in which MoE++ is fastest. Rings: others." if shown else ""
-
-
-def _ideal(axes: Axes, lines: list[KindSeries], value: Callable[[ScaleRecord, int], float]) -> None:
-    """Draw perfect scaling from each model's first point."""
-    counts = sorted({r.nproc for line in lines for r in line.best})
-    for index, line in enumerate(lines):
-        first = line.best[0]
-        axes.plot(
-            counts,
-            [value(first, count) for count in counts],
-            color=MUTED,
-            linewidth=1.3,
-            linestyle=":",
-            label="perfect" if index == len(lines) - 1 else None,
-        )
-
-
-def _words(lines: list[KindSeries], value: Value, unit: str) -> str:
+def _words(drawn: _Drawn, lines: Sequence[KindSeries]) -> str:
     """A plot in words, for readers who cannot see it."""
     return "; ".join(
-        f"{KIND_NAMES[line.kind]}: "
-        + ", ".join(f"{v:.3g}{unit} on {r.nproc}" for r in line.best if (v := value(r)) is not None)
+        f"{KIND_NAMES[line.kind]}, {drawn.unit}: "
+        + ", ".join(f"{v:.3g} on {r.nproc}" for r in line.best if (v := drawn.value(r)) is not None)
         for line in lines
     )
-
-
-def _finished(axes: Axes, title: str, caption: str, alt: str) -> Plot:
-    legend_above(axes)
-    figure = axes.get_figure(root=True)
-    assert figure is not None, "made with its figure"
-    return Plot(title, caption, svg_data_uri(figure), alt)
-
-
-def _step_time(lines: list[KindSeries], mode: str) -> Plot:
-    axes = _axes(lines)
-
-    def milliseconds(r: ScaleRecord) -> float:
-        return r.step_time_s * 1e3
-
-    strong = mode == "strong"
-    _ideal(
-        axes,
-        lines,
-        lambda first, n: milliseconds(first) * (first.nproc / n if strong else 1.0),
-    )
-    spread = (lambda r: r.step_time_min_s * 1e3, lambda r: r.step_time_max_s * 1e3)
-    _draw(axes, lines, milliseconds, spread)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("milliseconds")
-    caption = "Median of the repetitions; bars from the fastest to the slowest."
-    alt = _words(lines, milliseconds, " ms")
-    return _finished(axes, "Step time", caption + _others(lines), alt)
-
-
-def _rate(lines: list[KindSeries]) -> Plot:
-    axes = _axes(lines)
-    _ideal(axes, lines, lambda first, n: first.tokens_per_s * n / first.nproc)
-    spread = (lambda r: r.tokens / r.step_time_max_s, lambda r: r.tokens / r.step_time_min_s)
-    _draw(axes, lines, lambda r: r.tokens_per_s, spread)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_ylabel("tokens/s")
-    alt = _words(lines, lambda r: r.tokens_per_s, " tokens/s")
-    caption = "Tokens of a step over its time, all ranks together." + _others(lines)
-    return _finished(axes, "Throughput", caption, alt)
-
-
-def _efficiency(lines: list[KindSeries], mode: str) -> Plot:
-    axes = _axes(lines)
-    axes.axhline(1.0, color=MUTED, linewidth=1.0, linestyle=":", label="perfect")
-    _draw(axes, lines, lambda r: r.efficiency)
-    top = max(r.efficiency for line in lines for r in [*line.best, *line.others])
-    axes.set_ylim(0, max(1.1, top * 1.05))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylabel("efficiency")
-    formula = {
-        "strong": "t1 n1 / (tn n): step time at the smallest count and at n ranks.",
-        "weak": "Tokens per second and rank, relative to the smallest count.",
-    }[mode]
-    alt = _words(lines, lambda r: r.efficiency, "")
-    return _finished(axes, "Efficiency", formula + _others(lines), alt)
-
-
-def _against_vanilla(lines: list[KindSeries]) -> Plot | None:
-    moepp = [line for line in lines if line.kind == "moepp"]
-    if not moepp or moepp[0].best[0].speedup is None:
-        return None
-    axes = _axes(moepp)
-    axes.axhline(1.0, color=VERMILION, linewidth=1.2, label="vanilla")
-    phi = moepp[0].best[0].phi
-    axes.axhline(
-        phi, color=MUTED, linewidth=1.0, linestyle=":", label=f"experts alone: phi = {phi:.2f}"
-    )
-
-    def relative(r: ScaleRecord) -> float | None:
-        return None if r.speedup is None else 1 / r.speedup
-
-    _draw(axes, moepp, relative)
-    top = max(relative(r) or 0.0 for r in [*moepp[0].best, *moepp[0].others])
-    axes.set_ylim(0, max(1.15, 1.1 * top))
-    axes.set_ylabel("share of vanilla's step time")
-    caption = (
-        "MoE++'s step time over vanilla's, median of the ratios within a repetition. The dotted "
-        "line is what would be left if a step were nothing but FFN experts: a limit, not a "
-        "forecast." + _others(moepp)
-    )
-    return _finished(axes, "MoE++ against vanilla", caption, _words(moepp, relative, ""))
-
-
-def _bytes(lines: list[KindSeries]) -> Plot:
-    axes = _axes(lines)
-
-    def megabytes(r: ScaleRecord) -> float:
-        return r.a2a_bytes / 1e6
-
-    _draw(axes, lines, megabytes)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("MB per step (1e6 bytes)")
-    caption = (
-        "Hidden vectors that leave their ranks in a step's forward passes, all ranks together. "
-        "The backward passes send as much again." + _others(lines)
-    )
-    return _finished(axes, "All-to-all bytes", caption, _words(lines, megabytes, " MB"))
-
-
-def _share(lines: list[KindSeries]) -> Plot:
-    title = "All-to-all share of time"
-    if all(r.a2a_share is None for line in lines for r in line.best):
-        return Plot(title, "", None, "This dispatcher has no all-to-alls that could be timed.")
-    axes = _axes(lines)
-    _draw(axes, lines, lambda r: r.a2a_share)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylabel("share of the step")
-    caption = (
-        "Time in which a rank waits in all-to-alls, mean over ranks, of the whole step; "
-        "measured in separate steps. Waiting for a rank that comes late is part of it."
-        + _others(lines)
-    )
-    return _finished(axes, title, caption, _words(lines, lambda r: r.a2a_share, " of the step"))
