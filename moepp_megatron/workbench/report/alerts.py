@@ -1,7 +1,6 @@
 """A run's alerts on its page: a table, and marks on the curves."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from pydantic import ValidationError
@@ -10,6 +9,7 @@ from moepp_megatron.config.guard_rules import effective_rules
 from moepp_megatron.config.schema import RoutingGuardSection
 from moepp_megatron.observe.alerts import Alert, Severity
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.blocks import Block, Cell, Table, Text, number
 from moepp_megatron.workbench.report.drawing import MUTED, VERMILION
 from moepp_megatron.workbench.report.run_data import RunData
 
@@ -21,52 +21,25 @@ _MAX_MARKS = 40
 _COLOURS: dict[Severity, str] = {"critical": VERMILION, "warning": "#e69f00", "info": MUTED}
 
 
-@dataclass(frozen=True)
-class AlertRow:
-    """One line of the table, formatted.
-
-    Attributes:
-        step: Optimizer step of the alert.
-        severity: `critical`, `warning` or `info`.
-        rule: The rule's name.
-        found: Metric, layer and value.
-        condition: Condition of the rule.
-        action: The guard's action.
-    """
-
-    step: str
-    severity: Severity
-    rule: str
-    found: str
-    condition: str
-    action: str
+_HEAD = ("Rule", "Step", "Severity", "Found", "Condition", "Action")
 
 
-@dataclass(frozen=True)
-class AlertTable:
-    """The page's section on alerts.
-
-    Attributes:
-        sentence: Number and kinds of alerts.
-        rows: The newest `MAX_ROWS`, in the order of time.
-    """
-
-    sentence: str
-    rows: list[AlertRow]
-
-
-def alert_table(run: RunData) -> AlertTable | None:
-    """The table; None for a run that raised no alert."""
+def alert_blocks(run: RunData) -> list[Block]:
+    """The page's section on alerts: how many, a table of the newest, what was watched."""
     alerts = run.alerts
     if not alerts:
-        return None
-    counts = [(rule, sum(a.rule == rule for a in alerts)) for rule in _names(alerts)]
-    parts = [f"{rule} ({count:,})" for rule, count in counts]
-    one = len(alerts) == 1
-    sentence = f"{len(alerts):,} alert{'' if one else 's'} in alerts.jsonl: {', '.join(parts)}."
-    if len(alerts) > MAX_ROWS:
-        sentence += f" The table has the newest {MAX_ROWS}."
-    return AlertTable(sentence, [_row(alert) for alert in alerts[-MAX_ROWS:]])
+        blocks: list[Block] = [Text(["This run raised no alert."], "nothing")]
+    else:
+        counts = [(rule, sum(a.rule == rule for a in alerts)) for rule in _names(alerts)]
+        parts = [f"{rule} ({count:,})" for rule, count in counts]
+        one = len(alerts) == 1
+        sentence = f"{len(alerts):,} alert{'' if one else 's'} in alerts.jsonl: {', '.join(parts)}."
+        if len(alerts) > MAX_ROWS:
+            sentence += f" The table has the newest {MAX_ROWS}."
+        rows = [_row(alert) for alert in alerts[-MAX_ROWS:]]
+        blocks = [Text([sentence], "note"), Table(_HEAD, rows)]
+    told = watched(run)
+    return [*blocks, Text([told], "note")] if told else blocks
 
 
 def watched(run: RunData) -> str:
@@ -105,13 +78,13 @@ def _names(alerts: Sequence[Alert]) -> list[str]:
     return list(dict.fromkeys(alert.rule for alert in alerts))
 
 
-def _row(alert: Alert) -> AlertRow:
+def _row(alert: Alert) -> list[Cell]:
     where = "" if alert.layer is None else f" of layer {alert.layer}"
-    return AlertRow(
-        step=f"{alert.step:,}",
-        severity=alert.severity,
-        rule=alert.rule,
-        found=f"{alert.metric}{where}: {formatting.significant(alert.value)}",
-        condition=alert.condition,
-        action=alert.action,
-    )
+    return [
+        Cell(alert.rule),
+        number(f"{alert.step:,}"),
+        Cell(alert.severity, alert.severity),
+        Cell(f"{alert.metric}{where}: {formatting.significant(alert.value)}"),
+        Cell(alert.condition, "comment"),
+        Cell(alert.action),
+    ]

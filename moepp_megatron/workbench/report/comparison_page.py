@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
-from moepp_megatron.version import __version__
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.blocks import (
+    Block,
+    Cell,
+    Page,
+    Section,
+    Table,
+    Text,
+    number,
+    write_blocks,
+)
 from moepp_megatron.workbench.report.comparison import (
     ComparedRun,
     Setting,
@@ -23,58 +31,17 @@ from moepp_megatron.workbench.report.comparison import (
 )
 from moepp_megatron.workbench.report.comparison_plots import comparison_plots
 from moepp_megatron.workbench.report.drawing import plot_style
-from moepp_megatron.workbench.report.plot import Plot
-from moepp_megatron.workbench.report.template import render_template, write_page
 
 DEFAULT_OUT = Path("comparison.html")
 # A configuration that somebody has made up may have thousands.
 _MOST_SETTINGS = 300
 _HEADINGS = ("Steps", "Tokens", "Loss", "Validation", "FFN share", "Step time", "Tokens/s",
              "Training time", "Model FLOP")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table.
-
-    Attributes:
-        name: The run's name.
-        cells: Its numbers as text.
-    """
-
-    name: str
-    cells: list[str]
-
-
-@dataclass(frozen=True)
-class ComparisonPage:
-    """Everything that the template shows.
-
-    Attributes:
-        names: The runs.
-        sentence: What is compared, in words.
-        warnings: What a reader must know before comparing losses.
-        headings: Columns of `rows`.
-        rows: The results of each run.
-        same: Columns of `losses`: how far on which axis.
-        losses: The loss of each run there.
-        plots: Curves.
-        settings: Settings that differ.
-        hidden: Number of further settings that differ.
-        version: Version of this package.
-    """
-
-    names: list[str]
-    sentence: str
-    warnings: list[str]
-    headings: Sequence[str]
-    rows: list[Row]
-    same: list[str]
-    losses: list[Row]
-    plots: list[Plot]
-    settings: list[Setting]
-    hidden: int
-    version: str
+_RESULTS = (
+    "Loss and FFN share: means over the last tenth of a run's records. Validation: the newest, "
+    "with its step. Step time and tokens/s: medians. Model FLOP: forward and backward pass, "
+    "without experts that tokens did not take."
+)
 
 
 def build_comparison(folders: Sequence[Path], out: Path = DEFAULT_OUT) -> Path:
@@ -93,30 +60,47 @@ def build_comparison(folders: Sequence[Path], out: Path = DEFAULT_OUT) -> Path:
     Raises:
         ReportError: A run is missing, incomplete or inconsistent, or the page cannot be written.
     """
-    write_page(out, render_template("comparison.html.j2", page=_page(load_runs(folders))))
-    return out
+    return write_blocks(out, _page(load_runs(folders)))
 
 
-def _page(runs: Sequence[ComparedRun]) -> ComparisonPage:
+def _page(runs: Sequence[ComparedRun]) -> Page:
     settings = differing_settings(runs)
+    names = [run.name for run in runs]
     with plot_style():
         plots = comparison_plots(runs)
-    same, losses = _losses(runs)
+    results = [[Cell(run.name), *map(number, _results(run))] for run in runs]
+    sections = [
+        Section("Results", [Table(("Run", *_HEADINGS), results, _RESULTS)]),
+        Section("Curves", plots),
+        Section("Settings that differ", [_settings(settings, names)]),
+    ]
+    losses = _losses(runs)
+    if losses is not None:
+        sections.insert(1, Section("Loss where all have come equally far", [losses]))
     named = [setting for setting in settings if setting.name != "run.name"]
     differ = "1 setting differs" if len(named) == 1 else f"{len(named)} settings differ"
-    return ComparisonPage(
-        names=[run.name for run in runs],
-        sentence=f"{len(runs)} runs; {differ} besides their folders and names.",
+    return Page(
+        kind="MoE++ runs compared",
+        title=", ".join(names),
+        lead=f"{len(runs)} runs; {differ} besides their folders and names.",
         warnings=_warnings(runs, settings),
-        headings=_HEADINGS,
-        rows=[Row(run.name, _results(run)) for run in runs],
-        same=same,
-        losses=losses,
-        plots=plots,
-        settings=settings[:_MOST_SETTINGS],
-        hidden=max(0, len(settings) - _MOST_SETTINGS),
-        version=__version__,
+        sections=sections,
+        sources="config.yaml and metrics.jsonl of each run",
+        command="moepp report RUN RUN...",
     )
+
+
+def _settings(settings: Sequence[Setting], names: Sequence[str]) -> Block:
+    if not settings:
+        return Text(["All settings are equal but for the folders."], "nothing")
+    rows = [
+        [Cell(setting.name, "code"), *map(Cell, setting.values)]
+        for setting in settings[:_MOST_SETTINGS]
+    ]
+    caption = "From each run's config.yaml; a dash: the run has no such setting."
+    if len(settings) > _MOST_SETTINGS:
+        caption += f" {len(settings) - _MOST_SETTINGS} more are not shown."
+    return Table(("Setting", *names), rows, caption)
 
 
 def _warnings(runs: Sequence[ComparedRun], settings: Sequence[Setting]) -> list[str]:
@@ -158,7 +142,7 @@ def _results(run: ComparedRun) -> list[str]:
     ]
 
 
-def _losses(runs: Sequence[ComparedRun]) -> tuple[list[str], list[Row]]:
+def _losses(runs: Sequence[ComparedRun]) -> Table | None:
     """The runs' losses where each has come equally far, by tokens, time and FLOPs."""
     places: list[tuple[list[np.ndarray | None], Callable[[float], str]]] = [
         ([run.tokens for run in runs], lambda end: f"{formatting.big_count(end)} tokens"),
@@ -177,8 +161,13 @@ def _losses(runs: Sequence[ComparedRun]) -> tuple[list[str], list[Row]]:
             for run, axis in zip(runs, axes, strict=True)
         ]
         columns.append([_shown(value, formatting.number(value)) for value in values])
-    rows = [Row(run.name, [column[i] for column in columns]) for i, run in enumerate(runs)]
-    return headings, rows
+    if not headings:
+        return None
+    rows = [
+        [Cell(run.name), *(number(column[i]) for column in columns)] for i, run in enumerate(runs)
+    ]
+    caption = "As far as the shortest run reaches; means over the last tenth before it."
+    return Table(("Training loss (nats) after", *headings), rows, caption)
 
 
 def _finite_median(values: np.ndarray) -> float:

@@ -1,49 +1,17 @@
-"""One page of what `benchmarks/gpu.sh` measured of a GPU, each number beside what was expected."""
+"""One page of what `benchmarks/gpu.sh` measured of a GPU, each number with what was expected."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.json_file import read_json
-from moepp_megatron.runtime.atomic import write_result
-from moepp_megatron.version import __version__
-from moepp_megatron.workbench.report.template import render_template
+from moepp_megatron.workbench.report.blocks import Cell, Page, Section, Table, write_blocks
 
 _GIB = 2**30
 _ENDS = {0: "passed", 3: "not possible here", 124: "cut off after ten minutes"}
-
-
-@dataclass(frozen=True)
-class _Table:
-    """A table of the page.
-
-    Attributes:
-        title: Heading.
-        columns: Their names.
-        words: How many of the first hold words; the others hold numbers.
-        rows: Cells.
-        note: What is compared with what.
-    """
-
-    title: str
-    columns: Sequence[str]
-    words: int
-    rows: Sequence[Sequence[str]]
-    note: str
-
-
-@dataclass(frozen=True)
-class _GPUPage:
-    """What the template shows."""
-
-    card: str
-    facts: Sequence[str]
-    tables: Sequence[_Table]
-    version: str
 
 
 def write_gpu_page(results: Path, page: Path) -> None:
@@ -67,14 +35,32 @@ def write_gpu_page(results: Path, page: Path) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in found.get("versions", {}).items())
     commits = ", ".join(str(commit)[:12] for commit in found.get("commits", ()))
     facts = [f"driver {found.get('driver') or 'none'}", versions, f"commit {commits}"]
-    tables = [table for table in _tables(found) if table.rows]
-    content = _GPUPage(found["card"], facts, tables, __version__)
-    html = render_template("gpu.html.j2", page=content)
-    write_result(page, html.encode("ascii", "xmlcharrefreplace"))
+    content = Page(
+        kind="MoE++ on one GPU",
+        title=found["card"],
+        facts=facts,
+        sections=[section for section in _sections(found) if section is not None],
+        sources="the results of benchmarks/gpu.sh",
+        command="moepp bench report",
+    )
+    write_blocks(page, content)
 
 
-def _tables(found: Mapping[str, Any]) -> Iterator[_Table]:
-    yield _Table(
+def _table(
+    title: str, columns: Sequence[str], words: int, rows: Sequence[Sequence[str]], note: str
+) -> Section | None:
+    """A table whose first `words` columns hold words, the others numbers; None without rows."""
+    if not rows:
+        return None
+    cells = [
+        [Cell(text, "text" if place < words else "number") for place, text in enumerate(row)]
+        for row in rows
+    ]
+    return Section(title, [Table(columns, cells, note)])
+
+
+def _sections(found: Mapping[str, Any]) -> Iterator[Section | None]:
+    yield _table(
         "Parts", ("part", "end", "seconds"), 2,
         [
             (step["name"], _ENDS.get(step["exit_status"], f"failed ({step['exit_status']})"),
@@ -84,7 +70,7 @@ def _tables(found: Mapping[str, Any]) -> Iterator[_Table]:
         "The last run of each.",
     )  # fmt: skip
     tests = found.get("tests")
-    yield _Table(
+    yield _table(
         "Tests", ("what", "count"), 1,
         [] if tests is None else [
             ("passed", str(tests["passed"])),
@@ -101,7 +87,7 @@ def _tables(found: Mapping[str, Any]) -> Iterator[_Table]:
     yield _runs(found.get("runs", {}))
 
 
-def _card(card: Mapping[str, Any]) -> _Table:
+def _card(card: Mapping[str, Any]) -> Section | None:
     rated = card.get("rated_tflops") or {}
     pairs = [
         (f"{dtype} product, TFLOP/s", value, rated.get(dtype))
@@ -110,13 +96,13 @@ def _card(card: Mapping[str, Any]) -> _Table:
     if "copy_gb_s" in card:
         pairs.append(("copy in memory, GB/s", card["copy_gb_s"], card.get("rated_gb_s")))
     rows = [(name, _short(value), *_beside(value, expected)) for name, value, expected in pairs]
-    return _Table(
+    return _table(
         "The GPU itself", ("rate", "measured", "rated", "share"), 1, rows,
         "Rated by configs/hardware; the bounds below are made of the measured rates.",
     )  # fmt: skip
 
 
-def _efficiency(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> _Table:
+def _efficiency(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Section | None:
     rows = [
         (
             name, row["shape"], row["pass"].replace("_", " + "), f"{row['tau']:g}",
@@ -125,7 +111,7 @@ def _efficiency(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> _Table:
         )
         for name, row in layers
     ]  # fmt: skip
-    return _Table(
+    return _table(
         "A layer against the vanilla layer",
         ("setting", "shape", "pass", "tau", "vanilla, ms", "MoE++, ms", "speedup", "at most",
          "efficiency", "paper's"), 3, rows,
@@ -134,7 +120,7 @@ def _efficiency(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> _Table:
     )  # fmt: skip
 
 
-def _bounds(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> _Table:
+def _bounds(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Section | None:
     rows = []
     for name, row in layers:
         if row["pass"] != "forward":
@@ -145,7 +131,7 @@ def _bounds(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> _Table:
              f"{bounds[part]:.3f}", f"{ms / bounds[part]:.1f}")
             for part, ms in row["moepp_parts_ms"].items() if bounds.get(part)
         ]  # fmt: skip
-    return _Table(
+    return _table(
         "Parts of the MoE++ layer beside their bounds",
         ("setting", "shape", "tau", "part", "measured, ms", "bound, ms", "times the bound"),
         4,
@@ -154,26 +140,26 @@ def _bounds(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> _Table:
     )
 
 
-def _steps(steps: Mapping[str, Mapping[str, Any]]) -> _Table:
+def _steps(steps: Mapping[str, Mapping[str, Any]]) -> Section | None:
     rows = [
         (name, f"{row['vanilla_ms']:.1f}", f"{row['moepp_ms']:.1f}", f"{row['speedup']:.2f}",
          f"{1 / row['phi']:.2f}", f"{row['tokens'] / row['moepp_ms'] * 1e3:,.0f}")
         for name, row in steps.items()
     ]  # fmt: skip
-    return _Table(
+    return _table(
         "A training step against the vanilla model's",
         ("setting", "vanilla, ms", "MoE++, ms", "speedup", "at most", "tokens/s"), 1, rows,
         "at most: 1 / phi, if nothing but FFN experts took time.",
     )  # fmt: skip
 
 
-def _runs(runs: Mapping[str, Mapping[str, Any]]) -> _Table:
+def _runs(runs: Mapping[str, Mapping[str, Any]]) -> Section | None:
     rows = [
         (name, str(row["step"]), _number(row["loss"]), f"{row['step_time_s'] * 1e3:,.1f}",
          *_memory(row["memory_bytes"], row["estimated_bytes"]))
         for name, row in runs.items()
     ]  # fmt: skip
-    return _Table(
+    return _table(
         "Training", ("run", "step", "loss", "ms per step", "memory, GiB", "estimate, GiB", "share"),
         1, rows,
         "The last step. Memory in use on the fullest GPU, beside the planner's estimate with what "

@@ -1,69 +1,33 @@
-"""Puts numbers, plots and configuration into the page's template."""
+"""The page of a run: numbers, plots and configuration."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from moepp_megatron.version import __version__
 from moepp_megatron.workbench.report import formatting
-from moepp_megatron.workbench.report.alerts import AlertTable, alert_table, watched
-from moepp_megatron.workbench.report.cards import Card, headline_cards
+from moepp_megatron.workbench.report.alerts import alert_blocks
+from moepp_megatron.workbench.report.blocks import (
+    Block,
+    Cell,
+    Page,
+    Section,
+    Table,
+    Text,
+    number,
+    render_page,
+)
+from moepp_megatron.workbench.report.cards import headline_cards
 from moepp_megatron.workbench.report.comparison_page import DEFAULT_OUT, build_comparison
 from moepp_megatron.workbench.report.curves import curve_plots
 from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.expert_plots import expert_plots
 from moepp_megatron.workbench.report.hardware import hardware_cards, hardware_plots
-from moepp_megatron.workbench.report.healthy import HealthyMetric, metrics_in_words
-from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.healthy import metrics_in_words
 from moepp_megatron.workbench.report.router_health_plots import health_plots
 from moepp_megatron.workbench.report.run_data import RunData, load_run
-from moepp_megatron.workbench.report.savings import compute_savings
-from moepp_megatron.workbench.report.savings_table import SavingsTable, savings_table
+from moepp_megatron.workbench.report.savings import Savings, compute_savings
+from moepp_megatron.workbench.report.savings_table import savings_table
 from moepp_megatron.workbench.report.summary import RunSummary, summarize
-from moepp_megatron.workbench.report.template import render_template, write_page
-from moepp_megatron.workbench.report.token_groups import SourceRow, source_table, token_plots
-
-
-@dataclass(frozen=True)
-class Page:
-    """Everything that the template shows.
-
-    Attributes:
-        name: The run's name.
-        facts: Short descriptions of the run, such as its layout.
-        sentence: The run's result, in words.
-        cards: Headline numbers.
-        curves: Plots over steps.
-        experts: Plots over experts.
-        sources: Numbers by data source; empty where all is of one source.
-        tokens: Plots by data source and by class of tokens.
-        health: Plots of the routers' health; empty for a vanilla run.
-        alerts: The run's alerts; None without any.
-        watched: What the routing guard watched; empty where that is not known.
-        hardware: Plots of the run's use of machines; empty without telemetry.
-        table: The comparison with the vanilla layer; None for a vanilla run.
-        terms: The meanings of the page's terms.
-        healthy: The healthy range of each metric of the routers, and signs of problems.
-        config_text: The resolved configuration.
-        version: Version of this package.
-    """
-
-    name: str
-    facts: list[str]
-    sentence: str
-    cards: list[Card]
-    curves: list[Plot]
-    experts: list[Plot]
-    sources: list[SourceRow]
-    tokens: list[Plot]
-    health: list[Plot]
-    alerts: AlertTable | None
-    watched: str
-    hardware: list[Plot]
-    table: SavingsTable | None
-    terms: list[tuple[str, str]]
-    healthy: list[HealthyMetric]
-    config_text: str
-    version: str
+from moepp_megatron.workbench.report.template import write_page
+from moepp_megatron.workbench.report.token_groups import source_table, token_plots
 
 
 def build_report(folder: str | Path, *others: str | Path, out: str | Path | None = None) -> Path:
@@ -95,31 +59,67 @@ def render(run: RunData) -> str:
     """The page's HTML."""
     summary = summarize(run)
     savings = compute_savings(run.config, summary)
-    has_savings = run.config.experts.num_zero_computation_experts > 0
     with plot_style():
-        curves, experts, health = curve_plots(run), expert_plots(run), health_plots(run)
-        hardware, tokens = hardware_plots(run), token_plots(run)
-    alerts = alert_table(run)
+        sections = _sections(run, summary, savings)
     page = Page(
-        name=run.config.run.name,
+        kind="MoE++ run report",
+        title=run.config.run.name,
+        lead=_sentence(run, summary),
         facts=_facts(run),
-        sentence=_sentence(run, summary),
         cards=[*headline_cards(run, summary, savings), *hardware_cards(run)],
-        curves=curves,
-        experts=experts,
-        sources=source_table(run),
-        tokens=tokens,
-        health=health,
-        alerts=alerts,
-        watched=watched(run),
-        hardware=hardware,
-        table=savings_table(run, summary, savings) if has_savings else None,
-        terms=_terms(run, summary),
-        healthy=metrics_in_words(),
-        config_text=run.config_text,
-        version=__version__,
+        sections=sections,
+        sources="config.yaml, metrics.jsonl and alerts.jsonl",
+        command="moepp report RUN",
     )
-    return render_template("report.html.j2", page=page)
+    return render_page(page)
+
+
+def _sections(run: RunData, summary: RunSummary, savings: Savings) -> list[Section]:
+    """All that the run has something for."""
+    saved = run.config.experts.num_zero_computation_experts > 0
+    health, sources = health_plots(run), source_table(run)
+    terms = [[Cell(term), Cell(text, "comment")] for term, text in _terms(run, summary)]
+    found: dict[str, list[Block]] = {
+        "What MoE++ saved against a vanilla layer of the same size": [
+            *([savings_table(run, summary, savings)] if saved else [])
+        ],
+        "Training": [*curve_plots(run)],
+        "Experts": [*expert_plots(run)],
+        "Data sources and kinds of tokens": [*([sources] if sources else []), *token_plots(run)],
+        "Router health": [*([Text([_HEALTH], "note")] if health else []), *health],
+        "Alerts": alert_blocks(run),
+        "Hardware": [*hardware_plots(run)],
+        "What the numbers mean": [Table((), terms), *([_healthy()] if health else [])],
+        "Configuration": [
+            Text([run.config_text], "code", fold="Resolved configuration of the run (config.yaml)")
+        ],
+    }
+    return [Section(title, blocks) for title, blocks in found.items() if blocks]
+
+
+_HEALTH = (
+    "Lines are means over the MoE layers, bands reach from the layer with the least to the one "
+    "with the most. Green: the range of a healthy run of the quickstart model; larger models have "
+    "others."
+)
+
+
+def _healthy() -> Table:
+    rows = [
+        [
+            Cell(metric.name, "code"),
+            Cell(metric.meaning, "comment"),
+            number(metric.healthy),
+            Cell(metric.wrong, "comment"),
+        ]
+        for metric in metrics_in_words()
+    ]
+    head = ("Metric", "What it is", "Healthy, layer by layer", "Something is wrong")
+    caption = (
+        "Ranges of a healthy run of the quickstart model, 12 experts. Names in parentheses are "
+        "rules of the routing guard."
+    )
+    return Table(head, rows, caption)
 
 
 def _terms(run: RunData, summary: RunSummary) -> list[tuple[str, str]]:

@@ -2,45 +2,24 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.blocks import Cell, Table, number
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.savings import Savings
 from moepp_megatron.workbench.report.summary import RunSummary
 
+_HEAD = ("Quantity", "Vanilla layer", "This run", "Saved", "How it is computed")
+_ALL_WORK, _ALL_BYTES = "All of the layer's work", "All-to-all bytes of the run"
+Row = list[Cell]
 
-@dataclass(frozen=True)
-class SavingsRow:
-    """One row: a quantity of the vanilla layer, of this run, and the saving.
 
-    Attributes:
-        name: The quantity.
-        how: How it is computed.
-        vanilla: Formatted value of the vanilla layer.
-        measured: Formatted value of this run.
-        saved: The difference as a share of the vanilla value, in bytes for a total of the run.
-        strong: Whether it is a sum or a result.
+def savings_table(run: RunData, summary: RunSummary, savings: Savings) -> Table:
+    """The comparison, for a layer that has zero-computation experts.
+
+    Its columns: the quantity, that of the vanilla layer, of this run, the difference as a share of
+    the vanilla value (in bytes for a total of the run), and how it is computed.
     """
-
-    name: str
-    how: str
-    vanilla: str
-    measured: str
-    saved: str
-    strong: bool = False
-
-
-@dataclass(frozen=True)
-class SavingsTable:
-    """Rows and the sentences below them."""
-
-    rows: list[SavingsRow]
-    notes: list[str]
-
-
-def savings_table(run: RunData, summary: RunSummary, savings: Savings) -> SavingsTable:
-    """The comparison, for a layer that has zero-computation experts."""
     rows = [*_work_rows(run, savings), *_traffic_rows(run, summary, savings)]
     notes = [
         f"The vanilla layer has the same {run.config.experts.num_ffn_experts} FFN experts and the "
@@ -60,17 +39,22 @@ def savings_table(run: RunData, summary: RunSummary, savings: Savings) -> Saving
             f"A capacity limit dropped {formatting.percent(summary.dropped_fraction)} of the "
             "selections there; what that saved is not counted here, on either side."
         )
-    return SavingsTable(rows, notes)
+    sums = [place for place, row in enumerate(rows) if row[0].text in (_ALL_WORK, _ALL_BYTES)]
+    return Table(_HEAD, rows, " ".join(notes), strong=sums)
 
 
-def _work_rows(run: RunData, savings: Savings) -> list[SavingsRow]:
+def _row(name: str, how: str, vanilla: str, measured: str, saved: str) -> Row:
+    return [Cell(name), number(vanilla), number(measured), number(saved), Cell(how, "comment")]
+
+
+def _work_rows(run: RunData, savings: Savings) -> list[Row]:
     vanilla, measured = savings.vanilla, savings.measured
     config = run.config
     gate = "2 x 8E (D + E)" if config.moe.two_layer_gate else "2 D E"
     residual = ", and 2 E^2 for the gating residual" if config.moe.gating_residual else ""
     constants = config.experts.num_constant_experts
     return [
-        SavingsRow(
+        _row(
             "FFN experts a token takes",
             "K; K x FFN share",
             formatting.number(vanilla.experts_per_token, 2),
@@ -99,28 +83,27 @@ def _work_rows(run: RunData, savings: Savings) -> list[SavingsRow]:
             formatting.flops,
         ),
         _difference(
-            "All of the layer's work",
+            _ALL_WORK,
             "sum of the three",
             vanilla.total,
             measured.total,
             formatting.flops,
-            strong=True,
         ),
     ]
 
 
-def _traffic_rows(run: RunData, summary: RunSummary, savings: Savings) -> list[SavingsRow]:
+def _traffic_rows(run: RunData, summary: RunSummary, savings: Savings) -> list[Row]:
     steps = summary.last_step
     if not savings.a2a_bytes:
         reason = "no hidden vector left its rank in this run"
-        return [SavingsRow("All-to-all bytes", reason, "none", "none", "none")]
+        return [_row("All-to-all bytes", reason, "none", "none", "none")]
     if savings.vanilla_a2a_bytes is None:
         reason = (
             f"the vanilla layer's traffic does not follow from this run's (moe.dispatcher: "
             f"{run.config.moe.dispatcher}, FFN share {formatting.percent(savings.ffn_fraction)})"
         )
         sent = formatting.data_size(savings.a2a_bytes)
-        return [SavingsRow("All-to-all bytes of the run", reason, "not known", sent, "not known")]
+        return [_row(_ALL_BYTES, reason, "not known", sent, "not known")]
     rule = "the same" if run.config.moe.dispatcher == "allgather" else "measured / FFN share"
     how = f"forward, all ranks and MoE layers; vanilla: {rule}, in the same layout"
     rows = []
@@ -140,7 +123,7 @@ def _traffic_rows(run: RunData, summary: RunSummary, savings: Savings) -> list[S
     whole, sent = map(formatting.data_size, (savings.vanilla_a2a_bytes, savings.a2a_bytes))
     return [
         *rows,
-        SavingsRow("All-to-all bytes of the run", total, whole, sent, saved, strong=True),
+        _row(_ALL_BYTES, total, whole, sent, saved),
     ]
 
 
@@ -150,13 +133,11 @@ def _difference(
     vanilla: float,
     measured: float,
     show: Callable[[float], str],
-    *,
-    strong: bool = False,
-) -> SavingsRow:
+) -> Row:
     saved = "added"
     if vanilla > 0:
         ratio = measured / vanilla
         saved = formatting.percent(1.0 - ratio)
         if ratio > 1.0:
             saved = f"{formatting.percent(ratio - 1.0)} more"
-    return SavingsRow(name, how, show(vanilla), show(measured), saved, strong)
+    return _row(name, how, show(vanilla), show(measured), saved)

@@ -11,6 +11,7 @@ from moepp_megatron.data.token_groups import BANDS
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.alerts import mark_alerts
+from moepp_megatron.workbench.report.blocks import Cell, Table, number
 from moepp_megatron.workbench.report.drawing import (
     LINE_COLOURS,
     legend_above,
@@ -25,27 +26,6 @@ from moepp_megatron.workbench.report.drawing import (
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.summary import tail
-
-
-@dataclass(frozen=True)
-class SourceRow:
-    """One data source: its name, and its numbers as texts.
-
-    Attributes:
-        name: Its name.
-        tokens: Share of the tokens.
-        loss: Mean loss.
-        change: Change of the loss since the tenth of the records before.
-        ffn_share: FFN share of the selections.
-        busiest: The expert with the most selections, and its share.
-    """
-
-    name: str
-    tokens: str
-    loss: str
-    change: str
-    ffn_share: str
-    busiest: str
 
 
 @dataclass(frozen=True)
@@ -71,11 +51,11 @@ class Lines:
     is_rare: bool = False
 
 
-def source_table(run: RunData) -> list[SourceRow]:
-    """The data sources, those of the most tokens first; none where all is of one source."""
+def source_table(run: RunData) -> Table | None:
+    """The data sources, those of the most tokens first; None where all is of one source."""
     records = [record for record in run.records if record.source_tokens]
     if not records:
-        return []
+        return None
     newest = tail(records)
     before = tail(records[: -len(newest)]) if len(records) > len(newest) else []
     rows = []
@@ -83,16 +63,18 @@ def source_table(run: RunData) -> list[SourceRow]:
         loss = _mean(newest, "source_loss", name)
         change = loss - _mean(before, "source_loss", name)
         rows.append(
-            SourceRow(
-                name,
-                formatting.percent(_mean(newest, "source_tokens", name)),
-                _shown(loss),
-                f"{change:+.3f}" if math.isfinite(change) else "-",
-                _shown(_mean(newest, "source_ffn_share", name), formatting.percent),
-                _busiest(run, newest, name),
-            )
+            [
+                Cell(name),
+                number(formatting.percent(_mean(newest, "source_tokens", name))),
+                number(_shown(loss)),
+                number(f"{change:+.3f}" if math.isfinite(change) else "-"),
+                number(_shown(_mean(newest, "source_ffn_share", name), formatting.percent)),
+                Cell(_busiest(run, newest, name)),
+            ]
         )
-    return rows
+    head = ("Data source", "Tokens", "Loss", "Change", "FFN share", "Busiest expert")
+    caption = "Means over the last tenth of the records; the change is that since the tenth before."
+    return Table(head, rows, caption)
 
 
 def token_plots(run: RunData) -> list[Plot]:

@@ -126,7 +126,7 @@ def _rows(run: LiveRun) -> Iterator[tuple[str, str]]:
     for group, numbers in groups.items():
         yield group, "  ".join(numbers)
     layers = history.latest_lists.get("layer_expert_share")
-    if run.config is not None and layers:
+    if run.config is not None and isinstance(layers, list) and layers:
         yield from _layers(run, layers)
     sources = _sources(run)
     if sources:

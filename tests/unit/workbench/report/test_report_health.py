@@ -10,7 +10,7 @@ import pytest
 
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.workbench.report import ReportError, build_report
-from moepp_megatron.workbench.report.alerts import MAX_ROWS, alert_table, watched
+from moepp_megatron.workbench.report.alerts import MAX_ROWS, alert_blocks, watched
 from moepp_megatron.workbench.report.curves import loss_plot
 from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.plot import Plot
@@ -122,14 +122,14 @@ def test_alerts_stand_in_the_table_with_their_moments(make_run):
         alert(20, rule="few_ffn_experts", layer=None, action="raise_tau", severity="critical"),
         alert(40, severity="info", value=math.nan),
     )
-    table = alert_table(load_run(run))
-    assert table is not None
-    assert table.sentence == "3 alerts in alerts.jsonl: dead_expert (2), few_ffn_experts (1)."
-    assert [row.step for row in table.rows] == ["12", "20", "40"]
-    assert table.rows[0].found == "min_ffn_load of layer 3: 0.00412"
-    assert table.rows[1].found == "min_ffn_load: 0.00412"
-    assert table.rows[1].action == "raise_tau"
-    assert table.rows[2].found.endswith("not finite")
+    text, table, _ = alert_blocks(load_run(run))
+    assert text.lines == ["3 alerts in alerts.jsonl: dead_expert (2), few_ffn_experts (1)."]
+    rows = [[cell.text for cell in row] for row in table.rows]
+    assert [row[1] for row in rows] == ["12", "20", "40"]
+    assert rows[0][3] == "min_ffn_load of layer 3: 0.00412"
+    assert rows[1][3] == "min_ffn_load: 0.00412"
+    assert rows[1][5] == "raise_tau"
+    assert rows[2][3].endswith("not finite")
     page = build_report(run).read_text(encoding="ascii")
     assert "&lt; 0.01 for 100 steps" in page
     assert "raised no alert" not in page
@@ -151,11 +151,10 @@ def test_what_was_watched_is_told(make_run):
 
 def test_many_alerts_are_counted_and_the_newest_shown(make_run):
     run = with_alerts(make_run(), *(alert(step) for step in range(1, MAX_ROWS + 31)))
-    table = alert_table(load_run(run))
-    assert table is not None
+    text, table, _ = alert_blocks(load_run(run))
     assert len(table.rows) == MAX_ROWS
-    assert table.rows[-1].step == str(MAX_ROWS + 30)
-    assert f"{MAX_ROWS + 30} alerts" in table.sentence
+    assert table.rows[-1][1].text == str(MAX_ROWS + 30)
+    assert f"{MAX_ROWS + 30} alerts" in text.lines[0]
 
 
 def test_marks_of_alerts_that_call_for_attention_are_on_the_loss(make_run):
