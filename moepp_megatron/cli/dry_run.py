@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from moepp_megatron.cli.memory_fit import GIB, fits, needed_bytes
+from moepp_megatron.cli.memory_fit import GIB, Target, fits, needed_bytes, target_of
 from moepp_megatron.cli.schedule_text import schedule_lines
 from moepp_megatron.config import Config, Layout, count_parameters, stage_layers
-from moepp_megatron.workbench.planning.efficiency import DEFAULT
+from moepp_megatron.workbench.planning.machine import DEFAULT
 from moepp_megatron.workbench.planning.memory import RankMemory, rank_memory
-from moepp_megatron.workbench.planning.target import Target, target_of
 from moepp_megatron.workbench.report.terminal import plain_table, print_whole
 
 # A large grid says nothing that its first and last ranks do not.
@@ -27,7 +26,7 @@ def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
     Args:
         config: A checked configuration.
         layout: The layout, of any number of ranks.
-        gpu: The GPU whose memory is meant, see `planning.target`; None for the usual rules.
+        gpu: The GPU whose memory is meant, see `target_of`; None for the usual rules.
 
     Raises:
         ConfigError: If there is no such GPU.
@@ -139,7 +138,7 @@ def _memory(stages: list[RankMemory], target: Target) -> Table:
 
     On a CPU only what is exact: what is kept for the backward pass is not estimated.
     """
-    parts = _EXACT if target.hardware is None else _PARTS
+    parts: tuple[str, ...] = _EXACT if target.hardware is None else _PARTS
     if any(memory.teacher for memory in stages):
         parts += ("teacher",)
     rows = [[getattr(memory, part) for part in parts] for memory in stages]

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from moepp_megatron.workbench.planning.attention import LatentAttention
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.links import distinct_targets
 from moepp_megatron.workbench.planning.parts import Layer
+from moepp_megatron.workbench.planning.traffic import distinct_targets
 from moepp_megatron.workbench.planning.workload import Workload
 
 # GPUs of a node.
@@ -39,10 +39,7 @@ def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
 
 
 def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
-    """Bytes that the pass of one layer needs beside the kept ones: buffers, gradients.
-
-    With recomputation the kept tensors of one layer are rebuilt too.
-    """
+    """Bytes that the pass of one layer needs beside the kept ones: buffers, gradients."""
     size = load.numbers.activation_bytes
     own = grid.tokens(load.seq)
     peak = 3.0 * own * load.hidden * size
@@ -51,13 +48,8 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
         row = load.hidden * size
         sent = own * load.experts.ffn_per_token * row
         if load.experts.dispatcher in ("alltoall_dedup", "flex"):
-            sent = (
-                own
-                * distinct_targets(
-                    grid.ep, load.experts.ffn_per_token, load.experts.num_ffn_experts
-                )
-                * row
-            )
+            taken, experts = load.experts.ffn_per_token, load.experts.num_ffn_experts
+            sent = own * distinct_targets(grid.ep, taken, experts) * row
         inner = 3 * layer.rows * grid.etp * load.experts.ffn_size / grid.etp * size
         arrived = layer.rows * grid.etp * row
         peak += sent + arrived + inner
@@ -73,10 +65,9 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
 def output_bytes(load: Workload, grid: Grid) -> float:
     """Bytes that the output layer and its loss need at the start of the backward pass.
 
-    Logits of one micro-batch in their format; unless their cross entropy is fused, in fp32 too.
-    megatron-core's cross entropy makes exponentials, probabilities and their gradient of the fp32
-    logits in place; the other format holds first the logits, then their gradient. Beside them the
-    final norm's output, its gradient and that of the weights, which is added up after its product.
+    Logits of one micro-batch, in fp32 too unless their cross entropy is fused: megatron-core makes
+    probabilities and their gradient of the fp32 logits in place; the other format holds logits,
+    then their gradient. Beside them the final norm's output, its gradient and that of the weights.
     """
     size = load.numbers.activation_bytes
     own = grid.tokens(load.seq)
@@ -101,11 +92,9 @@ def _input_size(load: Workload) -> float:
 
 
 def _norm_outputs(load: Workload, grid: Grid, is_moe: bool) -> float:
-    """Outputs of the two norms: input of the projections, input of the FFN or router.
-
-    Transformer Engine has a norm inside the product that follows it, and megatron-core repeats
-    those alone that are modules of their own: before latent attention, before an MoE layer.
-    """
+    """Outputs of the two norms: input of the projections, input of the FFN or router."""
+    # Transformer Engine has a norm inside the product that follows it, and megatron-core repeats
+    # those alone that are modules of their own: before latent attention, before an MoE layer.
     own = grid.tokens(load.seq) * load.hidden
     repeats = "layernorm" in grid.recompute
     is_latent = isinstance(load.attention, LatentAttention)
@@ -139,11 +128,9 @@ def _swiglu(load: Workload, grid: Grid, inner: int, module: str) -> float:
 
 
 def _between_nodes(load: Workload, grid: Grid) -> float:
-    """What the combined schedule's nodes of an MoE++ layer hand on (`moe/overlap.py`).
-
-    A node's results stay until its backward pass: the local experts' output, and the hidden states
-    with the lane glued on, whose two parts the next layer copies.
-    """
+    """What the combined schedule's nodes of an MoE++ layer hand on (`moe/overlap.py`)."""
+    # A node's results stay until its backward pass: the local experts' output, and the hidden
+    # states with the lane glued on, whose two parts the next layer copies.
     if not grid.expert_overlap or load.experts.is_vanilla:
         return 0.0
     own, size = grid.tokens(load.seq), load.numbers.activation_bytes

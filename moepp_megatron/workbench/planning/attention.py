@@ -3,83 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from moepp_megatron.config import Config
 
 
 @dataclass(frozen=True)
 class Matmul:
-    """A weight [outputs, inputs] of one rank and the tokens that it sees.
+    """A weight [outputs, inputs] of one rank and the tokens that it sees."""
 
-    Attributes:
-        outputs: Rows of the weight on this rank.
-        inputs: Columns of the weight on this rank.
-        is_sequence_parallel: Whether it sees the rank's own share of the sequence instead of all of
-            it, because its weight is whole on every tensor-parallel rank.
-        is_up_projection: Whether it expands a compressed vector (`mla_up_proj` of megatron-core's
-            recomputation).
-    """
-
-    outputs: int
-    inputs: int
+    outputs: int  # rows of the weight on this rank
+    inputs: int  # columns of the weight on this rank
+    # Whether it is whole on every tensor-parallel rank and sees the rank's own share of a sequence.
     is_sequence_parallel: bool = False
-    is_up_projection: bool = False
-
-
-class Attention(Protocol):
-    """A kind of attention. Sizes are of one tensor-parallel rank of `tp`."""
-
-    @property
-    def heads(self) -> int:
-        """Query heads of the whole layer."""
-
-    @property
-    def qk_dim(self) -> int:
-        """Width of a query and of a key of one head."""
-
-    @property
-    def v_dim(self) -> int:
-        """Width of a value of one head."""
-
-    def matmuls(self, hidden: int, tp: int) -> tuple[Matmul, ...]:
-        """The projections, the output projection last."""
-
-    def norm_parameters(self) -> int:
-        """Parameters of norms inside the attention, whole on every rank."""
-
-    def bias_parameters(self, tp: int) -> int:
-        """Parameters of biases on a rank."""
-
-    def gathered_width(self, hidden: int) -> int:
-        """Channels per token that tensor-parallel ranks gather before the projections."""
-
-    def kept_width(self, tp: int) -> int:
-        """Channels per token kept for the backward pass by the core (q, k, v, output) and norms."""
-
-    def exchanged_width(self, tp: int) -> int:
-        """Channels per token of the keys and values that context-parallel ranks exchange."""
+    is_up_projection: bool = False  # whether it expands a compressed vector (`mla_up_proj`)
 
 
 @dataclass(frozen=True)
 class GroupedQuery:
-    """Grouped-query attention (arXiv 2305.13245); as many groups as heads is multi-head attention.
+    """Grouped-query attention (arXiv 2305.13245). Sizes are of one tensor-parallel rank of `tp`."""
 
-    Attributes:
-        heads: Query heads.
-        groups: Key/value heads.
-        head_dim: Width of a head.
-        has_qk_norm: RMSNorm of queries and keys.
-        has_bias: Queries, keys and values have biases.
-        norm_spans_heads: The norms are over all heads at once, not per head.
-    """
-
-    heads: int
-    groups: int
-    head_dim: int
-    has_qk_norm: bool = False
-    has_bias: bool = False
-    norm_spans_heads: bool = False
+    heads: int  # query heads
+    groups: int  # key/value heads
+    head_dim: int  # width of a head
+    has_qk_norm: bool = False  # RMSNorm of queries and keys
+    has_bias: bool = False  # queries, keys and values have biases
+    norm_spans_heads: bool = False  # the norms are over all heads at once, not per head
 
     @property
     def qk_dim(self) -> int:
@@ -93,46 +41,35 @@ class GroupedQuery:
 
     def matmuls(self, hidden: int, tp: int) -> tuple[Matmul, ...]:
         """One product for queries, keys and values, one for the output."""
-        return (
-            Matmul(self._projected(tp), hidden),
-            Matmul(hidden, self._query(tp)),
-        )
+        return Matmul(self._projected(tp), hidden), Matmul(hidden, self._query(tp))
 
     def norm_parameters(self) -> int:
-        """Weights of the query and key norms."""
-        return sum(self._norm_widths()) if self.has_qk_norm else 0
+        """Weights of the query and key norms, whole on every rank."""
+        heads = self.heads + self.groups if self.norm_spans_heads else 2
+        return heads * self.head_dim if self.has_qk_norm else 0
 
     def bias_parameters(self, tp: int) -> int:
         """Biases of the queries, keys and values of this rank's heads."""
         return self._projected(tp) if self.has_bias else 0
 
     def gathered_width(self, hidden: int) -> int:
-        """The layer's input."""
+        """Channels per token that ranks gather before the projections: the layer's input."""
         return hidden
 
     def kept_width(self, tp: int) -> int:
-        """Queries, keys, values and the output; queries and keys before their norms.
-
-        The norms keep copies: of the projection queries and keys are views with gaps.
-        """
+        """Channels kept for the backward pass: queries, keys, values, output, and before norms."""
+        # The norms keep copies: of the projection queries and keys are views with gaps.
         normed = self._query(tp) + self._key(tp) if self.has_qk_norm else 0
         return 2 * self._query(tp) + 2 * self._key(tp) + normed
 
     def exchanged_width(self, tp: int) -> int:
-        """Keys and values."""
+        """Channels per token of the keys and values that context-parallel ranks exchange."""
         return 2 * self._key(tp)
 
-    def _norm_widths(self) -> tuple[int, int]:
-        """Widths of the query norm and of the key norm."""
-        queries, keys = (self.heads, self.groups) if self.norm_spans_heads else (1, 1)
-        return queries * self.head_dim, keys * self.head_dim
-
     def _projected(self, tp: int) -> int:
-        """Rows of this rank's projection of queries, keys and values.
-
-        Also with fewer key/value heads than ranks each projects its share of all rows: ranks
-        gather the rows of the heads that they share.
-        """
+        """Rows of this rank's projection of queries, keys and values."""
+        # Also with fewer key/value heads than ranks each projects its share of all rows: ranks
+        # gather the rows of the heads that they share.
         return (self.heads + 2 * self.groups) * self.head_dim // tp
 
     def _query(self, tp: int) -> int:
@@ -145,30 +82,21 @@ class GroupedQuery:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Multi-head latent attention (arXiv 2405.04434, section 2.1) as Megatron-LM lays it out.
+    """Multi-head latent attention (arXiv 2405.04434, section 2.1), sizes as in `GroupedQuery`.
 
     With Transformer Engine's modules, compressions are whole on every tensor-parallel rank and see
     its own tokens; their results are gathered, expansions are split over the ranks.
-
-    Attributes:
-        heads: Heads.
-        query_rank: Width of the compressed query; None where queries come from the input.
-        key_rank: Width of the compressed keys and values.
-        plain_dim: Width of a head's query and key without position.
-        rotary_dim: Width of the part with position, shared by all heads' keys.
-        v_dim: Width of a value.
-        has_norms: The compressed vectors are normalised.
-        splits_compressions: Compressions are split over the ranks and see all tokens, as
-            megatron-core's local modules do it (a rank built without Transformer Engine).
     """
 
     heads: int
-    query_rank: int | None
-    key_rank: int
-    plain_dim: int
-    rotary_dim: int
-    v_dim: int
-    has_norms: bool = True
+    query_rank: int | None  # width of the compressed query; None where queries come from the input
+    key_rank: int  # width of the compressed keys and values
+    plain_dim: int  # width of a head's query and key without position
+    rotary_dim: int  # width of the part with position, shared by all heads' keys
+    v_dim: int  # width of a value
+    has_norms: bool = True  # the compressed vectors are normalised
+    # Compressions are split over the ranks and see all tokens, as megatron-core's local modules do
+    # it (a rank built without Transformer Engine).
     splits_compressions: bool = False
 
     @property
@@ -218,7 +146,10 @@ class LatentAttention:
         return self.heads // tp * (self.qk_dim + self.v_dim)
 
 
-def attention_of(config: Config) -> GroupedQuery | LatentAttention:
+Attention = GroupedQuery | LatentAttention
+
+
+def attention_of(config: Config) -> Attention:
     """The attention that `config` describes, with Transformer Engine's modules."""
     model, latent = config.model, config.model.latent_attention
     if latent is not None:

@@ -36,27 +36,16 @@ class BuiltParameter:
 
 @dataclass(frozen=True)
 class BuiltRank:
-    """The contents of a rank.
-
-    Attributes:
-        rank: Its number.
-        groups: Ranks of each process group that it is in, by name.
-        layers: Numbers (from 0) of the layers in each model chunk.
-        parameters: All parameters of the rank.
-        gradient_bytes: Bytes of the gradients' buffers without alignment.
-        aligned_bytes: The same with alignment.
-        shard: Elements whose optimizer state this rank keeps.
-        mean_shard: The mean over the ranks that share them.
-    """
+    """The contents of a rank."""
 
     rank: int
-    groups: dict[str, list[int]]
-    layers: list[list[int]]
-    parameters: list[BuiltParameter]
-    gradient_bytes: int
-    aligned_bytes: int
-    shard: int
-    mean_shard: float
+    groups: dict[str, list[int]]  # ranks of each process group that it is in, by name
+    layers: list[list[int]]  # numbers (from 0) of the layers in each model chunk
+    parameters: list[BuiltParameter]  # all parameters of the rank
+    gradient_bytes: int  # bytes of the gradients' buffers without alignment
+    aligned_bytes: int  # the same with alignment
+    shard: int  # elements whose optimizer state this rank keeps
+    mean_shard: float  # the mean over the ranks that share them
 
 
 @dataclass(frozen=True)
@@ -108,27 +97,17 @@ def _build(config: Config, rank: int) -> BuiltRank:
     buffers = [
         buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers
     ]
-    used = [sum(parameter.numel() for parameter in buffer.param_index_map) for buffer in buffers]
-    sizes = [buffer.grad_data.element_size() for buffer in buffers]
-    shards, means = list(used), [float(count) for count in used]
-    if config.parallel.use_distributed_optimizer:
-        shards = [_own_shard(buffer) for buffer in buffers]
-        means = [
-            count / buffer.data_parallel_world_size
-            for count, buffer in zip(used, buffers, strict=True)
-        ]
-    return BuiltRank(
-        rank=rank,
-        groups=_groups(),
-        layers=layers,
-        parameters=parameters,
-        gradient_bytes=sum(count * size for count, size in zip(used, sizes, strict=True)),
-        aligned_bytes=sum(
-            buffer.grad_data.numel() * size for buffer, size in zip(buffers, sizes, strict=True)
-        ),
-        shard=sum(shards),
-        mean_shard=sum(means),
-    )
+    gradient = aligned = shard = 0
+    mean_shard = 0.0
+    for buffer in buffers:
+        used = sum(parameter.numel() for parameter in buffer.param_index_map)
+        size = buffer.grad_data.element_size()
+        gradient += used * size
+        aligned += buffer.grad_data.numel() * size
+        is_sharded = config.parallel.use_distributed_optimizer
+        shard += _own_shard(buffer) if is_sharded else used
+        mean_shard += used / buffer.data_parallel_world_size if is_sharded else used
+    return BuiltRank(rank, _groups(), layers, parameters, gradient, aligned, shard, mean_shard)
 
 
 def _own_shard(buffer: object) -> int:
@@ -194,37 +173,27 @@ def _sizes(config: Config, layout: Layout, built: BuiltRank, pp_rank: int) -> li
     if isinstance(load.attention, LatentAttention) and not have_transformer_engine():
         # What this machine builds; plans count Transformer Engine's modules.
         load = replace(load, attention=replace(load.attention, splits_compressions=True))
-    said = memory_of(load, Grid.from_layout(config, layout), stage_layers(config), pp_rank)
+    said = memory_of(
+        load, Grid.from_config(config, layout.world_size), stage_layers(config), pp_rank
+    )
     numbers = load.numbers
+    dense, experts = (
+        sum(one.numel for one in built.parameters if one.is_expert is kind)
+        for kind in (False, True)
+    )
+    weights = sum(one.numel * one.size for one in built.parameters)
     exact = (
-        (
-            "parameters outside FFN experts",
-            sum(one.numel for one in built.parameters if not one.is_expert),
-            said.dense,
-        ),
-        (
-            "parameters of FFN experts",
-            sum(one.numel for one in built.parameters if one.is_expert),
-            said.experts,
-        ),
-        ("bytes of weights", sum(one.numel * one.size for one in built.parameters), said.weights),
+        ("parameters outside FFN experts", dense, said.dense),
+        ("parameters of FFN experts", experts, said.experts),
+        ("bytes of weights", weights, said.weights),
         ("bytes of gradients", built.gradient_bytes, said.gradients),
     )
-    checks = [
-        Check(name, f"{found:,}", f"{expected:,}", found == expected)
-        for name, found, expected in exact
-    ]
+    checks = [Check(name, f"{one:,}", f"{other:,}", one == other) for name, one, other in exact]
     dtypes = sorted({one.dtype for one in built.parameters})
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[numbers.dtype]
     checks.append(Check("dtype", ", ".join(dtypes), dtype, dtypes == [dtype]))
-    optimizer = built.mean_shard * (numbers.moments_bytes + numbers.master_bytes)
-    checks.append(
-        Check(
-            "bytes of optimizer state, mean of its shards",
-            f"{optimizer:,.0f}",
-            f"{said.optimizer:,}",
-            # The plan cuts dense and expert state to whole bytes.
-            abs(optimizer - said.optimizer) < 2,
-        )
-    )
-    return checks
+    state = built.mean_shard * (numbers.moments_bytes + numbers.master_bytes)
+    name = "bytes of optimizer state, mean of its shards"
+    # The plan cuts dense and expert state to whole bytes.
+    is_near = abs(state - said.optimizer) < 2
+    return [*checks, Check(name, f"{state:,.0f}", f"{said.optimizer:,}", is_near)]

@@ -1,63 +1,77 @@
 """Fast total time and memory of many layouts of one model; `step.py` and `memory.py` define them.
 
-A hundred thousand layouts share a few hundred kinds of layer and of stage. These are calculated
-once; the rest is arithmetic for each layout. Tests compare the results with `step_time` and
-`fullest_rank`.
+A hundred thousand layouts share a few hundred kinds of layer and of stage, which are calculated
+once. Tests compare the results with `step_time` and `fullest_rank`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from moepp_megatron.workbench.planning.data_parallel import StepEnd, pipeline_end
+from moepp_megatron.workbench.planning import memory, pipeline, step
 from moepp_megatron.workbench.planning.grid import Dispatcher, Grid
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting, Load
-from moepp_megatron.workbench.planning.layer_time import edge_time, layer_key, layer_time
+from moepp_megatron.workbench.planning.layer_time import (
+    PassTime,
+    edge_time,
+    layer_key,
+    layer_time,
+    sum_passes,
+)
 from moepp_megatron.workbench.planning.machine import Machine
-from moepp_megatron.workbench.planning.memory import (
-    LayerBytes,
-    assemble,
-    fullest_rows,
-    layer_bytes,
-)
-from moepp_megatron.workbench.planning.parameters import RankParameters, rank_parameters
-from moepp_megatron.workbench.planning.pipeline import (
-    bubble_seconds,
-    even_stages,
-    late_messages,
-    split_passes,
-)
-from moepp_megatron.workbench.planning.stage_patterns import (
-    Kinds,
-    Pattern,
-    Sums,
-    stage_patterns,
-    sums_of,
-)
-from moepp_megatron.workbench.planning.step import PlannedTransfer, expert_load, stage_transfers
+from moepp_megatron.workbench.planning.memory import LayerBytes, RankParameters
 from moepp_megatron.workbench.planning.workload import Workload
 
 GIB = 2**30
+_Value = TypeVar("_Value")
+# Passes of an MoE layer, another layer, the embedding, the output layer and loss.
+Kinds = tuple[PassTime, PassTime, PassTime, PassTime]
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Pipeline ranks with the same layers: how many of each kind, and which ends they hold."""
+
+    moe: int  # MoE layers of a rank
+    dense: int  # its other layers
+    is_first: bool  # whether it holds the embedding
+    is_last: bool  # whether it holds the output layer
+    messages: int  # messages that it sends to other stages for a micro-batch
+    ranks: int  # number of such ranks
+    examples: tuple[int, ...]  # their numbers, ascending
+
+    def passes(self, kinds: Kinds) -> PassTime:
+        """Passes of a micro-batch through all chunks of such a rank."""
+        counts = (self.moe, self.dense, int(self.is_first), int(self.is_last))
+        return sum_passes([(kind, count) for count, kind in zip(counts, kinds, strict=True)])
+
+
+def stage_patterns(load: Workload, pp: int, vpp: int) -> tuple[Pattern, ...]:
+    """All patterns of a pipeline of even stages, the first rank's first."""
+    kinds: list[tuple[int, int, bool, bool, int]] = []
+    for rank, chunks in enumerate(pipeline.even_stages(load.layers, pp, vpp)):
+        moe = sum(load.is_moe[layer] for chunk in chunks for layer in chunk)
+        whole = sum(len(chunk) for chunk in chunks)
+        ends = (rank == 0, rank == pp - 1)
+        kinds.append((moe, whole - moe, *ends, pipeline.messages_sent(pp, vpp, rank)))
+    return tuple(
+        Pattern(*kind, ranks, tuple(rank for rank in range(pp) if kinds[rank] == kind))
+        for kind, ranks in Counter(kinds).items()
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """A step in five sums, seconds.
+    """A step in five sums, seconds."""
 
-    Attributes:
-        work: Computation that every layout does.
-        recompute: Computation repeated in the backward pass.
-        network: Exposed communication of layers and stages.
-        bubble: Idle time of the pipeline.
-        end: Exposed data-parallel communication and the optimizer.
-    """
-
-    work: float
-    recompute: float
-    network: float
-    bubble: float
-    end: float
+    work: float  # computation that every layout does
+    recompute: float  # computation repeated in the backward pass
+    network: float  # exposed communication of layers and stages
+    bubble: float  # idle time of the pipeline
+    end: float  # exposed data-parallel communication and the optimizer
 
     @property
     def total(self) -> float:
@@ -66,14 +80,7 @@ class Cost:
 
 
 class Coster:
-    """Costs of layouts of one model on one machine.
-
-    Args:
-        load: What is trained.
-        machine: The cluster.
-        routing: How unevenly tokens choose.
-        dispatchers: Dispatchers of which each layout takes the fastest; () for the model's own.
-    """
+    """Costs of layouts of one model on one machine, each with the fastest of `dispatchers`."""
 
     def __init__(
         self,
@@ -82,35 +89,28 @@ class Coster:
         routing: AssumedRouting,
         dispatchers: Sequence[Dispatcher] = (),
     ) -> None:
-        self.load = load
+        self.load, self.machine, self.routing = load, machine, routing
         self._loads_by_name = {name: load.with_dispatcher(name) for name in dispatchers}
-        self._chosen: dict[tuple[object, ...], Workload] = {}
-        self.machine = machine
-        self.routing = routing
-        self._kinds: dict[tuple[object, ...], Kinds] = {}
-        self._stage_sums: dict[tuple[object, ...], tuple[Sums, ...]] = {}
-        self._loads: dict[tuple[int, int], Load] = {}
-        self._patterns: dict[tuple[int, int], tuple[Pattern, ...]] = {}
-        self._parameters: dict[tuple[int, ...], RankParameters] = {}
-        self._layer_bytes: dict[tuple[object, ...], tuple[LayerBytes, LayerBytes]] = {}
-        self._ends: dict[tuple[int, ...], StepEnd] = {}
-        self._transfers: dict[tuple[int, ...], PlannedTransfer] = {}
+        # What is calculated once, by kind and by what it depends on.
+        self._known: dict[tuple[object, ...], Any] = {}
+
+    def _once(self, key: tuple[object, ...], calculate: Callable[[], _Value]) -> _Value:
+        found: _Value | None = self._known.get(key)
+        if found is None:
+            found = self._known[key] = calculate()
+        return found
 
     def fullness(self, grid: Grid) -> Load:
         """Load of the fullest rank of an expert-parallel group."""
-        key = (grid.ep, grid.tokens(self.load.seq))
-        if key not in self._loads:
-            self._loads[key] = expert_load(self.load, grid, self.routing)
-        return self._loads[key]
+        key = ("load", grid.ep, grid.tokens(self.load.seq))
+        return self._once(key, lambda: step.expert_load(self.load, grid, self.routing))
 
     def load_of(self, grid: Grid) -> Workload:
         """The model with the dispatcher that a layout takes."""
         if not self._loads_by_name:
             return self.load
-        key = self._key(grid, grid.expert_overlap)
-        if key not in self._chosen:
-            self._chosen[key] = self._fastest(grid)
-        return self._chosen[key]
+        key = ("chosen", *self._key(grid, grid.expert_overlap))
+        return self._once(key, lambda: self._fastest(grid))
 
     def named(self, grid: Grid) -> Grid:
         """The layout with its dispatcher's name, where there was a choice."""
@@ -122,7 +122,7 @@ class Coster:
         """The model with the dispatcher whose layers are fastest; equals go to the first."""
         experts, small = self.load.experts, layer_key(grid)
         skew = self.fullness(grid).mean
-        rows = fullest_rows(self.load, grid, skew)
+        rows = memory.fullest_rows(self.load, grid, skew)
         allowed = set(self._loads_by_name)
         if grid.expert_overlap:
             # What the combined schedule can free when the call returns (rules/expert_overlap.py).
@@ -134,8 +134,7 @@ class Coster:
         loads = [load for name, load in self._loads_by_name.items() if name in allowed]
         assert loads, "alltoall is always allowed"
         return min(
-            loads,
-            key=lambda load: layer_time(load, small, self.machine, True, rows, skew).total,
+            loads, key=lambda load: layer_time(load, small, self.machine, True, rows, skew).total
         )
 
     def memory(self, grid: Grid) -> float:
@@ -147,13 +146,13 @@ class Coster:
             rank = pattern.examples[0]
             parameters = self._rank_parameters(grid, rank)
             layers = ((pattern.moe, kinds[0]), (pattern.dense, kinds[1]))
-            most = max(most, assemble(load, grid, rank, parameters, layers).total)
+            most = max(most, memory.assemble(load, grid, rank, parameters, layers).total)
         return most + self.machine.reached.reserved_gib * GIB
 
     def cost(self, grid: Grid) -> Cost:
         """Time of a step."""
         count = grid.micro_batches(self.load.batch)
-        apart, together = split_passes(grid.pp, grid.vpp, count, grid.expert_overlap)
+        apart, together = pipeline.split_passes(grid.pp, grid.vpp, count, grid.expert_overlap)
         alone = self._stages(grid, False)
         beside = self._stages(grid, True) if grid.expert_overlap else alone
         transfer = self._transfer(grid)
@@ -168,78 +167,75 @@ class Coster:
         one, pair = alone[slowest], beside[slowest]
         recompute = apart * one.recompute + together * pair.recompute
         network = apart * one.network + together * pair.network + count * sent
-        late = late_messages(grid.pp, grid.vpp, together) * transfer.beside
+        late = pipeline.late_messages(grid.pp, grid.vpp, together) * transfer.beside
         # The first pattern is the first rank's.
         end, first = self._end(grid), alone[0]
         return Cost(
             work=longest - recompute - network,
             recompute=recompute,
             network=network,
-            bubble=bubble_seconds(all_stages - own, grid.vpp) + late,
+            bubble=pipeline.bubble_seconds(all_stages - own, grid.vpp) + late,
             end=end.exposed(grid, first.forward, first.backward) + end.optimizer,
         )
-
-    def _stages(self, grid: Grid, overlaps: bool) -> tuple[Sums, ...]:
-        """Times of a micro-batch in the stages of each pattern, alone or beside another."""
-        key = (*self._key(grid, overlaps), grid.expert_overlap, grid.pp, grid.vpp)
-        if key not in self._stage_sums:
-            kinds = self._kind(grid, overlaps)
-            patterns = self._pattern(grid.pp, grid.vpp)
-            self._stage_sums[key] = tuple(pattern.sums(kinds) for pattern in patterns)
-        return self._stage_sums[key]
 
     @staticmethod
     def _key(grid: Grid, overlaps: bool) -> tuple[object, ...]:
         return (grid.tp, grid.cp, grid.ep, grid.etp, grid.micro_batch, grid.recompute, overlaps)
 
+    def _stages(self, grid: Grid, overlaps: bool) -> tuple[PassTime, ...]:
+        """Times of a micro-batch in the stages of each pattern, alone or beside another."""
+        key = ("stages", *self._key(grid, overlaps), grid.expert_overlap, grid.pp, grid.vpp)
+        return self._once(
+            key,
+            lambda: tuple(
+                pattern.passes(self._kind(grid, overlaps))
+                for pattern in self._pattern(grid.pp, grid.vpp)
+            ),
+        )
+
     def _kind(self, grid: Grid, overlaps: bool) -> Kinds:
-        key = (*self._key(grid, overlaps), grid.expert_overlap)
-        if key not in self._kinds:
-            load, machine = self.load_of(grid), self.machine
-            small = layer_key(grid if overlaps else grid.apart)
-            skew = self.fullness(grid).mean
-            rows = fullest_rows(load, grid, skew)
-            self._kinds[key] = (
-                sums_of(layer_time(load, small, machine, True, rows, skew)),
-                sums_of(layer_time(load, small, machine, False, rows, skew)),
-                sums_of(edge_time(load, small, machine, False)),
-                sums_of(edge_time(load, small, machine, True)),
+        def calculate() -> Kinds:
+            load, machine, skew = self.load_of(grid), self.machine, self.fullness(grid).mean
+            small, rows = (
+                layer_key(grid if overlaps else grid.apart),
+                memory.fullest_rows(load, grid, skew),
             )
-        return self._kinds[key]
+            return (
+                layer_time(load, small, machine, True, rows, skew),
+                layer_time(load, small, machine, False, rows, skew),
+                edge_time(load, small, machine, False),
+                edge_time(load, small, machine, True),
+            )
+
+        key = ("kinds", *self._key(grid, overlaps), grid.expert_overlap)
+        return self._once(key, calculate)
 
     def _pattern(self, pp: int, vpp: int) -> tuple[Pattern, ...]:
-        if (pp, vpp) not in self._patterns:
-            self._patterns[pp, vpp] = stage_patterns(self.load, pp, vpp)
-        return self._patterns[pp, vpp]
+        return self._once(("pattern", pp, vpp), lambda: stage_patterns(self.load, pp, vpp))
 
     def _rank_parameters(self, grid: Grid, rank: int) -> RankParameters:
-        key = (grid.tp, grid.pp, grid.vpp, grid.ep, grid.etp, rank)
-        if key not in self._parameters:
-            stages = even_stages(self.load.layers, grid.pp, grid.vpp)
-            self._parameters[key] = rank_parameters(self.load, grid, stages, rank)
-        return self._parameters[key]
+        stages = pipeline.even_stages(self.load.layers, grid.pp, grid.vpp)
+        key = ("parameters", grid.tp, grid.pp, grid.vpp, grid.ep, grid.etp, rank)
+        return self._once(key, lambda: memory.rank_parameters(self.load, grid, stages, rank))
 
     def _bytes(self, grid: Grid) -> tuple[LayerBytes, LayerBytes]:
-        key = self._key(grid, grid.expert_overlap)
-        if key not in self._layer_bytes:
+        def calculate() -> tuple[LayerBytes, LayerBytes]:
             small, skew, load = layer_key(grid), self.fullness(grid).p99, self.load_of(grid)
-            self._layer_bytes[key] = (
-                layer_bytes(load, small, True, skew),
-                layer_bytes(load, small, False, skew),
-            )
-        return self._layer_bytes[key]
+            moe = memory.layer_bytes(load, small, True, skew)
+            return moe, memory.layer_bytes(load, small, False, skew)
 
-    def _end(self, grid: Grid) -> StepEnd:
-        key = (grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp)
-        if key not in self._ends:
+        return self._once(("bytes", *self._key(grid, grid.expert_overlap)), calculate)
+
+    def _end(self, grid: Grid) -> step.StepEnd:
+        def calculate() -> step.StepEnd:
             # The last of like ranks: no first MoE layer, which has no gating residual.
             others = [pattern.examples[-1] for pattern in self._pattern(grid.pp, grid.vpp)]
             stages = [self._rank_parameters(grid, rank) for rank in (0, *others)]
-            self._ends[key] = pipeline_end(self.load, grid, self.machine, stages)
-        return self._ends[key]
+            return step.pipeline_end(self.load, grid, self.machine, stages)
 
-    def _transfer(self, grid: Grid) -> PlannedTransfer:
-        key = (grid.tp, grid.cp, grid.pp, grid.vpp, grid.micro_batch)
-        if key not in self._transfers:
-            self._transfers[key] = stage_transfers(self.load, grid, self.machine)
-        return self._transfers[key]
+        key = ("end", grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp)
+        return self._once(key, calculate)
+
+    def _transfer(self, grid: Grid) -> step.PlannedTransfer:
+        key = ("transfer", grid.tp, grid.cp, grid.pp, grid.vpp, grid.micro_batch)
+        return self._once(key, lambda: step.stage_transfers(self.load, grid, self.machine))

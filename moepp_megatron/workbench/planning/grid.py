@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moepp_megatron.config import Config, Layout
+from moepp_megatron.config import Config
 from moepp_megatron.config.stages import virtual_stages
 
 Recompute = tuple[str, ...]
@@ -16,50 +16,27 @@ FULL: Recompute = ("full",)
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Degrees of parallelism and what else a layout decides.
+    """Degrees of parallelism and what else a layout decides."""
 
-    Attributes:
-        world: Ranks.
-        tp: Tensor-parallel ranks; sequence parallelism with more than one.
-        cp: Context-parallel ranks.
-        pp: Pipeline ranks.
-        vpp: Model chunks of a pipeline rank.
-        ep: Expert-parallel ranks.
-        etp: Tensor-parallel ranks of an FFN expert.
-        micro_batch: Sequences of a micro-batch.
-        recompute: Modules that the backward pass recomputes, FULL for whole layers.
-        expert_overlap: Expert all-to-all runs beside another micro-batch's computation.
-        distributed_optimizer: Optimizer state is sharded over data-parallel ranks.
-        grad_overlap: Gradients are reduced during the backward pass.
-        param_overlap: Parameters are gathered during the forward pass.
-        recomputed_layers: Layers of each model chunk that FULL recomputes; None for all.
-        is_dualpipe: The schedule is DualPipe (arXiv 2412.19437, section 3.2.1), not interleaved.
-        dispatcher: Name of the dispatcher, where a search chose it.
-        unpaired: Passes are meant that the combined schedule runs alone.
-    """
-
-    world: int
-    tp: int = 1
-    cp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    ep: int = 1
-    etp: int = 1
-    micro_batch: int = 1
-    recompute: Recompute = ()
-    expert_overlap: bool = False
-    distributed_optimizer: bool = True
-    grad_overlap: bool = True
-    param_overlap: bool = True
+    world: int  # ranks
+    tp: int = 1  # tensor-parallel ranks; sequence parallelism with more than one
+    cp: int = 1  # context-parallel ranks
+    pp: int = 1  # pipeline ranks
+    vpp: int = 1  # model chunks of a pipeline rank
+    ep: int = 1  # expert-parallel ranks
+    etp: int = 1  # tensor-parallel ranks of an FFN expert
+    micro_batch: int = 1  # sequences of a micro-batch
+    recompute: Recompute = ()  # modules that the backward pass recomputes, FULL for whole layers
+    expert_overlap: bool = False  # expert all-to-all runs beside another micro-batch's computation
+    distributed_optimizer: bool = True  # optimizer state is sharded over data-parallel ranks
+    grad_overlap: bool = True  # gradients are reduced during the backward pass
+    param_overlap: bool = True  # parameters are gathered during the forward pass
+    # Layers of each model chunk that FULL recomputes; None for all.
     recomputed_layers: int | None = None
+    # The schedule is DualPipe (arXiv 2412.19437, section 3.2.1), not interleaved.
     is_dualpipe: bool = False
-    dispatcher: Dispatcher | None = None
-    unpaired: bool = False
-
-    @classmethod
-    def from_layout(cls, config: Config, layout: Layout) -> Grid:
-        """The grid of a configuration on its ranks."""
-        return cls.from_config(config, layout.world_size)
+    dispatcher: Dispatcher | None = None  # name of the dispatcher, where a search chose it
+    unpaired: bool = False  # passes are meant that the combined schedule runs alone
 
     @classmethod
     def from_config(cls, config: Config, world: int) -> Grid:
@@ -103,15 +80,8 @@ class Grid:
     @property
     def splits(self) -> list[str]:
         """The degrees above 1 of what splits the model and its sequences, such as TP2, EP64."""
-        degrees = {
-            "TP": self.tp,
-            "CP": self.cp,
-            "PP": self.pp,
-            "VPP": self.vpp,
-            "EP": self.ep,
-            "ETP": self.etp,
-        }
-        return [f"{name}{degree}" for name, degree in degrees.items() if degree > 1]
+        names = ("tp", "cp", "pp", "vpp", "ep", "etp")
+        return [f"{name.upper()}{getattr(self, name)}" for name in names if getattr(self, name) > 1]
 
     @property
     def recomputes_all(self) -> bool:
@@ -125,10 +95,7 @@ class Grid:
 
     @property
     def apart(self) -> Grid:
-        """The same layout without computation beside the experts' exchange.
-
-        It gives the cost of passes that the combined schedule runs alone.
-        """
+        """The same layout in the passes that the combined schedule runs alone."""
         return replace(self, expert_overlap=False, unpaired=self.expert_overlap)
 
     def micro_batches(self, batch: int) -> int:

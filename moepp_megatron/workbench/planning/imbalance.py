@@ -2,9 +2,8 @@
 
 Each layer's popularity of FFN experts is a draw from a symmetric Dirichlet distribution, the
 selections of a micro-batch a multinomial draw from it. With evenness `a` the popularity of one of F
-experts varies by a coefficient of variation sqrt((F - 1) / (F a + 1)), close to 1 / sqrt(a): large
-`a` is even, and infinite `a` leaves only the chance of the draw. All ranks of an expert-parallel
-group wait for the fullest, in every layer anew, so that a step costs the mean of the maxima.
+experts has the coefficient of variation sqrt((F - 1) / (F a + 1)): large `a` is even. All ranks of
+an expert-parallel group wait for the fullest, in every layer anew: the mean of the maxima counts.
 """
 
 from __future__ import annotations
@@ -12,25 +11,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from moepp_megatron.config import ConfigError
+from moepp_megatron.config.json_file import parse_json
+from moepp_megatron.file_names import METRICS_FILE
+
 # Draws of a layer: their mean is then known to well below a percent of the mean load.
-_DRAWS = 400
-_SEED = 20241009
+_DRAWS, _SEED = 400, 20241009
 # A multinomial draw beyond this is as even as one of this size, at a thousandth of its time.
 _MOST_SELECTIONS = 2**40
 
 
 @dataclass(frozen=True)
 class AssumedRouting:
-    """Unevenness of the routing.
+    """Unevenness of the routing."""
 
-    Attributes:
-        evenness: `a` of the Dirichlet distribution; None for routing that is forced to balance.
-    """
-
-    evenness: float | None
+    evenness: float | None  # `a` of the distribution; None where it is forced to balance
 
 
 FORCED_BALANCE = AssumedRouting(None)
@@ -47,23 +47,15 @@ _EARLY_CONCENTRATION, _LEAST_EVEN = 256.0, 2.0
 
 def early(num_experts: int) -> AssumedRouting:
     """Routing of a run's first hundred steps, in which most published runs were timed."""
-    assert LEARNED.evenness is not None, "learned routing is not forced to balance"
-    most = min(_EARLY_CONCENTRATION / num_experts, LEARNED.evenness)
-    return AssumedRouting(max(most, _LEAST_EVEN))
+    evenness = min(_EARLY_CONCENTRATION / num_experts, LEARNED.evenness or 0.0)
+    return AssumedRouting(max(evenness, _LEAST_EVEN))
 
 
 @dataclass(frozen=True)
 class Load:
-    """Maximum over mean, over layers and micro-batches.
+    """Maximum over mean, over layers and micro-batches."""
 
-    Attributes:
-        mean: Expected value; the factor on the time of experts and of their exchange.
-        median: Median: half of the layers are at most this full.
-        p90: 90th percentile.
-        p99: 99th percentile.
-    """
-
-    mean: float
+    mean: float  # the factor on the time of experts and of their exchange
     median: float
     p90: float
     p99: float
@@ -74,13 +66,9 @@ EVEN = Load(1.0, 1.0, 1.0, 1.0)
 
 @lru_cache(maxsize=4096)
 def rank_load(routing: AssumedRouting, num_experts: int, ranks: int, selections: int) -> Load:
-    """Rows of the fullest of `ranks` ranks over the mean.
+    """Rows of the fullest of `ranks` ranks over the mean; `ranks` divides the FFN experts.
 
-    Args:
-        routing: Unevenness of the routing.
-        num_experts: FFN experts F; `ranks` divides it.
-        ranks: Expert-parallel ranks; `num_experts` for the fullest expert.
-        selections: FFN selections of the group's tokens in one layer and micro-batch.
+    `selections` are the FFN selections of the group's tokens in one layer and micro-batch.
     """
     if routing.evenness is None or ranks == 1 or selections == 0:
         return EVEN
@@ -96,30 +84,63 @@ def rank_load(routing: AssumedRouting, num_experts: int, ranks: int, selections:
 
 
 def evenness_of(shares: Iterable[Sequence[float]], selections: int) -> float:
-    """The evenness that explains the measured unevenness of layers' shares of FFN experts.
+    """The evenness that explains how uneven layers' shares of FFN experts are, by moments.
 
-    It uses the method of moments: the mean square of the relative deviation, less what the chance
-    of `selections` draws contributes.
-
-    Args:
-        shares: For each layer (and step), the selections' fractions of its FFN experts.
-        selections: FFN selections that each was counted over.
+    The mean square of the relative deviation, less what the chance of `selections` draws adds.
 
     Raises:
-        ValueError: If there is no layer, or one without selections.
+        ValueError: There is no layer, or one without selections.
     """
-    variations = []
-    for layer in shares:
-        values = np.asarray(layer, dtype=float)
-        if values.sum() <= 0:
-            raise ValueError("a layer's shares of FFN experts must not all be 0")
-        relative = values / values.mean()
-        chance = (len(values) - 1) / selections
-        variations.append(max(float(relative.var()) - chance, 0.0))
-    if not variations:
+    values = np.array(list(shares), dtype=float)
+    if not len(values):
         raise ValueError("shares must hold at least one layer")
-    variation = float(np.mean(variations))
-    experts = len(values)
+    if (values.sum(axis=1) <= 0).any():
+        raise ValueError("a layer's shares of FFN experts must not all be 0")
+    experts = values.shape[1]
+    relative = values / values.mean(axis=1, keepdims=True)
+    chance = (experts - 1) / selections
+    variation = float(np.maximum(relative.var(axis=1) - chance, 0.0).mean())
     if variation == 0.0:
         return float("inf")
     return max(((experts - 1) / variation - 1) / experts, 1e-3)
+
+
+def recorded_routing(source: Path, num_ffn_experts: int, topk: int) -> AssumedRouting:
+    """Routing as uneven as in the second half of a run, given as its folder or `metrics.jsonl`.
+
+    Raises:
+        ConfigError: There is no such file, or it has no shares of this many experts.
+    """
+    late = _late_steps(source, num_ffn_experts)
+    # Tokens are counted from the start of the run.
+    per_step = (late[-1]["tokens"] - late[0]["tokens"]) / max(late[-1]["step"] - late[0]["step"], 1)
+    selections = max(round(per_step * topk * late[-1]["ffn_fraction"]), 1)
+    shares = [layer[:num_ffn_experts] for line in late for layer in line["layer_expert_share"]]
+    evenness = evenness_of(shares, selections)
+    return AssumedRouting(evenness if evenness != float("inf") else None)
+
+
+def _late_steps(source: Path, num_ffn_experts: int) -> list[dict[str, Any]]:
+    """Lines of the second half of a run that hold shares."""
+    path = source / METRICS_FILE if source.is_dir() else source
+    try:
+        lines = [parse_json(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--routing ({source}) must be a run or a metrics.jsonl ({error}); name one"
+        ) from None
+    steps = [line for line in lines if _shows(line, num_ffn_experts)]
+    if len(steps) < 2:
+        raise ConfigError(
+            f"--routing ({source}) must hold layer_expert_share of at least 2 steps with "
+            f"{num_ffn_experts} FFN experts; name a run of this model's experts"
+        )
+    return steps[len(steps) // 2 :]
+
+
+def _shows(line: Any, num_ffn_experts: int) -> bool:
+    if not isinstance(line, dict) or not line.get("layer_expert_share"):
+        return False
+    shares = [layer[:num_ffn_experts] for layer in line["layer_expert_share"]]
+    is_whole = all(len(share) == num_ffn_experts and sum(share) > 0 for share in shares)
+    return is_whole and {"tokens", "step", "ffn_fraction"} <= line.keys()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.local_experts import seconds_beside_rows
 from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.parts import (
     Layer,
@@ -20,43 +19,53 @@ from moepp_megatron.workbench.planning.parts import (
 from moepp_megatron.workbench.planning.rates import Work, work_seconds
 from moepp_megatron.workbench.planning.traffic import layer_traffic
 from moepp_megatron.workbench.planning.workload import Workload
+from moepp_megatron.workbench.planning.zero_computation import seconds_beside_rows
 
 # Names beside those of parts.py, in the order of plots.
-RECOMPUTE, TENSOR, CONTEXT, EXCHANGE, METADATA, HOST = (
-    "recomputation",
-    "tensor parallel",
-    "context parallel",
-    "expert exchange",
-    "sizes of the exchange",
-    "waiting for the host",
-)
-
+RECOMPUTE, TENSOR, CONTEXT = "recomputation", "tensor parallel", "context parallel"
+EXCHANGE, METADATA = "expert exchange", "sizes of the exchange"
+HOST = "waiting for the host"
 # Those that are communication.
 NETWORK = (TENSOR, CONTEXT, EXCHANGE, METADATA)
 
 
 @dataclass(frozen=True)
 class PassTime:
-    """Seconds by name; forward and backward of one micro-batch.
+    """Seconds by name; forward and backward of one micro-batch."""
 
-    Attributes:
-        forward: Total of the forward pass.
-        backward: Total of the backward pass.
-        seconds: Both together, by name.
-        hidden: Communication that runs beside computation, by name; not in `seconds`.
-        flop: FLOP done, including recomputation.
-    """
-
-    forward: float = 0.0
-    backward: float = 0.0
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    forward: float = 0.0  # total of the forward pass
+    backward: float = 0.0  # total of the backward pass
+    seconds: Mapping[str, float] = field(default_factory=dict)  # both together, by name
+    # Communication that runs beside computation, by name; not in `seconds`.
     hidden: Mapping[str, float] = field(default_factory=dict)
-    flop: float = 0.0
 
     @property
     def total(self) -> float:
         """Forward and backward, seconds."""
         return self.forward + self.backward
+
+    @property
+    def recompute(self) -> float:
+        """Part of the total: computation that the backward pass repeats."""
+        return self.seconds.get(RECOMPUTE, 0.0)
+
+    @property
+    def network(self) -> float:
+        """Part of the total: communication that nothing hides."""
+        return sum(self.seconds.get(name, 0.0) for name in NETWORK)
+
+
+def sum_passes(parts: Sequence[tuple[PassTime, float]]) -> PassTime:
+    """Passes through so many layers of each kind."""
+    seconds: dict[str, float] = defaultdict(float)
+    hidden: dict[str, float] = defaultdict(float)
+    for time, count in parts:
+        for total, values in ((seconds, time.seconds), (hidden, time.hidden)):
+            for name, value in values.items():
+                total[name] += count * value
+    forward = sum(count * time.forward for time, count in parts)
+    backward = sum(count * time.backward for time, count in parts)
+    return PassTime(forward, backward, dict(seconds), dict(hidden))
 
 
 @lru_cache(maxsize=100_000)
@@ -76,12 +85,9 @@ def layer_time(
         clock.communicate(TENSOR, 0.0, traffic.tensor_forward)
     # Keys and values travel while the core works on those that have arrived.
     core = next(part for part in parts if part.name == "attention")
-    cover = (_core_seconds(core.forward, machine), _core_seconds(core.backward, machine))
-    clock.communicate(
-        CONTEXT,
-        max(traffic.context - cover[0], 0.0),
-        max(2 * traffic.context - cover[1], 0.0),
-    )
+    ahead = traffic.context - _core_seconds(core.forward, machine)
+    back = 2 * traffic.context - _core_seconds(core.backward, machine)
+    clock.communicate(CONTEXT, max(ahead, 0.0), max(back, 0.0))
     if traffic.experts:
         repeats = 2 if grid.recomputes_all or "moe" in grid.recompute else 1
         reached = machine.reached
@@ -95,9 +101,7 @@ def layer_time(
         clock.hide(EXCHANGE, beside[0], beside[1] + (repeats - 1) * beside[0])
         if load.experts.dispatcher != "allgather":
             clock.wait_for_metadata(repeats, overlaps)
-    if is_moe:
-        clock.read_sizes()
-    return clock.time()
+    return clock.time(reads_sizes=is_moe)
 
 
 @lru_cache(maxsize=100_000)
@@ -109,27 +113,15 @@ def edge_time(load: Workload, grid: Grid, machine: Machine, is_last: bool) -> Pa
 
 
 def layer_key(grid: Grid) -> Grid:
-    """The grid with everything removed that a layer's time does not depend on.
-
-    Many layouts share it, so that their layers are timed once.
-    """
-    return Grid(
-        world=grid.tp * grid.cp * grid.ep * grid.etp,
-        tp=grid.tp,
-        cp=grid.cp,
-        ep=grid.ep,
-        etp=grid.etp,
-        micro_batch=grid.micro_batch,
-        recompute=grid.recompute,
-        expert_overlap=grid.expert_overlap,
-        recomputed_layers=grid.recomputed_layers,
-        unpaired=grid.unpaired,
-    )
+    """The grid without what a layer's time does not depend on, so that layers are timed once."""
+    world = grid.tp * grid.cp * grid.ep * grid.etp
+    layout = (grid.ep, grid.etp, grid.micro_batch, grid.recompute, grid.expert_overlap)
+    key = Grid(world, grid.tp, grid.cp, 1, 1, *layout)
+    return replace(key, recomputed_layers=grid.recomputed_layers, unpaired=grid.unpaired)
 
 
 def _core_seconds(work: Work, machine: Machine) -> float:
-    core = replace(work, products=(), moved=0.0, kernels=0)
-    return work_seconds(core, machine)
+    return work_seconds(replace(work, products=(), moved=0.0, kernels=0), machine)
 
 
 # The part of a layer that each scope of CUDA graphs covers (megatron-core, transformer/enums.py).
@@ -146,8 +138,6 @@ _SCOPES = {
 # Parts before the host reads how many rows each expert has: there the queue of the GPU runs empty,
 # and the host has no lead over what comes after.
 _BEFORE_SIZES = ("attention", "norms", "router")
-
-
 _ALL_BEFORE_SIZES = {"attn", "moe_router", "moe_preprocess"}
 
 
@@ -155,14 +145,11 @@ class _Clock:
     """Adds up a pass: what the GPU needs, and what the host needs to issue it."""
 
     def __init__(self, machine: Machine, slower: float, graphs: frozenset[str]) -> None:
-        self._machine = machine
-        self._slower = slower
-        self._graphs = graphs
-        self._forward = self._backward = self._flop = 0.0
+        self._machine, self._slower, self._graphs = machine, slower, graphs
+        self._forward = self._backward = 0.0
         # Of the forward pass, the time before the sizes are read.
         self._before = 0.0
         self._issue_before = self._issue_after = self._issue_backward = 0.0
-        self._reads_sizes = False
         self._seconds: dict[str, float] = defaultdict(float)
         self._hidden: dict[str, float] = defaultdict(float)
 
@@ -173,15 +160,13 @@ class _Clock:
         self._forward += ahead
         self._backward += back + again
         self._seconds[part.name] += ahead + back
-        self._flop += part.forward.flop + part.backward.flop + part.again.flop
         if again:
             self._seconds[RECOMPUTE] += again
         self._issue(part, ahead)
 
     def _issue(self, part: LayerPart, ahead: float) -> None:
-        each = self._machine.reached.launch_s
-        if "full_iteration" in self._graphs or self._graphs & set(_SCOPES.get(part.name, ())):
-            each = 0.0
+        scopes = {"full_iteration", *_SCOPES.get(part.name, ())}
+        each = 0.0 if self._graphs & scopes else self._machine.reached.launch_s
         if part.name in _BEFORE_SIZES:
             self._before += ahead
             self._issue_before += each * part.forward.kernels
@@ -210,24 +195,19 @@ class _Clock:
         seconds = reached.metadata_beside_s if together else reached.metadata_s
         self.communicate(METADATA, seconds, (times - 1) * seconds)
 
-    def read_sizes(self) -> None:
-        """The host reads how many rows each expert has, for Transformer Engine's products."""
-        self._reads_sizes = True
-
     def exchange(self, forward: float, backward: float, hideable: float) -> None:
-        hidden = (0.0, 0.0)
+        self.communicate(EXCHANGE, forward, backward)
         if hideable:
             # Forward of one micro-batch runs beside backward of another: they share the cover.
-            cover = self._forward + self._backward
-            wanted = hideable * (forward + backward)
-            share = min(wanted, cover) / (forward + backward)
-            hidden = (forward * share, backward * share)
-            self._hidden[EXCHANGE] += sum(hidden)
-        self.communicate(EXCHANGE, forward - hidden[0], backward - hidden[1])
+            whole = forward + backward
+            cover = self._forward + self._backward - whole
+            share = min(hideable * whole, cover) / whole
+            self.hide(EXCHANGE, forward * share, backward * share)
 
-    def time(self) -> PassTime:
+    def time(self, reads_sizes: bool = False) -> PassTime:
+        """The sum; experts make the host read how many rows each has, for their products."""
         before, after = self._before, self._forward - self._before
-        if self._reads_sizes:
+        if reads_sizes:
             lead = max(after - self._issue_after, 0.0)
             idle = max(self._issue_after - after, 0.0)
             idle += max(self._issue_before - lead - before, 0.0)
@@ -236,10 +216,5 @@ class _Clock:
         idle_back = max(self._issue_backward - self._backward, 0.0)
         if idle + idle_back:
             self._seconds[HOST] += idle + idle_back
-        return PassTime(
-            self._forward + idle,
-            self._backward + idle_back,
-            dict(self._seconds),
-            dict(self._hidden),
-            self._flop,
-        )
+        forward, backward = self._forward + idle, self._backward + idle_back
+        return PassTime(forward, backward, dict(self._seconds), dict(self._hidden))

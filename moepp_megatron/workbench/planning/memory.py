@@ -1,53 +1,122 @@
-"""Peak memory of one rank: weights, gradients, optimizer, activations, buffers."""
+"""What a rank holds: its parameters and its peak memory."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from moepp_megatron.config import Config, Layout, stage_layers
 from moepp_megatron.config.stages import Stages
-from moepp_megatron.workbench.planning.activations import (
-    kept_bytes,
-    output_bytes,
-    peak_bytes,
-    resident_bytes,
-)
+from moepp_megatron.experts import FFN
+from moepp_megatron.training.teacher import TeacherModel
+from moepp_megatron.workbench.planning import activations
 from moepp_megatron.workbench.planning.grid import Grid, Recompute
-from moepp_megatron.workbench.planning.parameters import (
-    RankParameters,
-    rank_parameters,
-)
 from moepp_megatron.workbench.planning.parts import Layer
 from moepp_megatron.workbench.planning.pipeline import chunks_in_flight
-from moepp_megatron.workbench.planning.teacher import teacher_bytes
 from moepp_megatron.workbench.planning.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
+class RankParameters:
+    """Parameters of a rank."""
+
+    dense: int  # parameters outside the FFN experts; sharded over data- and context-parallel ranks
+    experts: int  # parameters of FFN experts; sharded over the experts' data-parallel ranks
+    of_adam: int = 0  # dense parameters that AdamW trains whatever `optimizer.kind` is
+
+
+def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) -> RankParameters:
+    """Parameters of each rank of a pipeline stage."""
+    dense = of_adam = _outside_layers(load, grid, pp_rank)
+    layers = [layer for chunk in stages[pp_rank] for layer in chunk]
+    kinds = Counter((load.is_moe[layer], layer == load.first_moe_layer) for layer in layers)
+    experts = 0
+    for (is_moe, is_first), count in kinds.items():
+        dense += count * _attention(load, grid)
+        of_adam += count * _attention_vectors(load, grid)
+        if is_moe:
+            outside = _moe_dense(load, grid, is_first)
+            dense += count * outside
+            of_adam += count * (outside - _shared_matrices(load, grid))
+            experts += count * _ffn_experts(load, grid)
+        else:
+            dense += count * _dense_ffn(load, grid)
+    if pp_rank == grid.pp - 1:
+        # Multi-token prediction: two norms and a projection of two vectors to one in front of each
+        # layer, a norm behind.
+        extra = _attention(load, grid) + _moe_dense(load, grid, is_first=False)
+        extra += 3 * load.hidden + 2 * load.hidden * load.hidden // grid.tp
+        dense += load.extra_layers * extra
+        experts += load.extra_layers * _ffn_experts(load, grid)
+    return RankParameters(dense, experts, of_adam)
+
+
+def _dense_ffn(load: Workload, grid: Grid) -> int:
+    return (3 if load.gated else 2) * load.hidden * load.dense_size // grid.tp
+
+
+def _outside_layers(load: Workload, grid: Grid, pp_rank: int) -> int:
+    """Embedding on the first stage; final norm and output layer on the last."""
+    vocabulary = load.vocab * load.hidden // grid.tp
+    is_first, is_last = pp_rank == 0, pp_rank == grid.pp - 1
+    count = vocabulary if is_first else 0
+    if is_last:
+        count += load.hidden
+        # Tied to an embedding on another stage, the output layer is a copy of it.
+        if not (load.tied and is_first):
+            count += vocabulary
+        # Multi-token prediction embeds tokens on the last stage.
+        if load.extra_layers and not is_first:
+            count += vocabulary
+    return count
+
+
+def _attention(load: Workload, grid: Grid) -> int:
+    """Projections of this rank's heads, norms inside, and the two norms of the layer."""
+    matmuls = load.attention.matmuls(load.hidden, grid.tp)
+    projections = sum(prod((matmul.outputs, matmul.inputs)) for matmul in matmuls)
+    return projections + _attention_vectors(load, grid)
+
+
+def _attention_vectors(load: Workload, grid: Grid) -> int:
+    """Norms inside attention, biases, and the two norms of the layer."""
+    inside = load.attention.norm_parameters() + load.attention.bias_parameters(grid.tp)
+    return inside + 2 * load.hidden
+
+
+def _moe_dense(load: Workload, grid: Grid, is_first: bool) -> int:
+    """Router and zero-computation experts, whole on every rank, and the shared expert's part."""
+    # The first MoE layer has no gating residual. If all layers share V, only the first has it.
+    experts, hidden = load.experts, load.hidden
+    shared = _shared_matrices(load, grid)
+    shared += hidden if experts.shared_gate else 0
+    router = experts.router_parameters(hidden, is_first=is_first)
+    return router + experts.local_parameters(hidden, is_first=is_first) + shared
+
+
+def _shared_matrices(load: Workload, grid: Grid) -> int:
+    return 3 * load.hidden * load.experts.shared_size // grid.tp
+
+
+def _ffn_experts(load: Workload, grid: Grid) -> int:
+    each = FFN.parameters(load.hidden, load.experts.ffn_size)
+    return load.experts.num_ffn_experts // grid.ep * each // grid.etp
+
+
+@dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Memory of a rank, bytes; parameters as numbers.
+    """Memory of a rank, bytes; parameters as numbers."""
 
-    Attributes:
-        dense: Parameters outside the FFN experts.
-        experts: Parameters of FFN experts.
-        weights: Bytes of the parameters.
-        gradients: Bytes of their gradients.
-        optimizer: Bytes of the optimizer's state.
-        activations: Bytes kept for the backward passes of all micro-batches in flight.
-        buffers: Bytes needed temporarily by one layer's or the output layer's passes.
-        teacher: Bytes of `distillation.teacher` and of comparing with it.
-    """
-
-    dense: int
-    experts: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: float
-    buffers: float
-    teacher: float = 0.0
+    dense: int  # parameters outside the FFN experts
+    experts: int  # parameters of FFN experts
+    weights: int  # bytes of the parameters
+    gradients: int  # bytes of their gradients
+    optimizer: int  # bytes of the optimizer's state
+    activations: float  # bytes kept for the backward passes of all micro-batches in flight
+    buffers: float  # bytes needed temporarily by one layer's or the output layer's passes
+    teacher: float = 0.0  # bytes of `distillation.teacher` and of comparing with it
 
     @property
     def total(self) -> float:
@@ -57,15 +126,9 @@ class RankMemory:
 
 
 def rank_memory(config: Config, layout: Layout, pp_rank: int) -> RankMemory:
-    """Memory of each rank of a pipeline stage of a checked configuration.
-
-    Args:
-        config: The configuration.
-        layout: Its ranks.
-        pp_rank: The pipeline rank.
-    """
+    """Memory of each rank of a pipeline stage of a checked configuration."""
     stages = stage_layers(config)
-    load, grid = Workload.from_config(config), Grid.from_layout(config, layout)
+    load, grid = Workload.from_config(config), Grid.from_config(config, layout.world_size)
     memory = memory_of(load, grid, stages, pp_rank)
     return replace(memory, teacher=teacher_bytes(config, layout, pp_rank))
 
@@ -73,15 +136,7 @@ def rank_memory(config: Config, layout: Layout, pp_rank: int) -> RankMemory:
 def memory_of(
     load: Workload, grid: Grid, stages: Stages, pp_rank: int, skew: float = 1.0
 ) -> RankMemory:
-    """Memory of each rank of a pipeline stage.
-
-    Args:
-        load: The workload.
-        grid: The layout.
-        stages: Layers by pipeline rank and chunk.
-        pp_rank: The pipeline rank.
-        skew: Rows of the fullest rank over the mean.
-    """
+    """Memory of each rank of a pipeline stage; `skew`: rows of the fullest rank over the mean."""
     counts = layer_counts(load, grid, stages[pp_rank])
     if pp_rank == grid.pp - 1:
         counts[True, grid.recompute] += load.extra_layers
@@ -96,10 +151,7 @@ def memory_of(
 def layer_counts(
     load: Workload, grid: Grid, chunks: Sequence[Sequence[int]]
 ) -> Counter[tuple[bool, Recompute]]:
-    """Layers of a rank by whether they are MoE layers and by what they recompute.
-
-    With `recompute_method: block` the first layers of each model chunk are recomputed.
-    """
+    """Layers of a rank by whether they are MoE layers and by what they recompute."""
     return Counter(
         (load.is_moe[layer], grid.recompute_of(place))
         for chunk in chunks
@@ -107,23 +159,15 @@ def layer_counts(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class LayerBytes:
-    """Activations of one layer and micro-batch.
-
-    Attributes:
-        kept: Bytes kept from the forward to the backward pass.
-        peak: Bytes needed temporarily beside the kept ones.
-    """
-
-    kept: float
-    peak: float
+# Bytes of one layer and micro-batch: kept from the forward to the backward pass, and needed
+# temporarily beside them.
+LayerBytes = tuple[float, float]
 
 
 def layer_bytes(load: Workload, grid: Grid, is_moe: bool, skew: float) -> LayerBytes:
     """Activations of an MoE layer or of a dense one."""
     layer = Layer(is_moe, fullest_rows(load, grid, skew))
-    return LayerBytes(kept_bytes(load, grid, layer), peak_bytes(load, grid, layer))
+    return activations.kept_bytes(load, grid, layer), activations.peak_bytes(load, grid, layer)
 
 
 def assemble(
@@ -133,21 +177,13 @@ def assemble(
     parameters: RankParameters,
     layers: Sequence[tuple[int, LayerBytes]],
 ) -> RankMemory:
-    """Memory of a rank from its parts.
-
-    Args:
-        load: The workload.
-        grid: The layout.
-        pp_rank: The pipeline rank.
-        parameters: Its parameters.
-        layers: Its layers of each kind, and the activations of one.
-    """
+    """Memory of a rank from its parameters, its layers of each kind and the activations of one."""
     count = parameters.dense + parameters.experts
     flying = chunks_in_flight(grid.pp, grid.vpp, pp_rank, grid.micro_batches(load.batch))
-    kept = sum(number * one.kept for number, one in layers)
-    buffers = max((one.peak for number, one in layers if number), default=0.0)
+    kept = sum(number * kept for number, (kept, _) in layers)
+    buffers = max((peak for number, (_, peak) in layers if number), default=0.0)
     if pp_rank == grid.pp - 1:
-        buffers = max(buffers, (1 + load.extra_layers) * output_bytes(load, grid))
+        buffers = max(buffers, (1 + load.extra_layers) * activations.output_bytes(load, grid))
     return RankMemory(
         dense=parameters.dense,
         experts=parameters.experts,
@@ -156,23 +192,19 @@ def assemble(
         optimizer=_optimizer_bytes(load, grid, parameters),
         # Chunks of a rank hold about as many layers each.
         activations=kept / grid.vpp * flying,
-        buffers=buffers + resident_bytes(load, grid),
+        buffers=buffers + activations.resident_bytes(load, grid),
     )
 
 
 def _optimizer_bytes(load: Workload, grid: Grid, parameters: RankParameters) -> int:
-    """The moments and the fp32 copy of the weights, sharded or not.
-
-    Muon and Lion share out whole matrices: the fullest rank may hold more than its even share.
-    """
+    """The moments and the fp32 copy of the weights, sharded or not."""
+    # Muon and Lion share out whole matrices: the fullest rank may hold more than its even share.
     numbers = load.numbers
     state = numbers.matrix_moments_bytes + numbers.master_bytes
     further = (numbers.moments_bytes - numbers.matrix_moments_bytes) * parameters.of_adam
-    dense_shards, expert_shards = grid.dp * grid.cp, grid.edp
-    if not grid.distributed_optimizer:
-        dense_shards = expert_shards = 1
+    shards = (grid.dp * grid.cp, grid.edp) if grid.distributed_optimizer else (1, 1)
     dense = state * parameters.dense + further
-    return dense // dense_shards + state * parameters.experts // expert_shards
+    return dense // shards[0] + state * parameters.experts // shards[1]
 
 
 def fullest_rows(load: Workload, grid: Grid, skew: float = 1.0) -> float:
@@ -181,10 +213,8 @@ def fullest_rows(load: Workload, grid: Grid, skew: float = 1.0) -> float:
 
 
 def candidate_ranks(load: Workload, stages: Stages) -> tuple[int, ...]:
-    """Pipeline ranks among which is the fullest: the first of those with the same kinds of layers.
-
-    Earlier ranks hold more micro-batches; the first has the embedding, the last the output layer.
-    """
+    """Pipeline ranks among which is the fullest: the first with the same kinds of layers."""
+    # Earlier ranks hold more micro-batches; the first has the embedding, the last the output layer.
     last = len(stages) - 1
     found: dict[tuple[int, int, bool, bool], int] = {}
     for rank, chunks in enumerate(stages):
@@ -195,6 +225,31 @@ def candidate_ranks(load: Workload, stages: Stages) -> tuple[int, ...]:
 
 def fullest_rank(load: Workload, grid: Grid, stages: Stages, skew: float = 1.0) -> RankMemory:
     """Memory of the fullest rank."""
-    ranks = candidate_ranks(load, stages)
-    found = [memory_of(load, grid, stages, rank, skew) for rank in ranks]
+    found = (memory_of(load, grid, stages, at, skew) for at in candidate_ranks(load, stages))
     return max(found, key=lambda memory: memory.total)
+
+
+def teacher_bytes(config: Config, layout: Layout, pp_rank: int) -> float:
+    """Bytes that the teacher of a checked configuration adds to each rank of a pipeline stage.
+
+    Its weights; on the last stage its last hidden states, and what comparing a micro-batch's logits
+    needs: its own, and both models' and their difference in fp32. This comes before the buffers of
+    the model's own loss, so that their sum is an estimate from above.
+
+    Raises:
+        ConfigError: There is no such teacher, or it does not fit the run.
+    """
+    teacher = TeacherModel.of(config)
+    if teacher is None:
+        return 0.0
+    theirs = teacher.config
+    stages = stage_layers(theirs)
+    load, grid = Workload.from_config(theirs), Grid.from_config(theirs, layout.world_size)
+    parameters = rank_parameters(load, grid, stages, pp_rank)
+    weights = float(load.numbers.weight_bytes * (parameters.dense + parameters.experts))
+    if pp_rank < layout.pp - 1:
+        return weights
+    size, own = load.numbers.activation_bytes, grid.tokens(load.seq)
+    ahead = layout.num_microbatches if layout.pp > 1 else 1
+    hidden = float(ahead * own * load.hidden * size)
+    return weights + hidden + own * load.vocab * (size + 3 * 4.0)

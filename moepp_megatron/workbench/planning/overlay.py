@@ -9,17 +9,12 @@ from typing import Any
 import yaml
 
 from moepp_megatron.config import Config, Layout, with_overrides
-from moepp_megatron.workbench.planning.grid import FULL, Grid
+from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.pipeline import layout_string, stage_sizes
 
 
 def settings_of(grid: Grid, layers: int) -> dict[str, dict[str, Any]]:
-    """Every setting that a layout decides, by section.
-
-    Args:
-        grid: The layout.
-        layers: Transformer layers of the model.
-    """
+    """Every setting that a layout decides, by section."""
     stages = grid.pp * grid.vpp
     text = layout_string(stage_sizes(layers, stages)) if layers % stages else None
     parallel = {
@@ -36,23 +31,16 @@ def settings_of(grid: Grid, layers: int) -> dict[str, dict[str, Any]]:
         "overlap_param_gather": grid.param_overlap,
         "overlap_moe_expert_parallel_comm": grid.expert_overlap,
     }
+    is_whole, some = grid.recomputes_all, grid.recomputed_layers
+    granularity = "full" if is_whole else "selective" if grid.recompute else None
     training: dict[str, Any] = {
         "micro_batch_size": grid.micro_batch,
-        "recompute_granularity": None,
-        "recompute_method": None,
-        "recompute_num_layers": None,
+        "recompute_granularity": granularity,
+        "recompute_method": ("uniform" if some is None else "block") if is_whole else None,
+        "recompute_num_layers": (some or 1) if is_whole else None,
     }
-    if grid.recompute == FULL:
-        training |= {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform" if grid.recomputed_layers is None else "block",
-            "recompute_num_layers": grid.recomputed_layers or 1,
-        }
-    elif grid.recompute:
-        training |= {
-            "recompute_granularity": "selective",
-            "recompute_modules": list(grid.recompute),
-        }
+    if grid.recompute and not is_whole:
+        training["recompute_modules"] = list(grid.recompute)
     settings = {"parallel": parallel, "training": training}
     if grid.dispatcher is not None:
         settings["moe"] = {"dispatcher": grid.dispatcher}
@@ -60,11 +48,7 @@ def settings_of(grid: Grid, layers: int) -> dict[str, dict[str, Any]]:
 
 
 def config_of(config: Config, grid: Grid) -> Config:
-    """The configuration in this layout, checked by every rule, those of the world size too.
-
-    Raises:
-        ConfigError: If a rule refuses the layout.
-    """
+    """The configuration in this layout, checked by every rule; ConfigError if one refuses it."""
     overrides = [
         f"{section}.{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
         for section, keys in settings_of(grid, config.model.num_layers).items()
@@ -78,19 +62,12 @@ def config_of(config: Config, grid: Grid) -> Config:
 def overlay_text(
     grid: Grid, layers: int, base: Path, target: Path, changes: dict[str, Any], comment: str
 ) -> str:
-    """YAML that turns the file `base` into this layout.
+    """YAML for the file `target` that turns the file `base` into this layout, under a comment.
 
-    Args:
-        grid: The layout.
-        layers: Transformer layers of the model.
-        base: The configuration that was planned for.
-        target: Where the text will be written: `base:` is relative to it.
-        changes: Overrides that were given with the configuration, by section.
-        comment: Lines for the top of the file.
+    `changes` are the overrides that were given with the configuration, by section.
     """
     content: dict[str, Any] = {"base": os.path.relpath(base.resolve(), target.resolve().parent)}
-    for section, keys in settings_of(grid, layers).items():
-        content[section] = keys
+    content |= settings_of(grid, layers)
     for section, keys in changes.items():
         # What the plan decides wins: it was given for the plan's starting point.
         content[section] = {**keys, **content.get(section, {})}

@@ -2,9 +2,7 @@
 
 Symbols: T tokens that a rank routes, S tokens of its tensor-parallel group (S = T tp), R rows that
 a rank's experts compute (R = T K phi when load is even), D hidden size, I expert width, E all
-experts. A product costs 2 m n k FLOP forward and twice that backward. Bytes are of kernels without
-products: norms, rotations, permutations, activations; each tensor counts once a read and once a
-write.
+experts. Bytes are of kernels without products; each tensor counts once a read and once a write.
 """
 
 from __future__ import annotations
@@ -14,11 +12,10 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.linear import linear_work
-from moepp_megatron.workbench.planning.links import distinct_targets
-from moepp_megatron.workbench.planning.local_experts import local_work, mixing_logits
-from moepp_megatron.workbench.planning.rates import Product, Work, linear_products
+from moepp_megatron.workbench.planning.rates import Work, linear_products, linear_work
+from moepp_megatron.workbench.planning.traffic import distinct_targets
 from moepp_megatron.workbench.planning.workload import Workload
+from moepp_megatron.workbench.planning.zero_computation import local_work, mixing_logits
 
 # Kernels of the attention forward beside its projections: rotations, layouts, core.
 _CORE_KERNELS = 10
@@ -38,34 +35,21 @@ _ROTATION_PASSES, _ROTATION_KERNELS = 12, 24
 
 @dataclass(frozen=True, slots=True)
 class LayerPart:
-    """One part of a layer.
+    """One part of a layer."""
 
-    Attributes:
-        name: Its name in tables and plots.
-        forward: Work of the forward pass.
-        backward: Work of the backward pass, recomputation not included.
-        again: Work of the forward pass that the backward pass repeats.
-    """
-
-    name: str
-    forward: Work
-    backward: Work
-    again: Work = Work()
+    name: str  # its name in tables and plots
+    forward: Work  # work of the forward pass
+    backward: Work  # work of the backward pass, recomputation not included
+    again: Work = Work()  # work of the forward pass that the backward pass repeats
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What distinguishes the layers of a model for their cost.
+    """What distinguishes the layers of a model for their cost."""
 
-    Attributes:
-        is_moe: Whether it holds experts.
-        rows: Rows R that the slowest rank's experts compute.
-        has_residual: Whether its router sees the logits of the MoE layer before.
-    """
-
-    is_moe: bool
-    rows: float = 0.0
-    has_residual: bool = False
+    is_moe: bool  # whether it holds experts
+    rows: float = 0.0  # rows R that the slowest rank's experts compute
+    has_residual: bool = False  # whether its router sees the logits of the MoE layer before
 
 
 def layer_parts(load: Workload, grid: Grid, layer: Layer) -> Iterator[LayerPart]:
@@ -91,57 +75,38 @@ def _again(grid: Grid, module: str, work: Work) -> Work:
 
 def _attention(load: Workload, grid: Grid) -> LayerPart:
     """Projections, rotation, and the core with its scores [s, s]."""
-    attention = load.attention
+    attention, number = load.attention, load.numbers.dtype
     own = grid.tokens(load.seq)
     group = own * grid.tp
-    forward: tuple[Product, ...] = ()
-    backward: tuple[Product, ...] = ()
-    up: tuple[Product, ...] = ()
-    moved_forward = moved_backward = 0.0
-    kernels = _CORE_KERNELS
-    for matmul in attention.matmuls(load.hidden, grid.tp):
-        rows = own if matmul.is_sequence_parallel else group
-        linear = linear_work(load, rows, matmul.outputs, matmul.inputs)
-        forward += linear.forward
-        backward += linear.backward
-        up += linear.forward if matmul.is_up_projection else ()
-        moved_forward += linear.moved
-        moved_backward += linear.moved_back
-        kernels += 1 + linear.casts
     heads = attention.heads // grid.tp
-    scores = load.seq * load.causal_share * group
-    core = 2.0 * scores * heads * (attention.qk_dim + attention.v_dim)
-    size = load.numbers.activation_bytes
+    core = 2.0 * load.seq * load.causal_share * group * heads * (attention.qk_dim + attention.v_dim)
+    size, seq = load.numbers.activation_bytes, load.seq // grid.cp
     # The rotation reads and writes queries and keys; query/key norms do so again.
     turned = 2 * size * group * heads * 2 * attention.qk_dim
-    moved = turned * (2 if attention.norm_parameters() else 1)
+    moved, kernels = turned * (2.0 if attention.norm_parameters() else 1.0), _CORE_KERNELS
     if not load.rotation_fused:
         width = heads * attention.qk_dim + attention.exchanged_width(grid.tp) / 2
         moved += _ROTATION_PASSES * size * group * width - turned
         kernels += _ROTATION_KERNELS
-    number = load.numbers.dtype
-    ahead_work = Work(
-        forward, core, load.seq // grid.cp, moved + moved_forward, kernels, core_number=number
-    )
+    matmuls = attention.matmuls(load.hidden, grid.tp)
+    works = [
+        linear_work(load, own if one.is_sequence_parallel else group, one.outputs, one.inputs)
+        for one in matmuls
+    ]
+    ahead = Work((), core, seq, core_number=number)
+    ahead = ahead.plus(*(one for one, _ in works), moved=moved, kernels=kernels + len(works))
     # Backward the core computes scores again: five products where the forward pass has two.
-    back_work = Work(
-        backward,
-        2.5 * core,
-        load.seq // grid.cp,
-        moved + moved_backward,
-        kernels * 3 // 2,
-        is_backward=True,
-        core_number=number,
-    )
-    again, core_again = Work(), Work((), core, load.seq // grid.cp, 0.0, 1, core_number=number)
-    if grid.recomputes_all:
-        again = ahead_work
-    else:
-        if "core_attn" in grid.recompute:
-            again = core_again
-        if "mla_up_proj" in grid.recompute:
-            again = replace(again, products=up, kernels=again.kernels + 4)
-    return LayerPart("attention", ahead_work, back_work, again)
+    back = Work((), 2.5 * core, seq, is_backward=True, core_number=number)
+    back = back.plus(*(one for _, one in works), moved=moved)
+    back = replace(back, kernels=ahead.kernels * 3 // 2)
+    again = ahead if grid.recomputes_all else Work()
+    if "core_attn" in grid.recompute:
+        again = Work((), core, seq, 0.0, 1, core_number=number)
+    if "mla_up_proj" in grid.recompute:
+        expanding = zip(matmuls, works, strict=True)
+        up = [Work(work.products) for one, (work, _) in expanding if one.is_up_projection]
+        again = again.plus(*up, kernels=4)
+    return LayerPart("attention", ahead, back, again)
 
 
 def _norms(load: Workload, grid: Grid) -> LayerPart:
@@ -160,19 +125,10 @@ def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> L
     halves = 1 if name == "dense_ffn" and not load.gated else 2
     first = linear_work(load, rows, halves * width, load.hidden)
     second = linear_work(load, rows, load.hidden, width)
-    size = load.numbers.activation_bytes
-    passes = _ACTIVATION_PASSES
-    casts = first.casts + second.casts
-    forward = Work(
-        first.forward + second.forward,
-        moved=passes[0] * size * rows * width + first.moved + second.moved,
-        kernels=4 + casts,
-    )
-    backward = Work(
-        first.backward + second.backward,
-        moved=passes[1] * size * rows * width + first.moved_back + second.moved_back,
-        kernels=7 + casts,
-    )
+    activation = load.numbers.activation_bytes * rows * width
+    passes = [count * activation for count in _ACTIVATION_PASSES]
+    forward = first[0].plus(second[0], moved=passes[0], kernels=4)
+    backward = first[1].plus(second[1], moved=passes[1], kernels=7)
     return LayerPart(name, forward, backward, _again(grid, module, forward))
 
 
@@ -196,22 +152,19 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
     tokens = grid.tokens(load.seq)
     element = load.hidden * load.numbers.activation_bytes
     arrived = rows * grid.etp
-    if grid.ep == 1:
-        moved = tokens + arrived
-    else:
-        match load.experts.dispatcher:
-            case "alltoall":
-                # Sorted by expert at the sender, and again where several experts share a rank.
-                again = 2 * arrived if load.experts.num_ffn_experts > grid.ep else 0.0
-                moved = tokens + rows + again
-            case "allgather":
-                moved = tokens * grid.ep + arrived
-            case "alltoall_dedup" | "flex":
-                taken, experts = load.experts.ffn_per_token, load.experts.num_ffn_experts
-                copies = tokens * distinct_targets(grid.ep, taken, experts)
-                moved = tokens + 2 * copies + arrived
-            case other:
-                assert_never(other)
+    taken, experts = load.experts.ffn_per_token, load.experts.num_ffn_experts
+    match load.experts.dispatcher if grid.ep > 1 else None:
+        case None:
+            moved = tokens + arrived
+        case "alltoall":
+            # Sorted by expert at the sender, and again where several experts share a rank.
+            moved = tokens + rows + (2 * arrived if experts > grid.ep else 0.0)
+        case "allgather":
+            moved = tokens * grid.ep + arrived
+        case "alltoall_dedup" | "flex":
+            moved = tokens + 2 * tokens * distinct_targets(grid.ep, taken, experts) + arrived
+        case other:
+            assert_never(other)
     moved *= 2.0 * element
     kernels = 8
     if not load.experts.permute_fused:
@@ -222,11 +175,9 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
 
 
 def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
-    """The FFN experts of a rank.
-
-    One product an expert and matrix, issued over a few streams (Transformer Engine,
-    common/gemm/cublaslt_gemm.cu, multi_stream_cublas_gemm); backward two.
-    """
+    """The FFN experts of a rank."""
+    # One product an expert and matrix, issued over a few streams (Transformer Engine,
+    # common/gemm/cublaslt_gemm.cu, multi_stream_cublas_gemm); backward two.
     experts = load.experts.num_ffn_experts // grid.ep
     width = load.experts.ffn_size / grid.etp
     copied, copies = _row_copies(load, rows * grid.etp)
@@ -236,16 +187,9 @@ def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     second = linear_work(load, rows / experts, load.hidden, width, experts)
     activation = load.numbers.activation_bytes * rows * width
     moved, kernels = _beside_products(load, activation, rows, experts)
-    casts = first.casts + second.casts + copies
-    forward = Work(
-        first.forward + second.forward,
-        moved=moved[0] + first.moved + second.moved + copied,
-        kernels=kernels[0] + casts,
-    )
-    backward = Work(
-        first.backward + second.backward,
-        moved=moved[1] + first.moved_back + second.moved_back + copied,
-        kernels=kernels[1] + casts,
+    forward, backward = (
+        one.plus(two, moved=beside + copied, kernels=count + copies)
+        for one, two, beside, count in zip(first, second, moved, kernels, strict=True)
     )
     again = _again(grid, "moe", forward)
     if "moe_act" in grid.recompute:
@@ -273,12 +217,10 @@ def _beside_products(
 
 
 def _row_copies(load: Workload, rows: float) -> tuple[float, int]:
-    """Bytes and kernels, of either pass, that round each expert's rows for FP8 products.
-
-    The router or a flex dispatcher may have rounded them. Otherwise input, gates and output are
-    copied one by one (megatron-core, `TEGroupedMLP`: Transformer Engine's `Fp8Padding`,
-    `Fp8Unpadding`).
-    """
+    """Bytes and kernels, of either pass, that round each expert's rows for FP8 products."""
+    # The router or a flex dispatcher may have rounded them. Otherwise input, gates and output are
+    # copied one by one (megatron-core, `TEGroupedMLP`: Transformer Engine's `Fp8Padding`,
+    # `Fp8Unpadding`).
     experts = load.experts
     if load.numbers.fp8 is None or experts.router_pads or experts.dispatcher == "flex":
         return 0.0, 0
@@ -304,15 +246,10 @@ def output_part(load: Workload, grid: Grid) -> LayerPart:
     rows = grid.tokens(load.seq) * grid.tp
     width = load.vocab / grid.tp
     forward, backward = linear_products(rows, [(width, load.hidden)], load.numbers.dtype)
-    logits = rows * width
-    # Logits to fp32, their maximum, exponentials and sum; backward one pass.
-    moved, kernels = (20.0, 10.0), (10, 6)
-    if load.loss_fused:
-        # Read once; backward read and written (`moe/kernels/cross_entropy.py`).
-        size = load.numbers.activation_bytes
-        moved, kernels = (1.0 * size, 2.0 * size), (10, 3)
-    return LayerPart(
-        "output",
-        Work(forward, moved=moved[0] * logits, kernels=kernels[0]),
-        Work(backward, moved=moved[1] * logits, kernels=kernels[1]),
-    )
+    logits, size = rows * width, load.numbers.activation_bytes
+    # Logits to fp32, their maximum, exponentials and sum; backward one pass. Fused: read once,
+    # backward read and written (`moe/kernels/cross_entropy.py`).
+    moved, kernels = ((1.0 * size, 2.0 * size), 3) if load.loss_fused else ((20.0, 10.0), 6)
+    ahead = Work(forward, moved=moved[0] * logits, kernels=10)
+    back = Work(backward, moved=moved[1] * logits, kernels=kernels)
+    return LayerPart("output", ahead, back)

@@ -8,21 +8,12 @@ from moepp_megatron.config.stages import Stages, stages_of
 
 
 def split_passes(pp: int, vpp: int, micro_batches: int, is_combined: bool) -> tuple[float, float]:
-    """Passes of the whole slowest stage that run alone, and those that run beside an opposite pass.
+    """Passes of the whole slowest stage that run alone, and that run beside an opposite pass.
 
-    The combined schedule's last rank runs (v - 1) p + 1 forward passes of a chunk before its first
-    pair and as many backward passes after its last. Earlier ranks run more of them alone, while
-    they would have to wait: the path that decides a step has (v - 1) p + 1 through whichever rank
-    (megatron-core, pipeline_parallel/combined_1f1b.py).
-
-    Args:
-        pp: Pipeline ranks.
-        vpp: Model chunks of each.
-        micro_batches: Micro-batches of a step.
-        is_combined: Whether forward and backward passes run together where possible.
-
-    Returns:
-        Alone and together; both count forward and backward of one micro-batch as one.
+    Both count forward and backward of a micro-batch as one. The combined schedule's last rank runs
+    (v - 1) p + 1 forward passes of a chunk before its first pair and as many backward passes after
+    its last. Earlier ranks run more of them alone, while they would have to wait: the path that
+    decides a step has (v - 1) p + 1 through whichever rank (megatron-core, combined_1f1b.py).
     """
     if not is_combined:
         return micro_batches, 0.0
@@ -33,14 +24,10 @@ def split_passes(pp: int, vpp: int, micro_batches: int, is_combined: bool) -> tu
 def bubble_seconds(others: float, vpp: int, is_dualpipe: bool = False) -> float:
     """Idle time of the slowest rank, while the first micro-batch arrives and the last one leaves.
 
-    Each passes one chunk of every other rank per direction: p - 1 passes of equal stages under
-    1F1B, (p - 1) / v interleaved (arXiv 2104.04473, section 2.2).
-
-    Args:
-        others: A micro-batch's passes, run alone, through all other ranks, seconds.
-        vpp: Model chunks of a rank.
-        is_dualpipe: Micro-batches enter at both ends (arXiv 2412.19437, table 2): p / 2 - 1 pairs
-            of passes, less the weights' gradients that fill them, where 1F1B has p - 1.
+    Each passes one chunk of every other rank per direction, `others` seconds for all their chunks:
+    p - 1 passes of equal stages under 1F1B, (p - 1) / v interleaved (arXiv 2104.04473, 2.2).
+    DualPipe's enter at both ends (arXiv 2412.19437, table 2): p / 2 - 1 pairs, less the weights'
+    gradients that fill them.
     """
     if is_dualpipe:
         # Forward, gradients of inputs and of weights take a third of a pass each.
@@ -49,13 +36,9 @@ def bubble_seconds(others: float, vpp: int, is_dualpipe: bool = False) -> float:
 
 
 def messages_sent(pp: int, vpp: int, rank: int) -> int:
-    """Messages that a pipeline rank sends for one micro-batch, both ways.
-
-    There is one per chunk and direction, but none before the first stage or after the last.
-    """
-    if pp == 1:
-        return 0
-    return 2 * vpp - (rank == 0) - (rank == pp - 1)
+    """Messages that a pipeline rank sends for one micro-batch, both ways."""
+    # None before the first stage or after the last.
+    return 2 * vpp - (rank == 0) - (rank == pp - 1) if pp > 1 else 0
 
 
 def late_messages(pp: int, vpp: int, together: float) -> float:
@@ -64,11 +47,6 @@ def late_messages(pp: int, vpp: int, together: float) -> float:
     Where the pipeline fills and drains, a micro-batch goes through all vp stages and no stage has
     anything else to do. A pair's two results are there at once, just when the next stage is free
     for them; single passes of both ways in turn leave each message the time of a pass.
-
-    Args:
-        pp: Pipeline ranks.
-        vpp: Model chunks of each.
-        together: Passes of a whole stage that run in pairs (`split_passes`).
     """
     between_pairs = max(together * vpp - 1, 0.0)
     return 2 * (pp * vpp - 1) + between_pairs
@@ -77,11 +55,9 @@ def late_messages(pp: int, vpp: int, together: float) -> float:
 def chunks_in_flight(pp: int, vpp: int, rank: int, micro_batches: int) -> float:
     """Largest number of (micro-batch, model chunk) pairs whose activations `rank` holds.
 
-    megatron-core's schedules: 1F1B warms up p - 1 - rank micro-batches, the interleaved one
-    2 (p - 1 - rank) + (v - 1) p chunks; one more is at work
-    (megatron/core/pipeline_parallel/schedules.py, `get_pp_rank_microbatches`). The combined
-    schedule warms up one more and holds as many: in a pair, layer by layer, the backward pass frees
-    what the forward pass takes.
+    1F1B warms up p - 1 - rank micro-batches, the interleaved schedule 2 (p - 1 - rank) + (v - 1) p
+    chunks (schedules.py, `get_pp_rank_microbatches`); one more is at work. The combined schedule
+    holds as many: in a pair, the backward pass frees what the forward pass takes.
     """
     if vpp == 1:
         return min(pp - rank, micro_batches)
@@ -90,10 +66,7 @@ def chunks_in_flight(pp: int, vpp: int, rank: int, micro_batches: int) -> float:
 
 
 def stage_sizes(layers: int, stages: int) -> tuple[int, ...]:
-    """Layers of each stage: equal, or embedding and loss counted as a layer each.
-
-    Where the layers do not divide evenly, the first and the last stage hold one less.
-    """
+    """Layers of each stage: equal, or with embedding and loss counted as a layer each."""
     if layers % stages == 0:
         return (layers // stages,) * stages
     units, more = divmod(layers + 2, stages)

@@ -9,58 +9,41 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
 from moepp_megatron.config.hardware import load_hardware, nearest_hardware
 from moepp_megatron.config.vanilla import vanilla, without_budget
-from moepp_megatron.workbench.planning.costed import Search, search_layouts
 from moepp_megatron.workbench.planning.coster import Coster
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.imbalance import LEARNED, AssumedRouting
+from moepp_megatron.workbench.planning.imbalance import LEARNED, AssumedRouting, recorded_routing
 from moepp_megatron.workbench.planning.machine import Machine, machine_of
 from moepp_megatron.workbench.planning.overlay import config_of
 from moepp_megatron.workbench.planning.planned import Planned, planned_of
-from moepp_megatron.workbench.planning.recorded_routing import recorded_routing
-from moepp_megatron.workbench.planning.search import Space
+from moepp_megatron.workbench.planning.search import Search, Space, search_layouts
 from moepp_megatron.workbench.planning.workload import Workload
 
-# Candidates of another tau.
-_FIRST = 100
-# Ties that are tried against the configuration's rules.
-_TRIED = 50
+# Candidates of another tau; ties that are tried against the configuration's rules.
+_FIRST, _TRIED = 100, 50
 # Layouts are ties within this of the fastest: ratios of published runs come out no better.
 TIE = 0.03
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The result.
+    """The result."""
 
-    Attributes:
-        config: The planned configuration.
-        world: GPUs.
-        machine: The kind of GPU.
-        routing: Unevenness of the routing.
-        layouts: The configured model: the plan, which is the simplest of those within `TIE` of the
-            fastest, then others by time; layouts that do not fit only if none does.
-        fastest: The configured model in its fastest layout, for comparison with `baselines`.
-        baselines: The fastest layout of the vanilla model and of each further tau.
-        search: Result of the search.
-    """
-
-    config: Config
-    world: int
-    machine: Machine
-    routing: AssumedRouting
+    config: Config  # the planned configuration
+    world: int  # GPUs
+    machine: Machine  # the kind of GPU
+    routing: AssumedRouting  # unevenness of the routing
+    # The configured model: the plan, which is the simplest of those within `TIE` of the fastest,
+    # then others by time; layouts that do not fit only if none does.
     layouts: list[Planned]
+    # The configured model in its fastest layout, for comparison with `baselines`.
     fastest: Planned | None
-    baselines: list[Planned]
-    search: Search
+    baselines: list[Planned]  # the fastest layout of the vanilla model and of each further tau
+    search: Search  # result of the search
 
     @property
     def best(self) -> Planned | None:
         """The plan: see `layouts`."""
         return self.layouts[0] if self.layouts and self.layouts[0].fits else None
-
-    def hours(self, planned: Planned, tokens: float) -> float:
-        """Hours to train on this many tokens."""
-        return planned.run_seconds(tokens) / 3600
 
 
 def plan(
@@ -81,7 +64,7 @@ def plan(
         overrides: Settings `section.key=value` over it.
         gpus: GPUs.
         gpu: Their kind: a name in configs/hardware, or a YAML file.
-        taus: Further weights of zero-computation experts to set beside the configured one.
+        taus: Further weights of zero-computation experts.
         routing: A run, or its metrics.jsonl, whose routing was as uneven as this one's will be.
         top: Layouts to keep.
 
@@ -89,7 +72,8 @@ def plan(
         Layouts, best first, with seconds per step and bytes per GPU (`Planned`), and baselines.
 
     Raises:
-        ConfigError: Same as `make_plan`; also for a configuration, GPU or run that cannot be read.
+        ConfigError: A configuration, GPU or run cannot be read, the GPU lacks its format, no layout
+            is legal, or there is a teacher, whose time and memory this does not count.
     """
     if not isinstance(config, Config):
         config = load_config(config, overrides)
@@ -110,22 +94,8 @@ def make_plan(
     taus: Sequence[float] = (),
     top: int = 5,
 ) -> Plan:
-    """Search all layouts.
-
-    Args:
-        config: A checked configuration; its own layout does not matter.
-        world: GPUs.
-        machine: The kind of GPU.
-        routing: Unevenness of the routing.
-        taus: Further weights of zero-computation experts to set beside the configured one.
-        top: Layouts to keep of each model.
-
-    Raises:
-        ConfigError: If the GPUs lack the configured format, no layout is legal, or there is a
-            teacher, whose time and memory this does not count.
-    """
-    _refuse_teacher(config)
-    check_formats(config, machine)
+    """Search all layouts of a checked configuration; errors as `plan`."""
+    _check(config, machine)
     search = search_layouts(config, world, machine, routing)
     if search.legal == 0:
         raise ConfigError(
@@ -134,25 +104,35 @@ def make_plan(
             "GPUs that divides the batch, such as a power of two"
         )
     layouts = _accepted(config, search, machine, routing, top, prefers_simple=True)
-    fastest = next(
-        (one for one in _accepted(config, search, machine, routing, 1) if one.fits), None
-    )
+    first = _accepted(config, search, machine, routing, 1)
+    fastest = first[0] if first and first[0].fits else None
     baselines = []
     if not config.moe.is_vanilla:
-        baselines += best_layouts(vanilla(config), world, machine, routing)
+        plain = vanilla(config)
+        found = search_layouts(plain, world, machine, routing)
+        baselines += _accepted(plain, found, machine, routing, top=1)
         for tau in taus:
             if tau != config.moe.tau:
-                baselines += _best_again(_with_tau(config, tau), search, world, machine, routing)
+                changed = with_overrides(without_budget(config), [f"moe.tau={tau}"])
+                baselines += _best_again(changed, search, world, machine, routing)
     return Plan(config, world, machine, routing, layouts, fastest, baselines, search)
 
 
-def _refuse_teacher(config: Config) -> None:
-    teacher = config.distillation.teacher
+def _check(config: Config, machine: Machine) -> None:
+    """Refuse a teacher, and number formats that the GPU has no rate for."""
+    hardware, precision, teacher = machine.hardware, config.precision, config.distillation.teacher
     if teacher is not None:
         raise ConfigError(
             f"distillation.teacher ({teacher}) must be null for a plan, which does not count a "
             "teacher; use distillation.teacher=null here, and moepp train --dry-run with it for "
             "the memory of a layout"
+        )
+    if hardware.peak_tflops(precision.dtype, precision.fp8) is None:
+        name = "precision.fp8" if precision.fp8 else "precision.dtype"
+        value = precision.fp8 or precision.dtype
+        raise ConfigError(
+            f"{name} ({value}) must be a format of {hardware.name}, which has none such; set "
+            "precision.fp8 to null, or plan for another GPU"
         )
 
 
@@ -164,19 +144,7 @@ def _accepted(
     top: int,
     prefers_simple: bool = False,
 ) -> list[Planned]:
-    """The best layouts that the configuration's rules accept as well.
-
-    Only one layout of each set of degrees of parallelism is kept: others differ only in
-    micro-batch, recomputation or model chunks.
-
-    Args:
-        config: The configured model.
-        search: The search's result.
-        machine: The kind of GPU.
-        routing: Unevenness of the routing.
-        top: Layouts to keep.
-        prefers_simple: The simplest of those within `TIE` of the fastest comes first.
-    """
+    """The best layouts that the configuration's rules accept as well."""
     found: list[Planned] = []
     candidates = [(grid, held, True) for _, grid, _, held in search.best]
     if prefers_simple:
@@ -185,24 +153,17 @@ def _accepted(
     for grid, held, fits in candidates:
         if len(found) == top or (found and found[0].fits and not fits):
             break
-        if any(_degrees(grid) == _degrees(planned.grid) for planned in found):
-            continue
-        changed = _in_layout(config, grid)
-        if changed is None:
-            continue
-        found.append(planned_of(changed, grid, held, fits, machine, routing))
+        is_new = all(_degrees(grid) != _degrees(planned.grid) for planned in found)
+        if is_new and (changed := _in_layout(config, grid)) is not None:
+            found.append(planned_of(changed, grid, held, fits, machine, routing))
     return found
 
 
 def _simplest(config: Config, search: Search) -> Iterator[tuple[Grid, float, bool]]:
     """Layouts within `TIE` of the fastest, the simplest first; equals by time."""
-    ties = [
-        (complexity(grid, config), number)
-        for number, (total, grid, _, _) in enumerate(search.best)
-        if total <= search.best[0][0] * (1.0 + TIE)
-    ]
-    for _, number in sorted(ties)[:_TRIED]:
-        _, grid, _, held = search.best[number]
+    ties = [entry for entry in search.best if entry[0] <= search.best[0][0] * (1.0 + TIE)]
+    # Sorting keeps the order of equals.
+    for _, grid, _, held in sorted(ties, key=lambda one: complexity(one[1], config))[:_TRIED]:
         if _in_layout(config, grid) is not None:
             yield grid, held, True
             return
@@ -218,31 +179,20 @@ def _in_layout(config: Config, grid: Grid) -> Config | None:
 
 def complexity(grid: Grid, config: Config) -> int:
     """What a layout needs beyond data parallelism: degrees, schedules, recomputation, packages."""
-    degrees = (grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp)
     other = grid.dispatcher not in (None, config.moe.dispatcher)
-    return sum(degree > 1 for degree in degrees) + len(grid.recompute) + grid.expert_overlap + other
+    return len(grid.splits) + len(grid.recompute) + grid.expert_overlap + other
 
 
 def _degrees(grid: Grid) -> tuple[int, ...]:
     return (grid.tp, grid.cp, grid.pp, grid.ep, grid.etp)
 
 
-def best_layouts(
-    config: Config, world: int, machine: Machine, routing: AssumedRouting
-) -> list[Planned]:
-    """The best layout of one model alone, if there is one; one that does not fit if none does."""
-    search = search_layouts(config, world, machine, routing)
-    return _accepted(config, search, machine, routing, top=1)
-
-
 def _best_again(
     config: Config, search: Search, world: int, machine: Machine, routing: AssumedRouting
 ) -> list[Planned]:
-    """The best layout of the same model with another tau, among the first of `search`.
-
-    tau changes how many rows experts compute, not what is legal and little of what fits: the best
-    layout is among the first hundred.
-    """
+    """The best layout of the same model with another tau, among the first of `search`."""
+    # tau changes how many rows experts compute, not what is legal and little of what fits: the best
+    # layout is among the first hundred.
     dispatchers = Space.of(config, world, machine.per_node).dispatchers
     coster = Coster(Workload.from_config(config), machine, routing, dispatchers)
     again = Search()
@@ -255,23 +205,3 @@ def _best_again(
             again.misses.append((held, coster.named(grid)))
     again.best.sort(key=lambda entry: entry[0])
     return _accepted(config, again, machine, routing, top=1)
-
-
-def _with_tau(config: Config, tau: float) -> Config:
-    return with_overrides(without_budget(config), [f"moe.tau={tau}"])
-
-
-def check_formats(config: Config, machine: Machine) -> None:
-    """Refuse number formats that the GPU has no rate for.
-
-    Raises:
-        ConfigError: If it has none.
-    """
-    hardware, precision = machine.hardware, config.precision
-    if hardware.peak_tflops(precision.dtype, precision.fp8) is None:
-        name = "precision.fp8" if precision.fp8 else "precision.dtype"
-        value = precision.fp8 or precision.dtype
-        raise ConfigError(
-            f"{name} ({value}) must be a format of {hardware.name}, which has none such; set "
-            "precision.fp8 to null, or plan for another GPU"
-        )

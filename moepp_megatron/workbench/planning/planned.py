@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
+from math import ceil
 from typing import Any, Literal
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.config.vanilla import vanilla
-from moepp_megatron.workbench.planning.batch_ramp import RampStage, ramp_stages
 from moepp_megatron.workbench.planning.coster import GIB
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting
@@ -21,38 +22,45 @@ from moepp_megatron.workbench.planning.workload import Workload
 
 
 @dataclass(frozen=True)
+class RampStage:
+    """Steps of one batch size that is not yet the whole one."""
+
+    tokens: int  # tokens that they read
+    tokens_per_s: float  # speed of all GPUs
+
+
+def ramp_stages(
+    config: Config, load: Workload, grid: Grid, machine: Machine, routing: AssumedRouting
+) -> Iterator[RampStage]:
+    """The stages before the whole batch, in order; none without a ramp."""
+    ramp, read = config.training.batch_ramp or [], 0
+    for (_, size), (until, _) in zip(ramp, ramp[1:], strict=False):
+        per_step = size * load.seq
+        steps = max(ceil((until - read) / per_step), 0)
+        if steps:
+            read += steps * per_step
+            step = step_time(replace(load, batch=size), grid, machine, routing)
+            yield RampStage(steps * per_step, per_step / step.total)
+
+
+@dataclass(frozen=True)
 class Planned:
-    """One layout of one model.
+    """One layout of one model."""
 
-    Attributes:
-        grid: The layout.
-        kind: The model.
-        tau: Weight of its zero-computation experts; None for vanilla.
-        ffn_share: phi; 1 for vanilla.
-        fits: Whether the fullest rank fits the GPU.
-        memory_gib: Memory of the fullest rank, GiB, libraries included.
-        step: Time of a step.
-        tokens_per_s_per_gpu: Throughput of a GPU.
-        tflops_per_gpu: Model TFLOP/s of a GPU, as `metrics.jsonl` counts them (config/flops.py).
-        mfu: Their share of the rated rate.
-        vanilla_step_s: Step of the vanilla model in the same layout; None for vanilla itself.
-        vanilla_fits: Whether it fits there; the ratio is of speed alone where it does not.
-        ramp: Smaller steps at the beginning of a run.
-    """
-
-    grid: Grid
-    kind: Literal["moepp", "vanilla"]
-    tau: float | None
-    ffn_share: float
-    fits: bool
-    memory_gib: float
-    step: StepTime
-    tokens_per_s_per_gpu: float
+    grid: Grid  # the layout
+    kind: Literal["moepp", "vanilla"]  # the model
+    tau: float | None  # weight of its zero-computation experts; None for vanilla
+    ffn_share: float  # phi; 1 for vanilla
+    fits: bool  # whether the fullest rank fits the GPU
+    memory_gib: float  # memory of the fullest rank, GiB, libraries included
+    step: StepTime  # time of a step
+    tokens_per_s_per_gpu: float  # throughput of a GPU
+    # Model TFLOP/s of a GPU, as `metrics.jsonl` counts them (config/flops.py).
     tflops_per_gpu: float
-    mfu: float
-    vanilla_step_s: float | None = None
-    vanilla_fits: bool = True
-    ramp: tuple[RampStage, ...] = ()
+    mfu: float  # their share of the rated rate
+    vanilla_step_s: float | None = None  # of the vanilla model in the same layout
+    vanilla_fits: bool = True  # whether it does there; else the ratio is of speed only
+    ramp: tuple[RampStage, ...] = ()  # smaller steps at the beginning of a run
 
     def run_seconds(self, tokens: float) -> float:
         """Time of the steps that read so many tokens from a run's beginning on, seconds."""
@@ -65,7 +73,7 @@ class Planned:
 
     def record(self, layers: int) -> dict[str, Any]:
         """A dictionary for JSON; the contract's keys come first."""
-        settings = settings_of(self.grid, layers)
+        settings, load = settings_of(self.grid, layers), astuple(self.step.load)
         return {
             "layout": {key: value for keys in settings.values() for key, value in keys.items()},
             "kind": self.kind,
@@ -82,12 +90,7 @@ class Planned:
             "vanilla_fits": self.vanilla_fits,
             "seconds": dict(self.step.seconds),
             "hidden_seconds": dict(self.step.hidden),
-            "rank_load": {
-                "mean": self.step.load.mean,
-                "p50": self.step.load.median,
-                "p90": self.step.load.p90,
-                "p99": self.step.load.p99,
-            },
+            "rank_load": dict(zip(("mean", "p50", "p90", "p99"), load, strict=True)),
         }
 
 
@@ -97,8 +100,7 @@ def planned_of(
     """A layout with its numbers."""
     load = Workload.from_config(config)
     step = step_time(load, grid, machine, routing)
-    tokens = config.training.global_batch_size * config.model.seq_length
-    rate = tokens / step.total / grid.world
+    rate = load.batch * load.seq / step.total / grid.world
     tflops = rate * training_flops_per_token(config, config.moe.ffn_share) / 1e12
     peak = machine.hardware.peak_tflops(config.precision.dtype, config.precision.fp8)
     assert peak is not None, "formats were checked"

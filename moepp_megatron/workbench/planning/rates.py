@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from typing import Literal
 
 from moepp_megatron.workbench.planning.machine import Machine
+from moepp_megatron.workbench.planning.workload import Workload
 
 # Output tiles of the fast kernels on Hopper (CUTLASS, cuBLAS): a work group holds one at a time.
 _TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 64))
@@ -18,21 +19,13 @@ _TILE_SHARE = {256 * 128: 1.0, 128 * 128: 0.9, 128 * 64: 0.75, 64 * 64: 0.55}
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """Matrix products [m, k] x [k, n], `groups` of them in one kernel.
+    """Matrix products [m, k] x [k, n], `groups` of them in one kernel."""
 
-    Attributes:
-        m: Rows of the result of one group; a mean, so not always whole.
-        n: Columns.
-        k: Inner dimension.
-        groups: Number of products.
-        number: Format: "fp32", "bf16", "fp8", "fp8_blockwise".
-    """
-
-    m: float
-    n: float
-    k: float
-    groups: int = 1
-    number: str = "bf16"
+    m: float  # rows of the result of one group; a mean, so not always whole
+    n: float  # columns
+    k: float  # inner dimension
+    groups: int = 1  # number of products
+    number: str = "bf16"  # format: "fp32", "bf16", "fp8", "fp8_blockwise"
 
     @property
     def flop(self) -> float:
@@ -42,7 +35,7 @@ class Product:
     @property
     def moved(self) -> float:
         """Bytes read and written once."""
-        size = {"fp32": 4, "bf16": 2}.get(self.number, 1)
+        size = {"fp32": 4, "bf16": 2, "fp8": 1, "fp8_blockwise": 1, "mxfp8": 1}[self.number]
         operands = self.m * self.k + self.n * self.k
         return self.groups * (size * operands + max(size, 2) * self.m * self.n)
 
@@ -89,30 +82,26 @@ def _filled(product: Product, tile: tuple[int, int], multiprocessors: int) -> fl
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Work of one part of one pass on a rank.
+    """Work of one part of one pass on a rank."""
 
-    Attributes:
-        products: Matrix products.
-        core_flop: FLOP of the attention's core, masked scores left out.
-        core_seq: Sequence length of the core, which its speed depends on.
-        core_number: Format of the core: it stays in bf16 where products are in FP8.
-        moved: Bytes that kernels without products read and write.
-        kernels: Kernels, the products' too.
-        is_backward: Whether the pass is backward, in which the attention's core is slower.
-    """
-
-    products: tuple[Product, ...] = ()
-    core_flop: float = 0.0
-    core_seq: int = 0
-    moved: float = 0.0
-    kernels: int = 0
+    products: tuple[Product, ...] = ()  # matrix products
+    core_flop: float = 0.0  # FLOP of the attention's core, masked scores left out
+    core_seq: int = 0  # sequence length of the core, which its speed depends on
+    moved: float = 0.0  # bytes that kernels without products read and write
+    kernels: int = 0  # kernels, the products' too
+    # Whether the pass is backward, in which the attention's core is slower.
     is_backward: bool = False
+    # Format of the core: it stays in bf16 where products are in FP8.
     core_number: Literal["fp32", "bf16"] = "bf16"
 
-    @property
-    def flop(self) -> float:
-        """Floating-point operations of products and core."""
-        return self.core_flop + sum(product.flop for product in self.products)
+    def plus(self, *others: Work, moved: float = 0.0, kernels: int = 0) -> Work:
+        """This work, that of others without a core, and further bytes and kernels."""
+        return replace(
+            self,
+            products=self.products + sum((one.products for one in others), ()),
+            moved=self.moved + sum(one.moved for one in others) + moved,
+            kernels=self.kernels + sum(one.kernels for one in others) + kernels,
+        )
 
 
 def work_seconds(work: Work, machine: Machine) -> float:
@@ -122,3 +111,38 @@ def work_seconds(work: Work, machine: Machine) -> float:
         share = machine.reached.attention_share(work.core_seq, work.is_backward)
         seconds += work.core_flop / (machine.rated(work.core_number) * share)
     return seconds + work.moved / machine.memory_rate + work.kernels * machine.reached.kernel_s
+
+
+# By FP8 recipe: the products' format; of casting a tensor, bytes an element (bf16 is read, rows and
+# columns are written; for its largest value it is read before), and kernels: the cast; before it
+# the largest value in two steps and the scale; after it the layout of the scales.
+_CASTS = {
+    "blockwise": ("fp8_blockwise", 4.0, 1),
+    "delayed": ("fp8", 4.0, 1),
+    "tensorwise": ("fp8", 6.0, 4),
+    "mxfp8": ("mxfp8", 4.0, 3),
+}
+# With delayed scaling one kernel casts so many tensors (Transformer Engine, multi_cast_transpose.cu
+# and `split_quantize`); with other scaling each group has its own.
+_CAST_TOGETHER = 64
+
+
+def linear_work(
+    load: Workload, rows: float, outputs: float, inputs: float, groups: int = 1
+) -> tuple[Work, Work]:
+    """Forward and backward work of a weight [outputs, inputs] on `rows` rows per group.
+
+    Its kernels are those of the casts; the products' are counted by who calls.
+    """
+    fp8, shapes = load.numbers.fp8, [(outputs, inputs)]
+    if fp8 is None:
+        plain = linear_products(rows, shapes, load.numbers.dtype, groups)
+        return Work(plain[0]), Work(plain[1])
+    number, element, kernels = _CASTS[fp8]
+    forward, backward = linear_products(rows, shapes, number, groups)
+    # The weight's cast is kept over a step's micro-batches.
+    casts = kernels * (ceil(groups / _CAST_TOGETHER) if fp8 == "delayed" else groups)
+    return (
+        Work(forward, moved=element * rows * inputs * groups, kernels=casts),
+        Work(backward, moved=element * rows * outputs * groups, kernels=casts),
+    )

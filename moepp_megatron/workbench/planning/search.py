@@ -1,37 +1,32 @@
-"""Every legal layout of a model on a number of GPUs, as plain integers.
+"""Cost and memory of every legal layout of a model on a number of GPUs, as plain integers.
 
-Legal is what config/rules and `check_world_size` accept; the rules are written again here in
-integers because a hundred thousand configurations cannot be built and checked in seconds.
-Tests compare both, and every layout that the plan shows has passed the rules themselves.
-
-Left out although legal, because they never win: tensor parallelism beyond a node, context
-parallelism with less than 4,096 tokens per rank, experts split over another number of ranks than 1
-or TP, stages whose layers are uneven without need.
+Legal is what config/rules and `check_world_size` accept, written again here because a hundred
+thousand configurations cannot be built and checked in seconds; tests compare both. Left out,
+because they never win: tensor parallelism beyond a node, context parallelism with less than 4,096
+tokens per rank, experts split over other ranks than 1 or TP, stages uneven without need.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.rules.flex import HIDDEN_ALIGNMENT
 from moepp_megatron.workbench.planning.attention import LatentAttention
+from moepp_megatron.workbench.planning.coster import Cost, Coster
 from moepp_megatron.workbench.planning.grid import FULL, Dispatcher, Grid, Recompute
+from moepp_megatron.workbench.planning.imbalance import AssumedRouting
+from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.workload import Workload
 
 # arXiv 2603.07685, section 9.1: below this, context parallelism costs more than it gives.
 _LEAST_TOKENS_PER_CONTEXT_RANK = 4096
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
 # Nothing first, so that what it leaves room for need not be tried (`plan.search_layouts`).
-_RECOMPUTE: tuple[Recompute, ...] = (
-    (),
-    ("layernorm", "moe_act"),
-    ("moe_act",),
-    ("core_attn",),
-    ("moe",),
-    FULL,
-)
+_SOME: tuple[Recompute, ...] = (("layernorm", "moe_act"), ("moe_act",), ("core_attn",), ("moe",))
+_RECOMPUTE: tuple[Recompute, ...] = ((), *_SOME, FULL)
 # With latent attention, its expansions are cheap to repeat and large to keep.
 _LATENT: tuple[Recompute, ...] = (
     ("mla_up_proj",),
@@ -39,31 +34,26 @@ _LATENT: tuple[Recompute, ...] = (
     ("layernorm", "mla_up_proj", "moe_act"),
 )
 _UNEVEN_CHUNKS = (2, 4, 8)
+_NEAREST_MISSES = 5
+# Layouts that rules beyond the degrees of parallelism may still refuse, or that only differ in
+# micro-batch, chunks and recomputation.
+_KEPT = 5_000
+_LOSSES = ("work", "recompute", "network", "bubble", "end")
 # What the combined schedule of forward and backward cannot repeat (rules/expert_overlap.py).
 _NOT_WITH_OVERLAP = {"layernorm", "moe", "full"}
 
 
 @dataclass(frozen=True)
 class Space:
-    """The space of a search.
+    """The space of a search."""
 
-    Attributes:
-        world: GPUs.
-        per_node: GPUs of a node.
-        load: The model and its batch.
-        groups_are_set: Whether key/value heads are given, so that tensor ranks must fit them.
-        can_overlap: Whether the configuration allows the combined schedule.
-        distributed_optimizer: Whether optimizer state is sharded.
-        dispatchers: Dispatchers that are compared where tokens travel.
-    """
-
-    world: int
-    per_node: int
-    load: Workload
-    groups_are_set: bool
-    can_overlap: bool
-    distributed_optimizer: bool
-    dispatchers: tuple[Dispatcher, ...] = ()
+    world: int  # GPUs
+    per_node: int  # GPUs of a node
+    load: Workload  # the model and its batch
+    groups_are_set: bool  # whether key/value heads are given, so that tensor ranks must fit them
+    can_overlap: bool  # whether the configuration allows the combined schedule
+    distributed_optimizer: bool  # whether optimizer state is sharded
+    dispatchers: tuple[Dispatcher, ...] = ()  # dispatchers that are compared where tokens travel
 
     @classmethod
     def of(cls, config: Config, world: int, per_node: int) -> Space:
@@ -74,11 +64,9 @@ class Space:
             per_node=per_node,
             load=load,
             groups_are_set=config.model.num_query_groups is not None,
-            can_overlap=(
-                config.precision.dtype == "bf16"
-                and not config.training.cuda_graphs
-                and not load.experts.shares_constants
-            ),
+            can_overlap=config.precision.dtype == "bf16"
+            and not config.training.cuda_graphs
+            and not load.experts.shares_constants,
             distributed_optimizer=config.parallel.use_distributed_optimizer,
             dispatchers=_dispatchers(config),
         )
@@ -108,7 +96,9 @@ class Space:
         self, tp: int, cp: int, pp: int, vpp: int, micro_batch: int, ep: int, etp: int, dp: int
     ) -> Iterator[Grid]:
         overlaps = self.can_overlap and ep > 1 and (pp == 1 or vpp > 1)
-        gathers = self.distributed_optimizer and dp * cp > 1
+        degrees = (self.world, tp, cp, pp, vpp, ep, etp, micro_batch)
+        is_sharded, others = self.distributed_optimizer, dp * cp > 1
+        ends = (is_sharded, others, is_sharded and others)
         # Flex needs more than one rank; where no token travels, any will do.
         needs_others = self.load.experts.dispatcher == "flex" and ep * etp == 1
         instead: Dispatcher | None = "alltoall" if needs_others else None
@@ -116,22 +106,7 @@ class Space:
             for overlap in (False, True) if overlaps else (False,):
                 if overlap and not _NOT_WITH_OVERLAP.isdisjoint(recompute):
                     continue
-                yield Grid(
-                    self.world,
-                    tp,
-                    cp,
-                    pp,
-                    vpp,
-                    ep,
-                    etp,
-                    micro_batch,
-                    recompute,
-                    overlap,
-                    self.distributed_optimizer,
-                    dp * cp > 1,
-                    gathers,
-                    dispatcher=instead,
-                )
+                yield Grid(*degrees, recompute, overlap, *ends, dispatcher=instead)
 
     @property
     def _recompute(self) -> tuple[Recompute, ...]:
@@ -174,10 +149,8 @@ class Space:
         return [1] if self.load.experts.shares_constants else divisors(ranks)
 
     def _virtual(self, pp: int) -> list[int]:
-        """Chunks per rank: layers even over stages, or with embedding and loss as a layer each.
-
-        Where no number of chunks is (61 layers), stages differ by a layer.
-        """
+        """Chunks per rank: layers even over stages, or with embedding and loss as a layer each."""
+        # Where no number of chunks is (61 layers), stages differ by a layer.
         layers = self.load.layers
         if pp == 1:
             return [1]
@@ -214,3 +187,69 @@ def divisors(number: int) -> Sequence[int]:
     """All divisors, ascending."""
     small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
     return small + [number // n for n in reversed(small) if n * n != number]
+
+
+@dataclass
+class Search:
+    """Result of the search over all layouts of one model."""
+
+    # (seconds, layout, cost, bytes), fastest first; (bytes, layout) of the nearest misses.
+    best: list[tuple[float, Grid, Cost, float]] = field(default_factory=list)
+    misses: list[tuple[float, Grid]] = field(default_factory=list)
+    legal: int = 0  # number of legal layouts
+    over: list[float] = field(default_factory=list)  # bytes by which others are too large
+    spared: int = 0  # number of layouts that recompute although they fit without: not costed
+    # Layouts that lose most by each of `_LOSSES`, and the median of that over the best step.
+    lost: dict[str, int] = field(default_factory=dict)
+    gaps: dict[str, float] = field(default_factory=dict)
+
+
+def search_layouts(config: Config, world: int, machine: Machine, routing: AssumedRouting) -> Search:
+    """Cost and memory of every legal layout."""
+    space = Space.of(config, world, machine.per_node)
+    coster = Coster(space.load, machine, routing, space.dispatchers)
+    search = Search()
+    fitting: list[tuple[float, int, Grid, Cost, float]] = []
+    missing: list[tuple[float, int, Grid]] = []
+    roomy: set[bool] = set()
+    for number, grid in enumerate(space.grids()):
+        if grid.recompute:
+            if grid.expert_overlap in roomy:
+                search.spared += 1
+                continue
+        elif not grid.expert_overlap:
+            # The first of the choices within the same degrees.
+            roomy.clear()
+        held = coster.memory(grid)
+        if held > machine.usable_bytes:
+            missing.append((held, number, grid))
+            continue
+        if not grid.recompute:
+            roomy.add(grid.expert_overlap)
+        cost = coster.cost(grid)
+        fitting.append((cost.total, number, grid, cost, held))
+    search.legal = len(fitting) + len(missing) + search.spared
+    search.over = [held - machine.usable_bytes for held, *_ in missing]
+    search.misses = [
+        (held, coster.named(grid)) for held, _, grid in heapq.nsmallest(_NEAREST_MISSES, missing)
+    ]
+    fitting.sort(key=lambda entry: entry[:2])
+    search.best = [
+        (total, coster.named(grid), cost, held) for total, _, grid, cost, held in fitting[:_KEPT]
+    ]
+    if fitting:
+        _count_losses(search, fitting[0][3], [cost for *_, cost, _ in fitting])
+    return search
+
+
+def _count_losses(search: Search, best: Cost, costs: Sequence[Cost]) -> None:
+    """Count by which cost each layout loses most, against the best."""
+    gaps: dict[str, list[float]] = {name: [] for name in _LOSSES}
+    for cost in costs:
+        if cost.total > best.total:
+            excess = {name: getattr(cost, name) - getattr(best, name) for name in _LOSSES}
+            gaps[max(excess, key=lambda name: excess[name])].append(cost.total / best.total - 1)
+    for name, values in gaps.items():
+        if values:
+            search.lost[name] = len(values)
+            search.gaps[name] = sorted(values)[len(values) // 2]

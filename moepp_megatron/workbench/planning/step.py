@@ -2,63 +2,109 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moepp_megatron.config.stages import Stages
-from moepp_megatron.workbench.planning.data_parallel import pipeline_end
+from moepp_megatron.workbench.planning import pipeline
 from moepp_megatron.workbench.planning.grid import Grid, Recompute
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting, Load, rank_load
-from moepp_megatron.workbench.planning.layer_time import PassTime, edge_time, layer_key, layer_time
-from moepp_megatron.workbench.planning.links import placement, send_seconds
-from moepp_megatron.workbench.planning.machine import Machine
-from moepp_megatron.workbench.planning.memory import fullest_rows, layer_counts
-from moepp_megatron.workbench.planning.parameters import rank_parameters
-from moepp_megatron.workbench.planning.pipeline import (
-    bubble_seconds,
-    even_stages,
-    late_messages,
-    messages_sent,
-    split_passes,
+from moepp_megatron.workbench.planning.layer_time import (
+    PassTime,
+    edge_time,
+    layer_key,
+    layer_time,
+    sum_passes,
 )
-from moepp_megatron.workbench.planning.traffic import exchanged_bytes
+from moepp_megatron.workbench.planning.machine import Machine
+from moepp_megatron.workbench.planning.memory import (
+    RankParameters,
+    fullest_rows,
+    layer_counts,
+    rank_parameters,
+)
+from moepp_megatron.workbench.planning.traffic import (
+    exchanged_bytes,
+    gather_seconds,
+    placement,
+    send_seconds,
+)
 from moepp_megatron.workbench.planning.workload import Workload
 
-BUBBLE, POINT_TO_POINT, DATA, OPTIMIZER = (
-    "pipeline bubble",
-    "pipeline transfers",
-    "data parallel",
-    "optimizer",
-)
+
+@dataclass(frozen=True, slots=True)
+class StepEnd:
+    """Costs of the end of a step, in seconds."""
+
+    reduce: float  # reduce-scatter (or all-reduce) of gradients
+    gather: float  # all-gather of parameters
+    optimizer: float  # gradient norm, Adam, casts: all bound by memory
+
+    def exposed(self, grid: Grid, forward_s: float, backward_s: float) -> float:
+        """Seconds beside no computation: the first forward and the last backward pass cover it."""
+        reduce = max(self.reduce - (backward_s if grid.grad_overlap else 0.0), 0.0)
+        return reduce + max(self.gather - (forward_s if grid.param_overlap else 0.0), 0.0)
+
+
+def step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> StepEnd:
+    """The end of a step of a rank with these parameters."""
+    numbers = load.numbers
+    dense = placement(grid, "dp_cp", machine.per_node)
+    experts = placement(grid, "edp", machine.per_node)
+    reduce = gather_seconds(dense, parameters.dense * numbers.gradient_bytes, machine)
+    reduce += gather_seconds(experts, parameters.experts * numbers.gradient_bytes, machine)
+    gather = 0.0
+    if grid.distributed_optimizer:
+        gather = gather_seconds(dense, parameters.dense * numbers.weight_bytes, machine)
+        gather += gather_seconds(experts, parameters.experts * numbers.weight_bytes, machine)
+    else:
+        reduce *= 2  # an all-reduce is a reduce-scatter and an all-gather
+    return StepEnd(reduce, gather, _optimizer(load, grid, machine, parameters))
+
+
+def pipeline_end(
+    load: Workload, grid: Grid, machine: Machine, stages: Sequence[RankParameters]
+) -> StepEnd:
+    """The end of a step of all stages, by ranks of each kind of stage, the first stage's first.
+
+    The first stage starts first and ends last, so that its transfers count; the slowest optimizer
+    does, because all wait for the gradients' norm.
+    """
+    ends = [step_end(load, grid, machine, parameters) for parameters in stages]
+    return replace(ends[0], optimizer=max(end.optimizer for end in ends))
+
+
+def _optimizer(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> float:
+    numbers = load.numbers
+    shards = (grid.dp * grid.cp, grid.edp) if grid.distributed_optimizer else (1, 1)
+    own = parameters.dense / shards[0] + parameters.experts / shards[1]
+    # Norm and update read the gradient, Adam reads and writes moments and master weights, then
+    # writes the weights; clearing the gradients writes all of them.
+    state = 2 * (numbers.moments_bytes + max(numbers.master_bytes, 4))
+    moved = own * (2 * numbers.gradient_bytes + state + numbers.weight_bytes)
+    moved += (parameters.dense + parameters.experts) * numbers.gradient_bytes
+    return moved / machine.memory_rate
+
+
+BUBBLE, POINT_TO_POINT = "pipeline bubble", "pipeline transfers"
+DATA, OPTIMIZER = "data parallel", "optimizer"
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step of the whole run.
+    """A step of the whole run."""
 
-    Attributes:
-        total: Seconds.
-        seconds: Parts of the total by name.
-        hidden: Seconds of communication beside computation, by name.
-        load: Load of the fullest rank.
-        exchange_bytes: Bytes of hidden vectors that all ranks' dispatchers send, forward.
-        hardware_flop: FLOP of a rank of the slowest stage, including recomputation.
-    """
-
-    total: float
-    seconds: Mapping[str, float]
-    hidden: Mapping[str, float]
-    load: Load
-    exchange_bytes: float
-    hardware_flop: float
+    total: float  # seconds
+    seconds: Mapping[str, float]  # parts of the total by name
+    hidden: Mapping[str, float]  # seconds of communication beside computation, by name
+    load: Load  # load of the fullest rank
+    exchange_bytes: float  # bytes of hidden vectors that all ranks' dispatchers send, forward
 
 
 def expert_load(load: Workload, grid: Grid, routing: AssumedRouting) -> Load:
     """Load of the fullest rank of an expert-parallel group."""
-    group_tokens = grid.tokens(load.seq) * grid.ep
-    selections = round(group_tokens * load.experts.ffn_per_token)
+    selections = round(grid.tokens(load.seq) * grid.ep * load.experts.ffn_per_token)
     return rank_load(routing, load.experts.num_ffn_experts, grid.ep, selections)
 
 
@@ -69,38 +115,30 @@ def step_time(
     routing: AssumedRouting,
     stages: Stages | None = None,
 ) -> StepTime:
-    """Time of one training step.
-
-    Args:
-        load: The workload.
-        grid: A legal layout.
-        machine: The cluster.
-        routing: Unevenness of the routing.
-        stages: Layers by pipeline rank and chunk; by default as even as they divide.
-    """
-    stages = stages or even_stages(load.layers, grid.pp, grid.vpp)
+    """Time of one training step in a legal layout; stages are as even as they divide, or these."""
+    stages = stages or pipeline.even_stages(load.layers, grid.pp, grid.vpp)
     fullness = expert_load(load, grid, routing)
     alone = stage_passes(load, layer_key(grid.apart), machine, fullness.mean, stages)
     beside = stage_passes(load, layer_key(grid), machine, fullness.mean, stages)
     transfer = stage_transfers(load, grid, machine)
     micro_batches = grid.micro_batches(load.batch)
-    apart, together = split_passes(grid.pp, grid.vpp, micro_batches, grid.expert_overlap)
+    apart, together = pipeline.split_passes(grid.pp, grid.vpp, micro_batches, grid.expert_overlap)
     sending = [
-        messages_sent(grid.pp, grid.vpp, rank) * transfer.blocking for rank in range(grid.pp)
+        pipeline.messages_sent(grid.pp, grid.vpp, rank) * transfer.blocking
+        for rank in range(grid.pp)
     ]
     busy = [
         apart * one.total + together * other.total + micro_batches * sent
         for one, other, sent in zip(alone, beside, sending, strict=True)
     ]
     slowest = max(range(grid.pp), key=lambda rank: busy[rank])
-    work = _sum([(alone[slowest], apart), (beside[slowest], together)])
+    work = sum_passes([(alone[slowest], apart), (beside[slowest], together)])
     seconds, hidden = dict(work.seconds), dict(work.hidden)
     if grid.pp > 1:
         whole = [one.total + sent for one, sent in zip(alone, sending, strict=True)]
-        late = late_messages(grid.pp, grid.vpp, together) * transfer.beside
-        seconds[BUBBLE] = (
-            bubble_seconds(sum(whole) - whole[slowest], grid.vpp, grid.is_dualpipe) + late
-        )
+        late = pipeline.late_messages(grid.pp, grid.vpp, together) * transfer.beside
+        others = sum(whole) - whole[slowest]
+        seconds[BUBBLE] = pipeline.bubble_seconds(others, grid.vpp, grid.is_dualpipe) + late
         seconds[POINT_TO_POINT] = micro_batches * sending[slowest]
     # A step begins and ends with passes of the first stage, which run alone: beside them its
     # parameters and gradients travel.
@@ -109,17 +147,9 @@ def step_time(
     seconds[DATA] = end.exposed(grid, alone[0].forward, alone[0].backward)
     seconds[OPTIMIZER] = end.optimizer
     hidden[DATA] = end.reduce + end.gather - seconds[DATA]
-    moe_layers = sum(load.is_moe) + load.extra_layers
-    ranks_of_layer = grid.world / grid.pp
-    sent = exchanged_bytes(load, grid) * moe_layers * ranks_of_layer * micro_batches
-    return StepTime(
-        total=sum(seconds.values()),
-        seconds=seconds,
-        hidden=hidden,
-        load=fullness,
-        exchange_bytes=sent,
-        hardware_flop=work.flop,
-    )
+    sent = exchanged_bytes(load, grid) * (sum(load.is_moe) + load.extra_layers)
+    sent *= grid.world / grid.pp * micro_batches
+    return StepTime(sum(seconds.values()), seconds, hidden, fullness, sent)
 
 
 @lru_cache(maxsize=50_000)
@@ -134,48 +164,24 @@ def stage_passes(
 
     passes = []
     for rank, chunks in enumerate(stages):
-        counts = layer_counts(load, grid, chunks)
-        parts: list[tuple[PassTime, float]] = [
-            (timed(*kind), count) for kind, count in counts.items()
-        ]
+        counts = layer_counts(load, grid, chunks).items()
+        parts = [(timed(*kind), count) for kind, count in counts]
         if rank == 0:
             parts.append((edge_time(load, grid, machine, False), 1))
         if rank == len(stages) - 1:
             parts.append((edge_time(load, grid, machine, True), 1 + load.extra_layers))
             if load.extra_layers:
                 parts.append((timed(True, grid.recompute), load.extra_layers))
-        passes.append(_sum(parts))
+        passes.append(sum_passes(parts))
     return tuple(passes)
-
-
-def _sum(parts: Sequence[tuple[PassTime, float]]) -> PassTime:
-    seconds: dict[str, float] = defaultdict(float)
-    hidden: dict[str, float] = defaultdict(float)
-    for time, count in parts:
-        for name, value in time.seconds.items():
-            seconds[name] += count * value
-        for name, value in time.hidden.items():
-            hidden[name] += count * value
-    return PassTime(
-        forward=sum(count * time.forward for time, count in parts),
-        backward=sum(count * time.backward for time, count in parts),
-        seconds=dict(seconds),
-        hidden=dict(hidden),
-        flop=sum(count * time.flop for time, count in parts),
-    )
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTransfer:
-    """One message between pipeline stages, seconds.
+    """One message between pipeline stages, seconds."""
 
-    Attributes:
-        blocking: Time for which it holds up its sender.
-        beside: Delay of its arrival, while its sender continues.
-    """
-
-    blocking: float
-    beside: float
+    blocking: float  # time for which it holds up its sender
+    beside: float  # delay of its arrival, while its sender continues
 
 
 def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> PlannedTransfer:

@@ -16,7 +16,7 @@ gpu_page.py            `moepp bench report`: a GPU's results beside what was exp
 hardware.py            what the run cost its machines: energy, GPU-hours, MFU
 router_health_plots.py plots of the routers' health; docs/routing.md says what each number means
 healthy.py             what is healthy: the ranges of docs/routing.md
-measured.py            `moepp plan --measured` on the terminal, as JSON, and as tables of the docs
+measured.py            `moepp plan --measured` on the terminal and as JSON
 page.py                the page itself: numbers, plots and configuration put into the template
 plan.py                `moepp plan` on the terminal, as JSON, and as a plot of where the time goes
 plan_models.py         the models of a plan beside each other: speed, and what a whole run takes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +20,7 @@ from moepp_megatron.workbench.planning.measured.compare import (
     pair_errors,
 )
 from moepp_megatron.workbench.planning.measured.fit import Fit
-from moepp_megatron.workbench.planning.measured.rows import nearest_key
+from moepp_megatron.workbench.planning.measured.rows import Beyond, Row
 from moepp_megatron.workbench.report.terminal import print_whole, titled_table
 
 
@@ -62,8 +63,8 @@ def print_measured(comparisons: Sequence[Comparison]) -> None:
 
 
 def _with_nearest(key: str) -> str:
-    nearest = nearest_key(key)
-    return key if nearest is None else f"{key} (did you mean {nearest}?)"
+    nearest = get_close_matches(key, [*Row.model_fields, *Beyond.model_fields], n=1)
+    return f"{key} (did you mean {nearest[0]}?)" if nearest else key
 
 
 def _families(title: str, found: dict[str, FamilyErrors]) -> Table:

@@ -12,11 +12,11 @@ from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.workbench.planning.coster import GIB
-from moepp_megatron.workbench.planning.links import placement
-from moepp_megatron.workbench.planning.measured.published import error_range
+from moepp_megatron.workbench.planning.measured.compare import error_range
 from moepp_megatron.workbench.planning.outlook import outlook_of
 from moepp_megatron.workbench.planning.plan import Plan
 from moepp_megatron.workbench.planning.planned import Planned
+from moepp_megatron.workbench.planning.traffic import placement
 from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, MUTED, VERMILION, png_figure
 from moepp_megatron.workbench.report.plan_models import (
     how_well,

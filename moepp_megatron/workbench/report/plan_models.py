@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from moepp_megatron.workbench.planning.measured.published import Range
+from moepp_megatron.workbench.planning.measured.compare import Range
 from moepp_megatron.workbench.planning.outlook import outlook_of
 from moepp_megatron.workbench.planning.plan import Plan
 from moepp_megatron.workbench.planning.planned import Planned

@@ -48,7 +48,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = tmp_path / "config.yaml"
     config.write_text(MINIMAL)
     # These tests mean a machine without a card, whatever they run on.
-    monkeypatch.setattr("moepp_megatron.workbench.planning.target.Nvml", _no_card)
+    monkeypatch.setattr("moepp_megatron.cli.memory_fit.Nvml", _no_card)
 
     def run(text: str, ranks: int, *options: str) -> int:
         overrides = []
@@ -411,16 +411,16 @@ def test_the_card_is_what_was_asked_for(command, capsys, settings, options, devi
 
 def test_the_card_here_comes_before_what_is_assumed(command, capsys, monkeypatch):
     """One in `configs/hardware`, and one that nobody has described."""
-    from moepp_megatron.workbench.planning import target
+    from moepp_megatron.cli import memory_fit
     from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
 
     def session(name):
         return lambda: Nvml(FakeNvml(answers(nvmlDeviceGetName=name)))
 
-    monkeypatch.setattr(target, "Nvml", session("NVIDIA H200"))
+    monkeypatch.setattr(memory_fit, "Nvml", session("NVIDIA H200"))
     assert command(H100, 1, "--dry-run") == 0
     assert "on h200 (the GPU here)" in capsys.readouterr().out
-    monkeypatch.setattr(target, "Nvml", session("Some New Card"))
+    monkeypatch.setattr(memory_fit, "Nvml", session("Some New Card"))
     assert command(H100, 1, "--dry-run") == 0
     out = capsys.readouterr().out
     assert "the memory of Some New Card is not known" in out

@@ -178,7 +178,7 @@ def test_the_configuration_is_not_overwritten(plan, capsys, tmp_path: Path) -> N
 
 
 def test_the_model_is_held_to_runs(tmp_path: Path, monkeypatch, capsys) -> None:
-    from moepp_megatron.workbench.planning.measured.published import SET_NUMBERS
+    from moepp_megatron.workbench.planning.measured.compare import SET_NUMBERS
 
     def call(*options: str) -> int:
         monkeypatch.setattr(sys, "argv", ["moepp", "plan", *options])

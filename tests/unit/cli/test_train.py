@@ -126,13 +126,11 @@ def test_a_run_that_does_not_fit_the_gpu_is_refused_before_it_starts(
 ) -> None:
     from moepp_megatron.cli import memory_fit
     from moepp_megatron.runtime.nvml import Nvml
-    from moepp_megatron.workbench.planning import target
     from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
 
     large = ["model.hidden_size=8192", "model.num_attention_heads=64", "model.num_layers=48"]
     assert command(*large) == 0, "no GPU to fit"
-    for module in (memory_fit, target):
-        monkeypatch.setattr(module, "Nvml", lambda: Nvml(FakeNvml(answers())))
+    monkeypatch.setattr(memory_fit, "Nvml", lambda: Nvml(FakeNvml(answers())))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert command(*large) == 3
     error = capsys.readouterr().err

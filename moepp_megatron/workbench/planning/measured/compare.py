@@ -1,35 +1,32 @@
-"""Predicted beside measured, and errors by family."""
+"""Predicted beside measured, errors by family, and the published runs."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from statistics import median
 
+import numpy as np
+
+from moepp_megatron.config import Config
 from moepp_megatron.workbench.planning.coster import GIB
 from moepp_megatron.workbench.planning.machine import Machine, machine_of
-from moepp_megatron.workbench.planning.measured.rows import Run
+from moepp_megatron.workbench.planning.measured.rows import Run, read_runs
 from moepp_megatron.workbench.planning.memory import fullest_rank
 from moepp_megatron.workbench.planning.step import StepTime, step_time
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run and the model's estimate of it.
-
-    Attributes:
-        run: The run.
-        step: The model's step.
-        tokens_per_s_per_gpu: The model's speed.
-        memory_gib: The model's peak of the allocator on the fullest rank.
-    """
+    """A run and the model's estimate of it."""
 
     run: Run
-    step: StepTime
-    tokens_per_s_per_gpu: float
-    memory_gib: float
+    step: StepTime  # the model's
+    tokens_per_s_per_gpu: float  # the model's
+    memory_gib: float  # the model's peak of the allocator on the fullest rank
 
     @property
     def error(self) -> float | None:
@@ -53,15 +50,7 @@ class Comparison:
 
 
 def compare(run: Run, machine: Machine | None = None) -> Comparison:
-    """The model's answer for a run.
-
-    Args:
-        run: The run.
-        machine: Its machine, where it is not its hardware file's.
-
-    Raises:
-        ConfigError: If the hardware file lacks a number.
-    """
+    """The model's answer for a run, on its hardware file's machine or this one."""
     machine = machine or machine_of(run.hardware)
     step = step_time(run.load, run.grid, machine, run.routing, run.stages)
     # Over all layers a rank receives about as much as any other.
@@ -72,23 +61,14 @@ def compare(run: Run, machine: Machine | None = None) -> Comparison:
 
 @dataclass(frozen=True)
 class FamilyErrors:
-    """Errors of a family's rows in scope.
+    """Errors of a family's rows in scope."""
 
-    Attributes:
-        rows: Rows that were measured.
-        median: Median of the absolute errors.
-        largest: The largest of them.
-        fast: Rows that the model is too fast for.
-        tenth: A tenth of runs take less than this many times the estimate.
-        nine_tenths: A tenth take more than this many times the estimate.
-    """
-
-    rows: int
-    median: float
+    rows: int  # that were measured
+    median: float  # of the absolute errors
     largest: float
-    fast: int
-    tenth: float
-    nine_tenths: float
+    fast: int  # rows that the model is too fast for
+    tenth: float  # A tenth of runs take less than this many times the estimate
+    nine_tenths: float  # A tenth take more than this many times the estimate
 
 
 def family_errors(
@@ -104,39 +84,19 @@ def family_errors(
 
 def _summary(errors: Sequence[float]) -> FamilyErrors:
     sizes = [abs(error) for error in errors]
+    fast = sum(error > 0 for error in errors)
     # Measured time over estimated time is estimated speed over measured speed.
-    ratios = sorted(1.0 + error for error in errors)
-    return FamilyErrors(
-        rows=len(errors),
-        median=median(sizes),
-        largest=max(sizes),
-        fast=sum(error > 0 for error in errors),
-        tenth=quantile(ratios, 0.1),
-        nine_tenths=quantile(ratios, 0.9),
-    )
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """A quantile of an ascending sequence, interpolated."""
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+    tenths = np.quantile([1.0 + error for error in errors], (0.1, 0.9)).tolist()
+    return FamilyErrors(len(errors), median(sizes), max(sizes), fast, *tenths)
 
 
 @dataclass(frozen=True)
 class RatioError:
-    """The ratio of two runs' speeds.
+    """The ratio of two runs' speeds."""
 
-    Attributes:
-        name: Name of the pair.
-        measured: Speed of the slower over that of the faster run, as measured.
-        predicted: The same as the model has it.
-    """
-
-    name: str
-    measured: float
-    predicted: float
+    name: str  # name of the pair
+    measured: float  # speed of the slower over that of the faster run, as measured
+    predicted: float  # the same as the model has it
 
     @property
     def error(self) -> float:
@@ -152,15 +112,52 @@ def pair_errors(comparisons: Iterable[Comparison]) -> list[RatioError]:
             pairs[name].append(one)
     found = []
     for name, members in pairs.items():
-        speeds = [member.run.tokens_per_s_per_gpu for member in members]
-        if len(members) != 2 or None in speeds:
-            continue
-        slow, fast = sorted(members, key=lambda one: one.run.tokens_per_s_per_gpu or 0.0)
-        found.append(
-            RatioError(
-                name,
-                (fast.run.tokens_per_s_per_gpu or 0.0) / (slow.run.tokens_per_s_per_gpu or 1.0),
-                fast.tokens_per_s_per_gpu / slow.tokens_per_s_per_gpu,
-            )
-        )
+        timed = [(one.run.tokens_per_s_per_gpu, one.tokens_per_s_per_gpu) for one in members]
+        if len(members) == 2 and all(measured for measured, _ in timed):
+            slow, fast = sorted(timed, key=lambda speeds: speeds[0] or 0.0)
+            measured = (fast[0] or 0.0) / (slow[0] or 1.0)
+            found.append(RatioError(name, measured, fast[1] / slow[1]))
     return found
+
+
+# Beside the package in a source tree, as `configs/hardware` is.
+FOLDER = Path(__file__).resolve().parents[4] / "configs" / "measured"
+SET_NUMBERS, HELD_OUT = FOLDER / "set_numbers.json", FOLDER / "held_out.json"
+# GPUs of which there are runs of MoE models; an H200 is an H100's chip with more memory.
+_CARDS = ("h100", "h200", "b200")
+# Fewer rows say nothing of a tenth.
+_LEAST_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Range:
+    """How long runs took, in units of their estimate."""
+
+    family: str  # published runs that it comes from
+    errors: FamilyErrors  # their errors
+    is_own: bool  # whether they are of the same kind of GPU as what is estimated
+
+    def of(self, time: float) -> tuple[float, float]:
+        """What a tenth of such runs took less than, and more than, for this estimate."""
+        return time * self.errors.tenth, time * self.errors.nine_tenths
+
+
+def error_range(config: Config, machine: Machine) -> Range | None:
+    """Errors of the held-out runs nearest to a plan, by format or on B200; None without a file."""
+    by_format = f"{'FP8' if config.precision.fp8 else 'bf16'} MoE"
+    card = machine.hardware.name.lower()
+    family = "B200" if card.startswith("b200") else by_format
+    errors = _errors_by_family().get(family)
+    if errors is None or errors.rows < _LEAST_ROWS:
+        return None
+    return Range(family, errors, card.startswith(_CARDS))
+
+
+@lru_cache(maxsize=1)
+def _errors_by_family() -> dict[str, FamilyErrors]:
+    return family_errors(held_out(), scopes=("in", "near")) if HELD_OUT.is_file() else {}
+
+
+def held_out() -> list[Comparison]:
+    """The published runs that set no number, beside the model."""
+    return [compare(run) for run in read_runs(HELD_OUT)]

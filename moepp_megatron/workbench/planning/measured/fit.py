@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.hardware import Hardware
-from moepp_megatron.workbench.planning.efficiency import Efficiencies
-from moepp_megatron.workbench.planning.machine import machine_of
+from moepp_megatron.workbench.planning.machine import Efficiencies, machine_of
 from moepp_megatron.workbench.planning.measured.compare import compare
 from moepp_megatron.workbench.planning.measured.rows import Run
 
@@ -38,8 +37,7 @@ _INPUTS: Mapping[str, float] = {
 }
 # Error of the model that no input takes away, and the error from which a row weighs less.
 _ROW_ERROR, _LARGE_ERROR = 0.05, 0.15
-_STEPS = 4
-_PROBE = 0.02
+_STEPS, _PROBE = 4, 0.02
 # An input that changes no row by more than this (of a 2% change) is left alone.
 _LEAST_EFFECT = 1e-4
 # Shares of a rated number.
@@ -50,30 +48,17 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Fit:
-    """Fitted inputs.
+    """Fitted inputs."""
 
-    Attributes:
-        hardware: The GPU with the fitted inputs in `reached`.
-        changed: Input -> value before and after.
-        before: Error of each row before.
-        after: Error of each row after.
-        held_out: Error of each row where it alone did not take part, linear around the fit.
-        rows: The rows, in the same order.
-    """
-
-    hardware: Hardware
-    changed: Mapping[str, tuple[float, float]]
-    before: tuple[float, ...]
-    after: tuple[float, ...]
-    held_out: tuple[float, ...]
-    rows: tuple[Run, ...]
+    hardware: Hardware  # the GPU with the fitted inputs in `reached`
+    changed: Mapping[str, tuple[float, float]]  # input -> value before and after
+    before: tuple[float, ...]  # error of each row before
+    after: tuple[float, ...]  # error of each row after
+    held_out: tuple[float, ...]  # error of each row by the fit of all others, to first order
+    rows: tuple[Run, ...]  # the rows, in the same order
 
     def yaml(self, source: str) -> str:
-        """The hardware file.
-
-        Args:
-            source: The file of rows, for the comment.
-        """
+        """The hardware file; `source` is the file of rows, for its comment."""
         content: dict[str, Any] = self.hardware.model_dump(mode="json", exclude_unset=True)
         header = f"# Inputs under reached: fitted to {len(self.rows)} runs of {source}.\n"
         return header + yaml.safe_dump(content, sort_keys=False)
@@ -118,20 +103,12 @@ def fit(runs: Sequence[Run]) -> Fit:
         now = errors(shift)
     last = _Ridge(_slopes(errors, shift, now)[:, useful], now, shift[useful], spread[useful])
     fitted = _moved(start, names, origin, shift)
-    changed = {
-        name: (getattr(start, name), getattr(fitted, name))
-        for name, is_useful in zip(names, useful, strict=True)
-        if is_useful
-    }
+    used = [name for name, is_useful in zip(names, useful, strict=True) if is_useful]
+    changed = {name: (getattr(start, name), getattr(fitted, name)) for name in used}
     reached = {name: float(f"{after:.4g}") for name, (_, after) in changed.items()}
-    return Fit(
-        hardware=hardware.model_copy(update={"reached": {**hardware.reached, **reached}}),
-        changed=changed,
-        before=tuple(np.expm1(before)),
-        after=tuple(np.expm1(now)),
-        held_out=tuple(np.expm1(last.left_out())),
-        rows=rows,
-    )
+    hardware = hardware.model_copy(update={"reached": {**hardware.reached, **reached}})
+    early, late, without = (tuple(np.expm1(one)) for one in (before, now, last.left_out()))
+    return Fit(hardware, changed, early, late, without, rows)
 
 
 def _moved(
@@ -150,13 +127,9 @@ def _bounded(names: Sequence[str], origin: Values, shift: Values) -> Values:
 
 def _slopes(errors: Any, shift: Values, now: Values) -> Values:
     """Change of each row's error with the logarithm of each input [rows, inputs]."""
-    columns = []
-    for number in range(len(shift)):
-        probe = shift.copy()
-        # Downwards: a share near 1 stays below it.
-        probe[number] -= _PROBE
-        columns.append((now - errors(probe)) / _PROBE)
-    return np.stack(columns, axis=1)
+    # Downwards: a share near 1 stays below it.
+    probes = shift - _PROBE * np.eye(len(shift))
+    return np.stack([(now - errors(probe)) / _PROBE for probe in probes], axis=1)
 
 
 class _Ridge:
@@ -172,14 +145,11 @@ class _Ridge:
         """Distances of the inputs from their start."""
         weights = self._weights / _ROW_ERROR**2
         if without is not None:
-            weights = weights.copy()
             weights[without] = 0.0
         normal = (self._slopes.T * weights) @ self._slopes + np.diag(1.0 / self._spread**2)
         return np.asarray(np.linalg.solve(normal, -(self._slopes.T * weights) @ self._rest))
 
     def left_out(self) -> Values:
         """Error of each row with the inputs that all others give."""
-        count = len(self._rest)
-        return np.array(
-            [self._rest[row] + self._slopes[row] @ self.solve(without=row) for row in range(count)]
-        )
+        rows = enumerate(zip(self._rest, self._slopes, strict=True))
+        return np.array([rest + slopes @ self.solve(without=row) for row, (rest, slopes) in rows])

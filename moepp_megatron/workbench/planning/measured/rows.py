@@ -7,9 +7,8 @@ a dense model, or a format or layout that this trainer refuses (docs/planning.md
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from moepp_megatron.config.load import from_dotted, validated
 from moepp_megatron.config.schema import Config
 from moepp_megatron.config.stages import Stages, expand_pipeline_layout, stages_of
 from moepp_megatron.config.yaml_file import parse_yaml
+from moepp_megatron.workbench.planning.attention import LatentAttention
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, AssumedRouting, early
 from moepp_megatron.workbench.planning.pipeline import even_stages
@@ -96,27 +96,16 @@ class Row(_Strict):
 
 @dataclass(frozen=True)
 class Run:
-    """A row in the cost model's terms.
-
-    Attributes:
-        row: The row.
-        config: Its settings; valid by the schema alone.
-        hardware: The GPU.
-        load: The model and its batch.
-        grid: The layout.
-        stages: Layers by pipeline rank and chunk.
-        routing: How uneven its routing is taken to be.
-        unused: Keys of the row and of its `beyond` that are not known.
-    """
+    """A row in the cost model's terms."""
 
     row: Row
-    config: Config
+    config: Config  # its settings; valid by the schema alone
     hardware: Hardware
     load: Workload
     grid: Grid
-    stages: Stages
-    routing: AssumedRouting
-    unused: tuple[str, ...] = ()
+    stages: Stages  # layers by pipeline rank and chunk
+    routing: AssumedRouting  # how uneven its routing is taken to be
+    unused: tuple[str, ...] = ()  # keys of the row and of its `beyond` that are not known
 
     @property
     def tokens_per_s_per_gpu(self) -> float | None:
@@ -129,12 +118,6 @@ class Run:
             flop = training_flops_per_token(self.config, share)
             return 1000.0 * measured.tflops_per_gpu / (measured.gflop_per_token or flop / 1e9)
         return measured.tokens_per_s_per_gpu
-
-
-def nearest_key(key: str) -> str | None:
-    """The key of a row or of its `beyond` that a key which is not known may stand for."""
-    known = [*Row.model_fields, *Beyond.model_fields]
-    return next(iter(get_close_matches(key, known, n=1)), None)
 
 
 def read_runs(path: Path) -> list[Run]:
@@ -164,9 +147,7 @@ def _rows_of(path: Path) -> list[Row]:
             f"--measured ({path}) cannot be read: {error}; give a file of rows"
         ) from None
     if not isinstance(content, list) or not content:
-        raise ConfigError(
-            f"--measured ({path}) must hold a list of rows; docs/planning.md has an example"
-        )
+        raise ConfigError(f"--measured ({path}) must hold a list of rows; see docs/planning.md")
     rows = []
     for number, entry in enumerate(content, start=1):
         try:
@@ -188,11 +169,7 @@ def _problem(place: str, entry: object, error: ValidationError) -> str:
 
 
 def run_of(row: Row, source: str = "a row") -> Run:
-    """A row in the cost model's terms.
-
-    Raises:
-        ConfigError: If its settings or its layout cannot be.
-    """
+    """A row in the cost model's terms; ConfigError if its settings or its layout cannot be."""
     place = f"{source}: {row.name}"
     try:
         config = validated(from_dotted(row.settings), place)
@@ -201,41 +178,59 @@ def run_of(row: Row, source: str = "a row") -> Run:
     except ValidationError as error:
         raise ConfigError(_problem(place, None, error)) from None
     except ConfigError as error:
-        raise ConfigError(
-            "\n".join(f"{place}: {line}" for line in str(error).split("\n"))
-        ) from None
+        lines = (f"{place}: {line}" for line in str(error).split("\n"))
+        raise ConfigError("\n".join(lines)) from None
     grid = _grid(row, config, beyond, place)
-    load = Workload.from_config(config).with_facts(
+    load = _with_facts(Workload.from_config(config), beyond)
+    hardware = load_hardware(nearest_hardware(row.hardware))
+    hardware = with_changes(hardware, row.hardware_overrides, place)
+    stages = _stages(row, config, grid, place)
+    routing = early(load.experts.num_ffn_experts) if row.routing == "learned" else FORCED_BALANCE
+    unused = sorted(row.model_extra or {}) + sorted(set(row.beyond) - set(Beyond.model_fields))
+    return Run(row, config, hardware, load, grid, stages, routing, tuple(unused))
+
+
+def _with_facts(load: Workload, beyond: Beyond) -> Workload:
+    """The same model with what no configuration says."""
+    attention, moments = load.attention, 2 * beyond.moment_bytes
+    if beyond.latent_key_norm and isinstance(attention, LatentAttention):
+        attention = replace(attention, has_norms=True)
+    numbers = replace(
+        load.numbers,
         gradient_bytes=beyond.gradient_bytes,
-        moment_bytes=beyond.moment_bytes,
-        extra_layers=beyond.multi_token_prediction_layers,
-        window=beyond.sliding_window,
-        window_every=beyond.sliding_window_every,
-        ungated_size=beyond.ungated_ffn_hidden_size,
-        key_norm=beyond.latent_key_norm,
+        moments_bytes=moments,
+        matrix_moments_bytes=moments,
+    )
+    experts = replace(
+        load.experts,
         most_nodes=beyond.most_nodes_per_token,
         permute_fused=beyond.permute_fusion,
         router_pads=beyond.router_padding,
-        expert_bias=beyond.expert_bias,
-        clamped=beyond.activation_clamp,
+        has_bias=beyond.expert_bias,
+        is_clamped=beyond.activation_clamp,
+    )
+    return replace(
+        load,
+        attention=attention,
+        numbers=numbers,
+        extra_layers=beyond.multi_token_prediction_layers or load.extra_layers,
+        causal_share=_seen_share(load.seq, beyond.sliding_window, beyond.sliding_window_every),
+        # Whose kernels these runs had is not known of all of them.
+        loss_fused=False,
+        dense_size=beyond.ungated_ffn_hidden_size or load.dense_size,
+        gated=beyond.ungated_ffn_hidden_size is None,
         rotation_fused=beyond.rotation_fusion,
         tensor_overlap=beyond.tensor_overlap,
+        experts=experts,
     )
-    hardware = load_hardware(nearest_hardware(row.hardware))
-    routing = early(load.experts.num_ffn_experts) if row.routing == "learned" else FORCED_BALANCE
-    return Run(
-        row=row,
-        config=config,
-        hardware=with_changes(hardware, row.hardware_overrides, place),
-        load=load,
-        grid=grid,
-        stages=_stages(row, config, grid, place),
-        routing=routing,
-        unused=(
-            *sorted(row.model_extra or {}),
-            *sorted(set(row.beyond) - set(Beyond.model_fields)),
-        ),
-    )
+
+
+def _seen_share(seq: int, window: int | None, every: int) -> float:
+    """Share of a layer's scores that are computed, over layers of which every n-th has a window."""
+    seen = min(window or seq, seq)
+    # The first `seen` tokens see all before them, later ones `seen`.
+    windowed = seen / seq - (seen / seq) ** 2 / 2
+    return windowed / every + 0.5 * (1 - 1 / every)
 
 
 def _grid(row: Row, config: Config, beyond: Beyond, place: str) -> Grid:
@@ -247,52 +242,42 @@ def _grid(row: Row, config: Config, beyond: Beyond, place: str) -> Grid:
             f"{place}: parallel.pipeline_model_parallel_layout ({layout}) {error}; "
             "write for example Ett|tt|ttL"
         ) from None
-    grid = replace(
-        Grid.from_config(config, row.gpus),
-        is_dualpipe=beyond.schedule == "dualpipe",
-    )
+    grid = Grid.from_config(config, row.gpus)
+    for problem in _problems(config, grid):
+        raise ConfigError(f"{place}: {problem}; correct one of them")
+    return replace(grid, is_dualpipe=beyond.schedule == "dualpipe")
+
+
+def _problems(config: Config, grid: Grid) -> Iterator[str]:
+    """What the model's arithmetic would stumble over."""
+    model, moe, batch = config.model, config.moe, config.training.global_batch_size
     dense, sparse = grid.tp * grid.cp * grid.pp, grid.ep * grid.etp * grid.pp
     for ranks, names in ((dense, "tensor, context and pipeline"), (sparse, "expert and pipeline")):
-        if row.gpus % ranks:
-            raise ConfigError(
-                f"{place}: gpus ({row.gpus}) must be a multiple of the {names} ranks ({ranks}); "
-                "correct one of them"
-            )
-    _check_shape(config, grid, place)
-    unit = grid.micro_batch * grid.dp
-    if config.training.global_batch_size % unit:
-        raise ConfigError(
-            f"{place}: training.global_batch_size ({config.training.global_batch_size}) must be a "
-            f"multiple of micro-batch times data-parallel ranks ({unit}); correct one of them"
+        if grid.world % ranks:
+            yield f"gpus ({grid.world}) must be a multiple of the {names} ranks ({ranks})"
+    entries, layers = len(moe.moe_layer_pattern(model.num_layers)), model.num_layers
+    if entries != layers:
+        yield (
+            f"moe.layer_freq ({entries} entries) must have one for each of model.num_layers "
+            f"({layers})"
         )
-    experts = config.moe.num_ffn_experts
-    if experts % grid.ep:
-        raise ConfigError(
-            f"{place}: parallel.expert_model_parallel_size ({grid.ep}) must divide "
-            f"moe.num_ffn_experts ({experts}); correct one of them"
+    heads, hidden = model.num_attention_heads, model.hidden_size
+    if heads % grid.tp or hidden % heads and model.kv_channels is None:
+        yield (
+            f"model.num_attention_heads ({heads}) must be a multiple of the tensor ranks "
+            f"({grid.tp}) and divide model.hidden_size ({hidden})"
         )
-    return grid
-
-
-def _check_shape(config: Config, grid: Grid, place: str) -> None:
-    """Refuse what the model's arithmetic would stumble over."""
-    model, moe = config.model, config.moe
-    pattern = moe.moe_layer_pattern(model.num_layers)
-    if len(pattern) != model.num_layers:
-        raise ConfigError(
-            f"{place}: moe.layer_freq ({len(pattern)} entries) must have one for each of "
-            f"model.num_layers ({model.num_layers}); correct it"
+    if (stages := grid.pp * grid.vpp) > 2 * layers:
+        yield f"model.num_layers ({layers}) must be enough for {stages} stages"
+    if batch % (unit := grid.micro_batch * grid.dp):
+        yield (
+            f"training.global_batch_size ({batch}) must be a multiple of micro-batch times "
+            f"data-parallel ranks ({unit})"
         )
-    heads = model.num_attention_heads
-    if heads % grid.tp or model.hidden_size % heads and model.kv_channels is None:
-        raise ConfigError(
-            f"{place}: model.num_attention_heads ({heads}) must be a multiple of the tensor ranks "
-            f"({grid.tp}) and divide model.hidden_size ({model.hidden_size}); correct one of them"
-        )
-    if grid.pp * grid.vpp > 2 * model.num_layers:
-        raise ConfigError(
-            f"{place}: model.num_layers ({model.num_layers}) must be enough for "
-            f"{grid.pp * grid.vpp} stages; correct one of them"
+    if moe.num_ffn_experts % grid.ep:
+        yield (
+            f"parallel.expert_model_parallel_size ({grid.ep}) must divide moe.num_ffn_experts "
+            f"({moe.num_ffn_experts})"
         )
 
 

@@ -9,12 +9,11 @@ import pytest
 
 from moepp_megatron.config import Config, with_overrides
 from moepp_megatron.training.schedule import batch_stages
-from moepp_megatron.workbench.planning.batch_ramp import ramp_stages
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.imbalance import LEARNED
 from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.outlook import outlook_of
-from moepp_megatron.workbench.planning.planned import Planned, planned_of
+from moepp_megatron.workbench.planning.planned import Planned, planned_of, ramp_stages
 from moepp_megatron.workbench.planning.step import step_time
 from moepp_megatron.workbench.planning.workload import Workload
 from tests.unit.workbench.planning.test_costs import configured

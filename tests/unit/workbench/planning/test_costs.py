@@ -15,7 +15,6 @@ from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.workbench.planning.activations import kept_bytes, output_bytes
 from moepp_megatron.workbench.planning.attention import GroupedQuery
 from moepp_megatron.workbench.planning.coster import GIB, Coster
-from moepp_megatron.workbench.planning.efficiency import Efficiencies
 from moepp_megatron.workbench.planning.grid import FULL, Grid
 from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, LEARNED, early
 from moepp_megatron.workbench.planning.layer_time import (
@@ -24,14 +23,11 @@ from moepp_megatron.workbench.planning.layer_time import (
     PassTime,
     layer_time,
 )
-from moepp_megatron.workbench.planning.linear import linear_work
-from moepp_megatron.workbench.planning.links import Placement
-from moepp_megatron.workbench.planning.machine import Machine, machine_of
+from moepp_megatron.workbench.planning.machine import Efficiencies, Machine, machine_of
 from moepp_megatron.workbench.planning.memory import fullest_rank, fullest_rows, memory_of
 from moepp_megatron.workbench.planning.parts import (
     Layer,
     LayerPart,
-    embedding_part,
     layer_parts,
     output_part,
 )
@@ -42,9 +38,10 @@ from moepp_megatron.workbench.planning.pipeline import (
     layout_string,
     stage_sizes,
 )
-from moepp_megatron.workbench.planning.rates import Product, product_seconds
+from moepp_megatron.workbench.planning.rates import Product, Work, linear_work, product_seconds
 from moepp_megatron.workbench.planning.step import BUBBLE, OPTIMIZER, step_time
 from moepp_megatron.workbench.planning.traffic import (
+    Placement,
     exchanged_bytes,
     hierarchical_rows,
     layer_traffic,
@@ -76,16 +73,24 @@ def configured(**moe: object) -> Config:
 LOAD = Workload.from_config(configured())
 
 
+def at_share(ffn_share: float) -> Workload:
+    return replace(LOAD, experts=replace(LOAD.experts, ffn_share=ffn_share))
+
+
+def flop_of(work: Work) -> float:
+    return work.core_flop + sum(product.flop for product in work.products)
+
+
 def test_parts_do_the_operations_that_are_counted() -> None:
     config = configured(two_layer_gate=True, shared_expert_ffn_hidden_size=1024, layer_freq=2)
     # The configuration's count takes all scores, although half are masked.
     load = replace(Workload.from_config(config), causal_share=1.0)
     for grid in (Grid(8), Grid(8, tp=2, ep=4), Grid(8, tp=2, cp=2, ep=2, etp=2)):
         rows = grid.tokens(load.seq) * load.experts.ffn_per_token
-        flop = output_part(load, grid).forward.flop + embedding_part(load, grid).forward.flop
+        flop = flop_of(output_part(load, grid).forward)
         for number, is_moe in enumerate(load.is_moe):
             layer = Layer(is_moe, rows if is_moe else 0.0, number > load.first_moe_layer)
-            flop += sum(part.forward.flop for part in layer_parts(load, grid, layer))
+            flop += sum(flop_of(part.forward) for part in layer_parts(load, grid, layer))
         # On tp ranks the group's tokens are computed once, each with a share of the weights; the
         # router and constant experts are whole on each rank, with the rank's tokens.
         per_token = flop / grid.tokens(load.seq)
@@ -164,7 +169,7 @@ def test_what_makes_a_step_slower(h100: Machine) -> None:
     assert seconds(recompute=FULL) > seconds(recompute=("moe",))
     assert seconds(routing=LEARNED) > base
     assert seconds(pp=4) > seconds(pp=4, vpp=2) > base
-    assert seconds(LOAD.at_share(1.0)) > base > seconds(LOAD.at_share(0.3))
+    assert seconds(at_share(1.0)) > base > seconds(at_share(0.3))
     # 64 expert ranks are spread over 8 nodes: an exchange that overlap hides.
     wide = replace(LOAD, experts=replace(LOAD.experts, num_ffn_experts=64))
     assert seconds(wide, ep=64) > seconds(wide, ep=64, expert_overlap=True) > 0
@@ -198,7 +203,7 @@ def test_what_takes_memory() -> None:
     assert held(pp=4) == pytest.approx(base)
     assert held(pp=4, vpp=2) > held(pp=4)
     assert held(replace(LOAD, numbers=replace(LOAD.numbers, fp8="blockwise"))) < base
-    assert held(LOAD.at_share(0.3)) < base < held(LOAD.at_share(1.0))
+    assert held(at_share(0.3)) < base < held(at_share(1.0))
 
 
 def _kept(load: Workload = LOAD, **grid: object) -> float:
@@ -374,7 +379,8 @@ def test_delayed_scaling_casts_all_experts_in_one_kernel() -> None:
     assert apart == (62, 62)
     # More than 64 experts do not fit one launch.
     load = narrow(numbers=Numbers(fp8="delayed"))
-    assert [linear_work(load, 9, 8, 8, groups).casts for groups in (1, 64, 65, 129)] == [1, 1, 2, 3]
+    casts = [linear_work(load, 9, 8, 8, groups)[0].kernels for groups in (1, 64, 65, 129)]
+    assert casts == [1, 1, 2, 3]
 
 
 def test_rows_are_copied_for_fp8_where_nothing_has_rounded_them() -> None:

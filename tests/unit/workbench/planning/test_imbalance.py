@@ -16,8 +16,8 @@ from moepp_megatron.workbench.planning.imbalance import (
     AssumedRouting,
     evenness_of,
     rank_load,
+    recorded_routing,
 )
-from moepp_megatron.workbench.planning.recorded_routing import recorded_routing
 
 
 def test_forced_balance_and_a_single_rank_are_even() -> None:

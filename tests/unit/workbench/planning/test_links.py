@@ -8,7 +8,8 @@ import statistics
 import pytest
 
 from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.links import (
+from moepp_megatron.workbench.planning.machine import Machine
+from moepp_megatron.workbench.planning.traffic import (
     Placement,
     all_to_all_seconds,
     distinct_targets,
@@ -16,7 +17,6 @@ from moepp_megatron.workbench.planning.links import (
     hierarchical_seconds,
     placement,
 )
-from moepp_megatron.workbench.planning.machine import Machine
 
 # Hidden size 7168 in bf16, 4096 tokens per rank, 8 of 256 experts, nodes of 8 cards.
 TOKENS, ROW, TOPK = 4096, 7168 * 2, 8

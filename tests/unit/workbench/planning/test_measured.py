@@ -15,22 +15,18 @@ from moepp_megatron.config import ConfigError
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.config.stages import stages_of
 from moepp_megatron.workbench.planning.coster import GIB
-from moepp_megatron.workbench.planning.efficiency import Efficiencies
-from moepp_megatron.workbench.planning.machine import machine_of
+from moepp_megatron.workbench.planning.machine import Efficiencies, machine_of
 from moepp_megatron.workbench.planning.measured.compare import (
+    HELD_OUT,
+    SET_NUMBERS,
     Comparison,
     compare,
+    error_range,
     family_errors,
+    held_out,
     pair_errors,
 )
 from moepp_megatron.workbench.planning.measured.fit import fit
-from moepp_megatron.workbench.planning.measured.published import (
-    HELD_OUT,
-    SET_NUMBERS,
-    error_range,
-    held_out,
-    set_numbers,
-)
 from moepp_megatron.workbench.planning.measured.rows import Run, read_runs
 from moepp_megatron.workbench.planning.memory import memory_of
 from moepp_megatron.workbench.planning.workload import Numbers
@@ -41,7 +37,7 @@ DOCS = ROOT / "docs" / "planning.md"
 
 @pytest.fixture(scope="module")
 def chosen_by() -> list[Comparison]:
-    return set_numbers()
+    return [compare(run) for run in read_runs(SET_NUMBERS)]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 
 from moepp_megatron.config import Config, ConfigError, Layout, parse_config
 from moepp_megatron.config.hardware import load_hardware
-from moepp_megatron.workbench.planning.costed import search_layouts
 from moepp_megatron.workbench.planning.coster import Coster
 from moepp_megatron.workbench.planning.grid import FULL, Grid
 from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, LEARNED
@@ -19,7 +18,7 @@ from moepp_megatron.workbench.planning.machine import Machine, machine_of
 from moepp_megatron.workbench.planning.overlay import config_of
 from moepp_megatron.workbench.planning.pipeline import stage_sizes
 from moepp_megatron.workbench.planning.plan import TIE, complexity, make_plan
-from moepp_megatron.workbench.planning.search import Space, divisors
+from moepp_megatron.workbench.planning.search import Space, divisors, search_layouts
 from moepp_megatron.workbench.planning.workload import Workload
 from tests.parallel.training_runs import VANILLA
 
@@ -125,7 +124,7 @@ def test_a_configuration_becomes_its_grid_again() -> None:
     grids = list(Space.of(config, WORLD, 8).grids())
     for grid in grids[::200]:
         changed = config_of(config, grid)
-        assert Grid.from_layout(changed, Layout.from_config(changed, WORLD)) == grid
+        assert Grid.from_config(changed, Layout.from_config(changed, WORLD).world_size) == grid
 
 
 def test_the_plan_is_the_best_of_all_layouts(h100: Machine) -> None:
@@ -157,7 +156,7 @@ def test_the_plan_is_the_best_of_all_layouts(h100: Machine) -> None:
     counted = sum(plan.search.lost.values()) + len(plan.search.over) + plan.search.spared
     # The best itself, and layouts exactly as fast, lose by nothing.
     assert counted < plan.search.legal <= counted + 50
-    hours = plan.hours(plan.best, 1e9)
+    hours = plan.best.run_seconds(1e9) / 3600
     assert hours * 3600 * plan.best.tokens_per_s_per_gpu * WORLD == pytest.approx(1e9)
 
 

@@ -9,11 +9,11 @@ import pytest
 from moepp_megatron.config import with_overrides
 from moepp_megatron.workbench.planning.grid import FULL, Dispatcher, Grid
 from moepp_megatron.workbench.planning.layer_time import EXCHANGE, PassTime, layer_time
-from moepp_megatron.workbench.planning.local_experts import local_form, local_work
 from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.parts import Layer, LayerPart, layer_parts
 from moepp_megatron.workbench.planning.rates import Product, work_seconds
 from moepp_megatron.workbench.planning.workload import Workload
+from moepp_megatron.workbench.planning.zero_computation import local_form, local_work
 from tests.unit.workbench.planning.test_costs import LOAD, configured
 
 WITHOUT_KERNELS = Workload.from_config(with_overrides(configured(), ["moe.fused=false"]))
@@ -82,7 +82,7 @@ def test_kernels_move_less_the_more_they_do_at_once(h100: Machine) -> None:
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "alltoall_dedup"])
-def test_local_experts_run_while_rows_travel(h100: Machine, dispatcher: Dispatcher) -> None:
+def test_zero_computation_run_while_rows_travel(h100: Machine, dispatcher: Dispatcher) -> None:
     load = LOAD.with_dispatcher(dispatcher)
     local = parts_of(load, EP4)["zero_computation"]
     seconds = [work_seconds(work, h100) for work in (local.forward, local.backward)]

@@ -2,10 +2,7 @@
 
 - combined: in the kernel that returns FFN experts' rows to their tokens, where nothing travels
 - apart: in one kernel (`moe.kernels.combine.add_local`)
-- plain: in PyTorch's operations, without kernels
-
-Rows of an all-to-all travel while shared experts (on the way there) and zero-computation experts
-(on the way back) compute (`moe/layer.py`).
+- plain: in PyTorch's operations
 """
 
 from __future__ import annotations
@@ -59,17 +56,10 @@ def local_work(load: Workload, grid: Grid) -> tuple[Work, Work]:
 def seconds_beside_rows(
     load: Workload, grid: Grid, machine: Machine, works: Sequence[Work], exchange: float
 ) -> float:
-    """Seconds of an exchange that this rank computes beside, in one pass.
+    """Seconds of an exchange that this rank computes beside, `works` on each of its two ways.
 
-    The combined schedule has its own rule, and computes these experts before the dispatch. With
-    expert-tensor parallelism rows are gathered, too, which nothing runs beside: left out.
-
-    Args:
-        load: The model.
-        grid: The layout.
-        machine: The cluster.
-        works: What is computed on each of the two ways.
-        exchange: Seconds of both ways.
+    Shared experts compute on the way there, these on the way back (`moe/layer.py`). The combined
+    schedule has its own rule. With expert-tensor parallelism rows are gathered, too: left out.
     """
     travels = load.experts.dispatcher in _TICKETS and grid.ep > 1 and grid.etp == 1
     is_combined = grid.expert_overlap or grid.unpaired
