@@ -19,8 +19,9 @@ from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.initialize import initialize_weights
 from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
+from moepp_megatron.moe.adapter import with_attention
 from moepp_megatron.moe.multi_token import get_moepp_mtp_block_spec
-from moepp_megatron.moe.spec import get_moepp_block_spec, with_attention
+from moepp_megatron.moe.spec import get_moepp_block_spec
 from moepp_megatron.moe.upstream_private import (
     PRIVATE_NAMES,
     UpstreamMovedError,

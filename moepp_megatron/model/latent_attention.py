@@ -21,7 +21,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from moepp_megatron.moe.spec import with_submodules
+from moepp_megatron.moe.adapter import with_submodules
 
 # Where Transformer Engine's modules hold a norm's weight inside the next product, and checkpoints
 # with it: the same names for both.

@@ -9,7 +9,7 @@ from moepp_megatron.model.attention import ContextParallelAttention
 from moepp_megatron.model.causal_attention import CausalAttention, suits_causal_attention
 from moepp_megatron.model.latent_attention import with_local_latent_attention
 from moepp_megatron.model.norm import SequenceParallelRMSNorm
-from moepp_megatron.moe.spec import with_attention, with_submodules
+from moepp_megatron.moe.adapter import with_attention, with_submodules
 
 
 def fit_local_modules(config: TransformerConfig, spec: ModuleSpec, is_moe: bool) -> ModuleSpec:

@@ -1,5 +1,6 @@
 """The MoE++ layer for megatron-core: router, zero-computation experts, dispatcher, lane, spec.
 
+adapter.py            exchanges modules in the spec of a layer
 balance.py            the heterogeneous balance loss and how it joins the language-model loss
 budget.py             how many FFN experts a token gets
 capacity.py           heterogeneous expert capacities

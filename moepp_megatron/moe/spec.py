@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import MlpBuilder, get_transformer_layer_offset
 
+from moepp_megatron.moe.adapter import LayerAdapter, from_deprecated, with_submodules
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cpu_experts import CPUExperts, suits
 from moepp_megatron.moe.grouped_experts import GroupedExperts, suits_grouped
@@ -33,10 +34,6 @@ from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.moe.upstream_private import check_upstream
 from moepp_megatron.moe.upstream_settings import refuse_ignored
 
-# From the model's configuration, megatron-core's spec of a layer, and whether the layer has
-# experts, the spec with other modules around the experts.
-LayerAdapter = Callable[[TransformerConfig, ModuleSpec, bool], ModuleSpec]
-
 
 def get_moepp_layer_spec(
     config: TransformerConfig,
@@ -45,6 +42,7 @@ def get_moepp_layer_spec(
     use_transformer_engine: bool,
     has_residual: bool = True,
     adapt: LayerAdapter | None = None,
+    **deprecated: Any,
 ) -> ModuleSpec:
     """Spec of one MoE++ transformer layer.
 
@@ -58,12 +56,14 @@ def get_moepp_layer_spec(
         use_transformer_engine: Transformer Engine's modules, or megatron-core's local ones.
         has_residual: False for the first MoE layer of the model, which has no router before it.
         adapt: Exchanges norms and attention of the back end, or None for the back end's own.
+        **deprecated: `norm`, `core_attention` and `qk_norms`, which `adapt` replaced.
 
     Raises:
         ValueError: If MoE++ layers would ignore a setting of `config` (`upstream_settings`), or
             latent attention is megatron-core's own on its local modules.
         UpstreamMovedError: megatron-core lacks a private name that they use (`upstream_private`).
     """
+    adapt = from_deprecated(adapt, deprecated, use_transformer_engine)
     if not moepp.is_vanilla:
         check_upstream()
         refuse_ignored(config, moepp)
@@ -110,6 +110,7 @@ def get_moepp_block_spec(
     adapt: LayerAdapter | None = None,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
+    **deprecated: Any,
 ) -> TransformerBlockSubmodules:
     """Specs of the layers that one pipeline stage builds.
 
@@ -123,7 +124,9 @@ def get_moepp_block_spec(
         adapt: Same as in `get_moepp_layer_spec`, for the final norm too.
         vp_stage: Virtual pipeline stage, or None.
         pp_rank: Pipeline rank; Megatron's global one where None.
+        **deprecated: Same as in `get_moepp_layer_spec`.
     """
+    adapt = from_deprecated(adapt, deprecated, use_transformer_engine)
     pattern = moe_layer_pattern(config)
     layer = partial(
         get_moepp_layer_spec,
@@ -216,17 +219,6 @@ def _base_layer_spec(
             "adapt=moepp_megatron.model.local_modules.fit_local_modules"
         )
     return spec
-
-
-def with_submodules(spec: ModuleSpec, **changes: object) -> ModuleSpec:
-    """The spec with other submodules."""
-    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **changes))
-
-
-def with_attention(layer: ModuleSpec, **changes: object) -> ModuleSpec:
-    """The layer spec with other submodules of its self-attention."""
-    attention = with_submodules(layer.submodules.self_attention, **changes)
-    return with_submodules(layer, self_attention=attention)
 
 
 def _of_stage(

@@ -8,12 +8,17 @@ import torch
 from megatron.core.models.common.fine_grained_callables import build_transformer_layer_callables
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.dispatcher import build_dispatcher
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer, moe_statistics
 from moepp_megatron.moe.router_config import router_config
-from moepp_megatron.moe.spec import get_moepp_block_spec, moe_layer_pattern
+from moepp_megatron.moe.spec import (
+    get_moepp_block_spec,
+    get_moepp_layer_spec,
+    moe_layer_pattern,
+)
 from tests.unit.moe.builders import (
     HIDDEN,
     SEQUENCE,
@@ -259,3 +264,27 @@ def empty_chunk_state():
     names = ("attention_mask", "packed_seq_params", "sequence_len_offset")
     rotary = ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin")
     return SimpleNamespace(**dict.fromkeys((*names, *rotary)))
+
+
+def test_keywords_of_the_first_version_still_work():
+    config = megatron_config(MOEPP, qk_layernorm=True)
+    norm, attention, keys = (type(name, (), {}) for name in ("Norm", "Attention", "Keys"))
+    given = {"norm": norm, "core_attention": attention}
+    with pytest.warns(DeprecationWarning, match="norm, core_attention: deprecated") as caught:
+        block = get_moepp_block_spec(config, MOEPP, use_transformer_engine=False, **given)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(DeprecationWarning, match="removed in version 0.3; use adapt"):
+        layer = get_moepp_layer_spec(
+            config, MOEPP, use_transformer_engine=False, **given, qk_norms=(norm, keys)
+        )
+    assert block.layer_norm is norm
+    for spec, key_norm in [*((each, norm) for each in block.layer_specs), (layer, keys)]:
+        parts, own = spec.submodules, spec.submodules.self_attention.submodules
+        assert parts.input_layernorm is parts.pre_mlp_layernorm is own.q_layernorm is norm
+        assert (own.k_layernorm, own.core_attention) == (key_norm, attention)
+    with pytest.raises(TypeError, match="unexpected keyword arguments among norms"):
+        get_moepp_block_spec(config, MOEPP, use_transformer_engine=False, norms=norm)
+    with pytest.raises(TypeError, match="norm must not be given with adapt"):
+        get_moepp_layer_spec(
+            config, MOEPP, use_transformer_engine=False, norm=norm, adapt=fit_local_modules
+        )
