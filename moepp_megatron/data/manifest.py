@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.file_names import CHAT_TEMPLATE_FILE, DATA_MANIFEST_FILE, TOKENIZER_FILE
@@ -23,6 +25,10 @@ MAX_SOURCES = 64
 CACHE = "cache"
 
 
+Count = Annotated[int, Field(ge=0)]
+"""Checked where a manifest is read."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SourceSummary:
     """One source.
@@ -37,11 +43,11 @@ class SourceSummary:
     """
 
     name: str
-    files: int
-    bytes: int
-    documents: int
-    skipped: int
-    tokens: int
+    files: Count
+    bytes: Count
+    documents: Count
+    skipped: Count
+    tokens: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +77,10 @@ class Conversations:
         padding_tokens: padding.
     """
 
-    sequence_length: int
-    conversations: int
-    answer_tokens: int
-    padding_tokens: int
+    sequence_length: Count
+    conversations: Count
+    answer_tokens: Count
+    padding_tokens: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +108,12 @@ class Manifest:
 
     format_version: int
     sources: list[SourceSummary]
-    documents: int
-    skipped: int
+    documents: Count
+    skipped: Count
     skipped_reasons: dict[str, int]
-    tokens: int
-    vocab_size: int
-    eod_id: int
+    tokens: Count
+    vocab_size: Count
+    eod_id: Count
     eod_token: str
     tokenizer_sha256: str
     files: dict[str, int]
@@ -129,34 +135,20 @@ class Manifest:
             FileNotFoundError: there is none.
             ValueError: it is damaged or of another format version.
         """
+        values = read_json(folder / DATA_MANIFEST_FILE)
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(f"not a manifest of this version (format_version is {version})")
         try:
-            values: Any = read_json(folder / DATA_MANIFEST_FILE)
-            if values["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format_version is {values['format_version']}")
-            values["sources"] = [SourceSummary(**source) for source in values["sources"]]
-            values["inputs"] = Inputs(**values["inputs"])
-            if values.get("chat") is not None:
-                values["chat"] = Conversations(**values["chat"])
-            manifest = cls(**values)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a manifest ({error})") from error
-        if not manifest._is_sound():
-            raise ValueError("not a manifest (numbers or files are missing)")
+            manifest = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            wrong = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, wrong["loc"]))
+            raise ValueError(f"not a manifest ({place}: {wrong['msg']})") from None
+        wanted = set(_OF_CORPUS) | (set() if manifest.chat is None else _OF_CONVERSATIONS)
+        if set(manifest.files) - {DOCUMENT_SOURCES} != wanted:
+            raise ValueError("not a manifest (files are missing)")
         return manifest
-
-    def _is_sound(self) -> bool:
-        numbers = [self.documents, self.tokens, self.vocab_size, self.eod_id]
-        if self.chat is not None:
-            numbers += dataclasses.astuple(self.chat)
-        return (
-            all(type(number) is int and number >= 0 for number in numbers)
-            and isinstance(self.files, dict)
-            and set(self.files) - {DOCUMENT_SOURCES}
-            == set(_OF_CORPUS) | (set() if self.chat is None else _OF_CONVERSATIONS)
-            and all(type(size) is int for size in self.files.values())
-            and isinstance(self.sha256, dict | None)
-            and isinstance(self.split, str | None)
-        )
 
     @property
     def is_bare(self) -> bool:

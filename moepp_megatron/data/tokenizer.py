@@ -16,7 +16,13 @@ from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.config.paths import looked_at
 from moepp_megatron.config.regular_file import check_regular
-from moepp_megatron.data.long_text import MAX_PIECE_CHARACTERS, UncuttableError, can_cut, cut_text
+from moepp_megatron.data.long_text import (
+    MAX_PIECE_CHARACTERS,
+    PIECE_CHARACTERS,
+    UncuttableError,
+    can_cut,
+    cut_text,
+)
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.file_names import DATA_MANIFEST_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
@@ -258,8 +264,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # Pairs are counted within pre-tokens, so that cutting texts changes memory alone.
-    backend.train_from_iterator(itertools.chain.from_iterable(map(cut_text, texts)), trainer)
+    # Pairs are counted within pre-tokens, so that cutting texts changes memory alone. A pre-token
+    # that is longer than a piece takes the trainer minutes, and its beginning has the same pairs.
+    pieces = (piece[:PIECE_CHARACTERS] for text in texts for piece in cut_text(text))
+    backend.train_from_iterator(pieces, trainer)
     return Tokenizer(backend, EOD_TOKEN)
 
 
