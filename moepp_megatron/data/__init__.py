@@ -16,12 +16,11 @@ index.py            reads the index of a Megatron indexed dataset, without megat
 loader.py           micro-batches in an order that depends on the samples consumed alone
 long_text.py        cuts long texts where a tokenizer's pre-tokenizer splits them anyway
 manifest.py         `manifest.json`: what a prepared folder holds and what it was made from
-pack_chat.py        puts conversations into sequences and writes them
 pairs.py            Megatron's own PREFIX.bin and PREFIX.idx, made elsewhere
 prepare.py          `moepp data prepare`
+prepare_chat.py     writes a folder of conversations: encoded, packed, marked
 prepared_data.py    whether a configuration's data are there and fit its model
 progress.py         progress by bytes: a bar on a terminal, a few plain lines elsewhere
-read_chat.py        reads and encodes conversations
 same_tokenizer.py   checks that a tokenizer is the one whose token ids a corpus or a model uses
 saved_datasets.py   folders of Hugging Face datasets: what in them is data
 show.py             what prepared data hold, and what a run will draw of them

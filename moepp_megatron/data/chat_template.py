@@ -250,13 +250,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) 
 
 
 def _with_tokens(text: str, content: dict[str, Any], eod_token: str) -> str:
-    """The template with the special tokens that it names, which are not written beside it again.
-
-    Args:
-        text: The template.
-        content: `tokenizer_config.json`.
-        eod_token: What `eos_token` is where nothing else is set.
-    """
+    """The template with the special tokens that it names, which are not written beside it again."""
     lines = []
     for name in _SPECIAL_TOKENS:
         token = spelling(content.get(name))

@@ -138,11 +138,6 @@ def write_indexed_dataset(spooled: SpooledCorpus, folder: Path, seed: int) -> Wr
 
     Megatron splits train, validation and test by position, so documents are shuffled once, here:
     in reading order the validation split would be the last files of the last source.
-
-    Args:
-        spooled: the tokens in reading order.
-        folder: the folder.
-        seed: Seed of the shuffle.
     """
     tokens = np.memmap(spooled.path, dtype=spooled.dtype, mode="r")
     ends = np.cumsum(spooled.lengths)

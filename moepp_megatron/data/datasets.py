@@ -147,12 +147,7 @@ def _open_blends(blends: Sequence[Blend], opener: "_Opener", num_samples: Sample
 
 
 def _place_sources(names: Sequence[str], opened: Sequence[Any]) -> None:
-    """Count the sources of all folders: a folder is one, or its own sources with its name before.
-
-    Args:
-        names: a name for each folder.
-        opened: each folder's `SourcedDataset`s.
-    """
+    """Count the sources of all folders: each is one, or has its own, with its name before them."""
     is_detailed = sum(len(_own_sources(parts)) for parts in opened) <= MAX_SOURCES
     all_names: list[str] = []
     for name, parts in zip(names, opened, strict=True):
@@ -173,13 +168,7 @@ def _own_sources(parts: Sequence[Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Opener:
-    """Opens single folders.
-
-    Attributes:
-        options: settings of megatron-core's datasets that all folders share.
-        split: the split asked for.
-        cache_dir: folder of the sample indices.
-    """
+    """Opens single folders."""
 
     options: Mapping[str, Any]
     split: str | None
@@ -188,13 +177,7 @@ class _Opener:
     def open(
         self, folder: Folder, num_samples: Samples, tells_source: bool | None = None
     ) -> Datasets:
-        """Train, validation and test of one folder.
-
-        Args:
-            folder: the folder.
-            num_samples: how many samples each of them must have at least.
-            tells_source: whether samples say their data source; None where the folder has several.
-        """
+        """Train, validation and test of one folder."""
         manifest = read_manifest(folder.path, folder.name)
         check_start(folder.path, manifest, whole_index=False, name=folder.name)
         _check_tokenizer(self.options["tokenizer"], manifest, folder)

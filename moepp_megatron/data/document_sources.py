@@ -53,10 +53,6 @@ class SourcedDataset(GPTDataset):
 def documents_of(dataset: GPTDataset, sample: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The documents that a sample is cut from, in order.
 
-    Args:
-        dataset: The dataset.
-        sample: Index of the sample.
-
     Returns:
         [n] int64 documents, as they are counted in `corpus.idx`, and [n] int64 tokens of each; in
         all those of the sample and the one behind it.

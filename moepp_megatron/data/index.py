@@ -20,12 +20,7 @@ class CorpusError(ValueError):
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """The first bytes of an index.
-
-    Attributes:
-        dtype: type of the token ids.
-        documents: number of documents; each is one sequence.
-    """
+    """The first bytes of an index."""
 
     dtype: type[np.integer]
     documents: int

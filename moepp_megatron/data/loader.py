@@ -31,14 +31,6 @@ class _MicroBatchSampler(Sampler[list[int]]):
     ) -> None:
         """Set up the sampler.
 
-        Args:
-            num_samples: length of the dataset.
-            consumed_samples: where to start: samples consumed by all ranks so far.
-            micro_batch_size: samples of a micro-batch.
-            dp_rank: this rank within the data-parallel group.
-            dp_size: size of that group.
-            global_batch_size: samples of an optimizer step over all ranks.
-
         Raises:
             ValueError: numbers that do not fit together.
         """

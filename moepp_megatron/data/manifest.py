@@ -31,16 +31,7 @@ Count = Annotated[int, Field(ge=0)]
 
 @dataclasses.dataclass(frozen=True)
 class SourceSummary:
-    """One source.
-
-    Attributes:
-        name: the name that the user gave.
-        files: number of files.
-        bytes: their size.
-        documents: documents kept.
-        skipped: documents left out.
-        tokens: tokens of the documents kept, EOD included.
-    """
+    """One source."""
 
     name: str
     files: Count

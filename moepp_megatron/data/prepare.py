@@ -20,9 +20,8 @@ from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
 from moepp_megatron.data.foreign_tokenizers import GivenTokenizer, open_given
 from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest
-from moepp_megatron.data.pack_chat import write_chat
+from moepp_megatron.data.prepare_chat import check_formats, write_chat
 from moepp_megatron.data.progress import track
-from moepp_megatron.data.read_chat import check_formats
 from moepp_megatron.data.sources import (
     TextSource,
     content_fingerprint,

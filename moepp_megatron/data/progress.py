@@ -13,11 +13,6 @@ _SECONDS_BETWEEN_LINES = 5.0
 def track(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show progress while the block runs.
 
-    Args:
-        console: console to print on.
-        label: what is being done.
-        total: bytes in all.
-
     Yields:
         A function to call with the bytes just done.
     """

@@ -32,11 +32,6 @@ def check_corpus_tokenizer(config: Config, manifest: Manifest, folder: Folder) -
 
     The same tokenizer in another notation is accepted.
 
-    Args:
-        config: The run's configuration.
-        manifest: The manifest of the folder.
-        folder: A prepared folder.
-
     Raises:
         ConfigError: If it is another tokenizer, is not a tokenizer, or cannot be read.
     """

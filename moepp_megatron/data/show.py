@@ -107,14 +107,7 @@ class Share:
 
 @dataclass(frozen=True)
 class StageShares:
-    """One stage of a run, or all of it.
-
-    Attributes:
-        name: The setting that describes it; `the run` for all.
-        first_step: Steps taken before it.
-        last_step: Its last step.
-        shares: What is drawn of each folder.
-    """
+    """One stage of a run, or all of it."""
 
     name: str
     first_step: int

@@ -41,10 +41,6 @@ class FileState:
 def read_manifest(folder: Path, name: str) -> Manifest:
     """The manifest of a prepared folder.
 
-    Args:
-        folder: the folder.
-        name: the setting that names it.
-
     Raises:
         ConfigError: there is none, or one that is damaged.
     """
@@ -120,11 +116,6 @@ def damaged(name: str, folder: Path, problem: str) -> ConfigError:
 
 def verify(folder: Path, manifest: Manifest, advance: Callable[[int], None]) -> list[FileState]:
     """Check every byte: sizes, hashes, index, and that every token is in the vocabulary.
-
-    Args:
-        folder: the prepared folder.
-        manifest: its manifest.
-        advance: called with the bytes read.
 
     Returns:
         One entry per file.

@@ -20,8 +20,8 @@ from moepp_megatron.data.conversations import DOCUMENTS, PADDING
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.loader import batches
 from moepp_megatron.data.manifest import Manifest
-from moepp_megatron.data.pack_chat import pack
 from moepp_megatron.data.prepare import Prepared, PrepareSettings, prepare
+from moepp_megatron.data.prepare_chat import pack
 from moepp_megatron.data.prepared_data import check_data
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import verify

@@ -1,0 +1,240 @@
+"""Conversations as a prepared folder: encoded, put whole into sequences, with a mark a token."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.data.chat_records import FORMS, messages_of
+from moepp_megatron.data.chat_template import ChatTemplate, Message, UnusableChat
+from moepp_megatron.data.corpus import WrittenCorpus, write_documents
+from moepp_megatron.data.documents import Piece, Skipped, read_records
+from moepp_megatron.data.encoding import token_dtype
+from moepp_megatron.data.manifest import CORPUS, MARKS, Conversations, SourceSummary
+from moepp_megatron.data.progress import track
+from moepp_megatron.data.sources import TextSource
+from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.file_names import CHAT_TEMPLATE_FILE
+from moepp_megatron.runtime.terminal import Console
+
+_MOST_REASONS = 50
+
+
+def check_formats(sources: Sequence[TextSource]) -> None:
+    """Refuse files that hold no records.
+
+    Raises:
+        ConfigError: Naming the first.
+    """
+    for file in (file for source in sources for file in source.files):
+        if file.format == "text":
+            raise ConfigError(
+                f"source {file.path} must be JSONL (.jsonl, .ndjson) or parquet with --chat, with "
+                f"a line for each conversation: {FORMS}; rename it, or convert an array of JSON: "
+                f"jq -c '.[]' {shlex.quote(str(file.path))} > FILE.jsonl"
+            )
+
+
+def write_chat(
+    pieces: Sequence[Piece],
+    sources: Sequence[TextSource],
+    template: ChatTemplate,
+    sequence_length: int,
+    seed: int,
+    folder: Path,
+    console: Console,
+) -> WrittenCorpus:
+    """Write everything of a folder of conversations but its tokenizer, which is there.
+
+    What cannot be used, or is longer than `sequence_length` tokens, is counted by reason.
+
+    Raises:
+        ConfigError: A source without a single usable conversation.
+    """
+    tokenizer = template.tokenizer
+    with track(console, "encode", sum(piece.size for piece in pieces)) as advance:
+        encoded = _encode(pieces, sources, template, sequence_length, folder / "spool", advance)
+    notice = _notice_of_ends(encoded, tokenizer)
+    if notice is not None:
+        console.print(f"note: {notice}", highlight=False, soft_wrap=True, markup=False)
+    sequences, hashes = _write_sequences(encoded, tokenizer, sequence_length, folder, seed)
+    encoded.path.unlink()
+    text = template.text.encode()
+    (folder / CHAT_TEMPLATE_FILE).write_bytes(text)
+    hashes |= {CHAT_TEMPLATE_FILE: hashlib.sha256(text).hexdigest()}
+    tokens = sequences * sequence_length
+    return WrittenCorpus(
+        encoded.sources,
+        encoded.skipped,
+        sequences,
+        tokens,
+        hashes,
+        chat=Conversations(
+            sequence_length=sequence_length,
+            conversations=len(encoded.lengths),
+            answer_tokens=encoded.answer_tokens,
+            padding_tokens=tokens - sum(encoded.lengths),
+        ),
+    )
+
+
+@dataclass
+class _Encoded:
+    """Conversations in reading order, in a temporary file, and what was left out by reason."""
+
+    # Ids int32, the conversations one after the other, twice the id plus 1 where it is learnt.
+    path: Path
+    lengths: list[int] = field(default_factory=list)
+    # The last token of answers, by how often.
+    ends: Counter[int] = field(default_factory=Counter)
+    answer_tokens: int = 0
+    sources: list[SourceSummary] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def _encode(
+    pieces: Sequence[Piece],
+    sources: Sequence[TextSource],
+    template: ChatTemplate,
+    sequence_length: int,
+    path: Path,
+    advance: Callable[[int], None],
+) -> _Encoded:
+    encoded = _Encoded(path)
+    with path.open("wb") as stream:
+        for index, source in enumerate(sources):
+            first, skipped = len(encoded.lengths), Counter[str]()
+            for piece in (piece for piece in pieces if piece.source == index):
+                for record in (r for part in piece.parts for r in read_records(part)):
+                    try:
+                        if isinstance(record, Skipped):
+                            raise UnusableChat(record.reason)
+                        _add(encoded, stream, template, sequence_length, messages_of(record))
+                    except UnusableChat as error:
+                        # A template may tell each conversation another reason.
+                        is_known = str(error) in skipped or len(skipped) < _MOST_REASONS
+                        skipped[str(error) if is_known else "another reason"] += 1
+                advance(piece.size)
+            lengths = encoded.lengths[first:]
+            if not lengths:
+                raise _nothing_usable(source, skipped)
+            encoded.skipped += skipped
+            encoded.sources.append(
+                SourceSummary(
+                    name=source.name,
+                    files=len(source.files),
+                    bytes=source.size,
+                    documents=len(lengths),
+                    skipped=skipped.total(),
+                    tokens=sum(lengths),
+                )
+            )
+    return encoded
+
+
+def _add(
+    encoded: _Encoded,
+    stream: BinaryIO,
+    template: ChatTemplate,
+    sequence_length: int,
+    messages: list[Message],
+) -> None:
+    ids, is_learnt = template.encode(messages)
+    if len(ids) > sequence_length:
+        raise UnusableChat(f"longer than {sequence_length} tokens, the --seq-length")
+    stream.write((2 * np.array(ids, np.int32) + is_learnt).astype(np.int32).tobytes())
+    encoded.lengths.append(len(ids))
+    encoded.ends[ids[int(is_learnt.nonzero()[0][-1])]] += 1
+    encoded.answer_tokens += int(is_learnt.sum())
+
+
+def _nothing_usable(source: TextSource, skipped: Counter[str]) -> ConfigError:
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common(4))
+    return ConfigError(
+        f"source {source.name} has no usable conversation ({reasons or 'no records'}); each line "
+        f"must be {FORMS}, with an answer, and fit into --seq-length"
+    )
+
+
+def _notice_of_ends(encoded: _Encoded, tokenizer: Tokenizer) -> str | None:
+    """A notice where answers end with another token than the one that generation stops at."""
+    others = encoded.ends.total() - encoded.ends[tokenizer.eod]
+    if others == 0:
+        return None
+    (common, _), *_ = encoded.ends.most_common(1)
+    return (
+        f"{others} of {encoded.ends.total()} conversations do not end with {tokenizer.eod_token}, "
+        f"the end-of-document token, at which alone moepp generate stops; their usual last token "
+        f"is {tokenizer.decode([common])!r}: name that one with --eod-token, or end answers with "
+        "{{ eos_token }} in the template"
+    )
+
+
+def _write_sequences(
+    encoded: _Encoded, tokenizer: Tokenizer, sequence_length: int, folder: Path, seed: int
+) -> tuple[int, dict[str, str]]:
+    """Write corpus and marks with megatron-core's builder; their number, and SHA-256 by name."""
+    from moepp_megatron.data.conversations import FIRST, PADDED
+
+    codes = np.memmap(encoded.path, dtype=np.int32, mode="r")
+    ends = np.cumsum(encoded.lengths)
+    # RandomState, because NumPy promises its stream across versions.
+    random = np.random.RandomState(seed)
+    packs = pack(encoded.lengths, random.permutation(len(encoded.lengths)), sequence_length)
+    # Once more: the sequences for validation are the last ones, those with the most padding.
+    order = random.permutation(len(packs))
+    dtype = token_dtype(tokenizer.vocab_size)
+
+    def sequences() -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        for number in order:
+            tokens = np.full(sequence_length, tokenizer.eod, dtype)
+            marks = np.full(sequence_length, PADDED, np.uint8)
+            start = 0
+            for index in packs[number]:
+                own = codes[ends[index] - encoded.lengths[index] : ends[index]]
+                tokens[start : start + len(own)] = own >> 1
+                # The lowest bit of a code is `conversations.LEARNT`.
+                marks[start : start + len(own)] = own & 1
+                marks[start] |= FIRST
+                start += len(own)
+            if start < sequence_length:
+                marks[start] |= FIRST
+            yield tokens, marks
+
+    hashes = write_documents(folder / CORPUS, (tokens for tokens, _ in sequences()), dtype)
+    hashes |= write_documents(folder / MARKS, (marks for _, marks in sequences()), np.uint8)
+    return len(packs), hashes
+
+
+def pack(lengths: Sequence[int], order: NDArray[np.int64], room: int) -> list[list[int]]:
+    """The conversations of each sequence: each is put into the fullest one with room for it.
+
+    Args:
+        lengths: Tokens of each conversation, at most `room`.
+        order: [conversations] The order in which they are put.
+        room: Tokens of a sequence.
+    """
+    packs: list[list[int]] = []
+    # Tokens left, and the sequence.
+    spaces: list[tuple[int, int]] = []
+    for index in order.tolist():
+        found = bisect_left(spaces, (lengths[index], -1))
+        if found == len(spaces):
+            packs.append([])
+            space, number = room, len(packs) - 1
+        else:
+            space, number = spaces.pop(found)
+        packs[number].append(index)
+        if space > lengths[index]:
+            insort(spaces, (space - lengths[index], number))
+    return packs
