@@ -69,11 +69,15 @@ def router_rules(
 
     yield TensorRule(ours + "weight", shape, tuple(sources), None, rows, None)
     key = ours + "expert_bias"
-    if bias is None:
-        yield TensorRule(key, (moe.num_experts,), tuple(sources), None, softmax_bias, None)
-    else:
-        own = (HFTensor(theirs + bias, (moe.num_ffn_experts,)),)
-        yield TensorRule(key, (moe.num_experts,), own, None, sigmoid_bias, None)
+    # What keeps added experts from being selected depends on the scores.
+    match moe.score_function, bias:
+        case "softmax", None:
+            yield TensorRule(key, (moe.num_experts,), tuple(sources), None, softmax_bias, None)
+        case "sigmoid", str():
+            own = (HFTensor(theirs + bias, (moe.num_ffn_experts,)),)
+            yield TensorRule(key, (moe.num_experts,), own, None, sigmoid_bias, None)
+        case other:
+            raise AssertionError(f"added experts have no bias for (scores, bias) of {other}")
 
 
 def new_rows(ffn: Tensor, norm: Tensor, directions: Tensor) -> Tensor:
