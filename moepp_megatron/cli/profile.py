@@ -95,7 +95,7 @@ def _profile(
     from moepp_megatron.workbench.profiling.summaries import summarise
     from moepp_megatron.workbench.report.profile.findings import findings
     from moepp_megatron.workbench.report.profile.page import render
-    from moepp_megatron.workbench.report.profile.terminal import print_profile
+    from moepp_megatron.workbench.report.profile.tables import print_tables, profile_tables
 
     peaks = None if ceiling is None else read_ceiling(ceiling)
     found: Profile = analyse(run, step, peaks)
@@ -108,7 +108,7 @@ def _profile(
     write_atomic(page, html.encode("ascii", "xmlcharrefreplace"))
     if json_file is not None:
         write_atomic(json_file, json.dumps(numbers, indent=1).encode())
-    print_profile(numbers, findings(found))
+    print_tables([f"- {one}" for one in findings(found)], profile_tables(numbers))
     _print_comparison(comparison)
     echo(f"page   {page}")
 
@@ -117,12 +117,12 @@ def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
     """Analyse a source that records only collectives."""
     from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.workbench.profiling.summaries import summary_of
-    from moepp_megatron.workbench.report.profile.terminal import print_summary
+    from moepp_megatron.workbench.report.profile.tables import print_tables, summary_table
 
     summary = summary_of(run)
     if json_file is not None:
         write_atomic(json_file, summary.model_dump_json(indent=1).encode())
-    print_summary(summary)
+    print_tables([f"{summary.name}, {summary.ranks} ranks"], [summary_table(summary)])
     _print_comparison(_compared(summary, against))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -99,7 +98,7 @@ class Profile:
         return max(self.caused_us, key=lambda rank: self.caused_us[rank])
 
     @property
-    def all_layers(self) -> Iterable[ExpectedLayerBytes]:
+    def all_layers(self) -> list[ExpectedLayerBytes]:
         """All-to-all bytes of all steps."""
         return [one for step in self.steps for one in self.layers[step]]
 

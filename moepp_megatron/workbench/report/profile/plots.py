@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moepp_megatron.workbench.profiling.analysis import Profile
@@ -19,7 +20,7 @@ from moepp_megatron.workbench.report.drawing import (
     svg_data_uri,
 )
 from moepp_megatron.workbench.report.plot import Plot
-from moepp_megatron.workbench.report.profile.findings import CostLine, costs
+from moepp_megatron.workbench.report.profile.findings import Cost, costs
 from moepp_megatron.workbench.report.profile.timeline import COLOURS
 
 # From here on, ranks are bars that nobody can read.
@@ -29,60 +30,47 @@ _MOST_RANKS = 64
 def profile_plots(profile: Profile, document: dict[str, Any]) -> list[Plot]:
     """Plots of the step's parts, the cost of communication, and the bytes of each layer."""
     spent = [cost for cost in costs(profile) if cost.time_ms > 0][:9]
-    ranks = _shown_ranks(document)
+    by_rank: dict[int, list[dict[str, Any]]] = {}
+    for one in document["rank_steps"]:
+        by_rank.setdefault(one["rank"], []).append(one)
+    # All ranks, or those with most exposed communication.
+    most = sorted(by_rank, key=lambda rank: -sum(one["exposed_ms"] for one in by_rank[rank]))
+    ranks = {rank: by_rank[rank] for rank in sorted(most[:_MOST_RANKS])}
     # They stand side by side: with few ranks as tall as each other.
     rows = max(len(ranks), len(spent)) if len(ranks) <= 12 else None
     with plot_style():
-        found = [_ranks(document, ranks, rows), _costs(spent, rows)]
+        found = [_ranks(ranks, rows), _costs(spent, rows)]
         if document["all_to_all"]:
             found.append(_layers(document))
     return found
 
 
-def _shown_ranks(document: dict[str, Any]) -> list[int]:
-    """All ranks, or those with most exposed communication."""
-    ranks = sorted({one["rank"] for one in document["rank_steps"]})
-    if len(ranks) > _MOST_RANKS:
-        shares = {
-            rank: sum(o["exposed_ms"] for o in document["rank_steps"] if o["rank"] == rank)
-            for rank in ranks
-        }
-        ranks = sorted(sorted(ranks, key=lambda rank: -shares[rank])[:_MOST_RANKS])
-    return ranks
-
-
-def _figure(bars: int, rows: int | None) -> tuple[Figure, float]:
+def _bars(bars: int, rows: int | None, unit: str) -> tuple[Figure, Axes, float]:
     """A figure for this many bars, with room for `rows`, and the bars' height."""
     room = max(rows or bars, 1)
+    figure = new_figure(6.4, max(2.0, 1.0 + 0.42 * room))
+    axes = figure.subplots()
+    axes.set_xlabel(unit)
+    axes.grid(visible=False, axis="y")
     # A bar is never thicker than where there is no spare room.
-    thick = 0.8 * min(1.0, 1.6 * bars / room) if bars else 0.8
-    return new_figure(6.4, max(2.0, 1.0 + 0.42 * room)), thick
+    return figure, axes, 0.8 * min(1.0, 1.6 * bars / room) if bars else 0.8
 
 
-def _ranks(document: dict[str, Any], ranks: list[int], rows: int | None) -> Plot:
-    """Plot stacked bars: computation, exposed communication, neither."""
-    parts = (
+def _ranks(ranks: dict[int, list[dict[str, Any]]], rows: int | None) -> Plot:
+    figure, axes, thick = _bars(len(ranks), rows, "milliseconds per step")
+    left = np.zeros(len(ranks))
+    for key, label, colour in (
         ("compute_ms", "computes", BLUE),
         ("exposed_ms", "exposed communication", VERMILION),
         ("idle_ms", "neither", GRID),
-    )
-    figure, thick = _figure(len(ranks), rows)
-    axes = figure.subplots()
-    left = np.zeros(len(ranks))
-    for key, label, colour in parts:
-        values = np.array(
-            [
-                np.mean([one[key] for one in document["rank_steps"] if one["rank"] == rank])
-                for rank in ranks
-            ]
+    ):
+        values = np.array([np.mean([one[key] for one in own]) for own in ranks.values()])
+        axes.barh(
+            [str(rank) for rank in ranks], values, thick, left=left, color=colour, label=label
         )
-        names = [str(rank) for rank in ranks]
-        axes.barh(names, values, thick, left=left, color=colour, label=label)
         left += values
     axes.invert_yaxis()
-    axes.set_xlabel("milliseconds per step")
     axes.set_ylabel("rank")
-    axes.grid(visible=False, axis="y")
     figure.legend(loc="outside upper left", ncols=3)
     return Plot(
         "Where a step goes",
@@ -92,13 +80,11 @@ def _ranks(document: dict[str, Any], ranks: list[int], rows: int | None) -> Plot
     )
 
 
-def _costs(found: list[CostLine], rows: int | None) -> Plot:
-    """Plot bars of exposed time by purpose."""
-    figure, thick = _figure(len(found), rows)
-    axes = figure.subplots()
+def _costs(found: list[Cost], rows: int | None) -> Plot:
+    figure, axes, thick = _bars(len(found), rows, "milliseconds per step and rank")
     names = [cost.purpose for cost in found]
-    every = [cost.time_ms for cost in found]
-    axes.barh(names, every, thick, color=GRID, label="time in collectives")
+    whole = [cost.time_ms for cost in found]
+    axes.barh(names, whole, thick, color=GRID, label="time in collectives")
     colours = [COLOURS.get(name, COLOURS["other"]) for name in names]
     axes.barh(names, [cost.exposed_ms for cost in found], 0.69 * thick, color=colours)
     axes.plot(
@@ -112,27 +98,23 @@ def _costs(found: list[CostLine], rows: int | None) -> Plot:
         label="of it waiting for late ranks",
     )
     axes.invert_yaxis()
-    axes.set_xlabel("milliseconds per step and rank")
-    axes.grid(visible=False, axis="y")
     figure.legend(loc="outside upper left", ncols=2)
     return Plot(
         "What communication costs",
-        "Coloured: exposed. Grey: all of it; what is grey alone is hidden behind computation.",
+        "Coloured: exposed. Grey: all of it; what is only grey is hidden behind computation.",
         svg_data_uri(figure),
         "Bars of time in collectives by purpose",
     )
 
 
 def _layers(document: dict[str, Any]) -> Plot:
-    """Plot bytes of each layer, forward plus backward, beside those of other dispatchers."""
+    """Bytes of each layer, all passes, beside those of other dispatchers."""
     layers = sorted({one["layer"] for one in document["all_to_all"]})
-    steps = len(document["steps"])
+    mib = 2**20 * len(document["steps"])
 
     def total(key: str) -> list[float]:
-        return [
-            sum(one[key] for one in document["all_to_all"] if one["layer"] == layer) / steps / 2**20
-            for layer in layers
-        ]
+        rows = document["all_to_all"]
+        return [sum(one[key] for one in rows if one["layer"] == layer) / mib for layer in layers]
 
     figure = new_figure(12.8, 3.1)
     axes = figure.subplots()
@@ -140,14 +122,9 @@ def _layers(document: dict[str, Any]) -> Plot:
     axes.bar(places, total("vanilla_bytes"), 0.82, color=GRID, label="vanilla, even load")
     axes.bar(places - 0.2, total("measured_bytes"), 0.36, color=BLUE, label="measured")
     axes.bar(places + 0.2, total("deduplicated_bytes"), 0.36, color=GREEN, label="deduplicated")
+    even, dashes = total("even_load_bytes"), (0, (3, 2))
     axes.hlines(
-        total("even_load_bytes"),
-        places - 0.41,
-        places + 0.41,
-        color=INK,
-        linewidth=1.2,
-        linestyle=(0, (3, 2)),
-        label="FFN-only, even load",
+        even, places - 0.41, places + 0.41, INK, dashes, "FFN-only, even load", linewidth=1.2
     )
     if len(layers) <= 40:
         axes.set_xticks(places, [str(layer) for layer in layers])

@@ -14,36 +14,19 @@ from moepp_megatron.workbench.report import formatting
 
 # Okabe and Ito's palette where it goes far enough.
 COLOURS = {
-    "attention": "#56b4e9",
-    "router": "#cc79a7",
-    "dispatch": "#d55e00",
-    "experts": "#0072b2",
-    "shared_experts": "#4f7fb5",
-    "ffn": "#4f7fb5",
-    "zero_computation": "#009e73",
-    "combine": "#e69f00",
-    "gradient reduce": "#7b5ea7",
-    "parameter gather": "#a65e2e",
-    "optimizer": "#8a9a5b",
-    "pipeline": "#b5495b",
-    "tensor parallel": "#2f8f9d",
-    "context parallel": "#6f7f2f",
-    "embedding": "#c9b98a",
-    "output_layer": "#86644b",
-    "loss": "#74744f",
-    "forward": "#dfe4ea",
-    "backward": "#c3cbd5",
-    "computation": "#9aa5b1",
-    "waiting": "#e12d39",
-    "other": "#9aa5b1",
-}
+    "attention": "#56b4e9", "router": "#cc79a7", "dispatch": "#d55e00", "experts": "#0072b2",
+    "shared_experts": "#4f7fb5", "ffn": "#4f7fb5", "zero_computation": "#009e73",
+    "combine": "#e69f00", "gradient reduce": "#7b5ea7", "parameter gather": "#a65e2e",
+    "optimizer": "#8a9a5b", "pipeline": "#b5495b", "tensor parallel": "#2f8f9d",
+    "context parallel": "#6f7f2f", "embedding": "#c9b98a", "output_layer": "#86644b",
+    "loss": "#74744f", "forward": "#dfe4ea", "backward": "#c3cbd5", "computation": "#9aa5b1",
+    "waiting": "#e12d39", "other": "#9aa5b1",
+}  # fmt: skip
+_NUMBERS = {kind: number for number, kind in enumerate(COLOURS)}
 _STEP_PARTS = {
     "gradients": "gradient reduce",
     "gradient_reduce": "gradient reduce",
     "parameter_gather": "parameter gather",
-    "optimizer": "optimizer",
-    "forward": "forward",
-    "backward": "backward",
 }
 # Rectangles that no screen could tell apart only make the page heavy.
 _MOST = 6000
@@ -51,40 +34,26 @@ _MOST = 6000
 
 def timeline(profile: Profile) -> dict[str, Any]:
     """JSON data: `steps` of `lanes` of `items` [kind, start, duration, label, detail, waiting]."""
-    kinds = list(COLOURS)
     return {
-        "kinds": [{"name": kind, "colour": COLOURS[kind]} for kind in kinds],
-        "steps": [_step(profile, step, kinds) for step in profile.steps],
+        "kinds": [{"name": kind, "colour": colour} for kind, colour in COLOURS.items()],
+        "steps": [_step(profile, step) for step in profile.steps],
     }
 
 
-def _step(profile: Profile, step: int, kinds: list[str]) -> dict[str, Any]:
-    spans = [trace.steps[step] for trace in profile.traces if step in trace.steps]
-    begin = min(span.start_us for span in spans)
-    end = max(span.end_us for span in spans)
-    lanes = []
-    for trace in profile.traces:
-        if step in trace.steps:
-            view = _View(profile, trace, (begin, end), kinds)
-            lanes += [lane for lane in view.lanes() if lane["items"]]
-    return {"step": step, "duration": round(end - begin, 1), "lanes": lanes}
+def _step(profile: Profile, step: int) -> dict[str, Any]:
+    traces = [trace for trace in profile.traces if step in trace.steps]
+    begin = min(trace.steps[step].start_us for trace in traces)
+    end = max(trace.steps[step].end_us for trace in traces)
+    lanes = [lane for trace in traces for lane in _View(profile, trace, (begin, end)).lanes()]
+    shown = [lane for lane in lanes if lane["items"]]
+    return {"step": step, "duration": round(end - begin, 1), "lanes": shown}
 
 
 class _View:
-    """One rank in one step.
+    """One rank in one step; `window` is the step's start and end."""
 
-    Args:
-        profile: The profile.
-        trace: The rank.
-        window: Start and end of the step.
-        kinds: Names by number.
-    """
-
-    def __init__(
-        self, profile: Profile, trace: RankTrace, window: tuple[float, float], kinds: list[str]
-    ) -> None:
+    def __init__(self, profile: Profile, trace: RankTrace, window: tuple[float, float]) -> None:
         self._profile, self._trace, self._window = profile, trace, window
-        self._numbers = {kind: number for number, kind in enumerate(kinds)}
 
     def lanes(self) -> list[dict[str, Any]]:
         trace = self._trace
@@ -125,13 +94,11 @@ class _View:
         return [self._lane(name, items) for name, _, items in lanes]
 
     def _collective(self, place: int) -> list[Any]:
-        trace = self._trace
-        call = trace.collectives[place]
-        name = class_name(trace, call)
-        late = self._profile.late.get((trace.rank, place))
-        scope = next((one for one in reversed(call.scopes) if one.startswith("layer")), "")
+        trace, call = self._trace, self._trace.collectives[place]
+        name, late = class_name(trace, call), self._profile.late.get((trace.rank, place))
         details = [f"{call.operation}, {name.group} group of {call.group_size}"]
-        if scope:
+        scope = next((one for one in reversed(call.scopes) if one.startswith("layer")), None)
+        if scope is not None:
             details.append(f"{scope.split(':')[0]}, {name.phase}")
         if call.size is not None:
             details.append(formatting.data_size(call.size))
@@ -145,22 +112,21 @@ class _View:
 
     def _layer(self, span: Span) -> list[Any]:
         layer, part = span.name.split("/")
-        short = {"forward": "", "recompute": " recompute", "backward": " bwd"}[span.kind]
-        number = layer.removeprefix("layer")
-        label, where = (
-            (f"L{number} {part}", f"layer {number}") if number != layer else (part, layer)
-        )
-        label = label.replace("_", " ") + short
-        return self._item(part, span, label, f"{where}, {part.replace('_', ' ')}, {span.kind}")
+        words, short = part.replace("_", " "), {"recompute": " recompute", "backward": " bwd"}
+        is_layer = layer.startswith("layer")
+        label = f"L{layer.removeprefix('layer')} {words}" if is_layer else words
+        where = layer.replace("layer", "layer ")
+        detail = f"{where}, {words}, {span.kind}"
+        return self._item(part, span, label + short.get(span.kind, ""), detail)
 
     def _part(self, span: Span) -> list[Any]:
-        kind = _STEP_PARTS.get(span.name, "other")
+        kind = _STEP_PARTS.get(span.name, span.name)
         return self._item(kind, span, span.name.replace("_", " "))
 
     def _item(self, kind: str, span: Span, label: str, detail: str = "") -> list[Any]:
         begin, end = self._window
         start, stop = max(span.start_us, begin), min(span.end_us, end)
-        number = self._numbers.get(kind, self._numbers["other"])
+        number = _NUMBERS.get(kind, _NUMBERS["other"])
         return [number, round(start - begin, 1), round(stop - start, 1), label, detail]
 
     def _lane(self, name: str, items: list[list[Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from moepp_megatron.workbench.profiling.document import document
 from moepp_megatron.workbench.profiling.formats import records
 from moepp_megatron.workbench.profiling.summaries import summary_of
 from moepp_megatron.workbench.report.profile.findings import cards, findings
-from moepp_megatron.workbench.report.profile.rows import collective_rows, layer_rows, rank_rows
+from moepp_megatron.workbench.report.profile.tables import profile_tables
 from moepp_megatron.workbench.report.profile.timeline import timeline
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -114,8 +114,7 @@ def profile(folder: Path) -> None:
     numbers = document(found)
     json.dumps(timeline(found)), json.dumps(numbers)
     findings(found), cards(found)
-    for rows in (collective_rows, layer_rows, rank_rows):
-        rows(numbers)
+    profile_tables(numbers)
 
 
 def each(
