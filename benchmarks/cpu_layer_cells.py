@@ -43,10 +43,9 @@ _HEADS = (*_CELL, "before", "now", "experts", "products", "row", "faults", "ms")
 def measure_here(dtype: str, shape_name: str, tau: float) -> list[dict[str, Any]]:
     """Both passes' cells, with the package that is imported."""
     from moepp_megatron.runtime.quiet import quiet
-    from moepp_megatron.workbench.bench.contestants import Contestant
-    from moepp_megatron.workbench.bench.interleave import interleaved, speedup
+    from moepp_megatron.workbench.bench.clock import interleaved, speedup
+    from moepp_megatron.workbench.bench.contestants import Contestant, single_process
     from moepp_megatron.workbench.bench.parts import parts_ms
-    from moepp_megatron.workbench.bench.process import single_process
     from moepp_megatron.workbench.bench.shapes import SHAPES as PAPER
 
     quiet()

@@ -119,8 +119,8 @@ def layer(
     quiet()
     if chosen_dtype == "fp8":
         _refuse_unfit_fp8(recipe)
+    from moepp_megatron.workbench.bench.contestants import single_process
     from moepp_megatron.workbench.bench.layer import LayerSetting, run_layer_benchmark
-    from moepp_megatron.workbench.bench.process import single_process
     from moepp_megatron.workbench.report import bench, bench_bounds
     from moepp_megatron.workbench.report.progress import progress
 

@@ -3,8 +3,7 @@
 shapes.py            the paper's models and what it measured for them
 held_routing.py      routing held at the balanced share phi
 contestants.py       the two layers that are compared
-clock.py             CUDA events, or the host's clock
-interleave.py        timing in turn, so that times can be compared
+clock.py             CUDA events, or the host's clock; timing in turn
 card.py              `moepp bench card`: the GPU's own matrix product and copy
 bounds.py            the least time of each part on such a GPU
 layer.py             `moepp bench layer`, and what a layer keeps for its backward pass
@@ -12,5 +11,4 @@ parts.py             where a layer's time goes
 step.py              `moepp bench step`, and the random tokens that it reads
 all_to_all_clock.py  time and bytes of all-to-alls within a step
 links.py             bandwidth of a cluster's links
-process.py           sets up one process with Megatron's groups, which a layer needs to be built
 """

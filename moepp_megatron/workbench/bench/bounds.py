@@ -33,13 +33,7 @@ _FP32, _BOOL = 4, 1
 
 @dataclass(frozen=True)
 class MinimalWork:
-    """The unavoidable work of a part.
-
-    Attributes:
-        bytes: Bytes read and written.
-        flops: FLOPs of matrix products.
-        dtype: Number format of the products, a name of `card.DTYPES`.
-    """
+    """The unavoidable work of a part: bytes read and written, FLOPs of products in a `dtype`."""
 
     bytes: int
     flops: int = 0

@@ -14,7 +14,7 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from moepp_megatron.config.hardware import Hardware, find_hardware
+from moepp_megatron.config.hardware import find_hardware
 from moepp_megatron.workbench.bench import clock
 
 DTYPES = ("fp32", "bf16", "fp8")
@@ -70,7 +70,9 @@ def measure_card(
     num_bytes = num_bytes or (_GPU_BYTES if on_gpu else _CPU_BYTES)
     name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     rated = find_hardware(name)
-    rates = {} if rated is None else {dtype: _rated(rated, dtype) for dtype in DTYPES}
+    rates: dict[str, float | None] = {}
+    if rated is not None:
+        rates = {d: rated.peak_tflops(d, "e4m3" if d == "fp8" else None) for d in DTYPES}
     return CardResult(
         device=name,
         kind=device.type,
@@ -92,10 +94,9 @@ def card_obstacle(dtype: str) -> str | None:
         return None
     if not torch.cuda.is_available():
         return "needs a CUDA GPU"
-    capability = torch.cuda.get_device_capability()
-    if capability < _FP8_CAPABILITY:
-        return f"needs compute capability 8.9, not {'.'.join(map(str, capability))}"
-    return None
+    found = torch.cuda.get_device_capability()
+    needs = f"needs compute capability 8.9, not {'.'.join(map(str, found))}"
+    return needs if found < _FP8_CAPABILITY else None
 
 
 def matmul_tflops(dtype: str, size: int) -> float:
@@ -170,10 +171,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _rated(hardware: Hardware, dtype: str) -> float | None:
-    return hardware.peak_tflops("bf16", "e4m3") if dtype == "fp8" else hardware.peak_tflops(dtype)
 
 
 def _device() -> torch.device:

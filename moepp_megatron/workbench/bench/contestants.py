@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,17 +19,19 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from torch import Tensor
 
-from moepp_megatron.config import Config, parse_config
+from moepp_megatron.config import Config, Layout, parse_config
 from moepp_megatron.experts import KINDS
 from moepp_megatron.layer_settings import Fused
 from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
 from moepp_megatron.moe.layer import MoEPPLayer
 from moepp_megatron.moe.spec import get_moepp_layer_spec
+from moepp_megatron.runtime import distributed
 from moepp_megatron.runtime.optional import have_transformer_engine
+from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.workbench.bench.bounds import MinimalWork, RoutedLoad, layer_work
 from moepp_megatron.workbench.bench.held_routing import balanced_selection, balanced_shares, hold
-from moepp_megatron.workbench.bench.shapes import PaperShape
+from moepp_megatron.workbench.bench.shapes import SHAPES, PaperShape
 
 _SEED = 1234
 TOPK = 2
@@ -201,3 +205,15 @@ def _built(builder: Any, megatron: Any) -> Any:
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     return layer
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """A context with Megatron's groups of one rank, which a layer needs to be built."""
+    distributed.start(RankEnvironment())
+    try:
+        any_config = layer_config(SHAPES["0.6B"], 0.75, "fp32", False, "alltoall")
+        distributed.build_groups(any_config, Layout.from_config(any_config, 1))
+        yield
+    finally:
+        distributed.stop()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +14,8 @@ from torch import Tensor
 from moepp_megatron.layer_settings import Fused
 from moepp_megatron.workbench.bench.bounds import bounds_ms, expert_flops
 from moepp_megatron.workbench.bench.card import CardResult, measure_card
+from moepp_megatron.workbench.bench.clock import interleaved, speedup
 from moepp_megatron.workbench.bench.contestants import Contestant
-from moepp_megatron.workbench.bench.interleave import interleaved, speedup
 from moepp_megatron.workbench.bench.parts import parts_ms
 from moepp_megatron.workbench.bench.shapes import PaperShape
 
@@ -22,6 +24,12 @@ from moepp_megatron.workbench.bench.shapes import PaperShape
 class LayerResult:
     """One line of the benchmark.
 
+    Of the vanilla layer and of the MoE++ layer: median milliseconds of the pass (`ms`), bytes that
+    autograd keeps (`kept_bytes`), median milliseconds of each part of a forward pass (`parts_ms`)
+    and the least that it can take on this GPU (`bounds_ms`, see `bounds.py`), FLOPs of the FFN
+    experts in this pass over the layer's whole time (`tflops`) and, forward, over the experts' part
+    (`experts_tflops`), and the class of its FFN experts (`experts`).
+
     Attributes:
         shape: The paper's name of the model.
         tau: Weight of a zero-computation expert in the balance.
@@ -29,22 +37,8 @@ class LayerResult:
         tokens: Tokens of a pass.
         phi: FFN experts' share of all selections.
         pass_name: "forward" or "forward_backward".
-        vanilla_ms: Median milliseconds of megatron-core's layer.
-        moepp_ms: Median milliseconds of the MoE++ layer.
         speedup: Vanilla time over MoE++ time, median of the rounds' ratios.
         paper_efficiency: The paper's efficiency, from expert forward times; None if it has none.
-        vanilla_kept_bytes: Bytes that autograd keeps of the vanilla layer.
-        moepp_kept_bytes: Bytes that it keeps of the MoE++ layer.
-        vanilla_parts_ms: Median milliseconds per part, forward passes only.
-        moepp_parts_ms: The same of the MoE++ layer.
-        vanilla_bounds_ms: Least milliseconds per part on this GPU (`bounds.py`).
-        moepp_bounds_ms: The same of the MoE++ layer.
-        vanilla_tflops: FLOPs of the FFN experts in this pass over the layer's whole time, TFLOP/s.
-        moepp_tflops: The same of the MoE++ layer.
-        vanilla_experts_tflops: The experts' part alone, forward.
-        moepp_experts_tflops: The same of the MoE++ layer.
-        vanilla_experts: Class of its FFN experts.
-        moepp_experts: The same of the MoE++ layer.
         fp8_recipe: Recipe of "fp8", None otherwise.
         constants: Constant experts of the MoE++ layer.
         fused: `moe.fused`.
@@ -134,11 +128,18 @@ def run_layer_benchmark(
         progress: Called with a description of each measurement.
     """
     card = measure_card(("fp32", setting.dtype))
+    build = partial(
+        Contestant,
+        dtype=setting.dtype,
+        num_tokens=setting.tokens,
+        fp8_recipe=setting.fp8_recipe,
+        fused=setting.fused,
+    )
     for shape in shapes:
         # Its routing does not depend on tau.
-        vanilla = _contestant(shape, 1.0, setting, vanilla=True)
+        vanilla = build(shape, 1.0, vanilla=True)
         for tau in taus:
-            moepp = _contestant(shape, tau, setting, vanilla=False)
+            moepp = build(shape, tau, vanilla=False)
             for name in passes:
                 progress(f"{shape.name}, tau {tau:g}, {name.replace('_', ' and ')}")
                 yield _measure(shape, tau, name, vanilla, moepp, setting, card)
@@ -146,20 +147,6 @@ def run_layer_benchmark(
             gc.collect()
         del vanilla
         gc.collect()
-
-
-def _contestant(
-    shape: PaperShape, tau: float, setting: LayerSetting, *, vanilla: bool
-) -> Contestant:
-    return Contestant(
-        shape,
-        tau,
-        setting.dtype,
-        setting.tokens,
-        vanilla=vanilla,
-        fp8_recipe=setting.fp8_recipe,
-        fused=setting.fused,
-    )
 
 
 def _measure(
@@ -173,21 +160,23 @@ def _measure(
 ) -> LayerResult:
     method = {"forward": "forward_only", "forward_backward": "forward_backward"}[name]
     contestants = {"vanilla": vanilla, "moepp": moepp}
-    times = interleaved(
-        {key: getattr(value, method) for key, value in contestants.items()},
-        setting.rounds,
-        setting.warmup,
-    )
-    parts = {
-        key: parts_ms(value.layer, value.forward_only, setting.rounds)
-        for key, value in contestants.items()
-    }
-    kept = {
-        key: kept_bytes(value.forward, list(value.layer.parameters()))
-        for key, value in contestants.items()
-    }
-    flops = {key: expert_flops(shape, value.load.rows) for key, value in contestants.items()}
-    passes = 1 if name == "forward" else 3
+    works = {key: getattr(value, method) for key, value in contestants.items()}
+    times = interleaved(works, setting.rounds, setting.warmup)
+    sides: dict[str, Any] = {}
+    for key, value in contestants.items():
+        parts = parts_ms(value.layer, value.forward_only, setting.rounds)
+        flops = expert_flops(shape, value.load.rows)
+        passes = 1 if name == "forward" else 3
+        numbers = {
+            "ms": times[key].median_ms,
+            "kept_bytes": kept_bytes(value.forward, list(value.layer.parameters())),
+            "parts_ms": parts,
+            "bounds_ms": bounds_ms(value.work, card),
+            "tflops": passes * flops / times[key].median_ms / 1e9,
+            "experts_tflops": flops / parts["experts"] / 1e9,
+            "experts": value.experts,
+        }
+        sides |= {f"{key}_{number}": found for number, found in numbers.items()}
     return LayerResult(
         shape=shape.name,
         tau=tau,
@@ -195,33 +184,16 @@ def _measure(
         tokens=setting.tokens,
         phi=shape.experts.phi(tau),
         pass_name=name,
-        vanilla_ms=times["vanilla"].median_ms,
-        moepp_ms=times["moepp"].median_ms,
         speedup=speedup(times["vanilla"], times["moepp"]),
         paper_efficiency=shape.paper_efficiency(tau),
-        vanilla_kept_bytes=kept["vanilla"],
-        moepp_kept_bytes=kept["moepp"],
-        vanilla_parts_ms=parts["vanilla"],
-        moepp_parts_ms=parts["moepp"],
-        vanilla_bounds_ms=bounds_ms(vanilla.work, card),
-        moepp_bounds_ms=bounds_ms(moepp.work, card),
-        vanilla_tflops=_tflops(passes * flops["vanilla"], times["vanilla"].median_ms),
-        moepp_tflops=_tflops(passes * flops["moepp"], times["moepp"].median_ms),
-        vanilla_experts_tflops=_tflops(flops["vanilla"], parts["vanilla"]["experts"]),
-        moepp_experts_tflops=_tflops(flops["moepp"], parts["moepp"]["experts"]),
-        vanilla_experts=vanilla.experts,
-        moepp_experts=moepp.experts,
         fp8_recipe=setting.fp8_recipe if setting.dtype == "fp8" else None,
         constants=shape.experts.num_constant_experts,
         fused=setting.fused,
         device=card.device,
         matmul_tflops=card.matmul_tflops[setting.dtype],
         copy_gb_s=card.copy_gb_s,
+        **sides,
     )
-
-
-def _tflops(flops: int, milliseconds: float) -> float:
-    return flops / milliseconds / 1e9
 
 
 def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:

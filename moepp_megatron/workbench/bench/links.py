@@ -53,7 +53,8 @@ def measure(largest: int, device: torch.device, per_node: int) -> list[dict[str,
     records = []
     for ranks in sorted({*powers, world}):
         group, _ = dist.new_subgroups(ranks)
-        for size in _sizes(largest):
+        size = min(_SMALLEST, largest)
+        while size <= largest:
             count = max(1, size // 4 // ranks) * ranks
             for operation, call in _calls(given[:count], taken[:count], ranks, group).items():
                 us = _microseconds(call, device)
@@ -67,14 +68,8 @@ def measure(largest: int, device: torch.device, per_node: int) -> list[dict[str,
                         "bus_gb_s": 4 * count / us / 1e3 * bus_factor(operation, ranks),
                     }
                 )
+            size *= _FACTOR
     return records
-
-
-def _sizes(largest: int) -> list[int]:
-    sizes = [min(_SMALLEST, largest)]
-    while sizes[-1] * _FACTOR <= largest:
-        sizes.append(sizes[-1] * _FACTOR)
-    return sizes
 
 
 def _calls(

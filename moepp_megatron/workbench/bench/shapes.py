@@ -43,27 +43,21 @@ class PaperShape:
         return replace(self, experts=experts, moepp_ms={})
 
 
-def _by_tau(*milliseconds: float) -> dict[float, float]:
-    return dict(zip(_TAUS, milliseconds, strict=True))
-
-
-def _experts(ffn: int, constant: int) -> ExpertLayout:
-    """The paper's layers have one copy and one zero expert."""
-    return ExpertLayout(num_ffn_experts=ffn, num_constant_experts=constant)
+def _shape(
+    name: str, width: tuple[int, int, int], ffn: int, constant: int, vanilla: float, *moepp: float
+) -> PaperShape:
+    """A layer of the paper, which has one copy and one zero expert; hidden, FFN width, heads."""
+    experts = ExpertLayout(num_ffn_experts=ffn, num_constant_experts=constant)
+    taus = _TAUS if len(moepp) > 1 else (0.75,)
+    return PaperShape(name, *width, experts, vanilla, dict(zip(taus, moepp, strict=True)))
 
 
 SHAPES = {
     shape.name: shape
     for shape in (
-        PaperShape(
-            "0.6B", 768, 2048, 12, _experts(8, 2), 535.3, _by_tau(202.4, 277.8, 387.3, 427.6, 449.6)
-        ),
-        PaperShape(
-            "1B", 768, 2048, 12, _experts(16, 2), 610.9, _by_tau(289.3, 384.9, 469.7, 500.3, 530.2)
-        ),
-        PaperShape(
-            "2B", 768, 2048, 12, _experts(32, 6), 683.4, _by_tau(417.9, 473.7, 532.7, 561.0, 590.5)
-        ),
-        PaperShape("7B", 1536, 4096, 16, _experts(16, 2), 1859.0, {0.75: 1455.0}),
+        _shape("0.6B", (768, 2048, 12), 8, 2, 535.3, 202.4, 277.8, 387.3, 427.6, 449.6),
+        _shape("1B", (768, 2048, 12), 16, 2, 610.9, 289.3, 384.9, 469.7, 500.3, 530.2),
+        _shape("2B", (768, 2048, 12), 32, 6, 683.4, 417.9, 473.7, 532.7, 561.0, 590.5),
+        _shape("7B", (1536, 4096, 16), 16, 2, 1859.0, 1455.0),
     )
 }

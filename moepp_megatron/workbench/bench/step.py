@@ -16,8 +16,8 @@ from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.collect import RoutingCollector
 from moepp_megatron.training.setup import build_training_model
 from moepp_megatron.training.step import training_step
+from moepp_megatron.workbench.bench.clock import interleaved, speedup
 from moepp_megatron.workbench.bench.held_routing import balanced_selection, balanced_shares, hold
-from moepp_megatron.workbench.bench.interleave import interleaved, speedup
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,7 @@ def _hold_all(models: list[torch.nn.Module], config: Config, layout: Layout) -> 
 
 
 class RandomTokens(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """A data set without end; each sequence depends on its index alone.
-
-    Args:
-        config: Gives the length of a sequence and the size of the vocabulary.
-    """
+    """A data set without end for a model's sequences; each depends on its index only."""
 
     def __init__(self, config: Config) -> None:
         self._model = config.model

@@ -22,7 +22,7 @@ from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.runtime import distributed
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.workbench.bench.all_to_all_clock import AllToAllClock
-from moepp_megatron.workbench.bench.interleave import interleaved
+from moepp_megatron.workbench.bench.clock import interleaved
 from moepp_megatron.workbench.bench.step import Stepper
 from moepp_megatron.workbench.experiments.scaling.grid import Point
 from moepp_megatron.workbench.experiments.scaling.point import KindResult, PointResult

@@ -17,7 +17,7 @@ from moepp_megatron.workbench.bench.bounds import (
     expert_flops,
     layer_work,
 )
-from moepp_megatron.workbench.bench.interleave import Timed, interleaved, speedup
+from moepp_megatron.workbench.bench.clock import Timed, interleaved, speedup
 from moepp_megatron.workbench.bench.parts import parts_ms
 from moepp_megatron.workbench.bench.shapes import PaperShape
 
