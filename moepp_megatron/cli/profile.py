@@ -117,12 +117,12 @@ def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
     """Analyse a source that records only collectives."""
     from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.workbench.profiling.summaries import summary_of
-    from moepp_megatron.workbench.report.profile.tables import print_tables, summary_table
+    from moepp_megatron.workbench.report.profile.tables import print_summary
 
     summary = summary_of(run)
     if json_file is not None:
         write_atomic(json_file, summary.model_dump_json(indent=1).encode())
-    print_tables([f"{summary.name}, {summary.ranks} ranks"], [summary_table(summary)])
+    print_summary(summary)
     _print_comparison(_compared(summary, against))
 
 

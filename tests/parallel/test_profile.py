@@ -152,15 +152,15 @@ def test_bytes_equal_the_routing_in_every_layer_direction_and_pass(
         assert {one.place for one in layers} == every
         for one in layers:
             assert one.measured == one.expected, one
-            assert 0 < one.deduplicated <= one.plain, one
+            assert 0 < one.deduplicated <= one.ffn_only, one
     moved = [one for step in found.steps for one in found.layers[step]]
     if "deduplicated" in name:
         assert all(one.measured == one.deduplicated for one in moved)
         # Top-2 of four experts per rank: some tokens must have had both on the other one.
-        assert sum(one.measured for one in moved) < sum(one.plain for one in moved)
+        assert sum(one.measured for one in moved) < sum(one.ffn_only for one in moved)
     if name == "vanilla":
         # No selection is left out, whatever the load.
-        assert sum(one.even for one in moved) == sum(one.vanilla for one in moved)
+        assert sum(one.even_load for one in moved) == sum(one.vanilla for one in moved)
 
 
 def test_formula_with_an_even_load(ranks: RankPools, tmp_path: Path) -> None:

@@ -47,15 +47,12 @@ def document(profile: Profile) -> dict[str, Any]:
 
 def _rank_steps(profile: Profile) -> list[dict[str, Any]]:
     rows = profile.load.rows if profile.load is not None else {}
+    parts = ("step", "compute", "communication", "exposed", "idle")
     return [
         {
             "step": step,
             "rank": rank,
-            "step_ms": time.step_us / 1e3,
-            "compute_ms": time.compute_us / 1e3,
-            "communication_ms": time.communication_us / 1e3,
-            "exposed_ms": time.exposed_us / 1e3,
-            "idle_ms": time.idle_us / 1e3,
+            **{f"{part}_ms": getattr(time, f"{part}_us") / 1e3 for part in parts},
             "exposed_share": time.exposed_share,
             "expert_rows": rows.get((step, rank)),
         }
@@ -65,6 +62,7 @@ def _rank_steps(profile: Profile) -> list[dict[str, Any]]:
 
 
 def _class(one: CallClass, count: int) -> dict[str, Any]:
+    rates = ("algorithm_gb_s", "bus_gb_s", "peak_gb_s", "peak_share")
     return {
         "purpose": one.name.purpose,
         "operation": one.name.operation.value,
@@ -80,28 +78,20 @@ def _class(one: CallClass, count: int) -> dict[str, Any]:
         "transfer_ms": one.transfer_us / 1e3 / count if one.matched else None,
         "exposed_ms": one.exposed_us / 1e3 / count,
         "overlapped_share": max(0.0, 1.0 - one.exposed_us / one.time_us) if one.time_us else None,
-        "algorithm_gb_s": one.algorithm_gb_s,
-        "bus_gb_s": one.bus_gb_s,
-        "peak_gb_s": one.peak_gb_s,
-        "peak_share": one.peak_share,
+        **{rate: getattr(one, rate) for rate in rates},
     }
 
 
 def _layers(profile: Profile) -> list[dict[str, Any]]:
+    sizes = ("measured", "expected", "ffn_only", "deduplicated", "even_load", "vanilla", "side")
     return [
         {
             "step": step,
             "layer": one.place.layer,
             "direction": one.place.part,
             "pass": one.place.phase,
-            "measured_bytes": one.measured,
-            "expected_bytes": one.expected,
             "equal": one.is_equal,
-            "ffn_only_bytes": one.plain,
-            "deduplicated_bytes": one.deduplicated,
-            "even_load_bytes": one.even,
-            "vanilla_bytes": one.vanilla,
-            "side_bytes": one.side,
+            **{f"{size}_bytes": getattr(one, size) for size in sizes},
         }
         for step in profile.steps
         for one in profile.layers[step]

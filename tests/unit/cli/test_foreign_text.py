@@ -26,7 +26,7 @@ from moepp_megatron.workbench.experiments.scaling.efficiency import ScaleRecord
 from moepp_megatron.workbench.experiments.scaling.table import print_records
 from moepp_megatron.workbench.profiling.compare import compare
 from moepp_megatron.workbench.profiling.summary import ProfileSummary, SummaryRow
-from moepp_megatron.workbench.report.profile.terminal import print_summary
+from moepp_megatron.workbench.report.profile.tables import print_summary
 from tests.unit.workbench.experiments.pilot.test_page import contents
 from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
 
@@ -107,7 +107,7 @@ def test_errors_that_quote_a_configuration(hostile_run, moepp, command: str):
 def test_profile_of_collectives(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("moepp_megatron.workbench.report.profile.terminal._LOG_WIDTH", 400)
+    monkeypatch.setattr("moepp_megatron.workbench.report.profile.tables._LOG_WIDTH", 400)
     row = SummaryRow(
         purpose="", operation=HOSTILE, group="expert", phase="", calls=1.0, time_us=1.0
     )

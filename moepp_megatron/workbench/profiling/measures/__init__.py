@@ -1,6 +1,5 @@
 """What the traces of a recording say, each measure in a file.
 
-intervals.py       arithmetic of time intervals
 exposure.py        communication that no computation hides
 lateness.py        waiting for late ranks
 purpose.py         what a collective serves

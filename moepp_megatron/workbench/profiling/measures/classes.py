@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moepp_megatron.workbench.profiling.collective import Collective, Operation, bus_factor
-from moepp_megatron.workbench.profiling.measures.exposure import computing
-from moepp_megatron.workbench.profiling.measures.intervals import Interval, length, subtract, union
+from moepp_megatron.workbench.profiling.measures.exposure import (
+    Interval,
+    computing,
+    length,
+    subtract,
+    union,
+)
 from moepp_megatron.workbench.profiling.measures.lateness import CallKey, Lateness
 from moepp_megatron.workbench.profiling.measures.links import Link, Links, MeasuredPeak
 from moepp_megatron.workbench.profiling.measures.purpose import PURPOSES, place_of, purpose_of

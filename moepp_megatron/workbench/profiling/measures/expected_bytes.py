@@ -31,9 +31,9 @@ class ExpectedLayerBytes:
         side: Bytes of gates and maps.
         expected: Bytes required by the step's routing, for the dispatcher that ran; None if the
             recorder has not counted it, or its dispatcher is not an all-to-all.
-        plain: Bytes when sent once per selection (the FFN-only formula with this step's counts).
+        ffn_only: Bytes when sent once per selection (the FFN-only formula with this step's counts).
         deduplicated: Bytes when sent once per token and rank: the minimum.
-        even: The FFN-only formula with an even load of experts.
+        even_load: The FFN-only formula with an even load of experts.
         vanilla: The formula with phi = 1: every selection goes to an FFN expert.
     """
 
@@ -41,9 +41,9 @@ class ExpectedLayerBytes:
     measured: int = 0
     side: int = 0
     expected: int | None = None
-    plain: int = 0
+    ffn_only: int = 0
     deduplicated: int = 0
-    even: float = 0.0
+    even_load: float = 0.0
     vanilla: float = 0.0
 
     @property
@@ -67,10 +67,10 @@ class ExpectedLayerBytes:
             row * (sum(rows) - sum(rows[counted.own : counted.own + 1]))
             for rows in (counted.to_ranks, counted.copies_to_ranks)
         )
-        self.plain += plain
+        self.ffn_only += plain
         self.deduplicated += copies
         # T K phi is the number of FFN selections.
-        self.even += counted.selections * row * share
+        self.even_load += counted.selections * row * share
         self.vanilla += counted.tokens * counted.topk * row * share
         for kind, required in (("dedup", copies), ("allto", plain)):
             if kind in counted.dispatcher.lower():

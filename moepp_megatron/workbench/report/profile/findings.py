@@ -143,7 +143,7 @@ def _bytes(profile: Profile) -> list[str]:
         sum(one.vanilla for one in layers),
         sum(one.deduplicated for one in layers),
     )
-    if not any(one.plain for one in layers):
+    if not any(one.ffn_only for one in layers):
         return []
     saved = 1 - measured / vanilla if vanilla else 0.0
     said = (

@@ -106,10 +106,11 @@ def print_tables(sentences: Sequence[str], tables: Sequence[TextTable]) -> None:
         console.print(table)
 
 
-def summary_table(summary: ProfileSummary) -> TextTable:
-    """The table of a recording of collectives only: sums per rank over the recording."""
+def print_summary(summary: ProfileSummary) -> None:
+    """Print a recording of collectives only: sums per rank over the recording."""
     unit = "ms and GB/s of the transfer"
-    return _table("Collectives of a rank", unit, "", _SUMMARY, summary.rows, 2)
+    table = _table("Collectives of a rank", unit, "", _SUMMARY, summary.rows, 2)
+    print_tables([f"{summary.name}, {summary.ranks} ranks"], [table])
 
 
 def _ms(value: float | None) -> str:

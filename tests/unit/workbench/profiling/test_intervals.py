@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from moepp_megatron.workbench.profiling.measures.intervals import (
+from moepp_megatron.workbench.profiling.measures.exposure import (
     Interval,
     intersect,
     length,

@@ -84,7 +84,7 @@ def test_bytes_and_routing(profile: Profile) -> None:
     assert dispatch.measured == dispatch.expected == (5 + 2) * 2048
     assert dispatch.deduplicated == (4 + 2) * 2048
     # T K phi D b (EP - 1) / EP with 16 FFN selections of 32.
-    assert dispatch.even == 16 * 2 * 0.5 * 2048 / 2
+    assert dispatch.even_load == 16 * 2 * 0.5 * 2048 / 2
     assert dispatch.vanilla == 16 * 2 * 2048 / 2
 
 
