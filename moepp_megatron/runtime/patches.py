@@ -72,13 +72,6 @@ PATCHES = (
         "megatron-core takes a reader for the common state",
     ),
     Patch(
-        "cli.usage",
-        "typer",
-        "get_help_record and get_usage_pieces of each argument and option; for good",
-        "help would show Python's types, and ranges as x>=1",
-        "typer has words of its own for them",
-    ),
-    Patch(
         "training.setup",
         "Transformer Engine",
         "fuse_wgrad_accumulation of its layers; for good, where megatron-core has left it off",

@@ -273,11 +273,9 @@ def _folders(config: Config) -> list[Path]:
 
 @contextmanager
 def _one_at_a_time(config: Config) -> Iterator[None]:
-    """Locks, so that of two processes one checks and claims the folders before the other.
-
-    Where the file system cannot lock a folder (NFS), two that start within the same instant may
-    both be let into a run's folder.
-    """
+    """Locks, so that of two processes one checks and claims the folders before the other."""
+    # Where the file system cannot lock a folder (NFS), two that start within the same instant may
+    # both be let into a run's folder.
     with contextlib.ExitStack() as locks:
         # In an order that is the same for all, so that no two wait for each other.
         for folder in sorted({os.path.realpath(folder) for folder in _folders(config)}):

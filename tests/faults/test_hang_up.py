@@ -19,8 +19,15 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 LONG = 20000
 SHORT = 60
 MAIN = f"runpy.run_module({MODULE!r}, run_name='__main__', alter_sys=True)\n"
-# As nohup: what is ignored here is ignored in what this starts.
-NOHUP = "import runpy, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + MAIN
+# As nohup, and as a script's background job: what is ignored here is ignored in what this starts.
+NOHUP = (
+    """
+import runpy, signal
+for number in (signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+"""
+    + MAIN
+)
 # The first terminal that a session's leader opens for reading is that of the session.
 IN_TERMINAL = (
     """
@@ -146,7 +153,8 @@ def test_with_nohup_it_trains_on(
     program.write_text(NOHUP)
     process = hung.start(str(program), *hung.words)
     hung.wait_for_step(3)
-    os.killpg(process.pid, signal.SIGHUP)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        os.killpg(process.pid, number)
     assert process.wait(120) == 0, hung.text()
     assert sorted(losses(hung.run)) == list(range(1, SHORT + 1))
 

@@ -149,11 +149,9 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
 
 
 def _free(error: BaseException) -> None:
-    """Free the streams that a failed write has left, without their error messages.
-
-    Torch's streams flush when they are collected. Their file is closed by then, which Python
-    reports on stderr, with a traceback for each.
-    """
+    """Free the streams that a failed write has left, without their error messages."""
+    # Torch's streams flush when they are collected. Their file is closed by then, which Python
+    # reports on stderr, with a traceback for each.
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         link: BaseException | None = error

@@ -42,19 +42,12 @@ _POLL_S = 0.02
 
 @dataclass
 class _Save:
-    """A save in progress.
-
-    Attributes:
-        final: The checkpoint's name.
-        plan: The bytes of each file.
-        companions: Files beside the tensors.
-        process: Writes this rank's files; None where it could not be started.
-        failure: Why it could not be started.
-    """
+    """A save in progress."""
 
     final: Path
     plan: SavePlan
     companions: Companions
+    # Writes this rank's files; None where it could not be started, and why.
     process: Background | BackgroundUpload | None = None
     failure: str | None = None
 

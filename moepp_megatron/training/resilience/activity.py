@@ -14,20 +14,12 @@ FIRST_STEP = "first step"
 
 @dataclass(frozen=True)
 class _Moment:
-    """One entry into a phase. Replaced as a whole, so that readers need no lock.
+    """One entry into a phase. Replaced as a whole, so that readers need no lock."""
 
-    Attributes:
-        step: The optimizer step in work.
-        phase: `STEP`, `FIRST_STEP` or the name of something slow ("save").
-        count: Phases entered so far; the same sequence on every rank, so a rank with a lower count
-            is behind.
-        since: `time.monotonic()` of the entry.
-    """
-
-    step: int
-    phase: str
-    count: int
-    since: float
+    step: int  # the optimizer step in work
+    phase: str  # `STEP`, `FIRST_STEP` or the name of something slow ("save")
+    count: int  # phases entered so far, in the same order on every rank: one with less is behind
+    since: float  # `time.monotonic()` of the entry
 
 
 class Activity:

@@ -154,10 +154,8 @@ class Watchdog:
         self._beat(has_dumped=True)
 
     def _wait_for_others(self) -> list[int]:
-        """Keep beating until all have written their stacks; returns the ranks that do not answer.
-
-        Waits even if this rank is the slow one: its end would end the others before their reports.
-        """
+        """Keep beating until all have written their stacks; the ranks that do not answer."""
+        # Even if this rank is the slow one: its end would end the others before their reports.
         first = self._folder.read(self._world_size)
         latest = first
         for _ in range(_GRACE_TICKS):
