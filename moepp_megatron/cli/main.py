@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 
@@ -126,7 +127,7 @@ def run() -> None:
                 discard_output()
             echo(f"error: {error.filename or 'stdout'}: {NO_SPACE}; free space", err=True)
             sys.exit(UnfitError.exit_code)
-        if isinstance(error, MemoryError) and not has_launcher():
+        if _lacks_memory(error) and not has_launcher():
             echo(f"error: {_no_memory(error)}", err=True)
             sys.exit(UnfitError.exit_code)
         refusal = refused_with()
@@ -138,8 +139,16 @@ def run() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _no_memory(error: MemoryError) -> str:
-    """What Python, NumPy and pyarrow say of it, in one line."""
+def _lacks_memory(error: Exception) -> bool:
+    """Whether Python, NumPy, pyarrow, the system or torch has asked for memory in vain."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def _no_memory(error: Exception) -> str:
     said = " ".join(str(error).split())
     return (
         f"this machine's memory does not suffice{f' ({said})' if said else ''}; give the command "

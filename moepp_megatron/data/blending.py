@@ -28,25 +28,16 @@ from moepp_megatron.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class Draw:
-    """What one stage draws.
-
-    Attributes:
-        blend: Folders and shares.
-        size: Samples of the stage.
-        firsts: The sample of a folder's own order that the stage starts from, by its real path.
-    """
+    """What one stage draws."""
 
     blend: Blend
     size: int
+    # The sample of a folder's own order that the stage starts from, by its real path.
     firsts: Mapping[str, int]
 
 
 def plan_draws(blends: Sequence[Blend], num_samples: int) -> tuple[list[Draw], dict[str, int]]:
     """Plan the stages of a run.
-
-    Args:
-        blends: The blends in order.
-        num_samples: Samples of the whole run; a blend that begins behind them is left out.
 
     Returns:
         What each stage draws, and how many samples each folder must have, by its real path.

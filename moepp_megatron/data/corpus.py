@@ -40,8 +40,6 @@ class SpooledCorpus:
         groups: [documents] int64, a number for each group (`arrange`).
         source_ids: [documents] int64, index of each document's data source in the order of
             `Manifest.source_names`.
-        sources: one summary per source.
-        skipped: documents left out, by reason.
     """
 
     path: Path
@@ -85,14 +83,7 @@ def spool_corpus(
         if not documents[index]:
             raise nothing_usable(source, skipped[index])
     summaries = [
-        SourceSummary(
-            name=source.name,
-            files=len(source.files),
-            bytes=source.size,
-            documents=documents[index],
-            skipped=skipped[index].total(),
-            tokens=tokens[index],
-        )
+        source.summary(documents[index], skipped[index].total(), tokens[index])
         for index, source in enumerate(sources)
     ]
     all_skipped = sum(skipped, Counter[str]())
@@ -112,14 +103,9 @@ class WrittenCorpus:
     """What has been written, in terms of the manifest.
 
     Attributes:
-        sources: one summary per source.
-        skipped: documents left out, by reason.
-        documents: number of documents.
-        tokens: number of tokens.
         sha256: SHA-256 by file name, of the bytes that were to be written: it shows errors of the
             storage, too.
         split: weights of train, validation and test by documents; None if any will do.
-        chat: what conversations it holds.
     """
 
     sources: list[SourceSummary]

@@ -50,14 +50,7 @@ class DocumentPart:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one worker reads at a time.
-
-    Attributes:
-        source: index of the source it belongs to.
-        parts: the files or parts of files, in order.
-        size: bytes, for progress and sampling.
-        group: group of all its files (`SourceFile.group`).
-    """
+    """What one worker reads at a time."""
 
     source: int
     parts: tuple[DocumentPart, ...]
@@ -74,10 +67,6 @@ class Skipped:
 
 def plan_pieces(sources: Sequence[TextSource], text_key: str | None) -> list[Piece]:
     """Cut all sources into pieces, in reading order.
-
-    Args:
-        sources: the resolved sources.
-        text_key: the column of tables that must exist; None for conversations.
 
     Raises:
         ConfigError: a table that is damaged, lacks the column, or pyarrow is absent; a text that is
@@ -157,12 +146,7 @@ def _first_of_array(part: DocumentPart) -> object:
 
 
 def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:
-    """Yield every document of a piece, or why it is skipped.
-
-    Args:
-        piece: one of `plan_pieces`.
-        text_key: JSONL key and column of tables that hold the text.
-    """
+    """Yield every document of a piece, or why it is skipped."""
     readers = {
         "text": _read_text,
         "jsonl": _read_jsonl,

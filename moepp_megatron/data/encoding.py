@@ -84,16 +84,7 @@ def encode_pieces(
     workers: int,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[EncodedPiece]:
-    """Tokenize all pieces; results come in the order of the pieces.
-
-    Args:
-        pieces: the pieces of `plan_pieces`.
-        tokenizer_file: what every worker loads.
-        eod_token: its end-of-document token.
-        text_key: JSONL key and parquet column that hold the text.
-        workers: processes; with 1 the work is done in this one.
-        meanwhile: called once, after the workers have been given something to do.
-    """
+    """Tokenize all pieces, in their order; `meanwhile` is called once the workers have work."""
     workers = min(workers, len(pieces))
     if workers <= 1:
         meanwhile()

@@ -19,13 +19,6 @@ def find_reusable(
 ) -> Manifest | None:
     """Whether `out` already holds what is asked for.
 
-    Args:
-        out: the output folder.
-        settings: the settings asked for now.
-        stat_sha256: `stat_fingerprint` of the sources.
-        content_sha256: gives `content_fingerprint`; called only if modification times differ.
-        force: replace a dataset that differs, or even one that does not.
-
     Returns:
         The manifest if the folder can be used as it is, None if it must be written.
 

@@ -69,10 +69,7 @@ class GivenTokenizer:
     original: Callable[[str], list[int]] | None = None
 
     def check(self, texts: Iterable[str]) -> None:
-        """Refuse a conversion that gives other ids than the original.
-
-        Args:
-            texts: Texts to compare on, up to a limit; difficult ones are added.
+        """Refuse a conversion that gives `texts`, or difficult ones, other ids than its original.
 
         Raises:
             ConfigError: One has other ids.

@@ -61,11 +61,6 @@ def read_pair(prefix: Path) -> Manifest:
 def doubts(prefix: Path, tokenizer: Tokenizer, name: str) -> list[str]:
     """Warnings: what cannot be checked of a pair, and whether its tokenizer looks wrong.
 
-    Args:
-        prefix: The prefix.
-        tokenizer: The one that is said to have made the ids.
-        name: The setting that names the prefix.
-
     Raises:
         CorpusError: The index is damaged.
         OSError: A file cannot be read.

@@ -129,16 +129,7 @@ def _encode(
             if not lengths:
                 raise _nothing_usable(source, skipped)
             encoded.skipped += skipped
-            encoded.sources.append(
-                SourceSummary(
-                    name=source.name,
-                    files=len(source.files),
-                    bytes=source.size,
-                    documents=len(lengths),
-                    skipped=skipped.total(),
-                    tokens=sum(lengths),
-                )
-            )
+            encoded.sources.append(source.summary(len(lengths), skipped.total(), sum(lengths)))
     return encoded
 
 

@@ -15,10 +15,7 @@ _VOCAB_MULTIPLE = 128
 def check_data(config: Config, whole_index: bool = True) -> list[str]:
     """Refuse what training would refuse, before any rank starts.
 
-    Args:
-        config: A checked configuration.
-        whole_index: Read the corpus's index, 20 bytes per document, and not its header alone. One
-            process per run is enough.
+    One process per run reads the whole index, 20 bytes per document; for others the header will do.
 
     Returns:
         Warnings.

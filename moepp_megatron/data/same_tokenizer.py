@@ -79,10 +79,6 @@ def _check_end_of_document(file: Path, manifest: Manifest, folder: Folder) -> No
 def check_model_tokenizer(config: Config, trained: Path) -> None:
     """Refuse data whose token ids mean other tokens than those that a model was trained on.
 
-    Args:
-        config: The run's configuration.
-        trained: The model's `tokenizer.json`; if it is missing or invalid, nothing is checked.
-
     Raises:
         ConfigError: If the ids mean other tokens, or the run's tokenizer cannot be read.
     """

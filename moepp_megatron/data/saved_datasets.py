@@ -22,11 +22,6 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.parquet")
 def companions(source: str, root: Path, names: Sequence[str]) -> set[str]:
     """What is not data in the folders of Hugging Face's datasets below `root`.
 
-    Args:
-        source: The source, for messages.
-        root: The folder that is read.
-        names: Files in it, by their paths within it.
-
     Returns:
         Those of `names` that are to be left out.
 

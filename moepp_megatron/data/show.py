@@ -90,14 +90,7 @@ def shown_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
 
 @dataclass(frozen=True)
 class Share:
-    """What a run draws of one folder, in one stage or in all.
-
-    Attributes:
-        path: The folder.
-        share: Its share of the samples of the stage, or of the run.
-        tokens: Tokens drawn, to within a sample.
-        epochs: The tokens drawn over those that the folder has to train on.
-    """
+    """What a run draws of one folder, in one stage or in all: tokens, and these over its own."""
 
     path: Path
     share: float

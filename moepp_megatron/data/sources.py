@@ -13,7 +13,7 @@ from typing import Literal
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.paths import hub_id, looked_at, path_problem
 from moepp_megatron.data.compressed import COMPRESSIONS, Compression
-from moepp_megatron.data.manifest import CORPUS
+from moepp_megatron.data.manifest import CORPUS, SourceSummary
 from moepp_megatron.data.saved_datasets import companions
 from moepp_megatron.data.stdlib import is_table, package_of
 from moepp_megatron.file_names import DATA_MANIFEST_FILE
@@ -61,6 +61,10 @@ class TextSource:
 
     name: str
     files: tuple[SourceFile, ...]
+
+    def summary(self, documents: int, skipped: int, tokens: int) -> SourceSummary:
+        """What a manifest says of it."""
+        return SourceSummary(self.name, len(self.files), self.size, documents, skipped, tokens)
 
     @property
     def size(self) -> int:

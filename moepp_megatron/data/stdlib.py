@@ -25,10 +25,6 @@ def is_table(name: str, path: Path) -> bool:
     at module level, such as `html/entities.py`. A model learns tables by heart: validation on
     nearly the same ones says nothing about code.
 
-    Args:
-        name: path within the library, with forward slashes.
-        path: the file.
-
     Raises:
         OSError: it cannot be read.
     """

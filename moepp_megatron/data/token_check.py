@@ -33,13 +33,7 @@ def vocabulary_of(dataset: Any, model_vocab_size: int) -> int:
 def check_tokens(
     dataset: Any, indices: Sequence[int], batch: Mapping[str, torch.Tensor], vocab_size: int
 ) -> None:
-    """Check a batch on the host.
-
-    Args:
-        dataset: the dataset of the batch.
-        indices: the samples in it.
-        batch: `tokens` and, if they are there, `labels`: int64 [b, s].
-        vocab_size: ids must be at least 0 and below it.
+    """Check `tokens` and, if they are there, `labels` of a batch, int64 [b, s], on the host.
 
     Raises:
         ConfigError: if one is not; for a dataset of `build_datasets` it names folder, document and

@@ -49,11 +49,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, eod_token: str) -> None:
-        """Wrap a tokenizer.
-
-        Args:
-            backend: tokenizer to wrap; its truncation and padding are switched off.
-            eod_token: a token of its vocabulary.
+        """Wrap a tokenizer, whose truncation and padding are switched off.
 
         Raises:
             ConfigError: the token is not in the vocabulary.

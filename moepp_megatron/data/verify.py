@@ -23,14 +23,7 @@ _CHUNK_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class FileState:
-    """The result of checking one file.
-
-    Attributes:
-        name: the file.
-        size: its bytes; None if it is not there.
-        problem: what is wrong; empty if nothing is.
-        compared: whether its contents were compared with a hash of when it was written.
-    """
+    """The result of checking one file; `compared`: with the hash of when it was written."""
 
     name: str
     size: int | None

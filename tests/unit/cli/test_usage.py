@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -274,14 +275,22 @@ def test_json_that_is_printed_needs_a_folder(
     assert error.startswith("error: --json (-) needs a temporary folder that can be written (")
 
 
-@pytest.mark.parametrize("said", ["", "malloc of size 9\n failed"])
-def test_no_memory_is_one_line(said: str, tmp_path, monkeypatch, capsys) -> None:
-    from moepp_megatron.config import json_file
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("malloc of size 9\n failed"),
+        RuntimeError("err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_no_memory_is_one_line(error: Exception, tmp_path, monkeypatch, capsys) -> None:
+    from moepp_megatron.data import saved_datasets
 
     def without_memory(*_: object) -> None:
-        raise MemoryError(said)
+        raise error
 
-    monkeypatch.setattr(json_file.json, "loads", without_memory)
+    monkeypatch.setattr(saved_datasets, "_read", without_memory)
     (tmp_path / "state.json").write_text("{}")
     (tmp_path / "dataset_info.json").write_text("{}")
     words = ["moepp", "data", "prepare", str(tmp_path), "--out", "unused"]
@@ -292,7 +301,7 @@ def test_no_memory_is_one_line(said: str, tmp_path, monkeypatch, capsys) -> None
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert line.startswith("error: this machine's memory does not suffice")
-    assert " ".join(said.split()) in line
+    assert " ".join(str(error).split()) in line
 
 
 MODEL = str(ROOT / "configs" / "models" / "moepp_0.6b_8_4.yaml")
