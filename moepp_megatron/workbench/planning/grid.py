@@ -36,7 +36,7 @@ class Grid:
     # The schedule is DualPipe (arXiv 2412.19437, section 3.2.1), not interleaved.
     is_dualpipe: bool = False
     dispatcher: Dispatcher | None = None  # name of the dispatcher, where a search chose it
-    unpaired: bool = False  # passes are meant that the combined schedule runs alone
+    unpaired: bool = False  # stands for the passes that the combined schedule runs alone
 
     @classmethod
     def from_config(cls, config: Config, world: int) -> Grid:

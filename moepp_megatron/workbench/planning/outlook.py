@@ -41,12 +41,12 @@ class Outlook:
     """A run of one model in one layout; None where power, price or published runs are unknown."""
 
     tokens: float
-    days: float  # of its steps alone
+    days: float  # days of its steps
     lost_days: float  # further days: checkpoints, failures, restarts, repeated steps
     low_days: float | None  # a tenth of published runs like it took less, all days counted
     high_days: float | None  # a tenth of them took more
-    gpu_hours: float  # of all days
-    energy_mwh: float | None  # of the GPUs at their rated power
+    gpu_hours: float  # GPU hours of all days
+    energy_mwh: float | None  # energy of the GPUs at their rated power
     money: float | None  # price of the GPU hours
     lost_money: float | None  # the part of it that `lost_days` cost
     low_money: float | None

@@ -58,8 +58,8 @@ class Planned:
     # Model TFLOP/s of a GPU, as `metrics.jsonl` counts them (config/flops.py).
     tflops_per_gpu: float
     mfu: float  # their share of the rated rate
-    vanilla_step_s: float | None = None  # of the vanilla model in the same layout
-    vanilla_fits: bool = True  # whether it does there; else the ratio is of speed only
+    vanilla_step_s: float | None = None  # step of the vanilla model in the same layout
+    vanilla_fits: bool = True  # whether it fits there; if not, only speed compares
     ramp: tuple[RampStage, ...] = ()  # smaller steps at the beginning of a run
 
     def run_seconds(self, tokens: float) -> float:

@@ -25,7 +25,7 @@ class Product:
     n: float  # columns
     k: float  # inner dimension
     groups: int = 1  # number of products
-    number: str = "bf16"  # format: "fp32", "bf16", "fp8", "fp8_blockwise"
+    number: str = "bf16"  # format: fp32, bf16, fp8, fp8_blockwise or mxfp8
 
     @property
     def flop(self) -> float:

@@ -21,10 +21,10 @@ class Experts(ExpertLayout):
     shared_gate: bool = False  # whether a gate weighs the shared expert's output
     dispatcher: Dispatcher = "alltoall"  # how tokens reach their experts
     permute_fused: bool = True  # tokens are permuted by fused kernels
-    router_pads: bool = False  # the router gives each as many tokens as FP8 products take
+    router_pads: bool = False  # the router gives each what FP8 products take
     has_bias: bool = False  # FFN experts have biases
-    is_clamped: bool = False  # the two halves of the first product are, before the activation
-    most_nodes: int | None = None  # A token's experts lie on at most so many nodes; None for any
+    is_clamped: bool = False  # both halves of the first product are clamped
+    most_nodes: int | None = None  # a token's experts lie on at most so many nodes; None for any
     num_groups: int = 1  # groups of neighbouring FFN experts
     group_topk: int = 1  # groups that a token's FFN experts come from
 
@@ -89,7 +89,7 @@ class Workload:
     tied: bool  # whether the output layer shares the embedding's weights
     batch: int  # sequences of a step
     numbers: Numbers  # number formats
-    causal_share: float = 0.5  # of the attention scores, that are computed
+    causal_share: float = 0.5  # share of the attention scores that are computed
     # Of multi-token prediction, on the last stage beside `is_moe`, each with an output layer.
     extra_layers: int = 0
     loss_fused: bool = False  # the cross entropy makes no fp32 copy of the logits

@@ -24,8 +24,8 @@ class Comparison:
     """A run and the model's estimate of it."""
 
     run: Run
-    step: StepTime  # the model's
-    tokens_per_s_per_gpu: float  # the model's
+    step: StepTime  # the model's step
+    tokens_per_s_per_gpu: float  # the model's speed
     memory_gib: float  # the model's peak of the allocator on the fullest rank
 
     @property
@@ -63,12 +63,12 @@ def compare(run: Run, machine: Machine | None = None) -> Comparison:
 class FamilyErrors:
     """Errors of a family's rows in scope."""
 
-    rows: int  # that were measured
-    median: float  # of the absolute errors
+    rows: int  # rows that were measured
+    median: float  # median of the absolute errors
     largest: float
     fast: int  # rows that the model is too fast for
-    tenth: float  # A tenth of runs take less than this many times the estimate
-    nine_tenths: float  # A tenth take more than this many times the estimate
+    tenth: float  # a tenth of runs take less than this many times the estimate
+    nine_tenths: float  # a tenth take more than this many times the estimate
 
 
 def family_errors(
