@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from moepp_megatron.workbench.profiling.measures.exposure import MeasuredStepTim
 from moepp_megatron.workbench.profiling.trace import RankTrace, TracedGroup
 from moepp_megatron.workbench.report.profile import findings
 
+SAMPLE = Path(__file__).parent / "samples" / "kineto_nccl"
 GROUP = (0, 1, 2, 3)
 
 
@@ -68,19 +69,19 @@ def test_without_rows_nothing_is_said() -> None:
 def test_a_slow_rank_is_named_and_no_balance_is_advised() -> None:
     load = ExpertLoad({}, 3, 1.3)
     slow = found([440.0, 100.0, 100.0, 100.0], [84, 100, 100, 100])
-    (said,) = findings._slow(SimpleNamespace(slow=slow))  # type: ignore[arg-type]
+    profile = replace(analysis.analyse(SAMPLE), slow=slow, load=load)
+    said = " ".join(findings.findings(profile))
     assert "Rank 0 is slow: it computes 4.40 times as long" in said
     assert "for 0.84 times their rows" in said
-    (uneven,) = findings._load(SimpleNamespace(slow=slow, load=load))  # type: ignore[arg-type]
-    assert "balance_coeff" not in uneven
-    (uneven,) = findings._load(SimpleNamespace(slow=None, load=load))  # type: ignore[arg-type]
-    assert "A larger moe.balance_coeff evens it." in uneven
+    assert "balance_coeff" not in said
+    said = " ".join(findings.findings(replace(profile, slow=None)))
+    assert "A larger moe.balance_coeff evens it." in said
 
 
 def test_a_profile_looks_for_a_slow_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     slow = found([440.0, 100.0, 100.0, 100.0], [84, 100, 100, 100])
     monkeypatch.setattr(analysis, "slow_rank", lambda *what: asked.append(what) or slow)
-    profile = analysis.analyse(Path(__file__).parent / "samples" / "kineto_nccl")
+    profile = analysis.analyse(SAMPLE)
     assert profile.slow is slow
     assert asked == [(profile.traces, profile.times, profile.load)]
