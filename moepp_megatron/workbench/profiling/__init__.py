@@ -10,6 +10,5 @@ document.py          the same as JSON
 summary.py           a profile in a few numbers, to compare
 summaries.py         the summary of any recording
 merge.py             clocks of ranks whose files have none in common
-changes.py           differences between two profiles, with sizes and causes
-compare.py           these differences in words
+compare.py           differences between two profiles, with sizes and causes, and in words
 """

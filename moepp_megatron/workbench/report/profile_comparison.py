@@ -7,8 +7,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from moepp_megatron.workbench.profiling.changes import Change, ProfileComparison, total_of
-from moepp_megatron.workbench.profiling.compare import amount, duration, in_words, kind_name
+from moepp_megatron.workbench.profiling.compare import (
+    Change,
+    ProfileComparison,
+    amount,
+    duration,
+    in_words,
+    kind_name,
+)
 from moepp_megatron.workbench.report.drawing import (
     GREEN,
     INK,
@@ -87,7 +93,7 @@ def _bars(comparison: ProfileComparison) -> list[_Bar]:
     bars.sort(key=lambda bar: -abs(bar[1]))
     if left:
         kinds = "1 other kind" if len(left) == 1 else f"{len(left)} other kinds"
-        bars.append((kinds, total_of(left), None, ""))
+        bars.append((kinds, sum(change.us for change in left), None, ""))
     return bars
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from moepp_megatron.version import __version__
 from moepp_megatron.workbench.profiling.analysis import Profile
-from moepp_megatron.workbench.profiling.changes import ProfileComparison
-from moepp_megatron.workbench.profiling.compare import in_words
+from moepp_megatron.workbench.profiling.compare import ProfileComparison, in_words
 from moepp_megatron.workbench.report.drawing import plot_style, svg_data_uri
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.profile.findings import cards, findings

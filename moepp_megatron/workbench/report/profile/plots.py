@@ -122,9 +122,14 @@ def _layers(document: dict[str, Any]) -> Plot:
     axes.bar(places, total("vanilla_bytes"), 0.82, color=GRID, label="vanilla, even load")
     axes.bar(places - 0.2, total("measured_bytes"), 0.36, color=BLUE, label="measured")
     axes.bar(places + 0.2, total("deduplicated_bytes"), 0.36, color=GREEN, label="deduplicated")
-    even, dashes = total("even_load_bytes"), (0, (3, 2))
     axes.hlines(
-        even, places - 0.41, places + 0.41, INK, dashes, "FFN-only, even load", linewidth=1.2
+        total("even_load_bytes"),
+        places - 0.41,
+        places + 0.41,
+        color=INK,
+        linewidth=1.2,
+        linestyle=(0, (3, 2)),
+        label="FFN-only, even load",
     )
     if len(layers) <= 40:
         axes.set_xticks(places, [str(layer) for layer in layers])
