@@ -130,16 +130,19 @@ class Record(BaseModel):
         "language-model loss alone, token mean over the global batch", "nats",
         "loss/train", "moepp_loss", guard="whole")]
     lr: Annotated[Number, Metric(
-        "learning rate", "", "optimizer", "moepp_learning_rate")]
+        "learning rate", "", "optimizer", "moepp_learning_rate",
+        drawn=Drawn("Learning rate", "learning rate", 6))]
     grad_norm: Annotated[Number, Metric(
         "global gradient norm before clipping", "", "optimizer", "moepp_grad_norm", guard="whole",
-        panel=("Gradient norm", "before clipping"))]
+        panel=("Gradient norm", "before clipping"),
+        drawn=Drawn("Gradient norm", "norm", 6))]
     step_time_s: Annotated[Number, Metric(
         "wall time of the step", "s", "speed", "moepp_step_time_seconds",
-        panel=("Step time", "step"))]
+        panel=("Step time", "step"), drawn=Drawn("Step time", "seconds", 4))]
     tokens_per_s: Annotated[Number, Metric(
         "tokens of the global batch over the step's time", "tokens/s", "speed",
-        "moepp_tokens_per_second", panel=("Throughput", "tokens/s"))]
+        "moepp_tokens_per_second", panel=("Throughput", "tokens/s"),
+        drawn=Drawn("Speed", "tokens/s", 4))]
     balance_loss: Annotated[Number, Metric(
         "heterogeneous load-balance loss, without its coefficient: mean over MoE layers, and over "
         "micro-batches by their tokens without padding, as it is trained", "",

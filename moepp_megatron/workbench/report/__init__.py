@@ -16,6 +16,7 @@ gpu_page.py            `moepp bench report`: a GPU's results beside what was exp
 hardware.py            what the run cost its machines: energy, GPU-hours, MFU
 router_health_plots.py plots of the routers' health; docs/routing.md says what each number means
 healthy.py             what is healthy: the ranges of docs/routing.md
+lines.py               the plot of lines that most curves are
 measured.py            `moepp plan --measured` on the terminal and as JSON
 page.py                the page itself: numbers, plots and configuration put into the template
 plan.py                `moepp plan` on the terminal, as JSON, and as a plot of where the time goes
@@ -26,6 +27,7 @@ progress.py            how far a measurement is
 run_data.py            what a report is made of
 savings.py             what the zero-computation experts saved against a vanilla layer
 savings_table.py       the table that sets a run against the vanilla layer of the same size
+series.py              the one way to a run's numbers over its steps
 summary.py             the numbers of a run that the page shows, computed from its records
 template.py            the templates of this room's pages
 terminal.py            tables on a terminal that are whole wherever they are printed

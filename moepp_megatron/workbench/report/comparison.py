@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from moepp_megatron.config.load import parse_config
 from moepp_megatron.config.origins import leaves
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.file_names import CONFIG_FILE
-from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report.run_data import ReportError, RunData, load_run, name_below
+from moepp_megatron.workbench.report.series import values
 from moepp_megatron.workbench.report.summary import RunSummary, finite_mean, step_weights, summarize
 
 # Beyond these a plot's lines are no longer told apart.
@@ -60,11 +60,6 @@ class ComparedRun:
     tokens: np.ndarray
     seconds: np.ndarray
     flops: np.ndarray | None
-
-    def series(self, value: Callable[[StepMetrics], float | None]) -> np.ndarray:
-        """A number of each record, [n] float64; NaN where it was not recorded."""
-        values = (value(record) for record in self.data.records)
-        return np.array([math.nan if v is None else v for v in values], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -110,14 +105,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _compared(run: RunData, name: str) -> ComparedRun:
     records = run.records
     steps = np.array(step_weights(records), dtype=np.float64)
-    times = np.array([record.step_time_s for record in records], dtype=np.float64)
+    times = values(records, "step_time_s")
     times[~np.isfinite(times)] = math.nan
     return ComparedRun(
         name=name,
         data=run,
         summary=summarize(run),
         settings=flat(parse_yaml(run.config_text, str(run.folder / CONFIG_FILE))),
-        tokens=np.array([record.tokens for record in records], dtype=np.float64),
+        tokens=values(records, "tokens"),
         seconds=np.cumsum(steps * times),
         flops=_flops(run),
     )
@@ -132,7 +127,7 @@ def _flops(run: RunData) -> np.ndarray | None:
     # Linear in the FFN share, so that two points give all.
     none, whole = (training_flops_per_token(config, share) for share in (0.0, 1.0))
     tokens = np.diff([0.0, *(record.tokens for record in run.records)])
-    shares = np.array([record.ffn_fraction for record in run.records], dtype=np.float64)
+    shares = values(run.records, "ffn_fraction")
     shares[~np.isfinite(shares)] = math.nan
     return np.cumsum(tokens * (none + (whole - none) * shares))
 
@@ -184,7 +179,7 @@ def loss_at(run: ComparedRun, axis: np.ndarray, end: float) -> float:
     reached = np.flatnonzero(axis <= end * (1 + 1e-9))
     if not len(reached):
         return math.nan
-    losses = run.series(lambda record: record.loss)[reached]
+    losses = values(run.data.records, "loss")[reached]
     # At least the last record that every run has reached.
     near = axis[reached] > end * (1 - _END)
     near[-1] = True

@@ -31,6 +31,7 @@ from moepp_megatron.workbench.report.comparison import (
 )
 from moepp_megatron.workbench.report.comparison_plots import comparison_plots
 from moepp_megatron.workbench.report.drawing import plot_style
+from moepp_megatron.workbench.report.series import values
 
 DEFAULT_OUT = Path("comparison.html")
 # A configuration that somebody has made up may have thousands.
@@ -124,7 +125,7 @@ def _warnings(runs: Sequence[ComparedRun], settings: Sequence[Setting]) -> list[
 def _results(run: ComparedRun) -> list[str]:
     summary = run.summary
     planned = run.data.config.training.train_iters
-    step_time = _finite_median(run.series(lambda r: r.step_time_s))
+    step_time = _finite_median(values(run.data.records, "step_time_s"))
     valid = "none"
     if summary.valid_loss is not None:
         valid = f"{formatting.number(summary.valid_loss)} at {summary.valid_step:,}"

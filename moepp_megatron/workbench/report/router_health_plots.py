@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.ticker import PercentFormatter
 
 from moepp_megatron.catalogue import IN_LAYERS, Drawn
@@ -27,8 +28,10 @@ from moepp_megatron.workbench.report.drawing import (
     thin,
 )
 from moepp_megatron.workbench.report.healthy import QUICKSTART_EXPERTS, healthy_range
+from moepp_megatron.workbench.report.lines import Frame, Line, line_plot
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
+from moepp_megatron.workbench.report.series import finite, values
 from moepp_megatron.workbench.report.summary import tail
 
 
@@ -241,31 +244,19 @@ def loss_by_ffn(run: RunData) -> Plot | None:
     records = [r for r in run.records if r.loss_by_ffn]
     if len(records) < 2:
         return None
-    steps = [record.step for record in records]
+    steps = values(records, "step")
     table = np.asarray([record.loss_by_ffn for record in records], dtype=np.float64)
-    width = table.shape[1]
-    figure = new_figure()
-    axes = figure.subplots()
-    colours = colormaps["viridis"](np.linspace(0.05, 0.85, width))
-    words = []
-    for count in range(width):
-        is_finite = np.isfinite(table[:, count])
-        if is_finite.sum() < 2:
-            continue
-        x = [step for step, kept in zip(steps, is_finite, strict=True) if kept]
-        y = table[is_finite, count]
-        axes.plot(*thin(x, y), color=colours[count], label=f"{count} FFN")
-        words.append(f"{count} FFN experts {formatting.number(y[-1])} at step {x[-1]}")
-    if not words:
+    colours = colormaps["viridis"](np.linspace(0.05, 0.85, table.shape[1]))
+    lines = [
+        Line(f"{count} FFN", finite(steps, table[:, count]), to_hex(colours[count]))
+        for count in range(table.shape[1])
+    ]
+    lines = [line for line in lines if len(line.points.x) >= 2]
+    if not lines:
         return None
-    axes.set_ylabel("loss (nats)")
-    step_axis(axes)
-    legend_above(axes, ncols=4)
-    return Plot(
-        "Loss by FFN experts of a token",
+    caption = (
         "Mean language-model loss of the tokens with 0, 1, ... FFN experts on average over the "
         "MoE layers (of the last pipeline stage), rounded. Where the router has learned which "
-        "tokens are hard, these get more.",
-        svg_data_uri(figure),
-        "; ".join(words) + ".",
+        "tokens are hard, these get more."
     )
+    return line_plot("Loss by FFN experts of a token", caption, lines, Frame("loss (nats)"))

@@ -5,27 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.ticker import PercentFormatter
 
 from moepp_megatron.data.token_groups import BANDS
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report import formatting
-from moepp_megatron.workbench.report.alerts import mark_alerts
 from moepp_megatron.workbench.report.blocks import Cell, Table, number
-from moepp_megatron.workbench.report.drawing import (
-    LINE_COLOURS,
-    legend_above,
-    new_figure,
-    plain,
-    short_name,
-    smooth,
-    step_axis,
-    svg_data_uri,
-    thin,
-)
+from moepp_megatron.workbench.report.drawing import LINE_COLOURS, short_name
+from moepp_megatron.workbench.report.lines import Frame, Line, line_plot
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
-from moepp_megatron.workbench.report.summary import tail
+from moepp_megatron.workbench.report.series import series, values
+from moepp_megatron.workbench.report.summary import finite_mean, tail
 
 
 @dataclass(frozen=True)
@@ -117,41 +107,28 @@ def _sources(run: RunData) -> list[str]:
     return sorted(tokens, key=lambda name: -tokens[name])
 
 
-def _plot(run: RunData, lines: Lines) -> Plot | None:
-    """The plot; None if no name has two finite numbers."""
-    figure = new_figure()
-    axes = figure.subplots()
-    show = formatting.percent if lines.is_share else formatting.number
-    words, all_steps = [], set()
-    for name, colour in zip(lines.names, LINE_COLOURS, strict=False):
-        values = [(r.step, (getattr(r, lines.key) or {}).get(name, math.nan)) for r in run.records]
-        values = [(step, value) for step, value in values if math.isfinite(value)]
-        if len(values) < (1 if lines.is_rare else 2):
-            continue
-        steps, numbers = [step for step, _ in values], [value for _, value in values]
-        x, y = thin(steps, numbers)
-        if len(x) >= 60 and not lines.is_rare:
-            y = smooth(y)
-        marker = "o" if lines.is_rare else None
-        axes.plot(x, y, color=colour, label=plain(short_name(name)), marker=marker)
-        words.append(f"{name} {show(numbers[-1])} at step {steps[-1]}")
-        all_steps.update(steps)
-    if not words:
+def _plot(run: RunData, wanted: Lines) -> Plot | None:
+    """The plot; None if no name has enough finite numbers."""
+    lines = [
+        Line(
+            short_name(name),
+            series(run.records, wanted.key, name),
+            colour,
+            marker="o" if wanted.is_rare else "",
+        )
+        for name, colour in zip(wanted.names, LINE_COLOURS, strict=False)
+    ]
+    lines = [line for line in lines if len(line.points.x) >= (1 if wanted.is_rare else 2)]
+    if not lines:
         return None
-    mark_alerts(axes, run.alerts, sorted(all_steps))
-    axes.set_ylabel(lines.axis)
-    if lines.is_share:
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
-    step_axis(axes)
-    legend_above(axes, ncols=3)
-    return Plot(lines.title, lines.caption, svg_data_uri(figure), "; ".join(words) + ".")
+    show = formatting.percent if wanted.is_share else formatting.number
+    frame = Frame(wanted.axis, show, alerts=run.alerts)
+    return line_plot(wanted.title, wanted.caption, lines, frame)
 
 
 def _mean(records: Sequence[StepMetrics], key: str, name: str) -> float:
     """Mean over the records in which the source has a token; NaN where none has."""
-    values = [(getattr(record, key) or {}).get(name, math.nan) for record in records]
-    values = [value for value in values if math.isfinite(value)]
-    return math.fsum(values) / len(values) if values else math.nan
+    return finite_mean(values(records, key, name).tolist())
 
 
 def _busiest(run: RunData, records: Sequence[StepMetrics], name: str) -> str:

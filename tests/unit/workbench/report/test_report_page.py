@@ -108,7 +108,7 @@ def test_the_style_names_no_address(full_run):
 
 def test_every_picture_is_whole_and_described(full_run):
     pictures = Reader((full_run / "report.html").read_text()).pictures
-    assert len(pictures) == 21
+    assert len(pictures) == 23
     for source, alt in pictures:
         root = ElementTree.fromstring(base64.b64decode(source.split(",", 1)[1]))
         assert root.tag.endswith("svg")
@@ -145,12 +145,12 @@ def test_a_vanilla_run_has_nothing_to_save(make_run):
     assert "Expert work saved" not in page.text
     assert "This layer has FFN experts only" in page.text
     assert "no zero-computation experts" in page.text
-    assert len(page.pictures) == 8
+    assert len(page.pictures) == 10
 
 
 def test_one_record_gives_sentences_for_curves(make_run):
     page = read_page(make_run(steps=1))
-    assert page.text.count("a curve needs two") == 7
+    assert page.text.count("a curve needs two") == 9
     assert "A curve needs two records" in page.text
     assert len(page.pictures) == 2
     assert "Expert work saved" in page.text
@@ -172,7 +172,7 @@ def test_missing_optional_keys_give_sentences(make_run):
     assert "The shares of the experts were not recorded" in page.text
     assert "No hidden vector left its rank" in page.text
     assert "All-to-all saved none" in page.text
-    assert len(page.pictures) == 6
+    assert len(page.pictures) == 8
 
 
 @pytest.mark.usefixtures("unrendered")
@@ -181,7 +181,7 @@ def test_a_single_zero_computation_kind(make_run, kind: str):
     counts = {f"num_{k}_experts": int(k == kind) for k in ("zero", "copy", "constant")}
     page = read_page(make_run(steps=20, moe=counts))
     assert f"8 FFN + 1 {kind} experts" in page.text
-    assert len(page.pictures) == 11
+    assert len(page.pictures) == 13
     assert any(f"{kind} " in alt and "FFN" in alt for _, alt in page.pictures)
 
 
@@ -220,7 +220,7 @@ def test_drops_and_z_loss_are_shown_where_they_are(make_run):
 
     page = read_page(make_run(steps=20, edit=add))
     assert "A capacity limit dropped 3.0% of the selections" in page.text
-    assert len(page.pictures) == 13
+    assert len(page.pictures) == 15
 
 
 def test_many_experts_and_layers_can_be_drawn(make_run):
