@@ -78,7 +78,7 @@ class Frame:
     alerts: Sequence[Alert] = ()
     wide: bool = False
     height: float = 3.1
-    change: Callable[[Axes], None] | None = None
+    change: Callable[[Axes], object] | None = None
 
 
 def line_plot(title: str, caption: str, lines: Sequence[Line], frame: Frame) -> Plot:
