@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import GPU_NAMES, OverridesArgument
 from moepp_megatron.cli.ranks import start_ranks
-from moepp_megatron.config import Config, UnfitError, load_config
+from moepp_megatron.config import UnfitError, load_config
 
 if TYPE_CHECKING:
     from moepp_megatron.workbench.doctor.finding import Finding
@@ -102,28 +102,15 @@ def doctor(
         _start_ranks(nproc, config, overrides or [], preflight, json_file, out, hardware, gpus)
         return
     quiet()
-    findings = _examine(settings, preflight, hardware, gpus, rank)
+    from moepp_megatron.workbench.doctor.examine import Request, expected_gpus
+    from moepp_megatron.workbench.doctor.session import examine_machine, examine_ranks
+
+    request = Request(settings, hardware, preflight, expected_gpus() if gpus is None else gpus)
+    findings = examine_ranks(request, rank) if rank.is_launched else examine_machine(request)
     if findings is None:
         return
     _show(findings, preflight, json_file, out)
     _leave(findings)
-
-
-def _examine(
-    settings: Config | None,
-    preflight: bool,
-    hardware: str | None,
-    gpus: int | None,
-    rank: object,
-) -> list[Finding] | None:
-    from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.workbench.doctor.examine import Request, expected_gpus
-    from moepp_megatron.workbench.doctor.session import examine_machine, examine_ranks
-
-    assert isinstance(rank, RankEnvironment), "read above"
-    expected = gpus if gpus is not None else expected_gpus()
-    request = Request(settings, hardware, preflight, expected)
-    return examine_ranks(request, rank) if rank.is_launched else examine_machine(request)
 
 
 def _show(

@@ -134,10 +134,8 @@ def _layers(chunk: tuple[int, ...]) -> str:
 
 
 def _memory(stages: list[RankMemory], target: Target) -> Table:
-    """Memory of a rank of each stage: in GiB, or in MiB on a CPU if all of it is small.
-
-    On a CPU only what is exact: what is kept for the backward pass is not estimated.
-    """
+    """Memory of a rank of each stage: in GiB, or in MiB on a CPU if all of it is small."""
+    # On a CPU what is kept for the backward pass is not estimated.
     parts: tuple[str, ...] = _EXACT if target.hardware is None else _PARTS
     if any(memory.teacher for memory in stages):
         parts += ("teacher",)

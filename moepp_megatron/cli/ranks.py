@@ -1,10 +1,17 @@
-"""A command on several ranks of this machine."""
+"""A command on several ranks of this machine, and the machines that its options name."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import typer
+
+from moepp_megatron.config import ConfigError
+
+if TYPE_CHECKING:
+    from moepp_megatron.runtime.nodes import Nodes
 
 
 def start_ranks(nproc: int, arguments: Sequence[str]) -> None:
@@ -14,3 +21,52 @@ def start_ranks(nproc: int, arguments: Sequence[str]) -> None:
     status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", arguments)
     if status != 0:
         raise typer.Exit(status)
+
+
+def machines(
+    count: int,
+    rank: int | None,
+    endpoint: str | None,
+    run_id: str,
+    restart_timeout_s: int | None = None,
+) -> Nodes | None:
+    """The machines of a run on several; None on one.
+
+    Args:
+        count: Machines.
+        rank: Number of this machine from 0; None to let torchrun number them.
+        endpoint: HOST or HOST:PORT where the machines meet.
+        run_id: A name for this start of the run.
+        restart_timeout_s: How long they wait for each other after a failure, in seconds; None for
+            the default of `Nodes`.
+
+    Raises:
+        ConfigError: If the options contradict each other.
+    """
+    if rank is not None and rank >= count:
+        raise ConfigError(
+            f"--node-rank ({rank}) must be below --nnodes ({count}); number the machines from 0"
+        )
+    if count == 1:
+        return None
+    if endpoint is None:
+        raise ConfigError(
+            f"--nnodes ({count}) must come with --rdzv-endpoint; name machine 0's address, the "
+            "same on all machines"
+        )
+    from moepp_megatron.runtime.nodes import Nodes, parse_endpoint
+
+    try:
+        host, port = parse_endpoint(endpoint)
+        nodes = Nodes(count, rank, host, port, run_id)
+        if restart_timeout_s is not None:
+            nodes = dataclasses.replace(nodes, restart_timeout_s=restart_timeout_s)
+        nodes.local_address()
+    except ValueError as error:
+        raise ConfigError(f"--rdzv-endpoint {error}; give for example node01:29500") from None
+    except OSError as error:
+        raise ConfigError(
+            f"--rdzv-endpoint ({endpoint}) must be reachable from here ({error.strerror}); check "
+            "the name and the network"
+        ) from None
+    return nodes

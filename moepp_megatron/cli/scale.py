@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.cli.machines import machines
 from moepp_megatron.cli.options import (
     ConfigArgument,
     NnodesOption,
@@ -19,6 +18,7 @@ from moepp_megatron.cli.options import (
     RdzvEndpointOption,
     RdzvIdOption,
 )
+from moepp_megatron.cli.ranks import machines
 from moepp_megatron.config import (
     Config,
     ConfigError,

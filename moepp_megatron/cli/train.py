@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.cli.machines import machines
 from moepp_megatron.cli.options import (
     GPU_NAMES,
     ConfigArgument,
@@ -19,6 +18,7 @@ from moepp_megatron.cli.options import (
     RdzvEndpointOption,
     RdzvIdOption,
 )
+from moepp_megatron.cli.ranks import machines
 from moepp_megatron.cli.resume_command import is_given, resume_command
 from moepp_megatron.config import ConfigError
 

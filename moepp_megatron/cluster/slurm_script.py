@@ -286,10 +286,8 @@ def _quoted(value: Any) -> str:
 
 
 def _sbatch_word(option: str) -> str:
-    """One word of a `#SBATCH` line, by the rules of sbatch's own parser (src/sbatch/opt.c).
-
-    It supports double quotes and backslashes, but no escape for the end of a line.
-    """
+    """One word of a `#SBATCH` line, by the rules of sbatch's own parser (src/sbatch/opt.c)."""
+    # It knows double quotes and backslashes, but no escape for the end of a line.
     name, equals, value = option.partition("=")
     if not option.isprintable():
         raise ConfigError(

@@ -89,10 +89,7 @@ def _field_problem(
 def _entry_problem(
     name: str, field: FieldInfo, error: ErrorDetails, value: Any, depth: int
 ) -> Problem | None:
-    """The problem of a setting inside a list of sections, such as `routing_guard.rules[0].above`.
-
-    None if the field is not such a list, or the list itself is wrong.
-    """
+    """The problem of a setting in a list of sections, such as `routing_guard.rules[0].above`."""
     model = next((a for a in get_args(field.annotation) if isinstance(a, type)), None)
     location = error["loc"][depth:]
     if model is None or not issubclass(model, Section) or not location:

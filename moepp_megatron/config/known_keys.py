@@ -72,13 +72,7 @@ def refuse_unknown_keys(content: Mapping[Any, Any], source: str) -> None:
 
 
 def _unknown_keys(path: str, model: type[Section], keys: Any) -> Iterator[str]:
-    """The problems of the names in one section and in the sections inside it.
-
-    Args:
-        path: Dotted name of the section.
-        model: What it may hold.
-        keys: What it holds; null for nothing.
-    """
+    """The problems of the names in one section and in the sections inside it."""
     if keys is None:
         return
     if not isinstance(keys, Mapping):
@@ -121,11 +115,7 @@ def _unknown_section(section: str) -> str:
 
 
 def _unknown_key(path: str, own: type[Section], key: str) -> str:
-    """The message for a key that its section does not have.
-
-    A similar key of the same section comes first, then one of exactly this name in another
-    section, where the user may have meant it to be; both are named.
-    """
+    """Name a similar key of the section, and one of exactly this name in another section."""
     near = [f"{path}.{name}" for name in _close(key, own, 0.7)[:1]]
     # Megatron's name for it says more than a similar one.
     of_megatron = counterpart_of(key)

@@ -169,12 +169,7 @@ def _refuse_settings_first(path: Path, overrides: Sequence[str]) -> None:
 
 
 def _read_with_bases(path: Path, chain: tuple[str, ...]) -> list[tuple[str, Content]]:
-    """Read a file, its base, the base's base and so on: the lowest first, each with its path.
-
-    Args:
-        path: The file.
-        chain: The resolved files that led here by `base:`, the first file first.
-    """
+    """Read a file and its bases: the lowest first; `chain` are the files that led here."""
     if "\0" in str(path):
         raise ConfigError(f"{str(path)!r}: cannot be read (no path holds a zero byte); give a file")
     resolved = os.path.realpath(str(path))

@@ -104,13 +104,7 @@ def count_parameters(config: Config) -> ParameterCounts:
 
 
 def _attention_parameters(config: Config) -> int:
-    """One layer's attention: Q and output [heads * d, D], K and V [groups * d, D], norms [d].
-
-    Norms over all heads are [heads * d] and [groups * d]. Biases, where there are any, are those
-    of Q, K and V.
-
-    Latent attention has its own matrices, and norms as wide as the compressed vectors.
-    """
+    """One layer's attention: Q and output [heads * d, D], K and V [groups * d, D], norms [d]."""
     model = config.model
     if model.latent_attention is not None:
         matrices = sum(rows * columns for rows, columns in latent_matrices(model))
