@@ -1,4 +1,4 @@
-"""The tables of docs/budget.md from what `benchmarks.budget_holds` has measured."""
+"""Tables, which docs/budget.md sums up, of what `benchmarks.budget_holds` has measured."""
 
 from __future__ import annotations
 
