@@ -4,7 +4,7 @@
 
 Three layers 32 wide, 3,072 tokens a step, 240 steps, bytes as tokens, one process; about 20 seconds
 a run on one core. Each run leaves `OUT/<name>.json`, which is not made again. `--only` takes the
-runs whose names contain TEXT, `--table` prints what is there as tables, which docs/budget.md sums up.
+runs whose names contain TEXT, `--table` prints what is there (docs/budget.md sums it up).
 
 `benchmarks.budget_drift` chose `moe.budget.response` and the correction for drift, on other texts
 and seeds than those of all runs here but `before`.
