@@ -99,7 +99,9 @@ def read_metadata(checkpoint: Path) -> Metadata:
 def _check_lengths(metadata: Metadata) -> None:
     """A shard must not be more than the bytes that hold it: reading it would take such memory."""
     for key, entry in metadata.state_dict_metadata.items():
-        for chunk in entry.chunks if isinstance(entry, TensorStorageMetadata) else ():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        for chunk in entry.chunks:
             place = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
             size = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
             if place is not None and place.length < size:
