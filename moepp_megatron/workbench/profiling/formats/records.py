@@ -13,6 +13,7 @@ from typing import IO, Any, cast
 from pydantic import BaseModel, ValidationError
 
 from moepp_megatron.config.json_file import parse_json
+from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.workbench.profiling.trace import ProfileError
 
 _GZIP = b"\x1f\x8b"
@@ -47,9 +48,8 @@ def read_document(path: Path, remedy: str = "record it again") -> Any:
         return parse_json(read_bytes(path))
     except ProfileError:
         raise
-    except (ValueError, MemoryError) as error:
-        reason = error if str(error) else "it needs more memory than there is"
-        raise ProfileError(f"{path}: not a whole JSON file ({reason}); {remedy}") from None
+    except ValueError as error:
+        raise ProfileError(f"{path}: not a whole JSON file ({error}); {remedy}") from None
 
 
 def read_model[Model: BaseModel](
@@ -74,8 +74,7 @@ def _too_large(path: Path) -> ProfileError:
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """Open a file, unpacking gzip while reading; errors become a ProfileError."""
     try:
-        if path.exists() and not path.is_file():
-            raise ProfileError(f"{path}: no regular file; give a file of a profile")
+        check_regular(path)
         with path.open("rb") as file:
             packed = file.read(len(_GZIP)) == _GZIP
         with gzip.open(path, "rb") if packed else path.open("rb") as file:

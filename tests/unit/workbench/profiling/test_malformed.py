@@ -245,5 +245,5 @@ def test_damaged_bytes(
 @pytest.mark.parametrize("name", ["trace_rank_0", "rank0.pt.trace.json"])
 def test_a_pipe_is_refused(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
-    with pytest.raises(ConfigError, match="no regular file"):
+    with pytest.raises(ConfigError, match="Not a regular file"):
         summary_of(tmp_path / name if name == "trace_rank_0" else tmp_path)
