@@ -151,10 +151,8 @@ def _experts(shape: PaperShape, load: RoutedLoad, width: int, dtype: str) -> Min
 
 
 def _fused_combine(load: RoutedLoad, mixed: int, vector: int, topk: int) -> MinimalWork:
-    """`kernels.combine`: rows, x and output; row table, gates, map and mixing logits of each token.
-
-    Not counted is V, which comes from the cache but once.
-    """
+    """`kernels.combine`: rows, x and output; row table, gates, map and mixing logits of tokens."""
+    # V comes from the cache but once, and is not counted.
     small = load.tokens * (4 * topk + (1 + mixed) * (_FP32 + _BOOL) + 2 * mixed * _FP32)
     return MinimalWork((load.rows + load.used_tokens + load.tokens) * vector + small)
 

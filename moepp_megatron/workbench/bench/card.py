@@ -143,10 +143,8 @@ def copy_gb_s(num_bytes: int) -> float:
 
 
 def _median_seconds(work: Callable[[], object]) -> float:
-    """Median time of the work, back to back, after as many repetitions that do not count.
-
-    On a GPU the first half brings up the clocks, as a training step does.
-    """
+    """Median time of the work, back to back, after as many repetitions that do not count."""
+    # On a GPU the first half brings up the clocks, as a training step does.
     repeats = _GPU_REPEATS if torch.cuda.is_available() else _CPU_REPEATS
     for _ in range(repeats):
         work()

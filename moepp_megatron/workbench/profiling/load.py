@@ -66,11 +66,9 @@ def _load(path: Path) -> RankTrace:
 
 
 def _on_one_clock(traces: list[RankTrace]) -> list[RankTrace]:
-    """Shift every recording so that 0 is the first event of all.
-
-    Ranks of one node share its clock. Clocks of nodes are compared by when their ranks left the
-    barriers before the first step.
-    """
+    """Shift every recording so that 0 is the first event of all."""
+    # Ranks of one node share its clock. Clocks of nodes are compared by when their ranks left the
+    # barriers before the first step.
     reference = traces[0].about.clock.barrier_unix_ns
     # In whole nanoseconds: Unix time in microseconds has too many digits for a float.
     offsets = []

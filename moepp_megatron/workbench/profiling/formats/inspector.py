@@ -53,30 +53,23 @@ _OPERATIONS = {
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """The kept fields of one line; logs grow to millions of lines.
-
-    Attributes:
-        member: Its process and communicator.
-        name: Name of the communicator; "" where unknown.
-        operation: OTHER for an NCCL function that is not known.
-        number: Number of the call within communicator and function, or of this process's transfer.
-        size: Bytes of NCCL's count.
-        took_us: How long the kernel took by the GPU's clock.
-        kernel_us: When the host saw it start; None unless verbose, as the next two.
-        issued_us: When the host began to issue the call.
-        returned_us: When it had issued it.
-        peer: The other rank within the communicator; -1 for collectives.
-    """
+    """The kept fields of one line, in bytes and microseconds; logs grow to millions of lines."""
 
     member: Membership
+    # Of the communicator; "" where unknown.
     name: str
     operation: Operation
+    # Of the call within communicator and function, or of this process's transfer.
     number: int
     size: int
+    # By the GPU's clock.
     took_us: int
+    # When the host saw the kernel start, began to issue the call, had issued it; None unless
+    # verbose.
     kernel_us: float | None
     issued_us: float | None
     returned_us: float | None
+    # Rank within the communicator; -1 for collectives.
     peer: int
 
     @property

@@ -101,10 +101,8 @@ def _order(place: Place) -> tuple[int, int, int]:
 
 
 def _places(passes: list[Pass]) -> Iterator[tuple[Place, Pass]]:
-    """Each counted pass under every place that moves its tokens.
-
-    The backward pass moves the tokens of the last forward pass: the repeated one, if there is one.
-    """
+    """Each counted pass under every place that moves its tokens."""
+    # The backward pass moves those of the last forward pass: the repeated one, if there is one.
     repeated = {one.layer for one in passes if one.recomputed}
     for one in passes:
         phases = ["recompute" if one.recomputed else "forward"]
@@ -116,10 +114,8 @@ def _places(passes: list[Pass]) -> Iterator[tuple[Place, Pass]]:
 
 
 def _to_others(call: Collective, place: Place) -> int:
-    """Bytes exchanged between this rank, which has the tokens, and the experts' ranks.
-
-    Dispatch sends them out and combine brings them back; gradients go the other way.
-    """
+    """Bytes exchanged between this rank, which has the tokens, and the experts' ranks."""
+    # Dispatch sends them out and combine brings them back; gradients go the other way.
     outward = (place.part == "dispatch") == (place.phase != "backward")
     parts = call.sent if outward else call.received
     if parts is None or call.rank not in call.group_ranks:
