@@ -12,7 +12,6 @@ dedup_dispatcher.py   an all-to-all that sends a token at most once to each rank
 dispatcher.py         token dispatchers that move only what FFN experts need
 exchange.py           an all-to-all that leaves time for work, forward and backward
 expert_groups.py      group-limited routing: FFN experts come from a token's best groups of them
-ffn_demand.py         FFN experts that tokens must take, whatever the router wants
 flex_dispatcher.py    megatron-core's flex dispatcher (DeepEP) without what no FFN expert takes
 gate_product.py       the fp32 product of hidden states with gate and mixing weights
 grouped_experts.py    FFN experts on a GPU without Transformer Engine
@@ -34,6 +33,7 @@ statistics.py         what one MoE layer did since the last reset
 token_tags.py         tags that tell MoE++ layers what a token counts as, and whether it is forced
 upstream_private.py   the names with an underscore that this package takes from megatron-core
 upstream_settings.py  how the MoE++ layer treats each of megatron-core's settings of a MoE layer
+watch.py              counts and measures what a router does
 zero_computation.py   zero, copy and constant experts
 
 Nothing here knows about training, files or the command line, so any Megatron loop can use it.

@@ -20,7 +20,10 @@ from torch import Tensor
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cuda_graphs import CapturedParts
 from moepp_megatron.moe.layer import MoEPPLayer
-from moepp_megatron.moe.router import Choice
+from moepp_megatron.moe.selection import Routing
+
+# What a captured router hands on of its `Routing`; the last one where the gate computes it.
+_CAPTURED = ("logits", "gates", "routing_map", "counts", "score_sums", "mixing_logits")
 
 
 class MoEPPTransformerLayer(TransformerLayer):
@@ -79,11 +82,13 @@ class MoEPPTransformerLayer(TransformerLayer):
                     "padding_mask must be None where TransformerConfig.cuda_graph_modules holds "
                     "moe_router: the router was captured without one; use [attn]"
                 )
-            normed, *choice = self._forward_router(
+            normed, *chosen = self._forward_router(
                 hidden_states, previous_logits, **self._arguments(CudaGraphModule.moe_router)
             )
             residual = self._residual(hidden_states)
-            output, logits = self.mlp(normed, choice=Choice(*choice))
+            output, logits = self.mlp(
+                normed, chosen=Routing(**dict(zip(_CAPTURED, chosen, strict=False)))
+            )
         else:
             normed, residual = self.normed_and_residual(hidden_states)
             output, logits = self.mlp(normed, previous_logits, padding_mask=padding_mask, tags=tags)
@@ -92,13 +97,14 @@ class MoEPPTransformerLayer(TransformerLayer):
     def _forward_router(
         self, hidden_states: Tensor, previous_logits: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Norm and router up to the selection, [s, b, D] and a `Choice`: what a graph captures."""
+        """Norm and router up to the selection, [s, b, D] and `_CAPTURED`: what a graph captures."""
         normed = self._forward_pre_mlp_layernorm(hidden_states)
         assert torch.is_tensor(normed), "a norm fused with its residual cannot be captured here"
         mixing_weight = self.mlp.zero_computation.mixing_rows
-        choice = self.mlp.router.choose(normed, previous_logits, mixing_weight)
+        chosen = self.mlp.router.choose(normed, previous_logits, mixing_weight)
         # A graph hands out tensors alone.
-        return normed, *(choice[:-1] if choice.mixing_logits is None else choice)
+        fields = [getattr(chosen, name) for name in _CAPTURED]
+        return normed, *(fields[:-1] if chosen.mixing_logits is None else fields)
 
     def normed_and_residual(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """The MoE layer's input and the residual that its output is added to, both [s, b, D]."""

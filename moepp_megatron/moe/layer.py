@@ -27,7 +27,8 @@ from moepp_megatron.moe.cuda_graphs import refuse_uncapturable
 from moepp_megatron.moe.dispatcher import RowDispatcher, build_dispatcher, bytes_sent
 from moepp_megatron.moe.kernels import use_kernels
 from moepp_megatron.moe.padding import local_mask
-from moepp_megatron.moe.router import Choice, MoEPPRouter, Routing
+from moepp_megatron.moe.router import MoEPPRouter
+from moepp_megatron.moe.selection import Routing
 from moepp_megatron.moe.statistics import RoutingStatistics, tracked_losses
 from moepp_megatron.moe.upstream_private import check_upstream
 from moepp_megatron.moe.upstream_settings import refuse_ignored
@@ -150,7 +151,7 @@ class MoEPPLayer(MoELayer):
         hidden_states: Tensor,
         previous_logits: Tensor | None = None,
         padding_mask: Tensor | None = None,
-        choice: Choice | None = None,
+        chosen: Routing | None = None,
         tags: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the layer.
@@ -162,7 +163,7 @@ class MoEPPLayer(MoELayer):
                 `hidden_states`, or with sequence parallelism that of all tensor-parallel ranks.
                 Padding selects no expert, counts in no loss, limit or statistic, returns 0, shared
                 experts included, and hands on logits of 0.
-            choice: What the router chose, where it has run before (`cuda_graphs`), without padding.
+            chosen: What the router chose, where it has run before (`cuda_graphs`), without padding.
             tags: [s, b] tags from `token_tags`, or None.
 
         Returns:
@@ -176,9 +177,9 @@ class MoEPPLayer(MoELayer):
         padding = self.padding_of(hidden_states, padding_mask)
         if self.moe_layer_recompute and self.training:
             return self._recomputed_forward(hidden_states, previous_logits, padding, tags)
-        if choice is None:
+        if chosen is None:
             return self._forward(hidden_states, previous_logits, padding, tags)
-        return self._experts(hidden_states, self.router.settle(choice))
+        return self._experts(hidden_states, self.router.settle(chosen))
 
     def padding_of(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor | None:
         """[s, b] bool, True for padding, of the local tokens; arguments as `forward`."""

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from moepp_megatron.experts import CONSTANT, COPY, ZERO
 from moepp_megatron.moe.capacity import GATE_STEPS
 from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
-from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.moe.scores import ffn_scores, score_of
 
 
@@ -74,8 +73,8 @@ class ReferenceMoEPP(nn.Module):
         self.selection_bias_E = torch.zeros(E) if config.selection_bias else None
         self.expert_in = nn.Parameter(torch.randn(config.num_ffn_experts, 2 * H, D) * 0.02)
         self.expert_out = nn.Parameter(torch.randn(config.num_ffn_experts, D, H) * 0.02)
-        # FFN experts that tokens must take (`ffn_demand`); set by a rule as well.
-        self.ffn_demand: FFNDemand = "none"
+        # Whether zero-computation experts are switched off; set by a rule as well.
+        self.ffn_only = False
         self.constants = nn.Parameter(torch.randn(config.num_constant_experts, D) * 0.02)
         if config.constant_init == "zero":
             nn.init.zeros_(self.constants)
@@ -85,7 +84,6 @@ class ReferenceMoEPP(nn.Module):
         self,
         x_TD: Tensor,
         previous_logits_TE: Tensor | None = None,
-        forced_T: Tensor | None = None,
         padded_T: Tensor | None = None,
     ) -> ReferenceOutput:
         """Route the tokens, run the selected experts, add up what they return.
@@ -94,17 +92,15 @@ class ReferenceMoEPP(nn.Module):
         padding is 0.
         """
         if padded_T is not None:
-            return self._without_padding(x_TD, previous_logits_TE, forced_T, padded_T)
+            return self._without_padding(x_TD, previous_logits_TE, padded_T)
         logits_TE = self.route(x_TD, previous_logits_TE)
         gates_TE, selected_TE, scores_TE = select_experts(
             logits_TE, self.config, self.selection_bias_E
         )
-        # The balance loss is of what the router wants, demand or not.
+        # The balance loss is of what the router wants, overruled or not.
         wanted_TE = selected_TE
-        if self.ffn_demand != "none":
-            gates_TE, selected_TE = _demanded_experts(
-                logits_TE, self.config, self.selection_bias_E, self.ffn_demand, forced_T
-            )
+        if self.ffn_only:
+            gates_TE, selected_TE = _ffn_experts_only(logits_TE, self.config, self.selection_bias_E)
         if self.config.capacity_factor is not None:
             gates_TE = gates_TE * within_capacity(gates_TE, selected_TE, self.config)
 
@@ -123,11 +119,10 @@ class ReferenceMoEPP(nn.Module):
         self,
         x_TD: Tensor,
         previous_logits_TE: Tensor | None,
-        forced_T: Tensor | None,
         padded_T: Tensor,
     ) -> ReferenceOutput:
         tokens = (~padded_T).nonzero().squeeze(-1)
-        others = [t if t is None else t[tokens] for t in (x_TD, previous_logits_TE, forced_T)]
+        others = [t if t is None else t[tokens] for t in (x_TD, previous_logits_TE)]
         output = self(*others)
 
         def in_place(values: Tensor) -> Tensor:
@@ -229,40 +224,20 @@ def in_best_groups(
     return masked_TE
 
 
-def _demanded_experts(
-    logits_TE: Tensor,
-    config: MoEPPConfig,
-    selection_bias_E: Tensor | None,
-    demand: FFNDemand,
-    forced_T: Tensor | None = None,
+def _ffn_experts_only(
+    logits_TE: Tensor, config: MoEPPConfig, selection_bias_E: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gates and the selection under a demand for FFN experts (`ffn_demand`).
-
-    Returns:
-        gates_TE and selected_TE of `select_experts`.
-    """
+    """gates_TE and selected_TE of a router without zero-computation experts."""
     logits_TE = _standardized(logits_TE, config)
-    lower_E = torch.zeros(config.num_experts)
-    if isinstance(demand, float):
-        lower_E[config.num_ffn_experts :] = demand
-    logits_TE = logits_TE - lower_E
-    score = score_of(config)
-    logs_TE = score.logs(logits_TE)
-    scores_TE = ffn_scores(logits_TE, config) if demand == "all" else score.scores(logits_TE)
-    ranked_TE = logits_TE
-    if selection_bias_E is not None:
-        ranked_TE = scores_TE + selection_bias_E - lower_E
+    scores_TE = ffn_scores(logits_TE, config)
+    ranked_TE = logits_TE if selection_bias_E is None else scores_TE + selection_bias_E
     ranked_TE = in_best_groups(ranked_TE, logits_TE, config, selection_bias_E)
+    ranked_TE = ranked_TE.clone()
+    ranked_TE[:, config.num_ffn_experts :] = -torch.inf
     order_TE = ranked_TE.argsort(dim=-1, descending=True, stable=True)
     selected_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
-    for token, order in enumerate(order_TE.tolist()):
-        ffn = [expert for expert in order if expert < config.num_ffn_experts]
-        chosen = ffn if demand == "all" else order
-        chosen = chosen[: config.router_topk]
-        is_forced = demand == "one" and (forced_T is None or bool(forced_T[token]))
-        if is_forced and not set(chosen) & set(ffn):
-            chosen[-1] = ffn[0]
-        selected_TE[token, chosen] = True
+    selected_TE.scatter_(1, order_TE[:, : config.router_topk], True)
+    logs_TE = score_of(config).logs(logits_TE)
     return _gates(scores_TE, logs_TE, selected_TE, config), selected_TE
 
 

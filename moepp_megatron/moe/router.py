@@ -5,8 +5,6 @@ Shape suffixes: T local tokens, E all experts (FFN, constant, copy, zero), K sel
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -29,17 +27,15 @@ from moepp_megatron.moe.balance import (
 )
 from moepp_megatron.moe.capacity import within_capacity
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.moe.gate_product import gate_product
 from moepp_megatron.moe.kernels import use_kernels
-from moepp_megatron.moe.margins import count_margins
 from moepp_megatron.moe.padding import flat_mask, without_padding
 from moepp_megatron.moe.parameter import replicated_parameter
 from moepp_megatron.moe.router_config import router_config
 from moepp_megatron.moe.router_health import RouterHealth
-from moepp_megatron.moe.selection import Selection, select, standardized
+from moepp_megatron.moe.selection import Routing, select, standardized
 from moepp_megatron.moe.statistics import BALANCE, Z_LOSS, RoutingStatistics
-from moepp_megatron.moe.token_tags import count_by_tags, forced_tokens
+from moepp_megatron.moe.watch import RouterWatch
 
 # The names under which Megatron's training loop looks for a balance loss of this scope.
 _TRACKED_NAMES: dict[BalanceScope, str] = {
@@ -47,35 +43,6 @@ _TRACKED_NAMES: dict[BalanceScope, str] = {
     "sequence": "seq_load_balancing_loss",
     "global": "global_load_balancing_loss",
 }
-
-
-class Routing(NamedTuple):
-    """Where the tokens of one micro-batch go.
-
-    Attributes:
-        gates: [T, E] fp32 weight of every expert's output, 0 where not selected or dropped.
-        routing_map: [T, E] bool selections that are carried out.
-        logits: [s, b, E] fp32 router logits, residual included: the next MoE layer's residual.
-            Those of padding are 0.
-        mixing_logits: [T, 2C] fp32 `U x` of the constant experts, where the gate's product has
-            computed it too; else None.
-    """
-
-    gates: Tensor
-    routing_map: Tensor
-    logits: Tensor
-    mixing_logits: Tensor | None = None
-
-
-class Choice(NamedTuple):
-    """A `Routing` before losses and capacity limits: the logits, and the `Selection` they make."""
-
-    logits: Tensor
-    gates: Tensor
-    routing_map: Tensor
-    counts: Tensor | None
-    score_sums: Tensor | None
-    mixing_logits: Tensor | None = None
 
 
 class MoEPPRouter(TopKRouter):
@@ -93,7 +60,9 @@ class MoEPPRouter(TopKRouter):
         has_residual: False for the first MoE layer of the model, which has no layer before.
 
     Attributes:
-        ffn_demand: FFN experts that tokens must take, whatever this router wants.
+        ffn_only: Whether zero-computation experts are switched off, in training and evaluation
+            alike, whatever this router wants (`selection.select`).
+        watch: Counts what this router does.
     """
 
     def __init__(
@@ -108,9 +77,8 @@ class MoEPPRouter(TopKRouter):
         super().__init__(router_config(config, moepp), pg_collection, is_mtp_layer)
         self.moepp = moepp
         self.fused = use_kernels(moepp.fused)
-        self.statistics = RoutingStatistics(moepp.num_experts)
-        self.health = RouterHealth(moepp)
-        self.ffn_demand: FFNDemand = "none"
+        self.watch = RouterWatch(self)
+        self.ffn_only = False
         self.global_fractions = GlobalBatchFractions()
         # Not a buffer: Float16Module would round it to bf16.
         self.balance_weights = torch.tensor(
@@ -147,7 +115,7 @@ class MoEPPRouter(TopKRouter):
             previous_logits: [s, b, E] fp32 logits of the MoE layer before, or None.
             padding_mask: [s, b] bool, True for padding (as in megatron-core), or None. Padding
                 selects nothing and counts in no loss, limit or statistic; its logits are 0.
-            tags: [s, b] tags from `token_tags`; with None an FFN demand concerns all tokens.
+            tags: [s, b] tags from `token_tags`, by which selections are counted, or None.
             mixing_weight: [2C, D] U of the constant experts, for `Routing.mixing_logits`, or None.
 
         Raises:
@@ -156,16 +124,13 @@ class MoEPPRouter(TopKRouter):
         padded = flat_mask(padding_mask, input)
         logits, mixing_logits = self._logits(input, previous_logits, mixing_weight)
         logits = without_padding(logits, padding_mask)
-        choice = self._choose(logits, tags, padded)._replace(mixing_logits=mixing_logits)
-        routing = self.settle(choice, padded)
-        if self.health.enabled and self.training:
-            self._measure(logits, previous_logits, routing.routing_map, padded)
-        return routing
+        chosen = self._choose(logits, padded)._replace(mixing_logits=mixing_logits)
+        return self.settle(chosen, padded, previous_logits, tags)
 
     def choose(
         self, input: Tensor, previous_logits: Tensor | None, mixing_weight: Tensor | None = None
-    ) -> Choice:
-        """The first half of `forward`: has no effect but its result, so a graph can hold it."""
+    ) -> Routing:
+        """`forward` before `settle`: has no effect but its result, so a graph can hold it."""
         logits, mixing_logits = self._logits(input, previous_logits, mixing_weight)
         return self._choose(logits)._replace(mixing_logits=mixing_logits)
 
@@ -230,9 +195,15 @@ class MoEPPRouter(TopKRouter):
         """Weigh zero-computation experts by `tau` in the balance loss from now on."""
         self.balance_weights[self.moepp.num_ffn_experts :] = tau
 
-    def set_ffn_demand(self, demand: FFNDemand) -> None:
-        """Demand FFN experts of the tokens from now on, in training and evaluation alike."""
-        self.ffn_demand = demand
+    @property
+    def statistics(self) -> RoutingStatistics:
+        """What this router did since the last reset."""
+        return self.watch.statistics
+
+    @property
+    def health(self) -> RouterHealth:
+        """How healthy this router is, in steps that measure it."""
+        return self.watch.health
 
     def reset_global_aux_loss_tracker(self) -> None:
         """Start a new global batch; megatron-core's `finalize_model_grads` calls this."""
@@ -264,8 +235,8 @@ class MoEPPRouter(TopKRouter):
             gates [T, E] fp32 and routing map [T, E] bool.
         """
         padded = flat_mask(padding_mask, logits)
-        choice = self._choose(without_padding(logits, padding_mask), padded=padded)
-        return self.settle(choice, padded)[:2]
+        chosen = self._choose(without_padding(logits, padding_mask), padded)
+        return self.settle(chosen, padded)[:2]
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Like megatron-core's, but with the right mean where ranks have unequal padding.
@@ -294,41 +265,36 @@ class MoEPPRouter(TopKRouter):
         attached = attached_loss(loss, coeff, num_tokens, self.calculate_per_token_loss)
         return attach_loss(logits, attached)
 
-    def _choose(
-        self, logits: Tensor, tags: Tensor | None = None, padded: Tensor | None = None
-    ) -> Choice:
+    def _choose(self, logits: Tensor, padded: Tensor | None = None) -> Routing:
         logits_TE = self.apply_z_loss(logits.view(-1, self.moepp.num_experts), padded)
         logits_TE = standardized(logits_TE, self.moepp.logits_norm_std)
         num_sequences = None
         if RoutingStatistics.counts_now(self.training):
             counted_apart = {"microbatch": 1, "sequence": logits.shape[1], "global": 1}
             num_sequences = counted_apart[self.moepp.balance_scope]
-        forced = None if self.ffn_demand == "none" else forced_tokens(tags)
-        selection = self._select(logits_TE, num_sequences, forced, padded)
-        if tags is not None and num_sequences is not None:
-            self._count_tags(selection, tags, padded)
-        return Choice(
-            logits,
-            gates=selection.gates,
-            routing_map=selection.routing_map,
-            counts=selection.counts,
-            score_sums=selection.score_sums,
-        )
+        return self._select(logits_TE, num_sequences, padded)._replace(logits=logits)
 
-    def settle(self, choice: Choice, padded: Tensor | None = None) -> Routing:
-        """The second half of `forward`: attach the losses, apply capacity limits, count.
+    def settle(
+        self,
+        chosen: Routing,
+        padded: Tensor | None = None,
+        previous_logits: Tensor | None = None,
+        tags: Tensor | None = None,
+    ) -> Routing:
+        """The rest of `forward`: attach the losses, apply capacity limits, let the watch count.
 
         Args:
-            choice: Result of `choose`, the first half.
+            chosen: Result of `choose`.
             padded: [T] bool tokens that are padding; None for none.
+            previous_logits: Same as in `forward`.
+            tags: Same as in `forward`.
         """
-        logits, gates_TE, routing_map_TE, counts_SE, *_ = choice
+        gates_TE, routing_map_TE, counts_SE, *_ = chosen
         num_tokens = gates_TE.shape[0] if padded is None else (~padded).sum()
         if counts_SE is not None and self.moepp.balance_coeff > 0:
-            gates_TE = self._balance(choice, padded)
-        kept_TE = None
+            gates_TE = self._balance(chosen, padded)
         if self.moepp.capacity_factor is not None:
-            kept_TE = within_capacity(
+            routing_map_TE = within_capacity(
                 gates_TE,
                 routing_map_TE,
                 self.moepp,
@@ -336,23 +302,14 @@ class MoEPPRouter(TopKRouter):
                 self.cp_group.size(),
                 has_padding=padded is not None,
             )
-        if counts_SE is not None:
-            counts_E = counts_SE[0] if len(counts_SE) == 1 else counts_SE.sum(dim=0)
-            wanted_E = counts_E.long()
-            if self.ffn_demand == "none":
-                self.statistics.add_selection(wanted_E, num_tokens, kept_TE)
-            else:
-                made_E = routing_map_TE.sum(dim=0)
-                self.statistics.add_selection(made_E, num_tokens, kept_TE, wanted_E)
-            if self.enable_expert_bias:
-                # What L_b would have equal. megatron-core's `finalize_model_grads` moves the biases
-                # by the sign of the mean less each expert's.
-                self.local_tokens_per_expert += counts_E * self.balance_weights
-            if self.statistics.watches_margins:
-                self._count_margins(logits, padded)
-        if kept_TE is not None:
-            return Routing(gates_TE * kept_TE, kept_TE, logits, choice.mixing_logits)
-        return Routing(gates_TE, routing_map_TE, logits, choice.mixing_logits)
+            gates_TE = gates_TE * routing_map_TE
+        if counts_SE is not None and self.enable_expert_bias:
+            # What L_b would have equal. megatron-core's `finalize_model_grads` moves the biases
+            # by the sign of the mean less each expert's.
+            self.local_tokens_per_expert += counts_SE.sum(dim=0) * self.balance_weights
+        settled = chosen._replace(gates=gates_TE, routing_map=routing_map_TE)
+        self.watch.see(self, chosen, settled, num_tokens, previous_logits, padded, tags)
+        return settled
 
     def _add_residual(self, logits: Tensor, previous: Tensor, weight: Tensor) -> Tensor:
         """`logits + G z_(j-1)`, [s, b, E]; the matrix product adds, so nothing is read twice."""
@@ -362,57 +319,18 @@ class MoEPPRouter(TopKRouter):
         return total.view(logits.shape)
 
     def _select(
-        self,
-        logits_TE: Tensor,
-        num_sequences: int | None,
-        forced_T: Tensor | None,
-        padded_T: Tensor | None,
-    ) -> Selection:
-        arguments = (logits_TE, self.expert_bias, self.moepp, num_sequences)
-        if self.fused and self.ffn_demand == "none" and logits_TE.dtype == torch.float32:
+        self, logits_TE: Tensor, num_sequences: int | None, padded_T: Tensor | None
+    ) -> Routing:
+        arguments = (logits_TE, self.expert_bias, self.moepp, num_sequences, padded_T)
+        if self.fused and not self.ffn_only and logits_TE.dtype == torch.float32:
             from moepp_megatron.moe.kernels.router import select as fused_select
 
-            return fused_select(*arguments, padded_T)
-        return select(*arguments, self.ffn_demand, forced_T, padded_T)
+            return fused_select(*arguments)
+        return select(*arguments, ffn_only=self.ffn_only)
 
-    def _count_margins(self, logits: Tensor, padded: Tensor | None) -> None:
-        assert self.expert_bias is not None, "margins are counted for the controller of a bias"
-        logits_TE = logits.detach().reshape(-1, self.moepp.num_experts)
-        logits_TE = standardized(logits_TE, self.moepp.logits_norm_std)
-        self.statistics.add_margins(count_margins(logits_TE, self.expert_bias, self.moepp, padded))
-
-    def _count_tags(self, selection: Selection, tags: Tensor, padded: Tensor | None) -> None:
-        counts = self.statistics.counts_by_tags(tags.device)
-        if counts is None:
-            return
-        count = count_by_tags
-        if self.fused:
-            from moepp_megatron.moe.kernels.tags import count_by_tags as count
-        made, wanted = selection.routing_map, selection.wanted_map
-        count(counts, made, wanted, tags, self.moepp.num_ffn_experts, padded)
-
-    def _measure(
-        self,
-        logits: Tensor,
-        previous_logits: Tensor | None,
-        routing_map_TE: Tensor,
-        padded: Tensor | None,
-    ) -> None:
-        """Add a micro-batch to `health`; a pass that will be repeated only counts FFN experts."""
-        if not RoutingStatistics.counts_now(self.training):
-            self.health.count_ffn(routing_map_TE)
-            return
-        logits_TE = logits.detach().reshape(-1, self.moepp.num_experts)
-        own_TE = logits_TE
-        if self.residual_weight is not None and previous_logits is not None:
-            residual = previous_logits.detach().to(logits.dtype).reshape(logits_TE.shape)
-            own_TE = logits_TE - residual @ self.residual_weight.detach().to(logits.dtype).T
-        logits_TE = standardized(logits_TE, self.moepp.logits_norm_std)
-        self.health.add_routing(logits_TE, own_TE, routing_map_TE, self.expert_bias, padded)
-
-    def _balance(self, choice: Choice, padded: Tensor | None) -> Tensor:
+    def _balance(self, chosen: Routing, padded: Tensor | None) -> Tensor:
         """The gates with the gradient of this rank's summand of L_b, which is counted."""
-        logits, gates_TE, _, counts_SE, score_sums_SE, _ = choice
+        gates_TE, _, counts_SE, score_sums_SE, *_ = chosen
         assert counts_SE is not None, "a selection that was not counted has no balance loss"
         assert score_sums_SE is not None, "counts and sums come together"
         num_sequences = counts_SE.shape[0]
@@ -440,5 +358,5 @@ class MoEPPRouter(TopKRouter):
             loss, self.moepp.balance_coeff, num_tokens, self.calculate_per_token_loss
         )
         if self.health.enabled:
-            self.health.watch_gradients(logits, attached)
+            self.health.watch_gradients(chosen.logits, attached)
         return attach_loss(gates_TE, attached)

@@ -14,21 +14,24 @@ from torch import Tensor
 from moepp_megatron.experts import ZERO
 from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
 from moepp_megatron.moe.expert_groups import within_groups
-from moepp_megatron.moe.ffn_demand import FFNDemand, lowered, with_an_ffn_expert
 from moepp_megatron.moe.scores import ffn_scores, score_of
 
 
-class Selection(NamedTuple):
-    """What the logits of one micro-batch decide, before any capacity limit.
+class Routing(NamedTuple):
+    """Where the tokens of one micro-batch go, and what their router's losses are made of.
 
     Attributes:
-        gates: [T, E] fp32 weight of every expert's output, 0 where not selected.
-        routing_map: [T, E] bool selections.
+        gates: [T, E] fp32 weight of every expert's output, 0 where not selected or dropped.
+        routing_map: [T, E] bool selections; after `MoEPPRouter.settle` those within capacity.
         counts: [S, E] fp32 selections of each expert in each sequence, as the router wants them;
             None where nothing is counted.
         score_sums: [S, E] fp32 scores, each token's divided by their sum, added up over the tokens
             of each sequence: T P_i; differentiable. None whenever `counts` is.
         wanted_map: [T, E] bool selections that the router wants; None where they are made.
+        logits: [s, b, E] fp32 router logits, residual included: the next MoE layer's residual.
+            Those of padding are 0. None from `select`, which is given them.
+        mixing_logits: [T, 2C] fp32 `U x` of the constant experts, where the gate's product has
+            computed it too; else None.
     """
 
     gates: Tensor
@@ -36,6 +39,8 @@ class Selection(NamedTuple):
     counts: Tensor | None
     score_sums: Tensor | None
     wanted_map: Tensor | None = None
+    logits: Tensor | None = None
+    mixing_logits: Tensor | None = None
 
 
 def select(
@@ -43,13 +48,12 @@ def select(
     bias: Tensor | None,
     config: MoEPPConfig,
     num_sequences: int | None,
-    demand: FFNDemand = "none",
-    forced: Tensor | None = None,
     padded: Tensor | None = None,
-) -> Selection:
+    ffn_only: bool = False,
+) -> Routing:
     """Select experts and weigh them. `kernels.router.select` does the same on a GPU.
 
-    That kernel does not support a demand: with a demand this function runs on a GPU too.
+    That kernel does not support `ffn_only`: with it this function runs on a GPU too.
 
     Scores that are divided by a sum of scores are a softmax over the logarithms of scores, and are
     computed as such: a sum of tiny scores would underflow, its square in the gradient much earlier.
@@ -62,10 +66,12 @@ def select(
             are read.
         num_sequences: S, with tokens ordered [sequence position, sequence] as in Megatron's
             [s, b, h]; 1 counts all tokens together; None counts nothing.
-        demand: FFN experts that tokens must take (`ffn_demand`).
-        forced: [T] bool tokens that the demand `one` concerns; None for all.
         padded: [T] bool tokens that are padding: they select nothing and are not counted. Their
             logits must be finite. None for none.
+        ffn_only: Give every token its K best FFN experts, with the scores of a router that has no
+            others (softmax over FFN logits alone): where a router has collapsed, the scores of its
+            FFN experts among all are near 0, and FFN experts weighted by them would return nothing.
+            What the router wants is still counted, so that it can be seen to become healthy again.
     """
     score = score_of(config)
     scores_TE, logs_TE = score.scores(logits), score.logs(logits)
@@ -73,23 +79,11 @@ def select(
     chosen_TK = top_experts(ranked_TE, config.router_topk)
     wanted_TE = None
     weights_TE = scores_TE
-    if demand != "none":
+    if ffn_only:
         wanted_TE = _as_map(chosen_TK, scores_TE)
-        num_ffn = config.num_ffn_experts
-        if demand == "all":
-            weights_TE = ffn_scores(logits, config)
-            ranked_TE = _ranked(logits, weights_TE, bias, config)
-            chosen_TK = top_experts(ranked_TE[:, :num_ffn], config.router_topk)
-        elif isinstance(demand, float):
-            lower_TE = lowered(logits, config, demand)
-            weights_TE, logs_TE = score.scores(lower_TE), score.logs(lower_TE)
-            # The bias could outweigh scores of 0, so it is lowered as well.
-            lower_E = None if bias is None else lowered(bias, config, demand)
-            ranked_TE = _ranked(lower_TE, weights_TE, lower_E, config)
-            chosen_TK = top_experts(ranked_TE, config.router_topk)
-        else:
-            best_T1 = top_experts(ranked_TE[:, :num_ffn], 1)
-            chosen_TK = with_an_ffn_expert(chosen_TK, best_T1, num_ffn, forced)
+        weights_TE = ffn_scores(logits, config)
+        ranked_TE = _ranked(logits, weights_TE, bias, config)
+        chosen_TK = top_experts(ranked_TE[:, : config.num_ffn_experts], config.router_topk)
     gates_TK = _gates(weights_TE, logs_TE, chosen_TK, config)
     gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
     routing_map_TE = _as_map(chosen_TK, scores_TE)
@@ -100,12 +94,12 @@ def select(
         routing_map_TE = routing_map_TE & ~padded_T1
         wanted_TE = None if wanted_TE is None else wanted_TE & ~padded_T1
     if num_sequences is None:
-        return Selection(gates_TE, routing_map_TE, None, None, wanted_TE)
+        return Routing(gates_TE, routing_map_TE, None, None, wanted_TE)
     by_sequence = (-1, num_sequences, logits.shape[1])
     counted_TE = routing_map_TE if wanted_TE is None else wanted_TE
     counts_SE = counted_TE.view(by_sequence).sum(dim=0, dtype=torch.float32)
     sums_SE = shares_TE.view(by_sequence).sum(dim=0)
-    return Selection(gates_TE, routing_map_TE, counts_SE, sums_SE, wanted_TE)
+    return Routing(gates_TE, routing_map_TE, counts_SE, sums_SE, wanted_TE)
 
 
 def _ranked(logits: Tensor, scores: Tensor, bias: Tensor | None, config: MoEPPConfig) -> Tensor:

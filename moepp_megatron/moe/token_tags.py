@@ -1,4 +1,4 @@
-"""Tags that tell MoE++ layers, for each token, what it is counted as, and whether it is forced.
+"""Tags that tell MoE++ layers, for each token, what it is counted as.
 
 Routers see hidden vectors. Which token a vector belongs to has to travel with it: a later
 micro-batch may be in its forward pass while this one is computed again for its backward pass. So
@@ -10,8 +10,7 @@ A *cell* of the expert usage is a range of positions together with a class of to
 frequency. A *group* is a class of token ids for metrics, finer than that of a cell. A *source* is
 where the text comes from.
 
-A tag holds them as bits of one number: 1 where an FFN demand concerns the token, then the cell, the
-group and the source.
+A tag holds them as bits of one number: the cell, the group and the source.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-# First bit of each, and one bit behind the last of a cell, and of a group.
-CELL, GROUP, SOURCE = 1, 16, 32
+# First bit of a group and of a source; a cell begins at 0.
+GROUP, SOURCE = 16, 32
 
 
 class TokenTags:
@@ -35,7 +34,6 @@ class TokenTags:
         frequency_bins: Classes of token ids.
 
     Attributes:
-        forced_ids: [vocabulary] bool token ids that a demand concerns; None for none of them.
         classes: [vocabulary] int64 class of each token id; None where all are in class 0.
         groups: [vocabulary] int64 group of each token id; None where all are in group 0.
     """
@@ -43,7 +41,6 @@ class TokenTags:
     def __init__(self, seq_length: int, position_bins: int = 1, frequency_bins: int = 1) -> None:
         self._seq_length = seq_length
         self.position_bins, self.frequency_bins = position_bins, frequency_bins
-        self.forced_ids: Tensor | None = None
         self.classes: Tensor | None = None
         self.groups: Tensor | None = None
 
@@ -74,13 +71,10 @@ class TokenTags:
         tags = position_ids * self.position_bins // self._seq_length * self.frequency_bins
         if self.classes is not None:
             tags = tags + self.classes[input_ids]
-        tags = tags << CELL
         if self.groups is not None:
             tags = tags + (self.groups[input_ids] << GROUP)
         if sources is not None:
             tags = tags + (sources.long() << SOURCE)
-        if self.forced_ids is not None:
-            tags = tags + self.forced_ids[input_ids]
         tags = tags.T
         if is_sequence_parallel:
             size = parallel_state.get_tensor_model_parallel_world_size()
@@ -88,14 +82,9 @@ class TokenTags:
         return tags.contiguous()
 
 
-def forced_tokens(tags: Tensor | None) -> Tensor | None:
-    """[T] bool from tags [s, b], True for forced tokens; None, which means all tokens, for None."""
-    return None if tags is None else (tags.reshape(-1) & 1).bool()
-
-
 def cells(tags: Tensor) -> Tensor:
     """[T] int64 cells from tags [s, b]."""
-    return (tags.reshape(-1) & ((1 << GROUP) - 1)) >> CELL
+    return tags.reshape(-1) & ((1 << GROUP) - 1)
 
 
 def groups(tags: Tensor) -> Tensor:

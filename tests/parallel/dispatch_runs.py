@@ -55,11 +55,9 @@ def force(layer: Any, selected: Any) -> None:
     """Make the layer's router select what the [T, E] map says, with softmax gates."""
     import torch
 
-    from moepp_megatron.moe.router import Routing
-
-    def settle(choice: Any, padded: Any = None) -> Any:
-        scores = torch.softmax(choice.logits.view(selected.shape), dim=-1)
-        return Routing(scores * selected, selected, choice.logits)
+    def settle(chosen: Any, *_: Any) -> Any:
+        scores = torch.softmax(chosen.logits.view(selected.shape), dim=-1)
+        return chosen._replace(gates=scores * selected, routing_map=selected)
 
     layer.router.settle = settle
 

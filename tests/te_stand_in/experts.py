@@ -7,7 +7,7 @@ import torch
 from megatron.core.fp8_utils import get_fp8_context
 
 from moepp_megatron.moe.layer import MoEPPLayer
-from moepp_megatron.moe.router import Routing
+from moepp_megatron.moe.selection import Routing
 from tests.te_stand_in.models import config_of, model_of
 
 TOKENS, HIDDEN, FFN, TOPK = 32, 32, 4, 2
@@ -38,7 +38,13 @@ def routing_to(
     routing_map[:, constants.start] = routing_map.sum(dim=1) < TOPK
     gates = torch.rand(routing_map.shape).masked_fill(~routing_map, 0.0)
     logits = torch.zeros(tokens, 1, FFN + 4)
-    return Routing(gates.to(device).requires_grad_(), routing_map.to(device), logits.to(device))
+    return Routing(
+        gates.to(device).requires_grad_(),
+        routing_map.to(device),
+        None,
+        None,
+        logits=logits.to(device),
+    )
 
 
 def run(layer: MoEPPLayer, routing: Routing, hidden: torch.Tensor) -> SimpleNamespace:

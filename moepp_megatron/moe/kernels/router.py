@@ -37,7 +37,7 @@ from moepp_megatron.moe.kernels.scores import (
     shares_of,
     slope_of_logs,
 )
-from moepp_megatron.moe.selection import Selection
+from moepp_megatron.moe.selection import Routing
 
 # Elements of a program's tile [tokens, experts]. It moves few bytes and waits for reductions, so
 # many small programs finish first: 4096 tokens of 12 experts are 128 programs on 132 processors.
@@ -55,15 +55,15 @@ def select(
     config: MoEPPConfig,
     num_sequences: int | None,
     padded: Tensor | None = None,
-) -> Selection:
+) -> Routing:
     """Same as `moepp_megatron.moe.selection.select`; logits must be fp32."""
     assert logits.dtype == torch.float32, f"logits must be fp32, not {logits.dtype}"
     padded = None if padded is None else padded.contiguous()
     arguments = (logits.contiguous(), bias, padded, config, num_sequences or 0)
-    selection = Selection(*_Select.apply(*arguments))
+    routing = Routing(*_Select.apply(*arguments))
     if num_sequences is None:
-        return selection._replace(counts=None, score_sums=None)
-    return selection
+        return routing._replace(counts=None, score_sums=None)
+    return routing
 
 
 class _Select(torch.autograd.Function):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moepp_megatron.moe.token_tags import CELL, GROUP, SOURCE, TagCounts
+from moepp_megatron.moe.token_tags import GROUP, SOURCE, TagCounts
 
 # Tokens of a program, most columns of the map that it reads at once, and tags that it adds up at
 # once: 16 numbers a thread.
@@ -45,7 +45,7 @@ def count_by_tags(
             CELLS=len(counts.cells),
             GROUPS=len(counts.groups),
             SOURCES=len(counts.sources),
-            FIRST_BITS=(CELL, GROUP, SOURCE),
+            FIRST_BITS=(0, GROUP, SOURCE),
             NUM_EXPERTS=num_experts,
             NUM_FFN=num_ffn,
             BLOCK_T=_BLOCK_T,

@@ -19,7 +19,7 @@ from torch import Tensor
 from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.interop.scoring import score_stages, scoring_stages
 from moepp_megatron.moe.layer import MoEPPLayer, decoder_moepp_layers
-from moepp_megatron.moe.router import Routing
+from moepp_megatron.moe.selection import Routing
 from moepp_megatron.runtime.distributed import build_groups
 from moepp_megatron.workbench.inspection.request import InspectedModel, InspectRequest
 from moepp_megatron.workbench.inspection.trace import Trace

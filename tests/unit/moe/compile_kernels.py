@@ -129,7 +129,7 @@ def main() -> None:
         sizes = {"COLUMNS": columns, "BLOCK_M": columns, "SLOTS": slots, "BLOCK_S": 8, "TILES": 4}
         for name in ("_count", "_number"):
             compile_kernel(f"rows.{name}", sizes | {"BLOCK_T": block_t, "BLOCK_P": 32})
-    bits = tags.CELL, tags.GROUP, tags.SOURCE
+    bits = 0, tags.GROUP, tags.SOURCE
     by_tags = {"CELLS": 24, "GROUPS": 20, "FIRST_BITS": bits, "BLOCK_TAGS": tags._BLOCK_TAGS}
     by_tags |= {"BLOCK_T": tags._BLOCK_T, "wanted_ptr": None, "padded_ptr": None}
     few = {"SOURCES": 0, "NUM_EXPERTS": 12, "NUM_FFN": 8, "BLOCK_E": 16}

@@ -14,7 +14,7 @@ from moepp_megatron.experts import CONSTANT
 from moepp_megatron.model.gpt import MoEPPGPTModel
 from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.router import Routing
+from moepp_megatron.moe.selection import Routing
 from moepp_megatron.moe.spec import get_moepp_block_spec
 from tests.unit.moe.builders import megatron_config
 

@@ -18,7 +18,7 @@ from moepp_megatron.moe import kernels, selection
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.copies import Copies, rows_of_tokens
 from moepp_megatron.moe.scores import SCORES
-from moepp_megatron.moe.token_tags import CELL, GROUP, SOURCE, TagCounts, count_by_tags
+from moepp_megatron.moe.token_tags import GROUP, SOURCE, TagCounts, count_by_tags
 from moepp_megatron.moe.zero_computation import Ingredients
 from tests.unit.moe.builders import HIDDEN, assert_close, build_layer
 
@@ -102,7 +102,7 @@ def settings(experts: tuple[int, int, int, int], topk: int, **changes: Any) -> M
 
 
 def assert_same_selection(
-    actual: selection.Selection, expected: selection.Selection, tolerance: float = FP32
+    actual: selection.Routing, expected: selection.Routing, tolerance: float = FP32
 ) -> None:
     assert torch.equal(actual.routing_map, expected.routing_map)
     assert_close(actual.gates, expected.gates, "gates", tolerance)
@@ -313,7 +313,7 @@ def test_counts_by_tags(compiled, case, padded, demanded):
         return torch.randint(max(1, number), (tokens, 1), device=DEVICE) << first_bit
 
     made, wanted = some_map(), some_map() if demanded else None
-    tags = some(cells, CELL) + some(groups, GROUP) + some(sources, SOURCE) + some(2, 0)
+    tags = some(cells, 0) + some(groups, GROUP) + some(sources, SOURCE)
     expected, actual = (
         TagCounts.zeros(cells, groups, sources, num_experts, DEVICE) for _ in range(2)
     )
@@ -521,9 +521,8 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("demand", ["one", "all"])
-def test_ffn_demands_with_the_fused_combine(compiled, demand):
-    """The kernel of the router knows no demand, so PyTorch selects; the combine takes any map."""
+def test_ffn_only_with_the_fused_combine(compiled):
+    """The kernel of the router has all experts, so PyTorch selects; the combine takes any map."""
     config = MoEPPConfig(num_ffn_experts=4, gate_normalization="nonzero")
     layers = [build_layer(dataclasses.replace(config, fused=f)).to(DEVICE) for f in (False, True)]
     layers[1].load_state_dict(layers[0].state_dict())
@@ -531,7 +530,7 @@ def test_ffn_demands_with_the_fused_combine(compiled, demand):
     previous = torch.randn(9, 3, config.num_experts, device=DEVICE)
     outputs = []
     for layer in layers:
-        layer.router.set_ffn_demand(demand)
+        layer.router.ffn_only = True
         outputs.append(layer(hidden, previous)[0])
     assert_close(outputs[1], outputs[0], "output")
 

@@ -62,7 +62,7 @@ def check_layer(layer: MoEPPLayer, z_loss: float = 0.0) -> ReferenceOutput:
     """Compare output, logits, every gradient and all counts with the reference's."""
     moepp, padding = layer.moepp, mask()
     reference = reference_of(layer)
-    reference.ffn_demand = layer.router.ffn_demand
+    reference.ffn_only = layer.router.ffn_only
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     padded = padding.T.reshape(-1)
     hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, moepp.num_experts))
@@ -141,14 +141,9 @@ def test_recomputed_layer() -> None:
     check_layer(build_layer(config, **recompute))
 
 
-@pytest.mark.parametrize("demand", ["one", "all"])
-def test_demanded_experts(demand: Any) -> None:
+def test_ffn_experts_only() -> None:
     layer = build_layer(MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5))
-    layer.router.set_ffn_demand(demand)
-    check_layer_with_demand(layer)
-
-
-def check_layer_with_demand(layer: MoEPPLayer) -> None:
+    layer.router.ffn_only = True
     expected = check_layer(layer)
     made = expected.selected_TE.sum(dim=0)
     wanted = layer.statistics.wanted_counts()

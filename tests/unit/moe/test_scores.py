@@ -17,7 +17,6 @@ from moepp_megatron.interop.longcat import longcat_hf_config
 from moepp_megatron.interop.zeda import zeda_hf_config
 from moepp_megatron.layer_settings import DECLARED
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.moe.margins import count_margins
 from moepp_megatron.moe.reference import select_experts
 from moepp_megatron.moe.router_health import RouterHealth
@@ -91,9 +90,8 @@ def configured(**changes: Any) -> Config:
 
 @pytest.mark.usefixtures("declared")
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
-@pytest.mark.parametrize("demand", ["none", "one", "all", 0.5])
 def test_a_new_score_is_computed_by_whoever_asks(
-    monkeypatch: pytest.MonkeyPatch, normalization: str, demand: FFNDemand
+    monkeypatch: pytest.MonkeyPatch, normalization: str
 ) -> None:
     monkeypatch.setitem(SCORES, "fake", Score(fake, lambda logits: logits / 2))
     config = MoEPPConfig(4, score_function="fake", gate_normalization=normalization)
@@ -107,11 +105,9 @@ def test_a_new_score_is_computed_by_whoever_asks(
     assert chosen.score_sums is not None
     assert_close(chosen.score_sums, shares, "shares")
     if normalization == "none":
-        demanded = select(logits, None, config, None, demand)
-        lower = torch.zeros(config.num_experts)
-        lower[4:] = demand if isinstance(demand, float) else 0.0
-        raw = fake(logits - lower) * demanded.routing_map
-        assert_close(demanded.gates, raw, "gates under a demand")
+        for ffn_only in (False, True):
+            made = select(logits, None, config, None, ffn_only=ffn_only)
+            assert_close(made.gates, fake(logits) * made.routing_map, "gates")
         assert torch.equal(ffn_scores(logits, config)[:, :4], fake(logits[:, :4]))
         bias = torch.zeros(config.num_experts)
         bias[0] = 0.5

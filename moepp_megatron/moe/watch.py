@@ -1,0 +1,116 @@
+"""Counts and measures what a router does; it never changes what the router returns.
+
+A router hands every micro-batch to its `RouterWatch` in one place, after it has routed. What is
+counted is switched on from outside: by tags and margins in `RoutingStatistics`, health in
+`RouterHealth.enabled`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from moepp_megatron.moe.margins import count_margins
+from moepp_megatron.moe.router_health import RouterHealth
+from moepp_megatron.moe.selection import Routing, standardized
+from moepp_megatron.moe.statistics import RoutingStatistics
+from moepp_megatron.moe.token_tags import count_by_tags
+
+if TYPE_CHECKING:
+    from moepp_megatron.moe.router import MoEPPRouter
+
+
+class RouterWatch:
+    """The counters of one router on one rank.
+
+    Args:
+        router: The router that is watched.
+    """
+
+    def __init__(self, router: MoEPPRouter) -> None:
+        self._config, self._fused = router.moepp, router.fused
+        self.statistics = RoutingStatistics(router.moepp.num_experts)
+        self.health = RouterHealth(router.moepp)
+
+    def see(
+        self,
+        router: MoEPPRouter,
+        chosen: Routing,
+        kept: Routing,
+        num_tokens: int | Tensor,
+        previous_logits: Tensor | None,
+        padded: Tensor | None,
+        tags: Tensor | None,
+    ) -> None:
+        """Count one micro-batch.
+
+        Args:
+            router: The router, for its weights and bias.
+            chosen: What its logits select; `counts` is None in a pass that will be repeated.
+            kept: The same within capacity.
+            num_tokens: Tokens without padding.
+            previous_logits: [s, b, E] logits of the MoE layer before, or None.
+            padded: [T] bool tokens that are padding; None for none.
+            tags: [s, b] tags from `token_tags`, or None.
+        """
+        measures = self.health.enabled and router.training
+        if chosen.counts is None:
+            if measures:
+                self.health.count_ffn(kept.routing_map)
+            return
+        self._count_selections(chosen, kept, num_tokens)
+        if tags is not None:
+            self._count_tags(chosen, tags, padded)
+        if self.statistics.watches_margins:
+            self._count_margins(router, chosen, padded)
+        if measures:
+            self._measure(router, kept, previous_logits, padded)
+
+    def _count_selections(self, chosen: Routing, kept: Routing, num_tokens: int | Tensor) -> None:
+        assert chosen.counts is not None, "only passes that count come here"
+        counts_SE = chosen.counts
+        wanted_E = (counts_SE[0] if len(counts_SE) == 1 else counts_SE.sum(dim=0)).long()
+        within = None if self._config.capacity_factor is None else kept.routing_map
+        if chosen.wanted_map is None:
+            self.statistics.add_selection(wanted_E, num_tokens, within)
+        else:
+            made_E = chosen.routing_map.sum(dim=0)
+            self.statistics.add_selection(made_E, num_tokens, within, wanted_E)
+
+    def _count_tags(self, chosen: Routing, tags: Tensor, padded: Tensor | None) -> None:
+        counts = self.statistics.counts_by_tags(tags.device)
+        if counts is None:
+            return
+        count = count_by_tags
+        if self._fused:
+            from moepp_megatron.moe.kernels.tags import count_by_tags as count
+        num_ffn = self._config.num_ffn_experts
+        count(counts, chosen.routing_map, chosen.wanted_map, tags, num_ffn, padded)
+
+    def _count_margins(self, router: MoEPPRouter, chosen: Routing, padded: Tensor | None) -> None:
+        assert router.expert_bias is not None, "margins are counted for the controller of a bias"
+        logits_TE = self._logits(chosen)
+        counts = count_margins(logits_TE, router.expert_bias, self._config, padded)
+        self.statistics.add_margins(counts)
+
+    def _measure(
+        self,
+        router: MoEPPRouter,
+        kept: Routing,
+        previous_logits: Tensor | None,
+        padded: Tensor | None,
+    ) -> None:
+        assert kept.logits is not None, "a router's result has its logits"
+        own_TE = kept.logits.detach().reshape(-1, self._config.num_experts)
+        if router.residual_weight is not None and previous_logits is not None:
+            residual = previous_logits.detach().to(own_TE.dtype).reshape(own_TE.shape)
+            own_TE = own_TE - residual @ router.residual_weight.detach().to(own_TE.dtype).T
+        logits_TE = self._logits(kept)
+        self.health.add_routing(logits_TE, own_TE, kept.routing_map, router.expert_bias, padded)
+
+    def _logits(self, routing: Routing) -> Tensor:
+        """[T, E] the logits that experts are selected by, without gradient."""
+        assert routing.logits is not None, "a router's result has its logits"
+        logits_TE = routing.logits.detach().reshape(-1, self._config.num_experts)
+        return standardized(logits_TE, self._config.logits_norm_std)
