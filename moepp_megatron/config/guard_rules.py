@@ -36,7 +36,7 @@ DEFAULT_RULES = (
     ),
     GuardRule(
         name="rare_ffn", metric="class_ffn_to_past", below=0.5, clear=0.75, for_steps=3,
-        clear_for_steps=20, severity="warning", action="force_ffn",
+        clear_for_steps=20, severity="warning", action="warn",
     ),
     GuardRule(
         name="ffn_never_skipped", metric="ffn_fraction", above=0.99, clear=0.97, for_steps=100,

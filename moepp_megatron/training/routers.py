@@ -106,7 +106,6 @@ class Routers:
         self._sources.add_losses(batch, token_losses)
         if self._guard is not None:
             self._losses.add(batch, token_losses)
-            self._guard.add_losses(batch, token_losses)
         if self._shift is not None:
             self._shift.counts.add(batch)
 

@@ -49,9 +49,6 @@ class Found:
         losses: By step, the last value where a step was taken twice.
         ffn: By step, this rank's share of the selections that went to FFN experts.
         wanted: By step, [MoE layers] FFN share of the selections that routers wanted, all ranks.
-        forced: By step, forced tokens on this rank without an FFN expert, and with one, layers
-            added up.
-        forced_ids: By step, the token ids that are forced where they are.
         routers: By step, the checksum of this rank's routers as it begins; of all ranks, where
             `train` has joined them.
         weights: Checksum of this rank's weights at the end.
@@ -61,8 +58,6 @@ class Found:
     losses: dict[int, float] = field(default_factory=dict)
     ffn: dict[int, float] = field(default_factory=dict)
     wanted: dict[int, list[float]] = field(default_factory=dict)
-    forced: dict[int, list[int]] = field(default_factory=dict)
-    forced_ids: dict[int, list[int]] = field(default_factory=dict)
     routers: dict[int, Any] = field(default_factory=dict)
     weights: int = 0
 
@@ -140,25 +135,16 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
     from moepp_megatron.training.collect import mean_loss
 
     routers = trainer._routers
-    now = 0
-    seen: dict[int, Any] = {}
-
     begin = routers.begin_step
 
     def begin_step(step: int, num_microbatches: int) -> None:
-        nonlocal now
         for fault in [fault for fault in faults if fault.step == step and fault not in planted]:
             planted.append(fault)
             plant(trainer.model, fault)
-        now = step
         counts[:] = [0, 0]
-        found.forced[step] = [0, 0]
         begin(step, num_microbatches)
         own = [layer.router for model in trainer.model.models for layer in moepp_layers(model)]
         found.routers[step] = checksum_of(p for router in own for p in router.parameters())
-        masks = [getattr(chunk.token_tags, "forced_ids", None) for chunk in trainer.model.models]
-        if masks[0] is not None:
-            found.forced_ids[step] = masks[0].nonzero().flatten().tolist()
 
     def judge(step: int, result: Any, judge: Callable[..., Any] = routers.judge) -> Any:
         verdict = judge(step, result)
@@ -172,34 +158,16 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
         found.decisions += [(step, *what) for what in tell]
         return verdict
 
-    def see_tokens(model: Any, args: Any, kwargs: Any) -> None:
-        ids = args[0].T
-        if model.config.sequence_parallel:
-            from megatron.core import parallel_state
-
-            size = parallel_state.get_tensor_model_parallel_world_size()
-            ids = ids.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
-        seen[id(model)] = ids.reshape(-1)
-
-    def see_routing(model: Any) -> Callable[..., None]:
-        def hook(router: Any, args: Any, routing: Any) -> None:
-            made = routing.routing_map[:, : router.moepp.num_ffn_experts].sum(dim=-1)
-            counts[0] += int(made.sum())
-            counts[1] += int(routing.routing_map.sum())
-            forced = getattr(model.token_tags, "forced_ids", None)
-            if router.ffn_demand == "one" and forced is not None:
-                concerned = made[forced[seen[id(model)]]]
-                found.forced[now][0] += int((concerned == 0).sum())
-                found.forced[now][1] += int((concerned > 0).sum())
-
-        return hook
+    def see_routing(router: Any, args: Any, routing: Any) -> None:
+        made = routing.routing_map[:, : router.moepp.num_ffn_experts]
+        counts[0] += int(made.sum())
+        counts[1] += int(routing.routing_map.sum())
 
     counts, planted = [0, 0], []  # type: ignore[var-annotated]
     routers.begin_step, routers.judge = begin_step, judge
     for model in trainer.model.models:
-        model.register_forward_pre_hook(see_tokens, with_kwargs=True)
         for layer in moepp_layers(model):
-            layer.router.register_forward_hook(see_routing(model))
+            layer.router.register_forward_hook(see_routing)
 
 
 def plant(model: Any, fault: Fault) -> None:
@@ -307,40 +275,3 @@ DATA: dict[str, Any] = {
     "other targets": OtherTargetsDataset,
     "skewed": SyntheticDataset,
 }
-
-
-def learn_losses() -> tuple[list[float], list[int]]:
-    """Means of token ids after two steps and the worst ids, the tokens split over the ranks."""
-    import torch
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    from moepp_megatron.training.guard.high_loss import HighLossTokens
-
-    parallel_state.initialize_model_parallel()
-    rank, size = dist.get_rank(), dist.get_world_size()
-    # Id 0 has mean 1 then 3; id 1 always 2; id 2 has 8 but half of it is masked; id 3 never comes.
-    steps = (
-        ([0, 0, 1, 1, 2, 2, 1, 0], [1.0, 1.0, 2.0, 2.0, 8.0, 99.0, 2.0, 1.0]),
-        ([0, 0, 1, 1, 0, 0, 1, 0], [3.0, 3.0, 2.0, 2.0, 3.0, 3.0, 2.0, 3.0]),
-    )
-    learner = HighLossTokens(4, share=0.1, decay=0.5)
-    for ids, losses in steps:
-        learner.begin_step()
-        mask = [0.0 if loss == 99.0 else 1.0 for loss in losses]
-        rows = [
-            torch.tensor(values).reshape(2, 4).chunk(size)[rank] for values in (ids, mask, losses)
-        ]
-        learner.add({"tokens": rows[0], "loss_mask": rows[1]}, rows[2])
-        learner.end_step()
-    sums, counts = learner.state()["sums"]
-    # Decayed: id 0 (0.25 * 3 + 0.5 * 15) / (0.25 * 3 + 0.5 * 5), id 2 8 of weight 0.25.
-    assert sums.tolist() == [8.25, 4.5, 2.0, 0.0]
-    assert counts.tolist() == [3.25, 2.25, 0.25, 0.0]
-    # Id 2 has 0.25 of 5.75 tokens, less than a tenth; the next worst would be too much.
-    worst = learner.mask().nonzero().flatten().tolist()
-    assert worst == [2]
-    again = HighLossTokens(4, share=0.7, decay=0.5, state=learner.state())
-    assert again.mask().nonzero().flatten().tolist() == [0, 2]
-    assert HighLossTokens(5, 0.1, 0.5, learner.state()).mask().tolist() == [False] * 5
-    return sums.tolist(), worst

@@ -14,7 +14,7 @@ from moepp_megatron.config.guard_rules import DEFAULT_RULES
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
 from tests.parallel.checkpoint_runs import logged
-from tests.parallel.guard_runs import Fault, Found, guard_settings, learn_losses, run
+from tests.parallel.guard_runs import Fault, Found, guard_settings, run
 from tests.parallel.ranks import RankPools
 from tests.parallel.resilience_runs import Fault as NumericalFault
 from tests.parallel.resilience_runs import copy_as_of, run_trainer, trainer_settings
@@ -71,14 +71,7 @@ def train(
         assert other.decisions == found[0].decisions
         assert other.losses == found[0].losses
         assert other.wanted == found[0].wanted
-        assert other.forced_ids == found[0].forced_ids
-    for step, (bad, _) in [item for other in found for item in other.forced.items()]:
-        assert bad == 0, f"forced tokens without an FFN expert in step {step}"
     found[0].routers = {step: [other.routers[step] for other in found] for step in found[0].routers}
-    found[0].forced = {
-        step: [sum(other.forced[step][i] for other in found) for i in (0, 1)]
-        for step in found[0].forced
-    }
     found[0].ffn = {
         step: sum(other.ffn[step] for other in found) / world_size for step in found[0].ffn
     }
@@ -112,7 +105,7 @@ def test_collapse_to_zero_computation(ranks: RankPools, tmp_path: Path, layout: 
         layout=layout,
         copies_every=OFTEN,
         training={"eval_interval": 6, "eval_iters": 1},
-        routing_guard=guard(SAFE, safe_ramp=2),
+        routing_guard=guard(SAFE),
         moe={"num_ffn_experts": 8, "balance_coeff": 0.1},
         optimizer={"lr": 6e-3},
     )
@@ -275,55 +268,12 @@ def test_without_an_old_enough_checkpoint_it_is_told(ranks: RankPools, tmp_path:
     assert "no checkpoint of step 1 or before" in alert.condition
 
 
-@pytest.mark.parametrize("layout", ["tp2 sp", "pp2"])
-@pytest.mark.parametrize("tokens", ["ids", "high_loss", "all"])
-def test_forced_tokens_have_an_ffn_expert(
-    ranks: RankPools, tmp_path: Path, layout: str, tokens: str
-) -> None:
-    """`train` fails where one has none; routers have collapsed, so none would have by itself."""
-    ids = [3, 18, 29, 30, 40, 41, 50]
-    force: dict[str, Any] = {"tokens": tokens}
-    if tokens == "ids":
-        force["token_ids"] = ids
-    if tokens == "high_loss":
-        force["share"] = 0.2
-    rule = {"name": "force", "metric": "ffn_to_target", "below": 0.25, "action": "force_ffn"}
-    found = train(
-        ranks,
-        tmp_path,
-        3,
-        (Fault(2, "collapse", None, 2.0),),
-        layout=layout,
-        routing_guard=guard(rule, force_ffn=force),
-    )
-    assert (2, "force", 1, "force_ffn") in found.decisions
-    assert found.ffn[2] < 0.1
-    if tokens == "all":
-        # K is 2; the first and the last expert of a token are FFN, or the last alone.
-        assert found.ffn[3] >= 0.5
-        return
-    assert found.forced[3][1] > 0
-    # Two layers, 128 tokens each.
-    assert found.forced[3][1] < 0.5 * 2 * 128
-    assert found.ffn[3] < 0.4
-    if tokens == "ids":
-        assert found.forced_ids[3] == ids
-    else:
-        assert 0 < len(found.forced_ids[3]) < 32
-
-
-def test_high_loss_tokens_are_those_of_all_ranks(ranks: RankPools) -> None:
-    """Running means and the share against numpy, token ids spread over data-parallel ranks."""
-    for result in ranks(2).run(learn_losses):
-        assert result == ranks(1).run(learn_losses)[0]
-
-
 def test_a_run_is_resumed_in_the_middle_of_actions(ranks: RankPools, tmp_path: Path) -> None:
     """From a checkpoint of step 7 a run goes on as it did, to the bit, with every kind of state."""
     rules = (
         {**SAFE, "clear": 0.9, "clear_for_steps": 4},
         {"name": "few_ffn_experts", "for_steps": 2, "min_steps_between": 2},
-        {"name": "force", "metric": "loss", "above": 0.1, "action": "force_ffn"},
+        {"name": "force", "metric": "loss", "above": 0.1, "action": "raise_tau"},
     )
     sections: dict[str, Any] = {
         "routing_guard": guard(*rules, tau_half_life=3.0),
@@ -334,11 +284,10 @@ def test_a_run_is_resumed_in_the_middle_of_actions(ranks: RankPools, tmp_path: P
     whole = train(ranks, tmp_path / "whole", 14, (COLLAPSE,), **sections)
     copy_as_of(7, tmp_path / "whole", tmp_path / "parts")
     parts = train(ranks, tmp_path / "parts", 14, (COLLAPSE,), **sections)
-    # Two layers in safe mode, all layers raised, all forced.
+    # Two layers in safe mode, all layers raised by two rules.
     assert records(tmp_path / "whole")[7].guard_actions == 4
     assert parts.losses == {step: whole.losses[step] for step in range(8, 15)}
     assert parts.decisions == [d for d in whole.decisions if d[0] > 7]
-    assert parts.forced_ids == {s: ids for s, ids in whole.forced_ids.items() if s > 7}
     assert parts.weights == whole.weights
     taus = [record.tau for record in records(tmp_path / "whole")]
     assert [record.tau for record in records(tmp_path / "parts")] == taus
@@ -348,7 +297,7 @@ def test_a_dry_run_changes_no_bit(ranks: RankPools, tmp_path: Path) -> None:
     rules = (
         SAFE,
         {"name": "few_ffn_experts", "for_steps": 2, "min_steps_between": 0},
-        {"name": "force", "metric": "loss", "above": 0.1, "action": "force_ffn"},
+        {"name": "force", "metric": "loss", "above": 0.1, "action": "raise_tau"},
         {"name": "back", "metric": "max_expert_share", "above": 0.2, "action": "rollback"},
     )
     off = train(ranks, tmp_path / "off", 8, (COLLAPSE,), layout="dp2")
@@ -368,7 +317,6 @@ def test_a_dry_run_changes_no_bit(ranks: RankPools, tmp_path: Path) -> None:
     assert {alert.action for alert in alerts} >= {
         "safe_mode (dry run)",
         "raise_tau (dry run)",
-        "force_ffn (dry run)",
         "rollback (dry run)",
     }
     assert all(alert.action.endswith("(dry run)") for alert in alerts)
@@ -417,8 +365,8 @@ def test_a_shift_of_the_data(ranks: RankPools, tmp_path: Path) -> None:
     """A source breaks from step 45 on."""
     shift = {"window": 2, "warmup": 20}
     rules = (
-        {"name": "data_shift", "action": "force_ffn"},
-        {"name": "loss_shift", "action": "force_ffn"},
+        {"name": "data_shift", "action": "raise_tau"},
+        {"name": "loss_shift", "action": "raise_tau"},
     )
     found = train(
         ranks,
@@ -429,12 +377,11 @@ def test_a_shift_of_the_data(ranks: RankPools, tmp_path: Path) -> None:
         # More tokens a step, and routers that move less than the data does.
         training={"global_batch_size": 32, "micro_batch_size": 16},
         optimizer={"lr": 3e-4},
-        routing_guard=guard(*rules, force_ffn={"tokens": "all"}, shift=shift),
+        routing_guard=guard(*rules, shift=shift),
     )
     first = found.decisions[0]
     assert 45 <= first[0] <= 49
-    assert first[3] == "force_ffn"
-    assert found.ffn[first[0] + 1] >= 0.5
+    assert first[3] == "raise_tau"
     judged = [r for r in records(tmp_path) if r.routing_shift is not None]
     assert judged[0].step == 40
     before = [r for r in judged if r.step <= 44]
@@ -450,7 +397,7 @@ def test_a_shift_of_the_data(ranks: RankPools, tmp_path: Path) -> None:
 
 def test_the_numerical_guard_may_go_back_too(ranks: RankPools, tmp_path: Path) -> None:
     """A damaged model goes back to step 2; an action in force ends with it and is told."""
-    rule = {"name": "force", "metric": "loss", "above": 0.1, "for_steps": 3, "action": "force_ffn"}
+    rule = {"name": "force", "metric": "loss", "above": 0.1, "for_steps": 3, "action": "raise_tau"}
     settings = trainer_settings(
         tmp_path,
         parallel=EP2,
@@ -462,12 +409,12 @@ def test_the_numerical_guard_may_go_back_too(ranks: RankPools, tmp_path: Path) -
     ranks(2).run(run_trainer, settings, (), (NumericalFault("nan weight", 1, (3,)),))
     alerts = [(alert.step, alert.rule, alert.action) for alert in told(tmp_path)]
     assert alerts == [
-        (3, "force", "force_ffn"),
+        (3, "force", "raise_tau"),
         *[(3, "numerical_guard", "skip_batch")] * 3,
-        (3, "force", "end of force_ffn"),
+        (3, "force", "end of raise_tau"),
         (3, "numerical_guard", "rollback"),
         # Step 3 once more, as the first of three.
-        (5, "force", "force_ffn"),
+        (5, "force", "raise_tau"),
     ]
     assert [record.guard_actions for record in records(tmp_path)] == [0] * 5 + [1, 1]
 

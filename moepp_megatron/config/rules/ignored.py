@@ -223,17 +223,6 @@ def _stages_behind_the_end(config: Config) -> Iterator[Problem]:
             )
 
 
-def _settings_of_tokens_that_are_not_forced(config: Config) -> Iterator[Problem]:
-    """Ids and shares belong to one kind of tokens."""
-    tokens = config.routing_guard.force_ffn.tokens
-    kinds = {"token_ids": "ids", "share": "high_loss", "decay": "high_loss"}
-    for key, kind in kinds.items():
-        if tokens != kind:
-            reason = f"with routing_guard.force_ffn.tokens {tokens}"
-            name = f"routing_guard.force_ffn.{key}"
-            yield from _ignored(config, name, reason, f"use tokens {kind}")
-
-
 def _warmup_longer_than_the_run(config: Config) -> Iterator[Problem]:
     """A short try of a long run's configuration."""
     warmup, steps = config.optimizer.warmup_iters, config.training.train_iters
@@ -366,7 +355,6 @@ RULES: tuple[Rule, ...] = (
         lambda config: config.routing_guard.enabled is False, "with routing_guard.enabled false",
         "routing_guard.dry_run routing_guard.rules", "leave enabled out",
     ),
-    _settings_of_tokens_that_are_not_forced,
     _where(
         lambda config: not config.data.reset_attention_mask,
         "on attention, which sees distances alone; only metrics by position see it",

@@ -153,7 +153,7 @@ def _guard_moves_no_capacity(config: Config) -> Iterator[Problem]:
     """Capacities follow from a fixed tau; further FFN selections would only be dropped."""
     if config.moe.capacity_factor is None:
         return
-    names = [rule.name for rule in _acting(config, "raise_tau", "force_ffn", "safe_mode")]
+    names = [rule.name for rule in _acting(config, "raise_tau", "safe_mode")]
     if names:
         yield Problem(
             "moe.capacity_factor",
@@ -168,7 +168,7 @@ def _guard_reaches_the_router(config: Config) -> Iterator[Problem]:
     """A captured router repeats the kernels of the first step."""
     if "moe_router" not in config.training.cuda_graphs:
         return
-    for rule in _acting(config, "force_ffn", "safe_mode"):
+    for rule in _acting(config, "safe_mode"):
         yield Problem(
             "training.cuda_graphs",
             config.training.cuda_graphs,
@@ -177,37 +177,6 @@ def _guard_reaches_the_router(config: Config) -> Iterator[Problem]:
             f"take moe_router out, or give rule {rule.name} the action warn",
         )
         return
-
-
-def _forced_tokens_are_known_in_every_layer(config: Config) -> Iterator[Problem]:
-    """Token ids travel with the hidden vectors, which not all schedules support."""
-    tokens = config.routing_guard.force_ffn.tokens
-    if tokens == "all" or not list(_acting(config, "force_ffn")):
-        return
-    if config.parallel.overlap_moe_expert_parallel_comm:
-        yield Problem(
-            "routing_guard.force_ffn.tokens",
-            tokens,
-            "must be all with parallel.overlap_moe_expert_parallel_comm, whose layers do not know "
-            "their tokens",
-            "use all",
-        )
-
-
-def _forced_token_ids_exist(config: Config) -> Iterator[Problem]:
-    """Ids lie in the vocabulary, and there are some."""
-    settings = config.routing_guard.force_ffn
-    if settings.tokens != "ids":
-        return
-    largest = config.model.vocab_size - 1
-    wrong = [token for token in settings.token_ids if not 0 <= token <= largest]
-    if wrong or not settings.token_ids:
-        yield Problem(
-            "routing_guard.force_ffn.token_ids",
-            settings.token_ids,
-            f"must hold ids from 0 to {largest} (model.vocab_size - 1) with tokens ids",
-            f"take out {wrong[0]}" if wrong else "name some, or use tokens high_loss",
-        )
 
 
 def _actions_have_the_balance_loss_they_need(config: Config) -> Iterator[Problem]:
@@ -282,8 +251,6 @@ RULES = (
     _safe_mode_has_enough_ffn_experts,
     _guard_moves_no_capacity,
     _guard_reaches_the_router,
-    _forced_tokens_are_known_in_every_layer,
-    _forced_token_ids_exist,
     _actions_have_the_balance_loss_they_need,
     _guard_has_checkpoints_to_go_back_to,
     _guard_keeps_checkpoints_of_before,

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
 
-GuardAction = Literal["none", "warn", "raise_tau", "force_ffn", "safe_mode", "rollback"]
+GuardAction = Literal["none", "warn", "raise_tau", "safe_mode", "rollback"]
 
 
 class GuardRule(Section):
@@ -43,20 +43,6 @@ class GuardRule(Section):
     max_firings: Annotated[int | None, Unit("times"), Field(ge=1)] = None
     """Times that the action is taken in a run, layers of one step counting once; after that the
     rule only warns; null: 10"""
-
-
-class ForceFFNSection(Section):
-    """The tokens that the action `force_ffn` concerns."""
-
-    tokens: Annotated[Literal["all", "ids", "high_loss"], Unit("-")] = "high_loss"
-    """All tokens, those of token_ids, or those whose token id has a high loss: running mean of the
-    loss of the token after it"""
-    token_ids: Annotated[list[int], Unit("-")] = []
-    """Token ids, for tokens: ids"""
-    share: Annotated[float, Unit("1"), Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of all tokens that counts as high loss, the worst token ids first"""
-    decay: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.99
-    """Weight of the past, a step, in the running mean; 0.99 looks back 100 steps"""
 
 
 class ShiftSection(Section):
@@ -105,11 +91,6 @@ class RoutingGuardSection(Section):
     """What the action raise_tau multiplies tau by"""
     tau_half_life: Annotated[float, Unit("steps"), Field(gt=0.0)] = 50.0
     """Steps in which half of that (of its logarithm) is gone once the action ends"""
-    safe_ramp: Annotated[int, Unit("steps"), Field(ge=0)] = 20
-    """Steps over which zero-computation experts that safe mode switched off come back: their logits
-    are lowered by less and less; 0: at once"""
-    force_ffn: ForceFFNSection = ForceFFNSection()
-    """Tokens of the action force_ffn"""
     shift: ShiftSection = ShiftSection()
     """Expert usage and shift of the data"""
 

@@ -1,19 +1,13 @@
-"""Carries the judge's decisions out in the routers: FFN demands, forced tokens, tau."""
+"""Carries the judge's decisions out in the routers: FFN experts only, tau."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-import torch
-from torch import Tensor
-
-from moepp_megatron.config import Config
 from moepp_megatron.moe.budget import set_taus
-from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.moe.layer import moepp_layers
 from moepp_megatron.observe.guard_judge import layers_in
 from moepp_megatron.training.setup import TrainingModel
-from moepp_megatron.training.tagging import tags_of
 
 # Tau times less than this is tau.
 _LEAST_RAISE = 1.001
@@ -64,38 +58,19 @@ class RaisedTau:
 
 
 class RouterControl:
-    """Sets this rank's routers.
+    """Sets this rank's routers."""
 
-    Args:
-        config: The run's configuration.
-        model: The wrapped model.
-        needs_tags: Whether routers must be told which tokens are forced.
-    """
-
-    def __init__(self, config: Config, model: TrainingModel, needs_tags: bool) -> None:
+    def __init__(self, model: TrainingModel) -> None:
         self._models = model.models
-        self._vocab_size = config.model.vocab_size
         self._layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
-        if needs_tags:
-            for chunk in self._models:
-                tags_of(chunk, config)
 
-    def demand(self, demands: Mapping[int, FFNDemand], forced_ids: Tensor | None) -> None:
-        """Set what routers must give their tokens, in training and evaluation, from now on.
+    def set_ffn_only(self, layers: Collection[int]) -> None:
+        """Switch zero-computation experts off in these layers, by global number, and on elsewhere.
 
-        Args:
-            demands: Demand by global layer number; a layer without one is unaffected.
-            forced_ids: [vocabulary] bool token ids that the demand `one` concerns; None for all.
-                Other demands ignore it.
+        In training and evaluation, from now on.
         """
         for layer in self._layers:
-            layer.router.set_ffn_demand(demands.get(layer.layer_number, "none"))
-        for chunk in self._models:
-            tags = getattr(chunk, "token_tags", None)
-            if tags is not None:
-                # Without a mask tags force none; without tags all are forced.
-                mask = torch.ones(self._vocab_size).bool() if forced_ids is None else forced_ids
-                tags.forced_ids = mask.to(torch.cuda.current_device())
+            layer.router.ffn_only = layer.layer_number in layers
 
     def set_taus(self, taus: Mapping[int, float]) -> None:
         """Set tau by global layer number."""

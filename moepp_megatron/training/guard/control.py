@@ -8,15 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor
-
 from moepp_megatron.config import Config
 from moepp_megatron.config.guard_metrics import MEASURED, RECORDED
 from moepp_megatron.config.guard_rules import effective_rules
-from moepp_megatron.moe.ffn_demand import FFNDemand
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values, layers_in
+from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values
 from moepp_megatron.observe.past import Past
 from moepp_megatron.observe.shift_reading import ShiftReading
 from moepp_megatron.training.batch_losses import BatchLoss
@@ -26,20 +22,19 @@ from moepp_megatron.training.guard.actions import RaisedTau, RouterControl
 from moepp_megatron.training.guard.alerts import told
 from moepp_megatron.training.guard.fallen import METRIC as FALLEN
 from moepp_megatron.training.guard.fallen import FallenClasses
-from moepp_megatron.training.guard.high_loss import HighLossTokens
 from moepp_megatron.training.guard.readings import counted, from_first_rank, measured
 from moepp_megatron.training.guard.safe_mode import ACTION as SAFE_MODE
 from moepp_megatron.training.guard.safe_mode import SafeMode
 from moepp_megatron.training.router_health import HealthCollector
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.shift_text import ShiftStory
-from moepp_megatron.training.step import Batch, StepResult
+from moepp_megatron.training.step import StepResult
 from moepp_megatron.training.token_groups import GroupCollector
 
 # Metrics whose alerts say what has moved.
 _SHIFTS = ("routing_shift", "loss_shift", "token_shift", "source_shift")
 # Actions that go on until the rule is healthy.
-_LASTING = ("raise_tau", "force_ffn", "safe_mode")
+_LASTING = ("raise_tau", "safe_mode")
 
 
 @dataclass(frozen=True)
@@ -107,16 +102,11 @@ class RoutingGuard:
         self._layers = routing.layer_numbers
         rules = effective_rules(self._settings)
         self._metrics = {rule.metric for rule in rules}
-        # Rules about classes force the classes that fell, other rules the tokens of the settings.
-        self._of_classes = {rule.name: rule.limit for rule in rules if rule.metric == FALLEN}
-        self._others = {rule.name for rule in rules} - self._of_classes.keys()
-        forces = any(rule.action == "force_ffn" for rule in rules if rule.name in self._others)
-        self._tokens = self._settings.force_ffn.tokens if forces else "all"
         state = state or {}
         self._judge = RuleJudge(rules, self._layers, state.get("judge"))
         self._routers: RouterControl | None = None
         if self._settings.acts:
-            self._routers = RouterControl(config, model, needs_tags=self._tokens != "all")
+            self._routers = RouterControl(model)
         self._model = model
         self._may_be_safe = self._settings.acts and any(r.action == SAFE_MODE for r in rules)
         # What the routers have been given, where that is not the budget's or `moe.tau`.
@@ -124,26 +114,19 @@ class RoutingGuard:
         self._load(state)
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that follows from the decisions, and the token ids' losses."""
-        settings, force = self._settings, self._settings.force_ffn
+        """Restore the state that follows from the decisions."""
+        settings = self._settings
         self._raised = RaisedTau(
             self._layers, settings.tau_factor, settings.tau_half_life, state.get("raised", ())
         )
         self._safe: SafeMode | None = None
         if self._may_be_safe:
-            self._safe = SafeMode(
-                self._model, self._judge, self._layers, settings.safe_ramp, state.get("safe", {})
-            )
+            self._safe = SafeMode(self._model, self._judge, self._layers, state.get("safe", {}))
         self._past = Past(len(self._layers), state.get("past"))
         self._fallen = self._open_fallen(state.get("fallen"))
-        self._high_loss: HighLossTokens | None = None
-        if self._tokens == "high_loss":
-            self._high_loss = HighLossTokens(
-                self._config.model.vocab_size, force.share, force.decay, state.get("high_loss")
-            )
 
     def _open_fallen(self, state: Mapping[str, Any] | None) -> FallenClasses | None:
-        if self._groups is None or not self._of_classes:
+        if self._groups is None or FALLEN not in self._metrics:
             return None
         return FallenClasses(self._groups, self._layers, state)
 
@@ -159,8 +142,6 @@ class RoutingGuard:
         }
         if self._safe is not None:
             state["safe"] = self._safe.state()
-        if self._high_loss is not None:
-            state["high_loss"] = self._high_loss.state()
         if self._fallen is not None:
             state["fallen"] = self._fallen.state()
         return state
@@ -172,19 +153,14 @@ class RoutingGuard:
             step: The step that begins.
             budget: Sets tau where the guard does not; None leaves `moe.tau`.
         """
-        if self._high_loss is not None:
-            self._high_loss.begin_step()
         self._wanted_share = self._config.moe.ffn_share if budget is None else budget.share(step)
         self._in_force = sum(len(self._judge.places(action)) for action in _LASTING)
         if self._routers is None:
             return
         self._set_taus(step, budget)
-        forced = self._judge.places("force_ffn")
-        found: dict[int, FFNDemand] = dict.fromkeys(layers_in(forced, self._layers), "one")
         if self._safe is not None:
             self._safe.begin_step(step)
-            found |= self._safe.demands()
-        self._routers.demand(found, self._forced_ids() if forced else None)
+            self._routers.set_ffn_only(self._safe.ffn_only())
 
     def _set_taus(self, step: int, budget: BudgetControl | None) -> None:
         was_raised, self._raised_taus = bool(self._raised_taus), {}
@@ -199,33 +175,6 @@ class RoutingGuard:
         self._routers.set_taus(taus)
         if any(factor != 1.0 for factor in factors.values()):
             self._raised_taus = taus
-
-    def _forced_ids(self) -> Tensor | None:
-        """[vocabulary] bool token ids that are forced; None for all tokens."""
-        others = None
-        if self._judge.places("force_ffn", self._others):
-            others = self._forced_by_others()
-            if others is None:
-                return None
-        if self._fallen is None:
-            return others
-        fallen = self._fallen.mask()
-        return fallen if others is None else fallen | others
-
-    def _forced_by_others(self) -> Tensor | None:
-        """The same by rules that are not about classes of tokens."""
-        if self._high_loss is not None:
-            return self._high_loss.mask()
-        if self._tokens == "all":
-            return None
-        mask = torch.zeros(self._config.model.vocab_size, dtype=torch.bool)
-        mask[self._settings.force_ffn.token_ids] = True
-        return mask
-
-    def add_losses(self, batch: Batch, token_losses: Tensor) -> None:
-        """Record a micro-batch's token losses [b, s], on the last pipeline stage."""
-        if self._high_loss is not None:
-            self._high_loss.add(batch, token_losses)
 
     def end_step(
         self,
@@ -244,16 +193,10 @@ class RoutingGuard:
             shift: What is known of a shift; None if none is judged.
             explain: Says what a shift is about; a collective.
         """
-        if self._high_loss is not None and result.updated:
-            self._high_loss.end_step()
         if step <= self._settings.warmup:
             return NOTHING
         values = self._read(result, loss, shift)
         events = self._judge.judge(values)
-        if self._fallen is not None:
-            self._fallen.choose(
-                self._judge.places("force_ffn", self._of_classes), max(self._of_classes.values())
-            )
         rollbacks: list[Event] = []
         if self._settings.acts:
             self._raised.step(self._judge.places("raise_tau"))

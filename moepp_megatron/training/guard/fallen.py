@@ -1,16 +1,13 @@
-"""Classes of tokens whose FFN experts a router has taken away, and their token ids."""
+"""Classes of tokens whose FFN experts a router has taken away."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from moepp_megatron.data.token_groups import BANDS
-from moepp_megatron.observe.guard_judge import WHOLE_MODEL
 from moepp_megatron.observe.past import ClassPast
 from moepp_megatron.training.token_groups import TOKENS, WANTED, GroupCollector
 
@@ -18,7 +15,7 @@ METRIC = "class_ffn_to_past"
 
 
 class FallenClasses:
-    """Compares each class of tokens with its past, and remembers which fell where.
+    """Compares each class of tokens with its past.
 
     Every rank has one and calls it together. All ranks have the same numbers, because counts are
     whole.
@@ -42,16 +39,10 @@ class FallenClasses:
         past = None if state is None else state["past"]
         self._past = ClassPast(len(self._layers), len(self._names), past)
         self._left = np.full((len(self._layers), len(self._names)), np.nan)
-        self._fallen = np.zeros(self._left.shape, dtype=bool)
-        if state is not None:
-            for layer, name in state["fallen"]:
-                if layer in self._layers:
-                    self._fallen[self._layers.index(layer), self._names.index(name)] = True
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, which later steps do not change."""
-        fallen = [[self._layers[row], self._names[each]] for row, each in np.argwhere(self._fallen)]
-        return {"names": list(self._names), "past": self._past.state(), "fallen": fallen}
+        return {"names": list(self._names), "past": self._past.state()}
 
     def end_step(self) -> list[float]:
         """Learn from the step; a collective, unless its counts are known.
@@ -66,22 +57,6 @@ class FallenClasses:
         self._left = self._past.add(np.concatenate([counts, everything], axis=1))
         lost_most = np.where(np.isnan(self._left), np.inf, self._left).min(axis=1)
         return [float(left) if np.isfinite(left) else float("nan") for left in lost_most]
-
-    def choose(self, places: Collection[int], limit: float) -> None:
-        """Update which classes are forced, after the step has been judged.
-
-        Args:
-            places: Layers, or `WHOLE_MODEL`, in which the action is in force: a class joins where
-                less than `limit` is left of it, and stays until the action ends.
-            limit: The rule's.
-        """
-        acts = np.array([layer in places or WHOLE_MODEL in places for layer in self._layers])
-        self._fallen |= np.where(np.isnan(self._left), np.inf, self._left) < limit
-        self._fallen &= acts[:, None]
-
-    def mask(self) -> Tensor:
-        """[vocabulary] bool, on the CPU: token ids of the classes that fell in any layer."""
-        return torch.from_numpy(self._collector.groups.ids(self._fallen.any(axis=0)))
 
     def note(self, layer: int, limit: float) -> str:
         """What fell, in words, in a layer or the whole model."""

@@ -1,8 +1,7 @@
-"""The guard's parts that need no ranks: metrics, demands, raised tau, wording."""
+"""The guard's parts that need no ranks: metrics, safe mode, raised tau, wording."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event, RuleJudge
 from moepp_megatron.training.guard.actions import RaisedTau
 from moepp_megatron.training.guard.alerts import told
 from moepp_megatron.training.guard.readings import counted, measured
-from moepp_megatron.training.guard.safe_mode import SafeMode, SafeRamp
+from moepp_megatron.training.guard.safe_mode import SafeMode
 from moepp_megatron.training.shift_text import ShiftStory
 
 LAYERS = [2, 4]
@@ -66,16 +65,16 @@ def safe_mode() -> tuple[SafeMode, RuleJudge]:
     """That of a pipeline stage without routers; two steps begin it, and two end it."""
     judge = RuleJudge([replace(RULE, for_steps=2, clear_for_steps=2)], LAYERS)
     model: Any = SimpleNamespace(models=[], gathered_parameters=nullcontext)
-    return SafeMode(model, judge, LAYERS, 0, {}), judge
+    return SafeMode(model, judge, LAYERS, {}), judge
 
 
 def taken(safe: SafeMode, judge: RuleJudge, step: int, *values: float) -> tuple[Any, list[str]]:
-    """Demands after a step in which each layer had this value, and what alerts say."""
+    """Layers switched off after a step in which each layer had this value, and what alerts say."""
     safe.begin_step(step)
     found = {RULE.metric: list(values)}
     events = judge.judge(found)
     safe.end_step(events, found)
-    return safe.demands(), [safe.note(event) for event in events]
+    return safe.ffn_only(), [safe.note(event) for event in events]
 
 
 NONE = "no copy of a healthy router to go back to"
@@ -86,55 +85,23 @@ def test_safe_mode_overrules_a_router_of_which_there_is_no_copy() -> None:
     safe, judge = safe_mode()
     taken(safe, judge, 10, 0.6, 0.3)
     # In layer 4 nothing held before, but it was not healthy either.
-    assert taken(safe, judge, 11, 0.6, 0.1) == ({}, [])
-    assert taken(safe, judge, 12, 0.6, 0.1) == ({4: "all"}, [NONE])
-    assert taken(safe, judge, 13, 0.6, 0.6)[0] == {4: "all"}
-    assert taken(safe, judge, 14, 0.6, 0.6) == ({}, [""])
+    assert taken(safe, judge, 11, 0.6, 0.1) == (set(), [])
+    assert taken(safe, judge, 12, 0.6, 0.1) == ({4}, [NONE])
+    assert taken(safe, judge, 13, 0.6, 0.6)[0] == {4}
+    assert taken(safe, judge, 14, 0.6, 0.6) == (set(), [""])
 
 
 def test_safe_mode_overrules_a_router_that_its_weights_from_before_do_not_help() -> None:
     safe, judge = safe_mode()
     for step in (10, 19, 20, 21):
         taken(safe, judge, step, 0.6, 0.6)
-    assert taken(safe, judge, 22, 0.1, 0.1) == ({}, [])
+    assert taken(safe, judge, 22, 0.1, 0.1) == (set(), [])
     # A step that is seen to be bad is not copied.
-    assert taken(safe, judge, 30, 0.1, 0.1) == ({}, [BACK] * 2)
-    assert taken(safe, judge, 31, 0.4, 0.4)[0] == {}
-    assert taken(safe, judge, 32, 0.2, 0.6)[0] == {2: "all"}
-    assert taken(safe, judge, 33, 0.6, 0.6)[0] == {2: "all"}
-    assert taken(safe, judge, 34, 0.6, 0.6)[0] == {}
-
-
-def test_safe_mode_ends_by_a_ramp() -> None:
-    ramp = SafeRamp(LAYERS, steps=4)
-    ramp.step({4})
-    lowered = []
-    for _ in range(4):
-        ramp.step(set())
-        found = ramp.demands()
-        assert set(found) == {4}
-        lowered.append(found[4])
-    assert lowered[0] == pytest.approx(8.0)
-    assert all(isinstance(value, float) for value in lowered)
-    # The same factor in each step, to nearly nothing.
-    factors = [after / before for before, after in itertools.pairwise(lowered)]
-    assert max(factors) == pytest.approx(min(factors))
-    assert lowered[-1] < 0.5
-    again = SafeRamp(LAYERS, 4, json.loads(json.dumps(ramp.state())))
-    assert again.demands() == ramp.demands()
-    for each in (ramp, again):
-        each.step(set())
-        assert each.demands() == {}
-    at_once = SafeRamp(LAYERS, steps=0)
-    at_once.step(LAYERS)
-    at_once.step(set())
-    assert at_once.demands() == {}
-    # A layer that goes wrong again begins its way anew.
-    ramp.step({2})
-    ramp.step(set())
-    ramp.step({2})
-    ramp.step(set())
-    assert ramp.demands()[2] == pytest.approx(8.0)
+    assert taken(safe, judge, 30, 0.1, 0.1) == (set(), [BACK] * 2)
+    assert taken(safe, judge, 31, 0.4, 0.4)[0] == set()
+    assert taken(safe, judge, 32, 0.2, 0.6)[0] == {2}
+    assert taken(safe, judge, 33, 0.6, 0.6)[0] == {2}
+    assert taken(safe, judge, 34, 0.6, 0.6)[0] == set()
 
 
 def test_tau_is_raised_at_once_and_falls_slowly() -> None:
