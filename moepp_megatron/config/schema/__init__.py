@@ -32,7 +32,6 @@ from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
 from moepp_megatron.config.schema.routing_guard import (
-    ForceFFNSection,
     GuardRule,
     RoutingGuardSection,
     ShiftSection,
@@ -51,7 +50,6 @@ __all__ = [
     "DataStage",
     "LatentAttentionSection",
     "ModelSection",
-    "ForceFFNSection",
     "GuardRule",
     "MoESection",
     "ObserveSection",
