@@ -12,6 +12,11 @@ from typing import Any
 # By name: the value that is what every run does now, and what to do about another one.
 REMOVED: dict[str, tuple[Any, str]] = {
     "model.implementation": ("gpt", "leave it out: the weights are those of a GPTModel"),
+    "routing_guard.safe_ramp": (20, "leave it out: safe mode ends at once"),
+    "routing_guard.force_ffn": (
+        {"tokens": "high_loss", "token_ids": [], "share": 0.1, "decay": 0.99},
+        "leave it out: no action forces FFN experts on chosen tokens",
+    ),
 }
 
 
