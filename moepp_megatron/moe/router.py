@@ -77,7 +77,7 @@ class MoEPPRouter(TopKRouter):
         super().__init__(router_config(config, moepp), pg_collection, is_mtp_layer)
         self.moepp = moepp
         self.fused = use_kernels(moepp.fused)
-        self.watch = RouterWatch(self)
+        self.watch = RouterWatch(moepp, self.fused)
         self.ffn_only = False
         self.global_fractions = GlobalBatchFractions()
         # Not a buffer: Float16Module would round it to bf16.
@@ -308,7 +308,19 @@ class MoEPPRouter(TopKRouter):
             # by the sign of the mean less each expert's.
             self.local_tokens_per_expert += counts_SE.sum(dim=0) * self.balance_weights
         settled = chosen._replace(gates=gates_TE, routing_map=routing_map_TE)
-        self.watch.see(self, chosen, settled, num_tokens, previous_logits, padded, tags)
+        residual = None
+        if self.residual_weight is not None and previous_logits is not None:
+            residual = self.residual_weight, previous_logits
+        self.watch.see(
+            chosen,
+            settled,
+            num_tokens,
+            training=self.training,
+            bias=self.expert_bias,
+            residual=residual,
+            padded=padded,
+            tags=tags,
+        )
         return settled
 
     def _add_residual(self, logits: Tensor, previous: Tensor, weight: Tensor) -> Tensor:

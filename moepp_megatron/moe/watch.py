@@ -7,54 +7,55 @@ counted is switched on from outside: by tags and margins in `RoutingStatistics`,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
+from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.margins import count_margins
 from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.moe.selection import Routing, standardized
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.moe.token_tags import count_by_tags
 
-if TYPE_CHECKING:
-    from moepp_megatron.moe.router import MoEPPRouter
-
 
 class RouterWatch:
     """The counters of one router on one rank.
 
     Args:
-        router: The router that is watched.
+        config: The layer's settings.
+        fused: Whether kernels count.
     """
 
-    def __init__(self, router: MoEPPRouter) -> None:
-        self._config, self._fused = router.moepp, router.fused
-        self.statistics = RoutingStatistics(router.moepp.num_experts)
-        self.health = RouterHealth(router.moepp)
+    def __init__(self, config: MoEPPConfig, fused: bool) -> None:
+        self._config, self._fused = config, fused
+        self.statistics = RoutingStatistics(config.num_experts)
+        self.health = RouterHealth(config)
 
     def see(
         self,
-        router: MoEPPRouter,
         chosen: Routing,
         kept: Routing,
         num_tokens: int | Tensor,
-        previous_logits: Tensor | None,
+        *,
+        training: bool,
+        bias: Tensor | None,
+        residual: tuple[Tensor, Tensor] | None,
         padded: Tensor | None,
         tags: Tensor | None,
     ) -> None:
         """Count one micro-batch.
 
         Args:
-            router: The router, for its weights and bias.
             chosen: What its logits select; `counts` is None in a pass that will be repeated.
             kept: The same within capacity.
             num_tokens: Tokens without padding.
-            previous_logits: [s, b, E] logits of the MoE layer before, or None.
+            training: Whether the model trains.
+            bias: [E] bias of the selection, or None.
+            residual: [E, E] weight of the gating residual and [s, b, E] logits of the MoE layer
+                before; None without a residual.
             padded: [T] bool tokens that are padding; None for none.
             tags: [s, b] tags from `token_tags`, or None.
         """
-        measures = self.health.enabled and router.training
+        measures = self.health.enabled and training
         if chosen.counts is None:
             if measures:
                 self.health.count_ffn(kept.routing_map)
@@ -63,9 +64,9 @@ class RouterWatch:
         if tags is not None:
             self._count_tags(chosen, tags, padded)
         if self.statistics.watches_margins:
-            self._count_margins(router, chosen, padded)
+            self._count_margins(chosen, bias, padded)
         if measures:
-            self._measure(router, kept, previous_logits, padded)
+            self._measure(kept, bias, residual, padded)
 
     def _count_selections(self, chosen: Routing, kept: Routing, num_tokens: int | Tensor) -> None:
         assert chosen.counts is not None, "only passes that count come here"
@@ -88,26 +89,24 @@ class RouterWatch:
         num_ffn = self._config.num_ffn_experts
         count(counts, chosen.routing_map, chosen.wanted_map, tags, num_ffn, padded)
 
-    def _count_margins(self, router: MoEPPRouter, chosen: Routing, padded: Tensor | None) -> None:
-        assert router.expert_bias is not None, "margins are counted for the controller of a bias"
-        logits_TE = self._logits(chosen)
-        counts = count_margins(logits_TE, router.expert_bias, self._config, padded)
+    def _count_margins(self, chosen: Routing, bias: Tensor | None, padded: Tensor | None) -> None:
+        assert bias is not None, "margins are counted for the controller of a bias"
+        counts = count_margins(self._logits(chosen), bias, self._config, padded)
         self.statistics.add_margins(counts)
 
     def _measure(
         self,
-        router: MoEPPRouter,
         kept: Routing,
-        previous_logits: Tensor | None,
+        bias: Tensor | None,
+        residual: tuple[Tensor, Tensor] | None,
         padded: Tensor | None,
     ) -> None:
         assert kept.logits is not None, "a router's result has its logits"
         own_TE = kept.logits.detach().reshape(-1, self._config.num_experts)
-        if router.residual_weight is not None and previous_logits is not None:
-            residual = previous_logits.detach().to(own_TE.dtype).reshape(own_TE.shape)
-            own_TE = own_TE - residual @ router.residual_weight.detach().to(own_TE.dtype).T
-        logits_TE = self._logits(kept)
-        self.health.add_routing(logits_TE, own_TE, kept.routing_map, router.expert_bias, padded)
+        if residual is not None:
+            weight, previous = (part.detach().to(own_TE.dtype) for part in residual)
+            own_TE = own_TE - previous.reshape(own_TE.shape) @ weight.T
+        self.health.add_routing(self._logits(kept), own_TE, kept.routing_map, bias, padded)
 
     def _logits(self, routing: Routing) -> Tensor:
         """[T, E] the logits that experts are selected by, without gradient."""
