@@ -6,7 +6,7 @@ A Mixtral or a Qwen3-MoE of 3 layers, 48 wide, 8 experts, top-2, is trained from
 transformers (steps of 3,072 bytes: 400, or 160 of Qwen3-MoE), upcycled by `moepp convert upcycle`'s
 function, and trained on for 200 steps. A run takes about a minute on one core, a Mixtral's source
 two, a Qwen3-MoE's three or more. Sources lie in `OUT/sources`; each run leaves `OUT/<name>.json`,
-which is not made again. `--table` prints the table of docs/how_to/upcycle.md from what is there.
+which is not made again. `--table` prints what is there (docs/how_to/upcycle.md sums it up).
 
 `chose` runs are those that the settings in configs/upcycle/ were chosen by; the text, the seeds and
 the architecture of `proved` runs were not looked at before.

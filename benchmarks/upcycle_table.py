@@ -1,4 +1,4 @@
-"""The tables of docs/how_to/upcycle.md from what `benchmarks.upcycle_recipe` has measured."""
+"""Tables (summed up in docs/how_to/upcycle.md) of what `benchmarks.upcycle_recipe` has measured."""
 
 from __future__ import annotations
 
