@@ -15,15 +15,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 Labels = Literal[
     "",
     "layer",
-    "layer,kind",
+    "layer,expert,kind",
     "expert,kind",
     "layer,ffn_experts",
-    "layer,metric",
+    "metric,layer",
     "ffn_experts",
-    "key",
-    "name",
-    "state",
-    "rule,severity",
     "source",
     "source,expert,kind",
     "class",
@@ -66,7 +62,8 @@ class Metric:
         unit: Unit of its values; "share" is a number from 0 to 1.
         group: TensorBoard's group, or the whole tag; for a list, what comes before an entry.
         prometheus: Its name there, always of a gauge; empty where `router_health` serves it.
-        labels: What tells its values of one run apart: ``layer`` is the transformer layer from 1,
+        labels: What tells its values of one run apart, in the order in which lists and objects
+            hold them (an expert has its kind besides): ``layer`` is the transformer layer from 1,
             ``kind`` the kind of expert, ``expert`` an expert's name, ``ffn_experts`` how many FFN
             experts a token takes, ``metric`` a name of `IN_LAYERS`, ``source`` a data source,
             ``class`` a class of tokens, ``set`` a validation set, ``task`` a task of lm-eval and
@@ -91,6 +88,16 @@ class Metric:
     wrong: str = ""
     drawn: Drawn | None = None
     panel: tuple[str, str] | None = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The labels by which its lists and objects are nested, the outermost first."""
+        return tuple(label for label in self.labels.split(",") if label not in ("", "kind"))
+
+    @property
+    def is_distribution(self) -> bool:
+        """Whether its innermost lists are shares of a whole."""
+        return self.unit == "share" and self.axes[-1:] in (("expert",), ("ffn_experts",))
 
     @property
     def with_unit(self) -> str:
@@ -196,7 +203,7 @@ class Record(BaseModel):
         "", "task", "moepp_task_score", "task", panel=("Scores of tasks", "{{task}}"))] = None
     layer_expert_share: Annotated[list[list[Number]] | None, Metric(
         "share of a layer's selections that an expert takes; Prometheus has them by kind",
-        "share", "expert_share", "moepp_layer_share_ratio", "layer,kind",
+        "share", "expert_share", "moepp_layer_share_ratio", "layer,expert,kind",
         panel=("Share of each kind, by layer", "layer {{layer}} {{kind}}"))] = None
     layer_ffn_fraction: Annotated[list[Number] | None, Metric(
         "FFN experts' share of a layer's selections", "share", "layer_ffn_fraction",
@@ -205,7 +212,7 @@ class Record(BaseModel):
     router_health: Annotated[dict[str, list[Number]] | None, Metric(
         "router health by its name, of each MoE layer; only on measured steps "
         "(observe.health_interval), as the next two", "", "router_health", "moepp_router_health",
-        "layer,metric")] = None
+        "metric,layer")] = None
     layer_ffn_histogram: Annotated[list[list[Number]] | None, Metric(
         "share of a layer's tokens with 0, 1, ..., K FFN experts", "share",
         "ffn_experts_per_token", "moepp_layer_tokens_ratio", "layer,ffn_experts",
@@ -436,9 +443,5 @@ def _of_record() -> dict[str, Metric]:
 
 
 OF_RECORD = _of_record()
-BY_NAME = tuple(
-    key for key, row in OF_RECORD.items() if row.labels in ("source", "class", "set", "task")
-)
-"""Keys whose values are numbers by name."""
 METRICS = {**OF_RECORD, **IN_LAYERS, **_OF_GUARD}
 """All rows by name."""

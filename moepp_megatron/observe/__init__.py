@@ -6,7 +6,7 @@ course.py           the course of numbers that training moves slowly: a line, an
 cusum.py            evidence of a change that adds up over steps
 console.py          shows a running training: a live bar on a terminal, or plain lines in a log
 jsonl.py            `RUN/metrics.jsonl`
-layer_numbers.py    the numbers that MoE layers have in every record and view
+numbers.py          every number of a record, by the catalogue: what views of a run walk
 line_file.py        a file of a run that grows by whole lines, and keeps its name
 metrics.py          the record of one logged step
 past.py             running means that rules of the routing guard compare a step with

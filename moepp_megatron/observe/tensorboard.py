@@ -6,28 +6,17 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.catalogue import BY_NAME, OF_RECORD
+from moepp_megatron.catalogue import OF_RECORD
 from moepp_megatron.experts import ExpertCounts
-from moepp_megatron.observe.layer_numbers import layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.observe.numbers import is_curve, numbers, path_of
 from moepp_megatron.runtime.install import how_to_install
 
 logger = logging.getLogger(__name__)
-
-_GROUPS = {key: row.group for key, row in OF_RECORD.items()}
-_HISTOGRAMS: Mapping[str, str] = {
-    "expert_share": f"{_GROUPS['expert_share']}/all_layers",
-    "layer_expert_share": f"{_GROUPS['layer_expert_share']}/moe_layer",
-    "ffn_histogram": f"{_GROUPS['layer_ffn_histogram']}/all_layers",
-    "layer_ffn_histogram": f"{_GROUPS['layer_ffn_histogram']}/moe_layer",
-}
-"""Fields that are shown as histograms, and their tags; a list of lists gives one a MoE layer, with
-the layer's number in the model behind the tag. Entry i of a list is the weight of i: of expert
-number i, or of tokens that take i FFN experts. What a record does not have is left out."""
 
 # TensorBoard itself shows about 50 histograms of a tag, picked from those that there are.
 _RECORDS_PER_HISTOGRAM = 10
@@ -61,7 +50,7 @@ class TensorBoardSink:
             raise ImportError(
                 f"TensorBoard output needs the tensorboard package; {how_to_install('tensorboard')}"
             ) from error
-        self._names = experts.names
+        self._experts = experts
         self._moe_layers = moe_layers
         self._records = 0
         self._folder = folder
@@ -70,7 +59,7 @@ class TensorBoardSink:
         self._writer: Any = self._open(purge_step=resume_step)
 
     def write(self, record: StepMetrics) -> None:
-        """Writes every number of the record, the shares by expert and MoE layer, histograms.
+        """Write every number of the record, and histograms of its distributions.
 
         Histograms are written of the first record, every tenth after it, and those with router
         health. Events that a full disk refuses are missing here, but not in ``metrics.jsonl``.
@@ -94,57 +83,27 @@ class TensorBoardSink:
         self._writer = self._open(purge_step=step + 1)
 
     def _write(self, record: StepMetrics) -> None:
-        values = record.model_dump(exclude_none=True)
-        for key, value in values.items():
-            if isinstance(value, int | float) and key != "step":
-                self._scalar(tag_of(key), value, record.step)
-        group = _GROUPS["expert_share"]
-        for name, share in zip(self._names, record.expert_share, strict=True):
-            self._scalar(f"{group}/{name.replace(' ', '_')}", share, record.step)
-        group = _GROUPS["layer_ffn_fraction"]
-        for layer, fraction in self._by_layer(record.layer_ffn_fraction or ()):
-            self._scalar(f"{group}/moe_layer_{layer}", fraction, record.step)
-        group = _GROUPS["router_health"]
-        for metric, layers in (record.router_health or {}).items():
-            for layer, value in self._by_layer(layers):
-                self._scalar(f"{group}/{metric}/moe_layer_{layer}", value, record.step)
-        for count, loss in enumerate(record.loss_by_ffn or ()):
-            if math.isfinite(loss):
-                self._scalar(f"{_GROUPS['loss_by_ffn']}/{count}", loss, record.step)
-        for key in BY_NAME:
-            for name, value in (values.get(key) or {}).items():
-                self._scalar(f"{_GROUPS[key]}/{name.replace(' ', '_')}", value, record.step)
-        group = _GROUPS["source_expert_share"]
-        for source, shares in (record.source_expert_share or {}).items():
-            for name, share in zip(self._names, shares, strict=True):
-                tag = f"{group}/{source}/{name}".replace(" ", "_")
-                self._scalar(tag, share, record.step)
+        weights: dict[str, list[float]] = {}
+        for key, labels, value in numbers(record, self._experts, self._moe_layers):
+            if not labels and key != "step":
+                self._writer.add_scalar(tag_of(key), value, record.step)
+            if labels:
+                row = OF_RECORD[key]
+                path = path_of(row, labels)
+                if row.is_distribution:
+                    whole = "/".join([row.group, *(path[:-1] or ["all_layers"])])
+                    weights.setdefault(whole, []).append(value)
+                if is_curve(row) and math.isfinite(value):
+                    self._writer.add_scalar("/".join([row.group, *path]), value, record.step)
         is_measured = record.router_health is not None
         if is_measured or self._records % _RECORDS_PER_HISTOGRAM == 0:
-            for key, tag in _HISTOGRAMS.items():
-                self._histograms(tag, values.get(key) or (), record.step)
+            for tag, of_entries in weights.items():
+                self._histogram(tag, of_entries, record.step)
         self._records += 1
 
-    def _by_layer(self, values: Sequence[Any]) -> Iterable[tuple[int, Any]]:
-        return zip(layer_numbers(self._moe_layers, len(values)), values, strict=True)
-
-    def _histograms(self, tag: str, weights: Sequence[Any], step: int) -> None:
-        """Write one histogram, or one per MoE layer."""
-        if weights and isinstance(weights[0], list | tuple):
-            for layer, row in self._by_layer(weights):
-                self._histogram(f"{tag}_{layer}", row, step)
-        else:
-            self._histogram(tag, weights, step)
-
     def _histogram(self, tag: str, weights: Sequence[float], step: int) -> None:
-        """Write a histogram of the whole numbers from 0 on; nothing if a weight is not finite.
-
-        Args:
-            tag: Its name.
-            weights: [n] the weight of each number.
-            step: The record's step.
-        """
-        if not weights or not all(math.isfinite(weight) for weight in weights):
+        """Write weights of 0, 1, ... (experts, or counts of them); nothing if one is not finite."""
+        if not all(math.isfinite(weight) for weight in weights):
             return
         n = len(weights)
         self._writer.add_histogram_raw(
@@ -159,9 +118,6 @@ class TensorBoardSink:
             global_step=step,
         )
 
-    def _scalar(self, tag: str, value: float, step: int) -> None:
-        self._writer.add_scalar(tag, value, step)
-
     def close(self) -> None:
         """Flushes and closes the event file."""
         if self._writer is not None:
@@ -170,7 +126,7 @@ class TensorBoardSink:
 
 def tag_of(key: str) -> str:
     """The tag of a record's number in TensorBoard: the catalogue's, if it has one."""
-    group = _GROUPS.get(key, "other")
+    group = OF_RECORD[key].group if key in OF_RECORD else "other"
     return group if "/" in group else f"{group}/{key}"
 
 

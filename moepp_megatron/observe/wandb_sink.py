@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moepp_megatron.catalogue import BY_NAME
+from moepp_megatron.catalogue import OF_RECORD
 from moepp_megatron.config.schema import WandbSection
 from moepp_megatron.experts import ExpertCounts
-from moepp_megatron.observe.layer_numbers import layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.observe.numbers import is_curve, numbers, path_of
 from moepp_megatron.runtime.install import how_to_install
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ _INIT_TIMEOUT_S = 30
 
 
 class WandbSink:
-    """Logs every number of a record, and the shares by expert and MoE layer.
+    """Logs every number of a record.
 
     The package's own process sends them and handles access itself (``wandb login`` or
     ``WANDB_API_KEY``), so that no key passes through here. It gets neither console output nor
@@ -61,7 +61,7 @@ class WandbSink:
                 f"observe.wandb needs the wandb package; {how_to_install('wandb')}"
             ) from error
         self._moe_layers = moe_layers
-        self._names = [name.replace(" ", "_") for name in experts.names]
+        self._experts = experts
         try:
             self._run = wandb.init(
                 project=settings.project,
@@ -88,21 +88,13 @@ class WandbSink:
 
     def write(self, record: StepMetrics) -> None:
         """Hands the record to W&B's process."""
-        values: dict[str, float] = {
-            key: value
-            for key, value in record.model_dump(exclude_none=True).items()
-            if isinstance(value, int | float)
-        }
-        for name, share in zip(self._names, record.expert_share, strict=True):
-            values[f"expert_share/{name}"] = share
-        fractions = record.layer_ffn_fraction or ()
-        numbers = layer_numbers(self._moe_layers, len(fractions))
-        for layer, fraction in zip(numbers, fractions, strict=True):
-            values[f"layer_ffn_fraction/moe_layer_{layer}"] = fraction
-        for key in BY_NAME:
-            for name, value in (getattr(record, key) or {}).items():
-                values[f"{key}/{name.replace(' ', '_')}"] = value
-        self._run.log(values)
+        self._run.log(
+            {
+                "/".join([key, *(path_of(OF_RECORD[key], labels) if labels else ())]): value
+                for key, labels, value in numbers(record, self._experts, self._moe_layers)
+                if not labels or is_curve(OF_RECORD[key])
+            }
+        )
 
     def go_back(self, step: int) -> None:
         """Do nothing: W&B keeps both records of a repeated step, and none can be removed."""

@@ -8,7 +8,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from moepp_megatron.experts import KIND_NAMES
-from moepp_megatron.observe.layer_numbers import layer_numbers
+from moepp_megatron.observe.numbers import layer_numbers
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.drawing import (
     CELL_INK,

@@ -11,8 +11,8 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import PercentFormatter
 
 from moepp_megatron.catalogue import IN_LAYERS, Drawn
-from moepp_megatron.observe.layer_numbers import layer_numbers
 from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.observe.numbers import layer_numbers
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.drawing import (
     BLUE,

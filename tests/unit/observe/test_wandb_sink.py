@@ -49,7 +49,8 @@ def test_records_and_settings_arrive(make_record, tmp_path: Path, monkeypatch):
     wandb = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     sink = open_sink(tmp_path)
-    sink.write(make_record(3, layer_ffn_fraction=[0.5, 0.75], valid_loss=5.5))
+    health = {"gate_entropy": [1.0, 1.5]}
+    sink.write(make_record(3, layer_ffn_fraction=[0.5, 0.75], valid_loss=5.5, router_health=health))
     sink.close()
     (init,) = wandb.inits
     assert (init["project"], init["entity"], init["mode"]) == ("moe", "team", "offline")
@@ -64,6 +65,7 @@ def test_records_and_settings_arrive(make_record, tmp_path: Path, monkeypatch):
     assert (values["step"], values["loss"], values["valid_loss"]) == (3, 5.25, 5.5)
     assert values["expert_share/constant_0"] == 0.25
     assert values["layer_ffn_fraction/moe_layer_2"] == 0.75
+    assert values["router_health/gate_entropy/moe_layer_2"] == 1.5
     assert all(isinstance(value, int | float) for value in values.values())
     assert wandb.finished == 1
 

@@ -1,13 +1,12 @@
 """Watches a run: its state, a table in the terminal, and numbers for Prometheus.
 
 prometheus_alerts.py  the alert rules for Prometheus, made from what is exported
-exported.py     the numbers that `moepp monitor --prometheus` serves
+exported.py     the numbers that `moepp monitor --prometheus` serves: names and samples
 liveness.py     whether a run continues, has ended, or is silent, judged from outside
 history.py      the part of a run's records that the monitor keeps
 prometheus.py   serves the newest numbers of runs to Prometheus, by default only on this machine
 run.py          watches a run's folder: its configuration, records, alerts and whether it is alive
 runs.py         watches all runs in folders, including those that come later
-samples.py      turns a run's newest numbers into samples: metric, labels, value
 server.py       a small HTTP server for numbers, with few threads and a time limit for requests
 table.py        shows a run on a terminal until it has ended or the user stops
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
@@ -12,7 +11,6 @@ from moepp_megatron.observe.metrics import StepMetrics
 
 # Enough steps that one slow one (a checkpoint, an evaluation) does not move the estimate.
 _RECENT = 20
-_LARGEST = 2**63
 
 
 class History:
@@ -20,8 +18,7 @@ class History:
 
     Attributes:
         recent: The last records, steps strictly increasing.
-        latest: The newest number under each key; not every record has every key.
-        latest_lists: The same for keys that hold lists, or lists by name.
+        latest: The newest value under each key; not every record has every key.
         went_back: The steps from and to which the run last went back; None if it never did.
         first_bad_step: First step of the present sequence of losses that are not finite; None if
             the newest is finite.
@@ -34,8 +31,7 @@ class History:
 
     def _clear(self) -> None:
         self.recent: deque[StepMetrics] = deque(maxlen=_RECENT)
-        self.latest: dict[str, float] = {}
-        self.latest_lists: dict[str, list[Any] | dict[str, Any]] = {}
+        self.latest: dict[str, Any] = {}
         self.first_bad_step: int | None = None
 
     @property
@@ -62,8 +58,7 @@ class History:
             while self.recent and self.recent[-1].step >= record.step:
                 self.recent.pop()
         self.recent.append(record)
-        self.latest.update(_numbers(record))
-        self.latest_lists.update((k, v) for k, v in record if isinstance(v, list | dict))
+        self.latest.update((key, value) for key, value in record if value is not None)
         if math.isfinite(record.loss):
             self.first_bad_step = None
         elif self.first_bad_step is None:
@@ -81,10 +76,3 @@ class History:
             return math.nan
         gaps = max(1, len(self.recent) - 1)
         return self.step_time_s * max(1.0, (self.recent[-1].step - self.recent[0].step) / gaps)
-
-
-def _numbers(record: StepMetrics) -> Iterable[tuple[str, float]]:
-    for key, value in record:
-        # A whole number of any size is JSON, and no float holds it.
-        if isinstance(value, float) or (type(value) is int and abs(value) < _LARGEST):
-            yield key, value

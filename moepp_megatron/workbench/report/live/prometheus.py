@@ -13,9 +13,8 @@ from prometheus_client.registry import Collector
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.printable import printable
-from moepp_megatron.workbench.report.live.exported import Exported
+from moepp_megatron.workbench.report.live.exported import Exported, samples_of
 from moepp_megatron.workbench.report.live.runs import LiveRuns
-from moepp_megatron.workbench.report.live.samples import samples_of
 from moepp_megatron.workbench.report.live.server import NumbersServer
 
 ADDRESS = "127.0.0.1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -13,6 +13,7 @@ from moepp_megatron.config.paths import looked_at
 from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE
 from moepp_megatron.observe.alerts import Alert, parse_alert
 from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.observe.numbers import Labels, numbers
 from moepp_megatron.observe.status import RunStatus, read_status
 from moepp_megatron.observe.tail import Tail
 from moepp_megatron.training.run_folder import RUN_FILES
@@ -93,6 +94,11 @@ class LiveRun:
         if newest is not None and newest.ffn_target is not None:
             return newest.ffn_target
         return self.config.phi if self.config is not None else None
+
+    def numbers(self) -> Iterator[tuple[str, Labels, float]]:
+        """The newest of every number; without a configuration none of single experts."""
+        known = () if self.config is None else self.config.moe_layers
+        return numbers(self.history.latest.items(), self.config and self.config.experts, known)
 
     def health(self) -> RunHealth:
         """Whether the run continues, has ended, or is silent."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from rich import box
 from rich.console import Group
@@ -13,16 +15,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from moepp_megatron.catalogue import OF_RECORD
+from moepp_megatron.catalogue import METRICS, OF_RECORD, Metric
 from moepp_megatron.config.printable import printable
-from moepp_megatron.observe.layer_numbers import layer_numbers
+from moepp_megatron.experts import FFN
+from moepp_megatron.observe.numbers import Labels
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.live.liveness import State
 from moepp_megatron.workbench.report.live.run import LiveRun
 
 _MOST_ALERTS = 4
-_MOST_SOURCES = 4
+_MOST_ENTRIES = 4
 _STATE_STYLES: dict[State, str] = {
     "waiting": "yellow",
     "starting": "yellow",
@@ -111,26 +114,31 @@ def _condition(run: LiveRun, health: str) -> str:
 
 
 def _rows(run: LiveRun) -> Iterator[tuple[str, str]]:
-    """Progress, then the numbers that the newest records have, by the catalogue's group."""
-    history = run.history
-    if history.newest is None:
+    """Progress, then the newest numbers by the catalogue's group, then those with labels."""
+    if run.history.newest is None:
         return
     yield "step", _progress(run)
+    newest: dict[str, dict[Labels, float]] = {}
+    for key, labels, value in run.numbers():
+        newest.setdefault(key, {})[labels] = value
     groups: dict[str, list[str]] = {}
+    lists: dict[str, str] = {}
     for key, row in OF_RECORD.items():
-        if key != "step" and key in history.latest:
+        if row.labels and key in newest:
+            lists[key] = _entries(row, newest[key])
+        elif key != "step" and key in newest:
             group = row.group.partition("/")[0]
-            groups.setdefault(group, []).append(f"{key} {_shown(history.latest[key], row.unit)}")
+            groups.setdefault(group, []).append(f"{key} {_shown(newest[key][()], row.unit)}")
     if run.wanted_ffn_share is not None and "router" in groups:
         groups["router"].append(f"wanted ffn_fraction {run.wanted_ffn_share:.3g}")
     for group, numbers in groups.items():
         yield group, "  ".join(numbers)
-    layers = history.latest_lists.get("layer_expert_share")
-    if run.config is not None and isinstance(layers, list) and layers:
-        yield from _layers(run, layers)
-    sources = _sources(run)
-    if sources:
-        yield "sources", "; ".join(sources)
+    yield from lists.items()
+    shares = newest.get("layer_expert_share", {}).items()
+    unused = Counter(layer for (layer, _, kind), n in shares if kind == FFN.name and n == 0)
+    if unused:
+        named = [f"{count} in layer {layer}" for layer, count in unused.items()]
+        yield "unused", f"FFN experts without a selection: {', '.join(named)}"
 
 
 def _progress(run: LiveRun) -> str:
@@ -152,36 +160,28 @@ def _shown(value: float, unit: str) -> str:
     return formatting.count(value) if abs(value) >= 1e3 else formatting.significant(value)
 
 
-def _layers(run: LiveRun, rows: list[list[float]]) -> Iterator[tuple[str, str]]:
-    """The MoE layers with the least and the largest FFN share, and experts without a selection."""
-    assert run.config is not None, "its experts are known"
-    count = run.config.experts.num_ffn_experts
-    numbers = layer_numbers(run.config.moe_layers, len(rows))
-    shares = {number: sum(row[:count]) for number, row in zip(numbers, rows, strict=True)}
-    least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
-    yield (
-        "layers",
-        f"FFN share {formatting.percent(shares[least])} (layer {least}) to "
-        f"{formatting.percent(shares[most])} (layer {most})",
-    )
-    unused = {number: row[:count].count(0.0) for number, row in zip(numbers, rows, strict=True)}
-    named = [f"{n} in layer {number}" for number, n in unused.items() if n]
-    if named:
-        yield "unused", f"FFN experts without a selection: {', '.join(named)}"
+def _entries(row: Metric, newest: dict[Labels, float]) -> str:
+    """Each of a few numbers; of more, the least and the largest, for each metric in them."""
+    if row.axes[0] == "metric":
+        inner = replace(row, labels=row.labels.removeprefix("metric,"))
+        parts: dict[str, dict[Labels, float]] = {}
+        for (metric, *labels), value in newest.items():
+            parts.setdefault(metric, {})[tuple(labels)] = value
+        return "; ".join(
+            f"{printable(name, keep='')} "
+            + _entries(replace(inner, unit=METRICS[name].unit if name in METRICS else ""), part)
+            for name, part in parts.items()
+        )
+    finite = {labels: value for labels, value in newest.items() if math.isfinite(value)}
+    if len(newest) <= _MOST_ENTRIES or not finite:
+        shown = list(newest.items())[:_MOST_ENTRIES]
+        return "  ".join(f"{_name(row, of)} {_shown(value, row.unit)}" for of, value in shown)
+    ends = [at(finite, key=finite.__getitem__) for at in (min, max)]
+    return " to ".join(f"{_shown(finite[of], row.unit)} ({_name(row, of)})" for of in ends)
 
 
-def _sources(run: LiveRun) -> list[str]:
-    """Loss and FFN share of the data sources with the most tokens."""
-    lists = run.history.latest_lists
-    tokens, losses, shares = (
-        dict(lists.get(f"source_{name}") or {}) for name in ("tokens", "loss", "ffn_share")
-    )
-    names = sorted(tokens, key=lambda name: -tokens[name])
-    parts = [
-        f"{printable(name, keep='')} {formatting.percent(tokens[name])}: "
-        f"loss {formatting.number(losses.get(name, math.nan), 3)}, "
-        f"FFN {formatting.percent(shares.get(name, math.nan))}"
-        for name in names[:_MOST_SOURCES]
-    ]
-    rest = len(names) - _MOST_SOURCES
-    return [*parts, f"{rest} more"] if rest > 0 else parts
+def _name(row: Metric, labels: Labels) -> str:
+    words = {"layer": "layer {}", "ffn_experts": "{} FFN experts"}
+    named = zip(row.labels.split(","), labels, strict=True)
+    text = " ".join(words.get(label, "{}").format(of) for label, of in named if label != "kind")
+    return printable(text, keep="")

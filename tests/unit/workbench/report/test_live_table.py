@@ -67,7 +67,8 @@ def test_a_running_run(make_run):
     newest = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert row(lines, "loss").startswith(f"loss {newest['loss']:.3g}")
     assert "wanted ffn_fraction 0.6" in " ".join(lines)
-    assert " (layer " in row(lines, "layers")
+    assert row(lines, "layer_ffn_fraction").startswith("layer 1 ")
+    assert " (layer " in row(lines, "layer_expert_share")
     assert sum(line.startswith("alert ") for line in lines) == 4
     assert row(lines, "alert").startswith("warning at step 6: dead_expert")
     assert row(lines, "alerts").startswith("6 in all")
@@ -110,7 +111,7 @@ def test_a_first_record_of_nothing_but_nan(make_run):
 
     lines = lines_of(make_run(steps=1, edit=edit))
     assert row(lines, "step").endswith("time left unknown")
-    assert "not finite" in row(lines, "layers")
+    assert "not finite" in row(lines, "layer_expert_share")
 
 
 def test_experts_without_a_selection_are_named(make_run):

@@ -9,8 +9,8 @@ import pytest
 
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.report.drawing import plot_style
+from moepp_megatron.workbench.report.live.exported import samples_of
 from moepp_megatron.workbench.report.live.run import LiveRun
-from moepp_megatron.workbench.report.live.samples import samples_of
 from moepp_megatron.workbench.report.live.table import print_run
 from moepp_megatron.workbench.report.page import render
 from moepp_megatron.workbench.report.run_data import load_run
@@ -70,11 +70,14 @@ def test_a_run_of_one_source_has_no_table(make_run) -> None:
     assert token_plots(data) == []
 
 
-def test_the_monitor_has_a_line_of_sources(run: Path) -> None:
+def test_the_monitor_has_numbers_by_source(run: Path) -> None:
     live = LiveRun(run, clock=time.time)
     out = io.StringIO()
     print_run(live, Console(file=out, width=200, color_system=None))
-    assert "web <b> 60.0%: loss 4.200, FFN 60.0%; code 30.0%: loss 4.500, FFN 30" in out.getvalue()
+    lines = [line.split(None, 1) for line in out.getvalue().splitlines()]
+    shown = {line[0]: line[1].strip() for line in lines if len(line) == 2}
+    assert shown["source_loss"] == "web <b> 4.2  code 4.5"
+    assert shown["source_ffn_share"] == "web <b> 60.0%  code 30.0%"
 
 
 def test_prometheus_gets_them_by_name(run: Path) -> None:
