@@ -18,6 +18,9 @@ UNDONE_FILE = "metrics.undone.jsonl"
 ALERTS_FILE = "alerts.jsonl"
 STATUS_FILE = "status.json"
 USAGE_FILE = "routing_profile.json"
+# What tells a run's folder, and the folders in it.
+RUN_FILES = (CONFIG_FILE, METRICS_FILE, STATUS_FILE, ALERTS_FILE)
+RUN_FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")
 # Of checkpoints; `training/checkpoint/names.py` says what they hold.
 STATE_FILE = "state.json"
 FORMAT_FILE = "metadata.json"

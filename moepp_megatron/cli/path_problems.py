@@ -16,8 +16,11 @@ def path_problems(config: Config) -> list[str]:
     """
     from moepp_megatron.data.prepared_data import check_data
     from moepp_megatron.training.checkpoint import check_start
-    from moepp_megatron.training.run_folder import checkpoint_folder, refuse_unwritable
+    from moepp_megatron.training.run_folder import RunFolder, checkpoint_folder
     from moepp_megatron.training.teacher import TeacherModel
+
+    def check_folder(config: Config) -> None:
+        RunFolder(config).refuse_unwritable()
 
     def check_checkpoint(config: Config) -> None:
         folder, load = checkpoint_folder(config), config.checkpoint.load
@@ -28,7 +31,7 @@ def path_problems(config: Config) -> list[str]:
         check_data(config, whole_index=False)
 
     problems: list[str] = []
-    for check in (refuse_unwritable, check_data_folders, check_checkpoint, TeacherModel.of):
+    for check in (check_folder, check_data_folders, check_checkpoint, TeacherModel.of):
         try:
             check(config)
         except ConfigError as error:

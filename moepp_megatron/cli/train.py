@@ -118,7 +118,7 @@ def train(
     from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
     from moepp_megatron.runtime.stop_signals import INTERRUPTED
     from moepp_megatron.runtime.terminal import lasting_output
-    from moepp_megatron.training.occupancy import Start
+    from moepp_megatron.training.run_folder import Start
     from moepp_megatron.training.train_request import TrainRequest
 
     nodes = machines(nnodes, node_rank, rdzv_endpoint, rdzv_id, restart_timeout)

@@ -1,8 +1,8 @@
 """``RUN/status.json``: the processes that train, whether they have ended, how to continue.
 
 Whoever starts a run claims its folder with this file before anything else is written there
-(`training.occupancy`). The process that writes the records then puts itself in, beside the launcher
-that has claimed the folder.
+(`training.run_folder`). The process that writes the records then adds itself to the launcher that
+has claimed the folder.
 """
 
 from __future__ import annotations

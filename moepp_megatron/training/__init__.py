@@ -5,7 +5,6 @@ batches.py             micro-batches on this rank's device, for training and val
 batch_losses.py        the loss of each batch and how much its sequences differ
 budget.py              applies the budget of FFN experts per token to the model, step by step
 callbacks.py           a user's own objects that are told what a run does
-checkpoint_owner.py    whose a checkpoint folder outside of its run's folder is
 collect.py             adds up what all ranks counted in one step
 data_sources.py        loss, FFN share and use of the experts by data source, of one step
 data_stages.py         which of its data a run is drawing from, and when others follow
@@ -19,8 +18,6 @@ going_back.py          putting an earlier checkpoint of the run in place of the 
 gradient_norm.py       the gradient norm on the device
 inference_settings.py  turns a training configuration into one for forward passes only
 lm_eval_tasks.py       tasks of lm-eval from local files, and the model that lm-eval asks
-move_aside.py          moving a run out of the way of a new one in the same folder
-occupancy.py           whether a run may start in its folder
 optimizers.py          the optimizer: its kind, and the groups of parameters that differ
 replay.py              what the model makes of batches that it was trained on before
 resumed.py             messages of a resumed run: its checkpoint, and what differs from before
@@ -30,7 +27,6 @@ routers.py             measurement and control of a run's routers
 expert_usage.py        expert usage of a running training
 routing_shift.py       detects shifts of the data while a run trains
 run.py                 a whole run: `moepp train` as a function
-run_folder.py          the folder of a run: its configuration, and whether it can be written
 run_sinks.py           the sinks that receive a run's records
 schedule.py            the learning rate and the batch size of every step
 setup.py               wraps the model: precision, data parallelism, optimizer, schedule

@@ -14,7 +14,7 @@ from moepp_megatron.observe.alerts import Alert, AlertSinks
 from moepp_megatron.observe.sinks import Sinks
 from moepp_megatron.training.checkpoint import CheckpointWriter
 from moepp_megatron.training.checkpoint.progress import Progress
-from moepp_megatron.training.run_folder import write_config
+from moepp_megatron.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class RunAlerts:
         if not (folder / CONFIG_FILE).exists():
             self.send(_lost_files(progress, folder))
             with contextlib.suppress(OSError):
-                write_config(self._config)
+                RunFolder(self._config).write_config()
         if checkpoints.error is not None:
             logger.error("step %d: %s (%d failed saves)", progress.step, checkpoints.error, failed)
         if failed > self._told_failed_saves:

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 from moepp_megatron.config import Config, ConfigError, UnfitError
 from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE
-from moepp_megatron.observe.status import GO_ON
+from moepp_megatron.observe.status import GO_ON, inherited_claim
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
 from moepp_megatron.runtime.terminal import lasting_output
-from moepp_megatron.training import occupancy
-from moepp_megatron.training.run_folder import checkpoint_folder
+from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
 from moepp_megatron.training.train_request import Say, TrainRequest
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def train(
     """
     with _as_file(config) as file, lasting_output():
         options = LaunchOptions(nproc, stoppable=True)
-        start = occupancy.Start(resume=resume, overwrite=overwrite)
+        start = Start(resume=resume, overwrite=overwrite)
         request = TrainRequest.read(file, overrides, options, start, _warn).admitted(_warn)
         if callbacks and request.starts_ranks:
             raise ConfigError(
@@ -144,11 +143,12 @@ def run(request: TrainRequest, say: Say, callbacks: Sequence[Callback] = ()) -> 
 
 def _entering(request: TrainRequest, say: Say) -> AbstractContextManager[None]:
     """The run's folder is this process's inside, where it decides that for all ranks."""
-    if occupancy.is_claimed():
+    if inherited_claim() is not None:
         return contextlib.nullcontext()
+    folder = RunFolder(request.config)
     if request.leads:
-        return occupancy.claimed(request.config, request.start, say)
-    occupancy.check_beside_leader(request.config, request.start)
+        return folder.claim(request.start, say)
+    folder.check_beside_leader(request.start)
     return contextlib.nullcontext()
 
 

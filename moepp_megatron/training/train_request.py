@@ -18,6 +18,7 @@ from moepp_megatron.config import (
     with_overrides,
 )
 from moepp_megatron.config.plugins import check_plugins, load_plugin
+from moepp_megatron.observe.status import inherited_claim
 from moepp_megatron.runtime.install import how_to_install
 from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
 from moepp_megatron.runtime.nodes import interface_of_rank
@@ -25,10 +26,8 @@ from moepp_megatron.runtime.object_store import check_store, place
 from moepp_megatron.runtime.optional import have_lm_eval
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import adopt_rank_variables, contradiction
-from moepp_megatron.training import occupancy
 from moepp_megatron.training.checkpoint import check_start, list_checkpoints
-from moepp_megatron.training.occupancy import Start
-from moepp_megatron.training.run_folder import checkpoint_folder
+from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
 from moepp_megatron.training.teacher import TeacherModel
 
 Say = Callable[[str], object]
@@ -119,9 +118,9 @@ class TrainRequest:
         if self.rank.local_rank == 0 and not has_launcher():
             _check_stores(config)
         start = self._settled_start()
-        if self.leads and not occupancy.is_claimed():
+        if self.leads and inherited_claim() is None:
             # At once; looking for packages imports torch.
-            occupancy.refuse_occupied(config, start)
+            RunFolder(config).refuse_occupied(start)
         if self.speaks and not has_launcher():
             doubt = contradiction(config, os.environ)
             if doubt is not None:
@@ -154,7 +153,8 @@ class TrainRequest:
     def _settled_start(self) -> Start:
         """What is wanted, after what the same run has begun before, and after its settings."""
         start, checkpoint = self.start, self.config.checkpoint
-        restarted = self.rank.restart_count > 0 or occupancy.is_requeued(self.config, start.name)
+        requeued = RunFolder(self.config).is_requeued(start.name)
+        restarted = self.rank.restart_count > 0 or requeued
         overwrite = start.overwrite and not restarted
         goes_on_by_itself = checkpoint.load == "auto" and checkpoint.load_optimizer
         resume = start.resume or restarted or (goes_on_by_itself and not overwrite)

@@ -46,7 +46,7 @@ from moepp_megatron.training.resilience.refused_batches import find_cause
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.resumed import start_lines
 from moepp_megatron.training.routers import Routers
-from moepp_megatron.training.run_folder import checkpoint_folder, write_config
+from moepp_megatron.training.run_folder import RunFolder, checkpoint_folder
 from moepp_megatron.training.run_sinks import open_run_sinks
 from moepp_megatron.training.schedule import BatchSizes, planned_samples
 from moepp_megatron.training.setup import TrainingModel, build_training_model
@@ -183,7 +183,7 @@ class Trainer:
         """Open what the run writes beside checkpoints, on the ranks that write it."""
         config = self.config
         if dist.get_rank() == 0:
-            write_config(config)
+            RunFolder(config).write_config()
         self._sinks = open_run_sinks(config, self.progress)
         if self._sinks is not None:
             self._alerts.open(config, self._sinks, self.progress)

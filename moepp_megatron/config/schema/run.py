@@ -89,3 +89,7 @@ class CheckpointSection(Section):
     def folder(self, run_dir: Path) -> str:
         """The folder that checkpoints are written to, or its address, for a run in `run_dir`."""
         return self.dir if self.dir is not None else str(run_dir / "checkpoints")
+
+    def staging_folder(self, run_dir: Path) -> Path:
+        """Where files of a checkpoint are until they are uploaded to object storage."""
+        return self.staging or run_dir / "staging"

@@ -32,7 +32,6 @@ from moepp_megatron.training.checkpoint.room import Pruner, incomplete_name, rem
 from moepp_megatron.training.checkpoint.state import saved_state
 from moepp_megatron.training.checkpoint.upload import BackgroundUpload, upload
 from moepp_megatron.training.checkpoint.validity import plain_damage
-from moepp_megatron.training.run_folder import staging_folder
 from moepp_megatron.training.setup import TrainingModel
 
 logger = logging.getLogger(__name__)
@@ -91,7 +90,9 @@ class CheckpointWriter:
         self._pruner = Pruner(folder, config.checkpoint.keep)
         self._save: _Save | None = None
         # Files are written there, and a checkpoint that is complete has its name in `folder`.
-        self._staging = staging_folder(config) if self._uploads else folder
+        self._staging = folder
+        if self._uploads:
+            self._staging = config.checkpoint.staging_folder(config.run.dir)
         if dist.get_rank() == 0:
             # They may be what fills the disk.
             remove_leftovers(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 from moepp_megatron.config import Config, checkpoint_bytes
 from moepp_megatron.config.hardware import Thresholds
 from moepp_megatron.runtime.disk import free_bytes
-from moepp_megatron.training.run_folder import local_checkpoint_folder
+from moepp_megatron.training.run_folder import RunFolder
 from moepp_megatron.workbench.doctor.finding import Finding, Severity
 
 # Large enough for a rate, small enough for every preflight.
@@ -108,7 +108,7 @@ def config_folders(config: Config) -> dict[str, tuple[Path, int]]:
     """
     folders = {"run": (Path(config.run.dir), 0)}
     if config.checkpoint.save_interval > 0:
-        folders["checkpoint"] = (local_checkpoint_folder(config), checkpoint_bytes(config))
+        folders["checkpoint"] = (RunFolder(config).local_checkpoints, checkpoint_bytes(config))
     return folders
 
 

@@ -22,11 +22,10 @@ from types import FrameType
 from typing import Any, ClassVar, Protocol
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.file_names import CONFIG_FILE
+from moepp_megatron.file_names import CONFIG_FILE, RUN_FILES, RUN_FOLDERS
 from moepp_megatron.runtime.atomic import lock
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions, run_ranks
 from moepp_megatron.runtime.stop_signals import heeded_signals
-from moepp_megatron.training.run_folder import RUN_FILES, RUN_FOLDERS
 
 # How a rank says why it fails; `failure_reason` looks for it in the log.
 FAILURE_MARK = "moepp: point failed on rank"

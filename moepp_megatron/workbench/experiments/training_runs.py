@@ -20,7 +20,7 @@ from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.launch import LaunchOptions
-from moepp_megatron.training.occupancy import refuse_running
+from moepp_megatron.training.run_folder import refuse_running
 from moepp_megatron.workbench.experiments.runs import RunFailed, RunSet, differences
 
 # Sections that say where a run is, not what it does.

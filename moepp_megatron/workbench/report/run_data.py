@@ -14,10 +14,9 @@ from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.config.schema.section import LARGEST, LARGEST_OF_ALL
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.experts import ExpertLayout
-from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE
+from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE, RUN_FILES
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
-from moepp_megatron.training.run_folder import RUN_FILES
 
 # Runs of a folder that a message names.
 _NAMED_RUNS = 5

@@ -15,10 +15,9 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.file_names import STATUS_FILE
 from moepp_megatron.observe.status import StatusSink
 from moepp_megatron.runtime.atomic import create_atomic
-from moepp_megatron.training import checkpoint_owner, occupancy
 from moepp_megatron.training.checkpoint import find_checkpoint, list_checkpoints
 from moepp_megatron.training.checkpoint.room import Pruner
-from moepp_megatron.training.occupancy import Start, claimed
+from moepp_megatron.training.run_folder import RunFolder, Start, holder
 from tests.unit.training.conftest import config_of
 
 RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)
@@ -44,7 +43,7 @@ def of(tmp_path: Path, place: Path):
 
 def enter(config: Config, start: Start | None = None) -> None:
     """A run that writes its configuration and ends."""
-    with claimed(config, start or Start(), lambda line: None):
+    with RunFolder(config).claim(start or Start(), lambda line: None):
         folder = Path(config.run.dir)
         StatusSink(folder).close()
         (folder / "config.yaml").write_text(config.to_yaml())
@@ -56,7 +55,7 @@ def mark_of(place: Path) -> str:
 
 @pytest.mark.parametrize("start", [Start(), RESUME, OVERWRITE], ids=["", "resume", "overwrite"])
 def test_a_run_that_has_not_saved_yet_owns_its_folder(of, place, tmp_path, start: Start) -> None:
-    with claimed(of("a"), Start()):
+    with RunFolder(of("a")).claim(Start()):
         StatusSink(tmp_path / "runs" / "a")
         assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
         with pytest.raises(ConfigError, match=REFUSED.format("runs/a")) as refused:
@@ -69,7 +68,7 @@ def test_a_run_that_has_not_saved_yet_owns_its_folder(of, place, tmp_path, start
 def start_at_once(config: Config, barrier, answers) -> None:
     barrier.wait()
     try:
-        with claimed(config, Start()):
+        with RunFolder(config).claim(Start()):
             StatusSink(Path(config.run.dir))
             answers.put(config.run.dir.name)
     except ConfigError as error:
@@ -114,10 +113,10 @@ def test_who_comes_second_waits_for_the_first(of, place, tmp_path) -> None:
 
 def test_without_locks_too(of, place, tmp_path, monkeypatch) -> None:
     """The other one is let in between the look and the mark."""
-    look, others = occupancy.refuse_other_owner, ["a"]
+    look, others = holder.OwnerMark.refuse_other, ["a"]
 
-    def look_early(config: Config) -> None:
-        look(config)
+    def look_early(mark: holder.OwnerMark) -> None:
+        look(mark)
         if others:
             enter(of(others.pop()))
 
@@ -125,7 +124,7 @@ def test_without_locks_too(of, place, tmp_path, monkeypatch) -> None:
         raise OSError
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    monkeypatch.setattr(occupancy, "refuse_other_owner", look_early)
+    monkeypatch.setattr(holder.OwnerMark, "refuse_other", look_early)
     with pytest.raises(ConfigError, match=REFUSED.format("runs/a")):
         enter(of("b"))
     assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
@@ -177,17 +176,17 @@ def test_a_run_that_was_deleted_leaves_its_place(of, place, tmp_path) -> None:
 
 
 def test_a_start_from_which_no_run_came_leaves_nothing(of, place, tmp_path) -> None:
-    with claimed(of("a"), Start()):
+    with RunFolder(of("a")).claim(Start()):
         assert (place / "owner").exists()
     assert list(tmp_path.iterdir()) == []
     # What was there stays: a file of somebody else, the mark of a run that goes on.
     place.mkdir(parents=True)
     (place / "notes.txt").write_text("mine")
-    with claimed(of("a"), Start()):
+    with RunFolder(of("a")).claim(Start()):
         pass
     assert [path.name for path in place.iterdir()] == ["notes.txt"]
     enter(of("a"))
-    with claimed(of("a"), Start(restarted=True)):
+    with RunFolder(of("a")).claim(Start(restarted=True)):
         pass
     assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
 
@@ -203,8 +202,8 @@ def test_a_full_disk_of_checkpoints_is_no_claim(of, place, tmp_path, write, monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         create_atomic(path, content)
 
-    monkeypatch.setattr(checkpoint_owner, "create_atomic", full)
-    with claimed(of("a"), Start()):
+    monkeypatch.setattr(holder, "create_atomic", full)
+    with RunFolder(of("a")).claim(Start()):
         assert (place / "owner").exists()
     always.append(True)
     with pytest.raises(ConfigError, match=r"No space left on device at .*owner\); make room there"):

@@ -10,13 +10,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moepp_megatron.config.paths import looked_at
-from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE
+from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE, RUN_FILES
 from moepp_megatron.observe.alerts import Alert, parse_alert
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.numbers import Labels, numbers
 from moepp_megatron.observe.status import RunStatus, read_status
 from moepp_megatron.observe.tail import Tail
-from moepp_megatron.training.run_folder import RUN_FILES
 from moepp_megatron.workbench.report.live.history import History
 from moepp_megatron.workbench.report.live.liveness import RunHealth, judge
 from moepp_megatron.workbench.report.run_data import (

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moepp_megatron.training.run_folder import RUN_FILES
+from moepp_megatron.file_names import RUN_FILES
 from moepp_megatron.workbench.report.live.run import LiveRun, check_folder
 from moepp_megatron.workbench.report.run_data import ReportError, name_below, runs_inside
 

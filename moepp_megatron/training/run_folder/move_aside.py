@@ -16,14 +16,13 @@ from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.checkpoint.find import checkpoints_of
 from moepp_megatron.training.checkpoint.names import PREFIX
-from moepp_megatron.training.checkpoint_owner import carry_mark, marked_owner
-from moepp_megatron.training.run_folder import checkpoint_folder, is_same, outside_checkpoint_folder
+from moepp_megatron.training.run_folder.holder import OwnerMark, is_same, marked_owner
 
 # Slurm's output: that of the job in which the new run starts is among it.
 _STAYS = {"slurm"}
 
 
-def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
+def move_aside(config: Config, checkpoints: Path, config_file: Path | None = None) -> list[str]:
     """Move the files of a run to a new folder beside its own, named by date and time.
 
     What the new run reads (data, tokenizer, its configuration file), Slurm's output and folders
@@ -32,6 +31,7 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
 
     Args:
         config: Configuration of the new run.
+        checkpoints: Its checkpoint folder.
         config_file: Its file. It and its bases stay; of config.yaml, which is a record of the run
             too, a copy is moved.
 
@@ -42,7 +42,12 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
         ConfigError: `checkpoint.load` or the teacher is something that would be moved.
         OSError: The folder's parent cannot be written.
     """
-    folder, checkpoints = Path(config.run.dir), checkpoint_folder(config)
+    folder = Path(config.run.dir)
+    if isinstance(checkpoints, ObjectPath) and list_checkpoints(checkpoints):
+        raise ConfigError(
+            f"checkpoint.dir ({checkpoints}) must hold no checkpoints for --overwrite, since "
+            "nothing can be moved in object storage; choose another checkpoint.dir, or delete them"
+        )
     ours = _configuration(config_file)
     kept = [Path(path) for path in _read(config) | ours - {os.path.realpath(folder / CONFIG_FILE)}]
     moved = [
@@ -50,12 +55,8 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
         for path in sorted(folder.iterdir())
         if not _stays(path, kept) and not _holds_runs(path, folder)
     ]
-    if isinstance(checkpoints, ObjectPath) and list_checkpoints(checkpoints):
-        raise ConfigError(
-            f"checkpoint.dir ({checkpoints}) must hold no checkpoints for --overwrite, since "
-            "nothing can be moved in object storage; choose another checkpoint.dir, or delete them"
-        )
-    outside = outside_checkpoint_folder(config)
+    # Before a link to it is moved.
+    mark = OwnerMark(folder, checkpoints)
     old = _left_checkpoints(checkpoints, folder, moved)
     _refuse_moved_start(config, [*moved, *old])
     lines, place = [], None
@@ -70,13 +71,12 @@ def move_aside(config: Config, config_file: Path | None = None) -> list[str]:
         if keeps_config:
             shutil.copy2(folder / CONFIG_FILE, target / CONFIG_FILE)
         lines.append(f"moved the run of before to {target}")
-        if outside is not None:
-            carry_mark(outside, place, target)
+        mark.carry(place, target)
     return lines
 
 
 def _read(config: Config) -> set[str]:
-    """What a run reads of its configuration's paths, but for checkpoints; links are resolved."""
+    """The paths that a run reads, except for checkpoints; links are resolved."""
     trained = [folder.path for folder in folders_of(blends_of(config)).values()]
     needed = [config.data.tokenizer, config.telemetry.hardware, config.data.cache]
     needed += [*trained, *config.data.validation.values()]

@@ -24,9 +24,7 @@ from moepp_megatron.observe.status import (
     read_status,
     write_status,
 )
-from moepp_megatron.training import occupancy
-from moepp_megatron.training.occupancy import Start, check_beside_leader, claimed, is_requeued
-from moepp_megatron.training.run_folder import usable
+from moepp_megatron.training.run_folder import RunFolder, Start, folder, holder
 from tests.unit.training.conftest import config_of
 
 RESUME, OVERWRITE = Start(resume=True), Start(overwrite=True)
@@ -44,9 +42,13 @@ def config_in(run: Path, **sections: dict) -> Config:
 def enter(config: Config, start: Start | None = None) -> list[str]:
     """Claim the folder and train there for no time; returns what was said."""
     said: list[str] = []
-    with claimed(config, start or Start(), said.append):
+    with RunFolder(config).claim(start or Start(), said.append):
         StatusSink(Path(config.run.dir)).close()
     return said
+
+
+def look_beside_leader(config: Config, start: Start) -> None:
+    RunFolder(config).check_beside_leader(start)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -74,7 +76,7 @@ def test_each_trace_of_a_run_is_enough_to_be_refused(run, write, trace: str, lea
     else:
         (run / trace).write_text("")
     before = files(run)
-    look = enter if leads else check_beside_leader
+    look = enter if leads else look_beside_leader
     with pytest.raises(ConfigError) as refused:
         look(config_in(run), Start(name="job"))
     line = str(refused.value)
@@ -341,13 +343,13 @@ def test_another_host_is_judged_by_its_beat(run, beats: bool, monkeypatch) -> No
             done.set()
             touching.join()
         return
-    monkeypatch.setattr(occupancy, "_SILENT_S", 0.1)
+    monkeypatch.setattr(holder, "SILENT_S", 0.1)
     enter(config_in(run), RESUME)
 
 
 def test_whoever_is_in_beats_and_lets_nobody_else_in(run, monkeypatch) -> None:
-    monkeypatch.setattr(occupancy, "BEAT_S", 0.05)
-    with claimed(config_in(run), Start()):
+    monkeypatch.setattr(holder, "BEAT_S", 0.05)
+    with RunFolder(config_in(run)).claim(Start()):
         os.utime(run / "status.json", ns=(0, 0))
         with pytest.raises(ConfigError, match="must not"):
             enter(config_in(run), RESUME)
@@ -356,7 +358,7 @@ def test_whoever_is_in_beats_and_lets_nobody_else_in(run, monkeypatch) -> None:
 
 
 def test_restarts_of_the_same_run_are_let_in_at_once(run, monkeypatch) -> None:
-    monkeypatch.setattr(occupancy, "_is_silent", lambda path: pytest.fail("it waited"))
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waited"))
     alive(run, host="the-lost-node")
     enter(config_in(run), Start(resume=True, restarted=True))
 
@@ -365,56 +367,56 @@ def test_a_requeued_job_is_known_by_its_number(run, monkeypatch) -> None:
     alive(run, job="17", start="17.0.0")
     config = config_in(run)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert not is_requeued(config, "17.0.1")
+    assert not RunFolder(config).is_requeued("17.0.1")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert is_requeued(config, "17.0.1")
+    assert RunFolder(config).is_requeued("17.0.1")
     monkeypatch.setenv("SLURM_JOB_ID", "18")
-    assert not is_requeued(config, "18.0.1"), "another job's run"
+    assert not RunFolder(config).is_requeued("18.0.1"), "another job's run"
     # A rank that looks after the one that decides has claimed the folder finds the same.
     for restarted in (True, False):
         alive(run, job="18", start="18.0.1", restarted=restarted)
-        assert is_requeued(config, "18.0.1") is restarted
+        assert RunFolder(config).is_requeued("18.0.1") is restarted
 
 
 def test_ranks_beside_the_leader_know_its_claim(run: Path) -> None:
     config, start = config_in(run), Start(name="job 7")
-    check_beside_leader(config, start)
-    with claimed(config, start):
+    look_beside_leader(config, start)
+    with RunFolder(config).claim(start):
         make_run(run)
-        check_beside_leader(config, start)
+        look_beside_leader(config, start)
         with pytest.raises(ConfigError, match="must not hold a run"):
-            check_beside_leader(config, Start(name="job 8"))
+            look_beside_leader(config, Start(name="job 8"))
 
 
 def test_ranks_that_look_while_the_leader_claims_are_let_in(run: Path, monkeypatch) -> None:
-    look = occupancy.traces
+    look = RunFolder.traces
 
     def look_late(*arguments: Any) -> list[str]:
         run.mkdir(parents=True, exist_ok=True)
         write_status(run, RunStatus.own("job 7", restarted=False, go_on=None))
         return look(*arguments)
 
-    monkeypatch.setattr(occupancy, "traces", look_late)
-    check_beside_leader(config_in(run), Start(name="job 7"))
+    monkeypatch.setattr(RunFolder, "traces", look_late)
+    look_beside_leader(config_in(run), Start(name="job 7"))
     with pytest.raises(ConfigError, match=r"has status\.json"):
-        check_beside_leader(config_in(run), Start(name="job 8"))
+        look_beside_leader(config_in(run), Start(name="job 8"))
 
 
 def test_a_start_from_which_no_run_came_leaves_nothing(run: Path) -> None:
-    with claimed(config_in(run), Start(go_on="moepp train x --resume")):
+    with RunFolder(config_in(run)).claim(Start(go_on="moepp train x --resume")):
         assert inherited_claim().go_on == "moepp train x --resume"
     assert not run.exists()
     assert inherited_claim() is None
     # A run that was there keeps what it said.
     enter(config_in(run))
     ended = read_status(run)
-    with claimed(config_in(run), RESUME):
+    with RunFolder(config_in(run)).claim(RESUME):
         assert read_status(run).state == "running"
     assert read_status(run) == ended
 
 
 def test_a_rank_keeps_what_its_launcher_said(run: Path) -> None:
-    with claimed(config_in(run), Start(name="job", go_on="again"), print):
+    with RunFolder(config_in(run)).claim(Start(name="job", go_on="again"), print):
         os.environ["MOEPP_CLAIM"] = os.environ["MOEPP_CLAIM"].replace(
             f'"pid":{os.getpid()}', '"pid":1'
         )
@@ -435,7 +437,7 @@ def test_a_full_disk_is_freed_of_half_written_checkpoints(run, write, monkeypatc
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_status(folder, status)
 
-    monkeypatch.setattr(occupancy, "write_status", full)
+    monkeypatch.setattr(folder, "write_status", full)
     enter(config_in(run), RESUME)
     assert not leftover.exists()
 
@@ -488,10 +490,11 @@ def test_read_only_folder(run: Path) -> None:
         subprocess.run(["umount", str(run)], check=True)
 
 
-def test_a_full_disk_asks_for_room(tmp_path: Path) -> None:
-    config = config_of(run={"dir": str(tmp_path / "run")})
-    with (
-        pytest.raises(ConfigError, match=r"No space left on device\); make room there, or choose"),
-        usable(config),
-    ):
+def test_a_full_disk_asks_for_room(run: Path, monkeypatch) -> None:
+    def full(run_dir: Path, status: RunStatus) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folder, "write_status", full)
+    with pytest.raises(ConfigError, match=r"No space left on device\); make room there, or choose"):
+        enter(config_in(run))
+    assert not run.exists()

@@ -1,0 +1,298 @@
+"""The folder of a run: what is where, whether a start is let in, its configuration.
+
+Decided once, before ranks start and files are written. A folder that holds a run is refused, unless
+the run is resumed (`--resume`) or moved aside (`--overwrite`); nothing is ever deleted. A folder in
+which a run is being trained is refused in any case. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE, RUN_FILES, RUN_FOLDERS, STATUS_FILE
+from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
+from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.runtime.disk import is_full
+from moepp_megatron.runtime.object_store import ObjectPath, place
+from moepp_megatron.training.checkpoint import list_checkpoints
+from moepp_megatron.training.checkpoint.room import remove_leftovers
+from moepp_megatron.training.run_folder.holder import (
+    OwnerMark,
+    beating,
+    is_same,
+    locked,
+    outside_of,
+    refuse_running,
+)
+from moepp_megatron.training.run_folder.move_aside import move_aside
+from moepp_megatron.training.run_folder.writable import check_kind, existing, refusing_unwritable
+from moepp_megatron.version import __version__
+
+# What a run leaves in its folder, besides checkpoints.
+_TRACES = (CONFIG_FILE, METRICS_FILE, STATUS_FILE)
+
+
+@dataclass(frozen=True)
+class Start:
+    """How somebody wants to start a run.
+
+    Attributes:
+        resume: Continue what is there.
+        overwrite: Move aside what is there.
+        restarted: The same run starts again: ranks after a death, a requeued job.
+        name: Name of this start, the same for all its ranks; None if no other rank reads it.
+        config_file: The configuration file; one that is in the run's folder does not count as part
+            of a run.
+        go_on: The command that continues the run.
+    """
+
+    resume: bool = False
+    overwrite: bool = False
+    restarted: bool = False
+    name: str | None = None
+    config_file: Path | None = None
+    go_on: str | None = None
+
+
+def checkpoint_folder(config: Config) -> Path:
+    """Where the run's checkpoints are, which may be in object storage."""
+    return place(config.checkpoint.folder(config.run.dir))
+
+
+class RunFolder:
+    """The folder of a run, with that of its checkpoints where it lies elsewhere.
+
+    Attributes:
+        path: The run's folder.
+        checkpoints: Where its checkpoints are, which may be in object storage.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path, self.checkpoints = Path(config.run.dir), checkpoint_folder(config)
+        self._config = config
+
+    @property
+    def local_checkpoints(self) -> Path:
+        """Where this machine writes checkpoints, including those that are then uploaded."""
+        if isinstance(self.checkpoints, ObjectPath):
+            return self._config.checkpoint.staging_folder(self.path)
+        return self.checkpoints
+
+    @contextmanager
+    def claim(self, start: Start, say: Callable[[str], object] = print) -> Iterator[None]:
+        """A context in which this process holds the folder; only the deciding process enters.
+
+        If no run has begun inside, nothing is left behind.
+
+        Args:
+            start: How the user wants to start.
+            say: Called with what was moved where.
+
+        Raises:
+            ConfigError: The folder holds a run and neither way is chosen, a run is being trained in
+                it, its checkpoints are another run's, or it cannot be written.
+        """
+        self.refuse_occupied(start)
+        with ExitStack() as undo:
+            undo.enter_context(self._empty_folders_removed())
+            with refusing_unwritable(self.path), locked(self._made()):
+                if not start.restarted:
+                    refuse_running(self.path)
+                # Again: somebody else may have been here meanwhile.
+                traces = self.refuse_occupied(start)
+                self._mark.refuse_other()
+                if start.overwrite and not start.restarted and traces:
+                    for line in move_aside(self._config, self.checkpoints, start.config_file):
+                        say(line)
+                claim = RunStatus.own(start.name, start.restarted, start.go_on)
+                undo.callback(self._withdraw, claim, read_status(self.path), self._mark.is_set())
+                self._write(claim)
+            undo.enter_context(beating(self.path, claim))
+            yield
+
+    def check_beside_leader(self, start: Start) -> None:
+        """Refuse what the deciding process will refuse; for the other ranks and machines.
+
+        Raises:
+            ConfigError: Same as for `claim`.
+        """
+        if start.restarted:
+            return
+        try:
+            self.refuse_occupied(start)
+        except ConfigError:
+            # Looked up after the traces: the process that decides may have been here just now.
+            status = read_status(self.path)
+            if status is None or not _is_of_start(status, start.name):
+                raise
+
+    def refuse_occupied(self, start: Start) -> list[str]:
+        """Refuse a folder with a run for which neither way is chosen; looks at names only.
+
+        Returns:
+            What of a run is there, as `traces` does.
+
+        Raises:
+            ConfigError: If there is one; says what is there and both ways.
+        """
+        if start.resume and start.overwrite and not start.restarted:
+            raise ConfigError(
+                "--resume and --overwrite must not be given together; --resume goes on with the "
+                "run, --overwrite moves it aside and starts anew"
+            )
+        found = self.traces(start.config_file)
+        if start.restarted or start.overwrite or not found:
+            return found
+        if not start.resume:
+            raise ConfigError(
+                f"run.dir ({self.path}) must not hold a run, and has {', '.join(found)}; add "
+                "--resume to go on with it, or --overwrite to move it aside and start anew"
+            )
+        status = read_status(self.path)
+        ended = status is not None and status.state == "ended"
+        if ended and METRICS_FILE in found and not list_checkpoints(self.checkpoints):
+            raise ConfigError(
+                f"run.dir ({self.path}) must have a checkpoint for --resume, and its run has ended "
+                "without one; use --overwrite to move it aside and start anew"
+            )
+        return found
+
+    def traces(self, config_file: Path | None = None) -> list[str]:
+        """Names of a run's files in its folder and of its checkpoints, for a message."""
+        found = [
+            name
+            for name in _TRACES
+            if os.path.lexists(self.path / name)
+            and not (config_file is not None and is_same(self.path / name, config_file))
+        ]
+        if list_checkpoints(self.checkpoints):
+            inside = self.checkpoints == self.path / "checkpoints"
+            found.append("checkpoints" if inside else f"the checkpoints in {self.checkpoints}")
+        return found
+
+    def is_requeued(self, name: str | None) -> bool:
+        """Whether this is a Slurm job that starts again, and the run in the folder is its own.
+
+        Args:
+            name: Name of this start, as in `Start`.
+        """
+        if int(os.environ.get("SLURM_RESTART_COUNT") or 0) == 0 or inherited_claim() is not None:
+            return False
+        status = read_status(self.path)
+        if status is None:
+            return False
+        if name is not None and _is_of_start(status, name):
+            # The process that decides has found out before this one looked.
+            return status.restarted
+        return status.job == os.environ.get("SLURM_JOB_ID")
+
+    def write_config(self) -> None:
+        """Write `RUN/config.yaml`: the resolved configuration with version and git commit."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        comment = f"moepp_megatron {__version__}, commit {_git_commit()}"
+        write_atomic(self.path / CONFIG_FILE, self._config.to_yaml(comment).encode())
+
+    def refuse_unwritable(self) -> None:
+        """Refuse folders of run and checkpoints that cannot be written; makes none.
+
+        Raises:
+            ConfigError: If it cannot be written; names path and cause.
+        """
+        with refusing_unwritable(self.path):
+            if not (nearest := existing(self.path)).is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
+            self._check_kinds()
+
+    @property
+    def _mark(self) -> OwnerMark:
+        # Made anew each time, since a link to a checkpoint folder elsewhere may be moved aside.
+        return OwnerMark(self.path, self.checkpoints)
+
+    def _folders(self) -> list[Path]:
+        """The folders that a run has for itself: its own, and that of its checkpoints elsewhere."""
+        outside = outside_of(self.path, self.checkpoints)
+        return [self.path, *([] if outside is None else [outside])]
+
+    def _made(self) -> list[Path]:
+        """The same, which are there from now on."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._check_kinds()
+        folders = self._folders()
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        return folders
+
+    def _check_kinds(self) -> None:
+        for name in RUN_FILES:
+            check_kind(self.path / name, "file")
+        for name in RUN_FOLDERS:
+            check_kind(self.path / name, "folder")
+        is_far = isinstance(self.checkpoints, ObjectPath)
+        setting = "checkpoint.staging" if is_far else "checkpoint.dir"
+        check_kind(self.local_checkpoints, "folder", setting)
+
+    @contextmanager
+    def _empty_folders_removed(self) -> Iterator[None]:
+        """Folders that were not there before are removed at the end if they are empty."""
+        paths = [each for path in self._folders() for each in (path, *path.parents)]
+        new = [path for path in paths if not os.path.lexists(path)]
+        try:
+            yield
+        finally:
+            for path in new:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+    def _write(self, claim: RunStatus) -> None:
+        try:
+            self._write_claim(claim)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            # Nobody else trains here, so half-written checkpoints are nobody's.
+            remove_leftovers(self.local_checkpoints)
+            self._write_claim(claim)
+
+    def _write_claim(self, claim: RunStatus) -> None:
+        write_status(self.path, claim)
+        try:
+            self._mark.set()
+        except FileExistsError:
+            # Without locks: another run has been faster.
+            self._mark.refuse_other()
+            raise
+
+    def _withdraw(self, claim: RunStatus, previous: RunStatus | None, was_marked: bool) -> None:
+        """Remove the files of a start that did not become a run."""
+        if read_status(self.path) != claim:
+            return
+        if not was_marked:
+            self._mark.remove()
+        with contextlib.suppress(OSError):
+            if previous is not None:
+                write_status(self.path, previous)
+            else:
+                (self.path / STATUS_FILE).unlink()
+
+
+def _is_of_start(status: RunStatus, name: str | None) -> bool:
+    return status.state == "running" and name is not None and status.start == name
+
+
+def _git_commit() -> str:
+    """The commit of the code that runs, or `unknown` outside a repository."""
+    command, folder = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+    try:
+        return subprocess.check_output(
+            command, cwd=folder, stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

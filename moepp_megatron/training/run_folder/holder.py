@@ -1,0 +1,227 @@
+"""Who holds a run's folder, and a checkpoint folder outside of it.
+
+The process that holds a run's folder touches `RUN/status.json` every `BEAT_S` seconds, by which
+other machines see that it lives.
+
+A checkpoint folder outside of its run's is marked with the file `owner`, which names the run's
+folder: two runs in one would delete and continue each other's checkpoints. A mark counts while that
+folder has a `status.json`: a run that was renamed or deleted owns nothing under its old name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moepp_megatron.config import ConfigError, load_config
+from moepp_megatron.file_names import CONFIG_FILE, OWNER_FILE, STATUS_FILE
+from moepp_megatron.observe.status import CLAIM, RunStatus, read_status
+from moepp_megatron.runtime.atomic import create_atomic, lock, write_atomic
+from moepp_megatron.runtime.object_store import ObjectPath
+from moepp_megatron.training.checkpoint import list_checkpoints
+
+BEAT_S = 3.0
+# How long a process on another machine may show no beat: it may be busy, its disk slow.
+SILENT_S = 4 * BEAT_S
+# A file that is older has no process behind it, whatever the clocks of two machines say.
+_OLD_S = 3600.0
+
+
+def is_same(path: Path, other: Path) -> bool:
+    """Whether two paths mean the same place; links are resolved."""
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether `path` is the folder or lies in it; links are resolved."""
+    if isinstance(path, ObjectPath):
+        return False
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return real == home or home in real.parents
+
+
+def outside_of(run: Path, checkpoints: Path) -> Path | None:
+    """A checkpoint folder of this machine outside of its run's; links are resolved."""
+    if isinstance(checkpoints, ObjectPath) or is_inside(checkpoints, run):
+        return None
+    return Path(os.path.realpath(checkpoints))
+
+
+def refuse_running(folder: Path) -> None:
+    """Refuse a folder in which a run is being trained.
+
+    Raises:
+        ConfigError: If one is; names process and machine.
+    """
+    status = read_status(folder)
+    if status is None or status.state == "ended":
+        return
+    gone = status.is_gone()
+    if gone is None:
+        gone = _is_silent(folder / STATUS_FILE)
+    if not gone:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
+        owner = status.launcher.pid if status.launcher is not None else status.pid
+        raise ConfigError(
+            f"run.dir ({folder}) must not be in use, and process {owner} on {status.host} trains "
+            f"in it since {since}; stop that one first, or choose another run.dir"
+        )
+
+
+@contextmanager
+def locked(folders: Iterable[Path]) -> Iterator[None]:
+    """A context that one process at a time enters, so that it checks and claims the folders."""
+    # Where the file system cannot lock a folder (NFS), two that start within the same instant may
+    # both be let into a run's folder.
+    with contextlib.ExitStack() as locks:
+        # In an order that is the same for all, so that no two wait for each other.
+        for folder in sorted({os.path.realpath(folder) for folder in folders}):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            locks.callback(os.close, descriptor)
+            lock(descriptor, waits=True)
+        yield
+
+
+@contextmanager
+def beating(folder: Path, claim: RunStatus) -> Iterator[None]:
+    """Inside, ranks that are started know the claim, and other machines see that it lives."""
+    before = os.environ.get(CLAIM)
+    os.environ[CLAIM] = claim.model_dump_json()
+    stop = threading.Event()
+    beat = threading.Thread(target=_beat, args=(folder, stop), name="claim", daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beat.join()
+        os.environ.pop(CLAIM)
+        if before is not None:
+            os.environ[CLAIM] = before
+
+
+def _beat(folder: Path, stop: threading.Event) -> None:
+    while not stop.wait(BEAT_S):
+        with contextlib.suppress(OSError):
+            os.utime(folder / STATUS_FILE)
+
+
+def _is_silent(path: Path) -> bool:
+    """Whether no process touches the file. Only changes count, because machines' clocks differ."""
+    first = _touched(path)
+    if first is None or time.time() - first / 1e9 > _OLD_S:
+        return True
+    deadline = time.monotonic() + SILENT_S
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        if _touched(path) != first:
+            return False
+    return True
+
+
+def _touched(path: Path) -> int | None:
+    try:
+        # Opened, since network file systems then ask the server.
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return None
+
+
+class OwnerMark:
+    """The mark of a run in a checkpoint folder outside of its own.
+
+    Args:
+        run: The run's folder.
+        checkpoints: Its checkpoint folder. Inside of the run's there is no mark, and in object
+            storage neither.
+    """
+
+    def __init__(self, run: Path, checkpoints: Path) -> None:
+        self._run, self._checkpoints = run, checkpoints
+        self._outside = outside_of(run, checkpoints)
+
+    def is_set(self) -> bool:
+        """Whether the run has marked the folder."""
+        marked = None if self._outside is None else marked_owner(self._outside)
+        return marked is not None and is_same(marked, self._run)
+
+    def refuse_other(self) -> None:
+        """Refuse a checkpoint folder that is another run's.
+
+        Raises:
+            ConfigError: If it is; names that run's folder.
+        """
+        owner = self._owner()
+        if owner is not None and not is_same(owner, self._run):
+            raise ConfigError(
+                f"checkpoint.dir ({self._checkpoints}) must not hold checkpoints of another "
+                f"run, and has those of {owner}; choose another checkpoint.dir"
+            )
+
+    def set(self) -> None:
+        """Mark the folder; the run's own must have its `status.json` by now.
+
+        Raises:
+            FileExistsError: Another run has marked it.
+            OSError: The folder cannot be written.
+        """
+        if self._outside is None or self.is_set():
+            return
+        mark = self._outside / OWNER_FILE
+        if mark.exists() and marked_owner(self._outside) is None:
+            mark.unlink()
+        create_atomic(mark, _content(self._run))
+
+    def remove(self) -> None:
+        """Remove the mark if it is the run's own."""
+        if self._outside is not None and self.is_set():
+            with contextlib.suppress(OSError):
+                (self._outside / OWNER_FILE).unlink()
+
+    def carry(self, checkpoints: Path | None, run: Path) -> None:
+        """Take the mark along to where the run and its checkpoints, if it has any, are now."""
+        if self._outside is None:
+            return
+        (self._outside / OWNER_FILE).unlink(missing_ok=True)
+        if checkpoints is not None:
+            write_atomic(checkpoints / OWNER_FILE, _content(run))
+
+    def _owner(self) -> Path | None:
+        """The folder of the run whose checkpoints are outside of this one's, if that run exists."""
+        checkpoints = self._checkpoints
+        if is_inside(checkpoints, self._run):
+            return None
+        if self._outside is not None:
+            marked = marked_owner(self._outside)
+            if marked is not None:
+                return marked
+            # Of a run that has not saved yet, too.
+            if checkpoints.name == "checkpoints" and read_status(self._outside.parent) is not None:
+                return self._outside.parent
+        for checkpoint in list_checkpoints(checkpoints):
+            try:
+                owner = Path(load_config(checkpoint / CONFIG_FILE).run.dir)
+            except ConfigError:
+                continue
+            # A run that was renamed has no folder of its old name.
+            return owner if (owner / CONFIG_FILE).is_file() else None
+        return None
+
+
+def marked_owner(checkpoints: Path) -> Path | None:
+    """The run's folder that a mark in a checkpoint folder names; None without one that counts."""
+    try:
+        owner = Path(os.fsdecode((checkpoints / OWNER_FILE).read_bytes()).removesuffix("\n"))
+    except OSError:
+        return None
+    return owner if owner.is_absolute() and (owner / STATUS_FILE).is_file() else None
+
+
+def _content(run: Path) -> bytes:
+    return os.fsencode(os.path.realpath(run)) + b"\n"

@@ -1,0 +1,67 @@
+"""Refuses folders of a run that cannot be written, in one line with path and cause."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.runtime.disk import is_full
+
+
+@contextmanager
+def refusing_unwritable(run: Path) -> Iterator[None]:
+    """A context that turns an OSError of its block into the refusal of the run's folder.
+
+    Raises:
+        ConfigError: Names path and cause.
+    """
+    try:
+        yield
+    except OSError as error:
+        at = error.filename if isinstance(error.filename, str) else str(run)
+        where = "" if Path(at) == run else f" at {at}"
+        remedy = "make room there" if is_full(error) else "make it writable"
+        raise ConfigError(
+            f"run.dir ({run}) must be a folder that can be written "
+            f"({error.strerror or error}{where}); {remedy}, or choose another run.dir"
+        ) from None
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest parent that exists."""
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
+
+
+def check_kind(path: Path, kind: str, setting: str = "run.dir") -> None:
+    """Refuse a path that is of another kind, has no folder to be made in, or is read-only.
+
+    Args:
+        path: What the run writes.
+        kind: `file` or `folder`.
+        setting: The setting that places it.
+
+    Raises:
+        ConfigError: It is of another kind, or it is not of `run.dir` and cannot be written.
+        OSError: It is of `run.dir` and cannot be written.
+    """
+    place = existing(path)
+    kind = kind if place == path else "folder"
+    if not (place.is_dir() if kind == "folder" else place.is_file()):
+        raise ConfigError(
+            f"{setting} ({path.parent if setting == 'run.dir' else path}) must leave {place} to be "
+            f"a {kind}, and it is none; move it away, or choose another {setting}"
+        )
+    needs = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
+    if os.access(place, needs):
+        return
+    code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+    if setting == "run.dir":
+        raise OSError(code, os.strerror(code), str(place))
+    raise ConfigError(
+        f"{setting} ({path}) must be a folder that can be written ({os.strerror(code)} at "
+        f"{place}); make it writable, or choose another {setting}"
+    )
