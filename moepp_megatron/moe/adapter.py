@@ -34,11 +34,7 @@ def with_attention(layer: ModuleSpec, **changes: object) -> ModuleSpec:
 def from_deprecated(
     adapt: LayerAdapter | None, keywords: dict[str, Any], use_transformer_engine: bool
 ) -> LayerAdapter | None:
-    """`adapt`, or one of the deprecated keywords of a function that is called by a user.
-
-    Raises:
-        TypeError: For other keywords, or with both.
-    """
+    """`adapt`, or one of the deprecated keywords; TypeError for other keywords, or with both."""
     if not keywords:
         return adapt
     names = ", ".join(keywords)

@@ -20,10 +20,7 @@ def tokens_of_sequences(
 ) -> NumTokens:
     """Local tokens of each sequence, without padding.
 
-    Args:
-        num_tokens: T, all local tokens.
-        num_sequences: S.
-        padded: [T] bool tokens that are padding, in [sequence position, sequence] order; or None.
+    `padded` is [T] bool in [sequence position, sequence] order, or None.
     """
     if padded is None:
         return num_tokens // num_sequences
@@ -56,21 +53,19 @@ def selected_fractions(
     Args:
         counts: [S, E] fp32 selections of each expert among the local tokens of each of S sequences,
             before any capacity limit; S = 1 counts all tokens together.
-        num_tokens: Local tokens of a sequence (`tokens_of_sequences`).
         group: Ranks that hold parts of the same sequences (tensor x context), or None.
 
     Returns:
-        [S, E] fp32; 0 for a sequence that is padding from end to end.
+        [S, E] fp32; 0 for a sequence that is all padding.
     """
     return over_group(counts, group) / _at_least_one(tokens_over_group(num_tokens, group))
 
 
 class GlobalBatchFractions:
-    """f_i over the global batch as far as it has been seen in the present step.
+    """f_i over the global batch, as far as it has been seen in this step.
 
-    The micro-batches that all data-parallel ranks run at the same time count together, and those
-    that ran before in the step count with them (`selected_fractions` of all their tokens). So the
-    value depends on micro-batch size x data-parallel size, and on nothing else.
+    The micro-batches that data-parallel ranks run at the same time count together with those
+    before them in the step, so the value depends on micro-batch size x data-parallel size only.
     """
 
     def __init__(self) -> None:
@@ -84,12 +79,9 @@ class GlobalBatchFractions:
     def add(
         self, counts: Tensor, num_tokens: NumTokens, group: torch.distributed.ProcessGroup | None
     ) -> Tensor:
-        """Count a micro-batch; returns [1, E] fp32 fractions, this micro-batch included.
+        """Count [1, E] fp32 selections of a micro-batch; returns the fractions with it included.
 
-        Args:
-            counts: [1, E] fp32 selections of the local tokens.
-            num_tokens: Local tokens, T or [1, 1].
-            group: Ranks that run the same micro-batch index (tensor x context x data).
+        `group` has the ranks that run the same micro-batch index (tensor x context x data).
         """
         counts = over_group(counts, group)
         self._counts = counts if self._counts is None else self._counts + counts
@@ -100,20 +92,16 @@ class GlobalBatchFractions:
 def local_balance_loss(
     score_sums: Tensor, fractions: Tensor, balance_weights: Tensor, num_tokens: NumTokens
 ) -> Tensor:
-    """This rank's summand of the balance loss.
+    """This rank's summand of the balance loss, a scalar, differentiable in `score_sums`.
 
-    The probabilities P_i are summed over the local tokens and divided by the number of tokens that
-    the group shares: the summands of the group's ranks add up to L_b, and so do their gradients.
-    f_i counts selections and has no gradient.
+    The summands of the group's ranks add up to L_b, and so do their gradients. f_i counts
+    selections and has no gradient.
 
     Args:
         score_sums: [S, E] fp32 probabilities, summed over the local tokens of each sequence.
         fractions: [S, E] fp32 f_i; the result is the mean over the sequences that have tokens.
         balance_weights: [E] fp32 eta.
         num_tokens: Tokens of a sequence on all ranks that hold parts of it (`tokens_over_group`).
-
-    Returns:
-        Scalar fp32, differentiable in `score_sums`.
     """
     weights = balance_weights * fractions
     if isinstance(num_tokens, int):
@@ -137,21 +125,15 @@ def attached_loss(
     Args:
         loss: Scalar, this rank's summand.
         coeff: beta.
-        num_tokens: Tokens of the micro-batch, on all ranks that share its sequences (tensor x
-            context), without padding.
-        per_token_loss: `TransformerConfig.calculate_per_token_loss`. Gradients are then divided by
-            the number of tokens of the global batch at the end of the step; multiplying by this
-            micro-batch's token count leaves the mean over micro-batches, weighted by their tokens
-            (`megatron/core/transformer/moe/router.py: attach_and_log_load_balancing_loss`).
+        num_tokens: Tokens of the micro-batch without padding, on all ranks that share its
+            sequences.
+        per_token_loss: `TransformerConfig.calculate_per_token_loss`: gradients are divided by the
+            tokens of the global batch at the end of the step, so the loss is multiplied by those of
+            the micro-batch (`moe/router.py: attach_and_log_load_balancing_loss`).
     """
     return loss * (coeff * num_tokens if per_token_loss else coeff)
 
 
 def attach_loss(activation: Tensor, loss: Tensor) -> Tensor:
-    """Give `loss` a gradient without returning it: megatron-core's auxiliary-loss mechanism.
-
-    Args:
-        activation: Any tensor on the way to the language-model loss; returned unchanged.
-        loss: Scalar from `attached_loss`.
-    """
+    """Give `loss` a gradient and return `activation`: megatron-core's auxiliary-loss mechanism."""
     return MoEAuxLossAutoScaler.apply(activation, loss)

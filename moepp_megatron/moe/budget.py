@@ -50,12 +50,10 @@ class Budget:
 
     Attributes:
         share: FFN share of all selections.
-        controller: What moves the measured share to the target.
         gain: Change of the bias per step and missing share, or of log tau per missing unit of
             log odds; None with `bias` where `response` acts.
         response: Part of the missing bias that is added after a step.
-        drift: The newest step's part of the drift that `response` is corrected by, as a part of
-            `response`; 0 for no correction.
+        drift: The newest step's weight in the drift that corrects `response`; 0 for no correction.
         decay: Weight of the past in the measured share's moving average.
         per_layer: Whether each layer is held to the share, or their mean.
         start_share: Share at the start; None for a constant share.
@@ -95,14 +93,7 @@ def _log_odds(share: float) -> float:
 
 
 class BudgetController:
-    """Holds the MoE layers of a model to a budget.
-
-    Args:
-        budget: The target.
-        config: Gives the counts of experts.
-        num_layers: MoE layers of the whole model.
-        state: Result of an earlier `state()`, to continue from it.
-    """
+    """Holds the MoE layers of a model to a budget; `state` continues from an earlier one's."""
 
     def __init__(
         self,
@@ -151,13 +142,12 @@ class BudgetController:
     def observe(
         self, selected_LE: Tensor, step: int, margins_LB: Tensor | None = None
     ) -> Tensor | None:
-        """Learn from a step's selections.
+        """Learn from the selections of a step.
 
         Args:
             selected_LE: [MoE layers, E] selections over the global batch.
             step: The step that made them.
-            margins_LB: [MoE layers, bins] their margins (`margins.count_margins`), if
-                `needs_margins`.
+            margins_LB: [MoE layers, bins] of `margins.count_margins`, if `needs_margins`.
 
         Returns:
             [MoE layers, E] fp32 to add to the selection biases; None without a bias controller.
@@ -185,12 +175,7 @@ class BudgetController:
         return None
 
     def _measured_steps(self, selected_LE: Tensor, margins_LB: Tensor, step: int) -> Tensor:
-        """[MoE layers, E] fp32 steps towards the bias that the next step needs.
-
-        A moving average of the bias that each step needed, ahead by what it lags behind where
-        routers drift: nothing sums up how far the share is from its target, so there is nothing to
-        wind up, and the next selection follows the bias at once.
-        """
+        """[MoE layers, E] fp32: moving average of the bias that steps lacked, ahead by its lag."""
         steps_LE = torch.zeros(selected_LE.shape)
         selections_L = selected_LE.sum(dim=1)
         if not self.budget.per_layer:
@@ -207,13 +192,7 @@ class BudgetController:
         return steps_LE
 
     def _measured_step(self, layer: int, now: float, ahead: float) -> float:
-        """What the bias of a layer moves by.
-
-        Args:
-            layer: Place among the MoE layers.
-            now: What the bias lacked for the target of the step just taken.
-            ahead: What it lacked for that of the next one.
-        """
+        """A layer's step from what the bias lacks for the last target and the next one."""
         response, drift, lacking = self.budget.response, self._drift[layer], self._lacking[layer]
         if lacking is not None and abs(now) < OUT_OF_REACH:
             # The bias needed in this step less the one needed in the step before.
@@ -236,12 +215,7 @@ class BudgetController:
 
 
 def set_taus(chunks: Iterable[torch.nn.Module], taus: dict[int, float]) -> None:
-    """Set tau of the balance loss, from the next forward pass on.
-
-    Args:
-        chunks: This rank's model chunks.
-        taus: Tau by global layer number, for all MoE layers of the model.
-    """
+    """Set tau, by global layer number, of the balance loss from the next forward pass on."""
     for layer in _layers(chunks):
         layer.router.set_tau(taus[layer.layer_number])
 
@@ -250,13 +224,7 @@ def set_taus(chunks: Iterable[torch.nn.Module], taus: dict[int, float]) -> None:
 def add_to_biases(
     chunks: Iterable[torch.nn.Module], layer_numbers: Sequence[int], steps_LE: Tensor
 ) -> None:
-    """Add to the selection biases.
-
-    Args:
-        chunks: This rank's model chunks.
-        layer_numbers: Global layer numbers of all MoE layers of the model.
-        steps_LE: [MoE layers, E] from `BudgetController.observe`.
-    """
+    """Add [MoE layers, E] steps to the selection biases of the layers with these global numbers."""
     for layer in _layers(chunks):
         bias = layer.router.expert_bias
         assert bias is not None, f"MoE layer {layer.layer_number} has no selection bias"
@@ -274,12 +242,9 @@ def bias_step(shares_LE: Tensor, wanted: float, num_ffn_experts: int, rate: floa
 
     Args:
         shares_LE: [L, E] each expert's share of a layer's selections, T_i / (K T_all).
-        wanted: K_e/K, the FFN experts' share that is wanted.
+        wanted: K_e/K, the target of the FFN experts' share.
         num_ffn_experts: F.
         rate: mu.
-
-    Returns:
-        [L, E] fp32.
     """
     step_LE = torch.zeros(shares_LE.shape)
     ffn = slice(0, num_ffn_experts)

@@ -24,28 +24,25 @@ def within_capacity(
     context_parallel_size: int = 1,
     has_padding: bool = False,
 ) -> Tensor:
-    """The selections that each expert keeps: those with the largest gates.
+    """The selections that each expert keeps: those with the largest gates ([T, E] bool).
 
     Source of the limits: arXiv 2410.07348, expert capacity.
 
     The limit counts the tokens of the whole micro-batch, so ranks that hold parts of its sequences
-    (sequence and context parallelism) exchange their gates first. Between equal gates (to a step
-    of 1 / GATE_STEPS), which `nonzero` normalisation makes common (a lone FFN pick has gate 1), the
-    token that comes first in [sequence position, sequence] order stays, wherever it is.
+    exchange their gates first. Between equal gates (to a step of 1 / GATE_STEPS; common with
+    `nonzero` normalisation, where a lone FFN pick has gate 1) the token that comes first in
+    [sequence position, sequence] order stays, on whichever rank it is.
 
     Args:
         gates: [T, E] fp32, local tokens in [sequence position, sequence] order, 0 where not
             selected.
         routing_map: [T, E] bool, local selections.
-        config: Settings; `capacity_factor` must be set.
+        config: `capacity_factor` must be set.
         group: Ranks that share the micro-batch (tensor x context, tensor fastest), or None for
-            this rank alone.
+            this rank only.
         context_parallel_size: Ranks of the group that share out a sequence in zigzag order.
         has_padding: Whether tokens without any selection are padding, which the limit does not
             count. Their number is read on the host, which waits for it.
-
-    Returns:
-        [T, E] bool, True where a selection stays.
     """
     num_local = gates.shape[0]
     # Gates are never negative; -1 sorts what was not selected behind every selection.
@@ -75,12 +72,7 @@ def _limits(capacities: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _in_sequence_order(values: Tensor, context_parallel_size: int) -> Tensor:
-    """Reorder [T, E] from the order in which ranks hold tokens to the order of the sequence.
-
-    Context-parallel rank r of R holds chunks r and 2R - 1 - r of the 2R chunks of every sequence
-    (`megatron.core.utils.get_batch_on_this_cp_rank`); tensor-parallel ranks hold its consecutive
-    parts. So the early chunks come in rank order and the late ones in reverse.
-    """
+    """Reorder [T, E] from the order of ranks, which hold zigzag chunks, to that of the sequence."""
     if context_parallel_size == 1:
         return values
     early, late = values.view(context_parallel_size, 2, -1, values.shape[-1]).unbind(dim=1)

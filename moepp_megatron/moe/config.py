@@ -17,22 +17,18 @@ LEAST_LOGIT_STD = 1e-6
 class MoEPPConfig(LayerSettings):
     """Settings of the MoE++ layers of one model (arXiv 2410.07348).
 
-    Most are `LayerSettings`'; of these megatron-core has some too, which must agree:
+    Some of `LayerSettings` must agree with megatron-core: `num_ffn_experts` with
+    `TransformerConfig.num_moe_experts`, which sizes experts and the expert-parallel group (the
+    router is sized by `num_experts`), and `router_topk` with `moe_router_topk`.
 
-    `num_ffn_experts` equals `TransformerConfig.num_moe_experts`, which in megatron-core sizes the
-    experts and the expert-parallel group; the router is sized by `num_experts` instead.
-    `router_topk` equals `TransformerConfig.moe_router_topk`.
+    The `balance_scope` `global` requires `moe_router_load_balancing_type` to be `global_aux_loss`:
+    then megatron-core's `finalize_model_grads`, which has to end every step, starts the count anew.
+    A loop that does not call it calls each router's `reset_global_aux_loss_tracker` between steps.
 
-    The `balance_scope` `global` is refused unless
-    `TransformerConfig.moe_router_load_balancing_type` is `global_aux_loss`: for that type
-    megatron-core's `finalize_model_grads`, which has to end every step, starts the count anew. A
-    loop that does not call it calls each router's `reset_global_aux_loss_tracker` between steps.
-
-    `constants_shared` is done by the model (`zero_computation.share_constants`), so a layer alone
-    has its own V.
+    `constants_shared` is done by the model (`zero_computation.share_constants`), so a layer by
+    itself has its own V.
 
     Attributes:
-        num_ffn_experts: F, which has to be given.
         deduplicate_dispatch: Whether the all-to-all sends a token once to each rank that holds
             experts of it, and not once to each expert
             (`TransformerConfig.moe_token_dispatcher_type` must be `alltoall`).
@@ -42,11 +38,7 @@ class MoEPPConfig(LayerSettings):
     deduplicate_dispatch: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse settings that no layer can be built from.
-
-        Raises:
-            ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.
-        """
+        """Refuse settings that no layer can be built from (ValueError)."""
         self._refuse_unknown_choices()
         self._refuse_low_numbers()
         if not 1 <= self.router_topk <= self.num_experts:
@@ -105,18 +97,9 @@ class MoEPPConfig(LayerSettings):
         return [1.0] * self.num_ffn_experts + [self.tau] * self.num_zero_computation_experts
 
     def capacities(self, num_tokens: int) -> list[int]:
-        """Most selections that each expert takes from `num_tokens` tokens.
+        """Most selections that each expert takes from a micro-batch of T tokens, rounded up.
 
         Source: arXiv 2410.07348, expert capacity.
-
-        Args:
-            num_tokens: T, tokens of the whole micro-batch.
-
-        Returns:
-            One limit per expert, rounded up.
-
-        Raises:
-            AssertionError: If no capacity factor is set.
         """
         assert self.capacity_factor is not None, "capacities need a capacity factor"
         # Exact arithmetic on the decimals that the user wrote: floating point puts 22 at

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Copies:
-    """One copy of a row for every column that its entry of the map is true for.
+    """A copy of a row for every true column of its entry in the map.
 
     Args:
         wanted: [N, M] bool, the map of N rows and M columns.
@@ -59,15 +59,14 @@ class Copies:
 
 
 def rows_of_tokens(routing_map: Tensor, slots: int) -> Tensor:
-    """Where each token's copies are, for a kernel that adds them up in one pass.
+    """Where the copies of each token are, for a kernel that adds them up in one pass.
 
     Args:
         routing_map: [T, M] bool: token t has a copy for each true column.
         slots: Most copies of a token.
 
     Returns:
-        [T, slots] int32 numbers of copies, in order of columns, then tokens; -1 in slots that are
-        left.
+        [T, slots] int32 numbers of copies, in order of columns, then tokens; -1 in empty slots.
     """
     # Counting along the columns numbers the copies: no sort, and no count for the host to wait for.
     by_column = routing_map.T

@@ -1,11 +1,10 @@
 """FFN experts on a CPU: one loop forward and one backward, without avoidable passes over memory.
 
-megatron-core's `SequentialMLP` runs each expert as a chain of modules: at a hundred rows per
-expert, as with MoE++ at a small tau, its matrix products run at three quarters of their speed at a
-thousand rows, and each elementwise step of SwiGLU is a pass over memory of its own that is also
-kept for the backward pass. Here products with large weights go to oneDNN, which holds its speed at
-few rows, and only the first product's result is kept. Parameters, their names and checkpoints are
-unchanged.
+At a hundred rows per expert, as with MoE++ at a small tau, the matrix products of megatron-core's
+`SequentialMLP` run at three quarters of their speed at a thousand rows, and each elementwise step
+of SwiGLU is a pass over memory that is also kept for the backward pass. Here products with large
+weights go to oneDNN, which holds its speed at few rows, and only the first product's result is
+kept. Parameters, their names and checkpoints are unchanged.
 """
 
 from __future__ import annotations
@@ -45,15 +44,12 @@ class CPUExperts(SequentialMLP):
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
-        """Same as `SequentialMLP`.
+        """Same as `SequentialMLP`: [rows, D] outputs times gates, and no bias.
 
         Args:
             permuted_local_hidden_states: [rows, D] tokens sorted by local expert.
             tokens_per_expert: [local experts] rows of each.
             permuted_probs: [rows] fp32 gates.
-
-        Returns:
-            [rows, D] outputs times gates, and no bias.
         """
         linears = [
             linear
@@ -106,10 +102,7 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _activated(x: Tensor, weight: Tensor) -> Tensor:
-    """SwiGLU's activation [n, F] of x [n, D] and fc1's weight [2F, D]; keeps nothing.
-
-    oneDNN applies the activation to a product while it writes it.
-    """
+    """SwiGLU's activation [n, F] of x [n, D] and fc1 [2F, D]; oneDNN fuses it into the product."""
     weight_gate, weight_up = weight.chunk(2)
     if not _suits_onednn(x, weight_gate):
         return swiglu(*F.linear(x, weight).chunk(2, dim=-1))
@@ -126,15 +119,7 @@ def _forward(
     weights: Sequence[Tensor],
     keep: list[Tensor] | None,
 ) -> Tensor:
-    """Compute gate * W_out (silu(W_gate x) * W_up x) of every expert.
-
-    Args:
-        tokens: [rows, D] sorted by expert.
-        gates: [rows] fp32.
-        rows: Number of rows of each expert.
-        weights: fc1 and fc2 of each expert in turn; fc1 holds W_gate and W_up.
-        keep: Receives fc1's result of each expert.
-    """
+    """The gates times W_out (silu(W_gate x) * W_up x); `keep` receives fc1's results."""
     output = torch.empty_like(tokens)
     parts = zip(tokens.split(rows), gates.split(rows), output.split(rows), strict=True)
     for index, (x, gate, out) in enumerate(parts):
@@ -191,15 +176,12 @@ class _Experts(torch.autograd.Function):
 def activation_grads(
     projected: Tensor, weighted_grad: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """SwiGLU's activation again, and gradients.
+    """SwiGLU's activation [n, F] again, and the gradients of `projected` and of the gates.
 
     Args:
-        projected: [n, 2F] fc1's result, what is gated and the factor beside it.
+        projected: [n, 2F] fc1's result: the gate's part, then the other factor.
         weighted_grad: [n, F] gradient of the activation times its gates.
         gates: [n] fp32.
-
-    Returns:
-        The activation [n, F], and the gradients of `projected` and of the gates.
     """
     gate_part, up = projected.chunk(2, dim=-1)
     gated = F.silu(gate_part)

@@ -3,11 +3,10 @@
     attention | norm, router logits, scores, selection, gates | losses, limits, counts, experts
     ---- graph ---- ------------------ graph ----------------   ----------- no graph ----------
 
-A graph repeats kernels on fixed addresses; Python code runs only once, at capture.
-So the cut is where the router stops being a function of its tensors: `MoEPPRouter.choose` is in the
-graph, `settle` (balance loss, capacity limits, statistics) is not. The lane of router logits enters
-and leaves the graph like any other tensor. Dispatch reads sizes on the host and experts get another
-number of tokens each time: neither can be captured.
+A graph repeats kernels on fixed addresses; Python code runs only once, at capture. So the cut is
+where the router stops being a function of its tensors: `MoEPPRouter.choose` is in the graph,
+`settle` (losses, capacity limits, statistics) is not. Dispatch reads sizes on the host and experts
+get another number of tokens each time: neither can be captured.
 
 megatron-core's "local" graphs do the work (`CudaGraphManager`): the first training step runs
 eagerly and is recorded, graphs are made at its end, later steps replay them.
@@ -35,12 +34,7 @@ _IMPLIED = CudaGraphModule.moe_preprocess
 
 
 class CapturedParts:
-    """Which parts of one layer run as graphs, and when.
-
-    Args:
-        layer: A `MoEPPTransformerLayer` under construction; the captured methods are replaced.
-        config: Its configuration; `cuda_graph_modules` names the parts.
-    """
+    """The parts of one layer that run as graphs (`cuda_graph_modules`); replaces their methods."""
 
     def __init__(self, layer: torch.nn.Module, config: TransformerConfig) -> None:
         self._layer = layer
@@ -57,15 +51,14 @@ class CapturedParts:
         return CudaGraphModule.moe_router in self._parts
 
     def arguments(self, part: CudaGraphModule, **kwargs: Any) -> dict[str, Any]:
-        """The keyword arguments to call a method with that may be captured.
+        """The keyword arguments for a method that may be captured.
 
-        Graphs are used only in training: evaluation routes without losses, generation has other
-        shapes.
+        Graphs run only in training: evaluation routes without losses, generation has other shapes.
 
         megatron-core gives graphs that take the same tensor one input buffer, and insists that all
         of them are captured before the first backward graph. Among pipeline stages the next
         micro-batches come after that, and the rotary embedding is one tensor for all of them; so
-        each call gets a tensor object of its own.
+        each call gets its own tensor object.
         """
         if part not in self._parts:
             return kwargs
@@ -80,11 +73,7 @@ class CapturedParts:
 
 
 def refuse_uncapturable(config: TransformerConfig) -> None:
-    """Refuse what no graph of a MoE++ layer can hold.
-
-    Raises:
-        ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.
-    """
+    """Refuse settings that no graph of a MoE++ layer can hold (ValueError)."""
     if config.cuda_graph_impl == "none":
         return
     if package_info.__shortversion__ != TESTED_VERSION:

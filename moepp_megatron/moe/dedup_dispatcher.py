@@ -12,13 +12,13 @@ mirror each other around the experts:
       |  one selection per expert of the rank                  ^  sum over the copy's selections
     batch     [S', D]  ---->  FFN experts, times gates  ---->  outputs [S', D]
 
-The experts see bit for bit the batch of the plain dispatcher: the same rows in the same order, with
-the same gates. Only the sum over a token's experts is bracketed by ranks, so results agree with the
-plain dispatcher's to rounding, and to the bit where a token has at most two FFN experts.
+The experts see bit for bit the batch of the plain dispatcher. Only the sum over a token's experts
+is bracketed by ranks, so results agree to rounding, and to the bit where a token has at most two
+FFN experts.
 
-With the C copies travel the gate of each selection, 4 bytes, as in the plain dispatcher, and L
-bytes per copy that say which of the rank's L experts it is for. Gates alone do not say that: a
-selection whose gate has underflowed to 0 still counts and has a gradient.
+With the C copies travel the gate of each selection, 4 bytes, and L bytes per copy that say which of
+the rank's L experts it is for. Gates do not say that: a selection whose gate has underflowed to 0
+still counts and has a gradient.
 
 Shape suffixes: T tokens, R ranks of the expert-parallel group, L experts of a rank, F = R L, C
 copies, S selections, D hidden size; a prime marks what a rank receives.
@@ -48,12 +48,6 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
 
     It extends megatron-core's base class and not its all-to-all dispatcher, whose bookkeeping
     counts selections and would have to be replaced entirely.
-
-    Args:
-        num_local_experts: L, FFN experts of this rank.
-        local_expert_indices: Their indices.
-        config: The model's configuration.
-        pg_collection: Process groups.
 
     Attributes:
         input_splits: [R] copies that this rank sends to each rank.
@@ -91,16 +85,15 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Copy every token once for each rank that holds an expert of it.
+        """Copy every token [s, b, D] once for each rank that holds an expert of it.
 
         Args:
-            hidden_states: [s, b, D] local tokens.
             routing_map: [T, F] bool, 0 to K selections per token.
             probs: [T, F] gates, fp32 in training.
 
         Returns:
-            [C, D] copies in order of ranks, then tokens, and [S] gates of their selections in order
-            of copies, then experts.
+            [C, D] copies in order of ranks, then tokens; [S] gates in order of copies, then
+            experts.
         """
         self._hidden_shape = hidden_states.shape
         by_rank = (routing_map.shape[0], self.ep_size, self.num_local_experts)
@@ -137,11 +130,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Wait for the copies and copy each once for every expert of this rank that wants it.
-
-        Args:
-            hidden_states: Ticket of the copies.
-            probs: Ticket of the gates.
+        """Wait by the tickets and copy each copy once for every expert of this rank that wants it.
 
         Returns:
             [S', D] the experts' batch in order of experts; [L] int64 rows of each expert, on the
@@ -159,14 +148,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
         )
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
-        """Sum the outputs of this rank's experts for each copy.
-
-        Args:
-            hidden_states: [S', D] the experts' outputs, times their gates.
-
-        Returns:
-            [C', D] one vector for each copy that this rank received.
-        """
+        """[C', D] sums over the copies' selections of [S', D] expert outputs, times their gates."""
         sums_CD = self._to_experts.add_up(hidden_states)
         if self.tp_size == 1:
             return sums_CD
@@ -190,9 +172,6 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
 
     def combine_rows(self, ticket: Tensor) -> tuple[Tensor, Tensor]:
         """Replacement of `combine_postprocess` that leaves a token's sum to `kernels.combine`.
-
-        Args:
-            ticket: Ticket of the sums from `token_combine`.
 
         Returns:
             [C, D] the sums, and [T, slots] int32 indices of each token's sums.
@@ -238,13 +217,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
 
 @dataclass(frozen=True)
 class _Counts:
-    """Numbers of rows of one kind that are exchanged.
-
-    Attributes:
-        sent: [R] from this rank to each.
-        received: [R] by this rank from each.
-        of_tensor_ranks: Received by each tensor rank of this rank's experts, from all ranks.
-    """
+    """Rows [R] that this rank sends and receives, and those received by each tensor rank."""
 
     sent: list[int]
     received: list[int]

@@ -29,11 +29,10 @@ from moepp_megatron.moe.upstream_settings import refuse_setting
 
 
 class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
-    """All-to-all of FFN-routed tokens only.
+    """All-to-all of FFN-routed tokens only: the FFN columns of the routing map and gates.
 
-    Takes the FFN columns of the routing map and gates. A row of the map then holds anything from 0
-    to K selections, so the number of permuted rows is the map's sum and not T * K, which
-    megatron-core's dropless path assumes.
+    A row of the map holds 0 to K selections, so the permuted rows are the map's sum and not T * K,
+    which megatron-core's dropless path assumes.
     """
 
     config: TransformerConfig
@@ -60,25 +59,12 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Same as in megatron-core: rows [rows, D] and gates [rows] in order of experts.
-
-        Args:
-            hidden_states: [s, b, D] local tokens.
-            routing_map: [T, F] bool.
-            probs: [T, F] gates.
-        """
+        """Same as in megatron-core: rows [rows, D] and gates [rows] in order of experts."""
         self.config = self._given_config
         return super().dispatch_preprocess(hidden_states, routing_map, probs)
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
-        """Same as in megatron-core, but the host knows the counts before the permutation.
-
-        Args:
-            routing_map: [T, F] bool.
-
-        Returns:
-            [local experts] int64 tokens of each local expert.
-        """
+        """[local experts] int64 tokens of each, known on the host before the permutation."""
         tokens_per_expert = super().preprocess(routing_map)
         if not self.drop_and_pad:
             # The number of permuted rows, which they add up to, has to be a Python number by then.
@@ -98,10 +84,9 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return tokens_per_expert
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Send rows [rows, D] and gates [rows] to their experts' ranks.
+        """Send rows [rows, D] and gates [rows] to their experts' ranks; returns tickets.
 
-        Returns:
-            Tickets; with `overlap_moe_expert_parallel_comm` the received rows and gates.
+        With `overlap_moe_expert_parallel_comm` it returns the received rows and gates.
         """
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize(
             "before_ep_alltoall", self.tokens_per_expert
@@ -146,9 +131,6 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     def combine_rows(self, ticket: Tensor) -> tuple[Tensor, Tensor]:
         """Replacement of `combine_postprocess` that leaves a token's sum to `kernels.combine`.
 
-        Args:
-            ticket: Ticket of the experts' outputs from `token_combine`.
-
         Returns:
             [R, D] the experts' outputs, and [T, slots] int32 indices of each token's outputs.
         """
@@ -176,11 +158,9 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 class FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
     """All-gather that also works on a rank whose experts no token selected.
 
-    It counts selections from the map that it gathers, so it works on FFN columns without changes.
-
-    Rows are gathered into a tensor of their own. megatron-core gathers them into its global buffer
-    `mpu`, which belongs to whoever took it last: every tensor-parallel layer with sequence
-    parallelism gathers into it, and a shared expert does so while the rows are still to be read.
+    Rows are gathered into a new tensor. megatron-core gathers them into its global buffer `mpu`,
+    which every tensor-parallel layer with sequence parallelism overwrites, and a shared expert does
+    so while the rows are still to be read.
     """
 
     config: TransformerConfig
@@ -191,12 +171,7 @@ class FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
         self._given_config = self.config
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Same as in megatron-core: the rows, gates and routing map of all ranks of the group.
-
-        Args:
-            hidden_states: [T, D] local tokens.
-            probs: [T, F] gates.
-        """
+        """Same as in megatron-core: the rows, gates and routing map of all ranks of the group."""
         if self.tp_size * self.ep_size == 1:
             return hidden_states, probs
         gather = functools.partial(gather_from_sequence_parallel_region, group=self.tp_ep_group)
@@ -207,12 +182,7 @@ class FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
     def dispatch_postprocess(
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Same as in megatron-core: [rows, D] rows, [local experts] counts, [rows] gates.
-
-        Args:
-            hidden_states: [tokens of all ranks, D].
-            probs: [tokens of all ranks, F] gates.
-        """
+        """Same as in megatron-core: [rows, D] rows, [local experts] counts, [rows] gates."""
         self.config = self._given_config
         if self.config.moe_permute_fusion:
             own = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
@@ -223,12 +193,7 @@ class FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
 
 
 def _without_fusion(config: TransformerConfig) -> TransformerConfig:
-    """The configuration of a pass in which no row is permuted.
-
-    Transformer Engine's fused kernels refuse to permute no rows (permutation.py,
-    `moe_permute_mask_map_forward`) and restore none from none, instead of one zero row per token
-    (`moe_unpermute_mask_map_forward`). The plain operations handle both.
-    """
+    """The configuration of a pass in which no row is permuted, which TE's fused kernels refuse."""
     plain = copy.copy(config)
     plain.moe_permute_fusion = False
     return plain
@@ -256,12 +221,7 @@ def build_dispatcher(
 ) -> MoETokenDispatcher:
     """The FFN-only dispatcher that `config.moe_token_dispatcher_type` names.
 
-    Args:
-        num_local_experts: FFN experts of this rank.
-        local_expert_indices: Their indices.
-        config: The model's configuration.
-        pg_collection: Process groups.
-        deduplicate: Whether the all-to-all sends a token once to each rank (`dedup_dispatcher`).
+    With `deduplicate` the all-to-all sends a token once to each rank (`dedup_dispatcher`).
 
     Raises:
         ValueError: If the dispatcher cannot carry FFN-only routing or cannot deduplicate.
@@ -287,16 +247,11 @@ def build_dispatcher(
 def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int | Tensor:
     """Bytes of hidden vectors that this rank sends to others for one forward pass.
 
-    Counts dispatch and combine over the expert-parallel group. The all-to-all: by the split sizes
-    that it was called with, of selections or, deduplicated, of copies. The all-gather: one copy of
-    every local token to every other rank and back. Flex: one copy of a token to every other rank
-    that it needs, and back (counted where the token starts, so only the sum over ranks is exact);
-    then a scalar on the device. Not counted are gates, 4 bytes per selection, and the deduplicated
-    dispatcher's maps, a byte for each expert of a rank with each copy.
-
-    Args:
-        dispatcher: The dispatcher, which has run `dispatch_preprocess` and `token_dispatch`.
-        hidden: [s, b, D] the layer's input.
+    Counts dispatch and combine over the expert-parallel group, after both have begun. All-to-all:
+    the split sizes, of selections or copies. All-gather: every local token to every other rank and
+    back. Flex: one copy of a token per rank that it needs, and back, counted where the token
+    starts, so only the sum over ranks is exact; then a scalar on the device. Not counted are gates
+    (4 bytes per selection) and the deduplicated dispatcher's maps (a byte per copy and expert).
     """
     row = hidden.shape[-1] * hidden.element_size()
     if isinstance(dispatcher, (MoEAlltoAllTokenDispatcher, DedupAlltoAllTokenDispatcher)):

@@ -29,10 +29,7 @@ class Exchange:
     Every rank of the group must begin its exchanges in the same order. A group of one rank
     exchanges nothing: ticket and result are the input itself.
 
-    Args:
-        group: The ranks.
-        send: Rows for each rank, in the order of the input.
-        receive: Rows from each rank, in the order of the result.
+    `send` and `receive` are rows for and from each rank, in the order of input and result.
     """
 
     def __init__(

@@ -14,17 +14,14 @@ from moepp_megatron.moe.config import MoEPPConfig
 
 @torch.no_grad()
 def within_groups(ranked: Tensor, affinities: Tensor, config: MoEPPConfig) -> Tensor:
-    """The ranking in which FFN experts outside of a token's best groups come last.
+    """`ranked` with -inf for FFN experts outside of a token's best groups.
 
     Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
 
     Args:
-        ranked: [T, E] fp32 by which experts are ranked.
+        ranked: [T, E] fp32 by which experts are ranked; the result itself where all groups are
+            kept.
         affinities: [T, E] fp32; of each group the K / `group_topk` largest are added up.
-        config: `num_groups`, `group_topk`, `router_topk` are read.
-
-    Returns:
-        [T, E], -inf for those FFN experts; `ranked` itself where all groups are kept.
     """
     if not config.limits_groups:
         return ranked

@@ -26,12 +26,8 @@ def set_deepep_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> Non
     """Replacement of DeepEP's `setup_metadata`: indices and weights from an FFN-only map.
 
     `manager.token_indices` becomes [T, slots] int64 with -1 in unused slots, `manager.token_probs`
-    [T, slots] fp32 with 0 there.
-
-    Args:
-        manager: megatron-core's DeepEP manager.
-        routing_map: [T, ranks, local experts] bool, copied to the tensor ranks of an expert.
-        probs: The same shape, fp32 gates, 0 where not selected.
+    [T, slots] fp32 with 0 there. `routing_map` (bool) and `probs` (fp32, 0 where not selected) are
+    [T, ranks, local experts], copied to the tensor ranks of an expert.
     """
     routing_map = routing_map.reshape(-1, manager.num_experts)
     probs = probs.reshape(-1, manager.num_experts)
@@ -44,16 +40,7 @@ def set_deepep_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> Non
 
 
 def _multihot(num_local_experts: int, indices: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Replacement of DeepEP's `_indices_to_multihot`, which selects by a mask: the host then waits.
-
-    Args:
-        num_local_experts: FFN experts of this rank, L.
-        indices: [T, slots] int64 local experts of the tokens that arrived, -1 in unused slots.
-        probs: [T, slots] fp32 their gates.
-
-    Returns:
-        [T, L] bool map and [T, L] fp32 gates.
-    """
+    """[T, L] map and gates; DeepEP's `_indices_to_multihot` selects by a mask: the host waits."""
     is_used = indices >= 0
     # Unused slots go to a column of their own, which is left out.
     columns = torch.where(is_used, indices, num_local_experts)
@@ -64,13 +51,7 @@ def _multihot(num_local_experts: int, indices: Tensor, probs: Tensor) -> tuple[T
 
 
 class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
-    """Flex dispatch of FFN-routed tokens only.
-
-    Args:
-        num_local_experts: FFN experts of this rank.
-        local_expert_indices: Their indices.
-        config: The model's configuration; `moe_flex_dispatcher_backend` names the backend.
-        pg_collection: Process groups.
+    """Flex dispatch of FFN-routed tokens only; `moe_flex_dispatcher_backend` names the backend.
 
     Raises:
         ValueError: If the backend cannot carry FFN-only routing.
@@ -103,9 +84,7 @@ def comm_manager(dispatcher: MoEFlexTokenDispatcher) -> Any:
 
 
 def vectors_sent(dispatcher: MoEFlexTokenDispatcher) -> Tensor:
-    """Hidden vectors that this rank sends to others in one dispatch: one per token and rank.
-
-    Counted on the device, a scalar: the host does not wait for it.
+    """Hidden vectors that this rank sends in one dispatch, a scalar on the device: no host wait.
 
     Call between dispatch and combine, which forgets the routing.
     """

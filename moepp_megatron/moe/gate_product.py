@@ -19,14 +19,9 @@ _BLOCK = 1024
 
 
 def gate_product(input: Tensor, weight: Tensor) -> Tensor:
-    """`input @ weight.T` in fp32, whatever the dtype of the factors.
+    """`input @ weight.T` in fp32, whatever the dtypes of [..., D] `input` and [n, D] `weight`.
 
-    Args:
-        input: [..., D] hidden states, of any floating-point dtype.
-        weight: [n, D], likewise.
-
-    Returns:
-        [..., n] fp32. The gradients have the dtypes of the factors.
+    The gradients have the dtypes of the factors.
     """
     is_in_torch = moe_utils.te_general_gemm is None
     if is_in_torch and input.device.type == "cpu" and input.dtype.itemsize == 2:

@@ -2,12 +2,9 @@
 
 megatron-core's `SequentialMLP` starts some ten kernels an expert and keeps every step of SwiGLU for
 the backward pass. Here each of the two products is one `torch.nn.functional.grouped_mm` over rows
-that are sorted by expert, and only the first one's result is kept, as in `cpu_experts`. Parameters,
-their names and checkpoints are unchanged: each expert has its own, so the products take a copy of
-them side by side, which is made anew in the backward pass instead of being kept.
-
-Bytes beside the products themselves: 4 per weight of the rank's experts (a copy read and written in
-bf16) forward, as many backward. At R rows an expert the products do 2R FLOPs a weight forward.
+that are sorted by expert, and only the first one's result is kept. Parameters, their names and
+checkpoints are unchanged: each expert has its own, so the products take a copy of them side by
+side (4 bytes per weight in bf16), which is made anew in the backward pass instead of being kept.
 
 Shape suffixes: R rows sorted by expert, E local experts, D channels, F of an expert.
 """
@@ -36,10 +33,7 @@ _ALIGNMENT = 8
 
 
 def suits_grouped(config: TransformerConfig) -> bool:
-    """Whether `GroupedExperts` computes what `SequentialMLP` would, on a GPU that has the product.
-
-    torch has it for bf16 on Hopper and newer.
-    """
+    """Whether `GroupedExperts` computes what `SequentialMLP` would: bf16 on Hopper and newer."""
     if not (suits(config) and torch.cuda.is_available() and config.params_dtype == torch.bfloat16):
         return False
     width = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
@@ -53,16 +47,13 @@ class GroupedExperts(CPUExperts):
     def compute(
         self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: list[Tensor]
     ) -> Tensor:
-        """Outputs of all experts.
+        """[R, D] outputs of all experts, times gates.
 
         Args:
             tokens: [R, D], sorted by expert.
             gates: [R] fp32.
             tokens_per_expert: [E] rows of each, on any device.
             weights: fc1 [2F, D] and fc2 [D, F] of each expert in turn.
-
-        Returns:
-            [R, D] outputs times gates.
         """
         ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
         ends = ends.to(tokens.device, non_blocking=True)

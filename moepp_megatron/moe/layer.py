@@ -36,10 +36,7 @@ from moepp_megatron.moe.zero_computation import Ingredients, ZeroComputationExpe
 
 
 class VanillaMoELayer(MoELayer):
-    """megatron-core's MoE layer, counted: the same arithmetic, bit for bit.
-
-    Adds `statistics` so that a vanilla run writes the same metrics as a MoE++ run.
-    """
+    """megatron-core's MoE layer, bit for bit, with the `statistics` that a MoE++ run writes."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -77,7 +74,7 @@ class MoEPPLayer(MoELayer):
     """One MoE++ layer.
 
     Args:
-        config: The model's configuration; `num_moe_experts` counts FFN experts.
+        config: `num_moe_experts` counts FFN experts.
         submodules: Experts, shared experts and router builders (see `moepp_megatron.moe.spec`).
         layer_number: Global layer number, 1-based.
         pg_collection: Process groups; Megatron's global ones where None.
@@ -252,11 +249,7 @@ class MoEPPLayer(MoELayer):
             self.router.health.add_constants(routing.gates, mixing, self.zero_computation.vectors)
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
-        """megatron-core's way to call a router, which cannot pass its logits on. Not supported.
-
-        Raises:
-            ValueError: Always, because the caller would lose the lane.
-        """
+        """Refuse (ValueError): megatron-core's way to call a router cannot pass its logits on."""
         raise ValueError(
             "TransformerConfig.overlap_moe_expert_parallel_comm "
             f"({self.config.overlap_moe_expert_parallel_comm}) must run MoE++ layers through "
@@ -293,7 +286,7 @@ class MoEPPLayer(MoELayer):
     ) -> Tensor | None:
         """[T, D] zero-computation experts' output plus [s, b, D] `addend`; None for neither.
 
-        With kernels and without such experts it is the addend itself, else a tensor of its own.
+        With kernels and without such experts it is the addend itself, else a new tensor.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         addend = None if addend is None else addend.reshape(tokens.shape)

@@ -56,7 +56,6 @@ def count_margins(
     Args:
         logits: [T, E] fp32, as `selection.select` takes them.
         bias: [E] fp32 selection bias.
-        config: The layer's settings.
         padded: [T] bool tokens that do not count; None for none.
 
     Returns:
@@ -81,16 +80,10 @@ def count_margins(
 
 
 def quantile(counts: Sequence[float], wanted: float) -> float:
-    """The value up to which `wanted` margins lie.
+    """The value up to which `wanted` of the margins counted in [B] bins lie.
 
-    A bias on all FFN experts that rises by it gives them this number of selections.
-
-    Args:
-        counts: [B] margins in each bin.
-        wanted: Number of them.
-
-    Returns:
-        Between the first and the last of `edges`; within a bin they count as evenly spread.
+    A bias on all FFN experts that rises by it gives them this number of selections. It is between
+    the first and the last of `edges`; within a bin margins count as evenly spread.
     """
     ends = edges()
     place = next(

@@ -120,13 +120,7 @@ def get_moepp_mtp_block_spec(
 
     They are megatron-core's, each around a layer of the kind of the last decoder layer.
     `MoEPPGPTModel` takes them as `mtp_block_spec`; megatron-core's own model would lose the lane.
-
-    Args:
-        config: The model's configuration, with `mtp_num_layers`.
-        moepp: MoE++ settings.
-        use_transformer_engine: Same as in `get_moepp_layer_spec`.
-        adapt: Same as in `get_moepp_block_spec`.
-        vp_stage: Virtual pipeline stage, or None.
+    Arguments as in `get_moepp_block_spec`.
     """
     if not config.mtp_num_layers:
         return None

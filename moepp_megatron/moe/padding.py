@@ -28,12 +28,8 @@ def local_mask(
 ) -> Tensor:
     """This rank's part of a mask, which megatron-core cuts on the first pipeline stage only.
 
-    Args:
-        padding_mask: [s, b] of the local tokens, or with sequence parallelism of those of all
-            tensor-parallel ranks.
-        tokens: [s, b, ...] the local tokens.
-        config: `sequence_parallel` is read.
-        tp_group: The tensor-parallel ranks.
+    `padding_mask` is [s, b] of the local `tokens` [s, b, ...], or with sequence parallelism of
+    those of all tensor-parallel ranks.
     """
     if config.sequence_parallel and len(padding_mask) == len(tokens) * tp_group.size():
         return padding_mask.chunk(tp_group.size())[tp_group.rank()]

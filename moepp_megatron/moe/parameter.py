@@ -9,12 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 def replicated_parameter(config: TransformerConfig, *shape: int) -> torch.nn.Parameter:
     """A parameter of routers and zero-computation experts, initialised as `config` says.
 
-    Under sequence parallelism every tensor-parallel rank sees other tokens; the mark makes Megatron
+    Under sequence parallelism every tensor-parallel rank sees other tokens; a mark makes Megatron
     sum the gradients over them.
-
-    Args:
-        config: Gives initialisation, dtype, device and sequence parallelism.
-        *shape: The parameter's shape.
     """
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
     # Drawn in fp32 and then rounded, as megatron-core does for its router.

@@ -11,11 +11,11 @@ from moepp_megatron.moe.upstream_settings import refuse_ignored
 
 
 def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerConfig:
-    """The configuration of the router alone.
+    """The configuration of the router only.
 
     megatron-core sizes the router, the experts and the expert-parallel group by one number,
-    `num_moe_experts`. Here it counts FFN experts; the router alone chooses among all experts. Only
-    this function converts between the two counts.
+    `num_moe_experts`, which here counts FFN experts; only this function converts it to the number
+    of all experts, among which the router chooses.
 
     Raises:
         ValueError: Where the two configurations contradict each other, the router would ignore a

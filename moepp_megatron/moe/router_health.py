@@ -41,9 +41,6 @@ _SCALARS = (
 class RouterHealth:
     """Sums of one MoE++ layer on one rank since the last reset.
 
-    Args:
-        config: The layer's settings.
-
     Attributes:
         enabled: Whether forward passes are measured.
         ffn_counts: [T] FFN experts of each token of the newest micro-batch; None before one.
@@ -80,10 +77,10 @@ class RouterHealth:
         bias: Tensor | None,
         padded: Tensor | None = None,
     ) -> None:
-        """Measure one micro-batch's routing.
+        """Measure the routing of one micro-batch.
 
         Args:
-            logits: [T, E] fp32, what the selection was made from.
+            logits: [T, E] fp32 that the selection was made from.
             own_logits: [T, E] fp32 without the residual; `logits` itself where there is none.
             routing_map: [T, E] bool selections that are carried out.
             bias: [E] selection bias, or None.
@@ -121,11 +118,11 @@ class RouterHealth:
 
     @torch.no_grad()
     def add_constants(self, gates: Tensor, mixing: Tensor, constants: Tensor) -> None:
-        """Measure one micro-batch's constant experts.
+        """Measure the constant experts of one micro-batch.
 
         Args:
             gates: [T, E] fp32.
-            mixing: [T, C, 2] fp32, how much of the input each keeps and replaces.
+            mixing: [T, C, 2] fp32, parts of the input that each keeps and replaces.
             constants: [C, D] their vectors.
         """
         gates_TC = gates[:, self._config.columns(CONSTANT)]
@@ -138,11 +135,7 @@ class RouterHealth:
 
     @torch.no_grad()
     def add_rows(self, weight: Tensor) -> None:
-        """Measure how alike the router's rows are.
-
-        Args:
-            weight: [E, ...] the matrix that gives the logits.
-        """
+        """Measure the likeness of the rows of `weight` [E, ...], which gives the logits."""
         rows = F.normalize(weight.float().flatten(1), dim=-1)
         others = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
         cosines = (rows @ rows.T)[others].abs()
@@ -150,14 +143,12 @@ class RouterHealth:
         self._sums["copies"] = cosines.new_ones(())
 
     def watch_gradients(self, logits: Tensor, attached: Tensor) -> None:
-        """Compare, when the backward pass comes, the balance loss's pull with the model's.
+        """Compare, in the backward pass, the balance loss's pull with the model's.
 
         A z-loss counts with the balance loss. The model's pull is what else reaches the logits:
-        through the gates, and through later layers' residuals, their balance losses included.
-
-        Args:
-            logits: [..., E] differentiable; every use of them has to come from this tensor.
-            attached: The balance loss as it is attached (`balance.attached_loss`).
+        through the gates, and through later layers' residuals, their balance losses included. Every
+        use of the [..., E] `logits` has to come from this tensor; `attached` is the balance loss as
+        `balance.attached_loss` returns it.
         """
         (pull,) = torch.autograd.grad(attached, logits, retain_graph=True)
 

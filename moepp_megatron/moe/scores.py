@@ -24,10 +24,8 @@ _LEAST_LOGIT = -40.0
 class Score(NamedTuple):
     """A score function of logits [..., E].
 
-    Attributes:
-        scores: The scores.
-        logs: Their logarithms, which do not underflow, up to a constant for each token.
-        sums_to_one: Whether a token's scores do.
+    `logs` are logarithms of the scores, which do not underflow, up to a constant for each token.
+    `sums_to_one` says whether a token's scores do.
     """
 
     scores: Callable[[Tensor], Tensor]
@@ -62,11 +60,7 @@ SCORES: dict[str, Score] = {
 
 
 def score_of(config: MoEPPConfig) -> Score:
-    """The score function that `config.score_function` names.
-
-    Raises:
-        ValueError: If it is not listed.
-    """
+    """The score function that `config.score_function` names; ValueError if it is not listed."""
     if config.score_function not in SCORES:
         known = " or ".join(SCORES)
         raise ValueError(f"score_function ({config.score_function}) is unknown; use {known}")

@@ -51,8 +51,6 @@ def get_moepp_layer_spec(
     zero-computation experts and gating residual it is megatron-core's MoE layer, only counted.
 
     Args:
-        config: The model's configuration; `num_moe_experts` counts FFN experts.
-        moepp: MoE++ settings.
         use_transformer_engine: Transformer Engine's modules, or megatron-core's local ones.
         has_residual: False for the first MoE layer of the model, which has no router before it.
         adapt: Exchanges norms and attention of the back end, or None for the back end's own.
@@ -88,14 +86,7 @@ def get_dense_layer_spec(
     use_transformer_engine: bool,
     adapt: LayerAdapter | None = None,
 ) -> ModuleSpec:
-    """Spec of a layer without experts, which passes the router logits on.
-
-    Args:
-        config: The model's configuration.
-        moepp: MoE++ settings.
-        use_transformer_engine: Same as in `get_moepp_layer_spec`.
-        adapt: Same as in `get_moepp_layer_spec`.
-    """
+    """Spec of a layer without experts, which passes the router logits on."""
     dense = _base_layer_spec(config, None, use_transformer_engine, adapt)
     if moepp.is_vanilla:
         return dense
@@ -115,16 +106,8 @@ def get_moepp_block_spec(
     """Specs of the layers that one pipeline stage builds.
 
     The first MoE layer of the whole model has no gating residual. Dense layers
-    (`TransformerConfig.moe_layer_freq`) hand the logits on.
-
-    Args:
-        config: The model's configuration.
-        moepp: MoE++ settings.
-        use_transformer_engine: Same as in `get_moepp_layer_spec`.
-        adapt: Same as in `get_moepp_layer_spec`, for the final norm too.
-        vp_stage: Virtual pipeline stage, or None.
-        pp_rank: Pipeline rank; Megatron's global one where None.
-        **deprecated: Same as in `get_moepp_layer_spec`.
+    (`TransformerConfig.moe_layer_freq`) hand the logits on. `adapt` is for the final norm too. The
+    pipeline rank is Megatron's global one where None; the rest is as in `get_moepp_layer_spec`.
     """
     adapt = from_deprecated(adapt, deprecated, use_transformer_engine)
     pattern = moe_layer_pattern(config)
@@ -150,10 +133,10 @@ def get_moepp_block_spec(
 
 
 def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
-    """For each layer of the model, whether it is a MoE layer.
+    """Whether each layer of the model is a MoE layer.
 
     Raises:
-        ValueError: If there is none, or the pattern's length is not the number of layers.
+        ValueError: If none is, or the pattern's length is not the number of layers.
     """
     freq = config.moe_layer_freq
     if isinstance(freq, int):
@@ -167,10 +150,7 @@ def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
 
 
 def router_pattern(config: TransformerConfig) -> list[bool]:
-    """Same as `moe_layer_pattern`, with the layers of multi-token prediction behind the decoder's.
-
-    Each is of the kind of the last decoder layer.
-    """
+    """`moe_layer_pattern`, then MTP's layers, each of the kind of the last decoder layer."""
     pattern = moe_layer_pattern(config)
     return pattern + pattern[-1:] * (config.mtp_num_layers or 0)
 

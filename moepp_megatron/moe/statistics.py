@@ -86,7 +86,7 @@ class RoutingStatistics:
             selected: [E] int64 selections of each expert, all of them.
             num_tokens: T; a scalar on the device where some tokens are padding, which do not count.
             kept: [T, E] bool, the selections within capacity; None where nothing is dropped.
-            wanted: [E] int64, what the router wanted; None where that is `selected`.
+            wanted: [E] int64 selections that the router wanted; None where that is `selected`.
         """
         self.selected = selected if self.selected is None else self.selected + selected
         self.num_tokens = self.num_tokens + num_tokens
@@ -98,13 +98,11 @@ class RoutingStatistics:
 
     @torch.no_grad()
     def add_loss(self, name: str, loss: Tensor, num_tokens: Tensor | None = None) -> None:
-        """Count one micro-batch's loss with the weight that it has in training.
+        """Count a micro-batch's loss (`BALANCE` or `Z_LOSS`) with its weight in training.
 
-        Args:
-            name: `BALANCE` or `Z_LOSS`.
-            loss: Scalar: this rank's summand of L_b, or the z-loss of its tokens; without factor.
-            num_tokens: Tokens that it is of, where some are padding; None counts as 1, for
-                micro-batches that are all as large.
+        `loss` is this rank's summand of L_b, or the z-loss of its tokens, without factor.
+        `num_tokens` are its tokens where some are padding; None counts as 1, for micro-batches of
+        equal size.
         """
         loss, weight = loss.detach(), 1 if num_tokens is None else num_tokens
         if num_tokens is not None:

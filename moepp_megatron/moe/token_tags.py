@@ -1,16 +1,13 @@
 """Tags that tell MoE++ layers, for each token, what it is counted as.
 
-Routers see hidden vectors. Which token a vector belongs to has to travel with it: a later
-micro-batch may be in its forward pass while this one is computed again for its backward pass. So
-the tags go through `TransformerBlock`'s `context_mask` argument, which the layers of a decoder have
-no other use for and which activation checkpointing keeps with its inputs. Every pipeline stage
-makes them from the token ids that it is given.
+Routers see hidden vectors, and a later micro-batch may be in its forward pass while this one is
+recomputed for its backward pass, so tags travel with the vectors: through `TransformerBlock`'s
+`context_mask` argument, which the layers of a decoder have no other use for and which activation
+checkpointing keeps with its inputs. Every pipeline stage makes them from its token ids.
 
-A *cell* of the expert usage is a range of positions together with a class of token ids by their
-frequency. A *group* is a class of token ids for metrics, finer than that of a cell. A *source* is
-where the text comes from.
-
-A tag holds them as bits of one number: the cell, the group and the source.
+A tag holds as bits of one number a *cell* of the expert usage (a range of positions together with a
+class of token ids by their frequency), a *group* (a class of token ids for metrics, finer than that
+of a cell) and a *source* (where the text comes from).
 """
 
 from __future__ import annotations
@@ -57,16 +54,13 @@ class TokenTags:
         is_sequence_parallel: bool,
         sources: Tensor | None = None,
     ) -> Tensor:
-        """The tags of this rank's tokens.
+        """The tags of this rank's tokens, [s, b] int64, s local to this rank.
 
         Args:
             input_ids: [b, s] int64.
             position_ids: [b, s] int64, from 0 to `seq_length` - 1.
             is_sequence_parallel: Whether each tensor-parallel rank has its part of the sequence.
-            sources: [b, s] int32 data source of each token; None where there is one alone.
-
-        Returns:
-            [s, b] int64, s local to this rank.
+            sources: [b, s] int32 data source of each token; None where there is only one.
         """
         tags = position_ids * self.position_bins // self._seq_length * self.frequency_bins
         if self.classes is not None:
@@ -133,7 +127,7 @@ def count_by_tags(
     """Count one micro-batch's tokens in place. `kernels.tags` does the same on a GPU.
 
     Args:
-        counts: What to add to.
+        counts: Counters to add to.
         made: [T, E] bool selections before any capacity limit; none of padding.
         wanted: [T, E] bool selections that the router wants; None where they are made.
         tags: [s, b] int64 tags.

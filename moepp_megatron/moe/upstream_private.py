@@ -32,7 +32,6 @@ class PrivateName:
         name: The method, or the attribute that the class's constructor sets.
         use: Whether it is called, overridden, or read (or set).
         parameters: Names of the parameters that this package relies on.
-        reason: What it is needed for.
     """
 
     module: str
@@ -198,10 +197,7 @@ class UpstreamMovedError(ImportError):
 
 @cache
 def check_upstream(names: tuple[PrivateName, ...] = _LAYER_NAMES) -> None:
-    """Look for names, once a process.
-
-    Args:
-        names: `_LAYER_NAMES`, or `PRIVATE_NAMES` for a run of this package's own trainer.
+    """Look for names once a process: `_LAYER_NAMES`, or `PRIVATE_NAMES` for this package's trainer.
 
     Raises:
         UpstreamMovedError: Naming the version, and each name that is gone or takes other arguments.

@@ -27,7 +27,6 @@ class Refused:
 
     Attributes:
         allowed: The values that it may have; the first one is the remedy.
-        reason: Why no other value is possible.
         instead: What to set for the same purpose; empty where there is nothing.
     """
 
@@ -204,11 +203,7 @@ IDLE: dict[str, str] = {
 
 
 def refuse_ignored(config: Any, moepp: MoEPPConfig) -> None:
-    """Refuse settings of a MoE++ model that its layers would ignore.
-
-    Args:
-        config: megatron-core's `TransformerConfig`.
-        moepp: The layer's settings.
+    """Refuse settings of a MoE++ model's `TransformerConfig` that its layers would ignore.
 
     Raises:
         ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.
@@ -232,12 +227,7 @@ def refuse_ignored(config: Any, moepp: MoEPPConfig) -> None:
 
 
 def refuse_setting(config: Any, name: str, user: str = "the MoE++ layer") -> None:
-    """Refuse one of the settings of `REFUSED` where it is not as it must be.
-
-    Args:
-        config: megatron-core's `TransformerConfig`.
-        name: The setting.
-        user: What cannot honour it.
+    """Refuse one of the settings of `REFUSED` where `user`, which cannot honour it, needs another.
 
     Raises:
         ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.

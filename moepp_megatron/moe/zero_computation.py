@@ -74,7 +74,7 @@ class ZeroComputationExperts(MegatronModule):
         return owner.constants
 
     def use_constants_of(self, owner: ZeroComputationExperts) -> None:
-        """Replace the own V by that of `owner`, which alone counts it among its parameters.
+        """Replace V by that of `owner`, the only one to count it among its parameters.
 
         So optimizer, gradient reduction and checkpoints see one tensor, under the owner's name.
         """
@@ -100,13 +100,13 @@ class ZeroComputationExperts(MegatronModule):
         Args:
             x: [T, D] the layer's input.
             gates: [T, E] fp32 gates of all experts, 0 where not selected.
-            addend: [T, D] what to add them to, dtype of `x`, left as it is; None for nothing.
+            addend: [T, D], dtype of `x`, to add the output to, left as it is; None for nothing.
             mixing_logits: [T, 2C] fp32 U x where the router has computed it
                 (`Routing.mixing_logits`); None has it computed here.
 
         Returns:
-            [T, D], dtype of `x`, a tensor of its own that may be added to in place; None where
-            there is nothing to add up.
+            [T, D], dtype of `x`, a new tensor that may be added to in place; None where there is
+            nothing to add up.
         """
         moepp = self.moepp
         if moepp.num_zero_computation_experts == moepp.num_zero_experts:
@@ -135,11 +135,7 @@ class ZeroComputationExperts(MegatronModule):
         routing_map: Tensor,
         mixing_logits: Tensor | None = None,
     ) -> Ingredients | None:
-        """The inputs that `forward` uses; arguments as there and in `Ingredients`.
-
-        Returns:
-            None where there is nothing but zero experts.
-        """
+        """The inputs that `forward` uses; None where there is nothing but zero experts."""
         if self.moepp.num_constant_experts > 0:
             logits = self._mixing_logits(x, mixing_logits)
             return Ingredients(x, gates, routing_map, logits, self.vectors)
@@ -180,11 +176,7 @@ class ZeroComputationExperts(MegatronModule):
 
 
 def share_constants(model: torch.nn.Module) -> None:
-    """Let all MoE layers of a model use the first one's V.
-
-    Args:
-        model: The whole model, on one pipeline stage.
-    """
+    """Let all MoE layers of a whole model, on one pipeline stage, use the first one's V."""
     layers = [m for m in model.modules() if isinstance(m, ZeroComputationExperts)]
     owner = next(iter(layers), None)
     if owner is None or owner.moepp.num_constant_experts == 0:

@@ -33,9 +33,6 @@ def use_kernels(fused: Fused) -> bool:
     Triton's interpreter (the variable TRITON_INTERPRET, set before Triton is imported) runs them
     on CPU tensors, thousands of times slower: only `fused=True` takes it.
 
-    Args:
-        fused: `MoEPPConfig.fused`.
-
     Raises:
         RuntimeError: If `fused` is True without a GPU with Triton and without the interpreter.
     """
@@ -49,11 +46,7 @@ def use_kernels(fused: Fused) -> bool:
 
 
 def start_one(device: torch.device) -> None:
-    """Compile and launch a small kernel: what keeps all of them from running shows here.
-
-    Raises:
-        RuntimeError: If it cannot be compiled or launched; names the cause.
-    """
+    """Compile and launch a small kernel; RuntimeError with the cause where none can run."""
     from moepp_megatron.moe.kernels.rows import rows_of_tokens
 
     try:

@@ -7,17 +7,14 @@ The definition is the code that runs without kernels: the dispatcher's unpermuta
 for s and A, against one read of each operand and one write here, summed in fp32 and rounded once. x
 is read only for tokens that selected a copy or constant expert.
 
-Together or apart. Where nothing travels (one expert-parallel rank), one kernel does it all, and
-nothing is written and read in between. Where outputs travel, `add_local` does zero-computation and
-shared experts in the meantime, and this kernel adds their sum as its addend. After the arrival that
-reads T D where x would be read for some tokens, but no output of shared experts besides. In the
-backward pass the rows' gradients leave after no more than their own making; x and V are read and
-their gradients written while they travel. So the way back gains more than the way there loses, and
-the travel is longer than the work: a row takes seven times as long over NVLink (450 GB/s) as
-through memory (3.35 TB/s), and more over a network. Autograd runs nodes in the reverse order of
-their creation, hence `add_local` before the wait. A dispatcher that adds up FFN experts' outputs by
-itself (all-gather, flex) hands over finished tokens, which are the addend of `add_local`. In the
-combined schedule `add_local` runs before the dispatch.
+Where nothing travels (one expert-parallel rank), one kernel does it all. Where outputs travel,
+`add_local` does zero-computation and shared experts in the meantime, and this kernel adds their sum
+as its addend; in the backward pass the rows' gradients leave first, and x and V are read while they
+travel. A row takes seven times as long over NVLink (450 GB/s) as through memory (3.35 TB/s), so
+that pays. Autograd runs nodes in the reverse order of their creation, hence `add_local` before the
+wait. A dispatcher that adds up FFN experts' outputs by itself (all-gather, flex) hands over
+finished tokens, which are the addend of `add_local`. In the combined schedule `add_local` runs
+before the dispatch.
 
 Bytes per token: forward reads the rows, x where it is used, addend, gates, map and mixing logits
 and writes D elements. Backward reads D and x, writes the rows and D, and besides writes and reads
@@ -65,7 +62,9 @@ def combine(
     addend: Tensor | None,
     config: MoEPPConfig,
 ) -> Tensor:
-    """Add up what the experts of each token return.
+    """[T, D] sum of what a token's experts return, dtype of `rows`.
+
+    Differentiable in rows, x, gates, mixing logits, V and addend.
 
     Args:
         rows: [R, D] FFN experts' outputs, times their gates.
@@ -75,9 +74,6 @@ def combine(
             that it did not select must be 0; their gradient is meaningless.
         addend: [T, D] shared experts' output; None for none.
         config: `expert_input_scale` and the experts' columns are read.
-
-    Returns:
-        [T, D], dtype of `rows`. Differentiable in rows, x, gates, mixing logits, V and addend.
     """
     parts = (None,) * 5 if zero is None else tuple(zero)
     return _Combine.apply(rows, table, *parts, addend, config)
@@ -208,12 +204,7 @@ def _columns(config: MoEPPConfig, given: Tensor | None) -> dict[str, int]:
 
 
 def _chunk(num_tokens: int, parts: int, block_c: int) -> int:
-    """Tokens that one program of the backward pass adds up for V's gradient.
-
-    Few give enough programs; many write less: partial sums are 4 C D / chunk bytes per token, with
-    eight times as many tokens as constants an eighth of what the kernel moves besides, or less. A
-    power of two, because the kernel is compiled for each.
-    """
+    """Tokens, a power of two, that a program of the backward pass adds up for V's gradient."""
     chunk, longest = 2 * _BLOCK_T, max(128, 8 * block_c)
     while chunk < longest and num_tokens * parts >= 2 * chunk * _PROGRAMS:
         chunk *= 2
@@ -221,11 +212,5 @@ def _chunk(num_tokens: int, parts: int, block_c: int) -> int:
 
 
 def _stages(block_c: int, is_backward: bool) -> int:
-    """Tokens' tiles that a program has under way.
-
-    In the backward pass one leaves registers for a second program on a processor up to 32 columns
-    of V. There is none with more, and the loads of a program by itself have to run ahead of its
-    products. Beyond 128 columns the gates and mixing logits of several tiles do not fit the shared
-    memory.
-    """
+    """Tiles that a program has under way, by the registers and shared memory that they take."""
     return 1 if block_c > 128 or (is_backward and block_c <= 32) else 3

@@ -40,10 +40,7 @@ def _product_of_like(a, b, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
 def _shares(  # type: ignore[no-untyped-def]
     mixing_ptr, token, is_token, scale, CONSTANTS: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """[tokens, BLOCK_C] what experts keep of their input and what they replace.
-
-    A softmax over two for constant experts, 1 and 0 for the columns of others.
-    """
+    """[tokens, BLOCK_C] kept and replaced parts of the input: a softmax; 1 and 0 elsewhere."""
     constant = tl.arange(0, BLOCK_C)
     keep = tl.full([token.shape[0], BLOCK_C], 1.0, tl.float32)
     replace = tl.zeros([token.shape[0], BLOCK_C], tl.float32)

@@ -35,19 +35,16 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Cross entropy of each token; the backward pass writes the gradient over the logits.
+    """[...] fp32 cross entropy of each token, the same on all ranks of the group.
 
-    Whoever reads the logits for a gradient after that gets autograd's error of a tensor changed in
-    place; so does a second backward pass.
+    The backward pass writes the gradient over the logits: a second backward pass, or another
+    reader of them, gets autograd's error of a tensor changed in place.
 
     Args:
         logits: [..., V] bf16 or fp32, columns of rank r from r V on.
         labels: [...] int64. With an id of no rank the logit of the label counts as the largest
             one, as megatron-core has it; its loss is to be masked.
         group: The tensor-parallel group; None for a vocabulary that is not shared.
-
-    Returns:
-        [...] fp32, the same on all ranks of the group.
     """
     loss: Tensor = _CrossEntropy.apply(logits, labels, group)
     return loss

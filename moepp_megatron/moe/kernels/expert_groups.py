@@ -13,7 +13,7 @@ def in_best_groups(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The columns that a tile's tokens may select.
 
-    They are zero-computation experts, and the FFN experts of those KEPT groups whose RANKED largest
+    Zero-computation experts, and the FFN experts of those KEPT groups whose RANKED largest
     affinities add up to most.
     """
     # NaN counts as the largest, so that each pass below takes away an expert, and a group.
