@@ -23,19 +23,12 @@ from torch.distributed import ProcessGroup
 class AllHeadsRMSNorm(torch.nn.Module):
     """One of the two norms; it takes the place of a norm per head in `SelfAttention`.
 
-    Every rank has the whole weight and uses the part of its own heads. megatron-core adds up the
-    gradients of weights named `q_layernorm` and `k_layernorm` over tensor-parallel ranks, as a
-    weight needs whose parts are used by different ranks. With fewer key heads than ranks, several
-    ranks have the same key, and each has only the gradient from its own queries.
+    Every rank has the whole weight ([num_heads * C], in the order of heads) and uses the part of
+    its own heads. megatron-core adds up the gradients of weights named `q_layernorm` and
+    `k_layernorm` over tensor-parallel ranks. With fewer key heads than ranks, several ranks have
+    the same key, and each has only the gradient from its own queries.
 
-    Args:
-        config: The model's configuration.
-        hidden_size: C, width of one head.
-        eps: Added to the mean square.
-        num_heads: Heads of all ranks together.
-
-    Attributes:
-        weight: [num_heads * C], in the order of heads.
+    `hidden_size` is C, the width of one head; `num_heads` are those of all ranks together.
     """
 
     def __init__(
@@ -71,10 +64,7 @@ def all_heads_norms(heads: int, groups: int) -> tuple[LayerNormBuilder, LayerNor
 
 
 class _Normalise(torch.autograd.Function):
-    """`w x r` with `r = (sum of x^2 over all ranks / count + eps)^(-1/2)`.
-
-    An explicit autograd function, so that `x` is kept in its dtype and not as an fp32 copy.
-    """
+    """`w x r`, `r = (sum of x^2 over all ranks / count + eps)^(-1/2)`; keeps `x` in its dtype."""
 
     @staticmethod
     def forward(

@@ -31,22 +31,11 @@ class ContextParallelAttention(MegatronModule):
 
     The result is that of `DotProductAttention` on one rank. It holds keys and values of whole
     sequences for the time of its forward and backward pass, in exchange for one collective each
-    way.
-
-    Args:
-        config: The model's configuration.
-        layer_number: Global layer number, 1-based.
-        attn_mask_type: Must be causal.
-        attention_type: Same as in megatron-core; unused.
-        attention_dropout: Replaces the configuration's value; must be 0.
-        softmax_scale: Factor on the scores; 1 / sqrt(d) where None.
-        cp_comm_type: Must be None or "all_gather".
-        pg_collection: Process groups `cp`; Megatron's global ones where None.
-        k_channels: Width of queries and keys; unused, because the tensors have it.
-        v_channels: Width of values; unused for the same reason.
+    way. `softmax_scale` is 1 / sqrt(d) where None; the tensors have the widths of heads.
 
     Raises:
-        ValueError: If a setting cannot be honoured.
+        ValueError: If a setting cannot be honoured: a mask that is not causal, dropout, a
+            `cp_comm_type` other than "all_gather".
     """
 
     def __init__(
@@ -81,7 +70,7 @@ class ContextParallelAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend from this rank's tokens to all tokens up to them.
+        """Attend from this rank's tokens to all tokens up to them: [S, b, n * v], dtype of `query`.
 
         Args:
             query: [S, b, n, d] this rank's two chunks, the early one first.
@@ -90,11 +79,6 @@ class ContextParallelAttention(MegatronModule):
             attention_mask: [b, 1, S, s] bool for this rank's queries and all keys, True where a
                 query must not see a key (`document_attention.dense_mask`); None is the causal mask.
             attn_mask_type: Unused; the constructor's value decides.
-            attention_bias: Must be None.
-            packed_seq_params: Must be None.
-
-        Returns:
-            [S, b, n * v], dtype of `query`.
 
         Raises:
             ValueError: If there is a bias or packed sequences, or S is odd.
@@ -117,18 +101,7 @@ class ContextParallelAttention(MegatronModule):
     def _attend(
         self, query: Tensor, start: int, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Causal attention of consecutive tokens, the first at position `start`.
-
-        Args:
-            query: [c, b, n, d].
-            start: Position of the first query in the sequence.
-            key: [s, b, g, d].
-            value: [s, b, g, v].
-            mask: [b, 1, c, s] bool, True where a query must not see a key; None is the causal mask.
-
-        Returns:
-            [c, b, n, v].
-        """
+        """[c, b, n, v] causal attention of c consecutive tokens, the first at position `start`."""
         # No query of the chunk sees a key behind the chunk.
         end = start + query.shape[0]
         if mask is None:
@@ -140,15 +113,7 @@ class ContextParallelAttention(MegatronModule):
 
 
 def _chunk_starts(num_local_tokens: int, group: torch.distributed.ProcessGroup) -> tuple[int, int]:
-    """Positions of the first tokens of this rank's two chunks.
-
-    Args:
-        num_local_tokens: Tokens of a sequence on each rank of the group, both chunks.
-        group: Context-parallel group.
-
-    Raises:
-        ValueError: If the tokens do not make two chunks.
-    """
+    """Positions of the first tokens of this rank's two chunks; ValueError for an odd number."""
     if num_local_tokens % 2:
         raise ValueError(
             f"sequence length of a context-parallel rank ({num_local_tokens}) must be divisible by "
@@ -159,11 +124,7 @@ def _chunk_starts(num_local_tokens: int, group: torch.distributed.ProcessGroup) 
 
 
 class _GatherSequence(torch.autograd.Function):
-    """[S, b, g, d] of every rank to [s, b, g, d] in the order of positions.
-
-    Every rank needs the gradient that all ranks' queries give to its keys: backward is a
-    reduce-scatter, summed in fp32 and rounded once.
-    """
+    """[S, b, g, d] of all ranks in order of positions; backward: fp32 reduce-scatter."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
@@ -192,11 +153,7 @@ def _refuse_unsupported(
     dropout: float,
     cp_comm_type: str | None,
 ) -> None:
-    """Refuse settings that would silently change the result.
-
-    Raises:
-        ValueError: If a rule is broken; names the setting, its value, the rule and a remedy.
-    """
+    """Refuse settings that would silently change the result; ValueError if a rule is broken."""
     rules: tuple[tuple[str, object, tuple[object, ...]], ...] = (
         ("attention_dropout", dropout, (0.0,)),
         ("attn_mask_type", attn_mask_type, (AttnMaskType.causal,)),

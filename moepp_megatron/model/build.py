@@ -34,13 +34,8 @@ from moepp_megatron.runtime.optional import have_transformer_engine
 def build_model(config: Config) -> list[LanguageModule]:
     """This rank's model chunks with initial weights, on this rank's device, in `precision.dtype`.
 
-    Process groups must exist (`moepp_megatron.runtime.distributed.build_groups`).
-
-    Returns:
-        One chunk, or one per virtual pipeline stage.
-
-    Raises:
-        UnfitError: If the installed megatron-core lacks a part that the layers use.
+    Process groups must exist (`moepp_megatron.runtime.distributed.build_groups`). There is a chunk
+    per virtual pipeline stage. UnfitError if megatron-core lacks a part that the layers use.
     """
     chunks = [chunk.to(torch.cuda.current_device()) for chunk in build_chunks(config)]
     initialize_weights(chunks, config.training.seed)
@@ -48,10 +43,7 @@ def build_model(config: Config) -> list[LanguageModule]:
 
 
 def build_chunks(config: Config) -> list[LanguageModule]:
-    """This rank's model chunks with uninitialised weights, on the device where they were built.
-
-    Process groups must exist.
-    """
+    """This rank's model chunks with uninitialised weights; process groups must exist."""
     try:
         check_upstream(PRIVATE_NAMES)
     except UpstreamMovedError as error:

@@ -34,16 +34,8 @@ def suits_causal_attention(config: TransformerConfig) -> bool:
 class CausalAttention(MegatronModule):
     """Core attention of a layer whose sequences are whole on this rank.
 
-    Args:
-        config: The model's configuration, which `suits_causal_attention`.
-        layer_number: Global layer number, 1-based.
-        attn_mask_type: Must be causal.
-        softmax_scale: Factor on the scores; 1 / sqrt(d) where None.
-        **unused: What megatron-core gives to core attentions beside these: groups, dropout and the
-            widths of heads, which the tensors have.
-
-    Raises:
-        ValueError: If the mask is another one.
+    `softmax_scale` is 1 / sqrt(d) where None. Unused are groups, dropout and the widths of heads,
+    which the tensors have. ValueError if the mask is not causal.
     """
 
     def __init__(
@@ -73,7 +65,7 @@ class CausalAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend from each token to all tokens up to it.
+        """Attend from each token to all tokens up to it: [S, b, n * v], dtype of `query`.
 
         Args:
             query: [S, b, n, d], the last S of s tokens (all of them in training).
@@ -82,11 +74,6 @@ class CausalAttention(MegatronModule):
             attention_mask: [b, 1, S, s] bool, True where a query must not see a key, later keys
                 included (`document_attention.dense_mask`); None is the causal mask.
             attn_mask_type: Unused; the constructor's value decides.
-            attention_bias: Must be None.
-            packed_seq_params: Must be None.
-
-        Returns:
-            [S, b, n * v], dtype of `query`.
 
         Raises:
             ValueError: If there is a bias or packed sequences.
@@ -120,7 +107,7 @@ def attend(
     *,
     is_causal: bool = False,
 ) -> Tensor:
-    """Attention by torch's kernels, which do not write the scores.
+    """Attention by torch's kernels, which do not write the scores: [S, b, n, v], dtype of `query`.
 
     Args:
         query: [S, b, n, d].
@@ -128,10 +115,7 @@ def attend(
         value: [s, b, g, v].
         mask: [S, s] or [b, 1, S, s] bool, True where a query sees a key; None for no mask.
         scale: Factor on the scores; 1 / sqrt(d) where None.
-        is_causal: A query sees the keys up to its own position; S is s, and there is no mask.
-
-    Returns:
-        [S, b, n, v], dtype of `query`.
+        is_causal: A query sees the keys up to its position; S is s, and there is no mask.
     """
     repeats = query.shape[2] // key.shape[2]
     if repeats > 1 and not _takes_shared_keys(query, mask):
@@ -149,20 +133,12 @@ def attend(
 
 
 def _takes_shared_keys(query: Tensor, mask: Tensor | None) -> bool:
-    """Whether a kernel takes fewer heads of keys than of queries; else torch writes the scores.
-
-    Of torch 2.11's kernels for a GPU only flash attention does, and it takes neither a mask nor
-    fp32.
-    """
+    """Whether a kernel takes fewer key heads than query heads: in torch 2.11, flash attention."""
     return query.device.type == "cpu" or (mask is None and query.dtype is not torch.float32)
 
 
 def refuse_unused(name: str, **given: object) -> None:
-    """Refuse what a causal core attention over whole sequences would not honour.
-
-    Raises:
-        ValueError: If anything is given; names it and a remedy.
-    """
+    """Refuse (ValueError) what a causal core attention over whole sequences would not honour."""
     for argument, value in given.items():
         if value is not None:
             raise ValueError(

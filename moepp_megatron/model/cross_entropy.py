@@ -7,26 +7,20 @@ from torch import Tensor
 
 
 class WithCrossEntropy(LanguageModule):
-    """A language model of megatron-core whose loss may be that of `moe.kernels.cross_entropy`.
+    """A language model whose loss is `moe.kernels.cross_entropy` if `fuses_cross_entropy`.
 
-    Attributes:
-        fuses_cross_entropy: Whether it is; else megatron-core computes it, in the way that
-            `TransformerConfig.cross_entropy_loss_fusion` says.
+    Else megatron-core computes it as `TransformerConfig.cross_entropy_loss_fusion` says.
     """
 
     fuses_cross_entropy = False
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """The cross entropy of each token.
+        """[b, s] fp32 cross entropy of each token.
 
         Args:
-            labels: [b, s] int64 token ids; the loss of an id that is not in the vocabulary is to
-                be masked.
+            labels: [b, s] int64; the loss of an id that is not in the vocabulary is to be masked.
             logits: [s, b, V / tp] this rank's columns. The backward pass of the fused kernels
                 writes the gradient over them.
-
-        Returns:
-            [b, s] fp32.
         """
         if not self.fuses_cross_entropy:
             loss: Tensor = super().compute_language_model_loss(labels, logits)

@@ -21,15 +21,7 @@ from torch import Tensor
 
 
 def document_numbers(tokens: Tensor, eod: int) -> Tensor:
-    """Which document of its sequence each token belongs to; EOD belongs to the one it ends.
-
-    Args:
-        tokens: [b, s] int64.
-        eod: The end-of-document token.
-
-    Returns:
-        [b, s] int64, from 0 in each sequence.
-    """
+    """[b, s] int64 number of each token's document in its sequence, from 0; EOD ends a document."""
     ends = (tokens == eod).long()
     return ends.cumsum(dim=-1) - ends
 
@@ -44,8 +36,7 @@ def dense_mask(documents: Tensor) -> Tensor:
 def document_ends(documents: Tensor) -> Tensor:
     """[n + 1] int32: 0, and the token behind each document of sequences one after the other.
 
-    Args:
-        documents: [b, s], on the CPU: how many there are is read.
+    `documents` [b, s] are on the CPU, because their number is read.
     """
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -67,19 +58,10 @@ def packed_attention() -> type:
             attn_mask_type: AttnMaskType,
             **kwargs: Any,
         ) -> Tensor:
-            """Attend within documents.
+            """Attend within documents: [s, b, n * v] from query [s, b, n, d], key and value.
 
-            Args:
-                query: [s, b, n, d].
-                key: [s, b, g, d].
-                value: [s, b, g, v].
-                attention_mask: `document_ends` of the micro-batch; None is causal attention over
-                    whole sequences, as in generation.
-                attn_mask_type: Same as in megatron-core.
-                **kwargs: Same as in megatron-core.
-
-            Returns:
-                [s, b, n * v].
+            `attention_mask` are the `document_ends` of the micro-batch; None is causal attention
+            over whole sequences, as in generation.
             """
             if attention_mask is None:
                 whole: Tensor = super().forward(query, key, value, None, attn_mask_type, **kwargs)

@@ -18,14 +18,11 @@ from torch import Tensor
 def fp8_weights_as_plain(model: torch.nn.Module) -> Iterator[None]:
     """A context in which every FP8 weight is a plain parameter of its dtype, which may be written.
 
-    A part of an FP8 weight cannot be written by itself, because all values of a block, or of the
-    whole tensor, share a scale: the two halves of a gated FFN's weight are such parts, and so is
-    what a checkpoint calls a tensor. At the end each weight is quantised once, as a whole, and the
-    value that Transformer Engine keeps for the optimizer's fp32 copy is replaced too
+    A part of an FP8 weight cannot be written by itself, because the values of a block, or of the
+    whole tensor, share a scale: a half of a gated FFN's weight is such a part, and so is what a
+    checkpoint calls a tensor. At the end each weight is quantised once, and the value that
+    Transformer Engine keeps for the optimizer's fp32 copy is replaced too
     (`get_high_precision_init_val`): otherwise the first step would bring back the old weight.
-
-    Args:
-        model: Any module; without FP8 weights nothing happens.
     """
     exchanged = []
     for module in model.modules():

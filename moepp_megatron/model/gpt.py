@@ -25,17 +25,8 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
     """A pipeline stage (or the whole) of a GPT model with MoE++ layers.
 
     A stage that is not the first receives hidden states with the lane glued on and takes them
-    apart; a stage that is not the last glues them together again. Everything between is
-    `TransformerBlock`'s own `context` argument.
-
-    Args:
-        config: The model's configuration.
-        *args: Same as `GPTModel`.
-        moepp: MoE++ settings.
-        **kwargs: Same as `GPTModel`.
-
-    Attributes:
-        token_tags: Computes the tags that routers get with each token; None gives no tags.
+    apart; a stage that is not the last glues them together again. Between them the lane is
+    `TransformerBlock`'s `context` argument. `token_tags` computes the tags that routers get.
 
     Raises:
         ValueError: If layers on several stages are to share their constants.
@@ -74,10 +65,7 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
     def forward(self, *args: Any, sources: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Same as `GPTModel.forward`; all stages but the last return [s, b, D + lane columns].
 
-        Args:
-            *args: Token ids, positions, and the rest of what `GPTModel` takes.
-            sources: [b, s] data source of each token, for the tags; None where there is one.
-            **kwargs: Same as `GPTModel.forward`.
+        `sources` are the [b, s] data sources of the tokens, for the tags; None where there is one.
         """
         lane = None
         if self._receives_lane:
@@ -106,10 +94,7 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
         loss_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Same as `GPTModel._postprocess`, with this package's loss of further tokens.
-
-        Without gradients, as in validation, generation and scoring, the MTP layers do not run.
-        """
+        """Same as `GPTModel._postprocess`, with our MTP loss; without gradients MTP is skipped."""
         if not self.mtp_process:
             return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **kwargs)
         further: list[Tensor] = []
@@ -175,13 +160,9 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
         return MoEPPChunkPlan(self, input_ids, position_ids, attention_mask, **kwargs)
 
     def with_lane(self, hidden_states: Tensor) -> Tensor:
-        """The input of this chunk's first layer in the combined schedule.
+        """[s, b, D + lane columns] input of this chunk's first layer in the combined schedule.
 
-        Args:
-            hidden_states: [s, b, D] embeddings, or the input from the stage before, lane included.
-
-        Returns:
-            [s, b, D + lane columns].
+        `hidden_states` are [s, b, D] embeddings, or the input from the stage before, lane included.
         """
         if self._receives_lane or lane_columns(self.moepp, self.config.params_dtype) == 0:
             return hidden_states

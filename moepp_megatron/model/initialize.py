@@ -26,15 +26,11 @@ _RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "linear_fc2.weight
 
 
 def initialize_weights(chunks: Iterable[LanguageModule], seed: int) -> None:
-    """Initialise every parameter of the local model chunks in place.
+    """Initialise every parameter of this rank's model chunks, before any wrapper, in place.
 
     Matrices are drawn from N(0, init_method_std), projections into the residual stream from
     N(0, init_method_std / sqrt(number of such projections in depth)), norms are 1, biases 0,
     and constant experts' vectors 0 under `MoEPPConfig.constant_init` zero.
-
-    Args:
-        chunks: Model chunks of this rank, before any wrapper.
-        seed: Seed of the run.
     """
     for chunk in chunks:
         config = chunk.config
@@ -72,11 +68,7 @@ def _fill(tensor: ShardedTensor, seed: int, std: float, branches: int) -> None:
 
 
 def _global_shard(tensor: ShardedTensor, seed: int) -> Tensor:
-    """This rank's part of the standard normal tensor that (seed, key) names, fp32 on the CPU.
-
-    Leading axes that only number copies of a tensor (experts) are part of the name, so a rank
-    draws no expert but its own.
-    """
+    """This rank's part of the fp32 normal tensor of (seed, key and expert's number)."""
     prepended = tensor.prepend_axis_num
     name = (tensor.key, *tensor.global_offset[:prepended])
     digest = hashlib.sha256(repr((seed, name)).encode()).digest()

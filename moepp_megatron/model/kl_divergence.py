@@ -21,7 +21,10 @@ def kl_divergence(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> Tensor:
-    """The divergence of each token, exact for a vocabulary that tensor-parallel ranks share.
+    """[s, b] fp32 divergence of each token in nats, exact for a vocabulary that ranks share.
+
+    It is at least 0 up to rounding. Where both logits are the same it is exactly 0 on one rank or
+    two; more ranks may add up the two sums of exponentials in other orders.
 
     Args:
         logits: [s, b, V / tp] this rank's columns of the model's logits; they may be overwritten
@@ -29,12 +32,8 @@ def kl_divergence(
         teacher_logits: [s, b, V / tp] the same columns of the teacher's; no gradient.
         group: The tensor-parallel ranks.
         temperature: T.
-        top_k: Compare the teacher's so many largest logits alone (more where some are equal to the
-            least of them), both softmaxes being over these; None compares all.
-
-    Returns:
-        [s, b] fp32 in nats, at least 0 up to rounding. Where both logits are the same it is exactly
-        0 on one rank or two; more ranks may add up the two sums of exponentials in other orders.
+        top_k: Compare only this many of the teacher's largest logits (more where some are equal to
+            the least of them), both softmaxes being over these; None compares all.
     """
     kept = None if top_k is None else _largest(teacher_logits, top_k, group)
     divergence: Tensor = _Divergence.apply(logits, teacher_logits, kept, group, temperature)

@@ -36,11 +36,6 @@ class LatentDotProductAttention(DotProductAttention):
     """megatron-core's core attention, for queries and values of different widths.
 
     It takes the output's width from `TransformerConfig.kv_channels`, which must be that of values.
-
-    Args:
-        k_channels: Width of a head's query and key; unused, because the tensors have it.
-        v_channels: Width of a head's value, `kv_channels`.
-        **kwargs: Same as `DotProductAttention`.
     """
 
     def __init__(
@@ -60,19 +55,7 @@ class _LocalLatentAttention(MLASelfAttention):
     """Latent attention whose compressions are split over tensor-parallel ranks."""
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Compress queries, and keys and values, as the whole modules would.
-
-        megatron-core's caller gathers the keys' part itself, and the gradient that it sends back
-        there covers only the rank's own heads. Therefore this method splits the keys' part over
-        the sequence and gathers it itself, with a sum of gradients.
-
-        Args:
-            hidden_states: [s / tp, b, D].
-
-        Returns:
-            [s / tp, b, q_lora_rank], or the input where queries are not compressed, and
-            [s / tp, b, kv_lora_rank + qk_pos_emb_head_dim].
-        """
+        """Compress q and kv; gather kv here, with a sum of gradients that megatron-core's lacks."""
         queries, keys = super()._qkv_down_projection(hidden_states)
         if self.config.tensor_model_parallel_size > 1:
             keys = gather_from_tensor_model_parallel_region(keys, group=self.tp_group)

@@ -242,11 +242,7 @@ def _kernel_fields(config: Config) -> dict[str, object]:
 
 
 def _fp8_fields(config: Config) -> dict[str, object]:
-    """How Transformer Engine's modules quantise.
-
-    All other parts are unaffected: router, gating residual, zero-computation experts,
-    embedding and output layer.
-    """
+    """How Transformer Engine's modules quantise; routers and embedding are not quantised."""
     precision = config.precision
     if precision.recipe is None:
         return {}

@@ -11,14 +11,13 @@ from torch import Tensor
 
 
 class MultiTokenLoss:
-    """Attaches the loss of further tokens to the hidden states, and adds it up for the log.
+    """Attaches the loss of multi-token prediction to the hidden states, and adds it up for the log.
 
     The loss of depth k is the sum over positions i of the cross entropy of token i + 1 + k, counted
     where the loss mask counts that token. All depths' together weigh `mtp_loss_scaling_factor`, and
-    are divided by the tokens of the model's own loss (the paper's 1/T). So it is a sum over tokens
-    like that loss, the same in every layout. megatron-core's `process_mtp_loss` divides by the
-    tokens of a micro-batch that have a further token, so that with a loss mask, or with
-    context parallelism, the gradients would depend on how tokens are shared out.
+    are divided by the tokens of the model's own loss (the paper's 1/T), so it is the same in every
+    layout. megatron-core's `process_mtp_loss` divides by the tokens of a micro-batch that have such
+    a token: with a loss mask or context parallelism, gradients would depend on the layout.
 
     Attributes:
         sums: [depths, 2] float64 on the device since the last reset: sum of losses, and tokens;

@@ -12,11 +12,10 @@ from moepp_megatron.runtime.optional import fused_rms_norm
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """`torch.nn.RMSNorm` whose weight gradient Megatron sums over tensor-parallel ranks.
+    """`torch.nn.RMSNorm` with a mark by which Megatron sums its gradient over tensor ranks.
 
-    megatron-core's local norm refuses sequence parallelism because torch's norm does not mark its
-    weight: each rank sees other tokens, so the marked gradients must be added up. Where apex is
-    installed, its fused kernel computes it.
+    megatron-core's local norm refuses sequence parallelism because torch's norm has no such mark.
+    Where apex is installed, its fused kernel computes it.
     """
 
     def __init__(

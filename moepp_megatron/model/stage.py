@@ -17,7 +17,6 @@ class PipelineStage(MegatronModule):
     """A model chunk with the configuration from which schedules read tensor widths between stages.
 
     In training that is the data-parallel wrapper, which has buffers that nobody else needs.
-    megatron-core's schedules and its inference wrapper both ask the outermost module.
     """
 
     def __init__(self, config: TransformerConfig, module: LanguageModule) -> None:
