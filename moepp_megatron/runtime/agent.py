@@ -26,11 +26,7 @@ class _RefusedError(Exception):
 
 
 def main() -> int:
-    """Run torchrun with this process's arguments.
-
-    Returns:
-        0 when all ranks ended with 0, 1 otherwise.
-    """
+    """Run torchrun with this process's arguments; 0 when all ranks ended with 0, else 1."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun

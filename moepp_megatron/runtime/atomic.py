@@ -25,13 +25,10 @@ def write_atomic(path: Path, content: bytes, *, is_synced: bool = True) -> None:
 
 
 def create_atomic(path: Path, content: bytes) -> None:
-    """Makes `path` in one step; of several processes that do so at once, one succeeds.
+    """Make `path` in one step; of several processes that do so at once, one succeeds.
 
-    On a file system without hard links the last one does.
-
-    Raises:
-        FileExistsError: It is there already.
-        OSError: Same as `write_atomic`.
+    On a file system without hard links the last one does. FileExistsError if it exists already,
+    OSError as `write_atomic`.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -46,11 +43,7 @@ def create_atomic(path: Path, content: bytes) -> None:
 
 
 def write_result(path: Path, content: bytes) -> None:
-    """Same as `write_atomic`, for a file that a user has named: folders that are missing are made.
-
-    Raises:
-        OSError: Same as `write_atomic`.
-    """
+    """Same as `write_atomic`, for a file that a user has named: makes missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
 
@@ -106,12 +99,12 @@ def partial_folder(out: Path, name: str = "--out") -> Iterator[Path]:
     run that is still writing.
 
     Args:
-        out: the folder that `publish` will make of it; an absolute path.
-        name: what the user calls it.
+        out: The folder that `publish` will make of it; an absolute path.
+        name: The user's name of it.
 
     Raises:
-        ConfigError: another process is writing `out`, or its parent cannot be written.
-        UnfitError: the disk filled up in the block; what was written is removed.
+        ConfigError: Another process is writing `out`, or its parent cannot be written.
+        UnfitError: The disk filled up in the block; what was written is removed.
     """
     partial = out.with_name(f".{out.name}.partial")
     held = _locked(out, partial, name)
@@ -178,15 +171,10 @@ def _locked(out: Path, partial: Path, name: str) -> int:
 
 
 def lock(descriptor: int, *, waits: bool = False) -> bool:
-    """Lock an open file or folder against other processes, until it is closed.
+    """Lock an open file or folder against other processes until it is closed.
 
-    Args:
-        descriptor: The file or folder.
-        waits: Wait for a process that holds it.
-
-    Returns:
-        False where another process holds it. True also on a file system without locks (some mounts
-        of Lustre and NFS), where two processes can work at the same time.
+    False where another process holds it and `waits` is false. True also on a file system without
+    locks (some mounts of Lustre and NFS), where two processes can work at the same time.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))

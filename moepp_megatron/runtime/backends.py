@@ -27,16 +27,9 @@ from moepp_megatron.runtime.optional import (
 
 @dataclass(frozen=True)
 class Backend:
-    """One optional package.
+    """One optional package; `version` is None where it is not installed.
 
-    Attributes:
-        name: The package's name.
-        version: Installed version; None where it is not installed.
-        used: Whether it is used here.
-        role: What it does when it is used.
-        fallback: What is used instead.
-        remedy: How to install it.
-        failure: Why an installed one cannot be imported.
+    `failure` is why an installed one cannot be imported.
     """
 
     name: str

@@ -25,10 +25,7 @@ _installed = False
 def install() -> bool:
     """Map the CUDA surface that megatron-core calls onto the CPU, where there is no GPU.
 
-    Idempotent. Must run before megatron-core builds a model.
-
-    Returns:
-        True when this process runs on the CPU support (now or already), False on a GPU machine.
+    Idempotent. Must run before megatron-core builds a model. False on a GPU machine.
     """
     global _installed
     if torch.cuda.is_available():
@@ -49,11 +46,7 @@ def install() -> bool:
 
 
 def install_for_megatron_training() -> bool:
-    """Same as `install`, plus what Megatron-LM's own loop, `megatron.training`, needs.
-
-    Returns:
-        The same as `install`.
-    """
+    """Same as `install`, plus what Megatron-LM's own loop, `megatron.training`, needs."""
     if not install():
         return False
     _patch_megatron_training()

@@ -30,15 +30,8 @@ _JOINS = itertools.count()
 def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=10)) -> torch.device:
     """Choose the device, set threads, join the default process group (NCCL, or gloo on CPUs).
 
-    Args:
-        environment: This rank's place.
-        timeout: Time after which a collective that a rank never joins raises.
-
-    Returns:
-        The device of this rank.
-
-    Raises:
-        UnfitError: This node has more ranks than GPUs.
+    Returns this rank's device. A collective that a rank never joins raises after `timeout`.
+    UnfitError if this node has more ranks than GPUs.
     """
     on_cpu = cpu_support.install()
     store = None if dist.is_initialized() else _meeting_point(environment, timeout)
@@ -72,11 +65,9 @@ def collective_timeout(config: Config) -> timedelta:
 
 
 def build_groups(config: Config, layout: Layout) -> None:
-    """Create Megatron's process groups and seed its random streams.
+    """Create Megatron's process groups and seed its random streams by `training.seed`.
 
-    Args:
-        config: The run's configuration; the seed is `training.seed`.
-        layout: The rank grid; must match the default process group's size.
+    The layout must match the default process group's size.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -115,10 +106,7 @@ def build_groups(config: Config, layout: Layout) -> None:
 
 
 def _require_determinism() -> None:
-    """Select kernels and reductions that give the same bits every time, where there is a choice.
-
-    What the user has set in the environment stays.
-    """
+    """Select kernels that give the same bits every time, but for what the environment sets."""
     torch.use_deterministic_algorithms(True)
     # A fixed workspace (cuBLAS), a fixed order of reduction (NCCL), no atomics in attention
     # (Transformer Engine); megatron-core's `deterministic_mode` asks for the same.

@@ -27,11 +27,7 @@ _TE_OF_DELAYED_GRADIENTS = (2, 3)
 
 
 def check_fit(config: Config) -> None:
-    """Refuse settings that would fail later during the start; needs no process group.
-
-    Raises:
-        UnfitError: If a rule is broken; names the setting, its value, the rule and a remedy.
-    """
+    """Refuse (UnfitError) settings that would fail later in the start; needs no process group."""
     _check_optimizer(config)
     if config.parallel.delay_wgrad_compute:
         _check_engine("parallel.delay_wgrad_compute (true)", _TE_OF_DELAYED_GRADIENTS, "false")
@@ -129,11 +125,7 @@ def _check_flex(config: Config) -> None:
 
 
 def _check_recomputation(config: Config) -> None:
-    """Refuse recomputations that megatron-core 0.19 does not support on its local modules.
-
-    `moe_act` is for grouped experts (transformer_config.py); for `layernorm` it needs Transformer
-    Engine's FP8 state, installed or not (tensor_parallel/random.py).
-    """
+    """Refuse recomputations that megatron-core 0.19 has only with Transformer Engine's modules."""
     training = config.training
     modules = training.recompute_modules
     lacking = [module for module in ("layernorm", "moe_act") if module in modules]

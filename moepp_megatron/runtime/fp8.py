@@ -35,8 +35,7 @@ class FP8Machine:
     """The properties of a machine that FP8 needs.
 
     Attributes:
-        transformer_engine: Its version, None where its modules cannot be built (no GPU, not
-            installed).
+        transformer_engine: Its version; None where its modules cannot be built.
         capability: Compute capability of the GPU, None without one.
         cuda: The CUDA version that torch was built for, None for a CPU build.
     """
@@ -62,12 +61,7 @@ class FP8Machine:
 
 
 def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
-    """Why a machine cannot run a configuration's FP8, in one line; None where it can.
-
-    Args:
-        config: A valid configuration.
-        machine: The machine.
-    """
+    """Why a machine cannot run a configuration's FP8, in one line; None where it can."""
     precision = config.precision
     recipe = precision.recipe
     if recipe is None:

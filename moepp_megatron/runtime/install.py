@@ -12,10 +12,8 @@ TRANSFORMER_ENGINE = "launch/env.sh --te on a CUDA machine"
 def how_to_install(*requirements: str) -> str:
     """A command for the Python that runs this, whose environment need not be activated.
 
-    The requirements are packages and not an extra of this one: a clone that is used without being
-    installed has no extras, and no registry has this package.
-
-    Args:
-        requirements: Packages as pip takes them, such as ``transformers>=5``.
+    The requirements are packages as pip takes them, such as ``transformers>=5``, and not an extra
+    of this one: a clone that is used without being installed has no extras, and no registry has
+    this package.
     """
     return shlex.join([sys.executable, "-m", "pip", "install", *requirements])

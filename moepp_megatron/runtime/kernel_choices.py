@@ -33,13 +33,7 @@ _LOSSES = {
 
 
 class KernelChoice(NamedTuple):
-    """One operation.
-
-    Attributes:
-        operation: What is computed.
-        implementation: The package whose code is used.
-        detail: How, in a few words.
-    """
+    """One operation, the package whose code computes it, and how, in a few words."""
 
     operation: str
     implementation: str
@@ -51,11 +45,7 @@ class KernelChoice(NamedTuple):
 
 
 def kernel_choices(cross_entropy: CrossEntropy = "auto") -> list[KernelChoice]:
-    """Every choice of this machine; imports torch and megatron-core.
-
-    Args:
-        cross_entropy: `precision.cross_entropy`.
-    """
+    """Every choice of this machine; imports torch and megatron-core."""
     hide_broken_packages()
     from megatron.core.optimizer import Adam, clip_grads
 

@@ -59,13 +59,13 @@ class LaunchOptions:
 
     Attributes:
         num_local_ranks: Ranks on this machine.
-        nodes: The machines; None for this one alone.
+        nodes: The machines; None for this one only.
         max_restarts: How often to start all ranks anew after one has died.
-        log_dir: Folder of this machine for each rank's own output, which is shown as well; None for
+        log_dir: Folder of this machine for each rank's output, which is shown as well; None for
             no files.
         stoppable: Whether the ranks finish a step and save when asked to stop
             (`training.signals.StopRequest`); others are ended.
-        output: File for all that torchrun and the ranks print; None for this process's own output.
+        output: File for all that torchrun and the ranks print; None for this process's output.
     """
 
     num_local_ranks: int
@@ -77,18 +77,13 @@ class LaunchOptions:
 
 
 def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
-    """Run `python -m module arguments` on this machine's ranks and wait.
+    """Run `python -m module arguments` on this machine's ranks and wait; no shell is involved.
 
     The stop signals that this process receives are passed on to the ranks, not to torchrun, which
     would end them after a fixed time whether they have saved or not. Slurm sends its SIGTERM to all
     processes of a job at once, and a terminal its SIGINT and SIGHUP to all of the foreground, so
     torchrun does not get to see those either. A second SIGINT ends everything at once, and so does
     the first one where ranks are not stoppable.
-
-    Args:
-        options: Number of ranks, machines and restarts.
-        module: Module to run as main.
-        arguments: Its arguments, passed on as they are, never through a shell.
 
     Returns:
         The exit status: 0 when every rank of this machine ended with 0, or what a rank passed to
@@ -128,10 +123,7 @@ def has_launcher() -> bool:
 
 
 def refused_with() -> int | None:
-    """The exit status with which a rank of this process's run has refused a user's error, if any.
-
-    For torchrun and its ranks, which have the environment of `run_ranks`.
-    """
+    """The exit status with which a rank of this run (`run_ranks`) has refused a user's error."""
     status_file = os.environ.get(_STATUS_FILE)
     status = None if status_file is None else _written(Path(status_file))
     return status if status in _REFUSALS else None

@@ -11,10 +11,6 @@ class Meeting:
     torchrun knows one time limit for every meeting of the machines. The first meeting may take
     long, because machines boot and load images. A later one follows a failure on machines that are
     all up, and every minute of waiting costs all of them.
-
-    Args:
-        nodes: The machines and both time limits.
-        now: The time in seconds.
     """
 
     def __init__(self, nodes: Nodes, now: float) -> None:

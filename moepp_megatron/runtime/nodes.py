@@ -24,14 +24,12 @@ class Nodes:
     """The machines of a run and this one among them.
 
     Attributes:
-        count: Machines.
         rank: Number of this machine from 0, or None to let torchrun number them. Ranks are numbered
             in its order, so that neighbours in the cluster are neighbours in the rank grid.
         host: Machine where they meet; the first one, if they are numbered.
-        port: Its port.
         run_id: Same for all machines of this run, different from any other at the same place.
-        join_timeout_s: How long machines wait for each other at the start, in seconds.
-        restart_timeout_s: How long they wait for each other after a failure, in seconds.
+        join_timeout_s: Seconds that machines wait for each other at the start.
+        restart_timeout_s: Seconds that they wait for each other after a failure.
     """
 
     count: int
@@ -128,11 +126,7 @@ def _bracketed(host: str) -> str:
 
 
 def parse_endpoint(endpoint: str) -> tuple[str, int]:
-    """Split HOST, HOST:PORT or [IPV6]:PORT.
-
-    Raises:
-        ValueError: If it does not have this form.
-    """
+    """Split HOST, HOST:PORT or [IPV6]:PORT; ValueError if it does not have this form."""
     if endpoint.startswith("["):
         host, _, rest = endpoint[1:].partition("]")
         colon, port = rest[:1], rest[1:]

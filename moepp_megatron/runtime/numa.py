@@ -16,10 +16,10 @@ _SYSTEM = Path("/sys")
 
 
 def bind_to_gpu(device: torch.device) -> None:
-    """Let this thread, and those that it starts, run on the cores of its GPU's NUMA node alone.
+    """Let this thread, and those that it starts, run only on cores of its GPU's NUMA node.
 
-    Cores that this process may not use stay out: a narrower binding by the user is kept. Does
-    nothing on a CPU, and where the system does not say which cores are near.
+    Cores that this process may not use stay out. Does nothing on a CPU, and where the system does
+    not say which cores are near.
     """
     if device.type != "cuda":
         return
@@ -32,12 +32,7 @@ def bind_to_gpu(device: torch.device) -> None:
 
 
 def cores_near(address: str, system: Path = _SYSTEM) -> set[int]:
-    """The cores of a PCI device's NUMA node; empty where they are not known.
-
-    Args:
-        address: Such as 0000:1b:00.0.
-        system: Where Linux describes its devices.
-    """
+    """The cores of the NUMA node of a PCI device such as 0000:1b:00.0; empty if not known."""
     try:
         node = int((system / "bus/pci/devices" / address / "numa_node").read_text())
         # A machine with one node says -1: every core is as near as any other.

@@ -75,11 +75,7 @@ class ObjectPath(PosixPath):
         return self
 
     def stat(self, *, follow_symlinks: bool = True) -> Any:
-        """Size and time of change of an object.
-
-        Raises:
-            FileNotFoundError: There is none.
-        """
+        """Size and time of change of an object; FileNotFoundError: there is none."""
         if self._listed is None:
             with self._asking():
                 return _status(self._client.info(self._key))
@@ -220,10 +216,7 @@ class _Reader(io.RawIOBase):
 def check_store(folder: Path, setting: str, *, writes: bool) -> None:
     """Refuse a folder of a store that cannot be used; does nothing for one of this machine.
 
-    Args:
-        folder: What `setting` names.
-        setting: Its name, for the message.
-        writes: Whether to write and delete a small object; otherwise the folder is listed.
+    With `writes` a small object is written and deleted; otherwise the folder is listed.
 
     Raises:
         ConfigError: There is no such bucket or profile, or the credentials do not allow it.

@@ -16,14 +16,11 @@ _IMPORTED_BY_MEGATRON = {"transformer_engine": "transformer_engine.pytorch", "de
 
 @functools.cache
 def import_failure(package: str) -> str | None:
-    """Why an installed package cannot be imported, in one line; None where it can or is not there.
+    """Why an installed package cannot be imported, in one line; None where it can or is missing.
 
     Transformer Engine without its part for torch, or a DeepEP that does not find its NCCL, raises
-    errors that megatron-core does not catch, or half of which it takes for a package that is there.
-    One that fails is hidden from it: every later import is told that it is not installed.
-
-    Args:
-        package: A key of `_IMPORTED_BY_MEGATRON`.
+    errors that megatron-core does not catch, or takes for a package that is there. A package that
+    fails is therefore hidden: later imports raise that it is not installed.
     """
     if importlib.util.find_spec(package) is None:
         return None
@@ -133,14 +130,7 @@ def flex_backends() -> tuple[str, ...]:
 
 
 def flex_backend(wanted: str = "auto") -> str | None:
-    """The back end that the flex dispatcher uses.
-
-    Args:
-        wanted: `moe.flex_backend`: auto, deepep or hybridep.
-
-    Returns:
-        "deepep", "hybridep", or None if the wanted one cannot be used.
-    """
+    """The back end of the flex dispatcher, "deepep" or "hybridep"; None if `wanted` is unusable."""
     here = flex_backends()
     if wanted == "auto":
         return here[0] if here else None

@@ -14,14 +14,9 @@ from moepp_megatron.runtime.rank import RankEnvironment
 def own_gpu(environment: RankEnvironment, store: dist.Store | None) -> torch.device:
     """The GPU of this rank: of those of the node the one of its number, or the first of its own.
 
-    A scheduler may show each rank its own GPUs alone (`srun --gpus-per-task=1`). All of them are
-    then number 0, so ranks of a node that see fewer GPUs than they are tell each other which they
-    have.
-
-    Args:
-        environment: This rank's place.
-        store: The store through which ranks meet; used where ranks of a node have to tell. None
-            where they have met already, and each has chosen.
+    A scheduler may show each rank only its own GPUs (`srun --gpus-per-task=1`). All of them are
+    then number 0, so ranks of a node that see fewer GPUs than they are exchange which they have,
+    through `store`; it is None where they have met already, and each has chosen.
 
     Raises:
         UnfitError: More ranks than GPUs, on every rank of the node.

@@ -13,12 +13,9 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def die_with_parent(parent: int) -> None:
-    """Let the kernel end this process when its parent ends, however that happens.
+    """Let the kernel end this process when its parent, with this process id, ends.
 
     Without it a launcher that is killed outright leaves ranks behind, which hold GPUs and ports.
-
-    Args:
-        parent: The parent's process id, to notice that it is gone already.
     """
     if _LIBC is None:
         return

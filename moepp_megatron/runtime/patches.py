@@ -20,8 +20,7 @@ class Patch:
 
     Attributes:
         module: The module of this package that makes it.
-        library: Whose object it is.
-        what: The object, and for how long.
+        what: The object of `library`, and for how long.
         why: What goes wrong, or is not to be had, without it.
         until: When it can go.
     """

@@ -20,10 +20,6 @@ class RankEnvironment:
     """This process among the ranks of a run.
 
     Attributes:
-        rank: Number of this rank from 0.
-        world_size: Ranks of the run.
-        local_rank: Rank on this node.
-        local_world_size: Ranks on this node.
         is_launched: Whether torchrun, a launcher that sets the same variables, or srun started it.
         restart_count: How often torchrun has started the ranks anew.
         start_name: Name of this start of the run, the same on all its ranks; None for a lone
@@ -45,8 +41,7 @@ class RankEnvironment:
     def read(cls) -> RankEnvironment:
         """Read the variables that torchrun or srun sets; without them this is a lone process.
 
-        Raises:
-            ConfigError: Somebody's own launcher does not say which ranks share this machine.
+        ConfigError if a user's own launcher does not say which ranks share this machine.
         """
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
@@ -105,11 +100,7 @@ def first_host(nodes: str) -> str:
 
 
 def _place_on_machine(env: Mapping[str, str], rank: int, world_size: int) -> tuple[int, int]:
-    """This rank's number on its machine, and how many ranks are there.
-
-    torch itself wants neither, so scripts for srun often leave them out. Taken for one machine's,
-    ranks of several would wait for each other's GPUs.
-    """
+    """This rank's number on its machine, and how many ranks are there."""
     if "LOCAL_RANK" in env and "LOCAL_WORLD_SIZE" in env:
         return int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
     if world_size == 1:

@@ -1,11 +1,10 @@
-"""Sets the environment variables with which every rank is started.
+"""Sets the environment variables with which every rank is started, with or without a GPU.
 
 `moepp train --nproc`, `launch/*.sh` and `slurm/*.sbatch` all start ranks through
-`runtime.launch.run_ranks`, which uses this module. A rank that was started otherwise (alone, by the
-user's own torchrun or srun) adopts those that still matter before it imports torch. What depends on
-the configuration, every rank of a training run sets for itself. Variables that the user has set are
-not changed.
-The same set is used without a GPU: NCCL and CUDA variables do nothing there.
+`runtime.launch.run_ranks`, which uses this module. A rank that was started otherwise (by itself, by
+the user's own torchrun or srun) adopts those that still matter before it imports torch. What
+depends on the configuration, every rank of a training run sets for itself. Variables that the user
+has set are not changed.
 """
 
 from __future__ import annotations
@@ -24,12 +23,9 @@ _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 @dataclass(frozen=True)
 class Variable:
-    """One environment variable.
+    """One environment variable, its value unless the user has set it, and the reason.
 
     Attributes:
-        name: Its name.
-        value: Its value unless the user has set it.
-        reason: Why it is set.
         aliases: Other names for the same thing; one that is set counts as this one.
         only_at_start: Whether it means nothing to a Python process that runs already, or to one
             without a launcher of its own.
@@ -45,9 +41,7 @@ class Variable:
 def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[Variable]:
     """The variables of ranks on this machine.
 
-    Args:
-        num_local_ranks: Ranks on this machine, which share its cores.
-        interface: Network interface towards the other machines; None where there are none.
+    `interface` is the network interface towards the other machines; None where there are none.
     """
     cores = len(os.sched_getaffinity(0))
     variables = [
@@ -163,10 +157,7 @@ def contradiction(config: Config, environment: Mapping[str, str]) -> str | None:
 
 
 def _own_folder(name: str) -> str | None:
-    """A folder of this user's on this machine, which nobody else can write to; None without one.
-
-    Nor where nothing can be loaded from it: many clusters mount /tmp with noexec.
-    """
+    """A folder that only this user can write, from which code can be loaded; None without one."""
     path = os.path.join(tempfile.gettempdir(), f"moepp-{name}-{os.getuid()}")
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -192,10 +183,6 @@ def adopt_rank_variables(config: Config, interface: str | None = None) -> None:
     """Give this rank of a training run its variables; call it before torch is imported.
 
     CUDA, torch's allocator and NCCL read their variables once, when they start.
-
-    Args:
-        config: The run's configuration.
-        interface: Network interface towards the other machines; None where there are none.
     """
     _set_default(os.environ, connections(config))
     for variable in rank_variables(1, interface):
@@ -206,11 +193,8 @@ def adopt_rank_variables(config: Config, interface: str | None = None) -> None:
 def adopted(config: Config) -> RankEnvironment:
     """This process's place as a rank that computes with a model, with the variables of a rank.
 
-    Call it before torch is imported. A process that nobody has launched keeps its environment,
-    which its caller may need for other things.
-
-    Args:
-        config: The model's configuration, in the layout of the ranks.
+    Call it before torch is imported, with the configuration in the layout of the ranks. A process
+    that nobody has launched keeps its environment, which its caller may need.
     """
     rank = RankEnvironment.read()
     if rank.is_launched:

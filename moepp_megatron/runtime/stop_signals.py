@@ -94,11 +94,9 @@ def heeded_signals() -> list[signal.Signals]:
 
 @contextmanager
 def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iterator[StopRequests]:
-    """A context in which signals that this process receives are passed on to the ranks.
+    """A context in which signals to this process are passed on to the ranks below torchrun.
 
-    Args:
-        agent: torchrun.
-        stoppable: Whether ranks finish a step and save; others are ended.
+    `stoppable` ranks finish a step and save; others are ended.
     """
     request = StopRequests()
 
@@ -136,8 +134,7 @@ def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Itera
 def end_at_once(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """End all processes, first torchrun, which would report each rank's end at length.
 
-    Returns:
-        Those below torchrun; see `wait_until_gone`.
+    Returns those below torchrun; see `wait_until_gone`.
     """
     family = children(agent, recursive=True)
     agent.kill()

@@ -23,11 +23,8 @@ _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotF
 class StoreError(UnfitError):
     """A store could not be asked, or has refused. It says nothing about what the store holds.
 
-    Not an OSError: who takes a file that cannot be read for a damaged one must not take a lost
-    connection for damage.
-
-    Attributes:
-        is_refusal: Whether the address or the credentials are wrong, not the connection.
+    Not an OSError: code that takes an unreadable file for a damaged one must not take a lost
+    connection for damage. `is_refusal` if the address or the credentials are wrong.
     """
 
     def __init__(self, text: str, *, is_refusal: bool = False) -> None:

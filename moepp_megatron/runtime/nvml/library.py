@@ -9,11 +9,7 @@ ALL_LINKS = 2**32 - 1
 
 
 class Library:
-    """NVML's functions, without its exceptions.
-
-    Args:
-        module: `pynvml` or a stand-in, initialized.
-    """
+    """The functions of NVML (`pynvml`, initialized, or a stand-in) without its exceptions."""
 
     def __init__(self, module: Any) -> None:
         self.module = module

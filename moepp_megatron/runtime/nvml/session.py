@@ -15,11 +15,7 @@ from moepp_megatron.runtime.nvml.visible import bare_uuid, visible_indices
 
 
 class NvmlUnavailableError(RuntimeError):
-    """NVML cannot be used here.
-
-    Attributes:
-        has_driver: Whether a driver is installed and refuses, as opposed to a machine without one.
-    """
+    """NVML cannot be used here; `has_driver` if a driver is installed and refuses."""
 
     def __init__(self, message: str, has_driver: bool) -> None:
         super().__init__(message)
@@ -29,11 +25,8 @@ class NvmlUnavailableError(RuntimeError):
 class Nvml:
     """An open connection to NVML. Use as a context.
 
-    Args:
-        library: The module `pynvml`, or a stand-in with its function names; None imports it.
-
-    Raises:
-        NvmlUnavailableError: No driver, or one that does not work.
+    `library` is `pynvml`, or a stand-in with its function names; None imports it.
+    NvmlUnavailableError without a driver, or with one that does not work.
     """
 
     def __init__(self, library: Any = None) -> None:
@@ -101,11 +94,7 @@ class Nvml:
         return [known[uuid] for uuid in map(bare_uuid, uuids) if uuid in known]
 
     def visible(self, environment: Mapping[str, str] | None = None) -> list[int]:
-        """NVML numbers of the GPUs that CUDA shows, in CUDA's order.
-
-        Args:
-            environment: Variables of the process that is shown them; None for this one.
-        """
+        """NVML numbers of the GPUs that CUDA shows to a process, in CUDA's order."""
         variables = os.environ if environment is None else environment
         return visible_indices(variables.get("CUDA_VISIBLE_DEVICES"), self._uuids())
 
@@ -132,10 +121,7 @@ class Nvml:
     def sample(self, index: int, with_traffic: bool = True) -> Sample:
         """The values of GPU `index` that telemetry reads.
 
-        Args:
-            index: NVML's number.
-            with_traffic: Also PCIe traffic, for which NVML watches the link for 20 ms per
-                direction.
+        With PCIe traffic, for which NVML watches the link for 20 ms per direction.
         """
         library = self._library.module
         handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)

@@ -51,13 +51,11 @@ class GPUState:
         name: Product name such as "NVIDIA H100 80GB HBM3"; None if unknown.
         uuid: "GPU-...".
         faults: Errors that queries ended with, such as "GPU is lost", each once.
-        recovery_action: What the driver asks for (0 none, 1 reset, 2 reboot, ...).
-        ecc_enabled: Whether ECC is on.
+        recovery_action: The driver's demand (0 none, 1 reset, 2 reboot, ...).
         ecc_uncorrected: Uncorrectable errors since the driver was loaded.
         ecc_corrected: Corrected errors since the driver was loaded.
         retired_pages: Pages taken out of use (before Ampere).
         retirement_pending: Whether pages wait for a restart to be retired.
-        rows: Remapped rows.
         throttle_reasons: Bit mask `nvmlClocksEventReason...`.
         pcie_generation: Present generation of the link; falls when a GPU is idle.
         pcie_max_generation: Highest generation that GPU and slot support.
