@@ -24,13 +24,9 @@ from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint by name.
+    """The tensors of a checkpoint folder by name.
 
-    Args:
-        folder: A checkpoint folder.
-
-    Raises:
-        ConfigError: If its index cannot be read, or the data files are shorter than it says.
+    ConfigError if its index cannot be read, or the data files are shorter than it says.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,11 +61,7 @@ class CheckpointReader:
         return target if index is None else target[0]
 
     def read_bytes(self, key: str) -> bytes:
-        """The bytes that hold the object that megatron-core stored under `key`.
-
-        Raises:
-            KeyError: If there is none.
-        """
+        """The bytes of the object stored under `key`; KeyError if there is none."""
         return self._bytes(MetadataIndex(f"{key}/shard_0_1"))
 
     def places(self, key: str) -> tuple[TensorStorageMetadata, dict[MetadataIndex, _StorageInfo]]:
@@ -118,11 +110,7 @@ def _place(target: Tensor, chunk: ChunkStorageMetadata) -> Tensor:
 
 
 def _read_index(folder: Path) -> Metadata:
-    """The index of a checkpoint; any other file is refused, and no code in it is run.
-
-    Raises:
-        ConfigError: If it is not an index.
-    """
+    """The index of a checkpoint (else ConfigError); no code in the file is run."""
     file = folder / TENSORS_FILE
     try:
         return read_metadata(folder)

@@ -41,9 +41,8 @@ _FILE_BYTES = 2 * 1024**3
 class ConvertedCheckpointWriter:
     """Writes tensors, or slices of them along the first axis, in any order.
 
-    Args:
-        folder: An empty folder, or one with data files that tensors are adopted from.
-        prefix: Beginning of the data files' names.
+    `folder` is empty, or has data files that tensors are adopted from; the names of new data files
+    begin with `prefix`.
     """
 
     def __init__(self, folder: Path, prefix: str = "__0") -> None:
@@ -55,14 +54,7 @@ class ConvertedCheckpointWriter:
         self._file: _HashedFile | None = None
 
     def add(self, key: str, tensor: Tensor, shape: Sequence[int], index: int | None) -> None:
-        """Write a tensor, or slice `index` of it.
-
-        Args:
-            key: Its name.
-            tensor: The data, without the first axis where `index` is given.
-            shape: Shape of the whole tensor.
-            index: Slice along the first axis, or None.
-        """
+        """Write a tensor of this global shape, or slice `index` of it (without the first axis)."""
         tensor = tensor.detach().contiguous()
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             # torch.save writes the whole storage of a view.

@@ -22,16 +22,13 @@ _CONVERTERS = {
 
 
 def convert(kind: str, source: str | Path, target: str | Path, **options: Any) -> Path:
-    """Convert a checkpoint, as `moepp convert` does.
+    """Convert a checkpoint, as `moepp convert` does, and log what a converter warns of.
 
     Args:
         kind: One of `_CONVERTERS`.
-        source: Its folder; of one of ours, a run as well.
+        source: A checkpoint folder; of one of ours, a run as well.
         target: Folder to make; it must not exist or be empty.
         options: Further arguments of the converter.
-
-    Returns:
-        `target`, written whole. What a converter warns of is logged.
 
     Raises:
         ConfigError: No such kind, a model that the other format cannot express, a damaged
@@ -51,11 +48,7 @@ def convert(kind: str, source: str | Path, target: str | Path, **options: Any) -
 
 
 def free_folder(target: Path) -> Path:
-    """The absolute path of a folder that may be written.
-
-    Raises:
-        ConfigError: If something is there already.
-    """
+    """The absolute path of a folder that may be written; ConfigError if something is there."""
     target = target.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"DST ({target}) must not exist or be empty; choose another folder")

@@ -98,11 +98,7 @@ def from_megatron_lm(
 
 
 def config_from_arguments(arguments: Namespace, own_arguments: str | None, name: str) -> Config:
-    """Our configuration of the model that Megatron's arguments describe.
-
-    Raises:
-        ConfigError: If this package does not have the model.
-    """
+    """The configuration of the model of Megatron's arguments; ConfigError if we do not have it."""
     for key, wanted, what in _FIXED:
         value = getattr(arguments, key, wanted)
         if value != wanted:
@@ -210,11 +206,7 @@ _MOE_FIELDS = tuple(name for name in DECLARED if name != "fused")
 
 
 def weight_names(reader: CheckpointReader, config: Config) -> list[str]:
-    """The tensors of the model.
-
-    Raises:
-        ConfigError: Naming tensors that are missing, unexpected or of another shape.
-    """
+    """The model's tensors; ConfigError names missing and unexpected ones and other shapes."""
     tensors = reader.tensors
     wanted = {rule.key: rule.shape for rule in moepp_rules(config) if not rule.unused}
     found = {name: shape for name, (_, shape) in tensors.items() if name.startswith(_WEIGHTS)}

@@ -48,13 +48,7 @@ def special_ids(folder: Path) -> dict[str, int | list[int] | None]:
 
 
 def write_companions(source: Path, target: Path, config: Config) -> None:
-    """Write the tokenizer and the settings of generation beside an exported model.
-
-    Args:
-        source: The checkpoint.
-        target: The exported folder.
-        config: The checkpoint's configuration.
-    """
+    """Write the tokenizer and the settings of generation beside an exported model."""
     copy_companions(source, target)
     if (source / TOKENIZER_FILE).is_file():
         write_json(target / TOKENIZER_CONFIG_FILE, _tokenizer_config(source, config))

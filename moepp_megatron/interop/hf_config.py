@@ -32,16 +32,10 @@ _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def config_from_hf(hf: Mapping[str, Any], name: str, dtype: str | None = None) -> Config:
-    """Our configuration of a MoE++ checkpoint.
+    """Our configuration of a MoE++ checkpoint, from its `config.json`.
 
-    Args:
-        hf: Its `config.json`.
-        name: The model's name.
-        dtype: fp32 or bf16 instead of the checkpoint's own.
-
-    Raises:
-        ConfigError: If it is another kind of model, or has settings that this package does not
-            have.
+    `dtype` is fp32 or bf16 instead of the checkpoint's. ConfigError if it is another kind of model,
+    or has settings that this package does not have.
     """
     kind = hf.get("model_type")
     if kind == _RELEASED_TYPE:
@@ -78,11 +72,7 @@ def assemble(
 
 
 def _checkpoint_dtype(hf: Mapping[str, Any]) -> str:
-    """fp32 or bf16, as `dtype` (transformers 5) or `torch_dtype` says.
-
-    Raises:
-        ConfigError: If it is another dtype.
-    """
+    """fp32 or bf16 from `dtype` (transformers 5) or `torch_dtype`; ConfigError for another."""
     stated = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if stated not in _DTYPES:
         raise ConfigError(
@@ -95,8 +85,7 @@ def _checkpoint_dtype(hf: Mapping[str, Any]) -> str:
 def decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Our `model` section from the fields that Llama's descendants share.
 
-    Raises:
-        ConfigError: If this package's decoder lacks a feature, or a field is missing.
+    ConfigError if this package's decoder lacks a feature, or a field is missing.
     """
     _refuse_unsupported(hf)
     heads = require(hf, "num_attention_heads")
@@ -124,11 +113,7 @@ def decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require(hf: Mapping[str, Any], key: str) -> Any:
-    """A field that must be there.
-
-    Raises:
-        ConfigError: If it is not.
-    """
+    """A field that must be there; ConfigError if it is not."""
     if hf.get(key) is None:
         raise ConfigError(f"config.json: {key} (absent) must be given; fetch the checkpoint again")
     return hf[key]
@@ -216,11 +201,7 @@ def _own_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_uncomputed(config: Config) -> None:
-    """Refuse what the modelling file of an export does not declare to compute.
-
-    Raises:
-        ConfigError: If the model has any of it; names each setting.
-    """
+    """Refuse (ConfigError) what an export's modelling file does not declare to compute."""
     text = (Path(__file__).parent / "hf_files" / "modeling_moepp.py").read_text(encoding="utf-8")
     declared = next(
         statement.value
@@ -274,11 +255,7 @@ def own_hf_config(config: Config) -> dict[str, Any]:
 
 
 def released_hf_config(config: Config) -> dict[str, Any]:
-    """`config.json` of the released format.
-
-    Raises:
-        ConfigError: If the format cannot express the model; names each reason.
-    """
+    """`config.json` of the released format; ConfigError if the format cannot express the model."""
     problems = list(_not_released(config))
     if problems:
         raise ConfigError(

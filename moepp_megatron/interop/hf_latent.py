@@ -17,8 +17,7 @@ _RANKED_PER_GROUP = 2
 def deepseek_decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Our `model` section of a DeepSeek-V3 model.
 
-    Raises:
-        ConfigError: If this package's decoder lacks a feature, or a field is missing.
+    ConfigError if this package's decoder lacks a feature, or a field is missing.
     """
     rules = (
         ("quantization_config", hf.get("quantization_config"), None, "convert it to bf16 first"),
@@ -76,11 +75,7 @@ def _rotation(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def deepseek_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of our `moe` section of a DeepSeek-V3 model.
-
-    Raises:
-        ConfigError: If this package's router does not have the routing.
-    """
+    """Fields of our `moe` section of a DeepSeek-V3 model; ConfigError for other routing."""
     groups, kept = hf.get("n_group") or 1, hf.get("topk_group") or 1
     topk = require(hf, "num_experts_per_tok")
     if kept < groups and topk // kept != _RANKED_PER_GROUP:

@@ -27,9 +27,8 @@ class TensorInfo:
 class HFSource:
     """The tensors of a checkpoint folder, all files checked, none read.
 
-    Args:
-        folder: Holds `config.json` and `model.safetensors`, or shards with an index.
-        allow_pickle: Also accept `pytorch_model.bin`, read with `weights_only`.
+    The folder holds `config.json` and `model.safetensors`, or shards with an index.
+    `allow_pickle` also accepts `pytorch_model.bin`, read with `weights_only`.
 
     Raises:
         ConfigError: If a file is missing, truncated, or contradicts the index.
@@ -122,11 +121,7 @@ class HFSource:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ConfigError: If it cannot be read or is not an object.
-    """
+    """A JSON object from a file; ConfigError if it cannot be read or is not an object."""
     try:
         content = json_file.read_json(path)
     except OSError as error:

@@ -15,12 +15,8 @@ def latent_attention_rules(
 ) -> Iterator[TensorRule]:
     """Attention of a layer, without the norms before and behind it.
 
-    Args:
-        config: Configuration of a model with `model.latent_attention`.
-        layer: Its index.
-        theirs: Beginning of the other format's names, such as `model.layers.0.self_attn.`.
-        q_scale: The other format's factor on the compressed query, after its norm.
-        kv_scale: The other format's factor on the compressed key and value, after their norm.
+    `theirs` begins the other format's names (`model.layers.0.self_attn.`). `q_scale` and `kv_scale`
+    are its factors on the compressed query, and on the compressed key and value, after their norms.
     """
     model, latent = config.model, config.model.latent_attention
     assert latent is not None, "the model has another attention"

@@ -58,8 +58,7 @@ _VLLM_BLOCK = 256
 def longcat_hf_config(config: Config) -> dict[str, Any]:
     """LongCat-Flash's `config.json`, with the additional fields that vLLM and sglang read.
 
-    Raises:
-        ConfigError: If LongCat-Flash cannot express the model; names each reason.
+    ConfigError names each reason why LongCat-Flash cannot express the model.
     """
     problems = list(_problems(config))
     if problems:

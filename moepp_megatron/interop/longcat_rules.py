@@ -17,10 +17,8 @@ from moepp_megatron.interop.tensor_rules import HFTensor, TensorRule, expert_rul
 def longcat_rules(config: Config, with_identity_weights: bool = False) -> Iterator[TensorRule]:
     """Every tensor by LongCat-Flash's names.
 
-    Args:
-        config: Configuration of the model.
-        with_identity_weights: Also write the gate and up projections that transformers 5 asks for
-            identity experts, and never uses. vLLM does not take them.
+    `with_identity_weights` adds the gate and up projections that transformers 5 asks for identity
+    experts, and never uses. vLLM does not take them.
     """
     model = config.model
     table = (model.vocab_size, model.hidden_size)

@@ -103,8 +103,7 @@ def moepp_config(
         is_spec: Whether Megatron-LM's own `pretrain_gpt.py` makes the batches.
 
     Raises:
-        ValueError: If settings contradict each other or MoE++ cannot honour one; says the name,
-            the value, the rule and a remedy.
+        ValueError: If settings contradict each other or MoE++ cannot honour one.
     """
     own = _own_arguments(args)
     _refuse_unsupported(config, args)
@@ -130,10 +129,7 @@ def moepp_config(
 
 
 def refuse(error: Exception) -> NoReturn:
-    """End this process like every wrong configuration: exit code 2, one line on stderr.
-
-    The line comes from rank 0 alone: every rank finds the same error.
-    """
+    """End this process like every wrong configuration: exit code 2, one line on rank 0's stderr."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {printable(str(error))}", file=sys.stderr)
     sys.exit(2)
@@ -145,11 +141,7 @@ def option(name: str) -> str:
 
 
 def _amend_help(parser: argparse.ArgumentParser) -> None:
-    """Change Megatron's help to the meaning of its arguments here, and make it printable.
-
-    argparse takes a percent sign for a format: megatron-core 0.19.2 has one that is none, and
-    `--help` ends in a traceback.
-    """
+    """Change Megatron's help to the meaning here, and escape a percent sign of 0.19.2."""
     formatter = parser._get_formatter()
     for action in parser._actions:
         meaning = _MEANINGS.get(action.dest)

@@ -34,8 +34,7 @@ _MOST_BYTES = 64 * 1024**2
 def find_megatron_checkpoint(source: Path) -> Path:
     """The checkpoint that a `--save` folder of Megatron-LM, or one of its checkpoints, means.
 
-    Raises:
-        ConfigError: If there is none, or it is of another format than torch_dist.
+    ConfigError if there is none, or it is of another format than torch_dist.
     """
     folder = source
     tracker = source / TRACKER_FILE
@@ -54,10 +53,7 @@ def find_megatron_checkpoint(source: Path) -> Path:
 def read_arguments(reader: CheckpointReader) -> Namespace:
     """The arguments of the run that wrote a checkpoint: numbers, texts and lists of these.
 
-    Other values, enumerations for example, are left out.
-
-    Raises:
-        ConfigError: If the checkpoint has none, or they cannot be read.
+    Other values, such as enumerations, are left out. ConfigError if they cannot be read.
     """
     legacy = reader.folder / _COMMON_FILE
     try:

@@ -52,11 +52,7 @@ def moepp_spec(
 ) -> TransformerBlockSubmodules:
     """The value of `--spec`: layers of this pipeline stage for Megatron's own `GPTModel`.
 
-    Megatron's `GPTModelBuilder` calls it with its model configuration.
-
-    Raises:
-        ValueError: If `moepp_config` refuses a setting, or there is a gating residual across
-            stages.
+    ValueError if `moepp_config` refuses a setting, or there is a gating residual across stages.
     """
     config = model_config.transformer
     moepp = moepp_config(config, get_args(), is_spec=True)
@@ -81,7 +77,7 @@ class MoEPPModelConfig(GPTModelConfig):
 class MoEPPModelBuilder(GPTModelBuilder):
     """Builds the stages of a MoE++ model where Megatron would build a `GPTModel`.
 
-    Each stage's own configuration has the hidden size of what stages exchange, router logits
+    Each stage's configuration has the hidden size of what stages exchange, router logits
     included, for that is where Megatron's schedules read it; the layers keep the true one.
     """
 
@@ -92,11 +88,7 @@ class MoEPPModelBuilder(GPTModelBuilder):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> MoEPPGPTModel:
-        """Build one stage; arguments as Megatron's `GPTModelBuilder.build_model`.
-
-        Raises:
-            ValueError: If `moepp_config` refuses a setting.
-        """
+        """Build a stage, as `GPTModelBuilder.build_model`; ValueError if a setting is refused."""
         own = self._model_config
         config = own.transformer
         moepp = moepp_config(config, get_args())

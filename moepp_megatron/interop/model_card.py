@@ -20,11 +20,7 @@ _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
 def check_license(license_id: str) -> None:
-    """Refuse a text that is not an identifier of a licence.
-
-    Raises:
-        ConfigError: If it is not one.
-    """
+    """Refuse a text that is not an identifier of a licence; ConfigError if it is not one."""
     if not _LICENSE.fullmatch(license_id):
         raise ConfigError(
             f"--license ({license_id}) must be an identifier of the Hub in small letters, such as "
@@ -35,15 +31,10 @@ def check_license(license_id: str) -> None:
 def model_card(
     folder: Path, config: Config, dtype: str, layout: str, command: str, license_id: str
 ) -> str:
-    """The text of the model card.
+    """The text of the model card of a checkpoint, in a run's folder or by itself.
 
-    Args:
-        folder: The checkpoint, in a run's folder or alone.
-        config: Its configuration.
-        dtype: Dtype of the exported weights.
-        layout: Layout of the export.
-        command: The command that exported it.
-        license_id: An identifier of the Hub, or `unknown`.
+    `dtype` and `layout` are of the export, `command` made it; `license_id` is the Hub's, or
+    `unknown`.
     """
     name = " ".join((config.run.name or folder.name).split())
     return "\n".join(

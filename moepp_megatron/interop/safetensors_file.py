@@ -42,15 +42,7 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor in a file.
-
-    Attributes:
-        name: Its name.
-        dtype: Its dtype.
-        shape: Its shape.
-        file: The file that holds it.
-        offset: First byte within the file.
-    """
+    """One tensor in a file; `offset` is its first byte there."""
 
     name: str
     dtype: torch.dtype
@@ -67,8 +59,7 @@ class TensorEntry:
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of a file, checked against its size; nothing but the header is read.
 
-    Raises:
-        ConfigError: If the file is truncated, or its header contradicts itself or its size.
+    ConfigError if the file is truncated, or its header contradicts itself or its size.
     """
     try:
         check_regular(file)
@@ -130,11 +121,7 @@ def _broken(file: Path, what: str) -> ConfigError:
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """Read one tensor into memory of its own.
-
-    Raises:
-        ConfigError: If the file ends early.
-    """
+    """Read one tensor into memory of its own; ConfigError if the file ends early."""
     data = torch.empty(entry.shape, dtype=entry.dtype)
     if entry.num_bytes == 0:
         return data
@@ -152,10 +139,8 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 class SafetensorsWriter:
     """Writes tensors in a planned order into shards of limited size, with an index.
 
-    Args:
-        folder: Output folder; must exist.
-        plan: Name, dtype and shape of every tensor, in the order of writing.
-        max_shard_bytes: Tensor bytes of a shard; a larger tensor gets a shard of its own.
+    `plan` has name, dtype and shape of every tensor, in the order of writing. A tensor larger than
+    `max_shard_bytes` gets its own shard.
     """
 
     def __init__(

@@ -25,8 +25,8 @@ def score(
 ) -> dict[str, np.ndarray] | None:
     """Score given tokens, or a text, with a checkpoint's model, as `moepp score` does.
 
-    Alone it computes in this process. In a script that torchrun or srun has started, every rank
-    calls it, and `overrides` may lay the model out over the ranks.
+    Computes in this process; in a script that torchrun or srun has started, every rank calls it,
+    and `overrides` may lay the model out over the ranks.
 
     Args:
         checkpoint: A checkpoint folder or a run.

@@ -20,14 +20,11 @@ class ScoreRequest:
     """A checked request.
 
     Attributes:
-        checkpoint: The checkpoint's folder.
-        config: Its configuration in the wanted layout; one sequence per micro-batch, the global
+        config: The checkpoint's, in the wanted layout; one sequence per micro-batch, the global
             batch holds all sequences (and fillers), `model.seq_length` is the padded length.
-        layout: The rank grid.
         input_ids: [b, s] int64.
         out: File to write, or None.
-        logits: Whether logits are wanted.
-        notices: What the user should know.
+        notices: Notes for the user.
         text: The text of the tokens, or None.
     """
 
@@ -51,11 +48,7 @@ class ScoreRequest:
         logits: bool,
         text: Path | None = None,
     ) -> ScoreRequest:
-        """Check a request for tokens, of an npz file or as such, or for a text file.
-
-        Raises:
-            ConfigError: If the request is wrong.
-        """
+        """Check a request for tokens (an npz file or an array) or for a text file (ConfigError)."""
         _check_options(tokens, text, out, logits)
         source = f"--tokens ({tokens})" if isinstance(tokens, Path) else "tokens"
         input_ids = read_input_ids(tokens) if isinstance(tokens, Path) else tokens
@@ -94,19 +87,10 @@ class ScoreRequest:
         out: Path | None = None,
         logits: bool = False,
     ) -> ScoreRequest:
-        """A request for tokens that fit the model.
+        """A request for [b, s] int64 tokens that fit the model `trained`.
 
-        Args:
-            folder: A checkpoint's folder.
-            trained: Its configuration.
-            input_ids: [b, s] int64.
-            overrides: Settings that `inference_override` has passed.
-            world_size: Ranks.
-            out: File to write, for `write_scores`, or None.
-            logits: Whether logits are wanted.
-
-        Raises:
-            ConfigError: If the layout does not fit the model or the ranks.
+        `overrides` are settings that `inference_override` has passed. ConfigError if the layout
+        does not fit the model or the ranks.
         """
         config = _scoring_config(trained, overrides, input_ids, world_size)
         layout = Layout.from_config(config, world_size)
@@ -127,11 +111,7 @@ def _check_options(
 
 
 def read_input_ids(tokens: str | Path) -> np.ndarray:
-    """The array `input_ids` of an npz file, as it is there.
-
-    Raises:
-        ConfigError: The file is none, or has no such array.
-    """
+    """The array `input_ids` of an npz file; ConfigError if the file is none, or lacks it."""
     try:
         # allow_pickle=False: an object array could run code.
         with np.load(tokens, allow_pickle=False) as file:

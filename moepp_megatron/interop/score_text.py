@@ -16,8 +16,7 @@ from moepp_megatron.data.tokenizer import Tokenizer
 def text_of(path: Path, limit: int | None = None) -> tuple[str, bool]:
     """A file's characters, at most `limit` of them, and whether there are more.
 
-    Raises:
-        ConfigError: If it cannot be read, is not UTF-8 or is empty.
+    ConfigError if it cannot be read, is not UTF-8 or is empty.
     """
     try:
         # newline="": the model reads carriage returns too.
@@ -56,11 +55,7 @@ class TextWindows:
 
     @classmethod
     def read(cls, path: Path, tokenizer: Tokenizer, length: int) -> TextWindows:
-        """Cut a file's text into windows of at most `length` tokens.
-
-        Raises:
-            ConfigError: If the file cannot be read as text, or has no token.
-        """
+        """Cut a file's text into windows of at most `length` tokens; ConfigError if it has none."""
         text, _ = text_of(path)
         ids = np.array([tokenizer.eod, *tokenizer.encode(text)], dtype=np.int64)
         count = len(ids) - 1
@@ -87,11 +82,7 @@ class TextWindows:
         return windows.reshape(-1)[: self.num_tokens]
 
     def lines(self, token_logprobs: np.ndarray) -> Iterator[str]:
-        """The result in words.
-
-        Args:
-            token_logprobs: [N] float64, natural logarithms.
-        """
+        """The result in words, from [N] float64 natural logarithms."""
         rows, width = self.input_ids.shape
         loss = -float(token_logprobs.mean())
         bits = loss * self.num_tokens / self.num_bytes / math.log(2)

@@ -15,11 +15,7 @@ from moepp_megatron.training.token_scores import Sequences, score_sequences
 
 
 def score_tokens(request: ScoreRequest) -> dict[str, np.ndarray] | None:
-    """Score all sequences; every rank must call, and process groups must exist.
-
-    Returns:
-        The same as `score_stages`.
-    """
+    """`score_stages` of a model that is loaded; every rank must call, in process groups."""
     return score_stages(request, scoring_stages(request))
 
 
@@ -33,7 +29,7 @@ def scoring_stages(request: ScoreRequest) -> list[PipelineStage]:
 def score_stages(
     request: ScoreRequest, stages: list[PipelineStage]
 ) -> dict[str, np.ndarray] | None:
-    """Score all sequences with a model that is there; every rank must call.
+    """Score all sequences with a model that is built; every rank must call.
 
     Returns:
         On rank 0 `token_logprobs` [b, s-1] float64, the log-probability of each token after the

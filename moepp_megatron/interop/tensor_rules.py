@@ -44,7 +44,7 @@ class TensorRule:
 
     Attributes:
         key: Name in our checkpoint.
-        shape: Shape of the whole tensor there.
+        shape: Shape of the global tensor there.
         index: The slice along the first axis (an expert), or None for the whole tensor.
         sources: The Hugging Face tensors that it is made of.
         pack: Function from those, in order, to the tensor (or slice, without the first axis).
@@ -146,10 +146,7 @@ def attention_rules(config: Config, layer: int) -> Iterator[TensorRule]:
 def _qkv(
     key: str, theirs: str, width: int | None, heads: int, groups: int, head: int
 ) -> TensorRule:
-    """Megatron interleaves: for each key/value head its query heads, then key, then value.
-
-    Weights have `width` columns; without one these are the biases.
-    """
+    """Megatron's order: of each kv head its query heads, key, value; biases without `width`."""
     per_group = heads // groups
     columns = () if width is None else (width,)
 

@@ -54,17 +54,7 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 @dataclass(frozen=True)
 class _Format:
-    """One layout of an exported folder.
-
-    Attributes:
-        fields: `config.json` of a model, or a ConfigError.
-        rules: Its tensors.
-        classes: Our configuration and model class, if the folder contains them.
-        dtype_field: Name of the weights' dtype in `config.json`.
-        keeps_unused: Whether tensors that no model of ours has are written.
-        has_latent_attention: Whether the format's attention is latent.
-        warnings: Possible errors of its readers.
-    """
+    """One layout of an exported folder: its `config.json`, tensors and warnings of its readers."""
 
     fields: Callable[[Config], dict[str, Any]]
     rules: Callable[[Config], Iterator[TensorRule]]
@@ -112,7 +102,7 @@ def mcore_to_hf(
     dtype: str | None = None,
     license_id: str = UNKNOWN_LICENSE,
 ) -> list[str]:
-    """Convert a checkpoint of ours into a folder that transformers loads.
+    """Convert a checkpoint of ours into a folder that transformers loads; returns warnings.
 
     Args:
         source: A checkpoint folder or a run.
@@ -124,9 +114,6 @@ def mcore_to_hf(
         console: Console that shows the progress.
         dtype: fp32 or bf16 for all weights but selection biases; None keeps each tensor's own.
         license_id: Licence of the weights, by the Hub's identifier; for the model card.
-
-    Returns:
-        Warnings for the user.
 
     Raises:
         ConfigError: If the layout cannot express the model, or the checkpoint is damaged.
@@ -175,11 +162,7 @@ def without_further_tokens(config: Config) -> Config:
 
 
 def _refuse_latent_attention(config: Config) -> None:
-    """Refuse latent attention, since the attention of most formats is Llama's.
-
-    Raises:
-        ConfigError: If the model has it.
-    """
+    """Refuse latent attention (ConfigError), since the attention of most formats is Llama's."""
     if config.model.latent_attention is not None:
         raise ConfigError(
             f"model.latent_attention ({show(config.model.latent_attention.model_dump())}) must be "
@@ -191,12 +174,7 @@ def _refuse_latent_attention(config: Config) -> None:
 def _present_rules(
     reader: CheckpointReader, rules: Sequence[TensorRule], keeps_unused: bool
 ) -> list[TensorRule]:
-    """The rules whose tensors are written: unused ones where the format or the checkpoint has them.
-
-    Raises:
-        ConfigError: If the checkpoint lacks a tensor or has it in another shape, or has a tensor of
-            the model that no rule reads; names it.
-    """
+    """The rules of tensors that are written; ConfigError for a missing or unread tensor."""
     tensors = reader.tensors
     for rule in rules:
         if rule.unused:
@@ -227,16 +205,7 @@ def _write_weights(
     console: Console | None,
     dtype: str | None = None,
 ) -> torch.dtype:
-    """Write the tensors into safetensors shards; returns the embedding's dtype.
-
-    Args:
-        reader: The checkpoint.
-        rules: The tensors.
-        folder: Output folder.
-        max_shard_bytes: Largest shard.
-        console: Console that shows the progress.
-        dtype: fp32 or bf16 for all but selection biases, whose steps bf16 does not resolve.
-    """
+    """Write the tensors into shards, selection biases in their dtype; returns the embedding's."""
     tensors = reader.tensors
     kept = {key: own for key, (own, _) in tensors.items()}
     wanted = kept if dtype is None else dict.fromkeys(kept, TORCH_DTYPES[dtype])

@@ -38,7 +38,7 @@ def hf_to_mcore(
     """Convert a MoE++ checkpoint (released format or ours) into a checkpoint of ours.
 
     Args:
-        source: Its folder.
+        source: A Hugging Face folder.
         target: Folder to make; it must not exist or be empty.
         dtype: fp32 or bf16 for all weights; None keeps every tensor as it is.
         allow_pickle: Also accept pickled weights.
@@ -64,8 +64,7 @@ def write_checkpoint(
 ) -> None:
     """Write the checkpoint that `rules` make of a Hugging Face checkpoint.
 
-    Raises:
-        ConfigError: If a tensor is missing, unexpected or of a wrong shape, or `target` is taken.
+    ConfigError if a tensor is missing, unexpected or of a wrong shape, or `target` is taken.
     """
     _account_for(hf, rules)
     _check_tokenizer(hf)
@@ -100,11 +99,7 @@ def write_checkpoint(
 
 
 def _account_for(hf: HFSource, rules: Sequence[TensorRule]) -> None:
-    """Refuse a checkpoint that does not hold exactly what the rules read.
-
-    Raises:
-        ConfigError: If it does not; names the tensors.
-    """
+    """Refuse (ConfigError) a checkpoint that does not hold exactly what the rules read."""
     tensors = hf.tensors
     wanted = {source.name: source.shape for rule in rules for source in rule.sources}
     optional = {source.name for rule in rules if rule.unused for source in rule.sources}
@@ -147,12 +142,9 @@ def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
 def write_objects(
     writer: ConvertedCheckpointWriter, config: Config, common: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the objects that megatron-core requires in every checkpoint beside tensors.
+    """Write the objects, besides tensors, that megatron-core requires in every checkpoint.
 
-    Args:
-        writer: The checkpoint's writer.
-        config: The model's configuration.
-        common: State that is not sharded; None for none.
+    `common` is state that is not sharded; None for none.
     """
     for module, count in linear_modules(config):
         for part in range(count):
@@ -162,11 +154,7 @@ def write_objects(
 
 
 def _check_tokenizer(hf: HFSource) -> None:
-    """Refuse a source whose tokenizer.json is invalid, such as a pointer that Git LFS left.
-
-    Raises:
-        ConfigError: If it is; gives a remedy.
-    """
+    """Refuse (ConfigError) an invalid tokenizer.json, such as a pointer that Git LFS left."""
     file = hf.folder / TOKENIZER_FILE
     if file.is_file():
         check_tokenizer_file(file)

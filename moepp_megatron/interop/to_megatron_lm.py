@@ -30,15 +30,12 @@ _PREFIX = "__release"
 
 
 def to_megatron_lm(source: Path, target: Path) -> str:
-    """Make a `--load` folder of Megatron-LM from a checkpoint of ours.
+    """Make a `--load` folder of Megatron-LM; returns Megatron's arguments of the model.
 
     Args:
         source: A checkpoint's folder, or a run's, which means its newest.
         target: Folder to make; it must not exist or be empty. Data files become hard links, or
             copies where the file system has none.
-
-    Returns:
-        Megatron's arguments of the model.
 
     Raises:
         ConfigError: If Megatron-LM's loop cannot build the model, the checkpoint cannot be read or
@@ -74,11 +71,7 @@ def to_megatron_lm(source: Path, target: Path) -> str:
 
 
 def megatron_arguments(config: Config) -> list[str]:
-    """The arguments of Megatron-LM's command line that describe a model.
-
-    Raises:
-        ConfigError: If they cannot describe the model.
-    """
+    """The arguments of Megatron-LM's command line for a model; ConfigError without such."""
     _refuse_unsupported(config)
     return [word for option in _options(config) for word in option]
 

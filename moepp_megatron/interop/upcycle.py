@@ -66,15 +66,12 @@ def upcycle(
     """Convert a checkpoint of one of `upcycle_sources.KINDS` into a MoE++ checkpoint of ours.
 
     Args:
-        source: Its folder, in Hugging Face format.
+        source: A Hugging Face folder.
         target: Folder to make; it must not exist or be empty.
-        additions: What to add; None adds the paper's experts.
+        additions: Experts to add; None adds the paper's.
         dtype: fp32 or bf16 for all weights; None keeps every tensor as it is.
         allow_pickle: Also accept pickled weights.
         console: Console that shows the progress.
-
-    Returns:
-        The configuration of the new model.
 
     Raises:
         ConfigError: If the model's function cannot be kept, or the checkpoint is damaged.
@@ -91,11 +88,7 @@ def upcycle(
 def upcycled_config(
     hf: Mapping[str, Any], additions: Additions, name: str, dtype: str | None
 ) -> Config:
-    """The configuration of the MoE++ model that a checkpoint becomes.
-
-    Raises:
-        ConfigError: If the model's function cannot be kept.
-    """
+    """The configuration of the MoE++ model; ConfigError if its function cannot be kept."""
     kind = source_kind(hf)
     moe = {
         **{kind.setting: additions.count(kind) for kind in LOCAL_KINDS},

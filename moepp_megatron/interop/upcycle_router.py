@@ -39,7 +39,7 @@ def router_rules(
         ours: Beginning of our names.
         theirs: Beginning of the source's names of this layer.
         gate: Name of the source's router; None for a dense source.
-        bias: The source's own selection bias, or None.
+        bias: Name of the source's selection bias, or None.
         seed: Seed of the noise.
     """
     moe, width = config.moe, config.model.hidden_size
@@ -81,15 +81,12 @@ def router_rules(
 
 
 def new_rows(ffn: Tensor, norm: Tensor, directions: Tensor) -> Tensor:
-    """Router rows of added experts: the mean FFN row, and noise so that they differ.
+    """[Z, D] router rows of added experts, dtype of `ffn`: the mean FFN row, and noise.
 
     Args:
         ffn: [F, D] router rows of the FFN experts.
         norm: [D] weight of the norm before the router.
         directions: [Z, D] random directions.
-
-    Returns:
-        [Z, D], dtype of `ffn`.
     """
     lengths = (norm.double() * directions.double()).norm(dim=-1, keepdim=True)
     scale = NOISE / (lengths * math.sqrt(norm.numel())).clamp(min=1e-30)

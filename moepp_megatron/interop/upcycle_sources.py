@@ -53,11 +53,7 @@ class SourceKind:
 
 
 def source_kind(hf: Mapping[str, Any]) -> SourceKind:
-    """The kind of a checkpoint.
-
-    Raises:
-        ConfigError: If it is another kind, or its attention is not full.
-    """
+    """The kind of a checkpoint; ConfigError if it is another kind, or its attention is not full."""
     name = hf.get("model_type")
     if name not in _KINDS:
         remedy = "other models cannot be upcycled"
@@ -76,10 +72,7 @@ def source_kind(hf: Mapping[str, Any]) -> SourceKind:
 
 
 def extra_tensors(hf: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Tensors that the decoder does not have: DeepSeek-V3's layers that predict further tokens.
-
-    They follow the decoder's layers, and training goes on without them.
-    """
+    """DeepSeek-V3's layers of multi-token prediction, which the decoder does not have."""
     if hf.get("model_type") != "deepseek_v3":
         return []
     layers = require(hf, "num_hidden_layers")

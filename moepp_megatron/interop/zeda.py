@@ -33,8 +33,7 @@ _ZEDA = (
 def zeda_hf_config(config: Config) -> dict[str, Any]:
     """A Qwen3-MoE `config.json` with ZEDA's fields for zero experts.
 
-    Raises:
-        ConfigError: If Qwen3-MoE with zero experts cannot express the model.
+    ConfigError if Qwen3-MoE with zero experts cannot express the model.
     """
     _refuse(config)
     model, moe = config.model, config.moe

@@ -150,10 +150,7 @@ class MoEPPGate(nn.Module):
 
 
 def _fp32(module: nn.Module, x: Tensor) -> Tensor:
-    """Apply a gate in fp32, whatever its weights' dtype, and with an adapter around it too.
-
-    Weights that are not floating-point numbers (quantised ones) stay unchanged.
-    """
+    """Apply a gate in fp32, also inside an adapter; quantised weights stay unchanged."""
     weights = {
         name: value.float()
         for name, value in [*module.named_parameters(), *module.named_buffers()]
@@ -342,11 +339,7 @@ class _MoEPPMixin:
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:
-        """Same as in transformers, without the reentrant kind.
-
-        Raises:
-            ValueError: If the reentrant kind is asked for.
-        """
+        """Same as in transformers, without the reentrant kind (ValueError)."""
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "use_reentrant (True) must be False: router logits reach the next layer beside the "
@@ -456,10 +449,7 @@ class MoEPPForCausalLM(_MoEPPMixin, LlamaForCausalLM):
 
 
 def _batch_share(labels: Any = None, num_items_in_batch: Any = None, **_: Any) -> Any:
-    """This micro-batch's part of the tokens of a batch whose gradients are accumulated.
-
-    The language-model loss is then divided by `num_items_in_batch`, and so must the balance loss.
-    """
+    """This micro-batch's part of the tokens of a batch whose gradients are accumulated."""
     if labels is None or num_items_in_batch is None:
         return 1.0
     return (labels[..., 1:] != -100).sum() / num_items_in_batch
