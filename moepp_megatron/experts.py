@@ -27,7 +27,7 @@ _GATE_WIDTH = 8
 
 
 class ExpertKind:
-    """What all experts of a kind have in common.
+    """The common properties of all experts of a kind.
 
     Attributes:
         name: Its name for readers.
@@ -125,7 +125,7 @@ def setting(
     kind: ExpertKind | None = None,
     **bounds: Any,
 ) -> FieldInfo:
-    """What a field's annotation says of a setting.
+    """A field's annotation as a setting.
 
     Args:
         unit: The unit, as in `config.schema.section`.

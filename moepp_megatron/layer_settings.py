@@ -209,13 +209,7 @@ class LayerSettings(ExpertLayout):
 
 
 class Declared(NamedTuple):
-    """One declaration of `LayerSettings`.
-
-    Attributes:
-        type: Its type.
-        described: Its bounds and description, and what `experts.setting` was told.
-        default: Its default.
-    """
+    """One declaration of `LayerSettings`; `described` has its bounds and `experts.setting`."""
 
     type: Any
     described: FieldInfo

@@ -26,11 +26,11 @@ from moepp_megatron.workbench.doctor.speed_checks import DeviceSpeed, check_matm
 
 @dataclass(frozen=True)
 class Request:
-    """What to examine.
+    """A request for an examination.
 
     Attributes:
         config: The run that is to start; None examines only the machine.
-        hardware: Name or file of a hardware description; None takes the GPU's own.
+        hardware: Name or file of a hardware description; None takes the GPU's.
         preflight: Whether a job is about to start; findings that would spoil it are then errors.
         expected_gpus: Number of GPUs that the job expects; None checks no number.
     """
@@ -67,13 +67,7 @@ def expected_gpus(environment: Mapping[str, str] = os.environ) -> int | None:
 
 
 class NodeExaminer:
-    """Examines this node.
-
-    Args:
-        request: What to examine.
-        cards: The GPUs.
-        own_pids: Further processes of this examination, which may hold memory on the GPUs.
-    """
+    """Examines this node; `own_pids` of this examination may hold memory on the GPUs."""
 
     def __init__(
         self, request: Request, cards: Cards, own_pids: frozenset[int] = frozenset()

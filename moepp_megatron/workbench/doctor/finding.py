@@ -23,12 +23,11 @@ class Finding:
     """One result of one check.
 
     Attributes:
-        check: What was looked at, such as "ECC errors".
-        severity: How much it matters.
+        check: Name of the check, such as "ECC errors".
         found: The observation, with the subject's name and the number.
         rule: What must hold; empty where nothing is broken.
-        remedy: What to do; empty where there is nothing to do.
-        node: The node it was found on; empty on a single node.
+        remedy: Empty where there is nothing to do.
+        node: Empty on a single node.
     """
 
     check: str
@@ -67,7 +66,7 @@ def worst(findings: Iterable[Finding]) -> Severity:
 
 @dataclass(frozen=True)
 class Judge:
-    """What is expected of a GPU.
+    """Expectations of a GPU.
 
     Attributes:
         hardware: Rated numbers of its kind; None where the kind is not described.

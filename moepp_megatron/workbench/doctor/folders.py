@@ -26,7 +26,6 @@ class Folder:
 
     Attributes:
         name: The folder's purpose.
-        path: Where it is.
         free: Free bytes for this user; None if unknown.
         write_rate: Bytes per second to the disk; None if not measured.
         error: Why it cannot be written; None if it can.
@@ -55,13 +54,7 @@ def probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> Folde
 
 
 def check_folder(folder: Folder, thresholds: Thresholds, needed: int = 0) -> list[Finding]:
-    """Findings of one folder.
-
-    Args:
-        folder: The folder's state.
-        thresholds: The least write rate.
-        needed: Bytes that must be free.
-    """
+    """Findings of one folder, in which `needed` bytes must be free."""
     name, path = f"{folder.name} folder", folder.path
     if folder.error is not None:
         return [

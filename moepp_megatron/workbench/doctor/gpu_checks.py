@@ -63,10 +63,7 @@ def check_model(
 ) -> Finding:
     """Check that all GPUs are of one kind, and that this kind is described.
 
-    Args:
-        cards: The node's GPUs.
-        hardware: Description in use.
-        described: Whether it was found by the GPU's name, not given by the user.
+    `described` is false where the user has given the description.
     """
     names = sorted({card.name for card in cards if card.name})
     found = ", ".join(names) or "unknown"

@@ -22,11 +22,7 @@ from moepp_megatron.workbench.doctor.gpu_checks import TorchCuda
 
 
 def check_packages(config: Config | None) -> list[Finding]:
-    """Check which packages are installed and used, and what replaces missing ones.
-
-    Args:
-        config: A run's configuration; a missing package that it needs is an error.
-    """
+    """Check which packages are installed and used; one that `config` needs must be."""
     backends = optional_backends()
     findings = [_python(), _torch(), check_megatron(version_of("megatron-core")), _nccl()]
     on_gpu = torch_cuda().available
@@ -68,12 +64,7 @@ def check_megatron(version: str | None) -> Finding:
 
 
 def check_backend(backend: Backend, on_gpu: bool = False) -> Finding:
-    """Check an optional package; a missing one is a note, because it has a replacement.
-
-    Args:
-        backend: The package.
-        on_gpu: Whether there is a GPU, on which Transformer Engine is missed.
-    """
+    """Check an optional package; a missing one is a note, because it has a replacement."""
     if backend.used:
         return Finding(backend.name, Severity.OK, f"{backend.version}: {backend.role}")
     if backend.failure is not None:
@@ -126,12 +117,7 @@ def _check_kernel(choice: KernelChoice) -> Finding:
 
 
 def check_needs(config: Config, used: set[str]) -> list[Finding]:
-    """Check that this machine has the packages that the configuration needs.
-
-    Args:
-        config: The configuration.
-        used: Names of the optional packages in use.
-    """
+    """Check that the packages in use here, by name, include those that the run needs."""
     findings = []
     if config.precision.fp8 is not None and "Transformer Engine" not in used:
         findings.append(
@@ -165,12 +151,7 @@ def check_needs(config: Config, used: set[str]) -> list[Finding]:
 
 
 def check_fp8(config: Config, machine: FP8Machine) -> Finding | None:
-    """Whether GPU and versions can run the configuration's FP8; None without FP8.
-
-    Args:
-        config: The configuration.
-        machine: A machine that has Transformer Engine.
-    """
+    """Whether GPU and versions can run the configuration's FP8; None without FP8."""
     recipe = config.precision.recipe
     if recipe is None:
         return None

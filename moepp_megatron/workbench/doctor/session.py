@@ -28,10 +28,7 @@ from moepp_megatron.workbench.doctor.system import check_clock_skew
 
 @dataclass(frozen=True)
 class _RankReport:
-    """The report of one rank to the others; node findings come from each node's first rank.
-
-    `loaded` is the state of its GPU during the matrix product.
-    """
+    """A rank's findings for the others; `loaded` is its GPU's state during the matrix product."""
 
     node: str
     speed: DeviceSpeed
@@ -53,11 +50,7 @@ def examine_machine(request: Request) -> list[Finding]:
 
 
 def examine_ranks(request: Request, rank: RankEnvironment) -> list[Finding] | None:
-    """Examine all nodes of a launched job; every rank must call.
-
-    Returns:
-        The findings of all nodes on rank 0, None elsewhere.
-    """
+    """Findings of all nodes of a launched job on rank 0, None elsewhere; every rank must call."""
     # Before this rank's own process holds memory on the GPUs.
     cards = Cards.read() if rank.local_rank == 0 else Cards([])
     device = distributed.start(rank, timeout=timedelta(minutes=3))

@@ -21,12 +21,9 @@ _REPEATS = 5
 
 @dataclass(frozen=True)
 class CollectiveSpeed:
-    """One measured collective.
+    """One measured collective, "all-reduce" or "all-to-all".
 
-    Attributes:
-        name: "all-reduce" or "all-to-all".
-        num_bytes: Bytes of each rank's buffer.
-        seconds: Median time, of the slowest rank.
+    `num_bytes` is each rank's buffer, `seconds` the median time of the slowest rank.
     """
 
     name: str
@@ -37,9 +34,7 @@ class CollectiveSpeed:
 def matmul_tflops(device: torch.device, while_running: Callable[[], None] | None = None) -> float:
     """Rate of a matrix product on `device`, TFLOP/s: bf16 on a GPU, fp32 on a CPU.
 
-    Args:
-        device: The device to measure.
-        while_running: Called while the products run on a GPU, to look at the GPU under load.
+    `while_running` is called while the products run on a GPU, to look at the GPU under load.
     """
     on_gpu = device.type == "cuda"
     size, count = (_GPU_SIZE, _GPU_PRODUCTS) if on_gpu else (_CPU_SIZE, _CPU_PRODUCTS)
@@ -59,11 +54,7 @@ def matmul_tflops(device: torch.device, while_running: Callable[[], None] | None
 
 
 def measure_collectives(device: torch.device) -> list[CollectiveSpeed]:
-    """All-reduce and all-to-all over the default process group; every rank must call.
-
-    Args:
-        device: This rank's device.
-    """
+    """All-reduce and all-to-all over the default process group; every rank must call."""
     num_ranks = dist.get_world_size()
     num_bytes = _GPU_BYTES if device.type == "cuda" else _CPU_BYTES
     # fp32, in equal parts for the all-to-all.
@@ -91,14 +82,8 @@ def expected_seconds(
 
     A ring all-reduce sends `2 (n - 1) / n` times the buffer over a rank's slowest link; across
     nodes all network ports of a node work together. An all-to-all sends `1 / n` of the buffer to
-    each rank, over NVLink within the node and over the rank's own port beyond it.
-
-    Args:
-        collective: Its name and size.
-        num_ranks: Ranks.
-        ranks_per_node: Ranks of a node.
-        link_bytes_s: NVLink bandwidth of a GPU in one direction.
-        network_bytes_s: Network bandwidth of a GPU in one direction.
+    each rank, over NVLink within the node and over the rank's port beyond it. Bandwidths are those
+    of a GPU in one direction.
     """
     crosses = num_ranks > ranks_per_node
     if link_bytes_s is None or (crosses and network_bytes_s is None):

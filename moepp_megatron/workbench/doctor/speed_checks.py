@@ -24,13 +24,9 @@ class DeviceSpeed:
 def check_matmul(
     speeds: Sequence[DeviceSpeed], hardware: Hardware | None, thresholds: Thresholds, bad: Severity
 ) -> list[Finding]:
-    """Compare devices with the rated bf16 rate; one finding for those that reach it.
+    """Compare one node's devices with the rated bf16 rate; one finding for those that reach it.
 
-    Args:
-        speeds: Speeds of one node's devices.
-        hardware: Rated rate; without one speeds are reported, not judged.
-        thresholds: The least share of it.
-        bad: Severity of a slow device.
+    Without a rated rate speeds are reported, not judged. `bad` is the severity of a slow device.
     """
     rated = hardware.bf16_tflops if hardware is not None else None
     if rated is None:
@@ -80,15 +76,10 @@ def check_collective(
     thresholds: Thresholds,
     bad: Severity,
 ) -> Finding:
-    """Compare a collective with the time that the rated links need.
+    """Compare a collective, of a buffer of `num_bytes` a rank, with the time that rated links need.
 
-    Args:
-        name: "all-reduce" or "all-to-all".
-        num_bytes: Bytes of each rank's buffer.
-        seconds: Measured time.
-        expected: Seconds that the rated links need; if None, the time is reported, not judged.
-        thresholds: The least share of the rated bandwidth.
-        bad: Severity of a slow collective.
+    Without `expected` seconds the time is reported, not judged. `bad` is the severity of a slow
+    one.
     """
     found = f"{num_bytes / 2**20:.0f} MiB a rank in {seconds * 1e3:.3g} ms"
     if expected is None:

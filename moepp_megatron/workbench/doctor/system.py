@@ -14,12 +14,9 @@ from moepp_megatron.workbench.doctor.finding import Finding, Severity
 
 @dataclass(frozen=True)
 class Limits:
-    """Soft limits of this process; None is unlimited.
+    """Soft limits of this process, in files and bytes; None is unlimited.
 
-    Attributes:
-        open_files: Number of open files.
-        open_files_hard: The limit up to which the process may raise it.
-        locked_memory: Bytes that can be locked, which RDMA needs for its buffers.
+    RDMA locks its buffers. The process may raise `open_files` up to `open_files_hard`.
     """
 
     open_files: int | None
@@ -132,13 +129,7 @@ def _check_locked_memory(locked: int | None) -> Finding:
 def check_ports(
     ports: list[NetworkPort], num_cards: int, rate_per_gpu: float | None
 ) -> list[Finding]:
-    """Check that RDMA ports are up, and fast enough for the GPUs together.
-
-    Args:
-        ports: The node's ports.
-        num_cards: Number of the node's GPUs.
-        rate_per_gpu: Rated network bandwidth per GPU, Gbit/s; None if unknown.
-    """
+    """Check that RDMA ports are up, and fast enough for the GPUs together (Gbit/s per GPU)."""
     if not ports:
         text = "no RDMA device: between nodes NCCL uses TCP"
         return [Finding("network ports", Severity.NOTE if num_cards else Severity.OK, text)]
@@ -198,12 +189,7 @@ def check_clock(synchronized: bool | None) -> Finding:
 
 
 def check_clock_skew(offsets: dict[str, float], thresholds: Thresholds) -> Finding:
-    """Check the clocks of several nodes against each other.
-
-    Args:
-        offsets: Seconds by which each node's clock is ahead of the first's.
-        thresholds: The largest difference.
-    """
+    """Check the clocks of several nodes, given as seconds ahead of the first's."""
     ahead, behind = max(offsets, key=offsets.__getitem__), min(offsets, key=offsets.__getitem__)
     skew = offsets[ahead] - offsets[behind]
     found = f"{skew:.3f} s between {behind} and {ahead}"

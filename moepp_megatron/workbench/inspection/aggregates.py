@@ -23,7 +23,6 @@ class TokenGroup:
 
     Attributes:
         name: The common property.
-        count: Number of tokens.
         ffn: FFN experts per token and layer, mean.
         ffn_error: Standard error of that mean over the tokens; NaN for fewer than two.
         kinds: Share of each of `KIND_NAMES` in the selections.
@@ -60,12 +59,10 @@ class LayerSummary:
 def groups(
     trace: Trace, keys: Sequence[Hashable], names: Sequence[str] | None = None
 ) -> list[TokenGroup]:
-    """One group for each key, in the order of first appearance.
+    """One group for each of N keys, in the order of first appearance.
 
-    Args:
-        trace: The model's trace.
-        keys: N keys; tokens with None are left out.
-        names: N names; the first token's names the group. By default the key itself.
+    Tokens with the key None are left out. The first token's name, by default its key, names a
+    group.
     """
     members: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):
@@ -94,12 +91,7 @@ def by_position(trace: Trace) -> list[TokenGroup]:
 
 
 def by_frequency(trace: Trace, ids: np.ndarray) -> list[TokenGroup]:
-    """Groups of tokens that occur once, 2 to 3, 4 to 7, ... times in the text, rare ones first.
-
-    Args:
-        trace: The model's trace.
-        ids: [N] token ids.
-    """
+    """Groups of tokens, by [N] ids, that occur once, 2 to 3, 4 to 7, ... times, rare ones first."""
     counts = Counter(ids.tolist())
     keys = [counts[token].bit_length() - 1 for token in ids.tolist()]
     names = [_span(2**key, 2 ** (key + 1) - 1) for key in keys]
@@ -155,10 +147,8 @@ def by_layer(trace: Trace) -> list[LayerSummary]:
 def loss_correlation(trace: Trace, *, of_next: bool = False) -> float:
     """Pearson's r of loss and mean FFN experts over tokens; NaN where either does not vary.
 
-    Args:
-        trace: The model's trace.
-        of_next: Whether to take the next token's loss, which is predicted at this token's place;
-            otherwise the token's own loss, which says how surprising it was.
+    With `of_next` it is the loss of the next token, which is predicted at this token's place;
+    otherwise the token's loss, which says how surprising it was.
     """
     losses = trace.losses
     if of_next:

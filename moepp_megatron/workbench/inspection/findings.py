@@ -32,11 +32,8 @@ class Findings:
         by_class: The classes that occur, in the order of `CLASSES`.
         by_tag: Parts of speech, the most frequent first; empty without a tagger.
         least_count: Least number of occurrences of a token in the two lists below.
-        most_ffn: Tokens with the most FFN experts.
-        fewest_ffn: Tokens with the fewest.
         by_position: Groups by position in the window.
         by_frequency: Groups by the token's number of occurrences in the text.
-        by_layer: MoE layers.
         without_ffn: Share of the tokens that get no FFN expert in any layer.
         all_ffn: Share of the tokens whose every selection is an FFN expert.
         loss_correlation: Pearson's r of a token's loss and its FFN experts; NaN where undefined.

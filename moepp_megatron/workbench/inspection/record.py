@@ -34,14 +34,7 @@ class _Pass(NamedTuple):
 
 
 class _RoutingRecorder:
-    """A context that records the decisions of this rank's routers.
-
-    Args:
-        stages: This rank's model chunks.
-
-    Attributes:
-        passes: For each MoE layer, by its global number, its micro-batches in order.
-    """
+    """A context that records routers' micro-batches in order, by global MoE layer number."""
 
     def __init__(self, stages: Sequence[torch.nn.Module]) -> None:
         # Layers of multi-token prediction run in training alone.
@@ -77,15 +70,9 @@ class _RoutingRecorder:
 
 
 def chosen(gates: Tensor, routing_map: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """The selected experts of each token and their gates, the largest gate first.
+    """[T, K] int64 selected experts of each token and their gates, the largest gate first.
 
-    Args:
-        gates: [T, E].
-        routing_map: [T, E] bool, K selected in each row.
-        topk: K.
-
-    Returns:
-        [T, K] int64 experts and [T, K] gates.
+    `gates` are [T, E], `routing_map` [T, E] bool with K selected in each row.
     """
     # A selected expert's gate may be 0: a zero expert's under gate_normalization nonzero.
     ranked = gates.masked_fill(~routing_map, -1.0)
@@ -94,10 +81,9 @@ def chosen(gates: Tensor, routing_map: Tensor, topk: int) -> tuple[Tensor, Tenso
 
 
 def trace_models(request: InspectRequest) -> list[Trace]:
-    """Run the models one after the other; every rank must call, with torch's group alone.
+    """Run the models one after the other; every rank must call, with torch's group only.
 
-    Returns:
-        On rank 0 a trace of each; nothing elsewhere.
+    Returns a trace of each on rank 0, nothing elsewhere.
     """
     traces = []
     for model in request.models:
@@ -133,15 +119,7 @@ def _trace(
 
 
 def _record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:
-    """Run the model of a checkpoint; every rank must call, and process groups must exist.
-
-    Args:
-        request: [b, s] tokens and the layout.
-
-    Returns:
-        On rank 0 `selected` [L, b, s, K] int64, `gates` [L, b, s, K] fp64 and `losses` [b, s]
-        fp64, NaN for the first token of each sequence. None elsewhere.
-    """
+    """`selected` and `gates` [L, b, s, K], `losses` [b, s] (NaN first) on rank 0, else None."""
     stages = scoring_stages(request)
     with _RoutingRecorder(stages) as recorder:
         scores = score_stages(request, stages)

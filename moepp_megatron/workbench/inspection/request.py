@@ -52,15 +52,13 @@ class InspectRequest:
     """A checked request.
 
     Attributes:
-        text: The tokens.
-        language: `python` or `text`.
         classes: [N] int64 indices into `token_classes.CLASSES`.
         tags: Part of speech of each token, or None for a token without; None without any tags.
         window: Length of a window in tokens.
         models: One checkpoint, or two to compare.
         out: Page to write.
         json: JSON file to write, or None.
-        notices: What the user should know.
+        notices: Notes for the user.
     """
 
     text: TokenizedText

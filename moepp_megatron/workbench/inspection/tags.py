@@ -21,12 +21,8 @@ def read_tags(path: Path, text: str, is_cut: bool) -> list[TaggedSpan]:
     """Tags from a file of words in the order of the text.
 
     The file is JSON, a list of [word, tag], or lines `word TAB tag` (empty lines and those that
-    begin with # are skipped). Between two words the text may have anything.
-
-    Args:
-        path: The file.
-        text: The text in which the words are searched.
-        is_cut: Whether the text was cut; then words behind its end are left out.
+    begin with # are skipped). Between two words the text may have anything. If the text was cut,
+    words behind its end are left out.
 
     Raises:
         ConfigError: The file cannot be read, has another form, or does not fit the text.
@@ -56,20 +52,14 @@ def read_tags(path: Path, text: str, is_cut: bool) -> list[TaggedSpan]:
 
 
 def run_tagger(tagger: Tagger, text: str) -> list[TaggedSpan]:
-    """Tags of a text by an optional package.
-
-    Raises:
-        UnfitError: The package or its English model is not installed.
-    """
+    """Tags by an optional package; UnfitError if it or its English model is not installed."""
     return {"nltk": _nltk, "spacy": _spacy}[tagger](text)
 
 
 def token_tags(spans: Sequence[Sequence[int]], tagged: Iterable[TaggedSpan]) -> list[str | None]:
     """The tag of each token: of the first tagged word that it shares a character with, or None.
 
-    Args:
-        spans: First character of each token and the one behind its last, in order.
-        tagged: Tagged words, in order.
+    `spans` are the first character of each token and the one behind its last, in order.
     """
     tags: list[str | None] = []
     words = list(tagged)

@@ -20,7 +20,6 @@ class TokenizedText:
     """Tokens of a text.
 
     Attributes:
-        name: The text's name.
         text: All characters that the tokens come from.
         ids: [N] int64 token ids.
         spans: [N, 2] int64 first character, and last character + 1, of each token; in order.
@@ -47,18 +46,13 @@ class TokenizedText:
 def read_text(path: Path, max_tokens: int) -> tuple[str, bool]:
     """The beginning of a file, enough for `max_tokens` tokens, and whether there is more.
 
-    Raises:
-        ConfigError: If it cannot be read, is not UTF-8 or is empty.
+    ConfigError if it cannot be read, is not UTF-8 or is empty.
     """
     return text_of(path, max_tokens * _CHARACTERS_A_TOKEN)
 
 
 def tokenize(tokenizer: Tokenizer, text: str, name: str, max_tokens: int) -> TokenizedText:
-    """The first `max_tokens` tokens of a text.
-
-    Raises:
-        ConfigError: If there are fewer than two tokens, so that nothing is predicted.
-    """
+    """The first `max_tokens` tokens of a text; ConfigError if there are fewer than two."""
     ids, spans = tokenizer.encode_with_spans(text)
     if len(ids) < 2:
         raise ConfigError(
@@ -73,16 +67,7 @@ def tokenize(tokenizer: Tokenizer, text: str, name: str, max_tokens: int) -> Tok
 
 
 def windows(text: TokenizedText, length: int, filler: int) -> np.ndarray:
-    """Cut the tokens into windows that follow each other, as training cuts documents.
-
-    Args:
-        text: The tokens.
-        length: Tokens per window.
-        filler: Token that fills the last window.
-
-    Returns:
-        [b, s] int64, s at most `length`.
-    """
+    """Cut the tokens into [b, s] consecutive windows, s at most `length`, the last with fillers."""
     width = min(length, len(text))
     rows = -(-len(text) // width)
     padded = np.full(rows * width, filler, dtype=np.int64)
@@ -91,12 +76,7 @@ def windows(text: TokenizedText, length: int, filler: int) -> np.ndarray:
 
 
 def _in_order(spans: np.ndarray, text: str) -> np.ndarray:
-    """Spans that neither overlap nor leave white space out.
-
-    A byte-level tokenizer may split a character; each of its tokens then spans the whole
-    character: it is left to the first. One that trims its offsets leaves white space between
-    tokens: it is given to the token behind it, or to a token that has nothing else.
-    """
+    """Spans without overlap (a split character is the first token's) or omitted white space."""
     fixed = spans.copy()
     previous = 0
     for index, (begin, end) in enumerate(spans.tolist()):

@@ -17,8 +17,6 @@ class Trace:
     """Routing and loss of every token.
 
     Attributes:
-        label: The model's name.
-        facts: Short descriptions of it.
         experts: Experts of one MoE layer, by kind.
         layers: L numbers of the transformer layers that are MoE layers, from 1.
         balanced_share: FFN share of all selections under perfect balance.
