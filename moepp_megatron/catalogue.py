@@ -41,16 +41,18 @@ class Drawn:
         level: A line to compare with, and its name.
         is_logarithmic: Whether the axis is.
         unless_zero: Whether it is left out where all values are 0.
+        has_marks: Whether each value is a mark, of numbers that few records have.
     """
 
     title: str
     axis: str
     place: int = 99
     caption: str = ""
-    section: Literal["training", "hardware"] = "training"
+    section: Literal["training", "hardware", "names", "router"] = "training"
     level: tuple[str, float] | None = None
     is_logarithmic: bool = False
     unless_zero: bool = False
+    has_marks: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,10 +199,12 @@ class Record(BaseModel):
     valid_set_loss: Annotated[dict[str, Number] | None, Metric(
         "validation loss of each set of data.validation; only on evaluated steps", "nats",
         "loss/validation_sets", "moepp_valid_set_loss", "set",
-        panel=("Loss by validation set", "{{set}}"))] = None
+        panel=("Loss by validation set", "{{set}}"),
+        drawn=Drawn("Loss by validation set", "loss (nats)", 0, section="names"))] = None
     task_score: Annotated[dict[str, Number] | None, Metric(
         "score of a task of lm-eval by TASK/METRIC (evaluation.tasks); only on evaluated steps",
-        "", "task", "moepp_task_score", "task", panel=("Scores of tasks", "{{task}}"))] = None
+        "", "task", "moepp_task_score", "task", panel=("Scores of tasks", "{{task}}"),
+        drawn=Drawn("Scores of tasks", "score", 4, section="names", has_marks=True))] = None
     layer_expert_share: Annotated[list[list[Number]] | None, Metric(
         "share of a layer's selections that an expert takes; Prometheus has them by kind",
         "share", "expert_share", "moepp_layer_share_ratio", "layer,expert,kind",
@@ -221,23 +225,31 @@ class Record(BaseModel):
         "mean language-model loss of the tokens with 0, 1, ..., K FFN experts on average over the "
         "last pipeline stage's MoE layers, rounded; NaN where there is none", "nats",
         "loss_by_ffn_experts", "moepp_loss_by_ffn", "ffn_experts",
-        panel=("Loss of tokens by FFN experts taken", "{{ffn_experts}} FFN experts"))] = None
+        panel=("Loss of tokens by FFN experts taken", "{{ffn_experts}} FFN experts"),
+        drawn=Drawn(
+            "Loss by FFN experts of a token", "loss (nats)", 0,
+            "Mean language-model loss of the tokens with 0, 1, ... FFN experts on average over the "
+            "MoE layers (of the last pipeline stage), rounded. Where the router has learned which "
+            "tokens are hard, these get more.", section="router"))] = None
     class_ffn_per_token: Annotated[dict[str, Number] | None, Metric(
         "FFN experts per token of the tokens of a class, by frequency of the token id or by its "
         "characters, mean over MoE layers", "", "class_ffn_per_token",
         "moepp_class_ffn_per_token", "class",
-        panel=("FFN experts of a token, by class", "{{class}}"))] = None
+        panel=("FFN experts of a token, by class", "{{class}}"),
+        drawn=Drawn("FFN experts by kind of token", "FFN experts", 3, section="names"))] = None
     source_tokens: Annotated[dict[str, Number] | None, Metric(
         "share of the tokens with a loss that come from a data source; like the next three only "
         "where the prepared data have several", "share", "source_tokens",
         "moepp_source_tokens_ratio", "source")] = None
     source_loss: Annotated[dict[str, Number] | None, Metric(
         "mean language-model loss behind the tokens of a data source", "nats", "source_loss",
-        "moepp_source_loss", "source", panel=("Loss by data source", "{{source}}"))] = None
+        "moepp_source_loss", "source", panel=("Loss by data source", "{{source}}"),
+        drawn=Drawn("Loss by data source", "loss (nats)", 1, section="names"))] = None
     source_ffn_share: Annotated[dict[str, Number] | None, Metric(
         "FFN experts' share of the selections of a data source's tokens, mean over MoE layers",
         "share", "source_ffn_share", "moepp_source_ffn_ratio", "source",
-        panel=("FFN share by data source", "{{source}}"))] = None
+        panel=("FFN share by data source", "{{source}}"),
+        drawn=Drawn("FFN share by data source", "FFN share", 2, section="names"))] = None
     source_expert_share: Annotated[dict[str, list[Number]] | None, Metric(
         "share of the selections of a data source's tokens that an expert takes, mean over MoE "
         "layers", "share", "source_expert_share", "moepp_source_expert_ratio",

@@ -77,6 +77,13 @@ def path_of(row: Metric, labels: Labels) -> list[str]:
     ]
 
 
+def name_of(row: Metric, labels: Labels) -> str:
+    """What people call a number, such as `layer 2` or `web`."""
+    words = {"layer": "layer {}", "ffn_experts": "{} FFN experts"}
+    named = zip(row.labels.split(","), labels, strict=True)
+    return " ".join(words.get(name, "{}").format(of) for name, of in named if name != "kind")
+
+
 def is_curve(row: Metric) -> bool:
     """Whether each number is one to follow, not one of each layer's distribution."""
     return not (row.is_distribution and "layer" in row.axes)

@@ -1,19 +1,23 @@
 """Plots over the course of training."""
 
 import math
+from collections.abc import Sequence
 from operator import itemgetter
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 
 from moepp_megatron.catalogue import OF_RECORD, Drawn
+from moepp_megatron.observe.numbers import name_of, numbers
 from moepp_megatron.workbench.report import formatting
-from moepp_megatron.workbench.report.drawing import MUTED, VERMILION
+from moepp_megatron.workbench.report.drawing import LINE_COLOURS, MUTED, VERMILION, short_name
 from moepp_megatron.workbench.report.healthy import healthy_range
 from moepp_megatron.workbench.report.lines import Frame, Line, line_plot
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.savings import vanilla_a2a_bytes
-from moepp_megatron.workbench.report.series import Series, finite, series, values
+from moepp_megatron.workbench.report.series import finite, series, values
 
 
 def curve_plots(run: RunData) -> list[Plot]:
@@ -122,11 +126,18 @@ def _a2a_plot(run: RunData) -> Plot:
 
 
 def plain_plot(
-    run: RunData, key: str, drawn: Drawn, axis: str | None = None, scale: float = 1.0
+    run: RunData,
+    key: str,
+    drawn: Drawn,
+    axis: str | None = None,
+    scale: float = 1.0,
+    names: Sequence[str] | None = None,
 ) -> Plot:
-    """One metric of the records, times `scale`, over steps, with what to compare it with."""
+    """One metric of the records, times `scale`, over steps, with what to compare it with.
+
+    One with labels has a line for each; `names` chooses and orders them.
+    """
     row = OF_RECORD[key]
-    steps, found = series(run.records, key)
     is_share = row.unit == "share"
     frame = Frame(
         drawn.axis if axis is None else axis,
@@ -134,6 +145,31 @@ def plain_plot(
         bottom=0 if is_share else None,
         levels=[] if drawn.level is None else [drawn.level],
         healthy=healthy_range(key),
+        alerts=run.alerts if row.labels else (),
     )
-    points = Series(steps, scale * found)
-    return line_plot(drawn.title, drawn.caption or row.sentence, [Line(drawn.title, points)], frame)
+    points = _by_name(run, key, drawn.title)
+    shown = list(points) if names is None else [name for name in names if name in points]
+    ordered = row.axes[:1] in (("layer",), ("ffn_experts",))
+    spread = colormaps["viridis"](np.linspace(0.05, 0.85, len(shown)))
+    colours = [*map(to_hex, spread)] if ordered else LINE_COLOURS
+    lines = [
+        Line(
+            short_name(name),
+            finite(points[name][:, 0], scale * points[name][:, 1]),
+            colour,
+            marker="o" if drawn.has_marks else "",
+        )
+        for name, colour in zip(shown, colours, strict=False)
+    ]
+    return line_plot(drawn.title, drawn.caption or row.sentence, lines, frame)
+
+
+def _by_name(run: RunData, key: str, title: str) -> dict[str, np.ndarray]:
+    """[n, 2] steps and values of each number under a key; the title names one without labels."""
+    row, found = OF_RECORD[key], dict[str, list[tuple[float, float]]]()
+    for record in run.records:
+        value = [(key, getattr(record, key))]
+        for _, labels, number in numbers(value, run.config.experts, run.config.moe_layers):
+            name = name_of(row, labels) if labels else title
+            found.setdefault(name, []).append((record.step, number))
+    return {name: np.array(points, dtype=np.float64) for name, points in found.items()}

@@ -84,8 +84,8 @@ class Frame:
 def line_plot(title: str, caption: str, lines: Sequence[Line], frame: Frame) -> Plot:
     """A plot of the lines that have enough points; a sentence where none has."""
     drawn = [line for line in lines if len(line.points.x) >= (1 if line.marker else 2)]
-    if not [line for line in drawn if not line.marker] and not all(x.marker for x in lines):
-        return Plot(title, caption, None, _too_few(title, lines[0], frame), wide=frame.wide)
+    if not drawn or (all(x.marker for x in drawn) and not all(x.marker for x in lines)):
+        return Plot(title, caption, None, _too_few(title, lines, frame), wide=frame.wide)
     axes = new_figure(13.2 if frame.wide else 6.4, frame.height).subplots()
     for line in drawn:
         _draw(axes, line)
@@ -135,8 +135,8 @@ def _words(line: Line, frame: Frame) -> str:
     return f"{ends}, between {show(float(np.min(y)))} and {show(float(np.max(y)))}"
 
 
-def _too_few(title: str, line: Line, frame: Frame) -> str:
-    if len(line.points.y):
-        shown = frame.show(float(line.points.y[0]))
+def _too_few(title: str, lines: Sequence[Line], frame: Frame) -> str:
+    if lines and len(lines[0].points.y):
+        shown = frame.show(float(lines[0].points.y[0]))
         return f"Only one record has a finite value ({title} {shown}); a curve needs two."
     return f"No record of this run has a finite {title.lower()}."

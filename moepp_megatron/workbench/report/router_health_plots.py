@@ -7,13 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.ticker import PercentFormatter
 
 from moepp_megatron.catalogue import IN_LAYERS, Drawn
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.numbers import layer_numbers
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.curves import own_plots, plain_plot
 from moepp_megatron.workbench.report.drawing import (
     BLUE,
     VERMILION,
@@ -28,10 +28,8 @@ from moepp_megatron.workbench.report.drawing import (
     thin,
 )
 from moepp_megatron.workbench.report.healthy import QUICKSTART_EXPERTS, healthy_range
-from moepp_megatron.workbench.report.lines import Frame, Line, line_plot
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
-from moepp_megatron.workbench.report.series import finite, values
 from moepp_megatron.workbench.report.summary import tail
 
 
@@ -67,8 +65,9 @@ def health_plots(run: RunData) -> list[Plot]:
     if run.config.is_vanilla:
         return []
     plots = [_band_plot(run, plot) for plot in _band_plots(run)]
-    plots += [ffn_histogram(run), loss_by_ffn(run)]
-    return [plot for plot in plots if plot is not None]
+    plots += [ffn_histogram(run)]
+    plots += [plain_plot(run, key, drawn) for key, drawn in own_plots(run, "router")]
+    return [plot for plot in plots if plot is not None and plot.image is not None]
 
 
 def _band_plots(run: RunData) -> list[_BandPlot]:
@@ -237,26 +236,3 @@ def ffn_histogram(run: RunData) -> Plot | None:
         )
         + ".",
     )
-
-
-def loss_by_ffn(run: RunData) -> Plot | None:
-    """Language-model loss of the tokens by how many FFN experts they got."""
-    records = [r for r in run.records if r.loss_by_ffn]
-    if len(records) < 2:
-        return None
-    steps = values(records, "step")
-    table = np.asarray([record.loss_by_ffn for record in records], dtype=np.float64)
-    colours = colormaps["viridis"](np.linspace(0.05, 0.85, table.shape[1]))
-    lines = [
-        Line(f"{count} FFN", finite(steps, table[:, count]), to_hex(colours[count]))
-        for count in range(table.shape[1])
-    ]
-    lines = [line for line in lines if len(line.points.x) >= 2]
-    if not lines:
-        return None
-    caption = (
-        "Mean language-model loss of the tokens with 0, 1, ... FFN experts on average over the "
-        "MoE layers (of the last pipeline stage), rounded. Where the router has learned which "
-        "tokens are hard, these get more."
-    )
-    return line_plot("Loss by FFN experts of a token", caption, lines, Frame("loss (nats)"))

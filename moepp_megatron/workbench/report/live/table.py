@@ -18,7 +18,7 @@ from rich.text import Text
 from moepp_megatron.catalogue import METRICS, OF_RECORD, Metric
 from moepp_megatron.config.printable import printable
 from moepp_megatron.experts import FFN
-from moepp_megatron.observe.numbers import Labels
+from moepp_megatron.observe.numbers import Labels, name_of
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.live.liveness import State
@@ -173,15 +173,9 @@ def _entries(row: Metric, newest: dict[Labels, float]) -> str:
             for name, part in parts.items()
         )
     finite = {labels: value for labels, value in newest.items() if math.isfinite(value)}
+    names = {labels: printable(name_of(row, labels), keep="") for labels in newest}
     if len(newest) <= _MOST_ENTRIES or not finite:
-        shown = list(newest.items())[:_MOST_ENTRIES]
-        return "  ".join(f"{_name(row, of)} {_shown(value, row.unit)}" for of, value in shown)
+        few = list(newest.items())[:_MOST_ENTRIES]
+        return "  ".join(f"{names[of]} {_shown(value, row.unit)}" for of, value in few)
     ends = [at(finite, key=finite.__getitem__) for at in (min, max)]
-    return " to ".join(f"{_shown(finite[of], row.unit)} ({_name(row, of)})" for of in ends)
-
-
-def _name(row: Metric, labels: Labels) -> str:
-    words = {"layer": "layer {}", "ffn_experts": "{} FFN experts"}
-    named = zip(row.labels.split(","), labels, strict=True)
-    text = " ".join(words.get(label, "{}").format(of) for label, of in named if label != "kind")
-    return printable(text, keep="")
+    return " to ".join(f"{_shown(finite[of], row.unit)} ({names[of]})" for of in ends)

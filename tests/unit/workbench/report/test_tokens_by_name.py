@@ -70,6 +70,14 @@ def test_a_run_of_one_source_has_no_table(make_run) -> None:
     assert token_plots(data) == []
 
 
+def test_names_without_a_finite_number_have_no_plot(make_run) -> None:
+    def edit(records: list[dict[str, Any]]) -> None:
+        records[-1] |= {"task_score": {"arc/acc": None}, "class_ffn_per_token": {"keyword": 1.0}}
+
+    data = load_run(make_run(steps=5, edit=edit))
+    assert token_plots(data) == []
+
+
 def test_the_monitor_has_numbers_by_source(run: Path) -> None:
     live = LiveRun(run, clock=time.time)
     out = io.StringIO()
