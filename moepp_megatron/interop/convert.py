@@ -40,9 +40,9 @@ def convert(kind: str, source: str | Path, target: str | Path, **options: Any) -
     free_folder(Path(target))
     quiet()
     converter = getattr(importlib.import_module(f"moepp_megatron.interop.{module}"), name)
-    told = converter(Path(source), Path(target), **options)
-    if isinstance(told, list):
-        for warning in told:
+    warnings = converter(Path(source), Path(target), **options)
+    if isinstance(warnings, list):
+        for warning in warnings:
             logging.getLogger(__name__).warning("%s", warning)
     return Path(target)
 

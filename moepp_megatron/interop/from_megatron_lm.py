@@ -209,15 +209,15 @@ def weight_names(reader: CheckpointReader, config: Config) -> list[str]:
     """The model's tensors; ConfigError names missing and unexpected ones and other shapes."""
     tensors = reader.tensors
     wanted = {rule.key: rule.shape for rule in moepp_rules(config) if not rule.unused}
-    found = {name: shape for name, (_, shape) in tensors.items() if name.startswith(_WEIGHTS)}
+    weights = {name: shape for name, (_, shape) in tensors.items() if name.startswith(_WEIGHTS)}
     problems = [
-        *(f"tensor {name} is missing" for name in sorted(wanted.keys() - found.keys())),
-        *(f"tensor {name} is unexpected" for name in sorted(found.keys() - wanted.keys())),
+        *(f"tensor {name} is missing" for name in sorted(wanted.keys() - weights.keys())),
+        *(f"tensor {name} is unexpected" for name in sorted(weights.keys() - wanted.keys())),
         *(
             f"tensor {name} must have shape {list(shape)} by the arguments and has "
-            f"{list(found[name])}"
+            f"{list(weights[name])}"
             for name, shape in sorted(wanted.items())
-            if name in found and found[name] != shape
+            if name in weights and weights[name] != shape
         ),
     ]
     if problems:

@@ -50,9 +50,9 @@ class HFSource:
     @property
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the folder by name."""
-        found = {name: TensorInfo(e.dtype, e.shape) for name, e in self._entries.items()}
-        found |= {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in self._pickled.items()}
-        return found
+        tensors = {name: TensorInfo(e.dtype, e.shape) for name, e in self._entries.items()}
+        tensors |= {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in self._pickled.items()}
+        return tensors
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Forget tensors, as if the folder did not have them."""

@@ -105,7 +105,7 @@ def moepp_config(
     Raises:
         ValueError: If settings contradict each other or MoE++ cannot honour one.
     """
-    own = _own_arguments(args)
+    moepp_args = _own_arguments(args)
     _refuse_unsupported(config, args)
     _refuse_local_context_parallelism(config, args, is_spec)
     scope, beta = _balance(config)
@@ -120,8 +120,8 @@ def moepp_config(
         num_groups=config.moe_router_num_groups or 1,
         # Megatron limits nothing where this one is not given.
         group_topk=config.moe_router_group_topk or config.moe_router_num_groups or 1,
-        gating_residual=own.moepp_gating_residual,
-        **{name: getattr(own, f"moepp_{name}") for name in OWN_SETTINGS},
+        gating_residual=moepp_args.moepp_gating_residual,
+        **{name: getattr(moepp_args, f"moepp_{name}") for name in OWN_SETTINGS},
     )
     # What a layer would refuse is better said now than by a rank that builds its layers.
     refuse_ignored(config, moepp)

@@ -89,8 +89,8 @@ class MoEPPModelBuilder(GPTModelBuilder):
         vp_stage: int | None = None,
     ) -> MoEPPGPTModel:
         """Build a stage, as `GPTModelBuilder.build_model`; ValueError if a setting is refused."""
-        own = self._model_config
-        config = own.transformer
+        model_config = self._model_config
+        config = model_config.transformer
         moepp = moepp_config(config, get_args())
         stage = {"vp_stage": vp_stage, "vp_size": config.virtual_pipeline_model_parallel_size}
         if pre_process is None:
@@ -101,20 +101,20 @@ class MoEPPModelBuilder(GPTModelBuilder):
             config,
             _block_spec(config, moepp, vp_stage),
             moepp=moepp,
-            vocab_size=_padded_vocab_size(own),
-            max_sequence_length=own.seq_length,
+            vocab_size=_padded_vocab_size(model_config),
+            max_sequence_length=model_config.seq_length,
             pre_process=pre_process,
             post_process=post_process,
-            fp16_lm_cross_entropy=own.fp16_lm_cross_entropy,
-            parallel_output=own.parallel_output,
-            share_embeddings_and_output_weights=own.share_embeddings_and_output_weights,
-            position_embedding_type=own.position_embedding_type,
-            rotary_percent=own.rotary_percent,
-            rotary_base=own.rotary_base,
-            rope_scaling=own.rope_scaling,
-            rope_scaling_factor=own.rope_scaling_factor,
-            seq_len_interpolation_factor=own.seq_len_interpolation_factor,
-            scatter_embedding_sequence_parallel=own.scatter_embedding_sequence_parallel,
+            fp16_lm_cross_entropy=model_config.fp16_lm_cross_entropy,
+            parallel_output=model_config.parallel_output,
+            share_embeddings_and_output_weights=model_config.share_embeddings_and_output_weights,
+            position_embedding_type=model_config.position_embedding_type,
+            rotary_percent=model_config.rotary_percent,
+            rotary_base=model_config.rotary_base,
+            rope_scaling=model_config.rope_scaling,
+            rope_scaling_factor=model_config.rope_scaling_factor,
+            seq_len_interpolation_factor=model_config.seq_len_interpolation_factor,
+            scatter_embedding_sequence_parallel=model_config.scatter_embedding_sequence_parallel,
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )

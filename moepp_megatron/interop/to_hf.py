@@ -207,16 +207,16 @@ def _write_weights(
 ) -> torch.dtype:
     """Write the tensors into shards, selection biases in their dtype; returns the embedding's."""
     tensors = reader.tensors
-    kept = {key: own for key, (own, _) in tensors.items()}
-    wanted = kept if dtype is None else dict.fromkeys(kept, TORCH_DTYPES[dtype])
-    dtypes = {key: kept[key] if key.endswith(".expert_bias") else wanted[key] for key in kept}
+    stored = {key: stored for key, (stored, _) in tensors.items()}
+    wanted = stored if dtype is None else dict.fromkeys(stored, TORCH_DTYPES[dtype])
+    dtypes = {key: stored[key] if key.endswith(".expert_bias") else wanted[key] for key in stored}
     main_dtype = dtypes["embedding.word_embeddings.weight"]
     plan = [
         (source.name, dtypes.get(rule.key, main_dtype), source.shape)
         for rule in rules
         for source in rule.sources
     ]
-    total = sum(each.itemsize * torch.Size(shape).numel() for _, each, shape in plan)
+    total = sum(to.itemsize * torch.Size(shape).numel() for _, to, shape in plan)
     with (
         SafetensorsWriter(folder, plan, max_shard_bytes) as writer,
         track(console or Console(stderr=True), "converting", total) as advance,

@@ -155,8 +155,8 @@ def _options(config: Config) -> Iterator[list[str]]:
         "moe-z-loss-coeff": moe.z_loss_coeff,
         "moe-input-jitter-eps": moe.input_jitter_eps,
     }
-    own = {option(name).removeprefix("--"): getattr(moe, name) for name in OWN_SETTINGS}
-    values |= {name: value for name, value in own.items() if not isinstance(value, bool)}
+    moepp_values = {option(name).removeprefix("--"): getattr(moe, name) for name in OWN_SETTINGS}
+    values |= {name: value for name, value in moepp_values.items() if not isinstance(value, bool)}
     yield from ([f"--{name}", str(value)] for name, value in values.items() if value is not None)
     groups = model.query_groups
     if groups != model.num_attention_heads:
@@ -173,6 +173,6 @@ def _options(config: Config) -> Iterator[list[str]]:
         "moe-router-enable-expert-bias": moe.bias_update_rate > 0
         or (moe.is_vanilla and moe.selection_bias),
         "moepp-no-gating-residual": not moe.gating_residual,
-        **{name: value for name, value in own.items() if isinstance(value, bool)},
+        **{name: value for name, value in moepp_values.items() if isinstance(value, bool)},
     }
     yield from ([f"--{name}"] for name, is_set in flags.items() if is_set)

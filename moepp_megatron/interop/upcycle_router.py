@@ -63,9 +63,9 @@ def router_rules(
         return selection_bias(rows(tensors), tensors[0], moe.num_ffn_experts)
 
     def sigmoid_bias(tensors: Sequence[Tensor]) -> Tensor:
-        (own,) = tensors
-        least = float(own.min()) - 1.0 - _MARGIN
-        return torch.cat([own.float(), torch.full((moe.num_zero_computation_experts,), least)])
+        (ffn_bias,) = tensors
+        least = float(ffn_bias.min()) - 1.0 - _MARGIN
+        return torch.cat([ffn_bias.float(), torch.full((moe.num_zero_computation_experts,), least)])
 
     yield TensorRule(ours + "weight", shape, tuple(sources), None, rows, None)
     key = ours + "expert_bias"

@@ -76,8 +76,8 @@ def extra_tensors(hf: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     if hf.get("model_type") != "deepseek_v3":
         return []
     layers = require(hf, "num_hidden_layers")
-    found = ((name, _LAYER.match(name)) for name in names)
-    return [name for name, match in found if match is not None and int(match[1]) >= layers]
+    matches = ((name, _LAYER.match(name)) for name in names)
+    return [name for name, match in matches if match is not None and int(match[1]) >= layers]
 
 
 def expert_rules(kind: SourceKind, config: Config, ours: str, theirs: str) -> Iterator[TensorRule]:

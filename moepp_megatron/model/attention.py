@@ -88,8 +88,8 @@ class ContextParallelAttention(MegatronModule):
             attention_bias=attention_bias,
             packed_seq_params=packed_seq_params,
         )
-        whole = _GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
-        whole_key, whole_value = whole.split([key.shape[-1], value.shape[-1]], dim=-1)
+        gathered = _GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
+        whole_key, whole_value = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)
         starts = _chunk_starts(query.shape[0], self.cp_group)
         masks = (None, None) if attention_mask is None else attention_mask.chunk(2, dim=2)
         context = [

@@ -119,7 +119,7 @@ def attend(
     """
     repeats = query.shape[2] // key.shape[2]
     if repeats > 1 and not _takes_shared_keys(query, mask):
-        key, value = (each.repeat_interleave(repeats, dim=2) for each in (key, value))
+        key, value = (tensor.repeat_interleave(repeats, dim=2) for tensor in (key, value))
     context_bncd = F.scaled_dot_product_attention(
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),

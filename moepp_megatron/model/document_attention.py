@@ -64,10 +64,10 @@ def packed_attention() -> type:
             over whole sequences, as in generation.
             """
             if attention_mask is None:
-                whole: Tensor = super().forward(query, key, value, None, attn_mask_type, **kwargs)
-                return whole
+                context: Tensor = super().forward(query, key, value, None, attn_mask_type, **kwargs)
+                return context
             length, size = query.shape[:2]
-            packed = [each.transpose(0, 1).flatten(0, 1) for each in (query, key, value)]
+            packed = [tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value)]
             kwargs["packed_seq_params"] = PackedSeqParams(
                 qkv_format="thd",
                 cu_seqlens_q=attention_mask,

@@ -137,10 +137,10 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
         """[b, s] the mask, of which a first stage has cut out this rank's part of the sequence."""
         if padding_mask is None or padding_mask.shape == input_ids.shape:
             return padding_mask
-        whole = gather_from_sequence_parallel_region(
+        gathered = gather_from_sequence_parallel_region(
             padding_mask.T.contiguous(), tensor_parallel_output_grad=False, group=self.tp_group
         )
-        return whole.T
+        return gathered.T
 
     def _losses_of(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """[b, s] cross entropy of labels [b, s] from hidden states [s, b, D]."""

@@ -74,8 +74,8 @@ def _global_shard(tensor: ShardedTensor, seed: int) -> Tensor:
     digest = hashlib.sha256(repr((seed, name)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     shape = tensor.global_shape[prepended:]
-    whole = torch.randn(shape, generator=generator, dtype=torch.float32)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float32)
     offsets = tensor.global_offset[prepended:]
     for axis, (offset, length) in enumerate(zip(offsets, tensor.local_shape, strict=True)):
-        whole = whole.narrow(axis, offset, length)
-    return whole
+        weight = weight.narrow(axis, offset, length)
+    return weight

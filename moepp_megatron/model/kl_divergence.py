@@ -42,9 +42,9 @@ def kl_divergence(
 
 def _largest(logits: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
     """[s, b, V / tp] bool: whether a logit is among the `count` largest of all ranks'."""
-    own = logits.float().topk(min(count, logits.shape[-1]), dim=-1).values.contiguous()
-    shares = [torch.empty_like(own) for _ in range(group.size())]
-    dist.all_gather(shares, own, group=group)
+    local_largest = logits.float().topk(min(count, logits.shape[-1]), dim=-1).values.contiguous()
+    shares = [torch.empty_like(local_largest) for _ in range(group.size())]
+    dist.all_gather(shares, local_largest, group=group)
     least = torch.cat(shares, dim=-1).topk(count, dim=-1).values[..., -1:]
     return logits >= least
 
@@ -64,10 +64,10 @@ class _Divergence(torch.autograd.Function):
         temperature: float,
     ) -> Tensor:
         # Exponents, then probabilities: in place, since each is as wide as the vocabulary.
-        q, p = (_copy(each).div_(temperature) for each in (logits, teacher_logits))
+        q, p = (_copy(tensor).div_(temperature) for tensor in (logits, teacher_logits))
         if kept is not None:
-            for each in (q, p):
-                each.masked_fill_(~kept, -torch.inf)
+            for tensor in (q, p):
+                tensor.masked_fill_(~kept, -torch.inf)
         largest = torch.stack([q.amax(dim=-1), p.amax(dim=-1)])
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         q -= largest[0].unsqueeze(-1)
@@ -78,7 +78,7 @@ class _Divergence(torch.autograd.Function):
         q.exp_()
         p.exp_()
         apart *= p
-        sums = torch.stack([each.sum(dim=-1) for each in (q, p, apart)])
+        sums = torch.stack([tensor.sum(dim=-1) for tensor in (q, p, apart)])
         dist.all_reduce(sums, group=group)
         q_sum, p_sum, weighted = sums
         # d KL / d logits = (q - p) / T. In the logits' own format, which the gradient has anyway.

@@ -134,8 +134,8 @@ class BudgetController:
         """Tau of each MoE layer in `step`."""
         base = self._config.tau_for(_inside(self.budget.share_at(step)))
         pulls = [
-            (self.budget.gain or 1.0) * (missing + past)
-            for missing, past in zip(self._missing, self._past, strict=True)
+            (self.budget.gain or 1.0) * (missing + integral)
+            for missing, integral in zip(self._missing, self._past, strict=True)
         ]
         return [min(max(base * math.exp(pull), _LEAST_TAU), _MOST_TAU) for pull in pulls]
 
@@ -156,8 +156,8 @@ class BudgetController:
             assert margins_LB is not None, "without a gain the bias controller needs margins"
             return self._measured_steps(selected_LE, margins_LB, step)
         shares = selected_LE.double() / selected_LE.sum(dim=1, keepdim=True)
-        past = shares if self._shares is None else self._shares
-        self._shares = self.budget.decay * past + (1.0 - self.budget.decay) * shares
+        average = shares if self._shares is None else self._shares
+        self._shares = self.budget.decay * average + (1.0 - self.budget.decay) * shares
         measured = self._shares
         if not self.budget.per_layer:
             measured = measured.mean(dim=0, keepdim=True).expand_as(measured)

@@ -193,8 +193,8 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
     def _exchange_counts(self, routing_map: Tensor, map_TR: Tensor) -> _DispatchCounts:
         """Exchange the counts between all ranks: one small collective, one wait for the GPU."""
         ranks, tensor_ranks, experts = self.ep_size, self.tp_size, self.num_local_experts
-        own = torch.cat([routing_map.sum(dim=0), map_TR.sum(dim=0)])
-        every = gather_from_sequence_parallel_region(own, group=self.tp_ep_group).cpu()
+        local_counts = torch.cat([routing_map.sum(dim=0), map_TR.sum(dim=0)])
+        every = gather_from_sequence_parallel_region(local_counts, group=self.tp_ep_group).cpu()
         # [from expert-parallel rank, from tensor rank, F + R]
         every = every.view(ranks, tensor_ranks, -1)
         # [from, from, to rank, of its experts] and [from, from, to rank]

@@ -185,9 +185,9 @@ class FFNAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
         """Same as in megatron-core: [rows, D] rows, [local experts] counts, [rows] gates."""
         self.config = self._given_config
         if self.config.moe_permute_fusion:
-            own = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
+            local_columns = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
             # The rows are counted on the host anyway, so waiting for the map costs nothing.
-            if not self.routing_map[:, own].any():
+            if not self.routing_map[:, local_columns].any():
                 self.config = _without_fusion(self.config)
         return super().dispatch_postprocess(hidden_states, probs)
 
@@ -258,8 +258,8 @@ def bytes_sent(dispatcher: MoETokenDispatcher, hidden: Tensor) -> int | Tensor:
         out, home = dispatcher.input_splits, dispatcher.output_splits
         if dispatcher.ep_size == 1 or out is None or home is None:
             return 0
-        own = dispatcher.ep_rank
-        return int(sum(out) - out[own] + sum(home) - home[own]) * row
+        rank = dispatcher.ep_rank
+        return int(sum(out) - out[rank] + sum(home) - home[rank]) * row
     if isinstance(dispatcher, MoEAllGatherTokenDispatcher):
         others = dispatcher.tp_size * dispatcher.ep_size - 1
         return 2 * hidden[..., 0].numel() * others * row

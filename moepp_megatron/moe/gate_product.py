@@ -27,8 +27,8 @@ def gate_product(input: Tensor, weight: Tensor) -> Tensor:
     if is_in_torch and input.device.type == "cpu" and input.dtype.itemsize == 2:
         blockwise: Tensor = _BlockwiseProduct.apply(input, weight)
         return blockwise
-    whole: Tensor = moe_utils.router_gating_linear(input, weight, None, torch.float32)
-    return whole
+    product: Tensor = moe_utils.router_gating_linear(input, weight, None, torch.float32)
+    return product
 
 
 class _BlockwiseProduct(torch.autograd.Function):
@@ -48,7 +48,7 @@ class _BlockwiseProduct(torch.autograd.Function):
         tokens, grad = input.reshape(-1, input.shape[-1]), grads[0].reshape(-1, len(weight))
         rows = weight.float()
         token_grad, weight_grad = torch.empty_like(tokens), torch.zeros_like(rows)
-        parts = zip(*(each.split(_BLOCK) for each in (tokens, grad, token_grad)), strict=True)
+        parts = zip(*(tensor.split(_BLOCK) for tensor in (tokens, grad, token_grad)), strict=True)
         for block, out_grad, block_grad in parts:
             block_grad.copy_(out_grad @ rows)
             weight_grad.addmm_(out_grad.T, block.float())

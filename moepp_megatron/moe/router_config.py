@@ -24,14 +24,14 @@ def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerC
     """
     refuse_ignored(config, moepp)
     _require_new_counts(config, moepp)
-    own = copy.copy(config)
-    own.num_moe_experts = moepp.num_experts
+    routing = copy.copy(config)
+    routing.num_moe_experts = moepp.num_experts
     # The heterogeneous balance loss replaces megatron-core's.
-    own.moe_router_load_balancing_type = "none"
-    own.moe_aux_loss_coeff = 0.0
-    if own.moe_router_dtype != "fp64":
-        own.moe_router_dtype = "fp32"
-    return own
+    routing.moe_router_load_balancing_type = "none"
+    routing.moe_aux_loss_coeff = 0.0
+    if routing.moe_router_dtype != "fp64":
+        routing.moe_router_dtype = "fp32"
+    return routing
 
 
 def _require_new_counts(config: TransformerConfig, moepp: MoEPPConfig) -> None:

@@ -19,14 +19,14 @@ _TRACKED = {
 
 def tracked_losses(layer_number: int) -> dict[str, Tensor]:
     """Losses of a layer in megatron-core's tracker, each a scalar on the device, by our names."""
-    found: dict[str, Tensor] = {}
+    losses: dict[str, Tensor] = {}
     for tracked, name in _TRACKED.items():
         entry = get_moe_metrics_tracker().metrics.get(tracked)
         if entry is not None:
             value = entry.values[layer_number - 1].detach()
             # A copy, for the tracker adds in place.
-            found[name] = value.clone() if name not in found else found[name] + value
-    return found
+            losses[name] = value.clone() if name not in losses else losses[name] + value
+    return losses
 
 
 class RoutingStatistics:

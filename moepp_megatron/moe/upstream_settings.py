@@ -216,12 +216,12 @@ def refuse_ignored(config: Any, moepp: MoEPPConfig) -> None:
             continue
         if name == "moe_aux_loss_coeff" and config.moe_router_load_balancing_type == "none":
             continue  # The coefficient of no loss.
-        own = getattr(moepp, ours.field)
+        expected = getattr(moepp, ours.field)
         counts = "; num_moe_experts counts FFN experts only" if name == "num_moe_experts" else ""
         default = f" or be left at {ours.unset[0]}" if ours.unset else ""
         raise ValueError(
             f"TransformerConfig.{name} ({value}) must equal the MoEPPConfig's value "
-            f"({ours.field} {own}){default}{counts}; use {_one(meaning)}, or change "
+            f"({ours.field} {expected}){default}{counts}; use {_one(meaning)}, or change "
             f"MoEPPConfig.{ours.field}"
         )
 

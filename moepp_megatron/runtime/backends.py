@@ -118,11 +118,12 @@ def doubts() -> list[str]:
     import torch
 
     backends = optional_backends()
-    found = [f"{each.line()}; {each.remedy}" for each in backends if each.failure is not None]
+    broken = [backend for backend in backends if backend.failure is not None]
+    warnings = [f"{backend.line()}; {backend.remedy}" for backend in broken]
     engine = backends[0]
     if torch.cuda.is_available() and not engine.used and engine.failure is None:
-        found.append(f"{engine.line()}. Steps are slower; {engine.remedy}")
-    return found
+        warnings.append(f"{engine.line()}. Steps are slower; {engine.remedy}")
+    return warnings
 
 
 def choices_to_log(config: Config) -> str | None:

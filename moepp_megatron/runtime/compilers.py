@@ -51,8 +51,8 @@ def _lacks_compiler(
     language: str, variable: str, usual: tuple[str, ...], package: str
 ) -> tuple[str, str] | None:
     named = os.environ.get(variable)
-    found = [name for name in ((named,) if named else usual) if shutil.which(name) is not None]
-    if found:
+    compilers = [name for name in ((named,) if named else usual) if shutil.which(name) is not None]
+    if compilers:
         return None
     given = f" ({variable} is {named}, which is not there)" if named else ""
     remedy = f"install {package}, or name a compiler with the variable {variable}"

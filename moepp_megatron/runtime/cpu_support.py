@@ -329,9 +329,9 @@ def _patch_uneven_collectives() -> None:
         if len({tensor.shape[0] if tensor.dim() else 1 for tensor in inputs}) == 1:
             return original_scatter(output, inputs, group=group, **kwargs)
         assert not kwargs, f"uneven reduce_scatter knows the sum only, not {sorted(kwargs)}"
-        whole = torch.cat(inputs)
-        dist.all_reduce(whole, group=group)
-        output.copy_(whole.split([t.shape[0] for t in inputs])[dist.get_rank(group)])
+        total = torch.cat(inputs)
+        dist.all_reduce(total, group=group)
+        output.copy_(total.split([t.shape[0] for t in inputs])[dist.get_rank(group)])
         return None
 
     replace(dist, "all_gather", all_gather)

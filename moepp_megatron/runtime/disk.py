@@ -29,15 +29,15 @@ def refusal(error: BaseException) -> OSError | None:
 
 def is_full(error: BaseException) -> bool:
     """Whether a write failed because the disk, or the user's quota of it, is used up."""
-    found = refusal(error)
-    return found is not None and found.errno in _FULL
+    reason = refusal(error)
+    return reason is not None and reason.errno in _FULL
 
 
 def write_error(error: BaseException, path: Path) -> OSError:
     """Turn the exception of a failed write of `path` into an OSError with file and reason."""
-    found = refusal(error)
-    if found is not None:
-        return OSError(found.errno, found.strerror, str(path))
+    reason = refusal(error)
+    if reason is not None:
+        return OSError(reason.errno, reason.strerror, str(path))
     return OSError(f"{path}: {type(error).__name__}: {error}")
 
 

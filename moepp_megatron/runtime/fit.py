@@ -68,8 +68,8 @@ def _check_engine(setting: str, needed: tuple[int, ...], instead: str) -> None:
         return
     lack = "Transformer Engine and a GPU, which this machine lacks"
     if version is not None:
-        wanted, found = (".".join(map(str, numbers)) for numbers in (needed, version))
-        lack = f"Transformer Engine {wanted} or newer, not {found}"
+        wanted, installed = (".".join(map(str, numbers)) for numbers in (needed, version))
+        lack = f"Transformer Engine {wanted} or newer, not {installed}"
     raise UnfitError(
         f"{setting} must have {lack}; use {instead}, or install it where there is a GPU: "
         f"{TRANSFORMER_ENGINE}"

@@ -81,9 +81,9 @@ def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
             f"{_text(machine.capability)}; {off}, or use another GPU (H100: 9.0)"
         )
     if recipe == "blockwise" and (machine.cuda is None or machine.cuda < _CUDA_OF_BLOCKWISE):
-        found = _text(machine.cuda) if machine.cuda else "none"
+        built_for = _text(machine.cuda) if machine.cuda else "none"
         return (
-            f"{name} torch built for CUDA {_text(_CUDA_OF_BLOCKWISE)} or newer, not {found}; "
+            f"{name} torch built for CUDA {_text(_CUDA_OF_BLOCKWISE)} or newer, not {built_for}; "
             "use tensorwise, or a newer torch"
         )
     for setting, wanted in _engine_versions(config, recipe):

@@ -59,7 +59,7 @@ class Nodes:
         address = self.local_address()
         for name, addresses in psutil.net_if_addrs().items():
             # IPv6 link-local addresses are listed as address%interface.
-            if any(each.address.partition("%")[0] == address for each in addresses):
+            if any(interface.address.partition("%")[0] == address for interface in addresses):
                 return str(name)
         return None
 

@@ -44,8 +44,8 @@ def cores_near(address: str, system: Path = _SYSTEM) -> set[int]:
 
 def _numbers(text: str) -> set[int]:
     """The numbers of a list such as `0-3,8,10-11`."""
-    found: set[int] = set()
+    numbers: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
-    return found
+        numbers |= set(range(int(first), int(last or first) + 1))
+    return numbers

@@ -99,8 +99,8 @@ class ObjectPath(PosixPath):
     def iterdir(self) -> Generator[ObjectPath]:
         """What is directly below; nothing where there is no such folder."""
         with self._asking():
-            found = list(self._client.list(path=self._prefix, include_directories=True))
-        for item in found:
+            listing = list(self._client.list(path=self._prefix, include_directories=True))
+        for item in listing:
             path = self / item.key.rstrip("/").rpartition("/")[2]
             path._listed = item
             yield path

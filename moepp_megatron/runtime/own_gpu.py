@@ -26,8 +26,8 @@ def own_gpu(environment: RankEnvironment, store: dist.Store | None) -> torch.dev
     if store is None:
         return torch.device("cuda", torch.cuda.current_device())
     node = f"gpu of {socket.gethostname()}"
-    own = str(torch.cuda.get_device_properties(0).uuid)
-    store.set(f"{node} {environment.local_rank}", own)
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    store.set(f"{node} {environment.local_rank}", uuid)
     ranks = range(environment.local_world_size)
     gpus = {store.get(f"{node} {rank}") for rank in ranks}
     if len(gpus) < len(ranks):

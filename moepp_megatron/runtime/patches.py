@@ -171,14 +171,14 @@ class Replacements:
     def put(self, owner: Any, name: str, value: Any) -> None:
         """Replace an attribute of a module, a class or an object."""
         # What stands in the object itself, if it does: a class hands out its methods unbound.
-        own = name in vars(owner)
-        self._before.append((owner, name, own, vars(owner).get(name)))
+        is_set = name in vars(owner)
+        self._before.append((owner, name, is_set, vars(owner).get(name)))
         setattr(owner, name, value)
 
     def undo(self) -> None:
         """Put everything back."""
-        for owner, name, own, value in reversed(self._before):
-            if own:
+        for owner, name, is_set, value in reversed(self._before):
+            if is_set:
                 setattr(owner, name, value)
             elif name in vars(owner):
                 delattr(owner, name)

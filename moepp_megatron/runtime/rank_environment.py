@@ -161,12 +161,12 @@ def _own_folder(name: str) -> str | None:
     path = os.path.join(tempfile.gettempdir(), f"moepp-{name}-{os.getuid()}")
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
-        found, flags = os.lstat(path), os.statvfs(path).f_flag
+        status, flags = os.lstat(path), os.statvfs(path).f_flag
     except OSError:
         return None
     # Code is loaded from it.
-    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-    return path if is_own and not found.st_mode & 0o022 and not flags & os.ST_NOEXEC else None
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return path if is_own and not status.st_mode & 0o022 and not flags & os.ST_NOEXEC else None
 
 
 def with_rank_variables(

@@ -138,9 +138,9 @@ def end_at_once(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """
     family = children(agent, recursive=True)
     agent.kill()
-    for each in family:
+    for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
+            process.kill()
     return family
 
 

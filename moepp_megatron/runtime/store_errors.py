@@ -52,8 +52,8 @@ def translated(error: Exception, path: Path) -> Exception:
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     # botocore's own says most; what others made of it repeats it.
-    told = [link for link in chain if type(link).__module__.startswith("botocore")] or [chain[-1]]
-    what = f"{type(told[0]).__name__}: {one_line(told[0])}"
+    causes = [link for link in chain if type(link).__module__.startswith("botocore")] or [chain[-1]]
+    what = f"{type(causes[0]).__name__}: {one_line(causes[0])}"
     return StoreError(f"{path} could not be reached or used ({what})")
 
 

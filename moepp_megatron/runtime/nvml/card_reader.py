@@ -114,5 +114,5 @@ class CardReader:
         return tuple(links)
 
     def _processes(self) -> tuple[GpuProcess, ...]:
-        found = self._ask("nvmlDeviceGetComputeRunningProcesses") or ()
-        return tuple(GpuProcess(int(p.pid), p.usedGpuMemory) for p in found)
+        processes = self._ask("nvmlDeviceGetComputeRunningProcesses") or ()
+        return tuple(GpuProcess(int(p.pid), p.usedGpuMemory) for p in processes)

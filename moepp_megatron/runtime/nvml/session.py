@@ -112,9 +112,9 @@ class Nvml:
             for part in range(parts)
         ]
         names = [
-            text(self._library.ask("nvmlDeviceGetUUID", each))
-            for each in handles
-            if each is not None
+            text(self._library.ask("nvmlDeviceGetUUID", device))
+            for device in handles
+            if device is not None
         ]
         return [name for name in names if name is not None]
 
@@ -184,11 +184,11 @@ class FaultWatch:
 
     def poll(self) -> list[tuple[int | None, int]]:
         """New errors, each as (NVML's number of the GPU, Xid); never waits."""
-        found: list[tuple[int | None, int]] = []
+        errors: list[tuple[int | None, int]] = []
         while True:
             event = self._library.ask("nvmlEventSetWait_v2", self._events, 0)
             if event is None:
                 # NVML says "timeout" where there is no event.
-                return found
+                return errors
             index = self._library.ask("nvmlDeviceGetIndex", event.device)
-            found.append((index, int(event.eventData)))
+            errors.append((index, int(event.eventData)))

@@ -30,13 +30,13 @@ def visible_indices(variable: str | None, uuids: Sequence[Sequence[str]]) -> lis
     """
     if variable is None:
         return list(range(len(uuids)))
-    found: list[int] = []
+    indices: list[int] = []
     for entry in variable.split(","):
         index = _index(entry.strip(), uuids)
         if index is None:
             break
-        found.append(index)
-    return found
+        indices.append(index)
+    return indices
 
 
 def _index(entry: str, uuids: Sequence[Sequence[str]]) -> int | None:

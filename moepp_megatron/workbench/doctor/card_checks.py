@@ -178,18 +178,18 @@ def is_loaded(card: GPUState) -> bool:
 
 def power_cap(card: GPUState, judge: Judge) -> Finding | None:
     """Finds a power limit below the GPU's rated power."""
-    rated = judge.hardware.power_watts if judge.hardware is not None else None
-    rated = rated or card.default_power_limit
-    if card.power_limit is None or rated is None:
+    rated_watts = judge.hardware.power_watts if judge.hardware is not None else None
+    rated_watts = rated_watts or card.default_power_limit
+    if card.power_limit is None or rated_watts is None:
         return None
-    if card.power_limit >= rated * judge.thresholds.power_limit_fraction:
+    if card.power_limit >= rated_watts * judge.thresholds.power_limit_fraction:
         return None
     return Finding(
         "GPU power cap",
         Severity.WARNING,
         f"{subject(card)}: capped at {card.power_limit:.0f} W",
-        f"rated {rated:.0f} W",
-        f"nvidia-smi -i {card.index} -pl {rated:.0f}, unless the cap is meant",
+        f"rated {rated_watts:.0f} W",
+        f"nvidia-smi -i {card.index} -pl {rated_watts:.0f}, unless the cap is meant",
     )
 
 

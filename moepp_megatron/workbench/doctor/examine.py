@@ -89,10 +89,10 @@ class NodeExaminer:
         self, speeds: list[DeviceSpeed], loaded: list[GPUState] | None = None
     ) -> list[Finding]:
         """Findings from this node's matrix products, and from its GPUs while they ran."""
-        found = check_matmul(speeds, self.hardware, self.judge.thresholds, self.judge.unfit_now)
+        findings = check_matmul(speeds, self.hardware, self.judge.thresholds, self.judge.unfit_now)
         for card in loaded or ():
-            found += [f for f in _under_load(card, self.judge) if f is not None]
-        return found
+            findings += [f for f in _under_load(card, self.judge) if f is not None]
+        return findings
 
     def _gpu(self) -> list[Finding]:
         cards, expected = self.cards, self.request.expected_gpus

@@ -67,31 +67,31 @@ def check_folder(folder: Folder, thresholds: Thresholds, needed: int = 0) -> lis
             )
         ]
     free = folder.free or 0
-    found = f"{path}: {free / _GIB:.1f} GiB free"
+    observation = f"{path}: {free / _GIB:.1f} GiB free"
     if free < max(needed, 2 * PROBE_BYTES):
         return [
             Finding(
                 name,
                 Severity.ERROR,
-                found,
+                observation,
                 f"must have {max(needed, 2 * PROBE_BYTES) / _GIB:.1f} GiB",
                 "free space, lower checkpoint.keep, or set another checkpoint.dir",
             )
         ]
     if folder.write_rate is None:
-        return [Finding(name, Severity.OK, found)]
-    found += f", writes {folder.write_rate / _MB:.0f} MB/s"
+        return [Finding(name, Severity.OK, observation)]
+    observation += f", writes {folder.write_rate / _MB:.0f} MB/s"
     if folder.write_rate < thresholds.disk_write_mb_s * _MB:
         return [
             Finding(
                 name,
                 Severity.WARNING,
-                found,
+                observation,
                 f"should write {thresholds.disk_write_mb_s:g} MB/s",
                 "use a faster file system, or checkpoint.async_save=true to hide slow saves",
             )
         ]
-    return [Finding(name, Severity.OK, found)]
+    return [Finding(name, Severity.OK, observation)]
 
 
 def config_folders(config: Config) -> dict[str, tuple[Path, int]]:

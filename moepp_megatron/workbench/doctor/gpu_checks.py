@@ -39,20 +39,20 @@ def check_cards(cards: Sequence[GPUState], judge: Judge) -> list[Finding]:
     """Run every check on all GPUs: one finding per sick GPU, or one per check without any."""
     findings: list[Finding] = []
     for name, check in _CARD_CHECKS.items():
-        sick = [found for card in cards if (found := check(card, judge)) is not None]
+        sick = [finding for card in cards if (finding := check(card, judge)) is not None]
         findings += sick or [Finding(name, Severity.OK, _healthy(name, cards))]
     return findings
 
 
 def check_count(cards: Sequence[GPUState], expected: int | None) -> Finding:
     """Check that there are as many GPUs as the job expects."""
-    found = f"{len(cards)} GPUs" if len(cards) != 1 else "1 GPU"
+    count = f"{len(cards)} GPUs" if len(cards) != 1 else "1 GPU"
     if expected is None or len(cards) >= expected:
-        return Finding("GPU count", Severity.OK, found)
+        return Finding("GPU count", Severity.OK, count)
     return Finding(
         "GPU count",
         Severity.ERROR,
-        found,
+        count,
         f"must be {expected}",
         "look for a GPU that has left the bus (dmesg, lspci), reboot the node, or ask for fewer",
     )
@@ -66,12 +66,12 @@ def check_model(
     `described` is false where the user has given the description.
     """
     names = sorted({card.name for card in cards if card.name})
-    found = ", ".join(names) or "unknown"
+    models = ", ".join(names) or "unknown"
     if len(names) > 1:
         return Finding(
             "GPU model",
             Severity.WARNING,
-            found,
+            models,
             "should all be the same",
             "the slowest GPU sets the pace of all; use nodes with one kind of GPU",
         )
@@ -79,18 +79,18 @@ def check_model(
         return Finding(
             "GPU model",
             Severity.NOTE,
-            f"{found}, not described in configs/hardware: rated numbers are not checked",
+            f"{models}, not described in configs/hardware: rated numbers are not checked",
             remedy="describe it in a YAML file and give --hardware FILE",
         )
     if not described and names and names[0] not in hardware.device_names:
         return Finding(
             "GPU model",
             Severity.WARNING,
-            found,
+            models,
             f"should be a {hardware.name}",
             "leave out --hardware, or start the job on the nodes it is meant for",
         )
-    return Finding("GPU model", Severity.OK, f"{found} ({hardware.name})")
+    return Finding("GPU model", Severity.OK, f"{models} ({hardware.name})")
 
 
 def check_driver(driver: Driver, torch_cuda: TorchCuda, num_cards: int) -> Finding:
@@ -100,24 +100,24 @@ def check_driver(driver: Driver, torch_cuda: TorchCuda, num_cards: int) -> Findi
     compatibility guide: minor version compatibility).
     """
     served = "unknown" if driver.cuda is None else f"{driver.cuda[0]}.{driver.cuda[1]}"
-    found = f"driver {driver.version or 'unknown'} for CUDA {served}"
+    versions = f"driver {driver.version or 'unknown'} for CUDA {served}"
     if num_cards == 0:
-        return Finding("GPU driver", Severity.OK, found)
+        return Finding("GPU driver", Severity.OK, versions)
     if torch_cuda.built_with is None:
         return Finding(
             "GPU driver",
             Severity.ERROR,
-            f"{found}, torch without CUDA",
+            f"{versions}, torch without CUDA",
             "torch must be built for CUDA on a machine with GPUs",
             "install torch from the CUDA index that fits the driver",
         )
     built = f"{torch_cuda.built_with[0]}.{torch_cuda.built_with[1]}"
-    found = f"{found}, torch for CUDA {built}"
+    versions = f"{versions}, torch for CUDA {built}"
     if driver.cuda is not None and driver.cuda[0] < torch_cuda.built_with[0]:
         return Finding(
             "GPU driver",
             Severity.ERROR,
-            found,
+            versions,
             f"the driver must serve CUDA {torch_cuda.built_with[0]}",
             "update the driver, or install torch for an older CUDA",
         )
@@ -125,11 +125,11 @@ def check_driver(driver: Driver, torch_cuda: TorchCuda, num_cards: int) -> Findi
         return Finding(
             "GPU driver",
             Severity.ERROR,
-            f"{found}, torch finds no GPU",
+            f"{versions}, torch finds no GPU",
             "torch.cuda.is_available() must be true",
             "check CUDA_VISIBLE_DEVICES, the container's GPU access and the fabric manager",
         )
-    return Finding("GPU driver", Severity.OK, found)
+    return Finding("GPU driver", Severity.OK, versions)
 
 
 def check_driver_fault(message: str) -> Finding:

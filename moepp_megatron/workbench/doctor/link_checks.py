@@ -19,16 +19,16 @@ def pcie(card: GPUState, judge: Judge) -> Finding | None:
     if hardware is None:
         return None
     if _below(card.pcie_width, hardware.pcie_width):
-        found, rule = f"x{card.pcie_width}", f"must be x{hardware.pcie_width}"
+        observation, rule = f"x{card.pcie_width}", f"must be x{hardware.pcie_width}"
     elif _below(card.pcie_max_generation, hardware.pcie_generation):
-        found = f"generation {card.pcie_max_generation} at most"
+        observation = f"generation {card.pcie_max_generation} at most"
         rule = f"must be generation {hardware.pcie_generation}"
     elif is_loaded(card) and _below(card.pcie_generation, hardware.pcie_generation):
-        found = f"generation {card.pcie_generation} under load"
+        observation = f"generation {card.pcie_generation} under load"
         rule = f"must be generation {hardware.pcie_generation}"
     else:
         return None
-    return Finding("PCIe", judge.unfit_now, f"{subject(card)}: {found}", rule, _RESEAT)
+    return Finding("PCIe", judge.unfit_now, f"{subject(card)}: {observation}", rule, _RESEAT)
 
 
 def nvlink_state(card: GPUState, judge: Judge) -> Finding | None:

@@ -103,8 +103,8 @@ def check_extension(config: Config) -> Finding | None:
         return None
     obstacle = extension_obstacle()
     if obstacle is None:
-        found = "a C++ compiler, ninja and Python.h"
-        return Finding("training.recompute_modules", Severity.OK, f"{modules}: {found}")
+        observation = "a C++ compiler, ninja and Python.h"
+        return Finding("training.recompute_modules", Severity.OK, f"{modules}: {observation}")
     lacks, remedy = obstacle
     rule = f"megatron-core compiles an extension for {modules}"
     return Finding("training.recompute_modules", Severity.ERROR, f"lacks {lacks}", rule, remedy)
@@ -112,8 +112,8 @@ def check_extension(config: Config) -> Finding | None:
 
 def _check_kernel(choice: KernelChoice) -> Finding:
     """Name the implementation of an operation: all are correct, some are faster."""
-    found = f"{choice.implementation}: {choice.detail}"
-    return Finding(f"kernel: {choice.operation}", Severity.OK, found)
+    observation = f"{choice.implementation}: {choice.detail}"
+    return Finding(f"kernel: {choice.operation}", Severity.OK, observation)
 
 
 def check_needs(config: Config, used: set[str]) -> list[Finding]:
@@ -163,8 +163,8 @@ def check_fp8(config: Config, machine: FP8Machine) -> Finding | None:
 
 
 def _python() -> Finding:
-    found = f"{platform.python_version()} at {sys.executable}"
-    return Finding("Python", Severity.OK, found)
+    observation = f"{platform.python_version()} at {sys.executable}"
+    return Finding("Python", Severity.OK, observation)
 
 
 def _torch() -> Finding:

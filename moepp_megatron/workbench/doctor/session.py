@@ -66,11 +66,11 @@ def _examine_started(
     loaded: list[GPUState] = []
     node = this_node()
     name = _name(device) if device.type == "cuda" else f"CPU, rank {rank.rank}"
-    own = DeviceSpeed(name, _matmul(device, loaded), node)
+    device_speed = DeviceSpeed(name, _matmul(device, loaded), node)
     examiner = NodeExaminer(request, cards, _siblings()) if rank.local_rank == 0 else None
     mine = examiner.node_findings() if examiner is not None else []
     findings = [finding.on(node) for finding in mine]
-    report = _RankReport(node, own, speed.clock_offset(), findings, loaded)
+    report = _RankReport(node, device_speed, speed.clock_offset(), findings, loaded)
     collectives = speed.measure_collectives(device)
     reports: list[Any] = [None] * rank.world_size
     dist.all_gather_object(reports, report)
@@ -91,9 +91,9 @@ def _together(
     findings = [finding for report in reports for finding in report.findings]
     nodes = list(dict.fromkeys(report.node for report in reports))
     for node in nodes:
-        there = [report for report in reports if report.node == node]
-        loaded = [card for report in there for card in report.loaded]
-        speeds = [report.speed for report in there]
+        node_reports = [report for report in reports if report.node == node]
+        loaded = [card for report in node_reports for card in report.loaded]
+        speeds = [report.speed for report in node_reports]
         findings += [finding.on(node) for finding in examiner.speed_findings(speeds, loaded)]
     if rank.world_size > 1:
         findings.append(check_slowest([report.speed for report in reports], thresholds))

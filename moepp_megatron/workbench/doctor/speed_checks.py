@@ -28,17 +28,17 @@ def check_matmul(
 
     Without a rated rate speeds are reported, not judged. `bad` is the severity of a slow device.
     """
-    rated = hardware.bf16_tflops if hardware is not None else None
-    if rated is None:
+    rated_tflops = hardware.bf16_tflops if hardware is not None else None
+    if rated_tflops is None:
         text = ", ".join(f"{s.name}: {s.tflops:.3g} TFLOP/s" for s in speeds)
         return [Finding(_MATMUL, Severity.OK, f"{text} (no rated speed to compare with)")]
-    least = rated * thresholds.matmul_fraction
+    least = rated_tflops * thresholds.matmul_fraction
     slow = [
         Finding(
             _MATMUL,
             bad,
             f"{s.name}: {s.tflops:.0f} TFLOP/s in bf16",
-            f"should reach {least:.0f} of {rated:.0f} TFLOP/s",
+            f"should reach {least:.0f} of {rated_tflops:.0f} TFLOP/s",
             "look at GPU throttling, GPU power cap and GPU processes; else leave the node out",
         )
         for s in speeds
@@ -47,8 +47,9 @@ def check_matmul(
     if slow:
         return slow
     low, high = min(s.tflops for s in speeds), max(s.tflops for s in speeds)
-    found = f"{low:.0f} to {high:.0f} TFLOP/s in bf16, {low / rated:.0%} of the rated {rated:.0f}"
-    return [Finding(_MATMUL, Severity.OK, found)]
+    share = f"{low / rated_tflops:.0%} of the rated {rated_tflops:.0f}"
+    observation = f"{low:.0f} to {high:.0f} TFLOP/s in bf16, {share}"
+    return [Finding(_MATMUL, Severity.OK, observation)]
 
 
 def check_slowest(speeds: Sequence[DeviceSpeed], thresholds: Thresholds) -> Finding:
@@ -56,13 +57,13 @@ def check_slowest(speeds: Sequence[DeviceSpeed], thresholds: Thresholds) -> Find
     slowest = min(speeds, key=lambda speed: speed.tflops)
     ratio = median(speed.tflops for speed in speeds) / slowest.tflops
     where = f"{slowest.name} of {slowest.node}" if slowest.node else slowest.name
-    found = f"{where}: {ratio:.2f} times the median time"
+    observation = f"{where}: {ratio:.2f} times the median time"
     if ratio <= thresholds.slowest_ratio:
-        return Finding("slowest rank", Severity.OK, found)
+        return Finding("slowest rank", Severity.OK, observation)
     return Finding(
         "slowest rank",
         Severity.WARNING,
-        found,
+        observation,
         f"should be at most {thresholds.slowest_ratio:g}",
         f"all ranks wait for it: look at its findings, or exclude {slowest.node or 'the device'}",
     )
@@ -81,17 +82,17 @@ def check_collective(
     Without `expected` seconds the time is reported, not judged. `bad` is the severity of a slow
     one.
     """
-    found = f"{num_bytes / 2**20:.0f} MiB a rank in {seconds * 1e3:.3g} ms"
+    observation = f"{num_bytes / 2**20:.0f} MiB a rank in {seconds * 1e3:.3g} ms"
     if expected is None:
-        return Finding(name, Severity.OK, f"{found} (no rated speed to compare with)")
+        return Finding(name, Severity.OK, f"{observation} (no rated speed to compare with)")
     share = expected / seconds
-    found += f", {share:.0%} of the rated links"
+    observation += f", {share:.0%} of the rated links"
     if share >= thresholds.collective_fraction:
-        return Finding(name, Severity.OK, found)
+        return Finding(name, Severity.OK, observation)
     return Finding(
         name,
         bad,
-        found,
+        observation,
         f"should reach {thresholds.collective_fraction:.0%}",
         "look at NVLink and network ports of every node, then at NCCL_DEBUG=INFO for the "
         "transport that NCCL chose",

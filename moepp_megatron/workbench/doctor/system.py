@@ -76,14 +76,14 @@ def check_shared_memory(size: int | None, thresholds: Thresholds, has_gpu: bool)
     """Check the size of /dev/shm, through which NCCL and data loader workers pass data."""
     if size is None:
         size = 0
-    found = f"/dev/shm has {size / 2**30:.2f} GiB"
+    observation = f"/dev/shm has {size / 2**30:.2f} GiB"
     if size >= thresholds.shared_memory_gib * 2**30:
-        return Finding("shared memory", Severity.OK, found)
+        return Finding("shared memory", Severity.OK, observation)
     return Finding(
         "shared memory",
         # NCCL between processes of one node fails without it; gloo does not use it.
         Severity.ERROR if has_gpu else Severity.WARNING,
-        found,
+        observation,
         f"must be at least {thresholds.shared_memory_gib:g} GiB",
         "start the container with --ipc=host or --shm-size, or mount a larger tmpfs there",
     )
@@ -93,21 +93,17 @@ def check_limits(limits: Limits, thresholds: Thresholds, has_rdma: bool) -> list
     """Check the limits of open files and, with RDMA devices, of locked memory."""
     findings = []
     files, least = limits.open_files, thresholds.open_files
-    found = "unlimited" if files is None else str(files)
+    observation = "unlimited" if files is None else str(files)
     if files is None or files >= least:
-        findings.append(Finding("open files", Severity.OK, found))
+        findings.append(Finding("open files", Severity.OK, observation))
     else:
         hard = limits.open_files_hard
-        own = hard is None or hard >= least
-        findings.append(
-            Finding(
-                "open files",
-                Severity.WARNING,
-                found,
-                f"should be at least {least}",
-                f"ulimit -n {least}" if own else "raise LimitNOFILE of slurmd or the container",
-            )
+        can_raise = hard is None or hard >= least
+        remedy = (
+            f"ulimit -n {least}" if can_raise else "raise LimitNOFILE of slurmd or the container"
         )
+        rule = f"should be at least {least}"
+        findings.append(Finding("open files", Severity.WARNING, observation, rule, remedy))
     if has_rdma:
         findings.append(_check_locked_memory(limits.locked_memory))
     return findings
@@ -148,18 +144,18 @@ def check_ports(
         )
     rate = sum(p.rate or 0.0 for p in ports if p.state == "ACTIVE")
     wanted = (rate_per_gpu or 0.0) * num_cards
-    found = f"{len(ports) - len(down)} of {len(ports)} ports, {rate:g} Gbit/s active"
+    observation = f"{len(ports) - len(down)} of {len(ports)} ports, {rate:g} Gbit/s active"
     if rate < wanted:
         findings.append(
             Finding(
                 "network rate",
                 Severity.NOTE,
-                f"{found}; the vendor's server has {wanted:g} for {num_cards} GPUs",
+                f"{observation}; the vendor's server has {wanted:g} for {num_cards} GPUs",
                 remedy="expert parallelism across nodes will be slower than there",
             )
         )
     elif not findings:
-        findings.append(Finding("network ports", Severity.OK, found))
+        findings.append(Finding("network ports", Severity.OK, observation))
     return findings
 
 
@@ -192,13 +188,13 @@ def check_clock_skew(offsets: dict[str, float], thresholds: Thresholds) -> Findi
     """Check the clocks of several nodes, given as seconds ahead of the first's."""
     ahead, behind = max(offsets, key=offsets.__getitem__), min(offsets, key=offsets.__getitem__)
     skew = offsets[ahead] - offsets[behind]
-    found = f"{skew:.3f} s between {behind} and {ahead}"
+    observation = f"{skew:.3f} s between {behind} and {ahead}"
     if skew <= thresholds.clock_skew_s:
-        return Finding("clock skew", Severity.OK, found)
+        return Finding("clock skew", Severity.OK, observation)
     return Finding(
         "clock skew",
         Severity.WARNING,
-        found,
+        observation,
         f"should be at most {thresholds.clock_skew_s:g} s",
         f"start chronyd or systemd-timesyncd on {ahead} and {behind}",
     )

@@ -23,14 +23,14 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     table = Table(*(["node"] if several else []), "check", "", "finding", "what to do")
     for finding in findings:
         style = _STYLES[finding.severity]
-        found = finding.found + (f" ({finding.rule})" if finding.rule else "")
+        observation = finding.found + (f" ({finding.rule})" if finding.rule else "")
         # Text, not markup: a path may hold square brackets.
         cells = [finding.node] if several else []
         cells += [finding.check]
         table.add_row(
             *(Text(cell) for cell in cells),
             Text(finding.severity.name.lower(), style=style),
-            Text(found),
+            Text(observation),
             Text(finding.remedy),
         )
     return table

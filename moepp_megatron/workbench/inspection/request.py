@@ -115,26 +115,30 @@ class InspectRequest:
             )
         for name, path in (("--out", out), ("--json", json)):
             _check_writable(name, path)
-        found = [_Found.of(path) for path in (checkpoint, against) if path is not None]
+        checkpoints = [
+            _LoadedCheckpoint.of(path) for path in (checkpoint, against) if path is not None
+        ]
         content, more = read_text(text, max_tokens)
-        tokenized = [tokenize(each.tokenizer, content, text.name, max_tokens) for each in found]
+        tokenized = [
+            tokenize(loaded.tokenizer, content, text.name, max_tokens) for loaded in checkpoints
+        ]
         if against is not None:
             _check_same_tokens(against, *tokenized)
-        own = tokenized[0]
-        is_cut = own.is_cut or more
-        window = min(len(own), *(each.config.model.seq_length for each in found))
+        first = tokenized[0]
+        is_cut = first.is_cut or more
+        window = min(len(first), *(loaded.config.model.seq_length for loaded in checkpoints))
         models = [
-            _model(each, windows(tokens, window, each.tokenizer.eod), overrides, world_size)
-            for each, tokens in zip(found, tokenized, strict=True)
+            _model(loaded, windows(tokens, window, loaded.tokenizer.eod), overrides, world_size)
+            for loaded, tokens in zip(checkpoints, tokenized, strict=True)
         ]
-        tags = _tags(own, is_cut, pos_tags, tagger)
+        tags = _tags(first, is_cut, pos_tags, tagger)
         language = language_of(text, language)
-        classes = token_classes(own.text, own.spans.tolist(), language)
-        notices = _notices(models, own, is_cut, window)
-        return cls(own, language, classes, tags, window, models, out, json, notices)
+        classes = token_classes(first.text, first.spans.tolist(), language)
+        notices = _notices(models, first, is_cut, window)
+        return cls(first, language, classes, tags, window, models, out, json, notices)
 
 
-class _Found(NamedTuple):
+class _LoadedCheckpoint(NamedTuple):
     """A checkpoint that can be inspected: its folder, its configuration, its tokenizer."""
 
     folder: Path
@@ -142,7 +146,7 @@ class _Found(NamedTuple):
     tokenizer: Tokenizer
 
     @classmethod
-    def of(cls, checkpoint: Path) -> _Found:
+    def of(cls, checkpoint: Path) -> _LoadedCheckpoint:
         folder = find_checkpoint(checkpoint)
         config = load_config(folder / CONFIG_FILE)
         _check_kinds(folder, config)
@@ -186,9 +190,9 @@ def _check_same_tokens(against: Path, first: TokenizedText, second: TokenizedTex
 
 
 def _model(
-    found: _Found, input_ids: np.ndarray, overrides: Sequence[str], world_size: int
+    checkpoint: _LoadedCheckpoint, input_ids: np.ndarray, overrides: Sequence[str], world_size: int
 ) -> InspectedModel:
-    folder, config, _ = found
+    folder, config, _ = checkpoint
     moe = config.moe
     pattern = moe.moe_layer_pattern(config.model.num_layers)
     layers = tuple(number for number, is_moe in enumerate(pattern, start=1) if is_moe)

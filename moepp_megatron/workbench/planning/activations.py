@@ -23,12 +23,12 @@ _JOINED_RANKS = 8
 def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
     """Bytes kept between the passes of one micro-batch and layer."""
     size = load.numbers.activation_bytes
-    own = grid.tokens(load.seq)
-    stream = float(own * load.hidden * size)
+    tokens = grid.tokens(load.seq)
+    stream = float(tokens * load.hidden * size)
     if grid.recomputes_all:
         # What the layer starts from: hidden states, and the logits of the MoE layer before.
         passed_on = load.experts.num_experts if load.experts.gating_residual else 0
-        return stream + 4.0 * own * passed_on
+        return stream + 4.0 * tokens * passed_on
     kept = stream * 2 + _norm_outputs(load, grid, layer.is_moe) + _attention(load, grid)
     if not layer.is_moe:
         return kept + _swiglu(load, grid, load.dense_size, "mlp")
@@ -41,15 +41,15 @@ def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
 def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
     """Bytes that the pass of one layer needs beside the kept ones: buffers, gradients."""
     size = load.numbers.activation_bytes
-    own = grid.tokens(load.seq)
-    peak = 3.0 * own * load.hidden * size
+    tokens = grid.tokens(load.seq)
+    peak = 3.0 * tokens * load.hidden * size
     if layer.is_moe:
         # Sent and received rows, and gradients of the experts' two inner tensors.
         row = load.hidden * size
-        sent = own * load.experts.ffn_per_token * row
+        sent = tokens * load.experts.ffn_per_token * row
         if load.experts.dispatcher in ("alltoall_dedup", "flex"):
             taken, experts = load.experts.ffn_per_token, load.experts.num_ffn_experts
-            sent = own * distinct_targets(grid.ep, taken, experts) * row
+            sent = tokens * distinct_targets(grid.ep, taken, experts) * row
         inner = 3 * layer.rows * grid.etp * load.experts.ffn_size / grid.etp * size
         arrived = layer.rows * grid.etp * row
         peak += sent + arrived + inner
@@ -57,8 +57,8 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
             # Gradients of the experts' outputs wait beside those of their inputs.
             peak += arrived
     if grid.recompute:
-        whole = replace(grid, recompute=(), recomputed_layers=None)
-        peak += kept_bytes(load, whole, layer) - kept_bytes(load, grid, layer)
+        stored = replace(grid, recompute=(), recomputed_layers=None)
+        peak += kept_bytes(load, stored, layer) - kept_bytes(load, grid, layer)
     return peak
 
 
@@ -70,10 +70,10 @@ def output_bytes(load: Workload, grid: Grid) -> float:
     then their gradient. Beside them the final norm's output, its gradient and that of the weights.
     """
     size = load.numbers.activation_bytes
-    own = grid.tokens(load.seq)
+    tokens = grid.tokens(load.seq)
     width = load.vocab / grid.tp
-    logits = own * grid.tp * width * (size + (0 if load.loss_fused else 4))
-    return logits + (own + own * grid.tp + width) * load.hidden * size
+    logits = tokens * grid.tp * width * (size + (0 if load.loss_fused else 4))
+    return logits + (tokens + tokens * grid.tp + width) * load.hidden * size
 
 
 def resident_bytes(load: Workload, grid: Grid) -> float:
@@ -95,11 +95,11 @@ def _norm_outputs(load: Workload, grid: Grid, is_moe: bool) -> float:
     """Outputs of the two norms: input of the projections, input of the FFN or router."""
     # Transformer Engine has a norm inside the product that follows it, and megatron-core repeats
     # those alone that are modules of their own: before latent attention, before an MoE layer.
-    own = grid.tokens(load.seq) * load.hidden
+    elements = grid.tokens(load.seq) * load.hidden
     repeats = "layernorm" in grid.recompute
     is_latent = isinstance(load.attention, LatentAttention)
-    before_attention = 0.0 if repeats and is_latent else own * _input_size(load)
-    before_ffn = 0.0 if repeats and is_moe else float(own * load.numbers.activation_bytes)
+    before_attention = 0.0 if repeats and is_latent else elements * _input_size(load)
+    before_ffn = 0.0 if repeats and is_moe else float(elements * load.numbers.activation_bytes)
     return before_attention + before_ffn
 
 
@@ -133,20 +133,20 @@ def _between_nodes(load: Workload, grid: Grid) -> float:
     # states with the lane glued on, whose two parts the next layer copies.
     if not grid.expert_overlap or load.experts.is_vanilla:
         return 0.0
-    own, size = grid.tokens(load.seq), load.numbers.activation_bytes
+    tokens, size = grid.tokens(load.seq), load.numbers.activation_bytes
     lane = 4 * load.experts.num_experts if load.experts.gating_residual else 0
     glued = load.hidden * size + 2 * lane if lane else 0
-    return float(own * (load.hidden * size + glued))
+    return float(tokens * (load.hidden * size + glued))
 
 
 def _moe(load: Workload, grid: Grid, rows: float) -> float:
     """Router's fp32 tensors, arrived rows, both halves of the first product, the second's input."""
     if "moe" in grid.recompute:
         return 0.0
-    own = grid.tokens(load.seq)
+    tokens = grid.tokens(load.seq)
     size, kept_size = load.numbers.activation_bytes, _input_size(load)
     # Logits, scores and gates in fp32, the map in bytes; the residual's logits are passed on.
-    router = own * load.experts.num_experts * (3 * 4 + 1.0)
+    router = tokens * load.experts.num_experts * (3 * 4 + 1.0)
     arrived = rows * grid.etp
     width = load.experts.ffn_size / grid.etp
     first_input = arrived * load.hidden * kept_size
@@ -154,5 +154,5 @@ def _moe(load: Workload, grid: Grid, rows: float) -> float:
     # Between the products of the zero-computation experts, in fp32.
     matmuls = load.experts.local_matmuls(load.hidden)
     between = sum(n if k == load.hidden else k for n, k in matmuls)
-    zero_computation = own * between * 4.0
+    zero_computation = tokens * between * 4.0
     return router + first_input + 2 * arrived * width * size + activation + zero_computation

@@ -138,8 +138,8 @@ class LatentAttention:
 
     def kept_width(self, tp: int) -> int:
         """Queries, keys, values, output of the core, and the compressed vectors."""
-        own = self.heads // tp * (2 * self.qk_dim + 2 * self.v_dim)
-        return own + self.gathered_width(0)
+        heads_width = self.heads // tp * (2 * self.qk_dim + 2 * self.v_dim)
+        return heads_width + self.gathered_width(0)
 
     def exchanged_width(self, tp: int) -> int:
         """Keys and values."""

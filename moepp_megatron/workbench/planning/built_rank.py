@@ -115,14 +115,14 @@ def _own_shard(buffer: object) -> int:
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 
     assert isinstance(buffer, _ParamAndGradBuffer), "a buffer of megatron-core"
-    own = 0
+    elements = 0
     for bucket in buffer.buckets:
         width = bucket.grad_data.numel() // buffer.data_parallel_world_size
         start = bucket.offset + dist.get_rank(buffer.data_parallel_group) * width
         for first, end, number in buffer.param_index_map.values():
             if number == bucket.bucket_id:
-                own += max(min(end, start + width) - max(first, start), 0)
-    return own
+                elements += max(min(end, start + width) - max(first, start), 0)
+    return elements
 
 
 def _groups() -> dict[str, list[int]]:
@@ -155,11 +155,11 @@ def check_rank(config: Config, layout: Layout, built: BuiltRank) -> list[Check]:
 
 def _group(layout: Layout, built: BuiltRank, name: str) -> Check:
     varying = tuple(name.split())
-    whole = _EXPERTS if varying[0] in ("etp", "ep", "edp") else _ATTENTION
-    expected = layout.members(built.rank, varying, whole)
-    found = built.groups[name]
+    order = _EXPERTS if varying[0] in ("etp", "ep", "edp") else _ATTENTION
+    expected = layout.members(built.rank, varying, order)
+    members = built.groups[name]
     # The order too: it decides which shard is whose.
-    return Check(f"group {name}", _ranks(found), _ranks(expected), found == expected)
+    return Check(f"group {name}", _ranks(members), _ranks(expected), members == expected)
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -173,27 +173,27 @@ def _sizes(config: Config, layout: Layout, built: BuiltRank, pp_rank: int) -> li
     if isinstance(load.attention, LatentAttention) and not have_transformer_engine():
         # What this machine builds; plans count Transformer Engine's modules.
         load = replace(load, attention=replace(load.attention, splits_compressions=True))
-    said = memory_of(
+    planned = memory_of(
         load, Grid.from_config(config, layout.world_size), stage_layers(config), pp_rank
     )
     numbers = load.numbers
     dense, experts = (
-        sum(one.numel for one in built.parameters if one.is_expert is kind)
+        sum(parameter.numel for parameter in built.parameters if parameter.is_expert is kind)
         for kind in (False, True)
     )
-    weights = sum(one.numel * one.size for one in built.parameters)
+    weights = sum(parameter.numel * parameter.size for parameter in built.parameters)
     exact = (
-        ("parameters outside FFN experts", dense, said.dense),
-        ("parameters of FFN experts", experts, said.experts),
-        ("bytes of weights", weights, said.weights),
-        ("bytes of gradients", built.gradient_bytes, said.gradients),
+        ("parameters outside FFN experts", dense, planned.dense),
+        ("parameters of FFN experts", experts, planned.experts),
+        ("bytes of weights", weights, planned.weights),
+        ("bytes of gradients", built.gradient_bytes, planned.gradients),
     )
-    checks = [Check(name, f"{one:,}", f"{other:,}", one == other) for name, one, other in exact]
-    dtypes = sorted({one.dtype for one in built.parameters})
+    checks = [Check(name, f"{real:,}", f"{plan:,}", real == plan) for name, real, plan in exact]
+    dtypes = sorted({parameter.dtype for parameter in built.parameters})
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[numbers.dtype]
     checks.append(Check("dtype", ", ".join(dtypes), dtype, dtypes == [dtype]))
     state = built.mean_shard * (numbers.moments_bytes + numbers.master_bytes)
     name = "bytes of optimizer state, mean of its shards"
     # The plan cuts dense and expert state to whole bytes.
-    is_near = abs(state - said.optimizer) < 2
-    return [*checks, Check(name, f"{state:,.0f}", f"{said.optimizer:,}", is_near)]
+    is_near = abs(state - planned.optimizer) < 2
+    return [*checks, Check(name, f"{state:,.0f}", f"{planned.optimizer:,}", is_near)]

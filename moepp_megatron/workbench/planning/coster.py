@@ -54,9 +54,9 @@ def stage_patterns(load: Workload, pp: int, vpp: int) -> tuple[Pattern, ...]:
     kinds: list[tuple[int, int, bool, bool, int]] = []
     for rank, chunks in enumerate(pipeline.even_stages(load.layers, pp, vpp)):
         moe = sum(load.is_moe[layer] for chunk in chunks for layer in chunk)
-        whole = sum(len(chunk) for chunk in chunks)
+        layers = sum(len(chunk) for chunk in chunks)
         ends = (rank == 0, rank == pp - 1)
-        kinds.append((moe, whole - moe, *ends, pipeline.messages_sent(pp, vpp, rank)))
+        kinds.append((moe, layers - moe, *ends, pipeline.messages_sent(pp, vpp, rank)))
     return tuple(
         Pattern(*kind, ranks, tuple(rank for rank in range(pp) if kinds[rank] == kind))
         for kind, ranks in Counter(kinds).items()
@@ -95,10 +95,10 @@ class Coster:
         self._known: dict[tuple[object, ...], Any] = {}
 
     def _once(self, key: tuple[object, ...], calculate: Callable[[], _Value]) -> _Value:
-        found: _Value | None = self._known.get(key)
-        if found is None:
-            found = self._known[key] = calculate()
-        return found
+        value: _Value | None = self._known.get(key)
+        if value is None:
+            value = self._known[key] = calculate()
+        return value
 
     def fullness(self, grid: Grid) -> Load:
         """Load of the fullest rank of an expert-parallel group."""
@@ -159,14 +159,14 @@ class Coster:
         longest, slowest, all_stages = -1.0, 0, 0.0
         for number, pattern in enumerate(self._pattern(grid.pp, grid.vpp)):
             sending = pattern.messages * transfer.blocking
-            whole = alone[number].total
-            busy = apart * whole + together * beside[number].total + count * sending
-            all_stages += pattern.ranks * (whole + sending)
+            seconds = alone[number].total
+            busy = apart * seconds + together * beside[number].total + count * sending
+            all_stages += pattern.ranks * (seconds + sending)
             if busy > longest:
-                longest, slowest, own, sent = busy, number, whole + sending, sending
-        one, pair = alone[slowest], beside[slowest]
-        recompute = apart * one.recompute + together * pair.recompute
-        network = apart * one.network + together * pair.network + count * sent
+                longest, slowest, passes, sent = busy, number, seconds + sending, sending
+        single, pair = alone[slowest], beside[slowest]
+        recompute = apart * single.recompute + together * pair.recompute
+        network = apart * single.network + together * pair.network + count * sent
         late = pipeline.late_messages(grid.pp, grid.vpp, together) * transfer.beside
         # The first pattern is the first rank's.
         end, first = self._end(grid), alone[0]
@@ -174,7 +174,7 @@ class Coster:
             work=longest - recompute - network,
             recompute=recompute,
             network=network,
-            bubble=pipeline.bubble_seconds(all_stages - own, grid.vpp) + late,
+            bubble=pipeline.bubble_seconds(all_stages - passes, grid.vpp) + late,
             end=end.exposed(grid, first.forward, first.backward) + end.optimizer,
         )
 

@@ -166,13 +166,13 @@ class _Clock:
 
     def _issue(self, part: LayerPart, ahead: float) -> None:
         scopes = {"full_iteration", *_SCOPES.get(part.name, ())}
-        each = 0.0 if self._graphs & scopes else self._machine.reached.launch_s
+        launch_s = 0.0 if self._graphs & scopes else self._machine.reached.launch_s
         if part.name in _BEFORE_SIZES:
             self._before += ahead
-            self._issue_before += each * part.forward.kernels
+            self._issue_before += launch_s * part.forward.kernels
         else:
-            self._issue_after += each * part.forward.kernels
-        self._issue_backward += each * (part.backward.kernels + part.again.kernels)
+            self._issue_after += launch_s * part.forward.kernels
+        self._issue_backward += launch_s * (part.backward.kernels + part.again.kernels)
 
     def communicate(self, name: str, forward: float, backward: float) -> None:
         if forward + backward == 0:
@@ -199,9 +199,9 @@ class _Clock:
         self.communicate(EXCHANGE, forward, backward)
         if hideable:
             # Forward of one micro-batch runs beside backward of another: they share the cover.
-            whole = forward + backward
-            cover = self._forward + self._backward - whole
-            share = min(hideable * whole, cover) / whole
+            seconds = forward + backward
+            cover = self._forward + self._backward - seconds
+            share = min(hideable * seconds, cover) / seconds
             self.hide(EXCHANGE, forward * share, backward * share)
 
     def time(self, reads_sizes: bool = False) -> PassTime:

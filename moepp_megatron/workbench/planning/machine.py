@@ -126,9 +126,9 @@ class Machine:
         """Rated FLOP/s of a format."""
         fp8 = dict.fromkeys(("fp8", "fp8_blockwise", "mxfp8"), self.hardware.fp8_tflops)
         plain = {"fp32": self.hardware.fp32_tflops, "bf16": self.hardware.bf16_tflops}
-        rated = (plain | fp8)[number]
-        assert rated is not None, f"{self.hardware.name} has no {number} rate"
-        return rated * 1e12
+        tflops = (plain | fp8)[number]
+        assert tflops is not None, f"{self.hardware.name} has no {number} rate"
+        return tflops * 1e12
 
 
 def machine_of(hardware: Hardware, reached: Efficiencies | None = None) -> Machine:

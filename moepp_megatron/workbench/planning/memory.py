@@ -101,8 +101,8 @@ def _shared_matrices(load: Workload, grid: Grid) -> int:
 
 
 def _ffn_experts(load: Workload, grid: Grid) -> int:
-    each = FFN.parameters(load.hidden, load.experts.ffn_size)
-    return load.experts.num_ffn_experts // grid.ep * each // grid.etp
+    weights = FFN.parameters(load.hidden, load.experts.ffn_size)
+    return load.experts.num_ffn_experts // grid.ep * weights // grid.etp
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,17 +216,17 @@ def candidate_ranks(load: Workload, stages: Stages) -> tuple[int, ...]:
     """Pipeline ranks among which is the fullest: the first with the same kinds of layers."""
     # Earlier ranks hold more micro-batches; the first has the embedding, the last the output layer.
     last = len(stages) - 1
-    found: dict[tuple[int, int, bool, bool], int] = {}
+    rank_of_kind: dict[tuple[int, int, bool, bool], int] = {}
     for rank, chunks in enumerate(stages):
         kinds = [load.is_moe[layer] for chunk in chunks for layer in chunk]
-        found.setdefault((sum(kinds), len(kinds), rank == 0, rank == last), rank)
-    return tuple(found.values())
+        rank_of_kind.setdefault((sum(kinds), len(kinds), rank == 0, rank == last), rank)
+    return tuple(rank_of_kind.values())
 
 
 def fullest_rank(load: Workload, grid: Grid, stages: Stages, skew: float = 1.0) -> RankMemory:
     """Memory of the fullest rank."""
-    found = (memory_of(load, grid, stages, at, skew) for at in candidate_ranks(load, stages))
-    return max(found, key=lambda memory: memory.total)
+    memories = (memory_of(load, grid, stages, at, skew) for at in candidate_ranks(load, stages))
+    return max(memories, key=lambda memory: memory.total)
 
 
 def teacher_bytes(config: Config, layout: Layout, pp_rank: int) -> float:
@@ -249,7 +249,7 @@ def teacher_bytes(config: Config, layout: Layout, pp_rank: int) -> float:
     weights = float(load.numbers.weight_bytes * (parameters.dense + parameters.experts))
     if pp_rank < layout.pp - 1:
         return weights
-    size, own = load.numbers.activation_bytes, grid.tokens(load.seq)
+    size, tokens = load.numbers.activation_bytes, grid.tokens(load.seq)
     ahead = layout.num_microbatches if layout.pp > 1 else 1
-    hidden = float(ahead * own * load.hidden * size)
-    return weights + hidden + own * load.vocab * (size + 3 * 4.0)
+    hidden = float(ahead * tokens * load.hidden * size)
+    return weights + hidden + tokens * load.vocab * (size + 3 * 4.0)

@@ -32,8 +32,8 @@ def expected_goodput(interval_s: float, save_s: float, restart_s: float, failure
 
     Failures come at any time, restarts included; each loses what came after the last checkpoint.
     """
-    whole = failure_s * exp(restart_s / failure_s) * expm1((interval_s + save_s) / failure_s)
-    return interval_s / whole
+    seconds = failure_s * exp(restart_s / failure_s) * expm1((interval_s + save_s) / failure_s)
+    return interval_s / seconds
 
 
 @dataclass(frozen=True)

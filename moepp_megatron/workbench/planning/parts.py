@@ -76,8 +76,8 @@ def _again(grid: Grid, module: str, work: Work) -> Work:
 def _attention(load: Workload, grid: Grid) -> LayerPart:
     """Projections, rotation, and the core with its scores [s, s]."""
     attention, number = load.attention, load.numbers.dtype
-    own = grid.tokens(load.seq)
-    group = own * grid.tp
+    tokens = grid.tokens(load.seq)
+    group = tokens * grid.tp
     heads = attention.heads // grid.tp
     core = 2.0 * load.seq * load.causal_share * group * heads * (attention.qk_dim + attention.v_dim)
     size, seq = load.numbers.activation_bytes, load.seq // grid.cp
@@ -90,21 +90,23 @@ def _attention(load: Workload, grid: Grid) -> LayerPart:
         kernels += _ROTATION_KERNELS
     matmuls = attention.matmuls(load.hidden, grid.tp)
     works = [
-        linear_work(load, own if one.is_sequence_parallel else group, one.outputs, one.inputs)
-        for one in matmuls
+        linear_work(load, tokens if m.is_sequence_parallel else group, m.outputs, m.inputs)
+        for m in matmuls
     ]
     ahead = Work((), core, seq, core_number=number)
-    ahead = ahead.plus(*(one for one, _ in works), moved=moved, kernels=kernels + len(works))
+    ahead = ahead.plus(
+        *(forward for forward, _ in works), moved=moved, kernels=kernels + len(works)
+    )
     # Backward the core computes scores again: five products where the forward pass has two.
     back = Work((), 2.5 * core, seq, is_backward=True, core_number=number)
-    back = back.plus(*(one for _, one in works), moved=moved)
+    back = back.plus(*(backward for _, backward in works), moved=moved)
     back = replace(back, kernels=ahead.kernels * 3 // 2)
     again = ahead if grid.recomputes_all else Work()
     if "core_attn" in grid.recompute:
         again = Work((), core, seq, 0.0, 1, core_number=number)
     if "mla_up_proj" in grid.recompute:
         expanding = zip(matmuls, works, strict=True)
-        up = [Work(work.products) for one, (work, _) in expanding if one.is_up_projection]
+        up = [Work(work.products) for matmul, (work, _) in expanding if matmul.is_up_projection]
         again = again.plus(*up, kernels=4)
     return LayerPart("attention", ahead, back, again)
 
@@ -206,12 +208,12 @@ def _beside_products(
     clamped, biased = load.experts.is_clamped, load.experts.has_bias
     output = load.numbers.activation_bytes * rows * load.hidden
     moved = [
-        (own + clamped * clamp) * activation + biased * bias * output
-        for own, clamp, bias in zip(_ACTIVATION_PASSES, _CLAMP_PASSES, _BIAS_PASSES, strict=True)
+        (passes + clamped * clamp) * activation + biased * bias * output
+        for passes, clamp, bias in zip(_ACTIVATION_PASSES, _CLAMP_PASSES, _BIAS_PASSES, strict=True)
     ]
     kernels = [
-        base + (each + biased * bias) * experts + clamped * _CLAMP_KERNELS
-        for base, each, bias in zip((4, 6), (2, 4), _BIAS_KERNELS, strict=True)
+        base + (per_expert + biased * bias) * experts + clamped * _CLAMP_KERNELS
+        for base, per_expert, bias in zip((4, 6), (2, 4), _BIAS_KERNELS, strict=True)
     ]
     return moved, kernels
 

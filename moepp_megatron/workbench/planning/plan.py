@@ -109,8 +109,8 @@ def make_plan(
     baselines = []
     if not config.moe.is_vanilla:
         plain = vanilla(config)
-        found = search_layouts(plain, world, machine, routing)
-        baselines += _accepted(plain, found, machine, routing, top=1)
+        vanilla_search = search_layouts(plain, world, machine, routing)
+        baselines += _accepted(plain, vanilla_search, machine, routing, top=1)
         for tau in taus:
             if tau != config.moe.tau:
                 changed = with_overrides(without_budget(config), [f"moe.tau={tau}"])
@@ -145,25 +145,25 @@ def _accepted(
     prefers_simple: bool = False,
 ) -> list[Planned]:
     """The best layouts that the configuration's rules accept as well."""
-    found: list[Planned] = []
+    accepted: list[Planned] = []
     candidates = [(grid, held, True) for _, grid, _, held in search.best]
     if prefers_simple:
         candidates = [*_simplest(config, search), *candidates]
     candidates += [(grid, held, False) for held, grid in search.misses]
     for grid, held, fits in candidates:
-        if len(found) == top or (found and found[0].fits and not fits):
+        if len(accepted) == top or (accepted and accepted[0].fits and not fits):
             break
-        is_new = all(_degrees(grid) != _degrees(planned.grid) for planned in found)
+        is_new = all(_degrees(grid) != _degrees(planned.grid) for planned in accepted)
         if is_new and (changed := _in_layout(config, grid)) is not None:
-            found.append(planned_of(changed, grid, held, fits, machine, routing))
-    return found
+            accepted.append(planned_of(changed, grid, held, fits, machine, routing))
+    return accepted
 
 
 def _simplest(config: Config, search: Search) -> Iterator[tuple[Grid, float, bool]]:
     """Layouts within `TIE` of the fastest, the simplest first; equals by time."""
     ties = [entry for entry in search.best if entry[0] <= search.best[0][0] * (1.0 + TIE)]
     # Sorting keeps the order of equals.
-    for _, grid, _, held in sorted(ties, key=lambda one: complexity(one[1], config))[:_TRIED]:
+    for _, grid, _, held in sorted(ties, key=lambda tie: complexity(tie[1], config))[:_TRIED]:
         if _in_layout(config, grid) is not None:
             yield grid, held, True
             return

@@ -98,9 +98,9 @@ class Work:
         """This work, that of others without a core, and further bytes and kernels."""
         return replace(
             self,
-            products=self.products + sum((one.products for one in others), ()),
-            moved=self.moved + sum(one.moved for one in others) + moved,
-            kernels=self.kernels + sum(one.kernels for one in others) + kernels,
+            products=self.products + sum((other.products for other in others), ()),
+            moved=self.moved + sum(other.moved for other in others) + moved,
+            kernels=self.kernels + sum(other.kernels for other in others) + kernels,
         )
 
 

@@ -174,13 +174,13 @@ class Space:
 
 def _dispatchers(config: Config) -> tuple[Dispatcher, ...]:
     """The configuration's dispatcher first, and those that may take its place."""
-    own: Dispatcher = config.moe.dispatcher
+    configured: Dispatcher = config.moe.dispatcher
     others: list[Dispatcher] = ["alltoall"]
     if not config.moe.is_vanilla:
         others.append("alltoall_dedup")
     if config.precision.dtype == "bf16" and config.model.hidden_size % HIDDEN_ALIGNMENT == 0:
         others.append("flex")
-    return (own, *(other for other in others if other != own))
+    return (configured, *(other for other in others if other != configured))
 
 
 def divisors(number: int) -> Sequence[int]:

@@ -78,11 +78,11 @@ def pipeline_end(
 def _optimizer(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> float:
     numbers = load.numbers
     shards = (grid.dp * grid.cp, grid.edp) if grid.distributed_optimizer else (1, 1)
-    own = parameters.dense / shards[0] + parameters.experts / shards[1]
+    elements = parameters.dense / shards[0] + parameters.experts / shards[1]
     # Norm and update read the gradient, Adam reads and writes moments and master weights, then
     # writes the weights; clearing the gradients writes all of them.
     state = 2 * (numbers.moments_bytes + max(numbers.master_bytes, 4))
-    moved = own * (2 * numbers.gradient_bytes + state + numbers.weight_bytes)
+    moved = elements * (2 * numbers.gradient_bytes + state + numbers.weight_bytes)
     moved += (parameters.dense + parameters.experts) * numbers.gradient_bytes
     return moved / machine.memory_rate
 
@@ -135,9 +135,9 @@ def step_time(
     work = sum_passes([(alone[slowest], apart), (beside[slowest], together)])
     seconds, hidden = dict(work.seconds), dict(work.hidden)
     if grid.pp > 1:
-        whole = [one.total + sent for one, sent in zip(alone, sending, strict=True)]
+        passes = [one.total + sent for one, sent in zip(alone, sending, strict=True)]
         late = pipeline.late_messages(grid.pp, grid.vpp, together) * transfer.beside
-        others = sum(whole) - whole[slowest]
+        others = sum(passes) - passes[slowest]
         seconds[BUBBLE] = pipeline.bubble_seconds(others, grid.vpp, grid.is_dualpipe) + late
         seconds[POINT_TO_POINT] = micro_batches * sending[slowest]
     # A step begins and ends with passes of the first stage, which run alone: beside them its
@@ -159,19 +159,19 @@ def stage_passes(
     """Passes of one micro-batch through each pipeline rank's layers."""
     rows = fullest_rows(load, grid, skew)
 
-    def timed(is_moe: bool, recompute: Recompute) -> PassTime:
+    def time_of(is_moe: bool, recompute: Recompute) -> PassTime:
         return layer_time(load, replace(grid, recompute=recompute), machine, is_moe, rows, skew)
 
     passes = []
     for rank, chunks in enumerate(stages):
         counts = layer_counts(load, grid, chunks).items()
-        parts = [(timed(*kind), count) for kind, count in counts]
+        parts = [(time_of(*kind), count) for kind, count in counts]
         if rank == 0:
             parts.append((edge_time(load, grid, machine, False), 1))
         if rank == len(stages) - 1:
             parts.append((edge_time(load, grid, machine, True), 1 + load.extra_layers))
             if load.extra_layers:
-                parts.append((timed(True, grid.recompute), load.extra_layers))
+                parts.append((time_of(True, grid.recompute), load.extra_layers))
         passes.append(sum_passes(parts))
     return tuple(passes)
 
@@ -193,6 +193,6 @@ def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> PlannedTran
         # Router logits travel with the hidden states, as fp32.
         size += grid.tokens(load.seq) * load.experts.num_experts * 4
     across = placement(grid, "pp", machine.per_node).nodes > 1
-    whole = send_seconds(across, size, machine)
+    seconds = send_seconds(across, size, machine)
     share = 1.0 - machine.reached.point_to_point_overlap if grid.vpp > 1 else 1.0
-    return PlannedTransfer(whole * share, whole * (1.0 - share))
+    return PlannedTransfer(seconds * share, seconds * (1.0 - share))

@@ -75,11 +75,11 @@ def family_errors(
     comparisons: Iterable[Comparison], scopes: Sequence[str] = ("in",)
 ) -> dict[str, FamilyErrors]:
     """Errors by family, in the order in which families appear."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for one in comparisons:
-        if one.error is not None and one.run.row.scope in scopes:
-            found[one.run.row.family].append(one.error)
-    return {family: _summary(errors) for family, errors in found.items()}
+    by_family: dict[str, list[float]] = defaultdict(list)
+    for comparison in comparisons:
+        if comparison.error is not None and comparison.run.row.scope in scopes:
+            by_family[comparison.run.row.family].append(comparison.error)
+    return {family: _summary(errors) for family, errors in by_family.items()}
 
 
 def _summary(errors: Sequence[float]) -> FamilyErrors:
@@ -107,17 +107,17 @@ class RatioError:
 def pair_errors(comparisons: Iterable[Comparison]) -> list[RatioError]:
     """Ratios of the runs that share a name in `pair`; the faster over the slower, as measured."""
     pairs: Mapping[str, list[Comparison]] = defaultdict(list)
-    for one in comparisons:
-        for name in one.run.row.pair:
-            pairs[name].append(one)
-    found = []
+    for comparison in comparisons:
+        for name in comparison.run.row.pair:
+            pairs[name].append(comparison)
+    ratios = []
     for name, members in pairs.items():
-        timed = [(one.run.tokens_per_s_per_gpu, one.tokens_per_s_per_gpu) for one in members]
-        if len(members) == 2 and all(measured for measured, _ in timed):
-            slow, fast = sorted(timed, key=lambda speeds: speeds[0] or 0.0)
+        speeds = [(run.run.tokens_per_s_per_gpu, run.tokens_per_s_per_gpu) for run in members]
+        if len(members) == 2 and all(measured for measured, _ in speeds):
+            slow, fast = sorted(speeds, key=lambda speed: speed[0] or 0.0)
             measured = (fast[0] or 0.0) / (slow[0] or 1.0)
-            found.append(RatioError(name, measured, fast[1] / slow[1]))
-    return found
+            ratios.append(RatioError(name, measured, fast[1] / slow[1]))
+    return ratios
 
 
 # Beside the package in a source tree, as `configs/hardware` is.

@@ -90,8 +90,8 @@ def fit(runs: Sequence[Run]) -> Fit:
 
     def errors(at: Values) -> Values:
         machine = machine_of(hardware, _moved(start, names, origin, at))
-        found = [compare(run, machine).error for run in rows]
-        return np.log1p(np.array(found, dtype=float))
+        relative = [compare(run, machine).error for run in rows]
+        return np.log1p(np.array(relative, dtype=float))
 
     before = now = errors(shift)
     for _ in range(_STEPS):

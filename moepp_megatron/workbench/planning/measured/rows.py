@@ -285,8 +285,8 @@ def _stages(row: Row, config: Config, grid: Grid, place: str) -> Stages:
     layers, stages = config.model.num_layers, grid.pp * grid.vpp
     sizes: Sequence[int] | None = row.layers_per_stage
     if sizes is None and config.parallel.pipeline_model_parallel_layout is not None:
-        found = stage_layers(config)
-        sizes = [len(found[stage % grid.pp][stage // grid.pp]) for stage in range(stages)]
+        by_rank = stage_layers(config)
+        sizes = [len(by_rank[stage % grid.pp][stage // grid.pp]) for stage in range(stages)]
     if sizes is None:
         return even_stages(layers, grid.pp, grid.vpp)
     if sum(sizes) != layers or len(sizes) != stages or min(sizes) < 0:
