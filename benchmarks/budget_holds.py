@@ -156,8 +156,9 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
     from benchmarks.fresh_ranks import forget_model
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.budget import BudgetControl
-    from moepp_megatron.training.collect import RoutingCollector, mean_loss
+    from moepp_megatron.training.collect import mean_loss
+    from moepp_megatron.training.parts.budget import BudgetControl
+    from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
@@ -166,7 +167,7 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
     build_groups(config, layout)
     model = build_training_model(config)
     model.set_training(True)
-    routing = RoutingCollector(model, config, layout)
+    routing = RoutingCounts(model, config, layout)
     budget = BudgetControl(config, model, routing, None) if config.moe.budget.acts else None
     (batches,) = rank_batches(Text(run.corpus, LENGTH, run.seed), 0, config, 1)
     record: dict[str, Any] = {"target": config.moe.ffn_share * config.moe.router_topk}
@@ -180,10 +181,10 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
         acting = budget if not late or step > BEFORE else None
         routing.reset()
         if acting is not None:
-            acting.begin_step(step)
+            acting.begin_step(step, layout)
         result = training_step(model, [batches], config, layout)
         if acting is not None:
-            acting.end_step(step)
+            acting.learn(step)
         shares = routing.collect()
         record["loss"].append(mean_loss(result.losses))
         record["layers"].append([s * config.moe.router_topk for s in shares["layer_ffn_fraction"]])

@@ -203,6 +203,8 @@ def train(
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training import trainer as module
     from moepp_megatron.training.collect import mean_loss
+    from moepp_megatron.training.part import Part, Parts, Step
+    from moepp_megatron.training.parts.routing_counts import RoutingCounts
 
     shutil.rmtree(folder, ignore_errors=True)
     config = parse_config(settings(case, folder, steps, load))
@@ -218,22 +220,25 @@ def train(
         plant(trainer.model, case)
     losses: list[float] = []
     shares_L: list[list[float]] = []
-    routers = trainer._routers
-    judge = routers.judge
+    (counts,) = [part for part in trainer.parts if isinstance(part, RoutingCounts)]
 
-    def watched(step: int, result: Any) -> Any:
-        losses.append(mean_loss(result.losses))
-        selected = routers._routing.selections()
-        ffn = selected[:, : config.moe.num_ffn_experts].sum(dim=1) / selected.sum(dim=1)
-        shares_L.append(ffn.tolist())
-        return judge(step, result)
+    class Watch(Part):
+        """Notes the loss and the FFN share of each layer of every batch."""
 
+        def judge(self, step: Step) -> tuple[()]:
+            """Look at a step, or at a refused batch."""
+            losses.append(mean_loss(step.result.losses))
+            selected = counts.selections()
+            ffn = selected[:, : config.moe.num_ffn_experts].sum(dim=1) / selected.sum(dim=1)
+            shares_L.append(ffn.tolist())
+            return ()
+
+    trainer.parts = Parts([Watch(), *trainer.parts])
     ended = ""
-    with mock.patch.object(routers, "judge", watched):
-        try:
-            trainer.run()
-        except RuntimeError as error:
-            ended = str(error).splitlines()[0]
+    try:
+        trainer.run()
+    except RuntimeError as error:
+        ended = str(error).splitlines()[0]
     alerts = [json.loads(alert.to_json_line()) for alert in read_alerts(folder / "alerts.jsonl")]
     return {"losses": losses, "shares": shares_L, "alerts": alerts, "ended": ended}
 

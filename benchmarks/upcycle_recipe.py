@@ -191,10 +191,12 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
     from benchmarks.fresh_ranks import forget_model
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.budget import BudgetControl
     from moepp_megatron.training.checkpoint import read_checkpoint
-    from moepp_megatron.training.collect import RoutingCollector, mean_loss
-    from moepp_megatron.training.distillation import Distillation
+    from moepp_megatron.training.collect import mean_loss
+    from moepp_megatron.training.part import Parts
+    from moepp_megatron.training.parts.budget import BudgetControl
+    from moepp_megatron.training.parts.distillation import Distillation
+    from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
     from moepp_megatron.training.teacher import TeacherModel
@@ -206,19 +208,18 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
     teacher = TeacherModel.of(config)
     distillation = None if teacher is None else Distillation(config, teacher)
     read_checkpoint(checkpoint, model, config, weights_only=True)
-    routing = RoutingCollector(model, config, layout)
+    routing = RoutingCounts(model, config, layout)
     budget = BudgetControl(config, model, routing, None) if config.moe.budget.acts else None
+    parts = Parts([part for part in (routing, budget, distillation) if part is not None])
     # Other places of the text than the source was trained on.
     (batches,) = rank_batches(_Part(run.text, run.seed + 1000, held_out=False), 0, config, 1)
     record: dict[str, Any] = {"phi": config.moe.ffn_share, "loss": [], "share": [], "layers": []}
     record["valid"] = {0: _validation(model, run, config, layout)}
     for step in range(1, AFTER + 1):
-        routing.reset()
+        parts.begin_step(step, layout)
+        result = training_step(model, [batches], config, layout, parts)
         if budget is not None:
-            budget.begin_step(step)
-        result = training_step(model, [batches], config, layout, distillation=distillation)
-        if budget is not None:
-            budget.end_step(step)
+            budget.learn(step)
         shares = routing.collect()
         record["loss"].append(mean_loss(result.losses))
         record["share"].append(shares["ffn_fraction"])
@@ -231,7 +232,7 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
 
 def _validation(model: Any, run: Run, config: Config, layout: Layout) -> float:
     from moepp_megatron.config import with_overrides
-    from moepp_megatron.training.evaluate import validation_loss
+    from moepp_megatron.training.parts.validation import validation_loss
 
     iters = -(-4 * VALIDATION // BATCH)
     config = with_overrides(config, [f"training.eval_iters={iters}"])

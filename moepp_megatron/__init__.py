@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from moepp_megatron.interop.score import score
     from moepp_megatron.moe.config import MoEPPConfig
     from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec
-    from moepp_megatron.training.callbacks import Callback
     from moepp_megatron.training.generate import generate
+    from moepp_megatron.training.parts.callbacks import Callback
     from moepp_megatron.training.run import train
     from moepp_megatron.workbench.planning.plan import plan
     from moepp_megatron.workbench.report.page import build_report as report
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Callback": "training.callbacks.Callback",
+    "Callback": "training.parts.callbacks.Callback",
     "ConfigError": "config.ConfigError",
     "MoEPPConfig": "moe.config.MoEPPConfig",
     "PrepareSettings": "data.prepare.PrepareSettings",

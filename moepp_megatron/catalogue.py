@@ -73,7 +73,7 @@ class Metric:
         guard: Whether its rules may look at it: "counted" in each MoE layer and every step from
             what its router wants, "compared" likewise with what was before, "measured" in each MoE
             layer and steps with router health, "whole" of the model, read by the guard itself,
-            "recorded" of the model and every step as `RoutingCollector` counts it for the record.
+            "recorded" of the model and every step as `RoutingCounts` counts it for the record.
         healthy: Its range, layer by layer, in a healthy run of the quickstart model.
         wrong: When something is wrong: in words, or a default rule of the routing guard.
         drawn: Its own plot in the report.

@@ -224,6 +224,7 @@ class MoEPPLayer(MoELayer):
         self, hidden_states: Tensor, routing: Routing, padding: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The layer after its router."""
+        assert routing.logits is not None, "a router's result has its logits"
         if self.router.health.enabled and RoutingStatistics.counts_now(self.training):
             self._measure_constants(hidden_states, routing)
         dispatched, probs = self.dispatch(*self.ffn_input(hidden_states, routing))

@@ -370,5 +370,6 @@ class MoEPPRouter(TopKRouter):
             loss, self.moepp.balance_coeff, num_tokens, self.calculate_per_token_loss
         )
         if self.health.enabled:
+            assert chosen.logits is not None, "a router's result has its logits"
             self.health.watch_gradients(chosen.logits, attached)
         return attach_loss(gates_TE, attached)

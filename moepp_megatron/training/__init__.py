@@ -2,16 +2,8 @@
 
 alerts.py              the alerts of a run; those about refused batches, stages, failed saves
 batches.py             micro-batches on this rank's device, for training and validation
-batch_losses.py        the loss of each batch and how much its sequences differ
-budget.py              applies the budget of FFN experts per token to the model, step by step
-callbacks.py           a user's own objects that are told what a run does
-collect.py             adds up what all ranks counted in one step
-data_sources.py        loss, FFN share and use of the experts by data source, of one step
-data_stages.py         which of its data a run is drawing from, and when others follow
+collect.py             sums over all ranks
 decoding.py            continues prompts with a cache of keys and values
-distillation.py        a teacher's forward pass, and the loss that compares both models
-evaluate.py            validation loss
-further_tokens.py      the loss of multi-token prediction of a step, over all ranks
 generate.py            `moepp generate` as a function
 generate_request.py    what `moepp generate` is asked to do
 going_back.py          putting an earlier checkpoint of the run in place of the present model
@@ -19,11 +11,9 @@ gradient_norm.py       the gradient norm on the device
 inference_settings.py  turns a training configuration into one for forward passes only
 lm_eval_tasks.py       tasks of lm-eval from local files, and the model that lm-eval asks
 optimizers.py          the optimizer: its kind, and the groups of parameters that differ
-replay.py              what the model makes of batches that it was trained on before
+part.py                the protocol of a part, one feature of a run; parts/ has them
 resumed.py             messages of a resumed run: its checkpoint, and what differs from before
 rng.py                 random states of a rank
-router_health.py       computes the router health of one step for the record from every rank's sums
-routers.py             measurement and control of a run's routers
 expert_usage.py        expert usage of a running training
 routing_shift.py       detects shifts of the data while a run trains
 run.py                 a whole run: `moepp train` as a function
@@ -36,10 +26,7 @@ step.py                one training step
 step_sums.py           what a step decides by: summed over all ranks and read once
 tagging.py             whether layers are told which tokens they see, and by what
 teacher.py             which model teaches, and its configuration in the layout of the run
-task_evaluation.py     evaluates the running model on tasks of lm-eval, in the run's own layout
-telemetry.py           adds telemetry of all nodes to a step's metrics
 token_counts.py        tokens of each group of token ids, in one step
-token_groups.py        FFN experts of each class of tokens, in one step
 token_scores.py        log-probabilities of given tokens from a model that is there
 train_request.py       what `moepp train` is asked to do, checked before anything heavy is imported
 trainer.py             the run from start to end

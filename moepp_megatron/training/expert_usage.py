@@ -13,7 +13,7 @@ from moepp_megatron.config import Config
 from moepp_megatron.data.token_frequency import frequency_classes, token_counts
 from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.observe.expert_usage import ExpertUsage
-from moepp_megatron.training.collect import RoutingCollector
+from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.tagging import layers_know_tokens, tags_of
 
@@ -39,7 +39,7 @@ class ExpertUsageCollector:
         self,
         config: Config,
         model: TrainingModel,
-        routing: RoutingCollector,
+        routing: RoutingCounts,
         token_classes: np.ndarray,
     ) -> None:
         self._window = config.routing_guard.shift.window

@@ -21,13 +21,13 @@ from moepp_megatron.observe.shift_reading import ShiftFinding, ShiftReading
 from moepp_megatron.observe.source_shift import SourceShift
 from moepp_megatron.observe.token_shift import TokenShift
 from moepp_megatron.observe.usage_file import StoredUsage
-from moepp_megatron.training.batch_losses import BatchLoss
-from moepp_megatron.training.collect import RoutingCollector
 from moepp_megatron.training.expert_usage import (
     FREQUENCY_CLASSES,
     ExpertUsageCollector,
     token_classes,
 )
+from moepp_megatron.training.parts.batch_losses import BatchLoss
+from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.shift_text import (
     ShiftStory,
@@ -65,7 +65,7 @@ class RoutingShift:
         self,
         config: Config,
         model: TrainingModel,
-        routing: RoutingCollector,
+        routing: RoutingCounts,
         dataset: Any,
         state: dict[str, Any] | None = None,
     ) -> None:

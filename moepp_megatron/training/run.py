@@ -21,7 +21,7 @@ from moepp_megatron.training.train_request import Say, TrainRequest
 
 if TYPE_CHECKING:
     from moepp_megatron.observe.metrics import StepMetrics
-    from moepp_megatron.training.callbacks import Callback
+    from moepp_megatron.training.parts.callbacks import Callback
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,17 +18,59 @@ from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.conversations import PADDING
 from moepp_megatron.data.document_sources import SOURCES
 from moepp_megatron.runtime.patches import replaced
-from moepp_megatron.training.distillation import Distillation
 from moepp_megatron.training.gradient_norm import squared_norms
-from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
 from moepp_megatron.training.rng import get_rng_state, set_rng_state
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step_sums import StepSums, Summand, read_step
 from moepp_megatron.training.tagging import layers_know_tokens
 
 Batch = dict[str, Tensor]
-# Sees a model chunk, the micro-batch and its token losses [b, s].
-LossWatcher = Callable[[torch.nn.Module, Batch, Tensor], None]
+
+
+class StepHooks:
+    """What a step does besides computing the model's own loss; these methods do nothing.
+
+    Attributes:
+        may_refuse: Whether `refuses` may refuse a batch, so that a step must be undoable.
+    """
+
+    may_refuse = False
+
+    def batches(
+        self, batches: list[Iterator[Batch]], num_microbatches: int
+    ) -> list[Iterator[Batch]]:
+        """Iterators over the same micro-batches as `batches`, when a step begins."""
+        return batches
+
+    def arguments(self, batch: Batch) -> Mapping[str, Any]:
+        """Further arguments of the model's forward pass over a micro-batch."""
+        return {}
+
+    def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
+        """Look at a model chunk, its micro-batch and token losses [b, s]; last pipeline stage."""
+
+    def loss(self, loss: Tensor, output: Tensor, loss_mask: Tensor, num_tokens: Tensor) -> Tensor:
+        """What a micro-batch's gradients are of.
+
+        Args:
+            loss: Scalar: sum of the token losses, and of what hooks before have added.
+            output: [b, s] token losses; [n, b, s] with these first, where `arguments` changed
+                what the model returns.
+            loss_mask: [b, s] fp32.
+            num_tokens: Scalar, tokens that count.
+        """
+        return loss
+
+    def summands(self) -> Sequence[Summand]:
+        """What is summed over all ranks before the optimizer acts."""
+        return ()
+
+    def refuses(self, sums: StepSums, losses: Tensor) -> bool:
+        """Whether the batch must not change the model; arguments as of `StepResult`."""
+        return False
+
+
+NO_HOOKS = StepHooks()
 
 
 @dataclass
@@ -59,10 +101,8 @@ def training_step(
     batches: list[Iterator[Batch]],
     config: Config,
     layout: Layout,
-    guard: NumericalGuard | None = None,
-    watcher: LossWatcher | None = None,
+    hooks: StepHooks = NO_HOOKS,
     summands: Sequence[Summand] = (),
-    distillation: Distillation | None = None,
 ) -> StepResult:
     """Run one optimizer step.
 
@@ -71,16 +111,15 @@ def training_step(
         batches: One iterator over micro-batches per model chunk, all in the same order.
         config: The run's configuration.
         layout: The rank grid.
-        guard: May refuse the step: then the batch is read and nothing else has changed.
-        watcher: Called on the last pipeline stage with each micro-batch's token losses.
-        summands: What else is summed over all ranks before the optimizer acts.
-        distillation: The teacher beside the text.
+        hooks: What else the step does. Where they refuse the batch, it is read and nothing else has
+            changed.
+        summands: What is summed over all ranks besides what the hooks sum.
     """
-    before = _StepState(model.models) if guard is not None else None
-    result = compute_gradients(model, batches, config, layout, watcher, summands, distillation)
-    if guard is not None and before is not None and guard.refuses(result.sums, result.losses):
+    before = _StepState(model.models) if hooks.may_refuse else None
+    result = compute_gradients(model, batches, config, layout, hooks, summands)
+    if before is not None and hooks.refuses(result.sums, result.losses):
         before.restore()
-        return replace(result, is_finite=math.isfinite(guard.last_loss))
+        return replace(result, is_finite=math.isfinite(result.sums.loss))
     # The schedule counts the step that is being taken: the first step already learns.
     model.scheduler.step(increment=1)
     with _gradients_ready(model.optimizer, result.grad_norm):
@@ -93,21 +132,19 @@ def compute_gradients(
     batches: list[Iterator[Batch]],
     config: Config,
     layout: Layout,
-    watcher: LossWatcher | None = None,
+    hooks: StepHooks = NO_HOOKS,
     summands: Sequence[Summand] = (),
-    distillation: Distillation | None = None,
 ) -> StepResult:
     """First half of `training_step`, which takes the same arguments: all but the optimizer."""
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
     num_microbatches = layout.num_microbatches
-    if distillation is not None:
-        batches = distillation.begin_step(batches, num_microbatches)
-        summands = [*summands, distillation]
-    losses = run_schedule(model, batches, config, num_microbatches, False, watcher, distillation)
+    batches = hooks.batches(batches, num_microbatches)
+    losses = run_schedule(model, batches, config, num_microbatches, False, hooks)
     squares, found_inf = prepare_gradients(model.optimizer)
-    return StepResult(losses, read_step(losses, squares, found_inf, summands), updated=False)
+    sums = read_step(losses, squares, found_inf, [*summands, *hooks.summands()])
+    return StepResult(losses, sums, updated=False)
 
 
 @contextmanager
@@ -126,8 +163,7 @@ def run_schedule(
     config: Config,
     num_microbatches: int,
     forward_only: bool,
-    watcher: LossWatcher | None = None,
-    distillation: Distillation | None = None,
+    hooks: StepHooks = NO_HOOKS,
 ) -> Tensor:
     """Megatron's pipeline schedule over `num_microbatches` micro-batches.
 
@@ -137,8 +173,7 @@ def run_schedule(
         config: The run's configuration.
         num_microbatches: Micro-batches of this rank.
         forward_only: Whether to leave out the backward pass.
-        watcher: Same as in `training_step`.
-        distillation: Same as in `training_step`; its step has begun.
+        hooks: Same as in `training_step`; their step has begun.
 
     Returns:
         [2] float64 on the device: sum of token losses and number of tokens on this rank; zeros on
@@ -147,10 +182,9 @@ def run_schedule(
     forward_backward = get_forward_backward_func()
     forward_step = partial(
         _forward_step,
-        watcher=watcher,
+        hooks=hooks,
         tells_sources=layers_know_tokens(config),
         tells_mask=config.model.mtp_num_layers > 0,
-        distillation=distillation,
     )
     reduced = forward_backward(
         forward_step_func=forward_step,
@@ -170,10 +204,9 @@ def _forward_step(
     iterator: Iterator[Batch],
     model: Any,
     return_schedule_plan: bool = False,
-    watcher: LossWatcher | None = None,
+    hooks: StepHooks = NO_HOOKS,
     tells_sources: bool = False,
     tells_mask: bool = False,
-    distillation: Distillation | None = None,
 ) -> tuple[Any, Any]:
     """One micro-batch's output, or its plan for the combined schedule, and its loss function."""
     batch = next(iterator)
@@ -184,37 +217,29 @@ def _forward_step(
     if tells_mask:
         told.add("loss_mask")
     extra: dict[str, Any] = {key: batch[key] for key in told & batch.keys()}
-    if distillation is not None:
-        distillation.begin_micro_batch(batch)
-        extra["output_processor"] = distillation.process_output
+    extra |= hooks.arguments(batch)
     mask = batch.get("attention_mask")
     output = forward(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], **extra)
-    watch = None if watcher is None else partial(watcher, model, batch)
-    return output, partial(_loss, batch["loss_mask"], watch, distillation)
+    return output, partial(_loss, batch["loss_mask"], partial(hooks.see, model, batch), hooks)
 
 
 def _loss(
-    loss_mask: Tensor,
-    watch: Callable[[Tensor], None] | None,
-    distillation: Distillation | None,
-    output: Tensor,
+    loss_mask: Tensor, see: Callable[[Tensor], None], hooks: StepHooks, output: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of token losses, number of tokens, and both for the log.
 
     Args:
         loss_mask: [b, s] fp32.
-        watch: Called with the token losses.
-        distillation: Whose loss is added; it is not in the log's sum.
-        output: [b, s] token losses; with a teacher [2, b, s], the divergences behind them.
+        see: Called with the token losses.
+        hooks: What they add to the loss is not in the log's sum.
+        output: Same as in `StepHooks.loss`.
     """
-    token_losses = output if distillation is None else output[0]
-    if watch is not None:
-        watch(token_losses)
+    token_losses = output if output.dim() == 2 else output[0]
+    see(token_losses)
     loss = (token_losses.float() * loss_mask).sum()
     num_tokens = loss_mask.sum()
     report = torch.stack([loss.detach().double(), num_tokens.double()])
-    if distillation is not None:
-        loss = distillation.loss(loss, (output[1] * loss_mask).sum(), num_tokens)
+    loss = hooks.loss(loss, output, loss_mask, num_tokens)
     return loss, num_tokens.to(torch.int), {"loss": report}
 
 

@@ -230,20 +230,21 @@ class _Run:
     def _steps(self) -> None:
         import numpy as np
 
-        from moepp_megatron.training import expert_usage, token_groups
+        from moepp_megatron.training import expert_usage
         from moepp_megatron.training import step as step_module
+        from moepp_megatron.training.checkpoint.progress import Progress
         from moepp_megatron.training.collect import mean_loss
-        from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
-        from moepp_megatron.training.routers import Routers
+        from moepp_megatron.training.part import Step
+        from moepp_megatron.training.parts import token_groups
         from moepp_megatron.training.signals import StopRequest
         from moepp_megatron.training.step import training_step
+        from tests.parallel.training_runs import counting_parts
 
         config, parts = self.config, self.case.parts
         for module in (expert_usage, token_groups):
             # There is no training set to count.
             module.counts_on_ranks = lambda dataset, size: np.arange(size, 0, -1)
-        routers = Routers(config, self.model, self.layout, {}, None)
-        guard = NumericalGuard(config.resilience) if "guard" in parts else None
+        watching = counting_parts(config, self.layout, self.model, None, guarded="guard" in parts)
         stop = StopRequest()
         prepare = step_module.prepare_gradients
 
@@ -258,17 +259,17 @@ class _Run:
             gc.collect()
             self.outcome.held = MEMORY.live
             MEMORY.begin()
-            routers.begin_step(step, self.layout.num_microbatches)
+            watching.begin_step(step, self.layout)
             result = training_step(
                 self.model,
                 self.batches(),
                 config,
                 self.layout,
-                guard,
-                routers.watch_losses,
-                [stop, *routers.summands()],
+                watching,
+                [stop],
             )
-            routers.learn(step, result)
+            taken = Step(Progress(step), 0, 1, 0.0, result)
+            watching.end_step(taken)
         self.outcome.peak, self.outcome.parts = MEMORY.peak, MEMORY.parts
         self.outcome.reads = dict(RECORD.reads)
         self.outcome.launches = dict(RECORD.launches)
@@ -277,8 +278,7 @@ class _Run:
         self.outcome.layers = layers * self.layout.num_microbatches
         mean_loss(result.losses)
         if "health" in parts:
-            routers.routing_metrics()
-            routers.metrics(2)
+            watching.record(taken, {})
         if "evaluation" in parts:
             self._evaluate()
         if "save" in parts:

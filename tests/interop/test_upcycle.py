@@ -290,9 +290,10 @@ def train_upcycled(
     from moepp_megatron.config import load_config, with_overrides
     from moepp_megatron.interop.upcycle import Additions, upcycle
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.budget import BudgetControl
     from moepp_megatron.training.checkpoint import load_checkpoint
-    from moepp_megatron.training.collect import RoutingCollector, mean_loss
+    from moepp_megatron.training.collect import mean_loss
+    from moepp_megatron.training.parts.budget import BudgetControl
+    from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
     from tests.parallel.training_runs import SyntheticDataset
@@ -309,15 +310,15 @@ def train_upcycled(
     model = build_training_model(config)
     load_checkpoint(target, model, config)
     model.set_training(True)
-    collector = RoutingCollector(model, config, layout)
+    collector = RoutingCounts(model, config, layout)
     batches = rank_batches(SyntheticDataset(config, steps), 0, config, 1)
     budget = BudgetControl(config, model, collector, None)
     losses, shares = [], []
     for step in range(1, steps + 1):
         collector.reset()
-        budget.begin_step(step)
+        budget.begin_step(step, layout)
         result = training_step(model, batches, config, layout)
-        budget.end_step(step)
+        budget.learn(step)
         losses.append(mean_loss(result.losses))
         shares.append(float(collector.collect()["ffn_fraction"]))
     return losses, shares, config.moe.ffn_share

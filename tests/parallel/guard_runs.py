@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 from tests.parallel.resilience_runs import Without
-from tests.parallel.training_runs import SyntheticDataset, begin, settings
+from tests.parallel.training_runs import SyntheticDataset, begin, part_of, settings, with_first_part
 
 BATCH = 8
 # Of a data set: more than the longest run takes. Frequencies of tokens are counted over all.
@@ -133,41 +133,67 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
     """Plant the faults and write down what happens; both from outside of the guard."""
     from moepp_megatron.moe.layer import moepp_layers
     from moepp_megatron.training.collect import mean_loss
+    from moepp_megatron.training.part import GoBack, Part
+    from moepp_megatron.training.parts.routing_counts import RoutingCounts
+    from moepp_megatron.training.parts.routing_guard import RoutingGuardPart
 
-    routers = trainer._routers
-    begin = routers.begin_step
+    selections = part_of(trainer, RoutingCounts).selections
+    counts, planted = [0, 0], []  # type: ignore[var-annotated]
 
-    def begin_step(step: int, num_microbatches: int) -> None:
-        for fault in [fault for fault in faults if fault.step == step and fault not in planted]:
-            planted.append(fault)
-            plant(trainer.model, fault)
-        counts[:] = [0, 0]
-        begin(step, num_microbatches)
-        own = [layer.router for model in trainer.model.models for layer in moepp_layers(model)]
-        found.routers[step] = checksum_of(p for router in own for p in router.parameters())
+    class Watching(Part):
+        def begin_step(self, step: int, layout: Any) -> None:
+            for fault in [each for each in faults if each.step == step and each not in planted]:
+                planted.append(fault)
+                plant(trainer.model, fault)
+            counts[:] = [0, 0]
 
-    def judge(step: int, result: Any, judge: Callable[..., Any] = routers.judge) -> Any:
-        verdict = judge(step, result)
-        found.losses[step] = mean_loss(result.losses)
-        ffn = trainer.config.moe.num_ffn_experts
-        selected = routers._routing.selections()
-        found.wanted[step] = (selected[:, :ffn].sum(1) / selected.sum(1)).tolist()
-        found.ffn[step] = counts[0] / max(1, counts[1])
-        tell = [(a.rule, a.layer, a.action) for a in verdict.alerts]
-        tell += [(e.rule.name, e.layer, e.action) for e in verdict.rollbacks]
-        found.decisions += [(step, *what) for what in tell]
-        return verdict
+        def judge(self, step: Any) -> Any:
+            found.losses[step.number] = mean_loss(step.result.losses)
+            ffn, selected = trainer.config.moe.num_ffn_experts, selections()
+            found.wanted[step.number] = (selected[:, :ffn].sum(1) / selected.sum(1)).tolist()
+            found.ffn[step.number] = counts[0] / max(1, counts[1])
+            return ()
+
+    with_first_part(trainer, Watching())
+    for guard in [part for part in trainer.parts if isinstance(part, RoutingGuardPart)]:
+        _note_decisions(guard, found, GoBack)
+        _note_routers(guard, trainer, found)
 
     def see_routing(router: Any, args: Any, routing: Any) -> None:
         made = routing.routing_map[:, : router.moepp.num_ffn_experts]
         counts[0] += int(made.sum())
         counts[1] += int(routing.routing_map.sum())
 
-    counts, planted = [0, 0], []  # type: ignore[var-annotated]
-    routers.begin_step, routers.judge = begin_step, judge
     for model in trainer.model.models:
         for layer in moepp_layers(model):
             layer.router.register_forward_hook(see_routing)
+
+
+def _note_decisions(guard: Any, found: Found, kind: Any) -> None:
+    """Write down what the guard's part wants, rollbacks too."""
+    original = guard.judge
+
+    def judge(step: Any) -> Any:
+        for outcome in original(step):
+            alerts = outcome.found(Path("step_0")) if isinstance(outcome, kind) else [outcome]
+            found.decisions += [(step.number, a.rule, a.layer, a.action) for a in alerts]
+            yield outcome
+
+    guard.judge = judge
+
+
+def _note_routers(guard: Any, trainer: Any, found: Found) -> None:
+    """Write down this rank's routers as a step begins, with all that the guard has done."""
+    from moepp_megatron.moe.layer import moepp_layers
+
+    original = guard.begin_step
+
+    def begin_step(step: int, layout: Any) -> None:
+        original(step, layout)
+        own = [layer.router for model in trainer.model.models for layer in moepp_layers(model)]
+        found.routers[step] = checksum_of(p for router in own for p in router.parameters())
+
+    guard.begin_step = begin_step
 
 
 def plant(model: Any, fault: Fault) -> None:

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 
 from tests.commands import slowdown
-from tests.parallel.training_runs import SyntheticDataset, begin, settings
+from tests.parallel.training_runs import SyntheticDataset, begin, settings, with_first_part
 
 BATCH = 8
 
@@ -191,19 +191,20 @@ def _bad_gradient(trainer: Any, fault: Fault) -> Iterator[None]:
 def _changed_weights(trainer: Any, fault: Fault, factor: float) -> Iterator[None]:
     import torch
 
-    routers, planted = trainer._routers, []
-    original = routers.begin_step
+    from moepp_megatron.training.part import Part
 
-    @torch.no_grad()
-    def begin_step(step: int, num_microbatches: int) -> None:
-        original(step, num_microbatches)
-        if not planted and _is_on(trainer, fault):
-            planted.append(step)
-            for parameter in trainer.model.models[0].parameters():
-                parameter.mul_(factor)
+    planted: list[int] = []
 
-    with mock.patch.object(routers, "begin_step", begin_step):
-        yield
+    class Changed(Part):
+        @torch.no_grad()
+        def begin_step(self, step: int, layout: Any) -> None:
+            if not planted and _is_on(trainer, fault):
+                planted.append(step)
+                for parameter in trainer.model.models[0].parameters():
+                    parameter.mul_(factor)
+
+    with_first_part(trainer, Changed())
+    yield
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moepp_megatron.observe.shift_reading import ShiftReading
-from tests.parallel.training_runs import begin_training, settings
+from tests.parallel.training_runs import begin_training, settings, watching
 
 LENGTH, BATCH, TOKENS = 32, 64, 128
 
@@ -80,7 +80,7 @@ def watch(counts: list[tuple[int, int]]) -> tuple[list[ShiftReading | None], Any
     Returns:
         What is known after each step, and what the first alarm is about.
     """
-    from moepp_megatron.training.batch_losses import BatchLosses
+    from moepp_megatron.training.parts.batch_losses import BatchLosses
     from moepp_megatron.training.routing_shift import RoutingShift
     from moepp_megatron.training.step import training_step
 
@@ -91,7 +91,7 @@ def watch(counts: list[tuple[int, int]]) -> tuple[list[ShiftReading | None], Any
     story = None
     for _ in range(sum(steps for _, steps in counts)):
         routing.reset()
-        losses.begin()
+        losses.begin_batch()
 
         shift.counts.begin()
 
@@ -99,8 +99,8 @@ def watch(counts: list[tuple[int, int]]) -> tuple[list[ShiftReading | None], Any
             losses.add(batch, token_losses)
             shift.counts.add(batch)
 
-        result = training_step(model, batches, config, layout, watcher=watcher)
-        reading = shift.end_step(losses.end(result))
+        result = training_step(model, batches, config, layout, watching(watcher))
+        reading = shift.end_step(losses.sum_up(result))
         readings.append(reading)
         if story is None and reading is not None and max(reading.routing, reading.loss) > 1.0:
             story = shift.explain()
@@ -110,8 +110,8 @@ def watch(counts: list[tuple[int, int]]) -> tuple[list[ShiftReading | None], Any
 def begin(raw: dict[str, Any], dataset: Any) -> tuple[Any, Any, Any, Any, Any]:
     """Configuration, layout, model in training, collector and batches on this rank."""
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.collect import RoutingCollector
+    from moepp_megatron.training.parts.routing_counts import RoutingCounts
 
     config, layout, model = begin_training(raw)
-    routing = RoutingCollector(model, config, layout)
+    routing = RoutingCounts(model, config, layout)
     return config, layout, model, routing, rank_batches(dataset, 0, config, len(model.chunks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,28 +68,29 @@ def train(raw: dict[str, Any], steps: int, shift: int) -> Run:
     """Train with a budget on data that change with sample `shift`."""
     from moepp_megatron.moe.layer import moepp_layers
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.budget import BudgetControl
-    from moepp_megatron.training.collect import RoutingCollector, mean_loss
+    from moepp_megatron.training.collect import mean_loss
+    from moepp_megatron.training.parts.budget import BudgetControl
+    from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.step import training_step
 
     config, layout, model = begin_training(raw)
-    routing = RoutingCollector(model, config, layout)
+    routing = RoutingCounts(model, config, layout)
     budget = BudgetControl(config, model, routing, None)
     batches = rank_batches(ShiftedDataset(config, steps, shift), 0, config, len(model.chunks))
     layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
     run = Run()
     for step in range(1, steps + 1):
         routing.reset()
-        budget.begin_step(step)
+        budget.begin_step(step, layout)
         result = training_step(model, batches, config, layout)
         # The last expert is a zero-computation expert.
         taus = [layer.router.balance_weights[-1].item() for layer in layers]
-        budget.end_step(step)
+        budget.learn(step)
         run.was_set.append(sum(taus) / len(taus))
-        run.recorded.append(budget.metrics(step)["tau"])
+        run.recorded.append(budget.record(SimpleNamespace(number=step), {})["tau"])
         run.taken.append(float(routing.collect()["ffn_per_token"]))
         run.losses.append(mean_loss(result.losses))
-    run.state = budget.state()
+    run.state = budget.state()["budget"]
     return run
 
 
@@ -200,25 +202,25 @@ def test_a_run_begun_without_a_bias_goes_on_with_one(
 
 def missing_target(raw: dict[str, Any], steps: int, resumed_at: int) -> list[tuple[int, str]]:
     """Step and text of each alert while routers take what they like."""
-    from moepp_megatron.training.budget import BudgetControl
-    from moepp_megatron.training.collect import RoutingCollector
+    from moepp_megatron.training.parts.budget import BudgetControl
+    from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.setup import build_training_model
 
     config, layout = begin(raw)
     model = build_training_model(config)
-    routing = RoutingCollector(model, config, layout)
+    routing = RoutingCounts(model, config, layout)
     budget = BudgetControl(config, model, routing, None)
     experts = config.moe.num_experts
     found = []
     for step in range(1, steps + 1):
         if step == resumed_at:
-            budget = BudgetControl(config, model, routing, budget.state())
+            budget = BudgetControl(config, model, routing, budget.state()["budget"])
         routing.reset()
         for statistics in routing._statistics.values():
             # As many of each expert: a share of 8 of 12.
             statistics.add_selection(torch.full((experts,), 100), 600)
-        budget.begin_step(step)
-        found += [(alert.step, alert.text()) for alert in budget.end_step(step)]
+        budget.begin_step(step, layout)
+        found += [(alert.step, alert.text()) for alert in budget.learn(step)]
     return found
 
 

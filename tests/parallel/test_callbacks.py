@@ -183,8 +183,8 @@ class Demanding(Callback):
 
 def refusals(raw: dict[str, Any]) -> list[str]:
     """What is said of callbacks that cannot be called, or would end a rank without a word."""
-    from moepp_megatron.training import callbacks
-    from moepp_megatron.training.callbacks import CallbackError, Callbacks
+    from moepp_megatron.training.parts import callbacks
+    from moepp_megatron.training.parts.callbacks import CallbackError, Callbacks
 
     trainer = trainer_of(raw, [Leaving()])
     with pytest.raises(CallbackError) as left:

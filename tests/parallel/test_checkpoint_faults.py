@@ -186,7 +186,7 @@ def test_a_new_checkpoint_stays_though_others_are_dated_ahead(
 
 def lose_checkpoints(raw: dict[str, Any], lost: int) -> tuple[str | None, int]:
     """What a run calls missing at its end, and its failed saves, if a checkpoint is removed."""
-    from moepp_megatron.training.callbacks import Callback
+    from moepp_megatron.training.parts.callbacks import Callback
 
     class Thief(Callback):
         def on_save(self, run: Any, checkpoint: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_checkpoint_that_is_lost_after_its_save(
 
 def lose_folder(raw: dict[str, Any], step: int, event: str) -> str | None:
     """What a run calls missing at its end, if its folder is removed in a step or after its save."""
-    from moepp_megatron.training.callbacks import Callback
+    from moepp_megatron.training.parts.callbacks import Callback
 
     class Thief(Callback):
         def on_step(self, run: Any, metrics: Any) -> None:

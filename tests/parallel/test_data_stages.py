@@ -158,12 +158,12 @@ def test_losses_by_source_and_by_set(
 def test_a_rollback_over_a_stage_begins_it_again() -> None:
     """A checkpoint of the stage before restores its baselines, while the data have gone on."""
     from moepp_megatron.config import parse_config
-    from moepp_megatron.training.data_stages import DataStages
+    from moepp_megatron.training.parts.data_stages import DataStages
 
     parts = [{"path": "a", "weight": 1.0}], [{"path": "b", "weight": 1.0}]
     raw = trainer_settings(Path("unused"), Path("unused"))
     raw["data"] = {"blend": parts[0], "stages": [{"from_step": 4, "blend": parts[1]}]}
-    with mock.patch("moepp_megatron.training.data_stages.corpus_identity", str):
+    with mock.patch("moepp_megatron.training.parts.data_stages.corpus_identity", str):
         stages = DataStages(parse_config(raw), {}, 0)
         saved = stages.state()
         assert stages.enter(0) is None

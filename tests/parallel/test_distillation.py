@@ -33,6 +33,7 @@ from tests.parallel.training_runs import (
     assemble,
     compare,
     difference,
+    part_of,
     settings,
     short,
     train,
@@ -237,8 +238,10 @@ def teacher_of_all(raw: dict[str, Any], seen: list[Path]) -> str:
     """Which one teaches where each rank sees another checkpoint of a run as its newest."""
     import torch.distributed as dist
 
+    from moepp_megatron.training.parts.distillation import Distillation
+
     with mock.patch.object(teacher, "_find", return_value=seen[dist.get_rank()]):
-        identity: str = trainer_of(raw)._distillation.state()["teacher"]
+        identity: str = part_of(trainer_of(raw), Distillation).state()["teacher"]
     return identity
 
 
@@ -301,7 +304,7 @@ def estimated_and_held(raw: dict[str, Any]) -> tuple[float, int]:
 
     from moepp_megatron.config import Layout
     from moepp_megatron.runtime.distributed import build_groups
-    from moepp_megatron.training.distillation import Distillation
+    from moepp_megatron.training.parts.distillation import Distillation
     from moepp_megatron.training.teacher import TeacherModel
     from moepp_megatron.workbench.planning.memory import rank_memory
 

@@ -8,25 +8,34 @@ from typing import Any
 import pytest
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import CP2, FULL, TP2, SyntheticDataset, begin_training, short
+from tests.parallel.training_runs import (
+    CP2,
+    FULL,
+    TP2,
+    SyntheticDataset,
+    begin_training,
+    short,
+    watching,
+)
 
 
 def measure(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], float]:
     """Fields of a measured step, of one that is not, and the measured step's loss."""
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.collect import RoutingCollector, mean_loss
-    from moepp_megatron.training.router_health import HealthCollector
+    from moepp_megatron.training.collect import mean_loss
+    from moepp_megatron.training.parts.router_health import HealthCollector
+    from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.step import training_step
 
     config, layout, model = begin_training(raw)
-    routing = RoutingCollector(model, config, layout)
+    routing = RoutingCounts(model, config, layout)
     health = HealthCollector(config, model, routing.layer_numbers, 2)
     batches = rank_batches(SyntheticDataset(config, 2), 0, config, len(model.chunks))
     found, loss = [], math.nan
     for step in (1, 2):
         routing.reset()
-        health.begin_step(step)
-        result = training_step(model, batches, config, layout, watcher=health.add_losses)
+        health.begin_step(step, layout)
+        result = training_step(model, batches, config, layout, watching(health.see))
         found.append(health.collect())
         loss = mean_loss(result.losses)
     return found[1], found[0], loss

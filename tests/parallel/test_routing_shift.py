@@ -18,7 +18,7 @@ from moepp_megatron.observe.token_shift import GROUPS, group_of
 from tests.parallel.ranks import RankPools
 from tests.parallel.shift_runs import begin, watch
 from tests.parallel.test_token_groups import SourcedTokens
-from tests.parallel.training_runs import CP2, EP2, PP2, TP2, SyntheticDataset, short
+from tests.parallel.training_runs import CP2, EP2, PP2, TP2, SyntheticDataset, short, watching
 
 GUARD = {"shift": {"window": 2}}
 
@@ -46,8 +46,8 @@ def usages(raw: dict[str, Any], steps: int) -> Watched:
     Every odd step ends in a restart: another collector goes on from the state of the one before.
     """
     from moepp_megatron.config import parse_config
-    from moepp_megatron.training.batch_losses import BatchLosses
     from moepp_megatron.training.expert_usage import ExpertUsageCollector, token_classes
+    from moepp_megatron.training.parts.batch_losses import BatchLosses
     from moepp_megatron.training.step import training_step
     from moepp_megatron.training.token_counts import TokenCounts
 
@@ -66,10 +66,10 @@ def usages(raw: dict[str, Any], steps: int) -> Watched:
             losses.add(batch, token_losses)
             tokens.add(batch)
 
-        result = training_step(model, batches, config, layout, watcher=watcher, summands=[tokens])
+        result = training_step(model, batches, config, layout, watching(watcher, tokens))
         found.tokens.append(tokens.end().tolist())
         if step == 1:
-            loss = losses.end(result)
+            loss = losses.sum_up(result)
             found.loss = (loss.mean, loss.spread)
         usage = collector.end_step()
         assert (usage is None) == (step % 2 == 1)
@@ -171,8 +171,8 @@ def shifted_run(folder: Path, reference: Path | None, steps: int) -> list[tuple[
     """Readings of a short run and its last state, without and with restarts; writes its profile."""
     from moepp_megatron.config import parse_config
     from moepp_megatron.observe import source_shift
-    from moepp_megatron.training.batch_losses import BatchLosses
-    from moepp_megatron.training.data_sources import SourceCollector
+    from moepp_megatron.training.parts.batch_losses import BatchLosses
+    from moepp_megatron.training.parts.sources import SourceCollector
     from moepp_megatron.training.routing_shift import RoutingShift
     from moepp_megatron.training.step import training_step
 
@@ -190,18 +190,18 @@ def shifted_run(folder: Path, reference: Path | None, steps: int) -> list[tuple[
 
     def see(chunk: Any, batch: Any, token_losses: Any) -> None:
         losses.add(batch, token_losses)
-        sources.add_losses(batch, token_losses)
+        sources.see(chunk, batch, token_losses)
         for watcher in watchers:
             watcher.counts.add(batch)
 
     values: tuple[list[Any], list[Any]] = ([], [])
     for step in range(1, steps + 1):
         routing.reset()
-        losses.begin()
-        sources.begin_step()
+        losses.begin_batch()
+        sources.begin_step(step, layout)
         for watcher in watchers:
             watcher.counts.begin()
-        loss = losses.end(training_step(model, batches, config, layout, watcher=see))
+        loss = losses.sum_up(training_step(model, batches, config, layout, watching(see)))
         with (
             mock.patch.multiple(token_shift, _FEWEST=10, _FEWEST_JUDGED=20),
             mock.patch.object(source_shift, "_FEWEST_JUDGED", 20),
@@ -237,7 +237,7 @@ def test_a_restart_changes_no_bit_and_a_run_can_be_the_reference_of_another(
 
 def resumed_run(state: Any) -> tuple[Any, Any]:
     """State before the first step, and what that tells."""
-    from moepp_megatron.training.batch_losses import BatchLosses
+    from moepp_megatron.training.parts.batch_losses import BatchLosses
     from moepp_megatron.training.routing_shift import RoutingShift
     from moepp_megatron.training.step import training_step
 
@@ -245,7 +245,7 @@ def resumed_run(state: Any) -> tuple[Any, Any]:
     config, layout, model, routing, batches = begin(raw, SyntheticDataset(parse(raw), 1))
     watcher = RoutingShift(config, model, routing, SourcedTokens(config, 1), state)
     result = training_step(model, batches, config, layout)
-    return watcher.state_dict(), watcher.end_step(BatchLosses().end(result))
+    return watcher.state_dict(), watcher.end_step(BatchLosses().sum_up(result))
 
 
 def parse(raw: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.parallel.checkpoint_runs import trainer_settings
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, begin, short
+from tests.parallel.training_runs import EP2, begin, short, with_first_part
 
 
 def norms(raw: dict[str, Any], steps: int) -> list[tuple[float, float]]:
@@ -49,18 +49,18 @@ def stopped_at(raw: dict[str, Any], step_of_signal: int) -> int:
     """The step after which a run ends whose rank 1 gets a signal within `step_of_signal`."""
     import torch.distributed as dist
 
+    from moepp_megatron.training.part import Part
     from moepp_megatron.training.trainer import Trainer
 
     config, layout = begin(raw)
     trainer = Trainer(config, layout)
-    begin_original = trainer._routers.begin_step
 
-    def begin_step(step: int, num_microbatches: int) -> None:
-        begin_original(step, num_microbatches)
-        if step == step_of_signal and dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+    class Signal(Part):
+        def begin_step(self, step: int, layout: Any) -> None:
+            if step == step_of_signal and dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer._routers.begin_step = begin_step
+    with_first_part(trainer, Signal())
     trainer.run()
     assert trainer.stopped
     return trainer.progress.step

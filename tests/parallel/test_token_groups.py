@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,15 @@ from tests.parallel import guard_runs
 from tests.parallel.guard_runs import Fault, Found
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_health import LAYOUTS
-from tests.parallel.training_runs import PP2, TP2, VANILLA, SyntheticDataset, begin_training, short
+from tests.parallel.training_runs import (
+    PP2,
+    TP2,
+    VANILLA,
+    SyntheticDataset,
+    begin_training,
+    counting_parts,
+    short,
+)
 
 NAMES = ("web", "code", "absent")
 NUM_FFN = 8
@@ -40,15 +49,21 @@ def measure(raw: dict[str, Any], recounts: bool = False) -> tuple[dict[str, Any]
     """Fields of a step's record, and the same counted by hooks if asked for (in one process)."""
     from moepp_megatron.moe.layer import moepp_layers
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.routers import Routers
+    from moepp_megatron.training.part import Part
+    from moepp_megatron.training.parts.token_groups import GroupCollector
     from moepp_megatron.training.step import training_step
 
     config, layout, model = begin_training(raw)
     dataset = SourcedTokens(config, 2)
-    routers = Routers(config, model, layout, {}, dataset)
+    losses: list[Any] = []
+
+    class Losses(Part):
+        def see(self, chunk: Any, batch: Any, token_losses: Any) -> None:
+            losses.append((batch, token_losses.detach()))
+
+    parts = counting_parts(config, layout, model, dataset, Losses())
     batches = rank_batches(dataset, 0, config, len(model.chunks))
     maps: list[Any] = []
-    losses: list[Any] = []
     if recounts:
         for layer in moepp_layers(model.models[0]):
             layer.router.register_forward_hook(lambda *call: maps.append(call[2].routing_map))
@@ -56,17 +71,14 @@ def measure(raw: dict[str, Any], recounts: bool = False) -> tuple[dict[str, Any]
     for step in (1, 2):
         maps.clear()
         losses.clear()
-        routers.begin_step(step, layout.num_microbatches)
-
-        def watch(chunk: Any, batch: Any, token_losses: Any) -> None:
-            routers.watch_losses(chunk, batch, token_losses)
-            losses.append((batch, token_losses.detach()))
-
-        summands = routers.summands()
-        training_step(model, batches, config, layout, watcher=watch, summands=summands)
-        fields = routers.routing_metrics()
+        parts.begin_step(step, layout)
+        training_step(model, batches, config, layout, parts)
+        fields = parts.record(SimpleNamespace(number=step), {})
     kept = {key: fields[key] for key in fields if key.startswith(("source_", "class_"))}
-    return kept, recounted(maps, losses, routers._groups.groups) if recounts else {}
+    if not recounts:
+        return kept, {}
+    (groups,) = [part.groups for part in parts if isinstance(part, GroupCollector)]
+    return kept, recounted(maps, losses, groups)
 
 
 def recounted(maps: list[Any], losses: list[Any], groups: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,9 +137,11 @@ def train(
         The run and this rank's pieces of the gradients.
     """
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.collect import RoutingCollector, mean_loss
-    from moepp_megatron.training.distillation import Distillation
-    from moepp_megatron.training.further_tokens import FurtherTokens
+    from moepp_megatron.training.collect import mean_loss
+    from moepp_megatron.training.part import Parts
+    from moepp_megatron.training.parts.distillation import Distillation
+    from moepp_megatron.training.parts.mtp import MultiTokenPrediction
+    from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
     from moepp_megatron.training.teacher import TeacherModel
@@ -151,22 +154,91 @@ def train(
         prepare(model.models)
         model.optimizer.reload_model_params()
     model.set_training(True)
-    collector = RoutingCollector(model, config, layout)
-    further = FurtherTokens(model, config.model.mtp_num_layers)
+    collector = RoutingCounts(model, config, layout)
+    depths = config.model.mtp_num_layers
+    further = MultiTokenPrediction(model, depths) if depths else None
+    parts = Parts([part for part in (collector, distillation, further) if part is not None])
     pieces = _capture_gradients(model)
     batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(model.chunks))
     run = Run()
-    for _ in range(steps):
-        collector.reset()
-        further.reset()
-        result = training_step(model, batches, config, layout, distillation=distillation)
+    for step in range(1, steps + 1):
+        parts.begin_step(step, layout)
+        result = training_step(model, batches, config, layout, parts)
         if distillation is not None:
             run.divergences.append(distillation.mean)
         run.losses.append(mean_loss(result.losses))
         run.grad_norms.append(result.grad_norm)
         run.routing.append(collector.collect())
-        run.further_losses.extend(further.metrics().values())
+        if further is not None:
+            run.further_losses.extend(further.record(None, {}).values())  # type: ignore[arg-type]
     return run, pieces
+
+
+def watching(see: Callable[..., None], *summands: Any) -> Any:
+    """Hooks of a step that only look at each micro-batch, and join its read."""
+    from moepp_megatron.training.step import StepHooks
+
+    class Watching(StepHooks):
+        def see(self, *args: Any) -> None:
+            see(*args)
+
+        def summands(self) -> Any:
+            return summands
+
+    return Watching()
+
+
+def counting_parts(
+    config: Any, layout: Any, model: Any, dataset: Any, *more: Any, guarded: bool = False
+) -> Any:
+    """The parts that count and watch routers, as the trainer makes them, and others.
+
+    With `guarded` also the numerical guard.
+    """
+    from moepp_megatron.training.checkpoint.progress import Progress
+    from moepp_megatron.training.part import Parts
+    from moepp_megatron.training.part import Run as TrainedRun
+    from moepp_megatron.training.parts.batch_losses import BatchLosses
+    from moepp_megatron.training.parts.budget import BudgetControl
+    from moepp_megatron.training.parts.refused_batches import RefusedBatches
+    from moepp_megatron.training.parts.router_health import HealthCollector
+    from moepp_megatron.training.parts.routing_counts import RoutingCounts
+    from moepp_megatron.training.parts.routing_guard import RoutingGuardPart
+    from moepp_megatron.training.parts.shift import Shift
+    from moepp_megatron.training.parts.sources import SourceCollector
+    from moepp_megatron.training.parts.token_groups import GroupCollector
+
+    nobody: Any = None
+    run = TrainedRun(config, layout, model, nobody, Path(), dataset, None, {}, Progress(), {})
+    kinds = (
+        RoutingCounts,
+        BatchLosses,
+        HealthCollector,
+        SourceCollector,
+        GroupCollector,
+        BudgetControl,
+        Shift,
+        RoutingGuardPart,
+    )
+    for kind in kinds:
+        part = kind.of(run)
+        if part is not None:
+            run.parts.append(part)
+    if guarded:
+        run.parts.append(RefusedBatches(run))
+    return Parts([*run.parts, *more])
+
+
+def part_of(trainer: Any, kind: Any) -> Any:
+    """The trainer's part of a kind."""
+    return next(part for part in trainer.parts if isinstance(part, kind))
+
+
+def with_first_part(trainer: Any, part: Any) -> None:
+    """Give the trainer a part that comes before all others."""
+    from moepp_megatron.training.part import Parts
+
+    trainer.parts = Parts([part, *trainer.parts])
 
 
 def assemble(results: list[tuple[Run, list[Any]]]) -> Run:

@@ -15,9 +15,6 @@ from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values
 from moepp_megatron.observe.past import Past
 from moepp_megatron.observe.shift_reading import ShiftReading
-from moepp_megatron.training.batch_losses import BatchLoss
-from moepp_megatron.training.budget import BudgetControl
-from moepp_megatron.training.collect import RoutingCollector
 from moepp_megatron.training.guard.actions import RaisedTau, RouterControl
 from moepp_megatron.training.guard.alerts import told
 from moepp_megatron.training.guard.fallen import METRIC as FALLEN
@@ -25,11 +22,14 @@ from moepp_megatron.training.guard.fallen import FallenClasses
 from moepp_megatron.training.guard.readings import counted, from_first_rank, measured
 from moepp_megatron.training.guard.safe_mode import ACTION as SAFE_MODE
 from moepp_megatron.training.guard.safe_mode import SafeMode
-from moepp_megatron.training.router_health import HealthCollector
+from moepp_megatron.training.parts.batch_losses import BatchLoss
+from moepp_megatron.training.parts.budget import BudgetControl
+from moepp_megatron.training.parts.router_health import HealthCollector
+from moepp_megatron.training.parts.routing_counts import RoutingCounts
+from moepp_megatron.training.parts.token_groups import GroupCollector
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.shift_text import ShiftStory
 from moepp_megatron.training.step import StepResult
-from moepp_megatron.training.token_groups import GroupCollector
 
 # Metrics whose alerts say what has moved.
 _SHIFTS = ("routing_shift", "loss_shift", "token_shift", "source_shift")
@@ -92,7 +92,7 @@ class RoutingGuard:
         self,
         config: Config,
         model: TrainingModel,
-        routing: RoutingCollector,
+        routing: RoutingCounts,
         health: HealthCollector,
         groups: GroupCollector | None,
         state: Mapping[str, Any] | None,

@@ -9,7 +9,7 @@ import numpy as np
 
 from moepp_megatron.data.token_groups import BANDS
 from moepp_megatron.observe.past import ClassPast
-from moepp_megatron.training.token_groups import TOKENS, WANTED, GroupCollector
+from moepp_megatron.training.parts.token_groups import TOKENS, WANTED, GroupCollector
 
 METRIC = "class_ffn_to_past"
 

@@ -17,7 +17,6 @@ from moepp_megatron.training.resilience.kernel_stragglers import (
     KernelScores,
     KernelStragglerDetector,
 )
-from moepp_megatron.training.resilience.numerical_guard import NumericalGuard
 from moepp_megatron.training.resilience.stragglers import OwnTimes, StragglerDetector
 from moepp_megatron.training.resilience.watchdog import Watchdog
 from moepp_megatron.training.setup import TrainingModel
@@ -29,9 +28,6 @@ class Supervisor:
     Args:
         config: The run's configuration.
         model: The wrapped model.
-
-    Attributes:
-        guard: Judges each step, or None.
     """
 
     def __init__(self, config: Config, model: TrainingModel) -> None:
@@ -40,7 +36,6 @@ class Supervisor:
         self._activity = Activity()
         self._steps_begun = 0
         self._comparison: OwnTimes | KernelScores | None = None
-        self.guard = NumericalGuard(settings) if settings.guard else None
         self._watchdog: Watchdog | None = None
         if settings.hang_timeout_s > 0:
             self._watchdog = Watchdog(

@@ -13,7 +13,7 @@ from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.training.batches import rank_batches
-from moepp_megatron.training.collect import RoutingCollector
+from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import build_training_model
 from moepp_megatron.training.step import training_step
 from moepp_megatron.workbench.bench.clock import interleaved, speedup
@@ -63,7 +63,7 @@ class Stepper:
         self._model.set_training(True)
         tokens = RandomTokens(config)
         self._batches = rank_batches(tokens, 0, config, len(self._model.chunks))
-        self.routing = RoutingCollector(self._model, config, layout)
+        self.routing = RoutingCounts(self._model, config, layout)
         _hold_all(self._model.models, config, layout)
 
     def step(self) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from moepp_megatron.observe.telemetry import DeviceSample, Usage
-from moepp_megatron.training.telemetry import first_of_each_node, usage_metrics
+from moepp_megatron.training.parts.telemetry import first_of_each_node, usage_metrics
 
 
 def test_fields_of_cards():

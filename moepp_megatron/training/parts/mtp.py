@@ -1,18 +1,21 @@
-"""The loss of multi-token prediction of a step, over all ranks."""
+"""The loss of multi-token prediction (MTP) of a step, over all ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from moepp_megatron.config import Layout
 from moepp_megatron.training.collect import sum_over_ranks
+from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step_sums import first_of_tensor_ranks
 
 
-class FurtherTokens:
-    """What `model.multi_token_loss` has added up; every rank has one and calls it together.
+class MultiTokenPrediction(Part):
+    """What `model.multi_token_loss` has added up.
 
     Args:
         model: The wrapped model.
@@ -23,15 +26,19 @@ class FurtherTokens:
         self._depths = depths
         self._losses = [m.further_loss for m in model.models if getattr(m, "mtp_process", False)]
 
-    def reset(self) -> None:
+    @classmethod
+    def of(cls, run: Run) -> MultiTokenPrediction | None:
+        """The part of a run; None without such layers."""
+        depths = run.config.model.mtp_num_layers
+        return cls(run.model, depths) if depths else None
+
+    def begin_step(self, step: int, layout: Layout) -> None:
         """Start counting a new step."""
         for loss in self._losses:
             loss.reset()
 
-    def metrics(self) -> dict[str, Any]:
-        """Fields for the record; a collective where there are depths."""
-        if self._depths == 0:
-            return {}
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The mean over the depths; a collective."""
         total = torch.zeros(
             self._depths, 2, dtype=torch.float64, device=torch.cuda.current_device()
         )

@@ -1,4 +1,4 @@
-"""Callbacks: a user's own objects that are told what a run does, on every rank."""
+"""Callbacks: a user's own objects that are told what a run does; the public half of parts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.plugins import PREFIX, load_plugin
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.training.checkpoint.progress import Progress
+from moepp_megatron.training.part import Part, Step
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.signals import StopRequest
@@ -107,7 +108,7 @@ class CallbackError(RuntimeError):
     """A callback has raised an exception, which is the cause of this one."""
 
 
-class Callbacks:
+class Callbacks(Part):
     """The callbacks of a run.
 
     Args:
@@ -137,22 +138,22 @@ class Callbacks:
         for name, callback in self._named:
             _check(name, callback)
 
-    @contextmanager
-    def following(self, progress: Callable[[], Progress], stop: StopRequest) -> Iterator[Callbacks]:
-        """A context around the training loop: its start, its end, an exception in it.
-
-        Args:
-            progress: The run's progress whenever it is asked.
-            stop: What `RunState.stop` asks.
-        """
+    def begin(self, progress: Callable[[], Progress], stop: StopRequest) -> None:
+        """Call `on_start`; `RunState.stop` asks `stop`."""
         self._progress, self._stop = progress, stop
-        try:
-            self.tell("on_start")
-            yield self
-            self.tell("on_end")
-        except Exception as error:
-            self._tell_exception(error)
-            raise
+        self.tell("on_start")
+
+    def end(self) -> None:
+        """Call `on_end`."""
+        self.tell("on_end")
+
+    def failed(self, error: Exception) -> None:
+        """Call `on_exception`, whose own exceptions are logged."""
+        for name, callback in self._named:
+            try:
+                callback.on_exception(self._state(), error)
+            except (Exception, SystemExit):
+                logger.exception("callback %s failed in on_exception", name)
 
     def tell(self, method: str, *arguments: Any) -> None:
         """Call a method of every callback.
@@ -169,8 +170,8 @@ class Callbacks:
             ):
                 getattr(callback, method)(self._state(), *arguments)
 
-    def tell_step(self, record: StepMetrics | None) -> None:
-        """Tell of a step, with its record if it is logged, and of the evaluation in it."""
+    def step_stays(self, step: Step, record: StepMetrics | None) -> None:
+        """Call `on_step`, and `on_evaluation` before it if the step was evaluated."""
         results = {}
         if record is not None:
             results = dict(record.task_score or {})
@@ -180,17 +181,9 @@ class Callbacks:
             self.tell("on_evaluation", results)
         self.tell("on_step", record)
 
-    def tell_saves(self, written: list[Path]) -> None:
-        """Tell of complete checkpoints, and take them out of the list."""
-        while written:
-            self.tell("on_save", written.pop(0))
-
-    def _tell_exception(self, error: Exception) -> None:
-        for name, callback in self._named:
-            try:
-                callback.on_exception(self._state(), error)
-            except (Exception, SystemExit):
-                logger.exception("callback %s failed in on_exception", name)
+    def saved(self, checkpoint: Path) -> None:
+        """Call `on_save`."""
+        self.tell("on_save", checkpoint)
 
     def _state(self) -> RunState:
         progress = self._progress()

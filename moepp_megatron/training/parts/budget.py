@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moepp_megatron.config import Config
+from moepp_megatron.config import Config, Layout
 from moepp_megatron.model.megatron_config import moepp_config
 from moepp_megatron.moe.budget import Budget, BudgetController, add_to_biases, set_taus
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.training.collect import RoutingCollector
+from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel
 
 # An alert is raised where the share, smoothed over 20 steps, stays further than this from the
@@ -18,8 +20,8 @@ _TOLERANCE, _PATIENCE = 0.1, 100
 _SMOOTHING = 0.95
 
 
-class BudgetControl:
-    """Holds the model to `moe.budget`. Every rank has one and calls its methods together.
+class BudgetControl(Part):
+    """Holds the model to `moe.budget`.
 
     Args:
         config: The run's configuration; `moe.budget.acts` is true.
@@ -32,24 +34,41 @@ class BudgetControl:
         self,
         config: Config,
         model: TrainingModel,
-        routing: RoutingCollector,
-        state: dict[str, Any] | None,
+        routing: RoutingCounts,
+        state: Mapping[str, Any] | None,
     ) -> None:
         self._config, self._model, self._routing = config, model, routing
         # Tau of each layer in the step that is under way or has just been taken.
         self._in_force: dict[int, float] = {}
-        self._controller = BudgetController(
-            _budget(config), moepp_config(config), len(routing.layer_numbers), state
-        )
+        self._load(state)
         if self._controller.needs_margins:
             routing.watch_margins()
+        routing.is_read_each_step = True
+
+    @classmethod
+    def of(cls, run: Run) -> BudgetControl | None:
+        """The part of a run; None without a budget."""
+        if not run.config.moe.budget.acts:
+            return None
+        return cls(run.config, run.model, run.require(RoutingCounts), run.extra.get("budget"))
+
+    def _load(self, state: Mapping[str, Any] | None) -> None:
+        layers, known = len(self._routing.layer_numbers), None if state is None else dict(state)
+        self._controller = BudgetController(
+            _budget(self._config), moepp_config(self._config), layers, known
+        )
         state = state or {}
         # How far the share is from the target, smoothed; steps in a row too far; whether told.
         self._off: float = state.get("off", 0.0)
         self._steps_off: int = state.get("steps_off", 0)
         self._told: bool = state.get("told", False)
 
-    def begin_step(self, step: int) -> None:
+    def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
+        """Take over the controller of a checkpoint."""
+        self._load(extra.get("budget"))
+        return ()
+
+    def begin_step(self, step: int, layout: Layout) -> None:
         """Set tau for `step`."""
         self._in_force = self.taus(step)
         set_taus(self._model.models, self._in_force)
@@ -62,12 +81,14 @@ class BudgetControl:
         """Target of the FFN share of all selections in `step`."""
         return self._controller.budget.share_at(step)
 
-    def end_step(self, step: int) -> list[Alert]:
-        """Learn from the selections of `step`, once the optimizer has acted; a collective.
+    def end_step(self, step: Step) -> list[Alert]:
+        """Learn from the selections of a step that was taken; an alert if the target is missed."""
+        if not step.updated:
+            return []
+        return self.learn(step.number)
 
-        Returns:
-            An alert if the target is being missed, else none.
-        """
+    def learn(self, step: int) -> list[Alert]:
+        """Learn from the selections of `step`, once the optimizer has acted; a collective."""
         margins = self._routing.margins() if self._controller.needs_margins else None
         selected_LE = self._routing.selections()
         biases = self._controller.observe(selected_LE, step, margins)
@@ -118,16 +139,16 @@ class BudgetControl:
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint: plain numbers, copies that later steps do not change."""
         own = {"off": self._off, "steps_off": self._steps_off, "told": self._told}
-        return self._controller.state() | own
+        return {"budget": self._controller.state() | own}
 
-    def metrics(self, step: int) -> dict[str, Any]:
-        """Fields of the record of `step`, the last that `begin_step` began.
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The target and tau.
 
         `tau` is what this step was trained with, as a mean over layers; what the controller has
         learnt from the step since acts on the next one.
         """
         taus = self._in_force.values()
-        return {"ffn_target": self.share(step), "tau": sum(taus) / len(taus)}
+        return {"ffn_target": self.share(step.number), "tau": sum(taus) / len(taus)}
 
 
 def _budget(config: Config) -> Budget:

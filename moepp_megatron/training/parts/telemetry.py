@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,10 @@ from moepp_megatron.observe.telemetry import (
     Usage,
 )
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
+from moepp_megatron.training.checkpoint.progress import Progress
 from moepp_megatron.training.collect import sum_over_ranks
+from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +42,8 @@ _GPU_METRICS = {
 _CPU_METRICS = {"cpu_utilization": "utilization", "host_memory_bytes": "memory_bytes"}
 
 
-class Telemetry:
-    """Samples on the first rank of every node. Every rank has one and calls its methods together.
+class Telemetry(Part):
+    """Samples on the first rank of every node.
 
     Args:
         config: The run's configuration.
@@ -54,45 +56,33 @@ class Telemetry:
         self._sampler: Sampler | None = None
         self._hardware = _hardware(config, self._on_gpu)
 
-    def __enter__(self) -> Self:
-        """Start; samples from here on belong to the next record. Every rank must enter."""
-        if self.is_on:
-            uuids = _cards_of_this_node(self._on_gpu)
-            if uuids is not None:
-                self._sampler = Sampler(_source(uuids), self._config.telemetry.interval_s)
-                self._sampler.start()
-        return self
+    @classmethod
+    def of(cls, run: Run) -> Telemetry | None:
+        """The part of a run; None where nothing is sampled."""
+        if run.config.telemetry.interval_s == 0:
+            return None
+        return cls(run.config, run.progress.tokens)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """End, whatever happened."""
+    def begin(self, progress: Callable[[], Progress], stop: StopRequest) -> None:
+        """Start; samples from here on belong to the next record. A collective."""
+        uuids = _cards_of_this_node(self._on_gpu)
+        if uuids is not None:
+            self._sampler = Sampler(_source(uuids), self._config.telemetry.interval_s)
+            self._sampler.start()
+
+    def close(self) -> None:
+        """Stop sampling."""
         if self._sampler is not None:
             self._sampler.stop()
 
-    @property
-    def is_on(self) -> bool:
-        """Whether anything is sampled."""
-        return self._config.telemetry.interval_s > 0
-
-    def metrics(self, tokens: int, tokens_per_s: float, ffn_fraction: float) -> dict[str, Any]:
-        """Optional fields of a record; a collective.
-
-        Args:
-            tokens: Tokens trained on so far.
-            tokens_per_s: Speed of the step.
-            ffn_fraction: FFN share of the step's selections.
-        """
-        if not self.is_on:
-            return {}
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Usage since the record before, and the efficiency of the step; a collective."""
+        tokens = step.progress.tokens
         usage = _over_ranks(NOTHING if self._sampler is None else self._sampler.take())
         new_tokens, self._tokens = tokens - self._tokens, tokens
         # After a rollback there may be fewer tokens than before.
         found = usage_metrics(usage, max(new_tokens, 0))
-        return found | self._efficiency(tokens_per_s, ffn_fraction)
+        return found | self._efficiency(fields["tokens_per_s"], fields["ffn_fraction"])
 
     def _efficiency(self, tokens_per_s: float, ffn_fraction: float) -> dict[str, float]:
         flops = training_flops_per_token(self._config, ffn_fraction)

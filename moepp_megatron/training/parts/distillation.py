@@ -9,7 +9,7 @@ the vocabulary, are made when they are compared.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ from moepp_megatron.model.build import build_model
 from moepp_megatron.model.kl_divergence import kl_divergence
 from moepp_megatron.model.stage import evaluation_stages
 from moepp_megatron.training.checkpoint import load_weights
-from moepp_megatron.training.step_sums import first_of_tensor_ranks
+from moepp_megatron.training.checkpoint.agree import Agreement
+from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.step import unchanged
+from moepp_megatron.training.step_sums import Summand, first_of_tensor_ranks
 from moepp_megatron.training.teacher import TeacherModel
 
 Batch = dict[str, Tensor]
@@ -31,7 +34,7 @@ Batch = dict[str, Tensor]
 _KEY = "teacher"
 
 
-class Distillation:
+class Distillation(Part):
     """The teacher of a run, the loss that it gives, and its sum over a step (a `Summand`).
 
     Args:
@@ -58,11 +61,27 @@ class Distillation:
         self._sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
         self.mean = 0.0
 
+    @classmethod
+    def of(cls, run: Run) -> Distillation | None:
+        """The part of a run; None without a teacher.
+
+        Raises:
+            ConfigError: It is another teacher than the run has had.
+        """
+        if run.config.distillation.teacher is None:
+            return None
+        # A run that teaches may save between the looks of two ranks.
+        teacher = Agreement().from_first(TeacherModel.of(run.config))
+        with unchanged(run.model):
+            part = cls(run.config, teacher)
+        part.check_same(run.extra)
+        return part
+
     def parameters(self) -> Iterator[Tensor]:
         """This rank's parameters of the teacher."""
         return (parameter for model in self._models for parameter in model.parameters())
 
-    def begin_step(
+    def batches(
         self, batches: list[Iterator[Batch]], num_microbatches: int
     ) -> list[Iterator[Batch]]:
         """Begin a step on its micro-batches; returns iterators over the same ones."""
@@ -74,10 +93,11 @@ class Distillation:
         self._run(chunks[0])
         return [iter(chunk) for chunk in chunks]
 
-    def begin_micro_batch(self, batch: Batch) -> None:
-        """The model is about to see a micro-batch."""
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """Run the teacher over a micro-batch that the model is about to see; compare both."""
         if not self._runs_ahead:
             self._run([batch])
+        return {"output_processor": self.process_output}
 
     @torch.no_grad()
     def _run(self, batches: list[Batch]) -> None:
@@ -128,20 +148,19 @@ class Distillation:
         logits: Tensor = model.output_layer(self._hidden.popleft(), weight=weight)[0]
         return logits
 
-    def loss(self, losses: Tensor, divergence: Tensor, num_tokens: Tensor) -> Tensor:
-        """What a micro-batch's gradients are of; counts the divergence.
-
-        Args:
-            losses: Scalar, sum of the language-model losses.
-            divergence: Scalar, sum of the divergences of the same tokens.
-            num_tokens: Scalar, their number.
-        """
+    def loss(self, loss: Tensor, output: Tensor, loss_mask: Tensor, num_tokens: Tensor) -> Tensor:
+        """The weighted sum of the losses and the divergences, which are counted."""
+        divergence = (output[1] * loss_mask).sum()
         self._sums += torch.stack([divergence.detach().double(), num_tokens.double()])
         settings = self._settings
         if settings.weight == 0:
             # Not multiplied by 0: the gradients are to be those without a teacher, bit by bit.
-            return settings.text_weight * losses
-        return settings.text_weight * losses + settings.weight * divergence
+            return settings.text_weight * loss
+        return settings.text_weight * loss + settings.weight * divergence
+
+    def summands(self) -> Sequence[Summand]:
+        """The divergences."""
+        return (self,)
 
     def summand(self) -> Tensor:
         """[2] float64: this rank's sum of divergences and number of tokens."""
@@ -152,11 +171,15 @@ class Distillation:
         divergence, tokens = total.tolist()
         self.mean = divergence / tokens if tokens > 0 else float("nan")
 
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The mean divergence of the step."""
+        return {"distillation_loss": self.mean}
+
     def state(self) -> dict[str, str]:
         """What a checkpoint keeps of the teacher: which one it is."""
         return {_KEY: self._teacher.identity}
 
-    def check_same(self, extra: dict[str, Any]) -> None:
+    def check_same(self, extra: Mapping[str, Any]) -> None:
         """Refuse to go on with another teacher than the run has had.
 
         Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import batched
@@ -27,6 +27,7 @@ from moepp_megatron.model.stage import PipelineStage, evaluation_stages
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.checkpoint.agree import Agreement
+from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import unchanged
@@ -40,8 +41,8 @@ _SHORTEST = 32
 _MICRO_BATCHES = 64
 
 
-class TaskEvaluation:
-    """The tasks of a run. Every rank has one and makes the same calls.
+class TaskEvaluation(Part):
+    """The tasks of a run.
 
     Args:
         config: The run's configuration.
@@ -73,6 +74,23 @@ class TaskEvaluation:
             self._tokenizer = Tokenizer.load(tokenizer)
             with unchanged(model):
                 self._tasks = load_tasks(config)
+
+    @classmethod
+    def of(cls, run: Run) -> TaskEvaluation | None:
+        """The part of a run; None without tasks."""
+        if not run.config.evaluation.tasks:
+            return None
+        return cls(run.config, run.model, run.layout, run.tokenizer, run.supervisor)
+
+    def wants_record(self, step: int) -> bool:
+        """Whether the tasks are done after `step`."""
+        interval = self._config.evaluation.interval
+        is_last = step == self._config.training.train_iters
+        return is_last or interval > 0 and step % interval == 0
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The scores; a collective."""
+        return {"task_score": self.scores()} if self.wants_record(step.number) else {}
 
     def scores(self) -> dict[str, float] | None:
         """Evaluate the present model.

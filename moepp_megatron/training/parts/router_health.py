@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from moepp_megatron.config import Config
+from moepp_megatron.config import Config, Layout
 from moepp_megatron.moe.layer import decoder_moepp_layers, moepp_layers
 from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.training.collect import sum_over_ranks
+from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
 
 
-class HealthCollector:
-    """Measures the routers in single steps. Every rank has one and calls its methods together.
+class HealthCollector(Part):
+    """Measures the routers in single steps.
 
     Args:
         config: The run's configuration.
@@ -49,7 +51,13 @@ class HealthCollector:
         self._is_on = False
         self._fields: dict[str, Any] | None = None
 
-    def begin_step(self, step: int) -> None:
+    @classmethod
+    def of(cls, run: Run) -> HealthCollector:
+        """The part of a run."""
+        numbers = run.require(RoutingCounts).layer_numbers
+        return cls(run.config, run.model, numbers, run.config.observe.health_interval)
+
+    def begin_step(self, step: int, layout: Layout) -> None:
         """Decide whether `step` is measured."""
         self._is_on = self._interval > 0 and step % self._interval == 0
         self._fields = None
@@ -58,7 +66,7 @@ class HealthCollector:
             layer.router.health.reset()
             layer.router.health.enabled = self._is_on
 
-    def add_losses(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
+    def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
         """Sort a micro-batch's token losses by how many FFN experts the tokens got.
 
         Counts are rounded means over the MoE layers of this pipeline stage's chunk; with several
@@ -82,6 +90,10 @@ class HealthCollector:
         for row, values in enumerate((losses * mask, mask)):
             sums = torch.zeros(self._topk + 1, dtype=torch.float64, device=values.device)
             self._losses[row] += sums.index_add_(0, buckets, values.double())
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Router health of a measured step."""
+        return self.collect()
 
     def collect(self) -> dict[str, Any]:
         """Fields for the record of a measured step; empty for other steps.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from moepp_megatron.config import Config
+from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.token_frequency import frequency_bands
 from moepp_megatron.data.token_groups import (
     BAND_EDGES,
@@ -23,6 +23,8 @@ from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.training.expert_usage import counts_on_ranks
+from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.tagging import layers_know_tokens, tags_of
 
@@ -30,8 +32,8 @@ WANTED, MADE, TOKENS = range(3)
 """Columns of the counts."""
 
 
-class GroupCollector:
-    """Counts by class of token ids. Every rank has one and calls its methods together.
+class GroupCollector(Part):
+    """Counts by class of token ids.
 
     Its construction makes the model's layers count.
 
@@ -60,7 +62,15 @@ class GroupCollector:
             statistics.num_groups = groups.size
         self._counts: NDArray[np.int64] | None = None
 
-    def begin_step(self) -> None:
+    @classmethod
+    def of(cls, run: Run) -> GroupCollector | None:
+        """The part of a run; None where no classes are measured."""
+        groups = groups_of_run(run.config, run.train_set, run.extra.get("token_bands"))
+        if groups is None:
+            return None
+        return cls(run.config, run.model, run.require(RoutingCounts).layer_numbers, groups)
+
+    def begin_step(self, step: int, layout: Layout) -> None:
         """Forget the counts before."""
         self._counts = None
 
@@ -81,8 +91,12 @@ class GroupCollector:
             self._counts = np.einsum("cg,lgk->lck", members, local.cpu().numpy())
         return self._counts
 
-    def collect(self) -> dict[str, Any]:
-        """Fields for the record of the step; a collective. Classes without a token are left out."""
+    def state(self) -> dict[str, Any]:
+        """The classes' bands."""
+        return {"token_bands": bands_text(self.groups)}
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """By name of the class; a collective. Classes without a token are left out."""
         total = self.counts().sum(axis=0)
         return {
             "class_ffn_per_token": {

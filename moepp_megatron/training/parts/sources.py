@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,18 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moepp_megatron.config import Config
+from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.document_sources import SOURCES, source_names
 from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.training.collect import sum_over_ranks
+from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
-from moepp_megatron.training.step_sums import first_of_tensor_ranks, shared_sum
+from moepp_megatron.training.step_sums import Summand, first_of_tensor_ranks, shared_sum
 from moepp_megatron.training.tagging import layers_know_tokens, tags_of
 
 
-class SourceCollector:
-    """Counts by data source. Every rank has one and calls its methods together.
+class SourceCollector(Part):
+    """Counts by data source.
 
     Its construction makes the model's layers count, if they know their tokens. A loss is of the
     source of the token that it was made behind. The losses are a `Summand`; nothing synchronises
@@ -50,28 +52,38 @@ class SourceCollector:
         # Of each source, sum of token losses and tokens.
         device = torch.cuda.current_device()
         self._losses = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
-        self.begin_step()
-
-    def begin_step(self) -> None:
-        """Forget the losses before."""
-        if self.names:
-            self._losses.zero_()
         self._total: Tensor | None = None
 
+    @classmethod
+    def of(cls, run: Run) -> SourceCollector | None:
+        """The part of a run; None where sources are not known."""
+        part = cls(run.config, run.model, run.train_set)
+        return part if part.names else None
+
+    def begin_step(self, step: int, layout: Layout) -> None:
+        """Forget the losses before."""
+        self._losses.zero_()
+        self._total = None
+
     @torch.no_grad()
-    def add_losses(self, batch: Batch, token_losses: Tensor) -> None:
+    def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
         """Record a micro-batch of the step, on the last pipeline stage.
 
         Args:
+            chunk: The model chunk that has made the losses.
             batch: `loss_mask` [b, s], 0 for tokens that do not count, and `SOURCES`.
             token_losses: [b, s].
         """
         # Tensor-parallel ranks hold the same tokens: only the first of each group counts.
-        if not self.names or not first_of_tensor_ranks():
+        if not first_of_tensor_ranks():
             return
         mask = batch["loss_mask"].reshape(-1).double()
         pairs = torch.stack([token_losses.detach().reshape(-1).double() * mask, mask], dim=-1)
         self._losses.index_add_(0, batch[SOURCES].reshape(-1).long(), pairs)
+
+    def summands(self) -> Sequence[Summand]:
+        """The losses."""
+        return (self,)
 
     def summand(self) -> Tensor:
         """[sources * 2] float64 on the device: this rank's losses."""
@@ -90,13 +102,8 @@ class SourceCollector:
             self._total = shared_sum(self.summand().clone()).cpu()
         return self._total.reshape(-1, 2).numpy()
 
-    def collect(self) -> dict[str, Any]:
-        """Fields for the record of the step, by name of the source; a collective.
-
-        A source without a token in the step is left out. Nothing where all is of one source.
-        """
-        if not self.names:
-            return {}
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """By name of the source; a collective. A source without a token is left out."""
         losses = self.losses()
         tokens = losses[:, 1]
         seen = [index for index in range(len(self.names)) if tokens[index] > 0]
@@ -104,16 +111,16 @@ class SourceCollector:
         def named(values: Any) -> dict[str, Any]:
             return {self.names[index]: values[index].tolist() for index in seen}
 
-        fields = {
+        sources = {
             "source_tokens": named(tokens / tokens.sum()),
             "source_loss": named(losses[:, 0] / np.where(tokens > 0, tokens, 1.0)),
         }
         if self._counts_experts:
             selected = sum_over_ranks(self._selections())
             shares = selected / selected.sum(dim=1, keepdim=True)
-            fields["source_ffn_share"] = named(shares[:, : self._num_ffn].sum(dim=1))
-            fields["source_expert_share"] = named(shares)
-        return fields
+            sources["source_ffn_share"] = named(shares[:, : self._num_ffn].sum(dim=1))
+            sources["source_expert_share"] = named(shares)
+        return sources
 
     def _selections(self) -> Tensor:
         """[sources, E] float64 on the device: selections of all layers of this rank."""

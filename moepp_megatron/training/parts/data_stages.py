@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.blends import Blend, blend_at, blends_of
 from moepp_megatron.data.verify import corpus_identity
+from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.training.part import Part, Run
 
 
-class DataStages:
+class DataStages(Part):
     """The stages of a run's data, and the one that its newest batch was of.
-
-    Every rank has one and calls it alike.
 
     Args:
         config: The run's configuration; it names data.
@@ -22,20 +23,20 @@ class DataStages:
         consumed_samples: Samples that have been read.
     """
 
-    def __init__(self, config: Config, extra: dict[str, Any], consumed_samples: int) -> None:
+    def __init__(self, config: Config, extra: Mapping[str, Any], consumed_samples: int) -> None:
         self._blends = blends_of(config)
         self._identities = {blend.name: _identity(blend) for blend in self._blends}
         current = self._identities[blend_at(self._blends, consumed_samples).name]
         self._newest: str | None = extra.get("corpus", current)
 
-    def enter(self, consumed_samples: int) -> str | None:
-        """Note where the next batch begins.
+    @classmethod
+    def of(cls, run: Run) -> DataStages:
+        """The part of a run."""
+        return cls(run.config, run.extra, run.progress.consumed_samples)
 
-        Returns:
-            Why its data are others than before: a stage begins, or a resumed run has data of other
-            content. None if they are not.
-        """
-        blend = blend_at(self._blends, consumed_samples)
+    def new_data(self, first_sample: int) -> str | None:
+        """Why the data of the next batch are others: a stage, or other content after a resume."""
+        blend = blend_at(self._blends, first_sample)
         before, self._newest = self._newest, self._identities[blend.name]
         if self._newest == before:
             return None
@@ -47,9 +48,10 @@ class DataStages:
         """The state for a checkpoint."""
         return {"corpus": self._newest}
 
-    def go_back(self, extra: dict[str, Any]) -> None:
-        """Take over the state of a checkpoint that the run has gone back to."""
+    def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
+        """Take over the state of a checkpoint."""
         self._newest = extra.get("corpus", self._newest)
+        return ()
 
 
 def _identity(blend: Blend) -> str | None:

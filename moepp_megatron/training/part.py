@@ -1,0 +1,326 @@
+"""The protocol of a part, and the list of parts that the trainer runs.
+
+A part is one feature of a run: it counts, judges, changes or records something in each step. The
+trainer knows parts by this protocol only. Every rank has the same parts in the same order and calls
+their methods together, so a method may be a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moepp_megatron.config import Config, Layout
+from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.training.checkpoint.progress import Progress
+from moepp_megatron.training.resilience.supervisor import Supervisor
+from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.signals import StopRequest
+from moepp_megatron.training.step import Batch, StepHooks, StepResult
+from moepp_megatron.training.step_sums import StepSums, Summand
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that has been taken, or a batch that was refused.
+
+    Attributes:
+        progress: The run's progress after it.
+        first_sample: Where in the data its batch begins.
+        samples: Sequences of its batch, over all ranks.
+        started: `time.perf_counter` at its beginning.
+        result: What it did.
+    """
+
+    progress: Progress
+    first_sample: int
+    samples: int
+    started: float
+    result: StepResult
+
+    @property
+    def number(self) -> int:
+        """Optimizer steps done."""
+        return self.progress.step
+
+    @property
+    def updated(self) -> bool:
+        """Whether the optimizer has changed the parameters."""
+        return self.result.updated
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss is finite over all ranks."""
+        return self.result.is_finite
+
+
+@dataclass(frozen=True)
+class GoBack:
+    """A part wants the run to continue from an earlier checkpoint.
+
+    Attributes:
+        up_to_step: The newest step that the checkpoint may be of; None for the newest there is.
+        found: Alerts before it is loaded; given the checkpoint, or None where there is none and
+            nothing else happens.
+        done: Alerts after it has been loaded.
+    """
+
+    up_to_step: int | None
+    found: Callable[[Path | None], Sequence[Alert]]
+    done: Callable[[Path], Sequence[Alert]] = lambda _: ()
+
+
+@dataclass(frozen=True)
+class Pause:
+    """A part wants the run to save and end, to be resumed by somebody."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A part wants the run to save and fail.
+
+    Attributes:
+        error: Makes the exception; given what has become of the save.
+    """
+
+    error: Callable[[str], Exception]
+
+
+Outcome = Alert | GoBack | Pause | Stop
+
+
+class Part:
+    """Base class of parts; a method that is not overridden does nothing.
+
+    Attributes:
+        may_refuse: Whether `refuses` may refuse a batch, so that a step must be undoable.
+    """
+
+    may_refuse = False
+
+    def begin(self, progress: Callable[[], Progress], stop: StopRequest) -> None:
+        """The training loop begins; `progress` gives the run's progress whenever it is asked."""
+
+    def new_data(self, first_sample: int) -> str | None:
+        """Why the data of the next batch are others than before; None if they are not."""
+
+    def begin_step(self, step: int, layout: Layout) -> None:
+        """Training step `step` begins, with the layout's number of micro-batches."""
+
+    def batches(
+        self, batches: list[Iterator[Batch]], num_microbatches: int
+    ) -> list[Iterator[Batch]]:
+        """Iterators over the same micro-batches as `batches`, which a part may look at before."""
+        return batches
+
+    def arguments(self, batch: Batch) -> Mapping[str, Any]:
+        """Further arguments of the model's forward pass over a micro-batch."""
+        return {}
+
+    def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
+        """A micro-batch has its token losses [b, s]; on the last pipeline stage."""
+
+    def loss(self, loss: Tensor, output: Tensor, loss_mask: Tensor, num_tokens: Tensor) -> Tensor:
+        """The loss of a micro-batch whose loss so far is `loss`; see `StepHooks.loss`."""
+        return loss
+
+    def summands(self) -> Sequence[Summand]:
+        """What joins the one read of a step."""
+        return ()
+
+    def refuses(self, sums: StepSums, losses: Tensor) -> bool:
+        """Whether the batch must not change the model, before the optimizer acts."""
+        return False
+
+    def end_step(self, step: Step) -> Iterable[Alert]:
+        """Learn from a step, or from a refused batch."""
+        return ()
+
+    def wants_record(self, step: int) -> bool:
+        """Whether `step` must be logged."""
+        return False
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Fields for the record of a logged step; `fields` has those of the parts before."""
+        return {}
+
+    def judge(self, step: Step) -> Iterable[Outcome]:
+        """Decide what follows from a step, or a refused batch, after its record is written."""
+        return ()
+
+    def step_stays(self, step: Step, record: StepMetrics | None) -> None:
+        """A step was taken and is not undone; its record if it was logged."""
+
+    def state(self) -> Mapping[str, Any]:
+        """The part's entries of a checkpoint, the same on every rank; later steps change none."""
+        return {}
+
+    def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
+        """Take over the state `extra` of a loaded checkpoint; `step` is the last one undone."""
+        return ()
+
+    def begin_anew(self, step: int) -> Iterable[Alert]:
+        """Other data follow after `step`, as announced: forget what was usual."""
+        return ()
+
+    def write(self) -> None:
+        """Write the part's own files into the run's folder, at each save and at the end."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint is complete on disk."""
+
+    def end(self) -> None:
+        """The training loop has ended as it should; its last checkpoint is written."""
+
+    def failed(self, error: Exception) -> None:
+        """An exception has ended the loop on this rank; no collectives."""
+
+    def close(self) -> None:
+        """Release what the part holds, whatever happened."""
+
+
+@dataclass
+class Run:
+    """What parts are made from.
+
+    Attributes:
+        config: The run's configuration.
+        layout: The rank grid; process groups exist.
+        model: The wrapped model, as a checkpoint has left it.
+        supervisor: Is told what a rank does, so that a report of a hang names it.
+        tokenizer: The tokenizer's file.
+        train_set: The training set.
+        valid_set: The validation part of the data that is trained on; None without one.
+        valid_sets: The sets of `data.validation` by name.
+        progress: Where the run continues.
+        extra: Further state of the checkpoint that it continues from; empty at the beginning.
+        parts: The parts made so far, in order.
+    """
+
+    config: Config
+    layout: Layout
+    model: TrainingModel
+    supervisor: Supervisor
+    tokenizer: Path
+    train_set: Any
+    valid_set: Any | None
+    valid_sets: Mapping[str, Any]
+    progress: Progress
+    extra: Mapping[str, Any]
+    parts: list[Part] = field(default_factory=list)
+
+    def find[P: Part](self, kind: type[P]) -> P | None:
+        """The part of a kind that comes before; None if this run has none."""
+        return next((part for part in self.parts if isinstance(part, kind)), None)
+
+    def require[P: Part](self, kind: type[P]) -> P:
+        """The part of a kind that comes before and is always there."""
+        part = self.find(kind)
+        assert part is not None, f"{kind.__name__} must come before"
+        return part
+
+    def is_due(self, step: int, interval: int) -> bool:
+        """Whether what happens every `interval` steps, and at the end, is due at `step`."""
+        is_last = step == self.config.training.train_iters
+        return interval > 0 and (step % interval == 0 or is_last)
+
+
+class Parts(StepHooks):
+    """The parts of a run, called in order."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = tuple(parts)
+        self.may_refuse = any(part.may_refuse for part in parts)
+        # Called for each micro-batch: parts that do not override the method are left out.
+        self._watchers = self._with("see")
+        self._arguing = self._with("arguments")
+        self._losing = self._with("loss")
+
+    def _with(self, method: str) -> tuple[Part, ...]:
+        return tuple(
+            p for p in self._parts if getattr(type(p), method) is not getattr(Part, method)
+        )
+
+    def __iter__(self) -> Iterator[Part]:
+        """The parts, in order."""
+        return iter(self._parts)
+
+    @contextmanager
+    def running(self, progress: Callable[[], Progress], stop: StopRequest) -> Iterator[None]:
+        """A context around the training loop."""
+        try:
+            for part in self:
+                part.begin(progress, stop)
+            yield
+            for part in self:
+                part.end()
+        except Exception as error:
+            for part in self:
+                part.failed(error)
+            raise
+        finally:
+            for part in reversed(self._parts):
+                part.close()
+
+    def begin_step(self, step: int, layout: Layout) -> None:
+        """Training step `step` begins."""
+        for part in self:
+            part.begin_step(step, layout)
+
+    def batches(
+        self, batches: list[Iterator[Batch]], num_microbatches: int
+    ) -> list[Iterator[Batch]]:
+        """Same as `StepHooks.batches`."""
+        for part in self:
+            batches = part.batches(batches, num_microbatches)
+        return batches
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """Same as `StepHooks.arguments`."""
+        return {
+            key: value for part in self._arguing for key, value in part.arguments(batch).items()
+        }
+
+    def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
+        """Same as `StepHooks.see`."""
+        for part in self._watchers:
+            part.see(chunk, batch, token_losses)
+
+    def loss(self, loss: Tensor, output: Tensor, loss_mask: Tensor, num_tokens: Tensor) -> Tensor:
+        """Same as `StepHooks.loss`."""
+        for part in self._losing:
+            loss = part.loss(loss, output, loss_mask, num_tokens)
+        return loss
+
+    def summands(self) -> list[Summand]:
+        """Same as `StepHooks.summands`."""
+        return [summand for part in self for summand in part.summands()]
+
+    def refuses(self, sums: StepSums, losses: Tensor) -> bool:
+        """Same as `StepHooks.refuses`; every part judges."""
+        verdicts = [part.refuses(sums, losses) for part in self if part.may_refuse]
+        return any(verdicts)
+
+    def end_step(self, step: Step) -> list[Alert]:
+        """Let all learn from a step."""
+        return [alert for part in self for alert in part.end_step(step)]
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a record, those of `fields` first."""
+        found = dict(fields)
+        for part in self:
+            found |= part.record(step, found)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """The entries of a checkpoint."""
+        return {key: value for part in self for key, value in part.state().items()}

@@ -1,0 +1,132 @@
+"""The numerical guard as a part of the run: refuses batches and acts on their cause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, assert_never
+
+from torch import Tensor
+
+from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.training.alerts import guard_alert
+from moepp_megatron.training.batches import rank_batches
+from moepp_megatron.training.part import GoBack, Outcome, Part, Pause, Run, Step, Stop
+from moepp_megatron.training.parts.routing_counts import RoutingCounts
+from moepp_megatron.training.resilience.numerical_guard import (
+    NumericalFailureError,
+    NumericalGuard,
+)
+from moepp_megatron.training.resilience.refused_batches import BatchEvidence, find_cause
+from moepp_megatron.training.schedule import BatchSizes
+from moepp_megatron.training.step import compute_gradients, unchanged
+from moepp_megatron.training.step_sums import StepSums
+
+
+class RefusedBatches(Part):
+    """Refuses batches whose loss is no sound number; after too many in a row, finds out why.
+
+    Args:
+        run: The run; `resilience.guard` is on.
+    """
+
+    may_refuse = True
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._counts = run, run.require(RoutingCounts)
+        self._guard = NumericalGuard(run.config.resilience)
+        self._guard.load(run.extra)
+        # Whether so many were refused in a row that their cause must be found.
+        self._is_due = False
+
+    @classmethod
+    def of(cls, run: Run) -> RefusedBatches | None:
+        """The part of a run; None without the guard."""
+        return cls(run) if run.config.resilience.guard else None
+
+    def refuses(self, sums: StepSums, losses: Tensor) -> bool:
+        """Judge a batch before the optimizer acts."""
+        return self._guard.refuses(sums, losses)
+
+    def end_step(self, step: Step) -> Iterator[Alert]:
+        """Note an accepted batch; report a refused one."""
+        if step.updated:
+            self._guard.note_accepted(step.first_sample)
+            return
+        yield guard_alert(step.progress, self._guard.last_reason, "skip_batch")
+        self._is_due = self._guard.note_refused(self._counts.selections())
+        if many := self._guard.many_refused():
+            yield guard_alert(step.progress, many, "warn")
+
+    def judge(self, step: Step) -> Iterator[Outcome]:
+        """Go back, accept, pause or stop, by the cause for which batches were refused in a row."""
+        if step.updated or not self._is_due:
+            return
+        guard = self._guard
+        with self._run.supervisor.during("replay"):
+            before = self._replay(guard.samples_to_replay)
+            finding = find_cause(guard.refused, before, guard.is_usual)
+        what = (
+            f"{len(guard.refused)} batches in a row refused ({guard.last_reason}); {finding.text}"
+        )
+        match guard.action(finding.cause):
+            case "rollback":
+                yield self._going_back(step, what)
+                return
+            case "stop":
+                yield guard_alert(step.progress, what, "stop")
+                guard.forget_refused()
+                yield Stop(
+                    lambda saved: NumericalFailureError(f"{what}; {saved}; {finding.remedy}")
+                )
+            case "pause":
+                yield guard_alert(step.progress, what, "pause")
+                guard.accept_refused()
+                yield Pause("paused before new data")
+            case "accept":
+                yield guard_alert(step.progress, what, "accept")
+                guard.accept_refused()
+            case other:
+                assert_never(other)
+
+    def _going_back(self, step: Step, what: str) -> GoBack:
+        def found(checkpoint: Path | None) -> Sequence[Alert]:
+            self._guard.begin_rollback(step.number, checkpoint is not None)
+            return ()
+
+        def done(checkpoint: Path) -> Sequence[Alert]:
+            note = f"{what}; back to {checkpoint.name}"
+            return [guard_alert(step.progress, note, "rollback")]
+
+        return GoBack(None, found, done)
+
+    def _replay(self, first_samples: Sequence[int]) -> list[BatchEvidence]:
+        """Loss and routing of batches that were trained on, by the model as it is."""
+        run, sizes = self._run, BatchSizes(self._run.config)
+        evidence = []
+        # Data loaders draw random numbers too.
+        with unchanged(run.model):
+            for first_sample in first_samples:
+                iterators = rank_batches(
+                    run.train_set, first_sample, run.config, len(run.model.chunks)
+                )
+                self._counts.reset()
+                layout = sizes.layout(run.layout, first_sample)
+                result = compute_gradients(run.model, iterators, run.config, layout)
+                evidence.append(BatchEvidence(result.sums.loss, self._counts.selections()))
+        return evidence
+
+    def state(self) -> Mapping[str, Any]:
+        """Recent losses and batches."""
+        return self._guard.state()
+
+    def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
+        """Take over the losses of a checkpoint; the next refused batch is the first in a row."""
+        self._guard.load(extra)
+        self._guard.forget_refused()
+        return ()
+
+    def begin_anew(self, step: int) -> Iterable[Alert]:
+        """Forget which losses were usual."""
+        self._guard.load({})
+        return ()
