@@ -294,7 +294,7 @@ class _Run:
             self.outcome.saved = plan.num_bytes
 
     def _evaluate(self) -> None:
-        from moepp_megatron.training import evaluate
+        from moepp_megatron.training.parts import validation as evaluate
 
         evaluate.rank_batches = self.batches
         evaluate.validation_loss(self.model, None, self.config, self.layout)

@@ -64,7 +64,7 @@ def run_trainer(
     import torch.distributed as dist
 
     from moepp_megatron.observe.sinks import VIEWS
-    from moepp_megatron.training import data_stages
+    from moepp_megatron.training.parts import data_stages
     from moepp_megatron.training import trainer as module
 
     config, layout = begin(raw)
