@@ -64,8 +64,8 @@ def run_trainer(
     import torch.distributed as dist
 
     from moepp_megatron.observe.sinks import VIEWS
-    from moepp_megatron.training.parts import data_stages
     from moepp_megatron.training import trainer as module
+    from moepp_megatron.training.parts import data_stages
 
     config, layout = begin(raw)
     dataset = Without(_dataset(config, data), without)
