@@ -57,15 +57,7 @@ def read_metrics(path: Path) -> list[StepMetrics]:
 
 
 def _parse_metrics(content: bytes, source: str) -> list[StepMetrics]:
-    """Parses the bytes of a ``metrics.jsonl``; see ``read_metrics``.
-
-    Args:
-        content: The file's bytes, possibly none.
-        source: Name of the file in errors.
-
-    Raises:
-        MetricsError: A line other than an unfinished last one is not a record.
-    """
+    """Parses the bytes of a ``metrics.jsonl``; see ``read_metrics``."""
     records, damaged = scan_metrics(content)
     for number, reason in damaged.items():
         raise MetricsError(f"{source}:{number}: {reason}")

@@ -131,10 +131,7 @@ def tag_of(key: str) -> str:
 
 
 def _quiet_writer_thread() -> None:
-    """Keep TensorBoard's thread from printing a traceback where the disk is full.
-
-    It raises the same error once more in the thread that writes.
-    """
+    """Keep TensorBoard's thread from printing a traceback where the disk is full."""
     hook = threading.excepthook
 
     def report(args: threading.ExceptHookArgs) -> None:

@@ -158,11 +158,7 @@ class Webhook:
         self._complain(reason)
 
     def _post(self, body: bytes) -> tuple[str | None, bool]:
-        """Make one attempt.
-
-        Returns:
-            The error without the address, or None; and whether to try again.
-        """
+        """Make one attempt."""
         headers = {"Content-Type": "application/json", "User-Agent": "moepp"}
         request = urllib.request.Request(self._address, body, headers, method="POST")
         try:

@@ -48,10 +48,7 @@ class HealthSeries(NamedTuple):
 
 
 class _BandPlot(NamedTuple):
-    """A plot of means over the MoE layers in front of the range from the least to the greatest.
-
-    `healthy` is the range of a healthy run.
-    """
+    """A plot of means over the MoE layers in front of the range from the least to the greatest."""
 
     drawn: Drawn
     caption: str

@@ -43,25 +43,7 @@ class Extremes:
 
 @dataclass(frozen=True)
 class _InspectionPage:
-    """Everything that the template shows.
-
-    Attributes:
-        title: The text's name.
-        sentence: The main result, in words.
-        models: Label and facts of each model.
-        notices: What the reader should know.
-        cards: Headline numbers.
-        kinds: Name and colour of each kind of expert.
-        classes: Rows of the token classes.
-        tags: Rows of the parts of speech; empty without a tagger.
-        extremes: Tokens with most and fewest FFN experts, for each model.
-        plots: All plots, in the order of the page.
-        is_code: Whether the text is set in a fixed width.
-        data: The script's data, as JSON.
-        script: The script.
-        script_hash: Its digest; the page allows no other script.
-        version: Version of this package.
-    """
+    """Everything that the template shows."""
 
     title: str
     sentence: str

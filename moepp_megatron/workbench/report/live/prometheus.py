@@ -21,13 +21,7 @@ ADDRESS = "127.0.0.1"
 
 
 class _RunsCollector(Collector):
-    """Reads the new records of runs at each request and returns their newest numbers.
-
-    Every metric has the label `run`, also for a single run, so that one dashboard fits.
-
-    Args:
-        runs: The runs; used by this collector alone.
-    """
+    """Reads the new records of runs at each request and returns their newest numbers."""
 
     def __init__(self, runs: LiveRuns) -> None:
         self._runs = runs

@@ -28,17 +28,7 @@ RUN = "job, instance, run"
 
 @dataclass(frozen=True)
 class _AlertRule:
-    """One rule.
-
-    Attributes:
-        name: Its name at Prometheus.
-        query: PromQL; it fires for each series that this returns.
-        lasting: How long it must do so, in Prometheus's notation.
-        severity: One of the severities of the run's own alerts.
-        text: What has happened to the run; ``{{ $labels.NAME }}`` and ``{{ $value }}`` are filled
-            in.
-        remedy: What to examine.
-    """
+    """One rule."""
 
     name: str
     query: str

@@ -97,7 +97,8 @@ class LiveRun:
     def numbers(self) -> Iterator[tuple[str, Labels, float]]:
         """The newest of every number; without a configuration none of single experts."""
         known = () if self.config is None else self.config.moe_layers
-        return numbers(self.history.latest.items(), self.config and self.config.experts, known)
+        experts = None if self.config is None else self.config.experts
+        return numbers(self.history.latest.items(), experts, known)
 
     def health(self) -> RunHealth:
         """Whether the run continues, has ended, or is silent."""

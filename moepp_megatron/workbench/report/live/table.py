@@ -7,7 +7,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from rich import box
 from rich.console import Group
@@ -161,21 +160,25 @@ def _shown(value: float, unit: str) -> str:
 
 
 def _entries(row: Metric, newest: dict[Labels, float]) -> str:
-    """Each of a few numbers; of more, the least and the largest, for each metric in them."""
-    if row.axes[0] == "metric":
-        inner = replace(row, labels=row.labels.removeprefix("metric,"))
-        parts: dict[str, dict[Labels, float]] = {}
-        for (metric, *labels), value in newest.items():
-            parts.setdefault(metric, {})[tuple(labels)] = value
-        return "; ".join(
-            f"{printable(name, keep='')} "
-            + _entries(replace(inner, unit=METRICS[name].unit if name in METRICS else ""), part)
-            for name, part in parts.items()
-        )
-    finite = {labels: value for labels, value in newest.items() if math.isfinite(value)}
-    names = {labels: printable(name_of(row, labels), keep="") for labels in newest}
-    if len(newest) <= _MOST_ENTRIES or not finite:
-        few = list(newest.items())[:_MOST_ENTRIES]
-        return "  ".join(f"{names[of]} {_shown(value, row.unit)}" for of, value in few)
+    """The numbers of a key, or those of each metric in it."""
+    if row.axes[0] != "metric":
+        return _span({name_of(row, labels): value for labels, value in newest.items()}, row.unit)
+    parts: dict[str, dict[str, float]] = {}
+    for (metric, layer), value in newest.items():
+        parts.setdefault(metric, {})[f"layer {layer}"] = value
+    units = {metric: METRICS[metric].unit if metric in METRICS else "" for metric in parts}
+    return "; ".join(
+        f"{printable(metric, keep='')} {_span(part, units[metric])}"
+        for metric, part in parts.items()
+    )
+
+
+def _span(values: dict[str, float], unit: str) -> str:
+    """Each of a few numbers with its name; of more, the least and the largest."""
+    shown = {printable(name, keep=""): value for name, value in values.items()}
+    finite = {name: value for name, value in shown.items() if math.isfinite(value)}
+    if len(shown) <= _MOST_ENTRIES or not finite:
+        few = list(shown.items())[:_MOST_ENTRIES]
+        return "  ".join(f"{name} {_shown(value, unit)}" for name, value in few)
     ends = [at(finite, key=finite.__getitem__) for at in (min, max)]
-    return " to ".join(f"{_shown(finite[of], row.unit)} ({names[of]})" for of in ends)
+    return " to ".join(f"{_shown(finite[name], unit)} ({name})" for name in ends)
