@@ -21,11 +21,15 @@ class Cell:
         text: Its content.
         look: How it is set: as text, a number (on the right), a comment, code, or a badge.
         note: Small text below it.
+        bars: Parts of a stacked bar in its place: share of the width, colour, text for the pointer.
+        pick: With a name, it is a button whose `data-NAME` is the text, for the page's script.
     """
 
     text: str
     look: Literal["text", "number", "comment", "code", "critical", "warning", "info"] = "text"
     note: str = ""
+    bars: Sequence[tuple[float, str, str]] = ()
+    pick: str = ""
 
 
 def number(text: str, note: str = "") -> Cell:
@@ -42,12 +46,16 @@ class Table:
         rows: Cells by row, as many as headings; the first one names its row.
         caption: Small text below it.
         strong: Indices of rows to emphasise.
+        title: A heading in its panel.
+        wide: Whether it takes the whole width of the page.
     """
 
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     strong: Sequence[int] = ()
+    title: str = ""
+    wide: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,10 +119,16 @@ class Page:
     sections: Sequence[Section] = field(default_factory=list)
 
 
-def render_page(page: Page) -> str:
-    """The page's HTML, which needs no other file and no network."""
+def render_page(page: Page, template: str = "page.html.j2", **values: object) -> str:
+    """The page's HTML, which needs no other file and no network.
+
+    Args:
+        page: The page.
+        template: `page.html.j2`, or one that extends it.
+        values: What that one names besides.
+    """
     kinds = {Plot: "plot", Table: "table", Text: "text"}
-    return render_template("page.html.j2", page=page, version=__version__, kinds=kinds)
+    return render_template(template, page=page, version=__version__, block_kinds=kinds, **values)
 
 
 def write_blocks(path: Path, page: Page) -> Path:

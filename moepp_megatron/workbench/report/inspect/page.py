@@ -6,71 +6,37 @@ import base64
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.runtime.atomic import write_atomic
-from moepp_megatron.version import __version__
 from moepp_megatron.workbench.inspection.export import to_json
 from moepp_megatron.workbench.inspection.findings import Findings, find
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.trace import Trace
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.blocks import Page, Section, Text, render_page
 from moepp_megatron.workbench.report.cards import Card
 from moepp_megatron.workbench.report.drawing import KIND_COLOURS, plot_style
 from moepp_megatron.workbench.report.inspect.packed import packed
 from moepp_megatron.workbench.report.inspect.plots import inspection_plots
-from moepp_megatron.workbench.report.inspect.tables import InspectionRow, rows, token_rows
-from moepp_megatron.workbench.report.plot import Plot
-from moepp_megatron.workbench.report.template import render_template
+from moepp_megatron.workbench.report.inspect.tables import group_table, token_table
 
 # Tokens of a class below which the page's first sentence does not speak of it.
 _FEWEST = 20
 
-
-@dataclass(frozen=True)
-class Extremes:
-    """The tokens with the most and the fewest FFN experts of one model."""
-
-    label: str
-    least_count: int
-    most: list[InspectionRow]
-    fewest: list[InspectionRow]
-
-
-@dataclass(frozen=True)
-class _InspectionPage:
-    """Everything that the template shows."""
-
-    title: str
-    sentence: str
-    models: list[tuple[str, tuple[str, ...]]]
-    notices: list[str]
-    cards: list[Card]
-    kinds: list[tuple[str, str]]
-    classes: list[InspectionRow]
-    tags: list[InspectionRow]
-    extremes: list[Extremes]
-    plots: list[Plot]
-    is_code: bool
-    data: str
-    script: str
-    script_hash: str
-    version: str
+_ABOUT = (
+    "FFN experts: a token and layer, mean and its standard error over the tokens. Selections: "
+    "shares of the kinds of experts. Loss: mean in nats. A name picks these tokens in the text. "
+    "The text is read in windows that follow each other, each without memory of the one before; "
+    "the first token of a window is predicted by nothing and has no loss. Nothing is dropped: "
+    "capacity limits are off."
+)
 
 
 def write_inspection(request: InspectRequest, traces: Sequence[Trace]) -> list[tuple[str, Path]]:
-    """Write the page, and the JSON file if one is wanted.
-
-    Args:
-        request: The request.
-        traces: One per model.
-
-    Returns:
-        Name and path of every file.
+    """Write the page, and the JSON file if one is wanted; returns name and path of each.
 
     Raises:
         ConfigError: If a file cannot be written.
@@ -93,34 +59,52 @@ def render(request: InspectRequest, traces: Sequence[Trace]) -> str:
     findings = [find(request, trace) for trace in traces]
     with plot_style():
         plots = inspection_plots(traces, findings)
-    script = (
-        resources.files("moepp_megatron.workbench.report") / "templates" / "inspect.js"
-    ).read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    page = _InspectionPage(
+    templates = resources.files("moepp_megatron.workbench.report") / "templates"
+    script = (templates / "inspect.js").read_text()
+    letters = [f"{letter}: " for letter in "AB"] if len(traces) > 1 else [""]
+    page = Page(
+        kind="MoE++ inspection",
         title=request.text.name,
-        sentence=_sentence(traces, findings),
-        models=[(trace.label, trace.facts) for trace in traces],
-        notices=request.notices,
+        lead=_sentence(traces, findings),
+        facts=[
+            fact
+            for letter, trace in zip(letters, traces, strict=True)
+            for fact in (f"{letter}{trace.label}", *trace.facts)
+        ],
+        warnings=[f"{notice}." for notice in request.notices],
         cards=_cards(traces, findings),
-        kinds=[(kind, KIND_COLOURS[kind]) for kind in KIND_NAMES],
-        classes=rows([found.by_class for found in findings]),
-        tags=rows([found.by_tag for found in findings]),
-        extremes=[_extremes(*pair) for pair in zip(traces, findings, strict=True)],
-        plots=plots,
+        sections=[*_sections(findings), Section("By layer, place, frequency and loss", plots)],
+        sources="the text and the checkpoint of each model",
+        command="moepp inspect",
+    )
+    return render_page(
+        page,
+        "inspect.html.j2",
+        expert_kinds=KIND_COLOURS.items(),
         is_code=request.language == "python",
+        two=len(traces) > 1,
         data=packed(request, traces),
         script=script,
-        script_hash=digest,
-        version=__version__,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )
-    return render_template("inspect.html.j2", page=page)
 
 
-def _extremes(trace: Trace, found: Findings) -> Extremes:
-    return Extremes(
-        trace.label, found.least_count, token_rows(found.most_ffn), token_rows(found.fewest_ffn)
-    )
+def _sections(findings: Sequence[Findings]) -> list[Section]:
+    first = findings[0]
+    by_class = group_table("Kind of token", "class", [found.by_class for found in findings])
+    sections = [Section("Which tokens take which experts", [by_class, Text([_ABOUT], "note")])]
+    if first.by_tag:
+        by_tag = group_table("Tag", "tag", [found.by_tag for found in findings])
+        note = Text(["A token has the tag of the word that it belongs to."], "note")
+        sections.append(Section("Parts of speech", [by_tag, note]))
+    ends = [
+        token_table(f"{end}{letter}", groups)
+        for letter, found in zip((", A", ", B") if findings[1:] else ("",), findings, strict=True)
+        for end, groups in (("Most", found.most_ffn), ("Fewest", found.fewest_ffn))
+    ]
+    text = f"Tokens that occur at least {first.least_count} times in the text. A dot is a space."
+    title = "Tokens with the most and the fewest FFN experts"
+    return [*sections, Section(title, [*ends, Text([text], "note")])]
 
 
 def _sentence(traces: Sequence[Trace], findings: Sequence[Findings]) -> str:
