@@ -5,7 +5,7 @@
 Each pair of corpora (`fault_corpora`): 150 batches of one, then 30 in which a tenth or a fifth of
 the sequences is of the other, 48 sequences of 64 tokens a batch as in `routing_faults`. And each
 corpus for many batches alone, in runs of 400 steps, the first of which say nothing. The settings of
-`observe/token_shift.py` were chosen by `--set choose`.
+`observe/shift/tokens.py` were chosen by `--set choose`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks.fault_corpora import CHOOSE, PROVE, Corpora, Mixture
 from moepp_megatron.config.schema.routing_guard import ShiftSection
-from moepp_megatron.observe.token_shift import GROUPS, TokenShift, group_of
+from moepp_megatron.observe.shift.tokens import GROUPS, TokenDetector, group_of
 
 SEQUENCES, LENGTH = 48, 64
 BEFORE, WITHIN, HEALTHY = 150, 30, 400
@@ -44,7 +44,7 @@ def batch(chance: np.random.Generator, groups: Groups, mixture: Mixture) -> NDAr
 
 def told_after(groups: Groups, base: str, other: str, share: float, seed: int) -> int | None:
     """Steps from the beginning of a mixture to the alarm; None without one."""
-    chance, monitor = np.random.default_rng(seed), TokenShift(ShiftSection())
+    chance, monitor = np.random.default_rng(seed), TokenDetector(ShiftSection())
     for _ in range(BEFORE):
         monitor.add(batch(chance, groups, {base: 1.0}))
     for step in range(1, WITHIN + 1):
@@ -55,7 +55,7 @@ def told_after(groups: Groups, base: str, other: str, share: float, seed: int) -
 
 def alarms(groups: Groups, base: str, seed: int) -> tuple[int, int]:
     """False alarms of a healthy run, and its steps that are judged."""
-    chance, monitor = np.random.default_rng(seed), TokenShift(ShiftSection())
+    chance, monitor = np.random.default_rng(seed), TokenDetector(ShiftSection())
     values = np.array([monitor.add(batch(chance, groups, {base: 1.0})) for _ in range(HEALTHY)])
     above = values > 1.0
     return int((above[1:] & ~above[:-1]).sum()), int((~np.isnan(values)).sum())

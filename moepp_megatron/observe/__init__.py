@@ -2,8 +2,6 @@
 
 alert_sinks.py      the alert sinks of a training run
 alerts.py           what a run tells people: alerts, `RUN/alerts.jsonl`, what takes alerts
-course.py           the course of numbers that training moves slowly: a line, and how sure it is
-cusum.py            evidence of a change that adds up over steps
 console.py          shows a running training: a live bar on a terminal, or plain lines in a log
 jsonl.py            `RUN/metrics.jsonl`
 numbers.py          every number of a record, by the catalogue: what views of a run walk
@@ -12,17 +10,13 @@ metrics.py          the record of one logged step
 past.py             running means that rules of the routing guard compare a step with
 patient.py          keeps records that a full disk refuses, and writes them later
 usage_file.py       `routing_profile.json`: a run's expert usage, to compare other runs with
-usage_noise.py      learns how much steps of the same data differ
 expert_usage.py     how often each expert is selected, and by which tokens
 guard_judge.py      judges rules over a step's numbers: when an action begins, and when it ends
-shift.py            says when the data has shifted, by the use of the experts and by the loss
-shift_reading.py    what the detector of shifts keeps of a step, and what it says after one
+shift/              detects shifts of the data in the series of a run
 sink.py             the interface of sinks for records
 sinks.py            all sinks of a run, and the fan-out that protects training from their failures
-source_shift.py     says when the loss of a data source has left its course
 status.py           `RUN/status.json`: which processes train, how to go on
 tail.py             reads new lines of a file that another process appends to and sometimes rewrites
-token_shift.py      says when the data has shifted, by the token ids of each batch
 tensorboard.py      writes to TensorBoard: scalars, and histograms of a record's lists
 wandb_sink.py       Weights & Biases
 webhook.py          sends alerts to a web address from a separate thread

@@ -12,7 +12,7 @@ from moepp_megatron.config.json_file import read_json
 from moepp_megatron.config.schema.routing_guard import ShiftSection
 from moepp_megatron.file_names import USAGE_FILE
 from moepp_megatron.observe.expert_usage import ExpertUsage
-from moepp_megatron.observe.usage_noise import UsageNoise
+from moepp_megatron.observe.shift.noise import UsageNoise
 from moepp_megatron.runtime.atomic import write_atomic
 
 _FORMAT = "moepp routing profile 2"

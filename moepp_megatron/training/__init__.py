@@ -20,13 +20,11 @@ run.py                 a whole run: `moepp train` as a function
 run_sinks.py           the sinks that receive a run's records
 schedule.py            the learning rate and the batch size of every step
 setup.py               wraps the model: precision, data parallelism, optimizer, schedule
-shift_text.py          what a shift is about, in words
 signals.py             stopping on request: finish the step, save, leave
 step.py                one training step
 step_sums.py           what a step decides by: summed over all ranks and read once
 tagging.py             whether layers are told which tokens they see, and by what
 teacher.py             which model teaches, and its configuration in the layout of the run
-token_counts.py        tokens of each group of token ids, in one step
 token_scores.py        log-probabilities of given tokens from a model that is there
 train_request.py       what `moepp train` is asked to do, checked before anything heavy is imported
 trainer.py             the run from start to end

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
-import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.document_sources import source_names
 from moepp_megatron.observe.expert_usage import ExpertUsage
-from moepp_megatron.observe.shift import ShiftMonitor
-from moepp_megatron.observe.shift_reading import ShiftFinding, ShiftReading
-from moepp_megatron.observe.source_shift import SourceShift
-from moepp_megatron.observe.token_shift import TokenShift
+from moepp_megatron.observe.shift.monitor import ShiftMonitor
+from moepp_megatron.observe.shift.reading import (
+    ShiftFinding,
+    ShiftReading,
+    ShiftStory,
+    moved_classes,
+    moved_experts,
+)
+from moepp_megatron.observe.shift.tokens import GROUPS, group_of
 from moepp_megatron.observe.usage_file import StoredUsage
 from moepp_megatron.training.expert_usage import (
     FREQUENCY_CLASSES,
@@ -29,23 +34,14 @@ from moepp_megatron.training.expert_usage import (
 from moepp_megatron.training.parts.batch_losses import BatchLoss
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel
-from moepp_megatron.training.shift_text import (
-    ShiftStory,
-    moved_classes,
-    moved_experts,
-    with_sources,
-    with_tokens,
-)
-from moepp_megatron.training.token_counts import TokenCounts
+from moepp_megatron.training.step import Batch
+from moepp_megatron.training.step_sums import first_of_tensor_ranks, shared_sum
 
 logger = logging.getLogger(__name__)
 
-# Data sources that an alert names.
-_MOST_SOURCES = 3
-
 
 class RoutingShift:
-    """Profile, reference and judgement of a run. Every rank has one and calls it together.
+    """Usage of the experts, reference and judgement of a run. Every rank calls it together.
 
     Args:
         config: The run's configuration; `routing_guard.shift.window` is above 0.
@@ -55,7 +51,7 @@ class RoutingShift:
         state: `state_dict` of a checkpoint; None at the beginning.
 
     Attributes:
-        counts: Counts the token ids of a step, if it is told its batches.
+        counts: Counts the token ids of a step, if it is given its batches.
 
     Raises:
         ConfigError: `routing_guard.shift.reference` is not there, damaged, or of another model.
@@ -75,6 +71,7 @@ class RoutingShift:
         self._span = settings.span
         self._windows: list[ExpertUsage] = []
         self._ended: ExpertUsage | None = None
+        self.counts = TokenCounts(config.model.vocab_size)
         stored = None if settings.reference is None else _read(settings.reference, config)
         if stored is not None:
             self._classes = stored.token_classes
@@ -87,30 +84,28 @@ class RoutingShift:
         as_array = np.array([int(digit) for digit in self._classes], dtype=np.int64)
         self._collector = ExpertUsageCollector(config, model, routing, as_array)
         names = source_names(dataset) if config.observe.token_groups else ()
-        self._sources = SourceShift(settings, names) if len(names) > 1 else None
-        self.counts, self._tokens = TokenCounts(config.model.vocab_size), TokenShift(settings)
         if stored is None:
-            self._monitor = ShiftMonitor(settings)
+            self._monitor = ShiftMonitor(settings, names)
         else:
             _check_shapes(stored, self._collector, str(settings.reference))
-            self._monitor = ShiftMonitor(settings, stored.usage.experts, stored.noise)
-        if state is None:
-            return
-        # Token ids are the same whatever the model's layers are.
-        if "tokens" in state:
-            self._tokens.load_state_dict(state["tokens"])
-        if self._sources is not None and "sources" in state:
-            self._sources.load_state_dict(state["sources"])
+            self._monitor = ShiftMonitor(settings, names, stored.usage.experts, stored.noise)
+        if state is not None:
+            self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
         if "windows" not in state:
             logger.warning("detector of the checkpoint is that of an older version: begun anew")
-        elif (state["shapes"], state["token_classes"]) == (self._shapes(), self._classes):
+        elif (state["shapes"], state["token_classes"]) != (self._shapes(), self._classes):
+            # Another implementation or schedule, whose layers know other things of their tokens, or
+            # another run's profile to compare with.
+            logger.warning("routing profile of the checkpoint has other cells: begun anew")
+        else:
             self._collector.load_state_dict(state["window"])
             self._windows = [ExpertUsage.from_json(values) for values in state["windows"]]
-            self._monitor.load_state_dict(state["monitor"])
-        else:
-            # Another implementation or schedule, whose layers are told other things of their
-            # tokens, or another run's profile to compare with.
-            logger.warning("routing profile of the checkpoint has other cells: begun anew")
+            self._monitor.load_state_dict(state)
+            return
+        # Token ids and losses are the same whatever the model's layers are.
+        self._monitor.load_state_dict({k: v for k, v in state.items() if k != "monitor"})
 
     def end_step(
         self, loss: BatchLoss, sources: NDArray[np.float64] | None = None
@@ -127,15 +122,8 @@ class RoutingShift:
         """
         # Counts, so their sums are the same on every rank.
         experts = self._routing.selections().numpy().astype(np.int64)
-        reading = self._monitor.add(experts, loss.mean, loss.spread)
-        further = {"tokens": self._tokens.add(self.counts.end())}
-        if self._sources is not None and sources is not None:
-            further["source"] = self._sources.add(sources)
-        known: dict[str, Any] = {k: value for k, value in further.items() if not math.isnan(value)}
-        if known:
-            reading = replace(reading or ShiftReading(math.nan, math.nan, "data"), **known)
-        if reading is not None and self._tokens.over_limit > 1.0:
-            reading = replace(reading, cause="data")
+        tokens = self.counts.end()
+        reading = self._monitor.add(experts, loss.mean, loss.spread, tokens, sources)
         self._ended = self._collector.end_step()
         if self._ended is not None and (reading is None or not reading.is_shift):
             self._windows = [*self._windows, self._ended][-self._span :]
@@ -143,14 +131,7 @@ class RoutingShift:
 
     def explain(self) -> ShiftStory | None:
         """What the newest reading is about; None where nothing is suspect; a collective."""
-        finding, story = self._monitor.explain(), None
-        if finding is not None:
-            story = ShiftStory.of(finding, self._moved(finding))
-        if self._tokens.over_limit > 1.0:
-            story = with_tokens(story, self._tokens.steps, self._tokens.moved)
-        if self._sources is not None and (lines := self._sources.moved()):
-            story = with_sources(story, self._sources.steps, lines[:_MOST_SOURCES])
-        return story
+        return self._monitor.explain(self._moved)
 
     def _moved(self, finding: ShiftFinding) -> list[str]:
         """The experts and the classes of tokens that have moved most; a collective."""
@@ -162,17 +143,13 @@ class RoutingShift:
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, the same on every rank; a collective."""
-        state = {
+        return {
             "token_classes": self._classes,
             "shapes": self._shapes(),
             "window": self._collector.state_dict(),
-            "windows": [profile.as_json() for profile in self._windows],
-            "monitor": self._monitor.state_dict(),
-            "tokens": self._tokens.state_dict(),
+            "windows": [usage.as_json() for usage in self._windows],
+            **self._monitor.state_dict(),
         }
-        if self._sources is not None:
-            state["sources"] = self._sources.state_dict()
-        return state
 
     def write(self) -> None:
         """Write `routing_profile.json` into the run's folder, on rank 0, once there is a window."""
@@ -183,6 +160,52 @@ class RoutingShift:
     def _shapes(self) -> list[list[int]]:
         """The shapes as lists, as in JSON."""
         return [list(shape) for shape in self._collector.shapes]
+
+
+class TokenCounts:
+    """Counts a batch's labels that have a loss, on the device, by group of ids; a `Summand`.
+
+    Three kernels a micro-batch, and one a step.
+
+    Args:
+        vocab_size: Size of the model's vocabulary.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        device = torch.cuda.current_device()
+        self._group_of = torch.from_numpy(group_of(np.arange(vocab_size))).to(device)
+        self._counts = torch.zeros(GROUPS, dtype=torch.float64, device=device)
+        self._total: Tensor | None = None
+
+    def begin(self) -> None:
+        """Begin a new batch."""
+        self._counts.zero_()
+        self._total = None
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Add a micro-batch, on the last pipeline stage.
+
+        Args:
+            batch: `labels` [b, s] int64, and `loss_mask` [b, s], 0 for those that do not count.
+        """
+        if first_of_tensor_ranks():
+            groups = self._group_of[batch["labels"].reshape(-1)]
+            self._counts.index_add_(0, groups, batch["loss_mask"].reshape(-1).double())
+
+    def summand(self) -> Tensor:
+        """[GROUPS] float64 on the device: this rank's counts."""
+        return self._counts
+
+    def take_sum(self, total: Tensor) -> None:
+        """Note the counts [GROUPS] over all ranks."""
+        self._total = total
+
+    def end(self) -> NDArray[np.float64]:
+        """[GROUPS] counts over all ranks; a collective unless the step has summed them."""
+        if self._total is None:
+            self._total = shared_sum(self.summand().clone()).cpu()
+        return self._total.numpy()
 
 
 def _read(path: Path, config: Config) -> StoredUsage:

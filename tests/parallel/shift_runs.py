@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moepp_megatron.observe.shift_reading import ShiftReading
+from moepp_megatron.observe.shift.reading import ShiftReading
 from tests.parallel.training_runs import begin_training, settings, watching
 
 LENGTH, BATCH, TOKENS = 32, 64, 128

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,14 +13,20 @@ import pytest
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.file_names import USAGE_FILE
-from moepp_megatron.observe import token_shift
-from moepp_megatron.observe.token_shift import GROUPS, group_of
+from moepp_megatron.observe.shift.detector import ROWS
+from moepp_megatron.observe.shift.tokens import GROUPS, group_of
 from tests.parallel.ranks import RankPools
 from tests.parallel.shift_runs import begin, watch
 from tests.parallel.test_token_groups import SourcedTokens
 from tests.parallel.training_runs import CP2, EP2, PP2, TP2, SyntheticDataset, short, watching
 
 GUARD = {"shift": {"window": 2}}
+# Token ids and sources are judged after fewer steps.
+SOON = mock.patch.dict(
+    ROWS,
+    tokens=replace(ROWS["tokens"], fewest=10, judged=20),
+    source=replace(ROWS["source"], judged=20),
+)
 
 
 @dataclass
@@ -48,8 +54,8 @@ def usages(raw: dict[str, Any], steps: int) -> Watched:
     from moepp_megatron.config import parse_config
     from moepp_megatron.training.expert_usage import ExpertUsageCollector, token_classes
     from moepp_megatron.training.parts.batch_losses import BatchLosses
+    from moepp_megatron.training.routing_shift import TokenCounts
     from moepp_megatron.training.step import training_step
-    from moepp_megatron.training.token_counts import TokenCounts
 
     dataset = SyntheticDataset(parse_config(raw), steps)
     config, layout, model, routing, batches = begin(raw, dataset)
@@ -170,7 +176,6 @@ def test_another_language_is_told_within_five_steps(ranks: RankPools) -> None:
 def shifted_run(folder: Path, reference: Path | None, steps: int) -> list[tuple[list[Any], Any]]:
     """Readings of a short run and its last state, without and with restarts; writes its profile."""
     from moepp_megatron.config import parse_config
-    from moepp_megatron.observe import source_shift
     from moepp_megatron.training.parts.batch_losses import BatchLosses
     from moepp_megatron.training.parts.sources import SourceCollector
     from moepp_megatron.training.routing_shift import RoutingShift
@@ -185,7 +190,8 @@ def shifted_run(folder: Path, reference: Path | None, steps: int) -> list[tuple[
     config, layout, model, routing, batches = begin(raw, dataset)
     sources = SourceCollector(config, model, dataset)
     # Both only look on.
-    watchers = [RoutingShift(config, model, routing, dataset) for _ in range(2)]
+    with SOON:
+        watchers = [RoutingShift(config, model, routing, dataset) for _ in range(2)]
     losses = BatchLosses()
 
     def see(chunk: Any, batch: Any, token_losses: Any) -> None:
@@ -202,16 +208,13 @@ def shifted_run(folder: Path, reference: Path | None, steps: int) -> list[tuple[
         for watcher in watchers:
             watcher.counts.begin()
         loss = losses.sum_up(training_step(model, batches, config, layout, watching(see)))
-        with (
-            mock.patch.multiple(token_shift, _FEWEST=10, _FEWEST_JUDGED=20),
-            mock.patch.object(source_shift, "_FEWEST_JUDGED", 20),
-        ):
-            for watcher, found in zip(watchers, values, strict=True):
-                reading = watcher.end_step(loss, sources.losses())
-                found.append(None if reading is None else (reading.metrics, reading.cause))
+        for watcher, found in zip(watchers, values, strict=True):
+            reading = watcher.end_step(loss, sources.losses())
+            found.append(None if reading is None else (reading.metrics, reading.cause))
         if step % 5 == 0:
             state = json.loads(json.dumps(watchers[1].state_dict()))
-            watchers[1] = RoutingShift(config, model, routing, dataset, state)
+            with SOON:
+                watchers[1] = RoutingShift(config, model, routing, dataset, state)
     watchers[1].write()
     return [(found, w.state_dict()) for found, w in zip(values, watchers, strict=True)]
 

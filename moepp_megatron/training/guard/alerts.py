@@ -7,7 +7,7 @@ import time
 
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
-from moepp_megatron.training.shift_text import ShiftStory
+from moepp_megatron.observe.shift.reading import ShiftStory
 
 
 def told(

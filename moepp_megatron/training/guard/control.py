@@ -14,7 +14,7 @@ from moepp_megatron.config.guard_rules import effective_rules
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values
 from moepp_megatron.observe.past import Past
-from moepp_megatron.observe.shift_reading import ShiftReading
+from moepp_megatron.observe.shift.reading import ShiftReading, ShiftStory
 from moepp_megatron.training.guard.actions import RaisedTau, RouterControl
 from moepp_megatron.training.guard.alerts import told
 from moepp_megatron.training.guard.fallen import METRIC as FALLEN
@@ -28,7 +28,6 @@ from moepp_megatron.training.parts.router_health import HealthCollector
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.parts.token_groups import GroupCollector
 from moepp_megatron.training.setup import TrainingModel
-from moepp_megatron.training.shift_text import ShiftStory
 from moepp_megatron.training.step import StepResult
 
 # Metrics whose alerts say what has moved.

@@ -12,13 +12,12 @@ from torch import Tensor
 from moepp_megatron.config import Layout
 from moepp_megatron.config.guard_rules import is_watched
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.observe.shift_reading import ShiftReading
+from moepp_megatron.observe.shift.reading import ShiftReading, ShiftStory
 from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.parts.batch_losses import BatchLosses
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.parts.sources import SourceCollector
 from moepp_megatron.training.routing_shift import RoutingShift
-from moepp_megatron.training.shift_text import ShiftStory
 from moepp_megatron.training.step import Batch
 from moepp_megatron.training.step_sums import Summand
 

@@ -15,11 +15,11 @@ import torch
 from moepp_megatron.config.guard_metrics import COUNTED, MEASURED
 from moepp_megatron.config.guard_rules import CompleteRule
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event, RuleJudge
+from moepp_megatron.observe.shift.reading import ShiftStory
 from moepp_megatron.training.guard.actions import RaisedTau
 from moepp_megatron.training.guard.alerts import told
 from moepp_megatron.training.guard.readings import counted, measured
 from moepp_megatron.training.guard.safe_mode import SafeMode
-from moepp_megatron.training.shift_text import ShiftStory
 
 LAYERS = [2, 4]
 RULE = CompleteRule(

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepp_megatron.config.schema.routing_guard import ShiftSection
+from moepp_megatron.observe.shift.detector import ROWS, steps_remembered
 
 # Without some differences to compare with, a distance would be of another kind than later ones.
 _FEWEST = 4
@@ -22,8 +23,6 @@ _FEWEST = 4
 # with d degrees of freedom the logarithm has the standard deviation sqrt(2 / d), and this is that
 # of 800.
 _LEAST_SPREAD = 0.05
-# Steps whose distances must be known before one is judged; the least that are remembered.
-_FEWEST_JUDGED, _LEAST_MEMORY = 20, 40
 _RECENT = 12
 # A loss that moves by less, in nats, has not moved.
 _LEAST_LOSS_SPREAD = 0.01
@@ -32,11 +31,6 @@ _LEAST_LOSS_SPREAD = 0.01
 # are: where training makes all steps differ more, these become usual.
 _DOUBTFUL = 3.0
 _DECIMALS = 6
-
-
-def least_steps(settings: ShiftSection) -> int:
-    """Steps that are remembered."""
-    return max(settings.memory * settings.window, _LEAST_MEMORY)
 
 
 class UsageNoise:
@@ -48,15 +42,14 @@ class UsageNoise:
     differed yet count with v.
 
     How unusual a distance is follows from its logarithm: how many spreads it is above the median of
-    those before, where the spread is 1.4826 times the median absolute deviation: the standard
-    deviation of a normal distribution, which a few outliers hardly change.
+    those before.
 
     Args:
         settings: Settings `memory` and `window` of the configuration.
     """
 
     def __init__(self, settings: ShiftSection) -> None:
-        self._memory = least_steps(settings)
+        self._memory = steps_remembered(settings)
         self._differences: list[NDArray[np.float64]] = []
         self._log_distances: list[float] = []
 
@@ -73,13 +66,13 @@ class UsageNoise:
         distance = difference @ difference - along @ np.linalg.solve(inner, along)
         return math.log(max(float(distance) / ridge / len(difference), 1e-12))
 
-    def score(self, log_distance: float) -> float | None:
+    def score(self, log_distance: float | None) -> float | None:
         """Spreads above the median; None before there are enough distances."""
-        if len(self._log_distances) < _FEWEST_JUDGED:
+        if log_distance is None or len(self._log_distances) < ROWS["routing"].judged:
             return None
-        _, spread = usual(self._log_distances, _LEAST_SPREAD)
         # Training may make all steps differ more soon: the newest say what is usual.
-        return (log_distance - float(np.median(self._log_distances[-_RECENT:]))) / spread
+        recent = float(np.median(self._log_distances[-_RECENT:]))
+        return (log_distance - recent) / max(_spread(self._log_distances), _LEAST_SPREAD)
 
     def deviations(self) -> NDArray[np.float64]:
         """Standard deviation of each number of a difference, at least 1, which is by chance."""
@@ -87,7 +80,7 @@ class UsageNoise:
 
     def learn(self, difference: NDArray[np.float64], log_distance: float | None) -> None:
         """Remember a step that is usual."""
-        score = None if log_distance is None else self.score(log_distance)
+        score = self.score(log_distance)
         if log_distance is not None:
             self._log_distances = [*self._log_distances, log_distance][-self._memory :]
         if score is None or score <= _DOUBTFUL:
@@ -104,12 +97,11 @@ class UsageNoise:
 
     @classmethod
     def from_json(cls, values: Any, settings: ShiftSection, size: int) -> UsageNoise:
-        """Undo `as_json`.
+        """Undo `as_json`; of more than are remembered the newest are kept.
 
         Args:
             values: Result of `as_json`.
-            settings: Same as in the constructor; if there are more than are remembered, the newest
-                are kept.
+            settings: Settings `memory` and `window` of the configuration.
             size: Size of each difference.
 
         Raises:
@@ -132,34 +124,46 @@ class LossNoise:
     """Residuals of the loss of usual steps.
 
     Args:
-        settings: Settings `memory` and `window` of the configuration.
-        residuals: Result of an earlier `as_json`.
+        memory: Steps that are remembered.
+        judged: Residuals that make a spread, at least.
+        by_tokens: Whether steps differ in their tokens: the spread of a step's loss is then
+            `sqrt(s^2 / tokens + 0.01^2)`, where s is that of residuals times the root of theirs.
     """
 
-    def __init__(self, settings: ShiftSection, residuals: Sequence[float] = ()) -> None:
-        self._memory = least_steps(settings)
-        self._residuals = [float(value) for value in residuals][-self._memory :]
+    def __init__(self, memory: int, judged: int, by_tokens: bool = False) -> None:
+        self._memory, self._judged, self._by_tokens = memory, judged, by_tokens
+        self._residuals: list[float] = []
 
-    def score(self, residual: float) -> float | None:
-        """Spreads from the median; None where it is no number, or before there are enough."""
-        if len(self._residuals) < _FEWEST_JUDGED or not math.isfinite(residual):
+    @property
+    def is_known(self) -> bool:
+        """Whether there are enough residuals."""
+        return len(self._residuals) >= self._judged
+
+    def score(self, residual: float, tokens: float = 1.0) -> float | None:
+        """Spreads from the line; None where it is no number, or before there are enough."""
+        if not self.is_known or not math.isfinite(residual):
             return None
-        _, spread = usual(self._residuals, _LEAST_LOSS_SPREAD)
-        return residual / spread
+        spread = _spread(self._residuals)
+        if self._by_tokens:
+            return residual / math.hypot(spread / math.sqrt(tokens), _LEAST_LOSS_SPREAD)
+        return residual / max(spread, _LEAST_LOSS_SPREAD)
 
-    def learn(self, residual: float) -> None:
+    def learn(self, residual: float, tokens: float = 1.0) -> None:
         """Remember a step that is usual."""
         if math.isfinite(residual):
-            self._residuals = [*self._residuals, residual][-self._memory :]
+            scaled = residual * math.sqrt(tokens) if self._by_tokens else residual
+            self._residuals = [*self._residuals, scaled][-self._memory :]
 
     def as_json(self) -> list[float]:
-        """The residuals, for the constructor."""
+        """The residuals, for `load`."""
         return list(self._residuals)
 
+    def load(self, residuals: Sequence[float]) -> None:
+        """Undo `as_json`; of more than are remembered the newest are kept."""
+        self._residuals = [float(value) for value in residuals][-self._memory :]
 
-def usual(values: Sequence[float], least_spread: float) -> tuple[float, float]:
-    """Median, and spread of at least so much."""
+
+def _spread(values: Sequence[float]) -> float:
+    """The standard deviation of a normal distribution with this median absolute deviation."""
     known = np.asarray(values)
-    median = float(np.median(known))
-    deviation = 1.4826 * float(np.median(np.abs(known - median)))
-    return median, max(deviation, least_spread)
+    return 1.4826 * float(np.median(np.abs(known - np.median(known))))

@@ -7,10 +7,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-Row = NDArray[np.float64]
+Numbers = NDArray[np.float64]
 
 
-def forecast(steps: NDArray[np.float64], rows: Row, step: float) -> tuple[Row, float]:
+def forecast(steps: Numbers, rows: Numbers, step: float) -> tuple[Numbers, float]:
     """What the line through known rows gives at a further step.
 
     The line of least squares, with its slope shrunk by how sure it is: the factor is

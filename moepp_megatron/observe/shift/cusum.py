@@ -9,13 +9,13 @@ import math
 _ALLOWANCE = 1.0
 # One step may count for no more, so that a single odd batch is no alarm.
 _MOST = 6.0
-# Evidence beyond this many limits is forgotten, and all of it after so many steps in a row without
-# any: or the end of a long change would be told late.
+# Evidence beyond this many limits is forgotten, and all of it after `QUIET` steps in a row without
+# any: or the end of a long change would be reported late.
 _MOST_LIMITS = 1.5
 QUIET = 4
-# The limit is `_OFFSET + _SLOPE ln N` for one false alarm in N steps. Normal deviations alone would
-# have the slope 1 / (2 _ALLOWANCE) (Siegmund 1985); with a median and a spread that are learnt from
-# 40 steps and with the tails of real batches it is larger: docs/routing_shift.md.
+# The limit is `_OFFSET + _SLOPE ln N` for one false alarm in N steps. Normal deviations would have
+# the slope 1 / (2 _ALLOWANCE) (Siegmund 1985); with a median and a spread that are learnt from 40
+# steps and with the tails of real batches it is larger: docs/routing_shift.md.
 _OFFSET, _SLOPE = -0.75, 0.95
 
 
@@ -30,14 +30,7 @@ def steps_of_chance(evidence: float) -> float:
 
 
 class Cusum:
-    """Adds up deviations beyond the allowance, never below 0.
-
-    Args:
-        limit: Evidence from which a change is told.
-
-    Attributes:
-        evidence: The sum.
-    """
+    """Adds up deviations beyond the allowance, never below 0; above `limit` is a change."""
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
@@ -47,7 +40,7 @@ class Cusum:
 
     @property
     def over_limit(self) -> float:
-        """The evidence over the limit; above 1 is a change."""
+        """The evidence over the limit."""
         return self.evidence / self._limit
 
     def add(self, deviation: float) -> None:
@@ -67,6 +60,6 @@ class Cusum:
         return [self.evidence, self._quiet]
 
     def load(self, state: list[float]) -> None:
-        """Go on from `state`; beyond a limit that has become smaller, from that."""
+        """Continue from `state`; beyond a limit that has become smaller, from that."""
         self.evidence = min(float(state[0]), _MOST_LIMITS * self._limit)
         self._quiet = int(state[1])
