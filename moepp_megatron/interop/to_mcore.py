@@ -25,7 +25,7 @@ from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_SHOWN = 5
+_MAX_LISTED = 5
 
 
 def hf_to_mcore(
@@ -104,8 +104,8 @@ def _account_for(hf: HFSource, rules: Sequence[TensorRule]) -> None:
     wanted = {source.name: source.shape for rule in rules for source in rule.sources}
     optional = {source.name for rule in rules if rule.unused for source in rule.sources}
     problems = [
-        *_listed("is missing", sorted(wanted.keys() - tensors.keys() - optional)),
-        *_listed("is unexpected", sorted(tensors.keys() - wanted.keys())),
+        *_problems_of("is missing", sorted(wanted.keys() - tensors.keys() - optional)),
+        *_problems_of("is unexpected", sorted(tensors.keys() - wanted.keys())),
     ]
     for name in sorted(wanted.keys() & tensors.keys()):
         shape = tensors[name].shape
@@ -123,10 +123,10 @@ def _account_for(hf: HFSource, rules: Sequence[TensorRule]) -> None:
         raise ConfigError("\n".join(f"{hf.folder}: {problem}" for problem in problems))
 
 
-def _listed(what: str, names: Sequence[str]) -> list[str]:
-    lines = [f"tensor {name} {what}" for name in names[:_SHOWN]]
-    if len(names) > _SHOWN:
-        lines.append(f"and {len(names) - _SHOWN} more tensors: each {what}")
+def _problems_of(what: str, names: Sequence[str]) -> list[str]:
+    lines = [f"tensor {name} {what}" for name in names[:_MAX_LISTED]]
+    if len(names) > _MAX_LISTED:
+        lines.append(f"and {len(names) - _MAX_LISTED} more tensors: each {what}")
     return lines
 
 

@@ -14,6 +14,5 @@ latent_attention.py  megatron-core's multi-head latent attention, corrected for 
 local_modules.py     megatron-core's local modules, made fit for all layouts
 megatron_config.py   translates the user's configuration into megatron-core's and the MoE++ layer's
 multi_token_loss.py  the loss of multi-token prediction
-norm.py              RMSNorm for megatron-core's local modules, usable with sequence parallelism
 stage.py             a wrapper that the pipeline needs around a bare model chunk
 """

@@ -110,7 +110,7 @@ class BudgetController:
         if state.get("shares") is not None:
             self._shares = torch.tensor(state["shares"], dtype=torch.float64)
         self._missing: list[float] = list(state.get("missing") or [0.0] * num_layers)
-        self._past: list[float] = list(state.get("past") or [0.0] * num_layers)
+        self._integral: list[float] = list(state.get("past") or [0.0] * num_layers)
         # Of the measured bias: what a step moves it by, and what it lacked after the last step.
         self._drift: list[float] = list(state.get("drift") or [0.0] * num_layers)
         self._lacking: list[float | None] = list(state.get("lacking") or [None] * num_layers)
@@ -120,7 +120,7 @@ class BudgetController:
         return {
             "shares": None if self._shares is None else self._shares.tolist(),
             "missing": list(self._missing),
-            "past": list(self._past),
+            "past": list(self._integral),
             "drift": list(self._drift),
             "lacking": list(self._lacking),
         }
@@ -135,7 +135,7 @@ class BudgetController:
         base = self._config.tau_for(_inside(self.budget.share_at(step)))
         pulls = [
             (self.budget.gain or 1.0) * (missing + integral)
-            for missing, integral in zip(self._missing, self._past, strict=True)
+            for missing, integral in zip(self._missing, self._integral, strict=True)
         ]
         return [min(max(base * math.exp(pull), _LEAST_TAU), _MOST_TAU) for pull in pulls]
 
@@ -211,7 +211,7 @@ class BudgetController:
             self._missing[layer] = missing
             # At its end tau cannot follow; what would be added there had to be undone later.
             if (missing > 0 and tau < _MOST_TAU) or (missing < 0 and tau > _LEAST_TAU):
-                self._past[layer] += _INTEGRAL * missing
+                self._integral[layer] += _INTEGRAL * missing
 
 
 def set_taus(chunks: Iterable[torch.nn.Module], taus: dict[int, float]) -> None:

@@ -221,7 +221,7 @@ def refuse_ignored(config: Any, moepp: MoEPPConfig) -> None:
         default = f" or be left at {ours.unset[0]}" if ours.unset else ""
         raise ValueError(
             f"TransformerConfig.{name} ({value}) must equal the MoEPPConfig's value "
-            f"({ours.field} {expected}){default}{counts}; use {_one(meaning)}, or change "
+            f"({ours.field} {expected}){default}{counts}; use {_alternatives(meaning)}, or change "
             f"MoEPPConfig.{ours.field}"
         )
 
@@ -244,5 +244,5 @@ def refuse_setting(config: Any, name: str, user: str = "the MoE++ layer") -> Non
     )
 
 
-def _one(meaning: tuple[Any, ...]) -> str:
+def _alternatives(meaning: tuple[Any, ...]) -> str:
     return " or ".join(str(value) for value in meaning)

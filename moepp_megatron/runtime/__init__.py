@@ -12,16 +12,14 @@ fp8.py               whether this machine can run FP8: the GPU, Transformer Engi
 install.py           the command that installs what is missing
 kernel_choices.py    which implementation serves each operation that can be fused
 launch.py            starts this machine's ranks with torchrun and looks after them
-meeting.py           how long a machine waits for the other machines of a run
-nodes.py             describes the machines of a run and how they find each other
-numa.py              keeps a rank on the CPU cores next to its GPU
+nodes.py             the machines of a run: how they find and wait for each other
 object_store.py      paths of objects in a store such as S3, read and written as files are
 optional.py          which optional packages are usable
-own_gpu.py           which GPU a rank computes on
 parent.py            ends a process together with the process that started it
 patches.py           every change that this package makes to another library's objects
 quiet.py             readies other libraries for their import: silent, without broken packages
 rank.py              what the launcher's environment says about this rank
+rank_gpu.py          the GPU that a rank computes on, and the CPU cores next to it
 rank_environment.py  sets the environment variables with which every rank is started
 stop_signals.py      passes requests to stop from a launcher to its ranks, past torchrun
 store_errors.py      what the errors of an object store's client mean

@@ -18,8 +18,8 @@ from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.runtime import cpu_support
 from moepp_megatron.runtime.launch import write_status
-from moepp_megatron.runtime.own_gpu import own_gpu
 from moepp_megatron.runtime.rank import RankEnvironment
+from moepp_megatron.runtime.rank_gpu import gpu_of_rank
 
 # One a process, since one rank serves it to the others, who may be slower to leave a group.
 _STORES: dict[RankEnvironment, dist.Store] = {}
@@ -41,7 +41,7 @@ def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=1
     if on_cpu:
         device = torch.device("cpu")
     else:
-        device = own_gpu(environment, store)
+        device = gpu_of_rank(environment, store)
         torch.cuda.set_device(device)
     if store is not None:
         backend = "gloo" if on_cpu else "nccl"

@@ -85,7 +85,7 @@ def _of_transformer_engine() -> dict[str, tuple[str, str]]:
 
 
 def _of_torch() -> dict[str, tuple[str, str]]:
-    """What model/local_modules.py, moe/spec.py and model/norm.py build."""
+    """What model/local_modules.py and moe/spec.py build."""
     import torch
 
     attention, experts = "megatron-core's, which writes all scores", "one loop on oneDNN"

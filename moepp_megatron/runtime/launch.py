@@ -17,8 +17,7 @@ from typing import IO
 
 from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.runtime.atomic import write_atomic
-from moepp_megatron.runtime.meeting import Meeting
-from moepp_megatron.runtime.nodes import Nodes
+from moepp_megatron.runtime.nodes import Meeting, Nodes
 from moepp_megatron.runtime.parent import die_with_parent
 from moepp_megatron.runtime.rank import NODE_RANK
 from moepp_megatron.runtime.rank_environment import with_rank_variables

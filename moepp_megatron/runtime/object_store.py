@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.paths import is_address
 from moepp_megatron.runtime.install import how_to_install
-from moepp_megatron.runtime.store_errors import StoreError, one_line, translated
+from moepp_megatron.runtime.store_errors import StoreError, as_store_error, one_line
 
 # Bytes asked for at once where a reader wants fewer: a request costs tens of milliseconds.
 _BUFFER_BYTES = 8 << 20
@@ -48,8 +48,8 @@ class ObjectPath(PosixPath):
     `os.fspath` raises a TypeError. All methods that ask the store raise a `StoreError`.
     """
 
-    # What a listing has told about it.
-    _listed: Any = None
+    # The client's entry, where a listing gave one.
+    _entry: Any = None
 
     def __str__(self) -> str:  # noqa: D105
         # A path keeps one slash of two.
@@ -76,10 +76,10 @@ class ObjectPath(PosixPath):
 
     def stat(self, *, follow_symlinks: bool = True) -> Any:
         """Size and time of change of an object; FileNotFoundError: there is none."""
-        if self._listed is None:
+        if self._entry is None:
             with self._asking():
                 return _status(self._client.info(self._key))
-        return _status(self._listed)
+        return _status(self._entry)
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
         """Whether there is an object of this name, or any below it."""
@@ -102,7 +102,7 @@ class ObjectPath(PosixPath):
             listing = list(self._client.list(path=self._prefix, include_directories=True))
         for item in listing:
             path = self / item.key.rstrip("/").rpartition("/")[2]
-            path._listed = item
+            path._entry = item
             yield path
 
     def glob(self, pattern: str, **_: Any) -> Iterator[ObjectPath]:  # type: ignore[override]
@@ -175,7 +175,7 @@ class ObjectPath(PosixPath):
         except (StoreError, ConfigError):
             raise
         except Exception as error:
-            raise translated(error, self) from None
+            raise as_store_error(error, self) from None
 
 
 class _Reader(io.RawIOBase):

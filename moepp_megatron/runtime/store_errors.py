@@ -32,7 +32,7 @@ class StoreError(UnfitError):
         self.is_refusal = is_refusal
 
 
-def translated(error: Exception, path: Path) -> Exception:
+def as_store_error(error: Exception, path: Path) -> Exception:
     """A FileNotFoundError or a StoreError for a client's error, which came of asking for `path`."""
     chain: list[BaseException] = [error]
     while (link := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 10:

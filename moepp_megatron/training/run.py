@@ -173,8 +173,8 @@ def _be_rank(request: TrainRequest, say: Say, callbacks: Sequence[Callback]) -> 
 
     quiet()
     from moepp_megatron.runtime import distributed
-    from moepp_megatron.runtime.numa import bind_to_gpu
     from moepp_megatron.runtime.parent import die_with_parent
+    from moepp_megatron.runtime.rank_gpu import bind_to_gpu
     from moepp_megatron.training.resilience import flight_recorder
 
     config, rank = request.config, request.rank

@@ -74,7 +74,7 @@ def upstream_model(config: Any) -> list[Any]:
 def _norms_with_sequence_parallelism(needed: bool) -> Iterator[None]:
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from moepp_megatron.model.norm import SequenceParallelRMSNorm
+    from moepp_megatron.model.local_modules import SequenceParallelRMSNorm
 
     original = WrappedTorchNorm.__new__
 

@@ -2,9 +2,8 @@
 
 card_reader.py  reads the whole state of one GPU
 library.py      calls NVML; distinguishes missing answers from faults, and converts units
-session.py      an open connection to NVML
+session.py      an open connection to NVML; its numbers of the GPUs that CUDA shows
 state.py        the state of a GPU from NVML, as plain data
-visible.py      which of NVML's GPUs CUDA shows to a process
 
 Every number may be None: NVML does not know it for this GPU, driver or permission. Tests hand in
 a stand-in for the library with the same function names.

@@ -66,7 +66,7 @@ def measure_collectives(device: torch.device) -> list[CollectiveSpeed]:
         "all-to-all": lambda: dist.all_to_all_single(received, sent),
     }
     return [
-        CollectiveSpeed(name, count * 4, _slowest(_timed(operation, device), device))
+        CollectiveSpeed(name, count * 4, _slowest(_median_seconds(operation, device), device))
         for name, operation in operations.items()
     ]
 
@@ -130,7 +130,7 @@ def _products(left: torch.Tensor, right: torch.Tensor, count: int) -> None:
         torch.mm(left, right, out=out)
 
 
-def _timed(operation: Callable[[], object], device: torch.device) -> float:
+def _median_seconds(operation: Callable[[], object], device: torch.device) -> float:
     """Median seconds of an operation, after one that builds connections."""
     times = []
     for _ in range(_REPEATS + 1):

@@ -6,8 +6,7 @@
     trace.py       experts, gates and loss of every token of one model
     record.py      fills a trace, in any layout
     aggregates.py  means by class, token, position, frequency, layer
-    findings.py    all aggregates of one model
-    export.py      all results as JSON
+    findings.py    all aggregates of one model; all results as JSON
 
 The page is built in `moepp_megatron.workbench.report.inspect`.
 """

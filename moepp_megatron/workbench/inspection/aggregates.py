@@ -75,7 +75,7 @@ def groups(
     ]
 
 
-def whole(trace: Trace) -> TokenGroup:
+def all_tokens(trace: Trace) -> TokenGroup:
     """The group of all tokens."""
     rows = np.arange(len(trace.losses))
     return _group("all tokens", rows, trace.ffn_mean, trace.kind_shares, trace)

@@ -120,9 +120,9 @@ class Machine:
     def flops(self, number: str) -> float:
         """FLOP/s of products that fill the GPU: fp32, bf16, fp8, fp8_blockwise or mxfp8."""
         share: float = getattr(self.reached, f"{number}_matmul")
-        return self.rated(number) * share
+        return self.rated_flops(number) * share
 
-    def rated(self, number: str) -> float:
+    def rated_flops(self, number: str) -> float:
         """Rated FLOP/s of a format."""
         fp8 = dict.fromkeys(("fp8", "fp8_blockwise", "mxfp8"), self.hardware.fp8_tflops)
         plain = {"fp32": self.hardware.fp32_tflops, "bf16": self.hardware.bf16_tflops}

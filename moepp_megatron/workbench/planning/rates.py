@@ -109,7 +109,7 @@ def work_seconds(work: Work, machine: Machine) -> float:
     seconds = sum(product_seconds(product, machine) for product in work.products)
     if work.core_flop:
         share = machine.reached.attention_share(work.core_seq, work.is_backward)
-        seconds += work.core_flop / (machine.rated(work.core_number) * share)
+        seconds += work.core_flop / (machine.rated_flops(work.core_number) * share)
     return seconds + work.moved / machine.memory_rate + work.kernels * machine.reached.kernel_s
 
 

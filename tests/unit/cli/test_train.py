@@ -210,7 +210,7 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
     for name, stand_in in {
         "quiet.quiet": lambda: None,
         "distributed.joined": lambda *args: contextlib.nullcontext("its GPU"),
-        "numa.bind_to_gpu": bound.append,
+        "rank_gpu.bind_to_gpu": bound.append,
         "distributed.build_groups": lambda *args: None,
         "backends.choices_to_log": lambda config: None,
     }.items():

@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.enums import CudaGraphModule
 
 from moepp_megatron.config import load_config
-from moepp_megatron.model import megatron_config, norm
+from moepp_megatron.model import local_modules, megatron_config
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -60,7 +60,7 @@ def test_weight_gradients_are_accumulated_in_the_product_where_apex_can(monkeypa
 
 def test_apex_norm_is_called_where_it_is_there(monkeypatch):
     config = transformer_config(load_config(QUICKSTART, []))
-    plain = norm.SequenceParallelRMSNorm(config, config.hidden_size)
+    plain = local_modules.SequenceParallelRMSNorm(config, config.hidden_size)
     x = torch.randn(3, 2, config.hidden_size)
     expected = plain(x)
     calls = []
@@ -69,7 +69,7 @@ def test_apex_norm_is_called_where_it_is_there(monkeypatch):
         calls.append((tuple(shape), eps))
         return torch.nn.functional.rms_norm(x, shape, weight, eps)
 
-    monkeypatch.setattr(norm, "fused_rms_norm", lambda: fused)
-    found = norm.SequenceParallelRMSNorm(config, config.hidden_size)(x)
+    monkeypatch.setattr(local_modules, "fused_rms_norm", lambda: fused)
+    found = local_modules.SequenceParallelRMSNorm(config, config.hidden_size)(x)
     assert torch.equal(found, expected)
     assert calls == [((config.hidden_size,), 1e-5)]

@@ -9,8 +9,7 @@ import sys
 import pytest
 
 from moepp_megatron.runtime.launch import LOST, LaunchOptions, run_ranks
-from moepp_megatron.runtime.meeting import Meeting
-from moepp_megatron.runtime.nodes import Nodes
+from moepp_megatron.runtime.nodes import Meeting, Nodes
 
 NODES = Nodes(2, 0, "127.0.0.1", join_timeout_s=900, restart_timeout_s=120)
 

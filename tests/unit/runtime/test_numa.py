@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moepp_megatron.runtime import numa
+from moepp_megatron.runtime import rank_gpu
 
 ADDRESS = "0001:1b:00.0"
 GPU = SimpleNamespace(pci_domain_id=1, pci_bus_id=0x1B, pci_device_id=0)
@@ -30,7 +30,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def test_cores_of_the_gpus_node_are_near(system: Path) -> None:
-    assert numa.cores_near(ADDRESS, system) == {4, 5, 6, 7, 12, 14, 15}
+    assert rank_gpu.cores_near(ADDRESS, system) == {4, 5, 6, 7, 12, 14, 15}
 
 
 @pytest.mark.parametrize("content", ["-1\n", "7\n", "", None])
@@ -40,7 +40,7 @@ def test_where_nothing_is_known_no_core_is_near(system: Path, content: str | Non
         path.unlink()
     else:
         path.write_text(content)
-    assert numa.cores_near(ADDRESS, system) == set()
+    assert rank_gpu.cores_near(ADDRESS, system) == set()
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,9 @@ def test_a_rank_keeps_to_cores_near_its_gpu_that_it_may_use(
     bound: set[int] | None,
 ) -> None:
     calls: list[set[int]] = []
-    monkeypatch.setattr(numa.cores_near, "__defaults__", (system,))
+    monkeypatch.setattr(rank_gpu.cores_near, "__defaults__", (system,))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: GPU)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: allowed)
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: calls.append(cores))
-    numa.bind_to_gpu(torch.device(device))
+    rank_gpu.bind_to_gpu(torch.device(device))
     assert calls == ([] if bound is None else [bound])

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.runtime.atomic import write_atomic
-from moepp_megatron.workbench.inspection.export import to_json
-from moepp_megatron.workbench.inspection.findings import Findings, find
+from moepp_megatron.workbench.inspection.findings import Findings, find, to_json
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.trace import Trace
 from moepp_megatron.workbench.report import formatting

@@ -18,8 +18,7 @@ from moepp_megatron.workbench.inspection.aggregates import (
     loss_correlation,
     whole,
 )
-from moepp_megatron.workbench.inspection.export import to_json
-from moepp_megatron.workbench.inspection.findings import find
+from moepp_megatron.workbench.inspection.findings import find, to_json
 from moepp_megatron.workbench.inspection.trace import Trace
 from tests.unit.workbench.inspection.conftest import invented_trace
 

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from moepp_megatron.config import UnfitError
-from moepp_megatron.runtime import own_gpu as module
-from moepp_megatron.runtime.own_gpu import own_gpu
+from moepp_megatron.runtime import rank_gpu as module
 from moepp_megatron.runtime.rank import RankEnvironment
+from moepp_megatron.runtime.rank_gpu import gpu_of_rank
 
 
 def node(ranks: int, shown: list[list[str]], monkeypatch) -> list[torch.device | str]:
@@ -28,7 +28,7 @@ def node(ranks: int, shown: list[list[str]], monkeypatch) -> list[torch.device |
         seen.uuids = shown[rank]
         environment = RankEnvironment(local_rank=rank, local_world_size=ranks, is_launched=True)
         try:
-            found[rank] = own_gpu(environment, store)
+            found[rank] = gpu_of_rank(environment, store)
         except UnfitError as error:
             found[rank] = str(error)
 
@@ -63,4 +63,4 @@ def test_a_group_that_exists_keeps_its_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     environment = RankEnvironment(local_rank=1, local_world_size=2, is_launched=True)
-    assert own_gpu(environment, None) == torch.device("cuda", 0)
+    assert gpu_of_rank(environment, None) == torch.device("cuda", 0)
