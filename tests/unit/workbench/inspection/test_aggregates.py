@@ -10,13 +10,13 @@ import pytest
 
 from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.workbench.inspection.aggregates import (
+    all_tokens,
     by_frequency,
     by_layer,
     by_position,
     extremes,
     groups,
     loss_correlation,
-    whole,
 )
 from moepp_megatron.workbench.inspection.findings import find, to_json
 from moepp_megatron.workbench.inspection.trace import Trace
@@ -59,7 +59,7 @@ def test_groups_are_means_of_their_tokens() -> None:
     assert first.kinds == (0.5, 0.125, 0.125, 0.25)
     assert (second.name, second.count, second.ffn, second.loss) == ("b", 1, 1.5, 4.0)
     assert math.isnan(second.ffn_error)
-    everything = whole(trace())
+    everything = all_tokens(trace())
     assert (everything.count, everything.ffn) == (4, 1.0)
     assert everything.loss == pytest.approx(7 / 3)
 
