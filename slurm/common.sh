@@ -18,6 +18,7 @@
 #   MOEPP_LOG_DIR             folder on each node for the ranks' own output
 #   MOEPP_STEP_WAIT           seconds that nodes get to end after the first one has ended
 #   MOEPP_GO_ON               exported: the command that submits the job again
+#   MOEPP_SIGNAL_BEFORE       seconds before the time limit at which sbatch's --signal asks the run to stop
 #   MOEPP_PROBE_TIMEOUT       seconds that nodes get to answer after a failure
 
 # Exit statuses of moepp.
@@ -46,6 +47,10 @@ fi
 [[ -v MOEPP_CONTAINER_MOUNTS ]] || declare -a MOEPP_CONTAINER_MOUNTS=()
 
 _MOEPP_RESTART=${SLURM_RESTART_COUNT:-0}
+# This job's name for scontrol. One element of an array has the number of the whole array, which would
+# be asked about, and requeued, in its place.
+_MOEPP_JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+: "${_MOEPP_JOB:=$SLURM_JOB_ID}"
 _moepp_stopping=0    # asked to stop
 _moepp_interrupted=0 # since the last wait began
 
@@ -120,7 +125,7 @@ _moepp_leave_old_step_numbers() {
 # Runs a moepp command that starts ranks once on each of the first $1 nodes, with the options by which
 # the nodes find each other: _moepp_launch NODES COMMAND [OPTION ...] [-- ARGUMENT ...]
 _moepp_launch() {
-    local nodes=$1 head
+    local nodes=$1 head port
     local -a command=("${MOEPP_COMMAND[@]}")
     shift
     while (($#)) && [[ $1 != -- ]]; do
@@ -130,18 +135,36 @@ _moepp_launch() {
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     # The node's address as Slurm itself uses it: a node's name need not be one.
     head=$(scontrol show node --oneliner "$head" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-    if [[ $head == *:* ]]; then head="[$head]"; fi # IPv6
     if ((nodes > 1)); then
         # A port of the job's own, so that two jobs that share a node do not meet, and none of those
         # that Linux hands out to connections (from 32768 on).
+        port=$((20000 + SLURM_JOB_ID % 12000))
+        # Another program of this node, the job's first, may listen there (state 0A).
+        while grep -qsE "^ *[0-9]+: [0-9A-F]+:$(printf %04X "$port") [0-9A-F:]+ 0A " /proc/net/tcp /proc/net/tcp6; do
+            port=$((port + 1))
+        done
+        if [[ $head == *:* ]]; then head="[$head]"; fi # IPv6
         command+=(--nnodes "$nodes" --rdzv-id "$SLURM_JOB_ID.$_MOEPP_RESTART.$SECONDS"
-            --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 12000))")
+            --rdzv-endpoint "$head:$port")
     fi
     # The node's number is known on the node only.
     # shellcheck disable=SC2016
     _moepp_on_nodes "$nodes" bash -c \
         'n=$1; shift; exec "${@:1:n}" --node-rank "$SLURM_NODEID" "${@:n+1}"' \
         moepp "${#command[@]}" "${command[@]}" "$@"
+}
+
+# Refuses a job that would be asked to stop as soon as it starts, each time.
+_moepp_check_time_limit() {
+    local limit
+    # Slurm before 22.05 does not say.
+    limit=$((${SLURM_JOB_END_TIME:-0} - ${SLURM_JOB_START_TIME:-0}))
+    if ((limit > 0 && limit <= ${MOEPP_SIGNAL_BEFORE:-0})); then
+        _moepp_say "the time limit ($limit s) must be above the $MOEPP_SIGNAL_BEFORE s before it at which" \
+            "the run is asked to stop; lower slurm.signal_before_s (with slurm/train.sbatch, sbatch" \
+            "--signal=B:USR1@SECONDS and MOEPP_SIGNAL_BEFORE), or raise the limit"
+        exit "$_MOEPP_USAGE"
+    fi
 }
 
 # Trains on the first $1 nodes: _moepp_train NODES CONFIG [section.key=value ...]
@@ -207,16 +230,16 @@ _moepp_lost_a_node() {
 _moepp_requeue_without() {
     local nodes=$* excluded
     nodes=${nodes// /,}
-    _moepp_may_requeue "nodes $nodes failed preflight" || exit "$_MOEPP_UNFIT"
+    _moepp_may_requeue "nodes $nodes failed preflight" || _moepp_not_again "$_MOEPP_UNFIT"
     _moepp_say "not started; requeued without $nodes"
     # Slurm takes a list of nodes to avoid for pending jobs only, and ends this script meanwhile.
     trap '' TERM USR1
-    scontrol requeuehold "$SLURM_JOB_ID"
-    excluded=$(scontrol show job --oneliner "$SLURM_JOB_ID" |
+    scontrol requeuehold "$_MOEPP_JOB" || _moepp_not_again "$_MOEPP_UNFIT"
+    excluded=$(scontrol show job --oneliner "$_MOEPP_JOB" |
         sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
     if [[ -n $excluded && $excluded != '(null)' ]]; then nodes=$excluded,$nodes; fi
-    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$nodes"
-    scontrol release "$SLURM_JOB_ID"
+    scontrol update JobId="$_MOEPP_JOB" ExcNodeList="$nodes"
+    scontrol release "$_MOEPP_JOB"
     exit "$_MOEPP_UNFIT"
 }
 
@@ -227,7 +250,7 @@ _moepp_may_requeue() {
         return 1
     fi
     # Slurm would also bring back a job that its user has cancelled.
-    state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([^ ]*\).*/\1/p')
+    state=$(scontrol show job --oneliner "$_MOEPP_JOB" | sed -n 's/.* JobState=\([^ ]*\).*/\1/p')
     if [[ $state != RUNNING && $state != TIMEOUT ]]; then
         _moepp_say "$1; the job is $state, so Slurm decides what happens"
         return 1
@@ -236,14 +259,17 @@ _moepp_may_requeue() {
 
 # Requeues for reason $1 and ends this script.
 _moepp_requeue() {
-    if ! _moepp_may_requeue "$1"; then
-        if [[ -n ${MOEPP_GO_ON:-} ]]; then _moepp_say "to resume: $MOEPP_GO_ON"; fi
-        exit "$_MOEPP_STOPPED"
-    fi
+    _moepp_may_requeue "$1" || _moepp_not_again "$_MOEPP_STOPPED"
     _moepp_say "$1; requeued ($((_MOEPP_RESTART + 1)) of at most $MOEPP_MAX_REQUEUES times)"
     trap '' TERM USR1
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$_MOEPP_JOB" || _moepp_not_again "$_MOEPP_STOPPED"
     exit "$_MOEPP_STOPPED"
+}
+
+# Ends this script with status $1 where the job does not start again by itself.
+_moepp_not_again() {
+    if [[ -n ${MOEPP_GO_ON:-} ]]; then _moepp_say "not requeued; to resume: $MOEPP_GO_ON"; fi
+    exit "$1"
 }
 
 # What follows from the status $1 of the training.
@@ -261,7 +287,7 @@ _moepp_after() {
     "$_MOEPP_USAGE" | "$_MOEPP_UNFIT") exit "$status" ;;
     *)
         if _moepp_lost_a_node; then _moepp_requeue "status $status; a node does not answer"; fi
-        _moepp_say "failed with status $status; each rank's output: $MOEPP_LOG_DIR on its node"
+        _moepp_say "failed with status $status; each rank's output: $MOEPP_LOG_DIR/$SLURM_JOB_ID.* on its node"
         if ((MOEPP_REQUEUE_ON_FAILURE)); then _moepp_requeue "failed with status $status"; fi
         exit "$status"
         ;;
@@ -273,6 +299,7 @@ moepp_job() {
     local status=0
     _moepp_say "start $((_MOEPP_RESTART + 1)) on $SLURM_JOB_NODELIST," \
         "$SLURM_JOB_NUM_NODES nodes * $MOEPP_RANKS_PER_NODE ranks"
+    _moepp_check_time_limit
     trap _moepp_stop USR1 TERM
     _moepp_leave_old_step_numbers
     moepp_preflight

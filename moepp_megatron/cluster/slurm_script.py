@@ -58,10 +58,9 @@ class SlurmJob:
         """The folder for the job's output by Slurm."""
         return self.directory / self.config.run.dir / "slurm"
 
-    @property
-    def go_on(self) -> str:
-        """The command that submits the job again, from any folder."""
-        words = ["moepp", "slurm", str(self.config_file.absolute()), *self.overrides]
+    def go_on(self, variant: Sequence[str] = ()) -> str:
+        """The command that submits the job, or one element of an array, again from any folder."""
+        words = ["moepp", "slurm", str(self.config_file.absolute()), *self.overrides, *variant]
         words += ["--nodes", str(self.config.slurm.nodes), "--submit"]
         return f"cd {shlex.quote(str(self.directory))} && {shlex.join(words)}"
 
@@ -108,19 +107,23 @@ class SlurmJob:
             .render(
                 options=self._options(),
                 root=str(REPOSITORY),
-                go_on=self.go_on,
+                go_on=self.go_on(),
                 command=command,
                 ranks_per_node=self.ranks_per_node,
                 max_restarts=slurm.max_restarts,
                 restart_timeout=slurm.restart_timeout_s,
                 max_requeues=slurm.max_requeues,
                 requeue_on_failure=int(slurm.requeue_on_failure),
+                signal_before=slurm.signal_before_s,
                 preflight=self._preflight(command),
                 container=slurm.container,
                 container_image=slurm.container_image or "",
                 container_mounts=slurm.container_mounts,
                 arguments=[str(self.config_file.absolute()), *self.overrides],
-                variants=self.variants,
+                variants=[
+                    {"overrides": variant, "go_on": self.go_on(variant)}
+                    for variant in self.variants
+                ],
             )
         )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -41,9 +44,13 @@ SCONTROL = r"""#!/bin/bash
 case "$1 $2" in
 "show hostnames") printf 'n1\nn2\n' ;;
 "show node") echo "NodeName=n1 Arch=x NodeAddr=${ADDRESS:-10.0.0.1} NodeHostName=h" ;;
-"show job") echo "JobId=7 JobState=${STATE:-RUNNING} ExcNodeList=${EXCLUDED:-(null)} X=y" ;;
+"show job")
+    echo "JobId=7 JobState=${STATE:-RUNNING} ExcNodeList=${EXCLUDED:-(null)} X=y"
+    # The number of an array stands for all of its elements.
+    if [[ ${*: -1} == "${SLURM_ARRAY_JOB_ID:-}" ]]; then echo "JobId=6 JobState=PENDING X=y"; fi
+    ;;
 listpids*) ;;
-*) printf 'scontrol %s\n' "$*" >>"$CALLS.scontrol" ;;
+*) printf 'scontrol %s\n' "$*" >>"$CALLS.scontrol"; exit "${ORDER_STATUS:-0}" ;;
 esac
 """
 
@@ -203,6 +210,64 @@ def test_what_follows_from_a_status(
     assert ended == ends, said
     assert node.orders == ([f"scontrol {order} 20007"] if order else [])
     assert says in said
+
+
+ELEMENT = {"SLURM_ARRAY_JOB_ID": "20007", "SLURM_ARRAY_TASK_ID": "3"}
+"""The last element of an array, whose number is that of the array."""
+
+
+def test_element_of_an_array_requeues_itself_and_no_other(node: Node) -> None:
+    ended, said = node.job(SRUN_STATUS="75", **ELEMENT)
+    assert (ended, node.orders) == (75, ["scontrol requeue 20007_3"]), said
+
+
+def test_element_of_an_array_avoids_its_sick_node(node: Node) -> None:
+    assert node.job(PREFLIGHT, SICK="n2", **ELEMENT)[0] == 3
+    assert node.orders == [
+        "scontrol requeuehold 20007_3",
+        "scontrol update JobId=20007_3 ExcNodeList=n2",
+        "scontrol release 20007_3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "ends"),
+    [("", {"SRUN_STATUS": "75"}, 75), ("MOEPP_PREFLIGHT=(check)", {"SICK": "n2"}, 3)],
+)
+def test_job_that_slurm_does_not_requeue_says_how_to_resume(
+    node: Node, settings: str, environment: dict[str, str], ends: int
+) -> None:
+    """As with --no-requeue."""
+    ended, said = node.job(
+        f"MOEPP_GO_ON='sbatch again'\n{settings}", ORDER_STATUS="1", **environment
+    )
+    assert ended == ends, said
+    assert said.splitlines()[-1].endswith("not requeued; to resume: sbatch again")
+    assert len(node.orders) == 1
+
+
+@pytest.mark.parametrize(("limit_s", "ends"), [(600, 2), (601, 0), (0, 0)])
+def test_time_limit_that_leaves_no_time_to_train(node: Node, limit_s: int, ends: int) -> None:
+    """0: this Slurm does not say when the job ends."""
+    times = {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": str(1000 + limit_s)}
+    ended, said = node.job("MOEPP_SIGNAL_BEFORE=600", **(times if limit_s else {}))
+    assert ended == ends, said
+    assert bool(node.steps) == (ends == 0)
+    assert ("the time limit (600 s) must be above the 600 s" in said) == (ends == 2)
+
+
+def test_port_in_use_is_left_out(node: Node) -> None:
+    with contextlib.ExitStack() as stack:
+        for number in itertools.count(1):
+            with contextlib.suppress(OSError):
+                server = socket.create_server(("127.0.0.1", 20000 + number))
+                stack.enter_context(server)
+                break
+        status, said = node.job(ADDRESS="127.0.0.1", SLURM_JOB_ID=str(number))
+    assert status == 0, said
+    (step,) = node.steps
+    endpoint = step[step.index("--rdzv-endpoint") + 1]
+    assert parse_endpoint(endpoint)[1] > 20000 + number
 
 
 PREFLIGHT = "MOEPP_PREFLIGHT=(check 'two words')"

@@ -38,6 +38,31 @@ def _time_limit_is_a_duration(config: Config) -> Iterator[Problem]:
         )
 
 
+def _time_limit_leaves_time_to_train(config: Config) -> Iterator[Problem]:
+    """A job is not asked to stop as soon as it starts."""
+    slurm = config.slurm
+    if slurm.time is not None and _TIME.fullmatch(slurm.time):
+        limit = _seconds(slurm.time)
+        # Slurm takes 0 for no limit.
+        if 0 < limit <= slurm.signal_before_s:
+            yield Problem(
+                "slurm.signal_before_s",
+                slurm.signal_before_s,
+                f"must be below slurm.time ({slurm.time}, {limit} s)",
+                "lower it, or raise the time limit",
+            )
+
+
+def _seconds(time: str) -> int:
+    """A duration in one of Slurm's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts = [0, *parts]
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def _fewest_nodes_are_among_the_nodes(config: Config) -> Iterator[Problem]:
     """The minimum of nodes does not exceed the number of nodes that the job asks for."""
     slurm = config.slurm
@@ -96,6 +121,7 @@ def _mounts_are_pairs(config: Config) -> Iterator[Problem]:
 RULES = (
     _names_are_slurms,
     _time_limit_is_a_duration,
+    _time_limit_leaves_time_to_train,
     _fewest_nodes_are_among_the_nodes,
     _container_has_an_image,
     _options_are_options,

@@ -238,6 +238,10 @@ def test_sweep_gives_each_element_of_the_array_its_values_and_folder(bash) -> No
     # As `moepp train` reads them.
     content = [yaml.safe_load(override.partition("=")[2]) for override in overrides]
     assert content == [0.5, "$(y)", "it's/$(x)/sweep/003"]
+    # The element alone, where Slurm does not start it again.
+    again = shlex.split(shown["again"][0])
+    assert again[3:6] == ["moepp", "slurm", "/c.yaml"]
+    assert again[6:-3] == overrides
 
 
 @pytest.mark.parametrize(
