@@ -1,7 +1,7 @@
 """The experts of a layer: their kinds, their order, how many there are, what they cost.
 
-Whatever counts, orders, names or prices experts asks here: configuration, layer, planner,
-benchmarks, report, inspection and converters. Imports no torch and nothing of this package.
+Whatever counts, orders, names or prices experts asks here. Imports no torch and nothing of this
+package.
 
 A new kind is a class and a name in `KINDS` below, a field of `ExpertCounts`, and what it computes
 (`moe/reference.py`, `moe/zero_computation.py`, `moe/kernels`).
@@ -125,7 +125,7 @@ def setting(
     kind: ExpertKind | None = None,
     **bounds: Any,
 ) -> FieldInfo:
-    """A field's annotation as a setting.
+    """A field's annotation as a setting, with `gt`, `ge`, `le` of `pydantic.Field` as `bounds`.
 
     Args:
         unit: The unit, as in `config.schema.section`.
@@ -134,7 +134,6 @@ def setting(
         extension: Whether the vanilla baseline, and an export that does not name it, have its
             default.
         kind: The kind of experts that it belongs to, without which it has no effect.
-        **bounds: `gt`, `ge`, `le` of `pydantic.Field`.
     """
     extra: dict[str, JsonValue] = {
         "unit": unit,

@@ -107,15 +107,11 @@ def attend(
     *,
     is_causal: bool = False,
 ) -> Tensor:
-    """Attention by torch's kernels, which do not write the scores: [S, b, n, v], dtype of `query`.
+    """[S, b, n, v] attention by torch's kernels, which do not write the scores; dtype of `query`.
 
-    Args:
-        query: [S, b, n, d].
-        key: [s, b, g, d]; n is a multiple of g.
-        value: [s, b, g, v].
-        mask: [S, s] or [b, 1, S, s] bool, True where a query sees a key; None for no mask.
-        scale: Factor on the scores; 1 / sqrt(d) where None.
-        is_causal: A query sees the keys up to its position; S is s, and there is no mask.
+    `query` is [S, b, n, d], `key` [s, b, g, d] (n is a multiple of g), `value` [s, b, g, v]; `mask`
+    [S, s] or [b, 1, S, s] bool, True where a query sees a key. `scale` is 1 / sqrt(d) where None.
+    With `is_causal` a query sees the keys up to its position; S is s, and there is no mask.
     """
     repeats = query.shape[2] // key.shape[2]
     if repeats > 1 and not _takes_shared_keys(query, mask):

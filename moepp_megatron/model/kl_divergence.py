@@ -24,16 +24,10 @@ def kl_divergence(
     """[s, b] fp32 divergence of each token in nats, exact for a vocabulary that ranks share.
 
     It is at least 0 up to rounding. Where both logits are the same it is exactly 0 on one rank or
-    two; more ranks may add up the two sums of exponentials in other orders.
-
-    Args:
-        logits: [s, b, V / tp] this rank's columns of the model's logits; they may be overwritten
-            afterwards, since the backward pass does not read them.
-        teacher_logits: [s, b, V / tp] the same columns of the teacher's; no gradient.
-        group: The tensor-parallel ranks.
-        temperature: T.
-        top_k: Compare only this many of the teacher's largest logits (more where some are equal to
-            the least of them), both softmaxes being over these; None compares all.
+    two; more ranks may add up the two sums of exponentials in other orders. Logits are [s, b, V /
+    tp]; the model's may be overwritten afterwards, the teacher's get no gradient. With `top_k` only
+    this many of the teacher's largest logits are compared (more where some are equal to the least
+    of them), both softmaxes being over these.
     """
     kept = None if top_k is None else _largest(teacher_logits, top_k, group)
     divergence: Tensor = _Divergence.apply(logits, teacher_logits, kept, group, temperature)

@@ -41,16 +41,11 @@ class MultiTokenLoss:
         config: TransformerConfig,
         cp_group: torch.distributed.ProcessGroup,
     ) -> Tensor:
-        """The hidden states with the gradient of the loss of further tokens.
+        """The hidden states [s, b, D] with the gradient of the loss of `further`, one of each depth.
 
-        Args:
-            hidden_states: [s, b, D] of the model's own loss.
-            further: [s, b, D] of each depth.
-            labels: [b, s] int64 next tokens.
-            loss_mask: [b, s] which of them count in the loss; None for all.
-            token_losses: [b, s] losses from hidden states and labels.
-            config: `mtp_loss_scaling_factor` and `calculate_per_token_loss` are read.
-            cp_group: Ranks that share a sequence.
+        `labels` are [b, s] int64 next tokens, `loss_mask` [b, s] those that count (None for all),
+        `token_losses` gives [b, s] losses of hidden states and labels; ranks of `cp_group` share a
+        sequence.
         """
         mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
         weight = config.mtp_loss_scaling_factor / len(further)

@@ -27,14 +27,19 @@ reference.py          the MoE++ layer in plain PyTorch on one process
 router.py             the router: gating residuals, selection over all experts, gates, balance loss
 router_config.py      the router's configuration: megatron-core's, with the count of all experts
 selection.py          which experts a token's logits select, and with which gates
-scores.py            from router logits to scores: the list of score functions
+scores.py             from router logits to scores: the list of score functions
 spec.py               builds MoE++ layers from megatron-core's own specs
 statistics.py         what one MoE layer did since the last reset
-token_tags.py         tags that tell MoE++ layers what a token counts as, and whether it is forced
+token_tags.py         tags that tell MoE++ layers what a token counts as
 upstream_private.py   the names with an underscore that this package takes from megatron-core
 upstream_settings.py  how the MoE++ layer treats each of megatron-core's settings of a MoE layer
 watch.py              counts and measures what a router does
 zero_computation.py   zero, copy and constant experts
 
 Nothing here knows about training, files or the command line, so any Megatron loop can use it.
+
+In all files `logits` and `gates` are [T, E] fp32 of T local tokens (in [sequence position,
+sequence] order) and E experts, gates 0 where not selected; `routing_map` is [T, E] bool; `padded`
+[T] bool tokens that are padding, and do not count, or None; `bias` the [E] fp32 selection bias, or
+None; `tags` are the [s, b] int64 of `token_tags`, or None.
 """

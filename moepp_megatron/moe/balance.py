@@ -50,13 +50,9 @@ def selected_fractions(
 ) -> Tensor:
     """f_i: the fraction of tokens that select each expert, over all tokens that a group shares.
 
-    Args:
-        counts: [S, E] fp32 selections of each expert among the local tokens of each of S sequences,
-            before any capacity limit; S = 1 counts all tokens together.
-        group: Ranks that hold parts of the same sequences (tensor x context), or None.
-
-    Returns:
-        [S, E] fp32; 0 for a sequence that is all padding.
+    `counts` are [S, E] fp32 selections of the local tokens of S sequences before any capacity limit
+    (S = 1 counts all tokens together), `group` the ranks that hold parts of these sequences. The
+    result is [S, E] fp32, 0 for a sequence that is all padding.
     """
     return over_group(counts, group) / _at_least_one(tokens_over_group(num_tokens, group))
 
@@ -94,14 +90,10 @@ def local_balance_loss(
 ) -> Tensor:
     """This rank's summand of the balance loss, a scalar, differentiable in `score_sums`.
 
-    The summands of the group's ranks add up to L_b, and so do their gradients. f_i counts
-    selections and has no gradient.
-
-    Args:
-        score_sums: [S, E] fp32 probabilities, summed over the local tokens of each sequence.
-        fractions: [S, E] fp32 f_i; the result is the mean over the sequences that have tokens.
-        balance_weights: [E] fp32 eta.
-        num_tokens: Tokens of a sequence on all ranks that hold parts of it (`tokens_over_group`).
+    The summands of the group's ranks add up to L_b, and so do their gradients; f_i has none.
+    `score_sums` are [S, E] fp32 probabilities, summed over the local tokens of each sequence,
+    `fractions` [S, E] f_i, `balance_weights` [E] eta, `num_tokens` the tokens of a sequence on all
+    ranks (`tokens_over_group`). The result is the mean over the sequences that have tokens.
     """
     weights = balance_weights * fractions
     if isinstance(num_tokens, int):
@@ -120,16 +112,12 @@ def _at_least_one(num_tokens: NumTokens) -> NumTokens:
 def attached_loss(
     loss: Tensor, coeff: float, num_tokens: NumTokens, per_token_loss: bool
 ) -> Tensor:
-    """`coeff` times `loss`, scaled to count once, whatever the gradients are later divided by.
+    """This rank's `loss` times `coeff` (beta), to count once whatever divides gradients later.
 
-    Args:
-        loss: Scalar, this rank's summand.
-        coeff: beta.
-        num_tokens: Tokens of the micro-batch without padding, on all ranks that share its
-            sequences.
-        per_token_loss: `TransformerConfig.calculate_per_token_loss`: gradients are divided by the
-            tokens of the global batch at the end of the step, so the loss is multiplied by those of
-            the micro-batch (`moe/router.py: attach_and_log_load_balancing_loss`).
+    `num_tokens` are those of the micro-batch without padding, on all ranks that share its
+    sequences. With `TransformerConfig.calculate_per_token_loss` gradients are divided by the tokens
+    of the global batch at the end of the step, so the loss is multiplied by those of the
+    micro-batch (`moe/router.py: attach_and_log_load_balancing_loss`).
     """
     return loss * (coeff * num_tokens if per_token_loss else coeff)
 

@@ -142,15 +142,10 @@ class BudgetController:
     def observe(
         self, selected_LE: Tensor, step: int, margins_LB: Tensor | None = None
     ) -> Tensor | None:
-        """Learn from the selections of a step.
+        """Learn from a step; returns [MoE layers, E] fp32 to add to the biases, None without any.
 
-        Args:
-            selected_LE: [MoE layers, E] selections over the global batch.
-            step: The step that made them.
-            margins_LB: [MoE layers, bins] of `margins.count_margins`, if `needs_margins`.
-
-        Returns:
-            [MoE layers, E] fp32 to add to the selection biases; None without a bias controller.
+        `selected_LE` are selections over the global batch, `margins_LB` the margins of
+        `margins.count_margins`, if `needs_margins`.
         """
         if self.needs_margins:
             assert margins_LB is not None, "without a gain the bias controller needs margins"
@@ -236,15 +231,10 @@ def _layers(chunks: Iterable[torch.nn.Module]) -> list[MoEPPLayer]:
 
 
 def bias_step(shares_LE: Tensor, wanted: float, num_ffn_experts: int, rate: float) -> Tensor:
-    """`delta b_i = mu (K_e/K * 1/F - T_i / (K T_all))` on FFN experts, 0 on the others.
+    """[L, E] `delta b_i = mu (K_e/K * 1/F - T_i / (K T_all))` on FFN experts, 0 on the others.
 
-    Source: LongCat-Flash (arXiv 2509.01322).
-
-    Args:
-        shares_LE: [L, E] each expert's share of a layer's selections, T_i / (K T_all).
-        wanted: K_e/K, the target of the FFN experts' share.
-        num_ffn_experts: F.
-        rate: mu.
+    `shares_LE` are T_i / (K T_all) of each layer, `wanted` is K_e/K, `rate` mu. Source:
+    LongCat-Flash (arXiv 2509.01322).
     """
     step_LE = torch.zeros(shares_LE.shape)
     ffn = slice(0, num_ffn_experts)

@@ -34,10 +34,6 @@ def within_capacity(
     [sequence position, sequence] order stays, on whichever rank it is.
 
     Args:
-        gates: [T, E] fp32, local tokens in [sequence position, sequence] order, 0 where not
-            selected.
-        routing_map: [T, E] bool, local selections.
-        config: `capacity_factor` must be set.
         group: Ranks that share the micro-batch (tensor x context, tensor fastest), or None for
             this rank only.
         context_parallel_size: Ranks of the group that share out a sequence in zigzag order.

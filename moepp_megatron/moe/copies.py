@@ -20,15 +20,10 @@ from torch.autograd.function import once_differentiable
 
 
 class Copies:
-    """A copy of a row for every true column of its entry in the map.
+    """A copy of a row for every true column of its entry in the map `wanted` [N, M].
 
-    Args:
-        wanted: [N, M] bool, the map of N rows and M columns.
-        count: C, its true entries, known on the host so that a GPU need not be waited for.
-
-    Attributes:
-        row: [C] int64, the row of each copy. Copies are in order of columns, then rows.
-        column: [C] int64, the column of each copy.
+    `count` are its C true entries, known on the host so that a GPU need not be waited for. `row`
+    and `column` are [C] int64, those of each copy, in order of columns, then rows.
     """
 
     def __init__(self, wanted: Tensor, count: int) -> None:
@@ -59,14 +54,10 @@ class Copies:
 
 
 def rows_of_tokens(routing_map: Tensor, slots: int) -> Tensor:
-    """Where the copies of each token are, for a kernel that adds them up in one pass.
+    """[T, slots] int32 numbers of each token's copies, for a kernel that adds them up in one pass.
 
-    Args:
-        routing_map: [T, M] bool: token t has a copy for each true column.
-        slots: Most copies of a token.
-
-    Returns:
-        [T, slots] int32 numbers of copies, in order of columns, then tokens; -1 in empty slots.
+    A token has a copy for each true column of `routing_map` [T, M], at most `slots`. Copies are in
+    order of columns, then tokens; -1 in empty slots.
     """
     # Counting along the columns numbers the copies: no sort, and no count for the host to wait for.
     by_column = routing_map.T

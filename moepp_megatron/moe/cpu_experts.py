@@ -44,13 +44,7 @@ class CPUExperts(SequentialMLP):
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
-        """Same as `SequentialMLP`: [rows, D] outputs times gates, and no bias.
-
-        Args:
-            permuted_local_hidden_states: [rows, D] tokens sorted by local expert.
-            tokens_per_expert: [local experts] rows of each.
-            permuted_probs: [rows] fp32 gates.
-        """
+        """Same as `SequentialMLP`: [rows, D] outputs times gates, sorted by expert, and no bias."""
         linears = [
             linear
             for expert in self.local_experts
@@ -176,12 +170,10 @@ class _Experts(torch.autograd.Function):
 def activation_grads(
     projected: Tensor, weighted_grad: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """SwiGLU's activation [n, F] again, and the gradients of `projected` and of the gates.
+    """SwiGLU's activation [n, F] again, and the gradients of `projected` and of the gates [n].
 
-    Args:
-        projected: [n, 2F] fc1's result: the gate's part, then the other factor.
-        weighted_grad: [n, F] gradient of the activation times its gates.
-        gates: [n] fp32.
+    `projected` is [n, 2F], fc1's result: the gate's part, then the other factor. `weighted_grad` is
+    [n, F], the gradient of the activation times its gates.
     """
     gate_part, up = projected.chunk(2, dim=-1)
     gated = F.silu(gate_part)

@@ -87,13 +87,8 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
     ) -> tuple[Tensor, Tensor]:
         """Copy every token [s, b, D] once for each rank that holds an expert of it.
 
-        Args:
-            routing_map: [T, F] bool, 0 to K selections per token.
-            probs: [T, F] gates, fp32 in training.
-
-        Returns:
-            [C, D] copies in order of ranks, then tokens; [S] gates in order of copies, then
-            experts.
+        Returns [C, D] copies in order of ranks, then tokens, and [S] gates (fp32 in training) in
+        order of copies, then experts.
         """
         self._hidden_shape = hidden_states.shape
         by_rank = (routing_map.shape[0], self.ep_size, self.num_local_experts)
@@ -171,10 +166,9 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
         return self._to_ranks.add_up(returned_CD).view(self._hidden_shape)
 
     def combine_rows(self, ticket: Tensor) -> tuple[Tensor, Tensor]:
-        """Replacement of `combine_postprocess` that leaves a token's sum to `kernels.combine`.
+        """[C, D] sums, and [T, slots] int32 indices of each token's sums, for `kernels.combine`.
 
-        Returns:
-            [C, D] the sums, and [T, slots] int32 indices of each token's sums.
+        Replaces `combine_postprocess`, which adds up a token's sums.
         """
         from moepp_megatron.moe.kernels.rows import rows_of_tokens
 

@@ -129,10 +129,9 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         return super().combine_postprocess(hidden_states)
 
     def combine_rows(self, ticket: Tensor) -> tuple[Tensor, Tensor]:
-        """Replacement of `combine_postprocess` that leaves a token's sum to `kernels.combine`.
+        """[R, D] outputs, and [T, slots] int32 indices of each token's, for `kernels.combine`.
 
-        Returns:
-            [R, D] the experts' outputs, and [T, slots] int32 indices of each token's outputs.
+        Replaces `combine_postprocess`, which adds up a token's outputs.
         """
         from moepp_megatron.moe.kernels.rows import rows_of_tokens
 

@@ -16,12 +16,9 @@ from moepp_megatron.moe.config import MoEPPConfig
 def within_groups(ranked: Tensor, affinities: Tensor, config: MoEPPConfig) -> Tensor:
     """`ranked` with -inf for FFN experts outside of a token's best groups.
 
-    Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
-
-    Args:
-        ranked: [T, E] fp32 by which experts are ranked; the result itself where all groups are
-            kept.
-        affinities: [T, E] fp32; of each group the K / `group_topk` largest are added up.
+    Both arguments are [T, E] fp32. A group counts by the sum of its K / `group_topk` largest
+    `affinities`. `ranked` itself is returned where all groups are kept. Source: DeepSeek-V3, arXiv
+    2412.19437, section 2.1.2.
     """
     if not config.limits_groups:
         return ranked

@@ -47,13 +47,9 @@ class GroupedExperts(CPUExperts):
     def compute(
         self, tokens: Tensor, gates: Tensor, tokens_per_expert: Tensor, weights: list[Tensor]
     ) -> Tensor:
-        """[R, D] outputs of all experts, times gates.
+        """[R, D] outputs of all experts times `gates` [R], of `tokens` [R, D] sorted by expert.
 
-        Args:
-            tokens: [R, D], sorted by expert.
-            gates: [R] fp32.
-            tokens_per_expert: [E] rows of each, on any device.
-            weights: fc1 [2F, D] and fc2 [D, F] of each expert in turn.
+        `tokens_per_expert` may be on any device; `weights` are fc1 [2F, D] and fc2 [D, F] in turn.
         """
         ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
         ends = ends.to(tokens.device, non_blocking=True)

@@ -51,16 +51,10 @@ def _edges_on(device: torch.device) -> Tensor:
 def count_margins(
     logits: Tensor, bias: Tensor, config: MoEPPConfig, padded: Tensor | None = None
 ) -> Tensor:
-    """Count the margins of one micro-batch.
+    """[B] int64 margins of a micro-batch in each bin, from logits as `selection.select` takes them.
 
-    Args:
-        logits: [T, E] fp32, as `selection.select` takes them.
-        bias: [E] fp32 selection bias.
-        padded: [T] bool tokens that do not count; None for none.
-
-    Returns:
-        [B] int64 margins in each bin. Those up to 0 are the FFN experts selected; FFN experts that
-        no bias can remove, for lack of zero-computation experts, are in the first bin.
+    Those up to 0 are the FFN experts selected; FFN experts that no bias can remove, for lack of
+    zero-computation experts, are in the first bin.
     """
     topk, ffn = config.router_topk, config.num_ffn_experts
     ranked_TE = score_of(config).scores(logits) + bias

@@ -79,12 +79,9 @@ class RouterHealth:
     ) -> None:
         """Measure the routing of one micro-batch.
 
-        Args:
-            logits: [T, E] fp32 that the selection was made from.
-            own_logits: [T, E] fp32 without the residual; `logits` itself where there is none.
-            routing_map: [T, E] bool selections that are carried out.
-            bias: [E] selection bias, or None.
-            padded: [T] bool tokens that are not measured; None for none.
+        `logits` are those that the selection was made from, `own_logits` the same without the
+        residual (`logits` itself where there is none), `routing_map` the selections that are
+        carried out.
         """
         config = self._config
         ffn_counts = self.count_ffn(routing_map)
@@ -120,10 +117,8 @@ class RouterHealth:
     def add_constants(self, gates: Tensor, mixing: Tensor, constants: Tensor) -> None:
         """Measure the constant experts of one micro-batch.
 
-        Args:
-            gates: [T, E] fp32.
-            mixing: [T, C, 2] fp32, parts of the input that each keeps and replaces.
-            constants: [C, D] their vectors.
+        `mixing` is [T, C, 2] fp32, parts of the input that each keeps and replaces; `constants` [C,
+        D].
         """
         gates_TC = gates[:, self._config.columns(CONSTANT)]
         replaced_TC = gates_TC * mixing[..., 1]

@@ -37,13 +37,11 @@ class RoutingStatistics:
 
     Attributes:
         selected: [E] selections of each expert, before any capacity limit.
-        wanted: [E] selections of the router before an FFN demand changed them; None without a
-            demand.
+        wanted: [E] selections of the router before FFN experts were forced; None where none were.
         tagged: Tokens and selections by the tokens' tags; None where none are counted.
         num_cells, num_groups, num_sources: How many there are to count by; 0 for no count.
         dropped: Selections that a capacity limit took away.
-        losses: By name (`BALANCE`, `Z_LOSS`), what `add_loss` added up and the sum of its weights.
-        num_tokens: Tokens seen, without padding.
+        losses: By name (`BALANCE`, `Z_LOSS`), the sum of what `add_loss` got, and of its weights.
         margins: [bins] int64 margins of FFN experts (`moe.margins`); None where none are counted.
         watches_margins: Whether they are to be counted.
         a2a_bytes: Bytes of hidden vectors that the dispatcher sent to other ranks, forward pass,
@@ -82,11 +80,9 @@ class RoutingStatistics:
     ) -> None:
         """Count one micro-batch.
 
-        Args:
-            selected: [E] int64 selections of each expert, all of them.
-            num_tokens: T; a scalar on the device where some tokens are padding, which do not count.
-            kept: [T, E] bool, the selections within capacity; None where nothing is dropped.
-            wanted: [E] int64 selections that the router wanted; None where that is `selected`.
+        `selected` and `wanted` are [E] int64 selections, made and wanted by the router; `wanted` is
+        None where they are the same. `num_tokens` is a scalar on the device where some tokens are
+        padding, which do not count. `kept` is [T, E] bool, None where nothing is dropped.
         """
         self.selected = selected if self.selected is None else self.selected + selected
         self.num_tokens = self.num_tokens + num_tokens

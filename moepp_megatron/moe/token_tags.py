@@ -25,10 +25,7 @@ GROUP, SOURCE = 16, 32
 class TokenTags:
     """Computes tags from token ids and positions.
 
-    Args:
-        seq_length: Length of a sequence.
-        position_bins: Ranges of positions, equally long.
-        frequency_bins: Classes of token ids.
+    Of `frequency_bins` classes and `position_bins` equal ranges of a sequence.
 
     Attributes:
         classes: [vocabulary] int64 class of each token id; None where all are in class 0.
@@ -56,11 +53,9 @@ class TokenTags:
     ) -> Tensor:
         """The tags of this rank's tokens, [s, b] int64, s local to this rank.
 
-        Args:
-            input_ids: [b, s] int64.
-            position_ids: [b, s] int64, from 0 to `seq_length` - 1.
-            is_sequence_parallel: Whether each tensor-parallel rank has its part of the sequence.
-            sources: [b, s] int32 data source of each token; None where there is only one.
+        `input_ids` and `position_ids` (from 0 to `seq_length` - 1) are [b, s] int64, `sources` [b,
+        s] int32, None where there is only one. With `is_sequence_parallel` each tensor-parallel
+        rank has its part of the sequence.
         """
         tags = position_ids * self.position_bins // self._seq_length * self.frequency_bins
         if self.classes is not None:
@@ -94,10 +89,9 @@ def sources(tags: Tensor) -> Tensor:
 class TagCounts(NamedTuple):
     """Counters by tags, int64, on the device; no rows where nothing is counted by one.
 
-    Attributes:
-        cells: [cells, 2] FFN experts that the router wants, and tokens.
-        groups: [groups, 3] FFN experts that it wants, those that it gets, and tokens.
-        sources: [sources, E] selections that are made.
+    `cells` are [cells, 2]: FFN experts that the router wants, and tokens. `groups` are [groups, 3]:
+    FFN experts that it wants, those that it gets, and tokens. `sources` are [sources, E]
+    selections.
     """
 
     cells: Tensor
@@ -126,13 +120,8 @@ def count_by_tags(
 ) -> None:
     """Count one micro-batch's tokens in place. `kernels.tags` does the same on a GPU.
 
-    Args:
-        counts: Counters to add to.
-        made: [T, E] bool selections before any capacity limit; none of padding.
-        wanted: [T, E] bool selections that the router wants; None where they are made.
-        tags: [s, b] int64 tags.
-        num_ffn: FFN experts, which are the first columns.
-        padded: [T] bool tokens that do not count; None for none.
+    `made` are [T, E] bool selections before any capacity limit, none of padding; `wanted` those
+    that the router wants, None where they are made. The first `num_ffn` columns are FFN experts.
     """
     if len(counts.sources):
         counts.sources.index_add_(0, sources(tags), made.long())

@@ -95,18 +95,11 @@ class ZeroComputationExperts(MegatronModule):
         addend: Tensor | None = None,
         mixing_logits: Tensor | None = None,
     ) -> Tensor | None:
-        """Add up the zero-computation experts' output.
+        """[T, D] output of the zero-computation experts, dtype of `x`, plus `addend` [T, D].
 
-        Args:
-            x: [T, D] the layer's input.
-            gates: [T, E] fp32 gates of all experts, 0 where not selected.
-            addend: [T, D], dtype of `x`, to add the output to, left as it is; None for nothing.
-            mixing_logits: [T, 2C] fp32 U x where the router has computed it
-                (`Routing.mixing_logits`); None has it computed here.
-
-        Returns:
-            [T, D], dtype of `x`, a new tensor that may be added to in place; None where there is
-            nothing to add up.
+        It is a new tensor that may be added to in place; None where there is nothing to add up.
+        `mixing_logits` are [T, 2C] fp32 U x where the router has computed them
+        (`Routing.mixing_logits`); None has them computed here.
         """
         moepp = self.moepp
         if moepp.num_zero_computation_experts == moepp.num_zero_experts:

@@ -73,7 +73,6 @@ def combine(
         zero: Inputs of zero-computation experts; None if they return 0. A token's gates of experts
             that it did not select must be 0; their gradient is meaningless.
         addend: [T, D] shared experts' output; None for none.
-        config: `expert_input_scale` and the experts' columns are read.
     """
     parts = (None,) * 5 if zero is None else tuple(zero)
     return _Combine.apply(rows, table, *parts, addend, config)

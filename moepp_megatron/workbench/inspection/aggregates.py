@@ -103,17 +103,10 @@ def by_frequency(trace: Trace, ids: np.ndarray) -> list[TokenGroup]:
 def extremes(
     trace: Trace, ids: np.ndarray, pieces: Sequence[str], length: int
 ) -> tuple[int, list[TokenGroup], list[TokenGroup]]:
-    """Tokens with the most and with the fewest FFN experts.
+    """Tokens with the most and with the fewest FFN experts, both with the most extreme first.
 
-    Args:
-        trace: The model's trace.
-        ids: [N] token ids.
-        pieces: N texts of the tokens.
-        length: Tokens to name at each end at most; an end never takes more than half.
-
-    Returns:
-        Least number of occurrences of a token that is named; the tokens with the most, and those
-        with the fewest FFN experts, both with the most extreme first.
+    At most `length` at each end, and never more than half; `pieces` are the texts of the tokens.
+    The first result is the least number of occurrences of a token that is named.
     """
     counts = Counter(ids.tolist())
     # A rare token's mean says little; a short text has no others.
