@@ -41,7 +41,7 @@ class MultiTokenLoss:
         config: TransformerConfig,
         cp_group: torch.distributed.ProcessGroup,
     ) -> Tensor:
-        """The hidden states [s, b, D] with the gradient of the loss of `further`, one of each depth.
+        """Hidden states [s, b, D] with the gradient of the loss of `further`, one of each depth.
 
         `labels` are [b, s] int64 next tokens, `loss_mask` [b, s] those that count (None for all),
         `token_losses` gives [b, s] losses of hidden states and labels; ranks of `cp_group` share a
