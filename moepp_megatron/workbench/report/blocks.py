@@ -98,7 +98,7 @@ class Page:
         kind: What it is: "MoE++ pilot".
         title: The largest heading.
         name: Whose page it is, where the title does not say.
-        lead: The result in a sentence.
+        lead: The result in a sentence, or a line for each.
         facts: Short descriptions.
         warnings: What a reader has to know before believing the numbers.
         cards: Headline numbers.

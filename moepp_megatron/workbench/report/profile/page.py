@@ -6,17 +6,23 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from moepp_megatron.version import __version__
 from moepp_megatron.workbench.profiling.analysis import Profile
 from moepp_megatron.workbench.profiling.compare import ProfileComparison, in_words
+from moepp_megatron.workbench.report.blocks import (
+    Cell,
+    Page,
+    Section,
+    Table,
+    Text,
+    render_page,
+)
 from moepp_megatron.workbench.report.drawing import plot_style, svg_data_uri
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.profile.findings import cards, findings
 from moepp_megatron.workbench.report.profile.plots import profile_plots
-from moepp_megatron.workbench.report.profile.tables import profile_tables
+from moepp_megatron.workbench.report.profile.tables import TextTable, profile_tables
 from moepp_megatron.workbench.report.profile.timeline import timeline
 from moepp_megatron.workbench.report.profile_comparison import comparison_figure
-from moepp_megatron.workbench.report.template import render_template
 
 
 def render(
@@ -29,30 +35,40 @@ def render(
         document: The same profile in the form of `profiling.document`.
         comparison: The comparison with another profile.
     """
-    changes = None
-    if comparison is not None:
-        with plot_style():
-            image = svg_data_uri(comparison_figure(comparison))
-        caption = "A rank's step: bars are exposed time, the largest change on top."
-        changes = {
-            "name": comparison.before.name,
-            "sentences": in_words(comparison),
-            "plot": Plot("What changed", caption, image, "Bars of changes by kind", True),
-        }
-    data = json.dumps(timeline(profile), separators=(",", ":"))
-    return render_template(
-        "profile.html.j2",
-        run=profile.name,
+    page = Page(
+        kind="Communication profile",
+        title=profile.name,
+        lead="\n".join(findings(profile)),
         facts=list(_facts(document)),
-        findings=findings(profile),
         cards=cards(profile),
-        plots=profile_plots(profile, document),
-        tables=profile_tables(document),
-        comparison=changes,
-        # Inside of a script element nothing but its end tag is special.
-        timeline=data.replace("</", "<\\/"),
-        version=__version__,
+        sections=[
+            *([_against(comparison)] if comparison is not None else []),
+            Section("Costs", profile_plots(profile, document)),
+            *map(_section, profile_tables(document)),
+        ],
+        sources="the run's traces",
+        command="moepp profile RUN",
     )
+    data = json.dumps(timeline(profile), separators=(",", ":"))
+    # Inside of a script element nothing but its end tag is special.
+    return render_page(page, "profile.html.j2", timeline=data.replace("</", "<\\/"))
+
+
+def _against(comparison: ProfileComparison) -> Section:
+    with plot_style():
+        image = svg_data_uri(comparison_figure(comparison))
+    caption = "A rank's step: bars are exposed time, the largest change on top."
+    plot = Plot("What changed", caption, image, "Bars of changes by kind", wide=True)
+    return Section(f"Against {comparison.before.name}", [Text(in_words(comparison)), plot])
+
+
+def _section(table: TextTable) -> Section:
+    rows = [
+        [Cell(text, "text" if i < table.words else "number") for i, text in enumerate(row)]
+        for row in table.rows
+    ]
+    caption = f"{table.unit[0].upper()}{table.unit[1:]}. {table.note}"
+    return Section(table.title, [Table(table.columns, rows, caption)])
 
 
 def _facts(document: dict[str, Any]) -> Iterator[str]:
