@@ -121,7 +121,7 @@ def layer(
         _refuse_unfit_fp8(recipe)
     from moepp_megatron.workbench.bench.contestants import single_process
     from moepp_megatron.workbench.bench.layer import LayerSetting, run_layer_benchmark
-    from moepp_megatron.workbench.report import bench, bench_bounds
+    from moepp_megatron.workbench.report import bench
     from moepp_megatron.workbench.report.progress import progress
 
     total = len(shape_names) * len(tau_values) * len(pass_names)
@@ -138,7 +138,7 @@ def layer(
             )
         )
     bench.print_table(results)
-    bench_bounds.print_bounds(results)
+    bench.print_bounds(results)
     if json_file is not None:
         bench.write_json(json_file, results)
         echo(f"results      {json_file}")
@@ -206,10 +206,10 @@ def card(
 
     quiet()
     from moepp_megatron.workbench.bench.card import measure_card
-    from moepp_megatron.workbench.report import bench, bench_bounds
+    from moepp_megatron.workbench.report import bench
 
     result = measure_card(names, size, None if megabytes is None else megabytes * 10**6)
-    bench_bounds.print_card(result, names)
+    bench.print_card(result, names)
     if json_file is not None:
         bench.write_records(json_file, result)
         echo(f"result       {json_file}")

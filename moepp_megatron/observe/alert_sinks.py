@@ -24,11 +24,7 @@ def open_alert_sinks(
     """``RUN/alerts.jsonl``, a line on the console, and the webhook if one is set.
 
     Args:
-        run_dir: The run's folder, which exists.
-        run_name: ``run.name``, sent to the webhook.
-        say: Function that prints a line.
         start_over: Whether the run begins at its first step; else earlier alerts are kept.
-        webhook_url_env: ``observe.webhook_url_env``.
     """
     wanted: dict[str, Callable[[], AlertSink]] = {
         ALERTS_FILE: lambda: AlertFile(run_dir / ALERTS_FILE, start_over)

@@ -22,13 +22,10 @@ class Alert(BaseModel):
     """One alert (one line of ``RUN/alerts.jsonl``).
 
     Attributes:
-        step: Optimizer steps done when it was raised.
         time: Time of the alert, seconds since 1970 (UTC).
         rule: Name of the rule that raised it, such as ``dead_expert``.
-        metric: The metric that the rule looks at.
         value: Its value; NaN is written as null.
         condition: Condition of the rule, such as ``< 0.2 for 50 steps``.
-        severity: ``info`` (also: back to normal), ``warning`` or ``critical``.
         action: The action taken, such as ``warn`` or ``safe_mode``.
         layer: Number of the transformer layer from 1, for a metric of one layer.
         cause: What a shift is due to: ``data`` (loss and routing, or token ids, have changed),
@@ -86,7 +83,6 @@ class AlertFile:
     are repeated.
 
     Args:
-        path: The file; its folder exists.
         start_over: Begin an empty file, for a run that begins at its first step.
 
     Raises:
@@ -113,11 +109,7 @@ class AlertFile:
 
 
 class AlertLines:
-    """Prints each alert as one line.
-
-    Args:
-        say: Function that prints a line, such as ``ConsoleSink.message``.
-    """
+    """Prints each alert as one line."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -131,11 +123,7 @@ class AlertLines:
 
 
 class AlertSinks:
-    """Passes each alert to every sink. A failure is printed; the sink is tried again next time.
-
-    Args:
-        sinks: Open sinks, which it closes.
-    """
+    """Passes each alert to every sink. A failure is printed; the sink is tried again next time."""
 
     def __init__(self, sinks: Sequence[AlertSink]) -> None:
         self._sinks = list(sinks)

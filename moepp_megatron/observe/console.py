@@ -16,13 +16,7 @@ class ConsoleSink:
     """A progress bar on a terminal, one plain line for each record elsewhere."""
 
     def __init__(self, total_steps: int, phi: float, console: Console | None = None) -> None:
-        """Opens the sink.
-
-        Args:
-            total_steps: Steps of the whole run.
-            phi: FFN share under perfect balance, shown beside the measured one.
-            console: Console to print on; None for standard output.
-        """
+        """Opens the sink."""
         self._total_steps = total_steps
         self._phi = phi
         self._console = console if console is not None else Console()

@@ -16,7 +16,6 @@ class LineFile:
 
     Args:
         path: The file, which this process alone writes; its folder exists.
-        start_over: Begin an empty file.
 
     Raises:
         OSError: It cannot be opened.

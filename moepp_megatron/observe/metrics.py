@@ -30,9 +30,6 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     A last line that a killed run left unfinished is ignored. If steps were repeated after a
     restart, the later records count.
 
-    Args:
-        path: The file.
-
     Returns:
         At least one record, steps strictly increasing.
 
@@ -47,7 +44,9 @@ def read_metrics(path: Path) -> list[StepMetrics]:
             f"{path}: cannot be read ({error.strerror}); name the folder of a run that "
             "`moepp train` has started"
         ) from error
-    records = _parse_metrics(content, str(path))
+    records, damaged = scan_metrics(content)
+    for number, reason in damaged.items():
+        raise MetricsError(f"{path}:{number}: {reason}")
     if not records:
         raise MetricsError(
             f"{path}: has no complete record yet; wait for the first logged step "
@@ -56,19 +55,8 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     return records
 
 
-def _parse_metrics(content: bytes, source: str) -> list[StepMetrics]:
-    """Parses the bytes of a ``metrics.jsonl``; see ``read_metrics``."""
-    records, damaged = scan_metrics(content)
-    for number, reason in damaged.items():
-        raise MetricsError(f"{source}:{number}: {reason}")
-    return records
-
-
 def scan_metrics(content: bytes) -> tuple[list[StepMetrics], dict[int, str]]:
     """The records of a ``metrics.jsonl``, and the errors of invalid lines.
-
-    Args:
-        content: The file's bytes, possibly none.
 
     Returns:
         Records with strictly increasing steps; line number (from 1) to reason. An unfinished last

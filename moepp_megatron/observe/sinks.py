@@ -46,7 +46,6 @@ class Sinks:
         Args:
             required: Sinks whose failure must stop the run, since the record would be lost.
             optional: Sinks that are a convenience.
-            say: Function that prints a line between the records that are shown.
         """
         self._required = list(required)
         self._optional = list(optional)
@@ -100,13 +99,7 @@ class Sinks:
 
 @dataclass(frozen=True)
 class WandbRun:
-    """Arguments with which a run at W&B is opened.
-
-    Attributes:
-        settings: ``observe.wandb``, with a project.
-        name: ``run.name``.
-        config: The resolved configuration.
-    """
+    """Arguments with which a run at W&B is opened."""
 
     settings: WandbSection
     name: str
@@ -118,14 +111,9 @@ class SinkSettings:
     """What sinks are opened with.
 
     Attributes:
-        run_dir: The run's folder.
-        experts: Counts of the run's MoE layers.
         phi: Target of the FFN share, which the console shows.
-        total_steps: ``training.train_iters``.
         resume_step: The first step that will be written; see ``JsonlSink``.
-        wandb: The run at W&B; None for none.
         moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
-        plugins: ``observe.sinks``.
     """
 
     run_dir: Path

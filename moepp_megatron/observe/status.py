@@ -34,7 +34,6 @@ class ProcessId(BaseModel):
     """A process of a machine.
 
     Attributes:
-        pid: Its number.
         started: Its start time, seconds since 1970, because a pid may be reused.
     """
 
@@ -66,8 +65,6 @@ class RunStatus(BaseModel):
 
     Attributes:
         state: ``running``, or ``ended`` where training came to its end or stopped on request.
-        host: Name of their machine.
-        pid: The process that writes the records; before it exists, the launcher.
         started: When that process began, seconds since 1970.
         time: When this was written.
         launcher: The launcher that has claimed the folder and starts ranks anew; None for none.

@@ -32,9 +32,6 @@ class Tail:
 
     A line counts once it has its line end. Resuming a run replaces or cuts its files; this is
     detected by the file's identity, its length, and the bytes before the present position.
-
-    Args:
-        path: The file; it may appear later, or vanish.
     """
 
     def __init__(self, path: Path) -> None:

@@ -35,8 +35,6 @@ class TensorBoardSink:
         """Opens the sink.
 
         Args:
-            folder: ``RUN/tensorboard``.
-            experts: Names the entries of ``expert_share``.
             resume_step: The first step that will be written from now on; TensorBoard hides
                 events of an earlier attempt from there on.
             moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...

@@ -56,9 +56,7 @@ class StoredUsage:
         """Read a file.
 
         Args:
-            path: The file.
             settings: Gives the amount of noise to keep.
-            name: The setting that names it, for messages.
 
         Raises:
             ConfigError: If it does not exist, or is not such a file.

@@ -31,11 +31,6 @@ class WandbSink:
     source code.
 
     Args:
-        settings: ``observe.wandb``, with a project.
-        run_dir: The run's folder; offline files lie in ``RUN/wandb``.
-        name: ``run.name``.
-        config: The resolved configuration, shown beside the run.
-        experts: Names the entries of ``expert_share``.
         go_on: Whether the run resumes from a checkpoint: then the same W&B run continues too.
         moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
 

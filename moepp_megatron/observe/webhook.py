@@ -44,9 +44,6 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def read_address(variable: str) -> str:
     """The address that an environment variable holds.
 
-    Args:
-        variable: Its name (``observe.webhook_url_env``).
-
     Raises:
         WebhookAddressError: If it is not set, or is neither an https address nor one of this
             machine.
@@ -78,8 +75,6 @@ class Webhook:
     is tried a few times. Failures are logged once until one gets through, never with the address.
 
     Args:
-        address: The address; see ``read_address``.
-        run: Name of the run.
         timeout_s: Longest wait for the service, each time that it is waited for.
         retry_s: Pause before the second attempt; doubled before each further one.
     """

@@ -17,11 +17,6 @@ class Sampler:
     """Samples a source every `interval_s` seconds until stopped.
 
     A source that fails is given up with a warning, because telemetry must not end a run.
-
-    Args:
-        source: The devices.
-        interval_s: Seconds between samples.
-        clock: Function that returns seconds.
     """
 
     def __init__(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import psutil
 
@@ -12,38 +11,36 @@ from moepp_megatron.observe.telemetry.usage import DeviceSample
 from moepp_megatron.runtime.nvml import Nvml
 
 
-class TelemetrySource(Protocol):
-    """The devices of one node."""
+class TelemetrySource:
+    """The devices of one node; a source of which only samples are known, such as a CPU's."""
 
     @property
     def devices(self) -> int:
         """Number of GPUs; 0 if the devices are not GPUs."""
-        ...
+        return 0
 
     def sample(self) -> list[DeviceSample]:
         """Take one sample of every device."""
-        ...
+        raise NotImplementedError
 
     def energy_j(self) -> float | None:
         """Energy of all devices since some start, J; None if any does not report it."""
-        ...
+        return None
 
     def faults(self) -> list[str]:
         """Faults since the last call, in words."""
-        ...
+        return []
 
     def close(self) -> None:
         """Close the source; no more calls follow."""
-        ...
 
 
-class GpuSource:
+class GpuSource(TelemetrySource):
     """GPUs of this node.
 
     Args:
         uuids: The GPUs that the run uses, "GPU-...".
         nvml: An open NVML, which is closed with this.
-        clock: Function that returns seconds, for rates from counters.
     """
 
     def __init__(
@@ -106,31 +103,15 @@ class GpuSource:
         self._nvml.close()
 
 
-class CpuSource:
-    """All cores and the memory of this node."""
+class CpuSource(TelemetrySource):
+    """All cores and the memory of this node; only the administrator may read a CPU's energy."""
 
     def __init__(self) -> None:
         # The first call only marks the start of what the next one measures.
         psutil.cpu_percent()
-
-    @property
-    def devices(self) -> int:
-        """Number of GPUs: none."""
-        return 0
 
     def sample(self) -> list[DeviceSample]:
         """Take one sample: use of the cores since the one before, and present use of memory."""
         memory = psutil.virtual_memory()
         used = memory.total - memory.available
         return [DeviceSample(utilization=psutil.cpu_percent() / 100.0, memory_bytes=used)]
-
-    def energy_j(self) -> float | None:
-        """None: only the administrator may read a CPU's energy counters."""
-        return None
-
-    def faults(self) -> list[str]:
-        """No faults: a CPU is not checked."""
-        return []
-
-    def close(self) -> None:
-        """Close nothing."""

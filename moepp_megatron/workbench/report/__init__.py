@@ -1,13 +1,11 @@
 """Pages of runs: plots and numbers from ``config.yaml`` and ``metrics.jsonl`` alone.
 
 alerts.py              A run's alerts on its page: a table, and marks where they fall on curves
-bench.py               results of `moepp bench layer`: a table, JSON, a plot
-bench_bounds.py        results of `moepp bench card`, and of layers beside them
+bench.py               results of `moepp bench`: tables, JSON, a plot
 blocks.py              a page as a list of plots, tables and texts, which one template draws
 cards.py               the headline numbers of a run
 comparison.py          several runs: how far each has come, and the settings that differ
-comparison_page.py     the page of several runs
-comparison_plots.py    the curves of several runs over each other
+comparison_page.py     the page of several runs, with their curves over each other
 curves.py              plots over the course of training
 drawing.py             the look that all plots share, and turning a figure into text for the page
 expert_plots.py        plots of who gets the selections: by expert, by kind, by MoE layer

@@ -59,7 +59,6 @@ def mark_alerts(axes: Axes, alerts: Sequence[Alert], steps: Sequence[int]) -> No
     """Draw a vertical line at each alert's step.
 
     Args:
-        axes: Axes with steps on the horizontal axis, whose curve has been drawn.
         alerts: Alerts of the run; those outside of `steps`, and ends of alerts (`info`), are left
             out.
         steps: Steps of the curve, increasing.

@@ -18,9 +18,7 @@ class Cell:
     """One cell of a table.
 
     Attributes:
-        text: Its content.
         look: How it is set: as text, a number (on the right), a comment, code, or a badge.
-        note: Small text below it.
         bars: Parts of a stacked bar in its place: share of the width, colour, text for the pointer.
         pick: With a name, it is a button whose `data-NAME` is the text, for the page's script.
     """
@@ -42,11 +40,8 @@ class Table:
     """A table; a heading stands as its column's cells of the first row do.
 
     Attributes:
-        head: Headings of the columns; empty for none.
         rows: Cells by row, as many as headings; the first one names its row.
-        caption: Small text below it.
         strong: Indices of rows to emphasise.
-        title: A heading in its panel.
         wide: Whether it takes the whole width of the page.
     """
 
@@ -82,7 +77,6 @@ class Section:
     """Blocks below a heading.
 
     Attributes:
-        title: The heading; empty for none.
         blocks: Plots in two columns, unless they are wide; all else in the full width.
     """
 
@@ -96,13 +90,9 @@ class Page:
 
     Attributes:
         kind: What it is: "MoE++ pilot".
-        title: The largest heading.
         name: Whose page it is, where the title does not say.
         lead: The result in a sentence, or a line for each.
-        facts: Short descriptions.
         warnings: What a reader has to know before believing the numbers.
-        cards: Headline numbers.
-        sections: All that follows.
         sources: The files that it is made of.
         command: What makes it again.
     """
@@ -123,7 +113,6 @@ def render_page(page: Page, template: str = "page.html.j2", **values: object) ->
     """The page's HTML, which needs no other file and no network.
 
     Args:
-        page: The page.
         template: `page.html.j2`, or one that extends it.
         values: What that one names besides.
     """

@@ -10,14 +10,7 @@ from moepp_megatron.workbench.report.summary import RunSummary
 
 @dataclass(frozen=True)
 class Card:
-    """One headline number.
-
-    Attributes:
-        label: What it is.
-        value: The formatted number.
-        note: How to read it.
-        accent: Whether it is emphasised.
-    """
+    """One headline number."""
 
     label: str
     value: str
@@ -27,11 +20,7 @@ class Card:
 
 def headline_cards(run: RunData, summary: RunSummary, savings: Savings) -> list[Card]:
     """The headline numbers in the order of the page."""
-    return [
-        *_loss_cards(summary),
-        *_saving_cards(run, summary, savings),
-        *_speed_cards(summary),
-    ]
+    return [*_loss_cards(summary), *_saving_cards(run, summary, savings), *_speed_cards(summary)]
 
 
 def _loss_cards(summary: RunSummary) -> list[Card]:

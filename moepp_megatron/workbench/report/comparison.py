@@ -42,9 +42,6 @@ class ComparedRun:
     """One run among others.
 
     Attributes:
-        name: Path below the folder that all runs have in common; no two are equal.
-        data: The run.
-        summary: Its numbers.
         settings: Its configuration, `section.key` to a value as text.
         tokens: Tokens trained on at each record, [n] float64.
         seconds: Time in training steps until each record, [n] float64; NaN from a record on that
@@ -64,12 +61,7 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting that differs.
-
-    Attributes:
-        name: Its name.
-        values: Its value in each run.
-    """
+    """A setting that differs."""
 
     name: str
     values: list[str]
@@ -77,9 +69,6 @@ class Setting:
 
 def load_runs(folders: Sequence[Path]) -> list[ComparedRun]:
     """Read runs; one that is named twice is read once.
-
-    Args:
-        folders: Folders of runs.
 
     Raises:
         ReportError: Fewer than two runs, too many, or one that cannot be read.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.blocks import (
@@ -29,9 +31,10 @@ from moepp_megatron.workbench.report.comparison import (
     loss_at,
     losses_differ_in_meaning,
 )
-from moepp_megatron.workbench.report.comparison_plots import comparison_plots
-from moepp_megatron.workbench.report.drawing import plot_style
-from moepp_megatron.workbench.report.series import values
+from moepp_megatron.workbench.report.drawing import LINE_COLOURS, plot_style, short_name
+from moepp_megatron.workbench.report.lines import Dashes, Frame, Line, line_plot
+from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.series import finite, values
 
 DEFAULT_OUT = Path("comparison.html")
 # A configuration that somebody has made up may have thousands.
@@ -44,16 +47,18 @@ _RESULTS = (
     "without experts that tokens did not take."
 )
 
+_DASHES: tuple[Dashes, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
+# Colours first, then the next dashes.
+_LOOKS = [(colour, dashes) for dashes in _DASHES for colour in LINE_COLOURS]
+
+Axis = Callable[[ComparedRun], np.ndarray | None]
+
 
 def build_comparison(folders: Sequence[Path], out: Path = DEFAULT_OUT) -> Path:
     """Write a page that lays runs over each other.
 
     The page is ASCII, needs no other file and makes no network requests. The same inputs give
     the same bytes.
-
-    Args:
-        folders: Folders of at least two runs, finished or not.
-        out: The page to write.
 
     Returns:
         `out`.
@@ -68,7 +73,7 @@ def _page(runs: Sequence[ComparedRun]) -> Page:
     settings = differing_settings(runs)
     names = [run.name for run in runs]
     with plot_style():
-        plots = comparison_plots(runs)
+        plots = _plots(runs)
     results = [[Cell(run.name), *map(number, _results(run))] for run in runs]
     sections = [
         Section("Results", [Table(("Run", *_HEADINGS), results, _RESULTS)]),
@@ -178,3 +183,61 @@ def _finite_median(values: np.ndarray) -> float:
 
 def _shown(value: float, text: str) -> str:
     return text if math.isfinite(value) else "-"
+
+
+def _plots(runs: Sequence[ComparedRun]) -> list[Plot]:
+    """Loss over tokens, time and FLOPs; FFN share and step time over tokens."""
+
+    def validation(axes: Axes) -> None:
+        for run, (colour, _) in zip(runs, _LOOKS, strict=False):
+            x, y = finite(run.tokens, values(run.data.records, "valid_loss"))
+            axes.plot(x, y, "D", color=colour, markersize=4.5)
+
+    loss, seconds = "loss (nats)", "training time (s)"
+    return [
+        _plot(runs, "Loss over tokens", _tokens, "loss",
+              "Token mean over the global batch. Diamonds: validation loss.",
+              Frame(loss, x="tokens", wide=True, height=4.0, change=validation)),
+        _plot(runs, "Loss over time", lambda r: r.seconds, "loss",
+              "Time in training steps, without start, evaluation and checkpoints. It compares "
+              "machines and layouts as well as models.", Frame(loss, x=seconds, height=3.6)),
+        _plot(runs, "Loss over FLOPs", lambda r: r.flops, "loss",
+              "Forward and backward pass; experts that tokens did not take do not count.",
+              Frame(loss, x="model FLOP", height=3.6)),
+        _plot(runs, "FFN share of all selections", _tokens, "ffn_fraction",
+              "What lies below 100% is expert work that was not done.",
+              Frame("FFN share", formatting.percent, "tokens", 0, 1.02, height=3.6)),
+        _plot(runs, "Step time", _tokens, "step_time_s",
+              "Wall time of a step. Single slow steps, as the first, may lie above the picture.",
+              Frame("seconds", x="tokens", height=3.6, change=_without_peaks)),
+    ]  # fmt: skip
+
+
+def _tokens(run: ComparedRun) -> np.ndarray:
+    return run.tokens
+
+
+def _without_peaks(axes: Axes) -> None:
+    """Cut the axis where the first step, which warms up, would flatten all others."""
+    medians = [np.median(np.asarray(line.get_ydata(), np.float64)) for line in axes.get_lines()]
+    axes.set_ylim(0, min(axes.get_ylim()[1], 3 * max(medians)))
+
+
+def _plot(
+    runs: Sequence[ComparedRun], title: str, axis: Axis, key: str, caption: str, frame: Frame
+) -> Plot:
+    """One number of all runs over one axis; runs without two points are named instead."""
+    lines, absent = [], []
+    for run, (colour, dashes) in zip(runs, _LOOKS, strict=False):
+        x = axis(run)
+        points = finite(*(2 * [np.empty(0)] if x is None else (x, values(run.data.records, key))))
+        if len(points.x) < 2:
+            absent.append(run.name)
+        else:
+            lines.append(Line(short_name(run.name), points, colour, dashes))
+    if absent:
+        caption += f" Fewer than two points: {', '.join(absent)}."
+    if not lines:
+        return Plot(title, caption, None, f"No run has two finite points ({', '.join(absent)}).")
+    plot = line_plot(title, caption, lines, frame)
+    return dataclasses.replace(plot, alt=f"{title}. {plot.alt}")

@@ -22,11 +22,7 @@ from moepp_megatron.workbench.report.series import finite, series, values
 
 def curve_plots(run: RunData) -> list[Plot]:
     """All plots over steps, in the order of the page: what the catalogue draws, among the rest."""
-    placed = [
-        (0, loss_plot(run)),
-        (1, _ffn_share_plot(run)),
-        (2, _a2a_plot(run)),
-    ]
+    placed = [(0, loss_plot(run)), (1, _ffn_share_plot(run)), (2, _a2a_plot(run))]
     placed += [
         (drawn.place, plain_plot(run, key, drawn)) for key, drawn in own_plots(run, "training")
     ]

@@ -127,12 +127,7 @@ def _expert_bars(run: RunData) -> Plot:
     )
     if config.experts.num_zero_computation_experts:
         caption += f"; for an FFN expert it is tau = {config.moe.tau:g} times that of the others"
-    return Plot(
-        title,
-        f"{caption}.",
-        svg_data_uri(figure),
-        f"By kind: {by_kind}.",
-    )
+    return Plot(title, f"{caption}.", svg_data_uri(figure), f"By kind: {by_kind}.")
 
 
 def _kinds_over_time(run: RunData) -> Plot:

@@ -82,7 +82,6 @@ def rate(value: float, unit: str) -> tuple[float, str]:
 
     Args:
         value: The largest value to be shown, in FLOP/s, bytes/s or the like.
-        unit: `FLOP/s`, `bytes/s`.
 
     Returns:
         The divisor, and the unit's name.

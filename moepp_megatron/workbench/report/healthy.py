@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from moepp_megatron import catalogue
 from moepp_megatron.config.guard_rules import DEFAULT_RULES, lasting
 from moepp_megatron.config.schema.routing_guard import GuardRule
 
-
-class HealthyMetric(NamedTuple):
-    """A metric of the routers.
-
-    Attributes:
-        name: Its name in `metrics.jsonl` and the monitor.
-        meaning: Its meaning in plain words.
-        healthy: Its range, layer by layer, in a healthy run of the quickstart model.
-        wrong: Sign of a problem: in words, or a default rule of the routing guard.
-    """
-
-    name: str
-    meaning: str
-    healthy: str
-    wrong: str
-
-
 # A test holds the ranges to the page.
-METRICS = tuple(
-    HealthyMetric(name, row.meaning, row.healthy, row.wrong)
-    for name, row in catalogue.METRICS.items()
-    if row.wrong
-)
+METRICS = {name: row for name, row in catalogue.METRICS.items() if row.wrong}
 
 # Of the run that the ranges are from; an entropy is drawn as a share of log E.
 QUICKSTART_EXPERTS = 12
@@ -45,13 +22,8 @@ def healthy_range(name: str) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def metrics_in_words() -> list[HealthyMetric]:
-    """Every metric, with the conditions of the guard's rules written out."""
-    return [metric._replace(wrong=wrong_in_words(metric.wrong)) for metric in METRICS]
-
-
 def wrong_in_words(wrong: str) -> str:
-    """`HealthyMetric.wrong` in words."""
+    """A row's `wrong`, with the condition of a rule of the guard written out."""
     rule = guard_rule(wrong)
     return wrong if rule is None else _condition(rule)
 

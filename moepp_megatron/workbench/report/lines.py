@@ -34,10 +34,6 @@ class Line:
     """One line.
 
     Attributes:
-        label: Its name in the legend and in words.
-        points: Its points.
-        colour: Its colour.
-        dashes: Its dashes.
         marker: A marker for each point, of numbers that few records have; then one is enough.
         raw: Whether its values have no noise to smooth.
     """
@@ -59,10 +55,8 @@ class Frame:
         show: How values are written.
         x: Label of the horizontal axis; empty for steps.
         bottom: Lowest value of the vertical axis; None for that of the lines.
-        top: Highest value, likewise.
         levels: Horizontal lines to compare with: name and height.
         healthy: The range of a healthy run.
-        alerts: Alerts to mark.
         wide: Whether it takes the whole width of the page.
         height: Of the picture, inches.
         change: Called with the axes at the end, for what no other field says.

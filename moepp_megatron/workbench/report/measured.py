@@ -51,7 +51,7 @@ def print_measured(comparisons: Sequence[Comparison]) -> None:
     for pair in pairs:
         print_whole(
             f"ratio: {pair.predicted:.2f}, measured {pair.measured:.2f} ({pair.error:+.1%}): "
-            f"{pair.name}",
+            f"{pair.name}"
         )
     ignoring: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for one in comparisons:

@@ -20,7 +20,7 @@ from moepp_megatron.workbench.report.curves import curve_plots
 from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.expert_plots import expert_plots
 from moepp_megatron.workbench.report.hardware import hardware_cards, hardware_plots
-from moepp_megatron.workbench.report.healthy import metrics_in_words
+from moepp_megatron.workbench.report.healthy import METRICS, wrong_in_words
 from moepp_megatron.workbench.report.router_health_plots import health_plots
 from moepp_megatron.workbench.report.run_data import RunData, load_run
 from moepp_megatron.workbench.report.savings import Savings, compute_savings
@@ -37,8 +37,6 @@ def build_report(folder: str | Path, *others: str | Path, out: str | Path | None
     file and makes no network requests. The same inputs give the same bytes.
 
     Args:
-        folder: A run's folder.
-        others: Folders of runs to compare it with.
         out: The page; by default `report.html` in the run's folder, and `comparison.html` in the
             working directory for several runs.
 
@@ -107,12 +105,12 @@ _HEALTH = (
 def _healthy() -> Table:
     rows = [
         [
-            Cell(metric.name, "code"),
-            Cell(metric.meaning, "comment"),
-            number(metric.healthy),
-            Cell(metric.wrong, "comment"),
+            Cell(name, "code"),
+            Cell(row.meaning, "comment"),
+            number(row.healthy),
+            Cell(wrong_in_words(row.wrong), "comment"),
         ]
-        for metric in metrics_in_words()
+        for name, row in METRICS.items()
     ]
     head = ("Metric", "What it is", "Healthy, layer by layer", "Something is wrong")
     caption = (

@@ -40,16 +40,8 @@ _BARS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("embedding, output layer, loss", "#52606d", ("output",)),
     ("recomputation", "#f0e442", ("recomputation",)),
-    (
-        "expert exchange, exposed",
-        VERMILION,
-        ("expert exchange", "sizes of the exchange"),
-    ),
-    (
-        "tensor and context parallel",
-        "#e69f00",
-        ("tensor parallel", "context parallel"),
-    ),
+    ("expert exchange, exposed", VERMILION, ("expert exchange", "sizes of the exchange")),
+    ("tensor and context parallel", "#e69f00", ("tensor parallel", "context parallel")),
     ("waiting for the host", "#000000", ("waiting for the host",)),
     ("pipeline: bubble and transfers", "#cc79a7", ("pipeline bubble", "pipeline transfers")),
     ("data parallel, optimizer", GREEN, ("data parallel", "optimizer")),
@@ -87,7 +79,7 @@ def print_plan(plan: Plan, tokens: float, price: float | None) -> None:
     if load is not None and load.mean > 1:
         print_whole(
             f"fullest rank over mean, in a layer: {load.mean:.2f} on average (half of the layers "
-            f"below {load.median:.2f}, nine in ten below {load.p90:.2f}); times hold the average",
+            f"below {load.median:.2f}, nine in ten below {load.p90:.2f}); times hold the average"
         )
     print_whole(how_well(errors))
 
@@ -176,12 +168,6 @@ def write_json(path: Path, plan: Plan, tokens: float, price: float | None) -> No
     """Write a list of layouts, those that fit first, then by step time.
 
     The record of the plan, which `--out` writes, has `plan: true`.
-
-    Args:
-        path: The file.
-        plan: The plan.
-        tokens: Tokens of the run.
-        price: Price of a GPU hour.
     """
     layers = plan.config.model.num_layers
     shown = [*plan.layouts, *plan.baselines]

@@ -13,12 +13,7 @@ from moepp_megatron.workbench.report.terminal import titled_table
 
 
 def models_table(plan: Plan, errors: Range | None) -> Table:
-    """Speed of each model in its fastest layout, and beside vanilla in the same one.
-
-    Args:
-        plan: The plan.
-        errors: How far such estimates were off.
-    """
+    """Speed of each model in its fastest layout, and beside vanilla in the same one."""
     title = "MoE++ beside vanilla, each in its fastest layout"
     names = ("phi", "step s", "range", "speed-up", "same layout", "tok/s/GPU", "a2a")
     table = titled_table(title, "model", *names, words=1)
@@ -55,14 +50,7 @@ def model_name(planned: Planned) -> str:
 
 
 def outlooks_table(plan: Plan, tokens: float, price: float | None, errors: Range | None) -> Table:
-    """Days, energy and money of a whole run of each model.
-
-    Args:
-        plan: The plan.
-        tokens: Tokens to train on.
-        price: Price of a GPU hour.
-        errors: How far such estimates were off.
-    """
+    """Days, energy and money of a whole run of each model."""
     title = f"a run of {formatting.big_count(tokens)} tokens, with checkpoints and failures"
     names = ["days", "of these lost", "range", "GPU hours", "MWh"]
     if price is not None:

@@ -8,11 +8,9 @@ class Plot:
     """A titled picture with its text.
 
     Attributes:
-        title: Heading.
         caption: What the plot shows and how it is computed.
         image: ``data:`` address of the picture; None if there is nothing to draw.
         alt: The picture in words; without a picture, why there is none.
-        wide: Whether it takes the whole width of the page.
     """
 
     title: str

@@ -15,14 +15,7 @@ from moepp_megatron.workbench.profiling.compare import (
     in_words,
     kind_name,
 )
-from moepp_megatron.workbench.report.drawing import (
-    GREEN,
-    INK,
-    MUTED,
-    PAPER,
-    VERMILION,
-    new_figure,
-)
+from moepp_megatron.workbench.report.drawing import GREEN, INK, MUTED, PAPER, VERMILION, new_figure
 
 # More than these are read in the words.
 _MOST_BARS = 14

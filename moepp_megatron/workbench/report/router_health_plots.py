@@ -37,8 +37,6 @@ class HealthSeries(NamedTuple):
     """Numbers of all MoE layers over steps.
 
     Attributes:
-        label: Text in the legend.
-        colour: Colour of line and band.
         values: Function from a record to its [MoE layers] numbers, or None if it has none.
     """
 

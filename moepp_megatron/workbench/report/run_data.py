@@ -141,9 +141,6 @@ class RunData:
     """A run as read from its folder.
 
     Attributes:
-        folder: The run's folder.
-        config: The configuration the report computes with.
-        config_text: The text of ``config.yaml``.
         records: At least one record, steps strictly increasing.
         alerts: Alerts in the order of time, including those of steps that were repeated.
     """
@@ -214,7 +211,6 @@ def name_below(base: Path, folder: Path) -> str:
 
     Args:
         base: That folder, absolute.
-        folder: The run's, absolute, in `base` or `base` itself.
     """
     below = str(folder.relative_to(base))
     return printable(folder.name if below == "." else below, keep="")

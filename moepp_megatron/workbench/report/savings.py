@@ -19,8 +19,6 @@ class LayerWork:
 
     Attributes:
         experts_per_token: FFN experts per token in one layer.
-        ffn: FFN experts.
-        router: Gate and gating residual.
         zero_computation: The closed form of the zero-computation experts.
     """
 
@@ -40,8 +38,6 @@ class Savings:
     """A run against the vanilla layer of the same size.
 
     Attributes:
-        measured: This run's work.
-        vanilla: The vanilla layer's.
         ffn_fraction: FFN share, settled (see `RunSummary`); the work is computed from it.
         expert_work_saved: ``1 - ffn_fraction``.
         speed_limit: ``1 / ffn_fraction``; infinite if no token took an FFN expert.
@@ -66,8 +62,6 @@ def vanilla_a2a_bytes(dispatcher: str, measured: float, ffn_fraction: float) -> 
     """All-to-all bytes if every selection went to an FFN expert, in the same layout.
 
     Args:
-        dispatcher: `moe.dispatcher`.
-        measured: Bytes of the FFN-routed selections.
         ffn_fraction: Their share of all selections.
 
     Returns:

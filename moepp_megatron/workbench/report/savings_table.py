@@ -27,7 +27,7 @@ def savings_table(run: RunData, summary: RunSummary, savings: Savings) -> Table:
         f"token, forward, in all {len(run.config.moe_layers)} MoE layers; the backward pass of "
         "the experts costs twice as much on both sides. Shares and bytes of a step are means over "
         f"the last tenth of the records ({summary.window}), in which the FFN share was "
-        f"{formatting.percent(savings.ffn_fraction)}.",
+        f"{formatting.percent(savings.ffn_fraction)}."
     ]
     if math.isfinite(savings.speed_limit):
         notes.append(
@@ -82,13 +82,7 @@ def _work_rows(run: RunData, savings: Savings) -> list[Row]:
             measured.zero_computation,
             formatting.flops,
         ),
-        _difference(
-            _ALL_WORK,
-            "sum of the three",
-            vanilla.total,
-            measured.total,
-            formatting.flops,
-        ),
+        _difference(_ALL_WORK, "sum of the three", vanilla.total, measured.total, formatting.flops),
     ]
 
 
@@ -121,18 +115,11 @@ def _traffic_rows(run: RunData, summary: RunSummary, savings: Savings) -> list[R
     saved = formatting.data_size(savings.vanilla_a2a_bytes - savings.a2a_bytes)
     total = f"mean of all records x steps done ({steps:,}), so with the run's first steps"
     whole, sent = map(formatting.data_size, (savings.vanilla_a2a_bytes, savings.a2a_bytes))
-    return [
-        *rows,
-        _row(_ALL_BYTES, total, whole, sent, saved),
-    ]
+    return [*rows, _row(_ALL_BYTES, total, whole, sent, saved)]
 
 
 def _difference(
-    name: str,
-    how: str,
-    vanilla: float,
-    measured: float,
-    show: Callable[[float], str],
+    name: str, how: str, vanilla: float, measured: float, show: Callable[[float], str]
 ) -> Row:
     saved = "added"
     if vanilla > 0:

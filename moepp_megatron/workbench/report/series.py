@@ -27,8 +27,6 @@ def values(records: Sequence[StepMetrics], key: str, name: str | None = None) ->
     """A number of each record, [n] float64; NaN where it was not recorded.
 
     Args:
-        records: Records of a run.
-        key: A key of the records.
         name: Of the number, where the key holds numbers by name, such as that of a data source.
     """
     found = (getattr(record, key) for record in records)

@@ -18,14 +18,11 @@ class RunSummary:
     """Numbers of a whole run. "Settled" is the mean over the last tenth of the records.
 
     Attributes:
-        last_step: Step of the last record.
-        tokens: Tokens trained on.
         loss: Training loss of the last record, nats.
         settled_loss: Training loss, settled, nats.
         valid_loss: Last validation loss, nats; None if never evaluated.
         valid_step: Step of ``valid_loss``.
         perplexity: ``exp`` of the validation loss, or of ``settled_loss`` without one.
-        phi: FFN share under perfect balance.
         ffn_fraction: FFN share, mean over the steps of the run; used only for totals of the run.
         settled_ffn_fraction: FFN share, settled.
         settled_count: Number of records that count as settled.

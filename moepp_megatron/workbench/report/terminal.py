@@ -19,7 +19,6 @@ def wide_console(highlight: bool = False, width: int | None = None) -> Console:
     """A console on which a pipe or a log is as wide as tables want.
 
     Args:
-        highlight: Colour numbers in texts, on a terminal.
         width: Width of a pipe or a log, in characters; None for the usual one.
     """
     console = Console(highlight=highlight)
@@ -32,8 +31,6 @@ def titled_table(title: str, *columns: str, words: int = 0, narrow: bool = False
     """A table with a rule below its head and its title on the left.
 
     Args:
-        title: Its title.
-        columns: Names of the first columns, which do not wrap.
         words: Number of these, from the left, that hold words; the rest hold numbers.
         narrow: Leave out the space on the left of each cell.
     """
@@ -47,7 +44,6 @@ def plain_table(*columns: str, words: int = 0) -> Table:
     """A table with a rule below its head and nothing around it.
 
     Args:
-        columns: Names of the columns.
         words: Number of columns, from the left, that hold words; the rest hold numbers.
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)

@@ -7,6 +7,5 @@ history.py      the part of a run's records that the monitor keeps
 prometheus.py   serves the newest numbers of runs to Prometheus, by default only on this machine
 run.py          watches a run's folder: its configuration, records, alerts and whether it is alive
 runs.py         watches all runs in folders, including those that come later
-server.py       a small HTTP server for numbers, with few threads and a time limit for requests
 table.py        shows a run on a terminal until it has ended or the user stops
 """

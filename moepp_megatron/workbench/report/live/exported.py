@@ -20,8 +20,6 @@ class Exported:
     """One metric.
 
     Attributes:
-        name: Its name at Prometheus.
-        meaning: Its meaning, in one line.
         labels: What tells its values of one run apart, besides ``run``, separated by commas.
     """
 

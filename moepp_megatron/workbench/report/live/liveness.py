@@ -33,7 +33,6 @@ class RunHealth:
         state: ``waiting`` (nothing of it is there), ``starting`` (no record yet), ``running``,
             ``silent`` (no record for long), ``finished``, ``stopped`` (on request, or before its
             last step), ``died`` (its process is gone without a report).
-        text: The state in words.
         go_on: The command that its folder names to resume a stopped run; None without one.
     """
 
@@ -57,9 +56,7 @@ def judge(
     """The state of a run.
 
     Args:
-        history: Its records.
         total_steps: ``training.train_iters``; None without a configuration.
-        record_age_s: Seconds since the last record; None before the first.
         status: Content of `status.json`; None if there is none.
         now: Seconds since 1970.
     """

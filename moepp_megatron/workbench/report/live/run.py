@@ -34,15 +34,7 @@ _KEPT_ALERTS = 200
 class LiveRun:
     """The known state of a run; `poll` updates it.
 
-    Args:
-        folder: The run's folder. It may hold nothing yet.
-        clock: Seconds since 1970.
-
     Attributes:
-        config: Its configuration; None before training has begun.
-        history: Its records.
-        alerts: Its newest alerts, oldest first.
-        alert_counts: Number of alerts by rule and severity.
         damaged_lines: Number of invalid lines in the records' file.
 
     Raises:

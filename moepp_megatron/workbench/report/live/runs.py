@@ -20,10 +20,6 @@ class LiveRuns:
     A folder is a run's, or holds folders of runs directly: then each of them counts, also one that
     comes later.
 
-    Args:
-        folders: At least one folder.
-        clock: Seconds since 1970.
-
     Raises:
         ReportError: If a path is not a folder, or has nothing to do with a run.
     """

@@ -54,11 +54,7 @@ def watch(
     """Show a run until it is over or Ctrl-C; the last state stays in the terminal.
 
     Args:
-        run: The run.
-        console: A terminal.
-        interval_s: Time between updates.
         until_over: Whether to end with the run.
-        sleep: Function that waits.
     """
     with Live(console=console, auto_refresh=False) as live:
         try:

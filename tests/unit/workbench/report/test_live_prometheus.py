@@ -19,7 +19,7 @@ from benchmarks import pages
 from moepp_megatron.config import ConfigError
 from moepp_megatron.observe.alerts import Alert, AlertFile
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.workbench.report.live import server
+from moepp_megatron.workbench.report.live import prometheus
 from moepp_megatron.workbench.report.live.exported import OF_RECORDS, exported_names
 from moepp_megatron.workbench.report.live.prometheus import is_open, serve
 from moepp_megatron.workbench.report.live.runs import LiveRuns
@@ -170,7 +170,7 @@ def connections(port: int, count: int, sent: bytes) -> list[socket.socket]:
 
 
 def test_half_sent_requests_are_dropped(tmp_path, scrape, monkeypatch):
-    monkeypatch.setattr(server, "REQUEST_S", 0.5)
+    monkeypatch.setattr(prometheus, "REQUEST_S", 0.5)
     get = scrape(tmp_path)
     port = int(get.address.split(":")[2].split("/")[0])
     for one in connections(port, 40, b"GET /metrics HTTP/1.0\r\nX-Half: "):
@@ -182,18 +182,18 @@ def test_half_sent_requests_are_dropped(tmp_path, scrape, monkeypatch):
 
 def test_threads_are_bounded(tmp_path, scrape, monkeypatch):
     """Whatever time a request has: what finds no free thread is closed at once."""
-    monkeypatch.setattr(server, "REQUEST_S", 600.0)
+    monkeypatch.setattr(prometheus, "REQUEST_S", 600.0)
     port = int(scrape(tmp_path).address.split(":")[2].split("/")[0])
     before = threading.active_count()
     stuck = connections(port, 40, b"GET /metrics HTTP/1.0\r\nX-Half: ")
     try:
         held = set(stuck)
-        while len(held) > server.MAX_THREADS:
+        while len(held) > prometheus.MAX_THREADS:
             closed, _, _ = select.select(held, [], [], 10)
             assert closed, f"{len(held)} requests are held"
             held -= set(closed)
         # One thread and its clock for each.
-        assert threading.active_count() - before <= 2 * server.MAX_THREADS
+        assert threading.active_count() - before <= 2 * prometheus.MAX_THREADS
     finally:
         for one in stuck:
             one.close()

@@ -79,10 +79,10 @@ def test_healthy_ranges_are_those_of_the_documentation() -> None:
     rows = [line.split("|") for line in (DOCS / "routing.md").read_text().splitlines()]
     documented = {row[1].strip(): row[3] for row in rows if len(row) > 4}
     documented = {name.removesuffix(" (report)"): text for name, text in documented.items()}
-    for metric in METRICS:
-        (text,) = [text for name, text in documented.items() if name.strip("`") == metric.name]
-        assert metric.healthy in text, metric.name
-        low, high = healthy_range(metric.name) or (1, 0)
+    for name, metric in METRICS.items():
+        (text,) = [text for key, text in documented.items() if key.strip("`") == name]
+        assert metric.healthy in text, name
+        low, high = healthy_range(name) or (1, 0)
         assert low < high
     assert healthy_range("loss") is None
 
