@@ -21,7 +21,7 @@ USAGE_FILE = "routing_profile.json"
 # What tells a run's folder, and the folders in it.
 RUN_FILES = (CONFIG_FILE, METRICS_FILE, STATUS_FILE, ALERTS_FILE)
 RUN_FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")
-# Of checkpoints; `training/checkpoint/names.py` says what they hold.
+# Of checkpoints; `training/checkpoint/files.py` says what they hold.
 STATE_FILE = "state.json"
 FORMAT_FILE = "metadata.json"
 MANIFEST_FILE = "integrity.json"

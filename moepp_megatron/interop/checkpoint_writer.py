@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from moepp_megatron.file_names import FORMAT_FILE, MANIFEST_FILE, TENSORS_FILE
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
-from moepp_megatron.training.checkpoint.validity import file_digest
+from moepp_megatron.training.checkpoint.files import file_digest
 
 # Data of about this size goes into one file, so that many readers can work side by side.
 _FILE_BYTES = 2 * 1024**3

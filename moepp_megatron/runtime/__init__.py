@@ -1,6 +1,7 @@
 """Device, CPU support, process groups, optional back ends, launching ranks.
 
 agent.py             torchrun that reports a failure in one line per rank
+agreement.py         small messages between the CPUs of all ranks
 atomic.py            files, lines and folders that appear whole or not at all
 backends.py          the roles of optional packages on this machine
 compilers.py         whether this machine can compile what is compiled when a run starts

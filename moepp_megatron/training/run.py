@@ -217,7 +217,7 @@ def _as_written(result: TrainResult, config: Config) -> TrainResult:
     """The result of ranks in other processes, from what they have written."""
     from moepp_megatron.observe.metrics import MetricsError, read_metrics
     from moepp_megatron.training.checkpoint import list_checkpoints
-    from moepp_megatron.training.checkpoint.names import checkpoint_step
+    from moepp_megatron.training.checkpoint.files import checkpoint_step
 
     newest = [checkpoint_step(path) for path in list_checkpoints(checkpoint_folder(config))[:1]]
     try:

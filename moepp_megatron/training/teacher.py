@@ -11,8 +11,8 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError, load_config, parse_config
 from moepp_megatron.data.same_tokenizer import check_model_tokenizer
 from moepp_megatron.file_names import CONFIG_FILE, MANIFEST_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
+from moepp_megatron.training.checkpoint.files import plain_damage
 from moepp_megatron.training.checkpoint.find import find_checkpoint
-from moepp_megatron.training.checkpoint.validity import plain_damage
 
 # Settings of the run that decide how a forward pass is spread over its ranks.
 _LAYOUT = (

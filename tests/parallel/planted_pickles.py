@@ -95,7 +95,7 @@ def _plant_entry(checkpoint: Path, path: Path, bomb: Bomb) -> None:
 
 
 def _vouch(checkpoint: Path, name: str) -> None:
-    from moepp_megatron.training.checkpoint.validity import file_digest
+    from moepp_megatron.training.checkpoint.files import file_digest
 
     path = checkpoint / name
     manifest = json.loads((checkpoint / "integrity.json").read_bytes())

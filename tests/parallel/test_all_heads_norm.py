@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
-from moepp_megatron.training.checkpoint.names import checkpoint_name
+from moepp_megatron.training.checkpoint.files import checkpoint_name
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (

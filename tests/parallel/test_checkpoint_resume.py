@@ -105,7 +105,7 @@ def judge_while_pruning(raw: dict[str, Any]) -> list[tuple[str, str, int]]:
     from unittest import mock
 
     from moepp_megatron.training.checkpoint import read, room
-    from moepp_megatron.training.checkpoint.validity import damage
+    from moepp_megatron.training.checkpoint.files import damage
 
     trainer = trainer_of(raw)
     looks: list[tuple[str, str, int]] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.training.checkpoint.names import checkpoint_name
+from moepp_megatron.training.checkpoint.files import checkpoint_name
 from tests.parallel.checkpoint_runs import logged, run_trainer, train_between, trainer_settings
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import EP2, PP2, STEPS, TP2, Run, assemble, compare, short, train

@@ -10,10 +10,10 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketG
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.training.checkpoint.data_only import load_data, unsafe_pickle
-from moepp_megatron.training.checkpoint.fp8_state import checked_fp8_state
 from moepp_megatron.training.checkpoint.state import (
     apply_model_state,
     apply_state,
+    checked_fp8_state,
     model_state,
     saved_state,
     wanted_state,

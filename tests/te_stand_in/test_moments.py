@@ -10,8 +10,7 @@ from torch import Tensor
 from transformer_engine.pytorch.optimizers import FusedAdam
 
 from moepp_megatron.config import Layout
-from moepp_megatron.training.checkpoint.optimizer import complete_state
-from moepp_megatron.training.checkpoint.shards import parameter_shards
+from moepp_megatron.training.checkpoint.optimizer import complete_state, parameter_shards
 from moepp_megatron.training.checkpoint.state import model_state
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.workbench.planning.memory import rank_memory

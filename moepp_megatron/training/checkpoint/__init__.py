@@ -1,22 +1,17 @@
 """Checkpoints of a run: what they hold, how they are written and read.
 
-names.py         the files of a checkpoint
+files.py         names of the files; whether a folder is a whole, undamaged checkpoint
 progress.py      how far a run is
-validity.py      whether a folder is a whole, undamaged checkpoint
 plain_pickle.py  what a pickle describes, read without making any of it
 index.py         the index of the tensors, rebuilt from plain values
 data_only.py     how megatron-core and torch read one: data, never code
 find.py          which checkpoint a name means, which one is the newest valid one
 compatible.py    whether a checkpoint fits a configuration
+optimizer.py     state of optimizers: their steps, a rank's shard in terms of whole parameters
 state.py         model, optimizer, schedule as megatron-core's sharded state
-fp8_state.py     histories of delayed FP8 scaling, checked before they are unpickled
-optimizer.py     state and step count of megatron-core's optimizers
-shards.py        a rank's own shard of a distributed optimizer, in terms of whole parameters
 plan.py          which rank writes which bytes
-background.py    a forked process that writes while training goes on
-upload.py        from a rank's staging folder to object storage
+background.py    a forked process that writes, a thread that uploads, while training continues
 publish.py       turns complete files into a named checkpoint
-agree.py         small messages between ranks without the training backend
 room.py          room on the disk: what fits, old checkpoints, what killed runs left
 write.py         `CheckpointWriter`: all of a save, in the foreground or background
 read.py          all of a load
@@ -31,16 +26,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from moepp_megatron.training.checkpoint.compatible import check_compatible
+from moepp_megatron.training.checkpoint.files import damage, is_checkpoint
 from moepp_megatron.training.checkpoint.find import (
     NoStartError,
     check_start,
     find_checkpoint,
     list_checkpoints,
 )
-from moepp_megatron.training.checkpoint.names import is_checkpoint
 from moepp_megatron.training.checkpoint.progress import Progress
 from moepp_megatron.training.checkpoint.room import lack_of_room
-from moepp_megatron.training.checkpoint.validity import damage
 
 if TYPE_CHECKING:
     from moepp_megatron.training.checkpoint.read import (

@@ -16,6 +16,7 @@ import os
 import pickle
 import select
 import signal
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -104,6 +105,49 @@ class Background:
         except ChildProcessError:
             # Somebody else waits for all children of this process; the message tells enough.
             self._status = 0 if self._received else 1 << 8
+
+
+class BackgroundUpload:
+    """Uploads what a process writes, in a thread of this one; used as the process is.
+
+    A thread, because a client of a network is none of what forking leaves usable.
+    It waits for the network nearly all of its time.
+    """
+
+    def __init__(self, process: Background, send: Callable[[Any], Any]) -> None:
+        self._process = process
+        self._send = send
+        self._written: Any = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint upload", daemon=True)
+        self._thread.start()
+
+    def done(self) -> bool:
+        """Whether it has ended; returns at once."""
+        return not self._thread.is_alive()
+
+    def result(self) -> Any:
+        """What was written and uploaded; waits for it.
+
+        Raises:
+            BackgroundError: The process has failed.
+            StoreError: The upload has failed.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._written is not None, "an upload without a result"
+        return self._written
+
+    def kill(self) -> None:
+        """End the process; what is uploaded without it is no checkpoint."""
+        self._process.kill()
+
+    def _run(self) -> None:
+        try:
+            self._written = self._send(self._process.result())
+        except Exception as error:  # told to the rank, which asks for the result
+            self._error = error
 
 
 def _live(function: Callable[[], Any], writer: int, parent: int) -> NoReturn:

@@ -16,9 +16,14 @@ from moepp_megatron.data.same_tokenizer import check_model_tokenizer
 from moepp_megatron.file_names import CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.runtime.object_store import place
 from moepp_megatron.training.checkpoint.compatible import check_compatible
-from moepp_megatron.training.checkpoint.names import PREFIX, checkpoint_step, is_checkpoint
+from moepp_megatron.training.checkpoint.files import (
+    PREFIX,
+    checkpoint_step,
+    damage,
+    is_checkpoint,
+    plain_damage,
+)
 from moepp_megatron.training.checkpoint.progress import NewerFormatError, read_record
-from moepp_megatron.training.checkpoint.validity import damage, plain_damage
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,26 @@
-"""State and step count of megatron-core's optimizers, where a checkpoint needs them."""
+"""State of megatron-core's optimizers in a checkpoint: their steps, and a rank's own shard.
+
+megatron-core's distributed optimizer gives each data-parallel rank a contiguous range of a flat
+buffer of parameters. megatron-core stores that state either as the buffer's ranges, which only
+the same layout can read (`dp_reshardable`), or by parameter, for which every rank first gathers the
+state of all (`fully_reshardable`). Here each rank describes its range by parameter: a range of a
+tensor's elements in memory order is a few rectangular boxes of that tensor, and the distributed
+format stores any boxes that cover a tensor. So nothing is gathered, each rank writes and reads its
+own bytes, and every layout can still read the checkpoint: the tensors in it are those of
+`fully_reshardable`.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 
@@ -93,3 +108,172 @@ def is_torch(inner: torch.optim.Optimizer) -> bool:
 def is_emerging(inner: torch.optim.Optimizer) -> bool:
     """Whether an optimizer is one of the package emerging_optimizers, or megatron-core's of it."""
     return "emerging_optimizers" in type(inner).__module__
+
+
+@dataclass
+class ParameterShard:
+    """What a rank holds of one parameter's optimizer state.
+
+    Attributes:
+        parameter: The model's parameter.
+        entry: Its entry in the model's sharded state.
+        begin: The first of its elements, in memory order, that this rank holds.
+        tensors: The optimizer's own values of these elements, flat, by name (`param`, `exp_avg`,
+            `exp_avg_sq`).
+    """
+
+    parameter: torch.nn.Parameter
+    entry: ShardedTensor | ShardedTensorFactory
+    begin: int
+    tensors: dict[str, Tensor]
+
+
+def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[ParameterShard]:
+    """What this rank holds of each parameter of one of megatron-core's distributed optimizers.
+
+    Args:
+        optimizer: Its state exists.
+        model_state: The sharded state of the model's chunks.
+    """
+    entries = {
+        entry.data: entry
+        for entry in nested_values(model_state)
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    }
+    for ranges in optimizer.gbuf_ranges:
+        for buckets in ranges.values():
+            for bucket in buckets:
+                for parameter in bucket["param_map"]:
+                    begin, tensors = _own_part(optimizer, bucket, parameter)
+                    yield ParameterShard(parameter, entries[parameter], begin, tensors)
+
+
+def put_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
+    """Put a parameter's new value into what this rank's distributed optimizer keeps of it.
+
+    Args:
+        optimizer: Has taken a step. What it does not hold is left.
+        parameter: The model's parameter.
+        value: Its whole value, of the parameter's shape.
+    """
+    for ranges in optimizer.gbuf_ranges:
+        for bucket in (bucket for buckets in ranges.values() for bucket in buckets):
+            if parameter in bucket["param_map"]:
+                begin, tensors = _own_part(optimizer, bucket, parameter)
+                own = tensors["param"]
+                own.copy_(value.reshape(-1)[begin : begin + own.numel()].view_as(own))
+
+
+def _own_part(optimizer: Any, bucket: Any, parameter: Tensor) -> tuple[int, dict[str, Tensor]]:
+    """`ParameterShard`'s `begin` and `tensors`."""
+    return bucket["param_map"][parameter]["param"].start, _own_tensors(optimizer, parameter)
+
+
+def _own_tensors(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
+    """The tensors themselves: megatron-core's own methods hand out fp32 copies of bf16 moments."""
+    group, place = optimizer.model_param_group_index_map[parameter]
+    inner = optimizer.optimizer
+    key = inner.param_groups[group]["params"][place]
+    # Torch's Adam counts its steps per parameter; they are stored once for all.
+    state = {name: value for name, value in inner.state[key].items() if name != "step"}
+    # FusedAdam with moments in bf16 keeps the fp32 weights too; its parameters are bf16.
+    return {"param": state.pop("master_param", key), **state}
+
+
+def sharded_boxes(shard: ParameterShard, prefix: str, values: Tensor) -> list[ShardedTensor]:
+    """Entries of a checkpoint for the values of a shard, which they are views of.
+
+    Args:
+        shard: Says where the values belong.
+        prefix: The beginning of the entries' names; the parameter's own follows.
+        values: Flat, one for each element of the shard.
+    """
+    end = shard.begin + values.numel()
+    found = []
+    for piece, offset in _pieces(shard):
+        first = max(shard.begin - offset, 0)
+        last = min(end - offset, math.prod(piece.local_shape))
+        if first >= last:
+            continue
+        lead = piece.prepend_axis_num
+        for corner, sizes in boxes(piece.local_shape, first, last):
+            start = first + offset - shard.begin
+            first += math.prod(sizes)
+            local_shape = (1,) * lead + sizes
+            found.append(
+                ShardedTensor(
+                    f"{prefix}{piece.key}",
+                    values.detach()[start : start + math.prod(sizes)].view(local_shape),
+                    values.dtype,
+                    local_shape,
+                    piece.global_shape,
+                    tuple(
+                        begin + step
+                        for begin, step in zip(
+                            piece.global_offset, (0,) * lead + corner, strict=True
+                        )
+                    ),
+                    axis_fragmentations=None,
+                    # No other rank of the data-parallel group holds these elements.
+                    replica_id=(*_model_replica(piece), 0),
+                    allow_shape_mismatch=piece.allow_shape_mismatch,
+                )
+            )
+    return found
+
+
+def boxes(
+    shape: tuple[int, ...], first: int, last: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The boxes that hold elements `first` to `last` (excluded) of a tensor in memory order.
+
+    Args:
+        shape: The tensor's shape.
+        first: The first element's number.
+        last: At most the number of elements.
+
+    Returns:
+        Corner and sizes of each box, in memory order: at most two for each dimension, less one.
+    """
+    if first >= last:
+        return []
+    if not shape:
+        return [((), ())]
+    row = math.prod(shape[1:])
+    head, tail = -(-first // row), last // row
+    if head > tail:  # inside of one row
+        return _in_row(shape, tail, first, last)
+    found = _in_row(shape, head - 1, first, head * row)
+    if head < tail:
+        found.append(((head,) + (0,) * (len(shape) - 1), (tail - head, *shape[1:])))
+    return found + _in_row(shape, tail, tail * row, last)
+
+
+def _in_row(
+    shape: tuple[int, ...], index: int, first: int, last: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    row = math.prod(shape[1:])
+    inner = boxes(shape[1:], first - index * row, last - index * row)
+    return [((index, *corner), (1, *sizes)) for corner, sizes in inner]
+
+
+def _pieces(shard: ParameterShard) -> list[tuple[ShardedTensor, int]]:
+    """The tensors of the checkpoint that a parameter is made of, and where in it each begins."""
+    entry = shard.entry
+    if isinstance(entry, ShardedTensor):
+        return [(entry, 0)]
+    # A stand-in without memory: the factory slices it as it would the parameter, whatever its type.
+    stand_in = torch.empty(shard.parameter.shape, device="meta")
+    pieces = [
+        (piece, int(piece.data.storage_offset()))
+        for piece in nested_values(replace(entry, data=stand_in).build())
+    ]
+    for piece, _ in pieces:
+        assert piece.data.is_contiguous(), f"{piece.key} is not stored as a part of its parameter"
+    return pieces
+
+
+def _model_replica(piece: ShardedTensor) -> tuple[int, ...]:
+    """Which replica over the other groups than the data-parallel one, as megatron-core counts."""
+    assert isinstance(piece.replica_id, tuple), f"{piece.key} does not say its replicas by group"
+    return piece.replica_id[:-1]

@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 
 from moepp_megatron.runtime.disk import write_error
 from moepp_megatron.runtime.patches import replace
+from moepp_megatron.training.checkpoint.files import file_digest
 from moepp_megatron.training.checkpoint.state import METADATA
-from moepp_megatron.training.checkpoint.validity import file_digest
 
 
 @dataclass

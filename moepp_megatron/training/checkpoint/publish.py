@@ -31,12 +31,12 @@ from moepp_megatron.file_names import (
 )
 from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_synced
 from moepp_megatron.runtime.object_store import ObjectPath
+from moepp_megatron.runtime.store_errors import StoreError
+from moepp_megatron.training.checkpoint.files import damage, file_digest, manifest
 from moepp_megatron.training.checkpoint.find import checkpoint_dates
 from moepp_megatron.training.checkpoint.plan import SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import SavedRecord
 from moepp_megatron.training.checkpoint.room import discard
-from moepp_megatron.training.checkpoint.upload import check_uploaded
-from moepp_megatron.training.checkpoint.validity import damage, file_digest, manifest
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,31 @@ def publish(plan: SavePlan, final: Path, written: list[Written], companions: Com
     _give_name(folder, final)
     write_atomic(final.parent / LATEST_FILE, latest)
     sync(final.parent)
+
+
+def upload(written: Written, folder: Path, final: ObjectPath) -> Written:
+    """Upload the files that this rank has written into `folder`, and delete them there.
+
+    Raises:
+        StoreError: The store does not take them.
+    """
+    for name in written.digests:
+        (final / name).upload(folder / name)
+        (folder / name).unlink()
+    return written
+
+
+def check_uploaded(final: ObjectPath, sizes: dict[str, int]) -> None:
+    """Compare what the store has with what was written; the checksums were its own to compare.
+
+    Raises:
+        StoreError: An object is missing, or has another size.
+    """
+    there = {path.name: path.stat().st_size for path in final.iterdir()}
+    for name, size in sizes.items():
+        if there.get(name) != size:
+            found = f"{there[name]} bytes" if name in there else "nothing"
+            raise StoreError(f"{final / name} was uploaded with {size} bytes, and {found} is there")
 
 
 def _make_newest(record: SavedRecord, folder: Path) -> None:

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from moepp_megatron.config import Config, ConfigError, Layout
+from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.training import rng
-from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.data_only import load_data, unsafe_pickle
+from moepp_megatron.training.checkpoint.files import checkpoint_step, damage
 from moepp_megatron.training.checkpoint.find import (
     first_valid,
     list_checkpoints,
@@ -22,7 +23,6 @@ from moepp_megatron.training.checkpoint.find import (
     start_candidates,
     warn_skipped,
 )
-from moepp_megatron.training.checkpoint.names import checkpoint_step
 from moepp_megatron.training.checkpoint.progress import Progress, grid, read_record
 from moepp_megatron.training.checkpoint.state import (
     apply_model_state,
@@ -31,7 +31,6 @@ from moepp_megatron.training.checkpoint.state import (
     model_state,
     wanted_state,
 )
-from moepp_megatron.training.checkpoint.validity import damage
 from moepp_megatron.training.setup import TrainingModel
 
 logger = logging.getLogger(__name__)

@@ -22,9 +22,8 @@ from moepp_megatron.file_names import MANIFEST_FILE
 from moepp_megatron.runtime.disk import free_bytes, show_bytes
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.store_errors import StoreError
+from moepp_megatron.training.checkpoint.files import PREFIX, damage, plain_damage
 from moepp_megatron.training.checkpoint.find import list_checkpoints
-from moepp_megatron.training.checkpoint.names import PREFIX
-from moepp_megatron.training.checkpoint.validity import damage, plain_damage
 
 logger = logging.getLogger(__name__)
 

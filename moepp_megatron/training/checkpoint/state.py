@@ -3,7 +3,7 @@
 The names in a checkpoint do not depend on who wrote it:
 
 - Optimizer state is stored per parameter (`optimizer.state.exp_avg.<parameter>`), not per bucket.
-  Each rank of a distributed optimizer describes its own shard so (shards.py); nothing is gathered.
+  Each rank of a distributed optimizer describes its own shard so; nothing is gathered.
 - The fp32 copy of a bf16 parameter is `optimizer.state.fp32_param.<parameter>` whichever optimizer
   keeps it. An fp32 parameter needs no copy, so none is stored.
 - FP8 weights are stored as bf16 ones are.
@@ -14,7 +14,11 @@ The names in a checkpoint do not depend on who wrote it:
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -28,16 +32,21 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.models.gpt import GPTModel
+from megatron.core.safe_globals import SafeUnpickler
+from torch import Tensor
 
-from moepp_megatron.training.checkpoint.fp8_state import checked_fp8_state
+from moepp_megatron.config import ConfigError
+from moepp_megatron.training.checkpoint.data_only import only_data
 from moepp_megatron.training.checkpoint.optimizer import (
     complete_state,
     is_distributed,
     is_torch,
     optimizer_steps,
+    parameter_shards,
     set_steps,
+    sharded_boxes,
 )
-from moepp_megatron.training.checkpoint.shards import parameter_shards, sharded_boxes
+from moepp_megatron.training.checkpoint.plain_pickle import read_plain
 from moepp_megatron.training.setup import TrainingModel
 
 METADATA = {
@@ -48,6 +57,7 @@ METADATA = {
 _STATE = "optimizer.state."
 # What the distributed optimizer calls the fp32 copy, and the other one, whose name is kept.
 _COPY, _STORED_COPY = f"{_STATE}param.", f"{_STATE}fp32_param."
+_ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def model_state(models: list[GPTModel]) -> dict[str, Any]:
@@ -223,3 +233,59 @@ def _holders(optimizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
     inner = optimizer.get("optimizer")
     if isinstance(inner, dict) and "param_groups" in inner:
         yield inner
+
+
+@contextmanager
+def checked_fp8_state(state: dict[str, Any]) -> Iterator[None]:
+    """A context in which Transformer Engine may read the FP8 state in `state`, which is checked.
+
+    Args:
+        state: A model's state, `name: tensor or object`, as it was read from a checkpoint.
+
+    Raises:
+        ConfigError: If an entry holds anything but numbers, tensors and recipes.
+    """
+    # Without Transformer Engine nobody reads them.
+    if importlib.util.find_spec("transformer_engine") is None:
+        yield
+        return
+    entries = {name: value for name, value in state.items() if "_extra_state" in name}
+    pickles = {name: value for name, value in entries.items() if not _is_empty(value)}
+    for name, value in pickles.items():
+        _refuse_unsafe(name, value)
+    if not pickles:
+        yield
+        return
+    before = os.environ.get(_ALLOW_PICKLES)
+    os.environ[_ALLOW_PICKLES] = "1"
+    try:
+        with only_data():
+            yield
+    finally:
+        if before is None:
+            del os.environ[_ALLOW_PICKLES]
+        else:
+            os.environ[_ALLOW_PICKLES] = before
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, Tensor) and value.numel() == 0)
+
+
+def _refuse_unsafe(name: str, value: Any) -> None:
+    try:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a {type(value).__name__}, not bytes in a tensor")
+        # The very bytes that Transformer Engine takes, whatever the tensor's type.
+        content = value.detach().cpu().numpy().tobytes()
+        # What makes a tensor of a subclass calls what it is given.
+        read_plain(content, lambda name: name.module != "torch._tensor" and "." not in name.name)
+        with only_data():
+            SafeUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # whatever crafted or damaged bytes make an unpickler do
+        # torch explains at length how to read it all the same.
+        reason = str(error).split(". ")[0]
+        raise ConfigError(
+            f"checkpoint entry {name} must hold the history of delayed FP8 scaling and nothing "
+            f"else ({reason}); load another checkpoint"
+        ) from error

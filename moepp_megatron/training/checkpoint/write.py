@@ -17,21 +17,25 @@ import torch.distributed as dist
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.file_names import MANIFEST_FILE
+from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.runtime.disk import NO_SPACE, free_bytes, show_bytes
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.store_errors import StoreError
 from moepp_megatron.training import rng
-from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.checkpoint.background import Background, BackgroundError
-from moepp_megatron.training.checkpoint.names import checkpoint_name
+from moepp_megatron.training.checkpoint.files import checkpoint_name, plain_damage
 from moepp_megatron.training.checkpoint.plan import Planner, SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
-from moepp_megatron.training.checkpoint.publish import Companions, publish, tokenizer_files
+from moepp_megatron.training.checkpoint.publish import (
+    BackgroundUpload,
+    Companions,
+    publish,
+    tokenizer_files,
+    upload,
+)
 from moepp_megatron.training.checkpoint.read import agreed_reason
 from moepp_megatron.training.checkpoint.room import Pruner, incomplete_name, remove_leftovers
 from moepp_megatron.training.checkpoint.state import saved_state
-from moepp_megatron.training.checkpoint.upload import BackgroundUpload, upload
-from moepp_megatron.training.checkpoint.validity import plain_damage
 from moepp_megatron.training.setup import TrainingModel
 
 logger = logging.getLogger(__name__)

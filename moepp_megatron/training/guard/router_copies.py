@@ -13,8 +13,7 @@ from torch import Tensor
 
 from moepp_megatron.moe.layer import moepp_layers
 from moepp_megatron.moe.router import MoEPPRouter
-from moepp_megatron.training.checkpoint.optimizer import is_distributed
-from moepp_megatron.training.checkpoint.shards import put_into_shard
+from moepp_megatron.training.checkpoint.optimizer import is_distributed, put_into_shard
 from moepp_megatron.training.setup import TrainingModel
 
 # Steps between copies.

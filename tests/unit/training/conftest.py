@@ -10,9 +10,8 @@ import pytest
 
 from moepp_megatron.config import Config, parse_config
 from moepp_megatron.training.checkpoint import Progress
-from moepp_megatron.training.checkpoint.names import checkpoint_name
+from moepp_megatron.training.checkpoint.files import checkpoint_name, file_digest, manifest
 from moepp_megatron.training.checkpoint.progress import SavedRecord
-from moepp_megatron.training.checkpoint.validity import file_digest, manifest
 
 RAW: dict[str, dict[str, Any]] = {
     "run": {"dir": "unused"},

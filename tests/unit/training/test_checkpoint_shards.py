@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from moepp_megatron.training.checkpoint.shards import (
+from moepp_megatron.training.checkpoint.optimizer import (
     ParameterShard,
     boxes,
     parameter_shards,

@@ -1,4 +1,20 @@
-"""Whether a folder is a whole, undamaged checkpoint. Reads bytes only; unpickles nothing."""
+"""The files of a checkpoint: their names, and whether all are there and undamaged.
+
+A checkpoint is a folder `step_NNNNNNNN` in megatron-core's distributed format, plus everything
+that makes it usable by itself:
+
+    __R_0.distcp     what rank R wrote
+    .metadata        which bytes hold which tensor (torch.distributed.checkpoint)
+    metadata.json    the format (megatron-core)
+    config.yaml      resolved configuration
+    tokenizer.json   copied from the run's data
+    tokenizer_config.json  its end-of-document token, where the data name one
+    chat_template.jinja  where the data are conversations: how messages become text
+    state.json       progress, layout, versions, time
+    integrity.json   SHA-256 and size of every other file (megatron-core's manifest)
+
+Reads bytes only; unpickles nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +27,38 @@ from moepp_megatron.config.json_file import read_json
 from moepp_megatron.file_names import CONFIG_FILE, FORMAT_FILE, MANIFEST_FILE, TENSORS_FILE
 from moepp_megatron.training.checkpoint.progress import read_record
 
+PREFIX = "step_"
 # megatron-core reads it, where it is, in place of what the manifest vouches for.
 _LEGACY_FILE = "common.pt"
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder name of the checkpoint after `step` steps."""
+    return f"{PREFIX}{step:08d}"
+
+
+def checkpoint_step(path: Path) -> int:
+    """The number of steps in a checkpoint folder's name."""
+    return int(path.name.removeprefix(PREFIX))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` has the parts of a complete checkpoint; `damage` looks into them."""
+    return all((path / name).is_file() for name in (FORMAT_FILE, CONFIG_FILE, MANIFEST_FILE))
 
 
 def damage(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
     """The damage of a checkpoint, in one line that names the file; None if it is sound.
 
-    Args:
-        checkpoint: The folder.
-        part: Which part of the files to hash, so that ranks share the work; presence and sizes
-            are always checked for all.
-        num_parts: Number of parts.
+    Of `num_parts` parts only `part` is hashed, so that ranks share the work; presence and sizes are
+    always checked for all.
     """
-    try:
-        return _structure(checkpoint) or _contents(checkpoint, None, part, num_parts)
-    except OSError as error:
-        return f"{error.filename or checkpoint}: {error.strerror}"
+    return _damage(checkpoint, None, part, num_parts)
 
 
 def plain_damage(checkpoint: Path) -> str | None:
     """Same as `damage`, but quick: checks all sizes, and the contents of the configuration."""
-    try:
-        return _structure(checkpoint) or _contents(checkpoint, [CONFIG_FILE])
-    except OSError as error:
-        return f"{error.filename or checkpoint}: {error.strerror}"
+    return _damage(checkpoint, [CONFIG_FILE])
 
 
 def file_digest(path: Path) -> str:
@@ -48,6 +71,15 @@ def manifest(digests: dict[str, str], sizes: dict[str, int]) -> bytes:
     """megatron-core's integrity manifest with the files' sizes, which are cheap to check."""
     content = {"algorithm": "sha256", "files": digests, "sizes": sizes}
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _damage(
+    checkpoint: Path, names: list[str] | None, part: int = 0, num_parts: int = 1
+) -> str | None:
+    try:
+        return _structure(checkpoint) or _contents(checkpoint, names, part, num_parts)
+    except OSError as error:
+        return f"{error.filename or checkpoint}: {error.strerror}"
 
 
 def _structure(checkpoint: Path) -> str | None:
@@ -79,9 +111,7 @@ def _structure(checkpoint: Path) -> str | None:
     return None
 
 
-def _contents(
-    checkpoint: Path, names: list[str] | None, part: int = 0, num_parts: int = 1
-) -> str | None:
+def _contents(checkpoint: Path, names: list[str] | None, part: int, num_parts: int) -> str | None:
     digests: dict[str, str] = _read_manifest(checkpoint)["files"]
     for name in (sorted(digests) if names is None else names)[part::num_parts]:
         if file_digest(checkpoint / name) != digests[name]:

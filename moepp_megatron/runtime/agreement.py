@@ -1,4 +1,4 @@
-"""Small messages between the ranks' CPUs about a save.
+"""Small messages between the CPUs of all ranks.
 
 Not over NCCL: a check whether all ranks have finished writing must not wait for the GPU.
 """
