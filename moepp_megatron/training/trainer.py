@@ -16,7 +16,6 @@ from moepp_megatron.data.same_tokenizer import tokenizer_of_run
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks
-from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.training.alerts import RunAlerts, new_stage
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.checkpoint import (

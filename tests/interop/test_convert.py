@@ -346,7 +346,7 @@ def start_training_from(folder: Path, dtype: str) -> None:
     from moepp_megatron.interop.hf_config import config_from_hf
     from moepp_megatron.interop.hf_source import HFSource
     from moepp_megatron.runtime.distributed import build_groups
-    from moepp_megatron.training.checkpoint import load_checkpoint
+    from moepp_megatron.training.checkpoint import read_checkpoint
     from moepp_megatron.training.setup import build_training_model
 
     source = write_released(folder / "hf")
@@ -357,7 +357,7 @@ def start_training_from(folder: Path, dtype: str) -> None:
     config = parse_config(raw)
     build_groups(config, Layout.from_config(config, dist.get_world_size()))
     model = build_training_model(config)
-    progress = load_checkpoint(folder / "mcore", model, config)
+    progress = read_checkpoint(folder / "mcore", model, config).progress
     assert progress.step == 0
     wanted = load_tensors(source)["model.embed_tokens.weight"].to(
         next(model.models[0].parameters()).dtype

@@ -13,6 +13,7 @@ from moepp_megatron.config import ConfigError, parse_config
 from tests.interop.checkpoints import CASES, GOLDEN, load_tensors
 from tests.interop.conftest import RunPlain
 from tests.interop.models import build, settings
+from tests.parallel.checkpoint_runs import save_checkpoint
 from tests.parallel.ranks import RankPools
 
 # The issue's tolerance between our logits and transformers'.
@@ -89,7 +90,7 @@ def save_and_compute(raw: dict[str, Any], folder: Path) -> Any:
     import torch
 
     from moepp_megatron.config import parse_config
-    from moepp_megatron.training.checkpoint import Progress, save_checkpoint
+    from moepp_megatron.training.checkpoint import Progress
     from moepp_megatron.training.setup import build_training_model
 
     build(raw)

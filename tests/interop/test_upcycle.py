@@ -290,7 +290,7 @@ def train_upcycled(
     from moepp_megatron.config import load_config, with_overrides
     from moepp_megatron.interop.upcycle import Additions, upcycle
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.checkpoint import load_checkpoint
+    from moepp_megatron.training.checkpoint import read_checkpoint
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.parts.budget import BudgetControl
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
@@ -308,7 +308,7 @@ def train_upcycled(
     config = with_overrides(load_config(target / "config.yaml"), overrides)
     layout = join(config)
     model = build_training_model(config)
-    load_checkpoint(target, model, config)
+    read_checkpoint(target, model, config)
     model.set_training(True)
     collector = RoutingCounts(model, config, layout)
     batches = rank_batches(SyntheticDataset(config, steps), 0, config, 1)

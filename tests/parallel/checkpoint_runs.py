@@ -92,7 +92,7 @@ def train_between(
     from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+    from moepp_megatron.training.checkpoint import Progress, read_checkpoint
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
@@ -102,7 +102,7 @@ def train_between(
     build_groups(config, layout)
     model = build_training_model(config)
     model.set_training(True)
-    progress = Progress() if start is None else load_checkpoint(start, model, config)
+    progress = Progress() if start is None else read_checkpoint(start, model, config).progress
     dataset = SyntheticDataset(config, NUM_STEPS)
     batches = rank_batches(dataset, progress.consumed_samples, config, len(model.chunks))
     losses = []
@@ -110,5 +110,17 @@ def train_between(
         losses.append(mean_loss(training_step(model, batches, config, layout).losses))
         samples = config.training.global_batch_size
         progress = progress.after_step(samples, samples * config.model.seq_length)
-    save_checkpoint(folder, model, progress, config, folder / "no tokenizer")
+    save_checkpoint(folder, model, progress, config)
     return losses
+
+
+def save_checkpoint(
+    folder: Path, model: Any, progress: Any, config: Any, tokenizer: Path | None = None
+) -> None:
+    """Save once and wait; on every rank."""
+    from moepp_megatron.training.checkpoint import CheckpointWriter
+
+    writer = CheckpointWriter(folder, config, tokenizer or folder / "no tokenizer")
+    writer.save(model, progress)
+    writer.finish()
+    assert writer.error is None, writer.error

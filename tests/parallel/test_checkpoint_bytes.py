@@ -18,7 +18,7 @@ def save_and_load(folder: Path) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     from moepp_megatron.runtime.patches import replaced
-    from moepp_megatron.training.checkpoint import data_only, load_checkpoint
+    from moepp_megatron.training.checkpoint import data_only, read_checkpoint
     from moepp_megatron.training.checkpoint.index import read_metadata
     from moepp_megatron.training.checkpoint.state import saved_state, wanted_state
 
@@ -49,7 +49,7 @@ def save_and_load(folder: Path) -> dict[str, Any]:
     checkpoint = folder / "step_00000001"
     read_as_usual = data_only._Reader.read_data
     with replaced(data_only._Reader, read_data=read_data):
-        load_checkpoint(checkpoint, run.model, run.config)
+        read_checkpoint(checkpoint, run.model, run.config)
     index = read_metadata(checkpoint)
     tensors = [
         (key, tuple(chunk.offsets))

@@ -40,12 +40,11 @@ if TYPE_CHECKING:
     from moepp_megatron.training.checkpoint.read import (
         Loaded,
         find_start,
-        load_checkpoint,
         load_weights,
         newest_valid,
         read_checkpoint,
     )
-    from moepp_megatron.training.checkpoint.write import CheckpointWriter, save_checkpoint
+    from moepp_megatron.training.checkpoint.write import CheckpointWriter
 
 __all__ = [
     "CheckpointWriter",
@@ -60,19 +59,15 @@ __all__ = [
     "is_checkpoint",
     "lack_of_room",
     "list_checkpoints",
-    "load_checkpoint",
     "load_weights",
     "newest_valid",
     "read_checkpoint",
-    "save_checkpoint",
 ]
 
 _HOMES = {
     "CheckpointWriter": "write",
-    "save_checkpoint": "write",
     "Loaded": "read",
     "find_start": "read",
-    "load_checkpoint": "read",
     "load_weights": "read",
     "newest_valid": "read",
     "read_checkpoint": "read",

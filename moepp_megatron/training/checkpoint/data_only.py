@@ -45,11 +45,7 @@ _ONLY_DATA, _ALSO_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHT
 
 
 def load_data(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """Same as `megatron.core.dist_checkpointing.load`, which every rank must call.
-
-    Args:
-        state: The sharded state to read.
-        checkpoint: The folder.
+    """Same as `megatron.core.dist_checkpointing.load`; every rank must call.
 
     Raises:
         UnsafePickleError: If its index holds anything else.
@@ -181,10 +177,7 @@ class _Objects(FileSystem):
 def unsafe_pickle(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
     """What in a checkpoint would not be safe to unpickle; None if nothing.
 
-    Args:
-        checkpoint: The folder.
-        part: Which part of the entries to check, so that ranks share the work.
-        num_parts: Number of parts.
+    Of `num_parts` parts of the entries only `part` is checked, so that ranks share the work.
     """
     try:
         metadata = read_metadata(checkpoint)

@@ -45,12 +45,8 @@ def find_checkpoint(
     """The checkpoint that `name` means.
 
     A checkpoint folder is itself. A run (its name, its folder, or the folder of its checkpoints)
-    means its newest valid checkpoint.
-
-    Args:
-        name: What the user gave.
-        beside: A run's folder; `name` may also be another run in the same parent folder.
-        reason_against: What makes a run's checkpoint invalid.
+    means its newest valid checkpoint. `name` may also be another run with the parent folder of the
+    run `beside`.
 
     Raises:
         ConfigError: If there is none, or one of a newer format.
@@ -76,9 +72,7 @@ def find_checkpoint(
 def start_candidates(config: Config, folder: Path) -> list[Path]:
     """The checkpoints that `checkpoint.load` may mean, newest first, complete or not.
 
-    Args:
-        config: The run's configuration.
-        folder: The run's own checkpoint folder, for `auto`.
+    `auto` means those in `folder`, the run's own.
     """
     name = config.checkpoint.load
     if name is None:
@@ -118,9 +112,8 @@ def check_start(config: Config, folder: Path) -> None:
 def refuse_no_start(name: str, skipped: list[str]) -> None:
     """Refuse to start if `checkpoint.load` names nothing that can be read.
 
-    Args:
-        name: `checkpoint.load`; `auto` starts from scratch where there is no checkpoint at all.
-        skipped: A line for each checkpoint that is there, with what is wrong with it.
+    `auto` starts from scratch where there is no checkpoint at all; `skipped` has a line for each
+    that is there and damaged.
 
     Raises:
         NoStartError: Training must not start.

@@ -53,12 +53,12 @@ _KNOWN |= {
         "StorageMeta",
     )
 }
-# Plans of all ranks, which torch's own writer keeps. They are left out of what is read.
+# Left out of what is read: plans of all ranks, which torch's own writer keeps, and where the
+# checkpoint was written. pathlib._local is Python 3.13's.
 _KNOWN |= {
     Name(_PLANNER, name)
     for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 }
-# Where the checkpoint was written; left out as well. pathlib._local is Python 3.13's.
 _KNOWN |= {
     Name(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "Path")
 }
@@ -126,16 +126,18 @@ def _fields(value: Any, kind: str, module: str = _RECORDS) -> Mapping[str, Any]:
     return _dictionary({} if value.state is None else value.state)
 
 
-def _dictionary(value: Any) -> dict[Any, Any]:
-    if type(value) is not dict:
-        _damaged("something else in place of a dictionary")
+def _exactly[T](kind: type[T], value: Any, what: str) -> T:
+    if type(value) is not kind:
+        _damaged(f"something else in place of a {what}")
     return value
+
+
+def _dictionary(value: Any) -> dict[Any, Any]:
+    return _exactly(dict, value, "dictionary")
 
 
 def _text(value: Any) -> str:
-    if type(value) is not str:
-        _damaged("something else in place of a name")
-    return value
+    return _exactly(str, value, "name")
 
 
 def _count(value: Any) -> int:
@@ -159,9 +161,7 @@ def _entry(value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     if isinstance(value, Description) and value.kind == Name(_RECORDS, "BytesStorageMetadata"):
         return BytesStorageMetadata()
     fields = _fields(value, "TensorStorageMetadata")
-    size, chunks = _size(fields.get("size")), fields.get("chunks")
-    if type(chunks) is not list:
-        _damaged("something else in place of a list")
+    size, chunks = _size(fields.get("size")), _exactly(list, fields.get("chunks"), "list")
     properties = TensorProperties(dtype=_dtype(fields.get("properties")))
     return TensorStorageMetadata(properties, size, [_chunk(chunk, size) for chunk in chunks])
 

@@ -25,13 +25,10 @@ from torch import Tensor
 
 
 def complete_state(optimizer: Any) -> None:
-    """Create the state that an optimizer makes at its first step.
+    """Create the state that one of megatron-core's optimizers makes at its first step.
 
     It is zeros, and where the optimizer keeps the fp32 weights, these. megatron-core 0.19.2 relies
     on it before, and the distributed optimizer reads values into it.
-
-    Args:
-        optimizer: One of megatron-core's, not a chain of them.
     """
     inner = optimizer.optimizer
     if inner is None:  # a rank without parameters of this optimizer
@@ -129,12 +126,7 @@ class ParameterShard:
 
 
 def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[ParameterShard]:
-    """What this rank holds of each parameter of one of megatron-core's distributed optimizers.
-
-    Args:
-        optimizer: Its state exists.
-        model_state: The sharded state of the model's chunks.
-    """
+    """What this rank holds of each parameter of a distributed optimizer, whose state exists."""
     entries = {
         entry.data: entry
         for entry in nested_values(model_state)
@@ -149,12 +141,9 @@ def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[Pa
 
 
 def put_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
-    """Put a parameter's new value into what this rank's distributed optimizer keeps of it.
+    """Put a parameter's new, whole value into what this rank's optimizer keeps of it, if anything.
 
-    Args:
-        optimizer: Has taken a step. What it does not hold is left.
-        parameter: The model's parameter.
-        value: Its whole value, of the parameter's shape.
+    The optimizer is a distributed one that has taken a step.
     """
     for ranges in optimizer.gbuf_ranges:
         for bucket in (bucket for buckets in ranges.values() for bucket in buckets):
@@ -181,12 +170,9 @@ def _own_tensors(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def sharded_boxes(shard: ParameterShard, prefix: str, values: Tensor) -> list[ShardedTensor]:
-    """Entries of a checkpoint for the values of a shard, which they are views of.
+    """Entries of a checkpoint, each named `prefix` and its parameter, as views of `values`.
 
-    Args:
-        shard: Says where the values belong.
-        prefix: The beginning of the entries' names; the parameter's own follows.
-        values: Flat, one for each element of the shard.
+    `values` is flat, with one value for each element of the shard.
     """
     end = shard.begin + values.numel()
     found = []
@@ -226,11 +212,6 @@ def boxes(
     shape: tuple[int, ...], first: int, last: int
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The boxes that hold elements `first` to `last` (excluded) of a tensor in memory order.
-
-    Args:
-        shape: The tensor's shape.
-        first: The first element's number.
-        last: At most the number of elements.
 
     Returns:
         Corner and sizes of each box, in memory order: at most two for each dimension, less one.

@@ -40,11 +40,8 @@ class Name:
 class Description:
     """An object that the pickle describes; compared and hashed by identity.
 
-    Attributes:
-        kind: The class or function that the pickle asks to call.
-        args: The arguments of that call.
-        state: The state that it asks to set on the result.
-        items: The items that it asks to put into the result.
+    The pickle asks to call `kind` with `args`, to set `state` on the result, and to put `items`
+    into it.
     """
 
     kind: Name
@@ -54,11 +51,7 @@ class Description:
 
 
 def read_plain(content: bytes, is_known: Callable[[Name], bool]) -> Any:
-    """The values that a pickle of protocol 4 or 5 describes.
-
-    Args:
-        content: The pickle.
-        is_known: Whether a name may occur.
+    """The values that a pickle of protocol 4 or 5 describes, which may ask for names `is_known`.
 
     Returns:
         Numbers, text, bytes, None, tuples, lists, dictionaries, names and descriptions. Values may
@@ -97,7 +90,7 @@ class _Machine:
         self._is_known = is_known
 
     def ignore(self, _: Any) -> None:
-        """Protocol, frames, the end."""
+        """Do nothing: the protocol's number, a frame, the end."""
 
     def push(self, value: Any) -> None:
         """A number, text or bytes."""

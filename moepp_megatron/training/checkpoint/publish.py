@@ -86,13 +86,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
 
 
 def publish(plan: SavePlan, final: Path, written: list[Written], companions: Companions) -> None:
-    """Write index, companions and checksums, give the folder its name, move `latest`.
-
-    Args:
-        plan: The save; every rank has written its files.
-        final: The checkpoint's name.
-        written: What each rank wrote.
-        companions: The other files of the checkpoint.
+    """Write index, companions and checksums, give the folder its name `final`, move `latest`.
 
     Raises:
         OSError: If the disk failed; there is then no checkpoint of that name, or the older one.

@@ -52,12 +52,7 @@ class Loaded:
 def find_start(config: Config, folder: Path) -> Path | None:
     """The checkpoint that `checkpoint.load` means, verified; every rank must call.
 
-    Args:
-        config: The run's configuration.
-        folder: The run's own checkpoint folder, for `auto`.
-
-    Returns:
-        None where training starts from scratch.
+    None where training starts from scratch; `auto` looks into `folder`, the run's own.
 
     Raises:
         NoStartError: The checkpoint or run that was named has no valid checkpoint, or this run has
@@ -75,12 +70,7 @@ def find_start(config: Config, folder: Path) -> Path | None:
 
 
 def newest_valid(folder: Path, up_to_step: int | None = None) -> Path | None:
-    """The newest valid checkpoint in a run's folder, verified; every rank must call.
-
-    Args:
-        folder: The run's checkpoint folder.
-        up_to_step: Only those after at most so many steps.
-    """
+    """The newest valid checkpoint of at most `up_to_step` steps; every rank must call."""
     candidates = list_checkpoints(folder)
     if up_to_step is not None:
         candidates = [path for path in candidates if checkpoint_step(path) <= up_to_step]
@@ -103,11 +93,7 @@ def read_checkpoint(
 ) -> Loaded:
     """Put a checkpoint that `find_start` verified in place; every rank must call.
 
-    Args:
-        checkpoint: The folder.
-        model: The wrapped model.
-        config: The run's configuration.
-        weights_only: Take the weights alone, as of a pretrained model: step 0, fresh optimizer.
+    With `weights_only` the run begins at step 0 with a fresh optimizer, as of a pretrained model.
 
     Raises:
         ConfigError: The model has other shapes.
@@ -134,23 +120,18 @@ def read_checkpoint(
     return Loaded(record.progress, loaded["extra"])
 
 
-def load_checkpoint(checkpoint: Path, model: TrainingModel, config: Config) -> Progress:
-    """Verify a checkpoint and put all of it in place; every rank must call.
-
-    Raises:
-        ConfigError: It is damaged or unsafe, or the model has other shapes.
-    """
-    _refuse_unsound(checkpoint)
-    return read_checkpoint(checkpoint, model, config).progress
-
-
 def load_weights(checkpoint: Path, models: list[GPTModel]) -> None:
     """Read the model's weights alone, in place, whatever layout wrote them; every rank must call.
 
     Raises:
         ConfigError: The checkpoint is damaged or unsafe.
     """
-    _refuse_unsound(checkpoint)
+    reason = agreed_reason(checkpoint, Agreement())
+    if reason is not None:
+        raise ConfigError(
+            f"checkpoint ({checkpoint}) must be whole and hold nothing but data, and: {reason}; "
+            "use another one"
+        )
     _read_weights(checkpoint, models)
 
 
@@ -181,12 +162,3 @@ def agreed_reason(checkpoint: Path, agreement: Agreement) -> str | None:
     part, num_parts = dist.get_rank(), dist.get_world_size()
     mine = damage(checkpoint, part, num_parts) or unsafe_pickle(checkpoint, part, num_parts)
     return next((reason for reason in agreement.gather(mine) if reason is not None), None)
-
-
-def _refuse_unsound(checkpoint: Path) -> None:
-    reason = agreed_reason(checkpoint, Agreement())
-    if reason is not None:
-        raise ConfigError(
-            f"checkpoint ({checkpoint}) must be whole and hold nothing but data, and: {reason}; "
-            "use another one"
-        )

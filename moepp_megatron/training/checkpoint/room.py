@@ -37,11 +37,6 @@ def lack_of_room(config: Config, folder: Path, step: int) -> str | None:
 
     A new checkpoint is complete before an old one is deleted, so `checkpoint.keep` needs the room
     of one more. Those that are there already have theirs.
-
-    Args:
-        config: The run's configuration.
-        folder: Its checkpoint folder.
-        step: Steps taken.
     """
     keep, interval = config.checkpoint.keep, config.checkpoint.save_interval
     last = config.training.train_iters
@@ -63,6 +58,15 @@ def lack_of_room(config: Config, folder: Path, step: int) -> str | None:
         f"{show_bytes(free)} are free in {folder}; free space, lower checkpoint.keep, or set "
         "another checkpoint.dir"
     )
+
+
+def free_room(needed: int, folder: Path) -> str:
+    """The needed and the free bytes, in brackets, for a message about a full disk."""
+    try:
+        free = show_bytes(free_bytes(folder))
+    except OSError:
+        return ""
+    return f" ({show_bytes(needed)} needed, {free} free in {folder})"
 
 
 class Pruner:

@@ -237,10 +237,15 @@ def _holders(optimizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def checked_fp8_state(state: dict[str, Any]) -> Iterator[None]:
-    """A context in which Transformer Engine may read the FP8 state in `state`, which is checked.
+    """A context in which Transformer Engine may read the FP8 state in a model's state.
 
-    Args:
-        state: A model's state, `name: tensor or object`, as it was read from a checkpoint.
+    Transformer Engine refuses to read such a pickle unless a variable of the environment allows it
+    for the whole process (its `_extra_state.py`, from 2.20 at the latest), because a crafted one
+    could run code. So each is looked at first: it may name only what a history of delayed scaling
+    is made of, by literal names, and change only objects that it made itself, so that a second
+    reading does what the first one did. What megatron-core's unpickler accepts then, Transformer
+    Engine may read, while `torch.load` takes the tensors inside as data. Other recipes store
+    nothing.
 
     Raises:
         ConfigError: If an entry holds anything but numbers, tensors and recipes.

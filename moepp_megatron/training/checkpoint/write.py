@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import logging
 import shutil
 import time
@@ -18,23 +17,31 @@ import torch.distributed as dist
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.file_names import MANIFEST_FILE
 from moepp_megatron.runtime.agreement import Agreement
-from moepp_megatron.runtime.disk import NO_SPACE, free_bytes, show_bytes
+from moepp_megatron.runtime.disk import NO_SPACE
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.runtime.store_errors import StoreError
 from moepp_megatron.training import rng
-from moepp_megatron.training.checkpoint.background import Background, BackgroundError
+from moepp_megatron.training.checkpoint.background import (
+    Background,
+    BackgroundError,
+    BackgroundUpload,
+)
 from moepp_megatron.training.checkpoint.files import checkpoint_name, plain_damage
 from moepp_megatron.training.checkpoint.plan import Planner, SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
 from moepp_megatron.training.checkpoint.publish import (
-    BackgroundUpload,
     Companions,
     publish,
     tokenizer_files,
     upload,
 )
 from moepp_megatron.training.checkpoint.read import agreed_reason
-from moepp_megatron.training.checkpoint.room import Pruner, incomplete_name, remove_leftovers
+from moepp_megatron.training.checkpoint.room import (
+    Pruner,
+    free_room,
+    incomplete_name,
+    remove_leftovers,
+)
 from moepp_megatron.training.checkpoint.state import saved_state
 from moepp_megatron.training.setup import TrainingModel
 
@@ -54,8 +61,27 @@ class _Save:
     process: Background | BackgroundUpload | None = None
     failure: str | None = None
 
-    def sent(self, written: Written) -> Written:
-        """Upload the files that this rank has written, if the checkpoint is in object storage."""
+    def write(self) -> Written:
+        """Write this rank's files, and upload them if the checkpoint is in object storage."""
+        return self._sent(self.plan.write())
+
+    def start(self) -> None:
+        """Write in the background."""
+        try:
+            process = Background(self.plan.write)
+            is_far = isinstance(self.final, ObjectPath)
+            self.process = BackgroundUpload(process, self._sent) if is_far else process
+        except OSError as error:
+            self.failure = f"no process could be started ({error})"
+
+    def result(self) -> Written:
+        """What the background has written; waits for it."""
+        if self.process is None:
+            raise BackgroundError(self.failure or "no process was started")
+        written: Written = self.process.result()
+        return written
+
+    def _sent(self, written: Written) -> Written:
         if isinstance(self.final, ObjectPath):
             return upload(written, self.plan.folder, self.final)
         return written
@@ -87,21 +113,22 @@ class CheckpointWriter:
         self._newest: Path | None = None
         self._folder = folder
         self._config = config
-        self._tokenizer = tokenizer_files(tokenizer) if dist.get_rank() == 0 else {}
+        self._is_first = dist.get_rank() == 0
+        self._tokenizer = tokenizer_files(tokenizer) if self._is_first else {}
         self._layout = Layout.from_config(config, dist.get_world_size())
         self._agreement = Agreement()
         self._planner = Planner()
         self._pruner = Pruner(folder, config.checkpoint.keep)
         self._save: _Save | None = None
         # Files are written there, and a checkpoint that is complete has its name in `folder`.
+        self._uploads = isinstance(folder, ObjectPath)
         self._staging = folder
-        if self._uploads:
-            self._staging = config.checkpoint.staging_folder(config.run.dir)
-        if dist.get_rank() == 0:
+        if self._is_first:
             # They may be what fills the disk.
             remove_leftovers(folder)
         if self._uploads:
             # Each machine may have a folder of its own.
+            self._staging = config.checkpoint.staging_folder(config.run.dir)
             remove_leftovers(self._staging)
 
     def save(
@@ -109,12 +136,8 @@ class CheckpointWriter:
     ) -> Path:
         """Save the present state; with `checkpoint.async_save` return while it is being written.
 
-        A save that is still being written is waited for.
-
-        Args:
-            model: Model, optimizer and schedule.
-            progress: The run's progress.
-            extra: Further state, the same on every rank: numbers, strings, tensors, lists, dicts.
+        A save that is still being written is waited for. `extra` is further state, the same on
+        every rank: numbers, strings, tensors, lists, dicts.
 
         Returns:
             The folder that the checkpoint has, or will have, unless the save fails.
@@ -130,22 +153,19 @@ class CheckpointWriter:
             state[rng.KEY] = rng.sharded_rng_state(with_data=True)
             state["extra"] = copy.deepcopy(extra or {})
             plan = self._planner.plan(state, temporary)
-            companions = Companions(
-                self._config.to_yaml(), self._tokenizer, SavedRecord.now(progress, self._layout)
-            )
-            save = _Save(final, plan, companions)
+            record = SavedRecord.now(progress, self._layout)
+            save = _Save(final, plan, Companions(self._config.to_yaml(), self._tokenizer, record))
             if self._config.checkpoint.async_save:
                 self._save = save
-                self._start(save)
+                save.start()
             else:
-                self._complete(save, lambda: save.sent(plan.write()))
+                self._complete(save, save.write)
         return final
 
     def is_written(self) -> bool:
         """Whether every rank has written its part of a save, so that `finish` completes it.
 
-        Returns at once; every rank must call, and all get the same answer. To complete a save may
-        take long: it counts as saving, not as a training step.
+        Returns at once; every rank must call, and all get the same answer.
         """
         if self._save is None:
             return False
@@ -162,14 +182,14 @@ class CheckpointWriter:
         while (save := self._save) is not None:
             if self.is_written():
                 self._save = None
-                self._complete(save, functools.partial(_result, save))
+                self._complete(save, save.result)
             else:
                 time.sleep(_POLL_S)
 
     def check_newest(self) -> None:
         """Note it as a failed save if the newest checkpoint is gone; every rank must call."""
         reason = None
-        if self._newest is not None and dist.get_rank() == 0:
+        if self._newest is not None and self._is_first:
             try:
                 reason = plain_damage(self._newest)
             except StoreError as error:
@@ -192,35 +212,27 @@ class CheckpointWriter:
             name = self._agreement.from_first(name)
         temporary = self._staging / name
         reason = None
-        if dist.get_rank() == 0 or self._uploads:
+        if self._is_first or self._uploads:
             try:
                 temporary.mkdir(parents=True)
-                if dist.get_rank() == 0 and isinstance(final, ObjectPath):
+                if self._is_first and isinstance(final, ObjectPath):
                     # Objects cannot be renamed, so an older checkpoint of this step goes first.
                     final.delete_below(MANIFEST_FILE)
             except (OSError, StoreError) as error:
                 reason = str(error)
-        if self._uploads:
-            reason = self._agreement.first_reason(reason)
-        reason = self._agreement.from_first(reason)
+        agree = self._agreement.first_reason if self._uploads else self._agreement.from_first
+        reason = agree(reason)
         if reason is None:
             is_there = temporary.is_dir()
             reason = self._agreement.first_reason(
                 None if is_there else f"{temporary} is not there; checkpoint.dir must be shared"
             )
-        if reason is not None:
-            if self._uploads:
-                shutil.rmtree(temporary, ignore_errors=True)
-            self._failed(final, reason)
-            return None
-        return temporary
-
-    def _start(self, save: _Save) -> None:
-        try:
-            process = Background(save.plan.write)
-            save.process = BackgroundUpload(process, save.sent) if self._uploads else process
-        except OSError as error:
-            save.failure = f"no process could be started ({error})"
+        if reason is None:
+            return temporary
+        if self._uploads:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._failed(final, reason)
+        return None
 
     def _complete(self, save: _Save, write: Callable[[], Written]) -> None:
         """Collect what every rank wrote, publish it on rank 0, tell everybody how it went."""
@@ -231,12 +243,16 @@ class CheckpointWriter:
             reason = _describe(error)
         reason = self._agreement.first_reason(reason)
         parts = self._agreement.gather((save.plan.num_bytes, written if reason is None else None))
-        if dist.get_rank() == 0:
+        if self._is_first:
             if reason is None:
-                reason = self._publish(save, [part for _, part in parts])
+                try:
+                    publish(save.plan, save.final, [part for _, part in parts], save.companions)
+                except Exception as error:  # the other ranks wait to hear of it
+                    reason = _describe(error)
             if reason is not None:
                 self._remove(save)
-                reason += _lack(reason, sum(size for size, _ in parts), self._staging)
+                if NO_SPACE in reason:
+                    reason += free_room(sum(size for size, _ in parts), self._staging)
         reason = self._agreement.from_first(reason)
         if self._uploads:
             shutil.rmtree(save.plan.folder, ignore_errors=True)
@@ -249,17 +265,13 @@ class CheckpointWriter:
 
     def _prune(self, written: Path) -> None:
         """Delete old checkpoints. All ranks look into those of before, so that none waits long."""
-        is_first = dist.get_rank() == 0
-        for path in self._agreement.from_first(self._pruner.unknown(written) if is_first else []):
+        unknown = self._pruner.unknown(written) if self._is_first else []
+        for path in self._agreement.from_first(unknown):
             reason = agreed_reason(path, self._agreement)
-            if is_first:
+            if self._is_first:
                 self._pruner.note(path, reason)
-        if is_first:
+        if self._is_first:
             self._pruner.wrote(written)
-
-    @property
-    def _uploads(self) -> bool:
-        return isinstance(self._folder, ObjectPath)
 
     def _remove(self, save: _Save) -> None:
         """Remove what a failed save has left, as far as that can be done now."""
@@ -269,51 +281,11 @@ class CheckpointWriter:
             with contextlib.suppress(StoreError):
                 save.final.delete_below(MANIFEST_FILE)
 
-    def _publish(self, save: _Save, parts: list[Written]) -> str | None:
-        try:
-            publish(save.plan, save.final, parts, save.companions)
-        except Exception as error:  # the other ranks wait to hear of it
-            return _describe(error)
-        return None
-
     def _failed(self, final: Path, reason: str, what: str = "could not be written") -> None:
         self.failed_saves += 1
         self.error = self.last_failure = f"checkpoint {final} {what}: {reason}"
-        if dist.get_rank() == 0:
+        if self._is_first:
             logger.error("%s; training goes on without it", self.error)
-
-
-def save_checkpoint(
-    folder: Path, model: TrainingModel, progress: Progress, config: Config, tokenizer: Path
-) -> Path:
-    """Write one checkpoint and wait for it; every rank must call.
-
-    Args:
-        folder: The run's checkpoint folder.
-        model: Model, optimizer and schedule.
-        progress: The run's progress.
-        config: Resolved configuration, written beside the weights.
-        tokenizer: The tokenizer's file, copied beside the weights.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        OSError: It could not be written.
-    """
-    writer = CheckpointWriter(folder, config, tokenizer)
-    checkpoint = writer.save(model, progress)
-    writer.finish()
-    if writer.error is not None:
-        raise OSError(writer.error)
-    return checkpoint
-
-
-def _result(save: _Save) -> Written:
-    if save.process is None:
-        raise BackgroundError(save.failure or "no process was started")
-    written: Written = save.process.result()
-    return written
 
 
 def _describe(error: Exception) -> str:
@@ -321,14 +293,3 @@ def _describe(error: Exception) -> str:
     text = " ".join(str(error).split())
     is_known = isinstance(error, OSError | BackgroundError | StoreError)
     return text if is_known else f"{type(error).__name__}: {text}"
-
-
-def _lack(reason: str, needed: int, folder: Path) -> str:
-    """The free and the needed bytes, if the disk was full."""
-    if NO_SPACE not in reason:
-        return ""
-    try:
-        free = show_bytes(free_bytes(folder))
-    except OSError:
-        return ""
-    return f" ({show_bytes(needed)} needed, {free} free in {folder})"

@@ -22,8 +22,8 @@ from moepp_megatron.config import Config, ConfigError, check_world_size
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.kl_divergence import kl_divergence
 from moepp_megatron.model.stage import evaluation_stages
+from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.training.checkpoint import load_weights
-from moepp_megatron.training.checkpoint.agree import Agreement
 from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.step import unchanged
 from moepp_megatron.training.step_sums import Summand, first_of_tensor_ranks
