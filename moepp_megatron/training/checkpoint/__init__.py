@@ -64,17 +64,11 @@ __all__ = [
     "read_checkpoint",
 ]
 
-_HOMES = {
-    "CheckpointWriter": "write",
-    "Loaded": "read",
-    "find_start": "read",
-    "load_weights": "read",
-    "newest_valid": "read",
-    "read_checkpoint": "read",
-}
+_READ = {"Loaded", "find_start", "load_weights", "newest_valid", "read_checkpoint"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in {"CheckpointWriter", *_READ}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "read" if name in _READ else "write"
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

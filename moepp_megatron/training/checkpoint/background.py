@@ -19,6 +19,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
@@ -110,21 +111,20 @@ class Background:
 class BackgroundUpload:
     """Uploads what a process writes, in a thread of this one; used as the process is.
 
-    A thread, because a client of a network is none of what forking leaves usable.
-    It waits for the network nearly all of its time.
+    A thread, because a client of a network is none of what forking leaves usable. It waits for the
+    network nearly all of its time.
     """
 
     def __init__(self, process: Background, send: Callable[[Any], Any]) -> None:
         self._process = process
-        self._send = send
-        self._written: Any = None
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="checkpoint upload", daemon=True)
-        self._thread.start()
+        self._uploaded: Future[Any] = Future()
+        threading.Thread(
+            target=self._run, args=(send,), name="checkpoint upload", daemon=True
+        ).start()
 
     def done(self) -> bool:
         """Whether it has ended; returns at once."""
-        return not self._thread.is_alive()
+        return self._uploaded.done()
 
     def result(self) -> Any:
         """What was written and uploaded; waits for it.
@@ -133,21 +133,17 @@ class BackgroundUpload:
             BackgroundError: The process has failed.
             StoreError: The upload has failed.
         """
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        assert self._written is not None, "an upload without a result"
-        return self._written
+        return self._uploaded.result()
 
     def kill(self) -> None:
         """End the process; what is uploaded without it is no checkpoint."""
         self._process.kill()
 
-    def _run(self) -> None:
+    def _run(self, send: Callable[[Any], Any]) -> None:
         try:
-            self._written = self._send(self._process.result())
-        except Exception as error:  # told to the rank, which asks for the result
-            self._error = error
+            self._uploaded.set_result(send(self._process.result()))
+        except Exception as error:  # the rank, which asks for the result, gets it
+            self._uploaded.set_exception(error)
 
 
 def _live(function: Callable[[], Any], writer: int, parent: int) -> NoReturn:

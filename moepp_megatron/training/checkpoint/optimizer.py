@@ -132,12 +132,9 @@ def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[Pa
         for entry in nested_values(model_state)
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
-    for ranges in optimizer.gbuf_ranges:
-        for buckets in ranges.values():
-            for bucket in buckets:
-                for parameter in bucket["param_map"]:
-                    begin, tensors = _own_part(optimizer, bucket, parameter)
-                    yield ParameterShard(parameter, entries[parameter], begin, tensors)
+    for parameter, begin in _held(optimizer):
+        tensors = _own_tensors(optimizer, parameter)
+        yield ParameterShard(parameter, entries[parameter], begin, tensors)
 
 
 def put_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
@@ -145,17 +142,18 @@ def put_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
 
     The optimizer is a distributed one that has taken a step.
     """
+    for held, begin in _held(optimizer):
+        if held is parameter:
+            own = _own_tensors(optimizer, parameter)["param"]
+            own.copy_(value.reshape(-1)[begin : begin + own.numel()].view_as(own))
+
+
+def _held(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, int]]:
+    """Each parameter of which this rank holds a part, and the part's first element."""
     for ranges in optimizer.gbuf_ranges:
         for bucket in (bucket for buckets in ranges.values() for bucket in buckets):
-            if parameter in bucket["param_map"]:
-                begin, tensors = _own_part(optimizer, bucket, parameter)
-                own = tensors["param"]
-                own.copy_(value.reshape(-1)[begin : begin + own.numel()].view_as(own))
-
-
-def _own_part(optimizer: Any, bucket: Any, parameter: Tensor) -> tuple[int, dict[str, Tensor]]:
-    """`ParameterShard`'s `begin` and `tensors`."""
-    return bucket["param_map"][parameter]["param"].start, _own_tensors(optimizer, parameter)
+            for parameter, places in bucket["param_map"].items():
+                yield parameter, places["param"].start
 
 
 def _own_tensors(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:

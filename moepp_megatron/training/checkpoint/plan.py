@@ -34,13 +34,7 @@ from moepp_megatron.training.checkpoint.state import METADATA
 
 @dataclass
 class Written:
-    """What one rank wrote.
-
-    Attributes:
-        results: Results of torch's writer, for the index.
-        digests: File name to SHA-256.
-        sizes: File name to bytes.
-    """
+    """What one rank wrote: results of torch's writer for the index, SHA-256 and bytes by file."""
 
     results: list[Any] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
@@ -48,11 +42,7 @@ class Written:
 
 
 class SavePlan:
-    """A planned save whose data is in host memory and not yet written.
-
-    Attributes:
-        folder: Where it is to be written.
-    """
+    """A planned save into `folder`, whose data is in host memory and not yet written."""
 
     def __init__(self, folder: Path, writer: FileSystemWriterAsync, metadata: Any) -> None:
         self.folder = folder

@@ -65,12 +65,8 @@ class Progress:
 class SavedRecord:
     """The content of `state.json`: plain numbers that need no unpickling.
 
-    Attributes:
-        progress: The run's progress at that moment.
-        layout: The rank grid that wrote the checkpoint.
-        versions: Versions of the packages that wrote it.
-        saved_at: Seconds since 1970.
-        format_version: Version of this record's format and of the tensor names.
+    `layout` is the rank grid and `versions` are the packages that wrote the checkpoint; `saved_at`
+    is in seconds since 1970; `format_version` counts this record's format and the tensor names.
     """
 
     progress: Progress

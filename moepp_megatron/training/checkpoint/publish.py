@@ -40,21 +40,13 @@ from moepp_megatron.training.checkpoint.room import discard
 
 logger = logging.getLogger(__name__)
 
-_TOKENIZER = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE)
 # Between two checkpoints, where clocks do not tell which one is newer.
 _TICK_S = 1e-3
-_COMPANIONS = (CONFIG_FILE, *_TOKENIZER, STATE_FILE)
 
 
 @dataclass(frozen=True)
 class Companions:
-    """Files that are stored beside the tensors.
-
-    Attributes:
-        config: The resolved configuration, YAML.
-        tokenizer: Files of the tokenizer by name, from `tokenizer_files`.
-        record: Progress, layout, versions.
-    """
+    """What is stored with the tensors: resolved configuration (YAML), tokenizer's files, record."""
 
     config: str
     tokenizer: dict[str, bytes]
@@ -96,18 +88,21 @@ def publish(plan: SavePlan, final: Path, written: list[Written], companions: Com
     digests = {name: digest for part in written for name, digest in part.digests.items()}
     sizes = {name: size for part in written for name, size in part.sizes.items()}
     if isinstance(final, ObjectPath):
-        check_uploaded(final, sizes)
+        _check_uploaded(final, sizes)
     else:
         _check_shared(folder, sizes)
     plan.write_index([part.results for part in written])
     _make_newest(companions.record, final.parent)
-    _write_companions(folder, companions)
-    content = json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode()
-    write_synced(folder / FORMAT_FILE, content)
-    for name in (*_COMPANIONS, TENSORS_FILE, FORMAT_FILE):
-        path = folder / name
-        if path.is_file():
-            digests[name], sizes[name] = file_digest(path), path.stat().st_size
+    contents = {
+        CONFIG_FILE: companions.config.encode(),
+        STATE_FILE: companions.record.to_json(),
+        FORMAT_FILE: json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode(),
+        **companions.tokenizer,
+    }
+    for name, content in contents.items():
+        write_synced(folder / name, content)
+    for name in (*contents, TENSORS_FILE):
+        digests[name], sizes[name] = file_digest(folder / name), (folder / name).stat().st_size
     write_synced(folder / MANIFEST_FILE, manifest(digests, sizes))
     latest = f"{final.name}\n".encode()
     if isinstance(final, ObjectPath):
@@ -132,12 +127,8 @@ def upload(written: Written, folder: Path, final: ObjectPath) -> Written:
     return written
 
 
-def check_uploaded(final: ObjectPath, sizes: dict[str, int]) -> None:
-    """Compare what the store has with what was written; the checksums were its own to compare.
-
-    Raises:
-        StoreError: An object is missing, or has another size.
-    """
+def _check_uploaded(final: ObjectPath, sizes: dict[str, int]) -> None:
+    """Compare sizes of what the store has; the checksums were its own to compare."""
     there = {path.name: path.stat().st_size for path in final.iterdir()}
     for name, size in sizes.items():
         if there.get(name) != size:
@@ -164,33 +155,24 @@ def _check_shared(folder: Path, sizes: dict[str, int]) -> None:
 
 def _upload(folder: Path, final: ObjectPath) -> None:
     """Upload what rank 0 alone has written, the manifest last."""
-    files = sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST_FILE)
-    sizes = {path.name: path.stat().st_size for path in files}
-    for path in files:
-        if path.name == MANIFEST_FILE:
-            check_uploaded(final, {name: sizes[name] for name in sizes if name != MANIFEST_FILE})
-        (final / path.name).upload(path)
-
-
-def _write_companions(folder: Path, companions: Companions) -> None:
-    write_synced(folder / CONFIG_FILE, companions.config.encode())
-    write_synced(folder / STATE_FILE, companions.record.to_json())
-    for name, content in companions.tokenizer.items():
-        write_synced(folder / name, content)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    del sizes[MANIFEST_FILE]
+    for name in sizes:
+        (final / name).upload(folder / name)
+    _check_uploaded(final, sizes)
+    (final / MANIFEST_FILE).upload(folder / MANIFEST_FILE)
 
 
 def _give_name(folder: Path, final: Path) -> None:
     """Rename; an older checkpoint of that name goes if it is whole, and is kept aside if not."""
     token = folder.name.rpartition("-")[2]
-    is_whole = False
     if final.exists():
-        is_whole = damage(final) is None
-        if not is_whole:
+        if damage(final) is not None:
             final.rename(final.with_name(f"{final.name}.unreadable-{token}"))
-    if is_whole and exchange(folder, final):
-        # At no moment is there no checkpoint of that name.
-        shutil.rmtree(folder)
-    else:
-        if is_whole:
+        elif exchange(folder, final):
+            # At no moment is there no checkpoint of that name.
+            shutil.rmtree(folder)
+            return
+        else:
             discard(final, token)
-        folder.rename(final)
+    folder.rename(final)
