@@ -57,6 +57,7 @@ def score(
     from moepp_megatron.runtime.rank import RankEnvironment
 
     rank = RankEnvironment.read()
+    rank.check_nproc(nproc)
     world_size = rank.world_size if rank.is_launched else nproc
     request = ScoreRequest.read(checkpoint, tokens, out, overrides or [], world_size, logits, text)
     if rank.rank == 0:

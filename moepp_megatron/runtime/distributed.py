@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import random
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -162,6 +163,14 @@ def _meeting_point(environment: RankEnvironment, timeout: timedelta) -> dist.Sto
 def _open_store(environment: RankEnvironment, timeout: timedelta) -> dist.Store:
     if environment.meets_at is not None:
         host, port, serves = environment.meets_at
+        try:
+            socket.getaddrinfo(host, port)
+        except OSError as error:
+            # The store would try for as long as `timeout` without a word.
+            raise UnfitError(
+                f"the first machine ({host}) must have an address here ({error.strerror}); export "
+                "MASTER_ADDR=ADDRESS, which all machines reach"
+            ) from None
         return dist.TCPStore(host, port, environment.world_size, is_master=serves, timeout=timeout)
     store, _, _ = next(
         dist.rendezvous("env://", environment.rank, environment.world_size, timeout=timeout)

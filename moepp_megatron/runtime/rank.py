@@ -37,6 +37,19 @@ class RankEnvironment:
     start_name: str | None = None
     meets_at: tuple[str, int, bool] | None = None
 
+    def check_nproc(self, nproc: int) -> None:
+        """Refuse `--nproc` for a rank, unless it says what is so.
+
+        Raises:
+            ConfigError: Ranks would be missing that the user wants.
+        """
+        if self.is_launched and nproc not in (1, self.local_world_size):
+            raise ConfigError(
+                f"--nproc ({nproc}) must not be given to ranks that srun or torchrun has started "
+                f"({self.world_size}, {self.local_world_size} on this machine); start {nproc} tasks "
+                "on each machine without it, or add --nnodes and --rdzv-endpoint to start ranks"
+            )
+
     @classmethod
     def read(cls) -> RankEnvironment:
         """Read the variables that torchrun or srun sets; without them this is a lone process.
@@ -47,45 +60,52 @@ class RankEnvironment:
         if "RANK" in env and "WORLD_SIZE" in env:
             return cls._of_torchrun(env)
         # A step of one task is a shell or a launcher inside an allocation, not a rank.
-        if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        if "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
             return cls._of_srun(env)
         return cls()
 
     @classmethod
     def _of_torchrun(cls, env: Mapping[str, str]) -> RankEnvironment:
-        rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        rank, world_size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
         local_rank, local_world_size = _place_on_machine(env, rank, world_size)
         meets_at = None
         if env.get("TORCHELASTIC_USE_AGENT_STORE") == str(False):
             # torchrun's own rank 0 is on the machine whose address it handed out, whatever number
             # that machine has here.
-            meets_at = env["MASTER_ADDR"], int(env["MASTER_PORT"]), rank == 0
+            meets_at = env["MASTER_ADDR"], _number(env, "MASTER_PORT"), rank == 0
         if NODE_RANK in env:
             # torchrun numbers machines by the text of their addresses: 10.0.0.10 before 10.0.0.9.
-            rank = int(env[NODE_RANK]) * local_world_size + local_rank
+            rank = _number(env, NODE_RANK) * local_world_size + local_rank
         return cls(
             rank=rank,
             world_size=world_size,
             local_rank=local_rank,
             local_world_size=local_world_size,
             is_launched=True,
-            restart_count=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            restart_count=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
             start_name=env.get("TORCHELASTIC_RUN_ID", "none"),
             meets_at=meets_at,
         )
 
     @classmethod
     def _of_srun(cls, env: Mapping[str, str]) -> RankEnvironment:
-        rank, world_size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
-        host = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
+        rank, world_size = _number(env, "SLURM_PROCID"), _number(env, "SLURM_STEP_NUM_TASKS")
+        local_world_size = _tasks_on_node(env)
+        # Ranks of one machine need no name of it, which may be no address.
+        first = "127.0.0.1" if local_world_size == world_size else None
+        host = env.get("MASTER_ADDR") or first or first_host(env["SLURM_STEP_NODELIST"])
         # Derived from the job, so that all ranks know it and two jobs rarely share one; below those
         # that Linux hands out to connections.
-        port = int(env.get("MASTER_PORT", 20000 + int(env["SLURM_JOB_ID"]) % 12000))
+        port = _number(env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID") % 12000)
+        if not 0 < port < 65536:
+            raise ConfigError(
+                f"MASTER_PORT ({port}) must be a port, 1 to 65535; export another, or unset it"
+            )
         return cls(
             rank=rank,
             world_size=world_size,
-            local_rank=int(env["SLURM_LOCALID"]),
-            local_world_size=_tasks_on_node(env),
+            local_rank=_number(env, "SLURM_LOCALID"),
+            local_world_size=local_world_size,
             is_launched=True,
             start_name=".".join(env.get(name, "0") for name in _SLURM_START),
             meets_at=(host, port, rank == 0),
@@ -102,16 +122,30 @@ def first_host(nodes: str) -> str:
 def _place_on_machine(env: Mapping[str, str], rank: int, world_size: int) -> tuple[int, int]:
     """This rank's number on its machine, and how many ranks are there."""
     if "LOCAL_RANK" in env and "LOCAL_WORLD_SIZE" in env:
-        return int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
+        return _number(env, "LOCAL_RANK"), _number(env, "LOCAL_WORLD_SIZE")
     if world_size == 1:
-        return int(env.get("LOCAL_RANK", rank)), 1
+        return _number(env, "LOCAL_RANK", rank), 1
     if env.get("SLURM_STEP_NUM_TASKS") == str(world_size):
-        return int(env["SLURM_LOCALID"]), _tasks_on_node(env)
+        return _number(env, "SLURM_LOCALID"), _tasks_on_node(env)
     raise ConfigError(
         f"WORLD_SIZE ({world_size}) must come with LOCAL_RANK and LOCAL_WORLD_SIZE, a rank's "
         "number on its machine and the number of ranks there; export both, or start ranks with "
         "torchrun, srun or --nproc"
     )
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A variable of the environment; one that is set to nothing counts as unset."""
+    text = env.get(name, "")
+    if not text and default is not None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            f"{name} ({text!r}) in the environment must be a whole number; unset it, or start "
+            "ranks with torchrun, srun or --nproc, which set it"
+        ) from None
 
 
 def _tasks_on_node(env: Mapping[str, str]) -> int:
@@ -120,4 +154,4 @@ def _tasks_on_node(env: Mapping[str, str]) -> int:
     for part in env["SLURM_STEP_TASKS_PER_NODE"].split(","):
         tasks, _, repeats = part.partition("(x")
         counts += [int(tasks)] * int(repeats.rstrip(")") or 1)
-    return counts[int(env.get("SLURM_NODEID", "0"))]
+    return counts[_number(env, "SLURM_NODEID", 0)]

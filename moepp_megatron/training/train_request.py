@@ -77,6 +77,7 @@ class TrainRequest:
         nodes = options.nodes
         # Told to be a launcher it is none of srun's ranks, though srun may have started several.
         rank = RankEnvironment.read() if nodes is None else RankEnvironment()
+        rank.check_nproc(options.num_local_ranks)
         settings = load_config(config, overrides)
         machines = 1 if nodes is None else nodes.count
         world_size = rank.world_size if rank.is_launched else machines * options.num_local_ranks

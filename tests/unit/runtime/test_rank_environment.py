@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from moepp_megatron.config import Config, ConfigError, parse_config
-from moepp_megatron.runtime import nodes
+from moepp_megatron.config import Config, ConfigError, UnfitError, parse_config
+from moepp_megatron.runtime import distributed, nodes
 from moepp_megatron.runtime.launch import LaunchOptions, _torchrun
 from moepp_megatron.runtime.nodes import Nodes, interface_of_rank, parse_endpoint
 from moepp_megatron.runtime.rank import RankEnvironment, first_host
@@ -340,3 +340,45 @@ def test_torchrun_is_told_who_hosts_the_meeting() -> None:
     assert "--rdzv-conf=join_timeout=180,timeout=60,is_host=0" in second
     assert "--rdzv-endpoint=127.0.0.1:80" in first
     assert "is_host" not in str(Nodes(2, None, "127.0.0.1").torchrun_options())
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"MASTER_PORT": "auto"}, r"MASTER_PORT \('auto'\) in the environment must be a whole"),
+        ({"MASTER_PORT": "99999"}, r"MASTER_PORT \(99999\) must be a port"),
+        ({"RANK": "", "WORLD_SIZE": ""}, r"RANK \(''\) in the environment must be a whole"),
+    ],
+)
+def test_variables_that_are_no_numbers(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        place(monkeypatch, **SRUN, **variables)
+
+
+def test_port_that_is_set_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    unset = place(monkeypatch, **SRUN)
+    assert place(monkeypatch, **SRUN, MASTER_PORT="") == unset
+
+
+def test_ranks_of_one_machine_need_no_name_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "12", "SLURM_NODEID": "0"}
+    meets_at = place(monkeypatch, **one).meets_at
+    assert meets_at is not None
+    assert meets_at[0] == "127.0.0.1"
+
+
+def test_nproc_of_ranks_that_srun_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = place(monkeypatch, **SRUN)
+    for nproc in (1, rank.local_world_size):
+        rank.check_nproc(nproc)
+    with pytest.raises(ConfigError, match=r"--nproc \(3\) must not be given to ranks"):
+        rank.check_nproc(3)
+    RankEnvironment().check_nproc(3)
+
+
+def test_first_machine_without_an_address_is_named_at_once() -> None:
+    rank = RankEnvironment(world_size=2, meets_at=("gpu07.invalid", 20000, False))
+    with pytest.raises(UnfitError, match=r"first machine \(gpu07.invalid\) must have an address"):
+        distributed.start(rank)
