@@ -45,9 +45,9 @@ class RankEnvironment:
         """
         if self.is_launched and nproc not in (1, self.local_world_size):
             raise ConfigError(
-                f"--nproc ({nproc}) must not be given to ranks that srun or torchrun has started "
-                f"({self.world_size}, {self.local_world_size} on this machine); start {nproc} tasks "
-                "on each machine without it, or add --nnodes and --rdzv-endpoint to start ranks"
+                f"--nproc ({nproc}) must not be given to ranks of srun or torchrun, which has "
+                f"started {self.world_size}, {self.local_world_size} on this machine; start "
+                f"{nproc} tasks on each machine without it, or add --nnodes and --rdzv-endpoint"
             )
 
     @classmethod
