@@ -22,6 +22,8 @@ def show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, list):
+        value = [str(entry) if isinstance(entry, Path) else entry for entry in value]
     text = without_password(repr(str(value) if isinstance(value, Path) else value))
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
 

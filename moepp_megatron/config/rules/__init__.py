@@ -1,32 +1,33 @@
-"""The named cross-field rules, by subject.
+"""The cross-field rules, by subject: a file for a section, or for a feature with rules of its own.
 
-budget.py            rules of `moe.budget`
-cuda_graphs.py       rules of `training.cuda_graphs`
-data.py              rules of the section `data`: blends, stages, validation sets
-distillation.py      rules of the section `distillation`
+rows.py              what rules are written with
+budget.py            `moe.budget`
+cuda_graphs.py       `training.cuda_graphs`
+data.py              the section `data`: blends, stages, validation sets
+distillation.py      the section `distillation`
 divisibility.py      divisibility, the most common rule, with a remedy that can be typed in
-documents.py         rules of attention that stays within documents
-evaluation.py        rules of the section `evaluation`
-expert_overlap.py    rules of `parallel.overlap_moe_expert_parallel_comm`
+exclusive.py         features that exclude each other: a table with two axes
+expert_overlap.py    `parallel.overlap_moe_expert_parallel_comm`
 flex.py              the sizes that deep_ep, the package of the flex dispatcher, requires
+fp8_shapes.py        the shapes that FP8 requires
 ignored.py           settings that the user gave and that have no effect: warnings, not errors
-latent_attention.py  rules of `model.latent_attention`: settings that it replaces or excludes
-model.py             rules of the model's shape
-moe.py               rules of experts and routing
-multi_token.py       rules of `model.mtp_num_layers`: what multi-token prediction excludes
-observe.py           rules of the section `observe`
-optimizer.py         rules of the optimizer's kind
-parallel.py          rules of the layout that hold for any number of ranks
-precision.py         rules of number formats
-resilience.py        rules of the section `resilience`
-routing_guard.py     rules of the section `routing_guard`
-slurm.py             rules of the section `slurm`
-training.py          rules of optimizer, batches, recomputation, data and checkpoints
-world_size.py        rules that need the number of ranks
+latent_attention.py  `model.latent_attention`: settings that it replaces or excludes
+model.py             the model's shape
+moe.py               experts and routing
+multi_token.py       `model.mtp_num_layers`
+observe.py           the section `observe`
+optimizer.py         the optimizer's kind and moments
+parallel.py          the layout, for any number of ranks
+precision.py         number formats
+resilience.py        the section `resilience`
+routing_guard.py     the section `routing_guard`
+slurm.py             the section `slurm`
+training.py          schedule, batches, recomputation, split, checkpoints
+world_size.py        what depends on the number of ranks
 
-A rule is a generator function: it takes a Config and yields a Problem where it is broken. Its
-name says what must hold, its docstring why. If a rule relies on another one, the other one comes
-first, and the rule reports nothing while that one is broken, so that one mistake gives one line.
+A rule takes a Config and yields a Problem where it is broken. Most are rows; what has to loop or to
+compute is a generator function. If a rule relies on another one, the other one comes first, and the
+rule reports nothing while that one is broken, so that one mistake gives one line.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,8 +38,7 @@ from moepp_megatron.config.rules import (
     cuda_graphs,
     data,
     distillation,
-    documents,
-    evaluation,
+    exclusive,
     expert_overlap,
     flex,
     ignored,
@@ -56,12 +56,14 @@ from moepp_megatron.config.rules import (
     training,
     world_size,
 )
+from moepp_megatron.config.rules.rows import Rule
 from moepp_megatron.config.schema import Config
 
-RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+RULES: tuple[Rule, ...] = (
     *model.RULES,
     *latent_attention.RULES,
     *moe.RULES,
+    *exclusive.RULES,
     *multi_token.RULES,
     *budget.RULES,
     *parallel.RULES,
@@ -73,14 +75,12 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     *data.RULES,
     *distillation.RULES,
     *cuda_graphs.RULES,
-    *documents.RULES,
     *resilience.RULES,
     *slurm.RULES,
     *observe.RULES,
-    *evaluation.RULES,
     *routing_guard.RULES,
 )
-IGNORED: tuple[Callable[[Config], Iterator[Problem]], ...] = ignored.RULES
+IGNORED: tuple[Rule, ...] = ignored.RULES
 WORLD_SIZE_RULES: tuple[Callable[[Config, int], Iterator[Problem]], ...] = world_size.RULES
 WORLD_SIZE_IGNORED: tuple[Callable[[Config, int], Iterator[Problem]], ...] = world_size.IGNORED
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import gcd, isqrt
+from operator import attrgetter
 
 from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.rules.rows import Rule, Text, fill
 from moepp_megatron.config.schema import Config
 
 _MOST_DIVISORS = 8
@@ -56,6 +58,24 @@ def must_divide(
         remedy = f"set {divisor_text} to {legal}, or for {name} {remedy}"
         divisor_text += f" ({divisor})"
     yield Problem(name, value, f"must be divisible by {divisor_text}{reason}", remedy)
+
+
+def divisible(
+    name: str,
+    divisor: Callable[[Config], int],
+    divisor_text: Text,
+    reason: str = "",
+    others: Sequence[int] | None = None,
+) -> Rule:
+    """A rule: `divisor` must divide this setting; the texts as in `must_divide`."""
+    return lambda config: must_divide(
+        name,
+        attrgetter(name)(config),
+        divisor(config),
+        fill(divisor_text, config),
+        reason,
+        others,
+    )
 
 
 def batch_sizes(config: Config) -> list[tuple[str, int]]:

@@ -1,76 +1,61 @@
-"""Rules of `parallel.overlap_moe_expert_parallel_comm`, the combined forward and backward pass."""
+"""Rules of `parallel.overlap_moe_expert_parallel_comm`, the combined forward and backward pass.
+
+megatron-core asserts most of these; without the others its schedule would be wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from moepp_megatron.config.problem import Problem, show
+from moepp_megatron.config.problem import show
+from moepp_megatron.config.rules.rows import Condition, Rule, Text, group, refuse
 from moepp_megatron.config.schema import Config
 from moepp_megatron.config.stages import virtual_stages
 
-# What these recompute lies in two parts of a layer that the schedule runs as graphs of their own.
-_SPLIT_MODULES = ("layernorm", "moe")
 
-
-def _overlapped_experts_have_their_parts(config: Config) -> Iterator[Problem]:
-    """megatron-core asserts most of these; without the others its schedule would be wrong."""
-    parallel, training = config.parallel, config.training
-    if not parallel.overlap_moe_expert_parallel_comm:
-        return
-    ranks, dispatcher = parallel.expert_model_parallel_size, config.moe.dispatcher
-    stages = parallel.pipeline_model_parallel_size
-    recomputed = sorted(set(_SPLIT_MODULES) & set(training.recompute_modules))
+def _split(config: Config) -> list[str]:
+    """What is recomputed of two parts of a layer that the schedule runs as graphs of their own."""
+    training = config.training
     is_selective = training.recompute_granularity == "selective"
-    needs = (
-        (ranks > 1, f"parallel.expert_model_parallel_size ({ranks}) above 1: no token travels"),
-        (
-            config.precision.dtype == "bf16",
-            f"precision.dtype ({config.precision.dtype}) bf16, which megatron-core's schedule "
-            "asks for",
-        ),
-        (
-            dispatcher in ("alltoall", "flex"),
-            f"moe.dispatcher ({dispatcher}) alltoall or flex: the schedule frees what a "
-            "dispatcher has sent, so it must have arrived when the call returns",
-        ),
-        (
-            stages == 1 or virtual_stages(config) > 1,
-            "parallel.virtual_pipeline_model_parallel_size (null) 2 or more with "
-            f"parallel.pipeline_model_parallel_size ({stages}): the plain 1F1B schedule has no "
-            "combined form",
-        ),
-        (
-            training.recompute_granularity != "full",
-            "training.recompute_granularity (full) null or selective: whole layers are no longer "
-            "one piece of the schedule",
-        ),
-        (
-            not (is_selective and recomputed),
-            f"training.recompute_modules ({show(training.recompute_modules)}) without "
-            f"{' and '.join(recomputed)}: the schedule runs their parts separately",
-        ),
-    )
-    for holds, need in needs:
-        if not holds:
-            yield Problem(
-                "parallel.overlap_moe_expert_parallel_comm",
-                True,
-                f"must have {need}",
-                "change that, or set parallel.overlap_moe_expert_parallel_comm to false",
-            )
+    return sorted({"layernorm", "moe"} & set(training.recompute_modules)) if is_selective else []
 
 
-def _only_the_combined_schedule_delays(config: Config) -> Iterator[Problem]:
-    """No other schedule comes back for the weights (transformer_config.py, `__post_init__`)."""
-    parallel = config.parallel
-    if parallel.delay_wgrad_compute and not parallel.overlap_moe_expert_parallel_comm:
-        yield Problem(
-            "parallel.delay_wgrad_compute",
-            True,
-            "must come with parallel.overlap_moe_expert_parallel_comm (false), whose schedule "
-            "computes the gradients that are left out at first",
-            "set that to true, or parallel.delay_wgrad_compute to false",
-        )
+def _without_split_modules(config: Config) -> str:
+    modules, split = show(config.training.recompute_modules), " and ".join(_split(config))
+    must = f"must have training.recompute_modules ({modules}) without {split}"
+    return f"{must}: the schedule runs their parts separately"
 
 
-RULES = (_overlapped_experts_have_their_parts, _only_the_combined_schedule_delays)
+def _needs(wrong: Condition, must: Text) -> Rule:
+    return refuse(
+        "parallel.overlap_moe_expert_parallel_comm", wrong, must,
+        "change that, or set parallel.overlap_moe_expert_parallel_comm to false",
+    )  # fmt: skip
+
+
+RULES: tuple[Rule, ...] = (
+    group(lambda c: c.parallel.overlap_moe_expert_parallel_comm,
+        _needs(lambda c: c.parallel.expert_model_parallel_size == 1,
+            "must have parallel.expert_model_parallel_size (1) above 1: no token travels"),
+        _needs(lambda c: c.precision.dtype != "bf16",
+            "must have precision.dtype ({precision.dtype}) bf16, which megatron-core's schedule "
+            "asks for"),
+        _needs(lambda c: c.moe.dispatcher not in ("alltoall", "flex"),
+            "must have moe.dispatcher ({moe.dispatcher}) alltoall or flex: the schedule frees "
+            "what a dispatcher has sent, so it must have arrived when the call returns"),
+        _needs(lambda c: c.parallel.pipeline_model_parallel_size > 1 and virtual_stages(c) <= 1,
+            "must have parallel.virtual_pipeline_model_parallel_size (null) 2 or more with "
+            "parallel.pipeline_model_parallel_size ({parallel.pipeline_model_parallel_size}): "
+            "the plain 1F1B schedule has no combined form"),
+        _needs(lambda c: c.training.recompute_granularity == "full",
+            "must have training.recompute_granularity (full) null or selective: whole layers are "
+            "no longer one piece of the schedule"),
+        _needs(_split, _without_split_modules),
+    ),
+    # No other schedule comes back for the weights (transformer_config.py, `__post_init__`).
+    refuse("parallel.delay_wgrad_compute",
+        lambda c: (
+            c.parallel.delay_wgrad_compute and not c.parallel.overlap_moe_expert_parallel_comm
+        ),
+        "must come with parallel.overlap_moe_expert_parallel_comm (false), whose schedule "
+        "computes the gradients that are left out at first",
+        "set that to true, or parallel.delay_wgrad_compute to false"),
+)  # fmt: skip

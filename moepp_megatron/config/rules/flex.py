@@ -5,66 +5,31 @@ A wrong size ends in an assertion of its C++ or just-in-time code, in the first 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rules.divisibility import must_divide
-from moepp_megatron.config.schema import Config
+from moepp_megatron.config.rules.divisibility import divisible
+from moepp_megatron.config.rules.rows import Rule, group, refuse
 
 # Tokens move in pieces of 16 bytes, 8 bf16 values.
 HIDDEN_ALIGNMENT = 8
 # HybridEP gathers 4 bytes per token, in pieces of 16 bytes.
-HYBRIDEP_TOKEN_ALIGNMENT = 4
+_TOKEN_ALIGNMENT = 4
 
-
-def _flex_dispatcher_needs_expert_ranks(config: Config) -> Iterator[Problem]:
-    """DeepEP asserts that there is more than one rank."""
-    parallel = config.parallel
-    ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
-    if config.moe.dispatcher == "flex" and ranks == 1:
-        yield Problem(
-            "moe.dispatcher",
-            "flex",
+RULES: tuple[Rule, ...] = (
+    group(lambda c: c.moe.dispatcher == "flex",
+        refuse("moe.dispatcher",
+            lambda c: c.parallel.expert_model_parallel_size * c.parallel.expert_tensor_size == 1,
             "must have more than one rank in parallel.expert_model_parallel_size (1) * "
             "parallel.expert_tensor_parallel_size (1)",
-            "use alltoall, or set parallel.expert_model_parallel_size to 2 or more",
-        )
-
-
-def _flex_sizes_are_aligned(config: Config) -> Iterator[Problem]:
-    """Hidden vectors are multiples of 16 bytes; DeepEP's kernels use SMs in pairs."""
-    moe = config.moe
-    if moe.dispatcher != "flex":
-        return
-    yield from must_divide(
-        "model.hidden_size",
-        config.model.hidden_size,
-        HIDDEN_ALIGNMENT,
-        f"{HIDDEN_ALIGNMENT} for moe.dispatcher flex",
-    )
-    if moe.flex_num_sms is not None and moe.flex_backend != "hybridep":
-        yield from must_divide(
-            "moe.flex_num_sms", moe.flex_num_sms, 2, f"2 for moe.flex_backend {moe.flex_backend}"
-        )
-
-
-def _hybridep_tokens_are_aligned(config: Config) -> Iterator[Problem]:
-    """HybridEP aborts if a rank's tokens of a micro-batch are not a multiple of 4."""
-    if config.moe.dispatcher != "flex" or config.moe.flex_backend != "hybridep":
-        return
-    tokens = config.tokens_per_rank
-    if tokens % HYBRIDEP_TOKEN_ALIGNMENT:
-        yield Problem(
-            "training.micro_batch_size",
-            config.training.micro_batch_size,
-            f"must give each rank a number of tokens ({tokens}) divisible by "
-            f"{HYBRIDEP_TOKEN_ALIGNMENT} with moe.flex_backend hybridep",
-            f"use {HYBRIDEP_TOKEN_ALIGNMENT}, or moe.flex_backend deepep",
-        )
-
-
-RULES = (
-    _flex_dispatcher_needs_expert_ranks,
-    _flex_sizes_are_aligned,
-    _hybridep_tokens_are_aligned,
-)
+            "use alltoall, or set parallel.expert_model_parallel_size to 2 or more"),
+        divisible("model.hidden_size", lambda c: HIDDEN_ALIGNMENT,
+            f"{HIDDEN_ALIGNMENT} for moe.dispatcher flex"),
+        # DeepEP's kernels use multiprocessors in pairs.
+        group(lambda c: c.moe.flex_num_sms is not None and c.moe.flex_backend != "hybridep",
+            divisible("moe.flex_num_sms", lambda c: 2, "2 for moe.flex_backend {moe.flex_backend}"),
+        ),
+        refuse("training.micro_batch_size",
+            lambda c: c.moe.flex_backend == "hybridep" and c.tokens_per_rank % _TOKEN_ALIGNMENT,
+            "must give each rank a number of tokens ({tokens_per_rank}) divisible by "
+            f"{_TOKEN_ALIGNMENT} with moe.flex_backend hybridep",
+            f"use {_TOKEN_ALIGNMENT}, or moe.flex_backend deepep"),
+    ),
+)  # fmt: skip

@@ -2,362 +2,227 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
 from moepp_megatron.config.blends import first_step
 from moepp_megatron.config.paths import is_address
-from moepp_megatron.config.problem import Problem, show
-from moepp_megatron.config.schema import Config, Section
-from moepp_megatron.experts import CONSTANT, LOCAL_KINDS
+from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.rules.rows import Condition, Rule, first, group, refuse, shown
+from moepp_megatron.config.schema import Config, OptimizerSection, Section
+from moepp_megatron.experts import CONSTANT, LOCAL_KINDS, ExpertKind
 from moepp_megatron.layer_settings import settings_of
 
-Rule = Callable[[Config], Iterator[Problem]]
+
+def _where(applies: Condition, reason: str, names: str, remedy: str) -> Rule:
+    """A rule: none of `names` (one or more, with spaces) has an effect where `applies` is true."""
+    rules = (
+        refuse(name, partial(_is_set, name), f"has no effect {reason}", remedy)
+        for name in names.split()
+    )
+    return group(applies, *rules)
 
 
-def _ignored(config: Config, name: str, reason: str, remedy: str) -> Iterator[Problem]:
-    """Yield a notice if the user set `name` to something other than its default."""
+def _is_set(name: str, config: Config) -> bool:
+    """Whether the user set it to something other than its default."""
     section, _, key = name.rpartition(".")
     owner: Section = attrgetter(section)(config)
-    if owner.is_set(key):
-        yield Problem(name, getattr(owner, key), f"has no effect {reason}", remedy)
-
-
-def _where(applies: Callable[[Config], bool], reason: str, names: str, remedy: str) -> Rule:
-    """A rule: none of `names` (one or more, with spaces) has an effect where `applies` is true."""
-
-    def rule(config: Config) -> Iterator[Problem]:
-        if applies(config):
-            for name in names.split():
-                yield from _ignored(config, name, reason, remedy)
-
-    rule.__name__ = f"{names} {reason}"
-    rule.__doc__ = f"What is without effect {reason}: {names}."
-    return rule
+    return owner.is_set(key)
 
 
 def _with(switch: str, value: Any, names: str, remedy: str) -> Rule:
     """A rule: none of `names` has an effect with this value of another setting."""
-    reason = f"with {switch} {value if isinstance(value, str) else show(value)}"
-    value_of = attrgetter(switch)
-    remedy = f"{remedy}, or leave it out"
-    return _where(lambda config: value_of(config) == value, reason, names, remedy)
+    value_of, remedy = attrgetter(switch), f"{remedy}, or leave it out"
+    reason = f"with {switch} {shown(value)}"
+    return _where(lambda c: value_of(c) == value, reason, names, remedy)
 
 
 def _without(switch: str, names: str, remedy: str) -> Rule:
     """A rule: none of `names` has an effect without another setting, or without a value of it."""
     setting, _, value = switch.partition(" ")
-    value_of = attrgetter(setting)
+    value_of, remedy = attrgetter(setting), f"{remedy}, or leave it out"
 
     def is_missing(config: Config) -> bool:
         return value_of(config) != value if value else not value_of(config)
 
-    return _where(is_missing, f"without {switch}", names, f"{remedy}, or leave it out")
+    return _where(is_missing, f"without {switch}", names, remedy)
 
 
-def _nonzero_without_zero_experts(config: Config) -> Iterator[Problem]:
-    """Only a zero expert leaves a probability out of the sum."""
-    if config.moe.gate_normalization == "nonzero" and config.moe.num_zero_experts == 0:
-        yield Problem(
-            "moe.gate_normalization",
-            "nonzero",
-            "is the same as selected without zero experts",
-            "use selected, or add zero experts",
-        )
+def _of_kind(kind: ExpertKind) -> str:
+    """The settings that belong to one kind of experts."""
+    names = [f"moe.{key}" for key in settings_of(kind)]
+    if kind is CONSTANT:
+        names += [f"optimizer.groups.constants.{key}" for key in ("lr_mult", "weight_decay")]
+    return " ".join(names)
 
 
-def _settings_of_absent_experts(config: Config) -> Iterator[Problem]:
-    """Some settings belong to one kind of experts."""
-    for kind in LOCAL_KINDS:
-        if config.moe.count(kind) == 0:
-            reason = f"with moe.{kind.setting} 0"
-            remedy = f"add {kind.name} experts, or leave it out"
-            names = [f"moe.{key}" for key in settings_of(kind)]
-            if kind is CONSTANT:
-                names += [f"optimizer.groups.constants.{k}" for k in ("lr_mult", "weight_decay")]
-            for name in names:
-                yield from _ignored(config, name, reason, remedy)
+def _of_optimizer(kind: str) -> str:
+    """Muon's and Lion's settings are their own; Adam's are also those of the other parameters."""
+    names = (name for name in OptimizerSection.model_fields if name.startswith(f"{kind}_"))
+    return " ".join(f"optimizer.{name}" for name in names)
 
 
 def _priority_of_groups_of_one(config: Config) -> Iterator[Problem]:
-    """A rank alone sends nothing."""
-    parallel = config.parallel
-    ranks = {
-        "tp": ("tensor_model_parallel_size", parallel.tensor_model_parallel_size),
-        "cp": ("context_parallel_size", parallel.context_parallel_size),
-        "pp": ("pipeline_model_parallel_size", parallel.pipeline_model_parallel_size),
-        "ep": ("expert_model_parallel_size", parallel.expert_model_parallel_size),
-    }
-    for group in parallel.high_priority_stream_groups:
-        key, size = ranks.get(group, ("", 2))
-        if size == 1:
-            yield Problem(
-                "parallel.high_priority_stream_groups",
-                parallel.high_priority_stream_groups,
-                f"has no effect on {group} with parallel.{key} 1",
-                f"leave {group} out",
-            )
+    """A group of one rank sends nothing."""
+    parallel, name = config.parallel, "parallel.high_priority_stream_groups"
+    keys = {
+        "tp": "tensor_model_parallel_size", "cp": "context_parallel_size",
+        "pp": "pipeline_model_parallel_size", "ep": "expert_model_parallel_size",
+    }  # fmt: skip
+    for group_name in parallel.high_priority_stream_groups:
+        key = keys.get(group_name)
+        if key is not None and getattr(parallel, key) == 1:
+            reason = f"has no effect on {group_name} with parallel.{key} 1"
+            value = parallel.high_priority_stream_groups
+            yield Problem(name, value, reason, f"leave {group_name} out")
 
 
-def _flex_settings_without_flex(config: Config) -> Iterator[Problem]:
-    """Backend and multiprocessors belong to the flex dispatcher."""
-    dispatcher = config.moe.dispatcher
-    if dispatcher != "flex":
-        remedy = "set moe.dispatcher to flex, or leave it out"
-        for key in ("flex_backend", "flex_num_sms"):
-            yield from _ignored(config, f"moe.{key}", f"with moe.dispatcher {dispatcher}", remedy)
-
-
-def _deduplication_without_duplicates(config: Config) -> Iterator[Problem]:
-    """A token has two experts of one rank only if a rank holds two and a token selects two."""
-    moe, ranks = config.moe, config.parallel.expert_model_parallel_size
-    if moe.dispatcher != "alltoall_dedup":
-        return
-    reasons = {
-        "parallel.expert_model_parallel_size (1)": ranks == 1,
-        "one FFN expert a rank": ranks == moe.num_ffn_experts,
-        "moe.router_topk (1)": moe.router_topk == 1,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            yield Problem(
-                "moe.dispatcher",
-                "alltoall_dedup",
-                f"sends no byte less than alltoall with {reason}",
-                "use alltoall",
-            )
-            return
-
-
-def _budget_settings_of_what_is_off(config: Config) -> Iterator[Problem]:
-    """Settings of another controller, or of none; the start and its ramp need each other."""
-    budget = config.moe.budget
-    others: tuple[str, ...] = ("response",)
-    reason, remedy = f"with moe.budget.controller {budget.held_by}", "use bias, or leave it out"
-    if budget.held_by == "none":
-        others = ("response", "gain", "decay", "scope")
-        reason, remedy = "without moe.budget.controller", "use bias or tau"
-    elif budget.measures_gain:
-        others, reason, remedy = ("decay",), "without moe.budget.gain", "set it, or leave this out"
-    elif budget.held_by == "bias":
-        reason, remedy = "with moe.budget.gain, which is fixed", "leave one of them out"
-    for key in others:
-        yield from _ignored(config, f"moe.budget.{key}", reason, remedy)
-    if budget.start_ffn_per_token is None:
-        for key in ("ramp_begin", "ramp_steps"):
-            reason = "without moe.budget.start_ffn_per_token"
-            yield from _ignored(config, f"moe.budget.{key}", reason, "set it, or leave this out")
-    elif not budget.acts:
-        yield from _ignored(
-            config,
-            "moe.budget.start_ffn_per_token",
-            "without moe.budget.target_ffn_per_token or controller",
-            "set one of them, or leave it out",
-        )
-
-
-def _nothing_evens_out_experts(config: Config) -> Iterator[Problem]:
-    """The measured bias moves all FFN experts alike; the balance loss tells them apart."""
-    if config.moe.budget.measures_gain and config.moe.balance_coeff == 0:
-        yield Problem(
-            "moe.balance_coeff",
-            config.moe.balance_coeff,
-            "leaves nothing that evens out FFN experts among each other with moe.budget.controller "
-            "bias and no moe.budget.gain",
-            "use 0.01, or set moe.budget.gain for LongCat-Flash's rule, which moves each expert's",
-        )
-
-
-def _residual_without_predecessor(config: Config) -> Iterator[Problem]:
-    """The first MoE layer has no logits before it, so one MoE layer has no residual."""
-    moe_layers = sum(config.router_pattern)
-    if config.moe.gating_residual and moe_layers == 1:
-        yield Problem(
-            "moe.gating_residual",
-            True,
-            "has no effect with a single MoE layer",
-            "set it to false, or add MoE layers",
-        )
-
-
-def _shared_experts_that_are_not_there(config: Config) -> Iterator[Problem]:
-    """Their recomputation needs some."""
+def _recomputes_absent_shared_experts(config: Config) -> bool:
     training = config.training
-    if (
+    return (
         training.recompute_granularity == "selective"
         and "shared_experts" in training.recompute_modules
         and config.moe.shared_expert_ffn_hidden_size is None
-    ):
-        yield Problem(
-            "training.recompute_modules",
-            training.recompute_modules,
-            "has no effect for shared_experts without moe.shared_expert_ffn_hidden_size",
-            "drop shared_experts from the list",
-        )
-
-
-def _parts_of_other_optimizers(config: Config) -> Iterator[Problem]:
-    """Muon's and Lion's settings are their own; Adam's are also those of the other parameters."""
-    for key in type(config.optimizer).model_fields:
-        kind = key.partition("_")[0]
-        if kind in ("muon", "lion") and kind != config.optimizer.kind:
-            yield from _ignored(
-                config,
-                f"optimizer.{key}",
-                f"without optimizer.kind {kind}",
-                f"set optimizer.kind to {kind}, or leave it out",
-            )
+    )
 
 
 def _stages_behind_the_end(config: Config) -> Iterator[Problem]:
     """A run that is trained in parts may name them all the same."""
+    steps, remedy = config.training.train_iters, "raise training.train_iters, or leave it out"
     for index, stage in enumerate(config.data.stages):
-        step, steps = first_step(config, stage), config.training.train_iters
+        step = first_step(config, stage)
         if step >= steps:
-            yield Problem(
-                f"data.stages[{index}]",
-                f"from step {step}",
-                f"has no effect: the run ends at training.train_iters ({steps})",
-                "raise training.train_iters, or leave it out",
-            )
-
-
-def _warmup_longer_than_the_run(config: Config) -> Iterator[Problem]:
-    """A short try of a long run's configuration."""
-    warmup, steps = config.optimizer.warmup_iters, config.training.train_iters
-    if config.warmup_iters != warmup:
-        yield Problem(
-            "optimizer.warmup_iters",
-            warmup,
-            f"is not less than training.train_iters ({steps}), and is taken for "
-            f"{config.warmup_iters}, a tenth of the run",
-            "lower it, or raise training.train_iters",
-        )
+            reason = f"has no effect: the run ends at training.train_iters ({steps})"
+            yield Problem(f"data.stages[{index}]", f"from step {step}", reason, remedy)
 
 
 RULES: tuple[Rule, ...] = (
-    _warmup_longer_than_the_run,
+    # A short try of a long run's configuration.
+    refuse("optimizer.warmup_iters", lambda c: c.warmup_iters != c.optimizer.warmup_iters,
+        "is not less than training.train_iters ({training.train_iters}), and is taken for "
+        "{warmup_iters}, a tenth of the run",
+        "lower it, or raise training.train_iters"),
+    _where(lambda c: c.moe.num_zero_computation_experts == 0, "without zero-computation experts",
+        "moe.tau", "add some, or leave it out"),
     _where(
-        lambda config: config.moe.num_zero_computation_experts == 0,
-        "without zero-computation experts", "moe.tau", "add some, or leave it out",
-    ),
-    _where(
-        lambda config: (
-            config.moe.num_zero_computation_experts > 0
-            and config.moe.balance_coeff == 0
-            and config.moe.bias_update_rate == 0
-            and config.moe.capacity_factor is None
+        lambda c: (
+            c.moe.num_zero_computation_experts > 0
+            and c.moe.balance_coeff == 0
+            and c.moe.bias_update_rate == 0
+            and c.moe.capacity_factor is None
         ),
         "with moe.balance_coeff 0 and no moe.capacity_factor", "moe.tau",
-        "set moe.balance_coeff above 0, or leave it out",
-    ),
+        "set moe.balance_coeff above 0, or leave it out"),
     _with("moe.balance_coeff", 0, "moe.balance_scope", "set moe.balance_coeff above 0"),
-    _nonzero_without_zero_experts,
-    _settings_of_absent_experts,
+    refuse("moe.gate_normalization",
+        lambda c: c.moe.gate_normalization == "nonzero" and c.moe.num_zero_experts == 0,
+        "is the same as selected without zero experts", "use selected, or add zero experts"),
+    *(
+        _with(f"moe.{kind.setting}", 0, _of_kind(kind), f"add {kind.name} experts")
+        for kind in LOCAL_KINDS
+    ),
     _priority_of_groups_of_one,
-    _flex_settings_without_flex,
-    _deduplication_without_duplicates,
-    _where(
-        lambda config: config.moe.is_vanilla, "on megatron-core's vanilla MoE layer", "moe.fused",
-        "add zero-computation experts, or leave it out",
+    _where(lambda c: c.moe.dispatcher != "flex", "with moe.dispatcher {moe.dispatcher}",
+        "moe.flex_backend moe.flex_num_sms", "set moe.dispatcher to flex, or leave it out"),
+    # A token has two experts of one rank only if a rank holds two and a token selects two.
+    group(lambda c: c.moe.dispatcher == "alltoall_dedup",
+        first(
+            refuse("moe.dispatcher", lambda c: c.parallel.expert_model_parallel_size == 1,
+                "sends no byte less than alltoall with parallel.expert_model_parallel_size (1)",
+                "use alltoall"),
+            refuse("moe.dispatcher",
+                lambda c: c.parallel.expert_model_parallel_size == c.moe.num_ffn_experts,
+                "sends no byte less than alltoall with one FFN expert a rank", "use alltoall"),
+            refuse("moe.dispatcher", lambda c: c.moe.router_topk == 1,
+                "sends no byte less than alltoall with moe.router_topk (1)", "use alltoall"),
+        ),
     ),
-    _where(
-        lambda config: config.moe.budget.target_ffn_per_token is not None,
+    _where(lambda c: c.moe.is_vanilla, "on megatron-core's vanilla MoE layer", "moe.fused",
+        "add zero-computation experts, or leave it out"),
+    _where(lambda c: c.moe.budget.target_ffn_per_token is not None,
         "with moe.budget.target_ffn_per_token, from which tau follows", "moe.tau",
-        "leave one of them out",
-    ),
-    _budget_settings_of_what_is_off,
+        "leave one of them out"),
+    _where(lambda c: c.moe.budget.held_by == "none", "without moe.budget.controller",
+        "moe.budget.response moe.budget.gain moe.budget.decay moe.budget.scope", "use bias or tau"),
+    _where(lambda c: c.moe.budget.measures_gain, "without moe.budget.gain", "moe.budget.decay",
+        "set it, or leave this out"),
+    _where(lambda c: c.moe.budget.held_by == "bias" and not c.moe.budget.measures_gain,
+        "with moe.budget.gain, which is fixed", "moe.budget.response", "leave one of them out"),
+    _where(lambda c: c.moe.budget.held_by == "tau", "with moe.budget.controller tau",
+        "moe.budget.response", "use bias, or leave it out"),
+    _where(lambda c: c.moe.budget.start_ffn_per_token is None,
+        "without moe.budget.start_ffn_per_token", "moe.budget.ramp_begin moe.budget.ramp_steps",
+        "set it, or leave this out"),
+    _where(lambda c: not c.moe.budget.acts, "without moe.budget.target_ffn_per_token or controller",
+        "moe.budget.start_ffn_per_token", "set one of them, or leave it out"),
     _without("evaluation.tasks", "evaluation.interval evaluation.limit", "name some"),
-    _nothing_evens_out_experts,
-    _residual_without_predecessor,
-    _with(
-        "model.mtp_num_layers", 0, "model.mtp_loss_scaling_factor",
-        "set model.mtp_num_layers above 0",
-    ),
-    _where(
-        lambda config: config.parallel.tensor_model_parallel_size == 1,
+    # The measured bias moves all FFN experts alike; the balance loss tells them apart.
+    refuse("moe.balance_coeff", lambda c: c.moe.budget.measures_gain and c.moe.balance_coeff == 0,
+        "leaves nothing that evens out FFN experts among each other with moe.budget.controller "
+        "bias and no moe.budget.gain",
+        "use 0.01, or set moe.budget.gain for LongCat-Flash's rule, which moves each expert's"),
+    # The first MoE layer has no logits before it.
+    refuse("moe.gating_residual", lambda c: c.moe.gating_residual and sum(c.router_pattern) == 1,
+        "has no effect with a single MoE layer", "set it to false, or add MoE layers"),
+    _with("model.mtp_num_layers", 0, "model.mtp_loss_scaling_factor",
+        "set model.mtp_num_layers above 0"),
+    _where(lambda c: c.parallel.tensor_model_parallel_size == 1,
         "with parallel.tensor_model_parallel_size 1", "parallel.sequence_parallel",
-        "set it to false, or use more tensor-parallel ranks",
-    ),
-    _without(
-        "training.recompute_granularity",
+        "set it to false, or use more tensor-parallel ranks"),
+    _without("training.recompute_granularity",
         "training.recompute_method training.recompute_num_layers training.recompute_modules",
-        "set training.recompute_granularity",
-    ),
+        "set training.recompute_granularity"),
     _with("training.recompute_granularity", "full", "training.recompute_modules", "use selective"),
-    _shared_experts_that_are_not_there,
-    _with(
-        "precision.dtype", "fp32", "precision.grad_reduce_in_fp32", "set precision.dtype to bf16",
-    ),
-    _where(
-        lambda config: config.precision.recipe != "delayed", "without precision.fp8_recipe delayed",
+    refuse("training.recompute_modules", _recomputes_absent_shared_experts,
+        "has no effect for shared_experts without moe.shared_expert_ffn_hidden_size",
+        "drop shared_experts from the list"),
+    _with("precision.dtype", "fp32", "precision.grad_reduce_in_fp32",
+        "set precision.dtype to bf16"),
+    _where(lambda c: c.precision.recipe != "delayed", "without precision.fp8_recipe delayed",
         "precision.fp8_margin precision.fp8_amax_history_len precision.fp8_amax_compute_algo",
-        "leave it out",
-    ),
-    _without(
-        "precision.first_last_layers_bf16",
+        "leave it out"),
+    _without("precision.first_last_layers_bf16",
         "precision.num_layers_at_start_in_bf16 precision.num_layers_at_end_in_bf16",
-        "set precision.first_last_layers_bf16 to true",
+        "set precision.first_last_layers_bf16 to true"),
+    _without("optimizer.decay_style WSD", "optimizer.wsd_decay_iters optimizer.wsd_decay_style",
+        "set optimizer.decay_style to WSD"),
+    _with("optimizer.decay_style", "constant", "optimizer.min_lr optimizer.decay_iters",
+        "use another one"),
+    *(
+        _without(f"optimizer.kind {kind}", _of_optimizer(kind), f"set optimizer.kind to {kind}")
+        for kind in ("muon", "lion")
     ),
-    _without(
-        "optimizer.decay_style WSD", "optimizer.wsd_decay_iters optimizer.wsd_decay_style",
-        "set optimizer.decay_style to WSD",
-    ),
-    _with(
-        "optimizer.decay_style", "constant", "optimizer.min_lr optimizer.decay_iters",
-        "use another one",
-    ),
-    _parts_of_other_optimizers,
-    _with(
-        "training.eval_iters", 0, "training.eval_interval data.validation",
-        "set training.eval_iters above 0",
-    ),
+    _with("training.eval_iters", 0, "training.eval_interval data.validation",
+        "set training.eval_iters above 0"),
     _with("checkpoint.save_interval", 0, "checkpoint.keep", "set checkpoint.save_interval above 0"),
-    _where(
-        lambda config: not is_address(config.checkpoint.dir or ""),
-        "where checkpoint.dir is a folder", "checkpoint.staging",
-        "set checkpoint.dir to an address such as s3://bucket/prefix, or leave it out",
-    ),
+    _where(lambda c: not is_address(c.checkpoint.dir or ""), "where checkpoint.dir is a folder",
+        "checkpoint.staging",
+        "set checkpoint.dir to an address such as s3://bucket/prefix, or leave it out"),
     _with("checkpoint.load", None, "checkpoint.load_optimizer", "set checkpoint.load"),
     _stages_behind_the_end,
-    _with(
-        "resilience.guard", False,
+    _with("resilience.guard", False,
         "resilience.guard_window resilience.guard_threshold "
         "resilience.guard_max_consecutive_skips resilience.guard_max_rollbacks "
         "resilience.guard_new_data",
-        "switch resilience.guard on",
-    ),
-    _with(
-        "resilience.hang_timeout_s", 0.0, "resilience.hang_slow_phase_timeout_s",
-        "switch resilience.hang_timeout_s on",
-    ),
-    _with(
-        "resilience.straggler_interval", 0, "resilience.straggler_threshold",
-        "switch resilience.straggler_interval on",
-    ),
-    _where(
-        lambda config: config.resilience.guard and config.checkpoint.save_interval == 0,
+        "switch resilience.guard on"),
+    _with("resilience.hang_timeout_s", 0.0, "resilience.hang_slow_phase_timeout_s",
+        "switch resilience.hang_timeout_s on"),
+    _with("resilience.straggler_interval", 0, "resilience.straggler_threshold",
+        "switch resilience.straggler_interval on"),
+    _where(lambda c: c.resilience.guard and c.checkpoint.save_interval == 0,
         "with checkpoint.save_interval 0", "resilience.guard_max_rollbacks",
-        "set checkpoint.save_interval above 0, or leave it out",
-    ),
+        "set checkpoint.save_interval above 0, or leave it out"),
     _without("training.profile_steps", "training.profile_ranks", "name some steps"),
-    _where(
-        lambda config: config.observe.wandb.project is None, "without observe.wandb.project",
-        "observe.wandb.entity observe.wandb.mode", "name a project",
-    ),
-    _without(
-        "distillation.teacher",
+    _where(lambda c: c.observe.wandb.project is None, "without observe.wandb.project",
+        "observe.wandb.entity observe.wandb.mode", "name a project"),
+    _without("distillation.teacher",
         "distillation.weight distillation.text_weight distillation.temperature distillation.top_k",
-        "name one",
-    ),
-    _where(
-        lambda config: config.routing_guard.enabled is False, "with routing_guard.enabled false",
-        "routing_guard.dry_run routing_guard.rules", "leave enabled out",
-    ),
-    _where(
-        lambda config: not config.data.reset_attention_mask,
+        "name one"),
+    _where(lambda c: c.routing_guard.enabled is False, "with routing_guard.enabled false",
+        "routing_guard.dry_run routing_guard.rules", "leave enabled out"),
+    _where(lambda c: not c.data.reset_attention_mask,
         "on attention, which sees distances alone; only metrics by position see it",
-        "data.reset_position_ids", "set data.reset_attention_mask to true, or leave it out",
-    ),
+        "data.reset_position_ids", "set data.reset_attention_mask to true, or leave it out"),
 )  # fmt: skip

@@ -2,134 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from moepp_megatron.config.problem import Problem, show
-from moepp_megatron.config.schema import Config
-
-NAME = "model.latent_attention"
+from moepp_megatron.config.rules.rows import Rule, each, group, refuse, values
+from moepp_megatron.config.schema import Config, LatentAttentionSection
 
 
-def _latent_heads_have_their_own_widths(config: Config) -> Iterator[Problem]:
-    """Every head has keys and values of its own, of the widths that the section gives."""
-    model = config.model
-    if model.latent_attention is None:
-        return
-    for key in ("num_query_groups", "kv_channels"):
-        value = getattr(model, key)
-        if value is not None:
-            yield Problem(
-                f"model.{key}",
-                value,
-                f"must be null with {NAME}, which gives every head keys and values of its own "
-                "width",
-                f"leave model.{key} out, or set {NAME} to null",
-            )
+def _latent(config: Config) -> LatentAttentionSection:
+    section = config.model.latent_attention
+    assert section is not None, "asked only within a group of latent attention"
+    return section
 
 
-def _latent_rotary_width_is_even(config: Config) -> Iterator[Problem]:
-    """Rotary embeddings turn channels in pairs."""
-    latent = config.model.latent_attention
-    if latent is not None and latent.qk_pos_emb_head_dim % 2:
-        yield Problem(
-            f"{NAME}.qk_pos_emb_head_dim",
-            latent.qk_pos_emb_head_dim,
-            "must be even, because rotary embeddings turn channels in pairs",
-            f"use {latent.qk_pos_emb_head_dim + 1}",
-        )
-
-
-def _latent_norms_have_vectors(config: Config) -> Iterator[Problem]:
-    """megatron-core normalises both compressed vectors or neither (`QKNormConfigResolver`)."""
-    model = config.model
-    latent = model.latent_attention
-    if latent is not None and model.qk_layernorm and latent.q_lora_rank is None:
-        yield Problem(
-            "model.qk_layernorm",
-            True,
-            f"must be false with {NAME}.q_lora_rank null: megatron-core normalises the compressed "
-            "queries and keys together, and would normalise the layer's input twice instead",
-            f"use false, or give {NAME}.q_lora_rank",
-        )
-
-
-def _latent_yarn_is_stretched(config: Config) -> Iterator[Problem]:
+def _is_not_stretched(config: Config) -> bool:
     """YaRN slows down channels between two numbers of rotations."""
-    latent = config.model.latent_attention
-    if latent is not None and latent.rope_type == "yarn" and latent.beta_slow >= latent.beta_fast:
-        yield Problem(
-            f"{NAME}.beta_slow",
-            latent.beta_slow,
-            f"must be less than {NAME}.beta_fast ({show(latent.beta_fast)})",
-            "use 1.0 and 32.0",
-        )
+    latent = _latent(config)
+    return latent.rope_type == "yarn" and latent.beta_slow >= latent.beta_fast
 
 
-def _latent_attention_stands_where_it_was_tested(config: Config) -> Iterator[Problem]:
-    """Parts that do not support latent attention, or were never run with it, are refused."""
-    model = config.model
-    if model.latent_attention is None:
-        return
-    conflicts: tuple[tuple[str, object, object, str], ...] = (
-        ("model.qkv_bias", model.qkv_bias, False, "its projections have no biases"),
-        (
-            "model.qk_layernorm_scope",
-            model.qk_layernorm_scope,
-            "head",
-            "its norms are of compressed vectors, which have no heads",
-        ),
-        (
-            "precision.fp8_param",
-            config.precision.fp8_param,
-            False,
-            "its projections have not been tested with weights in FP8",
-        ),
-    )
-    for name, value, needed, reason in conflicts:
-        if value != needed:
-            yield Problem(
-                name,
-                value,
-                f"must be {show(needed)} with {NAME}: {reason}",
-                f"use {show(needed)}, or set {NAME} to null",
-            )
+def _recomputes_expansion(config: Config) -> bool:
+    return "mla_up_proj" in config.training.recompute_modules
 
 
-def _repeated_expansion_is_in_high_precision(config: Config) -> Iterator[Problem]:
-    """Transformer Engine's checkpoint would have to enter FP8 again for the expansion alone."""
-    training = config.training
-    if config.model.latent_attention is None or config.precision.fp8 is None:
-        return
-    if "mla_up_proj" in training.recompute_modules:
-        yield Problem(
-            "training.recompute_modules",
-            training.recompute_modules,
-            f"must not hold mla_up_proj with precision.fp8 ({config.precision.fp8}): its "
-            "repetition has not been tested in FP8",
-            "leave mla_up_proj out, or set precision.fp8 to null",
-        )
-
-
-def _up_projection_is_there_to_recompute(config: Config) -> Iterator[Problem]:
-    """Only latent attention expands compressed vectors."""
-    training = config.training
-    if config.model.latent_attention is not None or training.recompute_granularity != "selective":
-        return
-    if "mla_up_proj" in training.recompute_modules:
-        yield Problem(
-            "training.recompute_modules",
-            training.recompute_modules,
-            f"must not hold mla_up_proj without {NAME}",
-            f"leave mla_up_proj out, or give {NAME}",
-        )
-
-
-RULES = (
-    _latent_heads_have_their_own_widths,
-    _latent_rotary_width_is_even,
-    _latent_norms_have_vectors,
-    _latent_yarn_is_stretched,
-    _latent_attention_stands_where_it_was_tested,
-    _repeated_expansion_is_in_high_precision,
-    _up_projection_is_there_to_recompute,
-)
+RULES: tuple[Rule, ...] = (
+    group(lambda c: c.model.latent_attention is not None,
+        each(values("model.num_query_groups model.kv_channels"), lambda value: value is not None,
+            "must be null with model.latent_attention, which gives every head keys and values of "
+            "its own width",
+            "leave {name} out, or set model.latent_attention to null"),
+        refuse("model.latent_attention.qk_pos_emb_head_dim",
+            lambda c: _latent(c).qk_pos_emb_head_dim % 2,
+            "must be even, because rotary embeddings turn channels in pairs",
+            lambda c: f"use {_latent(c).qk_pos_emb_head_dim + 1}"),
+        # megatron-core normalises both compressed vectors or neither (`QKNormConfigResolver`).
+        refuse("model.qk_layernorm",
+            lambda c: c.model.qk_layernorm and _latent(c).q_lora_rank is None,
+            "must be false with model.latent_attention.q_lora_rank null: megatron-core "
+            "normalises the compressed queries and keys together, and would normalise the "
+            "layer's input twice instead",
+            "use false, or give model.latent_attention.q_lora_rank"),
+        refuse("model.latent_attention.beta_slow",
+            _is_not_stretched,
+            "must be less than model.latent_attention.beta_fast "
+            "({model.latent_attention.beta_fast})",
+            "use 1.0 and 32.0"),
+        refuse("model.qkv_bias", lambda c: c.model.qkv_bias,
+            "must be false with model.latent_attention: its projections have no biases",
+            "use false, or set model.latent_attention to null"),
+        refuse("model.qk_layernorm_scope", lambda c: c.model.qk_layernorm_scope != "head",
+            "must be 'head' with model.latent_attention: its norms are of compressed vectors, "
+            "which have no heads",
+            "use 'head', or set model.latent_attention to null"),
+        # Transformer Engine's checkpoint would have to enter FP8 again for the expansion.
+        refuse("training.recompute_modules",
+            lambda c: c.precision.fp8 is not None and _recomputes_expansion(c),
+            "must not hold mla_up_proj with precision.fp8 ({precision.fp8}): its repetition has "
+            "not been tested in FP8",
+            "leave mla_up_proj out, or set precision.fp8 to null"),
+    ),
+    group(lambda c: c.model.latent_attention is None,
+        refuse("training.recompute_modules",
+            lambda c: c.training.recompute_granularity == "selective" and _recomputes_expansion(c),
+            "must not hold mla_up_proj without model.latent_attention",
+            "leave mla_up_proj out, or give model.latent_attention"),
+    ),
+)  # fmt: skip

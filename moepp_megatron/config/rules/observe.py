@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
-from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.rules.rows import Rule, refuse
 from moepp_megatron.config.schema import Config
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
-
-def _webhook_is_named_not_given(config: Config) -> Iterator[Problem]:
-    """The address is a secret: it is read from the environment and never part of a message."""
+def _is_no_name(config: Config) -> bool:
     name = config.observe.webhook_url_env
-    if name is not None and not _NAME.fullmatch(name):
-        yield Problem(
-            "observe.webhook_url_env",
-            "...",
-            "must be the name of an environment variable, not an address (not shown here)",
-            "export MOEPP_WEBHOOK=ADDRESS and use MOEPP_WEBHOOK",
-        )
+    return name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)
 
 
-RULES = (_webhook_is_named_not_given,)
+RULES: tuple[Rule, ...] = (
+    # The address is a secret: it is read from the environment and never part of a message.
+    refuse("observe.webhook_url_env", _is_no_name,
+        "must be the name of an environment variable, not an address (not shown here)",
+        "export MOEPP_WEBHOOK=ADDRESS and use MOEPP_WEBHOOK", value=lambda c: "..."),
+)  # fmt: skip

@@ -5,11 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from difflib import get_close_matches
+from operator import attrgetter
 
 from moepp_megatron.config.guard_metrics import GUARD_METRICS, MEASURED
 from moepp_megatron.config.guard_rules import complete, merged_rules
 from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.rules.rows import Condition, Rule, fill, refuse
 from moepp_megatron.config.schema import Config, GuardRule
+
+# Metrics of the detector of shifts.
+_OF_SHIFTS = ("routing_shift", "loss_shift", "token_shift", "source_shift")
+# What switches off metrics of router health, of shifts, and of classes of tokens.
+_HEALTH = ("observe.health_interval", "training.cuda_graphs")
+_SHIFTS = ("routing_guard.shift.window",)
+_CLASSES = (
+    "training.cuda_graphs", "observe.token_groups", "parallel.overlap_moe_expert_parallel_comm",
+)  # fmt: skip
 
 
 def _own(config: Config) -> Iterator[tuple[str, GuardRule]]:
@@ -20,88 +31,81 @@ def _own(config: Config) -> Iterator[tuple[str, GuardRule]]:
         yield f"routing_guard.rules[{index}]", merged[rule.name]
 
 
-def _acting(config: Config, *actions: str) -> Iterator[GuardRule]:
+def _acting(config: Config, *actions: str) -> list[GuardRule]:
     """Rules that are judged and take one of these actions."""
-    if config.routing_guard.enabled is True:
-        for rule in merged_rules(config.routing_guard).values():
-            if rule.action in actions:
-                yield rule
+    if config.routing_guard.enabled is not True:
+        return []
+    rules = merged_rules(config.routing_guard).values()
+    return [rule for rule in rules if rule.action in actions]
 
 
-def _guard_has_routers_to_watch(config: Config) -> Iterator[Problem]:
-    """megatron-core's own MoE layer has none of our routers."""
-    if config.routing_guard.enabled is True and config.moe.num_zero_computation_experts == 0:
-        yield Problem(
-            "routing_guard.enabled",
-            True,
-            "must come with zero-computation experts, because what it guards against is their "
-            "misuse",
-            "add zero-computation experts, or set it to false",
-        )
+def _acted(actions: str, setting: str, wrong: Condition, must: str, remedy: str) -> Rule:
+    """Refuse a setting where rules act; `{rule}` is the first, `{rules}` are all."""
+
+    def rule(config: Config) -> Iterator[Problem]:
+        acting = _acting(config, *actions.split())
+        if acting and wrong(config):
+            names = ", ".join(each.name for each in acting)
+            words = {"rule": acting[0].name, "rules": names}
+            value = attrgetter(setting)(config)
+            yield Problem(
+                setting, value, fill(must, config, **words), fill(remedy, config, **words)
+            )
+
+    return rule
 
 
-def _guard_rules_have_one_name_each(config: Config) -> Iterator[Problem]:
+def _names_differ(config: Config) -> Iterator[Problem]:
     """Alerts and checkpoints know a rule by its name."""
     names = [rule.name for rule in config.routing_guard.rules]
     for index, name in enumerate(names):
         if name in names[:index]:
-            yield Problem(
-                f"routing_guard.rules[{index}].name",
-                name,
-                "must be another one than that of the rules before",
-                "rename it, or join the two",
-            )
+            setting = f"routing_guard.rules[{index}].name"
+            must = "must be another one than that of the rules before"
+            yield Problem(setting, name, must, "rename it, or join the two")
 
 
-def _guard_rules_look_at_a_metric(config: Config) -> Iterator[Problem]:
+def _metrics_exist(config: Config) -> Iterator[Problem]:
     """A metric that nothing measures would never hold."""
     for name, rule in _own(config):
-        if rule.metric in GUARD_METRICS:
-            continue
-        near = get_close_matches(rule.metric or "", GUARD_METRICS, n=1, cutoff=0.4)
-        yield Problem(
-            f"{name}.metric",
-            rule.metric,
-            "must be one of the guard's metrics",
-            f"use {near[0]}" if near else f"use one of {', '.join(GUARD_METRICS)}",
-        )
+        if rule.metric not in GUARD_METRICS:
+            near = get_close_matches(rule.metric or "", GUARD_METRICS, n=1, cutoff=0.4)
+            remedy = f"use {near[0]}" if near else f"use one of {', '.join(GUARD_METRICS)}"
+            must = "must be one of the guard's metrics"
+            yield Problem(f"{name}.metric", rule.metric, must, remedy)
 
 
-def _guard_rules_have_one_limit(config: Config) -> Iterator[Problem]:
+def _one_limit(config: Config) -> Iterator[Problem]:
     """A rule holds above a limit or below one."""
     for name, rule in _own(config):
-        given = [key for key in ("above", "below") if getattr(rule, key) is not None]
-        if len(given) != 1:
-            yield Problem(
-                f"{name}.above",
-                rule.above,
-                f"must be given, or else below, and here are {'both' if given else 'neither'}",
-                "write for example below: 0.2",
-            )
+        if (rule.above is None) == (rule.below is None):
+            given = "neither" if rule.above is None else "both"
+            must = f"must be given, or else below, and here are {given}"
+            yield Problem(f"{name}.above", rule.above, must, "write for example below: 0.2")
 
 
-def _guard_rules_clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
+def _clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
     """The clear value is on the healthy side; else a rule could hold and be healthy at once."""
     for name, rule in _own(config):
-        for key, sign in (("above", 1), ("below", -1)):
-            limit = getattr(rule, key)
-            if limit is None or rule.clear is None or (rule.clear - limit) * sign <= 0:
-                continue
-            yield Problem(
-                f"{name}.clear",
-                rule.clear,
-                f"must be at {'most' if sign > 0 else 'least'} {key} ({limit:g})",
-                f"use {limit:g} or leave it out",
-            )
+        sides = (("above", rule.above, 1, "most"), ("below", rule.below, -1, "least"))
+        for key, limit, sign, most in sides:
+            if limit is not None and rule.clear is not None and (rule.clear - limit) * sign > 0:
+                must = f"must be at {most} {key} ({limit:g})"
+                yield Problem(f"{name}.clear", rule.clear, must, f"use {limit:g} or leave it out")
 
 
-# Metrics of the detector of shifts.
-_OF_SHIFTS = ("routing_shift", "loss_shift", "token_shift", "source_shift")
-# Settings that switch off other metrics than that of classes of tokens.
-_OF_OTHER_METRICS = ("observe.health_interval", "routing_guard.shift.window")
+def _switches(metric: str | None) -> tuple[str, ...]:
+    """The settings that can switch a metric off."""
+    if metric == "source_shift":
+        return (*_SHIFTS, "observe.token_groups")
+    if metric in _OF_SHIFTS:
+        return _SHIFTS
+    if metric == "class_ffn_to_past":
+        return _CLASSES
+    return _HEALTH if metric in MEASURED else ()
 
 
-def _guard_metrics_are_measured(config: Config) -> Iterator[Problem]:
+def _metrics_are_measured(config: Config) -> Iterator[Problem]:
     """A rule needs its metric: router health and expert usage can be switched off."""
     is_off = {
         "observe.health_interval": config.observe.health_interval == 0,
@@ -113,102 +117,14 @@ def _guard_metrics_are_measured(config: Config) -> Iterator[Problem]:
         ),
     }
     for name, rule in _own(config):
-        if rule.action == "none":
-            continue
-        needs = ["observe.health_interval", "training.cuda_graphs"]
-        if rule.metric in _OF_SHIFTS:
-            needs = ["routing_guard.shift.window"]
-            if rule.metric == "source_shift":
-                needs.append("observe.token_groups")
-        elif rule.metric == "class_ffn_to_past":
-            needs = [name for name in is_off if name not in _OF_OTHER_METRICS]
-        elif rule.metric not in MEASURED:
-            continue
-        for setting in needs:
-            if is_off[setting]:
-                yield Problem(
-                    f"{name}.metric",
-                    rule.metric,
-                    f"must be measured, and {setting} switches that off",
-                    f"change {setting}, or drop the rule",
-                )
+        for setting in _switches(rule.metric):
+            if is_off[setting] and rule.action != "none":
+                must = f"must be measured, and {setting} switches that off"
+                remedy = f"change {setting}, or drop the rule"
+                yield Problem(f"{name}.metric", rule.metric, must, remedy)
 
 
-def _safe_mode_has_enough_ffn_experts(config: Config) -> Iterator[Problem]:
-    """A token takes K FFN experts in safe mode."""
-    moe = config.moe
-    if moe.router_topk > moe.num_ffn_experts:
-        for rule in _acting(config, "safe_mode"):
-            yield Problem(
-                "moe.router_topk",
-                moe.router_topk,
-                f"must be at most moe.num_ffn_experts ({moe.num_ffn_experts}) with the action "
-                f"safe_mode of rule {rule.name}, which sends all selections to FFN experts",
-                f"give rule {rule.name} the action warn",
-            )
-            return
-
-
-def _guard_moves_no_capacity(config: Config) -> Iterator[Problem]:
-    """Capacities follow from a fixed tau; further FFN selections would only be dropped."""
-    if config.moe.capacity_factor is None:
-        return
-    names = [rule.name for rule in _acting(config, "raise_tau", "safe_mode")]
-    if names:
-        yield Problem(
-            "moe.capacity_factor",
-            config.moe.capacity_factor,
-            f"must be null with the actions of the rules {', '.join(names)}, because the "
-            "capacities follow from a fixed moe.tau and would drop what they send to FFN experts",
-            "use null, or give these rules the action warn",
-        )
-
-
-def _guard_reaches_the_router(config: Config) -> Iterator[Problem]:
-    """A captured router repeats the kernels of the first step."""
-    if "moe_router" not in config.training.cuda_graphs:
-        return
-    for rule in _acting(config, "safe_mode"):
-        yield Problem(
-            "training.cuda_graphs",
-            config.training.cuda_graphs,
-            f"must not hold moe_router with the action {rule.action} of rule {rule.name}, because "
-            "a graph goes on as it was captured",
-            f"take moe_router out, or give rule {rule.name} the action warn",
-        )
-        return
-
-
-def _actions_have_the_balance_loss_they_need(config: Config) -> Iterator[Problem]:
-    """Tau acts through it, and in safe mode it alone reaches what is switched off."""
-    if config.moe.balance_coeff > 0:
-        return
-    names = [rule.name for rule in _acting(config, "raise_tau", "safe_mode")]
-    if names:
-        yield Problem(
-            "moe.balance_coeff",
-            config.moe.balance_coeff,
-            f"must be above 0 with the actions of the rules {', '.join(names)}: tau acts through "
-            "the balance loss, and nothing else teaches a router to leave safe mode",
-            "use 0.01, or give these rules the action warn",
-        )
-
-
-def _guard_has_checkpoints_to_go_back_to(config: Config) -> Iterator[Problem]:
-    """A rollback needs a checkpoint."""
-    if config.checkpoint.save_interval > 0:
-        return
-    for rule in _acting(config, "rollback"):
-        yield Problem(
-            "checkpoint.save_interval",
-            config.checkpoint.save_interval,
-            f"must be above 0 with the action rollback of rule {rule.name}",
-            f"use for example 100, or give rule {rule.name} the action warn",
-        )
-        return
-
-
-def _guard_keeps_checkpoints_of_before(config: Config) -> Iterator[Problem]:
+def _checkpoints_reach_back(config: Config) -> Iterator[Problem]:
     """A rollback goes to before the rule held, so a checkpoint from then must still exist."""
     keep, interval = config.checkpoint.keep, config.checkpoint.save_interval
     if keep is None or interval == 0:
@@ -222,37 +138,52 @@ def _guard_keeps_checkpoints_of_before(config: Config) -> Iterator[Problem]:
                 "checkpoint.keep",
                 keep,
                 f"must be at least {needed} with the action rollback of rule {rule.name}, which "
-                f"goes back to before its {steps} steps (checkpoint.save_interval "
-                f"{interval})",
+                f"goes back to before its {steps} steps (checkpoint.save_interval {interval})",
                 f"use {needed}, or null",
             )
             return
 
 
-def _guard_rules_hold_in_steps_that_there_are(config: Config) -> Iterator[Problem]:
+def _steps_are_among_steps(config: Config) -> Iterator[Problem]:
     """A rule cannot hold in more steps than it looks at."""
     for name, rule in _own(config):
         if rule.of_steps is not None and rule.of_steps < (rule.for_steps or 1):
-            yield Problem(
-                f"{name}.of_steps",
-                rule.of_steps,
-                f"must be at least for_steps ({rule.for_steps})",
-                f"use {rule.for_steps}, or leave it out",
-            )
+            must = f"must be at least for_steps ({rule.for_steps})"
+            remedy = f"use {rule.for_steps}, or leave it out"
+            yield Problem(f"{name}.of_steps", rule.of_steps, must, remedy)
 
 
-RULES = (
-    _guard_has_routers_to_watch,
-    _guard_rules_have_one_name_each,
-    _guard_rules_look_at_a_metric,
-    _guard_rules_have_one_limit,
-    _guard_rules_clear_on_the_healthy_side,
-    _guard_metrics_are_measured,
-    _safe_mode_has_enough_ffn_experts,
-    _guard_moves_no_capacity,
-    _guard_reaches_the_router,
-    _actions_have_the_balance_loss_they_need,
-    _guard_has_checkpoints_to_go_back_to,
-    _guard_keeps_checkpoints_of_before,
-    _guard_rules_hold_in_steps_that_there_are,
-)
+RULES: tuple[Rule, ...] = (
+    refuse("routing_guard.enabled",
+        lambda c: c.routing_guard.enabled is True and c.moe.num_zero_computation_experts == 0,
+        "must come with zero-computation experts, because what it guards against is their misuse",
+        "add zero-computation experts, or set it to false"),
+    _names_differ,
+    _metrics_exist,
+    _one_limit,
+    _clear_on_the_healthy_side,
+    _metrics_are_measured,
+    _acted("safe_mode", "moe.router_topk", lambda c: c.moe.router_topk > c.moe.num_ffn_experts,
+        "must be at most moe.num_ffn_experts ({moe.num_ffn_experts}) with the action safe_mode "
+        "of rule {rule}, which sends all selections to FFN experts",
+        "give rule {rule} the action warn"),
+    _acted("raise_tau safe_mode", "moe.capacity_factor",
+        lambda c: c.moe.capacity_factor is not None,
+        "must be null with the actions of the rules {rules}, because the capacities follow from "
+        "a fixed moe.tau and would drop what they send to FFN experts",
+        "use null, or give these rules the action warn"),
+    _acted("safe_mode", "training.cuda_graphs",
+        lambda c: "moe_router" in c.training.cuda_graphs,
+        "must not hold moe_router with the action safe_mode of rule {rule}, because a graph goes "
+        "on as it was captured",
+        "take moe_router out, or give rule {rule} the action warn"),
+    _acted("raise_tau safe_mode", "moe.balance_coeff", lambda c: c.moe.balance_coeff <= 0,
+        "must be above 0 with the actions of the rules {rules}: tau acts through the balance "
+        "loss, and nothing else teaches a router to leave safe mode",
+        "use 0.01, or give these rules the action warn"),
+    _acted("rollback", "checkpoint.save_interval", lambda c: c.checkpoint.save_interval == 0,
+        "must be above 0 with the action rollback of rule {rule}",
+        "use for example 100, or give rule {rule} the action warn"),
+    _checkpoints_reach_back,
+    _steps_are_among_steps,
+)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules.divisibility import batch_sizes, must_divide, nearest_multiples
@@ -24,7 +25,7 @@ def _model_ranks_divide_world_size(config: Config, world_size: int) -> Iterator[
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
     }
-    yield from _product_divides(sizes, world_size)
+    return _product_divides(sizes, world_size)
 
 
 def _expert_ranks_divide_world_size(config: Config, world_size: int) -> Iterator[Problem]:
@@ -35,23 +36,18 @@ def _expert_ranks_divide_world_size(config: Config, world_size: int) -> Iterator
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
     }
-    yield from _product_divides(sizes, world_size)
+    return _product_divides(sizes, world_size)
 
 
 def _product_divides(sizes: dict[str, int], world_size: int) -> Iterator[Problem]:
     """The product of these degrees of parallelism divides the world size."""
-    product = 1
-    for size in sizes.values():
-        product *= size
+    product = prod(sizes.values())
+    factors = " * ".join(f"parallel.{key} ({size})" for key, size in sizes.items())
+    ranks = nearest_multiples(world_size, product)
     if world_size % product:
-        factors = " * ".join(f"parallel.{key} ({size})" for key, size in sizes.items())
-        yield Problem(
-            "world size",
-            world_size,
-            f"must be divisible by {factors} = {product}",
-            f"start {(ranks := nearest_multiples(world_size, product))} ranks (on one machine "
-            f"--nproc {ranks}), or lower one of these",
-        )
+        rule = f"must be divisible by {factors} = {product}"
+        remedy = f"start {ranks} ranks (on one machine --nproc {ranks}), or lower one of these"
+        yield Problem("world size", world_size, rule, remedy)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -66,46 +62,33 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 def _batch_divides_over_ranks(config: Config, world_size: int) -> Iterator[Problem]:
     """Every data-parallel rank gets the same whole number of micro-batches."""
-    training, dp = config.training, data_parallel_size(config, world_size)
+    micro, dp = config.training.micro_batch_size, data_parallel_size(config, world_size)
+    text = f"training.micro_batch_size ({micro}) * data-parallel ranks ({dp}) = {micro * dp}"
     for name, size in batch_sizes(config):
-        yield from must_divide(
-            name,
-            size,
-            training.micro_batch_size * dp,
-            f"training.micro_batch_size ({training.micro_batch_size}) * data-parallel ranks ({dp}) "
-            f"= {training.micro_batch_size * dp}",
-        )
+        yield from must_divide(name, size, micro * dp, text)
 
 
 def _interleaving_fills_stages(config: Config, world_size: int) -> Iterator[Problem]:
     """The interleaved schedule takes micro-batches in groups of one per pipeline rank."""
-    training, stages = config.training, config.parallel.pipeline_model_parallel_size
-    if virtual_stages(config) == 1:
-        return
-    per_round = training.micro_batch_size * data_parallel_size(config, world_size)
-    for name, size in batch_sizes(config):
-        yield from must_divide(
-            name,
-            size,
-            per_round * stages,
-            f"training.micro_batch_size * data-parallel ranks ({per_round}) * "
-            f"parallel.pipeline_model_parallel_size ({stages}) = {per_round * stages}",
-            " for the interleaved schedule",
-        )
+    stages = config.parallel.pipeline_model_parallel_size
+    per_round = config.training.micro_batch_size * data_parallel_size(config, world_size)
+    text = (
+        f"training.micro_batch_size * data-parallel ranks ({per_round}) * "
+        f"parallel.pipeline_model_parallel_size ({stages}) = {per_round * stages}"
+    )
+    for name, size in batch_sizes(config) if virtual_stages(config) != 1 else ():
+        reason = " for the interleaved schedule"
+        yield from must_divide(name, size, per_round * stages, text, reason)
 
 
 def _profiled_ranks_exist(config: Config, world_size: int) -> Iterator[Problem]:
     """Ranks to be recorded are ranks of the run."""
-    ranks = config.training.profile_ranks
-    if config.training.profile_steps and ranks is not None:
-        wrong = [rank for rank in ranks if not 0 <= rank < world_size]
-        if wrong or not ranks:
-            yield Problem(
-                "training.profile_ranks",
-                ranks,
-                f"must be ranks from 0 to {world_size - 1}",
-                "use null for all, or [0]",
-            )
+    name, ranks = "training.profile_ranks", config.training.profile_ranks
+    if not config.training.profile_steps or ranks is None:
+        return
+    if not ranks or not all(0 <= rank < world_size for rank in ranks):
+        rule = f"must be ranks from 0 to {world_size - 1}"
+        yield Problem(name, ranks, rule, "use null for all, or [0]")
 
 
 def _overlap_without_data_parallelism(config: Config, world_size: int) -> Iterator[Problem]:
@@ -113,12 +96,8 @@ def _overlap_without_data_parallelism(config: Config, world_size: int) -> Iterat
     dense_ranks = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
     for key in ("overlap_grad_reduce", "overlap_param_gather"):
         if dense_ranks == 1 and getattr(config.parallel, key):
-            yield Problem(
-                f"parallel.{key}",
-                True,
-                "has no effect with one data-parallel rank",
-                "leave it out, or start more ranks",
-            )
+            rule = "has no effect with one data-parallel rank"
+            yield Problem(f"parallel.{key}", True, rule, "leave it out, or start more ranks")
 
 
 RULES = (

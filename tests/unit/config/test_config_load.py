@@ -18,7 +18,6 @@ from moepp_megatron.config import (
 )
 from moepp_megatron.config.known_keys import subsection
 from moepp_megatron.config.removed import REMOVED
-from moepp_megatron.config.rules import IGNORED, RULES, WORLD_SIZE_IGNORED, WORLD_SIZE_RULES
 from moepp_megatron.config.schema import Section
 from moepp_megatron.config.schema.section import unit_of
 
@@ -286,12 +285,6 @@ def test_every_setting_is_described_with_its_unit() -> None:
         assert isinstance(field.annotation, type)
         assert issubclass(field.annotation, Section), name
     assert described_settings("config", Config) > 100
-
-
-def test_every_rule_is_named_and_described_once() -> None:
-    rules = [*RULES, *IGNORED, *WORLD_SIZE_RULES, *WORLD_SIZE_IGNORED]
-    assert len({rule.__name__ for rule in rules}) == len(rules)
-    assert all(rule.__doc__ for rule in rules)
 
 
 def test_import_is_light() -> None:

@@ -1,0 +1,118 @@
+"""Rules as rows: which settings are wrong where, what must hold, and what to write instead.
+
+A rule takes a Config and yields a Problem where it is broken. Texts name settings: `{moe.tau}` is
+the value as messages show it, `{moe.tau:g}` the number in that format, `{name}` the setting that
+the row is about. What such a text cannot say is a function of the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
+from string import Formatter
+from typing import Any
+
+from moepp_megatron.config.problem import Problem, show
+from moepp_megatron.config.schema import Config
+
+Rule = Callable[[Config], Iterator[Problem]]
+Condition = Callable[[Config], object]
+Text = str | Callable[[Config], str]
+
+
+class _Settings(Formatter):
+    """Fills texts with values of settings."""
+
+    def get_value(self, key: int | str, args: Any, kwargs: Any) -> Any:
+        """A section, or a property of the whole configuration."""
+        return kwargs[key] if key in kwargs else getattr(args[0], str(key))
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """A value in YAML, but a name without quotes."""
+        return format(value, format_spec) if format_spec else shown(value)
+
+
+_SETTINGS = _Settings()
+
+
+def shown(value: Any) -> str:
+    """A value within a sentence: as in YAML, but a name without quotes."""
+    return value if isinstance(value, str) else show(value)
+
+
+def fill(text: Text, config: Config, **names: object) -> str:
+    """The text of a row for this configuration; `names` are further names that it may hold."""
+    return text(config) if callable(text) else _SETTINGS.vformat(text, (config,), names)
+
+
+def _problem(config: Config, name: str, value: Any, must: Text, remedy: Text) -> Problem:
+    return Problem(name, value, fill(must, config, name=name), fill(remedy, config, name=name))
+
+
+def refuse(
+    names: str, wrong: Condition, must: Text, remedy: Text, value: Condition | None = None
+) -> Rule:
+    """A rule: each of these settings is refused where `wrong` is true.
+
+    Args:
+        names: Dotted names, separated by spaces.
+        wrong: Whether the rule is broken.
+        must: What must hold instead.
+        remedy: What to write.
+        value: What messages show as the value; None: the setting's own.
+    """
+
+    def rule(config: Config) -> Iterator[Problem]:
+        if wrong(config):
+            for name in names.split():
+                given = (value or attrgetter(name))(config)
+                yield _problem(config, name, given, must, remedy)
+
+    return rule
+
+
+def each(
+    items: Callable[[Config], Iterable[tuple[str, Any]]],
+    wrong: Callable[[Any], object],
+    must: Text,
+    remedy: Text,
+) -> Rule:
+    """A rule: each item, a name and its value, is refused if `wrong` is true of the value."""
+
+    def rule(config: Config) -> Iterator[Problem]:
+        for name, value in items(config):
+            if wrong(value):
+                yield _problem(config, name, value, must, remedy)
+
+    return rule
+
+
+def values(names: str) -> Callable[[Config], list[tuple[str, Any]]]:
+    """The items of `each`: settings, dotted names with spaces between them."""
+    return lambda config: [(name, attrgetter(name)(config)) for name in names.split()]
+
+
+def entries(name: str) -> Callable[[Config], list[tuple[str, Any]]]:
+    """The items of `each`: what a list holds, or the names in a mapping."""
+    return lambda config: [(name, entry) for entry in attrgetter(name)(config)]
+
+
+def group(applies: Condition, *rules: Rule) -> Rule:
+    """Rules that must hold only where `applies` is true."""
+
+    def rule(config: Config) -> Iterator[Problem]:
+        if applies(config):
+            for member in rules:
+                yield from member(config)
+
+    return rule
+
+
+def first(*rules: Rule) -> Rule:
+    """Rules of which each relies on those before it: only the first broken one is reported."""
+
+    def rule(config: Config) -> Iterator[Problem]:
+        problems = (list(member(config)) for member in rules)
+        yield from next(filter(None, problems), [])
+
+    return rule
