@@ -166,14 +166,14 @@ def test_a_rollback_over_a_stage_begins_it_again() -> None:
     with mock.patch("moepp_megatron.training.parts.data_stages.corpus_identity", str):
         stages = DataStages(parse_config(raw), {}, 0)
         saved = stages.state()
-        assert stages.enter(0) is None
-        assert stages.enter(31) is None
-        assert stages.enter(32) == "data.stages[0] begins: b"
-        assert stages.enter(40) is None
-        stages.go_back(saved)
-        assert stages.enter(48) == "data.stages[0] begins: b"
+        assert stages.new_data(0) is None
+        assert stages.new_data(31) is None
+        assert stages.new_data(32) == "data.stages[0] begins: b"
+        assert stages.new_data(40) is None
+        stages.roll_back(6, saved)
+        assert stages.new_data(48) == "data.stages[0] begins: b"
         resumed = DataStages(parse_config(raw), stages.state(), 48)
-        assert resumed.enter(48) is None
-        assert DataStages(parse_config(raw), {"corpus": "z"}, 0).enter(0) == (
+        assert resumed.new_data(48) is None
+        assert DataStages(parse_config(raw), {"corpus": "z"}, 0).new_data(0) == (
             "data.blend holds another corpus than before"
         )
