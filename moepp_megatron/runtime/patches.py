@@ -93,7 +93,7 @@ PATCHES = (
         "the optimizer's step takes a norm",
     ),
     Patch(
-        "training.task_evaluation",
+        "training.parts.tasks",
         "megatron-core",
         "moe_expert_capacity_factor and moe_input_jitter_eps of the model's configuration, and the "
         "capacity of this package's routers; while tasks are evaluated",
