@@ -24,7 +24,7 @@ from moepp_megatron.observe import (
     read_metrics,
     sinks,
 )
-from moepp_megatron.observe.patient import PatientSink
+from moepp_megatron.observe.sink import PatientSink
 from tests.full_disk import fill
 
 EXPERTS = ExpertCounts(2, num_constant_experts=1, num_copy_experts=0, num_zero_experts=1)

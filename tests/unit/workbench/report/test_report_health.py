@@ -169,10 +169,6 @@ def test_marks_of_alerts_that_call_for_attention_are_on_the_loss(make_run):
     assert marked.count("#e69f00") - plain.count("#e69f00") == 3
 
 
-def test_a_run_without_alerts_says_so(full_run):
-    assert "This run raised no alert." in (full_run / "report.html").read_text(encoding="ascii")
-
-
 def test_half_written_alerts_are_left_out(make_run):
     run = with_alerts(make_run(), alert(5))
     with (run / "alerts.jsonl").open("a") as file:
