@@ -99,14 +99,14 @@ def run(
     """
     from moepp_megatron.observe.sinks import VIEWS
     from moepp_megatron.training import trainer as module
-    from moepp_megatron.training.guard import router_copies
+    from moepp_megatron.training.guard import actions
 
     config, layout = begin(raw)
     dataset = Without(DATA[data](config, BATCHES), without)
     with (
         mock.patch.dict(module.DATASETS, gpt=lambda *_: (dataset, dataset, None)),
         mock.patch.object(module.Tokenizer, "load", return_value=None),
-        mock.patch.object(router_copies, "_INTERVAL", copies_every),
+        mock.patch.object(actions, "COPY_INTERVAL", copies_every),
         mock.patch.dict(VIEWS),
     ):
         # No test that runs this looks at TensorBoard.
@@ -135,7 +135,7 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import GoBack, Part
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
-    from moepp_megatron.training.parts.routing_guard import RoutingGuardPart
+    from moepp_megatron.training.parts.routing_guard import RoutingGuard
 
     selections = part_of(trainer, RoutingCounts).selections
     counts, planted = [0, 0], []  # type: ignore[var-annotated]
@@ -155,7 +155,7 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
             return ()
 
     with_first_part(trainer, Watching())
-    for guard in [part for part in trainer.parts if isinstance(part, RoutingGuardPart)]:
+    for guard in [part for part in trainer.parts if isinstance(part, RoutingGuard)]:
         _note_decisions(guard, found, GoBack)
         _note_routers(guard, trainer, found)
 

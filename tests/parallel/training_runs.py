@@ -203,7 +203,7 @@ def counting_parts(
     from moepp_megatron.training.parts.refused_batches import RefusedBatches
     from moepp_megatron.training.parts.router_health import HealthCollector
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
-    from moepp_megatron.training.parts.routing_guard import RoutingGuardPart
+    from moepp_megatron.training.parts.routing_guard import RoutingGuard
     from moepp_megatron.training.parts.shift import Shift
     from moepp_megatron.training.parts.sources import SourceCollector
     from moepp_megatron.training.parts.token_groups import GroupCollector
@@ -218,7 +218,7 @@ def counting_parts(
         GroupCollector,
         BudgetControl,
         Shift,
-        RoutingGuardPart,
+        RoutingGuard,
     )
     for kind in kinds:
         part = kind.of(run)

@@ -10,16 +10,16 @@ from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
 from moepp_megatron.observe.shift.reading import ShiftStory
 
 
-def told(
+def alert_of(
     event: Event, step: int, is_dry_run: bool, note: str = "", story: ShiftStory | None = None
 ) -> Alert:
     """The alert of an action that begins or ends.
 
     Args:
-        event: The action that begins or ends.
+        event: The action.
         step: The step that was judged.
         is_dry_run: Whether the action is only reported.
-        note: Further text.
+        note: Further text, unless there is a story.
         story: What a shift is about.
     """
     rule = event.rule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,7 @@ METRIC = "class_ffn_to_past"
 class FallenClasses:
     """Compares each class of tokens with its past.
 
-    Every rank has one and calls it together. All ranks have the same numbers, because counts are
-    whole.
+    All ranks have the same numbers, because counts are whole.
 
     Args:
         collector: Counts by class.
@@ -56,7 +56,7 @@ class FallenClasses:
         everything = counts[:, : len(BANDS)].sum(axis=1, keepdims=True)
         self._left = self._past.add(np.concatenate([counts, everything], axis=1))
         lost_most = np.where(np.isnan(self._left), np.inf, self._left).min(axis=1)
-        return [float(left) if np.isfinite(left) else float("nan") for left in lost_most]
+        return [left if math.isfinite(left) else math.nan for left in lost_most.tolist()]
 
     def note(self, layer: int, limit: float) -> str:
         """What fell, in words, in a layer or the whole model."""

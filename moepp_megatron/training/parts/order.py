@@ -14,7 +14,7 @@ from moepp_megatron.training.parts.profile import Profile
 from moepp_megatron.training.parts.refused_batches import RefusedBatches
 from moepp_megatron.training.parts.router_health import HealthCollector
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
-from moepp_megatron.training.parts.routing_guard import RoutingGuardPart
+from moepp_megatron.training.parts.routing_guard import RoutingGuard
 from moepp_megatron.training.parts.shift import Shift
 from moepp_megatron.training.parts.sources import SourceCollector
 from moepp_megatron.training.parts.tasks import TaskEvaluation
@@ -34,7 +34,7 @@ PARTS: tuple[Callable[[Run], Part | None], ...] = (
     GroupCollector.of,
     BudgetControl.of,
     Shift.of,
-    RoutingGuardPart.of,
+    RoutingGuard.of,
     RefusedBatches.of,
     Distillation.of,
     MultiTokenPrediction.of,

@@ -16,10 +16,9 @@ from moepp_megatron.config.guard_metrics import COUNTED, MEASURED
 from moepp_megatron.config.guard_rules import CompleteRule
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event, RuleJudge
 from moepp_megatron.observe.shift.reading import ShiftStory
-from moepp_megatron.training.guard.actions import RaisedTau
-from moepp_megatron.training.guard.alerts import told
+from moepp_megatron.training.guard.actions import RaisedTau, SafeMode
+from moepp_megatron.training.guard.alerts import alert_of
 from moepp_megatron.training.guard.readings import counted, measured
-from moepp_megatron.training.guard.safe_mode import SafeMode
 
 LAYERS = [2, 4]
 RULE = CompleteRule(
@@ -124,19 +123,19 @@ def test_tau_is_raised_at_once_and_falls_slowly() -> None:
 
 def test_alerts_say_what_was_done_and_what_was_not() -> None:
     begins = Event(RULE, 4, True, "safe_mode", 0.1, 20)
-    alert = told(begins, 70, is_dry_run=False)
+    alert = alert_of(begins, 70, is_dry_run=False)
     assert alert.text() == (
         "critical at step 70: low: ffn_to_target of layer 4 is 0.1 (< 0.25 for 20 steps); action: "
         "safe_mode"
     )
-    assert told(begins, 70, is_dry_run=True).action == "safe_mode (dry run)"
-    ends = told(Event(RULE, WHOLE_MODEL, False, "safe_mode", 0.6, 10), 90, is_dry_run=False)
+    assert alert_of(begins, 70, is_dry_run=True).action == "safe_mode (dry run)"
+    ends = alert_of(Event(RULE, WHOLE_MODEL, False, "safe_mode", 0.6, 10), 90, is_dry_run=False)
     assert (ends.severity, ends.action, ends.layer) == ("info", "end of safe_mode", None)
     assert ends.condition == ">= 0.5 for 10 steps"
-    warned = told(Event(RULE, 4, True, "warn", 0.1, 20), 70, is_dry_run=True)
+    warned = alert_of(Event(RULE, 4, True, "warn", 0.1, 20), 70, is_dry_run=True)
     assert warned.action == "warn", "the same whether or not the guard may act"
     story = ShiftStory("data", 3, 5e4, ["loss 2.00 -> 3.00", "layer 2 FFN 1 8.0% -> 21.0%"])
-    shift = told(begins, 70, is_dry_run=False, story=story)
+    shift = alert_of(begins, 70, is_dry_run=False, story=story)
     assert (shift.cause, shift.since, shift.chance_steps) == ("data", 68, 5e4)
     assert shift.moved == story.moved
     assert shift.text() == (
@@ -145,8 +144,8 @@ def test_alerts_say_what_was_done_and_what_was_not() -> None:
         "layer 2 FFN 1 8.0% -> 21.0%); action: safe_mode"
     )
     assert '"cause"' not in alert.to_json_line()
-    used_up = told(Event(RULE, 4, True, "warn", 0.1, 20, is_used_up=True), 95, False)
+    used_up = alert_of(Event(RULE, 4, True, "warn", 0.1, 20, is_used_up=True), 95, False)
     assert used_up.condition.endswith("taken 3 times (max_firings), so only told")
-    back = told(Event(RULE, 4, False, "safe_mode", math.nan, 0), 99, False, "went back")
+    back = alert_of(Event(RULE, 4, False, "safe_mode", math.nan, 0), 99, False, "went back")
     assert back.condition == "went back"
     assert '"value":null' in back.to_json_line()
