@@ -30,20 +30,16 @@ Values = Mapping[str, float | Sequence[float]]
 
 @dataclass
 class _Place:
-    """The state of one rule in one place.
-
-    Attributes:
-        phase: The phase, see above.
-        since: Step at which the phase began.
-        ended: Step at which the last action ended; None before one.
-        action: The present action; `warn` if the rule has used up its actions.
-        held: The newest steps in which it held, for a rule over `of_steps`.
-    """
+    """The state of one rule in one place."""
 
     phase: _Phase = "ok"
+    # Step at which the phase began.
     since: int = 0
+    # Step at which the last action ended.
     ended: int | None = None
+    # The present action; `warn` if the rule has used up its actions.
     action: str = "none"
+    # The newest steps in which it held, for a rule over `of_steps`.
     held: list[int] = field(default_factory=list)
 
 
@@ -154,13 +150,14 @@ class RuleJudge:
         self, action: str, values: Values, test: Callable[[CompleteRule, float], bool]
     ) -> set[int]:
         """Layers in which every rule with `action` passes a test by what a step has measured."""
-        found = set(self._layers)
-        for rule in self.rules:
-            if rule.action == action and rule.metric in values:
-                by_place = self._by_place(rule, values[rule.metric])
-                failed = {at for at, v in by_place if not (math.isnan(v) or test(rule, v))}
-                found -= layers_in(failed, self._layers)
-        return found
+        failed = {
+            layer
+            for rule in self.rules
+            if rule.action == action and rule.metric in values
+            for layer, value in self._by_place(rule, values[rule.metric])
+            if not (math.isnan(value) or test(rule, value))
+        }
+        return set(self._layers) - layers_in(failed, self._layers)
 
     def forget(self) -> list[Event]:
         """Reset all rules after a rollback; counts and times of past actions are kept.
@@ -192,8 +189,8 @@ class RuleJudge:
         if place.phase in ("ok", "pending"):
             holds = rule.holds(value)
             if rule.of_steps is not None:
-                place.held = [step for step in place.held if step > self._clock - rule.of_steps]
-                place.held += [self._clock] if holds else []
+                steps = [*place.held, self._clock] if holds else place.held
+                place.held = [step for step in steps if step > self._clock - rule.of_steps]
             if not (holds or place.held):
                 self._enter(place, "ok")
                 return []

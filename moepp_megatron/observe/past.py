@@ -22,10 +22,10 @@ Numbers = NDArray[np.float64]
 _OF_LAYERS, _FAR, _FEWEST, _FEWEST_OF_PLATEAU = (15.0, 400.0), 0.7, 40, 200
 # The same of classes, and the half-life of what counts as now. A class that training changes slowly
 # is followed at the usual pace as long as it has more than half of what it had.
-_NOW, _OF_CLASSES, _FALLEN, _FEWEST_OF_CLASSES = 5.0, (30.0, 1000.0), 0.5, 100
+_NOW, _OF_CLASSES, _FALLEN, FEWEST_OF_CLASSES = 5.0, (30.0, 1000.0), 0.5, 100
 # Classes are not compared where fewer tokens or FFN experts were to be expected now: independent
 # tokens then give a standard deviation of a tenth at most.
-_FEWEST_TOKENS, _FEWEST_EXPECTED = 100.0, 100.0
+FEWEST_TOKENS, FEWEST_EXPECTED = 100.0, 100.0
 
 
 class Usual:
@@ -77,14 +77,17 @@ class Past:
         if state is None or np.shape(mean) != shape:
             state = {"count": 0, "lowest": None, "lowest_at": 0}
         self._count, self._usual = state["count"], Usual(shape, _OF_LAYERS, mean)
-        lowest = state["lowest"]
-        self._lowest, self._lowest_at = math.nan if lowest is None else lowest, state["lowest_at"]
+        lowest, self._lowest_at = state["lowest"], state["lowest_at"]
+        self._lowest = math.nan if lowest is None else lowest
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, which later steps do not change."""
-        lowest = None if math.isnan(self._lowest) else self._lowest
-        state = {"count": self._count, "mean": self._usual.state()}
-        return state | {"lowest": lowest, "lowest_at": self._lowest_at}
+        return {
+            "count": self._count,
+            "mean": self._usual.state(),
+            "lowest": None if math.isnan(self._lowest) else self._lowest,
+            "lowest_at": self._lowest_at,
+        }
 
     def add(self, shares: Sequence[float], grad_norm: float, loss: float) -> Values:
         """Compare a step with what was usual, then learn from it.
@@ -167,9 +170,9 @@ class ClassPast:
         now = np.stack([own, _over(own, layer)], axis=-1)
         left = _over(now, self._before.mean).max(axis=-1)
         tokens = self._now[:, :-1, 1]
-        is_known = self._before.mean[..., 0] * tokens >= _FEWEST_EXPECTED
-        left = np.where(is_known & (self._steps > _FEWEST_OF_CLASSES), left, np.nan)
-        is_counted = (tokens >= _FEWEST_TOKENS)[..., None]
+        is_known = self._before.mean[..., 0] * tokens >= FEWEST_EXPECTED
+        left = np.where(is_known & (self._steps > FEWEST_OF_CLASSES), left, np.nan)
+        is_counted = (tokens >= FEWEST_TOKENS)[..., None]
         self._before.learn(now, self._steps, (left < _FALLEN)[..., None], is_counted)
         return left
 

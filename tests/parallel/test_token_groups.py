@@ -210,7 +210,7 @@ def run_with_a_fall(raw: dict[str, Any]) -> Found:
         mock.patch.object(guard_runs, "plant", take_ffn_experts_from_rarest),
         # So many that the rarest class has tokens of its own.
         mock.patch.object(guard_runs, "BATCHES", 400),
-        mock.patch.multiple(past, _FEWEST_OF_CLASSES=10, _FEWEST_EXPECTED=8.0, _FEWEST_TOKENS=8.0),
+        mock.patch.multiple(past, FEWEST_OF_CLASSES=10, FEWEST_EXPECTED=8.0, FEWEST_TOKENS=8.0),
     ):
         return guard_runs.run(raw, (Fault(FAULT_STEP, "rare", LAYER),), data="skewed")
 
