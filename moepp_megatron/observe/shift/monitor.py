@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moepp_megatron.config.schema.routing_guard import ShiftSection
 from moepp_megatron.observe.expert_usage import Counts
+from moepp_megatron.observe.shift.detector import Numbers
 from moepp_megatron.observe.shift.losses import SourceShift
 from moepp_megatron.observe.shift.noise import UsageNoise
 from moepp_megatron.observe.shift.reading import ShiftFinding, ShiftReading, ShiftStory
@@ -20,7 +18,6 @@ from moepp_megatron.observe.shift.tokens import TokenDetector
 
 # Data sources that an alert names.
 _MOST_SOURCES = 3
-Numbers = NDArray[np.float64]
 
 
 class ShiftMonitor:
@@ -102,8 +99,7 @@ class ShiftMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, as JSON; `load_state_dict` restores it bit for bit."""
-        parts = self._parts().items()
-        return {name: part.state_dict() for name, part in parts}
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; series that it does not have begin anew.

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moepp_megatron.config.schema.routing_guard import ShiftSection
-from moepp_megatron.observe.shift.detector import ROWS, steps_remembered
+from moepp_megatron.observe.shift.detector import ROWS, Numbers, steps_remembered
 
 # Without some differences to compare with, a distance would be of another kind than later ones.
 _FEWEST = 4
@@ -50,10 +49,10 @@ class UsageNoise:
 
     def __init__(self, settings: ShiftSection) -> None:
         self._memory = steps_remembered(settings)
-        self._differences: list[NDArray[np.float64]] = []
+        self._differences: list[Numbers] = []
         self._log_distances: list[float] = []
 
-    def log_distance(self, difference: NDArray[np.float64]) -> float | None:
+    def log_distance(self, difference: Numbers) -> float | None:
         """Logarithm of a difference's distance; None while there is too little to compare with."""
         count = len(self._differences)
         if count < _FEWEST:
@@ -74,11 +73,11 @@ class UsageNoise:
         recent = float(np.median(self._log_distances[-_RECENT:]))
         return (log_distance - recent) / max(_spread(self._log_distances), _LEAST_SPREAD)
 
-    def deviations(self) -> NDArray[np.float64]:
+    def deviations(self) -> Numbers:
         """Standard deviation of each number of a difference, at least 1, which is by chance."""
         return np.maximum(np.sqrt(np.mean(np.square(self._differences), axis=0)), 1.0)
 
-    def learn(self, difference: NDArray[np.float64], log_distance: float | None) -> None:
+    def learn(self, difference: Numbers, log_distance: float | None) -> None:
         """Remember a step that is usual."""
         score = self.score(log_distance)
         if log_distance is not None:

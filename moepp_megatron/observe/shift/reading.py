@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moepp_megatron.observe.expert_usage import ExpertUsage, difference
+from moepp_megatron.observe.shift.detector import Numbers
 
 Cause = Literal["data", "router", "optimizer", "source"]
 
@@ -85,9 +85,9 @@ class ShiftFinding:
     cause: Cause
     steps: int
     chance: float
-    before: NDArray[np.float64]
-    after: NDArray[np.float64]
-    surprise: NDArray[np.float64]
+    before: Numbers
+    after: Numbers
+    surprise: Numbers
     loss_before: float
     loss_after: float
 
@@ -169,7 +169,7 @@ def moved_classes(
     ]
 
 
-def _largest(changes: NDArray[np.float64], most: int) -> list[tuple[int, int]]:
+def _largest(changes: Numbers, most: int) -> list[tuple[int, int]]:
     """Places of the largest changes that are worth a word."""
     order = np.argsort(-changes, axis=None, kind="stable")[:most]
     places = zip(*np.unravel_index(order, changes.shape), strict=True)

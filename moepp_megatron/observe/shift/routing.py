@@ -9,10 +9,8 @@ import numpy as np
 
 from moepp_megatron.config.schema.routing_guard import ShiftSection
 from moepp_megatron.observe.expert_usage import Counts
-from moepp_megatron.observe.shift.course import Numbers, forecast
-from moepp_megatron.observe.shift.cusum import Cusum, limit_for, steps_of_chance
-from moepp_megatron.observe.shift.detector import ROWS
-from moepp_megatron.observe.shift.losses import Compared, LossDetector, Step
+from moepp_megatron.observe.shift.detector import ROWS, Cusum, Numbers, limit_for, steps_of_chance
+from moepp_megatron.observe.shift.losses import Compared, LossDetector, Step, forecast
 from moepp_megatron.observe.shift.noise import UsageNoise
 from moepp_megatron.observe.shift.reading import Cause, ShiftFinding, ShiftReading
 

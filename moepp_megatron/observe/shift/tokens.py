@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moepp_megatron.config.schema.routing_guard import ShiftSection
-from moepp_megatron.observe.shift.course import Numbers
-from moepp_megatron.observe.shift.detector import ROWS, Detector
+from moepp_megatron.observe.shift.detector import ROWS, Detector, Numbers
 
 GROUPS = 64
 """Groups of token ids; the number is that of `group_of`."""

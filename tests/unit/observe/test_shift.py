@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config.schema.routing_guard import ShiftSection
-from moepp_megatron.observe.shift.cusum import Cusum, limit_for, steps_of_chance
+from moepp_megatron.observe.shift.detector import Cusum, limit_for, steps_of_chance
 from tests.unit.observe.series import KINDS, Kind, fed
 
 MEMORY = ShiftSection().memory * ShiftSection().window
