@@ -125,12 +125,9 @@ class ExpertUsageCollector:
         )
 
     def _reduced(self) -> np.ndarray:
-        """[L, E + 2 C] int64 over all ranks.
-
-        Each router counts its rank's tokens, which differ between data-parallel replicas, parts of
-        the sequence (context and tensor parallelism) and layers. Expert parallelism does not
-        matter: routers count before tokens are sent to experts.
-        """
+        """[L, E + 2 C] int64 over all ranks."""
+        # Each router counts its rank's tokens, which differ between replicas, parts of the sequence
+        # and layers. Expert parallelism does not matter: it counts before tokens are sent.
         total = self._counts.clone()
         dist.all_reduce(total)
         return total.cpu().numpy()
@@ -169,11 +166,7 @@ def counts_on_ranks(dataset: Any, vocab_size: int) -> np.ndarray:
 
 
 def _tag_tokens(model: TrainingModel, config: Config, classes: np.ndarray) -> int:
-    """Make every chunk pass its layers the cells of their tokens.
-
-    Returns:
-        The number of cells.
-    """
+    """Make every chunk pass its layers the cells of their tokens; the number of cells."""
     on_device = torch.from_numpy(classes).to(torch.cuda.current_device())
     for chunk in model.models:
         tags = tags_of(chunk, config)

@@ -99,11 +99,8 @@ class TokenDetector(Detector[Numbers, Numbers]):
         return self._distances.count + self._row.fewest >= self._row.judged
 
     def _usual_distance(self) -> tuple[float, float]:
-        """Mean and spread of usual steps' squared distances.
-
-        The spread is at least that of groups which move independently, and the mean is above 0: all
-        steps may be the same.
-        """
+        """Mean and spread of usual steps' squared distances, also if all steps are the same."""
+        # The spread is at least that of groups which move independently.
         mean = max(float(self._distances.mean[0]), 1.0)
         return mean, max(math.sqrt(self._distances.variance[0]), mean * math.sqrt(2.0 / GROUPS))
 
@@ -159,20 +156,14 @@ class TokenDetector(Detector[Numbers, Numbers]):
 
 
 def _quantile(deviations: float, spread: float) -> float:
-    """What a multiple of a chi-square exceeds as rarely as a normal number so many deviations.
-
-    Its mean is 1 and its standard deviation `spread`; the cube root is nearly normal (Wilson and
-    Hilferty 1931).
-    """
+    """What a multiple of a chi-square exceeds as rarely as a normal number so many deviations."""
+    # Of mean 1 and this spread; the cube root is nearly normal (Wilson and Hilferty 1931).
     part = spread * spread / 9.0
     return (1.0 - part + deviations * math.sqrt(part)) ** 3
 
 
 class _Moments:
-    """Running mean [size] and variance of rows, which look back on `_MEMORY` of them (West 1979).
-
-    The variance is that of a row from the true mean, times its weight.
-    """
+    """Running mean [size] of rows, and variance from the true mean times weight (West 1979)."""
 
     def __init__(self, size: int) -> None:
         self.count, self.mean, self.variance = 0, np.zeros(size), np.zeros(size)
