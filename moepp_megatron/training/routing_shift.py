@@ -166,9 +166,6 @@ class TokenCounts:
     """Counts a batch's labels that have a loss, on the device, by group of ids; a `Summand`.
 
     Three kernels a micro-batch, and one a step.
-
-    Args:
-        vocab_size: Size of the model's vocabulary.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -184,11 +181,7 @@ class TokenCounts:
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
-        """Add a micro-batch, on the last pipeline stage.
-
-        Args:
-            batch: `labels` [b, s] int64, and `loss_mask` [b, s], 0 for those that do not count.
-        """
+        """Add a micro-batch's `labels` [b, s] where `loss_mask` is not 0, on the last stage."""
         if first_of_tensor_ranks():
             groups = self._group_of[batch["labels"].reshape(-1)]
             self._counts.index_add_(0, groups, batch["loss_mask"].reshape(-1).double())

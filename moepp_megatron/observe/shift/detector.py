@@ -141,10 +141,6 @@ class Detector[StepT, ComparedT](ABC):
     A step is compared with what is usual, which gives evidence that adds up. While there is
     evidence, steps are kept apart. They are learnt from if the evidence goes away; if a shift has
     lasted for as long as steps are remembered, they are what is usual from then on.
-
-    Args:
-        row: Settings of the kind of series.
-        settings: Settings of the configuration.
     """
 
     def __init__(self, row: Row, settings: ShiftSection) -> None:

@@ -16,18 +16,14 @@ from moepp_megatron.observe.shift.noise import LossNoise
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step as a detector keeps it.
-
-    Attributes:
-        number: Steps before it, and itself.
-        losses: [n] loss in nats; behind it perhaps the logarithm of its spread over the sequences.
-        totals: [L] selections of the layers; of a source [1], its tokens.
-        roots: [L E] square roots of the experts' shares; of a source [0].
-    """
+    """A step, counted from 1, as a detector keeps it."""
 
     number: int
+    # [n] loss in nats; behind it perhaps the logarithm of its spread over the sequences.
     losses: Numbers
+    # [L] selections of the layers; of a source [1], its tokens.
     totals: Numbers
+    # [L E] square roots of the experts' shares; of a source [0].
     roots: Numbers
 
     def as_json(self) -> list[Any]:
@@ -46,35 +42,21 @@ class Step:
 
 
 class Compared(NamedTuple):
-    """What a step differs from its forecast by.
+    """What a step differs from its forecast by; None where that is not known."""
 
-    Attributes:
-        residuals: [n] differences of the losses, over how much more than a usual step that far
-            ahead of the line may differ; NaN without a line.
-        scores: The same in spreads of usual steps; None where these are not known.
-        difference: [L E] difference in routing: by chance each number has the standard deviation 1.
-        log_distance: Logarithm of its distance.
-        score: Spreads of the distance above usual ones.
-
-    The last three are None where they are not known.
-    """
-
+    # [n] of the losses, over how much more than a step near the line may differ; NaN without one.
     residuals: Numbers
+    # The same in spreads of usual steps.
     scores: list[float | None]
+    # [L E] of the routing: by chance alone each number has the standard deviation 1.
     difference: Numbers | None = None
     log_distance: float | None = None
+    # Spreads of the distance above usual ones.
     score: float | None = None
 
 
 class LossDetector(Detector[Step, Compared]):
-    """Compares losses with a line through the newest usual steps, and adds up rises and falls.
-
-    Args:
-        row: Settings of the kind of series.
-        settings: Settings of the configuration.
-        limit: Evidence that is a shift.
-        num_losses: n.
-    """
+    """Compares losses with a line through the newest usual steps, and adds up rises and falls."""
 
     def __init__(self, row: Row, settings: ShiftSection, limit: float, num_losses: int = 1) -> None:
         super().__init__(row, settings)
@@ -195,10 +177,6 @@ class SourceShift:
     A small source that turns bad hardly moves the mean over the batch, but its own loss at once.
     The limit is that of `false_alarm_steps` times the number of CUSUMs, so that all of them
     together raise one false alarm in that many steps (Bonferroni).
-
-    Args:
-        settings: Settings of the configuration.
-        names: Names of the sources.
     """
 
     def __init__(self, settings: ShiftSection, names: Sequence[str]) -> None:
@@ -270,7 +248,7 @@ def forecast(steps: Numbers, rows: Numbers, step: float) -> tuple[Numbers, float
     Args:
         steps: [N] step numbers of the rows, N at least 3, at least two of them different.
         rows: [N, D] numbers that move together.
-        step: The step to look at.
+        step: The further step.
 
     Returns:
         [D] the forecast, and the standard deviation of what a step differs from it by, over that of

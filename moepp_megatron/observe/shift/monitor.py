@@ -81,11 +81,7 @@ class ShiftMonitor:
         return reading
 
     def explain(self, moved: Callable[[ShiftFinding], list[str]]) -> ShiftStory | None:
-        """What the newest reading is about; None where nothing is suspect.
-
-        Args:
-            moved: Says what has moved in routing, a line each.
-        """
+        """What the newest reading is about, with what `moved` says of routing; None if nothing."""
         stories: list[ShiftStory] = []
         finding = self._routing.explain()
         if finding is not None:
@@ -102,11 +98,7 @@ class ShiftMonitor:
         return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`; series that it does not have begin anew.
-
-        Raises:
-            ValueError: If a part is no state of its series.
-        """
+        """Continue from `state_dict`; series that it does not have begin anew."""
         for name, part in self._parts().items():
             if name in state:
                 part.load_state_dict(state[name])

@@ -42,9 +42,6 @@ class UsageNoise:
 
     How unusual a distance is follows from its logarithm: how many spreads it is above the median of
     those before.
-
-    Args:
-        settings: Settings `memory` and `window` of the configuration.
     """
 
     def __init__(self, settings: ShiftSection) -> None:
@@ -96,12 +93,7 @@ class UsageNoise:
 
     @classmethod
     def from_json(cls, values: Any, settings: ShiftSection, size: int) -> UsageNoise:
-        """Undo `as_json`; of more than are remembered the newest are kept.
-
-        Args:
-            values: Result of `as_json`.
-            settings: Settings `memory` and `window` of the configuration.
-            size: Size of each difference.
+        """Undo `as_json` of differences of this size; the newest are kept.
 
         Raises:
             ValueError: If it is not a result of `as_json`.

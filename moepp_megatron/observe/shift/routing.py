@@ -26,11 +26,6 @@ class RoutingDetector(LossDetector):
     compared with the forecast of a line too, and the logarithm of the loss's spread over the
     sequences, because a further kind of text makes sequences differ more.
 
-    Args:
-        settings: Settings of the configuration.
-        reference: [L, E] counts of another run to compare with instead of a line; None for none.
-        noise: Initial noise, from the run of `reference`.
-
     Attributes:
         reading: Result of the newest step; None where it was not judged.
     """

@@ -51,9 +51,6 @@ class TokenDetector(Detector[Numbers, Numbers]):
     standardised steps, over the variance that the EWMA of independent steps has, is distributed as
     a multiple of a chi-square; which one follows from mean and variance of usual steps' own
     distances, because groups of real texts move together.
-
-    Args:
-        settings: Settings of the configuration.
     """
 
     def __init__(self, settings: ShiftSection) -> None:
