@@ -5,8 +5,10 @@ from __future__ import annotations
 import typer
 
 from moepp_megatron.config.printable import printable
+from moepp_megatron.runtime.disk import naming_stream
 
 
 def echo(text: str, err: bool = False) -> None:
     """Write lines to stdout, or stderr, with control characters as escapes."""
-    typer.echo(printable(text), err=err)
+    with naming_stream(err):
+        typer.echo(printable(text), err=err)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 
@@ -37,7 +38,7 @@ from moepp_megatron.cli.paths import check_paths
 from moepp_megatron.cli.usage import UsageError, move_examples, refuse
 from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.config.printable import make_logs_printable
-from moepp_megatron.runtime.disk import NO_SPACE, is_full
+from moepp_megatron.runtime.disk import NO_SPACE, STDOUT, is_full
 from moepp_megatron.version import __version__
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
@@ -101,6 +102,7 @@ def run() -> None:
     """Entry point. A user's error is one line on stderr a problem, and its exit code."""
     make_logs_printable()
     try:
+        _check_working_folder()
         status = app(prog_name="moepp", standalone_mode=False)
     except (ConfigError, UnfitError) as error:
         echo(f"error: {error}", err=True)
@@ -123,9 +125,10 @@ def run() -> None:
 
         if isinstance(error, OSError) and is_full(error) and not has_launcher():
             # Writers of files name them (`runtime.atomic`).
-            if error.filename is None:
+            if error.filename == STDOUT:
                 discard_output()
-            echo(f"error: {error.filename or 'stdout'}: {NO_SPACE}; free space", err=True)
+            name = f"{error.filename}: " if error.filename else ""
+            echo(f"error: {name}{NO_SPACE}; free space", err=True)
             sys.exit(UnfitError.exit_code)
         if _lacks_memory(error) and not has_launcher():
             echo(f"error: {_no_memory(error)}", err=True)
@@ -137,6 +140,16 @@ def run() -> None:
         sys.exit(refusal)
     # A command returns nothing; `typer.Exit` returns its code here.
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _check_working_folder() -> None:
+    """Refuse to start in a folder that is gone, where no relative path means anything."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working folder cannot be used ({error.strerror}); change to one that is there"
+        ) from error
 
 
 def _lacks_memory(error: Exception) -> bool:

@@ -51,10 +51,12 @@ def say_end(request: TrainRequest, result: TrainResult, prints_command: bool) ->
 def _finish(config: Config, record: StepMetrics | None) -> None:
     from moepp_megatron.training.run_folder import checkpoint_folder
 
-    if record is None:
-        echo("nothing left to do: the checkpoint is at training.train_iters already")
-        return
     page = _report(Path(config.run.dir))
+    if record is None:
+        # A run that was killed after its last checkpoint has no page yet.
+        echo("nothing left to do: the checkpoint is at training.train_iters already")
+        echo(f"report       {page}")
+        return
     share, window = _settled_ffn_share(Path(config.run.dir), record)
     valid = "" if record.valid_loss is None else f", validation {record.valid_loss:.4f}"
     echo(f"loss         {record.loss:.4f}{valid} after {record.tokens:,} tokens")

@@ -181,7 +181,10 @@ def nothing_usable(source: TextSource, skipped: Counter[str]) -> ConfigError:
         remedy = "prepare conversations with --chat, --tokenizer and --seq-length"
     elif skipped[_NOT_TEXT]:
         file = shlex.quote(str(source.files[0].path))
-        remedy = f"encode text as UTF-8, such as by: iconv -f UTF-16 -t UTF-8 {file} > FILE.txt"
+        remedy = (
+            "unpack archives, and encode text as UTF-8, such as by: "
+            f"iconv -f UTF-16 -t UTF-8 {file} > FILE.txt"
+        )
     elif skipped[UNCUTTABLE]:
         remedy = "cut it into several documents"
     return ConfigError(

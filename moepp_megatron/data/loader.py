@@ -1,12 +1,15 @@
 """Micro-batches in an order that depends on nothing but the number of samples consumed."""
 
+import multiprocessing
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from moepp_megatron.config.errors import UnfitError
 from moepp_megatron.data.token_check import check_tokens
+from moepp_megatron.runtime.disk import is_full
 
 Batch = dict[str, torch.Tensor]
 
@@ -101,6 +104,7 @@ def batches(
     Raises:
         ValueError: numbers that do not fit together.
         ConfigError: while iterating, a token outside of the vocabulary (`check_tokens`).
+        UnfitError: while iterating, shared memory has no room for the processes.
     """
     sampler = _MicroBatchSampler(
         len(dataset),  # type: ignore[arg-type]  # torch's Dataset does not declare __len__
@@ -110,18 +114,33 @@ def batches(
         dp_size,
         global_batch_size,
     )
-    loaded = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            # Without its own, every iterator would draw a number from the global generator, and
-            # an evaluation or a resume would change dropout and initialization after it.
-            generator=torch.Generator(),
-        )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Without its own, every iterator would draw a number from the global generator, and
+        # an evaluation or a resume would change dropout and initialization after it.
+        generator=torch.Generator(),
     )
+    loaded = iter(loader) if num_workers == 0 else _read_ahead(loader)
     return loaded if vocab_size is None else _checked(loaded, sampler, dataset, vocab_size)
+
+
+def _read_ahead(loader: "DataLoader[Batch]") -> Iterator[Batch]:
+    """The batches of a loader that has processes, which use shared memory."""
+    try:
+        # What torch makes first; it prints a traceback where that fails.
+        multiprocessing.Lock()
+        yield from loader
+    except (OSError, RuntimeError) as error:
+        # torch: a process that writes where there is no room is ended by a bus error.
+        if not is_full(error) and "out of shared memory" not in str(error):
+            raise
+        raise UnfitError(
+            f"data.num_workers ({loader.num_workers}) needs more shared memory than /dev/shm has "
+            "room for; make it larger (docker run --shm-size), or use data.num_workers=0"
+        ) from error
 
 
 def _checked(

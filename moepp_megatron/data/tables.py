@@ -38,6 +38,9 @@ def count_groups(path: Path, kind: str, column: str | None) -> int:
                 f"source {path} has no column {column}; set --text-key to one of: "
                 + ", ".join(names)
             )
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"source {path} has several columns {twice}; rename all but one")
         if kind == "parquet":
             groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
             if sum(_unpacked(group, column) for group in groups) > unpacked_limit(path):

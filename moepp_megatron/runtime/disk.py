@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 NO_SPACE = os.strerror(errno.ENOSPC)
+# What stands for a file's name in errors of printing.
+STDOUT = "stdout"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -31,6 +35,16 @@ def is_full(error: BaseException) -> bool:
     """Whether a write failed because the disk, or the user's quota of it, is used up."""
     reason = refusal(error)
     return reason is not None and reason.errno in _FULL
+
+
+@contextmanager
+def naming_stream(is_stderr: bool) -> Iterator[None]:
+    """A context in which an OSError of printing names the stream, as those of files name them."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or ("stderr" if is_stderr else STDOUT)
+        raise
 
 
 def write_error(error: BaseException, path: Path) -> OSError:

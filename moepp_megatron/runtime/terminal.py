@@ -14,6 +14,7 @@ from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from moepp_megatron.config.printable import printable
+from moepp_megatron.runtime.disk import naming_stream
 
 
 class Console(rich.console.Console):
@@ -26,6 +27,11 @@ class Console(rich.console.Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Same as rich's; an OSError names the stream."""
+        with naming_stream(self.stderr):
+            super().print(*objects, **options)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

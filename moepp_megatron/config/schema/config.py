@@ -79,9 +79,14 @@ class Config(Section):
 
     @property
     def warmup_iters(self) -> int:
-        """Steps of warm-up: `optimizer.warmup_iters`, or a tenth of a run that is no longer."""
+        """Steps of warm-up: `optimizer.warmup_iters`, or a tenth of a run that is no longer.
+
+        With `optimizer.decay_iters` the schedule has a length of its own, in every part of a run.
+        """
         warmup, steps = self.optimizer.warmup_iters, self.training.train_iters
-        return warmup if warmup < steps else max(steps // 10, min(1, steps - 1))
+        if warmup < steps or self.optimizer.decay_iters is not None:
+            return warmup
+        return max(steps // 10, min(1, steps - 1))
 
     @property
     def tokens_per_rank(self) -> int:

@@ -59,9 +59,13 @@ class HeartbeatFolder:
         self.path = path
 
     def clear(self) -> None:
-        """Delete files of earlier attempts; called by one rank before any rank beats."""
+        """Delete files of earlier attempts; called by one rank before any rank beats.
+
+        Where the disk refuses there are no heartbeats, as in `write`.
+        """
         shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.mkdir(parents=True, exist_ok=True)
 
     def write(self, heartbeat: Heartbeat) -> None:
         """Replace this rank's file; quietly does nothing where the disk refuses."""

@@ -342,8 +342,33 @@ def test_a_full_disk_is_one_line_that_names_the_file(
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
-def test_a_full_disk_behind_stdout_is_one_line():
-    words = [sys.executable, "-m", "moepp_megatron.cli.main", "config", "keys", "moe.tau"]
+def test_a_full_disk_without_a_name_is_not_blamed_on_stdout(monkeypatch, capsys) -> None:
+    def is_full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(main, "app", is_full)
+    assert _run([], monkeypatch, capsys) == (3, "", "error: No space left on device; free space\n")
+
+
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for words in (["train", str(QUICKSTART)], ["report", str(tmp_path)], ["plan", str(QUICKSTART)]):
+        code, _, err = _run(words, monkeypatch, capsys)
+        assert code == 2
+        assert err == (
+            "error: the working folder cannot be used (No such file or directory); change to one "
+            "that is there\n"
+        )
+
+
+@pytest.mark.parametrize(
+    "words", [["config", "keys", "moe.tau"], ["plan", MODEL, "--gpus", "8", "--gpu", "h100_sxm"]]
+)
+def test_a_full_disk_behind_stdout_is_one_line(words: list[str]):
+    words = [sys.executable, "-m", "moepp_megatron.cli.main", *words]
     with open("/dev/full", "w") as stdout:
         done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 3

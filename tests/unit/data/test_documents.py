@@ -182,6 +182,18 @@ def test_parquet_rows(tmp_path: Path):
         read_all(path)
 
 
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, path)
+    for text_key in ("text", None):
+        with pytest.raises(ConfigError, match=r"a.parquet has several columns text; rename all"):
+            plan_pieces(resolve_sources([str(path)]), text_key)
+
+
 def test_damaged_parquet_is_named(tmp_path: Path):
     pytest.importorskip("pyarrow")
     path = tmp_path / "a.parquet"
@@ -311,5 +323,7 @@ def test_text_in_another_encoding_is_to_be_encoded(tmp_path: Path):
     path = tmp_path / "a file.txt"
     path.write_bytes("w\u00f6rds".encode("utf-16"))
     sources = resolve_sources([str(path)])
-    with pytest.raises(ConfigError, match=r"iconv -f UTF-16 -t UTF-8 '/.*/a file.txt' > FILE"):
+    with pytest.raises(
+        ConfigError, match=r"unpack archives, .* iconv -f UTF-16 -t UTF-8 '/.*/a file.txt' > FILE"
+    ):
         check_usable(sources, plan_pieces(sources, "text"), "text")

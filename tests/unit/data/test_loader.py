@@ -1,6 +1,11 @@
+import errno
+import multiprocessing
+import os
+
 import pytest
 import torch
 
+from moepp_megatron.config import UnfitError
 from moepp_megatron.data.loader import batches
 
 GLOBAL_BATCH_SIZE = 8
@@ -107,3 +112,27 @@ def test_batches_of_a_real_dataset(prepared, tokenizer, tmp_path):
 def test_numbers_that_do_not_fit_are_refused(numbers: tuple[int, ...], message: str):
     with pytest.raises(ValueError, match=message):
         batches(Numbers(16), *numbers)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "error"),
+    [
+        (multiprocessing, "Lock", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+        (
+            torch.utils.data.DataLoader,
+            "__iter__",
+            RuntimeError(
+                "DataLoader worker is killed by signal: Bus error. It is possible that "
+                "dataloader's workers are out of shared memory."
+            ),
+        ),
+    ],
+)
+def test_no_room_in_shared_memory_is_one_line(place, name, error, monkeypatch):
+    def without_room(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(place, name, without_room)
+    rule = r"^data.num_workers \(1\) needs more shared memory than /dev/shm has room for; make .*$"
+    with pytest.raises(UnfitError, match=rule):
+        next(batches(Numbers(8), 0, 2, 0, 1, 8, num_workers=1))

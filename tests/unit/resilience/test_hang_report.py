@@ -86,6 +86,11 @@ def test_first_alarm_counts(tmp_path: Path) -> None:
     assert folder.alarm() is None
 
 
+def test_a_disk_that_takes_no_heartbeat_stops_no_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    HeartbeatFolder(tmp_path / "file" / "heartbeats").clear()
+
+
 def test_unreadable_heartbeats_are_left_out(tmp_path: Path) -> None:
     folder = HeartbeatFolder(tmp_path)
     folder.write(beat(0))

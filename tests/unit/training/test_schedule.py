@@ -104,3 +104,15 @@ def test_a_short_try_warms_up_for_a_tenth_of_its_steps(style: str, steps: int, w
     told = [line for line in check_config(config) if "warmup" in line]
     assert len(told) == (warmup != 100)
     assert all(f"is taken for {warmup}, a tenth of the run" in line for line in told)
+
+
+def test_a_part_of_a_schedule_of_given_length_warms_up_as_the_whole() -> None:
+    optimizer = {"lr": PEAK, "warmup_iters": 3, "decay_iters": 40}
+    whole, *parts = (
+        config_of(training=TRAINING | {"train_iters": steps}, optimizer=optimizer)
+        for steps in (40, 3, 2, 1)
+    )
+    for part in parts:
+        for step in range(1, part.training.train_iters + 1):
+            assert learning_rate(part, step) == learning_rate(whole, step)
+        assert not [line for line in check_config(part) if "warmup" in line]

@@ -143,6 +143,18 @@ def test_the_last_lines_of_a_run_name_the_number_of_its_page(make_run, capsys):
     assert re.search(r"Expert work saved\s+50\.0%", page)
 
 
+def test_a_run_that_was_complete_already_gets_its_page(make_run, capsys):
+    """It may have been killed between its last checkpoint and its page."""
+    from types import SimpleNamespace
+
+    from moepp_megatron.cli.run_end import _finish
+
+    folder = make_run(steps=3)
+    _finish(SimpleNamespace(run=SimpleNamespace(dir=str(folder))), None)
+    assert "nothing left to do" in capsys.readouterr().out
+    assert (folder / "report.html").exists()
+
+
 def test_more_work_is_not_called_a_negative_saving(make_run):
     run = load_run(make_run(steps=10))
     summary = summarize(run)
