@@ -119,7 +119,13 @@ metric without a key exists in Prometheus only.
 """
     names = ("key in `metrics.jsonl`", "meaning", "unit", "TensorBoard", "Prometheus", "labels")
     rows = [
-        (_code(key), row.meaning, row.unit, _tag(key, row), *_served(row.prometheus, row.labels))
+        (
+            _code(key),
+            row.meaning,
+            row.unit,
+            _tag(key, row),
+            *_served(row.prometheus, exported.OF_RECORDS[key].labels),
+        )
         for key, row in OF_RECORD.items()
     ]
     idlest, other = IN_LAYERS["min_ffn_load"], exported.OTHER

@@ -158,7 +158,10 @@ def test_the_dashboard_asks_for_what_is_exported():
 
 
 def test_the_table_in_the_docs_is_complete():
-    assert set(re.findall(r"\| `(moepp_\w+)` \|", pages.metrics())) == exported_names()
+    page = pages.metrics()
+    assert set(re.findall(r"\| `(moepp_\w+)` \|", page)) == exported_names()
+    # Prometheus has an expert's numbers in a layer by kind only.
+    assert "| `moepp_layer_share_ratio` | layer, kind |" in page
 
 
 def connections(port: int, count: int, sent: bytes) -> list[socket.socket]:
