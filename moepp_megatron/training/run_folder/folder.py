@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE, RUN_FILES, RUN_FOLDERS, STATUS_FILE
+from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE, STATUS_FILE
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.disk import is_full
@@ -33,7 +33,7 @@ from moepp_megatron.training.run_folder.holder import (
     refuse_running,
 )
 from moepp_megatron.training.run_folder.move_aside import move_aside
-from moepp_megatron.training.run_folder.writable import check_kind, existing, refusing_unwritable
+from moepp_megatron.training.run_folder.writable import check_kinds, existing, refusing_unwritable
 from moepp_megatron.version import __version__
 
 # What a run leaves in its folder, besides checkpoints.
@@ -231,13 +231,9 @@ class RunFolder:
         return folders
 
     def _check_kinds(self) -> None:
-        for name in RUN_FILES:
-            check_kind(self.path / name, "file")
-        for name in RUN_FOLDERS:
-            check_kind(self.path / name, "folder")
         is_far = isinstance(self.checkpoints, ObjectPath)
         setting = "checkpoint.staging" if is_far else "checkpoint.dir"
-        check_kind(self.local_checkpoints, "folder", setting)
+        check_kinds(self.path, self.local_checkpoints, setting)
 
     @contextmanager
     def _empty_folders_removed(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.file_names import RUN_FILES, RUN_FOLDERS
 from moepp_megatron.runtime.disk import is_full
 
 
@@ -36,18 +37,26 @@ def existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
-def check_kind(path: Path, kind: str, setting: str = "run.dir") -> None:
-    """Refuse a path that is of another kind, has no folder to be made in, or is read-only.
+def check_kinds(run: Path, checkpoints: Path, setting: str) -> None:
+    """Refuse what is of another kind than a run writes, cannot be made there, or is read-only.
 
     Args:
-        path: What the run writes.
-        kind: `file` or `folder`.
+        run: The run's folder.
+        checkpoints: The folder of this machine that checkpoints are written to.
         setting: The setting that places it.
 
     Raises:
-        ConfigError: It is of another kind, or it is not of `run.dir` and cannot be written.
-        OSError: It is of `run.dir` and cannot be written.
+        ConfigError: Something is of another kind, or the checkpoint folder cannot be written.
+        OSError: The run's folder cannot be written.
     """
+    for name in RUN_FILES:
+        _check_kind(run / name, "file")
+    for name in RUN_FOLDERS:
+        _check_kind(run / name, "folder")
+    _check_kind(checkpoints, "folder", setting)
+
+
+def _check_kind(path: Path, kind: str, setting: str = "run.dir") -> None:
     place = existing(path)
     kind = kind if place == path else "folder"
     if not (place.is_dir() if kind == "folder" else place.is_file()):
