@@ -101,20 +101,25 @@ class RunFolder:
                 it, its checkpoints are another run's, or it cannot be written.
         """
         self.refuse_occupied(start)
+        folders = self._folders()
         with ExitStack() as undo:
-            undo.enter_context(self._empty_folders_removed())
-            with refusing_unwritable(self.path), locked(self._made()):
+            undo.enter_context(_empty_folders_removed(folders))
+            with refusing_unwritable(self.path), locked(self._made(folders)):
                 if not start.restarted:
                     refuse_running(self.path)
                 # Again: somebody else may have been here meanwhile.
                 traces = self.refuse_occupied(start)
-                self._mark.refuse_other()
+                mark = OwnerMark(self.path, self.checkpoints)
+                mark.refuse_other()
                 if start.overwrite and not start.restarted and traces:
                     for line in move_aside(self._config, self.checkpoints, start.config_file):
                         say(line)
+                    # A link to a checkpoint folder elsewhere may have been moved.
+                    mark = OwnerMark(self.path, self.checkpoints)
                 claim = RunStatus.own(start.name, start.restarted, start.go_on)
-                undo.callback(self._withdraw, claim, read_status(self.path), self._mark.is_set())
-                self._write(claim)
+                added = None if mark.is_set() else mark
+                undo.callback(self._withdraw, claim, read_status(self.path), added)
+                self._write(claim, mark)
             undo.enter_context(beating(self.path, claim))
             yield
 
@@ -211,21 +216,15 @@ class RunFolder:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
             self._check_kinds()
 
-    @property
-    def _mark(self) -> OwnerMark:
-        # Made anew each time, since a link to a checkpoint folder elsewhere may be moved aside.
-        return OwnerMark(self.path, self.checkpoints)
-
     def _folders(self) -> list[Path]:
         """The folders that a run has for itself: its own, and that of its checkpoints elsewhere."""
         outside = outside_of(self.path, self.checkpoints)
         return [self.path, *([] if outside is None else [outside])]
 
-    def _made(self) -> list[Path]:
+    def _made(self, folders: list[Path]) -> list[Path]:
         """The same, which are there from now on."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._check_kinds()
-        folders = self._folders()
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         return folders
@@ -235,48 +234,51 @@ class RunFolder:
         setting = "checkpoint.staging" if is_far else "checkpoint.dir"
         check_kinds(self.path, self.local_checkpoints, setting)
 
-    @contextmanager
-    def _empty_folders_removed(self) -> Iterator[None]:
-        """Folders that were not there before are removed at the end if they are empty."""
-        paths = [each for path in self._folders() for each in (path, *path.parents)]
-        new = [path for path in paths if not os.path.lexists(path)]
+    def _write(self, claim: RunStatus, mark: OwnerMark) -> None:
         try:
-            yield
-        finally:
-            for path in new:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
-
-    def _write(self, claim: RunStatus) -> None:
-        try:
-            self._write_claim(claim)
+            self._write_claim(claim, mark)
         except OSError as error:
             if not is_full(error):
                 raise
             # Nobody else trains here, so half-written checkpoints are nobody's.
             remove_leftovers(self.local_checkpoints)
-            self._write_claim(claim)
+            self._write_claim(claim, mark)
 
-    def _write_claim(self, claim: RunStatus) -> None:
+    def _write_claim(self, claim: RunStatus, mark: OwnerMark) -> None:
         write_status(self.path, claim)
         try:
-            self._mark.set()
+            mark.set()
         except FileExistsError:
             # Without locks: another run has been faster.
-            self._mark.refuse_other()
+            mark.refuse_other()
             raise
 
-    def _withdraw(self, claim: RunStatus, previous: RunStatus | None, was_marked: bool) -> None:
+    def _withdraw(
+        self, claim: RunStatus, previous: RunStatus | None, mark: OwnerMark | None
+    ) -> None:
         """Remove the files of a start that did not become a run."""
         if read_status(self.path) != claim:
             return
-        if not was_marked:
-            self._mark.remove()
+        if mark is not None:
+            mark.remove()
         with contextlib.suppress(OSError):
             if previous is not None:
                 write_status(self.path, previous)
             else:
                 (self.path / STATUS_FILE).unlink()
+
+
+@contextmanager
+def _empty_folders_removed(folders: list[Path]) -> Iterator[None]:
+    """Folders that were not there before are removed at the end if they are empty."""
+    paths = [each for path in folders for each in (path, *path.parents)]
+    new = [path for path in paths if not os.path.lexists(path)]
+    try:
+        yield
+    finally:
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _is_of_start(status: RunStatus, name: str | None) -> bool:
