@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shlex
 import sys
 import textwrap
@@ -13,6 +14,18 @@ import typer
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.config.known_keys import section_models
 from moepp_megatron.config.megatron_flags import setting_of
+from moepp_megatron.config.schema.slurm import SlurmSection
+
+# Short options of sbatch that people type by habit.
+_SBATCH = {
+    "-A": "--account",
+    "-C": "--constraint",
+    "-N": "--nodes",
+    "-p": "--partition",
+    "-q": "--qos",
+    "-t": "--time",
+    "-x": "--exclude",
+}
 
 # The base of typer's public exceptions, which is in another module from version to version.
 UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
@@ -53,15 +66,18 @@ def refuse(error: Exception) -> int:
         typer.echo(message, err=True)
         return 2
     path = "moepp" if context is None else context.command_path
-    hint = _as_setting(str(getattr(error, "option_name", "")))
+    option = str(getattr(error, "option_name", ""))
+    # A mistyped option of moepp's is answered already.
+    is_sbatchs = path.endswith(" slurm") and "ossible option" not in message
+    hint = _as_setting(option, _of_sbatch(option) if is_sbatchs else None)
     echo(f"error: {' '.join(message.split()).rstrip('.')}{hint}; see {path} --help", err=True)
     return 2
 
 
-def _as_setting(option: str) -> str:
+def _as_setting(option: str, of_sbatch: str | None) -> str:
     """What to write in place of an unknown option that is a setting, here or in Megatron-LM."""
-    name = option.lstrip("-").replace("-", "_")
-    of_megatron = setting_of(option)
+    name = of_sbatch or option.lstrip("-").replace("-", "_")
+    of_megatron = None if of_sbatch else setting_of(option)
     if of_megatron is not None:
         return f"; Megatron's option is the setting {of_megatron}=VALUE here"
     if name.partition(".")[0] not in section_models():
@@ -69,4 +85,15 @@ def _as_setting(option: str) -> str:
     words = [*sys.argv, "VALUE"]
     place = next((i for i, word in enumerate(words) if word.partition("=")[0] == option), -2)
     value = words[place].partition("=")[2] or words[place + 1]
+    if name == "slurm.options":
+        value = json.dumps([f"{option}={value}"])
     return f"; write {shlex.join([f'{name}={value}'])}"
+
+
+def _of_sbatch(option: str) -> str | None:
+    """The setting that an option of sbatch is; None where it is no option's name."""
+    long = _SBATCH.get(option, option)
+    if not long.startswith("--"):
+        return None
+    key = long[2:].replace("-", "_")
+    return f"slurm.{key if key in SlurmSection.model_fields else 'options'}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -152,7 +153,24 @@ def parse_override(override: str) -> tuple[str, str, Any]:
         raise ConfigError(
             f"override {override!r} must give a value after '='; write the value, or null for none"
         )
-    return section, key, parse_yaml(text, f"override {override!r}")
+    value = parse_yaml(text, f"override {override!r}")
+    if isinstance(value, (int, float, datetime.date)) and _is_text(section, key):
+        # 4:00:00 is a number of YAML's, and quotes do not get past a shell.
+        value = text.strip()
+    return section, key, value
+
+
+def _is_text(section: str, name: str) -> bool:
+    """Whether a setting is text or a path, and no number either."""
+    *sections, key = name.split(".")
+    model = section_models()[section]
+    for inner in sections:
+        found = subsection(model, inner)
+        assert found is not None, f"{inner} is no section"
+        model = found
+    annotation = model.model_fields[key].annotation
+    kinds = set(get_args(annotation) or (annotation,)) - {type(None)}
+    return kinds <= {str, Path}
 
 
 def _refuse_settings_first(path: Path, overrides: Sequence[str]) -> None:

@@ -188,10 +188,23 @@ def test_every_missing_field_is_named(tmp_path: Path) -> None:
     assert "pass model.num_layers=VALUE" in lines[1]
 
 
+@pytest.mark.parametrize("setting", ["run: {dir: 2024}", "slurm: {time: 4:00:00}"])
+def test_text_of_a_file_is_quoted(minimal: Path, setting: str) -> None:
+    path = minimal.with_name("numbers.yaml")
+    path.write_text(f"base: {minimal.name}\n{setting}\nmoe: {{router_topk: 99}}\n")
+    with pytest.raises(ConfigError, match="put it in quotes") as caught:
+        load_config(path)
+    assert len(str(caught.value).splitlines()) == 1, "rules are asked where all types are right"
+
+
+@pytest.mark.parametrize("text", ["4:00:00", "120", "0123", "2-00:00:00", "1e3", "2024-01-01"])
+def test_text_of_the_command_line_is_what_was_typed(minimal: Path, text: str) -> None:
+    assert load_config(minimal, [f"run.name={text}"]).run.name == text
+    assert str(load_config(minimal, [f"run.dir={text}"]).run.dir) == text
+    assert load_config(minimal, ["slurm.time=null"]).slurm.time is None
+
+
 def test_every_mistake_has_its_line(minimal: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_config(minimal, ["moe.router_topk=99", "optimizer.min_lr=1.0", "data.split=1"])
-    assert len(str(caught.value).splitlines()) == 1, "data.split=1 is no text"
     with pytest.raises(ConfigError) as caught:
         load_config(minimal, ["moe.router_topk=99", "optimizer.min_lr=1.0", "data.split='1'"])
     names = [line.split()[0] for line in str(caught.value).splitlines()]
