@@ -1,7 +1,8 @@
 """Micro-batches in an order that depends on nothing but the number of samples consumed."""
 
-import multiprocessing
+import errno
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +10,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moepp_megatron.config.errors import UnfitError
 from moepp_megatron.data.token_check import check_tokens
-from moepp_megatron.runtime.disk import is_full
+from moepp_megatron.runtime.disk import NO_SPACE, free_bytes, is_full
 
 Batch = dict[str, torch.Tensor]
+
+_SHARED_MEMORY = Path("/dev/shm")
+# Some ten locks, a page each.
+_BYTES_A_WORKER = 64 * 1024
 
 
 class _MicroBatchSampler(Sampler[list[int]]):
@@ -130,12 +135,13 @@ def batches(
 def _read_ahead(loader: "DataLoader[Batch]") -> Iterator[Batch]:
     """The batches of a loader that has processes, which use shared memory."""
     try:
-        # What torch makes first; it prints a traceback where that fails.
-        multiprocessing.Lock()
+        # Of locks and queues: torch prints a traceback where it fails to make one.
+        if free_bytes(_SHARED_MEMORY) < _BYTES_A_WORKER * (1 + loader.num_workers):
+            raise OSError(errno.ENOSPC, NO_SPACE)
         yield from loader
     except (OSError, RuntimeError) as error:
         # torch: a process that writes where there is no room is ended by a bus error.
-        if not is_full(error) and "out of shared memory" not in str(error):
+        if not is_full(error) and "shared memory" not in str(error):
             raise
         raise UnfitError(
             f"data.num_workers ({loader.num_workers}) needs more shared memory than /dev/shm has "
