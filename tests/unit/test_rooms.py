@@ -20,7 +20,7 @@ ENGINE = ["cluster", "interop", "training", "model", "moe", "data", "observe", "
 FLOOR = ["catalogue", "layer_settings", "experts", "file_names", "version"]
 ROOMS = ["cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE, *FLOOR]
 
-# Lines of Python that each room may have. Who adds lines takes others away; a ceiling is raised only
+# Lines of Python that each room may have. Who adds lines takes others away; a ceiling rises only
 # for a named capability.
 CEILINGS = {
     "cli": 4060,
