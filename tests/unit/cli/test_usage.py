@@ -383,14 +383,14 @@ def test_a_full_disk_behind_stdout_is_one_line(words: list[str]):
 @pytest.mark.parametrize(
     "words",
     [
-        ["train", "n ö"],
-        ["train", str(ROOT / "configs" / "quickstart.yaml"), "--nproc", "2", "data.path=n ö"],
-        ["data", "show", "n ö"],
-        ["data", "prepare", "n ö", "--out", "x"],
-        ["report", "n ö"],
-        ["monitor", "n ö", "--once"],
-        ["generate", "n ö", "--prompt", "a"],
-        ["convert", "hf-to-mcore", "n ö", "x"],
+        ["train", "n \u00f6"],
+        ["train", str(ROOT / "configs" / "quickstart.yaml"), "--nproc", "2", "data.path=n \u00f6"],
+        ["data", "show", "n \u00f6"],
+        ["data", "prepare", "n \u00f6", "--out", "x"],
+        ["report", "n \u00f6"],
+        ["monitor", "n \u00f6", "--once"],
+        ["generate", "n \u00f6", "--prompt", "a"],
+        ["convert", "hf-to-mcore", "n \u00f6", "x"],
     ],
     ids=lambda words: " ".join(words[:2]),
 )
@@ -400,8 +400,8 @@ def test_a_relative_path_is_said_in_full_and_quoted_where_it_is_suggested(
     monkeypatch.chdir(tmp_path)
     code, _, err = _run(words, monkeypatch, capsys)
     assert (code, err.count("\n")) == (2, 1)
-    assert f", looked at {tmp_path}/n ö" in err
-    assert "--out" not in err or "--out 'n ö'" in err
+    assert f", looked at {tmp_path}/n \u00f6" in err
+    assert "--out" not in err or "--out 'n \u00f6'" in err
 
 
 def test_a_target_that_is_taken_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
