@@ -20,13 +20,12 @@ _BYTES_A_WORKER = 64 * 1024
 
 
 class _MicroBatchSampler(Sampler[list[int]]):
-    """Sample indices of the micro-batches of one data-parallel rank.
+    """Sample indices of the micro-batches of one data-parallel rank."""
 
-    Micro-batch m of rank r in the global batch that starts at sample S holds the samples
-    `S + (m * dp_size + r) * micro_batch_size + [0, micro_batch_size)`: the order of Megatron-LM's
-    `MegatronPretrainingSampler`. All ranks together thus read the same samples in the same order
-    whatever `dp_size` is. A last global batch that would be incomplete is left out.
-    """
+    # Micro-batch m of rank r in the global batch that starts at sample S holds the samples
+    # `S + (m * dp_size + r) * micro_batch_size + [0, micro_batch_size)`: the order of Megatron-LM's
+    # `MegatronPretrainingSampler`. All ranks together thus read the same samples in the same order
+    # whatever `dp_size` is. A last global batch that would be incomplete is left out.
 
     def __init__(
         self,

@@ -156,10 +156,8 @@ def _kind(step: dict[str, Any]) -> str:
 
 
 def _added_fit(backend: tokenizers.Tokenizer) -> bool:
-    """Whether tokens that are matched before the pre-tokenizer cannot be matched across a cut.
-
-    Special tokens are not matched at all: `Tokenizer` encodes their names as text.
-    """
+    """Whether tokens that are matched before the pre-tokenizer cannot be matched across a cut."""
+    # Special tokens are not matched at all: `Tokenizer` encodes their names as text.
     return not any(
         token.rstrip or token.single_word or _CUT.search(token.content)
         for token in backend.get_added_tokens_decoder().values()

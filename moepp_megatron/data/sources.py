@@ -128,10 +128,8 @@ def _resolve(given: str, out: Path | None) -> TextSource:
 
 
 def _named(given: str) -> tuple[str, str]:
-    """The name that `NAME=PATH` gives, or an empty one, and the path.
-
-    A path that holds the sign itself is a path where there is one.
-    """
+    """The name that `NAME=PATH` gives, or an empty one, and the path."""
+    # A path that holds the sign itself is a path where there is one.
     own_name, sign, path = given.partition("=")
     if not sign or "/" in own_name or Path(given).exists():
         return "", given

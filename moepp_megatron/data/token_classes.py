@@ -127,11 +127,9 @@ def _runs(text: str, is_code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _code_mask(text: str) -> np.ndarray:
-    """[characters] bool, True for code, False for strings and comments.
-
-    Text that stops in the middle, or is not Python, counts as code from the point where Python's
-    tokenizer stops.
-    """
+    """[characters] bool, True for code, False for strings and comments."""
+    # Text that stops in the middle, or is not Python, counts as code from the point where Python's
+    # tokenizer stops.
     mask = np.ones(len(text), dtype=bool)
     # As Python's tokenizer counts lines, which knows no further separators.
     starts = [0, *(match.end() for match in re.finditer(r"\n", text))]

@@ -159,11 +159,9 @@ class MoEPPRouter(TopKRouter):
         return logits.contiguous(), mixing_logits
 
     def _joined_gating(self, input: Tensor, mixing_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """[s, b, E] `gating(input)` and [T, 2C] fp32 `U x`, in one product.
-
-        Each of two products would turn the hidden states into fp32, forward and backward, and
-        write a gradient of them; those would then be added, rounded to bf16 each.
-        """
+        """[s, b, E] `gating(input)` and [T, 2C] fp32 `U x`, in one product."""
+        # Each of two products would turn the hidden states into fp32, forward and backward, and
+        # write a gradient of them; those would then be added, rounded to bf16 each.
         if self.weight.device != input.device:
             # Initialised on the CPU; megatron-core's `gating` moves it too.
             self.weight.data = self.weight.data.to(input.device)

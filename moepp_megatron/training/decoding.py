@@ -167,11 +167,10 @@ def continue_prompts(
 
 
 class _Sampler:
-    """Draws on one rank and tells the others.
+    """Draws on one rank and tells the others."""
 
-    Logits of data-parallel ranks may differ in the last bit, since experts see other rows beside
-    theirs; ranks that drew by themselves could part ways.
-    """
+    # Logits of data-parallel ranks may differ in the last bit, since experts see other rows beside
+    # theirs; ranks that drew by themselves could part ways.
 
     def __init__(self, sampling: Sampling, count: int, layout: Layout, vocab_size: int) -> None:
         self._sampling = sampling

@@ -221,10 +221,9 @@ class _Model(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """How likely each continuation is, and whether greedy decoding would write it.
-
-        A context that is too long loses its beginning, as in lm-eval's own model for transformers.
-        """
+        """How likely each continuation is, and whether greedy decoding would write it."""
+        # A context that is too long loses its beginning, as in lm-eval's own model for
+        # transformers.
         most = self._max_length + 1
         rows = [(context + continuation)[-most:] for _, context, continuation in requests]
         answers = []

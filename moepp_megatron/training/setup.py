@@ -188,12 +188,11 @@ def _wrap(
 
 
 def _fuse_weight_gradients(model: torch.nn.Module) -> None:
-    """Have Transformer Engine's layers add weight gradients to their buffers inside the product.
-
-    megatron-core has one setting for them and its own output layer, `gradient_accumulation_fusion`,
-    and that layer cannot be built with it where apex is not there (tensor_parallel/layers.py,
-    `ColumnParallelLinear`). Transformer Engine reads this attribute of each layer in each pass.
-    """
+    """Have Transformer Engine's layers add weight gradients to their buffers inside the product."""
+    # megatron-core has one setting for them and its own output layer,
+    # `gradient_accumulation_fusion`, and that layer cannot be built with it where apex is not there
+    # (tensor_parallel/layers.py, `ColumnParallelLinear`). Transformer Engine reads this attribute
+    # of each layer in each pass.
     for layer in model.modules():
         if hasattr(layer, "fuse_wgrad_accumulation"):
             replace(layer, "fuse_wgrad_accumulation", True)

@@ -226,14 +226,11 @@ def _forward_step(
 def _loss(
     loss_mask: Tensor, see: Callable[[Tensor], None], hooks: StepHooks, output: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of token losses, number of tokens, and both for the log.
-
-    Args:
-        loss_mask: [b, s] fp32.
-        see: Called with the token losses.
-        hooks: What they add to the loss is not in the log's sum.
-        output: Same as in `StepHooks.loss`.
-    """
+    """Sum of token losses, number of tokens, and both for the log."""
+    # loss_mask: [b, s] fp32.
+    # see: Called with the token losses.
+    # hooks: What they add to the loss is not in the log's sum.
+    # output: Same as in `StepHooks.loss`.
     token_losses = output if output.dim() == 2 else output[0]
     see(token_losses)
     loss = (token_losses.float() * loss_mask).sum()
@@ -256,24 +253,18 @@ def prepare_gradients(optimizer: MegatronOptimizer) -> tuple[Tensor, bool]:
 
 @contextmanager
 def _gradients_ready(optimizer: MegatronOptimizer, grad_norm: float) -> Iterator[None]:
-    """A context in which `optimizer.step()` continues from `prepare_gradients`.
-
-    `ChainedOptimizer.step` calls these two methods first; what they would compute again (one pass
-    over all gradients and an all-reduce) is known.
-    """
+    """A context in which `optimizer.step()` continues from `prepare_gradients`."""
+    # `ChainedOptimizer.step` calls these two methods first; what they would compute again (one pass
+    # over all gradients and an all-reduce) is known.
     with replaced(optimizer, prepare_grads=lambda: False, get_grad_norm=lambda: grad_norm):
         yield
 
 
 class _StepState:
-    """Random number generators and module buffers of this rank at one moment.
+    """Random number generators and module buffers of this rank at one moment."""
 
-    Dropout and router noise draw numbers; `finalize_model_grads` moves selection biases, which are
-    buffers. Everything here is small (tens of kB).
-
-    Args:
-        models: This rank's model chunks, not wrapped.
-    """
+    # Dropout and router noise draw numbers; `finalize_model_grads` moves selection biases, which
+    # are buffers. Everything here is small (tens of kB).
 
     def __init__(self, models: Sequence[torch.nn.Module]) -> None:
         self._buffers = [

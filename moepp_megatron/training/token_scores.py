@@ -121,14 +121,8 @@ def _forward_step(
 def _pieces(
     batch: Batch, with_logits: bool, output: Tensor, non_loss_data: bool = True
 ) -> list[_Piece]:
-    """The results of the last stage for one micro-batch.
-
-    Args:
-        batch: The micro-batch.
-        with_logits: Whether to keep the logits.
-        output: [b, s', vocab / tp] logits of this rank's part of the vocabulary.
-        non_loss_data: Argument of the schedule's call; unused.
-    """
+    """The results of the last stage for one micro-batch."""
+    # output: [b, s', vocab / tp] logits of this rank's part of the vocabulary.
     logits = gather_from_tensor_model_parallel_region(output).float()
     pieces: list[_Piece] = []
     for row, sequence in enumerate(batch["sequences"].tolist()):

@@ -84,10 +84,8 @@ def _latent_vectors(
 
 
 def _tokens(config: Config) -> Iterator[Problem]:
-    """The tokens of a rank's micro-batch are a side of its GEMMs.
-
-    Experts pad their own rows, but the projections around attention and shared experts do not.
-    """
+    """The tokens of a rank's micro-batch are a side of its GEMMs."""
+    # Experts pad their own rows, but the projections around attention and shared experts do not.
     parallel, training = config.parallel, config.training
     ranks = parallel.context_parallel_size
     if parallel.uses_sequence_parallel:

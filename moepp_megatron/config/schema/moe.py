@@ -47,10 +47,8 @@ class MoESection(Section, LayerSettings):  # type: ignore[misc]
 
     @model_validator(mode="after")
     def _bias_of_its_controller(self) -> MoESection:
-        """Switch on the selection bias that the budget's controller moves.
-
-        It does not count as given by the user, so that it goes with the controller.
-        """
+        """Switch on the selection bias that the budget's controller moves."""
+        # It does not count as given by the user, so that it goes with the controller.
         if self.budget.held_by == "bias" and self.num_zero_computation_experts > 0:
             object.__setattr__(self, "selection_bias", True)
         return self

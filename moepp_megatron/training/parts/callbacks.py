@@ -200,11 +200,7 @@ class Callbacks(Part):
 
 
 def _check(name: str, callback: object) -> None:
-    """Refuse what would never be called.
-
-    Raises:
-        ConfigError: It is no `Callback`, or has a method of a name that no moment has.
-    """
+    """Refuse what would never be called."""
     if not isinstance(callback, Callback):
         raise ConfigError(
             f"callback {name} ({type(callback).__name__}) must be a Callback; give an object of a "

@@ -143,12 +143,9 @@ class RoutingCounts(Part):
         return self._metrics(sum_over_ranks(local))
 
     def _metrics(self, total: Tensor) -> dict[str, object]:
-        """Metrics from the per-layer sums.
-
-        Args:
-            total: [MoE layers, E + 7] float64: selections of each expert, dropped, tokens, bytes,
-                balance loss, z-loss, the weights of these two.
-        """
+        """Metrics from the per-layer sums."""
+        # total: [MoE layers, E + 7] float64: selections of each expert, dropped, tokens, bytes,
+        # balance loss, z-loss, the weights of these two.
         experts, ffn = self._num_experts, self._config.moe.num_ffn_experts
         selected = total[:, :experts]
         dropped, tokens, num_bytes = total[:, experts:-4].T

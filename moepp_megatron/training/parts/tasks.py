@@ -182,10 +182,8 @@ class TaskEvaluation(Part):
 
 @contextmanager
 def _without_limits(models: Sequence[MegatronModule]) -> Iterator[None]:
-    """A context without capacity and without noise, as `inference_settings.FORWARD_ONLY`.
-
-    With a limit, a token's logits would depend on which other tokens are there.
-    """
+    """A context without capacity and without noise, as `inference_settings.FORWARD_ONLY`."""
+    # With a limit, a token's logits would depend on which other tokens are there.
     with ExitStack() as stack:
         for model in models:
             # Of megatron-core's own layer; MoE++ has its own limit, and noise in training alone.

@@ -90,13 +90,9 @@ class TrafficCounter:
 
 @torch.no_grad()
 def _traffic(layer: MoELayer, hidden: Tensor, routing_map: Tensor) -> DispatchTraffic:
-    """Counts of one pass.
-
-    Args:
-        layer: The layer.
-        hidden: [s, b, D] local tokens.
-        routing_map: [T, F] bool.
-    """
+    """Counts of one pass."""
+    # hidden: [s, b, D] local tokens.
+    # routing_map: [T, F] bool.
     ranks = layer.ep_group.size()
     by_rank = routing_map.view(routing_map.shape[0], ranks, -1)
     to_ranks = by_rank.sum(dim=(0, 2)).tolist()

@@ -216,14 +216,9 @@ class RunSet[Run: Named](ABC):
 
     @contextmanager
     def _alone(self, path: Path) -> Iterator[None]:
-        """Hold a folder, or the log of a run, against other commands.
-
-        The lock ends with the process, however that ends. Where the file system has no locks, two
-        commands can work at the same time.
-
-        Raises:
-            ConfigError: Another command holds it.
-        """
+        """Hold a folder, or the log of a run, against other commands."""
+        # The lock ends with the process, however that ends. Where the file system has no locks, two
+        # commands can work at the same time.
         descriptor = os.open(
             path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o666
         )

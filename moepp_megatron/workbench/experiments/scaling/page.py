@@ -119,10 +119,8 @@ def _is_crowded(record: ScaleRecord) -> bool:
 
 
 def _largest(records: Sequence[ScaleRecord], mode: str) -> dict[str, ScaleRecord]:
-    """Records of MoE++'s fastest layout at the largest count that all kinds have, by kind.
-
-    Counts at which ranks share cores are used only if there are no others.
-    """
+    """Records of MoE++'s fastest layout at the largest count that all kinds have, by kind."""
+    # Counts at which ranks share cores are used only if there are no others.
     lines = series([record for record in records if record.mode == mode])
     if not lines:
         return {}

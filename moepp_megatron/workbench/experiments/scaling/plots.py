@@ -43,17 +43,15 @@ class KindSeries:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """One quantity over rank counts.
+    """One quantity over rank counts."""
 
-    Attributes:
-        title: Heading.
-        unit: Label of the vertical axis; "%" for shares.
-        caption: Text below.
-        value: The quantity; None where it was not measured.
-        ends: The least and the largest of the repetitions.
-        perfect: Perfect scaling of a model's first record, at another count.
-        top: What the vertical axis reaches at least.
-    """
+    # title: Heading.
+    # unit: Label of the vertical axis; "%" for shares.
+    # caption: Text below.
+    # value: The quantity; None where it was not measured.
+    # ends: The least and the largest of the repetitions.
+    # perfect: Perfect scaling of a model's first record, at another count.
+    # top: What the vertical axis reaches at least.
 
     title: str
     unit: str
