@@ -163,6 +163,9 @@ def _run(
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if new_session:
         os.setsid()
+        # As in a new terminal, also where the tests run under nohup or in a script's background.
+        for number in (signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
     for number, path in enumerate(outputs, 1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
