@@ -28,7 +28,7 @@ class PathProblem(NamedTuple):
 
 
 def looked_at(path: Path) -> str:
-    """`, looked at /work/data` for a message about a relative path; nothing for another."""
+    """`, looked at /data/mine` for a message about a relative path; nothing for another."""
     is_clear = is_address(str(path)) or path.is_absolute()
     return "" if is_clear else f", looked at {os.path.abspath(path)}"
 
