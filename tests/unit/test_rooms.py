@@ -48,7 +48,7 @@ CEILINGS = {
 }
 # All Python files of the package, of the tests and of benchmarks/ with its results.
 MOST_FILES, MOST_TEST_LINES = 563, 61_400
-MOST_BENCHMARK_LINES, MOST_WORDS = 3_450, 51_500
+MOST_BENCHMARK_LINES, MOST_WORDS = 3_450, 51_200
 
 # Not yet: planning says in which order to read it, the experiments nothing.
 UNLISTED = ("workbench/experiments", "workbench/planning")
