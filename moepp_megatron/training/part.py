@@ -98,14 +98,12 @@ class Stop:
 Outcome = Alert | GoBack | Pause | Stop
 
 
-class Part:
+class Part(StepHooks):
     """Base class of parts; a method that is not overridden does nothing.
 
-    Attributes:
-        may_refuse: Whether `refuses` may refuse a batch, so that a step must be undoable.
+    A part is also hooks of a step: it may look at micro-batches, add to the loss, join the read of
+    the step or refuse its batch.
     """
-
-    may_refuse = False
 
     def begin(self, progress: Callable[[], Progress], stop: StopRequest) -> None:
         """The training loop begins; `progress` gives the run's progress whenever it is asked."""
@@ -115,31 +113,6 @@ class Part:
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Training step `step` begins, with the layout's number of micro-batches."""
-
-    def batches(
-        self, batches: list[Iterator[Batch]], num_microbatches: int
-    ) -> list[Iterator[Batch]]:
-        """Iterators over the same micro-batches as `batches`, which a part may look at before."""
-        return batches
-
-    def arguments(self, batch: Batch) -> Mapping[str, Any]:
-        """Further arguments of the model's forward pass over a micro-batch."""
-        return {}
-
-    def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
-        """A micro-batch has its token losses [b, s]; on the last pipeline stage."""
-
-    def loss(self, loss: Tensor, output: Tensor, loss_mask: Tensor, num_tokens: Tensor) -> Tensor:
-        """The loss of a micro-batch whose loss so far is `loss`; see `StepHooks.loss`."""
-        return loss
-
-    def summands(self) -> Sequence[Summand]:
-        """What joins the one read of a step."""
-        return ()
-
-    def refuses(self, sums: StepSums, losses: Tensor) -> bool:
-        """Whether the batch must not change the model, before the optimizer acts."""
-        return False
 
     def end_step(self, step: Step) -> Iterable[Alert]:
         """Learn from a step, or from a refused batch."""

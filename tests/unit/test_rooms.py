@@ -33,7 +33,7 @@ CEILINGS = {
     "workbench.doctor": 1740,
     "cluster": 330,
     "interop": 5190,
-    "training": 13080,
+    "training": 13050,
     "model": 1520,
     "moe": 6730,
     "data": 5350,
