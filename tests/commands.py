@@ -7,8 +7,6 @@ user's shell starts, for tests of a start itself: what is imported when, what is
 import.
 """
 
-from __future__ import annotations
-
 import multiprocessing.process
 import os
 import signal
@@ -53,16 +51,7 @@ def cold(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 class Begun:
-    """A process forked from the server, with what `subprocess.Popen` offers to look after it.
-
-    Args:
-        words: Path of a program or "-m" and a module, and the arguments.
-        output: A file or a FIFO for what it prints.
-        errors: Another for its stderr.
-        cwd: Its working directory; None for this process's.
-        environment: All of its environment; None for this process's.
-        new_session: Whether it leads a session of its own.
-    """
+    """A process forked from the server, with what `subprocess.Popen` offers to look after it."""
 
     def __init__(
         self,
@@ -111,13 +100,7 @@ class Begun:
 
 
 class Heard(Begun):
-    """One whose output, stdout and stderr together, is read while it comes.
-
-    Args:
-        words: As for `Begun`.
-        folder: Where to put a FIFO.
-        **options: As for `Begun`.
-    """
+    """One whose output, stdout and stderr together, is read while it comes."""
 
     def __init__(self, words: Sequence[str], folder: Path, **options: Any) -> None:
         fifo = Path(tempfile.mkdtemp(dir=folder), "output")

@@ -54,12 +54,7 @@ if HAS_CARDS:
 
 
 def _import_triton_for_its_interpreter() -> None:
-    """Have kernels interpreted where there is no GPU (tests/unit/moe/test_kernels.py).
-
-    Triton decides when it is imported whether its own functions, `tl.sum` and the like, are
-    compiled or interpreted; so before any test imports megatron-core, which imports it. The
-    variable is taken back: processes that tests start are to be like a user's.
-    """
+    """Have kernels interpreted where there is no GPU (tests/unit/moe/test_kernels.py)."""
     if HAS_CARDS:
         return
     with pytest.MonkeyPatch.context() as patch:

@@ -1,7 +1,5 @@
 """The package in examples/plugins as if pip had installed it, without pip or a network."""
 
-from __future__ import annotations
-
 import shutil
 import tomllib
 from pathlib import Path

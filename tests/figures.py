@@ -1,7 +1,5 @@
 """Figures that are made but not rendered: rendering takes half of the time of a short command."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import matplotlib.figure

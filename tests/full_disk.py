@@ -1,7 +1,5 @@
 """Disks of any size, and files that leave as much of them as a test wants."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 

@@ -7,8 +7,6 @@ from fixed addresses, and reading a value on the host is an error. megatron-core
 a GPU refuses to capture.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator

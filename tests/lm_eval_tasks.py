@@ -1,7 +1,5 @@
 """Tasks of lm-eval for tests, as files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ LAST = {
     "doc_to_text": "{{text}}",
     "doc_to_target": " {{last}}",
     "metric_list": [
-        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
     ],
 }
 

@@ -1,7 +1,5 @@
 """The table that ends a run with layouts of the matrix or long tests: one row each, and a total."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import pytest
@@ -12,11 +10,7 @@ _HEAD = ("", "ranks", "loss error", "gradient error", "seconds", "measured", "re
 
 
 def lines_of(stats: Mapping[str, list[pytest.TestReport]]) -> list[str]:
-    """The table, by ranks and name; nothing where no such test ran.
-
-    Args:
-        stats: Reports by outcome, as pytest's terminal reporter keeps them.
-    """
+    """The table, by ranks and name; nothing where no such test ran."""
     found = [
         (report, word)
         for outcome, word in (("passed", "pass"), ("failed", "FAIL"))

@@ -1,7 +1,5 @@
 """A store like S3 on this machine: moto's, which counts its requests and can be made to fail."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 from collections import Counter
@@ -15,16 +13,7 @@ _NUMBERS = itertools.count(1)
 
 
 class Store:
-    """A server on localhost with one bucket.
-
-    Attributes:
-        environment: What its clients need.
-        bucket: Its bucket's name, which no other store of this process has: clients are kept.
-        missing: Name of a bucket that it does not have, and no other store either.
-        requests: How many there were, by method.
-        received: Bytes of objects that were written.
-        sent: Bytes of objects that were read.
-    """
+    """A server on localhost with one bucket."""
 
     def __init__(self) -> None:
         pytest.importorskip("multistorageclient", reason="needs multi-storage-client[boto3]")

@@ -5,8 +5,6 @@ a new file is taken for short. What ranks, commands and launchers do is tried on
 kind, `CASES`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tests.timetable import recorded

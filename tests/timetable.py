@@ -8,8 +8,6 @@ compute. `durations.json` says how long each file took; it is written anew by
 `./launch/test.sh --record-durations`.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections import Counter, defaultdict
@@ -66,11 +64,7 @@ def _urgency(unit: str, expected: dict[str, float]) -> tuple[bool, float, str]:
 
 
 class Progress:
-    """Says how far the workers are, and shows each failure when it happens.
-
-    Args:
-        config: Of the session that the workers belong to.
-    """
+    """Says how far the workers are, and shows each failure when it happens."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config

@@ -8,8 +8,6 @@ after an exec, so it can be signalled, killed, waited for and orphaned as any. I
 imported already, and in what `/proc` says of its command line and its environment.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import faulthandler
@@ -40,13 +38,7 @@ def install() -> None:
 
 
 def run(words: Sequence[str], environment: Mapping[str, str], folder: str | None) -> NoReturn:
-    """What a fresh interpreter does, in this process, a fork; output goes to files 1 and 2.
-
-    Args:
-        words: Path of a program or "-m" and a module, and the arguments.
-        environment: All of it.
-        folder: Working directory; None to stay.
-    """
+    """What a fresh interpreter does, in this process, a fork; output goes to files 1 and 2."""
     # The server has matplotlib; a process that imports this module may not.
     from tests.figures import leave_unrendered
 

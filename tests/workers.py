@@ -7,8 +7,6 @@ one. Reports and warnings come back through a pipe of each worker, and pytest's 
 and counts them. If a worker dies, its test has failed, and a new worker does what it had taken.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os
@@ -35,14 +33,7 @@ _TICKET_BYTES = 4
 
 @dataclass
 class _Worker:
-    """What pytest's process knows of a fork.
-
-    Attributes:
-        process: The fork.
-        pipe: Where its messages come from.
-        at: Number of the test that it has begun and not finished, or None.
-        left: Numbers of the tests that it has taken and not begun.
-    """
+    """What pytest's process knows of a fork."""
 
     process: Any
     pipe: connection.Connection
@@ -60,13 +51,7 @@ class _Worker:
 
 
 class Workers:
-    """Plugin of a session whose tests several workers share.
-
-    Args:
-        config: Of the session.
-        count: Number of workers.
-        progress: Told how many tests there are.
-    """
+    """Plugin of a session whose tests several workers share."""
 
     def __init__(self, config: pytest.Config, count: int, progress: Progress) -> None:
         self._config, self._count, self._progress = config, count, progress

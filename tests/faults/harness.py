@@ -4,8 +4,6 @@ Nothing is imported from torch here: the training is `moepp train` in processes 
 are forked from the server of the test ranks or, cold, started as a shell starts them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -147,13 +145,7 @@ def ranks_of(process: Training) -> list[psutil.Process]:
 
 @dataclass
 class Kills:
-    """What was done to a run.
-
-    Attributes:
-        hit: Ranks killed.
-        during_save: How many of them while a checkpoint was being written.
-        recovery_s: From each kill to the next training step in the log, seconds.
-    """
+    """What was done to a run."""
 
     hit: int = 0
     during_save: int = 0
@@ -201,11 +193,7 @@ def _wait_for_step(process: Training, run: Path) -> float:
 
 
 def _wait_for_moment(
-    process: Training,
-    run: Path,
-    stale: set[str] | None,
-    last_step: int,
-    chance: random.Random,
+    process: Training, run: Path, stale: set[str] | None, last_step: int, chance: random.Random
 ) -> bool:
     """Until a save begins, or a random moment within the next steps; False if the run ended before.
 

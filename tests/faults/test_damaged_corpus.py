@@ -1,7 +1,5 @@
 """A corpus that damage has reached: said in one line, before ranks start or a token is used."""
 
-from __future__ import annotations
-
 import random
 import shutil
 from pathlib import Path

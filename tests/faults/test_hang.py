@@ -1,7 +1,5 @@
 """A rank that is stopped, or stuck: named in time, with the collective that the others wait in."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A terminal that closes, as when ssh breaks off: the run saves, or with nohup trains on."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Ranks killed at random moments: the run ends with the losses of a run that nobody disturbed."""
 
-from __future__ import annotations
-
 import random
 import signal
 import statistics
@@ -98,10 +96,7 @@ def test_twenty_kills(
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_stop_on_request_and_go_on_as_printed(tmp_path: Path, data: Path) -> None:
-    """Each request saves, loses nothing and prints the command by which the one run goes on.
-
-    A second start without --resume changes nothing meanwhile.
-    """
+    """Each request saves, loses nothing and prints the command by which the one run goes on."""
     run = tmp_path / "run of mine"
     config = write_config(tmp_path / "run.yaml", data, run, 2, train_iters=20000, **short_steps(2))
     with training(config, 2) as process:

@@ -1,9 +1,4 @@
-"""run_ranks with ranks of a few lines: statuses, signals, orphans.
-
-Launcher, torchrun and ranks are processes of their own, forked where an import says nothing.
-"""
-
-from __future__ import annotations
+"""run_ranks with ranks of a few lines: statuses, signals, orphans."""
 
 import os
 import signal

@@ -1,7 +1,5 @@
 """launch/multinode.sh on two hosts: network namespaces joined by a wire."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil
@@ -44,11 +42,7 @@ def fake_environment(folder: Path) -> Path:
 
 
 class Hosts:
-    """Two network namespaces, joined by a wire.
-
-    Args:
-        folder: For logs and the environment.
-    """
+    """Two network namespaces, joined by a wire."""
 
     addresses = ("10.97.0.1", "10.97.0.2")
 

@@ -5,8 +5,6 @@
 CALL is a pickle of `Call`, written by `on_ranks`; FOLDER gets a pickle of each rank's result.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import pickle
@@ -42,17 +40,7 @@ def on_ranks(
     timeout: float = 280.0,
     **kwargs: Any,
 ) -> list[Any]:
-    """What `function(*args, **kwargs)` returns on each of `nproc` ranks, one a card.
-
-    Args:
-        folder: An empty one.
-        function: Ranks import it by name; process groups of Megatron do not exist yet.
-        *args: Pickled.
-        nproc: Ranks.
-        transformer_engine: Build layers from it where it is installed.
-        timeout: Seconds.
-        **kwargs: As `args`.
-    """
+    """What `function(*args, **kwargs)` returns on each of `nproc` ranks, one a card."""
     call = Call(function.__module__, function.__qualname__, args, kwargs, transformer_engine)
     (folder / "call").write_bytes(pickle.dumps(call))
     # By address: a machine without a network may not know its own name.

@@ -1,7 +1,5 @@
 """What ranks of `program` do; they import these by name."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tests.parallel.training_runs import train

@@ -1,7 +1,4 @@
-"""The MoE++ layer on a card against reference.py on the same card: outputs and every gradient.
-
-The cases are those of tests/unit/moe, which run on a CPU.
-"""
+"""The MoE++ layer on a card against reference.py on the same card: outputs and every gradient."""
 
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Golden and random checkpoints in the released format, and scoring on the ranks of a test."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A process for the transformers package."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -16,11 +14,7 @@ RunPlain = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def plain() -> Iterator[RunPlain]:
-    """`plain(fn, *args)` runs a module-level function in a process with torch as it is.
-
-    Under the CPU support for megatron-core, transformers leaves buffers of models uninitialised
-    that it loads; nobody uses the two in one process.
-    """
+    """`plain(fn, *args)` runs a module-level function in a process with torch as it is."""
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("needs the package transformers")
     environment = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -1,7 +1,5 @@
 """Small models on this rank. Nothing heavy is imported at the top: tests import it by name."""
 
-from __future__ import annotations
-
 from typing import Any
 
 BASE: dict[str, dict[str, Any]] = {

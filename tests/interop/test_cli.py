@@ -1,7 +1,5 @@
 """`moepp convert` and `moepp score` as commands: end to end, and what they refuse."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Exported models in fine-tuning: adapters, gradient checkpointing, the balance loss."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -60,11 +58,7 @@ def batch(padded: bool = False) -> dict[str, Any]:
     mask = torch.ones_like(ids)
     if padded:
         mask[1, 7:] = 0
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": ids.masked_fill(mask == 0, -100),
-    }
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
 def gradients(checkpointing: bool) -> dict[str, Any]:
@@ -211,13 +205,7 @@ def adapter_run() -> dict[str, Any]:
     with torch.no_grad():
         trained = model(**inputs).logits.numpy()
         merged = model.merge_and_unload()(**inputs).logits.numpy()
-    return {
-        "before": before,
-        "start": start,
-        "trained": trained,
-        "merged": merged,
-        "grads": grads,
-    }
+    return {"before": before, "start": start, "trained": trained, "merged": merged, "grads": grads}
 
 
 @needs_peft

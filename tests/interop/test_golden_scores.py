@@ -1,7 +1,5 @@
 """The golden checkpoints of the released code, converted and scored in every kind of layout."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What lies beside the weights of an exported model, and what it says."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """examples/finetune_lora.py on an exported run."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From Megatron's arguments to the layer's settings."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Routing rules of other zero-computation models, as configurations of this layer."""
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Any
 

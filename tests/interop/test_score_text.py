@@ -1,7 +1,5 @@
 """`moepp score --text`: windows of a text, and the perplexity that comes out."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Upcycled checkpoints compute what their sources compute, and then learn to use what was added."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

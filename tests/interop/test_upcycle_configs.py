@@ -1,7 +1,5 @@
 """`configs/upcycle/`: the shapes are those of what `moepp convert upcycle` makes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +46,7 @@ QWEN3: dict[str, Any] = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
-SOURCES = {
-    "mixtral_8x7b_8_4": (MIXTRAL, 2),
-    "qwen3_30b_a3b_128_32": (QWEN3, 30),
-}
+SOURCES = {"mixtral_8x7b_8_4": (MIXTRAL, 2), "qwen3_30b_a3b_128_32": (QWEN3, 30)}
 
 
 def made_of(name: str) -> Config:

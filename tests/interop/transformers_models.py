@@ -1,7 +1,5 @@
 """Models of the transformers package."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path
@@ -9,12 +7,7 @@ from typing import Any
 
 
 def load_model(folder: Path, released: bool = False) -> Any:
-    """Load a folder with our modelling file, as transformers does with trust_remote_code.
-
-    Args:
-        folder: The checkpoint; without modelling file and auto_map where `released`.
-        released: Use our `MoeForCausalLM` on a folder that only has the released format.
-    """
+    """Load a folder with our modelling file, as transformers does with trust_remote_code."""
     from transformers import AutoModelForCausalLM
 
     if not released:

@@ -1,7 +1,5 @@
 """Runs that stop and go on, on test ranks."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

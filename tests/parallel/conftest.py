@@ -1,7 +1,5 @@
 """A corpus for runs on test ranks, and the runs of one process that layouts are held to."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

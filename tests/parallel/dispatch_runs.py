@@ -1,7 +1,5 @@
 """A MoE++ layer on expert-parallel ranks whose collectives are watched."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,10 +19,7 @@ def routing_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk
 
 
 def balanced_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: int) -> Any:
-    """[T, E] bool: every FFN expert is selected by as many tokens; all FFN shares are 3/4.
-
-    Token t selects FFN experts t, t + 1, ... (modulo F), and three of four tokens do.
-    """
+    """[T, E] bool: every FFN expert is selected by as many tokens; all FFN shares are 3/4."""
     import torch
 
     selected = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
@@ -90,12 +85,7 @@ def sent_bytes_of(
 
 
 def sent_bytes(raw: dict[str, Any], draw: Callable[..., Any], num_tokens: int) -> dict[str, Any]:
-    """Forward and backward of a layer; what it handed to all-to-alls for other ranks.
-
-    Returns:
-        `vectors`, `metadata`: bytes of hidden vectors and of everything else, [forward, backward];
-        `counted`: what the layer's statistics say; `map`: this rank's [T, F] FFN selections.
-    """
+    """Forward and backward of a layer; what it handed to all-to-alls for other ranks."""
     import torch
     import torch.distributed as dist
 
@@ -188,14 +178,7 @@ def _watched_combine(layer: Any, log: list[str]) -> Iterator[None]:
 
 
 def padded_to_capacity(dispatcher: str) -> dict[str, Any]:
-    """megatron-core's own MoE layer whose experts' batches are padded to a capacity.
-
-    Args:
-        dispatcher: "ours" for `FFNAlltoAllTokenDispatcher` in it, or "upstream".
-
-    Returns:
-        This rank's output and the gradient of its input.
-    """
+    """megatron-core's own MoE layer whose experts' batches are padded to a capacity."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state

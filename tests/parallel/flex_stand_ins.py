@@ -5,8 +5,6 @@ experts, -1 marks a slot without expert, combining adds up what comes back. Hybr
 routing map and returns the experts' batch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from tests.parallel.training_runs import train
@@ -46,11 +44,7 @@ def fused_combine(x: Any, group: Any, handle: Any, **kwargs: Any) -> tuple[Any, 
 
 
 class HybridEPBuffer:
-    """HybridEP's buffer: what it documents, by gathering everything and keeping what is here.
-
-    The routing map names any number of experts per token. Rows come out in order of local experts,
-    then of tokens, each with its gate; `handle` repeats a dispatch in the backward pass.
-    """
+    """HybridEP's buffer: what it documents, by gathering everything and keeping what is here."""
 
     def __init__(
         self, group: Any, hidden_dim: int, max_num_of_tokens_per_rank: int, **kwargs: Any

@@ -5,8 +5,6 @@ is added to the logits by place in the sequence, the same in every layout; the m
 softmax enough that no gradient vanishes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,10 +20,7 @@ def only_zero_experts(models: list[Any]) -> None:
 
 def one_ffn_expert(models: list[Any]) -> None:
     """Every token selects FFN expert 0 and the zero expert."""
-    _force(
-        models,
-        lambda moepp, positions, length: [[0, *_zero_experts(moepp)]] * len(positions),
-    )
+    _force(models, lambda moepp, positions, length: [[0, *_zero_experts(moepp)]] * len(positions))
 
 
 def first_half_of_ffn_experts(models: list[Any]) -> None:
@@ -80,13 +75,7 @@ def _routers(models: list[Any]) -> Iterator[Any]:
 
 
 def _force(models: list[Any], favoured: Callable[[Any, list[int], int], list[list[int]]]) -> None:
-    """Add MARGIN to the logits of the favoured experts.
-
-    Args:
-        models: This rank's model chunks.
-        favoured: Called with the router's settings, the places in the sequence of this rank's
-            tokens and the sequence's length; for each place the experts.
-    """
+    """Add MARGIN to the logits of the favoured experts."""
     import torch
 
     for router in _routers(models):

@@ -1,7 +1,5 @@
 """Generation on test ranks, and the naive loop that it is held against."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """One MoE++ layer on test ranks and in reference.py: the same weights, tokens and loss."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -23,12 +21,7 @@ def run_layers(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def run_layer(raw: dict[str, Any]) -> dict[str, Any]:
-    """Forward and backward on this rank's tokens.
-
-    Returns:
-        `where`: slices of this rank's tokens in [s, b]; `output`, `logits`, `input_grad`,
-        `previous_grad`: arrays of these tokens; `pieces`: gradients of this rank's parameters.
-    """
+    """Forward and backward on this rank's tokens."""
     return _run(*begin(raw))
 
 

@@ -4,8 +4,6 @@ A cell names what differs from the plainest run; `run_settings` is the whole con
 `reference_settings` that of the one process which it must equal.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -94,30 +92,7 @@ ROUTINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A layout and its settings.
-
-    Attributes:
-        ranks: World size; data parallelism takes what the other degrees leave.
-        tp: Tensor-parallel ranks, with sequence parallelism.
-        pp: Pipeline ranks.
-        stages: How layers are shared out; see `STAGES`.
-        ep: Expert-parallel ranks.
-        etp: Tensor-parallel ranks of an FFN expert.
-        cp: Context-parallel ranks.
-        optimizer: See `OPTIMIZER`.
-        micro_batches: Micro-batches a step and data-parallel rank.
-        recompute: See `RECOMPUTE`.
-        dispatcher: As `moe.dispatcher`.
-        gates: As `moe.gate_normalization`.
-        scope: As `moe.balance_scope`.
-        layers: "moe", or "mixed" with dense layers before and between MoE layers.
-        router: "residual", "no residual", "two layers" (with residual) or "vanilla".
-        capacity: Whether selections are dropped.
-        dtype: As `precision.dtype`.
-        extras: "", "gqa", "tied" embeddings, "z loss" or "shared" expert.
-        routing: A routing to force, see `ROUTINGS`; "" leaves it to the router.
-        seq_length: Tokens of a sequence.
-    """
+    """A layout and its settings."""
 
     ranks: int
     tp: int = 1
@@ -209,12 +184,7 @@ def run_settings(cell: Cell) -> dict[str, dict[str, Any]]:
 
 
 def reference_settings(cell: Cell) -> dict[str, dict[str, Any]]:
-    """The configuration of the one process that the cell is compared with.
-
-    Micro-batches are the same sequences in the same order. Only the global balance scope counts
-    those together that data-parallel ranks run at the same time, so there one process needs
-    micro-batches as large as those of all of them.
-    """
+    """The configuration of the one process that the cell is compared with."""
     size = cell.micro_batch_size * (cell.dp if cell.scope == "global" else 1)
     return settings(**_shared_settings(cell), training={"micro_batch_size": size})
 

@@ -1,7 +1,5 @@
 """Checkpoints with a pickle in them that would run code, as an attacker would plant it."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle
@@ -39,13 +37,7 @@ def plant(checkpoint: Path, name: str, exploded: Path) -> None:
 
 
 def stateful(index: bytes, exploded: Path) -> bytes:
-    """An index that makes the file `exploded` when it is read for the second time in a process.
-
-    `torch.serialization._get_layout` looks names up in its attribute `cache`. The pickle replaces
-    that attribute and then takes module, name and arguments of what it calls from it. The first
-    time, `_get_layout("torch.strided")` is still the layout, which leads to an empty `torch.Size`;
-    the second time it is what the first time left there, which leads to `io.open`.
-    """
+    """An index that makes the file `exploded` when it is read for the second time in a process."""
     look_up = _text("torch.serialization") + _text("_get_layout") + b"\x93"
 
     def found(key: bytes) -> bytes:

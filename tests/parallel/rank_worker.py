@@ -41,10 +41,7 @@ SEED = 1234
 
 
 def serve(rank: int, world_size: int, pipe: Connection, log: Path) -> None:
-    """The rank's life: answers `(True, result)` or `(False, traceback)` to each call.
-
-    Ends when the pipe closes or pytest's process is gone.
-    """
+    """The rank's life: answers `(True, result)` or `(False, traceback)` to each call."""
     _send_output_to(log)
     _end_with_pytest()
     # The collections in reset() need not walk, and so copy, what all ranks share with the server.
@@ -128,11 +125,7 @@ def _show_stacks_on_request() -> None:
 
 
 def _end_with_pytest() -> None:
-    """Ends this rank when pytest's process is gone, even in the middle of a hung call.
-
-    The kernel's parent-death signal would not do: the parent is the fork server, which lives on
-    for as long as any rank does.
-    """
+    """Ends this rank when pytest's process is gone, even in the middle of a hung call."""
     pytest_process = multiprocessing.parent_process()
     assert pytest_process is not None, "a rank is started by multiprocessing"
 

@@ -67,11 +67,7 @@ _SERVER_ENVIRONMENT = {
 
 
 class RankError(AssertionError):
-    """A function failed on some rank. The message shows each rank's traceback, stack and output.
-
-    Attributes:
-        reasons: per failed rank, its traceback or how it ended.
-    """
+    """A function failed on some rank."""
 
     def __init__(self, message: str, reasons: dict[int, str]) -> None:
         super().__init__(message)
@@ -100,21 +96,7 @@ class RankPool:
         timeout: float = CALL_TIMEOUT_S,
         **kwargs: Any,
     ) -> list[Any]:
-        """Calls `function(*args, **kwargs)` on every rank.
-
-        Args:
-            function: a module-level function; ranks import it by name.
-            *args: pickled; every rank gets its own copy.
-            timeout: seconds until ranks still at work are ended and reported.
-            **kwargs: as `args`.
-
-        Returns:
-            What each rank returned, by rank.
-
-        Raises:
-            RankError: a rank raised, died or ran out of time.
-            TypeError: the function cannot be imported by name.
-        """
+        """Calls `function(*args, **kwargs)` on every rank."""
         name = getattr(function, "__qualname__", "")
         if not name or "<" in name:
             raise TypeError(

@@ -3,8 +3,6 @@
 `run_trainer` runs on every rank. Data is synthetic; nothing in the package knows of the faults.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,16 +22,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong, on which rank, while which global batches are read.
-
-    Attributes:
-        kind: `loss` (NaN in the loss), `gradient` (Inf in the gradients after the reduction),
-            `spike` (a loss 50 times too large), `slow` (half a second a forward pass, more on
-            a busy machine, where the other ranks' own steps take longer, too), or, once
-            before the first of the batches, `nan weight` and `large weights` (100 times).
-        rank: Where.
-        batches: Numbers of the global batches, from 0; None for all.
-    """
+    """What goes wrong, on which rank, while which global batches are read."""
 
     kind: str
     rank: int
@@ -48,19 +37,7 @@ def run_trainer(
     stop_after: int | None = None,
     corpus: str | None = None,
 ) -> str | None:
-    """Train as `moepp train` does, on synthetic data.
-
-    Args:
-        raw: The configuration.
-        without: Global batches that the data set does not have.
-        faults: What goes wrong.
-        data: A key of `guard_runs.DATA`; None for `SyntheticDataset`.
-        stop_after: Global batches after which the run is asked to stop.
-        corpus: Identity of the corpus.
-
-    Returns:
-        Why the run has paused by itself.
-    """
+    """Train as `moepp train` does, on synthetic data."""
     import torch.distributed as dist
 
     from moepp_megatron.observe.sinks import VIEWS

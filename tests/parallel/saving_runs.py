@@ -1,7 +1,5 @@
 """A model that trains and saves step by step, on test ranks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

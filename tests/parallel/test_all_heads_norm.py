@@ -1,7 +1,5 @@
 """Norms of queries and keys over all heads: torch's formula, the same training in any layout."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,7 @@ from tests.parallel.training_runs import (
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
-ALL_HEADS: dict[str, Any] = {
-    "qk_layernorm": True,
-    "qk_layernorm_scope": "all_heads",
-}
+ALL_HEADS: dict[str, Any] = {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"}
 MODELS: dict[str, dict[str, Any]] = {
     "two key heads": ALL_HEADS | {"num_query_groups": 2},
     "one key head": ALL_HEADS | {"num_query_groups": 1},
@@ -73,9 +68,7 @@ def test_layouts(ranks: RankPools, alone: Callable[..., Run], layout: str) -> No
     model = MODELS[name] | sections.get("model", {})
     training = {"global_batch_size": BATCH[name]}
     raw = short(
-        model=model,
-        parallel=sections["parallel"],
-        training=training | sections.get("training", {}),
+        model=model, parallel=sections["parallel"], training=training | sections.get("training", {})
     )
     run = assemble(ranks(world_size).run(train, raw, STEPS, vary_norms))
     norms = {key: value.shape for key, value in run.gradients.items() if "k_layernorm" in key}

@@ -1,7 +1,5 @@
 """The budget controllers in training: the same in every layout, after a restart, on other data."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,15 +45,7 @@ class ShiftedDataset(SyntheticDataset):
 
 @dataclass
 class Run:
-    """What one rank saw.
-
-    Attributes:
-        taken: FFN experts per token of each step.
-        losses: Of each step.
-        recorded: Tau in the record of each step.
-        was_set: Mean tau of this rank's layers in each step's forward passes.
-        state: The controller's last.
-    """
+    """What one rank saw."""
 
     taken: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -130,10 +120,7 @@ def test_state_and_losses_are_those_of_one_process(ranks: RankPools, controller:
     ("target", "budget", "steps", "tolerance"),
     # The default promises 5%, for any target: routers drift at a learning rate this high, and it
     # lags behind. Tau alone is 45% and 18% off here. A gain that suits a model and target holds 2%.
-    [
-        (0.5, {}, 100, 0.05),
-        (1.0, {"controller": "bias", "gain": 0.2, "decay": 0.0}, 200, 0.02),
-    ],
+    [(0.5, {}, 100, 0.05), (1.0, {"controller": "bias", "gain": 0.2, "decay": 0.0}, 200, 0.02)],
     ids=["default", "gain"],
 )
 def test_bias_holds_the_budget_through_a_shift_of_the_data(

@@ -1,7 +1,5 @@
 """Callbacks and plugins in whole runs: what they are told, and what their failure leaves."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path
@@ -79,11 +77,7 @@ def settings_of(config: Path, run: Path) -> dict[str, Any]:
 
 
 class Recorder(Callback):
-    """Notes what it is told, and disturbs what it may disturb.
-
-    Args:
-        stops: The step after which rank 1 asks for the end.
-    """
+    """Notes what it is told, and disturbs what it may disturb."""
 
     def __init__(self, stops: int | None = None) -> None:
         self.told: list[tuple[Any, ...]] = []

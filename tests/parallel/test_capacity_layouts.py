@@ -1,7 +1,5 @@
 """Which selections a capacity limit drops is the same however the micro-batch is shared out."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -18,15 +16,7 @@ DISTINCT = (1, 3, 1000)
 
 
 def kept_by_this_rank(tp: int, cp: int) -> tuple[list[int], list[Any]]:
-    """Places in the sequence of this rank's tokens, and [places, sequences, E] what they keep.
-
-    Args:
-        tp: Tensor-parallel ranks.
-        cp: Context-parallel ranks.
-
-    Returns:
-        The places, and what they keep for each of `DISTINCT`.
-    """
+    """Places in the sequence of this rank's tokens, and [places, sequences, E] what they keep."""
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(tp, context_parallel_size=cp)

@@ -1,7 +1,5 @@
 """What a save and a load move: each rank its own bytes, and each byte once."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

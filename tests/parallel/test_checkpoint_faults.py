@@ -1,7 +1,5 @@
 """Disks that fail during a save: all ranks notice, no half checkpoint counts, training goes on."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

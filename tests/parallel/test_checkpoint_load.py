@@ -1,7 +1,5 @@
 """Which checkpoint a run starts from: the newest valid one, another run's, or its weights alone."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

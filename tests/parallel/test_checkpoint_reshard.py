@@ -1,7 +1,5 @@
 """A checkpoint of any layout goes on in any other as if nothing had happened."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -128,8 +126,7 @@ def test_other_models(ranks: RankPools, tmp_path: Path, sections: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("writer", "reader"),
-    [("dp2", "dp2 whole optimizer"), ("dp2 whole optimizer", "dp2")],
+    ("writer", "reader"), [("dp2", "dp2 whole optimizer"), ("dp2 whole optimizer", "dp2")]
 )
 def test_fp32_copies_of_bf16_parameters_are_the_same_for_either_optimizer(
     ranks: RankPools, tmp_path: Path, writer: str, reader: str

@@ -1,7 +1,5 @@
 """A run that is stopped and resumed on the same layout is the run that was not, bit for bit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

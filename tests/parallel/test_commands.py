@@ -1,7 +1,5 @@
 """Processes that are forked where a shell would start an interpreter: the same but for imports."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

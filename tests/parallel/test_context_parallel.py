@@ -88,13 +88,7 @@ def attention_errors(cp, cases):
 
 
 def _attention_errors(cp, query_groups, batch, dtype):
-    """Output and gradients of q, k, v: distance to fp32 attention on one process.
-
-    Returns:
-        For context-parallel attention ("split") and for megatron-core's on one process ("whole"),
-        both in `dtype`: [output, q, k, v], each (largest, root mean square) error of this rank's
-        part, relative to the largest and the root mean square of the exact values.
-    """
+    """Output and gradients of q, k, v: distance to fp32 attention on one process."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.transformer.dot_product_attention import DotProductAttention

@@ -1,7 +1,5 @@
 """Checkpoints of Megatron-LM's own loop become ours, and the way back."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle
@@ -21,11 +19,7 @@ from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.from_megatron_lm import config_from_arguments, from_megatron_lm
 from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint, read_arguments
 from moepp_megatron.interop.to_hf import mcore_to_hf
-from moepp_megatron.interop.to_megatron_lm import (
-    ARGUMENTS_FILE,
-    megatron_arguments,
-    to_megatron_lm,
-)
+from moepp_megatron.interop.to_megatron_lm import ARGUMENTS_FILE, megatron_arguments, to_megatron_lm
 from moepp_megatron.training.checkpoint import damage
 from tests.commands import moepp
 from tests.interop.checkpoints import score
@@ -136,11 +130,7 @@ def test_it_generates_inspects_and_exports(
 
 
 def test_the_way_back(
-    ranks: RankPools,
-    saved: tuple[Path, np.ndarray],
-    converted: Path,
-    corpus: Path,
-    tmp_path: Path,
+    ranks: RankPools, saved: tuple[Path, np.ndarray], converted: Path, corpus: Path, tmp_path: Path
 ) -> None:
     """Megatron's loop, told the model by the arguments beside, starts from the same weights."""
     arguments = to_megatron_lm(converted, tmp_path / "release")

@@ -1,7 +1,5 @@
 """The fused cross entropy over a shared vocabulary, alone and in training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -80,10 +78,7 @@ def run(ranks: RankPools, size: int, kind: str, **sections: dict[str, Any]) -> A
 
 @pytest.mark.parametrize(
     ("size", "sections"),
-    [
-        (2, {"model": {"tie_embeddings": True}, "parallel": TP2}),
-        (2, {"parallel": PP2}),
-    ],
+    [(2, {"model": {"tie_embeddings": True}, "parallel": TP2}), (2, {"parallel": PP2})],
     ids=["tp2 tied", "pp2"],
 )
 def test_training(ranks: RankPools, size: int, sections: dict[str, Any]) -> None:

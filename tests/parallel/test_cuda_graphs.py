@@ -1,11 +1,4 @@
-"""Training with attention and router as CUDA graphs: steps, micro-batches, stages, reductions.
-
-Graphs are recorded and replayed by `tests.graph_recorder`, so all but the device is what a GPU run
-uses: megatron-core's manager, schedules, gradient hooks. Layouts with collectives inside a graph
-(tensor and context parallelism) are not among them: the recorder knows none.
-"""
-
-from __future__ import annotations
+"""Training with attention and router as CUDA graphs: steps, micro-batches, stages, reductions."""
 
 from typing import Any
 

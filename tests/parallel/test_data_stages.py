@@ -1,7 +1,5 @@
 """Blends and stages in training: what a resumed run draws, what guards are told, losses by name."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable
@@ -134,9 +132,7 @@ def test_killed_and_resumed_is_unbroken(
     assert stages_of(tmp_path / "run") == [told[0], told[0], told[1]]
 
 
-def test_losses_by_source_and_by_set(
-    unbroken: Callable[[int], tuple[list[Any], Path]],
-) -> None:
+def test_losses_by_source_and_by_set(unbroken: Callable[[int], tuple[list[Any], Path]]) -> None:
     _, folder = unbroken(1)
     losses = logged(folder, "source_loss")
     assert [sorted(each) for each in losses[:2]] == [["code", "web"]] * 2

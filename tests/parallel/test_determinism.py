@@ -1,7 +1,5 @@
 """The same run twice, and what decides between equal scores and equal gates."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -26,12 +24,7 @@ from tests.parallel.training_runs import (
 LAYOUTS: dict[str, tuple[int, dict[str, Any], int, int]] = {
     "one process": (1, {}, 2, 2),
     "tp2 ep2": (2, {**TP2, **EP2}, 2, 2),
-    "dp2 pp2 interleaved ep2": (
-        4,
-        {**PP2, **EP2, "virtual_pipeline_model_parallel_size": 2},
-        4,
-        1,
-    ),
+    "dp2 pp2 interleaved ep2": (4, {**PP2, **EP2, "virtual_pipeline_model_parallel_size": 2}, 4, 1),
     "cp2 ep4": (4, {**CP2, "expert_model_parallel_size": 4}, 2, 2),
 }
 

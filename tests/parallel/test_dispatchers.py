@@ -1,7 +1,5 @@
 """What the two all-to-all dispatchers send, in which order they work, and that they agree."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from itertools import product
@@ -89,11 +87,7 @@ def _others(rows: np.ndarray, rank: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("ep", [2, 4])
 def test_bytes_of_balanced_routing_are_the_formula(ranks: RankPools, ep: int) -> None:
-    """Dispatch sends T K phi D w (1 - 1/ep) from every rank, and so does combine.
-
-    Deduplicated, experts t and t + 1 share a rank but for the last of each: F tokens make F + ep
-    copies.
-    """
+    """Dispatch sends T K phi D w (1 - 1/ep) from every rank, and so does combine."""
     variants = {
         **{topk: layer_settings("alltoall", ep, router_topk=topk) for topk in (1, 2)},
         "shared": layer_settings("alltoall_dedup", ep),
@@ -208,9 +202,7 @@ def test_local_work_runs_while_tokens_travel(
 
 
 @pytest.mark.parallel
-def test_batches_padded_to_a_capacity_travel_as_with_megatrons_dispatcher(
-    ranks: RankPools,
-) -> None:
+def test_batches_padded_to_a_capacity_travel_as_with_megatrons_dispatcher(ranks: RankPools) -> None:
     ours, theirs = (ranks(2).run(padded_to_capacity, name) for name in ("ours", "upstream"))
     for mine, other in zip(ours, theirs, strict=True):
         for name, values in other.items():

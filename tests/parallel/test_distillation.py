@@ -1,7 +1,5 @@
 """A teacher beside the text: the same loss and gradients in every layout, and what is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,10 +168,7 @@ def test_micro_batches_add_up(ranks: RankPools, teachers: dict[str, Path]) -> No
 
 @pytest.mark.parametrize("kind", [{"top_k": 5}, {"temperature": 2.0}, {"text_weight": 0.0}])
 def test_each_kind_of_loss_is_one_process(
-    ranks: RankPools,
-    alone: Callable[..., Run],
-    teachers: dict[str, Path],
-    kind: dict[str, Any],
+    ranks: RankPools, alone: Callable[..., Run], teachers: dict[str, Path], kind: dict[str, Any]
 ) -> None:
     one = alone(taught(teachers["vanilla"], kind))
     two = distilled(ranks, 2, teachers["vanilla"], kind, parallel=TP2)

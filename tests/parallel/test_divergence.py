@@ -1,21 +1,11 @@
 """Copies of a parameter that come apart are found, and named with rank and step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import (
-    CP2,
-    EP2,
-    PP2,
-    TP2,
-    SyntheticDataset,
-    begin_training,
-    short,
-)
+from tests.parallel.training_runs import CP2, EP2, PP2, TP2, SyntheticDataset, begin_training, short
 
 pytestmark = pytest.mark.parallel
 
@@ -41,11 +31,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 def train_and_flip(raw: dict[str, Any], parts: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Compare after each of two steps; then again and again with one bit flipped on rank 1.
-
-    Returns:
-        For each of `parts` the parameter that was changed (on rank 1) and the message.
-    """
+    """Compare after each of two steps; then again and again with one bit flipped on rank 1."""
     import torch.distributed as dist
 
     from moepp_megatron.training.batches import rank_batches

@@ -1,7 +1,5 @@
 """`moepp doctor` on two ranks: one answer for all of them, with its exit code."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Documents that share sequences, with padding: every layout trains what one process trains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The all-to-all in two halves: rows, gradients, and what it refuses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Balancing by the selection bias (`moe.bias_update_rate`): the reference's rule in all layouts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

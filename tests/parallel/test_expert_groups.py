@@ -1,7 +1,5 @@
 """Group-limited routing trains in every layout what it trains on one process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

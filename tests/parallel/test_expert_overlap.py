@@ -1,10 +1,4 @@
-"""megatron-core's combined schedule with the lane: what it trains equals the ordinary schedules.
-
-Both run in the same layout and in bf16, which the schedule asks for. It runs the same operations on
-the same numbers; only the order in which gradients of micro-batches meet may differ.
-"""
-
-from __future__ import annotations
+"""megatron-core's combined schedule with the lane: what it trains equals the ordinary schedules."""
 
 from typing import Any
 
@@ -78,10 +72,7 @@ def test_without_pipeline(ranks: RankPools, name: str) -> None:
 
 
 def test_overlapped_reduction_and_gathering(ranks: RankPools) -> None:
-    """Parameters are gathered by hooks of the modules, which the nodes must still call.
-
-    Three layers, so that one both takes logits and hands them on.
-    """
+    """Parameters are gathered by hooks of the modules, which the nodes must still call."""
     parallel = {**EP2, "overlap_grad_reduce": True, "overlap_param_gather": True}
     run, reference = both(ranks, 2, train, model={"num_layers": 3}, parallel=parallel)
     compare(run, reference, 0.0)

@@ -1,7 +1,5 @@
 """Fine-tuning on conversations, from JSONL to an answer: the commands of the example, small."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """The flex dispatcher over stand-ins for its packages: what it trains equals one process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The package's functions, called as a Python program calls them: in processes of their own."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A real file system that fills up under a run: no save ends it, and it saves again with room."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

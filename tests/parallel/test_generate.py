@@ -1,7 +1,5 @@
 """Generation with a cache equals scoring all of the text again for every token, in every layout."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`moepp generate` as a command, on a checkpoint of a run whose data are gone."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`precision.grad_reduce_in_fp32: false`: gradients are summed in bf16, with what that costs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

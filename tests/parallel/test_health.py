@@ -1,7 +1,5 @@
 """Router health is the same in every layout, and losses are sorted by FFN experts in each."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

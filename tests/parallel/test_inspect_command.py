@@ -1,7 +1,5 @@
 """`moepp inspect` on real checkpoints: every layout records the same, and the command."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,9 +1,4 @@
-"""Latent attention trains in every layout what it trains on one process; its checkpoints too.
-
-That one process computes what plain PyTorch does is tested in tests/unit/moe.
-"""
-
-from __future__ import annotations
+"""Latent attention trains in every layout what it trains on one process; its checkpoints too."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,15 +35,8 @@ WIDTHS = {
     "qk_pos_emb_head_dim": 4,
     "v_head_dim": 6,
 }
-MODEL: dict[str, Any] = {
-    "num_query_groups": None,
-    "qk_layernorm": True,
-    "latent_attention": WIDTHS,
-}
-UP_PROJECTION = {
-    "recompute_granularity": "selective",
-    "recompute_modules": ["mla_up_proj"],
-}
+MODEL: dict[str, Any] = {"num_query_groups": None, "qk_layernorm": True, "latent_attention": WIDTHS}
+UP_PROJECTION = {"recompute_granularity": "selective", "recompute_modules": ["mla_up_proj"]}
 # The lane of router logits crosses stages.
 STAGES_OF_THREE = {**PP2, "pipeline_model_parallel_layout": "Ett|tL"}
 Sections = dict[str, dict[str, Any]]

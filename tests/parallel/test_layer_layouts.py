@@ -1,7 +1,5 @@
 """The layer on expert- and tensor-parallel ranks against reference.py."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

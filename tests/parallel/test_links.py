@@ -1,7 +1,5 @@
 """The links of a cluster, measured on gloo ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """What `training.log_interval` says is what a log has, from the trainer to the line."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from pathlib import Path

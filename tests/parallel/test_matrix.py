@@ -1,10 +1,4 @@
-"""Every layout trains what one process trains: the layout matrix.
-
-`./launch/test.sh -m matrix` runs all of it and ends with a table; `FAST` runs by default, for fewer
-steps.
-"""
-
-from __future__ import annotations
+"""Every layout trains what one process trains: the layout matrix."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,13 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.layouts import (
-    ROUTINGS,
-    Cell,
-    parse_cells,
-    reference_settings,
-    run_settings,
-)
+from tests.parallel.layouts import ROUTINGS, Cell, parse_cells, reference_settings, run_settings
 from tests.parallel.matrix_cells import CORNERS, DEDUP, FAST, PAIRS
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
@@ -66,11 +54,7 @@ def test_layout(
 
 
 def check(
-    cell: Cell,
-    steps: int,
-    ranks: RankPools,
-    alone: Callable[..., Run],
-    record_property: Callable,
+    cell: Cell, steps: int, ranks: RankPools, alone: Callable[..., Run], record_property: Callable
 ) -> None:
     """Train the cell and its reference; the differences go into the table at the end."""
 

@@ -1,7 +1,5 @@
 """MoE++ in Megatron-LM's own loop trains to the result of our trainer on one process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

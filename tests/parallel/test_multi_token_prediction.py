@@ -1,9 +1,4 @@
-"""Multi-token prediction trains in every layout what it trains on one process.
-
-That one process computes what plain PyTorch does is tested in tests/unit/moe.
-"""
-
-from __future__ import annotations
+"""Multi-token prediction trains in every layout what it trains on one process."""
 
 from collections.abc import Callable
 from pathlib import Path

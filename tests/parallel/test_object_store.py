@@ -1,7 +1,5 @@
 """Checkpoints in object storage: the same training, saves that fail and go on, no secrets."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

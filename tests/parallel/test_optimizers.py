@@ -1,7 +1,5 @@
 """Optimizers and groups of parameters: the same in every layout, resumed bit for bit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,12 +111,7 @@ def test_two_and_two_steps_are_four(
         training = {"train_iters": steps, "global_batch_size": 4, "micro_batch_size": 2}
         optimizer = kind | {"warmup_iters": 0}
         raw = trainer_settings(
-            corpus,
-            tmp_path / name,
-            training=training,
-            optimizer=optimizer,
-            **sections,
-            **more,
+            corpus, tmp_path / name, training=training, optimizer=optimizer, **sections, **more
         )
         ranks(world_size).run(run_trainer, raw)
 

@@ -1,7 +1,5 @@
 """examples/own_megatron_loop.py: the loop learns, and two ranks get one rank's losses."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

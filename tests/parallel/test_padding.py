@@ -1,7 +1,5 @@
 """Padding masks in every layout: training equals one process with the same padding."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

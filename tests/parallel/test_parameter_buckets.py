@@ -1,10 +1,4 @@
-"""Parameters that are gathered in many small buckets while the forward pass begins to use them.
-
-megatron-core gathers about 40 M parameters at once, so a test's model is in one bucket, and waiting
-for any of its parameters is waiting for all.
-"""
-
-from __future__ import annotations
+"""Parameters that are gathered in many small buckets while the forward pass begins to use them."""
 
 from collections.abc import Callable
 from functools import partial

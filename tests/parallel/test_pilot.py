@@ -1,7 +1,5 @@
 """A whole pilot, from real runs to its answer."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

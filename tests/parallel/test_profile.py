@@ -1,7 +1,5 @@
 """Real traces of gloo ranks: every byte, pass and part is found again, and nothing stays behind."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Callable
@@ -167,11 +165,7 @@ def test_formula_with_an_even_load(ranks: RankPools, tmp_path: Path) -> None:
     """T K phi D b (EP - 1) / EP in numbers that nothing of the profile knows."""
     moe = {"num_ffn_experts": 8, "router_topk": 3}
     found = profile(
-        ranks,
-        tmp_path,
-        prepare=forced_routing.one_ffn_expert_of_each_half,
-        moe=moe,
-        parallel=EP2,
+        ranks, tmp_path, prepare=forced_routing.one_ffn_expert_of_each_half, moe=moe, parallel=EP2
     )
     tokens, topk, phi, vector = BATCH * 16, 3, 2 / 3, 32 * 4
     expected = tokens * topk * phi * vector * (2 - 1) / 2

@@ -1,7 +1,5 @@
 """The quickstart: the commands that its script runs are those that the docs show, and they run."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Biases of queries, keys and values, and the shared expert's gate, in every kind of layout."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +16,7 @@ MOE: dict[str, Any] = {
     "shared_expert_ffn_hidden_size": 32,
     "shared_expert_gate": True,
 }
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "pp2": (2, PP2),
-    "tp2 ep2 dp2": (4, TP2 | EP2),
-}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {"pp2": (2, PP2), "tp2 ep2 dp2": (4, TP2 | EP2)}
 
 
 def test_they_are_trained(alone: Callable[..., Run]) -> None:

@@ -1,7 +1,5 @@
 """Parameters that `--dry-run` prints are those that ranks hold."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

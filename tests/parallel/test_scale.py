@@ -1,7 +1,5 @@
 """One point of a scaling test on gloo ranks: what is counted there, and the clock itself."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

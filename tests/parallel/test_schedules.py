@@ -1,7 +1,5 @@
 """Schedules of learning rate and batch size in whole runs: resumed, branched, on more ranks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One V for all MoE layers (`moe.constants_shared`): gradients, layouts, checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,7 @@ import pytest
 from moepp_megatron.config import ConfigError, parse_config
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import (
-    EP2,
-    FULL,
-    STEPS,
-    TP2,
-    Run,
-    assemble,
-    compare,
-    short,
-    train,
-)
+from tests.parallel.training_runs import EP2, FULL, STEPS, TP2, Run, assemble, compare, short, train
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5

@@ -1,7 +1,5 @@
 """A shared expert runs while other experts' rows travel: neither reads the other's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -54,10 +52,7 @@ def test_vanilla_training_is_that_of_one_process(
 
 @pytest.mark.parametrize("kind", ["moepp", "vanilla"])
 def test_evaluation_reads_its_own_tokens(ranks: RankPools, kind: str) -> None:
-    """Without autograd, on ranks whose tokens are of two data-parallel shares.
-
-    The tokens that the shared expert gathers are then others than those of the other experts.
-    """
+    """Without autograd, on ranks whose tokens are of two data-parallel shares."""
     moe = SHARED if kind == "moepp" else VANILLA
     gathered, exchanged = (
         ranks(4).run(evaluate_layer, short(moe={**moe, "dispatcher": name}, parallel=layout(2, 4)))

@@ -1,7 +1,5 @@
 """A request to stop that reaches one rank stops all of them after the same step."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

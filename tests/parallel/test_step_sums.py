@@ -1,7 +1,5 @@
 """The one read of a step: what it holds is what megatron-core's own reads would say."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The rank that is slow by itself is named, though every rank's step takes as long."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,9 +1,4 @@
-"""Tasks of lm-eval on the running model: the scores of the export, and training as without them.
-
-What is wrong with a task is tested in tests/unit/training/test_lm_eval_tasks.py.
-"""
-
-from __future__ import annotations
+"""Tasks of lm-eval on the running model: the scores of the export, and training as without them."""
 
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Records of a run on several ranks carry telemetry; each node is sampled once."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Numbers by data source and class of tokens: right in one process, the same in every layout."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,11 +1,4 @@
-"""Vanilla mode is megatron-core's own MoE model, bit for bit.
-
-The other side is built here from megatron-core alone: `GPTModel` with the decoder spec that
-megatron-core gives, nothing of ours in it, with weights copied by name. Only with sequence
-parallelism, which megatron-core's local norm refuses on a CPU, it gets our norm.
-"""
-
-from __future__ import annotations
+"""Vanilla mode is megatron-core's own MoE model, bit for bit."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,16 +8,7 @@ import pytest
 
 from tests.parallel.layouts import OPTIMIZER, RECOMPUTE, VANILLA
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import (
-    EP2,
-    PP2,
-    STEPS,
-    TP2,
-    SyntheticDataset,
-    begin,
-    short,
-    train,
-)
+from tests.parallel.training_runs import EP2, PP2, STEPS, TP2, SyntheticDataset, begin, short, train
 
 
 def upstream_model(config: Any) -> list[Any]:
@@ -110,10 +94,7 @@ def train_upstream(raw: dict[str, Any]) -> tuple[list[float], list[float]]:
 
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "dp2 overlapped": (2, {"parallel": OPTIMIZER["overlap both"]}),
-    "ep2 allgather": (
-        2,
-        {"parallel": EP2, "moe": {"dispatcher": "allgather"}},
-    ),
+    "ep2 allgather": (2, {"parallel": EP2, "moe": {"dispatcher": "allgather"}}),
     "ep2 etp2": (
         4,
         {
@@ -141,11 +122,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     ),
     "pp2 dense layers tied": (
         2,
-        {
-            "parallel": PP2,
-            "moe": {"layer_freq": [0, 1]},
-            "model": {"tie_embeddings": True},
-        },
+        {"parallel": PP2, "moe": {"layer_freq": [0, 1]}, "model": {"tie_embeddings": True}},
     ),
     "selected gates per sequence": (
         1,

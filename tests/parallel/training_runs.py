@@ -4,8 +4,6 @@
 statistics), so a comparison covers what a user runs. `compare` holds one run against another.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -51,16 +49,7 @@ VANILLA = {
 
 @dataclass
 class Run:
-    """What a run did. Identical on every rank but for `gradients`.
-
-    Attributes:
-        losses: Language-model loss of each step.
-        grad_norms: Gradient norm of each step.
-        routing: Routing metrics of each step.
-        gradients: Of the first step: checkpoint name to global gradient, assembled from all ranks.
-        divergences: Divergence from the teacher of each step, where there is one.
-        further_losses: Loss of multi-token prediction of each step, where there is one.
-    """
+    """What a run did."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -79,12 +68,7 @@ def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def short(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """As `settings`, for two steps of two layers and two micro-batches of two sequences.
-
-    Already the first step changes weights, which the second shows. The first layer has no gating
-    residual, the second has. Who needs more says so: virtual stages and a layer that both takes
-    and hands on logits need more layers, four data-parallel ranks smaller micro-batches.
-    """
+    """As `settings`, for two steps of two layers and two micro-batches of two sequences."""
     small: dict[str, dict[str, Any]] = {
         "model": {"num_layers": 2},
         "optimizer": {"warmup_iters": 0},
@@ -126,16 +110,7 @@ def begin_training(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
 def train(
     raw: dict[str, Any], steps: int, prepare: Callable[[list[Any]], None] | None = None
 ) -> tuple[Run, list[Any]]:
-    """Train on this rank's layout.
-
-    Args:
-        raw: The configuration, as `settings` returns it.
-        steps: Optimizer steps.
-        prepare: Module-level function, called with this rank's model chunks before the first step.
-
-    Returns:
-        The run and this rank's pieces of the gradients.
-    """
+    """Train on this rank's layout."""
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import Parts
@@ -191,10 +166,7 @@ def watching(see: Callable[..., None], *summands: Any) -> Any:
 def counting_parts(
     config: Any, layout: Any, model: Any, dataset: Any, *more: Any, guarded: bool = False
 ) -> Any:
-    """The parts that count and watch routers, as the trainer makes them, and others.
-
-    With `guarded` also the numerical guard.
-    """
+    """The parts that count and watch routers, as the trainer makes them, and others."""
     from moepp_megatron.training.checkpoint.progress import Progress
     from moepp_megatron.training.part import Parts
     from moepp_megatron.training.part import Run as TrainedRun
@@ -260,19 +232,7 @@ def assemble(results: list[tuple[Run, list[Any]]]) -> Run:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one run is from another.
-
-    Attributes:
-        loss: Largest relative difference of a step's loss, of the next token and of further ones.
-        grad_norm: The same of the gradient norm.
-        gradient: Largest difference of an element of a gradient, relative to the largest element
-            of its parameter's gradient.
-        parameter: The parameter with that difference.
-        all_gradients: L2 norm of the difference of all gradients, relative to theirs.
-        balance_loss: Largest relative difference of a step's balance loss or z-loss.
-        selections: Largest difference of a share of the selections: an expert's, the FFN experts',
-            the dropped ones', over all layers and steps.
-    """
+    """How far one run is from another."""
 
     loss: float
     grad_norm: float
@@ -314,11 +274,7 @@ def difference(run: Run, reference: Run) -> Difference:
 
 
 def compare(run: Run, reference: Run, relative: float) -> Difference:
-    """Fail unless every number of the run is that of the reference run up to `relative`.
-
-    Shares of selections are counts, so equal to the last digit: the same tokens went to the same
-    experts.
-    """
+    """Fail unless every number of the run is that of the reference run up to `relative`."""
     found = difference(run, reference)
     largest = max(found.loss, found.grad_norm, found.gradient, found.balance_loss)
     assert largest <= relative, found
@@ -346,11 +302,7 @@ def _relative_to_largest(values: np.ndarray, expected: np.ndarray) -> float:
 
 
 class SyntheticDataset:
-    """Sequences that depend on their index alone; some tokens are masked out of the loss.
-
-    With `data.reset_attention_mask` they are conversations: several documents in a sequence with
-    padding behind them, and loss on few tokens, in some sequences on none.
-    """
+    """Sequences that depend on their index alone; some tokens are masked out of the loss."""
 
     def __init__(self, config: Any, steps: int) -> None:
         self._config = config

@@ -4,8 +4,6 @@ Both nodes are slurmd processes of this machine with ports, names and spool fold
 Authentication is off (`auth/none`), so the daemons listen on the loopback address only.
 """
 
-from __future__ import annotations
-
 import getpass
 import itertools
 import os
@@ -67,12 +65,7 @@ def missing_programs() -> list[str]:
 
 
 class Cluster:
-    """A running cluster.
-
-    Args:
-        folder: Its files; a short path, for sockets lie in it.
-        kill_wait_s: Time that Slurm gives to processes that it has asked to end.
-    """
+    """A running cluster."""
 
     def __init__(self, folder: Path, kill_wait_s: int = 30) -> None:
         self.folder = folder

@@ -1,7 +1,5 @@
 """One cluster for all tests of a file, one corpus for all of a worker."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections.abc import Iterator

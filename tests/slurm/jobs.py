@@ -1,7 +1,5 @@
 """Jobs of the tests: the tiny expert-parallel run of tests/faults, submitted by `moepp slurm`."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import time
@@ -26,13 +24,7 @@ _ASK_EVERY_S = 0.3
 
 
 class Job:
-    """A submitted job.
-
-    Args:
-        cluster: Where.
-        number: Its number.
-        run: The folder of its run.
-    """
+    """A submitted job."""
 
     def __init__(self, cluster: Cluster, number: str, run: Path) -> None:
         self.cluster, self.number, self.run = cluster, number, run
@@ -131,14 +123,7 @@ class Job:
 
 
 class Jobs:
-    """Writes configurations and submits them.
-
-    Args:
-        cluster: Where to.
-        data: The corpus.
-        folder: Where configurations and runs go.
-        step_wait_s: What nodes get to end after the first one; the default is a user's.
-    """
+    """Writes configurations and submits them."""
 
     def __init__(self, cluster: Cluster, data: Path, folder: Path, step_wait_s: int = 60) -> None:
         self.cluster, self.data, self.folder = cluster, data, folder

@@ -1,7 +1,5 @@
 """A job that loses a node and is preempted; a job that goes on with fewer nodes."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.faults.harness import losses

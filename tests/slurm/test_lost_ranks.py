@@ -1,7 +1,5 @@
 """Ranks that crash, and ranks that die without Slurm's knowledge."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.commands import slowdown
@@ -20,8 +18,7 @@ def test_dead_ranks_start_again_and_crashed_ones_once(jobs: Jobs) -> None:
     # Nodes must also meet within it at the start, which takes them 4 s on idle cores.
     timeout_s = max(30, round(5 * slowdown()))
     job = jobs.submit(
-        slurm={"max_restarts": 1, "restart_timeout_s": timeout_s},
-        training={"train_iters": 100000},
+        slurm={"max_restarts": 1, "restart_timeout_s": timeout_s}, training={"train_iters": 100000}
     )
     job.wait_for_step(6)
     jobs.cluster.kill_steps("n2")

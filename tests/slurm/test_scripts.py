@@ -1,7 +1,5 @@
 """Preflight, batch scripts of slurm/ submitted by hand, and ranks that srun itself starts."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Two-node training under Slurm: time limits, cancellation."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.faults.harness import losses

@@ -3,8 +3,6 @@
 Capital words are placeholders (`CONFIG`, `N`) for any value, and `...` is for what is left out.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import re

@@ -1,7 +1,5 @@
 """The catalogue of metrics, and what is made of it."""
 
-from __future__ import annotations
-
 import math
 from types import NoneType
 from typing import Any, get_args, get_origin

@@ -1,7 +1,5 @@
 """CONTRIBUTING's table of changes names files that are there."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

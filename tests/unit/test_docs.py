@@ -1,7 +1,5 @@
 """README and the docs: every command line parses, links lead somewhere, README stays short."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,10 +1,4 @@
-"""examples/: the notebook runs, the page lists every file, and the new kind of expert works.
-
-The loop is run by tests/parallel/test_own_loop_example.py, and the fine-tuning by
-tests/interop/test_lora_example.py.
-"""
-
-from __future__ import annotations
+"""examples/: the notebook runs, the page lists every file, and the new kind of expert works."""
 
 import json
 import os

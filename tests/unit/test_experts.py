@@ -1,7 +1,5 @@
 """The layout of experts: order, names, phi, and costs against counts by hand."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys
@@ -23,13 +21,7 @@ from moepp_megatron.experts import (
     ExpertCounts,
     ExpertLayout,
 )
-from moepp_megatron.layer_settings import (
-    DECLARED,
-    EXPORTED,
-    EXTENSIONS,
-    LayerSettings,
-    settings_of,
-)
+from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS, LayerSettings, settings_of
 from moepp_megatron.model.megatron_config import moepp_config
 from moepp_megatron.moe.config import MoEPPConfig
 
@@ -76,11 +68,7 @@ def test_without_others_every_selection_is_an_ffn_experts() -> None:
 
 
 def test_costs_by_hand() -> None:
-    layout, D, H = (
-        ExpertLayout(8),
-        10,
-        32,
-    )
+    layout, D, H = (ExpertLayout(8), 10, 32)
     assert FFN.parameters(D, H) == 3 * D * H
     assert FFN.flops(D, H) == 6 * D * H
     assert layout.router_parameters(D, is_first=True) == 12 * D

@@ -1,7 +1,5 @@
 """Each JSON file of runs, checkpoints and prepared data has its name in one place."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

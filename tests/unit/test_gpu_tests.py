@@ -1,7 +1,4 @@
-"""The tests in tests/gpu, tested without a GPU: what a CPU and the stand-in can stand for.
-
-Layers, FP8, documents and moments are tested by tests/unit/fp8/test_with_stand_in.py.
-"""
+"""The tests in tests/gpu, tested without a GPU: what a CPU and the stand-in can stand for."""
 
 import os
 import subprocess

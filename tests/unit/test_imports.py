@@ -1,7 +1,5 @@
 """Every name that a script imports from this repository is there, without importing anything."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from functools import cache

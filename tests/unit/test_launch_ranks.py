@@ -1,7 +1,5 @@
 """How many ranks the scripts of launch/ start, with a stand-in of nvidia-smi."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

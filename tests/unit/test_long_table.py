@@ -1,7 +1,5 @@
 """The table of long tests."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.long_table import lines_of

@@ -1,7 +1,5 @@
 """A quick run covers every room, and what it names is there."""
 
-from __future__ import annotations
-
 import ast
 
 import pytest

@@ -1,7 +1,5 @@
 """The files of a release agree on the version."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import yaml

@@ -1,7 +1,5 @@
 """The house: which room may import which, read from the source."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterable, Iterator

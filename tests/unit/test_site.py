@@ -1,7 +1,5 @@
 """The site: generated pages, proofs that exist, no loads from elsewhere."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -67,11 +65,7 @@ def test_every_proof_exists() -> None:
 def test_a_proof_that_is_gone_is_noticed() -> None:
     assert _missing(
         "`tests/unit/test_site.py::test_gone`, `tests/gone.py`, `python -m benchmarks.gone`"
-    ) == [
-        "tests/unit/test_site.py::test_gone",
-        "tests/gone.py",
-        "benchmarks.gone",
-    ]
+    ) == ["tests/unit/test_site.py::test_gone", "tests/gone.py", "benchmarks.gone"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """slurm/common.sh with stand-ins for Slurm's programs: its calls, what follows from statuses."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

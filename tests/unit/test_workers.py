@@ -1,7 +1,5 @@
 """Tests that several workers share are reported as by one process, whatever they do to it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`moepp config`: what a configuration sets and where, and every setting."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`moepp train --dry-run`: what it prints, and the layouts that it refuses beforehand."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import sys
@@ -143,9 +141,7 @@ def test_the_legal_values_of_what_was_set_are_named(command, capsys, text, ranks
 
 
 @pytest.mark.parametrize(
-    ("text", "ranks", "rule", "remedy"),
-    IMPOSSIBLE,
-    ids=[case[0] for case in IMPOSSIBLE],
+    ("text", "ranks", "rule", "remedy"), IMPOSSIBLE, ids=[case[0] for case in IMPOSSIBLE]
 )
 @pytest.mark.parametrize("options", [("--dry-run",), ()], ids=["dry run", "run"])
 def test_impossible_layouts_are_refused(

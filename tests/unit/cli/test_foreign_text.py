@@ -1,7 +1,5 @@
 """Text of a foreign run folder, wherever a command prints it, cannot command the terminal."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """An address such as s3://bucket is no path, on whichever place of a command line."""
 
-from __future__ import annotations
-
 import enum
 import inspect
 import os

@@ -1,7 +1,5 @@
 """`moepp pilot` before its first run, as a user calls it."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

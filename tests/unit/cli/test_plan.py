@@ -1,7 +1,5 @@
 """`moepp plan` as a user calls it."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Places that cannot be written: each command says so in one line, before it works for them."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`moepp slurm`: what the script asks for, and that nothing in it is more than a value."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

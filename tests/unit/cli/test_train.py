@@ -1,7 +1,5 @@
 """`moepp train` up to the start of ranks: what it refuses, claims, passes on and says."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex

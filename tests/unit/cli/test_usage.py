@@ -1,7 +1,5 @@
 """Help says everything that was written into it, and every error of usage has one form."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -161,10 +159,7 @@ def _run(
         (["train", "no-such.yaml"], "no-such.yaml"),
         (["train", "c.yaml", "--moe.tau", "0.5"], "; write moe.tau=0.5; see"),
         (["train", "c.yaml", "--run.dir=a b"], "; write 'run.dir=a b'; see"),
-        (
-            ["train", "c.yaml", "--training.train-iters=5"],
-            "write training.train_iters=5",
-        ),
+        (["train", "c.yaml", "--training.train-iters=5"], "write training.train_iters=5"),
         (["slurm", "c.yaml", "--partition=h100"], "; write slurm.partition=h100; see"),
         (["slurm", "c.yaml", "-t", "4:00:00"], "; write slurm.time=4:00:00; see"),
         (["slurm", "c.yaml", "--gpus-per-node", "4"], "; write slurm.gpus_per_node=4; see"),

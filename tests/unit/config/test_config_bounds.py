@@ -1,7 +1,5 @@
 """Configurations that somebody made to exhaust memory or time, and paths that are none."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

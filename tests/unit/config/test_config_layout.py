@@ -108,9 +108,7 @@ def test_stages_without_layout(minimal: Path) -> None:
 def test_layout_string_is_read_as_megatron_reads_it(
     minimal: Path, text: str, pp: int, layers: int
 ) -> None:
-    from megatron.core.transformer.pipeline_parallel_layer_layout import (
-        PipelineParallelLayerLayout,
-    )
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     config = load_config(
         minimal,

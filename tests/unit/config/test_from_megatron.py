@@ -1,7 +1,5 @@
 """A Megatron-LM command line as a configuration."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from pathlib import Path
@@ -143,11 +141,7 @@ def test_blends(tmp_path: Path) -> None:
     ],
 )
 def test_lists_of_balance_losses(
-    kinds: str,
-    coefficients: str,
-    taken: tuple[str | None, float],
-    told: str,
-    tmp_path: Path,
+    kinds: str, coefficients: str, taken: tuple[str | None, float], told: str, tmp_path: Path
 ) -> None:
     text = SCRIPT.replace("seq_aux_loss", kinds).replace("coeff 1e-2", f"coeff {coefficients}")
     found = _translated(text, tmp_path)

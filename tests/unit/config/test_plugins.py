@@ -1,7 +1,5 @@
 """Settings that name entry points of installed packages."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

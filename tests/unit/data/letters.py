@@ -1,7 +1,5 @@
 """Folders whose tokens say where they come from: each source's documents are of one letter."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Samples of several folders, stage by stage."""
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from pathlib import Path

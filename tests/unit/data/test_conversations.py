@@ -1,7 +1,5 @@
 """Conversations: what is read, what is learnt, how they lie in sequences, what is left out."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -390,10 +388,7 @@ def test_no_message_spells_a_special_token_by_its_template(
 
 TEMPLATES: dict[str, tuple[str, str]] = {
     "no program": ("{% for x in %}", "must be a Jinja template .line 1"),
-    "brackets": (
-        "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}",
-        "cannot compile it: RecursionError",
-    ),
+    "brackets": ("{{" + "(" * 3000 + "1" + ")" * 3000 + "}}", "cannot compile it: RecursionError"),
     "lists": ("{{" + "[" * 150 + "]" * 150 + "}}", "cannot compile it: RecursionError"),
     "too long": ("x" * 1_000_001, "it has more than 1000000 bytes"),
     "refuses": (

@@ -1,7 +1,5 @@
 """Tokenizers in other forms give the ids of their own library."""
 
-from __future__ import annotations
-
 import base64
 import json
 import sys

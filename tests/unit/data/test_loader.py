@@ -28,13 +28,7 @@ def read(dp_size: int, micro_batch_size: int, size: int = 45, consumed: int = 0,
         [
             batch["tokens"].flatten().tolist()
             for batch in batches(
-                Numbers(size),
-                consumed,
-                micro_batch_size,
-                rank,
-                dp_size,
-                GLOBAL_BATCH_SIZE,
-                workers,
+                Numbers(size), consumed, micro_batch_size, rank, dp_size, GLOBAL_BATCH_SIZE, workers
             )
         ]
         for rank in range(dp_size)

@@ -1,7 +1,5 @@
 """Megatron's own pairs of files, made elsewhere: what of them can be used, and what is told."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

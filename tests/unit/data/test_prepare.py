@@ -90,12 +90,7 @@ def test_sources_of_all_kinds_are_counted_apart(tmp_path: Path, console: Console
     assert sum(source.tokens for source in manifest.sources) == manifest.tokens
     assert (manifest.documents, manifest.skipped) == (4, 3)
     assert manifest.skipped_reasons == {"empty": 2, "not UTF-8 text": 1}
-    assert sorted(stored_texts(tmp_path / "out")) == [
-        "# a heading",
-        "a line",
-        "a row",
-        "another",
-    ]
+    assert sorted(stored_texts(tmp_path / "out")) == ["# a heading", "a line", "a row", "another"]
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(
@@ -179,11 +174,7 @@ def test_foreign_files_are_never_removed(
 
 @pytest.mark.parametrize("step", ["_make_tokenizer", "write_indexed_dataset", "publish"])
 def test_interrupted_run_leaves_nothing_behind(
-    corpus_file: Path,
-    tmp_path: Path,
-    console: Console,
-    monkeypatch: pytest.MonkeyPatch,
-    step: str,
+    corpus_file: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch, step: str
 ):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -213,10 +204,7 @@ def test_leftovers_of_a_killed_run_do_no_harm(
 
 def test_two_runs_do_not_write_one_folder(corpus_file: Path, tmp_path: Path, console: Console):
     out = tmp_path / "out"
-    with (
-        partial_folder(out),
-        pytest.raises(ConfigError, match="being written by another process"),
-    ):
+    with partial_folder(out), pytest.raises(ConfigError, match="being written by another process"):
         prepare([str(corpus_file)], out, SMALL, console)
     assert not prepare([str(corpus_file)], out, SMALL, console).up_to_date
 

@@ -1,7 +1,5 @@
 """What is said about a configuration's data before a run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

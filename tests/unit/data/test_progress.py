@@ -1,7 +1,5 @@
 """Progress in a log: lines that say something new."""
 
-from __future__ import annotations
-
 import io
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """A tokenizer must be the corpus's and the model's, not one of equal size."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

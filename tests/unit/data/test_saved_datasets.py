@@ -1,7 +1,5 @@
 """Hugging Face datasets from local folders."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

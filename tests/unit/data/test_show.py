@@ -1,7 +1,5 @@
 """`moepp data show`: counts, a sample, and the blend as it is drawn."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What kind of thing a token is."""
 
-from __future__ import annotations
-
 import pytest
 
 from moepp_megatron.data.token_classes import (

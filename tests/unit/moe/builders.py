@@ -143,10 +143,7 @@ def token_losses(model: torch.nn.Module, tokens: Tensor) -> Tensor:
 def reference_of(layer: MoEPPLayer) -> ReferenceMoEPP:
     """The reference with the layer's weights, in fp32, on its device."""
     reference = ReferenceMoEPP(
-        layer.moepp,
-        HIDDEN,
-        FFN_HIDDEN,
-        has_residual=layer.router.residual_weight is not None,
+        layer.moepp, HIDDEN, FFN_HIDDEN, has_residual=layer.router.residual_weight is not None
     )
     with torch.no_grad():
         for _, ours, theirs in parameter_pairs(layer, reference):

@@ -31,11 +31,7 @@ BF16 |= {"grad_rows_ptr", "grad_x_ptr"}
 
 
 def compile_kernel(
-    name: str,
-    constants: dict[str, Any],
-    fp32: bool = False,
-    logits: str = "*fp32",
-    **options: int,
+    name: str, constants: dict[str, Any], fp32: bool = False, logits: str = "*fp32", **options: int
 ) -> None:
     """Compile for arguments of the types that training has, in bf16; options as in a launch."""
     module, function = name.split(".")

@@ -6,8 +6,6 @@ rotary channels of a query or key, V channels of a value. Source: arXiv 2405.044
 appendix C; YaRN: arXiv 2309.00071, section 3.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -22,14 +20,7 @@ Weights = dict[str, Tensor]
 
 
 def decoder_logits(config: Config, moepp: MoEPPConfig, weights: Weights, tokens_BS: Tensor):
-    """[B, S, vocabulary] logits and the sum of the layers' balance losses.
-
-    Args:
-        config: The configuration; every layer is an MoE layer.
-        moepp: Its MoE++ settings.
-        weights: Parameters by megatron-core's names (local modules).
-        tokens_BS: Token ids.
-    """
+    """[B, S, vocabulary] logits and the sum of the layers' balance losses."""
     epsilon = config.model.norm_epsilon
     hidden_SBD = weights["embedding.word_embeddings.weight"][tokens_BS.t()]
     logits_TE, losses = None, []

@@ -1,7 +1,5 @@
 """The budget of FFN experts per token: its schedule, its controllers, their state."""
 
-from __future__ import annotations
-
 import json
 import math
 from types import SimpleNamespace

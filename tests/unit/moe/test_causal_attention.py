@@ -1,9 +1,4 @@
-"""Causal attention for GPUs without Transformer Engine against megatron-core's local one.
-
-torch's kernel is a CPU's here; module, layouts and the choice are a GPU's.
-"""
-
-from __future__ import annotations
+"""Causal attention for GPUs without Transformer Engine against megatron-core's local one."""
 
 import pytest
 import torch

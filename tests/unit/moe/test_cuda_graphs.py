@@ -1,10 +1,4 @@
-"""Attention and router as CUDA graphs: replayed, they train like the uncaptured model.
-
-megatron-core's own machinery records, captures and replays; the device under it is
-`graph_recorder`. Nothing here has run on a GPU.
-"""
-
-from __future__ import annotations
+"""Attention and router as CUDA graphs: replayed, they train like the uncaptured model."""
 
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Group-limited routing: against all choices tried one by one, the reference and megatron-core."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -25,10 +25,7 @@ def edge_config(**changes: Any) -> MoEPPConfig:
 
 
 def gapped_logits(function: str) -> Tensor:
-    """[gaps, E]: one zero expert first under softmax, then what is selected besides it.
-
-    Under the others all logits are this far below 0.
-    """
+    """[gaps, E]: one zero expert first under softmax, then what is selected besides it."""
     below = torch.tensor([-1.0, 0.5, 0.25, -2.0, -0.5, -3.0, -1.5, 0.0])
     logits = below - torch.tensor(GAPS)[:, None]
     # The last expert is the zero expert.
@@ -92,12 +89,7 @@ def by_export(logits: Tensor, config: MoEPPConfig) -> tuple[Tensor, None]:
     return torch.zeros_like(logits).scatter(1, chosen, gates), None
 
 
-PLACES = {
-    "layer": by_layer,
-    "reference": by_reference,
-    "kernel": by_kernel,
-    "exported": by_export,
-}
+PLACES = {"layer": by_layer, "reference": by_reference, "kernel": by_kernel, "exported": by_export}
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -1,7 +1,5 @@
 """Zero-computation experts switched off: against the reference; tags through recomputation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The gate's product by blocks of tokens against megatron-core's of all at once."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import router_gating_linear

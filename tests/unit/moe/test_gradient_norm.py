@@ -1,7 +1,5 @@
 """The gradient norm in one read against megatron-core's, and where it takes its place."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from megatron.core.optimizer import clip_grads

@@ -510,11 +510,7 @@ LAYERS = [
         "alltoall",
         {"moe_shared_expert_intermediate_size": 8, "moe_z_loss_coeff": 1e-2},
     ),
-    (
-        {"num_constant_experts": 0, "num_copy_experts": 0, "balance_scope": "global"},
-        "alltoall",
-        {},
-    ),
+    ({"num_constant_experts": 0, "num_copy_experts": 0, "balance_scope": "global"}, "alltoall", {}),
     ({"selection_bias": True, "gate_scale": 2.0, "two_layer_gate": True}, "alltoall", {}),
     ({"constant_temperature": 0.3, "expert_input_scale": 2.0}, "alltoall", {}),
     ({kind.setting: 1 for kind in LOCAL_KINDS}, "alltoall", {}),

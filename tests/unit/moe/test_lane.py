@@ -6,12 +6,7 @@ from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import lane_columns, no_logits, pack, pipeline_config, unpack
-from tests.unit.moe.builders import (
-    HIDDEN,
-    build_transformer_layer,
-    megatron_config,
-    randomize,
-)
+from tests.unit.moe.builders import HIDDEN, build_transformer_layer, megatron_config, randomize
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # One token: a slice of it counts as contiguous, so its storage offset stays.

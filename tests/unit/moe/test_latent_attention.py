@@ -1,7 +1,5 @@
 """Latent attention in the model against plain PyTorch: logits and the gradient of every weight."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

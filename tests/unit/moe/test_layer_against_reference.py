@@ -20,13 +20,7 @@ from moepp_megatron.moe.reference import (
     balance_loss,
     select_experts,
 )
-from tests.unit.moe.builders import (
-    HIDDEN,
-    assert_close,
-    build_layer,
-    gradient_pairs,
-    reference_of,
-)
+from tests.unit.moe.builders import HIDDEN, assert_close, build_layer, gradient_pairs, reference_of
 
 # Zero, copy and constant experts.
 MIXTURES = {
@@ -78,10 +72,7 @@ class Run:
 
 
 def case_settings() -> list[dict[str, Any]]:
-    """Every combination of the crossed settings twice, with drawn values of the others.
-
-    The draws meet in every pair of values of any two settings (asserted below).
-    """
+    """Every combination of the crossed settings twice, with drawn values of the others."""
     cases = []
     others = [name for name in AXES if name not in CROSSED]
     draw = random.Random(5)
@@ -131,10 +122,7 @@ def moepp_of(case: dict[str, Any], **changes: Any) -> MoEPPConfig:
 
 
 def reference_balance_loss(logits: Tensor, moepp: MoEPPConfig, num_sequences: int) -> Tensor:
-    """L_b of [T, E] logits, T ordered [position, sequence]; the mean over sequences if so set.
-
-    One micro-batch of one rank is a global batch.
-    """
+    """L_b of [T, E] logits, T ordered [position, sequence]; the mean over sequences if so set."""
     if moepp.balance_scope != "sequence":
         num_sequences = 1
     losses = []
@@ -145,10 +133,7 @@ def reference_balance_loss(logits: Tensor, moepp: MoEPPConfig, num_sequences: in
 
 
 def run_both(
-    layer: MoEPPLayer,
-    hidden: Tensor,
-    previous: Tensor | None,
-    loss_scale: float = 1.0,
+    layer: MoEPPLayer, hidden: Tensor, previous: Tensor | None, loss_scale: float = 1.0
 ) -> Run:
     """Forward and backward of the layer and of the reference on [s, b, D] and [s, b, E]."""
     reference = reference_of(layer)
@@ -247,10 +232,7 @@ def test_one_token(dispatcher, normalization):
 
 
 def forced(moepp: MoEPPConfig, favoured: list[int], **changes: Any) -> tuple[MoEPPLayer, Tensor]:
-    """A layer and previous logits with which every token selects only `favoured` experts.
-
-    The gate is small and the residual map is the identity, so the previous logits decide.
-    """
+    """A layer and previous logits with which every token selects only `favoured` experts."""
     layer = build_layer(moepp, **changes)
     with torch.no_grad():
         layer.router.weight.mul_(0.01)

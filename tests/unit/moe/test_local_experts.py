@@ -1,9 +1,4 @@
-"""Experts in a loop on a CPU, and grouped, against megatron-core's `SequentialMLP`.
-
-The grouped product itself is torch's on a CPU here; shapes, strides and offsets are a GPU's.
-"""
-
-from __future__ import annotations
+"""Experts in a loop on a CPU, and grouped, against megatron-core's `SequentialMLP`."""
 
 from functools import partial
 
@@ -65,9 +60,7 @@ def run(experts: SequentialMLP, rows: list[int], dtype: torch.dtype) -> list[Ten
 
 
 @pytest.mark.parametrize(
-    "rows",
-    [[5, 1, 0, 9], [0, 0, 7, 0], [0, 1, 0, 0], [0, 0, 0, 0], [300, 2, 40, 170]],
-    ids=str,
+    "rows", [[5, 1, 0, 9], [0, 0, 7, 0], [0, 1, 0, 0], [0, 0, 0, 0], [300, 2, 40, 170]], ids=str
 )
 @pytest.mark.parametrize(
     ("kind", "large"),

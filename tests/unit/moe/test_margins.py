@@ -1,7 +1,5 @@
 """Margins of selections: which bias gives how many FFN experts, counted in bins."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Multi-token prediction in one process: against its parts called by hand, and what is refused."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -113,11 +111,7 @@ def by_hand(
     return found
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, FULL],
-    ids=["kept", "layers again"],
-)
+@pytest.mark.parametrize("changes", [{}, FULL], ids=["kept", "layers again"])
 @pytest.mark.parametrize(
     "moepp",
     [

@@ -1,7 +1,5 @@
 """What megatron-core says of the FFN experts' layers that is not so, in the library as pinned."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest

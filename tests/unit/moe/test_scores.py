@@ -1,7 +1,5 @@
 """Score functions: their formulas, and that whoever needs scores computes a new one or refuses."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import Any, Literal

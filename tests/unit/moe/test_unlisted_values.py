@@ -1,9 +1,4 @@
-"""A new value of a setting is refused by what does not compute it yet, not taken for another.
-
-Configurations refuse unknown values; what is asked here is what a new one meets behind them.
-"""
-
-from __future__ import annotations
+"""A new value of a setting is refused by what does not compute it yet, not taken for another."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The private names of megatron-core that MoE++ layers use: all listed, and missed by name."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect
@@ -140,9 +138,7 @@ def test_the_pinned_version_has_them_all() -> None:
     check_upstream(PRIVATE_NAMES)
 
 
-def test_names_that_moved_are_told_before_a_layer_is_built(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_names_that_moved_are_told_before_a_layer_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """As megatron-core 0.20 does: it calls the method `_apply_mlp_bda_step`."""
     moepp = MoEPPConfig(num_ffn_experts=4)
     monkeypatch.delattr(TransformerLayer, "_forward_post_mlp")

@@ -1,7 +1,5 @@
 """Every setting of megatron-core's MoE layers is honoured, taken from MoEPPConfig, or refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from typing import Any
@@ -18,13 +16,7 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.dedup_dispatcher import DedupAlltoAllTokenDispatcher
 from moepp_megatron.moe.dispatcher import FFNAlltoAllTokenDispatcher
 from moepp_megatron.moe.spec import get_moepp_layer_spec
-from moepp_megatron.moe.upstream_settings import (
-    HONOURED,
-    IDLE,
-    OURS,
-    REFUSED,
-    refuse_ignored,
-)
+from moepp_megatron.moe.upstream_settings import HONOURED, IDLE, OURS, REFUSED, refuse_ignored
 from tests.unit.moe.builders import HIDDEN, megatron_config, randomize
 
 MOEPP = MoEPPConfig(num_ffn_experts=4)

@@ -1,7 +1,5 @@
 """Files of a run that are removed, renamed or rotated while it writes them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

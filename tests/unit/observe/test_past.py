@@ -1,7 +1,5 @@
 """What rules compare a step with: running means that a fault must not become part of."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """The rules' states: durations, hysteresis, rate limits, places, resuming."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

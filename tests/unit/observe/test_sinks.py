@@ -384,10 +384,7 @@ def test_tensorboard_numbers_layers_as_alerts_and_pages_do(make_record, tmp_path
     tokens = [[0.25, 0.5, 0.25], [0.5, 0.25, 0.25]]
     fan.write(
         make_record(
-            1,
-            layer_ffn_fraction=[0.5, 0.75],
-            router_health=health,
-            layer_ffn_histogram=tokens,
+            1, layer_ffn_fraction=[0.5, 0.75], router_health=health, layer_ffn_histogram=tokens
         )
     )
     fan.close()

@@ -1,7 +1,5 @@
 """`routing_profile.json`: written, read, and refused where it is something else."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Checksums see every bit, and the odd rank out is named."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

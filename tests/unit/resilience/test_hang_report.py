@@ -1,7 +1,5 @@
 """Who is named, from the heartbeats that ranks leave."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """The detector of nvidia-resiliency-ext, by a stand-in: the real one needs CUPTI."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 import sys

@@ -1,7 +1,5 @@
 """Why batches were refused: found from losses and selections, without a model."""
 
-from __future__ import annotations
-
 import json
 import math
 

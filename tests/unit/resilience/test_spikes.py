@@ -1,7 +1,5 @@
 """The robust z-score, and what is told of batches that it refuses now and then."""
 
-from __future__ import annotations
-
 import json
 import random
 

@@ -1,7 +1,5 @@
 """How the ranks' times are compared."""
 
-from __future__ import annotations
-
 import pytest
 
 from moepp_megatron.training.resilience.stragglers import OwnTimes

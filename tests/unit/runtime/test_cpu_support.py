@@ -1,7 +1,5 @@
 """What CPU ranks change in torch, seen by other packages in the same process."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from datetime import timedelta

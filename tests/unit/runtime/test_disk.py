@@ -1,7 +1,5 @@
 """What a failed write means, and room on a disk."""
 
-from __future__ import annotations
-
 import errno
 from pathlib import Path
 

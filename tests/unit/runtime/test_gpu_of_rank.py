@@ -1,7 +1,5 @@
 """Which GPU a rank takes: of those of its node, or the first of its own."""
 
-from __future__ import annotations
-
 import threading
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """What megatron-core is told about the process groups that it makes."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any, get_args
 

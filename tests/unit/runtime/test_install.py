@@ -1,7 +1,5 @@
 """What a message tells the user to install can be installed as it says."""
 
-from __future__ import annotations
-
 import ast
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Which implementations are named, with stand-ins for apex and Transformer Engine."""
 
-from __future__ import annotations
-
 import functools
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """How long a machine waits for the others: at the start, after a failure, while ranks run."""
 
-from __future__ import annotations
-
 import dataclasses
 import socket
 import sys

@@ -1,7 +1,5 @@
 """Which cores a rank keeps to."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from types import SimpleNamespace

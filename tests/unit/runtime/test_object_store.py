@@ -1,7 +1,5 @@
 """Paths of objects: what they read and write, what they refuse, which errors mean what."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle

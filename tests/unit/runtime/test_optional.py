@@ -1,7 +1,5 @@
 """Optional packages that are there and break, and what Triton needs to compile."""
 
-from __future__ import annotations
-
 import functools
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Changes to other libraries: undone as they were, and all of them in the table."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What ranks are started with, and how they learn their place."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import socket

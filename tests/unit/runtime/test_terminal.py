@@ -1,7 +1,5 @@
 """Text from elsewhere cannot command a terminal."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """NVML's numbers of the GPUs that CUDA shows."""
 
-from __future__ import annotations
-
 import pytest
 
 from moepp_megatron.runtime.nvml import Nvml

@@ -1,7 +1,5 @@
 """Checkpoint folders without a training run: real manifests over small files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The forked process that writes checkpoints."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

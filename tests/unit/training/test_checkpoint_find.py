@@ -1,7 +1,5 @@
 """Names, validity, age and deletion of checkpoints, on folders without tensors."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

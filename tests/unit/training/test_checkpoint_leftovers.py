@@ -1,7 +1,5 @@
 """What killed saves leave is removed; what a living process writes is not."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """Checkpoint folders outside of their run's folder: who may write there. No ranks."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import multiprocessing

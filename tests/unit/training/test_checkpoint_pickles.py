@@ -1,7 +1,5 @@
 """Ways to have torch unpickle something else than what was looked at."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import os

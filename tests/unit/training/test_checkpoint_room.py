@@ -1,7 +1,5 @@
 """The warning before the first step: checkpoints to come against what is free."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

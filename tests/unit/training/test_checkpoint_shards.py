@@ -1,7 +1,5 @@
 """A range of a flat buffer as boxes of a parameter's tensors."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

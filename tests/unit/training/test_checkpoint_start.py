@@ -1,7 +1,5 @@
 """What training starts from, decided before any rank starts, on folders without tensors."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Each default rule on a course of its metric that is healthy, and on one that is not."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

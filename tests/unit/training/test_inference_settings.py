@@ -1,7 +1,5 @@
 """What a run was trained with does not keep it from being scored on one rank."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What is wrong with a task is found before a run begins."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

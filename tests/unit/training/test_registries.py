@@ -1,7 +1,5 @@
 """Each setting that names what is built names exactly what a registry can build."""
 
-from __future__ import annotations
-
 from typing import get_args
 
 import pytest

@@ -1,7 +1,5 @@
 """What a run that goes on says: where from, and what differs from before."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Random states of a rank, taken and given back."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """A run's folder: who is let in, who is refused, what is moved aside. No ranks."""
 
-from __future__ import annotations
-
 import errno
 import os
 import socket

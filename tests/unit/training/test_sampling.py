@@ -1,7 +1,5 @@
 """Temperature and nucleus sampling against probabilities worked out by hand."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """The learning rate and the batch size of every step."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """A process that trains alone answers Ctrl-C itself."""
 
-from __future__ import annotations
-
 import os
 import signal
 

@@ -1,7 +1,5 @@
 """`moepp bench`: results of tiny layers, and wrong usage."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Bounds of a layer's parts, by hand, and what is measured beside them."""
 
-from __future__ import annotations
-
 import dataclasses
 from types import SimpleNamespace
 

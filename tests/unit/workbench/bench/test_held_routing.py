@@ -1,7 +1,5 @@
 """Routing held at perfect balance."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

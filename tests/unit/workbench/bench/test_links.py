@@ -1,7 +1,5 @@
 """Bandwidth of links: NVLink and network by a measurement, and the ceiling of a profile."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """One file of all results of a card, and the arguments of the script that makes it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

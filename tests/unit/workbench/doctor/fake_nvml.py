@@ -4,8 +4,6 @@ The answers have the form, the units and the magnitudes that NVML documents for 
 card is a healthy one with some answers replaced.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

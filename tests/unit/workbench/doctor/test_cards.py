@@ -118,14 +118,8 @@ SICKNESSES = {
         {"nvmlDeviceGetEnforcedPowerLimit": 450_000},
         ("GPU power cap", WARNING, "capped at 450 W", "-pl 700"),
     ),
-    "warm": (
-        {"nvmlDeviceGetTemperature": 83},
-        ("GPU temperature", WARNING, "83 C", "fans"),
-    ),
-    "too hot": (
-        {"nvmlDeviceGetTemperature": 88},
-        ("GPU temperature", ERROR, "88 C", "fans"),
-    ),
+    "warm": ({"nvmlDeviceGetTemperature": 83}, ("GPU temperature", WARNING, "83 C", "fans")),
+    "too hot": ({"nvmlDeviceGetTemperature": 88}, ("GPU temperature", ERROR, "88 C", "fans")),
     "taken": (
         {"nvmlDeviceGetComputeRunningProcesses": [process(OTHER_PID, 2 * GIB)]},
         ("GPU processes", WARNING, "42 hold 2.0 GiB", "end them"),
@@ -134,10 +128,7 @@ SICKNESSES = {
         {"nvmlDeviceGetComputeRunningProcesses": [process(OTHER_PID, None)]},
         ("GPU processes", WARNING, "an unknown amount", "end them"),
     ),
-    "narrow PCIe": (
-        {"nvmlDeviceGetCurrPcieLinkWidth": 8},
-        ("PCIe", WARNING, "x8", "reseat"),
-    ),
+    "narrow PCIe": ({"nvmlDeviceGetCurrPcieLinkWidth": 8}, ("PCIe", WARNING, "x8", "reseat")),
     "old PCIe slot": (
         {"nvmlDeviceGetMaxPcieLinkGeneration": 4, "nvmlDeviceGetCurrPcieLinkGeneration": 4},
         ("PCIe", WARNING, "generation 4 at most", "reseat"),
@@ -150,10 +141,7 @@ SICKNESSES = {
         {"links": [1] * 5 + [0] + [1] * (LINKS - 6)},
         ("NVLink", ERROR, "links 5 are down", "fabricmanager"),
     ),
-    "NVLink missing": (
-        {"links": [1] * 12},
-        ("NVLink", ERROR, "12 links", "fabricmanager"),
-    ),
+    "NVLink missing": ({"links": [1] * 12}, ("NVLink", ERROR, "12 links", "fabricmanager")),
     "NVLink recoveries": (
         {"link_errors": {(3, pynvml.NVML_NVLINK_ERROR_DL_RECOVERY): 4}},
         ("NVLink errors", WARNING, "links 3: 4 recoveries", "reset the GPU"),

@@ -1,7 +1,5 @@
 """Scaling tests without ranks: points, layouts, efficiency, resuming, failures, the page."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -420,11 +418,7 @@ def test_configuration_may_be_in_the_folder(config: Config, tmp_path: Path) -> N
     ],
 )
 def test_ranks_of_somebody_else_must_know_their_point(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    ranks: str,
-    arguments: list[str],
-    message: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: str, arguments: list[str], message: str
 ) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": ranks}.items():
         monkeypatch.setenv(name, value)

@@ -1,7 +1,5 @@
 """A text and what an invented model did with it, without any model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Means over groups of tokens, counted by hand."""
 
-from __future__ import annotations
-
 import json
 import math
 
@@ -23,12 +21,7 @@ from moepp_megatron.workbench.inspection.trace import Trace
 from tests.unit.workbench.inspection.conftest import invented_trace
 
 # Experts: FFN 0, FFN 1, constant 2, copy 3, zero 4. Two layers, four tokens.
-SELECTED = np.array(
-    [
-        [[0, 1], [1, 4], [4, 3], [0, 1]],
-        [[1, 0], [3, 2], [4, 2], [0, 3]],
-    ]
-)
+SELECTED = np.array([[[0, 1], [1, 4], [4, 3], [0, 1]], [[1, 0], [3, 2], [4, 2], [0, 3]]])
 
 
 def trace(losses: list[float] | None = None) -> Trace:

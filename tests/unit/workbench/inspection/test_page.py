@@ -1,7 +1,5 @@
 """The bytes of the page of `moepp inspect`."""
 
-from __future__ import annotations
-
 import html
 import json
 import re
@@ -29,8 +27,7 @@ def packed_of(page: str) -> dict[str, Any]:
 
 
 def test_page_is_ascii_and_asks_nothing_of_the_network(
-    make_request: Make,
-    text: TokenizedText,
+    make_request: Make, text: TokenizedText
 ) -> None:
     request = make_request()
     assert write_inspection(request, [invented_trace(len(text))]) == [("page", request.out)]
@@ -82,9 +79,7 @@ def test_two_models_show_their_difference(make_request: Make, text: TokenizedTex
 
 
 def test_an_unwritable_page_is_a_line(
-    make_request: Make,
-    text: TokenizedText,
-    tmp_path: Path,
+    make_request: Make, text: TokenizedText, tmp_path: Path
 ) -> None:
     request = make_request(out=tmp_path / "gone" / "page.html")
     with pytest.raises(ConfigError, match=r"page\.html cannot be written \(No such file"):

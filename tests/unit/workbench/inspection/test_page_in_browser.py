@@ -1,7 +1,5 @@
 """The page of `moepp inspect` in a real browser, without a window."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Parts of speech from a file or a tagger."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import SimpleNamespace

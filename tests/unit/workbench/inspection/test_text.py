@@ -1,7 +1,5 @@
 """A text as tokens with their places."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

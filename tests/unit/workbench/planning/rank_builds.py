@@ -1,7 +1,5 @@
 """Builds ranks of layouts in a process of its own: a process has one set of groups at a time."""
 
-from __future__ import annotations
-
 from typing import Any
 
 WORLD = 1024

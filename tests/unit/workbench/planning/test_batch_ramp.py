@@ -1,7 +1,5 @@
 """A run that begins with smaller steps takes their time."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import pairwise
 

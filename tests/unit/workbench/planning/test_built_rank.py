@@ -1,7 +1,5 @@
 """Ranks of 1,024-rank layouts, built alone, are those that the layout and the plan say."""
 
-from __future__ import annotations
-
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -65,12 +63,7 @@ SPLIT_EXPERTS = settings(
         "two_layer_gate": True,
         "layer_freq": 2,
     },
-    model={
-        "num_query_groups": 4,
-        "qk_layernorm": True,
-        "qkv_bias": True,
-        "tie_embeddings": True,
-    },
+    model={"num_query_groups": 4, "qk_layernorm": True, "qkv_bias": True, "tie_embeddings": True},
     precision={"dtype": "fp32"},
 )
 

@@ -1,7 +1,5 @@
 """Parts, rates, schedules and their sum."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from dataclasses import replace
@@ -17,20 +15,10 @@ from moepp_megatron.workbench.planning.attention import GroupedQuery
 from moepp_megatron.workbench.planning.coster import GIB, Coster
 from moepp_megatron.workbench.planning.grid import FULL, Grid
 from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, LEARNED, early
-from moepp_megatron.workbench.planning.layer_time import (
-    HOST,
-    METADATA,
-    PassTime,
-    layer_time,
-)
+from moepp_megatron.workbench.planning.layer_time import HOST, METADATA, PassTime, layer_time
 from moepp_megatron.workbench.planning.machine import Efficiencies, Machine, machine_of
 from moepp_megatron.workbench.planning.memory import fullest_rank, fullest_rows, memory_of
-from moepp_megatron.workbench.planning.parts import (
-    Layer,
-    LayerPart,
-    layer_parts,
-    output_part,
-)
+from moepp_megatron.workbench.planning.parts import Layer, LayerPart, layer_parts, output_part
 from moepp_megatron.workbench.planning.pipeline import (
     bubble_seconds,
     chunks_in_flight,

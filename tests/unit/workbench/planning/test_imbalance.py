@@ -1,7 +1,5 @@
 """Uneven routing as a distribution."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Latent attention in plans: sizes of a rank, built ranks, the fullest stage."""
 
-from __future__ import annotations
-
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Times of messages against arXiv 2603.07685, table 7: dispatch and combine on H100."""
 
-from __future__ import annotations
-
 import math
 import statistics
 
@@ -37,10 +35,7 @@ def test_plain_exchange_takes_the_measured_times(h100: Machine) -> None:
 
 
 def of_four_groups(targets: int) -> float:
-    """Expected nodes (or ranks) that a token needs under DeepSeek's group-limited routing.
-
-    Its 8 experts come from 4 of 8 groups of 32; groups are spread evenly over the targets.
-    """
+    """Expected nodes (or ranks) that a token needs under DeepSeek's group-limited routing."""
     if targets >= 8:
         return 4.0
     per_target = 8 // targets

@@ -1,7 +1,5 @@
 """Rows of measured runs: their format, the model beside them, inputs fitted to them."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from dataclasses import replace

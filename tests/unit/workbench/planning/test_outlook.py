@@ -1,7 +1,5 @@
 """Failures of long runs against Daly's formula."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """The pipeline's formulas beside megatron-core's schedules, played pass by pass."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from functools import cache
 from types import SimpleNamespace
@@ -99,17 +97,7 @@ def played(
     late: float = 0.0,
     count: int = 8,
 ) -> float:
-    """End of the last pass.
-
-    Args:
-        pp: Pipeline ranks.
-        vpp: Model chunks of each.
-        passes: Seconds of forward and backward passes alone, and of those that run together in the
-            combined schedule, by stage.
-        blocking: Seconds for which a message between stages lengthens the pass that sends.
-        late: Seconds after which it is there.
-        count: Micro-batches.
-    """
+    """End of the last pass."""
     ends: dict[Pass, float] = {}
     free: dict[int, float] = defaultdict(float)
     for node in played_order(pp, vpp, count, len(passes) > 2):

@@ -1,7 +1,5 @@
 """The search against the configuration's own rules, and the plan that comes of it."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Zero-computation experts in the cost model: the joined gate, three forms, what rows wait for."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -8,10 +8,7 @@ import pytest
 from moepp_megatron.workbench.profiling.compare import compare, in_words
 from moepp_megatron.workbench.profiling.formats.sources import read_recording
 from moepp_megatron.workbench.profiling.summaries import summarise_recording, summary_of
-from moepp_megatron.workbench.profiling.summary import (
-    ProfileSummary,
-    SummaryRow,
-)
+from moepp_megatron.workbench.profiling.summary import ProfileSummary, SummaryRow
 from moepp_megatron.workbench.profiling.trace import ProfileError
 
 SAMPLES = Path(__file__).parent / "samples"

@@ -1,7 +1,5 @@
 """Rows of the experts of each rank."""
 
-from __future__ import annotations
-
 import pytest
 
 from moepp_megatron.workbench.profiling.measures.expert_load import expert_load

@@ -1,7 +1,5 @@
 """Interval arithmetic against sets of points."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

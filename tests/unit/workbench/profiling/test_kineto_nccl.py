@@ -1,7 +1,5 @@
 """NCCL in torch's traces: a sample written from the documented arguments, and single events."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

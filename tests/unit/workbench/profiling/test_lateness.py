@@ -1,7 +1,5 @@
 """Waiting for the last rank of a call."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -27,11 +25,7 @@ def call(rank: int, start: float, end: float, **changes: object) -> Collective:
 
 def test_the_last_rank_waits_for_nobody() -> None:
     found = lateness({0: [call(0, 10, 50)], 1: [call(1, 30, 50)], 2: [call(2, 25, 52)]})
-    assert found == {
-        (0, 0): Lateness(20.0, 1),
-        (1, 0): Lateness(0.0, 1),
-        (2, 0): Lateness(5.0, 1),
-    }
+    assert found == {(0, 0): Lateness(20.0, 1), (1, 0): Lateness(0.0, 1), (2, 0): Lateness(5.0, 1)}
 
 
 def test_no_longer_than_the_call() -> None:

@@ -1,7 +1,5 @@
 """Damaged recordings of every format give one line or a profile, never a traceback."""
 
-from __future__ import annotations
-
 import copy
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Parts and passes in a real trace of torch's profiler, of one process."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -49,11 +49,7 @@ def test_times_part_calls_that_share_no_peer():
 def test_a_pipeline_exchange_stays_sends_and_receives():
     call = [transfer(True, 2, 100), transfer(False, 0, 50), transfer(False, 2, 25)]
     made = put_together(call, 1, BASE)
-    assert [one.operation for one in made] == [
-        Operation.SEND,
-        Operation.RECEIVE,
-        Operation.RECEIVE,
-    ]
+    assert [one.operation for one in made] == [Operation.SEND, Operation.RECEIVE, Operation.RECEIVE]
     assert [one.pair for one in made] == [(1, 2), (0, 1), (2, 1)]
     assert all(one.sequence is None and one.rank == 5 for one in made)
 

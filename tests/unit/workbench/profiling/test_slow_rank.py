@@ -1,7 +1,5 @@
 """A slow rank is told from uneven experts."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The alert rules beside the dashboard."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The page of a GPU's results: measured numbers beside expected ones."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

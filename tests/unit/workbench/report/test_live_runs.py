@@ -1,7 +1,5 @@
 """Many runs served by one process."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Light and dark, narrow and wide; what is drawn beside the curves, and what the page explains."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

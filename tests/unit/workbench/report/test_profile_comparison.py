@@ -5,10 +5,7 @@ import pytest
 from moepp_megatron.workbench.profiling.compare import ProfileComparison, compare
 from moepp_megatron.workbench.profiling.summary import ProfileSummary, SummaryRow
 from moepp_megatron.workbench.report.drawing import plot_style
-from moepp_megatron.workbench.report.profile_comparison import (
-    comparison_figure,
-    comparison_text,
-)
+from moepp_megatron.workbench.report.profile_comparison import comparison_figure, comparison_text
 
 
 def row(purpose: str, exposed_us: float | None, time_us: float) -> SummaryRow:

@@ -1,7 +1,5 @@
 """The profile's page in a real browser, without a window."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

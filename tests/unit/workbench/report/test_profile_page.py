@@ -1,7 +1,5 @@
 """The profile's page, its timeline and the command."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -96,12 +94,7 @@ def test_against_itself_nothing_changed(run: Path) -> None:
 def test_measured_ceiling(run: Path) -> None:
     ceiling = run / "ceiling.json"
     # 8 MiB in 80 us: the sample's 100 us are 80% of it.
-    record = {
-        "operation": "reduce_scatter",
-        "group_size": 2,
-        "size_bytes": 2**23,
-        "time_us": 80.0,
-    }
+    record = {"operation": "reduce_scatter", "group_size": 2, "size_bytes": 2**23, "time_us": 80.0}
     ceiling.write_text(json.dumps([record]))
     assert command(run, "--ceiling", ceiling, "--json", run / "n.json").exit_code == 0
     numbers = json.loads((run / "n.json").read_text())

@@ -139,10 +139,7 @@ def test_what_was_watched_is_told(make_run):
     page = build_report(make_run()).read_text(encoding="ascii")
     assert "The routing guard judged these rules after every step and only tells" in page
     assert "data_shift" in page
-    sections = {
-        "acts on them": {"enabled": True},
-        "was off": {"enabled": False},
-    }
+    sections = {"acts on them": {"enabled": True}, "was off": {"enabled": False}}
     for text, section in sections.items():
         assert text in watched(load_run(make_run(routing_guard=section)))
     # Of another version, with settings that this one does not know.

@@ -1,7 +1,5 @@
 """What all pages share: a table of contents that the headings make."""
 
-from __future__ import annotations
-
 from moepp_megatron.workbench.report.template import _with_contents
 
 _PAGE = "<header></header>\n<h2>One &amp; two</h2>\n<h2>Three</h2>\n"

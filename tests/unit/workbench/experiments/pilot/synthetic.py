@@ -1,7 +1,5 @@
 """Runs that never ran, with the losses and step times that a test wants."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

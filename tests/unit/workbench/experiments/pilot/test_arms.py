@@ -1,15 +1,9 @@
 """The models that a pilot trains."""
 
-from __future__ import annotations
-
 import pytest
 
 from moepp_megatron.config import ConfigError, with_overrides
-from moepp_megatron.workbench.experiments.pilot.arms import (
-    build_arms,
-    matched_arms,
-    narrow_width,
-)
+from moepp_megatron.workbench.experiments.pilot.arms import build_arms, matched_arms, narrow_width
 from tests.unit.workbench.experiments.pilot.synthetic import config_of
 
 

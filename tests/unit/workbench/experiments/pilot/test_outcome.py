@@ -1,7 +1,5 @@
 """From a run's records to its numbers."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

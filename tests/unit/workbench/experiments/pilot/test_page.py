@@ -1,7 +1,5 @@
 """The page of a pilot, and its table in the terminal."""
 
-from __future__ import annotations
-
 import html
 import math
 import re

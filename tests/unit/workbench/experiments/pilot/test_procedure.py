@@ -1,7 +1,5 @@
 """The order of a pilot's runs, and what is fixed once MoE++ was timed."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is kept, what is done anew, what is refused."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Student's t, estimates, the pooled model and the looks."""
 
-from __future__ import annotations
-
 import math
 import statistics
 

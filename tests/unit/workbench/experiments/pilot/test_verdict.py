@@ -1,7 +1,5 @@
 """Whether MoE++ pays, on made-up losses."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -34,15 +32,7 @@ def losses(
     value: float = VALUE,
     noise: float = 0.001,
 ) -> PooledLosses:
-    """Losses of five arms and three seeds.
-
-    Args:
-        in_time: Of MoE++ after vanilla's time, minus vanilla's.
-        in_compute: Of MoE++ after vanilla's steps, minus the narrowed model's.
-        behind: Of MoE++ after vanilla's steps, minus vanilla's.
-        value: What an e-fold of tokens is worth.
-        noise: Of a run.
-    """
+    """Losses of five arms and three seeds."""
     means = {
         "vanilla": 4.0,
         "short": 4.0 + value * LOG_TOKENS,
