@@ -16,7 +16,7 @@ from moepp_megatron.config.schema.section import Section, Unit
 from moepp_megatron.config.yaml_file import read_mapping
 
 # Beside the package in a source tree, which is how `launch/env.sh` installs it.
-_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"
+HARDWARE_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"
 
 
 class Thresholds(Section):
@@ -113,7 +113,7 @@ def load_hardware(name: str) -> Hardware:
     Raises:
         ConfigError: No such description, or one that is not valid.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else HARDWARE_FOLDER / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(known_hardware())) or "none is installed"
         raise ConfigError(
@@ -144,7 +144,7 @@ def with_changes(hardware: Hardware, changes: Mapping[str, Any], source: str) ->
 
 def known_hardware() -> list[str]:
     """Names of the descriptions that come with the source tree."""
-    return [path.stem for path in _FOLDER.glob("*.yaml")]
+    return [path.stem for path in HARDWARE_FOLDER.glob("*.yaml")]
 
 
 def nearest_hardware(name: str) -> str:

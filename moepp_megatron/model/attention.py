@@ -1,11 +1,11 @@
 """Exact causal attention under context parallelism for megatron-core's local modules.
 
-megatron-core's own `DotProductAttention` refuses context parallelism: only Transformer Engine's
-attention has it. This one is used if Transformer Engine is not installed, mainly on a CPU.
+megatron-core's `DotProductAttention` refuses context parallelism. This one is used where
+Transformer Engine, whose attention supports it, is not installed.
 
 A sequence of s tokens is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r (the
-zigzag of `megatron.core.utils.get_batch_on_this_cp_rank`): an early and a late one, so that under
-the causal mask every rank has the same work. Keys and values are gathered, queries stay.
+zigzag of `megatron.core.utils.get_batch_on_this_cp_rank`), so that all ranks have the same work
+under the causal mask. Keys and values are gathered, queries stay.
 
 Shape suffixes: S a rank's tokens, s all tokens of a sequence, b sequences, n query heads and g
 key/value heads of this tensor-parallel rank, d channels of a head's query or key, v of its value.
@@ -29,9 +29,9 @@ from moepp_megatron.model.causal_attention import attend, refuse_unused
 class ContextParallelAttention(MegatronModule):
     """Core attention of a layer whose sequences are spread over context-parallel ranks.
 
-    The result is that of `DotProductAttention` on one rank. It holds keys and values of whole
-    sequences for the time of its forward and backward pass, in exchange for one collective each
-    way. `softmax_scale` is 1 / sqrt(d) where None; the tensors have the widths of heads.
+    The result is that of `DotProductAttention` on one rank. Keys and values of whole sequences are
+    held during forward and backward, with one collective each. `softmax_scale` defaults to
+    1 / sqrt(d).
 
     Raises:
         ValueError: If a setting cannot be honoured: a mask that is not causal, dropout, a
@@ -78,7 +78,6 @@ class ContextParallelAttention(MegatronModule):
             value: [S, b, g, v].
             attention_mask: [b, 1, S, s] bool for this rank's queries and all keys, True where a
                 query must not see a key (`document_attention.dense_mask`); None is the causal mask.
-            attn_mask_type: Unused; the constructor's value decides.
 
         Raises:
             ValueError: If there is a bias or packed sequences, or S is odd.
@@ -88,7 +87,7 @@ class ContextParallelAttention(MegatronModule):
             attention_bias=attention_bias,
             packed_seq_params=packed_seq_params,
         )
-        gathered = _GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
+        gathered = GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
         whole_key, whole_value = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)
         starts = _chunk_starts(query.shape[0], self.cp_group)
         masks = (None, None) if attention_mask is None else attention_mask.chunk(2, dim=2)
@@ -123,11 +122,12 @@ def _chunk_starts(num_local_tokens: int, group: torch.distributed.ProcessGroup) 
     return group.rank() * length, (2 * group.size() - 1 - group.rank()) * length
 
 
-class _GatherSequence(torch.autograd.Function):
+class GatherSequence(torch.autograd.Function):
     """[S, b, g, d] of all ranks in order of positions; backward: fp32 reduce-scatter."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        """[s, b, g, d] from [S, b, g, d]."""
         ctx.group = group
         # Along axis 0, the one way of joining tensors that gloo and NCCL both know.
         gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
@@ -137,6 +137,7 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Sum over ranks in fp32."""
         ranks = ctx.group.size()
         chunks = grad.float().chunk(2 * ranks)
         by_rank = torch.cat(
@@ -153,7 +154,6 @@ def _refuse_unsupported(
     dropout: float,
     cp_comm_type: str | None,
 ) -> None:
-    """Refuse settings that would silently change the result; ValueError if a rule is broken."""
     rules: tuple[tuple[str, object, tuple[object, ...]], ...] = (
         ("attention_dropout", dropout, (0.0,)),
         ("attn_mask_type", attn_mask_type, (AttnMaskType.causal,)),

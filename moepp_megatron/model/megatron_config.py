@@ -92,7 +92,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         **_head_fields(config),
         **_moe_fields(config),
         **_graph_fields(config),
-        **_kernel_fields(config),
+        **kernel_fields(config),
         **_fp8_fields(config),
     )
 
@@ -220,7 +220,7 @@ def _graph_fields(config: Config) -> dict[str, object]:
     return {"cuda_graph_impl": "local", "cuda_graph_modules": list(config.training.cuda_graphs)}
 
 
-def _kernel_fields(config: Config) -> dict[str, object]:
+def kernel_fields(config: Config) -> dict[str, object]:
     """Fused kernels only where Transformer Engine brings them."""
     fused = have_transformer_engine()
     fields: dict[str, object] = {

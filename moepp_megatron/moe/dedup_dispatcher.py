@@ -96,7 +96,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
         map_TR = map_TRL.any(dim=-1)
 
         self._map_TR = map_TR
-        counts = self._exchange_counts(routing_map, map_TR)
+        counts = self.exchange_counts(routing_map, map_TR)
         self._counts = counts
         self.input_splits, self.output_splits = counts.copies.sent, counts.copies.received
 
@@ -175,7 +175,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
         table = rows_of_tokens(self._map_TR, min(self.config.moe_router_topk, self.ep_size))
         return self._inbound.end(ticket), table
 
-    def _gather(self, rows: Tensor, counts: _Counts) -> Tensor:
+    def _gather(self, rows: Tensor, counts: ExchangedRows) -> Tensor:
         """The rows that all tensor ranks of this rank's experts received."""
         if self.tp_size == 1:
             return rows
@@ -184,7 +184,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
         )
 
     @torch.no_grad()
-    def _exchange_counts(self, routing_map: Tensor, map_TR: Tensor) -> _DispatchCounts:
+    def exchange_counts(self, routing_map: Tensor, map_TR: Tensor) -> _DispatchCounts:
         """Exchange the counts between all ranks: one small collective, one wait for the GPU."""
         ranks, tensor_ranks, experts = self.ep_size, self.tp_size, self.num_local_experts
         local_counts = torch.cat([routing_map.sum(dim=0), map_TR.sum(dim=0)])
@@ -194,15 +194,15 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
         # [from, from, to rank, of its experts] and [from, from, to rank]
         selections = every[..., : ranks * experts].view(ranks, tensor_ranks, ranks, experts)
         return _DispatchCounts(
-            copies=self._as_seen_here(every[..., ranks * experts :]),
-            selections=self._as_seen_here(selections.sum(dim=-1)),
+            copies=self.counts_of_this_rank(every[..., ranks * experts :]),
+            selections=self.counts_of_this_rank(selections.sum(dim=-1)),
             tokens_per_expert=selections[:, :, self.ep_rank].sum(dim=(0, 1)),
         )
 
-    def _as_seen_here(self, rows: Tensor) -> _Counts:
+    def counts_of_this_rank(self, rows: Tensor) -> ExchangedRows:
         """This rank's part of [from expert-parallel, from tensor, to expert-parallel] counts."""
         to_here = rows[:, :, self.ep_rank]
-        return _Counts(
+        return ExchangedRows(
             sent=rows[self.ep_rank, self.tp_rank].tolist(),
             received=to_here[:, self.tp_rank].tolist(),
             of_tensor_ranks=to_here.sum(dim=0).tolist(),
@@ -210,7 +210,7 @@ class DedupAlltoAllTokenDispatcher(MoETokenDispatcher):
 
 
 @dataclass(frozen=True)
-class _Counts:
+class ExchangedRows:
     """Rows [R] that this rank sends and receives, and those received by each tensor rank."""
 
     sent: list[int]
@@ -222,6 +222,6 @@ class _Counts:
 class _DispatchCounts:
     """Numbers of exchanged copies and selections, and [L] selections of each local expert."""
 
-    copies: _Counts
-    selections: _Counts
+    copies: ExchangedRows
+    selections: ExchangedRows
     tokens_per_expert: Tensor

@@ -233,7 +233,7 @@ class MoEPPLayer(MoELayer):
         expert_output, _ = self.routed_experts_compute(dispatched, probs)
         returning = self.combine(expert_output)
         if self.fuses:
-            all_output = self._fused_output(returning, hidden_states, routing, shared_output)
+            all_output = self.fused_output(returning, hidden_states, routing, shared_output)
             return all_output.view(hidden_states.shape), routing.logits
         output = self.local_output(hidden_states, routing, shared_output)
         ffn_output = self.postprocess(returning, None)
@@ -306,7 +306,7 @@ class MoEPPLayer(MoELayer):
             tokens, routing.gates, routing.routing_map, routing.mixing_logits
         )
 
-    def _fused_output(
+    def fused_output(
         self,
         returning: Tensor,
         hidden_states: Tensor,

@@ -122,7 +122,7 @@ class MoEPPRouter(TopKRouter):
             ValueError: If the mask has another shape.
         """
         padded = flat_mask(padding_mask, input)
-        logits, mixing_logits = self._logits(input, previous_logits, mixing_weight)
+        logits, mixing_logits = self.compute_logits(input, previous_logits, mixing_weight)
         logits = without_padding(logits, padding_mask)
         chosen = self._choose(logits, padded)._replace(mixing_logits=mixing_logits)
         return self.settle(chosen, padded, previous_logits, tags)
@@ -131,10 +131,10 @@ class MoEPPRouter(TopKRouter):
         self, input: Tensor, previous_logits: Tensor | None, mixing_weight: Tensor | None = None
     ) -> Routing:
         """`forward` before `settle`: has no effect but its result, so a graph can hold it."""
-        logits, mixing_logits = self._logits(input, previous_logits, mixing_weight)
+        logits, mixing_logits = self.compute_logits(input, previous_logits, mixing_weight)
         return self._choose(logits)._replace(mixing_logits=mixing_logits)
 
-    def _logits(
+    def compute_logits(
         self, input: Tensor, previous_logits: Tensor | None, mixing_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, E] fp32 logits, residual included, and the mixing logits of `forward`."""

@@ -138,7 +138,7 @@ def run(request: TrainRequest, say: Say, callbacks: Sequence[Callback] = ()) -> 
         RanksFailedError: Ranks that were started have failed.
     """
     with _entering(request, say):
-        return _start_ranks(request) if request.starts_ranks else _be_rank(request, say, callbacks)
+        return _start_ranks(request) if request.starts_ranks else run_rank(request, say, callbacks)
 
 
 def _entering(request: TrainRequest, say: Say) -> AbstractContextManager[None]:
@@ -168,7 +168,8 @@ def _start_ranks(request: TrainRequest) -> TrainResult:
     return TrainResult(Path(request.config.run.dir), stopped=status == STOPPED)
 
 
-def _be_rank(request: TrainRequest, say: Say, callbacks: Sequence[Callback]) -> TrainResult:
+def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[Callback]) -> TrainResult:
+    """Train as one rank of the run."""
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()

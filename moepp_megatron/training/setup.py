@@ -89,14 +89,14 @@ def build_training_model(config: Config) -> TrainingModel:
         UnfitError: If this machine or the installed megatron-core lacks what the layers use.
     """
     if torch.cuda.is_available() and _uses_triton(config):
-        _start_a_kernel()
+        start_a_kernel()
     if modules_with_extension(config):
         compile_extension()
     use_one_read()
     models = build_model(config)
     schedule_config, chunks = wrap_models(models, config)
     optimizer = build_optimizer(config, chunks)
-    _connect(schedule_config, config, chunks, optimizer)
+    connect_schedule(schedule_config, config, chunks, optimizer)
     return TrainingModel(chunks, models, optimizer, build_schedule(config, optimizer))
 
 
@@ -105,7 +105,7 @@ def _uses_triton(config: Config) -> bool:
     return in_layers or chosen_cross_entropy(config.precision.cross_entropy) == "fused"
 
 
-def _start_a_kernel() -> None:
+def start_a_kernel() -> None:
     """Have a kernel compiled and started before minutes of building and loading."""
     try:
         start_one(torch.device("cuda", torch.cuda.current_device()))
@@ -198,7 +198,7 @@ def _fuse_weight_gradients(model: torch.nn.Module) -> None:
             replace(layer, "fuse_wgrad_accumulation", True)
 
 
-def _connect(
+def connect_schedule(
     schedule_config: TransformerConfig,
     config: Config,
     chunks: list[DistributedDataParallel],

@@ -180,14 +180,13 @@ def run_schedule(
         all stages but the last.
     """
     forward_backward = get_forward_backward_func()
-    forward_step = partial(
-        _forward_step,
-        hooks=hooks,
-        tells_sources=layers_know_tokens(config),
-        tells_mask=config.model.mtp_num_layers > 0,
-    )
     reduced = forward_backward(
-        forward_step_func=forward_step,
+        forward_step_func=partial(
+            forward_step,
+            hooks=hooks,
+            with_sources=layers_know_tokens(config),
+            with_loss_mask=config.model.mtp_num_layers > 0,
+        ),
         data_iterator=batches if len(batches) > 1 else batches[0],
         model=list(model.chunks),
         num_microbatches=num_microbatches,
@@ -200,30 +199,31 @@ def run_schedule(
     return torch.stack([entry["loss"] for entry in reduced]).sum(dim=0)
 
 
-def _forward_step(
+def forward_step(
     iterator: Iterator[Batch],
     model: Any,
     return_schedule_plan: bool = False,
     hooks: StepHooks = NO_HOOKS,
-    tells_sources: bool = False,
-    tells_mask: bool = False,
+    with_sources: bool = False,
+    with_loss_mask: bool = False,
 ) -> tuple[Any, Any]:
     """One micro-batch's output, or its plan for the combined schedule, and its loss function."""
     batch = next(iterator)
     forward = model.build_schedule_plan if return_schedule_plan else model
-    told = {PADDING}
-    if tells_sources:
-        told.add(SOURCES)
-    if tells_mask:
-        told.add("loss_mask")
-    extra: dict[str, Any] = {key: batch[key] for key in told & batch.keys()}
+    extra_keys = {PADDING}
+    if with_sources:
+        extra_keys.add(SOURCES)
+    if with_loss_mask:
+        extra_keys.add("loss_mask")
+    extra: dict[str, Any] = {key: batch[key] for key in extra_keys & batch.keys()}
     extra |= hooks.arguments(batch)
     mask = batch.get("attention_mask")
     output = forward(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], **extra)
-    return output, partial(_loss, batch["loss_mask"], partial(hooks.see, model, batch), hooks)
+    see = partial(hooks.see, model, batch)
+    return output, partial(loss_function, batch["loss_mask"], see, hooks)
 
 
-def _loss(
+def loss_function(
     loss_mask: Tensor, see: Callable[[Tensor], None], hooks: StepHooks, output: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of token losses, number of tokens, and both for the log."""

@@ -70,7 +70,7 @@ class Trainer:
         tokenizer, samples = Tokenizer.load(tokenizer_file), self._num_samples()
         self._train_set, valid_set, _ = build(config, tokenizer, samples)
         valid_sets = build_validation_sets(config, tokenizer, samples[1])
-        self._supervisor = Supervisor(config, self.model)
+        self.supervisor = Supervisor(config, self.model)
         self._sizes = BatchSizes(config)
         self.stopped = False
         self.pause_reason: str | None = None
@@ -86,7 +86,7 @@ class Trainer:
             config,
             layout,
             self.model,
-            self._supervisor,
+            self.supervisor,
             tokenizer_file,
             self._train_set,
             valid_set,
@@ -94,7 +94,7 @@ class Trainer:
             self.progress,
             self.extra,
         )
-        own = Callbacks(config, self.model, self._supervisor, callbacks)
+        own = Callbacks(config, self.model, self.supervisor, callbacks)
         self.parts = Parts([*build_parts(self._run), own])
 
     def run(self) -> StepMetrics | None:
@@ -112,7 +112,7 @@ class Trainer:
         self.model.set_training(True)
         with (
             StopRequest().listening() as stop,
-            self._supervisor as supervisor,
+            self.supervisor as supervisor,
             parts.running(lambda: self.progress, stop),
         ):
             while self.progress.step < config.training.train_iters and not self.stopped:
@@ -179,7 +179,7 @@ class Trainer:
         before = self.progress
         samples = self._sizes.at(before.consumed_samples)
         layout = self._sizes.layout(self.layout, before.consumed_samples)
-        self._supervisor.begin_step(before.step + 1)
+        self.supervisor.begin_step(before.step + 1)
         self.parts.begin_step(before.step + 1, layout)
         started = time.perf_counter()
         result = training_step(self.model, batches, self.config, layout, self.parts, [stop])
@@ -190,7 +190,7 @@ class Trainer:
         step = Step(self.progress, before.consumed_samples, samples, started, result)
         self._alerts.send(*self.parts.end_step(step))
         if result.updated:
-            self._supervisor.end_step(step.number)
+            self.supervisor.end_step(step.number)
         return step
 
     def _judge(self, step: Step) -> bool:
@@ -209,7 +209,7 @@ class Trainer:
             case Pause():
                 self.pause_reason = outcome.reason
             case Stop():
-                with self._supervisor.during("save"):
+                with self.supervisor.during("save"):
                     self._save()
                     self.checkpoints.finish()
                 saved = f"step {self.progress.step} is saved, and resuming goes on after them"
@@ -221,7 +221,7 @@ class Trainer:
     def _go_back(self, wanted: GoBack) -> bool:
         """Continue from an earlier checkpoint; False if there is none."""
         before = self.progress
-        with self._supervisor.during("rollback"):
+        with self.supervisor.during("rollback"):
             checkpoint = newest_checkpoint(self.config, self.checkpoints, wanted.up_to_step)
             self._alerts.send(*wanted.found(checkpoint))
             if checkpoint is None:
@@ -274,7 +274,7 @@ class Trainer:
             "step_time_s": elapsed,
             "tokens_per_s": tokens / elapsed,
             "skipped_steps": self.progress.skipped_steps or None,
-            **self._supervisor.metrics(),
+            **self.supervisor.metrics(),
         }
         if self.config.checkpoint.save_interval > 0:
             fields["failed_saves"] = self.checkpoints.failed_saves

@@ -424,13 +424,13 @@ def answer_megatron() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = move
 
     dispatcher = dedup.DedupAlltoAllTokenDispatcher
-    exchange_counts = dispatcher._exchange_counts
-    dispatcher._as_seen_here = lambda self, rows: None
+    exchange_counts = dispatcher.exchange_counts
+    dispatcher.counts_of_this_rank = lambda self, rows: None
 
     def counted(self: Any, *maps: Any) -> Any:
         def exchanged(rows: int) -> Any:
             each = [rows] * self.ep_size
-            return dedup._Counts(each, each, [rows * self.ep_size] * self.tp_size)
+            return dedup.ExchangedRows(each, each, [rows * self.ep_size] * self.tp_size)
 
         return replace(
             exchange_counts(self, *maps),
@@ -438,7 +438,7 @@ def answer_megatron() -> None:
             selections=exchanged(ROUTING.rows * self.num_local_experts),
         )
 
-    dispatcher._exchange_counts = counted
+    dispatcher.exchange_counts = counted
     _answer_flex(token_dispatcher)
     if moe_utils.fused_permute_with_probs is None:
         return

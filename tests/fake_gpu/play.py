@@ -126,7 +126,7 @@ def _leave() -> None:
     # Has as many layers as the first model.
     get_moe_metrics_tracker().metrics.clear()
     # Fake tensors belong to their mode.
-    capacity._limits.cache_clear()
+    capacity.capacity_limits.cache_clear()
 
 
 def _play(case: Case, outcome: Outcome) -> None:
@@ -169,7 +169,7 @@ class _Run:
         from moepp_megatron.training.schedule import build_schedule
 
         self.config, self.layout, self.case, self.outcome = config, layout, case, outcome
-        setup._start_a_kernel()
+        setup.start_a_kernel()
         setup.use_one_read()
         with torch.device("cuda"):
             models = build_chunks(config)
@@ -178,7 +178,7 @@ class _Run:
         optimizer = build_optimizer(config, chunks)
         # megatron-core asks all ranks once, and the answer is a number.
         optimizer._has_grad_norm_group_cache = dict.fromkeys(SEPARATE_GRAD_NORM_GROUPS, False)
-        setup._connect(schedule_config, config, chunks, optimizer)
+        setup.connect_schedule(schedule_config, config, chunks, optimizer)
         schedule = build_schedule(config, optimizer)
         self.model = setup.TrainingModel(chunks, models, optimizer, schedule)
         self.model.set_training(True)

@@ -19,7 +19,7 @@ _DISPATCHER = f"{_CORE}/transformer/moe/token_dispatcher.py"
 STEP = {f"copy to the host {_OWN}/training/step_sums.py:read_step": 1}
 # How many rows each rank and expert gets, which sizes of tensors depend on.
 ALL_TO_ALL = {f"synchronize {_DISPATCHER}:_maybe_dtoh_and_synchronize": 1}
-DEDUPLICATED = {f"copy to the host {_OWN}/moe/dedup_dispatcher.py:_exchange_counts": 1}
+DEDUPLICATED = {f"copy to the host {_OWN}/moe/dedup_dispatcher.py:exchange_counts": 1}
 ALL_GATHER = {f"copy to the host {_DISPATCHER}:dispatch_postprocess": 1}
 # They wait for their counts themselves.
 DEEPEP = {f"DeepEP {_DISPATCHER}:dispatch": 1}

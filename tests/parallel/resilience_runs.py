@@ -135,7 +135,7 @@ def _is_on(trainer: Any, fault: Fault) -> bool:
 def _changed_loss(trainer: Any, fault: Fault, factor: float) -> Iterator[None]:
     from moepp_megatron.training import step
 
-    original = step._loss
+    original = step.loss_function
 
     def changed(*args: Any) -> Any:
         loss, num_tokens, report = original(*args)
@@ -144,7 +144,7 @@ def _changed_loss(trainer: Any, fault: Fault, factor: float) -> Iterator[None]:
             return loss * factor, num_tokens, {"loss": report["loss"] * scale}
         return loss, num_tokens, report
 
-    with mock.patch.object(step, "_loss", changed):
+    with mock.patch.object(step, "loss_function", changed):
         yield
 
 
@@ -188,13 +188,13 @@ def _changed_weights(trainer: Any, fault: Fault, factor: float) -> Iterator[None
 def _slow(trainer: Any, fault: Fault) -> Iterator[None]:
     from moepp_megatron.training import step
 
-    original = step._forward_step
+    original = step.forward_step
 
     def slow(*args: Any, **named: Any) -> Any:
         time.sleep(0.5 * slowdown())
         return original(*args, **named)
 
-    with mock.patch.object(step, "_forward_step", slow):
+    with mock.patch.object(step, "forward_step", slow):
         yield
 
 

@@ -189,6 +189,7 @@ def test_a_run_begun_without_a_bias_goes_on_with_one(
 
 def missing_target(raw: dict[str, Any], steps: int, resumed_at: int) -> list[tuple[int, str]]:
     """Step and text of each alert while routers take what they like."""
+    from moepp_megatron.moe.layer import moe_statistics
     from moepp_megatron.training.parts.budget import BudgetControl
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.setup import build_training_model
@@ -203,9 +204,10 @@ def missing_target(raw: dict[str, Any], steps: int, resumed_at: int) -> list[tup
         if step == resumed_at:
             budget = BudgetControl(config, model, routing, budget.state()["budget"])
         routing.reset()
-        for statistics in routing._statistics.values():
-            # As many of each expert: a share of 8 of 12.
-            statistics.add_selection(torch.full((experts,), 100), 600)
+        for chunk in model.chunks:
+            for statistics in moe_statistics(chunk).values():
+                # As many of each expert: a share of 8 of 12.
+                statistics.add_selection(torch.full((experts,), 100), 600)
         budget.begin_step(step, layout)
         found += [(alert.step, alert.text()) for alert in budget.learn(step)]
     return found

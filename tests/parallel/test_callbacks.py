@@ -185,13 +185,13 @@ def refusals(raw: dict[str, Any]) -> list[str]:
         trainer.run()
     config = trainer.config
     with pytest.raises(ConfigError) as misspelt:
-        Callbacks(config, trainer.model, trainer._supervisor, [Misspelt()])
+        Callbacks(config, trainer.model, trainer.supervisor, [Misspelt()])
     named = config.model_copy(update={"run": config.run.model_copy(update={"callbacks": ["x"]})})
     with (
         mock.patch.object(callbacks, "load_plugin", return_value=Demanding),
         pytest.raises(CallbackError) as demanding,
     ):
-        Callbacks(named, trainer.model, trainer._supervisor)
+        Callbacks(named, trainer.model, trainer.supervisor)
     return [str(raised.value) for raised in (left, misspelt, demanding)]
 
 

@@ -109,7 +109,7 @@ def judge_while_pruning(raw: dict[str, Any]) -> list[tuple[str, str, int]]:
     looks: list[tuple[str, str, int]] = []
 
     def look(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
-        looks.append((trainer._supervisor._activity.now.phase, checkpoint.name, num_parts))
+        looks.append((trainer.supervisor.activity.now.phase, checkpoint.name, num_parts))
         return damage(checkpoint, part, num_parts)
 
     with mock.patch.object(read, "damage", look), mock.patch.object(room, "damage", look):

@@ -235,7 +235,7 @@ def teacher_of_all(raw: dict[str, Any], seen: list[Path]) -> str:
 
     from moepp_megatron.training.parts.distillation import Distillation
 
-    with mock.patch.object(teacher, "_find", return_value=seen[dist.get_rank()]):
+    with mock.patch.object(teacher, "find_checkpoint", return_value=seen[dist.get_rank()]):
         identity: str = part_of(trainer_of(raw), Distillation).state()["teacher"]
     return identity
 

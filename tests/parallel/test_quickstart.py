@@ -48,8 +48,6 @@ def test_the_docs_show_what_the_script_runs(tmp_path: Path) -> None:
     assert block, "first_run.md has no commands"
     shown = [shlex.split(line) for line in block[1].splitlines()]
     assert shown == [["moepp", *words] for words in _commands(tmp_path, gpus=0)]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "## Quickstart\n\n```bash\n./launch/quickstart.sh\n```\n" in readme
 
 
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,16 +188,14 @@ def take_ffn_experts_from_rarest(model: Any, fault: Fault) -> None:
         def see(module: Any, args: Any, rare: list[Any] = rare) -> None:
             rare[:] = [groups(args[3]).reshape(args[3].shape) >= LAST_BAND]
 
-        def lower(
-            *args: Any, logits: Any = router._logits, rare: list[Any] = rare, num: int = NUM_FFN
-        ) -> Any:
-            found, mixing = logits(*args)
-            found = found.clone()
-            found[..., :num] -= 20.0 * rare[0].unsqueeze(-1)
-            return found, mixing
+        def lower(*args: Any, compute: Any = router.compute_logits, rare: list[Any] = rare) -> Any:
+            logits, mixing = compute(*args)
+            logits = logits.clone()
+            logits[..., :NUM_FFN] -= 20.0 * rare[0].unsqueeze(-1)
+            return logits, mixing
 
         router.register_forward_pre_hook(see)
-        router._logits = lower
+        router.compute_logits = lower
 
 
 def run_with_a_fall(raw: dict[str, Any]) -> Found:

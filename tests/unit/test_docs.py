@@ -66,24 +66,6 @@ def test_command_lines_are_found_where_they_are() -> None:
     ]
 
 
-def words_of(markdown: str) -> int:
-    """Words of the rendered page, tables included, without code blocks and addresses."""
-    shown = _LINK.sub(lambda link: link[1], _CODE.sub("", markdown))
-    return sum(1 for word in re.split(r"[\s|]+", shown) if re.search(r"\w", word))
-
-
-def test_readme_is_short() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert 500 < words_of(text) <= 900
-    assert words_of("Two [words](https://a.b/c.md) | 2\n```bash\nnot one\n```\n") == 3
-
-
-def test_readme_says_the_status_once() -> None:
-    text = " ".join(README.read_text(encoding="utf-8").split())
-    assert text.count("no GPU has run it") == 1
-    assert len(re.findall(r"not (yet )?(been )?(tried|run|measured) on (a )?GPU", text)) == 0
-
-
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "LOG.md"], ids=_name)
 def test_links_lead_somewhere(page: Path) -> None:
     text = _CODE.sub("", page.read_text(encoding="utf-8"))

@@ -33,7 +33,7 @@ class Supervisor:
     def __init__(self, config: Config, model: TrainingModel) -> None:
         settings = config.resilience
         self._model, self._divergence_interval = model, settings.divergence_interval
-        self._activity = Activity()
+        self.activity = Activity()
         self._steps_begun = 0
         self._comparison: OwnTimes | KernelScores | None = None
         self._watchdog: Watchdog | None = None
@@ -42,7 +42,7 @@ class Supervisor:
                 Path(config.run.dir),
                 dist.get_rank(),
                 dist.get_world_size(),
-                self._activity,
+                self.activity,
                 settings,
             )
         self._stragglers: StragglerDetector | KernelStragglerDetector | None = None
@@ -77,13 +77,13 @@ class Supervisor:
     def begin_step(self, step: int) -> None:
         """Training step `step` begins."""
         self._steps_begun += 1
-        self._activity.enter(STEP if self._steps_begun > 1 else FIRST_STEP, step)
+        self.activity.enter(STEP if self._steps_begun > 1 else FIRST_STEP, step)
         if self._stragglers is not None:
             self._stragglers.begin_step()
 
     def during(self, phase: str) -> AbstractContextManager[None]:
         """A context for work that may take long: evaluation, saving, loading."""
-        return self._activity.during(phase)
+        return self.activity.during(phase)
 
     def end_step(self, step: int) -> None:
         """The optimizer has taken step `step`; every rank must call.

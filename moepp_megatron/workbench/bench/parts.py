@@ -19,7 +19,7 @@ _PARTS = {
     "router": (("", "route"), ("router", "forward")),
     "dispatch": (("", "preprocess"), ("", "dispatch")),
     "experts": (("", "routed_experts_compute"),),
-    "combine": (("", "combine"), ("", "postprocess"), ("", "_fused_output")),
+    "combine": (("", "combine"), ("", "postprocess"), ("", "fused_output")),
     "zero_computation": (("zero_computation", "forward"), ("zero_computation", "ingredients")),
 }
 

@@ -17,16 +17,13 @@ from moepp_megatron.workbench.bench.step import TimedStep
 from moepp_megatron.workbench.report.drawing import BLUE, INK, MUTED, VERMILION, png_figure
 from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
-# The widest table fits.
-_LOG_WIDTH = 110
-
 _PASS_COLOURS = {"forward": BLUE, "forward_backward": VERMILION}
 _PASS_NAMES = {"forward": "forward", "forward_backward": "fwd + bwd"}
 
 
 def print_table(results: Sequence[LayerResult]) -> None:
     """Print times and efficiency beside the paper's; then parts and memory."""
-    console = wide_console(highlight=True, width=_LOG_WIDTH)
+    console = wide_console(highlight=True)
     title = "MoE++ layer against megatron-core's MoE layer, milliseconds"
     names = ("shape", "tau", "pass", "vanilla", "MoE++", "speedup", "efficiency", "paper")
     table = titled_table(title, *names, words=3)
@@ -191,7 +188,7 @@ def print_bounds(results: Sequence[LayerResult]) -> None:
             table.add_row(
                 r.shape, f"{r.tau:g}", *ratios, f"{rate:.3g}", f"{rate / r.matmul_tflops:.0%}"
             )
-    console = wide_console(highlight=True, width=_LOG_WIDTH)
+    console = wide_console(highlight=True)
     console.print(table)
     console.print(
         f"bound: bytes over the measured copy ({first.copy_gb_s:.0f} GB/s), or FLOPs over the "

@@ -12,18 +12,14 @@ from rich.table import Table
 from moepp_megatron.runtime.terminal import Console
 
 # A pipe or a log has no width of its own.
-_LOG_WIDTH = 120
+LOG_WIDTH = 150
 
 
-def wide_console(highlight: bool = False, width: int | None = None) -> Console:
-    """A console on which a pipe or a log is as wide as tables want.
-
-    Args:
-        width: Width of a pipe or a log, in characters; None for the usual one.
-    """
+def wide_console(highlight: bool = False) -> Console:
+    """A console on which a pipe or a log is as wide as tables want."""
     console = Console(highlight=highlight)
     if not console.is_terminal:
-        console.width = width or _LOG_WIDTH
+        console.width = LOG_WIDTH
     return console
 
 

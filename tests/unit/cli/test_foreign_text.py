@@ -105,7 +105,7 @@ def test_errors_that_quote_a_configuration(hostile_run, moepp, command: str):
 def test_profile_of_collectives(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("moepp_megatron.workbench.report.profile.tables._LOG_WIDTH", 400)
+    monkeypatch.setattr("moepp_megatron.workbench.report.terminal.LOG_WIDTH", 400)
     row = SummaryRow(
         purpose="", operation=HOSTILE, group="expert", phase="", calls=1.0, time_us=1.0
     )
@@ -141,7 +141,7 @@ def test_pilot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 
 
 def test_scaling(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moepp_megatron.workbench.report.terminal._LOG_WIDTH", 400)
+    monkeypatch.setattr("moepp_megatron.workbench.report.terminal.LOG_WIDTH", 400)
     # A layout is parts of a name and a number.
     hostile = HOSTILE.replace("=", "")
     numbers = {field.name: 1 for field in fields(ScaleRecord)}

@@ -19,7 +19,7 @@ from moepp_megatron.data import prepared_data
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
 from moepp_megatron.runtime import launch
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
-from moepp_megatron.training.run import TrainResult, _be_rank
+from moepp_megatron.training.run import TrainResult, run_rank
 from tests.unit.cli.test_dry_run import MINIMAL
 
 OF_OTHERS = ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID", "MOEPP_GO_ON", "MOEPP_CLAIM")
@@ -221,11 +221,11 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
         layout=Layout.from_config(config, 1),
         rank=SimpleNamespace(rank=0, is_launched=False),
     )
-    _be_rank(request, print, ())
+    run_rank(request, print, ())
     assert capsys.readouterr().out.splitlines()[:3] == [*trainer.start_lines, "trains"]
     assert bound == ["its GPU"]
     request.config = with_overrides(config, ["run.numa_binding=false"])
-    _be_rank(request, print, ())
+    run_rank(request, print, ())
     assert len(bound) == 1
 
 

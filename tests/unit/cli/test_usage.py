@@ -285,12 +285,12 @@ def test_json_that_is_printed_needs_a_folder(
     ],
 )
 def test_no_memory_is_one_line(error: Exception, tmp_path, monkeypatch, capsys) -> None:
-    from moepp_megatron.data import saved_datasets
+    from moepp_megatron.data import sources
 
     def without_memory(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(saved_datasets, "_read", without_memory)
+    monkeypatch.setattr(sources, "companions", without_memory)
     (tmp_path / "state.json").write_text("{}")
     (tmp_path / "dataset_info.json").write_text("{}")
     words = ["moepp", "data", "prepare", str(tmp_path), "--out", "unused"]

@@ -12,8 +12,6 @@ from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 
 _NO = "-"
-# The widest table fits.
-_LOG_WIDTH = 150
 _PEAKS = {
     "rated": "Peak: the rated bandwidth of the link.",
     "measured": "Peak: what such a call reached alone.",
@@ -96,7 +94,7 @@ def _table(
 
 def print_tables(sentences: Sequence[str], tables: Sequence[TextTable]) -> None:
     """Print findings in words, then tables."""
-    console = wide_console(highlight=True, width=_LOG_WIDTH)
+    console = wide_console(highlight=True)
     for sentence in sentences:
         console.print(sentence, highlight=False)
     for one in tables:

@@ -162,7 +162,7 @@ def test_nested_parts_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
             work(1.0)
             self.router.forward()
 
-        def _fused_output(self) -> None:
+        def fused_output(self) -> None:
             work(4.0)
             self.zero_computation.ingredients()
             work(5.0)
@@ -175,7 +175,7 @@ def test_nested_parts_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward() -> None:
         layer.route()
         layer.routed_experts_compute()
-        layer._fused_output()
+        layer.fused_output()
         work(7.0)
 
     assert parts_ms(layer, forward, 3) == {

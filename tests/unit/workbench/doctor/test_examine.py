@@ -71,7 +71,7 @@ def test_a_broken_driver_is_an_error_and_no_driver_is_not():
 
 
 def test_without_descriptions_nothing_is_judged_by_rated_numbers(monkeypatch, tmp_path):
-    monkeypatch.setattr(hardware, "_FOLDER", tmp_path)
+    monkeypatch.setattr(hardware, "HARDWARE_FOLDER", tmp_path)
     for cards in (FakeNvml(answers(0)), FakeNvml(init_error=pynvml.NVMLError_LibraryNotFound())):
         node = NodeExaminer(Request(), Cards.read(cards))
         assert node.hardware is None

@@ -4,10 +4,13 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from moepp_megatron.cli.run_end import say_end
+from moepp_megatron.training.run import TrainResult
 from moepp_megatron.workbench.report import ReportError, formatting
 from moepp_megatron.workbench.report.drawing import MAX_POINTS, smooth, thin
 from moepp_megatron.workbench.report.page import render
@@ -123,18 +126,19 @@ def test_every_share_and_saving_is_of_the_last_tenth_of_the_records(make_run):
     assert page.count("steps 46 to 50") >= 5
 
 
+def _say_end(config, record):
+    request = SimpleNamespace(config=config, rank=SimpleNamespace(rank=0), starts_ranks=False)
+    say_end(request, TrainResult(Path(config.run.dir), metrics=record), False)
+
+
 def test_the_last_lines_of_a_run_name_the_number_of_its_page(make_run, capsys):
-    from types import SimpleNamespace
-
-    from moepp_megatron.cli.run_end import _finish
-
     folder = make_run(steps=50, edit=_falling)
     config = SimpleNamespace(
         run=SimpleNamespace(dir=str(folder)),
         moe=SimpleNamespace(ffn_share=0.6),
         checkpoint=SimpleNamespace(save_interval=0),
     )
-    _finish(config, load_run(folder).records[-1])
+    _say_end(config, load_run(folder).records[-1])
     assert (
         "FFN share    0.500 of all selections (phi 0.600): 50.0% of the expert work saved, "
         "mean of steps 46 to 50" in capsys.readouterr().out
@@ -145,12 +149,8 @@ def test_the_last_lines_of_a_run_name_the_number_of_its_page(make_run, capsys):
 
 def test_a_run_that_was_complete_already_gets_its_page(make_run, capsys):
     """It may have been killed between its last checkpoint and its page."""
-    from types import SimpleNamespace
-
-    from moepp_megatron.cli.run_end import _finish
-
     folder = make_run(steps=3)
-    _finish(SimpleNamespace(run=SimpleNamespace(dir=str(folder))), None)
+    _say_end(SimpleNamespace(run=SimpleNamespace(dir=str(folder))), None)
     assert "nothing left to do" in capsys.readouterr().out
     assert (folder / "report.html").exists()
 
