@@ -99,9 +99,7 @@ def begin(tmp_path: Path, data: Path):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_closed_terminal_costs_nothing(
-    begin: Callable[..., Hung], tmp_path: Path, num_ranks: int
-) -> None:
+def test_a_closed_terminal_costs_nothing(begin: Callable[..., Hung], tmp_path, num_ranks: int):
     hung = begin(num_ranks)
     program = tmp_path / "terminal_of_test.py"
     program.write_text(IN_TERMINAL)
@@ -122,9 +120,7 @@ def test_a_closed_terminal_costs_nothing(
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_hang_up_of_all_processes_stops_as_ctrl_c_does(
-    begin: Callable[..., Hung], num_ranks: int
-) -> None:
+def test_a_hang_up_of_all_processes_stops_as_ctrl_c_does(begin, num_ranks):
     hung = begin(num_ranks)
     process = hung.start("-m", MODULE, *hung.words)
     hung.wait_for_step(3)
@@ -143,9 +139,7 @@ def test_a_hang_up_of_all_processes_stops_as_ctrl_c_does(
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_with_nohup_it_trains_on(
-    begin: Callable[..., Hung], tmp_path: Path, num_ranks: int
-) -> None:
+def test_with_nohup_it_trains_on(begin: Callable[..., Hung], tmp_path, num_ranks: int) -> None:
     hung = begin(num_ranks, SHORT)
     program = tmp_path / "nohup_of_test.py"
     program.write_text(NOHUP)

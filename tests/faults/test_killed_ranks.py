@@ -4,7 +4,6 @@ import random
 import signal
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,9 +78,7 @@ def test_two_kills(tmp_path: Path, data: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_twenty_kills(
-    tmp_path: Path, data: Path, num_ranks: int, record_property: Callable[[str, object], None]
-) -> None:
+def test_twenty_kills(tmp_path, data, num_ranks, record_property):
     steps = 600
     record_property("ranks", num_ranks)
     expected = undisturbed(tmp_path, data, num_ranks, steps)

@@ -150,9 +150,7 @@ def gone(numbers: list[int]) -> bool:
 @pytest.mark.parametrize(
     ("what", "status"), [("end", 0), ("stop", 75), ("hang", 70), ("refuse together", 2)]
 )
-def test_what_ranks_end_with_reaches_the_caller(
-    start, tmp_path: Path, what: str, status: int
-) -> None:
+def test_what_ranks_end_with_reaches_the_caller(start, tmp_path, what: str, status: int) -> None:
     process = start(what)
     output, _ = process.communicate()
     assert process.returncode == status, output

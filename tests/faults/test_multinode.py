@@ -119,9 +119,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         hosts.remove()
 
 
-def test_host_that_is_cut_off_and_comes_back(
-    hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_host_that_is_cut_off_and_comes_back(hosts: Hosts, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", _THREADS)
     data = prepare_data(tmp_path)
     alone = write_config(tmp_path / "alone.yaml", data, tmp_path / "alone", 2, train_iters=STEPS)

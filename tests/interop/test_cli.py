@@ -106,9 +106,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"input_ids": np.array([[object()]])}, "must be an npz file of plain arrays"),
     ],
 )
-def test_wrong_tokens_are_refused(
-    checkpoint: Path, tmp_path: Path, arrays: dict[str, Any], named: str
-) -> None:
+def test_wrong_tokens_are_refused(checkpoint: Path, tmp_path, arrays: dict[str, Any], named: str):
     tokens = tmp_path / "tokens.npz"
     np.savez(tokens, **arrays)
     with pytest.raises(ConfigError, match=named):
@@ -116,9 +114,7 @@ def test_wrong_tokens_are_refused(
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", np.lib.format.magic(1, 0)])
-def test_files_that_are_no_npz_are_refused(
-    checkpoint: Path, tmp_path: Path, content: bytes
-) -> None:
+def test_files_that_are_no_npz_are_refused(checkpoint: Path, tmp_path, content: bytes) -> None:
     tokens = tmp_path / "tokens.npz"
     tokens.write_bytes(content)
     with pytest.raises(ConfigError, match=r"tokens\.npz\)"):
@@ -134,9 +130,7 @@ def test_files_that_are_no_npz_are_refused(
         (["parallel.pipeline_model_parallel_size=3"], "pipeline_model_parallel_size"),
     ],
 )
-def test_wrong_layouts_are_refused(
-    checkpoint: Path, tmp_path: Path, overrides: list[str], named: str
-) -> None:
+def test_wrong_layouts_are_refused(checkpoint: Path, tmp_path, overrides: list[str], named: str):
     tokens = CASE / "expected.npz"
     with pytest.raises(ConfigError, match=named):
         ScoreRequest.read(checkpoint, tokens, tmp_path / "out.npz", overrides, 1, False)

@@ -90,9 +90,7 @@ def test_megatrons_name_of_the_loss_gives_the_scope(kind: str, scope: str, beta:
     assert (made.balance_scope, made.balance_coeff) == (scope, beta)
 
 
-def test_a_parser_without_our_arguments_leaves_them_to_the_environment(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_parser_without_our_arguments_leaves_them_to_the_environment(monkeypatch) -> None:
     nothing_of_ours = argparse.Namespace(num_experts=8)
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     assert moepp_config(transformer(), nothing_of_ours).tau == 0.75
@@ -103,9 +101,7 @@ def test_a_parser_without_our_arguments_leaves_them_to_the_environment(
         moepp_config(transformer(), parsed())
 
 
-def test_an_unknown_word_in_the_environment_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_word_in_the_environment_is_an_error(monkeypatch, capsys) -> None:
     monkeypatch.setenv(ENVIRONMENT, "--moepp-taw 0.25")
     with pytest.raises(SystemExit) as end:
         moepp_config(transformer(), argparse.Namespace())
@@ -165,8 +161,8 @@ def test_what_the_layer_would_not_honour_is_refused(changes: dict[str, Any], mes
     ],
 )
 def test_context_parallelism_without_transformer_engine_names_every_flag_at_once(
-    is_spec: bool, changes: dict[str, Any], given: dict[str, Any], flags: str | None
-) -> None:
+    is_spec, changes, given, flags
+):
     config = transformer()
     settings = {"context_parallel_size": 2, "cp_comm_type": "p2p", "attention_dropout": 0.1}
     for name, value in {**settings, **changes}.items():
@@ -180,9 +176,7 @@ def test_context_parallelism_without_transformer_engine_names_every_flag_at_once
         moepp_config(config, args, is_spec=is_spec)
 
 
-def test_settings_of_the_environment_are_left_for_the_checkpoint(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_settings_of_the_environment_are_left_for_the_checkpoint(monkeypatch) -> None:
     args = argparse.Namespace()
     monkeypatch.setenv(ENVIRONMENT, "--moepp-tau 0.25")
     moepp_config(transformer(), args)
@@ -207,9 +201,7 @@ def test_help_can_be_printed_beside_megatrons() -> None:
 
 
 @pytest.mark.parametrize(("rank", "printed"), [("0", "error: tau is wrong\n"), ("1", "")])
-def test_refusal_is_one_line_and_exit_code_2(
-    rank: str, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refusal_is_one_line_and_exit_code_2(rank: str, printed: str, monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit) as end:
         refuse(ValueError("tau is wrong"))

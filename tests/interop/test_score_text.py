@@ -102,15 +102,7 @@ def test_ranks_agree_on_the_perplexity(checkpoint: Path, tmp_path: Path) -> None
         (None, "bytes.txt", None, False, r"--text \(.*bytes\.txt\) must be UTF-8"),
     ],
 )
-def test_what_is_refused(
-    checkpoint: Path,
-    tmp_path: Path,
-    tokens: str | None,
-    text: str | None,
-    out: str | None,
-    logits: bool,
-    named: str,
-) -> None:
+def test_what_is_refused(checkpoint, tmp_path, tokens, text, out, logits, named):
     (tmp_path / "text.txt").write_text("abc")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")

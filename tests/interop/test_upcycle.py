@@ -157,9 +157,7 @@ def upcycle_and_score(source: Path, target: Path, tokens: Path, changes: dict[st
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_same_function_at_step_0(
-    ranks: RankPools, plain: RunPlain, tmp_path: Path, name: str
-) -> None:
+def test_same_function_at_step_0(ranks, plain: RunPlain, tmp_path, name: str) -> None:
     tokens = write_tokens(tmp_path)
     expected = plain(write_source, tmp_path / "hf", name, tokens)
     ((logits, ffn_share),) = ranks(1).run(
@@ -322,9 +320,7 @@ def train_upcycled(
     return losses, shares, config.moe.ffn_share
 
 
-def test_short_run_moves_the_ffn_share_from_1_towards_phi(
-    ranks: RankPools, plain: RunPlain, tmp_path: Path
-) -> None:
+def test_short_run_moves_the_ffn_share_from_1_towards_phi(ranks, plain: RunPlain, tmp_path) -> None:
     plain(write_source, tmp_path / "hf", "mixtral", write_tokens(tmp_path))
     runs = ranks(2).run(train_upcycled, tmp_path / "hf", tmp_path / "moepp", 60)
     (losses, shares, phi), other = runs

@@ -77,9 +77,7 @@ def test_layouts(ranks: RankPools, alone: Callable[..., Run], layout: str) -> No
     compare(run, alone(short(model=MODELS[name], training=training), vary_norms), FP32)
 
 
-def test_checkpoints_go_on_in_another_layout(
-    ranks: RankPools, alone: Callable[..., Run], tmp_path: Path
-) -> None:
+def test_checkpoints_go_on_in_another_layout(ranks, alone: Callable[..., Run], tmp_path) -> None:
     model = MODELS["two key heads"]
     losses = ranks(2).run(train_between, short(model=model, parallel=TP2), tmp_path, 1)[0]
     start = tmp_path / checkpoint_name(1)

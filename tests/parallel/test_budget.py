@@ -123,9 +123,7 @@ def test_state_and_losses_are_those_of_one_process(ranks: RankPools, controller:
     [(0.5, {}, 100, 0.05), (1.0, {"controller": "bias", "gain": 0.2, "decay": 0.0}, 200, 0.02)],
     ids=["default", "gain"],
 )
-def test_bias_holds_the_budget_through_a_shift_of_the_data(
-    ranks: RankPools, target: float, budget: dict[str, Any], steps: int, tolerance: float
-) -> None:
+def test_bias_holds_the_budget_through_a_shift_of_the_data(ranks, target, budget, steps, tolerance):
     moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": target, **budget}}
     training = {"train_iters": steps, "global_batch_size": BATCH, "micro_batch_size": BATCH}
     optimizer = {"lr": 3e-3, "decay_style": "constant"}
@@ -148,9 +146,7 @@ WHOLE = {"global_batch_size": 8, "micro_batch_size": 8}
 
 
 @pytest.mark.parametrize("controller", list(CONTROLLED))
-def test_two_and_two_steps_are_four(
-    ranks: RankPools, corpus: Path, tmp_path: Path, controller: str
-) -> None:
+def test_two_and_two_steps_are_four(ranks, corpus: Path, tmp_path, controller: str) -> None:
     moe = {"num_ffn_experts": 8, "budget": CONTROLLED[controller]}
     checkpoint = {"save_interval": 2, "async_save": True, "load": "auto"}
     training = {"train_iters": 4, **WHOLE}
@@ -165,9 +161,7 @@ def test_two_and_two_steps_are_four(
     assert logged(tmp_path / "parts", "ffn_target") == [0.8 / 2] * 4
 
 
-def test_a_run_begun_without_a_bias_goes_on_with_one(
-    ranks: RankPools, corpus: Path, tmp_path: Path
-) -> None:
+def test_a_run_begun_without_a_bias_goes_on_with_one(ranks, corpus: Path, tmp_path) -> None:
     """Another run from its weights, and then the run itself."""
 
     def run(name: str, steps: int, budget: dict[str, Any], **checkpoint: Any) -> int:
@@ -221,9 +215,7 @@ def missing_target(raw: dict[str, Any], steps: int, resumed_at: int) -> list[tup
         ({"controller": "bias", "gain": 0.01}, "moe.budget.gain (0.01)"),
     ],
 )
-def test_a_target_that_is_missed_is_told_once(
-    ranks: RankPools, budget: dict[str, Any], remedy: str
-) -> None:
+def test_a_target_that_is_missed_is_told_once(ranks, budget: dict[str, Any], remedy: str) -> None:
     moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": 0.8, **budget}}
     ((alert, *others),) = ranks(1).run(missing_target, short(moe=moe), 250, 60)
     assert others == []

@@ -148,9 +148,7 @@ def save_with_another_clock(folder: Path) -> list[list[str]]:
     return found
 
 
-def test_the_newest_checkpoint_is_the_last_one_whatever_the_clock_says(
-    ranks: RankPools, tmp_path: Path
-) -> None:
+def test_the_newest_checkpoint_is_the_last_one_whatever_the_clock_says(ranks, tmp_path) -> None:
     (found,) = ranks(1).run(save_with_another_clock, tmp_path)
     steps = [f"step_{step:08d}" for step in (1, 2, 3)]
     assert found == [[steps[1], steps[0]], [steps[2], steps[1]]]
@@ -173,9 +171,7 @@ def save_after_dates_ahead(folder: Path) -> list[list[str]]:
     return found
 
 
-def test_a_new_checkpoint_stays_though_others_are_dated_ahead(
-    ranks: RankPools, tmp_path: Path
-) -> None:
+def test_a_new_checkpoint_stays_though_others_are_dated_ahead(ranks, tmp_path) -> None:
     (found,) = ranks(1).run(save_after_dates_ahead, tmp_path)
     assert found == [["latest", f"step_{step:08d}"] for step in (2, 3)]
     dates = [json.loads(path.read_text())["saved_at"] for path in tmp_path.glob("*/state.json")]
@@ -197,9 +193,7 @@ def lose_checkpoints(raw: dict[str, Any], lost: int) -> tuple[str | None, int]:
 
 
 @pytest.mark.parametrize("lost", [2, 3])
-def test_a_checkpoint_that_is_lost_after_its_save(
-    ranks: RankPools, corpus: Path, tmp_path: Path, lost: int
-) -> None:
+def test_a_checkpoint_that_is_lost_after_its_save(ranks, corpus: Path, tmp_path, lost: int) -> None:
     """Is told, and is the run's failure if it was the last one."""
     raw = trainer_settings(
         corpus, tmp_path, training={"train_iters": 3}, checkpoint={"save_interval": 1}
@@ -243,9 +237,7 @@ def test_a_run_whose_folder_is_removed(ranks: RankPools, corpus: Path, tmp_path:
     assert {"config.yaml", "status.json", "tensorboard"} <= set(names(run))
 
 
-def test_a_run_whose_folder_is_removed_at_its_end(
-    ranks: RankPools, corpus: Path, tmp_path: Path
-) -> None:
+def test_a_run_whose_folder_is_removed_at_its_end(ranks, corpus: Path, tmp_path) -> None:
     run = tmp_path / "run"
     steps = {"train_iters": 3}
     raw = trainer_settings(corpus, run, training=steps, checkpoint={"save_interval": 3})

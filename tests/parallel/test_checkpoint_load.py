@@ -91,9 +91,7 @@ def _truncate(path: Path) -> None:
         ("config.yaml", _truncate, "config.yaml has "),
     ],
 )
-def test_auto_skips_what_is_damaged(
-    ranks: RankPools, corpus: Path, run: Path, name: str, harm: Any, why: str
-) -> None:
+def test_auto_skips_what_is_damaged(ranks, corpus: Path, run: Path, name: str, harm: Any, why: str):
     newest = run / "checkpoints" / "step_00000004"
     harm(newest / name)
     left = sorted(path.name for path in newest.iterdir())
@@ -105,9 +103,7 @@ def test_auto_skips_what_is_damaged(
     assert sorted(path.name for path in newest.iterdir()) == left
 
 
-def test_a_run_goes_on_from_the_newest_valid_checkpoint(
-    ranks: RankPools, corpus: Path, run: Path
-) -> None:
+def test_a_run_goes_on_from_the_newest_valid_checkpoint(ranks, corpus: Path, run: Path) -> None:
     newest = run / "checkpoints" / "step_00000004"
     _flip(newest / "__1_0.distcp")
     expected = logged(run)
@@ -132,9 +128,7 @@ def test_auto_ignores_what_a_killed_save_left(ranks: RankPools, corpus: Path, ru
     ]  # fmt: skip
 
 
-def test_unreadable_checkpoint_of_the_same_step_is_put_aside(
-    ranks: RankPools, corpus: Path, run: Path
-) -> None:
+def test_unreadable_checkpoint_of_the_same_step_is_put_aside(ranks, corpus: Path, run: Path):
     checkpoints = run / "checkpoints"
     _flip(checkpoints / "step_00000004" / "__1_0.distcp")
     damaged = (checkpoints / "step_00000004" / "__1_0.distcp").read_bytes()
@@ -145,9 +139,7 @@ def test_unreadable_checkpoint_of_the_same_step_is_put_aside(
     assert not (checkpoints / "step_00000002").exists(), "keep deletes what is valid and old"
 
 
-def test_auto_starts_from_scratch_where_there_is_nothing(
-    ranks: RankPools, corpus: Path, tmp_path: Path
-) -> None:
+def test_auto_starts_from_scratch_where_there_is_nothing(ranks, corpus: Path, tmp_path) -> None:
     messages = ranks(2).run(run_trainer, _settings(corpus, tmp_path / "new", 1, {"load": "auto"}))
     assert logged(tmp_path / "new", "step") == [1]
     assert any("starts from scratch" in line for line in messages[0])
@@ -165,9 +157,7 @@ def test_all_damaged_is_no_start_from_scratch(ranks: RankPools, corpus: Path, ru
 
 
 @pytest.mark.parametrize("arguments", [["--nproc", "2"], []])
-def test_resume_without_a_sound_checkpoint_is_exit_code_2(
-    corpus: Path, run: Path, tmp_path: Path, arguments: list[str]
-) -> None:
+def test_resume_without_a_sound_checkpoint_is_exit_code_2(corpus, run, tmp_path, arguments):
     config = tmp_path / "config.yaml"
     raw = _settings(corpus, run, 4, {"save_interval": 2})
     config.write_text(yaml.safe_dump(raw if arguments else {**raw, "parallel": {}}))
@@ -182,26 +172,20 @@ def test_resume_without_a_sound_checkpoint_is_exit_code_2(
 
 
 @pytest.mark.parametrize("name", ["run", "{tmp}/run", "{tmp}/run/checkpoints/step_00000004"])
-def test_names_of_another_run(
-    ranks: RankPools, corpus: Path, run: Path, tmp_path: Path, name: str
-) -> None:
+def test_names_of_another_run(ranks, corpus: Path, run: Path, tmp_path, name: str) -> None:
     raw = _settings(corpus, tmp_path / "second", 5, {"load": name.format(tmp=tmp_path)})
     newest = run / "checkpoints" / "step_00000004"
     assert ranks(2).run(found, raw) == [(newest, [])] * 2
 
 
-def test_another_run_goes_on_from_a_checkpoint(
-    ranks: RankPools, corpus: Path, run: Path, tmp_path: Path
-) -> None:
+def test_another_run_goes_on_from_a_checkpoint(ranks, corpus: Path, run: Path, tmp_path) -> None:
     load = {"load": str(run / "checkpoints" / "step_00000002")}
     ranks(2).run(run_trainer, _settings(corpus, tmp_path / "second", 5, load))
     assert logged(tmp_path / "second", "step") == [3, 4, 5]
     assert logged(tmp_path / "second")[:2] == logged(run)[2:]
 
 
-def test_weights_alone_start_at_step_0(
-    ranks: RankPools, corpus: Path, run: Path, tmp_path: Path
-) -> None:
+def test_weights_alone_start_at_step_0(ranks, corpus: Path, run: Path, tmp_path) -> None:
     load = {"load": str(run), "load_optimizer": False}
     ranks(2).run(run_trainer, _settings(corpus, tmp_path / "tuned", 2, load))
     assert logged(tmp_path / "tuned", "step") == [1, 2]
@@ -229,9 +213,7 @@ def test_other_shapes_are_refused(ranks: RankPools, corpus: Path, run: Path) -> 
         ("__0_0.distcp", "__0_0.distcp: entry common_state/shard_0_1 asks for "),
     ],
 )
-def test_planted_pickle_is_not_executed(
-    ranks: RankPools, corpus: Path, run: Path, tmp_path: Path, name: str, why: str
-) -> None:
+def test_planted_pickle_is_not_executed(ranks, corpus, run, tmp_path, name, why):
     newest, exploded = run / "checkpoints" / "step_00000004", tmp_path / "exploded"
     plant(newest, name, exploded)
     start, messages = ranks(2).run(found, _settings(corpus, run, 4, {"load": "auto"}))[0]

@@ -97,18 +97,14 @@ def check(ranks: RankPools, folder: Path, writer: str, reader: str, **sections: 
 
 
 @pytest.mark.parametrize(("writer", "reader"), PAIRS)
-def test_run_goes_on_in_another_layout(
-    ranks: RankPools, tmp_path: Path, writer: str, reader: str
-) -> None:
+def test_run_goes_on_in_another_layout(ranks, tmp_path, writer: str, reader: str) -> None:
     losses = check(ranks, tmp_path, writer, reader)
     np.testing.assert_allclose(losses, unbroken(ranks), rtol=FP32)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(("writer", "reader"), MORE_PAIRS)
-def test_run_goes_on_in_another_layout_more(
-    ranks: RankPools, tmp_path: Path, writer: str, reader: str
-) -> None:
+def test_run_goes_on_in_another_layout_more(ranks, tmp_path, writer: str, reader: str) -> None:
     losses = check(ranks, tmp_path, writer, reader)
     np.testing.assert_allclose(losses, unbroken(ranks), rtol=FP32)
 
@@ -129,8 +125,8 @@ def test_other_models(ranks: RankPools, tmp_path: Path, sections: dict[str, Any]
     ("writer", "reader"), [("dp2", "dp2 whole optimizer"), ("dp2 whole optimizer", "dp2")]
 )
 def test_fp32_copies_of_bf16_parameters_are_the_same_for_either_optimizer(
-    ranks: RankPools, tmp_path: Path, writer: str, reader: str
-) -> None:
+    ranks, tmp_path, writer, reader
+):
     # The same ranks add the same gradients in the same order, so nothing may differ but what a
     # lost fp32 copy would change (bf16 keeps 8 bits: 4e-3).
     sections = {"model": {"num_layers": 2}, "precision": {"dtype": "bf16"}}

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_of, trainer_settings
-from tests.parallel.ranks import RankPools
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -30,9 +29,7 @@ OTHER_WAYS = {"one": [True], "tp2": [False], "dp2 overlapped": [False]}
         *(pytest.param(*case, marks=pytest.mark.matrix) for case in OTHER_WAYS.items()),
     ],
 )
-def test_two_and_two_steps_are_four(
-    ranks: RankPools, corpus: Path, tmp_path: Path, layout: str, ways: list[bool]
-) -> None:
+def test_two_and_two_steps_are_four(ranks, corpus: Path, tmp_path, layout: str, ways: list[bool]):
     world_size, parallel = LAYOUTS[layout]
 
     def run(name: str, steps: int, **sections: Any) -> list[str]:
@@ -79,9 +76,7 @@ def draw_in_every_step(raw: dict[str, Any]) -> list[tuple[float, float]]:
     return drawn
 
 
-def test_python_and_numpy_draw_the_same_again(
-    ranks: RankPools, corpus: Path, tmp_path: Path
-) -> None:
+def test_python_and_numpy_draw_the_same_again(ranks, corpus: Path, tmp_path) -> None:
     checkpoint = {"save_interval": 2, "load": "auto"}
 
     def drawn(run: str, steps: int, **sections: Any) -> list[tuple[float, float]]:
@@ -118,9 +113,7 @@ def judge_while_pruning(raw: dict[str, Any]) -> list[tuple[str, str, int]]:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_all_ranks_look_into_checkpoints_of_before(
-    ranks: RankPools, corpus: Path, tmp_path: Path, is_async: bool
-) -> None:
+def test_all_ranks_look_into_checkpoints_of_before(ranks, corpus: Path, tmp_path, is_async: bool):
     """Hashing takes minutes: for one rank alone the others would wait in their next step."""
     checkpoint: dict[str, Any] = {"save_interval": 1, "keep": 2, "load": "auto"}
 

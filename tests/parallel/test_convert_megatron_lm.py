@@ -53,9 +53,7 @@ def vocabulary(corpus: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def saved(
-    ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, np.ndarray]:
+def saved(ranks, corpus: Path, tmp_path_factory) -> tuple[Path, np.ndarray]:
     """A `--save` folder of Megatron's loop, and the scores of the model that it ended with."""
     folder = tmp_path_factory.mktemp("megatron-lm")
     arguments = (
@@ -80,9 +78,7 @@ def scores_of(ranks: RankPools, checkpoint: Path, tmp_path: Path) -> np.ndarray:
     return scores["token_logprobs"]
 
 
-def test_the_converted_model_scores_as_megatrons(
-    ranks: RankPools, saved: tuple[Path, np.ndarray], converted: Path, tmp_path: Path
-) -> None:
+def test_the_converted_model_scores_as_megatrons(ranks, saved, converted, tmp_path):
     assert damage(converted) is None
     ours = scores_of(ranks, converted, tmp_path)
     assert np.abs(ours - saved[1]).max() <= TOLERANCE * np.abs(saved[1]).max()
@@ -103,9 +99,7 @@ def test_weights_are_not_copied(saved: tuple[Path, np.ndarray], converted: Path)
     assert torch.load(stored, weights_only=True) == [{}]
 
 
-def test_without_hard_links_files_are_copied(
-    saved: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_hard_links_files_are_copied(saved: tuple[Path, np.ndarray], tmp_path, monkeypatch):
     def no_links(*paths: Any) -> None:
         raise OSError("Invalid cross-device link")
 
@@ -115,9 +109,7 @@ def test_without_hard_links_files_are_copied(
     assert all(path.stat().st_nlink == 1 for path in (tmp_path / "ours").iterdir())
 
 
-def test_it_generates_inspects_and_exports(
-    ranks: RankPools, converted: Path, tmp_path: Path
-) -> None:
+def test_it_generates_inspects_and_exports(ranks, converted: Path, tmp_path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Document 7: words 49 and lines.\n")
     (traced,) = ranks(1).run(trace, converted, text, [])
@@ -129,9 +121,7 @@ def test_it_generates_inspects_and_exports(
     assert made.stdout.startswith("Doc")
 
 
-def test_the_way_back(
-    ranks: RankPools, saved: tuple[Path, np.ndarray], converted: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_the_way_back(ranks, saved, converted, corpus, tmp_path):
     """Megatron's loop, told the model by the arguments beside, starts from the same weights."""
     arguments = to_megatron_lm(converted, tmp_path / "release")
     assert (tmp_path / "release" / ARGUMENTS_FILE).read_text() == f"{arguments}\n"
@@ -146,9 +136,7 @@ def test_the_way_back(
 # ---- what is read of the arguments -----------------------------------------------------------
 
 
-def test_settings_of_the_environment_are_kept(
-    ranks: RankPools, saved: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_of_the_environment_are_kept(ranks, saved: tuple[Path, np.ndarray], monkeypatch):
     folder = find_megatron_checkpoint(saved[0])
     arguments = read_arguments(CheckpointReader(folder))
     expected = config_from_arguments(arguments, None, "save")
@@ -188,13 +176,7 @@ def test_groups_of_experts_go_both_ways(saved: tuple[Path, np.ndarray]) -> None:
         ({"moe_router_topk": None}, "arguments do not fit"),
     ],
 )
-def test_a_model_that_is_not_this_one_is_refused(
-    saved: tuple[Path, np.ndarray],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    changes: dict[str, Any],
-    message: str,
-) -> None:
+def test_a_model_that_is_not_this_one_is_refused(saved, tmp_path, monkeypatch, changes, message):
     folder = find_megatron_checkpoint(saved[0])
     arguments = read_arguments(CheckpointReader(folder))
     vars(arguments).update(changes)
@@ -232,9 +214,7 @@ def test_no_code_of_the_checkpoint_runs(saved: tuple[Path, np.ndarray], tmp_path
 @pytest.mark.parametrize(
     "common", [b"", b"no zip", pickle.dumps({"args": 1})], ids=["empty", "no zip", "no torch"]
 )
-def test_arguments_that_cannot_be_read_are_an_error(
-    saved: tuple[Path, np.ndarray], tmp_path: Path, common: bytes
-) -> None:
+def test_arguments_that_cannot_be_read_are_an_error(saved, tmp_path, common):
     folder = tmp_path / f"iter_{STEPS:07d}"
     shutil.copytree(saved[0] / folder.name, folder)
     (folder / "common.pt").write_bytes(common)
@@ -254,9 +234,7 @@ def test_the_target_is_not_overwritten(saved: tuple[Path, np.ndarray], tmp_path:
     assert (tmp_path / "mine").read_text() == "kept"
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(
-    saved: tuple[Path, np.ndarray], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_that_does_not_fit_is_refused(saved, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(Tokenizer, "load", lambda path: SimpleNamespace(vocab_size=100_000))
     with pytest.raises(ConfigError, match=r"--tokenizer \(.*must fit .* and has 100000"):
         from_megatron_lm(saved[0], tmp_path / "ours", tokenizer=corpus / "tokenizer.json")
@@ -264,9 +242,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize(("given", "gates"), [(True, "none"), (False, "selected")])
-def test_gates_of_megatrons_own_layer_go_both_ways(
-    saved: tuple[Path, np.ndarray], given: bool, gates: str
-) -> None:
+def test_gates_of_megatrons_own_layer_go_both_ways(saved, given, gates):
     arguments = read_arguments(CheckpointReader(find_megatron_checkpoint(saved[0])))
     changes = {
         "moepp_num_zero_experts": 0,

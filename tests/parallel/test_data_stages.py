@@ -11,7 +11,6 @@ import pytest
 
 from moepp_megatron.observe.alerts import read_alerts
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
-from tests.parallel.ranks import RankPools
 from tests.unit.data.letters import prepare_letters
 
 STEPS = 6
@@ -89,9 +88,7 @@ def stages_of(run: Path) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(
-    ranks: RankPools, data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], tuple[list[Any], Path]]:
+def unbroken(ranks, data, tmp_path_factory) -> Callable[[int], tuple[list[Any], Path]]:
     """What each of so many ranks reads in a run that nothing ends, and the run's folder."""
 
     @functools.cache
@@ -103,13 +100,7 @@ def unbroken(
 
 
 @pytest.mark.parametrize("ranks_of_run", [1, 2])
-def test_killed_and_resumed_is_unbroken(
-    ranks: RankPools,
-    data: dict[str, Any],
-    unbroken: Callable[[int], tuple[list[Any], Path]],
-    tmp_path: Path,
-    ranks_of_run: int,
-) -> None:
+def test_killed_and_resumed_is_unbroken(ranks, data, unbroken, tmp_path, ranks_of_run):
     pool, per_step = ranks(ranks_of_run), 2 // ranks_of_run
     whole, folder = unbroken(ranks_of_run)
     checkpoint = {"save_interval": 2, "load": "auto"}

@@ -1,6 +1,5 @@
 """The same run twice, and what decides between equal scores and equal gates."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from tests.parallel.training_runs import (
     PP2,
     STEPS,
     TP2,
-    Run,
     assemble,
     difference,
     short,
@@ -71,9 +69,7 @@ def test_between_equal_scores_the_first_expert_wins(ranks: RankPools) -> None:
 @pytest.mark.parametrize(
     "parallel", [{**TP2, **EP2}, {**CP2, **EP2}, PP2], ids=["tp2 ep2", "cp2 ep2", "pp2"]
 )
-def test_ties_break_the_same_way_in_every_layout(
-    ranks: RankPools, alone: Callable[..., Run], parallel: dict[str, Any]
-) -> None:
+def test_ties_break_the_same_way_in_every_layout(ranks, alone, parallel):
     """With router rows in equal pairs, every first pick of a pair of FFN experts is a tie."""
     moe = {"router_topk": 1}
     raw = short(moe=moe, parallel=parallel)

@@ -58,9 +58,7 @@ def sent(ranks: RankPools) -> Callable[[int], list[Any]]:
 @pytest.mark.parametrize("ep", [2, 4])
 @pytest.mark.parametrize("topk", [2, 4])
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
-def test_bytes_are_those_of_the_routing(
-    sent: Callable[[int], list[Any]], dispatcher: str, topk: int, ep: int, dtype: str
-) -> None:
+def test_bytes_are_those_of_the_routing(sent, dispatcher, topk, ep, dtype):
     results = [rank[dispatcher, topk, dtype] for rank in sent(ep)]
     # [from rank, token, to rank, its experts]
     maps = np.stack([result["map"] for result in results]).reshape(ep, TOKENS, ep, FFN // ep)
@@ -106,9 +104,7 @@ def test_bytes_of_balanced_routing_are_the_formula(ranks: RankPools, ep: int) ->
 
 
 @pytest.mark.parametrize(("world", "ep", "tp"), [(2, 2, 1), (4, 4, 1), (4, 2, 2)])
-def test_two_selections_give_the_bits_of_the_plain_dispatcher(
-    ranks: RankPools, world: int, ep: int, tp: int
-) -> None:
+def test_two_selections_give_the_bits_of_the_plain_dispatcher(ranks, world: int, ep: int, tp: int):
     parallel = {
         "expert_model_parallel_size": ep,
         "tensor_model_parallel_size": tp,
@@ -160,9 +156,7 @@ def _assert_same_bits(ones: list[dict[str, Any]], others: list[dict[str, Any]]) 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "kernels"])
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
-def test_local_work_runs_while_tokens_travel(
-    ranks: RankPools, dispatcher: str, fused: bool
-) -> None:
+def test_local_work_runs_while_tokens_travel(ranks, dispatcher: str, fused: bool) -> None:
     raw = layer_settings(dispatcher, 2, shared_expert_ffn_hidden_size=16, fused=fused)
     is_dedup = dispatcher == "alltoall_dedup"
     num_metadata = 2 if is_dedup else 1

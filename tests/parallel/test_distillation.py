@@ -78,9 +78,7 @@ def divergence_of_shares(temperature: float, top_k: int | None) -> dict[str, Any
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (2.5, 3), (2.5, 20)])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_shares_of_the_vocabulary(
-    ranks: RankPools, size: int, temperature: float, top_k: int | None
-) -> None:
+def test_shares_of_the_vocabulary(ranks, size: int, temperature: float, top_k: int | None) -> None:
     for result in ranks(size).run(divergence_of_shares, temperature, top_k):
         for actual, expected in zip(result["ours"], result["fp64"], strict=True):
             np.testing.assert_allclose(actual, expected, rtol=FP32, atol=FP32)
@@ -137,9 +135,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_every_layout_is_one_process(
-    ranks: RankPools, alone: Callable[..., Run], teachers: dict[str, Path], layout: str
-) -> None:
+def test_every_layout_is_one_process(ranks, alone, teachers, layout):
     size, sections = LAYOUTS[layout]
     run = distilled(ranks, size, teachers["vanilla"], **sections)
     reference = alone(taught(teachers["vanilla"], model=sections.get("model", {})))
@@ -167,9 +163,7 @@ def test_micro_batches_add_up(ranks: RankPools, teachers: dict[str, Path]) -> No
 
 
 @pytest.mark.parametrize("kind", [{"top_k": 5}, {"temperature": 2.0}, {"text_weight": 0.0}])
-def test_each_kind_of_loss_is_one_process(
-    ranks: RankPools, alone: Callable[..., Run], teachers: dict[str, Path], kind: dict[str, Any]
-) -> None:
+def test_each_kind_of_loss_is_one_process(ranks, alone, teachers, kind):
     one = alone(taught(teachers["vanilla"], kind))
     two = distilled(ranks, 2, teachers["vanilla"], kind, parallel=TP2)
     compare(two, one, LAYOUT)
@@ -201,9 +195,7 @@ def test_a_teacher_equal_to_the_student_says_nothing(ranks: RankPools, tmp_path:
         compare(run, alone, LAYOUT)
 
 
-def test_the_gradient_is_that_of_the_sum(
-    alone: Callable[..., Run], teachers: dict[str, Path]
-) -> None:
+def test_the_gradient_is_that_of_the_sum(alone: Callable[..., Run], teachers: dict[str, Path]):
     """Of three runs that differ in the two weights alone, one's gradient is the others' sum."""
     name = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
     text, both, divergence = (
@@ -217,9 +209,7 @@ def test_the_gradient_is_that_of_the_sum(
     assert np.abs(divergence.gradients[name]).max() > 0
 
 
-def test_a_teacher_teaches_the_next_token_alone(
-    ranks: RankPools, teachers: dict[str, Path]
-) -> None:
+def test_a_teacher_teaches_the_next_token_alone(ranks, teachers: dict[str, Path]) -> None:
     """Its layers of further tokens have no place in the run's stages, and need none."""
     model = {"num_layers": 3}
     one = distilled(ranks, 1, teachers["further"], model=model)
@@ -246,9 +236,7 @@ def refusal_of(raw: dict[str, Any]) -> str:
     return str(refused.value)
 
 
-def test_resuming_takes_the_same_teacher_alone(
-    ranks: RankPools, corpus: Path, tmp_path: Path
-) -> None:
+def test_resuming_takes_the_same_teacher_alone(ranks, corpus: Path, tmp_path) -> None:
     at_once = {"warmup_iters": 0}
     saves = {"save_interval": 1}
     small = {"global_batch_size": 4, "micro_batch_size": 2}
@@ -282,9 +270,7 @@ def test_resuming_takes_the_same_teacher_alone(
 
 
 @pytest.mark.parametrize("stages", ["plain", "interleaved"])
-def test_the_combined_schedule_trains_the_same(
-    ranks: RankPools, teachers: dict[str, Path], stages: str
-) -> None:
+def test_the_combined_schedule_trains_the_same(ranks, teachers: dict[str, Path], stages: str):
     size, parallel = (2, EP2) if stages == "plain" else (4, STAGES)
     distillation = {"teacher": str(teachers["vanilla"]), "weight": 0.7}
     run, reference = both(ranks, size, train, parallel=parallel, distillation=distillation)

@@ -55,9 +55,7 @@ def raw_settings(name: str, parallel: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_training_equals_one_process(
-    ranks: RankPools, alone: Callable[..., Run], name: str
-) -> None:
+def test_training_equals_one_process(ranks, alone: Callable[..., Run], name: str) -> None:
     world, parallel, _ = LAYOUTS[name]
     run = assemble(ranks(world).run(train, raw_settings(name, parallel), STEPS))
     reference = raw_settings(name, {})
@@ -120,9 +118,7 @@ def losses_and_gradients(raw: dict[str, Any], is_packed: bool) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("model", [{}, LATENT], ids=["plain", "latent"])
-def test_documents_of_a_sequence_are_as_each_by_itself(
-    ranks: RankPools, model: dict[str, Any]
-) -> None:
+def test_documents_of_a_sequence_are_as_each_by_itself(ranks, model: dict[str, Any]) -> None:
     """Losses and gradients, those of balance loss and z-loss included."""
     moe = {"balance_coeff": 0.1, "z_loss_coeff": 0.1}
     raw = settings(moe=moe, model={"seq_length": LENGTH, **model})

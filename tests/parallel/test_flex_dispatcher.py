@@ -28,9 +28,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_training_equals_one_process(
-    ranks: RankPools, alone: Callable[..., Run], backend: str, layout: str
-) -> None:
+def test_training_equals_one_process(ranks, alone: Callable[..., Run], backend: str, layout: str):
     world_size, parallel = LAYOUTS[layout]
     raw = short(parallel=parallel, **FLEX)
     run = assemble(ranks(world_size).run(BACKENDS[backend], raw, STEPS))
@@ -53,9 +51,7 @@ FORCED = {only_zero_experts: 0.0, one_ffn_expert: 0.5, first_half_of_ffn_experts
 
 @pytest.mark.parametrize("prepare", FORCED)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ranks_and_experts_without_tokens(
-    ranks: RankPools, alone: Callable[..., Run], backend: str, prepare: Any
-) -> None:
+def test_ranks_and_experts_without_tokens(ranks, alone, backend, prepare):
     """No FFN token at all; all of them on one expert; none for the second rank."""
     moe = {"num_zero_experts": 1 if prepare is one_ffn_expert else 2}
     raw = short(moe={**moe, "dispatcher": "flex"}, parallel=EP2)

@@ -114,9 +114,7 @@ def test_equals_scoring_again(ranks: RankPools, references: dict[str, Any], layo
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_kinds_of_models_equal_scoring_again(
-    ranks: RankPools, references: dict[str, Any], name: str
-) -> None:
+def test_kinds_of_models_equal_scoring_again(ranks, references: dict[str, Any], name: str) -> None:
     sections, layout = MODELS[name]
     check_equals_scoring(ranks, references, sections, layout, [SAMPLED])
 
@@ -124,9 +122,7 @@ def test_kinds_of_models_equal_scoring_again(
 @pytest.mark.parametrize(
     "moe", [{"capacity_factor": 0.5}, {"input_jitter_eps": 0.1}], ids=["capacity", "jitter"]
 )
-def test_what_only_training_wants_is_off(
-    ranks: RankPools, references: dict[str, Any], moe: dict[str, Any]
-) -> None:
+def test_what_only_training_wants_is_off(ranks, references: dict[str, Any], moe: dict[str, Any]):
     both = [GREEDY, SAMPLED]
     check_equals_scoring(ranks, references, {"moe": moe}, "one process", both, {})
 

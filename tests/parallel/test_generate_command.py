@@ -82,9 +82,7 @@ def test_end_of_document_is_that_of_the_run(checkpoint: Path) -> None:
         ("convert", STATEFUL),
     ],
 )
-def test_planted_pickle_is_refused_and_not_executed(
-    checkpoint: Path, tmp_path: Path, command: str, name: str
-) -> None:
+def test_planted_pickle_is_refused_and_not_executed(checkpoint, tmp_path, command, name):
     planted, exploded = tmp_path / "planted", tmp_path / "exploded"
     shutil.copytree(checkpoint, planted)
     plant(planted, name, exploded)
@@ -128,9 +126,7 @@ def test_planted_pickle_is_refused_and_not_executed(
         ),
     ],
 )
-def test_wrong_requests_are_refused(
-    checkpoint: Path, arguments: dict[str, object], named: str
-) -> None:
+def test_wrong_requests_are_refused(checkpoint: Path, arguments: dict[str, object], named: str):
     with pytest.raises(ConfigError, match=named):
         GenerateRequest.read(checkpoint, **{"prompts": ["Document"], **arguments})  # type: ignore[arg-type]
 
@@ -178,9 +174,7 @@ def greedy(checkpoint: Path, overrides: list[str], tokens: Path) -> list[int]:
     return new
 
 
-def test_scores_of_the_checkpoint_lead_to_the_same_tokens(
-    ranks: RankPools, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_scores_of_the_checkpoint_lead_to_the_same_tokens(ranks, checkpoint: Path, tmp_path):
     ep2 = ["parallel.expert_model_parallel_size=2"]
     new, same = ranks(2).run(greedy, checkpoint, ep2, tmp_path / "tokens.npz")
     assert new == same

@@ -70,9 +70,7 @@ def test_one_process(whole: tuple[dict[str, Any], dict[str, Any], float]) -> Non
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_layouts_agree(
-    ranks: RankPools, whole: tuple[dict[str, Any], dict[str, Any], float], layout: str
-) -> None:
+def test_layouts_agree(ranks, whole: tuple[dict[str, Any], dict[str, Any], float], layout: str):
     world_size, parallel, training = LAYOUTS[layout]
     raw = short(moe=MOE, parallel=parallel, training=training)
     results = ranks(world_size).run(measure, raw)

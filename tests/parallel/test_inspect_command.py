@@ -67,9 +67,7 @@ def alone(ranks: RankPools, run: Path, text: Path) -> dict[str, np.ndarray]:
     return ranks(1).run(trace, checkpoint(run), text, [])[0]
 
 
-def test_one_process_records_every_token(
-    alone: dict[str, np.ndarray], run: Path, text: Path
-) -> None:
+def test_one_process_records_every_token(alone: dict[str, np.ndarray], run: Path, text: Path):
     count = len(Tokenizer.load(checkpoint(run)).encode(text.read_text()))
     assert count > 2 * WINDOW
     assert count % WINDOW != 0
@@ -90,9 +88,7 @@ def test_one_process_records_every_token(
     ],
     ids=["tp2 ep2", "pp2", "cp2"],
 )
-def test_every_layout_records_the_same(
-    ranks: RankPools, run: Path, text: Path, alone: dict[str, np.ndarray], overrides: list[str]
-) -> None:
+def test_every_layout_records_the_same(ranks, run, text, alone, overrides):
     split, nothing = ranks(2).run(trace, checkpoint(run), text, overrides)
     assert nothing is None
     assert np.array_equal(split["selected"], alone["selected"])
@@ -101,9 +97,7 @@ def test_every_layout_records_the_same(
     np.testing.assert_allclose(split["losses"], alone["losses"], rtol=1e-5, atol=1e-5)
 
 
-def test_the_command_compares_two_checkpoints(
-    run: Path, text: Path, alone: dict[str, np.ndarray], tmp_path: Path
-) -> None:
+def test_the_command_compares_two_checkpoints(run, text, alone, tmp_path):
     arguments = ["--text", text, "--out", tmp_path / "page.html", "--json", tmp_path / "all.json"]
     done = moepp("inspect", checkpoint(run), *arguments, "--against", checkpoint(run, 1))
     assert done.returncode == 0, done.stderr
@@ -141,9 +135,7 @@ def test_wrong_requests_are_refused(run: Path, text: Path, tmp_path: Path) -> No
     assert "must hold some text, and is empty" in refused(folder, tmp_path / "empty")
 
 
-def test_a_vanilla_checkpoint_is_refused_with_the_reason(
-    run: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_vanilla_checkpoint_is_refused_with_the_reason(run: Path, text: Path, tmp_path) -> None:
     config = (checkpoint(run) / "config.yaml").read_text()
     vanilla = tmp_path / "vanilla"
     shutil.copytree(checkpoint(run), vanilla)

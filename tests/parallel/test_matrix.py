@@ -39,17 +39,13 @@ BF16_LOSS = 2**-7
 
 
 @pytest.mark.parametrize("cell", FAST, ids=str)
-def test_fast_layout(
-    cell: Cell, ranks: RankPools, alone: Callable[..., Run], record_property: Callable
-) -> None:
+def test_fast_layout(cell: Cell, ranks, alone: Callable[..., Run], record_property: Callable):
     check(cell, STEPS, ranks, alone, record_property)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("cell", [*PAIRS, *CORNERS, *DEDUP], ids=str)
-def test_layout(
-    cell: Cell, ranks: RankPools, alone: Callable[..., Run], record_property: Callable
-) -> None:
+def test_layout(cell: Cell, ranks, alone: Callable[..., Run], record_property: Callable) -> None:
     check(cell, LONG, ranks, alone, record_property)
 
 

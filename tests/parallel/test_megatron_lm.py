@@ -43,9 +43,7 @@ SPEC = "--spec moepp_megatron.interop.megatron_lm moepp_spec"
         ),
     ],
 )
-def test_equals_our_trainer(
-    ranks: RankPools, alone: Callable[..., Run], tmp_path: Path, way: str, arguments: str
-) -> None:
+def test_equals_our_trainer(ranks, alone: Callable[..., Run], tmp_path, way: str, arguments: str):
     results = ranks(2).run(train_in_megatron_lm, arguments, way, str(tmp_path))
     compare(assemble(results), alone(SETTINGS, steps=STEPS), RELATIVE)
 

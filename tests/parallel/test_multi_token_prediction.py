@@ -101,13 +101,7 @@ def test_its_layers_are_measured_as_the_decoders_next(alone: Callable[..., Run])
     ],
     ids=["one depth", "tied embeddings, latent attention", "no residual", "dense", "vanilla"],
 )
-def test_other_models(
-    ranks: RankPools,
-    alone: Callable[..., Run],
-    model: dict[str, Any],
-    moe: dict[str, Any],
-    parallel: dict[str, Any],
-) -> None:
+def test_other_models(ranks, alone, model, moe, parallel):
     moe = {"num_ffn_experts": 8, **moe}
     run = assemble(ranks(2).run(train, further(model, moe=moe, parallel=parallel), STEPS))
     compare(run, alone(further(model, moe=moe)), FP32)

@@ -135,9 +135,7 @@ def test_train_resume_and_use(corpus: Path, tmp_path: Path, store: Store) -> Non
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_connection_that_is_lost_in_a_save(
-    corpus: Path, tmp_path: Path, store: Store, is_async: bool
-) -> None:
+def test_a_connection_that_is_lost_in_a_save(corpus: Path, tmp_path, store: Store, is_async: bool):
     config, run, address = written_run(corpus, tmp_path, store, async_save=is_async)
     # The tensors of step 4 are there; then nothing answers any more.
     store.stop_at("PUT", "step_00000004/", number=2)
@@ -165,13 +163,7 @@ def test_a_connection_that_is_lost_in_a_save(
     assert store.folders("runs/one/") == ["latest", "step_00000004", "step_00000006"]
 
 
-def test_what_cannot_be_used_is_refused_at_once(
-    corpus: Path,
-    tmp_path: Path,
-    store: Store,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_cannot_be_used_is_refused_at_once(corpus, tmp_path, store, monkeypatch, capsys):
     config, run, address = written_run(corpus, tmp_path, store)
 
     def refused(status: int, *overrides: str) -> str:

@@ -77,9 +77,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_muon_is_the_same_in_every_layout(
-    ranks: RankPools, alone: Callable[..., Run], layout: str
-) -> None:
+def test_muon_is_the_same_in_every_layout(ranks, alone: Callable[..., Run], layout: str) -> None:
     world_size, parallel, changes = LAYOUTS[layout]
     optimizer = MUON | {"lr": 1.0e-3}
     raw = short(optimizer=optimizer | changes, parallel=PLAIN | parallel)
@@ -97,14 +95,7 @@ def test_muon_is_the_same_in_every_layout(
     ],
     ids=["muon", "muon tp2 bf16", "muon layer-wise ep2 bf16", "lion"],
 )
-def test_two_and_two_steps_are_four(
-    ranks: RankPools,
-    corpus: Path,
-    tmp_path: Path,
-    kind: dict[str, Any],
-    world_size: int,
-    sections: dict[str, Any],
-) -> None:
+def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, kind, world_size, sections):
     checkpoint = {"save_interval": 2, "load": "auto"}
 
     def run(name: str, steps: int, **more: Any) -> None:
@@ -197,9 +188,7 @@ def test_kinds_of_parameters_have_their_own_rates(ranks: RankPools, kind: str) -
 
 
 @pytest.mark.parametrize("parallel", [EP2, TP2], ids=["ep2", "tp2"])
-def test_groups_are_the_same_in_every_layout(
-    ranks: RankPools, alone: Callable[..., Run], parallel: dict[str, Any]
-) -> None:
+def test_groups_are_the_same_in_every_layout(ranks, alone, parallel):
     """With the distributed optimizer, as by default."""
     optimizer = {"groups": GROUPS}
     expected = alone(short(optimizer=optimizer))

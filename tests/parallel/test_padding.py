@@ -72,9 +72,7 @@ def one_process(ranks: RankPools) -> Callable[..., Run]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_training_equals_one_process(
-    ranks: RankPools, one_process: Callable[..., Run], name: str
-) -> None:
+def test_training_equals_one_process(ranks, one_process: Callable[..., Run], name: str) -> None:
     world, parallel, own, moe = LAYOUTS[name]
     raw = short(moe=MOE | moe | own, parallel=parallel)
     found = assemble(ranks(world).run(train, raw, STEPS, pad_some))
@@ -98,9 +96,7 @@ MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
     ],
     ids=["tp2 ep2", "cp2 capacity", "cp2 tp2 sequence", "pp2 ep2", "no residual"],
 )
-def test_multi_token_prediction_equals_one_process(
-    ranks: RankPools, world: int, parallel: dict[str, Any], moe: dict[str, Any]
-) -> None:
+def test_multi_token_prediction_equals_one_process(ranks, world, parallel, moe):
     """The mask moves over the halves of a sequence that context-parallel ranks hold, too."""
     raw = short(moe=MOE | moe, model=MTP)
     one = assemble(ranks(1).run(train, raw, STEPS, pad_some))
@@ -163,9 +159,7 @@ def losses_and_gradients(raw: dict[str, Any], is_padded: bool) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("training", [{}, FULL], ids=["kept", "recomputed"])
-def test_a_model_is_as_without_the_padded_tokens(
-    ranks: RankPools, training: dict[str, Any]
-) -> None:
+def test_a_model_is_as_without_the_padded_tokens(ranks, training: dict[str, Any]) -> None:
     moe = {"num_ffn_experts": 8, "balance_coeff": 0.1, "z_loss_coeff": 0.1, "capacity_factor": 1.0}
     raw = short(moe=moe, training=training)
     padded, without = (

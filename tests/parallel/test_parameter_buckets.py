@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import EP2, STEPS, Run, assemble, compare, short, train
 
 # fp32 rounds by 6e-8; sums in another order, carried on by a step of Adam (see test_matrix).
@@ -31,9 +30,7 @@ def train_in_small_buckets(raw: dict[str, Any], steps: int) -> tuple[Run, list[A
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_parameter_is_read_before_it_is_gathered(
-    ranks: RankPools, alone: Callable[..., Run], layout: str
-) -> None:
+def test_no_parameter_is_read_before_it_is_gathered(ranks, alone: Callable[..., Run], layout: str):
     world_size, parallel = LAYOUTS[layout]
     raw = short(parallel=parallel, training=TRAINING)
     run = assemble(ranks(world_size).run(train_in_small_buckets, raw, STEPS))

@@ -10,7 +10,6 @@ from moepp_megatron.cli import main
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.workbench.experiments import runs
 from moepp_megatron.workbench.experiments.pilot.result import PilotResult
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import join
 
 CONFIG = """\
@@ -50,13 +49,7 @@ def bench(path: str, overrides: list[str], out: str) -> None:
     write_records(Path(out), run_step_benchmark(config, layout, rounds=2))
 
 
-def test_pilot_from_runs_to_answer(
-    ranks: RankPools,
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_pilot_from_runs_to_answer(ranks, corpus: Path, tmp_path, monkeypatch, capsys) -> None:
     config, out = tmp_path / "tiny.yaml", tmp_path / "pilot"
     config.write_text(CONFIG.format(data=corpus))
     trained: list[str] = []

@@ -117,9 +117,7 @@ class Recorded:
 
 
 @pytest.fixture(scope="module")
-def recorded(
-    ranks: RankPools, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Recorded]:
+def recorded(ranks, tmp_path_factory) -> Callable[[str], Recorded]:
     """By the name of the run in `RUNS`."""
 
     @functools.cache
@@ -133,9 +131,7 @@ def recorded(
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_bytes_equal_the_routing_in_every_layer_direction_and_pass(
-    recorded: Callable[[str], Recorded], name: str
-) -> None:
+def test_bytes_equal_the_routing_in_every_layer_direction_and_pass(recorded, name):
     found = recorded(name).profile
     phases = ["forward", "backward"] + ["recompute"] * ("recomputed" in name)
     every = {
@@ -234,9 +230,7 @@ def test_some_ranks(ranks: RankPools, tmp_path: Path) -> None:
     assert document(found)["collectives"][0]["wait_ms"] is None
 
 
-def test_recording_changes_no_loss(
-    ranks: RankPools, recorded: Callable[[str], Recorded], tmp_path: Path
-) -> None:
+def test_recording_changes_no_loss(ranks, recorded: Callable[[str], Recorded], tmp_path) -> None:
     raw = run_settings(tmp_path, parallel=EP2, **RUNS["plain"])
     raw["training"]["profile_steps"] = []
     assert ranks(2).run(record, raw)[0][0] == recorded("plain").losses

@@ -8,7 +8,6 @@ import pytest
 from moepp_megatron.config import parse_config
 from moepp_megatron.training.schedule import learning_rate
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
-from tests.parallel.ranks import RankPools
 
 WSD = {"decay_style": "WSD", "wsd_decay_iters": 2, "decay_iters": None, "min_lr": 1.0e-5}
 # 2 sequences of 16 tokens for a step, 4 for two, then 6.
@@ -18,9 +17,7 @@ SIZES = [2, 4, 4, 6, 6]
 SAME = 1e-5
 
 
-def test_a_branch_decays_as_a_run_that_was_to_end_there(
-    ranks: RankPools, corpus: Path, tmp_path: Path
-) -> None:
+def test_a_branch_decays_as_a_run_that_was_to_end_there(ranks, corpus: Path, tmp_path) -> None:
     def run(name: str, steps: int, **checkpoint: Any) -> dict[str, Any]:
         training = {"train_iters": steps, "global_batch_size": 4}
         sections = {"training": training, "optimizer": WSD, "checkpoint": checkpoint}
@@ -46,9 +43,7 @@ def test_a_branch_decays_as_a_run_that_was_to_end_there(
 
 
 @pytest.mark.parametrize("parallel", [{}, {"overlap_grad_reduce": True}], ids=["one", "dp2"])
-def test_a_ramp_goes_on_where_it_was(
-    ranks: RankPools, corpus: Path, tmp_path: Path, parallel: dict[str, Any]
-) -> None:
+def test_a_ramp_goes_on_where_it_was(ranks, corpus: Path, tmp_path, parallel: dict[str, Any]):
     world_size = 2 if parallel else 1
 
     def run(name: str, steps: int, ranks_of_it: int = world_size, **sections: Any) -> None:

@@ -32,18 +32,14 @@ def layout(tp: int, ep: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall", "alltoall_dedup"])
 @pytest.mark.parametrize(("world", "tp", "ep"), [(2, 2, 2), (4, 2, 4)])
-def test_training_is_that_of_one_process(
-    ranks: RankPools, alone: Callable[..., Run], world: int, tp: int, ep: int, dispatcher: str
-) -> None:
+def test_training_is_that_of_one_process(ranks, alone, world, tp, ep, dispatcher):
     raw = short(moe={**SHARED, "dispatcher": dispatcher}, parallel=layout(tp, ep))
     run = assemble(ranks(world).run(train, raw, STEPS))
     # On one process nothing travels, whatever the dispatcher.
     compare(run, alone(short(moe=SHARED)), RELATIVE)
 
 
-def test_vanilla_training_is_that_of_one_process(
-    ranks: RankPools, alone: Callable[..., Run]
-) -> None:
+def test_vanilla_training_is_that_of_one_process(ranks, alone: Callable[..., Run]) -> None:
     moe = {**VANILLA, "dispatcher": "allgather"}
     raw = short(moe=moe, parallel=layout(2, 2))
     run = assemble(ranks(2).run(train, raw, STEPS))

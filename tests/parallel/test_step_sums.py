@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from tests.parallel.checkpoint_runs import trainer_settings
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import EP2, begin, short, with_first_part
 
 
@@ -33,9 +32,7 @@ def norms(raw: dict[str, Any], steps: int) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("is_distributed", [True, False])
-def test_gradient_norm_has_the_bits_of_megatron_core(
-    ranks: RankPools, is_distributed: bool
-) -> None:
+def test_gradient_norm_has_the_bits_of_megatron_core(ranks, is_distributed: bool) -> None:
     """One norm over all ranks, or, not distributed, one of experts and one of the rest."""
     parallel = {**EP2, "use_distributed_optimizer": is_distributed, "overlap_param_gather": False}
     for pairs in ranks(2).run(norms, short(parallel=parallel), 2):
@@ -64,8 +61,6 @@ def stopped_at(raw: dict[str, Any], step_of_signal: int) -> int:
     return trainer.progress.step
 
 
-def test_request_stops_a_step_that_is_not_logged(
-    ranks: RankPools, corpus: Path, tmp_path: Path
-) -> None:
+def test_request_stops_a_step_that_is_not_logged(ranks, corpus: Path, tmp_path) -> None:
     raw = trainer_settings(corpus, tmp_path / "run", training={"log_interval": 10})
     assert ranks(2).run(stopped_at, raw, 2) == [2, 2]

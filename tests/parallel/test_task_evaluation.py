@@ -175,9 +175,7 @@ def export(run: str, target: str) -> None:
     ],
     ids=["tensor and expert", "pipeline"],
 )
-def test_the_scores_are_those_of_the_export(
-    ranks: RankPools, tasks: Path, corpus: Path, tmp_path: Path, layout: dict[str, Any]
-) -> None:
+def test_the_scores_are_those_of_the_export(ranks, tasks, corpus, tmp_path, layout):
     scores = trained(ranks, tasks, corpus, tmp_path, **layout)
     # The checkpoint of the last step, exported, scored by transformers in one process.
     ranks(1).run(export, str(tmp_path / "run"), str(tmp_path / "exported"))
@@ -187,9 +185,7 @@ def test_the_scores_are_those_of_the_export(
     assert scores["last/perplexity"] == pytest.approx(expected["last/perplexity"], rel=1e-4)
 
 
-def test_the_vanilla_layer_has_no_limit_either(
-    ranks: RankPools, tasks: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_the_vanilla_layer_has_no_limit_either(ranks, tasks: Path, corpus: Path, tmp_path) -> None:
     none = dict.fromkeys(("num_zero_experts", "num_copy_experts", "num_constant_experts"), 0)
     vanilla = {**none, **LIMIT, "gating_residual": False, "balance_coeff": 0.0}
     scores = trained(ranks, tasks, corpus, tmp_path, parallel=EP2, moe=vanilla)
@@ -271,9 +267,7 @@ def failing_model(raw: dict[str, Any]) -> tuple[str, list[str]]:
     return str(raised.value), sent
 
 
-def test_a_model_that_fails_ends_the_run_at_once(
-    ranks: RankPools, tasks: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_fails_ends_the_run_at_once(ranks, tasks: Path, corpus: Path, tmp_path):
     """Other ranks are in its collectives, where a message would wait for them."""
     raw = settings_of(corpus, tmp_path, evaluation={"tasks": [str(tasks)], "limit": 1})
     assert ranks(1).run(failing_model, raw) == [("no room for logits", [])]

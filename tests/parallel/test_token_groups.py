@@ -1,7 +1,6 @@
 """Numbers by data source and class of tokens: right in one process, the same in every layout."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -143,9 +142,7 @@ def test_counted_by_hand(whole: tuple[dict[str, Any], dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_layouts_agree(
-    ranks: RankPools, whole: tuple[dict[str, Any], dict[str, Any]], layout: str
-) -> None:
+def test_layouts_agree(ranks, whole: tuple[dict[str, Any], dict[str, Any]], layout: str) -> None:
     world_size, parallel, training = LAYOUTS[layout]
     raw = short(moe=MOE, parallel=parallel, training=training)
     results = ranks(world_size).run(measure, raw)
@@ -212,9 +209,7 @@ def run_with_a_fall(raw: dict[str, Any]) -> Found:
 
 
 @pytest.mark.parametrize(("parallel", "size"), [(PP2, 8), (TP2, 16)], ids=["pp2", "tp2"])
-def test_classes_that_fall_are_reported(
-    ranks: RankPools, tmp_path: Path, parallel: dict[str, Any], size: int
-) -> None:
+def test_classes_that_fall_are_reported(ranks, tmp_path, parallel: dict[str, Any], size: int):
     rule = {"name": "rare_ffn", "clear_for_steps": 4}
     raw = guard_runs.guard_settings(
         tmp_path,

@@ -46,9 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def jobs(
-    request: pytest.FixtureRequest, cluster: Cluster, data: Path, tmp_path: Path
-) -> Iterator[Jobs]:
+def jobs(request, cluster: Cluster, data: Path, tmp_path) -> Iterator[Jobs]:
     """Submits jobs from a folder whose name no shell may read; none is left afterwards."""
     folder = tmp_path / NASTY
     folder.mkdir()
@@ -62,9 +60,7 @@ def jobs(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, float]:
+def undisturbed(cluster: Cluster, data: Path, tmp_path_factory) -> dict[int, float]:
     """Losses by step of the expert-parallel run that nobody disturbs: two ranks, without Slurm."""
     jobs = Jobs(cluster, data, tmp_path_factory.mktemp("undisturbed"))
     config = jobs.config({})

@@ -11,9 +11,7 @@ pytestmark = pytest.mark.timeout(2400)
 KILL_WAIT_S = 5
 
 
-def test_lost_node_and_two_preemptions_leave_the_loss_curve_unbroken(
-    jobs: Jobs, undisturbed: dict[int, float]
-) -> None:
+def test_lost_node_and_two_preemptions_leave_the_loss_curve_unbroken(jobs, undisturbed):
     job = jobs.submit(run={"name": NASTY})
     job.wait_for_step(6)
     nodes = {rank: each.environ()["SLURMD_NODENAME"] for rank, each in job.ranks().items()}

@@ -32,9 +32,7 @@ def code_cells() -> list[str]:
     return ["".join(cell["source"]) for cell in code]
 
 
-def test_the_notebook_reads_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_notebook_reads_a_run(tmp_path, monkeypatch, capsys) -> None:
     import matplotlib as mpl
 
     mpl.use("agg")

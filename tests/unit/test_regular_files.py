@@ -58,9 +58,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
-def test_commands_refuse_a_pipe_or_a_device_in_one_line(
-    kind: str, pipe: Path, tmp_path: Path, monkeypatch, capsys
-):
+def test_commands_refuse_a_pipe_or_a_device_in_one_line(kind, pipe, tmp_path, monkeypatch, capsys):
     given = pipe if kind == "pipe" else Path(kind)
     (tmp_path / "a.yaml").write_text(f"base: {given}\n")
     (tmp_path / "a.txt").write_text("text")

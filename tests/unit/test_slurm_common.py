@@ -149,9 +149,7 @@ def test_nodes_meet_at_an_ipv6_address(node: Node) -> None:
         ({"MOEPP_ENV": "current"}, "moepp"),
     ],
 )
-def test_the_environment_of_the_set_up_is_used(
-    node: Node, environment: dict[str, str], expected: str
-) -> None:
+def test_the_environment_of_the_set_up_is_used(node, environment, expected):
     root = node.folder / "root"
     for venv in (root / ".venv", root / ".venv-torch2.11", node.folder / "other"):
         (venv / "bin").mkdir(parents=True)
@@ -195,15 +193,7 @@ def test_the_environment_of_the_set_up_is_used(
         (75, "", {"STATE": "TIMEOUT"}, 75, "requeue", ""),
     ],
 )
-def test_what_follows_from_a_status(
-    node: Node,
-    status: int,
-    settings: str,
-    environment: dict[str, str],
-    ends: int,
-    order: str | None,
-    says: str,
-) -> None:
+def test_what_follows_from_a_status(node, status, settings, environment, ends, order, says):
     ended, said = node.job(settings, SRUN_STATUS=str(status), **environment)
     assert ended == ends, said
     assert node.orders == ([f"scontrol {order} 20007"] if order else [])
@@ -232,9 +222,7 @@ def test_element_of_an_array_avoids_its_sick_node(node: Node) -> None:
     ("settings", "environment", "ends"),
     [("", {"SRUN_STATUS": "75"}, 75), ("MOEPP_PREFLIGHT=(check)", {"SICK": "n2"}, 3)],
 )
-def test_job_that_slurm_does_not_requeue_says_how_to_resume(
-    node: Node, settings: str, environment: dict[str, str], ends: int
-) -> None:
+def test_job_that_slurm_does_not_requeue_says_how_to_resume(node, settings, environment, ends):
     """As with --no-requeue."""
     ended, said = node.job(
         f"MOEPP_GO_ON='sbatch again'\n{settings}", ORDER_STATUS="1", **environment

@@ -73,9 +73,7 @@ def test_keys_as_json(tmp_path: Path) -> None:
     assert "routing_guard.rules[].metric" in found
 
 
-def test_an_unknown_prefix_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_prefix_is_refused(monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["moepp", "config", "keys", "nothing_like_it"])
     with pytest.raises(SystemExit) as caught:
         main.run()
@@ -83,9 +81,7 @@ def test_an_unknown_prefix_is_refused(
     assert "PREFIX (nothing_like_it) must be" in capsys.readouterr().err
 
 
-def test_a_megatron_option_is_answered_with_the_setting(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_megatron_option_is_answered_with_the_setting(monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["moepp", "train", str(QUICKSTART), "--micro-batch-size", "4"])
     with pytest.raises(SystemExit) as caught:
         main.run()

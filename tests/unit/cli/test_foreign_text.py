@@ -102,9 +102,7 @@ def test_errors_that_quote_a_configuration(hostile_run, moepp, command: str):
     assert err.count("\n") == 1
 
 
-def test_profile_of_collectives(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_profile_of_collectives(capsys, monkeypatch):
     monkeypatch.setattr("moepp_megatron.workbench.report.terminal.LOG_WIDTH", 400)
     row = SummaryRow(
         purpose="", operation=HOSTILE, group="expert", phase="", calls=1.0, time_us=1.0

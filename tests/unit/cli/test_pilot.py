@@ -39,9 +39,7 @@ def pilot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ),
     ],
 )
-def test_everything_is_refused_before_the_first_run(
-    pilot, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
-) -> None:
+def test_everything_is_refused_before_the_first_run(pilot, tmp_path, capsys, options, said):
     assert pilot(*options) == 2
     error = capsys.readouterr().err
     assert said in error
@@ -49,9 +47,7 @@ def test_everything_is_refused_before_the_first_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_of_a_training_run_is_refused(
-    pilot, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folder_of_a_training_run_is_refused(pilot, tmp_path, capsys) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "metrics.jsonl").write_text("records")
@@ -63,9 +59,7 @@ def test_folder_of_a_training_run_is_refused(
     assert [path.name for path in out.iterdir()] == ["metrics.jsonl"]
 
 
-def test_collect_leaves_a_configuration_for_every_run(
-    pilot, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_collect_leaves_a_configuration_for_every_run(pilot, tmp_path, capsys) -> None:
     assert pilot("--collect", "--seeds", "2") == 0
     names = sorted(file.stem for file in (tmp_path / "out" / "configs").iterdir())
     # Vanilla, MoE++ and the short one.
@@ -79,13 +73,7 @@ def test_collect_leaves_a_configuration_for_every_run(
 
 
 @pytest.mark.parametrize(("error", "status"), [(Interrupted(), 75), (RunFailed("run x failed"), 1)])
-def test_exit_codes(
-    pilot,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    error: Exception,
-    status: int,
-) -> None:
+def test_exit_codes(pilot, monkeypatch, capsys, error: Exception, status: int) -> None:
     def ends(*_: object, **__: object) -> None:
         raise error
 

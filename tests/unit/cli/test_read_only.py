@@ -57,9 +57,7 @@ def config(tmp_path: Path) -> Path:
     ("name", "option"),
     [(".", []), ("run", []), ("a/run", []), ("old", ["--resume"]), ("old", ["--overwrite"])],
 )
-def test_run_dir(
-    read_only: Path, refused: Command, config: Path, name: str, option: list[str]
-) -> None:
+def test_run_dir(read_only: Path, refused: Command, config: Path, name: str, option: list[str]):
     run = read_only / name
     said = refused("train", config, f"run.dir={run}", "--nproc", "2", *option)
     assert said.startswith(
@@ -100,9 +98,7 @@ def test_data_is_not_read(read_only: Path, refused: Command, tmp_path: Path, mon
         ("disk", "Is a directory"),
     ],
 )
-def test_files_to_write_are_looked_at_first(
-    read_only: Path, refused: Command, config: Path, option: str, place: str, reason: str
-) -> None:
+def test_files_to_write_are_looked_at_first(read_only, refused, config, option, place, reason):
     path = config.parent / place
     said = refused("plan", config, option, path)
     assert said.startswith(f"error: {option} ({path}) must be a file that can be written (")

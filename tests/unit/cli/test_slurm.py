@@ -297,8 +297,8 @@ def test_prints_by_default_and_submits_on_request(tmp_path: Path, monkeypatch, c
     ],
 )
 def test_a_path_that_the_job_would_miss_is_said_and_not_submitted(
-    override: str, problem: str, tmp_path: Path, monkeypatch, capsys
-) -> None:
+    override, problem, tmp_path, monkeypatch, capsys
+):
     from moepp_megatron.cli import slurm
 
     path = tmp_path / "c.yaml"

@@ -119,9 +119,7 @@ def test_overwrite_moves_the_old_run_and_is_the_launchers_business(command, caps
     assert "--overwrite" not in command.claims[0].go_on
 
 
-def test_a_run_that_does_not_fit_the_gpu_is_refused_before_it_starts(
-    command, capsys, monkeypatch
-) -> None:
+def test_a_run_that_does_not_fit_the_gpu_is_refused_before_it_starts(command, capsys, monkeypatch):
     from moepp_megatron.cli import memory_fit
     from moepp_megatron.runtime.nvml import Nvml
     from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
@@ -168,8 +166,8 @@ def test_the_last_line_of_a_stopped_run_is_the_command(command, capsys) -> None:
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "under a launcher"])
 @pytest.mark.parametrize("pause_reason", [None, "paused before new data"])
 def test_a_process_that_trains_alone_says_it_itself(
-    tmp_path: Path, alone: bool, pause_reason: str | None, monkeypatch, capsys
-) -> None:
+    tmp_path, alone, pause_reason, monkeypatch, capsys
+):
     claim = RunStatus.own(go_on="moepp train c --resume")
     if alone:
         # It has given the folder up by now.

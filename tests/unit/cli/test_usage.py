@@ -176,12 +176,7 @@ def _run(
         (["monitor", "no-such-run", "--once"], "no-such-run: is not a folder"),
     ],
 )
-def test_wrong_usage_is_one_line_of_one_form(
-    arguments: list[str],
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_wrong_usage_is_one_line_of_one_form(arguments: list[str], words: str, monkeypatch, capsys):
     code, out, err = _run(arguments, monkeypatch, capsys)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -190,18 +185,14 @@ def test_wrong_usage_is_one_line_of_one_form(
 
 
 @pytest.mark.parametrize("group", [[], ["data"], ["bench"], ["convert"]])
-def test_a_group_alone_shows_its_help(
-    group: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_group_alone_shows_its_help(group: list[str], monkeypatch, capsys) -> None:
     code, _, err = _run(group, monkeypatch, capsys)
     assert code == 2
     assert "Commands:" in err
     assert "error" not in err
 
 
-def test_an_exit_code_reaches_the_shell(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_exit_code_reaches_the_shell(monkeypatch, capsys) -> None:
     def leave(**_: Any) -> int:
         return 75
 
@@ -248,12 +239,7 @@ def _lose_the_peer(**_: object) -> None:
 
 
 @pytest.mark.parametrize("written", ["2", "0", ""])
-def test_a_rank_whose_peer_has_refused_says_nothing(
-    written: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_rank_whose_peer_has_refused_says_nothing(written: str, tmp_path, monkeypatch, capsys):
     (tmp_path / "status").write_text(written or "75")
     if written:
         monkeypatch.setenv("MOEPP_STATUS_FILE", str(tmp_path / "status"))
@@ -265,9 +251,7 @@ def test_a_rank_whose_peer_has_refused_says_nothing(
         main.run()
 
 
-def test_json_that_is_printed_needs_a_folder(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_that_is_printed_needs_a_folder(monkeypatch, capsys) -> None:
     monkeypatch.setattr(paths, "_IN_MEMORY", "/nowhere")
     monkeypatch.setattr(paths.tempfile, "tempdir", "/nowhere")
     code, out, error = _run(["config", "keys", "moe.tau", "--json", "-"], monkeypatch, capsys)
@@ -318,12 +302,8 @@ FULL = {
 
 @pytest.mark.parametrize("words", FULL.values(), ids=FULL)
 def test_a_full_disk_is_one_line_that_names_the_file(
-    words: list[str],
-    small_disk: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    words, small_disk, tmp_path, monkeypatch, capsys
+):
     fill(small_disk)
     monkeypatch.chdir(ROOT)
     config = synthetic_config()
@@ -390,8 +370,8 @@ def test_a_full_disk_behind_stdout_is_one_line(words: list[str]):
     ids=lambda words: " ".join(words[:2]),
 )
 def test_a_relative_path_is_said_in_full_and_quoted_where_it_is_suggested(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+    words, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     code, _, err = _run(words, monkeypatch, capsys)
     assert (code, err.count("\n")) == (2, 1)
@@ -421,9 +401,7 @@ def test_a_target_that_is_taken_is_refused_before_torch_is_imported(tmp_path: Pa
 
 
 @pytest.mark.parametrize("command", [["report"], ["monitor", "--once"]], ids=lambda c: c[0])
-def test_runs_inside_a_folder_are_named(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_runs_inside_a_folder_are_named(command: list[str], tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     for number in range(7):
         (tmp_path / "runs" / f"r {number}").mkdir(parents=True)

@@ -44,9 +44,7 @@ INVALID_WORLD_SIZE = [
 
 
 @pytest.mark.parametrize(("overrides", "name_and_value", "remedy"), INVALID)
-def test_invalid_setting(
-    minimal: Path, overrides: list[str], name_and_value: str, remedy: str
-) -> None:
+def test_invalid_setting(minimal: Path, overrides: list[str], name_and_value: str, remedy: str):
     with pytest.raises(ConfigError) as caught:
         load_config(minimal, overrides)
     message = str(caught.value)
@@ -69,9 +67,7 @@ def test_a_rule_that_is_dropped_needs_no_metric(minimal: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "world_size", "name_and_value", "remedy"), INVALID_WORLD_SIZE
 )
-def test_invalid_world_size(
-    minimal: Path, overrides: list[str], world_size: int, name_and_value: str, remedy: str
-) -> None:
+def test_invalid_world_size(minimal, overrides, world_size, name_and_value, remedy):
     config = load_config(minimal, overrides)
     for check in (check_world_size, Layout.from_config):
         with pytest.raises(ConfigError) as caught:
@@ -82,9 +78,7 @@ def test_invalid_world_size(
         assert remedy in message.removeprefix(name_and_value)
 
 
-def test_every_rule_is_broken_by_a_case_above(
-    minimal: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_rule_is_broken_by_a_case_above(minimal: Path, monkeypatch) -> None:
     broken = set()
 
     def recording(rule):
@@ -219,9 +213,7 @@ def test_message_stays_on_one_line_whatever_the_value(minimal: Path) -> None:
 
 
 @pytest.mark.parametrize(("overrides", "name_and_value", "reason"), IGNORED)
-def test_ignored_setting_is_told(
-    minimal: Path, overrides: list[str], name_and_value: str, reason: str
-) -> None:
+def test_ignored_setting_is_told(minimal, overrides, name_and_value, reason):
     (warning,) = check_config(load_config(minimal, overrides))
     assert warning.startswith(name_and_value)
     assert reason in warning

@@ -54,9 +54,7 @@ GRIDS = [
 
 
 @pytest.mark.parametrize(("world_size", "tp", "pp", "cp", "ep", "etp"), GRIDS)
-def test_coordinates_are_those_of_megatron(
-    minimal: Path, world_size: int, tp: int, pp: int, cp: int, ep: int, etp: int
-) -> None:
+def test_coordinates_are_those_of_megatron(minimal, world_size, tp, pp, cp, ep, etp):
     """Every group that megatron-core would form is the ranks that differ in one coordinate."""
     from megatron.core.parallel_state import RankGenerator
 
@@ -105,9 +103,7 @@ def test_stages_without_layout(minimal: Path) -> None:
         ("Ett|ttL", 2, 4),
     ],
 )
-def test_layout_string_is_read_as_megatron_reads_it(
-    minimal: Path, text: str, pp: int, layers: int
-) -> None:
+def test_layout_string_is_read_as_megatron_reads_it(minimal: Path, text: str, pp: int, layers: int):
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
     config = load_config(

@@ -38,8 +38,8 @@ def test_defaults_are_valid_and_silent(minimal: Path) -> None:
 
 
 def test_base_is_merged_key_by_key_and_relative_to_the_file_naming_it(
-    minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    minimal, tmp_path, monkeypatch
+):
     (tmp_path / "sub").mkdir()
     (tmp_path / "middle.yaml").write_text(
         "base: minimal.yaml\nmoe: {tau: 0.5, router_topk: 3, layer_freq: [1, 0, 1, 0]}\n"
@@ -193,9 +193,7 @@ def test_round_trip(minimal: Path, tmp_path: Path) -> None:
     assert again.to_yaml() == config.to_yaml()
 
 
-def test_resolved_configuration_does_not_count_defaults_as_set(
-    minimal: Path, tmp_path: Path
-) -> None:
+def test_resolved_configuration_does_not_count_defaults_as_set(minimal: Path, tmp_path) -> None:
     vanilla = [f"moe.num_{kind}_experts=0" for kind in ("zero", "copy", "constant")]
     config = load_config(minimal, [*vanilla, "moe.gating_residual=false"])
     written = tmp_path / "written.yaml"
@@ -345,9 +343,7 @@ def test_a_section_that_may_be_left_out(minimal: Path, tmp_path: Path) -> None:
         ("{enabled: true}", True, True),
     ],
 )
-def test_one_word_stands_for_a_section(
-    tmp_path: Path, minimal: Path, text: str, enabled: bool | None, dry_run: bool
-) -> None:
+def test_one_word_stands_for_a_section(tmp_path, minimal, text, enabled, dry_run):
     """In a file over its base, and as an override; what the word does not set stays."""
     base = tmp_path / "base.yaml"
     base.write_text(minimal.read_text() + "routing_guard: {enabled: false, dry_run: true}\n")

@@ -140,9 +140,7 @@ def test_blends(tmp_path: Path) -> None:
         ("sinkhorn", "1e-2", (None, 0.0), "--moe-router-load-balancing-type sinkhorn has no"),
     ],
 )
-def test_lists_of_balance_losses(
-    kinds: str, coefficients: str, taken: tuple[str | None, float], told: str, tmp_path: Path
-) -> None:
+def test_lists_of_balance_losses(kinds, coefficients, taken, told, tmp_path):
     text = SCRIPT.replace("seq_aux_loss", kinds).replace("coeff 1e-2", f"coeff {coefficients}")
     found = _translated(text, tmp_path)
     moe = found.content["moe"]
@@ -176,9 +174,7 @@ def test_the_recipe_of_deepseek_v3(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["", "abc", "1 2", "$NOWHERE", "-1", "0", "nan", "1e999", "[1"])
-def test_no_value_of_any_argument_is_a_traceback(
-    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_value_of_any_argument_is_a_traceback(value: str, tmp_path, monkeypatch) -> None:
     # What a configuration is refused for is a note; asking takes most of the time.
     monkeypatch.setattr("moepp_megatron.config.from_megatron.parse_config", lambda content: None)
     for name in sorted({*SETTINGS, *SWITCHES, *DERIVED, *ALWAYS}):

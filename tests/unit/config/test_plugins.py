@@ -126,9 +126,7 @@ def test_a_package_that_fails_to_import(tmp_path: Path, monkeypatch: pytest.Monk
     )
 
 
-def test_the_same_package_twice_on_the_path_is_one(
-    installed: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_package_twice_on_the_path_is_one(installed: Path, tmp_path_factory, monkeypatch):
     monkeypatch.syspath_prepend(install(tmp_path_factory.mktemp("again")))
     check_plugins(config({"observe": {"sinks": ["csv"]}}))
 

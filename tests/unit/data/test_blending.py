@@ -117,9 +117,7 @@ def test_each_token_has_its_source_over_stages(folders, tmp_path: Path) -> None:
     assert min(seen.values()) > 50, "every source is there"
 
 
-def test_folders_above_the_limit_tell_no_sources(
-    folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_above_the_limit_tell_no_sources(folders, tmp_path, monkeypatch) -> None:
     """Also where one of them, and not the other, says which source its documents are of."""
     monkeypatch.setattr("moepp_megatron.data.datasets.MAX_SOURCES", 1)
     train, _, _ = open_blends(folders, tmp_path, blend(folders, a=1, cd=1))

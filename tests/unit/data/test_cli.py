@@ -37,13 +37,7 @@ def test_prepare_writes_and_reports(corpus_file: Path, tmp_path: Path):
         (["stdlib", "--out", "x", "--tokenizer", "none.json"], ["none.json", "name a file"]),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(
-    arguments: list[str],
-    words: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["moepp", "data", "prepare", *arguments])
     with pytest.raises(SystemExit) as caught:
@@ -64,12 +58,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     ],
 )
 def test_what_is_no_tokenizer_is_refused_before_sources_are_read(
-    content: bytes,
-    words: str,
-    corpus_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    content, words, corpus_file, tmp_path, monkeypatch, capsys
 ):
     model = tmp_path / "tokenizer.model"
     model.write_bytes(content)

@@ -198,9 +198,7 @@ def test_what_is_left_out_is_counted_by_reason(tokenizer_folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_source_with_nothing_usable_is_refused(
-    name: str, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_a_source_with_nothing_usable_is_refused(name: str, tokenizer_folder: Path, tmp_path):
     record, reason = BAD[name]
     source = write(tmp_path / "chats.jsonl", [record])
     with pytest.raises(ConfigError, match="has no usable conversation") as caught:
@@ -209,9 +207,7 @@ def test_a_source_with_nothing_usable_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_another_template_is_another_folder(
-    folder: Path, tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_another_template_is_another_folder(folder: Path, tokenizer_folder: Path, tmp_path) -> None:
     source = folder.parent / "chats.jsonl"
     assert prepared(source, tokenizer_folder, folder).up_to_date
     other = tmp_path / "other.jinja"
@@ -240,9 +236,7 @@ def test_reasons_stay_few(tokenizer_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trims", [False, True])
-def test_white_space_of_answers_is_learnt(
-    tokenizer_folder: Path, tmp_path: Path, trims: bool
-) -> None:
+def test_white_space_of_answers_is_learnt(tokenizer_folder: Path, tmp_path, trims: bool) -> None:
     """Also where a post-processor such as Llama 3's takes it out of the tokens' spans."""
     backend = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     if trims:
@@ -363,9 +357,7 @@ SPELLING: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SPELLING)
-def test_no_message_spells_a_special_token_by_its_template(
-    name: str, tokenizer_folder: Path
-) -> None:
+def test_no_message_spells_a_special_token_by_its_template(name: str, tokenizer_folder: Path):
     text, content = SPELLING[name]
     own = content if isinstance(content, dict) else {"content": content}
     body = (
@@ -424,9 +416,7 @@ def test_templates_that_cannot_be_used(name: str, tokenizer_folder: Path, tmp_pa
         prepared(source, tokenizer_folder, tmp_path / "out", template=file)
 
 
-def test_a_template_may_mark_answers_and_be_one_of_several(
-    tokenizer_folder: Path, tmp_path: Path
-) -> None:
+def test_a_template_may_mark_answers_and_be_one_of_several(tokenizer_folder: Path, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
     marked = "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}"
     marked += "{% endgeneration %}{% endfor %}"

@@ -73,9 +73,7 @@ def test_each_token_has_its_source(sourced: Path, workers: int) -> None:
     assert mixed > 50
 
 
-def test_a_folder_of_one_source_tells_none_apart(
-    prepared: Path, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_folder_of_one_source_tells_none_apart(prepared: Path, tokenizer: Tokenizer, tmp_path):
     assert not (prepared / DOCUMENT_SOURCES).exists()
     train, _, _ = build_datasets(
         prepared, tokenizer, LENGTH, "1,0,0", 7, (8, 0, 0), cache_dir=tmp_path
@@ -84,9 +82,7 @@ def test_a_folder_of_one_source_tells_none_apart(
     assert SOURCES not in train[0]
 
 
-def test_the_folder_is_reused_verified_and_refused_when_damaged(
-    sourced: Path, tmp_path: Path
-) -> None:
+def test_the_folder_is_reused_verified_and_refused_when_damaged(sourced: Path, tmp_path) -> None:
     given = [
         f"{name}={sourced.parent / f'{i}.jsonl'}" for i, name in enumerate([*LETTERS, "first"])
     ]

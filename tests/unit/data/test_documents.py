@@ -82,9 +82,7 @@ def test_jsonl_records(tmp_path: Path):
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 31, 64, 1000])
-def test_jsonl_cut_anywhere_gives_every_record_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
-):
+def test_jsonl_cut_anywhere_gives_every_record_once(tmp_path, monkeypatch, piece_bytes: int):
     texts = [f"\u00e9{i}" * (i % 9) + "." for i in range(40)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"k": text}, ensure_ascii=False) + "\n" for text in texts))
@@ -203,9 +201,7 @@ def test_damaged_parquet_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst"])
-def test_without_pyarrow_it_is_said_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-):
+def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch, name: str):
     path = tmp_path / name
     path.write_bytes(b"x")
     real_import = builtins.__import__
@@ -249,9 +245,7 @@ def test_source_without_a_usable_document_is_named_with_reasons(tmp_path: Path):
 
 # Memory follows what is unpacked, so a small file must not unpack to much.
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst"])
-def test_a_small_file_that_unpacks_to_much_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-):
+def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, name: str):
     monkeypatch.setattr(compressed, "_SMALL_BYTES", 1000)
     path = tmp_path / name
     lines = json.dumps({"text": "a" * 300_000}).encode() + b"\n"
@@ -266,9 +260,7 @@ def test_a_small_file_that_unpacks_to_much_is_refused(
     assert len(read_all(path)) == 1
 
 
-def test_a_small_table_that_unpacks_to_much_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_small_table_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 

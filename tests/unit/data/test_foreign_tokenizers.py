@@ -86,9 +86,7 @@ def ranks(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "qwen2", "o200k"])
-def test_ranks_give_tiktoken_s_ids(
-    ranks: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
-) -> None:
+def test_ranks_give_tiktoken_s_ids(ranks, monkeypatch, pattern: str) -> None:
     tiktoken = pytest.importorskip("tiktoken", reason="needs tiktoken")
     pytest.importorskip("transformers", reason="needs transformers")
     special = ("<|unused|>", "<|endoftext|>")
@@ -157,9 +155,7 @@ def test_a_folder_without_tokenizer_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["transformers", "sentencepiece"])
-def test_missing_packages_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
+def test_missing_packages_are_told(tmp_path, monkeypatch, missing: str) -> None:
     (tmp_path / "a.model").write_bytes(b"\x0a\x0e\xff")
     for name in [each for each in sys.modules if each.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)

@@ -94,11 +94,7 @@ def test_sources_of_all_kinds_are_counted_apart(tmp_path: Path, console: Console
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(
-    corpus_file: Path,
-    prepared: Path,
-    tmp_path: Path,
-    console: Console,
-    monkeypatch: pytest.MonkeyPatch,
+    corpus_file, prepared, tmp_path, console, monkeypatch
 ):
     out = {}
     monkeypatch.setattr(documents, "PIECE_BYTES", 500)
@@ -123,9 +119,7 @@ def test_same_inputs_are_not_prepared_again(corpus_file: Path, tmp_path: Path, c
     assert mtimes(out) == before
 
 
-def test_other_inputs_are_refused_without_force(
-    corpus_file: Path, tmp_path: Path, console: Console
-):
+def test_other_inputs_are_refused_without_force(corpus_file: Path, tmp_path, console: Console):
     out = tmp_path / "out"
     source = tmp_path / "corpus.jsonl"
     shutil.copy(corpus_file, source)
@@ -157,9 +151,7 @@ def test_damaged_folder_is_noticed(corpus_file: Path, tmp_path: Path, console: C
 
 @pytest.mark.parametrize("settings", [SMALL, FORCE], ids=["plain", "force"])
 @pytest.mark.parametrize("with_manifest", [False, True])
-def test_foreign_files_are_never_removed(
-    corpus_file: Path, tmp_path: Path, console: Console, settings, with_manifest: bool
-):
+def test_foreign_files_are_never_removed(corpus_file, tmp_path, console, settings, with_manifest):
     out = tmp_path / "home"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
@@ -173,9 +165,7 @@ def test_foreign_files_are_never_removed(
 
 
 @pytest.mark.parametrize("step", ["_make_tokenizer", "write_indexed_dataset", "publish"])
-def test_interrupted_run_leaves_nothing_behind(
-    corpus_file: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch, step: str
-):
+def test_interrupted_run_leaves_nothing_behind(corpus_file, tmp_path, console, monkeypatch, step):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -190,9 +180,7 @@ def test_interrupted_run_leaves_nothing_behind(
     assert digests(old) == before
 
 
-def test_leftovers_of_a_killed_run_do_no_harm(
-    corpus_file: Path, prepared: Path, tmp_path: Path, console: Console
-):
+def test_leftovers_of_a_killed_run_do_no_harm(corpus_file, prepared, tmp_path, console):
     (tmp_path / ".out.partial" / "junk").mkdir(parents=True)
     (tmp_path / ".out.partial" / "corpus.bin").write_text("half")
     prepare([str(corpus_file)], tmp_path / "out", SMALL, console)
@@ -209,9 +197,7 @@ def test_two_runs_do_not_write_one_folder(corpus_file: Path, tmp_path: Path, con
     assert not prepare([str(corpus_file)], out, SMALL, console).up_to_date
 
 
-def test_existing_tokenizer_is_used(
-    corpus_file: Path, prepared: Path, tmp_path: Path, console: Console
-):
+def test_existing_tokenizer_is_used(corpus_file: Path, prepared: Path, tmp_path, console: Console):
     file = prepared / "tokenizer.json"
     out = tmp_path / "out"
     manifest = prepare([str(corpus_file)], out, PrepareSettings(tokenizer=file), console).manifest
@@ -283,9 +269,7 @@ def test_a_full_disk_is_one_line(corpus_file: Path, small_disk: Path, console: C
     assert not prepare([str(corpus_file)], small_disk / "out", SMALL, console).up_to_date
 
 
-def test_what_is_too_long_to_be_tokenized_whole_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_is_too_long_to_be_tokenized_whole_is_left_out(tmp_path, monkeypatch):
     """Whatever it is packed in, since a text of one letter packs to a thousandth."""
     import tokenizers
 

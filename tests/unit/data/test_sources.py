@@ -96,9 +96,7 @@ def test_links_within_a_source_and_those_that_a_user_names_are_followed(tmp_path
         ("hf://datasets/tatsu-lab/alpaca/data/a.parquet", "tatsu-lab/alpaca"),
     ],
 )
-def test_a_dataset_of_the_hub_is_to_be_fetched(
-    given: str, hub_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_dataset_of_the_hub_is_to_be_fetched(given: str, hub_id: str, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"hf download {hub_id} --repo-type dataset") as caught:
         resolve_sources([given])

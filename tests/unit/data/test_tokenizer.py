@@ -82,9 +82,7 @@ def test_unusable_tokenizer_files_are_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize("entry", ["<stop>", {"content": "<stop>", "lstrip": False}])
-def test_end_of_document_is_the_one_named_beside_the_file(
-    tmp_path: Path, texts: list[str], entry: object
-):
+def test_end_of_document_is_the_one_named_beside_the_file(tmp_path, texts, entry):
     train_tokenizer(texts, 290).save(tmp_path / "tokenizer.json")
     path = tmp_path / "tokenizer.json"
     known = Tokenizer.load(path)

@@ -79,9 +79,7 @@ def test_every_changed_byte_is_found(folder: Path, name: str):
     assert problems(folder) == {}
 
 
-def test_token_outside_of_the_vocabulary_is_named_by_document_and_place(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_token_outside_of_the_vocabulary_is_named_by_document_and_place(folder: Path, monkeypatch):
     # Chunks that end within documents and within what the test looks for.
     monkeypatch.setattr("moepp_megatron.data.verify._CHUNK_BYTES", 64)
     for document, offset in [(0, 0), (17, 0), (17, 5), (59, int(lengths_of(folder)[59]) - 1)]:
@@ -109,9 +107,7 @@ def test_folder_of_an_earlier_version_is_checked_as_far_as_possible(folder: Path
     }
 
 
-def test_damage_is_one_line_and_exit_code_2(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_damage_is_one_line_and_exit_code_2(folder: Path, monkeypatch, capsys):
     spoil_token(folder, 3, 1, 60_001)
     change_bytes(folder / "corpus.idx", 40, b"\xff")
     monkeypatch.setattr(sys, "argv", ["moepp", "data", "verify", str(folder)])
@@ -272,9 +268,7 @@ print({{"torch", "megatron"}} & set(sys.modules))
         ("sha256", {"corpus.bin": 5}),
     ],
 )
-def test_a_manifest_of_other_kinds_of_values_is_refused(
-    prepared: Path, tmp_path: Path, field: str, value: object
-):
+def test_a_manifest_of_other_kinds_of_values_is_refused(prepared, tmp_path, field, value):
     content = json.loads((prepared / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**content, field: value}))
     with pytest.raises(ConfigError, match="must be a prepared folder .not a manifest ") as caught:

@@ -288,9 +288,7 @@ def test_restored_controller_goes_on_as_if_nothing_had_happened(controller: str)
     assert (last is None and again is None) or torch.equal(last, again)
 
 
-def test_each_layer_gets_its_own_tau_and_its_own_part_of_the_biases(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_each_layer_gets_its_own_tau_and_its_own_part_of_the_biases(monkeypatch) -> None:
     """A pipeline stage has layers from the middle of the model, in chunks that take turns."""
     taus: dict[int, float] = {}
 

@@ -101,7 +101,7 @@ def test_documents_equal_megatron_cores_with_its_mask(groups: int) -> None:
 )
 def test_shared_keys_are_repeated_where_no_kernel_of_a_gpu_takes_them(
     monkeypatch, dtype, masked, heads
-) -> None:
+):
     """Only flash attention takes shared keys, in 16 bits and without a mask; a CPU's takes all."""
     given: list[Tensor] = []
     kernel = torch.nn.functional.scaled_dot_product_attention

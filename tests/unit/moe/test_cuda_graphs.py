@@ -143,9 +143,7 @@ def test_what_reads_on_the_host_cannot_be_captured() -> None:
         ({"recompute_granularity": "selective"}, "runs forward once for each backward pass"),
     ],
 )
-def test_what_no_graph_can_hold_is_refused_with_the_reason(
-    changes: dict[str, Any], message: str
-) -> None:
+def test_what_no_graph_can_hold_is_refused_with_the_reason(changes: dict[str, Any], message: str):
     config = megatron_config(MOEPP)
     # Set afterwards: megatron-core's own checks demand further settings for some.
     for name, value in {
@@ -159,9 +157,7 @@ def test_what_no_graph_can_hold_is_refused_with_the_reason(
         spec.submodules.mlp(config=config, pg_collection=None)
 
 
-def test_graphs_are_refused_with_a_version_that_they_were_not_tested_with(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_graphs_are_refused_with_a_version_that_they_were_not_tested_with(monkeypatch) -> None:
     monkeypatch.setattr(package_info, "__shortversion__", "0.20.0")
     config = megatron_config(MOEPP)
     get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False).submodules.mlp(config=config)

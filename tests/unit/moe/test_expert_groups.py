@@ -86,9 +86,7 @@ def tried_out(logits: Tensor, bias: Tensor | None, config: MoEPPConfig) -> list[
 
 
 @pytest.mark.parametrize(("topk", "groups", "kept", "changes"), SETTINGS)
-def test_selection_is_the_best_that_is_allowed(
-    topk: int, groups: int, kept: int, changes: dict[str, Any]
-) -> None:
+def test_selection_is_the_best_that_is_allowed(topk, groups, kept, changes):
     config = config_of(topk, groups, kept, changes)
     bias = bias_of(config)
     logits = torch.randn(150, config.num_experts)
@@ -107,9 +105,7 @@ def test_selection_is_the_best_that_is_allowed(
 
 @pytest.mark.parametrize(("topk", "groups", "kept", "changes"), SETTINGS)
 @pytest.mark.parametrize("ffn_only", [False, True])
-def test_layer_is_the_reference(
-    topk: int, groups: int, kept: int, changes: dict[str, Any], ffn_only: bool
-) -> None:
+def test_layer_is_the_reference(topk, groups, kept, changes, ffn_only):
     """Outputs and gradients of a whole layer; no balance loss, which groups do not enter."""
     config = config_of(topk, groups, kept, {"balance_coeff": 0.0} | changes)
     layer = build_layer(config)

@@ -70,14 +70,7 @@ def run(experts: SequentialMLP, rows: list[int], dtype: torch.dtype) -> list[Ten
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
 )
-def test_equals_sequential_mlp(
-    rows: list[int],
-    dtype: torch.dtype,
-    tolerance: float,
-    kind: type[CPUExperts],
-    large: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_equals_sequential_mlp(rows, dtype, tolerance, kind, large, monkeypatch):
     monkeypatch.setattr(cpu_experts, "_LARGE", large)
     theirs, ours = both(dtype, kind)
     for expected, actual in zip(run(theirs, rows, dtype), run(ours, rows, dtype), strict=True):

@@ -121,9 +121,7 @@ def by_hand(
     ],
     ids=["residual", "no residual", "three experts"],
 )
-def test_loss_and_gradients_are_those_of_its_parts(
-    moepp: MoEPPConfig, changes: dict[str, Any]
-) -> None:
+def test_loss_and_gradients_are_those_of_its_parts(moepp: MoEPPConfig, changes: dict[str, Any]):
     model, other = build(moepp, **changes), build(moepp)
     other.load_state_dict(model.state_dict())
     ids, positions, labels, mask = batch()

@@ -88,9 +88,7 @@ def configured(**changes: Any) -> Config:
 
 @pytest.mark.usefixtures("declared")
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
-def test_a_new_score_is_computed_by_whoever_asks(
-    monkeypatch: pytest.MonkeyPatch, normalization: str
-) -> None:
+def test_a_new_score_is_computed_by_whoever_asks(monkeypatch, normalization: str) -> None:
     monkeypatch.setitem(SCORES, "fake", Score(fake, lambda logits: logits / 2))
     config = MoEPPConfig(4, score_function="fake", gate_normalization=normalization)
     logits = torch.randn(30, config.num_experts)
@@ -164,17 +162,13 @@ def test_no_export_has_a_score_that_it_does_not_list(export: Callable[[Config], 
         ({"balance_scope": "document"}, r"moe.balance_scope \(document\) must be microbatch or"),
     ],
 )
-def test_an_export_refuses_values_that_its_file_does_not_list(
-    changes: dict[str, Any], message: str
-) -> None:
+def test_an_export_refuses_values_that_its_file_does_not_list(changes, message):
     refuse_uncomputed(configured())
     with pytest.raises(ConfigError, match=message):
         refuse_uncomputed(configured(**changes))
 
 
-def test_an_export_refuses_settings_and_kinds_that_its_file_does_not_know(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_export_refuses_settings_and_kinds_that_its_file_does_not_know(monkeypatch) -> None:
     text = "from nowhere import nothing\nCOMPUTES = {'kinds': 'FFN zero', 'others': 'tau'}\n"
     monkeypatch.setattr("pathlib.Path.read_text", lambda path, encoding: text)
     with pytest.raises(ConfigError) as caught:

@@ -158,9 +158,7 @@ def test_names_that_moved_are_told_before_a_layer_is_built(monkeypatch: pytest.M
     check_upstream.cache_clear()
 
 
-def test_what_only_the_trainer_needs_stops_only_the_trainer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_only_the_trainer_needs_stops_only_the_trainer(monkeypatch) -> None:
     from moepp_megatron.config import UnfitError, parse_config
     from moepp_megatron.model.build import build_chunks
     from tests.parallel.training_runs import settings

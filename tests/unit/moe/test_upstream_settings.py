@@ -169,9 +169,7 @@ def megatrons_layer(monkeypatch: pytest.MonkeyPatch, dispatcher: type, **changes
 
 
 @pytest.mark.parametrize("kind", [FFNAlltoAllTokenDispatcher, DedupAlltoAllTokenDispatcher])
-def test_dispatchers_refuse_steps_of_shared_experts(
-    monkeypatch: pytest.MonkeyPatch, kind: type
-) -> None:
+def test_dispatchers_refuse_steps_of_shared_experts(monkeypatch, kind: type) -> None:
     shared = {"moe_shared_expert_intermediate_size": 8}
     message = rf"moe_shared_expert_overlap \(True\) is not supported by {kind.__name__}, because"
     with pytest.raises(ValueError, match=message):

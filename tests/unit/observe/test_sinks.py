@@ -108,7 +108,7 @@ def test_a_whole_last_line_without_line_end_is_kept(make_record, tmp_path: Path)
 
 @pytest.mark.parametrize("damage", [b"garbage\n", b"\0" * 300 + b"\n", b'{"step": 1}\n', b"\xff\n"])
 def test_a_damaged_file_is_set_aside_and_what_can_be_read_is_kept(
-    make_record, tmp_path: Path, caplog, damage: bytes
+    make_record, tmp_path, caplog, damage
 ):
     path = tmp_path / "metrics.jsonl"
     lines = [make_record(step).to_json_line().encode() for step in (1, 2, 3, 4)]
@@ -144,9 +144,7 @@ def test_what_a_rollback_undoes_leaves_the_file(make_record, tmp_path: Path):
     assert [json.loads(line)["loss"] for line in undone] == [3.0, 4.0, 7.0, 1.0, 2.0]
 
 
-def test_a_rollback_waits_for_a_full_disk_as_records_do(
-    make_record, tmp_path: Path, monkeypatch, caplog
-):
+def test_a_rollback_waits_for_a_full_disk_as_records_do(make_record, tmp_path, monkeypatch, caplog):
     sink = PatientSink(JsonlSink(tmp_path / "metrics.jsonl"))
     for step in (1, 2, 3):
         sink.write(make_record(step))
@@ -400,7 +398,7 @@ def test_tensorboard_numbers_layers_as_alerts_and_pages_do(make_record, tmp_path
 
 
 def test_open_sinks_trains_on_without_tensorboard(
-    make_record, tmp_path: Path, monkeypatch, caplog, capsys
+    make_record, tmp_path, monkeypatch, caplog, capsys
 ):
     def missing(*_: object) -> None:
         raise ImportError("TensorBoard output needs the tensorboard package")

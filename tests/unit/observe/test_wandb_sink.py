@@ -79,9 +79,7 @@ def test_a_resumed_run_keeps_its_id_and_a_new_one_does_not(tmp_path: Path, monke
     assert first == resumed != anew == again
 
 
-def test_open_sinks_trains_on_where_it_cannot_start(
-    make_record, tmp_path: Path, monkeypatch, caplog
-):
+def test_open_sinks_trains_on_where_it_cannot_start(make_record, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", "0123secret")
     monkeypatch.setitem(sys.modules, "wandb", StandIn(RuntimeError("key 0123secret\nrefused")))
     run = WandbRun(OFFLINE, "quick", {})

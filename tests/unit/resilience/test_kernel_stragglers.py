@@ -67,9 +67,7 @@ def detector(monkeypatch: pytest.MonkeyPatch) -> type[Detector]:
     return Detector
 
 
-def test_slow_gpu_is_named_at_the_interval(
-    detector: type[Detector], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_slow_gpu_is_named_at_the_interval(detector: type[Detector], caplog) -> None:
     watch = KernelStragglerDetector(interval=2, threshold=2.0)
     watch.start()
     with caplog.at_level(logging.WARNING):
@@ -90,9 +88,7 @@ def test_slow_gpu_is_named_at_the_interval(
     ]
 
 
-def test_equal_gpus_are_not_reported(
-    detector: type[Detector], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_gpus_are_not_reported(detector: type[Detector], caplog, monkeypatch) -> None:
     monkeypatch.setattr(detector, "scores", {0: 1.0, 1: 0.98, 2: float("nan")})
     watch = KernelStragglerDetector(interval=1, threshold=1.5)
     watch.begin_step()
@@ -108,9 +104,7 @@ def test_refused_step_and_early_end_leave_no_section_open(detector: type[Detecto
     assert detector.calls == ["enter", "leave", "enter", "leave", "shutdown"]
 
 
-def test_other_ranks_get_no_scores(
-    detector: type[Detector], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_ranks_get_no_scores(detector: type[Detector], monkeypatch) -> None:
     monkeypatch.setattr(detector, "scores", {})
     watch = KernelStragglerDetector(interval=1, threshold=1.5)
     watch.begin_step()

@@ -16,9 +16,7 @@ from tests.parallel.training_runs import settings
 
 
 @pytest.mark.parametrize(("backend", "given"), [("nccl", ["ep", "ep_dp"]), ("gloo", None)])
-def test_groups_of_high_priority_are_nccls(
-    monkeypatch: pytest.MonkeyPatch, backend: str, given: list[str] | None
-) -> None:
+def test_groups_of_high_priority_are_nccls(monkeypatch, backend: str, given: list[str] | None):
     told: dict[str, Any] = {}
     monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda **kw: told.update(kw))
     monkeypatch.setattr(megatron_random, "model_parallel_cuda_manual_seed", lambda *_, **__: None)

@@ -126,9 +126,7 @@ def test_parts_of_apex(install: Any, missing: str, expected: tuple[str, str]) ->
     assert norm_and_accumulation() == expected
 
 
-def test_apex_accumulates_more_than_transformer_engine(
-    install: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_apex_accumulates_more_than_transformer_engine(install: Any, monkeypatch) -> None:
     install()
     monkeypatch.setattr(kernel_choices, "have_transformer_engine", lambda: True)
     assert norm_and_accumulation() == ("Transformer Engine", "Transformer Engine")
@@ -148,9 +146,7 @@ def test_apex_accumulates_more_than_transformer_engine(
         ("another.package", "another"),
     ],
 )
-def test_what_megatron_core_has_chosen_is_named(
-    install: Any, monkeypatch: pytest.MonkeyPatch, module: str, package: str
-) -> None:
+def test_what_megatron_core_has_chosen_is_named(install, monkeypatch, module, package):
     from megatron.core import optimizer
 
     chosen = type("Chosen", (), {"__module__": module})
@@ -169,9 +165,7 @@ def test_the_log_has_one_line_with_every_choice(install: Any) -> None:
         assert choice.line() in line
 
 
-def test_a_run_on_a_cpu_has_nothing_to_say_of_packages_for_gpus(
-    install: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_a_cpu_has_nothing_to_say_of_packages_for_gpus(install: Any, monkeypatch) -> None:
     """None is used, and none could be; on a GPU, or where one is used, the line matters."""
     import torch
 

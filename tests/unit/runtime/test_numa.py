@@ -52,12 +52,8 @@ def test_where_nothing_is_known_no_core_is_near(system: Path, content: str | Non
     ],
 )
 def test_a_rank_keeps_to_cores_near_its_gpu_that_it_may_use(
-    system: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    device: str,
-    allowed: set[int],
-    bound: set[int] | None,
-) -> None:
+    system, monkeypatch, device, allowed, bound
+):
     calls: list[set[int]] = []
     monkeypatch.setattr(rank_gpu.cores_near, "__defaults__", (system,))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: GPU)

@@ -135,7 +135,7 @@ def test_hardware_queues_follow_from_the_layout(monkeypatch, parallel, moe, valu
 )
 def test_a_number_of_queues_against_the_layout_is_told_and_kept(
     monkeypatch, parallel, moe, given, wanted
-) -> None:
+):
     config = layout(parallel, moe)
     monkeypatch.setattr(os, "environ", {"CUDA_DEVICE_MAX_CONNECTIONS": given})
     warning = contradiction(config, os.environ)
@@ -302,9 +302,7 @@ def test_address_and_interface_are_those_of_the_route() -> None:
         ("::1", "::1", "::1"),
     ],
 )
-def test_own_name_does_not_lead_back_here(
-    monkeypatch: pytest.MonkeyPatch, host: str, towards_host: str, expected: str
-) -> None:
+def test_own_name_does_not_lead_back_here(monkeypatch, host: str, towards_host: str, expected: str):
     addresses = {"192.0.2.1": "10.0.0.7", host: towards_host}
     monkeypatch.setattr(nodes, "_address_towards", lambda host, port: addresses[host])
     assert Nodes(2, 0, host).local_address() == expected
@@ -348,9 +346,7 @@ def test_torchrun_is_told_who_hosts_the_meeting() -> None:
         ({"RANK": "", "WORLD_SIZE": ""}, r"RANK \(''\) in the environment must be a whole"),
     ],
 )
-def test_variables_that_are_no_numbers(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str
-) -> None:
+def test_variables_that_are_no_numbers(monkeypatch, variables: dict[str, str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         place(monkeypatch, **SRUN, **variables)
 

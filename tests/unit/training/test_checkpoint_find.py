@@ -218,9 +218,7 @@ def test_other_shapes_are_refused_by_name(write, tmp_path: Path, sections, messa
          True),
     ],
 )  # fmt: skip
-def test_what_is_drawn_is_counted_in_batches_of_one_size(
-    write, tmp_path: Path, batch: int, data: dict, is_refused: bool
-):
+def test_what_is_drawn_is_counted_in_batches_of_one_size(write, tmp_path, batch, data, is_refused):
     checkpoint = write(tmp_path, 5, data=data)
     config = config_of(data=data, training={"global_batch_size": batch})
     if is_refused:

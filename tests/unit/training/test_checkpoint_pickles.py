@@ -127,9 +127,7 @@ def test_a_pickle_that_changes_what_it_names_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code_is_allowed", [False, True])
-def test_megatron_core_is_given_nothing_but_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code_is_allowed: bool
-) -> None:
+def test_megatron_core_is_given_nothing_but_data(tmp_path, monkeypatch, code_is_allowed: bool):
     """Even where nobody looked before, and where the environment allows code elsewhere."""
     if code_is_allowed:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")

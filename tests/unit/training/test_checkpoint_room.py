@@ -25,9 +25,7 @@ STEPS = {"train_iters": 100}
         (None, 2, 60, 2),
     ],
 )
-def test_as_many_as_will_be_there_at_once(
-    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep, there, step, count
-):
+def test_as_many_as_will_be_there_at_once(write, tmp_path, monkeypatch, keep, there, step, count):
     # The last save, of step 100, is none of the interval's.
     checkpoint = {"keep": keep, "save_interval": 30}
     config = config_of(training=STEPS, checkpoint=checkpoint)

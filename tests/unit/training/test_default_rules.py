@@ -63,9 +63,7 @@ def test_every_rule_has_its_courses() -> None:
 
 @pytest.mark.parametrize("name", list(COURSES))
 @pytest.mark.parametrize("seed", range(3))
-def test_a_rule_is_silent_on_a_healthy_course_and_told_on_a_faulty_one(
-    name: str, seed: int
-) -> None:
+def test_a_rule_is_silent_on_a_healthy_course_and_told_on_a_faulty_one(name: str, seed: int):
     rule = RULES[name]
     healthy, faulty = COURSES[name]
     draw, judge = course(rule, seed), RuleJudge([rule], LAYERS)

@@ -31,9 +31,7 @@ def test_the_same_run_says_only_where_it_goes_on(tmp_path: Path) -> None:
     assert resumed(tmp_path, run={"dir": "elsewhere"}) == [f"resumed from step 6 of {tmp_path}"]
 
 
-def test_other_versions_than_those_of_the_checkpoint_are_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_versions_than_those_of_the_checkpoint_are_one_warning(tmp_path, monkeypatch) -> None:
     here = {**progress._versions(), "triton": "9"}
     recorded = {**here, "torch": "2.3.4", "transformer-engine": "1.2"}
     # What an older version did not record is no difference.

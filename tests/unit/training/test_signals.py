@@ -18,13 +18,7 @@ from moepp_megatron.training.signals import StopRequest
         (None, signal.SIGTERM, 0),
     ],
 )
-def test_the_first_ctrl_c_is_answered_at_once(
-    rank: str | None,
-    number: signal.Signals,
-    answers: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_the_first_ctrl_c_is_answered_at_once(rank, number, answers, monkeypatch, capfd):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     if rank is not None:

@@ -61,9 +61,7 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
     assert message in str(result.exception)
 
 
-def test_fp8_is_refused_with_the_reason_where_it_cannot_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_fp8_is_refused_with_the_reason_where_it_cannot_run(monkeypatch) -> None:
     from moepp_megatron.runtime.fp8 import FP8Machine
 
     for machine, reason in (

@@ -14,9 +14,7 @@ from moepp_megatron.workbench.bench.shapes import SHAPES
 
 @pytest.mark.parametrize("tau", [0.1, 0.75, 1.0])
 @pytest.mark.parametrize("num_tokens", [1, 37, 4096])
-def test_every_expert_gets_its_share_and_no_token_an_expert_twice(
-    tau: float, num_tokens: int
-) -> None:
+def test_every_expert_gets_its_share_and_no_token_an_expert_twice(tau: float, num_tokens: int):
     shares = balanced_shares(8, 4, tau)
     picks = balanced_selection(num_tokens, shares, 2, torch.Generator().manual_seed(1))
     assert picks.shape == (num_tokens, 2)

@@ -102,9 +102,7 @@ def test_efficiency_formulas() -> None:
     assert efficiency(4 * 4096 / 10, 4, 4096 / 8, 1) == pytest.approx(0.8)
 
 
-def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(
-    config: Config, tmp_path: Path
-) -> None:
+def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(config: Config, tmp_path):
     grid = build_grid(config, [2, 4], ["ep=1", "ep=2"], ["strong"])
     folder = ScalingRuns(tmp_path)
     folder.claim(config, Measuring(("moepp", "vanilla"), 1, 1, 3))
@@ -418,8 +416,8 @@ def test_configuration_may_be_in_the_folder(config: Config, tmp_path: Path) -> N
     ],
 )
 def test_ranks_of_somebody_else_must_know_their_point(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: str, arguments: list[str], message: str
-) -> None:
+    tmp_path, monkeypatch, ranks, arguments, message
+):
     for name, value in {"RANK": "0", "WORLD_SIZE": ranks}.items():
         monkeypatch.setenv(name, value)
         monkeypatch.setenv(f"LOCAL_{name}", value)
@@ -429,9 +427,7 @@ def test_ranks_of_somebody_else_must_know_their_point(
     assert message in str(result.exception)
 
 
-def test_rank_that_fails_says_so_in_words_that_the_launcher_finds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rank_that_fails_says_so_in_words_that_the_launcher_finds(tmp_path, monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("CUDA out of memory.\nmore lines")
 

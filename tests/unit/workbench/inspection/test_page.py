@@ -4,7 +4,6 @@ import html
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,9 +25,7 @@ def packed_of(page: str) -> dict[str, Any]:
     return json.loads(found[1])
 
 
-def test_page_is_ascii_and_asks_nothing_of_the_network(
-    make_request: Make, text: TokenizedText
-) -> None:
+def test_page_is_ascii_and_asks_nothing_of_the_network(make_request: Make, text: TokenizedText):
     request = make_request()
     assert write_inspection(request, [invented_trace(len(text))]) == [("page", request.out)]
     page = request.out.read_text(encoding="ascii")
@@ -78,9 +75,7 @@ def test_two_models_show_their_difference(make_request: Make, text: TokenizedTex
     assert len(packed_of(page)["models"]) == 2
 
 
-def test_an_unwritable_page_is_a_line(
-    make_request: Make, text: TokenizedText, tmp_path: Path
-) -> None:
+def test_an_unwritable_page_is_a_line(make_request: Make, text: TokenizedText, tmp_path) -> None:
     request = make_request(out=tmp_path / "gone" / "page.html")
     with pytest.raises(ConfigError, match=r"page\.html cannot be written \(No such file"):
         write_inspection(request, [invented_trace(len(text))])

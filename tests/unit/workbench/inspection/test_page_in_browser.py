@@ -17,9 +17,7 @@ from tests.unit.workbench.inspection.conftest import invented_trace, request_of
 
 
 @pytest.fixture(scope="module")
-def written(
-    text: TokenizedText, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], tuple[Path, list[Trace]]]:
+def written(text: TokenizedText, tmp_path_factory) -> Callable[[int], tuple[Path, list[Trace]]]:
     """The page of one or two models, written when it is first asked for, and its traces."""
 
     @functools.cache
@@ -33,9 +31,7 @@ def written(
 
 
 @pytest.fixture
-def open_page(
-    browser: Any, written: Callable[[int], tuple[Path, list[Trace]]]
-) -> Iterator[Callable[..., tuple[Any, list[Trace]]]]:
+def open_page(browser, written) -> Iterator[Callable[..., tuple[Any, list[Trace]]]]:
     """Opens the page of one or two models; fails at the end if the page complained."""
     complaints: list[str] = []
     page = browser.new_page(viewport={"width": 1440, "height": 1000})

@@ -64,9 +64,7 @@ def test_words_behind_the_end_of_a_cut_text_are_left_out(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("tagger", ["nltk", "spacy"])
-def test_a_tagger_that_is_not_installed_says_so(
-    monkeypatch: pytest.MonkeyPatch, tagger: str
-) -> None:
+def test_a_tagger_that_is_not_installed_says_so(monkeypatch, tagger: str) -> None:
     monkeypatch.setitem(sys.modules, tagger, None)
     with pytest.raises(UnfitError, match=rf"--tagger \({tagger}\) needs the package {tagger}"):
         run_tagger(tagger, TEXT)  # type: ignore[arg-type]

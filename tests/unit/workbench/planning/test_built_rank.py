@@ -94,9 +94,7 @@ FURTHER = settings(
     ],
     ids=["interleaved", "split experts", "one V", "further tokens"],
 )
-def test_ranks_are_what_the_layout_says(
-    elsewhere: ProcessPoolExecutor, raw: dict[str, Any], ranks: list[int]
-) -> None:
+def test_ranks_are_what_the_layout_says(elsewhere: ProcessPoolExecutor, raw: dict[str, Any], ranks):
     found = elsewhere.submit(build, raw, ranks).result()
     for rank, (built, checks) in zip(ranks, found, strict=True):
         assert built.rank == rank
@@ -123,9 +121,7 @@ def test_shards_of_all_ranks_are_all_parameters(elsewhere: ProcessPoolExecutor) 
     assert sum(one.mean_shard for one in built) == pytest.approx(dense + 2 * experts)
 
 
-def test_what_differs_is_said(
-    elsewhere: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_what_differs_is_said(elsewhere: ProcessPoolExecutor, monkeypatch, capsys) -> None:
     config = parse_config(INTERLEAVED)
     layout = Layout.from_config(config, WORLD)
     [(built, _)] = elsewhere.submit(build, INTERLEAVED, [300]).result()

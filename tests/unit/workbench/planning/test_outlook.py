@@ -11,9 +11,7 @@ from moepp_megatron.workbench.planning.outlook import best_interval, expected_go
     [(1000.0, 30.0, 600.0, 17_600.0), (1200.0, 60.0, 300.0, 1_760.0)],
     ids=["rare", "often"],
 )
-def test_a_played_run_keeps_what_the_formula_says(
-    interval_s: float, save_s: float, restart_s: float, failure_s: float
-) -> None:
+def test_a_played_run_keeps_what_the_formula_says(interval_s, save_s, restart_s, failure_s):
     rng = np.random.default_rng(0)
     shares = []
     for _ in range(100):

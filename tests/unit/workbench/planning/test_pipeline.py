@@ -126,9 +126,7 @@ def even(pp: int, vpp: int, *seconds: float) -> list[list[float]]:
     [(4, 1, 8, False), (4, 1, 2, False), (4, 3, 8, False), (4, 3, 8, True), (2, 2, 2, True)]
     + [(1, 1, 4, True), (1, 1, 1, True), (1, 1, 4, False)],
 )
-def test_chunks_in_flight_are_those_of_the_schedule(
-    pp: int, vpp: int, micro_batches: int, is_combined: bool
-) -> None:
+def test_chunks_in_flight_are_those_of_the_schedule(pp, vpp, micro_batches, is_combined):
     for rank in range(pp):
         held = most = 0
         for node in rank_nodes(pp, vpp, rank, micro_batches, is_combined):
@@ -162,9 +160,7 @@ def test_combined_passes_take_what_the_formula_says(pp: int, vpp: int, count: in
 
 @pytest.mark.parametrize(("pp", "vpp", "count"), [(2, 2, 2), (4, 3, 4), (4, 3, 16)])
 @pytest.mark.parametrize("seconds", [(1, 2), (1, 2, 0.8, 1.7)], ids=["alone", "combined"])
-def test_nothing_hides_the_messages_of_pairs_and_of_filling(
-    pp: int, vpp: int, count: int, seconds: tuple[float, ...]
-) -> None:
+def test_nothing_hides_the_messages_of_pairs_and_of_filling(pp, vpp, count, seconds):
     late = 0.1
     quiet = played(pp, vpp, *even(pp, vpp, *seconds), count=count)
     taken = played(pp, vpp, *even(pp, vpp, *seconds), late=late, count=count)

@@ -224,9 +224,7 @@ DAMAGED = {
 @pytest.mark.parametrize(
     ("name", "place"), [(name, n) for name, files in DAMAGED.items() for n in range(len(files))]
 )
-def test_damaged_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: int
-) -> None:
+def test_damaged_bytes(tmp_path, monkeypatch, name: str, place: int) -> None:
     """The command ends with one line and status 2; a log that is still written is read."""
     monkeypatch.setattr(records, "MAX_BYTES", 2_500_000)
     (tmp_path / name).write_bytes(DAMAGED[name][place])

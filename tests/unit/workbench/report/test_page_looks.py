@@ -102,9 +102,7 @@ def test_the_page_needs_no_other_page(full_run: Path) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "is_dark"), [("light", False), ("dark", True)])
-def test_light_and_dark_in_a_browser(
-    browser: Any, full_run: Path, scheme: str, is_dark: bool
-) -> None:
+def test_light_and_dark_in_a_browser(browser: Any, full_run: Path, scheme: str, is_dark: bool):
     context = browser.new_context(color_scheme=scheme, viewport={"width": 1200, "height": 900})
     tab = context.new_page()
     tab.goto((full_run / "report.html").as_uri())

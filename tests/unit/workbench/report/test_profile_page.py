@@ -122,9 +122,7 @@ def test_other_sources(tmp_path: Path) -> None:
         (["run", "--out", "run/profile/rank0.meta.json"], "--out"),
     ],
 )
-def test_mistakes(
-    run: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[object], words: str
-) -> None:
+def test_mistakes(run: Path, monkeypatch, arguments: list[object], words: str) -> None:
     monkeypatch.chdir(run.parent)
     error = command(*arguments).exception
     assert isinstance(error, ConfigError)

@@ -287,7 +287,5 @@ def test_a_configuration_of_another_run_is_refused(make_run):
     ("dispatcher", "expected"),
     [("alltoall", 1000.0), ("allgather", 600.0), ("alltoall_dedup", None), ("flex", None)],
 )
-def test_vanilla_traffic_is_only_claimed_where_it_follows(
-    dispatcher: str, expected: float | None
-) -> None:
+def test_vanilla_traffic_is_only_claimed_where_it_follows(dispatcher: str, expected: float | None):
     assert vanilla_a2a_bytes(dispatcher, 600.0, 0.6) == expected

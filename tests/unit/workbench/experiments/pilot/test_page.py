@@ -105,9 +105,7 @@ def words(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
 
 
-def test_numbers_are_on_the_page_and_in_the_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers_are_on_the_page_and_in_the_terminal(tmp_path, capsys) -> None:
     found = contents()
     text = words(written(found, tmp_path))
     row = (
@@ -123,9 +121,7 @@ def test_numbers_are_on_the_page_and_in_the_terminal(
     assert lines[-1] == found["sentence"]
 
 
-def test_a_pilot_that_lacks_something_has_a_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pilot_that_lacks_something_has_a_page(tmp_path, capsys) -> None:
     found = without_intervals(contents(time_to_loss=None, speeds_agree=False))
     found["arms"][0]["curve"] = {"tokens": [], "loss": []}
     found["setting"]["look"] = 0

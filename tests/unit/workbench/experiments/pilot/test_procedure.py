@@ -102,9 +102,7 @@ def test_arms_then_speed_then_matching_arms(tmp_path: Path, ranks: Ranks) -> Non
     assert verdict.speed_in_runs.mean == pytest.approx(STEP_S / 0.5)
 
 
-def test_nothing_is_decided_where_the_runs_show_another_speed_than_the_sessions(
-    tmp_path: Path, ranks: Ranks
-) -> None:
+def test_nothing_is_decided_where_the_runs_show_another_speed_than_the_sessions(tmp_path, ranks):
     ranks.step_s *= 1.015
     whole = pilot_in(tmp_path, 3).run(lambda line: None, lambda pilot: None)
     result = result_of(whole)
@@ -121,9 +119,7 @@ def test_nothing_is_known_before_moepp_was_timed(tmp_path: Path, ranks: Ranks) -
     assert result_of(pilot) is None
 
 
-def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(
-    tmp_path: Path, ranks: Ranks
-) -> None:
+def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(tmp_path, ranks) -> None:
     pilot_in(tmp_path, 3).run(lambda line: None, lambda pilot: None)
     before = (tmp_path / "plan.json").read_bytes()
     ranks.started.clear()

@@ -71,9 +71,7 @@ def test_configurations_are_files_that_train_takes(tmp_path: Path) -> None:
         assert run.config.run.dir == tmp_path / "runs" / run.name
 
 
-def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(
-    tmp_path: Path, stand_in: Callable[..., Ranks]
-) -> None:
+def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(tmp_path, stand_in):
     folder, runs = PilotRuns(tmp_path), runs_in(tmp_path)
     folder.claim(runs)
     write_run(runs[0])
@@ -120,9 +118,7 @@ def test_a_moved_folder_is_the_same_pilot(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [STOPPED, 128 + signal.SIGTERM, 128 + signal.SIGINT])
-def test_a_request_to_stop_ends_the_pilot_and_keeps_what_is_done(
-    tmp_path: Path, stand_in: Callable[..., Ranks], status: int
-) -> None:
+def test_a_request_to_stop_ends_the_pilot_and_keeps_what_is_done(tmp_path, stand_in, status):
     folder, runs = PilotRuns(tmp_path), runs_in(tmp_path)
     folder.claim(runs)
     stand_in(runs, status, after=2)
@@ -160,9 +156,7 @@ def test_a_diverged_run_has_no_loss_to_compare(tmp_path: Path) -> None:
         PilotRuns(tmp_path).is_done(run)
 
 
-def test_ranks_are_started_on_the_runs_own_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_are_started_on_the_runs_own_file(tmp_path, monkeypatch) -> None:
     calls = []
 
     def launched(options: LaunchOptions, module: str, arguments: list[str]) -> int:

@@ -147,7 +147,5 @@ def test_the_answer_by_signs(signs: tuple[int, int], answer: str) -> None:
         ((0.0, 0.0), "Undecided"),
     ],
 )
-def test_the_sentence_gives_the_number_that_decides(
-    losses_: tuple[float, float], start: str
-) -> None:
+def test_the_sentence_gives_the_number_that_decides(losses_: tuple[float, float], start: str):
     assert sentence(judged(*losses_), None).startswith(start)
