@@ -12,6 +12,7 @@ A row of an FFN-only map holds anything from 0 to K selections. How each backend
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -76,6 +77,10 @@ class FFNFlexTokenDispatcher(MoEFlexTokenDispatcher):
             manager = comm_manager(self)
             manager.setup_metadata = partial(set_deepep_metadata, manager)
             manager._indices_to_multihot = partial(_multihot, num_local_experts)
+            # In FP8 its permutation would pad the rows too, for which the host waits four times in
+            # each layer and micro-batch. The experts pad without a wait.
+            manager.config = copy(config)
+            manager.config.fp8 = None
 
 
 def comm_manager(dispatcher: MoEFlexTokenDispatcher) -> Any:

@@ -100,9 +100,11 @@ def build_groups(config: Config, layout: Layout) -> None:
     random.seed(config.training.seed)
     np.random.seed(config.training.seed)
     torch.manual_seed(config.training.seed)
-    # A graph draws random numbers from generators that it knows, not from copied states.
+    # A graph draws random numbers from generators that it knows, not from copied states, and
+    # Transformer Engine's attention takes no tracker but its own into a graph.
+    graphs = bool(config.training.cuda_graphs)
     model_parallel_cuda_manual_seed(
-        config.training.seed, use_cudagraphable_rng=bool(config.training.cuda_graphs)
+        config.training.seed, te_rng_tracker=graphs, use_cudagraphable_rng=graphs
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,18 +13,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tests.fake_gpu.real_packages import Engine, pinned
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
 def obstacle() -> str | None:
     """Why no GPU can be played here; None where one can."""
-    pinned = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert pinned is not None, "constraints.txt names torch"
-    here = importlib.metadata.version("torch").partition("+")[0]
-    if here != pinned[1]:
+    here, tested = importlib.metadata.version("torch").partition("+")[0], pinned("torch")
+    if here != tested:
         # A torch asks the runtime for symbols of its own.
-        return f"the stub of the CUDA runtime is made for torch {pinned[1]}, not {here}"
+        return f"the stub of the CUDA runtime is made for torch {tested}, not {here}"
     if shutil.which("gcc") is None:
         return "compiling the stub of the CUDA runtime needs gcc"
     if _headers() is None:
@@ -52,21 +51,19 @@ def build(folder: Path) -> None:
 
 
 def play(
-    folder: Path, cases: Sequence[dict[str, Any]], transformer_engine: bool = False
+    folder: Path, cases: Sequence[dict[str, Any]], engine: Engine | None = None
 ) -> list[dict[str, Any]]:
     """Play `cases` (`play.Case`) one after another in a process that has the GPU.
 
     Args:
         folder: Where `build` has put the libraries.
         cases: Fields of each case.
-        transformer_engine: Whether the process has the stand-in of Transformer Engine.
+        engine: Transformer Engine for the process to have; none where None.
 
     Returns:
         Fields of `play.Outcome` for each.
     """
-    paths = [str(ROOT)]
-    if transformer_engine:
-        paths.insert(0, str(ROOT / "tests/te_stand_in"))
+    paths = [str(ROOT), *([] if engine is None else [str(engine.python)])]
     environment = os.environ | {
         "LD_LIBRARY_PATH": str(folder),
         "LD_PRELOAD": str(folder / "libcudart_stub.so"),
@@ -76,8 +73,9 @@ def play(
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("TRITON_INTERPRET", None)
+    arguments = [] if engine is None else [str(engine.source)]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu.play"],
+        [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu.play", *arguments],
         input=json.dumps(list(cases)),
         env=environment,
         cwd=ROOT,

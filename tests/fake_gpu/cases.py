@@ -118,7 +118,7 @@ _TENSOR_AND_CONTEXT = [
     "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
     "parallel.context_parallel_size=2",
 ]  # fmt: skip
-# Without Transformer Engine, and with its stand-in. A step has one micro-batch, two on one rank, in
+# Without Transformer Engine. A step has one micro-batch, two on one rank, in
 # pipelines and in the combined schedule.
 LOCAL: dict[str, dict[str, Any]] = {
     "one rank": smallest(sequences=2),
@@ -149,16 +149,73 @@ LOCAL: dict[str, dict[str, Any]] = {
         "moe.gating_residual=false",
     ),
 }  # fmt: skip
+_FP8 = "precision.fp8=hybrid"
+_SELECTIVE = "training.recompute_granularity=selective"
+_FLEX = "moe.dispatcher=flex"
+
+
+def _fp8(recipe: str, *overrides: str, **fields: Any) -> dict[str, Any]:
+    return smallest(_FP8, f"precision.fp8_recipe={recipe}", *overrides, **fields)
+
+
+# What a configuration can name, each by itself or with what it meets in Transformer Engine.
 ENGINE: dict[str, dict[str, Any]] = {
-    "one rank, recompute": smallest(
-        "training.recompute_granularity=selective", "training.recompute_modules=[moe_act]"
+    **{name: LOCAL[name] for name in (
+        "one rank", "guards, health, evaluation, save", "first stage, expert parallel",
+        "last stage, expert parallel, recompute", "tensor, expert tensor and context parallel",
+        "capacity, context parallel", "all-gather", "deduplicated", "DeepEP", "HybridEP",
+        "graphs", "vanilla",
+    )},
+    "FP8, delayed": _fp8("delayed"),
+    "FP8, delayed, weights": _fp8("delayed", "precision.fp8_param=true"),
+    "FP8, tensorwise, ends in bf16": _fp8(
+        "tensorwise", "precision.first_last_layers_bf16=true", "model.num_layers=3"
     ),
-    "all-gather": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=allgather", world_size=2),
-    "deduplicated": smallest(_TWO_EXPERT_RANKS, "moe.dispatcher=alltoall_dedup", world_size=2),
-    "tensor and context parallel": smallest(*_TENSOR_AND_CONTEXT, world_size=4, sequences=1),
+    "FP8, tensorwise, weights": _fp8("tensorwise", "precision.fp8_param=true", parts=["save"]),
+    "FP8, blockwise, expert parallel": _fp8("blockwise", _TWO_EXPERT_RANKS, world_size=2),
+    "FP8, blockwise, weights, save": _fp8(
+        "blockwise", "precision.fp8_param=true", parts=["evaluation", "save"]
+    ),
+    "FP8, blockwise, recompute": _fp8(
+        "blockwise", _SELECTIVE, "training.recompute_modules=[layernorm,moe_act]"
+    ),
+    "FP8, deduplicated": _fp8(
+        "blockwise", _TWO_EXPERT_RANKS, "moe.dispatcher=alltoall_dedup", world_size=2
+    ),
+    "FP8, DeepEP": _fp8("blockwise", _TWO_EXPERT_RANKS, _FLEX, world_size=2),
+    "FP8, HybridEP": _fp8(
+        "blockwise", _TWO_EXPERT_RANKS, _FLEX, "moe.flex_backend=hybridep", world_size=2
+    ),
+    "FP8, full width": shipped(ROOT / "configs/models/moepp_7b_16_4_fp8.yaml"),
+    "recompute moe_act": smallest(_SELECTIVE, "training.recompute_modules=[moe_act]"),
+    "recompute core_attn": smallest(_SELECTIVE, "training.recompute_modules=[core_attn]"),
+    "recompute layernorm, moe": smallest(_SELECTIVE, "training.recompute_modules=[layernorm,moe]"),
     "combined schedule": smallest(
         _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true",
         world_size=2, sequences=4,
     ),
-    "FP8": shipped(ROOT / "configs/models/moepp_7b_16_4_fp8.yaml"),
+    "combined schedule, delayed weight gradients": smallest(
+        _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true",
+        "parallel.delay_wgrad_compute=true", "parallel.overlap_grad_reduce=false",
+        "parallel.overlap_param_gather=false", world_size=2, sequences=4,
+    ),
+    "multi-token prediction": smallest("model.mtp_num_layers=1"),
+    "packed documents": smallest("data.reset_attention_mask=true"),
+    "norms of queries and keys": smallest("model.qk_layernorm=true", "model.num_query_groups=4"),
+    "norms of all heads": smallest("model.qk_layernorm=true", "model.qk_layernorm_scope=all_heads"),
+    "bf16 moments, biases": smallest(
+        "optimizer.exp_avg_dtype=bf16", "optimizer.exp_avg_sq_dtype=bf16", "model.qkv_bias=true"
+    ),
+    "gated shared expert, tied embeddings": smallest(
+        "moe.shared_expert_ffn_hidden_size=256", "moe.shared_expert_gate=true",
+        "model.tie_embeddings=true",
+    ),
+    "without kernels": smallest("moe.fused=false", "precision.cross_entropy=native"),
+    "groups, sigmoid, deterministic": smallest(
+        "moe.num_groups=4", "moe.group_topk=2", "moe.score_function=sigmoid",
+        "training.deterministic=true",
+    ),
+    "Muon": smallest("optimizer.kind=muon", "parallel.overlap_param_gather=false"),
+    "fp32": smallest("precision.dtype=fp32"),
+    "latent attention": shipped(ROOT / "configs/models/deepseek_v3_256_64.yaml"),
 }  # fmt: skip

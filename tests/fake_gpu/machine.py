@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.fake_gpu.memory import MEMORY
 
@@ -138,7 +138,7 @@ def place(packages: tuple[str, ...] = ("/moepp_megatron/", "/megatron/core/")) -
 OWNERS = {
     "/moepp_megatron/": "this package",
     "/megatron/core/": "megatron-core",
-    "/te_stand_in/": "stand-in",
+    "/transformer_engine/": "Transformer Engine",
 }
 
 
@@ -158,7 +158,8 @@ class Device(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             if on_gpu:
                 RECORD.read("item")
-            return _number(first)
+            constant = getattr(first, "constant", None)
+            return _number(first) if constant is None else constant.item()
         if func in _SIZED_BY_NUMBERS and on_gpu:
             RECORD.read(func.__name__.partition(".")[0])
             return _sized(func, first, args, kwargs)
@@ -226,6 +227,7 @@ def install() -> None:
     """Replace what would need a device, peers or numbers; for the whole process."""
     _install_collectives()
     _install_reads()
+    from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
     def run(self: Any, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
@@ -237,6 +239,7 @@ def install() -> None:
                 RECORD.faults.append(f"kernel {name}: argument {number} is on {value.device}")
 
     JITFunction.run = run
+    Autotuner.run = lambda self, *args, **kwargs: self.fn.run(*args, **kwargs)
     # The autograd engine asks whether it has to start the device; it must, for its threads.
     FakeTensorMode.avoid_device_init = property(lambda self: True)
     resize = torch.UntypedStorage.resize_
@@ -247,11 +250,37 @@ def install() -> None:
         return self
 
     torch.UntypedStorage.resize_ = resized
+    dispatch = FakeTensor.__torch_dispatch__
+
+    def dispatched(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Transformer Engine's tensors hand on what is to be done with the data that they hold.
+        if set(types) - {type(each) for each in tree_leaves((args, kwargs))}:
+            return func(*args, **kwargs or {})
+        return dispatch(func, types, args, kwargs)
+
+    FakeTensor.__torch_dispatch__ = classmethod(dispatched)
+    save = torch.save
+
+    def saved(value: Any, *args: Any, **kwargs: Any) -> None:
+        with unset_fake_temporarily():
+            save(tree_map_only(FakeTensor, _zeros, value), *args, **kwargs)
+
+    torch.save = saved
     # Storage of a fake tensor is on no stream.
     for kind in (torch.Tensor, FakeTensor):
         kind.record_stream = lambda self, stream: None
-    # megatron-core makes a model bf16 by this; the parameters are built so.
+
+
+def keep_dtypes() -> None:
+    """megatron-core makes a model bf16 by this, and Transformer Engine has its own; parameters are.
+
+    After Transformer Engine has been imported.
+    """
     torch.nn.Module.bfloat16 = lambda self: self
+
+
+def _zeros(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
 def _install_reads() -> None:
@@ -263,6 +292,8 @@ def _install_reads() -> None:
             return to_list(self)
         if self.is_cuda:
             RECORD.read("tolist")
+        if (values := getattr(self, "made_of", None)) is not None:
+            return list(values)
         return _listed(tuple(self.shape), self.is_floating_point())
 
     torch.Tensor.tolist = FakeTensor.tolist = tolist
@@ -276,13 +307,27 @@ def _install_reads() -> None:
         return np.ones(tuple(self.shape), dtype=str(self.dtype).removeprefix("torch."))
 
     torch.Tensor.numpy = FakeTensor.numpy = numpy
+    are_equal = torch.equal
+
+    def equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+        if not isinstance(first, FakeTensor):
+            return are_equal(first, second)
+        if first.is_cuda:
+            RECORD.read("equal")
+        return False
+
+    torch.equal = equal
     make, make_new = torch.tensor, torch.Tensor.new_tensor
 
     def tensor(data: Any, **kwargs: Any) -> torch.Tensor:
         kwargs.pop("pin_memory", None)
+        result = make(_plain(data), **kwargs)
         if str(kwargs.get("device", "cpu")) != "cpu":
             RECORD.read("copy to the device")
-        return make(_plain(data), **kwargs)
+        elif isinstance(data, list | tuple):
+            # What the host has written it can read again.
+            result.made_of = data
+        return result
 
     def new_tensor(self: torch.Tensor, data: Any, **kwargs: Any) -> torch.Tensor:
         if self.is_cuda:
@@ -400,7 +445,6 @@ def _collective(name: str) -> Any:
 
 def answer_megatron() -> None:
     """Answer what megatron-core and the dispatchers read; after they have been imported."""
-    import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     import moepp_megatron.moe.dedup_dispatcher as dedup
@@ -440,33 +484,6 @@ def answer_megatron() -> None:
 
     dispatcher.exchange_counts = counted
     _answer_flex(token_dispatcher)
-    if moe_utils.fused_permute_with_probs is None:
-        return
-
-    def permute(
-        tokens: Any, probs: Any, routing_map: Any, num_out_tokens: Any = None, **_: Any
-    ) -> Any:
-        assert routing_map.is_cuda
-        assert isinstance(num_out_tokens, int), "the kernel needs a number"
-        index = torch.zeros(num_out_tokens, dtype=torch.long, device=tokens.device)
-        return tokens.index_select(0, index), probs.reshape(-1).index_select(0, index), index
-
-    def sort_chunks(rows: Any, splits: Any, index: Any) -> Any:
-        assert splits.is_cuda
-        assert index.is_cuda
-        return rows.clone()
-
-    def permute_rows(tokens: Any, routing_map: Any, num_out_tokens: Any = None, **_: Any) -> Any:
-        rows, _, index = permute(tokens, tokens, routing_map, int(num_out_tokens))
-        return rows, index
-
-    moe_utils.fused_permute = permute_rows
-    moe_utils.fused_permute_with_probs = permute
-    moe_utils.fused_sort_chunks_by_index = sort_chunks
-    moe_utils.fused_sort_chunks_by_index_with_probs = lambda rows, probs, splits, index: (
-        sort_chunks(rows, splits, index),
-        probs.clone(),
-    )
 
 
 def _answer_flex(token_dispatcher: Any) -> None:
@@ -475,10 +492,12 @@ def _answer_flex(token_dispatcher: Any) -> None:
     def arrived(x: torch.Tensor, rows: int) -> torch.Tensor:
         return x.index_select(0, torch.zeros(rows, dtype=torch.long, device=x.device))
 
-    def counts() -> torch.Tensor:
+    def rows_of_expert(multiple: int) -> int:
+        return -(-ROUTING.rows * ROUTING.sources // multiple) * multiple
+
+    def counts(multiple: int = 1) -> torch.Tensor:
         with unset_fake_temporarily():
-            rows = ROUTING.rows * ROUTING.sources
-            return torch.full((ROUTING.local_experts,), rows, dtype=torch.long)
+            return torch.full((ROUTING.local_experts,), rows_of_expert(multiple), dtype=torch.long)
 
     def dispatch(x: Any, indices: Any, probs: Any, num_experts: int, group: Any, **_: Any) -> Any:
         assert indices.dtype is torch.int64
@@ -490,13 +509,16 @@ def _answer_flex(token_dispatcher: Any) -> None:
     def combine(x: Any, group: Any, handle: Any, **_: Any) -> Any:
         return arrived(x, handle[0]), None
 
-    def permuting_dispatch(x: Any, routing_map: Any, probs: Any, **_: Any) -> Any:
+    def permuting_dispatch(
+        x: Any, routing_map: Any, probs: Any, pad_multiple: int | None = None, **_: Any
+    ) -> Any:
         assert routing_map.dtype is torch.bool
         assert probs.dtype is torch.float32
         RECORD.read("HybridEP")
-        rows = ROUTING.rows * ROUTING.sources * ROUTING.local_experts
+        multiple = pad_multiple or 1
+        rows = rows_of_expert(multiple) * ROUTING.local_experts
         gates = arrived(probs.reshape(-1, 1), rows).squeeze(1)
-        return arrived(x, rows), gates, None, counts(), x.shape
+        return arrived(x, rows), gates, None, counts(multiple), x.shape
 
     def unpermuting_combine(x: Any, handle: Any, **_: Any) -> Any:
         return arrived(x, handle[0])
@@ -541,6 +563,8 @@ def graphs() -> Iterator[None]:
             self.type = torch.Tensor
 
     cuda_graphs.ArgMetadata.__init__ = described
+    # Transformer Engine's takes the address of a tensor, and a fake one has none.
+    cuda_graphs.make_weak_ref = lambda tensor: tensor
     try:
         with cpu_graphs():
             # Put back by it too.

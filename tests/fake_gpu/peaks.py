@@ -13,6 +13,7 @@ from pathlib import Path
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.workbench.planning.machine import DEFAULT
 from tests.fake_gpu import build, cases, machine
+from tests.fake_gpu.real_packages import Engine, pinned_engine
 
 GIB = 2**30
 OWNERS = (*machine.OWNERS.values(), "autograd")
@@ -60,14 +61,14 @@ class Peak:
 
 
 def peaks(folder: Path, paths: list[Path]) -> list[Peak]:
-    """Play each; with the stand-in of Transformer Engine, whose modules the planner knows.
+    """Play each; with Transformer Engine, whose modules the planner knows, and without.
 
     Args:
         folder: Where `build.build` has put the libraries.
         paths: Files of configurations.
     """
-    played = played_bytes(folder, paths, True)
-    local = played_bytes(folder, [path for path in paths if not cases.needs_engine(path)], False)
+    played = played_bytes(folder, paths, pinned_engine())
+    local = played_bytes(folder, [path for path in paths if not cases.needs_engine(path)], None)
     found = []
     for path in paths:
         case, memory = cases.whole(path)
@@ -76,7 +77,7 @@ def peaks(folder: Path, paths: list[Path]) -> list[Peak]:
     return found
 
 
-def played_bytes(folder: Path, paths: list[Path], transformer_engine: bool) -> dict[Path, int]:
+def played_bytes(folder: Path, paths: list[Path], engine: Engine | None) -> dict[Path, int]:
     """The peak of each configuration, from two and three layers a stage and their difference.
 
     Every further layer takes the same: `test_two_layers_and_a_difference_are_the_whole`. Stages
@@ -88,7 +89,7 @@ def played_bytes(folder: Path, paths: list[Path], transformer_engine: bool) -> d
         for path in paths
         for few in ((None,) if layers[path] is None else (2, 3))
     }
-    outcomes = build.play(folder, list(plays.values()), transformer_engine)
+    outcomes = build.play(folder, list(plays.values()), engine)
     found: dict[tuple[Path, int | None], int] = {}
     for (key, case), outcome in zip(plays.items(), outcomes, strict=True):
         assert outcome["error"] == "", f"{case}\n{outcome['error']}"
@@ -102,13 +103,13 @@ def played_bytes(folder: Path, paths: list[Path], transformer_engine: bool) -> d
     }
 
 
-def launches(folder: Path, path: Path, transformer_engine: bool) -> dict[str, int]:
+def launches(folder: Path, path: Path, engine: Engine | None) -> dict[str, int]:
     """Kernels that an MoE layer starts for a micro-batch, forward and backward, by `OWNERS`.
 
     The difference between three layers and two.
     """
     plays = [cases.shipped(path, layers) for layers in (2, 3)]
-    found = build.play(folder, plays, transformer_engine)
+    found = build.play(folder, plays, engine)
     for outcome in found:
         assert outcome["error"] == "", outcome["error"]
     few, more = found
@@ -139,11 +140,11 @@ def _print_launches(folder: Path, paths: list[Path]) -> None:
     print(f"| configuration | modules | kernels | {' | '.join(OWNERS)} |")
     print("|---|---|---" + "|---" * len(OWNERS) + "|")
     for path in paths:
-        for engine in (False, True):
-            if not engine and cases.needs_engine(path):
+        for engine in (None, pinned_engine()):
+            if engine is None and cases.needs_engine(path):
                 continue
             found = launches(folder, path, engine)
-            modules = "stand-in" if engine else "without TE"
+            modules = "without TE" if engine is None else "TE"
             counts = " | ".join(str(found[name]) for name in OWNERS)
             print(f"| {path.stem} | {modules} | {sum(found.values())} | {counts} |", flush=True)
 

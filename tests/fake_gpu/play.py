@@ -1,6 +1,9 @@
 """Plays training steps on a GPU that is not there.
 
-    python -m tests.fake_gpu.play < cases.json      the last line printed is the outcomes as JSON
+    python -m tests.fake_gpu.play [SOURCE] < cases.json
+
+The last line printed is the outcomes as JSON. SOURCE is the unpacked source of Transformer Engine's
+part for torch, whose Python the path has.
 
 Started by `build.play`, which puts the stub of the CUDA runtime before it.
 """
@@ -23,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from tests.fake_gpu import machine
+from tests.fake_gpu.engine import extension
 from tests.fake_gpu.machine import RECORD, ROUTING
 from tests.fake_gpu.memory import MEMORY
 
@@ -84,9 +88,12 @@ class Outcome:
 
 def main() -> None:
     machine.install()
+    if len(sys.argv) > 1:
+        extension.install(Path(sys.argv[1]))
     import moepp_megatron.model.build
     import moepp_megatron.training.trainer  # noqa: F401
 
+    machine.keep_dtypes()
     # A collection before each step would walk all that is imported, a tenth of the time.
     gc.freeze()
     outcomes = [asdict(_played(Case(**fields))) for fields in json.loads(sys.stdin.read())]
@@ -117,16 +124,20 @@ def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.cuda_graphs import _set_capture_end
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
     from moepp_megatron.moe import capacity
 
+    # A case that fails within a capture leaves it open.
+    _set_capture_end()
     # Graphs need another kind.
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
     # Has as many layers as the first model.
     get_moe_metrics_tracker().metrics.clear()
     # Fake tensors belong to their mode.
     capacity.capacity_limits.cache_clear()
+    extension.forget_tensors()
 
 
 def _play(case: Case, outcome: Outcome) -> None:
@@ -194,10 +205,15 @@ class _Run:
 
     def batches(self, *args: Any) -> list[Iterator[dict[str, torch.Tensor]]]:
         """One iterator a chunk over micro-batches of this rank's part of the sequences."""
+        from moepp_megatron.runtime import optional
+
         config = self.config
         shape = (config.training.micro_batch_size, config.model.seq_length // self.layout.cp)
         whole = {name: torch.zeros(shape, dtype=torch.long, device="cuda") for name in _INPUTS}
         whole["loss_mask"] = torch.ones(shape, device="cuda")
+        if config.data.reset_attention_mask and optional.have_transformer_engine():
+            # Ends of documents; local modules get a mask of all pairs.
+            whole["attention_mask"] = torch.zeros(9, dtype=torch.int32, device="cuda")
 
         def endless() -> Iterator[dict[str, torch.Tensor]]:
             while True:

@@ -70,6 +70,20 @@ def test_cuda_graphs_train_like_the_model(cuda, tmp_path, parts):
     compare(runs[1], runs[0], GRAPHS)
 
 
+def test_cuda_graphs_with_transformer_engine(real_transformer_engine, tmp_path):
+    runs = []
+    for name, graphs in (("plain", []), ("graphs", ["attn", "moe_router"])):
+        folder = tmp_path / name
+        folder.mkdir()
+        raw = settings(training={"cuda_graphs": graphs}, precision={"dtype": "bf16"})
+        ((run, pieces, captured),) = on_ranks(
+            folder, train_with_graphs, raw, STEPS, transformer_engine=True
+        )
+        assert captured >= 8 * bool(graphs)
+        runs.append(assemble([(run, pieces)]))
+    assert difference(runs[1], runs[0]).loss < BF16_LOSS
+
+
 LAYOUTS = {
     "data parallel": {"use_distributed_optimizer": True},
     "expert parallel": {"expert_model_parallel_size": 2},

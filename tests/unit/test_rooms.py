@@ -33,7 +33,7 @@ CEILINGS = {
     "interop": 5190,
     "training": 13050,
     "model": 1520,
-    "moe": 6730,
+    "moe": 6735,
     "data": 5350,
     "observe": 4060,
     "runtime": 4110,

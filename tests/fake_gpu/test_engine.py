@@ -1,0 +1,60 @@
+"""Steps with Transformer Engine's own Python: every feature of it that a configuration can name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fake_gpu import cases, reads
+from tests.fake_gpu.outcomes import Play, excess, sound, token_id_kernels
+from tests.fake_gpu.real_packages import Engine
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def test_features(play: Play, transformer_engine: Engine) -> None:
+    steps = sound(play(list(cases.ENGINE.values()), transformer_engine))
+    outcomes = dict(zip(cases.ENGINE, steps, strict=True))
+    gathered = outcomes["all-gather"]
+    layers = gathered["layers"]
+    assert gathered["owners"]["this package"] <= 46 * layers + token_id_kernels(layers)
+    tables = {
+        "all-gather": (reads.ALL_GATHER, reads.PERMUTATION, reads.FUSED_PERMUTATION),
+        "deduplicated": (reads.DEDUPLICATED,),
+        "FP8, deduplicated": (reads.DEDUPLICATED,),
+        "FP8, DeepEP": (reads.DEEPEP,),
+        "DeepEP": (reads.DEEPEP,),
+        "HybridEP": (reads.HYBRIDEP,),
+        "FP8, HybridEP": (reads.HYBRIDEP,),
+    }
+    for name, outcome in outcomes.items():
+        if name == "vanilla":
+            continue
+        if name.endswith(", recompute") or "moe" in name:
+            # More than is asked for; what one recomputes is not what another does.
+            outcome["layers"] *= 2
+        assert outcome["modules"][-1] == "TEGroupedMLP"
+        assert excess(outcome, tables.get(name, (reads.ALL_TO_ALL,))) == {}, name
+
+
+def every_shipped() -> Iterator[Any]:
+    """Each shipped configuration with the modules that it can run with."""
+    for path in (*cases.MODELS, *cases.PLANNED):
+        for engine in (False, True):
+            if engine or not cases.needs_engine(path):
+                modules = "Transformer Engine" if engine else "local modules"
+                yield pytest.param(path, engine, id=f"{path.stem}, {modules}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "engine"), list(every_shipped()))
+def test_every_shipped_configuration(
+    play: Play, path: Path, engine: bool, request: pytest.FixtureRequest
+) -> None:
+    package = request.getfixturevalue("transformer_engine") if engine else None
+    (outcome,) = play([cases.shipped(path)], package)
+    assert outcome["error"] == "", outcome["error"]
+    assert outcome["faults"] == []
