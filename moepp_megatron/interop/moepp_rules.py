@@ -89,9 +89,15 @@ def _expert_rules(config: Config, ours: str, owner: str, theirs: str) -> Iterato
         yield row(
             experts + "linear_fc2.weight", count, index, prefix + "down_proj.weight", width, inner
         )
+    yield from constant_rules(config, ours, owner, theirs)
+
+
+def constant_rules(config: Config, ours: str, owner: str, theirs: str) -> Iterator[TensorRule]:
+    """A layer's constant experts, behind its FFN experts; `owner` begins the vectors' name."""
+    moe, width = config.moe, config.model.hidden_size
     constants = moe.num_constant_experts
     for index in range(constants):
-        prefix, zero = f"{theirs}{count + index}.", ours + "zero_computation."
+        prefix, zero = f"{theirs}{moe.num_ffn_experts + index}.", ours + "zero_computation."
         constant = owner + "zero_computation.constants"
         yield row(constant, constants, index, prefix + "constant", width)
         yield row(zero + "mixing_weight", constants, index, prefix + "wg.weight", 2, width)

@@ -41,7 +41,7 @@ from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.safetensors_file import SafetensorsWriter
 from moepp_megatron.interop.tensor_rules import UNUSED_PREFIX, TensorRule
 from moepp_megatron.interop.to_mcore import TORCH_DTYPES
-from moepp_megatron.interop.zeda import qwen3_moe_rules, zeda_hf_config
+from moepp_megatron.interop.zeda import zeda_hf_config, zeda_rules, zeda_warnings
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.training.checkpoint import find_checkpoint
@@ -89,7 +89,7 @@ _FORMATS = {
     ),
     "longcat": _longcat(with_identity_weights=False),
     "longcat-transformers": _longcat(with_identity_weights=True),
-    "zeda": _Format(zeda_hf_config, qwen3_moe_rules),
+    "zeda": _Format(zeda_hf_config, zeda_rules, has_latent_attention=True, warnings=zeda_warnings),
 }
 
 

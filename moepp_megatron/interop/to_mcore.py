@@ -21,6 +21,8 @@ from moepp_megatron.interop.hf_config import config_from_hf
 from moepp_megatron.interop.hf_source import HFSource, TensorInfo
 from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.tensor_rules import TensorRule, linear_modules
+from moepp_megatron.interop.upcycle_sources import extra_tensors
+from moepp_megatron.interop.zeda import is_zeda, zeda_config, zeda_rules
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
 
@@ -35,7 +37,7 @@ def hf_to_mcore(
     allow_pickle: bool = False,
     console: Console | None = None,
 ) -> Config:
-    """Convert a MoE++ checkpoint (released format or ours) into a checkpoint of ours.
+    """Convert a MoE++ checkpoint (released format, ZEDA's or ours) into a checkpoint of ours.
 
     Args:
         source: A Hugging Face folder.
@@ -48,9 +50,10 @@ def hf_to_mcore(
         ConfigError: If tensors are missing, unexpected or of a wrong shape; names every one.
     """
     hf = HFSource(source, allow_pickle)
-    config = config_from_hf(hf.config, source.resolve().name, dtype)
-    rules = list(moepp_rules(config))
-    write_checkpoint(hf, rules, config, target, dtype, console)
+    hf.leave_out(extra_tensors(hf.config, hf.tensors))
+    read, rules = (zeda_config, zeda_rules) if is_zeda(hf.config) else (config_from_hf, moepp_rules)
+    config = read(hf.config, source.resolve().name, dtype)
+    write_checkpoint(hf, list(rules(config)), config, target, dtype, console)
     return config
 
 

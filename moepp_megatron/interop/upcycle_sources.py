@@ -72,8 +72,8 @@ def source_kind(hf: Mapping[str, Any]) -> SourceKind:
 
 
 def extra_tensors(hf: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """DeepSeek-V3's layers of multi-token prediction, which the decoder does not have."""
-    if hf.get("model_type") != "deepseek_v3":
+    """Layers of multi-token prediction, which come behind the decoder's (DeepSeek-V3, GLM-4.7)."""
+    if "kv_lora_rank" not in hf:
         return []
     layers = require(hf, "num_hidden_layers")
     matches = ((name, _LAYER.match(name)) for name in names)

@@ -1,97 +1,283 @@
-"""ZEDA's format: Qwen3-MoE extended by zero experts (`zce_nums`, `zce_types`).
+"""ZEDA's formats, both ways: Qwen3-MoE and GLM-4.7-Flash with zero-computation experts.
 
-It has neither constant experts nor gating residuals, and one rule for the gates.
+Source: the classes of github.com/TsinghuaC3I/ZEDA (arXiv 2605.18643). `zce_types` and `zce_nums`
+extend the router by experts without an FFN, whose rows come behind those of the FFN experts. The
+names of all other tensors are those of the model that ZEDA began with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.interop.hf_config import own_hf_config, shared_fields
-from moepp_megatron.interop.longcat import UNKNOWN_THERE
+from moepp_megatron.config.problem import show
+from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS, ZERO
+from moepp_megatron.interop.hf_config import assemble, require, shared_fields
+from moepp_megatron.interop.moepp_rules import constant_rules
 from moepp_megatron.interop.tensor_rules import (
     TensorRule,
-    attention_rules,
     decoder_rules,
     dense_mlp_rules,
-    expert_rules,
     same,
 )
-
-_ZEDA = (
-    *UNKNOWN_THERE,
-    ("num_copy_experts", 0, "ZEDA's Qwen3 has zero experts"),
-    ("gate_normalization", "selected", "ZEDA divides by the sum over all picks"),
-    ("selection_bias", False, "Qwen3-MoE has no selection bias"),
-    ("gate_scale", 1.0, "Qwen3-MoE does not scale gates"),
-    ("shared_expert_ffn_hidden_size", None, "Qwen3-MoE has no shared expert"),
+from moepp_megatron.interop.upcycle_sources import (
+    SourceKind,
+    expert_rules,
+    shared_expert_rules,
+    source_kind,
 )
+from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
+
+_KINDS = (CONSTANT, COPY, ZERO)
+# What transformers adds to mean squares in the norms of latent attention, whatever the model has.
+_LATENT_EPSILON = 1e-6
+# A setting by its dotted name, the values that the format can express, and why.
+_Row = tuple[str, tuple[Any, ...], str]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """A model that ZEDA extended: its names, and the kind of source with the same tensors."""
+
+    model_type: str
+    architecture: str
+    source: str
+    rows: tuple[_Row, ...]
+    fields: Callable[[Config], dict[str, Any]]
+
+    @property
+    def kind(self) -> SourceKind:
+        return source_kind({"model_type": self.source})
 
 
 def zeda_hf_config(config: Config) -> dict[str, Any]:
-    """A Qwen3-MoE `config.json` with ZEDA's fields for zero experts.
-
-    ConfigError if Qwen3-MoE with zero experts cannot express the model.
-    """
-    _refuse(config)
-    model, moe = config.model, config.moe
-    if not model.qk_layernorm:
-        raise ConfigError(
-            "model.qk_layernorm (false) must be true for --layout zeda: Qwen3 normalises queries "
-            "and keys; use --layout moepp"
-        )
-    if model.qk_layernorm_scope != "head":
-        raise ConfigError(
-            f"model.qk_layernorm_scope ({model.qk_layernorm_scope}) must be head for --layout "
-            "zeda: Qwen3 normalises each head by itself; use --layout moepp"
-        )
-    if model.qkv_bias:
-        raise ConfigError(
-            "model.qkv_bias (true) must be false for --layout zeda: Qwen3 has no biases; use "
-            "--layout moepp"
-        )
-    pattern = moe.moe_layer_pattern(model.num_layers)
-    fields = own_hf_config(config) | shared_fields(config)
-    kept = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads hidden_act max_position_embeddings initializer_range rms_norm_eps "
-        "tie_word_embeddings rope_theta rope_scaling moe_intermediate_size num_experts_per_tok "
-        "head_dim"
+    """ZEDA's `config.json`; ConfigError names each reason why the format cannot express it."""
+    family = _family(config.model.latent_attention is not None)
+    problems = list(_problems(config, family))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    moe, fields = config.moe, shared_fields(config)
+    counts = {kind.name: moe.count(kind) for kind in _KINDS if moe.count(kind)}
+    return (
+        fields
+        | {
+            "model_type": family.model_type,
+            "architectures": [family.architecture],
+            "attention_bias": False,
+            "moe_intermediate_size": config.expert_ffn_hidden_size,
+            "num_experts_per_tok": moe.router_topk,
+            "norm_topk_prob": moe.gate_normalization == "selected",
+            "zce_types": list(counts),
+            "zce_nums": list(counts.values()),
+            # ZEDA's classes take it for true, and then no token selects one of these experts.
+            "use_zce_mask": False,
+        }
+        | family.fields(config)
     )
-    return {key: fields[key] for key in kept.split()} | {
-        "model_type": "qwen3_moe",
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "num_experts": moe.num_ffn_experts,
-        "zce_nums": [moe.num_zero_experts],
-        "zce_types": ["zero"],
-        "norm_topk_prob": True,
+
+
+def is_zeda(hf: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of ZEDA's: its recipe adds the fields and may leave the type."""
+    return "zce_nums" in hf or hf.get("model_type") in [row.model_type for row in _FAMILIES]
+
+
+def zeda_config(hf: Mapping[str, Any], name: str, dtype: str | None = None) -> Config:
+    """Our configuration of one of ZEDA's models; ConfigError if it is another, or masked.
+
+    `dtype` is fp32 or bf16 instead of the checkpoint's.
+    """
+    counts = _counts(hf)
+    kind = _family("kv_lora_rank" in hf).kind
+    assert kind.moe is not None, "both families have experts"
+    epsilon = require(hf, "rms_norm_eps")
+    # Megatron, with which ZEDA trains, adds the same in the norms of latent attention.
+    model = kind.model({**hf, "rms_norm_eps": _LATENT_EPSILON}) | {"norm_epsilon": epsilon}
+    moe = kind.moe({"first_k_dense_replace": 1, **hf})
+    if kind.bias is not None:
+        moe |= {"gate_normalization": "selected", "selection_bias": True}
+        if hf.get("mlp_layer_types") is not None:
+            moe["layer_freq"] = [int(layer == "sparse") for layer in hf["mlp_layer_types"]]
+    if moe.get("num_groups", 1) != 1:
+        raise ConfigError(
+            f"config.json: n_group ({hf['n_group']}) must be 1: ZEDA's groups divide all experts, "
+            "and this package's the FFN experts; such a checkpoint cannot be converted"
+        )
+    return assemble(model, moe | counts | {"gating_residual": False}, hf, name, dtype)
+
+
+def zeda_rules(config: Config) -> Iterator[TensorRule]:
+    """Every tensor by the names of Qwen3-MoE or GLM-4.7-Flash; gates have rows for all experts."""
+    moe, width = config.moe, config.model.hidden_size
+    kind = _family(config.model.latent_attention is not None).kind
+    yield from decoder_rules(config)
+    for layer, is_moe in enumerate(moe.moe_layer_pattern(config.model.num_layers)):
+        yield from kind.attention(config, layer, is_moe)
+        if not is_moe:
+            yield from dense_mlp_rules(config, layer)
+            continue
+        ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}."
+        yield from expert_rules(kind, config, ours, theirs)
+        yield from shared_expert_rules(kind, config, ours, theirs)
+        gate = f"{theirs}{kind.gate}.weight"
+        yield same(ours + "router.weight", gate, moe.num_experts, width)
+        if kind.bias is not None:
+            yield same(ours + "router.expert_bias", theirs + kind.bias, moe.num_experts)
+        yield from constant_rules(config, ours, ours, theirs + "mlp.experts.")
+
+
+def zeda_warnings(config: Config) -> Iterator[str]:
+    """Warnings about what readers of the format do otherwise."""
+    if config.moe.num_constant_experts:
+        yield (
+            f"moe.num_constant_experts ({config.moe.num_constant_experts}): ZEDA's class for "
+            "transformers has constant experts, its server refuses them"
+        )
+    epsilon = config.model.norm_epsilon
+    if config.model.latent_attention is not None and epsilon != _LATENT_EPSILON:
+        yield (
+            f"model.norm_epsilon ({epsilon:g}) is not {_LATENT_EPSILON:g}, which transformers adds "
+            "in the norms of latent attention whatever the model has"
+        )
+
+
+def _family(is_latent: bool) -> _Family:
+    return _GLM if is_latent else _QWEN
+
+
+def _counts(hf: Mapping[str, Any]) -> dict[str, int]:
+    """Our numbers of zero-computation experts; ConfigError if they are masked or out of order."""
+    types, numbers = require(hf, "zce_types"), require(hf, "zce_nums")
+    known = [kind.name for kind in _KINDS]
+    if types != [name for name in known if name in types] or len(types) != len(numbers):
+        raise ConfigError(
+            f"config.json: zce_types ({show(types)}) must be some of {', '.join(known)} in this "
+            f"order, with one of zce_nums ({show(numbers)}) for each; such a checkpoint cannot be "
+            "converted"
+        )
+    mask = hf.get("use_zce_mask", True)
+    if mask is not False:
+        raise ConfigError(
+            f"config.json: use_zce_mask ({show(mask)}) must be false: with it, or without this "
+            "field, no token selects a zero-computation expert; set it to false if the model was "
+            "trained with them"
+        )
+    by_name = dict(zip(types, numbers, strict=True))
+    return {kind.setting: by_name.get(kind.name, 0) for kind in LOCAL_KINDS}
+
+
+def _problems(config: Config, family: _Family) -> Iterator[str]:
+    latent = config.model.latent_attention
+    ours = "use --layout moepp" if latent is None else "ZEDA's formats cannot express it"
+    for name, accepted, reason in (*_COMMON, *family.rows):
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if value not in accepted:
+            wanted = " or ".join(map(str, accepted))
+            yield f"{name} ({value}) must be {wanted} for --layout zeda: {reason}; {ours}"
+    if latent is None:
+        return
+    pattern = config.moe.moe_layer_pattern(config.model.num_layers)
+    if sorted(pattern) != pattern:
+        yield (
+            f"moe.layer_freq ({show(config.moe.layer_freq)}) must have all dense layers first for "
+            f"--layout zeda: GLM-4.7-Flash counts them; {ours}"
+        )
+    shared, inner = config.moe.shared_expert_ffn_hidden_size or 0, config.expert_ffn_hidden_size
+    if shared == 0 or shared % inner:
+        yield (
+            f"moe.shared_expert_ffn_hidden_size ({show(shared or None)}) must be a multiple of an "
+            f"FFN expert's width ({inner}) for --layout zeda: GLM-4.7-Flash counts shared experts; "
+            f"{ours}"
+        )
+    if latent.q_lora_rank is None:
+        yield (
+            "model.latent_attention.q_lora_rank (null) must be a width for --layout zeda: queries "
+            f"are compressed there; {ours}"
+        )
+
+
+def _qwen_fields(config: Config) -> dict[str, Any]:
+    pattern = config.moe.moe_layer_pattern(config.model.num_layers)
+    return {
+        "head_dim": config.model.head_dim,
+        "num_experts": config.moe.num_ffn_experts,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer, is_moe in enumerate(pattern) if not is_moe],
     }
 
 
-def qwen3_moe_rules(config: Config) -> Iterator[TensorRule]:
-    """Qwen3-MoE's names for every tensor; the gate has a row for each zero expert too."""
-    width = config.model.hidden_size
-    yield from decoder_rules(config)
-    for layer, is_moe in enumerate(config.moe.moe_layer_pattern(config.model.num_layers)):
-        yield from attention_rules(config, layer)
-        if not is_moe:
-            yield from dense_mlp_rules(config, layer)
-            continue
-        ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
-        yield same(ours + "router.weight", theirs + "gate.weight", config.moe.num_experts, width)
-        yield from expert_rules(config, layer)
+def _glm_fields(config: Config) -> dict[str, Any]:
+    moe, latent = config.moe, config.model.latent_attention
+    assert latent is not None, "another attention is of the other family"
+    pattern = moe.moe_layer_pattern(config.model.num_layers)
+    return {
+        "num_key_value_heads": config.model.num_attention_heads,
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_nope_head_dim": latent.qk_head_dim,
+        "qk_rope_head_dim": latent.qk_pos_emb_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "rope_interleave": True,
+        "n_routed_experts": moe.num_ffn_experts,
+        "n_shared_experts": (moe.shared_expert_ffn_hidden_size or 0)
+        // config.expert_ffn_hidden_size,
+        "routed_scaling_factor": moe.gate_scale,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "mlp_layer_types": ["sparse" if is_moe else "dense" for is_moe in pattern],
+        "first_k_dense_replace": pattern.index(True),
+        "num_nextn_predict_layers": 0,
+    }
 
 
-def _refuse(config: Config) -> None:
-    problems = [
-        f"moe.{name} ({getattr(config.moe, name)}) must be {wanted} for --layout zeda: "
-        f"{reason}; use --layout moepp"
-        for name, wanted, reason in _ZEDA
-        if getattr(config.moe, name) != wanted
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
+# Extensions that one of the families has.
+_OWN_ROWS = ("selection_bias", "gate_scale")
+_COMMON: tuple[_Row, ...] = (
+    ("moe.gating_residual", (False,), "gating residuals are unknown there"),
+    *(
+        (f"moe.{kind.setting}", (0,), f"{kind.name} experts are unknown there")
+        for kind in LOCAL_KINDS
+        if kind not in _KINDS
+    ),
+    ("moe.constants_shared", (False,), "each layer has its own constant experts"),
+    *(
+        (f"moe.{name}", (DECLARED[name].default,), "it is unknown there")
+        for name in EXPORTED
+        if name in EXTENSIONS and name not in _OWN_ROWS
+    ),
+    ("moe.shared_expert_gate", (False,), "shared experts have no gate there"),
+)
+_QWEN = _Family(
+    "qwen3_moe_plus_plus",
+    "Qwen3MoePlusPlusForCausalLM",
+    "qwen3_moe",
+    (
+        ("model.qk_layernorm", (True,), "Qwen3 normalises queries and keys"),
+        ("model.qk_layernorm_scope", ("head",), "Qwen3 normalises each head by itself"),
+        ("model.qkv_bias", (False,), "Qwen3 has no biases"),
+        ("moe.score_function", ("softmax",), "Qwen3-MoE's scores"),
+        ("moe.gate_normalization", ("selected", "none"), "zero experts count in the sum of gates"),
+        ("moe.selection_bias", (False,), "Qwen3-MoE has no selection bias"),
+        ("moe.gate_scale", (1.0,), "Qwen3-MoE does not scale gates"),
+        ("moe.shared_expert_ffn_hidden_size", (None,), "Qwen3-MoE has no shared expert"),
+    ),
+    _qwen_fields,
+)
+_GLM = _Family(
+    "glm4_moe_lite_plus_plus",
+    "Glm4MoeLitePlusPlusForCausalLM",
+    "deepseek_v3",
+    (
+        ("model.latent_attention.rope_type", ("rope",), "positions are not stretched there"),
+        ("model.qk_layernorm", (True,), "GLM-4.7-Flash normalises compressed vectors"),
+        ("moe.score_function", ("sigmoid",), "GLM-4.7-Flash's scores"),
+        ("moe.gate_normalization", ("selected",), "zero experts count in the sum of gates"),
+        ("moe.selection_bias", (True,), "GLM-4.7-Flash has a selection bias"),
+    ),
+    _glm_fields,
+)
+_FAMILIES = (_QWEN, _GLM)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
-from tests.interop.checkpoints import CASES, GOLDEN, load_tensors
+from tests.interop.checkpoints import CASES, GOLDEN
 from tests.interop.conftest import RunPlain
 from tests.interop.models import build, settings
 from tests.parallel.checkpoint_runs import save_checkpoint
@@ -20,12 +19,6 @@ from tests.parallel.ranks import RankPools
 LOGITS = 1e-4
 
 PLAIN_MOE: dict[str, Any] = {"num_constant_experts": 0, "gating_residual": False}
-ZEDA = PLAIN_MOE | {
-    "num_zero_experts": 3,
-    "num_copy_experts": 0,
-    "router_topk": 3,
-    "gate_normalization": "selected",
-}
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {"moe": {"num_constant_experts": 3}},
     "everything else": {
@@ -78,7 +71,6 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
         | {"selection_bias": True, "bias_update_rate": 0.001, "gate_scale": 2.5}
         | {"num_ffn_experts": 8, "num_groups": 4, "group_topk": 2, "router_topk": 4},
     },
-    "zeda": {"model": {"qk_layernorm": True}, "moe": ZEDA},
 }
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))
 
@@ -147,34 +139,6 @@ def hf_logits(folder: Path, ids: Any, layout: str) -> Any:
         return model(tokens).logits.numpy()
 
 
-def zeda_logits(folder: Path, ids: Any) -> Any:
-    """transformers' Qwen3-MoE, where FFN experts with weight 0 stand for the zero experts."""
-    import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    fields = json.loads((folder / "config.json").read_text())
-    (zeros,) = fields.pop("zce_nums")
-    assert fields.pop("zce_types") == ["zero"]
-    fields["num_experts"] += zeros
-    tensors = load_tensors(folder)
-    for name in list(tensors):
-        if ".experts.0." in name:
-            for index in range(fields["num_experts"] - zeros, fields["num_experts"]):
-                spare = torch.zeros_like(tensors[name])
-                tensors[name.replace(".experts.0.", f".experts.{index}.")] = spare
-    from safetensors.torch import save_file
-
-    padded = folder.parent / "padded"
-    padded.mkdir()
-    save_file(tensors, padded / "model.safetensors", metadata={"format": "pt"})
-    Qwen3MoeConfig(**fields).save_pretrained(padded)
-    model, report = Qwen3MoeForCausalLM.from_pretrained(padded, output_loading_info=True)
-    assert not report["missing_keys"], report
-    assert not report["unexpected_keys"], report
-    with torch.no_grad():
-        return model.eval()(torch.from_numpy(ids)).logits.numpy()
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_trained_models_in_transformers(
     ranks: RankPools, plain: RunPlain, tmp_path: Path, name: str
@@ -183,12 +147,8 @@ def test_trained_models_in_transformers(
 
     raw = settings(**MODELS[name])
     (ours,) = ranks(1).run(save_and_compute, raw, tmp_path / "checkpoints")
-    layout = "zeda" if name == "zeda" else "moepp"
-    assert mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf", layout) == []
-    if layout == "zeda":
-        theirs = plain(zeda_logits, tmp_path / "hf", TOKENS)
-    else:
-        theirs = plain(hf_logits, tmp_path / "hf", TOKENS, layout)
+    assert mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf") == []
+    theirs = plain(hf_logits, tmp_path / "hf", TOKENS, "moepp")
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=LOGITS)
 
 
@@ -218,32 +178,7 @@ def test_golden_in_transformers(plain: RunPlain, tmp_path: Path, case: str, layo
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=LOGITS)
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"gating_residual": True}, "gating residuals are unknown there"),
-        ({"num_constant_experts": 1}, "constant experts are unknown there"),
-        ({"gate_normalization": "none"}, "divides by the sum over all picks"),
-    ],
-)
-def test_zeda_refuses_what_it_cannot_say(change: dict[str, Any], named: str) -> None:
-    from moepp_megatron.interop.zeda import zeda_hf_config
-
-    model = {"qk_layernorm": True}
-    zeda_hf_config(parse_config(settings(model=model, moe=ZEDA)))
-    with pytest.raises(ConfigError, match=named):
-        zeda_hf_config(parse_config(settings(model=model, moe=ZEDA | change)))
-
-
-def test_zeda_refuses_norms_over_all_heads() -> None:
-    from moepp_megatron.interop.zeda import zeda_hf_config
-
-    model = {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"}
-    with pytest.raises(ConfigError, match=r"qk_layernorm_scope \(all_heads\) must be head"):
-        zeda_hf_config(parse_config(settings(model=model, moe=ZEDA)))
-
-
-@pytest.mark.parametrize("layout", ["moepp", "released", "zeda"])
+@pytest.mark.parametrize("layout", ["moepp", "released"])
 def test_latent_attention_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:

@@ -22,15 +22,6 @@ LONGCAT: dict[str, Any] = {
     "selection_bias": True,
     "gate_scale": 6.0,
 }
-ZEDA: dict[str, Any] = {
-    "num_ffn_experts": 6,
-    "num_zero_experts": 3,
-    "num_copy_experts": 0,
-    "num_constant_experts": 0,
-    "router_topk": 3,
-    "gating_residual": False,
-    "gate_normalization": "selected",
-}
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs the package transformers"
 )
@@ -115,37 +106,6 @@ def test_selection_bias_stays_fp32(ranks: RankPools) -> None:
     import torch
 
     assert ranks(1).run(bias_in_bf16_model) == [torch.float32]
-
-
-def zeda_layer() -> tuple[Any, Any]:
-    """Our layer, and the rule as it is stated, written out token by token."""
-    import torch
-    import torch.nn.functional as F
-
-    (model,) = build(settings(moe=ZEDA))
-    ours = model.decoder.layers[0].mlp
-    expert_in, expert_out = layer_weights(ours)
-    with torch.no_grad():
-        x = torch.randn(16, 4, 32)
-        tokens = x.view(-1, 32)
-        probabilities = torch.softmax(tokens @ ours.router.weight.T, dim=-1)
-        stated = torch.zeros_like(tokens)
-        for index, token in enumerate(tokens):
-            values, picks = probabilities[index].topk(3)
-            for weight, pick in zip(values / values.sum(), picks.tolist(), strict=True):
-                # Picks 6, 7 and 8 are zero experts: they take weight and return nothing.
-                if pick < 6:
-                    gate, up = (expert_in[pick] @ token).chunk(2)
-                    stated[index] += weight * (expert_out[pick] @ (F.silu(gate) * up))
-        assert (probabilities.topk(3).indices >= 6).any(), "no token selects a zero expert"
-        return ours(x)[0].view(-1, 32).numpy(), stated.numpy()
-
-
-def test_zeda_layer(ranks: RankPools) -> None:
-    import numpy as np
-
-    ((ours, stated),) = ranks(1).run(zeda_layer)
-    np.testing.assert_allclose(ours, stated, rtol=0, atol=FP32 * np.abs(stated).max())
 
 
 def reference_with_bias() -> None:

@@ -1,0 +1,187 @@
+"""ZEDA's formats, both ways, against its published rule, loaded as it is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moepp_megatron.config import ConfigError, parse_config
+from moepp_megatron.interop.zeda import zeda_config, zeda_hf_config, zeda_warnings
+from tests.interop.checkpoints import convert_and_score, load_tensors
+from tests.interop.conftest import RunPlain
+from tests.interop.models import settings
+from tests.interop.test_export import LOGITS, TOKENS, save_and_compute
+from tests.parallel.ranks import RankPools
+
+QWEN: dict[str, dict[str, Any]] = {
+    "model": {"qk_layernorm": True, "num_query_groups": 2, "rotary_base": 5e4},
+    "moe": {
+        "gating_residual": False,
+        "num_constant_experts": 0,
+        "num_copy_experts": 0,
+        "num_zero_experts": 3,
+        "router_topk": 3,
+        "gate_normalization": "selected",
+    },
+}
+GLM: dict[str, dict[str, Any]] = {
+    "model": {
+        "num_layers": 3,
+        "qk_layernorm": True,
+        "norm_epsilon": 1e-6,
+        "rotary_base": 5e4,
+        "latent_attention": {
+            "q_lora_rank": 16,
+            "kv_lora_rank": 8,
+            "qk_head_dim": 8,
+            "qk_pos_emb_head_dim": 4,
+            "v_head_dim": 6,
+        },
+    },
+    "moe": QWEN["moe"]
+    | {
+        "score_function": "sigmoid",
+        "selection_bias": True,
+        "gate_scale": 1.8,
+        "ffn_hidden_size": 24,
+        "shared_expert_ffn_hidden_size": 48,
+        "layer_freq": [0, 1, 1],
+    },
+}
+MIXED = {"num_constant_experts": 2, "num_copy_experts": 1, "num_zero_experts": 2}
+CASES = {
+    "Qwen3": QWEN,
+    "Qwen3, all kinds, a dense layer": {
+        "model": QWEN["model"],
+        "moe": QWEN["moe"] | MIXED | {"layer_freq": [1, 0], "gate_normalization": "none"},
+    },
+    "GLM-4.7-Flash": GLM,
+    "GLM-4.7-Flash, all kinds": {"model": GLM["model"], "moe": GLM["moe"] | MIXED},
+}
+
+
+def reader_logits(folder: Path, ids: Any) -> Any:
+    """Logits of the published rule on a folder as it is written."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.interop import zeda_reader
+
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    assert type(model) is getattr(zeda_reader, architecture)
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(ids)).logits.numpy()
+
+
+def save_with_reader(source: Path, target: Path, ids: Any) -> Any:
+    """Write a folder by the published class, the way that transformers does, in another seed."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tests.interop import zeda_reader
+
+    assert zeda_reader.PlusPlusBlock
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.normal_(1.0 if "norm" in name else 0.0, 0.2)
+        model.save_pretrained(target)
+        return model(torch.from_numpy(ids)).logits.numpy()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_ways(ranks: RankPools, plain: RunPlain, tmp_path: Path, case: str) -> None:
+    from moepp_megatron.interop.checkpoint_reader import CheckpointReader
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+    from moepp_megatron.interop.to_mcore import hf_to_mcore
+
+    raw = settings(**CASES[case])
+    (ours,) = ranks(1).run(save_and_compute, raw, tmp_path / "run")
+    mcore_to_hf(tmp_path / "run", tmp_path / "hf", "zeda")
+    theirs = plain(reader_logits, tmp_path / "hf", TOKENS)
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=LOGITS)
+
+    hf_to_mcore(tmp_path / "hf", tmp_path / "back")
+    (saved,) = (tmp_path / "run").glob("step_*")
+    first, second = CheckpointReader(saved), CheckpointReader(tmp_path / "back")
+    names = [name for name in first.tensors if not name.startswith("optimizer")]
+    assert sorted(names) == sorted(second.tensors)
+    for name in names:
+        assert first.read(name, None).equal(second.read(name, None)), name
+    mcore_to_hf(tmp_path / "back", tmp_path / "again", "zeda")
+    one, other = load_tensors(tmp_path / "hf"), load_tensors(tmp_path / "again")
+    assert one.keys() == other.keys()
+    assert all(one[name].equal(other[name]) for name in one)
+    (text, again) = (
+        json.loads((tmp_path / f / "config.json").read_text()) for f in ("hf", "again")
+    )
+    assert text == again
+
+
+@pytest.mark.parametrize("case", ["Qwen3, all kinds, a dense layer", "GLM-4.7-Flash"])
+def test_a_model_of_the_published_class_comes_in(
+    ranks: RankPools, plain: RunPlain, tmp_path: Path, case: str
+) -> None:
+    (tmp_path / "config").mkdir()
+    fields = zeda_hf_config(parse_config(settings(**CASES[case])))
+    (tmp_path / "config" / "config.json").write_text(json.dumps(fields))
+    theirs = plain(save_with_reader, tmp_path / "config", tmp_path / "theirs", TOKENS)
+    folders = (tmp_path / "theirs", tmp_path / "ours")
+    (scores,) = ranks(1).run(convert_and_score, *folders, TOKENS, [])
+    np.testing.assert_allclose(scores["logits"], theirs, rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("base", "section", "change", "named"),
+    [
+        (QWEN, "moe", {"gating_residual": True}, "gating residuals are unknown there"),
+        (QWEN, "moe", {"gate_normalization": "nonzero"}, "zero experts count in the sum"),
+        (QWEN, "moe", {"two_layer_gate": True}, "it is unknown there"),
+        (QWEN, "model", {"qk_layernorm_scope": "all_heads"}, r"\(all_heads\) must be head"),
+        (QWEN, "model", {"qk_layernorm": False}, r"\(False\) must be True for --layout zeda"),
+        (GLM, "moe", {"score_function": "softmax"}, "GLM-4.7-Flash's scores"),
+        (GLM, "moe", {"layer_freq": [1, 0, 1]}, "all dense layers first"),
+        (GLM, "moe", {"shared_expert_ffn_hidden_size": 40}, "must be a multiple of"),
+        (GLM, "moe", {"shared_expert_ffn_hidden_size": None}, r"\(null\) must be a multiple of"),
+    ],
+)
+def test_what_zeda_cannot_say_is_refused(
+    base: dict[str, Any], section: str, change: dict[str, Any], named: str
+) -> None:
+    zeda_hf_config(parse_config(settings(**base)))
+    changed = base | {section: base[section] | change}
+    with pytest.raises(ConfigError, match=named):
+        zeda_hf_config(parse_config(settings(**changed)))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        # The published classes mask where the field is missing.
+        ({"use_zce_mask": None}, r"use_zce_mask \(null\) must be false: with it, or without"),
+        ({"use_zce_mask": True}, r"use_zce_mask \(true\) must be false"),
+        ({"zce_types": ["zero", "copy"], "zce_nums": [1, 2]}, "in this order"),
+        ({"zce_types": ["identity"]}, "must be some of constant, copy, zero"),
+        ({"zce_nums": [3, 1]}, r"one of zce_nums \(\[3, 1\]\) for each"),
+        ({"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}, r"n_group \(2\) must be 1"),
+    ],
+)
+def test_what_cannot_come_in_is_refused(change: dict[str, Any], named: str) -> None:
+    fields = zeda_hf_config(parse_config(settings(**GLM)))
+    zeda_config(fields, "theirs")
+    with pytest.raises(ConfigError, match=named):
+        zeda_config(fields | change, "theirs")
+
+
+def test_readers_that_differ_are_named() -> None:
+    model, moe = GLM["model"] | {"norm_epsilon": 1e-5}, GLM["moe"] | MIXED
+    constants, epsilon = zeda_warnings(parse_config(settings(model=model, moe=moe)))
+    assert "num_constant_experts (2)" in constants
+    assert "norm_epsilon (1e-05) is not 1e-06" in epsilon
