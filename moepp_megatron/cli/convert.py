@@ -36,7 +36,6 @@ class ExportLayout(StrEnum):
     moepp = "moepp"
     released = "released"
     longcat = "longcat"
-    longcat_transformers = "longcat-transformers"
     zeda = "zeda"
 
 
@@ -72,7 +71,7 @@ AllowPickle = Annotated[
 def hf_to_mcore(
     source: Source, target: Target, dtype: ChosenDtype = None, allow_pickle: AllowPickle = False
 ) -> None:
-    """Convert a MoE++ model in Hugging Face format to a checkpoint of ours.
+    """Convert a MoE++ or ZEDA model in Hugging Face format to a checkpoint of ours.
 
     `train`, `score`, `generate` and `inspect` load it.
 
@@ -94,9 +93,8 @@ def mcore_to_hf(
         ExportLayout,
         typer.Option(
             help="Write the model in this form. moepp has our class names and takes any model; "
-            "released is that of the released MoE++ models; longcat is LongCat-Flash for vLLM and "
-            "sglang, and longcat-transformers the same for transformers 5; zeda is Qwen3-MoE with "
-            "zero experts."
+            "released is that of the released MoE++ models; longcat is LongCat-Flash; zeda is "
+            "ZEDA's Qwen3-MoE or GLM-4.7-Flash with zero-computation experts."
         ),
     ] = ExportLayout.moepp,
     max_shard_gb: Annotated[

@@ -51,12 +51,10 @@ _RULES = (
 _LATENT_EPSILON = 1e-6
 # Inner width of the dense FFNs where the model has none: they are zeros.
 _LEAST_WIDTH = 128
-# vLLM's kernel for identity experts works through the hidden size in blocks of this many channels.
-_VLLM_BLOCK = 256
 
 
 def longcat_hf_config(config: Config) -> dict[str, Any]:
-    """LongCat-Flash's `config.json`, with the additional fields that vLLM and sglang read.
+    """LongCat-Flash's `config.json`.
 
     ConfigError names each reason why LongCat-Flash cannot express the model.
     """
@@ -83,7 +81,6 @@ def longcat_hf_config(config: Config) -> dict[str, Any]:
         "qk_head_dim": latent.qk_dim,
         "head_dim": latent.qk_pos_emb_head_dim,
         "v_head_dim": latent.v_head_dim,
-        # transformers always scales the compressed vectors, vLLM and sglang where told to.
         "mla_scale_q_lora": True,
         "mla_scale_kv_lora": True,
         "n_routed_experts": routed_experts(config),
@@ -93,18 +90,14 @@ def longcat_hf_config(config: Config) -> dict[str, Any]:
         "norm_topk_prob": False,
         "routed_scaling_factor": moe.gate_scale,
         "router_bias": False,
-        # vLLM's name, and sglang's.
-        "router_dtype": "float32",
-        "rounter_params_dtype": "float32",
-        # Neither server ties the output layer to the embedding.
+        # Tied models are written with two tensors.
         "tie_word_embeddings": False,
     }
 
 
 def longcat_warnings(config: Config) -> Iterator[str]:
     """Warnings about errors of known programs, and about costs of the format."""
-    model, moe, latent = config.model, config.moe, config.model.latent_attention
-    assert latent is not None, "another attention was refused"
+    model, moe = config.model, config.moe
     yield (
         "LongCat-Flash's layers hold two attentions: the second is zeros here, and its part of the "
         "key/value cache is taken all the same"
@@ -117,18 +110,7 @@ def longcat_warnings(config: Config) -> Iterator[str]:
     if model.norm_epsilon != _LATENT_EPSILON:
         yield (
             f"model.norm_epsilon ({model.norm_epsilon:g}) is not {_LATENT_EPSILON:g}, which "
-            "transformers adds in the norms of latent attention whatever the model has; vLLM and "
-            "sglang use the model's"
-        )
-    if model.hidden_size % _VLLM_BLOCK and moe.num_copy_experts:
-        yield (
-            f"model.hidden_size ({model.hidden_size}) is not divisible by {_VLLM_BLOCK}: vLLM's "
-            "kernel for identity experts leaves the last channels out"
-        )
-    if moe.gate_scale != 1.0 and moe.num_copy_experts:
-        yield (
-            f"moe.gate_scale ({moe.gate_scale}) is not 1: sglang adds identity experts without "
-            "routed_scaling_factor; compare its logits before use"
+            "transformers adds in the norms of latent attention whatever the model has"
         )
 
 

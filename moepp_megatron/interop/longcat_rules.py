@@ -14,12 +14,8 @@ from moepp_megatron.interop.longcat import dense_width, routed_experts
 from moepp_megatron.interop.tensor_rules import HFTensor, TensorRule, expert_rules, made, same
 
 
-def longcat_rules(config: Config, with_identity_weights: bool = False) -> Iterator[TensorRule]:
-    """Every tensor by LongCat-Flash's names.
-
-    `with_identity_weights` adds the gate and up projections that transformers 5 asks for identity
-    experts, and never uses. vLLM does not take them.
-    """
+def longcat_rules(config: Config) -> Iterator[TensorRule]:
+    """Every tensor by LongCat-Flash's names, as transformers 5 asks for them."""
     model = config.model
     table = (model.vocab_size, model.hidden_size)
     names = ["model.embed_tokens.weight"] + ["lm_head.weight"] * model.tie_embeddings
@@ -28,13 +24,13 @@ def longcat_rules(config: Config, with_identity_weights: bool = False) -> Iterat
         "embedding.word_embeddings.weight", table, sources, unpack=lambda t: [t] * len(names)
     )
     for layer, is_moe in enumerate(config.moe.moe_layer_pattern(model.num_layers)):
-        yield from _layer_rules(config, layer, is_moe, with_identity_weights)
+        yield from _layer_rules(config, layer, is_moe)
     yield same("decoder.final_layernorm.weight", "model.norm.weight", model.hidden_size)
     if not model.tie_embeddings:
         yield same("output_layer.weight", "lm_head.weight", *table)
 
 
-def _layer_rules(config: Config, layer: int, is_moe: bool, identity: bool) -> Iterator[TensorRule]:
+def _layer_rules(config: Config, layer: int, is_moe: bool) -> Iterator[TensorRule]:
     width, latent = config.model.hidden_size, config.model.latent_attention
     assert latent is not None, "another attention was refused"
     assert latent.q_lora_rank is not None, "and so were queries of the layer's input"
@@ -61,8 +57,7 @@ def _layer_rules(config: Config, layer: int, is_moe: bool, identity: bool) -> It
         yield from _moe_rules(config, layer)
     else:
         yield from _no_moe_rules(config, layer)
-    if identity:
-        yield from _identity_weights(config, layer)
+    yield from _identity_weights(config, layer)
 
 
 def _dense_rules(config: Config, layer: int, is_moe: bool) -> Iterator[TensorRule]:
@@ -130,6 +125,7 @@ def _experts_of_zeros(config: Config, layer: int, indices: range) -> Iterator[Te
 
 
 def _identity_weights(config: Config, layer: int) -> Iterator[TensorRule]:
+    """Gate and up projections of identity experts, which transformers asks for and never uses."""
     shape = (config.expert_ffn_hidden_size, config.model.hidden_size)
     for index in range(routed_experts(config), config.moe.num_experts):
         prefix = f"model.layers.{layer}.mlp.experts.{index}."

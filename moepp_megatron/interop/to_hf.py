@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +64,6 @@ class _Format:
     warnings: Callable[[Config], Iterator[str]] = lambda config: iter(())
 
 
-def _longcat(with_identity_weights: bool) -> _Format:
-    rules = partial(longcat_rules, with_identity_weights=with_identity_weights)
-    return _Format(
-        longcat_hf_config,
-        rules,
-        keeps_unused=True,
-        has_latent_attention=True,
-        warnings=longcat_warnings,
-    )
-
-
 _FORMATS = {
     "moepp": _Format(
         own_hf_config, moepp_rules, ("MoEPPConfig", "MoEPPForCausalLM"), dtype_field="dtype"
@@ -87,8 +75,13 @@ _FORMATS = {
         keeps_unused=True,
         warnings=released_warnings,
     ),
-    "longcat": _longcat(with_identity_weights=False),
-    "longcat-transformers": _longcat(with_identity_weights=True),
+    "longcat": _Format(
+        longcat_hf_config,
+        longcat_rules,
+        keeps_unused=True,
+        has_latent_attention=True,
+        warnings=longcat_warnings,
+    ),
     "zeda": _Format(zeda_hf_config, zeda_rules, has_latent_attention=True, warnings=zeda_warnings),
 }
 
@@ -108,8 +101,7 @@ def mcore_to_hf(
         source: A checkpoint folder or a run.
         target: Folder to make; it must not exist or be empty.
         layout: `moepp` for our configuration and class names, `released` for the released ones,
-            `longcat` for LongCat-Flash as it is released and as vLLM and sglang read it,
-            `longcat-transformers` for the same as transformers 5 reads it, `zeda` for ZEDA's.
+            `longcat` for LongCat-Flash as transformers 5 reads it, `zeda` for ZEDA's.
         max_shard_bytes: Largest shard.
         console: Console that shows the progress.
         dtype: fp32 or bf16 for all weights but selection biases; None keeps each tensor's own.
@@ -167,7 +159,7 @@ def _refuse_latent_attention(config: Config) -> None:
         raise ConfigError(
             f"model.latent_attention ({show(config.model.latent_attention.model_dump())}) must be "
             "null for an export in this layout: it has no multi-head latent attention; use "
-            "--layout longcat, or score and generate from the checkpoint itself"
+            "--layout longcat or zeda, or score and generate from the checkpoint itself"
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.interop.hf_config import MOEPP_TYPES, decoder_section, require
+from moepp_megatron.interop.hf_config import MOEPP_TYPES, UNBUILDABLE, decoder_section, require
 from moepp_megatron.interop.hf_latent import deepseek_decoder_section, deepseek_moe
 from moepp_megatron.interop.latent_rules import latent_attention_rules, norm_keys
 from moepp_megatron.interop.tensor_rules import (
@@ -56,8 +56,8 @@ def source_kind(hf: Mapping[str, Any]) -> SourceKind:
     """The kind of a checkpoint; ConfigError if it is another kind, or its attention is not full."""
     name = hf.get("model_type")
     if name not in _KINDS:
-        remedy = "other models cannot be upcycled"
-        if name in MOEPP_TYPES:
+        remedy = UNBUILDABLE.get(str(name), "other models cannot be upcycled")
+        if name in MOEPP_TYPES or "zce_nums" in hf:
             remedy = "this is a MoE++ model already, so use moepp convert hf-to-mcore"
         raise ConfigError(
             f"config.json: model_type ({name}) must be one of {', '.join(_KINDS)}; {remedy}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +83,10 @@ def test_longcat_flash_computes_the_same(
     model, moe = CASES[case]
     raw = settings(model=MODEL | model, moe=MOE | moe)
     (ours,) = ranks(1).run(save_and_compute, raw, tmp_path / "checkpoints")
-    mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf", "longcat-transformers")
+    warnings = mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf", "longcat")
     theirs, names = plain(longcat_logits, tmp_path / "hf", TOKENS)
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=LOGITS)
     assert set(load_tensors(tmp_path / "hf")) == names
-
-    # The released form differs in this alone: identity experts have no tensors (vLLM refuses any).
-    warnings = mcore_to_hf(tmp_path / "checkpoints", tmp_path / "served", "longcat")
-    config = json.loads((tmp_path / "served" / "config.json").read_text())
-    assert config == json.loads((tmp_path / "hf" / "config.json").read_text())
-    routed = config["n_routed_experts"]
-    identity = {name for name in names if ".experts." in name and int(name.split(".")[5]) >= routed}
-    copies, layers = config["zero_expert_num"], config["num_layers"]
-    assert len(identity) == 2 * copies * layers
-    assert set(load_tensors(tmp_path / "served")) == names - identity
     assert any("second is zeros" in warning for warning in warnings)
     assert any("zero experts became FFN" in w for w in warnings) == ("tied" not in case)
 
@@ -135,3 +124,12 @@ def test_what_longcat_cannot_say_is_refused(
     longcat_hf_config(parse_config(settings(model=MODEL, moe=MOE)))
     with pytest.raises(ConfigError, match=named):
         longcat_hf_config(parse_config(settings(model=MODEL | model, moe=MOE | moe)))
+
+
+def test_longcat_flash_does_not_come_in() -> None:
+    from moepp_megatron.interop.hf_config import config_from_hf
+    from moepp_megatron.interop.upcycle_sources import source_kind
+
+    for read in (lambda hf: config_from_hf(hf, "theirs"), source_kind):
+        with pytest.raises(ConfigError, match=r"\(longcat_flash\) must be .*two attentions"):
+            read({"model_type": "longcat_flash"})
