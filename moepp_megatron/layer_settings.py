@@ -17,6 +17,7 @@ from moepp_megatron.experts import CONSTANT, ExpertKind, ExpertLayout, setting
 GateNormalization = Literal["none", "selected", "nonzero"]
 ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 BalanceScope = Literal["microbatch", "sequence", "global"]
+BalanceLoss = Literal["heterogeneous", "grouped"]
 # By the names of Megatron's `moe_router_load_balancing_type`.
 SCOPES: dict[str, BalanceScope] = {
     "aux_loss": "microbatch",
@@ -48,6 +49,15 @@ class LayerSettings(ExpertLayout):
     balance_scope: Annotated[
         BalanceScope, setting("-", "Tokens that one balance loss is taken over")
     ] = "microbatch"
+    balance_loss: Annotated[
+        BalanceLoss,
+        setting(
+            "-",
+            "Balance each expert (the paper's), or only FFN against zero-computation experts "
+            "(ZEDA's grouped_aux_loss)",
+            extension=True,
+        ),
+    ] = "heterogeneous"
     capacity_factor: Annotated[
         float | None,
         setting(

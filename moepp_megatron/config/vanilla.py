@@ -12,8 +12,8 @@ def vanilla(config: Config) -> Config:
     """The same model on megatron-core's own MoE layer.
 
     It has no zero-computation experts, no gating residual, no other setting of the MoE++ layer and
-    no routing guard. megatron-core's balance loss is E / K times the paper's, so its
-    coefficient is smaller by that factor for the same strength; its global loss has yet another
+    no routing guard. megatron-core's balance loss is E / K times the paper's and has the scale of
+    the grouped one; its coefficient is that of the same strength. Its global loss has yet another
     scale and is replaced by that of micro-batches.
     """
     content = config.model_dump(mode="json", exclude_unset=True)
@@ -21,12 +21,12 @@ def vanilla(config: Config) -> Config:
     moe = content["moe"]
     for name in ("budget", "bias_update_rate", *EXTENSIONS):
         moe.pop(name, None)
+    own_scale = config.moe.router_topk / config.moe.num_ffn_experts
+    scale = {"heterogeneous": own_scale, "grouped": 1.0}[config.moe.balance_loss]
     moe |= {
         **FFN_ONLY,
         "gating_residual": False,
-        "balance_coeff": config.moe.balance_coeff
-        * config.moe.router_topk
-        / config.moe.num_ffn_experts,
+        "balance_coeff": config.moe.balance_coeff * scale,
     }
     if moe.get("balance_scope") == "global":
         moe["balance_scope"] = "microbatch"

@@ -9,6 +9,7 @@ hf_config.py            converts between our configuration and a Hugging Face `c
 hf_latent.py            DeepSeek-V3's configuration
 hf_source.py            a Hugging Face checkpoint folder: its configuration, and its tensors by name
 latent_rules.py         tensors of multi-head latent attention by DeepSeek-V3's names
+expressible.py          what a format cannot express, as rows of settings
 longcat.py              models with latent attention as LongCat-Flash models
 longcat_rules.py        LongCat-Flash's tensors: what each is made of
 megatron_arguments.py   MoE++ settings of a Megatron-LM run: `--moepp-*`

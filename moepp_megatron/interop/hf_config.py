@@ -34,6 +34,8 @@ _RELEASED_KINDS = {
 }
 # Settings of which the released format can say more than their defaults.
 _RELEASED_FIELDS = {"expert_input_scale", "two_layer_gate", "logits_norm_std"}
+# What fine-tuning an export needs besides the settings that give its outputs.
+_BALANCE = ("balance_scope", "balance_loss")
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -203,7 +205,8 @@ def _own_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     moe["ffn_hidden_size"] = hf.get("moe_intermediate_size")
     moe["shared_expert_ffn_hidden_size"] = hf.get("shared_expert_intermediate_size")
     moe["shared_expert_gate"] = hf.get("shared_expert_gate", False)
-    moe["balance_scope"] = hf.get("balance_scope", DECLARED["balance_scope"].default)
+    for key in _BALANCE:
+        moe[key] = hf.get(key, DECLARED[key].default)
     return moe
 
 
@@ -248,7 +251,7 @@ def own_hf_config(config: Config) -> dict[str, Any]:
         "rope_parameters": rope,
         **fields,
         "router_aux_loss_coef": moe.balance_coeff,
-        "balance_scope": moe.balance_scope,
+        **{key: getattr(moe, key) for key in _BALANCE},
         "moe_intermediate_size": config.expert_ffn_hidden_size,
         "shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size,
         "shared_expert_gate": moe.shared_expert_gate,

@@ -21,31 +21,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.experts import COPY, LOCAL_KINDS, ZERO
+from moepp_megatron.experts import COPY, ZERO
+from moepp_megatron.interop.expressible import Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import shared_fields
-from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 
-_KNOWN_THERE = ("selection_bias", "gate_scale")
-# What LongCat-Flash lacks: (setting of `moe`, its only value, why). A setting that is added to the
-# layer is lacking there too.
-UNKNOWN_THERE: tuple[tuple[str, Any, str], ...] = (
-    *(
-        (kind.setting, 0, f"{kind.name} experts are unknown there")
-        for kind in LOCAL_KINDS
-        if kind not in (COPY, ZERO)
-    ),
-    ("gating_residual", False, "gating residuals are unknown there"),
-    ("score_function", "softmax", "scores are softmax probabilities there"),
-    *(
-        (name, DECLARED[name].default, "it is unknown there")
-        for name in EXPORTED
-        if name in EXTENSIONS and name not in _KNOWN_THERE and DECLARED[name].says("kind") is None
-    ),
+_RULES: tuple[Row, ...] = (
+    *unknown_there((COPY, ZERO)),
+    ("moe.score_function", ("softmax",), "scores are softmax probabilities there"),
+    ("moe.shared_expert_gate", (False,), "its dense FFNs have no gate"),
+    ("moe.gate_normalization", ("none",), "LongCat-Flash keeps the raw scores"),
 )
-_RULES = (
-    *UNKNOWN_THERE,
-    ("shared_expert_gate", False, "its dense FFNs have no gate"),
-    ("gate_normalization", "none", "LongCat-Flash keeps the raw scores"),
+_LATENT_RULES: tuple[Row, ...] = (
+    ("model.latent_attention.rope_type", ("rope",), "positions are not stretched there"),
+    ("model.qk_layernorm", (True,), "it normalises compressed vectors"),
 )
 # What transformers adds to mean squares in the norms of latent attention, whatever the model has.
 _LATENT_EPSILON = 1e-6
@@ -122,26 +110,16 @@ def _problems(config: Config) -> Iterator[str]:
             "model.latent_attention (null) must be given for --layout longcat: LongCat-Flash's "
             f"attention is latent, with one rotated key for all heads; {ours}"
         )
-        latent_rules: tuple[tuple[str, Any, Any, str], ...] = ()
     else:
-        # Without latent attention `moepp` is the way out; no other layout has it.
+        # Without latent attention `moepp` is the way out; only this layout and `zeda` have it.
         ours = "LongCat-Flash cannot express it"
-        latent_rules = (
-            ("latent_attention.rope_type", latent.rope_type, "rope", "YaRN is told differently"),
-            ("qk_layernorm", config.model.qk_layernorm, True, "it normalises compressed vectors"),
-        )
         if latent.q_lora_rank is None:
             yield (
                 "model.latent_attention.q_lora_rank (null) must be a width for --layout longcat: "
                 f"queries are compressed there; {ours}"
             )
-    for name, value, wanted, reason in latent_rules:
-        if value != wanted:
-            yield f"model.{name} ({value}) must be {wanted} for --layout longcat: {reason}; {ours}"
-    for name, wanted, reason in _RULES:
-        value = getattr(moe, name)
-        if value != wanted:
-            yield f"moe.{name} ({value}) must be {wanted} for --layout longcat: {reason}; {ours}"
+        yield from refusals(config, _LATENT_RULES, "longcat", ours)
+    yield from refusals(config, _RULES, "longcat", ours)
     is_dense = not all(moe.moe_layer_pattern(config.model.num_layers))
     if is_dense and moe.router_topk > routed_experts(config):
         yield (

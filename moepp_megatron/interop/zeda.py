@@ -14,6 +14,7 @@ from typing import Any
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.problem import show
 from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS, ZERO
+from moepp_megatron.interop.expressible import Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import assemble, require, shared_fields
 from moepp_megatron.interop.moepp_rules import constant_rules
 from moepp_megatron.interop.tensor_rules import (
@@ -28,13 +29,10 @@ from moepp_megatron.interop.upcycle_sources import (
     shared_expert_rules,
     source_kind,
 )
-from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 
 _KINDS = (CONSTANT, COPY, ZERO)
 # What transformers adds to mean squares in the norms of latent attention, whatever the model has.
 _LATENT_EPSILON = 1e-6
-# A setting by its dotted name, the values that the format can express, and why.
-_Row = tuple[str, tuple[Any, ...], str]
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class _Family:
     model_type: str
     architecture: str
     source: str
-    rows: tuple[_Row, ...]
+    rows: tuple[Row, ...]
     fields: Callable[[Config], dict[str, Any]]
 
     @property
@@ -170,13 +168,7 @@ def _counts(hf: Mapping[str, Any]) -> dict[str, int]:
 def _problems(config: Config, family: _Family) -> Iterator[str]:
     latent = config.model.latent_attention
     ours = "use --layout moepp" if latent is None else "ZEDA's formats cannot express it"
-    for name, accepted, reason in (*_COMMON, *family.rows):
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        if value not in accepted:
-            wanted = " or ".join(map(str, accepted))
-            yield f"{name} ({value}) must be {wanted} for --layout zeda: {reason}; {ours}"
+    yield from refusals(config, (*_COMMON, *family.rows), "zeda", ours)
     if latent is None:
         return
     pattern = config.moe.moe_layer_pattern(config.model.num_layers)
@@ -234,21 +226,9 @@ def _glm_fields(config: Config) -> dict[str, Any]:
     }
 
 
-# Extensions that one of the families has.
-_OWN_ROWS = ("selection_bias", "gate_scale")
-_COMMON: tuple[_Row, ...] = (
-    ("moe.gating_residual", (False,), "gating residuals are unknown there"),
-    *(
-        (f"moe.{kind.setting}", (0,), f"{kind.name} experts are unknown there")
-        for kind in LOCAL_KINDS
-        if kind not in _KINDS
-    ),
+_COMMON: tuple[Row, ...] = (
+    *unknown_there(_KINDS),
     ("moe.constants_shared", (False,), "each layer has its own constant experts"),
-    *(
-        (f"moe.{name}", (DECLARED[name].default,), "it is unknown there")
-        for name in EXPORTED
-        if name in EXTENSIONS and name not in _OWN_ROWS
-    ),
     ("moe.shared_expert_gate", (False,), "shared experts have no gate there"),
 )
 _QWEN = _Family(

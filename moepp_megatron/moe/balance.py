@@ -2,14 +2,19 @@
 
 `L_b = sum_i eta_i f_i P_i` (arXiv 2410.07348, heterogeneous load balance loss), with `eta = 1` for
 FFN and `tau` for zero-computation experts. Perfect balance sends the fraction phi of all selections
-to FFN experts.
+to FFN experts. The grouped loss (ZEDA, arXiv 2605.18643) has the same share, and leaves open which
+experts of the two groups take it.
 """
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
+
+from moepp_megatron.moe.config import MoEPPConfig
 
 # Tokens of a sequence: one number for all, or [S, 1] fp32 where some are padding.
 NumTokens = int | Tensor
@@ -85,17 +90,32 @@ class GlobalBatchFractions:
         return self._counts / _at_least_one(self._num_tokens)
 
 
-def local_balance_loss(
-    score_sums: Tensor, fractions: Tensor, balance_weights: Tensor, num_tokens: NumTokens
-) -> Tensor:
+def loss_weights(fractions: Tensor, balance_weights: Tensor, config: MoEPPConfig) -> Tensor:
+    """The factors of the mean probabilities in the balance loss, [S, E] like `fractions`.
+
+    They are `eta_i f_i`. The grouped loss has the mean of the group's f for f_i, and the factor
+    `sum_i 1 / eta_i / K`, by which it is 1 where balance is perfect.
+    """
+    match config.balance_loss:
+        case "heterogeneous":
+            return balance_weights * fractions
+        case "grouped":
+            groups = fractions.tensor_split([config.num_ffn_experts], dim=-1)
+            means = [group.mean(-1, keepdim=True).expand_as(group) for group in groups]
+            scale = (1.0 / balance_weights).sum() / config.router_topk
+            return balance_weights * torch.cat(means, dim=-1) * scale
+        case other:
+            assert_never(other)
+
+
+def local_balance_loss(score_sums: Tensor, weights: Tensor, num_tokens: NumTokens) -> Tensor:
     """This rank's summand of the balance loss, a scalar, differentiable in `score_sums`.
 
     The summands of the group's ranks add up to L_b, and so do their gradients; f_i has none.
     `score_sums` are [S, E] fp32 probabilities, summed over the local tokens of each sequence,
-    `fractions` [S, E] f_i, `balance_weights` [E] eta, `num_tokens` the tokens of a sequence on all
+    `weights` [S, E] are those of `loss_weights`, `num_tokens` the tokens of a sequence on all
     ranks (`tokens_over_group`). The result is the mean over the sequences that have tokens.
     """
-    weights = balance_weights * fractions
     if isinstance(num_tokens, int):
         # A few numbers: launches are all of the time, so one product with its sum, and one scale.
         total = torch.dot(score_sums.flatten(), weights.flatten().to(score_sums.dtype))

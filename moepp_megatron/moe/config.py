@@ -83,6 +83,7 @@ class MoEPPConfig(LayerSettings):
             "expert_input_scale",
             "logits_norm_std",
             "deduplicate_dispatch",
+            "balance_loss",
         ):
             default = self.__dataclass_fields__[name].default
             if getattr(self, name) != default:

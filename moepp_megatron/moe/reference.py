@@ -269,10 +269,25 @@ def _gates(scores_TE: Tensor, logs_TE: Tensor, selected_TE: Tensor, config: MoEP
 
 
 def balance_loss(scores_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:
-    """`L_b = sum_i eta_i f_i P_i` (heterogeneous load balance loss) of these tokens, no beta."""
-    eta_E = torch.tensor(config.balance_weights(), device=scores_TE.device)
-    fraction_E = selected_TE.float().mean(dim=0)
-    return (eta_E * fraction_E * scores_TE.mean(dim=0)).sum()
+    """L_b of these tokens, no beta: `sum_i eta_i f_i P_i` (heterogeneous load balance loss).
+
+    ZEDA's grouped loss (arXiv 2605.18643) is `(F + w Z) / K (f_F P_F / F + f_Z P_Z / (w Z))` with
+    w = 1 / tau and the sums of f and P over the FFN experts and over the others.
+    """
+    fraction_E, mean_E = selected_TE.float().mean(dim=0), scores_TE.mean(dim=0)
+    match config.balance_loss:
+        case "heterogeneous":
+            eta_E = torch.tensor(config.balance_weights(), device=scores_TE.device)
+            return (eta_E * fraction_E * mean_E).sum()
+        case "grouped":
+            ffn = config.num_ffn_experts
+            weighed = config.num_zero_computation_experts / config.tau
+            loss = fraction_E[:ffn].sum() * mean_E[:ffn].sum() / ffn
+            if weighed > 0.0:
+                loss = loss + fraction_E[ffn:].sum() * mean_E[ffn:].sum() / weighed
+            return loss * (ffn + weighed) / config.router_topk
+        case other:
+            assert_never(other)
 
 
 def moved_bias(

@@ -20,6 +20,7 @@ from moepp_megatron.moe.balance import (
     attach_loss,
     attached_loss,
     local_balance_loss,
+    loss_weights,
     over_group,
     selected_fractions,
     tokens_of_sequences,
@@ -350,7 +351,8 @@ class MoEPPRouter(TopKRouter):
         else:
             fractions = selected_fractions(counts_SE, per_sequence, self.tp_cp_group)
         shared = tokens_over_group(per_sequence, self.tp_cp_group)
-        loss = local_balance_loss(score_sums_SE, fractions, self.balance_weights, shared)
+        weights_SE = loss_weights(fractions, self.balance_weights, self.moepp)
+        loss = local_balance_loss(score_sums_SE, weights_SE, shared)
         get_moe_metrics_tracker().record(
             _TRACKED_NAMES[self.moepp.balance_scope],
             loss,

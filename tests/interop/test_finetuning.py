@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moepp_megatron.layer_settings import BalanceLoss
 from tests.interop.conftest import RunPlain
 
 # Everything at once, small: two-layer gates, residuals, head norms, a shared and a dense layer.
@@ -97,14 +98,15 @@ def test_reentrant_checkpointing_is_refused(plain: RunPlain) -> None:
     assert "must be False" in plain(reentrant_message)
 
 
-def balance_losses(padded: bool, scope: str) -> dict[str, float]:
+def balance_losses(padded: bool, scope: str, kind: BalanceLoss) -> dict[str, float]:
     """What the model adds to its loss, and the same by `moe.reference`."""
     import torch
 
     from moepp_megatron.moe.config import MoEPPConfig
     from moepp_megatron.moe.reference import balance_loss, select_experts
 
-    model = random_model(output_router_logits=False, balance_scope=scope).eval()
+    changes = {"balance_scope": scope, "balance_loss": kind}
+    model = random_model(output_router_logits=False, **changes).eval()
     inputs = batch(padded)
     plain_output = model(**inputs)
     assert getattr(plain_output, "router_logits", None) is None
@@ -120,6 +122,7 @@ def balance_losses(padded: bool, scope: str) -> dict[str, float]:
         gate_normalization="selected",
         two_layer_gate=True,
         selection_bias=True,
+        balance_loss=kind,
     )
     bias = torch.linspace(0.05, -0.05, 8)
     counted = inputs["attention_mask"].flatten().bool()
@@ -146,10 +149,15 @@ def balance_losses(padded: bool, scope: str) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("scope", ["microbatch", "sequence"])
+@pytest.mark.parametrize(
+    ("scope", "kind"),
+    [("microbatch", "heterogeneous"), ("sequence", "heterogeneous"), ("sequence", "grouped")],
+)
 @pytest.mark.parametrize("padded", [False, True])
-def test_balance_loss_is_that_of_the_reference(plain: RunPlain, padded: bool, scope: str) -> None:
-    values = plain(balance_losses, padded, scope)
+def test_balance_loss_is_that_of_the_reference(
+    plain: RunPlain, padded: bool, scope: str, kind: BalanceLoss
+) -> None:
+    values = plain(balance_losses, padded, scope, kind)
     assert values["aux"] > 0.1
     # fp32 sums of a few dozen scores in another order.
     assert values["aux"] == pytest.approx(values["reference"], rel=1e-5)

@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {"gate_normalization": "nonzero", "expert_input_scale": 2.0},
     "constants": {"constant_init": "zero", "constant_temperature": 0.5},
+    "grouped": {"balance_loss": "grouped"},
     "capacity": {"gate_normalization": "selected", "capacity_factor": 1.0},
     "dedup": {"dispatcher": "alltoall_dedup", "router_topk": 4},
     "dedup capacity": {"dispatcher": "alltoall_dedup", "capacity_factor": 1.0},

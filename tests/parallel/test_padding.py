@@ -54,7 +54,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "tp2 ep2": (2, TP2 | EP2, {}, SHARED),
     "tp2 ep2 allgather": (2, TP2 | EP2, {"dispatcher": "allgather"}, SHARED),
     "cp2 capacity": (2, CP2, {}, {"capacity_factor": 1.0}),
-    "cp2 tp2 sequence": (4, CP2 | TP2, {}, {"balance_scope": "sequence", "capacity_factor": 0.8}),
+    "cp2 tp2 sequence": (
+        4,
+        CP2 | TP2,
+        {},
+        {"balance_scope": "sequence", "balance_loss": "grouped", "capacity_factor": 0.8},
+    ),
     "pp2 tp2": (4, PP2 | TP2, {}, {"z_loss_coeff": 1e-2}),
 }
 MOE = {"num_ffn_experts": 8, "z_loss_coeff": 1e-3}

@@ -120,6 +120,7 @@ def test_what_is_said_of_a_setting_beside_its_bounds() -> None:
         "router_topk",
         "balance_coeff",
         "balance_scope",
+        "balance_loss",
         "capacity_factor",
         "constants_shared",
         "constant_init",

@@ -105,7 +105,7 @@ RULES: tuple[Rule, ...] = (
         "{warmup_iters}, a tenth of the run",
         "lower it, or raise training.train_iters"),
     _where(lambda c: c.moe.num_zero_computation_experts == 0, "without zero-computation experts",
-        "moe.tau", "add some, or leave it out"),
+        "moe.tau moe.balance_loss", "add some, or leave it out"),
     _where(
         lambda c: (
             c.moe.num_zero_computation_experts > 0
@@ -115,7 +115,8 @@ RULES: tuple[Rule, ...] = (
         ),
         "with moe.balance_coeff 0 and no moe.capacity_factor", "moe.tau",
         "set moe.balance_coeff above 0, or leave it out"),
-    _with("moe.balance_coeff", 0, "moe.balance_scope", "set moe.balance_coeff above 0"),
+    _with("moe.balance_coeff", 0, "moe.balance_scope moe.balance_loss",
+        "set moe.balance_coeff above 0"),
     refuse("moe.gate_normalization",
         lambda c: c.moe.gate_normalization == "nonzero" and c.moe.num_zero_experts == 0,
         "is the same as selected without zero experts", "use selected, or add zero experts"),

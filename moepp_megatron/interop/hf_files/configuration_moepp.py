@@ -48,6 +48,7 @@ class MoEPPConfig(LlamaConfig):
         tau: Weight of zero-computation experts in the balance loss.
         balance_scope: Tokens that one balance loss is taken over: those of a `sequence`, or all of
             a batch (`microbatch`, `global`).
+        balance_loss: `heterogeneous`, of each expert, or `grouped`, of FFN experts and the others.
         output_router_logits: Whether outputs have the router logits and the balance loss, and
             whether the loss has the latter too.
         router_aux_loss_coef: Factor on the balance loss in the loss.
@@ -87,6 +88,7 @@ class MoEPPConfig(LlamaConfig):
         eos_token_id: int | list[int] | None = None,
         tau: float = 0.75,
         balance_scope: str = "microbatch",
+        balance_loss: str = "heterogeneous",
         output_router_logits: bool = False,
         router_aux_loss_coef: float = 0.01,
         **kwargs: Any,
@@ -118,6 +120,7 @@ class MoEPPConfig(LlamaConfig):
         self.qkv_bias = qkv_bias
         self.tau = tau
         self.balance_scope = balance_scope
+        self.balance_loss = balance_loss
         self.output_router_logits = output_router_logits
         self.router_aux_loss_coef = router_aux_loss_coef
 

@@ -35,6 +35,7 @@ COMPUTES = {
     "gate_normalization": "none selected nonzero",
     # Of `global` only the batch at hand.
     "balance_scope": "microbatch sequence global",
+    "balance_loss": "heterogeneous grouped",
     "qk_norm_scope": "head all_heads",
     "others": "tau balance_coeff router_topk gating_residual two_layer_gate logits_norm_std "
     "expert_input_scale constant_temperature constant_init constants_shared selection_bias "
@@ -136,13 +137,22 @@ class MoEPPGate(nn.Module):
         )
 
     def balance_loss(self, logits_TE: Tensor) -> Tensor:
-        """`sum_i eta_i f_i P_i` of these tokens, eta = 1 for FFN experts and tau for the others."""
+        """`sum_i eta_i f_i P_i` of these tokens, eta = 1 for FFN experts and tau for the others.
+
+        The grouped loss has the mean f of a group, and is 1 where balance is perfect.
+        """
+        ffn = self.config.num_ffn_experts
+        grouped = {"heterogeneous": False, "grouped": True}[self.config.balance_loss]
         fractions_E = logits_TE.new_zeros(self.config.total_experts)
         chosen = self.select(logits_TE.detach())[1].flatten()
         fractions_E.index_add_(0, chosen, torch.ones_like(chosen, dtype=fractions_E.dtype))
         fractions_E /= logits_TE.shape[0]
         eta_E = torch.full_like(fractions_E, self.config.tau)
-        eta_E[: self.config.num_ffn_experts] = 1.0
+        eta_E[:ffn] = 1.0
+        if grouped:
+            for group_G in fractions_E.tensor_split([ffn]):
+                group_G.fill_(group_G.mean())
+            fractions_E *= (1.0 / eta_E).sum() / self.config.num_experts_per_tok
         # A token's scores divided by their sum.
         _, logs = _SCORES[self.config.score_function]
         probabilities_TE = torch.softmax(logs(self.standardized(logits_TE)), dim=-1)

@@ -13,6 +13,7 @@ from moepp_megatron.moe.balance import (
     attach_loss,
     attached_loss,
     local_balance_loss,
+    loss_weights,
     selected_fractions,
 )
 from moepp_megatron.moe.config import MoEPPConfig
@@ -20,12 +21,13 @@ from moepp_megatron.moe.reference import balance_loss
 from tests.unit.moe.builders import DEFINED_SCORES, HIDDEN, build_layer
 
 
-def loss_of(scores, selected, weights, num_sequences=1):
+def loss_of(scores, selected, weights, num_sequences=1, config=None):
     by_sequence = (-1, num_sequences, scores.shape[1])
     counts = selected.view(by_sequence).sum(dim=0, dtype=torch.float32)
     num_tokens = len(scores) // num_sequences
     fractions = selected_fractions(counts, num_tokens, None)
-    return local_balance_loss(scores.view(by_sequence).sum(dim=0), fractions, weights, num_tokens)
+    factors = loss_weights(fractions, weights, config or MoEPPConfig(1))
+    return local_balance_loss(scores.view(by_sequence).sum(dim=0), factors, num_tokens)
 
 
 def test_by_hand():
@@ -36,6 +38,22 @@ def test_by_hand():
     # A handful of fp32 operations on numbers below 1.
     expected = pytest.approx(1 * 0.4 + 0.5 * 0.35 + 0.5 * 0.5 * 0.25, rel=1e-6)
     assert loss_of(scores, selected, weights).item() == expected
+
+
+def test_grouped_by_hand():
+    # 2 FFN and 2 copy experts, K = 2, w = 2. f_F = 3/2, f_Z = 1/2, P_F = 0.65, P_Z = 0.35.
+    scores = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.3, 0.2, 0.3, 0.2]])
+    selected = torch.tensor([[True, True, False, False], [True, False, True, False]])
+    others = {"num_constant_experts": 0, "num_copy_experts": 2, "num_zero_experts": 0}
+    config = MoEPPConfig(2, **others, tau=0.5, balance_loss="grouped")
+    # ZEDA's formula as it is published: (N + w N_Z) / K (f P / N + f_Z P_Z / (w N_Z)).
+    expected = pytest.approx(6 / 2 * (1.5 * 0.65 / 2 + 0.5 * 0.35 / 4), rel=1e-6)
+    weights = torch.tensor(config.balance_weights())
+    assert loss_of(scores, selected, weights, config=config).item() == expected
+    assert balance_loss(scores, selected, config).item() == expected
+    # Which expert of a group is selected makes no difference.
+    moved = selected[:, [1, 0, 3, 2]]
+    assert loss_of(scores, moved, weights, config=config).item() == expected
 
 
 def test_sequences_by_hand():
@@ -60,9 +78,10 @@ def test_global_fractions_are_the_mean_over_the_steps_micro_batches():
     assert seen.add(second, 2, None).tolist() == [[0.5, 0.5]]
 
 
+@pytest.mark.parametrize("kind", ["heterogeneous", "grouped"])
 @pytest.mark.parametrize("num_sequences", [1, 3])
-def test_gradient_against_finite_differences(num_sequences):
-    config = MoEPPConfig(num_ffn_experts=3, tau=0.3)
+def test_gradient_against_finite_differences(num_sequences, kind):
+    config = MoEPPConfig(num_ffn_experts=3, tau=0.3, balance_loss=kind)
     logits = torch.randn(12, config.num_experts, dtype=torch.float64, requires_grad=True)
     chosen = logits.topk(2, dim=-1).indices
     selected = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
@@ -70,13 +89,14 @@ def test_gradient_against_finite_differences(num_sequences):
 
     def loss(logits):
         scores = torch.softmax(logits, dim=-1)
-        return loss_of(scores, selected, weights, num_sequences)
+        return loss_of(scores, selected, weights, num_sequences, config)
 
     assert torch.autograd.gradcheck(loss, logits)
 
 
-def test_reference_gradient_against_finite_differences():
-    config = MoEPPConfig(num_ffn_experts=3, tau=0.3)
+@pytest.mark.parametrize("kind", ["heterogeneous", "grouped"])
+def test_reference_gradient_against_finite_differences(kind):
+    config = MoEPPConfig(num_ffn_experts=3, tau=0.3, balance_loss=kind)
     logits = torch.randn(12, config.num_experts, dtype=torch.float64, requires_grad=True)
     selected = torch.rand(12, config.num_experts) < 0.3
     assert torch.autograd.gradcheck(
@@ -85,8 +105,11 @@ def test_reference_gradient_against_finite_differences():
 
 
 @pytest.mark.parametrize("score_function", DEFINED_SCORES)
-@pytest.mark.parametrize("scope", ["microbatch", "sequence"])
-def test_router_gradient_against_finite_differences(score_function, scope):
+@pytest.mark.parametrize(
+    ("scope", "kind"),
+    [("microbatch", "heterogeneous"), ("sequence", "heterogeneous"), ("sequence", "grouped")],
+)
+def test_router_gradient_against_finite_differences(score_function, scope, kind):
     # The only gradient that a sum over no output leaves is the balance loss's own.
     config = MoEPPConfig(
         num_ffn_experts=3,
@@ -94,6 +117,7 @@ def test_router_gradient_against_finite_differences(score_function, scope):
         balance_coeff=1.0,
         score_function=score_function,
         balance_scope=scope,
+        balance_loss=kind,
     )
     router = build_layer(config, calculate_per_token_loss=False).router
     logits = torch.randn(5, 2, config.num_experts, dtype=torch.float64, requires_grad=True)

@@ -41,6 +41,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "expert_input_scale": (1.0, 2.0),
     "has_residual": (True, False),
     "balance_scope": ("microbatch", "sequence", "global"),
+    "balance_loss": ("heterogeneous", "grouped"),
     "calculate_per_token_loss": (True, False),
     "dispatcher": DISPATCHERS,
     "logits_norm_std": (None, 1.5),
@@ -113,6 +114,7 @@ def moepp_of(case: dict[str, Any], **changes: Any) -> MoEPPConfig:
                 "two_layer_gate",
                 "expert_input_scale",
                 "balance_scope",
+                "balance_loss",
                 "logits_norm_std",
                 "constant_temperature",
             )

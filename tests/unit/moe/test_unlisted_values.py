@@ -12,7 +12,7 @@ from moepp_megatron.model.megatron_config import transformer_config
 from moepp_megatron.moe import zero_computation
 from moepp_megatron.moe.budget import Budget, BudgetController
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.reference import ReferenceMoEPP, select_experts
+from moepp_megatron.moe.reference import ReferenceMoEPP, balance_loss, select_experts
 from moepp_megatron.moe.selection import select
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.traffic import exchanged_bytes
@@ -47,6 +47,14 @@ USES: dict[str, tuple[str, Callable[[MoEPPConfig, Any], object]]] = {
     "balance loss": (
         "balance_scope",
         lambda config, _: build_layer(config).router.routing(torch.zeros(3, 2, config.num_experts)),
+    ),
+    "kind of balance loss": (
+        "balance_loss",
+        lambda config, _: build_layer(config).router.routing(torch.zeros(3, 2, config.num_experts)),
+    ),
+    "balance loss of the reference": (
+        "balance_loss",
+        lambda config, _: balance_loss(torch.ones(3, 4), torch.ones(3, 4), config),
     ),
     "initial constants": ("constant_init", lambda config, _: build_layer(config)),
 }

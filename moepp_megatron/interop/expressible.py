@@ -1,0 +1,46 @@
+"""What a format cannot express, as rows of settings that it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+from moepp_megatron.config import Config
+from moepp_megatron.experts import LOCAL_KINDS, ExpertKind
+from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
+
+# A setting by its dotted name, the values that the format has, and why.
+Row = tuple[str, tuple[Any, ...], str]
+# Extensions of the layer that other people's models have too; a format without has a row.
+_WIDESPREAD = ("selection_bias", "gate_scale")
+
+
+def unknown_there(kinds: Collection[ExpertKind]) -> tuple[Row, ...]:
+    """Rows of what a format lacks that has `kinds` of zero-computation experts.
+
+    A kind of experts or a setting that is added to the layer is lacking there too.
+    """
+    return (
+        ("moe.gating_residual", (False,), "gating residuals are unknown there"),
+        *(
+            (f"moe.{kind.setting}", (0,), f"{kind.name} experts are unknown there")
+            for kind in LOCAL_KINDS
+            if kind not in kinds
+        ),
+        *(
+            (f"moe.{name}", (DECLARED[name].default,), "it is unknown there")
+            for name in EXPORTED
+            if name in EXTENSIONS and name not in _WIDESPREAD
+        ),
+    )
+
+
+def refusals(config: Config, rows: Iterable[Row], layout: str, remedy: str) -> Iterator[str]:
+    """One line for each row that the model's configuration breaks."""
+    for name, accepted, reason in rows:
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if value not in accepted:
+            wanted = " or ".join(map(str, accepted))
+            yield f"{name} ({value}) must be {wanted} for --layout {layout}: {reason}; {remedy}"
