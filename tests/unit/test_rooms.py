@@ -30,23 +30,23 @@ CEILINGS = {
     "workbench.profiling": 3720,
     "workbench.doctor": 1740,
     "cluster": 330,
-    "interop": 5190,
+    "interop": 5380,
     "training": 13050,
     "model": 1520,
-    "moe": 6735,
+    "moe": 6775,
     "data": 5350,
     "observe": 4060,
     "runtime": 4110,
     "config": 6880,
     "catalogue": 460,
-    "layer_settings": 250,
+    "layer_settings": 260,
     "experts": 330,
     "file_names": 60,
     "version": 10,
 }
 # All Python files of the package, of the tests and of benchmarks/ with its results.
-MOST_FILES, MOST_TEST_LINES = 563, 61_400
-MOST_BENCHMARK_LINES, MOST_WORDS = 3_450, 51_200
+MOST_FILES, MOST_TEST_LINES = 564, 61_400
+MOST_BENCHMARK_LINES, MOST_WORDS = 3_525, 51_200
 
 # Not yet: planning says in which order to read it, the experiments nothing.
 UNLISTED = ("workbench/experiments", "workbench/planning")
