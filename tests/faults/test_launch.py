@@ -120,7 +120,6 @@ def start(tmp_path: Path):
     for process in started:
         process.kill()
         process.wait()
-        assert process.stdout is not None
         process.stdout.close()
 
 

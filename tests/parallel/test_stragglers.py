@@ -36,7 +36,5 @@ def test_slow_rank_is_named(ranks: RankPools, tmp_path: Path, layout: str) -> No
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record.slowest_rank for record in records] == [None, 1, None, 1]
     for record in records[1::2]:
-        assert record.slowest_rank_ratio is not None
         assert record.slowest_rank_ratio > 2.0
-        assert record.waiting_fraction is not None
         assert 0.2 < record.waiting_fraction < 1.0

@@ -34,9 +34,7 @@ def test_telemetry_stands_beside_every_step(ranks: RankPools, tmp_path: Path) ->
         assert record.mfu == pytest.approx(record.model_tflops / 0.5)
         assert record.energy_j is None
         assert record.gpu_hours is None
-        assert record.cpu_utilization is not None
         assert 0.0 <= record.cpu_utilization <= 1.0
-        assert record.host_memory_bytes is not None
         assert record.host_memory_bytes > 2**20
 
 

@@ -1,19 +1,25 @@
-"""README and the docs: every command line parses, links lead somewhere, README stays short."""
+"""README and the docs: every line with moepp parses, every file that is named is there."""
 
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from tests.unit.command_lines import ROOT, Line, lines_of, problem_of
+from moepp_megatron.cli import main
+from moepp_megatron.cli.usage import UsageError
+from moepp_megatron.config.load import config_layers, load_config, validated
 
-README = ROOT / "README.md"
-# The log records the commands of their time.
-PAGES = [
-    README,
-    ROOT / "CONTRIBUTING.md",
-    *sorted(set((ROOT / "docs").rglob("*.md")) - {ROOT / "docs" / "LOG.md"}),
-]
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+# What a page says is refused.
+REFUSED = "moepp train CONFIG --micro-batch-size 4"
+_FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"```.*?```", re.DOTALL)
 _LINK = re.compile(r"!?\[([^\]]*)\]\(([^)\s]+)\)")
 
@@ -22,55 +28,77 @@ def _name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-# What a page says is refused.
-_REFUSED = {"moepp train CONFIG --micro-batch-size 4"}
+def _lines(text: str) -> Iterator[str]:
+    """Command lines of shell blocks, without comments, and of code within sentences."""
+    for fence in _FENCE.finditer(text):
+        if fence[2] in ("bash", "sh"):
+            for line in fence[3].replace("\\\n", " ").splitlines():
+                yield shlex.join(shlex.split(line, comments=True))
+    for inline in re.findall(r"(?<!`)`([^`]+)`(?!`)", _FENCE.sub("", text)):
+        yield " ".join(inline.split())
+
+
+def _is_placeholder(word: Any) -> bool:
+    """CONFIG, N or $VARIABLE stand for any value."""
+    return bool(re.fullmatch(r"[A-Z][A-Z0-9_/.:]*", str(word))) or "$" in str(word)
+
+
+def _check(line: str) -> None:
+    """Follow the words through the commands, parse the rest, and check its settings."""
+    command: Any = typer.main.get_command(main.app)
+    words = [word for word in shlex.split(line)[1:] if word != "..."]
+    while hasattr(command, "commands"):
+        if not words or words[0].startswith("-"):
+            return
+        assert words[0] in command.commands, f"no command {words[0]}"
+        command = command.commands[words.pop(0)]
+    try:
+        given = command.make_context(
+            "moepp", ["1" if w in ("N", "RANK") else w for w in words]
+        ).params
+    except UsageError as error:
+        if "Missing" in str(error):
+            return
+        raise
+    overrides = given.get("overrides") or []
+    for word in overrides:
+        layers = [layer for _, layer in config_layers(QUICKSTART, [word])]
+        if not _is_placeholder(word.partition("=")[2]):
+            validated(_merged(*layers))
+    config = str(given.get("config") or "")
+    if config.startswith("configs/"):
+        own = [word for word in overrides if not _is_placeholder(word.partition("=")[2])]
+        load_config(ROOT / config, ["run.dir=RUN", "data.path=DIR", *own])
+
+
+def _merged(lower: dict[str, Any], *uppers: dict[str, Any]) -> dict[str, Any]:
+    for upper in uppers:
+        both = {
+            name: _merged(lower[name], value)
+            for name, value in upper.items()
+            if isinstance(lower.get(name), dict) and isinstance(value, dict)
+        }
+        lower = {**lower, **upper, **both}
+    return lower
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "LOG.md"], ids=_name)
+def test_command_lines_parse(page: Path) -> None:
+    for line in dict.fromkeys(_lines(page.read_text(encoding="utf-8"))):
+        found = re.search(r"(?:^| |/)moepp [a-z].*", line)
+        if found is None:
+            continue
+        if line == REFUSED:
+            with pytest.raises(UsageError):
+                _check(line)
+        else:
+            _check(found[0].strip())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_command_lines_parse(page: Path) -> None:
-    lines = dict.fromkeys(lines_of(page.read_text(encoding="utf-8")))
-    problems = {line.text: problem for line in lines if (problem := problem_of(line))}
-    for refused in _REFUSED & {line.text for line in lines}:
-        assert problems.pop(refused)
-    assert not problems, "\n".join(f"{text}: {problem}" for text, problem in problems.items())
-
-
-@pytest.mark.parametrize(
-    ("text", "word"),
-    [
-        ("moepp train CONFIG --nprocs 2", "No such option"),
-        ("moepp train CONFIG --nproc two", "valid integer"),
-        ("moepp train CONFIG moe.taus=0.5", "moe.taus"),
-        ("moepp train CONFIG moe.tau=high", "moe.tau"),
-        ("moepp train configs/quickstart.yaml moe.num_ffn_experts=7", "num_ffn_experts"),
-        ("moepp train configs/no-such.yaml", "no configs/no-such.yaml"),
-        ("moepp score RUN parallel.expert_parallel=2", "expert_parallel"),
-        ("moepp report", "Missing"),
-        ("moepp bench nothing", "no command nothing"),
-        ("./launch/test.sh --fast", "takes no --fast"),
-        ("./launch/multinode.sh CONFIG --nodes 2", "No such option"),
-        ("./launch/no_such.sh", "no_such.sh"),
-        ("python -m benchmarks.no_such", "no module"),
-        ("sbatch --nodes=2 slurm/no_such.sbatch CONFIG", "no slurm"),
-    ],
-)
-def test_a_wrong_command_line_is_found(text: str, word: str) -> None:
-    assert word in (problem_of(Line(text, whole=True)) or "")
-
-
-def test_command_lines_are_found_where_they_are() -> None:
-    page = "Say `moepp report\nRUN`.\n\n```bash\nmoepp train CONFIG \\\n    --resume   # on\n```\n"
-    assert list(lines_of(page)) == [
-        Line("moepp train CONFIG --resume", whole=True),
-        Line("moepp report RUN", whole=False),
-    ]
-
-
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "LOG.md"], ids=_name)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = _CODE.sub("", page.read_text(encoding="utf-8"))
     missing = []
-    for _, link in _LINK.findall(text):
+    for _, link in _LINK.findall(_CODE.sub("", page.read_text(encoding="utf-8"))):
         target, _, anchor = link.partition("#")
         if "://" in target:
             continue

@@ -21,7 +21,7 @@ from moepp_megatron.experts import (
     ExpertCounts,
     ExpertLayout,
 )
-from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS, LayerSettings, settings_of
+from moepp_megatron.layer_settings import DECLARED, EXPORTED, LayerSettings
 from moepp_megatron.model.megatron_config import moepp_config
 from moepp_megatron.moe.config import MoEPPConfig
 
@@ -110,34 +110,6 @@ def test_settings_are_declared_once() -> None:
         described = MoESection.model_fields[field.name]
         assert described.default == field.default, field.name
         assert described.description, field.name
-
-
-def test_what_is_said_of_a_setting_beside_its_bounds() -> None:
-    assert settings_of(CONSTANT) == ("constants_shared", "constant_init", "constant_temperature")
-    assert not settings_of(ZERO)
-    # Its name is another in an export, or only training depends on it.
-    assert set(DECLARED) - set(EXPORTED) == {
-        "router_topk",
-        "balance_coeff",
-        "balance_scope",
-        "balance_loss",
-        "capacity_factor",
-        "constants_shared",
-        "constant_init",
-        "fused",
-    }
-    # What both layers have, if only under other names.
-    assert set(DECLARED) - set(EXTENSIONS) == {
-        *(kind.setting for kind in KINDS),
-        "router_topk",
-        "gating_residual",
-        "tau",
-        "balance_coeff",
-        "balance_scope",
-        "capacity_factor",
-        "gate_normalization",
-        "score_function",
-    }
 
 
 def test_the_exported_model_has_the_same_defaults() -> None:

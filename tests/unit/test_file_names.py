@@ -4,8 +4,6 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 from moepp_megatron import file_names
 from moepp_megatron.file_names import is_record
 
@@ -45,15 +43,6 @@ def test_no_name_is_forgotten():
     # A file that every rank writes for itself.
     assert {"rank_0.json", "rank0.meta.json"} <= named
     assert [name for name in sorted(named) if not is_record(name)] == []
-
-
-@pytest.mark.parametrize(
-    "source", ['NEW_FILE = "new.json"', 'f"{folder}_new.json"', 'path / "more.new.jsonl"']
-)
-def test_a_new_name_is_seen(source):
-    names = _json_names(source)
-    assert names
-    assert not any(is_record(name) for name in names)
 
 
 def test_no_result_is_taken_for_a_record():

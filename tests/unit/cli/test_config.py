@@ -73,29 +73,6 @@ def test_keys_as_json(tmp_path: Path) -> None:
     assert "routing_guard.rules[].metric" in found
 
 
-def test_an_unknown_prefix_is_refused(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["moepp", "config", "keys", "nothing_like_it"])
-    with pytest.raises(SystemExit) as caught:
-        main.run()
-    assert caught.value.code == 2
-    assert "PREFIX (nothing_like_it) must be" in capsys.readouterr().err
-
-
-def test_a_megatron_option_is_answered_with_the_setting(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["moepp", "train", str(QUICKSTART), "--micro-batch-size", "4"])
-    with pytest.raises(SystemExit) as caught:
-        main.run()
-    assert caught.value.code == 2
-    assert "the setting training.micro_batch_size=VALUE" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["--version", "-h"])
-def test_version_and_short_help(option: str) -> None:
-    result = CliRunner().invoke(main.app, [option])
-    assert result.exit_code == 0
-    assert "moepp" in result.stdout
-
-
 def test_from_megatron_writes_a_file(tmp_path: Path) -> None:
     script, out = tmp_path / "train.sh", tmp_path / "mine.yaml"
     script.write_text("pretrain_gpt.py --num-experts $E --num-layers 2 --odd")

@@ -107,7 +107,6 @@ def test_the_written_layout_has_all_overrides(plan, tmp_path: Path) -> None:
     overrides = ("model.num_layers=2", *budget, "routing_guard=safe")
     assert plan(*overrides, "--gpus", "2", "--out", str(out)) == 0
     written = load_config(out)
-    assert written.moe.budget is not None
     assert (written.moe.budget.target_ffn_per_token, written.moe.budget.response) == (1.2, 0.01)
     asked = load_config(tmp_path / "config.yaml", overrides)
     assert (

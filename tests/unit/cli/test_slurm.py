@@ -348,12 +348,3 @@ def test_a_refused_job_leaves_no_folder(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ConfigError):
         job.submit()
     assert [place.name for place in (tmp_path / "runs").rglob("*")] == ["test"]
-
-
-def test_script_is_sound_bash(tmp_path: Path) -> None:
-    config_file = Path(__file__).parents[3] / "configs/models/moepp_7b_16_4.yaml"
-    settings = load_config(config_file, ["slurm.nodes=4"])
-    variants = sweep_variants(settings, ["moe.tau=[0.5,0.75]"])
-    script = tmp_path / "job.sh"
-    script.write_text(SlurmJob(settings, config_file, [], tmp_path, variants).script())
-    subprocess.run(["bash", "-n", str(script)], check=True)

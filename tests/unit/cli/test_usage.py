@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -16,7 +15,6 @@ import typer
 from typer.testing import CliRunner
 
 from moepp_megatron.cli import main, paths
-from moepp_megatron.cli.options import GPU_NAMES
 from moepp_megatron.config import Layout, load_config
 from tests.full_disk import fill
 from tests.unit.data.letters import prepare_letters
@@ -66,24 +64,6 @@ def test_help_shows_every_word_that_was_written(path: list[str], command: Any) -
         assert _without_breaks(text or "") in output, f"{parameter.name} of {path}"
     # Each example in one line.
     assert shown.stdout.rstrip().endswith(command.epilog.splitlines()[-1])
-
-
-def test_an_option_means_the_same_in_every_command() -> None:
-    found: dict[str, list[Any]] = {option: [] for option in ("--json", "--out", "--gpu")}
-    for name, option in OPTIONS:
-        if name.split()[-1] in found:
-            found[name.split()[-1]].append((name, option.metavar, option.help))
-    for name, metavar, text in found["--json"]:
-        assert metavar.strip("[]") == "FILE", name
-        assert text.startswith("Write the results as JSON to this file"), name
-    for name, metavar, text in found["--out"]:
-        assert re.fullmatch(r"DIR|FILE(\.\w+)?", metavar), name
-        assert text.startswith("Write "), name
-    for name, metavar, text in found["--gpu"]:
-        assert (metavar, GPU_NAMES in text) == ("NAME", True), name
-    assert {option: len(places) >= 2 for option, places in found.items()} == dict.fromkeys(
-        found, True
-    )
 
 
 @each_command
@@ -160,6 +140,7 @@ def _run(
         (["train", "c.yaml", "--moe.tau", "0.5"], "; write moe.tau=0.5; see"),
         (["train", "c.yaml", "--run.dir=a b"], "; write 'run.dir=a b'; see"),
         (["train", "c.yaml", "--training.train-iters=5"], "write training.train_iters=5"),
+        (["train", "c.yaml", "--micro-batch-size", "4"], "setting training.micro_batch_size=VALUE"),
         (["slurm", "c.yaml", "--partition=h100"], "; write slurm.partition=h100; see"),
         (["slurm", "c.yaml", "-t", "4:00:00"], "; write slurm.time=4:00:00; see"),
         (["slurm", "c.yaml", "--gpus-per-node", "4"], "; write slurm.gpus_per_node=4; see"),
@@ -182,22 +163,6 @@ def test_wrong_usage_is_one_line_of_one_form(arguments: list[str], words: str, m
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert words in err
-
-
-@pytest.mark.parametrize("group", [[], ["data"], ["bench"], ["convert"]])
-def test_a_group_alone_shows_its_help(group: list[str], monkeypatch, capsys) -> None:
-    code, _, err = _run(group, monkeypatch, capsys)
-    assert code == 2
-    assert "Commands:" in err
-    assert "error" not in err
-
-
-def test_an_exit_code_reaches_the_shell(monkeypatch, capsys) -> None:
-    def leave(**_: Any) -> int:
-        return 75
-
-    monkeypatch.setattr(main, "app", leave)
-    assert _run([], monkeypatch, capsys)[0] == 75
 
 
 def test_ctrl_c_while_the_program_is_imported_prints_nothing() -> None:

@@ -24,7 +24,6 @@ def test_a_gpu_has_every_rated_number():
 
 def test_cards_are_found_by_their_nvml_name():
     found = find_hardware("NVIDIA H100 80GB HBM3")
-    assert found is not None
     assert found.name == "h100_sxm"
     # Other cards of the same chip have other numbers.
     assert find_hardware("NVIDIA H100 PCIe") is None

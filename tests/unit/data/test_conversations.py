@@ -118,7 +118,6 @@ def test_every_answer_is_learnt_and_nothing_else(folder: Path) -> None:
         for n in range(60)
     ]
     assert sorted(seen) == sorted(expected)
-    assert manifest.chat is not None
     assert (manifest.chat.answer_tokens, manifest.chat.padding_tokens) == (learnt, padding)
     assert manifest.chat.conversations == 60
 
@@ -312,7 +311,6 @@ def test_rows_of_parquet_are_conversations(tokenizer_folder: Path, tmp_path: Pat
         source = tmp_path / "a.parquet"
         out = tmp_path / name.replace(" ", "_")
         manifest = prepared(source, tokenizer_folder, out).manifest
-        assert manifest.chat is not None
         assert manifest.chat.conversations == 2
         template = ChatTemplate.find(out, Tokenizer.load(out), None)
         assert manifest.chat.answer_tokens == 2 * template.encode(messages)[1].sum()

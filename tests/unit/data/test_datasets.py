@@ -69,24 +69,6 @@ def test_train_and_validation_are_disjoint(build, tokenizer, texts):
     assert all(text in in_train for text in in_train.split(EOD_TOKEN)[:-1])
 
 
-def test_more_samples_than_tokens_repeat_the_documents(build):
-    train, _, _ = build(num_samples=(5000, 4, 0))
-    assert len(train) >= 5000
-    assert train[4999]["tokens"].shape == (SEQUENCE_LENGTH,)
-
-
-def test_seed_decides_the_order(prepared, tokenizer, tmp_path):
-    first, same, other = (
-        build_datasets(
-            prepared, tokenizer, 32, "1,0,0", seed, (8, 0, 0), cache_dir=tmp_path / str(i)
-        )[0]
-        for i, seed in enumerate([1, 1, 2])
-    )
-    tokens = [torch.stack([d[i]["tokens"] for i in range(8)]) for d in (first, same, other)]
-    assert torch.equal(tokens[0], tokens[1])
-    assert not torch.equal(tokens[0], tokens[2])
-
-
 def test_document_boundary_options(build, tokenizer):
     train, _, _ = build(reset_position_ids=True, eod_mask_loss=True)
     boundaries = 0
@@ -222,16 +204,6 @@ def test_validation_may_be_empty_where_it_is_not_read(weights: tuple[int, ...], 
     checked = check_split(split, Documents(documents), validates=False)
     expected = [train, None if is_empty else validation, test]
     assert document_ranges(checked, documents) == expected
-
-
-def test_few_documents_can_be_trained_on_without_validation(build, tokenizer, texts):
-    """199,1,0 leaves no validation document of these, which only matters where one is read."""
-    assert round(0.995 * len(texts)) == len(texts)
-    with pytest.raises(ConfigError, match="gives validation none"):
-        build(split="199,1,0", num_samples=(8, 4, 0))
-    train, validation, _ = build(split="199,1,0", num_samples=(8, 0, 0))
-    assert validation is None
-    assert unshuffled_text(train, tokenizer) == unshuffled_text(build(split="1,0,0")[0], tokenizer)
 
 
 def test_split_is_the_corpus_s_own_unless_one_is_set():

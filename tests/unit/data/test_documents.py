@@ -1,5 +1,4 @@
 import builtins
-import contextlib
 import gzip
 import json
 import re
@@ -88,33 +87,6 @@ def test_jsonl_cut_anywhere_gives_every_record_once(tmp_path, monkeypatch, piece
     path.write_text("".join(json.dumps({"k": text}, ensure_ascii=False) + "\n" for text in texts))
     monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
     assert read_all(path, "k") == texts
-
-
-def test_a_line_of_many_pieces_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real_open, read = documents.open_source, []
-
-    class Counting:
-        def __init__(self, stream) -> None:
-            self.stream = stream
-            self.seek, self.tell = stream.seek, stream.tell
-
-        def readline(self, size: int = -1) -> bytes:
-            read.append(self.stream.readline(size))
-            return read[-1]
-
-    @contextlib.contextmanager
-    def counting(path, compression):
-        with real_open(path, compression) as stream:
-            yield Counting(stream)
-
-    texts = ["before", "x" * 50_000, "after", "y" * 4_000, "z"]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(documents, "open_source", counting)
-    assert read_all(path) == texts
-    # Once as a line, and once in search of the next line's start.
-    assert sum(map(len, read)) <= 2 * path.stat().st_size + len(read)
 
 
 def zstd_file(path: Path, *frames: bytes) -> None:
@@ -272,18 +244,6 @@ def test_a_small_table_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
         read_all(path)
     # Of another column nothing is unpacked.
     assert read_all(path, "id") == [Skipped("no text in the column id")]
-
-
-def test_rows_that_share_a_value_take_the_memory_of_few(tmp_path: Path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"text": ["a" * 1_000_000] * 200}), path)
-    (piece,) = plan_pieces(resolve_sources([str(path)]), "text")
-    before = pyarrow.default_memory_pool().max_memory()
-    assert sum(len(text) for text in read_piece(piece, "text")) == 200_000_000
-    assert pyarrow.default_memory_pool().max_memory() - before < 50_000_000
 
 
 RECORDS = ({"messages": [{"role": "user", "content": "hm"}]}, {"conversations": [{"from": "gpt"}]})

@@ -68,29 +68,6 @@ def test_exhausted_dataset_yields_nothing(consumed: int):
     assert read(2, 2, consumed=consumed) == []
 
 
-def test_global_random_state_is_left_alone():
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    assert len(list(batches(Numbers(16), 0, 2, 0, 1, 8))) == 8
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_batches_of_a_real_dataset(prepared, tokenizer, tmp_path):
-    from moepp_megatron.data.datasets import build_datasets
-
-    train, _, _ = build_datasets(
-        prepared, tokenizer, 32, "1,0,0", 1, (16, 0, 0), cache_dir=tmp_path
-    )
-    batch = next(batches(train, 8, 2, 1, 2, 8))
-    assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()} == {
-        "tokens": (torch.int64, (2, 32)),
-        "labels": (torch.int64, (2, 32)),
-        "position_ids": (torch.int64, (2, 32)),
-        "loss_mask": (torch.float32, (2, 32)),
-    }
-    assert torch.equal(batch["tokens"], torch.stack([train[10]["tokens"], train[11]["tokens"]]))
-
-
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [

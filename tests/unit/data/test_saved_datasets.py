@@ -6,11 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from rich.console import Console
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.documents import Skipped, plan_pieces, read_piece
-from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.sources import resolve_sources
 
 TEXTS = [f"text {number} " * 5 for number in range(25)]
@@ -114,11 +112,3 @@ def test_parquet_of_the_hub(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": ["x"]}), data / "test-00000-of-00001.parquet")
     with pytest.raises(ConfigError, match="splits test, train, and must be one of them"):
         read_all(tmp_path / "hub")
-
-
-def test_prepared_from_arrow(tmp_path: Path) -> None:
-    folder = save_to_disk(tmp_path / "saved", TEXTS)
-    settings = PrepareSettings(vocab_size=300, workers=1)
-    manifest = prepare(folder, tmp_path / "out", settings, Console(quiet=True)).manifest
-    assert manifest.documents == len(TEXTS)
-    assert manifest.skipped == 0

@@ -132,7 +132,6 @@ def test_loss_and_gradients_are_those_of_its_parts(moepp: MoEPPConfig, changes: 
     (main + WEIGHT / DEPTHS * sum(further)).backward()
     assert_close((losses * mask).sum(), main, "loss")
     sums = model.further_loss.sums
-    assert sums is not None
     assert_close(sums[:, 0].float(), torch.stack(further).detach(), "losses of further tokens")
     assert sums[:, 1].tolist() == [ahead(mask, k).sum().item() for k in (1, 2)]
     expected = dict(other.named_parameters())

@@ -232,7 +232,6 @@ def test_router_health_measures_tokens_alone() -> None:
     )
     measured(hidden, previous, padding_mask=padding)
     counts = layer.router.health.ffn_counts
-    assert counts is not None
     assert counts.shape == (LENGTH,)
     assert not counts[padding[0]].any()
 

@@ -95,13 +95,6 @@ def test_alerts_of_a_resumed_run_follow_the_earlier_ones(tmp_path: Path):
     assert read_alerts(path) == read_alerts(tmp_path / "none.jsonl") == []
 
 
-def test_the_line_for_people():
-    assert make_alert(layer=2).text() == (
-        "warning at step 7: dead_expert: expert_share of layer 2 is 0 (== 0 for 50 steps); "
-        "action: warn"
-    )
-
-
 def test_a_failing_sink_keeps_no_alert_from_the_others(tmp_path: Path, caplog):
     class Failing:
         def send(self, alert: Alert) -> None:

@@ -231,15 +231,6 @@ def test_every_record_gets_a_plain_line_in_a_log(make_record):
     assert "| valid loss 5.5000 |" in lines[2]
 
 
-def test_nothing_is_left_after_the_last_step(make_record):
-    out = io.StringIO()
-    sink = ConsoleSink(7, phi=0.6, console=Console(file=out))
-    for step in range(1, 8):
-        sink.write(make_record(step))
-    assert out.getvalue().splitlines()[-1].startswith("step 7/7 ")
-    assert out.getvalue().splitlines()[-1].endswith("ETA 0:00:00")
-
-
 def test_a_terminal_gets_a_bar(make_record):
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=160)
@@ -410,13 +401,3 @@ def test_open_sinks_trains_on_without_tensorboard(
     assert [r.step for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
     assert "no TensorBoard output: TensorBoard output needs" in caplog.text
     assert "FFN share 0.625 (phi 0.500)" in capsys.readouterr().out
-
-
-def test_open_sinks_writes_all_three(make_record, tmp_path: Path, capsys):
-    fan = open_sinks(SinkSettings(tmp_path, EXPERTS, phi=0.5, total_steps=1))
-    fan.write(make_record(1))
-    fan.close()
-    assert steps_in(tmp_path / "metrics.jsonl") == [1]
-    assert list((tmp_path / "tensorboard").iterdir())
-    assert json.loads((tmp_path / "status.json").read_text())["state"] == "ended"
-    assert "step 1/1" in capsys.readouterr().out

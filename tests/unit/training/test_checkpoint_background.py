@@ -4,17 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from moepp_megatron.training.checkpoint.background import Background, BackgroundError
-
-
-def test_result_larger_than_a_pipe():
-    assert Background(lambda: list(range(300_000))).result() == list(range(300_000))
 
 
 def test_done_turns_true_without_waiting():
@@ -61,31 +56,6 @@ def test_signals_of_the_launcher_do_not_end_it(tmp_path: Path):
     os.kill(process._pid, signal.SIGTERM)
     os.kill(process._pid, signal.SIGUSR1)
     assert process.result() == "written"
-
-
-def test_snapshot_of_memory():
-    value = [1]
-    process = Background(lambda: list(value))
-    value[0] = 2
-    assert process.result() == [1]
-
-
-def test_fork_beside_busy_threads():
-    stop = threading.Event()
-
-    def busy() -> None:
-        while not stop.is_set():
-            sorted(str(i) for i in range(100))
-
-    threads = [threading.Thread(target=busy) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        assert [Background(lambda i=i: i).result() for i in range(20)] == list(range(20))
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
 
 
 def test_orphan_dies_with_its_parent(tmp_path: Path):

@@ -62,7 +62,3 @@ def test_an_own_folder_is_a_leftover_once_it_is_no_longer_written(tmp_path: Path
     (tmp_path / incomplete_name("step_00000005")).mkdir()
     remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_is_not_there_has_none(tmp_path: Path):
-    remove_leftovers(tmp_path / "none")

@@ -90,25 +90,6 @@ def test_of_two_at_once_one_is_let_in(of, place, tmp_path, is_stale: bool) -> No
     assert mark_of(place) == f"{tmp_path / 'runs' / winner}\n"
 
 
-def test_who_comes_second_waits_for_the_first(of, place, tmp_path) -> None:
-    place.mkdir(parents=True)
-    fork = multiprocessing.get_context("fork")
-    barrier, answers = fork.Barrier(2), fork.Queue()
-    second = fork.Process(target=start_at_once, args=(of("a"), barrier, answers))
-    second.start()
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        barrier.wait()
-        second.join(0.3)
-        assert second.is_alive()
-        assert not (place / "owner").exists()
-    finally:
-        os.close(descriptor)
-    assert answers.get(timeout=60) == "a"
-    second.join()
-
-
 def test_without_locks_too(of, place, tmp_path, monkeypatch) -> None:
     """The other one is let in between the look and the mark."""
     look, others = holder.OwnerMark.refuse_other, ["a"]

@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-import pytest
-
 from moepp_megatron.config import Layout
 from moepp_megatron.training.checkpoint import progress
 from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
 from moepp_megatron.training.resumed import start_lines
-from moepp_megatron.training.schedule import learning_rate
 from tests.unit.training.conftest import config_of
 
 TRAINING = {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2}
@@ -91,10 +88,3 @@ def test_weights_alone_are_no_resumed_run(tmp_path: Path) -> None:
     config = config_of()
     lines = start_lines(tmp_path, None, config, Layout.from_config(config, 1))
     assert lines == [f"started from the weights of {tmp_path}"]
-
-
-@pytest.mark.parametrize(("step", "rate"), [(1, 5e-4), (2, 1e-3), (10, 1e-4)])
-def test_learning_rate_of_a_step(step: int, rate: float) -> None:
-    """As `metrics.jsonl` records it: warmed up to the full rate after 2 steps, least at the end."""
-    config = config_of(training=TRAINING, optimizer=OPTIMIZER)
-    assert learning_rate(config, step) == pytest.approx(rate, rel=1e-12)

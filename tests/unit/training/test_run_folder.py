@@ -138,11 +138,6 @@ def test_overwrite_moves_all_of_the_old_run_and_deletes_nothing(run, write) -> N
         assert len(list(run.parent.iterdir())) == 1 + count
 
 
-def test_overwrite_of_an_empty_folder_moves_nothing(run: Path) -> None:
-    assert enter(config_in(run), OVERWRITE) == []
-    assert [path.name for path in run.parent.iterdir()] == ["run"]
-
-
 def test_what_the_new_run_reads_stays(run, write) -> None:
     make_run(run, write)
     for name in ("data", "tokenizer.json"):

@@ -48,12 +48,6 @@ def test_wsd_keeps_its_rate_until_its_last_steps(style: str) -> None:
     assert learning_rate(config, 20) == pytest.approx(LEAST, rel=1e-12)
 
 
-def test_inverse_square_root_falls_with_the_step() -> None:
-    config = schedule_of("inverse-square-root")
-    assert learning_rate(config, 4) == PEAK
-    assert learning_rate(config, 16) == pytest.approx(PEAK / 2, rel=1e-12)
-
-
 @pytest.mark.parametrize("style", ["cosine", "linear", "constant", "inverse-square-root", "WSD"])
 def test_an_optimizer_trains_with_the_rate_that_is_shown(style: str) -> None:
     changes = {"wsd_decay_iters": DECAY} if style == "WSD" else {}

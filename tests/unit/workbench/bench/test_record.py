@@ -146,7 +146,6 @@ def test_an_interrupt_ends_the_part_and_the_script(tmp_path: Path) -> None:
     )
     command = ["bash", "-c", program, "gpu.sh", str(tmp_path)]
     script = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert script.stderr is not None
     part = int(script.stderr.readline())
     os.killpg(script.pid, signal.SIGINT)
     assert script.wait(20) == 130

@@ -21,7 +21,6 @@ Make = Callable[..., InspectRequest]
 
 def packed_of(page: str) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
     return json.loads(found[1])
 
 

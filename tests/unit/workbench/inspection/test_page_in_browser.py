@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moepp_megatron.data.token_classes import CLASSES
 from moepp_megatron.workbench.inspection.text import TokenizedText
 from moepp_megatron.workbench.inspection.trace import Trace
 from moepp_megatron.workbench.report.inspect import write_inspection
@@ -101,32 +100,6 @@ def test_colours_are_those_of_the_layer_that_is_chosen(open_page) -> None:
         assert colours(page) != mean
     page.click("#layers button:nth-child(1)")
     assert colours(page) == mean
-
-
-def test_loss_and_kinds_colour_the_text_too(open_page) -> None:
-    page, (trace,) = open_page()
-    page.select_option("#mode", "3")
-    zero = (trace.kinds == 3).sum(axis=2).mean(axis=0)
-    white = "rgb(255, 255, 255)"
-    assert [c == white for c in colours(page)] == [share == 0 for share in zero]
-    page.select_option("#mode", "loss")
-    shades = [int(c.split(", ")[1]) for c in colours(page)]
-    known = np.isfinite(trace.losses)
-    assert colours(page)[0] == white
-    # The larger the loss, the darker.
-    order = np.argsort(trace.losses[known], kind="stable")
-    assert (np.diff(np.asarray(shades)[known][order]) <= 0).all()
-    assert page.locator("#layers button").first.is_disabled()
-
-
-def test_a_class_is_picked_from_the_table(open_page, text: TokenizedText) -> None:
-    page, _ = open_page()
-    page.click("button.pick[data-class='keyword']")
-    faded = page.locator(".text b.faded").count()
-    classes = request_of(text, Path()).classes
-    assert faded == (classes != CLASSES.index("keyword")).sum()
-    page.select_option("#filter", "")
-    assert page.locator(".text b.faded").count() == 0
 
 
 def test_a_clicked_token_stays_and_arrow_keys_move_it(open_page) -> None:

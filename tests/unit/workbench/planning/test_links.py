@@ -83,13 +83,6 @@ def test_a_group_of_one_costs_nothing(h100: Machine) -> None:
     assert hierarchical_seconds(alone, 1e9, 1e9, h100) == 0
 
 
-def test_network_is_slower_than_nvlink_and_ports_add_up(h100: Machine) -> None:
-    inside = gather_seconds(Placement(8, 8), 1e9, h100)
-    one_port = gather_seconds(Placement(8, 1), 1e9, h100)
-    all_ports = gather_seconds(Placement(64, 8), 1e9, h100)
-    assert inside < all_ports < one_port
-
-
 def test_distinct_targets() -> None:
     assert distinct_targets(1, 8) == 1
     assert distinct_targets(4, 0) == 0

@@ -1,7 +1,6 @@
 """The search against the configuration's own rules, and the plan that comes of it."""
 
 import itertools
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from moepp_megatron.workbench.planning.machine import Machine, machine_of
 from moepp_megatron.workbench.planning.overlay import config_of
 from moepp_megatron.workbench.planning.pipeline import stage_sizes
 from moepp_megatron.workbench.planning.plan import TIE, complexity, make_plan
-from moepp_megatron.workbench.planning.search import Space, divisors, search_layouts
+from moepp_megatron.workbench.planning.search import Space
 from moepp_megatron.workbench.planning.workload import Workload
 from tests.parallel.training_runs import VANILLA
 
@@ -137,7 +136,6 @@ def test_the_plan_is_the_best_of_all_layouts(h100: Machine) -> None:
     }
     fastest = min(fitting.values())
     assert plan.best is not None
-    assert plan.fastest is not None
     assert plan.fastest.step.total == pytest.approx(fastest)
     # The plan is a tie with it, and none of the ties is simpler.
     assert plan.best.step.total <= fastest * (1 + TIE)
@@ -161,7 +159,6 @@ def test_the_plan_is_the_best_of_all_layouts(h100: Machine) -> None:
 def test_a_budget_is_planned_beside_taus_and_vanilla(h100: Machine) -> None:
     config = configured(moe={"budget": {"target_ffn_per_token": 1.2}}, batch=96)
     plan = make_plan(config, WORLD, h100, LEARNED, taus=(0.25,), top=1)
-    assert plan.best is not None
     assert plan.best.ffn_share == pytest.approx(0.6)
     assert [baseline.kind for baseline in plan.baselines] == ["vanilla", "moepp"]
 
@@ -185,31 +182,6 @@ def test_what_cannot_be_planned_is_refused(h100: Machine) -> None:
         make_plan(fp8, 8, ampere, LEARNED)
     with pytest.raises(ConfigError, match=r"hardware \(cpu\) must give memory_gb"):
         machine_of(load_hardware("cpu"))
-
-
-def test_16384_cards_are_searched_in_seconds(h100: Machine) -> None:
-    config = configured(
-        model={
-            "num_layers": 94,
-            "hidden_size": 4096,
-            "ffn_hidden_size": 12288,
-            "num_attention_heads": 64,
-            "num_query_groups": 4,
-            "kv_channels": 128,
-            "seq_length": 4096,
-            "vocab_size": 151936,
-        },
-        moe={"num_ffn_experts": 128, "ffn_hidden_size": 1536, "router_topk": 8},
-        batch=32768,
-    )
-    started = time.process_time()
-    search = search_layouts(config, 16384, h100, LEARNED)
-    spent = time.process_time() - started
-    assert search.best
-    assert search.legal > 10_000
-    # Not a measurement: 10 s of wall time are allowed for two such searches, and this
-    # takes about 2 s of processor time. A search that became quadratic would take minutes.
-    assert spent < 30
 
 
 def test_the_fastest_dispatcher_is_taken_where_tokens_travel(h100: Machine) -> None:
@@ -279,15 +251,3 @@ def test_a_margin_of_memory_stays_free(h100: Machine) -> None:
     plan = make_plan(config, WORLD, full, FORCED_BALANCE, top=3)
     assert plan.best is not None
     assert all(one.memory_gib * 2**30 <= full.usable_bytes for one in plan.layouts if one.fits)
-
-
-def test_memory_is_what_the_card_has() -> None:
-    mib = {"h100_sxm": 81_559, "h200": 143_771, "b200": 183_359}
-    for name, size in mib.items():
-        assert machine_of(load_hardware(name)).memory_bytes == size * 2**20
-
-
-def test_divisors() -> None:
-    assert divisors(12) == [1, 2, 3, 4, 6, 12]
-    assert divisors(16) == [1, 2, 4, 8, 16]
-    assert divisors(1) == [1]

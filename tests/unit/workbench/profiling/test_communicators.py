@@ -41,7 +41,3 @@ def test_members_without_a_file_leave_the_group_open():
 def test_several_ranks_in_a_process_are_refused():
     with pytest.raises(ProfileError, match="start one process a GPU"):
         global_ranks([member("a", "world", 0, 2), member("a", "world", 1, 2)])
-
-
-def test_no_records_no_ranks():
-    assert global_ranks([]).of_process == {}

@@ -81,16 +81,6 @@ def test_largest_first_whatever_the_direction():
     assert len(small) == 2
 
 
-def test_what_is_sent_is_said_whatever_the_times_are():
-    before = summary("B", row(), row("combine", bytes=3e6), row("router", operation="x"))
-    after = summary("A", row(bytes=200e6), row("combine", bytes=4e6), row("router", operation="x"))
-    (said,) = [line for line in in_words(compare(before, after)) if "carries" in line]
-    assert said == (
-        "all-to-all (expert) carries 194.55 MiB instead of 384.33 MiB in a rank's step: "
-        "49% fewer bytes."
-    )
-
-
 def test_what_is_gone():
     said = in_words(compare(summary("B", row()), summary("A", row("combine"))))
     assert "dispatch, forward (all-to-all, expert): gone, 40.0 ms exposed before." in said

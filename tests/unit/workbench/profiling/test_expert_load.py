@@ -40,7 +40,6 @@ def test_the_busiest_rank_of_each_layer_counts() -> None:
         [trace(2, (2, 3), (1, [4, 1]), (2, [2, 2])), trace(3, (2, 3), (1, [4, 1]), (2, [0, 6]))],
         [5],
     )
-    assert found is not None
     assert found.rows == {(5, 2): 4 + 4 + 2 + 0, (5, 3): 1 + 1 + 2 + 6}
     assert found.busiest_over_mean == pytest.approx((8 + 8) / (5 + 5))
     assert found.busiest == 2
@@ -52,7 +51,6 @@ def test_passes_of_a_layer_are_apart_and_repeated_ones_do_not_count() -> None:
         again = routed(1, [9, 0]).model_copy(update={"recomputed": True})
         one.about.steps[0].passes.append(again)
     found = expert_load(both, [5])
-    assert found is not None
     assert found.busiest_over_mean == 2.0
     assert found.rows == {(5, 0): 6, (5, 1): 6}
 
@@ -61,7 +59,6 @@ def test_groups_are_apart() -> None:
     pairs = [trace(r, (0, 1), (1, [1, 1])) for r in (0, 1)]
     pairs += [trace(r, (2, 3), (1, [8, 0])) for r in (2, 3)]
     found = expert_load(pairs, [5])
-    assert found is not None
     assert found.rows == {(5, 0): 2, (5, 1): 2, (5, 2): 16, (5, 3): 0}
     assert found.busiest == 2
     assert found.busiest_over_mean == pytest.approx((2 + 16) / (2 + 8))

@@ -1,15 +1,12 @@
 """Clocks of ranks: known shifts are found again."""
 
-import json
 import random
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moepp_megatron.workbench.profiling.collective import Collective, Operation
-from moepp_megatron.workbench.profiling.formats.inspector import read_inspector
 from moepp_megatron.workbench.profiling.merge import find_clocks, same_calls
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -57,20 +54,6 @@ def test_the_offset_is_exact_without_jitter():
         # Times near 4e9 us in double precision are exact to 5e-7 us.
         assert clocks[rank].offset_us == pytest.approx(-shift, abs=1e-5)
         assert clocks[rank].spread_us == pytest.approx(0, abs=1e-5)
-
-
-def test_calls_on_one_clock_end_together():
-    by_rank = recorded(SHIFTS, calls=11, jitter_us=0)
-    clocks = find_clocks(by_rank)
-    for number in range(11):
-        ends = [
-            one.end_us + clocks[rank].offset_us
-            for rank, calls in by_rank.items()
-            for one in calls
-            if one.sequence == number
-        ]
-        assert len(ends) == 4
-        assert max(ends) - min(ends) < 1e-4
 
 
 def test_a_rank_is_reached_through_others():
@@ -135,41 +118,6 @@ def test_an_all_to_all_whose_parts_disagree_is_not_the_same_call():
     assert len(same_calls(calls, {Operation.ALL_TO_ALL})) == 1
     calls[1] = [replace(second, received=(32, 4))]
     assert same_calls(calls, {Operation.ALL_TO_ALL}) == []
-
-
-def test_the_inspector_s_sample_was_written_with_these_clocks():
-    by_rank: dict[int, list[Collective]] = {}
-    for one in read_inspector(sorted((SAMPLES / "inspector_2_30").glob("*.log"))):
-        by_rank.setdefault(one.rank, []).append(one)
-    clocks = find_clocks(by_rank)
-    offsets = {rank: clock.offset_us for rank, clock in clocks.items()}
-    assert offsets == {0: 0, 1: -350, 2: 120, 3: -40}
-
-
-def test_recorded_gloo_ranks_on_one_clock_are_found_again():
-    ranks = json.loads((SAMPLES / "gloo_ends.json").read_text())["ranks"]
-    shift = 3.0e8
-    by_rank = {
-        rank: [
-            Collective(
-                operation=Operation(what),
-                rank=rank,
-                group="0",
-                sequence=number,
-                start_us=start + shift * rank,
-                end_us=end + shift * rank,
-            )
-            for number, (what, start, end) in enumerate(calls)
-        ]
-        for rank, calls in enumerate(ranks)
-    }
-    clock = find_clocks(by_rank)[1]
-    differences = [late[2] - early[2] for early, late in zip(*ranks, strict=True)]
-    # Both share a clock, so that all that remains is how unevenly gloo lets them go.
-    assert clock.offset_us + shift == pytest.approx(-statistics.median(differences), abs=1e-3)
-    assert abs(clock.offset_us + shift) < 100
-    assert clock.spread_us < 100
-    assert clock.calls == 120
 
 
 def test_one_rank_and_none():

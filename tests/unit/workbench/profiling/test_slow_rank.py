@@ -60,10 +60,6 @@ def test_ranks_are_compared_within_their_group() -> None:
     assert (slow.rank, slow.time_ratio) == (2, 3.0)
 
 
-def test_without_rows_nothing_is_said() -> None:
-    assert slow_rank([], {}, None) is None
-
-
 def test_a_slow_rank_is_named_and_no_balance_is_advised() -> None:
     load = ExpertLoad({}, 3, 1.3)
     slow = found([440.0, 100.0, 100.0, 100.0], [84, 100, 100, 100])

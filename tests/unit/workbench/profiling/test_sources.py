@@ -27,11 +27,6 @@ def test_every_sample_is_recognised(name):
     assert all(by_rank.values())
 
 
-def test_a_single_file():
-    recording = read_recording(SAMPLES / "flight_recorder_gloo" / "trace_rank_1")
-    assert list(recording) == [1]
-
-
 def test_names_do_not_matter_where_the_content_says_it(tmp_path):
     packed = tmp_path / "anything"
     packed.write_bytes(gzip.compress((SAMPLES / "inspector_2_28/node-a-pid977.log").read_bytes()))

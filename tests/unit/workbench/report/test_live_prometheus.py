@@ -157,13 +157,6 @@ def test_the_dashboard_asks_for_what_is_exported():
     assert len(corners) == len(places)
 
 
-def test_the_table_in_the_docs_is_complete():
-    page = pages.metrics()
-    assert set(re.findall(r"\| `(moepp_\w+)` \|", page)) == exported_names()
-    # Prometheus has an expert's numbers in a layer by kind only.
-    assert "| `moepp_layer_share_ratio` | layer, kind |" in page
-
-
 def connections(port: int, count: int, sent: bytes) -> list[socket.socket]:
     """Requests that have begun and do not go on."""
     opened = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(count)]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from moepp_megatron.observe import JsonlSink, StepMetrics
 from moepp_megatron.observe.alerts import Alert, AlertFile
-from moepp_megatron.observe.status import RunStatus, StatusSink, read_status
+from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.workbench.report.live.run import LiveRun
 from moepp_megatron.workbench.report.run_data import ReportError
 
@@ -35,7 +34,6 @@ def polled(run: Path, after_s: float = 0.0) -> LiveRun:
 def set_status(run: Path, state: str = "running", **changes) -> None:
     StatusSink(run)
     status = read_status(run)
-    assert status is not None
     changed = status.model_copy(update={"state": state} | changes)
     (run / "status.json").write_text(changed.model_dump_json())
 
@@ -187,16 +185,3 @@ def test_wrong_folders_are_refused(tmp_path: Path, make_run):
     (run / "config.yaml").write_text("moe: {}\n")
     with pytest.raises(ReportError, match=r"config\.yaml: run: Field required"):
         polled(run)
-
-
-def test_status_of_this_process(tmp_path: Path):
-    sink = StatusSink(tmp_path)
-    status = read_status(tmp_path)
-    assert isinstance(status, RunStatus)
-    assert (status.state, status.pid, status.is_gone()) == ("running", os.getpid(), False)
-    sink.close()
-    ended = read_status(tmp_path)
-    assert ended is not None
-    assert ended.state == "ended"
-    (tmp_path / "status.json").write_text("{")
-    assert read_status(tmp_path) is None

@@ -85,13 +85,6 @@ def test_every_number_of_the_catalogue_is_shown(make_run):
     assert "tau 0.7" in row(lines, "router")
 
 
-def test_a_finished_run(make_run):
-    lines = lines_of(make_run(steps=30, training={"train_iters": 30}), after_s=7200.0)
-    assert lines[0].endswith("FINISHED")
-    assert lines[1] == "finished 2 h 00 min ago"
-    assert "(100%)" in row(lines, "step")
-
-
 def test_a_loss_that_is_not_finite(make_run):
     lines = lines_of(make_run(steps=30, edit=nan_losses))
     assert lines[1].endswith("; loss not finite since step 28")
@@ -128,12 +121,6 @@ def moepp(monkeypatch, *arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         main.run()
     return int(ended.value.code or 0)
-
-
-def test_the_command_prints_the_numbers(make_run, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert moepp(monkeypatch, "monitor", str(make_run(steps=5)), "--once") == 0
-    assert "5 of 300" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

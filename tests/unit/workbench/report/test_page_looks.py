@@ -45,31 +45,6 @@ def test_a_picture_has_a_colour_for_light_and_one_for_dark() -> None:
     assert not re.search(rf"(fill|stroke): ({drawing.INK}|{drawing.BLUE})", content)
 
 
-def test_no_text_is_black_where_the_page_may_be() -> None:
-    """matplotlib's default for a legend and for texts is black, which no variable replaces."""
-    with plot_style():
-        figure = new_figure()
-        axes = figure.subplots()
-        axes.plot([0, 1], label="a")
-        axes.text(0, 0, "b")
-        legend_above(axes)
-        content = _svg(svg_data_uri(figure))
-    assert "#000000" not in content
-    assert not re.search(r'<g id="text_\d+">\s*<!-- [^>]* -->\s*<g (?!style="fill)', content)
-
-
-def test_a_legend_covers_no_line() -> None:
-    with plot_style():
-        figure = new_figure()
-        axes = figure.subplots()
-        for level in range(3):
-            axes.plot([0, 1], [level, level], label=f"line {level}")
-        legend_above(axes)
-        figure.draw_without_rendering()
-        (legend,) = figure.legends
-        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
-
-
 def test_healthy_ranges_are_drawn_in_the_router_plots(full_run: Path) -> None:
     plots = {plot.title: plot for plot in health_plots(load_run(full_run))}
     band = re.compile(rf"fill: var\(--{drawing.GREEN[1:]}\); opacity: 0\.16")

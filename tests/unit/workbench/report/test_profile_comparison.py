@@ -5,7 +5,7 @@ import pytest
 from moepp_megatron.workbench.profiling.compare import ProfileComparison, compare
 from moepp_megatron.workbench.profiling.summary import ProfileSummary, SummaryRow
 from moepp_megatron.workbench.report.drawing import plot_style
-from moepp_megatron.workbench.report.profile_comparison import comparison_figure, comparison_text
+from moepp_megatron.workbench.report.profile_comparison import comparison_figure
 
 
 def row(purpose: str, exposed_us: float | None, time_us: float) -> SummaryRow:
@@ -81,14 +81,3 @@ def test_many_kinds_are_summed_up():
     assert len(names) == 15
     assert names[-1] == "6 other kinds"
     assert axes.patches[-1].get_width() == pytest.approx(2 + 3 + 4 + 5 + 6 + 7)
-
-
-def test_two_equal_profiles_can_be_drawn():
-    same = comparison().after
-    with plot_style():
-        comparison_figure(compare(same, same))
-
-
-def test_text_for_a_terminal():
-    text = comparison_text(comparison())
-    assert text.startswith("after against before\n  A step takes 90.0 ms instead of 100.0 ms")

@@ -1,7 +1,6 @@
 """Router health and alerts on the page."""
 
 import base64
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -164,13 +163,6 @@ def test_marks_of_alerts_that_call_for_attention_are_on_the_loss(make_run):
     assert plain == normal == outside
     # Two lines and one entry of the legend.
     assert marked.count("#e69f00") - plain.count("#e69f00") == 3
-
-
-def test_half_written_alerts_are_left_out(make_run):
-    run = with_alerts(make_run(), alert(5))
-    with (run / "alerts.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 6})[:-3])
-    assert [each.step for each in load_run(run).alerts] == [5]
 
 
 def test_alerts_that_cannot_be_read_are_an_error(make_run):

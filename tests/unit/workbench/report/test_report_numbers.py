@@ -166,21 +166,6 @@ def test_more_work_is_not_called_a_negative_saving(make_run):
     assert not any(text.startswith("-") for text in saved.values())
 
 
-@pytest.mark.parametrize(
-    ("fractions", "expected"),
-    [
-        ([1 / 3] * 3, ["33.4%", "33.3%", "33.3%"]),
-        ([0.58649, 0.20349, 0.10501, 0.10501], ["58.7%", "20.3%", "10.5%", "10.5%"]),
-        ([0.00049, 0.99951], ["0.0%", "100.0%"]),
-        ([1.0], ["100.0%"]),
-        ([0.25, 0.25], ["25.0%", "25.0%"]),
-        ([math.nan, 0.5], ["not finite", "50.0%"]),
-    ],
-)
-def test_shares_of_a_whole_add_up_as_they_are_shown(fractions, expected):
-    assert formatting.shares(fractions) == expected
-
-
 def test_shares_of_any_whole_add_up():
     rng = np.random.default_rng(3)
     for count in range(1, 40):

@@ -100,7 +100,6 @@ def test_the_page_asks_nothing_of_the_network(full_run):
 def test_the_style_names_no_address(full_run):
     source = (full_run / "report.html").read_text()
     style = re.search(r"<style>(.*?)</style>", source, re.DOTALL)
-    assert style is not None
     assert "{" in style[1]
     assert "url(" not in style[1]
     assert "@import" not in style[1]

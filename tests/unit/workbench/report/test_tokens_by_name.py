@@ -42,7 +42,6 @@ def run(make_run) -> Path:
 def test_table_and_plots_of_the_page(run: Path) -> None:
     data = load_run(run)
     table = source_table(data)
-    assert table is not None
     rows = {name.text: [cell.text for cell in row] for name, *row in table.rows}
     assert list(rows) == list(SHARES)
     web = rows["web <b>"]

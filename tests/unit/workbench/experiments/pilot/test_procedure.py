@@ -85,13 +85,11 @@ def test_arms_then_speed_then_matching_arms(tmp_path: Path, ranks: Ranks) -> Non
     assert set(kinds[12:]) == {"moepp-vanillas-time", "vanilla-32-wide"}
     assert len(kinds) == 3 * 3 + 3 + 2 * 3
     match = whole.plan.match
-    assert match is not None
     assert match.log_time_ratio == pytest.approx(-math.log(SPEEDUP))
     assert match.steps == round(8 * SPEEDUP)
     # The records' share of 0.6, of 48 channels in units of 16.
     assert (match.ffn_share, match.width) == (pytest.approx(0.6), 32)
     result = result_of(whole)
-    assert result is not None
     assert (result.setting.look, result.setting.next_seeds) == (1, 6)
     assert [arm.arm.kind for arm in result.arms] == [
         *("vanilla", "moepp", "short", "equal_time", "narrow")
@@ -106,7 +104,6 @@ def test_nothing_is_decided_where_the_runs_show_another_speed_than_the_sessions(
     ranks.step_s *= 1.015
     whole = pilot_in(tmp_path, 3).run(lambda line: None, lambda pilot: None)
     result = result_of(whole)
-    assert result is not None
     assert (result.verdict.answer, result.verdict.speeds_agree) == ("undecided", False)
     assert result.sentence.startswith("Undecided: a MoE++ step takes 0.812 of vanilla's time")
 
@@ -132,7 +129,6 @@ def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(tmp_path, ran
     assert result.arms[0].seeds == [7, 8, 9]
     again = pilot_in(tmp_path, 6).run(lambda line: None, lambda pilot: None)
     result = result_of(again)
-    assert result is not None
     assert result.arms[0].seeds == [7, 8, 9, 10, 11, 12]
     assert (result.setting.look, result.setting.level) == (2, pytest.approx(0.025 / 4))
 

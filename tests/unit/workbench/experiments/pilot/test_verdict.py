@@ -107,7 +107,6 @@ def test_a_stricter_level_leaves_it_open() -> None:
 
 def test_loss_after_vanillas_time_becomes_time() -> None:
     found = judged(-0.01, -0.01, behind=0.005)
-    assert found.time_to_loss is not None
     assert found.time_to_loss.mean == pytest.approx(math.exp(-0.1))
 
 
