@@ -146,7 +146,7 @@ def on_ranks(
         default_rounds: Rounds unless told.
         measure: Takes rounds and an empty folder; returns lines to print.
     """
-    from moepp_megatron.runtime.distributed import joined
+    from moepp_megatron.runtime.distributed import initialized
     from moepp_megatron.runtime.quiet import quiet
     from moepp_megatron.runtime.rank import RankEnvironment
 
@@ -156,7 +156,7 @@ def on_ranks(
     quiet()
     logging.disable()
     rank = RankEnvironment.read()
-    with joined(rank), tempfile.TemporaryDirectory() as own:
+    with initialized(rank), tempfile.TemporaryDirectory() as own:
         folders = [own]
         dist.broadcast_object_list(folders, 0)
         lines = measure(rounds, Path(folders[0]))

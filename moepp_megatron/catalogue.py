@@ -64,7 +64,7 @@ class Metric:
         unit: Unit of its values; "share" is a number from 0 to 1.
         group: TensorBoard's group, or the whole tag; for a list, what comes before an entry.
         prometheus: Its name there, always of a gauge; empty where `router_health` serves it.
-        labels: What tells its values of one run apart, in the order in which lists and objects
+        labels: Labels of its values of one run, in the order in which lists and objects
             hold them (an expert has its kind besides): ``layer`` is the transformer layer from 1,
             ``kind`` the kind of expert, ``expert`` an expert's name, ``ffn_experts`` how many FFN
             experts a token takes, ``metric`` a name of `IN_LAYERS`, ``source`` a data source,
@@ -308,7 +308,7 @@ class Record(BaseModel):
         "moepp_model_tflops", drawn=Drawn("Model FLOP/s", "FLOP/s", 5, section="hardware"))] = None
     energy_j: Annotated[MaybeFloat, Metric(
         "energy of all GPUs since the record before, evaluation and saving included; like the "
-        "next two only where NVML tells", "J", "hardware", "moepp_energy_joules")] = None
+        "next two only where NVML reports it", "J", "hardware", "moepp_energy_joules")] = None
     energy_per_token_j: Annotated[MaybeFloat, Metric(
         "energy of all GPUs since the record before, evaluation and saving included, per token",
         "J", "hardware", "moepp_energy_per_token_joules", panel=("Energy per token", "GPUs"),

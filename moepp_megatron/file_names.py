@@ -18,7 +18,7 @@ UNDONE_FILE = "metrics.undone.jsonl"
 ALERTS_FILE = "alerts.jsonl"
 STATUS_FILE = "status.json"
 USAGE_FILE = "routing_profile.json"
-# What tells a run's folder, and the folders in it.
+# What marks a run's folder, and the folders in it.
 RUN_FILES = (CONFIG_FILE, METRICS_FILE, STATUS_FILE, ALERTS_FILE)
 RUN_FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")
 # Of checkpoints; `training/checkpoint/files.py` says what they hold.

@@ -218,7 +218,7 @@ class LayerSettings(ExpertLayout):
             )
 
 
-class Declared(NamedTuple):
+class _Declared(NamedTuple):
     """One declaration of `LayerSettings`; `described` has its bounds and `experts.setting`."""
 
     type: Any
@@ -226,7 +226,7 @@ class Declared(NamedTuple):
     default: Any
 
     def says(self, mark: str) -> Any:
-        """What `experts.setting` was told: `unit`, `exported`, `extension` or `kind`."""
+        """What `experts.setting` was given: `unit`, `exported`, `extension` or `kind`."""
         extra = self.described.json_schema_extra
         assert isinstance(extra, dict), f"{self.described} is not a setting"
         return extra[mark]
@@ -241,8 +241,8 @@ class Declared(NamedTuple):
         return get_args(self.type) if get_origin(self.type) is Literal else ()
 
 
-DECLARED: Mapping[str, Declared] = {
-    name: Declared(hint.__origin__, hint.__metadata__[0], getattr(LayerSettings, name))
+DECLARED: Mapping[str, _Declared] = {
+    name: _Declared(hint.__origin__, hint.__metadata__[0], getattr(LayerSettings, name))
     for name, hint in get_type_hints(LayerSettings, include_extras=True).items()
 }
 EXPORTED = tuple(name for name, declared in DECLARED.items() if declared.says("exported"))

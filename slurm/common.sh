@@ -17,7 +17,7 @@
 #                             MOEPP_CONTAINER_MOUNTS
 #   MOEPP_LOG_DIR             folder on each node for the ranks' own output
 #   MOEPP_STEP_WAIT           seconds that nodes get to end after the first one has ended
-#   MOEPP_GO_ON               exported: the command that submits the job again
+#   MOEPP_RESUME_COMMAND               exported: the command that submits the job again
 #   MOEPP_SIGNAL_BEFORE       seconds before the time limit at which sbatch's --signal asks the run to stop
 #   MOEPP_PROBE_TIMEOUT       seconds that nodes get to answer after a failure
 
@@ -268,7 +268,7 @@ _moepp_requeue() {
 
 # Ends this script with status $1 where the job does not start again by itself.
 _moepp_not_again() {
-    if [[ -n ${MOEPP_GO_ON:-} ]]; then _moepp_say "not requeued; to resume: $MOEPP_GO_ON"; fi
+    if [[ -n ${MOEPP_RESUME_COMMAND:-} ]]; then _moepp_say "not requeued; to resume: $MOEPP_RESUME_COMMAND"; fi
     exit "$1"
 }
 

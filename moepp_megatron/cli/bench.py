@@ -270,7 +270,7 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
     from moepp_megatron.workbench.report import bench
 
     rank = RankEnvironment.read()
-    with distributed.joined(rank):
+    with distributed.initialized(rank):
         distributed.build_groups(config, layout)
         result = run_step_benchmark(config, layout, rounds)
     if rank.rank != 0:

@@ -30,7 +30,7 @@ class Dtype(StrEnum):
     bf16 = "bf16"
 
 
-class ExportLayout(StrEnum):
+class _ExportLayout(StrEnum):
     """Layouts of an exported folder."""
 
     moepp = "moepp"
@@ -90,13 +90,13 @@ def mcore_to_hf(
     source: OwnSource,
     target: Target,
     layout: Annotated[
-        ExportLayout,
+        _ExportLayout,
         typer.Option(
             help="Write the model in this form. moepp has our class names and takes any model; "
             "released is that of the released MoE++ models; longcat is LongCat-Flash; zeda is "
             "ZEDA's Qwen3-MoE or GLM-4.7-Flash with zero-computation experts."
         ),
-    ] = ExportLayout.moepp,
+    ] = _ExportLayout.moepp,
     max_shard_gb: Annotated[
         float,
         typer.Option(min=0.001, help="Write files of at most this many GB.", metavar="GB"),

@@ -225,6 +225,6 @@ def _print_states(console: "Console", states: "list[FileState]") -> None:
     table.add_column("state")
     for state in states:
         size = "-" if state.size is None else f"{state.size:,}"
-        sound = "intact" if state.compared else "no hash; as far as can be told intact"
+        sound = "intact" if state.compared else "no hash; intact as far as is known"
         table.add_row(state.name, size, Text(state.problem or sound))
     console.print(table)

@@ -12,7 +12,7 @@ from moepp_megatron.cli.schedule_text import schedule_lines
 from moepp_megatron.config import Config, Layout, count_parameters, stage_layers
 from moepp_megatron.workbench.planning.machine import DEFAULT
 from moepp_megatron.workbench.planning.memory import RankMemory, rank_memory
-from moepp_megatron.workbench.report.terminal import plain_table, print_whole
+from moepp_megatron.workbench.report.terminal import plain_table, print_uncut
 
 # A large grid says nothing that its first and last ranks do not.
 _MOST_RANKS = 16
@@ -34,7 +34,7 @@ def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
     target = target_of(config, gpu)
     stages = [rank_memory(config, layout, p) for p in range(layout.pp)]
     device = "this machine's CPU" if target.hardware is None else target.hardware.name
-    print_whole(
+    print_uncut(
         _parameters(config),
         "\nLayers, counted from 1, by pipeline stage (E embedding, "
         f"{'m multi-token prediction, ' if config.model.mtp_num_layers else ''}L loss, | between "
@@ -51,7 +51,7 @@ def print_plan(config: Config, layout: Layout, gpu: str | None = None) -> None:
         f"\nSchedule (optimizer.decay_style {config.optimizer.decay_style})",
     )
     # Last, because it takes seconds.
-    print_whole(*schedule_lines(config))
+    print_uncut(*schedule_lines(config))
 
 
 def _number(count: int, one: str, several: str) -> str:
@@ -90,7 +90,7 @@ def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
         table.add_row(check.name, check.built, check.expected, verdict, style=style)
     numbers = Workload.from_config(config).numbers
     state = numbers.moments_bytes + numbers.master_bytes
-    print_whole(
+    print_uncut(
         table,
         f"gradients with what aligns them: {built.aligned_bytes:,} bytes; optimizer state of this "
         f"rank's own shard: {built.shard * state:,} bytes",

@@ -92,16 +92,16 @@ def inspect(
 
 
 def _inspect_rank(request: InspectRequest) -> None:
-    from moepp_megatron.runtime.rank_environment import adopted
+    from moepp_megatron.runtime.rank_environment import prepare_rank
 
-    rank = adopted(request.models[0].scoring.config)
+    rank = prepare_rank(request.models[0].scoring.config)
     from moepp_megatron.runtime import distributed
     from moepp_megatron.workbench.inspection.record import trace_models
 
     if rank.rank == 0:
         for notice in request.notices:
             echo(f"note: {notice}", err=True)
-    with distributed.joined(rank):
+    with distributed.initialized(rank):
         traces = trace_models(request)
     if rank.rank == 0:
         from moepp_megatron.workbench.report.inspect import write_inspection

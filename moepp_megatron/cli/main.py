@@ -120,7 +120,7 @@ def run() -> None:
     except UsageError as error:
         sys.exit(refuse(error))
     except Exception as error:
-        from moepp_megatron.runtime.launch import has_launcher, refused_with
+        from moepp_megatron.runtime.launch import has_launcher, refusal_status
         from moepp_megatron.runtime.terminal import discard_output
 
         if isinstance(error, OSError) and is_full(error) and not has_launcher():
@@ -133,7 +133,7 @@ def run() -> None:
         if _lacks_memory(error) and not has_launcher():
             echo(f"error: {_no_memory(error)}", err=True)
             sys.exit(UnfitError.exit_code)
-        refusal = refused_with()
+        refusal = refusal_status()
         if refusal is None:
             raise
         # Another rank has said what is wrong and is gone, which is all that broke here.
@@ -153,7 +153,7 @@ def _check_working_folder() -> None:
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """Whether Python, NumPy, pyarrow, the system or torch has asked for memory in vain."""
+    """Whether Python, NumPy, pyarrow, the system or torch was refused memory."""
     return (
         isinstance(error, MemoryError)
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)

@@ -92,4 +92,4 @@ def _serve(folders: list[Path], port: int, bind: str) -> bool:
             err=True,
         )
     echo(f"serving {address}")
-    return runs.is_one_run
+    return runs.has_one_run

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.observe.status import GO_ON
+from moepp_megatron.observe.status import RESUME_COMMAND
 
 # Set by scripts that change folder: where their user's shell is.
 _SHELL_FOLDER = "MOEPP_SHELL_FOLDER"
@@ -24,14 +24,14 @@ def resume_command(arguments: Sequence[str]) -> str:
             options. The ranks of a launcher, who were given no options, get those of their number.
     """
     if is_given():
-        return os.environ[GO_ON]
+        return os.environ[RESUME_COMMAND]
     words = [*_program(), "train", *arguments, *_launched_ranks(), "--resume"]
     return _from_here() + shlex.join([*_srun(arguments), *words])
 
 
 def is_given() -> bool:
     """Whether a script has given the command that starts it again."""
-    return bool(os.environ.get(GO_ON))
+    return bool(os.environ.get(RESUME_COMMAND))
 
 
 def print_resume_command(command: str | None) -> None:

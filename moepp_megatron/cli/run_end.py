@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moepp_megatron.training.train_request import TrainRequest
 
 
-def say_end(request: TrainRequest, result: TrainResult, prints_command: bool) -> None:
+def print_end(request: TrainRequest, result: TrainResult, prints_command: bool) -> None:
     """Write the report on rank 0, print what happened, and leave with the run's exit status.
 
     Args:
@@ -36,7 +36,7 @@ def say_end(request: TrainRequest, result: TrainResult, prints_command: bool) ->
         # Said last: by the launcher that has claimed the folder, if one has.
         own_claim = is_rank_0 and inherited_claim() is None
         if own_claim or (request.starts_ranks and prints_command):
-            print_resume_command(request.start.go_on)
+            print_resume_command(request.start.resume_command)
         leave(STOPPED)
     if is_rank_0:
         if not result.stopped:

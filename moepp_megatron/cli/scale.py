@@ -37,7 +37,7 @@ def scale(
     out: Annotated[
         Path,
         typer.Option(
-            help="Write the test to this folder; a second call goes on with it.", metavar="DIR"
+            help="Write the test to this folder; a second call continues it.", metavar="DIR"
         ),
     ],
     overrides: OverridesArgument = None,

@@ -35,7 +35,7 @@ def train(
         int,
         typer.Option(
             min=0,
-            help="Start all ranks anew up to this many times after one has died; they go on from "
+            help="Restart all ranks up to this many times after one has died; they continue from "
             "the newest checkpoint.",
         ),
     ] = 0,
@@ -51,8 +51,8 @@ def train(
         bool,
         typer.Option(
             "--overwrite",
-            help="Start anew where run.dir holds a run, which is moved to a folder beside it, "
-            "named by date and time. Nothing is deleted.",
+            help="Start from scratch where run.dir holds a run, which is moved to a folder next "
+            "to it, named by date and time. Nothing is deleted.",
         ),
     ] = False,
     log_dir: Annotated[
@@ -125,7 +125,7 @@ def train(
     options = LaunchOptions(nproc, nodes, max_restarts, log_dir, stoppable=True)
     words = [str(config), *(overrides or []), *_words(options)]
     words += ["--ignore-memory"] if ignore_memory else []
-    start = Start(resume=resume, overwrite=overwrite, go_on=resume_command(words))
+    start = Start(resume=resume, overwrite=overwrite, resume_command=resume_command(words))
     request = TrainRequest.read(config, overrides or [], options, start, _warn)
     _check_dry_options(dry_run, gpu, build_rank, request.layout.world_size)
     if dry_run:
@@ -155,7 +155,7 @@ def train(
 
 
 def _run(request: TrainRequest, prints_command: bool) -> None:
-    from moepp_megatron.cli.run_end import say_end
+    from moepp_megatron.cli.run_end import print_end
     from moepp_megatron.runtime.launch import leave
     from moepp_megatron.training.checkpoint import NoStartError
     from moepp_megatron.training.run import RanksFailedError, run
@@ -170,7 +170,7 @@ def _run(request: TrainRequest, prints_command: bool) -> None:
             echo(f"error: {error}", err=True)
         leave(error.exit_code)
     else:
-        say_end(request, result, prints_command)
+        print_end(request, result, prints_command)
 
 
 def _warn(warning: str) -> None:

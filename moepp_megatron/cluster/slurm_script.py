@@ -58,7 +58,7 @@ class SlurmJob:
         """The folder for the job's output by Slurm."""
         return self.directory / self.config.run.dir / "slurm"
 
-    def go_on(self, variant: Sequence[str] = ()) -> str:
+    def resume_command(self, variant: Sequence[str] = ()) -> str:
         """The command that submits the job, or one element of an array, again from any folder."""
         words = ["moepp", "slurm", str(self.config_file.absolute()), *self.overrides, *variant]
         words += ["--nodes", str(self.config.slurm.nodes), "--submit"]
@@ -107,7 +107,7 @@ class SlurmJob:
             .render(
                 options=self._options(),
                 root=str(REPOSITORY),
-                go_on=self.go_on(),
+                resume_command=self.resume_command(),
                 command=command,
                 ranks_per_node=self.ranks_per_node,
                 max_restarts=slurm.max_restarts,
@@ -121,7 +121,7 @@ class SlurmJob:
                 container_mounts=slurm.container_mounts,
                 arguments=[str(self.config_file.absolute()), *self.overrides],
                 variants=[
-                    {"overrides": variant, "go_on": self.go_on(variant)}
+                    {"overrides": variant, "resume_command": self.resume_command(variant)}
                     for variant in self.variants
                 ],
             )
@@ -183,7 +183,7 @@ class SlurmJob:
             "job-name": self.config.run.name,
             "chdir": str(self.directory),
             "output": f"{_no_pattern('run.dir', str(self.output_folder))}/{element}.out",
-            # A requeued job goes on in the same file.
+            # A requeued job continues in the same file.
             "open-mode": "append",
             "nodes": _node_option(counts),
             # One launcher a node, which starts the ranks.

@@ -31,7 +31,7 @@ def forward_flops_per_token(config: Config, ffn_fraction: float) -> float:
     model, moe = config.model, config.moe
     layers, moe_layers = len(config.router_pattern), sum(config.router_pattern)
     # Multi-token prediction has a projection in each of its layers, and the output layer again.
-    further = 2 * model.hidden_size * (2 * model.hidden_size + model.vocab_size)
+    mtp_layer = 2 * model.hidden_size * (2 * model.hidden_size + model.vocab_size)
     experts_taken = moe.router_topk * ffn_fraction
     per_moe_layer = (
         experts_taken * _swiglu(config, config.expert_ffn_hidden_size)
@@ -49,7 +49,7 @@ def forward_flops_per_token(config: Config, ffn_fraction: float) -> float:
         + moe_layers * per_moe_layer
         + routers
         + 2 * model.hidden_size * model.vocab_size
-        + model.mtp_num_layers * further
+        + model.mtp_num_layers * mtp_layer
     )
 
 

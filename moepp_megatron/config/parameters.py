@@ -14,7 +14,7 @@ class ParameterCounts:
 
     Attributes:
         embedding: Token embedding [V, D] and, unless tied, output layer [V, D].
-        further_tokens: Three norms [D] and the projection [D, 2D] of each layer of multi-token
+        mtp_parameters: Three norms [D] and the projection [D, 2D] of each layer of multi-token
             prediction. The ordinary layers inside count in the parts below as the decoder's.
         attention: Query, key, value and output projections, query/key norms.
         norms: RMSNorm weights: two per layer and the final one.
@@ -32,7 +32,7 @@ class ParameterCounts:
     """
 
     embedding: int
-    further_tokens: int
+    mtp_parameters: int
     attention: int
     norms: int
     dense_ffn: int
@@ -76,7 +76,7 @@ def count_parameters(config: Config) -> ParameterCounts:
     is_first = [layer == 0 for layer in range(moe_layers)]
     parts = {
         "embedding": model.vocab_size * width * (1 if model.tie_embeddings else 2),
-        "further_tokens": model.mtp_num_layers * (3 * width + 2 * width * width),
+        "mtp_parameters": model.mtp_num_layers * (3 * width + 2 * width * width),
         "attention": layers * _attention_parameters(config),
         "norms": (2 * layers + 1) * width,
         "dense_ffn": (layers - moe_layers) * 3 * width * model.ffn_hidden_size,

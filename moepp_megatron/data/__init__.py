@@ -11,7 +11,7 @@ document_sources.py which data source the tokens of a sample come from
 documents.py        reads documents from source files
 encoding.py         turns documents into token ids
 existing.py         decides whether an existing output folder is reused, replaced or refused
-foreign_tokenizers.py  sentencepiece, tiktoken and Hugging Face folders, turned into tokenizer.json
+external_tokenizers.py  sentencepiece, tiktoken and Hugging Face folders, turned into tokenizer.json
 index.py            reads the index of a Megatron indexed dataset, without megatron-core
 loader.py           micro-batches in an order that depends on the samples consumed alone
 long_text.py        cuts long texts where a tokenizer's pre-tokenizer splits them anyway
@@ -30,7 +30,7 @@ stdlib.py           the built-in corpus: which of Python's library sources are c
 tables.py           a column of text from parquet and Arrow files
 token_classes.py    the class of a token: word, fragment, keyword, number, ...
 token_check.py      checks samples for tokens outside the vocabulary, before they reach an embedding
-token_groups.py     classes of token ids that metrics and rules tell apart
+token_groups.py     classes of token ids that metrics and rules distinguish
 token_frequency.py  classes of token ids by how frequent they are in the training set
 tokenizer.py        the tokenizer: a Hugging Face `tokenizers` file and its end-of-document token
 verify.py           checks a prepared folder against its manifest, quickly or byte by byte

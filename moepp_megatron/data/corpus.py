@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moepp_megatron.data.documents import nothing_usable
+from moepp_megatron.data.documents import no_usable_document
 from moepp_megatron.data.encoding import EncodedPiece, token_dtype
 from moepp_megatron.data.manifest import (
     CORPUS,
@@ -81,7 +81,7 @@ def spool_corpus(
             skipped[encoded.piece.source] += encoded.skipped
     for index, source in enumerate(sources):
         if not documents[index]:
-            raise nothing_usable(source, skipped[index])
+            raise no_usable_document(source, skipped[index])
     summaries = [
         source.summary(documents[index], skipped[index].total(), tokens[index])
         for index, source in enumerate(sources)

@@ -162,7 +162,7 @@ def _place_sources(names: Sequence[str], opened: Sequence[Any]) -> None:
 
 
 def _own_sources(parts: Sequence[Any]) -> tuple[str, ...]:
-    """Names of a folder's sources; one without a name where it tells none apart."""
+    """Names of a folder's sources; one without a name where it distinguishes none."""
     return ("",) if parts[0].document_sources is None else parts[0].source_names
 
 

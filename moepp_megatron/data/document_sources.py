@@ -18,7 +18,7 @@ SOURCES = "sources"
 
 
 def source_names(dataset: Any) -> tuple[str, ...]:
-    """Names of the data sources that a dataset's samples tell apart; none where they do not."""
+    """Names of the data sources that a dataset's samples distinguish; none where they do not."""
     return tuple(getattr(dataset, "source_names", ()))
 
 

@@ -35,7 +35,7 @@ _HEAD_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
-class DocumentPart:
+class _DocumentPart:
     """A part of a file: bytes [start, end) of text and JSONL, row groups [start, end) of tables.
 
     A JSONL record belongs to the part in which its line starts. A compressed file is one part.
@@ -53,7 +53,7 @@ class Piece:
     """What one worker reads at a time."""
 
     source: int
-    parts: tuple[DocumentPart, ...]
+    parts: tuple[_DocumentPart, ...]
     size: int
     group: str | None = None
 
@@ -74,7 +74,7 @@ def plan_pieces(sources: Sequence[TextSource], text_key: str | None) -> list[Pie
     """
     pieces: list[Piece] = []
     for index, source in enumerate(sources):
-        pending: list[DocumentPart] = []
+        pending: list[_DocumentPart] = []
         pending_size = 0
         group: str | None = None
         for file in source.files:
@@ -92,20 +92,20 @@ def plan_pieces(sources: Sequence[TextSource], text_key: str | None) -> list[Pie
     return pieces
 
 
-def _parts(file: SourceFile, text_key: str | None) -> Iterator[tuple[DocumentPart, int]]:
+def _parts(file: SourceFile, text_key: str | None) -> Iterator[tuple[_DocumentPart, int]]:
     if file.compression is not None:
-        yield DocumentPart(file.path, file.format, 0, file.size, file.compression), file.size
+        yield _DocumentPart(file.path, file.format, 0, file.size, file.compression), file.size
     elif file.format == "jsonl":
         for start in range(0, file.size, PIECE_BYTES):
             end = min(start + PIECE_BYTES, file.size)
-            yield DocumentPart(file.path, "jsonl", start, end), end - start
+            yield _DocumentPart(file.path, "jsonl", start, end), end - start
     elif file.format == "text":
-        yield DocumentPart(file.path, "text", 0, file.size), file.size
+        yield _DocumentPart(file.path, "text", 0, file.size), file.size
     else:
         # A table, or refused there.
         groups = count_groups(file.path, file.format, text_key)
         for group in range(groups):
-            yield DocumentPart(file.path, file.format, group, group + 1), file.size // groups
+            yield _DocumentPart(file.path, file.format, group, group + 1), file.size // groups
 
 
 def _refuse_records(file: SourceFile, text_key: str) -> None:
@@ -113,7 +113,7 @@ def _refuse_records(file: SourceFile, text_key: str) -> None:
     names = [suffix.lower() for suffix in file.path.suffixes[-2:]]
     if file.format != "text" or ".json" not in names:
         return
-    whole = DocumentPart(file.path, file.format, 0, file.size, file.compression)
+    whole = _DocumentPart(file.path, file.format, 0, file.size, file.compression)
     records = list(islice(read_records(whole), 2))
     if len(records) == 2 and all(_is_record(each, text_key) for each in records):
         raise ConfigError(
@@ -135,7 +135,7 @@ def _is_conversation(record: dict[str, Any]) -> bool:
     return any(keys <= record.keys() for keys in CONVERSATION_KEYS)
 
 
-def _first_of_array(part: DocumentPart) -> object:
+def _first_of_array(part: _DocumentPart) -> object:
     """The first value of a file that begins as an array of JSON; None for any other."""
     with open_source(part.path, part.compression) as stream:
         head = stream.read(_HEAD_BYTES).decode("utf-8-sig", errors="ignore").lstrip()
@@ -170,10 +170,10 @@ def check_usable(sources: Sequence[TextSource], pieces: Sequence[Piece], text_ke
                 break
             skipped[document.reason] += 1
         else:
-            raise nothing_usable(source, skipped)
+            raise no_usable_document(source, skipped)
 
 
-def nothing_usable(source: TextSource, skipped: Counter[str]) -> ConfigError:
+def no_usable_document(source: TextSource, skipped: Counter[str]) -> ConfigError:
     """The error of a source of which every document is left out, with what to do about it."""
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
     remedy = "name UTF-8 text, JSONL or parquet, and the right --text-key"
@@ -197,11 +197,11 @@ def _usable(text: str) -> str | Skipped:
     return Skipped(_EMPTY) if not text or text.isspace() else text
 
 
-def _read_text(part: DocumentPart, text_key: str) -> Iterator[str | Skipped]:
+def _read_text(part: _DocumentPart, text_key: str) -> Iterator[str | Skipped]:
     yield _text_of(part)
 
 
-def _text_of(part: DocumentPart) -> str | Skipped:
+def _text_of(part: _DocumentPart) -> str | Skipped:
     # Not within the generator, which would hold the bytes for as long as the text is in use.
     with open_source(part.path, part.compression) as stream:
         data = stream.read()
@@ -214,7 +214,7 @@ def _text_of(part: DocumentPart) -> str | Skipped:
         return Skipped(_NOT_TEXT)
 
 
-def read_records(part: DocumentPart) -> Iterator[dict[str, Any] | Skipped]:
+def read_records(part: _DocumentPart) -> Iterator[dict[str, Any] | Skipped]:
     """The JSON objects of a part of a JSONL file, or the rows of a table; or why one is none."""
     if part.format in TABLES:
         for row in read_rows(part.path, part.format, range(part.start, part.end)):
@@ -225,12 +225,12 @@ def read_records(part: DocumentPart) -> Iterator[dict[str, Any] | Skipped]:
             yield _record(line)
 
 
-def _read_jsonl(part: DocumentPart, text_key: str) -> Iterator[str | Skipped]:
+def _read_jsonl(part: _DocumentPart, text_key: str) -> Iterator[str | Skipped]:
     for record in read_records(part):
         yield record if isinstance(record, Skipped) else _record_text(record, text_key)
 
 
-def _lines(part: DocumentPart) -> Iterator[bytes]:
+def _lines(part: _DocumentPart) -> Iterator[bytes]:
     """The lines that start in a part."""
     with open_source(part.path, part.compression) as stream:
         if part.compression is not None:
@@ -241,7 +241,7 @@ def _lines(part: DocumentPart) -> Iterator[bytes]:
             stream.seek(part.start - 1)
             rest = stream.readline(part.end - part.start + 1)
             if not rest.endswith(b"\n"):
-                # A line that goes on beyond this part, and is not read again from here.
+                # A line that continues beyond this part, and is not read again from here.
                 return
         while stream.tell() < part.end:
             yield stream.readline()
@@ -274,7 +274,7 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def _read_table(part: DocumentPart, text_key: str) -> Iterator[str | Skipped]:
+def _read_table(part: _DocumentPart, text_key: str) -> Iterator[str | Skipped]:
     for value in read_column(part.path, part.format, range(part.start, part.end), text_key):
         if value is None:
             yield Skipped(_EMPTY)

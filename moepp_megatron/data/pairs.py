@@ -21,7 +21,7 @@ def is_pair(path: Path) -> bool:
 
 
 def read_pair(prefix: Path) -> Manifest:
-    """The manifest of a pair, as far as its files tell; `Manifest.is_bare` is true for it.
+    """The manifest of a pair, as far as its files show; `Manifest.is_bare` is true for it.
 
     Its identity is a hash of the sizes and of both ends of the files, so that little is read.
 

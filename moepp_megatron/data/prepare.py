@@ -18,7 +18,7 @@ from moepp_megatron.data.corpus import (
 from moepp_megatron.data.documents import Piece, Skipped, check_usable, plan_pieces, read_piece
 from moepp_megatron.data.encoding import EncodedPiece, encode_pieces
 from moepp_megatron.data.existing import find_reusable
-from moepp_megatron.data.foreign_tokenizers import GivenTokenizer, open_given
+from moepp_megatron.data.external_tokenizers import ExternalTokenizer, open_external
 from moepp_megatron.data.manifest import FORMAT_VERSION, Inputs, Manifest
 from moepp_megatron.data.prepare_chat import check_formats, write_chat
 from moepp_megatron.data.progress import track
@@ -119,7 +119,7 @@ class PrepareSettings:
                 "model.seq_length of the model to be tuned"
             )
 
-    def deciding(self, given: GivenTokenizer | None) -> dict[str, str | int | None]:
+    def deciding(self, given: ExternalTokenizer | None) -> dict[str, str | int | None]:
         """The settings that decide the bytes written; `given` is what `tokenizer` names."""
         trained = _DEFAULT_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
         return {
@@ -168,7 +168,7 @@ def prepare(
     out = Path(os.path.abspath(out))
     # Before sources are read, which may take an hour.
     named, eod_token = settings.tokenizer, settings.eod_token
-    given = None if named is None else open_given(named, eod_token)
+    given = None if named is None else open_external(named, eod_token)
     deciding, template = settings.deciding(given), None
     if settings.chat:
         assert named is not None, "the settings have been checked"

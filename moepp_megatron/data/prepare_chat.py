@@ -121,7 +121,7 @@ def _encode(
                             raise UnusableChat(record.reason)
                         _add(encoded, stream, template, sequence_length, messages_of(record))
                     except UnusableChat as error:
-                        # A template may tell each conversation another reason.
+                        # A template may give each conversation another reason.
                         is_known = str(error) in skipped or len(skipped) < _MOST_REASONS
                         skipped[str(error) if is_known else "another reason"] += 1
                 advance(piece.size)

@@ -1,4 +1,4 @@
-"""Classes of token ids that metrics and rules tell apart: by frequency, and by characters."""
+"""Classes of token ids that metrics and rules distinguish: by frequency, and by characters."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def _read(path: Path, advance: Callable[[int], None], check: "_TokenCheck | None
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
             if check is not None:
-                check.look_at(chunk)
+                check.check(chunk)
             advance(len(chunk))
     return digest.hexdigest()
 
@@ -188,7 +188,7 @@ class _TokenCheck:
         self._tokens_before = 0
         self.problem = ""
 
-    def look_at(self, chunk: bytes) -> None:
+    def check(self, chunk: bytes) -> None:
         if self._dtype is None or self.problem:
             return
         tokens = np.frombuffer(chunk, self._dtype, len(chunk) // self._dtype.itemsize)

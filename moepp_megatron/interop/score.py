@@ -10,7 +10,7 @@ import numpy as np
 from moepp_megatron.interop.score_request import ScoreRequest, read_input_ids
 from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
-from moepp_megatron.runtime.rank_environment import adopted
+from moepp_megatron.runtime.rank_environment import prepare_rank
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +63,11 @@ def score(
 
 def run(request: ScoreRequest) -> dict[str, np.ndarray] | None:
     """Be this process's rank; returns the same as `score`."""
-    rank = adopted(request.config)
+    rank = prepare_rank(request.config)
     from moepp_megatron.interop.scoring import score_tokens
     from moepp_megatron.runtime import distributed
 
-    with distributed.joined(rank):
+    with distributed.initialized(rank):
         distributed.build_groups(request.config, request.layout)
         scores = score_tokens(request)
     if scores is None or request.text is None:

@@ -2,11 +2,11 @@
 
 Documents share sequences. Which document a token belongs to reaches the core attention of every
 layer through megatron-core's argument `attention_mask`, which pipeline stages, recomputation and
-the combined schedule hand on as it is:
+the combined schedule pass on unchanged:
 
 - megatron-core's local modules and those of this package get the mask itself, [b, 1, s, s].
 - Transformer Engine's kernels never look at a mask of that size. They get the lengths of the
-  documents and compute packed sequences (`thd`), around which alone tokens are laid out anew, so
+  documents and compute packed sequences (`thd`), around which only tokens are laid out again, so
   that all other modules and the lane of router logits see [s, b] as always.
 """
 

@@ -14,7 +14,7 @@ from moepp_megatron.model.cross_entropy import WithCrossEntropy
 from moepp_megatron.model.multi_token_loss import MultiTokenLoss
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.lane import lane_columns, no_logits, pack, unpack
-from moepp_megatron.moe.multi_token import norm_beside_lane
+from moepp_megatron.moe.multi_token import keep_lane_around_norm
 from moepp_megatron.moe.overlap import MoEPPChunkPlan
 from moepp_megatron.moe.token_tags import TokenTags
 from moepp_megatron.moe.zero_computation import share_constants
@@ -24,8 +24,8 @@ from moepp_megatron.runtime.patches import replaced
 class MoEPPGPTModel(WithCrossEntropy, GPTModel):
     """A pipeline stage (or the whole) of a GPT model with MoE++ layers.
 
-    A stage that is not the first receives hidden states with the lane glued on and takes them
-    apart; a stage that is not the last glues them together again. Between them the lane is
+    A stage that is not the first receives hidden states packed with the lane and unpacks them; a
+    stage that is not the last packs them again. Between them the lane is
     `TransformerBlock`'s `context` argument. `token_tags` computes the tags that routers get.
 
     Raises:
@@ -45,7 +45,7 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
             )
         super().__init__(config, *args, **kwargs)
         self.moepp = moepp
-        self.further_loss = MultiTokenLoss()
+        self.mtp_loss = MultiTokenLoss()
         if moepp.constants_shared:
             share_constants(self)
         # Not read from `self.config` later: whoever wraps this model may give that the wider shape
@@ -60,7 +60,7 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
         if (self._sends_lane or self._mtp_has_lane) and len(self.decoder.layers) > 0:
             self.decoder.layers[-1].lane_width = moepp.num_experts
         if self._mtp_has_lane:
-            norm_beside_lane(self.decoder.final_layernorm, self.hidden_size)
+            keep_lane_around_norm(self.decoder.final_layernorm, self.hidden_size)
 
     def forward(self, *args: Any, sources: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Same as `GPTModel.forward`; all stages but the last return [s, b, D + lane columns].
@@ -81,7 +81,7 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
             )
         output = super().forward(*args, extra_block_kwargs=block_kwargs, **kwargs)
         if self._sends_lane and len(self.decoder.layers) == 0:
-            # A stage of embeddings only, or an empty one: no layer glues the lane on.
+            # A stage of embeddings only, or an empty one: no layer packs the lane.
             if lane is None:
                 lane = no_logits(output, self.moepp.num_experts)
             output = pack(output, lane)
@@ -97,17 +97,17 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
         """Same as `GPTModel._postprocess`, with our MTP loss; without gradients MTP is skipped."""
         if not self.mtp_process:
             return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **kwargs)
-        further: list[Tensor] = []
+        mtp_states: list[Tensor] = []
         if labels is not None and torch.is_grad_enabled():
-            hidden_states = self._further_states(hidden_states, **kwargs)
-            hidden_states, *further = hidden_states.chunk(1 + self.config.mtp_num_layers)
+            hidden_states = self._mtp_hidden_states(hidden_states, **kwargs)
+            hidden_states, *mtp_states = hidden_states.chunk(1 + self.config.mtp_num_layers)
         if self._mtp_has_lane:
             hidden_states, _ = unpack(hidden_states, self.hidden_size)
-            further = [unpack(states, self.hidden_size)[0] for states in further]
-        if labels is not None and further:
-            hidden_states = self.further_loss.attach(
+            mtp_states = [unpack(states, self.hidden_size)[0] for states in mtp_states]
+        if labels is not None and mtp_states:
+            hidden_states = self.mtp_loss.attach(
                 hidden_states,
-                further,
+                mtp_states,
                 labels,
                 loss_mask,
                 self._losses_of,
@@ -119,11 +119,11 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
         with replaced(self.config, mtp_num_layers=None):
             return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **kwargs)
 
-    def _further_states(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def _mtp_hidden_states(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """[(1 + depths) * s, b, D + lane columns] hidden states, the given ones first."""
         names = ("input_ids", "position_ids", "attention_mask", "rotary_pos_emb")
         tags = (kwargs["extra_block_kwargs"] or {}).get("context_mask")
-        further: Tensor = self.mtp(
+        mtp_states: Tensor = self.mtp(
             hidden_states=hidden_states,
             embedding=self.embedding,
             extra_block_kwargs={"context_mask": tags},
@@ -131,7 +131,7 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
             padding_mask=self._whole_mask(kwargs["padding_mask"], kwargs["input_ids"]),
             **{name: kwargs[name] for name in names},
         )
-        return further
+        return mtp_states
 
     def _whole_mask(self, padding_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
         """[b, s] the mask, of which a first stage has cut out this rank's part of the sequence."""

@@ -2,7 +2,7 @@
 
 megatron-core 0.19 builds the compressions of latent attention (arXiv 2405.04434, section 2.1) whole
 on every tensor-parallel rank where Transformer Engine is there, and split over the ranks where it
-is not. For the second case two things are missing there: a core attention that is told the widths
+is not. For the second case two things are missing there: a core attention that is given the widths
 of queries and values, and the whole gradient of the position key that all heads share: each rank
 keeps its own heads' part (0.19.2; on two ranks gradients were off by half).
 """

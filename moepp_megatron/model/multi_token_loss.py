@@ -34,25 +34,25 @@ class MultiTokenLoss:
     def attach(
         self,
         hidden_states: Tensor,
-        further: list[Tensor],
+        mtp_states: list[Tensor],
         labels: Tensor,
         loss_mask: Tensor | None,
         token_losses: Callable[[Tensor, Tensor], Tensor],
         config: TransformerConfig,
         cp_group: torch.distributed.ProcessGroup,
     ) -> Tensor:
-        """Hidden states [s, b, D] with the gradient of the loss of `further`, one of each depth.
+        """Hidden states [s, b, D] with the gradient of the loss of `mtp_states`, one per depth.
 
         `labels` are [b, s] int64 next tokens, `loss_mask` [b, s] those that count (None for all),
         `token_losses` gives [b, s] losses of hidden states and labels; ranks of `cp_group` share a
         sequence.
         """
         mask = torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask
-        weight = config.mtp_loss_scaling_factor / len(further)
+        weight = config.mtp_loss_scaling_factor / len(mtp_states)
         if not config.calculate_per_token_loss:
             weight = weight / mask.sum().clamp(min=1)
         sums = []
-        for states in further:
+        for states in mtp_states:
             labels, _ = roll_tensor(labels, cp_group=cp_group)
             mask, count = roll_tensor(mask, cp_group=cp_group)
             loss = mask * token_losses(states, labels)

@@ -30,7 +30,7 @@ selection.py          which experts a token's logits select, and with which gate
 scores.py             from router logits to scores: the list of score functions
 spec.py               builds MoE++ layers from megatron-core's own specs
 statistics.py         what one MoE layer did since the last reset
-token_tags.py         tags that tell MoE++ layers what a token counts as
+token_tags.py         tags: what MoE++ layers count a token as
 upstream_private.py   the names with an underscore that this package takes from megatron-core
 upstream_settings.py  how the MoE++ layer treats each of megatron-core's settings of a MoE layer
 watch.py              counts and measures what a router does

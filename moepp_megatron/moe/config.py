@@ -22,7 +22,7 @@ class MoEPPConfig(LayerSettings):
     router is sized by `num_experts`), and `router_topk` with `moe_router_topk`.
 
     The `balance_scope` `global` requires `moe_router_load_balancing_type` to be `global_aux_loss`:
-    then megatron-core's `finalize_model_grads`, which has to end every step, starts the count anew.
+    then megatron-core's `finalize_model_grads`, which has to end every step, resets the count.
     A loop that does not call it calls each router's `reset_global_aux_loss_tracker` between steps.
 
     `constants_shared` is done by the model (`zero_computation.share_constants`), so a layer by

@@ -4,7 +4,7 @@ megatron-core's `SequentialMLP` starts some ten kernels an expert and keeps ever
 the backward pass. Here each of the two products is one `torch.nn.functional.grouped_mm` over rows
 that are sorted by expert, and only the first one's result is kept. Parameters, their names and
 checkpoints are unchanged: each expert has its own, so the products take a copy of them side by
-side (4 bytes per weight in bf16), which is made anew in the backward pass instead of being kept.
+side (4 bytes per weight in bf16), which is made again in the backward pass instead of being kept.
 
 Shape suffixes: R rows sorted by expert, E local experts, D channels, F of an expert.
 """

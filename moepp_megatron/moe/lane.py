@@ -2,8 +2,8 @@
 
 Within a pipeline stage the lane is `TransformerBlock`'s `context` argument, which every layer
 receives and returns and which activation checkpointing treats as an explicit input and output. At
-a stage boundary the logits are glued to the hidden states as extra columns, so they cost no message
-of their own: an fp32 logit is two bf16 columns, reinterpreted bit for bit, never rounded.
+a stage boundary the logits are extra columns of the hidden states, so they cost no message of
+their own: an fp32 logit is two bf16 columns, reinterpreted bit for bit, never rounded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moepp_megatron.moe.cuda_graphs import CapturedParts
 from moepp_megatron.moe.layer import MoEPPLayer
 from moepp_megatron.moe.selection import Routing
 
-# What a captured router hands on of its `Routing`; the last one where the gate computes it.
+# What a captured router passes on of its `Routing`; the last one where the gate computes it.
 _CAPTURED = ("logits", "gates", "routing_map", "counts", "score_sums", "mixing_logits")
 
 
@@ -34,7 +34,7 @@ class MoEPPTransformerLayer(TransformerLayer):
 
     Attributes:
         lane_width: E for a layer that ends a pipeline stage: it returns its hidden states with the
-            lane glued on. 0 for every other layer.
+            packed lane. 0 for every other layer.
         captured: The parts that run as CUDA graphs; None for none.
     """
 

@@ -159,7 +159,7 @@ class MoEPPLayer(MoELayer):
             padding_mask: [b, s] True for padding, as in megatron-core, or None. s is that of
                 `hidden_states`, or with sequence parallelism that of all tensor-parallel ranks.
                 Padding selects no expert, counts in no loss, limit or statistic, returns 0, shared
-                experts included, and hands on logits of 0.
+                experts included, and passes on logits of 0.
             chosen: What the router chose, where it has run before (`cuda_graphs`), without padding.
             tags: [s, b] tags from `token_tags`, or None.
 

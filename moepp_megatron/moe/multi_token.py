@@ -1,13 +1,13 @@
 """Layers of multi-token prediction (MTP, DeepSeek-V3, arXiv 2412.19437, section 2.2) with MoE++.
 
-The layer of depth k predicts one token further than the one before it. At each position it takes
+The layer of depth k predicts the token k + 1 places ahead. At each position it takes
 the hidden state of the layer before (the last decoder layer, or depth k - 1) and the embedding of
 the token that is k places ahead. Its router is the next router of that position: its gating
 residual sees the logits that the layer before gave at the same position. So routers, statistics and
 losses count depth k as decoder layer `num_layers` + k.
 
-megatron-core's MTP block hands hidden states alone from layer to layer, so the lane of router
-logits is glued to them, as between pipeline stages (`lane.pack`).
+megatron-core's MTP block passes only hidden states from layer to layer, so the lane of router
+logits is packed with them, as between pipeline stages (`lane.pack`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _Inner(_AfterDecoder, MoEPPTransformerLayer):
         return super().forward(hidden_states, context, **kwargs)
 
 
-class MTPLayer(MultiTokenPredictionLayer):
+class _MTPLayer(MultiTokenPredictionLayer):
     """megatron-core's MTP layer with an exact padding mask.
 
     At depth k position i is padding where token i + k is, or lies beyond the end of the sequence.
@@ -96,8 +96,8 @@ class MTPLayer(MultiTokenPredictionLayer):
         return ids, positions, padding_mask, embeddings, hidden_states
 
 
-class LaneMTPLayer(MTPLayer):
-    """The MTP layer whose hidden states have the lane of router logits beside them."""
+class _LaneMTPLayer(_MTPLayer):
+    """The MTP layer whose hidden states are packed with the lane of router logits."""
 
     def _concat_embeddings(self, hidden_states: Tensor, decoder_input: Tensor) -> Tensor:
         hidden_states, lane = unpack(hidden_states, self.config.hidden_size)
@@ -142,21 +142,21 @@ def get_moepp_mtp_block_spec(
     for layer in block.layer_specs:
         layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
         has_lane = not moepp.is_vanilla and moepp.gating_residual
-        layer.module = LaneMTPLayer if has_lane else MTPLayer
+        layer.module = _LaneMTPLayer if has_lane else _MTPLayer
     return block
 
 
-def norm_beside_lane(norm: torch.nn.Module, hidden_size: int) -> None:
-    """Have the final norm of the decoder leave alone a lane that is glued to its input."""
+def keep_lane_around_norm(norm: torch.nn.Module, hidden_size: int) -> None:
+    """Apply the final norm of the decoder to the hidden states, not to the packed lane."""
     lanes: list[Tensor] = []
 
-    def take_off(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def unpack_lane(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
         hidden_states, lane = unpack(arguments[0], hidden_size)
         lanes.append(lane)
         return (hidden_states,)
 
-    def put_back(_: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def pack_lane(_: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return pack(output, lanes.pop())
 
-    norm.register_forward_pre_hook(take_off)
-    norm.register_forward_hook(put_back)
+    norm.register_forward_pre_hook(unpack_lane)
+    norm.register_forward_hook(pack_lane)

@@ -7,10 +7,10 @@ layer and has no `context`:
 
     pre-dispatch                dispatch       experts       combine
     attention, norm, router,    all-to-all     FFN experts   all-to-all, add,
-    shared and zero-computation                              lane glued on
+    shared and zero-computation                              lane packed
     experts
 
-So the lane travels as it does between pipeline stages: glued to the hidden states as further
+So the lane travels as it does between pipeline stages: packed with the hidden states as extra
 columns (`lane.pack`). Upstream's nodes: `models/gpt/fine_grained_callables.py`.
 """
 
@@ -48,7 +48,7 @@ class _MoEPPLayerPlan(TransformerLayerSchedulePlan):
 
 
 class _LanePreProcess(PreProcessNode):
-    """Embedding, or the input from the stage before; the lane is glued on if there is one."""
+    """Embedding, or the input from the stage before; packed with the lane if there is one."""
 
     def forward_impl(self) -> Tensor:
         """Returns [s, b, D + lane columns]."""

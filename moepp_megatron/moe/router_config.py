@@ -35,7 +35,7 @@ def router_config(config: TransformerConfig, moepp: MoEPPConfig) -> TransformerC
 
 
 def _require_new_counts(config: TransformerConfig, moepp: MoEPPConfig) -> None:
-    """Refuse balance over the global batch where nobody would begin its counts anew."""
+    """Refuse balance over the global batch where nobody would reset its counts."""
     types = config.moe_router_load_balancing_type
     if moepp.balance_scope == "global" and "global_aux_loss" not in types:
         raise ValueError(

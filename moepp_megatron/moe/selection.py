@@ -110,7 +110,7 @@ def _ranked(logits: Tensor, scores: Tensor, bias: Tensor | None, config: MoEPPCo
     ranked_TE = logits.detach()
     if not config.limits_groups:
         return ranked_TE
-    # Among FFN experts alone, for scores that are all 0 would not tell groups apart.
+    # Among FFN experts alone, for scores that are all 0 would not distinguish groups.
     return within_groups(ranked_TE, ffn_scores(ranked_TE, config), config)
 
 

@@ -1,4 +1,4 @@
-"""Tags that tell MoE++ layers, for each token, what it is counted as.
+"""Tags: what MoE++ layers count each token as.
 
 Routers see hidden vectors, and a later micro-batch may be in its forward pass while this one is
 recomputed for its backward pass, so tags travel with the vectors: through `TransformerBlock`'s

@@ -36,7 +36,7 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class Ours:
+class _Ours:
     """A setting that MoEPPConfig decides.
 
     Attributes:
@@ -93,33 +93,33 @@ HONOURED = frozenset(
     }
 )
 
-OURS: dict[str, Ours] = {
-    "num_moe_experts": Ours("num_ffn_experts", (), lambda moepp: (moepp.num_ffn_experts,)),
-    "moe_router_topk": Ours("router_topk", (), lambda moepp: (moepp.router_topk,)),
-    "moe_aux_loss_coeff": Ours("balance_coeff", (0.0,), lambda moepp: (moepp.balance_coeff,)),
+OURS: dict[str, _Ours] = {
+    "num_moe_experts": _Ours("num_ffn_experts", (), lambda moepp: (moepp.num_ffn_experts,)),
+    "moe_router_topk": _Ours("router_topk", (), lambda moepp: (moepp.router_topk,)),
+    "moe_aux_loss_coeff": _Ours("balance_coeff", (0.0,), lambda moepp: (moepp.balance_coeff,)),
     # "none" only switches megatron-core's own loss off.
-    "moe_router_load_balancing_type": Ours(
+    "moe_router_load_balancing_type": _Ours(
         "balance_scope",
         ("aux_loss", "none"),
         lambda moepp: (BALANCE_TYPES[moepp.balance_scope],),
     ),
-    "moe_router_score_function": Ours(
+    "moe_router_score_function": _Ours(
         "score_function", ("softmax",), lambda moepp: (moepp.score_function,)
     ),
     # True: megatron-core moves the bias after every batch.
-    "moe_router_enable_expert_bias": Ours(
+    "moe_router_enable_expert_bias": _Ours(
         "selection_bias", (False,), lambda moepp: (moepp.selection_bias,)
     ),
     # True: the gates are the scores before the selection. megatron-core demands it for one expert
     # per token.
-    "moe_router_pre_softmax": Ours(
+    "moe_router_pre_softmax": _Ours(
         "gate_normalization",
         (False,),
         lambda moepp: (moepp.gate_normalization == "none" or moepp.router_topk == 1,),
     ),
-    "moe_router_num_groups": Ours("num_groups", (None,), lambda moepp: (moepp.num_groups,)),
-    "moe_router_group_topk": Ours("group_topk", (None,), lambda moepp: (moepp.group_topk,)),
-    "moe_router_topk_scaling_factor": Ours(
+    "moe_router_num_groups": _Ours("num_groups", (None,), lambda moepp: (moepp.num_groups,)),
+    "moe_router_group_topk": _Ours("group_topk", (None,), lambda moepp: (moepp.group_topk,)),
+    "moe_router_topk_scaling_factor": _Ours(
         "gate_scale", (None,), lambda moepp: (moepp.gate_scale,)
     ),
 }

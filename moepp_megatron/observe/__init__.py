@@ -1,7 +1,7 @@
 """The records of a run: the metrics of every logged step, and their sinks.
 
 alert_sinks.py      the alert sinks of a training run
-alerts.py           what a run tells people: alerts, `RUN/alerts.jsonl`, what takes alerts
+alerts.py           what a run reports: alerts, `RUN/alerts.jsonl`, what takes alerts
 console.py          shows a running training: a live bar on a terminal, or plain lines in a log
 jsonl.py            `RUN/metrics.jsonl`
 numbers.py          every number of a record, by the catalogue: what views of a run walk
@@ -14,7 +14,7 @@ guard_judge.py      judges rules over a step's numbers: when an action begins, a
 shift/              detects shifts of the data in the series of a run
 sink.py             the interface of sinks for records; one that waits for a full disk
 sinks.py            all sinks of a run, and the fan-out that protects training from their failures
-status.py           `RUN/status.json`: which processes train, how to go on
+status.py           `RUN/status.json`: which processes train, how to resume
 tail.py             reads new lines of a file that another process appends to and sometimes rewrites
 tensorboard.py      writes to TensorBoard: scalars, and histograms of a record's lists
 wandb_sink.py       Weights & Biases

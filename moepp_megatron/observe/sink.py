@@ -29,7 +29,7 @@ class Sink(Protocol):
 class PatientSink:
     """Passes records to a sink on a disk, in order, without loss while the process lives.
 
-    A full disk must not end a training run that could go on; at the end of the run it must not
+    A full disk must not end a training run that could continue; at the end of the run it must not
     pass unnoticed either.
 
     Args:

@@ -134,8 +134,8 @@ def _wandb(run: SinkSettings) -> Sink | None:
     if run.wandb is None:
         return None
     settings, name, config = run.wandb.settings, run.wandb.name, run.wandb.config
-    go_on = run.resume_step is not None and run.resume_step > 1
-    return WandbSink(settings, run.run_dir, name, config, run.experts, go_on, run.moe_layers)
+    resumes = run.resume_step is not None and run.resume_step > 1
+    return WandbSink(settings, run.run_dir, name, config, run.experts, resumes, run.moe_layers)
 
 
 # What opens each view of a run, or nothing where it is not wanted.

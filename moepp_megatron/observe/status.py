@@ -27,7 +27,7 @@ from moepp_megatron.runtime.atomic import write_atomic
 CLAIM = "MOEPP_CLAIM"
 # The command that starts the run again, from whoever has started `moepp train`: a script, or the
 # launcher of ranks that decide about the folder themselves.
-GO_ON = "MOEPP_GO_ON"
+RESUME_COMMAND = "MOEPP_RESUME_COMMAND"
 
 
 class ProcessId(BaseModel):
@@ -67,11 +67,11 @@ class RunStatus(BaseModel):
         state: ``running``, or ``ended`` where training came to its end or stopped on request.
         started: When that process began, seconds since 1970.
         time: When this was written.
-        launcher: The launcher that has claimed the folder and starts ranks anew; None for none.
+        launcher: The launcher that has claimed the folder and restarts ranks; None for none.
         start: Name of this start of the run for all its ranks; None if ranks need none.
         restarted: Whether that start continues what the same job or launcher has begun.
         job: Number of the Slurm job; None outside of one.
-        go_on: The shell command that continues the run; None if unknown.
+        resume_command: The shell command that continues the run; None if unknown.
         folder: Working directory of that command.
     """
 
@@ -86,12 +86,12 @@ class RunStatus(BaseModel):
     start: str | None = None
     restarted: bool = False
     job: str | None = None
-    go_on: str | None = None
+    resume_command: str | None = None
     folder: str | None = None
 
     @classmethod
     def own(
-        cls, start: str | None = None, restarted: bool = False, go_on: str | None = None
+        cls, start: str | None = None, restarted: bool = False, resume_command: str | None = None
     ) -> RunStatus:
         """The status of this process, which is about to train or to start ranks."""
         return cls(
@@ -101,7 +101,7 @@ class RunStatus(BaseModel):
             start=start,
             restarted=restarted,
             job=os.environ.get("SLURM_JOB_ID"),
-            go_on=go_on,
+            resume_command=resume_command,
             folder=os.getcwd(),
             **ProcessId.own().model_dump(),
         )
@@ -120,17 +120,17 @@ class RunStatus(BaseModel):
         launcher = ProcessId(pid=claim.pid, started=claim.started)
         return known.model_copy(update={"launcher": launcher})
 
-    def way_on(self) -> str | None:
-        """`go_on` for a shell in this process's folder."""
-        if self.go_on is None or self.folder is None or self.folder == os.getcwd():
-            return self.go_on
+    def resume_command_here(self) -> str | None:
+        """`resume_command` for a shell in this process's folder."""
+        if self.resume_command is None or self.folder is None or self.folder == os.getcwd():
+            return self.resume_command
         # One that changes folder itself does so from anywhere.
-        if self.go_on.startswith("cd "):
-            return self.go_on
-        return f"cd {shlex.quote(self.folder)} && {self.go_on}"
+        if self.resume_command.startswith("cd "):
+            return self.resume_command
+        return f"cd {shlex.quote(self.folder)} && {self.resume_command}"
 
     def is_gone(self) -> bool | None:
-        """Whether none of its processes exists any more; None if this machine cannot tell."""
+        """Whether none of its processes exists any more; None if this machine cannot know."""
         if self.host != socket.gethostname():
             return None
         answers = [ProcessId(pid=self.pid, started=self.started).is_gone()]
@@ -161,7 +161,7 @@ def write_status(run_dir: Path, status: RunStatus) -> None:
 class StatusSink:
     """Keeps ``RUN/status.json``: ``running`` from here on, ``ended`` once closed.
 
-    It is written anew where it was removed, so that no other run takes the folder for free. A run
+    It is written again where it was removed, so that no other run takes the folder for free. A run
     that fails or is killed does not close it, and leaves the id of a process that is gone.
 
     Args:

@@ -14,7 +14,7 @@ CHUNK = 1 << 22
 FINGERPRINT = 256
 
 
-class NewLines(NamedTuple):
+class _NewLines(NamedTuple):
     """The result of one look at the file.
 
     Attributes:
@@ -48,7 +48,7 @@ class Tail:
         except OSError:
             return None
 
-    def poll(self) -> NewLines:
+    def poll(self) -> _NewLines:
         """The lines since the last look.
 
         Raises:
@@ -58,13 +58,13 @@ class Tail:
             check_regular(self._path)
             fd = os.open(self._path, os.O_RDONLY)
         except FileNotFoundError:
-            return NewLines(self._forget(None), [])
+            return _NewLines(self._forget(None), [])
         try:
             stat = os.fstat(fd)
             identity = (stat.st_dev, stat.st_ino)
             rewritten = not self._still_holds(fd, identity) and self._forget(identity)
             self._identity = identity
-            return NewLines(rewritten, self._read(fd))
+            return _NewLines(rewritten, self._read(fd))
         finally:
             os.close(fd)
 

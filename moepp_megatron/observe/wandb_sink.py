@@ -31,7 +31,7 @@ class WandbSink:
     source code.
 
     Args:
-        go_on: Whether the run resumes from a checkpoint: then the same W&B run continues too.
+        resumes: Whether the run resumes from a checkpoint: then the same W&B run continues too.
         moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
 
     Raises:
@@ -46,7 +46,7 @@ class WandbSink:
         name: str,
         config: Mapping[str, Any],
         experts: ExpertCounts,
-        go_on: bool = False,
+        resumes: bool = False,
         moe_layers: Sequence[int] = (),
     ) -> None:
         try:
@@ -62,7 +62,7 @@ class WandbSink:
                 project=settings.project,
                 entity=settings.entity,
                 name=name,
-                id=_run_id(run_dir, go_on),
+                id=_run_id(run_dir, resumes),
                 resume="allow",
                 mode=settings.mode,
                 dir=str(run_dir),
@@ -99,10 +99,10 @@ class WandbSink:
         self._run.finish()
 
 
-def _run_id(run_dir: Path, go_on: bool) -> str:
+def _run_id(run_dir: Path, resumes: bool) -> str:
     """The id of this run at W&B, kept in its folder for a resumed run; a new run gets a new one."""
     path = run_dir / _ID_FILE
-    if go_on and path.is_file():
+    if resumes and path.is_file():
         kept = path.read_text(encoding="utf-8").strip()
         if kept:
             return kept

@@ -12,7 +12,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from moepp_megatron.runtime.launch import refused_with
+from moepp_megatron.runtime.launch import refusal_status
 from moepp_megatron.runtime.patches import replace
 from moepp_megatron.runtime.terminal import lasting_output
 
@@ -39,7 +39,7 @@ def main() -> int:
     except _RefusedError:
         return 1
     except ChildFailedError as error:
-        if refused_with() is not None:
+        if refusal_status() is not None:
             # The rank has said why; what other ranks met is that it was gone.
             return 1
         failures = sorted(error.failures.items(), key=lambda each: each[1].timestamp)
@@ -60,7 +60,7 @@ def _restart_only_what_can_succeed() -> None:
     restart = SimpleElasticAgent._restart_workers
 
     def restart_unless_refused(agent: SimpleElasticAgent, group: WorkerGroup) -> None:
-        if refused_with() is not None:
+        if refusal_status() is not None:
             raise _RefusedError
         restart(agent, group)
 

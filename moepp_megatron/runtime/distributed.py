@@ -25,7 +25,7 @@ from moepp_megatron.runtime.rank_gpu import gpu_of_rank
 # One a process, since one rank serves it to the others, who may be slower to leave a group.
 _STORES: dict[RankEnvironment, dist.Store] = {}
 # Ranks run the same program, so all count alike.
-_JOINS = itertools.count()
+_STARTS = itertools.count()
 
 
 def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=10)) -> torch.device:
@@ -35,7 +35,7 @@ def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=1
     UnfitError if this node has more ranks than GPUs.
     """
     on_cpu = cpu_support.install()
-    store = None if dist.is_initialized() else _meeting_point(environment, timeout)
+    store = None if dist.is_initialized() else _rendezvous_store(environment, timeout)
     if "OMP_NUM_THREADS" not in os.environ or (on_cpu and environment.world_size == 1):
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // environment.local_world_size))
@@ -129,7 +129,7 @@ def stop() -> None:
 
 
 @contextmanager
-def joined(
+def initialized(
     environment: RankEnvironment, timeout: timedelta = timedelta(minutes=10)
 ) -> Iterator[torch.device]:
     """A context in which this process is a rank; arguments and value are those of `start`.
@@ -151,7 +151,7 @@ def joined(
     write_status(0)
 
 
-def _meeting_point(environment: RankEnvironment, timeout: timedelta) -> dist.Store:
+def _rendezvous_store(environment: RankEnvironment, timeout: timedelta) -> dist.Store:
     """The store through which ranks find each other."""
     if environment.world_size == 1:
         # A lone process needs no address to meet others at.
@@ -159,7 +159,7 @@ def _meeting_point(environment: RankEnvironment, timeout: timedelta) -> dist.Sto
     if environment not in _STORES:
         _STORES[environment] = _open_store(environment, timeout)
     # It still holds the addresses of a group that this program has joined before and left.
-    return dist.PrefixStore(f"join_{next(_JOINS)}", _STORES[environment])
+    return dist.PrefixStore(f"join_{next(_STARTS)}", _STORES[environment])
 
 
 def _open_store(environment: RankEnvironment, timeout: timedelta) -> dist.Store:

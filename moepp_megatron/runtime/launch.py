@@ -30,16 +30,16 @@ from moepp_megatron.runtime.stop_signals import (
     wait_until_gone,
 )
 
-# Exit status of a run that was asked to stop and has saved; its last line is the way to go on.
+# Exit status of a run that was asked to stop and has saved; its last line resumes it.
 STOPPED = 75
 # Exit status of a rank in a run in which nothing moved any more.
 HUNG = 70
-# Exit status of a machine that has waited for the other machines in vain.
+# Exit status of a machine whose wait for the other machines has failed.
 LOST = 71
 
-# A user's error, which the rank has said in one line, and starting ranks anew would only repeat.
+# A user's error, which the rank has said in one line, and restarting ranks would only repeat.
 _REFUSALS = (ConfigError.exit_code, UnfitError.exit_code)
-# What is told apart from other failures of torchrun, which makes 1 of all of them.
+# What differs from other failures of torchrun, which makes all of them 1.
 _TOLD_FAILURES = (HUNG, *_REFUSALS)
 
 # torchrun turns every status of a rank but 0 into 1, and restarts all ranks. So ranks that stop on
@@ -59,7 +59,7 @@ class LaunchOptions:
     Attributes:
         num_local_ranks: Ranks on this machine.
         nodes: The machines; None for this one only.
-        max_restarts: How often to start all ranks anew after one has died.
+        max_restarts: How often to restart all ranks after one has died.
         log_dir: Folder of this machine for each rank's output, which is shown as well; None for
             no files.
         stoppable: Whether the ranks finish a step and save when asked to stop
@@ -105,7 +105,7 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
         status = _run(_torchrun(options, module, arguments), environment, options, status_file)
         written = _written(status_file) or 0
     if status == 0:
-        # After a hang torchrun has started all ranks anew, with success.
+        # After a hang torchrun has restarted all ranks, with success.
         return 0 if written == HUNG else written
     # A run that ranks have left, as one that was stopped, can fail after all.
     return written if written in _TOLD_FAILURES else status
@@ -121,7 +121,7 @@ def has_launcher() -> bool:
     return _STATUS_FILE in os.environ
 
 
-def refused_with() -> int | None:
+def refusal_status() -> int | None:
     """The exit status with which a rank of this run (`run_ranks`) has refused a user's error."""
     status_file = os.environ.get(_STATUS_FILE)
     status = None if status_file is None else _written(Path(status_file))

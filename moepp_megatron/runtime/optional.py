@@ -44,7 +44,7 @@ def hide_broken_packages() -> None:
 @functools.cache
 def have_transformer_engine() -> bool:
     """Whether Transformer Engine's modules can be built: installed, and a GPU is present."""
-    # Looked for first: importing torch takes seconds, after which a user's mistake would be told.
+    # Looked for first: importing torch takes seconds before a user's mistake would be reported.
     if importlib.util.find_spec("transformer_engine") is None:
         return False
     import torch

@@ -105,7 +105,7 @@ PATCHES = (
         "torch, megatron-core",
         "collectives under every name, and Work.wait; while the clock runs",
         "neither gloo nor NCCL says how long a rank waits",
-        "torch tells the time of a collective",
+        "torch reports the time of a collective",
     ),
     Patch(
         "training.gradient_norm",
@@ -140,7 +140,7 @@ PATCHES = (
         "torch",
         "all_to_all_single; while the clock runs",
         "neither gloo nor NCCL says how long a rank waits, and with how many bytes",
-        "torch tells the time of a collective",
+        "torch reports the time of a collective",
     ),
 )
 

@@ -11,7 +11,7 @@ from moepp_megatron.config.errors import ConfigError
 
 # This machine's number among those of the run, from the launcher (`runtime.nodes.Nodes.rank`).
 NODE_RANK = "MOEPP_NODE_RANK"
-# What tells one start of ranks by srun from any other.
+# What distinguishes one start of ranks by srun from any other.
 _SLURM_START = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
 
 
@@ -21,7 +21,7 @@ class RankEnvironment:
 
     Attributes:
         is_launched: Whether torchrun, a launcher that sets the same variables, or srun started it.
-        restart_count: How often torchrun has started the ranks anew.
+        restart_count: How often torchrun has restarted the ranks.
         start_name: Name of this start of the run, the same on all its ranks; None for a lone
             process.
         meets_at: Host and port of the store where ranks meet, and whether this rank serves it;

@@ -85,7 +85,7 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
         Variable(
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
             "10",
-            "torchrun ends ranks only after one has died; the others wait for it in vain",
+            "torchrun ends ranks only after one has died; the others would wait for it",
             only_at_start=True,
         ),
     ]
@@ -179,7 +179,7 @@ def with_rank_variables(
     return result
 
 
-def adopt_rank_variables(config: Config, interface: str | None = None) -> None:
+def set_rank_variables(config: Config, interface: str | None = None) -> None:
     """Give this rank of a training run its variables; call it before torch is imported.
 
     CUDA, torch's allocator and NCCL read their variables once, when they start.
@@ -190,7 +190,7 @@ def adopt_rank_variables(config: Config, interface: str | None = None) -> None:
             _set_default(os.environ, variable)
 
 
-def adopted(config: Config) -> RankEnvironment:
+def prepare_rank(config: Config) -> RankEnvironment:
     """This process's place as a rank that computes with a model, with the variables of a rank.
 
     Call it before torch is imported, with the configuration in the layout of the ranks. A process
@@ -198,7 +198,7 @@ def adopted(config: Config) -> RankEnvironment:
     """
     rank = RankEnvironment.read()
     if rank.is_launched:
-        adopt_rank_variables(config)
+        set_rank_variables(config)
     return rank
 
 

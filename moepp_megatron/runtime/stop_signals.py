@@ -45,7 +45,7 @@ def starting(stoppable: bool) -> Iterator[None]:
 
 
 @dataclass
-class StopRequests:
+class _StopRequests:
     """The state of a request to stop; torchrun may just be waiting for other machines.
 
     Attributes:
@@ -93,12 +93,12 @@ def heeded_signals() -> list[signal.Signals]:
 
 
 @contextmanager
-def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iterator[StopRequests]:
+def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iterator[_StopRequests]:
     """A context in which signals to this process are passed on to the ranks below torchrun.
 
     `stoppable` ranks finish a step and save; others are ended.
     """
-    request = StopRequests()
+    request = _StopRequests()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         second = request.is_second_interrupt(number)

@@ -6,7 +6,7 @@ collect.py             sums over all ranks
 decoding.py            continues prompts with a cache of keys and values
 generate.py            `moepp generate` as a function
 generate_request.py    what `moepp generate` is asked to do
-going_back.py          putting an earlier checkpoint of the run in place of the present model
+rollback.py            loads an earlier checkpoint of the run in the middle of training
 gradient_norm.py       the gradient norm on the device
 inference_settings.py  turns a training configuration into one for forward passes only
 lm_eval_tasks.py       tasks of lm-eval from local files, and the model that lm-eval asks
@@ -23,7 +23,7 @@ setup.py               wraps the model: precision, data parallelism, optimizer, 
 signals.py             stopping on request: finish the step, save, leave
 step.py                one training step
 step_sums.py           what a step decides by: summed over all ranks and read once
-tagging.py             whether layers are told which tokens they see, and by what
+tagging.py             whether layers know which tokens they see, and from what
 teacher.py             which model teaches, and its configuration in the layout of the run
 token_scores.py        log-probabilities of given tokens from a model that is there
 train_request.py       what `moepp train` is asked to do, checked before anything heavy is imported

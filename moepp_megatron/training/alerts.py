@@ -91,7 +91,7 @@ def _lost_files(progress: Progress, folder: Path) -> Alert:
         condition=f"{folder} has lost its {CONFIG_FILE}, and maybe all else: it was removed or "
         "renamed while the run trains in it",
         severity="critical",
-        action="write what follows there anew",
+        action="write what follows there again",
     )
 
 
@@ -119,5 +119,5 @@ def new_stage(progress: Progress, reason: str) -> Alert:
         value=progress.tokens,
         condition=reason,
         severity="info",
-        action="both guards begin anew",
+        action="both guards start again",
     )

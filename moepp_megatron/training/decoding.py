@@ -167,7 +167,7 @@ def continue_prompts(
 
 
 class _Sampler:
-    """Draws on one rank and tells the others."""
+    """Draws on one rank for all."""
 
     # Logits of data-parallel ranks may differ in the last bit, since experts see other rows beside
     # theirs; ranks that drew by themselves could part ways.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
-from moepp_megatron.runtime.rank_environment import adopted
+from moepp_megatron.runtime.rank_environment import prepare_rank
 from moepp_megatron.training.generate_request import GenerateRequest, Sampling
 
 logger = logging.getLogger(__name__)
@@ -59,10 +59,10 @@ def generate(
 
 def run(request: GenerateRequest) -> list[str]:
     """Be this process's rank; prompt and continuation of each, on every rank."""
-    rank = adopted(request.config)
+    rank = prepare_rank(request.config)
     from moepp_megatron.runtime import distributed
     from moepp_megatron.training.decoding import generate_texts
 
-    with distributed.joined(rank):
+    with distributed.initialized(rank):
         distributed.build_groups(request.config, request.layout)
         return generate_texts(request)

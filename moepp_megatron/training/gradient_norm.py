@@ -20,7 +20,7 @@ from torch import Tensor
 from moepp_megatron.runtime.patches import replace
 
 
-def use_one_read() -> None:
+def replace_l2_norm() -> None:
     """Replace megatron-core's own norm, where it is used on a GPU; CPU runs keep their bits."""
     if torch.cuda.is_available() and clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         replace(clip_grads, "l2_norm_impl", l2_norm)

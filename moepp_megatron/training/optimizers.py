@@ -43,7 +43,7 @@ OPTIMIZERS: dict[str, Callable[[OptimizerSection], dict[str, Any]]] = {
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """Megatron's optimizer over all wrapped model chunks of this rank; every rank must call."""
-    settings, overrides = _optimizer_config(config), parameter_overrides(config)
+    settings, overrides = _optimizer_config(config), _parameter_overrides(config)
     if not config.optimizer.is_emerging:
         return get_megatron_optimizer(
             settings, chunks, config_overrides=overrides, use_gloo_process_groups=False
@@ -96,7 +96,7 @@ def _bf16_moments(settings: OptimizerSection) -> dict[str, Any]:
     }
 
 
-def parameter_overrides(config: Config) -> dict[ParamKey, ParamGroupOverride]:
+def _parameter_overrides(config: Config) -> dict[ParamKey, ParamGroupOverride]:
     """What differs from the optimizer's own settings, for each kind of parameters."""
     overrides: dict[ParamKey, ParamGroupOverride] = {}
     for kind in ParameterGroups.model_fields:

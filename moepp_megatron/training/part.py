@@ -169,7 +169,7 @@ class Run:
         config: The run's configuration.
         layout: The rank grid; process groups exist.
         model: The wrapped model, as a checkpoint has left it.
-        supervisor: Is told what a rank does, so that a report of a hang names it.
+        supervisor: Gets what a rank does, so that a report of a hang names it.
         tokenizer: The tokenizer's file.
         train_set: The training set.
         valid_set: The validation part of the data that is trained on; None without one.

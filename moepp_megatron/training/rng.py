@@ -65,7 +65,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def reseed(seed: int, step: int) -> None:
-    """Seed all streams anew for a run that goes on at `step` in another layout.
+    """Seed all streams again for a run that continues at `step` in another layout.
 
     The seed is not the run's own, which would repeat the noise of its first steps.
     """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from moepp_megatron.config import Config, ConfigError, UnfitError
 from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE
-from moepp_megatron.observe.status import GO_ON, inherited_claim
+from moepp_megatron.observe.status import RESUME_COMMAND, inherited_claim
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
 from moepp_megatron.runtime.terminal import lasting_output
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
@@ -34,7 +34,7 @@ class TrainResult:
         metrics: Metrics of the last logged step; None where this process, being a rank, had nothing
             left to do.
         stopped: Somebody asked the run to stop, or it has paused by itself; it has saved, and
-            `resume` goes on with it.
+            `resume` continues it.
         pause_reason: Why it has paused by itself; None if it has not, or where other processes have
             trained.
         failure: What of the run's end is on no disk, in one line; None if all of it is.
@@ -74,7 +74,7 @@ def train(
         config: A configuration, or its YAML file.
         overrides: Settings `section.key=value` over it, the value as YAML.
         resume: Go on from the newest checkpoint of the run in `run.dir`.
-        overwrite: Move the run in `run.dir` aside and start anew.
+        overwrite: Move the run in `run.dir` aside and start from scratch.
         nproc: Ranks to start on this machine, in processes of their own.
         callbacks: Told what the run does, before those of `run.callbacks`. They cannot be handed to
             processes that `nproc` starts.
@@ -127,10 +127,10 @@ def run(request: TrainRequest, say: Say, callbacks: Sequence[Callback] = ()) -> 
     Args:
         request: The result of `TrainRequest.admitted`.
         say: Told what happens before the first step, on rank 0.
-        callbacks: Objects that are told what the run does, as for `train`.
+        callbacks: Objects that get the events of the run, as for `train`.
 
     Returns:
-        Of ranks that were started only what their exit status tells.
+        Of ranks that were started only what their exit status means.
 
     Raises:
         ConfigError: The run may not start in its folder, or has nothing to start from
@@ -148,7 +148,7 @@ def _entering(request: TrainRequest, say: Say) -> AbstractContextManager[None]:
     folder = RunFolder(request.config)
     if request.leads:
         return folder.claim(request.start, say)
-    folder.check_beside_leader(request.start)
+    folder.check_without_claim(request.start)
     return contextlib.nullcontext()
 
 
@@ -160,7 +160,7 @@ def _start_ranks(request: TrainRequest) -> TrainResult:
     flags = ["--resume"] if start.resume else []
     if not request.leads:
         flags += ["--overwrite"] if start.overwrite else []
-        os.environ[GO_ON] = start.go_on or ""
+        os.environ[RESUME_COMMAND] = start.resume_command or ""
     arguments = ["train", *flags, "--", *request.words]
     status = run_ranks(request.options, "moepp_megatron.cli.main", arguments)
     if status not in (0, STOPPED):
@@ -184,7 +184,7 @@ def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[Callback]) -> 
         die_with_parent(os.getppid())
     if config.resilience.hang_timeout_s > 0:
         flight_recorder.enable(folder / "hangs")
-    with distributed.joined(rank, distributed.collective_timeout(config)) as device:
+    with distributed.initialized(rank, distributed.collective_timeout(config)) as device:
         if config.run.numa_binding:
             bind_to_gpu(device)
         # Now, when the device is known: megatron-core compiles some functions on its import, but

@@ -23,7 +23,7 @@ from moepp_megatron.config.choices import pick
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
 
-# megatron-core's calculators tell what they do on rank 0.
+# megatron-core's calculators print what they do on rank 0.
 _SILENT = -1
 
 
@@ -73,7 +73,7 @@ def learning_rate(config: Config, step: int) -> float:
 class BatchSizes:
     """The batch size by the sequences that a run has read, refused batches included.
 
-    A run that goes on knows how many it has read, so a ramp goes on where it was.
+    A resumed run knows how many it has read, so a ramp continues where it was.
 
     Args:
         config: The run's configuration.

@@ -24,12 +24,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.megatron_config import moepp_config, params_dtype
-from moepp_megatron.moe.kernels import start_one, use_kernels
+from moepp_megatron.moe.kernels import start_kernel, use_kernels
 from moepp_megatron.moe.lane import pipeline_config
 from moepp_megatron.runtime.compilers import modules_with_extension
 from moepp_megatron.runtime.kernel_choices import chosen_cross_entropy
 from moepp_megatron.runtime.patches import replace
-from moepp_megatron.training.gradient_norm import use_one_read
+from moepp_megatron.training.gradient_norm import replace_l2_norm
 from moepp_megatron.training.optimizers import build_optimizer
 from moepp_megatron.training.schedule import build_schedule
 
@@ -92,7 +92,7 @@ def build_training_model(config: Config) -> TrainingModel:
         start_a_kernel()
     if modules_with_extension(config):
         compile_extension()
-    use_one_read()
+    replace_l2_norm()
     models = build_model(config)
     schedule_config, chunks = wrap_models(models, config)
     optimizer = build_optimizer(config, chunks)
@@ -108,7 +108,7 @@ def _uses_triton(config: Config) -> bool:
 def start_a_kernel() -> None:
     """Have a kernel compiled and started before minutes of building and loading."""
     try:
-        start_one(torch.device("cuda", torch.cuda.current_device()))
+        start_kernel(torch.device("cuda", torch.cuda.current_device()))
     except RuntimeError as error:
         raise UnfitError(
             "moe.fused and precision.cross_entropy must have Triton kernels that start on this "

@@ -1,4 +1,4 @@
-"""Stopping on request: finish the step, save, leave with a status that means "go on later"."""
+"""Stopping on request: finish the step, save, leave with a status that means "resume later"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether layers are told which tokens they see, and by what."""
+"""Whether layers know which tokens they see, and from what."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from moepp_megatron.moe.token_tags import TokenTags
 
 
 def layers_know_tokens(config: Config) -> bool:
-    """Whether the layers are told which tokens they see.
+    """Whether the layers know which tokens they see.
 
-    The combined schedule and a router in a CUDA graph tell them nothing.
+    They do not with the combined schedule or a router in a CUDA graph.
     """
     return not (
         config.parallel.overlap_moe_expert_parallel_comm
@@ -23,7 +23,7 @@ def layers_know_tokens(config: Config) -> bool:
 
 def tags_of(chunk: torch.nn.Module, config: Config) -> TokenTags:
     """The tags of a model chunk, made if it has none yet."""
-    assert isinstance(chunk, MoEPPGPTModel), "layers of other models are told nothing"
+    assert isinstance(chunk, MoEPPGPTModel), "layers of other models know nothing"
     if chunk.token_tags is None:
         chunk.token_tags = TokenTags(config.model.seq_length)
     return chunk.token_tags

@@ -25,7 +25,7 @@ from moepp_megatron.runtime.nodes import interface_of_rank
 from moepp_megatron.runtime.object_store import check_store, place
 from moepp_megatron.runtime.optional import have_lm_eval
 from moepp_megatron.runtime.rank import RankEnvironment
-from moepp_megatron.runtime.rank_environment import adopt_rank_variables, contradiction
+from moepp_megatron.runtime.rank_environment import contradiction, set_rank_variables
 from moepp_megatron.training.checkpoint import check_start, list_checkpoints
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
 from moepp_megatron.training.teacher import TeacherModel
@@ -127,7 +127,7 @@ class TrainRequest:
             if doubt is not None:
                 warn(doubt)
         if not self.starts_ranks:
-            adopt_rank_variables(config, interface_of_rank(self.rank))
+            set_rank_variables(config, interface_of_rank(self.rank))
         from moepp_megatron.data.prepared_data import check_data
         from moepp_megatron.runtime.fit import check_fit
 

@@ -27,12 +27,12 @@ from moepp_megatron.training.checkpoint import (
 )
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.collect import mean_loss
-from moepp_megatron.training.going_back import go_back, newest_checkpoint
 from moepp_megatron.training.part import GoBack, Outcome, Parts, Pause, Run, Step, Stop
 from moepp_megatron.training.parts.callbacks import Callback, Callbacks
 from moepp_megatron.training.parts.order import build_parts
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.resumed import start_lines
+from moepp_megatron.training.rollback import load_earlier, newest_checkpoint
 from moepp_megatron.training.run_folder import RunFolder, checkpoint_folder
 from moepp_megatron.training.run_sinks import open_run_sinks
 from moepp_megatron.training.schedule import BatchSizes, planned_samples
@@ -167,7 +167,7 @@ class Trainer:
                 logger.warning("%s", lack)
 
     def _enter_stages(self) -> None:
-        """Let every part begin anew where the next batch is of other data, as announced."""
+        """Reset every part where the next batch is of other data, as announced."""
         reasons = [part.new_data(self.progress.consumed_samples) for part in self.parts]
         for why in filter(None, reasons):
             for part in self.parts:
@@ -205,20 +205,20 @@ class Trainer:
         """Do what a part wants; False if the run has gone back."""
         match outcome:
             case GoBack():
-                return not self._go_back(outcome)
+                return not self._roll_back(outcome)
             case Pause():
                 self.pause_reason = outcome.reason
             case Stop():
                 with self.supervisor.during("save"):
                     self._save()
                     self.checkpoints.finish()
-                saved = f"step {self.progress.step} is saved, and resuming goes on after them"
+                saved = f"step {self.progress.step} is saved, and resuming continues after them"
                 raise outcome.error(self.checkpoints.error or saved)
             case _:
                 self._alerts.send(outcome)
         return True
 
-    def _go_back(self, wanted: GoBack) -> bool:
+    def _roll_back(self, wanted: GoBack) -> bool:
         """Continue from an earlier checkpoint; False if there is none."""
         before = self.progress
         with self.supervisor.during("rollback"):
@@ -226,7 +226,7 @@ class Trainer:
             self._alerts.send(*wanted.found(checkpoint))
             if checkpoint is None:
                 return False
-            self.progress, self.extra = go_back(checkpoint, self.model, self.config, before)
+            self.progress, self.extra = load_earlier(checkpoint, self.model, self.config, before)
             if self._sinks is not None:
                 self._sinks.go_back(self.progress.step)
             for part in self.parts:

@@ -181,7 +181,7 @@ class _Run:
 
         self.config, self.layout, self.case, self.outcome = config, layout, case, outcome
         setup.start_a_kernel()
-        setup.use_one_read()
+        setup.replace_l2_norm()
         with torch.device("cuda"):
             models = build_chunks(config)
         machine.restore_orders(models)

@@ -116,7 +116,7 @@ def test_a_closed_terminal_costs_nothing(begin: Callable[..., Hung], tmp_path, n
     assert hung.lost() == 0
     status = json.loads((hung.run / "status.json").read_text())
     assert status["state"] == "ended"
-    assert status["go_on"].endswith(" --resume")
+    assert status["resume_command"].endswith(" --resume")
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -18,7 +18,7 @@ def save_and_load(folder: Path) -> dict[str, Any]:
     from moepp_megatron.runtime.patches import replaced
     from moepp_megatron.training.checkpoint import data_only, read_checkpoint
     from moepp_megatron.training.checkpoint.index import read_metadata
-    from moepp_megatron.training.checkpoint.state import saved_state, wanted_state
+    from moepp_megatron.training.checkpoint.state import saved_state, state_to_load
 
     read: list[tuple[str, tuple[int, ...]]] = []
 
@@ -43,7 +43,7 @@ def save_and_load(folder: Path) -> dict[str, Any]:
         for value in values.values()
     }
     run.save()
-    wanted = wanted_state(run.model)["optimizer"]
+    wanted = state_to_load(run.model)["optimizer"]
     checkpoint = folder / "step_00000001"
     read_as_usual = data_only.CheckpointReader.read_data
     with replaced(data_only.CheckpointReader, read_data=read_data):

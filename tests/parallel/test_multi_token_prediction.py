@@ -87,7 +87,7 @@ def test_its_layers_are_measured_as_the_decoders_next(alone: Callable[..., Run])
     assert all(abs(run.gradients[name]).max() > 0 for name in residuals)
     # Untrained: about that of a guess among the 64 tokens of the vocabulary, and not the zero
     # that unread sums would give.
-    assert 3.0 < run.further_losses[0] < 8.0
+    assert 3.0 < run.mtp_losses[0] < 8.0
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def test_another_corpus_is_announced(ranks: RankPools, goes_on: Continued) -> No
     raw["training"]["train_iters"] = NEW_FROM + 2
     run = _train(ranks, 1, raw, data="other texts", corpus="code")
     assert run[NEW_FROM].loss > 3 * run[NEW_FROM - 1].loss
-    assert _told(folder) == ["both guards begin anew"]
+    assert _told(folder) == ["both guards start again"]
 
 
 def test_no_checkpoint_to_go_back_to(ranks: RankPools, tmp_path: Path) -> None:

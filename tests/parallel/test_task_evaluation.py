@@ -236,7 +236,7 @@ def test_the_command(corpus: Path, tmp_path: Path) -> None:
     done = moepp("train", config, evaluation, "--resume", "training.train_iters=3")
     assert done.returncode == 0, done.stderr
     assert "OverflowError" in done.stderr
-    assert "evaluation.tasks failed; training goes on without these scores" in done.stderr
+    assert "evaluation.tasks failed; training continues without these scores" in done.stderr
     assert [record.get("task_score") is None for record in records(tmp_path / "run")] == [
         False,
         True,

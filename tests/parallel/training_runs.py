@@ -56,7 +56,7 @@ class Run:
     routing: list[dict[str, Any]] = field(default_factory=list)
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     divergences: list[float] = field(default_factory=list)
-    further_losses: list[float] = field(default_factory=list)
+    mtp_losses: list[float] = field(default_factory=list)
 
 
 def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -114,25 +114,29 @@ def train(
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import Parts
-    from moepp_megatron.training.parts.distillation import Distillation
-    from moepp_megatron.training.parts.mtp import MultiTokenPrediction
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
-    from moepp_megatron.training.teacher import TeacherModel
 
     config, layout = begin(raw)
     model = build_training_model(config)
-    teacher = TeacherModel.of(config)
-    distillation = None if teacher is None else Distillation(config, teacher)
+    # Imported on use: a feature can be deleted without these runs.
+    distillation, mtp = None, None
+    if config.distillation.teacher is not None:
+        from moepp_megatron.training.parts.distillation import Distillation
+        from moepp_megatron.training.teacher import TeacherModel
+
+        distillation = Distillation(config, TeacherModel.of(config))
+    if config.model.mtp_num_layers > 0:
+        from moepp_megatron.training.parts.mtp import MultiTokenPrediction
+
+        mtp = MultiTokenPrediction(model, config.model.mtp_num_layers)
     if prepare is not None:
         prepare(model.models)
         model.optimizer.reload_model_params()
     model.set_training(True)
     collector = RoutingCounts(model, config, layout)
-    depths = config.model.mtp_num_layers
-    further = MultiTokenPrediction(model, depths) if depths else None
-    parts = Parts([part for part in (collector, distillation, further) if part is not None])
+    parts = Parts([part for part in (collector, distillation, mtp) if part is not None])
     pieces = _capture_gradients(model)
     batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(model.chunks))
     run = Run()
@@ -144,8 +148,8 @@ def train(
         run.losses.append(mean_loss(result.losses))
         run.grad_norms.append(result.grad_norm)
         run.routing.append(collector.collect())
-        if further is not None:
-            run.further_losses.extend(further.record(None, {}).values())  # type: ignore[arg-type]
+        if mtp is not None:
+            run.mtp_losses.extend(mtp.record(None, {}).values())  # type: ignore[arg-type]
     return run, pieces
 
 
@@ -170,30 +174,14 @@ def counting_parts(
     from moepp_megatron.training.checkpoint.progress import Progress
     from moepp_megatron.training.part import Parts
     from moepp_megatron.training.part import Run as TrainedRun
-    from moepp_megatron.training.parts.batch_losses import BatchLosses
-    from moepp_megatron.training.parts.budget import BudgetControl
+    from moepp_megatron.training.parts.order import PARTS
     from moepp_megatron.training.parts.refused_batches import RefusedBatches
-    from moepp_megatron.training.parts.router_health import HealthCollector
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
-    from moepp_megatron.training.parts.routing_guard import RoutingGuard
-    from moepp_megatron.training.parts.shift import Shift
-    from moepp_megatron.training.parts.sources import SourceCollector
-    from moepp_megatron.training.parts.token_groups import GroupCollector
 
     nobody: Any = None
     run = TrainedRun(config, layout, model, nobody, Path(), dataset, None, {}, Progress(), {})
-    kinds = (
-        RoutingCounts,
-        BatchLosses,
-        HealthCollector,
-        SourceCollector,
-        GroupCollector,
-        BudgetControl,
-        Shift,
-        RoutingGuard,
-    )
-    for kind in kinds:
-        part = kind.of(run)
+    for make in PARTS[PARTS.index(RoutingCounts.of) : PARTS.index(RefusedBatches.of)]:
+        part = make(run)
         if part is not None:
             run.parts.append(part)
     if guarded:
@@ -219,7 +207,7 @@ def assemble(results: list[tuple[Run, list[Any]]]) -> Run:
     for rank, (run, _) in enumerate(results):
         assert run.losses == first.losses, f"rank {rank} logs other losses than rank 0"
         assert run.grad_norms == first.grad_norms, f"rank {rank} has another gradient norm"
-        assert run.further_losses == first.further_losses, f"rank {rank}, further tokens"
+        assert run.mtp_losses == first.mtp_losses, f"rank {rank}, further tokens"
     for _, pieces in results:
         for key, shape, offset, values in pieces:
             whole = first.gradients.setdefault(key, np.full(shape, np.nan, dtype=np.float32))
@@ -254,9 +242,7 @@ def difference(run: Run, reference: Run) -> Difference:
     steps = list(zip(run.routing, reference.routing, strict=True))
     losses = [name for name in ("balance_loss", "z_loss") if name in reference.routing[0]]
     return Difference(
-        loss=_relative(
-            run.losses + run.further_losses, reference.losses + reference.further_losses
-        ),
+        loss=_relative(run.losses + run.mtp_losses, reference.losses + reference.mtp_losses),
         grad_norm=_relative(run.grad_norms, reference.grad_norms),
         gradient=gradients[parameter],
         parameter=parameter,

@@ -174,7 +174,7 @@ def test_interrupted_srun_saves_and_its_last_line_goes_on(jobs: Jobs) -> None:
         return lines
 
     lines = interrupted(command, lambda srun, job: srun.send_signal(signal.SIGINT))
-    go_on = shlex.split(lines[lines.index("to resume:") + 1])
-    assert go_on[:3] == ["srun", "--nodes=2", "--ntasks=2"]
-    lines = interrupted(go_on, lambda srun, job: job.signal("--signal=INT"))
+    resume_command = shlex.split(lines[lines.index("to resume:") + 1])
+    assert resume_command[:3] == ["srun", "--nodes=2", "--ntasks=2"]
+    lines = interrupted(resume_command, lambda srun, job: job.signal("--signal=INT"))
     assert any(line.startswith("resumed from step ") for line in lines)

@@ -16,7 +16,7 @@ from moepp_megatron.training.checkpoint.state import (
     checked_fp8_state,
     model_state,
     saved_state,
-    wanted_state,
+    state_to_load,
 )
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from tests.te_stand_in.models import config_of, losses, model_of
@@ -34,7 +34,7 @@ def save_and_load(path, saved: TrainingModel, loaded: TrainingModel) -> None:
     """All of a checkpoint, as a run writes and reads it."""
     dist_checkpointing.save(saved_state(saved), str(path))
     assert unsafe_pickle(path) is None
-    apply_state(loaded, load_data(wanted_state(loaded), path))
+    apply_state(loaded, load_data(state_to_load(loaded), path))
 
 
 def read_weights(path, model: torch.nn.Module) -> None:

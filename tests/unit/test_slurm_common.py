@@ -182,7 +182,7 @@ def test_the_environment_of_the_set_up_is_used(node, environment, expected):
         (75, "MOEPP_MAX_REQUEUES=2", {"SLURM_RESTART_COUNT": "2"}, 75, None, "not again"),
         (
             75,
-            "MOEPP_MAX_REQUEUES=2 MOEPP_GO_ON='sbatch again'",
+            "MOEPP_MAX_REQUEUES=2 MOEPP_RESUME_COMMAND='sbatch again'",
             {"SLURM_RESTART_COUNT": "2"},
             75,
             None,
@@ -225,7 +225,7 @@ def test_element_of_an_array_avoids_its_sick_node(node: Node) -> None:
 def test_job_that_slurm_does_not_requeue_says_how_to_resume(node, settings, environment, ends):
     """As with --no-requeue."""
     ended, said = node.job(
-        f"MOEPP_GO_ON='sbatch again'\n{settings}", ORDER_STATUS="1", **environment
+        f"MOEPP_RESUME_COMMAND='sbatch again'\n{settings}", ORDER_STATUS="1", **environment
     )
     assert ended == ends, said
     assert said.splitlines()[-1].endswith("not requeued; to resume: sbatch again")

@@ -15,7 +15,7 @@ from moepp_megatron.config.rules.rows import Rule
 from moepp_megatron.config.schema import Config, Section
 
 
-class Feature(NamedTuple):
+class _Feature(NamedTuple):
     """A feature.
 
     Attributes:
@@ -40,20 +40,20 @@ class Feature(NamedTuple):
         return self.switch if isinstance(value, Section) else f"{self.switch} ({show(value)})"
 
 
-CONSTANTS = Feature("moe.constants_shared", False, effect="moe.shares_constants")
-DOCUMENTS = Feature("data.reset_attention_mask", False)
-FP8 = Feature("precision.fp8", None)
-FP8_WEIGHTS = Feature("precision.fp8_param", False)
-GRAPHS = Feature("training.cuda_graphs", [])
-LATENT = Feature("model.latent_attention", None)
-MTP = Feature("model.mtp_num_layers", 0)
-OVERLAP = Feature("parallel.overlap_moe_expert_parallel_comm", False)
-RECOMPUTE = Feature("training.recompute_granularity", None)
-TASKS = Feature("evaluation.tasks", [], "evaluate the exported model with lm_eval run")
-TEACHER = Feature("distillation.teacher", None)
+CONSTANTS = _Feature("moe.constants_shared", False, effect="moe.shares_constants")
+DOCUMENTS = _Feature("data.reset_attention_mask", False)
+FP8 = _Feature("precision.fp8", None)
+FP8_WEIGHTS = _Feature("precision.fp8_param", False)
+GRAPHS = _Feature("training.cuda_graphs", [])
+LATENT = _Feature("model.latent_attention", None)
+MTP = _Feature("model.mtp_num_layers", 0)
+OVERLAP = _Feature("parallel.overlap_moe_expert_parallel_comm", False)
+RECOMPUTE = _Feature("training.recompute_granularity", None)
+TASKS = _Feature("evaluation.tasks", [], "evaluate the exported model with lm_eval run")
+TEACHER = _Feature("distillation.teacher", None)
 
 # Refused, with what, and why.
-PAIRS: tuple[tuple[Feature, Feature, str], ...] = (
+PAIRS: tuple[tuple[_Feature, _Feature, str], ...] = (
     (CONSTANTS, OVERLAP, "each layer's backward pass runs by itself, which is not tested with it"),
     (CONSTANTS, MTP, "constants that are shared with these layers have not been tested"),
     (OVERLAP, MTP, "its schedule has no nodes for these layers that carry router logits"),
@@ -72,7 +72,7 @@ PAIRS: tuple[tuple[Feature, Feature, str], ...] = (
 )
 
 
-def _exclude(refused: Feature, other: Feature, reason: str) -> Rule:
+def _exclude(refused: _Feature, other: _Feature, reason: str) -> Rule:
     def rule(config: Config) -> Iterator[Problem]:
         if refused.is_on(config) and other.is_on(config):
             must = f"must be {show(refused.off)} with {other.named(config)}: {reason}"

@@ -159,7 +159,7 @@ RULES: tuple[Rule, ...] = (
     _where(lambda c: not c.moe.budget.acts, "without moe.budget.target_ffn_per_token or controller",
         "moe.budget.start_ffn_per_token", "set one of them, or leave it out"),
     _without("evaluation.tasks", "evaluation.interval evaluation.limit", "name some"),
-    # The measured bias moves all FFN experts alike; the balance loss tells them apart.
+    # The measured bias moves all FFN experts alike; the balance loss distinguishes them.
     refuse("moe.balance_coeff", lambda c: c.moe.budget.measures_gain and c.moe.balance_coeff == 0,
         "leaves nothing that evens out FFN experts among each other with moe.budget.controller "
         "bias and no moe.budget.gain",

@@ -93,14 +93,14 @@ def _layout_is_whole(config: Config) -> Iterator[Problem]:
         yield Problem(name, text, rule, remedy)
         return
     flat = "".join(stages)
-    ends, decoder, further = flat[:1] + flat[-1:], flat.count("t"), flat.count("m")
+    ends, decoder, mtp = flat[:1] + flat[-1:], flat.count("t"), flat.count("m")
     if ends != "EL" or flat.count("E") + flat.count("L") != 2:
         rule = "must start with its only E and end with its only L"
     elif decoder != layers:
         rule = f"must hold t once for each of model.num_layers ({layers}) and holds {decoder}"
         remedy = f"write t {layers} times in all"
-    elif further != depths:
-        rule = f"must hold m once for each of model.mtp_num_layers ({depths}) and holds {further}"
+    elif mtp != depths:
+        rule = f"must hold m once for each of model.mtp_num_layers ({depths}) and holds {mtp}"
         remedy = "write it as often, before L"
     elif depths and not stages[-1].endswith(tail):
         rule = (

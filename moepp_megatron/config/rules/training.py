@@ -48,7 +48,7 @@ def _batch_ramp_rises_to_the_batch(config: Config) -> Iterator[Problem]:
     # megatron-core counts sequences.
     elif not _rises_from_zero([tokens // length for tokens, _ in ramp]):
         rule = (
-            "must begin at 0 tokens and go on at rising numbers of tokens, at least a sequence "
+            "must begin at 0 tokens and continue at rising numbers of tokens, at least a sequence "
             f"(model.seq_length {length}) apart"
         )
     elif ramp[-1][1] != batch:

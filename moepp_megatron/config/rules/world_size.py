@@ -50,7 +50,7 @@ def _product_divides(sizes: dict[str, int], world_size: int) -> Iterator[Problem
         yield Problem("world size", world_size, rule, remedy)
 
 
-def data_parallel_size(config: Config, world_size: int) -> int:
+def _data_parallel_size(config: Config, world_size: int) -> int:
     """Copies of the model that share out a batch."""
     parallel = config.parallel
     return world_size // (
@@ -62,7 +62,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 def _batch_divides_over_ranks(config: Config, world_size: int) -> Iterator[Problem]:
     """Every data-parallel rank gets the same whole number of micro-batches."""
-    micro, dp = config.training.micro_batch_size, data_parallel_size(config, world_size)
+    micro, dp = config.training.micro_batch_size, _data_parallel_size(config, world_size)
     text = f"training.micro_batch_size ({micro}) * data-parallel ranks ({dp}) = {micro * dp}"
     for name, size in batch_sizes(config):
         yield from must_divide(name, size, micro * dp, text)
@@ -71,7 +71,7 @@ def _batch_divides_over_ranks(config: Config, world_size: int) -> Iterator[Probl
 def _interleaving_fills_stages(config: Config, world_size: int) -> Iterator[Problem]:
     """The interleaved schedule takes micro-batches in groups of one per pipeline rank."""
     stages = config.parallel.pipeline_model_parallel_size
-    per_round = config.training.micro_batch_size * data_parallel_size(config, world_size)
+    per_round = config.training.micro_batch_size * _data_parallel_size(config, world_size)
     text = (
         f"training.micro_batch_size * data-parallel ranks ({per_round}) * "
         f"parallel.pipeline_model_parallel_size ({stages}) = {per_round * stages}"
@@ -93,7 +93,7 @@ def _profiled_ranks_exist(config: Config, world_size: int) -> Iterator[Problem]:
 
 def _overlap_without_data_parallelism(config: Config, world_size: int) -> Iterator[Problem]:
     """Nothing is reduced or gathered if no two ranks share a parameter."""
-    dense_ranks = data_parallel_size(config, world_size) * config.parallel.context_parallel_size
+    dense_ranks = _data_parallel_size(config, world_size) * config.parallel.context_parallel_size
     for key in ("overlap_grad_reduce", "overlap_param_gather"):
         if dense_ranks == 1 and getattr(config.parallel, key):
             rule = "has no effect with one data-parallel rank"

@@ -26,7 +26,7 @@ class RunSection(Section):
     name: Annotated[str, Unit("-"), Field(min_length=1)] = "moepp"
     """Name shown in reports and logs"""
     callbacks: Annotated[list[Annotated[str, Plugin("callbacks")]], Unit("-")] = []
-    """Callbacks of installed packages that are told what the run does"""
+    """Callbacks of installed packages that get the events of the run"""
     numa_binding: Annotated[bool, Unit("-")] = True
     """Keep each rank on the CPU cores of its GPU's NUMA node that it may use"""
 
@@ -78,7 +78,7 @@ class CheckpointSection(Section):
     save_interval: Annotated[int, Unit("steps"), Field(ge=0)] = 0
     """Steps between checkpoints; 0 saves none on the way"""
     async_save: Annotated[bool, Unit("-")] = False
-    """Write checkpoints in the background while training goes on"""
+    """Write checkpoints in the background while training continues"""
     keep: Annotated[int | None, Unit("checkpoints"), Field(ge=1)] = None
     """Newest checkpoints to keep; null keeps all"""
     load: Annotated[PlaceText | None, Unit("-"), Field(min_length=1)] = None

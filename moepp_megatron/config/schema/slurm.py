@@ -15,7 +15,7 @@ class SlurmSection(Section):
     nodes: Annotated[int, Unit("nodes"), Field(ge=1)] = 1
     """Nodes of the job"""
     min_nodes: Annotated[int | None, Unit("nodes"), Field(ge=1)] = None
-    """Fewest nodes that the job goes on with when some are lost; null waits for all"""
+    """Fewest nodes that the job continues with when some are lost; null waits for all"""
     gpus_per_node: Annotated[int, Unit("GPUs"), Field(ge=0)] = 8
     """GPUs, and so ranks, a node; 0 trains on CPUs with cpu_ranks_per_node"""
     cpu_ranks_per_node: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
@@ -42,7 +42,7 @@ class SlurmSection(Section):
     max_requeues: Annotated[int, Unit("requeues"), Field(ge=0)] = 20
     """How often the job may start again; enough for weeks of time limits"""
     max_restarts: Annotated[int, Unit("restarts"), Field(ge=0)] = 3
-    """How often all ranks start anew inside the job after one of a node has died; each node counts
+    """How often all ranks restart inside the job after one of a node has died; each node counts
     its own"""
     restart_timeout_s: Annotated[int, Unit("s"), Field(ge=1)] = 120
     """How long nodes wait inside the job for a node whose ranks have died; then the job is requeued

@@ -45,7 +45,7 @@ def use_kernels(fused: Fused) -> bool:
     )
 
 
-def start_one(device: torch.device) -> None:
+def start_kernel(device: torch.device) -> None:
     """Compile and launch a small kernel; RuntimeError with the cause where none can run."""
     from moepp_megatron.moe.kernels.rows import rows_of_tokens
 

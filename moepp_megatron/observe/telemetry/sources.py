@@ -78,7 +78,7 @@ class GpuSource(TelemetrySource):
             return None
         now, total = self._clock(), sent + received
         before, self._traffic[index] = self._traffic.get(index), (now, total)
-        # The counter starts anew when the driver is loaded again.
+        # The counter starts at 0 when the driver is loaded again.
         if before is None or total < before[1] or now <= before[0]:
             return None
         return (total - before[1]) / (now - before[0])

@@ -91,14 +91,14 @@ class Nvml:
         The UUID of a MIG device gives the GPU that it is a part of.
         """
         known = {
-            bare_uuid(name): index for index, names in enumerate(self._uuids()) for name in names
+            _bare_uuid(name): index for index, names in enumerate(self._uuids()) for name in names
         }
-        return [known[uuid] for uuid in map(bare_uuid, uuids) if uuid in known]
+        return [known[uuid] for uuid in map(_bare_uuid, uuids) if uuid in known]
 
     def visible(self, environment: Mapping[str, str] | None = None) -> list[int]:
         """NVML numbers of the GPUs that CUDA shows to a process, in CUDA's order."""
         variables = os.environ if environment is None else environment
-        return visible_indices(variables.get("CUDA_VISIBLE_DEVICES"), self._uuids())
+        return _visible_indices(variables.get("CUDA_VISIBLE_DEVICES"), self._uuids())
 
     def _uuids(self) -> list[list[str]]:
         """[GPUs] UUIDs of each GPU and of the MIG devices on it."""
@@ -196,7 +196,7 @@ class FaultWatch:
             errors.append((index, int(event.eventData)))
 
 
-def bare_uuid(name: str) -> str:
+def _bare_uuid(name: str) -> str:
     """The UUID alone of "GPU-...", "MIG-..." or the older "MIG-GPU-.../1/0"."""
     for prefix in _PREFIXES:
         if name.startswith(prefix):
@@ -204,7 +204,7 @@ def bare_uuid(name: str) -> str:
     return name
 
 
-def visible_indices(variable: str | None, uuids: Sequence[Sequence[str]]) -> list[int]:
+def _visible_indices(variable: str | None, uuids: Sequence[Sequence[str]]) -> list[int]:
     """NVML's numbers of the GPUs that CUDA shows, in CUDA's order.
 
     The first entry that names no GPU ends the list, as for CUDA (CUDA C++ Programming Guide,
@@ -230,12 +230,12 @@ def visible_indices(variable: str | None, uuids: Sequence[Sequence[str]]) -> lis
 def _index(entry: str, uuids: Sequence[Sequence[str]]) -> int | None:
     if entry.isdecimal():
         return int(entry) if int(entry) < len(uuids) else None
-    wanted = bare_uuid(entry)
+    wanted = _bare_uuid(entry)
     if wanted == entry or not wanted:
         return None
     named = [
         index
         for index, names in enumerate(uuids)
-        if any(bare_uuid(name).startswith(wanted) for name in names)
+        if any(_bare_uuid(name).startswith(wanted) for name in names)
     ]
     return named[0] if len(named) == 1 else None

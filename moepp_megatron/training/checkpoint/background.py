@@ -104,7 +104,7 @@ class Background:
         try:
             _, self._status = os.waitpid(self._pid, 0)
         except ChildProcessError:
-            # Somebody else waits for all children of this process; the message tells enough.
+            # Somebody else waits for all children of this process; the message is enough.
             self._status = 0 if self._received else 1 << 8
 
 
@@ -164,7 +164,7 @@ def _live(function: Callable[[], Any], writer: int, parent: int) -> NoReturn:
 
 
 def _detach(writer: int, parent: int) -> None:
-    # An orphan must not go on writing beside the run that was started in its place.
+    # An orphan must not continue to write next to the run that was started in its place.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -78,7 +78,7 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
 }
 # Settings of which two values may mean the same.
 _MEANINGS: dict[str, Callable[[Config], Any]] = {**_SHAPES, "data.split": _split}
-# Sections that decide what is trained. The degrees of `parallel` are told as the layout.
+# Sections that decide what is trained. The degrees of `parallel` are reported as the layout.
 _SECTIONS = ("model", "moe", "precision", "data", "optimizer", "training", "distillation")
 
 
@@ -137,7 +137,7 @@ def _shape_problems(checkpoint: Path, saved: Config, config: Config) -> list[Pro
 
 
 def _state_problems(checkpoint: Path, saved: Config, config: Config) -> Iterator[Problem]:
-    """What a run that goes on must keep, and one that takes weights alone need not."""
+    """What a resumed run must keep, and one that loads only weights need not."""
     if not config.checkpoint.load_optimizer or read_record(checkpoint) is None:
         return
     kind, wanted = saved.optimizer.kind, config.optimizer.kind
@@ -145,7 +145,7 @@ def _state_problems(checkpoint: Path, saved: Config, config: Config) -> Iterator
         yield Problem(
             "optimizer.kind",
             wanted,
-            f"must be that of the checkpoint {checkpoint} ({kind}), whose state it goes on with",
+            f"must be that of the checkpoint {checkpoint} ({kind}), whose state it continues",
             f"use {kind}, or in another run.dir checkpoint.load_optimizer=false, which takes the "
             "weights alone",
         )
@@ -157,7 +157,7 @@ def _state_problems(checkpoint: Path, saved: Config, config: Config) -> Iterator
             "training.global_batch_size",
             now,
             f"must be that of the checkpoint {checkpoint} ({before}), after which data.blend and "
-            "data.stages would go on with other samples",
+            "data.stages would continue with other samples",
             f"use {before}; with data.blend alone more will do, too",
         )
 

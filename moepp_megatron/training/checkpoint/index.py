@@ -2,7 +2,7 @@
 
 torch.distributed.checkpoint reads this file with plain `pickle` (filesystem.py), which runs
 whatever it asks for. Checksums do not help: who can write the file can write the manifest. So torch
-never reads it: here its values are checked one by one, and the index is made anew from them.
+never reads it: here its values are checked one by one, and the index is built again from them.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[Pa
         yield ParameterShard(parameter, entries[parameter], begin, tensors)
 
 
-def put_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
+def copy_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
     """Put a parameter's new, whole value into what this rank's optimizer keeps of it, if anything.
 
     The optimizer is a distributed one that has taken a step.

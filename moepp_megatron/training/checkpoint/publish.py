@@ -40,7 +40,7 @@ from moepp_megatron.training.checkpoint.room import discard
 
 logger = logging.getLogger(__name__)
 
-# Between two checkpoints, where clocks do not tell which one is newer.
+# Between two checkpoints, where clocks do not show which one is newer.
 _TICK_S = 1e-3
 
 
@@ -66,7 +66,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
         logger.warning("checkpoints get no %s: %s", TOKENIZER_FILE, error)
         return {}
     files = {TOKENIZER_FILE: path.read_bytes()}
-    # Its name in the tokenizer is all that tells this token from others, and the data that say so
+    # Only its name in the tokenizer distinguishes this token from others, and the data that say so
     # need not be there when the checkpoint is used.
     eod_token = named_eod_token(path)
     if eod_token is not None:

@@ -29,7 +29,7 @@ from moepp_megatron.training.checkpoint.state import (
     apply_state,
     keep_biases,
     model_state,
-    wanted_state,
+    state_to_load,
 )
 from moepp_megatron.training.setup import TrainingModel
 
@@ -109,7 +109,7 @@ def read_checkpoint(
             return Loaded()
         layout = grid(Layout.from_config(config, dist.get_world_size()))
         is_same_layout = layout == record.layout
-        state = wanted_state(model)
+        state = state_to_load(model)
         if is_same_layout:
             state[rng.KEY] = rng.sharded_rng_state(with_data=False)
         if not has_biases:
@@ -152,7 +152,7 @@ def _restore_rng(
     if dist.get_rank() == 0:
         grid_text = " ".join(f"{name}={degree}" for name, degree in layout.items())
         logger.warning(
-            "random states are seeded anew: the checkpoint was written by another layout (%s)",
+            "random states are seeded again: the checkpoint was written by another layout (%s)",
             grid_text,
         )
 

@@ -167,7 +167,7 @@ def _remove_unfinished(folder: ObjectPath) -> None:
 
 
 def _is_being_written(path: Path) -> bool:
-    """Whether the process that the name tells lives on this machine."""
+    """Whether the process in the name lives on this machine."""
     _, _, owner = path.name.partition(f".{_INCOMPLETE}-")
     host, _, pid = owner.rpartition("-")[0].rpartition("-")
     if host != socket.gethostname() or not pid.isdecimal() or int(pid) == os.getpid():

@@ -235,7 +235,7 @@ class CheckpointWriter:
         return None
 
     def _complete(self, save: _Save, write: Callable[[], Written]) -> None:
-        """Collect what every rank wrote, publish it on rank 0, tell everybody how it went."""
+        """Collect what every rank wrote, publish it on rank 0, share the outcome."""
         written, reason = None, None
         try:
             written = write()
@@ -285,7 +285,7 @@ class CheckpointWriter:
         self.failed_saves += 1
         self.error = self.last_failure = f"checkpoint {final} {what}: {reason}"
         if self._is_first:
-            logger.error("%s; training goes on without it", self.error)
+            logger.error("%s; training continues without it", self.error)
 
 
 def _describe(error: Exception) -> str:

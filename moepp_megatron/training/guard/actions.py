@@ -15,7 +15,7 @@ from moepp_megatron.moe.budget import set_taus
 from moepp_megatron.moe.layer import moepp_layers
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values, layers_in
-from moepp_megatron.training.checkpoint.optimizer import is_distributed, put_into_shard
+from moepp_megatron.training.checkpoint.optimizer import copy_into_shard, is_distributed
 from moepp_megatron.training.setup import TrainingModel
 
 SAFE_MODE = "safe_mode"
@@ -228,6 +228,6 @@ def _overwrite(optimizer: MegatronOptimizer, weight: Tensor, value: Tensor) -> N
     main: Tensor | None = getattr(weight, "main_param", None)
     for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
         if is_distributed(chained):
-            put_into_shard(chained, weight, value)
+            copy_into_shard(chained, weight, value)
         elif main is not None:
             main.copy_(value.view_as(main))

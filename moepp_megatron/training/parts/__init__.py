@@ -2,7 +2,7 @@
 
 batch_losses.py      the loss of each batch and how much its sequences differ
 budget.py            applies the budget of FFN experts per token to the model, step by step
-callbacks.py         a user's own objects that are told what a run does: the protocol's public half
+callbacks.py         a user's objects that get the events of a run: the protocol's public half
 data_stages.py       which of its data a run is drawing from, and when others follow
 distillation.py      a teacher's forward pass, and the loss that compares both models
 mtp.py               the loss of multi-token prediction (MTP) of a step

@@ -1,4 +1,4 @@
-"""Callbacks: a user's own objects that are told what a run does; the public half of parts."""
+"""Callbacks: a user's objects that get the events of a run; the public half of parts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunState:
-    """What a callback is told of the run, besides what has happened.
+    """What a callback knows of the run.
 
     Attributes:
         rank: This rank.
@@ -87,7 +87,7 @@ class Callback:
     def on_save(self, run: RunState, checkpoint: Path) -> None:
         """A checkpoint is complete on disk.
 
-        With `checkpoint.async_save` that is some steps after its own, which its name tells.
+        With `checkpoint.async_save` that is some steps after its own, which is in its name.
 
         Args:
             run: The run's state.

@@ -180,7 +180,7 @@ class Distillation(Part):
         return {_KEY: self._teacher.identity}
 
     def check_same(self, extra: Mapping[str, Any]) -> None:
-        """Refuse to go on with another teacher than the run has had.
+        """Refuse to continue with another teacher than the run has had.
 
         Args:
             extra: The state from a checkpoint.

@@ -24,7 +24,7 @@ class MultiTokenPrediction(Part):
 
     def __init__(self, model: TrainingModel, depths: int) -> None:
         self._depths = depths
-        self._losses = [m.further_loss for m in model.models if getattr(m, "mtp_process", False)]
+        self._losses = [m.mtp_loss for m in model.models if getattr(m, "mtp_process", False)]
 
     @classmethod
     def of(cls, run: Run) -> MultiTokenPrediction | None:

@@ -1,7 +1,7 @@
 """Evaluates the running model on tasks of lm-eval, in the run's own layout.
 
 Rank 0 alone has the tasks and lm-eval. It sends the tokens that lm-eval asks about to the other
-ranks, and all of them score these together. Training goes on as if there had been no evaluation:
+ranks, and all of them score these together. Training continues as if there had been no evaluation:
 random numbers and buffers are put back, and routers count nothing outside of training. It also goes
 on where a task fails that was tried before the run began, as by a perplexity beyond all numbers.
 """
@@ -123,7 +123,7 @@ class TaskEvaluation(Part):
             if self._is_scoring:
                 # The model has failed, and other ranks may be in the middle of a collective.
                 raise
-            logger.exception("evaluation.tasks failed; training goes on without these scores")
+            logger.exception("evaluation.tasks failed; training continues without these scores")
         self._agreement.from_first(found)
         return found
 

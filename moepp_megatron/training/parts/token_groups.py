@@ -65,7 +65,7 @@ class GroupCollector(Part):
     @classmethod
     def of(cls, run: Run) -> GroupCollector | None:
         """The part of a run; None where no classes are measured."""
-        groups = groups_of_run(run.config, run.train_set, run.extra.get("token_bands"))
+        groups = _groups_of_run(run.config, run.train_set, run.extra.get("token_bands"))
         if groups is None:
             return None
         return cls(run.config, run.model, run.require(RoutingCounts).layer_numbers, groups)
@@ -93,7 +93,7 @@ class GroupCollector(Part):
 
     def state(self) -> dict[str, Any]:
         """The classes' bands."""
-        return {"token_bands": bands_text(self.groups)}
+        return {"token_bands": _bands_text(self.groups)}
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
         """By name of the class; a collective. Classes without a token are left out."""
@@ -107,7 +107,7 @@ class GroupCollector(Part):
         }
 
 
-def groups_of_run(config: Config, dataset: Any, bands: str | None) -> TokenGroups | None:
+def _groups_of_run(config: Config, dataset: Any, bands: str | None) -> TokenGroups | None:
     """The classes of token ids; None where layers do not know their tokens, or none are measured.
 
     Every rank must call.
@@ -115,7 +115,7 @@ def groups_of_run(config: Config, dataset: Any, bands: str | None) -> TokenGroup
     Args:
         config: The run's configuration.
         dataset: The training set.
-        bands: What a checkpoint holds (`bands_text`); None at the beginning. It is not counted
+        bands: What a checkpoint holds (`_bands_text`); None at the beginning. It is not counted
             again because a longer run has other samples.
     """
     if not config.observe.token_groups or not layers_know_tokens(config):
@@ -130,7 +130,7 @@ def groups_of_run(config: Config, dataset: Any, bands: str | None) -> TokenGroup
     return token_groups(of_ids, classes)
 
 
-def bands_text(groups: TokenGroups) -> str:
+def _bands_text(groups: TokenGroups) -> str:
     """The band of each token id as one digit, for a checkpoint."""
     per_band = groups.size // len(BANDS)
     return "".join(map(str, (groups.of_ids // per_band).tolist()))

@@ -20,15 +20,15 @@ from moepp_megatron.training.profiler.ranges import Ranges
 
 
 @dataclass(frozen=True)
-class DispatchTraffic:
+class _DispatchTraffic:
     """One forward pass of one layer on one rank. Sums over passes add every field but names.
 
     Attributes:
         layer: Global layer number.
         recomputed: Whether the backward pass ran it again.
         dispatcher: Class of the dispatcher.
-        tokens: T, local tokens, padding included: a routing map does not tell it from tokens that
-            need no FFN expert. Training by this package has no padding.
+        tokens: T, local tokens, padding included: in a routing map it looks like tokens that need
+            no FFN expert. Training by this package has no padding.
         topk: K, selections of a token.
         selections: FFN selections that are carried out; `phi = selections / (T K)`.
         row_bytes: D * b, bytes of a hidden vector.
@@ -63,7 +63,7 @@ class TrafficCounter:
     """
 
     def __init__(self) -> None:
-        self.passes: list[DispatchTraffic] = []
+        self.passes: list[_DispatchTraffic] = []
 
     def watch(self, ranges: Ranges, model: torch.nn.Module) -> None:
         """Count every pass through the MoE layers of a model."""
@@ -74,7 +74,7 @@ class TrafficCounter:
                 functools.partial(self._counted, layer),
             )
 
-    def take(self) -> list[DispatchTraffic]:
+    def take(self) -> list[_DispatchTraffic]:
         """Return the counts and reset them."""
         passes, self.passes = self.passes, []
         return passes
@@ -89,14 +89,14 @@ class TrafficCounter:
 
 
 @torch.no_grad()
-def _traffic(layer: MoELayer, hidden: Tensor, routing_map: Tensor) -> DispatchTraffic:
+def _traffic(layer: MoELayer, hidden: Tensor, routing_map: Tensor) -> _DispatchTraffic:
     """Counts of one pass."""
     # hidden: [s, b, D] local tokens.
     # routing_map: [T, F] bool.
     ranks = layer.ep_group.size()
     by_rank = routing_map.view(routing_map.shape[0], ranks, -1)
     to_ranks = by_rank.sum(dim=(0, 2)).tolist()
-    return DispatchTraffic(
+    return _DispatchTraffic(
         layer=int(layer.layer_number or 0),
         # Autograd runs a recomputed forward pass inside of a node of its graph.
         recomputed=torch._C._current_autograd_node() is not None,

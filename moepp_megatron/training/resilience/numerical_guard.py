@@ -46,7 +46,7 @@ class NumericalGuard:
         recent_samples: First samples of the batches accepted, the newest last, at most as many.
         refused: The batches refused in a row, the newest last, as far as they have been noted.
         verdicts: Whether each of the newest batches was refused, at most `guard_window`, counted
-            anew when that has been told.
+            again when that has been reported.
         last_loss: Loss of the batch judged last, over all ranks; NaN where it or the gradients are
             not finite.
         last_reason: Why the newest refused batch was refused.
@@ -73,7 +73,7 @@ class NumericalGuard:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, which may lack entries; so {} begins anew."""
+        """Continue from `state`, which may lack entries; {} starts again."""
         self.recent_losses = list(state.get("recent_losses", ()))
         self.recent_samples = list(state.get("recent_samples", ()))
         refused = state.get("refused_batches", ())
@@ -123,7 +123,7 @@ class NumericalGuard:
         return is_due
 
     def many_refused(self) -> str:
-        """What there is to tell of batches refused now and then; empty if they are few.
+        """A message about batches refused now and then; empty if they are few.
 
         They never are so many in a row that their cause is sought, and each is lost to training.
         """
@@ -143,7 +143,7 @@ class NumericalGuard:
 
     @property
     def samples_to_replay(self) -> list[int]:
-        """First samples of those accepted batches that tell whether the model is at fault."""
+        """First samples of those accepted batches that show whether the model is at fault."""
         return self.recent_samples[-num_needed(len(self.refused)) :]
 
     def action(self, cause: Cause) -> Literal["rollback", "accept", "pause", "stop"]:

@@ -16,21 +16,21 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class OwnTimes:
+class RankTimes:
     """How the ranks spent an interval.
 
     Attributes:
-        own_s: [ranks] mean seconds per step of each rank, without waiting for others.
+        busy_s: [ranks] mean seconds per step of each rank, without waiting for others.
         wall_s: [ranks] mean seconds per step.
     """
 
-    own_s: list[float]
+    busy_s: list[float]
     wall_s: list[float]
 
     @property
     def slowest(self) -> int:
         """The rank with the longest own time."""
-        return max(range(len(self.own_s)), key=self.own_s.__getitem__)
+        return max(range(len(self.busy_s)), key=self.busy_s.__getitem__)
 
     @property
     def ratio(self) -> float:
@@ -38,12 +38,12 @@ class OwnTimes:
 
         The lower median is used: with two ranks it is the other one's time, not the mean.
         """
-        return self.own_s[self.slowest] / max(statistics.median_low(self.own_s), 1e-9)
+        return self.busy_s[self.slowest] / max(statistics.median_low(self.busy_s), 1e-9)
 
     @property
     def waiting_fraction(self) -> float:
         """Share of the time that goes into waiting, over all ranks."""
-        return 1.0 - sum(self.own_s) / max(sum(self.wall_s), 1e-9)
+        return 1.0 - sum(self.busy_s) / max(sum(self.wall_s), 1e-9)
 
 
 class StragglerDetector:
@@ -51,7 +51,7 @@ class StragglerDetector:
 
     Args:
         interval: Steps between comparisons.
-        threshold: Ratio of `OwnTimes` from which the slowest rank is named in the log.
+        threshold: Ratio of `RankTimes` from which the slowest rank is named in the log.
     """
 
     def __init__(self, interval: int, threshold: float) -> None:
@@ -74,7 +74,7 @@ class StragglerDetector:
         self._clock.counting = True
         self._began = time.perf_counter()
 
-    def end_step(self, step: int) -> OwnTimes | None:
+    def end_step(self, step: int) -> RankTimes | None:
         """End a step; every rank must call.
 
         Returns:
@@ -95,18 +95,18 @@ class StragglerDetector:
                 "median of %d ranks (resilience.straggler_threshold: %g); look at its node",
                 step,
                 times.slowest,
-                times.own_s[times.slowest],
+                times.busy_s[times.slowest],
                 times.ratio,
-                len(times.own_s),
+                len(times.busy_s),
                 self._threshold,
             )
         return times
 
-    def _gather(self) -> OwnTimes:
+    def _gather(self) -> RankTimes:
         own = max(self._wall_s - self._waiting_s, 0.0) / self._steps
         mine = torch.tensor([own, self._wall_s / self._steps], dtype=torch.float64)
         mine = mine.to(torch.cuda.current_device())
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
-        own_s, wall_s = torch.stack(everyone).T.tolist()
-        return OwnTimes(own_s, wall_s)
+        busy_s, wall_s = torch.stack(everyone).T.tolist()
+        return RankTimes(busy_s, wall_s)

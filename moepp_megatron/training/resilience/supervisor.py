@@ -17,7 +17,7 @@ from moepp_megatron.training.resilience.kernel_stragglers import (
     KernelScores,
     KernelStragglerDetector,
 )
-from moepp_megatron.training.resilience.stragglers import OwnTimes, StragglerDetector
+from moepp_megatron.training.resilience.stragglers import RankTimes, StragglerDetector
 from moepp_megatron.training.resilience.watchdog import Watchdog
 from moepp_megatron.training.setup import TrainingModel
 
@@ -35,7 +35,7 @@ class Supervisor:
         self._model, self._divergence_interval = model, settings.divergence_interval
         self.activity = Activity()
         self._steps_begun = 0
-        self._comparison: OwnTimes | KernelScores | None = None
+        self._comparison: RankTimes | KernelScores | None = None
         self._watchdog: Watchdog | None = None
         if settings.hang_timeout_s > 0:
             self._watchdog = Watchdog(

@@ -86,7 +86,7 @@ class Watchdog:
         looked_at = time.monotonic()
         while not self._stop.wait(self._tick_s):
             if time.monotonic() - looked_at > self._settings.hang_timeout_s / 2:
-                # This whole process was suspended (SIGSTOP, `scontrol suspend`) and goes on now.
+                # This whole process was suspended (SIGSTOP, `scontrol suspend`) and continues now.
                 self._resumed_at = time.monotonic()
             looked_at = time.monotonic()
             self._beat()

@@ -51,7 +51,7 @@ class Start:
         name: Name of this start, the same for all its ranks; None if no other rank reads it.
         config_file: The configuration file; one that is in the run's folder does not count as part
             of a run.
-        go_on: The command that continues the run.
+        resume_command: The command that continues the run.
     """
 
     resume: bool = False
@@ -59,7 +59,7 @@ class Start:
     restarted: bool = False
     name: str | None = None
     config_file: Path | None = None
-    go_on: str | None = None
+    resume_command: str | None = None
 
 
 def checkpoint_folder(config: Config) -> Path:
@@ -116,14 +116,14 @@ class RunFolder:
                         say(line)
                     # A link to a checkpoint folder elsewhere may have been moved.
                     mark = OwnerMark(self.path, self.checkpoints)
-                claim = RunStatus.own(start.name, start.restarted, start.go_on)
+                claim = RunStatus.own(start.name, start.restarted, start.resume_command)
                 added = None if mark.is_set() else mark
                 undo.callback(self._withdraw, claim, read_status(self.path), added)
                 self._write(claim, mark)
             undo.enter_context(beating(self.path, claim))
             yield
 
-    def check_beside_leader(self, start: Start) -> None:
+    def check_without_claim(self, start: Start) -> None:
         """Refuse what the deciding process will refuse; for the other ranks and machines.
 
         Raises:
@@ -150,8 +150,8 @@ class RunFolder:
         """
         if start.resume and start.overwrite and not start.restarted:
             raise ConfigError(
-                "--resume and --overwrite must not be given together; --resume goes on with the "
-                "run, --overwrite moves it aside and starts anew"
+                "--resume and --overwrite must not be given together; --resume continues the "
+                "run, --overwrite moves it aside and starts from scratch"
             )
         found = self.traces(start.config_file)
         if start.restarted or start.overwrite or not found:
@@ -159,14 +159,14 @@ class RunFolder:
         if not start.resume:
             raise ConfigError(
                 f"run.dir ({self.path}) must not hold a run, and has {', '.join(found)}; add "
-                "--resume to go on with it, or --overwrite to move it aside and start anew"
+                "--resume to continue it, or --overwrite to move it aside and start from scratch"
             )
         status = read_status(self.path)
         ended = status is not None and status.state == "ended"
         if ended and METRICS_FILE in found and not list_checkpoints(self.checkpoints):
             raise ConfigError(
                 f"run.dir ({self.path}) must have a checkpoint for --resume, and its run has ended "
-                "without one; use --overwrite to move it aside and start anew"
+                "without one; use --overwrite to move it aside and start from scratch"
             )
         return found
 

@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if rank.world_size < 2:
         raise ConfigError("links need at least 2 ranks; start this by torchrun --nproc-per-node N")
     quiet()
-    with distributed.joined(rank) as device:
+    with distributed.initialized(rank) as device:
         records = measure(largest, device, rank.local_world_size)
     if rank.rank == 0:
         write_result(given.file, json.dumps(records, indent=1).encode())

@@ -160,7 +160,7 @@ def check_ports(
 
 
 def clock_synchronized() -> bool | None:
-    """Whether systemd says that the clock follows a time server; None where it cannot tell."""
+    """Whether systemd says that the clock follows a time server; None where it is unknown."""
     command = ["timedatectl", "show", "--property=NTPSynchronized", "--value"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
@@ -172,7 +172,7 @@ def clock_synchronized() -> bool | None:
 def check_clock(synchronized: bool | None) -> Finding:
     """Check the clock of a single node."""
     if synchronized is None:
-        return Finding("clock", Severity.NOTE, "cannot tell whether it follows a time server")
+        return Finding("clock", Severity.NOTE, "unknown whether it follows a time server")
     if synchronized:
         return Finding("clock", Severity.OK, "follows a time server")
     return Finding(

@@ -62,14 +62,14 @@ class _RoutingRecorder:
         topk, number = layer.moepp.router_topk, layer.layer_number
 
         def hook(router: torch.nn.Module, arguments: Any, routing: Routing) -> None:
-            selected, gates = selected_experts(routing.gates, routing.routing_map, topk)
+            selected, gates = _selected_experts(routing.gates, routing.routing_map, topk)
             record = _Pass(number, selected.cpu().numpy(), gates.double().cpu().numpy())
             self.passes[number].append(record)
 
         return hook
 
 
-def selected_experts(gates: Tensor, routing_map: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+def _selected_experts(gates: Tensor, routing_map: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """[T, K] int64 selected experts of each token and their gates, the largest gate first.
 
     `gates` are [T, E], `routing_map` [T, E] bool with K selected in each row.

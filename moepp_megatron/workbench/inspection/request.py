@@ -170,7 +170,7 @@ def _check_kinds(folder: Path, config: Config) -> None:
         raise ConfigError(
             f"checkpoint ({folder}) must have zero-computation experts ({LOCAL_COUNTS} "
             "is 0): every token takes "
-            f"{moe.router_topk} FFN experts in every layer, so there is nothing to tell apart; "
+            f"{moe.router_topk} FFN experts in every layer, so there is nothing to distinguish; "
             "name a MoE++ checkpoint"
         )
 
@@ -198,7 +198,7 @@ def _model(
     layers = tuple(number for number, is_moe in enumerate(pattern, start=1) if is_moe)
     target = moe.budget.target_ffn_per_token
     facts = (
-        # Two runs may have one name; of a long path the end tells them apart.
+        # Two runs may have one name; the end of a long path distinguishes them.
         "/".join(folder.parts[-3:]),
         f"{len(layers)} MoE layers, hidden {config.model.hidden_size}",
         f"{moe.summary} experts, top-{moe.router_topk}",

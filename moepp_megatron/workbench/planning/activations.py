@@ -128,15 +128,15 @@ def _swiglu(load: Workload, grid: Grid, inner: int, module: str) -> float:
 
 
 def _between_nodes(load: Workload, grid: Grid) -> float:
-    """What the combined schedule's nodes of an MoE++ layer hand on (`moe/overlap.py`)."""
+    """What the combined schedule's nodes of an MoE++ layer pass on (`moe/overlap.py`)."""
     # A node's results stay until its backward pass: the local experts' output, and the hidden
-    # states with the lane glued on, whose two parts the next layer copies.
+    # states packed with the lane, whose two parts the next layer copies.
     if not grid.expert_overlap or load.experts.is_vanilla:
         return 0.0
     tokens, size = grid.tokens(load.seq), load.numbers.activation_bytes
     lane = 4 * load.experts.num_experts if load.experts.gating_residual else 0
-    glued = load.hidden * size + 2 * lane if lane else 0
-    return float(tokens * (load.hidden * size + glued))
+    packed = load.hidden * size + 2 * lane if lane else 0
+    return float(tokens * (load.hidden * size + packed))
 
 
 def _moe(load: Workload, grid: Grid, rows: float) -> float:

@@ -8,7 +8,7 @@ from moepp_megatron.config import Config
 
 
 @dataclass(frozen=True)
-class Matmul:
+class _Matmul:
     """A weight [outputs, inputs] of one rank and the tokens that it sees."""
 
     outputs: int  # rows of the weight on this rank
@@ -39,9 +39,9 @@ class GroupedQuery:
         """Width of a value of one head."""
         return self.head_dim
 
-    def matmuls(self, hidden: int, tp: int) -> tuple[Matmul, ...]:
+    def matmuls(self, hidden: int, tp: int) -> tuple[_Matmul, ...]:
         """One product for queries, keys and values, one for the output."""
-        return Matmul(self._projected(tp), hidden), Matmul(hidden, self._query(tp))
+        return _Matmul(self._projected(tp), hidden), _Matmul(hidden, self._query(tp))
 
     def norm_parameters(self) -> int:
         """Weights of the query and key norms, whole on every rank."""
@@ -104,24 +104,24 @@ class LatentAttention:
         """Width of a query and of a key of one head."""
         return self.plain_dim + self.rotary_dim
 
-    def matmuls(self, hidden: int, tp: int) -> tuple[Matmul, ...]:
+    def matmuls(self, hidden: int, tp: int) -> tuple[_Matmul, ...]:
         """Compressions and expansions of queries and of keys and values, the output."""
         heads = self.heads // tp
         queries, keys = heads * self.qk_dim, heads * (self.plain_dim + self.v_dim)
         compressed = self._compression(self.key_rank + self.rotary_dim, hidden, tp)
-        expanded = Matmul(keys, self.key_rank, is_up_projection=True)
-        output = Matmul(hidden, heads * self.v_dim)
+        expanded = _Matmul(keys, self.key_rank, is_up_projection=True)
+        output = _Matmul(hidden, heads * self.v_dim)
         if self.query_rank is None:
-            query = Matmul(queries, hidden, is_up_projection=True)
+            query = _Matmul(queries, hidden, is_up_projection=True)
             return query, compressed, expanded, output
         down = self._compression(self.query_rank, hidden, tp)
-        up = Matmul(queries, self.query_rank, is_up_projection=True)
+        up = _Matmul(queries, self.query_rank, is_up_projection=True)
         return down, compressed, up, expanded, output
 
-    def _compression(self, width: int, hidden: int, tp: int) -> Matmul:
+    def _compression(self, width: int, hidden: int, tp: int) -> _Matmul:
         if self.splits_compressions:
-            return Matmul(width // tp, hidden)
-        return Matmul(width, hidden, is_sequence_parallel=True)
+            return _Matmul(width // tp, hidden)
+        return _Matmul(width, hidden, is_sequence_parallel=True)
 
     def norm_parameters(self) -> int:
         """Norms of the compressed vectors."""

@@ -24,7 +24,7 @@ _EXPERTS = ("etp", "ep", "edp", "pp")
 
 
 @dataclass(frozen=True)
-class BuiltParameter:
+class _BuiltParameter:
     """A parameter of the rank: its name behind its model chunk's number, elements, bytes of one."""
 
     name: str
@@ -35,13 +35,13 @@ class BuiltParameter:
 
 
 @dataclass(frozen=True)
-class BuiltRank:
+class _BuiltRank:
     """The contents of a rank."""
 
     rank: int
     groups: dict[str, list[int]]  # ranks of each process group that it is in, by name
     layers: list[list[int]]  # numbers (from 0) of the layers in each model chunk
-    parameters: list[BuiltParameter]  # all parameters of the rank
+    parameters: list[_BuiltParameter]  # all parameters of the rank
     gradient_bytes: int  # bytes of the gradients' buffers without alignment
     aligned_bytes: int  # the same with alignment
     shard: int  # elements whose optimizer state this rank keeps
@@ -58,7 +58,7 @@ class Check:
     holds: bool
 
 
-def build_rank(config: Config, layout: Layout, rank: int) -> BuiltRank:
+def build_rank(config: Config, layout: Layout, rank: int) -> _BuiltRank:
     """Build one rank of a layout of any number of ranks, from a checked configuration."""
     assert not dist.is_initialized(), "a process can be only one rank"
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -76,13 +76,13 @@ def build_rank(config: Config, layout: Layout, rank: int) -> BuiltRank:
         distributed.stop()
 
 
-def _build(config: Config, rank: int) -> BuiltRank:
+def _build(config: Config, rank: int) -> _BuiltRank:
     from moepp_megatron.model.build import build_chunks
     from moepp_megatron.training.setup import wrap_models
 
     models = build_chunks(config)
     parameters = [
-        BuiltParameter(
+        _BuiltParameter(
             f"{number}.{name}",
             parameter.numel(),
             str(parameter.dtype).removeprefix("torch."),
@@ -107,7 +107,7 @@ def _build(config: Config, rank: int) -> BuiltRank:
         is_sharded = config.parallel.use_distributed_optimizer
         shard += _own_shard(buffer) if is_sharded else used
         mean_shard += used / buffer.data_parallel_world_size if is_sharded else used
-    return BuiltRank(rank, _groups(), layers, parameters, gradient, aligned, shard, mean_shard)
+    return _BuiltRank(rank, _groups(), layers, parameters, gradient, aligned, shard, mean_shard)
 
 
 def _own_shard(buffer: object) -> int:
@@ -144,7 +144,7 @@ def _groups() -> dict[str, list[int]]:
     return {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
 
 
-def check_rank(config: Config, layout: Layout, built: BuiltRank) -> list[Check]:
+def check_rank(config: Config, layout: Layout, built: _BuiltRank) -> list[Check]:
     """All comparisons of one rank: groups, layers, parameters, memory."""
     place = layout.coordinates(built.rank)
     checks = [_group(layout, built, name) for name in built.groups]
@@ -153,7 +153,7 @@ def check_rank(config: Config, layout: Layout, built: BuiltRank) -> list[Check]:
     return checks + _sizes(config, layout, built, place.pp)
 
 
-def _group(layout: Layout, built: BuiltRank, name: str) -> Check:
+def _group(layout: Layout, built: _BuiltRank, name: str) -> Check:
     varying = tuple(name.split())
     order = _EXPERTS if varying[0] in ("etp", "ep", "edp") else _ATTENTION
     expected = layout.members(built.rank, varying, order)
@@ -168,7 +168,7 @@ def _ranks(ranks: list[int]) -> str:
     return f"{len(ranks)}: {ranks[0]}, {ranks[1]} .. {ranks[-1]}"
 
 
-def _sizes(config: Config, layout: Layout, built: BuiltRank, pp_rank: int) -> list[Check]:
+def _sizes(config: Config, layout: Layout, built: _BuiltRank, pp_rank: int) -> list[Check]:
     load = Workload.from_config(config)
     if isinstance(load.attention, LatentAttention) and not have_transformer_engine():
         # What this machine builds; plans count Transformer Engine's modules.

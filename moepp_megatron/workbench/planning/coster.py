@@ -32,7 +32,7 @@ Kinds = tuple[PassTime, PassTime, PassTime, PassTime]
 
 
 @dataclass(frozen=True, slots=True)
-class Pattern:
+class _Pattern:
     """Pipeline ranks with the same layers: how many of each kind, and which ends they hold."""
 
     moe: int  # MoE layers of a rank
@@ -49,7 +49,7 @@ class Pattern:
         return sum_passes([(kind, count) for count, kind in zip(counts, kinds, strict=True)])
 
 
-def stage_patterns(load: Workload, pp: int, vpp: int) -> tuple[Pattern, ...]:
+def _stage_patterns(load: Workload, pp: int, vpp: int) -> tuple[_Pattern, ...]:
     """All patterns of a pipeline of even stages, the first rank's first."""
     kinds: list[tuple[int, int, bool, bool, int]] = []
     for rank, chunks in enumerate(pipeline.even_stages(load.layers, pp, vpp)):
@@ -58,7 +58,7 @@ def stage_patterns(load: Workload, pp: int, vpp: int) -> tuple[Pattern, ...]:
         ends = (rank == 0, rank == pp - 1)
         kinds.append((moe, layers - moe, *ends, pipeline.messages_sent(pp, vpp, rank)))
     return tuple(
-        Pattern(*kind, ranks, tuple(rank for rank in range(pp) if kinds[rank] == kind))
+        _Pattern(*kind, ranks, tuple(rank for rank in range(pp) if kinds[rank] == kind))
         for kind, ranks in Counter(kinds).items()
     )
 
@@ -210,8 +210,8 @@ class Coster:
         key = ("kinds", *self._key(grid, overlaps), grid.expert_overlap)
         return self._once(key, calculate)
 
-    def _pattern(self, pp: int, vpp: int) -> tuple[Pattern, ...]:
-        return self._once(("pattern", pp, vpp), lambda: stage_patterns(self.load, pp, vpp))
+    def _pattern(self, pp: int, vpp: int) -> tuple[_Pattern, ...]:
+        return self._once(("pattern", pp, vpp), lambda: _stage_patterns(self.load, pp, vpp))
 
     def _rank_parameters(self, grid: Grid, rank: int) -> RankParameters:
         stages = pipeline.even_stages(self.load.layers, grid.pp, grid.vpp)

@@ -3,7 +3,7 @@
 Each layer's popularity of FFN experts is a draw from a symmetric Dirichlet distribution, the
 selections of a micro-batch a multinomial draw from it. With evenness `a` the popularity of one of F
 experts has the coefficient of variation sqrt((F - 1) / (F a + 1)): large `a` is even. All ranks of
-an expert-parallel group wait for the fullest, in every layer anew: the mean of the maxima counts.
+an expert-parallel group wait for the fullest, in every layer: the mean of the maxima counts.
 """
 
 from __future__ import annotations

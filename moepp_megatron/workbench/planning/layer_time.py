@@ -188,7 +188,7 @@ class _Clock:
             self._hidden[name] += forward + backward
 
     def wait_for_metadata(self, times: int, overlaps: bool) -> None:
-        """Ranks tell each other how many tokens come, and wait for the last one."""
+        """Ranks exchange how many tokens come, and wait for the last one."""
         reached = self._machine.reached
         # Ranks whose hosts only start graphs arrive together.
         together = overlaps or self._graphs >= _ALL_BEFORE_SIZES

@@ -130,7 +130,7 @@ def rank_memory(config: Config, layout: Layout, pp_rank: int) -> RankMemory:
     stages = stage_layers(config)
     load, grid = Workload.from_config(config), Grid.from_config(config, layout.world_size)
     memory = memory_of(load, grid, stages, pp_rank)
-    return replace(memory, teacher=teacher_bytes(config, layout, pp_rank))
+    return replace(memory, teacher=_teacher_bytes(config, layout, pp_rank))
 
 
 def memory_of(
@@ -212,7 +212,7 @@ def fullest_rows(load: Workload, grid: Grid, skew: float = 1.0) -> float:
     return grid.tokens(load.seq) * load.experts.ffn_per_token * skew
 
 
-def candidate_ranks(load: Workload, stages: Stages) -> tuple[int, ...]:
+def _candidate_ranks(load: Workload, stages: Stages) -> tuple[int, ...]:
     """Pipeline ranks among which is the fullest: the first with the same kinds of layers."""
     # Earlier ranks hold more micro-batches; the first has the embedding, the last the output layer.
     last = len(stages) - 1
@@ -225,11 +225,11 @@ def candidate_ranks(load: Workload, stages: Stages) -> tuple[int, ...]:
 
 def fullest_rank(load: Workload, grid: Grid, stages: Stages, skew: float = 1.0) -> RankMemory:
     """Memory of the fullest rank."""
-    memories = (memory_of(load, grid, stages, at, skew) for at in candidate_ranks(load, stages))
+    memories = (memory_of(load, grid, stages, at, skew) for at in _candidate_ranks(load, stages))
     return max(memories, key=lambda memory: memory.total)
 
 
-def teacher_bytes(config: Config, layout: Layout, pp_rank: int) -> float:
+def _teacher_bytes(config: Config, layout: Layout, pp_rank: int) -> float:
     """Bytes that the teacher of a checked configuration adds to each rank of a pipeline stage.
 
     Its weights; on the last stage its last hidden states, and what comparing a micro-batch's logits

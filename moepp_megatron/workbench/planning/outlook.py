@@ -37,7 +37,7 @@ def expected_goodput(interval_s: float, save_s: float, restart_s: float, failure
 
 
 @dataclass(frozen=True)
-class Outlook:
+class _Outlook:
     """A run of one model in one layout; None where power, price or published runs are unknown."""
 
     tokens: float
@@ -70,7 +70,7 @@ def outlook_of(
     tokens: float,
     price: float | None,
     errors: Range | None,
-) -> Outlook:
+) -> _Outlook:
     """The outlook of a run of `world` GPUs; `price` is that of a GPU hour."""
     days = planned.run_seconds(tokens) / 86400
     failure_s = _FAILURE_S / world
@@ -85,4 +85,4 @@ def outlook_of(
     energy = None if power is None else hours * power / 1e6
     per_million = None if money is None else money / (tokens / 1e6)
     taken, prices = (days, total - days, low, high), (money, lost, low_money, high_money)
-    return Outlook(tokens, *taken, hours, energy, *prices, per_million)
+    return _Outlook(tokens, *taken, hours, energy, *prices, per_million)

@@ -22,7 +22,7 @@ from moepp_megatron.workbench.planning.workload import Workload
 
 
 @dataclass(frozen=True)
-class RampStage:
+class _RampStage:
     """Steps of one batch size that is not yet the whole one."""
 
     tokens: int  # tokens that they read
@@ -31,7 +31,7 @@ class RampStage:
 
 def ramp_stages(
     config: Config, load: Workload, grid: Grid, machine: Machine, routing: AssumedRouting
-) -> Iterator[RampStage]:
+) -> Iterator[_RampStage]:
     """The stages before the whole batch, in order; none without a ramp."""
     ramp, read = config.training.batch_ramp or [], 0
     for (_, size), (until, _) in zip(ramp, ramp[1:], strict=False):
@@ -40,7 +40,7 @@ def ramp_stages(
         if steps:
             read += steps * per_step
             step = step_time(replace(load, batch=size), grid, machine, routing)
-            yield RampStage(steps * per_step, per_step / step.total)
+            yield _RampStage(steps * per_step, per_step / step.total)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Planned:
     mfu: float  # their share of the rated rate
     vanilla_step_s: float | None = None  # step of the vanilla model in the same layout
     vanilla_fits: bool = True  # whether it fits there; if not, only speed compares
-    ramp: tuple[RampStage, ...] = ()  # smaller steps at the beginning of a run
+    ramp: tuple[_RampStage, ...] = ()  # smaller steps at the beginning of a run
 
     def run_seconds(self, tokens: float) -> float:
         """Time of the steps that read so many tokens from a run's beginning on, seconds."""

@@ -47,7 +47,7 @@ class StepEnd:
         return reduce + max(self.gather - (forward_s if grid.param_overlap else 0.0), 0.0)
 
 
-def step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> StepEnd:
+def _step_end(load: Workload, grid: Grid, machine: Machine, parameters: RankParameters) -> StepEnd:
     """The end of a step of a rank with these parameters."""
     numbers = load.numbers
     dense = placement(grid, "dp_cp", machine.per_node)
@@ -71,7 +71,7 @@ def pipeline_end(
     The first stage starts first and ends last, so that its transfers count; the slowest optimizer
     does, because all wait for the gradients' norm.
     """
-    ends = [step_end(load, grid, machine, parameters) for parameters in stages]
+    ends = [_step_end(load, grid, machine, parameters) for parameters in stages]
     return replace(ends[0], optimizer=max(end.optimizer for end in ends))
 
 
@@ -118,8 +118,8 @@ def step_time(
     """Time of one training step in a legal layout; stages are as even as they divide, or these."""
     stages = stages or pipeline.even_stages(load.layers, grid.pp, grid.vpp)
     fullness = expert_load(load, grid, routing)
-    alone = stage_passes(load, layer_key(grid.apart), machine, fullness.mean, stages)
-    beside = stage_passes(load, layer_key(grid), machine, fullness.mean, stages)
+    alone = _stage_passes(load, layer_key(grid.apart), machine, fullness.mean, stages)
+    beside = _stage_passes(load, layer_key(grid), machine, fullness.mean, stages)
     transfer = stage_transfers(load, grid, machine)
     micro_batches = grid.micro_batches(load.batch)
     apart, together = pipeline.split_passes(grid.pp, grid.vpp, micro_batches, grid.expert_overlap)
@@ -153,7 +153,7 @@ def step_time(
 
 
 @lru_cache(maxsize=50_000)
-def stage_passes(
+def _stage_passes(
     load: Workload, grid: Grid, machine: Machine, skew: float, stages: Stages
 ) -> tuple[PassTime, ...]:
     """Passes of one micro-batch through each pipeline rank's layers."""

@@ -94,7 +94,7 @@ def distinct_targets(targets: int, draws: float, experts: int | None = None) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class LayerTraffic:
+class _LayerTraffic:
     """Seconds of one layer and micro-batch on the slowest rank, none of it hidden."""
 
     tensor_forward: float  # gathers and reduce-scatters of tensor parallelism, forward
@@ -105,7 +105,7 @@ class LayerTraffic:
 
 def layer_traffic(
     load: Workload, grid: Grid, machine: Machine, is_moe: bool, skew: float = 1.0
-) -> LayerTraffic:
+) -> _LayerTraffic:
     """Communication of one layer; `skew`: rows of the fullest rank over the mean."""
     blocks = [load.attention.gathered_width(load.hidden)]
     if not is_moe or load.experts.shared_size:
@@ -127,7 +127,7 @@ def layer_traffic(
         # Around a ring, all but one of a product's chunks compute beside the next one's transfer.
         forward, backward = forward / grid.tp, backward / grid.tp
     experts = _expert_seconds(load, grid, machine, skew) if is_moe else 0.0
-    return LayerTraffic(forward, backward, _context(load, grid, machine), experts)
+    return _LayerTraffic(forward, backward, _context(load, grid, machine), experts)
 
 
 def _context(load: Workload, grid: Grid, machine: Machine) -> float:

@@ -51,7 +51,7 @@ def watched(run: RunData) -> str:
     if section.enabled is False or run.config.is_vanilla:
         return "The routing guard was off."
     rules = ", ".join(rule.name for rule in effective_rules(section))
-    does = "acts on them" if section.acts else "only tells what they find"
+    does = "acts on them" if section.acts else "only reports what they find"
     return f"The routing guard judged these rules after every step and {does}: {rules}."
 
 

@@ -23,7 +23,7 @@ from moepp_megatron.workbench.report.run_data import ReportError, RunData, load_
 from moepp_megatron.workbench.report.series import values
 from moepp_megatron.workbench.report.summary import RunSummary, finite_mean, step_weights, summarize
 
-# Beyond these a plot's lines are no longer told apart.
+# Beyond these a plot's lines can no longer be distinguished.
 _MOST_RUNS = 24
 # Share of a common range, at its end, over which a loss is averaged.
 _END = 0.1

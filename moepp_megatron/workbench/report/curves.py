@@ -24,12 +24,12 @@ def curve_plots(run: RunData) -> list[Plot]:
     """All plots over steps, in the order of the page: what the catalogue draws, among the rest."""
     placed = [(0, loss_plot(run)), (1, _ffn_share_plot(run)), (2, _a2a_plot(run))]
     placed += [
-        (drawn.place, plain_plot(run, key, drawn)) for key, drawn in own_plots(run, "training")
+        (drawn.place, plain_plot(run, key, drawn)) for key, drawn in drawn_metrics(run, "training")
     ]
     return [plot for _, plot in sorted(placed, key=itemgetter(0))]
 
 
-def own_plots(run: RunData, section: str) -> list[tuple[str, Drawn]]:
+def drawn_metrics(run: RunData, section: str) -> list[tuple[str, Drawn]]:
     """Metrics that have a plot of their own in a section, in order, of those in the records."""
     found = []
     for key, row in OF_RECORD.items():

@@ -44,13 +44,13 @@ _DARK = {
 }
 _COLOUR = re.compile(r"(fill|stroke): (#[0-9a-f]{6})\b")
 
-# Okabe and Ito's palette: told apart with every kind of colour vision.
+# Okabe and Ito's palette: distinct with every kind of colour vision.
 KIND_COLOURS = {"FFN": BLUE, "constant": "#e69f00", "copy": GREEN, "zero": "#9aa5b1"}
 
 # Darker versions where the colour is that of text.
 KIND_INKS = {"FFN": BLUE, "constant": "#9a6700", "copy": "#007a59", "zero": "#52606d"}
 
-# Lines of one plot, on light and dark. More lines than these are not told apart.
+# Lines of one plot, on light and dark. More lines than these cannot be distinguished.
 LINE_COLOURS = (BLUE, VERMILION, GREEN, "#e69f00", "#cc79a7", "#56b4e9", MUTED, "#9a6700")
 # Beyond this, a layer's row is too thin for its number.
 _MAX_NAMED_LAYERS = 32

@@ -4,7 +4,7 @@ from statistics import median
 
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.cards import Card
-from moepp_megatron.workbench.report.curves import own_plots, plain_plot
+from moepp_megatron.workbench.report.curves import drawn_metrics, plain_plot
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
 
@@ -12,7 +12,7 @@ from moepp_megatron.workbench.report.run_data import RunData
 def hardware_plots(run: RunData) -> list[Plot]:
     """Plots of the telemetry in the records; none for a run without telemetry."""
     plots = []
-    for key, drawn in own_plots(run, "hardware"):
+    for key, drawn in drawn_metrics(run, "hardware"):
         scale, axis = _unit(key, drawn.axis, run)
         plots.append(plain_plot(run, key, drawn, axis, scale))
     return plots

@@ -22,7 +22,7 @@ def healthy_range(name: str) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def wrong_in_words(wrong: str) -> str:
+def wrong_text(wrong: str) -> str:
     """A row's `wrong`, with the condition of a rule of the guard written out."""
     rule = guard_rule(wrong)
     return wrong if rule is None else _condition(rule)

@@ -21,7 +21,7 @@ from moepp_megatron.workbench.planning.measured.compare import (
 )
 from moepp_megatron.workbench.planning.measured.fit import Fit
 from moepp_megatron.workbench.planning.measured.rows import Beyond, Row
-from moepp_megatron.workbench.report.terminal import print_whole, titled_table
+from moepp_megatron.workbench.report.terminal import print_uncut, titled_table
 
 
 def print_measured(comparisons: Sequence[Comparison]) -> None:
@@ -43,13 +43,13 @@ def print_measured(comparisons: Sequence[Comparison]) -> None:
             "-" if peak is None else f"{peak:.1f}",
             f"{one.step.total:.3f}",
         )
-    print_whole(table)
+    print_uncut(table)
     for scopes in (("in",), ("in", "near")):
         title = f"errors of rows in scope {' and '.join(scopes)}"
-        print_whole(_families(title, family_errors(comparisons, scopes)))
+        print_uncut(_families(title, family_errors(comparisons, scopes)))
     pairs = pair_errors(comparisons)
     for pair in pairs:
-        print_whole(
+        print_uncut(
             f"ratio: {pair.predicted:.2f}, measured {pair.measured:.2f} ({pair.error:+.1%}): "
             f"{pair.name}"
         )
@@ -59,7 +59,7 @@ def print_measured(comparisons: Sequence[Comparison]) -> None:
     for unused, names in ignoring.items():
         if unused:
             facts = ", ".join(map(_with_nearest, unused))
-            print_whole(f"not used: {facts} of {'; '.join(names)}")
+            print_uncut(f"not used: {facts} of {'; '.join(names)}")
 
 
 def _with_nearest(key: str) -> str:
@@ -92,11 +92,11 @@ def print_fit(fit: Fit) -> None:
     table.add_column("after", justify="right")
     for name, (before, after) in fit.changed.items():
         table.add_row(name, f"{before:.4g}", f"{after:.4g}")
-    print_whole(table)
+    print_uncut(table)
     for name, errors in (("before", fit.before), ("after", fit.after), ("left out", fit.held_out)):
         middle = median(map(abs, errors))
-        print_whole(f"median error of {len(errors)} rows, {name}: {middle:.1%}")
-    print_whole("left out: each row by the inputs that all others give, linear around the fit")
+        print_uncut(f"median error of {len(errors)} rows, {name}: {middle:.1%}")
+    print_uncut("left out: each row by the inputs that all others give, linear around the fit")
 
 
 def write_measured(path: Path, comparisons: Iterable[Comparison]) -> None:

@@ -20,7 +20,7 @@ from moepp_megatron.workbench.report.curves import curve_plots
 from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.expert_plots import expert_plots
 from moepp_megatron.workbench.report.hardware import hardware_cards, hardware_plots
-from moepp_megatron.workbench.report.healthy import METRICS, wrong_in_words
+from moepp_megatron.workbench.report.healthy import METRICS, wrong_text
 from moepp_megatron.workbench.report.router_health_plots import health_plots
 from moepp_megatron.workbench.report.run_data import RunData, load_run
 from moepp_megatron.workbench.report.savings import Savings, compute_savings
@@ -108,7 +108,7 @@ def _healthy() -> Table:
             Cell(name, "code"),
             Cell(row.meaning, "comment"),
             number(row.healthy),
-            Cell(wrong_in_words(row.wrong), "comment"),
+            Cell(wrong_text(row.wrong), "comment"),
         ]
         for name, row in METRICS.items()
     ]

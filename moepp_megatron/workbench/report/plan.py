@@ -27,7 +27,7 @@ from moepp_megatron.workbench.report.plan_models import (
     short_name,
     size_words,
 )
-from moepp_megatron.workbench.report.terminal import print_whole, titled_table
+from moepp_megatron.workbench.report.terminal import print_uncut, titled_table
 
 # Bars: the legend's names and colours, and the names in `StepTime.seconds` that they add up.
 _BARS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -60,28 +60,28 @@ def print_plan(plan: Plan, tokens: float, price: float | None) -> None:
     """Print the best layouts, why the others lose, and a comparison of the models."""
     load = plan.layouts[0].step.load if plan.layouts else None
     hardware = plan.machine.hardware
-    print_whole(
+    print_uncut(
         f"{plan.search.legal:,} legal layouts on {plan.world:,} {hardware.name}, "
         f"{plan.search.legal - len(plan.search.over):,} of them fit "
         f"{plan.machine.usable_bytes / GIB:.1f} GiB"
     )
-    print_whole(_layouts(plan))
+    print_uncut(_layouts(plan))
     for number, planned in enumerate(plan.layouts, start=1):
-        print_whole(f"{number}  {explain(plan, planned)}")
-    print_whole("")
+        print_uncut(f"{number}  {explain(plan, planned)}")
+    print_uncut("")
     for line in _losses(plan):
-        print_whole(line)
+        print_uncut(line)
     if plan.best is None:
         return
     errors = error_range(plan.config, plan.machine)
-    print_whole(models_table(plan, errors))
-    print_whole(outlooks_table(plan, tokens, price, errors))
+    print_uncut(models_table(plan, errors))
+    print_uncut(outlooks_table(plan, tokens, price, errors))
     if load is not None and load.mean > 1:
-        print_whole(
+        print_uncut(
             f"fullest rank over mean, in a layer: {load.mean:.2f} on average (half of the layers "
             f"below {load.median:.2f}, nine in ten below {load.p90:.2f}); times hold the average"
         )
-    print_whole(how_well(errors))
+    print_uncut(how_well(errors))
 
 
 def _layouts(plan: Plan) -> Table:

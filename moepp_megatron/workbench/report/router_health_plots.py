@@ -13,7 +13,7 @@ from moepp_megatron.catalogue import IN_LAYERS, Drawn
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.numbers import layer_numbers
 from moepp_megatron.workbench.report import formatting
-from moepp_megatron.workbench.report.curves import own_plots, plain_plot
+from moepp_megatron.workbench.report.curves import drawn_metrics, plain_plot
 from moepp_megatron.workbench.report.drawing import (
     BLUE,
     VERMILION,
@@ -33,7 +33,7 @@ from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.summary import tail
 
 
-class HealthSeries(NamedTuple):
+class _HealthSeries(NamedTuple):
     """Numbers of all MoE layers over steps.
 
     Attributes:
@@ -50,7 +50,7 @@ class _BandPlot(NamedTuple):
 
     drawn: Drawn
     caption: str
-    series: tuple[HealthSeries, ...]
+    series: tuple[_HealthSeries, ...]
     is_share: bool
     healthy: tuple[float, float] | None
 
@@ -60,8 +60,8 @@ def health_plots(run: RunData) -> list[Plot]:
     if run.config.is_vanilla:
         return []
     plots = [_band_plot(run, plot) for plot in _band_plots(run)]
-    plots += [ffn_histogram(run)]
-    plots += [plain_plot(run, key, drawn) for key, drawn in own_plots(run, "router")]
+    plots += [_ffn_histogram(run)]
+    plots += [plain_plot(run, key, drawn) for key, drawn in drawn_metrics(run, "router")]
     return [plot for plot in plots if plot is not None and plot.image is not None]
 
 
@@ -82,7 +82,7 @@ def _band_plots(run: RunData) -> list[_BandPlot]:
             _measured("row_cosine"),
             _measured("row_cosine_max", "largest", VERMILION),
         ),
-        "min_ffn_load": (HealthSeries("mean", BLUE, _idlest(run.config.experts.num_ffn_experts)),),
+        "min_ffn_load": (_HealthSeries("mean", BLUE, _idlest(run.config.experts.num_ffn_experts)),),
     }
     healthy = {"gate_entropy": _entropy_range()}
     plots = [
@@ -101,14 +101,14 @@ def _band_plots(run: RunData) -> list[_BandPlot]:
 
 def _measured(
     name: str, label: str = "mean", colour: str = BLUE, scale: float = 1.0, first: int = 0
-) -> HealthSeries:
+) -> _HealthSeries:
     """Router health of the MoE layers from `first` on, times `scale`."""
 
     def values(record: StepMetrics) -> Sequence[float] | None:
         found = (record.router_health or {}).get(name)
         return None if found is None else [value * scale for value in found[first:]]
 
-    return HealthSeries(label, colour, values)
+    return _HealthSeries(label, colour, values)
 
 
 def _entropy_range() -> tuple[float, float] | None:
@@ -167,7 +167,7 @@ def _band_plot(run: RunData, plot: _BandPlot) -> Plot | None:
     return Plot(title, caption, svg_data_uri(figure), f"{title}: {'; '.join(words)}.")
 
 
-def _table(records: Sequence[StepMetrics], series: HealthSeries) -> tuple[list[int], np.ndarray]:
+def _table(records: Sequence[StepMetrics], series: _HealthSeries) -> tuple[list[int], np.ndarray]:
     """Steps, and [steps, MoE layers] numbers, of records in which any layer's is finite."""
     steps, rows = [], []
     for record in records:
@@ -181,7 +181,7 @@ def _table(records: Sequence[StepMetrics], series: HealthSeries) -> tuple[list[i
     return steps, np.asarray(rows, dtype=np.float64)
 
 
-def _draw_band(axes: Axes, series: HealthSeries, steps: Sequence[int], table: np.ndarray) -> None:
+def _draw_band(axes: Axes, series: _HealthSeries, steps: Sequence[int], table: np.ndarray) -> None:
     x, low = thin(steps, np.nanmin(table, axis=1))
     _, high = thin(steps, np.nanmax(table, axis=1))
     _, mean = thin(steps, np.nanmean(table, axis=1))
@@ -195,7 +195,7 @@ def _show(plot: _BandPlot, value: float) -> str:
     return formatting.percent(value) if plot.is_share else formatting.significant(value)
 
 
-def ffn_histogram(run: RunData) -> Plot | None:
+def _ffn_histogram(run: RunData) -> Plot | None:
     """How many tokens of each MoE layer get 0, 1, ..., K FFN experts."""
     measured = [r for r in run.records if r.layer_ffn_histogram]
     if not measured:

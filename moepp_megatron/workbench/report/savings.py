@@ -14,7 +14,7 @@ from moepp_megatron.workbench.report.summary import RunSummary
 
 
 @dataclass(frozen=True)
-class LayerWork:
+class _LayerWork:
     """Forward work of all MoE layers for one token, FLOP.
 
     Attributes:
@@ -47,8 +47,8 @@ class Savings:
         vanilla_step_a2a_bytes: The same of the vanilla layer.
     """
 
-    measured: LayerWork
-    vanilla: LayerWork
+    measured: _LayerWork
+    vanilla: _LayerWork
     ffn_fraction: float
     expert_work_saved: float
     speed_limit: float
@@ -82,7 +82,7 @@ def compute_savings(config: RunConfig, summary: RunSummary) -> Savings:
     sent, step_sent = summary.a2a_bytes, summary.settled_a2a_bytes
     topk = config.moe.router_topk
     return Savings(
-        measured=LayerWork(
+        measured=_LayerWork(
             experts_per_token=topk * fraction,
             ffn=_ffn_flops(config, topk * fraction),
             router=_router_flops(config, config.experts),
@@ -90,7 +90,7 @@ def compute_savings(config: RunConfig, summary: RunSummary) -> Savings:
                 len(config.moe_layers) * config.experts.local_flops(config.model.hidden_size)
             ),
         ),
-        vanilla=LayerWork(
+        vanilla=_LayerWork(
             experts_per_token=topk,
             ffn=_ffn_flops(config, topk),
             router=_router_flops(config, config.experts.vanilla),

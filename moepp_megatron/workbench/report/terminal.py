@@ -52,7 +52,7 @@ def _add_columns(table: Table, columns: Sequence[str], words: int) -> None:
         table.add_column(name, justify="left" if place < words else "right", no_wrap=True)
 
 
-def print_whole(*parts: RenderableType) -> None:
+def print_uncut(*parts: RenderableType) -> None:
     """Print tables and lines; no cell, number or line of it is cut, whatever the width.
 
     Lines are wrapped by the terminal. A table that is wider than the terminal is printed at the

@@ -11,7 +11,7 @@ from moepp_megatron.data.token_groups import BANDS
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.blocks import Cell, Table, number
-from moepp_megatron.workbench.report.curves import own_plots, plain_plot
+from moepp_megatron.workbench.report.curves import drawn_metrics, plain_plot
 from moepp_megatron.workbench.report.drawing import LINE_COLOURS
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
@@ -50,7 +50,7 @@ def token_plots(run: RunData) -> list[Plot]:
     # The table has all sources.
     sources = _sources(run)[: len(LINE_COLOURS)]
     plots = []
-    for key, drawn in own_plots(run, "names"):
+    for key, drawn in drawn_metrics(run, "names"):
         names = sources if OF_RECORD[key].labels == "source" else None
         if key == "class_ffn_per_token":
             bands = replace(drawn, title="FFN experts by frequency of the token")

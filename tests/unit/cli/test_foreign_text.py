@@ -66,7 +66,7 @@ def hostile_run(tmp_path: Path) -> Callable[[], Path]:
     (run / "alerts.jsonl").write_text(json.dumps(alert | numbers) + "\n")
     StatusSink(run)
     status = read_status(run)
-    ended = status.model_copy(update={"state": "ended", "go_on": HOSTILE})
+    ended = status.model_copy(update={"state": "ended", "resume_command": HOSTILE})
     (run / "status.json").write_text(ended.model_dump_json())
     return run
 
@@ -149,7 +149,7 @@ def test_scaling(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 
 def test_inspection(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     for name, stand_in in {
-        "runtime.distributed.joined": lambda rank: contextlib.nullcontext(),
+        "runtime.distributed.initialized": lambda rank: contextlib.nullcontext(),
         "workbench.inspection.record.trace_models": lambda request: [],
         "workbench.report.inspect.write_inspection": lambda *args: [("page", Path(HOSTILE))],
     }.items():

@@ -84,7 +84,7 @@ def bash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             'moepp_job() { show arguments "$@"; show image "$MOEPP_CONTAINER_IMAGE"\n'
             'show mounts "${MOEPP_CONTAINER_MOUNTS[@]}"\n'
             'show preflight "${MOEPP_PREFLIGHT[@]}"\n'
-            'show again "$(printenv MOEPP_GO_ON)"; }\n'
+            'show again "$(printenv MOEPP_RESUME_COMMAND)"; }\n'
         )
         monkeypatch.setattr(slurm_script, "REPOSITORY", root)
         script = make().script()

@@ -22,7 +22,14 @@ from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
 from moepp_megatron.training.run import TrainResult, run_rank
 from tests.unit.cli.test_dry_run import MINIMAL
 
-OF_OTHERS = ("RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID", "MOEPP_GO_ON", "MOEPP_CLAIM")
+OF_OTHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "SLURM_JOB_ID",
+    "SLURM_PROCID",
+    "MOEPP_RESUME_COMMAND",
+    "MOEPP_CLAIM",
+)
 
 
 class Command:
@@ -61,7 +68,7 @@ class Command:
         self.run_dir.mkdir(parents=True)
         (self.run_dir / "metrics.jsonl").write_text("records\n")
 
-    def go_on(self, *options: str) -> str:
+    def resume_command(self, *options: str) -> str:
         words = ["/venv/bin/moepp", "train", str(self.config), f"run.dir={self.run_dir}"]
         return shlex.join([*words, "--nproc", "2", *options, "--resume"])
 
@@ -97,7 +104,7 @@ def test_the_launcher_claims_the_folder_while_ranks_run(command) -> None:
     assert command("--max-restarts", "2") == 0
     (claim,) = command.claims
     assert claim.pid == os.getpid()
-    assert claim.go_on == command.go_on("--max-restarts", "2")
+    assert claim.resume_command == command.resume_command("--max-restarts", "2")
     assert command.starts == [["train", "--", str(command.config), f"run.dir={command.run_dir}"]]
     assert inherited_claim() is None
     assert not command.run_dir.exists(), "no rank has written anything"
@@ -116,7 +123,7 @@ def test_overwrite_moves_the_old_run_and_is_the_launchers_business(command, caps
     (aside,) = (path for path in command.run_dir.parent.iterdir() if path != command.run_dir)
     assert capsys.readouterr().out == f"moved the run of before to {aside}\n"
     assert (aside / "metrics.jsonl").read_text() == "records\n"
-    assert "--overwrite" not in command.claims[0].go_on
+    assert "--overwrite" not in command.claims[0].resume_command
 
 
 def test_a_run_that_does_not_fit_the_gpu_is_refused_before_it_starts(command, capsys, monkeypatch):
@@ -135,7 +142,7 @@ def test_a_run_that_does_not_fit_the_gpu_is_refused_before_it_starts(command, ca
     assert len(command.starts) == 1
     assert command() == 0, "a small one fits"
     assert command(*large, "--ignore-memory") == 0
-    assert command.claims[-1].go_on.count("--ignore-memory") == 1
+    assert command.claims[-1].resume_command.count("--ignore-memory") == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert command(*large) == 0, "it runs on CPUs"
 
@@ -152,11 +159,11 @@ def test_a_configuration_that_goes_on_by_itself_is_let_in(command, capsys) -> No
 def test_the_last_line_of_a_stopped_run_is_the_command(command, capsys) -> None:
     command.status = STOPPED
     assert command() == STOPPED
-    assert capsys.readouterr().out == f"to resume:\n{command.go_on()}\n"
+    assert capsys.readouterr().out == f"to resume:\n{command.resume_command()}\n"
     # Each machine has its own; a batch script's is said once.
     assert command(*NODES, "--node-rank", "1") == STOPPED
     assert "--node-rank 1" in capsys.readouterr().out
-    os.environ["MOEPP_GO_ON"] = "sbatch job.sh"
+    os.environ["MOEPP_RESUME_COMMAND"] = "sbatch job.sh"
     assert command(*NODES, "--node-rank", "1") == STOPPED
     assert capsys.readouterr().out == ""
     assert command(*NODES, "--node-rank", "0") == STOPPED
@@ -168,7 +175,7 @@ def test_the_last_line_of_a_stopped_run_is_the_command(command, capsys) -> None:
 def test_a_process_that_trains_alone_says_it_itself(
     tmp_path, alone, pause_reason, monkeypatch, capsys
 ):
-    claim = RunStatus.own(go_on="moepp train c --resume")
+    claim = RunStatus.own(resume_command="moepp train c --resume")
     if alone:
         # It has given the folder up by now.
         monkeypatch.delenv("MOEPP_CLAIM", raising=False)
@@ -178,11 +185,11 @@ def test_a_process_that_trains_alone_says_it_itself(
     request = SimpleNamespace(
         rank=SimpleNamespace(rank=0),
         starts_ranks=False,
-        start=SimpleNamespace(go_on="moepp train c --resume"),
+        start=SimpleNamespace(resume_command="moepp train c --resume"),
     )
     result = TrainResult(tmp_path, step=7, stopped=True, pause_reason=pause_reason)
     with pytest.raises(SystemExit):
-        run_end.say_end(request, result, prints_command=False)
+        run_end.print_end(request, result, prints_command=False)
     said = f"{pause_reason or 'stopped on request'} at step 7, saved\n"
     said += "to resume:\nmoepp train c --resume\n" if alone else ""
     assert capsys.readouterr().out == said
@@ -205,7 +212,7 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
     bound: list[str] = []
     for name, stand_in in {
         "quiet.quiet": lambda: None,
-        "distributed.joined": lambda *args: contextlib.nullcontext("its GPU"),
+        "distributed.initialized": lambda *args: contextlib.nullcontext("its GPU"),
         "rank_gpu.bind_to_gpu": bound.append,
         "distributed.build_groups": lambda *args: None,
         "backends.choices_to_log": lambda config: None,
@@ -231,7 +238,7 @@ def test_resume_is_passed_on(command) -> None:
     command.make_run()
     assert command("--resume") == 0
     assert command.starts[0][:3] == ["train", "--resume", "--"]
-    assert command.claims[0].go_on == command.go_on()
+    assert command.claims[0].resume_command == command.resume_command()
 
 
 NODES = ("--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29400", "--rdzv-id", "seven")
@@ -299,7 +306,7 @@ def test_the_command_that_resumes(command, monkeypatch, tmp_path: Path) -> None:
     assert resume_command(["c"]) == (
         "moepp train c --nproc 2 --nnodes 3 --rdzv-endpoint node01 --resume"
     )
-    os.environ["MOEPP_GO_ON"] = "sbatch job.sh"
+    os.environ["MOEPP_RESUME_COMMAND"] = "sbatch job.sh"
     assert resume_command(["c"]) == "sbatch job.sh"
 
 

@@ -191,7 +191,7 @@ def test_parameters_of_the_variants(minimal: Path) -> None:
     assert mixed.ffn_experts == 2 * 384
     assert mixed.router == 5 * 8  # a single MoE layer has no residual
     further = count_parameters(tiny(minimal, "model.mtp_num_layers=2"))
-    assert further.further_tokens == 2 * (3 * 8 + 8 * 16)
+    assert further.mtp_parameters == 2 * (3 * 8 + 8 * 16)
     assert further.attention == 2 * plain.attention
     assert further.router == plain.router + 2 * (5 * 8 + 5 * 5)
     assert further.ffn_experts == 2 * plain.ffn_experts

@@ -131,7 +131,7 @@ def test_loss_and_gradients_are_those_of_its_parts(moepp: MoEPPConfig, changes: 
     main, *further = by_hand(other, ids, labels, mask)
     (main + WEIGHT / DEPTHS * sum(further)).backward()
     assert_close((losses * mask).sum(), main, "loss")
-    sums = model.further_loss.sums
+    sums = model.mtp_loss.sums
     assert_close(sums[:, 0].float(), torch.stack(further).detach(), "losses of further tokens")
     assert sums[:, 1].tolist() == [ahead(mask, k).sum().item() for k in (1, 2)]
     expected = dict(other.named_parameters())
@@ -242,7 +242,7 @@ def test_without_gradients_they_do_not_run() -> None:
         losses = model(ids, positions, None, labels=labels)
         assert torch.equal(logits, plain(ids, positions, None))
         assert torch.equal(losses, plain(ids, positions, None, labels=labels))
-    assert model.further_loss.sums is None
+    assert model.mtp_loss.sums is None
 
 
 def test_megatron_cores_own_mtp_layers_are_refused() -> None:

@@ -41,8 +41,8 @@ class StandIn(ModuleType):
         self.finished += 1
 
 
-def open_sink(folder: Path, go_on: bool = False) -> WandbSink:
-    return WandbSink(OFFLINE, folder, "quick", {"moe": {"tau": 0.75}}, EXPERTS, go_on)
+def open_sink(folder: Path, resumes: bool = False) -> WandbSink:
+    return WandbSink(OFFLINE, folder, "quick", {"moe": {"tau": 0.75}}, EXPERTS, resumes)
 
 
 def test_records_and_settings_arrive(make_record, tmp_path: Path, monkeypatch):
@@ -73,8 +73,8 @@ def test_records_and_settings_arrive(make_record, tmp_path: Path, monkeypatch):
 def test_a_resumed_run_keeps_its_id_and_a_new_one_does_not(tmp_path: Path, monkeypatch):
     wandb = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    for go_on in (False, True, False, True):
-        open_sink(tmp_path, go_on).close()
+    for resumes in (False, True, False, True):
+        open_sink(tmp_path, resumes).close()
     first, resumed, anew, again = [init["id"] for init in wandb.inits]
     assert first == resumed != anew == again
 

@@ -16,9 +16,9 @@ from moepp_megatron.runtime.launch import LaunchOptions, _torchrun
 from moepp_megatron.runtime.nodes import Nodes, interface_of_rank, parse_endpoint
 from moepp_megatron.runtime.rank import RankEnvironment, first_host
 from moepp_megatron.runtime.rank_environment import (
-    adopt_rank_variables,
     contradiction,
     rank_variables,
+    set_rank_variables,
     with_rank_variables,
 )
 from tests.parallel.training_runs import TP2, settings
@@ -59,7 +59,7 @@ def test_cores_are_shared_out() -> None:
 
 def test_a_rank_without_launcher_adopts_what_still_matters(monkeypatch) -> None:
     monkeypatch.setattr(os, "environ", {"NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "x"})
-    adopt_rank_variables(layout())
+    set_rank_variables(layout())
     launched = with_rank_variables(os.environ, 1)
     late = {"OMP_NUM_THREADS", "PYTHONSAFEPATH", "PYTHONUNBUFFERED"}
     assert launched.keys() - os.environ.keys() == late | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
@@ -80,7 +80,7 @@ def test_a_rank_without_launcher_finds_its_interface(monkeypatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert interface_of_rank(nowhere) == loopback
     monkeypatch.setattr(os, "environ", {})
-    adopt_rank_variables(layout(), loopback)
+    set_rank_variables(layout(), loopback)
     assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
 
 
@@ -117,7 +117,7 @@ def test_hardware_queues_follow_from_the_layout(monkeypatch, parallel, moe, valu
     launched = with_rank_variables({}, 2)
     assert contradiction(config, launched) is None
     monkeypatch.setattr(os, "environ", launched)
-    adopt_rank_variables(config)
+    set_rank_variables(config)
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == str(value)
     assert contradiction(config, os.environ) is None
 
@@ -139,7 +139,7 @@ def test_a_number_of_queues_against_the_layout_is_told_and_kept(
     config = layout(parallel, moe)
     monkeypatch.setattr(os, "environ", {"CUDA_DEVICE_MAX_CONNECTIONS": given})
     warning = contradiction(config, os.environ)
-    adopt_rank_variables(config)
+    set_rank_variables(config)
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == given
     if wanted is None:
         assert warning is None

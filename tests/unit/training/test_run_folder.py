@@ -46,7 +46,7 @@ def enter(config: Config, start: Start | None = None) -> list[str]:
 
 
 def look_beside_leader(config: Config, start: Start) -> None:
-    RunFolder(config).check_beside_leader(start)
+    RunFolder(config).check_without_claim(start)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -386,7 +386,7 @@ def test_ranks_that_look_while_the_leader_claims_are_let_in(run: Path, monkeypat
 
     def look_late(*arguments: Any) -> list[str]:
         run.mkdir(parents=True, exist_ok=True)
-        write_status(run, RunStatus.own("job 7", restarted=False, go_on=None))
+        write_status(run, RunStatus.own("job 7", restarted=False, resume_command=None))
         return look(*arguments)
 
     monkeypatch.setattr(RunFolder, "traces", look_late)
@@ -396,8 +396,8 @@ def test_ranks_that_look_while_the_leader_claims_are_let_in(run: Path, monkeypat
 
 
 def test_a_start_from_which_no_run_came_leaves_nothing(run: Path) -> None:
-    with RunFolder(config_in(run)).claim(Start(go_on="moepp train x --resume")):
-        assert inherited_claim().go_on == "moepp train x --resume"
+    with RunFolder(config_in(run)).claim(Start(resume_command="moepp train x --resume")):
+        assert inherited_claim().resume_command == "moepp train x --resume"
     assert not run.exists()
     assert inherited_claim() is None
     # A run that was there keeps what it said.
@@ -409,14 +409,14 @@ def test_a_start_from_which_no_run_came_leaves_nothing(run: Path) -> None:
 
 
 def test_a_rank_keeps_what_its_launcher_said(run: Path) -> None:
-    with RunFolder(config_in(run)).claim(Start(name="job", go_on="again"), print):
+    with RunFolder(config_in(run)).claim(Start(name="job", resume_command="again"), print):
         os.environ["MOEPP_CLAIM"] = os.environ["MOEPP_CLAIM"].replace(
             f'"pid":{os.getpid()}', '"pid":1'
         )
         StatusSink(run)
         status = read_status(run)
         assert (status.pid, status.launcher.pid, status.start) == (os.getpid(), 1, "job")
-        assert status.go_on == "again"
+        assert status.resume_command == "again"
 
 
 def test_a_full_disk_is_freed_of_half_written_checkpoints(run, write, monkeypatch) -> None:

@@ -46,7 +46,7 @@ def measure_on_rank(
     """
     own = point.config(config)
     layout = Layout.from_config(own, rank.world_size)
-    with distributed.joined(rank) as device:
+    with distributed.initialized(rank) as device:
         distributed.build_groups(own, layout)
         result = measure_point(own, layout, measuring, device)
         if rank.rank == 0:

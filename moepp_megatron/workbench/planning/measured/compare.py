@@ -91,7 +91,7 @@ def _summary(errors: Sequence[float]) -> FamilyErrors:
 
 
 @dataclass(frozen=True)
-class RatioError:
+class _RatioError:
     """The ratio of two runs' speeds."""
 
     name: str  # name of the pair
@@ -104,7 +104,7 @@ class RatioError:
         return self.predicted / self.measured - 1.0
 
 
-def pair_errors(comparisons: Iterable[Comparison]) -> list[RatioError]:
+def pair_errors(comparisons: Iterable[Comparison]) -> list[_RatioError]:
     """Ratios of the runs that share a name in `pair`; the faster over the slower, as measured."""
     pairs: Mapping[str, list[Comparison]] = defaultdict(list)
     for comparison in comparisons:
@@ -116,7 +116,7 @@ def pair_errors(comparisons: Iterable[Comparison]) -> list[RatioError]:
         if len(members) == 2 and all(measured for measured, _ in speeds):
             slow, fast = sorted(speeds, key=lambda speed: speed[0] or 0.0)
             measured = (fast[0] or 0.0) / (slow[0] or 1.0)
-            ratios.append(RatioError(name, measured, fast[1] / slow[1]))
+            ratios.append(_RatioError(name, measured, fast[1] / slow[1]))
     return ratios
 
 

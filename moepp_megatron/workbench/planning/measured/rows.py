@@ -75,7 +75,7 @@ class Measured(_Strict):
 class Row(_Strict):
     """One run, as a file describes it; docs/planning.md has the format."""
 
-    # What is not known is told, because a file may hold remarks under names of its own.
+    # Unknown keys are reported, because a file may hold remarks under other names.
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     name: str = Field(min_length=1)

@@ -27,7 +27,7 @@ from moepp_megatron.workbench.profiling.collective import (
 from moepp_megatron.workbench.profiling.formats.communicators import Membership, Ranks, global_ranks
 from moepp_megatron.workbench.profiling.formats.peer_transfers import (
     PeerTransfer,
-    put_together,
+    join_transfers,
     split_calls,
 )
 from moepp_megatron.workbench.profiling.formats.records import MOST_RANKS, field, json_objects
@@ -199,7 +199,7 @@ def _exchanges(own: list[_Record], ranks: Ranks) -> list[Collective]:
             sequence=number if complete else None,
             **_base(own[0], ranks, placed),
         )
-        made = put_together(call, rank, base)
+        made = join_transfers(call, rank, base)
         number += made[0].operation is Operation.ALL_TO_ALL
         found += made
     return found

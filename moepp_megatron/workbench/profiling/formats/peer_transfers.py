@@ -67,7 +67,9 @@ def split_calls(transfers: Iterable[PeerTransfer], own_rank: int) -> list[list[P
     return calls
 
 
-def put_together(call: Sequence[PeerTransfer], own_rank: int, base: Collective) -> list[Collective]:
+def join_transfers(
+    call: Sequence[PeerTransfer], own_rank: int, base: Collective
+) -> list[Collective]:
     """The collectives of one grouped call.
 
     It is an all-to-all if the rank sends to itself or exchanges with more than two others. An

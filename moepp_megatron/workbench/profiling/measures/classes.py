@@ -21,7 +21,7 @@ from moepp_megatron.workbench.profiling.measures.purpose import PURPOSES, place_
 from moepp_megatron.workbench.profiling.trace import RankTrace
 
 
-class ClassName(NamedTuple):
+class _ClassName(NamedTuple):
     """The kind of a call.
 
     Attributes:
@@ -56,7 +56,7 @@ class CallClass:
         with_peak: Number of these.
     """
 
-    name: ClassName
+    name: _ClassName
     link: Link
     calls: int = 0
     group_size: int = 0
@@ -132,11 +132,11 @@ def call_classes(
         links: The link that each group uses.
         measured: A measured ceiling that replaces the rated peak.
     """
-    found: dict[ClassName, CallClass] = {}
+    found: dict[_ClassName, CallClass] = {}
     for trace in traces:
         for span in [trace.steps[step] for step in steps if step in trace.steps]:
             compute = computing(trace, span.interval)
-            intervals: dict[ClassName, list[Interval]] = defaultdict(list)
+            intervals: dict[_ClassName, list[Interval]] = defaultdict(list)
             for place, call in enumerate(trace.collectives):
                 if span.start_us <= call.start_us < span.end_us:
                     name = class_name(trace, call)
@@ -152,9 +152,9 @@ def call_classes(
     )
 
 
-def class_name(trace: RankTrace, call: Collective) -> ClassName:
+def class_name(trace: RankTrace, call: Collective) -> _ClassName:
     """The kind of a call."""
     meaning = trace.groups[call.group].meaning if call.group in trace.groups else "unknown"
     place = place_of(call)
     phase = place.phase if place else ""
-    return ClassName(purpose_of(call, meaning), call.operation, meaning, phase)
+    return _ClassName(purpose_of(call, meaning), call.operation, meaning, phase)

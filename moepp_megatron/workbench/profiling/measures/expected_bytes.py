@@ -54,7 +54,7 @@ class ExpectedLayerBytes:
     def add_measured(self, call: Collective, row_bytes: set[int]) -> None:
         """Count an all-to-all; `row_bytes` are those of the layers' hidden vectors."""
         others = _to_others(call, self.place)
-        # Gates and maps travel beside hidden vectors; a row tells which is which.
+        # Gates and maps travel with hidden vectors; a row distinguishes them.
         if row_bytes and call.row_bytes is not None and call.row_bytes not in row_bytes:
             self.side += others
         else:

@@ -77,5 +77,5 @@ def purpose_of(collective: Collective, meaning: str) -> str:
         return "optimizer"
     if meaning.startswith("tensor"):
         return "tensor parallel"
-    # Without ranges, tokens of experts can only be told from other things by their group.
+    # Without ranges, only their group distinguishes tokens of experts from other things.
     return "dispatch" if meaning == "expert" and operation is Operation.ALL_TO_ALL else "other"

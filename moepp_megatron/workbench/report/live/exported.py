@@ -20,7 +20,7 @@ class Exported:
     """One metric.
 
     Attributes:
-        labels: What tells its values of one run apart, besides ``run``, separated by commas.
+        labels: Labels of its values of one run, besides ``run``, separated by commas.
     """
 
     name: str

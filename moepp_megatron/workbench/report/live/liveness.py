@@ -33,12 +33,12 @@ class RunHealth:
         state: ``waiting`` (nothing of it is there), ``starting`` (no record yet), ``running``,
             ``silent`` (no record for long), ``finished``, ``stopped`` (on request, or before its
             last step), ``died`` (its process is gone without a report).
-        go_on: The command that its folder names to resume a stopped run; None without one.
+        resume_command: The command that its folder names to resume a stopped run; None without one.
     """
 
     state: State
     text: str
-    go_on: str | None = None
+    resume_command: str | None = None
 
     @property
     def is_over(self) -> bool:
@@ -65,8 +65,8 @@ def judge(
     if newest is not None and total_steps is not None and step >= total_steps:
         return RunHealth("finished", f"finished {_ago(record_age_s)}")
     if status is not None and status.state == "ended":
-        since = f"{short_time(max(0.0, now - status.time))} ago"
-        return RunHealth("stopped", f"stopped {since}", status.way_on())
+        since = f"{_short_time(max(0.0, now - status.time))} ago"
+        return RunHealth("stopped", f"stopped {since}", status.resume_command_here())
     gone = status is not None and status.is_gone()
     if newest is None or record_age_s is None:
         if gone:
@@ -78,8 +78,8 @@ def judge(
         return RunHealth("died", f"its process is gone; last record {_ago(record_age_s)}")
     interval = history.record_interval_s
     if record_age_s > _silent_after_s(history):
-        usual = f"; one came every {short_time(interval)}" if math.isfinite(interval) else ""
-        return RunHealth("silent", f"no record for {short_time(record_age_s)}{usual}")
+        usual = f"; one came every {_short_time(interval)}" if math.isfinite(interval) else ""
+        return RunHealth("silent", f"no record for {_short_time(record_age_s)}{usual}")
     return RunHealth("running", f"running, last record {_ago(record_age_s)}")
 
 
@@ -91,7 +91,7 @@ def _silent_after_s(history: History) -> float:
     return max(_SILENT_AT_LEAST_S, _SILENT_INTERVALS * interval)
 
 
-def short_time(seconds: float) -> str:
+def _short_time(seconds: float) -> str:
     """A time in its largest unit or two: 5 s, 3 min, 2 h 10 min, 3 days."""
     if not math.isfinite(seconds):
         return "unknown"
@@ -111,4 +111,4 @@ def short_time(seconds: float) -> str:
 
 
 def _ago(seconds: float | None) -> str:
-    return "at an unknown time" if seconds is None else f"{short_time(seconds)} ago"
+    return "at an unknown time" if seconds is None else f"{_short_time(seconds)} ago"

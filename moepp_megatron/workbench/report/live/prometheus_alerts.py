@@ -22,7 +22,7 @@ _HEADER = """\
 # python -m moepp_megatron.workbench.report.live.prometheus_alerts > docs/grafana/alerts.yaml
 """
 
-# What tells the runs of all monitors apart.
+# What distinguishes the runs of all monitors.
 RUN = "job, instance, run"
 
 
@@ -90,7 +90,7 @@ RULES = (
     _AlertRule(
         "MoeppRunDied", _state("died"), "1m", "critical",
         "the process of the run is gone and said nothing",
-        "look at the end of its log; moepp train ... --resume goes on",
+        "look at the end of its log; moepp train ... --resume continues it",
     ),
     _AlertRule(
         "MoeppRunSilent", _state("silent"), "1m", "critical",

@@ -79,7 +79,7 @@ class LiveRun:
         return max(0.0, self._clock() - self._record_time)
 
     @property
-    def wanted_ffn_share(self) -> float | None:
+    def target_ffn_share(self) -> float | None:
         """Present target of the FFN share of all selections: the budget's, or phi."""
         newest = self.history.newest
         if newest is not None and newest.ffn_target is not None:

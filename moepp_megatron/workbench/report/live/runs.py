@@ -34,7 +34,7 @@ class LiveRuns:
         self._runs: dict[Path, LiveRun] = {}
 
     @property
-    def is_one_run(self) -> bool:
+    def has_one_run(self) -> bool:
         """Whether there is one folder, and it is a run's or empty."""
         return len(self._folders) == 1 and _runs_in(self._folders[0]) == self._folders
 

@@ -40,7 +40,7 @@ _SEVERITY_STYLES = {"info": "cyan", "warning": "yellow", "critical": "bold red"}
 def print_run(run: LiveRun, console: Console) -> None:
     """Print the run as it is now."""
     run.poll()
-    console.print(run_table(run), highlight=False)
+    console.print(_run_table(run), highlight=False)
 
 
 def watch(
@@ -60,7 +60,7 @@ def watch(
         try:
             while True:
                 run.poll()
-                live.update(run_table(run), refresh=True)
+                live.update(_run_table(run), refresh=True)
                 if until_over and run.health().is_over:
                     return
                 sleep(interval_s)
@@ -68,7 +68,7 @@ def watch(
             pass
 
 
-def run_table(run: LiveRun) -> Group:
+def _run_table(run: LiveRun) -> Group:
     """The run as it was at the last poll."""
     health = run.health()
     style = _STATE_STYLES[health.state]
@@ -77,9 +77,9 @@ def run_table(run: LiveRun) -> Group:
     title.append(printable(f"  {run.folder}  ", keep=""), style="dim not bold")
     title.append(health.state.upper(), style=style)
     lines = [title, Text(_condition(run, health.text), style=style)]
-    if health.go_on is not None:
+    if health.resume_command is not None:
         # A run folder may come from elsewhere, so this is no command to copy unread.
-        said = printable(json.dumps(health.go_on, ensure_ascii=False), keep="")
+        said = printable(json.dumps(health.resume_command, ensure_ascii=False), keep="")
         lines.append(Text(f"to resume, status.json names (read it before you run it): {said}"))
     table = Table(box=box.SIMPLE_HEAD, show_header=False, show_edge=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -124,8 +124,8 @@ def _rows(run: LiveRun) -> Iterator[tuple[str, str]]:
         elif key != "step" and key in newest:
             group = row.group.partition("/")[0]
             groups.setdefault(group, []).append(f"{key} {_shown(newest[key][()], row.unit)}")
-    if run.wanted_ffn_share is not None and "router" in groups:
-        groups["router"].append(f"wanted ffn_fraction {run.wanted_ffn_share:.3g}")
+    if run.target_ffn_share is not None and "router" in groups:
+        groups["router"].append(f"wanted ffn_fraction {run.target_ffn_share:.3g}")
     for group, numbers in groups.items():
         yield group, "  ".join(numbers)
     yield from lists.items()

@@ -23,7 +23,7 @@ from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.profile.findings import Cost, costs
 from moepp_megatron.workbench.report.profile.timeline import COLOURS
 
-# From here on, ranks are bars that nobody can read.
+# With more ranks, nobody can read the bars.
 _MOST_RANKS = 64
 
 

@@ -28,7 +28,7 @@ _STEP_PARTS = {
     "gradient_reduce": "gradient reduce",
     "parameter_gather": "parameter gather",
 }
-# Rectangles that no screen could tell apart only make the page heavy.
+# Rectangles that no screen resolves only make the page heavy.
 _MOST = 6000
 
 

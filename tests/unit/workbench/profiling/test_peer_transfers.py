@@ -3,7 +3,7 @@
 from moepp_megatron.workbench.profiling.collective import Collective, Operation
 from moepp_megatron.workbench.profiling.formats.peer_transfers import (
     PeerTransfer,
-    put_together,
+    join_transfers,
     split_calls,
 )
 
@@ -48,7 +48,7 @@ def test_times_part_calls_that_share_no_peer():
 
 def test_a_pipeline_exchange_stays_sends_and_receives():
     call = [transfer(True, 2, 100), transfer(False, 0, 50), transfer(False, 2, 25)]
-    made = put_together(call, 1, BASE)
+    made = join_transfers(call, 1, BASE)
     assert [one.operation for one in made] == [Operation.SEND, Operation.RECEIVE, Operation.RECEIVE]
     assert [one.pair for one in made] == [(1, 2), (0, 1), (2, 1)]
     assert all(one.sequence is None and one.rank == 5 for one in made)
@@ -56,7 +56,7 @@ def test_a_pipeline_exchange_stays_sends_and_receives():
 
 def test_more_than_two_peers_are_an_all_to_all():
     call = [transfer(True, peer, 10 * peer) for peer in (0, 2, 3)]
-    (made,) = put_together(call, 1, BASE)
+    (made,) = join_transfers(call, 1, BASE)
     assert made.operation is Operation.ALL_TO_ALL
     assert made.sent == (0, 0, 20, 30)
     assert made.received == (0, 0, 0, 0)
@@ -65,6 +65,6 @@ def test_more_than_two_peers_are_an_all_to_all():
 
 def test_parts_are_unknown_where_the_group_is():
     unknown = Collective(operation=Operation.OTHER, rank=1)
-    (made,) = put_together([transfer(True, 1), transfer(False, 1)], 1, unknown)
+    (made,) = join_transfers([transfer(True, 1), transfer(False, 1)], 1, unknown)
     assert made.sent is None
     assert made.size == 8

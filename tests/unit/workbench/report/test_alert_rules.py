@@ -44,11 +44,6 @@ def test_the_rules_are_the_file_and_ask_for_what_is_exported():
         assert set(re.findall(r'state="(\w+)"', rule["expr"])) <= set(STATES)
 
 
-def test_the_page_names_every_rule():
-    page = (FILE.parents[1] / "monitor.md").read_text()
-    assert set(re.findall(r"`(Moepp\w+)`", page)) == {rule.name for rule in prometheus_alerts.RULES}
-
-
 GOOD = {
     "loss": "3",
     "ffn_ratio": "0.5",

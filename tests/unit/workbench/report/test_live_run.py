@@ -144,10 +144,10 @@ def test_long_intervals_between_records_are_no_silence(make_run):
 def test_the_target_of_a_budget_stands_before_phi(make_run):
     run = make_run(steps=2)
     live = polled(run)
-    assert live.wanted_ffn_share == pytest.approx(0.6)
+    assert live.target_ffn_share == pytest.approx(0.6)
     append(run, records_of(run)[-1] | {"step": 3, "ffn_target": 0.4})
     live.poll()
-    assert live.wanted_ffn_share == 0.4
+    assert live.target_ffn_share == 0.4
 
 
 def test_alerts_are_read_as_they_come(make_run):

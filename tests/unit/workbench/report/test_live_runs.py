@@ -62,7 +62,7 @@ def test_runs_in_a_folder_come_and_go(add_run, tmp_path: Path):
     (tmp_path / "runs" / "latest").symlink_to(a)
     (tmp_path / "runs" / "notes").mkdir()
     runs = LiveRuns([tmp_path / "runs"])
-    assert not runs.is_one_run
+    assert not runs.has_one_run
     address = serve(runs, 0)
     text = ask(address)
     got = numbers(text)
@@ -95,7 +95,7 @@ def test_runs_are_named_below_what_they_have_in_common(add_run, tmp_path: Path, 
     assert list(LiveRuns([Path("runs"), Path("runs/../runs/a")]).look()) == ["a"]
     both = LiveRuns([Path("runs"), Path("elsewhere")])
     assert list(both.look()) == ["runs/a", "elsewhere"]
-    assert LiveRuns([Path("elsewhere")]).is_one_run
+    assert LiveRuns([Path("elsewhere")]).has_one_run
     # The folder that was empty gets runs of its own; names stay.
     add_run("b", steps=1).rename(tmp_path / "elsewhere" / "b")
     assert list(both.look()) == ["runs/a", "elsewhere/b"]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moepp_megatron.cli.run_end import say_end
+from moepp_megatron.cli.run_end import print_end
 from moepp_megatron.training.run import TrainResult
 from moepp_megatron.workbench.report import ReportError, formatting
 from moepp_megatron.workbench.report.drawing import MAX_POINTS, smooth, thin
@@ -128,7 +128,7 @@ def test_every_share_and_saving_is_of_the_last_tenth_of_the_records(make_run):
 
 def _say_end(config, record):
     request = SimpleNamespace(config=config, rank=SimpleNamespace(rank=0), starts_ranks=False)
-    say_end(request, TrainResult(Path(config.run.dir), metrics=record), False)
+    print_end(request, TrainResult(Path(config.run.dir), metrics=record), False)
 
 
 def test_the_last_lines_of_a_run_name_the_number_of_its_page(make_run, capsys):

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from moepp_megatron.config.errors import ConfigError, UnfitError
-from moepp_megatron.data import foreign_tokenizers
-from moepp_megatron.data.foreign_tokenizers import open_given
+from moepp_megatron.data import external_tokenizers
+from moepp_megatron.data.external_tokenizers import open_external
 from moepp_megatron.data.prepare import PrepareSettings, prepare
 from moepp_megatron.data.tokenizer import Tokenizer
 from tests.unit.data.conftest import make_texts
@@ -47,7 +47,7 @@ def test_sentencepiece_gives_its_ids(tmp_path: Path, kind: str, options: dict) -
     import sentencepiece
 
     path = sentencepiece_model(tmp_path, kind, **options)
-    given = open_given(path, None)
+    given = open_external(path, None)
     own = sentencepiece.SentencePieceProcessor(model_file=str(path))
     texts = [*make_texts(20), *HARD]
     given.check(texts)
@@ -66,8 +66,8 @@ def test_sentencepiece_gives_its_ids(tmp_path: Path, kind: str, options: dict) -
 
 
 def test_a_conversion_with_other_ids_is_refused(tmp_path: Path) -> None:
-    given = open_given(sentencepiece_model(tmp_path, "bpe"), None)
-    wrong = foreign_tokenizers.GivenTokenizer(
+    given = open_external(sentencepiece_model(tmp_path, "bpe"), None)
+    wrong = external_tokenizers.ExternalTokenizer(
         given.tokenizer, given.content, given.identity, lambda text: [1, *given.original(text)]
     )
     with pytest.raises(ConfigError, match="it gives 'a' other ids than its own library"):
@@ -90,14 +90,14 @@ def test_ranks_give_tiktoken_s_ids(ranks, monkeypatch, pattern: str) -> None:
     tiktoken = pytest.importorskip("tiktoken", reason="needs tiktoken")
     pytest.importorskip("transformers", reason="needs transformers")
     special = ("<|unused|>", "<|endoftext|>")
-    monkeypatch.setattr(foreign_tokenizers, "_ENCODINGS", {266: (pattern, special)})
-    given = open_given(ranks, None)
+    monkeypatch.setattr(external_tokenizers, "_ENCODINGS", {266: (pattern, special)})
+    given = open_external(ranks, None)
     texts = [*make_texts(20), *HARD]
     given.check(texts)
     lines = [line.split() for line in ranks.read_text().splitlines()]
     own = tiktoken.Encoding(
         "own",
-        pat_str=foreign_tokenizers.PATTERNS[pattern],
+        pat_str=external_tokenizers.PATTERNS[pattern],
         mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in lines},
         special_tokens={"<|endoftext|>": 267},
     )
@@ -110,14 +110,14 @@ def test_known_encodings_are_tiktoken_s() -> None:
     public = pytest.importorskip("tiktoken_ext.openai_public", reason="needs tiktoken")
     source = Path(public.__file__).read_text()
     for ranks, end in ((50256, 50256), (100256, 100257), (199998, 199999)):
-        special = foreign_tokenizers._ENCODINGS[ranks][1]
+        special = external_tokenizers._ENCODINGS[ranks][1]
         assert ranks + special.index("<|endoftext|>") == end
         assert f"ENDOFTEXT: {end}" in source
 
 
 def test_ranks_of_an_unknown_number_are_refused(ranks: Path) -> None:
     with pytest.raises(ConfigError, match=r"has 266 ranks, and must have one of 50256, 100256"):
-        open_given(ranks, None)
+        open_external(ranks, None)
 
 
 def test_a_folder_is_its_tokenizer(prepared: Path, tmp_path: Path, corpus_file: Path) -> None:
@@ -144,14 +144,14 @@ def test_a_folder_without_tokenizer_json(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
     config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    given = open_given(tmp_path, None)
+    given = open_external(tmp_path, None)
     own = GPT2Tokenizer.from_pretrained(tmp_path)
     text = make_texts(3)[2]
     assert given.tokenizer.encode(text) == own.encode(text, add_special_tokens=False)
     assert given.tokenizer.eod_token == "<|endoftext|>"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"must hold tokenizer\.json or tokenizer_config\.json"):
-        open_given(tmp_path / "empty", None)
+        open_external(tmp_path / "empty", None)
 
 
 @pytest.mark.parametrize("missing", ["transformers", "sentencepiece"])
@@ -161,14 +161,14 @@ def test_missing_packages_are_told(tmp_path, monkeypatch, missing: str) -> None:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UnfitError, match=r"pip install sentencepiece protobuf"):
-        open_given(tmp_path / "a.model", None)
+        open_external(tmp_path / "a.model", None)
 
 
 def test_a_tokenizer_of_the_hub_is_to_be_fetched(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     fetch = "hf download Qwen/Qwen3-8B --include 'tokenizer[*]' --local-dir Qwen3-8B"
     with pytest.raises(ConfigError, match=fetch):
-        open_given(Path("Qwen/Qwen3-8B"), None)
+        open_external(Path("Qwen/Qwen3-8B"), None)
     Path("data").mkdir()
     with pytest.raises(ConfigError, match="name a file or its folder$"):
-        open_given(Path("data/tokenizer.json"), None)
+        open_external(Path("data/tokenizer.json"), None)

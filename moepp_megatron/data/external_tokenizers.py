@@ -53,7 +53,7 @@ _DIFFICULT = (
 
 
 @dataclass(frozen=True)
-class GivenTokenizer:
+class ExternalTokenizer:
     """The tokenizer that --tokenizer names.
 
     Attributes:
@@ -89,7 +89,7 @@ class GivenTokenizer:
                 return
 
 
-def open_given(path: Path, eod_token: str | None) -> GivenTokenizer:
+def open_external(path: Path, eod_token: str | None) -> ExternalTokenizer:
     """Open a `tokenizer.json`, its folder, or a tokenizer in another form.
 
     Args:
@@ -115,13 +115,13 @@ def open_given(path: Path, eod_token: str | None) -> GivenTokenizer:
         ) from None
     identity = hashlib.sha256(content).hexdigest()
     if content.lstrip()[:1] == b"{":
-        return GivenTokenizer(Tokenizer.load(path, eod_token), content, identity)
+        return ExternalTokenizer(Tokenizer.load(path, eod_token), content, identity)
     ranks = _read_ranks(content)
     if ranks is not None:
         backend, original = _from_ranks(path, ranks)
     elif _is_text(content):
         # Says what is wrong with it.
-        return GivenTokenizer(Tokenizer.load(path, eod_token), content, identity)
+        return ExternalTokenizer(Tokenizer.load(path, eod_token), content, identity)
     else:
         backend, original, own_eod = _from_sentencepiece(path, content)
         eod_token = eod_token or own_eod
@@ -134,9 +134,9 @@ def _given(
     eod_token: str | None,
     identity: str,
     original: Callable[[str], list[int]] | None,
-) -> GivenTokenizer:
+) -> ExternalTokenizer:
     tokenizer = Tokenizer(backend, eod_token or known_eod_token(backend, path))
-    return GivenTokenizer(tokenizer, tokenizer.content(), identity, original)
+    return ExternalTokenizer(tokenizer, tokenizer.content(), identity, original)
 
 
 def _is_text(content: bytes) -> bool:
@@ -150,7 +150,7 @@ def _needed(path: Path, what: str, command: str) -> UnfitError:
     return UnfitError(f"--tokenizer ({path}) is {what}; {command}")
 
 
-def _from_folder(path: Path, eod_token: str | None) -> GivenTokenizer:
+def _from_folder(path: Path, eod_token: str | None) -> ExternalTokenizer:
     """A Hugging Face folder whose tokenizer transformers knows how to convert."""
     if not (path / TOKENIZER_CONFIG_FILE).is_file():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Putting an earlier checkpoint of the run in place of the present model."""
+"""Loads an earlier checkpoint of the run in the middle of training."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def newest_checkpoint(
     return newest_valid(checkpoint_folder(config), up_to_step)
 
 
-def go_back(
+def load_earlier(
     checkpoint: Path, model: TrainingModel, config: Config, before: Progress
 ) -> tuple[Progress, dict[str, Any]]:
-    """Load a checkpoint; data goes on after all that has been read. Every rank must call.
+    """Load a checkpoint; data continue after all that has been read. Every rank must call.
 
     Args:
         checkpoint: A verified checkpoint.
@@ -39,7 +39,7 @@ def go_back(
         before: The run's progress before.
 
     Returns:
-        The new progress, and the checkpoint's further state.
+        The new progress, and the rest of the checkpoint's state.
     """
     loaded = read_checkpoint(checkpoint, model, config)
     progress = replace(

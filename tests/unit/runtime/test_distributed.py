@@ -9,12 +9,12 @@ ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import torch.distributed as dist
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.runtime.distributed import joined, stop
+from moepp_megatron.runtime.distributed import initialized, stop
 from moepp_megatron.runtime.rank import RankEnvironment
 
 for error in (None, ConfigError("wrong"), ValueError("a fault")):
     try:
-        with joined(RankEnvironment()) as device:
+        with initialized(RankEnvironment()) as device:
             assert dist.get_world_size() == 1
             if error is not None:
                 raise error
