@@ -7,7 +7,8 @@
 # train    20 steps of the 0.6B model on Python's own sources: loss, time, memory
 # card     the card's own matrix products and copy
 # layer    the MoE++ layer against megatron-core's vanilla one: four shapes, five taus, bf16 and FP8;
-#          without the kernels of moe.fused; with 2, 30 and 62 constant experts
+#          without the kernels of moe.fused; with CUTLASS's grouped product; with 2, 30 and 62
+#          constant experts
 # tests    the rest of tests/gpu: correctness in fp32, bf16 and FP8
 # step     whole training steps of the 0.6B model against its vanilla rival, bf16 and FP8
 # resume   the run of train, from its checkpoint
@@ -134,7 +135,7 @@ if ((gpus > 0)); then
     # A micro-batch of eight sequences of the paper's length.
     layer=(--tokens 16384 --rounds 30)
     all=(--shapes '0.6B,1B,2B,7B' --taus '0.1,0.25,0.5,0.75,1.0')
-    one=(--shapes 7B --taus 0.75)
+    one=(--shapes 7B --taus 0.75) many=(--shapes '2B,7B' --taus 0.75)
     precisions=(bf16 fp8:delayed fp8:tensorwise fp8:blockwise)
     card=() most=256M
     model=(configs/models/moepp_0.6b_8_4.yaml "data.path=$work/corpus" training.micro_batch_size=4
@@ -145,7 +146,7 @@ if ((gpus > 0)); then
 else
     layer=(--tokens 64 --rounds 2)
     all=(--shapes 0.6B --taus 0.75)
-    one=("${all[@]}")
+    one=("${all[@]}") many=("${all[@]}")
     precisions=(bf16)
     card=(--size 256 --megabytes 16) most=64K
     tiny=(model.num_layers=2 training.micro_batch_size=1)
@@ -178,6 +179,9 @@ if has layer; then
             ${fp8[@]+"${fp8[@]}"}
     done
     bench layer_bf16_no_kernels layer "${one[@]}" "${layer[@]}" --dtype bf16 --fused false
+    # Against layer_bf16: all experts of a layer in one kernel.
+    NVTE_USE_CUTLASS_GROUPED_GEMM=1 bench layer_bf16_cutlass layer "${many[@]}" "${layer[@]}" \
+        --dtype bf16
     for constants in 2 30 62; do
         bench "layer_bf16_constants_$constants" layer "${one[@]}" "${layer[@]}" --dtype bf16 \
             --constants "$constants"

@@ -69,7 +69,8 @@ def get_moepp_layer_spec(
     upstream: MlpBuilder = spec.submodules.mlp
     submodules: MoESubmodules = upstream.keywords["submodules"]
     if moepp.is_vanilla:
-        mlp: MlpBuilder = partial(VanillaMoELayer, submodules=submodules)
+        own = vanilla_submodules(submodules, config)
+        mlp: MlpBuilder = partial(VanillaMoELayer, submodules=own)
         return with_submodules(spec, mlp=mlp)
     router = partial(MoEPPRouter, moepp=moepp, has_residual=has_residual)
     submodules = dataclasses.replace(
@@ -153,6 +154,16 @@ def router_pattern(config: TransformerConfig) -> list[bool]:
     """`moe_layer_pattern`, then MTP's layers, each of the kind of the last decoder layer."""
     pattern = moe_layer_pattern(config)
     return pattern + pattern[-1:] * (config.mtp_num_layers or 0)
+
+
+def vanilla_submodules(submodules: MoESubmodules, config: TransformerConfig) -> MoESubmodules:
+    """megatron-core's own; on a GPU its local experts in the grouped product that MoE++ has there.
+
+    One after another they would make MoE++ look faster than it is.
+    """
+    if not torch.cuda.is_available():
+        return submodules
+    return dataclasses.replace(submodules, experts=_experts(submodules.experts, config))
 
 
 def _experts(upstream: ExpertsBuilder, config: TransformerConfig) -> ExpertsBuilder:

@@ -185,6 +185,9 @@ def set_rank_variables(config: Config, interface: str | None = None) -> None:
     CUDA, torch's allocator and NCCL read their variables once, when they start.
     """
     _set_default(os.environ, connections(config))
+    if config.moe.cutlass_grouped_gemm:
+        # Read before each product (Transformer Engine, common/gemm/cublaslt_gemm.cu).
+        os.environ.setdefault("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")
     for variable in rank_variables(1, interface):
         if not variable.only_at_start:
             _set_default(os.environ, variable)

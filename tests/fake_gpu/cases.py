@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, Layout, load_config
+from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.memory import RankMemory, rank_memory
+from moepp_megatron.workbench.planning.parts import Layer, layer_parts
+from moepp_megatron.workbench.planning.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 MODELS = sorted((ROOT / "configs/models").glob("[a-z]*.yaml"))
@@ -78,13 +81,14 @@ def whole(
     return case, stages[fullest]
 
 
-def shipped(path: Path, layers: int = 2) -> dict[str, Any]:
+def shipped(path: Path, layers: int = 2, *changes: str) -> dict[str, Any]:
     """A shipped configuration on as many ranks as it is meant for, `layers` a pipeline chunk."""
     config, world = _loaded(path), ranks_of(path)
     parallel = config.parallel
     stages = parallel.pipeline_model_parallel_size
     chunks = stages * (parallel.virtual_pipeline_model_parallel_size or 1)
     overrides = [
+        *changes,
         f"model.num_layers={layers * chunks}",
         f"training.global_batch_size={2 * world}",
         "parallel.pipeline_model_parallel_layout=null",
@@ -97,6 +101,15 @@ def shipped(path: Path, layers: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def planned_launches(path: Path, *changes: str) -> int:
+    """Kernels that the planner counts for an MoE layer and micro-batch, forward and backward."""
+    config = _loaded(path, *changes)
+    grid = Grid.from_config(config, ranks_of(path))
+    layer = Layer(is_moe=True, rows=1.0, has_residual=config.moe.gating_residual)
+    parts = list(layer_parts(Workload.from_config(config), grid, layer))
+    return sum(part.forward.kernels + part.backward.kernels for part in parts)
+
+
 def smallest(
     *overrides: str, world_size: int = 1, sequences: int = 0, **fields: Any
 ) -> dict[str, Any]:
@@ -107,6 +120,10 @@ def smallest(
     }  # fmt: skip
 
 
+VANILLA = (
+    "moe.num_zero_experts=0", "moe.num_copy_experts=0", "moe.num_constant_experts=0",
+    "moe.gating_residual=false", "moe.balance_scope=microbatch",
+)  # fmt: skip
 _TWO_EXPERT_RANKS = "parallel.expert_model_parallel_size=2"
 _STAGES = "parallel.pipeline_model_parallel_size=2"
 _WATCHED = [
@@ -144,10 +161,7 @@ LOCAL: dict[str, dict[str, Any]] = {
         _TWO_EXPERT_RANKS, "moe.dispatcher=flex", "moe.flex_backend=hybridep", world_size=2
     ),
     "graphs": smallest("training.cuda_graphs=[attn,moe_router]"),
-    "vanilla": smallest(
-        "moe.num_zero_experts=0", "moe.num_copy_experts=0", "moe.num_constant_experts=0",
-        "moe.gating_residual=false",
-    ),
+    "vanilla": smallest(*VANILLA),
 }  # fmt: skip
 _FP8 = "precision.fp8=hybrid"
 _SELECTIVE = "training.recompute_granularity=selective"

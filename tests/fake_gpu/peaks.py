@@ -103,12 +103,12 @@ def played_bytes(folder: Path, paths: list[Path], engine: Engine | None) -> dict
     }
 
 
-def launches(folder: Path, path: Path, engine: Engine | None) -> dict[str, int]:
+def launches(folder: Path, path: Path, engine: Engine | None, *changes: str) -> dict[str, int]:
     """Kernels that an MoE layer starts for a micro-batch, forward and backward, by `OWNERS`.
 
-    The difference between three layers and two.
+    The difference between three layers and two. A grouped product counts once.
     """
-    plays = [cases.shipped(path, layers) for layers in (2, 3)]
+    plays = [cases.shipped(path, layers, *changes) for layers in (2, 3)]
     found = build.play(folder, plays, engine)
     for outcome in found:
         assert outcome["error"] == "", outcome["error"]
@@ -143,10 +143,12 @@ def _print_launches(folder: Path, paths: list[Path]) -> None:
         for engine in (None, pinned_engine()):
             if engine is None and cases.needs_engine(path):
                 continue
-            found = launches(folder, path, engine)
             modules = "without TE" if engine is None else "TE"
-            counts = " | ".join(str(found[name]) for name in OWNERS)
-            print(f"| {path.stem} | {modules} | {sum(found.values())} | {counts} |", flush=True)
+            for kind, changes in (("MoE++", ()), ("vanilla", cases.VANILLA)):
+                found = launches(folder, path, engine, *changes)
+                counts = " | ".join(str(found[name]) for name in OWNERS)
+                row = f"| {path.stem}, {kind} | {modules} | {sum(found.values())} | {counts} |"
+                print(row, flush=True)
 
 
 def _print_peaks(folder: Path, paths: list[Path]) -> None:

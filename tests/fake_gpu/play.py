@@ -290,7 +290,7 @@ class _Run:
         self.outcome.reads = dict(RECORD.reads)
         self.outcome.launches = dict(RECORD.launches)
         step_module.prepare_gradients = prepare
-        layers = sum(len(_moe_layers(model)) for model in self.model.models)
+        layers = sum(map(_moe_layers, self.model.models))
         self.outcome.layers = layers * self.layout.num_microbatches
         mean_loss(result.losses)
         if "health" in parts:
@@ -319,10 +319,11 @@ class _Run:
 _INPUTS = ("tokens", "labels", "position_ids")
 
 
-def _moe_layers(model: torch.nn.Module) -> list[Any]:
-    from moepp_megatron.moe.layer import moepp_layers
+def _moe_layers(model: torch.nn.Module) -> int:
+    """Those of MoE++, and megatron-core's own of a vanilla model."""
+    from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 
-    return list(moepp_layers(model))
+    return sum(isinstance(module, BaseMoELayer) for module in model.modules())
 
 
 if __name__ == "__main__":

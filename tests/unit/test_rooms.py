@@ -33,11 +33,11 @@ CEILINGS = {
     "interop": 5380,
     "training": 13050,
     "model": 1520,
-    "moe": 6775,
+    "moe": 6790,
     "data": 5350,
     "observe": 4060,
-    "runtime": 4110,
-    "config": 6880,
+    "runtime": 4115,
+    "config": 6890,
     "catalogue": 460,
     "layer_settings": 260,
     "experts": 330,
@@ -46,7 +46,7 @@ CEILINGS = {
 }
 # All Python files of the package, of the tests and of benchmarks/ with its results.
 MOST_FILES, MOST_TEST_LINES = 564, 61_400
-MOST_BENCHMARK_LINES, MOST_WORDS = 3_525, 51_200
+MOST_BENCHMARK_LINES, MOST_WORDS = 3_535, 51_200
 
 # Not yet: planning says in which order to read it, the experiments nothing.
 UNLISTED = ("workbench/experiments", "workbench/planning")

@@ -127,6 +127,9 @@ RULES: tuple[Rule, ...] = (
     _priority_of_groups_of_one,
     _where(lambda c: c.moe.dispatcher != "flex", "with moe.dispatcher {moe.dispatcher}",
         "moe.flex_backend moe.flex_num_sms", "set moe.dispatcher to flex, or leave it out"),
+    refuse("moe.cutlass_grouped_gemm",
+        lambda c: c.moe.cutlass_grouped_gemm and (c.precision.fp8 or c.precision.dtype != "bf16"),
+        "has no effect on products in fp32 or FP8", "use false, or bf16"),
     # A token has two experts of one rank only if a rank holds two and a token selects two.
     group(lambda c: c.moe.dispatcher == "alltoall_dedup",
         first(

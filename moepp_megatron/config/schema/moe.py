@@ -33,6 +33,9 @@ class MoESection(Section, LayerSettings):  # type: ignore[misc]
     flex_num_sms: Annotated[int | None, Unit("multiprocessors"), Field(ge=2)] = None
     """Multiprocessors that the flex dispatcher's kernels occupy; null: 20 with DeepEP, HybridEP's
     own choice"""
+    cutlass_grouped_gemm: Annotated[bool, Unit("-")] = False
+    """Let one CUTLASS kernel multiply all FFN experts of a rank, in bf16 on Hopper (Transformer
+    Engine; the weights' gradients stay with cuBLAS), in place of a cuBLAS product each"""
     layer_freq: Annotated[int | list[int], Unit("layers")] = 1
     """MoE layers: every n-th layer from the first, or one 0 or 1 per layer"""
     ffn_hidden_size: Annotated[int | None, Unit("channels"), Field(ge=1)] = None

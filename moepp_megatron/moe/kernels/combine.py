@@ -46,8 +46,9 @@ _LEAST = 16
 # Columns of V beside which tiles of that width fit: a program holds V's part of them in the shared
 # memory of its processor, of which an H100 gives it 227 KiB.
 _MOST = 64
-# Programs of a backward pass to aim at: two on each of an H100's 132 processors, as many as their
-# registers hold. Not taken from the device, so that the order of additions, and with it the last
+# Programs of a backward pass to aim at: two for each of an H100's 132 processors. Registers hold
+# both at once with few constants; Triton 3.6 gives those of 30 so many that one runs after the
+# other. Not taken from the device, so that the order of additions, and with it the last
 # bit, depends on shapes alone.
 _PROGRAMS = 256
 # Elements [tokens, experts] of a program that turns weights' gradients into those of gates and

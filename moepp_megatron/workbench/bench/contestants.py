@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from moepp_megatron.layer_settings import Fused
 from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
 from moepp_megatron.moe.layer import MoEPPLayer
-from moepp_megatron.moe.spec import get_moepp_layer_spec
+from moepp_megatron.moe.spec import get_moepp_layer_spec, vanilla_submodules
 from moepp_megatron.runtime import distributed
 from moepp_megatron.runtime.optional import have_transformer_engine
 from moepp_megatron.runtime.rank import RankEnvironment
@@ -180,7 +181,7 @@ def _moepp_layer(config: Config) -> Any:
 
 
 def _vanilla_layer(config: Config) -> Any:
-    """Build megatron-core's own layer from its specs: with Transformer Engine its grouped GEMM."""
+    """Build megatron-core's own layer from its specs, with a grouped product as MoE++ has."""
     megatron = _megatron(config)
     experts = megatron.num_moe_experts
     if have_transformer_engine():
@@ -191,7 +192,9 @@ def _vanilla_layer(config: Config) -> Any:
         spec = get_gpt_layer_local_spec(
             num_experts=experts, moe_grouped_gemm=False, normalization=megatron.normalization
         )
-    layer = _built(spec.submodules.mlp, megatron)
+    builder = spec.submodules.mlp
+    own = vanilla_submodules(builder.keywords["submodules"], megatron)
+    layer = _built(partial(builder, submodules=own), megatron)
     assert type(layer) is MoELayer, f"{type(layer)} is not megatron-core's own"
     return layer
 

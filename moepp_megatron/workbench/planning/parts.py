@@ -19,6 +19,9 @@ from moepp_megatron.workbench.planning.zero_computation import local_work, mixin
 
 # Kernels of the attention forward beside its projections: rotations, layouts, core.
 _CORE_KERNELS = 10
+# Kernels of the router beside its products, forward and backward: megatron-core's operations one by
+# one, and with `moe.fused` (tests/fake_gpu counts both).
+_ROUTER_KERNELS, _FUSED_ROUTER_KERNELS = (10, 8), (1, 7)
 # Reads and writes, forward and backward, of a tensor [rows, I] between an FFN's two products.
 _ACTIVATION_PASSES = (3, 6)
 # Of clamping both halves of the first product, two clamps that are joined again: the same passes,
@@ -144,8 +147,10 @@ def _router(load: Workload, grid: Grid, has_residual: bool) -> LayerPart:
     forward, backward = linear_products(tokens, shapes, load.numbers.dtype)
     # fp32 logits, scores, map and probabilities: about eight passes over [T, E].
     moved = 8.0 * 4 * tokens * wide
-    ahead = Work(forward, moved=moved, kernels=10 + 2 * len(shapes))
-    back = Work(backward, moved=moved, kernels=8 + 2 * len(shapes))
+    few = load.local_fused and not experts.is_vanilla
+    kernels = _FUSED_ROUTER_KERNELS if few else _ROUTER_KERNELS
+    ahead = Work(forward, moved=moved, kernels=kernels[0] + 2 * len(shapes))
+    back = Work(backward, moved=moved, kernels=kernels[1] + 2 * len(shapes))
     return LayerPart("router", ahead, back, _again(grid, "moe", ahead))
 
 

@@ -43,14 +43,16 @@ def local_work(load: Workload, grid: Grid) -> tuple[Work, Work]:
         return forward, Work(back, moved=6.0 * tensor, kernels=8)
     # Tensors [T, D] of the kernel, those of its products too: x; apart also the output, which is
     # read again. Backward x and its gradient, apart also the output's gradient.
-    tensors, kernels = {"combined": ((1.0, 2.0), 0), "apart": ((3.0, 3.0), 1)}[form]
+    # Apart, gradients of hidden states and gates meet those of the rows in sums of their own.
+    tensors, kernels = {"combined": ((1.0, 2.0), (0, 0)), "apart": ((3.0, 3.0), (1, 4))}[form]
     moved = [
         max(count * tensor - sum(product.moved for product in products), 0.0)
         for count, products in zip(tensors, (ahead, back), strict=True)
     ]
     # Gradients of the gates, then of V: parts added up, rounded.
     after = 1 + (2 if matmuls else 0)
-    return Work(ahead, 0.0, 0, moved[0], kernels), Work(back, 0.0, 0, moved[1], kernels + after)
+    forward = Work(ahead, 0.0, 0, moved[0], kernels[0])
+    return forward, Work(back, 0.0, 0, moved[1], kernels[1] + after)
 
 
 def seconds_beside_rows(

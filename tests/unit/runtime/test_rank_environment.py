@@ -122,6 +122,15 @@ def test_hardware_queues_follow_from_the_layout(monkeypatch, parallel, moe, valu
     assert contradiction(config, os.environ) is None
 
 
+@pytest.mark.parametrize("given", [{}, {"NVTE_USE_CUTLASS_GROUPED_GEMM": "0"}], ids=str)
+def test_the_grouped_product_is_that_of_the_setting(monkeypatch, given) -> None:
+    for wanted in (False, True):
+        monkeypatch.setattr(os, "environ", dict(given))
+        adopt_rank_variables(layout({}, {"cutlass_grouped_gemm": wanted}))
+        expected = given.get("NVTE_USE_CUTLASS_GROUPED_GEMM", "1" if wanted else None)
+        assert os.environ.get("NVTE_USE_CUTLASS_GROUPED_GEMM") == expected
+
+
 @pytest.mark.parametrize(
     ("parallel", "moe", "given", "wanted"),
     [
