@@ -126,7 +126,7 @@ def test_hardware_queues_follow_from_the_layout(monkeypatch, parallel, moe, valu
 def test_the_grouped_product_is_that_of_the_setting(monkeypatch, given) -> None:
     for wanted in (False, True):
         monkeypatch.setattr(os, "environ", dict(given))
-        adopt_rank_variables(layout({}, {"cutlass_grouped_gemm": wanted}))
+        set_rank_variables(layout({}, {"cutlass_grouped_gemm": wanted}))
         expected = given.get("NVTE_USE_CUTLASS_GROUPED_GEMM", "1" if wanted else None)
         assert os.environ.get("NVTE_USE_CUTLASS_GROUPED_GEMM") == expected
 
