@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.cli.options import (
-    ConfigArgument,
-    OverridesArgument,
-)
-from moepp_megatron.config import Config, Layout, check_config, load_config
+from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
+from moepp_megatron.config import Layout, check_config, load_config
 
 if TYPE_CHECKING:
     from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
-    from moepp_megatron.workbench.experiments.pilot.runs import PilotRun
+    from moepp_megatron.workbench.experiments.pilot.result import PilotResult
 
 
 def pilot(
@@ -83,42 +81,32 @@ def pilot(
         moepp pilot configs/quickstart.yaml --out pilots/other moe.tau=0.5 --nproc 2 --steps 60
     """
     settings = load_config(config, overrides or [])
+    from moepp_megatron.runtime.launch import STOPPED
     from moepp_megatron.workbench.experiments.pilot.arms import build_arms
     from moepp_megatron.workbench.experiments.pilot.plan import Plan
     from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
-    from moepp_megatron.workbench.experiments.pilot.runs import PilotRuns
-    from moepp_megatron.workbench.experiments.pilot.schedule import FEWEST_SEEDS
+    from moepp_megatron.workbench.experiments.pilot.trials import claim
+    from moepp_megatron.workbench.experiments.pilot.verdict import FEWEST_SEEDS
+    from moepp_megatron.workbench.experiments.runner import Interrupted, RunFailed
 
-    arms = build_arms(settings, steps or settings.training.train_iters, eval_iters)
     first = settings.training.seed
-    folder = PilotRuns(out.resolve(), nproc)
-    numbers = list(range(first, first + seeds))
-    runs = folder.all_of(arms, numbers)
-    _check_runs(settings, runs, nproc, collect)
-    folder.claim(runs)
-    plan = Plan(first=max(seeds, FEWEST_SEEDS), sessions=sessions)
     whole = Pilot(
-        folder=folder,
+        folder=out.resolve(),
+        nproc=nproc,
         config=settings,
-        base=arms,
-        seeds=numbers,
-        plan=Plan.claim(folder.path, plan),
+        base=build_arms(settings, steps or settings.training.train_iters, eval_iters),
+        seeds=range(first, first + seeds),
+        plan=Plan(first=max(seeds, FEWEST_SEEDS), sessions=sessions),
         command=shlex.join(["moepp", *sys.argv[1:]]),
         eval_iters=eval_iters,
     )
-    _run_and_write(whole, collect)
-
-
-def _run_and_write(whole: Pilot, collect: bool) -> None:
-    from moepp_megatron.workbench.experiments.runs import Interrupted, RunFailed
-
+    _check_runs(whole, collect)
+    claim(whole.folder, whole.runs)
+    whole = replace(whole, plan=Plan.claim(whole.folder, whole.plan))
     try:
         _announce(whole)
-        whole = _collected(whole) if collect else _run(whole)
-        _finish(whole)
+        _finish(_collected(whole) if collect else _run(whole))
     except Interrupted as stop:
-        from moepp_megatron.runtime.launch import STOPPED
-
         echo(str(stop), err=True)
         raise typer.Exit(STOPPED) from None
     except RunFailed as failure:
@@ -127,8 +115,10 @@ def _run_and_write(whole: Pilot, collect: bool) -> None:
 
 
 def _announce(whole: Pilot) -> None:
-    runs = whole.folder.all_of(whole.base, whole.seeds)
-    done = len(runs) - len(whole.folder.unfinished(runs))
+    from moepp_megatron.workbench.experiments.runner import missing
+
+    runs = whole.runs[: len(whole.base) * len(whole.seeds)]
+    done = len(runs) - len(missing(runs))
     training = runs[0].config.training
     per_step = training.global_batch_size * runs[0].config.model.seq_length
     steps = whole.base[0].arm.steps
@@ -148,9 +138,10 @@ def _announce(whole: Pilot) -> None:
 
 def _run(whole: Pilot) -> Pilot:
     """Do what is missing; results are written after each seed of the last stage."""
+    from moepp_megatron.workbench.experiments.runner import missing
     from moepp_megatron.workbench.report.progress import progress
 
-    left = len(whole.folder.unfinished(whole.runs()))
+    left = len(missing(whole.runs))
     if not whole.matched:
         left += whole.plan.sessions + 2 * len(whole.seeds)
     with progress(left) as advance:
@@ -159,69 +150,66 @@ def _run(whole: Pilot) -> Pilot:
 
 def _collected(whole: Pilot) -> Pilot:
     """Write what can be run now, and say how to time MoE++ where that comes next."""
-    from moepp_megatron.workbench.experiments.pilot.sessions import SpeedSessions
+    from moepp_megatron.workbench.experiments.pilot.trials import claim
+    from moepp_megatron.workbench.experiments.runner import missing
 
-    timed = SpeedSessions(whole.folder.path, whole.folder.nproc)
-    with timed.writing():
-        whole = whole.matching(timed)
-    whole.folder.claim(whole.runs())
-    missing = timed.unfinished(whole.sessions())
-    if missing:
+    whole = whole.matching()
+    claim(whole.folder, whole.runs)
+    sessions = missing(whole.sessions())
+    if sessions:
         echo("speed: run these where the models will train, one after the other", err=True)
-        for session in missing:
-            words = ["moepp", *timed.command(session), "--nproc", str(timed.nproc)]
-            echo(f"  {shlex.join(words)}", err=True)
+    for session in sessions:
+        words = ["moepp", *session.command, "--nproc", str(session.nproc)]
+        echo(f"  {shlex.join(words)}", err=True)
     return whole
 
 
-def _write(whole: Pilot) -> bool:
-    """Write results of whole seeds; False if there are none."""
+def _write(whole: Pilot) -> PilotResult | None:
+    """Write results of whole seeds; None if there are none."""
     from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.workbench.experiments.pilot.collect import result_of
     from moepp_megatron.workbench.experiments.pilot.page import write_pilot_page
 
     result = result_of(whole)
-    if result is None:
-        return False
-    path = whole.folder.path
-    write_atomic(path / "pilot.json", (result.model_dump_json(indent=1) + "\n").encode())
-    write_pilot_page(result, path / "pilot.html")
-    return True
+    if result is not None:
+        content = result.model_dump_json(indent=1) + "\n"
+        write_atomic(whole.folder / "pilot.json", content.encode())
+        write_pilot_page(result, whole.folder / "pilot.html")
+    return result
 
 
 def _finish(whole: Pilot) -> None:
-    from moepp_megatron.workbench.experiments.pilot.result import PilotResult
-    from moepp_megatron.workbench.experiments.pilot.terminal import print_pilot
+    from moepp_megatron.workbench.experiments.pilot.page import print_pilot
+    from moepp_megatron.workbench.experiments.runner import missing
 
-    path = whole.folder.path
-    runs = whole.runs()
-    missing = whole.folder.unfinished(runs)
-    if missing:
+    runs = whole.runs
+    left = missing(runs)
+    if left:
         echo(
-            f"{len(missing)} of {len(runs)} runs are missing; their configurations are in "
-            f"{path / 'configs'}",
+            f"{len(left)} of {len(runs)} runs are missing; their configurations are in "
+            f"{whole.folder / 'configs'}",
             err=True,
         )
-    if not _write(whole):
+    result = _write(whole)
+    if result is None:
         echo("no seed is finished by every model yet", err=True)
         return
-    print_pilot(PilotResult.model_validate_json((path / "pilot.json").read_text()))
-    echo(f"results      {path / 'pilot.json'}")
-    echo(f"page         {path / 'pilot.html'}")
+    print_pilot(result)
+    echo(f"results      {whole.folder / 'pilot.json'}")
+    echo(f"page         {whole.folder / 'pilot.html'}")
 
 
-def _check_runs(settings: Config, runs: list[PilotRun], nproc: int, collect: bool) -> None:
+def _check_runs(whole: Pilot, collect: bool) -> None:
     """Check every model, before the first run, for errors that would stop a run at its start."""
     from moepp_megatron.data.prepared_data import check_data
     from moepp_megatron.runtime.fit import check_fit
 
-    by_arm = {run.arm.name: run for run in runs}
-    for warning in check_config(settings):
+    for warning in check_config(whole.config):
         echo(f"warning: {warning}", err=True)
     if collect:
         return
-    for run in by_arm.values():
-        Layout.from_config(run.config, nproc)
-        check_fit(run.config)
-    for warning in check_data(settings):
+    for arm in whole.base:
+        Layout.from_config(arm.config, whole.nproc)
+        check_fit(arm.config)
+    for warning in check_data(whole.config):
         echo(f"warning: {warning}", err=True)

@@ -19,17 +19,12 @@ from moepp_megatron.cli.options import (
     RdzvIdOption,
 )
 from moepp_megatron.cli.ranks import machines
-from moepp_megatron.config import (
-    Config,
-    ConfigError,
-    check_config,
-    load_config,
-)
+from moepp_megatron.config import Config, ConfigError, check_config, load_config
 
 if TYPE_CHECKING:
     from moepp_megatron.runtime.nodes import Nodes
-    from moepp_megatron.workbench.experiments.scaling.grid import Point, ScalingGrid
-    from moepp_megatron.workbench.experiments.scaling.runs import Measuring, ScalingRuns
+    from moepp_megatron.workbench.experiments.scaling.grid import ScalingGrid
+    from moepp_megatron.workbench.experiments.scaling.trials import Measuring, PointTrial
 
 
 def scale(
@@ -117,9 +112,9 @@ def scale(
     """
     from moepp_megatron.config.choices import parse_choices, parse_counts
     from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.workbench.experiments.runs import Interrupted
+    from moepp_megatron.workbench.experiments.runner import Interrupted, missing
     from moepp_megatron.workbench.experiments.scaling.grid import KINDS, MODES, build_grid
-    from moepp_megatron.workbench.experiments.scaling.runs import Measuring, ScalingRuns
+    from moepp_megatron.workbench.experiments.scaling.trials import Measuring, PointTrial, claim
 
     modes = parse_choices("--mode", mode, MODES)
     chosen = parse_choices("--kinds", kinds, KINDS)
@@ -141,65 +136,64 @@ def scale(
     command += ["--mode", mode, "--kinds", kinds, "--repeats", str(repeats)]
     command += ["--steps", str(steps), "--warmup", str(warmup)]
     command += [word for spec in layout or [] for word in ("--layout", spec)]
-    folder = ScalingRuns(out, command)
     if rank.rank == 0:
-        folder.claim(settings, measuring)
+        claim(out, settings, measuring)
+    trials = [PointTrial.of(out, each, command) for each in grid.points]
     if rank.is_launched:
-        _measure_on_rank(settings, grid.point_of_ranks(point, rank.world_size), measuring, folder)
+        chosen_point = grid.point_of_ranks(point, rank.world_size)
+        _measure_on_rank(settings, trials[grid.points.index(chosen_point)], measuring)
         return
     if plan:
-        for each in folder.unfinished(grid.points):
+        for each in missing(trials):
             echo(f"{each.name} {each.nproc}")
         return
-    failed = 0
+    failed = False
     try:
         if point is not None:
-            _run_one(folder, grid.named(point), nodes)
+            _run_one(trials[grid.points.index(grid.named(point))], nodes)
             return
         if not collect:
-            failed = _run_all(settings, grid, folder)
+            failed = _run_all(settings, grid, trials)
     except Interrupted as stop:
         echo(str(stop), err=True)
         raise typer.Exit(stop.status) from None
-    _collect(settings, grid, measuring, folder)
+    _collect(settings, grid, measuring, trials)
     if failed:
         raise typer.Exit(1)
 
 
-def _run_one(folder: ScalingRuns, point: Point, nodes: Nodes | None) -> None:
+def _run_one(trial: PointTrial, nodes: Nodes | None) -> None:
     """Measure one point on this machine and the others that do the same."""
-    reason = folder.do(point, nodes)
+    from moepp_megatron.workbench.experiments.runner import run_trial
+
+    reason = run_trial(trial, nodes)
     if reason is not None:
-        echo(f"failed: {point.name}: {reason}", err=True)
+        echo(f"failed: {trial.name}: {reason}", err=True)
         raise typer.Exit(1)
 
 
-def _run_all(config: Config, grid: ScalingGrid, folder: ScalingRuns) -> int:
-    """Measure everything that is missing, on this machine; returns how many points failed."""
+def _run_all(config: Config, grid: ScalingGrid, trials: list[PointTrial]) -> bool:
+    """Measure everything that is missing, on this machine; returns whether a point failed."""
+    from moepp_megatron.workbench.experiments.runner import missing, run_missing
     from moepp_megatron.workbench.report.progress import progress
 
     for warning in check_config(config):
         echo(f"warning: {warning}", err=True)
-    for missing in grid.impossible:
-        echo(
-            f"left out: {missing.nproc} ranks, {missing.layout}, {missing.mode}: {missing.reason}",
-            err=True,
-        )
-    total, todo = len(grid.points), len(folder.unfinished(grid.points))
+    for what, reason in grid.impossible.items():
+        echo(f"left out: {what}: {reason}", err=True)
+    total, todo = len(trials), len(missing(trials))
     if todo < total:
         echo(f"{total - todo} of {total} points are there already", err=True)
     with progress(todo) as advance:
-        failures = folder.run_missing(grid.points, advance)
+        failures = run_missing(trials, advance)
     for name, reason in failures.items():
         echo(f"failed: {name}: {reason}", err=True)
     if failures:
         echo(f"{len(failures)} of {total} points failed; run again to retry them", err=True)
-    return len(failures)
+    return bool(failures)
 
 
-def _measure_on_rank(
-    config: Config, point: Point, measuring: Measuring, folder: ScalingRuns
-) -> None:
+def _measure_on_rank(config: Config, trial: PointTrial, measuring: Measuring) -> None:
     """Be one rank of one point; rank 0 writes the result."""
     from moepp_megatron.runtime.parent import die_with_parent
     from moepp_megatron.runtime.quiet import quiet
@@ -211,9 +205,9 @@ def _measure_on_rank(
     try:
         from moepp_megatron.workbench.experiments.scaling.measure import measure_on_rank
 
-        measure_on_rank(config, point, measuring, folder, rank)
+        measure_on_rank(config, trial, measuring, rank)
     except Exception as error:
-        from moepp_megatron.workbench.experiments.runs import FAILURE_MARK
+        from moepp_megatron.workbench.experiments.runner import FAILURE_MARK
 
         traceback.print_exc()
         first_line = (str(error).splitlines() or [""])[0]
@@ -221,17 +215,26 @@ def _measure_on_rank(
         raise typer.Exit(1) from None
 
 
-def _collect(config: Config, grid: ScalingGrid, measuring: Measuring, folder: ScalingRuns) -> None:
-    from moepp_megatron.workbench.experiments.scaling.efficiency import scale_records
-    from moepp_megatron.workbench.experiments.scaling.page import build_scaling_page
-    from moepp_megatron.workbench.experiments.scaling.table import print_records, write_records
+def _collect(
+    config: Config, grid: ScalingGrid, measuring: Measuring, trials: list[PointTrial]
+) -> None:
+    from moepp_megatron.workbench.experiments.scaling.page import build_scaling_page, print_records
+    from moepp_megatron.workbench.experiments.scaling.records import scale_records, write_records
 
-    records = scale_records(folder, grid.points)
+    files = [(trial, trial.read()) for trial in trials]
+    records = scale_records({t.point: f.result for t, f in files if f and f.result})
     if not records:
         echo("no point is measured yet", err=True)
         return
+    gaps = {
+        trial.name: f"failed: {file.error}" if file else "not measured yet"
+        for trial, file in files
+        if file is None or file.result is None
+    }
+    gaps |= {what: f"does not fit: {reason}" for what, reason in grid.impossible.items()}
     print_records(records)
-    results = write_records(folder.path / "scale.json", records)
-    page = build_scaling_page(config, grid, measuring, folder, records)
+    out = trials[0].folder
+    results = write_records(out / "scale.json", records)
+    page = build_scaling_page(out / "scaling.html", config, measuring, records, gaps)
     echo(f"results      {results}")
     echo(f"page         {page}")

@@ -8,7 +8,7 @@ import pytest
 
 from moepp_megatron.cli import main
 from moepp_megatron.runtime.launch import LaunchOptions
-from moepp_megatron.workbench.experiments import runs
+from moepp_megatron.workbench.experiments import runner
 from moepp_megatron.workbench.experiments.pilot.result import PilotResult
 from tests.parallel.training_runs import join
 
@@ -68,7 +68,7 @@ def test_pilot_from_runs_to_answer(ranks, corpus: Path, tmp_path, monkeypatch, c
         trained.append(Path(arguments[-1]).stem)
         return 0
 
-    monkeypatch.setattr(runs, "run_ranks", on_test_ranks)
+    monkeypatch.setattr(runner, "run_ranks", on_test_ranks)
     words = ["pilot", str(config), "--out", str(out), "--seeds", "2", "--sessions", "2"]
 
     def pilot(*more: str) -> str:

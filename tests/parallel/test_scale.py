@@ -36,7 +36,7 @@ def measure(raw: dict[str, Any]) -> dict[str, Any]:
     import torch.distributed as dist
 
     from moepp_megatron.workbench.experiments.scaling.measure import measure_point
-    from moepp_megatron.workbench.experiments.scaling.runs import Measuring
+    from moepp_megatron.workbench.experiments.scaling.trials import Measuring
 
     config, layout = begin(raw)
     measuring = Measuring(("moepp", "vanilla"), warmup=1, steps=1, repeats=2)

@@ -118,13 +118,10 @@ def _panel(axis: Axes, results: Sequence[LayerResult], top: float) -> None:
 
 def print_step(result: TimedStep) -> None:
     """Print both models' step times and bytes."""
-    table = titled_table(
-        f"Training step on {result.ranks} rank{'s' if result.ranks > 1 else ''}, tau "
-        f"{result.tau:g}, {result.tokens} tokens"
-    )
-    table.add_column("model")
-    for name in ("FFN share", "ms per step", "tokens/s", "all-to-all MB"):
-        table.add_column(name, justify="right")
+    title = f"Training step on {result.ranks} rank{'s' if result.ranks > 1 else ''}, tau "
+    title += f"{result.tau:g}, {result.tokens} tokens"
+    names = ("model", "FFN share", "ms per step", "tokens/s", "all-to-all MB")
+    table = titled_table(title, *names, words=1)
     rows = (
         ("vanilla", 1.0, result.vanilla_ms, result.vanilla_a2a_bytes),
         ("MoE++", result.measured_ffn_fraction, result.moepp_ms, result.moepp_a2a_bytes),

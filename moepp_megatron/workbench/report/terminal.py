@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import RenderableType
@@ -10,6 +11,9 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from moepp_megatron.runtime.terminal import Console
+
+if TYPE_CHECKING:
+    from moepp_megatron.workbench.report import blocks
 
 # A pipe or a log has no width of its own.
 LOG_WIDTH = 150
@@ -23,15 +27,9 @@ def wide_console(highlight: bool = False) -> Console:
     return console
 
 
-def titled_table(title: str, *columns: str, words: int = 0, narrow: bool = False) -> Table:
-    """A table with a rule below its head and its title on the left.
-
-    Args:
-        words: Number of these, from the left, that hold words; the rest hold numbers.
-        narrow: Leave out the space on the left of each cell.
-    """
-    padding = (0, 1, 0, 0) if narrow else (0, 1)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=padding)
+def titled_table(title: str, *columns: str, words: int = 0) -> Table:
+    """Same as `plain_table`, with its title on the left."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     _add_columns(table, columns, words)
     return table
 
@@ -44,6 +42,19 @@ def plain_table(*columns: str, words: int = 0) -> Table:
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     _add_columns(table, columns, words)
+    return table
+
+
+def table_of(block: blocks.Table, columns: Sequence[str] = ()) -> Table:
+    """A page's table for the terminal; `columns` names those that are shown, if not all are."""
+    places = [place for place, name in enumerate(block.head) if not columns or name in columns]
+    table = plain_table()
+    for place in places:
+        is_number = bool(block.rows) and block.rows[0][place].look == "number"
+        _add_columns(table, [block.head[place]], words=0 if is_number else 1)
+    for row in block.rows:
+        cells = [row[place] for place in places]
+        table.add_row(*(f"{c.text} [{c.note}]" if c.note else c.text for c in cells))
     return table
 
 

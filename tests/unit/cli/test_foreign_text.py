@@ -6,7 +6,6 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +17,10 @@ from moepp_megatron.cli import inspect, main, profile
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.config.printable import make_logs_printable
 from moepp_megatron.observe.status import StatusSink, read_status
+from moepp_megatron.workbench.experiments.pilot.page import print_pilot
 from moepp_megatron.workbench.experiments.pilot.result import PilotResult
-from moepp_megatron.workbench.experiments.pilot.terminal import print_pilot
-from moepp_megatron.workbench.experiments.scaling.efficiency import ScaleRecord
-from moepp_megatron.workbench.experiments.scaling.table import print_records
+from moepp_megatron.workbench.experiments.scaling.page import print_records
+from moepp_megatron.workbench.experiments.scaling.records import ScaleRecord
 from moepp_megatron.workbench.profiling.compare import compare
 from moepp_megatron.workbench.profiling.summary import ProfileSummary, SummaryRow
 from moepp_megatron.workbench.report.profile.tables import print_summary
@@ -141,9 +140,9 @@ def test_scaling(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("moepp_megatron.workbench.report.terminal.LOG_WIDTH", 400)
     # A layout is parts of a name and a number.
     hostile = HOSTILE.replace("=", "")
-    numbers = {field.name: 1 for field in fields(ScaleRecord)}
-    text = {"layout": f"ep={hostile}", "kind": "moepp", "mode": "weak"}
-    print_records([ScaleRecord(**(numbers | text))])  # type: ignore[arg-type]
+    values: dict[str, Any] = dict.fromkeys(ScaleRecord.model_fields, 1)
+    values |= {"layout": f"ep={hostile}", "kind": "moepp", "mode": "weak", "step_times_s": [1.0]}
+    print_records([ScaleRecord.model_construct(**values)])
     assert f"EP{SHOWN[:20]}" in harmless(capsys.readouterr().out)
 
 

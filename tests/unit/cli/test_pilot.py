@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.cli import main
-from moepp_megatron.workbench.experiments.runs import Interrupted, RunFailed, RunSet
+from moepp_megatron.workbench.experiments import runner
+from moepp_megatron.workbench.experiments.runner import Interrupted, RunFailed
 from tests.unit.workbench.experiments.pilot.synthetic import config_of
 
 
@@ -77,7 +78,7 @@ def test_exit_codes(pilot, monkeypatch, capsys, error: Exception, status: int) -
     def ends(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(RunSet, "run_missing", ends)
+    monkeypatch.setattr(runner, "run_trial", ends)
     monkeypatch.setattr("moepp_megatron.data.prepared_data.check_data", lambda config: [])
     assert pilot("--steps", "8") == status
     assert str(error) in capsys.readouterr().err

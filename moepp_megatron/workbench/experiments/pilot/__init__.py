@@ -3,18 +3,13 @@
 In the order in which they work:
 
 arms.py        the models that are compared (the arms), each as a configuration
-runs.py        an arm with a seed, as a training run
+trials.py      an arm with a seed, as a training run; sessions that time MoE++ and vanilla in turn
 plan.py        what is fixed before anything is decided: plan.json
-sessions.py    MoE++ and vanilla timed in turn, in processes of their own
-procedure.py   all runs in their order
+procedure.py   all trials in their order
 outcome.py     what a run's records show, and an arm's means over seeds
-statistics.py  Student's t, estimates with their uncertainty
-pooled.py      losses of all arms in one model, so that every run informs the noise
-schedule.py    looks, and how sure a decision must be at each
-evidence.py    differences of losses, and what they are worth
-verdict.py     does MoE++ pay?
+statistics.py  Student's t, estimates with their uncertainty, losses of all arms in one model
+verdict.py     does MoE++ pay, and how sure must a decision be?
 collect.py     all of it, from finished runs to the result
 result.py      the result: the contents of pilot.json
-page.py        pilot.html
-terminal.py    the same in the terminal
+page.py        pilot.html, and the same in the terminal
 """

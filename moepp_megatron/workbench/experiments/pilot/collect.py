@@ -11,17 +11,20 @@ from pathlib import Path
 
 from moepp_megatron.config.parameters import count_parameters
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
-from moepp_megatron.workbench.experiments.pilot import schedule
-from moepp_megatron.workbench.experiments.pilot.evidence import Evidence
 from moepp_megatron.workbench.experiments.pilot.outcome import (
     RunOutcome,
     arm_outcome,
     log_time_ratio,
 )
-from moepp_megatron.workbench.experiments.pilot.pooled import PooledLosses
 from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
-from moepp_megatron.workbench.experiments.pilot.result import PilotResult, Setting
-from moepp_megatron.workbench.experiments.pilot.verdict import sentence, verdict
+from moepp_megatron.workbench.experiments.pilot.result import Interval, PilotResult, Setting
+from moepp_megatron.workbench.experiments.pilot.statistics import PooledLosses
+from moepp_megatron.workbench.experiments.pilot.verdict import (
+    Evidence,
+    level_of,
+    sentence,
+    verdict,
+)
 
 # By arm and seed.
 Outcomes = Mapping[str, Mapping[int, RunOutcome]]
@@ -38,10 +41,11 @@ def result_of(pilot: Pilot) -> PilotResult | None:
     if pilot.plan.match is None:
         return None
     runs = _finished(pilot)
-    count = len(runs[pilot.base[0].arm.name])
+    names = {arm.arm.kind: arm.arm.name for arm in pilot.arms}
+    count = len(runs[names["vanilla"]])
     if count == 0:
         return None
-    look = schedule.look_of(count, pilot.plan.first)
+    look = count // pilot.plan.first
     if look > 0:
         # Decided by the runs of the look only: one seed more is not another look.
         used = look * pilot.plan.first
@@ -49,24 +53,22 @@ def result_of(pilot: Pilot) -> PilotResult | None:
     losses = PooledLosses(
         {arm: {seed: run.valid_loss for seed, run in seeds.items()} for arm, seeds in runs.items()}
     )
-    names = {arm.arm.kind: arm.arm.name for arm in pilot.arms}
     log_tokens = math.log(pilot.arm("vanilla").arm.steps / pilot.arm("short").arm.steps)
     evidence = Evidence.of(losses, names, log_tokens, pilot.plan.speed)
-    in_runs = log_time_ratio(runs[names["moepp"]], runs[names["vanilla"]])
-    level = schedule.level(max(look, 1))
-    found = verdict(evidence, pilot.plan.speed, in_runs, level if look else None)
     baseline = runs[names["vanilla"]]
+    in_runs = log_time_ratio(runs[names["moepp"]], baseline)
+    level = level_of(max(look, 1))
+    found = verdict(evidence, pilot.plan.speed, in_runs, level if look else None)
+
+    def difference(name: str) -> Interval | None:
+        if name == names["vanilla"]:
+            return None
+        return losses.difference(name, names["vanilla"]).interval()
+
     return PilotResult(
         setting=_setting(pilot, runs, look, level),
         arms=[
-            arm_outcome(
-                arm.arm,
-                runs[arm.arm.name],
-                baseline,
-                None
-                if arm.arm.kind == "vanilla"
-                else losses.difference(arm.arm.name, names["vanilla"]).interval(),
-            )
+            arm_outcome(arm.arm, runs[arm.arm.name], baseline, difference(arm.arm.name))
             for arm in pilot.arms
         ],
         token_value=evidence.token_value.interval(),
@@ -77,17 +79,14 @@ def result_of(pilot: Pilot) -> PilotResult | None:
 
 def _finished(pilot: Pilot) -> Outcomes:
     """Outcomes of the seeds that every arm has finished."""
-    whole: dict[str, dict[int, RunOutcome]] = {arm.arm.name: {} for arm in pilot.arms}
-    for seed in pilot.seeds:
-        outcomes = {
-            arm.arm.name: outcome
-            for arm in pilot.arms
-            if (outcome := pilot.folder.outcome(pilot.folder.run_of(arm, seed))) is not None
-        }
-        if len(outcomes) == len(pilot.arms):
-            for name, outcome in outcomes.items():
-                whole[name][seed] = outcome
-    return whole
+    by_seed: dict[int, dict[str, RunOutcome]] = {seed: {} for seed in pilot.seeds}
+    for run in pilot.runs:
+        outcome = run.result()
+        if outcome is not None:
+            by_seed[run.seed][run.arm.name] = outcome
+    whole = {seed: found for seed, found in by_seed.items() if len(found) == len(pilot.arms)}
+    names = [arm.arm.name for arm in pilot.arms]
+    return {name: {seed: found[name] for seed, found in whole.items()} for name in names}
 
 
 def _setting(pilot: Pilot, runs: Outcomes, look: int, level: float) -> Setting:
@@ -99,7 +98,7 @@ def _setting(pilot: Pilot, runs: Outcomes, look: int, level: float) -> Setting:
         command=pilot.command,
         config=moepp.run.name,
         tau=moepp.moe.balanced_tau,
-        nproc=pilot.folder.nproc,
+        nproc=pilot.nproc,
         device=_gpu() if on_gpu else _processor(),
         on_gpu=on_gpu,
         cores=len(os.sched_getaffinity(0)),
@@ -110,11 +109,7 @@ def _setting(pilot: Pilot, runs: Outcomes, look: int, level: float) -> Setting:
         tokens=steps * per_step,
         valid_tokens=training.eval_iters * per_step,
         parameters=count_parameters(moepp).total,
-        began=min(
-            pilot.folder.began(pilot.folder.run_of(arm, seed))
-            for arm in pilot.arms
-            for seed in runs[arm.arm.name]
-        ),
+        began=min(run.began() for run in pilot.runs if run.seed in runs[run.arm.name]),
         sessions=pilot.plan.sessions,
         look=look,
         next_seeds=(look + 1) * pilot.plan.first,

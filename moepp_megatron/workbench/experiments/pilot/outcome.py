@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moepp_megatron.file_names import ALERTS_FILE
 from moepp_megatron.observe.alerts import read_alerts
@@ -21,6 +22,7 @@ _LATE = 0.75
 _FEWEST_WARMUP = 2
 _WARMUP_SHARE = 0.1
 _POINTS_OF_CURVE = 200
+_MEANS = ("valid_loss", "step_time_s", "tokens_per_s", "ffn_share", "a2a_bytes")
 
 
 @dataclass(frozen=True)
@@ -91,22 +93,21 @@ def arm_outcome(
     """
     seeds = sorted(runs)
     mine = [runs[seed] for seed in seeds]
+    means: dict[str, Any] = {
+        name: mean_interval([getattr(run, name) for run in mine]) for name in _MEANS
+    }
     # Vanilla has no ratio to itself, whatever its steps.
     has_ratio = arm.kind not in ("vanilla", "short")
     energies = [run.energy_per_token_j for run in mine if run.energy_per_token_j is not None]
     return ArmOutcome(
         arm=arm,
         seeds=seeds,
-        valid_loss=_mean(mine, lambda run: run.valid_loss),
         loss_difference=difference,
-        step_time_s=_mean(mine, lambda run: run.step_time_s),
         time_ratio=log_time_ratio(runs, baseline).factor() if has_ratio else None,
-        tokens_per_s=_mean(mine, lambda run: run.tokens_per_s),
-        ffn_share=_mean(mine, lambda run: run.ffn_share),
-        a2a_bytes=_mean(mine, lambda run: run.a2a_bytes),
         energy_per_token_j=mean_interval(energies) if len(energies) == len(mine) else None,
         alerts=dict(sum((Counter(run.alerts) for run in mine), Counter())),
         curve=_mean_curve([run.curve for run in mine]),
+        **means,
     )
 
 
@@ -115,10 +116,6 @@ def log_time_ratio(runs: Mapping[int, RunOutcome], baseline: Mapping[int, RunOut
     return Estimate.of(
         [math.log(run.step_time_s / baseline[seed].step_time_s) for seed, run in runs.items()]
     )
-
-
-def _mean(runs: Sequence[RunOutcome], value: Callable[[RunOutcome], float]) -> Interval:
-    return mean_interval([value(run) for run in runs])
 
 
 def _warm(records: Sequence[StepMetrics]) -> list[StepMetrics]:

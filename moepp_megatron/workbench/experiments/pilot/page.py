@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import EngFormatter
 
 from moepp_megatron.workbench.experiments.pilot.result import (
     ArmKind,
@@ -13,8 +13,7 @@ from moepp_megatron.workbench.experiments.pilot.result import (
     Interval,
     PilotResult,
 )
-from moepp_megatron.workbench.experiments.pilot.schedule import LEVEL
-from moepp_megatron.workbench.experiments.pilot.verdict import SPEED_LIMIT
+from moepp_megatron.workbench.experiments.pilot.verdict import LEVEL, SPEED_LIMIT
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.blocks import (
     Cell,
@@ -32,14 +31,13 @@ from moepp_megatron.workbench.report.drawing import (
     INK,
     MUTED,
     VERMILION,
-    legend_above,
-    new_figure,
-    plain,
     plot_style,
     smooth,
-    svg_data_uri,
 )
+from moepp_megatron.workbench.report.lines import Frame, Line, line_plot
 from moepp_megatron.workbench.report.plot import Plot
+from moepp_megatron.workbench.report.series import Series
+from moepp_megatron.workbench.report.terminal import print_uncut, table_of
 
 _ARM_COLUMNS = (
     *("Arm", "Steps", "Validation loss", "Less vanilla's", "Step", "Of vanilla's"),
@@ -55,6 +53,10 @@ _COLOURS: dict[ArmKind, str] = {
 # The start of training is the same fall for all; what is compared comes later.
 _DRAWN_FROM = 0.2
 _NOTHING = "-"
+# Columns of the page that fit a terminal.
+_IN_TERMINAL = (
+    *("Arm", "Steps", "Validation loss", "Less vanilla's", "Of vanilla's", "FFN share"),
+)
 
 
 def write_pilot_page(result: PilotResult, out: Path) -> Path:
@@ -76,7 +78,7 @@ def write_pilot_page(result: PilotResult, out: Path) -> Path:
         facts=_facts(result),
         cards=_cards(result),
         sections=[
-            Section("", [*plots, arm_table(result)]),
+            Section("", [*plots, _arm_table(result)]),
             Section("", [Text(_limits(result), "note", fold="How to read it, and its limits")]),
         ],
         sources="pilot.json",
@@ -85,7 +87,18 @@ def write_pilot_page(result: PilotResult, out: Path) -> Path:
     return write_blocks(out, page)
 
 
-def arm_table(result: PilotResult) -> Table:
+def print_pilot(result: PilotResult) -> None:
+    """Print the arms with 95% intervals, and the answer last."""
+    verdict = result.verdict
+    print_uncut(
+        table_of(_arm_table(result), _IN_TERMINAL),
+        f"step of MoE++ over vanilla's: {verdict.speed.mean:.3f} in {result.setting.sessions} "
+        f"sessions, {verdict.speed_in_runs.mean:.3f} in the runs",
+        result.sentence,
+    )
+
+
+def _arm_table(result: PilotResult) -> Table:
     """A row of numbers for every arm; columns of which nothing is known are left out."""
     rows = [_row(each) for each in result.arms]
     kept = [
@@ -188,35 +201,24 @@ def _limits(result: PilotResult) -> list[str]:
 
 
 def _loss_plot(result: PilotResult) -> Plot:
-    return _curves(
-        result,
-        "Training loss",
-        "training loss, nats",
-        {each.arm.name: _smooth_curve(each) for each in result.arms if _has_curve(each)},
-    )
+    lines = [_line(each, *_smooth_curve(each)) for each in result.arms]
+    return _plot("Training loss", "training loss, nats", lines)
 
 
 def _difference_plot(result: PilotResult) -> Plot:
     vanilla, *others = result.arms
-    lines = {}
-    if _has_curve(vanilla):
-        x, reference = _smooth_curve(vanilla)
-        for each in others:
-            # A shorter schedule is compared at its end only.
-            if not _has_curve(each) or each.arm.steps != vanilla.arm.steps:
-                continue
-            tokens, values = _smooth_curve(each)
-            kept = (tokens >= x[0]) & (tokens <= x[-1])
-            gap = values[kept] - np.interp(tokens[kept], x, reference)
-            # Differences are small against their noise.
-            lines[each.arm.name] = tokens[kept], smooth(gap, len(gap) // 20)
-    return _curves(
-        result, "Training loss less vanilla's, same tokens", "nats (below 0: better)", lines
-    )
-
-
-def _has_curve(outcome: ArmOutcome) -> bool:
-    return len(outcome.curve.tokens) >= 2
+    x, reference = _smooth_curve(vanilla)
+    lines = []
+    for each in others:
+        # A shorter schedule is compared at its end only.
+        if not len(x) or each.arm.steps != vanilla.arm.steps:
+            continue
+        tokens, values = _smooth_curve(each)
+        kept = (tokens >= x[0]) & (tokens <= x[-1])
+        gap = values[kept] - np.interp(tokens[kept], x, reference)
+        # Differences are small against their noise.
+        lines.append(_line(each, tokens[kept], smooth(gap, len(gap) // 20)))
+    return _plot("Training loss less vanilla's, same tokens", "nats (below 0: better)", lines)
 
 
 def _smooth_curve(outcome: ArmOutcome) -> tuple[np.ndarray, np.ndarray]:
@@ -224,25 +226,18 @@ def _smooth_curve(outcome: ArmOutcome) -> tuple[np.ndarray, np.ndarray]:
     return tokens, smooth(losses) if len(losses) >= 12 else losses
 
 
-def _curves(
-    result: PilotResult, title: str, label: str, lines: dict[str, tuple[np.ndarray, np.ndarray]]
-) -> Plot:
-    """Lines over tokens by arm, from where they are worth comparing."""
+def _line(outcome: ArmOutcome, tokens: np.ndarray, values: np.ndarray) -> Line:
+    return Line(outcome.arm.name, Series(tokens, values), _COLOURS[outcome.arm.kind], raw=True)
+
+
+def _plot(title: str, axis: str, lines: list[Line]) -> Plot:
+    """Lines over tokens, from where they are worth comparing."""
     if not lines:
         return Plot(title, "", None, "Too few records to draw.")
-    colours = {each.arm.name: _COLOURS[each.arm.kind] for each in result.arms}
-    axes = new_figure(width=5.7, height=2.1).subplots()
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    start = _DRAWN_FROM * max(float(tokens[-1]) for tokens, _ in lines.values())
-    for name, (tokens, values) in lines.items():
-        late = tokens >= start if np.count_nonzero(tokens >= start) > 1 else tokens >= 0
-        axes.plot(tokens[late], values[late], color=colours[name], label=plain(name))
-    axes.set_xlabel("tokens")
-    axes.set_ylabel(label)
-    legend_above(axes, ncols=3)
-    figure = axes.get_figure(root=True)
-    assert figure is not None, "made with its figure"
-    alt = "; ".join(
-        f"{name} ends at {float(values[-1]):.4f}" for name, (_, values) in lines.items()
-    )
-    return Plot(title, "", svg_data_uri(figure), alt + ".")
+    start = _DRAWN_FROM * max(float(max(line.points.x, default=0)) for line in lines)
+    late = []
+    for line in lines:
+        x, y = line.points
+        kept = x >= start if np.count_nonzero(x >= start) > 1 else x >= 0
+        late.append(replace(line, points=Series(x[kept], y[kept])))
+    return line_plot(title, "", late, Frame(axis, x="tokens", height=2.1))

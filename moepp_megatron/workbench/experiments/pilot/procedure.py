@@ -14,13 +14,15 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from moepp_megatron.config import Config
 from moepp_megatron.workbench.experiments.pilot.arms import PilotArm, matched_arms, narrow_width
 from moepp_megatron.workbench.experiments.pilot.plan import Match, Plan
 from moepp_megatron.workbench.experiments.pilot.result import ArmKind
-from moepp_megatron.workbench.experiments.pilot.runs import PilotRun, PilotRuns
-from moepp_megatron.workbench.experiments.pilot.sessions import Session, SpeedSessions
+from moepp_megatron.workbench.experiments.pilot.statistics import Estimate
+from moepp_megatron.workbench.experiments.pilot.trials import PilotRun, Session, claim
+from moepp_megatron.workbench.experiments.runner import in_turns, run_missing
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Pilot:
     """A pilot, finished or not.
 
     Attributes:
-        folder: Folder of its runs.
+        folder: DIR, absolute.
+        nproc: Ranks of each run and session.
         config: CONFIG with its overrides.
         base: The arms of the first stage.
         seeds: All seeds.
@@ -37,7 +40,8 @@ class Pilot:
         eval_iters: Global batches of validation; None for the default.
     """
 
-    folder: PilotRuns
+    folder: Path
+    nproc: int
     config: Config
     base: Sequence[PilotArm]
     seeds: Sequence[int]
@@ -64,34 +68,32 @@ class Pilot:
         arms = self.base if kind in ("vanilla", "moepp", "short") else self.matched
         return next(arm for arm in arms if arm.arm.kind == kind)
 
+    @functools.cached_property
     def runs(self) -> list[PilotRun]:
         """All runs that are known, in their order."""
-        early = self.folder.all_of(self.base, self.seeds)
-        return early + (self.folder.all_of(self.matched, self.seeds) if self.matched else [])
+        pairs = in_turns(self.base, self.seeds) + in_turns(self.matched, self.seeds)
+        return [PilotRun.of(self.folder, self.nproc, arm, seed) for arm, seed in pairs]
 
     def sessions(self) -> list[Session]:
         """The sessions; none before the runs of the first look, or once they were used."""
-        share = None if self.plan.match is not None else self._ffn_share()
-        if share is None:
+        if self.plan.match is not None:
             return []
-        return [Session(self.arm("moepp"), share, n + 1) for n in range(self.plan.sessions)]
+        moepp = self.arm("moepp")
+        runs = [run for run in self.runs if run.arm == moepp.arm]
+        shown = [run.result() for run in runs[: self.plan.first]]
+        shares = [outcome.ffn_share for outcome in shown if outcome is not None]
+        if len(shares) < len(shown):
+            return []
+        place, share = (self.folder, self.nproc), statistics.fmean(shares)
+        return [Session.of(*place, moepp, share, n + 1) for n in range(self.plan.sessions)]
 
-    def _ffn_share(self) -> float | None:
-        """FFN share of MoE++'s runs of the first look; None before they are finished."""
-        shares = []
-        for seed in self.seeds[: self.plan.first]:
-            outcome = self.folder.outcome(self.folder.run_of(self.arm("moepp"), seed))
-            if outcome is None:
-                return None
-            shares.append(outcome.ffn_share)
-        return statistics.fmean(shares)
-
-    def matching(self, timed: SpeedSessions) -> Pilot:
+    def matching(self) -> Pilot:
         """The pilot with its matching arms, if MoE++ was timed in full; writes the plan."""
         sessions = self.sessions()
-        if not sessions or timed.unfinished(sessions):
+        ratios = [found for each in sessions if (found := each.result()) is not None]
+        if not sessions or len(ratios) < len(sessions):
             return self
-        ratio = timed.log_time_ratio(sessions)
+        ratio = Estimate.of(ratios)
         assert ratio.error is not None, "two sessions at least"
         share = sessions[0].share
         match = Match(
@@ -102,7 +104,7 @@ class Pilot:
             width=narrow_width(self.config, share),
         )
         plan = self.plan.model_copy(update={"match": match})
-        plan.write(self.folder.path)
+        plan.write(self.folder)
         return dataclasses.replace(self, plan=plan)
 
     def run(self, progress: Callable[[str], object], finished: Callable[[Pilot], object]) -> Pilot:
@@ -120,13 +122,10 @@ class Pilot:
             RunFailed: A run failed.
             ConfigError: A matching arm breaks a rule, or the folder belongs to other settings.
         """
-        self.folder.claim(self.runs())
-        self.folder.run_missing(self.runs(), progress)
-        timed = SpeedSessions(self.folder.path, self.folder.nproc)
-        with timed.writing():
-            timed.run_missing(self.sessions(), progress)
-        whole = self.matching(timed)
-        runs = whole.runs()
-        whole.folder.claim(runs)
-        whole.folder.run_missing(runs, progress, lambda run: finished(whole))
+        claim(self.folder, self.runs)
+        run_missing(self.runs, progress)
+        run_missing(self.sessions(), progress)
+        whole = self.matching()
+        claim(self.folder, whole.runs)
+        run_missing(whole.runs, progress, lambda run: finished(whole))
         return whole

@@ -3,7 +3,7 @@
 A pilot trains several *arms* (the vanilla model, MoE++, vanilla narrowed to MoE++'s compute) with
 the same seeds. A seed decides initial weights and the order of the data, so that arms are compared
 in pairs. All intervals are 95% t-intervals; those of loss differences take the noise from all arms
-together (pooled.py), those of speed are over sessions.
+together (statistics.py), those of speed are over sessions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ class Interval(_PilotRecord):
     """A mean over seeds.
 
     Attributes:
-        mean: The mean.
         low: Lower end of the 95% interval; None with a single seed.
         high: Upper end.
     """
@@ -66,7 +65,6 @@ class ArmOutcome(_PilotRecord):
     """The outcome of an arm's runs.
 
     Attributes:
-        arm: The arm.
         seeds: Finished seeds.
         valid_loss: Final validation loss, nats.
         loss_difference: Difference to vanilla with the same seed; None for vanilla.
@@ -77,7 +75,6 @@ class ArmOutcome(_PilotRecord):
         a2a_bytes: All-to-all bytes of a step, forward, last quarter of the steps.
         energy_per_token_j: Energy per token, J; None if not measured.
         alerts: Times each alert rule was raised, all seeds together.
-        curve: Its training curve.
     """
 
     arm: Arm
@@ -95,15 +92,9 @@ class ArmOutcome(_PilotRecord):
 
 
 class Verdict(_PilotRecord):
-    """Does MoE++ pay?
-
-    It pays where, trained for vanilla's time, it has the lower loss, and where, trained on as many
-    tokens, it has a lower loss than the narrowed vanilla model of the same compute. Both have to be
-    clear at the level of the newest look (schedule.py). It does not pay where either is clearly the
-    other way round. The first question stays open where runs and sessions disagree about the speed.
+    """Does MoE++ pay (verdict.py)?
 
     Attributes:
-        answer: The answer.
         loss_in_time: Loss after vanilla's time minus vanilla's, nats.
         loss_in_compute: Loss minus the narrowed vanilla model's, nats.
         time_to_loss: Time to vanilla's loss over vanilla's, from `loss_in_time`; None where fewer
@@ -129,12 +120,8 @@ class Setting(_PilotRecord):
         command: The command line.
         config: Name of the configuration.
         tau: Tau of MoE++.
-        nproc: Ranks.
         device: Device of the ranks: a GPU's name, or the processor's.
         on_gpu: Whether it is a GPU.
-        cores: Processor cores.
-        torch: Version of torch.
-        megatron_core: Version of megatron-core.
         steps: Steps of a run.
         tokens: Tokens of a run.
         valid_tokens: Tokens of a validation.

@@ -7,8 +7,9 @@ as at the smallest count, they are one point.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from moepp_megatron.config import Config, ConfigError, Layout, with_overrides
 
@@ -65,33 +66,16 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Impossible:
-    """A combination that does not fit.
-
-    Attributes:
-        nproc: Ranks.
-        layout: The requested layout.
-        mode: "strong" or "weak".
-        reason: Why it does not fit, in one line.
-    """
-
-    nproc: int
-    layout: str
-    mode: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class ScalingGrid:
     """Everything that a scaling test asks for.
 
     Attributes:
         points: Points to measure, by rank count.
-        impossible: Requested combinations that do not fit.
+        impossible: Requested combinations that do not fit, with the reason in one line.
     """
 
     points: tuple[Point, ...]
-    impossible: tuple[Impossible, ...]
+    impossible: dict[str, str]
 
     def named(self, name: str) -> Point:
         """The point of a name.
@@ -172,33 +156,24 @@ def build_grid(
     """
     wanted = [(text, parse_layout(text)) for text in layouts]
     points: dict[str, Point] = {}
-    impossible: list[Impossible] = []
-    for nproc, (text, degrees), mode in _combinations(sorted(nprocs), wanted, modes):
+    impossible: dict[str, str] = {}
+    for nproc, (text, degrees), mode in itertools.product(sorted(nprocs), wanted, modes):
         try:
             point = _point(config, nproc, degrees, _batch(config, nproc, min(nprocs), mode))
         except ConfigError as error:
             reason = "; ".join(str(error).splitlines())
-            impossible.append(Impossible(nproc, text, mode, reason))
+            impossible[f"{nproc} ranks, {text}, {mode}"] = reason
             continue
         known = points.get(point.name, point)
         both = tuple(dict.fromkeys([*known.modes, mode]))
-        points[point.name] = Point(point.nproc, point.layout, point.global_batch_size, both)
+        points[point.name] = replace(point, modes=both)
     if not points:
-        first = impossible[0]
+        first, reason = next(iter(impossible.items()))
         raise ConfigError(
             f"--nproc ({', '.join(map(str, nprocs))}) must fit the configuration at one count at "
-            f"least; with {first.nproc}: {first.reason}"
+            f"least; with {first}: {reason}"
         )
-    return ScalingGrid(tuple(points.values()), tuple(impossible))
-
-
-def _combinations(
-    nprocs: Sequence[int], layouts: Sequence[tuple[str, dict[str, int]]], modes: Sequence[str]
-) -> Iterator[tuple[int, tuple[str, dict[str, int]], str]]:
-    for nproc in nprocs:
-        for layout in layouts:
-            for mode in modes:
-                yield nproc, layout, mode
+    return ScalingGrid(tuple(points.values()), impossible)
 
 
 def _batch(config: Config, nproc: int, smallest: int, mode: str) -> int:

@@ -24,33 +24,31 @@ from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.workbench.bench.all_to_all_clock import AllToAllClock
 from moepp_megatron.workbench.bench.clock import interleaved
 from moepp_megatron.workbench.bench.step import Stepper
-from moepp_megatron.workbench.experiments.scaling.grid import Point
-from moepp_megatron.workbench.experiments.scaling.point import KindResult, PointResult
-from moepp_megatron.workbench.experiments.scaling.runs import Measuring, ScalingRuns
+from moepp_megatron.workbench.experiments.scaling.records import KindResult, PointResult
+from moepp_megatron.workbench.experiments.scaling.trials import Measuring, PointTrial
 
 # Dispatchers that send through `all_to_all_single`.
 _ALL_TO_ALL = ("alltoall", "alltoall_dedup")
 
 
 def measure_on_rank(
-    config: Config, point: Point, measuring: Measuring, folder: ScalingRuns, rank: RankEnvironment
+    config: Config, trial: PointTrial, measuring: Measuring, rank: RankEnvironment
 ) -> None:
     """Be one rank of one point, from joining the others to leaving them; rank 0 writes the result.
 
     Args:
         config: Configuration of the test.
-        point: What to measure.
+        trial: What to measure.
         measuring: How.
-        folder: Where the result belongs.
         rank: Which rank this is.
     """
-    own = point.config(config)
+    own = trial.point.config(config)
     layout = Layout.from_config(own, rank.world_size)
     with distributed.initialized(rank) as device:
         distributed.build_groups(own, layout)
         result = measure_point(own, layout, measuring, device)
         if rank.rank == 0:
-            folder.finish(point, result)
+            trial.finish(result)
 
 
 def measure_point(
@@ -86,12 +84,17 @@ def measure_point(
         hosts=_hosts(),
         cores=len(os.sched_getaffinity(0)),
         kinds={
-            kind: _kind_result(
-                stepper,
-                _reduced([s / measuring.steps for s in times[kind].seconds], device, "max"),
-                exchanges[kind],
+            kind: KindResult.model_validate(
+                {
+                    "step_times_s": _reduced(
+                        [s / measuring.steps for s in times[kind].seconds], device, "max"
+                    ),
+                    **{name: counted[name] for name in ("ffn_fraction", "a2a_bytes")},
+                    **exchanges[kind],
+                }
             )
             for kind, stepper in steppers.items()
+            for counted in [stepper.routing.collect()]
         },
     )
 
@@ -104,23 +107,14 @@ def _clock(config: Config, device: torch.device) -> AllToAllClock | None:
     return AllToAllClock(group, config.model.hidden_size, device.type == "cuda")
 
 
-class _Exchanges:
-    """Results of one model's separate steps on this rank, one entry per step."""
-
-    def __init__(self) -> None:
-        self.step_s: list[float] = []
-        self.wait_s: list[float] = []
-        self.vector_bytes = 0
-
-
 def _all_to_alls(
     steppers: dict[str, Stepper],
     clocks: dict[str, AllToAllClock | None],
     measuring: Measuring,
     device: torch.device,
-) -> dict[str, dict[str, float] | None]:
-    """Mean, min and max over ranks of all-to-all seconds, the share and the bytes, by kind."""
-    found = {kind: _Exchanges() for kind in steppers}
+) -> dict[str, dict[str, float]]:
+    """The fields `a2a_*` of each model that come from clocks; none without a clock."""
+    timed: dict[str, list[tuple[float, float]]] = {kind: [] for kind in steppers}
     for _ in range(max(3, measuring.steps)):
         for kind, stepper in steppers.items():
             clock = clocks[kind]
@@ -134,18 +128,21 @@ def _all_to_alls(
             with clock.running():
                 stepper.step()
             torch.cuda.synchronize()
-            found[kind].step_s.append(time.perf_counter() - began)
-            found[kind].wait_s.append(clock.seconds())
-            found[kind].vector_bytes = clock.vector_bytes
+            timed[kind].append((time.perf_counter() - began, clock.seconds()))
     return {
-        kind: None if clocks[kind] is None else _over_ranks(found[kind], device) for kind in found
+        kind: {} if clock is None else _over_ranks(timed[kind], clock.vector_bytes, device)
+        for kind, clock in clocks.items()
     }
 
 
-def _over_ranks(found: _Exchanges, device: torch.device) -> dict[str, float]:
-    steps = _reduced(found.step_s, device, "max")
-    mean, least, most = (_reduced(found.wait_s, device, how) for how in ("mean", "min", "max"))
-    total = _reduced([float(found.vector_bytes)], device, "mean")[0] * dist.get_world_size()
+def _over_ranks(
+    timed: Sequence[tuple[float, float]], vector_bytes: int, device: torch.device
+) -> dict[str, float]:
+    """From this rank's seconds of steps and of waits; every rank must call."""
+    step_s, wait_s = zip(*timed, strict=True)
+    steps = _reduced(step_s, device, "max")
+    mean, least, most = (_reduced(wait_s, device, how) for how in ("mean", "min", "max"))
+    total = _reduced([float(vector_bytes)], device, "mean")[0] * dist.get_world_size()
     return {
         "a2a_time_s": statistics.median(mean),
         "a2a_time_min_s": statistics.median(least),
@@ -153,22 +150,6 @@ def _over_ranks(found: _Exchanges, device: torch.device) -> dict[str, float]:
         "a2a_share": statistics.median(m / s for m, s in zip(mean, steps, strict=True)),
         "a2a_sent_bytes": round(total),
     }
-
-
-def _kind_result(
-    stepper: Stepper, step_times: list[float], exchanges: dict[str, float] | None
-) -> KindResult:
-    counted = stepper.routing.collect()
-    measured: dict[str, float | None] = dict(exchanges) if exchanges is not None else {}
-    names = ("a2a_time_s", "a2a_time_min_s", "a2a_time_max_s", "a2a_share")
-    sent = measured.get("a2a_sent_bytes")
-    return KindResult(
-        step_times_s=step_times,
-        ffn_fraction=float(counted["ffn_fraction"]),  # type: ignore[arg-type]
-        a2a_bytes=int(counted["a2a_bytes"]),  # type: ignore[call-overload]
-        a2a_sent_bytes=None if sent is None else int(sent),
-        **{name: measured.get(name) for name in names},
-    )
 
 
 def _reduced(values: Sequence[float], device: torch.device, how: str) -> list[float]:

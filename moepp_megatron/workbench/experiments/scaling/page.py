@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moepp_megatron.config import Config
-from moepp_megatron.workbench.experiments.scaling.efficiency import ScaleRecord
-from moepp_megatron.workbench.experiments.scaling.grid import ScalingGrid
-from moepp_megatron.workbench.experiments.scaling.plots import scaling_plots, series
-from moepp_megatron.workbench.experiments.scaling.runs import Measuring, ScalingRuns
-from moepp_megatron.workbench.experiments.scaling.table import KIND_NAMES, MODE_TITLES, short_layout
+from moepp_megatron.workbench.experiments.scaling.plots import KIND_NAMES, scaling_plots, series
+from moepp_megatron.workbench.experiments.scaling.records import ScaleRecord
+from moepp_megatron.workbench.experiments.scaling.trials import Measuring
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.blocks import (
     Cell,
@@ -23,80 +21,69 @@ from moepp_megatron.workbench.report.blocks import (
 )
 from moepp_megatron.workbench.report.cards import Card
 from moepp_megatron.workbench.report.drawing import plot_style
+from moepp_megatron.workbench.report.terminal import print_uncut, table_of
 
+_MODES = {
+    "strong": "Strong scaling: the global batch stays",
+    "weak": "Weak scaling: the global batch grows with the ranks",
+}
 _HEAD = (
-    *("Ranks", "Layout", "Model", "Batch", "Step, ms", "Fastest, slowest", "Tokens/s"),
-    *("Efficiency", "All-to-all, MB", "Waiting, ms (ranks)", "Share"),
+    *("Ranks", "Layout", "Model", "Batch", "Step, ms", "Tokens/s", "Efficiency"),
+    *("Of vanilla's time", "All-to-all, MB", "Waiting, ms (ranks)", "Share"),
 )
-_TERMS = (
-    (
-        "Routing and data",
-        "Routing is held at perfect balance: FFN experts get exactly the share phi of all "
-        "selections, in vanilla all of them, every expert as many as any other. Tokens are random. "
-        "So nothing here depends on training, or says how balanced a trained router is.",
-    ),
-    (
-        "Efficiency",
-        "Strong scaling keeps the global batch: t1 n1 / (tn n), with t1 the step time at the "
-        "smallest count n1. Weak scaling keeps the batch of a rank: tokens per second and rank, "
-        "relative to the smallest count. Each model is compared with itself; where several layouts "
-        "were measured at the smallest count, with its fastest.",
-    ),
-    (
-        "Layout",
-        "TP tensor, PP pipeline, CP context, EP expert, ETP expert-tensor parallel ranks; those of "
-        "1 are left out, and the rest of the ranks is data parallel.",
-    ),
-    (
-        "All-to-all bytes",
-        "Bytes of hidden vectors that leave their ranks in the forward passes of a step, all ranks "
-        "and layers, counted from the routing (a2a_bytes in metrics.jsonl). scale.json also has "
-        "a2a_sent_bytes: forward and backward, counted at the call.",
-    ),
-    (
-        "Waiting in all-to-alls",
-        "With gloo the host's time inside all-to-alls and inside waiting for them; with NCCL the "
-        "time that the compute stream waits for them. Transfers that hide behind computation do "
-        "not count, waiting for a rank that comes late does. Mean over ranks, in parentheses the "
-        "least and the most; medians over steps that were not used for the step time.",
-    ),
-)
+# Columns of the page that fit a terminal.
+_IN_TERMINAL = [name for name in _HEAD if not name.startswith("Waiting")]
+_TERMS = {
+    "Routing and data": "Routing is held at perfect balance: FFN experts get exactly the share phi "
+    "of all selections, in vanilla all of them, every expert as many as any other. Tokens are "
+    "random. So nothing here depends on training, or says how balanced a trained router is.",
+    "Efficiency": "Tokens per second and rank, relative to the smallest count. Each model is "
+    "compared with itself; where several layouts were measured at the smallest count, with its "
+    "fastest.",
+    "Layout": "TP tensor, PP pipeline, CP context, EP expert, ETP expert-tensor parallel ranks; "
+    "those of 1 are left out, and the rest of the ranks is data parallel.",
+    "All-to-all bytes": "Bytes of hidden vectors that leave their ranks in the forward passes of a "
+    "step, all ranks and layers, counted from the routing (a2a_bytes in metrics.jsonl). scale.json "
+    "also has a2a_sent_bytes: forward and backward, counted at the call.",
+    "Waiting in all-to-alls": "With gloo the host's time inside all-to-alls and inside waiting for "
+    "them; with NCCL the time that the compute stream waits for them. Transfers that hide behind "
+    "computation do not count, waiting for a rank that comes late does. Mean over ranks, in "
+    "parentheses the least and the most; medians over steps that were not used for the step time.",
+}
 
 
 def build_scaling_page(
+    path: Path,
     config: Config,
-    grid: ScalingGrid,
     measuring: Measuring,
-    folder: ScalingRuns,
     records: Sequence[ScaleRecord],
+    gaps: Mapping[str, str],
 ) -> Path:
-    """Write `DIR/scaling.html`, which needs no other file and no network.
+    """Write the page, which needs no other file and no network.
 
     Args:
+        path: The page.
         config: The given configuration, before layouts.
-        grid: All requested points.
         measuring: How points are measured.
-        folder: The points.
         records: Records of the finished points; at least one.
+        gaps: What was not measured, and why.
 
     Returns:
-        Path of the page.
+        `path`.
 
     Raises:
         ReportError: It cannot be written.
     """
     with plot_style():
         sections = [
-            Section(title, [*scaling_plots(records, mode), Table(_HEAD, _rows(records, mode))])
-            for mode, title in MODE_TITLES.items()
+            Section(title, [*scaling_plots(records, mode), _table(records, mode)])
+            for mode, title in _MODES.items()
             if any(record.mode == mode for record in records)
         ]
-    gaps = _gaps(grid, folder)
     if gaps:
-        sections.append(Section("Not measured", [Table((), gaps)]))
-    terms = [("How it was measured", _method(measuring)), *_TERMS]
-    rows = [[Cell(term), Cell(text, "comment")] for term, text in terms]
-    sections.append(Section("What the numbers mean", [Table((), rows)]))
+        sections.append(Section("Not measured", [_comments(gaps)]))
+    terms = {"How it was measured": _method(measuring)} | _TERMS
+    sections.append(Section("What the numbers mean", [_comments(terms)]))
     text = Text([config.to_yaml()], "code", fold="Before layouts and batches of the points")
     sections.append(Section("Configuration", [text]))
     page = Page(
@@ -110,7 +97,18 @@ def build_scaling_page(
         sources="points/*.json",
         command="moepp scale",
     )
-    return write_blocks(folder.path / "scaling.html", page)
+    return write_blocks(path, page)
+
+
+def print_records(records: Sequence[ScaleRecord]) -> None:
+    """Print one table per mode."""
+    for mode, title in _MODES.items():
+        if any(record.mode == mode for record in records):
+            print_uncut(title, table_of(_table(records, mode), _IN_TERMINAL), "")
+
+
+def _comments(rows: Mapping[str, str]) -> Table:
+    return Table((), [[Cell(name), Cell(text, "comment")] for name, text in rows.items()])
 
 
 def _is_crowded(record: ScaleRecord) -> bool:
@@ -132,8 +130,7 @@ def _largest(records: Sequence[ScaleRecord], mode: str) -> dict[str, ScaleRecord
 def _sentence(records: Sequence[ScaleRecord]) -> str:
     mode = records[0].mode
     largest = _largest(records, mode)
-    moepp, vanilla = largest.get("moepp"), largest.get("vanilla")
-    if moepp is None or vanilla is None:
+    if len(largest) < 2:
         only = next(iter(largest.values()))
         return (
             f"On {only.nproc} ranks {KIND_NAMES[only.kind]} makes "
@@ -141,6 +138,7 @@ def _sentence(records: Sequence[ScaleRecord]) -> str:
             f"{formatting.percent(only.efficiency)} of perfect {mode} scaling from "
             f"{only.efficiency_nproc}."
         )
+    moepp, vanilla = largest["moepp"], largest["vanilla"]
     text = (
         f"On {_ranks(moepp.nproc)} a step of MoE++ takes {moepp.step_time_s * 1e3:,.1f} ms and one "
         f"of the vanilla model with the same FFN experts {vanilla.step_time_s * 1e3:,.1f} ms"
@@ -162,7 +160,7 @@ def _warnings(records: Sequence[ScaleRecord]) -> list[str]:
         first = min(crowded, key=lambda r: r.nproc)
         warnings.append(
             f"From {_ranks(first.nproc)} on, ranks share {first.cores * first.hosts} processor "
-            "cores: there the efficiency says how the machine is overloaded, not how the model "
+            "cores: there the efficiency shows the overload of the machine, not how the model "
             "scales, and the numbers on top are those of fewer ranks. MoE++ and vanilla still "
             "compare with each other."
         )
@@ -195,97 +193,73 @@ def _facts(config: Config, records: Sequence[ScaleRecord]) -> list[str]:
 
 
 def _cards(records: Sequence[ScaleRecord]) -> list[Card]:
-    cards = []
     mode = records[0].mode
     largest = _largest(records, mode)
     moepp, vanilla = largest.get("moepp"), largest.get("vanilla")
+    cards = []
     if moepp is not None and moepp.speedup is not None:
-        cards.append(
-            Card(
-                "Step time against vanilla",
-                f"{1 / moepp.speedup:.2f}",
-                f"on {_ranks(moepp.nproc)}, {mode}; median of ratios",
-                accent=True,
-            )
+        note = f"on {_ranks(moepp.nproc)}, {mode}; median of ratios"
+        ratio = f"{1 / moepp.speedup:.2f}"
+        cards.append(Card("Step time against vanilla", ratio, note, accent=True))
+    cards += [
+        Card(
+            f"{name.capitalize()} efficiency, {KIND_NAMES[kind]}",
+            formatting.percent(record.efficiency),
+            f"{record.nproc} against {_ranks(record.efficiency_nproc)}",
         )
-    for name in MODE_TITLES:
-        for kind, record in _largest(records, name).items():
-            if record.nproc > record.efficiency_nproc:
-                cards.append(
-                    Card(
-                        f"{name.capitalize()} efficiency, {KIND_NAMES[kind]}",
-                        formatting.percent(record.efficiency),
-                        f"{record.nproc} against {_ranks(record.efficiency_nproc)}",
-                    )
-                )
+        for name in _MODES
+        for kind, record in _largest(records, name).items()
+        if record.nproc > record.efficiency_nproc
+    ]
     if moepp is not None and vanilla is not None and vanilla.a2a_bytes:
-        cards.append(
-            Card(
-                "All-to-all bytes against vanilla",
-                f"{moepp.a2a_bytes / vanilla.a2a_bytes:.3f}",
-                f"phi is {moepp.phi:.3f}",
-            )
-        )
+        ratio = f"{moepp.a2a_bytes / vanilla.a2a_bytes:.3f}"
+        cards.append(Card("All-to-all bytes against vanilla", ratio, f"phi is {moepp.phi:.3f}"))
     if moepp is not None and moepp.a2a_share is not None and moepp.a2a_bytes:
-        cards.append(
-            Card(
-                "Waiting in all-to-alls",
-                formatting.percent(moepp.a2a_share),
-                f"of MoE++'s step on {_ranks(moepp.nproc)}"
-                + (
-                    f"; vanilla {formatting.percent(vanilla.a2a_share)}"
-                    if vanilla is not None and vanilla.a2a_share is not None
-                    else ""
-                ),
-            )
-        )
+        note = f"of MoE++'s step on {_ranks(moepp.nproc)}"
+        if vanilla is not None and vanilla.a2a_share is not None:
+            note += f"; vanilla {formatting.percent(vanilla.a2a_share)}"
+        cards.append(Card("Waiting in all-to-alls", formatting.percent(moepp.a2a_share), note))
     return cards
 
 
-def _rows(records: Sequence[ScaleRecord], mode: str) -> list[list[Cell]]:
-    return [_row(record) for record in records if record.mode == mode]
+def _table(records: Sequence[ScaleRecord], mode: str) -> Table:
+    return Table(_HEAD, [_row(record) for record in records if record.mode == mode])
 
 
 def _row(r: ScaleRecord) -> list[Cell]:
-    waits = "-"
+    waits, ratio = "-", ""
     if r.a2a_time_s is not None and r.a2a_time_min_s is not None and r.a2a_time_max_s:
-        waits = (
-            f"{r.a2a_time_s * 1e3:.1f} ({r.a2a_time_min_s * 1e3:.1f} to "
-            f"{r.a2a_time_max_s * 1e3:.1f})"
-        )
+        low, high = r.a2a_time_min_s * 1e3, r.a2a_time_max_s * 1e3
+        waits = f"{r.a2a_time_s * 1e3:.1f} ({low:.1f} to {high:.1f})"
+    if r.kind == "moepp" and r.speedup is not None:
+        ratio = f"{1 / r.speedup:.2f}"
     return [
         number(str(r.nproc)),
         Cell(short_layout(r.layout)),
         Cell(KIND_NAMES[r.kind]),
         number(str(r.global_batch_size)),
-        number(f"{r.step_time_s * 1e3:,.1f}"),
-        number(f"{r.step_time_min_s * 1e3:,.1f} to {r.step_time_max_s * 1e3:,.1f}"),
+        number(
+            f"{r.step_time_s * 1e3:,.1f}",
+            f"{r.step_time_min_s * 1e3:,.1f} to {r.step_time_max_s * 1e3:,.1f}",
+        ),
         number(formatting.count(r.tokens_per_s)),
         number(formatting.percent(r.efficiency)),
+        number(ratio),
         number(f"{r.a2a_bytes / 1e6:,.2f}"),
         number(waits),
         number("-" if r.a2a_share is None else formatting.percent(r.a2a_share)),
     ]
 
 
-def _gaps(grid: ScalingGrid, folder: ScalingRuns) -> list[list[Cell]]:
-    gaps = []
-    for point in grid.points:
-        file = folder.read(point)
-        if file is None:
-            gaps.append((point.name, "not measured yet"))
-        elif file.status == "failed":
-            gaps.append((point.name, f"failed: {file.error}"))
-    gaps += [
-        (f"{_ranks(each.nproc)}, {each.layout}, {each.mode}", f"does not fit: {each.reason}")
-        for each in grid.impossible
-    ]
-    return [[Cell(what), Cell(why, "comment")] for what, why in gaps]
+def short_layout(layout: str) -> str:
+    """Degrees above 1, such as "EP2 TP2"; degrees of 1 are left out."""
+    pairs = (part.split("=") for part in layout.split(","))
+    return " ".join(f"{key.upper()}{number}" for key, number in pairs if number != "1") or "-"
 
 
 def _method(measuring: Measuring) -> str:
     both = len(measuring.kinds) > 1
-    turns = "the two models take turns, repetition by repetition" if both else "one model alone"
+    turns = "the two models take turns, repetition by repetition" if both else "one model only"
     return (
         f"Each point is a job of its own: {measuring.warmup} steps of warm-up, then "
         f"{measuring.repeats} repetitions of {measuring.steps} steps; {turns}. A step is a whole "

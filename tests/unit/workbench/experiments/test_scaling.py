@@ -11,12 +11,16 @@ from typer.testing import CliRunner
 from moepp_megatron.cli.main import app
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.runtime.launch import LaunchOptions
-from moepp_megatron.workbench.experiments.runs import FAILURE_MARK, failure_reason
-from moepp_megatron.workbench.experiments.scaling.efficiency import efficiency, scale_records
+from moepp_megatron.workbench.experiments.runner import FAILURE_MARK, failure_reason
 from moepp_megatron.workbench.experiments.scaling.grid import build_grid, parse_layout
 from moepp_megatron.workbench.experiments.scaling.plots import series
-from moepp_megatron.workbench.experiments.scaling.point import KindResult, PointResult
-from moepp_megatron.workbench.experiments.scaling.runs import Measuring, ScalingRuns
+from moepp_megatron.workbench.experiments.scaling.records import (
+    KindResult,
+    PointResult,
+    efficiency,
+    scale_records,
+)
+from moepp_megatron.workbench.experiments.scaling.trials import Measuring, PointTrial, claim
 
 QUICKSTART = Path(__file__).parents[4] / "configs" / "quickstart.yaml"
 
@@ -76,13 +80,13 @@ def test_layouts_that_do_not_fit_are_left_out_with_the_reason(config: Config) ->
         (2, "tp=1,pp=1,cp=1,ep=2,etp=1"),
         (2, "tp=2,pp=1,cp=1,ep=2,etp=1"),
     ]
-    reasons = {(each.nproc, each.layout): each.reason for each in grid.impossible}
-    assert set(reasons) == {(2, "ep=4"), (6, "auto"), (6, "ep=4"), (6, "tp=2")}
-    assert "must be divisible by" in reasons[2, "ep=4"]
-    assert "training.global_batch_size (16)" in reasons[6, "auto"]
+    left_out = ["2 ranks, ep=4", "6 ranks, auto", "6 ranks, ep=4", "6 ranks, tp=2"]
+    assert list(grid.impossible) == [f"{what}, strong" for what in left_out]
+    assert "must be divisible by" in grid.impossible["2 ranks, ep=4, strong"]
+    assert "training.global_batch_size (16)" in grid.impossible["6 ranks, auto, strong"]
 
 
-def test_weak_batch_grows_from_the_smallest_count(config: Config) -> None:
+def test_weak_batch_grows_from_the_smallest_count(config: Config):
     grid = build_grid(config, [2, 4], ["ep=1"], ["weak"])
     assert [(p.nproc, p.global_batch_size) for p in grid.points] == [(2, 16), (4, 32)]
 
@@ -102,18 +106,17 @@ def test_efficiency_formulas() -> None:
     assert efficiency(4 * 4096 / 10, 4, 4096 / 8, 1) == pytest.approx(0.8)
 
 
-def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(config: Config, tmp_path):
+def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(config: Config):
     grid = build_grid(config, [2, 4], ["ep=1", "ep=2"], ["strong"])
-    folder = ScalingRuns(tmp_path)
-    folder.claim(config, Measuring(("moepp", "vanilla"), 1, 1, 3))
+    results = {}
     times = {(2, "1"): 4.0, (2, "2"): 3.0, (4, "1"): 2.0, (4, "2"): 1.0}
     for point in grid.points:
         seconds = times[point.nproc, point.layout[-7]]
         # The median is not the mean, and one repetition was disturbed for both models.
-        folder.finish(
-            point, point_result([seconds, seconds, 9 * seconds], [2 * seconds] * 2 + [9 * seconds])
+        results[point] = point_result(
+            [seconds, seconds, 9 * seconds], [2 * seconds] * 2 + [9 * seconds]
         )
-    records = [r for r in scale_records(folder, grid.points) if r.kind == "moepp"]
+    records = [r for r in scale_records(results) if r.kind == "moepp"]
     assert [(r.nproc, r.step_time_s, r.efficiency) for r in records] == [
         (2, 4.0, pytest.approx(3 / 4)),
         (2, 3.0, 1.0),
@@ -126,14 +129,15 @@ def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(config
     assert records[1].step_time_max_s == 27.0
 
 
-def test_page_compares_both_models_in_the_same_layout(config: Config, tmp_path: Path) -> None:
+def test_page_compares_both_models_in_the_same_layout(config: Config) -> None:
     grid = build_grid(config, [2], ["ep=1", "ep=2"], ["strong"])
-    folder = ScalingRuns(tmp_path)
-    folder.claim(config, Measuring(("moepp", "vanilla"), 1, 1, 1))
     # MoE++ is fastest in ep=2, vanilla in ep=1.
-    for point, moepp, vanilla in zip(grid.points, (3.0, 2.0), (4.0, 5.0), strict=True):
-        folder.finish(point, point_result([moepp], [vanilla]))
-    lines = series(scale_records(folder, grid.points))
+    times = ((3.0, 4.0), (2.0, 5.0))
+    results = {
+        point: point_result([moepp], [vanilla])
+        for point, (moepp, vanilla) in zip(grid.points, times, strict=True)
+    }
+    lines = series(scale_records(results))
     assert [(line.kind, [r.layout[-11:] for r in line.best]) for line in lines] == [
         ("moepp", [",ep=2,etp=1"]),
         ("vanilla", [",ep=2,etp=1"]),
@@ -143,17 +147,17 @@ def test_page_compares_both_models_in_the_same_layout(config: Config, tmp_path: 
 
 def test_folder_of_another_test_is_refused(config: Config, tmp_path: Path) -> None:
     measuring = Measuring(("moepp", "vanilla"), 1, 1, 3)
-    folder = ScalingRuns(tmp_path)
-    folder.claim(config, measuring)
+    claim(tmp_path, config, measuring)
     # Where files go and how long a run trains say nothing about speed.
-    folder.claim(load_config(QUICKSTART, ["run.dir=else", "training.train_iters=70"]), measuring)
+    elsewhere = load_config(QUICKSTART, ["run.dir=else", "training.train_iters=70"])
+    claim(tmp_path, elsewhere, measuring)
     with pytest.raises(ConfigError, match=r"--out .* moe\.tau differs; choose another folder"):
-        folder.claim(load_config(QUICKSTART, ["moe.tau=0.5"]), measuring)
+        claim(tmp_path, load_config(QUICKSTART, ["moe.tau=0.5"]), measuring)
     with pytest.raises(ConfigError, match=r"measuring\.steps differs"):
-        folder.claim(config, Measuring(("moepp", "vanilla"), 1, 2, 3))
+        claim(tmp_path, config, Measuring(("moepp", "vanilla"), 1, 2, 3))
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(ConfigError, match="differs"):
-        folder.claim(config, measuring)
+        claim(tmp_path, config, measuring)
 
 
 @pytest.mark.parametrize(
@@ -197,9 +201,8 @@ class FakeRanks:
         (point,) = [p for p in grid.points if p.name == name]
         seconds = 8.0 / point.nproc
         tokens = point.global_batch_size * 256
-        ScalingRuns(self.folder).finish(
-            point, point_result([seconds] * 3, [1.25 * seconds] * 3, tokens)
-        )
+        result = point_result([seconds] * 3, [1.25 * seconds] * 3, tokens)
+        PointTrial.of(self.folder, point).finish(result)
         return 0
 
 
@@ -211,7 +214,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         fails: Callable[[str], int | None] = lambda name: None, *arguments: str
     ) -> tuple[Any, list[str]]:
         ranks = FakeRanks(tmp_path, fails)
-        monkeypatch.setattr("moepp_megatron.workbench.experiments.runs.run_ranks", ranks)
+        monkeypatch.setattr("moepp_megatron.workbench.experiments.runner.run_ranks", ranks)
         base = ["scale", str(QUICKSTART), "--out", str(tmp_path), "--nproc", "1,2,4"]
         result = CliRunner().invoke(app, [*base, *arguments])
         return result, ranks.started
@@ -399,7 +402,7 @@ def test_folder_of_a_training_run_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_configuration_may_be_in_the_folder(config: Config, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    ScalingRuns(tmp_path).claim(config, Measuring(("moepp",), 1, 1, 3))
+    claim(tmp_path, config, Measuring(("moepp",), 1, 1, 3))
     assert (tmp_path / "settings.json").exists()
 
 

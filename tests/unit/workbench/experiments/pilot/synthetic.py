@@ -7,7 +7,7 @@ from moepp_megatron.config import Config, parse_config
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.experiments.pilot.outcome import RunOutcome
 from moepp_megatron.workbench.experiments.pilot.result import Curve
-from moepp_megatron.workbench.experiments.pilot.runs import PilotRun
+from moepp_megatron.workbench.experiments.pilot.trials import PilotRun
 
 
 def config_of(**moe: Any) -> Config:

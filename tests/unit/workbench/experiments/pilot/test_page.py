@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.workbench.experiments.pilot.page import write_pilot_page
+from moepp_megatron.workbench.experiments.pilot.page import print_pilot, write_pilot_page
 from moepp_megatron.workbench.experiments.pilot.result import PilotResult
-from moepp_megatron.workbench.experiments.pilot.terminal import print_pilot
 
 
 def interval(mean: float, half: float) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from moepp_megatron.workbench.experiments.pilot.collect import result_of
 from moepp_megatron.workbench.experiments.pilot.plan import Plan
 from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
 from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmKind
-from moepp_megatron.workbench.experiments.pilot.runs import PilotRun, PilotRuns
-from moepp_megatron.workbench.experiments.pilot.sessions import Session, SpeedSessions
+from moepp_megatron.workbench.experiments.pilot.trials import PilotRun, Session, claim
+from moepp_megatron.workbench.experiments.runner import run_missing
 from tests.unit.workbench.experiments.pilot.synthetic import config_of, write_run
 
 SPEEDUPS = (1.248, 1.25, 1.252)
@@ -35,13 +36,11 @@ KINDS: dict[str, ArmKind] = {
 
 
 def pilot_in(path: Path, seeds: int, first: int = 3) -> Pilot:
-    config = config_of()
-    folder = PilotRuns(path)
-    base = build_arms(config, 8)
-    numbers = list(range(7, 7 + seeds))
-    folder.claim(folder.all_of(base, numbers))
-    plan = Plan.claim(path, Plan(first=first, sessions=3))
-    return Pilot(folder, config, base, numbers, plan, "moepp pilot")
+    config, plan = config_of(), Plan(first=first, sessions=3)
+    seeds_ = range(7, 7 + seeds)
+    pilot = Pilot(path, 1, config, build_arms(config, 8), seeds_, plan, "moepp pilot")
+    claim(path, pilot.runs)
+    return replace(pilot, plan=Plan.claim(path, plan))
 
 
 class Ranks:
@@ -63,7 +62,7 @@ class Ranks:
         kind = next(kind for part, kind in KINDS.items() if part in name)
         noise = 0.001 * ((config.training.seed * 7 + len(name)) % 5)
         arm = Arm(name=name, kind=kind, steps=config.training.train_iters)
-        run = PilotRun(name, name, config, arm, config.training.seed)
+        run = PilotRun(Path(), name, name, 1, arm, config.training.seed, config)
         step_s = self.step_s if "moepp" in name else 0.5
         write_run(run, loss=LOSSES[kind] + 0.1 * run.seed + noise, step_time_s=step_s)
         return 0
@@ -72,7 +71,7 @@ class Ranks:
 @pytest.fixture
 def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ranks:
     stand_in = Ranks()
-    monkeypatch.setattr("moepp_megatron.workbench.experiments.runs.run_ranks", stand_in)
+    monkeypatch.setattr("moepp_megatron.workbench.experiments.runner.run_ranks", stand_in)
     return stand_in
 
 
@@ -111,7 +110,7 @@ def test_nothing_is_decided_where_the_runs_show_another_speed_than_the_sessions(
 def test_nothing_is_known_before_moepp_was_timed(tmp_path: Path, ranks: Ranks) -> None:
     pilot = pilot_in(tmp_path, 3)
     assert pilot.sessions() == []
-    pilot.folder.run_missing(pilot.runs())
+    run_missing(pilot.runs)
     assert len(pilot.sessions()) == 3
     assert result_of(pilot) is None
 
@@ -147,7 +146,7 @@ def test_the_plan_is_that_of_the_beginning(tmp_path: Path) -> None:
 def test_sessions_hold_the_share_that_the_runs_had(tmp_path: Path, budget: dict[str, Any]) -> None:
     config = config_of(budget={**budget, "ramp_steps": 5} if budget else {})
     arm = build_arms(config, 8)[1]
-    words = SpeedSessions(tmp_path, 1).command(Session(arm, 0.6, 1))
+    words = Session.of(tmp_path, 1, arm, 0.6, 1).command
     held = with_overrides(arm.config, words[3 : words.index("--rounds")]).moe
     assert held.ffn_share == pytest.approx(0.6, rel=1e-4)
     assert not held.budget.acts

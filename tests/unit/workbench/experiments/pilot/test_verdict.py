@@ -4,11 +4,14 @@ import math
 
 import pytest
 
-from moepp_megatron.workbench.experiments.pilot.evidence import Evidence
-from moepp_megatron.workbench.experiments.pilot.pooled import PooledLosses
 from moepp_megatron.workbench.experiments.pilot.result import ArmKind, Verdict
-from moepp_megatron.workbench.experiments.pilot.statistics import Estimate
-from moepp_megatron.workbench.experiments.pilot.verdict import answer_of, sentence, verdict
+from moepp_megatron.workbench.experiments.pilot.statistics import Estimate, PooledLosses
+from moepp_megatron.workbench.experiments.pilot.verdict import (
+    Evidence,
+    answer_of,
+    sentence,
+    verdict,
+)
 
 NAMES: dict[ArmKind, str] = {
     "vanilla": "vanilla",
