@@ -136,7 +136,7 @@ class Record(BaseModel):
     tokens: Annotated[int, Metric(
         "tokens trained on since the beginning of the run", "", "speed", "moepp_tokens")]
     loss: Annotated[Number, Metric(
-        "language-model loss alone, token mean over the global batch", "nats",
+        "only the language-model loss, token mean over the global batch", "nats",
         "loss/train", "moepp_loss", guard="whole")]
     lr: Annotated[Number, Metric(
         "learning rate", "", "optimizer", "moepp_learning_rate",

@@ -164,7 +164,7 @@ class ExpertCounts:
 
     @property
     def counts(self) -> ExpertCounts:
-        """The counts alone."""
+        """Only the counts."""
         return ExpertCounts(**{kind.setting: self.count(kind) for kind in KINDS})
 
     @property

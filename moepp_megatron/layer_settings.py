@@ -127,7 +127,7 @@ class LayerSettings(ExpertLayout):
         bool,
         setting(
             "-",
-            "Keep a bias per expert that is added to the scores for the selection alone",
+            "Keep a bias per expert that is added to the scores only for the selection",
             exported=True,
             extension=True,
         ),
@@ -179,7 +179,7 @@ class LayerSettings(ExpertLayout):
 
     @property
     def limits_groups(self) -> bool:
-        """Whether a token's FFN experts may come from some of the groups alone."""
+        """Whether a token's FFN experts may come only from some of the groups."""
         return self.group_topk < self.num_groups
 
     def group_problems(self, prefix: str = "") -> Iterator[tuple[str, str, str]]:

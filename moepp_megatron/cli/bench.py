@@ -86,15 +86,13 @@ def layer(
     json_file: JsonOption = None,
     plot: Annotated[
         Path | None,
-        typer.Option(
-            help="Draw the results, beside the paper's, to this file.", metavar="FILE.png"
-        ),
+        typer.Option(help="Draw the results, and the paper's, to this file.", metavar="FILE.png"),
     ] = None,
 ) -> None:
     """Time one MoE++ layer against megatron-core's MoE layer of the same FFN experts.
 
     Routing is held at the balanced share phi. efficiency = speedup x phi: how much of the speed-up
-    that the routing allows is reached. Each part's time is shown beside its bound: its bytes over
+    that the routing allows is reached. Each part's time is shown with its bound: its bytes over
     the measured copy, or its FLOPs over the measured matrix product of this GPU.
 
     Examples:
@@ -290,12 +288,12 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write the page to this file. By default it is beside RESULTS.",
+            help="Write the page to this file. By default it is next to RESULTS.",
             metavar="FILE.html",
         ),
     ] = None,
 ) -> None:
-    """Write one page of a GPU's results: measured beside expected, parts beside their bounds.
+    """Write one page of a GPU's results: measured and expected, parts and their bounds.
 
     Examples:
         moepp bench report results.json

@@ -249,7 +249,7 @@ def megatron_lm(
 def to_megatron_lm(source: Source, target: Target) -> None:
     """Convert a checkpoint or a run to one that Megatron-LM's own loop takes with --load.
 
-    It has the weights alone.
+    It has only the weights.
 
     Examples:
         moepp convert to-megatron-lm runs/quickstart for_megatron

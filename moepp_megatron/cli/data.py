@@ -105,7 +105,7 @@ def prepare(
 
     One file is one document; so is one JSONL line and one parquet row. With --chat a line is a
     conversation to fine-tune on. The folder appears when it
-    is complete; if it is there already and was made from the same inputs, it is left alone.
+    is complete; if it is there already and was made from the same inputs, it is kept.
 
     Examples:
         moepp data prepare corpus.jsonl --out data/mine --vocab-size 65536

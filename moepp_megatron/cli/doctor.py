@@ -23,7 +23,7 @@ class Doctor(TyperCommand):
     """The command, which takes `--json` without a FILE too."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Have `--json` alone mean `--json -`: what comes after it may be CONFIG."""
+        """Have `--json` without a value mean `--json -`: what comes after it may be CONFIG."""
         words = list(args)
         for place, word in enumerate(words):
             following = words[place + 1 : place + 2]

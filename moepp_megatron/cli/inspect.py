@@ -26,7 +26,7 @@ def inspect(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="Show this checkpoint, or run, beside the first one.",
+            help="Show this checkpoint, or run, next to the first one.",
             metavar="CHECKPOINT",
             parser=place,
         ),

@@ -84,7 +84,7 @@ def plan(
     """Search every legal layout of CONFIG's model on a number of GPUs.
 
     Nothing is run: a cost model makes the estimates, and docs/planning.md says how well they hold.
-    With --measured instead of CONFIG, predicted is shown beside measured, with errors by family.
+    With --measured instead of CONFIG, predicted is shown next to measured, with errors by family.
 
     Examples:
         moepp plan configs/models/moepp_7b_16_4.yaml --gpus 64 --gpu h100
@@ -141,7 +141,7 @@ def _given_beside_rows(context: typer.Context) -> Iterator[str]:
 
 
 def _hold_to_runs(measured: Path, json_file: Path | None, fit_file: Path | None) -> None:
-    """Print predicted beside measured for a file of rows; fit the machine's inputs to them."""
+    """Print predicted and measured for a file of rows; fit the machine's inputs to them."""
     if fit_file is not None and fit_file.exists():
         raise ConfigError(
             f"--fit ({fit_file}) must not exist yet; use another name, or remove the file"

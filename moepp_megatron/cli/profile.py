@@ -43,7 +43,7 @@ def profile(
     ceiling: Annotated[
         Path | None,
         typer.Option(
-            help="Compare with what collectives reach here when they run alone: a FILE of "
+            help="Compare with what collectives reach here by themselves: a FILE of "
             "moepp_megatron.workbench.bench.links.",
             metavar="FILE",
         ),

@@ -62,7 +62,7 @@ def scale(
     kinds: Annotated[
         str,
         typer.Option(
-            help="Measure these models. Two are in memory at once; one alone needs half of it.",
+            help="Measure these models. Two are in memory at once; a single one needs half of it.",
             metavar="KIND,...",
         ),
     ] = "moepp,vanilla",

@@ -55,7 +55,7 @@ def refuse(error: Exception) -> int:
     """Report what is wrong with a command line, in the form of every other error.
 
     Args:
-        error: A `UsageError`; its message is the help where a group was called alone.
+        error: A `UsageError`; its message is the help where a group was called without a command.
 
     Returns:
         The exit code.

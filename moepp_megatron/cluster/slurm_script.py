@@ -189,7 +189,7 @@ class SlurmJob:
             # One launcher a node, which starts the ranks.
             "ntasks-per-node": 1,
             "gpus-per-node": slurm.gpus_per_node or None,
-            # To the batch script alone: it passes the request on.
+            # Only to the batch script: it passes the request on.
             "signal": f"B:USR1@{slurm.signal_before_s}",
             "time": slurm.time,
             "partition": slurm.partition,

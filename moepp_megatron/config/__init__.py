@@ -15,9 +15,9 @@ known_keys.py     refuses unknown sections and keys, and names the nearest known
 layout.py         the rank grid
 load.py           loads a checked Config from a YAML file
 megatron_file.py  reads the arguments of a Megatron-LM run from its script or YAML
-megatron_flags.py Megatron-LM's arguments beside the settings
+megatron_flags.py Megatron-LM's arguments and the settings
 origins.py        where each value of a configuration comes from
-parameters.py     exact parameter counts from the configuration alone, before any model is built
+parameters.py     exact parameter counts from the configuration, before any model is built
 paths.py          refuses texts that cannot be a path of this machine
 plugins.py        what a setting may name besides: entry points of installed packages
 printable.py      makes untrusted text safe for a terminal

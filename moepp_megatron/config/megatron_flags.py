@@ -1,4 +1,4 @@
-"""Megatron-LM's command-line arguments beside this project's settings: one table.
+"""Megatron-LM's command-line arguments and this project's settings: one table.
 
 Source: `megatron/training/arguments.py` and `megatron/training/config/` of NVIDIA/Megatron-LM, and
 `TransformerConfig` of megatron-core 0.19.

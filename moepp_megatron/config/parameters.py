@@ -1,4 +1,4 @@
-"""Exact parameter counts from the configuration alone, before any model is built."""
+"""Exact parameter counts from the configuration, before any model is built."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def latent_matrices(model: ModelSection) -> list[tuple[int, int]]:
     """Rows and columns of the projections of a layer with latent attention.
 
     Source: arXiv 2405.04434, section 2.1: compression and expansion of queries (or queries from
-    the input), of keys and values with the shared key of positions beside them, and the output.
+    the input), of keys and values with the shared key of positions, and the output.
     """
     latent, heads = model.latent_attention, model.num_attention_heads
     assert latent is not None, "the model has latent attention"

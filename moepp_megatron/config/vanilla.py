@@ -36,7 +36,7 @@ def vanilla(config: Config) -> Config:
 
 
 def without_budget(config: Config) -> Config:
-    """The same model, balanced by tau alone."""
+    """The same model, balanced only by tau."""
     content = config.model_dump(mode="json", exclude_unset=True)
     content["moe"].pop("budget", None)
     return parse_config(content)

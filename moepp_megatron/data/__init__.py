@@ -13,7 +13,7 @@ encoding.py         turns documents into token ids
 existing.py         decides whether an existing output folder is reused, replaced or refused
 external_tokenizers.py  sentencepiece, tiktoken and Hugging Face folders, turned into tokenizer.json
 index.py            reads the index of a Megatron indexed dataset, without megatron-core
-loader.py           micro-batches in an order that depends on the samples consumed alone
+loader.py           micro-batches in an order that depends only on the samples consumed
 long_text.py        cuts long texts where a tokenizer's pre-tokenizer splits them anyway
 manifest.py         `manifest.json`: what a prepared folder holds and what it was made from
 pairs.py            Megatron's own PREFIX.bin and PREFIX.idx, made elsewhere

@@ -92,7 +92,7 @@ class ChatTemplate:
 
     @classmethod
     def find(cls, tokenizer_path: Path, tokenizer: Tokenizer, file: Path | None) -> ChatTemplate:
-        """The template of a file, or the one beside a tokenizer.
+        """The template of a file, or the one next to a tokenizer.
 
         Args:
             tokenizer_path: `tokenizer.json` or its folder. Beside it `chat_template.jinja` is
@@ -117,7 +117,7 @@ class ChatTemplate:
         if text is None:
             raise ConfigError(
                 f"tokenizer ({tokenizer_path}) must have a chat template, in "
-                f"{CHAT_TEMPLATE_FILE} or {TOKENIZER_CONFIG_FILE} beside it; put one there, or "
+                f"{CHAT_TEMPLATE_FILE} or {TOKENIZER_CONFIG_FILE} next to it; put one there, or "
                 "give moepp data prepare one with --template, such as examples/chat.jinja"
             )
         return cls(_with_tokens(text, content, tokenizer.eod_token), tokenizer, name)
@@ -186,7 +186,7 @@ class ChatTemplate:
                     "ones follow"
                 )
             if ((starts < len(before)) & (ends > len(before))).any():
-                # `moepp generate` asks for an answer behind the tokens of `before` alone.
+                # `moepp generate` asks for an answer after only the tokens of `before`.
                 raise UnusableChat("an answer begins in the middle of a token")
             own = (starts >= len(before)) & (ends <= len(until)) & (ends > starts)
             # What stands behind the token that ends generation is never generated.
@@ -250,7 +250,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) 
 
 
 def _with_tokens(text: str, content: dict[str, Any], eod_token: str) -> str:
-    """The template with the special tokens that it names, which are not written beside it again."""
+    """The template with the special tokens that it names, which are not written again."""
     lines = []
     for name in _SPECIAL_TOKENS:
         token = spelling(content.get(name))

@@ -1,7 +1,7 @@
 """Conversations as training samples: whole ones in each sequence, loss on answers, padding behind.
 
 Every document of the corpus is a sequence as long as a sample, written by `prepare_chat`. An
-indexed dataset of bytes beside it (`marks`) says what each token is.
+indexed dataset of bytes next to it (`marks`) says what each token is.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads documents from source files, in pieces small enough to spread over processes.
 
-How files are cut into pieces depends on the files alone, never on the number of workers, so the
+How files are cut into pieces depends only on the files, never on the number of workers, so the
 order of documents does not either.
 """
 

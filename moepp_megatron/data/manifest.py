@@ -14,12 +14,12 @@ from moepp_megatron.file_names import CHAT_TEMPLATE_FILE, DATA_MANIFEST_FILE, TO
 FORMAT_VERSION = 1
 CORPUS = "corpus"
 DOCUMENT_SOURCES = "sources.npy"
-# Of conversations: what each token is, as an indexed dataset beside the corpus, and the template.
+# Of conversations: what each token is, as an indexed dataset next to the corpus, and the template.
 MARKS = "marks"
 _OF_CORPUS = (f"{CORPUS}.idx", f"{CORPUS}.bin", TOKENIZER_FILE)
 _OF_CONVERSATIONS = frozenset({f"{MARKS}.bin", f"{MARKS}.idx", CHAT_TEMPLATE_FILE})
 FILES = (*_OF_CORPUS, DOCUMENT_SOURCES, *sorted(_OF_CONVERSATIONS))
-"""All files that a folder may hold beside its manifest."""
+"""All files that a folder may hold besides its manifest."""
 # Every record of a run has numbers for each of them.
 MAX_SOURCES = 64
 CACHE = "cache"

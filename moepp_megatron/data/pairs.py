@@ -1,4 +1,4 @@
-"""Megatron's own `PREFIX.bin` and `PREFIX.idx`, made elsewhere: without a manifest beside them."""
+"""Megatron's own `PREFIX.bin` and `PREFIX.idx`, made elsewhere, without a manifest."""
 
 from __future__ import annotations
 

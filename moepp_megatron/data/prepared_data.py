@@ -109,7 +109,7 @@ def _check_chat(config: Config, manifest: Manifest, folder: Folder) -> None:
     if tokenizer_of_run(config).parent.resolve() != folder.path.resolve():
         raise ConfigError(
             f"data.tokenizer ({data.tokenizer}) must be null with {name} {of}: checkpoints take "
-            "the chat template from beside the tokenizer; leave it out"
+            "the chat template next to the tokenizer; leave it out"
         )
     if not data.reset_attention_mask:
         raise ConfigError(

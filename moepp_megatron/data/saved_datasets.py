@@ -1,6 +1,6 @@
 """Folders of Hugging Face datasets: `save_to_disk`, or parquet as the Hub has it.
 
-What lies beside the data there is no text, and parts that are meant for tests must not be trained
+Other files there are no text, and parts that are meant for tests must not be trained
 on by mistake.
 """
 

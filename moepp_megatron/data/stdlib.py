@@ -51,7 +51,7 @@ def is_table(name: str, path: Path) -> bool:
 
 
 def _is_literal(node: ast.expr) -> bool:
-    """Whether an expression is made of constants alone."""
+    """Whether an expression is made only of constants."""
     if isinstance(node, ast.Dict):
         # A key is None where another dictionary is unpacked.
         return all(part is not None and _is_literal(part) for part in (*node.keys, *node.values))

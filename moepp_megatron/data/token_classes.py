@@ -66,7 +66,7 @@ def token_classes(text: str, spans: Sequence[Sequence[int]], language: Language)
 
 
 def id_classes(pieces: Sequence[str]) -> np.ndarray:
-    """The class of each token id, by what `token_classes` makes of its characters alone.
+    """The class of each token id, by what `token_classes` makes of its characters.
 
     Args:
         pieces: The characters of each id; a part of a character is the replacement character.

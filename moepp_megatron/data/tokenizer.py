@@ -76,7 +76,7 @@ class Tokenizer:
         Args:
             path: a folder written by `moepp data prepare`, its `tokenizer.json`, or another, such
                 as a checkpoint's.
-            eod_token: the end-of-document token; by default the one that is named beside the file
+            eod_token: the end-of-document token; by default the one that is named next to the file
                 (see `named_eod_token`), or else the first known name that is in the vocabulary.
 
         Raises:
@@ -88,7 +88,7 @@ class Tokenizer:
         if eod_token is None and named is not None and backend.token_to_id(named) is None:
             raise ConfigError(
                 f"tokenizer ({path}) must have the end-of-document token ({named}) that "
-                f"{DATA_MANIFEST_FILE} or {TOKENIZER_CONFIG_FILE} beside it names; correct the "
+                f"{DATA_MANIFEST_FILE} or {TOKENIZER_CONFIG_FILE} next to it names; correct the "
                 "name there"
             )
         return cls(backend, eod_token or named or known_eod_token(backend, path))
@@ -196,10 +196,10 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
             "tokenizer.json or its folder"
         ) from error
     except UnicodeDecodeError:
-        # A sentencepiece model, most often: tokenizer.model beside the file that is wanted.
+        # A sentencepiece model, most often: tokenizer.model next to the file that is wanted.
         raise ConfigError(
             f"tokenizer ({path}) must be a Hugging Face tokenizer.json, and is no text; for a "
-            "sentencepiece model name the tokenizer.json beside it, or have transformers write "
+            "sentencepiece model name the tokenizer.json next to it, or have transformers write "
             "one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         ) from None
     with _checked(f"tokenizer ({path}) must be a Hugging Face tokenizer.json"):
@@ -260,7 +260,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # Pairs are counted within pre-tokens, so that cutting texts changes memory alone. A pre-token
+    # Pairs are counted within pre-tokens, so that cutting texts changes only memory. A pre-token
     # that is longer than a piece takes the trainer minutes, and its beginning has the same pairs.
     pieces = (piece[:PIECE_CHARACTERS] for text in texts for piece in cut_text(text))
     backend.train_from_iterator(pieces, trainer)

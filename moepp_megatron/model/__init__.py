@@ -6,7 +6,7 @@ build.py             builds this rank's model chunks, as megatron-core's GPTMode
 causal_attention.py  causal attention on a GPU without Transformer Engine, for local modules
 cross_entropy.py     the model's loss: Triton kernels, or megatron-core's cross entropy
 document_attention.py  attention that stays within documents: masks, packed sequences
-fp8_weights.py       weights that exist in FP8 alone, used as if they were plain tensors
+fp8_weights.py       weights that exist only in FP8, used as if they were plain tensors
 gpt.py               GPTModel with the lane of router logits across pipeline stages
 initialize.py        weights that do not depend on the layout
 kl_divergence.py     the divergence of the model's next tokens from a teacher's

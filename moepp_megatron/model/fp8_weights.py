@@ -1,4 +1,4 @@
-"""Weights that exist in FP8 alone (`precision.fp8_param`), used as if they were plain tensors."""
+"""Weights that exist only in FP8 (`precision.fp8_param`), used as if they were plain tensors."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def kernel_fields(config: Config) -> dict[str, object]:
         "use_cpu_initialization": not torch.cuda.is_available(),
         "moe_grouped_gemm": fused,
         "moe_permute_fusion": fused,
-        # Of Transformer Engine's layers alone: `moepp_megatron.training.setup`.
+        # Only of Transformer Engine's layers: `moepp_megatron.training.setup`.
         "gradient_accumulation_fusion": have_fused_weight_gradient(),
         "masked_softmax_fusion": fused,
         "bias_dropout_fusion": fused,

@@ -33,7 +33,7 @@ def tokens_of_sequences(
 
 
 def over_group(values: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """The sum over the ranks of a group, or over this rank alone."""
+    """The sum over the ranks of a group, or over only this rank."""
     if group is None or group.size() == 1:
         return values
     total = values.clone()

@@ -14,7 +14,7 @@ a controller corrects it by feedback:
   experts or the batch. With a gain it moves by LongCat-Flash's rule (`bias_step`).
 - **tau** adds the error of the measured share, in log odds, to log tau (proportional part; in log
   odds the equation above is linear), and a hundredth of it per step to a running sum (integral
-  part). Routers follow tau with a delay of many steps, so the integral part alone would oscillate.
+  part). Routers follow tau with a delay of many steps, so only an integral part would oscillate.
 
 The state is a few numbers a layer that follow from counts over the global batch: the same on
 every rank and in every layout.

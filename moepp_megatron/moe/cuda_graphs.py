@@ -80,7 +80,7 @@ def refuse_uncapturable(config: TransformerConfig) -> None:
         raise ValueError(
             f"TransformerConfig.cuda_graph_impl ({config.cuda_graph_impl}) must be none with "
             f"megatron-core {package_info.__shortversion__}, because what graphs of MoE++ layers "
-            f"rely on has been tested with {TESTED_VERSION} alone, and another version may replay "
+            f"rely on has been tested only with {TESTED_VERSION}, and another version may replay "
             "wrong numbers without an error; use none, or see docs/upgrading.md"
         )
     if config.cuda_graph_impl != "local":

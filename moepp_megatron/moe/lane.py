@@ -102,7 +102,7 @@ class MoEPPTransformerLayer(TransformerLayer):
         assert torch.is_tensor(normed), "a norm fused with its residual cannot be captured here"
         mixing_weight = self.mlp.zero_computation.mixing_rows
         chosen = self.mlp.router.choose(normed, previous_logits, mixing_weight)
-        # A graph hands out tensors alone.
+        # A graph returns only tensors.
         fields = [getattr(chosen, name) for name in _CAPTURED]
         return normed, *(fields[:-1] if chosen.mixing_logits is None else fields)
 

@@ -126,7 +126,7 @@ class MoEPPLayer(MoELayer):
             if module in self._modules:
                 self._modules[module] = self._modules.pop(module)
         self.fuses = use_kernels(moepp.fused) and moepp.have_kernels
-        # The combined schedule has its own nodes; whoever calls the layer besides waits at once.
+        # The combined schedule has its own nodes; other callers of the layer wait at once.
         self.local_first = (
             self.fuses_rows
             and self.ep_group.size() > 1

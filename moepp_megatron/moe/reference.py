@@ -69,7 +69,7 @@ class ReferenceMoEPP(nn.Module):
             if config.gating_residual and has_residual
             else None
         )
-        # Added to the scores for the selection alone; set by a rule, not by gradients.
+        # Added to the scores only for the selection; set by a rule, not by gradients.
         self.selection_bias_E = torch.zeros(E) if config.selection_bias else None
         self.expert_in = nn.Parameter(torch.randn(config.num_ffn_experts, 2 * H, D) * 0.02)
         self.expert_out = nn.Parameter(torch.randn(config.num_ffn_experts, D, H) * 0.02)

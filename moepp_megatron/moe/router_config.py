@@ -41,6 +41,6 @@ def _require_new_counts(config: TransformerConfig, moepp: MoEPPConfig) -> None:
         raise ValueError(
             f"TransformerConfig.moe_router_load_balancing_type ({types}) must be global_aux_loss "
             "with balance_scope (global), because megatron-core's finalize_model_grads begins the "
-            "counts of a step anew for that type alone; use global_aux_loss (its "
+            "counts of a step only for that type; use global_aux_loss (its "
             "moe_aux_loss_coeff may be 0), or another balance_scope"
         )

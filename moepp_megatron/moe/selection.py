@@ -61,7 +61,7 @@ def select(
 
     Args:
         logits: [T, E] fp32, residual included; differentiable.
-        bias: [E] fp32 added to the scores for the selection alone, never to the gates; or None.
+        bias: [E] fp32 added to the scores only for the selection, never to the gates; or None.
         config: `score_function`, `gate_normalization`, `gate_scale`, `router_topk` and the groups
             are read.
         num_sequences: S, with tokens ordered [sequence position, sequence] as in Megatron's
@@ -69,7 +69,7 @@ def select(
         padded: [T] bool tokens that are padding: they select nothing and are not counted. Their
             logits must be finite. None for none.
         ffn_only: Give every token its K best FFN experts, with the scores of a router that has no
-            others (softmax over FFN logits alone): where a router has collapsed, the scores of its
+            others (softmax over only FFN logits): where a router has collapsed, the scores of its
             FFN experts among all are near 0, and FFN experts weighted by them would return nothing.
             What the router wants is still counted, so that it can be seen to become healthy again.
     """
@@ -110,7 +110,7 @@ def _ranked(logits: Tensor, scores: Tensor, bias: Tensor | None, config: MoEPPCo
     ranked_TE = logits.detach()
     if not config.limits_groups:
         return ranked_TE
-    # Among FFN experts alone, for scores that are all 0 would not distinguish groups.
+    # Among only FFN experts, for scores that are all 0 would not distinguish groups.
     return within_groups(ranked_TE, ffn_scores(ranked_TE, config), config)
 
 

@@ -8,7 +8,7 @@ and a field of a later version that is in none of them fails a test until it is 
     HONOURED   the setting does what megatron-core says
     OURS       MoEPPConfig decides: the setting must agree with it, or keep its default
     REFUSED    the setting must keep the value named here
-    IDLE       the setting is read only beside another one that is refused
+    IDLE       the setting is read only with another one that is refused
 """
 
 from __future__ import annotations

@@ -29,10 +29,10 @@ class Alert(BaseModel):
         action: The action taken, such as ``warn`` or ``safe_mode``.
         layer: Number of the transformer layer from 1, for a metric of one layer.
         cause: What a shift is due to: ``data`` (loss and routing, or token ids, have changed),
-            ``source`` (the loss of a data source), ``router`` (routing alone) or ``optimizer`` (the
-            loss alone); None for other rules, like the next three.
+            ``source`` (the loss of a data source), ``router`` (only routing) or ``optimizer`` (only
+            the loss); None for other rules, like the next three.
         since: First step of the evidence.
-        chance_steps: Steps in which chance alone gives as much evidence once.
+        chance_steps: Steps in which chance gives as much evidence once.
         moved: What has moved most, a text each.
     """
 

@@ -15,7 +15,7 @@ class LineFile:
     """Appends lines to a file of that name; if it is removed, renamed or rotated, to a new one.
 
     Args:
-        path: The file, which this process alone writes; its folder exists.
+        path: The file, which only this process writes; its folder exists.
 
     Raises:
         OSError: It cannot be opened.

@@ -52,7 +52,7 @@ class Backend:
 
 def optional_backends() -> list[Backend]:
     """Every optional package and the choice made; imports torch."""
-    # apex of PyPI is another package, so that a version alone says nothing.
+    # apex of PyPI is another package, so a version shows nothing.
     apex = have_apex()
     return [
         Backend(

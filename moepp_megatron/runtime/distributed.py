@@ -136,7 +136,7 @@ def initialized(
 
     Groups are destroyed at the end and after an error of the user, which every rank meets: Python
     may abort at its end if threads of a group are left, and the exit code would be lost. After
-    any other error they are left alone, because other ranks may be in the middle of a collective.
+    any other error they are kept, because other ranks may be in the middle of a collective.
     """
     device = start(environment, timeout)
     try:

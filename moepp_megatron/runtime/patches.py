@@ -97,8 +97,8 @@ PATCHES = (
         "megatron-core",
         "moe_expert_capacity_factor and moe_input_jitter_eps of the model's configuration, and the "
         "capacity of this package's routers; while tasks are evaluated",
-        "a token's score would depend on the tokens beside it, and on noise",
-        "megatron-core limits and disturbs in training alone",
+        "a token's score would depend on the other tokens, and on noise",
+        "megatron-core limits and disturbs only in training",
     ),
     Patch(
         "training.resilience.collective_clock",

@@ -136,7 +136,7 @@ def connections(config: Config) -> Variable:
     else:
         value, reason = (
             "8",
-            "collectives run beside kernels that are launched before them; this is CUDA's default",
+            "collectives run with kernels that are launched before them; this is CUDA's default",
         )
     return Variable(_CONNECTIONS, value, reason)
 

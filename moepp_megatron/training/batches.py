@@ -28,7 +28,7 @@ def rank_batches(
     After the last whole global batch the first one follows again (of the last stage of the data),
     because a run that skipped bad batches needs others in their place.
 
-    Every rank reads its own samples: a sample depends on its index alone, so ranks of one
+    Every rank reads its own samples: a sample depends only on its index, so ranks of one
     data-parallel group agree without a broadcast.
     """
     return [_on_device(dataset, consumed_samples, config) for _ in range(num_chunks)]

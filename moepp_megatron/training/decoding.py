@@ -217,7 +217,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         temperature: 0 takes the largest logit, the first of equal ones; 1 samples from the model's
             probabilities.
         top_p: Sample from the smallest set of tokens with this much probability; 0 leaves the
-            likeliest alone, 1 leaves all.
+            likeliest only, 1 leaves all.
         generator: Source of randomness, on the host.
     """
     if temperature == 0 or top_p == 0:

@@ -106,7 +106,7 @@ def _check(file: Path, content: dict[str, Any]) -> None:
 
 
 def _documents(file: Path, data_files: Any) -> datasets.DatasetDict:
-    """The documents by split; relative paths are looked for beside the task's file."""
+    """The documents by split; relative paths are relative to the task's file."""
     if not isinstance(data_files, dict) or not data_files:
         rule = "must name its documents by split"
         raise _refusal(file, rule, "write dataset_kwargs: {data_files: {test: FILE.jsonl}}")

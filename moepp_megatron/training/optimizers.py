@@ -35,7 +35,7 @@ def _named_after(kind: str, settings: OptimizerSection) -> dict[str, Any]:
     return {"optimizer": kind} | {name: getattr(settings, name) for name in names}
 
 
-# What `optimizer.kind` may name: Megatron's settings that are of this optimizer alone.
+# What `optimizer.kind` may name: Megatron's settings of only this optimizer.
 OPTIMIZERS: dict[str, Callable[[OptimizerSection], dict[str, Any]]] = {
     kind: partial(_named_after, kind) for kind in ("adam", "muon", "lion")
 }

@@ -11,7 +11,7 @@ from moepp_megatron.training.checkpoint.compatible import differences
 from moepp_megatron.training.checkpoint.progress import SavedRecord, grid
 from moepp_megatron.training.schedule import learning_rate
 
-# A change of the learning rate by rounding alone is none.
+# A change of the learning rate by rounding is none.
 _SAME_LR = 1e-6
 
 
@@ -22,7 +22,7 @@ def start_lines(
 
     Args:
         checkpoint: The checkpoint that was loaded.
-        record: Its record; None where its weights alone were taken.
+        record: Its record; None where only its weights were loaded.
         config: The configuration of this run.
         layout: Its rank grid.
     """

@@ -60,7 +60,7 @@ class StopRequest:
     def agreed(self) -> bool:
         """Whether any rank was asked; every rank must call, and all get the same answer.
 
-        A launcher does not reach all ranks between the same two steps: one that stopped alone
+        A launcher does not reach all ranks between the same two steps: one that stopped by itself
         would leave the others waiting for it.
         """
         self.take_sum(shared_sum(self.summand()).cpu())

@@ -92,12 +92,12 @@ def _find(name: str, config: Config) -> Path:
 
 
 def _in_layout(saved: Config, config: Config) -> Config:
-    """The teacher's model, with what a forward pass beside the run's model takes from the run."""
+    """The teacher's model, with what a forward pass next to the run's model takes from the run."""
     shape = saved.model.model_dump(mode="json", exclude_unset=True)
     # Its multi-token prediction teaches nothing.
     shape.pop("mtp_num_layers", None)
     moe = saved.moe.model_dump(mode="json", exclude_unset=True)
-    # What acts in training alone, or makes a token's logits depend on the others in the batch.
+    # What acts only in training, or makes a token's logits depend on the others in the batch.
     for key in ("budget", "bias_update_rate", "capacity_factor", "input_jitter_eps"):
         moe.pop(key, None)
     ours = config.moe.model_dump(mode="json", exclude_unset=True)

@@ -165,7 +165,7 @@ class TrainRequest:
 def _resumed(config: Config) -> Config:
     """`config` that starts from the run's own newest checkpoint, if there is one."""
     own = list_checkpoints(checkpoint_folder(config))
-    # Without anything else to start from, `auto` alone decides, on all ranks together.
+    # Without anything else to start from, `auto` decides, on all ranks together.
     if config.checkpoint.load is not None and not own:
         return config
     return with_overrides(config, ["checkpoint.load=auto", "checkpoint.load_optimizer=true"])

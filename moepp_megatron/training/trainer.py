@@ -121,7 +121,7 @@ class Trainer:
                 if self.checkpoints.is_written():
                     with supervisor.during("save"):
                         self.checkpoints.finish()
-                # The loss is needed by the log alone, but reading it waits for the device: so the
+                # The loss is needed only by the log, but reading it waits for the device: so the
                 # time of the step is its own.
                 logs = step.updated and self._is_logged(step.number)
                 if logs:
@@ -155,7 +155,7 @@ class Trainer:
         return "; ".join(filter(None, (self.checkpoints.error, self._lost_records))) or None
 
     def _open_sinks(self) -> None:
-        """Open what the run writes beside checkpoints, on the ranks that write it."""
+        """Open what the run writes besides checkpoints, on the ranks that write it."""
         config = self.config
         if dist.get_rank() == 0:
             RunFolder(config).write_config()

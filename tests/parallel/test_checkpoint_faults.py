@@ -112,7 +112,7 @@ def test_failed_saves_on_one_rank(ranks: RankPools, tmp_path: Path, is_async: bo
                 fault, "No space left"
             )
             assert reason in result["error"], fault
-        assert any("training goes on" in line for line in results[0]["log"]), fault
+        assert any("training continues" in line for line in results[0]["log"]), fault
         assert names(tmp_path / fault) == ["latest", "step_00000001", "step_00000003"]
         assert (tmp_path / fault / "latest").read_text() == "step_00000003\n"
 

@@ -73,7 +73,7 @@ def test_train_command(corpus: Path, small_disk: Path, tmp_path: Path, is_async:
     # Two fit, and keeping two takes room for three.
     assert first.returncode == 1
     assert "needs room for 3 more checkpoints of" in first.stderr
-    assert "training goes on without it" in first.stderr
+    assert "training continues without it" in first.stderr
     assert "error: at the end of the run, checkpoint" in first.stderr
     assert "No space left on device" in first.stderr
     assert "Traceback" not in first.stderr

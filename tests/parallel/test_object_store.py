@@ -141,7 +141,7 @@ def test_a_connection_that_is_lost_in_a_save(corpus: Path, tmp_path, store: Stor
     store.stop_at("PUT", "step_00000004/", number=2)
     first = moepp("train", config)
     assert first.returncode == 1
-    assert "training goes on without it" in first.stderr
+    assert "training continues without it" in first.stderr
     assert "error: at the end of the run, checkpoint" in first.stderr
     assert "could not be reached" in first.stderr
     assert "Traceback" not in first.stderr

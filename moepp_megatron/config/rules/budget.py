@@ -23,7 +23,7 @@ def _within_what_tokens_select(config: Config) -> Iterator[Problem]:
             rule = f"must be below {highest}, the FFN experts that a token selects at most"
             yield Problem(name, value, rule, remedy)
         elif value <= lowest:
-            rule = f"must be above {lowest}, what moe.router_topk leaves beside {others} others"
+            rule = f"must be above {lowest}, what moe.router_topk leaves with {others} others"
             yield Problem(name, value, rule, remedy)
 
 

@@ -40,12 +40,12 @@ RULES: tuple[Rule, ...] = (
                 _REMEDY),
             refuse("training.cuda_graphs",
                 lambda c: _captures_router(c) and c.moe.z_loss_coeff is not None,
-                "must have moe.z_loss_coeff ({moe.z_loss_coeff}) null beside moe_router: the "
+                "must have moe.z_loss_coeff ({moe.z_loss_coeff}) null with moe_router: the "
                 "loss is recorded by the host, which a graph does not repeat",
                 _REMEDY),
             refuse("training.cuda_graphs",
                 lambda c: _captures_router(c) and c.moe.input_jitter_eps is not None,
-                "must have moe.input_jitter_eps ({moe.input_jitter_eps}) null beside moe_router: "
+                "must have moe.input_jitter_eps ({moe.input_jitter_eps}) null with moe_router: "
                 "noise inside a graph has not been tested",
                 _REMEDY),
         ),

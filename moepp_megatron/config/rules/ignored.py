@@ -227,6 +227,6 @@ RULES: tuple[Rule, ...] = (
     _where(lambda c: c.routing_guard.enabled is False, "with routing_guard.enabled false",
         "routing_guard.dry_run routing_guard.rules", "leave enabled out"),
     _where(lambda c: not c.data.reset_attention_mask,
-        "on attention, which sees distances alone; only metrics by position see it",
+        "on attention, which depends only on distances; only metrics by position change",
         "data.reset_position_ids", "set data.reset_attention_mask to true, or leave it out"),
 )  # fmt: skip

@@ -59,7 +59,7 @@ RULES: tuple[Rule, ...] = (
         refuse("parallel.use_distributed_optimizer",
             lambda c: c.parallel.use_distributed_optimizer and c.precision.dtype != "bf16",
             "must be false with optimizer.kind {optimizer.kind} and precision.dtype fp32: "
-            "megatron-core shares out whole matrices over data-parallel ranks in bf16 alone",
+            "megatron-core distributes whole matrices over data-parallel ranks only in bf16",
             "set parallel.use_distributed_optimizer to false, or precision.dtype to bf16"),
         refuse("parallel.overlap_param_gather", lambda c: c.parallel.overlap_param_gather,
             "must be false with optimizer.kind {optimizer.kind}, whose ranks exchange whole "

@@ -3,7 +3,7 @@
 blend.py             entries of `data.blend` and `data.stages`
 budget.py            section `moe.budget`: how many FFN experts a token gets
 config.py            the whole configuration: one section per subject
-distillation.py      section `distillation`: a teacher beside the text
+distillation.py      section `distillation`: a teacher besides the text
 evaluation.py        section `evaluation`: tasks of lm-eval while a model is trained
 latent_attention.py  section `model.latent_attention`: multi-head latent attention
 model.py             section `model`: the decoder around the experts

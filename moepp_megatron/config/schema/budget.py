@@ -52,7 +52,7 @@ class BudgetSection(Section):
 
     @property
     def acts(self) -> bool:
-        """Whether training differs from one with `moe.tau` alone."""
+        """Whether training differs from one with only `moe.tau`."""
         return self.target_ffn_per_token is not None or self.held_by != "none"
 
     @property

@@ -37,7 +37,7 @@ class Config(Section):
     optimizer: OptimizerSection = Field(description="The optimizer and its schedule")
     training: TrainingSection = Field(description="Batches, length, logging")
     distillation: DistillationSection = Field(
-        default_factory=DistillationSection, description="A teacher beside the text"
+        default_factory=DistillationSection, description="A teacher besides the text"
     )
     checkpoint: CheckpointSection = Field(
         default_factory=CheckpointSection, description="Saving and loading"

@@ -1,4 +1,4 @@
-"""Section `distillation`: a frozen teacher whose predictions the model learns beside the text."""
+"""Section `distillation`: a frozen teacher whose predictions the model learns with the text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DistillationSection(Section):
     weight: Annotated[float, Unit("1"), Field(ge=0.0)] = 1.0
     """Weight of the divergence from the teacher in the loss; 0 only measures it"""
     text_weight: Annotated[float, Unit("1"), Field(ge=0.0)] = 1.0
-    """Weight of the language-model loss in the loss, beside a teacher"""
+    """Weight of the language-model loss in the loss, with a teacher"""
     temperature: Annotated[float, Unit("1"), Field(gt=0.0)] = 1.0
     """Divides the logits of both models; the divergence is multiplied by its square"""
     top_k: Annotated[int | None, Unit("tokens"), Field(ge=2)] = None

@@ -38,7 +38,7 @@ class LatentAttentionSection(Section):
     mscale: Annotated[float, Unit("1"), Field(ge=0.0)] = 1.0
     """With yarn: growth of the rotated channels with the logarithm of the factor"""
     mscale_all_dim: Annotated[float, Unit("1"), Field(ge=0.0)] = 0.0
-    """With yarn: the same of all scores instead of the rotated channels alone"""
+    """With yarn: the same of all scores instead of only the rotated channels"""
 
     @property
     def qk_dim(self) -> int:

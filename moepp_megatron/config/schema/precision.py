@@ -35,7 +35,7 @@ class PrecisionSection(Section):
     fp8_amax_compute_algo: Annotated[Literal["max", "most_recent"], Unit("-")] = "max"
     """Which of them delayed scaling takes"""
     fp8_param: Annotated[bool, Unit("-")] = False
-    """Keep the GEMM weights in FP8 alone, beside the optimizer's fp32 copy"""
+    """Keep the GEMM weights only in FP8, with the optimizer's fp32 copy"""
     first_last_layers_bf16: Annotated[bool, Unit("-")] = False
     """Run the first and last layers in bf16"""
     num_layers_at_start_in_bf16: Annotated[int, Unit("layers"), Field(ge=0)] = 1

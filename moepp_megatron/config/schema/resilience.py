@@ -20,7 +20,7 @@ class ResilienceSection(Section):
     falling loss stays near it. No loss counts as a jump before a quarter of the window is full"""
     guard_threshold: Annotated[float, Unit("1"), Field(gt=0.0)] = 10.0
     """Robust z-score (distance above the window's median over 1.4826 MAD) from which a loss is a
-    jump; 10 leaves alone the tails of ordinary batch noise"""
+    jump; 10 tolerates the tails of ordinary batch noise"""
     guard_max_consecutive_skips: Annotated[int, Unit("batches"), Field(ge=1)] = 5
     """Batches refused in a row after which their cause is sought (docs/guard.md); more than a
     damaged file spoils, few enough not to wait on a model that is already broken"""
@@ -35,7 +35,7 @@ class ResilienceSection(Section):
     so 1000 steps keep it far below a thousandth of the time; 0 is off"""
     hang_timeout_s: Annotated[float, Unit("s"), Field(ge=0.0)] = 600.0
     """Longest time without progress within a training step before all ranks write their stacks and
-    end; many times any step, yet cheap beside a night lost; 0 is off"""
+    end; many times any step, yet cheap against a night lost; 0 is off"""
     hang_slow_phase_timeout_s: Annotated[float, Unit("s"), Field(gt=0.0)] = 1800.0
     """The same for what may take long: the first step, evaluation, saving, loading"""
     straggler_interval: Annotated[int, Unit("steps"), Field(ge=0)] = 50

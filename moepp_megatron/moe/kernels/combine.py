@@ -49,7 +49,7 @@ _MOST = 64
 # Programs of a backward pass to aim at: two for each of an H100's 132 processors. Registers hold
 # both at once with few constants; Triton 3.6 gives those of 30 so many that one runs after the
 # other. Not taken from the device, so that the order of additions, and with it the last
-# bit, depends on shapes alone.
+# bit, depends only on shapes.
 _PROGRAMS = 256
 # Elements [tokens, experts] of a program that turns weights' gradients into those of gates and
 # mixing logits, eight a thread.

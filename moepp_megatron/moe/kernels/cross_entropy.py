@@ -7,7 +7,7 @@ keeps their exponentials for the backward pass and reads or writes each logit ab
     backward  reads it again and writes the gradient in its place
 
 in the logits' own format, with fp32 arithmetic and one rounding. Bytes per logit of 2 bytes: 6, and
-no memory beside the logits; megatron-core's: 52, and 4 kept between the passes.
+no memory besides the logits; megatron-core's: 52, and 4 kept between the passes.
 
 Nothing is added in an order that depends on timing. Loss and gradient are computed from differences
 to the largest logit, as megatron-core's are, so that large logits cost no digits.

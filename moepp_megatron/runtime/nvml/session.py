@@ -197,7 +197,7 @@ class FaultWatch:
 
 
 def _bare_uuid(name: str) -> str:
-    """The UUID alone of "GPU-...", "MIG-..." or the older "MIG-GPU-.../1/0"."""
+    """Only the UUID of "GPU-...", "MIG-..." or the older "MIG-GPU-.../1/0"."""
     for prefix in _PREFIXES:
         if name.startswith(prefix):
             return name.removeprefix(prefix).partition("/")[0]

@@ -158,7 +158,7 @@ def _state_problems(checkpoint: Path, saved: Config, config: Config) -> Iterator
             now,
             f"must be that of the checkpoint {checkpoint} ({before}), after which data.blend and "
             "data.stages would continue with other samples",
-            f"use {before}; with data.blend alone more will do, too",
+            f"use {before}; with only data.blend more will do, too",
         )
 
 

@@ -68,7 +68,7 @@ def read_metadata(checkpoint: Path) -> Metadata:
     """The index of a checkpoint's tensors: only what torch needs to read them.
 
     Raises:
-        UnsafePickleError: The file is not an index alone, or it places bytes outside of the folder.
+        UnsafePickleError: The file is not only an index, or it places bytes outside of the folder.
         OSError: It cannot be read.
     """
     check_regular(checkpoint / TENSORS_FILE)

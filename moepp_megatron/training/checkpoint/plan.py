@@ -84,7 +84,7 @@ class SavePlan:
         return written
 
     def write_index(self, results: list[list[Any]]) -> None:
-        """Write `.metadata` from what all ranks wrote; on rank 0 alone."""
+        """Write `.metadata` from what all ranks wrote; only on rank 0."""
         # Plans of all ranks, for reuse by megatron-core; they would be half of the file.
         self._metadata.__dict__.pop("all_local_plans", None)
         # torch would store the path written to, as an object: Python 3.12 cannot unpickle a path of

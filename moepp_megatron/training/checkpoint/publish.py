@@ -1,4 +1,4 @@
-"""Turns the files of all ranks into a named checkpoint. Runs on rank 0 alone.
+"""Turns the files of all ranks into a named checkpoint. Runs only on rank 0.
 
 In a folder of this machine the checkpoint gets its name last. In object storage, where nothing can
 be renamed, the ranks have uploaded their files under its name already, and the manifest, without
@@ -154,7 +154,7 @@ def _check_shared(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def _upload(folder: Path, final: ObjectPath) -> None:
-    """Upload what rank 0 alone has written, the manifest last."""
+    """Upload what only rank 0 has written, the manifest last."""
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     del sizes[MANIFEST_FILE]
     for name in sizes:

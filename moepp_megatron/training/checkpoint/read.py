@@ -121,7 +121,7 @@ def read_checkpoint(
 
 
 def load_weights(checkpoint: Path, models: list[GPTModel]) -> None:
-    """Read the model's weights alone, in place, whatever layout wrote them; every rank must call.
+    """Read only the model's weights, in place, whatever layout wrote them; every rank must call.
 
     Raises:
         ConfigError: The checkpoint is damaged or unsafe.

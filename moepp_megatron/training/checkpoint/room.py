@@ -1,6 +1,6 @@
 """Room on the disk of a checkpoint folder: whether those to come fit, and what is deleted.
 
-Deleted are old checkpoints (`Pruner`, on rank 0 alone, after a newer one is complete) and what
+Deleted are old checkpoints (`Pruner`, only on rank 0, after a newer one is complete) and what
 killed runs have left half written or half deleted. A folder that is being written carries its
 writer's host and process in its name, which distinguishes the remains of a dead process from a save
 in progress.
@@ -101,7 +101,7 @@ class Pruner:
         """Note what speaks against a checkpoint; None if it is valid."""
         self._is_valid[checkpoint.name] = reason is None
         if reason is not None:
-            logger.warning("checkpoint.keep leaves %s alone: %s", checkpoint, reason)
+            logger.warning("checkpoint.keep does not delete %s: %s", checkpoint, reason)
 
     def wrote(self, checkpoint: Path) -> None:
         """Note a checkpoint that this run has just completed, and delete what is now too old."""

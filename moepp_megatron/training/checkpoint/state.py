@@ -96,7 +96,7 @@ def saved_state(model: TrainingModel) -> dict[str, Any]:
 
 
 def state_to_load(model: TrainingModel) -> dict[str, Any]:
-    """The state to read: like `saved_state`, but entries of this layout alone stay as they are.
+    """The state to read: like `saved_state`, but entries of only this layout stay as they are.
 
     The shards of a distributed optimizer are read into its own tensors, without a copy between.
     """

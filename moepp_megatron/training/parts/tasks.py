@@ -1,6 +1,6 @@
 """Evaluates the running model on tasks of lm-eval, in the run's own layout.
 
-Rank 0 alone has the tasks and lm-eval. It sends the tokens that lm-eval asks about to the other
+Only rank 0 has the tasks and lm-eval. It sends the tokens that lm-eval asks about to the other
 ranks, and all of them score these together. Training continues as if there had been no evaluation:
 random numbers and buffers are put back, and routers count nothing outside of training. It also goes
 on where a task fails that was tried before the run began, as by a perplexity beyond all numbers.
@@ -186,7 +186,7 @@ def _without_limits(models: Sequence[MegatronModule]) -> Iterator[None]:
     # With a limit, a token's logits would depend on which other tokens are there.
     with ExitStack() as stack:
         for model in models:
-            # Of megatron-core's own layer; MoE++ has its own limit, and noise in training alone.
+            # Of megatron-core's own layer; MoE++ has its own limit, and noise only in training.
             nothing = {"moe_expert_capacity_factor": None, "moe_input_jitter_eps": None}
             stack.enter_context(replaced(model.config, **nothing))
             for module in model.modules():

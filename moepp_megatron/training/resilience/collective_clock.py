@@ -3,7 +3,7 @@
 Neither gloo nor NCCL reports this. So while the clock runs, torch's collectives and the waits for
 asynchronous ones are wrapped: with the wall clock on CPUs, with CUDA events on GPUs, where the
 time of a collective on the compute stream is what training loses to it. A collective that is being
-captured into a CUDA graph is left alone: its events would belong to the graph, and could never be
+captured into a CUDA graph is not measured: its events would belong to the graph, and could never be
 read.
 """
 

@@ -43,7 +43,7 @@ class KernelScores:
 
     @property
     def waiting_fraction(self) -> None:
-        """Unknown: kernels alone are measured."""
+        """Unknown: only kernels are measured."""
         return None
 
 

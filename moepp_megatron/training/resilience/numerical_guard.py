@@ -102,7 +102,7 @@ class NumericalGuard:
         return refuses
 
     def is_usual(self, loss: float) -> bool:
-        """Whether a finite loss is no spike beside the recent ones."""
+        """Whether a finite loss is no spike against the recent ones."""
         recent, settings = self.recent_losses, self._settings
         if len(recent) * _SHARE_BEFORE_SPIKES < settings.guard_window:
             return True

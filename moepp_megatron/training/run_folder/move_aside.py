@@ -23,7 +23,7 @@ _STAYS = {"slurm"}
 
 
 def move_aside(config: Config, checkpoints: Path, config_file: Path | None = None) -> list[str]:
-    """Move the files of a run to a new folder beside its own, named by date and time.
+    """Move the files of a run to a new folder next to its own, named by date and time.
 
     What the new run reads (data, tokenizer, its configuration file), Slurm's output and folders
     with other runs stay. A checkpoint folder in none of what is moved, such as one outside of the

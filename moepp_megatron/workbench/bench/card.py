@@ -1,7 +1,7 @@
 """Measures a GPU's highest rates: matrix products in each number format, and a memory copy.
 
 `bench layer` compares with these rates. They are measured, not rated, because a GPU's clocks under
-load and its libraries decide, and no layer can be faster than the product alone.
+load and its libraries decide, and no layer can be faster than its product.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class _RoutingRecorder:
     """A context that records routers' micro-batches in order, by global MoE layer number."""
 
     def __init__(self, stages: Sequence[torch.nn.Module]) -> None:
-        # Layers of multi-token prediction run in training alone.
+        # Layers of multi-token prediction run only in training.
         self._layers = [layer for stage in stages for layer in decoder_moepp_layers(stage)]
         self._hooks: list[Any] = []
         self.passes: dict[int, list[_Pass]] = {layer.layer_number: [] for layer in self._layers}

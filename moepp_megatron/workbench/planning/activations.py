@@ -39,7 +39,7 @@ def kept_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
 
 
 def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
-    """Bytes that the pass of one layer needs beside the kept ones: buffers, gradients."""
+    """Bytes that the pass of one layer needs besides the kept ones: buffers, gradients."""
     size = load.numbers.activation_bytes
     tokens = grid.tokens(load.seq)
     peak = 3.0 * tokens * load.hidden * size
@@ -54,7 +54,7 @@ def peak_bytes(load: Workload, grid: Grid, layer: Layer) -> float:
         arrived = layer.rows * grid.etp * row
         peak += sent + arrived + inner
         if load.delays_gradients and grid.expert_overlap:
-            # Gradients of the experts' outputs wait beside those of their inputs.
+            # Gradients of the experts' outputs wait with those of their inputs.
             peak += arrived
     if grid.recompute:
         stored = replace(grid, recompute=(), recomputed_layers=None)
@@ -94,7 +94,7 @@ def _input_size(load: Workload) -> float:
 def _norm_outputs(load: Workload, grid: Grid, is_moe: bool) -> float:
     """Outputs of the two norms: input of the projections, input of the FFN or router."""
     # Transformer Engine has a norm inside the product that follows it, and megatron-core repeats
-    # those alone that are modules of their own: before latent attention, before an MoE layer.
+    # only those that are modules of their own: before latent attention, before an MoE layer.
     elements = grid.tokens(load.seq) * load.hidden
     repeats = "layernorm" in grid.recompute
     is_latent = isinstance(load.attention, LatentAttention)

@@ -50,7 +50,7 @@ class _BuiltRank:
 
 @dataclass(frozen=True)
 class Check:
-    """A quantity of the built rank beside its calculated value."""
+    """A quantity of the built rank and its calculated value."""
 
     name: str
     built: str

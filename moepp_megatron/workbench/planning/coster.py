@@ -183,7 +183,7 @@ class Coster:
         return (grid.tp, grid.cp, grid.ep, grid.etp, grid.micro_batch, grid.recompute, overlaps)
 
     def _stages(self, grid: Grid, overlaps: bool) -> tuple[PassTime, ...]:
-        """Times of a micro-batch in the stages of each pattern, alone or beside another."""
+        """Times of a micro-batch in the stages of each pattern, unpaired or with another."""
         key = ("stages", *self._key(grid, overlaps), grid.expert_overlap, grid.pp, grid.vpp)
         return self._once(
             key,

@@ -27,7 +27,7 @@ class Grid:
     etp: int = 1  # tensor-parallel ranks of an FFN expert
     micro_batch: int = 1  # sequences of a micro-batch
     recompute: Recompute = ()  # modules that the backward pass recomputes, FULL for whole layers
-    expert_overlap: bool = False  # expert all-to-all runs beside another micro-batch's computation
+    expert_overlap: bool = False  # expert all-to-all runs during another micro-batch's computation
     distributed_optimizer: bool = True  # optimizer state is sharded over data-parallel ranks
     grad_overlap: bool = True  # gradients are reduced during the backward pass
     param_overlap: bool = True  # parameters are gathered during the forward pass
@@ -36,7 +36,7 @@ class Grid:
     # The schedule is DualPipe (arXiv 2412.19437, section 3.2.1), not interleaved.
     is_dualpipe: bool = False
     dispatcher: Dispatcher | None = None  # name of the dispatcher, where a search chose it
-    unpaired: bool = False  # stands for the passes that the combined schedule runs alone
+    unpaired: bool = False  # stands for the unpaired passes of the combined schedule
 
     @classmethod
     def from_config(cls, config: Config, world: int) -> Grid:
@@ -95,7 +95,7 @@ class Grid:
 
     @property
     def apart(self) -> Grid:
-        """The same layout in the passes that the combined schedule runs alone."""
+        """The same layout in the unpaired passes of the combined schedule."""
         return replace(self, expert_overlap=False, unpaired=self.expert_overlap)
 
     def micro_batches(self, batch: int) -> int:

@@ -21,7 +21,7 @@ from moepp_megatron.workbench.planning.traffic import layer_traffic
 from moepp_megatron.workbench.planning.workload import Workload
 from moepp_megatron.workbench.planning.zero_computation import seconds_beside_rows
 
-# Names beside those of parts.py, in the order of plots.
+# Names besides those of parts.py, in the order of plots.
 RECOMPUTE, TENSOR, CONTEXT = "recomputation", "tensor parallel", "context parallel"
 EXCHANGE, METADATA = "expert exchange", "sizes of the exchange"
 HOST = "waiting for the host"
@@ -36,7 +36,7 @@ class PassTime:
     forward: float = 0.0  # total of the forward pass
     backward: float = 0.0  # total of the backward pass
     seconds: Mapping[str, float] = field(default_factory=dict)  # both together, by name
-    # Communication that runs beside computation, by name; not in `seconds`.
+    # Communication that runs during computation, by name; not in `seconds`.
     hidden: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -182,7 +182,7 @@ class _Clock:
         self._seconds[name] += forward + backward
 
     def hide(self, name: str, forward: float, backward: float) -> None:
-        """Take seconds of communication that run beside computation out of those that count."""
+        """Take seconds of communication that run during computation out of those that count."""
         self.communicate(name, -forward, -backward)
         if forward + backward > 0:
             self._hidden[name] += forward + backward
@@ -198,7 +198,7 @@ class _Clock:
     def exchange(self, forward: float, backward: float, hideable: float) -> None:
         self.communicate(EXCHANGE, forward, backward)
         if hideable:
-            # Forward of one micro-batch runs beside backward of another: they share the cover.
+            # Forward of one micro-batch runs with backward of another: they share the cover.
             seconds = forward + backward
             cover = self._forward + self._backward - seconds
             share = min(hideable * seconds, cover) / seconds

@@ -53,10 +53,10 @@ class Efficiencies:
     # How many tokens go where, once a forward pass of a dropless dispatcher: ranks wait here.
     metadata_s: float = 1e-3
     metadata_beside_s: float = 0.22e-3  # the same where another micro-batch computes meanwhile
-    # Share of DeepEP's or HybridEP's exchange beside computation in the combined schedule (4.2.3).
+    # Share of DeepEP's or HybridEP's exchange during computation in the combined schedule (4.2.3).
     overlap: float = 0.93
     plain_overlap: float = 0.58  # the same of an all-to-all of NCCL
-    # Of computation beside it, whose kernels occupy 20 of 132 multiprocessors (paper, section 4.2).
+    # Of computation during it, whose kernels occupy 20 of 132 multiprocessors (paper, section 4.2).
     overlap_slowdown: float = 0.20
     # Share of stage-to-stage transfers that the interleaved schedule hides in its steady state.
     point_to_point_overlap: float = 0.5

@@ -17,7 +17,7 @@ from moepp_megatron.workbench.planning.traffic import distinct_targets
 from moepp_megatron.workbench.planning.workload import Workload
 from moepp_megatron.workbench.planning.zero_computation import local_work, mixing_logits
 
-# Kernels of the attention forward beside its projections: rotations, layouts, core.
+# Kernels of the attention forward besides its projections: rotations, layouts, core.
 _CORE_KERNELS = 10
 # Kernels of the router beside its products, forward and backward: megatron-core's operations one by
 # one, and with `moe.fused` (tests/fake_gpu counts both).
@@ -138,7 +138,7 @@ def _swiglu(load: Workload, grid: Grid, name: str, inner: int, module: str) -> L
 
 
 def _router(load: Workload, grid: Grid, has_residual: bool) -> LayerPart:
-    """Logits z = W x (+ G z') beside U x, scores, the choice of K experts, the balance loss."""
+    """Logits z = W x (+ G z') and U x, scores, the choice of K experts, the balance loss."""
     experts = load.experts
     tokens, wide = grid.tokens(load.seq), experts.num_experts
     (width, depth), *others = experts.router_shapes(load.hidden, is_first=not has_residual)
@@ -209,7 +209,7 @@ def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
 def _beside_products(
     load: Workload, activation: float, rows: float, experts: int
 ) -> tuple[list[float], list[int]]:
-    """Bytes beside the experts' products, and kernels with them, forward and backward."""
+    """Bytes besides the experts' products, and kernels with them, forward and backward."""
     clamped, biased = load.experts.is_clamped, load.experts.has_bias
     output = load.numbers.activation_bytes * rows * load.hidden
     moved = [

@@ -8,7 +8,7 @@ from moepp_megatron.config.stages import Stages, stages_of
 
 
 def split_passes(pp: int, vpp: int, micro_batches: int, is_combined: bool) -> tuple[float, float]:
-    """Passes of the whole slowest stage that run alone, and that run beside an opposite pass.
+    """Passes of the whole slowest stage that run unpaired, and with an opposite pass.
 
     Both count forward and backward of a micro-batch as one. The combined schedule's last rank runs
     (v - 1) p + 1 forward passes of a chunk before its first pair and as many backward passes after

@@ -42,7 +42,7 @@ class StepEnd:
     optimizer: float  # gradient norm, Adam, casts: all bound by memory
 
     def exposed(self, grid: Grid, forward_s: float, backward_s: float) -> float:
-        """Seconds beside no computation: the first forward and the last backward pass cover it."""
+        """Seconds without computation: the first forward and the last backward pass cover it."""
         reduce = max(self.reduce - (backward_s if grid.grad_overlap else 0.0), 0.0)
         return reduce + max(self.gather - (forward_s if grid.param_overlap else 0.0), 0.0)
 
@@ -97,7 +97,7 @@ class StepTime:
 
     total: float  # seconds
     seconds: Mapping[str, float]  # parts of the total by name
-    hidden: Mapping[str, float]  # seconds of communication beside computation, by name
+    hidden: Mapping[str, float]  # seconds of communication hidden by computation, by name
     load: Load  # load of the fullest rank
     exchange_bytes: float  # bytes of hidden vectors that all ranks' dispatchers send, forward
 

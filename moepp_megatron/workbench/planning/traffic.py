@@ -119,12 +119,12 @@ def layer_traffic(
             gather = gather_seconds(place, size * width, machine)
             forward += gather + scatter
             # The gathered input is not kept: the weights' gradients gather it again. That gather
-            # and the reduce-scatter of the input's gradient run beside products (megatron-core,
+            # and the reduce-scatter of the input's gradient run during products (megatron-core,
             # tensor_parallel/layers.py, and Transformer Engine's modules): what is left is the
             # gather of the output's gradient, as long as the forward pass's reduce-scatter.
             backward += scatter
     if load.tensor_overlap:
-        # Around a ring, all but one of a product's chunks compute beside the next one's transfer.
+        # Around a ring, all but one of a product's chunks compute during the next one's transfer.
         forward, backward = forward / grid.tp, backward / grid.tp
     experts = _expert_seconds(load, grid, machine, skew) if is_moe else 0.0
     return _LayerTraffic(forward, backward, _context(load, grid, machine), experts)

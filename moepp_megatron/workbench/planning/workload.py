@@ -90,7 +90,7 @@ class Workload:
     batch: int  # sequences of a step
     numbers: Numbers  # number formats
     causal_share: float = 0.5  # share of the attention scores that are computed
-    # Of multi-token prediction, on the last stage beside `is_moe`, each with an output layer.
+    # Of multi-token prediction, on the last stage, besides `is_moe`, each with an output layer.
     extra_layers: int = 0
     loss_fused: bool = False  # the cross entropy makes no fp32 copy of the logits
     local_fused: bool = False  # kernels compute the zero-computation experts (`moe.fused`)
@@ -100,7 +100,7 @@ class Workload:
     gated: bool = True  # FFNs of dense layers have a gate: three matrices instead of two
     delays_gradients: bool = False  # the combined schedule computes the weights' gradients last
     rotation_fused: bool = True  # one kernel rotates queries, and one keys
-    # Tensor-parallel gathers and reduce-scatters run chunk by chunk beside their products
+    # Tensor-parallel gathers and reduce-scatters run chunk by chunk during their products
     # (Transformer Engine's user buffers).
     tensor_overlap: bool = False
 

@@ -15,7 +15,7 @@ from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.rates import Work, linear_products, work_seconds
 from moepp_megatron.workbench.planning.workload import Workload
 
-# Dispatchers whose rows travel beside computation.
+# Dispatchers whose rows travel during computation.
 _TICKETS = ("alltoall", "alltoall_dedup")
 
 
@@ -58,7 +58,7 @@ def local_work(load: Workload, grid: Grid) -> tuple[Work, Work]:
 def seconds_beside_rows(
     load: Workload, grid: Grid, machine: Machine, works: Sequence[Work], exchange: float
 ) -> float:
-    """Seconds of an exchange that this rank computes beside, `works` on each of its two ways.
+    """Seconds of an exchange during which this rank computes, `works` on each of its two ways.
 
     Shared experts compute on the way there, these on the way back (`moe/layer.py`). The combined
     schedule has its own rule. With expert-tensor parallelism rows are gathered, too: left out.

@@ -57,7 +57,7 @@ class Profile:
 
     @property
     def about(self) -> About:
-        """What the recorder wrote beside the first trace."""
+        """What the recorder wrote next to the first trace."""
         return self.traces[0].about
 
     @property

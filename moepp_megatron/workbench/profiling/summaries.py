@@ -20,7 +20,7 @@ from moepp_megatron.workbench.profiling.trace import meaning, shifted
 
 
 def records_only_collectives(path: Path) -> bool:
-    """Whether a path holds recordings of NCCL or PyTorch alone, none of torch's profiler."""
+    """Whether a path holds only recordings of NCCL or PyTorch, none of torch's profiler."""
     return not has_kineto(path) and holds_recording(path)
 
 

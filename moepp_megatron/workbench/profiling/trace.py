@@ -128,7 +128,7 @@ class Clock(BaseModel):
 
 
 class About(BaseModel):
-    """What the recorder writes beside a trace: `rank<k>.meta.json` (training/profiler)."""
+    """What the recorder writes next to a trace: `rank<k>.meta.json` (training/profiler)."""
 
     format: Literal[1] = 1
     name: str = ""
@@ -159,7 +159,7 @@ class RankTrace:
         host_work: The training thread's operations, without a GPU.
         waits: Spans in which the training thread waits for a collective, without a GPU.
         base_ns: Nanoseconds to add to times to get Unix time.
-        about: What the recorder wrote beside the trace.
+        about: What the recorder wrote next to the trace.
     """
 
     rank: int

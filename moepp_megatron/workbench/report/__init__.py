@@ -1,4 +1,4 @@
-"""Pages of runs: plots and numbers from ``config.yaml`` and ``metrics.jsonl`` alone.
+"""Pages of runs: plots and numbers, only from ``config.yaml`` and ``metrics.jsonl``.
 
 alerts.py              A run's alerts on its page: a table, and marks where they fall on curves
 bench.py               results of `moepp bench`: tables, JSON, a plot
@@ -10,7 +10,7 @@ curves.py              plots over the course of training
 drawing.py             the look that all plots share, and turning a figure into text for the page
 expert_plots.py        plots of who gets the selections: by expert, by kind, by MoE layer
 formatting.py          numbers as a reader wants them
-gpu_page.py            `moepp bench report`: a GPU's results beside what was expected
+gpu_page.py            `moepp bench report`: a GPU's results and what was expected
 hardware.py            what the run cost its machines: energy, GPU-hours, MFU
 router_health_plots.py plots of the routers' health; docs/routing.md says what each number means
 healthy.py             what is healthy: the ranges of docs/routing.md
@@ -18,7 +18,7 @@ lines.py               the plot of lines that most curves are
 measured.py            `moepp plan --measured` on the terminal and as JSON
 page.py                the page itself: numbers, plots and configuration put into the template
 plan.py                `moepp plan` on the terminal, as JSON, and as a plot of where the time goes
-plan_models.py         the models of a plan beside each other: speed, and what a whole run takes
+plan_models.py         the models of a plan compared: speed, and what a whole run takes
 plot.py                one plot of the page, or a sentence instead of it
 profile_comparison.py  two profiles side by side: what changed, in words and a plot
 progress.py            how far a measurement is

@@ -22,7 +22,7 @@ _PASS_NAMES = {"forward": "forward", "forward_backward": "fwd + bwd"}
 
 
 def print_table(results: Sequence[LayerResult]) -> None:
-    """Print times and efficiency beside the paper's; then parts and memory."""
+    """Print times and efficiency next to the paper's; then parts and memory."""
     console = wide_console(highlight=True)
     title = "MoE++ layer against megatron-core's MoE layer, milliseconds"
     names = ("shape", "tau", "pass", "vanilla", "MoE++", "speedup", "efficiency", "paper")
@@ -151,7 +151,7 @@ _PARTS = ("router", "dispatch", "experts", "zero_computation", "combine")
 
 
 def print_card(result: CardResult, asked: Sequence[str]) -> None:
-    """Print measured beside rated numbers, and missing formats with the reason."""
+    """Print measured and rated numbers, and missing formats with the reason."""
     on_cpu = "" if result.kind == "cuda" else f", {result.threads} threads"
     names = ("measured", "", "rated", "share")
     table = titled_table(f"{result.device}{on_cpu}", *names, words=1)

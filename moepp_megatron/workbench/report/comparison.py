@@ -78,7 +78,7 @@ def load_runs(folders: Sequence[Path]) -> list[ComparedRun]:
     if not 2 <= len(given) <= _MOST_RUNS:
         raise ReportError(
             f"RUN ({len(given)} different folders) must be 2 to {_MOST_RUNS} to be compared; "
-            "name other runs, or one alone for its own page"
+            "name other runs, or a single one for its own page"
         )
     runs = [load_run(folder) for folder in given.values()]
     return [_compared(run, name) for run, name in zip(runs, _names(list(given)), strict=True)]

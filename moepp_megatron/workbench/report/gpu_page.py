@@ -132,7 +132,7 @@ def _bounds(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Section | None:
             for part, ms in row["moepp_parts_ms"].items() if bounds.get(part)
         ]  # fmt: skip
     return _table(
-        "Parts of the MoE++ layer beside their bounds",
+        "Parts of the MoE++ layer and their bounds",
         ("setting", "shape", "tau", "part", "measured, ms", "bound, ms", "times the bound"),
         4,
         rows,
@@ -162,7 +162,7 @@ def _runs(runs: Mapping[str, Mapping[str, Any]]) -> Section | None:
     return _table(
         "Training", ("run", "step", "loss", "ms per step", "memory, GiB", "estimate, GiB", "share"),
         1, rows,
-        "The last step. Memory in use on the fullest GPU, beside the planner's estimate with what "
+        "The last step. Memory in use on the fullest GPU, next to the planner's estimate with what "
         "CUDA and NCCL take.",
     )  # fmt: skip
 

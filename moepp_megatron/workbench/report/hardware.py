@@ -46,7 +46,7 @@ def hardware_cards(run: RunData) -> list[Card]:
             for record in records
             if record.energy_j is not None and record.energy_per_token_j
         )
-        note = "GPUs alone"
+        note = "only GPUs"
         if tokens > 0:
             note += f"; {formatting.number(sum(energy) / tokens)} J per token"
         cards.append(Card("Energy", f"{formatting.number(kwh, 3)} kWh", note))

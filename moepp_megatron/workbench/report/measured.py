@@ -25,7 +25,7 @@ from moepp_megatron.workbench.report.terminal import print_uncut, titled_table
 
 
 def print_measured(comparisons: Sequence[Comparison]) -> None:
-    """Print predicted beside measured, errors by family, and ratios of pairs."""
+    """Print predicted and measured, errors by family, and ratios of pairs."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("run", overflow="fold")
     table.add_column("scope")

@@ -48,7 +48,7 @@ _BARS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 
 _WHY = {
-    "work": "slower computation: smaller or repeated products, or products beside an exchange",
+    "work": "slower computation: smaller or repeated products, or products during an exchange",
     "recompute": "recomputation that the best does without",
     "network": "exposed communication (experts, tensor, context, stages)",
     "bubble": "pipeline bubble",
@@ -124,7 +124,7 @@ def explain(plan: Plan, planned: Planned) -> str:
     if place.size == 1:
         text += "; no token travels"
     elif place.nodes == 1:
-        text += "; tokens travel by NVLink alone"
+        text += "; tokens travel only by NVLink"
     else:
         text += f"; tokens travel over {place.nodes} nodes"
     best = plan.best

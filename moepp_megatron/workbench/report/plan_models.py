@@ -1,4 +1,4 @@
-"""The models of a plan beside each other: speed, and what a whole run takes."""
+"""The models of a plan compared: speed, and what a whole run takes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moepp_megatron.workbench.report.terminal import titled_table
 
 
 def models_table(plan: Plan, errors: Range | None) -> Table:
-    """Speed of each model in its fastest layout, and beside vanilla in the same one."""
-    title = "MoE++ beside vanilla, each in its fastest layout"
+    """Speed of each model in its fastest layout, and against vanilla in the same one."""
+    title = "MoE++ and vanilla, each in its fastest layout"
     names = ("phi", "step s", "range", "speed-up", "same layout", "tok/s/GPU", "a2a")
     table = titled_table(title, "model", *names, words=1)
     table.add_column("layout")

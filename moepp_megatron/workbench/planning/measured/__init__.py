@@ -1,1 +1,1 @@
-"""Measured runs beside the model: their format, errors by family, machine inputs fitted to them."""
+"""Measured runs and the model: their format, errors by family, machine inputs fitted to them."""

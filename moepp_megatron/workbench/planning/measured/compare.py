@@ -1,4 +1,4 @@
-"""Predicted beside measured, errors by family, and the published runs."""
+"""Predicted and measured, errors by family, and the published runs."""
 
 from __future__ import annotations
 
@@ -159,5 +159,5 @@ def _errors_by_family() -> dict[str, FamilyErrors]:
 
 
 def held_out() -> list[Comparison]:
-    """The published runs that set no number, beside the model."""
+    """The published runs that set no number, with the model."""
     return [compare(run) for run in read_runs(HELD_OUT)]

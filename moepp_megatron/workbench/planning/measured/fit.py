@@ -38,7 +38,7 @@ _INPUTS: Mapping[str, float] = {
 # Error of the model that no input takes away, and the error from which a row weighs less.
 _ROW_ERROR, _LARGE_ERROR = 0.05, 0.15
 _STEPS, _PROBE = 4, 0.02
-# An input that changes no row by more than this (of a 2% change) is left alone.
+# An input that changes no row by more than this (of a 2% change) is not changed.
 _LEAST_EFFECT = 1e-4
 # Shares of a rated number.
 _SHARES = frozenset(_INPUTS) - {"launch_s", "metadata_s", "attention_scale"}

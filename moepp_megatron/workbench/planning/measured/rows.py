@@ -99,7 +99,7 @@ class Run:
     """A row in the cost model's terms."""
 
     row: Row
-    config: Config  # its settings; valid by the schema alone
+    config: Config  # its settings; valid only by the schema
     hardware: Hardware
     load: Workload
     grid: Grid

@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _NumbersServer
 
     def setup(self) -> None:
-        """Start the clock; a limit on each read alone would admit an endless slow request."""
+        """Start the clock; a limit only on each read would admit an endless slow request."""
         super().setup()
         self._deadline = threading.Timer(REQUEST_S, self._give_up)
         self._deadline.daemon = True

@@ -108,7 +108,7 @@ def _costs(found: list[Cost], rows: int | None) -> Plot:
 
 
 def _layers(document: dict[str, Any]) -> Plot:
-    """Bytes of each layer, all passes, beside those of other dispatchers."""
+    """Bytes of each layer, all passes, and those of other dispatchers."""
     layers = sorted({one["layer"] for one in document["all_to_all"]})
     mib = 2**20 * len(document["steps"])
 
