@@ -84,9 +84,9 @@ def keys(
 
     settings = [setting for section in section_references() for setting in section.settings]
     wanted = prefix or ""
-    found = [one for one in settings if one.name.startswith(wanted)]
-    found = found or [one for one in settings if wanted in one.name]
-    if not found:
+    matching = [one for one in settings if one.name.startswith(wanted)]
+    matching = matching or [one for one in settings if wanted in one.name]
+    if not matching:
         from moepp_megatron.config.known_keys import nearest_setting
 
         sections = ", ".join(dict.fromkeys(one.name.partition(".")[0] for one in settings))
@@ -98,10 +98,10 @@ def keys(
     if json_file is not None:
         from moepp_megatron.runtime.atomic import write_result
 
-        write_result(json_file, json.dumps([asdict(one) for one in found], indent=2).encode())
+        write_result(json_file, json.dumps([asdict(one) for one in matching], indent=2).encode())
         echo(f"settings     {json_file}")
         return
-    for one in found:
+    for one in matching:
         default = "must be given" if one.default is None else f"default {one.default}"
         unit = [] if one.unit in ("1", "-") else [f"in {one.unit}"]
         limits = [] if one.kind == "true or false" or not one.allowed else [", ".join(one.allowed)]

@@ -151,9 +151,9 @@ def _is_lost(file: str, read: Any) -> bool:
     real = os.path.realpath(read)
     if isinstance(read, str) or not os.path.isdir(real):
         return file == real
-    found = Path(file)
-    is_result = found.suffix in _RESULTS and not is_record(found.name)
-    return Path(real) in found.parents and not is_result
+    path = Path(file)
+    is_result = path.suffix in _RESULTS and not is_record(path.name)
+    return Path(real) in path.parents and not is_result
 
 
 def _is_written(command: Callable[..., Any], name: str) -> bool:

@@ -159,9 +159,9 @@ def _hold_to_runs(measured: Path, json_file: Path | None, fit_file: Path | None)
         report.write_measured(json_file, comparisons)
         echo(f"rows         {json_file}")
     if fit_file is not None:
-        found = fit(runs)
-        report.print_fit(found)
-        write_result(fit_file, found.yaml(measured.name).encode())
+        fitted = fit(runs)
+        report.print_fit(fitted)
+        write_result(fit_file, fitted.yaml(measured.name).encode())
         echo(f"hardware     {fit_file}")
 
 

@@ -98,17 +98,17 @@ def _profile(
     from moepp_megatron.workbench.report.profile.tables import print_tables, profile_tables
 
     peaks = None if ceiling is None else read_ceiling(ceiling)
-    found: Profile = analyse(run, step, peaks)
-    numbers = document(found)
-    comparison = _compared(summarise(found, run.resolve().name), against)
+    profile: Profile = analyse(run, step, peaks)
+    numbers = document(profile)
+    comparison = _compared(summarise(profile, run.resolve().name), against)
     folder = out or run
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "profile.html"
-    html = render(found, numbers, comparison)
+    html = render(profile, numbers, comparison)
     write_atomic(page, html.encode("ascii", "xmlcharrefreplace"))
     if json_file is not None:
         write_atomic(json_file, json.dumps(numbers, indent=1).encode())
-    print_tables([f"- {one}" for one in findings(found)], profile_tables(numbers))
+    print_tables([f"- {one}" for one in findings(profile)], profile_tables(numbers))
     _print_comparison(comparison)
     echo(f"page   {page}")
 

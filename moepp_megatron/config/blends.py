@@ -57,16 +57,16 @@ class Blend:
 def blends_of(config: Config) -> tuple[Blend, ...]:
     """The blends of a run in order, the first from sample 0 on; none where no data are named."""
     data, batch = config.data, config.training.global_batch_size
-    found = []
+    blends = []
     if data.path is not None:
-        found.append(Blend("data.path", 0, (Folder("data.path", data.path),)))
+        blends.append(Blend("data.path", 0, (Folder("data.path", data.path),)))
     elif data.blend:
-        found.append(Blend("data.blend", 0, _folders("data.blend", data.blend)))
+        blends.append(Blend("data.blend", 0, _folders("data.blend", data.blend)))
     for index, stage in enumerate(data.stages):
         name = f"data.stages[{index}]"
         first = first_step(config, stage) * batch
-        found.append(Blend(name, first, _folders(f"{name}.blend", stage.blend)))
-    return tuple(found)
+        blends.append(Blend(name, first, _folders(f"{name}.blend", stage.blend)))
+    return tuple(blends)
 
 
 def first_step(config: Config, stage: DataStage) -> int:
@@ -84,11 +84,11 @@ def blend_at(blends: Sequence[Blend], consumed_samples: int) -> Blend:
 
 def folders_of(blends: Sequence[Blend]) -> dict[str, Folder]:
     """Each folder once, by its real path, as the first blend that has it names it."""
-    found: dict[str, Folder] = {}
+    folders: dict[str, Folder] = {}
     for blend in blends:
         for folder in blend.folders:
-            found.setdefault(folder.real, folder)
-    return found
+            folders.setdefault(folder.real, folder)
+    return folders
 
 
 def labels(paths: Sequence[Path]) -> list[str]:

@@ -55,13 +55,13 @@ def translate(path: Path, variables: Mapping[str, str]) -> Translation:
     Raises:
         ConfigError: The file cannot be read or describes no Megatron-LM run of a MoE model.
     """
-    found = read_arguments(path, variables)
-    if "num-experts" not in found:
+    arguments = read_arguments(path, variables)
+    if "num-experts" not in arguments:
         raise ConfigError(
             f"FILE ({path}) must hold the arguments of a MoE model, --num-experts among them; "
             "give the script that calls pretrain_gpt.py"
         )
-    return _Translator(found).translation(path)
+    return _Translator(arguments).translation(path)
 
 
 class _Translator:

@@ -110,11 +110,11 @@ class Layout:
                 experts' (etp, ep, edp, pp).
         """
         fixed = [name for name in whole if name not in varying]
-        own = self.coordinates(rank)
+        own_coordinates = self.coordinates(rank)
         return [
             place.rank
             for place in self.grid()
-            if all(getattr(place, name) == getattr(own, name) for name in fixed)
+            if all(getattr(place, name) == getattr(own_coordinates, name) for name in fixed)
         ]
 
     def grid(self) -> list[RankCoordinates]:

@@ -165,9 +165,9 @@ def _is_text(section: str, name: str) -> bool:
     *sections, key = name.split(".")
     model = section_models()[section]
     for inner in sections:
-        found = subsection(model, inner)
-        assert found is not None, f"{inner} is no section"
-        model = found
+        inner_section = subsection(model, inner)
+        assert inner_section is not None, f"{inner} is no section"
+        model = inner_section
     annotation = model.model_fields[key].annotation
     kinds = set(get_args(annotation) or (annotation,)) - {type(None)}
     return kinds <= {str, Path}

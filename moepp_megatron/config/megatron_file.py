@@ -44,7 +44,7 @@ def read_arguments(path: Path, variables: Mapping[str, str]) -> Arguments:
 
 def _from_yaml(text: str, path: Path) -> Arguments:
     """All keys that begin with `--`, wherever they are nested."""
-    found: Arguments = {}
+    parsed: Arguments = {}
     waiting = [parse_yaml(text, str(path))]
     while waiting:
         value = waiting.pop()
@@ -55,14 +55,14 @@ def _from_yaml(text: str, path: Path) -> Arguments:
                 waiting.append(inner)
             elif inner is not False:
                 words = inner if isinstance(inner, list) else [inner]
-                found[_name(str(key))] = " ".join("true" if w is True else str(w) for w in words)
-    return found
+                parsed[_name(str(key))] = " ".join("true" if w is True else str(w) for w in words)
+    return parsed
 
 
 def _from_shell(text: str, path: Path, variables: dict[str, str]) -> Arguments:
     lexer = shlex.shlex(text.replace("\\\n", " "), posix=True, punctuation_chars="();|&")
     lexer.whitespace_split = True
-    found: Arguments = {}
+    parsed: Arguments = {}
     current: str | None = None
     try:
         for word in lexer:
@@ -72,17 +72,17 @@ def _from_shell(text: str, path: Path, variables: dict[str, str]) -> Arguments:
             if word.startswith("--"):
                 name, _, value = word.partition("=")
                 current = _name(name)
-                found[current] = _expand(value, variables)
+                parsed[current] = _expand(value, variables)
             elif assignment is not None or set(word) <= set("();|&") or not _is_value(word):
                 current = None
             elif current is not None:
-                found[current] = f"{found[current]} {_expand(word, variables)}".strip()
+                parsed[current] = f"{parsed[current]} {_expand(word, variables)}".strip()
     except ValueError as error:
         raise ConfigError(
             f"FILE ({path}) must be a shell script that can be read ({error}); give one with all "
             "quotes closed"
         ) from None
-    return {name: value or "true" for name, value in found.items()}
+    return {name: value or "true" for name, value in parsed.items()}
 
 
 def _is_value(word: str) -> bool:

@@ -35,8 +35,8 @@ def looked_at(path: Path) -> str:
 
 def hub_id(text: str) -> str | None:
     """The model or dataset of the Hub that `text` names; None if it can be a path that is wrong."""
-    found = _HUB.fullmatch(text)
-    return None if found is None or Path(text).parent.exists() else found[1] or found[2]
+    match = _HUB.fullmatch(text)
+    return None if match is None or Path(text).parent.exists() else match[1] or match[2]
 
 
 def is_address(text: str) -> bool:

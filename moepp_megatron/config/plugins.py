@@ -57,12 +57,12 @@ class Plugin:
 
         A package that is found twice on the path of imports counts once.
         """
-        found: dict[str, list[EntryPoint]] = {}
+        by_name: dict[str, list[EntryPoint]] = {}
         for entry in entry_points(group=self.group):
-            same = found.setdefault(entry.name, [])
+            same = by_name.setdefault(entry.name, [])
             if entry.value not in (other.value for other in same):
                 same.append(entry)
-        return found
+        return by_name
 
     def refusal(self, name: str, own: tuple[str, ...] = ()) -> dict[str, str]:
         """Rule and remedy for a name that nobody has.
@@ -90,14 +90,14 @@ class Plugin:
             ConfigError: It is of no installed package, or of several.
         """
         bare = name.removeprefix(PREFIX)
-        found = self.installed().get(bare, [])
-        if not found:
+        candidates = self.installed().get(bare, [])
+        if not candidates:
             raise_problems([Problem(setting, name, **self.refusal(bare))])
-        if len(found) > 1:
-            places = " and ".join(entry.value for entry in found)
+        if len(candidates) > 1:
+            places = " and ".join(entry.value for entry in candidates)
             rule = f"must be of one package, and is of several ({places})"
             raise_problems([Problem(setting, name, rule, "uninstall all but one of them")])
-        return found[0]
+        return candidates[0]
 
 
 def load_plugin(kind: str, setting: str, name: str) -> Any:

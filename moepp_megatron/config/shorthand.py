@@ -24,9 +24,9 @@ def expanded(content: Mapping[Any, Any]) -> dict[Any, Any]:
     Raises:
         ConfigError: A word that stands for nothing, in a section that knows some.
     """
-    found = dict(content)
+    result = dict(content)
     for section, words in WORDS.items():
-        value = found.get(section)
+        value = result.get(section)
         # `off` without quotes is false in YAML.
         word = "off" if value is False else value
         if not isinstance(word, str):
@@ -37,5 +37,5 @@ def expanded(content: Mapping[Any, Any]) -> dict[Any, Any]:
                 f"{section} ({show(word)}) must be a mapping of keys or one of {', '.join(words)}; "
                 f"use {near[0]}"
             )
-        found[section] = dict(words[word])
-    return found
+        result[section] = dict(words[word])
+    return result

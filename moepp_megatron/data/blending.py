@@ -139,8 +139,8 @@ class DrawnDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """A sample, as its folder has it."""
         dataset, sample = self.locate(index)
-        found: dict[str, torch.Tensor] = dataset[sample]
-        return found
+        sample_tensors: dict[str, torch.Tensor] = dataset[sample]
+        return sample_tensors
 
     def locate(self, index: int) -> tuple[GPTDataset, int]:
         """The folder that a sample is of, and which of its samples it is."""

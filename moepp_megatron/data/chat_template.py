@@ -261,8 +261,10 @@ def _with_tokens(text: str, content: dict[str, Any], eod_token: str) -> str:
 
 def _named_template(content: dict[str, Any]) -> str | None:
     """`chat_template`: a text, or several with names, of which one is the default."""
-    found = content.get("chat_template")
-    if isinstance(found, list):
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    template = content.get("chat_template")
+    if isinstance(template, list):
+        named = {
+            each.get("name"): each.get("template") for each in template if isinstance(each, dict)
+        }
+        template = named.get("default")
+    return template if isinstance(template, str) else None

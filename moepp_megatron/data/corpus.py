@@ -192,8 +192,8 @@ def arrange(
     order = random.permutation(len(lengths)).astype(np.int64)
     if (groups == ALONE).all():
         return order, None
-    own = np.arange(len(groups)) + groups.max() + 1
-    _, units = np.unique(np.where(groups == ALONE, own, groups), return_inverse=True)
+    own_groups = np.arange(len(groups)) + groups.max() + 1
+    _, units = np.unique(np.where(groups == ALONE, own_groups, groups), return_inverse=True)
     tokens = np.bincount(units, weights=lengths).astype(np.int64)
     if len(tokens) < 2:
         return order, None

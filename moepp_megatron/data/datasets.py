@@ -102,13 +102,13 @@ def build_validation_sets(
         data.reset_position_ids,
         data.eod_mask_loss,
     )
-    found, trained = {}, blends_of(config)
+    datasets, trained = {}, blends_of(config)
     for name, path in data.validation.items() if num_samples else ():
         folder = Folder(f"data.validation.{name}", path)
         split = split_of_set(folder, trained, data.split)
         opener = _Opener(options, split, data.cache)
-        _, found[name], _ = opener.open(folder, (0, num_samples, 0), tells_source=False)
-    return found
+        _, datasets[name], _ = opener.open(folder, (0, num_samples, 0), tells_source=False)
+    return datasets
 
 
 def _options(

@@ -75,12 +75,12 @@ def read_document_sources(folder: Folder, manifest: Manifest) -> NDArray[np.uint
     if DOCUMENT_SOURCES not in manifest.files:
         return None
     try:
-        found = np.load(folder.path / DOCUMENT_SOURCES, mmap_mode="r", allow_pickle=False)
+        sources = np.load(folder.path / DOCUMENT_SOURCES, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise damaged(folder.name, folder.path, f"{DOCUMENT_SOURCES}: {error}") from None
     number = len(manifest.source_names)
-    fits = found.shape == (manifest.documents,) and found.dtype == np.uint8
-    if not fits or int(found.max(initial=0)) >= number:
+    fits = sources.shape == (manifest.documents,) and sources.dtype == np.uint8
+    if not fits or int(sources.max(initial=0)) >= number:
         problem = f"{DOCUMENT_SOURCES} does not give each document one of {number} data sources"
         raise damaged(folder.name, folder.path, problem)
-    return np.asarray(found)
+    return np.asarray(sources)

@@ -164,8 +164,10 @@ def check_usable(sources: Sequence[TextSource], pieces: Sequence[Piece], text_ke
     """
     for index, source in enumerate(sources):
         skipped: Counter[str] = Counter()
-        own = (piece for piece in pieces if piece.source == index)
-        for document in (document for piece in own for document in read_piece(piece, text_key)):
+        of_source = (piece for piece in pieces if piece.source == index)
+        for document in (
+            document for piece in of_source for document in read_piece(piece, text_key)
+        ):
             if not isinstance(document, Skipped):
                 break
             skipped[document.reason] += 1

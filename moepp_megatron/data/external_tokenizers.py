@@ -78,8 +78,8 @@ class ExternalTokenizer:
             return
         left = _CHECKED_CHARACTERS
         for text in (*_DIFFICULT, *texts):
-            expected, found = self.original(text[:left]), self.tokenizer.encode(text[:left])
-            if expected != found:
+            expected, actual = self.original(text[:left]), self.tokenizer.encode(text[:left])
+            if expected != actual:
                 raise ConfigError(
                     f"--tokenizer: converted to {TOKENIZER_FILE} it gives {text[:30]!r} other ids "
                     "than its own library; give a tokenizer.json that its authors have made"

@@ -93,13 +93,13 @@ def _last_cut(text: str, start: int, end: int) -> int | None:
     """The last place in (start, end] where the text may be cut."""
     while end > start:
         begin = max(end - _WINDOW, start)
-        found = None
+        last = None
         # One character more, which the pattern looks ahead to. The look behind sees all of `text`.
         for match in _CUT.finditer(text, max(begin, start + 1), min(end + 1, len(text))):
             if match.start() <= end:
-                found = match.start()
-        if found is not None:
-            return found
+                last = match.start()
+        if last is not None:
+            return last
         end = begin
     return None
 

@@ -65,7 +65,7 @@ def doubts(prefix: Path, tokenizer: Tokenizer, name: str) -> list[str]:
         CorpusError: The index is damaged.
         OSError: A file cannot be read.
     """
-    found = [
+    warnings = [
         f"{name} ({prefix}) has no manifest: whether data.tokenizer has made its ids, whether all "
         "of them are in the vocabulary (batches are checked as they are read) and whether the "
         "bytes are as they were written cannot be checked"
@@ -77,9 +77,9 @@ def doubts(prefix: Path, tokenizer: Tokenizer, name: str) -> list[str]:
     last = data[looked_at[looked_at > 0] - 1]
     without = int((last != tokenizer.eod).sum())
     if without:
-        found.append(
+        warnings.append(
             f"{name} ({prefix}): {without:,} of {len(last):,} documents looked at do not end with "
             f"token {tokenizer.eod} ({tokenizer.eod_token}), the end of a document: they were "
             "made without --append-eod, or data.tokenizer is another one"
         )
-    return found
+    return warnings

@@ -180,11 +180,11 @@ def prepare(
         }
     sources = resolve_sources([str(name) for name in names], out)
     stat_sha256 = stat_fingerprint(sources)
-    found = find_reusable(
+    reusable = find_reusable(
         out, deciding, stat_sha256, lambda: content_fingerprint(sources), settings.force
     )
-    if found:
-        return Prepared(found, up_to_date=True)
+    if reusable:
+        return Prepared(reusable, up_to_date=True)
     if template is not None:
         check_formats(sources)
     pieces = plan_pieces(sources, None if settings.chat else settings.text_key)

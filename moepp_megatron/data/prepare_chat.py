@@ -219,12 +219,12 @@ def pack(lengths: Sequence[int], order: NDArray[np.int64], room: int) -> list[li
     # Tokens left, and the sequence.
     spaces: list[tuple[int, int]] = []
     for index in order.tolist():
-        found = bisect_left(spaces, (lengths[index], -1))
-        if found == len(spaces):
+        place = bisect_left(spaces, (lengths[index], -1))
+        if place == len(spaces):
             packs.append([])
             space, number = room, len(packs) - 1
         else:
-            space, number = spaces.pop(found)
+            space, number = spaces.pop(place)
         packs[number].append(index)
         if space > lengths[index]:
             insort(spaces, (space - lengths[index], number))

@@ -74,10 +74,10 @@ def _check_pair(config: Config, folder: Folder, whole_index: bool) -> tuple[int,
         )
     tokenizer = Tokenizer.load(config.data.tokenizer)
     try:
-        found = doubts(folder.path, tokenizer, folder.name) if whole_index else []
+        warnings = doubts(folder.path, tokenizer, folder.name) if whole_index else []
     except (CorpusError, OSError) as error:
         raise damaged(folder.name, folder.path, str(error)) from None
-    return tokenizer.vocab_size, found
+    return tokenizer.vocab_size, warnings
 
 
 def check_sequence_length(sequence_length: int, manifest: Manifest, folder: Folder) -> None:

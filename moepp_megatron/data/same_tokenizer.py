@@ -36,8 +36,8 @@ def check_corpus_tokenizer(config: Config, manifest: Manifest, folder: Folder) -
         ConfigError: If it is another tokenizer, is not a tokenizer, or cannot be read.
     """
     file, own = tokenizer_of_run(config), folder.path / TOKENIZER_FILE
-    found = _sha256(file)
-    is_same = found == manifest.tokenizer_sha256 or (
+    digest = _sha256(file)
+    is_same = digest == manifest.tokenizer_sha256 or (
         own.is_file()
         and _sha256(own) == manifest.tokenizer_sha256
         and _content(file) == _content(own)
@@ -49,17 +49,17 @@ def check_corpus_tokenizer(config: Config, manifest: Manifest, folder: Folder) -
     if file == own:
         raise ConfigError(
             f"{folder.name} ({folder.path}) must hold the {TOKENIZER_FILE} that its text was "
-            f"tokenized with ({of_corpus}), and holds another (SHA-256 {found[:_SHOWN]}...); put "
+            f"tokenized with ({of_corpus}), and holds another (SHA-256 {digest[:_SHOWN]}...); put "
             "that one back, or prepare the text again"
         )
     if config.data.tokenizer is None:
         raise ConfigError(
             f"{folder.name} ({folder.path}, {of_corpus}) must be tokenized with the tokenizer of "
-            f"the first folder ({file}, SHA-256 {found[:_SHOWN]}...); prepare its text again with "
+            f"the first folder ({file}, SHA-256 {digest[:_SHOWN]}...); prepare its text again with "
             f"--tokenizer {file}, or leave it out"
         )
     raise ConfigError(
-        f"data.tokenizer ({file}, SHA-256 {found[:_SHOWN]}...) must be the one that {folder.name} "
+        f"data.tokenizer ({file}, SHA-256 {digest[:_SHOWN]}...) must be the one that {folder.name} "
         f"({folder.path}) was tokenized with ({of_corpus}); leave data.tokenizer out, or "
         f"prepare the text again with --tokenizer {file}"
     )

@@ -35,12 +35,12 @@ def companions(source: str, root: Path, names: Sequence[str]) -> set[str]:
             f"source {source} holds a dataset of the splits {', '.join(splits)}, and must be one "
             f"of them; name the folder or the files of one, such as those of {splits[-1]}"
         )
-    found = set()
+    left_out = set()
     by_folder: dict[PurePosixPath, set[str]] = defaultdict(set)
     for path in paths:
         by_folder[path.parent].add(path.name)
         if splits and path.name in ("README.md", DATASET_DICT_FILE):
-            found.add(str(path))
+            left_out.add(str(path))
     for folder, inside in by_folder.items():
         if {DATASET_STATE_FILE, DATASET_INFO_FILE} <= inside:
             data = _data_files(root / folder / DATASET_STATE_FILE)
@@ -49,14 +49,14 @@ def companions(source: str, root: Path, names: Sequence[str]) -> set[str]:
                     f"source {root / folder} must hold all files that its {DATASET_STATE_FILE} "
                     f"lists, and {min(data - inside)} is missing; copy the dataset again"
                 )
-            found |= {str(folder / name) for name in inside - data} if data else set()
+            left_out |= {str(folder / name) for name in inside - data} if data else set()
         elif DATASET_INFO_FILE in inside and any(name.endswith(".arrow") for name in inside):
             # All splits, and what `map` has left.
             raise ConfigError(
                 f"source {root / folder} must be a dataset that save_to_disk has written, and is a "
                 "cache of the package datasets; load it and call save_to_disk, or name one file"
             )
-    return found
+    return left_out
 
 
 def _splits(root: Path, path: PurePosixPath) -> Iterator[str]:

@@ -179,7 +179,7 @@ def _walk(
         raise ConfigError(f"source {source}: {error.filename} cannot be read ({error.strerror})")
 
     real_root = root.resolve()
-    found: list[SourceFile] = []
+    result: list[SourceFile] = []
     for folder, folders, files in os.walk(root, onerror=fail):
         here = Path(folder)
         if {DATA_MANIFEST_FILE, f"{CORPUS}.idx"} <= set(files):
@@ -200,8 +200,8 @@ def _walk(
             path = here / name
             # Opening a pipe or a device that happens to lie in a folder would block for ever.
             if stat.S_ISREG(_stat(source, path).st_mode):
-                found.append(_source_file(source, path, path.relative_to(root).as_posix()))
-    return sorted(found, key=lambda file: file.name)
+                result.append(_source_file(source, path, path.relative_to(root).as_posix()))
+    return sorted(result, key=lambda file: file.name)
 
 
 def _refuse_links_out(source: str, real_root: Path, paths: Sequence[Path]) -> None:

@@ -74,13 +74,13 @@ def id_classes(pieces: Sequence[str]) -> np.ndarray:
     Returns:
         [V] int64 indices into `ID_CLASSES`.
     """
-    found = np.empty(len(pieces), dtype=np.int64)
+    classes = np.empty(len(pieces), dtype=np.int64)
     for index, piece in enumerate(pieces):
         is_code = np.ones(len(piece), dtype=bool)
         end = len(piece) if piece.strip("\ufffd") else 0
         kind = CLASSES[_class(piece, 0, end, is_code, *_runs(piece, is_code))]
-        found[index] = ID_CLASSES.index(kind.partition(",")[0].replace("identifier", "word"))
-    return found
+        classes[index] = ID_CLASSES.index(kind.partition(",")[0].replace("identifier", "word"))
+    return classes
 
 
 def _class(
@@ -113,16 +113,16 @@ def _class(
 
 def _runs(text: str, is_code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where the text's words, names and numbers begin and end, [R] int64 each."""
-    found = []
+    runs = []
     for match in _RUN.finditer(text):
         begin, end = match.span()
         if is_code[begin] or not is_code[begin:end].any():
             # An apostrophe joins no two names in code.
             pattern = _CODE_RUN if is_code[begin] else _RUN
-            found += [m.span() for m in pattern.finditer(text, begin, end)]
+            runs += [m.span() for m in pattern.finditer(text, begin, end)]
         else:
-            found += [m.span() for m in _CODE_RUN.finditer(text, begin, end)]
-    table = np.asarray(found, dtype=np.int64).reshape(-1, 2)
+            runs += [m.span() for m in _CODE_RUN.finditer(text, begin, end)]
+    table = np.asarray(runs, dtype=np.int64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 

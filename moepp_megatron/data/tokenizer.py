@@ -110,8 +110,8 @@ class Tokenizer:
                 raise UncuttableError
             # The batch call is the one that skips the character offsets, which nobody needs here.
             with _checked("tokenizer cannot encode a text"):
-                found = self._backend.encode_batch_fast([piece], add_special_tokens=False)
-            yield found[0].ids
+                encodings = self._backend.encode_batch_fast([piece], add_special_tokens=False)
+            yield encodings[0].ids
 
     @functools.cached_property
     def cuts_long_texts(self) -> bool:

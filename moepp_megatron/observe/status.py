@@ -198,8 +198,10 @@ def refuse_taken_over(run_dir: Path) -> None:
     status, claim = read_status(run_dir), inherited_claim()
     if status is None or status.state == "ended" or status.is_gone():
         return
-    own = {(socket.gethostname(), os.getpid())} | ({(claim.host, claim.pid)} if claim else set())
-    if (status.host, status.pid) in own:
+    own_ids = {(socket.gethostname(), os.getpid())} | (
+        {(claim.host, claim.pid)} if claim else set()
+    )
+    if (status.host, status.pid) in own_ids:
         return
     raise ConfigError(
         f"run.dir ({run_dir}) must stay this run's while it trains, and process {status.pid} on "

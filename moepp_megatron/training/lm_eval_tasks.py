@@ -57,10 +57,10 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        found = [each for each in sorted(path.glob("*.yaml")) if not each.name.startswith("_")]
-        if not found:
+        files = [each for each in sorted(path.glob("*.yaml")) if not each.name.startswith("_")]
+        if not files:
             raise _refusal(path, "must hold YAML files of tasks, and holds none", "name another")
-        yield from found
+        yield from files
 
 
 def _load(file: Path) -> ConfigurableTask:
@@ -166,10 +166,12 @@ def run_tasks(
     model = _Model(score, tokenizer, max_length)
     # lm-eval draws progress bars.
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
-        found = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=False)
+        output = evaluate(
+            model, {"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=False
+        )
     return {
         "/".join([name, *key.removesuffix(",none").split(",")]): float(value)
-        for name, values in found["results"].items()
+        for name, values in output["results"].items()
         for key, value in values.items()
         if "," in key and "_stderr," not in key
     }

@@ -65,12 +65,12 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     by_layer = parallel.use_distributed_optimizer and is_emerging and ranks > 1
     # Adam trains the other parameters.
-    own = _named_after("adam", settings)
+    of_kind = _named_after("adam", settings)
     if settings.bf16_moments:
-        own |= _bf16_moments(settings)
-    own |= pick(OPTIMIZERS, "optimizer.kind", settings.kind, "optimizers")(settings)
+        of_kind |= _bf16_moments(settings)
+    of_kind |= pick(OPTIMIZERS, "optimizer.kind", settings.kind, "optimizers")(settings)
     return OptimizerConfig(
-        **own,
+        **of_kind,
         lr=settings.lr,
         min_lr=settings.min_lr,
         weight_decay=settings.weight_decay,

@@ -289,10 +289,10 @@ class Parts(StepHooks):
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a record, those of `fields` first."""
-        found = dict(fields)
+        record = dict(fields)
         for part in self:
-            found |= part.record(step, found)
-        return found
+            record |= part.record(step, record)
+        return record
 
     def state(self) -> dict[str, Any]:
         """The entries of a checkpoint."""

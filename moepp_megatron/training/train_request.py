@@ -164,9 +164,9 @@ class TrainRequest:
 
 def _resumed(config: Config) -> Config:
     """`config` that starts from the run's own newest checkpoint, if there is one."""
-    own = list_checkpoints(checkpoint_folder(config))
+    checkpoints = list_checkpoints(checkpoint_folder(config))
     # Without anything else to start from, `auto` decides, on all ranks together.
-    if config.checkpoint.load is not None and not own:
+    if config.checkpoint.load is not None and not checkpoints:
         return config
     return with_overrides(config, ["checkpoint.load=auto", "checkpoint.load_optimizer=true"])
 

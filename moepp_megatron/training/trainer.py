@@ -94,8 +94,8 @@ class Trainer:
             self.progress,
             self.extra,
         )
-        own = Callbacks(config, self.model, self.supervisor, callbacks)
-        self.parts = Parts([*build_parts(self._run), own])
+        user_callbacks = Callbacks(config, self.model, self.supervisor, callbacks)
+        self.parts = Parts([*build_parts(self._run), user_callbacks])
 
     def run(self) -> StepMetrics | None:
         """Train to `training.train_iters`.

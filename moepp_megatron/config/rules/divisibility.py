@@ -22,12 +22,12 @@ def nearest_multiples(value: int, divisor: int) -> str:
 
 def _legal_divisors(value: int, near: int) -> str:
     """The divisors of `value`, as "1, 2, 4 or 8"; of many only the two on either side of `near`."""
-    found = [number for number in range(1, isqrt(value) + 1) if value % number == 0]
-    found = sorted({*found, *(value // number for number in found)})
-    if len(found) > _MOST_DIVISORS:
-        place = bisect(found, near)
-        found = found[max(place - 2, 0) : place + 2]
-    *others, last = map(str, found)
+    divisors = [number for number in range(1, isqrt(value) + 1) if value % number == 0]
+    divisors = sorted({*divisors, *(value // number for number in divisors)})
+    if len(divisors) > _MOST_DIVISORS:
+        place = bisect(divisors, near)
+        divisors = divisors[max(place - 2, 0) : place + 2]
+    *others, last = map(str, divisors)
     return f"{', '.join(others)} or {last}" if others else last
 
 
@@ -81,7 +81,7 @@ def divisible(
 def batch_sizes(config: Config) -> list[tuple[str, int]]:
     """Each number of sequences that a step of the run has, and the setting that gives it."""
     training = config.training
-    found = [("training.global_batch_size", training.global_batch_size)]
+    sizes = [("training.global_batch_size", training.global_batch_size)]
     if training.batch_ramp is not None:
-        found += [("training.batch_ramp", size) for size in training.batch_sizes[:-1]]
-    return found
+        sizes += [("training.batch_ramp", size) for size in training.batch_sizes[:-1]]
+    return sizes

@@ -91,11 +91,11 @@ class GpuSource(TelemetrySource):
 
     def faults(self) -> list[str]:
         """Xid errors that the driver has reported."""
-        found = self._watch.poll() if self._watch is not None else []
+        faults = self._watch.poll() if self._watch is not None else []
         return [
             f"GPU {index if index is not None else '?'}: Xid {xid}; look for NVRM Xid lines in "
             "dmesg and at moepp doctor on this node"
-            for index, xid in found
+            for index, xid in faults
         ]
 
     def close(self) -> None:

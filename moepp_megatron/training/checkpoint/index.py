@@ -176,12 +176,12 @@ def _dtype(properties: Any) -> torch.dtype:
     ):
         _damaged("something else in place of a tensor's properties")
     name, layout = properties.state[:2]
-    found = getattr(torch, name.name, None) if isinstance(name, Name) else None
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, name.name, None) if isinstance(name, Name) else None
+    if not isinstance(dtype, torch.dtype):
         _damaged("something else in place of a data type")
     if not isinstance(layout, Description) or layout.args != ("torch.strided",):
         _damaged("a tensor that is not strided")
-    return found
+    return dtype
 
 
 def _chunk(value: Any, size: torch.Size) -> ChunkStorageMetadata:

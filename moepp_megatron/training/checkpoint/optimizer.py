@@ -144,8 +144,8 @@ def copy_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
     """
     for held, begin in _held(optimizer):
         if held is parameter:
-            own = _own_tensors(optimizer, parameter)["param"]
-            own.copy_(value.reshape(-1)[begin : begin + own.numel()].view_as(own))
+            shard = _own_tensors(optimizer, parameter)["param"]
+            shard.copy_(value.reshape(-1)[begin : begin + shard.numel()].view_as(shard))
 
 
 def _held(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, int]]:
@@ -173,7 +173,7 @@ def sharded_boxes(shard: ParameterShard, prefix: str, values: Tensor) -> list[Sh
     `values` is flat, with one value for each element of the shard.
     """
     end = shard.begin + values.numel()
-    found = []
+    tensors = []
     for piece, offset in _pieces(shard):
         first = max(shard.begin - offset, 0)
         last = min(end - offset, math.prod(piece.local_shape))
@@ -184,7 +184,7 @@ def sharded_boxes(shard: ParameterShard, prefix: str, values: Tensor) -> list[Sh
             start = first + offset - shard.begin
             first += math.prod(sizes)
             local_shape = (1,) * lead + sizes
-            found.append(
+            tensors.append(
                 ShardedTensor(
                     f"{prefix}{piece.key}",
                     values.detach()[start : start + math.prod(sizes)].view(local_shape),
@@ -203,7 +203,7 @@ def sharded_boxes(shard: ParameterShard, prefix: str, values: Tensor) -> list[Sh
                     allow_shape_mismatch=piece.allow_shape_mismatch,
                 )
             )
-    return found
+    return tensors
 
 
 def boxes(
@@ -222,10 +222,10 @@ def boxes(
     head, tail = -(-first // row), last // row
     if head > tail:  # inside of one row
         return _in_row(shape, tail, first, last)
-    found = _in_row(shape, head - 1, first, head * row)
+    result = _in_row(shape, head - 1, first, head * row)
     if head < tail:
-        found.append(((head,) + (0,) * (len(shape) - 1), (tail - head, *shape[1:])))
-    return found + _in_row(shape, tail, tail * row, last)
+        result.append(((head,) + (0,) * (len(shape) - 1), (tail - head, *shape[1:])))
+    return result + _in_row(shape, tail, tail * row, last)
 
 
 def _in_row(

@@ -157,17 +157,17 @@ def _keeps_shards(model: TrainingModel) -> bool:
 
 def _shard_entries(model: TrainingModel, state: dict[str, Any]) -> list[ShardedTensor]:
     """What this rank holds of a distributed optimizer's state, as views of it."""
-    found = []
+    entries = []
     for chained in filter(is_distributed, _chained(model)):
         complete_state(chained)
         for shard in parameter_shards(chained, state):
             for name, values in shard.tensors.items():
                 key = f"{_STATE}{name}."
                 if key != _COPY:
-                    found += sharded_boxes(shard, key, values)
+                    entries += sharded_boxes(shard, key, values)
                 elif shard.parameter.dtype is not torch.float32:
-                    found += sharded_boxes(shard, _STORED_COPY, values)
-    return found
+                    entries += sharded_boxes(shard, _STORED_COPY, values)
+    return entries
 
 
 def _whole_optimizer_state(model: TrainingModel, state: dict[str, Any], is_loading: bool) -> Any:

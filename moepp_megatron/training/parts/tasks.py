@@ -116,22 +116,22 @@ class TaskEvaluation(Part):
 
         settings = self._config
         length, limit = settings.model.seq_length, settings.evaluation.limit
-        found: dict[str, float] | None = None
+        scores: dict[str, float] | None = None
         try:
-            found = run_tasks(self._tasks, self._score, self._tokenizer, length, limit)
+            scores = run_tasks(self._tasks, self._score, self._tokenizer, length, limit)
         except Exception:
             if self._is_scoring:
                 # The model has failed, and other ranks may be in the middle of a collective.
                 raise
             logger.exception("evaluation.tasks failed; training continues without these scores")
-        self._agreement.from_first(found)
-        return found
+        self._agreement.from_first(scores)
+        return scores
 
     def _follow(self) -> dict[str, float] | None:
         while isinstance(sent := self._agreement.from_first(None), Sequences):
             self._score_together(sent)
-        found: dict[str, float] | None = sent
-        return found
+        scores: dict[str, float] | None = sent
+        return scores
 
     def _score_together(self, sequences: Sequences) -> dict[str, np.ndarray] | None:
         with self._supervisor.during("evaluation"):

@@ -81,8 +81,8 @@ class Telemetry(Part):
         usage = _over_ranks(NOTHING if self._sampler is None else self._sampler.take())
         new_tokens, self._tokens = tokens - self._tokens, tokens
         # After a rollback there may be fewer tokens than before.
-        found = usage_metrics(usage, max(new_tokens, 0))
-        return found | self._efficiency(fields["tokens_per_s"], fields["ffn_fraction"])
+        metrics = usage_metrics(usage, max(new_tokens, 0))
+        return metrics | self._efficiency(fields["tokens_per_s"], fields["ffn_fraction"])
 
     def _efficiency(self, tokens_per_s: float, ffn_fraction: float) -> dict[str, float]:
         flops = training_flops_per_token(self._config, ffn_fraction)
@@ -110,20 +110,20 @@ def usage_metrics(usage: Usage, tokens: int) -> dict[str, Any]:
         tokens: Tokens trained on since then.
     """
     names = _GPU_METRICS if usage.devices else _CPU_METRICS
-    found: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         metric: value
         for metric, quantity in names.items()
         if (value := usage.value(quantity)) is not None
     }
-    for metric in found.keys() & {"gpu_memory_bytes", "host_memory_bytes"}:
-        found[metric] = int(found[metric])
+    for metric in metrics.keys() & {"gpu_memory_bytes", "host_memory_bytes"}:
+        metrics[metric] = int(metrics[metric])
     if usage.devices:
-        found["gpu_hours"] = usage.seconds * usage.devices / 3600
+        metrics["gpu_hours"] = usage.seconds * usage.devices / 3600
     if usage.energy_j is not None:
-        found["energy_j"] = usage.energy_j
+        metrics["energy_j"] = usage.energy_j
         if tokens > 0:
-            found["energy_per_token_j"] = usage.energy_j / tokens
-    return found
+            metrics["energy_per_token_j"] = usage.energy_j / tokens
+    return metrics
 
 
 def first_of_each_node(nodes: Sequence[str]) -> dict[str, int]:

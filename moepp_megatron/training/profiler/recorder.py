@@ -147,8 +147,8 @@ class StepRecorder:
 
 
 def _activities() -> list[ProfilerActivity]:
-    found = [ProfilerActivity.CPU]
-    return [*found, ProfilerActivity.CUDA] if torch.cuda.is_available() else found
+    activities = [ProfilerActivity.CPU]
+    return [*activities, ProfilerActivity.CUDA] if torch.cuda.is_available() else activities
 
 
 def describe(config: Config, layout: Layout, clock_ns: list[int]) -> dict[str, Any]:

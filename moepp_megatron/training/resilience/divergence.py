@@ -44,9 +44,9 @@ def check_shared_parameters(models: Sequence[torch.nn.Module], step: int) -> Non
     for parameters, group in _shared(models):
         if group.size() > 1:
             problems += _differences(parameters, group)
-    found = torch.tensor([len(problems)], device=torch.cuda.current_device())
-    dist.all_reduce(found)
-    if int(found) == 0:
+    num_problems = torch.tensor([len(problems)], device=torch.cuda.current_device())
+    dist.all_reduce(num_problems)
+    if int(num_problems) == 0:
         return
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, problems)

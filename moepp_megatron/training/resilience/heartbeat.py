@@ -76,12 +76,12 @@ class HeartbeatFolder:
 
     def read(self, world_size: int) -> dict[int, Heartbeat]:
         """The newest heartbeat of every rank that has a readable one."""
-        found = {}
+        heartbeats = {}
         for rank in range(world_size):
             with contextlib.suppress(OSError, ValueError, TypeError):
                 content = json.loads(self._file(rank).read_text(encoding="utf-8"))
-                found[rank] = Heartbeat(**content)
-        return found
+                heartbeats[rank] = Heartbeat(**content)
+        return heartbeats
 
     def raise_alarm(self, name: str) -> str:
         """Tell all ranks to write their stacks.

@@ -98,10 +98,10 @@ class Supervisor:
 
     def metrics(self) -> dict[str, int | float]:
         """Optional fields of the step's record."""
-        found = self._comparison
-        if found is None:
+        comparison = self._comparison
+        if comparison is None:
             return {}
-        metrics = {"slowest_rank": found.slowest, "slowest_rank_ratio": found.ratio}
-        if found.waiting_fraction is not None:
-            metrics["waiting_fraction"] = found.waiting_fraction
+        metrics = {"slowest_rank": comparison.slowest, "slowest_rank_ratio": comparison.ratio}
+        if comparison.waiting_fraction is not None:
+            metrics["waiting_fraction"] = comparison.waiting_fraction
         return metrics

@@ -193,13 +193,13 @@ def _moved(before: Heartbeat, after: Heartbeat) -> bool:
 
 def _collective_of(frame: FrameType | None) -> str | None:
     """The outermost `torch.distributed` call in a stack and its group; None if there is none."""
-    found = None
+    collective = None
     while frame is not None:
         code = frame.f_code
         if code.co_filename.endswith(_C10D) and not code.co_name.startswith(("_", "wrapper")):
-            found = f"{code.co_name}{_group_of(frame)}"
+            collective = f"{code.co_name}{_group_of(frame)}"
         frame = frame.f_back
-    return found
+    return collective
 
 
 def _place_of(frame: FrameType | None) -> str:

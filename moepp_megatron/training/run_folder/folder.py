@@ -153,26 +153,26 @@ class RunFolder:
                 "--resume and --overwrite must not be given together; --resume continues the "
                 "run, --overwrite moves it aside and starts from scratch"
             )
-        found = self.traces(start.config_file)
-        if start.restarted or start.overwrite or not found:
-            return found
+        traces = self.traces(start.config_file)
+        if start.restarted or start.overwrite or not traces:
+            return traces
         if not start.resume:
             raise ConfigError(
-                f"run.dir ({self.path}) must not hold a run, and has {', '.join(found)}; add "
+                f"run.dir ({self.path}) must not hold a run, and has {', '.join(traces)}; add "
                 "--resume to continue it, or --overwrite to move it aside and start from scratch"
             )
         status = read_status(self.path)
         ended = status is not None and status.state == "ended"
-        if ended and METRICS_FILE in found and not list_checkpoints(self.checkpoints):
+        if ended and METRICS_FILE in traces and not list_checkpoints(self.checkpoints):
             raise ConfigError(
                 f"run.dir ({self.path}) must have a checkpoint for --resume, and its run has ended "
                 "without one; use --overwrite to move it aside and start from scratch"
             )
-        return found
+        return traces
 
     def traces(self, config_file: Path | None = None) -> list[str]:
         """Names of a run's files in its folder and of its checkpoints, for a message."""
-        found = [
+        names = [
             name
             for name in _TRACES
             if os.path.lexists(self.path / name)
@@ -180,8 +180,8 @@ class RunFolder:
         ]
         if list_checkpoints(self.checkpoints):
             inside = self.checkpoints == self.path / "checkpoints"
-            found.append("checkpoints" if inside else f"the checkpoints in {self.checkpoints}")
-        return found
+            names.append("checkpoints" if inside else f"the checkpoints in {self.checkpoints}")
+        return names
 
     def is_requeued(self, name: str | None) -> bool:
         """Whether this is a Slurm job that starts again, and the run in the folder is its own.

@@ -94,9 +94,9 @@ def card_obstacle(dtype: str) -> str | None:
         return None
     if not torch.cuda.is_available():
         return "needs a CUDA GPU"
-    found = torch.cuda.get_device_capability()
-    needs = f"needs compute capability 8.9, not {'.'.join(map(str, found))}"
-    return needs if found < _FP8_CAPABILITY else None
+    capability = torch.cuda.get_device_capability()
+    needs = f"needs compute capability 8.9, not {'.'.join(map(str, capability))}"
+    return needs if capability < _FP8_CAPABILITY else None
 
 
 def matmul_tflops(dtype: str, size: int) -> float:
@@ -160,15 +160,15 @@ def _median_seconds(work: Callable[[], object]) -> float:
 
 def versions() -> dict[str, str]:
     """Versions of the software that the numbers depend on, if installed."""
-    found = {"torch": str(torch.__version__)}
+    result = {"torch": str(torch.__version__)}
     if torch.version.cuda is not None:
-        found["cuda"] = torch.version.cuda
+        result["cuda"] = torch.version.cuda
     for name in ("megatron-core", "transformer-engine", "triton"):
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def _device() -> torch.device:

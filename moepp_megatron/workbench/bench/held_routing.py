@@ -67,13 +67,13 @@ def hold(router: Any, picks: Tensor) -> None:
     """
     # The last step of our gate, which may be one product with the constant experts' weights.
     name = "second_layer" if isinstance(router, MoEPPRouter) else "gating"
-    own = getattr(router, name)
+    original = getattr(router, name)
     num_experts = router.weight.shape[0]
     offsets = torch.zeros(len(picks), num_experts).scatter(1, picks, MARGIN)
     offsets = offsets.to(router.weight.device)
 
     def held(hidden: Tensor) -> Tensor:
-        logits = own(hidden)
+        logits = original(hidden)
         return logits + offsets.view(logits.shape).to(logits.dtype)
 
     replace(router, name, held)

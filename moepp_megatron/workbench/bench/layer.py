@@ -203,14 +203,14 @@ def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
         forward: Runs the forward pass; its result is freed without a backward pass.
         parameters: The layer's parameters, which are not counted.
     """
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    parameter_storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     kept: dict[int, int] = {}
     # Held until the end: a freed address could be taken again and be counted as the same.
     alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in parameter_storages:
             kept[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor)
         return tensor

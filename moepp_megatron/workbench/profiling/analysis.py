@@ -168,8 +168,8 @@ def _caused(
     for trace in traces:
         spans = [trace.steps[step] for step in steps if step in trace.steps]
         for place, call in enumerate(trace.collectives):
-            found = late.get((trace.rank, place))
+            lateness = late.get((trace.rank, place))
             within = any(span.start_us <= call.start_us < span.end_us for span in spans)
-            if found is not None and within:
-                caused[found.last_rank] += found.wait_us
+            if lateness is not None and within:
+                caused[lateness.last_rank] += lateness.wait_us
     return dict(caused)

@@ -70,14 +70,14 @@ class Change:
         moved = before.transfer_us
         if before.bytes and after.bytes is not None:
             moved *= after.bytes / before.bytes
-        found = {
+        seconds = {
             "bytes": moved - before.transfer_us,
             "rate": after.transfer_us - moved,
             "waiting": (after.wait_us or 0.0) - (before.wait_us or 0.0),
         }
         if self.exposed:
-            found["hiding"] = self.us - (after.time_us - before.time_us)
-        return found
+            seconds["hiding"] = self.us - (after.time_us - before.time_us)
+        return seconds
 
 
 @dataclass(frozen=True)

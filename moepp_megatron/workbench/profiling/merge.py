@@ -65,15 +65,15 @@ def find_clocks(by_rank: Mapping[int, Sequence[Collective]]) -> dict[int, _Clock
     reference = min(by_rank)
     edges = _compare(same_calls(by_rank, {Operation.ALL_TO_ALL}))
     edges |= _compare(same_calls(by_rank, _LEFT_TOGETHER))
-    found = _paths(edges, reference)
-    unknown = sorted(set(by_rank) - set(found))
+    clocks = _paths(edges, reference)
+    unknown = sorted(set(by_rank) - set(clocks))
     if unknown:
         logger.warning(
             "ranks %s share no timed collective with rank %d: their times are left as they are",
             ", ".join(map(str, unknown)),
             reference,
         )
-    return {rank: found.get(rank) for rank in sorted(by_rank)}
+    return {rank: clocks.get(rank) for rank in sorted(by_rank)}
 
 
 def same_calls(
@@ -154,10 +154,10 @@ def _paths(edges: Mapping[tuple[int, int], _Clock], reference: int) -> dict[int,
         done[rank] = clock
         for other, later_us, edge in neighbours[rank]:
             if other not in done:
-                further = _Clock(
+                combined = _Clock(
                     offset_us=clock.offset_us - later_us,
                     spread_us=math.hypot(clock.spread_us, edge.spread_us),
                     calls=min(clock.calls or edge.calls, edge.calls),
                 )
-                heapq.heappush(waiting, (variance + edge.variance, other, further))
+                heapq.heappush(waiting, (variance + edge.variance, other, combined))
     return done

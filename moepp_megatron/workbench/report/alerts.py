@@ -38,8 +38,8 @@ def alert_blocks(run: RunData) -> list[Block]:
             sentence += f" The table has the newest {MAX_ROWS}."
         rows = [_row(alert) for alert in alerts[-MAX_ROWS:]]
         blocks = [Text([sentence], "note"), Table(_HEAD, rows)]
-    told = watched(run)
-    return [*blocks, Text([told], "note")] if told else blocks
+    note = watched(run)
+    return [*blocks, Text([note], "note")] if note else blocks
 
 
 def watched(run: RunData) -> str:

@@ -57,8 +57,8 @@ def _print_parts(console: Console, results: Sequence[LayerResult]) -> None:
             table.add_row(r.shape, "vanilla", "1", *vanilla, "", _megabytes(r.vanilla_kept_bytes))
             seen.add(r.shape)
         if (r.shape, r.tau) not in seen:
-            own = [f"{r.moepp_parts_ms[name]:.1f}" for name in names]
-            row = (r.shape, f"{r.tau:g}", f"{r.phi:.3f}", *own, f"{r.overhead:.1%}")
+            moepp_ms = [f"{r.moepp_parts_ms[name]:.1f}" for name in names]
+            row = (r.shape, f"{r.tau:g}", f"{r.phi:.3f}", *moepp_ms, f"{r.overhead:.1%}")
             table.add_row(*row, _megabytes(r.moepp_kept_bytes))
             seen.add((r.shape, r.tau))
     console.print(table)

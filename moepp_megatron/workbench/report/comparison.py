@@ -134,12 +134,12 @@ def _line(value: object) -> str:
 def differing_settings(runs: Sequence[ComparedRun]) -> list[Setting]:
     """The settings that are not equal in all runs, in the order of the configuration."""
     names = dict.fromkeys(itertools.chain.from_iterable(run.settings for run in runs))
-    found = []
+    differing = []
     for name in names:
         values = [run.settings.get(name, "-") for run in runs]
         if name not in _NOT_COMPARED and len(set(values)) > 1:
-            found.append(Setting(name, [_cut(value) for value in values]))
-    return found
+            differing.append(Setting(name, [_cut(value) for value in values]))
+    return differing
 
 
 def _cut(value: str) -> str:

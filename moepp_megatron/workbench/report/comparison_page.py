@@ -110,21 +110,21 @@ def _settings(settings: Sequence[Setting], names: Sequence[str]) -> Block:
 
 
 def _warnings(runs: Sequence[ComparedRun], settings: Sequence[Setting]) -> list[str]:
-    found = []
+    warnings = []
     names = losses_differ_in_meaning(settings)
     if names:
-        found.append(f"Losses may not be comparable: {', '.join(names)} differ.")
+        warnings.append(f"Losses may not be comparable: {', '.join(names)} differ.")
     short = [
         f"{run.name} ({run.summary.last_step:,} of {run.data.config.training.train_iters:,})"
         for run in runs
         if run.summary.last_step < run.data.config.training.train_iters
     ]
     if short:
-        found.append(
+        warnings.append(
             f"Not all planned steps are done: {', '.join(short)}. A learning rate that has not "
             "fallen to its end keeps a loss up."
         )
-    return found
+    return warnings
 
 
 def _results(run: ComparedRun) -> list[str]:

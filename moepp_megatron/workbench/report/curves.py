@@ -31,14 +31,14 @@ def curve_plots(run: RunData) -> list[Plot]:
 
 def drawn_metrics(run: RunData, section: str) -> list[tuple[str, Drawn]]:
     """Metrics that have a plot of their own in a section, in order, of those in the records."""
-    found = []
+    drawn = []
     for key, row in OF_RECORD.items():
         if row.drawn is None or row.drawn.section != section:
             continue
         values = [value for r in run.records if (value := getattr(r, key)) is not None]
         if any(values) if row.drawn.unless_zero else values:
-            found.append((key, row.drawn))
-    return sorted(found, key=lambda each: each[1].place)
+            drawn.append((key, row.drawn))
+    return sorted(drawn, key=lambda each: each[1].place)
 
 
 def loss_plot(run: RunData) -> Plot:
@@ -162,10 +162,10 @@ def plain_plot(
 
 def _by_name(run: RunData, key: str, title: str) -> dict[str, np.ndarray]:
     """[n, 2] steps and values of each number under a key; the title names one without labels."""
-    row, found = OF_RECORD[key], dict[str, list[tuple[float, float]]]()
+    row, by_name = OF_RECORD[key], dict[str, list[tuple[float, float]]]()
     for record in run.records:
         value = [(key, getattr(record, key))]
         for _, labels, number in numbers(value, run.config.experts, run.config.moe_layers):
             name = name_of(row, labels) if labels else title
-            found.setdefault(name, []).append((record.step, number))
-    return {name: np.array(points, dtype=np.float64) for name, points in found.items()}
+            by_name.setdefault(name, []).append((record.step, number))
+    return {name: np.array(points, dtype=np.float64) for name, points in by_name.items()}

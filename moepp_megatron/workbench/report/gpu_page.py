@@ -21,25 +21,25 @@ def write_gpu_page(results: Path, page: Path) -> None:
         ConfigError: If `results` cannot be read or is not what `benchmarks/gpu.sh` writes.
     """
     try:
-        found = read_json(results)
+        record = read_json(results)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{results} must be a results file of benchmarks/gpu.sh, and cannot be read ({error})"
         ) from None
     needed = ("card", "steps", "measured", "layer", "step")
-    if not isinstance(found, dict) or any(name not in found for name in needed):
+    if not isinstance(record, dict) or any(name not in record for name in needed):
         raise ConfigError(
             f"{results} must be a results file of benchmarks/gpu.sh, with {', '.join(needed)}; "
             "run the script, which names its file at the end"
         )
-    versions = ", ".join(f"{name} {number}" for name, number in found.get("versions", {}).items())
-    commits = ", ".join(str(commit)[:12] for commit in found.get("commits", ()))
-    facts = [f"driver {found.get('driver') or 'none'}", versions, f"commit {commits}"]
+    versions = ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
+    commits = ", ".join(str(commit)[:12] for commit in record.get("commits", ()))
+    facts = [f"driver {record.get('driver') or 'none'}", versions, f"commit {commits}"]
     content = Page(
         kind="MoE++ on one GPU",
-        title=found["card"],
+        title=record["card"],
         facts=facts,
-        sections=[section for section in _sections(found) if section is not None],
+        sections=[section for section in _sections(record) if section is not None],
         sources="the results of benchmarks/gpu.sh",
         command="moepp bench report",
     )

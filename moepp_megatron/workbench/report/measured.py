@@ -67,12 +67,12 @@ def _with_nearest(key: str) -> str:
     return f"{key} (did you mean {nearest[0]}?)" if nearest else key
 
 
-def _families(title: str, found: dict[str, FamilyErrors]) -> Table:
+def _families(title: str, families: dict[str, FamilyErrors]) -> Table:
     table = titled_table(title)
     table.add_column("family")
     for name in ("rows", "median", "largest", "too fast", "eight in ten took, of the estimate"):
         table.add_column(name, justify="right")
-    for family, errors in found.items():
+    for family, errors in families.items():
         table.add_row(
             family,
             str(errors.rows),

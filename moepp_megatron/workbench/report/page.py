@@ -77,7 +77,7 @@ def _sections(run: RunData, summary: RunSummary, savings: Savings) -> list[Secti
     saved = run.config.experts.num_zero_computation_experts > 0
     health, sources = health_plots(run), source_table(run)
     terms = [[Cell(term), Cell(text, "comment")] for term, text in _terms(run, summary)]
-    found: dict[str, list[Block]] = {
+    by_section: dict[str, list[Block]] = {
         "What MoE++ saved against a vanilla layer of the same size": [
             *([savings_table(run, summary, savings)] if saved else [])
         ],
@@ -92,7 +92,7 @@ def _sections(run: RunData, summary: RunSummary, savings: Savings) -> list[Secti
             Text([run.config_text], "code", fold="Resolved configuration of the run (config.yaml)")
         ],
     }
-    return [Section(title, blocks) for title, blocks in found.items() if blocks]
+    return [Section(title, blocks) for title, blocks in by_section.items() if blocks]
 
 
 _HEALTH = (

@@ -178,8 +178,8 @@ def write_json(path: Path, plan: Plan, tokens: float, price: float | None) -> No
     for planned in sorted(shown, key=lambda one: (not one.fits, one.step.total)):
         record = planned.record(layers)
         record["plan"] = planned is plan.best
-        found = outlook_of(planned, plan.world, plan.machine, tokens, price, errors)
-        record["run"] = found.record()
+        outlook = outlook_of(planned, plan.world, plan.machine, tokens, price, errors)
+        record["run"] = outlook.record()
         record["step_time_range_s"] = errors and errors.of(planned.step.total)
         records.append(record)
     text = json.dumps(records, indent=1)

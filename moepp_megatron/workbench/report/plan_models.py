@@ -57,20 +57,20 @@ def outlooks_table(plan: Plan, tokens: float, price: float | None, errors: Range
         names += ["money", "of it lost", "range", "a million tokens"]
     table = titled_table(title, "model", *names, words=1)
     for planned in models(plan):
-        found = outlook_of(planned, plan.world, plan.machine, tokens, price, errors)
+        outlook = outlook_of(planned, plan.world, plan.machine, tokens, price, errors)
         row = [
-            f"{found.all_days:,.1f}",
-            f"{found.lost_days:,.2f}",
-            _range(found.low_days, found.high_days, ",.1f"),
-            f"{found.gpu_hours:,.0f}",
-            "-" if found.energy_mwh is None else f"{found.energy_mwh:,.4g}",
+            f"{outlook.all_days:,.1f}",
+            f"{outlook.lost_days:,.2f}",
+            _range(outlook.low_days, outlook.high_days, ",.1f"),
+            f"{outlook.gpu_hours:,.0f}",
+            "-" if outlook.energy_mwh is None else f"{outlook.energy_mwh:,.4g}",
         ]
-        if found.money is not None:
+        if outlook.money is not None:
             row += [
-                f"{found.money:,.0f}",
-                f"{found.lost_money:,.0f}",
-                _range(found.low_money, found.high_money, ",.0f"),
-                f"{found.money_per_million:.4g}",
+                f"{outlook.money:,.0f}",
+                f"{outlook.lost_money:,.0f}",
+                _range(outlook.low_money, outlook.high_money, ",.0f"),
+                f"{outlook.money_per_million:.4g}",
             ]
         table.add_row(model_name(planned), *row)
     return table

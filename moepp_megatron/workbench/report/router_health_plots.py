@@ -105,8 +105,8 @@ def _measured(
     """Router health of the MoE layers from `first` on, times `scale`."""
 
     def values(record: StepMetrics) -> Sequence[float] | None:
-        found = (record.router_health or {}).get(name)
-        return None if found is None else [value * scale for value in found[first:]]
+        numbers = (record.router_health or {}).get(name)
+        return None if numbers is None else [value * scale for value in numbers[first:]]
 
     return _HealthSeries(label, colour, values)
 

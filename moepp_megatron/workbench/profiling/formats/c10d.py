@@ -54,8 +54,8 @@ def operation_of(name: str) -> Operation:
     and P2P).
     """
     plain = name.lower().split("::")[-1].split(":")[-1].lstrip("_")
-    found = (operation for start, operation in _NAMES.items() if plain.startswith(start))
-    return next(found, Operation.OTHER)
+    operations = (operation for start, operation in _NAMES.items() if plain.startswith(start))
+    return next(operations, Operation.OTHER)
 
 
 def bytes_of_type(name: str) -> int | None:
@@ -114,12 +114,12 @@ def sizes_of_cpu(args: dict[str, Any], operation: Operation, ranks: int, dtype: 
 
 def _elements(dims: list[Any]) -> list[int]:
     """Elements of each argument that is a tensor or a list of tensors."""
-    found = []
+    counts = []
     for shape in dims:
         if isinstance(shape, list) and shape:
             sizes = [whole_list(one) for one in (shape if isinstance(shape[0], list) else [shape])]
-            found.append(sum(math.prod(size) for size in sizes if size is not None))
-    return found
+            counts.append(sum(math.prod(size) for size in sizes if size is not None))
+    return counts
 
 
 def _split(totals: list[int], splits: list[list[int] | None], ranks: int) -> Sizes:

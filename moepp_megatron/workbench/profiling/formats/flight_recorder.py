@@ -54,8 +54,8 @@ def read_flight_record(path: Path) -> list[Collective]:
     Raises:
         ProfileError: The file is damaged, lacks a field, or does not name its rank.
     """
-    found = _RANK.search(path.name)
-    if found is None:
+    match = _RANK.search(path.name)
+    if match is None:
         raise ProfileError(
             f"{path}: the name of a flight record must end with its rank, such as trace_rank_3"
         )
@@ -70,7 +70,7 @@ def read_flight_record(path: Path) -> list[Collective]:
         ranks = field(configured[name], "ranks", str, place)
         groups[name] = tuple(int(rank) for rank in re.findall(r"\d{1,9}", ranks))
     return [
-        _collective(entry, int(found[1]), groups, f"{path}, entry {number}")
+        _collective(entry, int(match[1]), groups, f"{path}, entry {number}")
         for number, entry in enumerate(field(dump, "entries", list, str(path)))
     ]
 
@@ -164,8 +164,8 @@ def _size(entry: dict[str, Any], place: str) -> int | None:
 
 def _pair(name: str) -> tuple[int, int] | None:
     """Ranks of the group that a send or receive goes from and to; None where not said."""
-    found = _PEER.match(name)
-    if found is None or found[3] == "?":
+    match = _PEER.match(name)
+    if match is None or match[3] == "?":
         return None
-    own, other = int(found[1]), int(found[3])
-    return (own, other) if found[2] == "->" else (other, own)
+    own, other = int(match[1]), int(match[3])
+    return (own, other) if match[2] == "->" else (other, own)

@@ -91,15 +91,15 @@ def read_inspector(paths: Sequence[Path]) -> list[Collective]:
     records = [record for path in paths for record in _records(path)]
     ranks = global_ranks(record.member for record in records)
     transfers: dict[Membership, list[_Record]] = defaultdict(list)
-    found = []
+    collectives = []
     for record in records:
         if record.peer >= 0 and record.operation in POINT_TO_POINT:
             transfers[record.member].append(record)
         else:
-            found.append(_collective(record, ranks))
+            collectives.append(_collective(record, ranks))
     for own in transfers.values():
-        found += _exchanges(own, ranks)
-    return sorted(found, key=lambda one: (one.rank, one.start_us))
+        collectives += _exchanges(own, ranks)
+    return sorted(collectives, key=lambda one: (one.rank, one.start_us))
 
 
 def _records(path: Path) -> Iterator[_Record]:
@@ -192,7 +192,7 @@ def _exchanges(own: list[_Record], ranks: Ranks) -> list[Collective]:
     # Some were lost where the numbers, which begin at 1, are not all there.
     complete = [record.number for record in own] == list(range(1, len(own) + 1))
     placed = all(record.kernel_us is not None for record in own)
-    rank, found, number = own[0].member.rank, [], 0
+    rank, collectives, number = own[0].member.rank, [], 0
     for call in split_calls((_transfer(record) for record in own), rank):
         base = Collective(
             operation=Operation.OTHER,
@@ -201,8 +201,8 @@ def _exchanges(own: list[_Record], ranks: Ranks) -> list[Collective]:
         )
         made = join_transfers(call, rank, base)
         number += made[0].operation is Operation.ALL_TO_ALL
-        found += made
-    return found
+        collectives += made
+    return collectives
 
 
 def _transfer(record: _Record) -> PeerTransfer:

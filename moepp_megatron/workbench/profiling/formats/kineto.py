@@ -164,8 +164,8 @@ class _Reader:
     def of_gloo(self, calls: list[Event], spans: list[Event]) -> list[Collective]:
         """Collectives of calls on the training thread and gloo's transfers."""
         transfers: dict[tuple[Operation, str], deque[Event]] = defaultdict(deque)
-        found = [event for event in spans if event.name.startswith("gloo:")]
-        for event in sorted(found, key=lambda one: one.start):
+        gloo_spans = [event for event in spans if event.name.startswith("gloo:")]
+        for event in sorted(gloo_spans, key=lambda one: one.start):
             dims = optional(event.args, "Input Dims", list) or [""]
             transfers[operation_of(event.name), str(dims[0])].append(event)
         collectives = [

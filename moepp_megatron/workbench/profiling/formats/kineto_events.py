@@ -60,7 +60,7 @@ def read_events(events: list[Any], place: str) -> tuple[list[Event], dict[Key, K
     Raises:
         ProfileError: An event lacks a field that these need, or has a wrong one.
     """
-    found: list[Event] = []
+    result: list[Event] = []
     ends: dict[str, dict[Any, Key]] = {"s": {}, "f": {}}
     for number, raw in enumerate(events):
         where = f"{place}, traceEvents[{number}]"
@@ -68,7 +68,7 @@ def read_events(events: list[Any], place: str) -> tuple[list[Event], dict[Key, K
             raise ProfileError(f"{where}: an event is expected, not {type(raw).__name__}")
         phase, category = raw.get("ph"), raw.get("cat")
         if phase == "X" and "dur" in raw:
-            found.append(
+            result.append(
                 Event(
                     name=records.field(raw, "name", str, where),
                     category=category if isinstance(category, str) else "",
@@ -82,7 +82,7 @@ def read_events(events: list[Any], place: str) -> tuple[list[Event], dict[Key, K
             start = records.field(raw, "ts", float, where)
             ends[phase][str(raw.get("id"))] = (_thread(raw, where), start)
     links = {at: ends["s"][number] for number, at in ends["f"].items() if number in ends["s"]}
-    return found, links
+    return result, links
 
 
 def _thread(raw: dict[str, Any], where: str) -> str:

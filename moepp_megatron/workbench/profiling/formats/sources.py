@@ -81,8 +81,8 @@ def read_recording(path: Path) -> dict[int, list[Collective]]:
     files = _files(path)
     by_format: dict[Format, list[Path]] = defaultdict(list)
     for file in files:
-        if (found := recognise(file)) is not None:
-            by_format[found].append(file)
+        if (recording := recognise(file)) is not None:
+            by_format[recording].append(file)
     if len(by_format) > 1:
         several = "; ".join(f"{name}: {files[0].name}" for name, files in by_format.items())
         raise ProfileError(f"{path}: holds several formats ({several}); give one of them")

@@ -132,7 +132,7 @@ def call_classes(
         links: The link that each group uses.
         measured: A measured ceiling that replaces the rated peak.
     """
-    found: dict[_ClassName, CallClass] = {}
+    classes: dict[_ClassName, CallClass] = {}
     for trace in traces:
         for span in [trace.steps[step] for step in steps if step in trace.steps]:
             compute = computing(trace, span.interval)
@@ -140,14 +140,14 @@ def call_classes(
             for place, call in enumerate(trace.collectives):
                 if span.start_us <= call.start_us < span.end_us:
                     name = class_name(trace, call)
-                    own = found.setdefault(name, CallClass(name, links.of(call)))
+                    own = classes.setdefault(name, CallClass(name, links.of(call)))
                     peak = own.link.peak_gb_s if measured is None else measured(call)
                     own.add(call, late.get((trace.rank, place)), peak)
                     intervals[name].append((call.start_us, min(call.end_us, span.end_us)))
             for name, parts in intervals.items():
-                found[name].exposed_us += length(subtract(union(parts), compute))
+                classes[name].exposed_us += length(subtract(union(parts), compute))
     return sorted(
-        found.values(),
+        classes.values(),
         key=lambda one: (-one.exposed_us, -one.time_us, PURPOSES.index(one.name.purpose)),
     )
 

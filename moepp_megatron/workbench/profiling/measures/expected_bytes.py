@@ -80,7 +80,7 @@ class ExpectedLayerBytes:
 
 def layer_bytes(traces: list[RankTrace], step: int) -> list[ExpectedLayerBytes]:
     """Bytes over all recorded ranks, ordered by layer, dispatch before combine, forward first."""
-    found: dict[Place, ExpectedLayerBytes] = {}
+    by_place: dict[Place, ExpectedLayerBytes] = {}
     for trace in [trace for trace in traces if step in trace.steps]:
         span, passes = trace.steps[step], trace.passes(step)
         row_bytes = {counted.row_bytes for counted in passes}
@@ -89,11 +89,11 @@ def layer_bytes(traces: list[RankTrace], step: int) -> list[ExpectedLayerBytes]:
             within = span.start_us <= call.start_us < span.end_us
             exchanges = call.operation is Operation.ALL_TO_ALL and within
             if exchanges and place and place.part in _PARTS and place.phase in _PHASES:
-                entry = found.setdefault(place, ExpectedLayerBytes(place))
+                entry = by_place.setdefault(place, ExpectedLayerBytes(place))
                 entry.add_measured(call, row_bytes)
         for place, counted in _places(passes):
-            found.setdefault(place, ExpectedLayerBytes(place)).add_expected(counted)
-    return [found[place] for place in sorted(found, key=_order)]
+            by_place.setdefault(place, ExpectedLayerBytes(place)).add_expected(counted)
+    return [by_place[place] for place in sorted(by_place, key=_order)]
 
 
 def _order(place: Place) -> tuple[int, int, int]:
@@ -120,5 +120,5 @@ def _to_others(call: Collective, place: Place) -> int:
     parts = call.sent if outward else call.received
     if parts is None or call.rank not in call.group_ranks:
         return call.size or 0
-    own = call.group_ranks.index(call.rank)
-    return sum(size for rank, size in enumerate(parts) if rank != own)
+    own_place = call.group_ranks.index(call.rank)
+    return sum(size for rank, size in enumerate(parts) if rank != own_place)

@@ -76,8 +76,8 @@ def expert_load(traces: Iterable[RankTrace], steps: Iterable[int]) -> ExpertLoad
 
 def _expert_group(trace: RankTrace) -> tuple[int, ...]:
     """Ranks of this rank's expert-parallel group; empty where it has none."""
-    found = (one.ranks for one in trace.groups.values() if one.description == _GROUP)
-    return next(found, ())
+    groups = (one.ranks for one in trace.groups.values() if one.description == _GROUP)
+    return next(groups, ())
 
 
 class SlowRank(NamedTuple):
@@ -112,14 +112,14 @@ def slow_rank(
     if load is None:
         return None
     compute = {(step, rank): t.compute_us for step, own in times.items() for rank, t in own.items()}
-    found = []
+    candidates = []
     for group in {_expert_group(trace) for trace in traces}:
         for rank in group:
             others = [other for other in group if other != rank]
             ratios = [_ratio(numbers, rank, others) for numbers in (compute, load.rows)]
             if ratios[0] > _SLOW * max(1.0, ratios[1]):
-                found.append(SlowRank(rank, *ratios))
-    return max(found, key=lambda one: one.time_ratio, default=None)
+                candidates.append(SlowRank(rank, *ratios))
+    return max(candidates, key=lambda one: one.time_ratio, default=None)
 
 
 def _ratio(numbers: Mapping[tuple[int, int], float], rank: int, others: list[int]) -> float:

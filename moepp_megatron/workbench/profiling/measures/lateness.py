@@ -43,7 +43,7 @@ def lateness(collectives: Mapping[int, list[Collective]]) -> dict[CallKey, Laten
                 kind = Operation.SEND if receives else call.operation
                 name = (call.group, call.group_ranks, call.pair, kind, call.sequence)
                 same[name].append((rank, place))
-    found: dict[CallKey, Lateness] = {}
+    by_call: dict[CallKey, Lateness] = {}
     for keys in same.values():
         calls = [collectives[rank][place] for rank, place in keys]
         members = 2 if calls[0].pair is not None else len(calls[0].group_ranks)
@@ -51,5 +51,5 @@ def lateness(collectives: Mapping[int, list[Collective]]) -> dict[CallKey, Laten
             last = max(calls, key=lambda call: call.start_us)
             for key, call in zip(keys, calls, strict=True):
                 wait = min(call.duration_us, last.start_us - call.start_us)
-                found[key] = Lateness(wait, last.rank)
-    return found
+                by_call[key] = Lateness(wait, last.rank)
+    return by_call

@@ -42,8 +42,8 @@ class Place(NamedTuple):
 def place_of(collective: Collective) -> Place | None:
     """The innermost part of a layer that it was called in; None outside of layers."""
     for scope in reversed(collective.scopes):
-        if found := _PART.fullmatch(scope):
-            return Place(int(found[1]), found[2], found[3] or "forward")
+        if match := _PART.fullmatch(scope):
+            return Place(int(match[1]), match[2], match[3] or "forward")
     return None
 
 

@@ -29,7 +29,7 @@ def costs(profile: Profile) -> list[Cost]:
     sums: dict[str, list[CallClass]] = defaultdict(list)
     for one in profile.classes:
         sums[one.name.purpose].append(one)
-    found = [
+    result = [
         Cost(
             purpose,
             sum(one.exposed_us for one in classes) / unit,
@@ -38,31 +38,31 @@ def costs(profile: Profile) -> list[Cost]:
         )
         for purpose, classes in sums.items()
     ]
-    return sorted(found, key=lambda cost: -cost.exposed_ms)
+    return sorted(result, key=lambda cost: -cost.exposed_ms)
 
 
 def cards(profile: Profile) -> list[Card]:
     """The headline numbers of the page."""
     step = f"of a step of {_ms(profile.step_us)}; mean over ranks and steps"
-    found = [Card("Exposed communication", percent(profile.exposed_share), step, accent=True)]
+    result = [Card("Exposed communication", percent(profile.exposed_share), step, accent=True)]
     for cost in costs(profile)[:1]:
         note = (
             f"{_ms(1e3 * cost.exposed_ms)} exposed a step and rank; {_ms(1e3 * cost.wait_ms)} of "
             f"{_ms(1e3 * cost.time_ms)} waiting for late ranks"
         )
-        found.append(Card("Largest cost", cost.purpose, note))
+        result.append(Card("Largest cost", cost.purpose, note))
     rank, label = profile.critical_rank, "Critical rank"
     if rank is None:
-        found.append(Card(label, "unknown", "needs the traces of all ranks of a group"))
+        result.append(Card(label, "unknown", "needs the traces of all ranks of a group"))
     else:
         caused = profile.caused_us[rank]
         share = percent(caused / sum(profile.caused_us.values()))
         mean = _ms(caused / len(profile.steps))
         note = f"others waited {mean} a step for it, {share} of all waiting"
-        found.append(Card(label, f"rank {rank}", note))
+        result.append(Card(label, f"rank {rank}", note))
     if (waiting := _waiting(profile)) is not None:
         note = "of all time in collectives; the rest is transfer"
-        found.append(Card("Waiting for late ranks", percent(waiting), note))
+        result.append(Card("Waiting for late ranks", percent(waiting), note))
     if profile.all_layers:
         measured = sum(one.measured for one in profile.all_layers)
         note = {
@@ -70,13 +70,13 @@ def cards(profile: Profile) -> list[Card]:
             False: "NOT equal to what routing makes necessary: see the table",
             None: "not held against the routing, which was not recorded",
         }[profile.equals_formula]
-        found.append(Card("All-to-all a step", data_size(measured / len(profile.steps)), note))
-    return found
+        result.append(Card("All-to-all a step", data_size(measured / len(profile.steps)), note))
+    return result
 
 
 def findings(profile: Profile) -> list[str]:
     """The findings as sentences, the most important first."""
-    found = [
+    sentences = [
         f"A step takes {_ms(profile.step_us)} on its slowest rank. "
         f"{percent(profile.exposed_share)} of it is communication that no computation hides."
     ]
@@ -87,15 +87,15 @@ def findings(profile: Profile) -> list[str]:
         if cost.exposed_ms > 0
     ]
     if spent:
-        found.append(f"Most of it goes to {' and '.join(spent)}.")
-    found += [*_lateness(profile), *_slow_and_load(profile), *_bytes(profile)]
+        sentences.append(f"Most of it goes to {' and '.join(spent)}.")
+    sentences += [*_lateness(profile), *_slow_and_load(profile), *_bytes(profile)]
     missing = profile.world_size - len(profile.ranks)
     if missing > 0:
-        found.append(
+        sentences.append(
             f"{missing} of {profile.world_size} ranks were not recorded: calls with them count no "
             "waiting, and bytes are those of the recorded ranks."
         )
-    return found
+    return sentences
 
 
 def _lateness(profile: Profile) -> list[str]:
@@ -115,9 +115,9 @@ def _lateness(profile: Profile) -> list[str]:
 
 
 def _slow_and_load(profile: Profile) -> list[str]:
-    slow, load, found = profile.slow, profile.load, []
+    slow, load, sentences = profile.slow, profile.load, []
     if slow is not None:
-        found.append(
+        sentences.append(
             f"Rank {slow.rank} is slow: it computes {slow.time_ratio:.2f} times as long as the "
             f"mean of the other ranks of its experts, for {slow.rows_ratio:.2f} times their rows. "
             "No routing evens that; look at its machine (moepp doctor: clocks, throttling, other "
@@ -132,8 +132,8 @@ def _slow_and_load(profile: Profile) -> list[str]:
         if differs:
             said += f"; rank {load.busiest} computes most"
         remedy = " A larger moe.balance_coeff evens it." if differs and slow is None else ""
-        found.append(f"{said}.{remedy}")
-    return found
+        sentences.append(f"{said}.{remedy}")
+    return sentences
 
 
 def _bytes(profile: Profile) -> list[str]:

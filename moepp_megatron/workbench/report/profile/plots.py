@@ -39,10 +39,10 @@ def profile_plots(profile: Profile, document: dict[str, Any]) -> list[Plot]:
     # They stand side by side: with few ranks as tall as each other.
     rows = max(len(ranks), len(spent)) if len(ranks) <= 12 else None
     with plot_style():
-        found = [_ranks(ranks, rows), _costs(spent, rows)]
+        plots = [_ranks(ranks, rows), _costs(spent, rows)]
         if document["all_to_all"]:
-            found.append(_layers(document))
-    return found
+            plots.append(_layers(document))
+    return plots
 
 
 def _bars(bars: int, rows: int | None, unit: str) -> tuple[Figure, Axes, float]:
@@ -80,15 +80,15 @@ def _ranks(ranks: dict[int, list[dict[str, Any]]], rows: int | None) -> Plot:
     )
 
 
-def _costs(found: list[Cost], rows: int | None) -> Plot:
-    figure, axes, thick = _bars(len(found), rows, "milliseconds per step and rank")
-    names = [cost.purpose for cost in found]
-    whole = [cost.time_ms for cost in found]
+def _costs(costs: list[Cost], rows: int | None) -> Plot:
+    figure, axes, thick = _bars(len(costs), rows, "milliseconds per step and rank")
+    names = [cost.purpose for cost in costs]
+    whole = [cost.time_ms for cost in costs]
     axes.barh(names, whole, thick, color=GRID, label="time in collectives")
     colours = [COLOURS.get(name, COLOURS["other"]) for name in names]
-    axes.barh(names, [cost.exposed_ms for cost in found], 0.69 * thick, color=colours)
+    axes.barh(names, [cost.exposed_ms for cost in costs], 0.69 * thick, color=colours)
     axes.plot(
-        [cost.wait_ms for cost in found],
+        [cost.wait_ms for cost in costs],
         names,
         linestyle="none",
         marker="|",

@@ -44,7 +44,7 @@ class TextTable:
 
 def profile_tables(document: dict[str, Any]) -> list[TextTable]:
     """The tables of a profile, given as `profiling.document` makes it."""
-    found = [
+    tables = [
         _table(
             "Collectives",
             "mean of a step and rank; ms, bandwidth in GB/s of the transfer without waiting",
@@ -59,7 +59,7 @@ def profile_tables(document: dict[str, Any]) -> list[TextTable]:
         sums: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
         for one in document["all_to_all"]:
             sums.setdefault((one["layer"], one["direction"], one["pass"]), []).append(one)
-        found.append(
+        tables.append(
             _table(
                 "All-to-all of hidden vectors",
                 "a step, over the recorded ranks; = means equal to the byte",
@@ -71,7 +71,7 @@ def profile_tables(document: dict[str, Any]) -> list[TextTable]:
                 3,
             )
         )
-    found.append(
+    tables.append(
         _table(
             "Ranks",
             "milliseconds",
@@ -82,7 +82,7 @@ def profile_tables(document: dict[str, Any]) -> list[TextTable]:
             0,
         )
     )
-    return found
+    return tables
 
 
 def _table(

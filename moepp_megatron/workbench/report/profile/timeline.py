@@ -59,22 +59,22 @@ class _View:
         trace = self._trace
         layers = [span for span in trace.parts if span.kind]
         outer = [span for span in trace.parts if not span.kind]
-        found = [
+        result = [
             self._lane("step", [self._part(span) for span in self._visible(outer)]),
             self._lane("layers", [self._layer(span) for span in self._visible(layers)]),
         ]
         if not trace.on_gpu:
             waits = [self._item("waiting", span, "waits") for span in self._visible(trace.waits)]
-            found.append(self._lane("waits", waits))
+            result.append(self._lane("waits", waits))
         streams: dict[str, list[Span]] = {}
         for span in trace.kernels:
             streams.setdefault(span.lane, []).append(span)
         for stream, spans in streams.items():
             visible = _thinned(self._visible(spans))
             items = [self._item("computation", span, span.name) for span in visible]
-            found.append(self._lane(f"stream {stream}", items))
-        found += self._communication()
-        return found
+            result.append(self._lane(f"stream {stream}", items))
+        result += self._communication()
+        return result
 
     def _communication(self) -> list[dict[str, Any]]:
         """One lane per stream on a GPU; on a CPU as few lanes as overlapping calls need."""
