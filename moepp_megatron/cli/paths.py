@@ -137,7 +137,7 @@ def _check_replaced(command: Callable[..., Any], arguments: dict[str, Any]) -> N
         seen[real] = shown
         for other, value in arguments.items():
             ones = value if isinstance(value, list) else [value]
-            if other != name and path.is_file() and any(_is_lost(real, one) for one in ones):
+            if other != name and path.is_file() and any(_is_lost(real, output) for output in ones):
                 raise ConfigError(
                     f"{shown} ({path}) must not replace {_shown(command, other)}, which is read, "
                     "or a part of it; name another file"

@@ -108,7 +108,7 @@ def _profile(
     write_atomic(page, html.encode("ascii", "xmlcharrefreplace"))
     if json_file is not None:
         write_atomic(json_file, json.dumps(numbers, indent=1).encode())
-    print_tables([f"- {one}" for one in findings(profile)], profile_tables(numbers))
+    print_tables([f"- {sentence}" for sentence in findings(profile)], profile_tables(numbers))
     _print_comparison(comparison)
     echo(f"page   {page}")
 

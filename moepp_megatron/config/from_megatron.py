@@ -306,7 +306,7 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Sections from dotted names, in the order of the schema."""
     from moepp_megatron.config.reference import section_references
 
-    order = [one.name for section in section_references() for one in section.settings]
+    order = [setting.name for section in section_references() for setting in section.settings]
     content: dict[str, Any] = {}
     # A list of sections, as data.blend, is a section of its own there.
     for key in sorted(settings, key=lambda key: order.index(key) if key in order else len(order)):

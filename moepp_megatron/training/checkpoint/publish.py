@@ -132,10 +132,8 @@ def _check_uploaded(final: ObjectPath, sizes: dict[str, int]) -> None:
     there = {path.name: path.stat().st_size for path in final.iterdir()}
     for name, size in sizes.items():
         if there.get(name) != size:
-            actual = f"{there[name]} bytes" if name in there else "nothing"
-            raise StoreError(
-                f"{final / name} was uploaded with {size} bytes, and {actual} is there"
-            )
+            got = f"{there[name]} bytes" if name in there else "nothing"
+            raise StoreError(f"{final / name} was uploaded with {size} bytes, and {got} is there")
 
 
 def _make_newest(record: SavedRecord, folder: Path) -> None:

@@ -158,10 +158,10 @@ def _coordinates(selections_LE: Tensor) -> Tensor:
     return shares.sqrt().flatten()
 
 
-def _moved_share(one: Sequence[BatchEvidence], other: Sequence[BatchEvidence]) -> float:
+def _moved_share(batches: Sequence[BatchEvidence], other: Sequence[BatchEvidence]) -> float:
     """Total variation distance of the experts' shares, mean over the layers."""
     sums = [
-        torch.stack([batch.selections_LE for batch in each]).sum(dim=0) for each in (one, other)
+        torch.stack([batch.selections_LE for batch in each]).sum(dim=0) for each in (batches, other)
     ]
     shares = [each / each.sum(dim=1, keepdim=True).clamp(min=1.0) for each in sums]
     return float((shares[0] - shares[1]).abs().sum(dim=1).mean() / 2)

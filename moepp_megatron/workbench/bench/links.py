@@ -115,12 +115,12 @@ def _microseconds(call: Callable[[], object], device: torch.device) -> float:
 def link_rates(records: Sequence[dict[str, Any]], per_node: int) -> dict[str, float]:
     """GB/s of a GPU in one direction, by all-to-alls: `nvlink` within a node, `network` across."""
     rates: dict[str, float] = {}
-    for one in records:
-        if one["operation"] == Operation.ALL_TO_ALL:
-            link = "nvlink" if one["nodes"] == 1 else "network"
-            ranks = one["group_size"]
+    for record in records:
+        if record["operation"] == Operation.ALL_TO_ALL:
+            link = "nvlink" if record["nodes"] == 1 else "network"
+            ranks = record["group_size"]
             others = ranks - (1 if link == "nvlink" else per_node)
-            rate = one["size_bytes"] * others / ranks / one["time_us"] / 1e3
+            rate = record["size_bytes"] * others / ranks / record["time_us"] / 1e3
             rates[link] = max(rate, rates.get(link, 0.0))
     return rates
 

@@ -195,8 +195,10 @@ def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     activation = load.numbers.activation_bytes * rows * width
     moved, kernels = _beside_products(load, activation, rows, experts)
     forward, backward = (
-        one.plus(two, moved=beside + copied, kernels=count + copies)
-        for one, two, beside, count in zip(first, second, moved, kernels, strict=True)
+        first_part.plus(second_part, moved=beside + copied, kernels=count + copies)
+        for first_part, second_part, beside, count in zip(
+            first, second, moved, kernels, strict=True
+        )
     )
     again = _again(grid, "moe", forward)
     if "moe_act" in grid.recompute:

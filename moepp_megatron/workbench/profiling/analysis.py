@@ -100,12 +100,12 @@ class Profile:
     @property
     def all_layers(self) -> list[ExpectedLayerBytes]:
         """All-to-all bytes of all steps."""
-        return [one for step in self.steps for one in self.layers[step]]
+        return [layer for step in self.steps for layer in self.layers[step]]
 
     @property
     def equals_formula(self) -> bool | None:
         """Whether every measured all-to-all equals its formula; None if none could be compared."""
-        known = [one.is_equal for one in self.all_layers if one.is_equal is not None]
+        known = [layer.is_equal for layer in self.all_layers if layer.is_equal is not None]
         return all(known) if known else None
 
 

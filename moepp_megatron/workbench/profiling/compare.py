@@ -119,20 +119,21 @@ class ProfileComparison:
         """Changes of at least 1% of the step (or of the largest time), and the others."""
         whole = self.before.step_us if self.unit == "step" else None
         if whole is None:
-            whole = max((max(one.before_us, one.after_us) for one in self.changes), default=0.0)
-        large = [one for one in self.changes if abs(one.us) >= _SMALL * whole and one.us]
-        return large, [one for one in self.changes if one not in large]
+            whole = max((max(row.before_us, row.after_us) for row in self.changes), default=0.0)
+        large = [row for row in self.changes if abs(row.us) >= _SMALL * whole and row.us]
+        return large, [row for row in self.changes if row not in large]
 
 
 def compare(before: ProfileSummary, after: ProfileSummary) -> ProfileComparison:
     """Compare `after` with `before`."""
     by_step = before.step_us is not None and after.step_us is not None
     old, new = (
-        {row.kind: row if by_step else _a_call(row) for row in one.rows} for one in (before, after)
+        {row.kind: row if by_step else _a_call(row) for row in side.rows}
+        for side in (before, after)
     )
     exposed = by_step and all(row.exposed_us is not None for row in [*old.values(), *new.values()])
     changes = [Change(old.get(kind), new.get(kind), exposed) for kind in {**new, **old}]
-    changes.sort(key=lambda one: -abs(one.us))
+    changes.sort(key=lambda side: -abs(side.us))
     return ProfileComparison(before, after, "step" if by_step else "call", tuple(changes))
 
 
@@ -160,12 +161,12 @@ def in_words(comparison: ProfileComparison) -> list[str]:
             "rank does in a step may differ."
         )
     lines += _byte_lines(comparison)
-    lines += [f"{kind_name(one.row)}: {_change(one)}." for one in large]
+    lines += [f"{kind_name(row.row)}: {_change(row)}." for row in large]
     what = "a step" if comparison.unit == "step" else "the longest call"
     if not large:
         lines.append(f"No kind of communication changed by 1% of {what} or more.")
     elif small:
-        total = amount(sum(one.us for one in small))
+        total = amount(sum(row.us for row in small))
         kinds = "1 other kind" if len(small) == 1 else f"{len(small)} other kinds"
         lines.append(f"{kinds} changed by less than 1% of {what}, {total} together.")
     return lines
@@ -201,10 +202,10 @@ def _step_lines(comparison: ProfileComparison) -> list[str]:
         f"A step takes {duration(after.step_us)} instead of {duration(before.step_us)}: "
         f"{amount(comparison.step_us)}{share}."
     ]
-    slowest = min(max(one.step_times_us) for one in (before, after))
+    slowest = min(max(side.step_times_us) for side in (before, after))
     if len(before.step_times_us) + len(after.step_times_us) < 4:
         lines.append("With so few steps, chance can be as large as this: record more of them.")
-    elif max(min(one.step_times_us) for one in (before, after)) <= slowest:
+    elif max(min(side.step_times_us) for side in (before, after)) <= slowest:
         lines.append("Single steps of one are as fast as single steps of the other.")
     if before.exposed_us is not None and after.exposed_us is not None:
         parts = [f"{name}: {amount(us)}" for name, us in comparison.parts_us.items()]

@@ -38,7 +38,7 @@ def document(profile: Profile) -> dict[str, Any]:
         "expert_load": load
         and {"busiest_rank": load.busiest, "busiest_over_mean": load.busiest_over_mean},
         "ceiling": profile.ceiling,
-        "collectives": [_class(one, len(profile.rank_steps)) for one in profile.classes],
+        "collectives": [_class(row, len(profile.rank_steps)) for row in profile.classes],
         "all_to_all": _layers(profile),
         "all_to_all_equals_formula": profile.equals_formula,
         "summary": summarise(profile).model_dump(mode="json"),
@@ -61,24 +61,24 @@ def _rank_steps(profile: Profile) -> list[dict[str, Any]]:
     ]
 
 
-def _class(one: CallClass, count: int) -> dict[str, Any]:
+def _class(row: CallClass, count: int) -> dict[str, Any]:
     rates = ("algorithm_gb_s", "bus_gb_s", "peak_gb_s", "peak_share")
     return {
-        "purpose": one.name.purpose,
-        "operation": one.name.operation.value,
-        "group": one.name.group,
-        "pass": one.name.phase,
-        "group_size": one.group_size,
-        "link": one.link.name,
-        "calls": one.calls / count,
-        "bytes": one.size / count,
-        "bytes_per_call": one.size / one.calls,
-        "time_ms": one.time_us / 1e3 / count,
-        "wait_ms": one.wait_us / 1e3 / count if one.matched else None,
-        "transfer_ms": one.transfer_us / 1e3 / count if one.matched else None,
-        "exposed_ms": one.exposed_us / 1e3 / count,
-        "overlapped_share": max(0.0, 1.0 - one.exposed_us / one.time_us) if one.time_us else None,
-        **{rate: getattr(one, rate) for rate in rates},
+        "purpose": row.name.purpose,
+        "operation": row.name.operation.value,
+        "group": row.name.group,
+        "pass": row.name.phase,
+        "group_size": row.group_size,
+        "link": row.link.name,
+        "calls": row.calls / count,
+        "bytes": row.size / count,
+        "bytes_per_call": row.size / row.calls,
+        "time_ms": row.time_us / 1e3 / count,
+        "wait_ms": row.wait_us / 1e3 / count if row.matched else None,
+        "transfer_ms": row.transfer_us / 1e3 / count if row.matched else None,
+        "exposed_ms": row.exposed_us / 1e3 / count,
+        "overlapped_share": max(0.0, 1.0 - row.exposed_us / row.time_us) if row.time_us else None,
+        **{rate: getattr(row, rate) for rate in rates},
     }
 
 
@@ -87,12 +87,12 @@ def _layers(profile: Profile) -> list[dict[str, Any]]:
     return [
         {
             "step": step,
-            "layer": one.place.layer,
-            "direction": one.place.part,
-            "pass": one.place.phase,
-            "equal": one.is_equal,
-            **{f"{size}_bytes": getattr(one, size) for size in sizes},
+            "layer": row.place.layer,
+            "direction": row.place.part,
+            "pass": row.place.phase,
+            "equal": row.is_equal,
+            **{f"{size}_bytes": getattr(row, size) for size in sizes},
         }
         for step in profile.steps
-        for one in profile.layers[step]
+        for row in profile.layers[step]
     ]

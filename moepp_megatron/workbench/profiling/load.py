@@ -91,5 +91,5 @@ def _first(trace: RankTrace) -> float:
     """Start of the first recorded event."""
     starts = [span.start_us for span in trace.steps.values()]
     for found in (trace.collectives, trace.kernels, trace.host_work):
-        starts += [one.start_us for one in found[:1]]
+        starts += [timed.start_us for timed in found[:1]]
     return min(starts, default=0.0)

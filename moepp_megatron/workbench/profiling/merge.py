@@ -107,8 +107,8 @@ def same_calls(
     ]
 
 
-def _kind(one: Collective) -> tuple[str, tuple[int, ...], Operation]:
-    return one.group, one.group_ranks, one.operation
+def _kind(call: Collective) -> tuple[str, tuple[int, ...], Operation]:
+    return call.group, call.group_ranks, call.operation
 
 
 def _parts_agree(call: Mapping[int, Collective]) -> bool:
@@ -128,9 +128,9 @@ def _compare(calls: Iterable[Mapping[int, Collective]]) -> dict[tuple[int, int],
     later: dict[tuple[int, int], list[float]] = defaultdict(list)
     for call in calls:
         first = min(call)
-        for rank, one in call.items():
+        for rank, collective in call.items():
             if rank != first:
-                later[first, rank].append(one.end_us - call[first].end_us)
+                later[first, rank].append(collective.end_us - call[first].end_us)
     edges = {}
     for pair, values in later.items():
         middle = statistics.median(values)

@@ -48,18 +48,18 @@ def summarise(profile: Profile, name: str | None = None) -> ProfileSummary:
     count = len(profile.rank_steps)
     rows = [
         SummaryRow(
-            purpose=one.name.purpose,
-            operation=one.name.operation.value,
-            group=one.name.group,
-            phase=one.name.phase,
-            calls=one.calls / count,
-            bytes=one.size / count,
-            time_us=one.time_us / count,
-            exposed_us=one.exposed_us / count,
-            wait_us=max(0.0, one.wait_us) / count if one.matched else None,
-            bus_bytes=one.bus_bytes / count,
+            purpose=kind.name.purpose,
+            operation=kind.name.operation.value,
+            group=kind.name.group,
+            phase=kind.name.phase,
+            calls=kind.calls / count,
+            bytes=kind.size / count,
+            time_us=kind.time_us / count,
+            exposed_us=kind.exposed_us / count,
+            wait_us=max(0.0, kind.wait_us) / count if kind.matched else None,
+            bus_bytes=kind.bus_bytes / count,
         )
-        for one in profile.classes
+        for kind in profile.classes
     ]
     return ProfileSummary(
         name=name or profile.name,
@@ -81,31 +81,31 @@ def summarise_recording(by_rank: dict[int, list[Collective]], name: str) -> Prof
     waits = _waiting(by_rank)
     kinds: dict[tuple[str, str], list[CallKey]] = defaultdict(list)
     for rank, own in by_rank.items():
-        for place, one in enumerate(own):
-            kinds[one.operation.value, _group_name(one)].append((rank, place))
+        for place, call in enumerate(own):
+            kinds[call.operation.value, _group_name(call)].append((rank, place))
     rows = [_row(kind, calls, by_rank, waits) for kind, calls in kinds.items()]
     rows.sort(key=lambda row: -row.time_us)
     return ProfileSummary(name=name, ranks=max(1, len(by_rank)), rows=tuple(rows))
 
 
-def _group_name(one: Collective) -> str:
+def _group_name(call: Collective) -> str:
     """The group's meaning; its size where it has no description: hashes differ from run to run."""
-    if one.description:
-        return meaning(one.description) or one.description
-    return f"unnamed of {one.group_size} ranks" if one.group_size else "unnamed"
+    if call.description:
+        return meaning(call.description) or call.description
+    return f"unnamed of {call.group_size} ranks" if call.group_size else "unnamed"
 
 
 def _waiting(by_rank: dict[int, list[Collective]]) -> dict[CallKey, Lateness]:
     """Waiting of each call for the last rank, where the clocks of its ranks can be compared."""
-    if not any(one.placed for own in by_rank.values() for one in own):
+    if not any(call.placed for calls in by_rank.values() for call in calls):
         return {}
     clocks = find_clocks(by_rank)
     # A call without a place in time keeps its place in the list, and has no counterpart.
     return lateness(
         {
             rank: [
-                one if one.placed else replace(one, sequence=None)
-                for one in shifted(by_rank[rank], clock.offset_us)
+                call if call.placed else replace(call, sequence=None)
+                for call in shifted(by_rank[rank], clock.offset_us)
             ]
             for rank, clock in clocks.items()
             if clock is not None
@@ -121,9 +121,9 @@ def _row(
 ) -> SummaryRow:
     ranks = len(by_rank)
     calls = [by_rank[rank][place] for rank, place in keys]
-    sizes = [one.size for one in calls if one.size is not None]
+    sizes = [call.size for call in calls if call.size is not None]
     known = len(sizes) == len(calls)
-    factors = [bus_factor(one.operation, one.group_size) for one in calls if one.group_size]
+    factors = [bus_factor(call.operation, call.group_size) for call in calls if call.group_size]
     bus = sum(size * factor for size, factor in zip(sizes, factors, strict=False))
     waited = [waits[key].wait_us for key in keys if key in waits]
     return SummaryRow(
@@ -132,6 +132,6 @@ def _row(
         calls=len(calls) / ranks,
         bytes=sum(sizes) / ranks if known else None,
         bus_bytes=bus / ranks if known and len(factors) == len(calls) else None,
-        time_us=sum(one.duration_us for one in calls) / ranks,
+        time_us=sum(call.duration_us for call in calls) / ranks,
         wait_us=sum(waited) / ranks if waited else None,
     )

@@ -177,7 +177,7 @@ class RankTrace:
 
     def passes(self, step: int) -> list[Pass]:
         """What the router chose in a step, pass by pass."""
-        return [one for entry in self.about.steps if entry.step == step for one in entry.passes]
+        return [run for entry in self.about.steps if entry.step == step for run in entry.passes]
 
     def shifted(self, us: float) -> RankTrace:
         """The same recording with `us` microseconds added to its times."""
@@ -195,4 +195,4 @@ class RankTrace:
 
 def shifted[Timed: (Span, Collective)](timed: list[Timed], us: float) -> list[Timed]:
     """The same with `us` microseconds added to starts and ends."""
-    return [replace(one, start_us=one.start_us + us, end_us=one.end_us + us) for one in timed]
+    return [replace(item, start_us=item.start_us + us, end_us=item.end_us + us) for item in timed]

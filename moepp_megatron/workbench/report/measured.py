@@ -31,17 +31,20 @@ def print_measured(comparisons: Sequence[Comparison]) -> None:
     table.add_column("scope")
     for name in ("tok/s/GPU", "measured", "error", "GiB", "measured", "step s"):
         table.add_column(name, justify="right", no_wrap=True)
-    for one in comparisons:
-        measured, peak = one.run.tokens_per_s_per_gpu, one.run.row.measured.peak_memory_gib
+    for comparison in comparisons:
+        measured, peak = (
+            comparison.run.tokens_per_s_per_gpu,
+            comparison.run.row.measured.peak_memory_gib,
+        )
         table.add_row(
-            one.run.row.name,
-            one.run.row.scope,
-            f"{one.tokens_per_s_per_gpu:,.0f}",
+            comparison.run.row.name,
+            comparison.run.row.scope,
+            f"{comparison.tokens_per_s_per_gpu:,.0f}",
             "-" if measured is None else f"{measured:,.0f}",
-            "-" if one.error is None else f"{one.error:+.1%}",
-            f"{one.memory_gib:.1f}",
+            "-" if comparison.error is None else f"{comparison.error:+.1%}",
+            f"{comparison.memory_gib:.1f}",
             "-" if peak is None else f"{peak:.1f}",
-            f"{one.step.total:.3f}",
+            f"{comparison.step.total:.3f}",
         )
     print_uncut(table)
     for scopes in (("in",), ("in", "near")):
@@ -54,8 +57,8 @@ def print_measured(comparisons: Sequence[Comparison]) -> None:
             f"{pair.name}"
         )
     ignoring: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for one in comparisons:
-        ignoring[one.run.unused].append(one.run.row.name)
+    for comparison in comparisons:
+        ignoring[comparison.run.unused].append(comparison.run.row.name)
     for unused, names in ignoring.items():
         if unused:
             facts = ", ".join(map(_with_nearest, unused))
@@ -101,5 +104,5 @@ def print_fit(fit: Fit) -> None:
 
 def write_measured(path: Path, comparisons: Iterable[Comparison]) -> None:
     """Write one entry for every row, in their order."""
-    records = [one.record() for one in comparisons]
+    records = [comparison.record() for comparison in comparisons]
     write_result(path, (json.dumps(records, indent=1) + "\n").encode())

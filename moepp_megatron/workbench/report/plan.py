@@ -171,11 +171,11 @@ def write_json(path: Path, plan: Plan, tokens: float, price: float | None) -> No
     """
     layers = plan.config.model.num_layers
     shown = [*plan.layouts, *plan.baselines]
-    if plan.fastest and all(plan.fastest.grid != one.grid for one in plan.layouts):
+    if plan.fastest and all(plan.fastest.grid != layout.grid for layout in plan.layouts):
         shown.append(plan.fastest)
     errors = error_range(plan.config, plan.machine)
     records = []
-    for planned in sorted(shown, key=lambda one: (not one.fits, one.step.total)):
+    for planned in sorted(shown, key=lambda layout: (not layout.fits, layout.step.total)):
         record = planned.record(layers)
         record["plan"] = planned is plan.best
         outlook = outlook_of(planned, plan.world, plan.machine, tokens, price, errors)

@@ -102,8 +102,11 @@ def size_words(count: float) -> str:
 
 def models(plan: Plan) -> list[Planned]:
     """Each model in its fastest layout: vanilla first, then by tau."""
-    own = [plan.fastest] if plan.fastest else []
-    return sorted([*plan.baselines, *own], key=lambda one: (one.tau is not None, -(one.tau or 0)))
+    fastest = [plan.fastest] if plan.fastest else []
+    return sorted(
+        [*plan.baselines, *fastest],
+        key=lambda planned: (planned.tau is not None, -(planned.tau or 0)),
+    )
 
 
 def short_name(planned: Planned) -> str:

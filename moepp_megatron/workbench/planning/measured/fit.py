@@ -107,7 +107,7 @@ def fit(runs: Sequence[Run]) -> Fit:
     changed = {name: (getattr(start, name), getattr(fitted, name)) for name in used}
     reached = {name: float(f"{after:.4g}") for name, (_, after) in changed.items()}
     hardware = hardware.model_copy(update={"reached": {**hardware.reached, **reached}})
-    early, late, without = (tuple(np.expm1(one)) for one in (before, now, last.left_out()))
+    early, late, without = (tuple(np.expm1(logs)) for logs in (before, now, last.left_out()))
     return Fit(hardware, changed, early, late, without, rows)
 
 

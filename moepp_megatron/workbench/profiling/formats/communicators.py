@@ -42,14 +42,14 @@ def global_ranks(memberships: Iterable[Membership]) -> Ranks:
     """
     members: dict[str, dict[int, str]] = defaultdict(dict)
     sizes: dict[str, int] = defaultdict(int)
-    for one in sorted(set(memberships)):
-        taken = members[one.communicator].setdefault(one.rank, one.process)
-        if taken != one.process:
+    for item in sorted(set(memberships)):
+        taken = members[item.communicator].setdefault(item.rank, item.process)
+        if taken != item.process:
             raise ProfileError(
-                f"communicator {one.communicator}: processes {taken} and {one.process} both have "
-                f"rank {one.rank}; give files of one run only"
+                f"communicator {item.communicator}: processes {taken} and {item.process} both have "
+                f"rank {item.rank}; give files of one run only"
             )
-        sizes[one.communicator] = max(sizes[one.communicator], one.size)
+        sizes[item.communicator] = max(sizes[item.communicator], item.size)
     for communicator, by_rank in members.items():
         if len(set(by_rank.values())) < len(by_rank):
             raise ProfileError(

@@ -99,7 +99,7 @@ def read_inspector(paths: Sequence[Path]) -> list[Collective]:
             collectives.append(_collective(record, ranks))
     for own in transfers.values():
         collectives += _exchanges(own, ranks)
-    return sorted(collectives, key=lambda one: (one.rank, one.start_us))
+    return sorted(collectives, key=lambda call: (call.rank, call.start_us))
 
 
 def _records(path: Path) -> Iterator[_Record]:
@@ -155,7 +155,7 @@ def _trace(
         return None, None, None
     trace = field(numbers, "event_trace_ts", dict, place)
     kernels = field(trace, "kernel_events", list, place)
-    starts = [field(one, "kernel_start_ts", float, place) for one in kernels]
+    starts = [field(kernel, "kernel_start_ts", float, place) for kernel in kernels]
     issued = field(trace, f"{kind}_start_ts", float, place)
     # A channel whose kernel was not seen has 0.
     first = min((start for start in starts if start > 0), default=None)
@@ -186,18 +186,18 @@ def _collective(record: _Record, ranks: Ranks) -> Collective:
     )
 
 
-def _exchanges(own: list[_Record], ranks: Ranks) -> list[Collective]:
+def _exchanges(records: list[_Record], ranks: Ranks) -> list[Collective]:
     """All-to-alls, sends and receives from a member's records of single peers."""
-    own.sort(key=lambda record: record.number)
+    records.sort(key=lambda record: record.number)
     # Some were lost where the numbers, which begin at 1, are not all there.
-    complete = [record.number for record in own] == list(range(1, len(own) + 1))
-    placed = all(record.kernel_us is not None for record in own)
-    rank, collectives, number = own[0].member.rank, [], 0
-    for call in split_calls((_transfer(record) for record in own), rank):
+    complete = [record.number for record in records] == list(range(1, len(records) + 1))
+    placed = all(record.kernel_us is not None for record in records)
+    rank, collectives, number = records[0].member.rank, [], 0
+    for call in split_calls((_transfer(record) for record in records), rank):
         base = Collective(
             operation=Operation.OTHER,
             sequence=number if complete else None,
-            **_base(own[0], ranks, placed),
+            **_base(records[0], ranks, placed),
         )
         made = join_transfers(call, rank, base)
         number += made[0].operation is Operation.ALL_TO_ALL

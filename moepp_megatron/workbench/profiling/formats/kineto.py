@@ -97,7 +97,7 @@ def parse_kineto(content: dict[str, Any], place: str = "trace") -> RankTrace:
     else:
         trace.collectives = reader.of_gloo(calls, spans)
         trace.host_work = _host_work(spans, swept)
-    trace.collectives.sort(key=lambda one: one.start_us)
+    trace.collectives.sort(key=lambda call: call.start_us)
     return trace
 
 
@@ -117,8 +117,8 @@ def _is_nccl(event: Event) -> bool:
 def _host_work(spans: list[Event], swept: Swept) -> list[Span]:
     """Outermost operations of the training thread that do not communicate."""
     work, end = [], float("-inf")
-    mine = [one for one in spans if one.category == "cpu_op" and one.thread == swept.thread]
-    for event in sorted(mine, key=lambda one: (one.start, -one.duration)):
+    mine = [span for span in spans if span.category == "cpu_op" and span.thread == swept.thread]
+    for event in sorted(mine, key=lambda span: (span.start, -span.duration)):
         if not event.name.startswith(("autograd::engine", "c10d::")) and event.start >= end:
             end = event.end
             work.append(event.span())

@@ -147,7 +147,7 @@ def sweep(events: list[Event], links: dict[Key, Key], wanted: Iterable[Event]) -
         swept = Swept()
         for of_thread in threads.values():
             _Pass(swept, links, parts, keys).run(of_thread)
-    swept.parts.sort(key=lambda one: one.start_us)
+    swept.parts.sort(key=lambda part: part.start_us)
     return swept
 
 
@@ -194,8 +194,8 @@ class _Pass:
             self._parts[at] = part
         if at in self._keys:
             self._swept.around[at] = Around(
-                tuple(one.scope for one in self._open if one.scope is not None),
-                next((one.call for one in reversed(self._open) if one.call is not None), None),
+                tuple(span.scope for span in self._open if span.scope is not None),
+                next((span.call for span in reversed(self._open) if span.call is not None), None),
             )
         if scope is not None or call is not None or is_node:
             self._open.append(_Open(event.end, scope, call, is_node))
@@ -221,10 +221,10 @@ class _Pass:
         return (f"{name}:recompute" if recomputed else name), None
 
     def _in_node(self) -> bool:
-        return any(one.is_node for one in self._open)
+        return any(span.is_node for span in self._open)
 
     def _innermost_part(self) -> str | None:
-        scopes = (one.scope for one in reversed(self._open))
+        scopes = (span.scope for span in reversed(self._open))
         return next((scope for scope in scopes if scope is not None and "/" in scope), None)
 
     def _extend_pass(self, event: Event) -> None:

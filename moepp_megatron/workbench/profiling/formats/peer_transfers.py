@@ -116,8 +116,8 @@ def join_transfers(
 def _by_peer(transfers: Iterable[PeerTransfer], ranks: int) -> tuple[int, ...] | None:
     """Bytes for each rank of the group; None where its size is unknown."""
     sizes = [0] * ranks
-    for one in transfers:
-        if not 0 <= one.peer < ranks:
+    for transfer in transfers:
+        if not 0 <= transfer.peer < ranks:
             return None
-        sizes[one.peer] += one.size
+        sizes[transfer.peer] += transfer.size
     return tuple(sizes)

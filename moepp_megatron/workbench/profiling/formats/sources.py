@@ -92,10 +92,10 @@ def read_recording(path: Path) -> dict[int, list[Collective]]:
         collectives = read_inspector(by_format[Format.INSPECTOR])
     else:
         dumps = _one_a_rank(by_format[Format.FLIGHT_RECORDER])
-        collectives = [one for file in dumps for one in read_flight_record(file)]
+        collectives = [call for file in dumps for call in read_flight_record(file)]
     by_rank: dict[int, list[Collective]] = defaultdict(list)
-    for one in sorted(collectives, key=lambda one: (one.rank, one.start_us)):
-        by_rank[one.rank].append(one)
+    for call in sorted(collectives, key=lambda call: (call.rank, call.start_us)):
+        by_rank[call.rank].append(call)
     return dict(by_rank)
 
 

@@ -148,7 +148,7 @@ def call_classes(
                 classes[name].exposed_us += length(subtract(union(parts), compute))
     return sorted(
         classes.values(),
-        key=lambda one: (-one.exposed_us, -one.time_us, PURPOSES.index(one.name.purpose)),
+        key=lambda row: (-row.exposed_us, -row.time_us, PURPOSES.index(row.name.purpose)),
     )
 
 

@@ -103,14 +103,14 @@ def _order(place: Place) -> tuple[int, int, int]:
 def _places(passes: list[Pass]) -> Iterator[tuple[Place, Pass]]:
     """Each counted pass under every place that moves its tokens."""
     # The backward pass moves those of the last forward pass: the repeated one, if there is one.
-    repeated = {one.layer for one in passes if one.recomputed}
-    for one in passes:
-        phases = ["recompute" if one.recomputed else "forward"]
-        if one.recomputed or one.layer not in repeated:
+    repeated = {run.layer for run in passes if run.recomputed}
+    for run in passes:
+        phases = ["recompute" if run.recomputed else "forward"]
+        if run.recomputed or run.layer not in repeated:
             phases.append("backward")
         for phase in phases:
             for part in _PARTS:
-                yield Place(one.layer, part, phase), one
+                yield Place(run.layer, part, phase), run
 
 
 def _to_others(call: Collective, place: Place) -> int:

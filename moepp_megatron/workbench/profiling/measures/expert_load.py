@@ -53,11 +53,11 @@ def expert_load(traces: Iterable[RankTrace], steps: Iterable[int]) -> ExpertLoad
         if len(members) > 1 and trace.about.layout.get("etp", 1) == 1:
             for step in wanted:
                 numbers: Counter[int] = Counter()
-                for one in trace.passes(step):
-                    if not one.recomputed and len(one.to_ranks) == len(members):
-                        key = (members, step, one.layer, numbers[one.layer])
-                        passes[key].append(one.to_ranks)
-                        numbers[one.layer] += 1
+                for passed in trace.passes(step):
+                    if not passed.recomputed and len(passed.to_ranks) == len(members):
+                        key = (members, step, passed.layer, numbers[passed.layer])
+                        passes[key].append(passed.to_ranks)
+                        numbers[passed.layer] += 1
     rows: Counter[tuple[int, int]] = Counter()
     most = mean = 0.0
     for (members, step, *_), sent in passes.items():
@@ -71,12 +71,12 @@ def expert_load(traces: Iterable[RankTrace], steps: Iterable[int]) -> ExpertLoad
     total: Counter[int] = Counter()
     for (_, rank), count in rows.items():
         total[rank] += count
-    return ExpertLoad(dict(rows), max(sorted(total), key=lambda one: total[one]), most / mean)
+    return ExpertLoad(dict(rows), max(sorted(total), key=lambda passed: total[passed]), most / mean)
 
 
 def _expert_group(trace: RankTrace) -> tuple[int, ...]:
     """Ranks of this rank's expert-parallel group; empty where it has none."""
-    groups = (one.ranks for one in trace.groups.values() if one.description == _GROUP)
+    groups = (group.ranks for group in trace.groups.values() if group.description == _GROUP)
     return next(groups, ())
 
 
@@ -119,11 +119,11 @@ def slow_rank(
             ratios = [_ratio(numbers, rank, others) for numbers in (compute, load.rows)]
             if ratios[0] > _SLOW * max(1.0, ratios[1]):
                 candidates.append(SlowRank(rank, *ratios))
-    return max(candidates, key=lambda one: one.time_ratio, default=None)
+    return max(candidates, key=lambda candidate: candidate.time_ratio, default=None)
 
 
 def _ratio(numbers: Mapping[tuple[int, int], float], rank: int, others: list[int]) -> float:
     """A rank's sum over steps, divided by the others' mean; 0 if theirs is unknown."""
-    own = sum(value for (_, of), value in numbers.items() if of == rank)
+    own_sum = sum(value for (_, of), value in numbers.items() if of == rank)
     rest = sum(value for (_, of), value in numbers.items() if of in others)
-    return own * len(others) / rest if rest else 0.0
+    return own_sum * len(others) / rest if rest else 0.0

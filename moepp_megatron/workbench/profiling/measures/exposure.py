@@ -96,7 +96,7 @@ def step_time(trace: RankTrace, step: Span) -> MeasuredStepTime:
     """The times of a step of this rank."""
     within = step.interval
     compute = computing(trace, within)
-    busy = union((one.start_us, one.end_us) for one in trace.collectives)
+    busy = union((call.start_us, call.end_us) for call in trace.collectives)
     communication = intersect(busy, [within])
     return MeasuredStepTime(
         step_us=within[1] - within[0],

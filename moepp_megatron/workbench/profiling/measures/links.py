@@ -102,9 +102,9 @@ def read_ceiling(path: Path) -> MeasuredPeak:
     except ValueError:
         raise ConfigError(f"ceiling ({path}) must be JSON; {remedy}") from None
     times: defaultdict[tuple[Operation, int], dict[int, float]] = defaultdict(dict)
-    for one in records:
-        fastest = times[one.operation, one.group_size]
-        fastest[one.size_bytes] = min(one.time_us, fastest.get(one.size_bytes, one.time_us))
+    for row in records:
+        fastest = times[row.operation, row.group_size]
+        fastest[row.size_bytes] = min(row.time_us, fastest.get(row.size_bytes, row.time_us))
 
     def peak(call: Collective) -> float | None:
         receives = call.operation is Operation.RECEIVE

@@ -27,14 +27,14 @@ def costs(profile: Profile) -> list[Cost]:
     """Costs by purpose, the most exposed first."""
     unit = 1e3 * len(profile.rank_steps)
     sums: dict[str, list[CallClass]] = defaultdict(list)
-    for one in profile.classes:
-        sums[one.name.purpose].append(one)
+    for kind in profile.classes:
+        sums[kind.name.purpose].append(kind)
     result = [
         Cost(
             purpose,
-            sum(one.exposed_us for one in classes) / unit,
-            sum(one.wait_us for one in classes) / unit,
-            sum(one.time_us for one in classes) / unit,
+            sum(kind.exposed_us for kind in classes) / unit,
+            sum(kind.wait_us for kind in classes) / unit,
+            sum(kind.time_us for kind in classes) / unit,
         )
         for purpose, classes in sums.items()
     ]
@@ -64,7 +64,7 @@ def cards(profile: Profile) -> list[Card]:
         note = "of all time in collectives; the rest is transfer"
         result.append(Card("Waiting for late ranks", percent(waiting), note))
     if profile.all_layers:
-        measured = sum(one.measured for one in profile.all_layers)
+        measured = sum(layer.measured for layer in profile.all_layers)
         note = {
             True: "equal, to the byte, to what routing makes necessary",
             False: "NOT equal to what routing makes necessary: see the table",
@@ -138,12 +138,12 @@ def _slow_and_load(profile: Profile) -> list[str]:
 
 def _bytes(profile: Profile) -> list[str]:
     layers = profile.all_layers
-    measured = sum(one.measured for one in layers)
+    measured = sum(layer.measured for layer in layers)
     vanilla, fewest = (
-        sum(one.vanilla for one in layers),
-        sum(one.deduplicated for one in layers),
+        sum(layer.vanilla for layer in layers),
+        sum(layer.deduplicated for layer in layers),
     )
-    if not any(one.ffn_only for one in layers):
+    if not any(layer.ffn_only for layer in layers):
         return []
     saved = 1 - measured / vanilla if vanilla else 0.0
     said = (
@@ -160,9 +160,9 @@ def _bytes(profile: Profile) -> list[str]:
 
 def _waiting(profile: Profile) -> float | None:
     """Waiting as a share of the time in collectives; None where no call could be matched."""
-    matched = [one for one in profile.classes if one.matched]
-    total = sum(one.time_us for one in matched)
-    return sum(one.wait_us for one in matched) / total if total > 0 else None
+    matched = [kind for kind in profile.classes if kind.matched]
+    total = sum(kind.time_us for kind in matched)
+    return sum(kind.wait_us for kind in matched) / total if total > 0 else None
 
 
 def _ms(us: float) -> str:

@@ -31,10 +31,10 @@ def profile_plots(profile: Profile, document: dict[str, Any]) -> list[Plot]:
     """Plots of the step's parts, the cost of communication, and the bytes of each layer."""
     spent = [cost for cost in costs(profile) if cost.time_ms > 0][:9]
     by_rank: dict[int, list[dict[str, Any]]] = {}
-    for one in document["rank_steps"]:
-        by_rank.setdefault(one["rank"], []).append(one)
+    for entry in document["rank_steps"]:
+        by_rank.setdefault(entry["rank"], []).append(entry)
     # All ranks, or those with most exposed communication.
-    most = sorted(by_rank, key=lambda rank: -sum(one["exposed_ms"] for one in by_rank[rank]))
+    most = sorted(by_rank, key=lambda rank: -sum(entry["exposed_ms"] for entry in by_rank[rank]))
     ranks = {rank: by_rank[rank] for rank in sorted(most[:_MOST_RANKS])}
     # They stand side by side: with few ranks as tall as each other.
     rows = max(len(ranks), len(spent)) if len(ranks) <= 12 else None
@@ -64,7 +64,9 @@ def _ranks(ranks: dict[int, list[dict[str, Any]]], rows: int | None) -> Plot:
         ("exposed_ms", "exposed communication", VERMILION),
         ("idle_ms", "neither", GRID),
     ):
-        values = np.array([np.mean([one[key] for one in own]) for own in ranks.values()])
+        values = np.array(
+            [np.mean([entry[key] for entry in entries]) for entries in ranks.values()]
+        )
         axes.barh(
             [str(rank) for rank in ranks], values, thick, left=left, color=colour, label=label
         )
@@ -109,12 +111,12 @@ def _costs(costs: list[Cost], rows: int | None) -> Plot:
 
 def _layers(document: dict[str, Any]) -> Plot:
     """Bytes of each layer, all passes, and those of other dispatchers."""
-    layers = sorted({one["layer"] for one in document["all_to_all"]})
+    layers = sorted({row["layer"] for row in document["all_to_all"]})
     mib = 2**20 * len(document["steps"])
 
     def total(key: str) -> list[float]:
         rows = document["all_to_all"]
-        return [sum(one[key] for one in rows if one["layer"] == layer) / mib for layer in layers]
+        return [sum(row[key] for row in rows if row["layer"] == layer) / mib for layer in layers]
 
     figure = new_figure(12.8, 3.1)
     axes = figure.subplots()

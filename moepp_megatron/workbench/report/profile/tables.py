@@ -57,8 +57,8 @@ def profile_tables(document: dict[str, Any]) -> list[TextTable]:
     ]
     if document["all_to_all"]:
         sums: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
-        for one in document["all_to_all"]:
-            sums.setdefault((one["layer"], one["direction"], one["pass"]), []).append(one)
+        for row in document["all_to_all"]:
+            sums.setdefault((row["layer"], row["direction"], row["pass"]), []).append(row)
         tables.append(
             _table(
                 "All-to-all of hidden vectors",
@@ -124,14 +124,14 @@ def _rate(value: float | None) -> str:
 
 
 def _mean_size(key: str) -> Callable[[list[dict[str, Any]]], str]:
-    return lambda entries: formatting.data_size(fmean(one[key] for one in entries))
+    return lambda entries: formatting.data_size(fmean(entry[key] for entry in entries))
 
 
 def _formula(entries: list[dict[str, Any]]) -> str:
-    expected = [one for one in entries if one["expected_bytes"] is not None]
+    expected = [entry for entry in entries if entry["expected_bytes"] is not None]
     if not expected:
         return _NO
-    verdict = " =" if all(one["equal"] for one in expected) else " differs"
+    verdict = " =" if all(entry["equal"] for entry in expected) else " differs"
     return _mean_size("expected_bytes")(expected) + verdict
 
 
