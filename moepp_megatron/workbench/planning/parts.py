@@ -195,10 +195,8 @@ def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     activation = load.numbers.activation_bytes * rows * width
     moved, kernels = _beside_products(load, activation, rows, experts)
     forward, backward = (
-        first_part.plus(second_part, moved=beside + copied, kernels=count + copies)
-        for first_part, second_part, beside, count in zip(
-            first, second, moved, kernels, strict=True
-        )
+        part.plus(other, moved=moved_bytes + copied, kernels=count + copies)
+        for part, other, moved_bytes, count in zip(first, second, moved, kernels, strict=True)
     )
     again = _again(grid, "moe", forward)
     if "moe_act" in grid.recompute:

@@ -32,10 +32,8 @@ def alert_blocks(run: RunData) -> list[Block]:
     else:
         counts = [(rule, sum(a.rule == rule for a in alerts)) for rule in _names(alerts)]
         parts = [f"{rule} ({count:,})" for rule, count in counts]
-        is_single = len(alerts) == 1
-        sentence = (
-            f"{len(alerts):,} alert{'' if is_single else 's'} in alerts.jsonl: {', '.join(parts)}."
-        )
+        noun = "alert" if len(alerts) == 1 else "alerts"
+        sentence = f"{len(alerts):,} {noun} in alerts.jsonl: {', '.join(parts)}."
         if len(alerts) > MAX_ROWS:
             sentence += f" The table has the newest {MAX_ROWS}."
         rows = [_row(alert) for alert in alerts[-MAX_ROWS:]]

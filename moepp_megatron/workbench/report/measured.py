@@ -32,10 +32,8 @@ def print_measured(comparisons: Sequence[Comparison]) -> None:
     for name in ("tok/s/GPU", "measured", "error", "GiB", "measured", "step s"):
         table.add_column(name, justify="right", no_wrap=True)
     for comparison in comparisons:
-        measured, peak = (
-            comparison.run.tokens_per_s_per_gpu,
-            comparison.run.row.measured.peak_memory_gib,
-        )
+        run = comparison.run
+        measured, peak = run.tokens_per_s_per_gpu, run.row.measured.peak_memory_gib
         table.add_row(
             comparison.run.row.name,
             comparison.run.row.scope,

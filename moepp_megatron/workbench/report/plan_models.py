@@ -103,10 +103,7 @@ def size_words(count: float) -> str:
 def models(plan: Plan) -> list[Planned]:
     """Each model in its fastest layout: vanilla first, then by tau."""
     fastest = [plan.fastest] if plan.fastest else []
-    return sorted(
-        [*plan.baselines, *fastest],
-        key=lambda planned: (planned.tau is not None, -(planned.tau or 0)),
-    )
+    return sorted([*plan.baselines, *fastest], key=lambda m: (m.tau is not None, -(m.tau or 0)))
 
 
 def short_name(planned: Planned) -> str:

@@ -64,9 +64,7 @@ def _ranks(ranks: dict[int, list[dict[str, Any]]], rows: int | None) -> Plot:
         ("exposed_ms", "exposed communication", VERMILION),
         ("idle_ms", "neither", GRID),
     ):
-        values = np.array(
-            [np.mean([entry[key] for entry in entries]) for entries in ranks.values()]
-        )
+        values = np.array([np.mean([step[key] for step in steps]) for steps in ranks.values()])
         axes.barh(
             [str(rank) for rank in ranks], values, thick, left=left, color=colour, label=label
         )
