@@ -18,6 +18,15 @@ UNKNOWN_LICENSE = "unknown"
 TRAINING_CONFIG_FILE = "training_config.yaml"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
+# What loads each layout, and with which argument.
+_OWN_FILES = ("transformers >= 5 and the Python files of this folder", ", trust_remote_code=True")
+_READERS = {
+    "moepp": _OWN_FILES,
+    "released": _OWN_FILES,
+    "longcat": ("transformers >= 5", ""),
+    "zeda": ("transformers as changed in https://github.com/TsinghuaC3I/ZEDA", ""),
+}
+
 
 def check_license(license_id: str) -> None:
     """Refuse a text that is not an identifier of a licence; ConfigError if it is not one."""
@@ -120,21 +129,20 @@ def _record(folder: Path) -> StepMetrics | None:
 
 
 def _loading(layout: str) -> Iterator[str]:
+    reader, argument = _READERS[layout]
     yield "## Use"
     yield ""
-    if layout in ("moepp", "released"):
-        yield "It needs transformers >= 5 and the Python files of this folder:"
-        yield ""
-        yield "```python"
-        yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
-        yield ""
-        yield 'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)'
-        yield 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
-        yield "```"
+    yield f"It needs {reader}:"
+    yield ""
+    yield "```python"
+    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    yield ""
+    yield f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{argument})'
+    yield 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+    yield "```"
+    if argument:
         yield ""
         yield (
             "For fine-tuning, `output_router_logits=True` adds the balance loss (times "
             "`router_aux_loss_coef`) to the loss; without it routers may leave their balance."
         )
-    else:
-        yield f"The folder has the tensor names and the configuration of the layout {layout}."

@@ -87,6 +87,9 @@ def test_longcat_flash_computes_the_same(
     theirs, names = plain(longcat_logits, tmp_path / "hf", TOKENS)
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=LOGITS)
     assert set(load_tensors(tmp_path / "hf")) == names
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert 'from_pretrained("FOLDER")' in card
+    assert "trust_remote_code" not in card
     assert any("second is zeros" in warning for warning in warnings)
     assert any("zero experts became FFN" in w for w in warnings) == ("tied" not in case)
 

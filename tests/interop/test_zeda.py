@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
+from moepp_megatron.interop.upcycle_sources import extra_tensors
 from moepp_megatron.interop.zeda import zeda_config, zeda_hf_config, zeda_warnings
 from tests.interop.checkpoints import convert_and_score, load_tensors
 from tests.interop.conftest import RunPlain
@@ -62,6 +63,74 @@ CASES = {
     "GLM-4.7-Flash": GLM,
     "GLM-4.7-Flash, all kinds": {"model": GLM["model"], "moe": GLM["moe"] | MIXED},
 }
+
+# What of Qwen3-30B-A3B's and GLM-4.7-Flash's config.json decides, and what ZEDA's recipe adds.
+PUBLISHED: tuple[dict[str, Any], ...] = (
+    {
+        "architectures": ["Qwen3MoePlusPlusForCausalLM"],
+        "model_type": "qwen3_moe",
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "vocab_size": 151936,
+        "use_zce_mask": False,
+        "zce_nums": [64],
+        "zce_types": ["zero"],
+    },
+    {
+        "architectures": ["Glm4MoeLitePlusPlusForCausalLM"],
+        "model_type": "glm4_moe_lite",
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 10240,
+        "max_position_embeddings": 202752,
+        "moe_intermediate_size": 1536,
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "num_attention_heads": 20,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_routed_experts": 64,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.8,
+        "num_experts_per_tok": 4,
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 47,
+        "num_key_value_heads": 20,
+        "num_nextn_predict_layers": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "q_lora_rank": 768,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 192,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 256,
+        "vocab_size": 154880,
+        "use_zce_mask": False,
+        "zce_nums": [32],
+        "zce_types": ["zero"],
+    },
+)
 
 
 def reader_logits(folder: Path, ids: Any) -> Any:
@@ -136,6 +205,20 @@ def test_a_model_of_the_published_class_comes_in(
     folders = (tmp_path / "theirs", tmp_path / "ours")
     (scores,) = ranks(1).run(convert_and_score, *folders, TOKENS, [])
     np.testing.assert_allclose(scores["logits"], theirs, rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda fields: fields["architectures"][0])
+def test_published_configurations_come_back(published: dict[str, Any]) -> None:
+    config = zeda_config(published, "theirs")
+    written = zeda_hf_config(config)
+    # ZEDA's recipe leaves the base model's type. Its layer of multi-token prediction is left out.
+    known = published.keys() - {"model_type", "num_nextn_predict_layers"}
+    assert published.keys() - written.keys() == set()
+    assert {key: written[key] for key in known} == {key: published[key] for key in known}
+    layers = published["num_hidden_layers"]
+    names = [f"model.layers.{layer}.input_layernorm.weight" for layer in (layers - 1, layers)]
+    further = names[1:] if published.get("num_nextn_predict_layers") else []
+    assert extra_tensors(published, names[: 1 + len(further)]) == further
 
 
 @pytest.mark.parametrize(
