@@ -7,9 +7,8 @@ from typing import Any
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.interop.hf_config import decoder_section, require, rope_theta
+from moepp_megatron.interop.latent_rules import LATENT_EPSILON
 
-# transformers' and DeepSeek's code add it in the norms of latent attention, whatever else they add.
-_LATENT_EPSILON = 1e-6
 # Scores of a group that transformers' and DeepSeek's code add up to rank it.
 _RANKED_PER_GROUP = 2
 
@@ -24,8 +23,8 @@ def deepseek_decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
         ("rope_interleave", hf.get("rope_interleave", True), True, "pairs of channels are rotated"),
         (
             "rms_norm_eps",
-            hf.get("rms_norm_eps", _LATENT_EPSILON),
-            _LATENT_EPSILON,
+            hf.get("rms_norm_eps", LATENT_EPSILON),
+            LATENT_EPSILON,
             "all norms of this package's decoder add the same, and those of latent attention 1e-6",
         ),
     )

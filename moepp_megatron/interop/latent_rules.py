@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from moepp_megatron.config import Config
 from moepp_megatron.interop.tensor_rules import HFTensor, TensorRule, same
+
+# What transformers adds to mean squares in the norms of latent attention, whatever the model has.
+LATENT_EPSILON = 1e-6
+
+
+def latent_fields(config: Config) -> dict[str, Any]:
+    """Fields of a `config.json` about latent attention."""
+    latent = config.model.latent_attention
+    assert latent is not None, "the model has another attention"
+    return {
+        "num_key_value_heads": config.model.num_attention_heads,
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_nope_head_dim": latent.qk_head_dim,
+        "qk_rope_head_dim": latent.qk_pos_emb_head_dim,
+        "v_head_dim": latent.v_head_dim,
+    }
+
+
+def epsilon_warnings(config: Config) -> Iterator[str]:
+    """A warning where transformers computes an export's norms of latent attention otherwise."""
+    epsilon = config.model.norm_epsilon
+    if config.model.latent_attention is not None and epsilon != LATENT_EPSILON:
+        yield (
+            f"model.norm_epsilon ({epsilon:g}) is not {LATENT_EPSILON:g}, which transformers adds "
+            "in the norms of latent attention whatever the model has"
+        )
 
 
 def latent_attention_rules(

@@ -24,6 +24,7 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.experts import COPY, ZERO
 from moepp_megatron.interop.expressible import Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import shared_fields
+from moepp_megatron.interop.latent_rules import epsilon_warnings, latent_fields
 
 _RULES: tuple[Row, ...] = (
     *unknown_there((COPY, ZERO)),
@@ -35,8 +36,6 @@ _LATENT_RULES: tuple[Row, ...] = (
     ("model.latent_attention.rope_type", ("rope",), "positions are not stretched there"),
     ("model.qk_layernorm", (True,), "it normalises compressed vectors"),
 )
-# What transformers adds to mean squares in the norms of latent attention, whatever the model has.
-_LATENT_EPSILON = 1e-6
 # Inner width of the dense FFNs where the model has none: they are zeros.
 _LEAST_WIDTH = 128
 
@@ -59,16 +58,11 @@ def longcat_hf_config(config: Config) -> dict[str, Any]:
         "attention_method": "MLA",
         "num_layers": model.num_layers,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
-        "num_key_value_heads": model.num_attention_heads,
+        **latent_fields(config),
         "ffn_hidden_size": dense_width(config),
         "expert_ffn_hidden_size": config.expert_ffn_hidden_size,
-        "q_lora_rank": latent.q_lora_rank,
-        "kv_lora_rank": latent.kv_lora_rank,
-        "qk_nope_head_dim": latent.qk_head_dim,
-        "qk_rope_head_dim": latent.qk_pos_emb_head_dim,
         "qk_head_dim": latent.qk_dim,
         "head_dim": latent.qk_pos_emb_head_dim,
-        "v_head_dim": latent.v_head_dim,
         "mla_scale_q_lora": True,
         "mla_scale_kv_lora": True,
         "n_routed_experts": routed_experts(config),
@@ -85,21 +79,17 @@ def longcat_hf_config(config: Config) -> dict[str, Any]:
 
 def longcat_warnings(config: Config) -> Iterator[str]:
     """Warnings about errors of known programs, and about costs of the format."""
-    model, moe = config.model, config.moe
+    zeros = config.moe.num_zero_experts
     yield (
         "LongCat-Flash's layers hold two attentions: the second is zeros here, and its part of the "
         "key/value cache is taken all the same"
     )
-    if moe.num_zero_experts:
+    if zeros:
         yield (
-            f"moe.num_zero_experts ({moe.num_zero_experts}): zero experts became FFN experts of "
+            f"moe.num_zero_experts ({zeros}): zero experts became FFN experts of "
             "zeros, which cost what FFN experts cost"
         )
-    if model.norm_epsilon != _LATENT_EPSILON:
-        yield (
-            f"model.norm_epsilon ({model.norm_epsilon:g}) is not {_LATENT_EPSILON:g}, which "
-            "transformers adds in the norms of latent attention whatever the model has"
-        )
+    yield from epsilon_warnings(config)
 
 
 def _problems(config: Config) -> Iterator[str]:

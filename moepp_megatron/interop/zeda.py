@@ -16,13 +16,9 @@ from moepp_megatron.config.problem import show
 from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS, ZERO
 from moepp_megatron.interop.expressible import Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import assemble, require, shared_fields
+from moepp_megatron.interop.latent_rules import LATENT_EPSILON, epsilon_warnings, latent_fields
 from moepp_megatron.interop.moepp_rules import constant_rules
-from moepp_megatron.interop.tensor_rules import (
-    TensorRule,
-    decoder_rules,
-    dense_mlp_rules,
-    same,
-)
+from moepp_megatron.interop.tensor_rules import TensorRule, decoder_rules, dense_mlp_rules, same
 from moepp_megatron.interop.upcycle_sources import (
     SourceKind,
     expert_rules,
@@ -31,8 +27,6 @@ from moepp_megatron.interop.upcycle_sources import (
 )
 
 _KINDS = (CONSTANT, COPY, ZERO)
-# What transformers adds to mean squares in the norms of latent attention, whatever the model has.
-_LATENT_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ def zeda_config(hf: Mapping[str, Any], name: str, dtype: str | None = None) -> C
     assert kind.moe is not None, "both families have experts"
     epsilon = require(hf, "rms_norm_eps")
     # Megatron, with which ZEDA trains, adds the same in the norms of latent attention.
-    model = kind.model({**hf, "rms_norm_eps": _LATENT_EPSILON}) | {"norm_epsilon": epsilon}
+    model = kind.model({**hf, "rms_norm_eps": LATENT_EPSILON}) | {"norm_epsilon": epsilon}
     moe = kind.moe({"first_k_dense_replace": 1, **hf})
     if kind.bias is not None:
         moe |= {"gate_normalization": "selected", "selection_bias": True}
@@ -132,12 +126,7 @@ def zeda_warnings(config: Config) -> Iterator[str]:
             f"moe.num_constant_experts ({config.moe.num_constant_experts}): ZEDA's class for "
             "transformers has constant experts, its server refuses them"
         )
-    epsilon = config.model.norm_epsilon
-    if config.model.latent_attention is not None and epsilon != _LATENT_EPSILON:
-        yield (
-            f"model.norm_epsilon ({epsilon:g}) is not {_LATENT_EPSILON:g}, which transformers adds "
-            "in the norms of latent attention whatever the model has"
-        )
+    yield from epsilon_warnings(config)
 
 
 def _family(is_latent: bool) -> _Family:
@@ -202,16 +191,10 @@ def _qwen_fields(config: Config) -> dict[str, Any]:
 
 
 def _glm_fields(config: Config) -> dict[str, Any]:
-    moe, latent = config.moe, config.model.latent_attention
-    assert latent is not None, "another attention is of the other family"
+    moe = config.moe
     pattern = moe.moe_layer_pattern(config.model.num_layers)
     return {
-        "num_key_value_heads": config.model.num_attention_heads,
-        "q_lora_rank": latent.q_lora_rank,
-        "kv_lora_rank": latent.kv_lora_rank,
-        "qk_nope_head_dim": latent.qk_head_dim,
-        "qk_rope_head_dim": latent.qk_pos_emb_head_dim,
-        "v_head_dim": latent.v_head_dim,
+        **latent_fields(config),
         "rope_interleave": True,
         "n_routed_experts": moe.num_ffn_experts,
         "n_shared_experts": (moe.shared_expert_ffn_hidden_size or 0)
