@@ -136,38 +136,6 @@ def test_bf16_export_loads_and_pads(run: Path, plain: RunPlain, tmp_path: Path) 
     assert np.abs(seen["logits"] - expected).mean() < 0.05 * np.abs(expected).mean()
 
 
-def test_model_card(run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "hf", license_id="apache-2.0", dtype="bf16")
-    card = (tmp_path / "hf" / "README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\n")
-    for fact in (
-        "# a run",
-        "| layers | 2, 2 of them MoE layers |",
-        "4 FFN, 2 constant, 1 copy, 1 zero; 2 per token",
-        "| tau | 0.5 |",
-        "perfect balance) | 0.333 |",
-        "| FFN share measured at step 3 | 0.300 |",
-        "in 3 steps |",
-        "| training loss at step 3 | 1.5000 nats per token |",
-        "| validation loss at step 3 | 1.7500 nats per token |",
-        f"moepp convert mcore-to-hf {run.name} hf --layout moepp --dtype bf16",
-        "| weights | bfloat16 |",
-    ):
-        assert fact in card, fact
-    assert str(tmp_path) not in card, "where it was made is nobody's business"
-    assert (tmp_path / "hf" / "training_config.yaml").is_file()
-
-
-def test_card_of_weights_alone_leaves_out_what_is_unknown(tmp_path: Path) -> None:
-    convert(GOLDEN / "two_layer_gate", tmp_path / "mcore")
-    export(tmp_path / "mcore", tmp_path / "hf")
-    card = (tmp_path / "hf" / "README.md").read_text()
-    assert card.startswith("---\nlicense: unknown\n")
-    assert "phi" in card
-    for unknown in ("measured", "trained on", "nats"):
-        assert unknown not in card
-
-
 def test_a_licence_that_is_none_is_refused(tmp_path: Path) -> None:
     from moepp_megatron.interop.to_hf import mcore_to_hf
 

@@ -255,28 +255,6 @@ def test_a_model_of_another_kind_is_refused_with_what_is_possible(kind, remedy) 
         source_kind({**LLAMA, "model_type": kind})
 
 
-class SkewedTokens:
-    """Sequences of 16 tokens that depend on their index alone, small ids likelier than large."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        import torch
-
-        uniform = torch.rand(17, generator=torch.Generator().manual_seed(index))
-        tokens = (uniform.square() * 64).long()
-        return {
-            "tokens": tokens[:-1],
-            "labels": tokens[1:],
-            "loss_mask": torch.ones(16),
-            "position_ids": torch.arange(16),
-        }
-
-
 def train_upcycled(
     source: Path, target: Path, steps: int
 ) -> tuple[list[float], list[float], float]:

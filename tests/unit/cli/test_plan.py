@@ -125,13 +125,6 @@ def test_a_ramp_of_the_batch_trains_on_less(plan, tmp_path: Path) -> None:
     assert tokens == {(10 * 32 + 90 * 64) * 2048}
 
 
-def test_a_vanilla_model_is_planned_alone(plan, tmp_path: Path) -> None:
-    data = tmp_path / "plan.json"
-    none = [f"moe.num_{kind}_experts=0" for kind in ("zero", "copy", "constant")]
-    assert plan(*none, "moe.gating_residual=false", "--gpus", "8", "--json", str(data)) == 0
-    assert {record["kind"] for record in json.loads(data.read_text())} == {"vanilla"}
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

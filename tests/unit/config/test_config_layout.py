@@ -35,14 +35,6 @@ def test_degrees_and_microbatches(minimal: Path) -> None:
     )
 
 
-def test_expert_tensor_parallelism_is_one_unless_set(minimal: Path) -> None:
-    config = load_config(
-        minimal, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
-    )
-    assert Layout.from_config(config, 4).etp == 1
-    assert Layout.from_config(config, 4).edp == 4
-
-
 GRIDS = [
     (8, 1, 1, 1, 8, 1),
     (8, 2, 1, 1, 4, 1),

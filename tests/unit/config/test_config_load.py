@@ -84,12 +84,6 @@ def test_a_target_is_held_by_a_selection_bias_unless_told_otherwise(minimal: Pat
     assert load_config(minimal, ["moe.selection_bias=false", "moe.budget.controller=bias"])
 
 
-def test_empty_section_inside_a_section_is_its_defaults(minimal: Path, tmp_path: Path) -> None:
-    top = tmp_path / "top.yaml"
-    top.write_text("base: minimal.yaml\nmoe:\n  budget:\n")
-    assert load_config(top) == load_config(minimal)
-
-
 def test_base_cycle_is_refused_with_its_chain(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: c.yaml\n")

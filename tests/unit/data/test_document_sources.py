@@ -73,15 +73,6 @@ def test_each_token_has_its_source(sourced: Path, workers: int) -> None:
     assert mixed > 50
 
 
-def test_a_folder_of_one_source_tells_none_apart(prepared: Path, tokenizer: Tokenizer, tmp_path):
-    assert not (prepared / DOCUMENT_SOURCES).exists()
-    train, _, _ = build_datasets(
-        prepared, tokenizer, LENGTH, "1,0,0", 7, (8, 0, 0), cache_dir=tmp_path
-    )
-    assert source_names(train) == ()
-    assert SOURCES not in train[0]
-
-
 def test_the_folder_is_reused_verified_and_refused_when_damaged(sourced: Path, tmp_path) -> None:
     given = [
         f"{name}={sourced.parent / f'{i}.jsonl'}" for i, name in enumerate([*LETTERS, "first"])

@@ -188,21 +188,6 @@ def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch, name:
         read_all(path)
 
 
-def test_pieces_keep_the_order_and_cover_all_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for i in range(20):
-        (tmp_path / f"{i:02}.txt").write_text(f"{i:02}" * (i + 1))
-    (tmp_path / "99.jsonl").write_text('{"text": "last"}\n' * 10)
-    sources = resolve_sources([str(tmp_path)])
-    monkeypatch.setattr(documents, "PIECE_BYTES", 50)
-    pieces = plan_pieces(sources, "text")
-    assert len(pieces) > 5
-    assert sum(piece.size for piece in pieces) == sources[0].size
-    assert [document for piece in pieces for document in read_piece(piece, "text")] == [
-        *(f"{i:02}" * (i + 1) for i in range(20)),
-        *["last"] * 10,
-    ]
-
-
 def test_source_without_a_usable_document_is_named_with_reasons(tmp_path: Path):
     (tmp_path / "good.txt").write_text("text")
     (tmp_path / "bad.jsonl").write_text('{"content": "a"}\n{"content": "b"}\nnonsense\n')

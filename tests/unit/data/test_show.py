@@ -57,30 +57,6 @@ def test_shares_are_those_drawn(folders: list[Path], tmp_path: Path) -> None:
     assert whole.shares[0].epochs == pytest.approx(whole.shares[0].tokens / tokens)
 
 
-def test_a_ramp_of_the_batch_draws_less(folders: list[Path], tmp_path: Path) -> None:
-    """Four steps of 2 sequences of 16 tokens, until 128 tokens are read, then four of 4."""
-    file = tmp_path / "config.yaml"
-    config = staged(folders)
-    config = config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"stages": []}),
-            "training": config.training.model_copy(
-                update={"micro_batch_size": 2, "batch_ramp": [[0, 2], [128, 4]]}
-            ),
-        }
-    )
-    file.write_text(config.to_yaml())
-    result = CliRunner().invoke(app, ["data", "show", str(file)])
-    assert result.exit_code == 0, result.output
-    assert "the run: steps 1 to 8" in result.output
-    shares = planned_shares(
-        config, {r: Corpus(f) for r, f in folders_of(blends_of(config)).items()}, 24
-    )
-    assert sum(share.tokens for share in shares[-1].shares) == 24 * 16
-    assert "288" in result.output
-    assert "96" in result.output
-
-
 def test_documents_are_the_corpus_s(prepared: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
     corpus = Corpus(Folder("DIR", prepared))
     found = {tokenizer.decode(corpus.document(i).tolist()) for i in range(len(texts))}

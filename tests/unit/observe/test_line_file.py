@@ -76,17 +76,6 @@ def test_what_follows_is_under_the_name_again(make_record, run: Path, caplog, lo
     ]
 
 
-def test_a_rollback_leaves_what_was_rotated_away(make_record, run: Path):
-    sink = JsonlSink(run / "metrics.jsonl")
-    for step in (1, 2, 3):
-        sink.write(make_record(step))
-    rotate(run)
-    sink.go_back(1)
-    sink.write(make_record(2))
-    assert steps_in(run / "metrics.jsonl.1") == [1, 2, 3]
-    assert steps_in(run / "metrics.jsonl") == [2]
-
-
 def test_records_that_are_removed_before_the_end_are_a_failure(make_record, run: Path):
     sink = JsonlSink(run / "metrics.jsonl")
     sink.write(make_record(1))

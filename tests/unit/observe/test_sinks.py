@@ -97,15 +97,6 @@ def test_resuming_repairs_the_file(make_record, tmp_path: Path, resume_step, exp
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_whole_last_line_without_line_end_is_kept(make_record, tmp_path: Path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(make_record(1).to_json_line().rstrip("\n"))
-    sink = JsonlSink(path)
-    sink.write(make_record(2))
-    sink.close()
-    assert steps_in(path) == [1, 2]
-
-
 @pytest.mark.parametrize("damage", [b"garbage\n", b"\0" * 300 + b"\n", b'{"step": 1}\n', b"\xff\n"])
 def test_a_damaged_file_is_set_aside_and_what_can_be_read_is_kept(
     make_record, tmp_path, caplog, damage

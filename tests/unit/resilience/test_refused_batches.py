@@ -54,11 +54,6 @@ def test_model_that_does_not_take_old_batches_is_damaged(losses: list[float]) ->
     assert find_cause(refused, batches(SHARES, losses, 2), is_usual).cause == "model"
 
 
-def test_one_odd_batch_of_before_is_no_damage() -> None:
-    before = batches(SHARES, [3.0, math.nan, 3.1, 3.0, 9.0], 2)
-    assert find_cause(batches(OTHER_SHARES, [7.0] * 5, 1), before, is_usual).cause == "data"
-
-
 def test_too_few_batches_never_count_as_moved() -> None:
     one, other = ([b.selections_LE for b in batches(s, [3.0], 1)] for s in (SHARES, OTHER_SHARES))
     assert [num_needed(count) for count in (1, 2, 3, 5, 9)] == [20, 10, 7, 5, 9]

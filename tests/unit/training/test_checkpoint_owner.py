@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.file_names import STATUS_FILE
 from moepp_megatron.observe.status import StatusSink
 from moepp_megatron.runtime.atomic import create_atomic
 from moepp_megatron.training.checkpoint import find_checkpoint, list_checkpoints
@@ -147,13 +146,6 @@ def test_marks_of_runs_that_are_not_there_count_for_nothing(of, place, tmp_path,
     assert mark_of(place) == f"{tmp_path / 'runs' / 'a'}\n"
 
 
-def test_a_run_that_was_deleted_leaves_its_place(of, place, tmp_path) -> None:
-    enter(of("a"))
-    (tmp_path / "runs" / "a" / STATUS_FILE).unlink()
-    enter(of("b"))
-    assert mark_of(place) == f"{tmp_path / 'runs' / 'b'}\n"
-
-
 def test_a_start_from_which_no_run_came_leaves_nothing(of, place, tmp_path) -> None:
     with RunFolder(of("a")).claim(Start()):
         assert (place / "owner").exists()
@@ -189,16 +181,6 @@ def test_a_full_disk_of_checkpoints_is_no_claim(of, place, tmp_path, write, monk
         enter(of("a"))
     assert not (tmp_path / "runs").exists()
     assert list(place.iterdir()) == []
-
-
-def test_checkpoints_inside_of_the_run_need_no_mark(of, place, tmp_path) -> None:
-    run = tmp_path / "runs" / "b"
-    enter(of("b", None))
-    assert not (run / "checkpoints").exists()
-    # A copy of another run's checkpoints is the run's own.
-    enter(of("a"))
-    shutil.copytree(place, run / "checkpoints")
-    enter(of("b", None), Start(restarted=True))
 
 
 def test_links_are_followed(of, place, tmp_path) -> None:

@@ -102,13 +102,6 @@ def test_both_ways_at_once_are_refused(run: Path) -> None:
     assert not run.exists()
 
 
-def test_resume_is_let_in(run, write) -> None:
-    make_run(run, write)
-    before = files(run)
-    assert enter(config_in(run), RESUME) == []
-    assert {name: content for name, content in files(run).items() if name in before} == before
-
-
 def test_a_run_that_ended_without_a_checkpoint_cannot_go_on(run: Path) -> None:
     """Going on would train from step 0 over its records."""
     make_run(run)
@@ -156,16 +149,6 @@ def test_what_the_new_run_reads_stays(run, write) -> None:
     assert file.read_bytes() == (aside / "config.yaml").read_bytes() == content
 
 
-def test_configuration_files_of_other_names_stay(run, write) -> None:
-    make_run(run, write)
-    (run / "base.yaml").write_text(config_in(run).to_yaml())
-    (run / "mine.yaml").write_text("base: base.yaml")
-    enter(config_in(run), Start(overwrite=True, config_file=run / "mine.yaml"))
-    assert sorted(files(run)) == ["base.yaml", "mine.yaml", "status.json"]
-    (aside,) = (path for path in run.parent.iterdir() if path != run)
-    assert "config.yaml" in files(aside)
-
-
 def test_a_run_that_is_the_base_keeps_its_configuration(run, write, tmp_path) -> None:
     make_run(run, write)
     content = (run / "config.yaml").read_bytes()
@@ -173,12 +156,6 @@ def test_a_run_that_is_the_base_keeps_its_configuration(run, write, tmp_path) ->
     enter(config_in(run), Start(overwrite=True, config_file=tmp_path / "mine.yaml"))
     (aside,) = run.parent.glob("run.2*")
     assert (run / "config.yaml").read_bytes() == (aside / "config.yaml").read_bytes() == content
-
-
-def test_the_configuration_file_itself_is_no_trace(run: Path) -> None:
-    run.mkdir(parents=True)
-    (run / "config.yaml").write_text("")
-    enter(config_in(run), Start(config_file=run / "config.yaml"))
 
 
 def test_runs_below_the_run_stay(run, write) -> None:

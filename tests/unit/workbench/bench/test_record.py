@@ -88,13 +88,6 @@ def test_one_file_of_all_results(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
-def test_steps_that_were_not_run_are_left_out(folder: Path) -> None:
-    for name in ("tests.xml", "layer_bf16.json", "step_bf16.json"):
-        (folder / name).unlink()
-    found = record.assemble(folder, "a command")
-    assert (found["tests"], found["layer"], found["step"]) == (None, {}, {})
-
-
 def test_no_card_no_record(folder: Path) -> None:
     (folder / "card.json").unlink()
     with pytest.raises(ConfigError, match=r"card.json must be what `moepp bench card --json` writ"):

@@ -131,25 +131,6 @@ def test_stages_hold_every_layer_once(layers: int, stages: int) -> None:
     assert [layer for (chunk,) in held for layer in chunk] == list(range(layers))
 
 
-def test_what_makes_a_step_slower(h100: Machine) -> None:
-    def seconds(load: Workload = LOAD, routing=FORCED_BALANCE, **grid: object) -> float:
-        return step_time(load, Grid(**{"world": 64, "ep": 8, **grid}), h100, routing).total
-
-    base = seconds()
-    assert seconds(recompute=("moe",)) > base
-    assert seconds(recompute=FULL) > seconds(recompute=("moe",))
-    assert seconds(routing=LEARNED) > base
-    assert seconds(pp=4) > seconds(pp=4, vpp=2) > base
-    assert seconds(at_share(1.0)) > base > seconds(at_share(0.3))
-    # 64 expert ranks are spread over 8 nodes: an exchange that overlap hides.
-    wide = replace(LOAD, experts=replace(LOAD.experts, num_ffn_experts=64))
-    assert seconds(wide, ep=64) > seconds(wide, ep=64, expert_overlap=True) > 0
-    # Of a token's 8 experts several are on a node. (Of 2 hardly any are, and an all-to-all's rows
-    # travel while local experts compute.)
-    many = replace(wide, experts=replace(wide.experts, router_topk=8))
-    assert seconds(many, ep=64) > seconds(many.with_dispatcher("flex"), ep=64)
-
-
 def test_exchanged_bytes_are_those_of_the_dispatcher() -> None:
     # 4,096 tokens, 2 x phi rows of 4,096 bytes each to 8 ranks, out and back.
     grid = Grid(8, ep=8)
@@ -252,17 +233,6 @@ def test_the_fast_way_gives_what_the_slow_one_does(h100: Machine) -> None:
         assert coster.memory(grid) == pytest.approx(held + reserved, rel=1e-9)
 
 
-def test_hidden_exchange_never_exceeds_what_covers_it(h100: Machine) -> None:
-    # A slow network: the exchange takes longer than all computation.
-    slow = load_hardware("h100_sxm").model_copy(update={"network_gbit_s_per_gpu": 10.0})
-    machine = machine_of(slow)
-    wide = replace(LOAD, experts=replace(LOAD.experts, num_ffn_experts=64))
-    grid = Grid(64, ep=64, expert_overlap=True)
-    rows = grid.tokens(wide.seq) * wide.experts.ffn_per_token
-    time = layer_time(wide, grid, machine, True, rows, 1.0)
-    assert time.seconds["expert exchange"] > time.hidden["expert exchange"] > 0
-
-
 def test_planning_imports_no_torch() -> None:
     import ast
 
@@ -308,16 +278,6 @@ def test_a_slow_host_decides_over_many_small_kernels() -> None:
     # Wide experts hide the same host.
     wide = replace(narrow(), experts=replace(narrow().experts, ffn_size=16384))
     assert HOST not in seconds_of(wide, grid, with_reached(launch_s=10e-6)).seconds
-
-
-def test_graphs_take_kernels_off_the_host() -> None:
-    grid, machine = Grid(8, ep=2), with_reached(launch_s=60e-6)
-    scopes = [set(), {"attn"}, {"attn", "moe_router"}, {"full_iteration"}]
-    times = [seconds_of(narrow(graphs=frozenset(scope)), grid, machine).total for scope in scopes]
-    assert times == sorted(times, reverse=True)
-    assert len(set(times)) == len(times)
-    whole = seconds_of(narrow(graphs=frozenset({"full_iteration"})), grid, machine)
-    assert HOST not in whole.seconds
 
 
 def test_casts_to_fp8_are_kernels_of_each_expert() -> None:

@@ -13,11 +13,9 @@ from moepp_megatron.workbench.planning.grid import FULL, Grid
 from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE, LEARNED
 from moepp_megatron.workbench.planning.machine import Machine, machine_of
 from moepp_megatron.workbench.planning.overlay import config_of
-from moepp_megatron.workbench.planning.pipeline import stage_sizes
 from moepp_megatron.workbench.planning.plan import TIE, complexity, make_plan
 from moepp_megatron.workbench.planning.search import Space
 from moepp_megatron.workbench.planning.workload import Workload
-from tests.parallel.training_runs import VANILLA
 
 WORLD = 16
 
@@ -213,22 +211,6 @@ def test_the_fastest_dispatcher_is_taken_where_tokens_travel(h100: Machine) -> N
         assert free.memory(grid) == pytest.approx(each[chosen].memory(grid))
         assert config_of(config, free.named(grid)).moe.dispatcher == chosen
     assert len(seen) > 1
-
-
-def test_vanilla_has_no_deduplicated_dispatcher() -> None:
-    vanilla = configured(moe=VANILLA)
-    assert Space.of(vanilla, WORLD, 8).dispatchers == ("alltoall", "flex")
-    in_fp32 = configured(precision={"dtype": "fp32"})
-    assert "flex" not in Space.of(in_fp32, WORLD, 8).dispatchers
-
-
-def test_uneven_layers_are_divided_over_chunks() -> None:
-    config = configured(model={"num_layers": 61}, batch=256)
-    grids = [grid for grid in Space.of(config, 64, 8).grids() if grid.vpp > 1]
-    assert {(grid.pp, grid.vpp) for grid in grids} >= {(8, 4), (4, 8)}
-    sizes = stage_sizes(61, 32)
-    assert (sizes[0], sizes[-1], sum(sizes)) == (1, 0, 61)
-    assert all(is_legal(config, grid) for grid in grids[::700])
 
 
 def test_latent_attention_may_repeat_its_expansions() -> None:

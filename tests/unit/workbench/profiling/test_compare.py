@@ -86,19 +86,6 @@ def test_what_is_gone():
     assert "dispatch, forward (all-to-all, expert): gone, 40.0 ms exposed before." in said
 
 
-def test_the_step_and_what_is_not_communication():
-    before = summary("B", row(), steps=(800e3, 820e3), exposed_us=90e3)
-    after = summary("A", row(), steps=(640e3, 646e3), exposed_us=50e3)
-    comparison = compare(before, after)
-    assert comparison.step_us == 643e3 - 810e3
-    assert comparison.parts_us == {"work and the rest": -167e3 + 40e3}
-    assert in_words(comparison) == [
-        "A step takes 643.0 ms instead of 810.0 ms: 167.0 ms less (20.6%).",
-        "Exposed communication 90.0 ms -> 50.0 ms; work and the rest: 127.0 ms less.",
-        "No kind of communication changed by 1% of a step or more.",
-    ]
-
-
 def test_chance_is_named():
     few = in_words(compare(summary("B", steps=(800e3,)), summary("A", steps=(700e3, 710e3))))
     assert "With so few steps, chance can be as large as this: record more of them." in few

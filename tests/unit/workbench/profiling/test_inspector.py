@@ -1,6 +1,5 @@
 """NCCL Inspector's logs: samples written from its source, and damaged ones."""
 
-import gzip
 import json
 from pathlib import Path
 
@@ -90,12 +89,6 @@ def test_nccl_2_28_without_times_names_or_peers():
 def test_the_unfinished_last_line_of_a_live_file_is_left_out():
     assert not OLD[1].read_text().endswith("\n")
     assert [one.rank for one in read_inspector(OLD)].count(1) == 3
-
-
-def test_packed_logs(tmp_path):
-    packed = tmp_path / "node-a-pid977.log.gz"
-    packed.write_bytes(gzip.compress(OLD[0].read_bytes()))
-    assert read_inspector([packed]) == read_inspector([OLD[0]])
 
 
 def edited(tmp_path: Path, edit, number: int = 0, source: Path = NEW[0]) -> Path:

@@ -1,16 +1,13 @@
 """A slow rank is told from uneven experts."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moepp_megatron.workbench.profiling import analysis
 from moepp_megatron.workbench.profiling.measures.expert_load import ExpertLoad, slow_rank
 from moepp_megatron.workbench.profiling.measures.exposure import MeasuredStepTime
 from moepp_megatron.workbench.profiling.trace import RankTrace, TracedGroup
-from moepp_megatron.workbench.report.profile import findings
 
 SAMPLE = Path(__file__).parent / "samples" / "kineto_nccl"
 GROUP = (0, 1, 2, 3)
@@ -58,24 +55,3 @@ def test_ranks_are_compared_within_their_group() -> None:
     assert found([400.0, 400.0, 100.0, 100.0], [100] * 4, [(0, 1), (2, 3)]) is None
     slow = found([400.0, 400.0, 300.0, 100.0], [100] * 4, [(0, 1), (2, 3)])
     assert (slow.rank, slow.time_ratio) == (2, 3.0)
-
-
-def test_a_slow_rank_is_named_and_no_balance_is_advised() -> None:
-    load = ExpertLoad({}, 3, 1.3)
-    slow = found([440.0, 100.0, 100.0, 100.0], [84, 100, 100, 100])
-    profile = replace(analysis.analyse(SAMPLE), slow=slow, load=load)
-    said = " ".join(findings.findings(profile))
-    assert "Rank 0 is slow: it computes 4.40 times as long" in said
-    assert "for 0.84 times their rows" in said
-    assert "balance_coeff" not in said
-    said = " ".join(findings.findings(replace(profile, slow=None)))
-    assert "A larger moe.balance_coeff evens it." in said
-
-
-def test_a_profile_looks_for_a_slow_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    slow = found([440.0, 100.0, 100.0, 100.0], [84, 100, 100, 100])
-    monkeypatch.setattr(analysis, "slow_rank", lambda *what: asked.append(what) or slow)
-    profile = analysis.analyse(SAMPLE)
-    assert profile.slow is slow
-    assert asked == [(profile.traces, profile.times, profile.load)]

@@ -1,14 +1,12 @@
 """A run watched from outside: what is read, what is kept, whether it is alive."""
 
 import json
-import math
 import time
 from pathlib import Path
 
 import pytest
 
 from moepp_megatron.observe import JsonlSink, StepMetrics
-from moepp_megatron.observe.alerts import Alert, AlertFile
 from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.workbench.report.live.run import LiveRun
 from moepp_megatron.workbench.report.run_data import ReportError
@@ -125,12 +123,6 @@ def test_states(make_run, tmp_path: Path):
     assert polled(run, HOUR).health().state == "silent"
 
 
-def test_a_finished_run_is_finished_whatever_its_age(make_run):
-    run = make_run(steps=5, training={"train_iters": 5})
-    set_status(run, "ended")
-    assert polled(run, HOUR).health().text == "finished 1 h 00 min ago"
-
-
 def test_long_intervals_between_records_are_no_silence(make_run):
     def slow(records):
         for record in records:
@@ -148,28 +140,6 @@ def test_the_target_of_a_budget_stands_before_phi(make_run):
     append(run, records_of(run)[-1] | {"step": 3, "ffn_target": 0.4})
     live.poll()
     assert live.target_ffn_share == 0.4
-
-
-def test_alerts_are_read_as_they_come(make_run):
-    run = make_run(steps=2)
-    live = polled(run)
-    file = AlertFile(run / "alerts.jsonl")
-    for step in (1, 2):
-        file.send(
-            Alert(
-                step=step,
-                time=1.0,
-                rule="collapse",
-                metric="ffn_fraction",
-                value=math.nan,
-                condition="< 0.1",
-                severity="critical",
-                action="safe_mode",
-            )
-        )
-        live.poll()
-    assert [alert.step for alert in live.alerts] == [1, 2]
-    assert live.alert_counts == {("collapse", "critical"): 2}
 
 
 def test_wrong_folders_are_refused(tmp_path: Path, make_run):

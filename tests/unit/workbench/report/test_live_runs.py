@@ -1,12 +1,10 @@
 """Many runs served by one process."""
 
 import json
-import os
 import re
 import shutil
 import socket
 import sys
-import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -133,14 +131,6 @@ def test_what_is_damaged_in_one_run_does_not_keep_the_others(add_run):
 
     (a / "config.yaml").write_text("[")
     assert numbers(ask(address))["moepp_step", "b"] == 3
-
-
-def test_a_run_that_stands_still_is_silent_beside_one_that_goes_on(add_run):
-    a, b = add_run("a", steps=5), add_run("b", steps=5)
-    runs = LiveRuns([a.parent], clock=lambda: time.time() + 3600)
-    later = time.time() + 3600
-    os.utime(b / "metrics.jsonl", (later, later))
-    assert states(ask(serve(runs, 0))) == {"a": "silent", "b": "running"}
 
 
 def moepp(monkeypatch, *arguments: str) -> int:

@@ -70,12 +70,6 @@ def test_the_contents_lead_to_every_section(full_run: Path) -> None:
     assert targets == {name for name, _ in links}
 
 
-def test_the_page_needs_no_other_page(full_run: Path) -> None:
-    """Somebody who gets it by mail has no docs folder."""
-    page = (full_run / "report.html").read_text()
-    assert "docs/" not in page
-
-
 @pytest.mark.parametrize(("scheme", "is_dark"), [("light", False), ("dark", True)])
 def test_light_and_dark_in_a_browser(browser: Any, full_run: Path, scheme: str, is_dark: bool):
     context = browser.new_context(color_scheme=scheme, viewport={"width": 1200, "height": 900})

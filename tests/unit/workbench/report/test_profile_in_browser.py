@@ -100,15 +100,3 @@ def test_zoom_and_back(page: Any) -> None:
     page.wait_for_function(f"document.getElementById('range').textContent !== {whole!r}")
     page.click("button[data-do='all']")
     assert shown(page) == whole
-
-
-def test_one_kind_alone(page: Any) -> None:
-    optimizer = place(page, 0, "step", 620)
-    exchange = place(page, 0, "stream 20 (NCCL)", 200)
-    button = page.locator("#legend button", has_text="optimizer")
-    button.click()
-    assert page.locator("#legend button[aria-pressed='true']").inner_text() == "optimizer"
-    assert colour(page, optimizer) == COLOURS["optimizer"]
-    assert colour(page, exchange) != COLOURS["dispatch"]
-    page.locator("#legend button", has_text="optimizer").click()
-    assert colour(page, exchange) == COLOURS["dispatch"]

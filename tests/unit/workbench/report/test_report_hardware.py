@@ -63,9 +63,3 @@ def test_small_rates_are_shown_in_a_unit_of_their_size(make_run):
     assert flops.title == "Model FLOP/s"
     assert "Model FLOP/s: 30.0000 at step 1" in flops.alt
     assert "NVLink traffic: 100.0000 at step 1" in nvlink.alt
-
-
-def test_a_run_without_telemetry_has_no_such_section(make_run):
-    run = load_run(make_run(steps=4))
-    assert hardware_cards(run) == []
-    assert ">Hardware</h2>" not in render(run)

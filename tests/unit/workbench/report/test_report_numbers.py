@@ -187,13 +187,6 @@ def test_rates_are_in_a_unit_of_their_size(value, unit, expected):
     assert formatting.rate(value, unit) == expected
 
 
-def test_own_expert_width_and_two_layer_gate_are_counted(make_run):
-    run = load_run(make_run(steps=2, moe={"ffn_hidden_size": 64, "two_layer_gate": True}))
-    savings = compute_savings(run.config, summarize(run))
-    assert savings.vanilla.ffn == 4 * 2 * 6 * 128 * 64
-    assert savings.measured.router == 4 * 2 * 8 * 12 * (128 + 12) + 3 * 2 * 12 * 12
-
-
 @pytest.mark.parametrize(
     ("frequency", "layers"), [(1, [1, 2, 3, 4]), (2, [1, 3]), ([0, 1, 1, 0], [2, 3])]
 )

@@ -254,13 +254,3 @@ def test_the_command_refuses_a_missing_run_in_one_line(tmp_path: Path, monkeypat
     assert printed.err.endswith(
         "nowhere: is not a folder; name the folder of a run that `moepp train` has started\n"
     )
-
-
-@pytest.mark.usefixtures("unrendered")
-def test_a_ramped_batch_is_drawn(make_run):
-    def ramp(records):
-        for record in records:
-            record["batch_size"] = 8 if record["step"] <= 20 else 16
-
-    alts = [alt for _, alt in read_page(make_run(edit=ramp)).pictures]
-    assert any(alt.startswith("Batch size: 8.0000 at step 1, 16.0000 at step 60") for alt in alts)
