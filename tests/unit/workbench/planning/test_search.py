@@ -86,7 +86,7 @@ def test_space_holds_what_the_rules_accept(config: Config) -> None:
         assert (grid in found) == is_legal(config, grid), grid
 
 
-@pytest.mark.parametrize("world", [1, 8, 12, 64])
+@pytest.mark.parametrize("world", [12, 64])
 def test_every_layout_found_is_legal(world: int) -> None:
     config = configured(batch=192)
     grids = list(Space.of(config, world, per_node=8).grids())
