@@ -185,45 +185,45 @@ def test_planned_configurations_pass_a_dry_run(path, tmp_path, monkeypatch, caps
     assert "data-parallel rank; phi 0." in printed.out
 
 
-def test_a_machine_without_deepep_refuses_flex(command, capsys):
-    assert command("moe.dispatcher=flex ep=2", 2) == 3
-    error = capsys.readouterr().err
-    assert "moe.dispatcher (flex) must have a GPU and the package deep_ep" in error
-    assert "use alltoall" in error
+NEEDS_TE = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is here"
+)
+TRITON = "must have a GPU and the package triton"
+LACKING = [
+    ("moe.dispatcher=flex ep=2", "moe.dispatcher (flex) must have a GPU and the package deep_ep"),
+    ("moe.dispatcher=flex ep=2", "use alltoall"),
+    ("moe.fused=true ep=2", f"moe.fused (true) {TRITON}"),
+    ("moe.fused=true ep=2", "use auto"),
+    ("precision.cross_entropy=fused ep=2", f"precision.cross_entropy (fused) {TRITON}"),
+    ("training.cuda_graphs=[attn]", "must be empty without a GPU; use []"),
+    pytest.param(
+        "training.recompute_granularity=selective training.recompute_modules=[moe_act]",
+        "must not hold moe_act without Transformer Engine",
+        marks=NEEDS_TE,
+    ),
+    pytest.param(
+        "model.latent_attention.kv_lora_rank=13 sp=true tp=2",
+        "kv_lora_rank (13) must, with qk_pos_emb_head_dim added, be divisible by",
+        marks=NEEDS_TE,
+    ),
+    *(
+        pytest.param(
+            "precision.dtype=bf16 precision.fp8=hybrid precision.fp8_recipe=tensorwise", said,
+            marks=NEEDS_TE,
+        )
+        for said in ("(hybrid) must have Transformer Engine and a GPU", "set precision.fp8 to null")
+    ),
+]  # fmt: skip
 
 
-def test_a_machine_without_triton_refuses_its_kernels(command, capsys, monkeypatch):
+@pytest.mark.parametrize(("text", "said"), LACKING)
+def test_what_this_machine_lacks_is_refused_here_and_planned_elsewhere(
+    command, capsys, monkeypatch, text, said
+):
     monkeypatch.setattr("moepp_megatron.runtime.fit.have_triton", lambda: False)
-    assert command("moe.fused=true ep=2", 2) == 3
-    error = capsys.readouterr().err
-    assert "moe.fused (true) must have a GPU and the package triton" in error
-    assert "use auto" in error
-    assert command("precision.cross_entropy=fused ep=2", 2) == 3
-    error = capsys.readouterr().err
-    assert "precision.cross_entropy (fused) must have a GPU and the package triton" in error
-
-
-def test_a_machine_without_transformer_engine_refuses_its_modules(command, capsys):
-    if importlib.util.find_spec("transformer_engine") is not None:
-        pytest.skip("Transformer Engine is here")
-    again = "training.recompute_granularity=selective training.recompute_modules=[moe_act]"
-    assert command(again, 1, "--dry-run") == 0
-    assert command(again, 1) == 3
-    assert "must not hold moe_act without Transformer Engine" in capsys.readouterr().err
-    latent = "model.latent_attention.kv_lora_rank=13 sp=true"
-    assert command(f"{latent} tp=2", 2, "--dry-run") == 0
-    assert command(f"{latent} tp=2", 2) == 3
-    error = capsys.readouterr().err
-    assert "kv_lora_rank (13) must, with qk_pos_emb_head_dim added, be divisible by" in error
-
-
-def test_a_machine_without_a_gpu_refuses_cuda_graphs(command, capsys):
-    assert command("training.cuda_graphs=[attn]", 2) == 3
-    assert "must be empty without a GPU; use []" in capsys.readouterr().err
-
-
-def test_another_machine_can_be_planned_for(command):
-    assert command("moe.dispatcher=flex moe.fused=true ep=2", 2, "--dry-run") == 0
+    assert command(text, 2, "--dry-run") == 0
+    assert command(text, 2) == 3
+    assert said in capsys.readouterr().err
 
 
 def test_a_rank_is_built_only_of_what_is_there(command, capsys):
@@ -263,17 +263,6 @@ def test_every_starting_point_is_sound(config, monkeypatch, capsys):
     (warning,) = capsys.readouterr().err.splitlines()
     problem = "data.path (corpus) must be a prepared folder, looked at /"
     assert warning.startswith(f"warning: a start here would be refused: {problem}")
-
-
-def test_a_machine_without_transformer_engine_refuses_fp8(command, capsys):
-    if importlib.util.find_spec("transformer_engine") is not None:
-        pytest.skip("Transformer Engine is here")
-    fp8 = "precision.dtype=bf16 precision.fp8=hybrid precision.fp8_recipe=tensorwise"
-    assert command(fp8, 1, "--dry-run") == 0
-    assert command(fp8, 1) == 3
-    error = capsys.readouterr().err
-    assert "precision.fp8 (hybrid) must have Transformer Engine and a GPU" in error
-    assert "set precision.fp8 to null" in error
 
 
 def test_grid_and_stages_are_printed(command, capsys):
