@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -46,3 +46,18 @@ def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.figures import save_empty
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_empty)
+
+
+@pytest.fixture
+def moepp(monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process: exit code, stdout and stderr."""
+    from moepp_megatron.cli import main
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["moepp", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return call

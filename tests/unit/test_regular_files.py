@@ -1,12 +1,11 @@
 """What is no regular file is refused in one line, and never opened: a pipe would block for ever."""
 
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from moepp_megatron.cli import main
 from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.observe.metrics import MetricsError, read_metrics
 from moepp_megatron.observe.status import read_status
@@ -46,19 +45,20 @@ def test_readers_refuse_a_pipe(pipe: Path, tmp_path: Path):
     assert read_status(tmp_path) is None
 
 
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object):
+@pytest.fixture
+def refused(moepp) -> Callable[..., str]:
     """The line with which a command refuses its arguments."""
-    monkeypatch.setattr(sys, "argv", ["moepp", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    printed = capsys.readouterr().err
-    assert ended.value.code == 2, printed
-    assert printed.count("\n") == 1, printed
-    return printed
+
+    def call(*words: object) -> str:
+        code, _, printed = moepp(*words)
+        assert (code, printed.count("\n")) == (2, 1), printed
+        return printed
+
+    return call
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
-def test_commands_refuse_a_pipe_or_a_device_in_one_line(kind, pipe, tmp_path, monkeypatch, capsys):
+def test_commands_refuse_a_pipe_or_a_device_in_one_line(kind, pipe, tmp_path, refused):
     given = pipe if kind == "pipe" else Path(kind)
     (tmp_path / "a.yaml").write_text(f"base: {given}\n")
     (tmp_path / "a.txt").write_text("text")
@@ -72,14 +72,14 @@ def test_commands_refuse_a_pipe_or_a_device_in_one_line(kind, pipe, tmp_path, mo
         (*prepare, "--tokenizer", given),
         (*prepare, *chat, given),
     ):
-        line = refused(monkeypatch, capsys, *words)
+        line = refused(*words)
         assert "regular file" in line or "neither a file nor a folder" in line
         assert str(given) in line
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "alerts.jsonl"])
-def test_a_run_with_a_pipe_for_a_file_is_no_run(name: str, run: Path, monkeypatch, capsys):
+def test_a_run_with_a_pipe_for_a_file_is_no_run(name: str, run: Path, refused):
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
-    assert "Not a regular file" in refused(monkeypatch, capsys, "report", run)
-    assert "Not a regular file" in refused(monkeypatch, capsys, "monitor", run, "--once")
+    assert "Not a regular file" in refused("report", run)
+    assert "Not a regular file" in refused("monitor", run, "--once")

@@ -3,7 +3,6 @@
 import enum
 import inspect
 import os
-import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,13 +81,6 @@ def _words(place: Any, command: Any, value: str, folder: Path) -> list[str]:
     return [*options, *arguments]
 
 
-def _run(words: list[str], monkeypatch, capsys) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["moepp", *words])
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    return int(ended.value.code or 0), capsys.readouterr().err
-
-
 def test_the_walk_has_found_the_places():
     found = {(" ".join(path), parameter.name) for path, parameter, _ in PLACES}
     assert len(found) > 40
@@ -101,10 +93,10 @@ def test_the_walk_has_found_the_places():
     PLACES,
     ids=[f"{' '.join(path)} {place.name}" for path, place, _ in PLACES],
 )
-def test_an_address_is_refused(path, place, command, tmp_path, monkeypatch, capsys):
+def test_an_address_is_refused(path, place, command, tmp_path, monkeypatch, moepp):
     monkeypatch.chdir(tmp_path)
     words = _words(place, command, ADDRESS, tmp_path)
-    code, err = _run([*path, *words], monkeypatch, capsys)
+    code, _, err = moepp(*path, *words)
     assert code == 2
     assert f"('{HELD}') must be a path of this machine, and s3:// is not supported" in err
     name = place.name.upper() if place.param_type_name == "argument" else place.opts[0]
@@ -121,10 +113,10 @@ def test_an_address_is_refused(path, place, command, tmp_path, monkeypatch, caps
     ],
     ids=["second run", "setting"],
 )
-def test_also_among_others(words, tmp_path, monkeypatch, capsys):
+def test_also_among_others(words, tmp_path, monkeypatch, moepp):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.yaml").write_text("{}")
-    code, err = _run(words, monkeypatch, capsys)
+    code, _, err = moepp(*words)
     assert code == 2
     assert "bucket/x') must be a path of this machine, and s3:// is not supported" in err
     assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]
@@ -140,17 +132,17 @@ def test_also_among_others(words, tmp_path, monkeypatch, capsys):
     ],
     ids=lambda words: words[0],
 )
-def test_a_checkpoint_may_be_far_but_tells_no_password(words, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_may_be_far_but_tells_no_password(words, tmp_path, monkeypatch, moepp):
     monkeypatch.chdir(tmp_path)
-    code, err = _run(words, monkeypatch, capsys)
+    code, _, err = moepp(*words)
     assert code == 2
     assert "('s3://***@bucket/x') must not hold a user or password" in err
     assert "hidden" not in err
     assert err.count("\n") == 1
 
 
-def test_a_path_that_looks_alike_is_one(tmp_path, monkeypatch, capsys):
-    code, err = _run(["report", str(tmp_path / "s3:" / "bucket")], monkeypatch, capsys)
+def test_a_path_that_looks_alike_is_one(tmp_path, moepp):
+    code, _, err = moepp("report", str(tmp_path / "s3:" / "bucket"))
     assert code == 2
     assert "s3:/bucket: is not a folder" in err
 
@@ -171,7 +163,7 @@ def test_a_path_that_looks_alike_is_one(tmp_path, monkeypatch, capsys):
         ("report run --out pipe", "(a device or a pipe); name another one"),
     ],
 )
-def test_what_is_read_is_not_replaced(words, said, tmp_path, monkeypatch, capsys):
+def test_what_is_read_is_not_replaced(words, said, tmp_path, monkeypatch, moepp):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     names = ["x.yaml", "x.txt", "gpu.yaml", "run/metrics.jsonl", "run/status.json"]
@@ -181,7 +173,7 @@ def test_what_is_read_is_not_replaced(words, said, tmp_path, monkeypatch, capsys
         file.write_text("kept")
     (tmp_path / "link.json").symlink_to("x.yaml")
     os.mkfifo(tmp_path / "pipe")
-    code, err = _run(words.split(), monkeypatch, capsys)
+    code, _, err = moepp(*words.split())
     assert code == 2
     assert said in err
     assert err.count("\n") == 1
@@ -190,8 +182,8 @@ def test_what_is_read_is_not_replaced(words, said, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("name", ["report.html", "mine.json"])
-def test_results_of_before_are_replaced(name, tmp_path, monkeypatch, capsys):
+def test_results_of_before_are_replaced(name, tmp_path, monkeypatch, moepp):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).touch()
-    code, err = _run(["report", ".", "--out", name], monkeypatch, capsys)
+    code, _, err = moepp("report", ".", "--out", name)
     assert (code, "config.yaml: cannot be read" in err) == (2, True)

@@ -1,14 +1,12 @@
 """Places that cannot be written: each command says so in one line, before it works for them."""
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from moepp_megatron.cli import main
 from moepp_megatron.data import prepared_data
 from moepp_megatron.runtime import launch
 from tests.unit.cli.test_dry_run import MINIMAL
@@ -27,21 +25,16 @@ def read_only(small_disk: Path) -> Path:
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def refused(moepp, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs a command that is to end with status 2 and a line; returns the line."""
     monkeypatch.setattr(launch, "run_ranks", lambda *args: pytest.fail("ranks were started"))
     monkeypatch.setattr(prepared_data, "check_data", lambda config, whole_index: [])
 
     def call(*words: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["moepp", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main.run()
-        printed = capsys.readouterr()
-        assert ended.value.code == 2, printed.err
-        assert printed.out == ""
-        assert printed.err.startswith("error: ")
-        assert printed.err.count("\n") == 1
-        return printed.err
+        code, out, err = moepp(*words)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith("error: ")
+        return err
 
     return call
 
@@ -105,11 +98,8 @@ def test_files_to_write_are_looked_at_first(read_only, refused, config, option, 
     assert f"{reason}); name another one" in said
 
 
-def test_folders_of_a_file_are_made(config: Path, tmp_path: Path, monkeypatch) -> None:
+def test_folders_of_a_file_are_made(config: Path, tmp_path: Path, moepp) -> None:
     files = {option: tmp_path / "new" / option / "x.yaml" for option in ("--json", "--out")}
-    words = [str(word) for pair in files.items() for word in pair]
-    monkeypatch.setattr(sys, "argv", ["moepp", "plan", str(config), "--gpus", "1", *words])
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    assert not ended.value.code
+    words = [word for pair in files.items() for word in pair]
+    assert moepp("plan", config, "--gpus", "1", *words)[0] == 0
     assert all(yaml.safe_load(path.read_text()) for path in files.values())

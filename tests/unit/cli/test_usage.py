@@ -117,17 +117,6 @@ def test_the_walk_has_found_the_commands() -> None:
     assert {"", "score", "train", "data prepare", "bench layer", "convert upcycle"} <= names
 
 
-def _run(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["moepp", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main.run()
-    written = capsys.readouterr()
-    assert isinstance(caught.value.code, int)
-    return caught.value.code, written.out, written.err
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -157,8 +146,8 @@ def _run(
         (["monitor", "no-such-run", "--once"], "no-such-run: is not a folder"),
     ],
 )
-def test_wrong_usage_is_one_line_of_one_form(arguments: list[str], words: str, monkeypatch, capsys):
-    code, out, err = _run(arguments, monkeypatch, capsys)
+def test_wrong_usage_is_one_line_of_one_form(arguments: list[str], words: str, moepp):
+    code, out, err = moepp(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -178,14 +167,12 @@ def test_ctrl_c_while_the_program_is_imported_prints_nothing() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
-def test_ctrl_c_before_there_is_a_command_is_one_line(monkeypatch, capsys) -> None:
+def test_ctrl_c_before_there_is_a_command_is_one_line(monkeypatch, moepp) -> None:
     def interrupted(**_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main, "app", interrupted)
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    assert (ended.value.code, capsys.readouterr().err) == (1, "error: aborted\n")
+    assert moepp() == (1, "", "error: aborted\n")
 
 
 @pytest.mark.parametrize("before", ["default_int_handler", "SIG_IGN"])
@@ -204,22 +191,22 @@ def _lose_the_peer(**_: object) -> None:
 
 
 @pytest.mark.parametrize("written", ["2", "0", ""])
-def test_a_rank_whose_peer_has_refused_says_nothing(written: str, tmp_path, monkeypatch, capsys):
+def test_a_rank_whose_peer_has_refused_says_nothing(written: str, tmp_path, monkeypatch, moepp):
     (tmp_path / "status").write_text(written or "75")
     if written:
         monkeypatch.setenv("MOEPP_STATUS_FILE", str(tmp_path / "status"))
     monkeypatch.setattr(main, "app", _lose_the_peer)
     if written == "2":
-        assert _run([], monkeypatch, capsys) == (2, "", "")
+        assert moepp() == (2, "", "")
         return
     with pytest.raises(RuntimeError, match="closed by peer"):
         main.run()
 
 
-def test_json_that_is_printed_needs_a_folder(monkeypatch, capsys) -> None:
+def test_json_that_is_printed_needs_a_folder(monkeypatch, moepp):
     monkeypatch.setattr(paths, "_IN_MEMORY", "/nowhere")
     monkeypatch.setattr(paths.tempfile, "tempdir", "/nowhere")
-    code, out, error = _run(["config", "keys", "moe.tau", "--json", "-"], monkeypatch, capsys)
+    code, out, error = moepp("config", "keys", "moe.tau", "--json", "-")
     assert (code, out) == (3, "")
     assert error.startswith("error: --json (-) needs a temporary folder that can be written (")
 
@@ -233,7 +220,7 @@ def test_json_that_is_printed_needs_a_folder(monkeypatch, capsys) -> None:
         OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
 )
-def test_no_memory_is_one_line(error: Exception, tmp_path, monkeypatch, capsys) -> None:
+def test_no_memory_is_one_line(error: Exception, tmp_path, monkeypatch, moepp) -> None:
     from moepp_megatron.data import sources
 
     def without_memory(*_: object) -> None:
@@ -242,13 +229,8 @@ def test_no_memory_is_one_line(error: Exception, tmp_path, monkeypatch, capsys) 
     monkeypatch.setattr(sources, "companions", without_memory)
     (tmp_path / "state.json").write_text("{}")
     (tmp_path / "dataset_info.json").write_text("{}")
-    words = ["moepp", "data", "prepare", str(tmp_path), "--out", "unused"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    assert ended.value.code == 3
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
+    code, _, line = moepp("data", "prepare", tmp_path, "--out", "unused")
+    assert (code, line.count("\n")) == (3, 1)
     assert line.startswith("error: this machine's memory does not suffice")
     assert " ".join(str(error).split()) in line
 
@@ -267,7 +249,7 @@ FULL = {
 
 @pytest.mark.parametrize("words", FULL.values(), ids=FULL)
 def test_a_full_disk_is_one_line_that_names_the_file(
-    words, small_disk, tmp_path, monkeypatch, capsys
+    words, small_disk, tmp_path, monkeypatch, moepp
 ):
     fill(small_disk)
     monkeypatch.chdir(ROOT)
@@ -279,7 +261,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(
     }
     for name, path in paths.items():
         words = [word.replace(name, str(path)) for word in words]
-    code, _, err = _run(words, monkeypatch, capsys)
+    code, _, err = moepp(*words)
     assert code == 3
     (error,) = (line for line in err.splitlines() if not line.startswith("warning: "))
     assert "No space left on device" in error
@@ -287,21 +269,21 @@ def test_a_full_disk_is_one_line_that_names_the_file(
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
-def test_a_full_disk_without_a_name_is_not_blamed_on_stdout(monkeypatch, capsys) -> None:
+def test_a_full_disk_without_a_name_is_not_blamed_on_stdout(monkeypatch, moepp):
     def is_full(**_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(main, "app", is_full)
-    assert _run([], monkeypatch, capsys) == (3, "", "error: No space left on device; free space\n")
+    assert moepp() == (3, "", "error: No space left on device; free space\n")
 
 
-def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys) -> None:
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, moepp):
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
     for words in (["train", str(QUICKSTART)], ["report", str(tmp_path)], ["plan", str(QUICKSTART)]):
-        code, _, err = _run(words, monkeypatch, capsys)
+        code, _, err = moepp(*words)
         assert code == 2
         assert err == (
             "error: the working folder cannot be used (No such file or directory); change to one "
@@ -335,10 +317,10 @@ def test_a_full_disk_behind_stdout_is_one_line(words: list[str]):
     ids=lambda words: " ".join(words[:2]),
 )
 def test_a_relative_path_is_said_in_full_and_quoted_where_it_is_suggested(
-    words, tmp_path, monkeypatch, capsys
+    words, tmp_path, monkeypatch, moepp
 ):
     monkeypatch.chdir(tmp_path)
-    code, _, err = _run(words, monkeypatch, capsys)
+    code, _, err = moepp(*words)
     assert (code, err.count("\n")) == (2, 1)
     assert f", looked at {tmp_path}/n \u00f6" in err
     assert "--out" not in err or "--out 'n \u00f6'" in err
@@ -366,16 +348,14 @@ def test_a_target_that_is_taken_is_refused_before_torch_is_imported(tmp_path: Pa
 
 
 @pytest.mark.parametrize("command", [["report"], ["monitor", "--once"]], ids=lambda c: c[0])
-def test_runs_inside_a_folder_are_named(command: list[str], tmp_path, monkeypatch, capsys) -> None:
+def test_runs_inside_a_folder_are_named(command: list[str], tmp_path, monkeypatch, moepp):
     monkeypatch.chdir(tmp_path)
     for number in range(7):
         (tmp_path / "runs" / f"r {number}").mkdir(parents=True)
         (tmp_path / "runs" / f"r {number}" / "config.yaml").touch()
-    code, _, err = _run([*command, "runs"], monkeypatch, capsys)
+    code, _, err = moepp(*command, "runs")
     assert code == 2
     assert err.startswith("error: runs: holds runs and is none itself; name one: 'runs/r 0' 'runs/")
     assert err.endswith("'runs/r 4' and 2 more\n")
     monkeypatch.chdir("runs")
-    assert "name one: 'r 0'" in _run([*command, "."], monkeypatch, capsys)[2].replace(
-        str(tmp_path / "runs") + "/", ""
-    )
+    assert "name one: 'r 0'" in moepp(*command, ".")[2].replace(str(tmp_path / "runs") + "/", "")

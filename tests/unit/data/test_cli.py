@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from moepp_megatron.cli import main
 from moepp_megatron.cli.data import app
 
 runner = CliRunner()
@@ -37,13 +36,10 @@ def test_prepare_writes_and_reports(corpus_file: Path, tmp_path: Path):
         (["stdlib", "--out", "x", "--tokenizer", "none.json"], ["none.json", "name a file"]),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, words, tmp_path, monkeypatch, moepp):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["moepp", "data", "prepare", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main.run()
-    assert caught.value.code == 2
-    stderr = capsys.readouterr().err
+    code, _, stderr = moepp("data", "prepare", *arguments)
+    assert code == 2
     assert stderr.count("\n") == 1
     assert all(word in stderr for word in words)
     assert list(tmp_path.iterdir()) == []
@@ -58,7 +54,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, words, tmp_path, mon
     ],
 )
 def test_what_is_no_tokenizer_is_refused_before_sources_are_read(
-    content, words, corpus_file, tmp_path, monkeypatch, capsys
+    content, words, corpus_file, tmp_path, monkeypatch, moepp
 ):
     model = tmp_path / "tokenizer.model"
     model.write_bytes(content)
@@ -66,11 +62,8 @@ def test_what_is_no_tokenizer_is_refused_before_sources_are_read(
         "moepp_megatron.data.prepare.resolve_sources", lambda *_, **__: pytest.fail("was read")
     )
     arguments = [str(corpus_file), "--out", str(tmp_path / "out"), "--tokenizer", str(model)]
-    monkeypatch.setattr(sys, "argv", ["moepp", "data", "prepare", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main.run()
-    assert caught.value.code == 2
-    stderr = capsys.readouterr().err
+    code, _, stderr = moepp("data", "prepare", *arguments)
+    assert code == 2
     assert f"tokenizer ({model}) must be" in stderr
     assert words in stderr
     assert stderr.count("\n") == 1

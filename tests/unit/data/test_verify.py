@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from moepp_megatron.cli import main
 from moepp_megatron.cli.data import app
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.manifest import Manifest
@@ -107,18 +106,15 @@ def test_folder_of_an_earlier_version_is_checked_as_far_as_possible(folder: Path
     }
 
 
-def test_damage_is_one_line_and_exit_code_2(folder: Path, monkeypatch, capsys):
+def test_damage_is_one_line_and_exit_code_2(folder: Path, moepp):
     spoil_token(folder, 3, 1, 60_001)
     change_bytes(folder / "corpus.idx", 40, b"\xff")
-    monkeypatch.setattr(sys, "argv", ["moepp", "data", "verify", str(folder)])
-    with pytest.raises(SystemExit) as caught:
-        main.run()
-    assert caught.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1
-    assert f"error: DIR ({folder}) is damaged: corpus.idx is wrong about document 2" in captured.err
-    assert "corpus.bin holds other bytes than were written" in captured.err
-    assert "tokenizer.json" in captured.out
+    code, out, err = moepp("data", "verify", str(folder))
+    assert code == 2
+    assert err.count("\n") == 1
+    assert f"error: DIR ({folder}) is damaged: corpus.idx is wrong about document 2" in err
+    assert "corpus.bin holds other bytes than were written" in err
+    assert "tokenizer.json" in out
 
 
 def set_count(folder: Path, count: int) -> None:

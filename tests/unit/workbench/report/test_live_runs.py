@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import socket
-import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from moepp_megatron.cli import main
 from moepp_megatron.workbench.report.live import prometheus
 from moepp_megatron.workbench.report.live.prometheus import serve
 from moepp_megatron.workbench.report.live.runs import LiveRuns
@@ -133,14 +131,7 @@ def test_what_is_damaged_in_one_run_does_not_keep_the_others(add_run):
     assert numbers(ask(address))["moepp_step", "b"] == 3
 
 
-def moepp(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["moepp", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    return int(ended.value.code or 0)
-
-
-def test_the_command_serves_many(add_run, monkeypatch, capsys):
+def test_the_command_serves_many(add_run, monkeypatch, moepp):
     a, b = add_run("a", steps=1), add_run("b", steps=2)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -150,13 +141,15 @@ def test_the_command_serves_many(add_run, monkeypatch, capsys):
         texts.append(ask(f"http://127.0.0.1:{port}/metrics"))
 
     monkeypatch.setattr(prometheus, "wait_until_stopped", wait)
-    assert moepp(monkeypatch, "monitor", "--prometheus", str(port), str(a), str(b)) == 0
+    code, out, _ = moepp("monitor", "--prometheus", port, a, b)
+    assert code == 0
     assert states(texts[0]) == {"a": "running", "b": "running"}
-    assert capsys.readouterr().out == f"serving http://127.0.0.1:{port}/metrics\n"
+    assert out == f"serving http://127.0.0.1:{port}/metrics\n"
 
 
-def test_several_runs_are_shown_by_prometheus_only(add_run, monkeypatch, capsys):
+def test_several_runs_are_shown_by_prometheus_only(add_run, moepp):
     a, b = add_run("a", steps=1), add_run("b", steps=2)
-    assert moepp(monkeypatch, "monitor", str(a), str(b)) == 2
+    code, _, err = moepp("monitor", a, b)
+    assert code == 2
     line = "error: RUN (2 folders) must be one, which is shown; name one, or serve all of them with"
-    assert capsys.readouterr().err.startswith(line)
+    assert err.startswith(line)

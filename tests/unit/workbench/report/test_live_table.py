@@ -2,13 +2,11 @@
 
 import io
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from moepp_megatron.cli import main
 from moepp_megatron.observe.alerts import Alert, AlertFile
 from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.runtime.terminal import Console
@@ -116,13 +114,6 @@ def test_experts_without_a_selection_are_named(make_run):
     assert row(lines, "unused") == "FFN experts without a selection: 1 in layer 41"
 
 
-def moepp(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["moepp", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    return int(ended.value.code or 0)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -130,13 +121,12 @@ def moepp(monkeypatch, *arguments: str) -> int:
         ([".", "--once", "--prometheus", "9400"], "--once (true) must not come with --prometheus"),
     ],
 )
-def test_wrong_usage_is_one_line(monkeypatch, capsys, tmp_path: Path, arguments, message):
+def test_wrong_usage_is_one_line(monkeypatch, tmp_path: Path, arguments, message, moepp):
     monkeypatch.chdir(tmp_path)
-    assert moepp(monkeypatch, "monitor", *arguments) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert message in printed.err
-    assert len(printed.err.splitlines()) == 1
+    code, out, err = moepp("monitor", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
 
 
 def test_it_follows_a_run_to_its_end(make_run):

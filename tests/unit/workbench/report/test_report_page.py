@@ -3,7 +3,6 @@
 import base64
 import html
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,7 +11,6 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from moepp_megatron.cli import main
 from moepp_megatron.cli.report import report
 from moepp_megatron.workbench.report import build_report, formatting
 from moepp_megatron.workbench.report.run_data import load_run
@@ -242,15 +240,11 @@ def test_the_command_prints_where_the_page_is(make_run, app):
     assert (run / "report.html").stat().st_size > 10_000
 
 
-def test_the_command_refuses_a_missing_run_in_one_line(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["moepp", "report", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    assert ended.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert printed.err.startswith("error: ")
-    assert printed.err.endswith(
+def test_the_command_refuses_a_missing_run_in_one_line(tmp_path: Path, moepp):
+    code, out, err = moepp("report", str(tmp_path / "nowhere"))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    assert err.endswith(
         "nowhere: is not a folder; name the folder of a run that `moepp train` has started\n"
     )
