@@ -93,7 +93,7 @@ def plan(
     from moepp_megatron.config.choices import parse_numbers
 
     if measured is not None:
-        ignored = list(_given_beside_rows(context))
+        ignored = list(_ignored_options(context))
         if ignored:
             raise ConfigError(
                 f"--measured ({measured}) must come without {', '.join(ignored)}: rows say what "
@@ -131,7 +131,7 @@ def plan(
         echo(f"layout       {out}")
 
 
-def _given_beside_rows(context: typer.Context) -> Iterator[str]:
+def _ignored_options(context: typer.Context) -> Iterator[str]:
     """Arguments and options of the command line that `--measured` would ignore."""
     for parameter in context.command.params:
         name = parameter.name or ""

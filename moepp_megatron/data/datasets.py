@@ -107,7 +107,7 @@ def build_validation_sets(
         folder = Folder(f"data.validation.{name}", path)
         split = split_of_set(folder, trained, data.split)
         opener = _Opener(options, split, data.cache)
-        _, datasets[name], _ = opener.open(folder, (0, num_samples, 0), tells_source=False)
+        _, datasets[name], _ = opener.open(folder, (0, num_samples, 0), with_sources=False)
     return datasets
 
 
@@ -129,14 +129,14 @@ def _open_blends(blends: Sequence[Blend], opener: "_Opener", num_samples: Sample
     validated, to_validate = plan_draws(blends[:1], num_samples[1])
     validating = to_validate if num_samples[1] else {}
     folders = [folder for real, folder in folders_of(blends).items() if real in needed]
-    is_told = len(folders) <= MAX_SOURCES
+    with_sources = len(folders) <= MAX_SOURCES
     opened = {
         folder.real: opener.open(
-            folder, (needed[folder.real], validating.get(folder.real, 0), 0), tells_source=is_told
+            folder, (needed[folder.real], validating.get(folder.real, 0), 0), with_sources
         )
         for folder in folders
     }
-    if is_told:
+    if with_sources:
         _place_sources(labels([folder.path for folder in folders]), list(opened.values()))
     cache = opener.cache(folders[0]) / _ORDERS
     train = DrawnDataset(draws, {real: parts[0] for real, parts in opened.items()}, cache)
@@ -175,7 +175,7 @@ class _Opener:
     cache_dir: Path | None
 
     def open(
-        self, folder: Folder, num_samples: Samples, tells_source: bool | None = None
+        self, folder: Folder, num_samples: Samples, with_sources: bool | None = None
     ) -> Datasets:
         """Train, validation and test of one folder."""
         manifest = read_manifest(folder.path, folder.name)
@@ -195,10 +195,10 @@ class _Opener:
             path_to_cache=str(cache),
             **self.options,
         )
-        sources = None if tells_source is False else read_document_sources(folder, manifest)
-        if tells_source is None:
-            tells_source = sources is not None
-        kind = SourcedDataset if tells_source else GPTDataset
+        sources = None if with_sources is False else read_document_sources(folder, manifest)
+        if with_sources is None:
+            with_sources = sources is not None
+        kind = SourcedDataset if with_sources else GPTDataset
         if manifest.chat is not None:
             kind = ConversationDataset
         builder = BlendedMegatronDatasetBuilder(

@@ -64,9 +64,7 @@ PATTERNS = {
 """Patterns of byte-level tokenizers by name. A tokenizer whose texts may be cut has one of them."""
 _SPLITTING = frozenset(PATTERNS.values())
 # Patterns that may be there too: they split between classes of characters.
-_FURTHER_PATTERNS = frozenset(
-    {r"\p{N}{1,3}", r"\p{N}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"}
-)
+_OTHER_PATTERNS = frozenset({r"\p{N}{1,3}", r"\p{N}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"})
 
 
 def cut_text(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
@@ -150,7 +148,7 @@ def _kind(step: dict[str, Any]) -> str:
         pattern = step["pattern"].get("Regex", "").replace("\r", r"\r").replace("\n", r"\n")
         if pattern in _SPLITTING:
             return "splits"
-        if pattern in _FURTHER_PATTERNS:
+        if pattern in _OTHER_PATTERNS:
             return "fits"
     return "unknown"
 

@@ -58,7 +58,7 @@ def read_pair(prefix: Path) -> Manifest:
     )
 
 
-def doubts(prefix: Path, tokenizer: Tokenizer, name: str) -> list[str]:
+def pair_warnings(prefix: Path, tokenizer: Tokenizer, name: str) -> list[str]:
     """Warnings: what cannot be checked of a pair, and whether its tokenizer looks wrong.
 
     Raises:

@@ -39,8 +39,8 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
     for folder in (*folders_of(blends).values(), *sets):
         manifest = read_manifest(folder.path, folder.name)
         if manifest.is_bare:
-            size, doubts = _check_pair(config, folder, whole_index)
-            warnings += doubts
+            size, of_pair = _check_pair(config, folder, whole_index)
+            warnings += of_pair
         else:
             check_start(folder.path, manifest, whole_index, folder.name)
             if manifest.chat is not None:
@@ -63,7 +63,7 @@ def check_data(config: Config, whole_index: bool = True) -> list[str]:
 def _check_pair(config: Config, folder: Folder, whole_index: bool) -> tuple[int, list[str]]:
     """Size of the vocabulary of a `PREFIX.bin` and `PREFIX.idx`, and what cannot be checked."""
     from moepp_megatron.data.index import CorpusError
-    from moepp_megatron.data.pairs import doubts
+    from moepp_megatron.data.pairs import pair_warnings
     from moepp_megatron.data.tokenizer import Tokenizer
     from moepp_megatron.data.verify import damaged
 
@@ -74,7 +74,7 @@ def _check_pair(config: Config, folder: Folder, whole_index: bool) -> tuple[int,
         )
     tokenizer = Tokenizer.load(config.data.tokenizer)
     try:
-        warnings = doubts(folder.path, tokenizer, folder.name) if whole_index else []
+        warnings = pair_warnings(folder.path, tokenizer, folder.name) if whole_index else []
     except (CorpusError, OSError) as error:
         raise damaged(folder.name, folder.path, str(error)) from None
     return tokenizer.vocab_size, warnings

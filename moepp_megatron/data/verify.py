@@ -81,7 +81,7 @@ def check_start(
     """
     try:
         if manifest.is_bare:
-            # Its counts are from the index; the whole of that is read by `pairs.doubts`.
+            # Its counts are from the index; the whole of that is read by `pairs.pair_warnings`.
             return
         for file in manifest.files:
             _check_size(folder, manifest, file)

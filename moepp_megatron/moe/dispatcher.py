@@ -54,7 +54,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self._waits_at_once = config.overlap_moe_expert_parallel_comm
         self._given_config = self.config
         # Whether all rows come from this rank, which has them in order of experts.
-        self._is_alone = self.ep_size * self.tp_size == 1
+        self._is_single_rank = self.ep_size * self.tp_size == 1
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -104,7 +104,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Wait for rows and gates, given their tickets; then as in megatron-core."""
-        if self._is_alone:
+        if self._is_single_rank:
             # megatron-core would copy each expert's rows to where they are already.
             return hidden_states, self.tokens_per_expert, probs
         if not self._waits_at_once:
@@ -114,7 +114,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """Same as in megatron-core."""
-        return hidden_states if self._is_alone else super().combine_preprocess(hidden_states)
+        return hidden_states if self._is_single_rank else super().combine_preprocess(hidden_states)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Send the experts' outputs back; returns a ticket, or as in `token_dispatch`."""

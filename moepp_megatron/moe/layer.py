@@ -48,7 +48,7 @@ class VanillaMoELayer(MoELayer):
         """Route as megatron-core does and count the selections."""
         if padding_mask is not None:
             padding_mask = local_mask(padding_mask, hidden_states, self.config, self.attn_tp_group)
-        if not RoutingStatistics.counts_now(self.training):
+        if not RoutingStatistics.is_counting(self.training):
             return super().route(hidden_states, padding_mask)
         before = {} if padding_mask is None else tracked_losses(self.layer_number)
         probs, routing_map = super().route(hidden_states, padding_mask)
@@ -65,7 +65,7 @@ class VanillaMoELayer(MoELayer):
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Dispatch as megatron-core does and count the bytes."""
         dispatched = super().dispatch(hidden_states, probs)
-        if RoutingStatistics.counts_now(self.training):
+        if RoutingStatistics.is_counting(self.training):
             self.statistics.a2a_bytes += bytes_sent(self.token_dispatcher, hidden_states)
         return dispatched
 
@@ -225,7 +225,7 @@ class MoEPPLayer(MoELayer):
     ) -> tuple[Tensor, Tensor]:
         """The layer after its router."""
         assert routing.logits is not None, "a router's result has its logits"
-        if self.router.health.enabled and RoutingStatistics.counts_now(self.training):
+        if self.router.health.enabled and RoutingStatistics.is_counting(self.training):
             self._measure_constants(hidden_states, routing)
         dispatched, probs = self.dispatch(*self.ffn_input(hidden_states, routing))
         # While tokens travel to their experts and back: what needs no token to move.
@@ -271,7 +271,7 @@ class MoEPPLayer(MoELayer):
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Dispatch as megatron-core does and count the bytes."""
         dispatched = super().dispatch(hidden_states, probs)
-        if RoutingStatistics.counts_now(self.training):
+        if RoutingStatistics.is_counting(self.training):
             self.statistics.a2a_bytes += bytes_sent(self.token_dispatcher, hidden_states)
         return dispatched
 

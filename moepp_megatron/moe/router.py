@@ -245,7 +245,7 @@ class MoEPPRouter(TopKRouter):
             padding_mask: [T] bool, True for padding, or None.
         """
         coeff = self.config.moe_z_loss_coeff
-        counts = coeff is not None and RoutingStatistics.counts_now(self.training)
+        counts = coeff is not None and RoutingStatistics.is_counting(self.training)
         if padding_mask is None or not counts:
             return super().apply_z_loss(logits)
         squares_T = torch.logsumexp(logits, dim=-1).square().masked_fill(padding_mask, 0.0)
@@ -268,7 +268,7 @@ class MoEPPRouter(TopKRouter):
         logits_TE = self.apply_z_loss(logits.view(-1, self.moepp.num_experts), padded)
         logits_TE = standardized(logits_TE, self.moepp.logits_norm_std)
         num_sequences = None
-        if RoutingStatistics.counts_now(self.training):
+        if RoutingStatistics.is_counting(self.training):
             counted_apart = {"microbatch": 1, "sequence": logits.shape[1], "global": 1}
             num_sequences = counted_apart[self.moepp.balance_scope]
         return self._select(logits_TE, num_sequences, padded)._replace(logits=logits)

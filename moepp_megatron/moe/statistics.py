@@ -66,7 +66,7 @@ class RoutingStatistics:
         self.a2a_bytes: int | Tensor = 0
 
     @staticmethod
-    def counts_now(training: bool) -> bool:
+    def is_counting(training: bool) -> bool:
         """Whether the forward pass that is running counts."""
         return training and torch.is_grad_enabled()
 

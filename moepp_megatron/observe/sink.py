@@ -56,14 +56,14 @@ class PatientSink:
             OSError: If the disk still fails; the waiting records are lost.
         """
         try:
-            self._hand_over()
+            self._write_waiting()
         finally:
             self._sink.close()
 
     def _take(self, entry: Callable[[], None], step: int) -> None:
         self._waiting.append(entry)
         try:
-            self._hand_over()
+            self._write_waiting()
         except OSError as error:
             logger.error(
                 "step %d: %d records of metrics wait for the disk: %s",
@@ -72,7 +72,7 @@ class PatientSink:
                 error,
             )
 
-    def _hand_over(self) -> None:
+    def _write_waiting(self) -> None:
         while self._waiting:
             self._waiting[0]()
             self._waiting.popleft()

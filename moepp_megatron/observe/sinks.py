@@ -56,7 +56,7 @@ class Sinks:
         Raises:
             Exception: Any exception of a required sink.
         """
-        self._hand_out(lambda sink: sink.write(record), record.step)
+        self._each_sink(lambda sink: sink.write(record), record.step)
 
     def go_back(self, step: int) -> None:
         """Tell every sink that the run went back to the state after ``step``.
@@ -64,9 +64,9 @@ class Sinks:
         Raises:
             Exception: Any exception of a required sink.
         """
-        self._hand_out(lambda sink: sink.go_back(step), step)
+        self._each_sink(lambda sink: sink.go_back(step), step)
 
-    def _hand_out(self, act: Callable[[Sink], None], step: int) -> None:
+    def _each_sink(self, act: Callable[[Sink], None], step: int) -> None:
         for sink in self._required:
             act(sink)
         for sink in list(self._optional):

@@ -113,7 +113,7 @@ def optional_backends() -> list[Backend]:
     ]
 
 
-def doubts() -> list[str]:
+def package_warnings() -> list[str]:
     """What of this machine's packages is worth a warning before a run on GPUs; imports torch."""
     import torch
 

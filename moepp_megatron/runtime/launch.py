@@ -40,7 +40,7 @@ LOST = 71
 # A user's error, which the rank has said in one line, and restarting ranks would only repeat.
 _REFUSALS = (ConfigError.exit_code, UnfitError.exit_code)
 # What differs from other failures of torchrun, which makes all of them 1.
-_TOLD_FAILURES = (HUNG, *_REFUSALS)
+_REPORTED_FAILURES = (HUNG, *_REFUSALS)
 
 # torchrun turns every status of a rank but 0 into 1, and restarts all ranks. So ranks that stop on
 # request leave with 0, and what a status meant is written down here.
@@ -108,7 +108,7 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
         # After a hang torchrun has restarted all ranks, with success.
         return 0 if written == HUNG else written
     # A run that ranks have left, as one that was stopped, can fail after all.
-    return written if written in _TOLD_FAILURES else status
+    return written if written in _REPORTED_FAILURES else status
 
 
 def leave(status: int) -> None:

@@ -25,7 +25,7 @@ class RunAlerts:
     def __init__(self) -> None:
         self._sinks: AlertSinks | None = None
         self._config: Config | None = None
-        self._told_failed_saves = 0
+        self._reported_failed_saves = 0
 
     def open(self, config: Config, sinks: Sinks, progress: Progress) -> None:
         """Open the alert sinks, on the rank that owns the run's sinks."""
@@ -56,8 +56,8 @@ class RunAlerts:
                 RunFolder(self._config).write_config()
         if checkpoints.error is not None:
             logger.error("step %d: %s (%d failed saves)", progress.step, checkpoints.error, failed)
-        if failed > self._told_failed_saves:
-            self._told_failed_saves = failed
+        if failed > self._reported_failed_saves:
+            self._reported_failed_saves = failed
             self.send(_save_failed(progress, failed, str(checkpoints.last_failure)))
 
     def close(self) -> None:

@@ -193,10 +193,10 @@ def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[Callback]) -> 
 
         distributed.build_groups(config, request.layout)
         if rank.rank == 0:
-            from moepp_megatron.runtime.backends import choices_to_log, doubts
+            from moepp_megatron.runtime.backends import choices_to_log, package_warnings
 
-            for doubt in doubts():
-                say(f"warning: {doubt}")
+            for warning in package_warnings():
+                say(f"warning: {warning}")
             if (choices := choices_to_log(config)) is not None:
                 say(choices)
         trainer = Trainer(config, request.layout, callbacks)

@@ -35,9 +35,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.seen = False
-        self._asked_at: float | None = None
+        self._requested_at: float | None = None
         self._interrupted_at: float | None = None
-        self._is_alone = not RankEnvironment.read().is_launched
+        self._is_single_rank = not RankEnvironment.read().is_launched
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -54,8 +54,8 @@ class StopRequest:
 
     def ask(self) -> None:
         """Ask this run to stop, as a signal to this rank does."""
-        if self._asked_at is None:
-            self._asked_at = time.monotonic()
+        if self._requested_at is None:
+            self._requested_at = time.monotonic()
 
     def agreed(self) -> bool:
         """Whether any rank was asked; every rank must call, and all get the same answer.
@@ -68,7 +68,7 @@ class StopRequest:
 
     def summand(self) -> Tensor:
         """[1] float64 on the device, 1 where this rank was asked."""
-        asked = float(self._asked_at is not None)
+        asked = float(self._requested_at is not None)
         return torch.full((1,), asked, dtype=torch.float64, device=torch.cuda.current_device())
 
     def take_sum(self, total: Tensor) -> None:
@@ -77,15 +77,15 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        first, same_for = self._asked_at, SAME_REQUEST_S
-        if number == signal.SIGINT and self._is_alone:
+        first, same_for = self._requested_at, SAME_REQUEST_S
+        if number == signal.SIGINT and self._is_single_rank:
             first, same_for = self._interrupted_at, SAME_INTERRUPT_S
         if number != signal.SIGHUP and first is not None and now - first > same_for:
             # Without cleaning up: whoever asks again does not want to wait.
             os._exit(128 + number)
         if number == signal.SIGINT and self._interrupted_at is None:
             self._interrupted_at = now
-            if self._is_alone:
+            if self._is_single_rank:
                 acknowledge()
-        if self._asked_at is None:
-            self._asked_at = now
+        if self._requested_at is None:
+            self._requested_at = now

@@ -39,14 +39,13 @@ _CLOCKS_DIFFER_S = 60.0
 
 def find_checkpoint(
     name: str | Path,
-    beside: Path | None = None,
+    run: Path | None = None,
     reason_against: Callable[[Path], str | None] = damage,
 ) -> Path:
     """The checkpoint that `name` means.
 
     A checkpoint folder is itself. A run (its name, its folder, or the folder of its checkpoints)
-    means its newest valid checkpoint. `name` may also be another run with the parent folder of the
-    run `beside`.
+    means its newest valid checkpoint. `name` may also be a run in the parent folder of `run`.
 
     Raises:
         ConfigError: If there is none, or one of a newer format.
@@ -55,7 +54,7 @@ def find_checkpoint(
     if is_checkpoint(path):
         _refuse_newer(path)
         return path
-    for folder in _checkpoint_folders(name, beside):
+    for folder in _checkpoint_folders(name, run):
         newest, skipped = first_valid(list_checkpoints(folder), reason_against)
         warn_skipped(skipped)
         if newest is not None:
@@ -82,12 +81,12 @@ def start_candidates(config: Config, folder: Path) -> list[Path]:
     return checkpoints_of(name, Path(os.path.abspath(config.run.dir)))
 
 
-def checkpoints_of(name: str, beside: Path) -> list[Path]:
+def checkpoints_of(name: str, run: Path) -> list[Path]:
     """The checkpoints that `name` may mean, newest first; see `find_checkpoint`."""
     path = place(name)
     if is_checkpoint(path):
         return [path]
-    folders = _checkpoint_folders(name, beside)
+    folders = _checkpoint_folders(name, run)
     return [checkpoint for each in folders for checkpoint in list_checkpoints(each)]
 
 
@@ -132,12 +131,12 @@ def refuse_no_start(name: str, skipped: list[str]) -> None:
         )
 
 
-def _checkpoint_folders(name: str | Path, beside: Path | None = None) -> list[Path]:
+def _checkpoint_folders(name: str | Path, sibling: Path | None = None) -> list[Path]:
     """The folders of checkpoints that a run called `name` may have, likeliest first."""
     path = place(name)
     runs = [path]
-    if beside is not None and not path.is_absolute():
-        runs.append(beside.parent / path)
+    if sibling is not None and not path.is_absolute():
+        runs.append(sibling.parent / path)
     folders = []
     for run in runs:
         folders += [run, run / "checkpoints"]

@@ -71,7 +71,7 @@ class RefusedBatches(Part):
         )
         match guard.action(finding.cause):
             case "rollback":
-                yield self._going_back(step, what)
+                yield self._rollback(step, what)
                 return
             case "stop":
                 yield guard_alert(step.progress, what, "stop")
@@ -89,7 +89,7 @@ class RefusedBatches(Part):
             case other:
                 assert_never(other)
 
-    def _going_back(self, step: Step, what: str) -> GoBack:
+    def _rollback(self, step: Step, what: str) -> GoBack:
         def found(checkpoint: Path | None) -> Sequence[Alert]:
             self._guard.begin_rollback(step.number, checkpoint is not None)
             return ()

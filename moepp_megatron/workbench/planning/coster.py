@@ -153,23 +153,23 @@ class Coster:
         """Time of a step."""
         count = grid.micro_batches(self.load.batch)
         apart, together = pipeline.split_passes(grid.pp, grid.vpp, count, grid.expert_overlap)
-        alone = self._stages(grid, False)
-        beside = self._stages(grid, True) if grid.expert_overlap else alone
+        unpaired = self._stages(grid, False)
+        paired = self._stages(grid, True) if grid.expert_overlap else unpaired
         transfer = self._transfer(grid)
         longest, slowest, all_stages = -1.0, 0, 0.0
         for number, pattern in enumerate(self._pattern(grid.pp, grid.vpp)):
             sending = pattern.messages * transfer.blocking
-            seconds = alone[number].total
-            busy = apart * seconds + together * beside[number].total + count * sending
+            seconds = unpaired[number].total
+            busy = apart * seconds + together * paired[number].total + count * sending
             all_stages += pattern.ranks * (seconds + sending)
             if busy > longest:
                 longest, slowest, passes, sent = busy, number, seconds + sending, sending
-        single, pair = alone[slowest], beside[slowest]
+        single, pair = unpaired[slowest], paired[slowest]
         recompute = apart * single.recompute + together * pair.recompute
         network = apart * single.network + together * pair.network + count * sent
-        late = pipeline.late_messages(grid.pp, grid.vpp, together) * transfer.beside
+        late = pipeline.late_messages(grid.pp, grid.vpp, together) * transfer.overlapped
         # The first pattern is the first rank's.
-        end, first = self._end(grid), alone[0]
+        end, first = self._end(grid), unpaired[0]
         return Cost(
             work=longest - recompute - network,
             recompute=recompute,

@@ -19,7 +19,7 @@ from moepp_megatron.workbench.planning.parts import (
 from moepp_megatron.workbench.planning.rates import Work, work_seconds
 from moepp_megatron.workbench.planning.traffic import layer_traffic
 from moepp_megatron.workbench.planning.workload import Workload
-from moepp_megatron.workbench.planning.zero_computation import seconds_beside_rows
+from moepp_megatron.workbench.planning.zero_computation import seconds_during_rows
 
 # Names besides those of parts.py, in the order of plots.
 RECOMPUTE, TENSOR, CONTEXT = "recomputation", "tensor parallel", "context parallel"
@@ -94,11 +94,11 @@ def layer_time(
         share = reached.overlap if load.experts.dispatcher == "flex" else reached.plain_overlap
         clock.exchange(traffic.experts, repeats * traffic.experts, share if overlaps else 0.0)
         local = [part for part in parts if part.name in ("shared_expert", "zero_computation")]
-        beside = [
-            seconds_beside_rows(load, grid, machine, works, traffic.experts)
+        overlapped = [
+            seconds_during_rows(load, grid, machine, works, traffic.experts)
             for works in ([p.forward for p in local], [p.backward for p in local])
         ]
-        clock.hide(EXCHANGE, beside[0], beside[1] + (repeats - 1) * beside[0])
+        clock.hide(EXCHANGE, overlapped[0], overlapped[1] + (repeats - 1) * overlapped[0])
         if load.experts.dispatcher != "allgather":
             clock.wait_for_metadata(repeats, overlaps)
     return clock.time(reads_sizes=is_moe)
@@ -192,7 +192,7 @@ class _Clock:
         reached = self._machine.reached
         # Ranks whose hosts only start graphs arrive together.
         together = overlaps or self._graphs >= _ALL_BEFORE_SIZES
-        seconds = reached.metadata_beside_s if together else reached.metadata_s
+        seconds = reached.metadata_overlapped_s if together else reached.metadata_s
         self.communicate(METADATA, seconds, (times - 1) * seconds)
 
     def exchange(self, forward: float, backward: float, hideable: float) -> None:

@@ -52,7 +52,7 @@ class Efficiencies:
     launch_s: float = 32e-6
     # How many tokens go where, once a forward pass of a dropless dispatcher: ranks wait here.
     metadata_s: float = 1e-3
-    metadata_beside_s: float = 0.22e-3  # the same where another micro-batch computes meanwhile
+    metadata_overlapped_s: float = 0.22e-3  # the same where another micro-batch computes meanwhile
     # Share of DeepEP's or HybridEP's exchange during computation in the combined schedule (4.2.3).
     overlap: float = 0.93
     plain_overlap: float = 0.58  # the same of an all-to-all of NCCL

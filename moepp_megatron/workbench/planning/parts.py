@@ -193,7 +193,7 @@ def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     first = linear_work(load, rows / experts, 2 * width, load.hidden, experts)
     second = linear_work(load, rows / experts, load.hidden, width, experts)
     activation = load.numbers.activation_bytes * rows * width
-    moved, kernels = _beside_products(load, activation, rows, experts)
+    moved, kernels = _around_products(load, activation, rows, experts)
     forward, backward = (
         part.plus(other, moved=moved_bytes + copied, kernels=count + copies)
         for part, other, moved_bytes, count in zip(first, second, moved, kernels, strict=True)
@@ -206,7 +206,7 @@ def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     return LayerPart("experts", forward, backward, again)
 
 
-def _beside_products(
+def _around_products(
     load: Workload, activation: float, rows: float, experts: int
 ) -> tuple[list[float], list[int]]:
     """Bytes besides the experts' products, and kernels with them, forward and backward."""

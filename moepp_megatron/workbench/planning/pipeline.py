@@ -17,8 +17,8 @@ def split_passes(pp: int, vpp: int, micro_batches: int, is_combined: bool) -> tu
     """
     if not is_combined:
         return micro_batches, 0.0
-    alone = min(((vpp - 1) * pp + 1) / vpp, micro_batches)
-    return alone, micro_batches - alone
+    unpaired = min(((vpp - 1) * pp + 1) / vpp, micro_batches)
+    return unpaired, micro_batches - unpaired
 
 
 def bubble_seconds(others: float, vpp: int, is_dualpipe: bool = False) -> float:

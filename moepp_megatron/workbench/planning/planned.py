@@ -105,9 +105,9 @@ def planned_of(
     peak = machine.hardware.peak_tflops(config.precision.dtype, config.precision.fp8)
     assert peak is not None, "formats were checked"
     is_vanilla = config.moe.num_zero_computation_experts == 0
-    beside, has_room = None, True
+    vanilla_step_s, has_room = None, True
     if not config.moe.is_vanilla:
-        beside, has_room = _vanilla_step(config, grid, machine, routing)
+        vanilla_step_s, has_room = _vanilla_step(config, grid, machine, routing)
     return Planned(
         grid=grid,
         kind="vanilla" if is_vanilla else "moepp",
@@ -119,7 +119,7 @@ def planned_of(
         tokens_per_s_per_gpu=rate,
         tflops_per_gpu=tflops,
         mfu=tflops / peak,
-        vanilla_step_s=beside,
+        vanilla_step_s=vanilla_step_s,
         vanilla_fits=has_room,
         ramp=tuple(ramp_stages(config, load, grid, machine, routing)),
     )

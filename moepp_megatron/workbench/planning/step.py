@@ -118,8 +118,8 @@ def step_time(
     """Time of one training step in a legal layout; stages are as even as they divide, or these."""
     stages = stages or pipeline.even_stages(load.layers, grid.pp, grid.vpp)
     fullness = expert_load(load, grid, routing)
-    alone = _stage_passes(load, layer_key(grid.apart), machine, fullness.mean, stages)
-    beside = _stage_passes(load, layer_key(grid), machine, fullness.mean, stages)
+    unpaired = _stage_passes(load, layer_key(grid.apart), machine, fullness.mean, stages)
+    paired = _stage_passes(load, layer_key(grid), machine, fullness.mean, stages)
     transfer = stage_transfers(load, grid, machine)
     micro_batches = grid.micro_batches(load.batch)
     apart, together = pipeline.split_passes(grid.pp, grid.vpp, micro_batches, grid.expert_overlap)
@@ -129,14 +129,14 @@ def step_time(
     ]
     busy = [
         apart * one.total + together * other.total + micro_batches * sent
-        for one, other, sent in zip(alone, beside, sending, strict=True)
+        for one, other, sent in zip(unpaired, paired, sending, strict=True)
     ]
     slowest = max(range(grid.pp), key=lambda rank: busy[rank])
-    work = sum_passes([(alone[slowest], apart), (beside[slowest], together)])
+    work = sum_passes([(unpaired[slowest], apart), (paired[slowest], together)])
     seconds, hidden = dict(work.seconds), dict(work.hidden)
     if grid.pp > 1:
-        passes = [one.total + sent for one, sent in zip(alone, sending, strict=True)]
-        late = pipeline.late_messages(grid.pp, grid.vpp, together) * transfer.beside
+        passes = [one.total + sent for one, sent in zip(unpaired, sending, strict=True)]
+        late = pipeline.late_messages(grid.pp, grid.vpp, together) * transfer.overlapped
         others = sum(passes) - passes[slowest]
         seconds[BUBBLE] = pipeline.bubble_seconds(others, grid.vpp, grid.is_dualpipe) + late
         seconds[POINT_TO_POINT] = micro_batches * sending[slowest]
@@ -144,7 +144,7 @@ def step_time(
     # parameters and gradients travel.
     parameters = [rank_parameters(load, grid, stages, rank) for rank in range(grid.pp)]
     end = pipeline_end(load, grid, machine, parameters)
-    seconds[DATA] = end.exposed(grid, alone[0].forward, alone[0].backward)
+    seconds[DATA] = end.exposed(grid, unpaired[0].forward, unpaired[0].backward)
     seconds[OPTIMIZER] = end.optimizer
     hidden[DATA] = end.reduce + end.gather - seconds[DATA]
     sent = exchanged_bytes(load, grid) * (sum(load.is_moe) + load.extra_layers)
@@ -181,7 +181,7 @@ class PlannedTransfer:
     """One message between pipeline stages, seconds."""
 
     blocking: float  # time for which it holds up its sender
-    beside: float  # delay of its arrival, while its sender continues
+    overlapped: float  # delay of its arrival, while its sender continues
 
 
 def stage_transfers(load: Workload, grid: Grid, machine: Machine) -> PlannedTransfer:

@@ -55,7 +55,7 @@ def local_work(load: Workload, grid: Grid) -> tuple[Work, Work]:
     return forward, Work(back, 0.0, 0, moved[1], kernels[1] + after)
 
 
-def seconds_beside_rows(
+def seconds_during_rows(
     load: Workload, grid: Grid, machine: Machine, works: Sequence[Work], exchange: float
 ) -> float:
     """Seconds of an exchange during which this rank computes, `works` on each of its two ways.

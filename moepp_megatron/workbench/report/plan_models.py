@@ -21,14 +21,14 @@ def models_table(plan: Plan, errors: Range | None) -> Table:
     shown = models(plan)
     base = next((planned for planned in shown if planned.kind == "vanilla"), shown[0])
     for planned in shown:
-        beside, room = planned.vanilla_step_s, "" if planned.vanilla_fits else " (no room)"
+        vanilla_s, room = planned.vanilla_step_s, "" if planned.vanilla_fits else " (no room)"
         table.add_row(
             model_name(planned),
             f"{planned.ffn_share:.3f}",
             f"{planned.step.total:.3f}",
             _step_range(planned, errors),
             f"{base.step.total / planned.step.total:.2f}",
-            "-" if beside is None else f"{beside / planned.step.total:.2f}{room}",
+            "-" if vanilla_s is None else f"{vanilla_s / planned.step.total:.2f}{room}",
             f"{planned.tokens_per_s_per_gpu:,.0f}",
             size_words(planned.step.exchange_bytes),
             short_name(planned),

@@ -310,7 +310,7 @@ def test_rows_of_one_rank_are_sorted_once(monkeypatch):
     output, _ = layer(hidden, previous)
     assert sorts == []
     # Sorted once more, they are what they were.
-    layer.token_dispatcher._is_alone = False
+    layer.token_dispatcher._is_single_rank = False
     again, _ = layer(hidden, previous)
     assert len(sorts) == 2
     assert sorts[0] > 0

@@ -10,7 +10,7 @@ import pytest
 
 from moepp_megatron.config import UnfitError, load_config
 from moepp_megatron.runtime import compilers, fit, optional, rank_environment
-from moepp_megatron.runtime.backends import doubts, optional_backends
+from moepp_megatron.runtime.backends import optional_backends, package_warnings
 from moepp_megatron.workbench.doctor import packages
 from moepp_megatron.workbench.doctor.finding import Severity
 
@@ -78,9 +78,9 @@ def test_transformer_engine_without_its_part_for_torch(installed) -> None:
 def test_a_gpu_without_transformer_engine_is_worth_a_warning(monkeypatch) -> None:
     import torch
 
-    assert doubts() == []
+    assert package_warnings() == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    (doubt,) = doubts()
+    (doubt,) = package_warnings()
     assert doubt.startswith("Transformer Engine: not installed; instead megatron-core's local")
     assert "launch/env.sh --te" in doubt
     engine = optional_backends()[0]

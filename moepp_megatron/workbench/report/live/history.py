@@ -19,14 +19,14 @@ class History:
     Attributes:
         recent: The last records, steps strictly increasing.
         latest: The newest value under each key; not every record has every key.
-        went_back: The steps from and to which the run last went back; None if it never did.
+        rolled_back: The steps from and to which the run last went back; None if it never did.
         first_bad_step: First step of the present sequence of losses that are not finite; None if
             the newest is finite.
     """
 
     def __init__(self) -> None:
         self._clear()
-        self.went_back: tuple[int, int] | None = None
+        self.rolled_back: tuple[int, int] | None = None
         self._step_before_rewrite: int | None = None
 
     def _clear(self) -> None:
@@ -49,12 +49,12 @@ class History:
         before = self._step_before_rewrite
         now = self.newest.step if self.newest is not None else 0
         if before is not None and now <= before:
-            self.went_back = (before, now)
+            self.rolled_back = (before, now)
 
     def add(self, record: StepMetrics) -> None:
         """Take the next record of the file."""
         if self.newest is not None and record.step <= self.newest.step:
-            self.went_back = (self.newest.step, record.step - 1)
+            self.rolled_back = (self.newest.step, record.step - 1)
             while self.recent and self.recent[-1].step >= record.step:
                 self.recent.pop()
         self.recent.append(record)

@@ -98,8 +98,8 @@ def _run_table(run: LiveRun) -> Group:
 def _condition(run: LiveRun, health: str) -> str:
     parts = [health]
     history = run.history
-    if history.went_back is not None:
-        before, after = history.went_back
+    if history.rolled_back is not None:
+        before, after = history.rolled_back
         parts.append(f"went back from step {before:,} to {after:,}")
     if history.first_bad_step is not None:
         parts.append(f"loss not finite since step {history.first_bad_step:,}")

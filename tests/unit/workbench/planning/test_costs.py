@@ -357,7 +357,7 @@ def test_ranks_wait_for_sizes_once_a_forward_pass(h100: Machine) -> None:
     plain, overlapped = Grid(8, ep=4), Grid(8, ep=4, expert_overlap=True)
     reached = h100.reached
     times = [seconds_of(LOAD, grid, h100).seconds.get(METADATA) for grid in (plain, overlapped)]
-    assert times == [reached.metadata_s, reached.metadata_beside_s]
+    assert times == [reached.metadata_s, reached.metadata_overlapped_s]
     again = seconds_of(LOAD, replace(plain, recompute=FULL), h100)
     assert again.seconds[METADATA] == 2 * reached.metadata_s
     assert METADATA not in seconds_of(LOAD, Grid(8), h100).seconds
@@ -365,7 +365,7 @@ def test_ranks_wait_for_sizes_once_a_forward_pass(h100: Machine) -> None:
     assert METADATA not in seconds_of(gathered, plain, h100).seconds
     graphs = frozenset({"attn", "moe_router", "moe_preprocess"})
     captured = seconds_of(replace(LOAD, graphs=graphs), plain, h100)
-    assert captured.seconds[METADATA] == reached.metadata_beside_s
+    assert captured.seconds[METADATA] == reached.metadata_overlapped_s
 
 
 def test_backward_one_of_three_tensor_collectives_is_exposed(h100: Machine) -> None:

@@ -54,7 +54,7 @@ def test_records_are_read_as_they_come(make_run):
     live.poll()
     assert [r.step for r in live.history.recent] == [1, 2, 3, 4, 5]
     assert [r.loss for r in live.history.recent] == [record["loss"] for record in records[:5]]
-    assert live.history.went_back is None
+    assert live.history.rolled_back is None
     assert live.damaged_lines == 1
 
 
@@ -67,13 +67,13 @@ def test_a_resumed_run_goes_on_from_its_checkpoint(make_run):
     live.poll()
     assert [r.step for r in live.history.recent] == [1, 2, 3, 4]
     assert live.history.newest.loss == 1.0
-    assert live.history.went_back == (6, 4)
+    assert live.history.rolled_back == (6, 4)
     # A rollback within a process takes steps again without rewriting the file.
     append(run, records[2] | {"loss": 2.0})
     live.poll()
     assert [r.step for r in live.history.recent] == [1, 2, 3]
     assert live.history.newest.loss == 2.0
-    assert live.history.went_back == (4, 2)
+    assert live.history.rolled_back == (4, 2)
     sink.close()
 
 
