@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -15,7 +16,9 @@ from moepp_megatron.runtime.install import how_to_install
 TABLES = ("parquet", "arrow")
 CONVERSATION_KEYS = ({"messages"}, {"conversations"}, {"instruction", "output"})
 """Keys or columns of conversations in the forms that `chat_records` reads."""
-_ARROW_FILE = b"ARROW1"
+_ARROW_FILE, _STREAM_IN_FILE = b"ARROW1", 8
+# Numbers of fields in Arrow's Message.fbs.
+_HEADER, _BATCH_OF_DICTIONARY, _BUFFERS, _COMPRESSION = 2, 1, 2, 3
 # Read at once; few, since a value that is there once in the file may be that of each row.
 _ROWS = 4
 
@@ -46,7 +49,10 @@ def count_groups(path: Path, kind: str, column: str | None) -> int:
             if sum(_unpacked(group, column) for group in groups) > unpacked_limit(path):
                 raise too_large(path)
             return len(groups)
-        return sum(1 for _ in table)
+        batches = [message for message in table.messages() if message.type != "schema"]
+        if sum(map(_unpacked_batch, batches)) > unpacked_limit(path):
+            raise too_large(path)
+        return sum(message.type == "record batch" for message in batches)
 
 
 def _unpacked(group: Any, column: str | None) -> int:
@@ -110,28 +116,68 @@ def _opened(path: Path, kind: str) -> Iterator[Any]:
                 yield table
         elif kind == "arrow":
             with pyarrow.memory_map(str(path)) as mapped:
-                yield _batches(mapped, pyarrow)
+                yield _Batches(mapped, pyarrow)
         else:
             raise ValueError(f"the format {kind} of {path} is unknown")
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, struct.error, pyarrow.ArrowException) as error:
         name = "parquet" if kind == "parquet" else "Arrow"
         raise ConfigError(f"source {path} is no readable {name} file ({error})") from error
 
 
-class _FileBatches:
-    """The record batches of Arrow's file format, as a stream has them."""
+class _Batches:
+    """The record batches of Arrow's stream format, or of the stream inside its file format."""
 
-    def __init__(self, reader: Any) -> None:
-        self.schema = reader.schema
-        self._reader = reader
+    def __init__(self, mapped: Any, pyarrow: Any) -> None:
+        is_file = mapped.read(len(_ARROW_FILE)) == _ARROW_FILE
+        if is_file:
+            mapped.seek(mapped.size() - len(_ARROW_FILE))
+            if mapped.read() != _ARROW_FILE:
+                raise pyarrow.ArrowInvalid("its end is missing")
+        mapped.seek(_STREAM_IN_FILE if is_file else 0)
+        self._mapped, self._start = mapped, mapped.tell()
+        self._reader = pyarrow.ipc.open_stream(mapped)
+        self.schema = self._reader.schema
 
     def __iter__(self) -> Iterator[Any]:
-        return (self._reader.get_batch(i) for i in range(self._reader.num_record_batches))
+        return iter(self._reader)
+
+    def messages(self) -> Any:
+        """What they are read from, from the beginning."""
+        from pyarrow.ipc import MessageReader
+
+        self._mapped.seek(self._start)
+        return MessageReader.open_stream(self._mapped)
 
 
-def _batches(mapped: Any, pyarrow: Any) -> Any:
-    is_file = mapped.read(len(_ARROW_FILE)) == _ARROW_FILE
-    mapped.seek(0)
-    return (
-        _FileBatches(pyarrow.ipc.open_file(mapped)) if is_file else pyarrow.ipc.open_stream(mapped)
-    )
+def _unpacked_batch(message: Any) -> int:
+    """Bytes that the buffers of a batch of Arrow unpack to; 0 where they are mapped as they are.
+
+    Arrow's Python interface unpacks a batch whole, without a limit. The format is that of Arrow's
+    Message.fbs and of flatbuffers: a table begins with the distance to the offsets of its fields.
+    """
+    metadata, body = memoryview(message.metadata), memoryview(message.body)
+    batch = _follow(metadata, _field(metadata, _follow(metadata, 0), _HEADER))
+    if message.type == "dictionary":
+        batch = _follow(metadata, _field(metadata, batch, _BATCH_OF_DICTIONARY))
+    buffers = _field(metadata, batch, _BUFFERS)
+    if not buffers or not _field(metadata, batch, _COMPRESSION):
+        return 0
+    start = _follow(metadata, buffers)
+    (count,) = struct.unpack_from("<I", metadata, start)
+    spans = struct.iter_unpack("<qq", metadata[start + 4 : start + 4 + 16 * count])
+    # A buffer begins with its length when unpacked, or -1 if it is not packed.
+    sizes = (struct.unpack_from("<q", body, begin)[0] for begin, length in spans if length)
+    return sum(max(0, size) for size in sizes)
+
+
+def _follow(data: memoryview, place: int) -> int:
+    return place + int(struct.unpack_from("<I", data, place)[0])
+
+
+def _field(data: memoryview, table: int, number: int) -> int:
+    """The place of a field; 0 where the table has none."""
+    fields = table - int(struct.unpack_from("<i", data, table)[0])
+    (size,) = struct.unpack_from("<H", data, fields)
+    at = 4 + 2 * number
+    offset = struct.unpack_from("<H", data, fields + at)[0] if at < size else 0
+    return table + int(offset) if offset else 0

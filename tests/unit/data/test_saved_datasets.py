@@ -1,7 +1,9 @@
 """Hugging Face datasets from local folders."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -100,6 +102,36 @@ def test_arrow_s_file_format(tmp_path: Path) -> None:
     (tmp_path / "b.arrow").write_bytes(b"no table")
     with pytest.raises(ConfigError, match=r"b\.arrow is no readable Arrow file"):
         read_all(tmp_path / "b.arrow")
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_arrow_that_unpacks_to_far_more_is_refused(
+    tmp_path: Path, compression: str, new: Callable[..., Any], dictionary: bool
+) -> None:
+    def write(name: str, text: str) -> Path:
+        table = pa.table({"text": [text, "b", "c"]})
+        if dictionary:
+            table = pa.table({"text": table["text"].dictionary_encode()})
+        options = pa.ipc.IpcWriteOptions(compression=compression)
+        with new(str(tmp_path / name), table.schema, options=options) as writer:
+            writer.write_table(table)
+        return tmp_path / name
+
+    assert read_all(write("sound.arrow", "a")) == ["a", "b", "c"]
+    with pytest.raises(ConfigError, match=r"bomb\.arrow must hold at most 100 times its size"):
+        read_all(write("bomb.arrow", "a" * (80 << 20)))
+
+
+def test_arrow_s_file_format_without_its_end(tmp_path: Path) -> None:
+    table = pa.table({"text": TEXTS})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    content = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(content[: content.rindex(b"\xff\xff\xff\xff")])
+    with pytest.raises(ConfigError, match=r"a\.arrow is no readable Arrow file .*end is missing"):
+        read_all(tmp_path / "a.arrow")
 
 
 def test_parquet_of_the_hub(tmp_path: Path) -> None:
