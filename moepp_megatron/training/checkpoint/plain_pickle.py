@@ -8,12 +8,15 @@ names, objects stay descriptions, and instructions that data do not need are ref
 from __future__ import annotations
 
 import pickletools
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-# The index of a checkpoint has about 400 bytes for each shard of a tensor.
-MAX_BYTES = 1 << 28
+# The index of a checkpoint has about 200 bytes for each shard of a tensor, and a model of 58 layers
+# of 256 experts with its optimizer has 190,000 shards. The values of 40 MB take 400 MB.
+MAX_BYTES = 1 << 26
+_MAX_MEMORY = 5 << 27
 # Python's pickler empties its stack after each thousand items of a list or dictionary.
 _MAX_STACK = 100_000
 _MAX_MARKS = 100
@@ -40,14 +43,13 @@ class Name:
 class Description:
     """An object that the pickle describes; compared and hashed by identity.
 
-    The pickle asks to call `kind` with `args`, to set `state` on the result, and to put `items`
-    into it.
+    The pickle asks to call `kind` with `args`, and to set `state` on the result. What it puts into
+    it is left out.
     """
 
     kind: Name
     args: tuple[Any, ...]
     state: Any = None
-    items: dict[Any, Any] = field(default_factory=dict)
 
 
 def read_plain(content: bytes, is_known: Callable[[Name], bool]) -> Any:
@@ -87,7 +89,14 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self._memo: list[Any] = []
+        self._memory = 0
         self._is_known = is_known
+
+    def _take(self, num_bytes: int) -> None:
+        """Count memory of values: few bytes of a pickle may make many of them."""
+        self._memory += num_bytes
+        if self._memory > _MAX_MEMORY:
+            raise UnsafePickleError(f"holds values of more than {_MAX_MEMORY >> 20} MiB")
 
     def ignore(self, _: Any) -> None:
         """Do nothing: the protocol's number, a frame, the end."""
@@ -96,6 +105,7 @@ class _Machine:
         """A number, text or bytes."""
         if type(value) is int and abs(value) >= _MAX_INT:
             raise UnsafePickleError("holds a number of more than 64 bits")
+        self._take(sys.getsizeof(value))
         self.stack.append(value)
 
     def mark(self, _: Any) -> None:
@@ -111,27 +121,33 @@ class _Machine:
         if len(self.stack) < length:
             raise UnsafePickleError("cannot be read (a tuple lacks items)")
         items = self.stack[len(self.stack) - length :]
-        self.stack[len(self.stack) - length :] = [tuple(items)]
+        del self.stack[len(self.stack) - length :]
+        self.push(tuple(items))
 
     def extend(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
             raise UnsafePickleError("appends to what is not a list")
+        before = sys.getsizeof(self.stack[-1])
         self.stack[-1].extend(items)
+        self._take(sys.getsizeof(self.stack[-1]) - before)
 
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        target = target.items if type(target) is Description else target
+        target = {} if type(target) is Description else target
         if type(target) is not dict or len(items) % 2:
             raise UnsafePickleError("sets items of what is not a dictionary")
+        before = sys.getsizeof(target)
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in (str, int, Description):
                 raise UnsafePickleError(f"has a {type(key).__name__} as a key")
             target[key] = value
+        self._take(sys.getsizeof(target) - before)
 
     def last(self, count: int) -> list[Any]:
         return [self.stack.pop() for _ in range(count)][::-1]
 
     def memoize(self, _: Any) -> None:
+        self._take(8)
         self._memo.append(self.stack[-1])
 
     def recall(self, index: int) -> None:
@@ -144,13 +160,13 @@ class _Machine:
         found = Name(module, name)
         if not self._is_known(found):
             raise UnsafePickleError(f"asks for {found}, which no checkpoint contains")
-        self.stack.append(found)
+        self.push(found)
 
     def describe(self, _: Any) -> None:
         kind, args = self.last(2)
         if type(kind) is not Name or type(args) is not tuple:
             raise UnsafePickleError("calls what is not a name")
-        self.stack.append(Description(kind, args))
+        self.push(Description(kind, args))
 
     def build(self, _: Any) -> None:
         state = self.stack.pop()

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
+from moepp_megatron.training.checkpoint import plain_pickle
 from moepp_megatron.training.checkpoint.data_only import load_data, only_data, unsafe_pickle
 from moepp_megatron.training.checkpoint.index import read_metadata
 from moepp_megatron.training.checkpoint.plain_pickle import MAX_BYTES, UnsafePickleError
@@ -249,6 +251,20 @@ def test_size_of_the_index_is_bounded(tmp_path: Path) -> None:
         # Sparse: nothing but its length is there.
         file.truncate(MAX_BYTES + 1)
     assert "is too large" in str(unsafe_pickle(tmp_path))
+
+
+@pytest.mark.parametrize("values", [b"}", b"]", b"K\x01\x85", b"\x8c\x01a", b"]\x94(]]e"])
+def test_memory_of_the_index_is_bounded(tmp_path: Path, values: bytes, monkeypatch: Any) -> None:
+    """A byte of a pickle may be a dictionary."""
+    monkeypatch.setattr(plain_pickle, "_MAX_MEMORY", 1 << 20)
+    content = b"\x80\x04]" + (b"(" + values * 10_000 + b"e") * 10 + b"."
+    (tmp_path / ".metadata").write_bytes(content)
+    tracemalloc.start()
+    reason = unsafe_pickle(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "holds values of more than 1 MiB" in str(reason)
+    assert peak < MAX_BYTES + (4 << 20)
 
 
 @pytest.mark.parametrize("size", [(2,), (1 << 62, 4)])
