@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 # TensorBoard itself shows about 50 histograms of a tag, picked from those that there are.
 _RECORDS_PER_HISTOGRAM = 10
+# Of TensorBoard's thread: a full disk, and a clock set back so far that no wait reaches it.
+_OF_THREAD = (OSError, OverflowError)
+_FLUSH_S = 120.0
 
 
 class TensorBoardSink:
@@ -51,6 +55,7 @@ class TensorBoardSink:
         self._experts = experts
         self._moe_layers = moe_layers
         self._records = 0
+        self._flushed = time.monotonic()
         self._folder = folder
         self._open = functools.partial(SummaryWriter, str(folder))
         _quiet_writer_thread()
@@ -70,7 +75,10 @@ class TensorBoardSink:
             if self._writer is None:
                 self._writer = self._open()
             self._write(record)
-        except OSError as error:
+            if time.monotonic() - self._flushed > _FLUSH_S:
+                self._writer.flush()
+                self._flushed = time.monotonic()
+        except _OF_THREAD as error:
             # The writer has no thread any more; the next record gets a new one and a new file.
             self._writer = None
             logger.warning("step %d: TensorBoard misses records: %s", record.step, error)
@@ -134,7 +142,7 @@ def _quiet_writer_thread() -> None:
 
     def report(args: threading.ExceptHookArgs) -> None:
         is_theirs = type(args.thread).__module__.startswith("tensorboard.")
-        if not (is_theirs and isinstance(args.exc_value, OSError)):
+        if not (is_theirs and isinstance(args.exc_value, _OF_THREAD)):
             hook(args)
 
     threading.excepthook = report

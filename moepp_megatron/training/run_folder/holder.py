@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moepp_megatron.config import ConfigError, load_config
+from moepp_megatron.config.printable import printable_time
 from moepp_megatron.file_names import CONFIG_FILE, OWNER_FILE, STATUS_FILE
 from moepp_megatron.observe.status import CLAIM, RunStatus, read_status
 from moepp_megatron.runtime.atomic import create_atomic, lock, write_atomic
@@ -65,7 +66,7 @@ def refuse_running(folder: Path) -> None:
     if gone is None:
         gone = _is_silent(folder / STATUS_FILE)
     if not gone:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
+        since = printable_time(status.started)
         owner = status.launcher.pid if status.launcher is not None else status.pid
         raise ConfigError(
             f"run.dir ({folder}) must not be in use, and process {owner} on {status.host} trains "

@@ -8,7 +8,10 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -328,6 +331,28 @@ def test_tensorboard_goes_on_with_room(make_record, small_disk: Path, caplog, ca
     assert steps[0] == 1
     assert steps[-1] == 31
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_tensorboard_survives_a_clock_that_is_set_back(make_record, tmp_path: Path, monkeypatch):
+    from tensorboard.summary.writer import event_file_writer
+
+    ahead = [1e11]
+    clock = SimpleNamespace(time=lambda: time.time() + ahead[0])
+    monkeypatch.setattr(event_file_writer, "time", clock)
+    sink = TensorBoardSink(tmp_path / "tensorboard", EXPERTS)
+    sink.write(make_record(1))
+    sink._writer.flush()
+    ahead[0] = 0.0
+    sink.write(make_record(2))
+    for thread in threading.enumerate():
+        if isinstance(thread, event_file_writer._AsyncWriterThread):
+            thread.join(10)
+    for step in (3, 4):
+        sink.write(make_record(step))
+    sink.close()
+    steps = [step for step, _ in scalars(tmp_path / "tensorboard", "loss/train")]
+    assert steps[0] == 1
+    assert steps[-1] == 4
 
 
 def test_tensorboard_gets_histograms_of_lists(make_record, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -287,6 +288,13 @@ def test_a_dead_process_holds_nothing(run, how: str) -> None:
     enter(config_in(run), RESUME)
     if how == "zombie":
         zombie.wait()
+
+
+@pytest.mark.parametrize("started", [-1e300, 1e18, 1e300])
+def test_a_date_beyond_any_calendar_is_told_in_seconds(run: Path, started: float) -> None:
+    alive(run, pid=dead_pid(), started=started, launcher=ProcessId.own())
+    with pytest.raises(ConfigError, match=f"since {re.escape(f'{started:g}')} s after 1970; stop"):
+        enter(config_in(run), RESUME)
 
 
 def test_a_launcher_that_starts_ranks_anew_holds_the_folder(run: Path) -> None:

@@ -7,7 +7,6 @@ DIR/speed/NAME.json    what `moepp bench step` has measured in one session
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import re
@@ -19,6 +18,7 @@ from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
 from moepp_megatron.config.blends import with_whole_paths
+from moepp_megatron.config.printable import printable_time
 from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE
 from moepp_megatron.observe.metrics import MetricsError, read_metrics
 from moepp_megatron.runtime.atomic import write_atomic
@@ -108,7 +108,7 @@ class PilotRun(Trial[RunOutcome]):
     def began(self) -> str:
         """Day of its start, ISO date: a run writes its configuration when it starts."""
         seconds = (self.config.run.dir / CONFIG_FILE).stat().st_mtime
-        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()
+        return printable_time(seconds, "%Y-%m-%d")
 
     def refuse_other_settings(self) -> None:
         """Raises ConfigError if the run's folder is that of a run with other settings."""
