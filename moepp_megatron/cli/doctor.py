@@ -36,7 +36,7 @@ def doctor(
     config: Annotated[
         Path | None,
         typer.Argument(
-            help="Check what this YAML configuration needs, its folders among them.",
+            help="Check what this YAML configuration needs, including its folders.",
             metavar="CONFIG",
         ),
     ] = None,

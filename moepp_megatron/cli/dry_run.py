@@ -14,7 +14,7 @@ from moepp_megatron.workbench.planning.machine import DEFAULT
 from moepp_megatron.workbench.planning.memory import RankMemory, rank_memory
 from moepp_megatron.workbench.report.terminal import plain_table, print_uncut
 
-# A large grid says nothing that its first and last ranks do not.
+# Of a large grid the first and last ranks suffice.
 _MOST_RANKS = 16
 _EXACT = ("weights", "gradients", "optimizer")
 _PARTS = (*_EXACT, "activations", "buffers")

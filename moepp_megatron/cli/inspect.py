@@ -35,7 +35,7 @@ def inspect(
     language: Annotated[
         Literal["auto", "text", "python"],
         typer.Option(
-            help="Choose python for a text with keywords and identifiers; auto goes by its name."
+            help="Choose python for a text with keywords and identifiers; auto decides by its name."
         ),
     ] = "auto",
     pos_tags: Annotated[

@@ -74,7 +74,7 @@ def pilot(
     results. Finished runs stay finished: a second call continues.
 
     On several machines, --collect writes DIR/configs/*.yaml, each of which `moepp train` or `moepp
-    slurm` takes; a later --collect reads what they have left in DIR/runs.
+    slurm` takes; a later --collect reads what they wrote to DIR/runs.
 
     Examples:
         moepp pilot configs/quickstart.yaml --out pilots/mine --nproc 2 --steps 60

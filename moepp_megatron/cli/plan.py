@@ -83,7 +83,7 @@ def plan(
 ) -> None:
     """Search every legal layout of CONFIG's model on a number of GPUs.
 
-    Nothing is run: a cost model makes the estimates, and docs/planning.md says how well they hold.
+    Nothing is run: a cost model makes the estimates, and docs/planning.md has its errors.
     With --measured instead of CONFIG, predicted is shown next to measured, with errors by family.
 
     Examples:

@@ -37,7 +37,7 @@ def profile(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="Say what has changed since this run, or since a FILE of --json.", metavar="RUN"
+            help="Show what has changed since this run, or since a FILE of --json.", metavar="RUN"
         ),
     ] = None,
     ceiling: Annotated[
@@ -57,7 +57,7 @@ def profile(
         ),
     ] = None,
 ) -> None:
-    """Say where a run's communication time goes: tables and a page.
+    """Show where a run's communication time goes: tables and a page.
 
     Examples:
         moepp profile runs/mine

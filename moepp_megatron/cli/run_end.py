@@ -23,7 +23,7 @@ def print_end(request: TrainRequest, result: TrainResult, prints_command: bool) 
 
     Args:
         request: What was asked for.
-        result: What became of it.
+        result: How it ended.
         prints_command: Whether a launcher prints how to resume a run that was asked to stop.
     """
     from moepp_megatron.observe.status import inherited_claim

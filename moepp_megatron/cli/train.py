@@ -43,7 +43,7 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Go on from this run's newest checkpoint; if it has none, start as "
+            help="Continue from this run's newest checkpoint; if it has none, start as "
             "checkpoint.load says.",
         ),
     ] = False,

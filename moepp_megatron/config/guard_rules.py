@@ -104,7 +104,7 @@ class CompleteRule:
         clear_for_steps: Steps that it must be healthy before the action ends.
         severity: Severity of its alerts.
         action: The guard's action.
-        per_layer: Whether each MoE layer is judged, and acted on, by itself.
+        per_layer: Whether each MoE layer is judged, and acted on, separately.
         min_steps_between: Fewest steps from an end to the next start, in one place.
         max_firings: Times that the action is taken in a run, all places together; places in which
             it begins in the same step count once.

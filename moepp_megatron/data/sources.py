@@ -43,7 +43,7 @@ class SourceFile:
         mtime_ns: modification time, nanoseconds.
         compression: compression of the whole file, by the end of its name.
         group: name of its group; documents of one group are together in one part of the split.
-            None if each document is by itself.
+            None if documents are independent.
     """
 
     path: Path

@@ -114,7 +114,7 @@ def _zero(*args: Any, **kwargs: Any) -> int:
 
 def _disable_compilation() -> None:
     # megatron-core wraps small functions in `torch.compile`, which on a CPU would ask for a C++
-    # compiler at run time and gain nothing; with this they run as they are written.
+    # compiler at run time and gain nothing; with this they run as written.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     # The compiler keeps a table of torch's functions, which must be built before any of them is
     # replaced; torch's optimizers import that part of it.

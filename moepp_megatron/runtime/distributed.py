@@ -168,7 +168,7 @@ def _open_store(environment: RankEnvironment, timeout: timedelta) -> dist.Store:
         try:
             socket.getaddrinfo(host, port)
         except OSError as error:
-            # The store would try for as long as `timeout` without a word.
+            # The store would try silently until `timeout`.
             raise UnfitError(
                 f"the first machine ({host}) must have an address here ({error.strerror}); export "
                 "MASTER_ADDR=ADDRESS, which all machines reach"

@@ -40,7 +40,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Could not determine rank from torch.distributed")
     # From every configuration, whatever it says about CUDA graphs.
     warnings.filterwarnings("ignore", message="full scope is deprecated")
-    # Reading a checkpoint's common part, which megatron-core does on each rank by itself.
+    # Reading a checkpoint's common part, which megatron-core does on each rank separately.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
     warnings.filterwarnings("ignore", message="The argument order of load has been changed")
     # Deprecations inside megatron-core and torch are for their developers.

@@ -21,7 +21,7 @@ _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotF
 
 
 class StoreError(UnfitError):
-    """A store could not be asked, or has refused. It says nothing about what the store holds.
+    """A store could not be asked, or has refused. What the store holds is unknown.
 
     Not an OSError: code that takes an unreadable file for a damaged one must not take a lost
     connection for damage. `is_refusal` if the address or the credentials are wrong.

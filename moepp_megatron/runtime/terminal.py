@@ -47,7 +47,7 @@ class Console(rich.console.Console):
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """A context in which stdout and stderr take all that is printed, whatever becomes of them.
+    """A context in which stdout and stderr take all that is printed, whatever happens to them.
 
     A training and its exit status depend on no reader, no disk and no terminal of its output: what
     cannot be written is dropped, from the first failure on. Streams that are no files (a

@@ -86,7 +86,7 @@ class CachedModel:
         """Read the next tokens of every sequence; every rank must call.
 
         Args:
-            tokens: [b, n] int64. The first call reads as many as it likes, every later one n = 1:
+            tokens: [b, n] int64. The first call reads any number, every later one n = 1:
                 from then on megatron-core's attention applies no causal mask.
 
         Returns:
@@ -158,7 +158,7 @@ def continue_prompts(
                 ended[row] = token == eod or len(new[row]) == max_new_tokens
         if all(ended):
             return new
-        # A sequence that has ended reads fillers; nobody looks at what comes of them.
+        # A sequence that has ended reads fillers; their output is dropped.
         tokens = [
             [prompt[length] if length < len(prompt) else token]
             for prompt, token in zip(prompts, drawn, strict=True)
@@ -170,7 +170,7 @@ class _Sampler:
     """Draws on one rank for all."""
 
     # Logits of data-parallel ranks may differ in the last bit, since experts see other rows beside
-    # theirs; ranks that drew by themselves could part ways.
+    # theirs; ranks that drew independently could differ.
 
     def __init__(self, sampling: Sampling, count: int, layout: Layout, vocab_size: int) -> None:
         self._sampling = sampling

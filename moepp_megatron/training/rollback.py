@@ -21,7 +21,7 @@ def newest_checkpoint(
     Args:
         config: The run's configuration.
         writer: The checkpoint writer, which may still be writing one.
-        up_to_step: Only those after at most so many steps.
+        up_to_step: Only those after at most this many steps.
     """
     writer.finish()
     return newest_valid(checkpoint_folder(config), up_to_step)

@@ -99,7 +99,7 @@ class BatchSizes:
             )
 
     def at(self, consumed_samples: int) -> int:
-        """Sequences of the batch that begins after so many sequences."""
+        """Sequences of the batch that begins after this many sequences."""
         self._calculator.update(consumed_samples, consistency_check=False)
         return self._calculator.get_current_global_batch_size()
 

@@ -36,7 +36,7 @@ class GuardRule(Section):
     action: Annotated[GuardAction | None, Unit("-")] = None
     """What is done; none drops the rule; null: warn"""
     scope: Annotated[Literal["any", "mean"] | None, Unit("-")] = None
-    """Judge and act on each MoE layer by itself, or on the layers' mean and the whole model; null:
+    """Judge and act on each MoE layer separately, or on the layers' mean and the whole model; null:
     any"""
     min_steps_between: Annotated[int | None, Unit("steps"), Field(ge=0)] = None
     """Fewest steps from the end of the action to its next start, in one place; null: 0"""

@@ -13,7 +13,7 @@ reads 8E bytes of sums for each program: at 4096 tokens E/4 of 12 experts, E fro
 less with more tokens. Nothing but logits and map is kept for the backward pass, which computes the
 scores again.
 
-Shape suffixes: T tokens, E experts, S sequences that are counted each by itself.
+Shape suffixes: T tokens, E experts, S sequences that are counted separately.
 """
 
 from __future__ import annotations

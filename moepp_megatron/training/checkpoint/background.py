@@ -168,7 +168,7 @@ def _detach(writer: int, parent: int) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    # Launchers send these to whole process groups; the parent decides what becomes of the save.
+    # Launchers send these to whole process groups; the parent decides whether the save continues.
     for name in _IGNORED:
         signal.signal(name, signal.SIG_IGN)
     # Sockets of the parent's process groups must close when it dies, not when this one ends.

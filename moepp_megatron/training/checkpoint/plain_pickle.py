@@ -76,7 +76,7 @@ def read_plain(content: bytes, is_known: Callable[[Name], bool]) -> Any:
         (result,) = machine.stack
     except UnsafePickleError:
         raise
-    # Whatever the decoder, or an instruction without its operands, makes of damaged bytes.
+    # Whatever the decoder, or an instruction without its operands, raises for damaged bytes.
     except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
         raise UnsafePickleError(f"cannot be read ({error})") from error
     return result

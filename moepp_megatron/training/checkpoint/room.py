@@ -88,7 +88,7 @@ class Pruner:
         self._is_valid: dict[str, bool] = {}
 
     def unknown(self, written: Path) -> list[Path]:
-        """Checkpoints that have to be hashed before `wrote(written)`, by as many as can help.
+        """Checkpoints that have to be hashed before `wrote(written)`, by all who can help.
 
         None of a store: all of them would be read from there, while training waits.
         """

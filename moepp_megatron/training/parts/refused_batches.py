@@ -36,7 +36,7 @@ class RefusedBatches(Part):
         self._run, self._counts = run, run.require(RoutingCounts)
         self._guard = NumericalGuard(run.config.resilience)
         self._guard.load(run.extra)
-        # Whether so many were refused in a row that their cause must be found.
+        # Whether enough were refused in a row that their cause must be found.
         self._is_due = False
 
     @classmethod

@@ -68,7 +68,7 @@ class RoutingCounts(Part):
         return self.collect()
 
     def reset(self, num_microbatches: int | None = None) -> None:
-        """Start counting a new step, of so many micro-batches if not as many as before."""
+        """Start counting a new step, with a new number of micro-batches if it has changed."""
         self._num_microbatches = num_microbatches or self._num_microbatches
         self._selections = None
         for statistics in self._statistics.values():

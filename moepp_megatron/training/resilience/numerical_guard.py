@@ -21,7 +21,7 @@ from moepp_megatron.training.step_sums import StepSums
 
 # The median absolute deviation of normally distributed values is their standard deviation / 1.4826.
 _MAD_TO_STD = 1.4826
-# Where the losses hardly differ (a tiny data set, a constant rate) the deviation says nothing:
+# Where the losses hardly differ (a tiny data set, a constant rate) the deviation means nothing:
 # at the default threshold of 10, a jump is then at least a hundredth of the loss.
 _SMALLEST_STD = 1e-3
 # A median over less than this share of the window is too easily moved.

@@ -120,7 +120,7 @@ def _median(losses: Sequence[float]) -> float:
 
 
 def num_needed(num_refused: int) -> int:
-    """Batches from before so many refused ones, for `has_moved` to decide."""
+    """Batches from before the refused ones, for `has_moved` to decide."""
     return max(num_refused, math.ceil(1 / _SIGNIFICANCE / num_refused))
 
 

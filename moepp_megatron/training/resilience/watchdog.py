@@ -24,7 +24,7 @@ from moepp_megatron.training.resilience.heartbeat import Heartbeat, HeartbeatFol
 logger = logging.getLogger(__name__)
 
 _C10D = "distributed_c10d.py"
-# Frames of the machinery around a wait, which say nothing about the program.
+# Frames of the machinery around a wait, which are not about the program.
 _UNINTERESTING = ("/torch/", "/threading.py", "/contextlib.py", "/collective_clock.py")
 
 # Looks this often within a timeout, but neither burdens the file system nor sleeps for minutes.

@@ -38,7 +38,7 @@ class PaperShape:
         return None if measured is None else self.vanilla_ms / measured * self.experts.phi(tau)
 
     def with_constants(self, count: int) -> PaperShape:
-        """The same layer with other constant experts, of which the paper says nothing."""
+        """The same layer with other constant experts, which are not in the paper."""
         experts = replace(self.experts, num_constant_experts=count)
         return replace(self, experts=experts, moepp_ms={})
 

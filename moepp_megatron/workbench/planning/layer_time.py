@@ -56,7 +56,7 @@ class PassTime:
 
 
 def sum_passes(parts: Sequence[tuple[PassTime, float]]) -> PassTime:
-    """Passes through so many layers of each kind."""
+    """Passes through this many layers of each kind."""
     seconds: dict[str, float] = defaultdict(float)
     hidden: dict[str, float] = defaultdict(float)
     for time, count in parts:

@@ -63,7 +63,7 @@ class Planned:
     ramp: tuple[_RampStage, ...] = ()  # smaller steps at the beginning of a run
 
     def run_seconds(self, tokens: float) -> float:
-        """Time of the steps that read so many tokens from a run's beginning on, seconds."""
+        """Time of the steps that read this many tokens from a run's beginning, seconds."""
         seconds = 0.0
         for stage in self.ramp:
             read = min(tokens, stage.tokens)

@@ -24,7 +24,7 @@ class Experts(ExpertLayout):
     router_pads: bool = False  # the router gives each what FP8 products take
     has_bias: bool = False  # FFN experts have biases
     is_clamped: bool = False  # both halves of the first product are clamped
-    most_nodes: int | None = None  # a token's experts lie on at most so many nodes; None for any
+    most_nodes: int | None = None  # a token's experts lie on at most this many nodes; None for any
     num_groups: int = 1  # groups of neighbouring FFN experts
     group_topk: int = 1  # groups that a token's FFN experts come from
 

@@ -15,7 +15,7 @@ from moepp_megatron.runtime.terminal import Console
 if TYPE_CHECKING:
     from moepp_megatron.workbench.report import blocks
 
-# A pipe or a log has no width of its own.
+# A pipe or a log has no width.
 LOG_WIDTH = 150
 
 

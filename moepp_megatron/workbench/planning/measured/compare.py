@@ -125,7 +125,7 @@ FOLDER = Path(__file__).resolve().parents[4] / "configs" / "measured"
 SET_NUMBERS, HELD_OUT = FOLDER / "set_numbers.json", FOLDER / "held_out.json"
 # GPUs of which there are runs of MoE models; an H200 is an H100's chip with more memory.
 _CARDS = ("h100", "h200", "b200")
-# Fewer rows say nothing of a tenth.
+# Fewer rows do not determine a tenth.
 _LEAST_ROWS = 4
 
 

@@ -37,7 +37,7 @@ def lateness(collectives: Mapping[int, list[Collective]]) -> dict[CallKey, Laten
     for rank, calls in collectives.items():
         for place, call in enumerate(calls):
             if call.sequence is not None and call.group_ranks:
-                # NCCL's own profilers number each operation of a group by itself; a receive is
+                # NCCL's own profilers number each operation of a group separately; a receive is
                 # the other end of a send.
                 receives = call.operation is Operation.RECEIVE
                 kind = Operation.SEND if receives else call.operation
