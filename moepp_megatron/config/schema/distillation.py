@@ -21,5 +21,5 @@ class DistillationSection(Section):
     temperature: Annotated[float, Unit("1"), Field(gt=0.0)] = 1.0
     """Divides the logits of both models; the divergence is multiplied by its square"""
     top_k: Annotated[int | None, Unit("tokens"), Field(ge=2)] = None
-    """Compare only this many likeliest tokens of the teacher, their probabilities summing to 1 in both
-    models; null compares all"""
+    """Compare only this many likeliest tokens of the teacher, with probabilities that sum to 1 in
+    both models; null compares all"""

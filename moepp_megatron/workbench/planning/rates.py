@@ -122,8 +122,8 @@ _CASTS = {
     "tensorwise": ("fp8", 6.0, 4),
     "mxfp8": ("mxfp8", 4.0, 3),
 }
-# With delayed scaling one kernel casts this many tensors (Transformer Engine, multi_cast_transpose.cu
-# and `split_quantize`); with other scaling each group has its own.
+# With delayed scaling a kernel casts this many tensors (Transformer Engine, in
+# multi_cast_transpose.cu and `split_quantize`); with other scaling each group has its own.
 _CAST_TOGETHER = 64
 
 
