@@ -184,8 +184,3 @@ def test_what_is_no_summary_is_named(tmp_path, content, said):
     assert str(caught.value).startswith(f"{path}: ")
     assert said in str(caught.value)
     assert "moepp profile --json" in str(caught.value)
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ProfileError, match="absent.json: no such file or folder"):
-        summary_of(tmp_path / "absent.json")

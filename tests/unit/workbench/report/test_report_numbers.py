@@ -131,22 +131,6 @@ def _say_end(config, record):
     print_end(request, TrainResult(Path(config.run.dir), metrics=record), False)
 
 
-def test_the_last_lines_of_a_run_name_the_number_of_its_page(make_run, capsys):
-    folder = make_run(steps=50, edit=_falling)
-    config = SimpleNamespace(
-        run=SimpleNamespace(dir=str(folder)),
-        moe=SimpleNamespace(ffn_share=0.6),
-        checkpoint=SimpleNamespace(save_interval=0),
-    )
-    _say_end(config, load_run(folder).records[-1])
-    assert (
-        "FFN share    0.500 of all selections (phi 0.600): 50.0% of the expert work saved, "
-        "mean of steps 46 to 50" in capsys.readouterr().out
-    )
-    page = re.sub(r"<[^>]+>", " ", (folder / "report.html").read_text())
-    assert re.search(r"Expert work saved\s+50\.0%", page)
-
-
 def test_a_run_that_was_complete_already_gets_its_page(make_run, capsys):
     """It may have been killed between its last checkpoint and its page."""
     folder = make_run(steps=3)

@@ -8,10 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from moepp_megatron.cli.report import report
 from moepp_megatron.workbench.report import build_report, formatting
 from moepp_megatron.workbench.report.run_data import load_run
 from moepp_megatron.workbench.report.savings import compute_savings
@@ -134,117 +131,59 @@ def test_the_same_run_gives_the_same_bytes(full_run):
     ]
 
 
-@pytest.mark.usefixtures("unrendered")
-def test_a_vanilla_run_has_nothing_to_save(make_run):
-    page = read_page(make_run(steps=20, moe=VANILLA))
-    assert "megatron-core's vanilla MoE layer: every selection goes to an FFN expert" in page.text
-    assert "What MoE++ saved" not in page.text
-    assert "Expert work saved" not in page.text
-    assert "This layer has FFN experts only" in page.text
-    assert "no zero-computation experts" in page.text
-    assert len(page.pictures) == 10
+def strip(record: dict) -> None:
+    for key in ("valid_loss", "layer_expert_share", "layer_ffn_fraction"):
+        record.pop(key, None)
+    record |= {"expert_share": [], "a2a_bytes": 0}
 
 
-def test_one_record_gives_sentences_for_curves(make_run):
-    page = read_page(make_run(steps=1))
-    assert page.text.count("a curve needs two") == 9
-    assert "A curve needs two records" in page.text
-    assert len(page.pictures) == 2
-    assert "Expert work saved" in page.text
+def blow_up(record: dict) -> None:
+    record |= dict.fromkeys(("loss", "grad_norm", "ffn_fraction"))
+    record |= {"expert_share": [None] * 12, "layer_expert_share": [[None] * 12] * 4}
+    record.pop("valid_loss", None)
 
 
-@pytest.mark.usefixtures("unrendered")
-def test_missing_optional_keys_give_sentences(make_run):
-    def strip(records):
-        for record in records:
-            for key in ("valid_loss", "layer_expert_share", "layer_ffn_fraction"):
-                record.pop(key, None)
-            record["expert_share"] = []
-            record["a2a_bytes"] = 0
-
-    page = read_page(make_run(steps=20, edit=strip))
-    assert "Validation loss none this run was not evaluated" in page.text
-    assert "exp of the mean training loss" in page.text
-    assert "(layer_expert_share) were not recorded" in page.text
-    assert "The shares of the experts were not recorded" in page.text
-    assert "No hidden vector left its rank" in page.text
-    assert "All-to-all saved none" in page.text
-    assert len(page.pictures) == 8
+def all_zero_computation(record: dict) -> None:
+    record |= {"ffn_fraction": 0.0, "ffn_per_token": 0.0, "a2a_bytes": 0}
 
 
-@pytest.mark.usefixtures("unrendered")
-@pytest.mark.parametrize("kind", ["zero", "copy", "constant"])
-def test_a_single_zero_computation_kind(make_run, kind: str):
-    counts = {f"num_{k}_experts": int(k == kind) for k in ("zero", "copy", "constant")}
-    page = read_page(make_run(steps=20, moe=counts))
-    assert f"8 FFN + 1 {kind} experts" in page.text
-    assert len(page.pictures) == 13
-    assert any(f"{kind} " in alt and "FFN" in alt for _, alt in page.pictures)
+def drop(record: dict) -> None:
+    record |= {"dropped_fraction": 0.03, "z_loss": 0.5}
 
 
-def test_a_run_whose_numbers_are_not_finite(make_run):
-    def blow_up(records):
-        for record in records:
-            record["loss"] = record["grad_norm"] = None
-            record["ffn_fraction"] = None
-            record["expert_share"] = [None] * 12
-            record["layer_expert_share"] = [[None] * 12] * 4
-            record.pop("valid_loss", None)
-
-    page = read_page(make_run(steps=20, edit=blow_up))
-    assert "Final loss not finite" in page.text
-    assert "No record of this run has a finite loss." in page.text
-    assert "vanilla layer's traffic does not follow" in page.text
+def only(kind: str) -> dict:
+    return {"moe": {f"num_{each}_experts": int(each == kind) for each in KINDS}}
 
 
-@pytest.mark.usefixtures("unrendered")
-def test_a_run_without_any_ffn_selection(make_run):
-    def none(records):
-        for record in records:
-            record["ffn_fraction"] = record["ffn_per_token"] = 0.0
-            record["a2a_bytes"] = 0
-
-    text = read_page(make_run(steps=5, edit=none)).text
-    assert "Expert work saved 100.0%" in text
-    assert "1 / FFN share" not in text
-
-
-@pytest.mark.usefixtures("unrendered")
-def test_drops_and_z_loss_are_shown_where_they_are(make_run):
-    def add(records):
-        for record in records:
-            record["dropped_fraction"], record["z_loss"] = 0.03, 0.5
-
-    page = read_page(make_run(steps=20, edit=add))
-    assert "A capacity limit dropped 3.0% of the selections" in page.text
-    assert len(page.pictures) == 15
+KINDS = ("zero", "copy", "constant")
+LARGE = {"model": {"num_layers": 40}, "moe": {"num_ffn_experts": 128}}
+# Steps, settings, what is done to records, pictures, a number or word that is on the page.
+ODD = {
+    "one record": (1, {}, None, 2, "Expert work saved"),
+    "vanilla": (20, {"moe": VANILLA}, None, 10, "no zero-computation experts"),
+    "keys are missing": (20, {}, strip, 8, "All-to-all saved none"),
+    **{kind: (20, only(kind), None, 13, f"8 FFN + 1 {kind} experts") for kind in KINDS},
+    "no finite number": (20, {}, blow_up, None, "Final loss not finite"),
+    "no FFN selection": (5, {}, all_zero_computation, None, "Expert work saved 100.0%"),
+    "drops": (20, {}, drop, 15, "dropped 3.0% of the selections"),
+    "many experts and layers": (2, LARGE, None, None, "128 FFN"),
+}
 
 
-def test_many_experts_and_layers_can_be_drawn(make_run):
-    page = read_page(make_run(steps=2, model={"num_layers": 40}, moe={"num_ffn_experts": 128}))
-    assert any("40 MoE layers by 132 experts" in alt for _, alt in page.pictures)
+# Whose curves are odd to draw, and not only to make.
+RENDERED = ("one record", "no finite number", "many experts and layers")
 
 
-@pytest.fixture
-def app() -> typer.Typer:
-    application = typer.Typer()
-    application.command()(report)
-    return application
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_run_has_a_page(make_run, request, name: str):
+    steps, sections, change, pictures, shown = ODD[name]
+    if name not in RENDERED:
+        request.getfixturevalue("unrendered")
 
+    def edit(records: list[dict]) -> None:
+        for record in records if change else []:
+            change(record)
 
-def test_the_command_prints_where_the_page_is(make_run, app):
-    run = make_run(steps=1)
-    result = CliRunner().invoke(app, [str(run)])
-    assert result.exit_code == 0
-    assert result.stdout.strip() == str(run / "report.html")
-    assert (run / "report.html").stat().st_size > 10_000
-
-
-def test_the_command_refuses_a_missing_run_in_one_line(tmp_path: Path, moepp):
-    code, out, err = moepp("report", str(tmp_path / "nowhere"))
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1
-    assert err.startswith("error: ")
-    assert err.endswith(
-        "nowhere: is not a folder; name the folder of a run that `moepp train` has started\n"
-    )
+    page = read_page(make_run(steps=steps, edit=edit, **sections))
+    assert shown in page.text
+    assert pictures in (None, len(page.pictures))
