@@ -35,7 +35,7 @@ class Drawn:
     Attributes:
         title: Heading of the plot.
         axis: Label of the vertical axis.
-        place: Its place in the section; by default behind all that have one.
+        place: Its place in the section; by default after all that have one.
         caption: Text below it; by default the metric's meaning.
         section: Part of the page. Metrics of single MoE layers have a section of their own.
         level: A line to compare with, and its name.
@@ -242,7 +242,7 @@ class Record(BaseModel):
         "where the prepared data have several", "share", "source_tokens",
         "moepp_source_tokens_ratio", "source")] = None
     source_loss: Annotated[dict[str, Number] | None, Metric(
-        "mean language-model loss behind the tokens of a data source", "nats", "source_loss",
+        "mean language-model loss after the tokens of a data source", "nats", "source_loss",
         "moepp_source_loss", "source", panel=("Loss by data source", "{{source}}"),
         drawn=Drawn("Loss by data source", "loss (nats)", 1, section="names"))] = None
     source_ffn_share: Annotated[dict[str, Number] | None, Metric(

@@ -78,7 +78,7 @@ def first_step(config: Config, stage: DataStage) -> int:
 
 
 def blend_at(blends: Sequence[Blend], consumed_samples: int) -> Blend:
-    """The blend that the sample behind `consumed_samples` is drawn from."""
+    """The blend that the sample after `consumed_samples` is drawn from."""
     return blends[bisect_right([blend.first_sample for blend in blends], consumed_samples) - 1]
 
 

@@ -57,7 +57,7 @@ def place_problem(text: str) -> PathProblem | None:
         if scheme in ("s3", "msc") and scheme != text:
             # A folder of that name could be meant, but hardly ever is.
             return PathProblem(
-                "must have two slashes behind the colon", f"write {scheme}://NAME/PREFIX"
+                "must have two slashes after the colon", f"write {scheme}://NAME/PREFIX"
             )
         problem = path_problem(text)
         if problem is None or _SCHEME.match(text) is None:

@@ -27,7 +27,7 @@ class _StrictLoader(yaml.SafeLoader):
     _num_composed = 0
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803 (PyYAML's name)
-        """Refuse too many brackets as soon as they are read; PyYAML looks far ahead behind each."""
+        """Refuse too many brackets as soon as they are read; PyYAML looks far ahead after each."""
         if self.flow_level >= _MAX_DEPTH:
             raise _too_deep(self.get_mark())
         super().fetch_flow_collection_start(TokenClass)

@@ -161,7 +161,7 @@ class ChatTemplate:
     def encode(self, messages: Sequence[Message]) -> tuple[list[int], NDArray[np.bool_]]:
         """Token ids of a conversation, and which of them a model is to learn.
 
-        That is what the template adds for an answer behind the beginning of one: the answer and
+        That is what the template adds for an answer after the beginning of one: the answer and
         what ends it, up to the end-of-document token if that is in it.
 
         Raises:
@@ -189,7 +189,7 @@ class ChatTemplate:
                 # `moepp generate` asks for an answer after only the tokens of `before`.
                 raise UnusableChat("an answer begins in the middle of a token")
             own = (starts >= len(before)) & (ends <= len(until)) & (ends > starts)
-            # What stands behind the token that ends generation is never generated.
+            # What stands after the token that ends generation is never generated.
             over = own & (np.array(ids) == self.tokenizer.eod)
             is_learnt |= own & (over.cumsum() - over == 0)
         # What begins a conversation is predicted from nothing.

@@ -1,4 +1,4 @@
-"""Conversations as training samples: whole ones in each sequence, loss on answers, padding behind.
+"""Conversations as training samples: whole ones in each sequence, loss on answers, padding after.
 
 Every document of the corpus is a sequence as long as a sample, written by `prepare_chat`. An
 indexed dataset of bytes next to it (`marks`) says what each token is.

@@ -55,7 +55,7 @@ def documents_of(dataset: GPTDataset, sample: int) -> tuple[NDArray[np.int64], N
 
     Returns:
         [n] int64 documents, as they are counted in `corpus.idx`, and [n] int64 tokens of each; in
-        all those of the sample and the one behind it.
+        all those of the sample and the one after it.
     """
     place = int(dataset.shuffle_index[sample])
     (first, offset), (last, end) = dataset.sample_index[place : place + 2].tolist()

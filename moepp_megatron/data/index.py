@@ -69,7 +69,7 @@ def read_ends(
         is_ours: every document is one sequence, and none is empty.
 
     Returns:
-        [documents] int64: the token behind the last one of each document.
+        [documents] int64: the token after the last one of each document.
 
     Raises:
         CorpusError: documents lie elsewhere.

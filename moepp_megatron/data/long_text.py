@@ -23,7 +23,7 @@ class UncuttableError(ValueError):
 
 # Cuts that no pre-token of the patterns below crosses: each match is an optional leading character
 # and then characters of one class (letters, digits, others, white space), some with line ends
-# behind. Matching has no memory, so the text behind a cut is matched as if nothing were before it.
+# after. Matching has no memory, so the text behind a cut is matched as if nothing were before it.
 _CUT = re.compile(
     # Any character before a space or a tab.
     r"(?<=\S)(?=[ \t])"

@@ -62,7 +62,7 @@ class Conversations:
 
     Attributes:
         sequence_length: tokens of each document of the corpus, which is a sequence of whole
-            conversations with padding behind them.
+            conversations with padding after them.
         conversations: number of conversations.
         answer_tokens: tokens with loss.
         padding_tokens: padding.

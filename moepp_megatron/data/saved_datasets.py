@@ -15,7 +15,7 @@ from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.file_names import DATASET_DICT_FILE, DATASET_INFO_FILE, DATASET_STATE_FILE
 
-# Such as train-00000-of-00002.parquet, or with a hash behind the numbers.
+# Such as train-00000-of-00002.parquet, or with a hash after the numbers.
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.parquet")
 
 

@@ -41,7 +41,7 @@ class Corpus:
         idx, is_ours = Path(f"{prefix}.idx"), not self.manifest.is_bare
         try:
             self._header = read_header(idx, self.manifest.documents if is_ours else None)
-            # [documents] int64, the token behind the last one of each.
+            # [documents] int64, the token after the last one of each.
             self._ends = read_ends(idx, self._header, self._bin.stat().st_size, is_ours)
         except (CorpusError, OSError) as error:
             raise damaged(folder.name, folder.path, str(error)) from None
@@ -109,7 +109,7 @@ class StageShares:
 
 
 def planned_shares(config: Config, corpora: dict[str, Corpus], end: int) -> list[StageShares]:
-    """What each stage of a run draws, and behind them the whole run.
+    """What each stage of a run draws, and after them the whole run.
 
     Args:
         config: The configuration.

@@ -48,7 +48,7 @@ def check_tokens(
             continue
         row, column = ((tokens < 0) | (tokens >= vocab_size)).nonzero()[0].tolist()
         token = int(tokens[row, column])
-        # A label is the token behind the one in its place.
+        # A label is the token after the one in its place.
         raise _error(dataset, indices[row], column + shift, token, vocab_size)
 
 

@@ -93,7 +93,7 @@ def _class(
         return CLASSES.index("white space")
     first = begin + len(piece) - len(piece.lstrip())
     last = begin + len(piece.rstrip())
-    # The first run that ends behind the token's first character.
+    # The first run that ends after the token's first character.
     index = int(np.searchsorted(ends, first, side="right"))
     if index == len(begins) or begins[index] >= last:
         return CLASSES.index("punctuation")

@@ -29,7 +29,7 @@ class TokenGroups:
     """Token ids in groups, each of which is a band with a class; unions of them have names.
 
     Attributes:
-        names: C names: of bands, and behind them of the classes of `ID_CLASSES` that occur.
+        names: C names: of bands, and after them of the classes of `ID_CLASSES` that occur.
         of_ids: [V] int64 group of each token id.
         members: [C, G] bool groups that a name stands for.
     """

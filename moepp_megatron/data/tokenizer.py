@@ -121,7 +121,7 @@ class Tokenizer:
     def encode_with_spans(
         self, text: str, has_special_tokens: bool = False
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of a text, and for each its first character and the one behind its last.
+        """Token ids of a text, and for each its first character and the one after its last.
 
         Tokens of one character that a byte-level tokenizer has split all span that character.
 

@@ -101,7 +101,7 @@ class ContextParallelAttention(MegatronModule):
         self, query: Tensor, start: int, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
         """[c, b, n, v] causal attention of c consecutive tokens, the first at position `start`."""
-        # No query of the chunk sees a key behind the chunk.
+        # No query of the chunk sees a key after the chunk.
         end = start + query.shape[0]
         if mask is None:
             query_positions = torch.arange(start, end, device=query.device)

@@ -34,7 +34,7 @@ def dense_mask(documents: Tensor) -> Tensor:
 
 
 def document_ends(documents: Tensor) -> Tensor:
-    """[n + 1] int32: 0, and the token behind each document of sequences one after the other.
+    """[n + 1] int32: 0, and the token after each document of sequences one after the other.
 
     `documents` [b, s] are on the CPU, because their number is read.
     """

@@ -192,7 +192,7 @@ class BudgetController:
         if lacking is not None and abs(now) < OUT_OF_REACH:
             # The bias needed in this step less the one needed in the step before.
             self._drift[layer] += self.budget.drift * response * (now - lacking - drift)
-        # An average of what moves by d a step is d / response behind the next step. So the bias is
+        # An average of what moves by d a step is d / response after the next step. So the bias is
         # the average and so much of the drift; what is added keeps it that.
         change = (self._drift[layer] - drift) / response
         moved = response * ahead + drift + change

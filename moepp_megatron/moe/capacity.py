@@ -41,7 +41,7 @@ def within_capacity(
             count. Their number is read on the host, which waits for it.
     """
     num_local = gates.shape[0]
-    # Gates are never negative; -1 sorts what was not selected behind every selection.
+    # Gates are never negative; -1 sorts what was not selected after every selection.
     ranking = torch.where(routing_map, (gates * GATE_STEPS).round(), -1.0)
     rank, size = 0, 1
     if group is not None and group.size() > 1:

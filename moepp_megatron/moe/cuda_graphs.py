@@ -87,7 +87,7 @@ def refuse_uncapturable(config: TransformerConfig) -> None:
         raise ValueError(
             f"TransformerConfig.cuda_graph_impl ({config.cuda_graph_impl}) must be local or none "
             "with MoE++ layers: whole iterations hold the host-side sizes of the all-to-all, and "
-            "TransformerLayer._te_cuda_graph_replay resumes a layer behind its router without the "
+            "TransformerLayer._te_cuda_graph_replay resumes a layer after its router without the "
             "router logits; use local"
         )
     parts = [part for part in config.cuda_graph_modules if part is not _IMPLIED]

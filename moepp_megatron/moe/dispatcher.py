@@ -47,7 +47,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     ) -> None:
         refuse_setting(config, "moe_shared_expert_overlap", type(self).__name__)
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
-        # megatron-core moves this behind the permutation where `preprocess` is captured in a CUDA
+        # megatron-core moves this after the permutation where `preprocess` is captured in a CUDA
         # graph, and its "local" graphs claim to whenever the router is. Here it never is.
         self.cuda_dtoh_point = "before_permutation_1"
         # The combined schedule frees what has been sent as soon as the call returns.

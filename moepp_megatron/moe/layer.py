@@ -344,7 +344,7 @@ def moepp_layers(model: torch.nn.Module) -> list[MoEPPLayer]:
 
 
 def decoder_moepp_layers(model: torch.nn.Module) -> list[MoEPPLayer]:
-    """`moepp_layers` without those of multi-token prediction, which are numbered behind them."""
+    """`moepp_layers` without those of multi-token prediction, which are numbered after them."""
     return [layer for layer in moepp_layers(model) if layer.layer_number <= layer.config.num_layers]
 
 

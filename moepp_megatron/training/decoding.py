@@ -93,7 +93,7 @@ class CachedModel:
             [b, vocab] fp32 logits after the last token, on the last pipeline stage; None before.
         """
         begin = self.context.sequence_len_offset
-        assert begin == 0 or tokens.shape[1] == 1, "behind the prompt tokens come one by one"
+        assert begin == 0 or tokens.shape[1] == 1, "after the prompt tokens come one by one"
         if begin > 0:
             self.context.enable_decode_mode()
         positions = torch.arange(begin, begin + tokens.shape[1], device=tokens.device)

@@ -203,7 +203,7 @@ def generation_config(trained: Config, overrides: Sequence[str], world_size: int
     config = with_overrides(config, [f"training.global_batch_size={replicas}"])
     Layout.from_config(config, world_size)
     # Training has to split sequences over tensor-parallel ranks; a single new token cannot be
-    # split. Set behind the check, which speaks for training.
+    # split. Set after the check, which speaks for training.
     whole = config.parallel.model_copy(update={"sequence_parallel": False})
     return config.model_copy(update={"parallel": whole})
 

@@ -30,7 +30,7 @@ class Sequences:
     Attributes:
         input_ids: [b, s] int64.
         padded: Length that the layout divides, at least s; fillers come last.
-        labels: [b, s] int64 the token to score behind each position; by default the next one.
+        labels: [b, s] int64 the token to score after each position; by default the next one.
         micro_batch_size: Sequences of a forward pass.
         logits: Whether logits are wanted.
     """
@@ -58,7 +58,7 @@ def score_sequences(
     """Score all sequences; every rank must call, with the same sequences.
 
     Each chunk reads this rank's sequences in order: row j of micro-batch i is sequence
-    `(i * data-parallel size + data-parallel rank) * micro-batch size + j`, fillers behind them.
+    `(i * data-parallel size + data-parallel rank) * micro-batch size + j`, fillers after them.
 
     Returns:
         On rank 0, None elsewhere: `token_logprobs` [b, s] float64, the log-probability of each

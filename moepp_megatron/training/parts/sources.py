@@ -25,7 +25,7 @@ class SourceCollector(Part):
     """Counts by data source.
 
     Its construction makes the model's layers count, if they know their tokens. A loss is of the
-    source of the token that it was made behind. The losses are a `Summand`; nothing synchronises
+    source of the token that it was made after. The losses are a `Summand`; nothing synchronises
     before `collect`.
 
     Args:

@@ -22,7 +22,7 @@ def read_tags(path: Path, text: str, is_cut: bool) -> list[TaggedSpan]:
 
     The file is JSON, a list of [word, tag], or lines `word TAB tag` (empty lines and those that
     begin with # are skipped). Between two words the text may have anything. If the text was cut,
-    words behind its end are left out.
+    words after its end are left out.
 
     Raises:
         ConfigError: The file cannot be read, has another form, or does not fit the text.
@@ -39,7 +39,7 @@ def read_tags(path: Path, text: str, is_cut: bool) -> list[TaggedSpan]:
             break
         if begin < 0:
             raise ConfigError(
-                f"--pos-tags ({path}), {place}: {word!r} must be in the text behind the words "
+                f"--pos-tags ({path}), {place}: {word!r} must be in the text after the words "
                 "before it; tag the same text, in its order"
             )
         cursor = begin + len(word)
@@ -59,7 +59,7 @@ def run_tagger(tagger: Tagger, text: str) -> list[TaggedSpan]:
 def token_tags(spans: Sequence[Sequence[int]], tagged: Iterable[TaggedSpan]) -> list[str | None]:
     """The tag of each token: of the first tagged word that it shares a character with, or None.
 
-    `spans` are the first character of each token and the one behind its last, in order.
+    `spans` are the first character of each token and the one after its last, in order.
     """
     tags: list[str | None] = []
     words = list(tagged)

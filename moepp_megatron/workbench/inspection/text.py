@@ -24,7 +24,7 @@ class TokenizedText:
         ids: [N] int64 token ids.
         spans: [N, 2] int64 first character, and last character + 1, of each token; in order.
             Empty if a token holds only further bytes of an earlier token's character.
-        is_cut: Whether the text continues behind the last token.
+        is_cut: Whether the text continues after the last token.
     """
 
     name: str

@@ -25,7 +25,7 @@ _EXPERTS = ("etp", "ep", "edp", "pp")
 
 @dataclass(frozen=True)
 class _BuiltParameter:
-    """A parameter of the rank: its name behind its model chunk's number, elements, bytes of one."""
+    """A parameter of the rank: its name after its model chunk's number, elements, bytes of one."""
 
     name: str
     numel: int

@@ -45,7 +45,7 @@ def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) ->
             dense += count * _dense_ffn(load, grid)
     if pp_rank == grid.pp - 1:
         # Multi-token prediction: two norms and a projection of two vectors to one in front of each
-        # layer, a norm behind.
+        # layer, a norm after.
         extra = _attention(load, grid) + _moe_dense(load, grid, is_first=False)
         extra += 3 * load.hidden + 2 * load.hidden * load.hidden // grid.tp
         dense += load.extra_layers * extra

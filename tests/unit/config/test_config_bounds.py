@@ -178,7 +178,7 @@ def test_a_password_is_refused_and_not_shown(name, secret):
     [
         ("s3://bucket", "must name a bucket (or profile) and a prefix"),
         ("s3:///x", "must name a bucket (or profile) and a prefix"),
-        ("s3:bucket/x", "must have two slashes behind the colon"),
+        ("s3:bucket/x", "must have two slashes after the colon"),
         ("msc://profile/", "must name a bucket (or profile) and a prefix"),
         ("s3://bucket/a?versionId=1", "must hold no space"),
         ("s3://bucket/a/../b", "must hold no space"),
