@@ -50,8 +50,7 @@ class SlurmJob:
     @property
     def ranks_per_node(self) -> int:
         """Ranks per node: one per GPU."""
-        slurm = self.config.slurm
-        return slurm.gpus_per_node or slurm.cpu_ranks_per_node
+        return _ranks_per_node(self.config)
 
     @property
     def output_folder(self) -> Path:
@@ -177,36 +176,44 @@ class SlurmJob:
         return slurm.preflight_command or [*limit, *command, "doctor", "--preflight"]
 
     def _options(self) -> list[_Option]:
-        slurm, counts = self.config.slurm, self.node_counts()
-        element = "%A_%a" if self.variants else "%j"
-        values: dict[str, str | int | None] = {
-            "job-name": self.config.run.name,
-            "chdir": str(self.directory),
-            "output": f"{_no_pattern('run.dir', str(self.output_folder))}/{element}.out",
+        slurm = self.config.slurm
+        last, element = len(self.variants) - 1, "%A_%a" if self.variants else "%j"
+        output = f"{_no_pattern('run.dir', str(self.output_folder))}/{element}.out"
+        # The value, True for a flag and None for what is left out; and what to use instead.
+        own: dict[str, tuple[str | int | None, str]] = {
+            "job-name": (self.config.run.name, "run.name"),
+            "chdir": (str(self.directory), "the folder that you start moepp slurm in"),
+            "output": (output, "run.dir"),
             # A requeued job continues in the same file.
-            "open-mode": "append",
-            "nodes": _node_option(counts),
+            "open-mode": ("append", "what is set"),
+            "nodes": (_node_option(self.node_counts()), "slurm.nodes"),
             # One launcher a node, which starts the ranks.
-            "ntasks-per-node": 1,
-            "gpus-per-node": slurm.gpus_per_node or None,
+            "ntasks-per-node": (1, "slurm.gpus_per_node or slurm.cpu_ranks_per_node"),
+            "gpus-per-node": (slurm.gpus_per_node or None, "slurm.gpus_per_node"),
             # Only to the batch script: it passes the request on.
-            "signal": f"B:USR1@{slurm.signal_before_s}",
-            "time": slurm.time,
-            "partition": slurm.partition,
-            "account": slurm.account,
-            "qos": slurm.qos,
-            "constraint": slurm.constraint,
-            "exclude": slurm.exclude,
-            "array": f"0-{len(self.variants) - 1}" if self.variants else None,
+            "signal": (f"B:USR1@{slurm.signal_before_s}", "slurm.signal_before_s"),
+            "array": (f"0-{last}" if self.variants else None, "--sweep"),
+            "requeue": (True, "slurm.max_requeues"),
+            "no-requeue": (None, "slurm.max_requeues 0"),
+            "exclusive": (slurm.exclusive or None, "slurm.exclusive"),
         }
-        options = [
-            _Option(f"--{name}={value}") for name, value in values.items() if value is not None
-        ]
-        flags = ["--requeue"]
         if slurm.exclusive:
             # All memory of the node comes with it.
-            flags += ["--exclusive", "--mem=0"]
-        return [*options, *(_Option(text) for text in [*flags, *slurm.options])]
+            own["mem"] = (0, "slurm.exclusive false")
+        for name in ("time", "partition", "account", "qos", "constraint", "exclude"):
+            own[name] = (getattr(slurm, name), f"slurm.{name}")
+        for option in slurm.options:
+            # sbatch takes the beginning of a name for it.
+            start = option.partition("=")[0].removeprefix("--")
+            if instead := [use for name, (_, use) in own.items() if name.startswith(start)]:
+                raise ConfigError(
+                    f"slurm.options ({show(option)}) must not be an option that moepp slurm sets "
+                    f"itself; use {instead[0]}"
+                )
+        given = {name: value for name, (value, _) in own.items() if value is not None}
+        flags = [f"--{name}" for name, value in given.items() if value is True]
+        valued = [f"--{name}={value}" for name, value in given.items() if value is not True]
+        return [_Option(text) for text in [*valued, *flags, *slurm.options]]
 
 
 def sweep_variants(config: Config, sweeps: Sequence[str]) -> list[list[str]]:

@@ -194,6 +194,30 @@ def test_the_job_that_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ("--array=0-3", "--sweep"),
+        ("--nodes=2", "slurm.nodes"),
+        ("--ntasks=8", "slurm.gpus_per_node or slurm.cpu_ranks_per_node"),
+        ("--signal=TERM@5", "slurm.signal_before_s"),
+        ("--no-requeue", "slurm.max_requeues 0"),
+        # sbatch takes the beginning of a name.
+        ("--part=gpu", "slurm.partition"),
+        ("--mem=8G", "slurm.exclusive false"),
+    ],
+)
+def test_options_that_are_set_from_settings_are_refused(option: str, instead: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        job(slurm={"options": ["--reservation=x", option]}).script()
+    assert str(refused.value) == (
+        f"slurm.options ('{option}') must not be an option that moepp slurm sets itself; "
+        f"use {instead}"
+    )
+    shared = {"options": ["--mem=8G"], "exclusive": False}
+    assert directives(job(slurm=shared).script())["mem"] == "8G"
+
+
+@pytest.mark.parametrize(
     ("slurm", "expected"),
     [
         ({"nodes": 4}, "4"),
