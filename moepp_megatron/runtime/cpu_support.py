@@ -49,59 +49,17 @@ def install_for_megatron_training() -> bool:
     """Same as `install`, plus what Megatron-LM's own loop, `megatron.training`, needs."""
     if not install():
         return False
-    _patch_megatron_training()
+    import megatron.training.arguments as arguments
+    import megatron.training.training as loop
+
+    # `validate_args` asks the driver with tensor or context parallelism; (0, 0) as above.
+    replace(arguments, "get_device_arch_version", _zero)
+
+    # `pretrain` insists on a GPU, unless this argument is given, which it does not pass on.
+    replace(
+        loop, "initialize_megatron", functools.partial(loop.initialize_megatron, allow_no_cuda=True)
+    )
     return True
-
-
-class _Event:
-    """Stands for `torch.cuda.Event`: on a CPU all work is done when it is recorded."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def record(self, *args: Any) -> None:
-        pass
-
-    def wait(self, *args: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: _Event) -> float:
-        return 0.0
-
-
-class _Stream:
-    """Stands for `torch.cuda.Stream`: a CPU rank has one in-order queue."""
-
-    cuda_stream = 0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def wait_stream(self, other: _Stream) -> None:
-        pass
-
-    def wait_event(self, event: _Event) -> None:
-        pass
-
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event()
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-
-@contextlib.contextmanager
-def _stream_context(stream: object) -> Iterator[None]:
-    yield
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -110,6 +68,34 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 def _zero(*args: Any, **kwargs: Any) -> int:
     return 0
+
+
+class _Event:
+    """Stands for `torch.cuda.Event`: on a CPU all work is done when it is recorded."""
+
+    __init__ = record = wait = synchronize = _nothing
+    elapsed_time = _zero
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream:
+    """Stands for `torch.cuda.Stream`: a CPU rank has one in-order queue."""
+
+    cuda_stream = 0
+    __init__ = wait_stream = wait_event = synchronize = _nothing
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def query(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _stream_context(stream: object) -> Iterator[None]:
+    yield
 
 
 def _disable_compilation() -> None:
@@ -152,38 +138,34 @@ def _patch_device_queries() -> None:
     cpu = torch.device("cpu")
     # Buffers all over megatron-core are created with `device=torch.cuda.current_device()`.
     replace(torch.cuda, "current_device", lambda: cpu)
-    replace(torch.cuda, "set_device", _nothing)
     replace(torch.cuda, "device_count", lambda: 1)
-    replace(torch.cuda, "synchronize", _nothing)
-    replace(torch.cuda, "empty_cache", _nothing)
-    replace(torch.cuda, "reset_peak_memory_stats", _nothing)
-    for name in (
-        "memory_allocated",
-        "max_memory_allocated",
-        "memory_reserved",
-        "max_memory_reserved",
-    ):
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+        replace(torch.cuda, name, _nothing)
+    for name in ("memory_allocated", "memory_reserved"):
         replace(torch.cuda, name, _zero)
+        replace(torch.cuda, f"max_{name}", _zero)
     # Fused kernels and FP8 ask for the compute capability to decide that they do not apply;
     # (0, 0) makes every one of them decline.
     replace(torch.cuda, "get_device_capability", lambda *args, **kwargs: (0, 0))
 
 
+def _get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
 def _patch_random_state() -> None:
     # `CudaRNGStatesTracker` and activation checkpointing save and restore the CUDA generator;
     # on a CPU rank the default generator takes its place, so dropout and jitter replay exactly.
-    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        torch.set_rng_state(state)
-
     def seed(value: int) -> None:
         torch.default_generator.manual_seed(value)
 
     for module in (torch.cuda, torch.cuda.random):
-        replace(module, "get_rng_state", get_state)
-        replace(module, "set_rng_state", set_state)
+        replace(module, "get_rng_state", _get_state)
+        replace(module, "set_rng_state", _set_state)
         replace(module, "manual_seed", seed)
         # `torch.manual_seed` calls this one after seeding the default generator itself.
         replace(module, "manual_seed_all", _nothing)
@@ -191,11 +173,8 @@ def _patch_random_state() -> None:
 
 def _on_cpu(device: Any) -> Any:
     """The device to use instead of `device`: CUDA devices in any spelling become the CPU."""
-    if isinstance(device, str) and device.startswith("cuda"):
-        return torch.device("cpu")
-    if isinstance(device, torch.device) and device.type == "cuda":
-        return torch.device("cpu")
-    return device
+    is_cuda = isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
+    return torch.device("cpu") if is_cuda else device
 
 
 def _redirected(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -221,21 +200,8 @@ def _patch_factories() -> None:
     # Schedules, gradient clipping, scalers and attention masks write `device="cuda"` literally.
     # Wrapping the factories costs nothing elsewhere; a global TorchFunctionMode would add Python
     # time to every operation of a step.
-    for name in (
-        "empty",
-        "empty_like",
-        "zeros",
-        "zeros_like",
-        "ones",
-        "ones_like",
-        "full",
-        "tensor",
-        "as_tensor",
-        "arange",
-        "rand",
-        "randn",
-        "randint",
-    ):
+    of_values = "full tensor as_tensor arange rand randn randint"
+    for name in f"empty empty_like zeros zeros_like ones ones_like {of_values}".split():
         replace(torch, name, _redirected(getattr(torch, name)))
 
 
@@ -344,16 +310,8 @@ def _patch_megatron() -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     # Their originals go through `torch.cuda.default_generators`, which is empty without a GPU.
-    def get_state(
-        device: object = "cuda", clone: bool = False, graph_safe: bool = False
-    ) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_state(state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
-        torch.set_rng_state(state)
-
-    replace(megatron_random, "_get_cuda_rng_state", get_state)
-    replace(megatron_random, "_set_cuda_rng_state", set_state)
+    replace(megatron_random, "_get_cuda_rng_state", _get_state)
+    replace(megatron_random, "_set_cuda_rng_state", _set_state)
 
     # On a GPU this moves the all-to-all's split sizes to the host as numpy arrays. On a CPU the
     # original returns them as tensors, which `all_to_all_single` does not take.
@@ -370,16 +328,3 @@ def _patch_megatron() -> None:
         original_data(self, _on_cpu(device), *args, **kwargs)
 
     replace(ShardedTensor, "init_data", init_data)
-
-
-def _patch_megatron_training() -> None:
-    import megatron.training.arguments as arguments
-    import megatron.training.training as loop
-
-    # `validate_args` asks the driver with tensor or context parallelism; (0, 0) as above.
-    replace(arguments, "get_device_arch_version", _zero)
-
-    # `pretrain` insists on a GPU, unless this argument is given, which it does not pass on.
-    replace(
-        loop, "initialize_megatron", functools.partial(loop.initialize_megatron, allow_no_cuda=True)
-    )

@@ -21,14 +21,16 @@ def refusal(error: BaseException) -> OSError | None:
     `torch.save` raises a RuntimeError about positions in its archive, "[enforce fail at
     inline_container.cc]", when a write fails under it. The OSError is then its context.
     """
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        if isinstance(link, OSError) and link.errno is not None:
-            return link
-        seen.add(id(link))
-        link = link.__cause__ or link.__context__
-    return None
+    links = (link for link in causes(error) if isinstance(link, OSError) and link.errno is not None)
+    return next(links, None)
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An exception and those that it came of, ten at most: they can go in a circle."""
+    chain = [error]
+    while (link := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 10:
+        chain.append(link)
+    return chain
 
 
 def is_full(error: BaseException) -> bool:

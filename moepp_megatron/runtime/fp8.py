@@ -12,11 +12,7 @@ Version = tuple[int, ...]
 
 # The first Transformer Engine with the recipe in megatron-core 0.19.2 (fp8_utils.py,
 # `get_fp8_recipe`; transformer_config.py for FP8 grouped GEMMs, which all of them need).
-_TE_OF_RECIPE: dict[str, Version] = {
-    "delayed": (1, 11),
-    "tensorwise": (2, 2),
-    "blockwise": (2, 3),
-}
+_TE_OF_RECIPE: dict[str, Version] = {"delayed": (1, 11), "tensorwise": (2, 2), "blockwise": (2, 3)}
 # fp8_utils.py, `_quantize_param_shard_impl`: one FP8 weight at a time in the recipe's own format.
 _TE_OF_FP8_PARAM: Version = (2, 3)
 # transformer_config.py: recomputing moe_act or layernorm keeps their consumers' bf16 inputs.

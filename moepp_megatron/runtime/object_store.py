@@ -62,17 +62,11 @@ class ObjectPath(PosixPath):
         """An address is."""
         return True
 
-    def absolute(self) -> ObjectPath:
-        """The path itself."""
-        return self
-
-    def expanduser(self) -> ObjectPath:
-        """The path itself."""
-        return self
-
     def resolve(self, strict: bool = False) -> ObjectPath:
         """The path itself."""
         return self
+
+    absolute = expanduser = resolve
 
     def stat(self, *, follow_symlinks: bool = True) -> Any:
         """Size and time of change of an object; FileNotFoundError: there is none."""
@@ -189,8 +183,7 @@ class _Reader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return True
+    seekable = readable
 
     def tell(self) -> int:
         return self._position

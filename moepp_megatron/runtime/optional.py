@@ -41,15 +41,20 @@ def hide_broken_packages() -> None:
         import_failure(package)
 
 
-@functools.cache
-def have_transformer_engine() -> bool:
-    """Whether Transformer Engine's modules can be built: installed, and a GPU is present."""
+def _have_on_gpu(package: str) -> bool:
+    """Whether a package is installed, and a GPU is present."""
     # Looked for first: importing torch takes seconds before a user's mistake would be reported.
-    if importlib.util.find_spec("transformer_engine") is None:
+    if importlib.util.find_spec(package) is None:
         return False
     import torch
 
-    if not torch.cuda.is_available():
+    return torch.cuda.is_available()
+
+
+@functools.cache
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine's modules can be built: installed, and a GPU is present."""
+    if not _have_on_gpu("transformer_engine"):
         return False
     hide_broken_packages()
     from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -66,19 +71,13 @@ def have_apex() -> bool:
 @functools.cache
 def have_fused_weight_gradient() -> bool:
     """Whether apex's kernel can add a weight gradient to its buffer inside the matrix product."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return False
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return _have_on_gpu("fused_weight_gradient_mlp_cuda")
 
 
 @functools.cache
 def fused_rms_norm() -> Callable[..., Any] | None:
     """Apex's fused RMSNorm, `f(input, weight, normalized_shape, eps)`, or None for torch's."""
-    import torch
-
-    if not torch.cuda.is_available() or not have_apex():
+    if not _have_on_gpu("amp_C"):
         return None
     try:
         module = importlib.import_module("apex.normalization.fused_layer_norm")
@@ -93,11 +92,7 @@ def fused_rms_norm() -> Callable[..., Any] | None:
 @functools.cache
 def have_resiliency_on_gpu() -> bool:
     """Whether nvidia-resiliency-ext can watch kernels here."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return False
-    return importlib.util.find_spec("nvidia_resiliency_ext") is not None
+    return _have_on_gpu("nvidia_resiliency_ext")
 
 
 def have_wandb() -> bool:
@@ -115,12 +110,7 @@ def have_lm_eval() -> bool:
 @functools.cache
 def flex_backends() -> tuple[str, ...]:
     """The flex dispatcher's usable back ends, the preferred one first: deepep, hybridep."""
-    # Looked for first, as above.
-    if importlib.util.find_spec("deep_ep") is None:
-        return ()
-    import torch
-
-    if not torch.cuda.is_available():
+    if not _have_on_gpu("deep_ep"):
         return ()
     hide_broken_packages()
     from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP, HAVE_HYBRIDEP
@@ -140,8 +130,4 @@ def flex_backend(wanted: str = "auto") -> str | None:
 @functools.cache
 def have_triton() -> bool:
     """Whether Triton kernels run here: installed, and a GPU is present."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    import torch
-
-    return torch.cuda.is_available()
+    return _have_on_gpu("triton")

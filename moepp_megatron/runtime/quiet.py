@@ -28,7 +28,6 @@ def quiet() -> None:
     # megatron-core announces on import every optional package that is missing; `moepp doctor`
     # reports the same on request.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
-    warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
     # megatron-core imports its experimental classes whether they are used or not.
     warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
     # Its optimizer looks whether a parameter's copy has a gradient.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from moepp_megatron.config import UnfitError
 from moepp_megatron.config.paths import without_password
+from moepp_megatron.runtime.disk import causes
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403"}
 # Raised by botocore before it has asked anybody.
@@ -34,9 +35,7 @@ class StoreError(UnfitError):
 
 def as_store_error(error: Exception, path: Path) -> Exception:
     """A FileNotFoundError or a StoreError for a client's error, which came of asking for `path`."""
-    chain: list[BaseException] = [error]
-    while (link := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 10:
-        chain.append(link)
+    chain = causes(error)
     codes = {_code(link) for link in chain} | {type(link).__name__ for link in chain}
     if "NoSuchBucket" in codes:
         bucket = "/".join(str(path).split("/")[:3])
@@ -52,9 +51,10 @@ def as_store_error(error: Exception, path: Path) -> Exception:
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     # botocore's own says most; what others made of it repeats it.
-    causes = [link for link in chain if type(link).__module__.startswith("botocore")] or [chain[-1]]
-    what = f"{type(causes[0]).__name__}: {one_line(causes[0])}"
-    return StoreError(f"{path} could not be reached or used ({what})")
+    own = next((link for link in chain if type(link).__module__.startswith("botocore")), chain[-1])
+    return StoreError(
+        f"{path} could not be reached or used ({type(own).__name__}: {one_line(own)})"
+    )
 
 
 def _code(error: BaseException) -> str:

@@ -93,10 +93,7 @@ class ExpertUsageCollector:
     def state_dict(self) -> dict[str, Any]:
         """The counts of the unfinished window, over all ranks, as JSON; a collective."""
         usage = self.unfinished()
-        return {
-            "steps": self._steps,
-            "profile": None if usage is None else usage.as_json(),
-        }
+        return {"steps": self._steps, "profile": None if usage is None else usage.as_json()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`, in any layout.

@@ -160,11 +160,7 @@ def wrap_models(
 
 
 def _wrap(
-    model: GPTModel,
-    schedule_config: TransformerConfig,
-    config: Config,
-    bucketed: bool,
-    casts: bool,
+    model: GPTModel, schedule_config: TransformerConfig, config: Config, bucketed: bool, casts: bool
 ) -> DistributedDataParallel:
     parallel = config.parallel
     module: torch.nn.Module = model

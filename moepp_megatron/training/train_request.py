@@ -55,12 +55,7 @@ class TrainRequest:
 
     @classmethod
     def read(
-        cls,
-        config: Path,
-        overrides: Sequence[str],
-        options: LaunchOptions,
-        start: Start,
-        warn: Say,
+        cls, config: Path, overrides: Sequence[str], options: LaunchOptions, start: Start, warn: Say
     ) -> TrainRequest:
         """Check configuration and rank grid.
 

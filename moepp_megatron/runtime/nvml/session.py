@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from contextlib import AbstractContextManager
+from typing import Any
 
 from moepp_megatron.runtime.nvml.card_reader import CardReader
 from moepp_megatron.runtime.nvml.library import ALL_LINKS, Library, scaled, text
@@ -24,7 +24,7 @@ class NvmlUnavailableError(RuntimeError):
         self.has_driver = has_driver
 
 
-class Nvml:
+class Nvml(AbstractContextManager):
     """An open connection to NVML. Use as a context.
 
     `library` is `pynvml`, or a stand-in with its function names; None imports it.
@@ -36,29 +36,19 @@ class Nvml:
             try:
                 library = importlib.import_module("pynvml")
             except ImportError:
-                raise NvmlUnavailableError(
-                    "package nvidia-ml-py is missing", has_driver=False
-                ) from None
+                missing = "package nvidia-ml-py is missing"
+                raise NvmlUnavailableError(missing, has_driver=False) from None
         try:
             library.nvmlInit()
         except library.NVMLError_LibraryNotFound:
-            raise NvmlUnavailableError(
-                "no NVIDIA driver on this machine", has_driver=False
-            ) from None
+            missing = "no NVIDIA driver on this machine"
+            raise NvmlUnavailableError(missing, has_driver=False) from None
         except library.NVMLError as error:
             raise NvmlUnavailableError(str(error), has_driver=True) from None
         self._library = Library(library)
+        self._ask = self._library.ask
 
-    def __enter__(self) -> Self:
-        """Return itself; NVML is open already."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close."""
         self.close()
 
@@ -68,8 +58,8 @@ class Nvml:
 
     def driver(self) -> Driver:
         """Versions of the driver."""
-        version = self._library.ask("nvmlSystemGetDriverVersion")
-        cuda = self._library.ask("nvmlSystemGetCudaDriverVersion_v2")
+        version = self._ask("nvmlSystemGetDriverVersion")
+        cuda = self._ask("nvmlSystemGetCudaDriverVersion_v2")
         parts = None if cuda is None else (cuda // 1000, cuda % 1000 // 10)
         return Driver(text(version), parts)
 
@@ -80,7 +70,7 @@ class Nvml:
     def card(self, index: int) -> GPUState:
         """State of GPU `index`; a GPU that does not answer has `faults`."""
         faults: list[str] = []
-        handle = self._library.ask("nvmlDeviceGetHandleByIndex", index, faults=faults)
+        handle = self._ask("nvmlDeviceGetHandleByIndex", index, faults=faults)
         if handle is None:
             return GPUState(index, faults=tuple(faults) or ("no handle",))
         return CardReader(self._library, handle, faults).read(index)
@@ -105,19 +95,13 @@ class Nvml:
         return [self._uuids_on(index) for index in range(self.count())]
 
     def _uuids_on(self, index: int) -> list[str]:
-        handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)
+        handle = self._ask("nvmlDeviceGetHandleByIndex", index)
         if handle is None:
             return []
-        parts = self._library.ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0
-        handles = [handle] + [
-            self._library.ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, part)
-            for part in range(parts)
-        ]
-        names = [
-            text(self._library.ask("nvmlDeviceGetUUID", device))
-            for device in handles
-            if device is not None
-        ]
+        parts = self._ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0
+        of_part = "nvmlDeviceGetMigDeviceHandleByIndex"
+        handles = [handle, *(self._ask(of_part, handle, part) for part in range(parts))]
+        names = [text(self._ask("nvmlDeviceGetUUID", each)) for each in handles if each is not None]
         return [name for name in names if name is not None]
 
     def sample(self, index: int, with_traffic: bool = True) -> Sample:
@@ -126,11 +110,11 @@ class Nvml:
         With PCIe traffic, for which NVML watches the link for 20 ms per direction.
         """
         library = self._library.module
-        handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)
+        handle = self._ask("nvmlDeviceGetHandleByIndex", index)
         if handle is None:
             return Sample()
-        busy = self._library.ask("nvmlDeviceGetUtilizationRates", handle)
-        memory = self._library.ask("nvmlDeviceGetMemoryInfo", handle)
+        busy = self._ask("nvmlDeviceGetUtilizationRates", handle)
+        memory = self._ask("nvmlDeviceGetMemoryInfo", handle)
         tx, rx = self._library.fields(
             handle,
             (library.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, ALL_LINKS),
@@ -140,16 +124,14 @@ class Nvml:
         if with_traffic:
             counters = (library.NVML_PCIE_UTIL_TX_BYTES, library.NVML_PCIE_UTIL_RX_BYTES)
             ask = "nvmlDeviceGetPcieThroughput"
-            pcie = [scaled(self._library.ask(ask, handle, c), 1024.0) for c in counters]
+            pcie = [scaled(self._ask(ask, handle, c), 1024.0) for c in counters]
         return Sample(
-            power=scaled(self._library.ask("nvmlDeviceGetPowerUsage", handle), 1e-3),
-            energy=scaled(self._library.ask("nvmlDeviceGetTotalEnergyConsumption", handle), 1e-3),
+            power=scaled(self._ask("nvmlDeviceGetPowerUsage", handle), 1e-3),
+            energy=scaled(self._ask("nvmlDeviceGetTotalEnergyConsumption", handle), 1e-3),
             utilization=None if busy is None else busy.gpu / 100.0,
             memory_used=None if memory is None else int(memory.used),
-            temperature=self._library.ask(
-                "nvmlDeviceGetTemperature", handle, library.NVML_TEMPERATURE_GPU
-            ),
-            sm_clock=self._library.ask("nvmlDeviceGetClockInfo", handle, library.NVML_CLOCK_SM),
+            temperature=self._ask("nvmlDeviceGetTemperature", handle, library.NVML_TEMPERATURE_GPU),
+            sm_clock=self._ask("nvmlDeviceGetClockInfo", handle, library.NVML_CLOCK_SM),
             pcie_tx=pcie[0],
             pcie_rx=pcie[1],
             nvlink_tx=None if tx is None else tx * 1024,
@@ -158,22 +140,22 @@ class Nvml:
 
     def watch_faults(self, indices: Sequence[int]) -> FaultWatch | None:
         """Watch these GPUs for Xid errors; None where the driver cannot."""
-        events = self._library.ask("nvmlEventSetCreate")
+        events = self._ask("nvmlEventSetCreate")
         if events is None:
             return None
         for index in indices:
-            handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)
+            handle = self._ask("nvmlDeviceGetHandleByIndex", index)
             if handle is not None:
                 kind = self._library.module.nvmlEventTypeXidCriticalError
-                self._library.ask("nvmlDeviceRegisterEvents", handle, kind, events)
+                self._ask("nvmlDeviceRegisterEvents", handle, kind, events)
         return FaultWatch(self._library, events)
 
     def energies(self, indices: Sequence[int]) -> list[float | None]:
         """Energy in J since the driver was loaded, of each GPU."""
         energies: list[float | None] = []
         for index in indices:
-            handle = self._library.ask("nvmlDeviceGetHandleByIndex", index)
-            counter = self._library.ask("nvmlDeviceGetTotalEnergyConsumption", handle)
+            handle = self._ask("nvmlDeviceGetHandleByIndex", index)
+            counter = self._ask("nvmlDeviceGetTotalEnergyConsumption", handle)
             energies.append(scaled(counter, 1e-3))
         return energies
 

@@ -29,12 +29,7 @@ from moepp_megatron.training.checkpoint.background import (
 from moepp_megatron.training.checkpoint.files import checkpoint_name, plain_damage
 from moepp_megatron.training.checkpoint.plan import Planner, SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
-from moepp_megatron.training.checkpoint.publish import (
-    Companions,
-    publish,
-    tokenizer_files,
-    upload,
-)
+from moepp_megatron.training.checkpoint.publish import Companions, publish, tokenizer_files, upload
 from moepp_megatron.training.checkpoint.read import agreed_reason
 from moepp_megatron.training.checkpoint.room import (
     Pruner,

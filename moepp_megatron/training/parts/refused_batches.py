@@ -13,10 +13,7 @@ from moepp_megatron.training.alerts import guard_alert
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.part import GoBack, Outcome, Part, Pause, Run, Step, Stop
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
-from moepp_megatron.training.resilience.numerical_guard import (
-    NumericalFailureError,
-    NumericalGuard,
-)
+from moepp_megatron.training.resilience.numerical_guard import NumericalFailureError, NumericalGuard
 from moepp_megatron.training.resilience.refused_batches import BatchEvidence, find_cause
 from moepp_megatron.training.schedule import BatchSizes
 from moepp_megatron.training.step import compute_gradients, unchanged

@@ -197,10 +197,7 @@ def _groups() -> dict[str, dict[str, Any]]:
     """Name of each process group of this rank to its ranks and its description in megatron-core."""
     names = dist.distributed_c10d._world.pg_names
     return {
-        name: {
-            "ranks": dist.get_process_group_ranks(group),
-            "description": group.group_desc,
-        }
+        name: {"ranks": dist.get_process_group_ranks(group), "description": group.group_desc}
         for group, name in names.items()
         if isinstance(group, dist.ProcessGroup)
     }

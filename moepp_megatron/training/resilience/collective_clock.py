@@ -96,10 +96,7 @@ class CollectiveClock:
         self._depth += 1
         events = None
         if self._on_gpu:
-            events = (
-                torch.cuda.Event(enable_timing=True),
-                torch.cuda.Event(enable_timing=True),
-            )
+            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             events[0].record()
         began = time.perf_counter()
         try:

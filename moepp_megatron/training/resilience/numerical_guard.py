@@ -12,11 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp_megatron.config.schema import ResilienceSection
-from moepp_megatron.training.resilience.refused_batches import (
-    BatchEvidence,
-    Cause,
-    num_needed,
-)
+from moepp_megatron.training.resilience.refused_batches import BatchEvidence, Cause, num_needed
 from moepp_megatron.training.step_sums import StepSums
 
 # The median absolute deviation of normally distributed values is their standard deviation / 1.4826.
