@@ -111,7 +111,7 @@ def run() -> None:
         # A full disk is never wrong usage, whoever has met it.
         status = UnfitError.exit_code if is_full(error) else error.exit_code
         # Of a rank: torchrun would turn it into 1.
-        write_status(status)
+        write_status(status, str(error))
         sys.exit(status)
     except (typer.Abort, KeyboardInterrupt):
         # The second one comes before typer has made the command, or after its end.
@@ -120,7 +120,7 @@ def run() -> None:
     except UsageError as error:
         sys.exit(refuse(error))
     except Exception as error:
-        from moepp_megatron.runtime.launch import has_launcher, refusal_status
+        from moepp_megatron.runtime.launch import has_launcher, refusal
         from moepp_megatron.runtime.terminal import discard_output
 
         if isinstance(error, OSError) and is_full(error) and not has_launcher():
@@ -133,11 +133,10 @@ def run() -> None:
         if _lacks_memory(error) and not has_launcher():
             echo(f"error: {_no_memory(error)}", err=True)
             sys.exit(UnfitError.exit_code)
-        refusal = refusal_status()
-        if refusal is None:
+        if (refused := refusal()) is None:
             raise
         # Another rank has said what is wrong and is gone, which is all that broke here.
-        sys.exit(refusal)
+        sys.exit(refused[0])
     # A command returns nothing; `typer.Exit` returns its code here.
     sys.exit(status if isinstance(status, int) else 0)
 

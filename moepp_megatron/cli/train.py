@@ -118,6 +118,7 @@ def train(
     from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
     from moepp_megatron.runtime.stop_signals import INTERRUPTED
     from moepp_megatron.runtime.terminal import lasting_output
+    from moepp_megatron.runtime.word import refusing_for_all
     from moepp_megatron.training.run_folder import Start
     from moepp_megatron.training.train_request import TrainRequest
 
@@ -126,32 +127,33 @@ def train(
     words = [str(config), *(overrides or []), *_words(options)]
     words += ["--ignore-memory"] if ignore_memory else []
     start = Start(resume=resume, overwrite=overwrite, resume_command=resume_command(words))
-    request = TrainRequest.read(config, overrides or [], options, start, _warn)
-    _check_dry_options(dry_run, gpu, build_rank, request.layout.world_size)
-    if dry_run:
-        from moepp_megatron.cli.dry_run import build_and_check, print_plan
-        from moepp_megatron.cli.path_problems import path_problems
+    with refusing_for_all(None if dry_run else nodes):
+        request = TrainRequest.read(config, overrides or [], options, start, _warn)
+        _check_dry_options(dry_run, gpu, build_rank, request.layout.world_size)
+        if dry_run:
+            from moepp_megatron.cli.dry_run import build_and_check, print_plan
+            from moepp_megatron.cli.path_problems import path_problems
 
-        settings, layout = request.config, request.layout
-        print_plan(settings, layout, gpu)
-        for problem in path_problems(settings):
-            _warn(f"a start here would be refused: {problem}")
-        if build_rank is not None and not build_and_check(settings, layout, build_rank):
-            raise typer.Exit(1)
-        return
-    if not ignore_memory and not has_launcher():
-        from moepp_megatron.cli.memory_fit import refuse_too_large
+            settings, layout = request.config, request.layout
+            print_plan(settings, layout, gpu)
+            for problem in path_problems(settings):
+                _warn(f"a start here would be refused: {problem}")
+            if build_rank is not None and not build_and_check(settings, layout, build_rank):
+                raise typer.Exit(1)
+            return
+        if not ignore_memory and not has_launcher():
+            from moepp_megatron.cli.memory_fit import refuse_too_large
 
-        refuse_too_large(request.config, request.layout)
-    request = request.admitted(_warn)
-    # A script's command is for all machines; without one each has its own.
-    prints_command = not is_given() or nodes is None or not nodes.rank
-    try:
-        with lasting_output():
-            _run(request, prints_command)
-    except KeyboardInterrupt:
-        echo("interrupted before training or after its end", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+            refuse_too_large(request.config, request.layout)
+        request = request.admitted(_warn)
+        # A script's command is for all machines; without one each has its own.
+        prints_command = not is_given() or nodes is None or not nodes.rank
+        try:
+            with lasting_output():
+                _run(request, prints_command)
+        except KeyboardInterrupt:
+            echo("interrupted before training or after its end", err=True)
+            raise typer.Exit(INTERRUPTED) from None
 
 
 def _run(request: TrainRequest, prints_command: bool) -> None:
@@ -165,8 +167,8 @@ def _run(request: TrainRequest, prints_command: bool) -> None:
     except RanksFailedError as error:
         raise typer.Exit(error.status) from None
     except NoStartError as error:
-        # All ranks have found nothing to start from: torchrun has nothing to report.
-        if request.rank.rank == 0:
+        # All ranks have found that they cannot start: torchrun has nothing to report.
+        if request.rank.local_rank == 0:
             echo(f"error: {error}", err=True)
         leave(error.exit_code)
     else:

@@ -2,55 +2,72 @@
 
 Ranks print their own errors. torchrun adds a traceback of its own code and a table, between which
 the error is hard to find. It also starts all ranks anew after any failure, and a user's error would
-only be repeated.
+only be repeated. On several machines it ends when another one has (`runtime.word`).
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
 
-from moepp_megatron.runtime.launch import refusal_status
+from moepp_megatron.config.errors import ConfigError
+from moepp_megatron.runtime.launch import HUNG, MACHINES, refusal
+from moepp_megatron.runtime.nodes import Nodes
 from moepp_megatron.runtime.patches import replace
 from moepp_megatron.runtime.terminal import lasting_output
+from moepp_megatron.runtime.word import NO_STACKS, Watch
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import WorkerGroup
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
-class _RefusedError(Exception):
-    """A rank has ended with a user's error, so no rank is started anew."""
-
-
 def main() -> int:
     """Run torchrun with this process's arguments; 0 when all ranks ended with 0, else 1."""
+    level = os.environ.get(NO_STACKS[0])
+    os.environ.setdefault(*NO_STACKS)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
 
+    if level is None:
+        # Ranks are to warn.
+        del os.environ[NO_STACKS[0]]
     # It names each failed rank in a line of its own, which is said below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     _restart_only_what_can_succeed()
+    watch = None
+    if (machines := os.environ.pop(MACHINES, None)) is not None:
+        nodes, alike = json.loads(machines)
+        watch = Watch(Nodes(**nodes), alike)
+        watch.start()
     try:
         torchrun()
-    except _RefusedError:
-        return 1
-    except ChildFailedError as error:
-        if refusal_status() is not None:
-            # The rank has said why; what other ranks met is that it was gone.
-            return 1
-        failures = sorted(error.failures.items(), key=lambda each: each[1].timestamp)
-        for rank, failure in failures:
-            print(f"error: rank {rank} {_end(failure)}", file=sys.stderr)
-        return 1
-    except RendezvousError as error:
-        why = f": {error}" if str(error) else ""
-        print(f"error: the machines do not meet ({type(error).__name__}{why})", file=sys.stderr)
+    except (ConfigError, ChildFailedError, RendezvousError) as error:
+        lines = _lines(error)
+        if watch is not None:
+            # While the error holds the store, which this process may serve. The others see by
+            # themselves that a run hangs or that they cannot meet.
+            hangs = any(line.endswith(f" {HUNG}") for line in lines)
+            watch.report(None if hangs or isinstance(error, RendezvousError) else lines[0])
+        # A rank that has refused has said why; what other ranks met is that it was gone.
+        for line in lines if refusal() is None else []:
+            print(f"error: {line}", file=sys.stderr)
         return 1
     return 0
+
+
+def _lines(error: Exception) -> list[str]:
+    """What has failed, in words."""
+    if (failures := getattr(error, "failures", None)) is None:
+        why = f": {error}" if str(error) else ""
+        return [f"the machines do not meet ({type(error).__name__}{why})"]
+    in_order = sorted(failures.items(), key=lambda each: each[1].timestamp)
+    return [f"rank {rank} {_how(failure)}" for rank, failure in in_order]
 
 
 def _restart_only_what_can_succeed() -> None:
@@ -60,14 +77,14 @@ def _restart_only_what_can_succeed() -> None:
     restart = SimpleElasticAgent._restart_workers
 
     def restart_unless_refused(agent: SimpleElasticAgent, group: WorkerGroup) -> None:
-        if refusal_status() is not None:
-            raise _RefusedError
+        if refusal() is not None:
+            raise ConfigError("a rank has refused")
         restart(agent, group)
 
     replace(SimpleElasticAgent, "_restart_workers", restart_unless_refused)
 
 
-def _end(failure: ProcessFailure) -> str:
+def _how(failure: ProcessFailure) -> str:
     """The end of a rank, in words."""
     if failure.exitcode >= 0:
         return f"ended with exit status {failure.exitcode}"

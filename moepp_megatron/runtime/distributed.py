@@ -7,6 +7,7 @@ import math
 import os
 import random
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.runtime import cpu_support
-from moepp_megatron.runtime.launch import write_status
+from moepp_megatron.runtime.launch import has_launcher, write_status
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_gpu import gpu_of_rank
 
@@ -35,19 +36,19 @@ def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=1
     UnfitError if this node has more ranks than GPUs.
     """
     on_cpu = cpu_support.install()
+    if environment.world_size > 1 and environment.rank == 0 and not has_launcher():
+        limit = f"{timeout.total_seconds():.0f} s at most"
+        print(f"waiting for {environment.world_size} ranks, {limit}", file=sys.stderr)
     store = None if dist.is_initialized() else _rendezvous_store(environment, timeout)
     if "OMP_NUM_THREADS" not in os.environ or (on_cpu and environment.world_size == 1):
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // environment.local_world_size))
-    if on_cpu:
-        device = torch.device("cpu")
-    else:
-        device = gpu_of_rank(environment, store)
+    device = torch.device("cpu") if on_cpu else gpu_of_rank(environment, store)
+    if not on_cpu:
         torch.cuda.set_device(device)
     if store is not None:
-        backend = "gloo" if on_cpu else "nccl"
         dist.init_process_group(
-            backend,
+            "gloo" if on_cpu else "nccl",
             store=store,
             rank=environment.rank,
             world_size=environment.world_size,
@@ -143,7 +144,7 @@ def initialized(
         yield device
     except (ConfigError, UnfitError) as error:
         # Before the groups are gone: ranks that lose their peer see that it has refused.
-        write_status(error.exit_code)
+        write_status(error.exit_code, str(error))
         stop()
         raise
     stop()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -20,7 +21,7 @@ from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.nodes import Meeting, Nodes
 from moepp_megatron.runtime.parent import die_with_parent
 from moepp_megatron.runtime.rank import NODE_RANK
-from moepp_megatron.runtime.rank_environment import with_rank_variables
+from moepp_megatron.runtime.rank_environment import check_rank_variables, with_rank_variables
 from moepp_megatron.runtime.stop_signals import (
     children,
     end_at_once,
@@ -45,6 +46,8 @@ _REPORTED_FAILURES = (HUNG, *_REFUSALS)
 # torchrun turns every status of a rank but 0 into 1, and restarts all ranks. So ranks that stop on
 # request leave with 0, and what a status meant is written down here.
 _STATUS_FILE = "MOEPP_STATUS_FILE"
+# The machines, and what must be the same on all of them, for torchrun's process.
+MACHINES = "MOEPP_MACHINES"
 
 # How often a launcher looks at its ranks.
 _POLL_S = 0.2
@@ -65,6 +68,7 @@ class LaunchOptions:
         stoppable: Whether the ranks finish a step and save when asked to stop
             (`training.signals.StopRequest`); others are ended.
         output: File for all that torchrun and the ranks print; None for this process's output.
+        alike: What must be the same on all machines, by name; a machine that differs is refused.
     """
 
     num_local_ranks: int
@@ -73,6 +77,7 @@ class LaunchOptions:
     log_dir: Path | None = None
     stoppable: bool = False
     output: Path | None = None
+    alike: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
@@ -87,23 +92,30 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
     Returns:
         The exit status: 0 when every rank of this machine ended with 0, or what a rank passed to
         `leave` (such as `STOPPED`); `HUNG` when they made no progress; `LOST` when other machines
-        stayed away; 128 + number when this process was asked by a signal to end ranks that are not
-        stoppable, or to end them at once, and when a signal has ended torchrun; otherwise
-        torchrun's.
+        stayed away; that of another machine which has failed for good; 128 + number when this
+        process was asked by a signal to end ranks that are not stoppable, or to end them at once,
+        and when a signal has ended torchrun; otherwise torchrun's.
     """
+    check_rank_variables(os.environ)
     interface = options.nodes.interface() if options.nodes is not None else None
     environment = with_rank_variables(os.environ, options.num_local_ranks, interface)
     if options.nodes is not None:
         # A store of its own for each attempt: agents count restarts differently, and a store that
         # they keep holds the addresses of dead ranks.
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        if options.nodes.rank is not None:
-            environment[NODE_RANK] = str(options.nodes.rank)
+        nodes = options.nodes
+        where, wait_s = f"{nodes.count} machines at {nodes.host}:{nodes.port}", nodes.join_timeout_s
+        after = f"{nodes.restart_timeout_s} s after a failure"
+        print(f"waiting for {where}, {wait_s} s at most, {after}", file=sys.stderr, flush=True)
+        sizes = {"--nnodes": str(nodes.count), "--nproc": str(options.num_local_ranks)}
+        environment[MACHINES] = json.dumps([asdict(nodes), {**sizes, **options.alike}])
+        if nodes.rank is not None:
+            environment[NODE_RANK] = str(nodes.rank)
     with tempfile.TemporaryDirectory(prefix="moepp-") as folder:
         status_file = Path(folder) / "status"
         environment[_STATUS_FILE] = str(status_file)
         status = _run(_torchrun(options, module, arguments), environment, options, status_file)
-        written = _written(status_file) or 0
+        written = _written(status_file)[0] or 0
     if status == 0:
         # After a hang torchrun has restarted all ranks, with success.
         return 0 if written == HUNG else written
@@ -121,20 +133,19 @@ def has_launcher() -> bool:
     return _STATUS_FILE in os.environ
 
 
-def refusal_status() -> int | None:
-    """The exit status with which a rank of this run (`run_ranks`) has refused a user's error."""
-    status_file = os.environ.get(_STATUS_FILE)
-    status = None if status_file is None else _written(Path(status_file))
-    return status if status in _REFUSALS else None
+def refusal() -> tuple[int, str] | None:
+    """Status and message with which a rank of this machine (`run_ranks`) refused a user's error."""
+    status, reason = _written(Path(os.environ.get(_STATUS_FILE, "")))
+    return (status, reason) if status is not None and status in _REFUSALS else None
 
 
-def write_status(status: int) -> bool:
+def write_status(status: int, reason: str = "") -> bool:
     """Report this rank's exit status to `run_ranks`; False if the process has no launcher."""
     status_file = os.environ.get(_STATUS_FILE)
     if status_file is None:
         return False
     # In one step, since all ranks of the machine may write.
-    write_atomic(Path(status_file), str(status).encode("ascii"), is_synced=False)
+    write_atomic(Path(status_file), f"{status}\n{reason}".encode(), is_synced=False)
     return True
 
 
@@ -201,7 +212,7 @@ def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return agent.wait(_POLL_S)
-        written = _written(status_file)
+        written, _ = _written(status_file)
         if meeting is None:
             if written in _REFUSALS:
                 # Time for torchrun to pass on what ranks have printed.
@@ -219,9 +230,11 @@ def _wait(agent: subprocess.Popen[bytes], nodes: Nodes | None, status_file: Path
             return LOST
 
 
-def _written(status_file: Path) -> int | None:
-    """The exit status that the last rank reported."""
-    return int(status_file.read_text(encoding="ascii")) if status_file.exists() else None
+def _written(status_file: Path) -> tuple[int | None, str]:
+    """The exit status that the last rank reported, None for none, and its reason."""
+    text = status_file.read_text(encoding="utf-8") if status_file.is_file() else ""
+    status, _, reason = text.partition("\n")
+    return int(status) if status else None, reason
 
 
 def _output(path: Path | None) -> AbstractContextManager[IO[bytes] | None]:

@@ -9,15 +9,19 @@ has set are not changed.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import tempfile
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
-from moepp_megatron.config import Config
+import psutil
+
+from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.runtime.rank import RankEnvironment
 
+_THREADS = "OMP_NUM_THREADS"
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
@@ -43,14 +47,13 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
 
     `interface` is the network interface towards the other machines; None where there are none.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores, at_start = len(os.sched_getaffinity(0)), functools.partial(Variable, only_at_start=True)
     variables = [
-        Variable(
-            "OMP_NUM_THREADS",
+        # `runtime.distributed.start` sets the threads of a rank that has no such variable.
+        at_start(
+            _THREADS,
             str(max(1, cores // num_local_ranks)),
             "one thread a core in all; torchrun would choose 1 whatever the machine has",
-            # `runtime.distributed.start` sets the threads of a rank that has no such variable.
-            only_at_start=True,
         ),
         Variable(
             "PYTORCH_ALLOC_CONF",
@@ -70,23 +73,16 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
             "22",
             "an InfiniBand link that flaps for seconds does not end the run (4.1 us * 2^22 = 17 s)",
         ),
-        Variable(
+        at_start(
             "PYTHONSAFEPATH",
             "1",
             "`python -m` would import from the working directory first, such as a random.py there",
-            only_at_start=True,
         ),
-        Variable(
-            "PYTHONUNBUFFERED",
-            "1",
-            "the last lines of a killed rank are in its log",
-            only_at_start=True,
-        ),
-        Variable(
+        at_start("PYTHONUNBUFFERED", "1", "the last lines of a killed rank are in its log"),
+        at_start(
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
             "10",
             "torchrun ends ranks only after one has died; the others would wait for it",
-            only_at_start=True,
         ),
     ]
     variables += _caches()
@@ -179,11 +175,33 @@ def with_rank_variables(
     return result
 
 
+def check_rank_variables(environment: Mapping[str, str]) -> None:
+    """Refuse (ConfigError) variables of the user's at which ranks would fail later."""
+    threads, here = environment.get(_THREADS, "1"), psutil.net_if_addrs()
+    # OpenMP takes one number for each level of nested threads.
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in threads.split(",")):
+        raise ConfigError(
+            f"{_THREADS} ({threads!r}) in the environment must be a whole number above 0; unset "
+            "it, and the cores are shared out among the ranks"
+        )
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        given = environment.get(name, "")
+        # NCCL takes beginnings of names, exact names after =, what it must not use after ^.
+        entries = [entry.partition(":")[0] for entry in given.removeprefix("=").split(",")]
+        found = [entry for entry in entries if any(each.startswith(entry) for each in here)]
+        if found != entries and not given.startswith("^"):
+            raise ConfigError(
+                f"{name} ({given!r}) in the environment must name network interfaces that are here "
+                f"({', '.join(here)}); name one of them, or unset it"
+            )
+
+
 def set_rank_variables(config: Config, interface: str | None = None) -> None:
     """Give this rank of a training run its variables; call it before torch is imported.
 
     CUDA, torch's allocator and NCCL read their variables once, when they start.
     """
+    check_rank_variables(os.environ)
     _set_default(os.environ, connections(config))
     if config.moe.cutlass_grouped_gemm:
         # Read before each product (Transformer Engine, common/gemm/cublaslt_gemm.cu).

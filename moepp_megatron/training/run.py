@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE
 from moepp_megatron.observe.status import RESUME_COMMAND, inherited_claim
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
 from moepp_megatron.runtime.terminal import lasting_output
+from moepp_megatron.training.checkpoint.progress import package_versions
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
 from moepp_megatron.training.train_request import Say, TrainRequest
 
@@ -162,10 +164,23 @@ def _start_ranks(request: TrainRequest) -> TrainResult:
         flags += ["--overwrite"] if start.overwrite else []
         os.environ[RESUME_COMMAND] = start.resume_command or ""
     arguments = ["train", *flags, "--", *request.words]
-    status = run_ranks(request.options, "moepp_megatron.cli.main", arguments)
+    options = replace(request.options, alike=_alike(request.config))
+    status = run_ranks(options, "moepp_megatron.cli.main", arguments)
     if status not in (0, STOPPED):
         raise RanksFailedError(status)
     return TrainResult(Path(request.config.run.dir), stopped=status == STOPPED)
+
+
+def _alike(config: Config) -> dict[str, str]:
+    """Versions and settings that must be the same on all machines."""
+    sections = config.model_dump(mode="json")
+    # What is resumed depends on when a machine looks.
+    del sections["checkpoint"]["load"], sections["checkpoint"]["load_optimizer"]
+    settings = {
+        (name, key): value for name, keys in sections.items() for key, value in keys.items()
+    }
+    named = {".".join(name): json.dumps(value) for name, value in settings.items()}
+    return package_versions() | named
 
 
 def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[Callback]) -> TrainResult:
@@ -191,6 +206,8 @@ def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[Callback]) -> 
         # not on a CPU.
         from moepp_megatron.training.trainer import Trainer
 
+        if rank.world_size > rank.local_world_size:
+            RunFolder(config).refuse_unshared(looks=rank.local_rank == 0)
         distributed.build_groups(config, request.layout)
         if rank.rank == 0:
             from moepp_megatron.runtime.backends import choices_to_log, package_warnings

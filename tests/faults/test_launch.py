@@ -31,7 +31,7 @@ sys.exit(run_ranks(options, sys.argv[1], sys.argv[4:]))
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from moepp_megatron.runtime.launch import HUNG, STOPPED, leave, refusal_status, write_status
+from moepp_megatron.runtime.launch import HUNG, STOPPED, leave, refusal, write_status
 from moepp_megatron.runtime.parent import die_with_parent
 
 die_with_parent(os.getppid())
@@ -67,7 +67,7 @@ if what == "refuse and fail":
         while Path(folder, "0").exists():
             time.sleep(0.05)
         sys.exit(2)
-    while refusal_status() is None:
+    while refusal() is None:
         time.sleep(0.05)
     Path(folder, rank).unlink()
     sys.exit(1)

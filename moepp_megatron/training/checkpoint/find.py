@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class NoStartError(ConfigError):
-    """There is no checkpoint to start from. On ranks that are running all of them raise it."""
+    """A run cannot start from its checkpoints or in its folder. All ranks that run raise it."""
 
 
 _NAME = re.compile(rf"{PREFIX}\d+")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import platform
 import time
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import ConfigError, Layout
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.file_names import STATE_FILE
+from moepp_megatron.runtime.backends import version_of
 from moepp_megatron.version import __version__
 
 _FORMAT_VERSION = 1
@@ -78,7 +77,7 @@ class SavedRecord:
     @classmethod
     def now(cls, progress: Progress, layout: Layout) -> SavedRecord:
         """A record of the present state."""
-        return cls(progress, grid(layout), _versions(), time.time())
+        return cls(progress, grid(layout), package_versions(), time.time())
 
     def to_json(self) -> bytes:
         """Same as `state.json`."""
@@ -86,7 +85,7 @@ class SavedRecord:
 
     def changed_versions(self) -> list[str]:
         """Each package whose version is another one here, as `torch 2.11.0 (now 2.15.0)`."""
-        now = _versions()
+        now = package_versions()
         return [
             f"{name} {version} (now {now.get(name, 'none')})"
             for name, version in self.versions.items()
@@ -134,9 +133,8 @@ def read_record(checkpoint: Path) -> SavedRecord | None:
     return SavedRecord(progress, layout, versions, saved_at, version)
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """The version of each package here that decides the bits of a step, and of Python."""
     versions = {"moepp_megatron": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
+    found = {name: version_of(name) for name in _PACKAGES}
+    return versions | {name: version for name, version in found.items() if version is not None}

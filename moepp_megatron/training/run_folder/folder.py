@@ -33,7 +33,12 @@ from moepp_megatron.training.run_folder.holder import (
     refuse_running,
 )
 from moepp_megatron.training.run_folder.move_aside import move_aside
-from moepp_megatron.training.run_folder.writable import check_kinds, existing, refusing_unwritable
+from moepp_megatron.training.run_folder.writable import (
+    check_kinds,
+    existing,
+    refuse_unshared,
+    refusing_unwritable,
+)
 from moepp_megatron.version import __version__
 
 # What a run leaves in its folder, besides checkpoints.
@@ -215,6 +220,11 @@ class RunFolder:
             if not (nearest := existing(self.path)).is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
             self._check_kinds()
+
+    def refuse_unshared(self, looks: bool) -> None:
+        """Refuse folders of run and checkpoints that machines do not share (`refuse_unshared`)."""
+        for folder, setting in zip(self._folders(), ("run.dir", "checkpoint.dir"), strict=False):
+            refuse_unshared(setting, folder, looks)
 
     def _folders(self) -> list[Path]:
         """The folders that a run has for itself: its own, and that of its checkpoints elsewhere."""

@@ -1,9 +1,11 @@
-"""Refuses folders of a run that cannot be written, in one line with path and cause."""
+"""Refuses folders of a run that cannot be written, or that machines do not share."""
 
 from __future__ import annotations
 
 import errno
 import os
+import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 from moepp_megatron.config import ConfigError
 from moepp_megatron.file_names import RUN_FILES, RUN_FOLDERS
 from moepp_megatron.runtime.disk import is_full
+from moepp_megatron.training.checkpoint import NoStartError
 
 
 @contextmanager
@@ -30,6 +33,35 @@ def refusing_unwritable(run: Path) -> Iterator[None]:
             f"run.dir ({run}) must be a folder that can be written "
             f"({error.strerror or error}{where}); {remedy}, or choose another run.dir"
         ) from None
+
+
+def refuse_unshared(setting: str, folder: Path, looks: bool = True) -> None:
+    """Refuse a folder in which another machine does not see what rank 0 writes.
+
+    Every rank calls it; one of each machine `looks`.
+
+    Raises:
+        NoStartError: On all ranks alike; names the first such machine.
+    """
+    import torch.distributed as dist
+
+    from moepp_megatron.runtime.agreement import Agreement
+
+    agreement, is_first = Agreement(), dist.get_rank() == 0
+    # Of a new name, since network file systems remember for a while that a file is not there.
+    name = f".shared-{secrets.token_hex(8)}"
+    if is_first:
+        (folder / name).touch()
+    mark = folder / agreement.from_first(name)
+    hosts = agreement.gather((socket.gethostname(), not looks or mark.exists()))
+    if is_first:
+        mark.unlink()
+    blind = [host for host, sees in hosts if not sees]
+    if blind:
+        raise NoStartError(
+            f"{setting} ({folder}) must be one folder for all machines, and {blind[0]} does not "
+            f"see what {hosts[0][0]} writes there; mount the same on both, or choose another one"
+        )
 
 
 def existing(path: Path) -> Path:

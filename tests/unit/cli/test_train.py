@@ -17,8 +17,9 @@ from moepp_megatron.cli.resume_command import resume_command
 from moepp_megatron.config import Layout, load_config, with_overrides
 from moepp_megatron.data import prepared_data
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
-from moepp_megatron.runtime import launch
+from moepp_megatron.runtime import launch, word
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
+from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.training.run import TrainResult, run_rank
 from tests.unit.cli.test_dry_run import MINIMAL
 
@@ -44,6 +45,7 @@ class Command:
         self.raises: BaseException | None = None
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(launch, "run_ranks", self._ranks)
+        monkeypatch.setattr(word, "LINGER_S", 0.0)
         monkeypatch.setattr(prepared_data, "check_data", lambda config, whole_index: [])
         for name in OF_OTHERS:
             monkeypatch.delenv(name, raising=False)
@@ -224,7 +226,7 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
     request = SimpleNamespace(
         config=config,
         layout=Layout.from_config(config, 1),
-        rank=SimpleNamespace(rank=0, is_launched=False),
+        rank=RankEnvironment(),
     )
     run_rank(request, print, ())
     assert capsys.readouterr().out.splitlines()[:3] == [*trainer.start_lines, "trains"]

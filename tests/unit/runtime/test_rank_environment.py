@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import socket
 import tempfile
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ import pytest
 
 from moepp_megatron.config import Config, ConfigError, UnfitError, parse_config
 from moepp_megatron.runtime import distributed, nodes
-from moepp_megatron.runtime.launch import LaunchOptions, _torchrun
+from moepp_megatron.runtime.launch import LaunchOptions, _torchrun, run_ranks
 from moepp_megatron.runtime.nodes import Nodes, interface_of_rank, parse_endpoint
 from moepp_megatron.runtime.rank import RankEnvironment, first_host
 from moepp_megatron.runtime.rank_environment import (
+    check_rank_variables,
     contradiction,
     rank_variables,
     set_rank_variables,
@@ -49,6 +51,32 @@ def test_caches_are_where_compiled_code_can_be_loaded(monkeypatch, tmp_path, fla
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags))
     found = with_rank_variables({}, 1).keys()
     assert ({"TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR"} <= found) == (not flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "says"),
+    [
+        ("GLOO_SOCKET_IFNAME", "eth77", "must name network interfaces that are here ("),
+        ("GLOO_SOCKET_IFNAME", "lo,eth77", "name one of them, or unset it"),
+        ("NCCL_SOCKET_IFNAME", "=eth77", "('=eth77') in the environment must name"),
+        ("OMP_NUM_THREADS", "many", "('many') in the environment must be a whole number"),
+        ("OMP_NUM_THREADS", "0", "unset it, and the cores are shared out"),
+    ],
+)
+def test_variables_at_which_ranks_would_fail(monkeypatch, name, given, says) -> None:
+    """By a launcher before ranks start, by a rank without one before it imports torch."""
+    monkeypatch.setattr(os, "environ", {name: given})
+    for start in (
+        lambda: run_ranks(LaunchOptions(2), "this", []),
+        lambda: set_rank_variables(layout()),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            start()
+
+
+@pytest.mark.parametrize("given", ["lo", "=lo", "^docker,eth77", "l", "lo:80", ""])
+def test_interfaces_as_nccl_takes_them(given) -> None:
+    check_rank_variables({"NCCL_SOCKET_IFNAME": given, "OMP_NUM_THREADS": "4,2"})
 
 
 def test_cores_are_shared_out() -> None:

@@ -29,14 +29,14 @@ def test_the_same_run_says_only_where_it_goes_on(tmp_path: Path) -> None:
 
 
 def test_other_versions_than_those_of_the_checkpoint_are_one_warning(tmp_path, monkeypatch) -> None:
-    here = {**progress._versions(), "triton": "9"}
+    here = {**progress.package_versions(), "triton": "9"}
     recorded = {**here, "torch": "2.3.4", "transformer-engine": "1.2"}
     # What an older version did not record is no difference.
     del recorded["triton"]
-    monkeypatch.setattr(progress, "_versions", lambda: recorded)
+    monkeypatch.setattr(progress, "package_versions", lambda: recorded)
     config = config_of()
     record = SavedRecord.now(Progress(6, 48, 768), Layout.from_config(config, 1))
-    monkeypatch.setattr(progress, "_versions", lambda: here)
+    monkeypatch.setattr(progress, "package_versions", lambda: here)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     (line,) = start_lines(tmp_path, record, config, Layout.from_config(config, 1))[1:]
     assert line == (

@@ -1,0 +1,162 @@
+"""Word that a machine leaves for the others of its run when it has refused or failed for good.
+
+torchrun waits minutes for a machine that is missing, also for one that ended with a user's error in
+its first second. So such a machine leaves word in torchrun's store. The others look for it while
+they wait and train, and end with the same exit status.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import psutil
+
+from moepp_megatron.config.errors import ConfigError, UnfitError
+from moepp_megatron.config.printable import printable
+from moepp_megatron.runtime.launch import refusal
+from moepp_megatron.runtime.nodes import Nodes
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+# How long a machine stays until the others have read its word: they may still import torch.
+LINGER_S = 20.0
+# How long one whose ranks have failed waits for another one's word, which may be why.
+_OTHERS_S = 5.0
+_POLL_S = 0.5
+# Read when torch is imported: in C++ it prints a stack whenever somebody closes a connection.
+NO_STACKS = ("TORCH_CPP_LOG_LEVEL", "ERROR")
+# An exit status, and why.
+Word = tuple[int, str]
+
+
+class Watch(threading.Thread):
+    """Leaves word for the other machines; ends this process and its children by theirs."""
+
+    def __init__(self, nodes: Nodes, alike: dict[str, str]) -> None:
+        """`alike`: what must be the same on all machines, by name."""
+        super().__init__(daemon=True)
+        self._nodes, self._alike = nodes, alike
+        self._failure: Word | None = None
+
+    def run(self) -> None:
+        """Until another machine has ended, or this one has left word."""
+        # torchrun notices, too, that the store is gone.
+        with suppress(RuntimeError):
+            if (store := _open(self._nodes, math.inf)) is None:
+                return
+            word = self._difference(store)
+            if word is not None:
+                _leave(store, self._nodes, word, has_met=False)
+            while word is None and _is_served(self._nodes):
+                word = _read(store, self._nodes)
+                if word is None and (failure := refusal() or self._failure) is not None:
+                    return _leave(store, self._nodes, failure)
+                if psutil.Process().children():
+                    store.set("met", "")
+                time.sleep(_POLL_S)
+            if word is not None:
+                print(f"error: {printable(word[1])}", file=sys.stderr, flush=True)
+                for process in psutil.Process().children(recursive=True):
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+                os._exit(word[0])
+
+    def report(self, failure: str | None) -> None:
+        """Let the other machines know of a failure, if any; theirs may end this process."""
+        self.join(_OTHERS_S if refusal() is None else 0.0)
+        if failure is not None:
+            self._failure = (1, failure)
+            self.join(LINGER_S)
+
+    def _difference(self, store: Store) -> Word | None:
+        """What is not as on the machine that came first, the first such thing."""
+        here, mine = socket.gethostname(), self._alike
+        there, others = json.loads(store.compare_set("alike", "", json.dumps([here, mine])))
+        differing = [name for name in [*mine, *others] if mine.get(name) != others.get(name)]
+        if not differing:
+            return None
+        own, other = (alike.get(differing[0], "nothing") for alike in (mine, others))
+        return ConfigError.exit_code, (
+            f"{differing[0]} ({own} on {here}) must be the same on all machines, and is {other} on "
+            f"{there}; start all with the same options, configuration and packages"
+        )
+
+
+@contextmanager
+def refusing_for_all(nodes: Nodes | None) -> Iterator[None]:
+    """A context in which a user's error ends the other machines too, before ranks have started.
+
+    Raises:
+        SystemExit: In place of the error, which is printed; not without `nodes`.
+    """
+    try:
+        yield
+    except (ConfigError, UnfitError) as error:
+        if nodes is None:
+            raise
+        # First, since the others may be slow to read it.
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+        os.environ.setdefault(*NO_STACKS)
+        store = _open(nodes, LINGER_S, serves=nodes.rank == 0)
+        with suppress(RuntimeError):
+            if store is not None:
+                _leave(store, nodes, (error.exit_code, str(error)), has_met=False)
+        sys.exit(error.exit_code)
+
+
+def _open(nodes: Nodes, timeout_s: float, serves: bool = False) -> Store | None:
+    """The store at the machines' address; None if it is not served in time, or cannot be here."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    deadline = time.monotonic() + timeout_s
+    while not (serves or _is_served(nodes)):
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(_POLL_S)
+    limit, place = timedelta(seconds=LINGER_S), (nodes.host, nodes.port)
+    with suppress(RuntimeError):
+        store = TCPStore(*place, is_master=serves, wait_for_workers=False, timeout=limit)
+        return PrefixStore(f"moepp {nodes.run_id}", store)
+    return None
+
+
+def _is_served(nodes: Nodes) -> bool:
+    """Whether somebody listens at the address; asked first, since torch prints what C++ met."""
+    with suppress(OSError), socket.create_connection((nodes.host, nodes.port), timeout=5.0):
+        return True
+    return False
+
+
+def _leave(store: Store, nodes: Nodes, word: Word, has_met: bool = True) -> None:
+    """Leave word, unless another machine has, and wait for the others as `_read` does."""
+    # Who has not met the others ends none that train already: they are another run, or wait for
+    # this machine to join again.
+    if has_met or not store.check(["met"]):
+        reason = f"{socket.gethostname()}: {word[1].partition('\n')[0]}"
+        store.compare_set("word", "", json.dumps([word[0], reason]))
+        _read(store, nodes)
+
+
+def _read(store: Store, nodes: Nodes) -> Word | None:
+    """Another machine's word; returns when all have read it, or some time later."""
+    # This machine may serve the store to the others.
+    if not store.check(["word"]):
+        return None
+    status, said = json.loads(store.get("word"))
+    readers, deadline = store.add("readers", 1), time.monotonic() + LINGER_S
+    while readers < nodes.count and time.monotonic() < deadline and _is_served(nodes):
+        time.sleep(0.1)
+        with suppress(RuntimeError):
+            readers = store.add("readers", 0)
+    return status, f"another machine has ended this run, {said}; exit status {status}"

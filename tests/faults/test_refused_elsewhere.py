@@ -1,0 +1,98 @@
+"""A machine that refuses: the others, which would wait for it, end with its status and reason."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import load_config
+from moepp_megatron.observe.status import CLAIM
+from moepp_megatron.training.run_folder import RunFolder, Start
+from tests.commands import MODULE, Begun
+from tests.faults.harness import prepare_data, write_config
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+# Far below the 15 minutes that the others would wait; nothing is timed.
+HANG_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_data(tmp_path_factory.mktemp("corpus"))
+
+
+class Starts:
+    """Starts of one run as its machines, all on this one."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder, self.run = folder, folder / "run"
+        self.config = write_config(folder / "run.yaml", data, self.run, 2, train_iters=3)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.started: list[Begun] = []
+
+    def machine(self, number: int, *words: str, nnodes: int = 2, numbered: bool = True) -> None:
+        options = ["--nnodes", str(nnodes), "--rdzv-endpoint", f"127.0.0.1:{self.port}"]
+        options += ["--node-rank", str(number)] if numbered else []
+        words = ("train", str(self.config), *words, *options, "--resume", "--max-restarts", "3")
+        output = self.folder / f"{len(self.started)}.log"
+        environment = {name: value for name, value in os.environ.items() if name != CLAIM}
+        self.started.append(Begun(["-m", MODULE, *words], output, environment=environment))
+
+    def ended(self) -> list[tuple[int, str]]:
+        statuses = [process.wait(HANG_S) for process in self.started]
+        logs = [self.folder / f"{number}.log" for number in range(len(statuses))]
+        return list(zip(statuses, [log.read_text() for log in logs], strict=True))
+
+
+@pytest.fixture
+def starts(tmp_path: Path, data: Path) -> Iterator[Starts]:
+    starts = Starts(tmp_path, data)
+    yield starts
+    for process in starts.started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("refusing", [0, 1])
+def test_a_launcher_that_refuses_ends_the_other_machine(starts: Starts, refusing: int) -> None:
+    starts.machine(refusing, "moe.tau=-1")
+    starts.machine(1 - refusing)
+    (status, said), (other_status, other_said) = starts.ended()
+    assert (status, other_status) == (2, 2), said + other_said
+    assert f"another machine has ended this run, {socket.gethostname()}: moe.tau (-1" in other_said
+    assert said.count("error:") == other_said.count("error:") == 1
+
+
+def test_a_rank_that_refuses_ends_the_other_machine(starts: Starts) -> None:
+    """Where torchrun numbers the machines, a rank claims the folder, which another run holds."""
+    with RunFolder(load_config(starts.config)).claim(Start(name="another")):
+        for number in range(2):
+            starts.machine(number, numbered=False)
+        (status, said), (other_status, other_said) = starts.ended()
+    assert (status, other_status) == (2, 2), said + other_said
+    assert "must not be in use" in said
+    assert "must not be in use" in other_said
+    assert "another machine has ended this run" in said + other_said
+
+
+@pytest.mark.parametrize(
+    ("words", "nnodes", "says"),
+    [
+        (["training.seed=5"], 2, "training.seed ("),
+        ([], 4, "--nnodes ("),
+    ],
+)
+def test_machines_that_are_not_alike(
+    starts: Starts, words: list[str], nnodes: int, says: str
+) -> None:
+    starts.machine(0)
+    starts.machine(1, *words, nnodes=nnodes)
+    ended = starts.ended()
+    assert [status for status, _ in ended] == [2, 2], ended
+    assert all(says in said and "must be the same on all machines" in said for _, said in ended)
