@@ -122,7 +122,7 @@ def _expert_bars(run: RunData) -> Plot:
     _kind_legend(axes, config)
     by_kind = _kinds_in_words(run, shares)
     caption = (
-        f"Mean over the last tenth of the records ({window(tail(run.records))}). Black ticks: the "
+        f"Mean over the last tenth of the records ({window(tail(run.records))}). Ticks: the "
         "share under perfect balance"
     )
     if config.experts.num_zero_computation_experts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,7 +219,8 @@ def _difference_plot(result: PilotResult) -> Plot:
         gap = values[kept] - np.interp(tokens[kept], x, reference)
         # Differences are small against their noise.
         lines.append(_line(each, tokens[kept], smooth(gap, len(gap) // 20)))
-    return _plot("Training loss less vanilla's, same tokens", "nats (below 0: better)", lines)
+    title, axis = "Training loss less vanilla's, same tokens", "nats (below 0: better)"
+    return _plot(title, axis, lines, [("vanilla", 0.0)])
 
 
 def _smooth_curve(outcome: ArmOutcome) -> tuple[np.ndarray, np.ndarray]:
@@ -230,7 +232,9 @@ def _line(outcome: ArmOutcome, tokens: np.ndarray, values: np.ndarray) -> Line:
     return Line(outcome.arm.name, Series(tokens, values), _COLOURS[outcome.arm.kind], raw=True)
 
 
-def _plot(title: str, axis: str, lines: list[Line]) -> Plot:
+def _plot(
+    title: str, axis: str, lines: list[Line], levels: Sequence[tuple[str, float]] = ()
+) -> Plot:
     """Lines over tokens, from where they are worth comparing."""
     if not lines:
         return Plot(title, "", None, "Too few records to draw.")
@@ -240,4 +244,4 @@ def _plot(title: str, axis: str, lines: list[Line]) -> Plot:
         x, y = line.points
         kept = x >= start if np.count_nonzero(x >= start) > 1 else x >= 0
         late.append(replace(line, points=Series(x[kept], y[kept])))
-    return line_plot(title, "", late, Frame(axis, x="tokens", height=2.1))
+    return line_plot(title, "", late, Frame(axis, x="tokens", height=2.1, levels=levels))

@@ -29,10 +29,8 @@ _MODES = {
 }
 _HEAD = (
     *("Ranks", "Layout", "Model", "Batch", "Step, ms", "Tokens/s", "Efficiency"),
-    *("Of vanilla's time", "All-to-all, MB", "Waiting, ms (ranks)", "Share"),
+    *("Of vanilla's", "All-to-all, MB", "Waiting"),
 )
-# Columns of the page that fit a terminal.
-_IN_TERMINAL = [name for name in _HEAD if not name.startswith("Waiting")]
 _TERMS = {
     "Routing and data": "Routing is held at perfect balance: FFN experts get exactly the share phi "
     "of all selections, in vanilla all of them, every expert as many as any other. Tokens are "
@@ -47,8 +45,9 @@ _TERMS = {
     "also has a2a_sent_bytes: forward and backward, counted at the call.",
     "Waiting in all-to-alls": "With gloo the host's time inside all-to-alls and inside waiting for "
     "them; with NCCL the time that the compute stream waits for them. Transfers that hide behind "
-    "computation do not count, waiting for a rank that comes late does. Mean over ranks, in "
-    "parentheses the least and the most; medians over steps that were not used for the step time.",
+    "computation do not count, waiting for a rank that comes late does. As a share of the step, "
+    "mean over ranks, and the least and the most of a rank; medians over steps that were not used "
+    "for the step time.",
 }
 
 
@@ -104,7 +103,7 @@ def print_records(records: Sequence[ScaleRecord]) -> None:
     """Print one table per mode."""
     for mode, title in _MODES.items():
         if any(record.mode == mode for record in records):
-            print_uncut(title, table_of(_table(records, mode), _IN_TERMINAL), "")
+            print_uncut(title, table_of(_table(records, mode)), "")
 
 
 def _comments(rows: Mapping[str, str]) -> Table:
@@ -227,10 +226,9 @@ def _table(records: Sequence[ScaleRecord], mode: str) -> Table:
 
 
 def _row(r: ScaleRecord) -> list[Cell]:
-    waits, ratio = "-", ""
-    if r.a2a_time_s is not None and r.a2a_time_min_s is not None and r.a2a_time_max_s:
-        low, high = r.a2a_time_min_s * 1e3, r.a2a_time_max_s * 1e3
-        waits = f"{r.a2a_time_s * 1e3:.1f} ({low:.1f} to {high:.1f})"
+    waits, ratio = "", ""
+    if r.a2a_time_min_s is not None and r.a2a_time_max_s:
+        waits = f"{r.a2a_time_min_s * 1e3:.1f} to {r.a2a_time_max_s * 1e3:.1f} ms"
     if r.kind == "moepp" and r.speedup is not None:
         ratio = f"{1 / r.speedup:.2f}"
     return [
@@ -246,8 +244,7 @@ def _row(r: ScaleRecord) -> list[Cell]:
         number(formatting.percent(r.efficiency)),
         number(ratio),
         number(f"{r.a2a_bytes / 1e6:,.2f}"),
-        number(waits),
-        number("-" if r.a2a_share is None else formatting.percent(r.a2a_share)),
+        number("-" if r.a2a_share is None else formatting.percent(r.a2a_share), waits),
     ]
 
 

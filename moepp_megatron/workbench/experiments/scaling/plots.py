@@ -140,6 +140,7 @@ def _plot(
                 )
             rings = line(each, each.others)
             axes.plot(*rings.points, rings.marker, color=colour, markerfacecolor="none")
+        axes.autoscale(axis="y")
         axes.set_ylim(0, axes.get_ylim()[1] * (1.1 if level else 1))
 
     if any(each.others for each in lines):
