@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 
-class Dtype(StrEnum):
+class _Dtype(StrEnum):
     """Dtypes of weights."""
 
     fp32 = "fp32"
@@ -55,7 +55,7 @@ Target = Annotated[
     ),
 ]
 ChosenDtype = Annotated[
-    Dtype | None,
+    _Dtype | None,
     typer.Option(help="Convert all weights to this dtype; by default, each keeps its own."),
 ]
 AllowPickle = Annotated[

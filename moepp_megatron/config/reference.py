@@ -20,7 +20,7 @@ _KINDS = {"int": "whole number", "float": "number", "bool": "true or false", "st
 
 
 @dataclass(frozen=True)
-class SettingReference:
+class _SettingReference:
     """One setting.
 
     Attributes:
@@ -57,7 +57,7 @@ class SectionReference:
 
     name: str
     meaning: str
-    settings: tuple[SettingReference, ...]
+    settings: tuple[_SettingReference, ...]
 
 
 def section_references() -> Iterator[SectionReference]:
@@ -86,12 +86,12 @@ def _section(path: str, model: type[Section], meaning: str = "") -> Iterator[Sec
         yield from _section(name, section, text)
 
 
-def _setting(name: str, field: FieldInfo) -> SettingReference:
+def _setting(name: str, field: FieldInfo) -> _SettingReference:
     assert unit_of(field), f"{name} has no unit"
     default = None
     if not field.is_required():
         default = show(field.get_default(call_default_factory=True, validated_data={}))
-    return SettingReference(
+    return _SettingReference(
         name,
         _kind(field.annotation),
         default,

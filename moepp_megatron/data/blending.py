@@ -27,7 +27,7 @@ from moepp_megatron.config.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Draw:
+class _Draw:
     """What one stage draws."""
 
     blend: Blend
@@ -36,7 +36,7 @@ class Draw:
     firsts: Mapping[str, int]
 
 
-def plan_draws(blends: Sequence[Blend], num_samples: int) -> tuple[list[Draw], dict[str, int]]:
+def plan_draws(blends: Sequence[Blend], num_samples: int) -> tuple[list[_Draw], dict[str, int]]:
     """Plan the stages of a run.
 
     Returns:
@@ -48,7 +48,7 @@ def plan_draws(blends: Sequence[Blend], num_samples: int) -> tuple[list[Draw], d
     draws = []
     for blend, (first, end) in zip(begun, pairwise(ends), strict=True):
         firsts = {folder.real: needed.get(folder.real, 0) for folder in blend.folders}
-        draws.append(Draw(blend, end - first, firsts))
+        draws.append(_Draw(blend, end - first, firsts))
         for folder in blend.folders:
             # `build_blending_indices` never draws more of a folder: it gives each sample to the
             # one that is furthest behind its share, so none is ahead by more than one.
@@ -97,7 +97,7 @@ class DrawnDataset(Dataset[Any]):
     """
 
     def __init__(
-        self, draws: Sequence[Draw], datasets: Mapping[str, GPTDataset], cache: Path
+        self, draws: Sequence[_Draw], datasets: Mapping[str, GPTDataset], cache: Path
     ) -> None:
         self._starts = [draw.blend.first_sample for draw in draws]
         self._size = self._starts[-1] + draws[-1].size
@@ -117,7 +117,7 @@ class DrawnDataset(Dataset[Any]):
             self._order(draw, each) for draw, each in zip(draws, self._datasets, strict=True)
         ]
 
-    def _order(self, draw: Draw, datasets: list[GPTDataset]) -> BlendedDataset | None:
+    def _order(self, draw: _Draw, datasets: list[GPTDataset]) -> BlendedDataset | None:
         """Which folder each sample is of; None for one folder. Every rank must call."""
         if len(datasets) == 1:
             return None

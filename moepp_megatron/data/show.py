@@ -89,7 +89,7 @@ def shown_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 @dataclass(frozen=True)
-class Share:
+class _Share:
     """What a run draws of one folder, in one stage or in all: tokens, and these over its own."""
 
     path: Path
@@ -105,7 +105,7 @@ class StageShares:
     name: str
     first_step: int
     last_step: int
-    shares: tuple[Share, ...]
+    shares: tuple[_Share, ...]
 
 
 def planned_shares(config: Config, corpora: dict[str, Corpus], end: int) -> list[StageShares]:
@@ -135,10 +135,10 @@ def planned_shares(config: Config, corpora: dict[str, Corpus], end: int) -> list
             drawn[folder.real] = drawn.get(folder.real, 0.0) + tokens
             paths.setdefault(folder.real, folder.path)
             epochs = tokens / max(own[folder.real], 1)
-            shares.append(Share(folder.path, folder.share, tokens, epochs))
+            shares.append(_Share(folder.path, folder.share, tokens, epochs))
         stages.append(StageShares(blend.name, step, last_step, tuple(shares)))
     whole = tuple(
-        Share(paths[real], tokens / (end * length), tokens, tokens / max(own[real], 1))
+        _Share(paths[real], tokens / (end * length), tokens, tokens / max(own[real], 1))
         for real, tokens in drawn.items()
     )
     return [*stages, StageShares("the run", 0, training.train_iters, whole)]

@@ -22,7 +22,7 @@ from moepp_megatron.moe.config import MoEPPConfig
 
 
 @dataclass(frozen=True)
-class Refused:
+class _Refused:
     """A setting that the layer cannot honour.
 
     Attributes:
@@ -128,66 +128,68 @@ _SPEC = "the MoE++ layer spec does not pass it on"
 _FORCED = "the MoE++ router selects by its logits"
 _HOST_SIZES = "its rows per expert are counted in every step"
 
-REFUSED: dict[str, Refused] = {
-    "moe_latent_size": Refused((None,), "zero-computation experts take the whole vector"),
-    "moe_expert_capacity_factor": Refused(
+REFUSED: dict[str, _Refused] = {
+    "moe_latent_size": _Refused((None,), "zero-computation experts take the whole vector"),
+    "moe_expert_capacity_factor": _Refused(
         (None,), "it knows one kind of expert", "MoEPPConfig.capacity_factor"
     ),
-    "moe_token_drop_policy": Refused(
+    "moe_token_drop_policy": _Refused(
         ("probs",), "the selections with the largest gates stay within the capacities"
     ),
-    "moe_token_dropping": Refused((False,), "megatron-core does not support it either"),
-    "moe_pad_expert_input_to_capacity": Refused((False,), "it counts K selections a token"),
-    "moe_pad_experts_for_cuda_graph_inference": Refused((False,), "it counts K selections a token"),
-    "moe_expert_rank_capacity_factor": Refused((None,), "tokens over it would vanish uncounted"),
-    "moe_shared_expert_overlap": Refused(
+    "moe_token_dropping": _Refused((False,), "megatron-core does not support it either"),
+    "moe_pad_expert_input_to_capacity": _Refused((False,), "it counts K selections a token"),
+    "moe_pad_experts_for_cuda_graph_inference": _Refused(
+        (False,), "it counts K selections a token"
+    ),
+    "moe_expert_rank_capacity_factor": _Refused((None,), "tokens over it would vanish uncounted"),
+    "moe_shared_expert_overlap": _Refused(
         (False,),
         "no step of its dispatchers runs shared experts, which the MoE++ layer runs during the "
         "all-to-all anyway",
     ),
-    "mlp_chunks_for_training": Refused((1,), "a chunk would be routed without its router logits"),
-    "mlp_chunks_for_prefill": Refused((1,), "a chunk would be routed without its router logits"),
-    "overlap_dispatch_backward_with_experts_wgrad": Refused(
+    "mlp_chunks_for_training": _Refused((1,), "a chunk would be routed without its router logits"),
+    "mlp_chunks_for_prefill": _Refused((1,), "a chunk would be routed without its router logits"),
+    "overlap_dispatch_backward_with_experts_wgrad": _Refused(
         (False,), "it waits for the all-to-all where the MoE++ dispatcher only starts it"
     ),
-    "moe_router_padding_for_quantization": Refused(
+    "moe_router_padding_for_quantization": _Refused(
         (False, None),
         "padding the routing map would select experts that the router did not, and send and count "
         "those rows; experts pad their own rows",
     ),
-    "moe_router_padding_for_fp8": Refused(
+    "moe_router_padding_for_fp8": _Refused(
         (False, None), "it stands for moe_router_padding_for_quantization, which is refused"
     ),
-    "moe_router_topk_limited_devices": Refused(
+    "moe_router_topk_limited_devices": _Refused(
         (None,),
         "megatron-core has replaced it by moe_router_num_groups and moe_router_group_topk",
         "those",
     ),
-    "moe_router_force_load_balancing": Refused((False,), _FORCED),
-    "moe_router_force_biased": Refused((None,), _FORCED),
-    "moe_router_fusion": Refused(
+    "moe_router_force_load_balancing": _Refused((False,), _FORCED),
+    "moe_router_force_biased": _Refused((None,), _FORCED),
+    "moe_router_fusion": _Refused(
         (False,), "the fused kernel knows one kind of expert", "MoEPPConfig.fused"
     ),
-    "moe_enable_routing_replay": Refused(
+    "moe_enable_routing_replay": _Refused(
         (False,), "the MoE++ router neither records its selections nor repeats recorded ones"
     ),
-    "moe_paged_stash": Refused((False,), _HOST_SIZES),
-    "moe_ncclep_static_shape": Refused((False,), "its backend, ncclep, is refused"),
-    "moe_ncclep_zero_copy": Refused((False,), "its backend, ncclep, is refused"),
-    "transformer_impl": Refused(
+    "moe_paged_stash": _Refused((False,), _HOST_SIZES),
+    "moe_ncclep_static_shape": _Refused((False,), "its backend, ncclep, is refused"),
+    "moe_ncclep_zero_copy": _Refused((False,), "its backend, ncclep, is refused"),
+    "transformer_impl": _Refused(
         ("transformer_engine", "local"), "megatron-core's inference layers have their own router"
     ),
-    "experimental_attention_variant": Refused((None,), _SPEC),
-    "heterogeneous_block_specs": Refused((False,), _SPEC),
-    "mla_down_proj_fusion": Refused((False,), _SPEC),
-    "qk_l2_norm": Refused((False,), _SPEC),
-    "use_kitchen": Refused((False,), _SPEC),
-    "use_kitchen_attention": Refused((False,), _SPEC),
-    "use_te_activation_func": Refused((False,), _SPEC),
-    "mtp_use_repeated_layer": Refused(
+    "experimental_attention_variant": _Refused((None,), _SPEC),
+    "heterogeneous_block_specs": _Refused((False,), _SPEC),
+    "mla_down_proj_fusion": _Refused((False,), _SPEC),
+    "qk_l2_norm": _Refused((False,), _SPEC),
+    "use_kitchen": _Refused((False,), _SPEC),
+    "use_kitchen_attention": _Refused((False,), _SPEC),
+    "use_te_activation_func": _Refused((False,), _SPEC),
+    "mtp_use_repeated_layer": _Refused(
         (False,), "its router would be counted and balanced as one layer of several depths"
     ),
-    "mtp_detach_heads": Refused(
+    "mtp_detach_heads": _Refused(
         (False,), "the loss of further tokens is this package's, and trains the output layer too"
     ),
 }

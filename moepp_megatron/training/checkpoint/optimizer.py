@@ -42,7 +42,7 @@ def complete_state(optimizer: Any) -> None:
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
-    elif is_emerging(inner):
+    elif _is_emerging(inner):
         optimizer.init_state_fn(inner, optimizer.config)
     elif optimizer.config.use_precision_aware_optimizer:
         for group in inner.param_groups:
@@ -102,7 +102,7 @@ def is_torch(inner: torch.optim.Optimizer) -> bool:
     return type(inner).__module__.startswith("torch.optim")
 
 
-def is_emerging(inner: torch.optim.Optimizer) -> bool:
+def _is_emerging(inner: torch.optim.Optimizer) -> bool:
     """Whether an optimizer is one of the package emerging_optimizers, or megatron-core's of it."""
     return "emerging_optimizers" in type(inner).__module__
 

@@ -36,7 +36,7 @@ class Ranges(Replacements):
 
     def around(self, owner: Any, method: str, name: str) -> None:
         """Show calls of a method as `moepp/NAME` in the trace."""
-        self.replace(owner, method, functools.partial(named, name))
+        self.replace(owner, method, functools.partial(_named, name))
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def range_(name: str) -> Iterator[None]:
             torch.cuda.nvtx.range_pop()
 
 
-def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function in a range."""
 
     @functools.wraps(function)

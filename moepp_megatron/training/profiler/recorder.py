@@ -102,7 +102,7 @@ class StepRecorder:
         return Path(self._config.run.dir) / "profile"
 
     def _start(self) -> None:
-        self._about = describe(self._config, self._layout, [])
+        self._about = _describe(self._config, self._layout, [])
         self._about["steps"] = []
         if self._records_here:
             # Its library announces every start, and on a CPU that there is no GPU.
@@ -151,7 +151,7 @@ def _activities() -> list[ProfilerActivity]:
     return [*activities, ProfilerActivity.CUDA] if torch.cuda.is_available() else activities
 
 
-def describe(config: Config, layout: Layout, clock_ns: list[int]) -> dict[str, Any]:
+def _describe(config: Config, layout: Layout, clock_ns: list[int]) -> dict[str, Any]:
     """This rank's place in the run, for JSON; all ranks must call.
 
     Args:

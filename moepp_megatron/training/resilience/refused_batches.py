@@ -62,7 +62,7 @@ _REMEDY: dict[Cause, str] = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class _Finding:
     """Why batches were refused.
 
     Attributes:
@@ -88,7 +88,7 @@ def find_cause(
     refused: Sequence[BatchEvidence],
     before: Sequence[BatchEvidence],
     is_usual: Callable[[float], bool],
-) -> Finding:
+) -> _Finding:
     """Why batches were refused.
 
     The model has not changed since the newest batch that it accepted. If it does not take batches
@@ -105,12 +105,12 @@ def find_cause(
     if not before:
         numbers = "no batch before them was accepted"
     if not math.isfinite(usual) or not is_usual(usual):
-        return Finding("model", numbers)
+        return _Finding("model", numbers)
     if not all(math.isfinite(batch.loss) for batch in refused):
-        return Finding("not finite", numbers)
+        return _Finding("not finite", numbers)
     groups = [[batch.selections_LE for batch in each] for each in (before, refused)]
     numbers += f"; {_moved_share(before, refused):.0%} of the selections are for other experts"
-    return Finding("data" if has_moved(*groups) else "targets", numbers)
+    return _Finding("data" if has_moved(*groups) else "targets", numbers)
 
 
 def _median(losses: Sequence[float]) -> float:

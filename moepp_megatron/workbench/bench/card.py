@@ -79,12 +79,12 @@ def measure_card(
         threads=0 if on_gpu else torch.get_num_threads(),
         matmul_size=size,
         matmul_tflops={
-            dtype: matmul_tflops(dtype, size) for dtype in dtypes if card_obstacle(dtype) is None
+            dtype: _matmul_tflops(dtype, size) for dtype in dtypes if card_obstacle(dtype) is None
         },
-        copy_gb_s=copy_gb_s(num_bytes),
+        copy_gb_s=_copy_gb_s(num_bytes),
         rated_tflops={dtype: rate for dtype, rate in rates.items() if rate is not None},
         rated_gb_s=None if rated is None else rated.memory_bandwidth_gb_s,
-        versions=versions(),
+        versions=_versions(),
     )
 
 
@@ -99,7 +99,7 @@ def card_obstacle(dtype: str) -> str | None:
     return needs if capability < _FP8_CAPABILITY else None
 
 
-def matmul_tflops(dtype: str, size: int) -> float:
+def _matmul_tflops(dtype: str, size: int) -> float:
     """TFLOP/s of a square product: fp8 has one scale per tensor and bf16 results.
 
     fp32 is what `precision.dtype: fp32` computes: no TF32, unless torch allows it.
@@ -109,7 +109,7 @@ def matmul_tflops(dtype: str, size: int) -> float:
 
 
 def matmul(dtype: str, size: int) -> Callable[[], Tensor]:
-    """The product that `matmul_tflops` times."""
+    """The product that `_matmul_tflops` times."""
     device = _device()
     # Ordinary numbers: the power that a product draws, and so its speed, depends on its bits.
     left, right = (torch.randn(size, size, device=device) for _ in range(2))
@@ -135,7 +135,7 @@ def matmul(dtype: str, size: int) -> Callable[[], Tensor]:
     return lambda: torch.mm(left, right, out=out)
 
 
-def copy_gb_s(num_bytes: int) -> float:
+def _copy_gb_s(num_bytes: int) -> float:
     """GB/s of a copy within the GPU's memory: bytes read plus bytes written."""
     source = torch.ones(num_bytes, dtype=torch.uint8, device=_device())
     target = torch.empty_like(source)
@@ -158,7 +158,7 @@ def _median_seconds(work: Callable[[], object]) -> float:
     return statistics.median(clock.seconds(begin, end) for begin, end in pairs)
 
 
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Versions of the software that the numbers depend on, if installed."""
     result = {"torch": str(torch.__version__)}
     if torch.version.cuda is not None:

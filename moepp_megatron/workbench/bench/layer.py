@@ -25,7 +25,7 @@ class LayerResult:
     """One line of the benchmark.
 
     Of the vanilla layer and of the MoE++ layer: median milliseconds of the pass (`ms`), bytes that
-    autograd keeps (`kept_bytes`), median milliseconds of each part of a forward pass (`parts_ms`)
+    autograd keeps (`_kept_bytes`), median milliseconds of each part of a forward pass (`parts_ms`)
     and the least that it can take on this GPU (`bounds_ms`, see `bounds.py`), FLOPs of the FFN
     experts in this pass over the layer's whole time (`tflops`) and, forward, over the experts' part
     (`experts_tflops`), and the class of its FFN experts (`experts`).
@@ -169,7 +169,7 @@ def _measure(
         passes = 1 if name == "forward" else 3
         numbers = {
             "ms": times[key].median_ms,
-            "kept_bytes": kept_bytes(value.forward, list(value.layer.parameters())),
+            "kept_bytes": _kept_bytes(value.forward, list(value.layer.parameters())),
             "parts_ms": parts,
             "bounds_ms": bounds_ms(value.work, card),
             "tflops": passes * flops / times[key].median_ms / 1e9,
@@ -196,7 +196,7 @@ def _measure(
     )
 
 
-def kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
+def _kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
     """Bytes that autograd keeps after `forward`, each storage once, parameters left out.
 
     Args:

@@ -49,7 +49,7 @@ class _BuiltRank:
 
 
 @dataclass(frozen=True)
-class Check:
+class _Check:
     """A quantity of the built rank and its calculated value."""
 
     name: str
@@ -144,22 +144,22 @@ def _groups() -> dict[str, list[int]]:
     return {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
 
 
-def check_rank(config: Config, layout: Layout, built: _BuiltRank) -> list[Check]:
+def check_rank(config: Config, layout: Layout, built: _BuiltRank) -> list[_Check]:
     """All comparisons of one rank: groups, layers, parameters, memory."""
     place = layout.coordinates(built.rank)
     checks = [_group(layout, built, name) for name in built.groups]
     expected = [list(chunk) for chunk in stage_layers(config)[place.pp]]
-    checks.append(Check("layers", str(built.layers), str(expected), built.layers == expected))
+    checks.append(_Check("layers", str(built.layers), str(expected), built.layers == expected))
     return checks + _sizes(config, layout, built, place.pp)
 
 
-def _group(layout: Layout, built: _BuiltRank, name: str) -> Check:
+def _group(layout: Layout, built: _BuiltRank, name: str) -> _Check:
     varying = tuple(name.split())
     order = _EXPERTS if varying[0] in ("etp", "ep", "edp") else _ATTENTION
     expected = layout.members(built.rank, varying, order)
     members = built.groups[name]
     # The order too: it decides which shard is whose.
-    return Check(f"group {name}", _ranks(members), _ranks(expected), members == expected)
+    return _Check(f"group {name}", _ranks(members), _ranks(expected), members == expected)
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -168,7 +168,7 @@ def _ranks(ranks: list[int]) -> str:
     return f"{len(ranks)}: {ranks[0]}, {ranks[1]} .. {ranks[-1]}"
 
 
-def _sizes(config: Config, layout: Layout, built: _BuiltRank, pp_rank: int) -> list[Check]:
+def _sizes(config: Config, layout: Layout, built: _BuiltRank, pp_rank: int) -> list[_Check]:
     load = Workload.from_config(config)
     if isinstance(load.attention, LatentAttention) and not have_transformer_engine():
         # What this machine builds; plans count Transformer Engine's modules.
@@ -188,12 +188,12 @@ def _sizes(config: Config, layout: Layout, built: _BuiltRank, pp_rank: int) -> l
         ("bytes of weights", weights, planned.weights),
         ("bytes of gradients", built.gradient_bytes, planned.gradients),
     )
-    checks = [Check(name, f"{real:,}", f"{plan:,}", real == plan) for name, real, plan in exact]
+    checks = [_Check(name, f"{real:,}", f"{plan:,}", real == plan) for name, real, plan in exact]
     dtypes = sorted({parameter.dtype for parameter in built.parameters})
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[numbers.dtype]
-    checks.append(Check("dtype", ", ".join(dtypes), dtype, dtypes == [dtype]))
+    checks.append(_Check("dtype", ", ".join(dtypes), dtype, dtypes == [dtype]))
     state = built.mean_shard * (numbers.moments_bytes + numbers.master_bytes)
     name = "bytes of optimizer state, mean of its shards"
     # The plan cuts dense and expert state to whole bytes.
     is_near = abs(state - planned.optimizer) < 2
-    return [*checks, Check(name, f"{state:,.0f}", f"{planned.optimizer:,}", is_near)]
+    return [*checks, _Check(name, f"{state:,.0f}", f"{planned.optimizer:,}", is_near)]

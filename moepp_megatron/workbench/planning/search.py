@@ -128,7 +128,7 @@ class Space:
         groups = getattr(attention, "groups", attention.heads)
         return [
             tp
-            for tp in divisors(self.world)
+            for tp in _divisors(self.world)
             if tp <= self.per_node
             and all(width % tp == 0 for width in widths)
             and not (self.groups_are_set and groups % tp and tp % groups)
@@ -140,13 +140,13 @@ class Space:
         most = max(seq // _LEAST_TOKENS_PER_CONTEXT_RANK, 1)
         return [
             cp
-            for cp in divisors(self.world // tp)
+            for cp in _divisors(self.world // tp)
             if cp == 1 or (cp <= most and seq % (2 * cp * tp) == 0)
         ]
 
     def _stages(self, ranks: int) -> Sequence[int]:
         """Possible numbers of stages: one if all layers share constants (rules/moe.py)."""
-        return [1] if self.load.experts.shares_constants else divisors(ranks)
+        return [1] if self.load.experts.shares_constants else _divisors(ranks)
 
     def _virtual(self, pp: int) -> list[int]:
         """Chunks per rank: layers even over stages, or with embedding and loss as a layer each."""
@@ -167,7 +167,7 @@ class Space:
         for etp in sorted({1, tp}):
             if experts.ffn_size % etp:
                 continue
-            for ep in divisors(experts.num_ffn_experts):
+            for ep in _divisors(experts.num_ffn_experts):
                 if self.world % (ep * etp * pp) == 0:
                     yield ep, etp
 
@@ -183,7 +183,7 @@ def _dispatchers(config: Config) -> tuple[Dispatcher, ...]:
     return (configured, *(other for other in others if other != configured))
 
 
-def divisors(number: int) -> Sequence[int]:
+def _divisors(number: int) -> Sequence[int]:
     """All divisors, ascending."""
     small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
     return small + [number // n for n in reversed(small) if n * n != number]

@@ -12,7 +12,7 @@ from moepp_megatron.workbench.planning.grid import Dispatcher
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experts(ExpertLayout):
+class _Experts(ExpertLayout):
     """The experts of an MoE layer and how tokens choose them."""
 
     ffn_share: float  # share of the selections that FFN experts get, phi
@@ -85,7 +85,7 @@ class Workload:
     is_moe: tuple[bool, ...]  # for each layer, whether it is an MoE layer
     dense_size: int  # inner width of the FFN of other layers
     attention: Attention  # attention of every layer
-    experts: Experts  # experts of the MoE layers
+    experts: _Experts  # experts of the MoE layers
     tied: bool  # whether the output layer shares the embedding's weights
     batch: int  # sequences of a step
     numbers: Numbers  # number formats
@@ -150,9 +150,9 @@ class Workload:
         return replace(self, experts=replace(self.experts, dispatcher=dispatcher))
 
 
-def _experts(config: Config) -> Experts:
+def _experts(config: Config) -> _Experts:
     moe = config.moe
-    return Experts(
+    return _Experts(
         **{field.name: getattr(moe, field.name) for field in fields(ExpertLayout)},
         ffn_share=moe.ffn_share,
         ffn_size=config.expert_ffn_hidden_size,

@@ -121,7 +121,7 @@ class Passes(BaseModel):
     passes: list[Pass] = []
 
 
-class Clock(BaseModel):
+class _Clock(BaseModel):
     """Unix time in nanoseconds at which this rank left barriers before the first step."""
 
     barrier_unix_ns: list[int] = []
@@ -138,7 +138,7 @@ class About(BaseModel):
     device: str = ""
     layout: dict[str, _Count] = {}
     dispatcher: str | None = None
-    clock: Clock = Clock()
+    clock: _Clock = _Clock()
     steps: list[Passes] = []
 
 

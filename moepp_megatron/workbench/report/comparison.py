@@ -100,7 +100,7 @@ def _compared(run: RunData, name: str) -> ComparedRun:
         name=name,
         data=run,
         summary=summarize(run),
-        settings=flat(parse_yaml(run.config_text, str(run.folder / CONFIG_FILE))),
+        settings=_flat(parse_yaml(run.config_text, str(run.folder / CONFIG_FILE))),
         tokens=values(records, "tokens"),
         seconds=np.cumsum(steps * times),
         flops=_flops(run),
@@ -121,7 +121,7 @@ def _flops(run: RunData) -> np.ndarray | None:
     return np.cumsum(tokens * (none + (whole - none) * shares))
 
 
-def flat(content: Mapping[str, Any]) -> dict[str, str]:
+def _flat(content: Mapping[str, Any]) -> dict[str, str]:
     """`section.key` to a value as one line of YAML."""
     return {".".join(map(str, names)): _line(value) for names, value in leaves(content)}
 

@@ -55,7 +55,7 @@ class Beyond(_Strict):
     tensor_overlap: bool = False
 
 
-class Measured(_Strict):
+class _Measured(_Strict):
     """What was measured, in one of three units of speed, and the peak of the allocator."""
 
     tokens_per_s_per_gpu: float | None = Field(default=None, gt=0)
@@ -65,7 +65,7 @@ class Measured(_Strict):
     peak_memory_gib: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
-    def _has_one_speed(self) -> Measured:
+    def _has_one_speed(self) -> _Measured:
         given = (self.tokens_per_s_per_gpu, self.step_time_s, self.tflops_per_gpu)
         if sum(value is not None for value in given) > 1:
             raise ValueError("give one of tokens_per_s_per_gpu, step_time_s, tflops_per_gpu")
@@ -91,7 +91,7 @@ class Row(_Strict):
     settings: dict[str, Any]
     layers_per_stage: list[int] | None = None
     beyond: dict[str, Any] = {}
-    measured: Measured = Measured()
+    measured: _Measured = _Measured()
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def read_runs(path: Path) -> list[Run]:
     for name, count in names.items():
         if count > 1:
             raise ConfigError(f"{path}: name ({name}) must be unique, {count} rows have it; rename")
-    return [run_of(row, str(path)) for row in rows]
+    return [_run_of(row, str(path)) for row in rows]
 
 
 def _rows_of(path: Path) -> list[Row]:
@@ -168,7 +168,7 @@ def _problem(place: str, entry: object, error: ValidationError) -> str:
     )
 
 
-def run_of(row: Row, source: str = "a row") -> Run:
+def _run_of(row: Row, source: str = "a row") -> Run:
     """A row in the cost model's terms; ConfigError if its settings or its layout cannot be."""
     place = f"{source}: {row.name}"
     try:

@@ -90,7 +90,7 @@ def _thread(raw: dict[str, Any], where: str) -> str:
     return str(records.field(raw, "tid", kind, where))
 
 
-class Call(NamedTuple):
+class _Call(NamedTuple):
     """A collective as the recorder named it: group, sender and receiver in it, number."""
 
     group: str
@@ -108,7 +108,7 @@ class Around(NamedTuple):
     """
 
     scopes: tuple[str, ...] = ()
-    call: Call | None = None
+    call: _Call | None = None
 
 
 @dataclass
@@ -154,7 +154,7 @@ def sweep(events: list[Event], links: dict[Key, Key], wanted: Iterable[Event]) -
 class _Open(NamedTuple):
     end: float
     scope: str | None
-    call: Call | None
+    call: _Call | None
     is_node: bool
 
 
@@ -200,11 +200,11 @@ class _Pass:
         if scope is not None or call is not None or is_node:
             self._open.append(_Open(event.end, scope, call, is_node))
 
-    def _range(self, event: Event, name: str) -> tuple[str | None, Call | None]:
+    def _range(self, event: Event, name: str) -> tuple[str | None, _Call | None]:
         """The scope or collective that a range of the recorder means."""
         if found := _COMM.fullmatch(name):
             pair = (int(found[2]), int(found[3])) if found[2] else None
-            return None, Call(found[1], pair, int(found[4]))
+            return None, _Call(found[1], pair, int(found[4]))
         if name == "wait":
             self._swept.waits.append(event.span("wait"))
             return None, None
