@@ -51,33 +51,42 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Until another machine has ended, or this one has left word."""
-        # torchrun notices, too, that the store is gone.
-        with suppress(RuntimeError):
-            if (store := _open(self._nodes, math.inf)) is None:
-                return
-            word = self._difference(store)
-            if word is not None:
-                _leave(store, self._nodes, word, has_met=False)
-            while word is None and _is_served(self._nodes):
-                word = _read(store, self._nodes)
-                if word is None and (failure := refusal() or self._failure) is not None:
-                    return _leave(store, self._nodes, failure)
-                if psutil.Process().children():
-                    store.set("met", "")
-                time.sleep(_POLL_S)
-            if word is not None:
-                print(f"error: {printable(word[1])}", file=sys.stderr, flush=True)
-                for process in psutil.Process().children(recursive=True):
-                    with suppress(psutil.NoSuchProcess):
-                        process.kill()
-                os._exit(word[0])
+        has_ended = False
+        while not has_ended:
+            # A connection may be lost for a while, and torchrun notices a lost store by itself.
+            with suppress(RuntimeError):
+                has_ended = self._look()
+            time.sleep(_POLL_S)
 
     def report(self, failure: str | None) -> None:
         """Let the other machines know of a failure, if any; theirs may end this process."""
         self.join(_OTHERS_S if refusal() is None else 0.0)
-        if failure is not None:
+        if failure is not None and _is_served(self._nodes):
             self._failure = (1, failure)
             self.join(LINGER_S)
+
+    def _look(self) -> bool:
+        """Look for word until there is some; False where the store does not answer."""
+        if (store := _open(self._nodes, math.inf)) is None:
+            return False
+        word = self._difference(store)
+        if word is not None:
+            _leave(store, self._nodes, word, has_met=False)
+        while word is None and _is_served(self._nodes):
+            word = _read(store, self._nodes)
+            if word is None and (failure := refusal() or self._failure) is not None:
+                _leave(store, self._nodes, failure)
+                return True
+            if psutil.Process().children():
+                store.set("met", "")
+            time.sleep(_POLL_S)
+        if word is not None:
+            print(f"error: {printable(word[1])}", file=sys.stderr, flush=True)
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            os._exit(word[0])
+        return False
 
     def _difference(self, store: Store) -> Word | None:
         """What is not as on the machine that came first, the first such thing."""

@@ -20,6 +20,27 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 HANG_S = 240.0
 
 
+MACHINE = """
+import sys
+from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
+from moepp_megatron.runtime.nodes import Nodes
+number, port, folder = sys.argv[1:]
+nodes = Nodes(2, int(number), "127.0.0.1", int(port))
+sys.exit(run_ranks(LaunchOptions(1, nodes), "rank_of_test", [folder]))
+"""
+RANK = """
+import os, sys, time
+from pathlib import Path
+machine, folder = os.environ["MOEPP_NODE_RANK"], Path(sys.argv[1])
+(folder / machine).touch()
+while not all((folder / each).exists() for each in "01"):
+    time.sleep(0.05)
+if machine == "1":
+    sys.exit(9)
+time.sleep(600)
+"""
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_data(tmp_path_factory.mktemp("corpus"))
@@ -40,9 +61,14 @@ class Starts:
         options = ["--nnodes", str(nnodes), "--rdzv-endpoint", f"127.0.0.1:{self.port}"]
         options += ["--node-rank", str(number)] if numbered else []
         words = ("train", str(self.config), *words, *options, "--resume", "--max-restarts", "3")
+        self.begin(["-m", MODULE, *words])
+
+    def begin(self, words: list[str]) -> None:
         output = self.folder / f"{len(self.started)}.log"
         environment = {name: value for name, value in os.environ.items() if name != CLAIM}
-        self.started.append(Begun(["-m", MODULE, *words], output, environment=environment))
+        paths = [str(self.folder), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        self.started.append(Begun(words, output, environment=environment))
 
     def ended(self) -> list[tuple[int, str]]:
         statuses = [process.wait(HANG_S) for process in self.started]
@@ -96,3 +122,16 @@ def test_machines_that_are_not_alike(
     ended = starts.ended()
     assert [status for status, _ in ended] == [2, 2], ended
     assert all(says in said and "must be the same on all machines" in said for _, said in ended)
+
+
+def test_a_machine_whose_ranks_fail_for_good_ends_the_other(starts: Starts) -> None:
+    """The other's rank would wait for longer than a test: it has not met the first one yet."""
+    (starts.folder / "rank_of_test.py").write_text(RANK)
+    (starts.folder / "machine.py").write_text(MACHINE)
+    for number in "01":
+        words = [number, str(starts.port), str(starts.folder)]
+        starts.begin([str(starts.folder / "machine.py"), *words])
+    (status, said), (other_status, other_said) = starts.ended()
+    assert (status, other_status) == (1, 1), said + other_said
+    assert "ended with exit status 9" in other_said
+    assert f"has ended this run, {socket.gethostname()}: rank" in said
