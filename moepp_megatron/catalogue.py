@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Labels = Literal[
     "",
@@ -119,7 +119,8 @@ def _null_to_nan(value: object) -> object:
 
 Number = Annotated[float, BeforeValidator(_null_to_nan)]
 MaybeFloat = float | None
-MaybeInt = int | None
+Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+MaybeInt = Int | None
 
 
 # fmt: off
@@ -131,9 +132,9 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="null")
 
-    step: Annotated[int, Metric(
+    step: Annotated[Int, Metric(
         "optimizer steps done, this one included", "", "", "moepp_step")]
-    tokens: Annotated[int, Metric(
+    tokens: Annotated[Int, Metric(
         "tokens trained on since the beginning of the run", "", "speed", "moepp_tokens")]
     loss: Annotated[Number, Metric(
         "only the language-model loss, token mean over the global batch", "nats",
@@ -177,7 +178,7 @@ class Record(BaseModel):
     dropped_fraction: Annotated[Number, Metric(
         "share of all selections that a capacity limit dropped", "share", "router",
         "moepp_dropped_ratio", drawn=Drawn("Dropped selections", "share", 7, unless_zero=True))]
-    a2a_bytes: Annotated[int, Metric(
+    a2a_bytes: Annotated[Int, Metric(
         "bytes of hidden vectors that leave their rank through the dispatcher, all ranks and MoE "
         "layers, forward", "bytes", "speed", "moepp_a2a_bytes",
         panel=("All-to-all", "a step, forward"))]

@@ -124,7 +124,7 @@ def _record(folder: Path) -> StepMetrics | None:
         records = read_metrics(folder.parent.parent / METRICS_FILE)
     except MetricsError:
         return None
-    earlier = [record for record in records if record.step <= progress.step]
+    earlier = records[records.steps <= progress.step]
     return earlier[-1] if earlier else None
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import logging
+import mmap
+import shutil
+from array import array
 from pathlib import Path
 
+import numpy as np
 from pydantic import ValidationError
 
 from moepp_megatron.file_names import UNDONE_FILE
 from moepp_megatron.observe.line_file import LineFile
-from moepp_megatron.observe.metrics import StepMetrics, scan_metrics
-from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.observe.metrics import StepMetrics, counting, read_lines
+from moepp_megatron.runtime.atomic import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -41,25 +45,35 @@ class JsonlSink:
         self._file = LineFile(path)
 
     def _repair(self, resume_step: int | None) -> None:
-        content = self.path.read_bytes()
-        records, damaged = scan_metrics(content)
-        if damaged:
+        """Keep the lines of the records that count, as they are."""
+        steps, spans, first, damaged = array("q"), array("q"), None, 0
+        for line in read_lines(self.path):
+            if line.record is None:
+                first, damaged = first or line, damaged + 1
+            else:
+                steps.append(line.record.step)
+                spans.extend((line.start, line.end))
+        count = counting(np.asarray(steps))
+        if first is not None:
             aside = _free_name(self.path)
-            write_atomic(aside, content)
-            number, reason = next(iter(damaged.items()))
+            with whole_file(aside) as temporary:
+                shutil.copyfile(self.path, temporary)
             logger.warning(
                 "%s:%d: %s (%d such lines); %d records are kept, and the file as it was is now %s",
                 self.path,
-                number,
-                reason.partition(";")[0],
-                len(damaged),
-                len(records),
+                first.number,
+                first.reason.partition(";")[0],
+                damaged,
+                count.sum(),
                 aside,
             )
-        kept = [r for r in records if resume_step is None or r.step < resume_step]
-        repaired = "".join(record.to_json_line() for record in kept).encode()
-        if repaired != content:
-            write_atomic(self.path, repaired)
+        if resume_step is not None:
+            count &= np.asarray(steps) < resume_step
+        with whole_file(self.path) as name, name.open("wb") as to, self.path.open("rb") as source:
+            for start, end in np.asarray(spans).reshape(-1, 2)[count]:
+                source.seek(start)
+                # The last line may lack its end.
+                to.write(source.read(end - start).rstrip(b"\n") + b"\n")
 
     def write(self, record: StepMetrics) -> None:
         """Appends the record.
@@ -99,7 +113,7 @@ class JsonlSink:
         self._file.close()
 
 
-def _end_of(content: bytes, step: int) -> int:
+def _end_of(content: bytes | mmap.mmap, step: int) -> int:
     """The offset at which the records up to ``step`` end; only later ones follow."""
     end = len(content)
     while end > 0:

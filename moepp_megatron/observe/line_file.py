@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 from pathlib import Path
 
@@ -42,10 +43,11 @@ class LineFile:
                 "free disk space and resume the run"
             )
 
-    def read(self) -> bytes:
-        """All of it; errors are `append`'s."""
+    def read(self) -> bytes | mmap.mmap:
+        """All of it, of which memory holds only what is looked at; errors are `append`'s."""
         self._keep_name()
-        return self.path.read_bytes()
+        is_empty = os.fstat(self._fd).st_size == 0
+        return b"" if is_empty else mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
 
     def cut(self, size: int) -> None:
         """Drop what comes after the first `size` bytes that `read` has returned."""

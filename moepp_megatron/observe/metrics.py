@@ -1,14 +1,26 @@
 """The record of one logged step, and reading a run's ``metrics.jsonl``."""
 
-from pathlib import Path
+from __future__ import annotations
 
+import itertools
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from moepp_megatron.catalogue import Record
+from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.regular_file import check_regular
 
+# A hundred layers of a thousand experts are a tenth of it.
+LONGEST_LINE = 1 << 24
 
-class MetricsError(ValueError):
+
+class MetricsError(ConfigError):
     """A ``metrics.jsonl`` is missing, empty or damaged; the message is one line."""
 
 
@@ -24,61 +36,121 @@ class StepMetrics(Record):
         return self.model_dump_json(exclude_none=True) + "\n"
 
 
-def read_metrics(path: Path) -> list[StepMetrics]:
-    """Reads a run's ``metrics.jsonl``.
+class Line(NamedTuple):
+    """A line of a ``metrics.jsonl``: its bytes in the file, and its record or what is wrong."""
+
+    number: int
+    start: int
+    end: int
+    record: StepMetrics | None
+    reason: str = ""
+
+
+class Records(Sequence[StepMetrics]):
+    """The records that count, each read from the file when it is asked for.
+
+    They take 16 bytes of memory each. One that a running training has meanwhile rewritten raises
+    `MetricsError`.
+
+    Args:
+        steps: [n] int64, strictly increasing.
+        starts: [n] int64 offsets of the lines.
+    """
+
+    def __init__(self, path: Path, steps: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
+        self.path, self.steps, self._starts = path, steps, starts
+
+    def __len__(self) -> int:
+        """Their number."""
+        return len(self.steps)
+
+    def __getitem__(self, place: Any) -> Any:
+        """One of them, or `Records` of those that a slice or an array of numpy names."""
+        if isinstance(place, int):
+            return next(iter(self[[place]]))
+        return Records(self.path, self.steps[place], self._starts[place])
+
+    def __iter__(self) -> Iterator[StepMetrics]:
+        """Each in turn; a `MetricsError` where the file has changed."""
+        try:
+            with self.path.open("rb") as file:
+                for step, start in zip(self.steps, self._starts, strict=True):
+                    file.seek(start)
+                    record = StepMetrics.model_validate_json(file.readline(LONGEST_LINE))
+                    if record.step != step:
+                        raise ValueError(f"step {step} has become step {record.step}")
+                    yield record
+        except (OSError, ValueError) as error:
+            raise MetricsError(f"{self.path}: changed while it was read; try again") from error
+
+
+def read_metrics(path: Path, *see: Callable[[StepMetrics], None]) -> Records:
+    """Reads a run's ``metrics.jsonl``, in memory that hardly grows with it.
 
     A last line that a killed run left unfinished is ignored. If steps were repeated after a
     restart, the later records count.
 
+    Args:
+        see: Called with every record in turn, also with those that later ones undo.
+
     Returns:
-        At least one record, steps strictly increasing.
+        At least one record.
 
     Raises:
         MetricsError: The file is missing, has no complete record, or a line is not a record.
     """
+    steps, starts = array("q"), array("q")
     try:
-        check_regular(path)
-        content = path.read_bytes()
+        for line in read_lines(path):
+            if line.record is None:
+                raise MetricsError(f"{path}:{line.number}: {line.reason}")
+            steps.append(line.record.step)
+            starts.append(line.start)
+            for look in see:
+                look(line.record)
     except OSError as error:
         raise MetricsError(
             f"{path}: cannot be read ({error.strerror}); name the folder of a run that "
             "`moepp train` has started"
         ) from error
-    records, damaged = scan_metrics(content)
-    for number, reason in damaged.items():
-        raise MetricsError(f"{path}:{number}: {reason}")
-    if not records:
+    if not steps:
         raise MetricsError(
             f"{path}: has no complete record yet; wait for the first logged step "
             "(training.log_interval)"
         )
-    return records
+    count = counting(np.asarray(steps))
+    return Records(path, np.asarray(steps)[count], np.asarray(starts)[count])
 
 
-def scan_metrics(content: bytes) -> tuple[list[StepMetrics], dict[int, str]]:
-    """The records of a ``metrics.jsonl``, and the errors of invalid lines.
+def counting(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[n] which records of a file count: those whose step no later record has or goes back of."""
+    later = np.minimum.accumulate(steps[::-1])[::-1]
+    return np.append(steps[:-1] < later[1:], True)[: len(steps)]
 
-    Returns:
-        Records with strictly increasing steps; line number (from 1) to reason. An unfinished last
-        line is in neither.
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a ``metrics.jsonl``, without empty ones and an unfinished last one.
+
+    What is longer than any record comes in parts, which are none.
+
+    Raises:
+        OSError: The file cannot be read.
     """
-    lines = content.split(b"\n")
-    records: list[StepMetrics] = []
-    damaged: dict[int, str] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = StepMetrics.model_validate_json(line)
-        except ValidationError as error:
-            # Only an interrupted write leaves bytes after the last line end.
-            if number < len(lines):
-                damaged[number] = _describe(error)
-            continue
-        while records and records[-1].step >= record.step:
-            records.pop()
-        records.append(record)
-    return records, damaged
+    check_regular(path)
+    with path.open("rb") as file:
+        end = 0
+        for number in itertools.count(1):
+            start, line = end, file.readline(LONGEST_LINE)
+            if not line:
+                return
+            end += len(line)
+            try:
+                if line.strip():
+                    yield Line(number, start, end, StepMetrics.model_validate_json(line))
+            except ValidationError as error:
+                # Only an interrupted write leaves bytes after the last line end.
+                if line.endswith(b"\n") or len(line) == LONGEST_LINE:
+                    yield Line(number, start, end, None, _describe(error))
 
 
 def _describe(error: ValidationError) -> str:

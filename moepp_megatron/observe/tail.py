@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moepp_megatron.config.regular_file import check_regular
+from moepp_megatron.observe.metrics import LONGEST_LINE
 
-# What a poll reads at once; a file far longer is read in several pieces.
+# What a poll reads at once; a file far longer is read by several.
 CHUNK = 1 << 22
 # The end of what was read, kept to see whether it still stands there.
 FINGERPRINT = 256
@@ -20,7 +21,7 @@ class _NewLines(NamedTuple):
     Attributes:
         rewritten: Whether the file was replaced or cut: ``lines`` then start at its
             beginning, and lines read before are void.
-        lines: Whole lines without their line ends.
+        lines: Whole lines without their line ends; parts of one that is too long for memory.
     """
 
     rewritten: bool
@@ -49,7 +50,7 @@ class Tail:
             return None
 
     def poll(self) -> _NewLines:
-        """The lines since the last look.
+        """The next lines since the last look, some MiB of them; none where there are no more.
 
         Raises:
             OSError: If the file exists and cannot be read.
@@ -83,15 +84,12 @@ class Tail:
         return had_read
 
     def _read(self, fd: int) -> list[bytes]:
-        lines: list[bytes] = []
         rest = b""
         while piece := os.pread(fd, CHUNK, self._offset + len(rest)):
             rest += piece
-            end = rest.rfind(b"\n") + 1
-            if end == 0:
-                continue
-            lines += rest[:end].split(b"\n")[:-1]
-            self._fingerprint = (self._fingerprint + rest[:end])[-FINGERPRINT:]
-            self._offset += end
-            rest = rest[end:]
-        return lines
+            end = rest.rfind(b"\n") + 1 or (len(rest) if len(rest) >= LONGEST_LINE else 0)
+            if end:
+                self._fingerprint = (self._fingerprint + rest[:end])[-FINGERPRINT:]
+                self._offset += end
+                return rest[:end].removesuffix(b"\n").split(b"\n")
+        return []

@@ -23,7 +23,7 @@ ROOMS = ["cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE, *FLOOR]
 CEILINGS = {
     "cli": 4060,
     "workbench.experiments": 3580,
-    "workbench.report": 6400,
+    "workbench.report": 6440,
     "workbench.planning": 4210,
     "workbench.inspection": 1070,
     "workbench.bench": 1540,
@@ -35,7 +35,7 @@ CEILINGS = {
     "model": 1520,
     "moe": 6790,
     "data": 5400,
-    "observe": 4070,
+    "observe": 4150,
     "runtime": 4236,
     "config": 6900,
     "catalogue": 460,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from pydantic import ValidationError
 
@@ -55,7 +56,7 @@ def watched(run: RunData) -> str:
     return f"The routing guard judged these rules after every step and {does}: {rules}."
 
 
-def mark_alerts(axes: Axes, alerts: Sequence[Alert], steps: Sequence[int]) -> None:
+def mark_alerts(axes: Axes, alerts: Sequence[Alert], steps: np.ndarray) -> None:
     """Draw a vertical line at each alert's step.
 
     Args:

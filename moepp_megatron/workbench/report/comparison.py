@@ -20,7 +20,6 @@ from moepp_megatron.config.origins import leaves
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.workbench.report.run_data import ReportError, RunData, load_run, name_below
-from moepp_megatron.workbench.report.series import values
 from moepp_megatron.workbench.report.summary import RunSummary, finite_mean, step_weights, summarize
 
 # Beyond these a plot's lines can no longer be distinguished.
@@ -92,17 +91,15 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _compared(run: RunData, name: str) -> ComparedRun:
-    records = run.records
-    steps = np.array(step_weights(records), dtype=np.float64)
-    times = values(records, "step_time_s")
+    times = run.numbers.values("step_time_s")
     times[~np.isfinite(times)] = math.nan
     return ComparedRun(
         name=name,
         data=run,
         summary=summarize(run),
         settings=_flat(parse_yaml(run.config_text, str(run.folder / CONFIG_FILE))),
-        tokens=values(records, "tokens"),
-        seconds=np.cumsum(steps * times),
+        tokens=run.numbers.values("tokens"),
+        seconds=np.cumsum(step_weights(run.records.steps) * times),
         flops=_flops(run),
     )
 
@@ -115,8 +112,8 @@ def _flops(run: RunData) -> np.ndarray | None:
         return None
     # Linear in the FFN share, so that two points give all.
     none, whole = (training_flops_per_token(config, share) for share in (0.0, 1.0))
-    tokens = np.diff([0.0, *(record.tokens for record in run.records)])
-    shares = values(run.records, "ffn_fraction")
+    tokens = np.diff(run.numbers.values("tokens"), prepend=0.0)
+    shares = run.numbers.values("ffn_fraction")
     shares[~np.isfinite(shares)] = math.nan
     return np.cumsum(tokens * (none + (whole - none) * shares))
 
@@ -168,8 +165,8 @@ def loss_at(run: ComparedRun, axis: np.ndarray, end: float) -> float:
     reached = np.flatnonzero(axis <= end * (1 + 1e-9))
     if not len(reached):
         return math.nan
-    losses = values(run.data.records, "loss")[reached]
+    losses = run.data.numbers.values("loss")[reached]
     # At least the last record that every run has reached.
     near = axis[reached] > end * (1 - _END)
     near[-1] = True
-    return finite_mean(losses[near].tolist())
+    return finite_mean(losses[near])

@@ -31,10 +31,10 @@ from moepp_megatron.workbench.report.comparison import (
     loss_at,
     losses_differ_in_meaning,
 )
-from moepp_megatron.workbench.report.drawing import LINE_COLOURS, plot_style, short_name
+from moepp_megatron.workbench.report.drawing import LINE_COLOURS, envelope, plot_style, short_name
 from moepp_megatron.workbench.report.lines import Dashes, Frame, Line, line_plot
 from moepp_megatron.workbench.report.plot import Plot
-from moepp_megatron.workbench.report.series import finite, values
+from moepp_megatron.workbench.report.series import finite
 
 DEFAULT_OUT = Path("comparison.html")
 # A configuration that somebody has made up may have thousands.
@@ -130,7 +130,7 @@ def _warnings(runs: Sequence[ComparedRun], settings: Sequence[Setting]) -> list[
 def _results(run: ComparedRun) -> list[str]:
     summary = run.summary
     planned = run.data.config.training.train_iters
-    step_time = _finite_median(values(run.data.records, "step_time_s"))
+    step_time = _finite_median(run.data.numbers.values("step_time_s"))
     valid = "none"
     if summary.valid_loss is not None:
         valid = f"{formatting.number(summary.valid_loss)} at {summary.valid_step:,}"
@@ -190,8 +190,8 @@ def _plots(runs: Sequence[ComparedRun]) -> list[Plot]:
 
     def validation(axes: Axes) -> None:
         for run, (colour, _) in zip(runs, _LOOKS, strict=False):
-            x, y = finite(run.tokens, values(run.data.records, "valid_loss"))
-            axes.plot(x, y, "D", color=colour, markersize=4.5)
+            x, y = finite(run.tokens, run.data.numbers.values("valid_loss"))
+            axes.plot(*envelope(x, y), "D", color=colour, markersize=4.5)
 
     loss, seconds = "loss (nats)", "training time (s)"
     return [
@@ -230,7 +230,7 @@ def _plot(
     lines, absent = [], []
     for run, (colour, dashes) in zip(runs, _LOOKS, strict=False):
         x = axis(run)
-        points = finite(*(2 * [np.empty(0)] if x is None else (x, values(run.data.records, key))))
+        points = finite(*(2 * [np.empty(0)] if x is None else (x, run.data.numbers.values(key))))
         if len(points.x) < 2:
             absent.append(run.name)
         else:

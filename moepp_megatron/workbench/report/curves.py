@@ -8,8 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from moepp_megatron.catalogue import OF_RECORD, Drawn
-from moepp_megatron.observe.numbers import name_of, numbers
+from moepp_megatron.catalogue import OF_RECORD, Drawn, Record
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.drawing import LINE_COLOURS, MUTED, VERMILION, short_name
 from moepp_megatron.workbench.report.healthy import healthy_range
@@ -17,7 +16,7 @@ from moepp_megatron.workbench.report.lines import Frame, Line, line_plot
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.savings import vanilla_a2a_bytes
-from moepp_megatron.workbench.report.series import finite, series, values
+from moepp_megatron.workbench.report.series import finite
 
 
 def curve_plots(run: RunData) -> list[Plot]:
@@ -35,8 +34,11 @@ def drawn_metrics(run: RunData, section: str) -> list[tuple[str, Drawn]]:
     for key, row in OF_RECORD.items():
         if row.drawn is None or row.drawn.section != section:
             continue
-        values = [value for r in run.records if (value := getattr(r, key)) is not None]
-        if any(values) if row.drawn.unless_zero else values:
+        values = run.numbers.values(key)
+        values = values[~np.isnan(values)]
+        # Of what every record has there is a plot, or a sentence that it is finite nowhere.
+        is_recorded = len(values) or Record.model_fields[key].is_required()
+        if values.any() if row.drawn.unless_zero else is_recorded:
             drawn.append((key, row.drawn))
     return sorted(drawn, key=lambda each: each[1].place)
 
@@ -44,7 +46,7 @@ def drawn_metrics(run: RunData, section: str) -> list[tuple[str, Drawn]]:
 def loss_plot(run: RunData) -> Plot:
     """Training and validation loss, with the loss of guessing evenly over the vocabulary."""
     guess = math.log(run.config.model.vocab_size)
-    valid = series(run.records, "valid_loss")
+    valid = run.numbers.series("valid_loss")
     caption = (
         "Language-model loss in nats, token mean over the global batch. Dotted: "
         f"ln(vocabulary) = {formatting.number(guess, 2)}, the loss of an even guess."
@@ -52,7 +54,7 @@ def loss_plot(run: RunData) -> Plot:
     if not len(valid.x):
         caption += " No validation loss was recorded in this run."
     lines = [
-        Line("training", series(run.records, "loss")),
+        Line("training", run.numbers.series("loss")),
         Line("validation", valid, VERMILION, marker="o"),
     ]
     frame = Frame(
@@ -73,7 +75,7 @@ def _ffn_share_plot(run: RunData) -> Plot:
     if run.config.experts.num_zero_computation_experts == 0:
         text = "This layer has no zero-computation experts: every selection goes to an FFN expert."
         return Plot(title, "", None, text)
-    target = values(run.records, "ffn_target")
+    target = run.numbers.values("ffn_target")
     has_budget = bool(np.isfinite(target).any())
     wanted = np.where(np.isfinite(target), target, phi)
     what = f"phi = tau F / (tau F + Z) = {formatting.percent(phi)}, the share under perfect balance"
@@ -81,10 +83,10 @@ def _ffn_share_plot(run: RunData) -> Plot:
         what = f"the target of moe.budget, {formatting.percent(wanted[-1])} in the last step"
     caption = f"Dashed: {what}. What lies below 100% is expert work that was not done."
     lines = [
-        Line("measured", series(run.records, "ffn_fraction")),
+        Line("measured", run.numbers.series("ffn_fraction")),
         Line(
             "target" if has_budget else "phi",
-            finite(values(run.records, "step"), wanted),
+            finite(run.numbers.values("step"), wanted),
             VERMILION,
             "--",
             raw=True,
@@ -97,7 +99,7 @@ def _ffn_share_plot(run: RunData) -> Plot:
 def _a2a_plot(run: RunData) -> Plot:
     """All-to-all bytes per step, measured and of the vanilla layer."""
     title, mib = "All-to-all bytes per step", 1024.0**2
-    steps, sent = values(run.records, "step"), values(run.records, "a2a_bytes") / mib
+    steps, sent = run.numbers.values("step"), run.numbers.values("a2a_bytes")
     if not np.any(sent):
         size = run.config.parallel.expert_model_parallel_size
         text = (
@@ -109,11 +111,12 @@ def _a2a_plot(run: RunData) -> Plot:
         "Bytes of hidden vectors that leave their rank through the dispatcher, all ranks and MoE "
         "layers, forward."
     )
-    lines = [Line("this run", finite(steps, sent))]
+    lines = [Line("this run", finite(steps, sent / mib))]
     if run.config.experts.num_zero_computation_experts:
         how = run.config.moe.dispatcher
-        scaled = [vanilla_a2a_bytes(how, r.a2a_bytes, r.ffn_fraction) for r in run.records]
-        whole = finite(steps, np.array([math.nan if b is None else b / mib for b in scaled]))
+        shares = run.numbers.values("ffn_fraction").tolist()
+        scaled = [vanilla_a2a_bytes(how, *both) for both in zip(sent.tolist(), shares, strict=True)]
+        whole = finite(steps, np.array(scaled, dtype=np.float64) / mib)
         if len(whole.x):
             lines.append(Line("vanilla layer", whole, MUTED))
             rule = "as much" if how == "allgather" else "bytes / FFN share"
@@ -143,29 +146,18 @@ def plain_plot(
         healthy=healthy_range(key),
         alerts=run.alerts if row.labels else (),
     )
-    points = _by_name(run, key, drawn.title)
-    shown = list(points) if names is None else [name for name in names if name in points]
+    known = run.numbers.names(key) if row.labels else [""]
+    shown = known if names is None else [name for name in names if name in known]
     ordered = row.axes[:1] in (("layer",), ("ffn_experts",))
     spread = colormaps["viridis"](np.linspace(0.05, 0.85, len(shown)))
     colours = [*map(to_hex, spread)] if ordered else LINE_COLOURS
     lines = [
         Line(
-            short_name(name),
-            finite(points[name][:, 0], scale * points[name][:, 1]),
+            short_name(name or drawn.title),
+            finite(run.numbers.values("step"), scale * run.numbers.values(key, name)),
             colour,
             marker="o" if drawn.has_marks else "",
         )
         for name, colour in zip(shown, colours, strict=False)
     ]
     return line_plot(drawn.title, drawn.caption or row.sentence, lines, frame)
-
-
-def _by_name(run: RunData, key: str, title: str) -> dict[str, np.ndarray]:
-    """[n, 2] steps and values of each number under a key; the title names one without labels."""
-    row, by_name = OF_RECORD[key], dict[str, list[tuple[float, float]]]()
-    for record in run.records:
-        value = [(key, getattr(record, key))]
-        for _, labels, number in numbers(value, run.config.experts, run.config.moe_layers):
-            name = name_of(row, labels) if labels else title
-            by_name.setdefault(name, []).append((record.step, number))
-    return {name: np.array(points, dtype=np.float64) for name, points in by_name.items()}

@@ -180,9 +180,13 @@ def name_layers(axes: Axes, numbers: Sequence[int]) -> None:
 
 
 def thin(
-    steps: Sequence[float], values: Sequence[float] | np.ndarray
+    steps: np.ndarray, values: np.ndarray, extreme: np.ufunc | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means of neighbouring points, at most ``MAX_POINTS`` of them.
+    """Means, or extremes, of neighbouring points, at most ``MAX_POINTS`` of them.
+
+    Args:
+        steps: [n] float64, and so are the values.
+        extreme: `np.minimum` or `np.maximum`.
 
     Returns:
         Steps and values, [n] float64 each; the step of a group is its last.
@@ -190,8 +194,21 @@ def thin(
     size = -(-len(steps) // MAX_POINTS)
     starts = np.arange(0, len(steps), size)
     ends = np.minimum(starts + size, len(steps)) - 1
-    sums = np.add.reduceat(np.asarray(values, dtype=np.float64), starts)
-    return np.asarray(steps, dtype=np.float64)[ends], sums / (ends - starts + 1)
+    if extreme is not None:
+        return steps[ends], extreme.reduceat(values, starts)
+    return steps[ends], np.add.reduceat(values, starts) / (ends - starts + 1)
+
+
+def envelope(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the greatest of neighbouring points: no peak gets lost, as in `thin`."""
+    size = -(-len(steps) // MAX_POINTS)
+    if size <= 1:
+        return steps, values
+    groups = np.pad(values, (0, -len(values) % size), "edge").reshape(-1, size)
+    ends = np.concatenate([groups.argmin(axis=1), groups.argmax(axis=1)])
+    starts = np.tile(np.arange(len(groups)) * size, 2)
+    places = np.unique(np.minimum(starts + ends, len(values) - 1))
+    return steps[places], values[places]
 
 
 def smooth(values: np.ndarray, reach: int | None = None) -> np.ndarray:
@@ -204,8 +221,8 @@ def smooth(values: np.ndarray, reach: int | None = None) -> np.ndarray:
 
 def draw_noisy(
     axes: Axes,
-    steps: Sequence[float],
-    values: Sequence[float],
+    steps: np.ndarray,
+    values: np.ndarray,
     colour: str,
     label: str | None = None,
     dashes: str | tuple[int, tuple[float, ...]] = "-",
@@ -216,5 +233,5 @@ def draw_noisy(
     if len(x) < 60:
         axes.plot(x, y, color=colour, label=label, linestyle=dashes, marker=marker, markersize=3.5)
         return
-    axes.plot(x, y, color=colour, alpha=0.25, linewidth=1.0)
+    axes.plot(*envelope(steps, values), color=colour, alpha=0.25, linewidth=1.0)
     axes.plot(x, smooth(y), color=colour, label=label, linestyle=dashes)

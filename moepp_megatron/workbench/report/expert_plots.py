@@ -1,7 +1,5 @@
 """Plots of the selections: by expert, by kind, by MoE layer."""
 
-import math
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
@@ -23,6 +21,7 @@ from moepp_megatron.workbench.report.drawing import (
 )
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunConfig, RunData
+from moepp_megatron.workbench.report.series import mean_of
 from moepp_megatron.workbench.report.summary import tail, window
 
 # Beyond these, text in a cell or at a tick can no longer be read.
@@ -37,18 +36,12 @@ def expert_plots(run: RunData) -> list[Plot]:
 
 def _settled_shares(run: RunData) -> np.ndarray | None:
     """[E] float64 mean ``expert_share`` of the run's last tenth; None if not recorded."""
-    rows = [r.expert_share for r in tail(run.records) if r.expert_share]
-    return np.asarray(rows, dtype=np.float64).mean(axis=0) if rows else None
+    return mean_of(r.expert_share for r in tail(run.records) if r.expert_share)
 
 
 def _settled_layer_shares(run: RunData) -> np.ndarray | None:
     """[MoE layers, E] float64 mean ``layer_expert_share`` of the last tenth; None without it."""
-    tables = [r.layer_expert_share for r in tail(run.records) if r.layer_expert_share]
-    if not tables:
-        return None
-    layers = len(tables[-1])
-    same = [np.asarray(t, dtype=np.float64) for t in tables if len(t) == layers]
-    return np.mean(same, axis=0)
+    return mean_of(r.layer_expert_share for r in tail(run.records) if r.layer_expert_share)
 
 
 def _balanced_share(config: RunConfig, kind: str) -> float:
@@ -92,7 +85,7 @@ def _layer_heat_map(run: RunData) -> Plot:
     return Plot(
         title,
         "Numbers: an expert's share of the layer's selections in percent, mean over the last tenth "
-        f"of the records ({window(tail(run.records))}); a row sums to 100%. Colour: that share "
+        f"of the records ({window(run)}); a row sums to 100%. Colour: that share "
         "over the one under perfect balance, orange for more, purple for less. Rows: MoE layers by "
         "their number in the model.",
         svg_data_uri(figure),
@@ -122,7 +115,7 @@ def _expert_bars(run: RunData) -> Plot:
     _kind_legend(axes, config)
     by_kind = _kinds_in_words(run, shares)
     caption = (
-        f"Mean over the last tenth of the records ({window(tail(run.records))}). Ticks: the "
+        f"Mean over the last tenth of the records ({window(run)}). Ticks: the "
         "share under perfect balance"
     )
     if config.experts.num_zero_computation_experts:
@@ -133,19 +126,16 @@ def _expert_bars(run: RunData) -> Plot:
 def _kinds_over_time(run: RunData) -> Plot:
     """Share of each kind of expert over steps, stacked."""
     title = "Expert share by kind"
-    records = [r for r in run.records if r.expert_share and all(map(math.isfinite, r.expert_share))]
-    kinds = np.asarray(run.config.experts.kinds)
-    present = [kind for kind in KIND_NAMES if (kinds == kind).any()]
+    present = [kind for kind in KIND_NAMES if kind in run.config.experts.kinds]
     if len(present) == 1:
         text = f"This layer has {present[0]} experts only, so they get every selection."
         return Plot(title, "", None, text)
-    if len(records) < 2:
+    shares = [run.numbers.series("kind_share", kind) for kind in present]
+    if len(shares[0].x) < 2:
         return Plot(title, "", None, "A curve needs two records with the experts' shares.")
-    shares = np.asarray([r.expert_share for r in records], dtype=np.float64)
-    steps = [r.step for r in records]
     figure = new_figure()
     axes = figure.subplots()
-    bands = [thin(steps, shares[:, kinds == kind].sum(axis=1)) for kind in present]
+    bands = [thin(*share) for share in shares]
     axes.stackplot(
         bands[0][0],
         [band for _, band in bands],
@@ -165,7 +155,7 @@ def _kinds_over_time(run: RunData) -> Plot:
         title,
         "Share of all selections, mean over MoE layers.",
         svg_data_uri(figure),
-        f"Mean of {window(tail(run.records))}: {_kinds_in_words(run, settled)}.",
+        f"Mean of {window(run)}: {_kinds_in_words(run, settled)}.",
     )
 
 

@@ -2,6 +2,8 @@
 
 from statistics import median
 
+import numpy as np
+
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.cards import Card
 from moepp_megatron.workbench.report.curves import drawn_metrics, plain_plot
@@ -23,31 +25,26 @@ def _unit(key: str, axis: str, run: RunData) -> tuple[float, str]:
     if not axis.endswith("/s"):
         return 1.0, axis
     base = 1e12 if key == "model_tflops" else 1.0
-    largest = max(v for record in run.records if (v := getattr(record, key)) is not None)
-    divisor, name = formatting.rate(base * largest, axis)
+    divisor, name = formatting.rate(base * float(np.nanmax(run.numbers.values(key))), axis)
     return base / divisor, name
 
 
 def hardware_cards(run: RunData) -> list[Card]:
     """Totals of the run and medians of its records, as far as they have telemetry."""
-    records, cards = run.records, []
-    mfu = [record.mfu for record in records if record.mfu is not None]
-    if mfu:
-        cards.append(Card("MFU", formatting.percent(median(mfu)), "median of the records"))
-    hours = [record.gpu_hours for record in records if record.gpu_hours is not None]
-    if hours:
+    cards = []
+    mfu, hours, energy = (run.numbers.series(key).y for key in ("mfu", "gpu_hours", "energy_j"))
+    if len(mfu):
+        cards.append(Card("MFU", formatting.percent(median(mfu.tolist())), "median of the records"))
+    if len(hours):
         note = "evaluation and saving included"
-        cards.append(Card("GPU-hours", formatting.number(sum(hours), 2), note))
-    energy = [record.energy_j for record in records if record.energy_j is not None]
-    if energy:
-        kwh = sum(energy) / 3.6e6
-        tokens = sum(
-            record.energy_j / record.energy_per_token_j
-            for record in records
-            if record.energy_j is not None and record.energy_per_token_j
-        )
+        cards.append(Card("GPU-hours", formatting.number(sum(hours.tolist()), 2), note))
+    if len(energy):
+        joules, kwh = sum(energy.tolist()), sum(energy.tolist()) / 3.6e6
+        each, per_token = run.numbers.values("energy_j"), run.numbers.values("energy_per_token_j")
+        known = np.isfinite(each) & (per_token > 0)
+        tokens = sum((each[known] / per_token[known]).tolist())
         note = "only GPUs"
         if tokens > 0:
-            note += f"; {formatting.number(sum(energy) / tokens)} J per token"
+            note += f"; {formatting.number(joules / tokens)} J per token"
         cards.append(Card("Energy", f"{formatting.number(kwh, 3)} kWh", note))
     return cards

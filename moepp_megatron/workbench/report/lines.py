@@ -17,6 +17,7 @@ from moepp_megatron.workbench.report.drawing import (
     draw_healthy,
     draw_level,
     draw_noisy,
+    envelope,
     legend_above,
     new_figure,
     plain,
@@ -86,7 +87,7 @@ def line_plot(title: str, caption: str, lines: Sequence[Line], frame: Frame) -> 
     draw_healthy(axes, frame.healthy)
     for level in frame.levels:
         draw_level(axes, level)
-    mark_alerts(axes, frame.alerts, drawn[0].points.x.tolist())
+    mark_alerts(axes, frame.alerts, drawn[0].points.x)
     axes.set_ylabel(frame.axis)
     if frame.show is formatting.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
@@ -107,14 +108,14 @@ def line_plot(title: str, caption: str, lines: Sequence[Line], frame: Frame) -> 
 
 
 def _draw(axes: Axes, line: Line) -> None:
-    x, y = line.points
+    x, y = envelope(*line.points)
     label = plain(line.label)
     if line.marker:
         axes.plot(x, y, color=line.colour, marker=line.marker, markersize=4.5, label=label)
     elif line.raw:
         axes.plot(x, y, color=line.colour, linestyle=line.dashes, linewidth=1.5, label=label)
     else:
-        draw_noisy(axes, x.tolist(), y.tolist(), line.colour, label, line.dashes)
+        draw_noisy(axes, *line.points, line.colour, label, line.dashes)
 
 
 def _words(line: Line, frame: Frame) -> str:

@@ -1,7 +1,6 @@
 """Plots of the routers' health; docs/routing.md says what each number means."""
 
 import math
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from moepp_megatron.catalogue import IN_LAYERS, Drawn
-from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.numbers import layer_numbers
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.curves import drawn_metrics, plain_plot
@@ -30,19 +28,17 @@ from moepp_megatron.workbench.report.drawing import (
 from moepp_megatron.workbench.report.healthy import QUICKSTART_EXPERTS, healthy_range
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
+from moepp_megatron.workbench.report.series import BAND, mean_of
 from moepp_megatron.workbench.report.summary import tail
 
 
 class _HealthSeries(NamedTuple):
-    """Numbers of all MoE layers over steps.
+    """A metric of all MoE layers over steps, times `scale`."""
 
-    Attributes:
-        values: Function from a record to its [MoE layers] numbers, or None if it has none.
-    """
-
-    label: str
-    colour: str
-    values: Callable[[StepMetrics], Sequence[float] | None]
+    metric: str
+    label: str = "mean"
+    colour: str = BLUE
+    scale: float = 1.0
 
 
 class _BandPlot(NamedTuple):
@@ -71,25 +67,23 @@ def _band_plots(run: RunData) -> list[_BandPlot]:
     series = {
         # As a share of log E, so that the range serves any number of experts.
         "gate_entropy": (
-            _measured("gate_entropy", scale=1.0 / math.log(run.config.experts.num_experts)),
+            _HealthSeries("gate_entropy", scale=1.0 / math.log(run.config.experts.num_experts)),
         ),
         "logit_variance": (
-            _measured("logit_variance", "with residual"),
-            _measured("own_logit_variance", "without", VERMILION),
+            _HealthSeries("logit_variance", "with residual"),
+            _HealthSeries("own_logit_variance", "without", VERMILION),
         ),
-        "residual_ratio": (_measured("residual_ratio", first=1),),
         "row_cosine_max": (
-            _measured("row_cosine"),
-            _measured("row_cosine_max", "largest", VERMILION),
+            _HealthSeries("row_cosine"),
+            _HealthSeries("row_cosine_max", "largest", VERMILION),
         ),
-        "min_ffn_load": (_HealthSeries("mean", BLUE, _idlest(run.config.experts.num_ffn_experts)),),
     }
     healthy = {"gate_entropy": _entropy_range()}
     plots = [
         _BandPlot(
             row.drawn,
             row.drawn.caption or row.sentence,
-            series.get(name) or (_measured(name),),
+            series.get(name) or (_HealthSeries(name),),
             is_share=row.unit == "share" or name == "gate_entropy",
             healthy=healthy.get(name, healthy_range(name)),
         )
@@ -99,58 +93,28 @@ def _band_plots(run: RunData) -> list[_BandPlot]:
     return sorted(plots, key=lambda plot: plot.drawn.place)
 
 
-def _measured(
-    name: str, label: str = "mean", colour: str = BLUE, scale: float = 1.0, first: int = 0
-) -> _HealthSeries:
-    """Router health of the MoE layers from `first` on, times `scale`."""
-
-    def values(record: StepMetrics) -> Sequence[float] | None:
-        numbers = (record.router_health or {}).get(name)
-        return None if numbers is None else [value * scale for value in numbers[first:]]
-
-    return _HealthSeries(label, colour, values)
-
-
 def _entropy_range() -> tuple[float, float] | None:
     ends = healthy_range("gate_entropy")
     return ends and (ends[0] / math.log(QUICKSTART_EXPERTS), ends[1] / math.log(QUICKSTART_EXPERTS))
 
 
-def _idlest(num_ffn_experts: int) -> Callable[[StepMetrics], Sequence[float] | None]:
-    def values(record: StepMetrics) -> Sequence[float] | None:
-        if not record.layer_expert_share:
-            return None
-        shares = np.asarray(record.layer_expert_share, dtype=np.float64)[:, :num_ffn_experts]
-        means = shares.mean(axis=1)
-        return np.divide(
-            shares.min(axis=1), means, out=np.full(len(means), math.nan), where=means > 0
-        ).tolist()
-
-    return values
-
-
 def _band_plot(run: RunData, plot: _BandPlot) -> Plot | None:
     """The plot; None if fewer than two records have any of its numbers."""
-    drawn = [(each, *_table(run.records, each)) for each in plot.series]
-    drawn = [(each, steps, table) for each, steps, table in drawn if len(steps) >= 2]
+    drawn = [(each, *_band(run, each)) for each in plot.series]
+    drawn = [(each, steps, band) for each, steps, band in drawn if len(steps) >= 2]
     if not drawn:
         return None
     figure = new_figure()
     axes = figure.subplots()
     words = []
-    for each, steps, table in drawn:
-        _draw_band(axes, each, steps, table)
-        last = table[-1][np.isfinite(table[-1])]
-        words.append(
-            f"{each.label} {_show(plot, float(last.mean()))} at step {steps[-1]}, "
-            f"layers from {_show(plot, float(last.min()))} to {_show(plot, float(last.max()))}"
-        )
+    for each, steps, band in drawn:
+        _draw_band(axes, each, steps, band)
+        low, mean, high = (_show(plot, float(value)) for value in band[:, -1])
+        words.append(f"{each.label} {mean} at step {steps[-1]:.0f}, layers from {low} to {high}")
     draw_healthy(axes, plot.healthy)
     if plot.drawn.level is not None:
         draw_level(axes, plot.drawn.level)
-    if plot.drawn.is_logarithmic and all(
-        (table[np.isfinite(table)] > 0).all() for _, _, table in drawn
-    ):
+    if plot.drawn.is_logarithmic and all((band > 0).all() for _, _, band in drawn):
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
@@ -167,25 +131,19 @@ def _band_plot(run: RunData, plot: _BandPlot) -> Plot | None:
     return Plot(title, caption, svg_data_uri(figure), f"{title}: {'; '.join(words)}.")
 
 
-def _table(records: Sequence[StepMetrics], series: _HealthSeries) -> tuple[list[int], np.ndarray]:
-    """Steps, and [steps, MoE layers] numbers, of records in which any layer's is finite."""
-    steps, rows = [], []
-    for record in records:
-        values = series.values(record)
-        if values is not None and any(map(math.isfinite, values)):
-            steps.append(record.step)
-            rows.append(list(values))
-    widths = {len(row) for row in rows}
-    if len(widths) != 1:
-        return [], np.empty((0, 0))
-    return steps, np.asarray(rows, dtype=np.float64)
+def _band(run: RunData, series: _HealthSeries) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [n], and [3, n] the least, mean and greatest of the layers where any is finite."""
+    lines = [run.numbers.series(series.metric, name) for name in BAND]
+    return lines[0].x, series.scale * np.array([line.y for line in lines])
 
 
-def _draw_band(axes: Axes, series: _HealthSeries, steps: Sequence[int], table: np.ndarray) -> None:
-    x, low = thin(steps, np.nanmin(table, axis=1))
-    _, high = thin(steps, np.nanmax(table, axis=1))
-    _, mean = thin(steps, np.nanmean(table, axis=1))
-    if table.shape[1] > 1:
+def _draw_band(axes: Axes, series: _HealthSeries, steps: np.ndarray, band: np.ndarray) -> None:
+    low, mean, high = (
+        thin(steps, of, how)[1]
+        for of, how in zip(band, (np.minimum, None, np.maximum), strict=True)
+    )
+    x, _ = thin(steps, steps)
+    if (low != high).any():
         axes.fill_between(x, low, high, color=series.colour, alpha=0.15, linewidth=0)
     line = smooth(mean) if len(x) >= 60 else mean
     axes.plot(x, line, color=series.colour, label=series.label)
@@ -197,11 +155,10 @@ def _show(plot: _BandPlot, value: float) -> str:
 
 def _ffn_histogram(run: RunData) -> Plot | None:
     """How many tokens of each MoE layer get 0, 1, ..., K FFN experts."""
-    measured = [r for r in run.records if r.layer_ffn_histogram]
-    if not measured:
+    measured = run.records[np.flatnonzero(~np.isnan(run.numbers.values("layer_ffn_histogram")))]
+    shares = mean_of(record.layer_ffn_histogram for record in tail(measured))
+    if shares is None:
         return None
-    tables = [record.layer_ffn_histogram for record in tail(measured)]
-    shares = np.asarray(tables, dtype=np.float64).mean(axis=0)
     layers, width = shares.shape
     figure = new_figure(height=max(3.1, min(9.0, 1.2 + 0.28 * layers)))
     axes = figure.subplots()

@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,8 @@ from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.experts import ExpertLayout
 from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE, RUN_FILES
 from moepp_megatron.observe.alerts import Alert, read_alerts
-from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
+from moepp_megatron.observe.metrics import MetricsError, Records, StepMetrics, read_metrics
+from moepp_megatron.workbench.report.series import Numbers
 
 # Runs of a folder that a message names.
 _NAMED_RUNS = 5
@@ -31,15 +33,11 @@ class ReportError(ConfigError):
     """A run that no report can be made of; the message is one line."""
 
 
-class RecordedRun(BaseModel):
-    """The fields that the report needs of ``run:``."""
-
+class _Run(BaseModel):
     name: str = "moepp"
 
 
-class RecordedModel(BaseModel):
-    """The fields that the report needs of ``model:``."""
-
+class _Model(BaseModel):
     num_layers: Layers
     hidden_size: Count
     ffn_hidden_size: Count
@@ -47,58 +45,48 @@ class RecordedModel(BaseModel):
     seq_length: Count
 
 
-class RecordedBudget(BaseModel):
-    """The fields that the report needs of ``moe.budget:``."""
-
+class _Budget(BaseModel):
     target_ffn_per_token: float | None = None
 
 
-class RecordedMoE(BaseModel, ExpertLayout, frozen=True):
-    """The fields that the report needs of ``moe:``."""
-
+class _MoE(BaseModel, ExpertLayout, frozen=True):
     tau: float
     layer_freq: Layers | list[int] = 1
     ffn_hidden_size: Count | None = None
     dispatcher: str = "alltoall"
-    budget: RecordedBudget = RecordedBudget()
+    budget: _Budget = _Budget()
 
 
-class RecordedParallel(BaseModel):
-    """The fields that the report needs of ``parallel:``."""
-
+class _Parallel(BaseModel):
     tensor_model_parallel_size: Count = 1
     pipeline_model_parallel_size: Count = 1
     expert_model_parallel_size: Count = 1
     context_parallel_size: Count = 1
 
 
-class RecordedPrecision(BaseModel):
-    """The fields that the report needs of ``precision:``."""
-
+class _Precision(BaseModel):
     dtype: str = "fp32"
     fp8: str | None = None
 
 
-class RecordedTraining(BaseModel):
-    """The fields that the report needs of ``training:``."""
-
+class _Training(BaseModel):
     train_iters: Count
     global_batch_size: Count
 
 
 class RunConfig(BaseModel):
-    """The part of a resolved ``config.yaml`` that the report reads.
+    """The part of a resolved ``config.yaml`` that the report reads, section by section.
 
     It has a reader of its own, so that a run of another version of the schema can still be
     reported.
     """
 
-    run: RecordedRun
-    model: RecordedModel
-    moe: RecordedMoE
-    parallel: RecordedParallel
-    precision: RecordedPrecision
-    training: RecordedTraining
+    run: _Run
+    model: _Model
+    moe: _MoE
+    parallel: _Parallel
+    precision: _Precision
+    training: _Training
     # As recorded: another version may have other settings.
     routing_guard: dict[str, Any] = {}
 
@@ -142,13 +130,15 @@ class RunData:
 
     Attributes:
         records: At least one record, steps strictly increasing.
+        numbers: What pages need of them.
         alerts: Alerts in the order of time, including those of steps that were repeated.
     """
 
     folder: Path
     config: RunConfig
     config_text: str
-    records: list[StepMetrics]
+    records: Records
+    numbers: Numbers
     alerts: list[Alert] = field(default_factory=list)
 
 
@@ -192,14 +182,14 @@ def load_run(folder: Path) -> RunData:
     if not (folder / CONFIG_FILE).exists():
         refuse_folder_of_runs(folder)
     config, text = read_config(folder / CONFIG_FILE)
+    numbers, metrics = Numbers(config.experts), folder / METRICS_FILE
     try:
-        records = read_metrics(folder / METRICS_FILE)
+        records = read_metrics(metrics, partial(_check_fit, config, metrics), numbers.add)
     except MetricsError as error:
         raise ReportError(str(error)) from error
-    _check_fit(config, records, folder)
     alerts = folder / ALERTS_FILE
     try:
-        return RunData(folder, config, text, records, read_alerts(alerts))
+        return RunData(folder, config, text, records, numbers, read_alerts(alerts))
     except OSError as error:
         raise ReportError(
             f"{alerts}: cannot be read ({error.strerror}); make it readable, or remove it"
@@ -245,15 +235,13 @@ def read_config(path: Path) -> tuple[RunConfig, str]:
         ) from error
 
 
-def _check_fit(config: RunConfig, records: list[StepMetrics], folder: Path) -> None:
+def _check_fit(config: RunConfig, metrics: Path, record: StepMetrics) -> None:
     """Check that every share over experts has one entry for each expert of the configuration."""
     expected = config.experts.num_experts
-    for record in records:
-        rows = [record.expert_share, *(record.layer_expert_share or ())]
-        for row in rows:
-            if row and len(row) != expected:
-                raise ReportError(
-                    f"{folder / METRICS_FILE}: expert shares of step {record.step} have "
-                    f"{len(row)} entries but config.yaml describes {expected} experts; "
-                    "use the configuration that the run was made with"
-                )
+    for row in (record.expert_share, *(record.layer_expert_share or ())):
+        if row and len(row) != expected:
+            raise ReportError(
+                f"{metrics}: expert shares of step {record.step} have {len(row)} entries but "
+                f"config.yaml describes {expected} experts; use the configuration that the run "
+                "was made with"
+            )

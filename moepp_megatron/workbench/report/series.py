@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.catalogue import IN_LAYERS, OF_RECORD
+from moepp_megatron.experts import FFN, KINDS, ExpertCounts
+from moepp_megatron.observe.metrics import StepMetrics, counting
+from moepp_megatron.observe.numbers import name_of
+
+_PLAIN = [key for key, row in OF_RECORD.items() if not row.axes]
+_NESTED = [key for key, row in OF_RECORD.items() if row.axes]
+# What layers and experts have is summed up: it may be thousands of numbers a record.
+_BY_NAME = [
+    key
+    for key, row in OF_RECORD.items()
+    if len(row.axes) == 1 and row.axes[0] not in ("layer", "expert")
+]
+BAND = ("low", "mean", "high")
+"""The least, the mean and the greatest of the MoE layers' finite numbers."""
+_NOT_OF_THE_FIRST_LAYER = ("residual_ratio",)
 
 
 class Series(NamedTuple):
@@ -23,24 +42,126 @@ class Series(NamedTuple):
     y: np.ndarray
 
 
-def values(records: Sequence[StepMetrics], key: str, name: str | None = None) -> np.ndarray:
-    """A number of each record, [n] float64; NaN where it was not recorded.
-
-    Args:
-        name: Of the number, where the key holds numbers by name, such as that of a data source.
-    """
-    found = (getattr(record, key) for record in records)
-    if name is not None:
-        found = ((row or {}).get(name) for row in found)
-    return np.array([math.nan if v is None else v for v in found], dtype=np.float64)
-
-
-def series(records: Sequence[StepMetrics], key: str, name: str | None = None) -> Series:
-    """The finite ones of these numbers, with their steps."""
-    return finite(values(records, "step"), values(records, key, name))
-
-
 def finite(x: np.ndarray, y: np.ndarray) -> Series:
     """The points of which both numbers are finite."""
     kept = np.isfinite(x) & np.isfinite(y)
     return Series(x[kept], y[kept])
+
+
+class _Column:
+    """Values, and the places of the records that have one; these only once a record has none."""
+
+    def __init__(self) -> None:
+        self._values = array("d")
+        self._places: array[int] | None = None
+
+    def add(self, place: int, value: float) -> None:
+        if self._places is None and place != len(self._values):
+            self._places = array("I", range(len(self._values)))
+        if self._places is not None:
+            self._places.append(place)
+        self._values.append(value)
+
+    def spread(self, count: int) -> np.ndarray:
+        """[count] float64, NaN where there is none."""
+        spread = np.full(count, math.nan)
+        known = np.arange(len(self._values)) if self._places is None else self._places
+        spread[np.asarray(known, dtype=np.intp)] = np.asarray(self._values)
+        return spread
+
+
+class Numbers:
+    """The numbers of a run's records in columns: some 250 MB for a million records.
+
+    Args:
+        experts: Those of an MoE layer; without them nothing is summed up of them.
+        records: The first records.
+    """
+
+    def __init__(
+        self, experts: ExpertCounts | None = None, records: Iterable[StepMetrics] = ()
+    ) -> None:
+        self._kinds = {
+            kind.name: experts.columns(kind) for kind in KINDS if experts and experts.count(kind)
+        }
+        self._columns = defaultdict[tuple[str, str], _Column](_Column)
+        self._count = 0
+        for record in records:
+            self.add(record)
+
+    def add(self, record: StepMetrics) -> None:
+        """Take the next record of the file."""
+        fields, columns = vars(record), self._columns
+        for key in _PLAIN:
+            if fields[key] is not None:
+                columns[key, ""].add(self._count, fields[key])
+        for key in _NESTED:
+            if fields[key]:
+                columns[key, ""].add(self._count, 1.0)
+                self._add_nested(key, fields[key])
+        self._count += 1
+
+    def _add_nested(self, key: str, value: Any) -> None:
+        if key in _BY_NAME:
+            row = OF_RECORD[key]
+            by_name = value if isinstance(value, dict) else dict(enumerate(value))
+            for label, number in by_name.items():
+                name = label if by_name is value else name_of(row, (str(label),))
+                self._columns[key, name].add(self._count, number)
+        elif key == "router_health":
+            for name, layers in value.items():
+                if name in IN_LAYERS:
+                    self._add_band(name, layers[name in _NOT_OF_THE_FIRST_LAYER :])
+        elif key == "layer_expert_share" and FFN.name in self._kinds:
+            ffn = self._kinds[FFN.name]
+            self._add_band("min_ffn_load", [min_over_mean(layer[ffn]) for layer in value])
+        elif key == "expert_share" and all(map(math.isfinite, value)):
+            for kind, places in self._kinds.items():
+                self._columns["kind_share", kind].add(self._count, sum(value[places]))
+
+    def _add_band(self, key: str, layers: Sequence[float]) -> None:
+        known = [value for value in layers if math.isfinite(value)]
+        if known:
+            for name, value in zip(BAND, (min(known), fmean(known), max(known)), strict=True):
+                self._columns[key, name].add(self._count, value)
+
+    def names(self, key: str) -> list[str]:
+        """The names under a key, in the order in which they came."""
+        return [name for of, name in self._columns if of == key and name]
+
+    def values(self, key: str, name: str = "") -> np.ndarray:
+        """A number of each record that counts, [n] float64; NaN where it was not recorded.
+
+        Args:
+            name: Of the number, where the key holds numbers by name, such as that of a data source;
+                without it such a key has 1 where it was recorded. Each kind of expert's share of
+                the selections is under `kind_share`; under a name of `IN_LAYERS` are the `BAND`
+                of the MoE layers.
+        """
+        column = self._columns.get((key, name), _Column())
+        return column.spread(self._count)[self._is_counted]
+
+    @cached_property
+    def _is_counted(self) -> np.ndarray:
+        return counting(self._columns["step", ""].spread(self._count))
+
+    def series(self, key: str, name: str = "") -> Series:
+        """The finite ones of these numbers, with their steps."""
+        return finite(self.values("step"), self.values(key, name))
+
+
+def min_over_mean(values: Sequence[float]) -> float:
+    """The least over the mean; NaN where that is not positive."""
+    return min(values) * len(values) / sum(values) if sum(values) > 0 else math.nan
+
+
+def mean_of(rows: Iterable[Any]) -> np.ndarray | None:
+    """[...] float64 mean of lists, of as many as have the last one's shape; None without one."""
+    total, count = np.zeros(0), 0
+    for row in rows:
+        table = np.asarray(row, dtype=np.float64)
+        if table.shape != total.shape:
+            total, count = np.zeros(table.shape), 0
+        total += table
+        count += 1
+    return total / count if count else None

@@ -1,11 +1,12 @@
 """The numbers of a run that the page shows, computed from its records."""
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from moepp_megatron.observe.metrics import StepMetrics
+import numpy as np
+
+from moepp_megatron.observe.metrics import Records
 from moepp_megatron.workbench.report.run_data import RunData
 
 # Share of the records that counts as the settled end of a run. Every share and every saving that a
@@ -53,64 +54,57 @@ class RunSummary:
     dropped_fraction: float
 
 
-def step_weights(records: Sequence[StepMetrics]) -> list[int]:
-    """Number of steps that each record represents: those since the record before it."""
-    steps = [0, *(record.step for record in records)]
-    return [max(1, after - before) for before, after in zip(steps, steps[1:], strict=False)]
+def step_weights(steps: np.ndarray) -> np.ndarray:
+    """[n] number of steps that each record represents: those since the record before it."""
+    return np.maximum(1, np.diff(steps, prepend=0))
 
 
-def tail(records: Sequence[StepMetrics]) -> Sequence[StepMetrics]:
-    """The last tenth of the records, at least one."""
-    return records[-max(1, round(len(records) * _TAIL)) :]
+def tail[Rows: (Records, np.ndarray)](rows: Rows) -> Rows:
+    """The last tenth of the records, or of what each of them has, at least one."""
+    return rows[-max(1, round(len(rows) * _TAIL)) :]
 
 
-def window(records: Sequence[StepMetrics]) -> str:
-    """The steps of these records, as "steps 109 to 120" or "step 120"."""
-    first, last = records[0].step, records[-1].step
+def window(run: RunData) -> str:
+    """The steps of the last tenth of the records, as "steps 109 to 120" or "step 120"."""
+    first, last = tail(run.records.steps)[[0, -1]]
     return f"step {last:,}" if first == last else f"steps {first:,} to {last:,}"
 
 
-def finite_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
-    """Weighted mean of the finite values; NaN if there is none."""
-    pairs = [
-        (value, weight)
-        for value, weight in zip(values, weights or [1.0] * len(values), strict=True)
-        if math.isfinite(value)
-    ]
-    total = sum(weight for _, weight in pairs)
-    return sum(value * weight for value, weight in pairs) / total if total else math.nan
+def finite_mean(values: np.ndarray, weights: np.ndarray | float = 1.0) -> float:
+    """Weighted mean of the finite values, [n]; NaN if there is none."""
+    known = np.isfinite(values)
+    total = float(np.broadcast_to(weights, known.shape)[known].sum())
+    # Python's sum is exact where a plain one of a million numbers is not.
+    return sum((values * weights)[known].tolist()) / total if total else math.nan
 
 
 def summarize(run: RunData) -> RunSummary:
     """Computes a run's numbers."""
-    records = run.records
-    weights = step_weights(records)
-    settled = tail(records)
-
-    def run_mean(value: Callable[[StepMetrics], float]) -> float:
-        return finite_mean([value(r) for r in records], [float(w) for w in weights])
-
-    evaluated = [(r.step, r.valid_loss) for r in records if r.valid_loss is not None]
-    valid_step, valid_loss = evaluated[-1] if evaluated else (None, None)
-    settled_loss = finite_mean([r.loss for r in settled])
+    last, values = run.records[-1], run.numbers.values
+    weights = step_weights(run.records.steps)
+    evaluated = run.numbers.series("valid_loss")
+    has_valid = len(evaluated.x) > 0
+    valid_step = int(evaluated.x[-1]) if has_valid else None
+    valid_loss = float(evaluated.y[-1]) if has_valid else None
+    settled_loss = finite_mean(tail(values("loss")))
     return RunSummary(
-        last_step=records[-1].step,
-        tokens=records[-1].tokens,
-        loss=records[-1].loss,
+        last_step=last.step,
+        tokens=last.tokens,
+        loss=last.loss,
         settled_loss=settled_loss,
         valid_loss=valid_loss,
         valid_step=valid_step,
         perplexity=_perplexity(settled_loss if valid_loss is None else valid_loss),
         phi=run.config.phi,
-        ffn_fraction=run_mean(lambda r: r.ffn_fraction),
-        settled_ffn_fraction=finite_mean([r.ffn_fraction for r in settled]),
-        settled_count=len(settled),
-        window=window(settled),
-        tokens_per_s=median([r.tokens_per_s for r in records]),
-        train_seconds=run_mean(lambda r: r.step_time_s) * sum(weights),
-        a2a_bytes=run_mean(lambda r: float(r.a2a_bytes)) * sum(weights),
-        settled_a2a_bytes=finite_mean([float(r.a2a_bytes) for r in settled]),
-        dropped_fraction=finite_mean([r.dropped_fraction for r in settled]),
+        ffn_fraction=finite_mean(values("ffn_fraction"), weights),
+        settled_ffn_fraction=finite_mean(tail(values("ffn_fraction"))),
+        settled_count=len(tail(weights)),
+        window=window(run),
+        tokens_per_s=median(values("tokens_per_s").tolist()),
+        train_seconds=finite_mean(values("step_time_s"), weights) * float(weights.sum()),
+        a2a_bytes=finite_mean(values("a2a_bytes"), weights) * float(weights.sum()),
+        settled_a2a_bytes=finite_mean(tail(values("a2a_bytes"))),
+        dropped_fraction=finite_mean(tail(values("dropped_fraction"))),
     )
 
 

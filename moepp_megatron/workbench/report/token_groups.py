@@ -1,42 +1,41 @@
 """Data sources, classes of tokens and tasks: a table of sources, and plots over steps."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from moepp_megatron.catalogue import OF_RECORD
 from moepp_megatron.data.token_groups import BANDS
-from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.blocks import Cell, Table, number
 from moepp_megatron.workbench.report.curves import drawn_metrics, plain_plot
 from moepp_megatron.workbench.report.drawing import LINE_COLOURS
 from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
-from moepp_megatron.workbench.report.series import values
+from moepp_megatron.workbench.report.series import mean_of
 from moepp_megatron.workbench.report.summary import finite_mean, tail
 
 
 def source_table(run: RunData) -> Table | None:
     """The data sources, those of the most tokens first; None where all is of one source."""
-    records = [record for record in run.records if record.source_tokens]
-    if not records:
+    places = np.flatnonzero(~np.isnan(run.numbers.values("source_tokens")))
+    if not len(places):
         return None
-    newest = tail(records)
-    before = tail(records[: -len(newest)]) if len(records) > len(newest) else []
+    newest = tail(places)
+    before = tail(places[: -len(newest)]) if len(places) > len(newest) else places[:0]
     rows = []
     for name in _sources(run):
-        loss = _mean(newest, "source_loss", name)
-        change = loss - _mean(before, "source_loss", name)
+        loss = _mean(run, newest, "source_loss", name)
+        change = loss - _mean(run, before, "source_loss", name)
         rows.append(
             [
                 Cell(name),
-                number(formatting.percent(_mean(newest, "source_tokens", name))),
+                number(formatting.percent(_mean(run, newest, "source_tokens", name))),
                 number(_shown(loss)),
                 number(f"{change:+.3f}" if math.isfinite(change) else "-"),
-                number(_shown(_mean(newest, "source_ffn_share", name), formatting.percent)),
+                number(_shown(_mean(run, newest, "source_ffn_share", name), formatting.percent)),
                 Cell(_busiest(run, newest, name)),
             ]
         )
@@ -55,33 +54,29 @@ def token_plots(run: RunData) -> list[Plot]:
         if key == "class_ffn_per_token":
             bands = replace(drawn, title="FFN experts by frequency of the token")
             plots.append(plain_plot(run, key, bands, names=BANDS))
-            classes = dict.fromkeys(n for r in run.records for n in r.class_ffn_per_token or {})
-            names = [name for name in classes if name not in BANDS]
+            names = [name for name in run.numbers.names(key) if name not in BANDS]
         plots.append(plain_plot(run, key, drawn, names=names))
     return [plot for plot in plots if plot.image is not None]
 
 
 def _sources(run: RunData) -> list[str]:
     """Names of the sources, those of the most tokens in the run first."""
-    tokens: dict[str, float] = {}
-    for record in run.records:
-        for name, share in (record.source_tokens or {}).items():
-            tokens[name] = tokens.get(name, 0.0) + share
-    return sorted(tokens, key=lambda name: -tokens[name])
+    names = run.numbers.names("source_tokens")
+    tokens = {name: np.nansum(run.numbers.values("source_tokens", name)) for name in names}
+    return sorted(names, key=lambda name: -tokens[name])
 
 
-def _mean(records: Sequence[StepMetrics], key: str, name: str) -> float:
+def _mean(run: RunData, places: np.ndarray, key: str, name: str) -> float:
     """Mean over the records in which the source has a token; NaN where none has."""
-    return finite_mean(values(records, key, name).tolist())
+    return finite_mean(run.numbers.values(key, name)[places])
 
 
-def _busiest(run: RunData, records: Sequence[StepMetrics], name: str) -> str:
+def _busiest(run: RunData, places: np.ndarray, name: str) -> str:
     names = run.config.experts.names
-    rows = [(record.source_expert_share or {}).get(name) for record in records]
-    shares = np.asarray([row for row in rows if row and len(row) == len(names)])
-    if shares.size == 0:
+    rows = ((record.source_expert_share or {}).get(name) for record in run.records[places])
+    means = mean_of(row for row in rows if row and len(row) == len(names))
+    if means is None:
         return "-"
-    means = shares.mean(axis=0)
     return f"{names[int(means.argmax())]}, {formatting.percent(float(means.max()))}"
 
 

@@ -2,11 +2,12 @@
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from moepp_megatron.observe import MetricsError, read_metrics
+from moepp_megatron.observe import JsonlSink, MetricsError, metrics, read_metrics
 
 REQUIRED = [
     "step",
@@ -37,7 +38,7 @@ def test_optional_and_unknown_keys_survive_a_round_trip(make_record, tmp_path: P
     record = make_record(valid_loss=5.5, layer_expert_share=[[0.5, 0.25, 0.25, 0.0]], own_key=7)
     path = tmp_path / "metrics.jsonl"
     path.write_text(record.to_json_line())
-    assert read_metrics(path) == [record]
+    assert list(read_metrics(path)) == [record]
     assert json.loads(path.read_text())["own_key"] == 7
 
 
@@ -90,3 +91,57 @@ def test_missing_and_empty_files_are_named_with_a_remedy(tmp_path: Path):
     path.write_text('{"step": 1')
     with pytest.raises(MetricsError, match=r"no complete record yet; wait"):
         read_metrics(path)
+
+
+def test_records_take_hardly_any_memory(make_record, tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for step in range(1, 1001):
+            file.write(make_record(step, layer_expert_share=[[1 / 64] * 64] * 4).to_json_line())
+    tracemalloc.start()
+    try:
+        records = read_metrics(path)
+        steps = [record.step for record in records]
+        JsonlSink(path, resume_step=601).close()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert steps == list(range(1, 1001))
+    assert [record.step for record in read_metrics(path)] == list(range(1, 601))
+    assert peak < path.stat().st_size / 10
+
+
+def test_a_damaged_line_is_named_before_the_rest_is_read(make_record, tmp_path: Path):
+    path, seen = tmp_path / "metrics.jsonl", []
+    path.write_text(make_record(1).to_json_line() + "{oops\n" + make_record(2).to_json_line())
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl:2: "):
+        read_metrics(path, lambda record: seen.append(record.step))
+    assert seen == [1]
+
+
+def test_a_line_beyond_any_record_is_not_read_whole(make_record, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(metrics, "LONGEST_LINE", 1 << 10)
+    path = tmp_path / "metrics.jsonl"
+    lines = make_record(1).to_json_line(), "x" * 5000 + "\n", make_record(2).to_json_line()
+    path.write_text("".join(lines))
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl:2: is not a JSON object"):
+        read_metrics(path)
+    JsonlSink(path).close()
+    assert path.read_text() == lines[0] + lines[2]
+
+
+@pytest.mark.parametrize("key", ["step", "tokens", "a2a_bytes", "num_zeros"])
+def test_a_count_beyond_64_bits_is_refused(make_record, tmp_path: Path, key: str):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(json.loads(make_record().to_json_line()) | {key: 10**400}) + "\n")
+    with pytest.raises(MetricsError, match=rf"metrics\.jsonl:1: {key}: Input should be less"):
+        read_metrics(path)
+
+
+def test_a_file_that_changes_while_it_is_read(make_record, tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(make_record(step).to_json_line() for step in (1, 2, 3)))
+    records = read_metrics(path)
+    path.write_text(make_record(1).to_json_line() + make_record(7).to_json_line())
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl: changed while it was read; try again"):
+        list(records)

@@ -15,6 +15,14 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(tail, "CHUNK", 4)
 
 
+def look(reader: Tail) -> tuple[bool, list[bytes]]:
+    """All that is new."""
+    rewritten, lines = reader.poll()
+    while further := reader.poll().lines:
+        lines += further
+    return rewritten, lines
+
+
 def append(path: Path, text: str) -> None:
     with path.open("a") as file:
         file.write(text)
@@ -23,13 +31,13 @@ def append(path: Path, text: str) -> None:
 def test_lines_come_once_and_whole(tmp_path: Path):
     path = tmp_path / "file"
     reader = Tail(path)
-    assert reader.poll() == (False, [])
+    assert look(reader) == (False, [])
     assert reader.mtime is None
     append(path, "first\nsec")
-    assert reader.poll() == (False, [b"first"])
-    assert reader.poll() == (False, [])
+    assert look(reader) == (False, [b"first"])
+    assert look(reader) == (False, [])
     append(path, "ond\n\nthird\n")
-    assert reader.poll() == (False, [b"second", b"", b"third"])
+    assert look(reader) == (False, [b"second", b"", b"third"])
     assert reader.mtime is not None
 
 
@@ -38,10 +46,10 @@ def test_a_cut_half_line_is_not_seen(tmp_path: Path):
     path = tmp_path / "file"
     reader = Tail(path)
     append(path, "one\ntw")
-    assert reader.poll() == (False, [b"one"])
+    assert look(reader) == (False, [b"one"])
     os.truncate(path, 4)
     append(path, "2\n")
-    assert reader.poll() == (False, [b"2"])
+    assert look(reader) == (False, [b"2"])
 
 
 @pytest.mark.parametrize("content", ["", "one\n", "one\nnew\n", "ONE\ntwo\nmore\n"])
@@ -49,33 +57,33 @@ def test_a_file_cut_or_changed_in_place_starts_over(tmp_path: Path, content):
     path = tmp_path / "file"
     path.write_text("one\ntwo\n")
     reader = Tail(path)
-    reader.poll()
+    look(reader)
     with path.open("r+") as file:
         file.truncate()
         file.write(content)
-    assert reader.poll() == (True, content.encode().split(b"\n")[:-1])
+    assert look(reader) == (True, content.encode().split(b"\n")[:-1])
     append(path, "next\n")
-    assert reader.poll() == (False, [b"next"])
+    assert look(reader) == (False, [b"next"])
 
 
 def test_a_replaced_or_removed_file_starts_over(tmp_path: Path):
     path, other = tmp_path / "file", tmp_path / "other"
     path.write_text("one\ntwo\n")
     reader = Tail(path)
-    reader.poll()
+    look(reader)
     other.write_text("one\ntwo\n")
     os.replace(other, path)
-    assert reader.poll() == (True, [b"one", b"two"])
+    assert look(reader) == (True, [b"one", b"two"])
     path.unlink()
-    assert reader.poll() == (True, [])
-    assert reader.poll() == (False, [])
+    assert look(reader) == (True, [])
+    assert look(reader) == (False, [])
 
 
 def test_only_new_bytes_are_read(tmp_path: Path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("x" * 100_000 + "\n")
     reader = Tail(path)
-    reader.poll()
+    look(reader)
     read = []
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, n, at: read.append(n) or real(fd, n, at))
@@ -90,11 +98,11 @@ def test_what_a_resume_drops_is_dropped(make_record, tmp_path: Path):
     for step in (1, 2, 3):
         sink.write(make_record(step))
     reader = Tail(path)
-    assert len(reader.poll().lines) == 3
+    assert len(look(reader)[1]) == 3
     JsonlSink(path, resume_step=2).close()
-    news = reader.poll()
-    assert news.rewritten
-    assert len(news.lines) == 1
+    rewritten, lines = look(reader)
+    assert rewritten
+    assert len(lines) == 1
 
 
 def test_what_a_rollback_undoes_is_dropped(make_record, tmp_path: Path):
@@ -103,10 +111,10 @@ def test_what_a_rollback_undoes_is_dropped(make_record, tmp_path: Path):
     for step in (1, 2, 3):
         sink.write(make_record(step))
     reader = Tail(path)
-    reader.poll()
+    look(reader)
     sink.go_back(1)
     sink.write(make_record(2, loss=7.0))
     sink.write(make_record(3, loss=7.0))
-    news = reader.poll()
-    assert news.rewritten
-    assert [b'"loss":7.0' in line for line in news.lines] == [False, True, True]
+    rewritten, lines = look(reader)
+    assert rewritten
+    assert [b'"loss":7.0' in line for line in lines] == [False, True, True]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moepp_megatron.file_names import ALERTS_FILE
 from moepp_megatron.observe.alerts import read_alerts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmOutcome, Curve, Interval
 from moepp_megatron.workbench.experiments.pilot.statistics import Estimate, mean_interval
+from moepp_megatron.workbench.report.series import Numbers
 
 # A step that begins the last quarter is still in the third.
 _LATE = 0.75
@@ -40,41 +43,41 @@ class RunOutcome:
     on_gpu: bool = False
 
 
-def run_outcome(records: Sequence[StepMetrics], folder: Path) -> RunOutcome:
+def run_outcome(records: Iterable[StepMetrics], folder: Path) -> RunOutcome:
     """The outcome of a finished run.
 
     Args:
         records: All records, one per step; the last one has a finite validation loss.
         folder: Folder of the run, with its alerts.
     """
-    last = records[-1]
-    assert last.valid_loss is not None, "finished runs end with a validation"
-    late = [record for record in records if record.step > _LATE * last.step]
-    step_time = statistics.median(record.step_time_s for record in timed_steps(records))
+    numbers = Numbers(records=records)
+    steps, tokens = numbers.values("step"), numbers.values("tokens")
+    late = steps > _LATE * steps[-1]
+    step_time = statistics.median(numbers.values("step_time_s")[timed_steps(numbers)].tolist())
     return RunOutcome(
-        valid_loss=last.valid_loss,
+        valid_loss=float(numbers.values("valid_loss")[-1]),
         step_time_s=step_time,
-        tokens_per_s=last.tokens / last.step / step_time,
-        ffn_share=statistics.fmean(record.ffn_fraction for record in late),
-        a2a_bytes=statistics.fmean(record.a2a_bytes for record in late),
-        energy_per_token_j=_energy_per_token(records),
+        tokens_per_s=float(tokens[-1] / steps[-1]) / step_time,
+        ffn_share=statistics.fmean(numbers.values("ffn_fraction")[late].tolist()),
+        a2a_bytes=statistics.fmean(numbers.values("a2a_bytes")[late].tolist()),
+        energy_per_token_j=_energy_per_token(numbers),
         alerts=Counter(
             alert.rule for alert in read_alerts(folder / ALERTS_FILE) if alert.severity != "info"
         ),
-        curve=_curve(records),
-        on_gpu=last.gpu_hours is not None,
+        curve=_curve(tokens, numbers.values("loss")),
+        on_gpu=not np.isnan(numbers.values("gpu_hours")[-1]),
     )
 
 
-def timed_steps(records: Sequence[StepMetrics]) -> list[StepMetrics]:
-    """Steps whose time is that of training only.
+def timed_steps(numbers: Numbers) -> np.ndarray:
+    """[n] at which steps the time is that of training only.
 
     The first steps and those that measured router health or were evaluated are left out. If none
     is left in a short run, all steps after the first ones are taken.
     """
-    warm = _warm(records)
-    plain = [r for r in warm if r.router_health is None and r.valid_loss is None]
-    return plain or warm
+    warm = _warm(numbers)
+    plain = warm & np.isnan(numbers.values("router_health")) & ~_is_evaluated(numbers)
+    return plain if plain.any() else warm
 
 
 def arm_outcome(
@@ -118,30 +121,36 @@ def log_time_ratio(runs: Mapping[int, RunOutcome], baseline: Mapping[int, RunOut
     )
 
 
-def _warm(records: Sequence[StepMetrics]) -> list[StepMetrics]:
-    cold = max(_FEWEST_WARMUP, int(_WARMUP_SHARE * records[-1].step))
-    return [record for record in records if record.step > cold] or list(records)
+def _warm(numbers: Numbers) -> np.ndarray:
+    steps = numbers.values("step")
+    warm = steps > max(_FEWEST_WARMUP, int(_WARMUP_SHARE * steps[-1]))
+    return warm if warm.any() else np.full(len(steps), True)
 
 
-def _energy_per_token(records: Sequence[StepMetrics]) -> float | None:
+def _is_evaluated(numbers: Numbers) -> np.ndarray:
+    return ~np.isnan(numbers.values("valid_loss"))
+
+
+def _energy_per_token(numbers: Numbers) -> float | None:
     """Energy per token over warm steps, except evaluated ones, which include validation."""
-    steps = [record for record in _warm(records) if record.valid_loss is None]
-    joules = [record.energy_j for record in steps if record.energy_j is not None]
-    if not joules or len(joules) < len(steps):
+    joules = numbers.values("energy_j")[_warm(numbers) & ~_is_evaluated(numbers)]
+    if not len(joules) or np.isnan(joules).any():
         return None
-    per_step = records[-1].tokens / records[-1].step
-    return sum(joules) / (len(joules) * per_step)
+    per_step = numbers.values("tokens")[-1] / numbers.values("step")[-1]
+    return float(sum(joules.tolist()) / (len(joules) * per_step))
 
 
-def _curve(records: Sequence[StepMetrics]) -> Curve:
+def _curve(tokens: np.ndarray, losses: np.ndarray) -> Curve:
     """Training loss in groups of consecutive steps, few enough to draw."""
-    size = math.ceil(len(records) / _POINTS_OF_CURVE)
-    groups = [records[i : i + size] for i in range(0, len(records), size)]
-    means = [
-        (group[-1].tokens, [r.loss for r in group if math.isfinite(r.loss)]) for group in groups
-    ]
-    kept = [(tokens, statistics.fmean(losses)) for tokens, losses in means if losses]
-    return Curve(tokens=[tokens for tokens, _ in kept], loss=[loss for _, loss in kept])
+    size = math.ceil(len(losses) / _POINTS_OF_CURVE)
+    curve = Curve(tokens=[], loss=[])
+    for start in range(0, len(losses), size):
+        group = losses[start : start + size]
+        known = group[np.isfinite(group)]
+        if len(known):
+            curve.tokens.append(int(tokens[start : start + size][-1]))
+            curve.loss.append(statistics.fmean(known.tolist()))
+    return curve
 
 
 def _mean_curve(curves: Sequence[Curve]) -> Curve:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from moepp_megatron.catalogue import IN_LAYERS, OF_RECORD, Metric
 from moepp_megatron.experts import FFN
 from moepp_megatron.workbench.report.live.liveness import STATES
 from moepp_megatron.workbench.report.live.run import LiveRun
+from moepp_megatron.workbench.report.series import min_over_mean
 
 # Values of the metric's labels, and the number.
 Sample = tuple[tuple[str, ...], float]
@@ -74,7 +74,7 @@ def samples_of(run: LiveRun) -> Iterator[tuple[Exported, list[Sample]]]:
             loads.setdefault(labels[0], []).append(value)
     yield from ((metric, [*samples.items()]) for metric, samples in sums.items())
     if run.config is not None:
-        yield MIN_FFN_LOAD, [((layer,), _min_over_mean(row)) for layer, row in loads.items()]
+        yield MIN_FFN_LOAD, [((layer,), min_over_mean(row)) for layer, row in loads.items()]
 
 
 def _of_run(run: LiveRun, state: str) -> Iterator[tuple[Exported, list[Sample]]]:
@@ -86,10 +86,6 @@ def _of_run(run: LiveRun, state: str) -> Iterator[tuple[Exported, list[Sample]]]
     if run.record_age_s is not None:
         yield RECORD_AGE, [((), run.record_age_s)]
     yield ALERTS, [(labels, float(n)) for labels, n in sorted(run.alert_counts.items())]
-
-
-def _min_over_mean(row: list[float]) -> float:
-    return min(row) * len(row) / sum(row) if sum(row) > 0 else math.nan
 
 
 def exported_names() -> set[str]:

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from moepp_megatron.observe.status import RunStatus
 from moepp_megatron.workbench.report.live.history import History
 
 State = Literal["waiting", "starting", "running", "silent", "finished", "stopped", "died"]
-STATES: tuple[State, ...] = (
-    "waiting",
-    "starting",
-    "running",
-    "silent",
-    "finished",
-    "stopped",
-    "died",
-)
+STATES: tuple[State, ...] = get_args(State)
 
 # Evaluation and saving lie between records too, and a short step says little about them.
 _SILENT_INTERVALS = 10

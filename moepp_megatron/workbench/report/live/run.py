@@ -108,30 +108,28 @@ class LiveRun:
             self._config_mtime_ns = mtime
 
     def _read_records(self) -> None:
-        news = self._metrics.poll()
-        if news.rewritten:
-            self.history.start_over()
-            self.damaged_lines = 0
-        for line in news.lines:
-            if not line.strip():
-                continue
-            try:
-                self.history.add(StepMetrics.model_validate_json(line))
-            except (ValidationError, OverflowError):
-                self.damaged_lines += 1
-        if news.rewritten:
-            self.history.finish_rewrite()
-        if news.lines:
+        is_rewritten = False
+        while any(news := self._metrics.poll()):
+            if news.rewritten:
+                self.history.start_over()
+                self.damaged_lines, is_rewritten = 0, True
+            for line in filter(bytes.strip, news.lines):
+                try:
+                    self.history.add(StepMetrics.model_validate_json(line))
+                except ValidationError:
+                    self.damaged_lines += 1
             self._record_time = self._metrics.mtime
+        if is_rewritten:
+            self.history.finish_rewrite()
 
     def _read_alerts(self) -> None:
-        news = self._alert_lines.poll()
-        if news.rewritten:
-            self.alerts.clear()
-            self.alert_counts.clear()
-        for alert in filter(None, map(parse_alert, news.lines)):
-            self.alerts.append(alert)
-            self.alert_counts[alert.rule, alert.severity] += 1
+        while any(news := self._alert_lines.poll()):
+            if news.rewritten:
+                self.alerts.clear()
+                self.alert_counts.clear()
+            for alert in filter(None, map(parse_alert, news.lines)):
+                self.alerts.append(alert)
+                self.alert_counts[alert.rule, alert.severity] += 1
 
 
 def check_folder(folder: Path) -> None:

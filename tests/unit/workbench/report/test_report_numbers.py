@@ -12,7 +12,7 @@ import pytest
 from moepp_megatron.cli.run_end import print_end
 from moepp_megatron.training.run import TrainResult
 from moepp_megatron.workbench.report import ReportError, formatting
-from moepp_megatron.workbench.report.drawing import MAX_POINTS, smooth, thin
+from moepp_megatron.workbench.report.drawing import MAX_POINTS, envelope, smooth, thin
 from moepp_megatron.workbench.report.page import render
 from moepp_megatron.workbench.report.run_data import load_run
 from moepp_megatron.workbench.report.savings import compute_savings, vanilla_a2a_bytes
@@ -72,7 +72,7 @@ def test_records_stand_for_the_steps_since_the_one_before(make_run):
             record["a2a_bytes"] = 100
 
     run = load_run(make_run(steps=30, edit=every_tenth))
-    assert step_weights(run.records) == [10, 10, 10]
+    assert step_weights(run.records.steps).tolist() == [10, 10, 10]
     assert summarize(run).a2a_bytes == pytest.approx(3000)
 
 
@@ -179,17 +179,30 @@ def test_moe_layers_follow_megatrons_pattern(make_run, frequency, layers):
 
 
 def test_means_leave_out_what_is_not_finite():
-    assert finite_mean([1.0, math.nan, 3.0], [1.0, 5.0, 3.0]) == pytest.approx(2.5)
-    assert math.isnan(finite_mean([math.inf]))
+    assert finite_mean(np.array([1.0, math.nan, 3.0]), np.array([1.0, 5.0, 3.0])) == pytest.approx(
+        2.5
+    )
+    assert math.isnan(finite_mean(np.array([math.inf])))
 
 
 def test_thinning_keeps_the_mean_and_the_last_step():
     values = np.arange(10 * MAX_POINTS + 3, dtype=float)
-    x, y = thin(range(1, len(values) + 1), list(values))
+    x, y = thin(np.arange(1.0, len(values) + 1), values)
     assert len(x) <= MAX_POINTS
     assert x[-1] == len(values)
     assert y[0] == pytest.approx(values[:11].mean())
     np.testing.assert_allclose(smooth(np.full(200, 3.0)), 3.0)
+
+
+def test_no_peak_is_thinned_away():
+    steps = np.arange(10 * MAX_POINTS + 3, dtype=float)
+    values = np.sin(steps)
+    values[[7, 5000, -1]] = 40.0, -40.0, 30.0
+    x, y = envelope(steps, values)
+    assert len(x) <= 2 * MAX_POINTS
+    assert (np.diff(x) > 0).all()
+    assert {(7.0, 40.0), (5000.0, -40.0), (steps[-1], 30.0)} <= set(zip(x, y, strict=True))
+    assert (values[x.astype(int)] == y).all()
 
 
 @pytest.mark.parametrize(

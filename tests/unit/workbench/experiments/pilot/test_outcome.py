@@ -6,12 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.experiments.pilot.outcome import arm_outcome, run_outcome, timed_steps
 from moepp_megatron.workbench.experiments.pilot.result import Arm, Interval
+from moepp_megatron.workbench.report.series import Numbers
 from tests.unit.workbench.experiments.pilot.synthetic import record, seeds
 
 VANILLA = Arm(name="vanilla", kind="vanilla", steps=40)
 MOEPP = Arm(name="MoE++", kind="moepp", steps=40)
+
+
+def timed(records: list[StepMetrics]) -> list[float]:
+    numbers = Numbers(records=records)
+    return numbers.values("step")[timed_steps(numbers)].tolist()
 
 
 def test_only_plain_warm_steps_are_timed() -> None:
@@ -19,9 +26,8 @@ def test_only_plain_warm_steps_are_timed() -> None:
     records += [record(step, step_time_s=1.0) for step in range(5, 40)]
     records[9] = record(10, step_time_s=7.0, router_health={"gate_entropy": [1.0]})
     records.append(record(40, step_time_s=8.0, valid_loss=4.0))
-    steps = [r.step for r in timed_steps(records)]
     # The first tenth is warming up.
-    assert steps == [step for step in range(5, 40) if step != 10]
+    assert timed(records) == [step for step in range(5, 40) if step != 10]
     assert run_outcome(records, Path("nowhere")).step_time_s == 1.0
     assert run_outcome(records, Path("nowhere")).tokens_per_s == 80.0
 
@@ -30,7 +36,7 @@ def test_a_run_of_measured_steps_alone_is_timed_all_the_same() -> None:
     health = {"gate_entropy": [1.0]}
     records = [record(step, router_health=health) for step in range(1, 8)]
     records.append(record(8, router_health=health, valid_loss=4.0))
-    assert [r.step for r in timed_steps(records)] == [3, 4, 5, 6, 7, 8]
+    assert timed(records) == [3, 4, 5, 6, 7, 8]
 
 
 def test_shares_are_of_the_last_quarter(tmp_path: Path) -> None:
