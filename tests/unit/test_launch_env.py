@@ -103,12 +103,18 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path):
+def bare(tmp_path):
     return Machine(tmp_path)
 
 
+@pytest.fixture
+def machine(bare):
+    """With an interpreter that fits."""
+    bare.add_python("python3.12", "3.12")
+    return bare
+
+
 def test_installs_once_and_then_starts_no_python(machine):
-    machine.add_python("python3.12", "3.12")
     status, out, err = machine.source()
     assert (status, out.strip()) == (0, f"{machine.root}/.venv/bin"), err
     assert machine.installs == 1
@@ -119,7 +125,6 @@ def test_installs_once_and_then_starts_no_python(machine):
 
 
 def test_another_tested_pair_has_its_own_versions_and_environment(machine):
-    machine.add_python("python3.12", "3.12")
     status, out, err = machine.source(MOEPP_PAIR="torch2.11")
     assert (status, out.strip()) == (0, f"{machine.root}/.venv-torch2.11/bin"), err
     assert "-c " + str(machine.root / "constraints-torch2.11.txt") in machine.calls.read_text()
@@ -128,8 +133,8 @@ def test_another_tested_pair_has_its_own_versions_and_environment(machine):
     assert machine.installs == 2
 
 
-def test_an_unknown_pair_is_refused(machine):
-    status, _, err = machine.source(MOEPP_PAIR="torch9")
+def test_an_unknown_pair_is_refused(bare):
+    status, _, err = bare.source(MOEPP_PAIR="torch9")
     assert status == 1
     assert "MOEPP_PAIR (torch9)" in err
     assert "torch2.11" in err
@@ -137,7 +142,6 @@ def test_an_unknown_pair_is_refused(machine):
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", ".venv/pyvenv.cfg"])
 def test_installs_again_when_what_it_depends_on_changes(machine, name):
-    machine.add_python("python3.12", "3.12")
     machine.source()
     with (machine.root / name).open("a") as file:
         file.write("# changed\n")
@@ -146,7 +150,6 @@ def test_installs_again_when_what_it_depends_on_changes(machine, name):
 
 
 def test_failed_installation_says_why_and_is_tried_again(machine):
-    machine.add_python("python3.12", "3.12")
     status, _, err = machine.source(PIP_DOES="echo no route to the registry; exit 1")
     assert status == 1
     assert "the installation failed" in err
@@ -157,7 +160,6 @@ def test_failed_installation_says_why_and_is_tried_again(machine):
 
 @pytest.mark.faults
 def test_killed_installation_is_finished_by_the_next_call(machine):
-    machine.add_python("python3.12", "3.12")
     # Kills the shell that waits for the installer, as a job limit would.
     status, _, _ = machine.source(PIP_DOES='kill -9 "$PPID"; exit 1')
     assert status != 0
@@ -166,7 +168,6 @@ def test_killed_installation_is_finished_by_the_next_call(machine):
 
 
 def test_half_made_environment_is_made_anew(machine):
-    machine.add_python("python3.12", "3.12")
     machine.source()
     (machine.root / ".venv/bin/pip-is-here").unlink()  # as if ended before pip was put in
     (machine.root / ".venv/.moepp-stamp").unlink()
@@ -176,7 +177,6 @@ def test_half_made_environment_is_made_anew(machine):
 
 
 def test_two_callers_at_once_install_once(machine):
-    machine.add_python("python3.12", "3.12")
     callers = [machine.start(PIP_DOES="sleep 1") for _ in range(3)]
     errors = [caller.communicate(timeout=60)[1] for caller in callers]
     assert [caller.returncode for caller in callers] == [0, 0, 0], errors
@@ -189,45 +189,39 @@ def made_with(machine: Machine) -> str:
     return err.split("(", 1)[1].split(")", 1)[0]
 
 
-def test_too_old_python3_first_on_the_path_is_passed_over(machine):
-    machine.add_python("python3", "")
-    fits = machine.add_python("python3.13", "3.13")
-    assert made_with(machine) == str(fits)
-
-
-def test_shim_that_fails_does_not_hide_the_next_of_that_name(machine):
-    machine.add_python("python3.12", "")
-    other = machine.add_python("../second/python3.12", "3.12")
-    machine.environment["PATH"] += f":{other.parent.resolve()}"
-    assert made_with(machine) == str(other.resolve())
-
-
-def test_interpreter_with_venv_is_preferred_to_an_earlier_one_without(machine):
-    machine.add_python("python3.12", "3.12-novenv")
-    fits = machine.add_python("python3.13", "3.13")
-    assert made_with(machine) == str(fits)
+@pytest.mark.parametrize(
+    "pythons",
+    [
+        [("python3", ""), ("python3.13", "3.13")],
+        [("python3.12", ""), ("../second/python3.12", "3.12")],
+        [("python3.12", "3.12-novenv"), ("python3.13", "3.13")],
+    ],
+    ids=["too old", "a shim that fails", "without venv"],
+)
+def test_an_interpreter_that_does_not_fit_hides_no_later_one(bare, pythons):
+    *_, fits = [bare.add_python(*each).resolve() for each in pythons]
+    bare.environment["PATH"] += f":{fits.parent}"
+    assert made_with(bare) == str(fits)
 
 
 def test_pyenv_versions_are_found(machine):
     path = machine.add_python("../pyenv/versions/3.12.9/bin/python", "3.12")
     machine.environment["PYENV_ROOT"] = str(path.resolve().parents[3])
     # The real /usr/bin comes before pyenv in the order, so ask for the list itself.
-    machine.add_python("python3.12", "3.12")
     _, out, _ = machine.source(
         f'source "{machine.root}/launch/env.sh" 2>/dev/null; _moepp_candidates'
     )
     assert str(path.resolve()) in out.splitlines()
 
 
-def test_chosen_interpreter_without_venv_names_the_package(machine):
-    path = machine.add_python("python3.13", "3.13-novenv")
-    status, _, err = machine.source(MOEPP_PYTHON=str(path))
+def test_chosen_interpreter_without_venv_names_the_package(bare):
+    path = bare.add_python("python3.13", "3.13-novenv")
+    status, _, err = bare.source(MOEPP_PYTHON=str(path))
     assert status == 1
     assert "apt-get install python3.13-venv" in err
 
 
 def test_chosen_interpreter_that_does_not_fit_is_refused(machine):
-    machine.add_python("python3.12", "3.12")
     path = machine.add_python("python3.9", "")
     status, _, err = machine.source(MOEPP_PYTHON=str(path))
     assert status == 1
@@ -235,19 +229,18 @@ def test_chosen_interpreter_that_does_not_fit_is_refused(machine):
     assert machine.installs == 0
 
 
-def test_reused_environment_keeps_its_versions(machine, tmp_path):
-    machine.add_python("../other/bin/python", "3.12")
+def test_reused_environment_keeps_its_versions(bare, tmp_path):
+    bare.add_python("../other/bin/python", "3.12")
     other = tmp_path / "other"
-    status, out, err = machine.source(MOEPP_VENV=str(other))
+    status, out, err = bare.source(MOEPP_VENV=str(other))
     assert (status, out.strip()) == (0, f"{other}/bin"), err
     # Not the full constraints, and its own interpreter: nothing is made anew.
-    assert "moepp-install.log.constraints" in machine.calls.read_text()
-    assert not (machine.root / ".venv").exists()
-    assert machine.source(MOEPP_VENV=str(other))[2] == ""
+    assert "moepp-install.log.constraints" in bare.calls.read_text()
+    assert not (bare.root / ".venv").exists()
+    assert bare.source(MOEPP_VENV=str(other))[2] == ""
 
 
 def test_tools_of_tests_come_with_the_first_script_that_needs_them(machine):
-    machine.add_python("python3.12", "3.12")
     assert machine.source()[0] == 0
     assert machine.calls.read_text().endswith("-e .\n")
     dev = {"MOEPP_DEV": "1"}
@@ -261,7 +254,6 @@ def test_tools_of_tests_come_with_the_first_script_that_needs_them(machine):
 
 
 def test_a_change_is_installed_for_runs_and_then_for_tests(machine):
-    machine.add_python("python3.12", "3.12")
     machine.source(f'"{machine.root}/launch/env.sh" --dev')
     with (machine.root / "constraints.txt").open("a") as file:
         file.write("# changed\n")
@@ -272,7 +264,6 @@ def test_a_change_is_installed_for_runs_and_then_for_tests(machine):
 
 
 def test_the_first_installation_says_how_large_it_is(machine):
-    machine.add_python("python3.12", "3.12")
     assert "GB to download" in machine.source()[2]
     (machine.root / ".venv/lib/python3.12/site-packages/torch").mkdir(parents=True)
     err = machine.source(MOEPP_DEV="1")[2]
@@ -281,7 +272,6 @@ def test_the_first_installation_says_how_large_it_is(machine):
 
 
 def test_pip_compiles_only_where_python_may_not(machine):
-    machine.add_python("python3.12", "3.12")
     machine.source()
     (machine.root / ".venv/.moepp-stamp").unlink()
     machine.source(PYTHONDONTWRITEBYTECODE="1")
@@ -303,7 +293,6 @@ def te(machine, **environment: str) -> tuple[int, str]:
 
 
 def test_transformer_engine_is_compiled_against_the_torch_that_is_there(machine):
-    machine.add_python("python3.12", "3.12")
     status, err = te(machine)
     assert status == 0, err
     assert "Transformer Engine 2.20.2 imported" in err
@@ -330,7 +319,6 @@ def test_transformer_engine_is_compiled_against_the_torch_that_is_there(machine)
     ],
 )
 def test_transformer_engine_that_fails_is_tried_again(machine, environment, says):
-    machine.add_python("python3.12", "3.12")
     status, err = te(machine, **environment)
     assert status == 1
     assert says in err
@@ -342,7 +330,6 @@ def test_transformer_engine_that_fails_is_tried_again(machine, environment, says
 
 
 def test_offline_asks_no_registry(machine, tmp_path):
-    machine.add_python("python3.12", "3.12")
     wheels = tmp_path / "wheels of the node"
     wheels.mkdir()
     (wheels / "torch-2.12-cp312-cp312-linux_x86_64.whl").touch()
@@ -367,7 +354,6 @@ def test_offline_asks_no_registry(machine, tmp_path):
     ("is_there", "says"), [(False, "there is no such folder"), (True, "hold wheels (*.whl)")]
 )
 def test_a_folder_without_wheels_is_refused_before_anything_is_made(machine, is_there, says):
-    machine.add_python("python3.12", "3.12")
     if is_there:
         (machine.root / "wheels").mkdir()
         # What a source distribution would build, it would ask a registry for.
@@ -385,22 +371,22 @@ def test_a_folder_without_wheels_is_refused_before_anything_is_made(machine, is_
 
 
 @pytest.mark.parametrize(("words", "says"), [("--offline", "needs a folder"), ("--tee", "--te")])
-def test_wrong_options(machine, words, says):
-    status, _, err = machine.source(f'"{machine.root}/launch/env.sh" {words}')
+def test_wrong_options(bare, words, says):
+    status, _, err = bare.source(f'"{bare.root}/launch/env.sh" {words}')
     assert status == 2
     assert says in err
 
 
-def test_the_current_environment_is_looked_at_and_left_alone(machine, tmp_path):
+def test_the_current_environment_is_looked_at_and_left_alone(bare, tmp_path):
     current = {"MOEPP_ENV": "current", "MOEPP_PYTHON": sys.executable}
-    project = machine.root / "pyproject.toml"
+    project = bare.root / "pyproject.toml"
     project.write_text(
         '[project]\ndependencies = ["torch>=2.11.0a0", "numpy>=999", "x1y"]\n'
         '[project.optional-dependencies]\ndev = ["pytest>=999", "x2y"]'
     )
-    status, _, err = machine.source(**current)
+    status, _, err = bare.source(**current)
     assert status == 1
-    tested = machine.source(**current, MOEPP_DEV="1")[2]
+    tested = bare.source(**current, MOEPP_DEV="1")[2]
     assert "pytest>=999: 9" in tested
     assert "x2y" not in tested
     assert "pytest" not in err
@@ -408,14 +394,13 @@ def test_the_current_environment_is_looked_at_and_left_alone(machine, tmp_path):
     assert lacks[0].startswith("numpy>=999: ")
     assert lacks[1] == "x1y: not installed"
     assert [line.split(":")[0] for line in lacks[2:]] in ([], ["moepp-megatron"])
-    assert not (machine.root / ".venv").exists()
-    status, _, err = machine.source(MOEPP_ENV="other")
+    assert not (bare.root / ".venv").exists()
+    status, _, err = bare.source(MOEPP_ENV="other")
     assert status == 1
     assert "MOEPP_ENV (other) must be current" in err
 
 
 def test_folder_that_is_no_environment_is_left_alone(machine, tmp_path):
-    machine.add_python("python3.12", "3.12")
     precious = tmp_path / "documents" / "thesis.txt"
     precious.parent.mkdir()
     precious.write_text("words")
@@ -426,7 +411,6 @@ def test_folder_that_is_no_environment_is_left_alone(machine, tmp_path):
 
 
 def test_scripts_work_through_a_symlink_from_another_folder(machine, tmp_path):
-    machine.add_python("python3.12", "3.12")
     for name in ("test.sh", "quickstart.sh"):
         shutil.copy(ROOT / "launch" / name, machine.root / "launch" / name)
     link = tmp_path / "run-tests"
@@ -435,24 +419,3 @@ def test_scripts_work_through_a_symlink_from_another_folder(machine, tmp_path):
     status, _, err = machine.source(f'"{link}" --collect-only')
     assert status == 9, err
     assert "-m pytest" in Path(f"{machine.calls}.all").read_text()
-
-
-def test_no_tests_collected_is_a_failure():
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu and not gpu",
-            "tests/unit/test_slurm_common.py",
-            "-p",
-            "no:cacheprovider",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert process.returncode == 5, process.stdout

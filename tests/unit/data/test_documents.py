@@ -130,15 +130,6 @@ def test_compressed_parquet_is_refused(tmp_path: Path):
         read_all(tmp_path)
 
 
-def test_system_errors_of_compressed_files_are_not_called_damage(tmp_path: Path):
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b"{}"))
-    pieces = plan_pieces(resolve_sources([str(path)]), "text")
-    path.unlink()
-    with pytest.raises(ConfigError, match=r"gz cannot be read \(No such file"):
-        list(read_piece(pieces[0], "text"))
-
-
 def test_parquet_rows(tmp_path: Path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
