@@ -113,6 +113,16 @@ def test_without_steps_calls_are_compared():
     assert not change.exposed
 
 
+def test_what_is_sent_is_said_whatever_the_times_are():
+    before = summary("B", row(), row("combine", bytes=3e6), row("router", operation="x"))
+    after = summary("A", row(bytes=200e6), row("combine", bytes=4e6), row("router", operation="x"))
+    (said,) = [line for line in in_words(compare(before, after)) if "carries" in line]
+    assert said == (
+        "all-to-all (expert) carries 194.55 MiB instead of 384.33 MiB in a rank's step: "
+        "49% fewer bytes."
+    )
+
+
 def test_exposed_times_are_used_only_if_all_are_known():
     comparison = compare(summary("B", row()), summary("A", row(exposed_us=None)))
     assert not comparison.changes[0].exposed
@@ -184,3 +194,8 @@ def test_what_is_no_summary_is_named(tmp_path, content, said):
     assert str(caught.value).startswith(f"{path}: ")
     assert said in str(caught.value)
     assert "moepp profile --json" in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ProfileError, match="absent.json: no such file or folder"):
+        summary_of(tmp_path / "absent.json")
