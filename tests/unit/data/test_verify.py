@@ -193,8 +193,7 @@ def test_damaged_manifest_is_one_line(folder: Path, content: str | dict[str, obj
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("document", [0, 23, 59])
+@pytest.mark.parametrize(("document", "workers"), [(0, 0), (23, 2), (59, 0)])
 def test_loader_names_a_token_outside_of_the_vocabulary(folder: Path, document: int, workers: int):
     from moepp_megatron.data.datasets import build_datasets
     from moepp_megatron.data.loader import batches

@@ -1,13 +1,13 @@
 """What CPU ranks change in torch, seen by other packages in the same process."""
 
-import subprocess
-import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.commands import program
 from tests.parallel.ranks import RankPools
 
 _SCRIPT = """
@@ -21,9 +21,10 @@ assert torch.arange(2, device="cuda").device.type == "cpu"
 """
 
 
-def test_a_context_of_a_device_still_acts_on_factories() -> None:
+def test_a_context_of_a_device_still_acts_on_factories(tmp_path: Path) -> None:
     """Transformers builds models so; with other devices, their rotary frequencies stay garbage."""
-    done = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True)
+    (tmp_path / "program.py").write_text(_SCRIPT)
+    done = program(tmp_path / "program.py")
     assert done.returncode == 0, done.stderr
 
 

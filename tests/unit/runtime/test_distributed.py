@@ -1,11 +1,9 @@
 """Groups of a rank are gone after it returns and after a user's error: the exit code is kept."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+from tests.commands import program
+
 SCRIPT = """
 import torch.distributed as dist
 from moepp_megatron.config.errors import ConfigError
@@ -25,16 +23,9 @@ stop()
 """
 
 
-def test_groups_end_with_the_block_and_with_a_users_error():
-    environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_groups_end_with_the_block_and_with_a_users_error(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(SCRIPT)
+    done = program(tmp_path / "program.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-3:] == [
         "cpu NoneType False",
