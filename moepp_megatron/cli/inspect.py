@@ -10,7 +10,6 @@ import typer
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import CheckpointArgument, JsonOption, LayoutArgument, NprocOption
 from moepp_megatron.cli.ranks import start_ranks
-from moepp_megatron.runtime.object_store import place
 
 if TYPE_CHECKING:
     from moepp_megatron.workbench.inspection.request import InspectRequest
@@ -23,14 +22,6 @@ def inspect(
     out: Annotated[
         Path, typer.Option(help="Write the page to this file.", metavar="FILE.html")
     ] = Path("inspect.html"),
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            help="Show this checkpoint, or run, next to the first one.",
-            metavar="CHECKPOINT",
-            parser=place,
-        ),
-    ] = None,
     json: JsonOption = None,
     language: Annotated[
         Literal["auto", "text", "python"],
@@ -38,18 +29,6 @@ def inspect(
             help="Choose python for a text with keywords and identifiers; auto decides by its name."
         ),
     ] = "auto",
-    pos_tags: Annotated[
-        Path | None,
-        typer.Option(
-            help="Read parts of speech from this file: lines of word, tab and tag, or a JSON list "
-            "of such pairs.",
-            metavar="FILE",
-        ),
-    ] = None,
-    tagger: Annotated[
-        Literal["nltk", "spacy"] | None,
-        typer.Option(help="Tag parts of speech with this package, which must be installed."),
-    ] = None,
     max_tokens: Annotated[
         int,
         typer.Option(min=2, max=200_000, help="Read at most this many tokens.", metavar="TOKENS"),
@@ -71,11 +50,8 @@ def inspect(
     rank = RankEnvironment.read()
     world_size = rank.world_size if rank.is_launched else nproc
     options: dict[str, Any] = {
-        "against": against,
         "json": json,
         "language": language,
-        "pos_tags": pos_tags,
-        "tagger": tagger,
         "max_tokens": max_tokens,
     }
     request = InspectRequest.read(checkpoint, text, out, overrides or [], world_size, **options)
@@ -94,17 +70,17 @@ def inspect(
 def _inspect_rank(request: InspectRequest) -> None:
     from moepp_megatron.runtime.rank_environment import prepare_rank
 
-    rank = prepare_rank(request.models[0].scoring.config)
+    rank = prepare_rank(request.model.scoring.config)
     from moepp_megatron.runtime import distributed
-    from moepp_megatron.workbench.inspection.record import trace_models
+    from moepp_megatron.workbench.inspection.record import trace_model
 
     if rank.rank == 0:
         for notice in request.notices:
             echo(f"note: {notice}", err=True)
     with distributed.initialized(rank):
-        traces = trace_models(request)
-    if rank.rank == 0:
+        trace = trace_model(request)
+    if trace is not None:
         from moepp_megatron.workbench.report.inspect import write_inspection
 
-        for name, path in write_inspection(request, traces):
+        for name, path in write_inspection(request, trace):
             echo(f"{name:12} {path}")

@@ -2,11 +2,10 @@
 
     request.py     the request of `moepp inspect`, checked before anything heavy is imported
     text.py        a text as tokens with their places, cut into windows
-    tags.py        parts of speech, if the user provides them
-    trace.py       experts, gates and loss of every token of one model
+    trace.py       experts, gates and loss of every token
     record.py      fills a trace, in any layout
-    aggregates.py  means by class, token, position, frequency, layer
-    findings.py    all aggregates of one model; all results as JSON
+    aggregates.py  means by class, token and layer
+    findings.py    all aggregates; all results as JSON
 
 The page is built in `moepp_megatron.workbench.report.inspect`.
 """

@@ -1,4 +1,4 @@
-"""Means over groups of tokens: by class, part of speech, token, position, frequency, layer.
+"""Means over groups of tokens: by class, token, layer.
 
 Shape suffixes: N tokens, L MoE layers, G groups.
 """
@@ -13,8 +13,6 @@ import numpy as np
 
 from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.workbench.inspection.trace import Trace
-
-_POSITION_BINS = 16
 
 
 @dataclass(frozen=True)
@@ -81,25 +79,6 @@ def all_tokens(trace: Trace) -> TokenGroup:
     return _group("all tokens", rows, trace.ffn_mean, trace.kind_shares, trace)
 
 
-def by_position(trace: Trace) -> list[TokenGroup]:
-    """At most `_POSITION_BINS` groups of equal ranges of places in the window."""
-    bins = min(_POSITION_BINS, trace.window)
-    edges = np.linspace(0, trace.window, bins + 1).astype(int)
-    keys = np.searchsorted(edges, trace.positions, side="right") - 1
-    names = [_span(edges[key], edges[key + 1] - 1) for key in keys]
-    return groups(trace, keys.tolist(), names)
-
-
-def by_frequency(trace: Trace, ids: np.ndarray) -> list[TokenGroup]:
-    """Groups of tokens, by [N] ids, that occur once, 2 to 3, 4 to 7, ... times, rare ones first."""
-    counts = Counter(ids.tolist())
-    keys = [counts[token].bit_length() - 1 for token in ids.tolist()]
-    names = [_span(2**key, 2 ** (key + 1) - 1) for key in keys]
-    order = sorted(set(keys))
-    made = {group.name: group for group in groups(trace, keys, names)}
-    return [made[_span(2**key, 2 ** (key + 1) - 1)] for key in order]
-
-
 def extremes(
     trace: Trace, ids: np.ndarray, pieces: Sequence[str], length: int
 ) -> tuple[int, list[TokenGroup], list[TokenGroup]]:
@@ -137,23 +116,6 @@ def by_layer(trace: Trace) -> list[LayerSummary]:
     ]
 
 
-def loss_correlation(trace: Trace, *, of_next: bool = False) -> float:
-    """Pearson's r of loss and mean FFN experts over tokens; NaN where either does not vary.
-
-    With `of_next` it is the loss of the next token, which is predicted at this token's place;
-    otherwise the token's loss, which says how surprising it was.
-    """
-    losses = trace.losses
-    if of_next:
-        # Nothing predicts the first token of a window: its loss is NaN.
-        losses = np.append(losses[1:], np.nan)
-    known = np.isfinite(losses)
-    losses, ffn = losses[known], trace.ffn_mean[known]
-    if known.sum() < 2 or losses.std() == 0 or ffn.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(losses, ffn)[0, 1])
-
-
 def _group(
     name: str, rows: np.ndarray, ffn: np.ndarray, kinds: np.ndarray, trace: Trace
 ) -> TokenGroup:
@@ -169,7 +131,3 @@ def _group(
         tuple(kinds[rows].mean(axis=0).tolist()),
         float(known.mean()) if len(known) else float("nan"),
     )
-
-
-def _span(first: int, last: int) -> str:
-    return f"{first:,}" if first == last else f"{first:,}-{last:,}"

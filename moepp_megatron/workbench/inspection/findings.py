@@ -1,10 +1,9 @@
-"""All aggregates of one model for the page, and all results as JSON."""
+"""All aggregates for the page, and all results as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,12 +13,9 @@ from moepp_megatron.workbench.inspection.aggregates import (
     LayerSummary,
     TokenGroup,
     all_tokens,
-    by_frequency,
     by_layer,
-    by_position,
     extremes,
     groups,
-    loss_correlation,
 )
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.trace import Trace
@@ -31,34 +27,24 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Findings:
-    """Aggregates of one model.
+    """Aggregates of a trace.
 
     Attributes:
         whole: All tokens.
         by_class: The classes that occur, in the order of `CLASSES`.
-        by_tag: Parts of speech, the most frequent first; empty without a tagger.
         least_count: Least number of occurrences of a token in the two lists below.
-        by_position: Groups by position in the window.
-        by_frequency: Groups by the token's number of occurrences in the text.
         without_ffn: Share of the tokens that get no FFN expert in any layer.
         all_ffn: Share of the tokens whose every selection is an FFN expert.
-        loss_correlation: Pearson's r of a token's loss and its FFN experts; NaN where undefined.
-        next_loss_correlation: The same with the loss of the next token.
     """
 
     whole: TokenGroup
     by_class: list[TokenGroup]
-    by_tag: list[TokenGroup]
     least_count: int
     most_ffn: list[TokenGroup]
     fewest_ffn: list[TokenGroup]
-    by_position: list[TokenGroup]
-    by_frequency: list[TokenGroup]
     by_layer: list[LayerSummary]
     without_ffn: float
     all_ffn: float
-    loss_correlation: float
-    next_loss_correlation: float
 
 
 def find(request: InspectRequest, trace: Trace) -> Findings:
@@ -66,27 +52,21 @@ def find(request: InspectRequest, trace: Trace) -> Findings:
     text = request.text
     classes = [CLASSES[index] for index in request.classes.tolist()]
     by_class = sorted(groups(trace, classes), key=lambda group: CLASSES.index(group.name))
-    by_tag = [] if request.tags is None else groups(trace, request.tags)
     least, most, fewest = extremes(trace, text.ids, text.pieces, _EXTREMES)
     return Findings(
         all_tokens(trace),
         by_class,
-        sorted(by_tag, key=lambda group: -group.count),
         least,
         most,
         fewest,
-        by_position(trace),
-        by_frequency(trace, text.ids),
         by_layer(trace),
         float((trace.ffn == 0).all(axis=0).mean()),
         float((trace.ffn == trace.topk).all(axis=0).mean()),
-        loss_correlation(trace),
-        loss_correlation(trace, of_next=True),
     )
 
 
-def to_json(request: InspectRequest, traces: Sequence[Trace]) -> bytes:
-    """The JSON file: the text's tokens, and for each model its aggregates and every selection."""
+def to_json(request: InspectRequest, trace: Trace) -> bytes:
+    """The JSON file: the text's tokens, the model's aggregates and every selection."""
     text = request.text
     content = {
         "format_version": _FORMAT_VERSION,
@@ -100,9 +80,9 @@ def to_json(request: InspectRequest, traces: Sequence[Trace]) -> bytes:
             "span": text.spans.tolist(),
             "text": text.pieces,
             "class": [CLASSES[index] for index in request.classes.tolist()],
-            "tag": request.tags,
         },
-        "models": [_model(request, trace) for trace in traces],
+        # A list, as readers of this version know it.
+        "models": [_model(request, trace)],
     }
     return (json.dumps(_finite(content), allow_nan=False) + "\n").encode()
 

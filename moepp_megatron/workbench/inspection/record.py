@@ -21,7 +21,7 @@ from moepp_megatron.interop.scoring import score_stages, scoring_stages
 from moepp_megatron.moe.layer import MoEPPLayer, decoder_moepp_layers
 from moepp_megatron.moe.selection import Routing
 from moepp_megatron.runtime.distributed import build_groups
-from moepp_megatron.workbench.inspection.request import InspectedModel, InspectRequest
+from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.trace import Trace
 
 
@@ -80,42 +80,25 @@ def _selected_experts(gates: Tensor, routing_map: Tensor, topk: int) -> tuple[Te
     return order, gates.gather(1, order)
 
 
-def trace_models(request: InspectRequest) -> list[Trace]:
-    """Run the models one after the other; every rank must call, with torch's group only.
+def trace_model(request: InspectRequest) -> Trace | None:
+    """Run the model; every rank must call, with torch's group only.
 
-    Returns a trace of each on rank 0, nothing elsewhere.
+    Returns the trace on rank 0, nothing elsewhere: the windows joined, without the last one's
+    fillers.
     """
-    traces = []
-    for model in request.models:
-        build_groups(model.scoring.config, model.scoring.layout)
-        recorded = _record_routing(model.scoring)
-        parallel_state.destroy_model_parallel()
-        if recorded is not None:
-            traces.append(_trace(request, model, recorded))
-    return traces
-
-
-def _trace(
-    request: InspectRequest, model: InspectedModel, recorded: dict[str, np.ndarray]
-) -> Trace:
-    """Join the windows of a text, without the last one's fillers."""
-    count = len(request.text)
+    model, count = request.model, len(request.text)
+    build_groups(model.scoring.config, model.scoring.layout)
+    recorded = _record_routing(model.scoring)
+    parallel_state.destroy_model_parallel()
+    if recorded is None:
+        return None
     selected, gates = (
         recorded[name].reshape(len(model.layers), -1, recorded[name].shape[-1])[:, :count]
         for name in ("selected", "gates")
     )
     losses = recorded["losses"].reshape(-1)[:count]
-    return Trace(
-        model.label,
-        model.facts,
-        model.experts,
-        model.layers,
-        model.balanced_share,
-        selected,
-        gates,
-        losses,
-        request.window,
-    )
+    own = (model.label, model.facts, model.experts, model.layers, model.balanced_share)
+    return Trace(*own, selected, gates, losses)
 
 
 def _record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:

@@ -1,4 +1,4 @@
-"""Routing and loss of one model for each token of a text.
+"""Routing and loss of a model for each token of a text.
 
 Shape suffixes: L MoE layers, N tokens, K experts selected per token.
 """
@@ -24,7 +24,6 @@ class Trace:
         gates: [L, N, K] fp64 their gates.
         losses: [N] fp64 negative log-probability of each token, in nats; NaN for the first of a
             window, which is not predicted.
-        window: Length of the model's windows in tokens.
     """
 
     label: str
@@ -35,7 +34,6 @@ class Trace:
     selected: np.ndarray
     gates: np.ndarray
     losses: np.ndarray
-    window: int
 
     @property
     def topk(self) -> int:
@@ -64,8 +62,3 @@ class Trace:
         """[N, 4] fp64 share of each kind in a token's selections of all layers."""
         kinds = self.kinds
         return np.stack([(kinds == kind).mean(axis=(0, 2)) for kind in range(len(KIND_NAMES))], 1)
-
-    @property
-    def positions(self) -> np.ndarray:
-        """[N] int64 place of each token in its window, from 0."""
-        return np.arange(self.selected.shape[1]) % self.window

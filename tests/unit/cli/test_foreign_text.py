@@ -149,12 +149,12 @@ def test_scaling(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 def test_inspection(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     for name, stand_in in {
         "runtime.distributed.initialized": lambda rank: contextlib.nullcontext(),
-        "workbench.inspection.record.trace_models": lambda request: [],
+        "workbench.inspection.record.trace_model": lambda request: object(),
         "workbench.report.inspect.write_inspection": lambda *args: [("page", Path(HOSTILE))],
     }.items():
         monkeypatch.setattr(f"moepp_megatron.{name}", stand_in)
-    models = [SimpleNamespace(scoring=SimpleNamespace(config=None))]
-    request = SimpleNamespace(notices=[HOSTILE], models=models)
+    model = SimpleNamespace(scoring=SimpleNamespace(config=None))
+    request = SimpleNamespace(notices=[HOSTILE], model=model)
     inspect._inspect_rank(request)  # type: ignore[arg-type]
     printed = capsys.readouterr()
     # A path keeps one slash of several.

@@ -127,7 +127,7 @@ def test_also_among_others(words, tmp_path, monkeypatch, moepp):
     [
         ["generate", "s3://user:a/hidden@bucket/x", "--prompt", "a"],
         ["score", "s3://user:hidden@bucket/x", "--text", "a"],
-        ["inspect", "run", "--text", "a", "--against", "s3://user:hidden@bucket/x"],
+        ["inspect", "s3://user:hidden@bucket/x", "--text", "a"],
         ["convert", "mcore-to-hf", "s3://user:hidden@bucket/x", "out"],
     ],
     ids=lambda words: words[0],

@@ -11,8 +11,6 @@ from moepp_megatron.runtime.install import TRANSFORMER_ENGINE, how_to_install
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "moepp_megatron"
-# Named by `moepp inspect --tagger` alone.
-OF_A_USER = {"nltk", "spacy"}
 
 
 def test_the_command_is_for_the_python_that_runs() -> None:
@@ -37,7 +35,7 @@ def named_in_messages() -> set[str]:
 def test_every_requirement_is_one_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
-    known = {requirement.split("==")[0] for requirement in wanted} | OF_A_USER
+    known = {requirement.split("==")[0] for requirement in wanted}
     named = named_in_messages()
     assert {"wandb", "pyarrow", "megatron-core"} <= named
     assert named <= known

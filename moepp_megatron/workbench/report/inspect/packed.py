@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from moepp_megatron.workbench.report.drawing import KIND_COLOURS
 _GATE_STEPS = 65_535
 
 
-def packed(request: InspectRequest, traces: Sequence[Trace]) -> str:
+def packed(request: InspectRequest, trace: Trace) -> str:
     """The JSON object as ASCII that a script element can hold."""
     counts = Counter(request.text.ids.tolist())
     content = {
@@ -36,18 +35,16 @@ def packed(request: InspectRequest, traces: Sequence[Trace]) -> str:
         "window": request.window,
         "kinds": list(KIND_NAMES),
         "colours": [KIND_COLOURS[kind] for kind in KIND_NAMES],
-        **_tags(request.tags),
-        "models": [_model(trace) for trace in traces],
+        **_routing(trace),
     }
     # A text may hold "</script>".
     return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _model(trace: Trace) -> dict[str, Any]:
+def _routing(trace: Trace) -> dict[str, Any]:
     largest = float(trace.gates.max()) or 1.0
     known = trace.losses[np.isfinite(trace.losses)]
     return {
-        "label": trace.label,
         "layers": list(trace.layers),
         "topk": trace.topk,
         "names": trace.experts.names,
@@ -58,18 +55,6 @@ def _model(trace: Trace) -> dict[str, Any]:
         "losses": _base64(trace.losses, "<f4"),
         # The end of the loss's colours: a few tokens are far worse than all others.
         "highLoss": float(np.quantile(known, 0.98)) if len(known) else 1.0,
-    }
-
-
-def _tags(tags: list[str | None] | None) -> dict[str, Any]:
-    """Parts of speech as numbers from 1, 0 for none."""
-    if tags is None:
-        return {"tags": None, "tagNames": []}
-    names = sorted({tag for tag in tags if tag is not None})
-    numbers = {name: number for number, name in enumerate(names, start=1)}
-    return {
-        "tags": _base64([0 if tag is None else numbers[tag] for tag in tags], "<u2"),
-        "tagNames": ["none", *names],
     }
 
 

@@ -1,4 +1,4 @@
-"""Puts tables, plots and the packed tokens into the page's template."""
+"""Puts tables, the plot and the packed tokens into the page's template."""
 
 from __future__ import annotations
 
@@ -9,22 +9,41 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
+from matplotlib.ticker import PercentFormatter
+
 from moepp_megatron.config import ConfigError
+from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.workbench.inspection.aggregates import TokenGroup
 from moepp_megatron.workbench.inspection.findings import Findings, find, to_json
 from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.trace import Trace
 from moepp_megatron.workbench.report import formatting
-from moepp_megatron.workbench.report.blocks import Page, Section, Text, render_page
+from moepp_megatron.workbench.report.blocks import (
+    Cell,
+    Page,
+    Section,
+    Table,
+    Text,
+    number,
+    render_page,
+)
 from moepp_megatron.workbench.report.cards import Card
-from moepp_megatron.workbench.report.drawing import KIND_COLOURS, plot_style
+from moepp_megatron.workbench.report.drawing import (
+    KIND_COLOURS,
+    MUTED,
+    legend_above,
+    new_figure,
+    plot_style,
+    svg_data_uri,
+)
 from moepp_megatron.workbench.report.inspect.packed import packed
-from moepp_megatron.workbench.report.inspect.plots import inspection_plots
-from moepp_megatron.workbench.report.inspect.tables import group_table, token_table
+from moepp_megatron.workbench.report.plot import Plot
 
 # Tokens of a class below which the page's first sentence does not speak of it.
 _FEWEST = 20
-
+_COLUMNS = ("Tokens", "FFN experts", "Selections", "Loss")
 _ABOUT = (
     "FFN experts: a token and layer, mean and its standard error over the tokens. Selections: "
     "shares of the kinds of experts. Loss: mean in nats. A name picks these tokens in the text. "
@@ -34,15 +53,15 @@ _ABOUT = (
 )
 
 
-def write_inspection(request: InspectRequest, traces: Sequence[Trace]) -> list[tuple[str, Path]]:
+def write_inspection(request: InspectRequest, trace: Trace) -> list[tuple[str, Path]]:
     """Write the page, and the JSON file if one is wanted; returns name and path of each.
 
     Raises:
         ConfigError: If a file cannot be written.
     """
-    files = [("page", request.out, render(request, traces).encode("ascii", "xmlcharrefreplace"))]
+    files = [("page", request.out, render(request, trace).encode("ascii", "xmlcharrefreplace"))]
     if request.json is not None:
-        files.append(("numbers", request.json, to_json(request, traces)))
+        files.append(("numbers", request.json, to_json(request, trace)))
     for _, path, content in files:
         try:
             write_atomic(path, content)
@@ -53,27 +72,42 @@ def write_inspection(request: InspectRequest, traces: Sequence[Trace]) -> list[t
     return [(name, path) for name, path, _ in files]
 
 
-def render(request: InspectRequest, traces: Sequence[Trace]) -> str:
+def render(request: InspectRequest, trace: Trace) -> str:
     """The page's HTML. It needs no other file and makes no network requests."""
-    findings = [find(request, trace) for trace in traces]
+    found = find(request, trace)
     with plot_style():
-        plots = inspection_plots(traces, findings)
+        plot = _kinds_by_layer(trace, found)
     templates = resources.files("moepp_megatron.workbench.report") / "templates"
     script = (templates / "inspect.js").read_text()
-    letters = [f"{letter}: " for letter in "AB"] if len(traces) > 1 else [""]
+    by_class = Table(
+        ("Kind of token", *_COLUMNS),
+        [[Cell(group.name, pick="class"), *_cells(group)] for group in found.by_class],
+    )
+    ends = [
+        Table(
+            ("Token", *_COLUMNS),
+            [[Cell(_visible(group.name), "code"), *_cells(group)] for group in groups],
+            title=title,
+            wide=False,
+        )
+        for title, groups in (("Most", found.most_ffn), ("Fewest", found.fewest_ffn))
+    ]
+    note = f"Tokens that occur at least {found.least_count} times in the text. A dot is a space."
     page = Page(
         kind="MoE++ inspection",
         title=request.text.name,
-        lead=_sentence(traces, findings),
-        facts=[
-            fact
-            for letter, trace in zip(letters, traces, strict=True)
-            for fact in (f"{letter}{trace.label}", *trace.facts)
-        ],
+        lead=_sentence(trace, found),
+        facts=(trace.label, *trace.facts),
         warnings=[f"{notice}." for notice in request.notices],
-        cards=_cards(traces, findings),
-        sections=[*_sections(findings), Section("By layer, place, frequency and loss", plots)],
-        sources="the text and the checkpoint of each model",
+        cards=_cards(request, trace, found),
+        sections=[
+            Section("Which tokens take which experts", [by_class, Text([_ABOUT], "note")]),
+            Section(
+                "Tokens with the most and the fewest FFN experts", [*ends, Text([note], "note")]
+            ),
+            Section("By layer", [plot]),
+        ],
+        sources="the text and the checkpoint",
         command="moepp inspect",
     )
     return render_page(
@@ -81,42 +115,13 @@ def render(request: InspectRequest, traces: Sequence[Trace]) -> str:
         "inspect.html.j2",
         expert_kinds=KIND_COLOURS.items(),
         is_code=request.language == "python",
-        two=len(traces) > 1,
-        data=packed(request, traces),
+        data=packed(request, trace),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )
 
 
-def _sections(findings: Sequence[Findings]) -> list[Section]:
-    first = findings[0]
-    by_class = group_table("Kind of token", "class", [found.by_class for found in findings])
-    sections = [Section("Which tokens take which experts", [by_class, Text([_ABOUT], "note")])]
-    if first.by_tag:
-        by_tag = group_table("Tag", "tag", [found.by_tag for found in findings])
-        note = Text(["A token has the tag of the word that it belongs to."], "note")
-        sections.append(Section("Parts of speech", [by_tag, note]))
-    ends = [
-        token_table(f"{end}{letter}", groups)
-        for letter, found in zip((", A", ", B") if findings[1:] else ("",), findings, strict=True)
-        for end, groups in (("Most", found.most_ffn), ("Fewest", found.fewest_ffn))
-    ]
-    text = f"Tokens that occur at least {first.least_count} times in the text. A dot is a space."
-    title = "Tokens with the most and the fewest FFN experts"
-    return [*sections, Section(title, [*ends, Text([text], "note")])]
-
-
-def _sentence(traces: Sequence[Trace], findings: Sequence[Findings]) -> str:
-    if len(traces) == 1:
-        return _findings_sentence(traces[0], findings[0])
-    (a, b), (first, second) = (found.whole for found in findings), traces
-    return (
-        f"A: {_findings_sentence(first, findings[0])} B: {b.ffn:.2f} of {second.topk} "
-        f"({b.ffn - a.ffn:+.2f}), loss {b.loss:.3f} nats ({b.loss - a.loss:+.3f})."
-    )
-
-
-def _findings_sentence(trace: Trace, found: Findings) -> str:
+def _sentence(trace: Trace, found: Findings) -> str:
     whole = found.whole
     start = (
         f"{whole.count:,} tokens took {whole.ffn:.2f} of {trace.topk} FFN experts per layer on "
@@ -133,47 +138,76 @@ def _findings_sentence(trace: Trace, found: Findings) -> str:
     )
 
 
-def _cards(traces: Sequence[Trace], findings: Sequence[Findings]) -> list[Card]:
-    first = traces[0]
-    wholes = [found.whole for found in findings]
-    losses = [whole.loss for whole in wholes]
+def _cards(request: InspectRequest, trace: Trace, found: Findings) -> list[Card]:
+    whole, balanced = found.whole, trace.topk * trace.balanced_share
+    perplexity = formatting.number(math.exp(min(whole.loss, 700.0)), 1)
     return [
-        Card("Tokens", f"{wholes[0].count:,}", f"read in windows of {first.window:,}"),
+        Card("Tokens", f"{whole.count:,}", f"read in windows of {request.window:,}"),
         Card(
             "FFN experts per token",
-            _joined([f"{whole.ffn:.2f}" for whole in wholes]),
-            f"of {first.topk} a layer; perfect balance "
-            + _joined([f"{trace.topk * trace.balanced_share:.2f}" for trace in traces]),
+            f"{whole.ffn:.2f}",
+            f"of {trace.topk} a layer; perfect balance {balanced:.2f}",
             accent=True,
         ),
         Card(
             "Tokens without any FFN",
-            _joined([formatting.percent(found.without_ffn) for found in findings]),
+            formatting.percent(found.without_ffn),
             "zero-computation experts in every layer",
         ),
         Card(
             "Tokens with FFN only",
-            _joined([formatting.percent(found.all_ffn) for found in findings]),
+            formatting.percent(found.all_ffn),
             "FFN experts in every place of every layer",
         ),
-        Card(
-            "Loss",
-            _joined([f"{loss:.3f}" for loss in losses]),
-            "nats per token; perplexity "
-            + _joined([formatting.number(math.exp(min(loss, 700.0)), 1) for loss in losses]),
-        ),
-        Card(
-            "Loss and FFN experts",
-            _joined([_correlation(found.loss_correlation) for found in findings]),
-            "correlation over tokens; with the next token's loss "
-            + _joined([_correlation(found.next_loss_correlation) for found in findings]),
-        ),
+        Card("Loss", f"{whole.loss:.3f}", f"nats per token; perplexity {perplexity}"),
     ]
 
 
-def _correlation(value: float) -> str:
-    return "none" if math.isnan(value) else f"{value:+.2f}"
+def _visible(piece: str) -> str:
+    """A token's text with white space and control characters shown as in a Python string."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in piece)
+    return shown.replace(" ", "\u00b7") if piece else "(part of a character)"
 
 
-def _joined(values: Sequence[str]) -> str:
-    return " / ".join(values)
+def _cells(group: TokenGroup) -> Sequence[Cell]:
+    error = "" if math.isnan(group.ffn_error) else f" \u00b1 {group.ffn_error:.2f}"
+    texts = formatting.shares(group.kinds)
+    bars = [
+        (share, KIND_COLOURS[kind], f"{kind} {text}")
+        for kind, share, text in zip(KIND_NAMES, group.kinds, texts, strict=True)
+        if share > 0
+    ]
+    loss = "-" if math.isnan(group.loss) else f"{group.loss:.2f}"
+    count = number(formatting.count(group.count))
+    return count, number(f"{group.ffn:.2f}{error}"), Cell("", bars=bars), number(loss)
+
+
+def _kinds_by_layer(trace: Trace, found: Findings) -> Plot:
+    figure = new_figure(width=13.2)
+    axes = figure.subplots()
+    places = np.arange(len(found.by_layer))
+    below = np.zeros(len(places))
+    for index, kind in enumerate(KIND_NAMES):
+        shares = np.asarray([layer.kinds[index] for layer in found.by_layer])
+        if trace.experts.by_kind[index]:
+            axes.bar(places, shares, 0.72, bottom=below, color=KIND_COLOURS[kind], label=kind)
+        below += shares
+    axes.axhline(trace.balanced_share, color="white", linewidth=2.4)
+    axes.axhline(trace.balanced_share, color=MUTED, linewidth=1.2, linestyle="--")
+    every = -(-len(places) // 48)
+    axes.set_xticks(places[::every], [str(layer) for layer in trace.layers[::every]])
+    axes.set_xlabel("MoE layer")
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(visible=False)
+    legend_above(axes, ncols=4)
+    values = [layer.ffn for layer in found.by_layer]
+    return Plot(
+        "Selections by layer",
+        "Share of each kind of expert in the selections of a layer; dashed: FFN share under "
+        "perfect balance.",
+        svg_data_uri(figure),
+        f"Stacked bars of {len(values)} MoE layers; FFN experts per token between "
+        f"{min(values):.2f} and {max(values):.2f}.",
+        wide=True,
+    )

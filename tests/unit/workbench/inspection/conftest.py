@@ -54,7 +54,6 @@ def invented_trace(count: int, seed: int = 1, layers: int = 3, window: int = 64)
         selected,
         gates,
         losses,
-        window,
     )
 
 
@@ -65,9 +64,8 @@ def request_of(text: TokenizedText, out: Path, **changes: object) -> InspectRequ
         "text": text,
         "language": "python",
         "classes": classes,
-        "tags": None,
         "window": 64,
-        "models": [],
+        "model": None,
         "out": out,
         "notices": ["the text is read in windows of 64"],
     }

@@ -9,12 +9,9 @@ import pytest
 from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.workbench.inspection.aggregates import (
     all_tokens,
-    by_frequency,
     by_layer,
-    by_position,
     extremes,
     groups,
-    loss_correlation,
 )
 from moepp_megatron.workbench.inspection.findings import find, to_json
 from moepp_megatron.workbench.inspection.trace import Trace
@@ -24,11 +21,11 @@ from tests.unit.workbench.inspection.conftest import invented_trace
 SELECTED = np.array([[[0, 1], [1, 4], [4, 3], [0, 1]], [[1, 0], [3, 2], [4, 2], [0, 3]]])
 
 
-def trace(losses: list[float] | None = None) -> Trace:
+def trace() -> Trace:
     return Trace(
         "model", (), ExpertCounts(2, num_constant_experts=1), (1, 3), 0.4, SELECTED,
         np.full((2, 4, 2), 0.5),
-        np.array([math.nan, 1.0, 2.0, 4.0] if losses is None else losses), window=2,
+        np.array([math.nan, 1.0, 2.0, 4.0]),
     )  # fmt: skip
 
 
@@ -41,7 +38,6 @@ def test_what_tokens_took() -> None:
         [0.0, 0.25, 0.25, 0.5],
         [0.75, 0.0, 0.25, 0.0],
     ]
-    assert trace().positions.tolist() == [0, 1, 0, 1]
 
 
 def test_groups_are_means_of_their_tokens() -> None:
@@ -55,15 +51,6 @@ def test_groups_are_means_of_their_tokens() -> None:
     everything = all_tokens(trace())
     assert (everything.count, everything.ffn) == (4, 1.0)
     assert everything.loss == pytest.approx(7 / 3)
-
-
-def test_positions_and_frequencies() -> None:
-    assert [(g.name, g.count, g.ffn) for g in by_position(trace())] == [
-        ("0", 2, 1.0),
-        ("1", 2, 1.0),
-    ]
-    rare_first = by_frequency(trace(), np.array([7, 7, 9, 7]))
-    assert [(g.name, g.count, g.ffn) for g in rare_first] == [("1", 1, 0.0), ("2-3", 3, 4 / 3)]
 
 
 def test_layers() -> None:
@@ -87,25 +74,14 @@ def test_extremes_name_tokens_that_are_frequent_enough() -> None:
     assert [group.name for group in fewest] == ["c", "b"]
 
 
-def test_loss_correlation() -> None:
-    assert loss_correlation(trace([4.0, 1.0, 0.0, 3.0])) == pytest.approx(1.0)
-    assert loss_correlation(trace([math.nan, 0.5, 0.0, 1.5])) == pytest.approx(1.0)
-    assert math.isnan(loss_correlation(trace([1.0] * 4)))
-    # The loss of the next token: 2.0, 0.5, 0.0 at tokens with that many FFN experts.
-    shifted = trace([9.0, 2.0, 0.5, 0.0])
-    assert loss_correlation(shifted, of_next=True) == pytest.approx(1.0)
-    assert loss_correlation(shifted) != pytest.approx(1.0)
-
-
 def test_json_has_every_selection_and_aggregate(make_request, text) -> None:
-    request = make_request(tags=["X"] * len(text))
+    request = make_request()
     invented = invented_trace(len(text))
-    content = json.loads(to_json(request, [invented]))
+    content = json.loads(to_json(request, invented))
     assert "".join(content["tokens"]["text"]) == text.text
     (model,) = content["models"]
     assert model["selected"] == invented.selected.tolist()
     assert model["loss"][0] is None
     assert model["loss"][1] == pytest.approx(invented.losses[1], abs=1e-6)
     assert sum(group["count"] for group in model["by_class"]) == len(text)
-    assert model["by_tag"][0]["count"] == len(text)
     assert model["whole"]["ffn"] == pytest.approx(find(request, invented).whole.ffn)

@@ -1,12 +1,9 @@
 """The page of `moepp inspect` in a real browser, without a window."""
 
-import functools
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from moepp_megatron.workbench.inspection.text import TokenizedText
@@ -16,43 +13,32 @@ from tests.unit.workbench.inspection.conftest import invented_trace, request_of
 
 
 @pytest.fixture(scope="module")
-def written(text: TokenizedText, tmp_path_factory) -> Callable[[int], tuple[Path, list[Trace]]]:
-    """The page of one or two models, written when it is first asked for, and its traces."""
-
-    @functools.cache
-    def page_of(models: int) -> tuple[Path, list[Trace]]:
-        out = tmp_path_factory.mktemp("inspection") / "page.html"
-        traces = [invented_trace(len(text), seed) for seed in range(1, models + 1)]
-        write_inspection(request_of(text, out), traces)
-        return out, traces
-
-    return page_of
+def written(text: TokenizedText, tmp_path_factory) -> tuple[Path, Trace]:
+    """A page and its trace."""
+    out = tmp_path_factory.mktemp("inspection") / "page.html"
+    trace = invented_trace(len(text))
+    write_inspection(request_of(text, out), trace)
+    return out, trace
 
 
 @pytest.fixture
-def open_page(browser, written) -> Iterator[Callable[..., tuple[Any, list[Trace]]]]:
-    """Opens the page of one or two models; fails at the end if the page complained."""
+def opened(browser, written) -> Iterator[tuple[Any, Trace]]:
+    """The page in a tab, and its trace; fails at the end if the page complained."""
     complaints: list[str] = []
     page = browser.new_page(viewport={"width": 1440, "height": 1000})
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: complaints.append(request.url))
-
-    def open_page(models: int = 1) -> tuple[Any, list[Trace]]:
-        out, traces = written(models)
-        page.goto(out.as_uri())
-        assert complaints.pop(0) == out.as_uri()
-        return page, traces
-
-    yield open_page
-    complaints = [line for line in complaints if not line.startswith("data:image/svg+xml")]
+    out, trace = written
+    page.goto(out.as_uri())
+    yield page, trace
     page.close()
-    assert complaints == []
+    assert [one for one in complaints if not one.startswith("data:image/svg+xml")] == [out.as_uri()]
 
 
-def colours(page: Any, panel: int = 0) -> list[str]:
+def colours(page: Any) -> list[str]:
     script = "(p) => [...p.querySelectorAll('b')].map((b) => getComputedStyle(b).backgroundColor)"
-    return page.locator(".text").nth(panel).evaluate(script)
+    return page.locator(".text").evaluate(script)
 
 
 def blue(share: float) -> str:
@@ -69,8 +55,8 @@ def shown_path(page: Any) -> list[list[str]]:
     ]
 
 
-def test_a_hovered_token_shows_its_path(open_page, text: TokenizedText) -> None:
-    page, (trace,) = open_page()
+def test_a_hovered_token_shows_its_path(opened) -> None:
+    page, trace = opened
     for at in (5, 17):
         page.hover(f"b[data-i='{at}']")
         assert page.locator("#path").get_attribute("data-token") == str(at)
@@ -90,8 +76,8 @@ def test_a_hovered_token_shows_its_path(open_page, text: TokenizedText) -> None:
         assert page.locator("#path svg circle title").count() == trace.selected[:, at].size
 
 
-def test_colours_are_those_of_the_layer_that_is_chosen(open_page) -> None:
-    page, (trace,) = open_page()
+def test_colours_are_those_of_the_layer_that_is_chosen(opened) -> None:
+    page, trace = opened
     mean = colours(page)
     assert mean == [blue(ffn / 2) for ffn in trace.ffn_mean]
     for layer in range(3):
@@ -102,8 +88,8 @@ def test_colours_are_those_of_the_layer_that_is_chosen(open_page) -> None:
     assert colours(page) == mean
 
 
-def test_a_clicked_token_stays_and_arrow_keys_move_it(open_page) -> None:
-    page, _ = open_page()
+def test_a_clicked_token_stays_and_arrow_keys_move_it(opened) -> None:
+    page, _ = opened
     page.click("b[data-i='9']")
     page.hover("b[data-i='20']")
     assert page.locator("#path").get_attribute("data-token") == "9"
@@ -113,20 +99,3 @@ def test_a_clicked_token_stays_and_arrow_keys_move_it(open_page) -> None:
     page.keyboard.press("Escape")
     page.hover("b[data-i='21']")
     assert page.locator("#path").get_attribute("data-token") == "21"
-
-
-def test_two_models_stand_side_by_side_and_as_their_difference(open_page) -> None:
-    page, (a, b) = open_page(models=2)
-    assert [colours(page, panel) for panel in (0, 1)] == [
-        [blue(ffn / 2) for ffn in trace.ffn_mean] for trace in (a, b)
-    ]
-    page.locator(".text").nth(1).locator("b").nth(7).hover()
-    assert page.locator(".text b.on").count() == 2
-    assert len(shown_path(page)) == 6
-    page.select_option("#view", "difference")
-    assert page.locator(".text").count() == 1
-    change = b.ffn_mean - a.ffn_mean
-    reds = [int(re.findall(r"\d+", c)[0]) for c in colours(page)]
-    blues = [int(re.findall(r"\d+", c)[2]) for c in colours(page)]
-    # More FFN experts in the second: blue, fewer: vermilion, none: white.
-    assert [np.sign(b - r) for r, b in zip(reds, blues, strict=True)] == np.sign(change).tolist()
