@@ -1,12 +1,12 @@
 """`moepp plan` as a user calls it."""
 
 import json
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from moepp_megatron.cli import main
 from moepp_megatron.config import Layout, load_config
 from moepp_megatron.config.hardware import load_hardware
 
@@ -38,27 +38,25 @@ CONTRACT = {
 
 
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs `moepp plan` on a small configuration in this process; returns the exit code."""
+def wide(moepp, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    monkeypatch.setenv("COLUMNS", "200")
+    return partial(moepp, "plan")
+
+
+@pytest.fixture
+def plan(wide, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """Runs `moepp plan` on a small configuration: exit code, stdout and stderr."""
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG)
-
-    def run(*options: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["moepp", "plan", str(config), *options])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            main.run()
-        return int(ended.value.code or 0)
-
-    return run
+    return partial(wide, config)
 
 
-def test_table_json_plot_and_layout(plan, tmp_path: Path, capsys) -> None:
+def test_table_json_plot_and_layout(plan, tmp_path: Path) -> None:
     out, data, picture = (tmp_path / name for name in ("best.yaml", "plan.json", "plan.png"))
     files = ("--json", str(data), "--plot", str(picture), "--out", str(out))
     prices = ("--price", "2.5", "--tokens", "1e9")
-    assert plan("moe.tau=0.5", "--gpus", "16", "--gpu", "h100", *files, *prices) == 0
-    printed = capsys.readouterr().out
+    code, printed, _ = plan("moe.tau=0.5", "--gpus", "16", "--gpu", "h100", *files, *prices)
+    assert code == 0
     for text in (
         "legal layouts on 16 h100_sxm",
         "vanilla",
@@ -105,7 +103,7 @@ def test_the_written_layout_has_all_overrides(plan, tmp_path: Path) -> None:
     out = tmp_path / "best.yaml"
     budget = ("moe.budget.target_ffn_per_token=1.2", "moe.budget.response=0.01")
     overrides = ("model.num_layers=2", *budget, "routing_guard=safe")
-    assert plan(*overrides, "--gpus", "2", "--out", str(out)) == 0
+    assert plan(*overrides, "--gpus", "2", "--out", str(out))[0] == 0
     written = load_config(out)
     assert (written.moe.budget.target_ffn_per_token, written.moe.budget.response) == (1.2, 0.01)
     asked = load_config(tmp_path / "config.yaml", overrides)
@@ -120,7 +118,9 @@ def test_a_ramp_of_the_batch_trains_on_less(plan, tmp_path: Path) -> None:
     """10 steps of 32 sequences, until 655,360 tokens are read, then 90 of 64."""
     data = tmp_path / "plan.json"
     ramp = "training.batch_ramp=[[0, 32], [655360, 64]]"
-    assert plan("model.num_layers=4", ramp, "--gpus", "2", "--price", "2", "--json", str(data)) == 0
+    assert (
+        plan("model.num_layers=4", ramp, "--gpus", "2", "--price", "2", "--json", str(data))[0] == 0
+    )
     tokens = {record["run"]["tokens"] for record in json.loads(data.read_text())}
     assert tokens == {(10 * 32 + 90 * 64) * 2048}
 
@@ -139,43 +139,35 @@ def test_a_ramp_of_the_batch_trains_on_less(plan, tmp_path: Path) -> None:
         (["precision.fp8=hybrid", "--gpu", "a100"], "precision.fp8 (hybrid) must be a format"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(plan, capsys, options, message) -> None:
-    assert plan(*options) == 2
-    error = capsys.readouterr().err
+def test_mistakes_are_one_line_and_exit_code_2(plan, options, message) -> None:
+    code, _, error = plan(*options)
+    assert code == 2
     assert message in error
     assert error.count("\n") == 1
     assert "Traceback" not in error
 
 
-def test_a_model_too_large_is_said_after_the_nearest_misses(plan, capsys, tmp_path: Path) -> None:
+def test_a_model_too_large_is_said_after_the_nearest_misses(plan, tmp_path: Path) -> None:
     out = tmp_path / "best.yaml"
     huge = ["model.hidden_size=16384", "model.num_layers=64", "model.ffn_hidden_size=65536"]
-    assert plan(*huge, "--gpus", "1", "--out", str(out)) == 2
-    captured = capsys.readouterr()
-    assert "does not fit" in captured.out
-    assert "use more GPUs" in captured.err
+    code, printed, error = plan(*huge, "--gpus", "1", "--out", out)
+    assert code == 2
+    assert "does not fit" in printed
+    assert "use more GPUs" in error
     assert not out.exists()
 
 
-def test_the_configuration_is_not_overwritten(plan, capsys, tmp_path: Path) -> None:
+def test_the_configuration_is_not_overwritten(plan, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     # Refused before the search: nothing is printed.
-    assert plan("--out", str(config)) == 2
-    told = capsys.readouterr()
-    assert f"--out ({config}) must not replace CONFIG, which is read" in told.err
-    assert not told.out
+    code, printed, error = plan("--out", config)
+    assert (code, printed) == (2, "")
+    assert f"--out ({config}) must not replace CONFIG, which is read" in error
     assert config.read_text() == CONFIG
 
 
-def test_the_model_is_held_to_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_model_is_held_to_runs(tmp_path: Path, wide) -> None:
     from moepp_megatron.workbench.planning.measured.compare import SET_NUMBERS
-
-    def call(*options: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["moepp", "plan", *options])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            main.run()
-        return int(ended.value.code or 0)
 
     rows = [one for one in json.loads(SET_NUMBERS.read_text()) if one["hardware"] == "b200"]
     rows[0]["measured"]["peak_memory_gib"] = 100.0
@@ -183,8 +175,8 @@ def test_the_model_is_held_to_runs(tmp_path: Path, monkeypatch, capsys) -> None:
     rows[-1] |= {"routng": "forced", "colour": "red", "beyond": {"moment_byte": 2}}
     file, data, mine = (tmp_path / name for name in ("rows.json", "errors.json", "mine.yaml"))
     file.write_text(json.dumps(rows))
-    assert call("--measured", str(file), "--json", str(data), "--fit", str(mine)) == 0
-    told = capsys.readouterr().out
+    code, told, _ = wide("--measured", file, "--json", data, "--fit", mine)
+    assert code == 0
     for text in ("Llama-3 8B MXFP8, 8", "errors of rows in scope in", "ratio: ", "left out"):
         assert text in told
     for text in ("routng (did you mean routing?)", "moment_byte (did you mean moment_bytes?)"):
@@ -202,7 +194,7 @@ def test_the_model_is_held_to_runs(tmp_path: Path, monkeypatch, capsys) -> None:
         assert one["measured"] == row["measured"]
     # The fitted file is one that the next plan takes; it is not written over.
     assert load_hardware(str(mine)).name == "b200"
-    assert call("--measured", str(file), "--fit", str(mine)) == 2
+    assert wide("--measured", file, "--fit", mine)[0] == 2
     for options, says in (
         (["--measured", str(file), "config.yaml"], "must come without CONFIG"),
         (
@@ -213,6 +205,6 @@ def test_the_model_is_held_to_runs(tmp_path: Path, monkeypatch, capsys) -> None:
         ([], "CONFIG must be given, or --measured FILE"),
         (["--measured", str(tmp_path / "none.json")], "cannot be read"),
     ):
-        capsys.readouterr()
-        assert call(*options) == 2
-        assert says in capsys.readouterr().err
+        code, _, error = wide(*options)
+        assert code == 2
+        assert says in error
