@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -272,20 +274,25 @@ def test_a_training_ends_well_though_nothing_can_be_printed(loss, by_sink_first)
     assert (done.returncode, done.stderr) == (0, "ended\n")
 
 
-def test_tensorboard_gets_every_number(make_record, tmp_path: Path):
+def written(folder: Path) -> Any:
+    """What TensorBoard reads, all of it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    return EventAccumulator(str(folder), {"histograms": 0}).Reload()
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in written(folder).Scalars(tag)]
+
+
+def test_tensorboard_gets_every_number(make_record, tmp_path: Path):
     sink = TensorBoardSink(tmp_path, EXPERTS)
     sink.write(make_record(1, valid_loss=5.5, layer_ffn_fraction=[0.5, 0.75], own_key=2.0))
     by_source = {"web text": 4.0}
     experts = {"web text": [0.25, 0.25, 0.25, 0.25]}
     sink.write(make_record(2, loss=5.0, source_loss=by_source, source_expert_share=experts))
     sink.close()
-    events = EventAccumulator(str(tmp_path)).Reload()
-
-    def values(tag: str) -> list[tuple[int, float]]:
-        return [(e.step, e.value) for e in events.Scalars(tag)]
-
+    values = partial(scalars, tmp_path)
     assert values("loss/train") == [(1, 5.25), (2, 5.0)]
     assert values("loss/validation") == [(1, 5.5)]
     assert values("other/own_key") == [(1, 2.0)]
@@ -294,13 +301,6 @@ def test_tensorboard_gets_every_number(make_record, tmp_path: Path):
     assert values("layer_ffn_fraction/moe_layer_2") == [(1, 0.75)]
     shares = [values(f"expert_share/{n}")[0][1] for n in ("FFN_0", "FFN_1", "constant_0", "zero_0")]
     assert shares == [0.3125, 0.3125, 0.25, 0.125]
-
-
-def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder)).Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
 def test_tensorboard_hides_what_a_rollback_undoes(make_record, tmp_path: Path):
@@ -356,14 +356,12 @@ def test_tensorboard_survives_a_clock_that_is_set_back(make_record, tmp_path: Pa
 
 
 def test_tensorboard_gets_histograms_of_lists(make_record, tmp_path: Path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     sink = TensorBoardSink(tmp_path, EXPERTS)
     for step in range(1, 12):
         tokens = [[0.25, 0.5, 0.25], [math.nan, 0.5, 0.5]]
         sink.write(make_record(step, layer_ffn_histogram=tokens, unnamed_list=[1.0, 2.0]))
     sink.close()
-    events = EventAccumulator(str(tmp_path), {"histograms": 0}).Reload()
+    events = written(tmp_path)
     # A layer whose weights are no numbers and a list that no table names give none.
     assert sorted(events.Tags()["histograms"]) == [
         "expert_share/all_layers",
@@ -382,8 +380,6 @@ def test_tensorboard_gets_histograms_of_lists(make_record, tmp_path: Path):
 
 def test_tensorboard_numbers_layers_as_alerts_and_pages_do(make_record, tmp_path: Path):
     """By their place in the model, from 1: of layers 1 to 4 the second and the fourth are MoE."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     fan = open_sinks(SinkSettings(tmp_path, EXPERTS, phi=0.5, total_steps=1, moe_layers=[2, 4]))
     health = {"gate_entropy": [1.0, 2.0]}
     tokens = [[0.25, 0.5, 0.25], [0.5, 0.25, 0.25]]
@@ -393,7 +389,7 @@ def test_tensorboard_numbers_layers_as_alerts_and_pages_do(make_record, tmp_path
         )
     )
     fan.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"), {"histograms": 0}).Reload()
+    events = written(tmp_path / "tensorboard")
     tags = events.Tags()
     named = {tag for tag in tags["scalars"] + tags["histograms"] if "moe_layer" in tag}
     assert named == {
