@@ -181,7 +181,7 @@ def test_keep_counts_valid_ones_and_never_deletes_what_is_damaged(write, tmp_pat
         "step_00000010", "step_00000015", "step_00000020"
     ]  # fmt: skip
     (message,) = caplog.messages
-    assert "step_00000015 alone: __0_0.distcp is damaged" in message
+    assert "step_00000015: __0_0.distcp is damaged" in message
 
 
 @pytest.mark.parametrize(
