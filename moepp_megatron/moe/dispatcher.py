@@ -140,7 +140,7 @@ class FFNAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             # Rows that fill an expert's batch are tokens that did not select it.
             slots = self.num_experts
         table = rows_of_tokens(self.routing_map, slots)
-        return self._inbound.end(ticket), table
+        return (ticket if self._waits_at_once else self._inbound.end(ticket)), table
 
     def _exchange(self, back: bool) -> Exchange:
         """All-to-all of one row per selection, towards the experts or back."""

@@ -126,7 +126,7 @@ VANILLA = (
 )  # fmt: skip
 _TWO_EXPERT_RANKS = "parallel.expert_model_parallel_size=2"
 _STAGES = "parallel.pipeline_model_parallel_size=2"
-_WATCHED = [
+WATCHED = [
     "observe.health_interval=1",
     "routing_guard.enabled=true",
     "routing_guard.dry_run=true",
@@ -140,7 +140,7 @@ _TENSOR_AND_CONTEXT = [
 LOCAL: dict[str, dict[str, Any]] = {
     "one rank": smallest(sequences=2),
     "guards, health, evaluation, save": smallest(
-        *_WATCHED, parts=["guard", "health", "evaluation", "save"]
+        *WATCHED, parts=["guard", "health", "evaluation", "save"]
     ),
     "capacity, context parallel": smallest(
         "moe.capacity_factor=1.25", "parallel.context_parallel_size=2", world_size=2, sequences=1
@@ -204,9 +204,10 @@ ENGINE: dict[str, dict[str, Any]] = {
     "recompute moe_act": smallest(_SELECTIVE, "training.recompute_modules=[moe_act]"),
     "recompute core_attn": smallest(_SELECTIVE, "training.recompute_modules=[core_attn]"),
     "recompute layernorm, moe": smallest(_SELECTIVE, "training.recompute_modules=[layernorm,moe]"),
+    # Evaluation calls the layers one after another.
     "combined schedule": smallest(
         _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true",
-        world_size=2, sequences=4,
+        world_size=2, sequences=4, parts=["evaluation"],
     ),
     "combined schedule, delayed weight gradients": smallest(
         _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true",

@@ -80,6 +80,7 @@ class Routing:
         ranks: Expert-parallel ranks.
         sources: Ranks whose tokens an expert gets: these times expert-tensor-parallel ranks.
         reached: Expert-parallel ranks on which a token's FFN experts lie.
+        gathers: Whether rows are counted once they have arrived: all-gather and flex.
     """
 
     share: float = 0.0
@@ -88,6 +89,14 @@ class Routing:
     ranks: int = 1
     sources: int = 1
     reached: float = 1.0
+    gathers: bool = False
+
+    @property
+    def counted(self) -> int:
+        """Rows that a dispatcher counts: those that it sends, or those that have arrived."""
+        if self.gathers:
+            return self.rows * self.sources * self.local_experts
+        return self.rows * self.experts
 
     @property
     def rows(self) -> int:
@@ -105,6 +114,8 @@ class Routing:
 
 
 ROUTING = Routing()
+# GPUs that NVLink joins.
+_NODE = 8
 
 # Operations that look at numbers to know the size of their result: they wait for the device.
 _SIZED_BY_NUMBERS = (
@@ -202,7 +213,7 @@ def _is_mask(index: Any) -> bool:
 def _number(tensor: Any) -> float | int | bool:
     if tensor.dtype == torch.bool:
         return True
-    return 1.0 if tensor.is_floating_point() else ROUTING.rows * ROUTING.experts
+    return 1.0 if tensor.is_floating_point() else ROUTING.counted
 
 
 def _sized(func: Any, first: torch.Tensor, args: Any, kwargs: Any) -> Any:
@@ -211,8 +222,10 @@ def _sized(func: Any, first: torch.Tensor, args: Any, kwargs: Any) -> Any:
         return first.new_zeros(least)
     if func is aten.masked_select.default:
         mask = args[1]
-        # [experts, tokens], as megatron-core permutes.
-        return first.new_zeros(mask.shape[0] * max(1, int(ROUTING.share * mask.shape[1])))
+        # [experts, tokens], as megatron-core permutes; tokens are those of whole ranks, or copies.
+        sources, rest = divmod(mask.shape[1], ROUTING.tokens)
+        rows = int(ROUTING.share * mask.shape[1]) if rest else ROUTING.rows * sources
+        return first.new_zeros(mask.shape[0] * max(1, rows))
     raise NotImplementedError(f"no answer for {func}")
 
 
@@ -358,7 +371,7 @@ def _count_synchronize(owner: Any) -> None:
 
 def _listed(shape: tuple[int, ...], is_float: bool) -> Any:
     if not shape:
-        return 1.0 if is_float else ROUTING.rows * ROUTING.experts
+        return 1.0 if is_float else ROUTING.counted
     if len(shape) > 1:
         return [_listed(shape[1:], is_float) for _ in range(shape[0])]
     if is_float:
@@ -443,6 +456,14 @@ def _collective(name: str) -> Any:
     return collective
 
 
+def answer_checks() -> None:
+    """Nothing is compiled here, and DeepEP's functions are answered."""
+    from moepp_megatron.runtime import fit, optional
+
+    fit.compiler_obstacle = fit.extension_obstacle = lambda: None
+    fit.flex_backends = optional.flex_backends = lambda: ("deepep", "hybridep")
+
+
 def answer_megatron() -> None:
     """Answer what megatron-core and the dispatchers read; after they have been imported."""
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -454,7 +475,7 @@ def answer_megatron() -> None:
             return tensor
         rows = ROUTING.rows
         if tensor.dim() == 0:
-            value = rows * ROUTING.experts
+            value = ROUTING.counted
         elif as_numpy:
             value = rows * ROUTING.local_experts
         else:
@@ -487,7 +508,14 @@ def answer_megatron() -> None:
 
 
 def _answer_flex(token_dispatcher: Any) -> None:
-    """DeepEP's and HybridEP's functions, by their shapes; each waits for its counts on the host."""
+    """DeepEP's and HybridEP's functions, by their shapes; each waits for its counts on the host.
+
+    Within a node DeepEP's own Python where it is there (`engine.deep_ep`).
+    """
+    from megatron.core.transformer.moe import fused_a2a
+
+    # Of a case before, on other ranks.
+    fused_a2a._buffer = None
 
     def arrived(x: torch.Tensor, rows: int) -> torch.Tensor:
         return x.index_select(0, torch.zeros(rows, dtype=torch.long, device=x.device))
@@ -499,14 +527,22 @@ def _answer_flex(token_dispatcher: Any) -> None:
         with unset_fake_temporarily():
             return torch.full((ROUTING.local_experts,), rows_of_expert(multiple), dtype=torch.long)
 
-    def dispatch(x: Any, indices: Any, probs: Any, num_experts: int, group: Any, **_: Any) -> Any:
+    own = fused_a2a.fused_dispatch, fused_a2a.fused_combine
+
+    def dispatch(
+        x: Any, indices: Any, probs: Any, num_experts: int, group: Any, **options: Any
+    ) -> Any:
+        if own[0] is not None and group.size() <= _NODE:
+            return own[0](x, indices, probs, num_experts, group, **options)
         assert indices.dtype is torch.int64
         assert probs.dtype is torch.float32
         RECORD.read("DeepEP")
         rows = ROUTING.copies * group.size()
         return arrived(x, rows), arrived(indices, rows), arrived(probs, rows), counts(), x.shape
 
-    def combine(x: Any, group: Any, handle: Any, **_: Any) -> Any:
+    def combine(x: Any, group: Any, handle: Any, **options: Any) -> Any:
+        if own[1] is not None and group.size() <= _NODE:
+            return own[1](x, group, handle, **options)
         return arrived(x, handle[0]), None
 
     def permuting_dispatch(
@@ -525,7 +561,8 @@ def _answer_flex(token_dispatcher: Any) -> None:
 
     token_dispatcher.fused_dispatch = dispatch
     token_dispatcher.fused_combine = combine
-    token_dispatcher.set_deepep_num_sms = lambda number: None
+    if own[0] is None:
+        token_dispatcher.set_deepep_num_sms = lambda number: None
     token_dispatcher.hybrid_ep_dispatch = permuting_dispatch
     token_dispatcher.hybrid_ep_combine = unpermuting_combine
 

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,8 +26,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from moepp_megatron.config import UnfitError
 from tests.fake_gpu import machine
-from tests.fake_gpu.engine import extension
+from tests.fake_gpu.engine import deep_ep, extension
 from tests.fake_gpu.machine import RECORD, ROUTING
 from tests.fake_gpu.memory import MEMORY
 
@@ -56,6 +58,7 @@ class Outcome:
 
     Attributes:
         error: Traceback; empty if there was none.
+        refused: Why the configuration is not for this machine, as a user is told.
         faults: `machine.Record.faults`.
         reads: Reads of one step, the second one.
         launches: Triton kernels of it.
@@ -72,6 +75,7 @@ class Outcome:
     """
 
     error: str = ""
+    refused: str = ""
     faults: list[str] = field(default_factory=list)
     reads: dict[str, int] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
@@ -90,6 +94,8 @@ def main() -> None:
     machine.install()
     if len(sys.argv) > 1:
         extension.install(Path(sys.argv[1]))
+        if find_spec("deep_ep") is not None:
+            deep_ep.install()
     import moepp_megatron.model.build
     import moepp_megatron.training.trainer  # noqa: F401
 
@@ -107,6 +113,8 @@ def _played(case: Case) -> Outcome:
     MEMORY.forget()
     try:
         _play(case, outcome)
+    except UnfitError as error:
+        outcome.refused = str(error)
     except Exception:
         outcome.error = traceback.format_exc()
     finally:
@@ -144,7 +152,7 @@ def _play(case: Case, outcome: Outcome) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from moepp_megatron.config import Layout, load_config
-    from moepp_megatron.runtime import cpu_support, distributed
+    from moepp_megatron.runtime import cpu_support, distributed, fit
     from moepp_megatron.runtime.quiet import quiet
     from moepp_megatron.workbench.planning.traffic import distinct_targets
 
@@ -153,6 +161,8 @@ def _play(case: Case, outcome: Outcome) -> None:
     config = load_config(Path(case.config), [*small, *case.overrides])
     layout = Layout.from_config(config, case.world_size)
     assert not cpu_support.install(), "there is no GPU to play on"
+    machine.answer_checks()
+    fit.check_fit(config)
     torch.cuda.set_device(0)
     dist.init_process_group("fake", store=FakeStore(), rank=case.rank, world_size=case.world_size)
     distributed.build_groups(config, layout)
@@ -163,6 +173,7 @@ def _play(case: Case, outcome: Outcome) -> None:
     ROUTING.tokens, ROUTING.experts, ROUTING.ranks = tokens, moe.num_ffn_experts, layout.ep
     ROUTING.sources = layout.ep * layout.etp
     ROUTING.reached = distinct_targets(layout.ep, moe.router_topk * moe.ffn_share, ROUTING.experts)
+    ROUTING.gathers = moe.dispatcher in ("allgather", "flex")
     ROUTING.share = moe.router_topk * moe.ffn_share / moe.num_ffn_experts
     with machine.graphs() if config.training.cuda_graphs else nullcontext(), machine.fake_mode():
         _Run(config, layout, case, outcome).play()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -63,6 +64,26 @@ def transformer_engine(version: str) -> Engine:
     return Engine(folder / "python", source)
 
 
+@functools.cache
+def deep_ep() -> Path | None:
+    """The folder of DeepEP's Python; None where pip cannot fetch it. HybridEP is not published."""
+    folder = _CACHE / "deep_ep-1.0.0"
+
+    def fetch(target: Path) -> None:
+        # Its set-up asks for the library that its kernels would be linked with.
+        build = ("--no-build-isolation", "--no-binary=:all:")
+        _pip("download", *build, "-d", str(target), "deep_ep==1.0.0", NVSHMEM_DIR=str(target))
+        (archive,) = target.glob("*.tar.gz")
+        with tarfile.open(archive) as opened:
+            opened.extractall(target, filter="data")
+
+    try:
+        _once(folder, fetch)
+    except Unavailable:
+        return None
+    return folder / "deep_ep-1.0.0"
+
+
 def pinned_engine() -> Engine:
     """The version in constraints.txt."""
     return transformer_engine(pinned("transformer_engine"))
@@ -82,10 +103,17 @@ def _once(folder: Path, fetch: Callable[[Path], None]) -> None:
         unfinished.rename(folder)
 
 
-def _pip(*arguments: str) -> None:
+def _pip(*arguments: str, **environment: str) -> None:
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input", "--retries=0", "--timeout=15"]
     command = [sys.executable, "-m", "pip", arguments[0], *quiet, "--no-deps", *arguments[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise Unavailable(f"pip could not fetch {arguments[-1]}: {lines[-1] if lines else ''}")

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from tests.fake_gpu import cases, reads
+from tests.fake_gpu.drawn import drawn
 from tests.fake_gpu.outcomes import Play, excess, sound, token_id_kernels
 from tests.fake_gpu.peaks import launches
-from tests.fake_gpu.real_packages import Engine
+from tests.fake_gpu.real_packages import Engine, Unavailable, transformer_engine
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -75,3 +76,42 @@ def test_the_planner_counts_the_launches(stub: Path, transformer_engine: Engine,
     assert played[0] <= LAUNCHES[name][0]
     assert played[1] <= LAUNCHES[name][1]
     assert planned[0] - planned[1] == pytest.approx(played[0] - played[1], abs=1)
+
+
+# Seeds 0 to 65; some of them are for another machine. The first few run by default.
+DRAWN, FEW = 66, 6
+
+
+def _no_drawn_one_fails(play: Play, engine: Engine, seeds: range) -> int:
+    """Play what the seeds draw; how many were played."""
+    chosen = [drawn(seed) for seed in seeds]
+    count = 0
+    for case, outcome in zip(chosen, play(chosen, engine), strict=True):
+        assert outcome["error"] == "", f"{case}\n{outcome['error']}"
+        assert outcome["faults"] == [], case
+        count += outcome["refused"] == ""
+    return count
+
+
+def test_drawn_configurations(play: Play, transformer_engine: Engine) -> None:
+    assert _no_drawn_one_fails(play, transformer_engine, range(FEW)) > 0
+
+
+@pytest.mark.slow
+def test_sixty_drawn_configurations(play: Play, transformer_engine: Engine) -> None:
+    parts = [range(first, first + 22) for first in range(0, DRAWN, 22)]
+    assert sum(_no_drawn_one_fails(play, transformer_engine, part) for part in parts) >= 60
+
+
+# The oldest that is played, whose recomputation megatron-core's `layernorm` and `moe_act` need.
+OLDEST = "2.6.0.post1"
+
+
+def test_the_oldest_version(play: Play) -> None:
+    names = ["one rank", "FP8, blockwise, expert parallel", "FP8, delayed, weights", "graphs"]
+    try:
+        engine = transformer_engine(OLDEST)
+    except Unavailable as error:
+        pytest.skip(str(error))
+    for outcome in sound(play([cases.ENGINE[name] for name in names], engine)):
+        assert outcome["modules"] == ["TEDotProductAttention", "TEGroupedMLP"]

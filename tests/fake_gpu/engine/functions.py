@@ -279,11 +279,14 @@ def _check_attention(
 @_function
 def fused_attn_bwd(
     cu_seqlens_q: Any, cu_seqlens_kv: Any, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor,
-    O: torch.Tensor, dO: torch.Tensor, fake_dtype: torch.dtype, dqkv_layout: Any,  # noqa: E741
+    O: torch.Tensor, dO: torch.Tensor, fake_dtype: torch.dtype,  # noqa: E741
+    dqkv_layout: Any = None, qkv_layout: Any = None,
 ) -> list[Any]:  # fmt: skip
     _check_attention(cu_seqlens_q, cu_seqlens_kv, Q, K, V)
     assert O.numel() == dO.numel()
-    name, rest = type(dqkv_layout)(int(dqkv_layout)).name, [None, None]
+    # Older versions give gradients the layout of their tensors.
+    layout = qkv_layout if dqkv_layout is None else dqkv_layout
+    name, rest = layout.name, [None, None]
     if "3HD" in name or "H3D" in name:
         axis = -3 if "3HD" in name else -2
         shape = list(Q.shape)
