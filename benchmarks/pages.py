@@ -19,7 +19,7 @@ from benchmarks.grafana import dashboard
 from moepp_megatron.catalogue import IN_LAYERS, METRICS, OF_RECORD, Metric
 from moepp_megatron.cli.main import app
 from moepp_megatron.config import megatron_flags as flags
-from moepp_megatron.config.guard_metrics import COMPARED, COUNTED, GUARD_METRICS, MEASURED
+from moepp_megatron.config.guard_metrics import COUNTED, GUARD_METRICS, MEASURED
 from moepp_megatron.config.reference import SectionReference, section_references
 from moepp_megatron.observe.tensorboard import tag_of
 from moepp_megatron.workbench.report.live import exported
@@ -154,7 +154,7 @@ metric without a key exists in Prometheus only.
 
 
 def _place(name: str) -> str:
-    if name in {**COUNTED, **COMPARED}:
+    if name in COUNTED:
         return "each layer"
     return "each layer, where measured" if name in MEASURED else "the model"
 

@@ -52,7 +52,6 @@ NAVIGATION = {
         "Router health <docs/routing>",
         "The budget of FFN experts <docs/budget>",
         "The routing guard <docs/guard>",
-        "Shifts of the data <docs/routing_shift>",
         "Parallel layouts <docs/parallelism>",
         "Optimizers and schedules <docs/optimizers>",
         "Fully sharded data parallelism <docs/fsdp>",

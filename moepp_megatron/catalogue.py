@@ -71,7 +71,7 @@ class Metric:
             ``class`` a class of tokens, ``set`` a validation set, ``task`` a task of lm-eval and
             its metric; empty for a single number.
         guard: Whether its rules may look at it: "counted" in each MoE layer and every step from
-            what its router wants, "compared" likewise with what was before, "measured" in each MoE
+            what its router wants, "measured" in each MoE
             layer and steps with router health, "whole" of the model, read by the guard itself,
             "recorded" of the model and every step as `RoutingCounts` counts it for the record.
         healthy: Its range, layer by layer, in a healthy run of the quickstart model.
@@ -85,7 +85,7 @@ class Metric:
     group: str = "other"
     prometheus: str = ""
     labels: Labels = ""
-    guard: Literal["", "counted", "compared", "measured", "whole", "recorded"] = ""
+    guard: Literal["", "counted", "measured", "whole", "recorded"] = ""
     healthy: str = ""
     wrong: str = ""
     drawn: Drawn | None = None
@@ -280,22 +280,24 @@ class Record(BaseModel):
         "share of the step time that ranks wait for collectives, their mean; only on steps where "
         "ranks are compared", "share", "speed", "moepp_waiting_ratio")] = None
     guard_actions: Annotated[MaybeInt, Metric(
-        "places (a rule in a layer, or in the whole model) in which an action of the routing guard "
-        "beyond warning was in force, or in a dry run would have been; only with the guard", "",
+        "times that the routing guard has acted so far, beyond warning; only with the guard", "",
         "router", "moepp_guard_actions")] = None
     routing_shift: Annotated[MaybeFloat, Metric(
-        "how far the use of the experts is from what was usual, over its limit; above 1 is a "
-        "shift; only once it is judged", "", "router", "moepp_routing_shift", guard="whole")] = None
+        "evidence that the use of the experts has changed, over its limit; only once it is judged",
+        "", "router", "moepp_routing_shift", guard="whole")] = None
+    logit_shift: Annotated[MaybeFloat, Metric(
+        "evidence that the size of the routers' logits has changed, over its limit; only once it "
+        "is judged", "", "router", "moepp_logit_shift", guard="whole")] = None
     loss_shift: Annotated[MaybeFloat, Metric(
-        "evidence that the loss has left its course, over its limit; above 1 is a shift; only once "
-        "it is judged", "", "loss/shift", "moepp_loss_shift", guard="whole")] = None
-    token_shift: Annotated[MaybeFloat, Metric(
-        "evidence that the token ids of the batches have changed, over its limit; above 1 is a "
-        "shift; only once it is judged", "", "tokens/shift", "moepp_token_shift", guard="whole"
+        "evidence that the loss, or how much sequences differ in it, has left its course, over its "
+        "limit; only once it is judged", "", "loss/shift", "moepp_loss_shift", guard="whole"
         )] = None
+    token_shift: Annotated[MaybeFloat, Metric(
+        "evidence that the token ids of the batches have changed, over its limit; only once it is "
+        "judged", "", "tokens/shift", "moepp_token_shift", guard="whole")] = None
     source_shift: Annotated[MaybeFloat, Metric(
         "evidence that the loss of a data source has left its course, over its limit, the largest "
-        "of all sources; above 1 is a shift; only once it is judged, where there are several", "",
+        "of all sources; only once it is judged, where there are several", "",
         "loss/source_shift", "moepp_source_shift", guard="whole")] = None
     failed_saves: Annotated[MaybeInt, Metric(
         "checkpoints that could not be written so far; only where any are", "", "other",
@@ -355,12 +357,6 @@ class Record(BaseModel):
 IN_LAYERS = {
     "ffn_to_target": Metric(
         "FFN share over its target from moe.budget or moe.tau", guard="counted"),
-    "ffn_to_past": Metric(
-        "FFN share over the layer's own before, a running mean that hardly learns from a fallen "
-        "share", guard="compared"),
-    "class_ffn_to_past": Metric(
-        "FFN experts per token of the class of tokens that lost most, over what it had before; "
-        "where the layer lost as much, their ratio to the layer's mean", guard="compared"),
     "min_ffn_load": Metric(
         "idlest FFN expert's selections over the FFN experts' mean; 0 is a dead expert",
         prometheus="moepp_layer_min_ffn_load_ratio", labels="layer", guard="counted",
@@ -439,10 +435,12 @@ IN_LAYERS = {
 
 # What rules of the routing guard judge besides, of the whole model.
 _OF_GUARD: dict[str, Metric] = {
-    "grad_norm_to_past": Metric(
-        "gradient norm over its running mean before", guard="whole"),
-    "loss_plateau": Metric(
-        "share of the run's steps since the running mean of the loss was lowest", "share",
+    "mean_ffn_to_target": Metric("mean over the layers of ffn_to_target", guard="whole"),
+    "shift": Metric(
+        "largest evidence, over its limit, of the change that is under way (docs/guard.md)",
+        guard="whole"),
+    "router_fault": Metric(
+        "evidence, over its limit, that routers have changed while token ids have not",
         guard="whole"),
 }
 # fmt: on

@@ -17,7 +17,6 @@ METRICS_FILE = "metrics.jsonl"
 UNDONE_FILE = "metrics.undone.jsonl"
 ALERTS_FILE = "alerts.jsonl"
 STATUS_FILE = "status.json"
-USAGE_FILE = "routing_profile.json"
 # What marks a run's folder, and the folders in it.
 RUN_FILES = (CONFIG_FILE, METRICS_FILE, STATUS_FILE, ALERTS_FILE)
 RUN_FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")

@@ -12,11 +12,9 @@ def _judged(guard: str) -> dict[str, str]:
 # Of every MoE layer, in every step, from counts of what its router wants (not what the guard made
 # of it).
 COUNTED = _judged("counted")
-# Of every MoE layer, in every step, from the same counts and those of steps before.
-COMPARED = _judged("compared")
 # Of every MoE layer, in steps where router health is measured (observe.health_interval).
 MEASURED = _judged("measured")
 # Of the whole model: what the guard reads itself, and numbers of the record.
 _WHOLE = _judged("whole")
 RECORDED = _judged("recorded")
-GUARD_METRICS = {**COUNTED, **COMPARED, **MEASURED, **_WHOLE, **RECORDED}
+GUARD_METRICS = {**COUNTED, **MEASURED, **_WHOLE, **RECORDED}

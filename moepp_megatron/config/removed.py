@@ -17,7 +17,19 @@ REMOVED: dict[str, tuple[Any, str]] = {
         {"tokens": "high_loss", "token_ids": [], "share": 0.1, "decay": 0.99},
         "leave it out: no action forces FFN experts on chosen tokens",
     ),
-}
+    "routing_guard.tau_factor": (2.0, "leave it out: moe.budget is what holds the FFN share"),
+    "routing_guard.tau_half_life": (50.0, "leave it out: moe.budget is what holds the FFN share"),
+    "routing_guard.shift": (
+        {
+            "window": 10, "reference": None, "fixed_after": None, "span": 3, "lag": 0, "memory": 6,
+            "warmup": 8, "false_alarm_steps": 10_000.0, "threshold": None,
+        },
+        "leave it out, or use routing_guard.false_alarm_steps",
+    ),
+    "resilience.guard_window": (128, "leave it out: losses are compared with their course"),
+}  # fmt: skip
+# Of each rule of `routing_guard.rules`; a resolved configuration has them as null.
+_OF_RULES = ("of_steps", "clear_for_steps", "scope", "min_steps_between", "max_firings")
 
 
 def without_removed(content: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -28,4 +40,14 @@ def without_removed(content: Mapping[Any, Any]) -> dict[Any, Any]:
         keys = kept.get(section)
         if isinstance(keys, Mapping) and key in keys and keys[key] == value:
             kept[section] = {other: keys[other] for other in keys if other != key}
+    guard = kept.get("routing_guard")
+    if isinstance(guard, Mapping) and isinstance(guard.get("rules"), list):
+        kept["routing_guard"] = {**guard, "rules": [_without_nulls(r) for r in guard["rules"]]}
     return kept
+
+
+def _without_nulls(rule: Any) -> Any:
+    """A rule without removed settings that are null."""
+    if not isinstance(rule, Mapping):
+        return rule
+    return {k: v for k, v in rule.items() if v is not None or k not in _OF_RULES}

@@ -44,6 +44,7 @@ class RoutingStatistics:
         losses: By name (`BALANCE`, `Z_LOSS`), the sum of what `add_loss` got, and of its weights.
         margins: [bins] int64 margins of FFN experts (`moe.margins`); None where none are counted.
         watches_margins: Whether they are to be counted.
+        logit_squares: Sum of the squares of all logits, where `watches_logits`.
         a2a_bytes: Bytes of hidden vectors that the dispatcher sent to other ranks, forward pass,
             dispatch and combine; a scalar on the device where only the device knows.
     """
@@ -51,7 +52,7 @@ class RoutingStatistics:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
         self.num_cells = self.num_groups = self.num_sources = 0
-        self.watches_margins = False
+        self.watches_margins = self.watches_logits = False
         self.reset()
 
     def reset(self) -> None:
@@ -60,6 +61,7 @@ class RoutingStatistics:
         self.wanted: Tensor | None = None
         self.tagged: TagCounts | None = None
         self.margins: Tensor | None = None
+        self.logit_squares: int | Tensor = 0
         self.dropped: Tensor | None = None
         self.losses: dict[str, tuple[Tensor, int | Tensor]] = {}
         self.num_tokens: int | Tensor = 0
@@ -128,11 +130,6 @@ class RoutingStatistics:
         return self.tagged
 
     @property
-    def cells(self) -> Tensor | None:
-        """[cells, 2] int64 FFN selections (as wanted) and tokens; None where none are counted."""
-        return self.tagged.cells if self.tagged and self.num_cells else None
-
-    @property
     def groups(self) -> Tensor | None:
         """[groups, 3] int64 FFN selections as wanted and as made, and tokens; or None."""
         return self.tagged.groups if self.tagged and self.num_groups else None
@@ -146,6 +143,11 @@ class RoutingStatistics:
     def add_margins(self, counts: Tensor) -> None:
         """Count one micro-batch's margins, [bins] int64."""
         self.margins = counts if self.margins is None else self.margins + counts
+
+    @torch.no_grad()
+    def add_logits(self, logits: Tensor) -> None:
+        """Measure one micro-batch's logits, of any shape; those of padding are 0."""
+        self.logit_squares = self.logit_squares + logits.square().sum(dtype=torch.float64)
 
     @torch.no_grad()
     def as_vector(self) -> Tensor:

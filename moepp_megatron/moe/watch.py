@@ -65,6 +65,8 @@ class RouterWatch:
             self._count_tags(chosen, tags, padded)
         if self.statistics.watches_margins:
             self._count_margins(chosen, bias, padded)
+        if self.statistics.watches_logits:
+            self.statistics.add_logits(self._logits(chosen))
         if measures:
             self._measure(kept, bias, residual, padded)
 

@@ -7,11 +7,8 @@ jsonl.py            `RUN/metrics.jsonl`
 numbers.py          every number of a record, by the catalogue: what views of a run walk
 line_file.py        a file of a run that grows by whole lines, and keeps its name
 metrics.py          the record of one logged step
-past.py             running means that rules of the routing guard compare a step with
-usage_file.py       `routing_profile.json`: a run's expert usage, to compare other runs with
-expert_usage.py     how often each expert is selected, and by which tokens
-guard_judge.py      judges rules over a step's numbers: when an action begins, and when it ends
-shift/              detects shifts of the data in the series of a run
+guard_judge.py      judges rules over a step's numbers: when one begins to hold, and when it ends
+shift/              detects changes of the data and of the routers in the series of a run
 sink.py             the interface of sinks for records; one that waits for a full disk
 sinks.py            all sinks of a run, and the fan-out that protects training from their failures
 status.py           `RUN/status.json`: which processes train, how to resume

@@ -26,14 +26,13 @@ class Alert(BaseModel):
         rule: Name of the rule that raised it, such as ``dead_expert``.
         value: Its value; NaN is written as null.
         condition: Condition of the rule, such as ``< 0.2 for 50 steps``.
-        action: The action taken, such as ``warn`` or ``safe_mode``.
+        action: The action taken, such as ``warn`` or ``put_back of step 150``.
         layer: Number of the transformer layer from 1, for a metric of one layer.
-        cause: What a shift is due to: ``data`` (loss and routing, or token ids, have changed),
-            ``source`` (the loss of a data source), ``router`` (only routing) or ``optimizer`` (only
-            the loss); None for other rules, like the next three.
+        cause: What a shift is due to: ``data``, ``source`` (one of its sources), ``router``,
+            ``model``, or ``not known yet``; None for other rules, like the next two.
         since: First step of the evidence.
-        chance_steps: Steps in which chance gives as much evidence once.
         moved: What has moved most, a text each.
+        remedy: What to do, with the place in the documentation.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="null")
@@ -49,8 +48,8 @@ class Alert(BaseModel):
     layer: int | None = None
     cause: str | None = None
     since: int | None = None
-    chance_steps: float | None = None
     moved: list[str] | None = None
+    remedy: str | None = None
 
     def to_json_line(self) -> str:
         """One line of JSON with its line end."""
@@ -60,10 +59,11 @@ class Alert(BaseModel):
     def text(self) -> str:
         """The alert as one line of text."""
         where = "" if self.layer is None else f" of layer {self.layer}"
-        return (
+        text = (
             f"{self.severity} at step {self.step}: {self.rule}: {self.metric}{where} is "
             f"{self.value:.4g} ({self.condition}); action: {self.action}"
         )
+        return text if self.remedy is None else f"{text}; {self.remedy}"
 
 
 class AlertSink(Protocol):

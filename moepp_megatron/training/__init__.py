@@ -14,8 +14,6 @@ optimizers.py          the optimizer: its kind, and the groups of parameters tha
 part.py                the protocol of a part, one feature of a run; parts/ has them
 resumed.py             messages of a resumed run: its checkpoint, and what differs from before
 rng.py                 random states of a rank
-expert_usage.py        expert usage of a running training
-routing_shift.py       detects shifts of the data while a run trains
 run.py                 a whole run: `moepp train` as a function
 run_sinks.py           the sinks that receive a run's records
 schedule.py            the learning rate and the batch size of every step

@@ -51,6 +51,11 @@ class Step:
         return self.progress.step
 
     @property
+    def attempt(self) -> int:
+        """Number of the step that was taken, or that its refused batch was for."""
+        return self.number if self.updated else self.number + 1
+
+    @property
     def updated(self) -> bool:
         """Whether the optimizer has changed the parameters."""
         return self.result.updated

@@ -257,7 +257,6 @@ class _Run:
     def _steps(self) -> None:
         import numpy as np
 
-        from moepp_megatron.training import expert_usage
         from moepp_megatron.training import step as step_module
         from moepp_megatron.training.checkpoint.progress import Progress
         from moepp_megatron.training.collect import mean_loss
@@ -268,9 +267,8 @@ class _Run:
         from tests.parallel.training_runs import counting_parts
 
         config, parts = self.config, self.case.parts
-        for module in (expert_usage, token_groups):
-            # There is no training set to count.
-            module.counts_on_ranks = lambda dataset, size: np.arange(size, 0, -1)
+        # There is no training set to count.
+        token_groups.counts_on_ranks = lambda dataset, size: np.arange(size, 0, -1)
         watching = counting_parts(config, self.layout, self.model, None, guarded="guard" in parts)
         stop = StopRequest()
         prepare = step_module.prepare_gradients

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from moepp_megatron.observe.alerts import Alert
 from tests.parallel.resilience_runs import Without
 from tests.parallel.training_runs import SyntheticDataset, begin, part_of, settings, with_first_part
 
 BATCH = 8
 # Of a data set: more than the longest run takes. Frequencies of tokens are counted over all.
-BATCHES = 80
+BATCHES = 130
 # The batch from which on some data sets are other data.
 NEW_FROM = 24
 
@@ -45,9 +46,8 @@ class Found:
     """What one rank saw.
 
     Attributes:
-        decisions: (step, rule, layer, action) of every beginning and end, in order.
+        decisions: (step, rule, layer, action) of every alert, in order.
         losses: By step, the last value where a step was taken twice.
-        ffn: By step, this rank's share of the selections that went to FFN experts.
         wanted: By step, [MoE layers] FFN share of the selections that routers wanted, all ranks.
         routers: By step, the checksum of this rank's routers as it begins; of all ranks, where
             `train` has joined them.
@@ -56,7 +56,6 @@ class Found:
 
     decisions: list[tuple[int, str, int | None, str]] = field(default_factory=list)
     losses: dict[int, float] = field(default_factory=dict)
-    ffn: dict[int, float] = field(default_factory=dict)
     wanted: dict[int, list[float]] = field(default_factory=dict)
     routers: dict[int, Any] = field(default_factory=dict)
     weights: int = 0
@@ -99,14 +98,14 @@ def run(
     """
     from moepp_megatron.observe.sinks import VIEWS
     from moepp_megatron.training import trainer as module
-    from moepp_megatron.training.guard import actions
+    from moepp_megatron.training.guard import copies
 
     config, layout = begin(raw)
     dataset = Without(DATA[data](config, BATCHES), without)
     with (
         mock.patch.dict(module.DATASETS, gpt=lambda *_: (dataset, dataset, None)),
         mock.patch.object(module.Tokenizer, "load", return_value=None),
-        mock.patch.object(actions, "COPY_INTERVAL", copies_every),
+        mock.patch.object(copies, "COPY_INTERVAL", copies_every),
         mock.patch.dict(VIEWS),
     ):
         # No test that runs this looks at TensorBoard.
@@ -131,42 +130,30 @@ def checksum_of(parameters: Iterable[Any]) -> int:
 
 def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
     """Plant the faults and write down what happens; both from outside of the guard."""
-    from moepp_megatron.moe.layer import moepp_layers
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import GoBack, Part
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.parts.routing_guard import RoutingGuard
 
     selections = part_of(trainer, RoutingCounts).selections
-    counts, planted = [0, 0], []  # type: ignore[var-annotated]
+    planted: list[Fault] = []
 
     class Watching(Part):
         def begin_step(self, step: int, layout: Any) -> None:
             for fault in [each for each in faults if each.step == step and each not in planted]:
                 planted.append(fault)
                 plant(trainer.model, fault)
-            counts[:] = [0, 0]
 
         def judge(self, step: Any) -> Any:
             found.losses[step.number] = mean_loss(step.result.losses)
             ffn, selected = trainer.config.moe.num_ffn_experts, selections()
             found.wanted[step.number] = (selected[:, :ffn].sum(1) / selected.sum(1)).tolist()
-            found.ffn[step.number] = counts[0] / max(1, counts[1])
             return ()
 
     with_first_part(trainer, Watching())
     for guard in [part for part in trainer.parts if isinstance(part, RoutingGuard)]:
         _note_decisions(guard, found, GoBack)
         _note_routers(guard, trainer, found)
-
-    def see_routing(router: Any, args: Any, routing: Any) -> None:
-        made = routing.routing_map[:, : router.moepp.num_ffn_experts]
-        counts[0] += int(made.sum())
-        counts[1] += int(routing.routing_map.sum())
-
-    for model in trainer.model.models:
-        for layer in moepp_layers(model):
-            layer.router.register_forward_hook(see_routing)
 
 
 def _note_decisions(guard: Any, found: Found, kind: Any) -> None:
@@ -176,6 +163,7 @@ def _note_decisions(guard: Any, found: Found, kind: Any) -> None:
     def judge(step: Any) -> Any:
         for outcome in original(step):
             alerts = outcome.found(Path("step_0")) if isinstance(outcome, kind) else [outcome]
+            alerts = [each for each in alerts if isinstance(each, Alert)]
             found.decisions += [(step.number, a.rule, a.layer, a.action) for a in alerts]
             yield outcome
 
@@ -264,11 +252,11 @@ def _cycle(index: int, length: int, vocab_size: int) -> Any:
 
 
 class BrokenSourceDataset(SyntheticDataset):
-    """From batch 44 on nothing but four token ids comes."""
+    """From batch 100 on nothing but four token ids comes."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = super().__getitem__(index)
-        if index >= 44 * self._config.training.global_batch_size:
+        if index >= 100 * self._config.training.global_batch_size:
             sample |= {name: sample[name] % 4 for name in ("tokens", "labels")}
         return sample
 

@@ -34,9 +34,9 @@ LAYOUTS: dict[str, tuple[int, Sections]] = {
     "ep2 plain optimizer": (2, {"parallel": {**EP2, "use_distributed_optimizer": False}}),
     "pp2": (2, {"parallel": PP2}),
 }
-# Jitter draws random numbers in every forward pass; a window of 8 judges from the third loss on.
+# Jitter draws random numbers in every forward pass.
 NOISY = {"moe": {"num_ffn_experts": 8, "input_jitter_eps": 0.1, "balance_scope": "global"}}
-GUARD = {"guard_window": 8, "guard_max_consecutive_skips": 3}
+GUARD = {"guard_max_consecutive_skips": 3, "guard_threshold": 5.0}
 SKIPPED = ["skip_batch"] * 3
 
 

@@ -3,21 +3,14 @@
 import json
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 
-from moepp_megatron.data.token_classes import ID_CLASSES
 from moepp_megatron.data.token_groups import BANDS
-from moepp_megatron.observe.alerts import read_alerts
-from tests.parallel import guard_runs
-from tests.parallel.guard_runs import Fault, Found
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_health import LAYOUTS
 from tests.parallel.training_runs import (
-    PP2,
-    TP2,
     VANILLA,
     SyntheticDataset,
     begin_training,
@@ -165,68 +158,3 @@ def test_layouts_agree(ranks, whole: tuple[dict[str, Any], dict[str, Any]], layo
 def test_what_is_not_counted(ranks: RankPools, section: dict[str, Any], left: set[str]) -> None:
     fields, _ = ranks(1).run(measure, short(**{"moe": MOE, **section}))[0]
     assert set(fields) == left
-
-
-# The last band's first group.
-LAST_BAND = (len(BANDS) - 1) * len(ID_CLASSES)
-FAULT_STEP, STEPS, LAYER = 14, 30, 2
-
-
-def take_ffn_experts_from_rarest(model: Any, fault: Fault) -> None:
-    """From now on FFN experts lose the router of a layer with the ids of the last band."""
-    from moepp_megatron.moe.layer import moepp_layers
-    from moepp_megatron.moe.token_tags import groups
-
-    for layer in (each for chunk in model.models for each in moepp_layers(chunk)):
-        if layer.layer_number != fault.layer:
-            continue
-        router, rare = layer.router, []
-
-        def see(module: Any, args: Any, rare: list[Any] = rare) -> None:
-            rare[:] = [groups(args[3]).reshape(args[3].shape) >= LAST_BAND]
-
-        def lower(*args: Any, compute: Any = router.compute_logits, rare: list[Any] = rare) -> Any:
-            logits, mixing = compute(*args)
-            logits = logits.clone()
-            logits[..., :NUM_FFN] -= 20.0 * rare[0].unsqueeze(-1)
-            return logits, mixing
-
-        router.register_forward_pre_hook(see)
-        router.compute_logits = lower
-
-
-def run_with_a_fall(raw: dict[str, Any]) -> Found:
-    """A run whose rarest tokens lose their FFN experts in one layer, compared from step 10 on."""
-    from moepp_megatron.observe import past
-
-    with (
-        mock.patch.object(guard_runs, "plant", take_ffn_experts_from_rarest),
-        # So many that the rarest class has tokens of its own.
-        mock.patch.object(guard_runs, "BATCHES", 400),
-        mock.patch.multiple(past, FEWEST_OF_CLASSES=10, FEWEST_EXPECTED=8.0, FEWEST_TOKENS=8.0),
-    ):
-        return guard_runs.run(raw, (Fault(FAULT_STEP, "rare", LAYER),), data="skewed")
-
-
-@pytest.mark.parametrize(("parallel", "size"), [(PP2, 8), (TP2, 16)], ids=["pp2", "tp2"])
-def test_classes_that_fall_are_reported(ranks, tmp_path, parallel: dict[str, Any], size: int):
-    rule = {"name": "rare_ffn", "clear_for_steps": 4}
-    raw = guard_runs.guard_settings(
-        tmp_path,
-        training={"train_iters": STEPS, "global_batch_size": 16, "micro_batch_size": size},
-        parallel=parallel,
-        moe={"num_ffn_experts": NUM_FFN},
-        routing_guard={"enabled": True, "rules": [rule]},
-        observe={"token_groups": True},
-    )
-    results = ranks(2).run(run_with_a_fall, raw)
-    found = results[0]
-    assert all(other.decisions == found.decisions for other in results)
-    ours = [each for each in found.decisions if each[1] == "rare_ffn"]
-    (begin,) = ours
-    step, _, layer, action = begin
-    assert (layer, action) == (LAYER, "warn")
-    # A fall to nothing is half of what it was after five steps, and must be for three.
-    assert FAULT_STEP < step <= FAULT_STEP + 12
-    (alert,) = [a for a in read_alerts(tmp_path / "alerts.jsonl") if a.rule == "rare_ffn"]
-    assert f"FFN experts of {BANDS[-1]} tokens" in alert.condition

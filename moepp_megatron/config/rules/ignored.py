@@ -207,7 +207,7 @@ RULES: tuple[Rule, ...] = (
     _with("checkpoint.load", None, "checkpoint.load_optimizer", "set checkpoint.load"),
     _stages_behind_the_end,
     _with("resilience.guard", False,
-        "resilience.guard_window resilience.guard_threshold "
+        "resilience.guard_threshold "
         "resilience.guard_max_consecutive_skips resilience.guard_max_rollbacks "
         "resilience.guard_new_data",
         "switch resilience.guard on"),

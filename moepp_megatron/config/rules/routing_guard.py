@@ -13,14 +13,8 @@ from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules.rows import Condition, Rule, fill, refuse
 from moepp_megatron.config.schema import Config, GuardRule
 
-# Metrics of the detector of shifts.
-_OF_SHIFTS = ("routing_shift", "loss_shift", "token_shift", "source_shift")
-# What switches off metrics of router health, of shifts, and of classes of tokens.
+# What switches off router health.
 _HEALTH = ("observe.health_interval", "training.cuda_graphs")
-_SHIFTS = ("routing_guard.shift.window",)
-_CLASSES = (
-    "training.cuda_graphs", "observe.token_groups", "parallel.overlap_moe_expert_parallel_comm",
-)  # fmt: skip
 
 
 def _own(config: Config) -> Iterator[tuple[str, GuardRule]]:
@@ -94,30 +88,14 @@ def _clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
                 yield Problem(f"{name}.clear", rule.clear, must, f"use {limit:g} or leave it out")
 
 
-def _switches(metric: str | None) -> tuple[str, ...]:
-    """The settings that can switch a metric off."""
-    if metric == "source_shift":
-        return (*_SHIFTS, "observe.token_groups")
-    if metric in _OF_SHIFTS:
-        return _SHIFTS
-    if metric == "class_ffn_to_past":
-        return _CLASSES
-    return _HEALTH if metric in MEASURED else ()
-
-
 def _metrics_are_measured(config: Config) -> Iterator[Problem]:
-    """A rule needs its metric: router health and expert usage can be switched off."""
+    """A rule needs its metric: router health can be switched off."""
     is_off = {
         "observe.health_interval": config.observe.health_interval == 0,
         "training.cuda_graphs": "moe_router" in config.training.cuda_graphs,
-        "routing_guard.shift.window": config.routing_guard.shift.window == 0,
-        "observe.token_groups": not config.observe.token_groups,
-        "parallel.overlap_moe_expert_parallel_comm": (
-            config.parallel.overlap_moe_expert_parallel_comm
-        ),
     }
     for name, rule in _own(config):
-        for setting in _switches(rule.metric):
+        for setting in _HEALTH if rule.metric in MEASURED else ():
             if is_off[setting] and rule.action != "none":
                 must = f"must be measured, and {setting} switches that off"
                 remedy = f"change {setting}, or drop the rule"
@@ -131,7 +109,7 @@ def _checkpoints_reach_back(config: Config) -> Iterator[Problem]:
         return
     for rule in map(complete, _acting(config, "rollback")):
         # The newest may be that of the last step but one in which it held.
-        steps = rule.of_steps or rule.for_steps
+        steps = rule.for_steps
         needed = 1 + math.ceil((steps - 1) / interval)
         if keep < needed:
             yield Problem(
@@ -144,15 +122,6 @@ def _checkpoints_reach_back(config: Config) -> Iterator[Problem]:
             return
 
 
-def _steps_are_among_steps(config: Config) -> Iterator[Problem]:
-    """A rule cannot hold in more steps than it looks at."""
-    for name, rule in _own(config):
-        if rule.of_steps is not None and rule.of_steps < (rule.for_steps or 1):
-            must = f"must be at least for_steps ({rule.for_steps})"
-            remedy = f"use {rule.for_steps}, or leave it out"
-            yield Problem(f"{name}.of_steps", rule.of_steps, must, remedy)
-
-
 RULES: tuple[Rule, ...] = (
     refuse("routing_guard.enabled",
         lambda c: c.routing_guard.enabled is True and c.moe.num_zero_computation_experts == 0,
@@ -163,27 +132,8 @@ RULES: tuple[Rule, ...] = (
     _one_limit,
     _clear_on_the_healthy_side,
     _metrics_are_measured,
-    _acted("safe_mode", "moe.router_topk", lambda c: c.moe.router_topk > c.moe.num_ffn_experts,
-        "must be at most moe.num_ffn_experts ({moe.num_ffn_experts}) with the action safe_mode "
-        "of rule {rule}, which sends all selections to FFN experts",
-        "give rule {rule} the action warn"),
-    _acted("raise_tau safe_mode", "moe.capacity_factor",
-        lambda c: c.moe.capacity_factor is not None,
-        "must be null with the actions of the rules {rules}, because the capacities follow from "
-        "a fixed moe.tau and would drop what they send to FFN experts",
-        "use null, or give these rules the action warn"),
-    _acted("safe_mode", "training.cuda_graphs",
-        lambda c: "moe_router" in c.training.cuda_graphs,
-        "must not hold moe_router with the action safe_mode of rule {rule}, because a graph goes "
-        "on as it was captured",
-        "take moe_router out, or give rule {rule} the action warn"),
-    _acted("raise_tau safe_mode", "moe.balance_coeff", lambda c: c.moe.balance_coeff <= 0,
-        "must be above 0 with the actions of the rules {rules}: tau acts through the balance "
-        "loss, and nothing else teaches a router to leave safe mode",
-        "use 0.01, or give these rules the action warn"),
     _acted("rollback", "checkpoint.save_interval", lambda c: c.checkpoint.save_interval == 0,
         "must be above 0 with the action rollback of rule {rule}",
         "use for example 100, or give rule {rule} the action warn"),
     _checkpoints_reach_back,
-    _steps_are_among_steps,
 )  # fmt: skip

@@ -31,11 +31,7 @@ from moepp_megatron.config.schema.optimizer import OptimizerSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
-from moepp_megatron.config.schema.routing_guard import (
-    GuardRule,
-    RoutingGuardSection,
-    ShiftSection,
-)
+from moepp_megatron.config.schema.routing_guard import GuardRule, RoutingGuardSection
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
@@ -60,7 +56,6 @@ __all__ = [
     "RoutingGuardSection",
     "RunSection",
     "Section",
-    "ShiftSection",
     "SlurmSection",
     "TrainingSection",
     "WandbSection",

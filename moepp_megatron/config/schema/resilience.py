@@ -15,12 +15,9 @@ class ResilienceSection(Section):
     guard: Annotated[bool, Unit("-")] = True
     """Skip batches whose loss or gradients are not finite or whose loss jumps; costs a reduction
     and a broadcast of three numbers a step"""
-    guard_window: Annotated[int, Unit("steps"), Field(ge=8)] = 128
-    """Newest losses that a loss is compared with; enough for a steady median, few enough that a
-    falling loss stays near it. No loss counts as a jump before a quarter of the window is full"""
     guard_threshold: Annotated[float, Unit("1"), Field(gt=0.0)] = 10.0
-    """Robust z-score (distance above the window's median over 1.4826 MAD) from which a loss is a
-    jump; 10 tolerates the tails of ordinary batch noise"""
+    """Spreads above the course of the losses from which a loss is a jump, once 20 losses are known;
+    10 tolerates the tails of ordinary batch noise"""
     guard_max_consecutive_skips: Annotated[int, Unit("batches"), Field(ge=1)] = 5
     """Batches refused in a row after which their cause is sought (docs/guard.md); more than a
     damaged file spoils, few enough not to wait on a model that is already broken"""

@@ -1,37 +1,40 @@
-"""Detects a shift of one series of a run, step after step.
+"""Detects a change of one series of a run, step after step: an EWMA control chart.
 
-Evidence of a change adds up over steps: the one-sided CUSUM (Page 1954).
+A step is d numbers. Each is compared with the course of usual steps, in spreads that usual steps
+have shown, and what is left adds up in an exponentially weighted mean of all d together, so that
+many small differences in one direction count. Its squared length is nearly a multiple of a
+chi-square; which one follows from mean and spread of the steps' own squared lengths, because the
+numbers of real texts move together.
+
+Lowry, Woodall, Champ and Rigdon, A Multivariate Exponentially Weighted Moving Average Control
+Chart, Technometrics 34 (1992).
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moepp_megatron.config.schema.routing_guard import ShiftSection
-
 Numbers = NDArray[np.float64]
 
-# Of every deviation so much is usual and does not count: a change of two standard deviations is
-# found soonest with 1.
-_ALLOWANCE = 1.0
-# One step may count for no more, so that a single odd batch is no alarm.
-_MOST = 6.0
-# Evidence beyond this many limits is forgotten, and all of it after `QUIET` steps in a row without
-# any: or the end of a long change would be reported late.
-_MOST_LIMITS = 1.5
-QUIET = 4
-# The limit is `_OFFSET + _SLOPE ln N` for one false alarm in N steps. Normal deviations would have
-# the slope 1 / (2 _ALLOWANCE) (Siegmund 1985); with a median and a spread that are learnt from 40
-# steps and with the tails of real batches it is larger: docs/routing_shift.md.
-_OFFSET, _SLOPE = -0.75, 0.95
-# Evidence over its limit from which steps are not learnt from until they prove to be usual.
-_SUSPECT = 0.75
-_LEAST_MEMORY = 40
+# A step counts for no more than so many spreads of usual squared lengths above their mean, so that
+# a single odd batch is no alarm.
+_MOST = 4.0
+# What is learnt from one step is cut at so many spreads.
+_CUT = 3.0
+# Evidence, over its limit, from which steps are not learnt from, for at most so many steps.
+_SUSPECT, _PATIENCE = 0.6, 30
+# Steps under suspicion after which evidence without a sudden step is what is usual.
+_CREEPS = 8
+# Steps that make a spread, and steps before a slope is followed.
+_FEWEST, _FEWEST_OF_SLOPE = 20, 8
+# After a new beginning spreads are worth so many steps, and so many are not judged.
+_KEPT, _UNJUDGED = 20, 10
 
 
 @dataclass(frozen=True)
@@ -39,186 +42,263 @@ class Row:
     """The settings of a kind of series.
 
     Attributes:
-        fewest: Usual steps that are compared with, at least.
-        judged: Usual steps whose distances must be known before a step is judged.
-        limit: Factor on the limit of the evidence, as the configuration gives it.
-        odd: Distance from usual steps, in the series' own unit, from which a step is not learnt
-            from, whatever the evidence: it must not move what others are compared with.
-        patience: Steps apart without an alarm after which they are learnt from all the same; None:
-            as many as are remembered.
-        after_shift: Newest of the steps apart that are learnt from when a shift is over.
-        compares_again: Whether the step that ends a suspicion is compared again with what has been
-            learnt from the steps apart, before it is learnt from.
-        lag: Newest usual steps that are not compared with yet; None: by the configuration.
+        newest: Weight of the newest step in the weighted mean: smaller finds smaller changes later.
+        pace: Weight of the newest step in the course, once more are known.
+        slope: Part of that by which the course's slope follows; 0 for a level course.
+        memory: Steps that spreads look back on.
+        floor: Least spread, in units of the step's own (`Detector.add`).
+        limit: Factor on the limit of the evidence.
+        sudden: How far one of the steps must be by itself, over the most that one counts for, for
+            the evidence to be an alarm; what moves in smaller steps is training.
+        warmup: Steps before a step is judged.
     """
 
-    fewest: int
-    judged: int
-    limit: float
-    odd: float
-    patience: float | None
-    after_shift: int
-    compares_again: bool
-    lag: int | None = None
+    newest: float
+    pace: float
+    slope: float
+    memory: int
+    floor: float
+    limit: float = 1.0
+    sudden: float = 0.0
+    warmup: int = 80
 
 
 ROWS = {
-    # Routers change their experts by themselves, above all in the first hundreds of steps: without
-    # the loss so many times the evidence is needed.
-    "routing": Row(
-        fewest=12, judged=20, limit=2.5, odd=4.0, patience=15, after_shift=QUIET - 1,
-        compares_again=False,
-    ),
-    # Residuals from a line that ends earlier move together and so add up sooner. It ends earlier so
-    # that the first steps of a change, which are not suspect by themselves, do not bend it.
-    "source": Row(
-        fewest=12, judged=30, limit=1.35, odd=4.0, patience=math.inf, after_shift=QUIET - 1,
-        compares_again=True, lag=5,
-    ),
-    # Its distance is relative to the most that one step may count for.
-    "tokens": Row(
-        fewest=20, judged=80, limit=1.0, odd=1.0, patience=None, after_shift=0,
-        compares_again=True,
-    ),
-}  # fmt: skip
-"""Settings by kind of series; `routing` holds for the loss of all data, which it is judged with."""
+    "loss": Row(newest=0.2, pace=0.1, slope=0.05, memory=60, floor=0.01, limit=1.2),
+    # Logarithm of the spread of the sequences' losses: a further text makes them differ more.
+    "spread": Row(newest=0.2, pace=0.1, slope=0.05, memory=60, floor=0.01, limit=1.5),
+    "routing": Row(newest=0.3, pace=0.1, slope=0.05, memory=60, floor=1.0, limit=1.3, sudden=1.5),
+    # Logarithm of the size of the logits.
+    "scale": Row(newest=0.5, pace=0.3, slope=0.0, memory=60, floor=0.1, sudden=1.5),
+    # Independent tokens have spread 1, and a group of few tokens less.
+    "tokens": Row(newest=0.05, pace=0.002, slope=0.0, memory=500, floor=0.5, warmup=60),
+    "source": Row(newest=0.2, pace=0.1, slope=0.05, memory=60, floor=0.01),
+}
+"""By kind of series."""
 
 
-def steps_remembered(settings: ShiftSection) -> int:
-    """Steps that tell how much usual steps differ."""
-    return max(settings.memory * settings.window, _LEAST_MEMORY)
+class Detector:
+    """Judges one step of a series after the other.
 
+    Args:
+        row: Settings.
+        groups: Equal parts of the d numbers that are judged by themselves as well as together.
+        false_alarm_steps: Steps in which chance may give one alarm.
 
-def limit_for(false_alarm_steps: float) -> float:
-    """The evidence, in standard deviations, that chance exceeds once in so many steps."""
-    return _OFFSET + _SLOPE * math.log(false_alarm_steps)
+    Attributes:
+        evidence: Of the newest step, over its limit: above 1 is a change; NaN where nothing is
+            judged yet.
+        suspect_since: First of the newest steps in a row that are under suspicion; None without
+            one.
+        peak: The largest of these steps by itself, over the most that one counts for.
+    """
 
+    def __init__(self, row: Row, false_alarm_steps: float, groups: int = 1) -> None:
+        self._row, self._groups = row, groups
+        self._rare = [NormalDist().inv_cdf(1.0 - 1.0 / false_alarm_steps)]
+        if groups > 1:
+            each = NormalDist().inv_cdf(1.0 - 1.0 / (groups * false_alarm_steps))
+            self._rare += [each] * groups
+        self._steps = 0
+        self._course: Numbers | None = None
+        self._squares, self._lengths = _Moments(row.memory), _Moments(row.memory)
+        self._charts = _Moments(row.memory)
+        self._restart(np.zeros(0))
 
-def steps_of_chance(evidence: float) -> float:
-    """Steps in which chance exceeds this evidence once; undoes `limit_for`."""
-    return math.exp(min((evidence - _OFFSET) / _SLOPE, 300.0))
-
-
-class Cusum:
-    """Adds up deviations beyond the allowance, never below 0; above `limit` is a change."""
-
-    def __init__(self, limit: float) -> None:
-        self._limit = limit
-        self.evidence = 0.0
-        # Steps in a row that were below the allowance.
-        self._quiet = 0
-
-    @property
-    def over_limit(self) -> float:
-        """The evidence over the limit."""
-        return self.evidence / self._limit
-
-    def add(self, deviation: float) -> None:
-        """Add a step's deviation, in standard deviations."""
-        total = self.evidence + min(deviation, _MOST) - _ALLOWANCE
-        self.evidence = min(max(total, 0.0), _MOST_LIMITS * self._limit)
-        self._quiet = self._quiet + 1 if deviation < _ALLOWANCE else 0
-        if self._quiet >= QUIET:
-            self.evidence = 0.0
+    def _restart(self, values: Numbers) -> None:
+        """The course begins with this step, and there is no evidence."""
+        self._course = values if len(values) else None
+        self._slope, self._learnt = np.zeros(len(values)), 1
+        self.clear()
 
     def clear(self) -> None:
         """Forget the evidence."""
-        self.evidence, self._quiet = 0.0, 0
+        self.evidence = math.nan
+        self.suspect_since: int | None = None
+        self._odd = self.peak = 0.0
+        self._mean, self._variance, self._held = np.zeros(len(self._slope)), 0.0, 0
 
-    def state(self) -> list[float]:
-        """The state for a checkpoint."""
-        return [self.evidence, self._quiet]
-
-    def load(self, state: list[float]) -> None:
-        """Continue from `state`; beyond a limit that has become smaller, from that."""
-        self.evidence = min(float(state[0]), _MOST_LIMITS * self._limit)
-        self._quiet = int(state[1])
-
-
-class Detector[StepT, ComparedT](ABC):
-    """Judges one step after the other.
-
-    A step is compared with what is usual, which gives evidence that adds up. While there is
-    evidence, steps are kept apart. They are learnt from if the evidence goes away; if a shift has
-    lasted for as long as steps are remembered, they are what is usual from then on.
-    """
-
-    def __init__(self, row: Row, settings: ShiftSection) -> None:
-        self._row, self._memory = row, steps_remembered(settings)
-        self._patience = self._memory if row.patience is None else row.patience
-        self._apart: list[StepT] = []
-        # Whether there has been an alarm while they are apart.
-        self._is_shift = False
+    def begin_anew(self, values: Numbers) -> None:
+        """What is usual begins with this step; spreads are kept until others are known."""
+        self._restart(np.atleast_1d(values))
+        for moments in (self._squares, self._lengths, self._charts):
+            moments.count = min(moments.count, _KEPT)
 
     @property
-    @abstractmethod
-    def over_limit(self) -> float:
-        """Evidence over its limit; above 1 is a shift; NaN where nothing is judged yet."""
+    def is_alarm(self) -> bool:
+        """Whether the newest step is one of a change."""
+        return self.evidence > 1.0 and self.peak >= self._row.sudden
 
-    @property
-    def has_shifted(self) -> bool:
-        """Whether the newest step is one of a shift."""
-        return self.over_limit > 1.0 and bool(self._apart)
+    def expected(self) -> Numbers:
+        """[d] what the next step is expected to be."""
+        assert self._course is not None, "no step has been seen"
+        return self._course + self._slope
 
-    @property
-    def steps(self) -> int:
-        """Newest steps that are under suspicion."""
-        return len(self._apart)
+    def distance(self, value: float, fewest: int) -> float | None:
+        """Spreads of a single number above what is expected; None before so many are known."""
+        if self._course is None or self._squares.count < fewest:
+            return None
+        return float((value - self.expected()[0]) / self._spread()[0])
 
-    def see(self, step: StepT) -> None:
-        """Judge a step and learn from it."""
-        compared = self._compare(step)
-        self._judge(step, compared)
-        self._is_shift = self._is_shift or self.over_limit > 1.0
-        if self.over_limit > _SUSPECT or self._is_odd(compared):
-            # Bounded, because with a fixed reference a shift may last for ever.
-            self._apart = [*self._apart, step][-self._memory :]
-            if not self._is_shift and len(self._apart) >= self._patience:
-                self._settle()
-            elif len(self._apart) >= self._memory and not self._is_fixed:
-                self._accept()
-            return
-        self._settle()
-        self._learn(step, self._compare(step) if self._row.compares_again else compared)
+    def add(self, values: Numbers, unit: Numbers | float = 1.0) -> float:
+        """Judge a step and learn from it.
 
-    def _settle(self) -> None:
-        """The evidence has gone: learn from the steps apart, but not from those of a shift."""
-        apart, self._apart = self._apart, []
-        if self._is_shift:
-            apart, self._is_shift = apart[max(len(apart) - self._row.after_shift, 0) :], False
-        for step in apart:
-            compared = self._compare(step)
-            if not self._is_odd(compared):
-                self._learn(step, compared)
+        Args:
+            values: [d] the step.
+            unit: [d] or one spread that each number has by chance alone, or 1.
 
-    def _accept(self) -> None:
-        """The steps apart are what is usual from now on."""
-        apart, self._apart, self._is_shift = self._apart, [], False
-        self._forget()
-        for step in apart:
-            self._learn(step, self._compare(step))
+        Returns:
+            `evidence`.
+        """
+        self._steps += 1
+        values = np.atleast_1d(values)
+        if self._course is None:
+            self._restart(values)
+            return self.evidence
+        away = (values - self.expected()) / unit
+        is_odd = self._judge(away)
+        is_judged = not math.isnan(self.evidence)
+        is_suspect = is_judged and (is_odd or self.evidence > _SUSPECT)
+        if not is_suspect:
+            self.suspect_since = None
+        elif self.suspect_since is None:
+            self.suspect_since = self._steps
+        self.peak = max(self.peak, self._odd) if is_suspect else 0.0
+        self._held = self._held + 1 if is_suspect else 0
+        if self.evidence > 1.0 and not self.is_alarm and self._held >= _CREEPS:
+            self._course, self._slope = values, np.zeros(len(values))
+            self.clear()
+        elif is_suspect and self._held <= _PATIENCE:
+            self._course = self.expected()
+        else:
+            self._learn(away, unit)
+        return self.evidence
 
-    @property
-    def _is_fixed(self) -> bool:
-        """Whether what is usual stays what it is."""
-        return False
+    def _spread(self) -> Numbers:
+        """[d] spread of the next step from the course."""
+        usual = np.sqrt(np.maximum(self._squares.mean, self._row.floor**2))
+        return usual * math.sqrt(1.0 + 1.0 / self._learnt)
 
-    @abstractmethod
-    def _compare(self, step: StepT) -> ComparedT:
-        """What the step differs from usual ones by."""
+    def _parts(self, numbers: Numbers) -> Numbers:
+        """[1 or 1 + groups] mean square of [d] numbers, of all and of each group."""
+        squares = np.square(numbers)
+        if self._groups == 1:
+            return squares.mean(keepdims=True)
+        return np.append(squares.mean(), squares.reshape(self._groups, -1).mean(axis=1))
 
-    @abstractmethod
-    def _judge(self, step: StepT, compared: ComparedT) -> None:
-        """Add the step's evidence."""
+    def _judge(self, away: Numbers) -> bool:
+        """Add a step's evidence; whether the step is odd by itself."""
+        self.evidence = math.nan
+        if self._squares.count < _FEWEST:
+            return False
+        scaled = away / self._spread()
+        self._length = self._parts(scaled)
+        if self._lengths.count < _FEWEST:
+            return False
+        mean, spread = self._usual_lengths(len(away))
+        over = np.sqrt(self._length / (mean + _MOST * spread))
+        self._odd = float(over.max())
+        newest = self._row.newest
+        most = np.repeat(np.maximum(over[-self._groups :], 1.0), len(away) // self._groups)
+        self._mean = (1.0 - newest) * self._mean + newest * scaled / most
+        self._variance = (1.0 - newest) ** 2 * self._variance + newest**2
+        self._chart = self._parts(self._mean) / self._variance
+        # Errors of the course make steps' differences alike, and so the weighted mean longer.
+        usual = mean
+        if self._charts.count >= _FEWEST and len(away) > 1:
+            usual = np.maximum(mean, self._charts.mean)
+        limits = [_quantile(*pair) for pair in zip(self._rare, spread / mean, strict=True)]
+        found = np.maximum(self._chart / usual - 1.0, 0.0) / (np.array(limits) - 1.0)
+        known = self._learnt >= _UNJUDGED and self._lengths.count >= 2 * _FEWEST
+        if known and self._steps >= self._row.warmup:
+            self.evidence = float(found.max()) / self._row.limit
+        return bool(over[0] > 1.0)
 
-    @abstractmethod
-    def _is_odd(self, compared: ComparedT) -> bool:
-        """Whether the step must not move what others are compared with."""
+    def _usual_lengths(self, size: int) -> tuple[Numbers, Numbers]:
+        """Mean and spread of usual steps' squared lengths, also if all steps are the same."""
+        mean = np.maximum(self._lengths.mean, 1.0)
+        sizes = np.full(len(mean), size / self._groups)
+        sizes[0] = size
+        if size == 1:
+            # The variance of so few squares of one number is uncertain: that of a normal one.
+            return mean, mean * math.sqrt(2.0)
+        # At least that of numbers which move independently.
+        return mean, np.maximum(np.sqrt(self._lengths.variance), mean * np.sqrt(2.0 / sizes))
 
-    @abstractmethod
-    def _learn(self, step: StepT, compared: ComparedT) -> None:
+    def _learn(self, away: Numbers, unit: Numbers | float) -> None:
         """The step is usual."""
+        known = self._squares.count >= _FEWEST
+        least = np.maximum(self._squares.mean, self._row.floor**2)
+        self._learnt += 1
+        pace = max(self._row.pace, 1.0 / self._learnt)
+        most = _CUT * np.sqrt(least) if known else np.inf
+        change = pace * np.clip(away, -most, most) * unit
+        self._course = self.expected() + change
+        if self._learnt > _FEWEST_OF_SLOPE:
+            self._slope = self._slope + self._row.slope * change
+        if self._learnt <= 3:
+            return
+        if known:
+            self._lengths.learn(self._length)
+            if not math.isnan(self.evidence):
+                self._charts.learn(self._chart)
+        square = np.square(away) / (1.0 + 1.0 / self._learnt)
+        self._squares.learn(np.minimum(square, 16.0 * least) if known else square)
 
-    @abstractmethod
-    def _forget(self) -> None:
-        """Nothing is usual any more, and there is no evidence."""
+    def state(self) -> dict[str, Any]:
+        """State for a checkpoint, of plain numbers, the same on every rank."""
+        course = None if self._course is None else self._course.tolist()
+        numbers = [course, self._slope.tolist(), self._mean.tolist()]
+        return {
+            "counts": [self._steps, self._learnt, self._held, self.suspect_since],
+            "evidence": None if math.isnan(self.evidence) else self.evidence,
+            "variance": self._variance,
+            "peak": self.peak,
+            "numbers": numbers,
+            "moments": [m.state() for m in (self._squares, self._lengths, self._charts)],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from `state`, to the bit."""
+        self._steps, self._learnt, self._held, self.suspect_since = state["counts"]
+        self.evidence = math.nan if state["evidence"] is None else state["evidence"]
+        self._variance, self.peak = state["variance"], state["peak"]
+        course, slope, mean = state["numbers"]
+        self._course = None if course is None else np.array(course, dtype=np.float64)
+        self._slope, self._mean = (np.array(each, dtype=np.float64) for each in (slope, mean))
+        moments = (self._squares, self._lengths, self._charts)
+        for each, values in zip(moments, state["moments"], strict=True):
+            each.load(values)
+
+
+def _quantile(deviations: float, spread: float) -> float:
+    """What a multiple of a chi-square exceeds as rarely as a normal number so many deviations."""
+    # Of mean 1 and this spread; the cube root is nearly normal (Wilson and Hilferty 1931).
+    part = spread * spread / 9.0
+    return (1.0 - part + deviations * math.sqrt(part)) ** 3
+
+
+class _Moments:
+    """Running mean and variance of rows (West 1979), of the newest `memory` rows mostly."""
+
+    def __init__(self, memory: int) -> None:
+        self._memory, self.count = memory, 0
+        self.mean, self.variance = np.zeros(1), np.zeros(1)
+
+    def learn(self, row: Numbers) -> None:
+        """Learn from a row."""
+        self.count = min(self.count + 1, self._memory)
+        away = row - self.mean
+        self.mean = self.mean + away / self.count
+        if self.count > 1:
+            squares = np.square(away) * (self.count - 1) / self.count
+            self.variance = self.variance + (squares - self.variance) / (self.count - 1)
+
+    def state(self) -> list[Any]:
+        """The state for a checkpoint."""
+        return [self.count, self.mean.tolist(), self.variance.tolist()]
+
+    def load(self, state: list[Any]) -> None:
+        """Continue from `state`."""
+        self.count = int(state[0])
+        self.mean, self.variance = (np.array(row, dtype=np.float64) for row in state[1:])

@@ -1,108 +1,285 @@
-"""All series of a run, judged together."""
+"""All series of a run, judged together: what has changed, since when, and why."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-from moepp_megatron.config.schema.routing_guard import ShiftSection
-from moepp_megatron.observe.expert_usage import Counts
-from moepp_megatron.observe.shift.detector import Numbers
-from moepp_megatron.observe.shift.losses import SourceShift
-from moepp_megatron.observe.shift.noise import UsageNoise
-from moepp_megatron.observe.shift.reading import ShiftFinding, ShiftReading, ShiftStory
-from moepp_megatron.observe.shift.routing import RoutingDetector
-from moepp_megatron.observe.shift.tokens import TokenDetector
+import numpy as np
+from numpy.typing import NDArray
 
-# Data sources that an alert names.
-_MOST_SOURCES = 3
+from moepp_megatron.observe.shift.detector import ROWS, Detector, Numbers
+
+Cause = Literal["not known yet", "data", "source", "router", "model"]
+
+GROUPS = 64
+"""Groups of token ids; the number is that of `group_of`."""
+
+# Series that faults of the model move, and those of them that are the routers'.
+_OF_MODEL, _OF_ROUTERS = ("loss", "spread", "routing", "scale"), ("routing", "scale")
+# Evidence of token ids, over its limit, that has come since the last calm step: less is no change.
+_QUIET = 0.25
+# Steps in which an alarm of the routers is confirmed, after which what moves by itself is not due
+# to the data, and after the last alarm of an event until it is over.
+_CONFIRMED, _PATIENCE, _LASTS = 2, 6, 10
+_MOST_EXPERTS, _MOST_SOURCES = 3, 3
+
+
+def group_of(token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[...] group of each token id: the upper bits of its product with 2^32 / golden ratio.
+
+    Neighbouring ids, which tokenizers give to alike tokens, are in different groups (Knuth, The Art
+    of Computer Programming 3, 6.4).
+    """
+    return (token_ids * 2654435769 & 0xFFFFFFFF) >> 26
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What is known of a step or a refused batch, over all ranks.
+
+    Attributes:
+        experts: [L, E] selections of each expert.
+        loss: Language-model loss in nats.
+        spread: Standard deviation of the sequences' losses; NaN for one sequence.
+        logits: [L] root mean square of the routers' logits; None where it is not known.
+        tokens: [GROUPS] tokens of each group of ids; None where they are not counted.
+        sources: [sources, 2] sum of token losses in nats, and tokens; None likewise.
+    """
+
+    experts: Numbers
+    loss: float
+    spread: float = math.nan
+    logits: Numbers | None = None
+    tokens: Numbers | None = None
+    sources: Numbers | None = None
+
+    def series(self, names: Sequence[str]) -> Iterator[tuple[str, Numbers, Numbers | float]]:
+        """Name, numbers and their spread by chance, or 1, of what is known."""
+        yield "loss", np.array([self.loss]), 1.0
+        if self.spread > 0.0:
+            yield "spread", np.array([math.log(self.spread)]), 1.0
+        # The noise of the square root of a share does not depend on it (Hellinger).
+        totals = self.experts.sum(axis=1, keepdims=True)
+        if (totals > 0).all():
+            unit = np.repeat(0.5 / np.sqrt(totals), self.experts.shape[1])
+            yield "routing", np.sqrt(self.experts / totals).ravel(), unit
+        if self.logits is not None and (self.logits > 0).all():
+            yield "scale", np.log(self.logits), 1.0
+        if self.tokens is not None and (total := float(self.tokens.sum())) > 0:
+            yield "tokens", np.sqrt(self.tokens / total), 0.5 / math.sqrt(total)
+        for name, row in zip(names, [] if self.sources is None else self.sources, strict=False):
+            if row[1] > 0:
+                # Of a thousand tokens the spread is 1, in the detector's units.
+                yield f"source {name}", row[:1] / row[1], math.sqrt(1000.0 / row[1])
+
+
+@dataclass
+class ShiftEvent:
+    """A change, from its first evidence until it is over.
+
+    Attributes:
+        since: First step under suspicion.
+        told: Step of the alarm.
+        newest: Newest step with an alarm.
+        evidence: Largest evidence over its limit.
+        series: Names of the series that have raised an alarm.
+        cause: What has changed, as far as it is known.
+        moved: What has moved most, a text each.
+    """
+
+    since: int
+    told: int
+    newest: int
+    evidence: float = 0.0
+    series: list[str] = field(default_factory=list)
+    cause: Cause = "not known yet"
+    moved: list[str] = field(default_factory=list)
 
 
 class ShiftMonitor:
-    """Judges one step after the other by routing, loss, token ids and data sources.
+    """Judges all series of one step after the other.
 
     Args:
-        settings: Settings of the configuration.
+        false_alarm_steps: Steps in which chance may give one alarm of a series.
+        layer_numbers: Global numbers of the MoE layers.
+        experts: Names of the experts.
         sources: Names of the data sources; a single one is not judged.
-        reference: [L, E] counts of another run to compare with instead of a line; None for none.
-        noise: Initial noise, from the run of `reference`.
+
+    Attributes:
+        event: The change that is under way; None without one.
     """
 
     def __init__(
         self,
-        settings: ShiftSection,
+        false_alarm_steps: float,
+        layer_numbers: Sequence[int],
+        experts: Sequence[str],
         sources: Sequence[str] = (),
-        reference: Counts | None = None,
-        noise: UsageNoise | None = None,
     ) -> None:
-        self._routing = RoutingDetector(settings, reference, noise)
-        self._tokens = TokenDetector(settings)
-        self._sources = SourceShift(settings, sources) if len(sources) > 1 else None
+        self._layers, self._experts = list(layer_numbers), list(experts)
+        self._sources = list(sources) if len(sources) > 1 else []
+        self._rarity = false_alarm_steps
+        self._detectors = {name: self._detector(name) for name in ("tokens", *_OF_MODEL)}
+        for name in self._sources:
+            self._detectors[f"source {name}"] = self._detector("source")
+        self.event: ShiftEvent | None = None
+        # Evidence of token ids, and the step's number, when nothing was suspect last.
+        self._calm, self._calm_step = 0.0, 0
+        self._confirmed = 0
+        self._newest: dict[str, Numbers] = {}
+
+    def _detector(self, name: str) -> Detector:
+        # Together the sources raise one false alarm in so many steps (Bonferroni).
+        share = max(len(self._sources), 1) if name == "source" else 1
+        groups = len(self._layers) if name == "routing" else 1
+        return Detector(ROWS[name], self._rarity * share, groups)
+
+    def add(self, step: int, observed: Observed) -> None:
+        """Judge a step, or a refused batch, and learn from it; `step` is its number."""
+        self._newest = {}
+        for name, values, unit in observed.series(self._sources):
+            if np.isfinite(values).all():
+                self._newest[name] = values
+                self._detectors[name].add(values, unit)
+        self._see(step)
+
+    def _evidence(self, *names: str) -> float:
+        """Largest evidence of these series; NaN where none is judged."""
+        found = [self._detectors[name].evidence for name in names]
+        return max((value for value in found if not math.isnan(value)), default=math.nan)
 
     @property
-    def noise(self) -> UsageNoise:
-        """Differences of usual steps from their forecasts; unknown while the reference is fixed."""
-        return self._routing.noise
+    def metrics(self) -> dict[str, float]:
+        """Evidence over its limit, by names of metrics, of series that are judged."""
+        sources = [name for name in self._detectors if name.startswith("source ")]
+        found = {
+            "routing_shift": self._evidence("routing"),
+            "logit_shift": self._evidence("scale"),
+            "loss_shift": self._evidence("loss", "spread"),
+            "token_shift": self._evidence("tokens"),
+            "source_shift": self._evidence(*sources) if sources else math.nan,
+        }
+        return {name: value for name, value in found.items() if not math.isnan(value)}
 
-    def add(
-        self,
-        experts: Counts,
-        loss: float,
-        spread: float = math.nan,
-        tokens: Numbers | None = None,
-        sources: Numbers | None = None,
-    ) -> ShiftReading | None:
-        """Judge a step and learn from it; everything is over all ranks.
+    @property
+    def is_calm(self) -> bool:
+        """Whether nothing is suspect, so that the routers that made the step are healthy."""
+        suspects = [each.suspect_since for each in self._detectors.values()]
+        return self.event is None and all(since is None for since in suspects)
 
-        Args:
-            experts: [L, E] selections of each expert.
-            loss: Language-model loss in nats; NaN where there is none.
-            spread: Standard deviation of the sequences' losses; NaN likewise.
-            tokens: [GROUPS] tokens of each group of ids; None where they are not counted.
-            sources: [sources, 2] sum of token losses in nats, and tokens; None likewise.
+    @property
+    def fault(self) -> float:
+        """Evidence of the newest step that the routers are at fault, over its limit; else 0."""
+        if self.event is None or self.event.cause != "router":
+            return 0.0
+        alarms = [self._detectors[name] for name in _OF_ROUTERS]
+        return max((each.evidence for each in alarms if each.is_alarm), default=0.0)
 
-        Returns:
-            None until there is enough to compare with.
-        """
-        self._routing.add(experts, loss, spread)
-        known: dict[str, Any] = {}
-        if tokens is not None:
-            known["tokens"] = self._tokens.add(tokens)
-        if self._sources is not None and sources is not None:
-            known["source"] = self._sources.add(sources)
-        known = {name: value for name, value in known.items() if not math.isnan(value)}
-        reading = self._routing.reading
-        if known:
-            reading = replace(reading or ShiftReading(math.nan, math.nan, "data"), **known)
-        if reading is not None and self._tokens.over_limit > 1.0:
-            reading = replace(reading, cause="data")
-        return reading
+    def _see(self, step: int) -> None:
+        """Begin, continue or end the event."""
+        alarmed = [name for name in self._newest if self._detectors[name].is_alarm]
+        if alarmed and self.event is None:
+            self.event, self._confirmed = ShiftEvent(self._calm_step + 1, step, step), 0
+        if self.event is None:
+            if self.is_calm:
+                self._calm, self._calm_step = self._token_evidence(), step
+            return
+        event = self.event
+        if alarmed:
+            event.newest = step
+            event.series += [name for name in alarmed if name not in event.series]
+            top = max(self._detectors[name].evidence for name in alarmed)
+            event.evidence = max(event.evidence, top)
+            self._confirmed += 1
+        cause = self._cause(step, event)
+        if alarmed and (cause != event.cause or not event.moved):
+            event.moved = list(self._moved(event))
+        event.cause = cause
+        if cause not in ("not known yet", "router"):
+            self._accept(alarmed)
+        if cause == "data":
+            # Also what is only suspect, or it would raise an alarm of its own later.
+            self._accept([n for n in self._newest if self._detectors[n].suspect_since is not None])
+        if step - event.newest >= _LASTS:
+            self.event = None
 
-    def explain(self, moved: Callable[[ShiftFinding], list[str]]) -> ShiftStory | None:
-        """What the newest reading is about, with what `moved` says of routing; None if nothing."""
-        stories: list[ShiftStory] = []
-        finding = self._routing.explain()
-        if finding is not None:
-            stories.append(ShiftStory.of(finding, moved(finding)))
-        if self._tokens.over_limit > 1.0:
-            line = f"{self._tokens.moved:.1%} of the tokens in other groups of ids"
-            stories.append(ShiftStory("data", self._tokens.steps, None, [line]))
-        if self._sources is not None and (lines := self._sources.moved()):
-            stories.append(ShiftStory("source", self._sources.steps, None, lines[:_MOST_SOURCES]))
-        return sum(stories[1:], stories[0]) if stories else None
+    def _token_evidence(self) -> float:
+        evidence = self._detectors["tokens"].evidence
+        return 0.0 if math.isnan(evidence) else evidence
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint, as JSON; `load_state_dict` restores it bit for bit."""
-        return {name: part.state_dict() for name, part in self._parts().items()}
+    def _cause(self, step: int, event: ShiftEvent) -> Cause:
+        """What the series say together; token ids are what they are, whatever the model does."""
+        if "tokens" in event.series or event.cause == "data":
+            return "data"
+        if event.cause == "router":
+            return "router"
+        if self._token_evidence() > self._calm + _QUIET:
+            return "data"
+        if any(name in event.series for name in _OF_ROUTERS):
+            return "router" if self._confirmed >= _CONFIRMED else event.cause
+        if all(name.startswith("source ") for name in event.series):
+            return "source"
+        return "model" if step - event.told >= _PATIENCE else event.cause
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`; series that it does not have begin anew."""
-        for name, part in self._parts().items():
-            if name in state:
-                part.load_state_dict(state[name])
+    def _accept(self, names: Sequence[str]) -> None:
+        """What these series are now is usual."""
+        for name in names:
+            self._detectors[name].begin_anew(self._newest[name])
 
-    def _parts(self) -> dict[str, RoutingDetector | TokenDetector | SourceShift]:
-        sources = {} if self._sources is None else {"sources": self._sources}
-        return {"monitor": self._routing, "tokens": self._tokens, **sources}
+    def settle(self, is_mended: bool) -> None:
+        """After a fault of the routers: they are as before, or what they are now is usual."""
+        for name in _OF_MODEL:
+            if is_mended:
+                self._detectors[name].clear()
+            elif name in self._newest and self._detectors[name].is_alarm:
+                self._accept([name])
+
+    def _moved(self, event: ShiftEvent) -> Iterator[str]:
+        """What has moved most, a text each."""
+        if "loss" in self._newest:
+            before, after = self._detectors["loss"].expected()[0], self._newest["loss"][0]
+            yield f"loss {before:.2f} -> {after:.2f}"
+        if "tokens" in event.series:
+            shares = [self._detectors["tokens"].expected(), self._newest["tokens"]]
+            before, after = (np.square(each) / np.square(each).sum() for each in shares)
+            yield f"{np.abs(after - before).sum() / 2:.1%} of the tokens in other groups of ids"
+        if "routing" in event.series and "routing" in self._newest:
+            yield from self._moved_experts()
+        if "scale" in event.series and "scale" in self._newest:
+            change = self._newest["scale"] - self._detectors["scale"].expected()
+            row = int(np.abs(change).argmax())
+            yield f"logits of layer {self._layers[row]} {math.exp(change[row]):.2g} times as large"
+        names = [name for name in event.series if name.startswith("source ")]
+        for name in names[:_MOST_SOURCES]:
+            if name in self._newest:
+                before, after = self._detectors[name].expected()[0], self._newest[name][0]
+                yield f"{name}: loss {before:.2f} -> {after:.2f}"
+
+    def _moved_experts(self) -> Iterator[str]:
+        """The experts whose share has moved most."""
+        before, after = self._detectors["routing"].expected(), self._newest["routing"]
+        for place in np.argsort(-np.abs(after - before), kind="stable")[:_MOST_EXPERTS]:
+            layer, expert = divmod(int(place), len(self._experts))
+            shares = f"{max(before[place], 0.0) ** 2:.1%} -> {after[place] ** 2:.1%}"
+            yield f"layer {self._layers[layer]} {self._experts[expert]} {shares}"
+
+    def state(self) -> dict[str, Any]:
+        """State for a checkpoint, of plain numbers and names, the same on every rank."""
+        return {
+            "layers": list(self._layers),
+            "detectors": {name: each.state() for name, each in self._detectors.items()},
+            "calm": [self._calm, self._calm_step, self._confirmed],
+            "event": None if self.event is None else asdict(self.event),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`; series that it does not have begin anew."""
+        same = state["layers"] == self._layers
+        for name, detector in self._detectors.items():
+            if name in state["detectors"] and (same or name not in _OF_ROUTERS):
+                detector.load(state["detectors"][name])
+        self._calm, self._calm_step, self._confirmed = state["calm"]
+        self.event = None if state["event"] is None else ShiftEvent(**state["event"])

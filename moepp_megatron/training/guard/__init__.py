@@ -1,7 +1,6 @@
 """What the routing guard (`training.parts.routing_guard`) reads, does and reports.
 
-actions.py   what is done to routers: tau, weights from before, FFN experts only
-alerts.py    alerts of actions that begin or end
-fallen.py    classes of tokens whose FFN experts a router has taken away
+alerts.py    alerts of rules that begin or end, and of what changes
+copies.py    the routers' weights of the newest healthy step
 readings.py  the numbers of one step that rules may look at
 """

@@ -5,57 +5,72 @@ from __future__ import annotations
 import math
 import time
 
+from moepp_megatron.config.guard_rules import REMEDIES
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
-from moepp_megatron.observe.shift.reading import ShiftStory
+from moepp_megatron.observe.shift.monitor import Cause, ShiftEvent
+
+PAGE = "docs/guard.md"
+_CAUSES: dict[Cause, tuple[str, str]] = {
+    "not known yet": ("the cause is not known yet", "wait: an update says it within 10 steps"),
+    "data": (
+        "the data have changed",
+        "leave it if the change was meant; else stop, mend the source and resume from a checkpoint "
+        "before it",
+    ),
+    "source": (
+        "the loss of a data source has changed",
+        "read what the source gives; take it out of the blend, or mend it",
+    ),
+    "router": (
+        "the routers have changed, the token ids have not",
+        "set routing_guard: safe, or resume from a checkpoint before it",
+    ),
+    "model": (
+        "loss or routing have left their course, token ids have not",
+        "lower optimizer.lr, or resume from a checkpoint before it; compare the labels with the "
+        "texts",
+    ),
+}
+"""What a cause means, and what to do about it."""
 
 
 def alert_of(
-    event: Event, step: int, is_dry_run: bool, note: str = "", story: ShiftStory | None = None
+    event: Event,
+    step: int,
+    action: str,
+    note: str = "",
+    shift: ShiftEvent | None = None,
 ) -> Alert:
-    """The alert of an action that begins or ends.
+    """The alert of a rule that begins or ends, or of a shift whose cause has become known.
 
     Args:
-        event: The action.
+        event: The event.
         step: The step that was judged.
-        is_dry_run: Whether the action is only reported.
-        note: Further text, unless there is a story.
-        story: What a shift is about.
+        action: What is done, such as `warn`, `put_back (dry run)` or `accepted as usual`.
+        note: Further text.
+        shift: What the rule is about, if it is about a shift.
     """
     rule = event.rule
-    if event.begins:
-        condition = rule.condition
-    else:
-        condition = "" if math.isnan(event.value) else _healthy(event)
-    if event.is_used_up:
-        condition += f"; taken {rule.max_firings} times (max_firings), so only told"
-    if story is not None:
-        story = story.of_metric(rule.metric)
-        note = story.text(step)
-    action = event.action if event.begins else f"end of {event.action}"
-    # A warning is the same whether or not the guard may act.
-    if is_dry_run and event.action != "warn":
-        action = f"{action} (dry run)"
+    parts = [rule.condition if event.begins else ""]
+    remedy = f"{REMEDIES[rule.name]} ({PAGE}#{rule.name})" if rule.name in REMEDIES else None
+    if shift is not None and event.begins:
+        meaning, what = _CAUSES[shift.cause]
+        parts += [meaning, f"since step {shift.since}", *shift.moved]
+        if rule.name not in REMEDIES or "put_back" not in action:
+            remedy = f"{what} ({PAGE}#{shift.cause.replace(' ', '-')})"
     return Alert(
         step=step,
         time=time.time(),
         rule=rule.name,
         metric=rule.metric,
-        value=event.value,
-        condition="; ".join(part for part in (condition, note) if part),
+        value=event.value if shift is None or math.isnan(event.value) else shift.evidence,
+        condition="; ".join(filter(None, [*parts, note])),
         severity=rule.severity if event.begins else "info",
         action=action,
         layer=None if event.layer == WHOLE_MODEL else event.layer,
-        cause=None if story is None else story.cause,
-        since=None if story is None else step - story.steps + 1,
-        chance_steps=None if story is None else story.chance,
-        moved=None if story is None else story.moved,
+        cause=None if shift is None else shift.cause,
+        since=None if shift is None else shift.since,
+        moved=None if shift is None else shift.moved,
+        remedy=remedy if event.begins else None,
     )
-
-
-def _healthy(event: Event) -> str:
-    """The condition for being healthy, such as `>= 0.5 for 20 steps`."""
-    rule = event.rule
-    sign = "<=" if rule.is_above else ">="
-    duration = "" if rule.clear_for_steps == 1 else f" for {rule.clear_for_steps} steps"
-    return f"{sign} {rule.clear:g}{duration}"

@@ -21,7 +21,7 @@ _ENTROPY, _ENTROPY_RATIO = "gate_entropy", "gate_entropy_ratio"
 
 
 def counted(selected_LE: Tensor, num_ffn: int, topk: int, wanted_share: float) -> Values:
-    """The metrics of `COUNTED`.
+    """The metrics of `COUNTED`, and the mean of the layers' FFN shares over the target.
 
     Args:
         selected_LE: [MoE layers, E] float64 selections that the routers want.
@@ -46,7 +46,8 @@ def counted(selected_LE: Tensor, num_ffn: int, topk: int, wanted_share: float) -
         "max_expert_share": selected_LE.amax(dim=1) / total,
         "max_expert_tokens": selected_LE.amax(dim=1) * topk / total,
     }
-    return {name: found[name].tolist() for name in COUNTED}
+    mean = float(share.mean()) / wanted_share
+    return {"mean_ffn_to_target": mean} | {name: found[name].tolist() for name in COUNTED}
 
 
 def measured(health: Mapping[str, Sequence[float]], num_experts: int) -> Values:

@@ -68,6 +68,10 @@ class BudgetControl(Part):
         self._load(extra.get("budget"))
         return ()
 
+    def restart(self) -> None:
+        """Forget what steps before have measured: their routers were others."""
+        self._load({**self.state()["budget"], "drift": None, "lacking": None})
+
     def begin_step(self, step: int, layout: Layout) -> None:
         """Set tau for `step`."""
         self._in_force = self.taus(step)

@@ -31,7 +31,7 @@ class RefusedBatches(Part):
 
     def __init__(self, run: Run) -> None:
         self._run, self._counts = run, run.require(RoutingCounts)
-        self._guard = NumericalGuard(run.config.resilience)
+        self._guard = NumericalGuard(run.config.resilience, run.model.models)
         self._guard.load(run.extra)
         # Whether enough were refused in a row that their cause must be found.
         self._is_due = False

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
@@ -44,6 +46,8 @@ class RoutingCounts(Part):
         self.layer_numbers = [number for number, is_moe in enumerate(pattern, 1) if is_moe]
         self.is_read_each_step = False
         self._selections: Tensor | None = None
+        self._logit_squares: Tensor | None = None
+        self._watches_logits = False
         self._statistics = {
             number: statistics
             for chunk in model.models
@@ -70,7 +74,7 @@ class RoutingCounts(Part):
     def reset(self, num_microbatches: int | None = None) -> None:
         """Start counting a new step, with a new number of micro-batches if it has changed."""
         self._num_microbatches = num_microbatches or self._num_microbatches
-        self._selections = None
+        self._selections = self._logit_squares = None
         for statistics in self._statistics.values():
             statistics.reset()
         get_moe_metrics_tracker().clear()
@@ -82,30 +86,54 @@ class RoutingCounts(Part):
          in the same step returns the same numbers without a collective.
         """
         if self._selections is None:
-            self._selections = self._by_layer(sum_over_ranks(self.summand()))
+            self.take_sum(sum_over_ranks(self.summand()))
+        assert self._selections is not None, "the sums have just been taken"
         return self._selections
 
+    def watch_logits(self) -> None:
+        """Measure the size of the logits from now on."""
+        self._watches_logits = True
+        for statistics in self._statistics.values():
+            statistics.watches_logits = True
+
+    def logits(self) -> NDArray[np.float64] | None:
+        """[MoE layers] root mean square of a layer's logits in the step, over all ranks.
+
+        None where they are not measured. Every rank must call, as for `selections`.
+        """
+        selected = self.selections().sum(dim=1)
+        if self._logit_squares is None:
+            return None
+        tokens = selected / self._config.moe.router_topk
+        squares = self._logit_squares / (tokens * self._num_experts).clamp(min=1.0)
+        root: NDArray[np.float64] = squares.sqrt().numpy()
+        return root
+
     def summand(self) -> Tensor:
-        """[MoE layers * E] float64 on the device: selections of this rank (`step_sums.Summand`)."""
+        """[MoE layers * n] float64 on the device, of this rank (`step_sums.Summand`).
+
+        The n numbers of a layer are the selections of E experts, and the sum of the squares of its
+        logits where these are measured.
+        """
         # On the device until the end: one wait for it, not one for each layer.
         device = torch.cuda.current_device()
-        local = torch.zeros(
-            len(self.layer_numbers), self._num_experts, dtype=torch.float64, device=device
-        )
+        width = self._num_experts + self._watches_logits
+        local = torch.zeros(len(self.layer_numbers), width, dtype=torch.float64, device=device)
         for row, number in enumerate(self.layer_numbers):
             counts = None
             if number in self._statistics:
                 counts = self._statistics[number].wanted_counts()
             if counts is not None:
-                local[row] = counts
+                local[row, : self._num_experts] = counts
+                if self._watches_logits:
+                    local[row, -1] = self._statistics[number].logit_squares
         return local.reshape(-1)
 
     def take_sum(self, total: Tensor) -> None:
-        """Note the sums over all ranks, as `summand`, for `selections`."""
-        self._selections = self._by_layer(total)
-
-    def _by_layer(self, total: Tensor) -> Tensor:
-        return total.reshape(len(self.layer_numbers), self._num_experts)
+        """Note the sums over all ranks, as `summand`, for `selections` and `logits`."""
+        by_layer = total.reshape(len(self.layer_numbers), -1)
+        self._selections = by_layer[:, : self._num_experts]
+        self._logit_squares = by_layer[:, -1] if self._watches_logits else None
 
     def watch_margins(self) -> None:
         """Count margins from now on."""

@@ -1,4 +1,4 @@
-"""Shifts of the data, judged in every step: `routing_shift` as a part of the run."""
+"""Changes of the data and of the routers, judged in every step by all series of a run."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moepp_megatron.config import Layout
 from moepp_megatron.config.guard_rules import is_watched
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.observe.shift.reading import ShiftReading, ShiftStory
+from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor, group_of
 from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.parts.batch_losses import BatchLosses
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.parts.sources import SourceCollector
-from moepp_megatron.training.routing_shift import RoutingShift
 from moepp_megatron.training.step import Batch
-from moepp_megatron.training.step_sums import Summand
+from moepp_megatron.training.step_sums import Summand, first_of_tensor_ranks, shared_sum
 
 logger = logging.getLogger(__name__)
 
 
 class Shift(Part):
-    """Detects shifts of the data by the experts, the loss, the token ids and the data sources.
+    """Gives the series of each step to a monitor.
 
     Args:
-        run: The run; its routers are watched and expert usage is counted.
+        run: The run; its routers are watched.
 
     Attributes:
-        reading: What the newest step says; None where none is judged yet.
+        monitor: Judges them; its numbers are the same on every rank, to the last bit.
     """
 
     def __init__(self, run: Run) -> None:
@@ -39,50 +40,60 @@ class Shift(Part):
         self._counts, self._losses = run.require(RoutingCounts), run.require(BatchLosses)
         self._sources = run.find(SourceCollector)
         self._counts.is_read_each_step = True
+        self._counts.watch_logits()
+        self._tokens = TokenCounts(run.config.model.vocab_size)
         self._open(run.extra.get("shift"))
 
     @classmethod
     def of(cls, run: Run) -> Shift | None:
-        """The part of a run; None where nothing is judged or no usage is counted."""
-        counts = is_watched(run.config) and run.config.routing_guard.shift.window > 0
-        return cls(run) if counts else None
+        """The part of a run; None where routers are not watched."""
+        return cls(run) if is_watched(run.config) else None
 
     def _open(self, state: Mapping[str, Any] | None) -> None:
-        run = self._run
-        known = None if state is None else dict(state)
-        self._shift = RoutingShift(run.config, run.model, self._counts, run.train_set, known)
-        self.reading: ShiftReading | None = None
+        names = () if self._sources is None else self._sources.names
+        config = self._run.config
+        self.monitor = ShiftMonitor(
+            config.routing_guard.false_alarm_steps, self._counts.layer_numbers,
+            config.moe.names, names,
+        )  # fmt: skip
+        if state is None:
+            return
+        if "detectors" in state:
+            self.monitor.load(state)
+        else:
+            logger.warning("detectors of the checkpoint are those of an older version: begun anew")
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Begin to count token ids."""
-        self._shift.counts.begin()
+        self._tokens.begin()
 
     def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
         """Count the token ids of a micro-batch."""
-        self._shift.counts.add(batch)
+        self._tokens.add(batch)
 
     def summands(self) -> Sequence[Summand]:
         """The token ids."""
-        return (self._shift.counts,)
+        return (self._tokens,)
 
     def end_step(self, step: Step) -> Iterable[Alert]:
         """Judge the step, also where its batch was refused."""
         if step.is_finite:
-            sources = None if self._sources is None else self._sources.losses()
-            self.reading = self._shift.end_step(self._losses.newest, sources)
+            losses = self._losses.newest
+            observed = Observed(
+                self._counts.selections().numpy(), losses.mean, losses.spread,
+                self._counts.logits(), self._tokens.end(),
+                None if self._sources is None else self._sources.losses(),
+            )  # fmt: skip
+            self.monitor.add(step.attempt, observed)
         return ()
 
-    def explain(self) -> ShiftStory | None:
-        """What a shift is about; a collective."""
-        return self._shift.explain()
-
     def record(self, step: Step, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The reading's metrics."""
-        return {} if self.reading is None else self.reading.metrics
+        """Evidence over its limit."""
+        return self.monitor.metrics
 
     def state(self) -> dict[str, Any]:
-        """The detectors; a collective."""
-        return {"shift": self._shift.state_dict()}
+        """The detectors."""
+        return {"shift": self.monitor.state()}
 
     def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
         """Take over the detectors of a checkpoint."""
@@ -94,9 +105,41 @@ class Shift(Part):
         self._open(None)
         return ()
 
-    def write(self) -> None:
-        """Write `routing_profile.json`; a full disk costs that file only."""
-        try:
-            self._shift.write()
-        except OSError as error:
-            logger.error("the expert usage could not be written: %s", error)
+
+class TokenCounts:
+    """Counts a batch's labels that have a loss, on the device, by group of ids; a `Summand`.
+
+    Three kernels a micro-batch, and one a step.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        device = torch.cuda.current_device()
+        self._group_of = torch.from_numpy(group_of(np.arange(vocab_size))).to(device)
+        self._counts = torch.zeros(GROUPS, dtype=torch.float64, device=device)
+        self._total: Tensor | None = None
+
+    def begin(self) -> None:
+        """Begin a new batch."""
+        self._counts.zero_()
+        self._total = None
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Add a micro-batch's `labels` [b, s] where `loss_mask` is not 0, on the last stage."""
+        if first_of_tensor_ranks():
+            groups = self._group_of[batch["labels"].reshape(-1)]
+            self._counts.index_add_(0, groups, batch["loss_mask"].reshape(-1).double())
+
+    def summand(self) -> Tensor:
+        """[GROUPS] float64 on the device: this rank's counts."""
+        return self._counts
+
+    def take_sum(self, total: Tensor) -> None:
+        """Note the counts [GROUPS] over all ranks."""
+        self._total = total
+
+    def end(self) -> NDArray[np.float64]:
+        """[GROUPS] counts over all ranks; a collective unless the step has summed them."""
+        if self._total is None:
+            self._total = shared_sum(self.summand().clone()).cpu()
+        return self._total.numpy()

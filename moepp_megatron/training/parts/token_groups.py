@@ -11,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.data.token_frequency import frequency_bands
+from moepp_megatron.data.token_frequency import frequency_bands, token_counts
 from moepp_megatron.data.token_groups import (
     BAND_EDGES,
     BANDS,
@@ -22,7 +22,6 @@ from moepp_megatron.data.token_groups import (
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.moe.statistics import RoutingStatistics
-from moepp_megatron.training.expert_usage import counts_on_ranks
 from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel
@@ -128,6 +127,16 @@ def _groups_of_run(config: Config, dataset: Any, bands: str | None) -> TokenGrou
     tokenizer = getattr(getattr(dataset, "config", None), "tokenizer", None)
     classes = classes_of_vocabulary(tokenizer, size) if isinstance(tokenizer, Tokenizer) else None
     return token_groups(of_ids, classes)
+
+
+def counts_on_ranks(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
+    """[V] int64 `token_counts` of the training set: rank 0 reads, and every rank must call."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64, device=torch.cuda.current_device())
+    if dist.get_rank() == 0:
+        counts.copy_(torch.from_numpy(token_counts(dataset, vocab_size)))
+    dist.broadcast(counts, 0)
+    shared: NDArray[np.int64] = counts.cpu().numpy()
+    return shared
 
 
 def _bands_text(groups: TokenGroups) -> str:

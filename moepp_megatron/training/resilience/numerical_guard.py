@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moepp_megatron.config.schema import ResilienceSection
-from moepp_megatron.training.resilience.refused_batches import BatchEvidence, Cause, num_needed
+from moepp_megatron.observe.shift.detector import ROWS, Detector
+from moepp_megatron.training.resilience.refused_batches import (
+    BatchEvidence,
+    Cause,
+    num_needed,
+)
 from moepp_megatron.training.step_sums import StepSums
 
-# The median absolute deviation of normally distributed values is their standard deviation / 1.4826.
-_MAD_TO_STD = 1.4826
-# Where the losses hardly differ (a tiny data set, a constant rate) the deviation means nothing:
-# at the default threshold of 10, a jump is then at least a hundredth of the loss.
-_SMALLEST_STD = 1e-3
-# A median over less than this share of the window is too easily moved.
-_SHARE_BEFORE_SPIKES = 4
+# Losses are compared with their course (`observe/shift/detector.py`), which follows a descent:
+# a jump is one within a step. Where losses hardly differ their spread says nothing: the floor, in
+# nats, is the least that counts.
+_ROW = replace(ROWS["loss"], pace=0.3, slope=0.0, memory=40, floor=0.03)
+# Losses that must be known before one is a jump.
+JUDGED = 20
+# Newest batches whose first samples and verdicts are known.
+_WINDOW = 128
+# After such a change the course begins anew with the newest loss.
+_FALSE_ALARM_STEPS = 10_000.0
 
 
 class NumericalFailureError(RuntimeError):
@@ -36,24 +45,21 @@ class NumericalGuard:
 
     Args:
         settings: Section `resilience`.
+        chunks: The model, of which a message names the parameter that is not finite.
 
     Attributes:
-        recent_losses: Accepted losses, the newest last, at most `guard_window`.
-        recent_samples: First samples of the batches accepted, the newest last, at most as many.
+        recent_samples: First samples of the batches accepted, the newest last.
         refused: The batches refused in a row, the newest last, as far as they have been noted.
-        verdicts: Whether each of the newest batches was refused, at most `guard_window`, counted
-            again when that has been reported.
+        verdicts: Whether each of the newest batches was refused, counted anew when that has been
+            told.
         last_loss: Loss of the batch judged last, over all ranks; NaN where it or the gradients are
             not finite.
         last_reason: Why the newest refused batch was refused.
     """
 
-    def __init__(self, settings: ResilienceSection) -> None:
-        self._settings = settings
-        self.recent_losses: list[float] = []
-        self.recent_samples: list[int] = []
-        self.refused: list[BatchEvidence] = []
-        self.verdicts: list[bool] = []
+    def __init__(self, settings: ResilienceSection, chunks: Sequence[torch.nn.Module] = ()) -> None:
+        self._settings, self._chunks = settings, chunks
+        self.load({})
         self.last_loss = math.nan
         self.last_reason = ""
         self._rollbacks_in_a_row = 0
@@ -62,19 +68,30 @@ class NumericalGuard:
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, the same on every rank; later steps do not change it."""
         return {
-            "recent_losses": list(self.recent_losses),
+            "loss_course": self._course.state(),
             "recent_samples": list(self.recent_samples),
             "refused_batches": [batch.state() for batch in self.refused],
             "verdicts": list(self.verdicts),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`, which may lack entries; {} starts again."""
-        self.recent_losses = list(state.get("recent_losses", ()))
-        self.recent_samples = list(state.get("recent_samples", ()))
+        """Go on from `state`, which may lack entries; so {} begins anew."""
+        self._course = Detector(_ROW, _FALSE_ALARM_STEPS)
+        if "loss_course" in state:
+            self._course.load(state["loss_course"])
+        # Of a checkpoint of an earlier version.
+        for loss in state.get("recent_losses", ()):
+            self._learn(loss)
+        self.recent_samples: list[int] = list(state.get("recent_samples", ()))
         refused = state.get("refused_batches", ())
         self.refused = [BatchEvidence.from_state(batch) for batch in refused]
-        self.verdicts = list(state.get("verdicts", ()))
+        self.verdicts: list[bool] = list(state.get("verdicts", ()))
+
+    def _learn(self, loss: float) -> None:
+        """The loss is usual."""
+        values = np.array([loss])
+        if self._course.add(values) > 1.0:
+            self._course.begin_anew(values)
 
     def refuses(self, sums: StepSums, losses: Tensor) -> bool:
         """Judge a batch before the optimizer acts; every rank must call.
@@ -85,24 +102,24 @@ class NumericalGuard:
         """
         self.last_loss = loss = sums.loss
         refuses = not math.isfinite(loss) or not self.is_usual(loss)
-        self.verdicts = [*self.verdicts, refuses][-self._settings.guard_window :]
+        self.verdicts = [*self.verdicts, refuses][-_WINDOW:]
         if not math.isfinite(loss):
-            self.last_reason = _describe_non_finite(losses, sums.grad_norm)
+            self.last_reason = _describe_non_finite(losses, sums.grad_norm, self._chunks)
         elif refuses:
-            score = robust_z_score(loss, self.recent_losses)
-            self.last_reason = f"loss {loss:.4f} is a spike: robust z-score {score:.1f}"
+            score = self._course.distance(loss, JUDGED)
+            expected = float(self._course.expected()[0])
+            self.last_reason = (
+                f"loss {loss:.4f} is {score:.1f} spreads above its course ({expected:.4f})"
+            )
         else:
             self.forget_refused()
-            self.recent_losses.append(loss)
-            del self.recent_losses[: -self._settings.guard_window]
+            self._learn(loss)
         return refuses
 
     def is_usual(self, loss: float) -> bool:
-        """Whether a finite loss is no spike against the recent ones."""
-        recent, settings = self.recent_losses, self._settings
-        if len(recent) * _SHARE_BEFORE_SPIKES < settings.guard_window:
-            return True
-        return robust_z_score(loss, recent) < settings.guard_threshold
+        """Whether a finite loss is no spike beside the recent ones."""
+        distance = self._course.distance(loss, JUDGED)
+        return distance is None or distance < self._settings.guard_threshold
 
     def note_refused(self, selections_LE: Tensor) -> bool:
         """Note how the batch just refused was routed.
@@ -119,7 +136,7 @@ class NumericalGuard:
         return is_due
 
     def many_refused(self) -> str:
-        """A message about batches refused now and then; empty if they are few.
+        """What there is to tell of batches refused now and then; empty if they are few.
 
         They never are so many in a row that their cause is sought, and each is lost to training.
         """
@@ -135,11 +152,11 @@ class NumericalGuard:
 
     def note_accepted(self, first_sample: int) -> None:
         """Note where in the data the batch just accepted begins."""
-        self.recent_samples = [*self.recent_samples, first_sample][-self._settings.guard_window :]
+        self.recent_samples = [*self.recent_samples, first_sample][-_WINDOW:]
 
     @property
     def samples_to_replay(self) -> list[int]:
-        """First samples of those accepted batches that show whether the model is at fault."""
+        """First samples of those accepted batches that tell whether the model is at fault."""
         return self.recent_samples[-num_needed(len(self.refused)) :]
 
     def action(self, cause: Cause) -> Literal["rollback", "accept", "pause", "stop"]:
@@ -150,7 +167,7 @@ class NumericalGuard:
 
     def accept_refused(self) -> None:
         """Take batches like the refused ones from now on: their losses are the usual ones."""
-        self.load({"recent_losses": [batch.loss for batch in self.refused]})
+        self._course.begin_anew(np.array([self.refused[-1].loss]))
 
     def forget_refused(self) -> None:
         """The next refused batch is the first in a row."""
@@ -181,8 +198,10 @@ class NumericalGuard:
         self._failed_at_step = max(self._failed_at_step, step)
 
 
-def _describe_non_finite(losses: Tensor, grad_norm: float) -> str:
-    """Which ranks see non-finite numbers, for the message; every rank must call."""
+def _describe_non_finite(
+    losses: Tensor, grad_norm: float, chunks: Sequence[torch.nn.Module]
+) -> str:
+    """Which ranks and parameters have non-finite numbers, in words; every rank must call."""
     mine = torch.tensor([float(losses[0]), grad_norm], device=torch.cuda.current_device())
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
@@ -193,18 +212,20 @@ def _describe_non_finite(losses: Tensor, grad_norm: float) -> str:
         if ranks:
             shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
             parts.append(f"{name} is {values[ranks[0]]} on rank {shown}")
+    names: list[str | None] = [None] * len(everyone)
+    dist.all_gather_object(names, first_non_finite(chunks))
+    # A parameter before a gradient that it has made so.
+    parts += sorted(filter(None, names), key=lambda name: name.startswith("gradient"))[:1]
     return "; ".join(parts) or "loss is not finite"
 
 
-def robust_z_score(loss: float, recent: Sequence[float]) -> float:
-    """Distance of `loss` above the median of `recent`, in robust standard deviations.
-
-    Median and MAD, unlike mean and standard deviation, are not moved by the spikes themselves.
-
-    Args:
-        loss: Finite, nats.
-        recent: Finite losses, at least one.
-    """
-    median = statistics.median(recent)
-    deviation = statistics.median(abs(value - median) for value in recent)
-    return (loss - median) / max(_MAD_TO_STD * deviation, _SMALLEST_STD * abs(median), 1e-30)
+def first_non_finite(chunks: Sequence[torch.nn.Module]) -> str | None:
+    """The first parameter of this rank that is not finite, or else has such a gradient."""
+    named = [pair for chunk in chunks for pair in chunk.named_parameters()]
+    for what, attribute in (("parameter", "data"), ("gradient of", "main_grad")):
+        for name, parameter in named:
+            value = getattr(parameter, attribute, None)
+            local = getattr(value, "to_local", lambda value=value: value)()
+            if isinstance(local, Tensor) and not bool(local.isfinite().all()):
+                return f"{what} {name} is not finite"
+    return None

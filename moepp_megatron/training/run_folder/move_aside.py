@@ -80,7 +80,7 @@ def _read(config: Config) -> set[str]:
     trained = [folder.path for folder in folders_of(blends_of(config)).values()]
     needed = [config.data.tokenizer, config.telemetry.hardware, config.data.cache]
     needed += [*trained, *config.data.validation.values()]
-    needed += [config.routing_guard.shift.reference, *config.evaluation.tasks]
+    needed += config.evaluation.tasks
     return {os.path.realpath(path) for path in needed if path is not None}
 
 

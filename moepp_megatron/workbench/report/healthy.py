@@ -36,6 +36,8 @@ def guard_rule(name: str) -> GuardRule | None:
 def _condition(rule: GuardRule) -> str:
     """A rule's condition, such as "above 100 for 20 steps (logit_explosion)"."""
     side, limit = ("above", rule.above) if rule.above is not None else ("below", rule.below)
-    what = {"ffn_to_target": "of the wanted share", "min_ffn_load": ""}.get(str(rule.metric), "")
+    what = {"mean_ffn_to_target": "of the wanted share", "min_ffn_load": ""}.get(
+        str(rule.metric), ""
+    )
     text = f"{side} {limit:g} {what}".strip()
-    return f"{text}{lasting(rule.for_steps, rule.of_steps)} ({rule.name})"
+    return f"{text}{lasting(rule.for_steps)} ({rule.name})"

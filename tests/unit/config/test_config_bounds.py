@@ -132,7 +132,7 @@ def test_a_file_that_is_no_configuration_is_not_parsed(tmp_path):
 
 
 PATHS = ["run.dir", "data.path", "data.tokenizer", "checkpoint.staging"]
-PATHS += ["routing_guard.shift.reference", "telemetry.hardware"]
+PATHS += ["telemetry.hardware"]
 PLACES = ["checkpoint.dir", "checkpoint.load"]
 
 

@@ -243,7 +243,7 @@ def test_cells_of_expert_usage() -> None:
     hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, 8))
     tags = torch.zeros(LENGTH, BATCH, dtype=torch.int64)
     layer(hidden, previous, padding_mask=padding, tags=tags)
-    cells, selected = layer.statistics.cells, layer.statistics.selected
+    cells, selected = layer.statistics.tagged.cells, layer.statistics.selected
     assert cells.tolist() == [[int(selected[:4].sum()), int((~padding).sum())]]
 
 

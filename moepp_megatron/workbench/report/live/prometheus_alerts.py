@@ -45,12 +45,6 @@ def _guard(name: str, limit: Literal["above", "below", "clear"]) -> float:
     return value
 
 
-def _part(name: str) -> float:
-    """The part of the newest steps in which a default rule must hold; 1 where all are in a row."""
-    rule = next(rule for rule in DEFAULT_RULES if rule.name == name)
-    return 1.0 if rule.of_steps is None else (rule.for_steps or 1) / rule.of_steps
-
-
 def _of(key: str) -> str:
     return OF_RECORDS[key].name
 
@@ -72,13 +66,13 @@ def _while_running(query: str) -> str:
 # From where on the guard takes a run with few FFN experts for healthy again.
 _FAR = 1 - _guard("few_ffn_experts", "clear")
 _IDLEST, _MIN_LOAD = exported.MIN_FFN_LOAD.name, _guard("dead_expert", "below")
-# So large a part of the newest steps that it may get a few tokens now and then.
-_DEAD_PART = _part("dead_expert")
+# Such a part of the newest steps: it may get a few tokens now and then.
+_DEAD_PART = 0.75
 _MAX_VARIANCE = _guard("logit_explosion", "above")
 _SLOW_RANK = ResilienceSection().straggler_threshold
 _WANTED = f"({_of('ffn_target')} or {exported.PHI.name})"
 _LOSS, _SHARE = _of("loss"), _of("ffn_fraction")
-_SHIFTS = ("routing_shift", "loss_shift", "token_shift")
+_SHIFTS = ("routing_shift", "logit_shift", "loss_shift", "token_shift")
 _HEALTH = OF_RECORDS["router_health"].name
 
 RULES = (
@@ -130,7 +124,7 @@ RULES = (
     _AlertRule(
         "MoeppDataShift", " or ".join(f"{_of(key)} > 1" for key in _SHIFTS), "0m", "warning",
         "experts, loss or token ids have moved {{ $value }} times as far as they may",
-        "have the data changed? alerts.jsonl says what has moved (docs/routing_shift.md)",
+        "have the data changed? alerts.jsonl says what has moved (docs/guard.md)",
     ),
     _AlertRule(
         "MoeppSaveFailed", _while_running(_grown(_of("failed_saves"), "1h")), "0m", "critical",
@@ -143,9 +137,9 @@ RULES = (
         "alerts.jsonl says which; a bad document, a GPU with errors, too high a learning rate",
     ),
     _AlertRule(
-        "MoeppGuardActs", f"{_of('guard_actions')} > 0", "10m", "warning",
-        "the routing guard holds the run in {{ $value }} places",
-        "alerts.jsonl says which (docs/guard.md)",
+        "MoeppGuardActs", _while_running(_grown(_of("guard_actions"), "1h")), "0m", "warning",
+        "the routing guard has acted {{ $value }} times in the last hour",
+        "alerts.jsonl says why (docs/guard.md)",
     ),
     _AlertRule(
         "MoeppCriticalAlert",

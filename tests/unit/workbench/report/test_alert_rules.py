@@ -74,7 +74,7 @@ WRONG = {
     "MoeppDataShift": {"loss_shift": "0.2", "token_shift": "1.5"},
     "MoeppSaveFailed": {"failed_saves": "0x440 1x40"},
     "MoeppStepsSkipped": {"skipped_steps": "_x440 2x40"},
-    "MoeppGuardActs": {"guard_actions": "1"},
+    "MoeppGuardActs": {"guard_actions": "_x440 2x40"},
     "MoeppCriticalAlert": {'alerts{rule="new",severity="critical"}': "_x475 1x5"},
     "MoeppSlow": {"tokens_per_second": "1000x440 500x40"},
     "MoeppSlowRank": {"slowest_rank_ratio": "2"},

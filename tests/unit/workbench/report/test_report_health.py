@@ -118,7 +118,7 @@ def test_alerts_stand_in_the_table_with_their_moments(make_run):
     run = with_alerts(
         make_run(),
         alert(12),
-        alert(20, rule="few_ffn_experts", layer=None, action="raise_tau", severity="critical"),
+        alert(20, rule="few_ffn_experts", layer=None, action="warn", severity="critical"),
         alert(40, severity="info", value=math.nan),
     )
     text, table, _ = alert_blocks(load_run(run))
@@ -127,7 +127,7 @@ def test_alerts_stand_in_the_table_with_their_moments(make_run):
     assert [row[1] for row in rows] == ["12", "20", "40"]
     assert rows[0][3] == "min_ffn_load of layer 3: 0.00412"
     assert rows[1][3] == "min_ffn_load: 0.00412"
-    assert rows[1][5] == "raise_tau"
+    assert rows[1][5] == "warn"
     assert rows[2][3].endswith("not finite")
     page = build_report(run).read_text(encoding="ascii")
     assert "&lt; 0.01 for 100 steps" in page
@@ -137,8 +137,11 @@ def test_alerts_stand_in_the_table_with_their_moments(make_run):
 def test_what_was_watched_is_told(make_run):
     page = build_report(make_run()).read_text(encoding="ascii")
     assert "The routing guard judged these rules after every step and only tells" in page
-    assert "data_shift" in page
-    sections = {"acts on them": {"enabled": True}, "was off": {"enabled": False}}
+    assert "router_fault" in page
+    sections = {
+        "acts on them": {"enabled": True},
+        "was off": {"enabled": False},
+    }
     for text, section in sections.items():
         assert text in watched(load_run(make_run(routing_guard=section)))
     # Of another version, with settings that this one does not know.

@@ -49,7 +49,7 @@ def test_all_runs_validate_on_the_same_and_end_their_schedule() -> None:
             "checkpoint.save_interval=10",
             "checkpoint.async_save=true",
             "observe.wandb.project=mine",
-            "resilience.guard_window=64",
+            "resilience.guard_threshold=12",
         ],
     )
     for arm in build_arms(config, 40):
@@ -58,7 +58,7 @@ def test_all_runs_validate_on_the_same_and_end_their_schedule() -> None:
         assert (got.training.train_iters, got.optimizer.decay_iters) == (arm.arm.steps, None)
         assert got.checkpoint.save_interval == 0
         assert got.observe.wandb.project is None
-        assert got.resilience.guard_window == 64, "other settings stay"
+        assert got.resilience.guard_threshold == 12, "other settings stay"
         # 15 of 120 steps is an eighth.
         assert got.optimizer.warmup_iters == arm.arm.steps // 8
     assert build_arms(config, 40, eval_iters=2)[0].config.training.eval_iters == 2

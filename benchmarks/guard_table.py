@@ -1,0 +1,192 @@
+"""What the routing guard makes of the runs of `guard_runs`: a line for each, then the sums.
+
+    python -m benchmarks.guard_table FOLDER [--set choose] [--live]
+
+Without `--live` the recorded series are played to `ShiftMonitor`, in seconds; nothing acts. With it
+the alerts of runs in which the guard acted are counted, and losses and FFN shares compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.fault_corpora import VOCAB_SIZE
+from benchmarks.guard_runs import FAULTS, SAVED, SETS, Case, cases
+from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor, group_of
+
+_WITHIN = {"healthy": 10**9, "switch": 5, "mixture": 30, "fault": 10}
+_CAUSES = {"switch": "data", "mixture": "data", "fault": "router"}
+_JUDGED = 80
+
+
+@dataclass
+class Found:
+    """What was found of a case; steps are counted behind its base run.
+
+    Attributes:
+        case: The case.
+        causes: Step and cause of every event, and of every change of its cause.
+        actions: Steps of actions beyond warning.
+        steps: Steps that were judged.
+        rest: Further text of its line.
+        ended: Why the run ended early.
+    """
+
+    case: Case
+    causes: list[tuple[int, str]] = field(default_factory=list)
+    actions: list[int] = field(default_factory=list)
+    steps: int = 0
+    rest: str = ""
+    ended: str = ""
+
+    @property
+    def told(self) -> int | None:
+        """Step of the first alert behind the base run."""
+        return min((step for step, _ in self.causes if step > 0), default=None)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether in time."""
+        return self.told is not None and self.told <= _WITHIN[self.case.kind]
+
+    @property
+    def cause(self) -> str | None:
+        """What was said by the tenth step, or first where that was later."""
+        said = [cause for step, cause in self.causes if step > 0]
+        early = [cause for step, cause in self.causes if 0 < step <= 10]
+        return early[-1] if early else next(iter(said), None)
+
+
+def observed(series: dict[str, NDArray[Any]]) -> Iterator[Observed]:
+    """The steps of a recorded run, as a monitor sees them."""
+    groups = group_of(np.arange(VOCAB_SIZE))
+    for step, losses in enumerate(series["losses"].astype(np.float64)):
+        squares = series["logit_variance"][step].astype(np.float64)
+        squares += series["logit_mean"][step].astype(np.float64) ** 2
+        yield Observed(
+            series["selected"][step].astype(np.float64),
+            float(losses.mean()),
+            float(losses.std(ddof=1)),
+            np.sqrt(squares),
+            np.bincount(groups, weights=series["tokens"][step], minlength=GROUPS),
+        )
+
+
+def replay(case: Case, work: Path) -> Found:
+    """Play a recorded case to a monitor; what routers have become is taken as usual."""
+    base = work / f"base {case.base.corpus} {case.base.batch}.npz"
+    found, last = Found(case), None
+    monitor = ShiftMonitor(10_000.0, (1, 2, 3), [f"expert {index}" for index in range(12)])
+    runs = [dict(np.load(path)) for path in (base, work / f"{case.name}.npz")]
+    for step, each in enumerate((step for run in runs for step in observed(run)), 1 - SAVED):
+        monitor.add(step + SAVED, each)
+        cause = None if monitor.event is None else monitor.event.cause
+        if cause is not None and cause != last:
+            found.causes.append((step, cause))
+        last = cause
+        if monitor.fault > 1.0:
+            found.actions.append(step)
+            monitor.settle(is_mended=False)
+        found.steps += step + SAVED >= _JUDGED
+    return found
+
+
+def live(case: Case, work: Path) -> Found:
+    """What a run in which the guard acted has left."""
+    base = json.loads((work / f"base {case.base.corpus} {case.base.batch}.json").read_text())
+    result = json.loads((work / f"{case.name}.json").read_text())
+    found = Found(case, ended=result["ended"])
+    shifts = ("shift", "router_fault")
+    for alert in result["alerts"]:
+        step = alert["step"] - SAVED
+        if alert["rule"] in shifts and alert["severity"] != "info" and "cause" in alert:
+            found.causes.append((step, alert["cause"]))
+        if alert["action"].split()[0] in ("put_back", "rollback", "stop"):
+            found.actions.append(step)
+        elif alert["rule"] == "numerical_guard":
+            found.rest += " refused" * ("refused" not in found.rest)
+    found.steps = len(base["losses"]) + len(result["losses"]) - _JUDGED
+    found.rest += _excess(case, result, work) + _budget(case, result)
+    return found
+
+
+def _excess(case: Case, result: dict[str, Any], work: Path) -> str:
+    """Loss of a fault's run above the healthy run's, around 5, 30 and 60 steps on."""
+    healthy = work / f"{Case(case.base, 'healthy').name}.json"
+    if case.kind != "fault" or not healthy.exists():
+        return ""
+    usual = json.loads(healthy.read_text())
+    by_step = dict(zip(usual["step"], usual["losses"], strict=True))
+    own = dict(zip(result["step"], result["losses"], strict=True))
+    excess = np.array([own[step] - by_step[step] for step in sorted(own.keys() & by_step.keys())])
+    means = [excess[max(at - 5, 0) : at + 5].mean() for at in (5, 30, 55)]
+    return " loss " + ", ".join(f"{mean:+.3f}" for mean in means)
+
+
+def _budget(case: Case, result: dict[str, Any]) -> str:
+    """How far the worst layer's mean share is from a budget."""
+    if not case.base.layers.startswith("share"):
+        return ""
+    target = float(case.base.layers.split()[1])
+    shares = np.array(result["shares"])[-30:].mean(axis=0)
+    return f" budget {np.abs(shares / target - 1.0).max():.1%}"
+
+
+def line(found: Found) -> str:
+    """A row of the table."""
+    told = "-" if found.told is None else str(found.told)
+    acted = ", ".join(map(str, found.actions[:3])) or "-"
+    rest = found.rest.strip() + (f" ENDED {found.ended}" if found.ended else "")
+    before = sum(step <= 0 for step, _ in found.causes)
+    early = f"{before} before" if before else ""
+    cells = (found.case.name, told, found.cause or "-", acted, rest, early)
+    return "| " + " | ".join(cells) + " |"
+
+
+def sums(all_found: list[Found]) -> Iterator[str]:
+    """What is proved."""
+    for kind in ("switch", "mixture", "fault"):
+        for batch in (24, 48):
+            group = [f for f in all_found if f.case.kind == kind and f.case.base.batch == batch]
+            told = sum(found.is_told for found in group)
+            right = sum(found.cause == _CAUSES[kind] for found in group)
+            acted = sum(any(0 < step <= 10 for step in found.actions) for found in group)
+            yield (
+                f"- {kind} at {batch}: {told} of {len(group)} told within {_WITHIN[kind]} steps, "
+                f"cause right in {right}, acted on within 10 steps {acted}"
+            )
+    healthy = [found for found in all_found if found.case.kind == "healthy"]
+    alerts = sum(len(found.causes) for found in healthy)
+    actions = sum(len(found.actions) for found in healthy)
+    steps = sum(found.steps for found in healthy)
+    yield f"- healthy: {alerts} alerts and {actions} actions in {steps:,} judged steps"
+    yield f"- runs that ended: {sum(bool(found.ended) for found in all_found)}"
+
+
+def main() -> None:
+    """Print the table of what is there."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--set", default="choose", choices=sorted(SETS))
+    parser.add_argument("--live", action="store_true")
+    arguments = parser.parse_args()
+    assert FAULTS.keys() == SETS.keys(), "every set has its faults"
+    work = arguments.out / (arguments.set + ("-live" if arguments.live else ""))
+    end, judge = (".json", live) if arguments.live else (".npz", replay)
+    there = [case for case in cases(arguments.set) if (work / f"{case.name}{end}").exists()]
+    all_found = [judge(case, work) for case in there]
+    head = ("run", "told", "cause", "acted", "after", "alerts")
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    print("\n".join([*map(line, all_found), "", *sums(all_found)]))
+
+
+if __name__ == "__main__":
+    main()

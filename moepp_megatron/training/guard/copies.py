@@ -1,0 +1,104 @@
+"""Keeps the routers' weights of the newest healthy step, and puts them back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from moepp_megatron.moe.layer import moepp_layers
+from moepp_megatron.moe.router import MoEPPRouter
+from moepp_megatron.training.checkpoint.optimizer import copy_into_shard, is_distributed
+from moepp_megatron.training.setup import TrainingModel
+
+# Steps between copies of the routers' weights.
+COPY_INTERVAL = 10
+
+
+class RouterCopies:
+    """Copies of all routers, each rank those of its own layers.
+
+    Weights are copied before a step and kept after it, because the step shows how these weights
+    route; those that its optimizer leaves are seen in the next.
+
+    Args:
+        model: The wrapped model.
+        state: Result of an earlier `state()`, which may be of another layout.
+
+    Attributes:
+        step: The step before which the copies were made, the same on every rank; None without.
+    """
+
+    def __init__(self, model: TrainingModel, state: Sequence[Sequence[Any]] = ()) -> None:
+        self._model = model
+        layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
+        self._routers = {layer.layer_number: layer.router for layer in layers}
+        # Of each layer its step, so that checkpoints of earlier versions can be read.
+        self.step: int | None = max((step for _, step, _ in state), default=None)
+        self._kept: dict[int, list[Tensor]] = {
+            layer: [value.to(torch.cuda.current_device()) for value in values]
+            for layer, _, values in state
+            if layer in self._routers
+        }
+        self._taken: dict[int, list[Tensor]] = {}
+        self._taken_at: int | None = None
+
+    def state(self) -> list[list[Any]]:
+        """The state for a checkpoint, the same on every rank; a collective."""
+        own = {layer: [value.cpu() for value in values] for layer, values in self._kept.items()}
+        group = parallel_state.get_pipeline_model_parallel_group()
+        stages: list[dict[int, list[Tensor]]] = [{} for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(stages, own, group=group)
+        values = {layer: copies for stage in stages for layer, copies in stage.items()}
+        return [[layer, self.step, values[layer]] for layer in sorted(values)]
+
+    def take(self, step: int) -> None:
+        """Copy the routers before `step`, if they are due: every few steps, or if none are kept."""
+        self._taken, self._taken_at = {}, None
+        if step % COPY_INTERVAL == 0 or self.step is None:
+            self._taken_at = step
+            with self._model.gathered_parameters():
+                self._taken = {
+                    layer: [value.detach().clone() for value in _weights(router)]
+                    for layer, router in self._routers.items()
+                }
+
+    def keep(self) -> None:
+        """Keep what has been copied: the step was healthy."""
+        if self._taken_at is not None:
+            self.step, self._kept = self._taken_at, self._taken
+        self._taken, self._taken_at = {}, None
+
+    def put_back(self) -> bool:
+        """Give all routers the weights that were kept; whether there are any."""
+        if self.step is None:
+            return False
+        with self._model.gathered_parameters(), torch.no_grad():
+            for layer, values in sorted(self._kept.items()):
+                # The bias is last: a run may have been resumed with one, and copies are older.
+                pairs = zip(_weights(self._routers[layer]), values, strict=False)
+                for weight, value in pairs:
+                    _overwrite(self._model.optimizer, weight, value)
+        return True
+
+
+def _weights(router: MoEPPRouter) -> list[Tensor]:
+    """All that decides how a router routes."""
+    biases = [] if router.expert_bias is None else [router.expert_bias]
+    return [*router.parameters(), *biases]
+
+
+def _overwrite(optimizer: MegatronOptimizer, weight: Tensor, value: Tensor) -> None:
+    """Put a value into a weight, and into what this rank has of its fp32 copy in the optimizer."""
+    weight.copy_(value)
+    main: Tensor | None = getattr(weight, "main_param", None)
+    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if is_distributed(chained):
+            copy_into_shard(chained, weight, value)
+        elif main is not None:
+            main.copy_(value.view_as(main))

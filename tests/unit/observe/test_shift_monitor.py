@@ -1,0 +1,204 @@
+"""All series together: one event for a change, its cause, and what is usual after it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor, group_of
+
+LAYERS, EXPERTS, TOKENS = (2, 4), 6, 3000
+SHARES = np.array([0.3, 0.2, 0.1, 0.1, 0.2, 0.1])
+GROUP_SHARES = np.arange(1.0, GROUPS + 1) / np.arange(1.0, GROUPS + 1).sum()
+SOURCES = ("books", "web")
+SAVED = 150
+
+
+class Run:
+    """Steps of a training; each setting is what a change makes of it."""
+
+    def __init__(self, seed: int = 1, sources: tuple[str, ...] = ()) -> None:
+        self._chance, self.step = np.random.default_rng(seed), 0
+        names = [f"FFN {index}" for index in range(EXPERTS)]
+        self.monitor = ShiftMonitor(10_000.0, LAYERS, names, sources)
+
+    def observed(
+        self,
+        loss: float = 0.0,
+        shares: Any = SHARES,
+        groups: Any = GROUP_SHARES,
+        logits: float = 1.0,
+        web: float = 0.0,
+    ) -> Observed:
+        chance = self._chance
+        noise = np.exp(chance.normal(0.0, 0.05, size=(len(LAYERS), EXPERTS)))
+        experts = [chance.multinomial(2 * TOKENS, p / p.sum()) for p in shares * noise]
+        course = 3.0 + 2.0 * math.exp(-self.step / 60)
+        losses = [course + chance.normal(0.0, 0.1) + extra for extra in (loss, web)]
+        mixed = groups * np.exp(chance.normal(0.0, 0.1, size=GROUPS))
+        return Observed(
+            np.array(experts, dtype=np.float64),
+            losses[0],
+            math.exp(chance.normal(-1.0, 0.1)),
+            logits * np.exp(chance.normal(0.0, 0.02, size=len(LAYERS))),
+            chance.multinomial(TOKENS, mixed / mixed.sum()).astype(np.float64),
+            np.array([[losses[0] * 2000.0, 2000.0], [losses[1] * 1000.0, 1000.0]]),
+        )
+
+    def take(self, steps: int, **changes: Any) -> list[str | None]:
+        """The event's cause after each step."""
+        causes = []
+        for _ in range(steps):
+            self.step += 1
+            self.monitor.add(self.step, self.observed(**changes))
+            event = self.monitor.event
+            causes.append(None if event is None else event.cause)
+        return causes
+
+
+OTHER_GROUPS = GROUP_SHARES[::-1]
+OTHER_SHARES = SHARES[::-1]
+DATA = {"loss": 1.0, "shares": OTHER_SHARES, "groups": OTHER_GROUPS}
+
+
+def trained(seed: int = 1, sources: tuple[str, ...] = ()) -> Run:
+    run = Run(seed, sources)
+    assert run.take(SAVED) == [None] * SAVED
+    assert run.monitor.is_calm
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        (DATA, "data"),
+        # Learnt at once, but for its words.
+        ({"groups": OTHER_GROUPS}, "data"),
+        ({"shares": OTHER_SHARES}, "router"),
+        ({"shares": OTHER_SHARES, "loss": 0.5}, "router"),
+        ({"logits": 20.0}, "router"),
+        ({"loss": 1.0}, "model"),
+        ({"web": 1.5}, "source"),
+    ],
+)
+def test_the_cause_is_known_within_ten_steps(changes: dict[str, Any], cause: str) -> None:
+    for seed in range(3):
+        run = trained(seed, SOURCES if cause == "source" else ())
+        found = run.take(10, **changes)
+        assert next(i for i, each in enumerate(found, 1) if each is not None) <= 5
+        assert cause in found, seed
+        assert set(found) <= {None, "not known yet", cause}, "it was never another one"
+        event = run.monitor.event
+        assert event is None or event.since == SAVED + 1
+
+
+def test_until_then_it_is_not_known() -> None:
+    run = trained()
+    found = run.take(4, loss=1.0)
+    assert found[-1] == "not known yet"
+    assert run.monitor.fault == 0.0
+
+
+def test_a_mixture_is_a_change_of_the_data() -> None:
+    run = trained()
+    groups = 0.8 * GROUP_SHARES + 0.2 * OTHER_GROUPS
+    assert "data" in run.take(30, groups=groups)
+
+
+def test_a_change_is_one_event_and_then_usual() -> None:
+    """Ten steps after its last alarm it is over; other data that follow are another event."""
+    run = trained()
+    causes = run.take(40, **DATA)
+    first = next(i for i, cause in enumerate(causes) if cause is not None)
+    over = next(i for i, cause in enumerate(causes) if cause is None and i > first)
+    assert over <= 20
+    assert causes[over:] == [None] * len(causes[over:])
+    assert run.monitor.is_calm
+    assert "data" in run.take(6), "the old data"
+
+
+def test_what_is_only_suspect_at_a_switch_raises_no_alarm_later() -> None:
+    """Routing that moves slowly behind the data must not look like a fault of the routers."""
+    run = trained()
+    for step in range(40):
+        shares = SHARES + min(step / 20.0, 1.0) * (OTHER_SHARES - SHARES)
+        (cause,) = run.take(1, **{**DATA, "shares": shares})
+        assert cause in (None, "not known yet", "data")
+
+
+def test_routers_that_were_put_back_are_as_before() -> None:
+    run = trained()
+    while run.monitor.fault <= 1.0:
+        run.take(1, shares=OTHER_SHARES)
+    assert run.step <= SAVED + 5
+    run.monitor.settle(is_mended=True)
+    assert set(run.take(9)) == {"router"}
+    assert run.take(20)[-1] is None
+    # The same fault again is found again.
+    assert "router" in run.take(5, shares=OTHER_SHARES)
+
+
+def test_routers_that_stay_as_they_are_become_usual() -> None:
+    run = trained()
+    run.take(5, shares=OTHER_SHARES)
+    run.monitor.settle(is_mended=False)
+    assert run.take(30, shares=OTHER_SHARES)[-1] is None
+
+
+def test_healthy_routers_are_known_by_calm_steps() -> None:
+    run = trained()
+    run.take(1, logits=20.0)
+    assert not run.monitor.is_calm, "before there is an alarm"
+
+
+def test_what_has_moved_is_named() -> None:
+    run = trained(sources=SOURCES)
+    while run.monitor.event is None:
+        run.take(1, web=2.0)
+    (loss, source) = run.monitor.event.moved
+    assert loss.startswith("loss ")
+    assert source.startswith("source web: loss ")
+    run = trained()
+    while run.monitor.event is None or run.monitor.event.cause != "router":
+        run.take(1, shares=OTHER_SHARES, logits=20.0)
+    text = "; ".join(run.monitor.event.moved)
+    assert "layer 2 FFN" in text
+    assert "times as large" in text
+
+
+def test_what_is_not_known_is_not_judged() -> None:
+    """One sequence has no spread, and other implementations count no token ids."""
+    run = Run()
+    for step in range(1, 121):
+        observed = run.observed()
+        bare = replace(observed, spread=math.nan, tokens=None, logits=None, sources=None)
+        run.monitor.add(step, bare)
+    assert set(run.monitor.metrics) == {"routing_shift", "loss_shift"}
+
+
+@pytest.mark.parametrize("cut", [20, SAVED + 1, SAVED + 3])
+def test_a_state_continues_to_the_bit(cut: int) -> None:
+    steps = Run(sources=SOURCES)
+    observed = [steps.observed() for _ in range(SAVED)]
+    observed += [steps.observed(**DATA) for _ in range(20)]
+    whole, parts, again = (Run(sources=SOURCES).monitor for _ in range(3))
+    for step, each in enumerate(observed, 1):
+        whole.add(step, each)
+        if step <= cut:
+            parts.add(step, each)
+        if step == cut:
+            again.load(json.loads(json.dumps(parts.state())))
+        if step > cut:
+            again.add(step, each)
+    assert again.state() == whole.state()
+
+
+def test_neighbouring_ids_are_in_different_groups() -> None:
+    groups = group_of(np.arange(4096))
+    assert set(groups.tolist()) == set(range(GROUPS))
+    assert (np.diff(groups) != 0).all()
