@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -173,14 +174,17 @@ def _start_ranks(request: TrainRequest) -> TrainResult:
 
 def _alike(config: Config) -> dict[str, str]:
     """Versions and settings that must be the same on all machines."""
-    sections = config.model_dump(mode="json")
-    # What is resumed depends on when a machine looks.
-    del sections["checkpoint"]["load"], sections["checkpoint"]["load_optimizer"]
-    settings = {
-        (name, key): value for name, keys in sections.items() for key, value in keys.items()
-    }
-    named = {".".join(name): json.dumps(value) for name, value in settings.items()}
-    return package_versions() | named
+    alike = package_versions()
+    for section, keys in config.model_dump(mode="json").items():
+        for key, value in keys.items():
+            text = json.dumps(value)
+            # An environment variable holds all of them, and 128 KiB at most.
+            is_long, digest = len(text) > 200, hashlib.sha256(text.encode()).hexdigest()
+            alike[f"{section}.{key}"] = f"{text[:60]}... ({digest[:8]})" if is_long else text
+    # Python may differ, and what is resumed depends on when a machine looks.
+    for name in ("python", "checkpoint.load", "checkpoint.load_optimizer"):
+        del alike[name]
+    return alike
 
 
 def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[Callback]) -> TrainResult:
