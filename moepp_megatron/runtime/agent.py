@@ -30,6 +30,7 @@ def main() -> int:
     """Run torchrun with this process's arguments; 0 when all ranks ended with 0, else 1."""
     level = os.environ.get(NO_STACKS[0])
     os.environ.setdefault(*NO_STACKS)
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
@@ -47,13 +48,14 @@ def main() -> int:
         watch.start()
     try:
         torchrun()
-    except (ConfigError, ChildFailedError, RendezvousError) as error:
+    except (ConfigError, ChildFailedError, RendezvousError, DistError) as error:
         lines = _lines(error)
         if watch is not None:
             # While the error holds the store, which this process may serve. The others see by
             # themselves that a run hangs or that they cannot meet.
-            hangs = any(line.endswith(f" {HUNG}") for line in lines)
-            watch.report(None if hangs or isinstance(error, RendezvousError) else lines[0])
+            is_seen = any(line.endswith(f" {HUNG}") for line in lines)
+            is_seen |= isinstance(error, (RendezvousError, DistError))
+            watch.report(None if is_seen else lines[0])
         # A rank that has refused has said why; what other ranks met is that it was gone.
         for line in lines if refusal() is None else []:
             print(f"error: {line}", file=sys.stderr)
@@ -64,7 +66,7 @@ def main() -> int:
 def _lines(error: Exception) -> list[str]:
     """What has failed, in words."""
     if (failures := getattr(error, "failures", None)) is None:
-        why = f": {error}" if str(error) else ""
+        why = f": {text}" if (text := str(error).partition("\n")[0]) else ""
         return [f"the machines do not meet ({type(error).__name__}{why})"]
     in_order = sorted(failures.items(), key=lambda each: each[1].timestamp)
     return [f"rank {rank} {_how(failure)}" for rank, failure in in_order]

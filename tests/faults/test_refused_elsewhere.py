@@ -73,7 +73,9 @@ class Starts:
     def ended(self) -> list[tuple[int, str]]:
         statuses = [process.wait(HANG_S) for process in self.started]
         logs = [self.folder / f"{number}.log" for number in range(len(statuses))]
-        return list(zip(statuses, [log.read_text() for log in logs], strict=True))
+        texts = [log.read_text() for log in logs]
+        assert not any("Traceback" in text for text in texts), texts
+        return list(zip(statuses, texts, strict=True))
 
 
 @pytest.fixture
