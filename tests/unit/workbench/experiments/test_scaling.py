@@ -17,7 +17,6 @@ from moepp_megatron.workbench.experiments.scaling.plots import series
 from moepp_megatron.workbench.experiments.scaling.records import (
     KindResult,
     PointResult,
-    efficiency,
     scale_records,
 )
 from moepp_megatron.workbench.experiments.scaling.trials import Measuring, PointTrial, claim
@@ -28,6 +27,11 @@ QUICKSTART = Path(__file__).parents[4] / "configs" / "quickstart.yaml"
 @pytest.fixture
 def config() -> Config:
     return load_config(QUICKSTART)
+
+
+def scale(out: Path, *arguments: str) -> Any:
+    """`moepp scale` in this process."""
+    return CliRunner().invoke(app, ["scale", str(QUICKSTART), "--out", str(out), *arguments])
 
 
 def kind_result(step_times_s: list[float], a2a_bytes: int = 0) -> KindResult:
@@ -97,13 +101,6 @@ def test_weak_batch_grows_from_the_smallest_count(config: Config):
 def test_malformed_layouts(text: str) -> None:
     with pytest.raises(ConfigError, match="--layout"):
         parse_layout(text)
-
-
-def test_efficiency_formulas() -> None:
-    # Strong: 4096 tokens in 8 s on 1, in 2.5 s on 4: t1 n1 / (tn n) = 8 / (2.5 * 4).
-    assert efficiency(4096 / 2.5, 4, 4096 / 8, 1) == pytest.approx(0.8)
-    # Weak: four times the tokens in 10 s instead of 8.
-    assert efficiency(4 * 4096 / 10, 4, 4096 / 8, 1) == pytest.approx(0.8)
 
 
 def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(config: Config):
@@ -184,13 +181,11 @@ class FakeRanks:
     def __init__(self, folder: Path, fails: Callable[[str], int | None]) -> None:
         self.folder, self.fails = folder, fails
         self.started: list[str] = []
-        self.commands: list[list[str]] = []
 
     def __call__(self, options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
         name = arguments[-1]
         assert list(arguments[-2:]) == ["--point", name]
         self.started.append(name)
-        self.commands.append(list(arguments))
         assert options.num_local_ranks == int(name[1])
         status = self.fails(name)
         assert options.output is not None
@@ -215,9 +210,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     ) -> tuple[Any, list[str]]:
         ranks = FakeRanks(tmp_path, fails)
         monkeypatch.setattr("moepp_megatron.workbench.experiments.runner.run_ranks", ranks)
-        base = ["scale", str(QUICKSTART), "--out", str(tmp_path), "--nproc", "1,2,4"]
-        result = CliRunner().invoke(app, [*base, *arguments])
-        return result, ranks.started
+        return scale(tmp_path, "--nproc", "1,2,4", *arguments), ranks.started
 
     return call
 
@@ -368,17 +361,14 @@ def test_plan_and_collect_for_batch_scripts(run: Any) -> None:
     ],
 )
 def test_wrong_usage(tmp_path: Path, arguments: list[str], message: str) -> None:
-    base = ["scale", str(QUICKSTART), "--out", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, [*base, *arguments])
+    result = scale(tmp_path / "out", *arguments)
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    result = CliRunner().invoke(
-        app, ["scale", str(QUICKSTART), "--out", str(tmp_path / "file" / "out")]
-    )
+    result = scale(tmp_path / "file" / "out")
     assert isinstance(result.exception, ConfigError)
     assert "must be a folder that can be written" in str(result.exception)
 
@@ -389,9 +379,7 @@ def test_folder_of_a_training_run_is_refused(tmp_path: Path, name: str) -> None:
     for file in (tmp_path / "config.yaml", tmp_path / name):
         file.write_text("the run's")
     before = sorted(tmp_path.rglob("*"))
-    result = CliRunner().invoke(
-        app, ["scale", str(QUICKSTART), "--out", str(tmp_path), "--collect"]
-    )
+    result = scale(tmp_path, "--collect")
     assert isinstance(result.exception, ConfigError)
     assert str(result.exception) == (
         f"--out ({tmp_path}) must not be the folder of a training run, but holds "
@@ -424,8 +412,7 @@ def test_ranks_of_somebody_else_must_know_their_point(
     for name, value in {"RANK": "0", "WORLD_SIZE": ranks}.items():
         monkeypatch.setenv(name, value)
         monkeypatch.setenv(f"LOCAL_{name}", value)
-    base = ["scale", str(QUICKSTART), "--out", str(tmp_path)]
-    result = CliRunner().invoke(app, [*base, *arguments])
+    result = scale(tmp_path, *arguments)
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
 
@@ -441,9 +428,7 @@ def test_rank_that_fails_says_so_in_words_that_the_launcher_finds(tmp_path, monk
     )
     # This process is no rank, and is to outlive its parent.
     monkeypatch.setattr("moepp_megatron.runtime.parent.die_with_parent", lambda parent: None)
-    result = CliRunner().invoke(
-        app, ["scale", str(QUICKSTART), "--out", str(tmp_path), "--nproc", "1"]
-    )
+    result = scale(tmp_path, "--nproc", "1")
     assert result.exit_code == 1
     log = tmp_path / "log"
     log.write_text(result.output)

@@ -103,14 +103,6 @@ def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(tmp_path, stand_
     assert again.started == []
 
 
-def test_more_seeds_later(tmp_path: Path) -> None:
-    for run in runs_in(tmp_path):
-        write_run(run)
-    more = runs_in(tmp_path, seeds=(7, 8, 9))
-    claim(tmp_path, more)
-    assert {run.seed for run in missing(more)} == {9}
-
-
 @pytest.mark.parametrize("finished", [True, False])
 def test_runs_with_other_settings_are_refused(tmp_path: Path, finished: bool) -> None:
     write_run(runs_in(tmp_path)[0], steps=None if finished else 5)

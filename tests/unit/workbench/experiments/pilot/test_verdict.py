@@ -6,12 +6,7 @@ import pytest
 
 from moepp_megatron.workbench.experiments.pilot.result import ArmKind, Verdict
 from moepp_megatron.workbench.experiments.pilot.statistics import Estimate, PooledLosses
-from moepp_megatron.workbench.experiments.pilot.verdict import (
-    Evidence,
-    answer_of,
-    sentence,
-    verdict,
-)
+from moepp_megatron.workbench.experiments.pilot.verdict import Evidence, sentence, verdict
 
 NAMES: dict[ArmKind, str] = {
     "vanilla": "vanilla",
@@ -129,15 +124,6 @@ def test_tokens_that_are_worth_nothing_make_no_time(value: float) -> None:
     found = judged(-0.01, -0.01, value=value)
     assert found.time_to_loss is None
     assert found.answer == "pays", "losses decide"
-
-
-@pytest.mark.parametrize(
-    ("signs", "answer"),
-    [((-1, -1), "pays"), ((-1, 0), "undecided"), ((-1, 1), "does not pay"), ((0, 0), "undecided")],
-)
-def test_the_answer_by_signs(signs: tuple[int, int], answer: str) -> None:
-    assert answer_of(*signs) == answer
-    assert answer_of(*signs[::-1]) == answer
 
 
 @pytest.mark.parametrize(
