@@ -1,6 +1,5 @@
 """Watches a run: its state, a table in the terminal, and numbers for Prometheus.
 
-prometheus_alerts.py  the alert rules for Prometheus, made from what is exported
 exported.py     the numbers that `moepp monitor --prometheus` serves: names and samples
 liveness.py     whether a run continues, has ended, or is silent, judged from outside
 history.py      the part of a run's records that the monitor keeps

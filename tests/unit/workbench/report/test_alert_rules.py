@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moepp_megatron.workbench.report.live import exported, prometheus_alerts
+from moepp_megatron.config.guard_rules import DEFAULT_RULES
+from moepp_megatron.config.schema import ResilienceSection
+from moepp_megatron.workbench.report.live import exported
 from moepp_megatron.workbench.report.live.liveness import STATES
 
 FILE = Path(__file__).parents[4] / "docs" / "grafana" / "alerts.yaml"
@@ -26,14 +28,26 @@ needs_promtool = pytest.mark.skipif(
 )
 
 
-def test_the_rules_are_the_file_and_ask_for_what_is_exported():
-    assert FILE.read_text() == prometheus_alerts.text(), (
-        "write it anew: python -m moepp_megatron.workbench.report.live.prometheus_alerts"
-    )
-    (group,) = yaml.safe_load(FILE.read_text())["groups"]
-    names = [rule["alert"] for rule in group["rules"]]
-    assert len(set(names)) == len(names) > 12
-    for rule in group["rules"]:
+(GROUP,) = yaml.safe_load(FILE.read_text())["groups"]
+RULES = {rule["alert"]: rule for rule in GROUP["rules"]}
+
+
+def test_limits_are_the_guards_defaults():
+    guard = {rule.name: rule for rule in DEFAULT_RULES}
+    far, idle = 1 - guard["few_ffn_experts"].clear, guard["dead_expert"]
+    part = idle.for_steps / idle.of_steps
+    for name, limits in {
+        "MoeppFfnShareFarFromTarget": [f"> {far:g}"],
+        "MoeppDeadExpert": [f"< bool {idle.below:g}", f">= {part:g}"],
+        "MoeppLogitsExplode": [f"> {guard['logit_explosion'].above:g}"],
+        "MoeppSlowRank": [f"> {ResilienceSection().straggler_threshold:g}"],
+    }.items():
+        assert all(limit in RULES[name]["expr"] for limit in limits), name
+
+
+def test_the_rules_ask_for_what_is_exported():
+    assert len(RULES) == len(GROUP["rules"]) > 12
+    for rule in GROUP["rules"]:
         asked = set(re.findall(r"moepp_\w+", rule["expr"]))
         assert asked, rule["alert"]
         assert asked <= LABELS.keys()
@@ -103,7 +117,7 @@ def _series(run: str, changes: dict[str, str]) -> list[dict[str, str]]:
 
 @needs_promtool
 def test_each_rule_fires_for_what_is_wrong_only(tmp_path: Path):
-    assert WRONG.keys() | {"MoeppNothingServed"} == {rule.name for rule in prometheus_alerts.RULES}
+    assert WRONG.keys() | {"MoeppNothingServed"} == RULES.keys()
     firing = 'count by (alertname, run) (ALERTS{alertstate="firing"})'
     expected = [{"labels": f'{{alertname="{name}",run="{name}"}}', "value": 1} for name in WRONG]
     series = [row for run, changes in (WRONG | FINE).items() for row in _series(run, changes)]
