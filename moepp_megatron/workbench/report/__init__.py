@@ -19,12 +19,10 @@ measured.py            `moepp plan --measured` on the terminal and as JSON
 page.py                the page itself: numbers, plots and configuration put into the template
 plan.py                `moepp plan` on the terminal, as JSON, and as a plot of where the time goes
 plan_models.py         the models of a plan compared: speed, and what a whole run takes
-plot.py                one plot of the page, or a sentence instead of it
 profile_comparison.py  two profiles side by side: what changed, in words and a plot
 progress.py            how far a measurement is
 run_data.py            what a report is made of
 savings.py             what the zero-computation experts saved against a vanilla layer
-savings_table.py       the table that sets a run against the vanilla layer of the same size
 series.py              the one way to a run's numbers over its steps
 summary.py             the numbers of a run that the page shows, computed from its records
 template.py            the templates of this room's pages

@@ -8,9 +8,34 @@ from pathlib import Path
 from typing import Literal
 
 from moepp_megatron.version import __version__
-from moepp_megatron.workbench.report.cards import Card
-from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.template import render_template, write_page
+
+
+@dataclass(frozen=True)
+class Card:
+    """One headline number."""
+
+    label: str
+    value: str
+    note: str
+    accent: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A titled picture with its text.
+
+    Attributes:
+        caption: What the plot shows and how it is computed.
+        image: ``data:`` address of the picture; None if there is nothing to draw.
+        alt: The picture in words; without a picture, why there is none.
+    """
+
+    title: str
+    caption: str
+    image: str | None
+    alt: str
+    wide: bool = False
 
 
 @dataclass(frozen=True)

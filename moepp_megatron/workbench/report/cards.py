@@ -1,21 +1,10 @@
 """The headline numbers of a run."""
 
-from dataclasses import dataclass
-
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.blocks import Card
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.savings import Savings
 from moepp_megatron.workbench.report.summary import RunSummary
-
-
-@dataclass(frozen=True)
-class Card:
-    """One headline number."""
-
-    label: str
-    value: str
-    note: str
-    accent: bool = False
 
 
 def headline_cards(run: RunData, summary: RunSummary, savings: Savings) -> list[Card]:

@@ -16,6 +16,7 @@ from moepp_megatron.workbench.report.blocks import (
     Block,
     Cell,
     Page,
+    Plot,
     Section,
     Table,
     Text,
@@ -33,7 +34,6 @@ from moepp_megatron.workbench.report.comparison import (
 )
 from moepp_megatron.workbench.report.drawing import LINE_COLOURS, envelope, plot_style, short_name
 from moepp_megatron.workbench.report.lines import Dashes, Frame, Line, line_plot
-from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.series import finite
 
 DEFAULT_OUT = Path("comparison.html")

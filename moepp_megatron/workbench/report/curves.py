@@ -10,10 +10,10 @@ from matplotlib.colors import to_hex
 
 from moepp_megatron.catalogue import OF_RECORD, Drawn, Record
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.blocks import Plot
 from moepp_megatron.workbench.report.drawing import LINE_COLOURS, MUTED, VERMILION, short_name
 from moepp_megatron.workbench.report.healthy import healthy_range
 from moepp_megatron.workbench.report.lines import Frame, Line, line_plot
-from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.savings import vanilla_a2a_bytes
 from moepp_megatron.workbench.report.series import finite

@@ -8,6 +8,7 @@ from matplotlib.ticker import PercentFormatter
 from moepp_megatron.experts import KIND_NAMES
 from moepp_megatron.observe.numbers import layer_numbers
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.blocks import Plot
 from moepp_megatron.workbench.report.drawing import (
     CELL_INK,
     INK,
@@ -19,7 +20,6 @@ from moepp_megatron.workbench.report.drawing import (
     svg_data_uri,
     thin,
 )
-from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunConfig, RunData
 from moepp_megatron.workbench.report.series import mean_of
 from moepp_megatron.workbench.report.summary import tail, window

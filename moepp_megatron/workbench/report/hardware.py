@@ -5,9 +5,8 @@ from statistics import median
 import numpy as np
 
 from moepp_megatron.workbench.report import formatting
-from moepp_megatron.workbench.report.cards import Card
+from moepp_megatron.workbench.report.blocks import Card, Plot
 from moepp_megatron.workbench.report.curves import drawn_metrics, plain_plot
-from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
 
 

@@ -12,6 +12,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.alerts import mark_alerts
+from moepp_megatron.workbench.report.blocks import Plot
 from moepp_megatron.workbench.report.drawing import (
     BLUE,
     draw_healthy,
@@ -24,7 +25,6 @@ from moepp_megatron.workbench.report.drawing import (
     step_axis,
     svg_data_uri,
 )
-from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.series import Series
 
 Dashes = str | tuple[int, tuple[float, ...]]

@@ -23,8 +23,7 @@ from moepp_megatron.workbench.report.hardware import hardware_cards, hardware_pl
 from moepp_megatron.workbench.report.healthy import METRICS, wrong_text
 from moepp_megatron.workbench.report.router_health_plots import health_plots
 from moepp_megatron.workbench.report.run_data import RunData, load_run
-from moepp_megatron.workbench.report.savings import Savings, compute_savings
-from moepp_megatron.workbench.report.savings_table import savings_table
+from moepp_megatron.workbench.report.savings import Savings, compute_savings, savings_table
 from moepp_megatron.workbench.report.summary import RunSummary, summarize
 from moepp_megatron.workbench.report.template import write_page
 from moepp_megatron.workbench.report.token_groups import source_table, token_plots

@@ -11,6 +11,7 @@ from matplotlib.ticker import PercentFormatter
 from moepp_megatron.catalogue import IN_LAYERS, Drawn
 from moepp_megatron.observe.numbers import layer_numbers
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.blocks import Plot
 from moepp_megatron.workbench.report.curves import drawn_metrics, plain_plot
 from moepp_megatron.workbench.report.drawing import (
     BLUE,
@@ -26,7 +27,6 @@ from moepp_megatron.workbench.report.drawing import (
     thin,
 )
 from moepp_megatron.workbench.report.healthy import QUICKSTART_EXPERTS, healthy_range
-from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.series import BAND, mean_of
 from moepp_megatron.workbench.report.summary import tail

@@ -9,10 +9,9 @@ import numpy as np
 from moepp_megatron.catalogue import OF_RECORD
 from moepp_megatron.data.token_groups import BANDS
 from moepp_megatron.workbench.report import formatting
-from moepp_megatron.workbench.report.blocks import Cell, Table, number
+from moepp_megatron.workbench.report.blocks import Cell, Plot, Table, number
 from moepp_megatron.workbench.report.curves import drawn_metrics, plain_plot
 from moepp_megatron.workbench.report.drawing import LINE_COLOURS
-from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.series import mean_of
 from moepp_megatron.workbench.report.summary import finite_mean, tail

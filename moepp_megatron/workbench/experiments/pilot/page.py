@@ -17,15 +17,16 @@ from moepp_megatron.workbench.experiments.pilot.result import (
 from moepp_megatron.workbench.experiments.pilot.verdict import LEVEL, SPEED_LIMIT
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.blocks import (
+    Card,
     Cell,
     Page,
+    Plot,
     Section,
     Table,
     Text,
     number,
     write_blocks,
 )
-from moepp_megatron.workbench.report.cards import Card
 from moepp_megatron.workbench.report.drawing import (
     BLUE,
     GREEN,
@@ -36,7 +37,6 @@ from moepp_megatron.workbench.report.drawing import (
     smooth,
 )
 from moepp_megatron.workbench.report.lines import Frame, Line, line_plot
-from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.series import Series
 from moepp_megatron.workbench.report.terminal import print_uncut, table_of
 

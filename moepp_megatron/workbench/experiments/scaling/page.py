@@ -11,6 +11,7 @@ from moepp_megatron.workbench.experiments.scaling.records import ScaleRecord
 from moepp_megatron.workbench.experiments.scaling.trials import Measuring
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.blocks import (
+    Card,
     Cell,
     Page,
     Section,
@@ -19,7 +20,6 @@ from moepp_megatron.workbench.report.blocks import (
     number,
     write_blocks,
 )
-from moepp_megatron.workbench.report.cards import Card
 from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.terminal import print_uncut, table_of
 

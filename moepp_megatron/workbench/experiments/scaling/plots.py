@@ -11,9 +11,9 @@ from matplotlib.ticker import NullLocator
 
 from moepp_megatron.workbench.experiments.scaling.records import ScaleRecord
 from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.blocks import Plot
 from moepp_megatron.workbench.report.drawing import BLUE, VERMILION
 from moepp_megatron.workbench.report.lines import Frame, Line, line_plot
-from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.series import finite
 
 KIND_NAMES = {"moepp": "MoE++", "vanilla": "vanilla"}

@@ -21,15 +21,16 @@ from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.trace import Trace
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.blocks import (
+    Card,
     Cell,
     Page,
+    Plot,
     Section,
     Table,
     Text,
     number,
     render_page,
 )
-from moepp_megatron.workbench.report.cards import Card
 from moepp_megatron.workbench.report.drawing import (
     KIND_COLOURS,
     MUTED,
@@ -39,7 +40,6 @@ from moepp_megatron.workbench.report.drawing import (
     svg_data_uri,
 )
 from moepp_megatron.workbench.report.inspect.packed import packed
-from moepp_megatron.workbench.report.plot import Plot
 
 # Tokens of a class below which the page's first sentence does not speak of it.
 _FEWEST = 20

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from moepp_megatron.workbench.profiling.analysis import Profile
 from moepp_megatron.workbench.profiling.measures.classes import CallClass
-from moepp_megatron.workbench.report.cards import Card
+from moepp_megatron.workbench.report.blocks import Card
 from moepp_megatron.workbench.report.formatting import data_size, percent
 
 # Below this the busiest rank's load is not worth a remedy.

@@ -11,13 +11,13 @@ from moepp_megatron.workbench.profiling.compare import ProfileComparison, in_wor
 from moepp_megatron.workbench.report.blocks import (
     Cell,
     Page,
+    Plot,
     Section,
     Table,
     Text,
     render_page,
 )
 from moepp_megatron.workbench.report.drawing import plot_style, svg_data_uri
-from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.profile.findings import cards, findings
 from moepp_megatron.workbench.report.profile.plots import profile_plots
 from moepp_megatron.workbench.report.profile.tables import TextTable, profile_tables

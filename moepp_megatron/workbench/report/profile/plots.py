@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moepp_megatron.workbench.profiling.analysis import Profile
+from moepp_megatron.workbench.report.blocks import Plot
 from moepp_megatron.workbench.report.drawing import (
     BLUE,
     GREEN,
@@ -19,7 +20,6 @@ from moepp_megatron.workbench.report.drawing import (
     plot_style,
     svg_data_uri,
 )
-from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.profile.findings import Cost, costs
 from moepp_megatron.workbench.report.profile.timeline import COLOURS
 

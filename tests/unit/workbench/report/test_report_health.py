@@ -10,9 +10,9 @@ import pytest
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.workbench.report import ReportError, build_report
 from moepp_megatron.workbench.report.alerts import MAX_ROWS, alert_blocks, watched
+from moepp_megatron.workbench.report.blocks import Plot
 from moepp_megatron.workbench.report.curves import loss_plot
 from moepp_megatron.workbench.report.drawing import plot_style
-from moepp_megatron.workbench.report.plot import Plot
 from moepp_megatron.workbench.report.router_health_plots import health_plots
 from moepp_megatron.workbench.report.run_data import load_run
 from tests.parallel.training_runs import VANILLA
@@ -136,7 +136,7 @@ def test_alerts_stand_in_the_table_with_their_moments(make_run):
 
 def test_what_was_watched_is_told(make_run):
     page = build_report(make_run()).read_text(encoding="ascii")
-    assert "The routing guard judged these rules after every step and only tells" in page
+    assert "The routing guard judged these rules after every step and only reports" in page
     assert "router_fault" in page
     sections = {
         "acts on them": {"enabled": True},

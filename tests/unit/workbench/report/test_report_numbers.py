@@ -15,8 +15,11 @@ from moepp_megatron.workbench.report import ReportError, formatting
 from moepp_megatron.workbench.report.drawing import MAX_POINTS, envelope, smooth, thin
 from moepp_megatron.workbench.report.page import render
 from moepp_megatron.workbench.report.run_data import load_run
-from moepp_megatron.workbench.report.savings import compute_savings, vanilla_a2a_bytes
-from moepp_megatron.workbench.report.savings_table import savings_table
+from moepp_megatron.workbench.report.savings import (
+    compute_savings,
+    savings_table,
+    vanilla_a2a_bytes,
+)
 from moepp_megatron.workbench.report.summary import finite_mean, step_weights, summarize
 
 
