@@ -240,6 +240,31 @@ def test_without_an_old_enough_checkpoint_it_is_told(ranks: RankPools, tmp_path:
     assert "no checkpoint of step 1 or before" in alert.condition
 
 
+def test_where_routers_do_not_help_it_goes_back_to_a_checkpoint(
+    ranks: RankPools, tmp_path: Path
+) -> None:
+    """The second fault comes before the first is over; checkpoints are of step 40 and 80."""
+    found = train(
+        ranks,
+        tmp_path,
+        102,
+        tuple(Fault(step, "explosion", None, 20.0) for step in (95, 99)),
+        layout="dp2",
+        checkpoint={"save_interval": 40},
+        optimizer={"lr": 3e-4},
+        routing_guard={"enabled": True},
+    )
+    faults = [(step, action) for step, rule, _, action in found.decisions if rule == "router_fault"]
+    (first, back), (second, gone) = faults
+    assert 95 < first <= 98
+    assert back == "put_back of step 90"
+    assert 99 < second <= 102
+    assert gone == "rollback"
+    alert = next(alert for alert in told(tmp_path) if alert.action == "rollback")
+    assert alert.condition.endswith("back to step_00000080")
+    assert logged(tmp_path, "step") == list(range(1, 103))
+
+
 def test_a_dry_run_changes_no_bit(ranks: RankPools, tmp_path: Path) -> None:
     rules = (
         FALLEN,

@@ -88,6 +88,7 @@ class ShiftEvent:
         series: Names of the series that have raised an alarm.
         cause: What has changed, as far as it is known.
         moved: What has moved most, a text each.
+        is_mended: Whether the routers have been put back since.
     """
 
     since: int
@@ -97,6 +98,7 @@ class ShiftEvent:
     series: list[str] = field(default_factory=list)
     cause: Cause = "not known yet"
     moved: list[str] = field(default_factory=list)
+    is_mended: bool = False
 
 
 class ShiftMonitor:
@@ -172,10 +174,14 @@ class ShiftMonitor:
 
     @property
     def fault(self) -> float:
-        """Evidence of the newest step that the routers are at fault, over its limit; else 0."""
+        """Evidence of the newest step that the routers are at fault, over its limit; else 0.
+
+        Once they have been put back, a loss that stays away from its course says so too.
+        """
         if self.event is None or self.event.cause != "router":
             return 0.0
-        alarms = [self._detectors[name] for name in _OF_ROUTERS]
+        names = (*_OF_ROUTERS, "loss") if self.event.is_mended else _OF_ROUTERS
+        alarms = [self._detectors[name] for name in names]
         return max((each.evidence for each in alarms if each.is_alarm), default=0.0)
 
     def _see(self, step: int) -> None:
@@ -231,6 +237,8 @@ class ShiftMonitor:
 
     def settle(self, is_mended: bool) -> None:
         """After a fault of the routers: they are as before, or what they are now is usual."""
+        if self.event is not None:
+            self.event.is_mended = is_mended
         for name in _OF_MODEL:
             if is_mended:
                 self._detectors[name].clear()

@@ -22,8 +22,8 @@ from moepp_megatron.training.parts.router_health import HealthCollector
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.parts.shift import Shift
 
-# Rules about what the monitor of shifts has found, and how often routers are put back before what
-# they have become is taken as usual.
+# Rules about what the monitor of shifts has found, and how often in a row routers are put back, and
+# in a run a checkpoint is gone back to for them, before what they have become is taken as usual.
 _SHIFT, _FAULT = "shift", "router_fault"
 _MOST_TRIES = 3
 
@@ -51,6 +51,8 @@ class RoutingGuard(Part):
         has_budget = run.config.moe.budget.held_by != "none"
         self._rules = effective_rules(self._settings, has_budget)
         self._metrics = {rule.metric for rule in self._rules}
+        # Checkpoints that were gone back to because putting routers back did not help.
+        self._returns = 0
         self._load(run.extra.get("guard") or {})
 
     @classmethod
@@ -99,7 +101,7 @@ class RoutingGuard(Part):
         yield from self._update(step.attempt, events, values)
         rollbacks: list[Event] = []
         for event in events:
-            if event.begins and event.rule.action == "rollback" and self._settings.acts:
+            if self._wants_checkpoint(event):
                 rollbacks.append(event)
             elif event.begins or event.rule.name != _FAULT:
                 # The end of the shift that a fault is says all that there is to say.
@@ -109,9 +111,26 @@ class RoutingGuard(Part):
                 yield Stop(partial(_stopped, event.rule.name))
         if rollbacks:
             self._actions += 1
-            # The newest step in which none of these rules held.
-            newest = step.number - max(event.rule.for_steps for event in rollbacks)
+            newest = min(self._newest_healthy(event, step.number) for event in rollbacks)
             yield GoBack(newest, lambda at: self._rollback(rollbacks, step.attempt, at, newest))
+
+    def _wants_checkpoint(self, event: Event) -> bool:
+        """Whether a rule wants an earlier checkpoint."""
+        if not (event.begins and self._settings.acts):
+            return False
+        # Routers that were put back did not help: more than they is damaged.
+        failed = event.rule.action == "put_back" and self._tries > 0
+        if failed and self._returns < _MOST_TRIES:
+            self._returns += 1
+            return True
+        return event.rule.action == "rollback"
+
+    def _newest_healthy(self, event: Event, step: int) -> int:
+        """The newest step before a rule held."""
+        shift = self._shift.monitor.event
+        if event.rule.name == _FAULT and shift is not None:
+            return shift.since - 1
+        return step - event.rule.for_steps
 
     def _act(self, event: Event) -> str:
         """Put routers back if a rule wants it; what is done, in words."""
@@ -120,7 +139,7 @@ class RoutingGuard(Part):
             return self._ending(event)
         if action == "put_back" and self._settings.acts:
             is_back = self._tries < _MOST_TRIES and self._copies.put_back()
-            self._tries, self._actions = self._tries + 1, self._actions + is_back
+            self._tries, self._actions = self._tries + is_back, self._actions + is_back
             monitor.settle(is_back)
             if is_back and self._budget is not None:
                 self._budget.restart()
@@ -202,6 +221,7 @@ class RoutingGuard(Part):
         if checkpoint is not None:
             return [alert_of(e, step, "rollback", f"back to {checkpoint.name}") for e in events]
         note = f"no checkpoint of step {newest} or before to go back to"
+        self._shift.monitor.settle(is_mended=False)
         return [alert_of(event, step, "warn", note) for event in events]
 
 

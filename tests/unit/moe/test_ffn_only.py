@@ -147,7 +147,7 @@ def test_tags_stay_with_their_micro_batch(granularity: str) -> None:
     for name, gradient in results[0][1].items():
         assert torch.equal(gradient, results[1][1][name]), name
     for number, statistics in results[0][2].items():
-        assert torch.equal(statistics.tagged.cells, results[1][2][number].cells)
+        assert torch.equal(statistics.tagged.cells, results[1][2][number].tagged.cells)
         assert statistics.tagged.cells[:, 1].sum() == batches[:, :, :-1].numel()
         assert statistics.tagged.cells[:, 0].sum() == statistics.wanted_counts()[:4].sum()
         assert (statistics.wanted != statistics.selected).any()
