@@ -9,7 +9,6 @@ import shutil
 from array import array
 from pathlib import Path
 
-import numpy as np
 from pydantic import ValidationError
 
 from moepp_megatron.file_names import UNDONE_FILE
@@ -46,6 +45,8 @@ class JsonlSink:
 
     def _repair(self, resume_step: int | None) -> None:
         """Keep the lines of the records that count, as they are."""
+        import numpy as np
+
         steps, spans, first, damaged = array("q"), array("q"), None, 0
         for line in read_lines(self.path):
             if line.record is None:
