@@ -6,15 +6,18 @@ import itertools
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from moepp_megatron.catalogue import Record
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.regular_file import check_regular
+
+# Commands that only start something do not wait for numpy.
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # A hundred layers of a thousand experts are a tenth of it.
 LONGEST_LINE = 1 << 24
@@ -118,12 +121,16 @@ def read_metrics(path: Path, *see: Callable[[StepMetrics], None]) -> Records:
             f"{path}: has no complete record yet; wait for the first logged step "
             "(training.log_interval)"
         )
+    import numpy as np
+
     count = counting(np.asarray(steps))
     return Records(path, np.asarray(steps)[count], np.asarray(starts)[count])
 
 
 def counting(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
     """[n] which records of a file count: those whose step no later record has or goes back of."""
+    import numpy as np
+
     later = np.minimum.accumulate(steps[::-1])[::-1]
     return np.append(steps[:-1] < later[1:], True)[: len(steps)]
 
