@@ -44,7 +44,7 @@ def _train(
     ranks: RankPools, world_size: int, raw: dict[str, Any], *args: Any, **named: Any
 ) -> list[StepMetrics]:
     ranks(world_size).run(run_trainer, raw, *args, **named)
-    return read_metrics(Path(raw["run"]["dir"]) / "metrics.jsonl")
+    return list(read_metrics(Path(raw["run"]["dir"]) / "metrics.jsonl"))
 
 
 def _assert_same(run: list[StepMetrics], other: list[StepMetrics]) -> None:

@@ -76,7 +76,7 @@ def told(folder: Path) -> list[Alert]:
 
 
 def records(folder: Path) -> list[StepMetrics]:
-    return read_metrics(folder / "metrics.jsonl")
+    return list(read_metrics(folder / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize("layout", ["ep2 bf16", "tp2 sp", "pp2"])

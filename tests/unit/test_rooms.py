@@ -23,7 +23,7 @@ ROOMS = ["cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE, *FLOOR]
 CEILINGS = {
     "cli": 4060,
     "workbench.experiments": 3580,
-    "workbench.report": 6440,
+    "workbench.report": 6450,
     "workbench.planning": 4210,
     "workbench.inspection": 1070,
     "workbench.bench": 1540,

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -178,7 +177,7 @@ def _losses(runs: Sequence[ComparedRun]) -> Table | None:
 
 def _finite_median(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
-    return median(finite.tolist()) if len(finite) else math.nan
+    return float(np.median(finite)) if len(finite) else math.nan
 
 
 def _shown(value: float, text: str) -> str:

@@ -114,9 +114,11 @@ def _a2a_plot(run: RunData) -> Plot:
     lines = [Line("this run", finite(steps, sent / mib))]
     if run.config.experts.num_zero_computation_experts:
         how = run.config.moe.dispatcher
-        shares = run.numbers.values("ffn_fraction").tolist()
-        scaled = [vanilla_a2a_bytes(how, *both) for both in zip(sent.tolist(), shares, strict=True)]
-        whole = finite(steps, np.array(scaled, dtype=np.float64) / mib)
+        both = zip(sent, run.numbers.values("ffn_fraction"), strict=True)
+        scaled = (vanilla_a2a_bytes(how, *each) for each in both)
+        whole = finite(
+            steps, np.fromiter((math.nan if b is None else b for b in scaled), float) / mib
+        )
         if len(whole.x):
             lines.append(Line("vanilla layer", whole, MUTED))
             rule = "as much" if how == "allgather" else "bytes / FFN share"

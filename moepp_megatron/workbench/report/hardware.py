@@ -1,7 +1,5 @@
 """The run's use of machines: energy, GPU-hours, MFU, from the telemetry in the records."""
 
-from statistics import median
-
 import numpy as np
 
 from moepp_megatron.workbench.report import formatting
@@ -33,17 +31,19 @@ def hardware_cards(run: RunData) -> list[Card]:
     cards = []
     mfu, hours, energy = (run.numbers.series(key).y for key in ("mfu", "gpu_hours", "energy_j"))
     if len(mfu):
-        cards.append(Card("MFU", formatting.percent(median(mfu.tolist())), "median of the records"))
+        cards.append(
+            Card("MFU", formatting.percent(float(np.median(mfu))), "median of the records")
+        )
     if len(hours):
         note = "evaluation and saving included"
-        cards.append(Card("GPU-hours", formatting.number(sum(hours.tolist()), 2), note))
+        cards.append(Card("GPU-hours", formatting.number(sum(map(float, hours)), 2), note))
     if len(energy):
-        joules, kwh = sum(energy.tolist()), sum(energy.tolist()) / 3.6e6
+        joules = sum(map(float, energy))
         each, per_token = run.numbers.values("energy_j"), run.numbers.values("energy_per_token_j")
         known = np.isfinite(each) & (per_token > 0)
-        tokens = sum((each[known] / per_token[known]).tolist())
+        tokens = sum(map(float, each[known] / per_token[known]))
         note = "only GPUs"
         if tokens > 0:
             note += f"; {formatting.number(joules / tokens)} J per token"
-        cards.append(Card("Energy", f"{formatting.number(kwh, 3)} kWh", note))
+        cards.append(Card("Energy", f"{formatting.number(joules / 3.6e6, 3)} kWh", note))
     return cards

@@ -17,14 +17,15 @@ from moepp_megatron.experts import FFN, KINDS, ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics, counting
 from moepp_megatron.observe.numbers import name_of
 
-_PLAIN = [key for key, row in OF_RECORD.items() if not row.axes]
-_NESTED = [key for key, row in OF_RECORD.items() if row.axes]
+# Of the others, which have no plot of their own, a million values each would only take memory.
+_USED = {"step", "tokens", "loss", "valid_loss", "ffn_fraction", "ffn_target", "a2a_bytes"}
+_USED |= {"gpu_hours", "energy_j", "source_tokens"}
+_KEPT = [key for key, row in OF_RECORD.items() if row.drawn is not None or key in _USED]
+_PLAIN = [key for key in _KEPT if not OF_RECORD[key].axes]
 # What layers and experts have is summed up: it may be thousands of numbers a record.
-_BY_NAME = [
-    key
-    for key, row in OF_RECORD.items()
-    if len(row.axes) == 1 and row.axes[0] not in ("layer", "expert")
-]
+_BY_NAME = [key for key in _KEPT if OF_RECORD[key].axes]
+_NESTED = [*_BY_NAME, "router_health", "layer_ffn_histogram", "expert_share", "layer_expert_share"]
+_KNOWN = {*_KEPT, *_NESTED, *IN_LAYERS, "kind_share"}
 BAND = ("low", "mean", "high")
 """The least, the mean and the greatest of the MoE layers' finite numbers."""
 _NOT_OF_THE_FIRST_LAYER = ("residual_ratio",)
@@ -65,8 +66,8 @@ class _Column:
     def spread(self, count: int) -> np.ndarray:
         """[count] float64, NaN where there is none."""
         spread = np.full(count, math.nan)
-        known = np.arange(len(self._values)) if self._places is None else self._places
-        spread[np.asarray(known, dtype=np.intp)] = np.asarray(self._values)
+        known = slice(len(self._values)) if self._places is None else np.asarray(self._places)
+        spread[known] = self._values
         return spread
 
 
@@ -97,11 +98,21 @@ class Numbers:
                 columns[key, ""].add(self._count, fields[key])
         for key in _NESTED:
             if fields[key]:
-                columns[key, ""].add(self._count, 1.0)
                 self._add_nested(key, fields[key])
         self._count += 1
 
     def _add_nested(self, key: str, value: Any) -> None:
+        if key == "expert_share":
+            if all(map(math.isfinite, value)):
+                for kind, places in self._kinds.items():
+                    self._columns["kind_share", kind].add(self._count, sum(value[places]))
+            return
+        if key == "layer_expert_share":
+            if FFN.name in self._kinds:
+                ffn = self._kinds[FFN.name]
+                self._add_band("min_ffn_load", [min_over_mean(layer[ffn]) for layer in value])
+            return
+        self._columns[key, ""].add(self._count, 1.0)
         if key in _BY_NAME:
             row = OF_RECORD[key]
             by_name = value if isinstance(value, dict) else dict(enumerate(value))
@@ -112,12 +123,6 @@ class Numbers:
             for name, layers in value.items():
                 if name in IN_LAYERS:
                     self._add_band(name, layers[name in _NOT_OF_THE_FIRST_LAYER :])
-        elif key == "layer_expert_share" and FFN.name in self._kinds:
-            ffn = self._kinds[FFN.name]
-            self._add_band("min_ffn_load", [min_over_mean(layer[ffn]) for layer in value])
-        elif key == "expert_share" and all(map(math.isfinite, value)):
-            for kind, places in self._kinds.items():
-                self._columns["kind_share", kind].add(self._count, sum(value[places]))
 
     def _add_band(self, key: str, layers: Sequence[float]) -> None:
         known = [value for value in layers if math.isfinite(value)]
@@ -138,6 +143,7 @@ class Numbers:
                 the selections is under `kind_share`; under a name of `IN_LAYERS` are the `BAND`
                 of the MoE layers.
         """
+        assert key in _KNOWN, f"{key} is not kept"
         column = self._columns.get((key, name), _Column())
         return column.spread(self._count)[self._is_counted]
 

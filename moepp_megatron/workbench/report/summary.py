@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from statistics import median
 
 import numpy as np
 
@@ -75,7 +74,7 @@ def finite_mean(values: np.ndarray, weights: np.ndarray | float = 1.0) -> float:
     known = np.isfinite(values)
     total = float(np.broadcast_to(weights, known.shape)[known].sum())
     # Python's sum is exact where a plain one of a million numbers is not.
-    return sum((values * weights)[known].tolist()) / total if total else math.nan
+    return sum(map(float, (values * weights)[known])) / total if total else math.nan
 
 
 def summarize(run: RunData) -> RunSummary:
@@ -100,7 +99,7 @@ def summarize(run: RunData) -> RunSummary:
         settled_ffn_fraction=finite_mean(tail(values("ffn_fraction"))),
         settled_count=len(tail(weights)),
         window=window(run),
-        tokens_per_s=median(values("tokens_per_s").tolist()),
+        tokens_per_s=float(np.median(values("tokens_per_s"))),
         train_seconds=finite_mean(values("step_time_s"), weights) * float(weights.sum()),
         a2a_bytes=finite_mean(values("a2a_bytes"), weights) * float(weights.sum()),
         settled_a2a_bytes=finite_mean(tail(values("a2a_bytes"))),

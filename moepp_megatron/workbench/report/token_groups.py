@@ -13,7 +13,6 @@ from moepp_megatron.workbench.report.blocks import Cell, Plot, Table, number
 from moepp_megatron.workbench.report.curves import drawn_metrics, plain_plot
 from moepp_megatron.workbench.report.drawing import LINE_COLOURS
 from moepp_megatron.workbench.report.run_data import RunData
-from moepp_megatron.workbench.report.series import mean_of
 from moepp_megatron.workbench.report.summary import finite_mean, tail
 
 
@@ -24,7 +23,7 @@ def source_table(run: RunData) -> Table | None:
         return None
     newest = tail(places)
     before = tail(places[: -len(newest)]) if len(places) > len(newest) else places[:0]
-    rows = []
+    rows, busiest = [], _busiest(run, newest)
     for name in _sources(run):
         loss = _mean(run, newest, "source_loss", name)
         change = loss - _mean(run, before, "source_loss", name)
@@ -35,7 +34,7 @@ def source_table(run: RunData) -> Table | None:
                 number(_shown(loss)),
                 number(f"{change:+.3f}" if math.isfinite(change) else "-"),
                 number(_shown(_mean(run, newest, "source_ffn_share", name), formatting.percent)),
-                Cell(_busiest(run, newest, name)),
+                Cell(busiest.get(name, "-")),
             ]
         )
     head = ("Data source", "Tokens", "Loss", "Change", "FFN share", "Busiest expert")
@@ -70,13 +69,20 @@ def _mean(run: RunData, places: np.ndarray, key: str, name: str) -> float:
     return finite_mean(run.numbers.values(key, name)[places])
 
 
-def _busiest(run: RunData, places: np.ndarray, name: str) -> str:
+def _busiest(run: RunData, places: np.ndarray) -> dict[str, str]:
+    """The expert that each source's tokens select most, with its share."""
     names = run.config.experts.names
-    rows = ((record.source_expert_share or {}).get(name) for record in run.records[places])
-    means = mean_of(row for row in rows if row and len(row) == len(names))
-    if means is None:
-        return "-"
-    return f"{names[int(means.argmax())]}, {formatting.percent(float(means.max()))}"
+    sums: dict[str, np.ndarray] = {}
+    for record in run.records[places]:
+        for name, row in (record.source_expert_share or {}).items():
+            if len(row) == len(names):
+                # The last entry counts the records.
+                sums[name] = sums.get(name, 0.0) + np.array([*row, 1.0])
+    means = {name: each[:-1] / each[-1] for name, each in sums.items()}
+    return {
+        name: f"{names[int(mean.argmax())]}, {formatting.percent(float(mean.max()))}"
+        for name, mean in means.items()
+    }
 
 
 def _shown(value: float, show: Callable[[float], str] = formatting.number) -> str:
