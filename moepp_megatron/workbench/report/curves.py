@@ -148,7 +148,7 @@ def plain_plot(
         healthy=healthy_range(key),
         alerts=run.alerts if row.labels else (),
     )
-    known = run.numbers.names(key) if row.labels else [""]
+    steps, known = run.numbers.values("step"), run.numbers.names(key) if row.labels else [""]
     shown = known if names is None else [name for name in names if name in known]
     ordered = row.axes[:1] in (("layer",), ("ffn_experts",))
     spread = colormaps["viridis"](np.linspace(0.05, 0.85, len(shown)))
@@ -156,7 +156,7 @@ def plain_plot(
     lines = [
         Line(
             short_name(name or drawn.title),
-            finite(run.numbers.values("step"), scale * run.numbers.values(key, name)),
+            finite(steps, scale * run.numbers.values(key, name)),
             colour,
             marker="o" if drawn.has_marks else "",
         )

@@ -46,7 +46,7 @@ class Series(NamedTuple):
 def finite(x: np.ndarray, y: np.ndarray) -> Series:
     """The points of which both numbers are finite."""
     kept = np.isfinite(x) & np.isfinite(y)
-    return Series(x[kept], y[kept])
+    return Series(x, y) if kept.all() else Series(x[kept], y[kept])
 
 
 class _Column:
