@@ -75,9 +75,8 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
             self.set_input_tensor(hidden_states)
         block_kwargs = {"context": lane}
         if self.token_tags is not None:
-            input_ids, position_ids = args[:2]
             block_kwargs["context_mask"] = self.token_tags(
-                input_ids, position_ids, self.config.sequence_parallel, sources
+                args[0], self.config.sequence_parallel, sources
             )
         output = super().forward(*args, extra_block_kwargs=block_kwargs, **kwargs)
         if self._sends_lane and len(self.decoder.layers) == 0:

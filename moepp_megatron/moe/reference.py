@@ -73,8 +73,6 @@ class ReferenceMoEPP(nn.Module):
         self.selection_bias_E = torch.zeros(E) if config.selection_bias else None
         self.expert_in = nn.Parameter(torch.randn(config.num_ffn_experts, 2 * H, D) * 0.02)
         self.expert_out = nn.Parameter(torch.randn(config.num_ffn_experts, D, H) * 0.02)
-        # Whether zero-computation experts are switched off; set by a rule as well.
-        self.ffn_only = False
         self.constants = nn.Parameter(torch.randn(config.num_constant_experts, D) * 0.02)
         if config.constant_init == "zero":
             nn.init.zeros_(self.constants)
@@ -97,10 +95,6 @@ class ReferenceMoEPP(nn.Module):
         gates_TE, selected_TE, scores_TE = select_experts(
             logits_TE, self.config, self.selection_bias_E
         )
-        # The balance loss is of what the router wants, overruled or not.
-        wanted_TE = selected_TE
-        if self.ffn_only:
-            gates_TE, selected_TE = _ffn_experts_only(logits_TE, self.config, self.selection_bias_E)
         if self.config.capacity_factor is not None:
             gates_TE = gates_TE * within_capacity(gates_TE, selected_TE, self.config)
 
@@ -112,7 +106,7 @@ class ReferenceMoEPP(nn.Module):
             result = self.expert(index, expert_input_TD[tokens])
             weighted = gates_TE[tokens, index, None] * result
             output_TD = output_TD.index_add(0, tokens, weighted.to(x_TD.dtype))
-        loss = balance_loss(scores_TE, wanted_TE, self.config)
+        loss = balance_loss(scores_TE, selected_TE, self.config)
         return ReferenceOutput(output_TD, logits_TE, gates_TE, selected_TE, loss)
 
     def _without_padding(
@@ -222,23 +216,6 @@ def in_best_groups(
         for group in set(range(config.num_groups)) - set(best):
             masked_TE[token, group * size : (group + 1) * size] = -torch.inf
     return masked_TE
-
-
-def _ffn_experts_only(
-    logits_TE: Tensor, config: MoEPPConfig, selection_bias_E: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """gates_TE and selected_TE of a router without zero-computation experts."""
-    logits_TE = _standardized(logits_TE, config)
-    scores_TE = ffn_scores(logits_TE, config)
-    ranked_TE = logits_TE if selection_bias_E is None else scores_TE + selection_bias_E
-    ranked_TE = in_best_groups(ranked_TE, logits_TE, config, selection_bias_E)
-    ranked_TE = ranked_TE.clone()
-    ranked_TE[:, config.num_ffn_experts :] = -torch.inf
-    order_TE = ranked_TE.argsort(dim=-1, descending=True, stable=True)
-    selected_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
-    selected_TE.scatter_(1, order_TE[:, : config.router_topk], True)
-    logs_TE = score_of(config).logs(logits_TE)
-    return _gates(scores_TE, logs_TE, selected_TE, config), selected_TE
 
 
 def _standardized(logits_TE: Tensor, config: MoEPPConfig) -> Tensor:

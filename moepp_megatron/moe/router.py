@@ -61,8 +61,6 @@ class MoEPPRouter(TopKRouter):
         has_residual: False for the first MoE layer of the model, which has no layer before.
 
     Attributes:
-        ffn_only: Whether zero-computation experts are switched off, in training and evaluation
-            alike, whatever this router wants (`selection.select`).
         watch: Counts what this router does.
     """
 
@@ -79,7 +77,6 @@ class MoEPPRouter(TopKRouter):
         self.moepp = moepp
         self.fused = use_kernels(moepp.fused)
         self.watch = RouterWatch(moepp, self.fused)
-        self.ffn_only = False
         self.global_fractions = GlobalBatchFractions()
         # Not a buffer: Float16Module would round it to bf16.
         self.balance_weights = torch.tensor(
@@ -333,11 +330,11 @@ class MoEPPRouter(TopKRouter):
         self, logits_TE: Tensor, num_sequences: int | None, padded_T: Tensor | None
     ) -> Routing:
         arguments = (logits_TE, self.expert_bias, self.moepp, num_sequences, padded_T)
-        if self.fused and not self.ffn_only and logits_TE.dtype == torch.float32:
+        if self.fused and logits_TE.dtype == torch.float32:
             from moepp_megatron.moe.kernels.router import select as fused_select
 
             return fused_select(*arguments)
-        return select(*arguments, ffn_only=self.ffn_only)
+        return select(*arguments)
 
     def _balance(self, chosen: Routing, padded: Tensor | None) -> Tensor:
         """The gates with the gradient of this rank's summand of L_b, which is counted."""

@@ -23,11 +23,10 @@ class Routing(NamedTuple):
     Attributes:
         gates: [T, E] fp32 weight of every expert's output, 0 where not selected or dropped.
         routing_map: [T, E] bool selections; after `MoEPPRouter.settle` those within capacity.
-        counts: [S, E] fp32 selections of each expert in each sequence, as the router wants them;
-            None where nothing is counted.
+        counts: [S, E] fp32 selections of each expert in each sequence; None where nothing is
+            counted.
         score_sums: [S, E] fp32 scores, each token's divided by their sum, added up over the tokens
             of each sequence: T P_i; differentiable. None whenever `counts` is.
-        wanted_map: [T, E] bool selections that the router wants; None where they are made.
         logits: [s, b, E] fp32 router logits, residual included: the next MoE layer's residual.
             Those of padding are 0. None from `select`, which is given them.
         mixing_logits: [T, 2C] fp32 `U x` of the constant experts, where the gate's product has
@@ -38,7 +37,6 @@ class Routing(NamedTuple):
     routing_map: Tensor
     counts: Tensor | None
     score_sums: Tensor | None
-    wanted_map: Tensor | None = None
     logits: Tensor | None = None
     mixing_logits: Tensor | None = None
 
@@ -49,11 +47,8 @@ def select(
     config: MoEPPConfig,
     num_sequences: int | None,
     padded: Tensor | None = None,
-    ffn_only: bool = False,
 ) -> Routing:
     """Select experts and weigh them. `kernels.router.select` does the same on a GPU.
-
-    That kernel does not support `ffn_only`: with it this function runs on a GPU too.
 
     Scores that are divided by a sum of scores are a softmax over the logarithms of scores, and are
     computed as such: a sum of tiny scores would underflow, its square in the gradient much earlier.
@@ -68,23 +63,12 @@ def select(
             [s, b, h]; 1 counts all tokens together; None counts nothing.
         padded: [T] bool tokens that are padding: they select nothing and are not counted. Their
             logits must be finite. None for none.
-        ffn_only: Give every token its K best FFN experts, with the scores of a router that has no
-            others (softmax over only FFN logits): where a router has collapsed, the scores of its
-            FFN experts among all are near 0, and FFN experts weighted by them would return nothing.
-            What the router wants is still counted, so that it can be seen to become healthy again.
     """
     score = score_of(config)
     scores_TE, logs_TE = score.scores(logits), score.logs(logits)
     ranked_TE = _ranked(logits, scores_TE, bias, config)
     chosen_TK = top_experts(ranked_TE, config.router_topk)
-    wanted_TE = None
-    weights_TE = scores_TE
-    if ffn_only:
-        wanted_TE = _as_map(chosen_TK, scores_TE)
-        weights_TE = ffn_scores(logits, config)
-        ranked_TE = _ranked(logits, weights_TE, bias, config)
-        chosen_TK = top_experts(ranked_TE[:, : config.num_ffn_experts], config.router_topk)
-    gates_TK = _gates(weights_TE, logs_TE, chosen_TK, config)
+    gates_TK = _gates(scores_TE, logs_TE, chosen_TK, config)
     gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
     routing_map_TE = _as_map(chosen_TK, scores_TE)
     shares_TE = score.shares(logits, scores_TE)
@@ -92,14 +76,12 @@ def select(
         padded_T1 = padded.unsqueeze(-1)
         gates_TE, shares_TE = (t.masked_fill(padded_T1, 0.0) for t in (gates_TE, shares_TE))
         routing_map_TE = routing_map_TE & ~padded_T1
-        wanted_TE = None if wanted_TE is None else wanted_TE & ~padded_T1
     if num_sequences is None:
-        return Routing(gates_TE, routing_map_TE, None, None, wanted_TE)
+        return Routing(gates_TE, routing_map_TE, None, None)
     by_sequence = (-1, num_sequences, logits.shape[1])
-    counted_TE = routing_map_TE if wanted_TE is None else wanted_TE
-    counts_SE = counted_TE.view(by_sequence).sum(dim=0, dtype=torch.float32)
+    counts_SE = routing_map_TE.view(by_sequence).sum(dim=0, dtype=torch.float32)
     sums_SE = shares_TE.view(by_sequence).sum(dim=0)
-    return Routing(gates_TE, routing_map_TE, counts_SE, sums_SE, wanted_TE)
+    return Routing(gates_TE, routing_map_TE, counts_SE, sums_SE)
 
 
 def _ranked(logits: Tensor, scores: Tensor, bias: Tensor | None, config: MoEPPConfig) -> Tensor:

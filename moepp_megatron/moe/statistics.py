@@ -37,9 +37,8 @@ class RoutingStatistics:
 
     Attributes:
         selected: [E] selections of each expert, before any capacity limit.
-        wanted: [E] selections of the router before FFN experts were forced; None where none were.
         tagged: Tokens and selections by the tokens' tags; None where none are counted.
-        num_cells, num_groups, num_sources: How many there are to count by; 0 for no count.
+        num_groups, num_sources: How many there are to count by; 0 for no count.
         dropped: Selections that a capacity limit took away.
         losses: By name (`BALANCE`, `Z_LOSS`), the sum of what `add_loss` got, and of its weights.
         margins: [bins] int64 margins of FFN experts (`moe.margins`); None where none are counted.
@@ -51,14 +50,13 @@ class RoutingStatistics:
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
-        self.num_cells = self.num_groups = self.num_sources = 0
+        self.num_groups = self.num_sources = 0
         self.watches_margins = self.watches_logits = False
         self.reset()
 
     def reset(self) -> None:
         """Forget everything counted."""
         self.selected: Tensor | None = None
-        self.wanted: Tensor | None = None
         self.tagged: TagCounts | None = None
         self.margins: Tensor | None = None
         self.logit_squares: int | Tensor = 0
@@ -74,22 +72,15 @@ class RoutingStatistics:
 
     @torch.no_grad()
     def add_selection(
-        self,
-        selected: Tensor,
-        num_tokens: int | Tensor,
-        kept: Tensor | None = None,
-        wanted: Tensor | None = None,
+        self, selected: Tensor, num_tokens: int | Tensor, kept: Tensor | None = None
     ) -> None:
         """Count one micro-batch.
 
-        `selected` and `wanted` are [E] int64 selections, made and wanted by the router; `wanted` is
-        None where they are the same. `num_tokens` is a scalar on the device where some tokens are
-        padding, which do not count. `kept` is [T, E] bool, None where nothing is dropped.
+        `selected` is [E] int64 selections. `num_tokens` is a scalar on the device where some tokens
+        are padding, which do not count. `kept` is [T, E] bool, None where nothing is dropped.
         """
         self.selected = selected if self.selected is None else self.selected + selected
         self.num_tokens = self.num_tokens + num_tokens
-        if wanted is not None:
-            self.wanted = wanted if self.wanted is None else self.wanted + wanted
         if kept is not None:
             dropped = selected.sum() - kept.sum()
             self.dropped = dropped if self.dropped is None else self.dropped + dropped
@@ -118,20 +109,16 @@ class RoutingStatistics:
         total, weight = self.losses[BALANCE]
         return total / weight
 
-    def wanted_counts(self) -> Tensor | None:
-        """[E] selections that the router wanted, on its device; None where none were counted."""
-        return self.selected if self.wanted is None else self.wanted
-
     def counts_by_tags(self, device: torch.device) -> TagCounts | None:
         """The counters to add to, made where there are none yet; None where tags do not count."""
-        sizes = self.num_cells, self.num_groups, self.num_sources
+        sizes = self.num_groups, self.num_sources
         if self.tagged is None and any(sizes):
             self.tagged = TagCounts.zeros(*sizes, self.num_experts, device)
         return self.tagged
 
     @property
     def groups(self) -> Tensor | None:
-        """[groups, 3] int64 FFN selections as wanted and as made, and tokens; or None."""
+        """[groups, 2] int64 FFN selections and tokens of each group; or None."""
         return self.tagged.groups if self.tagged and self.num_groups else None
 
     @property

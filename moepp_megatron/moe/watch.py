@@ -73,13 +73,9 @@ class RouterWatch:
     def _count_selections(self, chosen: Routing, kept: Routing, num_tokens: int | Tensor) -> None:
         assert chosen.counts is not None, "only passes that count come here"
         counts_SE = chosen.counts
-        wanted_E = (counts_SE[0] if len(counts_SE) == 1 else counts_SE.sum(dim=0)).long()
+        selected_E = (counts_SE[0] if len(counts_SE) == 1 else counts_SE.sum(dim=0)).long()
         within = None if self._config.capacity_factor is None else kept.routing_map
-        if chosen.wanted_map is None:
-            self.statistics.add_selection(wanted_E, num_tokens, within)
-        else:
-            made_E = chosen.routing_map.sum(dim=0)
-            self.statistics.add_selection(made_E, num_tokens, within, wanted_E)
+        self.statistics.add_selection(selected_E, num_tokens, within)
 
     def _count_tags(self, chosen: Routing, tags: Tensor, padded: Tensor | None) -> None:
         counts = self.statistics.counts_by_tags(tags.device)
@@ -89,7 +85,7 @@ class RouterWatch:
         if self._fused:
             from moepp_megatron.moe.kernels.tags import count_by_tags as count
         num_ffn = self._config.num_ffn_experts
-        count(counts, chosen.routing_map, chosen.wanted_map, tags, num_ffn, padded)
+        count(counts, chosen.routing_map, tags, num_ffn, padded)
 
     def _count_margins(self, chosen: Routing, bias: Tensor | None, padded: Tensor | None) -> None:
         assert bias is not None, "margins are counted for the controller of a bias"

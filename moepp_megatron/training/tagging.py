@@ -25,5 +25,5 @@ def tags_of(chunk: torch.nn.Module, config: Config) -> TokenTags:
     """The tags of a model chunk, made if it has none yet."""
     assert isinstance(chunk, MoEPPGPTModel), "layers of other models know nothing"
     if chunk.token_tags is None:
-        chunk.token_tags = TokenTags(config.model.seq_length)
+        chunk.token_tags = TokenTags()
     return chunk.token_tags

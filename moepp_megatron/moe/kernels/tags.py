@@ -4,8 +4,8 @@ The definition is `moepp_megatron.moe.token_tags.count_by_tags`. A program adds 
 tokens for each tag and then adds that to the counters with atomic additions of integers, whose
 order does not matter.
 
-Bytes per token: reads 8 of its tag and E of the map, 2 E where the router wanted something else.
-A program adds 2 numbers a cell, 3 a group and E a source.
+Bytes per token: reads 8 of its tag and E of the map. A program adds 2 numbers a group and E a
+source.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moepp_megatron.moe.token_tags import GROUP, SOURCE, TagCounts
+from moepp_megatron.moe.token_tags import SOURCE, TagCounts
 
 # Tokens of a program, most columns of the map that it reads at once, and tags that it adds up at
 # once: 16 numbers a thread.
@@ -25,27 +25,24 @@ _BLOCK_T, _MOST_COLUMNS, _BLOCK_TAGS, _WARPS = 128, 32, 32, 8
 @torch.no_grad()
 def count_by_tags(
     counts: TagCounts,
-    made: Tensor,
-    wanted: Tensor | None,
+    selected: Tensor,
     tags: Tensor,
     num_ffn: int,
     padded: Tensor | None = None,
 ) -> None:
     """Same as `moepp_megatron.moe.token_tags.count_by_tags`."""
-    num_tokens, num_experts = made.shape
+    num_tokens, num_experts = selected.shape
     programs = triton.cdiv(num_tokens, _BLOCK_T)
     if programs:
         _count_tags[(programs,)](
-            made.contiguous(),
-            None if wanted is None else wanted.contiguous(),
+            selected.contiguous(),
             tags.contiguous(),
             None if padded is None else padded.contiguous(),
             *counts,
             num_tokens,
-            CELLS=len(counts.cells),
             GROUPS=len(counts.groups),
             SOURCES=len(counts.sources),
-            FIRST_BITS=(0, GROUP, SOURCE),
+            SOURCE_BIT=SOURCE,
             NUM_EXPERTS=num_experts,
             NUM_FFN=num_ffn,
             BLOCK_T=_BLOCK_T,
@@ -57,8 +54,8 @@ def count_by_tags(
 
 @triton.jit
 def _count_tags(  # type: ignore[no-untyped-def]
-    made_ptr, wanted_ptr, tags_ptr, padded_ptr, cells_ptr, groups_ptr, sources_ptr, num_tokens,
-    CELLS: tl.constexpr, GROUPS: tl.constexpr, SOURCES: tl.constexpr, FIRST_BITS: tl.constexpr,
+    map_ptr, tags_ptr, padded_ptr, groups_ptr, sources_ptr, num_tokens,
+    GROUPS: tl.constexpr, SOURCES: tl.constexpr, SOURCE_BIT: tl.constexpr,
     NUM_EXPERTS: tl.constexpr, NUM_FFN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_TAGS: tl.constexpr,
 ):  # fmt: skip
@@ -67,41 +64,24 @@ def _count_tags(  # type: ignore[no-untyped-def]
     tag = tl.load(tags_ptr + token, counts, 0)
     if padded_ptr is not None:
         counts &= tl.load(padded_ptr + token, counts, 1) == 0
-    cell = _field(tag, FIRST_BITS[0], FIRST_BITS[1])
-    group = _field(tag, FIRST_BITS[1], FIRST_BITS[2])
-    source = (tag >> FIRST_BITS[2]).to(tl.int32)
+    group = (tag & ((1 << SOURCE_BIT) - 1)).to(tl.int32)
+    source = (tag >> SOURCE_BIT).to(tl.int32)
 
-    made = tl.zeros([BLOCK_T], tl.int32)
-    wanted = tl.zeros([BLOCK_T], tl.int32)
+    ffn = tl.zeros([BLOCK_T], tl.int32)
     for first in range(0, NUM_EXPERTS, BLOCK_E):
         column = first + tl.arange(0, BLOCK_E)
         exists = counts[:, None] & (column < NUM_EXPERTS)[None, :]
         is_ffn = (column < NUM_FFN)[None, :]
         at = token[:, None] * NUM_EXPERTS + column[None, :]
-        selected = tl.load(made_ptr + at, exists, 0).to(tl.int32)
-        made += tl.sum(tl.where(is_ffn, selected, 0), axis=1)
-        if wanted_ptr is not None:
-            desired = tl.load(wanted_ptr + at, exists & is_ffn, 0).to(tl.int32)
-            wanted += tl.sum(desired, axis=1)
+        selected = tl.load(map_ptr + at, exists, 0).to(tl.int32)
+        ffn += tl.sum(tl.where(is_ffn, selected, 0), axis=1)
         for number in range(SOURCES):
             total = tl.sum(tl.where((source == number)[:, None], selected, 0), axis=0)
             out = sources_ptr + number * NUM_EXPERTS + column
             tl.atomic_add(out, total.to(tl.int64), column < NUM_EXPERTS, sem="relaxed")
-    if wanted_ptr is None:
-        wanted = made
 
-    tokens = counts.to(tl.int32)
-    _add_up(cells_ptr, cell, wanted, 2, CELLS, BLOCK_TAGS)
-    _add_up(cells_ptr + 1, cell, tokens, 2, CELLS, BLOCK_TAGS)
-    _add_up(groups_ptr, group, wanted, 3, GROUPS, BLOCK_TAGS)
-    _add_up(groups_ptr + 1, group, made, 3, GROUPS, BLOCK_TAGS)
-    _add_up(groups_ptr + 2, group, tokens, 3, GROUPS, BLOCK_TAGS)
-
-
-@triton.jit
-def _field(tag, FIRST: tl.constexpr, END: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The number that these bits of tags hold."""
-    return ((tag >> FIRST) & ((1 << (END - FIRST)) - 1)).to(tl.int32)
+    _add_up(groups_ptr, group, ffn, 2, GROUPS, BLOCK_TAGS)
+    _add_up(groups_ptr + 1, group, counts.to(tl.int32), 2, GROUPS, BLOCK_TAGS)
 
 
 @triton.jit

@@ -80,9 +80,9 @@ class RoutingCounts(Part):
         get_moe_metrics_tracker().clear()
 
     def selections(self) -> Tensor:
-        """[MoE layers, E] float64 selections that routers wanted in the step, over all ranks.
+        """[MoE layers, E] float64 selections of the step, over all ranks.
 
-        Safe mode may have made others of them. Every rank must call. A further call
+        Every rank must call. A further call
          in the same step returns the same numbers without a collective.
         """
         if self._selections is None:
@@ -122,7 +122,7 @@ class RoutingCounts(Part):
         for row, number in enumerate(self.layer_numbers):
             counts = None
             if number in self._statistics:
-                counts = self._statistics[number].wanted_counts()
+                counts = self._statistics[number].selected
             if counts is not None:
                 local[row, : self._num_experts] = counts
                 if self._watches_logits:

@@ -27,9 +27,6 @@ from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.tagging import layers_know_tokens, tags_of
 
-WANTED, MADE, TOKENS = range(3)
-"""Columns of the counts."""
-
 
 class GroupCollector(Part):
     """Counts by class of token ids.
@@ -74,12 +71,12 @@ class GroupCollector(Part):
         self._counts = None
 
     def counts(self) -> NDArray[np.int64]:
-        """[MoE layers, C, 3] of the step, over all ranks: `WANTED`, `MADE`, `TOKENS`.
+        """[MoE layers, C, 2] of the step, over all ranks: FFN experts and tokens.
 
         The first call in a step is a collective, which every rank must make.
         """
         if self._counts is None:
-            shape = len(self._numbers), self.groups.size, 3
+            shape = len(self._numbers), self.groups.size, 2
             local = torch.zeros(shape, dtype=torch.int64, device=torch.cuda.current_device())
             for row, number in enumerate(self._numbers):
                 statistics = self._statistics.get(number)
@@ -99,9 +96,9 @@ class GroupCollector(Part):
         total = self.counts().sum(axis=0)
         return {
             "class_ffn_per_token": {
-                name: row[MADE] / row[TOKENS]
-                for name, row in zip(self.groups.names, total.tolist(), strict=True)
-                if row[TOKENS] > 0
+                name: ffn / tokens
+                for name, (ffn, tokens) in zip(self.groups.names, total.tolist(), strict=True)
+                if tokens > 0
             }
         }
 

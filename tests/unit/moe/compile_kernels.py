@@ -24,8 +24,7 @@ MODULES = {
 }  # fmt: skip
 INTEGERS = {"positions", "sequences", "num_tokens", "stride", "programs", "columns"}
 POINTERS = {"map_ptr": "*i1", "padded_ptr": "*i1", "table_ptr": "*i32", "counts_ptr": "*i32"}
-POINTERS |= {"made_ptr": "*i1", "wanted_ptr": "*i1"}
-POINTERS |= {f"{name}_ptr": "*i64" for name in ("labels", "tags", "cells", "groups", "sources")}
+POINTERS |= {f"{name}_ptr": "*i64" for name in ("labels", "tags", "groups", "sources")}
 BF16 = {"rows_ptr", "x_ptr", "v_ptr", "addend_ptr", "output_ptr", "grad_ptr"}
 BF16 |= {"grad_rows_ptr", "grad_x_ptr"}
 
@@ -125,12 +124,11 @@ def main() -> None:
         sizes = {"COLUMNS": columns, "BLOCK_M": columns, "SLOTS": slots, "BLOCK_S": 8, "TILES": 4}
         for name in ("_count", "_number"):
             compile_kernel(f"rows.{name}", sizes | {"BLOCK_T": block_t, "BLOCK_P": 32})
-    bits = 0, tags.GROUP, tags.SOURCE
-    by_tags = {"CELLS": 24, "GROUPS": 20, "FIRST_BITS": bits, "BLOCK_TAGS": tags._BLOCK_TAGS}
-    by_tags |= {"BLOCK_T": tags._BLOCK_T, "wanted_ptr": None, "padded_ptr": None}
+    by_tags = {"GROUPS": 40, "SOURCE_BIT": tags.SOURCE, "BLOCK_TAGS": tags._BLOCK_TAGS}
+    by_tags |= {"BLOCK_T": tags._BLOCK_T, "padded_ptr": None}
     few = {"SOURCES": 0, "NUM_EXPERTS": 12, "NUM_FFN": 8, "BLOCK_E": 16}
     compile_kernel("tags._count_tags", by_tags | few, num_warps=tags._WARPS)
-    del by_tags["wanted_ptr"], by_tags["padded_ptr"]
+    del by_tags["padded_ptr"]
     many = {"SOURCES": 7, "NUM_EXPERTS": 320, "NUM_FFN": 256, "BLOCK_E": tags._MOST_COLUMNS}
     compile_kernel("tags._count_tags", by_tags | many, num_warps=tags._WARPS)
     for logits in ("*bf16", "*fp32"):

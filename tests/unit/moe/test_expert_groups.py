@@ -104,17 +104,14 @@ def test_selection_is_the_best_that_is_allowed(topk, groups, kept, changes):
 
 
 @pytest.mark.parametrize(("topk", "groups", "kept", "changes"), SETTINGS)
-@pytest.mark.parametrize("ffn_only", [False, True])
-def test_layer_is_the_reference(topk, groups, kept, changes, ffn_only):
+def test_layer_is_the_reference(topk, groups, kept, changes):
     """Outputs and gradients of a whole layer; no balance loss, which groups do not enter."""
     config = config_of(topk, groups, kept, {"balance_coeff": 0.0} | changes)
     layer = build_layer(config)
     bias = bias_of(config)
     if bias is not None:
         layer.router.expert_bias.copy_(bias)
-    layer.router.ffn_only = ffn_only
     reference = reference_of(layer)
-    reference.ffn_only = ffn_only
     reference.selection_bias_E = layer.router.expert_bias
 
     hidden = torch.randn(LENGTH, BATCH, HIDDEN, requires_grad=True)

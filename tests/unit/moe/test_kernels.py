@@ -18,7 +18,7 @@ from moepp_megatron.moe import kernels, selection
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.copies import Copies, rows_of_tokens
 from moepp_megatron.moe.scores import SCORES
-from moepp_megatron.moe.token_tags import GROUP, SOURCE, TagCounts, count_by_tags
+from moepp_megatron.moe.token_tags import SOURCE, TagCounts, count_by_tags
 from moepp_megatron.moe.zero_computation import Ingredients
 from tests.unit.moe.builders import HIDDEN, assert_close, build_layer
 
@@ -289,44 +289,38 @@ def test_rows_of_tokens_beyond_one_load_of_counts(compiled, monkeypatch):
 
 # Cells, groups, sources, experts, FFN experts, tokens.
 TAGGED = [
-    (6, 20, 3, 12, 8, 301),
-    (40, 0, 0, 5, 5, 128),
-    (0, 70, 0, 70, 64, 130),
-    (0, 0, 33, 40, 32, 17),
-    (1, 1, 1, 1, 1, 1),
-    (3, 3, 3, 12, 8, 0),
+    (20, 3, 12, 8, 301),
+    (70, 0, 70, 64, 130),
+    (0, 33, 40, 32, 17),
+    (1, 1, 1, 1, 1),
+    (3, 3, 12, 8, 0),
 ]
 
 
-@pytest.mark.parametrize("demanded", [False, True], ids=["as wanted", "demanded"])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("case", TAGGED)
-def test_counts_by_tags(compiled, case, padded, demanded):
-    cells, groups, sources, num_experts, num_ffn, tokens = case
+def test_counts_by_tags(compiled, case, padded):
+    groups, sources, num_experts, num_ffn, tokens = case
     padding = torch.rand(tokens, device=DEVICE) < 0.3 if padded else None
 
-    def some_map():
-        chosen = torch.rand(tokens, num_experts, device=DEVICE) < 0.4
-        return chosen if padding is None else chosen & ~padding.unsqueeze(1)
+    chosen = torch.rand(tokens, num_experts, device=DEVICE) < 0.4
+    if padding is not None:
+        chosen &= ~padding.unsqueeze(1)
 
     def some(number, first_bit):
         return torch.randint(max(1, number), (tokens, 1), device=DEVICE) << first_bit
 
-    made, wanted = some_map(), some_map() if demanded else None
-    tags = some(cells, 0) + some(groups, GROUP) + some(sources, SOURCE)
-    expected, actual = (
-        TagCounts.zeros(cells, groups, sources, num_experts, DEVICE) for _ in range(2)
-    )
+    tags = some(groups, 0) + some(sources, SOURCE)
+    expected, actual = (TagCounts.zeros(groups, sources, num_experts, DEVICE) for _ in range(2))
     # The second micro-batch adds to what is there.
     for _ in range(2):
-        count_by_tags(expected, made, wanted, tags, num_ffn, padding)
-        compiled.count_by_tags(actual, made, wanted, tags, num_ffn, padding)
+        count_by_tags(expected, chosen, tags, num_ffn, padding)
+        compiled.count_by_tags(actual, chosen, tags, num_ffn, padding)
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
     num_counted = tokens if padding is None else int((~padding).sum())
-    for counts, number in ((actual.cells, cells), (actual.groups, groups)):
-        assert counts[:, -1].sum() == (2 * num_counted if number else 0)
-    assert actual.sources.sum() == (2 * made.sum() if sources else 0)
+    assert actual.groups[:, -1].sum() == (2 * num_counted if groups else 0)
+    assert actual.sources.sum() == (2 * chosen.sum() if sources else 0)
 
 
 @dataclasses.dataclass
@@ -515,20 +509,6 @@ LAYERS = [
     ({"constant_temperature": 0.3, "expert_input_scale": 2.0}, "alltoall", {}),
     ({kind.setting: 1 for kind in LOCAL_KINDS}, "alltoall", {}),
 ]
-
-
-def test_ffn_only_with_the_fused_combine(compiled):
-    """The kernel of the router has all experts, so PyTorch selects; the combine takes any map."""
-    config = MoEPPConfig(num_ffn_experts=4, gate_normalization="nonzero")
-    layers = [build_layer(dataclasses.replace(config, fused=f)).to(DEVICE) for f in (False, True)]
-    layers[1].load_state_dict(layers[0].state_dict())
-    hidden = torch.randn(9, 3, HIDDEN, device=DEVICE)
-    previous = torch.randn(9, 3, config.num_experts, device=DEVICE)
-    outputs = []
-    for layer in layers:
-        layer.router.ffn_only = True
-        outputs.append(layer(hidden, previous)[0])
-    assert_close(outputs[1], outputs[0], "output")
 
 
 @pytest.mark.parametrize(("changes", "dispatcher", "others"), LAYERS)

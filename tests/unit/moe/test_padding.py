@@ -62,7 +62,6 @@ def check_layer(layer: MoEPPLayer, z_loss: float = 0.0) -> ReferenceOutput:
     """Compare output, logits, every gradient and all counts with the reference's."""
     moepp, padding = layer.moepp, mask()
     reference = reference_of(layer)
-    reference.ffn_only = layer.router.ffn_only
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     padded = padding.T.reshape(-1)
     hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, moepp.num_experts))
@@ -139,16 +138,6 @@ def test_recomputed_layer() -> None:
     config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, capacity_factor=0.8)
     recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     check_layer(build_layer(config, **recompute))
-
-
-def test_ffn_experts_only() -> None:
-    layer = build_layer(MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5))
-    layer.router.ffn_only = True
-    expected = check_layer(layer)
-    made = expected.selected_TE.sum(dim=0)
-    wanted = layer.statistics.wanted_counts()
-    assert wanted.sum() == made.sum()
-    assert wanted.tolist() != made.tolist()
 
 
 def test_shared_experts_return_nothing_for_padding() -> None:
@@ -236,15 +225,15 @@ def test_router_health_measures_tokens_alone() -> None:
     assert not counts[padding[0]].any()
 
 
-def test_cells_of_expert_usage() -> None:
+def test_counts_by_group() -> None:
     layer = build_layer(MoEPPConfig(num_ffn_experts=4))
-    layer.statistics.num_cells = 1
+    layer.statistics.num_groups = 1
     padding = mask()
     hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, 8))
     tags = torch.zeros(LENGTH, BATCH, dtype=torch.int64)
     layer(hidden, previous, padding_mask=padding, tags=tags)
-    cells, selected = layer.statistics.tagged.cells, layer.statistics.selected
-    assert cells.tolist() == [[int(selected[:4].sum()), int((~padding).sum())]]
+    groups, selected = layer.statistics.groups, layer.statistics.selected
+    assert groups.tolist() == [[int(selected[:4].sum()), int((~padding).sum())]]
 
 
 RECOMPUTES: dict[str, dict[str, Any]] = {
