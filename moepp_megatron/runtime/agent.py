@@ -49,18 +49,23 @@ def main() -> int:
     try:
         torchrun()
     except (ConfigError, ChildFailedError, RendezvousError, DistError) as error:
-        lines = _lines(error)
-        if watch is not None:
-            # While the error holds the store, which this process may serve. The others see by
-            # themselves that a run hangs or that they cannot meet.
-            is_seen = any(line.endswith(f" {HUNG}") for line in lines)
-            is_seen |= isinstance(error, (RendezvousError, DistError))
-            watch.report(None if is_seen else lines[0])
-        # A rank that has refused has said why; what other ranks met is that it was gone.
-        for line in lines if refusal() is None else []:
-            print(f"error: {line}", file=sys.stderr)
+        # While the error is held: its frames hold the store, which this process may serve.
+        _report(error, watch)
         return 1
     return 0
+
+
+def _report(error: Exception, watch: Watch | None) -> None:
+    """Say here and on the other machines what has failed."""
+    lines = _lines(error)
+    if watch is not None:
+        # The others see by themselves that a run hangs, or that they do not meet.
+        is_new = hasattr(error, "failures") or refusal() is not None
+        hangs = any(line.endswith(f" {HUNG}") for line in lines)
+        watch.report(lines[0] if is_new and not hangs else None)
+    # A rank that has refused has said why; what other ranks met is that it was gone.
+    for line in lines if refusal() is None else []:
+        print(f"error: {line}", file=sys.stderr)
 
 
 def _lines(error: Exception) -> list[str]:

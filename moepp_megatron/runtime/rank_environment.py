@@ -87,21 +87,14 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
     ]
     variables += _caches()
     if interface is not None:
-        variables.append(
-            Variable(
-                "GLOO_SOCKET_IFNAME",
-                interface,
-                "gloo looks up the host's name, which many machines map to a loopback address",
-            )
-        )
+        reason = "gloo looks up the host's name, which many machines map to a loopback address"
+        variables.append(Variable("GLOO_SOCKET_IFNAME", interface, reason))
     return variables
 
 
 def _caches() -> list[Variable]:
     """Where what is compiled is kept."""
-    reason = (
-        "on the node: in the home folder all nodes would wait for, and write to, one file system"
-    )
+    reason = "on the node: in the home folder all nodes would wait for one file system"
     caches = [
         Variable("TRITON_CACHE_DIR", "triton", f"compiled kernels {reason}", ("TRITON_HOME",)),
         Variable("TORCH_EXTENSIONS_DIR", "extensions", f"megatron-core's extension {reason}"),
