@@ -71,7 +71,8 @@ def _report(error: Exception, watch: Watch | None) -> None:
 def _lines(error: Exception) -> list[str]:
     """What has failed, in words."""
     if (failures := getattr(error, "failures", None)) is None:
-        why = f": {text}" if (text := str(error).partition("\n")[0]) else ""
+        # torchrun's own error refers to its cause.
+        why = f": {text}" if (text := str(error.__cause__ or error).partition("\n")[0]) else ""
         return [f"the machines do not meet ({type(error).__name__}{why})"]
     in_order = sorted(failures.items(), key=lambda each: each[1].timestamp)
     return [f"rank {rank} {_how(failure)}" for rank, failure in in_order]

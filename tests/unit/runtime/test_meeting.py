@@ -49,3 +49,15 @@ def test_machine_that_nobody_joins_says_so_and_ends(capfd: pytest.CaptureFixture
     assert "error: the 2 machines did not meet at 127.0.0.1 within 2 s; exit status 71" in printed
     assert "Traceback" not in printed
     assert sys.executable not in printed
+
+
+def test_port_of_another_program_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        nodes = dataclasses.replace(NODES, port=other.getsockname()[1], run_id="taken")
+        assert run_ranks(LaunchOptions(1, nodes), "this", []) == 1
+    printed = capfd.readouterr().err
+    assert f"port: {nodes.port}" in printed
+    assert "address already in use" in printed
+    assert "Traceback" not in printed
