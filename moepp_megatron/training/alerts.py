@@ -95,6 +95,17 @@ def _lost_files(progress: Progress, folder: Path) -> Alert:
     )
 
 
+# What to do about refused batches, by action.
+_REMEDIES = {
+    "skip_batch": "look at the texts of the batch if others follow",
+    "warn": "see what the texts of these batches have in common",
+    "rollback": "lower optimizer.lr if it happens again",
+    "accept": "if the data were not meant to change, stop and mend their source",
+    "pause": "resume the run if these data are meant; else mend their source",
+    "stop": "look at the texts of these batches and at how they were prepared",
+}
+
+
 def guard_alert(progress: Progress, reason: str, action: str) -> Alert:
     """The numerical guard has refused a batch, or acts on many; `progress` is from before."""
     return Alert(
@@ -106,6 +117,7 @@ def guard_alert(progress: Progress, reason: str, action: str) -> Alert:
         condition=reason,
         severity="critical" if action in ("rollback", "stop", "warn") else "warning",
         action=action,
+        remedy=f"{_REMEDIES[action]} (docs/guard.md#batches-that-are-refused)",
     )
 
 

@@ -118,9 +118,10 @@ class BudgetControl(Part):
                 rule="budget_missed",
                 metric="ffn_to_target",
                 value=1.0 + self._off,
-                condition=f"not within {_TOLERANCE:.0%} of 1 for {_PATIENCE} steps: {self._why()}",
+                condition=f"not within {_TOLERANCE:.0%} of 1 for {_PATIENCE} steps",
                 severity="warning",
                 action="warn",
+                remedy=f"{self._why()} (docs/budget.md#the-alert)",
             )
         ]
 
