@@ -165,7 +165,11 @@ def mean_of(rows: Iterable[Any]) -> np.ndarray | None:
     """[...] float64 mean of lists, of as many as have the last one's shape; None without one."""
     total, count = np.zeros(0), 0
     for row in rows:
-        table = np.asarray(row, dtype=np.float64)
+        try:
+            table = np.asarray(row, dtype=np.float64)
+        except ValueError:
+            # Lists of unequal lengths, which nobody has measured.
+            continue
         if table.shape != total.shape:
             total, count = np.zeros(table.shape), 0
         total += table

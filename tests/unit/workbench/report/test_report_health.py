@@ -13,6 +13,7 @@ from moepp_megatron.workbench.report.alerts import MAX_ROWS, alert_blocks, watch
 from moepp_megatron.workbench.report.blocks import Plot
 from moepp_megatron.workbench.report.curves import loss_plot
 from moepp_megatron.workbench.report.drawing import plot_style
+from moepp_megatron.workbench.report.expert_plots import expert_plots
 from moepp_megatron.workbench.report.router_health_plots import health_plots
 from moepp_megatron.workbench.report.run_data import load_run
 from tests.parallel.training_runs import VANILLA
@@ -108,6 +109,19 @@ def test_single_layer_and_missing_values_draw(make_run):
         "Constant experts: share of the input replaced",
     }
     assert "2 FFN experts" not in plots["Loss by FFN experts of a token"].alt
+
+
+def test_lists_of_unequal_lengths_are_left_out(make_run):
+    def edit(records):
+        add_health(records)
+        records[-1]["layer_ffn_histogram"] = [[1.0], [0.5, 0.5]]
+        records[-1]["layer_expert_share"] = [[], [1 / 12] * 12]
+
+    run = load_run(make_run(edit=edit))
+    with plot_style():
+        assert {plot.title for plot in health_plots(run)} == TITLES - {"FFN experts of a token"}
+        heat_map = expert_plots(run)[0]
+    assert heat_map.image is not None
 
 
 def test_a_vanilla_run_has_no_health(make_run):
