@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import typer
 
-from moepp_megatron.config import ConfigError
+from moepp_megatron.cli.echo import echo
+from moepp_megatron.config import ConfigError, UnfitError
 
 if TYPE_CHECKING:
     from moepp_megatron.runtime.nodes import Nodes
@@ -21,6 +24,31 @@ def start_ranks(nproc: int, arguments: Sequence[str]) -> None:
     status = run_ranks(LaunchOptions(nproc), "moepp_megatron.cli.main", arguments)
     if status != 0:
         raise typer.Exit(status)
+
+
+@contextmanager
+def refusing_for_all(nodes: Nodes | None) -> Iterator[None]:
+    """A context in which a user's error ends the other machines too, before ranks have started.
+
+    Raises:
+        typer.Exit: In place of the error, which is printed; not without `nodes`.
+    """
+    try:
+        yield
+    except (ConfigError, UnfitError) as error:
+        if nodes is None:
+            raise
+        # First, since the others may be slow to read it.
+        echo(f"error: {error}", err=True)
+        from moepp_megatron.runtime import word
+
+        os.environ.setdefault(*word.NO_STACKS)
+        store = word.open_store(nodes, word.LINGER_S, serves=nodes.rank == 0)
+        with suppress(RuntimeError):
+            if store is not None:
+                said = (error.exit_code, str(error))
+                word.leave_word(store, nodes, said, has_met=False)
+        raise typer.Exit(error.exit_code) from None
 
 
 def machines(

@@ -18,7 +18,7 @@ from moepp_megatron.cli.options import (
     RdzvEndpointOption,
     RdzvIdOption,
 )
-from moepp_megatron.cli.ranks import machines
+from moepp_megatron.cli.ranks import machines, refusing_for_all
 from moepp_megatron.cli.resume_command import is_given, resume_command
 from moepp_megatron.config import ConfigError
 
@@ -118,7 +118,6 @@ def train(
     from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
     from moepp_megatron.runtime.stop_signals import INTERRUPTED
     from moepp_megatron.runtime.terminal import lasting_output
-    from moepp_megatron.runtime.word import refusing_for_all
     from moepp_megatron.training.run_folder import Start
     from moepp_megatron.training.train_request import TrainRequest
 

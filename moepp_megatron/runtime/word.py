@@ -14,14 +14,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import psutil
 
-from moepp_megatron.config.errors import ConfigError, UnfitError
+from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.printable import printable
 from moepp_megatron.runtime.launch import refusal
 from moepp_megatron.runtime.nodes import Nodes
@@ -67,15 +66,15 @@ class Watch(threading.Thread):
 
     def _look(self) -> bool:
         """Look for word until there is some; False where the store does not answer."""
-        if (store := _open(self._nodes, math.inf)) is None:
+        if (store := open_store(self._nodes, math.inf)) is None:
             return False
         word = self._difference(store)
         if word is not None:
-            _leave(store, self._nodes, word, has_met=False)
+            leave_word(store, self._nodes, word, has_met=False)
         while word is None and _is_served(self._nodes):
             word = _read(store, self._nodes)
             if word is None and (failure := refusal() or self._failure) is not None:
-                _leave(store, self._nodes, failure)
+                leave_word(store, self._nodes, failure)
                 return True
             if psutil.Process().children():
                 store.set("met", "")
@@ -102,29 +101,7 @@ class Watch(threading.Thread):
         )
 
 
-@contextmanager
-def refusing_for_all(nodes: Nodes | None) -> Iterator[None]:
-    """A context in which a user's error ends the other machines too, before ranks have started.
-
-    Raises:
-        SystemExit: In place of the error, which is printed; not without `nodes`.
-    """
-    try:
-        yield
-    except (ConfigError, UnfitError) as error:
-        if nodes is None:
-            raise
-        # First, since the others may be slow to read it.
-        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-        os.environ.setdefault(*NO_STACKS)
-        store = _open(nodes, LINGER_S, serves=nodes.rank == 0)
-        with suppress(RuntimeError):
-            if store is not None:
-                _leave(store, nodes, (error.exit_code, str(error)), has_met=False)
-        sys.exit(error.exit_code)
-
-
-def _open(nodes: Nodes, timeout_s: float, serves: bool = False) -> Store | None:
+def open_store(nodes: Nodes, timeout_s: float, serves: bool = False) -> Store | None:
     """The store at the machines' address; None if it is not served in time, or cannot be here."""
     from torch.distributed import PrefixStore, TCPStore
 
@@ -147,10 +124,12 @@ def _is_served(nodes: Nodes) -> bool:
     return False
 
 
-def _leave(store: Store, nodes: Nodes, word: Word, has_met: bool = True) -> None:
-    """Leave word, unless another machine has, and wait for the others as `_read` does."""
-    # Who has not met the others ends none that train already: they are another run, or wait for
-    # this machine to join again.
+def leave_word(store: Store, nodes: Nodes, word: Word, has_met: bool = True) -> None:
+    """Leave word, unless another machine has; returns when all have read it, or some time later.
+
+    Who has not met the others ends none that train already: they are another run, or wait for this
+    machine to join again.
+    """
     if has_met or not store.check(["met"]):
         reason = f"{socket.gethostname()}: {word[1].partition('\n')[0]}"
         store.compare_set("word", "", json.dumps([word[0], reason]))

@@ -36,7 +36,7 @@ CEILINGS = {
     "moe": 6790,
     "data": 5400,
     "observe": 4150,
-    "runtime": 4237,
+    "runtime": 4216,
     "config": 6900,
     "catalogue": 460,
     "layer_settings": 260,
