@@ -67,19 +67,19 @@ class Step:
 
 
 @dataclass(frozen=True)
-class GoBack:
+class Rollback:
     """A part wants the run to continue from an earlier checkpoint.
 
     Attributes:
         up_to_step: The newest step that the checkpoint may be of; None for the newest there is.
-        found: Alerts before it is loaded; given the checkpoint, or None where there is none and
-            nothing else happens.
-        done: Alerts after it has been loaded.
+        alerts_before: Alerts before it is loaded; given the checkpoint, or None where there is none
+            and nothing else happens.
+        alerts_after: Alerts after it has been loaded.
     """
 
     up_to_step: int | None
-    found: Callable[[Path | None], Sequence[Alert]]
-    done: Callable[[Path], Sequence[Alert]] = lambda _: ()
+    alerts_before: Callable[[Path | None], Sequence[Alert]]
+    alerts_after: Callable[[Path], Sequence[Alert]] = lambda _: ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Stop:
     error: Callable[[str], Exception]
 
 
-Outcome = Alert | GoBack | Pause | Stop
+Outcome = Alert | Rollback | Pause | Stop
 
 
 class Part(StepHooks):
@@ -146,7 +146,7 @@ class Part(StepHooks):
         """Take over the state `extra` of a loaded checkpoint; `step` is the last one undone."""
         return ()
 
-    def begin_anew(self, step: int) -> Iterable[Alert]:
+    def reset_baseline(self, step: int) -> Iterable[Alert]:
         """Other data follow after `step`, as announced: forget what was usual."""
         return ()
 

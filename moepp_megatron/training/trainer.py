@@ -27,7 +27,7 @@ from moepp_megatron.training.checkpoint import (
 )
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.collect import mean_loss
-from moepp_megatron.training.part import GoBack, Outcome, Parts, Pause, Run, Step, Stop
+from moepp_megatron.training.part import Outcome, Parts, Pause, Rollback, Run, Step, Stop
 from moepp_megatron.training.parts.callbacks import Callback, Callbacks
 from moepp_megatron.training.parts.order import build_parts
 from moepp_megatron.training.resilience.supervisor import Supervisor
@@ -171,7 +171,7 @@ class Trainer:
         reasons = [part.new_data(self.progress.consumed_samples) for part in self.parts]
         for why in filter(None, reasons):
             for part in self.parts:
-                self._alerts.send(*part.begin_anew(self.progress.step))
+                self._alerts.send(*part.reset_baseline(self.progress.step))
             self._alerts.send(new_stage(self.progress, why))
 
     def _take_step(self, batches: list[Iterator[Batch]], stop: StopRequest) -> Step:
@@ -204,7 +204,7 @@ class Trainer:
     def _act(self, outcome: Outcome) -> bool:
         """Do what a part wants; False if the run has gone back."""
         match outcome:
-            case GoBack():
+            case Rollback():
                 return not self._roll_back(outcome)
             case Pause():
                 self.pause_reason = outcome.reason
@@ -218,12 +218,12 @@ class Trainer:
                 self._alerts.send(outcome)
         return True
 
-    def _roll_back(self, wanted: GoBack) -> bool:
+    def _roll_back(self, rollback: Rollback) -> bool:
         """Continue from an earlier checkpoint; False if there is none."""
         before = self.progress
         with self.supervisor.during("rollback"):
-            checkpoint = newest_checkpoint(self.config, self.checkpoints, wanted.up_to_step)
-            self._alerts.send(*wanted.found(checkpoint))
+            checkpoint = newest_checkpoint(self.config, self.checkpoints, rollback.up_to_step)
+            self._alerts.send(*rollback.alerts_before(checkpoint))
             if checkpoint is None:
                 return False
             self.progress, self.extra = load_earlier(checkpoint, self.model, self.config, before)
@@ -231,8 +231,8 @@ class Trainer:
                 self._sinks.go_back(self.progress.step)
             for part in self.parts:
                 self._alerts.send(*part.roll_back(before.step, self.extra))
-            self._alerts.send(*wanted.done(checkpoint))
-            if wanted.up_to_step is not None:
+            self._alerts.send(*rollback.alerts_after(checkpoint))
+            if rollback.up_to_step is not None:
                 # The checkpoints of what is undone are newer than the one gone back to. A run that
                 # is resumed must not take them.
                 self._save()

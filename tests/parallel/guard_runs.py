@@ -131,7 +131,7 @@ def checksum_of(parameters: Iterable[Any]) -> int:
 def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
     """Plant the faults and write down what happens; both from outside of the guard."""
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.part import GoBack, Part
+    from moepp_megatron.training.part import Part, Rollback
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.parts.routing_guard import RoutingGuard
 
@@ -152,7 +152,7 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
 
     with_first_part(trainer, Watching())
     for guard in [part for part in trainer.parts if isinstance(part, RoutingGuard)]:
-        _note_decisions(guard, found, GoBack)
+        _note_decisions(guard, found, Rollback)
         _note_routers(guard, trainer, found)
 
 
@@ -162,7 +162,9 @@ def _note_decisions(guard: Any, found: Found, kind: Any) -> None:
 
     def judge(step: Any) -> Any:
         for outcome in original(step):
-            alerts = outcome.found(Path("step_0")) if isinstance(outcome, kind) else [outcome]
+            alerts = (
+                outcome.alerts_before(Path("step_0")) if isinstance(outcome, kind) else [outcome]
+            )
             alerts = [each for each in alerts if isinstance(each, Alert)]
             found.decisions += [(step.number, a.rule, a.layer, a.action) for a in alerts]
             yield outcome

@@ -118,7 +118,7 @@ class Detector:
         self._odd = self.peak = 0.0
         self._mean, self._variance, self._held = np.zeros(len(self._slope)), 0.0, 0
 
-    def begin_anew(self, values: Numbers) -> None:
+    def reset_baseline(self, values: Numbers) -> None:
         """What is usual begins with this step; spreads are kept until others are known."""
         self._restart(np.atleast_1d(values))
         for moments in (self._squares, self._lengths, self._charts):

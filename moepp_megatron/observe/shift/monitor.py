@@ -233,7 +233,7 @@ class ShiftMonitor:
     def _accept(self, names: Sequence[str]) -> None:
         """What these series are now is usual."""
         for name in names:
-            self._detectors[name].begin_anew(self._newest[name])
+            self._detectors[name].reset_baseline(self._newest[name])
 
     def settle(self, is_mended: bool) -> None:
         """After a fault of the routers: they are as before, or what they are now is usual."""

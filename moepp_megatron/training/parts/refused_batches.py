@@ -11,7 +11,7 @@ from torch import Tensor
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.training.alerts import guard_alert
 from moepp_megatron.training.batches import rank_batches
-from moepp_megatron.training.part import GoBack, Outcome, Part, Pause, Run, Step, Stop
+from moepp_megatron.training.part import Outcome, Part, Pause, Rollback, Run, Step, Stop
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.resilience.numerical_guard import NumericalFailureError, NumericalGuard
 from moepp_megatron.training.resilience.refused_batches import BatchEvidence, find_cause
@@ -86,16 +86,16 @@ class RefusedBatches(Part):
             case other:
                 assert_never(other)
 
-    def _rollback(self, step: Step, what: str) -> GoBack:
-        def found(checkpoint: Path | None) -> Sequence[Alert]:
+    def _rollback(self, step: Step, what: str) -> Rollback:
+        def before(checkpoint: Path | None) -> Sequence[Alert]:
             self._guard.begin_rollback(step.number, checkpoint is not None)
             return ()
 
-        def done(checkpoint: Path) -> Sequence[Alert]:
+        def after(checkpoint: Path) -> Sequence[Alert]:
             note = f"{what}; back to {checkpoint.name}"
             return [guard_alert(step.progress, note, "rollback")]
 
-        return GoBack(None, found, done)
+        return Rollback(None, before, after)
 
     def _replay(self, first_samples: Sequence[int]) -> list[BatchEvidence]:
         """Loss and routing of batches that were trained on, by the model as it is."""
@@ -123,7 +123,7 @@ class RefusedBatches(Part):
         self._guard.forget_refused()
         return ()
 
-    def begin_anew(self, step: int) -> Iterable[Alert]:
+    def reset_baseline(self, step: int) -> Iterable[Alert]:
         """Forget which losses were usual."""
         self._guard.load({})
         return ()

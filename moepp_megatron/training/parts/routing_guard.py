@@ -15,7 +15,7 @@ from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values
 from moepp_megatron.training.guard.alerts import alert_of
 from moepp_megatron.training.guard.copies import RouterCopies
 from moepp_megatron.training.guard.readings import counted, from_first_rank, measured
-from moepp_megatron.training.part import GoBack, Outcome, Part, Run, Step, Stop
+from moepp_megatron.training.part import Outcome, Part, Rollback, Run, Step, Stop
 from moepp_megatron.training.parts.batch_losses import BatchLosses
 from moepp_megatron.training.parts.budget import BudgetControl
 from moepp_megatron.training.parts.router_health import HealthCollector
@@ -112,7 +112,7 @@ class RoutingGuard(Part):
         if rollbacks:
             self._actions += 1
             newest = min(self._newest_healthy(event, step.number) for event in rollbacks)
-            yield GoBack(newest, lambda at: self._rollback(rollbacks, step.attempt, at, newest))
+            yield Rollback(newest, lambda at: self._rollback(rollbacks, step.attempt, at, newest))
 
     def _wants_checkpoint(self, event: Event) -> bool:
         """Whether a rule wants an earlier checkpoint."""
@@ -179,7 +179,7 @@ class RoutingGuard(Part):
         self._load({**(extra.get("guard") or {}), "rules": (), "actions": actions})
         return ended
 
-    def begin_anew(self, step: int) -> Iterable[Alert]:
+    def reset_baseline(self, step: int) -> Iterable[Alert]:
         """Reset all rules; alerts of those that end."""
         return self._forget(step, "new stage")
 

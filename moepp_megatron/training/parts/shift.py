@@ -100,7 +100,7 @@ class Shift(Part):
         self._open(extra.get("shift"))
         return ()
 
-    def begin_anew(self, step: int) -> Iterable[Alert]:
+    def reset_baseline(self, step: int) -> Iterable[Alert]:
         """Forget what was usual."""
         self._open(None)
         return ()

@@ -91,7 +91,7 @@ class NumericalGuard:
         """The loss is usual."""
         values = np.array([loss])
         if self._course.add(values) > 1.0:
-            self._course.begin_anew(values)
+            self._course.reset_baseline(values)
 
     def refuses(self, sums: StepSums, losses: Tensor) -> bool:
         """Judge a batch before the optimizer acts; every rank must call.
@@ -167,7 +167,7 @@ class NumericalGuard:
 
     def accept_refused(self) -> None:
         """Take batches like the refused ones from now on: their losses are the usual ones."""
-        self._course.begin_anew(np.array([self.refused[-1].loss]))
+        self._course.reset_baseline(np.array([self.refused[-1].loss]))
 
     def forget_refused(self) -> None:
         """The next refused batch is the first in a row."""

@@ -96,7 +96,7 @@ def test_after_a_new_beginning_the_next_change_is_found_too() -> None:
     evidence(judge, falling, range(150), 5)
     higher = [np.array([6.0 + 0.1 * math.sin(7.0 * step)]) for step in range(30)]
     first = next(step for step in higher if judge.add(step) > 1.0)
-    judge.begin_anew(first)
+    judge.reset_baseline(first)
     found = [judge.add(step) for step in higher]
     assert math.isnan(found[0])
     assert not math.isnan(found[-1])
