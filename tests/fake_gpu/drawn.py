@@ -73,7 +73,9 @@ def drawn(seed: int) -> dict[str, Any]:
         more = [value] if "{" in value else value.split()
         if more and _is_legal([*overrides, *more], world):
             overrides += more
-    fields = {"parts": parts, "rank": generator.randrange(world)}
+    # The first rank checks what all ranks write, and there are no others; its save is a lone one's.
+    rank = generator.randrange(world) if "save" not in parts else world - 1
+    fields = {"parts": parts, "rank": rank}
     return {"config": cases.SMALLEST, "overrides": overrides, "world_size": world, **fields}
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from moepp_megatron.config import UnfitError
-from tests.fake_gpu import machine
+from tests.fake_gpu import answers, collectives, machine
 from tests.fake_gpu.engine import deep_ep, extension
 from tests.fake_gpu.machine import RECORD, ROUTING
 from tests.fake_gpu.memory import MEMORY
@@ -92,6 +92,7 @@ class Outcome:
 
 def main() -> None:
     machine.install()
+    collectives.install()
     if len(sys.argv) > 1:
         extension.install(Path(sys.argv[1]))
         if find_spec("deep_ep") is not None:
@@ -161,12 +162,12 @@ def _play(case: Case, outcome: Outcome) -> None:
     config = load_config(Path(case.config), [*small, *case.overrides])
     layout = Layout.from_config(config, case.world_size)
     assert not cpu_support.install(), "there is no GPU to play on"
-    machine.answer_checks()
+    answers.answer_checks()
     fit.check_fit(config)
     torch.cuda.set_device(0)
     dist.init_process_group("fake", store=FakeStore(), rank=case.rank, world_size=case.world_size)
     distributed.build_groups(config, layout)
-    machine.answer_megatron()
+    answers.answer_megatron()
     tokens = config.model.seq_length * config.training.micro_batch_size
     tokens //= layout.cp * (layout.tp if config.parallel.uses_sequence_parallel else 1)
     moe = config.moe
@@ -175,7 +176,7 @@ def _play(case: Case, outcome: Outcome) -> None:
     ROUTING.reached = distinct_targets(layout.ep, moe.router_topk * moe.ffn_share, ROUTING.experts)
     ROUTING.gathers = moe.dispatcher in ("allgather", "flex")
     ROUTING.share = moe.router_topk * moe.ffn_share / moe.num_ffn_experts
-    with machine.graphs() if config.training.cuda_graphs else nullcontext(), machine.fake_mode():
+    with answers.graphs() if config.training.cuda_graphs else nullcontext(), machine.fake_mode():
         _Run(config, layout, case, outcome).play()
 
 
@@ -195,7 +196,7 @@ class _Run:
         setup.replace_l2_norm()
         with torch.device("cuda"):
             models = build_chunks(config)
-        machine.restore_orders(models)
+        answers.restore_orders(models)
         schedule_config, chunks = setup.wrap_models(models, config)
         optimizer = build_optimizer(config, chunks)
         # megatron-core asks all ranks once, and the answer is a number.

@@ -22,6 +22,7 @@ from unittest.mock import MagicMock
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tests.fake_gpu.engine import attention  # noqa: F401  its functions are among FUNCTIONS
 from tests.fake_gpu.engine.declarations import REQUIRED, Parameter, enums, functions, takes
 from tests.fake_gpu.engine.functions import FUNCTIONS, HOST
 from tests.fake_gpu.machine import RECORD, owner

@@ -20,9 +20,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {}
 HOST: set[str] = set()
 
 
-def _function(function: Callable[..., Any]) -> Callable[..., Any]:
-    FUNCTIONS[function.__name__] = function
-    return function
+def function(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Answers the extension's function of that name."""
+    FUNCTIONS[implementation.__name__] = implementation
+    return implementation
 
 
 def _on_host(name: str, value: Any) -> None:
@@ -38,17 +39,18 @@ _on_host("device_supports_multicast", True)
 _on_host("get_stream_priority_range", (0, -5))
 
 
-def _new(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def new(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """An empty tensor on the device."""
     return torch.empty(tuple(shape), dtype=dtype, device="cuda")
 
 
 def _made(shape: Sequence[int], dtype: torch.dtype, quantizer: Any) -> Any:
     if quantizer is None:
-        return _new(shape, dtype)
+        return new(shape, dtype)
     return quantizer.make_empty(list(shape), dtype=dtype, device=torch.device("cuda"))
 
 
-@_function
+@function
 def generic_gemm(
     A: Any, transA: bool, B: Any, transB: bool, D: Any, quantizer: Any, output_dtype: Any,
     bias: Any, grad: bool, accumulate: bool, extra_output: Any = None, beta: Any = None,
@@ -60,11 +62,11 @@ def generic_gemm(
         D = _made(shape, dtype, quantizer)
     else:
         gemm.check_output(D, shape, output_dtype)
-    of_bias = _new(gemm.size(B)[-1:], dtype) if bias is not None and grad else None
+    of_bias = new(gemm.size(B)[-1:], dtype) if bias is not None and grad else None
     return [D, of_bias, None, extra_output]
 
 
-@_function
+@function
 def te_general_grouped_gemm(
     A: list[Any], transa: bool, B: list[Any], transb: bool, D: list[torch.Tensor] | None,
     D_type: Any, m_splits: list[int], bias: list[torch.Tensor], single_output: bool,
@@ -97,15 +99,15 @@ def _norm(
     if ln_out is None:
         ln_out = _made(input.shape, gemm.torch_dtype(otype), quantizer)
     rows = input.shape[:-1].numel()
-    return [ln_out, _new([rows], torch.float32), _new([rows], torch.float32)]
+    return [ln_out, new([rows], torch.float32), new([rows], torch.float32)]
 
 
-@_function
+@function
 def layernorm_fwd(input: Any, weight: Any, ln_out: Any, quantizer: Any, otype: Any) -> list[Any]:
     return _norm(input, weight, ln_out, quantizer, otype)
 
 
-@_function
+@function
 def rmsnorm_fwd(input: Any, weight: Any, ln_out: Any, quantizer: Any, otype: Any) -> list[Any]:
     output, _, rsigma = _norm(input, weight, ln_out, quantizer, otype)
     return [output, None, rsigma]
@@ -113,26 +115,26 @@ def rmsnorm_fwd(input: Any, weight: Any, ln_out: Any, quantizer: Any, otype: Any
 
 def _norm_gradients(dz: torch.Tensor, x: torch.Tensor, *parameters: torch.Tensor) -> list[Any]:
     assert dz.shape == x.shape, f"{tuple(dz.shape)} for {tuple(x.shape)}"
-    return [_new(x.shape, x.dtype), *(_new(each.shape, each.dtype) for each in parameters)]
+    return [new(x.shape, x.dtype), *(new(each.shape, each.dtype) for each in parameters)]
 
 
-@_function
+@function
 def rmsnorm_bwd(dz: Any, x: Any, gamma: Any) -> list[Any]:
     return _norm_gradients(dz, x, gamma)
 
 
-@_function
+@function
 def rmsnorm_bwd_add(dz: Any, x: Any, add: Any, gamma: Any) -> list[Any]:
     assert add.shape == x.shape
     return _norm_gradients(dz, x, gamma)
 
 
-@_function
+@function
 def layernorm_bwd(dz: Any, x: Any, gamma: Any) -> list[Any]:
     return _norm_gradients(dz, x, gamma, gamma)
 
 
-@_function
+@function
 def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None) -> Any:
     if output is None:
         return _made(tensor.shape, tensor.dtype, quantizer)
@@ -140,17 +142,17 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None) -> Any:
     return output
 
 
-@_function
+@function
 def dequantize(input: Any, otype: Any) -> torch.Tensor:
-    return _new(gemm.size(input), gemm.torch_dtype(otype))
+    return new(gemm.size(input), gemm.torch_dtype(otype))
 
 
-@_function
+@function
 def bgrad_quantize(input: torch.Tensor, quantizer: Any) -> list[Any]:
-    return [_new(input.shape[-1:], input.dtype), _made(input.shape, input.dtype, quantizer)]
+    return [new(input.shape[-1:], input.dtype), _made(input.shape, input.dtype, quantizer)]
 
 
-@_function
+@function
 def split_quantize(
     tensor: torch.Tensor, split_sections: list[int], quantizer_list: list[Any]
 ) -> list[Any]:
@@ -159,7 +161,7 @@ def split_quantize(
     return [_made([rows, *tensor.shape[1:]], tensor.dtype, each) for rows, each in pairs]
 
 
-@_function
+@function
 def multi_tensor_quantize(tensor_list: list[torch.Tensor], quantizer_list: list[Any]) -> list[Any]:
     pairs = zip(tensor_list, quantizer_list, strict=True)
     return [_made(tensor.shape, tensor.dtype, each) for tensor, each in pairs]
@@ -169,7 +171,7 @@ def multi_tensor_quantize(tensor_list: list[torch.Tensor], quantizer_list: list[
 HOST.update(("create_empty_quantized_tensor", "bulk_allocate"))
 
 
-@_function
+@function
 def create_empty_quantized_tensor(quantizer: Any, shape: Sequence[int], dtype: Any) -> Any:
     if type(quantizer).__name__ == "Float8Quantizer":
         return _empty_float8(quantizer, list(shape), dtype)
@@ -185,9 +187,9 @@ def _empty_float8(quantizer: Any, shape: list[int], dtype: torch.dtype) -> Any:
 
     turned = [shape[-1], *shape[:-1]]
     fields = {
-        "data": _new(shape, torch.uint8) if quantizer.rowwise_usage else None,
-        "data_transpose": _new(turned, torch.uint8) if quantizer.columnwise_usage else None,
-        "fp8_scale_inv": _new([1], torch.float32),
+        "data": new(shape, torch.uint8) if quantizer.rowwise_usage else None,
+        "data_transpose": new(turned, torch.uint8) if quantizer.columnwise_usage else None,
+        "fp8_scale_inv": new([1], torch.float32),
         "fp8_dtype": quantizer.dtype,
         "quantizer": quantizer,
     }
@@ -196,25 +198,25 @@ def _empty_float8(quantizer: Any, shape: list[int], dtype: torch.dtype) -> Any:
     return Float8Tensor(shape=shape, dtype=dtype, device=torch.device("cuda"), **fields)
 
 
-@_function
+@function
 def bulk_allocate(shapes: list[Any], dtypes: list[torch.dtype]) -> list[torch.Tensor]:
-    return [_new(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    return [new(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 
-@_function
+@function
 def fp8_transpose(input: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     shape = [input.shape[-1], input.shape[:-1].numel()]
     assert input.dtype == torch.uint8
     if out is None:
-        return _new(shape, torch.uint8)
+        return new(shape, torch.uint8)
     assert out.numel() == input.numel()
     return out
 
 
-@_function
+@function
 def swap_first_dims(tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     first, second, *rest = tensor.shape
-    return _new([second, first, *rest], tensor.dtype) if out is None else out
+    return new([second, first, *rest], tensor.dtype) if out is None else out
 
 
 def _pad(input: torch.Tensor, output: torch.Tensor, few: list[int], many: list[int]) -> None:
@@ -225,93 +227,26 @@ def _pad(input: torch.Tensor, output: torch.Tensor, few: list[int], many: list[i
     assert output.is_contiguous()
 
 
-@_function
+@function
 def fused_multi_row_padding(
     input: Any, output: Any, input_row_list: list[int], padded_input_row_list: list[int]
 ) -> None:
     _pad(input, output, input_row_list, padded_input_row_list)
 
 
-@_function
+@function
 def fused_multi_row_unpadding(
     input: Any, output: Any, input_row_list: list[int], unpadded_input_row_list: list[int]
 ) -> None:
     _pad(input, output, input_row_list, unpadded_input_row_list)
 
 
-@_function
-def get_fused_attn_backend(fused_attn_params: Any = None) -> Any:
-    import transformer_engine_torch as extension
-
-    backend = extension.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
-    # Older versions have each setting as an argument, and no reason in the answer.
-    return backend if fused_attn_params is None else (backend, "")
-
-
-HOST.add("get_fused_attn_backend")
-
-
-@_function
-def fused_attn_fwd(
-    max_seqlen_q: int, cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor,
-    Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, fake_dtype: torch.dtype,
-) -> list[Any]:  # fmt: skip
-    _check_attention(cu_seqlens_q, cu_seqlens_kv, Q, K, V)
-    output = _new([*Q.shape[:-1], V.shape[-1]], fake_dtype)
-    sequences = cu_seqlens_q.shape[0] - 1
-    statistics = _new([sequences, Q.shape[-2], max_seqlen_q, 1], torch.float32)
-    return [output, statistics, _new([2], torch.int64)]
-
-
-def _check_attention(
-    cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor, *layers: torch.Tensor
-) -> None:
-    for lengths in (cu_seqlens_q, cu_seqlens_kv):
-        assert lengths.dtype == torch.int32, f"sequence lengths in {lengths.dtype}"
-    query, key, value = layers
-    assert query.dtype in (torch.float16, torch.bfloat16), f"attention in {query.dtype}"
-    assert query.shape[-1] == key.shape[-1], "channels of queries and keys differ"
-    assert key.shape[:-1] == value.shape[:-1], "keys and values differ"
-    assert query.shape[-2] % key.shape[-2] == 0, "queries are no multiple of the groups"
-    assert query.shape[-1] % 8 == 0, "cuDNN needs a multiple of 8 channels"
-
-
-@_function
-def fused_attn_bwd(
-    cu_seqlens_q: Any, cu_seqlens_kv: Any, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor,
-    O: torch.Tensor, dO: torch.Tensor, fake_dtype: torch.dtype,  # noqa: E741
-    dqkv_layout: Any = None, qkv_layout: Any = None,
-) -> list[Any]:  # fmt: skip
-    _check_attention(cu_seqlens_q, cu_seqlens_kv, Q, K, V)
-    assert O.numel() == dO.numel()
-    # Older versions give gradients the layout of their tensors.
-    layout = qkv_layout if dqkv_layout is None else dqkv_layout
-    name, rest = layout.name, [None, None]
-    if "3HD" in name or "H3D" in name:
-        axis = -3 if "3HD" in name else -2
-        shape = list(Q.shape)
-        shape.insert(len(shape) + 1 + axis, 3)
-        whole = _new(shape, fake_dtype)
-        return [whole.select(axis, number) for number in range(3)] + rest
-    return [_new(each.shape, fake_dtype) for each in (Q, K, V)] + rest
-
-
-@_function
-def fused_rope_forward(input: torch.Tensor) -> torch.Tensor:
-    return _new(input.shape, input.dtype)
-
-
-@_function
-def fused_rope_backward(output_grads: torch.Tensor) -> torch.Tensor:
-    return _new(output_grads.shape, output_grads.dtype)
-
-
-@_function
+@function
 def swiglu(input: torch.Tensor, quantizer: Any) -> Any:
     return _made([*input.shape[:-1], input.shape[-1] // 2], input.dtype, quantizer)
 
 
-@_function
+@function
 def dswiglu(grad: torch.Tensor, fwd_input: torch.Tensor, quantizer: Any) -> Any:
     assert 2 * grad.shape[-1] == fwd_input.shape[-1]
     return _made(fwd_input.shape, fwd_input.dtype, quantizer)
@@ -326,13 +261,13 @@ def _same_lengths(tensor_lists: list[list[torch.Tensor]]) -> None:
         assert each.is_contiguous(), "lists of tensors must be contiguous"
 
 
-@_function
+@function
 def multi_tensor_l2norm(
     tensor_lists: list[list[torch.Tensor]], per_tensor: bool | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _same_lengths(tensor_lists)
     count = len(tensor_lists[0]) if per_tensor else 0
-    return _new([1], torch.float32), _new([count], torch.float32)
+    return new([1], torch.float32), new([count], torch.float32)
 
 
 for _name in (

@@ -155,6 +155,8 @@ class _Gemm(torch.autograd.Function):
         ctx.fp8, ctx.group = fp8, group
         ctx.weight, ctx.adds_to, ctx.delayed = weight, weight.adds_to, weight.delayed
         w = plain_of(weight)
+        # As cuBLAS: operands of one type.
+        assert x.dtype == w.dtype, f"operands in {x.dtype} and {w.dtype}"
         if fp8:
             x, w = _rounded(x, torch.float8_e4m3fn), _rounded(w, torch.float8_e4m3fn)
         ctx.save_for_backward(x, w)
@@ -163,6 +165,7 @@ class _Gemm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
+        assert grad.dtype == w.dtype, f"operands in {grad.dtype} and {w.dtype}"
         if ctx.fp8:
             grad = _rounded(grad, torch.float8_e5m2)
         own = grad @ w

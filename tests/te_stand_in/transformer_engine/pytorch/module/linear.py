@@ -175,6 +175,8 @@ class GroupedLinear(TransformerEngineBaseModule):
 
     def forward(self, inp, m_splits, is_first_microbatch=None, out=None, dgrad_out=None):
         self.begin(inp, m_splits)
+        # The extension takes numbers of the host.
+        assert all(type(rows) is int for rows in m_splits), m_splits
         if len(m_splits) != self.num_gemms or sum(m_splits) != inp.shape[0]:
             raise ValueError(
                 f"splits {m_splits} do not fit {self.num_gemms} GEMMs, {inp.shape} rows"

@@ -14,6 +14,7 @@ class _Padding(torch.nn.Module):
 
     def padded(self, m_splits):
         assert len(m_splits) == self.num_gemms
+        assert all(type(rows) is int for rows in m_splits), m_splits
         align = self.align_size or get_align_size_for_quantization(
             FP8GlobalStateManager.get_fp8_recipe()
         )
@@ -23,6 +24,8 @@ class _Padding(torch.nn.Module):
 class Fp8Padding(_Padding):
     def forward(self, inp, m_splits):
         padded = self.padded(m_splits)
+        # Copied as one block.
+        assert inp.is_contiguous()
         parts = [
             torch.nn.functional.pad(part, (0, 0, 0, rows - part.shape[0]))
             for part, rows in zip(inp.split(m_splits), padded, strict=True)

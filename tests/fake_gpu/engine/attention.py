@@ -1,0 +1,76 @@
+"""Attention and rotations of Transformer Engine's extension: shapes, and what cuDNN asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.fake_gpu.engine.functions import HOST, function, new
+
+
+@function
+def get_fused_attn_backend(fused_attn_params: Any = None) -> Any:
+    import transformer_engine_torch as extension
+
+    backend = extension.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
+    # Older versions have each setting as an argument, and no reason in the answer.
+    return backend if fused_attn_params is None else (backend, "")
+
+
+HOST.add("get_fused_attn_backend")
+
+
+@function
+def fused_attn_fwd(
+    max_seqlen_q: int, cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor,
+    Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, fake_dtype: torch.dtype,
+) -> list[Any]:  # fmt: skip
+    _check_attention(cu_seqlens_q, cu_seqlens_kv, Q, K, V)
+    output = new([*Q.shape[:-1], V.shape[-1]], fake_dtype)
+    sequences = cu_seqlens_q.shape[0] - 1
+    statistics = new([sequences, Q.shape[-2], max_seqlen_q, 1], torch.float32)
+    return [output, statistics, new([2], torch.int64)]
+
+
+def _check_attention(
+    cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor, *layers: torch.Tensor
+) -> None:
+    for lengths in (cu_seqlens_q, cu_seqlens_kv):
+        assert lengths.dtype == torch.int32, f"sequence lengths in {lengths.dtype}"
+    query, key, value = layers
+    assert query.dtype in (torch.float16, torch.bfloat16), f"attention in {query.dtype}"
+    assert query.shape[-1] == key.shape[-1], "channels of queries and keys differ"
+    assert key.shape[:-1] == value.shape[:-1], "keys and values differ"
+    assert query.shape[-2] % key.shape[-2] == 0, "queries are no multiple of the groups"
+    assert query.shape[-1] % 8 == 0, "cuDNN needs a multiple of 8 channels"
+
+
+@function
+def fused_attn_bwd(
+    cu_seqlens_q: Any, cu_seqlens_kv: Any, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor,
+    O: torch.Tensor, dO: torch.Tensor, fake_dtype: torch.dtype,  # noqa: E741
+    dqkv_layout: Any = None, qkv_layout: Any = None,
+) -> list[Any]:  # fmt: skip
+    _check_attention(cu_seqlens_q, cu_seqlens_kv, Q, K, V)
+    assert O.numel() == dO.numel()
+    # Older versions give gradients the layout of their tensors.
+    layout = qkv_layout if dqkv_layout is None else dqkv_layout
+    name, rest = layout.name, [None, None]
+    if "3HD" in name or "H3D" in name:
+        axis = -3 if "3HD" in name else -2
+        shape = list(Q.shape)
+        shape.insert(len(shape) + 1 + axis, 3)
+        whole = new(shape, fake_dtype)
+        return [whole.select(axis, number) for number in range(3)] + rest
+    return [new(each.shape, fake_dtype) for each in (Q, K, V)] + rest
+
+
+@function
+def fused_rope_forward(input: torch.Tensor) -> torch.Tensor:
+    return new(input.shape, input.dtype)
+
+
+@function
+def fused_rope_backward(output_grads: torch.Tensor) -> torch.Tensor:
+    return new(output_grads.shape, output_grads.dtype)
