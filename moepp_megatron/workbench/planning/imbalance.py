@@ -8,17 +8,17 @@ an expert-parallel group wait for the fullest, in every layer: the mean of the m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.config.json_file import parse_json
 from moepp_megatron.file_names import METRICS_FILE
+from moepp_megatron.observe.metrics import MetricsError, Records, StepMetrics, read_metrics
 
 # Draws of a layer: their mean is then known to well below a percent of the mean load.
 _DRAWS, _SEED = 400, 20241009
@@ -83,7 +83,7 @@ def rank_load(routing: AssumedRouting, num_experts: int, ranks: int, selections:
     return Load(float(ratios.mean()), float(median), float(p90), float(p99))
 
 
-def evenness_of(shares: Iterable[Sequence[float]], selections: int) -> float:
+def evenness_of(shares: Sequence[Sequence[float]] | np.ndarray, selections: int) -> float:
     """The evenness that explains how uneven layers' shares of FFN experts are, by moments.
 
     The mean square of the relative deviation, less what the chance of `selections` draws adds.
@@ -91,7 +91,7 @@ def evenness_of(shares: Iterable[Sequence[float]], selections: int) -> float:
     Raises:
         ValueError: There is no layer, or one without selections.
     """
-    values = np.array(list(shares), dtype=float)
+    values = np.asarray(shares, dtype=float)
     if not len(values):
         raise ValueError("shares must hold at least one layer")
     if (values.sum(axis=1) <= 0).any():
@@ -112,35 +112,36 @@ def recorded_routing(source: Path, num_ffn_experts: int, topk: int) -> AssumedRo
         ConfigError: There is no such file, or it has no shares of this many experts.
     """
     late = _late_steps(source, num_ffn_experts)
+    first, last = late[0], late[-1]
     # Tokens are counted from the start of the run.
-    per_step = (late[-1]["tokens"] - late[0]["tokens"]) / max(late[-1]["step"] - late[0]["step"], 1)
-    selections = max(round(per_step * topk * late[-1]["ffn_fraction"]), 1)
-    shares = [layer[:num_ffn_experts] for line in late for layer in line["layer_expert_share"]]
-    evenness = evenness_of(shares, selections)
+    per_step = (last.tokens - first.tokens) / max(last.step - first.step, 1)
+    selections = max(round(per_step * topk * last.ffn_fraction), 1)
+    shares = array("d")
+    for record in late:
+        for layer in record.layer_expert_share or ():
+            shares.extend(layer[:num_ffn_experts])
+    evenness = evenness_of(np.asarray(shares).reshape(-1, num_ffn_experts), selections)
     return AssumedRouting(evenness if evenness != float("inf") else None)
 
 
-def _late_steps(source: Path, num_ffn_experts: int) -> list[dict[str, Any]]:
-    """Lines of the second half of a run that hold shares."""
-    path = source / METRICS_FILE if source.is_dir() else source
+def _late_steps(source: Path, num_ffn_experts: int) -> Records:
+    """Records of the second half of a run that hold shares."""
     try:
-        lines = [parse_json(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+        records = read_metrics(source / METRICS_FILE if source.is_dir() else source)
+    except MetricsError as error:
         raise ConfigError(
             f"--routing ({source}) must be a run or a metrics.jsonl ({error}); name one"
         ) from None
-    steps = [line for line in lines if _shows(line, num_ffn_experts)]
+    steps = np.flatnonzero([_shows(record, num_ffn_experts) for record in records])
     if len(steps) < 2:
         raise ConfigError(
             f"--routing ({source}) must hold layer_expert_share of at least 2 steps with "
             f"{num_ffn_experts} FFN experts; name a run of this model's experts"
         )
-    return steps[len(steps) // 2 :]
+    late: Records = records[steps[len(steps) // 2 :]]
+    return late
 
 
-def _shows(line: Any, num_ffn_experts: int) -> bool:
-    if not isinstance(line, dict) or not line.get("layer_expert_share"):
-        return False
-    shares = [layer[:num_ffn_experts] for layer in line["layer_expert_share"]]
-    is_whole = all(len(share) == num_ffn_experts and sum(share) > 0 for share in shares)
-    return is_whole and {"tokens", "step", "ffn_fraction"} <= line.keys()
+def _shows(record: StepMetrics, num_ffn_experts: int) -> bool:
+    shares = [layer[:num_ffn_experts] for layer in record.layer_expert_share or ()]
+    return bool(shares) and all(len(of) == num_ffn_experts and sum(of) > 0 for of in shares)

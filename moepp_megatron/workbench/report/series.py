@@ -114,10 +114,10 @@ class Numbers:
             return
         self._columns[key, ""].add(self._count, 1.0)
         if key in _BY_NAME:
-            row = OF_RECORD[key]
-            by_name = value if isinstance(value, dict) else dict(enumerate(value))
-            for label, number in by_name.items():
-                name = label if by_name is value else name_of(row, (str(label),))
+            if not isinstance(value, dict):
+                row = OF_RECORD[key]
+                value = {name_of(row, (str(n),)): number for n, number in enumerate(value)}
+            for name, number in value.items():
                 self._columns[key, name].add(self._count, number)
         elif key == "router_health":
             for name, layers in value.items():

@@ -46,7 +46,10 @@ def test_even_shares_have_no_finite_evenness() -> None:
 
 
 def line(step: int, shares: list[float]) -> str:
-    content = {
+    others = {"loss", "lr", "grad_norm", "step_time_s", "tokens_per_s", "balance_loss"}
+    others |= {"ffn_per_token", "max_ffn_load", "dropped_fraction", "a2a_bytes"}
+    content = dict.fromkeys(others, 0) | {
+        "expert_share": shares,
         "step": step,
         "tokens": step * 1000,
         "ffn_fraction": 0.5,
