@@ -65,7 +65,6 @@ class ArmOutcome(_PilotRecord):
     """The outcome of an arm's runs.
 
     Attributes:
-        seeds: Finished seeds.
         valid_loss: Final validation loss, nats.
         loss_difference: Difference to vanilla with the same seed; None for vanilla.
         step_time_s: Median step of a run.
@@ -117,15 +116,10 @@ class Setting(_PilotRecord):
     """The conditions of the measurement.
 
     Attributes:
-        command: The command line.
-        config: Name of the configuration.
-        tau: Tau of MoE++.
         device: Device of the ranks: a GPU's name, or the processor's.
         on_gpu: Whether it is a GPU.
         steps: Steps of a run.
         tokens: Tokens of a run.
-        valid_tokens: Tokens of a validation.
-        parameters: Parameters of the MoE++ model.
         began: Day of the first run, ISO date.
         sessions: Sessions that timed MoE++.
         look: Number of the newest look; 0 before the first one, so that nothing is decided.

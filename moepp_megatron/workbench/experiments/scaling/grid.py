@@ -17,7 +17,7 @@ MODES = ("strong", "weak")
 KINDS = ("moepp", "vanilla")
 
 # As in `--layout` and in the field `layout`, and the setting of section `parallel`.
-_DEGREES = {
+DEGREES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
     "cp": "context_parallel_size",
@@ -55,7 +55,7 @@ class Point:
             ConfigError: If they do not fit.
         """
         degrees = parse_layout(self.layout)
-        overrides = [f"parallel.{_DEGREES[key]}={n}" for key, n in degrees.items()]
+        overrides = [f"parallel.{DEGREES[key]}={n}" for key, n in degrees.items()]
         overrides += [f"training.global_batch_size={self.global_batch_size}"]
         # Steps of one size are compared.
         overrides += ["training.batch_ramp=null"]
@@ -83,11 +83,10 @@ class ScalingGrid:
         Raises:
             ConfigError: No point has it.
         """
-        for point in self.points:
-            if point.name == name:
-                return point
-        names = ", ".join(point.name for point in self.points)
-        raise ConfigError(f"--point ({name}) must be one of {names}")
+        points = {point.name: point for point in self.points}
+        if name not in points:
+            raise ConfigError(f"--point ({name}) must be one of {', '.join(points)}")
+        return points[name]
 
     def point_of_ranks(self, name: str | None, world_size: int) -> Point:
         """The point that ranks of an external launcher measure.
@@ -126,9 +125,9 @@ def parse_layout(text: str) -> dict[str, int]:
     degrees: dict[str, int] = {}
     for part in [] if text.strip() == "auto" else text.split(","):
         key, _, number = (piece.strip() for piece in part.partition("="))
-        if key not in _DEGREES or not (number.isascii() and number.isdigit() and int(number) > 0):
+        if key not in DEGREES or not (number.isascii() and number.isdigit() and int(number) > 0):
             raise ConfigError(
-                f"--layout ({text}) must be auto or {', '.join(_DEGREES)} with numbers above 0; "
+                f"--layout ({text}) must be auto or {', '.join(DEGREES)} with numbers above 0; "
                 f"{example}"
             )
         if key in degrees:
@@ -190,10 +189,10 @@ def _batch(config: Config, nproc: int, smallest: int, mode: str) -> int:
 
 def _point(config: Config, nproc: int, degrees: Mapping[str, int], batch: int) -> Point:
     parallel = config.parallel
-    full = {key: getattr(parallel, name) or 1 for key, name in _DEGREES.items()} | dict(degrees)
+    full = {key: getattr(parallel, name) or 1 for key, name in DEGREES.items()} | dict(degrees)
     if "ep" not in degrees:
         full["ep"] = _widest(config.moe.num_ffn_experts, nproc, full["etp"] * full["pp"])
-    layout = ",".join(f"{key}={full[key]}" for key in _DEGREES)
+    layout = ",".join(f"{key}={full[key]}" for key in DEGREES)
     point = Point(nproc, layout, batch)
     Layout.from_config(point.config(config), nproc)
     return point

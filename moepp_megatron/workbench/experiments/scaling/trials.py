@@ -19,22 +19,15 @@ from moepp_megatron.workbench.experiments.runner import (
     other_settings,
     writing,
 )
-from moepp_megatron.workbench.experiments.scaling.grid import Point
+from moepp_megatron.workbench.experiments.scaling.grid import DEGREES, Point
 from moepp_megatron.workbench.experiments.scaling.records import PointFile, PointResult
 
 # Sections that say nothing about speed: two runs that differ here are the same test.
 _ELSEWHERE = {"run", "data", "checkpoint", "slurm", "telemetry", "observe"}
 # Settings that a point's name holds.
 _IN_NAME = {
-    "parallel": {
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-        "expert_tensor_parallel_size",
-        # Follows from the first.
-        "sequence_parallel",
-    },
+    # The last one follows from the first.
+    "parallel": {*DEGREES.values(), "sequence_parallel"},
     "training": {"global_batch_size", "train_iters"},
 }
 
