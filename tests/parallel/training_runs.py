@@ -114,43 +114,52 @@ def train(
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import Parts
+    from moepp_megatron.training.parts.order import PARTS
+    from moepp_megatron.training.parts.refused_batches import RefusedBatches
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
+    from moepp_megatron.training.parts.validation import Validation
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
     config, layout = begin(raw)
     model = build_training_model(config)
-    # Imported on use: a feature can be deleted without these runs.
-    distillation, mtp = None, None
-    if config.distillation.teacher is not None:
-        from moepp_megatron.training.parts.distillation import Distillation
-        from moepp_megatron.training.teacher import TeacherModel
-
-        distillation = Distillation(config, TeacherModel.of(config))
-    if config.model.mtp_num_layers > 0:
-        from moepp_megatron.training.parts.mtp import MultiTokenPrediction
-
-        mtp = MultiTokenPrediction(model, config.model.mtp_num_layers)
+    # By their place in the order, so that a feature can be deleted without these runs.
+    of_loss = PARTS[PARTS.index(RefusedBatches.of) + 1 : PARTS.index(Validation.of)]
+    losses = _made(of_loss, config, layout, model, None).parts
     if prepare is not None:
         prepare(model.models)
         model.optimizer.reload_model_params()
     model.set_training(True)
     collector = RoutingCounts(model, config, layout)
-    parts = Parts([part for part in (collector, distillation, mtp) if part is not None])
+    parts = Parts([collector, *losses])
     pieces = _capture_gradients(model)
     batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(model.chunks))
     run = Run()
+    recorded = {"distillation_loss": run.divergences, "mtp_loss": run.mtp_losses}
     for step in range(1, steps + 1):
         parts.begin_step(step, layout)
         result = training_step(model, batches, config, layout, parts)
-        if distillation is not None:
-            run.divergences.append(distillation.mean)
         run.losses.append(mean_loss(result.losses))
         run.grad_norms.append(result.grad_norm)
         run.routing.append(collector.collect())
-        if mtp is not None:
-            run.mtp_losses.extend(mtp.record(None, {}).values())  # type: ignore[arg-type]
+        for part in losses:
+            for name, value in part.record(None, {}).items():
+                recorded[name].append(value)
     return run, pieces
+
+
+def _made(makers: Iterable[Any], config: Any, layout: Any, model: Any, dataset: Any) -> Any:
+    """What the trainer makes parts from, with those that the makers have made."""
+    from moepp_megatron.training.checkpoint.progress import Progress
+    from moepp_megatron.training.part import Run as TrainedRun
+
+    nobody: Any = None
+    run = TrainedRun(config, layout, model, nobody, Path(), dataset, None, {}, Progress(), {})
+    for make in makers:
+        part = make(run)
+        if part is not None:
+            run.parts.append(part)
+    return run
 
 
 def watching(see: Callable[..., None], *summands: Any) -> Any:
@@ -171,19 +180,13 @@ def counting_parts(
     config: Any, layout: Any, model: Any, dataset: Any, *more: Any, guarded: bool = False
 ) -> Any:
     """The parts that count and watch routers, as the trainer makes them, and others."""
-    from moepp_megatron.training.checkpoint.progress import Progress
     from moepp_megatron.training.part import Parts
-    from moepp_megatron.training.part import Run as TrainedRun
     from moepp_megatron.training.parts.order import PARTS
     from moepp_megatron.training.parts.refused_batches import RefusedBatches
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
 
-    nobody: Any = None
-    run = TrainedRun(config, layout, model, nobody, Path(), dataset, None, {}, Progress(), {})
-    for make in PARTS[PARTS.index(RoutingCounts.of) : PARTS.index(RefusedBatches.of)]:
-        part = make(run)
-        if part is not None:
-            run.parts.append(part)
+    counting = PARTS[PARTS.index(RoutingCounts.of) : PARTS.index(RefusedBatches.of)]
+    run = _made(counting, config, layout, model, dataset)
     if guarded:
         run.parts.append(RefusedBatches(run))
     return Parts([*run.parts, *more])
@@ -207,7 +210,7 @@ def assemble(results: list[tuple[Run, list[Any]]]) -> Run:
     for rank, (run, _) in enumerate(results):
         assert run.losses == first.losses, f"rank {rank} logs other losses than rank 0"
         assert run.grad_norms == first.grad_norms, f"rank {rank} has another gradient norm"
-        assert run.mtp_losses == first.mtp_losses, f"rank {rank}, further tokens"
+        assert run.mtp_losses == first.mtp_losses, f"rank {rank}, other mtp_losses"
     for _, pieces in results:
         for key, shape, offset, values in pieces:
             whole = first.gradients.setdefault(key, np.full(shape, np.nan, dtype=np.float32))
