@@ -44,7 +44,7 @@ class Interrupted(Exception):
 
     def __init__(self, name: str = "", status: int = STOPPED) -> None:
         at = f" at {name}" if name else ""
-        super().__init__(f"interrupted{at}; run again to go on")
+        super().__init__(f"interrupted{at}; run again to continue")
         self.status = status
 
 
@@ -134,7 +134,7 @@ def run_missing[T: Trial[Any]](
     if not left:
         return {}
     done, seconds = 0, 0.0
-    with _alone(left[0].folder, left[0].folder), _interruptible():
+    with _exclusive(left[0].folder, left[0].folder), _interruptible():
         for place, trial in enumerate(left):
             rest = sum(each.work for each in left[place:])
             more = f" ({duration(seconds / done * rest)} left)" if done else ""
@@ -171,7 +171,7 @@ def run_trial(trial: Trial[Any], nodes: Nodes | None = None) -> str | None:
     log = trial.log.with_name(f"{trial.name}.node{node}.log") if node else trial.log
     trial.prepare()
     # Batch jobs may do other trials of the same folder at the same time.
-    with _alone(trial.folder, log):
+    with _exclusive(trial.folder, log):
         options = LaunchOptions(trial.nproc // count, nodes, output=log)
         status = run_ranks(options, "moepp_megatron.cli.main", trial.command)
     if status == STOPPED or status > _SIGNALLED:
@@ -212,7 +212,7 @@ def writing(folder: Path, *parts: str) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(folder: Path, path: Path) -> Iterator[None]:
+def _exclusive(folder: Path, path: Path) -> Iterator[None]:
     """Hold a folder, or the log of one of its trials, against other commands."""
     # The lock ends with the process, however that ends. Where the file system has no locks, two
     # commands can work at the same time.

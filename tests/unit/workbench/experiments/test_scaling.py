@@ -251,7 +251,7 @@ def test_interrupted_point_is_neither_finished_nor_failed(run: Any, tmp_path: Pa
     assert result.exit_code == 130
     assert [name[:2] for name in started] == ["n1", "n2"], "nothing after it was started"
     assert [path.name[:2] for path in (tmp_path / "points").iterdir()] == ["n1"]
-    assert "run again to go on" in result.output
+    assert "run again to continue" in result.output
 
 
 @pytest.mark.usefixtures("unrendered")

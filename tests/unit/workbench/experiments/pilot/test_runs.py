@@ -126,7 +126,7 @@ def test_a_request_to_stop_ends_the_pilot_and_keeps_what_is_done(tmp_path, stand
     runs = runs_in(tmp_path)
     claim(tmp_path, runs)
     stand_in(runs, status, after=2)
-    with pytest.raises(Interrupted, match="run again to go on"):
+    with pytest.raises(Interrupted, match="run again to continue"):
         run_missing(runs)
     assert missing(runs[:3]) == runs[2:3]
 
