@@ -179,7 +179,7 @@ def _work_rows(run: RunData, savings: Savings) -> list[Row]:
             formatting.number(measured.experts_per_token, 2),
             formatting.percent(savings.expert_work_saved),
         ),
-        *(_difference(name, how, *pair, formatting.flops) for name, how, *pair in work),
+        *(_difference(name, how, old, new, formatting.flops) for name, how, old, new in work),
     ]
 
 
