@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from moepp_megatron.catalogue import Number
 from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.observe.line_file import LineFile
+from moepp_megatron.observe.metrics import LONGEST_LINE
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class Alert(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="null")
 
     step: int
-    time: float
+    time: Number
     rule: str
     metric: str
     value: Number
@@ -168,8 +170,8 @@ def read_alerts(path: Path) -> list[Alert]:
     """
     try:
         check_regular(path)
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            lines = iter(partial(file.readline, LONGEST_LINE), b"")
+            return list(filter(None, map(parse_alert, lines)))
     except FileNotFoundError:
         return []
-    alerts = (parse_alert(line) for line in content.split(b"\n") if line.strip())
-    return [alert for alert in alerts if alert is not None]
