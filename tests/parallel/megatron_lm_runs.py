@@ -93,13 +93,7 @@ def scalars(log: str) -> dict[str, list[float]]:
 
 
 def train_in_megatron_lm(arguments: str, way: str, log: str) -> tuple[Run, list[Any]]:
-    """Train in Megatron's loop; returns what `training_runs.train` returns.
-
-    Args:
-        arguments: Added to `ARGUMENTS`.
-        way: How the model gets in: "config", "spec" or "provider".
-        log: A new folder for TensorBoard.
-    """
+    """Returns what `training_runs.train` returns; the model gets in by config, spec or provider."""
     launch = script()
     command_line(f"{ARGUMENTS} {arguments}", log)
     observer = _Observer(arguments)
@@ -117,17 +111,7 @@ def train_in_megatron_lm(arguments: str, way: str, log: str) -> tuple[Run, list[
 
 
 def scores_in_megatron_lm(arguments: str, log: str, input_ids: Any, way: str = "config") -> Any:
-    """Train in Megatron's loop, and score with the model that it ends with.
-
-    Args:
-        arguments: The whole command line but for the folder of TensorBoard; one pipeline stage.
-        log: A new folder for TensorBoard.
-        input_ids: [b, s] int64.
-        way: As in `train_in_megatron_lm`.
-
-    Returns:
-        [b, s - 1] fp32 log-probabilities of each token after the first.
-    """
+    """Log-probabilities [b, s - 1] of each token after the first, by the model at the end."""
     import torch
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -152,11 +136,7 @@ def scores_in_megatron_lm(arguments: str, log: str, input_ids: Any, way: str = "
 
 @contextlib.contextmanager
 def _child_processes() -> Iterator[None]:
-    """Let this test rank, which is a daemon, start processes: Megatron's writer has a queue in one.
-
-    It is ended here, because nobody does when the rank ends. What a save of before has put in its
-    place comes back afterwards (`training.checkpoint.plan`).
-    """
+    """Let this test rank, a daemon, start processes; the writer's queue has one, ended here."""
     import multiprocessing
 
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -271,12 +251,7 @@ def _parallel(arguments: str) -> dict[str, int | bool]:
 
 
 def run_script(arguments: str, log: str) -> dict[str, list[float]]:
-    """Run launch/pretrain_megatron_lm.py as it is; returns what it logged.
-
-    Args:
-        arguments: The whole command line but for the folder of TensorBoard.
-        log: A new folder for TensorBoard.
-    """
+    """What launch/pretrain_megatron_lm.py logs, run as it is."""
     command_line(arguments, log)
     try:
         script().main()

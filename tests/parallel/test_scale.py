@@ -5,30 +5,15 @@ from typing import Any
 import pytest
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import begin
+from tests.parallel.training_runs import EP2, begin, settings
 
-CONFIG: dict[str, Any] = {
-    "run": {"dir": "unused"},
-    "model": {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "ffn_hidden_size": 48,
-        "num_attention_heads": 2,
-        "seq_length": 20,
-        "vocab_size": 64,
-    },
-    "moe": {
-        "num_ffn_experts": 4,
-        "num_zero_experts": 1,
-        "num_copy_experts": 1,
-        "num_constant_experts": 1,
-        "router_topk": 2,
-        "tau": 0.75,
-    },
-    "parallel": {"expert_model_parallel_size": 2},
-    "optimizer": {"lr": 1e-3},
-    "training": {"train_iters": 10, "global_batch_size": 4, "micro_batch_size": 1},
-}
+CONFIG = settings(
+    # The plain start: routing is even.
+    model={"num_layers": 2, "seq_length": 20, "init_method_std": 0.02},
+    moe={"num_ffn_experts": 4, "num_constant_experts": 1},
+    parallel=EP2,
+    training={"global_batch_size": 4, "micro_batch_size": 1},
+)
 
 
 def measure(raw: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from moepp_megatron.experts import (
 from moepp_megatron.layer_settings import DECLARED, EXPORTED, LayerSettings
 from moepp_megatron.model.megatron_config import moepp_config
 from moepp_megatron.moe.config import MoEPPConfig
+from tests.parallel.training_runs import EP2, settings
 
 COUNTS = ExpertCounts(8, num_constant_experts=4, num_copy_experts=2, num_zero_experts=3)
 
@@ -137,24 +138,7 @@ def test_the_layer_gets_what_the_user_set() -> None:
         "constant_temperature": 2.0,
         "dispatcher": "alltoall_dedup",
     }
-    config = parse_config(
-        {
-            "run": {"dir": "unused"},
-            "model": {
-                "num_layers": 2,
-                "hidden_size": 16,
-                "ffn_hidden_size": 32,
-                "num_attention_heads": 2,
-                "seq_length": 16,
-                "vocab_size": 64,
-            },
-            "moe": changes,
-            "parallel": {"expert_model_parallel_size": 2},
-            "optimizer": {"lr": 1e-3},
-            "training": {"train_iters": 1, "global_batch_size": 2, "micro_batch_size": 1},
-        }
-    )
-    layer = moepp_config(config)
+    layer = moepp_config(parse_config(settings(moe=changes, parallel=EP2)))
     for name in changes.keys() - {"dispatcher"}:
         assert getattr(layer, name) == changes[name], name
     assert layer.deduplicate_dispatch

@@ -4,20 +4,7 @@ import pytest
 
 from moepp_megatron.config import parse_config
 from moepp_megatron.config.vanilla import vanilla
-
-RAW = {
-    "run": {"dir": "unused"},
-    "model": {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "ffn_hidden_size": 64,
-        "num_attention_heads": 4,
-        "seq_length": 64,
-        "vocab_size": 512,
-    },
-    "optimizer": {"lr": 1e-3},
-    "training": {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 1},
-}
+from tests.parallel.training_runs import settings
 
 
 @pytest.mark.parametrize(
@@ -37,7 +24,7 @@ RAW = {
 )
 @pytest.mark.parametrize("guard", [{}, {"enabled": True}], ids=["no guard", "guard"])
 def test_every_configuration_has_a_rival(moe, guard):
-    config = parse_config(RAW | {"moe": {"num_ffn_experts": 8} | moe, "routing_guard": guard})
+    config = parse_config(settings(moe=moe, routing_guard=guard))
     baseline = vanilla(config)
     assert baseline.moe.is_vanilla
     # The grouped loss has the scale of megatron-core's.
@@ -49,7 +36,7 @@ def test_every_configuration_has_a_rival(moe, guard):
 
 
 def test_a_sequence_loss_stays():
-    moe = {"num_ffn_experts": 8, "balance_scope": "sequence", "dispatcher": "allgather"}
-    baseline = vanilla(parse_config(RAW | {"moe": moe}))
+    moe = {"balance_scope": "sequence", "dispatcher": "allgather"}
+    baseline = vanilla(parse_config(settings(moe=moe)))
     assert baseline.moe.balance_scope == "sequence"
     assert baseline.moe.dispatcher == "allgather"

@@ -24,7 +24,7 @@ from moepp_megatron.data.prepared_data import check_data
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.data.verify import verify
 from moepp_megatron.file_names import CHAT_TEMPLATE_FILE
-from tests.parallel.training_runs import VANILLA
+from tests.parallel.training_runs import VANILLA, settings
 
 LENGTH = 64
 CHATML = """{% for message in messages %}
@@ -513,21 +513,10 @@ RUNS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
 
 @pytest.mark.parametrize("name", [None, *RUNS])
 def test_runs_that_would_train_on_something_else(name: str | None, folder: Path) -> None:
-    raw: dict[str, dict[str, Any]] = {
-        "run": {"dir": "unused"},
-        "model": {
-            "num_layers": 2,
-            "hidden_size": 32,
-            "ffn_hidden_size": 48,
-            "num_attention_heads": 4,
-            "seq_length": LENGTH,
-            "vocab_size": 304,
-        },
-        "moe": {"num_ffn_experts": 4},
-        "data": {"path": str(folder), "reset_attention_mask": True, "split": "4,1,0"},
-        "optimizer": {"lr": 1e-3},
-        "training": {"train_iters": 2, "global_batch_size": 2, "micro_batch_size": 1},
-    }
+    raw = settings(
+        model={"seq_length": LENGTH, "vocab_size": 304},
+        data={"path": str(folder), "reset_attention_mask": True, "split": "4,1,0"},
+    )
     if name is None:
         check_data(parse_config(raw))
         return

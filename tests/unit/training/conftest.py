@@ -10,27 +10,14 @@ from moepp_megatron.config import Config, parse_config
 from moepp_megatron.training.checkpoint import Progress
 from moepp_megatron.training.checkpoint.files import checkpoint_name, file_digest, manifest
 from moepp_megatron.training.checkpoint.progress import SavedRecord
-
-RAW: dict[str, dict[str, Any]] = {
-    "run": {"dir": "unused"},
-    "model": {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "ffn_hidden_size": 48,
-        "num_attention_heads": 4,
-        "seq_length": 16,
-        "vocab_size": 64,
-    },
-    "moe": {"num_ffn_experts": 4},
-    "optimizer": {"lr": 1.0e-3},
-    "training": {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2},
-}
+from tests.parallel.training_runs import settings
 
 
 def config_of(**sections: dict[str, Any]) -> Config:
-    """`RAW` with some settings changed."""
-    names = {*RAW, *sections}
-    return parse_config({name: RAW.get(name, {}) | sections.get(name, {}) for name in names})
+    """A small configuration with some settings changed."""
+    small = {"model": {"num_layers": 2}, "moe": {"num_ffn_experts": 4}}
+    names = small | sections
+    return parse_config(settings(**{n: small.get(n, {}) | sections.get(n, {}) for n in names}))
 
 
 @pytest.fixture

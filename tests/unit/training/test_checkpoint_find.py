@@ -188,6 +188,8 @@ def test_keep_counts_valid_ones_and_never_deletes_what_is_damaged(write, tmp_pat
     ("sections", "message"),
     [
         ({"model": {"hidden_size": 64}}, r"model.hidden_size \(64\) must be .* \(32\); use 32"),
+        # Neither names the experts' width, and no dense layer has that of the model.
+        ({"model": {"ffn_hidden_size": 99}}, r"moe.ffn_hidden_size \(99\) must be .* \(48\)"),
         ({"moe": {"num_ffn_experts": 8}}, r"moe.num_ffn_experts \(8\) must be .* \(4\); use 4"),
         ({"moe": {"gating_residual": False}}, r"moe.gating_residual \(false\) must be"),
         (

@@ -65,9 +65,9 @@ def is_legal(config: Config, grid: Grid) -> bool:
             parallel={"expert_model_parallel_size": 2},
         ),
         configured(model={"vocab_size": 1026, "num_query_groups": None}, batch=32),
-        configured(moe={"constants_shared": True}),
+        configured(model={"num_query_groups": 2}, moe={"constants_shared": True}),
     ],
-    ids=["plain", "flex-dense-shared", "odd-vocabulary", "one V"],
+    ids=["plain", "flex-dense-shared", "odd-vocabulary", "one V, shared key heads"],
 )
 def test_space_holds_what_the_rules_accept(config: Config) -> None:
     found = set(Space.of(config, WORLD, per_node=8).grids())

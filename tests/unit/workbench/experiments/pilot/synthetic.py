@@ -8,29 +8,18 @@ from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.experiments.pilot.outcome import RunOutcome
 from moepp_megatron.workbench.experiments.pilot.result import Curve
 from moepp_megatron.workbench.experiments.pilot.trials import PilotRun
+from tests.parallel.training_runs import settings
 
 
 def config_of(**moe: Any) -> Config:
     return parse_config(
-        {
-            "run": {"dir": "unused", "name": "tiny"},
-            "model": {
-                "num_layers": 2,
-                "hidden_size": 32,
-                "ffn_hidden_size": 48,
-                "num_attention_heads": 2,
-                "seq_length": 20,
-                "vocab_size": 64,
-            },
-            "moe": {"num_ffn_experts": 8, "balance_coeff": 0.08, **moe},
-            "optimizer": {"lr": 1e-3, "warmup_iters": 15},
-            "training": {
-                "train_iters": 120,
-                "global_batch_size": 4,
-                "micro_batch_size": 1,
-                "seed": 7,
-            },
-        }
+        settings(
+            run={"name": "tiny"},
+            model={"num_layers": 2, "seq_length": 20},
+            moe={"balance_coeff": 0.08, **moe},
+            optimizer={"warmup_iters": 15},
+            training={"train_iters": 120, "global_batch_size": 4, "micro_batch_size": 1},
+        )
     )
 
 
