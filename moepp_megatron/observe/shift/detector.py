@@ -116,7 +116,7 @@ class Detector:
         self.evidence = math.nan
         self.suspect_since: int | None = None
         self._odd = self.peak = 0.0
-        self._mean, self._variance, self._held = np.zeros(len(self._slope)), 0.0, 0
+        self._mean, self._held = np.zeros(len(self._slope)), 0
 
     def reset_baseline(self, values: Numbers) -> None:
         """What is usual begins with this step; spreads are kept until others are known."""
@@ -201,8 +201,9 @@ class Detector:
         newest = self._row.newest
         most = np.repeat(np.maximum(over[-self._groups :], 1.0), len(away) // self._groups)
         self._mean = (1.0 - newest) * self._mean + newest * scaled / most
-        self._variance = (1.0 - newest) ** 2 * self._variance + newest**2
-        self._chart = self._parts(self._mean) / self._variance
+        # Over the variance of a mean of many independent steps, also of few: one step after a new
+        # beginning is no alarm.
+        self._chart = self._parts(self._mean) * (2.0 - newest) / newest
         # Errors of the course make steps' differences alike, and so the weighted mean longer.
         usual = mean
         if self._charts.count >= _FEWEST and len(away) > 1:
@@ -252,7 +253,6 @@ class Detector:
         return {
             "counts": [self._steps, self._learnt, self._held, self.suspect_since],
             "evidence": None if math.isnan(self.evidence) else self.evidence,
-            "variance": self._variance,
             "peak": self.peak,
             "numbers": numbers,
             "moments": [m.state() for m in (self._squares, self._lengths, self._charts)],
@@ -262,7 +262,7 @@ class Detector:
         """Continue from `state`, to the bit."""
         self._steps, self._learnt, self._held, self.suspect_since = state["counts"]
         self.evidence = math.nan if state["evidence"] is None else state["evidence"]
-        self._variance, self.peak = state["variance"], state["peak"]
+        self.peak = state["peak"]
         course, slope, mean = state["numbers"]
         self._course = None if course is None else np.array(course, dtype=np.float64)
         self._slope, self._mean = (np.array(each, dtype=np.float64) for each in (slope, mean))

@@ -95,17 +95,16 @@ class RoutingGuard(Part):
             return
         values = self._read(step)
         events = self._judge.judge(values)
+        yield from self._update(step.attempt, events, values)
+        # All before the first acts: layers of one step are one fault.
+        rollbacks = [event for event in events if self._wants_checkpoint(event)]
+        for event in events:
+            if event not in rollbacks and (event.begins or event.rule.name != _FAULT):
+                # The end of the shift that a fault is says all that there is to say.
+                yield self._alert(event, step.attempt, self._act(event))
         if values["calm"] and self._judge.is_quiet("put_back"):
             self._copies.keep()
             self._tries = 0
-        yield from self._update(step.attempt, events, values)
-        rollbacks: list[Event] = []
-        for event in events:
-            if self._wants_checkpoint(event):
-                rollbacks.append(event)
-            elif event.begins or event.rule.name != _FAULT:
-                # The end of the shift that a fault is says all that there is to say.
-                yield self._alert(event, step.attempt, self._act(event))
         for event in events:
             if event.begins and event.rule.action == "stop" and self._settings.acts:
                 yield Stop(partial(_stopped, event.rule.name))
@@ -154,8 +153,7 @@ class RoutingGuard(Part):
     def _ending(self, event: Event) -> str:
         if event.rule.name != _SHIFT:
             return f"end of {event.rule.action}"
-        was_put_back = self._reported == "router" and self._tries > 0
-        return "routers are as before" if was_put_back else "accepted as usual"
+        return "routers are as before" if self._tries > 0 else "accepted as usual"
 
     def _update(self, step: int, events: Sequence[Event], values: Values) -> Iterator[Alert]:
         """Correct or complete the alert of a shift that was sent before."""

@@ -72,7 +72,7 @@ def test_another_routing_is_found_at_once(layers: int) -> None:
         assert judge.peak > 1.5
 
 
-@pytest.mark.parametrize(("jump", "within"), [(1.0, 4), (0.4, 8)])
+@pytest.mark.parametrize(("jump", "within"), [(1.0, 5), (0.4, 8)])
 def test_a_loss_that_leaves_its_course_is_found(jump: float, within: int) -> None:
     """The smaller is four spreads of a batch, of which no step counts in full."""
     for sign in (1.0, -1.0):
