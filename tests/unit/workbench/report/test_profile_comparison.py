@@ -60,6 +60,17 @@ def test_a_bar_for_each_change_the_largest_on_top():
     assert top < 0 < bottom
 
 
+def test_whole_times_where_nothing_is_known_of_work():
+    with plot_style():
+        axes = comparison_figure(comparison(hidden=False)).axes[0]
+    widths = {
+        label.get_text(): bar.get_width()
+        for label, bar in zip(axes.get_yticklabels(), axes.patches, strict=True)
+    }
+    assert widths["combine, forward (all-to-all, expert)"] == 3
+    assert axes.get_xlabel() == "change of time in a rank's step [ms]"
+
+
 def test_many_kinds_are_summed_up():
     rows = [row(f"part {number}", 1000.0 * (number + 2), 1e5) for number in range(20)]
     before = ProfileSummary(name="b", ranks=1, step_times_us=(1e5,), rows=())
