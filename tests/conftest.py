@@ -71,6 +71,15 @@ _import_triton_for_its_interpreter()
 _POOLS = RankPools()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _environment() -> Iterator[None]:
+    """What a file's tests, or the code that they call, set for this process ends with the file."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def ranks() -> RankPools:
     """`ranks(n).run(fn, *args)` runs a module-level function on n gloo ranks, started once."""
