@@ -1,6 +1,6 @@
 """Turns a Megatron-LM command line into a configuration, and lists what has no counterpart.
 
-The configuration has the same model: no zero-computation experts.
+The configuration has the same model: zero-computation experts only from ZEDA's fork of Megatron.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.layer_settings import SCOPES
 
 _MOST_LAYERS = 10_000
+# Of ZEDA's fork: a loss, and settings that count experts of a `--zero-experts-type`.
+_GROUPED = "grouped_aux_loss"
+_ZERO_EXPERTS = {"zero": "moe.num_zero_experts", "copy": "moe.num_copy_experts"}
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ class _Translator:
             # Megatron limits nothing then.
             settings.pop("moe.num_groups", None)
         topk = self._whole("moe-router-topk", 2)
-        self._take_balance(self._whole("num-experts") / topk)
+        zero_experts = self._take_zero_experts()
+        self._take_balance((self._whole("num-experts") + zero_experts) / topk, zero_experts > 0)
         if not settings.get("moe.selection_bias"):
             settings.pop("moe.bias_update_rate", None)
         else:
@@ -152,19 +156,44 @@ class _Translator:
         if "moe-layer-freq" in self._left:
             settings["moe.layer_freq"] = _layer_freq(self._left.pop("moe-layer-freq"))
 
-    def _take_balance(self, factor: float) -> None:
+    def _take_zero_experts(self) -> int:
+        """How many experts without an FFN ZEDA's fork adds; they are all of one kind."""
+        count = int(_number("num-zero-experts", self._left.pop("num-zero-experts", "0")))
+        kind = self._left.pop("zero-experts-type", "zero")
+        if kind not in _ZERO_EXPERTS:
+            raise ConfigError(
+                f"--zero-experts-type ({kind}) must be {' or '.join(_ZERO_EXPERTS)}; give it so"
+            )
+        self._settings[_ZERO_EXPERTS[kind]] = count
+        return count
+
+    def _zero_expert_weight(self) -> float:
+        name = "moe-zero-expert-weight"
+        weight = _number(name, self._left.get(name, "1"))
+        if weight <= 0:
+            raise ConfigError(f"--{name} ({weight:g}) must be above 0; give it so")
+        return weight
+
+    def _take_balance(self, factor: float, has_zero_experts: bool) -> None:
         """Megatron adds up several losses, each with its coefficient; a layer here has one."""
         name = "moe-aux-loss-coeff"
         kinds = self._left.pop("moe-router-load-balancing-type", "aux_loss").split()
         coefficients = [_number(name, each) for each in self._left.pop(name, "0").split()]
         losses = dict(zip(kinds, [*coefficients, *[0.0] * len(kinds)], strict=False))
-        known = [kind for kind in losses if kind in SCOPES]
+        scopes = SCOPES | {_GROUPED: "microbatch"}
+        known = [kind for kind in losses if kind in scopes]
         taken = next((kind for kind in known if losses[kind] > 0), next(iter(known), None))
         if taken is not None:
-            self._settings["moe.balance_coeff"] = losses[taken] * factor
-            self._settings["moe.balance_scope"] = SCOPES[taken]
+            is_grouped = taken == _GROUPED
+            self._settings["moe.balance_coeff"] = losses[taken] * (1.0 if is_grouped else factor)
+            self._settings["moe.balance_scope"] = scopes[taken]
+            if is_grouped:
+                self._settings["moe.balance_loss"] = "grouped"
+            if has_zero_experts and losses[taken] > 0:
+                # Megatron's own losses have all experts equal.
+                self._settings["moe.tau"] = 1.0 / self._zero_expert_weight() if is_grouped else 1.0
         for kind, coefficient in losses.items():
-            if kind not in SCOPES and kind != "none":
+            if kind not in scopes and kind != "none":
                 self._notes.append(f"--moe-router-load-balancing-type {kind} has no counterpart")
             elif kind not in (taken, "none") and coefficient > 0:
                 self._notes.append(

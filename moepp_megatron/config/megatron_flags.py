@@ -1,7 +1,8 @@
 """Megatron-LM's command-line arguments and this project's settings: one table.
 
 Source: `megatron/training/arguments.py` and `megatron/training/config/` of NVIDIA/Megatron-LM, and
-`TransformerConfig` of megatron-core 0.19.
+`TransformerConfig` of megatron-core 0.19; for zero experts scripts/ and zeda/Megatron-LM of
+TsinghuaC3I/ZEDA.
 """
 
 from __future__ import annotations
@@ -180,9 +181,14 @@ DERIVED = {
     "num-layers-per-virtual-pipeline-stage": "`parallel.virtual_pipeline_model_parallel_size`: "
     "the layers of a stage divided by it",
     "moe-router-load-balancing-type": "`moe.balance_scope`: `microbatch` for aux_loss, `sequence` "
-    "for seq_aux_loss, `global` for global_aux_loss",
-    "moe-aux-loss-coeff": "`moe.balance_coeff`: times `--num-experts` over `--moe-router-topk`, a "
-    "factor that Megatron's loss has and the paper's has not",
+    "for seq_aux_loss, `global` for global_aux_loss; `moe.balance_loss`: `grouped` for ZEDA's "
+    "grouped_aux_loss",
+    "moe-aux-loss-coeff": "`moe.balance_coeff`: times all experts over `--moe-router-topk`, a "
+    "factor that Megatron's loss has and the paper's has not; as it is for grouped_aux_loss",
+    "num-zero-experts": "`moe.num_zero_experts`, or `moe.num_copy_experts` with "
+    "`--zero-experts-type copy` (ZEDA's fork)",
+    "zero-experts-type": "the setting that `--num-zero-experts` becomes (ZEDA's fork)",
+    "moe-zero-expert-weight": "`moe.tau`: 1 over it (ZEDA's fork)",
     "moe-router-pre-softmax": "`moe.gate_normalization`: `none`; without it `selected`",
     "moe-layer-freq": "`moe.layer_freq`: the same number or list",
     "data-path": "`data.path`, or `data.blend` of several prefixes with weights",

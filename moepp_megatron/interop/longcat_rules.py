@@ -11,7 +11,8 @@ from torch import Tensor
 from moepp_megatron.config import Config
 from moepp_megatron.interop.latent_rules import latent_attention_rules, norm_keys
 from moepp_megatron.interop.longcat import dense_width, routed_experts
-from moepp_megatron.interop.tensor_rules import HFTensor, TensorRule, expert_rules, made, same
+from moepp_megatron.interop.tensor_rules import HFTensor, TensorRule, made, same
+from moepp_megatron.interop.upcycle_sources import expert_rules, source_kind
 
 
 def longcat_rules(config: Config) -> Iterator[TensorRule]:
@@ -96,7 +97,8 @@ def _moe_rules(config: Config, layer: int) -> Iterator[TensorRule]:
         yield _reordered(ours + "router.expert_bias", bias, config, total)
     else:
         yield made(bias, (total,))
-    yield from expert_rules(config, layer)
+    kind = source_kind({"model_type": "deepseek_v3"})
+    yield from expert_rules(kind, config, ours, f"model.layers.{layer}.")
     yield from _experts_of_zeros(config, layer, range(moe.num_ffn_experts, routed_experts(config)))
 
 

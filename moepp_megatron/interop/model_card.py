@@ -59,7 +59,7 @@ def model_card(
             "",
             f"# {name}",
             "",
-            "A language model with MoE++ layers (arXiv 2410.07348): beside FFN experts their "
+            "A language model with MoE++ layers (arXiv 2410.07348): next to FFN experts, their "
             "routers choose zero-computation experts, which cost no matrix product.",
             "",
             "| | |",

@@ -183,19 +183,6 @@ def swiglu_rules(ours: str, theirs: str, width: int, inner: int) -> Iterator[Ten
     yield same(ours + "linear_fc2.weight", theirs + "down_proj.weight", width, inner)
 
 
-def expert_rules(config: Config, layer: int) -> Iterator[TensorRule]:
-    """The SwiGLU FFN experts of a MoE layer, each with matrices of its own in the other format."""
-    width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
-    ours, theirs = f"decoder.layers.{layer}.mlp.experts.experts.", f"model.layers.{layer}.mlp."
-    count = config.moe.num_ffn_experts
-    for index in range(count):
-        source = f"{theirs}experts.{index}."
-        names = [source + "gate_proj.weight", source + "up_proj.weight"]
-        yield stacked(ours + "linear_fc1.weight", names, inner, width, (count, index))
-        down = source + "down_proj.weight"
-        yield row(ours + "linear_fc2.weight", count, index, down, width, inner)
-
-
 def linear_modules(config: Config) -> Iterator[tuple[str, int]]:
     """Modules for which megatron-core stores an (empty) extra state, and their number of copies.
 

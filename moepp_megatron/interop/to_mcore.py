@@ -50,9 +50,9 @@ def hf_to_mcore(
         ConfigError: If tensors are missing, unexpected or of a wrong shape; names every one.
     """
     hf = HFSource(source, allow_pickle)
-    hf.leave_out(extra_tensors(hf.config, hf.tensors))
     read, rules = (zeda_config, zeda_rules) if is_zeda(hf.config) else (config_from_hf, moepp_rules)
     config = read(hf.config, source.resolve().name, dtype)
+    hf.leave_out(extra_tensors(hf.config, hf.tensors))
     write_checkpoint(hf, list(rules(config)), config, target, dtype, console)
     return config
 

@@ -78,8 +78,8 @@ def upcycle(
     """
     additions = additions or Additions()
     hf = HFSource(source, allow_pickle)
-    hf.leave_out(extra_tensors(hf.config, hf.tensors))
     config = upcycled_config(hf.config, additions, source.resolve().name, dtype)
+    hf.leave_out(extra_tensors(hf.config, hf.tensors))
     rules = list(_upcycling_rules(config, hf.config, additions.seed))
     write_checkpoint(hf, rules, config, target, dtype, console)
     return config

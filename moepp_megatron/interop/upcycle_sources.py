@@ -55,10 +55,14 @@ class SourceKind:
 def source_kind(hf: Mapping[str, Any]) -> SourceKind:
     """The kind of a checkpoint; ConfigError if it is another kind, or its attention is not full."""
     name = hf.get("model_type")
+    # ZEDA's recipe leaves the type of the model that it began with.
+    if name in MOEPP_TYPES or "zce_nums" in hf:
+        raise ConfigError(
+            f"config.json: model_type ({name}) must be that of a model without zero-computation "
+            "experts, and this is a MoE++ model already; use moepp convert hf-to-mcore"
+        )
     if name not in _KINDS:
         remedy = UNBUILDABLE.get(str(name), "other models cannot be upcycled")
-        if name in MOEPP_TYPES or "zce_nums" in hf:
-            remedy = "this is a MoE++ model already, so use moepp convert hf-to-mcore"
         raise ConfigError(
             f"config.json: model_type ({name}) must be one of {', '.join(_KINDS)}; {remedy}"
         )

@@ -90,7 +90,8 @@ def zeda_config(hf: Mapping[str, Any], name: str, dtype: str | None = None) -> C
     if kind.bias is not None:
         moe |= {"gate_normalization": "selected", "selection_bias": True}
         if hf.get("mlp_layer_types") is not None:
-            moe["layer_freq"] = [int(layer == "sparse") for layer in hf["mlp_layer_types"]]
+            known = {"dense": 0, "sparse": 1}
+            moe["layer_freq"] = [known.get(layer, layer) for layer in hf["mlp_layer_types"]]
     if moe.get("num_groups", 1) != 1:
         raise ConfigError(
             f"config.json: n_group ({hf['n_group']}) must be 1: ZEDA's groups divide all experts, "
@@ -121,10 +122,18 @@ def zeda_rules(config: Config) -> Iterator[TensorRule]:
 
 def zeda_warnings(config: Config) -> Iterator[str]:
     """Warnings about what readers of the format do otherwise."""
-    if config.moe.num_constant_experts:
+    kinds = [kind for kind in _KINDS if config.moe.count(kind)]
+    if kinds not in ([], [COPY], [ZERO]):
+        counts = ", ".join(f"moe.{kind.setting} ({config.moe.count(kind)})" for kind in kinds)
         yield (
-            f"moe.num_constant_experts ({config.moe.num_constant_experts}): ZEDA's class for "
-            "transformers has constant experts, its server refuses them"
+            f"{counts}: ZEDA's class for transformers computes them, its server only models that "
+            "have either copy or zero experts"
+        )
+    is_dense = not all(config.moe.moe_layer_pattern(config.model.num_layers))
+    if is_dense and config.model.latent_attention is None:
+        yield (
+            f"moe.layer_freq ({show(config.moe.layer_freq)}): ZEDA's server takes every layer of "
+            "Qwen3 for a MoE layer"
         )
     yield from epsilon_warnings(config)
 
@@ -137,7 +146,8 @@ def _counts(hf: Mapping[str, Any]) -> dict[str, int]:
     """Our numbers of zero-computation experts; ConfigError if they are masked or out of order."""
     types, numbers = require(hf, "zce_types"), require(hf, "zce_nums")
     known = [kind.name for kind in _KINDS]
-    if types != [name for name in known if name in types] or len(types) != len(numbers):
+    are_lists = isinstance(types, list) and isinstance(numbers, list)
+    if not are_lists or types != [k for k in known if k in types] or len(types) != len(numbers):
         raise ConfigError(
             f"config.json: zce_types ({show(types)}) must be some of {', '.join(known)} in this "
             f"order, with one of zce_nums ({show(numbers)}) for each; such a checkpoint cannot be "

@@ -79,6 +79,8 @@ def test_longcat_flash_computes_the_same(
     ranks: RankPools, plain: RunPlain, tmp_path: Path, case: str
 ) -> None:
     from moepp_megatron.interop.to_hf import mcore_to_hf
+    from moepp_megatron.interop.to_mcore import hf_to_mcore
+    from moepp_megatron.interop.upcycle import upcycle
 
     model, moe = CASES[case]
     raw = settings(model=MODEL | model, moe=MOE | moe)
@@ -92,6 +94,9 @@ def test_longcat_flash_computes_the_same(
     assert "trust_remote_code" not in card
     assert any("second is zeros" in warning for warning in warnings)
     assert any("zero experts became FFN" in w for w in warnings) == ("tied" not in case)
+    for convert in (hf_to_mcore, upcycle):
+        with pytest.raises(ConfigError, match=r"\(longcat_flash\) must be .*two attentions"):
+            convert(tmp_path / "hf", tmp_path / "back")
 
 
 def test_norms_that_differ_are_told() -> None:
@@ -127,12 +132,3 @@ def test_what_longcat_cannot_say_is_refused(
     longcat_hf_config(parse_config(settings(model=MODEL, moe=MOE)))
     with pytest.raises(ConfigError, match=named):
         longcat_hf_config(parse_config(settings(model=MODEL | model, moe=MOE | moe)))
-
-
-def test_longcat_flash_does_not_come_in() -> None:
-    from moepp_megatron.interop.hf_config import config_from_hf
-    from moepp_megatron.interop.upcycle_sources import source_kind
-
-    for read in (lambda hf: config_from_hf(hf, "theirs"), source_kind):
-        with pytest.raises(ConfigError, match=r"\(longcat_flash\) must be .*two attentions"):
-            read({"model_type": "longcat_flash"})

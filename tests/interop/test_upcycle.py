@@ -243,16 +243,17 @@ def test_one_expert_a_token_is_refused_with_advice_that_can_be_followed() -> Non
 @pytest.mark.parametrize(
     ("kind", "remedy"),
     [
-        ("moepp", "a MoE.. model already, so use moepp convert hf-to-mcore"),
-        ("MoE++", "a MoE.. model already, so use moepp convert hf-to-mcore"),
-        ("gpt2", "cannot be upcycled"),
+        ({"model_type": "moepp"}, "a MoE.. model already.*moepp convert hf-to-mcore"),
+        ({"model_type": "MoE++"}, "a MoE.. model already.*moepp convert hf-to-mcore"),
+        ({"model_type": "qwen3_moe", "zce_nums": [4]}, "a MoE.. model already.*hf-to-mcore"),
+        ({"model_type": "gpt2"}, "must be one of llama, .*cannot be upcycled"),
     ],
 )
 def test_a_model_of_another_kind_is_refused_with_what_is_possible(kind, remedy) -> None:
     from moepp_megatron.interop.upcycle_sources import source_kind
 
-    with pytest.raises(ConfigError, match=f"must be one of llama, .*{remedy}"):
-        source_kind({**LLAMA, "model_type": kind})
+    with pytest.raises(ConfigError, match=remedy):
+        source_kind({**LLAMA, **kind})
 
 
 def train_upcycled(

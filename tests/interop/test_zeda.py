@@ -253,6 +253,8 @@ def test_what_zeda_cannot_say_is_refused(
         ({"zce_types": ["zero", "copy"], "zce_nums": [1, 2]}, "in this order"),
         ({"zce_types": ["identity"]}, "must be some of constant, copy, zero"),
         ({"zce_nums": [3, 1]}, r"one of zce_nums \(\[3, 1\]\) for each"),
+        ({"zce_nums": 3}, r"one of zce_nums \(3\) for each"),
+        ({"mlp_layer_types": ["dense", "sparse", "spares"]}, "moe.layer_freq"),
         ({"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}, r"n_group \(2\) must be 1"),
     ],
 )
@@ -266,5 +268,10 @@ def test_what_cannot_come_in_is_refused(change: dict[str, Any], named: str) -> N
 def test_readers_that_differ_are_named() -> None:
     model, moe = GLM["model"] | {"norm_epsilon": 1e-5}, GLM["moe"] | MIXED
     constants, epsilon = zeda_warnings(parse_config(settings(model=model, moe=moe)))
-    assert "num_constant_experts (2)" in constants
+    assert "num_constant_experts (2), moe.num_copy_experts (1), moe.num_zero" in constants
     assert "norm_epsilon (1e-05) is not 1e-06" in epsilon
+    assert not list(zeda_warnings(parse_config(settings(**QWEN))))
+    changes = {"num_copy_experts": 1, "layer_freq": [1, 0]}
+    kinds, dense = zeda_warnings(parse_config(settings(**QWEN | {"moe": QWEN["moe"] | changes})))
+    assert "either copy or zero experts" in kinds
+    assert "layer_freq ([1, 0])" in dense

@@ -1,7 +1,7 @@
 """ZEDA's published rule, written out token by token, as classes of the transformers package.
 
-Fields, their defaults (`use_zce_mask` masks unless it is false) and names of modules are those of
-ZEDA's `qwen3_moe_plus_plus` and `glm4_moe_lite_plus_plus`; nothing here is of this package.
+Names of fields and modules, and the default of `use_zce_mask`, which masks, are those of ZEDA's
+`qwen3_moe_plus_plus` and `glm4_moe_lite_plus_plus`; nothing here is of this package.
 """
 
 from __future__ import annotations

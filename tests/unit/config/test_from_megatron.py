@@ -46,6 +46,12 @@ torchrun ${DISTRIBUTED_ARGS[@]} pretrain_gpt.py \\
 """
 
 
+GROUPED = (
+    "--num-zero-experts 2 --moe-router-load-balancing-type grouped_aux_loss "
+    "--moe-aux-loss-coeff 0.1"
+)
+
+
 def _translated(text: str, tmp_path: Path, name: str = "train.sh") -> Translation:
     path = tmp_path / name
     path.write_text(text)
@@ -151,6 +157,22 @@ def test_lists_of_balance_losses(kinds, coefficients, taken, told, tmp_path):
     assert bool(notes) == bool(told) or taken[0] == "global"
 
 
+@pytest.mark.parametrize(
+    ("more", "experts", "balance"),
+    [
+        ("grouped_aux_loss --moe-zero-expert-weight 2.0", (4, 0), ("grouped", 1e-2, 0.5)),
+        ("grouped_aux_loss --zero-experts-type copy", (0, 4), ("grouped", 1e-2, 1.0)),
+        ("aux_loss --zero-experts-type zero", (4, 0), ("heterogeneous", 1e-2 * 12 / 2, 1.0)),
+    ],
+)
+def test_zero_experts_of_zedas_fork(more, experts, balance, tmp_path: Path) -> None:
+    found = _translated(SCRIPT.replace("seq_aux_loss", f"{more} --num-zero-experts 4"), tmp_path)
+    moe = parse_config(found.content).moe
+    assert (moe.num_zero_experts, moe.num_copy_experts, moe.num_constant_experts) == (*experts, 0)
+    assert (moe.balance_loss, moe.balance_coeff, moe.tau) == balance
+    assert not [note for note in found.notes if "zero" in note or "aux" in note or "moe." in note]
+
+
 DEEPSEEK_V3 = """\
 --moe-router-score-function sigmoid --moe-router-enable-expert-bias \\
 --moe-router-bias-update-rate 2e-3 --moe-router-topk-scaling-factor 2.5 \\
@@ -227,6 +249,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         (f"--num-experts 4 --moe-layer-freq {'1+' * 9999}1", "--moe-layer-freq"),
         ("--num-experts $E", "--num-experts \\(None\\) must be a whole number above 0"),
         ("--num-experts 4 --moe-aux-loss-coeff abc", r"--moe-aux-loss-coeff \(abc\) must be a"),
+        ("--num-experts 4 --zero-experts-type identity", "must be zero or copy"),
+        (f"--num-experts 4 {GROUPED} --moe-zero-expert-weight 0", r"weight \(0\) must be above 0"),
         ("echo 'open --num-experts 4", "all quotes closed"),
     ],
 )
