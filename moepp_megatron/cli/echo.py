@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import typer
 
+from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.config.printable import printable
-from moepp_megatron.runtime.disk import naming_stream
+from moepp_megatron.runtime.disk import is_full, naming_stream
 
 
 def echo(text: str, err: bool = False) -> None:
     """Write lines to stdout, or stderr, with control characters as escapes."""
     with naming_stream(err):
         typer.echo(printable(text), err=err)
+
+
+def echo_error(error: ConfigError | UnfitError) -> int:
+    """Write a user's error to stderr; returns its exit status."""
+    echo(f"error: {error}", err=True)
+    # A full disk is never wrong usage, whoever has met it.
+    return UnfitError.exit_code if is_full(error) else error.exit_code

@@ -33,7 +33,7 @@ from moepp_megatron.cli import (
     slurm,
     train,
 )
-from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.echo import echo, echo_error
 from moepp_megatron.cli.paths import check_paths
 from moepp_megatron.cli.usage import UsageError, move_examples, refuse
 from moepp_megatron.config import ConfigError, UnfitError
@@ -105,11 +105,9 @@ def run() -> None:
         _check_working_folder()
         status = app(prog_name="moepp", standalone_mode=False)
     except (ConfigError, UnfitError) as error:
-        echo(f"error: {error}", err=True)
+        status = echo_error(error)
         from moepp_megatron.runtime.launch import write_status
 
-        # A full disk is never wrong usage, whoever has met it.
-        status = UnfitError.exit_code if is_full(error) else error.exit_code
         # Of a rank: torchrun would turn it into 1.
         write_status(status, str(error))
         sys.exit(status)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.echo import echo_error
 from moepp_megatron.config import ConfigError, UnfitError
 
 if TYPE_CHECKING:
@@ -39,16 +39,15 @@ def refusing_for_all(nodes: Nodes | None) -> Iterator[None]:
         if nodes is None:
             raise
         # First, since the others may be slow to read it.
-        echo(f"error: {error}", err=True)
+        status = echo_error(error)
         from moepp_megatron.runtime import word
 
         os.environ.setdefault(*word.NO_STACKS)
         store = word.open_store(nodes, word.LINGER_S, serves=nodes.rank == 0)
         with suppress(RuntimeError):
             if store is not None:
-                said = (error.exit_code, str(error))
-                word.leave_word(store, nodes, said, has_met=False)
-        raise typer.Exit(error.exit_code) from None
+                word.leave_word(store, nodes, (status, str(error)), has_met=False)
+        raise typer.Exit(status) from None
 
 
 def machines(

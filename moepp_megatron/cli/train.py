@@ -169,7 +169,7 @@ def _run(request: TrainRequest, prints_command: bool) -> None:
         # All ranks have found that they cannot start: torchrun has nothing to report.
         if request.rank.local_rank == 0:
             echo(f"error: {error}", err=True)
-        leave(error.exit_code)
+        leave(error.exit_code, str(error))
     else:
         print_end(request, result, prints_command)
 

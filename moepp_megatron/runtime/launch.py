@@ -99,11 +99,10 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
     check_rank_variables(os.environ)
     interface = options.nodes.interface() if options.nodes is not None else None
     environment = with_rank_variables(os.environ, options.num_local_ranks, interface)
-    if options.nodes is not None:
+    if (nodes := options.nodes) is not None:
         # A store of its own for each attempt: agents count restarts differently, and a store that
         # they keep holds the addresses of dead ranks.
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        nodes = options.nodes
         where, wait_s = f"{nodes.count} machines at {nodes.host}:{nodes.port}", nodes.join_timeout_s
         after = f"{nodes.restart_timeout_s} s after a failure"
         print(f"waiting for {where}, {wait_s} s at most, {after}", file=sys.stderr, flush=True)
@@ -123,9 +122,9 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
     return written if written in _REPORTED_FAILURES else status
 
 
-def leave(status: int) -> None:
+def leave(status: int, reason: str = "") -> None:
     """End this rank with `status`; under `run_ranks` the status reaches the caller instead."""
-    sys.exit(0 if write_status(status) else status)
+    sys.exit(0 if write_status(status, reason) else status)
 
 
 def has_launcher() -> bool:

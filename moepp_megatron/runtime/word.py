@@ -68,8 +68,7 @@ class Watch(threading.Thread):
         """Look for word until there is some; False where the store does not answer."""
         if (store := open_store(self._nodes, math.inf)) is None:
             return False
-        word = self._difference(store)
-        if word is not None:
+        if (word := self._difference(store)) is not None:
             leave_word(store, self._nodes, word, has_met=False)
         while word is None and _is_served(self._nodes):
             word = _read(store, self._nodes)

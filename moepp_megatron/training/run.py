@@ -181,8 +181,8 @@ def _alike(config: Config) -> dict[str, str]:
             # An environment variable holds all of them, and 128 KiB at most.
             is_long, digest = len(text) > 200, hashlib.sha256(text.encode()).hexdigest()
             alike[f"{section}.{key}"] = f"{text[:60]}... ({digest[:8]})" if is_long else text
-    # Python may differ, and what is resumed depends on when a machine looks.
-    for name in ("python", "checkpoint.load", "checkpoint.load_optimizer"):
+    # Python and local disks may differ, and what is resumed depends on when a machine looks.
+    for name in ("python", "checkpoint.staging", "checkpoint.load", "checkpoint.load_optimizer"):
         del alike[name]
     return alike
 

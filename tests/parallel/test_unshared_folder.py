@@ -10,7 +10,7 @@ from moepp_megatron.training.run_folder import RunFolder
 from tests.parallel.training_runs import settings
 
 
-def refusal(runs: list[Path], checkpoints: list[Path]) -> str | None:
+def refusal(runs: list[Path], checkpoints: list[Path | str]) -> str | None:
     import torch.distributed as dist
 
     rank = dist.get_rank()
@@ -30,6 +30,7 @@ def test_every_rank_refuses(ranks, tmp_path: Path, blind: int, setting: str) -> 
         folder.mkdir()
     assert ranks(2).run(refusal, *pairs) == [None, None]
     pairs[blind][1] = tmp_path / "local"
+    assert ranks(2).run(refusal, pairs[0], ["s3://bucket/run"] * 2) == [None, None]
     for said in ranks(2).run(refusal, *pairs):
         assert said.startswith(f"{setting} (")
         assert "must be one folder for all machines" in said

@@ -222,8 +222,13 @@ class RunFolder:
             self._check_kinds()
 
     def refuse_unshared(self, looks: bool) -> None:
-        """Refuse folders of run and checkpoints that machines do not share (`refuse_unshared`)."""
-        for folder, setting in zip(self._folders(), ("run.dir", "checkpoint.dir"), strict=False):
+        """Refuse folders of run and checkpoints that machines do not share (`refuse_unshared`).
+
+        With checkpoints in object storage each machine may have a folder of its own.
+        """
+        is_far = isinstance(self.checkpoints, ObjectPath)
+        folders = [] if is_far else self._folders()
+        for folder, setting in zip(folders, ("run.dir", "checkpoint.dir"), strict=False):
             refuse_unshared(setting, folder, looks)
 
     def _folders(self) -> list[Path]:

@@ -135,6 +135,8 @@ def run_missing[T: Trial[Any]](
         return {}
     done, seconds = 0, 0.0
     with _exclusive(left[0].folder, left[0].folder), _interruptible():
+        # Another command may have finished some just now.
+        left = missing(left)
         for place, trial in enumerate(left):
             rest = sum(each.work for each in left[place:])
             more = f" ({duration(seconds / done * rest)} left)" if done else ""

@@ -1,6 +1,7 @@
 """`moepp train` up to the start of ranks: what it refuses, claims, passes on and says."""
 
 import contextlib
+import errno
 import os
 import shlex
 import subprocess
@@ -14,12 +15,13 @@ import pytest
 
 from moepp_megatron.cli import main, run_end
 from moepp_megatron.cli.resume_command import resume_command
-from moepp_megatron.config import Layout, load_config, with_overrides
+from moepp_megatron.config import ConfigError, Layout, UnfitError, load_config, with_overrides
 from moepp_megatron.data import prepared_data
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
 from moepp_megatron.runtime import launch, word
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
 from moepp_megatron.runtime.rank import RankEnvironment
+from moepp_megatron.training.checkpoint import NoStartError
 from moepp_megatron.training.run import TrainResult, run_rank
 from tests.unit.cli.test_dry_run import MINIMAL
 
@@ -258,6 +260,20 @@ def test_of_several_machines_the_first_decides(command, node: str | None, capsys
     assert moved == (node == "0")
     assert ("--overwrite" in command.starts[0]) == (node != "0")
     assert (command.claims[0] is not None) == (node == "0")
+
+
+@pytest.mark.parametrize("options", [(), (*NODES, "--node-rank", "0")])
+def test_a_full_disk_is_no_wrong_usage(command, options: Sequence[str]) -> None:
+    command.raises = ConfigError("run.dir must be a folder that can be written")
+    command.raises.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    assert command(*options) == UnfitError.exit_code
+
+
+def test_the_reason_of_ranks_that_cannot_start_reaches_the_launcher(command, tmp_path) -> None:
+    command.raises = NoStartError("no checkpoint")
+    os.environ["MOEPP_STATUS_FILE"] = str(tmp_path / "status")
+    assert command() == 0
+    assert launch.refusal() == (ConfigError.exit_code, "no checkpoint")
 
 
 def test_the_other_machines_find_the_claim_of_the_first(command) -> None:

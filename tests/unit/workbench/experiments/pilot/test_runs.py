@@ -103,6 +103,15 @@ def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(tmp_path, stand_
     assert again.started == []
 
 
+def test_what_another_command_has_just_finished_stays(tmp_path, stand_in, monkeypatch) -> None:
+    runs = runs_in(tmp_path, seeds=(7,))
+    claim(tmp_path, runs)
+    ranks = stand_in(runs)
+    monkeypatch.setattr(runner, "lock", lambda descriptor: write_run(runs[0]) or True)
+    run_missing(runs)
+    assert ranks.started == [run.name for run in runs[1:]]
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_runs_with_other_settings_are_refused(tmp_path: Path, finished: bool) -> None:
     write_run(runs_in(tmp_path)[0], steps=None if finished else 5)
