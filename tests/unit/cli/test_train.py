@@ -56,6 +56,7 @@ class Command:
 
     def _ranks(self, options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
         self.starts.append(list(arguments))
+        self.alike = options.alike
         self.claims.append(inherited_claim())
         if self.raises is not None:
             raise self.raises
@@ -267,6 +268,12 @@ def test_a_full_disk_is_no_wrong_usage(command, options: Sequence[str]) -> None:
     command.raises = ConfigError("run.dir must be a folder that can be written")
     command.raises.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     assert command(*options) == UnfitError.exit_code
+
+
+def test_what_machines_may_differ_in(command) -> None:
+    assert command(*NODES, "--node-rank", "0", "checkpoint.staging=/local/of_this_one") == 0
+    assert {"checkpoint.dir", "training.seed", "torch"} < set(command.alike)
+    assert command.alike.keys().isdisjoint({"python", "checkpoint.staging", "checkpoint.load"})
 
 
 def test_the_reason_of_ranks_that_cannot_start_reaches_the_launcher(command, tmp_path) -> None:
