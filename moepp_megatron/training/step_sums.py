@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -60,6 +62,44 @@ def shared_sum(values: Tensor) -> Tensor:
 def first_of_tensor_ranks() -> bool:
     """Whether this rank counts where tensor-parallel ranks hold the same tokens."""
     return parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+class StepCounts:
+    """Numbers that each rank adds up during a step, without waiting for the device; a `Summand`.
+
+    Args:
+        shape: Their shape, the same on all ranks.
+
+    Attributes:
+        own: [*shape] float64 on the device, this rank's.
+    """
+
+    def __init__(self, *shape: int) -> None:
+        self.own = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
+        self._total: Tensor | None = None
+
+    def reset(self) -> None:
+        """Begin a new step."""
+        self.own.zero_()
+        self._total = None
+
+    def summand(self) -> Tensor:
+        """[n] float64 on the device, this rank's numbers."""
+        return self.own.reshape(-1)
+
+    def take_sum(self, total: Tensor) -> None:
+        """Note their sums [n] over all ranks."""
+        self._total = total
+
+    def total(self) -> NDArray[np.float64]:
+        """[*shape] sums over all ranks, the same bits on each.
+
+        A collective unless the step has summed them.
+        """
+        if self._total is None:
+            self._total = shared_sum(self.summand().clone()).cpu()
+        sums: NDArray[np.float64] = self._total.reshape(self.own.shape).numpy()
+        return sums
 
 
 def read_step(

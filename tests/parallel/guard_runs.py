@@ -52,6 +52,7 @@ class Found:
         routers: By step, the checksum of this rank's routers as it begins; of all ranks, where
             `train` has joined them.
         weights: Checksum of this rank's weights at the end.
+        saved: State of the guard that the newest checkpoint has.
     """
 
     decisions: list[tuple[int, str, int | None, str]] = field(default_factory=list)
@@ -59,6 +60,7 @@ class Found:
     wanted: dict[int, list[float]] = field(default_factory=dict)
     routers: dict[int, Any] = field(default_factory=dict)
     weights: int = 0
+    saved: dict[str, Any] = field(default_factory=dict)
 
 
 def guard_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -114,6 +116,8 @@ def run(
         found = Found()
         _watch(trainer, found, faults)
         trainer.run()
+    saved = trainer.extra.get("guard", {})
+    found.saved = {name: value for name, value in saved.items() if name != "copies"}
     found.weights = checksum_of(p for model in trainer.model.models for p in model.parameters())
     return found
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from difflib import get_close_matches
-from operator import attrgetter
 
 from moepp_megatron.config.guard_metrics import GUARD_METRICS, MEASURED
 from moepp_megatron.config.guard_rules import complete, merged_rules
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rules.rows import Condition, Rule, fill, refuse
+from moepp_megatron.config.rules.rows import Rule, refuse
 from moepp_megatron.config.schema import Config, GuardRule
 
 # What switches off router health.
@@ -25,28 +24,12 @@ def _own(config: Config) -> Iterator[tuple[str, GuardRule]]:
         yield f"routing_guard.rules[{index}]", merged[rule.name]
 
 
-def _acting(config: Config, *actions: str) -> list[GuardRule]:
-    """Rules that are judged and take one of these actions."""
+def _rollbacks(config: Config) -> list[GuardRule]:
+    """Rules that are judged and go back to a checkpoint."""
     if config.routing_guard.enabled is not True:
         return []
     rules = merged_rules(config.routing_guard).values()
-    return [rule for rule in rules if rule.action in actions]
-
-
-def _acted(actions: str, setting: str, wrong: Condition, must: str, remedy: str) -> Rule:
-    """Refuse a setting where rules act; `{rule}` is the first, `{rules}` are all."""
-
-    def rule(config: Config) -> Iterator[Problem]:
-        acting = _acting(config, *actions.split())
-        if acting and wrong(config):
-            names = ", ".join(each.name for each in acting)
-            words = {"rule": acting[0].name, "rules": names}
-            value = attrgetter(setting)(config)
-            yield Problem(
-                setting, value, fill(must, config, **words), fill(remedy, config, **words)
-            )
-
-    return rule
+    return [rule for rule in rules if rule.action == "rollback"]
 
 
 def _names_differ(config: Config) -> Iterator[Problem]:
@@ -102,12 +85,21 @@ def _metrics_are_measured(config: Config) -> Iterator[Problem]:
                 yield Problem(f"{name}.metric", rule.metric, must, remedy)
 
 
+def _checkpoints_exist(config: Config) -> Iterator[Problem]:
+    """A rollback needs a checkpoint."""
+    rules = _rollbacks(config)
+    if rules and config.checkpoint.save_interval == 0:
+        must = f"must be above 0 with the action rollback of rule {rules[0].name}"
+        remedy = f"use for example 100, or give rule {rules[0].name} the action warn"
+        yield Problem("checkpoint.save_interval", 0, must, remedy)
+
+
 def _checkpoints_reach_back(config: Config) -> Iterator[Problem]:
     """A rollback goes to before the rule held, so a checkpoint from then must still exist."""
     keep, interval = config.checkpoint.keep, config.checkpoint.save_interval
     if keep is None or interval == 0:
         return
-    for rule in map(complete, _acting(config, "rollback")):
+    for rule in map(complete, _rollbacks(config)):
         # The newest may be that of the last step but one in which it held.
         steps = rule.for_steps
         needed = 1 + math.ceil((steps - 1) / interval)
@@ -132,8 +124,6 @@ RULES: tuple[Rule, ...] = (
     _one_limit,
     _clear_on_the_healthy_side,
     _metrics_are_measured,
-    _acted("rollback", "checkpoint.save_interval", lambda c: c.checkpoint.save_interval == 0,
-        "must be above 0 with the action rollback of rule {rule}",
-        "use for example 100, or give rule {rule} the action warn"),
+    _checkpoints_exist,
     _checkpoints_reach_back,
 )  # fmt: skip

@@ -38,10 +38,10 @@ class RoutingGuardSection(Section):
     """Watches the routers and acts where a rule holds."""
 
     enabled: Annotated[bool | None, Unit("-")] = None
-    """true: judge the rules after every step and act; null: judge and only tell, as with dry_run;
+    """true: judge the rules after every step and act; null: judge and only report, as with dry_run;
     false: neither. `routing_guard: safe`, `observe` and `off` are short for these"""
     dry_run: Annotated[bool, Unit("-")] = False
-    """Only tell what would be done; the model's numbers stay what they are"""
+    """Only report what would be done; the model's numbers stay what they are"""
     defaults: Annotated[bool, Unit("-")] = True
     """Begin with the default rules (docs/guard.md)"""
     rules: Annotated[list[GuardRule], Unit("-")] = []
@@ -53,5 +53,5 @@ class RoutingGuardSection(Section):
 
     @property
     def acts(self) -> bool:
-        """Whether actions are carried out, not only told."""
+        """Whether actions are carried out, not only reported."""
         return self.enabled is True and not self.dry_run

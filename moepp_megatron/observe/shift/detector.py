@@ -88,9 +88,8 @@ class Detector:
     Attributes:
         evidence: Of the newest step, over its limit: above 1 is a change; NaN where nothing is
             judged yet.
-        suspect_since: First of the newest steps in a row that are under suspicion; None without
-            one.
-        peak: The largest of these steps by itself, over the most that one counts for.
+        peak: The largest of the newest steps in a row that are under suspicion, each by itself,
+            over the most that one counts for.
     """
 
     def __init__(self, row: Row, false_alarm_steps: float, groups: int = 1) -> None:
@@ -114,7 +113,6 @@ class Detector:
     def clear(self) -> None:
         """Forget the evidence."""
         self.evidence = math.nan
-        self.suspect_since: int | None = None
         self._odd = self.peak = 0.0
         self._mean, self._held = np.zeros(len(self._slope)), 0
 
@@ -123,6 +121,11 @@ class Detector:
         self._restart(np.atleast_1d(values))
         for moments in (self._squares, self._lengths, self._charts):
             moments.count = min(moments.count, _KEPT)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the newest step is under suspicion: odd by itself, or near an alarm."""
+        return self._held > 0
 
     @property
     def is_alarm(self) -> bool:
@@ -159,10 +162,6 @@ class Detector:
         is_odd = self._judge(away)
         is_judged = not math.isnan(self.evidence)
         is_suspect = is_judged and (is_odd or self.evidence > _SUSPECT)
-        if not is_suspect:
-            self.suspect_since = None
-        elif self.suspect_since is None:
-            self.suspect_since = self._steps
         self.peak = max(self.peak, self._odd) if is_suspect else 0.0
         self._held = self._held + 1 if is_suspect else 0
         if self.evidence > 1.0 and not self.is_alarm and self._held >= _CREEPS:
@@ -251,7 +250,7 @@ class Detector:
         course = None if self._course is None else self._course.tolist()
         numbers = [course, self._slope.tolist(), self._mean.tolist()]
         return {
-            "counts": [self._steps, self._learnt, self._held, self.suspect_since],
+            "counts": [self._steps, self._learnt, self._held],
             "evidence": None if math.isnan(self.evidence) else self.evidence,
             "peak": self.peak,
             "numbers": numbers,
@@ -260,7 +259,8 @@ class Detector:
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from `state`, to the bit."""
-        self._steps, self._learnt, self._held, self.suspect_since = state["counts"]
+        # Earlier versions have a fourth.
+        self._steps, self._learnt, self._held = state["counts"][:3]
         self.evidence = math.nan if state["evidence"] is None else state["evidence"]
         self.peak = state["peak"]
         course, slope, mean = state["numbers"]

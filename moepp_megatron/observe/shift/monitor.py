@@ -82,7 +82,7 @@ class ShiftEvent:
 
     Attributes:
         since: First step under suspicion.
-        told: Step of the alarm.
+        first_alarm: First step with an alarm.
         newest: Newest step with an alarm.
         evidence: Largest evidence over its limit.
         series: Names of the series that have raised an alarm.
@@ -92,7 +92,7 @@ class ShiftEvent:
     """
 
     since: int
-    told: int
+    first_alarm: int
     newest: int
     evidence: float = 0.0
     series: list[str] = field(default_factory=list)
@@ -112,6 +112,7 @@ class ShiftMonitor:
 
     Attributes:
         event: The change that is under way; None without one.
+        ended: The newest change that is over; None without one.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class ShiftMonitor:
         for name in self._sources:
             self._detectors[f"source {name}"] = self._detector("source")
         self.event: ShiftEvent | None = None
+        self.ended: ShiftEvent | None = None
         # Evidence of token ids, and the step's number, when nothing was suspect last.
         self._calm, self._calm_step = 0.0, 0
         self._confirmed = 0
@@ -169,8 +171,7 @@ class ShiftMonitor:
     @property
     def is_calm(self) -> bool:
         """Whether nothing is suspect, so that the routers that made the step are healthy."""
-        suspects = [each.suspect_since for each in self._detectors.values()]
-        return self.event is None and all(since is None for since in suspects)
+        return self.event is None and not any(d.is_suspect for d in self._detectors.values())
 
     @property
     def fault(self) -> float:
@@ -208,9 +209,9 @@ class ShiftMonitor:
             self._accept(alarmed)
         if cause == "data":
             # Also what is only suspect, or it would raise an alarm of its own later.
-            self._accept([n for n in self._newest if self._detectors[n].suspect_since is not None])
+            self._accept([name for name in self._newest if self._detectors[name].is_suspect])
         if step - event.newest >= _LASTS:
-            self.event = None
+            self.event, self.ended = None, event
 
     def _token_evidence(self) -> float:
         evidence = self._detectors["tokens"].evidence
@@ -228,7 +229,7 @@ class ShiftMonitor:
             return "router" if self._confirmed >= _CONFIRMED else event.cause
         if all(name.startswith("source ") for name in event.series):
             return "source"
-        return "model" if step - event.told >= _PATIENCE else event.cause
+        return "model" if step - event.first_alarm >= _PATIENCE else event.cause
 
     def _accept(self, names: Sequence[str]) -> None:
         """What these series are now is usual."""
@@ -290,4 +291,9 @@ class ShiftMonitor:
             if name in state["detectors"] and (same or name not in _OF_ROUTERS):
                 detector.load(state["detectors"][name])
         self._calm, self._calm_step, self._confirmed = state["calm"]
-        self.event = None if state["event"] is None else ShiftEvent(**state["event"])
+        if state["event"] is not None:
+            event = dict(state["event"])
+            if "told" in event:
+                # Its name in earlier versions.
+                event["first_alarm"] = event.pop("told")
+            self.event = ShiftEvent(**event)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 from moepp_megatron.config.guard_rules import REMEDIES
@@ -64,7 +63,7 @@ def alert_of(
         time=time.time(),
         rule=rule.name,
         metric=rule.metric,
-        value=event.value if shift is None or math.isnan(event.value) else shift.evidence,
+        value=shift.evidence if shift is not None and event.begins else event.value,
         condition="; ".join(filter(None, [*parts, note])),
         severity=rule.severity if event.begins else "info",
         action=action,

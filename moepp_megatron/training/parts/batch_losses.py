@@ -14,7 +14,7 @@ from moepp_megatron.config.guard_rules import is_watched
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.step import Batch, StepResult
-from moepp_megatron.training.step_sums import Summand, first_of_tensor_ranks, shared_sum
+from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class BatchLosses(Part):
 
     def __init__(self) -> None:
         self.newest = BatchLoss(math.nan, math.nan)
-        self.begin_batch()
+        # Sum of the sequences' means, sum of their squares, number.
+        self._sums = StepCounts(3)
 
     @classmethod
     def of(cls, run: Run) -> BatchLosses | None:
@@ -49,60 +50,38 @@ class BatchLosses(Part):
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Begin a new batch."""
-        self.begin_batch()
-
-    def begin_batch(self) -> None:
-        """Forget the batch before."""
-        # Sum of the sequences' means, sum of their squares, number.
-        self._sums: Tensor | None = None
-        self._total: Tensor | None = None
+        self._sums.reset()
 
     @torch.no_grad()
-    def add(self, batch: Batch, token_losses: Tensor) -> None:
+    def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
         """Add a micro-batch, on the last pipeline stage.
 
         Args:
+            chunk: The model chunk that has made the losses.
             batch: `loss_mask` [b, s], 0 for tokens that do not count.
             token_losses: [b, s].
         """
+        if not first_of_tensor_ranks():
+            return
         mask = batch["loss_mask"].double()
         counts = mask.sum(dim=1)
         means = (token_losses.detach().double() * mask).sum(dim=1) / counts.clamp(min=1.0)
         is_counted = (counts > 0).double()
-        sums = torch.stack([means.sum(), means.square().sum(), is_counted.sum()])
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
-        """Add a micro-batch, on the last pipeline stage."""
-        self.add(batch, token_losses)
+        self._sums.own += torch.stack([means.sum(), means.square().sum(), is_counted.sum()])
 
     def summands(self) -> Sequence[Summand]:
         """The losses."""
-        return (self,)
+        return (self._sums,)
 
     def end_step(self, step: Step) -> Iterable[Alert]:
         """Note the batch's losses."""
         if step.is_finite:
-            self.newest = self.sum_up(step.result)
+            self.newest = self._sum_up(step.result)
         return ()
 
-    def summand(self) -> Tensor:
-        """[3] float64 on the device: this rank's sums."""
-        if self._sums is None or not first_of_tensor_ranks():
-            device = torch.cuda.current_device()
-            return torch.zeros(3, dtype=torch.float64, device=device)
-        return self._sums.clone()
-
-    def take_sum(self, total: Tensor) -> None:
-        """Note the sums [3] over all ranks."""
-        self._total = total
-
-    def sum_up(self, result: StepResult) -> BatchLoss:
-        """The batch's losses; a collective unless the step has summed them."""
-        if self._total is None:
-            self._total = shared_sum(self.summand()).cpu()
+    def _sum_up(self, result: StepResult) -> BatchLoss:
         sums = result.sums
-        means, squares, rows = self._total.tolist()
+        means, squares, rows = self._sums.total().tolist()
         mean = sums.total / sums.tokens if sums.tokens > 0 else math.nan
         if rows < 2:
             return BatchLoss(mean, math.nan)

@@ -58,10 +58,10 @@ class BudgetControl(Part):
             _budget(self._config), moepp_config(self._config), layers, known
         )
         state = state or {}
-        # How far the share is from the target, smoothed; steps in a row too far; whether told.
+        # How far the share is from the target, smoothed; steps in a row too far; whether reported.
         self._off: float = state.get("off", 0.0)
         self._steps_off: int = state.get("steps_off", 0)
-        self._told: bool = state.get("told", False)
+        self._is_reported: bool = state.get("told", False)
 
     def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
         """Take over the controller of a checkpoint."""
@@ -107,10 +107,10 @@ class BudgetControl(Part):
         is_off = abs(self._off) > _TOLERANCE and target == self._controller.budget.share
         self._steps_off = self._steps_off + 1 if is_off else 0
         if abs(self._off) < _TOLERANCE / 2:
-            self._told = False
-        if self._told or self._steps_off < _PATIENCE:
+            self._is_reported = False
+        if self._is_reported or self._steps_off < _PATIENCE:
             return []
-        self._told = True
+        self._is_reported = True
         return [
             Alert(
                 step=step,
@@ -143,7 +143,7 @@ class BudgetControl(Part):
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint: plain numbers, copies that later steps do not change."""
-        own = {"off": self._off, "steps_off": self._steps_off, "told": self._told}
+        own = {"off": self._off, "steps_off": self._steps_off, "told": self._is_reported}
         return {"budget": self._controller.state() | own}
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.training.checkpoint import load_weights
 from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.step import unchanged
-from moepp_megatron.training.step_sums import Summand, first_of_tensor_ranks
+from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
 from moepp_megatron.training.teacher import TeacherModel
 
 Batch = dict[str, Tensor]
@@ -35,14 +35,11 @@ _KEY = "teacher"
 
 
 class Distillation(Part):
-    """The teacher of a run, the loss that it gives, and its sum over a step (a `Summand`).
+    """The teacher of a run, the loss that it gives, and its sum over a step.
 
     Args:
         config: The run's configuration.
         teacher: Its teacher. Every rank builds its part of it; process groups must exist.
-
-    Attributes:
-        mean: Divergence of the last step's tokens, their mean over all ranks; nats.
     """
 
     def __init__(self, config: Config, teacher: TeacherModel) -> None:
@@ -58,8 +55,8 @@ class Distillation(Part):
         self._runs_ahead = parallel_state.get_pipeline_model_parallel_world_size() > 1
         # Last hidden states [s, b, D] of micro-batches that the model has not reached yet.
         self._hidden: deque[Tensor] = deque()
-        self._sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-        self.mean = 0.0
+        # Sum of the divergences in nats, and tokens.
+        self._sums = StepCounts(2)
 
     @classmethod
     def of(cls, run: Run) -> Distillation | None:
@@ -86,7 +83,7 @@ class Distillation(Part):
     ) -> list[Iterator[Batch]]:
         """Begin a step on its micro-batches; returns iterators over the same ones."""
         self._hidden.clear()
-        self._sums.zero_()
+        self._sums.reset()
         if not self._runs_ahead:
             return batches
         chunks = [[next(iterator) for _ in range(num_microbatches)] for iterator in batches]
@@ -151,7 +148,8 @@ class Distillation(Part):
     def loss(self, loss: Tensor, output: Tensor, loss_mask: Tensor, num_tokens: Tensor) -> Tensor:
         """The weighted sum of the losses and the divergences, which are counted."""
         divergence = (output[1] * loss_mask).sum()
-        self._sums += torch.stack([divergence.detach().double(), num_tokens.double()])
+        if first_of_tensor_ranks():
+            self._sums.own += torch.stack([divergence.detach().double(), num_tokens.double()])
         settings = self._settings
         if settings.weight == 0:
             # Not multiplied by 0: the gradients are to be those without a teacher, bit by bit.
@@ -160,20 +158,12 @@ class Distillation(Part):
 
     def summands(self) -> Sequence[Summand]:
         """The divergences."""
-        return (self,)
-
-    def summand(self) -> Tensor:
-        """[2] float64: this rank's sum of divergences and number of tokens."""
-        return self._sums.clone() if first_of_tensor_ranks() else torch.zeros_like(self._sums)
-
-    def take_sum(self, total: Tensor) -> None:
-        """Note the sums [2] over all ranks."""
-        divergence, tokens = total.tolist()
-        self.mean = divergence / tokens if tokens > 0 else float("nan")
+        return (self._sums,)
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The mean divergence of the step."""
-        return {"distillation_loss": self.mean}
+        """The mean divergence of the step's tokens, over all ranks, in nats."""
+        divergence, tokens = self._sums.total().tolist()
+        return {"distillation_loss": divergence / tokens}
 
     def state(self) -> dict[str, str]:
         """What a checkpoint keeps of the teacher: which one it is."""

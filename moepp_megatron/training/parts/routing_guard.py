@@ -51,8 +51,6 @@ class RoutingGuard(Part):
         has_budget = run.config.moe.budget.held_by != "none"
         self._rules = effective_rules(self._settings, has_budget)
         self._metrics = {rule.metric for rule in self._rules}
-        # Checkpoints that were gone back to because putting routers back did not help.
-        self._returns = 0
         self._load(run.extra.get("guard") or {})
 
     @classmethod
@@ -67,6 +65,8 @@ class RoutingGuard(Part):
         copies = state.get("copies") or state.get("safe", {}).get("copies", ())
         self._copies = RouterCopies(self._model, copies)
         self._actions: int = state.get("actions", 0)
+        # Checkpoints that were gone back to because putting routers back did not help.
+        self._returns: int = state.get("returns", 0)
         # Times in a row that routers were put back, and the cause that was reported last.
         self._tries: int = state.get("tries", 0)
         self._reported: str | None = state.get("reported")
@@ -78,6 +78,7 @@ class RoutingGuard(Part):
                 "rules": self._judge.state(),
                 "copies": self._copies.state(),
                 "actions": self._actions,
+                "returns": self._returns,
                 "tries": self._tries,
                 "reported": self._reported,
             }
@@ -109,7 +110,6 @@ class RoutingGuard(Part):
             if event.begins and event.rule.action == "stop" and self._settings.acts:
                 yield Stop(partial(_stopped, event.rule.name))
         if rollbacks:
-            self._actions += 1
             newest = min(self._newest_healthy(event, step.number) for event in rollbacks)
             yield Rollback(newest, lambda at: self._rollback(rollbacks, step.attempt, at, newest))
 
@@ -153,7 +153,9 @@ class RoutingGuard(Part):
     def _ending(self, event: Event) -> str:
         if event.rule.name != _SHIFT:
             return f"end of {event.rule.action}"
-        return "routers are as before" if self._tries > 0 else "accepted as usual"
+        shift = self._shift.monitor.ended
+        is_mended = shift is not None and shift.is_mended
+        return "routers are as before" if is_mended else "accepted as usual"
 
     def _update(self, step: int, events: Sequence[Event], values: Values) -> Iterator[Alert]:
         """Correct or complete the alert of a shift that was sent before."""
@@ -168,13 +170,16 @@ class RoutingGuard(Part):
             yield alert_of(event, step, "update", shift=shift)
 
     def _alert(self, event: Event, step: int, action: str) -> Alert:
-        shift = self._shift.monitor.event if event.rule.name in (_SHIFT, _FAULT) else None
-        return alert_of(event, step, action, shift=shift)
+        monitor = self._shift.monitor
+        shift = monitor.event if event.begins else monitor.ended
+        is_shift = event.rule.name in (_SHIFT, _FAULT)
+        return alert_of(event, step, action, shift=shift if is_shift else None)
 
     def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
         """Take over the guard of a checkpoint and reset all rules; alerts of those that end."""
-        ended, actions = self._forget(step, "went back to a checkpoint"), self._actions
-        self._load({**(extra.get("guard") or {}), "rules": (), "actions": actions})
+        ended = self._forget(step, "went back to a checkpoint")
+        kept = {"rules": (), "actions": self._actions, "returns": self._returns}
+        self._load({**(extra.get("guard") or {}), **kept})
         return ended
 
     def reset_baseline(self, step: int) -> Iterable[Alert]:
@@ -217,6 +222,7 @@ class RoutingGuard(Part):
     ) -> list[Alert]:
         """Alerts of rollbacks to the checkpoint, or of there being none of `newest` or before."""
         if checkpoint is not None:
+            self._actions += 1
             return [alert_of(e, step, "rollback", f"back to {checkpoint.name}") for e in events]
         note = f"no checkpoint of step {newest} or before to go back to"
         self._shift.monitor.settle(is_mended=False)

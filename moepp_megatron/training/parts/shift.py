@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moepp_megatron.config import Layout
@@ -20,7 +19,7 @@ from moepp_megatron.training.parts.batch_losses import BatchLosses
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.parts.sources import SourceCollector
 from moepp_megatron.training.step import Batch
-from moepp_megatron.training.step_sums import Summand, first_of_tensor_ranks, shared_sum
+from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,9 @@ class Shift(Part):
         self._sources = run.find(SourceCollector)
         self._counts.is_read_each_step = True
         self._counts.watch_logits()
-        self._tokens = TokenCounts(run.config.model.vocab_size)
+        groups = torch.from_numpy(group_of(np.arange(run.config.model.vocab_size)))
+        self._group_of = groups.to(torch.cuda.current_device())
+        self._tokens = StepCounts(GROUPS)
         self._open(run.extra.get("shift"))
 
     @classmethod
@@ -65,11 +66,14 @@ class Shift(Part):
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Begin to count token ids."""
-        self._tokens.begin()
+        self._tokens.reset()
 
+    @torch.no_grad()
     def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
-        """Count the token ids of a micro-batch."""
-        self._tokens.add(batch)
+        """Count a micro-batch's labels that have a loss, on the last pipeline stage."""
+        if first_of_tensor_ranks():
+            groups = self._group_of[batch["labels"].reshape(-1)]
+            self._tokens.own.index_add_(0, groups, batch["loss_mask"].reshape(-1).double())
 
     def summands(self) -> Sequence[Summand]:
         """The token ids."""
@@ -81,7 +85,7 @@ class Shift(Part):
             losses = self._losses.newest
             observed = Observed(
                 self._counts.selections().numpy(), losses.mean, losses.spread,
-                self._counts.logits(), self._tokens.end(),
+                self._counts.logits(), self._tokens.total(),
                 None if self._sources is None else self._sources.losses(),
             )  # fmt: skip
             self.monitor.add(step.attempt, observed)
@@ -104,42 +108,3 @@ class Shift(Part):
         """Forget what was usual."""
         self._open(None)
         return ()
-
-
-class TokenCounts:
-    """Counts a batch's labels that have a loss, on the device, by group of ids; a `Summand`.
-
-    Three kernels a micro-batch, and one a step.
-    """
-
-    def __init__(self, vocab_size: int) -> None:
-        device = torch.cuda.current_device()
-        self._group_of = torch.from_numpy(group_of(np.arange(vocab_size))).to(device)
-        self._counts = torch.zeros(GROUPS, dtype=torch.float64, device=device)
-        self._total: Tensor | None = None
-
-    def begin(self) -> None:
-        """Begin a new batch."""
-        self._counts.zero_()
-        self._total = None
-
-    @torch.no_grad()
-    def add(self, batch: Batch) -> None:
-        """Add a micro-batch's `labels` [b, s] where `loss_mask` is not 0, on the last stage."""
-        if first_of_tensor_ranks():
-            groups = self._group_of[batch["labels"].reshape(-1)]
-            self._counts.index_add_(0, groups, batch["loss_mask"].reshape(-1).double())
-
-    def summand(self) -> Tensor:
-        """[GROUPS] float64 on the device: this rank's counts."""
-        return self._counts
-
-    def take_sum(self, total: Tensor) -> None:
-        """Note the counts [GROUPS] over all ranks."""
-        self._total = total
-
-    def end(self) -> NDArray[np.float64]:
-        """[GROUPS] counts over all ranks; a collective unless the step has summed them."""
-        if self._total is None:
-            self._total = shared_sum(self.summand().clone()).cpu()
-        return self._total.numpy()

@@ -17,7 +17,7 @@ from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
-from moepp_megatron.training.step_sums import Summand, first_of_tensor_ranks, shared_sum
+from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
 from moepp_megatron.training.tagging import layers_know_tokens, tags_of
 
 
@@ -25,8 +25,7 @@ class SourceCollector(Part):
     """Counts by data source.
 
     Its construction makes the model's layers count, if they know their tokens. A loss is of the
-    source of the token that it was made after. The losses are a `Summand`; nothing synchronises
-    before `collect`.
+    source of the token that it was made after.
 
     Args:
         config: The run's configuration.
@@ -50,9 +49,7 @@ class SourceCollector(Part):
         for statistics in self._statistics:
             statistics.num_sources = len(self.names)
         # Of each source, sum of token losses and tokens.
-        device = torch.cuda.current_device()
-        self._losses = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
-        self._total: Tensor | None = None
+        self._losses = StepCounts(len(self.names), 2)
 
     @classmethod
     def of(cls, run: Run) -> SourceCollector | None:
@@ -62,8 +59,7 @@ class SourceCollector(Part):
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Forget the losses before."""
-        self._losses.zero_()
-        self._total = None
+        self._losses.reset()
 
     @torch.no_grad()
     def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
@@ -79,28 +75,18 @@ class SourceCollector(Part):
             return
         mask = batch["loss_mask"].reshape(-1).double()
         pairs = torch.stack([token_losses.detach().reshape(-1).double() * mask, mask], dim=-1)
-        self._losses.index_add_(0, batch[SOURCES].reshape(-1).long(), pairs)
+        self._losses.own.index_add_(0, batch[SOURCES].reshape(-1).long(), pairs)
 
     def summands(self) -> Sequence[Summand]:
         """The losses."""
-        return (self,)
-
-    def summand(self) -> Tensor:
-        """[sources * 2] float64 on the device: this rank's losses."""
-        return self._losses.reshape(-1)
-
-    def take_sum(self, total: Tensor) -> None:
-        """Note the losses [sources * 2] over all ranks."""
-        self._total = total
+        return (self._losses,)
 
     def losses(self) -> NDArray[np.float64]:
         """[sources, 2] sum of token losses in nats, and tokens, over all ranks.
 
         The same bits on every rank; a collective unless the step has summed them.
         """
-        if self._total is None:
-            self._total = shared_sum(self.summand().clone()).cpu()
-        return self._total.reshape(-1, 2).numpy()
+        return self._losses.total()
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
         """By name of the source; a collective. A source without a token is left out."""

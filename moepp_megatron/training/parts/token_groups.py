@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from moepp_megatron.config import Config, Layout
+from moepp_megatron.config import Config
 from moepp_megatron.data.token_frequency import frequency_bands, token_counts
 from moepp_megatron.data.token_groups import (
     BAND_EDGES,
@@ -23,7 +23,6 @@ from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.training.part import Part, Run, Step
-from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.tagging import layers_know_tokens, tags_of
 
@@ -36,56 +35,24 @@ class GroupCollector(Part):
     Args:
         config: The run's configuration.
         model: The wrapped model.
-        layer_numbers: Global numbers of all MoE layers of the model.
         groups: The classes, the same on every rank.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model: TrainingModel,
-        layer_numbers: Sequence[int],
-        groups: TokenGroups,
-    ) -> None:
+    def __init__(self, config: Config, model: TrainingModel, groups: TokenGroups) -> None:
         self.groups = groups
-        self._numbers = list(layer_numbers)
-        self._statistics: dict[int, RoutingStatistics] = {}
+        self._statistics: list[RoutingStatistics] = []
         on_device = torch.from_numpy(groups.of_ids).to(torch.cuda.current_device())
         for chunk in model.models:
             tags_of(chunk, config).groups = on_device
-            self._statistics |= moe_statistics(chunk)
-        for statistics in self._statistics.values():
+            self._statistics += moe_statistics(chunk).values()
+        for statistics in self._statistics:
             statistics.num_groups = groups.size
-        self._counts: NDArray[np.int64] | None = None
 
     @classmethod
     def of(cls, run: Run) -> GroupCollector | None:
         """The part of a run; None where no classes are measured."""
         groups = _groups_of_run(run.config, run.train_set, run.extra.get("token_bands"))
-        if groups is None:
-            return None
-        return cls(run.config, run.model, run.require(RoutingCounts).layer_numbers, groups)
-
-    def begin_step(self, step: int, layout: Layout) -> None:
-        """Forget the counts before."""
-        self._counts = None
-
-    def counts(self) -> NDArray[np.int64]:
-        """[MoE layers, C, 2] of the step, over all ranks: FFN experts and tokens.
-
-        The first call in a step is a collective, which every rank must make.
-        """
-        if self._counts is None:
-            shape = len(self._numbers), self.groups.size, 2
-            local = torch.zeros(shape, dtype=torch.int64, device=torch.cuda.current_device())
-            for row, number in enumerate(self._numbers):
-                statistics = self._statistics.get(number)
-                if statistics is not None and statistics.groups is not None:
-                    local[row] = statistics.groups
-            dist.all_reduce(local)
-            members = self.groups.members.astype(np.int64)
-            self._counts = np.einsum("cg,lgk->lck", members, local.cpu().numpy())
-        return self._counts
+        return None if groups is None else cls(run.config, run.model, groups)
 
     def state(self) -> dict[str, Any]:
         """The classes' bands."""
@@ -93,7 +60,14 @@ class GroupCollector(Part):
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
         """By name of the class; a collective. Classes without a token are left out."""
-        total = self.counts().sum(axis=0)
+        shape = self.groups.size, 2
+        counts = torch.zeros(shape, dtype=torch.int64, device=torch.cuda.current_device())
+        for statistics in self._statistics:
+            if statistics.groups is not None:
+                counts += statistics.groups
+        dist.all_reduce(counts)
+        # [C, 2] of all layers: FFN experts and tokens.
+        total = self.groups.members.astype(np.int64) @ counts.cpu().numpy()
         return {
             "class_ffn_per_token": {
                 name: ffn / tokens

@@ -25,11 +25,11 @@ from moepp_megatron.training.step_sums import StepSums
 # a jump is one within a step. Where losses hardly differ their spread says nothing: the floor, in
 # nats, is the least that counts.
 _ROW = replace(ROWS["loss"], pace=0.3, slope=0.0, memory=40, floor=0.03)
-# Losses that must be known before one is a jump.
+# Distances from the course that must be known before one is a jump; the course takes three losses.
 JUDGED = 20
 # Newest batches whose first samples and verdicts are known.
 _WINDOW = 128
-# After such a change the course begins anew with the newest loss.
+# After a change that chance gives once in so many steps the course begins with the newest loss.
 _FALSE_ALARM_STEPS = 10_000.0
 
 
@@ -50,8 +50,7 @@ class NumericalGuard:
     Attributes:
         recent_samples: First samples of the batches accepted, the newest last.
         refused: The batches refused in a row, the newest last, as far as they have been noted.
-        verdicts: Whether each of the newest batches was refused, counted anew when that has been
-            told.
+        verdicts: Whether each of the newest batches was refused; empty again once it is reported.
         last_loss: Loss of the batch judged last, over all ranks; NaN where it or the gradients are
             not finite.
         last_reason: Why the newest refused batch was refused.
@@ -75,7 +74,7 @@ class NumericalGuard:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, which may lack entries; so {} begins anew."""
+        """Continue from `state`, which may lack entries; so {} begins anew."""
         self._course = Detector(_ROW, _FALSE_ALARM_STEPS)
         if "loss_course" in state:
             self._course.load(state["loss_course"])
@@ -117,7 +116,7 @@ class NumericalGuard:
         return refuses
 
     def is_usual(self, loss: float) -> bool:
-        """Whether a finite loss is no spike beside the recent ones."""
+        """Whether a finite loss is no spike compared with the recent ones."""
         distance = self._course.distance(loss, JUDGED)
         return distance is None or distance < self._settings.guard_threshold
 
@@ -136,7 +135,7 @@ class NumericalGuard:
         return is_due
 
     def many_refused(self) -> str:
-        """What there is to tell of batches refused now and then; empty if they are few.
+        """An alert's text on batches refused now and then; empty if they are few.
 
         They never are so many in a row that their cause is sought, and each is lost to training.
         """

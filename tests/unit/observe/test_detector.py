@@ -68,7 +68,7 @@ def test_another_routing_is_found_at_once(layers: int) -> None:
         evidence(judge, routed(SHARES), range(150), seed)
         found = evidence(judge, routed(other), range(4), seed)
         assert max(found) > 1.0, seed
-        assert judge.suspect_since == 151
+        assert judge.is_suspect
         assert judge.peak > 1.5
 
 

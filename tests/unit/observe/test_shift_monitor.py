@@ -198,6 +198,17 @@ def test_a_state_continues_to_the_bit(cut: int) -> None:
     assert again.state() == whole.state()
 
 
+def test_a_state_of_an_earlier_version_continues_to_the_bit() -> None:
+    run, again = trained(), Run().monitor
+    run.take(3, **DATA)
+    state = json.loads(json.dumps(run.monitor.state()))
+    state["event"]["told"] = state["event"].pop("first_alarm")
+    for detector in state["detectors"].values():
+        detector["counts"].append(None)
+    again.load(state)
+    assert again.state() == run.monitor.state()
+
+
 def test_neighbouring_ids_are_in_different_groups() -> None:
     groups = group_of(np.arange(4096))
     assert set(groups.tolist()) == set(range(GROUPS))

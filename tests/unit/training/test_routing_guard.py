@@ -19,7 +19,7 @@ from moepp_megatron.training.guard.readings import counted, measured
 
 RULES = {rule.name: rule for rule in effective_rules(RoutingGuardSection())}
 SHIFT = ShiftEvent(
-    since=68, told=70, newest=71, evidence=1.5, series=["loss"], cause="data",
+    since=68, first_alarm=70, newest=71, evidence=1.5, series=["loss"], cause="data",
     moved=["loss 3.10 -> 4.20"],
 )  # fmt: skip
 
@@ -64,8 +64,9 @@ def test_an_alert_of_a_shift_says_since_when_why_and_what_to_do(cause: Cause) ->
 
 def test_the_end_of_a_shift_is_no_recovery() -> None:
     event = Event(RULES["shift"], WHOLE_MODEL, False, 0.0)
-    alert = alert_of(event, 90, "accepted as usual")
+    alert = alert_of(event, 90, "accepted as usual", shift=SHIFT)
     assert (alert.severity, alert.action, alert.remedy) == ("info", "accepted as usual", None)
+    assert (alert.cause, alert.since, alert.value, alert.condition) == ("data", 68, 0.0, "")
 
 
 def test_a_fault_that_was_mended_asks_for_its_cause() -> None:
