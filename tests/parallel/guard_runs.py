@@ -7,8 +7,8 @@ fault would leave them; nothing in the package knows of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -165,12 +165,16 @@ def _note_decisions(guard: Any, found: Found, kind: Any) -> None:
     original = guard.judge
 
     def judge(step: Any) -> Any:
-        for outcome in original(step):
-            alerts = (
-                outcome.alerts_before(Path("step_0")) if isinstance(outcome, kind) else [outcome]
-            )
-            alerts = [each for each in alerts if isinstance(each, Alert)]
+        def note(alerts: Sequence[Any]) -> Sequence[Any]:
             found.decisions += [(step.number, a.rule, a.layer, a.action) for a in alerts]
+            return alerts
+
+        for outcome in original(step):
+            if isinstance(outcome, kind):
+                before = outcome.alerts_before
+                outcome = replace(outcome, alerts_before=lambda at, f=before: note(f(at)))
+            elif isinstance(outcome, Alert):
+                note([outcome])
             yield outcome
 
     guard.judge = judge
