@@ -67,7 +67,7 @@ class BatchLosses(Part):
         counts = mask.sum(dim=1)
         means = (token_losses.detach().double() * mask).sum(dim=1) / counts.clamp(min=1.0)
         is_counted = (counts > 0).double()
-        self._sums.own += torch.stack([means.sum(), means.square().sum(), is_counted.sum()])
+        self._sums.own += torch.stack([means, means.square(), is_counted]).sum(dim=1)
 
     def summands(self) -> Sequence[Summand]:
         """The losses."""
