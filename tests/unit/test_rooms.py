@@ -22,22 +22,22 @@ ROOMS = ["cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE, *FLOOR]
 # for a named capability.
 CEILINGS = {
     "cli": 4060,
-    "workbench.experiments": 3580,
-    "workbench.report": 6450,
+    "workbench.experiments": 3110,
+    "workbench.report": 5980,
     "workbench.planning": 4210,
-    "workbench.inspection": 1070,
+    "workbench.inspection": 750,
     "workbench.bench": 1540,
     "workbench.profiling": 3720,
     "workbench.doctor": 1740,
     "cluster": 330,
     "interop": 5390,
-    "training": 13096,
+    "training": 12580,
     "model": 1520,
-    "moe": 6790,
+    "moe": 6680,
     "data": 5400,
-    "observe": 4150,
-    "runtime": 4216,
-    "config": 6900,
+    "observe": 2920,
+    "runtime": 4220,
+    "config": 6790,
     "catalogue": 460,
     "layer_settings": 260,
     "experts": 330,
@@ -45,8 +45,8 @@ CEILINGS = {
     "version": 10,
 }
 # All Python files of the package, of the tests and of benchmarks/ with its results.
-MOST_FILES, MOST_TEST_LINES = 564, 61_400
-MOST_BENCHMARK_LINES, MOST_WORDS = 3_535, 51_200
+MOST_FILES, MOST_TEST_LINES = 540, 58_400
+MOST_BENCHMARK_LINES, MOST_WORDS = 3_450, 48_000
 
 # Not yet: planning says in which order to read it, the experiments nothing.
 UNLISTED = ("workbench/experiments", "workbench/planning")
