@@ -53,14 +53,14 @@ def cells() -> Iterator[tuple[str, str, str]]:
 
 def unquoted() -> list[str]:
     """Cells without a line of the table, and lines without a cell."""
-    told, quoted = {cell[:2] for cell in cells()}, {quote[:2] for quote in quotes()}
+    ours, quoted = {cell[:2] for cell in cells()}, {quote[:2] for quote in quotes()}
     absent = {quote[:2] for quote in quotes() if quote[2].startswith("!")}
     wrong = [
         cell[:2] for cell in cells() if (cell[2] in ("no", "not found")) != (cell[:2] in absent)
     ]
     return [
-        *(f"{name}, {row}: no line in compared_sources.txt" for name, row in sorted(told - quoted)),
-        *(f"{name}, {row}: no such cell" for name, row in sorted(quoted - told)),
+        *(f"{name}, {row}: no line in compared_sources.txt" for name, row in sorted(ours - quoted)),
+        *(f"{name}, {row}: no such cell" for name, row in sorted(quoted - ours)),
         *(f"{name}, {row}: says one thing, quotes another" for name, row in wrong),
     ]
 
@@ -92,8 +92,8 @@ def main(checkouts: Path) -> int:
             print(f"{name}: no checkout, not checked")
             continue
         commit, date = git(place, "log", "-1", "--format=%h %cs").split()
-        stated = commit[:8] in page
-        print(f"{name}: {commit} of {date}{'' if stated else ', which the page does not name'}")
+        ours = commit[:8] in page
+        print(f"{name}: {commit} of {date}{'' if ours else ', which the page does not name'}")
         for _, row, path, text in (quote for quote in quotes() if quote[0] == name):
             at, checked = found(place, path, text), checked + 1
             if bool(at) == path.startswith("!"):

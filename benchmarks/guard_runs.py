@@ -58,14 +58,14 @@ class Base:
 
 @dataclass(frozen=True)
 class Case:
-    """What happens to a base run behind its step 150.
+    """What happens to a base run after its step 150.
 
     Attributes:
         base: The base run.
         kind: `healthy`, `switch`, `mixture` or `fault`.
         what: The corpus that comes, or the fault.
         share: Its share of the sequences.
-        steps: Steps behind the base run's.
+        steps: Steps after the base run's.
     """
 
     base: Base
@@ -117,7 +117,16 @@ _PROVE: tuple[_Plan, ...] = (
     (Base("japanese", "tau 0.4", 24, 608), ("german", "base64", "html"),
      (("german", 0.2), ("markdown", 0.1))),
 )  # fmt: skip
-SETS = {"choose": _CHOOSE, "prove": _PROVE}
+# More healthy runs at the final limits: corpora of `prove` in other layers, with other seeds.
+_OTHERS = (
+    "swedish", "xml", "rst", "cmake", "cpp", "markdown", "german", "html", "javascript", "licences",
+    "manual", "japanese",
+)  # fmt: skip
+_HEALTHY: tuple[_Plan, ...] = tuple(
+    (Base(corpus, list(LAYERS)[(3 * place + 1) % 8], 24 if place % 3 else 48, 701 + place), (), ())
+    for place, corpus in enumerate(_OTHERS)
+)
+SETS = {"choose": _CHOOSE, "prove": _PROVE, "healthy": _HEALTHY}
 # Faults with their strength: those of one set are no copies of the other's.
 FAULTS: dict[str, dict[str, float]] = {
     "choose": {
@@ -128,6 +137,7 @@ FAULTS: dict[str, dict[str, float]] = {
         "collapse": 3.0, "collapse of one": 3.0, "dead": 4, "weights": 20.0, "logit": 8.0,
         "residual": 30.0, "swap": 1, "noise": 4.0, "rate": 30.0,
     },
+    "healthy": {},
 }  # fmt: skip
 _RATE_STEPS = 10
 
@@ -277,7 +287,7 @@ class Recorder(Part):
 
 
 def data_of(case: Case, corpora: Corpora) -> Mixed:
-    """The sequences of a run, which change behind its step 150."""
+    """The sequences of a run, which change after its step 150."""
     base = case.base
     schedule: list[tuple[int, Mixture]] = [(1, {base.corpus: 1.0})]
     if case.kind in ("switch", "mixture"):

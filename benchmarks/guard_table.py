@@ -29,7 +29,7 @@ _JUDGED = 80
 
 @dataclass
 class Found:
-    """What was found of a case; steps are counted behind its base run.
+    """What was found of a case; steps are counted after its base run.
 
     Attributes:
         case: The case.
@@ -48,14 +48,14 @@ class Found:
     ended: str = ""
 
     @property
-    def told(self) -> int | None:
-        """Step of the first alert behind the base run."""
+    def first_alert(self) -> int | None:
+        """Step of the first alert after the base run."""
         return min((step for step, _ in self.causes if step > 0), default=None)
 
     @property
-    def is_told(self) -> bool:
+    def is_in_time(self) -> bool:
         """Whether in time."""
-        return self.told is not None and self.told <= _WITHIN[self.case.kind]
+        return self.first_alert is not None and self.first_alert <= _WITHIN[self.case.kind]
 
     @property
     def cause(self) -> str | None:
@@ -142,12 +142,12 @@ def _budget(case: Case, result: dict[str, Any]) -> str:
 
 def line(found: Found) -> str:
     """A row of the table."""
-    told = "-" if found.told is None else str(found.told)
+    first = "-" if found.first_alert is None else str(found.first_alert)
     acted = ", ".join(map(str, found.actions[:3])) or "-"
     rest = found.rest.strip() + (f" ENDED {found.ended}" if found.ended else "")
     before = sum(step <= 0 for step, _ in found.causes)
     early = f"{before} before" if before else ""
-    cells = (found.case.name, told, found.cause or "-", acted, rest, early)
+    cells = (found.case.name, first, found.cause or "-", acted, rest, early)
     return "| " + " | ".join(cells) + " |"
 
 
@@ -156,11 +156,11 @@ def sums(all_found: list[Found]) -> Iterator[str]:
     for kind in ("switch", "mixture", "fault"):
         for batch in (24, 48):
             group = [f for f in all_found if f.case.kind == kind and f.case.base.batch == batch]
-            told = sum(found.is_told for found in group)
+            in_time = sum(found.is_in_time for found in group)
             right = sum(found.cause == _CAUSES[kind] for found in group)
             acted = sum(any(0 < step <= 10 for step in found.actions) for found in group)
             yield (
-                f"- {kind} at {batch}: {told} of {len(group)} told within {_WITHIN[kind]} steps, "
+                f"- {kind} at {batch}: {in_time} of {len(group)} in {_WITHIN[kind]} steps, "
                 f"cause right in {right}, acted on within 10 steps {acted}"
             )
     healthy = [found for found in all_found if found.case.kind == "healthy"]
@@ -183,7 +183,7 @@ def main() -> None:
     end, judge = (".json", live) if arguments.live else (".npz", replay)
     there = [case for case in cases(arguments.set) if (work / f"{case.name}{end}").exists()]
     all_found = [judge(case, work) for case in there]
-    head = ("run", "told", "cause", "acted", "after", "alerts")
+    head = ("run", "reported", "cause", "acted", "after", "alerts")
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     print("\n".join([*map(line, all_found), "", *sums(all_found)]))
 

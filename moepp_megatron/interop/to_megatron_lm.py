@@ -1,7 +1,7 @@
 """Converts a checkpoint of ours to one that Megatron-LM's own loop loads with `--load`.
 
-It is what Megatron calls a release: weights alone, from which a run starts at iteration 0. The loop
-is told the model by its command line, so the arguments that describe it are written beside.
+It is what Megatron calls a release: only weights, from which a run starts at iteration 0. The loop
+takes the model from its command line, so the arguments that describe it are written next to it.
 """
 
 from __future__ import annotations

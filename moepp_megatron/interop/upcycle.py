@@ -23,13 +23,12 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.experts import LOCAL_KINDS, ExpertCounts
 from moepp_megatron.interop.hf_config import assemble
 from moepp_megatron.interop.hf_source import HFSource
-from moepp_megatron.interop.tensor_rules import TensorRule, decoder_rules, dense_mlp_rules
+from moepp_megatron.interop.tensor_rules import TensorRule
 from moepp_megatron.interop.to_mcore import write_checkpoint
 from moepp_megatron.interop.upcycle_router import NOISE, added_rules, router_rules
 from moepp_megatron.interop.upcycle_sources import (
-    expert_rules,
     extra_tensors,
-    shared_expert_rules,
+    model_rules,
     source_kind,
 )
 from moepp_megatron.layer_settings import LayerSettings
@@ -150,14 +149,9 @@ def _upcycling_rules(config: Config, hf: Mapping[str, Any], seed: int) -> Iterat
     """The rule for every tensor of the MoE++ model: from the source, or newly created."""
     kind = source_kind(hf)
     pattern = config.moe.moe_layer_pattern(config.model.num_layers)
-    yield from decoder_rules(config)
-    for layer, is_moe in enumerate(pattern):
-        yield from kind.attention(config, layer, is_moe)
-        if not is_moe:
-            yield from dense_mlp_rules(config, layer)
-            continue
-        ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}."
-        yield from expert_rules(kind, config, ours, theirs)
-        yield from shared_expert_rules(kind, config, ours, theirs)
+
+    def router(layer: int, ours: str, theirs: str) -> Iterator[TensorRule]:
         yield from router_rules(config, ours + "router.", theirs, kind.gate, kind.bias, seed)
         yield from added_rules(config, ours, layer > pattern.index(True), seed)
+
+    return model_rules(kind, config, router)

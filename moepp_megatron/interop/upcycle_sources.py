@@ -14,6 +14,8 @@ from moepp_megatron.interop.latent_rules import latent_attention_rules, norm_key
 from moepp_megatron.interop.tensor_rules import (
     TensorRule,
     attention_rules,
+    decoder_rules,
+    dense_mlp_rules,
     row,
     same,
     stacked,
@@ -99,7 +101,7 @@ def expert_rules(kind: SourceKind, config: Config, ours: str, theirs: str) -> It
         yield row(key, count, index, f"{source}{down}.weight", width, inner)
 
 
-def shared_expert_rules(
+def _shared_expert_rules(
     kind: SourceKind, config: Config, ours: str, theirs: str
 ) -> Iterator[TensorRule]:
     """The expert that every token takes, where the model has one."""
@@ -110,6 +112,22 @@ def shared_expert_rules(
         if config.moe.shared_expert_gate:
             name = f"{theirs}{kind.shared}_gate.weight"
             yield same(ours + "shared_experts.gate_weight", name, 1, width)
+
+
+def model_rules(
+    kind: SourceKind, config: Config, router: Callable[[int, str, str], Iterator[TensorRule]]
+) -> Iterator[TensorRule]:
+    """Every tensor by the names of a source; `router`: by layer and the beginnings of names."""
+    yield from decoder_rules(config)
+    for layer, is_moe in enumerate(config.moe.moe_layer_pattern(config.model.num_layers)):
+        yield from kind.attention(config, layer, is_moe)
+        if not is_moe:
+            yield from dense_mlp_rules(config, layer)
+            continue
+        ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}."
+        yield from expert_rules(kind, config, ours, theirs)
+        yield from _shared_expert_rules(kind, config, ours, theirs)
+        yield from router(layer, ours, theirs)
 
 
 def _mixtral_moe(hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,10 @@ from moepp_megatron.interop.expressible import Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import assemble, require, shared_fields
 from moepp_megatron.interop.latent_rules import LATENT_EPSILON, epsilon_warnings, latent_fields
 from moepp_megatron.interop.moepp_rules import constant_rules
-from moepp_megatron.interop.tensor_rules import TensorRule, decoder_rules, dense_mlp_rules, same
+from moepp_megatron.interop.tensor_rules import TensorRule, same
 from moepp_megatron.interop.upcycle_sources import (
     SourceKind,
-    expert_rules,
-    shared_expert_rules,
+    model_rules,
     source_kind,
 )
 
@@ -104,20 +103,15 @@ def zeda_rules(config: Config) -> Iterator[TensorRule]:
     """Every tensor by the names of Qwen3-MoE or GLM-4.7-Flash; gates have rows for all experts."""
     moe, width = config.moe, config.model.hidden_size
     kind = _family(config.model.latent_attention is not None).kind
-    yield from decoder_rules(config)
-    for layer, is_moe in enumerate(moe.moe_layer_pattern(config.model.num_layers)):
-        yield from kind.attention(config, layer, is_moe)
-        if not is_moe:
-            yield from dense_mlp_rules(config, layer)
-            continue
-        ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}."
-        yield from expert_rules(kind, config, ours, theirs)
-        yield from shared_expert_rules(kind, config, ours, theirs)
+
+    def router(layer: int, ours: str, theirs: str) -> Iterator[TensorRule]:
         gate = f"{theirs}{kind.gate}.weight"
         yield same(ours + "router.weight", gate, moe.num_experts, width)
         if kind.bias is not None:
             yield same(ours + "router.expert_bias", theirs + kind.bias, moe.num_experts)
         yield from constant_rules(config, ours, ours, theirs + "mlp.experts.")
+
+    return model_rules(kind, config, router)
 
 
 def zeda_warnings(config: Config) -> Iterator[str]:

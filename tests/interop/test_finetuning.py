@@ -270,7 +270,7 @@ def old_transformers(folder: Path) -> str:
     return ""
 
 
-def test_older_transformers_is_told(plain: RunPlain, tmp_path: Path) -> None:
+def test_older_transformers_is_reported(plain: RunPlain, tmp_path: Path) -> None:
     message = plain(old_transformers, tmp_path)
     assert "transformers (4.57.1) must be at least 5" in message
     assert "needs transformers >= 5" in message

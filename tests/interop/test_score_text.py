@@ -112,7 +112,7 @@ def test_what_is_refused(checkpoint, tmp_path, tokens, text, out, logits, named)
         ScoreRequest.read(checkpoint, paths[0], paths[1], [], 1, logits, paths[2])
 
 
-def test_a_checkpoint_without_a_tokenizer_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_tokenizer_is_reported(tmp_path: Path) -> None:
     convert(GOLDEN / "two_layer_gate", tmp_path / "mcore")
     (tmp_path / "text.txt").write_text("abc")
     with pytest.raises(ConfigError, match=r"must hold tokenizer\.json to turn text into tokens"):

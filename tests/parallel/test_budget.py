@@ -215,7 +215,9 @@ def missing_target(raw: dict[str, Any], steps: int, resumed_at: int) -> list[tup
         ({"controller": "bias", "gain": 0.01}, "moe.budget.gain (0.01)"),
     ],
 )
-def test_a_target_that_is_missed_is_told_once(ranks, budget: dict[str, Any], remedy: str) -> None:
+def test_a_target_that_is_missed_is_reported_once(
+    ranks, budget: dict[str, Any], remedy: str
+) -> None:
     moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": 0.8, **budget}}
     ((alert, *others),) = ranks(1).run(missing_target, short(moe=moe), 250, 60)
     assert others == []

@@ -105,7 +105,7 @@ def test_routers_are_put_back(ranks: RankPools, tmp_path: Path, layout: str) -> 
     assert records(tmp_path)[-1].guard_actions == 1
 
 
-def test_without_a_healthy_copy_it_is_told(ranks: RankPools, tmp_path: Path) -> None:
+def test_without_a_healthy_copy_it_is_reported(ranks: RankPools, tmp_path: Path) -> None:
     """No step behind the fault proves its routers healthy."""
     faults = (Fault(1, "collapse", None, 2.0),)
     found = train(ranks, tmp_path, 6, faults, routing_guard=guard(FALLEN))
@@ -225,7 +225,7 @@ def test_rollback(
     assert [json.loads(line)["step"] for line in undone] == [5, 6, 7]
 
 
-def test_without_an_old_enough_checkpoint_it_is_told(ranks: RankPools, tmp_path: Path) -> None:
+def test_without_an_old_enough_checkpoint_it_is_reported(ranks: RankPools, tmp_path: Path) -> None:
     found = train(
         ranks,
         tmp_path,

@@ -30,7 +30,7 @@ CEILINGS = {
     "workbench.profiling": 3720,
     "workbench.doctor": 1740,
     "cluster": 330,
-    "interop": 5390,
+    "interop": 5400,
     "training": 12580,
     "model": 1520,
     "moe": 6680,
@@ -46,7 +46,7 @@ CEILINGS = {
 }
 # All Python files of the package, of the tests and of benchmarks/ with its results.
 MOST_FILES, MOST_TEST_LINES = 540, 58_400
-MOST_BENCHMARK_LINES, MOST_WORDS = 3_450, 48_000
+MOST_BENCHMARK_LINES, MOST_WORDS = 3_460, 48_000
 
 # Not yet: planning says in which order to read it, the experiments nothing.
 UNLISTED = ("workbench/experiments", "workbench/planning")

@@ -115,7 +115,7 @@ def test_the_launcher_claims_the_folder_while_ranks_run(command) -> None:
     assert not command.run_dir.exists(), "no rank has written anything"
 
 
-def test_a_number_of_hardware_queues_against_the_layout_is_told_once(command, capsys) -> None:
+def test_a_number_of_hardware_queues_against_the_layout_is_reported_once(command, capsys) -> None:
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     assert command() == 0
     assert capsys.readouterr().err.count("warning: CUDA_DEVICE_MAX_CONNECTIONS (1) should") == 1

@@ -209,13 +209,13 @@ def test_message_stays_on_one_line_whatever_the_value(minimal: Path) -> None:
 
 
 @pytest.mark.parametrize(("overrides", "name_and_value", "reason"), IGNORED)
-def test_ignored_setting_is_told(minimal, overrides, name_and_value, reason):
+def test_ignored_setting_is_reported(minimal, overrides, name_and_value, reason):
     (warning,) = check_config(load_config(minimal, overrides))
     assert warning.startswith(name_and_value)
     assert reason in warning
 
 
-def test_overlap_on_one_rank_is_told(minimal: Path) -> None:
+def test_overlap_on_one_rank_is_reported(minimal: Path) -> None:
     config = load_config(minimal, ["parallel.overlap_grad_reduce=true"])
     (warning,) = check_world_size(config, 1)
     assert warning.startswith("parallel.overlap_grad_reduce (true) has no effect with one")

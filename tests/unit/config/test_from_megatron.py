@@ -85,14 +85,14 @@ def test_what_has_no_counterpart_is_listed(tmp_path: Path) -> None:
     assert "nproc" not in notes
 
 
-def test_a_model_of_another_kind_is_told(tmp_path: Path) -> None:
+def test_a_model_of_another_kind_is_reported(tmp_path: Path) -> None:
     script = SCRIPT.replace("--swiglu", "").replace("RMSNorm", "LayerNorm")
     notes = "\n".join(_translated(script, tmp_path).notes)
     assert "--swiglu is not given: this project's model has --swiglu" in notes
     assert "--normalization is LayerNorm: this project's model has --normalization" in notes
 
 
-def test_a_variable_without_a_value_is_told(tmp_path: Path) -> None:
+def test_a_variable_without_a_value_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "train.sh"
     path.write_text(SCRIPT)
     notes = "\n".join(translate(path, {}).notes)

@@ -52,7 +52,7 @@ def test_it_blends_with_a_prepared_folder(pair, prepared, tokenizer, tmp_path: P
     assert train.source_names == (prepared.name, "my_text_document")
 
 
-def test_what_cannot_be_checked_is_told(pair, prepared, tmp_path: Path) -> None:
+def test_what_cannot_be_checked_is_reported(pair, prepared, tmp_path: Path) -> None:
     (warning,) = check_data(config(pair, prepared / "tokenizer.json"))
     assert warning.startswith(f"data.path ({pair}) has no manifest: whether data.tokenizer")
     assert "cannot be checked" in warning

@@ -97,7 +97,7 @@ def test_no_memory_beside_the_logits(compiled):  # noqa: F811
     assert arrived[0].dtype == torch.bfloat16
 
 
-def test_whoever_needs_the_logits_after_their_gradient_is_told(compiled):  # noqa: F811
+def test_whoever_needs_the_logits_after_their_gradient_is_reported(compiled):  # noqa: F811
     logits, labels, grad = case(4, 20, 1.0, torch.float32)
     product = logits.requires_grad_() * 1
     other = product.square().sum()

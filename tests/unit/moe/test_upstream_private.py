@@ -173,7 +173,7 @@ def test_what_only_the_trainer_needs_stops_only_the_trainer(monkeypatch) -> None
     check_upstream.cache_clear()
 
 
-def test_a_class_or_an_attribute_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_or_an_attribute_that_is_gone_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = PrivateName("transformer.nowhere", "Nothing", "_x", "called", "a reason")
     assert list(moved_from(gone)) == ["transformer.nowhere.Nothing is gone"]
     in_module = PrivateName("tensor_parallel.random", "", "_X", "read", "a reason")

@@ -26,7 +26,7 @@ def test_every_expert_gets_its_share_and_no_token_an_expert_twice(tau: float, nu
     assert abs(ffn - SHAPES["0.6B"].experts.phi(tau) * 2 * num_tokens) <= 1.0
 
 
-def test_held_router_selects_what_it_is_told() -> None:
+def test_held_router_selects_what_it_is_reported() -> None:
     class Router(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()

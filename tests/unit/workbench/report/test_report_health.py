@@ -148,7 +148,7 @@ def test_alerts_stand_in_the_table_with_their_moments(make_run):
     assert "raised no alert" not in page
 
 
-def test_what_was_watched_is_told(make_run):
+def test_what_was_watched_is_reported(make_run):
     page = build_report(make_run()).read_text(encoding="ascii")
     assert "The routing guard judged these rules after every step and only reports" in page
     assert "router_fault" in page
