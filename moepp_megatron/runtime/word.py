@@ -33,6 +33,8 @@ LINGER_S = 20.0
 # How long one whose ranks have failed waits for another one's word, which may be why.
 _OTHERS_S = 5.0
 _POLL_S = 0.5
+# While ranks train: the store serves hundreds of machines for weeks.
+_TRAINING_POLL_S = 2.0
 # Read when torch is imported: in C++ it prints a stack whenever somebody closes a connection.
 NO_STACKS = ("TORCH_CPP_LOG_LEVEL", "ERROR")
 # An exit status, and why.
@@ -70,14 +72,16 @@ class Watch(threading.Thread):
             return False
         if (word := self._difference(store)) is not None:
             leave_word(store, self._nodes, word, has_met=False)
+        has_met = False
         while word is None and _is_served(self._nodes):
             word = _read(store, self._nodes)
             if word is None and (failure := refusal() or self._failure) is not None:
                 leave_word(store, self._nodes, failure)
                 return True
-            if psutil.Process().children():
+            if not has_met and psutil.Process().children():
                 store.set("met", "")
-            time.sleep(_POLL_S)
+                has_met = True
+            time.sleep(_TRAINING_POLL_S if has_met else _POLL_S)
         if word is not None:
             print(f"error: {printable(word[1])}", file=sys.stderr, flush=True)
             for process in psutil.Process().children(recursive=True):
