@@ -98,6 +98,12 @@ def refuse_uncapturable(config: TransformerConfig) -> None:
             "with MoE++ layers: the number of tokens of an expert is another in every step, and a "
             "graph's sizes are fixed; use [attn, moe_router]"
         )
+    if config.moe_enable_routing_replay and CudaGraphModule.moe_router in parts:
+        raise ValueError(
+            f"TransformerConfig.moe_enable_routing_replay ({config.moe_enable_routing_replay}) "
+            "must be False with moe_router in cuda_graph_modules, because a graph would repeat the "
+            "routes of its capture; use False, or capture attn only"
+        )
     if config.recompute_granularity is not None:
         raise ValueError(
             f"TransformerConfig.recompute_granularity ({config.recompute_granularity}) must be "

@@ -330,11 +330,11 @@ class MoEPPRouter(TopKRouter):
         self, logits_TE: Tensor, num_sequences: int | None, padded_T: Tensor | None
     ) -> Routing:
         arguments = (logits_TE, self.expert_bias, self.moepp, num_sequences, padded_T)
-        if self.fused and logits_TE.dtype == torch.float32:
+        if self.fused and logits_TE.dtype == torch.float32 and self.router_replay is None:
             from moepp_megatron.moe.kernels.router import select as fused_select
 
             return fused_select(*arguments)
-        return select(*arguments)
+        return select(*arguments, self.router_replay)
 
     def _balance(self, chosen: Routing, padded: Tensor | None) -> Tensor:
         """The gates with the gradient of this rank's summand of L_b, which is counted."""

@@ -6,7 +6,7 @@ each by itself.
 
 from __future__ import annotations
 
-from typing import NamedTuple, assert_never
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from moepp_megatron.experts import ZERO
 from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
 from moepp_megatron.moe.expert_groups import within_groups
 from moepp_megatron.moe.scores import ffn_scores, score_of
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.moe.router_replay import RouterReplay
 
 
 class Routing(NamedTuple):
@@ -47,6 +50,7 @@ def select(
     config: MoEPPConfig,
     num_sequences: int | None,
     padded: Tensor | None = None,
+    replay: RouterReplay | None = None,
 ) -> Routing:
     """Select experts and weigh them. `kernels.router.select` does the same on a GPU.
 
@@ -63,11 +67,16 @@ def select(
             [s, b, h]; 1 counts all tokens together; None counts nothing.
         padded: [T] bool tokens that are padding: they select nothing and are not counted. Their
             logits must be finite. None for none.
+        replay: Records the selection, or gives one that takes its place; bias and groups then
+            decide nothing. None: select. Not in the kernel.
+
+    Raises:
+        ValueError: If a given selection is not [T, K].
     """
     score = score_of(config)
     scores_TE, logs_TE = score.scores(logits), score.logs(logits)
     ranked_TE = _ranked(logits, scores_TE, bias, config)
-    chosen_TK = top_experts(ranked_TE, config.router_topk)
+    chosen_TK = _chosen(ranked_TE, config.router_topk, replay)
     gates_TK = _gates(scores_TE, logs_TE, chosen_TK, config)
     gates_TE = torch.zeros_like(scores_TE).scatter(1, chosen_TK, gates_TK)
     routing_map_TE = _as_map(chosen_TK, scores_TE)
@@ -94,6 +103,28 @@ def _ranked(logits: Tensor, scores: Tensor, bias: Tensor | None, config: MoEPPCo
         return ranked_TE
     # Among only FFN experts, for scores that are all 0 would not distinguish groups.
     return within_groups(ranked_TE, ffn_scores(ranked_TE, config), config)
+
+
+def _chosen(ranked_TE: Tensor, topk: int, replay: RouterReplay | None) -> Tensor:
+    """[T, K] int64 selected experts, those of `replay` where it gives some."""
+    if replay is None:
+        return top_experts(ranked_TE, topk)
+    # Any object with this method: loops of reinforcement learning put their own in its place.
+    _, chosen_TK = replay.get_replay_topk(ranked_TE, topk, None, None, _best)
+    if chosen_TK.shape != (len(ranked_TE), topk):
+        raise ValueError(
+            f"replayed routes {list(chosen_TK.shape)} must be [{len(ranked_TE)}, {topk}], experts "
+            "of each token of this rank's micro-batch; give each router those of its own tokens"
+        )
+    return chosen_TK.long()
+
+
+def _best(
+    scores_TE: Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """[T, K] scores and experts, as `RouterReplay` calls it; groups are limited before."""
+    chosen_TK = top_experts(scores_TE, topk)
+    return scores_TE.gather(1, chosen_TK), chosen_TK
 
 
 def _as_map(chosen_TK: Tensor, scores_TE: Tensor) -> Tensor:

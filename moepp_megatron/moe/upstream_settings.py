@@ -66,6 +66,7 @@ HONOURED = frozenset(
         "moe_single_grouped_bias",
         "moe_single_grouped_weight",
         # What the router keeps of megatron-core's.
+        "moe_enable_routing_replay",
         "moe_input_jitter_eps",
         "moe_router_bias_update_rate",
         "moe_router_dtype",
@@ -169,9 +170,6 @@ REFUSED: dict[str, _Refused] = {
     "moe_router_force_biased": _Refused((None,), _FORCED),
     "moe_router_fusion": _Refused(
         (False,), "the fused kernel knows one kind of expert", "MoEPPConfig.fused"
-    ),
-    "moe_enable_routing_replay": _Refused(
-        (False,), "the MoE++ router neither records its selections nor repeats recorded ones"
     ),
     "moe_paged_stash": _Refused((False,), _HOST_SIZES),
     "moe_ncclep_static_shape": _Refused((False,), "its backend, ncclep, is refused"),

@@ -1,0 +1,166 @@
+"""megatron-core's `RouterReplay` drives MoE++ routers as it drives megatron-core's own."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+from torch import Tensor
+
+from moepp_megatron.moe.config import MoEPPConfig
+from tests.unit.moe.builders import (
+    SEQUENCE,
+    VOCAB,
+    build_layer,
+    build_model,
+    randomize,
+    token_losses,
+)
+
+RECORD, FORWARD, BACKWARD = RouterReplayAction
+RECOMPUTES: dict[str, dict[str, Any]] = {
+    "kept": {},
+    "layers again": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "moe again": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no residual": {"gating_residual": False},
+    "released code": {"gate_normalization": "nonzero", "two_layer_gate": True},
+    "capacity": {"capacity_factor": 0.7},
+    "groups": {"num_groups": 2, "group_topk": 1},
+    "selection bias": {"selection_bias": True, "gate_normalization": "selected"},
+}
+BATCHES = 2
+
+
+@pytest.fixture(autouse=True)
+def _no_other_routers() -> Iterator[None]:
+    """The list of routers is of the process."""
+    RouterReplay.clear_global_router_replay_instances()
+    yield
+    RouterReplay.clear_global_router_replay_instances()
+
+
+def batches() -> Tensor:
+    generator = torch.Generator().manual_seed(11)
+    return torch.randint(VOCAB, (BATCHES, 2, SEQUENCE + 1), generator=generator)
+
+
+def model_of(setting: str = "plain", recompute: str = "kept", seed: int = 5) -> Any:
+    moepp = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.1, **SETTINGS[setting])
+    RouterReplay.clear_global_router_replay_instances()
+    model = build_model(moepp, moe_enable_routing_replay=True, **RECOMPUTES[recompute])
+    torch.manual_seed(seed)
+    randomize(model, std=0.3)
+    return model
+
+
+def train(model: Any, routes: list[list[Tensor]] | None) -> tuple[Tensor, dict[str, Any], Any]:
+    """Losses, gradients and routes of two micro-batches, as loops of reinforcement learning run.
+
+    All forward passes come before all backward passes, as where a pipeline fills.
+    """
+    RouterReplay.clear_global_indices()
+    model.zero_grad()
+    losses, recorded = [], []
+    for index, tokens in enumerate(batches()):
+        RouterReplay.set_global_router_replay_action(RECORD if routes is None else FORWARD)
+        if routes is not None:
+            RouterReplay.set_replay_data(routes[index])
+        losses.append(token_losses(model, tokens))
+        recorded.append([] if routes is not None else RouterReplay.get_recorded_data())
+    if routes is not None:
+        RouterReplay.set_global_router_replay_action(BACKWARD)
+    for loss in losses:
+        loss.float().sum().backward()
+    RouterReplay.clear_global_router_replay_action()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return torch.stack(losses).detach(), gradients, recorded
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert torch.equal(found[0], expected[0])
+    for name, gradient in expected[1].items():
+        assert torch.equal(found[1][name], gradient), name
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_replayed_routes_give_the_recorded_step(setting: str, recompute: str) -> None:
+    model = model_of(setting, recompute)
+    expected = train(model, None)
+    # Selections of another model would follow from these; only the given ones may count.
+    assert_same(train(model, expected[2]), expected)
+    # int32 and on the CPU, as engines return them.
+    assert_same(train(model, [[r.int() for r in layers] for layers in expected[2]]), expected)
+
+
+def test_recording_changes_nothing_and_holds_every_kind_of_expert() -> None:
+    model = model_of()
+    losses, gradients, recorded = train(model, None)
+    RouterReplay.clear_global_router_replay_action()
+    model.zero_grad()
+    plain = torch.stack([token_losses(model, tokens) for tokens in batches()])
+    assert torch.equal(plain.detach(), losses)
+    routes = torch.stack([torch.stack(layers) for layers in recorded])
+    assert routes.shape == (BATCHES, 3, 2 * SEQUENCE, 2)
+    assert routes.unique().tolist() == list(range(model.moepp.num_experts))
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTES)
+def test_gates_are_those_of_the_live_logits(recompute: str) -> None:
+    """Routes of another model: another loss than its own and a gradient of every router."""
+    routes = train(model_of(), None)[2]
+    model = model_of(recompute=recompute, seed=6)
+    own = train(model, None)
+    losses, gradients, _ = train(model, routes)
+    assert not torch.equal(losses, own[0])
+    for name, gradient in gradients.items():
+        if ".router." in name:
+            assert gradient.abs().max() > 0, name
+            assert not torch.equal(gradient, own[1][name]), name
+
+
+def test_the_map_is_the_given_one_and_padding_stays_out() -> None:
+    """Replayed experts count in statistics; those of padding are not selected."""
+    moepp = MoEPPConfig(num_ffn_experts=4)
+    layer = build_layer(moepp, moe_enable_routing_replay=True)
+    assert layer.router.router_replay.layer_number == 2
+    tokens, previous = torch.randn(3, 1, 16), torch.randn(3, 1, moepp.num_experts)
+    RouterReplay.set_replay_data([torch.tensor([[0, 1], [5, 4], [3, 2]])])
+    RouterReplay.set_global_router_replay_action(FORWARD)
+    layer(tokens, previous, torch.tensor([[False, False, True]]))
+    assert layer.statistics.selected.tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
+
+
+def test_routes_of_other_tokens_are_refused() -> None:
+    model = model_of()
+    routes = train(model, None)[2]
+    with pytest.raises(ValueError, match=r"replayed routes \[23, 2\] must be \[24, 2\]"):
+        train(model, [[layer[1:] for layer in layers] for layers in routes])
+
+
+def test_an_object_of_a_loop_may_take_its_place() -> None:
+    """As loops put their own class into `router_replay`; only `get_replay_topk` is called."""
+
+    class Own:
+        def get_replay_topk(self, scores, topk, num_groups, group_topk, compute):  # type: ignore[no-untyped-def]
+            _, live = compute(scores, topk, num_groups=num_groups, group_topk=group_topk)
+            return scores.gather(1, live), torch.full_like(live, 7) - torch.arange(topk)
+
+    layer = build_layer(MoEPPConfig(num_ffn_experts=4))
+    layer.router.router_replay = Own()
+    layer(torch.randn(3, 1, 16), torch.randn(3, 1, 8))
+    assert layer.statistics.selected.tolist() == [0] * 6 + [3, 3]
+
+
+def test_a_captured_router_is_refused() -> None:
+    changes = {"cuda_graph_impl": "local", "cuda_graph_modules": ["moe_router"]}
+    with pytest.raises(ValueError, match="moe_enable_routing_replay"):
+        build_layer(MoEPPConfig(num_ffn_experts=4), moe_enable_routing_replay=True, **changes)
