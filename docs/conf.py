@@ -39,6 +39,7 @@ NAVIGATION = {
         "Distill <docs/how_to/distill>",
         "Fine-tune <docs/how_to/fine_tune>",
         "Evaluate <docs/how_to/evaluate>",
+        "Replay routes <docs/how_to/replay_routes>",
         "Callbacks and plugins <docs/how_to/extend>",
         "Resume, stop, extend <docs/how_to/resume>",
         "Change the layout <docs/how_to/change_the_layout>",

@@ -102,6 +102,8 @@ SETTINGS = {
     "save": "checkpoint.dir",
     "save-interval": "checkpoint.save_interval",
     "wandb-project": "observe.wandb.project",
+    "moe-routing-trace-path": "routes.trace",
+    "moe-routing-trace-max-training-iters": "routes.steps",
 }
 """The setting of each argument with a value that means the same."""
 
@@ -190,6 +192,7 @@ DERIVED = {
     "zero-experts-type": "the setting that `--num-zero-experts` becomes (ZEDA's fork)",
     "moe-zero-expert-weight": "`moe.tau`: 1 over it (ZEDA's fork)",
     "moe-router-pre-softmax": "`moe.gate_normalization`: `none`; without it `selected`",
+    "moe-enable-routing-replay": "`routes.record` or `routes.replay`",
     "moe-layer-freq": "`moe.layer_freq`: the same number or list",
     "data-path": "`data.path`, or `data.blend` of several prefixes with weights",
     "tokenizer-type": "`data.tokenizer`; by default the prepared data's",

@@ -15,6 +15,7 @@ expert_groups.py      group-limited routing: FFN experts come from a token's bes
 flex_dispatcher.py    megatron-core's flex dispatcher (DeepEP) without what no FFN expert takes
 gate_product.py       the fp32 product of hidden states with gate and mixing weights
 grouped_experts.py    FFN experts on a GPU without Transformer Engine
+replay.py             routes that routers repeat: given to them, recorded from them, checked
 router_health.py      how healthy a router is: what one step's logits, gates and gradients say
 lane.py               the lane on which router logits travel from MoE layer to MoE layer
 layer.py              the MoE++ layer: dispatch, FFN experts, combine, zero-computation experts

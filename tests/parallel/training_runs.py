@@ -112,8 +112,9 @@ def train(
 ) -> tuple[Run, list[Any]]:
     """Train on this rank's layout."""
     from moepp_megatron.training.batches import rank_batches
+    from moepp_megatron.training.checkpoint.progress import Progress
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.part import Parts
+    from moepp_megatron.training.part import Parts, Step
     from moepp_megatron.training.parts.order import PARTS
     from moepp_megatron.training.parts.refused_batches import RefusedBatches
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
@@ -142,7 +143,9 @@ def train(
         run.losses.append(mean_loss(result.losses))
         run.grad_norms.append(result.grad_norm)
         run.routing.append(collector.collect())
+        progress = Progress(step=step)
         for part in losses:
+            part.end_step(Step(progress, 0, config.training.global_batch_size, 0.0, result))
             for name, value in part.record(None, {}).items():
                 recorded[name].append(value)
     return run, pieces

@@ -20,6 +20,7 @@ optimizer.py         the optimizer's kind and moments
 parallel.py          the layout, for any number of ranks
 precision.py         number formats
 resilience.py        the section `resilience`
+routes.py            the section `routes`
 routing_guard.py     the section `routing_guard`
 slurm.py             the section `slurm`
 training.py          schedule, batches, recomputation, split, checkpoints
@@ -51,6 +52,7 @@ from moepp_megatron.config.rules import (
     parallel,
     precision,
     resilience,
+    routes,
     routing_guard,
     slurm,
     training,
@@ -78,6 +80,7 @@ RULES: tuple[Rule, ...] = (
     *resilience.RULES,
     *slurm.RULES,
     *observe.RULES,
+    *routes.RULES,
     *routing_guard.RULES,
 )
 IGNORED: tuple[Rule, ...] = ignored.RULES

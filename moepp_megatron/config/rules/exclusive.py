@@ -50,6 +50,7 @@ MTP = _Feature("model.mtp_num_layers", 0)
 OVERLAP = _Feature("parallel.overlap_moe_expert_parallel_comm", False)
 RECOMPUTE = _Feature("training.recompute_granularity", None)
 TASKS = _Feature("evaluation.tasks", [], "evaluate the exported model with lm_eval run")
+ROUTES = [_Feature(f"routes.{name}", None) for name in ("record", "replay", "trace")]
 TEACHER = _Feature("distillation.teacher", None)
 
 # Refused, with what, and why.
@@ -69,6 +70,9 @@ PAIRS: tuple[tuple[_Feature, _Feature, str], ...] = (
     (TASKS, GRAPHS, "a graph has one length, and tasks have rows of many"),
     (TASKS, FP8, "Transformer Engine learns FP8's scales in evaluation too, and changes training"),
     (TASKS, OVERLAP, "its schedule wants a loss"),
+    *((routes, GRAPHS, "a graph would repeat the routes of its capture") for routes in ROUTES),
+    *((routes, MTP, "routes of these layers have no place in the file") for routes in ROUTES),
+    *((routes, OVERLAP, "its layers are not run chunk by chunk") for routes in ROUTES),
 )
 
 

@@ -218,6 +218,8 @@ RULES: tuple[Rule, ...] = (
     _where(lambda c: c.resilience.guard and c.checkpoint.save_interval == 0,
         "with checkpoint.save_interval 0", "resilience.guard_max_rollbacks",
         "set checkpoint.save_interval above 0, or leave it out"),
+    _where(lambda c: c.routes.record is None and c.routes.trace is None,
+        "without routes.record or routes.trace", "routes.steps", "set one of them"),
     _without("training.profile_steps", "training.profile_ranks", "name some steps"),
     _where(lambda c: c.observe.wandb.project is None, "without observe.wandb.project",
         "observe.wandb.entity observe.wandb.mode", "name a project"),

@@ -13,6 +13,7 @@ optimizer.py         section `optimizer`: the optimizer, its schedule, and group
 parallel.py          section `parallel`: how the model is laid out over ranks
 precision.py         section `precision`: number formats, and how FP8 numbers are scaled
 resilience.py        section `resilience`: the checks of a running run, and when they act
+routes.py            section `routes`: the experts that tokens take, to files or from them
 routing_guard.py     section `routing_guard`: rules over the routers, and what is done
 run.py               sections `run`, `data` and `checkpoint`: where a run reads and writes
 section.py           what every section of the configuration shares

@@ -14,6 +14,7 @@ from moepp_megatron.config.schema.optimizer import OptimizerSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
+from moepp_megatron.config.schema.routes import RoutesSection
 from moepp_megatron.config.schema.routing_guard import RoutingGuardSection
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
@@ -57,6 +58,9 @@ class Config(Section):
     )
     evaluation: EvaluationSection = Field(
         default_factory=EvaluationSection, description="Tasks of lm-eval while training"
+    )
+    routes: RoutesSection = Field(
+        default_factory=RoutesSection, description="Router replay, and traces of routing"
     )
     routing_guard: RoutingGuardSection = Field(
         default_factory=RoutingGuardSection,

@@ -10,6 +10,7 @@ order.py             the list of parts, in the order in which they are called
 profile.py           profiles of single steps
 refused_batches.py   the numerical guard: refuses batches and acts on their cause
 router_health.py     the router health of a step, from every rank's sums
+routes.py            records, repeats and traces the experts that tokens take
 routing_counts.py    selections, losses and bytes of one step, over all ranks
 routing_guard.py     the routing guard: judges every step's routers
 shift.py             shifts of the data, judged in every step

@@ -13,6 +13,7 @@ from moepp_megatron.training.parts.mtp import MultiTokenPrediction
 from moepp_megatron.training.parts.profile import Profile
 from moepp_megatron.training.parts.refused_batches import RefusedBatches
 from moepp_megatron.training.parts.router_health import HealthCollector
+from moepp_megatron.training.parts.routes import RouteFiles
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.parts.routing_guard import RoutingGuard
 from moepp_megatron.training.parts.shift import Shift
@@ -38,6 +39,7 @@ PARTS: tuple[Callable[[Run], Part | None], ...] = (
     RefusedBatches.of,
     Distillation.of,
     MultiTokenPrediction.of,
+    RouteFiles.of,
     Validation.of,
     TaskEvaluation.of,
     Telemetry.of,

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
 
 from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.moe.replay import checked_routes
 from tests.unit.moe.builders import (
     SEQUENCE,
     VOCAB,
@@ -164,3 +166,42 @@ def test_a_captured_router_is_refused() -> None:
     changes = {"cuda_graph_impl": "local", "cuda_graph_modules": ["moe_router"]}
     with pytest.raises(ValueError, match="moe_enable_routing_replay"):
         build_layer(MoEPPConfig(num_ffn_experts=4), moe_enable_routing_replay=True, **changes)
+
+
+# Two tokens, two MoE layers behind a dense one, K = 2; experts 4 and 5 are no FFN.
+LAYER = MoEPPConfig(num_ffn_experts=4, num_constant_experts=0)
+PATTERN = [False, True, True]
+GOOD = np.array([[[0, 5], [1, 4]], [[2, 3], [3, 0]]], dtype=np.int32)
+
+
+def test_forms_of_engines() -> None:
+    """Sequences apart, unsigned bytes, and a layer axis that counts dense layers too."""
+    every_layer = np.concatenate([np.zeros_like(GOOD[:, :1]), GOOD], axis=1)
+    for routes in (GOOD[:, None], GOOD[None], GOOD.astype(np.uint8), every_layer):
+        np.testing.assert_array_equal(checked_routes(routes, 2, PATTERN, LAYER), GOOD)
+
+
+def test_a_dropped_number_is_that_of_the_one_expert() -> None:
+    one = MoEPPConfig(num_ffn_experts=4, num_constant_experts=0, num_copy_experts=0)
+    dropped, expected = np.where(GOOD >= 4, -1, GOOD), np.where(GOOD >= 4, 4, GOOD)
+    np.testing.assert_array_equal(checked_routes(dropped, 2, PATTERN, one), expected)
+    with pytest.raises(ValueError, match=r"\(expert -1\) must name experts 0 to 5"):
+        checked_routes(dropped, 2, PATTERN, LAYER)
+
+
+@pytest.mark.parametrize(
+    ("routes", "message"),
+    [
+        (GOOD[:1], r"\[1, 2, 2\]\) must be \[2 tokens, 2 MoE layers, 2\]"),
+        (GOOD[:, :1], "2 MoE layers"),
+        (GOOD[0], "2 MoE layers"),
+        (GOOD.astype(float), "float64.*whole numbers"),
+        (GOOD + 1, "expert 6.*experts 0 to 5"),
+        # vLLM's ZeroExpertRouter writes 0 for each of them before routes are captured.
+        (np.where(GOOD == 5, 0, GOOD), "one expert twice.*name 2 experts"),
+        (np.array([[[0, 1], [1, 0]], [[2, 3], [3, 0]]]), "FFN experts only.*too"),
+    ],
+)
+def test_routes_that_cannot_be_repeated(routes: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checked_routes(routes, 2, PATTERN, LAYER)

@@ -1,0 +1,181 @@
+"""Recorded routes repeat a run to the bit in every layout, other ones do not; what files hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moepp_megatron.config import ConfigError
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import (
+    CP2,
+    EP2,
+    FULL,
+    PP2,
+    STEPS,
+    TP2,
+    VANILLA,
+    Run,
+    assemble,
+    compare,
+    short,
+    train,
+)
+
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+CHUNKS = PP2 | {"virtual_pipeline_model_parallel_size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "tp 2, layers again": (2, {"parallel": TP2, "training": FULL}),
+    "ep 2, moe again": (2, {"parallel": EP2, "training": SELECTIVE}),
+    "cp 2": (2, {"parallel": CP2}),
+    "pp 2, layers again": (2, {"parallel": PP2, "training": FULL}),
+    "pp 2, chunks 2, layers again": (
+        2,
+        {"model": {"num_layers": 4}, "parallel": CHUNKS, "training": FULL},
+    ),
+    "tp 2, pp 2, ep 2": (4, {"parallel": TP2 | PP2 | EP2}),
+    "dense first, capacity": (1, {"moe": {"layer_freq": [0, 1], "capacity_factor": 1.1}}),
+    "vanilla, ep 2": (2, {"parallel": EP2, "moe": VANILLA | {"num_ffn_experts": 8}}),
+}
+
+
+def of_step(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}.npz"
+
+
+def run(ranks: RankPools, size: int, routes: dict[str, Any], **sections: dict[str, Any]) -> Run:
+    return assemble(ranks(size).run(train, short(**sections, routes=routes), STEPS))
+
+
+def assert_same(found: Run, expected: Run) -> None:
+    assert found.losses == expected.losses
+    assert found.grad_norms == expected.grad_norms
+    assert found.routing == expected.routing
+    for name, gradient in expected.gradients.items():
+        np.testing.assert_array_equal(found.gradients[name], gradient)
+
+
+def recorded(folder: Path) -> list[np.ndarray]:
+    routes = []
+    for step in range(1, STEPS + 1):
+        with np.load(of_step(folder, step)) as file:
+            routes.append(file["routed_experts"])
+    return routes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_replay_is_the_recorded_run(ranks: RankPools, tmp_path: Path, layout: str) -> None:
+    size, sections = LAYOUTS[layout]
+    plain = run(ranks, size, {}, **sections)
+    written = {"record": str(tmp_path / "routes"), "trace": str(tmp_path / "trace")}
+    assert_same(run(ranks, size, written, **sections), plain)
+    replayed = run(ranks, size, {"replay": str(tmp_path / "routes")}, **sections)
+    assert_same(replayed, plain)
+
+    layers = sum(sections.get("moe", {}).get("layer_freq", [1] * plain_layers(sections)))
+    for step, routes in enumerate(recorded(tmp_path / "routes")):
+        assert routes.shape == (4 * 16, layers, 2)
+        for column, expected in enumerate(plain.routing[step]["layer_expert_share"]):
+            counts = np.bincount(routes[:, column].ravel(), minlength=len(expected))
+            np.testing.assert_allclose(counts / counts.sum(), expected, atol=1e-12)
+    assert_trace_holds(tmp_path, size, sections)
+
+
+def plain_layers(sections: dict[str, Any]) -> int:
+    layers: int = sections.get("model", {}).get("num_layers", 2)
+    return layers
+
+
+def assert_trace_holds(folder: Path, size: int, sections: dict[str, Any]) -> None:
+    """Each rank's lines are Megatron's; together they name every selection once."""
+    counts: dict[tuple[int, int], np.ndarray] = {}
+    for rank in range(size):
+        for line in (folder / f"trace/router_trace_rank{rank}.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            experts = np.array(record.pop("top_indices"))
+            assert experts.shape == (record.pop("num_tokens"), record.pop("topk"))
+            place = record.pop("step"), record.pop("layer")
+            assert record == {"stage": "pre_dispatch", "block": "decoder", "rank": rank}
+            counts.setdefault(place, np.zeros(16, dtype=int))
+            counts[place] += np.bincount(experts.ravel(), minlength=16)
+    pattern = sections.get("moe", {}).get("layer_freq", [1] * plain_layers(sections))
+    numbers = [number for number, is_moe in enumerate(pattern) if is_moe]
+    assert sorted(counts) == [(s, n) for s in range(1, STEPS + 1) for n in numbers]
+    for step, routes in enumerate(recorded(folder / "routes"), 1):
+        for column, number in enumerate(numbers):
+            expected = np.bincount(routes[:, column].ravel(), minlength=16)
+            np.testing.assert_array_equal(counts[step, number], expected)
+
+
+def test_routes_of_one_layout_serve_another(ranks: RankPools, tmp_path: Path) -> None:
+    run(ranks, 1, {"record": str(tmp_path / "one")})
+    layout = {"parallel": TP2 | PP2 | EP2, "training": FULL}
+    run(ranks, 4, {"replay": str(tmp_path / "one"), "record": str(tmp_path / "four")}, **layout)
+    for one, four in zip(recorded(tmp_path / "one"), recorded(tmp_path / "four"), strict=True):
+        np.testing.assert_array_equal(one, four)
+
+
+def test_only_the_first_steps_are_written(ranks: RankPools, tmp_path: Path) -> None:
+    run(ranks, 1, {"record": str(tmp_path), "steps": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001.npz"]
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
+def test_other_routes_are_repeated_too(ranks: RankPools, tmp_path: Path, layout: str) -> None:
+    """Routes that no router selects: as in one process, where layers are not computed again."""
+    size, sections = LAYOUTS[layout]
+    alone = {name: sections[name] for name in ("model", "moe") if name in sections}
+    num_experts = 8 if "vanilla" in layout else 12
+    plain = run(ranks, 1, {"record": str(tmp_path / "own")}, **alone)
+    for step, own in enumerate(recorded(tmp_path / "own"), 1):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        np.savez(of_step(tmp_path / "other", step), routed_experts=(own + 1) % num_experts)
+    routes = {"replay": str(tmp_path / "other")}
+    reference = run(ranks, 1, routes, **alone)
+    # Sums of fp32 numbers in another order.
+    compare(run(ranks, size, routes, **sections), reference, 1e-5)
+    assert reference.losses != plain.losses
+    for name, gradient in reference.gradients.items():
+        # Of live gates.
+        assert "router" not in name or np.abs(gradient).max() > 0, name
+
+
+def test_what_is_no_file_of_the_step_is_refused(ranks: RankPools, tmp_path: Path) -> None:
+    raw = short(routes={"replay": str(tmp_path)})
+    path, found = of_step(tmp_path, 1), []
+    found += ranks(1).run(refusal, raw)
+    np.savez(path, tokens=np.zeros(3))
+    found += ranks(1).run(refusal, raw)
+    np.savez(path, routed_experts=np.array([1, None], dtype=object))
+    found += ranks(1).run(refusal, raw)
+    np.savez(path, routed_experts=np.zeros((63, 2, 2), dtype=int))
+    found += ranks(1).run(refusal, raw)
+    with path.open("wb") as stream:
+        np.save(stream, np.zeros(3))
+    found += ranks(1).run(refusal, raw)
+    path.write_text("routes")
+    found += ranks(1).run(refusal, raw)
+    for line, reason in zip(
+        found,
+        [
+            "No such file",
+            "routed_experts is not",
+            "Object arrays",
+            "64 tokens",
+            "not named",
+            "ickle",
+        ],
+        strict=True,
+    ):
+        assert line.startswith(f"routes.replay ({path}) must be an npz file with this step's")
+        assert reason in line
+        assert "\n" not in line
+
+
+def refusal(raw: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as refused:
+        train(raw, 1)
+    return str(refused.value)
