@@ -224,7 +224,7 @@ def setting_of(option: str) -> str | None:
 def counterpart_of(option: str) -> str | None:
     """Same as `setting_of`, also for values to be worked out and names without `moe-`."""
     name = option.lstrip("-").replace("_", "-")
-    for full in (name, f"moe-{name}"):
+    for full in (name, f"moe-{name}", name.replace("moe-", "", 1)):
         derived = DERIVED.get(full, "")
         setting = derived.split("`")[1] if derived.startswith("`") else setting_of(full)
         if setting is not None:

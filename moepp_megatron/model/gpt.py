@@ -156,6 +156,8 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
         **kwargs: Any,
     ) -> MoEPPChunkPlan:
         """This chunk as nodes of the combined schedule; arguments as `forward`."""
+        if self.config.fine_grained_activation_offloading:
+            self.preprocess_for_fine_grained_offloading()
         return MoEPPChunkPlan(self, input_ids, position_ids, attention_mask, **kwargs)
 
     def with_lane(self, hidden_states: Tensor) -> Tensor:

@@ -94,6 +94,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         **_graph_fields(config),
         **kernel_fields(config),
         **_fp8_fields(config),
+        **dict(config.megatron),
     )
 
 

@@ -24,6 +24,13 @@ from moepp_megatron.runtime.optional import (
 _TE_OF_BF16_MOMENTS = (2, 3)
 # megatron-core's extensions/transformer_engine.py.
 _TE_OF_DELAYED_GRADIENTS = (2, 3)
+# Of megatron-core's settings (its extensions/transformer_engine.py and moe_utils.py).
+_TE_OF_MEGATRON = {
+    "moe_router_fusion": (2, 6),
+    "fused_residual_rmsnorm": (1, 13),
+    "fused_single_qkv_rope": (2, 3),
+    "fine_grained_activation_offloading": (2, 3),
+}
 
 
 def check_fit(config: Config) -> None:
@@ -31,6 +38,7 @@ def check_fit(config: Config) -> None:
     _check_optimizer(config)
     if config.parallel.delay_wgrad_compute:
         _check_engine("parallel.delay_wgrad_compute (true)", _TE_OF_DELAYED_GRADIENTS, "false")
+    _check_megatron(config)
     if config.moe.dispatcher == "flex":
         _check_flex(config)
     if config.training.cuda_graphs:
@@ -74,6 +82,13 @@ def _check_engine(setting: str, needed: tuple[int, ...], instead: str) -> None:
         f"{setting} must have {lack}; use {instead}, or install it where there is a GPU: "
         f"{TRANSFORMER_ENGINE}"
     )
+
+
+def _check_megatron(config: Config) -> None:
+    """Refuse settings of megatron-core that only Transformer Engine's modules have."""
+    for name, needed in _TE_OF_MEGATRON.items():
+        if getattr(config.megatron, name):
+            _check_engine(f"megatron.{name} (true)", needed, "false")
 
 
 def _check_triton(config: Config) -> None:

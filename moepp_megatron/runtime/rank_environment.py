@@ -199,6 +199,9 @@ def set_rank_variables(config: Config, interface: str | None = None) -> None:
     if config.moe.cutlass_grouped_gemm:
         # Read before each product (Transformer Engine, common/gemm/cublaslt_gemm.cu).
         os.environ.setdefault("NVTE_USE_CUTLASS_GROUPED_GEMM", "1")
+    if config.megatron.fine_grained_activation_offloading:
+        # Read on import; otherwise weights would go to the host too (arguments.py demands it).
+        os.environ.setdefault("NVTE_CPU_OFFLOAD_V1", "1")
     for variable in rank_variables(1, interface):
         if not variable.only_at_start:
             _set_default(os.environ, variable)

@@ -6,6 +6,8 @@ from typing import Any
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.load import parse_override
+from moepp_megatron.config.problem import show
+from moepp_megatron.config.schema.megatron import MegatronSection
 
 # One rank, unless the command line says otherwise, and nothing that only training wants.
 FORWARD_ONLY = (
@@ -41,6 +43,11 @@ FORWARD_ONLY = (
     "training.recompute_num_layers=null",
     "training.micro_batch_size=1",
     "training.batch_ramp=null",
+    # What they make faster is training.
+    *(
+        f"megatron.{name}={show(field.default)}"
+        for name, field in MegatronSection.model_fields.items()
+    ),
     # Sequences are of any length.
     "training.cuda_graphs=[]",
     # A limit would make a token's logits depend on which other tokens are there.

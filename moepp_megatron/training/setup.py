@@ -18,6 +18,9 @@ from megatron.core.optimizer_param_scheduler import (
     OptimizerParamScheduler,
     get_canonical_lr_for_logging,
 )
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+    FineGrainedActivationOffloadingInterface as off_interface,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -62,6 +65,10 @@ class TrainingModel:
         """Switch all chunks between training and evaluation."""
         for chunk in self.chunks:
             chunk.train(training)
+        if self.models[0].config.fine_grained_activation_offloading:
+            # No backward pass of an evaluation would fetch back what it has sent to the host.
+            switch = off_interface.enable_offload if training else off_interface.disable_offload
+            switch()
 
     @contextmanager
     def gathered_parameters(self) -> Iterator[None]:

@@ -33,6 +33,8 @@ def answer_megatron() -> None:
 
     import moepp_megatron.moe.dedup_dispatcher as dedup
 
+    _answer_offloading()
+
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         if not (isinstance(tensor, torch.Tensor) and tensor.is_cuda):
             return tensor
@@ -72,6 +74,23 @@ def answer_megatron() -> None:
 
     dispatcher.exchange_counts = counted
     _answer_flex(token_dispatcher)
+
+
+def _answer_offloading() -> None:
+    """A played tensor is one of the device's, and its copy on the host is pinned."""
+    from megatron.core.pipeline_parallel import fine_grained_activation_offload as offload
+
+    handler = offload.ChunkOffloadHandler
+    handler._can_manage_tensor_for_offload = staticmethod(
+        lambda tensor: tensor.is_cuda and not isinstance(tensor, torch.nn.Parameter)
+    )
+    copy = handler.reload
+
+    def reload(self: Any, state: Any, non_blocking: bool | None = None) -> torch.Tensor:
+        return copy(self, state, True)
+
+    if copy.__module__ == offload.__name__:
+        handler.reload = reload
 
 
 def _answer_flex(token_dispatcher: Any) -> None:

@@ -71,6 +71,8 @@ def play(
         "CUDA_VISIBLE_DEVICES": "0",
         "PYTHONPATH": os.pathsep.join(paths),
         "TORCHDYNAMO_DISABLE": "1",
+        # As a run with fine_grained_activation_offloading sets it; without has no effect.
+        "NVTE_CPU_OFFLOAD_V1": "1",
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("TRITON_INTERPRET", None)

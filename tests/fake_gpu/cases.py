@@ -166,6 +166,8 @@ LOCAL: dict[str, dict[str, Any]] = {
 _FP8 = "precision.fp8=hybrid"
 _SELECTIVE = "training.recompute_granularity=selective"
 _FLEX = "moe.dispatcher=flex"
+_OFFLOADING = "megatron.fine_grained_activation_offloading=true"
+_OFFLOADED = "megatron.offload_modules=[qkv_linear,core_attn,attn_proj,mlp_norm,expert_fc1,moe_act]"
 
 
 def _fp8(recipe: str, *overrides: str, **fields: Any) -> dict[str, Any]:
@@ -233,4 +235,22 @@ ENGINE: dict[str, dict[str, Any]] = {
     "Muon": smallest("optimizer.kind=muon", "parallel.overlap_param_gather=false"),
     "fp32": smallest("precision.dtype=fp32"),
     "latent attention": shipped(ROOT / "configs/models/deepseek_v3_256_64.yaml"),
+    "megatron, combined schedule": smallest(
+        _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true",
+        "megatron.high_priority_a2a_comm_stream=true",
+        "megatron.ep_overlap_early_attn_memory_release=true", _OFFLOADING, _OFFLOADED,
+        world_size=2, sequences=4, parts=["evaluation"],
+    ),
+    "HybridEP, its own permutation": smallest(
+        _TWO_EXPERT_RANKS, _FLEX, "moe.flex_backend=hybridep",
+        "megatron.moe_permute_fusion_into_hybridep=true", world_size=2,
+    ),
+    "vanilla, fused router": smallest(*VANILLA, "megatron.moe_router_fusion=true"),
+    "fused residual": smallest("megatron.fused_residual_rmsnorm=true"),
+    "fused rotation": smallest("megatron.fused_single_qkv_rope=true", parts=["evaluation"]),
+    "offloading": smallest(_OFFLOADING, _OFFLOADED, sequences=2, parts=["evaluation"]),
+    "offloading, pipeline": smallest(
+        _OFFLOADING, _OFFLOADED, _STAGES, "model.num_layers=4", world_size=2, sequences=4
+    ),
+    "FP8, offloading": _fp8("blockwise", _OFFLOADING, _OFFLOADED),
 }  # fmt: skip

@@ -42,7 +42,7 @@ class Case:
         overrides: Settings over it; two layers and micro-batches of one sequence unless given.
         world_size: Ranks of the layout.
         rank: The one that is played.
-        parts: What else is played: guard, and after the step health, evaluation, save.
+        parts: What else is played: guard, between the steps evaluation, after them health and save.
     """
 
     config: str
@@ -132,6 +132,9 @@ def _leave() -> None:
     parallel_state._GLOBAL_MEMORY_BUFFER = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+        PipelineOffloadManager,
+    )
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.cuda_graphs import _set_capture_end
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -144,6 +147,7 @@ def _leave() -> None:
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
     # Has as many layers as the first model.
     get_moe_metrics_tracker().metrics.clear()
+    PipelineOffloadManager.OFFLOAD_MGR = None
     # Fake tensors belong to their mode.
     capacity.capacity_limits.cache_clear()
     extension.forget_tensors()
@@ -296,6 +300,8 @@ class _Run:
             )
             taken = Step(Progress(step), 0, 1, 0.0, result)
             watching.end_step(taken)
+            if step == 1 and "evaluation" in parts:
+                self._evaluate()
         self.outcome.peak, self.outcome.parts = MEMORY.peak, MEMORY.parts
         self.outcome.reads = dict(RECORD.reads)
         self.outcome.launches = dict(RECORD.launches)
@@ -305,8 +311,6 @@ class _Run:
         mean_loss(result.losses)
         if "health" in parts:
             watching.record(taken, {})
-        if "evaluation" in parts:
-            self._evaluate()
         if "save" in parts:
             self._plan_save()
 

@@ -31,6 +31,7 @@ def test_features(play: Play, transformer_engine: Engine) -> None:
         "DeepEP": (reads.DEEPEP,),
         "HybridEP": (reads.HYBRIDEP,),
         "FP8, HybridEP": (reads.HYBRIDEP,),
+        "HybridEP, its own permutation": (reads.HYBRIDEP,),
     }
     for name, outcome in outcomes.items():
         if name.endswith(", recompute") or "moe" in name:
@@ -38,6 +39,14 @@ def test_features(play: Play, transformer_engine: Engine) -> None:
             outcome["layers"] *= 2
         assert outcome["modules"][-1] == "TEGroupedMLP"
         assert excess(outcome, tables.get(name, (reads.ALL_TO_ALL,))) == {}, name
+
+    # What megatron-core's own settings are there for: kernels of the two layers, and memory.
+    plain, vanilla = outcomes["one rank"], outcomes["vanilla"]["kernels"]
+    assert vanilla - outcomes["vanilla, fused router"]["kernels"] == 2 * 17
+    fewer = {"fused residual": 1, "fused rotation": 4}
+    for name, kernels in fewer.items():
+        assert outcomes["without kernels"]["kernels"] - outcomes[name]["kernels"] == 2 * kernels
+    assert outcomes["offloading"]["peak"] < plain["peak"]
 
 
 def every_shipped() -> Iterator[Any]:

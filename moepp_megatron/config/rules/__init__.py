@@ -12,6 +12,7 @@ flex.py              the sizes that deep_ep, the package of the flex dispatcher,
 fp8_shapes.py        the shapes that FP8 requires
 ignored.py           settings that the user gave and that have no effect: warnings, not errors
 latent_attention.py  `model.latent_attention`: settings that it replaces or excludes
+megatron.py          the section `megatron`
 model.py             the model's shape
 moe.py               experts and routing
 multi_token.py       `model.mtp_num_layers`
@@ -44,6 +45,7 @@ from moepp_megatron.config.rules import (
     flex,
     ignored,
     latent_attention,
+    megatron,
     model,
     moe,
     multi_token,
@@ -81,6 +83,7 @@ RULES: tuple[Rule, ...] = (
     *slurm.RULES,
     *observe.RULES,
     *routes.RULES,
+    *megatron.RULES,
     *routing_guard.RULES,
 )
 IGNORED: tuple[Rule, ...] = ignored.RULES

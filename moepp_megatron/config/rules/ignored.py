@@ -220,6 +220,8 @@ RULES: tuple[Rule, ...] = (
         "set checkpoint.save_interval above 0, or leave it out"),
     _where(lambda c: c.routes.record is None and c.routes.trace is None,
         "without routes.record or routes.trace", "routes.steps", "set one of them"),
+    _without("megatron.fine_grained_activation_offloading",
+        "megatron.offload_modules megatron.min_offloaded_tensor_size", "set it to true"),
     _without("training.profile_steps", "training.profile_ranks", "name some steps"),
     _where(lambda c: c.observe.wandb.project is None, "without observe.wandb.project",
         "observe.wandb.entity observe.wandb.mode", "name a project"),

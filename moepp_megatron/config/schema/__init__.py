@@ -6,6 +6,7 @@ config.py            the whole configuration: one section per subject
 distillation.py      section `distillation`: a teacher besides the text
 evaluation.py        section `evaluation`: tasks of lm-eval while a model is trained
 latent_attention.py  section `model.latent_attention`: multi-head latent attention
+megatron.py          section `megatron`: megatron-core's own settings of speed and memory
 model.py             section `model`: the decoder around the experts
 moe.py               section `moe`: experts and routing of MoE++ (arXiv 2410.07348)
 observe.py           sections `observe` and `telemetry`: what is measured, where records go

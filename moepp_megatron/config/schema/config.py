@@ -7,6 +7,7 @@ from pydantic import Field
 
 from moepp_megatron.config.schema.distillation import DistillationSection
 from moepp_megatron.config.schema.evaluation import EvaluationSection
+from moepp_megatron.config.schema.megatron import MegatronSection
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
 from moepp_megatron.config.schema.observe import ObserveSection, TelemetrySection
@@ -33,6 +34,9 @@ class Config(Section):
     )
     precision: PrecisionSection = Field(
         default_factory=PrecisionSection, description="Number formats"
+    )
+    megatron: MegatronSection = Field(
+        default_factory=MegatronSection, description="Further settings of megatron-core"
     )
     data: DataSection = Field(default_factory=DataSection, description="The prepared corpus")
     optimizer: OptimizerSection = Field(description="The optimizer and its schedule")

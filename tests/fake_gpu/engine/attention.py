@@ -74,3 +74,29 @@ def fused_rope_forward(input: torch.Tensor) -> torch.Tensor:
 @function
 def fused_rope_backward(output_grads: torch.Tensor) -> torch.Tensor:
     return new(output_grads.shape, output_grads.dtype)
+
+
+@function
+def fused_qkv_rope_forward(
+    qkv_input: torch.Tensor, q_freqs: Any, k_freqs: Any, qkv_split_arg_list: list[int]
+) -> tuple[torch.Tensor, ...]:
+    for freqs in (q_freqs, k_freqs):
+        assert freqs.dtype == torch.float32, f"frequencies in {freqs.dtype}"
+        assert tuple(freqs.shape[1:3]) == (1, 1), tuple(freqs.shape)
+    assert qkv_input.dim() == 4, tuple(qkv_input.shape)
+    assert qkv_input.is_contiguous()
+    *outer, groups, _ = qkv_input.shape
+    of_query, width, of_value = qkv_split_arg_list
+    query = new([*outer, groups * of_query // width, width], qkv_input.dtype)
+    sizes = ([*outer, groups, each] for each in (width, of_value))
+    return query, *(new(size, qkv_input.dtype) for size in sizes)
+
+
+@function
+def fused_qkv_rope_backward(
+    q_grad_out: Any, k_grad_out: Any, v_grad_out: Any, qkv_split_arg_list: list[int]
+) -> torch.Tensor:
+    heads = sum(each.shape[2] for each in (q_grad_out, k_grad_out, v_grad_out))
+    total = sum(qkv_split_arg_list)
+    groups = heads * q_grad_out.shape[3] // total
+    return new([*q_grad_out.shape[:2], groups, total], q_grad_out.dtype)

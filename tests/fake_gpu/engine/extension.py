@@ -22,7 +22,7 @@ from unittest.mock import MagicMock
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tests.fake_gpu.engine import attention  # noqa: F401  its functions are among FUNCTIONS
+from tests.fake_gpu.engine import attention, router  # noqa: F401  their functions are in FUNCTIONS
 from tests.fake_gpu.engine.declarations import REQUIRED, Parameter, enums, functions, takes
 from tests.fake_gpu.engine.functions import FUNCTIONS, HOST
 from tests.fake_gpu.machine import RECORD, owner
@@ -52,8 +52,20 @@ def install(source: Path) -> None:
 
 
 def _know_fake_tensors() -> None:
-    """Attention is chosen by the exact type of its inputs."""
+    """What is asked for the exact type of a tensor: attention, and offloading."""
+    from transformer_engine.pytorch import cpu_offload_v1
     from transformer_engine.pytorch.attention.dot_product_attention import utils
+
+    mark = cpu_offload_v1.mark_activation_offload
+
+    def marked(*tensors: Any, offload: bool = True) -> None:
+        for tensor in tensors:
+            if type(tensor) is not FakeTensor:
+                mark(tensor, offload=offload)
+            elif not offload:
+                tensor._TE_do_not_offload = True
+
+    cpu_offload_v1.mark_activation_offload = marked
 
     describe = utils.AttentionParams.__init__
 

@@ -1,14 +1,18 @@
 """From the user's configuration to the settings that the layers are built from."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.transformer.enums import CudaGraphModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moepp_megatron.config import load_config
+from moepp_megatron.config import ConfigError, load_config
+from moepp_megatron.config.schema.megatron import MegatronSection
 from moepp_megatron.model import local_modules, megatron_config
 from moepp_megatron.model.megatron_config import moepp_config, transformer_config
+from moepp_megatron.moe.upstream_settings import IDLE, OURS, REFUSED
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
@@ -49,6 +53,25 @@ def test_graphs_and_overlap_reach_megatron():
     config = transformer_config(load_config(QUICKSTART, overrides))
     assert config.overlap_moe_expert_parallel_comm
     assert config.cuda_graph_impl == "none"
+
+
+def test_settings_of_megatron_are_its_own_and_reach_it():
+    fields = {field.name: field for field in dataclasses.fields(TransformerConfig)}
+    for name, setting in MegatronSection.model_fields.items():
+        field, default = fields[name], setting.default
+        assert default == (field.default_factory() if isinstance(default, list) else field.default)
+        assert isinstance(default, list) or type(default) is field.type
+    ignored = {*OURS, *REFUSED, *IDLE} & MegatronSection.model_fields.keys()
+    assert ignored == {"moe_router_fusion"}, "refused but for vanilla layers"
+    config = load_config(QUICKSTART, ["megatron.fused_single_qkv_rope=true"])
+    assert transformer_config(config).fused_single_qkv_rope
+    assert not transformer_config(load_config(QUICKSTART)).fused_single_qkv_rope
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_a_setting_of_ours_decides_is_named(name):
+    with pytest.raises(ConfigError, match=r"^unknown key megatron\.\w+; did you mean moe\.\w+\?"):
+        load_config(QUICKSTART, [f"megatron.{name}=1"])
 
 
 def test_weight_gradients_are_accumulated_in_the_product_where_apex_can(monkeypatch):

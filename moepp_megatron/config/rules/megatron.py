@@ -1,0 +1,93 @@
+"""Rules of the section `megatron`: where megatron-core 0.19.2 would ignore a setting, or fail."""
+
+from __future__ import annotations
+
+from moepp_megatron.config.problem import show
+from moepp_megatron.config.rules.rows import Condition, Rule, Text, each, group, refuse, values
+from moepp_megatron.config.schema import Config
+from moepp_megatron.config.stages import stage_layers
+
+_EXPERTS = {"expert_fc1", "moe_act"}
+
+
+def _only_with(names: str, missing: Condition, must: Text, remedy: str) -> Rule:
+    """A rule: what is true among these settings is refused where `missing` is true."""
+    return group(missing, each(values(names), bool, must, f"{remedy}, or leave {{name}} out"))
+
+
+def _offloaded(config: Config) -> set[str]:
+    return set(config.megatron.offload_modules)
+
+
+def _recomputed_experts(config: Config) -> bool:
+    training = config.training
+    is_whole = "moe" in training.recompute_modules
+    return training.recompute_granularity == "selective" and is_whole
+
+
+def _modules(wrong: Condition, must: Text, remedy: str) -> Rule:
+    return refuse("megatron.offload_modules", wrong, must, remedy)
+
+
+def _has_short_chunk(config: Config) -> bool:
+    return any(len(layers) < 2 for stage in stage_layers(config) for layers in stage)
+
+
+RULES: tuple[Rule, ...] = (
+    _only_with(
+        "megatron.high_priority_a2a_comm_stream megatron.ep_overlap_early_attn_memory_release",
+        lambda c: not c.parallel.overlap_moe_expert_parallel_comm,
+        "must come with parallel.overlap_moe_expert_parallel_comm (false), whose schedule reads it",
+        "set that to true"),
+    _only_with("megatron.moe_permute_fusion_into_hybridep",
+        lambda c: c.moe.dispatcher != "flex" or c.moe.flex_backend != "hybridep",
+        "must come with moe.dispatcher flex ({moe.dispatcher}) and moe.flex_backend hybridep "
+        "({moe.flex_backend})", "set both"),
+    _only_with("megatron.moe_router_fusion", lambda c: not c.moe.is_vanilla,
+        "must be false with MoE++ layers: the fused kernel knows one kind of expert",
+        "set moe.fused"),
+    _only_with("megatron.fused_residual_rmsnorm",
+        lambda c: "moe_router" in c.training.cuda_graphs,
+        "must be false with moe_router in training.cuda_graphs, which captures a plain norm",
+        "use [attn]"),
+    _only_with("megatron.fused_single_qkv_rope",
+        lambda c: (
+            c.model.latent_attention or c.model.qk_layernorm or c.data.reset_attention_mask
+        ),
+        "must be false with model.latent_attention, model.qk_layernorm and "
+        "data.reset_attention_mask: queries and keys are handled apart there",
+        "leave those out"),
+    refuse("megatron.use_transformer_engine_op_fuser",
+        lambda c: c.megatron.use_transformer_engine_op_fuser,
+        "must be false: megatron-core gives it SwiGLU experts only with Transformer Engine's "
+        "kernels for Blackwell, and pads rows to 256 for it, which has not been tried",
+        "leave it out"),
+    group(lambda c: c.megatron.fine_grained_activation_offloading,
+        _modules(lambda c: not c.megatron.offload_modules,
+            "must name a module with megatron.fine_grained_activation_offloading",
+            "use [core_attn, attn_proj], or set that to false"),
+        # (transformer_config.py)
+        _modules(lambda c: "attn_proj" in _offloaded(c) and "core_attn" not in _offloaded(c),
+            "must hold core_attn with attn_proj, whose input is its output", "add core_attn"),
+        _modules(lambda c: _EXPERTS & _offloaded(c) and _recomputed_experts(c),
+            "must not hold expert_fc1 or moe_act with moe in training.recompute_modules, which "
+            "keeps neither", "leave them out"),
+        _modules(lambda c: c.training.cuda_graphs and _offloaded(c) - _EXPERTS,
+            "must hold only expert_fc1 and moe_act with training.cuda_graphs: a graph keeps its "
+            "own tensors", "use [expert_fc1, moe_act], or set training.cuda_graphs to []"),
+        # (Transformer Engine's grouped_linear.py)
+        _modules(lambda c: c.precision.recipe == "delayed" and "expert_fc1" in _offloaded(c),
+            "must not hold expert_fc1 with precision.fp8_recipe delayed, whose scales are those "
+            "of the forward pass", "leave it out"),
+        refuse("megatron.fine_grained_activation_offloading", _has_short_chunk,
+            "must have two layers or more in every pipeline chunk: megatron-core confuses the "
+            "micro-batches of a chunk of one",
+            "use more layers, or fewer chunks"),
+        refuse("megatron.fine_grained_activation_offloading", lambda c: c.training.batch_ramp,
+            lambda c: (
+                f"must be false with training.batch_ramp ({show(c.training.batch_ramp)}): "
+                "megatron-core counts on as many micro-batches as the first step has"
+            ),
+            "leave one of the two out"),
+    ),
+)  # fmt: skip
