@@ -246,8 +246,10 @@ ENGINE: dict[str, dict[str, Any]] = {
         "megatron.moe_permute_fusion_into_hybridep=true", world_size=2,
     ),
     "vanilla, fused router": smallest(*VANILLA, "megatron.moe_router_fusion=true"),
-    "fused residual": smallest("megatron.fused_residual_rmsnorm=true"),
-    "fused rotation": smallest("megatron.fused_single_qkv_rope=true", parts=["evaluation"]),
+    "fused residual": smallest("megatron.fused_residual_rmsnorm=true", sequences=2),
+    "fused rotation": smallest(
+        "megatron.fused_single_qkv_rope=true", sequences=2, parts=["evaluation"]
+    ),
     "offloading": smallest(_OFFLOADING, _OFFLOADED, sequences=2, parts=["evaluation"]),
     "offloading, pipeline": smallest(
         _OFFLOADING, _OFFLOADED, _STAGES, "model.num_layers=4", world_size=2, sequences=4

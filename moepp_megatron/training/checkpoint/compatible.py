@@ -79,7 +79,8 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
 # Settings of which two values may mean the same.
 _MEANINGS: dict[str, Callable[[Config], Any]] = {**_SHAPES, "data.split": _split}
 # Sections that decide what is trained. The degrees of `parallel` are reported as the layout.
-_SECTIONS = "model moe precision megatron data optimizer training distillation".split()
+_SECTIONS = ("model", "moe", "precision", "data", "optimizer", "training", "distillation")
+_SECTIONS += ("megatron",)
 
 
 def check_compatible(checkpoint: Path, config: Config) -> Config:
