@@ -201,11 +201,9 @@ def _flex_fields(config: Config) -> dict[str, object]:
     moe = config.moe
     if moe.dispatcher != "flex":
         return {}
-    backend = flex_backend(moe.flex_backend)
-    if backend is None:
-        # Nothing is installed (`runtime.fit` has refused a run by now): what the user named.
-        named = {"auto": "deepep", "deepep": "deepep", "hybridep": "hybridep"}
-        backend = named[moe.flex_backend]
+    # What the user named where nothing is installed (`runtime.fit` has refused a run by now).
+    named = {"auto": "deepep", "deepep": "deepep", "hybridep": "hybridep"}
+    backend = flex_backend(moe.flex_backend) or named[moe.flex_backend]
     return {
         "moe_flex_dispatcher_backend": backend,
         "moe_flex_dispatcher_num_sms": moe.flex_num_sms,
@@ -225,7 +223,7 @@ def _graph_fields(config: Config) -> dict[str, object]:
 def kernel_fields(config: Config) -> dict[str, object]:
     """Fused kernels only where Transformer Engine brings them."""
     fused = have_transformer_engine()
-    fields: dict[str, object] = {
+    return {
         "use_cpu_initialization": not torch.cuda.is_available(),
         "moe_grouped_gemm": fused,
         "moe_permute_fusion": fused,
@@ -240,7 +238,6 @@ def kernel_fields(config: Config) -> dict[str, object]:
         # The other two kinds: `moepp_megatron.model.cross_entropy`.
         "cross_entropy_loss_fusion": config.precision.cross_entropy == "native",
     }
-    return fields
 
 
 def _fp8_fields(config: Config) -> dict[str, object]:

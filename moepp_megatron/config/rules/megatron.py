@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from moepp_megatron.config.problem import show
 from moepp_megatron.config.rules.rows import Condition, Rule, Text, each, group, refuse, values
 from moepp_megatron.config.schema import Config
 from moepp_megatron.config.stages import stage_layers
@@ -19,18 +18,8 @@ def _offloaded(config: Config) -> set[str]:
     return set(config.megatron.offload_modules)
 
 
-def _recomputed_experts(config: Config) -> bool:
-    training = config.training
-    is_whole = "moe" in training.recompute_modules
-    return training.recompute_granularity == "selective" and is_whole
-
-
 def _modules(wrong: Condition, must: Text, remedy: str) -> Rule:
     return refuse("megatron.offload_modules", wrong, must, remedy)
-
-
-def _has_short_chunk(config: Config) -> bool:
-    return any(len(layers) < 2 for stage in stage_layers(config) for layers in stage)
 
 
 RULES: tuple[Rule, ...] = (
@@ -69,7 +58,7 @@ RULES: tuple[Rule, ...] = (
         # (transformer_config.py)
         _modules(lambda c: "attn_proj" in _offloaded(c) and "core_attn" not in _offloaded(c),
             "must hold core_attn with attn_proj, whose input is its output", "add core_attn"),
-        _modules(lambda c: _EXPERTS & _offloaded(c) and _recomputed_experts(c),
+        _modules(lambda c: _EXPERTS & _offloaded(c) and "moe" in c.training.recompute_modules,
             "must not hold expert_fc1 or moe_act with moe in training.recompute_modules, which "
             "keeps neither", "leave them out"),
         _modules(lambda c: c.training.cuda_graphs and _offloaded(c) - _EXPERTS,
@@ -79,15 +68,13 @@ RULES: tuple[Rule, ...] = (
         _modules(lambda c: c.precision.recipe == "delayed" and "expert_fc1" in _offloaded(c),
             "must not hold expert_fc1 with precision.fp8_recipe delayed, whose scales are those "
             "of the forward pass", "leave it out"),
-        refuse("megatron.fine_grained_activation_offloading", _has_short_chunk,
+        refuse("megatron.fine_grained_activation_offloading",
+            lambda c: min(len(layers) for stage in stage_layers(c) for layers in stage) < 2,
             "must have two layers or more in every pipeline chunk: megatron-core confuses the "
             "micro-batches of a chunk of one",
             "use more layers, or fewer chunks"),
         refuse("megatron.fine_grained_activation_offloading", lambda c: c.training.batch_ramp,
-            lambda c: (
-                f"must be false with training.batch_ramp ({show(c.training.batch_ramp)}): "
-                "megatron-core counts on as many micro-batches as the first step has"
-            ),
-            "leave one of the two out"),
+            "must be false with training.batch_ramp ({training.batch_ramp}): megatron-core counts "
+            "on as many micro-batches as the first step has", "leave one of the two out"),
     ),
 )  # fmt: skip
