@@ -171,10 +171,7 @@ class Record(BaseModel):
         "busiest FFN expert's selections over the FFN experts' mean; all ranks wait for it", "",
         "router", "moepp_max_ffn_load_ratio", guard="counted", healthy="1.20 to 2.22",
         wrong="above 3 to 4 for long", panel=("Busiest FFN expert over the mean", "load"),
-        drawn=Drawn(
-            "Busiest FFN expert", "load / mean load", 3,
-            "Selections of the busiest FFN expert over the FFN experts' mean; 1 is perfect "
-            "balance.", level=("even", 1.0)))]
+        drawn=Drawn("Busiest FFN expert", "load / mean load", 3, level=("even", 1.0)))]
     dropped_fraction: Annotated[Number, Metric(
         "share of all selections that a capacity limit dropped", "share", "router",
         "moepp_dropped_ratio", drawn=Drawn("Dropped selections", "share", 7, unless_zero=True))]
@@ -210,6 +207,13 @@ class Record(BaseModel):
         "share of a layer's selections that an expert takes; Prometheus has them by kind",
         "share", "expert_share", "moepp_layer_share_ratio", "layer,expert,kind",
         panel=("Share of each kind, by layer", "layer {{layer}} {{kind}}"))] = None
+    max_vio: Annotated[MaybeFloat, Metric(
+        "MaxVio (arXiv 2408.15664) of the step: the busiest FFN expert's selections over the FFN "
+        "experts' mean, less 1; mean over MoE layers", "", "router", "moepp_max_vio",
+        drawn=Drawn("MaxVio", "load / mean load - 1", 3))] = None
+    layer_max_vio: Annotated[list[Number] | None, Metric(
+        "MaxVio of a layer", "", "layer_max_vio", "moepp_layer_max_vio", "layer",
+        panel=("MaxVio of each MoE layer", "layer {{layer}}"))] = None
     layer_ffn_fraction: Annotated[list[Number] | None, Metric(
         "FFN experts' share of a layer's selections", "share", "layer_ffn_fraction",
         "moepp_layer_ffn_ratio", "layer",
@@ -361,10 +365,7 @@ IN_LAYERS = {
         "idlest FFN expert's selections over the FFN experts' mean; 0 is a dead expert",
         prometheus="moepp_layer_min_ffn_load_ratio", labels="layer", guard="counted",
         healthy="0.22 to 0.83", wrong="dead_expert",
-        drawn=Drawn(
-            "Idlest FFN expert", "load / mean load", 6,
-            "Selections of the idlest FFN expert of a layer over the FFN experts' mean: 1 is "
-            "perfect balance, 0 a dead expert.")),
+        drawn=Drawn("Idlest FFN expert", "load / mean load", 6, level=("even", 1.0))),
     "max_expert_share": Metric("largest share of any expert", "share", guard="counted"),
     "max_expert_tokens": Metric(
         "share of the tokens that the most selected expert has", "share", guard="counted"),

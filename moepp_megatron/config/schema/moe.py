@@ -21,7 +21,7 @@ class MoESection(Section, LayerSettings):  # type: ignore[misc]
     """Half width of the uniform noise factor on the router's input; null: off"""
     bias_update_rate: Annotated[float, Unit("1"), Field(ge=0.0)] = 0.0
     """Step by which the selection bias of each expert moves after every batch, up where its load is
-    below the mean and down where it is above (balancing without a loss, DeepSeek-V3: 0.001); 0: it
+    below the mean and down where it is above (aux-loss-free balancing, DeepSeek-V3: 0.001); 0: it
     stays. Needs scores other than softmax, as in megatron-core"""
     dispatcher: Annotated[Literal["alltoall", "alltoall_dedup", "allgather", "flex"], Unit("-")] = (
         "alltoall"
