@@ -58,9 +58,11 @@ RULES: tuple[Rule, ...] = (
         # (transformer_config.py)
         _modules(lambda c: "attn_proj" in _offloaded(c) and "core_attn" not in _offloaded(c),
             "must hold core_attn with attn_proj, whose input is its output", "add core_attn"),
-        _modules(lambda c: _EXPERTS & _offloaded(c) and "moe" in c.training.recompute_modules,
-            "must not hold expert_fc1 or moe_act with moe in training.recompute_modules, which "
-            "keeps neither", "leave them out"),
+        group(lambda c: c.training.recompute_granularity == "selective",
+            _modules(lambda c: _EXPERTS & _offloaded(c) and "moe" in c.training.recompute_modules,
+                "must not hold expert_fc1 or moe_act with moe in training.recompute_modules, "
+                "which keeps neither", "leave them out"),
+        ),
         _modules(lambda c: c.training.cuda_graphs and _offloaded(c) - _EXPERTS,
             "must hold only expert_fc1 and moe_act with training.cuda_graphs: a graph keeps its "
             "own tensors", "use [expert_fc1, moe_act], or set training.cuda_graphs to []"),
