@@ -235,25 +235,37 @@ _moepp_install() {
 
 # Installs the tested version into the environment $1, log $2, and imports it. Its part for
 # torch is compiled against the torch that is there (no build isolation), and the wheel is kept, so
-# that another environment or a second try does not compile it again.
+# that another environment or a second try does not compile it again. No nvcc and no GPU is needed.
 _moepp_install_te() {
     local venv=$1 log=$2 begin=$SECONDS version wheels=${MOEPP_WHEELS:-$MOEPP_ROOT/.wheels} cuda found
-    local -a pip sources=()
+    local -a pip sources=() headers=()
     version=$(_moepp_te_version)
     found=$(_moepp_sources) || return 1
     if [[ -n $found ]]; then mapfile -t sources <<<"$found"; fi
     mkdir -p -- "$wheels" || return 1
-    # cu12 or cu13, as torch was built.
-    cuda=$("$venv/bin/python" -P -c 'import torch; print((torch.version.cuda or "").split(".")[0])')
+    # 12.9 or 13.2, as torch was built.
+    cuda=$("$venv/bin/python" -P -c 'import torch; print(torch.version.cuda or "")')
     if [[ -z $cuda ]]; then
         _moepp_say "Transformer Engine needs a torch that was built for CUDA; this one is for CPUs"
         return 1
     fi
+    # Where torch brought CUDA as wheels, their headers include a folder that is in a wheel of its own.
+    if [[ -n $(_moepp_cuda_headers "$venv") ]]; then
+        case $cuda in
+        12.*) headers=("nvidia-cuda-nvcc-cu12==$cuda.*") ;;
+        *) headers=("nvidia-cuda-crt==$cuda.*") ;;
+        esac
+    fi
+    # Else its set-up asks its release page for a compiled wheel first.
+    if [[ -n $found ]]; then export NVTE_PYTORCH_FORCE_BUILD=TRUE; fi
+    cuda=${cuda%%.*}
     pip=("$venv/bin/python" -P -m pip)
     _moepp_say "installing Transformer Engine $version for CUDA $cuda (log: $log; wheel kept in $wheels)"
     if ! _moepp_logged "$log" "${pip[@]}" install --disable-pip-version-check --no-input \
-        "${sources[@]}" 'setuptools>=77' wheel ninja pybind11 "transformer_engine_cu$cuda==$version" ||
-        ! _moepp_logged "$log" "${pip[@]}" wheel --disable-pip-version-check --no-input \
+        "${sources[@]}" 'setuptools>=77' wheel ninja pybind11 "transformer_engine_cu$cuda==$version" \
+        ${headers[@]+"${headers[@]}"} ||
+        ! CPLUS_INCLUDE_PATH=$(_moepp_cuda_headers "$venv")${CPLUS_INCLUDE_PATH:+:$CPLUS_INCLUDE_PATH} \
+            NVTE_BUILD_USE_NVIDIA_WHEELS=${#headers[@]} _moepp_logged "$log" "${pip[@]}" wheel --disable-pip-version-check --no-input \
             "${sources[@]}" -f "$wheels" --no-build-isolation --no-deps \
             --wheel-dir "$wheels" "transformer_engine_torch==$version" ||
         ! _moepp_logged "$log" "${pip[@]}" install --disable-pip-version-check --no-input \
@@ -273,6 +285,18 @@ print(version("transformer_engine"))' 2>>"$log") || {
     }
     _moepp_say "Transformer Engine $found imported after $((SECONDS - begin)) s"
     printf '%s\n' "$version" >"$venv/.moepp-te"
+}
+
+# Prints the folders of headers of NVIDIA's wheels, as CPLUS_INCLUDE_PATH has them; nothing where CUDA
+# is no wheel. Transformer Engine's set-up looks in CUDA's toolkit or in these, and a toolkit has no NCCL.
+_moepp_cuda_headers() {
+    "$1/bin/python" -P -c '
+import nvidia
+from pathlib import Path
+
+folders = [folder for path in nvidia.__path__ for folder in Path(path).glob("*/include")]
+if any((folder / "cuda_runtime_api.h").exists() for folder in folders):
+    print(*folders, sep=":")' 2>/dev/null || true
 }
 
 _moepp_te_version() {
@@ -297,7 +321,8 @@ _moepp_check_current() {
             "or unset MOEPP_ENV"
         return 1
     fi
-    "$1" -I - "$MOEPP_ROOT" "${MOEPP_DEV:-0}" <<'PYTHON'
+    # With PYTHONPATH, where a container may have its packages.
+    "$1" -P - "$MOEPP_ROOT" "${MOEPP_DEV:-0}" <<'PYTHON'
 import sys, tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

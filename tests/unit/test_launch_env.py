@@ -33,8 +33,10 @@ case "$*" in
     chmod +x "$(dirname "$0")/moepp" ;;
 "-P -m pip wheel"*)
     echo "pip $*" >>"$CALLS"
+    env >"$CALLS.wheel"
     [[ -z "${{WHEEL_FAILS:-}}" ]] ;;
-*"import torch;"*) echo "${{TORCH_CUDA-13}}" ;;
+*"import torch;"*) echo "${{TORCH_CUDA-13.2}}" ;;
+*"import nvidia"*) echo "${{CUDA_HEADERS-/site/nvidia/cu13/include:/site/nvidia/nccl/include}}" ;;
 *"import transformer_engine"*) [[ -z "${{TE_BROKEN:-}}" ]] && echo 2.20.2 ;;
 "-I - "*) cat >/dev/null; : >"$4" ;;
 *) exit 9 ;;
@@ -43,7 +45,7 @@ esac
 
 
 # All that env.sh may call besides an interpreter.
-TOOLS = ["bash", "cat", "chmod", "cp", "dirname", "flock", "ls", "mkdir", "mv"]
+TOOLS = ["bash", "cat", "chmod", "cp", "dirname", "env", "flock", "ls", "mkdir", "mv"]
 TOOLS += ["readlink", "rm", "sha256sum", "sleep", "tail", "touch"]
 
 
@@ -298,7 +300,7 @@ def test_transformer_engine_is_compiled_against_the_torch_that_is_there(machine)
     assert "Transformer Engine 2.20.2 imported" in err
     _, core, wheel, last = machine.calls.read_text().splitlines()
     wheels = f"{machine.root}/.wheels"
-    assert core.endswith("transformer_engine_cu13==2.20.2")
+    assert core.endswith("transformer_engine_cu13==2.20.2 nvidia-cuda-crt==13.2.*")
     assert "--no-build-isolation --no-deps" in wheel
     assert f"--wheel-dir {wheels}" in wheel
     # What was compiled once is found again.
@@ -308,6 +310,28 @@ def test_transformer_engine_is_compiled_against_the_torch_that_is_there(machine)
     assert te(machine) == (0, "")
     assert machine.source()[0] == 0
     assert len(machine.calls.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("headers", "uses_wheels", "offline"),
+    [("/site/nvidia/cu13/include:/site/nvidia/nccl/include", "1", False), ("", "0", True)],
+    ids=["CUDA as wheels", "a toolkit, offline"],
+)
+def test_where_transformer_engine_finds_headers(machine, tmp_path, headers, uses_wheels, offline):
+    """With wheels, in all of their folders; an image with a toolkit has all in it."""
+    more = {}
+    if offline:
+        (tmp_path / "x.whl").touch()
+        more = {"MOEPP_OFFLINE": str(tmp_path)}
+    status, err = te(machine, CUDA_HEADERS=headers, **more)
+    assert status == 0, err
+    lines = Path(f"{machine.calls}.wheel").read_text().splitlines()
+    environment = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert environment["CPLUS_INCLUDE_PATH"] == headers
+    assert environment["NVTE_BUILD_USE_NVIDIA_WHEELS"] == uses_wheels
+    assert ("nvidia-cuda-crt" in machine.calls.read_text()) == bool(headers)
+    # Else it first asks the page of its releases, and waits.
+    assert environment.get("NVTE_PYTORCH_FORCE_BUILD") == ("TRUE" if offline else None)
 
 
 @pytest.mark.parametrize(
@@ -395,6 +419,10 @@ def test_the_current_environment_is_looked_at_and_left_alone(bare, tmp_path):
     assert lacks[1] == "x1y: not installed"
     assert [line.split(":")[0] for line in lacks[2:]] in ([], ["moepp-megatron"])
     assert not (bare.root / ".venv").exists()
+    # Packages that lie next to the interpreter's own.
+    (tmp_path / "site/x1y-1.0.dist-info").mkdir(parents=True)
+    (tmp_path / "site/x1y-1.0.dist-info/METADATA").write_text("Name: x1y\nVersion: 1.0\n")
+    assert "x1y" not in bare.source(**current, PYTHONPATH=str(tmp_path / "site"))[2]
     status, _, err = bare.source(MOEPP_ENV="other")
     assert status == 1
     assert "MOEPP_ENV (other) must be current" in err
