@@ -1,36 +1,44 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on one card (an H100), into one file:
 #
-#   benchmarks/gpu.sh [--steps NAME,...] [--work DIR] [--out DIR] [--again] [--rehearse]
+#   benchmarks/gpu.sh [--steps NAME,...] [--shapes NAME,...] [--taus TAU,...] [--limit SECONDS]
+#                     [--work DIR] [--out DIR] [--again] [--rehearse]
 #
 # kernels  tests/gpu of kernels and layer: the first thing to fail
-# train    20 steps of the 0.6B model on Python's own sources: loss, time, memory
+# train    20 steps of the 0.6B model on Python's own sources: loss, time, memory; with Transformer
+#          Engine, where it is, and without
 # card     the card's own matrix products and copy
 # layer    the MoE++ layer against megatron-core's vanilla one: four shapes, five taus, bf16 and FP8;
 #          without the kernels of moe.fused; with CUTLASS's grouped product; with 2, 30 and 62
-#          constant experts
+#          constant experts; --shapes and --taus choose others
 # tests    the rest of tests/gpu: correctness in fp32, bf16 and FP8
 # step     whole training steps of the 0.6B model against its vanilla rival, bf16 and FP8
 # resume   the run of train, from its checkpoint
-# graphs   the run of train with attention and router as CUDA graphs
+# graphs   the runs of train with attention and router as CUDA graphs
+# trace    torch's trace of two steps of the 0.6B model: kernels, gaps, waits
+# counters Nsight Compute's counters of the kernels that combine experts, at 2 and 30 constants
 # pair     two GPUs: their link, and a run each with EP, TP, PP and CP over NCCL
 #
-# In this order unless --steps names some. Writes OUT/<card>.json (default benchmarks/results), which
+# In this order unless --steps names some; it may also name one measurement of layer or step, such as
+# layer_bf16_cutlass. Writes OUT/<card>.json (default benchmarks/results), which
 # `moepp bench report` makes a page of. What each part leaves stays in WORK (default runs/gpu_sh),
-# Triton's cache too. A part ends after ten minutes at most; one that has passed with this commit is
-# not run again, so the same command goes on after a break (--again runs it anyway). All parts run
-# even after one fails; the exit status is 0 if all passed, but for those that this machine cannot do
-# (a second GPU, or FP8 without Transformer Engine: launch/env.sh --te). Nothing is downloaded, given
-# an environment (docs/gpu.md).
+# Triton's cache too. A part ends after ten minutes at most, and all of them, with what they left
+# written to the record, within --limit; one that has passed with this commit (MOEPP_COMMIT, where
+# there is no git) is not run again, so the same command goes on after a break (--again runs it
+# anyway). All parts run even after one fails; the exit status is 0 if all passed, but for those that
+# this machine cannot do (a second GPU, or FP8 without Transformer Engine: launch/env.sh --te).
+# Nothing is downloaded, given an environment (docs/gpu.md).
 # --rehearse (or --allow-cpu) runs every part with tiny sizes where there is no GPU; its numbers are
 # no card's and go to WORK.
 set -euo pipefail
 command="benchmarks/gpu.sh $*"
 root=$(cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
 
-steps=kernels,train,card,layer,tests,step,resume,graphs,pair
+steps=kernels,train,card,layer,tests,step,resume,graphs,trace,counters,pair
 known=${steps//,/|}
-work=$root/runs/gpu_sh out='' allow_cpu='' again=''
+formats='bf16|fp8_(delayed|tensorwise|blockwise)'
+known_one="layer_($formats|bf16_(no_kernels|cutlass|constants_(2|30|62)))|step_($formats)"
+work=$root/runs/gpu_sh out='' allow_cpu='' again='' limit='' shapes='' taus=''
 
 die() {
     printf 'error: %s\n' "$1" >&2
@@ -38,7 +46,7 @@ die() {
 }
 while (($#)); do
     case $1 in
-        --steps | --work | --out)
+        --steps | --work | --out | --limit | --shapes | --taus)
             (($# > 1)) || die "$1 must be followed by a value; see the head of benchmarks/gpu.sh"
             printf -v "${1#--}" '%s' "$2"
             shift
@@ -49,15 +57,19 @@ while (($#)); do
             sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
             exit 0
             ;;
-        *) die "argument ($1) must be --steps, --work, --out, --again or --rehearse" ;;
+        *) die "argument ($1) must be --steps, --shapes, --taus, --limit, --work, --out, --again or --rehearse" ;;
     esac
     shift
 done
 IFS=, read -r -a chosen <<<"$steps"
 for name in "${chosen[@]}"; do
-    [[ $name =~ ^($known)$ ]] ||
+    [[ $name =~ ^($known|$known_one)$ ]] ||
         die "--steps ($name) must be of ${known//|/, }; use --steps card,layer"
 done
+# What the record and the end of a part may take.
+spare=30
+[[ -z $limit || $limit =~ ^[1-9][0-9]{1,5}$ && $limit -gt $spare ]] ||
+    die "--limit ($limit) must be a number of seconds above $spare; use --limit 240"
 
 # shellcheck source=launch/ranks.sh
 source "$root/launch/ranks.sh"
@@ -74,10 +86,10 @@ work=$(realpath -m -- "$work") out=${out:+$(realpath -m -- "$out")}
 cd -- "$root"
 mkdir -p -- "$work"
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$work/triton}
-commit=$(git describe --always --dirty --abbrev=40 2>/dev/null || printf unknown)
+commit=${MOEPP_COMMIT:-$(git describe --always --dirty --abbrev=40 2>/dev/null || printf unknown)}
 
 has() { [[ ,$steps, == *,$1,* ]]; }
-failed=0
+failed=0 left=() choice=''
 # Ends the part that runs, and with it the script.
 # shellcheck disable=SC2317  # called by the trap
 interrupted() {
@@ -91,30 +103,42 @@ interrupted() {
 trap interrupted INT TERM
 # Whether a part has passed with this commit. Changes that are not committed have no name to go by.
 passed() {
-    [[ -z $again && $commit != *-dirty && -e $work/steps.tsv ]] || return 1
+    [[ -z $again && $commit != @(*-dirty|unknown) && -e $work/steps.tsv ]] || return 1
     local last
-    last=$(awk -F'\t' -v name="$1" '$1 == name {line = $2 " " $4} END {print line}' "$work/steps.tsv")
-    [[ $last == "0 $commit" ]]
+    last=$(awk -F'\t' -v name="$1" '$1 == name {line = $2 " " $4 " " $5} END {print line}' \
+        "$work/steps.tsv")
+    [[ $last == "0 $commit $choice" ]]
 }
-# Runs a part under a name, for ten minutes at most, and notes how it ended.
+# Runs a part under a name, for ten minutes and until the limit at most, and notes how it ended.
 run() {
-    local name=$1 begin=$SECONDS status=0
+    local name=$1 begin=$SECONDS status=0 seconds=600
     shift
     printf '\n==== %s\n' "$name"
     if passed "$name"; then
         printf 'passed before with %.12s\n' "$commit"
         return
     fi
+    if [[ -n $limit ]] && ((limit - spare - SECONDS < seconds)); then
+        seconds=$((limit - spare - SECONDS))
+    fi
+    if ((seconds < 5)); then
+        printf 'left out: --limit is reached\n'
+        left+=("$name") failed=1
+        return
+    fi
     # Waited for, not in the foreground: no Ctrl-C reaches what `timeout` runs, in its own group.
-    timeout --kill-after=30 600 "$@" &
+    timeout --kill-after=15 --signal="${ends:-TERM}" "$seconds" "$@" > >(tee -- "$work/$name.log") &
     wait "$!" || status=$?
     # 3: this machine cannot do it, with the reason above.
     ((status == 0 || status == 3)) || failed=1
-    printf '%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - begin))" "$commit" >>"$work/steps.tsv"
+    printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - begin))" "$commit" "$choice" \
+        >>"$work/steps.tsv"
 }
 bench() {
-    local name=$1
+    local name=$1 choice=''
     shift
+    [[ $name == card ]] || has "${name%%_*}" || has "$name" || return 0
+    [[ $name != layer_* ]] || choice="$shapes $taus"
     passed "$name" || rm -f -- "$work/$name.json"
     run "$name" "$MOEPP_BIN/moepp" bench "$@" --json "$work/$name.json"
 }
@@ -124,6 +148,22 @@ train() {
     local name=$1
     shift
     run "run_$name" "$MOEPP_BIN/moepp" train "${model[@]}" "run.dir=$work/run_$name" --overwrite "$@"
+}
+# Transformer Engine as if it were not there: a package of its name that cannot be imported.
+without_te() {
+    local -x PYTHONPATH=$work/without_te${PYTHONPATH:+:$PYTHONPATH}
+    mkdir -p -- "$work/without_te/transformer_engine"
+    printf 'raise ImportError("set aside by gpu.sh")\n' >"$work/without_te/transformer_engine/__init__.py"
+    "$@"
+}
+train_both_ways() {
+    local name=$1
+    shift
+    without_te train "$name" "$@"
+    if "$MOEPP_BIN/python" -c 'import importlib.util as u; exit(not u.find_spec("transformer_engine"))'
+    then
+        train "${name}_te" "$@"
+    fi
 }
 corpus() {
     [[ -e $work/corpus ]] ||
@@ -142,6 +182,9 @@ if ((gpus > 0)); then
         training.global_batch_size=8 "${length[@]}")
     step=(configs/models/moepp_0.6b_8_4.yaml run.dir=unused training.micro_batch_size=4
         training.global_batch_size=8 --rounds 20)
+    if [[ -n $shapes$taus ]]; then
+        all=(--shapes "${shapes:-7B}" --taus "${taus:-0.75}") one=("${all[@]}") many=("${all[@]}")
+    fi
     tests=()
 else
     layer=(--tokens 64 --rounds 2)
@@ -160,53 +203,70 @@ else
     tests=(--collect-only -q)
 fi
 first=(tests/gpu/test_kernels.py tests/gpu/test_layer.py)
+# At the limit pytest is interrupted, so that it writes what has passed.
+run_tests() {
+    local name=$1 ends=INT
+    shift
+    run "$name" env --default-signal=INT "$MOEPP_BIN/python" -m pytest "$@" \
+        ${tests[@]+"${tests[@]}"} --junitxml="$work/$name.xml"
+}
 
 if has kernels; then
-    run kernels "$MOEPP_BIN/python" -m pytest "${first[@]}" ${tests[@]+"${tests[@]}"}
+    run_tests kernels "${first[@]}"
 fi
 if has train; then
     corpus
-    train first
+    train_both_ways first
 fi
 if has card || [[ ! -e $work/card.json ]]; then
     bench card card ${card[@]+"${card[@]}"}
 fi
-if has layer; then
-    for precision in "${precisions[@]}"; do
-        fp8=()
-        [[ $precision == fp8:* ]] && fp8=(--fp8-recipe "${precision#fp8:}")
-        bench "layer_${precision/:/_}" layer "${all[@]}" "${layer[@]}" --dtype "${precision%%:*}" \
-            ${fp8[@]+"${fp8[@]}"}
-    done
-    bench layer_bf16_no_kernels layer "${one[@]}" "${layer[@]}" --dtype bf16 --fused false
-    # Against layer_bf16: all experts of a layer in one kernel.
-    NVTE_USE_CUTLASS_GROUPED_GEMM=1 bench layer_bf16_cutlass layer "${many[@]}" "${layer[@]}" \
-        --dtype bf16
-    for constants in 2 30 62; do
-        bench "layer_bf16_constants_$constants" layer "${one[@]}" "${layer[@]}" --dtype bf16 \
-            --constants "$constants"
-    done
-fi
+for precision in "${precisions[@]}"; do
+    fp8=()
+    [[ $precision == fp8:* ]] && fp8=(--fp8-recipe "${precision#fp8:}")
+    bench "layer_${precision/:/_}" layer "${all[@]}" "${layer[@]}" --dtype "${precision%%:*}" \
+        ${fp8[@]+"${fp8[@]}"}
+done
+bench layer_bf16_no_kernels layer "${one[@]}" "${layer[@]}" --dtype bf16 --fused false
+# Against layer_bf16: all experts of a layer in one kernel.
+NVTE_USE_CUTLASS_GROUPED_GEMM=1 bench layer_bf16_cutlass layer "${many[@]}" "${layer[@]}" \
+    --dtype bf16
+for constants in 2 30 62; do
+    bench "layer_bf16_constants_$constants" layer "${one[@]}" "${layer[@]}" --dtype bf16 \
+        --constants "$constants"
+done
 if has tests; then
-    run tests "$MOEPP_BIN/python" -m pytest tests/gpu ${tests[@]+"${tests[@]}"} \
-        --junitxml="$work/tests.xml"
+    run_tests tests tests/gpu "${first[@]/#/--ignore=}"
 fi
-if has step; then
-    for precision in "${precisions[@]}"; do
-        overrides=(precision.dtype=bf16)
-        [[ $precision == fp8:* ]] &&
-            overrides+=(precision.fp8=hybrid "precision.fp8_recipe=${precision#fp8:}")
-        bench "step_${precision/:/_}" step "${step[@]}" "${overrides[@]}"
-    done
-fi
+for precision in "${precisions[@]}"; do
+    overrides=(precision.dtype=bf16)
+    [[ $precision == fp8:* ]] &&
+        overrides+=(precision.fp8=hybrid "precision.fp8_recipe=${precision#fp8:}")
+    bench "step_${precision/:/_}" step "${step[@]}" "${overrides[@]}"
+done
 if has resume; then
-    [[ -e $work/run_first ]] || { corpus && train first; }
-    run resume "$MOEPP_BIN/moepp" train "${model[@]}" "run.dir=$work/run_first" --resume \
+    [[ -e $work/run_first ]] || { corpus && without_te train first; }
+    without_te run resume "$MOEPP_BIN/moepp" train "${model[@]}" "run.dir=$work/run_first" --resume \
         training.train_iters=30
 fi
 if has graphs && ((gpus > 0)); then
     corpus
-    train graphs 'training.cuda_graphs=[attn,moe_router]'
+    train_both_ways graphs 'training.cuda_graphs=[attn,moe_router]'
+fi
+if has trace; then
+    corpus
+    train trace training.train_iters=4 'training.profile_steps=[3,4]'
+fi
+if has counters && ((gpus > 0)); then
+    ncu=(bash -c 'echo "no ncu on the PATH"; exit 3')
+    if command -v ncu >/dev/null; then
+        ncu=(ncu --target-processes all --kernel-name 'regex:combine' --launch-count 12 --csv
+            --section SpeedOfLight --section Occupancy --section LaunchStats)
+    fi
+    for constants in 2 30; do
+        run "counters_$constants" "${ncu[@]}" "$MOEPP_BIN/moepp" bench layer "${one[@]}" --rounds 1 \
+            --tokens 16384 --dtype bf16 --constants "$constants"
+    done
 fi
 if has pair && ((gpus != 1)); then
     corpus
@@ -223,6 +283,7 @@ fi
 
 if ((gpus == 0)); then out=${out:-$work}; fi
 printf '\n'
+if ((${#left[@]})); then printf 'left out by --limit: %s; the same command continues\n' "${left[*]}"; fi
 "$MOEPP_BIN/python" -m benchmarks.record "$work" --out "${out:-benchmarks/results}" \
     --command "$command" ${allow_cpu:+"$allow_cpu"} || failed=1
 exit "$failed"

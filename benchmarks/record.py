@@ -1,12 +1,14 @@
 """All that `benchmarks/gpu.sh` measured of one card, in one file.
 
     python -m benchmarks.record FOLDER --out DIR --command TEXT [--allow-cpu]
+    python -m benchmarks.record RECORD.json RECORD.json ... --out DIR
 
 FOLDER holds what the steps left: `card.json`, `layer_*.json` and `step_*.json` of `moepp bench`,
-runs in `run_*`, `tests.xml` of pytest, and `steps.tsv` with one line a step: name, exit status,
-seconds, commit.
+runs in `run_*`, what each step printed, `kernels.xml` and `tests.xml` of pytest, and `steps.tsv`
+with one line a step: name, exit status, seconds, commit, choice of shapes.
 The file is DIR/<card>.json. A step that failed leaves its exit status and no numbers;
-3 says that the machine cannot do it.
+3 says that the machine cannot do it. Records of several machines with the same card make one;
+where two have a step, the later one counts.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -50,14 +53,45 @@ def assemble(folder: Path, command: str, driver: str | None = None) -> dict[str,
         "versions": card["versions"],
         "command": command,
         "commits": sorted({step["commit"] for step in steps}),
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "written": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "steps": steps,
-        "tests": _tests(folder / "tests.xml"),
+        "tests": {
+            name: _tests(path)
+            for name in ("kernels", "tests")
+            if (path := folder / f"{name}.xml").exists()
+        },
         "measured": card,
         "layer": _named(folder, "layer_", steps),
         "step": _named(folder, "step_", steps),
         "runs": {path.name.removeprefix("run_"): _run(path) for path in _runs(folder)},
     }
+
+
+def joined(paths: Sequence[Path]) -> dict[str, Any]:
+    """One record of several, of machines with the same card.
+
+    Raises:
+        ConfigError: For a file that is no record, or of another card.
+    """
+    records = sorted((_record(path) for path in paths), key=lambda record: record["written"])
+    result = records[-1]
+    for part in ("versions", "layer", "step", "runs", "tests"):
+        result[part] = {name: x for record in records for name, x in record[part].items()}
+    steps = {step["name"]: step for record in records for step in record["steps"]}
+    result["steps"] = list(steps.values())
+    result["commits"] = sorted({commit for record in records for commit in record["commits"]})
+    result["command"] = "; ".join(record["command"] for record in records)
+    cards = sorted({record["card"] for record in records})
+    if len(cards) > 1:
+        raise ConfigError(f"records must be of one card, not of {' and '.join(cards)}")
+    return result
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record = _read(path)
+    if not isinstance(record, dict) or "written" not in record:
+        raise ConfigError(f"{path} must be a record of benchmarks/gpu.sh")
+    return record
 
 
 def file_name(device: str) -> str:
@@ -75,6 +109,11 @@ def write_record(folder: Path, out: Path, command: str, *, allow_cpu: bool = Fal
     record = assemble(folder, command, driver_version())
     if record["measured"]["kind"] != "cuda" and not allow_cpu:
         raise UnfitError("a card's results need a CUDA GPU; use --allow-cpu to try the script")
+    return write(record, out)
+
+
+def write(record: dict[str, Any], out: Path) -> Path:
+    """Write a record to the folder under its card's name; returns the file."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / file_name(record["card"])
     write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
@@ -105,7 +144,7 @@ def _steps(path: Path) -> list[dict[str, Any]]:
     """The last run of each step, in order."""
     steps: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
-        name, status, seconds, commit = line.split("\t")
+        name, status, seconds, commit, *_ = line.split("\t")
         steps.pop(name, None)
         steps[name] = {
             "name": name,
@@ -129,11 +168,13 @@ def _named(folder: Path, prefix: str, steps: list[dict[str, Any]]) -> dict[str, 
 def _runs(folder: Path) -> list[Path]:
     """Runs that have written a step; those that were moved aside have a date in their name."""
     runs = (path.parent for path in folder.glob("run_*/metrics.jsonl") if path.stat().st_size)
-    return sorted(path for path in runs if re.fullmatch(r"run_[a-z]+", path.name))
+    return sorted(path for path in runs if re.fullmatch(r"run_[a-z_]+", path.name))
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    """The last step of a run: loss, time, memory, and the planner's estimate of it."""
+    """The last step of a run: loss, time, memory with the planner's estimate of it, and modules."""
+    log = folder.with_suffix(".log")
+    printed = log.read_text().splitlines() if log.exists() else ()
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     return {
         "step": last["step"],
@@ -141,6 +182,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "step_time_s": last["step_time_s"],
         "memory_bytes": last.get("gpu_memory_bytes"),
         "estimated_bytes": _estimated_bytes(folder / "config.yaml"),
+        "modules": next((x for x in printed if x.startswith("optional packages used: ")), None),
     }
 
 
@@ -160,10 +202,8 @@ def _estimated_bytes(path: Path) -> float:
     return needed_bytes([rank_memory(config, layout, p) for p in range(layout.pp)])
 
 
-def _tests(path: Path) -> dict[str, Any] | None:
+def _tests(path: Path) -> dict[str, Any]:
     """How many tests passed, which failed, and how many were skipped for which reason."""
-    if not path.exists():
-        return None
     cases = list(ElementTree.parse(path).iter("testcase"))
     failed, skipped = [], Counter[str]()
     for case in cases:
@@ -182,15 +222,19 @@ def _tests(path: Path) -> dict[str, Any] | None:
 def main() -> None:
     """The command line; a user's error is one line and its exit code."""
     parser = argparse.ArgumentParser(description="One file of all results of a card.")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("sources", type=Path, nargs="+", metavar="FOLDER | RECORD.json")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--command", required=True)
+    parser.add_argument("--command", default="")
     parser.add_argument("--allow-cpu", action="store_true")
     arguments = parser.parse_args()
     try:
-        path = write_record(
-            arguments.folder, arguments.out, arguments.command, allow_cpu=arguments.allow_cpu
-        )
+        if arguments.sources[0].is_dir():
+            (folder,) = arguments.sources
+            path = write_record(
+                folder, arguments.out, arguments.command, allow_cpu=arguments.allow_cpu
+            )
+        else:
+            path = write(joined(arguments.sources), arguments.out)
     except (ConfigError, UnfitError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -11,7 +11,7 @@ from moepp_megatron.config.json_file import read_json
 from moepp_megatron.workbench.report.blocks import Cell, Page, Section, Table, write_blocks
 
 _GIB = 2**30
-_ENDS = {0: "passed", 3: "not possible here", 124: "cut off after ten minutes"}
+_ENDS = {0: "passed", 3: "not possible here", 124: "cut off at its limit"}
 
 
 def write_gpu_page(results: Path, page: Path) -> None:
@@ -69,13 +69,16 @@ def _sections(found: Mapping[str, Any]) -> Iterator[Section | None]:
         ],
         "The last run of each.",
     )  # fmt: skip
-    tests = found.get("tests")
     yield _table(
-        "Tests", ("what", "count"), 1,
-        [] if tests is None else [
-            ("passed", str(tests["passed"])),
-            *((f"failed: {name}", "1") for name in tests["failed"]),
-            *((f"skipped: {reason}", str(count)) for reason, count in tests["skipped"].items()),
+        "Tests", ("part", "what", "count"), 2,
+        [
+            (part, what, str(count))
+            for part, tests in found.get("tests", {}).items()
+            for what, count in (
+                ("passed", tests["passed"]),
+                *((f"failed: {name}", 1) for name in tests["failed"]),
+                *((f"skipped: {reason}", count) for reason, count in tests["skipped"].items()),
+            )
         ],
         "tests/gpu on this GPU.",
     )  # fmt: skip
@@ -155,13 +158,15 @@ def _steps(steps: Mapping[str, Mapping[str, Any]]) -> Section | None:
 
 def _runs(runs: Mapping[str, Mapping[str, Any]]) -> Section | None:
     rows = [
-        (name, str(row["step"]), _number(row["loss"]), f"{row['step_time_s'] * 1e3:,.1f}",
+        (name, (row.get("modules") or "").partition(";")[0].rpartition(": ")[2],
+         str(row["step"]), _number(row["loss"]), f"{row['step_time_s'] * 1e3:,.1f}",
          *_memory(row["memory_bytes"], row["estimated_bytes"]))
         for name, row in runs.items()
     ]  # fmt: skip
     return _table(
-        "Training", ("run", "step", "loss", "ms per step", "memory, GiB", "estimate, GiB", "share"),
-        1, rows,
+        "Training",
+        ("run", "packages", "step", "loss", "ms per step", "memory, GiB", "estimate, GiB", "share"),
+        2, rows,
         "The last step. Memory in use on the fullest GPU, next to the planner's estimate with what "
         "CUDA and NCCL take.",
     )  # fmt: skip

@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ def folder(tmp_path: Path) -> Path:
         ROOT / "configs/quickstart.yaml", [f"{name}={value}" for name, value in small.items()]
     )
     (run / "config.yaml").write_text(quickstart.to_yaml())
+    (tmp_path / "run_first.log").write_text("...\noptional packages used: Triton 3.6.0; none\n")
     (tmp_path / "run_empty").mkdir()
     for name, content in contents.items():
         (tmp_path / name).write_text(json.dumps(content))
@@ -72,12 +75,12 @@ def test_one_file_of_all_results(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["step"] == {"bf16": {"speedup": 1.2}}, "a step that failed has no numbers"
     (run,) = found["runs"].values()
     assert (run["step"], run["memory_bytes"]) == (2, None)
+    assert run["modules"] == "optional packages used: Triton 3.6.0; none"
     # The planner's: some GiB that CUDA takes, and a small model.
     assert 2**30 < run["estimated_bytes"] < 8 * 2**30
+    failed = ["tests.gpu.test_layer.test_b"]
     assert found["tests"] == {
-        "passed": 1,
-        "failed": ["tests.gpu.test_layer.test_b"],
-        "skipped": {"needs DeepEP": 2},
+        "tests": {"passed": 1, "failed": failed, "skipped": {"needs DeepEP": 2}}
     }
     assert [(step["name"], step["exit_status"]) for step in found["steps"]] == [
         ("tests", 1),
@@ -86,6 +89,27 @@ def test_one_file_of_all_results(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         ("step_fp8_delayed", 1),
         ("layer_bf16", 0),
     ]
+
+
+def test_records_of_two_machines_make_one(folder: Path) -> None:
+    """Of a machine that was lent twice, each time for other parts."""
+    first = record.write_record(folder, folder / "first", "one")
+    (folder / "layer_bf16.json").rename(folder / "layer_bf16_cutlass.json")
+    (folder / "tests.xml").rename(folder / "kernels.xml")
+    (folder / "steps.tsv").write_text("card\t0\t5\tghi\t\nlayer_bf16_cutlass\t0\t2\tghi\t7B .75\n")
+    second = record.write_record(folder, folder / "second", "two")
+    # The order of the command line does not count.
+    command = [sys.executable, "-m", "benchmarks.record", str(second), str(first), "--out"]
+    subprocess.run([*command, str(folder / "both")], cwd=ROOT, check=True, capture_output=True)
+    found = json.loads((folder / "both" / first.name).read_text())
+    assert set(found["layer"]) == {"bf16", "bf16_cutlass"}
+    assert set(found["tests"]) == {"kernels", "tests"}
+    assert found["commits"] == ["abc", "def", "ghi"]
+    seconds = {step["name"]: step["seconds"] for step in found["steps"]}
+    assert (seconds["card"], seconds["tests"], seconds["layer_bf16_cutlass"]) == (5, 60, 2)
+    second.write_text(second.read_text().replace("H100", "H200"))
+    with pytest.raises(ConfigError, match="must be of one card, not of NVIDIA H100 .* and NVIDIA"):
+        record.joined([first, second])
 
 
 def test_no_card_no_record(folder: Path) -> None:
@@ -108,7 +132,13 @@ def test_a_cpu_is_no_card(folder: Path) -> None:
     ("arguments", "status", "message"),
     [
         (["--steps", "cards"], 2, "--steps (cards) must be of kernels, train, card, layer,"),
-        (["--cpu"], 2, "argument (--cpu) must be --steps, --work, --out, --again or"),
+        (["--steps", "layer_bf17"], 2, "--steps (layer_bf17) must be of kernels, train,"),
+        (["--cpu"], 2, "argument (--cpu) must be --steps, --shapes, --taus, --limit, --work,"),
+        (
+            ["--limit", "4m"],
+            2,
+            "--limit (4m) must be a number of seconds above 30; use --limit 240",
+        ),
         (["--out"], 2, "--out must be followed by a value"),
         ([], 3, "needs a CUDA GPU; use --rehearse to try the script"),
     ],
@@ -132,7 +162,7 @@ def functions_of_the_script(*names: str) -> str:
 
 def test_an_interrupt_ends_the_part_and_the_script(tmp_path: Path) -> None:
     """As a terminal's Ctrl-C, which reaches the script's group and not what `timeout` runs."""
-    program = "set -euo pipefail; work=$1 commit=abc again= failed=0"
+    program = "set -euo pipefail; work=$1 commit=abc again= failed=0 limit= choice="
     program += functions_of_the_script("die", "interrupted", "passed", "run")
     program += (
         "\ntrap interrupted INT; run part bash -c 'echo $$ >&2; exec sleep 100'; run next true"
@@ -151,7 +181,7 @@ def test_an_interrupt_right_after_the_start_of_a_part_ends_it(tmp_path: Path) ->
     functions = functions_of_the_script("die", "interrupted", "passed", "run")
     waits = 'wait "$!"'
     assert waits in functions
-    program = "set -euo pipefail; work=$1 commit=abc again= failed=0"
+    program = "set -euo pipefail; work=$1 commit=abc again= failed=0 limit= choice="
     program += functions.replace(waits, f"kill -INT $$; {waits}")
     program += "\ntrap interrupted INT; run part sleep 100"
     command = ["bash", "-c", program, "gpu.sh", str(tmp_path)]
@@ -163,12 +193,13 @@ def test_an_interrupt_right_after_the_start_of_a_part_ends_it(tmp_path: Path) ->
 
 
 def test_a_part_that_has_passed_is_not_run_again(tmp_path: Path) -> None:
-    program = "set -euo pipefail; work=$1 commit=$2 again=$3 failed=0"
+    program = "set -euo pipefail; work=$1 commit=$2 again=$3 failed=0 limit= choice=$5"
     program += functions_of_the_script("passed", "run")
     program += '\nrun part bash -c "echo ran; exit $4" | grep -c "^ran"; exit 0'
 
-    def ran(commit: str, again: str = "", status: int = 0) -> int:
+    def ran(commit: str, again: str = "", status: int = 0, choice: str = "") -> int:
         command = ["bash", "-c", program, "gpu.sh", str(tmp_path), commit, again, str(status)]
+        command += [choice]
         return int(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
 
     assert ran("abc", status=1) == 1
@@ -178,5 +209,26 @@ def test_a_part_that_has_passed_is_not_run_again(tmp_path: Path) -> None:
     assert ran("def") == 1, "another commit"
     assert ran("abc-dirty") == 1
     assert ran("abc-dirty") == 1, "changes that have no name"
-    (steps,) = [(tmp_path / "steps.tsv").read_text().splitlines()]
-    assert [line.split("\t")[1] for line in steps] == ["1", "0", "0", "0", "0", "0"]
+    assert ran("unknown") == 1
+    assert ran("unknown") == 1, "no git to ask"
+    assert ran("def") == 1
+    assert ran("def", choice="7B 0.75") == 1, "another choice of shapes"
+    steps = (tmp_path / "steps.tsv").read_text().splitlines()
+    assert [line.split("\t")[1] for line in steps] == ["1", *["0"] * 9]
+
+
+def test_parts_end_at_the_limit(tmp_path: Path) -> None:
+    """One is cut off, the next is not started, and there is time left for the record."""
+    program = (
+        "set -euo pipefail; work=$1 commit=abc again= failed=0 limit=8 spare=2 choice= left=()"
+    )
+    program += functions_of_the_script("passed", "run")
+    program += '\nrun quick echo done; run part sleep 60; run next sleep 60; echo "${left[*]}"'
+    command = ["bash", "-c", program, "gpu.sh", str(tmp_path)]
+    begin = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert time.monotonic() - begin < 9
+    assert done.stdout.splitlines()[-2:] == ["left out: --limit is reached", "next"]
+    assert (tmp_path / "quick.log").read_text() == "done\n"
+    steps = (tmp_path / "steps.tsv").read_text().splitlines()
+    assert [line.split("\t")[:2] for line in steps] == [["quick", "0"], ["part", "124"]]

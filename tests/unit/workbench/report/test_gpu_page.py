@@ -25,7 +25,7 @@ RESULTS: dict[str, Any] = {
         {"name": "layer_fp8", "exit_status": 124, "seconds": 600, "commit": "abc"},
         {"name": "step_bf16", "exit_status": 1, "seconds": 9, "commit": "abc"},
     ],
-    "tests": {"passed": 5, "failed": ["tests.gpu.a"], "skipped": {"needs DeepEP": 2}},
+    "tests": {"kernels": {"passed": 5, "failed": ["tests.gpu.a"], "skipped": {"needs DeepEP": 2}}},
     "measured": {
         "matmul_tflops": {"bf16": 600.0}, "rated_tflops": {"bf16": 1000.0}, "copy_gb_s": 2500.0,
         "rated_gb_s": None,
@@ -35,7 +35,8 @@ RESULTS: dict[str, Any] = {
                       "tokens": 1000}},
     "runs": {
         "first": {"step": 20, "loss": 8.25, "step_time_s": 0.5, "memory_bytes": 3 * 2**30,
-                  "estimated_bytes": 4 * 2**30},
+                  "estimated_bytes": 4 * 2**30,
+                  "modules": "optional packages used: Transformer Engine 2.20.2; not used: apex"},
         "cpu": {"step": 2, "loss": 9.0, "step_time_s": 0.5, "memory_bytes": None,
                 "estimated_bytes": 2**30},
     },
@@ -56,16 +57,16 @@ def test_measured_stands_beside_expected(tmp_path: Path) -> None:
     assert "commit abcdef012345<" in html
     found = rows(html)
     for row in (
-        ["layer_fp8", "cut off after ten minutes", "600"],
+        ["layer_fp8", "cut off at its limit", "600"],
         ["step_bf16", "failed (1)", "9"],
-        ["failed: tests.gpu.a", "1"],
+        ["kernels", "failed: tests.gpu.a", "1"],
         ["bf16 product, TFLOP/s", "600", "1,000", "60%"],
         ["copy in memory, GB/s", "2,500", "", ""],
         ["bf16", "0.6B", "forward", "0.5", "3.00", "2.00", "1.50", "2.00", "0.750", "0.691"],
         ["bf16", "0.6B", "0.5", "router", "0.250", "0.125", "2.0"],
         ["bf16", "30.0", "20.0", "1.50", "1.67", "50,000"],
-        ["first", "20", "8.250", "500.0", "3.00", "4", "75%"],
-        ["cpu", "2", "9.000", "500.0", "", "1.000", ""],
+        ["first", "Transformer Engine 2.20.2", "20", "8.250", "500.0", "3.00", "4", "75%"],
+        ["cpu", "", "2", "9.000", "500.0", "", "1.000", ""],
     ):
         assert row in found, row
     assert "http" not in html.replace("http-equiv", "")
