@@ -11,7 +11,8 @@
 # layer    the MoE++ layer against megatron-core's vanilla one: four shapes, five taus, bf16 and FP8;
 #          without the kernels of moe.fused; with CUTLASS's grouped product; with 2, 30 and 62
 #          constant experts; --shapes and --taus choose others
-# tests    the rest of tests/gpu: correctness in fp32, bf16 and FP8
+# fp8      tests/gpu of Transformer Engine: its signatures, and FP8
+# tests    the rest of tests/gpu: training, documents, moments, NVML
 # step     whole training steps of the 0.6B model against its vanilla rival, bf16 and FP8
 # resume   the run of train, from its checkpoint
 # graphs   the runs of train with attention and router as CUDA graphs
@@ -34,7 +35,7 @@ set -euo pipefail
 command="benchmarks/gpu.sh $*"
 root=$(cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
 
-steps=kernels,train,card,layer,tests,step,resume,graphs,trace,counters,pair
+steps=kernels,train,card,layer,fp8,tests,step,resume,graphs,trace,counters,pair
 known=${steps//,/|}
 formats='bf16|fp8_(delayed|tensorwise|blockwise)'
 known_one="layer_($formats|bf16_(no_kernels|cutlass|constants_(2|30|62)))|step_($formats)"
@@ -203,6 +204,7 @@ else
     tests=(--collect-only -q)
 fi
 first=(tests/gpu/test_kernels.py tests/gpu/test_layer.py)
+engine=(tests/gpu/test_te_signatures.py tests/gpu/test_fp8.py)
 # At the limit pytest is interrupted, so that it writes what has passed.
 run_tests() {
     local name=$1 ends=INT
@@ -235,8 +237,11 @@ for constants in 2 30 62; do
     bench "layer_bf16_constants_$constants" layer "${one[@]}" "${layer[@]}" --dtype bf16 \
         --constants "$constants"
 done
+if has fp8; then
+    run_tests fp8 "${engine[@]}"
+fi
 if has tests; then
-    run_tests tests tests/gpu "${first[@]/#/--ignore=}"
+    run_tests tests tests/gpu "${first[@]/#/--ignore=}" "${engine[@]/#/--ignore=}"
 fi
 for precision in "${precisions[@]}"; do
     overrides=(precision.dtype=bf16)

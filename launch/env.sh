@@ -249,11 +249,11 @@ _moepp_install_te() {
         _moepp_say "Transformer Engine needs a torch that was built for CUDA; this one is for CPUs"
         return 1
     fi
-    # Where torch brought CUDA as wheels, their headers include a folder that is in a wheel of its own.
+    # Where torch brought CUDA as wheels, their headers include those of wheels that it does not bring.
     if [[ -n $(_moepp_cuda_headers "$venv") ]]; then
         case $cuda in
-        12.*) headers=("nvidia-cuda-nvcc-cu12==$cuda.*") ;;
-        *) headers=("nvidia-cuda-crt==$cuda.*") ;;
+        12.*) headers=("nvidia-cuda-nvcc-cu12==$cuda.*" nvidia-cuda-cccl-cu12) ;;
+        *) headers=("nvidia-cuda-crt==$cuda.*" nvidia-cuda-cccl) ;;
         esac
     fi
     # Else its set-up asks its release page for a compiled wheel first.
@@ -262,7 +262,7 @@ _moepp_install_te() {
     pip=("$venv/bin/python" -P -m pip)
     _moepp_say "installing Transformer Engine $version for CUDA $cuda (log: $log; wheel kept in $wheels)"
     if ! _moepp_logged "$log" "${pip[@]}" install --disable-pip-version-check --no-input \
-        "${sources[@]}" 'setuptools>=77' wheel ninja pybind11 "transformer_engine_cu$cuda==$version" \
+        "${sources[@]}" -c "$_moepp_tested" 'setuptools>=77' wheel ninja pybind11 "transformer_engine_cu$cuda==$version" \
         ${headers[@]+"${headers[@]}"} ||
         ! CPLUS_INCLUDE_PATH=$(_moepp_cuda_headers "$venv")${CPLUS_INCLUDE_PATH:+:$CPLUS_INCLUDE_PATH} \
             NVTE_BUILD_USE_NVIDIA_WHEELS=${#headers[@]} _moepp_logged "$log" "${pip[@]}" wheel --disable-pip-version-check --no-input \

@@ -300,7 +300,7 @@ def test_transformer_engine_is_compiled_against_the_torch_that_is_there(machine)
     assert "Transformer Engine 2.20.2 imported" in err
     _, core, wheel, last = machine.calls.read_text().splitlines()
     wheels = f"{machine.root}/.wheels"
-    assert core.endswith("transformer_engine_cu13==2.20.2 nvidia-cuda-crt==13.2.*")
+    assert core.endswith("transformer_engine_cu13==2.20.2 nvidia-cuda-crt==13.2.* nvidia-cuda-cccl")
     assert "--no-build-isolation --no-deps" in wheel
     assert f"--wheel-dir {wheels}" in wheel
     # What was compiled once is found again.
