@@ -14,7 +14,7 @@
 #        MOEPP_DEV     1, as --dev: also what tests and checks need, which no run needs (the extra dev
 #                      of pyproject.toml). launch/test.sh and .ci/run set it
 #        MOEPP_TE      1, as --te: also Transformer Engine, in the version of constraints.txt. Its
-#                      part for torch is compiled (CUDA's compiler, cuDNN's headers; many minutes)
+#                      part for torch is compiled: a C++ compiler, half an hour of one core, no GPU, no nvcc
 #        MOEPP_WHEELS  where the compiled wheel is kept and found again (default: .wheels in the
 #                      repository)
 #        MOEPP_OFFLINE a folder of wheels, as --offline: ask no registry. To fill it, elsewhere:

@@ -84,6 +84,20 @@ def deep_ep() -> Path | None:
     return folder / "deep_ep-1.0.0"
 
 
+def cuda_headers(cuda: str) -> Path:
+    """Folder of packages with the headers that those of torch's wheels include, and wheels lack.
+
+    Raises:
+        Unavailable: pip cannot fetch them.
+    """
+    folder = _CACHE / f"cuda_headers-{cuda}"
+    _once(
+        folder,
+        lambda target: _pip("install", "--target", str(target), f"nvidia-cuda-crt=={cuda}.*"),
+    )
+    return folder
+
+
 def pinned_engine() -> Engine:
     """The version in constraints.txt."""
     return transformer_engine(pinned("transformer_engine"))
