@@ -74,11 +74,9 @@ def _sections(found: Mapping[str, Any]) -> Iterator[Section | None]:
         [
             (part, what, str(count))
             for part, tests in found.get("tests", {}).items()
-            for what, count in (
-                ("passed", tests["passed"]),
-                *((f"failed: {name}", 1) for name in tests["failed"]),
-                *((f"skipped: {reason}", count) for reason, count in tests["skipped"].items()),
-            )
+            for what, count in [("passed", tests["passed"]),
+                                *((f"failed: {name}", 1) for name in tests["failed"]),
+                                *((f"skipped: {why}", n) for why, n in tests["skipped"].items())]
         ],
         "tests/gpu on this GPU.",
     )  # fmt: skip
