@@ -73,10 +73,8 @@ def _sections(found: Mapping[str, Any]) -> Iterator[Section | None]:
         "Tests", ("part", "what", "count"), 2,
         [
             (part, what, str(count))
-            for part, tests in found.get("tests", {}).items()
-            for what, count in [("passed", tests["passed"]),
-                                *((f"failed: {name}", 1) for name in tests["failed"]),
-                                *((f"skipped: {why}", n) for why, n in tests["skipped"].items())]
+            for part, counts in found.get("tests", {}).items()
+            for what, count in counts.items()
         ],
         "tests/gpu on this GPU.",
     )  # fmt: skip
@@ -165,8 +163,7 @@ def _runs(runs: Mapping[str, Mapping[str, Any]]) -> Section | None:
         "Training",
         ("run", "packages", "step", "loss", "ms per step", "memory, GiB", "estimate, GiB", "share"),
         2, rows,
-        "The last step. Memory in use on the fullest GPU, next to the planner's estimate with what "
-        "CUDA and NCCL take.",
+        "The last step. Memory in use on the fullest GPU; the planner's estimate, CUDA's included.",
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ RESULTS: dict[str, Any] = {
         {"name": "layer_fp8", "exit_status": 124, "seconds": 600, "commit": "abc"},
         {"name": "step_bf16", "exit_status": 1, "seconds": 9, "commit": "abc"},
     ],
-    "tests": {"kernels": {"passed": 5, "failed": ["tests.gpu.a"], "skipped": {"needs DeepEP": 2}}},
+    "tests": {"kernels": {"passed": 5, "failed: tests.gpu.a": 1, "skipped: needs DeepEP": 2}},
     "measured": {
         "matmul_tflops": {"bf16": 600.0}, "rated_tflops": {"bf16": 1000.0}, "copy_gb_s": 2500.0,
         "rated_gb_s": None,
