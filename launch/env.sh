@@ -18,7 +18,7 @@
 #        MOEPP_WHEELS  where the compiled wheel is kept and found again (default: .wheels in the
 #                      repository)
 #        MOEPP_OFFLINE a folder of wheels, as --offline: ask no registry. To fill it, elsewhere:
-#                      pip download -d DIR -c constraints.txt . 'setuptools>=77'  ('.[dev]' for tests).
+#                      pip download -d DIR -c constraints.txt '.[all]' 'setuptools>=77'  ('.[dev]' for tests).
 #                      What the environment is made from, later installations take too, while it is
 #                      there; set it to nothing to ask a registry again
 # Sets   MOEPP_ROOT    the repository
@@ -184,7 +184,7 @@ _moepp_offline_fits() {
         return 0
     fi
     _moepp_say "MOEPP_OFFLINE ($MOEPP_OFFLINE) must $needs;" \
-        "fill it with: pip download -d DIR -c ${_moepp_tested##*/} . 'setuptools>=77'"
+        "fill it with: pip download -d DIR -c ${_moepp_tested##*/} '.[all]' 'setuptools>=77'"
     return 2
 }
 
@@ -192,7 +192,7 @@ _moepp_offline_fits() {
 _moepp_has_torch() { compgen -G "$1/lib/python3*/site-packages/torch" >/dev/null; }
 
 _moepp_install() {
-    local venv=$1 log=$2 constraints begin=$SECONDS found what=. tools=
+    local venv=$1 log=$2 constraints begin=$SECONDS found what='.[all]' tools=
     local -a sources=()
     # pip compiles every file that it installs, for a third of its time; Python compiles those that a run
     # imports when it first does. Not where it may not write down what it has compiled.
@@ -334,7 +334,7 @@ except ImportError:
 
 root = Path(sys.argv[1])
 project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-wanted = project["dependencies"]
+wanted = project["dependencies"] + project["optional-dependencies"]["all"]
 if sys.argv[2] == "1":
     # Without the linters: a container need not have them to run the tests.
     tools = project["optional-dependencies"]["dev"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moepp_megatron.runtime.install import missing
 from moepp_megatron.version import __version__
 
 if TYPE_CHECKING:
@@ -66,5 +67,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         module, _, own_name = _HOMES[name].rpartition(".")
-        return getattr(importlib.import_module(f"{__name__}.{module}"), own_name)
+        try:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), own_name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(missing(error), name=error.name) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,10 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Annotated, Any
-
-from pydantic import Field, JsonValue
-from pydantic.fields import FieldInfo
+from typing import Annotated, Any, ClassVar
 
 Shape = tuple[int, ...]
 _MOST_EXPERTS = 65_536
@@ -116,36 +113,41 @@ LOCAL_COUNTS = " + ".join(f"moe.{kind.setting}" for kind in LOCAL_KINDS)
 """What counts zero-computation experts, for messages."""
 
 
-def setting(
-    unit: str,
-    description: str,
-    *,
-    exported: bool = False,
-    extension: bool = False,
-    kind: ExpertKind | None = None,
-    **bounds: Any,
-) -> FieldInfo:
-    """A field's annotation as a setting, with `gt`, `ge`, `le` of `pydantic.Field` as `bounds`.
+@dataclass(frozen=True)
+class Setting:
+    """What a setting of the layer is, in its field's annotation.
 
-    Args:
+    Attributes:
         unit: The unit, as in `config.schema.section`.
         description: Its meaning in one line, for help and documentation.
         exported: Whether an exported model has it under the same name.
         extension: Whether the vanilla baseline, and an export that does not name it, have its
             default.
         kind: The kind of experts that it belongs to, without which it has no effect.
+        gt: Its values are above this, and likewise `ge` and `le`.
     """
-    extra: dict[str, JsonValue] = {
-        "unit": unit,
-        "exported": exported,
-        "extension": extension,
-        "kind": None if kind is None else kind.name,
-    }
-    return Field(description=description, json_schema_extra=extra, **bounds)
+
+    unit: str
+    description: str
+    exported: bool = False
+    extension: bool = False
+    kind: ExpertKind | None = None
+    gt: float | None = None
+    ge: float | None = None
+    le: float | None = None
+
+    # By this mark and `__iter__` pydantic finds the bounds (annotated_types.GroupedMetadata).
+    __is_annotated_types_grouped_metadata__: ClassVar = True
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the bounds, for pydantic."""
+        from annotated_types import Interval
+
+        return iter(Interval(gt=self.gt, ge=self.ge, le=self.le))
 
 
-def _count(kind: ExpertKind, least: int = 0) -> FieldInfo:
-    return setting("experts", kind.description, exported=True, ge=least, le=_MOST_EXPERTS)
+def _count(kind: ExpertKind, least: int = 0) -> Setting:
+    return Setting("experts", kind.description, exported=True, ge=least, le=_MOST_EXPERTS)
 
 
 # Kinds have no order that a caller would guess, so only the first count goes without its name.
@@ -226,11 +228,11 @@ class ExpertLayout(ExpertCounts):
     """The experts of a layer and its router: all that their weights and work depend on."""
 
     router_topk: Annotated[
-        int, setting("experts", "Experts selected per token, K", ge=1, le=_MOST_EXPERTS)
+        int, Setting("experts", "Experts selected per token, K", ge=1, le=_MOST_EXPERTS)
     ] = 2
     gating_residual: Annotated[
         bool,
-        setting(
+        Setting(
             "-",
             "Add a learned map of the previous MoE layer's logits to the router's",
             exported=True,
@@ -238,7 +240,7 @@ class ExpertLayout(ExpertCounts):
     ] = True
     two_layer_gate: Annotated[
         bool,
-        setting(
+        Setting(
             "-",
             "Router W_b tanh(W_a x) with hidden width 8E, as in the released model",
             exported=True,
@@ -247,7 +249,7 @@ class ExpertLayout(ExpertCounts):
     ] = False
     constants_shared: Annotated[
         bool,
-        setting(
+        Setting(
             "-",
             "All MoE layers have the same vectors of constant experts",
             extension=True,

@@ -10,9 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from pydantic.fields import FieldInfo
-
-from moepp_megatron.experts import CONSTANT, ExpertKind, ExpertLayout, setting
+from moepp_megatron.experts import CONSTANT, ExpertKind, ExpertLayout, Setting
 
 GateNormalization = Literal["none", "selected", "nonzero"]
 ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
@@ -35,7 +33,7 @@ class LayerSettings(ExpertLayout):
 
     tau: Annotated[
         float,
-        setting(
+        Setting(
             "1",
             "Weight of zero-computation experts in the balance loss; less tau, less FFN",
             exported=True,
@@ -44,14 +42,14 @@ class LayerSettings(ExpertLayout):
         ),
     ] = 0.75
     balance_coeff: Annotated[
-        float, setting("1", "Coefficient beta of the balance loss; 0 turns it off", ge=0.0)
+        float, Setting("1", "Coefficient beta of the balance loss; 0 turns it off", ge=0.0)
     ] = 0.01
     balance_scope: Annotated[
-        BalanceScope, setting("-", "Tokens that one balance loss is taken over")
+        BalanceScope, Setting("-", "Tokens that one balance loss is taken over")
     ] = "microbatch"
     balance_loss: Annotated[
         BalanceLoss,
-        setting(
+        Setting(
             "-",
             "Balance each expert (the paper's), or only FFN against zero-computation experts "
             "(ZEDA's grouped_aux_loss)",
@@ -60,13 +58,13 @@ class LayerSettings(ExpertLayout):
     ] = "heterogeneous"
     capacity_factor: Annotated[
         float | None,
-        setting(
+        Setting(
             "1", "Capacity gamma, the limit over the balanced load; null drops no token", gt=0.0
         ),
     ] = None
     gate_normalization: Annotated[
         GateNormalization,
-        setting(
+        Setting(
             "-",
             "Gates: raw scores, divided by their sum over the selected experts, or over the "
             "selected experts other than zero experts",
@@ -75,7 +73,7 @@ class LayerSettings(ExpertLayout):
     ] = "none"
     score_function: Annotated[
         ScoreFunction,
-        setting(
+        Setting(
             "-",
             "From router logits of all experts to scores; sqrtsoftplus: the root of log(1 + e^z)",
             exported=True,
@@ -83,7 +81,7 @@ class LayerSettings(ExpertLayout):
     ] = "softmax"
     expert_input_scale: Annotated[
         float,
-        setting(
+        Setting(
             "1",
             "Factor on the experts' input, not the router's (released code: K)",
             exported=True,
@@ -93,7 +91,7 @@ class LayerSettings(ExpertLayout):
     ] = 1.0
     constant_init: Annotated[
         ConstantInit,
-        setting(
+        Setting(
             "-",
             "Initial vectors of constant experts: drawn as all weights, or 0",
             extension=True,
@@ -102,7 +100,7 @@ class LayerSettings(ExpertLayout):
     ] = "normal"
     constant_temperature: Annotated[
         float,
-        setting(
+        Setting(
             "1",
             "Divides the logits with which constant experts mix input and vector",
             exported=True,
@@ -115,7 +113,7 @@ class LayerSettings(ExpertLayout):
     # by that. The carried logits stay as they are.
     logits_norm_std: Annotated[
         float | None,
-        setting(
+        Setting(
             "1",
             "Standardise each token's logits and scale them to this deviation; null: off",
             exported=True,
@@ -125,7 +123,7 @@ class LayerSettings(ExpertLayout):
     ] = None
     selection_bias: Annotated[
         bool,
-        setting(
+        Setting(
             "-",
             "Keep a bias per expert that is added to the scores only for the selection",
             exported=True,
@@ -134,7 +132,7 @@ class LayerSettings(ExpertLayout):
     ] = False
     num_groups: Annotated[
         int,
-        setting(
+        Setting(
             "groups",
             "Groups that FFN experts are divided into in their order, such as nodes; 1: none",
             exported=True,
@@ -144,7 +142,7 @@ class LayerSettings(ExpertLayout):
     ] = 1
     group_topk: Annotated[
         int,
-        setting(
+        Setting(
             "groups",
             "Groups that a token's FFN experts come from (group-limited routing, DeepSeek-V3)",
             exported=True,
@@ -154,7 +152,7 @@ class LayerSettings(ExpertLayout):
     ] = 1
     gate_scale: Annotated[
         float,
-        setting(
+        Setting(
             "1",
             "Factor on all gates after normalisation (LongCat-Flash)",
             exported=True,
@@ -164,7 +162,7 @@ class LayerSettings(ExpertLayout):
     ] = 1.0
     fused: Annotated[
         Fused,
-        setting(
+        Setting(
             "-",
             "Triton kernels for routing and combining: true, false, or auto, where there is a GPU "
             "and Triton",
@@ -219,21 +217,11 @@ class LayerSettings(ExpertLayout):
 
 
 class _Declared(NamedTuple):
-    """One declaration of `LayerSettings`; `described` has its bounds and `experts.setting`."""
+    """One declaration of `LayerSettings`."""
 
     type: Any
-    described: FieldInfo
+    says: Setting
     default: Any
-
-    def says(self, mark: str) -> Any:
-        """What `experts.setting` was given: `unit`, `exported`, `extension` or `kind`."""
-        extra = self.described.json_schema_extra
-        assert isinstance(extra, dict), f"{self.described} is not a setting"
-        return extra[mark]
-
-    def bound(self, name: str) -> float | None:
-        """Its bound `gt`, `ge` or `le`, or None where it has none."""
-        return next((getattr(b, name) for b in self.described.metadata if hasattr(b, name)), None)
 
     @property
     def choices(self) -> tuple[Any, ...]:
@@ -245,12 +233,12 @@ DECLARED: Mapping[str, _Declared] = {
     name: _Declared(hint.__origin__, hint.__metadata__[0], getattr(LayerSettings, name))
     for name, hint in get_type_hints(LayerSettings, include_extras=True).items()
 }
-EXPORTED = tuple(name for name, declared in DECLARED.items() if declared.says("exported"))
+EXPORTED = tuple(name for name, declared in DECLARED.items() if declared.says.exported)
 """Settings that an exported model has under the same name."""
-EXTENSIONS = tuple(name for name, declared in DECLARED.items() if declared.says("extension"))
+EXTENSIONS = tuple(name for name, declared in DECLARED.items() if declared.says.extension)
 """Settings of which the vanilla baseline and older exports have the defaults."""
 
 
 def settings_of(kind: ExpertKind) -> tuple[str, ...]:
     """The settings that belong to a kind of experts, without which they have no effect."""
-    return tuple(name for name, declared in DECLARED.items() if declared.says("kind") == kind.name)
+    return tuple(name for name, declared in DECLARED.items() if declared.says.kind is kind)

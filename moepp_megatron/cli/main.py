@@ -13,33 +13,39 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 from typing import Annotated
 
-import typer
+from moepp_megatron.runtime.install import missing, refuse_missing
 
-from moepp_megatron.cli import (
-    bench,
-    config,
-    convert,
-    data,
-    doctor,
-    generate,
-    inspect,
-    monitor,
-    pilot,
-    plan,
-    profile,
-    report,
-    scale,
-    score,
-    slurm,
-    train,
-)
-from moepp_megatron.cli.echo import echo, echo_error
-from moepp_megatron.cli.paths import check_paths
-from moepp_megatron.cli.usage import UsageError, move_examples, refuse
-from moepp_megatron.config import ConfigError, UnfitError
-from moepp_megatron.config.printable import make_logs_printable
-from moepp_megatron.runtime.disk import NO_SPACE, STDOUT, is_full
-from moepp_megatron.version import __version__
+try:
+    import typer
+
+    from moepp_megatron.cli import (
+        bench,
+        config,
+        convert,
+        data,
+        doctor,
+        generate,
+        inspect,
+        monitor,
+        pilot,
+        plan,
+        profile,
+        report,
+        scale,
+        score,
+        slurm,
+        train,
+    )
+    from moepp_megatron.cli.echo import echo, echo_error
+    from moepp_megatron.cli.paths import check_paths
+    from moepp_megatron.cli.usage import UsageError, move_examples, refuse
+    from moepp_megatron.config import ConfigError, UnfitError
+    from moepp_megatron.config.printable import make_logs_printable
+    from moepp_megatron.runtime.disk import NO_SPACE, STDOUT, is_full
+    from moepp_megatron.runtime.launch import has_launcher, refusal, write_status
+    from moepp_megatron.version import __version__
+except ModuleNotFoundError as error:
+    refuse_missing(error)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -103,11 +109,12 @@ def run() -> None:
     make_logs_printable()
     try:
         _check_working_folder()
-        status = app(prog_name="moepp", standalone_mode=False)
+        try:
+            status = app(prog_name="moepp", standalone_mode=False)
+        except ModuleNotFoundError as error:
+            raise UnfitError(missing(error)) from error
     except (ConfigError, UnfitError) as error:
         status = echo_error(error)
-        from moepp_megatron.runtime.launch import write_status
-
         # Of a rank: torchrun would turn it into 1.
         write_status(status, str(error))
         sys.exit(status)
@@ -118,7 +125,6 @@ def run() -> None:
     except UsageError as error:
         sys.exit(refuse(error))
     except Exception as error:
-        from moepp_megatron.runtime.launch import has_launcher, refusal
         from moepp_megatron.runtime.terminal import discard_output
 
         if isinstance(error, OSError) and is_full(error) and not has_launcher():

@@ -11,6 +11,7 @@ import typer
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.resume_command import print_resume_command
 from moepp_megatron.config import Config
+from moepp_megatron.runtime.install import missing
 
 if TYPE_CHECKING:
     from moepp_megatron.observe.metrics import StepMetrics
@@ -87,9 +88,12 @@ def _settled_ffn_share(run: Path, last: StepMetrics) -> tuple[float, str]:
 
 def _report(run: Path) -> str:
     """The page that was written, or why none was: that ends no run."""
-    from moepp_megatron.workbench.report import ReportError, build_report
+    from moepp_megatron.workbench.report.run_data import ReportError
 
     try:
+        from moepp_megatron.workbench.report.page import build_report
+
         return str(build_report(run))
-    except (OSError, ReportError) as error:
-        return f"none ({error}); then: moepp report {shlex.quote(str(run))}"
+    except (OSError, ReportError, ModuleNotFoundError) as error:
+        reason = missing(error) if isinstance(error, ModuleNotFoundError) else error
+        return f"none ({reason}); then: moepp report {shlex.quote(str(run))}"

@@ -92,7 +92,7 @@ class SlurmJob:
         if not (REPOSITORY / "slurm" / "common.sh").is_file():
             raise ConfigError(
                 f"the installation ({REPOSITORY}) must be a clone of the repository with its "
-                "folder slurm; install with: pip install -e CLONE"
+                "folder slurm; install with: pip install -e 'CLONE[all]'"
             )
         slurm = self.config.slurm
         # -P: nothing is imported from the folder that the job runs in.

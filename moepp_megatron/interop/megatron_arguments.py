@@ -67,7 +67,7 @@ def add_moepp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group = parser.add_argument_group(title="MoE++")
     for name in OWN_SETTINGS:
         declared = DECLARED[name]
-        default, text = declared.default, f"{declared.described.description}."
+        default, text = declared.default, f"{declared.says.description}."
         if name in _IN_PLACE_OF:
             text += f" In place of {_IN_PLACE_OF[name]}."
         if declared.type is bool:

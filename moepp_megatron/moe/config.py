@@ -64,7 +64,7 @@ class MoEPPConfig(LayerSettings):
             value = getattr(self, name)
             if value is None or name == "router_topk":
                 continue
-            above, least = declared.bound("gt"), declared.bound("ge")
+            above, least = declared.says.gt, declared.says.ge
             if above is not None and not above < value < math.inf:
                 rule = f"must be positive; use {declared.default}"
             elif least == 0 and not least <= value < math.inf:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from typing import NoReturn
 
 TRANSFORMER_ENGINE = "launch/env.sh --te on a CUDA machine"
 """It is compiled against the torch that is there."""
@@ -12,8 +13,43 @@ TRANSFORMER_ENGINE = "launch/env.sh --te on a CUDA machine"
 def how_to_install(*requirements: str) -> str:
     """A command for the Python that runs this, whose environment need not be activated.
 
-    The requirements are packages as pip takes them, such as ``transformers>=5``, and not an extra
-    of this one: a clone that is used without being installed has no extras, and no registry has
-    this package.
+    The requirements are packages as pip takes them, such as ``transformers>=5``.
     """
     return shlex.join([sys.executable, "-m", "pip", "install", *requirements])
+
+
+# The extra `all` of pyproject.toml, by the names under which its packages are imported.
+OF_ALL = {
+    "jinja2": "jinja2 (pages, Slurm scripts, chat templates)",
+    "matplotlib": "matplotlib (plots of pages)",
+    "numpy": "numpy (corpora, checkpoints)",
+    "prometheus_client": "prometheus-client (metrics for Prometheus)",
+    "psutil": "psutil (looks after processes)",
+    "pyarrow": "pyarrow (parquet, Arrow and Zstandard files)",
+    "pydantic": "pydantic (configurations)",
+    "pynvml": "nvidia-ml-py (telemetry of GPUs)",
+    "rich": "rich (tables on a terminal)",
+    "tensorboard": "tensorboard (event files)",
+    "tokenizers": "tokenizers (text to tokens and back)",
+    "typer": "typer (the command line)",
+    "yaml": "pyyaml (YAML files)",
+}
+"""Package and use, by the name that is imported."""
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """What a failed import lacks, in one line: the package, its use, how to install it.
+
+    Raises:
+        ModuleNotFoundError: The error, if that is no package of the extra `all`.
+    """
+    package = OF_ALL.get((error.name or "").partition(".")[0])
+    if package is None:
+        raise error
+    return f"{package} is not installed; {how_to_install('moepp_megatron[all]')}"
+
+
+def refuse_missing(error: ModuleNotFoundError) -> NoReturn:
+    """End the program with that line and the exit status of `UnfitError`."""
+    print(f"error: {missing(error)}", file=sys.stderr)
+    sys.exit(3)

@@ -1,17 +1,19 @@
-"""examples/own_megatron_loop.py: the loop learns, and two ranks get one rank's losses."""
+"""examples/own_megatron_loop.py learns, needs no other packages, and is the same on two ranks."""
 
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 
 from tests.parallel.ranks import RankPools
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "own_megatron_loop.py"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "own_megatron_loop.py"
 STEPS = 5
 
 
@@ -40,14 +42,42 @@ def test_losses_are_those_of_one_process(ranks: RankPools) -> None:
     assert all(0.0 < share < 1.0 for _, share in alone)
 
 
-def test_the_model_of_the_page_runs_without_a_gpu() -> None:
-    """As torchrun starts one rank of it; a port of 0 lets the store choose."""
-    page = (EXAMPLE.parents[1] / "docs" / "how_to" / "from_megatron_lm.md").read_text("utf-8")
+def base_packages(folder: Path) -> None:
+    """Links to torch, megatron-core and what they require without any extra."""
+    waiting, seen = ["torch", "megatron-core"], set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:  # of another system
+            continue
+        texts = [text for text in found.requires or () if "extra ==" not in text]
+        waiting += [re.split(r"[^\w.-]", text)[0] for text in texts]
+        for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(Path(str(found.locate_file(top))))
+
+
+def test_page_and_example_need_torch_and_megatron_core_only(tmp_path: Path) -> None:
+    """As torchrun starts one rank, without a GPU; a port of 0 lets the store choose."""
+    base_packages(tmp_path)
+    (tmp_path / "moepp_megatron").symlink_to(ROOT / "moepp_megatron")
+    page = (ROOT / "docs" / "how_to" / "from_megatron_lm.md").read_text("utf-8")
     section = page.partition("## In your own loop")[2].partition("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    steps = f"import runpy, sys; sys.argv[1:] = '2'; runpy.run_path('{EXAMPLE}', None, '__main__')"
     variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    variables |= {"LOCAL_RANK": "0", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True
+        # -S: without the packages of this environment.
+        [sys.executable, "-S", "-c", f"{code}\n{steps}"],
+        env=os.environ | variables,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert re.match(r"tensor\(5\.\d+, ", done.stdout)
+    assert re.match(r"tensor\(5\.\d+, .*\nstep 1: loss 5\.\d+, ", done.stdout)

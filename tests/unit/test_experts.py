@@ -8,6 +8,7 @@ import pytest
 
 from moepp_megatron.config import parse_config
 from moepp_megatron.config.schema import MoESection
+from moepp_megatron.config.schema.section import meaning_of
 from moepp_megatron.experts import (
     CONSTANT,
     COPY,
@@ -108,7 +109,7 @@ def test_settings_are_declared_once() -> None:
     for field in fields(LayerSettings):
         described = MoESection.model_fields[field.name]
         assert described.default == field.default, field.name
-        assert described.description, field.name
+        assert meaning_of(described), field.name
 
 
 def test_the_exported_model_has_the_same_defaults() -> None:

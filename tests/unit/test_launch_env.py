@@ -262,7 +262,7 @@ def test_a_change_is_installed_for_runs_and_then_for_tests(machine):
     machine.source()
     machine.source(MOEPP_DEV="1")
     ends = [line.rpartition(" ")[2] for line in machine.calls.read_text().splitlines()]
-    assert ends == [".[dev]", ".", ".[dev]"]
+    assert ends == [".[dev]", ".[all]", ".[dev]"]
 
 
 def test_the_first_installation_says_how_large_it_is(machine):
@@ -406,7 +406,7 @@ def test_the_current_environment_is_looked_at_and_left_alone(bare, tmp_path):
     project = bare.root / "pyproject.toml"
     project.write_text(
         '[project]\ndependencies = ["torch>=2.11.0a0", "numpy>=999", "x1y"]\n'
-        '[project.optional-dependencies]\ndev = ["pytest>=999", "x2y"]'
+        '[project.optional-dependencies]\nall = []\ndev = ["pytest>=999", "x2y"]'
     )
     status, _, err = bare.source(**current)
     assert status == 1

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from moepp_megatron.config.paths import PathProblem, is_address, path_problem, place_problem
+from moepp_megatron.experts import Setting
 
 # The most that a whole number may be, by the unit of its field: far above any model or cluster,
 # and little enough that what is made for each layer, expert or rank fits into memory.
@@ -46,15 +47,18 @@ class Unit:
 
 def unit_of(field: FieldInfo) -> str:
     """The unit of a field; empty for a section inside another."""
-    # Settings of the layer are declared outside of the schema (`experts.setting`).
-    extra = field.json_schema_extra
-    declared = str(extra["unit"]) if isinstance(extra, dict) else ""
-    return next((each.name for each in field.metadata if isinstance(each, Unit)), declared)
+    for each in field.metadata:
+        if isinstance(each, Unit):
+            return each.name
+        if isinstance(each, Setting):
+            return each.unit
+    return ""
 
 
 def meaning_of(field: FieldInfo) -> str:
-    """What a field is: its docstring in the schema, as one line."""
-    return " ".join((field.description or "").split())
+    """What a field is, as one line: its docstring in the schema, or the layer's own text."""
+    said = [each.description for each in field.metadata if isinstance(each, Setting)]
+    return " ".join((field.description or " ".join(said)).split())
 
 
 def _without(find: Callable[[str], PathProblem | None]) -> Callable[[Any], Any]:

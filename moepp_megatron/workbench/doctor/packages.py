@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import sys
 
@@ -14,7 +15,7 @@ from moepp_megatron.runtime.compilers import (
     modules_with_extension,
 )
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
-from moepp_megatron.runtime.install import how_to_install
+from moepp_megatron.runtime.install import OF_ALL, how_to_install
 from moepp_megatron.runtime.kernel_choices import KernelChoice, kernel_choices
 from moepp_megatron.runtime.optional import have_triton
 from moepp_megatron.workbench.doctor.finding import Finding, Severity
@@ -25,6 +26,7 @@ def check_packages(config: Config | None) -> list[Finding]:
     """Check which packages are installed and used; one that `config` needs must be."""
     backends = optional_backends()
     findings = [_python(), _torch(), check_megatron(version_of("megatron-core")), _nccl()]
+    findings += [_extra()]
     on_gpu = torch_cuda().available
     findings += [check_backend(backend, on_gpu) for backend in backends]
     findings += [check_compiler()] if have_triton() else []
@@ -84,6 +86,16 @@ def check_backend(backend: Backend, on_gpu: bool = False) -> Finding:
         "steps on a GPU are slower without" if is_missed else "",
         backend.remedy if backend.version is None else "needs a GPU",
     )
+
+
+def _extra() -> Finding:
+    """Which packages of the extra `all` are missing; commands refuse where they need one."""
+    lacks = [package for name, package in OF_ALL.items() if importlib.util.find_spec(name) is None]
+    if not lacks:
+        return Finding("extra all", Severity.OK, f"{len(OF_ALL)} packages")
+    remedy = how_to_install("moepp_megatron[all]")
+    rule = "commands that need one of them refuse"
+    return Finding("extra all", Severity.WARNING, f"lacks {', '.join(lacks)}", rule, remedy)
 
 
 def check_compiler() -> Finding:

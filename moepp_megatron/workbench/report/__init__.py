@@ -29,8 +29,3 @@ template.py            the templates of this room's pages
 terminal.py            tables on a terminal that are whole wherever they are printed
 token_groups.py        sources, classes of tokens and tasks: a table, and plots over steps
 """
-
-from moepp_megatron.workbench.report.page import build_report
-from moepp_megatron.workbench.report.run_data import ReportError
-
-__all__ = ["ReportError", "build_report"]

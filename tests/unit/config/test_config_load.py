@@ -17,7 +17,7 @@ from moepp_megatron.config import (
 from moepp_megatron.config.known_keys import subsection
 from moepp_megatron.config.removed import REMOVED
 from moepp_megatron.config.schema import Section
-from moepp_megatron.config.schema.section import unit_of
+from moepp_megatron.config.schema.section import meaning_of, unit_of
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -232,7 +232,7 @@ def described_settings(path: str, model: type[Section]) -> int:
     """Checks each setting of a section and of the sections inside it; returns how many."""
     count = 0
     for name, setting in model.model_fields.items():
-        assert setting.description, f"{path}.{name}"
+        assert meaning_of(setting), f"{path}.{name}"
         if (inner := subsection(model, name)) is not None:
             count += described_settings(f"{path}.{name}", inner)
             continue

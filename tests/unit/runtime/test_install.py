@@ -7,7 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from moepp_megatron.runtime.install import TRANSFORMER_ENGINE, how_to_install
+from moepp_megatron.runtime.install import OF_ALL, TRANSFORMER_ENGINE, how_to_install
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "moepp_megatron"
@@ -35,10 +35,16 @@ def named_in_messages() -> set[str]:
 def test_every_requirement_is_one_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
-    known = {requirement.split("==")[0] for requirement in wanted}
+    known = {requirement.split("==")[0] for requirement in wanted} | {"moepp_megatron[all]"}
     named = named_in_messages()
     assert {"wandb", "pyarrow", "megatron-core"} <= named
     assert named <= known
+
+
+def test_each_package_of_the_extra_has_a_use() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = [package.partition(">")[0] for package in project["optional-dependencies"]["all"]]
+    assert sorted(named.partition(" (")[0] for named in OF_ALL.values()) == extra
 
 
 def test_no_message_has_a_command_of_its_own() -> None:
@@ -49,7 +55,7 @@ def test_no_message_has_a_command_of_its_own() -> None:
         text = path.read_text(encoding="ascii")
         assert "moepp-megatron[" not in text, name
         # An installation of a clone has no name that could be wrong.
-        plain = re.findall(r"pip install (?!-e CLONE)", text)
+        plain = re.findall(r"pip install (?!-e 'CLONE)", text)
         assert name in own or not plain, name
 
 

@@ -159,7 +159,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 60 steps with its page, for tests that only read."""
-    from moepp_megatron.workbench.report import build_report
+    from moepp_megatron.workbench.report.page import build_report
 
     config = synthetic_config()
     records = synthetic_records(config, 60)

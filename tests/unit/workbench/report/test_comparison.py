@@ -13,13 +13,14 @@ import moepp_megatron
 from moepp_megatron.cli.main import app
 from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.config.load import parse_config
-from moepp_megatron.workbench.report import ReportError, build_report
 from moepp_megatron.workbench.report.comparison import (
     common_end,
     differing_settings,
     load_runs,
     loss_at,
 )
+from moepp_megatron.workbench.report.page import build_report
+from moepp_megatron.workbench.report.run_data import ReportError
 from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
 from tests.unit.workbench.report.test_report_page import VANILLA, Reader
 

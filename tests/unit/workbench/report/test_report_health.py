@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.workbench.report import ReportError, build_report
 from moepp_megatron.workbench.report.alerts import MAX_ROWS, alert_blocks, watched
 from moepp_megatron.workbench.report.blocks import Plot
 from moepp_megatron.workbench.report.curves import loss_plot
 from moepp_megatron.workbench.report.drawing import plot_style
 from moepp_megatron.workbench.report.expert_plots import expert_plots
+from moepp_megatron.workbench.report.page import build_report
 from moepp_megatron.workbench.report.router_health_plots import health_plots
-from moepp_megatron.workbench.report.run_data import load_run
+from moepp_megatron.workbench.report.run_data import ReportError, load_run
 from tests.parallel.training_runs import VANILLA
 from tests.unit.workbench.report.conftest import add_health
 

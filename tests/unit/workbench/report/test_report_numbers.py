@@ -11,10 +11,10 @@ import pytest
 
 from moepp_megatron.cli.run_end import print_end
 from moepp_megatron.training.run import TrainResult
-from moepp_megatron.workbench.report import ReportError, formatting
+from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.drawing import MAX_POINTS, envelope, smooth, thin
 from moepp_megatron.workbench.report.page import render
-from moepp_megatron.workbench.report.run_data import load_run
+from moepp_megatron.workbench.report.run_data import ReportError, load_run
 from moepp_megatron.workbench.report.savings import (
     compute_savings,
     savings_table,

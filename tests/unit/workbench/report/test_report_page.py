@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from moepp_megatron.workbench.report import build_report, formatting
+from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.page import build_report
 from moepp_megatron.workbench.report.run_data import load_run
 from moepp_megatron.workbench.report.savings import compute_savings
 from moepp_megatron.workbench.report.summary import summarize
