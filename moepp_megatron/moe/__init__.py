@@ -34,6 +34,7 @@ statistics.py         what one MoE layer did since the last reset
 token_tags.py         tags: what MoE++ layers count a token as
 upstream_private.py   the names with an underscore that this package takes from megatron-core
 upstream_settings.py  how the MoE++ layer treats each of megatron-core's settings of a MoE layer
+upstream_versions.py  the versions of megatron-core, and all that differs between them
 watch.py              counts and measures what a router does
 zero_computation.py   zero, copy and constant experts
 

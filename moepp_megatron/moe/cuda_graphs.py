@@ -17,12 +17,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import package_info
 from megatron.core.transformer.cuda_graphs import CudaGraphManager
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moepp_megatron.moe.upstream_private import TESTED_VERSION
+from moepp_megatron.moe.upstream_versions import TESTED_VERSION, version
 
 # Of a layer, the function to capture for each part.
 _FUNCTIONS = {
@@ -76,10 +75,10 @@ def refuse_uncapturable(config: TransformerConfig) -> None:
     """Refuse settings that no graph of a MoE++ layer can hold (ValueError)."""
     if config.cuda_graph_impl == "none":
         return
-    if package_info.__shortversion__ != TESTED_VERSION:
+    if version() != TESTED_VERSION:
         raise ValueError(
             f"TransformerConfig.cuda_graph_impl ({config.cuda_graph_impl}) must be none with "
-            f"megatron-core {package_info.__shortversion__}, because what graphs of MoE++ layers "
+            f"megatron-core {version()}, because what graphs of MoE++ layers "
             f"rely on has been tested only with {TESTED_VERSION}, and another version may replay "
             "wrong numbers without an error; use none, or see docs/upgrading.md"
         )

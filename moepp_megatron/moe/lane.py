@@ -21,6 +21,7 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cuda_graphs import CapturedParts
 from moepp_megatron.moe.layer import MoEPPLayer
 from moepp_megatron.moe.selection import Routing
+from moepp_megatron.moe.upstream_versions import by_name
 
 # What a captured router passes on of its `Routing`; the last one where the gate computes it.
 _CAPTURED = ("logits", "gates", "routing_map", "counts", "score_sums", "mixing_logits")
@@ -115,7 +116,7 @@ class MoEPPTransformerLayer(TransformerLayer):
 
     def with_residual(self, output: Tensor, residual: Tensor) -> Tensor:
         """[s, b, D] the layer's output: the experts' output plus the residual."""
-        return self._forward_post_mlp((output, None), residual)
+        return by_name(self, "_forward_post_mlp")((output, None), residual)
 
     def _residual(self, hidden_states: Tensor) -> Tensor:
         return hidden_states.float() if self.config.fp32_residual_connection else hidden_states

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
+from moepp_megatron.moe.upstream_settings import undecided
+from moepp_megatron.moe.upstream_versions import (
+    TESTED_VERSION,
+    by_name,
+    version,
+    version_problem,
+)
 from moepp_megatron.runtime.install import how_to_install
 
 Use = Literal["called", "overridden", "read"]
-
-# What this package is tested with (constraints.txt).
-TESTED_VERSION = "0.19.2"
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class PrivateName:
     Attributes:
         module: Where it is, below `megatron.core`.
         owner: Its class; empty for a name of the module itself.
-        name: The method, or the attribute that the class's constructor sets.
+        name: The method, or the attribute that the class's constructor sets, as 0.19 calls it.
         use: Whether it is called, overridden, or read (or set).
         parameters: Names of the parameters that this package relies on.
     """
@@ -200,19 +205,34 @@ def check_upstream(names: tuple[PrivateName, ...] = _LAYER_NAMES) -> None:
     """Look for names once a process: `_LAYER_NAMES`, or `PRIVATE_NAMES` for this package's trainer.
 
     Raises:
-        UpstreamMovedError: Naming the version, and each name that is gone or takes other arguments.
+        UpstreamMovedError: Naming the version, where it is not one of those that this package runs
+            with, or each name that is gone or takes other arguments.
     """
+    if (problem := version_problem(version())) is not None:
+        raise UpstreamMovedError(problem)
+    _name_undecided()
     moved = [line for private in names for line in moved_from(private)]
     if not moved:
         return
-    # Not above: `moepp doctor` asks for the tested version where megatron-core is missing.
-    from megatron.core import package_info
-
     raise UpstreamMovedError(
-        f"megatron-core ({package_info.__shortversion__}) must be {TESTED_VERSION}, or have the "
+        f"megatron-core ({version()}) must be {TESTED_VERSION}, or have the "
         f"private names that this package uses; {'; '.join(moved)}; "
         f"{how_to_install(f'megatron-core=={TESTED_VERSION}')}, or see docs/upgrading.md"
     )
+
+
+def _name_undecided() -> None:
+    """Name the settings of experts that nobody here has decided (`refuse_ignored`)."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+    from megatron.core.utils import log_single_rank
+
+    if names := ", ".join(undecided(MLATransformerConfig)):
+        log_single_rank(
+            logging.getLogger(__name__),
+            logging.WARNING,
+            f"megatron-core {version()} has settings of experts that this version of "
+            f"moepp_megatron does not know, and which must keep their defaults: {names}",
+        )
 
 
 def moved_from(private: PrivateName) -> Iterator[str]:
@@ -233,7 +253,7 @@ def moved_from(private: PrivateName) -> Iterator[str]:
         if private.name not in owner.__init__.__code__.co_names:
             yield f"{what} is gone ({private.reason})"
         return
-    method: Any = getattr(owner, private.name, None)
+    method = by_name(owner, private.name)
     if method is None:
         yield f"{what} is gone ({private.reason})"
         return

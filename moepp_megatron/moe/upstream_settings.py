@@ -2,8 +2,9 @@
 
 megatron-core reads its `TransformerConfig` in its own router and layer, part of which the MoE++
 layer replaces. A setting that only the replaced part reads would be silently ignored. So
-every field of `TransformerConfig` that concerns experts and routing is in one of the tables below,
-and a field of a later version that is in none of them fails a test until it is decided:
+every field of `TransformerConfig` that concerns experts and routing is in one of the tables below.
+A field of a later version that is in none of them fails a test until it is decided, is named in a
+run's output, and must keep its default:
 
     HONOURED   the setting does what megatron-core says
     OURS       MoEPPConfig decides: the setting must agree with it, or keep its default
@@ -13,8 +14,10 @@ and a field of a later version that is in none of them fails a test until it is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from typing import Any
 
 from moepp_megatron.layer_settings import BALANCE_TYPES
@@ -128,6 +131,7 @@ OURS: dict[str, _Ours] = {
 _SPEC = "the MoE++ layer spec does not pass it on"
 _FORCED = "the MoE++ router selects by its logits"
 _HOST_SIZES = "its rows per expert are counted in every step"
+_NCCLEP = "its backend, ncclep, is refused"
 
 REFUSED: dict[str, _Refused] = {
     "moe_latent_size": _Refused((None,), "zero-computation experts take the whole vector"),
@@ -172,8 +176,11 @@ REFUSED: dict[str, _Refused] = {
         (False,), "the fused kernel knows one kind of expert", "MoEPPConfig.fused"
     ),
     "moe_paged_stash": _Refused((False,), _HOST_SIZES),
-    "moe_ncclep_static_shape": _Refused((False,), "its backend, ncclep, is refused"),
-    "moe_ncclep_zero_copy": _Refused((False,), "its backend, ncclep, is refused"),
+    "moe_use_grouped_tensor": _Refused((False,), _HOST_SIZES),
+    "moe_dispatch_fwd_dtype": _Refused(("bf16",), _NCCLEP),
+    "moe_combine_bwd_dtype": _Refused(("bf16",), _NCCLEP),
+    "moe_ncclep_static_shape": _Refused((False,), _NCCLEP),
+    "moe_ncclep_zero_copy": _Refused((False,), _NCCLEP),
     "transformer_impl": _Refused(
         ("transformer_engine", "local"), "megatron-core's inference layers have their own router"
     ),
@@ -184,6 +191,8 @@ REFUSED: dict[str, _Refused] = {
     "use_kitchen": _Refused((False,), _SPEC),
     "use_kitchen_attention": _Refused((False,), _SPEC),
     "use_te_activation_func": _Refused((False,), _SPEC),
+    "enable_mhc_connections": _Refused((False,), "the MoE++ layer has one residual stream"),
+    "mtp_hsm": _Refused((False,), "the layers of further tokens are this package's"),
     "mtp_use_repeated_layer": _Refused(
         (False,), "its router would be counted and balanced as one layer of several depths"
     ),
@@ -202,6 +211,10 @@ IDLE: dict[str, str] = {
 }
 
 
+# By its name, the best that a new field can be judged by. Sizes of groups are the layout's.
+_CONCERNS_EXPERTS = re.compile(r"^(?!expert_).*(moe|expert|router|routing|mtp_num|mlp_chunks)")
+
+
 def refuse_ignored(config: Any, moepp: MoEPPConfig) -> None:
     """Refuse settings of a MoE++ model's `TransformerConfig` that its layers would ignore.
 
@@ -210,6 +223,13 @@ def refuse_ignored(config: Any, moepp: MoEPPConfig) -> None:
     """
     for name in REFUSED:
         refuse_setting(config, name)
+    for name, default in undecided(type(config)).items():
+        if getattr(config, name) != default:
+            raise ValueError(
+                f"TransformerConfig.{name} ({getattr(config, name)}) must be left at its default "
+                f"({default}), because this version of moepp_megatron does not know it; see "
+                "docs/upgrading.md"
+            )
     for name, ours in OURS.items():
         value, meaning = getattr(config, name), ours.meaning(moepp)
         if value in ours.unset or value in meaning:
@@ -224,6 +244,19 @@ def refuse_ignored(config: Any, moepp: MoEPPConfig) -> None:
             f"({ours.field} {expected}){default}{counts}; use {_alternatives(meaning)}, or change "
             f"MoEPPConfig.{ours.field}"
         )
+
+
+@cache
+def undecided(kind: type) -> dict[str, Any]:
+    """Name and default of each field of a configuration of megatron-core's that is in no table."""
+    # A subclass of somebody else's has settings of its own.
+    own = [base for base in kind.__mro__ if base.__module__.startswith("megatron.core.")]
+    decided = {*HONOURED, *OURS, *REFUSED, *IDLE}
+    return {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in (fields(own[0]) if own else ())
+        if _CONCERNS_EXPERTS.search(field.name) and field.name not in decided
+    }
 
 
 def refuse_setting(config: Any, name: str, user: str = "the MoE++ layer") -> None:

@@ -7,7 +7,8 @@ import platform
 import sys
 
 from moepp_megatron.config import Config
-from moepp_megatron.moe.upstream_private import TESTED_VERSION
+from moepp_megatron.moe import upstream_versions
+from moepp_megatron.moe.upstream_versions import TESTED_VERSION
 from moepp_megatron.runtime.backends import Backend, optional_backends, version_of
 from moepp_megatron.runtime.compilers import (
     compiler_obstacle,
@@ -25,7 +26,7 @@ from moepp_megatron.workbench.doctor.gpu_checks import TorchCuda
 def check_packages(config: Config | None) -> list[Finding]:
     """Check which packages are installed and used; one that `config` needs must be."""
     backends = optional_backends()
-    findings = [_python(), _torch(), check_megatron(version_of("megatron-core")), _nccl()]
+    findings = [_python(), _torch(), check_megatron(_megatron()), _nccl()]
     findings += [_extra()]
     on_gpu = torch_cuda().available
     findings += [check_backend(backend, on_gpu) for backend in backends]
@@ -53,16 +54,19 @@ def torch_cuda() -> TorchCuda:
 
 
 def check_megatron(version: str | None) -> Finding:
-    """Check that the pinned megatron-core is installed."""
-    if version == TESTED_VERSION:
-        return Finding("megatron-core", Severity.OK, version)
-    return Finding(
-        "megatron-core",
-        Severity.ERROR,
-        version or "not installed",
-        f"must be {TESTED_VERSION}, whose internals the layer extends",
-        how_to_install(f"megatron-core=={TESTED_VERSION}"),
-    )
+    """Check that a megatron-core whose internals the layer knows is installed."""
+    if version is None:
+        remedy = how_to_install(f"megatron-core=={TESTED_VERSION}")
+        rule = f"must be {TESTED_VERSION}, whose internals the layer extends"
+        return Finding("megatron-core", Severity.ERROR, "not installed", rule, remedy)
+    problem = upstream_versions.version_problem(version)
+    if problem is not None:
+        rule, _, remedy = problem.partition("; ")
+        return Finding("megatron-core", Severity.ERROR, version, rule, remedy)
+    if version != TESTED_VERSION:
+        found = f"{version}; most tests run with {TESTED_VERSION} (docs/upgrading.md)"
+        return Finding("megatron-core", Severity.NOTE, found)
+    return Finding("megatron-core", Severity.OK, version)
 
 
 def check_backend(backend: Backend, on_gpu: bool = False) -> Finding:
@@ -172,6 +176,11 @@ def check_fp8(config: Config, machine: FP8Machine) -> Finding | None:
         return Finding("precision.fp8", Severity.OK, f"{config.precision.fp8}, {recipe}")
     rule, _, remedy = obstacle.partition("; ")
     return Finding("precision.fp8", Severity.ERROR, config.precision.fp8 or "", rule, remedy)
+
+
+def _megatron() -> str | None:
+    """The version of what is imported, which a path can put before what is installed."""
+    return None if version_of("megatron-core") is None else upstream_versions.version()
 
 
 def _python() -> Finding:

@@ -1,6 +1,7 @@
 """Every setting of megatron-core's MoE layers is honoured, taken from MoEPPConfig, or refused."""
 
 import dataclasses
+import logging
 import re
 from typing import Any
 
@@ -16,7 +17,16 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.dedup_dispatcher import DedupAlltoAllTokenDispatcher
 from moepp_megatron.moe.dispatcher import FFNAlltoAllTokenDispatcher
 from moepp_megatron.moe.spec import get_moepp_layer_spec
-from moepp_megatron.moe.upstream_settings import HONOURED, IDLE, OURS, REFUSED, refuse_ignored
+from moepp_megatron.moe.upstream_private import check_upstream
+from moepp_megatron.moe.upstream_settings import (
+    HONOURED,
+    IDLE,
+    OURS,
+    REFUSED,
+    refuse_ignored,
+    undecided,
+)
+from moepp_megatron.moe.upstream_versions import GONE_FIELDS, NEW_FIELDS, version
 from tests.unit.moe.builders import HIDDEN, megatron_config, randomize
 
 MOEPP = MoEPPConfig(num_ffn_experts=4)
@@ -47,20 +57,30 @@ def config_with(**changes: Any) -> TransformerConfig:
     return config
 
 
-def concerns_experts(name: str) -> bool:
-    """By its name, the best that a new field can be told by."""
-    return re.search(r"moe|expert|router|routing|mtp_num|mlp_chunks", name) is not None
-
-
 def test_every_field_is_decided_once() -> None:
     """Should this fail after an upgrade: read what the new field does, and put it into a table."""
-    parallel = {field for field in FIELDS if field.startswith("expert_")}
     decided = [*HONOURED, *OURS, *REFUSED, *IDLE]
     assert len(decided) == len(set(decided)), "a field is in two tables"
-    unknown = set(decided) - FIELDS.keys()
-    assert not unknown, f"megatron-core has no {sorted(unknown)}"
-    undecided = {name for name in FIELDS if concerns_experts(name)} - set(decided) - parallel
-    assert not undecided, f"nobody has decided what MoE++ layers make of {sorted(undecided)}"
+    of_others = NEW_FIELDS if version().startswith("0.19.") else GONE_FIELDS
+    assert set(decided) - FIELDS.keys() == of_others, "megatron-core lacks a field"
+    assert undecided(MLATransformerConfig) == {}, "nobody has decided what MoE++ layers make of it"
+
+
+def test_a_field_of_a_later_version_is_named_and_keeps_its_default(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delitem(REFUSED, "moe_latent_size")
+    undecided.cache_clear()
+    check_upstream.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        check_upstream()
+    (record,) = caplog.records
+    assert record.message.endswith("must keep their defaults: moe_latent_size")
+    refuse_ignored(config_with(), MOEPP)
+    message = r"TransformerConfig.moe_latent_size \(8\) must be left at its default \(None\)"
+    with pytest.raises(ValueError, match=message):
+        refuse_ignored(config_with(moe_latent_size=8), MOEPP)
+    undecided.cache_clear()
 
 
 def test_what_idles_belongs_to_what_is_refused_or_decided_by_us() -> None:
@@ -68,8 +88,8 @@ def test_what_idles_belongs_to_what_is_refused_or_decided_by_us() -> None:
 
 
 def test_defaults_are_allowed() -> None:
-    for name, rule in REFUSED.items():
-        assert FIELDS[name].default in rule.allowed, name
+    for name in REFUSED.keys() & FIELDS.keys():
+        assert FIELDS[name].default in REFUSED[name].allowed, name
     for name, ours in OURS.items():
         assert not ours.unset or FIELDS[name].default in ours.unset, name
     refuse_ignored(megatron_config(MOEPP), MOEPP)

@@ -7,7 +7,7 @@ import pytest
 
 from moepp_megatron.config import load_config
 from moepp_megatron.config.hardware import Thresholds, load_hardware
-from moepp_megatron.moe.upstream_private import TESTED_VERSION
+from moepp_megatron.moe.upstream_versions import BEYOND, OLDEST, TESTED_VERSION
 from moepp_megatron.runtime.backends import Backend
 from moepp_megatron.workbench.doctor import folders, packages, speed_checks, system
 from moepp_megatron.workbench.doctor.finding import Finding, Severity, worst
@@ -125,9 +125,11 @@ def test_a_checkpoint_must_fit():
 
 def test_the_pinned_megatron_is_the_one_asked_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert f"megatron-core=={TESTED_VERSION}" in project["dependencies"]
+    assert f"megatron-core>={OLDEST},<{BEYOND}" in project["dependencies"]
     assert packages.check_megatron(TESTED_VERSION).severity == OK
-    assert packages.check_megatron("0.18.0").severity == ERROR
+    assert packages.check_megatron("0.20.0").severity == NOTE
+    assert packages.check_megatron("0.19.1").severity == ERROR
+    assert packages.check_megatron("0.21.0").severity == ERROR
     assert packages.check_megatron(None).found == "not installed"
 
 
