@@ -244,7 +244,7 @@ def test_reused_environment_keeps_its_versions(bare, tmp_path):
 
 def test_tools_of_tests_come_with_the_first_script_that_needs_them(machine):
     assert machine.source()[0] == 0
-    assert machine.calls.read_text().endswith("-e .\n")
+    assert machine.calls.read_text().endswith("-e .[all]\n")
     dev = {"MOEPP_DEV": "1"}
     status, _, err = machine.source(**dev)
     assert status == 0, err
