@@ -1,4 +1,4 @@
-"""Tests. MOEPP_MEGATRON_CORE names a checkout of Megatron-LM to run them with, in its own version."""
+"""Tests. MOEPP_MEGATRON_CORE names a checkout of Megatron-LM to run them with."""
 
 import os
 import sys
