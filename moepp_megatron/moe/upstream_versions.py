@@ -37,15 +37,15 @@ def version() -> str:
     return str(package_info.__shortversion__)
 
 
-def version_problem(found: str) -> str | None:
-    """Why this package does not run with a version, in one line; None where it does."""
-    numbers, oldest, beyond = (
-        tuple(map(int, text.split(".")[:3])) for text in (found, OLDEST, BEYOND)
+def version_problem(found: str | None) -> str | None:
+    """Why this package does not run with a version, or without, in one line; None where it does."""
+    oldest, numbers, beyond = (
+        tuple(map(int, text.split("."))) for text in (OLDEST, found or "0", BEYOND)
     )
     if oldest <= numbers < beyond:
         return None
     return (
-        f"megatron-core ({found}) must be at least {OLDEST} and below {BEYOND}; "
+        f"megatron-core ({found or 'not installed'}) must be at least {OLDEST} and below {BEYOND}; "
         f"{how_to_install(f'megatron-core=={TESTED_VERSION}')}"
     )
 

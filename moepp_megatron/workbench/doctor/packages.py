@@ -8,7 +8,6 @@ import sys
 
 from moepp_megatron.config import Config
 from moepp_megatron.moe import upstream_versions
-from moepp_megatron.moe.upstream_versions import TESTED_VERSION
 from moepp_megatron.runtime.backends import Backend, optional_backends, version_of
 from moepp_megatron.runtime.compilers import (
     compiler_obstacle,
@@ -26,13 +25,14 @@ from moepp_megatron.workbench.doctor.gpu_checks import TorchCuda
 def check_packages(config: Config | None) -> list[Finding]:
     """Check which packages are installed and used; one that `config` needs must be."""
     backends = optional_backends()
-    findings = [_python(), _torch(), check_megatron(_megatron()), _nccl()]
-    findings += [_extra()]
+    # Of what is imported, which a path can put before what is installed.
+    megatron = version_of("megatron-core") and upstream_versions.version()
+    findings = [_python(), _torch(), check_megatron(megatron), _nccl(), _extra()]
     on_gpu = torch_cuda().available
     findings += [check_backend(backend, on_gpu) for backend in backends]
     findings += [check_compiler()] if have_triton() else []
     loss = "auto" if config is None else config.precision.cross_entropy
-    if version_of("megatron-core") is not None:
+    if megatron is not None:
         findings += [_check_kernel(choice) for choice in kernel_choices(loss)]
     if config is not None:
         used = {backend.name for backend in backends if backend.used}
@@ -55,18 +55,12 @@ def torch_cuda() -> TorchCuda:
 
 def check_megatron(version: str | None) -> Finding:
     """Check that a megatron-core whose internals the layer knows is installed."""
-    if version is None:
-        remedy = how_to_install(f"megatron-core=={TESTED_VERSION}")
-        rule = f"must be {TESTED_VERSION}, whose internals the layer extends"
-        return Finding("megatron-core", Severity.ERROR, "not installed", rule, remedy)
     problem = upstream_versions.version_problem(version)
     if problem is not None:
         rule, _, remedy = problem.partition("; ")
-        return Finding("megatron-core", Severity.ERROR, version, rule, remedy)
-    if version != TESTED_VERSION:
-        found = f"{version}; most tests run with {TESTED_VERSION} (docs/upgrading.md)"
-        return Finding("megatron-core", Severity.NOTE, found)
-    return Finding("megatron-core", Severity.OK, version)
+        return Finding("megatron-core", Severity.ERROR, version or "not installed", rule, remedy)
+    severity = Severity.OK if version == upstream_versions.TESTED_VERSION else Severity.NOTE
+    return Finding("megatron-core", severity, f"{version}")
 
 
 def check_backend(backend: Backend, on_gpu: bool = False) -> Finding:
@@ -134,36 +128,20 @@ def _check_kernel(choice: KernelChoice) -> Finding:
 
 def check_needs(config: Config, used: set[str]) -> list[Finding]:
     """Check that the packages in use here, by name, include those that the run needs."""
-    findings = []
-    if config.precision.fp8 is not None and "Transformer Engine" not in used:
-        findings.append(
-            Finding(
-                "precision.fp8",
-                Severity.ERROR,
-                config.precision.fp8,
-                "needs Transformer Engine on a GPU",
-                "install it, or set precision.fp8=null",
-            )
-        )
-    if config.moe.dispatcher == "flex" and "DeepEP" not in used:
-        findings.append(
-            Finding(
-                "moe.dispatcher",
-                Severity.ERROR,
-                "flex",
-                "needs a GPU and the package deep_ep",
-                "install it, or use alltoall",
-            )
-        )
-    loss = config.precision.cross_entropy
-    for name, value, is_forced in (
-        ("moe.fused", "true", config.moe.fused is True),
-        ("precision.cross_entropy", loss, loss == "fused"),
-    ):
-        if is_forced and "Triton" not in used:
-            rule, remedy = "needs a GPU and the package triton", "install it, or use auto"
-            findings.append(Finding(name, Severity.ERROR, value, rule, remedy))
-    return findings
+    fp8, loss = config.precision.fp8, config.precision.cross_entropy
+    flex = config.moe.dispatcher == "flex"
+    te, triton = "Transformer Engine on a GPU", "a GPU and the package triton"
+    rows = (
+        ("precision.fp8", fp8, fp8 is not None, "Transformer Engine", te, "set precision.fp8=null"),
+        ("moe.dispatcher", "flex", flex, "DeepEP", "a GPU and the package deep_ep", "use alltoall"),
+        ("moe.fused", "true", config.moe.fused is True, "Triton", triton, "use auto"),
+        ("precision.cross_entropy", loss, loss == "fused", "Triton", triton, "use auto"),
+    )
+    return [
+        Finding(name, Severity.ERROR, str(value), f"needs {what}", f"install it, or {instead}")
+        for name, value, is_wanted, package, what, instead in rows
+        if is_wanted and package not in used
+    ]
 
 
 def check_fp8(config: Config, machine: FP8Machine) -> Finding | None:
@@ -176,11 +154,6 @@ def check_fp8(config: Config, machine: FP8Machine) -> Finding | None:
         return Finding("precision.fp8", Severity.OK, f"{config.precision.fp8}, {recipe}")
     rule, _, remedy = obstacle.partition("; ")
     return Finding("precision.fp8", Severity.ERROR, config.precision.fp8 or "", rule, remedy)
-
-
-def _megatron() -> str | None:
-    """The version of what is imported, which a path can put before what is installed."""
-    return None if version_of("megatron-core") is None else upstream_versions.version()
 
 
 def _python() -> Finding:
