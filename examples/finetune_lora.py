@@ -39,8 +39,10 @@ def finetune(export: Path, text: str, out: Path, steps: int, batch: int = 2) -> 
     tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=True)
     length = min(128, base.config.max_position_embeddings)
     rows = rows_of(text, tokenizer, length)
-    # Attention, FFN experts, routers and constant experts alike.
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    # Attention, routers and constant experts are linear modules, FFN experts are not.
+    experts = ["ffn.gate_up_proj", "ffn.down_proj"]
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", target_parameters=experts)
+    model = get_peft_model(base, lora)
     model.print_trainable_parameters()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-3)

@@ -235,6 +235,8 @@ def _auto_map(classes: tuple[str, str] | None) -> dict[str, Any]:
         "architectures": [model_class],
         "auto_map": {
             "AutoConfig": f"configuration_moepp.{config_class}",
+            # vLLM's Transformers backend asks for it.
+            "AutoModel": f"modeling_moepp.{model_class.replace('ForCausalLM', 'Model')}",
             "AutoModelForCausalLM": f"modeling_moepp.{model_class}",
         },
     }

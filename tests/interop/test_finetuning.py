@@ -173,7 +173,7 @@ def balance_gradient() -> tuple[float, float]:
     model = random_model().train()
     model(**batch(), output_router_logits=True).aux_loss.backward()
     gate = model.model.layers[0].mlp.moe.gate.wg[2].weight.grad
-    untouched = model.model.layers[3].mlp.moe.experts.experts[0].up_proj.weight.grad
+    untouched = model.model.layers[3].mlp.moe.experts.ffn.gate_up_proj.grad
     return float(gate.abs().max()), 0.0 if untouched is None else float(untouched.abs().max())
 
 
@@ -184,7 +184,7 @@ def test_balance_loss_trains_routers(plain: RunPlain) -> None:
 
 
 def adapter_run() -> dict[str, Any]:
-    """LoRA on every linear module: outputs before training, after a step, and merged."""
+    """LoRA on every weight matrix: outputs before training, after a step, and merged."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -196,7 +196,9 @@ def adapter_run() -> dict[str, Any]:
     inputs = batch()
     with torch.no_grad():
         before = base(**inputs).logits.float().numpy()
-    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).train()
+    experts = ["ffn.gate_up_proj", "ffn.down_proj"]
+    lora = LoraConfig(r=4, target_modules="all-linear", target_parameters=experts)
+    model = get_peft_model(base, lora).train()
     with torch.no_grad():
         start = model(**inputs).logits.float().numpy()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -217,11 +219,12 @@ def adapter_run() -> dict[str, Any]:
 
 
 @needs_peft
-def test_adapters_on_every_linear_module(plain: RunPlain) -> None:
+def test_adapters_on_every_weight_matrix(plain: RunPlain) -> None:
     run = plain(adapter_run)
     # An adapter begins at 0.
     assert np.array_equal(run["start"], run["before"])
-    for part in ("gate.wg.0", "gate.wg.2", "gate.gate_map", "experts.experts.4.wg", "q_proj"):
+    parts = ("gate.wg.0", "gate.wg.2", "gate.gate_map", "experts.experts.4.wg", "q_proj", ".ffn.")
+    for part in parts:
         assert any(part in name and value > 0.0 for name, value in run["grads"].items()), part
     assert np.abs(run["trained"] - run["before"]).max() > 0.01
     # Weights with the adapter added in: fp32, with the norms of heads behind the sum.

@@ -7,10 +7,11 @@ from typing import Any
 import transformers
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-if int(transformers.__version__.split(".")[0]) < 5:
+# Earlier ones have no experts that a caller may skip.
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 8):
     raise ImportError(
-        f"transformers ({transformers.__version__}) must be at least 5: this model needs "
-        "transformers >= 5; install it with `pip install 'transformers>=5'`"
+        f"transformers ({transformers.__version__}) must be at least 5.8: this model needs "
+        "transformers >= 5.8; install it with `pip install 'transformers>=5.8'`"
     )
 
 
@@ -123,6 +124,35 @@ class MoEPPConfig(LlamaConfig):
         self.balance_loss = balance_loss
         self.output_router_logits = output_router_logits
         self.router_aux_loss_coef = router_aux_loss_coef
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """How tensor parallelism divides modules; those that it does not name are replicated."""
+        # A norm over all heads needs the whole queries and keys.
+        gathered = self.qk_norm and self.qk_norm_scope == "all_heads"
+        first, last = (
+            ("colwise_gather_output", "rowwise_split_input") if gathered else ("colwise", "rowwise")
+        )
+        plan = {f"self_attn.{name}_proj": first for name in "qkv"} | {"self_attn.o_proj": last}
+        if self.qk_norm and not gathered:
+            plan |= {f"self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+        mlp = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+        if 0 in self.moe_layers:
+            plan |= {f"mlp.{name}": style for name, style in mlp.items()}
+        if self.shared_expert_intermediate_size is not None:
+            plan |= {f"mlp.moe.shared_expert.{name}": style for name, style in mlp.items()}
+        plan |= {
+            # Whole experts: transformers would divide stacked gate and up projections wrongly.
+            "mlp.moe.experts.ffn.gate_up_proj": "grouped_gemm",
+            "mlp.moe.experts.ffn.down_proj": "grouped_gemm",
+            "mlp.moe.experts.ffn": "moe_tp_experts",
+        }
+        return {f"layers.*.{name}": style for name, style in plan.items()}
+
+    @property
+    def base_model_pp_plan(self) -> dict[str, Any] | None:  # type: ignore[override]
+        """How pipeline stages divide modules; None where router logits would have to cross them."""
+        return None if self.gating_residual else LlamaConfig.base_model_pp_plan
 
     def validate_architecture(self) -> None:
         """Accept head widths that do not divide the hidden size, unlike Llama."""

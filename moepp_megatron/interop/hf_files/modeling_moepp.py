@@ -6,7 +6,7 @@ FFN, constant, copy, zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial, wraps
 from typing import Any
 
@@ -14,8 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.integrations import use_experts_implementation
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaMLP,
@@ -81,7 +86,13 @@ class MoEPPGate(nn.Module):
     def forward(self, x_TD: Tensor, previous_TE: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gates [T, K], selected experts [T, K] and logits [T, E], in fp32."""
         logits_TE = _fp32(self.wg, x_TD.float())
-        if hasattr(self, "gate_map") and previous_TE is not None:
+        if hasattr(self, "gate_map"):
+            if previous_TE is None:
+                raise ValueError(
+                    "previous_TE (None) must be the router logits of the MoE layer before, which "
+                    "do not pass from one pipeline stage to the next; run all layers in one stage "
+                    "(vLLM: --pipeline-parallel-size 1)"
+                )
             logits_TE = logits_TE + _fp32(self.gate_map, previous_TE)
         gates_TK, chosen_TK = self.select(logits_TE)
         return gates_TK, chosen_TK, logits_TE
@@ -172,19 +183,32 @@ def _fp32(module: nn.Module, x: Tensor) -> Tensor:
         return torch.func.functional_call(module, weights, (x,))
 
 
-class FFNExpert(nn.Module):
-    """SwiGLU; gate and up projection are stacked in `up_proj`, gate first."""
+@use_experts_implementation
+class FFNExperts(nn.Module):
+    """SwiGLU experts; gate and up projection are stacked in `gate_up_proj`, gate first.
+
+    This loop is `experts_implementation="eager"`. transformers has others, by default `grouped_mm`,
+    which call themselves with `num_experts`, the two weights and `act_fn`.
+    """
 
     def __init__(self, config: MoEPPConfig) -> None:
         super().__init__()
-        inner = config.moe_intermediate_size
-        self.up_proj = nn.Linear(config.hidden_size, 2 * inner, bias=False)
-        self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.num_experts = config.num_ffn_experts
+        inner, hidden = config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, inner))
+        self.act_fn = nn.SiLU()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [n, D] to [n, D]."""
-        gate, up = self.up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+    def forward(self, x_TD: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """[T, D]: the outputs of picks that are FFN experts, weighted and added up."""
+        output_TD = torch.zeros_like(x_TD)
+        for index in chosen_TK[chosen_TK < self.num_experts].unique().tolist():
+            tokens, slots = torch.where(chosen_TK == index)
+            gate, up = F.linear(x_TD[tokens], self.gate_up_proj[index]).chunk(2, dim=-1)
+            result = F.linear(self.act_fn(gate) * up, self.down_proj[index])
+            result = result * gates_TK[tokens, slots, None]
+            output_TD.index_add_(0, tokens, result.to(x_TD.dtype))
+        return output_TD
 
 
 class ConstantExpert(nn.Module):
@@ -203,41 +227,67 @@ class ConstantExpert(nn.Module):
         return keep * x + replace * self.constant
 
 
-class CopyExpert(nn.Module):
-    """Returns its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [n, D] to [n, D]."""
-        return x
-
-
-class ZeroExpert(nn.Module):
-    """Returns 0."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [n, D] to [n, D]."""
-        return torch.zeros_like(x)
-
-
 class MoEPPExperts(nn.Module):
-    """The experts in their fixed order."""
+    """The experts in their fixed order; those without FFN in closed form, without gather."""
 
     def __init__(self, config: MoEPPConfig) -> None:
         super().__init__()
-        experts: list[nn.Module] = [FFNExpert(config) for _ in range(config.num_ffn_experts)]
-        experts += [ConstantExpert(config) for _ in range(config.num_constant_experts)]
-        experts += [CopyExpert() for _ in range(config.num_copy_experts)]
-        experts += [ZeroExpert() for _ in range(config.num_zero_experts)]
-        self.experts = nn.ModuleList(experts)
+        self.config = config
+        self.ffn = FFNExperts(config)
+        # Expert ids from `num_experts` on are not its own: no row of them is multiplied.
+        self.ffn._is_expert_parallel = True
+        ffn, constants = config.num_ffn_experts, config.num_constant_experts
+        self.first_copy = ffn + constants
+        self.first_zero = self.first_copy + config.num_copy_experts
+        # What `load_weights` has not loaded.
+        self.missing = {name: set(range(ffn)) for name, _ in self.ffn.named_parameters()}
+        # Checkpoints number all experts.
+        self.experts = nn.ModuleDict(
+            {str(index): ConstantExpert(config) for index in range(ffn, self.first_copy)}
+        )
 
     def forward(self, x_TD: Tensor, gates_TK: Tensor, chosen_TK: Tensor) -> Tensor:
         """[T, D]: the selected experts' outputs, weighted and added up."""
-        output_TD = torch.zeros_like(x_TD)
-        for index in chosen_TK.unique().tolist():
-            tokens, slots = torch.where(chosen_TK == index)
-            result = self.experts[index](x_TD[tokens]) * gates_TK[tokens, slots, None]
-            output_TD.index_add_(0, tokens, result.to(x_TD.dtype))
-        return output_TD
+        output_TD = self.ffn_output(x_TD, gates_TK, chosen_TK).float()
+        for name, expert in self.experts.items():
+            gates_T1 = gates_TK.masked_fill(chosen_TK != int(name), 0.0).sum(-1, keepdim=True)
+            output_TD = output_TD + gates_T1 * expert(x_TD)
+        is_copy_TK = (chosen_TK >= self.first_copy) & (chosen_TK < self.first_zero)
+        gates_T1 = gates_TK.masked_fill(~is_copy_TK, 0.0).sum(-1, keepdim=True)
+        return (output_TD + gates_T1 * x_TD).to(x_TD.dtype)
+
+    def ffn_output(self, x_TD: Tensor, gates_TK: Tensor, chosen_TK: Tensor) -> Tensor:
+        """The FFN experts' part of the output."""
+        is_ffn_TK = chosen_TK < self.config.num_ffn_experts
+        if self.ffn.num_experts < self.config.num_ffn_experts:
+            # Tensor parallelism: each rank has whole experts, whose outputs it adds up.
+            weight: Any = self.ffn.gate_up_proj
+            chosen_TK = chosen_TK - weight.device_mesh.get_local_rank() * self.ffn.num_experts
+            is_ffn_TK = (chosen_TK >= 0) & (chosen_TK < self.ffn.num_experts)
+            chosen_TK = chosen_TK.masked_fill(~is_ffn_TK, self.ffn.num_experts)
+        batched = self.config._experts_implementation == "batched_mm"
+        if not batched or torch.compiler.is_compiling():
+            return self.ffn(x_TD, chosen_TK, gates_TK.masked_fill(~is_ffn_TK, 0.0))
+        # It multiplies all rows that it gets: only those of FFN experts.
+        tokens, slots = torch.where(is_ffn_TK)
+        picks = chosen_TK[tokens, slots, None], gates_TK[tokens, slots, None]
+        result = self.ffn(x_TD[tokens], *picks)
+        return torch.zeros_like(x_TD).index_add_(0, tokens, result)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+        """Load a checkpoint's tensors by name, and yield those of this module (vLLM asks)."""
+        own = self.state_dict()
+        for name, value in weights:
+            _, index, kind = name.split(".", 2)
+            if int(index) >= self.config.num_ffn_experts:
+                own[name].copy_(value)
+                yield name
+                continue
+            name = {"up_proj.weight": "gate_up_proj", "down_proj.weight": "down_proj"}[kind]
+            own["ffn." + name][int(index)].copy_(value)
+            self.missing[name].discard(int(index))
+            if not self.missing[name]:
+                yield "ffn." + name
 
 
 class MoEPPLayer(nn.Module):
@@ -340,11 +390,23 @@ class MoEPPDecoderLayer(LlamaDecoderLayer):
 class _MoEPPMixin:
     config_class: type[MoEPPConfig] = MoEPPConfig
     _no_split_modules = ["MoEPPDecoderLayer"]
-    # The first MoE layer's map of a previous router's logits: the released model has one, unused.
-    _keys_to_ignore_on_load_unexpected = [r"mlp\.moe\.gate\.gate_map\.weight"]
     # Steps of a bias are far smaller than what bf16 resolves.
     _keep_in_fp32_modules_strict = {"e_score_correction_bias"}
-    _can_record_outputs = {"hidden_states": MoEPPDecoderLayer}
+    _can_record_outputs = {
+        "hidden_states": MoEPPDecoderLayer,
+        "attentions": [LlamaAttention, Qwen3Attention],
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, FFNExperts):
+            for weight in module.parameters():
+                init.normal_(weight, mean=0.0, std=module.config.initializer_range)
+        elif isinstance(module, ConstantExpert):
+            init.zeros_(module.constant)
+        elif hasattr(module, "e_score_correction_bias"):
+            init.zeros_(module.e_score_correction_bias)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
@@ -374,6 +436,11 @@ class MoEPPModel(_MoEPPMixin, LlamaModel):
                 )
         # Not Llama's own: it would build Llama's layers first.
         super(LlamaModel, self).__init__(config)
+        # The released model's first MoE layer has a map of previous logits that it does not use.
+        # This must match no key of ours: vLLM drops all keys that it matches.
+        first = list(config.moe_layers).index(1)
+        unused = rf"layers\.{first}\.mlp\.moe\.gate\.gate_map\.weight"
+        self._keys_to_ignore_on_load_unexpected = [unused]
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         # Without padding_idx: the padding token ends documents too, and is to be learned.
@@ -465,10 +532,26 @@ def _batch_share(labels: Any = None, num_items_in_batch: Any = None, **_: Any) -
     return (labels[..., 1:] != -100).sum() / num_items_in_batch
 
 
+class MoeModel(MoEPPModel):
+    """The same decoder for the released model's configuration."""
+
+    config_class = MoeConfig
+
+
 class MoeForCausalLM(MoEPPForCausalLM):
     """The same model under the released model's class name."""
 
     config_class = MoeConfig
 
 
-__all__ = ["MoEPPForCausalLM", "MoEPPModel", "MoeForCausalLM"]
+# Checkpoints have two tensors for each FFN expert.
+for _type in (MoEPPConfig.model_type, MoeConfig.model_type):
+    _converters = [
+        WeightConverter(
+            f".experts.experts.*.{theirs}.weight", f".experts.ffn.{ours}", [MergeModulelist()]
+        )
+        for theirs, ours in (("up_proj", "gate_up_proj"), ("down_proj", "down_proj"))
+    ]
+    register_checkpoint_conversion_mapping(_type, _converters, overwrite=True)
+
+__all__ = ["MoEPPForCausalLM", "MoEPPModel", "MoeForCausalLM", "MoeModel"]

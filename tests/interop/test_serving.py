@@ -1,0 +1,154 @@
+"""Exports in servers: what vLLM's Transformers backend asks of the modelling file, and vLLM."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.interop.checkpoints import CASES, GOLDEN
+from tests.interop.conftest import RunPlain
+from tests.interop.models import settings
+from tests.interop.test_export import MODELS, save_and_compute
+from tests.interop.test_finetuning import batch, random_model
+from tests.parallel.ranks import RankPools
+
+VLLM = os.environ.get("MOEPP_VLLM_PYTHON")
+needs_vllm = pytest.mark.skipif(
+    VLLM is None, reason="needs MOEPP_VLLM_PYTHON: the interpreter of an environment with vLLM"
+)
+LENGTHS = (3, 15, 1, 9, 2, 12)
+
+
+def ignored_keys(layers: list[int]) -> tuple[list[str], list[str]]:
+    """Keys of the model, and of a released checkpoint's first MoE layer, that loaders drop."""
+    model = random_model(moe_layers=layers, gating_residual=True)
+    unused = f"model.layers.{layers.index(1)}.mlp.moe.gate.gate_map.weight"
+    dropped = []
+    for part in (model, model.model):
+        patterns = part._keys_to_ignore_on_load_unexpected
+        dropped.append([key for key in (*part.state_dict(), unused) if matches(patterns, key)])
+    return dropped[0], dropped[1]
+
+
+def matches(patterns: Any, key: str) -> bool:
+    return any(re.search(pattern, key) for pattern in patterns)
+
+
+@pytest.mark.parametrize("layers", [[1] * 12, [0, 1, 0, 1]])
+def test_no_weight_of_the_model_is_one_that_loaders_drop(
+    plain: RunPlain, layers: list[int]
+) -> None:
+    # transformers drops only keys that the model does not have, vLLM all that match.
+    expected = [f"model.layers.{layers.index(1)}.mlp.moe.gate.gate_map.weight"]
+    assert plain(ignored_keys, layers) == (expected, expected)
+
+
+def second_stage() -> str:
+    """A model whose first layers are those of another pipeline stage, which pass hidden states."""
+    import torch
+
+    model = random_model(num_hidden_layers=4, moe_layers=None)
+    for index in (0, 1):
+        model.model.layers[index] = torch.nn.Identity()
+        model.model.layers[index].forward = lambda hidden, **_: hidden
+    try:
+        model(**batch())
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_pipeline_stage_that_lacks_router_logits_is_refused(plain: RunPlain) -> None:
+    assert "run all layers in one stage" in plain(second_stage)
+
+
+def decoder_of(folder: Path, ids: Any) -> Any:
+    """The decoder's hidden states of tokens without padding, as vLLM builds and calls it."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert list(config.auto_map) == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
+    decoder = AutoModel.from_config(config, trust_remote_code=True).eval()
+    whole = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(decoder).is_backend_compatible()
+    decoder.load_state_dict(whole.model.state_dict())
+    tokens = torch.from_numpy(ids)
+    with torch.no_grad():
+        hidden = decoder(
+            input_ids=tokens,
+            position_ids=torch.arange(tokens.shape[1])[None],
+            use_cache=False,
+            return_dict=False,
+        )[0]
+        return whole.lm_head(hidden).numpy()
+
+
+@pytest.mark.parametrize("layout", ["moepp", "released"])
+def test_the_decoder_by_itself(plain: RunPlain, tmp_path: Path, layout: str) -> None:
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+    from moepp_megatron.interop.to_mcore import hf_to_mcore
+
+    case = GOLDEN / CASES[0]
+    hf_to_mcore(case, tmp_path / "mcore")
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", layout)
+    expected = np.load(case / "expected.npz")
+    logits = plain(decoder_of, tmp_path / "hf", expected["input_ids"][:1])
+    np.testing.assert_allclose(logits, expected["logits"][:1], rtol=0, atol=1e-4)
+
+
+def greedy(folder: Path, prompts: list[list[int]]) -> list[dict[str, list[Any]]]:
+    """Greedy answers of transformers, in the form of `vllm_answers.py`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    # Models of ours stop at the end of a document; here all answers have one length.
+    model.generation_config.eos_token_id = None
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        # Without a mask, transformers takes tokens of the padding's id for padding.
+        mask = torch.ones_like(ids)
+        whole = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+        with torch.no_grad():
+            logprobs = model(whole).logits[0, :-1].log_softmax(-1)
+        picked = logprobs.gather(1, whole[0, 1:, None])[:, 0]
+        answers.append({"tokens": whole[0, len(prompt) :].tolist(), "logprobs": picked.tolist()})
+    return answers
+
+
+def assert_vllm_agrees(plain: RunPlain, export: Path, *changes: str) -> None:
+    """Text and log-probabilities of vLLM, in one batch, are those of transformers."""
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, 64, length).tolist() for length in LENGTHS]
+    files = [export.parent / name for name in ("prompts.json", "answers.json")]
+    files[0].write_text(json.dumps(prompts))
+    program = Path(__file__).with_name("vllm_answers.py")
+    command = [str(VLLM), str(program), str(export), *map(str, files), *changes]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=570, cwd=export.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    theirs, expected = json.loads(files[1].read_text()), plain(greedy, export, prompts)
+    for answer, wanted in zip(theirs, expected, strict=True):
+        assert answer["tokens"] == wanted["tokens"]
+        np.testing.assert_allclose(answer["logprobs"], wanted["logprobs"], rtol=0, atol=1e-3)
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", ["paper", "everything else"])
+def test_vllm_computes_the_same(
+    ranks: RankPools, plain: RunPlain, tmp_path: Path, name: str
+) -> None:
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+
+    # vLLM's attention on a CPU has heads of 32 and more.
+    model = {"num_layers": 3, "kv_channels": 32, "seq_length": 32}
+    changes = {"model": MODELS[name].get("model", {}) | model, "moe": MODELS[name]["moe"]}
+    ranks(1).run(save_and_compute, settings(**changes), tmp_path / "checkpoints")
+    mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf")
+    assert_vllm_agrees(plain, tmp_path / "hf", "max_model_len=32")

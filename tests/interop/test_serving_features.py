@@ -1,0 +1,197 @@
+"""What transformers 5 offers to its own MoE models, with exported ones."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.interop.conftest import RunPlain
+from tests.interop.test_finetuning import batch, random_model
+from tests.parallel.ranks import RankPools
+
+PATHS = ("eager", "grouped_mm", "batched_mm")
+
+
+def experts_by(path: str) -> tuple[Any, int, int]:
+    """Logits, rows that FFN experts multiplied, and FFN experts that routers picked."""
+    import torch
+    from torch.nn import functional
+    from transformers.integrations import moe
+
+    model = random_model(num_zero_experts=2, num_copy_experts=2).eval()
+    model.set_experts_implementation(path)
+    rows, picks = [], []
+
+    def counted(function: Any) -> Any:
+        def call(x: Any, weight: Any, offsets: Any = None, *args: Any, **kwargs: Any) -> Any:
+            # The first of an expert's two products; the grouped one ends at the last offset.
+            if weight.shape[-2:] == (96, 32) and (offsets is not None or x.dim() == 2):
+                rows.append(len(x) if offsets is None else int(offsets[-1]))
+            given = () if offsets is None else (offsets,)
+            return function(x, weight, *given, *args, **kwargs)
+
+        return call
+
+    originals = moe._grouped_linear, moe._batched_linear, functional.linear
+    moe._grouped_linear, moe._batched_linear, functional.linear = map(counted, originals)
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "moe"):
+            layer.mlp.moe.gate.register_forward_hook(
+                lambda module, args, output: picks.append(int((output[1] < 4).sum()))
+            )
+    try:
+        with torch.no_grad():
+            logits = model(**batch()).logits.numpy()
+    finally:
+        moe._grouped_linear, moe._batched_linear, functional.linear = originals
+    return logits, sum(rows), sum(picks)
+
+
+def test_experts_multiply_the_rows_that_routers_pick(plain: RunPlain) -> None:
+    expected, *_ = plain(experts_by, "eager")
+    for path in PATHS:
+        logits, rows, picks = plain(experts_by, path)
+        # Products of the same rows in another order, in fp32.
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+        assert rows == picks > 0, path
+        # Two picks of 24 tokens in three layers.
+        assert picks < 2 * 24 * 3, "no zero-computation expert was picked"
+
+
+def decoded_without_breaks(path: str) -> tuple[Any, Any]:
+    """The logits of a compiled decoding step with a static cache, and of the whole text."""
+    import torch
+    from transformers import StaticCache
+
+    model = random_model().eval()
+    model.set_experts_implementation(path)
+    ids = batch()["input_ids"][:, :6]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, -1]
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(input_ids=ids[:, :5], cache=cache)
+        step = torch.compile(model.forward, fullgraph=True, backend="eager")
+        position = torch.full((2, 1), 5)
+        logits = step(input_ids=ids[:, 5:], cache=cache, position_ids=position).logits[:, -1]
+    return logits.numpy(), expected.numpy()
+
+
+@pytest.mark.parametrize("path", ["grouped_mm", "batched_mm"])
+def test_decoding_compiles_without_graph_breaks(plain: RunPlain, path: str) -> None:
+    logits, expected = plain(decoded_without_breaks, path)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+
+
+def generated() -> dict[str, list[int]]:
+    """Greedy texts of one prompt by every way to generate."""
+    import torch
+
+    model = random_model().eval()
+    draft = random_model(num_hidden_layers=2, moe_layers=None).eval()
+    ids = batch()["input_ids"][:1, :5]
+    settings = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 12,
+        "do_sample": False,
+    }
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "assisted": {"assistant_model": draft},
+        "prompt lookup": {"prompt_lookup_num_tokens": 2},
+        "static cache": {"cache_implementation": "static"},
+    }
+    return {name: model.generate(ids, **settings, **way)[0].tolist() for name, way in ways.items()}
+
+
+def test_every_way_to_generate_gives_the_same_text(plain: RunPlain) -> None:
+    texts = plain(generated)
+    assert len(set(map(tuple, texts.values()))) == 1, texts
+
+
+def packed() -> tuple[Any, Any]:
+    """Logits of two texts in one row without padding, and of each by itself."""
+    import torch
+
+    model, ids = random_model().eval(), batch()["input_ids"]
+    texts = [ids[:1, :7], ids[1:, :5]]
+    positions = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    with torch.no_grad():
+        row = model(input_ids=torch.cat(texts, 1), position_ids=positions, use_cache=False)
+        alone = torch.cat([model(input_ids=text).logits[0] for text in texts])
+    return row.logits[0].numpy(), alone.numpy()
+
+
+def test_texts_without_padding(plain: RunPlain) -> None:
+    row, alone = plain(packed)
+    np.testing.assert_allclose(row, alone, rtol=0, atol=1e-5)
+
+
+def attentions(qk_norm: bool) -> list[tuple[int, ...]]:
+    model = random_model(qk_norm=qk_norm).eval()
+    model.set_attn_implementation("eager")
+    return [tuple(value.shape) for value in model(**batch(), output_attentions=True).attentions]
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_attentions_are_returned(plain: RunPlain, qk_norm: bool) -> None:
+    assert plain(attentions, qk_norm) == [(2, 4, 12, 12)] * 4
+
+
+def saved(folder: Path, changes: dict[str, Any]) -> Any:
+    """Save a model; its logits."""
+    import torch
+
+    model = random_model(**changes).eval()
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        return model(**batch()).logits.numpy()
+
+
+def divided(folder: Path) -> tuple[Any, tuple[int, ...], list[str]]:
+    """Logits of this rank's part of the model, its FFN weights' shape, and what the plan lacks."""
+    import torch
+
+    from moepp_megatron.interop.hf_files.modeling_moepp import MoEPPForCausalLM
+
+    model = MoEPPForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+    names = [*dict(model.named_modules()), *dict(model.named_parameters())]
+    absent = [
+        pattern
+        for pattern in model.tp_plan
+        if not any(re.fullmatch(pattern.replace("*", r"\d+"), name) for name in names)
+    ]
+    weight = model.model.layers[0].mlp.moe.experts.ffn.gate_up_proj
+    with torch.no_grad():
+        logits = model(**batch()).logits
+    return logits.numpy(), tuple(weight.to_local().shape), absent
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qk_norm_scope": "all_heads"},
+        {"qk_norm": False, "shared_expert_intermediate_size": None, "moe_layers": None},
+    ],
+)
+def test_tensor_parallel_ranks_compute_the_same(
+    ranks: RankPools, plain: RunPlain, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    expected = plain(saved, tmp_path / "hf", changes)
+    for logits, shape, absent in ranks(2).run(divided, tmp_path / "hf"):
+        # Partial sums of two ranks, in fp32.
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+        assert shape == (2, 96, 32), "two of four experts"
+        assert absent == []
+
+
+def pipeline_plans() -> list[Any]:
+    """Names in the plan that are modules, with and without gating residuals."""
+    models = [random_model(gating_residual=flag).model for flag in (True, False)]
+    return [[hasattr(model, name) for name in model._pp_plan] for model in models]
+
+
+def test_pipeline_stages_are_planned_where_hidden_states_are_all(plain: RunPlain) -> None:
+    assert plain(pipeline_plans) == [[], [True, True, True]]
