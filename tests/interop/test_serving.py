@@ -14,7 +14,7 @@ from tests.interop.checkpoints import CASES, GOLDEN
 from tests.interop.conftest import RunPlain
 from tests.interop.models import settings
 from tests.interop.test_export import MODELS, save_and_compute
-from tests.interop.test_finetuning import batch, random_model
+from tests.interop.test_finetuning import FIELDS, batch, random_model
 from tests.parallel.ranks import RankPools
 
 VLLM = os.environ.get("MOEPP_VLLM_PYTHON")
@@ -65,6 +65,24 @@ def second_stage() -> str:
 
 def test_a_pipeline_stage_that_lacks_router_logits_is_refused(plain: RunPlain) -> None:
     assert "run all layers in one stage" in plain(second_stage)
+
+
+def bias_of_a_half_precision_model() -> str:
+    import torch
+
+    from moepp_megatron.interop.hf_files.configuration_moepp import MoEPPConfig
+    from moepp_megatron.interop.hf_files.modeling_moepp import MoEPPModel
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = MoEPPModel(MoEPPConfig(**FIELDS))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return str(model.layers[0].mlp.moe.gate.e_score_correction_bias.dtype)
+
+
+def test_selection_biases_are_fp32_however_the_model_is_built(plain: RunPlain) -> None:
+    assert plain(bias_of_a_half_precision_model) == "torch.float32"
 
 
 def decoder_of(folder: Path, ids: Any) -> Any:

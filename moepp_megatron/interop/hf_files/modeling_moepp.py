@@ -80,7 +80,8 @@ class MoEPPGate(nn.Module):
         if config.gating_residual and has_residual:
             self.gate_map = nn.Linear(experts, experts, bias=False)
         if config.selection_bias:
-            self.register_buffer("e_score_correction_bias", torch.zeros(experts))
+            bias = torch.zeros(experts, dtype=torch.float32)
+            self.register_buffer("e_score_correction_bias", bias)
             self.e_score_correction_bias: Tensor
 
     def forward(self, x_TD: Tensor, previous_TE: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
