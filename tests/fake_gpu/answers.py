@@ -1,4 +1,4 @@
-"""Answers to what megatron-core and dispatchers read, by balanced routing (`machine.ROUTING`)."""
+"""Answers to what megatron-core and dispatchers read, by balanced routing (`record.ROUTING`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from tests.fake_gpu.machine import RECORD, ROUTING
+from tests.fake_gpu.record import RECORD, ROUTING
 
 # GPUs that NVLink joins.
 _NODE = 8

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.fake_gpu.machine import RECORD, place
+from tests.fake_gpu.record import RECORD, place
 
 
 class _Work:

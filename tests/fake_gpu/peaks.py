@@ -12,11 +12,11 @@ from pathlib import Path
 
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.workbench.planning.machine import DEFAULT
-from tests.fake_gpu import build, cases, machine
+from tests.fake_gpu import build, cases, record
 from tests.fake_gpu.real_packages import Engine, pinned_engine
 
 GIB = 2**30
-OWNERS = (*machine.OWNERS.values(), "autograd")
+OWNERS = (*record.OWNERS.values(), "autograd")
 
 
 @dataclass(frozen=True)

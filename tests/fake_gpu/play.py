@@ -29,8 +29,8 @@ import torch.distributed as dist
 from moepp_megatron.config import UnfitError
 from tests.fake_gpu import answers, collectives, machine
 from tests.fake_gpu.engine import deep_ep, extension
-from tests.fake_gpu.machine import RECORD, ROUTING
 from tests.fake_gpu.memory import MEMORY
+from tests.fake_gpu.record import RECORD, ROUTING
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Outcome:
     Attributes:
         error: Traceback; empty if there was none.
         refused: Why the configuration is not for this machine, as a user is told.
-        faults: `machine.Record.faults`.
+        faults: `record.Record.faults`.
         reads: Reads of one step, the second one.
         launches: Triton kernels of it.
         kernels: Kernels of its forward and backward passes. The optimizer's are left out: torch
             has them one by one for fake tensors.
-        owners: The same by whose code starts them (`machine.owner`).
+        owners: The same by whose code starts them (`record.owner`).
         modules: Names of what computes attention and experts.
         layers: MoE layers of the rank, times micro-batches.
         held: Bytes of tensors before that step: weights, gradients, optimizer.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.fake_gpu.machine import RECORD, ROUTING, owner
+from tests.fake_gpu.record import RECORD, ROUTING, owner
 
 # GPUs of a node, for whose numbers its kernels are compiled (kernels/launch.cuh).
 MOST_RANKS, _RANKS = 8, (2, 4, 8)

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tests.fake_gpu.engine import attention, router  # noqa: F401  their functions are in FUNCTIONS
 from tests.fake_gpu.engine.declarations import REQUIRED, Parameter, enums, functions, takes
 from tests.fake_gpu.engine.functions import FUNCTIONS, HOST
-from tests.fake_gpu.machine import RECORD, owner
+from tests.fake_gpu.record import RECORD, owner
 
 NAME = "transformer_engine_torch"
 # Imported at once, and called only for an export or for generation.
