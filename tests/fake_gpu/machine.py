@@ -230,8 +230,8 @@ def _install_reads() -> None:
         return make_new(self, data, **kwargs)
 
     torch.tensor, torch.Tensor.new_tensor = tensor, new_tensor
-    for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
-        _count_synchronize(owner)
+    for waits in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
+        _count_synchronize(waits)
 
 
 def _plain(data: Any) -> Any:
