@@ -157,7 +157,6 @@ def _router(load: Workload, grid: Grid, has_residual: bool) -> LayerPart:
 def _permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
     """Tokens are copied into the order of their experts and summed back, on both sides."""
     tokens = grid.tokens(load.seq)
-    element = load.hidden * load.numbers.activation_bytes
     arrived = rows * grid.etp
     taken, experts = load.experts.ffn_per_token, load.experts.num_ffn_experts
     match load.experts.dispatcher if grid.ep > 1 else None:
@@ -172,8 +171,7 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
             moved = tokens + 2 * tokens * distinct_targets(grid.ep, taken, experts) + arrived
         case other:
             assert_never(other)
-    moved *= 2.0 * element
-    kernels = 8
+    moved, kernels = 2.0 * load.hidden * load.numbers.activation_bytes * moved, 8
     if not load.experts.permute_fused:
         # Sorting of the map, gathers and scatter-adds with their zeroed targets, one by one.
         moved, kernels = 2.0 * moved, 24
@@ -183,8 +181,7 @@ def _permutation(load: Workload, grid: Grid, rows: float) -> LayerPart:
 
 def _experts(load: Workload, grid: Grid, rows: float) -> LayerPart:
     """The FFN experts of a rank."""
-    # One product an expert and matrix, issued over a few streams (Transformer Engine,
-    # common/gemm/cublaslt_gemm.cu, multi_stream_cublas_gemm); backward two.
+    # A product for each expert and matrix (Transformer Engine's cublaslt_gemm.cu); backward two.
     experts = load.experts.num_ffn_experts // grid.ep
     width = load.experts.ffn_size / grid.etp
     copied, copies = _row_copies(load, rows * grid.etp)
@@ -226,10 +223,10 @@ def _around_products(
 def _row_copies(load: Workload, rows: float) -> tuple[float, int]:
     """Bytes and kernels, of either pass, that round each expert's rows for FP8 products."""
     # The router or a flex dispatcher may have rounded them. Otherwise input, gates and output are
-    # copied one by one (megatron-core, `TEGroupedMLP`: Transformer Engine's `Fp8Padding`,
-    # `Fp8Unpadding`).
+    # copied one by one (Transformer Engine's `Fp8Padding` and `Fp8Unpadding`).
     experts = load.experts
-    if load.numbers.fp8 is None or experts.router_pads or experts.dispatcher == "flex":
+    is_padded = experts.router_pads or (experts.flex_pads and experts.dispatcher == "flex")
+    if load.numbers.fp8 is None or is_padded:
         return 0.0, 0
     # Two copies of [rows, D], each read and written; gates are fp32.
     return rows * (4.0 * load.hidden * load.numbers.activation_bytes + 2.0 * 4), 3

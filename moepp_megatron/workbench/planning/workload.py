@@ -22,6 +22,7 @@ class _Experts(ExpertLayout):
     dispatcher: Dispatcher = "alltoall"  # how tokens reach their experts
     permute_fused: bool = True  # tokens are permuted by fused kernels
     router_pads: bool = False  # the router gives each what FP8 products take
+    flex_pads: bool = True  # so does a flex dispatcher, but for this package's with DeepEP
     has_bias: bool = False  # FFN experts have biases
     is_clamped: bool = False  # both halves of the first product are clamped
     most_nodes: int | None = None  # a token's experts lie on at most this many nodes; None for any
@@ -161,4 +162,5 @@ def _experts(config: Config) -> _Experts:
         num_groups=moe.num_groups,
         group_topk=moe.group_topk,
         dispatcher=moe.dispatcher,
+        flex_pads=moe.flex_backend == "hybridep",
     )

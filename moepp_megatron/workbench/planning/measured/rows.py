@@ -206,6 +206,7 @@ def _with_facts(load: Workload, beyond: Beyond) -> Workload:
         most_nodes=beyond.most_nodes_per_token,
         permute_fused=beyond.permute_fusion,
         router_pads=beyond.router_padding,
+        flex_pads=True,
         has_bias=beyond.expert_bias,
         is_clamped=beyond.activation_clamp,
     )

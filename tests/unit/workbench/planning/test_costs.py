@@ -318,15 +318,24 @@ def test_rows_are_copied_for_fp8_where_nothing_has_rounded_them() -> None:
     copied = _experts_of("tensorwise")
     for spared in (
         _experts_of("tensorwise", router_pads=True),
-        _experts_of("tensorwise", dispatcher="flex"),
+        _experts_of("tensorwise", dispatcher="flex", flex_pads=True),
     ):
         for mine, less in ((copied.forward, spared.forward), (copied.backward, spared.backward)):
             # Input and output [rows, 2048] bf16, gates [rows] fp32: each is read and written.
             assert mine.moved - less.moved == 1024 * (2 * 2 * 2048 * 2 + 2 * 4)
             assert mine.kernels - less.kernels == 3
             assert mine.products == less.products
+    assert copied == _experts_of("tensorwise", dispatcher="flex", flex_pads=False)
     in_bf16 = _experts_of(None)
     assert in_bf16 == _experts_of(None, router_pads=True)
+
+
+@pytest.mark.parametrize(
+    ("backend", "pads"), [("auto", False), ("deepep", False), ("hybridep", True)]
+)
+def test_who_rounds_the_rows_of_a_flex_dispatcher(backend: str, pads: bool) -> None:
+    config = configured(flex_backend=backend)
+    assert Workload.from_config(config).experts.flex_pads is pads
 
 
 def test_unfused_parts_of_experts_move_what_they_read_and_write() -> None:
