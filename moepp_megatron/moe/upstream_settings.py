@@ -223,7 +223,7 @@ def refuse_ignored(config: Any, moepp: MoEPPConfig) -> None:
     """
     for name in REFUSED:
         refuse_setting(config, name)
-    for name, default in undecided(type(config)).items():
+    for name, default in undecided(config.__class__).items():
         if getattr(config, name) != default:
             raise ValueError(
                 f"TransformerConfig.{name} ({getattr(config, name)}) must be left at its default "
