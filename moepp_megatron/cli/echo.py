@@ -5,8 +5,8 @@ from __future__ import annotations
 import typer
 
 from moepp_megatron.config import ConfigError, UnfitError
-from moepp_megatron.config.printable import printable
 from moepp_megatron.runtime.disk import is_full, naming_stream
+from moepp_megatron.runtime.printable import printable
 
 
 def echo(text: str, err: bool = False) -> None:

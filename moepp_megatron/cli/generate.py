@@ -10,7 +10,7 @@ import typer
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import CheckpointArgument, LayoutArgument, NprocOption
 from moepp_megatron.cli.ranks import start_ranks
-from moepp_megatron.config.printable import printable
+from moepp_megatron.runtime.printable import printable
 
 
 def generate(

@@ -13,7 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 from typing import Annotated
 
-from moepp_megatron.runtime.install import missing, refuse_missing
+from moepp_megatron.runtime.install import missing
 
 try:
     import typer
@@ -40,12 +40,13 @@ try:
     from moepp_megatron.cli.paths import check_paths
     from moepp_megatron.cli.usage import UsageError, move_examples, refuse
     from moepp_megatron.config import ConfigError, UnfitError
-    from moepp_megatron.config.printable import make_logs_printable
     from moepp_megatron.runtime.disk import NO_SPACE, STDOUT, is_full
     from moepp_megatron.runtime.launch import has_launcher, refusal, write_status
+    from moepp_megatron.runtime.printable import make_logs_printable
     from moepp_megatron.version import __version__
 except ModuleNotFoundError as error:
-    refuse_missing(error)
+    print(f"error: {missing(error)}", file=sys.stderr)
+    sys.exit(3)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
     signal.signal(signal.SIGINT, signal.default_int_handler)

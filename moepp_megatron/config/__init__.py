@@ -20,7 +20,6 @@ origins.py        where each value of a configuration comes from
 parameters.py     exact parameter counts from the configuration, before any model is built
 paths.py          refuses texts that cannot be a path of this machine
 plugins.py        what a setting may name besides: entry points of installed packages
-printable.py      makes untrusted text safe for a terminal
 problem.py        one problem of a configuration, in the form that every message has
 reference.py      every setting with type, default, unit, range and meaning, from the schema
 removed.py        settings that earlier versions had, which resolved configurations still name

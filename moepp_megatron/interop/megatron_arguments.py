@@ -22,10 +22,10 @@ from typing import NoReturn
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moepp_megatron.config.printable import printable
 from moepp_megatron.layer_settings import DECLARED, SCOPES, BalanceScope
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.upstream_settings import refuse_ignored
+from moepp_megatron.runtime.printable import printable
 
 ENVIRONMENT = "MOEPP_ARGS"
 

@@ -18,6 +18,7 @@ object_store.py      paths of objects in a store such as S3, read and written as
 optional.py          which optional packages are usable
 parent.py            ends a process together with the process that started it
 patches.py           every change that this package makes to another library's objects
+printable.py         makes untrusted text safe for a terminal
 quiet.py             readies other libraries for their import: silent, without broken packages
 rank.py              what the launcher's environment says about this rank
 rank_gpu.py          the GPU that a rank computes on, and the CPU cores next to it

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import NoReturn
 
 TRANSFORMER_ENGINE = "launch/env.sh --te on a CUDA machine"
 """It is compiled against the torch that is there."""
 
 
 def how_to_install(*requirements: str) -> str:
-    """A command for the Python that runs this, whose environment need not be activated.
-
-    The requirements are packages as pip takes them, such as ``transformers>=5``.
-    """
+    """A command for the Python that runs this; requirements as pip takes them: `transformers>=5`."""
     return shlex.join([sys.executable, "-m", "pip", "install", *requirements])
 
 
-# The extra `all` of pyproject.toml, by the names under which its packages are imported.
 OF_ALL = {
     "jinja2": "jinja2 (pages, Slurm scripts, chat templates)",
     "matplotlib": "matplotlib (plots of pages)",
@@ -34,7 +29,7 @@ OF_ALL = {
     "typer": "typer (the command line)",
     "yaml": "pyyaml (YAML files)",
 }
-"""Package and use, by the name that is imported."""
+"""The extra `all` of pyproject.toml: package and use, by the name that is imported."""
 
 
 def missing(error: ModuleNotFoundError) -> str:
@@ -47,9 +42,3 @@ def missing(error: ModuleNotFoundError) -> str:
     if package is None:
         raise error
     return f"{package} is not installed; {how_to_install('moepp_megatron[all]')}"
-
-
-def refuse_missing(error: ModuleNotFoundError) -> NoReturn:
-    """End the program with that line and the exit status of `UnfitError`."""
-    print(f"error: {missing(error)}", file=sys.stderr)
-    sys.exit(3)

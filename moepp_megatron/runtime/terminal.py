@@ -13,8 +13,8 @@ import rich.console
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from moepp_megatron.config.printable import printable
 from moepp_megatron.runtime.disk import naming_stream
+from moepp_megatron.runtime.printable import printable
 
 
 class Console(rich.console.Console):

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.printable import printable
 from moepp_megatron.runtime.launch import refusal
 from moepp_megatron.runtime.nodes import Nodes
+from moepp_megatron.runtime.printable import printable
 
 if TYPE_CHECKING:
     from torch.distributed import Store

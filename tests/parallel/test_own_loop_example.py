@@ -73,7 +73,7 @@ def test_page_and_example_need_torch_and_megatron_core_only(tmp_path: Path) -> N
     variables |= {"LOCAL_RANK": "0", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         # -S: without the packages of this environment.
-        [sys.executable, "-S", "-c", f"{code}\n{steps}"],
+        [sys.executable, "-S", "-c", f"{code}\n{steps}\nimport moepp_megatron.interop.megatron_lm"],
         env=os.environ | variables,
         cwd=tmp_path,
         capture_output=True,

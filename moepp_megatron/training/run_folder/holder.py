@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moepp_megatron.config import ConfigError, load_config
-from moepp_megatron.config.printable import printable_time
 from moepp_megatron.file_names import CONFIG_FILE, OWNER_FILE, STATUS_FILE
 from moepp_megatron.observe.status import CLAIM, RunStatus, read_status
 from moepp_megatron.runtime.atomic import create_atomic, lock, write_atomic
 from moepp_megatron.runtime.object_store import ObjectPath
+from moepp_megatron.runtime.printable import printable_time
 from moepp_megatron.training.checkpoint import list_checkpoints
 
 BEAT_S = 3.0

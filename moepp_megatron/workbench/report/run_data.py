@@ -10,7 +10,6 @@ from pydantic import BaseModel, Field, ValidationError
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.paths import looked_at
-from moepp_megatron.config.printable import printable
 from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.config.schema.section import LARGEST, LARGEST_OF_ALL
 from moepp_megatron.config.yaml_file import parse_yaml
@@ -18,6 +17,7 @@ from moepp_megatron.experts import ExpertLayout
 from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE, RUN_FILES
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.metrics import MetricsError, Records, StepMetrics, read_metrics
+from moepp_megatron.runtime.printable import printable
 from moepp_megatron.workbench.report.series import Numbers
 
 # Runs of a folder that a message names.

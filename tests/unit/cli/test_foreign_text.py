@@ -15,8 +15,8 @@ import yaml
 
 from moepp_megatron.cli import inspect, main, profile
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.config.printable import make_logs_printable
 from moepp_megatron.observe.status import StatusSink, read_status
+from moepp_megatron.runtime.printable import make_logs_printable
 from moepp_megatron.workbench.experiments.pilot.page import print_pilot
 from moepp_megatron.workbench.experiments.pilot.result import PilotResult
 from moepp_megatron.workbench.experiments.scaling.page import print_records

@@ -7,7 +7,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from moepp_megatron.config.printable import printable
+from moepp_megatron.runtime.printable import printable
 from moepp_megatron.runtime.terminal import Console
 from tests.commands import moepp
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
 from moepp_megatron.config.blends import with_whole_paths
-from moepp_megatron.config.printable import printable_time
 from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE
 from moepp_megatron.observe.metrics import MetricsError, read_metrics
 from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.runtime.printable import printable_time
 from moepp_megatron.training.run_folder import refuse_running
 from moepp_megatron.workbench.experiments.pilot.arms import PilotArm
 from moepp_megatron.workbench.experiments.pilot.outcome import RunOutcome, run_outcome

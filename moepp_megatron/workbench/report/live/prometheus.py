@@ -15,7 +15,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.config.printable import printable
+from moepp_megatron.runtime.printable import printable
 from moepp_megatron.workbench.report.live.exported import Exported, samples_of
 from moepp_megatron.workbench.report.live.runs import LiveRuns
 

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moepp_megatron.catalogue import METRICS, OF_RECORD, Metric
-from moepp_megatron.config.printable import printable
 from moepp_megatron.experts import FFN
 from moepp_megatron.observe.numbers import Labels, name_of
+from moepp_megatron.runtime.printable import printable
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.live.liveness import State
