@@ -10,7 +10,7 @@ TRANSFORMER_ENGINE = "launch/env.sh --te on a CUDA machine"
 
 
 def how_to_install(*requirements: str) -> str:
-    """A command for the Python that runs this; requirements as pip takes them: `transformers>=5`."""
+    """A command for the Python that runs this; requirements as pip takes them (`wandb>=1`)."""
     return shlex.join([sys.executable, "-m", "pip", "install", *requirements])
 
 
