@@ -21,7 +21,7 @@ from megatron.core.transformer.cuda_graphs import CudaGraphManager
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moepp_megatron.moe.upstream_versions import TESTED_VERSION, version
+from moepp_megatron.moe.upstream_versions import TESTED_VERSION, refuse_elsewhere
 
 # Of a layer, the function to capture for each part.
 _FUNCTIONS = {
@@ -75,13 +75,13 @@ def refuse_uncapturable(config: TransformerConfig) -> None:
     """Refuse settings that no graph of a MoE++ layer can hold (ValueError)."""
     if config.cuda_graph_impl == "none":
         return
-    if version() != TESTED_VERSION:
-        raise ValueError(
-            f"TransformerConfig.cuda_graph_impl ({config.cuda_graph_impl}) must be none with "
-            f"megatron-core {version()}, because what graphs of MoE++ layers "
-            f"rely on has been tested only with {TESTED_VERSION}, and another version may replay "
-            "wrong numbers without an error; use none, or see docs/upgrading.md"
-        )
+    refuse_elsewhere(
+        "cuda_graph_impl",
+        config.cuda_graph_impl,
+        "none",
+        f"what graphs of MoE++ layers rely on has been tested only with {TESTED_VERSION}, and "
+        "another version may replay wrong numbers without an error",
+    )
     if config.cuda_graph_impl != "local":
         raise ValueError(
             f"TransformerConfig.cuda_graph_impl ({config.cuda_graph_impl}) must be local or none "

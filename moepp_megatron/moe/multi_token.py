@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
@@ -35,6 +36,7 @@ from moepp_megatron.moe.spec import (
     get_moepp_layer_spec,
     moe_layer_pattern,
 )
+from moepp_megatron.moe.upstream_versions import refuse_elsewhere
 
 
 class _AfterDecoder(TransformerLayer):
@@ -124,6 +126,9 @@ def get_moepp_mtp_block_spec(
     """
     if not config.mtp_num_layers:
         return None
+    if not HAVE_TE:
+        reason = "its MultiTokenPredictionLayer cannot be built without Transformer Engine"
+        refuse_elsewhere("mtp_num_layers", config.mtp_num_layers, "None", reason)
     spec = get_moepp_layer_spec if moe_layer_pattern(config)[-1] else get_dense_layer_spec
     inner = spec(config, moepp, use_transformer_engine=use_transformer_engine, adapt=adapt)
     if moepp.is_vanilla:

@@ -50,6 +50,19 @@ def version_problem(found: str | None) -> str | None:
     )
 
 
+def refuse_elsewhere(name: str, value: Any, allowed: str, reason: str) -> None:
+    """Refuse a setting of `TransformerConfig` with another version than the tested one.
+
+    Raises:
+        ValueError: Naming setting, value, rule and remedy.
+    """
+    if version() != TESTED_VERSION:
+        raise ValueError(
+            f"TransformerConfig.{name} ({value}) must be {allowed} with megatron-core {version()}, "
+            f"because {reason}; use {allowed}, or see docs/upgrading.md"
+        )
+
+
 def by_name(owner: Any, name: str) -> Any:
     """An attribute of megatron-core's by its name in 0.19; None where it has neither name."""
     return getattr(owner, RENAMED.get(name, name), None) or getattr(owner, name, None)

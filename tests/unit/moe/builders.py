@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,6 +20,11 @@ from moepp_megatron.moe.lane import MoEPPTransformerLayer
 from moepp_megatron.moe.layer import MoEPPLayer
 from moepp_megatron.moe.reference import ReferenceMoEPP
 from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec
+from moepp_megatron.moe.upstream_versions import TESTED_VERSION, version
+
+tested_version_only = pytest.mark.skipif(
+    version() != TESTED_VERSION, reason="refused with another megatron-core than the tested one"
+)
 
 HIDDEN = 16
 FFN_HIDDEN = 24

@@ -20,6 +20,7 @@ from tests.unit.moe.builders import (
     build_model,
     megatron_config,
     randomize,
+    tested_version_only,
     token_losses,
 )
 
@@ -90,6 +91,7 @@ def change_weights(model: torch.nn.Module, plain: torch.nn.Module, seed: int) ->
             theirs.add_(noise)
 
 
+@tested_version_only
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("parts", PARTS, ids=["+".join(parts) for parts in PARTS])
 def test_replayed_graphs_train_like_the_model(parts: list[str], case: str) -> None:
@@ -130,6 +132,7 @@ def test_what_reads_on_the_host_cannot_be_captured() -> None:
             int(torch.ones(()))
 
 
+@tested_version_only
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -23,7 +23,16 @@ from moepp_megatron.moe.layer import moe_statistics, moepp_layers
 from moepp_megatron.moe.multi_token import get_moepp_mtp_block_spec
 from moepp_megatron.moe.spec import get_moepp_block_spec
 from tests.parallel.training_runs import FULL
-from tests.unit.moe.builders import SEQUENCE, VOCAB, assert_close, megatron_config, randomize
+from tests.unit.moe.builders import (
+    SEQUENCE,
+    VOCAB,
+    assert_close,
+    megatron_config,
+    randomize,
+    tested_version_only,
+)
+
+pytestmark = tested_version_only
 
 DEPTHS, WEIGHT, BATCH = 2, 0.3, 3
 MOEPP = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.0)

@@ -17,6 +17,7 @@ from tests.unit.moe.builders import (
     build_layer,
     build_model,
     randomize,
+    tested_version_only,
     token_losses,
 )
 
@@ -162,6 +163,7 @@ def test_an_object_of_a_loop_may_take_its_place() -> None:
     assert layer.statistics.selected.tolist() == [0] * 6 + [3, 3]
 
 
+@tested_version_only
 def test_a_captured_router_is_refused() -> None:
     changes = {"cuda_graph_impl": "local", "cuda_graph_modules": ["moe_router"]}
     with pytest.raises(ValueError, match="moe_enable_routing_replay"):
