@@ -46,6 +46,8 @@ def test_each_package_of_the_extra_has_a_use() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extra = [package.partition(">")[0] for package in project["optional-dependencies"]["all"]]
     assert sorted(named.partition(" (")[0] for named in OF_ALL.values()) == extra
+    base = [re.split("[<>=]", package)[0] for package in project["dependencies"]]
+    assert base == ["torch", "megatron-core"]
 
 
 def test_no_message_has_a_command_of_its_own() -> None:
