@@ -55,6 +55,11 @@ class Base:
     batch: int
     seed: int
 
+    @property
+    def name(self) -> str:
+        """What identifies it among the results."""
+        return f"{self.corpus} {self.layers} {self.batch} {self.seed}"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -77,9 +82,7 @@ class Case:
     @property
     def name(self) -> str:
         """What identifies it among the results."""
-        base = self.base
-        parts = [base.corpus, base.layers, base.batch, base.seed, self.kind, self.what]
-        return " ".join(str(part) for part in parts if part != "").strip()
+        return f"{self.base.name} {self.kind} {self.what}".strip()
 
 
 # What comes as a whole, and what is mixed in, by base run.
@@ -117,13 +120,24 @@ _PROVE: tuple[_Plan, ...] = (
     (Base("japanese", "tau 0.4", 24, 608), ("german", "base64", "html"),
      (("german", 0.2), ("markdown", 0.1))),
 )  # fmt: skip
-# More healthy runs at the final limits: corpora of `prove` in other layers, with other seeds.
+# More healthy runs at the final limits: corpora of `prove` in other layers, with other seeds, each
+# with 24 and with 48 sequences.
 _OTHERS = (
     "swedish", "xml", "rst", "cmake", "cpp", "markdown", "german", "html", "javascript", "licences",
     "manual", "japanese",
 )  # fmt: skip
 _HEALTHY: tuple[_Plan, ...] = tuple(
-    (Base(corpus, list(LAYERS)[(3 * place + 1) % 8], 24 if place % 3 else 48, 701 + place), (), ())
+    (
+        Base(
+            corpus,
+            list(LAYERS)[(3 * place + 1 + again) % 8],
+            24 if (place % 3 > 0) != again else 48,
+            701 + place + 12 * again,
+        ),
+        (),
+        (),
+    )
+    for again in (False, True)
     for place, corpus in enumerate(_OTHERS)
 )
 SETS = {"choose": _CHOOSE, "prove": _PROVE, "healthy": _HEALTHY}
@@ -181,7 +195,6 @@ def settings(case: Case, folder: Path, steps: int, live: bool) -> dict[str, Any]
             "eval_iters": 0,
         },
         "checkpoint": {"save_interval": SAVED, "load": "auto"},
-        "observe": {} if live else {"health_interval": 1},
         "routing_guard": "safe" if live else "off",
         "resilience": {"guard": live},
     }
@@ -250,12 +263,11 @@ class Recorder(Part):
     """Notes all series of every batch, and plays a wrong learning rate."""
 
     def __init__(self, trainer: Any, case: Case, rate: float) -> None:
-        from moepp_megatron.training.parts.router_health import HealthCollector
         from moepp_megatron.training.parts.routing_counts import RoutingCounts
 
         self._trainer, self._rate, self._batches = trainer, rate, 0
         (self._counts,) = [p for p in trainer.parts if isinstance(p, RoutingCounts)]
-        (self._health,) = [p for p in trainer.parts if isinstance(p, HealthCollector)]
+        self._counts.watch(logits=True)
         self.rows: dict[str, list[Any]] = {}
         self._get_lr = trainer.model.scheduler.get_lr
 
@@ -278,8 +290,7 @@ class Recorder(Part):
         self._add("selected", self._counts.selections().numpy().astype(np.int32))
         self._add("grad_norm", step.result.grad_norm)
         self._add("seconds", time.perf_counter() - self._began)
-        for name, values in self._health.collect().get("router_health", {}).items():
-            self._add(name, np.array(values, dtype=np.float32))
+        self._add("logits", self._counts.logits())
         return ()
 
     def _add(self, name: str, value: Any) -> None:
@@ -333,12 +344,12 @@ def train(
 def run(case: Case, work: Path, corpora: Corpora, live: bool, strength: float) -> dict[str, Any]:
     """One case; the base run is made where it is missing."""
     base = case.base
-    of_base = work / f"base {base.corpus} {base.batch}"
-    kept = of_base.with_suffix(".json" if live else ".npz")
+    of_base = work / f"base {base.name}"
+    kept = work / f"base {base.name}{'.json' if live else '.npz'}"
     if not kept.exists():
         shutil.rmtree(of_base, ignore_errors=True)
         write(kept, train(Case(base, "healthy"), of_base, corpora, SAVED, live), live)
-    folder = work / f"run {base.corpus} {base.batch}"
+    folder = work / f"run {base.name}"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(of_base, folder)
     return train(case, folder, corpora, SAVED + case.steps, live, strength)

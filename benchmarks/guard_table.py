@@ -69,20 +69,18 @@ def observed(series: dict[str, NDArray[Any]]) -> Iterator[Observed]:
     """The steps of a recorded run, as a monitor sees them."""
     groups = group_of(np.arange(VOCAB_SIZE))
     for step, losses in enumerate(series["losses"].astype(np.float64)):
-        squares = series["logit_variance"][step].astype(np.float64)
-        squares += series["logit_mean"][step].astype(np.float64) ** 2
         yield Observed(
             series["selected"][step].astype(np.float64),
             float(losses.mean()),
             float(losses.std(ddof=1)),
-            np.sqrt(squares),
+            series["logits"][step],
             np.bincount(groups, weights=series["tokens"][step], minlength=GROUPS),
         )
 
 
 def replay(case: Case, work: Path) -> Found:
     """Play a recorded case to a monitor; what routers have become is taken as usual."""
-    base = work / f"base {case.base.corpus} {case.base.batch}.npz"
+    base = work / f"base {case.base.name}.npz"
     found, last = Found(case), None
     monitor = ShiftMonitor(10_000.0, (1, 2, 3), [f"expert {index}" for index in range(12)])
     runs = [dict(np.load(path)) for path in (base, work / f"{case.name}.npz")]
@@ -101,7 +99,7 @@ def replay(case: Case, work: Path) -> Found:
 
 def live(case: Case, work: Path) -> Found:
     """What a run in which the guard acted has left."""
-    base = json.loads((work / f"base {case.base.corpus} {case.base.batch}.json").read_text())
+    base = json.loads((work / f"base {case.base.name}.json").read_text())
     result = json.loads((work / f"{case.name}.json").read_text())
     found = Found(case, ended=result["ended"])
     shifts = ("shift", "router_fault")

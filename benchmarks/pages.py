@@ -131,12 +131,7 @@ metric without a key exists in Prometheus only.
     idlest, other = IN_LAYERS["min_ffn_load"], exported.OTHER
     rows.append(("", idlest.meaning, "", "", *_served(idlest.prometheus, idlest.labels)))
     rows.append(("", other.meaning, "", "", *_served(other.name, other.labels)))
-    health = [
-        (_code(name), IN_LAYERS[name].unit, IN_LAYERS[name].meaning)
-        for name in MEASURED
-        # The guard computes it from the others.
-        if name != "gate_entropy_ratio"
-    ]
+    health = [(_code(name), IN_LAYERS[name].unit, IN_LAYERS[name].meaning) for name in MEASURED]
     run = [(*_served(each.name, each.labels), each.meaning) for each in exported.OF_RUN]
     guard = [(_code(name), _place(name), METRICS[name].with_unit) for name in GUARD_METRICS]
     return "\n".join(

@@ -72,8 +72,7 @@ class Metric:
             its metric; empty for a single number.
         guard: Whether its rules may look at it: "counted" in each MoE layer and every step from
             what its router wants, "measured" in each MoE
-            layer and steps with router health, "whole" of the model, read by the guard itself,
-            "recorded" of the model and every step as `RoutingCounts` counts it for the record.
+            layer and steps with router health, "whole" of the model, read by the guard itself.
         healthy: Its range, layer by layer, in a healthy run of the quickstart model.
         wrong: When something is wrong: in words, or a default rule of the routing guard.
         drawn: Its own plot in the report.
@@ -85,7 +84,7 @@ class Metric:
     group: str = "other"
     prometheus: str = ""
     labels: Labels = ""
-    guard: Literal["", "counted", "measured", "whole", "recorded"] = ""
+    guard: Literal["", "counted", "measured", "whole"] = ""
     healthy: str = ""
     wrong: str = ""
     drawn: Drawn | None = None
@@ -162,7 +161,7 @@ class Record(BaseModel):
         "moepp_ffn_ratio", guard="counted", healthy="0.52 to 0.65", wrong="few_ffn_experts")]
     ffn_per_token: Annotated[Number, Metric(
         "FFN experts per token, mean over tokens and MoE layers", "", "router",
-        "moepp_ffn_per_token", guard="counted")]
+        "moepp_ffn_per_token")]
     expert_share: Annotated[list[Number], Metric(
         "share of all selections that an expert takes, mean over MoE layers; they sum to 1",
         "share", "expert_share", "moepp_expert_share_ratio", "expert,kind",
@@ -364,11 +363,9 @@ IN_LAYERS = {
     "min_ffn_load": Metric(
         "idlest FFN expert's selections over the FFN experts' mean; 0 is a dead expert",
         prometheus="moepp_layer_min_ffn_load_ratio", labels="layer", guard="counted",
-        healthy="0.22 to 0.83", wrong="dead_expert",
+        healthy="0.22 to 0.83", wrong="0 for long: an expert without tokens",
         drawn=Drawn("Idlest FFN expert", "load / mean load", 6, level=("even", 1.0))),
     "max_expert_share": Metric("largest share of any expert", "share", guard="counted"),
-    "max_expert_tokens": Metric(
-        "share of the tokens that the most selected expert has", "share", guard="counted"),
     "gate_entropy": Metric(
         "how undecided the router is: entropy of the scores over the experts, at most log E",
         "nats", guard="measured", healthy="1.23 to 2.33", wrong="near log E, or near 0",
@@ -377,15 +374,12 @@ IN_LAYERS = {
             "Entropy of the gates", "share of log E", 0,
             "Entropy of the scores over the experts as a share of its largest value: 100% is a "
             "router that does not care, 0% one that always takes the same experts.")),
-    "gate_entropy_ratio": Metric(
-        "entropy of the scores over log E, its largest value", guard="measured"),
     "selection_margin": Metric(
         "score of the last selected expert less that of the next one: how little would change the "
         "selection", guard="measured", healthy="0.02 to 0.07",
         wrong="near 0 for long: rounding decides",
         panel=("Margin of the selection", "layer {{layer}}"),
         drawn=Drawn("Selection margin", "score", 1)),
-    "logit_mean": Metric("mean of the router's logits", guard="measured"),
     "logit_variance": Metric(
         "variance of the router's logits over tokens and experts, residual included",
         guard="measured", healthy="0.42 to 2.08", wrong="logit_explosion",
@@ -393,7 +387,6 @@ IN_LAYERS = {
         drawn=Drawn(
             "Variance of the router logits", "variance", 2,
             "With the gating residual and without it.")),
-    "own_logit_mean": Metric("mean of the router's logits without the residual", guard="measured"),
     "own_logit_variance": Metric(
         "variance of the router's logits without the residual", guard="measured"),
     "residual_ratio": Metric(

@@ -14,7 +14,5 @@ def _judged(guard: str) -> dict[str, str]:
 COUNTED = _judged("counted")
 # Of every MoE layer, in steps where router health is measured (observe.health_interval).
 MEASURED = _judged("measured")
-# Of the whole model: what the guard reads itself, and numbers of the record.
-_WHOLE = _judged("whole")
-RECORDED = _judged("recorded")
-GUARD_METRICS = {**COUNTED, **MEASURED, **_WHOLE, **RECORDED}
+# Those, and what the guard reads of the whole model.
+GUARD_METRICS = {**COUNTED, **MEASURED, **_judged("whole")}

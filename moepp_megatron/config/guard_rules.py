@@ -24,22 +24,13 @@ DEFAULT_RULES = (
         name="few_ffn_experts", metric="mean_ffn_to_target", below=0.6, clear=0.75, for_steps=40,
     ),
     GuardRule(
-        name="many_ffn_experts", metric="mean_ffn_to_target", above=1.5, clear=1.3, for_steps=100,
-    ),
-    GuardRule(name="dead_expert", metric="min_ffn_load", below=0.01, clear=0.05, for_steps=75),
-    GuardRule(
         name="logit_explosion", metric="logit_variance", above=100.0, clear=50.0, for_steps=20,
         severity="critical",
     ),
 )  # fmt: skip
-# Where a budget holds the FFN share, it is the one that reports a missed target.
-_OF_SHARE = ("few_ffn_experts", "many_ffn_experts")
-
 REMEDIES = {
     "router_fault": "find out what damaged the weights before they were put back",
     "few_ffn_experts": "set moe.budget.target_ffn_per_token, or raise moe.balance_coeff",
-    "many_ffn_experts": "set moe.budget.target_ffn_per_token, or raise moe.balance_coeff",
-    "dead_expert": "raise moe.balance_coeff; go back to a checkpoint to revive the expert",
     "logit_explosion": "set moe.z_loss_coeff, and lower optimizer.lr",
 }
 """What to do, by default rule; of a shift it follows from its cause."""
@@ -112,9 +103,10 @@ def effective_rules(
         section: The settings.
         has_budget: Whether a controller holds the FFN share (`moe.budget.held_by`).
     """
-    owned = _OF_SHARE if has_budget else ()
+    # Where a budget holds the FFN share, it is the one that reports a missed target.
+    owned = "few_ffn_experts" if has_budget else None
     rules = [rule for rule in merged_rules(section).values() if rule.action != "none"]
-    return tuple(complete(rule) for rule in rules if rule.name not in owned)
+    return tuple(complete(rule) for rule in rules if rule.name != owned)
 
 
 def complete(rule: GuardRule) -> CompleteRule:

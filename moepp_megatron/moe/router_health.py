@@ -3,7 +3,7 @@
 Everything here is a sum over tokens, so sums over ranks are right in every layout. Nothing is
 measured unless `RouterHealth.enabled` is set, which a training loop does for single steps.
 
-Shape suffixes: T local tokens, E all experts, K selected per token, C constant experts.
+Shape suffixes: T local tokens, E all experts, C constant experts.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ _SCALARS = (
     "own_norm",
     "balance_grad_square",
     "model_grad_square",
+    "constant_gate",
+    "constant_replaced",
     # Each rank that holds the layer adds its parameters' values once.
     "copies",
+    "constant_norm",
     "row_cosine",
     "row_cosine_max",
 )
@@ -52,16 +55,9 @@ class RouterHealth:
         self.reset()
 
     @staticmethod
-    def names_for(topk: int, num_constants: int) -> list[str]:
-        """The name of each entry of `as_vector`, for layers with these counts."""
-        constants = range(num_constants)
-        return [
-            *_SCALARS,
-            *(f"tokens_with_{count}_ffn" for count in range(topk + 1)),
-            *(f"constant_gate_{index}" for index in constants),
-            *(f"constant_replaced_{index}" for index in constants),
-            *(f"constant_norm_{index}" for index in constants),
-        ]
+    def names_for(topk: int) -> list[str]:
+        """The name of each entry of `as_vector`, for layers with K `topk`."""
+        return [*_SCALARS, *(f"tokens_with_{count}_ffn" for count in range(topk + 1))]
 
     def reset(self) -> None:
         """Forget everything measured."""
@@ -121,12 +117,9 @@ class RouterHealth:
         D].
         """
         gates_TC = gates[:, self._config.columns(CONSTANT)]
-        replaced_TC = gates_TC * mixing[..., 1]
-        norms = constants.float().norm(dim=-1)
-        for index in range(self._config.num_constant_experts):
-            self._add(f"constant_gate_{index}", gates_TC[:, index].sum())
-            self._add(f"constant_replaced_{index}", replaced_TC[:, index].sum())
-            self._sums[f"constant_norm_{index}"] = norms[index]
+        self._add("constant_gate", gates_TC.sum())
+        self._add("constant_replaced", (gates_TC * mixing[..., 1]).sum())
+        self._sums["constant_norm"] = constants.float().norm(dim=-1).mean()
 
     @torch.no_grad()
     def add_rows(self, weight: Tensor) -> None:
@@ -157,7 +150,7 @@ class RouterHealth:
 
     def as_vector(self) -> Tensor:
         """[names] float64 sums on the device, ordered as `names_for` with this layer's counts."""
-        names = self.names_for(self._config.router_topk, self._config.num_constant_experts)
+        names = self.names_for(self._config.router_topk)
         missing = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
         return torch.stack([self._sums.get(name, missing).detach().double() for name in names])
 

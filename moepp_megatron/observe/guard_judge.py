@@ -99,10 +99,9 @@ class RuleJudge:
         self._places[rule.name, layer] = begun, steps
         return event
 
-    def is_quiet(self, action: str) -> bool:
-        """Whether no rule with this action holds or has begun, in any place."""
-        names = {rule.name for rule in self.rules if rule.action == action}
-        states = [state for (name, _), state in self._places.items() if name in names]
+    def is_quiet(self, rule: str) -> bool:
+        """Whether the rule of this name neither holds nor has begun, in any place."""
+        states = [state for (name, _), state in self._places.items() if name == rule]
         return not any(begun or steps for begun, steps in states)
 
     def forget(self) -> list[Event]:

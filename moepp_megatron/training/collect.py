@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -16,7 +18,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def mean_loss(losses: Tensor) -> float:
-    """Token mean of the language-model loss over all ranks.
+    """Token mean of the language-model loss over all ranks; NaN if no token counts.
 
     Args:
         losses: [2] this rank's sum and count. Tensor-parallel ranks hold the same tokens, so only
@@ -25,4 +27,4 @@ def mean_loss(losses: Tensor) -> float:
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         losses = torch.zeros_like(losses)
     total, count = sum_over_ranks(losses).tolist()
-    return total / count
+    return total / count if count > 0 else math.nan

@@ -9,7 +9,6 @@ from unittest import mock
 
 import pytest
 
-from moepp_megatron.config.guard_metrics import GUARD_METRICS, RECORDED
 from moepp_megatron.config.guard_rules import DEFAULT_RULES
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
@@ -145,24 +144,6 @@ def test_copies_exist_where_the_guard_only_looks_on(ranks: RankPools, tmp_path: 
     assert found.routers[5] == off.routers[1]
 
 
-def judge_balance_loss(raw: dict[str, Any]) -> None:
-    """A run as if the catalogue let rules look at a further number of the record."""
-    row = {"balance_loss": ""}
-    with mock.patch.dict(GUARD_METRICS, row), mock.patch.dict(RECORDED, row):
-        run(raw)
-
-
-def test_what_the_record_has_can_be_judged(ranks: RankPools, tmp_path: Path) -> None:
-    rule = {"name": "own", "metric": "balance_loss", "above": 0.0, "severity": "info"}
-    raw = guard_settings(
-        tmp_path, training={"train_iters": 2}, parallel=EP2, routing_guard=guard(rule)
-    )
-    ranks(2).run(judge_balance_loss, raw)
-    (alert,) = told(tmp_path)
-    assert alert.layer is None
-    assert alert.value == records(tmp_path)[alert.step - 1].balance_loss > 0.0
-
-
 def test_putting_routers_back_keeps_the_loss(ranks: RankPools, tmp_path: Path) -> None:
     """Against the same fault without a guard, and without the fault."""
     fault = (Fault(20, "collapse", None, 2.0),)
@@ -190,7 +171,10 @@ EXPLODE = {
     "for_steps": 3,
     "action": "rollback",
 }
-DEAD = {"name": "dead_expert", "for_steps": 3, "action": "rollback"}
+DEAD = {
+    "name": "dead", "metric": "min_ffn_load", "below": 0.01, "clear": 0.05, "for_steps": 3,
+    "action": "rollback",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -279,6 +263,29 @@ def test_what_nothing_helps_against_is_accepted(ranks: RankPools, tmp_path: Path
     assert len(found.losses) == 125
 
 
+def test_a_rule_that_ends_late_leaves_other_faults_to_copies(
+    ranks: RankPools, tmp_path: Path
+) -> None:
+    """Routers that it has put back are healthy, though it ends only after six such steps."""
+    loud = {"name": "loud", "metric": "logit_variance", "above": 30.0, "for_steps": 6}
+    found = train(
+        ranks,
+        tmp_path,
+        14,
+        (Fault(5, "explosion", None, 50.0), Fault(13, "collapse", None, 2.0)),
+        copies_every=OFTEN,
+        routing_guard=guard({**loud, "action": "put_back"}, FALLEN),
+        observe={"health_interval": 1},
+        checkpoint={"save_interval": 2},
+        moe={"num_ffn_experts": 8, "balance_coeff": 0.1},
+    )
+    back = [each for each in found.decisions if not each[3].startswith("end")]
+    assert {each[:2] for each in back} == {(10, "loud"), (14, "fallen")}
+    # Once for all layers of a step.
+    assert {each[3] for each in back} == {"put_back of step 4"}
+    assert found.saved["actions"] == 2
+
+
 def test_a_dry_run_changes_no_bit(ranks: RankPools, tmp_path: Path) -> None:
     rules = (
         FALLEN,
@@ -356,6 +363,51 @@ def test_a_shift_of_the_data(ranks: RankPools, tmp_path: Path) -> None:
     judged = [r for r in records(tmp_path) if r.token_shift is not None]
     assert judged[0].step == 64
     assert max(r.token_shift or 0.0 for r in judged if r.step <= 100) < 1.0
+
+
+def run_with_other_numbers(raw: dict[str, Any], **options: Any) -> Found:
+    """A run in which rank 1's processor comes to other numbers about shifts."""
+    import torch.distributed as dist
+
+    from moepp_megatron.observe.shift.monitor import ShiftMonitor
+
+    original = ShiftMonitor.add
+
+    def add(self: ShiftMonitor, step: int, observed: Any) -> None:
+        original(self, step, observed)
+        if self.event is not None and dist.get_rank() == 1:
+            self.event.since = 20
+
+    with mock.patch.object(ShiftMonitor, "add", add):
+        return run(raw, **options)
+
+
+@pytest.mark.parametrize(
+    ("save_interval", "actions"),
+    [
+        # The only checkpoint is of the first step of the shift.
+        (101, ["warn"]),
+        # Other data are there after each rollback: what they are is usual after three.
+        (50, ["rollback", "rollback", "rollback", "warn", "accepted as usual"]),
+    ],
+)
+def test_a_rollback_for_a_shift_goes_to_before_its_first_step(
+    ranks: RankPools, tmp_path: Path, save_interval: int, actions: list[str]
+) -> None:
+    """On all ranks alike, by rank 0's numbers."""
+    training = {"train_iters": 122, "global_batch_size": 16, "micro_batch_size": 8}
+    raw = guard_settings(
+        tmp_path, training=training, optimizer={"lr": 3e-4},
+        checkpoint={"save_interval": save_interval},
+        routing_guard=guard({"name": "shift", "action": "rollback"}),
+    )  # fmt: skip
+    zero, one = ranks(2).run(run_with_other_numbers, raw, data="broken source")
+    assert zero.decisions == one.decisions
+    assert zero.weights == one.weights
+    alerts = [alert for alert in told(tmp_path) if alert.action != "update"]
+    assert [alert.action for alert in alerts][: len(actions)] == actions
+    where = {101: "no checkpoint of step 100 or before", 50: "back to step_00000100"}
+    assert where[save_interval] in alerts[0].condition
 
 
 def test_the_numerical_guard_may_go_back_too(ranks: RankPools, tmp_path: Path) -> None:

@@ -259,8 +259,7 @@ class Detector:
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from `state`, to the bit."""
-        # Earlier versions have a fourth.
-        self._steps, self._learnt, self._held = state["counts"][:3]
+        self._steps, self._learnt, self._held = state["counts"]
         self.evidence = math.nan if state["evidence"] is None else state["evidence"]
         self.peak = state["peak"]
         course, slope, mean = state["numbers"]

@@ -44,16 +44,16 @@ class Observed:
         experts: [L, E] selections of each expert.
         loss: Language-model loss in nats.
         spread: Standard deviation of the sequences' losses; NaN for one sequence.
-        logits: [L] root mean square of the routers' logits; None where it is not known.
-        tokens: [GROUPS] tokens of each group of ids; None where they are not counted.
-        sources: [sources, 2] sum of token losses in nats, and tokens; None likewise.
+        logits: [L] root mean square of the routers' logits.
+        tokens: [GROUPS] tokens of each group of ids.
+        sources: [sources, 2] sum of token losses in nats, and tokens; None where they are unknown.
     """
 
     experts: Numbers
     loss: float
-    spread: float = math.nan
-    logits: Numbers | None = None
-    tokens: Numbers | None = None
+    spread: float
+    logits: Numbers
+    tokens: Numbers
     sources: Numbers | None = None
 
     def series(self, names: Sequence[str]) -> Iterator[tuple[str, Numbers, Numbers | float]]:
@@ -66,9 +66,9 @@ class Observed:
         if (totals > 0).all():
             unit = np.repeat(0.5 / np.sqrt(totals), self.experts.shape[1])
             yield "routing", np.sqrt(self.experts / totals).ravel(), unit
-        if self.logits is not None and (self.logits > 0).all():
+        if (self.logits > 0).all():
             yield "scale", np.log(self.logits), 1.0
-        if self.tokens is not None and (total := float(self.tokens.sum())) > 0:
+        if (total := float(self.tokens.sum())) > 0:
             yield "tokens", np.sqrt(self.tokens / total), 0.5 / math.sqrt(total)
         for name, row in zip(names, [] if self.sources is None else self.sources, strict=False):
             if row[1] > 0:
@@ -292,8 +292,4 @@ class ShiftMonitor:
                 detector.load(state["detectors"][name])
         self._calm, self._calm_step, self._confirmed = state["calm"]
         if state["event"] is not None:
-            event = dict(state["event"])
-            if "told" in event:
-                # Its name in earlier versions.
-                event["first_alarm"] = event.pop("told")
-            self.event = ShiftEvent(**event)
+            self.event = ShiftEvent(**state["event"])

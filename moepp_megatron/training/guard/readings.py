@@ -7,26 +7,19 @@ and ranks that decide differently hang. So all ranks judge the values of rank 0.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moepp_megatron.config.guard_metrics import COUNTED, MEASURED
 from moepp_megatron.observe.guard_judge import Values
 
-_ENTROPY, _ENTROPY_RATIO = "gate_entropy", "gate_entropy_ratio"
 
-
-def counted(selected_LE: Tensor, num_ffn: int, topk: int, wanted_share: float) -> Values:
+def counted(selected_LE: Tensor, num_ffn: int, wanted_share: float) -> Values:
     """The metrics of `COUNTED`, and the mean of the layers' FFN shares over the target.
 
     Args:
         selected_LE: [MoE layers, E] float64 selections that the routers want.
         num_ffn: F.
-        topk: K.
         wanted_share: Target of the FFN share of all selections.
 
     Returns:
@@ -40,28 +33,12 @@ def counted(selected_LE: Tensor, num_ffn: int, topk: int, wanted_share: float) -
     found = {
         "ffn_fraction": share,
         "ffn_to_target": share / wanted_share,
-        "ffn_per_token": share * topk,
         "max_ffn_load": ffn_LF.amax(dim=1) * num_ffn / ffn_total,
         "min_ffn_load": ffn_LF.amin(dim=1) * num_ffn / ffn_total,
         "max_expert_share": selected_LE.amax(dim=1) / total,
-        "max_expert_tokens": selected_LE.amax(dim=1) * topk / total,
     }
     mean = float(share.mean()) / wanted_share
-    return {"mean_ffn_to_target": mean} | {name: found[name].tolist() for name in COUNTED}
-
-
-def measured(health: Mapping[str, Sequence[float]], num_experts: int) -> Values:
-    """The metrics of `MEASURED` that a step's router health has.
-
-    Args:
-        health: `router_health` of the step's record; empty in a step without.
-        num_experts: E.
-    """
-    found = {name: list(health[name]) for name in MEASURED if name in health}
-    if _ENTROPY in found:
-        largest = math.log(num_experts)
-        found[_ENTROPY_RATIO] = [value / largest for value in found[_ENTROPY]]
-    return dict(found)
+    return {"mean_ffn_to_target": mean} | {name: row.tolist() for name, row in found.items()}
 
 
 def from_first_rank(values: Values) -> Values:

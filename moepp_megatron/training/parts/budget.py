@@ -41,9 +41,7 @@ class BudgetControl(Part):
         # Tau of each layer in the step that is under way or has just been taken.
         self._in_force: dict[int, float] = {}
         self._load(state)
-        if self._controller.needs_margins:
-            routing.watch_margins()
-        routing.is_read_each_step = True
+        routing.watch(margins=self._controller.needs_margins)
 
     @classmethod
     def of(cls, run: Run) -> BudgetControl | None:

@@ -37,8 +37,8 @@ class HealthCollector(Part):
         self._num_constants = config.moe.num_constant_experts
         self._model = model
         self._numbers = list(layer_numbers)
-        self._chunks = [moepp_layers(chunk) for chunk in model.models]
-        self._layers = {layer.layer_number: layer for chunk in self._chunks for layer in chunk}
+        layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
+        self._routers = {layer.layer_number: layer.router for layer in layers}
         # A router in a CUDA graph repeats kernels; it has no place for further ones.
         is_captured = "moe_router" in config.training.cuda_graphs
         self._interval = 0 if is_captured or config.moe.is_vanilla else interval
@@ -62,9 +62,9 @@ class HealthCollector(Part):
         self._is_on = self._interval > 0 and step % self._interval == 0
         self._fields = None
         self._losses.zero_()
-        for layer in self._layers.values():
-            layer.router.health.reset()
-            layer.router.health.enabled = self._is_on
+        for router in self._routers.values():
+            router.health.reset()
+            router.health.enabled = self._is_on
 
     def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
         """Sort a micro-batch's token losses by how many FFN experts the tokens got.
@@ -107,22 +107,21 @@ class HealthCollector(Part):
         return self._fields
 
     def _collect(self) -> dict[str, Any]:
-        width = len(RouterHealth.names_for(self._topk, self._num_constants))
-        device = torch.cuda.current_device()
-        local = torch.zeros(len(self._numbers), width, dtype=torch.float64, device=device)
+        names = RouterHealth.names_for(self._topk)
+        shape, device = (len(self._numbers), len(names)), torch.cuda.current_device()
+        local = torch.zeros(shape, dtype=torch.float64, device=device)
         with self._model.gathered_parameters():
             for row, number in enumerate(self._numbers):
-                if number in self._layers:
-                    router = self._layers[number].router
+                if (router := self._routers.get(number)) is not None:
                     router.health.add_rows(router.logits_weight)
                     local[row] = router.health.as_vector()
         # One read for both.
         summed = sum_over_ranks(torch.cat([local.reshape(-1), self._losses.reshape(-1)]))
         total, losses = summed[: local.numel()], summed[local.numel() :].view_as(self._losses)
-        names = RouterHealth.names_for(self._topk, self._num_constants)
         layers = [dict(zip(names, row, strict=True)) for row in total.view_as(local).tolist()]
+        metrics = [self._metrics(sums) for sums in layers]
         fields: dict[str, Any] = {
-            "router_health": _by_metric([self._metrics(sums) for sums in layers]),
+            "router_health": {name: [each[name] for each in metrics] for name in metrics[0]},
             "layer_ffn_histogram": [self._histogram(sums) for sums in layers],
         }
         if losses[1].sum() > 0:
@@ -138,16 +137,10 @@ class HealthCollector(Part):
         """The numbers of one layer; `docs/routing.md` says what each means."""
         tokens, logits = sums["tokens"], sums["logits"]
         mean, own_mean = _ratio(sums["logit"], logits), _ratio(sums["own_logit"], logits)
-        constants = range(self._num_constants)
-        gates = sum(sums[f"constant_gate_{index}"] for index in constants)
-        replaced = sum(sums[f"constant_replaced_{index}"] for index in constants)
-        norms = sum(sums[f"constant_norm_{index}"] for index in constants)
         metrics = {
             "gate_entropy": _ratio(sums["entropy"], tokens),
             "selection_margin": _ratio(sums["margin"], tokens),
-            "logit_mean": mean,
             "logit_variance": _ratio(sums["logit_square"], logits) - mean**2,
-            "own_logit_mean": own_mean,
             "own_logit_variance": _ratio(sums["own_logit_square"], logits) - own_mean**2,
             "residual_ratio": _ratio(sums["residual_norm"], sums["own_norm"]),
             "row_cosine": _ratio(sums["row_cosine"], sums["copies"]),
@@ -157,8 +150,8 @@ class HealthCollector(Part):
             ),
         }
         if self._num_constants > 0:
-            metrics["constant_replaced"] = _ratio(replaced, gates)
-            metrics["constant_norm"] = _ratio(norms, sums["copies"] * self._num_constants)
+            metrics["constant_replaced"] = _ratio(sums["constant_replaced"], sums["constant_gate"])
+            metrics["constant_norm"] = _ratio(sums["constant_norm"], sums["copies"])
         return metrics
 
 
@@ -167,11 +160,6 @@ def _own_tokens(values: Tensor) -> Tensor:
     size = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     return values.T.chunk(size)[rank].reshape(-1)
-
-
-def _by_metric(layers: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Turn one mapping per layer into one list per metric."""
-    return {name: [layer[name] for layer in layers] for name in layers[0]}
 
 
 def _ratio(part: float, whole: float) -> float:

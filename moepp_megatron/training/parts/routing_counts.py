@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,22 +32,18 @@ class RoutingCounts(Part):
 
     Attributes:
         layer_numbers: Global numbers of all MoE layers of the model.
-        is_read_each_step: Whether the selections join the read of every step; set by parts that
-            need them.
     """
 
     def __init__(self, model: TrainingModel, config: Config, layout: Layout) -> None:
         self._config = config
         self._num_experts = config.moe.num_experts
-        self._is_vanilla = config.moe.is_vanilla
         self._num_microbatches = layout.num_microbatches
         self._ranks_per_replica = layout.tp * layout.cp
         pattern = router_pattern(model.models[0].config)
         self.layer_numbers = [number for number, is_moe in enumerate(pattern, 1) if is_moe]
-        self.is_read_each_step = False
-        self._selections: Tensor | None = None
-        self._logit_squares: Tensor | None = None
-        self._watches_logits = False
+        self._is_read_each_step = self._has_margins = False
+        # [MoE layers, n] as `summand`, over all ranks; None before they are known.
+        self._sums: Tensor | None = None
         self._statistics = {
             number: statistics
             for chunk in model.models
@@ -63,18 +59,27 @@ class RoutingCounts(Part):
         """Start counting a new step."""
         self.reset(layout.num_microbatches)
 
+    def watch(self, *, logits: bool = False, margins: bool = False) -> None:
+        """From now on the read of every step has the selections, and these if they are wanted."""
+        self._is_read_each_step = True
+        self._has_margins |= margins
+        for statistics in self._statistics.values():
+            statistics.watches_logits |= logits
+            statistics.watches_margins |= margins
+
     def summands(self) -> Sequence[Summand]:
         """The selections, where a part needs them in every step."""
-        return (self,) if self.is_read_each_step else ()
+        return (self,) if self._is_read_each_step else ()
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, object]:
         """The routing metrics of the step; a collective."""
-        return self.collect()
+        width = self._num_experts + 7
+        return self._metrics(sum_over_ranks(self._by_layer(width, self._put_record)))
 
     def reset(self, num_microbatches: int | None = None) -> None:
         """Start counting a new step, with a new number of micro-batches if it has changed."""
         self._num_microbatches = num_microbatches or self._num_microbatches
-        self._selections = self._logit_squares = None
+        self._sums = None
         for statistics in self._statistics.values():
             statistics.reset()
         get_moe_metrics_tracker().clear()
@@ -82,93 +87,70 @@ class RoutingCounts(Part):
     def selections(self) -> Tensor:
         """[MoE layers, E] float64 selections of the step, over all ranks.
 
-        Every rank must call. A further call
-         in the same step returns the same numbers without a collective.
+        Every rank must call; a collective unless the step has summed them.
         """
-        if self._selections is None:
-            self.take_sum(sum_over_ranks(self.summand()))
-        assert self._selections is not None, "the sums have just been taken"
-        return self._selections
+        return self._total()[:, : self._num_experts]
 
-    def watch_logits(self) -> None:
-        """Measure the size of the logits from now on."""
-        self._watches_logits = True
-        for statistics in self._statistics.values():
-            statistics.watches_logits = True
-
-    def logits(self) -> NDArray[np.float64] | None:
-        """[MoE layers] root mean square of a layer's logits in the step, over all ranks.
-
-        None where they are not measured. Every rank must call, as for `selections`.
-        """
-        selected = self.selections().sum(dim=1)
-        if self._logit_squares is None:
-            return None
-        tokens = selected / self._config.moe.router_topk
-        squares = self._logit_squares / (tokens * self._num_experts).clamp(min=1.0)
-        root: NDArray[np.float64] = squares.sqrt().numpy()
+    def logits(self) -> NDArray[np.float64]:
+        """[MoE layers] root mean square of a layer's logits in the step, as `selections`."""
+        tokens = self.selections().sum(dim=1) / self._config.moe.router_topk
+        squares = self._total()[:, self._num_experts]
+        root: NDArray[np.float64] = (
+            (squares / (tokens * self._num_experts).clamp(min=1.0)).sqrt().numpy()
+        )
         return root
+
+    def margins(self) -> Tensor:
+        """[MoE layers, bins] float64 margins of the step (`moe.margins`), as `selections`."""
+        return self._total()[:, self._num_experts + 1 :]
+
+    def _total(self) -> Tensor:
+        if self._sums is None:
+            self.take_sum(sum_over_ranks(self.summand()))
+        assert self._sums is not None, "the sums have just been taken"
+        return self._sums
 
     def summand(self) -> Tensor:
         """[MoE layers * n] float64 on the device, of this rank (`step_sums.Summand`).
 
-        The n numbers of a layer are the selections of E experts, and the sum of the squares of its
-        logits where these are measured.
+        The n numbers of a layer are the selections of E experts, the sum of the squares of its
+        logits and, where they are watched, its margins.
         """
-        # On the device until the end: one wait for it, not one for each layer.
-        device = torch.cuda.current_device()
-        width = self._num_experts + self._watches_logits
-        local = torch.zeros(len(self.layer_numbers), width, dtype=torch.float64, device=device)
-        for row, number in enumerate(self.layer_numbers):
-            counts = None
-            if number in self._statistics:
-                counts = self._statistics[number].selected
-            if counts is not None:
-                local[row, : self._num_experts] = counts
-                if self._watches_logits:
-                    local[row, -1] = self._statistics[number].logit_squares
-        return local.reshape(-1)
+        bins = len(edges()) + 1 if self._has_margins else 0
+        return self._by_layer(self._num_experts + 1 + bins, self._put_counts).reshape(-1)
 
     def take_sum(self, total: Tensor) -> None:
-        """Note the sums over all ranks, as `summand`, for `selections` and `logits`."""
-        by_layer = total.reshape(len(self.layer_numbers), -1)
-        self._selections = by_layer[:, : self._num_experts]
-        self._logit_squares = by_layer[:, -1] if self._watches_logits else None
+        """Note the sums over all ranks, as `summand`."""
+        self._sums = total.reshape(len(self.layer_numbers), -1)
 
-    def watch_margins(self) -> None:
-        """Count margins from now on."""
-        for statistics in self._statistics.values():
-            statistics.watches_margins = True
-
-    def margins(self) -> Tensor:
-        """[MoE layers, bins] float64 margins of the step (`moe.margins`), over all ranks.
-
-        Every rank must call.
-        """
-        shape = len(self.layer_numbers), len(edges()) + 1
-        local = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
-        for row, number in enumerate(self.layer_numbers):
-            counts = self._statistics[number].margins if number in self._statistics else None
-            if counts is not None:
-                local[row] = counts
-        return sum_over_ranks(local)
-
-    def collect(self) -> dict[str, object]:
-        """Reduce over all ranks (every rank must call) and compute the metrics of the step."""
-        shape = len(self.layer_numbers), self._num_experts + 7
+    def _by_layer(self, width: int, put: Callable[[Tensor, int], None]) -> Tensor:
+        """[MoE layers, width] float64 on the device: rows of this rank's layers, 0 for others."""
+        # On the device until the end: one wait for it, not one for each layer.
+        shape = len(self.layer_numbers), width
         local = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
         for row, number in enumerate(self.layer_numbers):
             if number in self._statistics:
-                local[row, :-4] = self._statistics[number].as_vector()
-                # In megatron-core's tracker micro-batches weigh the same: none has padding.
-                losses: dict[str, tuple[Tensor, int | Tensor]] = {
-                    name: (loss, self._num_microbatches)
-                    for name, loss in tracked_losses(number).items()
-                }
-                losses |= self._statistics[number].losses
-                for place, name in enumerate((BALANCE, Z_LOSS)):
-                    local[row, place - 4], local[row, place - 2] = losses.get(name, (0, 0))
-        return self._metrics(sum_over_ranks(local))
+                put(local[row], number)
+        return local
+
+    def _put_counts(self, row: Tensor, number: int) -> None:
+        counted, experts = self._statistics[number], self._num_experts
+        if counted.selected is not None:
+            row[:experts] = counted.selected
+        if counted.watches_logits:
+            row[experts] = counted.logit_squares
+        if counted.margins is not None:
+            row[experts + 1 :] = counted.margins
+
+    def _put_record(self, row: Tensor, number: int) -> None:
+        row[:-4] = self._statistics[number].as_vector()
+        # In megatron-core's tracker micro-batches weigh the same: none has padding.
+        losses: dict[str, tuple[Tensor, int | Tensor]] = {
+            name: (loss, self._num_microbatches) for name, loss in tracked_losses(number).items()
+        }
+        losses |= self._statistics[number].losses
+        for place, name in enumerate((BALANCE, Z_LOSS)):
+            row[place - 4], row[place - 2] = losses.get(name, (0, 0))
 
     def _metrics(self, total: Tensor) -> dict[str, object]:
         """Metrics from the per-layer sums."""
@@ -185,7 +167,7 @@ class RoutingCounts(Part):
         # Every token makes K selections; where one capacity serves all experts (vanilla), dropped
         # selections are those that are missing.
         selections = (tokens * self._config.moe.router_topk).unsqueeze(1)
-        if self._is_vanilla:
+        if self._config.moe.is_vanilla:
             dropped = selections.squeeze(1) - selected.sum(dim=1)
         share = selected / selections
         ffn_share = share[:, :ffn].sum(dim=1)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from moepp_megatron.config import Layout
-from moepp_megatron.config.guard_metrics import MEASURED, RECORDED
-from moepp_megatron.config.guard_rules import effective_rules, is_watched
+from moepp_megatron.config.guard_metrics import MEASURED
+from moepp_megatron.config.guard_rules import CompleteRule, effective_rules, is_watched
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values
 from moepp_megatron.training.guard.alerts import alert_of
 from moepp_megatron.training.guard.copies import RouterCopies
-from moepp_megatron.training.guard.readings import counted, from_first_rank, measured
+from moepp_megatron.training.guard.readings import counted, from_first_rank
 from moepp_megatron.training.part import Outcome, Part, Rollback, Run, Step, Stop
 from moepp_megatron.training.parts.batch_losses import BatchLosses
 from moepp_megatron.training.parts.budget import BudgetControl
@@ -22,9 +22,10 @@ from moepp_megatron.training.parts.router_health import HealthCollector
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.parts.shift import Shift
 
-# Rules about what the monitor of shifts has found, and how often in a row routers are put back, and
-# in a run a checkpoint is gone back to for them, before what they have become is taken as usual.
+# Metrics of what the monitor of shifts has found, and the default rules about them.
 _SHIFT, _FAULT = "shift", "router_fault"
+# How often in a row a rule puts routers back, and how often in a run a checkpoint is gone back to
+# for a shift, before what the model has become is taken as usual.
 _MOST_TRIES = 3
 
 
@@ -59,16 +60,14 @@ class RoutingGuard(Part):
         return cls(run) if is_watched(run.config) else None
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        """Restore the state; of an earlier version's only copies of routers."""
-        rules = state.get("rules", ())
-        self._judge = RuleJudge(self._rules, self._counts.layer_numbers, rules)
-        copies = state.get("copies") or state.get("safe", {}).get("copies", ())
-        self._copies = RouterCopies(self._model, copies)
+        """Restore the state."""
+        self._judge = RuleJudge(self._rules, self._counts.layer_numbers, state.get("rules", ()))
+        self._copies = RouterCopies(self._model, state.get("copies", ()))
         self._actions: int = state.get("actions", 0)
-        # Checkpoints that were gone back to because putting routers back did not help.
+        # Checkpoints that were gone back to for shifts and for routers whose copies did not help.
         self._returns: int = state.get("returns", 0)
-        # Times in a row that routers were put back, and the cause that was reported last.
-        self._tries: int = state.get("tries", 0)
+        # Times in a row that a rule has put routers back, and the cause that was reported last.
+        self._put_back: dict[str, int] = dict(state.get("put_back", {}))
         self._reported: str | None = state.get("reported")
 
     def state(self) -> dict[str, Any]:
@@ -79,7 +78,7 @@ class RoutingGuard(Part):
                 "copies": self._copies.state(),
                 "actions": self._actions,
                 "returns": self._returns,
-                "tries": self._tries,
+                "put_back": dict(self._put_back),
                 "reported": self._reported,
             }
         }
@@ -97,58 +96,81 @@ class RoutingGuard(Part):
         values = self._read(step)
         events = self._judge.judge(values)
         yield from self._update(step.attempt, events, values)
-        # All before the first acts: layers of one step are one fault.
-        rollbacks = [event for event in events if self._wants_checkpoint(event)]
+        begun = [event for event in events if event.begins]
+        rollbacks = [event for event in begun if self._wants_checkpoint(event.rule)]
+        is_back = self._put_routers_back([event for event in begun if event not in rollbacks])
         for event in events:
             if event not in rollbacks and (event.begins or event.rule.name != _FAULT):
                 # The end of the shift that a fault is says all that there is to say.
-                yield self._alert(event, step.attempt, self._act(event))
-        if values["calm"] and self._judge.is_quiet("put_back"):
-            self._copies.keep()
-            self._tries = 0
-        for event in events:
-            if event.begins and event.rule.action == "stop" and self._settings.acts:
+                yield self._alert(event, step.attempt, self._done(event, is_back))
+        if values["calm"]:
+            self._note_calm()
+        for event in begun:
+            if event.rule.action == "stop" and self._settings.acts:
+                self._actions += 1
                 yield Stop(partial(_stopped, event.rule.name))
         if rollbacks:
-            newest = min(self._newest_healthy(event, step.number) for event in rollbacks)
+            self._returns += any(self._is_bounded(event.rule) for event in rollbacks)
+            newest = min(self._newest_healthy(event.rule, step, values) for event in rollbacks)
             yield Rollback(newest, lambda at: self._rollback(rollbacks, step.attempt, at, newest))
 
-    def _wants_checkpoint(self, event: Event) -> bool:
-        """Whether a rule wants an earlier checkpoint."""
-        if not (event.begins and self._settings.acts):
-            return False
+    def _note_calm(self) -> None:
+        """Nothing is suspect: routers are healthy, if no rule that puts them back holds."""
+        rules = [rule.name for rule in self._rules if rule.action == "put_back"]
+        loud = [name for name in rules if not self._judge.is_quiet(name)]
+        self._put_back = {name: n for name, n in self._put_back.items() if name in loud}
+        if not loud:
+            self._copies.keep()
+
+    def _is_of_shift(self, rule: CompleteRule) -> bool:
+        return rule.metric in (_SHIFT, _FAULT, *self._shift.monitor.metrics)
+
+    def _is_bounded(self, rule: CompleteRule) -> bool:
+        """Whether rollbacks for a rule are bounded: its cause may be there after them."""
+        return rule.action == "put_back" or self._is_of_shift(rule)
+
+    def _wants_checkpoint(self, rule: CompleteRule) -> bool:
+        """Whether a rule that begins to hold wants an earlier checkpoint."""
         # Routers that were put back did not help: more than they is damaged.
-        failed = event.rule.action == "put_back" and self._tries > 0
-        if failed and self._returns < _MOST_TRIES:
-            self._returns += 1
-            return True
-        return event.rule.action == "rollback"
+        has_failed = rule.action == "put_back" and rule.name in self._put_back
+        if not self._settings.acts or not (has_failed or rule.action == "rollback"):
+            return False
+        return self._returns < _MOST_TRIES or not self._is_bounded(rule)
 
-    def _newest_healthy(self, event: Event, step: int) -> int:
-        """The newest step before a rule held."""
-        shift = self._shift.monitor.event
-        if event.rule.name == _FAULT and shift is not None:
-            return shift.since - 1
-        return step - event.rule.for_steps
+    def _newest_healthy(self, rule: CompleteRule, step: Step, values: Values) -> int:
+        """The newest step before a rule held, or before the shift that it is about."""
+        held = step.number - rule.for_steps
+        since = cast(float, values["since"])
+        return min(held, int(since) - 1) if since and self._is_of_shift(rule) else held
 
-    def _act(self, event: Event) -> str:
-        """Put routers back if a rule wants it; what is done, in words."""
-        action, monitor = event.rule.action, self._shift.monitor
+    def _put_routers_back(self, begun: Sequence[Event]) -> bool:
+        """Put routers back if rules that begin to hold want it, once for all; whether they are."""
+        wanting = {e.rule.name for e in begun if e.rule.action == "put_back"}
+        wanting = wanting if self._settings.acts else set()
+        tries = {name: self._put_back.get(name, 0) + 1 for name in wanting}
+        is_back = max(tries.values(), default=_MOST_TRIES + 1) <= _MOST_TRIES
+        is_back = is_back and self._copies.put_back()
+        if is_back:
+            self._put_back |= tries
+            self._actions += 1
+            if self._budget is not None:
+                self._budget.restart()
+        if wanting or any(event.rule.name == _FAULT for event in begun):
+            self._shift.monitor.settle(is_back)
+        return is_back
+
+    def _done(self, event: Event, is_back: bool) -> str:
+        """What is done about a rule that begins or ends, in words."""
+        action = event.rule.action
         if not event.begins:
             return self._ending(event)
-        if action == "put_back" and self._settings.acts:
-            is_back = self._tries < _MOST_TRIES and self._copies.put_back()
-            self._tries, self._actions = self._tries + is_back, self._actions + is_back
-            monitor.settle(is_back)
-            if is_back and self._budget is not None:
-                self._budget.restart()
-            return f"put_back of step {self._copies.step}" if is_back else "warn"
-        if event.rule.name == _FAULT:
-            monitor.settle(is_mended=False)
-        self._actions += action == "stop" and self._settings.acts
         # A warning is the same whether or not the guard may act.
-        is_dry = action != "warn" and not self._settings.acts
-        return f"{action} (dry run)" if is_dry else action
+        if action in ("warn", "stop") or not self._settings.acts:
+            is_dry = action != "warn" and not self._settings.acts
+            return f"{action} (dry run)" if is_dry else action
+        return (
+            f"put_back of step {self._copies.step}" if action == "put_back" and is_back else "warn"
+        )
 
     def _ending(self, event: Event) -> str:
         if event.rule.name != _SHIFT:
@@ -191,24 +213,19 @@ class RoutingGuard(Part):
         return [alert_of(event, step, f"end of {event.rule.action}", note) for event in ended]
 
     def _read(self, step: Step) -> Values:
-        """This step's values of the metrics that rules use, and whether nothing is suspect."""
-        moe = self._config.moe
+        """This step's values of the metrics that rules use, and what is suspect since when."""
+        moe, monitor = self._config.moe, self._shift.monitor
         selected_LE = self._counts.selections()
-        values = dict(
-            counted(selected_LE, moe.num_ffn_experts, moe.router_topk, self._wanted_share)
-        )
+        values = dict(counted(selected_LE, moe.num_ffn_experts, self._wanted_share))
         if self._metrics & MEASURED.keys():
             health = self._health.collect().get("router_health", {})
-            values |= measured(health, moe.num_experts)
-        if self._metrics & RECORDED.keys():
-            fields = self._counts.collect()
-            values |= {name: cast(float, fields[name]) for name in RECORDED if name in fields}
+            values |= {name: health[name] for name in MEASURED if name in health}
         # Those of a refused batch are not the model's: the numerical guard has judged them.
         if step.updated:
             values |= {"grad_norm": step.result.grad_norm, "loss": self._losses.newest.mean}
-        monitor = self._shift.monitor
         values |= monitor.metrics
         values["calm"] = float(monitor.is_calm)
+        values["since"] = 0.0 if monitor.event is None else float(monitor.event.since)
         values["shift"] = 0.0 if monitor.event is None else monitor.event.evidence
         values["router_fault"] = monitor.fault
         return from_first_rank(values)

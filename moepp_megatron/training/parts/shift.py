@@ -31,15 +31,15 @@ class Shift(Part):
         run: The run; its routers are watched.
 
     Attributes:
-        monitor: Judges them; its numbers are the same on every rank, to the last bit.
+        monitor: Judges them. All ranks give it the same bits, but their processors may round
+            otherwise: what ranks do follows from rank 0's (`guard.readings`).
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._counts, self._losses = run.require(RoutingCounts), run.require(BatchLosses)
         self._sources = run.find(SourceCollector)
-        self._counts.is_read_each_step = True
-        self._counts.watch_logits()
+        self._counts.watch(logits=True)
         groups = torch.from_numpy(group_of(np.arange(run.config.model.vocab_size)))
         self._group_of = groups.to(torch.cuda.current_device())
         self._tokens = StepCounts(GROUPS)

@@ -61,6 +61,7 @@ class NumericalGuard:
         self.load({})
         self.last_loss = math.nan
         self.last_reason = ""
+        self._is_empty = False
         self._rollbacks_in_a_row = 0
         self._failed_at_step = 0
 
@@ -78,19 +79,10 @@ class NumericalGuard:
         self._course = Detector(_ROW, _FALSE_ALARM_STEPS)
         if "loss_course" in state:
             self._course.load(state["loss_course"])
-        # Of a checkpoint of an earlier version.
-        for loss in state.get("recent_losses", ()):
-            self._learn(loss)
         self.recent_samples: list[int] = list(state.get("recent_samples", ()))
         refused = state.get("refused_batches", ())
         self.refused = [BatchEvidence.from_state(batch) for batch in refused]
         self.verdicts: list[bool] = list(state.get("verdicts", ()))
-
-    def _learn(self, loss: float) -> None:
-        """The loss is usual."""
-        values = np.array([loss])
-        if self._course.add(values) > 1.0:
-            self._course.reset_baseline(values)
 
     def refuses(self, sums: StepSums, losses: Tensor) -> bool:
         """Judge a batch before the optimizer acts; every rank must call.
@@ -100,9 +92,12 @@ class NumericalGuard:
             losses: [2] this rank's sum of token losses and number of tokens, for the reason.
         """
         self.last_loss = loss = sums.loss
+        self._is_empty = sums.tokens == 0 and math.isfinite(sums.total + sums.grad_norm)
         refuses = not math.isfinite(loss) or not self.is_usual(loss)
         self.verdicts = [*self.verdicts, refuses][-_WINDOW:]
-        if not math.isfinite(loss):
+        if self._is_empty:
+            self.last_reason = "none of its tokens has a loss: loss_mask leaves out all of them"
+        elif not math.isfinite(loss):
             self.last_reason = _describe_non_finite(losses, sums.grad_norm, self._chunks)
         elif refuses:
             score = self._course.distance(loss, JUDGED)
@@ -112,7 +107,9 @@ class NumericalGuard:
             )
         else:
             self.forget_refused()
-            self._learn(loss)
+            values = np.array([loss])
+            if self._course.add(values) > 1.0:
+                self._course.reset_baseline(values)
         return refuses
 
     def is_usual(self, loss: float) -> bool:
@@ -127,8 +124,11 @@ class NumericalGuard:
             selections_LE: [MoE layers, E] float64 over all ranks.
 
         Returns:
-            Whether so many in a row were refused that their cause must be found.
+            Whether so many in a row were refused that their cause must be found. One without
+            tokens to learn from is none of them: its cause is known.
         """
+        if self._is_empty:
+            return False
         self.refused.append(BatchEvidence(self.last_loss, selections_LE))
         is_due = len(self.refused) >= self._settings.guard_max_consecutive_skips
         self.verdicts = [] if is_due else self.verdicts

@@ -105,16 +105,16 @@ def test_default_rules_are_complete_and_few() -> None:
 def test_where_a_budget_holds_the_share_no_rule_judges_it() -> None:
     names = {rule.name for rule in effective_rules(RoutingGuardSection())}
     owned = {rule.name for rule in effective_rules(RoutingGuardSection(), has_budget=True)}
-    assert names - owned == {"few_ffn_experts", "many_ffn_experts"}
+    assert names - owned == {"few_ffn_experts"}
 
 
 def test_a_rule_of_the_user_changes_a_default_one() -> None:
-    own = GuardRule(name="dead_expert", below=0.1, action="rollback")
+    own = GuardRule(name="few_ffn_experts", below=0.1, action="rollback")
     gone = GuardRule(name="shift", action="none")
     rules = {r.name: r for r in effective_rules(RoutingGuardSection(rules=[own, gone]))}
     assert "shift" not in rules
-    dead = rules["dead_expert"]
-    assert (dead.limit, dead.clear, dead.for_steps, dead.action) == (0.1, 0.1, 75, "rollback")
+    few = rules["few_ffn_experts"]
+    assert (few.limit, few.clear, few.for_steps, few.action) == (0.1, 0.1, 40, "rollback")
     assert complete(own.model_copy(update={"metric": "loss"})).condition == "< 0.1"
     mine = GuardRule(name="mine", metric="loss", above=3.0)
     section = RoutingGuardSection(defaults=False, rules=[mine])

@@ -172,13 +172,14 @@ def test_what_has_moved_is_named() -> None:
 
 
 def test_what_is_not_known_is_not_judged() -> None:
-    """One sequence has no spread, and other implementations count no token ids."""
-    run = Run()
-    for step in range(1, 121):
-        observed = run.observed()
-        bare = replace(observed, spread=math.nan, tokens=None, logits=None, sources=None)
-        run.monitor.add(step, bare)
-    assert set(run.monitor.metrics) == {"routing_shift", "loss_shift"}
+    """One sequence has no spread; sources are unknown, or one of them has no token."""
+    known = {"routing_shift", "logit_shift", "loss_shift", "token_shift"}
+    nothing = np.zeros((2, 2))
+    for sources, names in ((None, ()), (nothing, SOURCES)):
+        run = Run(sources=names)
+        for step in range(1, 121):
+            run.monitor.add(step, replace(run.observed(), spread=math.nan, sources=sources))
+        assert set(run.monitor.metrics) == known
 
 
 @pytest.mark.parametrize("cut", [20, SAVED + 1, SAVED + 3])
@@ -196,17 +197,6 @@ def test_a_state_continues_to_the_bit(cut: int) -> None:
         if step > cut:
             again.add(step, each)
     assert again.state() == whole.state()
-
-
-def test_a_state_of_an_earlier_version_continues_to_the_bit() -> None:
-    run, again = trained(), Run().monitor
-    run.take(3, **DATA)
-    state = json.loads(json.dumps(run.monitor.state()))
-    state["event"]["told"] = state["event"].pop("first_alarm")
-    for detector in state["detectors"].values():
-        detector["counts"].append(None)
-    again.load(state)
-    assert again.state() == run.monitor.state()
 
 
 def test_neighbouring_ids_are_in_different_groups() -> None:

@@ -68,10 +68,14 @@ def test_accepted_data_are_what_is_usual() -> None:
     assert _refuses(guard, 9.0)
 
 
-def test_a_checkpoint_of_an_earlier_version_has_losses() -> None:
+def test_a_batch_without_tokens_to_learn_from_says_so_and_is_no_fault() -> None:
+    """It is not trained on, and however many come, no cause is sought."""
     guard = NumericalGuard(SETTINGS)
-    guard.load({"recent_losses": [2.0 + 0.01 * (i % 7) for i in range(40)]})
-    assert _refuses(guard, 9.0)
+    for _ in range(5):
+        assert guard.refuses(StepSums(math.nan, 0.0, 0.0, 0.0), torch.zeros(2))
+        assert "none of its tokens has a loss" in guard.last_reason
+        assert not guard.note_refused(torch.ones(1, 2, dtype=torch.float64))
+    assert guard.refused == []
 
 
 def test_batches_refused_now_and_then_are_told_once_they_are_many() -> None:

@@ -108,9 +108,7 @@ def _health(rng: np.random.Generator, layers: int, topk: int, loss: float) -> di
     level = {
         "gate_entropy": 1.9,
         "selection_margin": 0.05,
-        "logit_mean": 0.01,
         "logit_variance": 1.5,
-        "own_logit_mean": 0.01,
         "own_logit_variance": 1.2,
         "residual_ratio": 0.4,
         "row_cosine": 0.1,

@@ -37,7 +37,6 @@ def test_limits_are_the_guards_defaults():
     far = 1 - guard["few_ffn_experts"].clear
     for name, limits in {
         "MoeppFfnShareFarFromTarget": [f"> {far:g}"],
-        "MoeppDeadExpert": [f"< bool {guard['dead_expert'].below:g}"],
         "MoeppLogitsExplode": [f"> {guard['logit_explosion'].above:g}"],
         "MoeppSlowRank": [f"> {ResilienceSection().straggler_threshold:g}"],
     }.items():
