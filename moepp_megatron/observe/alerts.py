@@ -25,7 +25,7 @@ class Alert(BaseModel):
 
     Attributes:
         time: Time of the alert, seconds since 1970 (UTC).
-        rule: Name of the rule that raised it, such as ``dead_expert``.
+        rule: Name of the rule that raised it, such as ``router_fault``.
         value: Its value; NaN is written as null.
         condition: Condition of the rule, such as ``< 0.2 for 50 steps``.
         action: The action taken, such as ``warn`` or ``put_back of step 150``.

@@ -292,7 +292,18 @@ class OtherTargetsDataset(CycleDataset):
         return sample
 
 
+class MaskedDataset(CycleDataset):
+    """No token of the second batch has a loss."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        if index // self._config.training.global_batch_size == 1:
+            sample["loss_mask"] = sample["loss_mask"] * 0.0
+        return sample
+
+
 DATA: dict[str, Any] = {
+    "masked": MaskedDataset,
     "cycle": CycleDataset,
     "broken source": BrokenSourceDataset,
     "other texts": OtherTextsDataset,

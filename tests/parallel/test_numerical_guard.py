@@ -58,6 +58,18 @@ def _told(folder: Path) -> list[str]:
     return [alert.action for alert in read_alerts(folder / "alerts.jsonl")]
 
 
+@pytest.mark.parametrize("guard", [True, False])
+def test_a_batch_without_tokens_to_learn_from(
+    ranks: RankPools, tmp_path: Path, guard: bool
+) -> None:
+    sections = {"resilience": {"guard": guard}, "training": {"train_iters": 3}}
+    run = _train(ranks, 1, trainer_settings(tmp_path, **sections), data="masked")
+    assert [record.loss == record.loss for record in run] == [True, guard, True]
+    told = [a for a in read_alerts(tmp_path / "alerts.jsonl") if a.rule == "numerical_guard"]
+    assert [alert.action for alert in told] == ["skip_batch"] * guard
+    assert all(alert.condition.startswith("none of its tokens has a loss") for alert in told)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_refused_batches_leave_no_trace(ranks: RankPools, tmp_path: Path, layout: str) -> None:
     """A run with every fault is one without a guard whose data lack what was refused or undone.

@@ -165,12 +165,11 @@ class RoutingGuard(Part):
         if not event.begins:
             return self._ending(event)
         # A warning is the same whether or not the guard may act.
-        if action in ("warn", "stop") or not self._settings.acts:
-            is_dry = action != "warn" and not self._settings.acts
-            return f"{action} (dry run)" if is_dry else action
-        return (
-            f"put_back of step {self._copies.step}" if action == "put_back" and is_back else "warn"
-        )
+        if action != "warn" and not self._settings.acts:
+            return f"{action} (dry run)"
+        if action == "put_back" and is_back:
+            return f"put_back of step {self._copies.step}"
+        return "stop" if action == "stop" else "warn"
 
     def _ending(self, event: Event) -> str:
         if event.rule.name != _SHIFT:
