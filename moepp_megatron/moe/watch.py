@@ -60,22 +60,20 @@ class RouterWatch:
             if measures:
                 self.health.count_ffn(kept.routing_map)
             return
-        self._count_selections(chosen, kept, num_tokens)
-        if tags is not None:
-            self._count_tags(chosen, tags, padded)
-        if self.statistics.watches_margins:
-            self._count_margins(chosen, bias, padded)
-        if self.statistics.watches_logits:
-            self.statistics.add_logits(self._logits(chosen))
-        if measures:
-            self._measure(kept, bias, residual, padded)
-
-    def _count_selections(self, chosen: Routing, kept: Routing, num_tokens: int | Tensor) -> None:
-        assert chosen.counts is not None, "only passes that count come here"
         counts_SE = chosen.counts
         selected_E = (counts_SE[0] if len(counts_SE) == 1 else counts_SE.sum(dim=0)).long()
         within = None if self._config.capacity_factor is None else kept.routing_map
         self.statistics.add_selection(selected_E, num_tokens, within)
+        if tags is not None:
+            self._count_tags(chosen, tags, padded)
+        if self.statistics.watches_margins:
+            assert bias is not None, "margins are counted for the controller of a bias"
+            margins = count_margins(self._logits(chosen), bias, self._config, padded)
+            self.statistics.add_margins(margins)
+        if self.statistics.watches_logits:
+            self.statistics.add_logits(self._logits(chosen))
+        if measures:
+            self._measure(kept, bias, residual, padded)
 
     def _count_tags(self, chosen: Routing, tags: Tensor, padded: Tensor | None) -> None:
         counts = self.statistics.counts_by_tags(tags.device)
@@ -86,11 +84,6 @@ class RouterWatch:
             from moepp_megatron.moe.kernels.tags import count_by_tags as count
         num_ffn = self._config.num_ffn_experts
         count(counts, chosen.routing_map, tags, num_ffn, padded)
-
-    def _count_margins(self, chosen: Routing, bias: Tensor | None, padded: Tensor | None) -> None:
-        assert bias is not None, "margins are counted for the controller of a bias"
-        counts = count_margins(self._logits(chosen), bias, self._config, padded)
-        self.statistics.add_margins(counts)
 
     def _measure(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 
 from moepp_megatron.config.guard_metrics import GUARD_METRICS, MEASURED
-from moepp_megatron.config.guard_rules import complete, merged_rules
+from moepp_megatron.config.guard_rules import merged_rules
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules.rows import Rule, refuse
 from moepp_megatron.config.schema import Config, GuardRule
@@ -22,14 +22,6 @@ def _own(config: Config) -> Iterator[tuple[str, GuardRule]]:
     merged = merged_rules(section)
     for index, rule in enumerate(section.rules):
         yield f"routing_guard.rules[{index}]", merged[rule.name]
-
-
-def _rollbacks(config: Config) -> list[GuardRule]:
-    """Rules that are judged and go back to a checkpoint."""
-    if config.routing_guard.enabled is not True:
-        return []
-    rules = merged_rules(config.routing_guard).values()
-    return [rule for rule in rules if rule.action == "rollback"]
 
 
 def _names_differ(config: Config) -> Iterator[Problem]:
@@ -85,25 +77,22 @@ def _metrics_are_measured(config: Config) -> Iterator[Problem]:
                 yield Problem(f"{name}.metric", rule.metric, must, remedy)
 
 
-def _checkpoints_exist(config: Config) -> Iterator[Problem]:
-    """A rollback needs a checkpoint."""
-    rules = _rollbacks(config)
-    if rules and config.checkpoint.save_interval == 0:
-        must = f"must be above 0 with the action rollback of rule {rules[0].name}"
-        remedy = f"use for example 100, or give rule {rules[0].name} the action warn"
-        yield Problem("checkpoint.save_interval", 0, must, remedy)
-
-
 def _checkpoints_reach_back(config: Config) -> Iterator[Problem]:
     """A rollback goes to before the rule held, so a checkpoint from then must still exist."""
     keep, interval = config.checkpoint.keep, config.checkpoint.save_interval
-    if keep is None or interval == 0:
-        return
-    for rule in map(complete, _rollbacks(config)):
+    acts = config.routing_guard.enabled is True
+    for rule in merged_rules(config.routing_guard).values() if acts else ():
+        if rule.action != "rollback":
+            continue
+        if interval == 0:
+            must = f"must be above 0 with the action rollback of rule {rule.name}"
+            remedy = f"use for example 100, or give rule {rule.name} the action warn"
+            yield Problem("checkpoint.save_interval", 0, must, remedy)
+            return
         # The newest may be that of the last step but one in which it held.
-        steps = rule.for_steps
+        steps = rule.for_steps or 1
         needed = 1 + math.ceil((steps - 1) / interval)
-        if keep < needed:
+        if keep is not None and keep < needed:
             yield Problem(
                 "checkpoint.keep",
                 keep,
@@ -124,6 +113,5 @@ RULES: tuple[Rule, ...] = (
     _one_limit,
     _clear_on_the_healthy_side,
     _metrics_are_measured,
-    _checkpoints_exist,
     _checkpoints_reach_back,
 )  # fmt: skip

@@ -1,6 +1,5 @@
 """The features of a run, one file each: parts by the protocol of `training.part`.
 
-batch_losses.py      the loss of each batch and how much its sequences differ
 budget.py            applies the budget of FFN experts per token to the model, step by step
 callbacks.py         a user's objects that get the events of a run: the protocol's public half
 data_stages.py       which of its data a run is drawing from, and when others follow

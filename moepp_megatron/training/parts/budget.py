@@ -7,16 +7,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moepp_megatron.config import Config, Layout
+from moepp_megatron.config.guard_rules import CompleteRule
 from moepp_megatron.model.megatron_config import moepp_config
 from moepp_megatron.moe.budget import Budget, BudgetController, add_to_biases, set_taus
 from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.observe.guard_judge import RuleJudge
 from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel
 
-# An alert is raised where the share, smoothed over 20 steps, stays further than this from the
-# target for so many steps, and again only after it has been nearer than half of that.
-_TOLERANCE, _PATIENCE = 0.1, 100
+# How far the share, smoothed over 20 steps, may stay from the target.
+_MISSED = CompleteRule(
+    "budget_missed", "ffn_to_target", limit=0.1, is_above=True, clear=0.05, for_steps=100
+)
 _SMOOTHING = 0.95
 
 
@@ -56,10 +59,9 @@ class BudgetControl(Part):
             _budget(self._config), moepp_config(self._config), layers, known
         )
         state = state or {}
-        # How far the share is from the target, smoothed; steps in a row too far; whether reported.
+        # How far the share is from the target, smoothed.
         self._off: float = state.get("off", 0.0)
-        self._steps_off: int = state.get("steps_off", 0)
-        self._is_reported: bool = state.get("told", False)
+        self._judge = RuleJudge((_MISSED,), (), state.get("rules", ()))
 
     def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
         """Take over the controller of a checkpoint."""
@@ -97,30 +99,27 @@ class BudgetControl(Part):
         if biases is not None:
             add_to_biases(self._model.models, self._routing.layer_numbers, biases)
         ffn = selected_LE[:, : self._config.moe.num_ffn_experts].sum(dim=1)
-        return self._judge(step, float((ffn / selected_LE.sum(dim=1)).mean()))
+        return self._report(step, float((ffn / selected_LE.sum(dim=1)).mean()))
 
-    def _judge(self, step: int, share: float) -> list[Alert]:
+    def _report(self, step: int, share: float) -> list[Alert]:
         target = self.share(step)
         self._off = _SMOOTHING * self._off + (1.0 - _SMOOTHING) * (share / target - 1.0)
-        is_off = abs(self._off) > _TOLERANCE and target == self._controller.budget.share
-        self._steps_off = self._steps_off + 1 if is_off else 0
-        if abs(self._off) < _TOLERANCE / 2:
-            self._is_reported = False
-        if self._is_reported or self._steps_off < _PATIENCE:
-            return []
-        self._is_reported = True
+        is_on_its_way = target != self._controller.budget.share
+        distance = 0.0 if is_on_its_way else abs(self._off)
         return [
             Alert(
                 step=step,
                 time=time.time(),
-                rule="budget_missed",
-                metric="ffn_to_target",
+                rule=_MISSED.name,
+                metric=_MISSED.metric,
                 value=1.0 + self._off,
-                condition=f"not within {_TOLERANCE:.0%} of 1 for {_PATIENCE} steps",
-                severity="warning",
-                action="warn",
+                condition=f"not within {_MISSED.limit:.0%} of 1 for {_MISSED.for_steps} steps",
+                severity=_MISSED.severity,
+                action=_MISSED.action,
                 remedy=f"{self._why()} (docs/budget.md#the-alert)",
             )
+            for event in self._judge.judge({_MISSED.metric: distance})
+            if event.begins
         ]
 
     def _why(self) -> str:
@@ -141,7 +140,7 @@ class BudgetControl(Part):
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint: plain numbers, copies that later steps do not change."""
-        own = {"off": self._off, "steps_off": self._steps_off, "told": self._is_reported}
+        own = {"off": self._off, "rules": self._judge.state()}
         return {"budget": self._controller.state() | own}
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:

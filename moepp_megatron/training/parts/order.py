@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moepp_megatron.training.part import Part, Run
-from moepp_megatron.training.parts.batch_losses import BatchLosses
 from moepp_megatron.training.parts.budget import BudgetControl
 from moepp_megatron.training.parts.data_stages import DataStages
 from moepp_megatron.training.parts.distillation import Distillation
@@ -29,7 +28,6 @@ PARTS: tuple[Callable[[Run], Part | None], ...] = (
     Profile.of,
     DataStages.of,
     RoutingCounts.of,
-    BatchLosses.of,
     HealthCollector.of,
     SourceCollector.of,
     GroupCollector.of,

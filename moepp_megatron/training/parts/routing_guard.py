@@ -11,12 +11,11 @@ from moepp_megatron.config import Layout
 from moepp_megatron.config.guard_metrics import MEASURED
 from moepp_megatron.config.guard_rules import CompleteRule, effective_rules, is_watched
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.observe.guard_judge import Event, RuleJudge, Values
+from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event, RuleJudge, Values
 from moepp_megatron.training.guard.alerts import alert_of
 from moepp_megatron.training.guard.copies import RouterCopies
 from moepp_megatron.training.guard.readings import counted, from_first_rank
 from moepp_megatron.training.part import Outcome, Part, Rollback, Run, Step, Stop
-from moepp_megatron.training.parts.batch_losses import BatchLosses
 from moepp_megatron.training.parts.budget import BudgetControl
 from moepp_megatron.training.parts.router_health import HealthCollector
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
@@ -46,7 +45,7 @@ class RoutingGuard(Part):
 
     def __init__(self, run: Run) -> None:
         self._config, self._settings = run.config, run.config.routing_guard
-        self._counts, self._losses = run.require(RoutingCounts), run.require(BatchLosses)
+        self._counts = run.require(RoutingCounts)
         self._health, self._budget = run.require(HealthCollector), run.find(BudgetControl)
         self._shift, self._model = run.require(Shift), run.model
         has_budget = run.config.moe.budget.held_by != "none"
@@ -64,9 +63,8 @@ class RoutingGuard(Part):
         self._judge = RuleJudge(self._rules, self._counts.layer_numbers, state.get("rules", ()))
         self._copies = RouterCopies(self._model, state.get("copies", ()))
         self._actions: int = state.get("actions", 0)
-        # Checkpoints that were gone back to for shifts and for routers whose copies did not help.
+        # Bounded rollbacks; times in a row that a rule has put routers back; the newest cause.
         self._returns: int = state.get("returns", 0)
-        # Times in a row that a rule has put routers back, and the cause that was reported last.
         self._put_back: dict[str, int] = dict(state.get("put_back", {}))
         self._reported: str | None = state.get("reported")
 
@@ -126,7 +124,7 @@ class RoutingGuard(Part):
         return rule.metric in (_SHIFT, _FAULT, *self._shift.monitor.metrics)
 
     def _is_bounded(self, rule: CompleteRule) -> bool:
-        """Whether rollbacks for a rule are bounded: its cause may be there after them."""
+        """Whether rollbacks for a rule are bounded: its cause may be there after them, too."""
         return rule.action == "put_back" or self._is_of_shift(rule)
 
     def _wants_checkpoint(self, rule: CompleteRule) -> bool:
@@ -148,8 +146,8 @@ class RoutingGuard(Part):
         wanting = {e.rule.name for e in begun if e.rule.action == "put_back"}
         wanting = wanting if self._settings.acts else set()
         tries = {name: self._put_back.get(name, 0) + 1 for name in wanting}
-        is_back = max(tries.values(), default=_MOST_TRIES + 1) <= _MOST_TRIES
-        is_back = is_back and self._copies.put_back()
+        may = bool(tries) and max(tries.values()) <= _MOST_TRIES
+        is_back = may and self._copies.put_back()
         if is_back:
             self._put_back |= tries
             self._actions += 1
@@ -180,14 +178,12 @@ class RoutingGuard(Part):
 
     def _update(self, step: int, events: Sequence[Event], values: Values) -> Iterator[Alert]:
         """Correct or complete the alert of a shift that was sent before."""
-        shift = self._shift.monitor.event
-        if shift is None or any(event.rule.name in (_SHIFT, _FAULT) for event in events):
-            self._reported = None if shift is None else shift.cause
-            return
+        shift, before = self._shift.monitor.event, self._reported
+        self._reported = None if shift is None else shift.cause
         rules = [rule for rule in self._rules if rule.name == _SHIFT]
-        if rules and shift.cause != self._reported:
-            self._reported = shift.cause
-            event = Event(rules[0], 0, True, cast(float, values["shift"]))
+        is_news = not any(event.rule.name in (_SHIFT, _FAULT) for event in events)
+        if shift is not None and rules and is_news and shift.cause != before:
+            event = Event(rules[0], WHOLE_MODEL, True, cast(float, values["shift"]))
             yield alert_of(event, step, "update", shift=shift)
 
     def _alert(self, event: Event, step: int, action: str) -> Alert:
@@ -221,7 +217,7 @@ class RoutingGuard(Part):
             values |= {name: health[name] for name in MEASURED if name in health}
         # Those of a refused batch are not the model's: the numerical guard has judged them.
         if step.updated:
-            values |= {"grad_norm": step.result.grad_norm, "loss": self._losses.newest.mean}
+            values |= {"grad_norm": step.result.grad_norm, "loss": self._shift.loss}
         values |= monitor.metrics
         values["calm"] = float(monitor.is_calm)
         values["since"] = 0.0 if monitor.event is None else float(monitor.event.since)

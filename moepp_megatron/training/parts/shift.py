@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ from moepp_megatron.config.guard_rules import is_watched
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor, group_of
 from moepp_megatron.training.part import Part, Run, Step
-from moepp_megatron.training.parts.batch_losses import BatchLosses
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.parts.sources import SourceCollector
 from moepp_megatron.training.step import Batch
@@ -31,18 +31,20 @@ class Shift(Part):
         run: The run; its routers are watched.
 
     Attributes:
+        loss: Token mean of the newest batch whose loss is finite, over all ranks, in nats.
         monitor: Judges them. All ranks give it the same bits, but their processors may round
             otherwise: what ranks do follows from rank 0's (`guard.readings`).
     """
 
     def __init__(self, run: Run) -> None:
-        self._run = run
-        self._counts, self._losses = run.require(RoutingCounts), run.require(BatchLosses)
-        self._sources = run.find(SourceCollector)
+        self._run, self.loss = run, math.nan
+        self._counts, self._sources = run.require(RoutingCounts), run.find(SourceCollector)
         self._counts.watch(logits=True)
         groups = torch.from_numpy(group_of(np.arange(run.config.model.vocab_size)))
         self._group_of = groups.to(torch.cuda.current_device())
-        self._tokens = StepCounts(GROUPS)
+        # Sum of the sequences' mean losses, of their squares, number of sequences (with context
+        # parallelism of the parts that ranks have); then tokens of each group of ids.
+        self._sums = StepCounts(3 + GROUPS)
         self._open(run.extra.get("shift"))
 
     @classmethod
@@ -65,27 +67,40 @@ class Shift(Part):
             logger.warning("detectors of the checkpoint are those of an older version: begun anew")
 
     def begin_step(self, step: int, layout: Layout) -> None:
-        """Begin to count token ids."""
-        self._tokens.reset()
+        """Begin a new batch."""
+        self._sums.reset()
 
     @torch.no_grad()
     def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
-        """Count a micro-batch's labels that have a loss, on the last pipeline stage."""
-        if first_of_tensor_ranks():
-            groups = self._group_of[batch["labels"].reshape(-1)]
-            self._tokens.own.index_add_(0, groups, batch["loss_mask"].reshape(-1).double())
+        """Add a micro-batch, on the last pipeline stage, without waiting for the device.
+
+        Args:
+            chunk: The model chunk that has made the losses.
+            batch: `labels` [b, s], and `loss_mask` [b, s], 0 for tokens that do not count.
+            token_losses: [b, s].
+        """
+        if not first_of_tensor_ranks():
+            return
+        mask = batch["loss_mask"].double()
+        counts = mask.sum(dim=1)
+        means = (token_losses.detach().double() * mask).sum(dim=1) / counts.clamp(min=1.0)
+        is_counted = (counts > 0).double()
+        self._sums.own[:3] += torch.stack([means, means.square(), is_counted]).sum(dim=1)
+        groups = self._group_of[batch["labels"].reshape(-1)]
+        self._sums.own[3:].index_add_(0, groups, mask.reshape(-1))
 
     def summands(self) -> Sequence[Summand]:
-        """The token ids."""
-        return (self._tokens,)
+        """Losses and token ids."""
+        return (self._sums,)
 
     def end_step(self, step: Step) -> Iterable[Alert]:
         """Judge the step, also where its batch was refused."""
         if step.is_finite:
-            losses = self._losses.newest
+            sums, own = step.result.sums, self._sums.total()
+            self.loss = sums.total / sums.tokens if sums.tokens > 0 else math.nan
             observed = Observed(
-                self._counts.selections().numpy(), losses.mean, losses.spread,
-                self._counts.logits(), self._tokens.total(),
+                self._counts.selections().numpy(), self.loss, _deviation(*own[:3].tolist()),
+                self._counts.logits(), own[3:],
                 None if self._sources is None else self._sources.losses(),
             )  # fmt: skip
             self.monitor.add(step.attempt, observed)
@@ -108,3 +123,10 @@ class Shift(Part):
         """Forget what was usual."""
         self._open(None)
         return ()
+
+
+def _deviation(total: float, squares: float, number: float) -> float:
+    """Standard deviation from the sum of numbers and of their squares; NaN of fewer than two."""
+    if number < 2:
+        return math.nan
+    return math.sqrt(max((squares - total * total / number) / (number - 1), 0.0))

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.document_sources import SOURCES, source_names
-from moepp_megatron.moe.layer import moe_statistics
 from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
 from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
-from moepp_megatron.training.tagging import layers_know_tokens, tags_of
+from moepp_megatron.training.tagging import layers_know_tokens, tag_tokens
 
 
 class SourceCollector(Part):
@@ -39,13 +38,9 @@ class SourceCollector(Part):
     def __init__(self, config: Config, model: TrainingModel, dataset: Any) -> None:
         self.names = source_names(dataset) if config.observe.token_groups else ()
         self._num_ffn, self._num_experts = config.moe.num_ffn_experts, config.moe.num_experts
-        self._statistics = []
         # On every rank alike, whether or not its pipeline stage has layers that count.
         self._counts_experts = bool(self.names) and layers_know_tokens(config)
-        if self._counts_experts:
-            for chunk in model.models:
-                tags_of(chunk, config)
-                self._statistics += list(moe_statistics(chunk).values())
+        self._statistics = tag_tokens(model.models if self._counts_experts else ())
         for statistics in self._statistics:
             statistics.num_sources = len(self.names)
         # Of each source, sum of token losses and tokens.
@@ -102,17 +97,13 @@ class SourceCollector(Part):
             "source_loss": named(losses[:, 0] / np.where(tokens > 0, tokens, 1.0)),
         }
         if self._counts_experts:
-            selected = sum_over_ranks(self._selections())
+            shape = len(self.names), self._num_experts
+            local = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
+            for statistics in self._statistics:
+                if statistics.sources is not None:
+                    local += statistics.sources
+            selected = sum_over_ranks(local)
             shares = selected / selected.sum(dim=1, keepdim=True)
             sources["source_ffn_share"] = named(shares[:, : self._num_ffn].sum(dim=1))
             sources["source_expert_share"] = named(shares)
         return sources
-
-    def _selections(self) -> Tensor:
-        """[sources, E] float64 on the device: selections of all layers of this rank."""
-        shape = len(self.names), self._num_experts
-        local = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
-        for statistics in self._statistics:
-            if statistics.sources is not None:
-                local += statistics.sources
-        return local

@@ -20,11 +20,9 @@ from moepp_megatron.data.token_groups import (
     token_groups,
 )
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.moe.layer import moe_statistics
-from moepp_megatron.moe.statistics import RoutingStatistics
 from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.setup import TrainingModel
-from moepp_megatron.training.tagging import layers_know_tokens, tags_of
+from moepp_megatron.training.tagging import layers_know_tokens, tag_tokens
 
 
 class GroupCollector(Part):
@@ -33,18 +31,14 @@ class GroupCollector(Part):
     Its construction makes the model's layers count.
 
     Args:
-        config: The run's configuration.
         model: The wrapped model.
         groups: The classes, the same on every rank.
     """
 
-    def __init__(self, config: Config, model: TrainingModel, groups: TokenGroups) -> None:
+    def __init__(self, model: TrainingModel, groups: TokenGroups) -> None:
         self.groups = groups
-        self._statistics: list[RoutingStatistics] = []
         on_device = torch.from_numpy(groups.of_ids).to(torch.cuda.current_device())
-        for chunk in model.models:
-            tags_of(chunk, config).groups = on_device
-            self._statistics += moe_statistics(chunk).values()
+        self._statistics = tag_tokens(model.models, on_device)
         for statistics in self._statistics:
             statistics.num_groups = groups.size
 
@@ -52,7 +46,7 @@ class GroupCollector(Part):
     def of(cls, run: Run) -> GroupCollector | None:
         """The part of a run; None where no classes are measured."""
         groups = _groups_of_run(run.config, run.train_set, run.extra.get("token_bands"))
-        return None if groups is None else cls(run.config, run.model, groups)
+        return None if groups is None else cls(run.model, groups)
 
     def state(self) -> dict[str, Any]:
         """The classes' bands."""
