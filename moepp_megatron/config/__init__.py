@@ -7,8 +7,7 @@ errors.py         the two errors a user can cause
 field_errors.py   turns pydantic's errors into problems with name, value, rule and remedy
 flops.py          floating-point operations of training, counted from the configuration
 from_megatron.py  turns a Megatron-LM command line into a configuration
-guard_metrics.py  what rules of the routing guard may look at, and what it means
-guard_rules.py    the rules of a run's routing guard: the defaults, changed by the user's rules
+guard_rules.py    the rules of a run's routing guard, and the metrics that they may use
 hardware.py       rated numbers of a kind of GPU, and the limits of a healthy one
 json_file.py      reads JSON that somebody else may have written: in bounds
 known_keys.py     refuses unknown sections and keys, and names the nearest known one

@@ -1,16 +1,28 @@
-"""The rules of a run's routing guard: the defaults, changed by the user's rules."""
+"""The rules of a run's routing guard, and the metrics that they may use."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from moepp_megatron.catalogue import METRICS
 from moepp_megatron.config.schema import Config
 from moepp_megatron.config.schema.routing_guard import (
     GuardAction,
     GuardRule,
     RoutingGuardSection,
 )
+
+
+def _judged(guard: str) -> dict[str, str]:
+    return {name: row.with_unit for name, row in METRICS.items() if row.guard == guard}
+
+
+# Their meanings. Of every MoE layer in every step, from counts of what its router wants.
+COUNTED = _judged("counted")
+# Of every MoE layer, in steps where router health is measured (observe.health_interval).
+MEASURED = _judged("measured")
+GUARD_METRICS = {**COUNTED, **MEASURED, **_judged("whole")}
 
 # docs/guard.md says what each means. Series have their limits in `observe/shift/detector.py`, of
 # which 1 is what the metrics are over.

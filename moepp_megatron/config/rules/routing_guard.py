@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator
 from difflib import get_close_matches
 
-from moepp_megatron.config.guard_metrics import GUARD_METRICS, MEASURED
-from moepp_megatron.config.guard_rules import merged_rules
+from moepp_megatron.config.guard_rules import GUARD_METRICS, MEASURED, merged_rules
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules.rows import Rule, refuse
 from moepp_megatron.config.schema import Config, GuardRule

@@ -1,4 +1,4 @@
-"""The numbers of one step that rules may look at: `config/guard_metrics.py` says what each means.
+"""The numbers of one step that rules may look at: `catalogue.py` says what each means.
 
 The selections are whole numbers, so their sum over ranks is exact and the same in every layout.
 Router health, loss and gradient norm are not: a reduction may leave ranks with different last bits,

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from moepp_megatron.config import Layout
-from moepp_megatron.config.guard_metrics import MEASURED
-from moepp_megatron.config.guard_rules import CompleteRule, effective_rules, is_watched
+from moepp_megatron.config.guard_rules import MEASURED, CompleteRule, effective_rules, is_watched
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event, RuleJudge, Values
 from moepp_megatron.training.guard.alerts import alert_of

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.config.guard_metrics import GUARD_METRICS
 from moepp_megatron.config.guard_rules import (
     DEFAULT_RULES,
+    GUARD_METRICS,
     REMEDIES,
     CompleteRule,
     complete,

@@ -9,8 +9,7 @@ from typing import get_args
 import pytest
 import torch
 
-from moepp_megatron.config.guard_metrics import COUNTED
-from moepp_megatron.config.guard_rules import CompleteRule, effective_rules
+from moepp_megatron.config.guard_rules import COUNTED, CompleteRule, effective_rules
 from moepp_megatron.config.schema.routing_guard import RoutingGuardSection
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
 from moepp_megatron.observe.shift.monitor import Cause, ShiftEvent
