@@ -100,8 +100,8 @@ class Detector:
             self._rare += [each] * groups
         self._steps = 0
         self._course: Numbers | None = None
-        self._squares, self._lengths = _Moments(row.memory), _Moments(row.memory)
-        self._charts = _Moments(row.memory)
+        self._moments = [_Moments(row.memory) for _ in range(3)]
+        self._squares, self._lengths, self._charts = self._moments
         self._restart(np.zeros(0))
 
     def _restart(self, values: Numbers) -> None:
@@ -119,7 +119,7 @@ class Detector:
     def reset_baseline(self, values: Numbers) -> None:
         """What is usual begins with this step; spreads are kept until others are known."""
         self._restart(np.atleast_1d(values))
-        for moments in (self._squares, self._lengths, self._charts):
+        for moments in self._moments:
             moments.count = min(moments.count, _KEPT)
 
     @property
@@ -248,13 +248,12 @@ class Detector:
     def state(self) -> dict[str, Any]:
         """State for a checkpoint, of plain numbers, the same on every rank."""
         course = None if self._course is None else self._course.tolist()
-        numbers = [course, self._slope.tolist(), self._mean.tolist()]
         return {
             "counts": [self._steps, self._learnt, self._held],
             "evidence": None if math.isnan(self.evidence) else self.evidence,
             "peak": self.peak,
-            "numbers": numbers,
-            "moments": [m.state() for m in (self._squares, self._lengths, self._charts)],
+            "numbers": [course, self._slope.tolist(), self._mean.tolist()],
+            "moments": [moments.state() for moments in self._moments],
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -265,8 +264,7 @@ class Detector:
         course, slope, mean = state["numbers"]
         self._course = None if course is None else np.array(course, dtype=np.float64)
         self._slope, self._mean = (np.array(each, dtype=np.float64) for each in (slope, mean))
-        moments = (self._squares, self._lengths, self._charts)
-        for each, values in zip(moments, state["moments"], strict=True):
+        for each, values in zip(self._moments, state["moments"], strict=True):
             each.load(values)
 
 
