@@ -73,6 +73,10 @@ class RoutingCounts(Part):
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, object]:
         """The routing metrics of the step; a collective."""
+        return self.collect()
+
+    def collect(self) -> dict[str, object]:
+        """Sum over all ranks, of which every one must call, and compute the step's metrics."""
         width = self._num_experts + 7
         return self._metrics(sum_over_ranks(self._by_layer(width, self._put_record)))
 
