@@ -216,7 +216,7 @@ class RoutingGuard(Part):
             values |= {name: health[name] for name in MEASURED if name in health}
         # Those of a refused batch are not the model's: the numerical guard has judged them.
         if step.updated:
-            values |= {"grad_norm": step.result.grad_norm, "loss": self._shift.loss}
+            values |= {"grad_norm": step.result.grad_norm, "loss": self._shift.batch_loss}
         values |= monitor.metrics
         values["calm"] = float(monitor.is_calm)
         values["since"] = 0.0 if monitor.event is None else float(monitor.event.since)

@@ -31,13 +31,13 @@ class Shift(Part):
         run: The run; its routers are watched.
 
     Attributes:
-        loss: Token mean of the newest batch whose loss is finite, over all ranks, in nats.
+        batch_loss: Token mean of the newest batch whose loss is finite, over all ranks, in nats.
         monitor: Judges them. All ranks give it the same bits, but their processors may round
             otherwise: what ranks do follows from rank 0's (`guard.readings`).
     """
 
     def __init__(self, run: Run) -> None:
-        self._run, self.loss = run, math.nan
+        self._run, self.batch_loss = run, math.nan
         self._counts, self._sources = run.require(RoutingCounts), run.find(SourceCollector)
         self._counts.watch(logits=True)
         groups = torch.from_numpy(group_of(np.arange(run.config.model.vocab_size)))
@@ -97,9 +97,9 @@ class Shift(Part):
         """Judge the step, also where its batch was refused."""
         if step.is_finite:
             sums, own = step.result.sums, self._sums.total()
-            self.loss = sums.total / sums.tokens if sums.tokens > 0 else math.nan
+            self.batch_loss = sums.total / sums.tokens if sums.tokens > 0 else math.nan
             observed = Observed(
-                self._counts.selections().numpy(), self.loss, _deviation(*own[:3].tolist()),
+                self._counts.selections().numpy(), self.batch_loss, _deviation(*own[:3].tolist()),
                 self._counts.logits(), own[3:],
                 None if self._sources is None else self._sources.losses(),
             )  # fmt: skip
