@@ -12,16 +12,23 @@ Version = tuple[int, ...]
 
 # The first Transformer Engine with the recipe in megatron-core 0.19.2 (fp8_utils.py,
 # `get_fp8_recipe`; transformer_config.py for FP8 grouped GEMMs, which all of them need).
-_TE_OF_RECIPE: dict[str, Version] = {"delayed": (1, 11), "tensorwise": (2, 2), "blockwise": (2, 3)}
+_TE_OF_RECIPE: dict[str, Version] = {
+    "delayed": (1, 11),
+    "tensorwise": (2, 2),
+    "blockwise": (2, 3),
+    "mxfp8": (2, 1),
+}
 # fp8_utils.py, `_quantize_param_shard_impl`: one FP8 weight at a time in the recipe's own format.
 _TE_OF_FP8_PARAM: Version = (2, 3)
 # transformer_config.py: recomputing moe_act or layernorm keeps their consumers' bf16 inputs.
 _TE_OF_INNER_RECOMPUTE: Version = (2, 6)
-# Transformer Engine's quantization.py, `_compute_fp8_support` and the one for block scaling.
-_CAPABILITY_OF_RECIPE: dict[str, Version] = {
-    "delayed": (8, 9),
-    "tensorwise": (8, 9),
-    "blockwise": (9, 0),
+# Transformer Engine's quantization.py, `_compute_fp8_support` and others: the least compute
+# capability, and the first without the recipe.
+_CAPABILITY_OF_RECIPE: dict[str, tuple[Version, Version | None]] = {
+    "delayed": ((8, 9), None),
+    "tensorwise": ((8, 9), None),
+    "blockwise": ((9, 0), None),
+    "mxfp8": ((10, 0), (12, 0)),
 }
 _CUDA_OF_BLOCKWISE: Version = (12, 9)
 
@@ -70,11 +77,12 @@ def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
             f"it where there is a GPU: {TRANSFORMER_ENGINE}"
         )
     name = f"precision.fp8_recipe ({recipe}) must have"
-    needed = _CAPABILITY_OF_RECIPE[recipe]
-    if machine.capability < needed:
+    needed, without = _CAPABILITY_OF_RECIPE[recipe]
+    if machine.capability < needed or (without is not None and machine.capability >= without):
+        below = "" if without is None else f" and below {_text(without)}"
         return (
-            f"{name} a GPU of compute capability {_text(needed)}, not "
-            f"{_text(machine.capability)}; {off}, or use another GPU (H100: 9.0)"
+            f"{name} a GPU of compute capability {_text(needed)}{below}, not "
+            f"{_text(machine.capability)}; {off}, or use another GPU (H100: 9.0, B200: 10.0)"
         )
     if recipe == "blockwise" and (machine.cuda is None or machine.cuda < _CUDA_OF_BLOCKWISE):
         built_for = _text(machine.cuda) if machine.cuda else "none"

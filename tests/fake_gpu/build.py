@@ -51,7 +51,10 @@ def build(folder: Path) -> None:
 
 
 def play(
-    folder: Path, cases: Sequence[dict[str, Any]], engine: Engine | None = None
+    folder: Path,
+    cases: Sequence[dict[str, Any]],
+    engine: Engine | None = None,
+    capability: int = 9,
 ) -> list[dict[str, Any]]:
     """Play `cases` (`play.Case`) one after another in a process that has the GPU.
 
@@ -59,6 +62,7 @@ def play(
         folder: Where `build` has put the libraries.
         cases: Fields of each case.
         engine: Transformer Engine for the process to have, and DeepEP; none where None.
+        capability: The first number of the GPU's compute capability.
 
     Returns:
         Fields of `play.Outcome` for each.
@@ -69,6 +73,7 @@ def play(
         "LD_LIBRARY_PATH": str(folder),
         "LD_PRELOAD": str(folder / "libcudart_stub.so"),
         "CUDA_VISIBLE_DEVICES": "0",
+        "FAKE_GPU_CAPABILITY": str(capability),
         "PYTHONPATH": os.pathsep.join(paths),
         "TORCHDYNAMO_DISABLE": "1",
         # As a run with fine_grained_activation_offloading sets it; without has no effect.

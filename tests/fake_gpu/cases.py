@@ -256,3 +256,23 @@ ENGINE: dict[str, dict[str, Any]] = {
     ),
     "FP8, offloading": _fp8("blockwise", _OFFLOADING, _OFFLOADED),
 }  # fmt: skip
+# On a Blackwell GPU.
+MXFP8: dict[str, dict[str, Any]] = {
+    "evaluation, save": _fp8("mxfp8", parts=["evaluation", "save"]),
+    "expert parallel": _fp8("mxfp8", _TWO_EXPERT_RANKS, world_size=2),
+    "DeepEP": _fp8("mxfp8", _TWO_EXPERT_RANKS, _FLEX, world_size=2),
+    "HybridEP": _fp8(
+        "mxfp8", _TWO_EXPERT_RANKS, _FLEX, "moe.flex_backend=hybridep", world_size=2
+    ),
+    "tensor parallel, recompute": _fp8(
+        "mxfp8", *_TENSOR_AND_CONTEXT, _SELECTIVE, "training.recompute_modules=[layernorm,moe_act]",
+        world_size=4, sequences=1,
+    ),
+    "combined schedule, offloading": _fp8(
+        "mxfp8", _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true", _OFFLOADING,
+        _OFFLOADED, world_size=2, sequences=4,
+    ),
+    "full width": shipped(
+        ROOT / "configs/models/moepp_7b_16_4_fp8.yaml", 2, "precision.fp8_recipe=mxfp8"
+    ),
+}  # fmt: skip

@@ -1,5 +1,6 @@
 """The machine to play on, and Transformer Engine for it."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def stub(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def play(stub: Path) -> Play:
-    return lambda cases, engine=None: build.play(stub, cases, engine)
+    return functools.partial(build.play, stub)
 
 
 @pytest.fixture(scope="session")

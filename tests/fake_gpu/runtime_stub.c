@@ -4,6 +4,7 @@
  * are fake. driver_types.h comes with Triton.
  */
 #include <driver_types.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef void *Handle;
@@ -64,6 +65,13 @@ cudaError_t cudaEventQuery(Handle e) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(Handle e) { return cudaSuccess; }
 cudaError_t cudaEventElapsedTime(float *ms, Handle a, Handle b) { *ms = 1.0f; return cudaSuccess; }
 
+/* The first number of the compute capability: that of an H100 unless the environment has another. */
+static int major(void)
+{
+    const char *given = getenv("FAKE_GPU_CAPABILITY");
+    return given ? atoi(given) : 9;
+}
+
 static cudaError_t describe(struct cudaDeviceProp *p)
 {
     memset(p, 0, sizeof *p);
@@ -78,7 +86,7 @@ static cudaError_t describe(struct cudaDeviceProp *p)
     p->maxThreadsDim[2] = 64;
     p->maxGridSize[0] = 2147483647;
     p->maxGridSize[1] = p->maxGridSize[2] = 65535;
-    p->major = 9;
+    p->major = major();
     p->multiProcessorCount = 132;
     p->maxThreadsPerMultiProcessor = 2048;
     p->l2CacheSize = 52428800;
@@ -89,7 +97,7 @@ cudaError_t cudaGetDeviceProperties_v2(struct cudaDeviceProp *p, int d) { return
 cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device)
 {
     switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = major(); break;
     case cudaDevAttrMultiProcessorCount: *value = 132; break;
     case cudaDevAttrWarpSize: *value = 32; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;

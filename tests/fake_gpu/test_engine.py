@@ -49,6 +49,15 @@ def test_features(play: Play, transformer_engine: Engine) -> None:
     assert outcomes["offloading"]["peak"] < outcomes["one rank"]["peak"]
 
 
+def test_mxfp8_on_a_blackwell_gpu(play: Play, transformer_engine: Engine) -> None:
+    steps = sound(play(list(cases.MXFP8.values()), transformer_engine, capability=10))
+    tables = {"DeepEP": reads.DEEPEP, "HybridEP": reads.HYBRIDEP}
+    for name, outcome in zip(cases.MXFP8, steps, strict=True):
+        if "recompute" in name:
+            outcome["layers"] *= 2
+        assert excess(outcome, (tables.get(name, reads.ALL_TO_ALL),)) == {}, name
+
+
 def every_shipped() -> Iterator[Any]:
     """Each shipped configuration with the modules that it can run with."""
     for path in (*cases.MODELS, *cases.PLANNED):

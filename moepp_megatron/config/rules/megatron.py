@@ -23,6 +23,9 @@ def _modules(wrong: Condition, must: Text, remedy: str) -> Rule:
 
 
 RULES: tuple[Rule, ...] = (
+    refuse("megatron.tp_comm_overlap", lambda c: c.megatron.tp_comm_overlap,
+        "must be false: the userbuffers of Transformer Engine need a communicator of their own "
+        "(initialize_ub), which this trainer does not start", "leave it out"),
     _only_with(
         "megatron.high_priority_a2a_comm_stream megatron.ep_overlap_early_attn_memory_release",
         lambda c: not c.parallel.overlap_moe_expert_parallel_comm,

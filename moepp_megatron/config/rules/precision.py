@@ -47,11 +47,10 @@ RULES: tuple[Rule, ...] = (
             lambda value: value not in (None, False), "must come with precision.fp8, which is null",
             "set precision.fp8 to e4m3 or hybrid, or leave {name} out"),
     ),
-    # MXFP8 needs compute capability 10.0 (Transformer Engine, `_compute_mxfp8_support`).
-    refuse("precision.fp8_recipe", lambda c: c.precision.recipe == "mxfp8",
-        "must be delayed, tensorwise or blockwise: the tensor cores of Hopper have no MXFP8 "
-        "(Blackwell's have), and this package has no layout for it",
-        "use blockwise, which also scales in blocks"),
+    refuse("precision.fp8_param",
+        lambda c: c.precision.fp8_param and c.precision.recipe == "mxfp8",
+        "must be false with precision.fp8_recipe mxfp8: such weights have not been tried",
+        "use false"),
     group(lambda c: c.precision.fp8 is not None,
         *FP8_SHAPES,
     ),

@@ -15,6 +15,8 @@ OffloadModule = Literal["qkv_linear", "core_attn", "attn_proj", "mlp_norm", "exp
 class MegatronSection(Section):
     """Settings of megatron-core's TransformerConfig, under its names; `moepp plan` ignores them."""
 
+    tp_comm_overlap: Annotated[bool, Unit("-")] = False
+    """Must be false: it needs a communicator that is not started here"""
     high_priority_a2a_comm_stream: Annotated[bool, Unit("-")] = False
     """Give the combined schedule's transfers a stream of high priority"""
     ep_overlap_early_attn_memory_release: Annotated[bool, Unit("-")] = False
@@ -28,7 +30,7 @@ class MegatronSection(Section):
     fused_single_qkv_rope: Annotated[bool, Unit("-")] = False
     """Rotate queries and keys in one kernel, before they are split (Transformer Engine)"""
     use_transformer_engine_op_fuser: Annotated[bool, Unit("-")] = False
-    """Fuse the experts' two products and activation (Transformer Engine, Blackwell)"""
+    """Must be false: fused experts have not been tried"""
     fine_grained_activation_offloading: Annotated[bool, Unit("-")] = False
     """Keep inputs of offload_modules in host memory until the backward pass"""
     offload_modules: Annotated[list[OffloadModule], Unit("-")] = []

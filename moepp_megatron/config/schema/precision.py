@@ -27,7 +27,7 @@ class PrecisionSection(Section):
     fp8_recipe: Annotated[
         Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None, Unit("-")
     ] = None
-    """FP8 scaling; null with fp8 means delayed; mxfp8 is refused"""
+    """FP8 scaling; null with fp8 means delayed; mxfp8 needs a Blackwell GPU"""
     fp8_margin: Annotated[int, Unit("bits"), Field(ge=0, le=8)] = 0
     """Powers of two that delayed scaling leaves free above the largest value seen"""
     fp8_amax_history_len: Annotated[int, Unit("steps"), Field(ge=1)] = 1024

@@ -176,6 +176,10 @@ def create_empty_quantized_tensor(quantizer: Any, shape: Sequence[int], dtype: A
     if type(quantizer).__name__ == "Float8Quantizer":
         return _empty_float8(quantizer, list(shape), dtype)
     whole = tuple(shape)
+    if type(quantizer).__name__ == "MXFP8Quantizer":
+        # quantizer.cpp, `MXFP8Quantizer::create_tensor`.
+        sides = math.prod(whole[:-1]), whole[-1]
+        assert all(side % 32 == 0 for side in sides), f"MXFP8 needs multiples of 32, not {whole}"
     inner = quantizer.alloc_tensors(whole, device="cuda")
     description = quantizer.create_metadata(whole, dtype=dtype)
     return description["cls"].__tensor_unflatten__(inner, description, torch.Size(whole), None)

@@ -45,6 +45,8 @@ def test_an_h100_runs_every_recipe(recipe):
         ),
         ("tensorwise", [], replace(H100, capability=A100), "compute capability 8.9", "H100"),
         ("blockwise", [], replace(H100, capability=L40), "capability 9.0, not 8.9", "H100"),
+        ("mxfp8", [], H100, "compute capability 10.0 and below 12.0, not 9.0", "B200: 10.0"),
+        ("mxfp8", [], replace(H100, capability=(12, 0)), "below 12.0, not 12.0", "B200: 10.0"),
         ("blockwise", [], replace(H100, cuda=(12, 8)), "12.9 or newer, not 12.8", "tensorwise"),
         (
             "tensorwise",
@@ -84,6 +86,10 @@ def test_an_older_card_runs_what_it_can():
     ada = replace(H100, capability=L40, cuda=(12, 4))
     assert fp8_obstacle(config_of("delayed"), ada) is None
     assert fp8_obstacle(config_of("tensorwise"), ada) is None
+
+
+def test_a_b200_runs_mxfp8():
+    assert fp8_obstacle(config_of("mxfp8"), replace(H100, capability=(10, 0))) is None
 
 
 def test_the_doctor_shows_the_same():
