@@ -79,10 +79,12 @@ def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
     name = f"precision.fp8_recipe ({recipe}) must have"
     needed, without = _CAPABILITY_OF_RECIPE[recipe]
     if machine.capability < needed or (without is not None and machine.capability >= without):
-        below = "" if without is None else f" and below {_text(without)}"
+        below, card = "", "H100: 9.0"
+        if without is not None:
+            below, card = f" and below {_text(without)}", "B200: 10.0"
         return (
             f"{name} a GPU of compute capability {_text(needed)}{below}, not "
-            f"{_text(machine.capability)}; {off}, or use another GPU (H100: 9.0, B200: 10.0)"
+            f"{_text(machine.capability)}; {off}, or use another GPU ({card})"
         )
     if recipe == "blockwise" and (machine.cuda is None or machine.cuda < _CUDA_OF_BLOCKWISE):
         built_for = _text(machine.cuda) if machine.cuda else "none"
