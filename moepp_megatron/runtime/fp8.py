@@ -12,24 +12,14 @@ Version = tuple[int, ...]
 
 # The first Transformer Engine with the recipe in megatron-core 0.19.2 (fp8_utils.py,
 # `get_fp8_recipe`; transformer_config.py for FP8 grouped GEMMs, which all of them need).
-_TE_OF_RECIPE: dict[str, Version] = {
-    "delayed": (1, 11),
-    "tensorwise": (2, 2),
-    "blockwise": (2, 3),
-    "mxfp8": (2, 1),
-}
+_TE_OF_RECIPE = {"delayed": (1, 11), "tensorwise": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
 # fp8_utils.py, `_quantize_param_shard_impl`: one FP8 weight at a time in the recipe's own format.
 _TE_OF_FP8_PARAM: Version = (2, 3)
 # transformer_config.py: recomputing moe_act or layernorm keeps their consumers' bf16 inputs.
 _TE_OF_INNER_RECOMPUTE: Version = (2, 6)
-# Transformer Engine's quantization.py, `_compute_fp8_support` and others: the least compute
-# capability, and the first without the recipe.
-_CAPABILITY_OF_RECIPE: dict[str, tuple[Version, Version | None]] = {
-    "delayed": ((8, 9), None),
-    "tensorwise": ((8, 9), None),
-    "blockwise": ((9, 0), None),
-    "mxfp8": ((10, 0), (12, 0)),
-}
+# Transformer Engine's quantization.py, `_compute_fp8_support` and others.
+_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+_FIRST_WITHOUT = {"mxfp8": (12, 0)}
 _CUDA_OF_BLOCKWISE: Version = (12, 9)
 
 
@@ -77,7 +67,7 @@ def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
             f"it where there is a GPU: {TRANSFORMER_ENGINE}"
         )
     name = f"precision.fp8_recipe ({recipe}) must have"
-    needed, without = _CAPABILITY_OF_RECIPE[recipe]
+    needed, without = _CAPABILITY[recipe], _FIRST_WITHOUT.get(recipe)
     if machine.capability < needed or (without is not None and machine.capability >= without):
         below, card = "", "H100: 9.0"
         if without is not None:

@@ -79,8 +79,8 @@ _SHAPES: dict[str, Callable[[Config], Any]] = {
 # Settings of which two values may mean the same.
 _MEANINGS: dict[str, Callable[[Config], Any]] = {**_SHAPES, "data.split": _split}
 # Sections that decide what is trained. The degrees of `parallel` are reported as the layout.
-_SECTIONS = ("model", "moe", "precision", "data", "optimizer", "training", "distillation")
-_SECTIONS += ("megatron",)
+_TRAINED = ("model", "moe", "precision", "data", "optimizer", "training", "distillation")
+_SECTIONS = (*_TRAINED, "megatron")
 
 
 def check_compatible(checkpoint: Path, config: Config) -> Config:
