@@ -108,7 +108,7 @@ def moepp_config(
     moepp_args = _own_arguments(args)
     _refuse_unsupported(config, args)
     _refuse_local_context_parallelism(config, args, is_spec)
-    scope, beta = _balance(config)
+    scope, beta = balance_of(config)
     gate_scale = config.moe_router_topk_scaling_factor
     moepp = MoEPPConfig(
         num_ffn_experts=config.num_moe_experts,
@@ -223,8 +223,8 @@ def _refuse_local_context_parallelism(
         )
 
 
-def _balance(config: TransformerConfig) -> tuple[BalanceScope, float]:
-    """Scope and beta of the balance loss."""
+def balance_of(config: TransformerConfig) -> tuple[BalanceScope, float]:
+    """Scope and beta of the balance loss; ValueError if MoE++ has no such loss."""
     kind, beta = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     if kind == "none":
         return "microbatch", 0.0

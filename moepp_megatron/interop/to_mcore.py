@@ -50,11 +50,19 @@ def hf_to_mcore(
         ConfigError: If tensors are missing, unexpected or of a wrong shape; names every one.
     """
     hf = HFSource(source, allow_pickle)
-    read, rules = (zeda_config, zeda_rules) if is_zeda(hf.config) else (config_from_hf, moepp_rules)
-    config = read(hf.config, source.resolve().name, dtype)
+    config, rules = read_format(hf.config, source.resolve().name, dtype)
     hf.leave_out(extra_tensors(hf.config, hf.tensors))
-    write_checkpoint(hf, list(rules(config)), config, target, dtype, console)
+    write_checkpoint(hf, rules, config, target, dtype, console)
     return config
+
+
+def read_format(
+    hf: Mapping[str, Any], name: str, dtype: str | None = None
+) -> tuple[Config, list[TensorRule]]:
+    """Our configuration of a MoE++ model's `config.json`, and its tensors; ConfigError if none."""
+    read, rules = (zeda_config, zeda_rules) if is_zeda(hf) else (config_from_hf, moepp_rules)
+    config = read(hf, name, dtype)
+    return config, list(rules(config))
 
 
 def write_checkpoint(
@@ -69,7 +77,7 @@ def write_checkpoint(
 
     ConfigError if a tensor is missing, unexpected or of a wrong shape, or `target` is taken.
     """
-    _account_for(hf, rules)
+    account_for(hf, rules)
     _check_tokenizer(hf)
     target = free_folder(target)
     tensors = hf.tensors
@@ -101,7 +109,7 @@ def write_checkpoint(
         publish(folder, target)
 
 
-def _account_for(hf: HFSource, rules: Sequence[TensorRule]) -> None:
+def account_for(hf: HFSource, rules: Sequence[TensorRule]) -> None:
     """Refuse (ConfigError) a checkpoint that does not hold exactly what the rules read."""
     tensors = hf.tensors
     wanted = {source.name: source.shape for rule in rules for source in rule.sources}

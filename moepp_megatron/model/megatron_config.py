@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +50,15 @@ def transformer_config(config: Config) -> TransformerConfig:
     `num_moe_experts` counts FFN experts; see `moepp_megatron.moe.router_config`. Weights are
     not initialised here: `moepp_megatron.model.initialize` does it, independent of the layout.
     """
+    kind = TransformerConfig if config.model.latent_attention is None else MLATransformerConfig
+    return kind(**transformer_fields(config))
+
+
+def transformer_fields(config: Config) -> dict[str, Any]:
+    """The arguments of `transformer_config`."""
     model, training = config.model, config.training
     dtype = params_dtype(config)
-    kind = TransformerConfig if model.latent_attention is None else MLATransformerConfig
-    return kind(
+    return dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,

@@ -1,0 +1,149 @@
+"""One parameter of a model in Megatron-Bridge, by the tensor rules of its Hugging Face format."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
+from torch import Tensor
+
+from moepp_megatron.interop.tensor_rules import TensorRule
+
+# Keys of checkpoints name norms as megatron-core's fused norm-and-linear layers do.
+_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+_EXPERTS = ".mlp.experts.experts."
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def rule_mappings(rules: Iterable[TensorRule]) -> Iterator[RuleMapping]:
+    """A mapping for every name that a parameter has on some back end."""
+    by_key: dict[str, list[TensorRule]] = defaultdict(list)
+    for rule in rules:
+        if not rule.unused:
+            by_key[rule.key].append(rule)
+    for key, own in by_key.items():
+        before, is_expert, after = key.partition(_EXPERTS)
+        if is_expert:
+            for expert in range(len(own)):
+                # megatron-core's module for each expert, or Transformer Engine's for all.
+                yield RuleMapping(
+                    f"{before}.mlp.experts.local_experts.{expert}.{after}", own, expert
+                )
+                yield RuleMapping(f"{before}.mlp.experts.{after}{expert}", own, expert)
+        else:
+            yield RuleMapping(key, own)
+            for fused, separate in _NORMS.items():
+                if key.endswith(fused):
+                    yield RuleMapping(key.removesuffix(fused) + separate, own)
+
+
+class RuleMapping(MegatronParamMapping):  # type: ignore[misc]
+    """The parameter `name`, made by the rules of one key; of `expert` alone where one is given.
+
+    Tensor-parallel ranks hold parts along the axis in which the parameter is smaller than its rule
+    says.
+    """
+
+    def __init__(self, name: str, rules: list[TensorRule], expert: int | None = None) -> None:
+        self.rules, self.expert = rules, expert
+        self._own = rules if expert is None else [rules[expert]]
+        names = [source.name for rule in self._own for source in rule.sources]
+        super().__init__(name, names[0] if len(names) == 1 else {name: name for name in names})
+
+    def resolve(self, captures: tuple[str, ...]) -> RuleMapping:
+        """A mapping of its own for another task; there are no wildcards."""
+        return RuleMapping(self.megatron_param, self.rules, self.expert)
+
+    def hf_to_megatron(
+        self, hf_weights: Tensor | Mapping[str, Tensor], megatron_module: torch.nn.Module
+    ) -> Tensor:
+        """This rank's part of the parameter."""
+        if isinstance(hf_weights, Tensor):
+            hf_weights = {self.hf_param: hf_weights}
+        packed = {
+            rule.index: rule.pack([hf_weights[source.name] for source in rule.sources])
+            for rule in self._own
+        }
+        whole = torch.stack(list(packed.values())) if self._is_stacked else [*packed.values()][0]
+        # Transformer Engine numbers its experts on each rank anew; all have one shape.
+        name = re.sub(r"\d+$", "0", self.megatron_param.rpartition(".")[2])
+        local = getattr(megatron_module, name)
+        return self._part(whole.to(local.device, local.dtype), local.shape)
+
+    def megatron_to_hf(
+        self, megatron_weights: Tensor | None, megatron_module: torch.nn.Module | None
+    ) -> dict[str, Tensor]:
+        """The tensors that the parameter, or the expert on each expert-parallel rank, makes."""
+        local = self.broadcast_from_pp_rank(megatron_weights, cache_key=self.megatron_param)
+        whole = self._joined(self.maybe_dequantize(local))
+        if self.expert is None:
+            slices = [(r, whole if r.index is None else whole[r.index]) for r in self.rules]
+        else:
+            slices = list(zip(self._of_same_place(), self._of_experts(whole), strict=True))
+        found: dict[str, Tensor] = {}
+        for rule, tensor in slices:
+            assert rule.unpack is not None, f"{rule.key} cannot be converted back"
+            names = (source.name for source in rule.sources)
+            found |= zip(names, rule.unpack(tensor), strict=True)
+        return found
+
+    @property
+    def _is_stacked(self) -> bool:
+        return self.expert is None and self.rules[0].index is not None
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        rule = self.rules[0]
+        return rule.shape if self.expert is None else rule.slice_shape
+
+    def _of_same_place(self) -> list[TensorRule]:
+        """The rules of the experts that have this one's place on each expert-parallel rank."""
+        assert self.expert is not None, "only experts are split so"
+        each = len(self.rules) // self.ep_size
+        return self.rules[self.expert % each :: each]
+
+    def _of_experts(self, whole: Tensor) -> list[Tensor]:
+        if self.ep_size == 1:
+            return [whole]
+        gathered = [torch.empty_like(whole) for _ in range(self.ep_size)]
+        dist.all_gather(gathered, whole.contiguous(), group=self.ep_group)
+        return gathered
+
+    def _axis(self, local: Iterable[int]) -> int | None:
+        """The axis that tensor-parallel ranks split; None for none."""
+        split = [
+            i for i, (part, all_) in enumerate(zip(local, self._shape, strict=True)) if part != all_
+        ]
+        return split[0] if split else None
+
+    @property
+    def _halves(self) -> int:
+        # Gate above up projection: each is split by itself.
+        return 2 if "linear_fc1.weight" in self.megatron_param else 1
+
+    def _part(self, whole: Tensor, local: torch.Size) -> Tensor:
+        axis = self._axis(local)
+        if axis is None:
+            return whole
+        if self.megatron_param in _VOCABULARY:
+            padding = local[0] * self.tp_size - whole.shape[0]
+            whole = torch.cat([whole, whole.new_zeros(padding, *whole.shape[1:])])
+        halves = whole.chunk(self._halves) if axis == 0 else [whole]
+        return torch.cat([half.chunk(self.tp_size, axis)[self.tp_rank] for half in halves], axis)
+
+    def _joined(self, local: Tensor) -> Tensor:
+        axis = self._axis(local.shape)
+        if axis is None:
+            return local
+        parts = self.gather_from_tp_ranks(local.contiguous())
+        count = self._halves if axis == 0 else 1
+        halves = [part.chunk(count)[half] for half in range(count) for part in parts]
+        whole = torch.cat(halves, axis)
+        return whole[: self._shape[0]] if self.megatron_param in _VOCABULARY else whole

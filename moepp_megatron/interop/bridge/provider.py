@@ -1,0 +1,147 @@
+"""Megatron-Bridge's provider of a MoE++ model: its settings, and how each stage is built."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
+from megatron.bridge.utils.fusions import validate_rope_fusion_compatibility
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.interop.megatron_arguments import balance_of
+from moepp_megatron.interop.stage import block_spec, build_stage
+from moepp_megatron.layer_settings import BALANCE_TYPES
+from moepp_megatron.model.gpt import MoEPPGPTModel
+from moepp_megatron.model.megatron_config import moepp_config, transformer_fields
+from moepp_megatron.moe.config import MoEPPConfig
+from moepp_megatron.runtime.optional import have_transformer_engine
+
+# Bridge's loop decides these: whether weights are loaded, and how losses are divided.
+_OF_THE_LOOP = ("perform_initialization", "calculate_per_token_loss")
+
+
+@dataclass
+class MoEPPModelProvider(GPTModelProvider):  # type: ignore[misc]
+    """A GPT provider whose stages are MoE++ models, gating residuals across stages included.
+
+    Megatron's own fields keep their meaning (`num_moe_experts` counts FFN experts); the balance
+    loss follows `moe_router_load_balancing_type` and `moe_aux_loss_coeff`, also where a recipe
+    changes them later.
+
+    Attributes:
+        moepp: The layer's settings.
+    """
+
+    moepp: MoEPPConfig | None = None
+
+    @classmethod
+    def from_config(cls, config: Config) -> MoEPPModelProvider:
+        """Provider of the model, precision and layout that a configuration of ours describes.
+
+        ConfigError if the model has a part that is not built here.
+        """
+        _refuse_unsupported(config)
+        model, moe = config.model, config.moe
+        has_loss = moe.balance_coeff > 0
+        fields = transformer_fields(config) | {
+            "moe_router_load_balancing_type": BALANCE_TYPES[moe.balance_scope]
+            if has_loss
+            else "none",
+            "moe_aux_loss_coeff": moe.balance_coeff,
+        }
+        return cls(
+            moepp=moepp_config(config),
+            vocab_size=model.vocab_size,
+            seq_length=model.seq_length,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rotary_base,
+            **{name: value for name, value in fields.items() if name not in _OF_THE_LOOP},
+        )
+
+    def provide(
+        self,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> MoEPPGPTModel:
+        """Build one stage, as `GPTModelProvider.provide`; ValueError if a setting is refused."""
+        if self.moepp is None:
+            raise ValueError(
+                "MoEPPModelProvider.moepp (None) must be a MoEPPConfig; use "
+                f"MoEPPConfig(num_ffn_experts={self.num_moe_experts})"
+            )
+        if self.mtp_num_layers:
+            raise ValueError(
+                f"MoEPPModelProvider.mtp_num_layers ({self.mtp_num_layers}) must be None: further "
+                "tokens have only been trained by `moepp train`; leave it out"
+            )
+        if not validate_rope_fusion_compatibility(self):
+            self.apply_rope_fusion = False
+        scope, beta = balance_of(self)
+        moepp = dataclasses.replace(self.moepp, balance_scope=scope, balance_coeff=beta)
+        # Transformer Engine's layers read it.
+        self._vp_stage = vp_stage
+        with torch.device("meta") if self.init_model_with_meta_device else nullcontext():
+            stage = build_stage(
+                self,
+                self,
+                moepp,
+                self._pg_collection,
+                pre_process,
+                post_process,
+                vp_stage,
+                use_te=have_transformer_engine(),
+            )
+        if stage.config is not self:
+            stage.config._hidden_size_of_layers = self.hidden_size
+        return stage
+
+    def to_cfg_dict(self) -> dict[str, Any]:
+        """What Bridge writes into `run_config.yaml`: the fields, with the layers' hidden size."""
+        fields = {
+            field.name: _ConfigContainerBase._convert_value_to_dict(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if not field.name.startswith("_")
+        }
+        # A stage's configuration has the width of what stages exchange.
+        fields["hidden_size"] = vars(self).get("_hidden_size_of_layers", self.hidden_size)
+        return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}", **fields}
+
+
+def moepp_layer_spec(
+    provider: GPTModelProvider, vp_stage: int | None = None, *, moepp: MoEPPConfig
+) -> TransformerBlockSubmodules:
+    """Layers for a plain `GPTModelProvider`, whose model hands no router logits between stages.
+
+    Give it as `transformer_layer_spec=functools.partial(moepp_layer_spec, moepp=MoEPPConfig(...))`.
+    ValueError if there is a gating residual across stages, or a setting is refused.
+    """
+    stages = provider.pipeline_model_parallel_size
+    if stages > 1 and moepp.gating_residual:
+        raise ValueError(
+            f"pipeline_model_parallel_size ({stages}) must be 1 for a GPTModelProvider with a "
+            "gating residual; use MoEPPModelProvider, or gating_residual=False"
+        )
+    return block_spec(provider, moepp, vp_stage, have_transformer_engine())
+
+
+def _refuse_unsupported(config: Config) -> None:
+    model = config.model
+    for name, value, wanted in (
+        ("latent_attention", model.latent_attention, None),
+        ("mtp_num_layers", model.mtp_num_layers, 0),
+        # Where there is no such norm its scope says nothing.
+        ("qk_layernorm_scope", model.qk_layernorm and model.qk_layernorm_scope, "head"),
+    ):
+        if value not in (wanted, False):
+            raise ConfigError(
+                f"model.{name} must be {wanted or 'left out'} in Megatron-Bridge, whose provider "
+                "builds no such attention or layer here; train it with `moepp train`"
+            )
