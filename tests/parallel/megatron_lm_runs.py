@@ -96,7 +96,7 @@ def train_in_megatron_lm(arguments: str, way: str, log: str) -> tuple[Run, list[
     """Returns what `training_runs.train` returns; the model gets in by config, spec or provider."""
     launch = script()
     command_line(f"{ARGUMENTS} {arguments}", log)
-    observer = _Observer(arguments)
+    observer = Observer(_config(arguments))
     try:
         _pretrain(launch, way, observer)
         logged = scalars(log)
@@ -117,7 +117,7 @@ def scores_in_megatron_lm(arguments: str, log: str, input_ids: Any, way: str = "
 
     launch = script()
     command_line(arguments, log)
-    observer = _Observer(arguments)
+    observer = Observer(_config(arguments))
     try:
         with _child_processes():
             _pretrain(launch, way, observer)
@@ -155,7 +155,7 @@ def _child_processes() -> Iterator[None]:
             queue._manager.shutdown()
 
 
-def _pretrain(launch: ModuleType, way: str, observer: _Observer) -> None:
+def _pretrain(launch: ModuleType, way: str, observer: Observer) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import (
@@ -196,16 +196,14 @@ def _pretrain(launch: ModuleType, way: str, observer: _Observer) -> None:
     )
 
 
-class _Observer:
-    """Sets the weights of a run, and sees its gradients and routing."""
+class Observer:
+    """Sets the weights of a run in a loop of others, and sees its gradients and routing."""
 
-    def __init__(self, arguments: str) -> None:
-        from moepp_megatron.config import parse_config
-
+    def __init__(self, config: Any) -> None:
         self.models: list[Any] = []
         self.routing: list[dict[str, Any]] = []
         self.pieces: list[Any] = []
-        self.config = parse_config(settings(**{**SETTINGS, "parallel": _parallel(arguments)}))
+        self.config = config
 
     def built(self, models: list[Any]) -> list[Any]:
         from moepp_megatron.model.initialize import initialize_weights
@@ -235,6 +233,12 @@ class _Observer:
         for chunk in self.models:
             for statistics in moe_statistics(chunk).values():
                 statistics.reset()
+
+
+def _config(arguments: str) -> Any:
+    from moepp_megatron.config import parse_config
+
+    return parse_config(settings(**{**SETTINGS, "parallel": _parallel(arguments)}))
 
 
 def _parallel(arguments: str) -> dict[str, int | bool]:

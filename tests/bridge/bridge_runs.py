@@ -1,0 +1,126 @@
+"""What ranks do in tests with Megatron-Bridge; nothing of the package's trainer is used."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.parallel.megatron_lm_runs import Observer
+from tests.parallel.training_runs import Run, SyntheticDataset, begin
+
+
+def train_in_bridge(raw: dict[str, Any], steps: int, way: str) -> tuple[Run, list[Any]]:
+    """Returns what `training_runs.train` returns, of a model that Bridge builds and wraps."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import (
+        OptimizerConfig,
+        get_megatron_optimizer,
+        get_standard_config_overrides,
+    )
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_model_config
+
+    from moepp_megatron.training.batches import rank_batches
+    from moepp_megatron.training.collect import mean_loss
+
+    config, layout = begin(raw)
+    provider = _provider(config, way)
+    provider.calculate_per_token_loss = True
+    provider.finalize()
+    observer = Observer(config)
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    chunks = provider.provide_distributed_model(
+        ddp_config=ddp, use_cpu_initialization=True, pre_wrap_hook=observer.built
+    )
+    rates = config.optimizer
+    settings = OptimizerConfig(
+        lr=rates.lr,
+        weight_decay=rates.weight_decay,
+        adam_beta2=rates.adam_beta2,
+        clip_grad=rates.clip_grad,
+        use_distributed_optimizer=True,
+    )
+    optimizer = get_megatron_optimizer(
+        settings, chunks, get_standard_config_overrides(settings), use_gloo_process_groups=False
+    )
+    get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
+    batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(chunks))
+    run = Run(routing=observer.routing)
+    for _ in range(steps):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        reported = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=batches if len(chunks) > 1 else batches[0],
+            model=chunks,
+            num_microbatches=layout.num_microbatches,
+            seq_length=config.model.seq_length,
+            micro_batch_size=config.training.micro_batch_size,
+            forward_only=False,
+        )
+        run.grad_norms.append(optimizer.step()[1])
+        run.losses.append(mean_loss(_sum([part["losses"] for part in reported])))
+    return run, observer.pieces
+
+
+def _provider(config: Any, way: str) -> Any:
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
+
+    from moepp_megatron.interop.bridge import MoEPPModelProvider, moepp_layer_spec
+
+    provider = MoEPPModelProvider.from_config(config)
+    if way == "provider":
+        return provider
+    # A provider of Bridge's own with the same fields, and our layers.
+    same = {f.name: getattr(provider, f.name) for f in fields(GPTModelProvider) if f.init}
+    spec = partial(moepp_layer_spec, moepp=provider.moepp)
+    return GPTModelProvider(**same | {"transformer_layer_spec": spec})
+
+
+def _forward_step(batches: Any, model: Any) -> tuple[Any, Any]:
+    batch = next(batches)
+    mask = batch["loss_mask"]
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(_token_loss, mask=mask)
+
+
+def _token_loss(losses: Any, mask: Any) -> tuple[Any, Any, dict[str, Any]]:
+    import torch
+
+    total, count = (losses.float() * mask).sum(), mask.sum().int()
+    return total, count, {"losses": torch.stack([total.detach().double(), count.double()])}
+
+
+def _sum(losses: list[Any]) -> Any:
+    """[2] sum and count; stages before the last have none."""
+    import torch
+
+    return sum(losses, torch.zeros(2, dtype=torch.float64))
+
+
+def through_bridge(source: Path, target: Path, layout: dict[str, Any], ids: Any) -> Any:
+    """Read a folder into a model of this layout, and write it back; logits where there is a whole.
+
+    Every rank must call.
+    """
+    import torch
+    from megatron.bridge import AutoBridge
+
+    import moepp_megatron.interop.bridge  # noqa: F401
+
+    bridge = AutoBridge.from_hf_pretrained(source)
+    provider = bridge.to_megatron_provider()
+    for name, value in layout.items():
+        setattr(provider, name, value)
+    provider.finalize()
+    provider.initialize_model_parallel(seed=0)
+    (model,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+    bridge.save_hf_pretrained([model], target, show_progress=False)
+    if layout:
+        return None
+    with torch.no_grad():
+        positions = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
+        return model.eval()(torch.from_numpy(ids), positions, None).float().numpy()

@@ -1,0 +1,41 @@
+"""Models that Megatron-Bridge builds and wraps train to the result of our trainer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.bridge.bridge_runs import train_in_bridge
+from tests.parallel.megatron_lm_runs import SETTINGS
+from tests.parallel.ranks import RankError, RankPools
+from tests.parallel.training_runs import EP2, PP2, TP2, Run, assemble, compare
+
+# fp32; the same bound as in the layout matrix and in Megatron-LM's loop.
+RELATIVE = 1e-5
+STEPS = 5
+NO_RESIDUAL = SETTINGS | {"moe": SETTINGS["moe"] | {"gating_residual": False}}
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize(
+    ("raw", "layout", "way"),
+    [
+        pytest.param(SETTINGS, EP2, "provider", id="ep 2"),
+        pytest.param(SETTINGS, TP2, "provider", id="tp 2"),
+        pytest.param(SETTINGS, PP2, "provider", id="pp 2"),
+        pytest.param(NO_RESIDUAL, PP2, "spec", id="plain GPTModel, pp 2"),
+    ],
+)
+def test_equals_our_trainer(
+    ranks: RankPools, alone: Callable[..., Run], raw: Any, layout: Any, way: str
+) -> None:
+    results = ranks(2).run(train_in_bridge, raw | {"parallel": layout}, STEPS, way)
+    compare(assemble(results), alone(raw, steps=STEPS), RELATIVE)
+
+
+@pytest.mark.parallel
+def test_a_plain_model_refuses_a_gating_residual_across_stages(ranks: RankPools) -> None:
+    with pytest.raises(RankError) as error:
+        ranks(2).run(train_in_bridge, SETTINGS | {"parallel": PP2}, 1, "spec")
+    message = r"pipeline_model_parallel_size (2) must be 1 for a GPTModelProvider"
+    assert message in error.value.reasons[0]
