@@ -1,5 +1,6 @@
 """Checkpoints in and out: the released MoE++ format, upcycling, scoring, other zero-expert models.
 
+bridge/                 MoE++ models in Megatron-Bridge and NeMo-RL
 checkpoint_reader.py    reads tensors of our checkpoints one at a time
 checkpoint_writer.py    writes a checkpoint of ours one tensor at a time
 convert.py              every conversion by the name that `moepp convert` gives it
@@ -23,6 +24,7 @@ score.py                `moepp score` as a function
 score_request.py        what `moepp score` is asked to do, checked before anything heavy is imported
 scoring.py              computes per-token log-probabilities of given sequences, in any layout
 score_text.py           computes the perplexity of a text from its tokens, cut into windows
+stage.py                a stage of a MoE++ model in the loops of others
 to_hf.py                converts a checkpoint of ours to a Hugging Face checkpoint, tensor by tensor
 to_mcore.py             converts a Hugging Face checkpoint to ours, tensor by tensor
 to_megatron_lm.py       converts a checkpoint of ours to one that Megatron-LM's own loop loads

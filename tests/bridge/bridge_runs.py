@@ -124,3 +124,26 @@ def through_bridge(source: Path, target: Path, layout: dict[str, Any], ids: Any)
     with torch.no_grad():
         positions = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
         return model.eval()(torch.from_numpy(ids), positions, None).float().numpy()
+
+
+def run_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """What a stage exchanges, and what Bridge's `run_config.yaml` makes of its configuration."""
+    import yaml
+    from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
+    from megatron.bridge.utils.instantiate_utils import instantiate
+    from megatron.training.config.yaml_utils import safe_yaml_representers
+
+    config, _ = begin(raw)
+    provider = _provider(config, "provider")
+    provider.moe_router_load_balancing_type = "none"
+    provider.finalize()
+    (stage,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+    with safe_yaml_representers():
+        text = yaml.safe_dump(_ConfigContainerBase._convert_value_to_dict(stage.config))
+    again = instantiate(yaml.safe_load(text))
+    return {
+        "exchanged": stage.config.hidden_size,
+        "hidden_size": again.hidden_size,
+        "is the same layer": again.moepp == provider.moepp,
+        "balance_coeff": stage.moepp.balance_coeff,
+    }

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.bridge.bridge_runs import train_in_bridge
+from tests.bridge.bridge_runs import run_config, train_in_bridge
 from tests.parallel.megatron_lm_runs import SETTINGS
 from tests.parallel.ranks import RankError, RankPools
 from tests.parallel.training_runs import EP2, PP2, TP2, Run, assemble, compare
@@ -39,3 +39,16 @@ def test_a_plain_model_refuses_a_gating_residual_across_stages(ranks: RankPools)
         ranks(2).run(train_in_bridge, SETTINGS | {"parallel": PP2}, 1, "spec")
     message = r"pipeline_model_parallel_size (2) must be 1 for a GPTModelProvider"
     assert message in error.value.reasons[0]
+
+
+@pytest.mark.parallel
+def test_a_checkpoint_names_the_layers_width_and_settings(ranks: RankPools) -> None:
+    expected = {
+        # 12 fp32 logits.
+        "exchanged": 32 + 12,
+        "hidden_size": 32,
+        "is the same layer": True,
+        # What NeMo-RL sets by default.
+        "balance_coeff": 0.0,
+    }
+    assert ranks(2).run(run_config, SETTINGS | {"parallel": PP2}) == [expected] * 2
