@@ -14,6 +14,7 @@ from megatron.bridge.utils.fusions import validate_rope_fusion_compatibility
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.problem import show
 from moepp_megatron.interop.megatron_arguments import balance_of
 from moepp_megatron.interop.stage import block_spec, build_stage
 from moepp_megatron.layer_settings import BALANCE_TYPES
@@ -100,7 +101,7 @@ class MoEPPModelProvider(GPTModelProvider):  # type: ignore[misc]
                 use_te=have_transformer_engine(),
             )
         if stage.config is not self:
-            stage.config._hidden_size_of_layers = self.hidden_size
+            vars(stage.config)["_hidden_size_of_layers"] = self.hidden_size
         return stage
 
     def to_cfg_dict(self) -> dict[str, Any]:
@@ -134,14 +135,19 @@ def moepp_layer_spec(
 
 def _refuse_unsupported(config: Config) -> None:
     model = config.model
-    for name, value, wanted in (
-        ("latent_attention", model.latent_attention, None),
-        ("mtp_num_layers", model.mtp_num_layers, 0),
-        # Where there is no such norm its scope says nothing.
-        ("qk_layernorm_scope", model.qk_layernorm and model.qk_layernorm_scope, "head"),
+    latent = model.latent_attention
+    for name, value, is_built, wanted in (
+        ("latent_attention", latent and latent.model_dump(), latent is None, "null"),
+        ("mtp_num_layers", model.mtp_num_layers, model.mtp_num_layers == 0, "0"),
+        (
+            "qk_layernorm_scope",
+            model.qk_layernorm_scope,
+            not model.qk_layernorm or model.qk_layernorm_scope == "head",
+            "head",
+        ),
     ):
-        if value not in (wanted, False):
+        if not is_built:
             raise ConfigError(
-                f"model.{name} must be {wanted or 'left out'} in Megatron-Bridge, whose provider "
-                "builds no such attention or layer here; train it with `moepp train`"
+                f"model.{name} ({show(value)}) must be {wanted} in Megatron-Bridge, for which this "
+                "package builds no such layer; use `moepp train`"
             )
