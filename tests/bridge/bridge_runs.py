@@ -19,6 +19,7 @@ def train_in_bridge(raw: dict[str, Any], steps: int, way: str) -> tuple[Run, lis
         get_megatron_optimizer,
         get_standard_config_overrides,
     )
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_model_config
 
@@ -44,6 +45,18 @@ def train_in_bridge(raw: dict[str, Any], steps: int, way: str) -> tuple[Run, lis
     )
     optimizer = get_megatron_optimizer(
         settings, chunks, get_standard_config_overrides(settings), use_gloo_process_groups=False
+    )
+    # It is what leaves vectors without weight decay.
+    constant = dict.fromkeys(("init_lr", "max_lr", "min_lr"), rates.lr)
+    constant |= dict.fromkeys(("start_wd", "end_wd"), rates.weight_decay)
+    styles = {"lr_decay_style": "constant", "wd_incr_style": "constant"}
+    OptimizerParamScheduler(
+        optimizer,
+        lr_warmup_steps=0,
+        lr_decay_steps=steps,
+        wd_incr_steps=steps,
+        **constant,
+        **styles,
     )
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
     batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(chunks))
