@@ -28,7 +28,7 @@ _FORMATS = {
 }
 
 
-class _Bridge(MegatronModelBridge):  # type: ignore[misc]
+class _Bridge(MegatronModelBridge):
     """A Hugging Face folder in and out; which format it has says its `config.json`."""
 
     @cached_property

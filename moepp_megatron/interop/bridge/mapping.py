@@ -44,7 +44,7 @@ def rule_mappings(rules: Iterable[TensorRule]) -> Iterator[RuleMapping]:
                     yield RuleMapping(key.removesuffix(fused) + separate, own)
 
 
-class RuleMapping(MegatronParamMapping):  # type: ignore[misc]
+class RuleMapping(MegatronParamMapping):
     """The parameter `name`, made by the rules of one key; of `expert` alone where one is given.
 
     Tensor-parallel ranks hold parts along the axis in which the parameter is smaller than its rule

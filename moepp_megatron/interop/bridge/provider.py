@@ -28,7 +28,7 @@ _OF_THE_LOOP = ("perform_initialization", "calculate_per_token_loss")
 
 
 @dataclass
-class MoEPPModelProvider(GPTModelProvider):  # type: ignore[misc]
+class MoEPPModelProvider(GPTModelProvider):
     """A GPT provider whose stages are MoE++ models, gating residuals across stages included.
 
     Megatron's own fields keep their meaning (`num_moe_experts` counts FFN experts); the balance
@@ -101,7 +101,7 @@ class MoEPPModelProvider(GPTModelProvider):  # type: ignore[misc]
                 use_te=have_transformer_engine(),
             )
         if stage.config is not self:
-            vars(stage.config)["_hidden_size_of_layers"] = self.hidden_size
+            setattr(stage.config, "_hidden_size_of_layers", self.hidden_size)  # noqa: B010
         return stage
 
     def to_cfg_dict(self) -> dict[str, Any]:
