@@ -134,23 +134,12 @@ def _head_fields(config: Config) -> dict[str, object]:
     if latent is None:
         return {"kv_channels": model.head_dim}
     is_stretched = latent.rope_type == "yarn"
-    return {
+    return latent.model_dump() | {
         # megatron-core's local core attention takes the width of its output from here.
         "kv_channels": latent.v_head_dim,
-        "q_lora_rank": latent.q_lora_rank,
-        "kv_lora_rank": latent.kv_lora_rank,
-        "qk_head_dim": latent.qk_head_dim,
-        "qk_pos_emb_head_dim": latent.qk_pos_emb_head_dim,
-        "v_head_dim": latent.v_head_dim,
-        "rope_type": latent.rope_type,
         "rotary_base": model.rotary_base,
         # The scale of the scores follows from it, with the plain rotary embedding too.
         "rotary_scaling_factor": latent.rotary_scaling_factor if is_stretched else 1.0,
-        "original_max_position_embeddings": latent.original_max_position_embeddings,
-        "beta_fast": latent.beta_fast,
-        "beta_slow": latent.beta_slow,
-        "mscale": latent.mscale,
-        "mscale_all_dim": latent.mscale_all_dim,
     }
 
 
