@@ -39,9 +39,9 @@ def finetune(export: Path, text: str, out: Path, steps: int, batch: int = 2) -> 
     tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=True)
     length = min(128, base.config.max_position_embeddings)
     rows = rows_of(text, tokenizer, length)
-    # Attention, routers and constant experts are linear modules, FFN experts are not.
-    experts = ["ffn.gate_up_proj", "ffn.down_proj"]
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", target_parameters=experts)
+    # Attention is of linear modules; FFN experts, routers and constant experts are parameters.
+    weights = ["ffn.gate_up_proj", "ffn.down_proj", "wg.weight", "gate_map.weight"]
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", target_parameters=weights)
     model = get_peft_model(base, lora)
     model.print_trainable_parameters()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -196,8 +196,9 @@ def adapter_run() -> dict[str, Any]:
     inputs = batch()
     with torch.no_grad():
         before = base(**inputs).logits.float().numpy()
-    experts = ["ffn.gate_up_proj", "ffn.down_proj"]
-    lora = LoraConfig(r=4, target_modules="all-linear", target_parameters=experts)
+    weights = ["ffn.gate_up_proj", "ffn.down_proj"]
+    weights += ["wg.0.weight", "wg.2.weight", "gate_map.weight", "wg.weight"]
+    lora = LoraConfig(r=4, target_modules="all-linear", target_parameters=weights)
     model = get_peft_model(base, lora).train()
     with torch.no_grad():
         start = model(**inputs).logits.float().numpy()

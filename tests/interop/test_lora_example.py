@@ -43,6 +43,5 @@ def test_adapters_learn_a_text(ranks: RankPools, plain: RunPlain, tmp_path: Path
     losses = plain(run_example, tmp_path / "hf", tmp_path / "adapter")
     assert losses[-1] < 0.8 * losses[0]
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    trained = {name.rpartition(".")[2] for name in saved["target_modules"]}
-    assert {"gate_map", "q_proj"} <= trained
-    assert saved["target_parameters"] == ["ffn.gate_up_proj", "ffn.down_proj"]
+    assert "q_proj" in {name.rpartition(".")[2] for name in saved["target_modules"]}
+    assert {"ffn.down_proj", "gate_map.weight"} <= set(saved["target_parameters"])

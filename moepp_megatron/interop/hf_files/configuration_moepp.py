@@ -124,9 +124,14 @@ class MoEPPConfig(LlamaConfig):
         self.balance_loss = balance_loss
         self.output_router_logits = output_router_logits
         self.router_aux_loss_coef = router_aux_loss_coef
+        # Tied embeddings have an entry already.
+        inherited = {k: v for k, v in self.base_model_tp_plan.items() if "layers." not in k}
+        self.base_model_tp_plan = inherited | self._tensor_parallel_plan()
+        if gating_residual:
+            # Router logits do not cross the stages that servers divide a model into.
+            self.base_model_pp_plan = None
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+    def _tensor_parallel_plan(self) -> dict[str, str]:
         """How tensor parallelism divides modules; those that it does not name are replicated."""
         # A norm over all heads needs the whole queries and keys.
         gathered = self.qk_norm and self.qk_norm_scope == "all_heads"
@@ -148,11 +153,6 @@ class MoEPPConfig(LlamaConfig):
             "mlp.moe.experts.ffn": "moe_tp_experts",
         }
         return {f"layers.*.{name}": style for name, style in plan.items()}
-
-    @property
-    def base_model_pp_plan(self) -> dict[str, Any] | None:  # type: ignore[override]
-        """How pipeline stages divide modules; None where router logits would have to cross them."""
-        return None if self.gating_residual else LlamaConfig.base_model_pp_plan
 
     def validate_architecture(self) -> None:
         """Accept head widths that do not divide the hidden size, unlike Llama."""

@@ -62,6 +62,22 @@ _SCORES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 }
 
 
+class FP32Linear(nn.Module):
+    """`W x` in fp32, whatever the dtype of W.
+
+    Not an `nn.Linear`: vLLM and quantisers put products in the weights' dtype in place of those.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [n, inputs] to [n, outputs], fp32, under autocast too."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
 class MoEPPGate(nn.Module):
     """Router logits `z_j = W_j x + G_j z_(j-1)`, and the experts they select."""
 
@@ -71,14 +87,14 @@ class MoEPPGate(nn.Module):
         experts, hidden = config.total_experts, config.hidden_size
         if config.two_layer_gate:
             self.wg: nn.Module = nn.Sequential(
-                nn.Linear(hidden, 8 * experts, bias=False),
+                FP32Linear(hidden, 8 * experts),
                 nn.Tanh(),
-                nn.Linear(8 * experts, experts, bias=False),
+                FP32Linear(8 * experts, experts),
             )
         else:
-            self.wg = nn.Linear(hidden, experts, bias=False)
+            self.wg = FP32Linear(hidden, experts)
         if config.gating_residual and has_residual:
-            self.gate_map = nn.Linear(experts, experts, bias=False)
+            self.gate_map = FP32Linear(experts, experts)
         if config.selection_bias:
             bias = torch.zeros(experts, dtype=torch.float32)
             self.register_buffer("e_score_correction_bias", bias)
@@ -86,7 +102,7 @@ class MoEPPGate(nn.Module):
 
     def forward(self, x_TD: Tensor, previous_TE: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gates [T, K], selected experts [T, K] and logits [T, E], in fp32."""
-        logits_TE = _fp32(self.wg, x_TD.float())
+        logits_TE = self.wg(x_TD)
         if hasattr(self, "gate_map"):
             if previous_TE is None:
                 raise ValueError(
@@ -94,7 +110,7 @@ class MoEPPGate(nn.Module):
                     "do not pass from one pipeline stage to the next; run all layers in one stage "
                     "(vLLM: --pipeline-parallel-size 1)"
                 )
-            logits_TE = logits_TE + _fp32(self.gate_map, previous_TE)
+            logits_TE = logits_TE + self.gate_map(previous_TE)
         gates_TK, chosen_TK = self.select(logits_TE)
         return gates_TK, chosen_TK, logits_TE
 
@@ -171,19 +187,6 @@ class MoEPPGate(nn.Module):
         return (eta_E * fractions_E * probabilities_TE.mean(dim=0)).sum()
 
 
-def _fp32(module: nn.Module, x: Tensor) -> Tensor:
-    """Apply a gate in fp32, also inside an adapter; quantised weights stay unchanged."""
-    weights = {
-        name: value.float()
-        for name, value in [*module.named_parameters(), *module.named_buffers()]
-        if value.is_floating_point() and value.dtype != torch.float32
-    }
-    with torch.autocast(x.device.type, enabled=False):
-        if not weights:
-            return module(x)
-        return torch.func.functional_call(module, weights, (x,))
-
-
 @use_experts_implementation
 class FFNExperts(nn.Module):
     """SwiGLU experts; gate and up projection are stacked in `gate_up_proj`, gate first.
@@ -218,12 +221,12 @@ class ConstantExpert(nn.Module):
     def __init__(self, config: MoEPPConfig) -> None:
         super().__init__()
         self.constant = nn.Parameter(torch.zeros(config.hidden_size))
-        self.wg = nn.Linear(config.hidden_size, 2, bias=False)
+        self.wg = FP32Linear(config.hidden_size, 2)
         self.temperature = config.constant_temperature
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [n, D] to [n, D]."""
-        logits = _fp32(self.wg, x.float()) / self.temperature
+        logits = self.wg(x) / self.temperature
         keep, replace = torch.softmax(logits, dim=-1).to(x.dtype).split(1, -1)
         return keep * x + replace * self.constant
 
@@ -236,7 +239,7 @@ class MoEPPExperts(nn.Module):
         self.config = config
         self.ffn = FFNExperts(config)
         # Expert ids from `num_experts` on are not its own: no row of them is multiplied.
-        self.ffn._is_expert_parallel = True
+        setattr(self.ffn, "_is_expert_parallel", True)  # noqa: B010
         ffn, constants = config.num_ffn_experts, config.num_constant_experts
         self.first_copy = ffn + constants
         self.first_zero = self.first_copy + config.num_copy_experts
@@ -341,6 +344,11 @@ class AllHeadsRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., n, d] of n heads to the same shape; computed in fp32."""
         flat = x.flatten(-2).float()
+        if flat.shape[-1] != len(self.weight):
+            raise ValueError(
+                f"qk_norm_scope (all_heads) must see all heads ({len(self.weight)} channels, not "
+                f"{flat.shape[-1]}); use one tensor parallel rank (vLLM: --tensor-parallel-size 1)"
+            )
         normed = flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.eps)
         return (self.weight * normed.to(x.dtype)).view_as(x)
 
@@ -401,9 +409,10 @@ class _MoEPPMixin:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, FFNExperts):
-            for weight in module.parameters():
-                init.normal_(weight, mean=0.0, std=module.config.initializer_range)
+        if isinstance(module, (FFNExperts, FP32Linear)):
+            config: Any = self.config  # type: ignore[attr-defined]
+            for weight in module.parameters(recurse=False):
+                init.normal_(weight, mean=0.0, std=config.initializer_range)
         elif isinstance(module, ConstantExpert):
             init.zeros_(module.constant)
         elif hasattr(module, "e_score_correction_bias"):
