@@ -67,6 +67,34 @@ def test_a_pipeline_stage_that_lacks_router_logits_is_refused(plain: RunPlain) -
     assert "run all layers in one stage" in plain(second_stage)
 
 
+def packed_products() -> tuple[Any, Any]:
+    """Logits in bf16, also where linear modules are packed, as vLLM does on a CPU."""
+    import torch
+
+    def pack(module: Any) -> Any:
+        weight, bias = module.weight, module.bias
+        packed = torch.nn.Module()
+        # The weight is empty, and the product takes its own dtype only.
+        packed.weight = torch.nn.Parameter(weight.new_empty(0))
+        packed.forward = lambda x: torch.nn.functional.linear(x, weight, bias)
+        return packed
+
+    model = random_model().to(torch.bfloat16).eval()
+    inputs = batch() | {"labels": None}
+    with torch.no_grad():
+        expected = model(**inputs).logits.float().numpy()
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(module, name, pack(child))
+        return model(**inputs).logits.float().numpy(), expected
+
+
+def test_linear_modules_may_be_replaced_by_products_in_bf16(plain: RunPlain) -> None:
+    packed, expected = plain(packed_products)
+    np.testing.assert_array_equal(packed, expected)
+
+
 def bias_of_a_half_precision_model() -> str:
     import torch
 
