@@ -94,7 +94,9 @@ def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
 def _engine_versions(config: Config, recipe: str) -> list[tuple[str, Version]]:
     """For each setting in use, (setting with value, first Transformer Engine version with it)."""
     training = config.training
-    wanted = [(f"precision.fp8_recipe ({recipe})", _TE_OF_RECIPE[recipe])]
+    wanted: list[tuple[str, Version]] = [
+        (f"precision.fp8_recipe ({recipe})", _TE_OF_RECIPE[recipe])
+    ]
     if config.precision.fp8_param:
         wanted.append(("precision.fp8_param (true)", _TE_OF_FP8_PARAM))
     inner = {"moe_act", "layernorm"} & set(training.recompute_modules)

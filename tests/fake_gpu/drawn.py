@@ -15,6 +15,10 @@ _LATENT = (
 )
 _OVERLAP = "parallel.overlap_moe_expert_parallel_comm=true"
 _SELECTIVE = "training.recompute_granularity=selective training.recompute_modules="
+_OFFLOADING = (
+    "megatron.fine_grained_activation_offloading=true megatron.min_offloaded_tensor_size=1 "
+    "megatron.offload_modules="
+)
 # The first value leaves the setting as it is, and is drawn as often as the others together.
 _AXES: tuple[tuple[str, ...], ...] = (
     (
@@ -55,6 +59,12 @@ _AXES: tuple[tuple[str, ...], ...] = (
     ("", "precision.cross_entropy=native", "precision.cross_entropy=unfused"),
     ("", "optimizer.exp_avg_dtype=bf16 optimizer.exp_avg_sq_dtype=bf16", "optimizer.kind=muon",
      "optimizer.kind=lion"),
+    ("", "megatron.fused_residual_rmsnorm=true", "megatron.fused_single_qkv_rope=true",
+     "megatron.moe_router_fusion=true", "megatron.moe_permute_fusion_into_hybridep=true",
+     "megatron.high_priority_a2a_comm_stream=true "
+     "megatron.ep_overlap_early_attn_memory_release=true"),
+    ("", f"{_OFFLOADING}[core_attn,attn_proj]", f"{_OFFLOADING}[expert_fc1,moe_act]",
+     f"{_OFFLOADING}[qkv_linear,mlp_norm,moe_act]"),
     ("", "training.deterministic=true", "moe.cutlass_grouped_gemm=true", "moe.tau=0.25"),
 )  # fmt: skip
 _PARTS: tuple[list[str], ...] = ([], ["evaluation"], ["save"], ["guard", "health"])

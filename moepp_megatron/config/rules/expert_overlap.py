@@ -18,6 +18,13 @@ def _split(config: Config) -> list[str]:
     return sorted({"layernorm", "moe"} & set(training.recompute_modules)) if is_selective else []
 
 
+def _has_plain_pipeline(config: Config) -> bool:
+    try:
+        return config.parallel.pipeline_model_parallel_size > 1 and virtual_stages(config) <= 1
+    except ValueError:
+        return False  # A layout that cannot be read is refused by a rule of its own.
+
+
 def _without_split_modules(config: Config) -> str:
     modules, split = show(config.training.recompute_modules), " and ".join(_split(config))
     must = f"must have training.recompute_modules ({modules}) without {split}"
@@ -41,7 +48,7 @@ RULES: tuple[Rule, ...] = (
         _needs(lambda c: c.moe.dispatcher not in ("alltoall", "flex"),
             "must have moe.dispatcher ({moe.dispatcher}) alltoall or flex: the schedule frees "
             "what a dispatcher has sent, so it must have arrived when the call returns"),
-        _needs(lambda c: c.parallel.pipeline_model_parallel_size > 1 and virtual_stages(c) <= 1,
+        _needs(_has_plain_pipeline,
             "must have parallel.virtual_pipeline_model_parallel_size (null) 2 or more with "
             "parallel.pipeline_model_parallel_size ({parallel.pipeline_model_parallel_size}): "
             "the plain 1F1B schedule has no combined form"),

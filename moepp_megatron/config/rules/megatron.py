@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from moepp_megatron.config.rules.rows import Condition, Rule, Text, each, group, refuse, values
 from moepp_megatron.config.schema import Config
-from moepp_megatron.config.stages import stage_layers
 
 _EXPERTS = {"expert_fc1", "moe_act"}
 
@@ -73,11 +72,6 @@ RULES: tuple[Rule, ...] = (
         _modules(lambda c: c.precision.recipe == "delayed" and "expert_fc1" in _offloaded(c),
             "must not hold expert_fc1 with precision.fp8_recipe delayed, whose scales are those "
             "of the forward pass", "leave it out"),
-        refuse("megatron.fine_grained_activation_offloading",
-            lambda c: min(len(layers) for stage in stage_layers(c) for layers in stage) < 2,
-            "must have two layers or more in every pipeline chunk: megatron-core confuses the "
-            "micro-batches of a chunk of one",
-            "use more layers, or fewer chunks"),
         refuse("megatron.fine_grained_activation_offloading", lambda c: c.training.batch_ramp,
             "must be false with training.batch_ramp ({training.batch_ramp}): megatron-core counts "
             "on as many micro-batches as the first step has", "leave one of the two out"),

@@ -8,7 +8,7 @@ from math import prod
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules.divisibility import batch_sizes, must_divide, nearest_multiples
 from moepp_megatron.config.schema import Config
-from moepp_megatron.config.stages import virtual_stages
+from moepp_megatron.config.stages import stage_layers, virtual_stages
 
 
 def _world_size_is_positive(config: Config, world_size: int) -> Iterator[Problem]:
@@ -100,6 +100,23 @@ def _overlap_without_data_parallelism(config: Config, world_size: int) -> Iterat
             yield Problem(f"parallel.{key}", True, rule, "leave it out, or start more ranks")
 
 
+def _offloading_chunks_have_layers(config: Config, world_size: int) -> Iterator[Problem]:
+    """megatron-core confuses the micro-batches of a chunk with one layer that has the modules."""
+    name, modules = "megatron.fine_grained_activation_offloading", config.megatron.offload_modules
+    if not config.megatron.fine_grained_activation_offloading:
+        return
+    # Transformer Engine fuses the norm of a dense FFN.
+    of_experts = {"mlp_norm", "expert_fc1", "moe_act"} & set(modules)
+    has_them = config.router_pattern if of_experts else [True] * config.model.num_layers
+    chunks = [chunk for stage in stage_layers(config) for chunk in stage]
+    fewest = min(sum(has_them[layer] for layer in chunk) for chunk in chunks)
+    if fewest < 2:
+        rule = f"must have two layers or more with {', '.join(modules)} in every pipeline chunk"
+        yield Problem(
+            name, True, f"{rule}, not {fewest}", "use false, other modules or fewer chunks"
+        )
+
+
 RULES = (
     _world_size_is_positive,
     _model_ranks_divide_world_size,
@@ -107,5 +124,6 @@ RULES = (
     _batch_divides_over_ranks,
     _interleaving_fills_stages,
     _profiled_ranks_exist,
+    _offloading_chunks_have_layers,
 )
 IGNORED = (_overlap_without_data_parallelism,)

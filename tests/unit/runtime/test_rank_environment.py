@@ -11,7 +11,13 @@ from typing import Any
 import psutil
 import pytest
 
-from moepp_megatron.config import Config, ConfigError, UnfitError, parse_config
+from moepp_megatron.config import (
+    Config,
+    ConfigError,
+    UnfitError,
+    parse_config,
+    with_overrides,
+)
 from moepp_megatron.runtime import distributed, nodes
 from moepp_megatron.runtime.launch import LaunchOptions, _torchrun, run_ranks
 from moepp_megatron.runtime.nodes import Nodes, interface_of_rank, parse_endpoint
@@ -157,6 +163,16 @@ def test_the_grouped_product_is_that_of_the_setting(monkeypatch, given) -> None:
         set_rank_variables(layout({}, {"cutlass_grouped_gemm": wanted}))
         expected = given.get("NVTE_USE_CUTLASS_GROUPED_GEMM", "1" if wanted else None)
         assert os.environ.get("NVTE_USE_CUTLASS_GROUPED_GEMM") == expected
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_offloading_keeps_weights_on_the_device(monkeypatch, value) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    offloading = f"megatron.fine_grained_activation_offloading={value}"
+    set_rank_variables(
+        with_overrides(layout({}, {}), [offloading, "megatron.offload_modules=[core_attn]"])
+    )
+    assert os.environ.get("NVTE_CPU_OFFLOAD_V1") == {"true": "1", "false": None}[value]
 
 
 @pytest.mark.parametrize(

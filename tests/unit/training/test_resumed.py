@@ -78,9 +78,11 @@ def test_settings_are_compared_by_what_they_mean(tmp_path: Path) -> None:
     record = SavedRecord.now(Progress(6, 48, 768), layout)
     same = config_of(**sections, data={"split": "98,2,0"}, moe={"layer_freq": 1})
     assert len(start_lines(tmp_path, record, same, layout)) == 1
-    other = config_of(**sections, data={"split": "90,10,0"})
+    fused = {"fused_single_qkv_rope": True}
+    other = config_of(**sections, data={"split": "90,10,0"}, megatron=fused)
     assert start_lines(tmp_path, record, other, layout)[1:] == [
-        "  data.split: '90,10,0'; before: '0.98, 0.02, 0'"
+        "  data.split: '90,10,0'; before: '0.98, 0.02, 0'",
+        "  megatron.fused_single_qkv_rope: true; before: false",
     ]
 
 
