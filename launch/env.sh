@@ -265,7 +265,8 @@ _moepp_install_te() {
         "${sources[@]}" -c "$_moepp_tested" 'setuptools>=77' wheel ninja pybind11 "transformer_engine_cu$cuda==$version" \
         ${headers[@]+"${headers[@]}"} ||
         ! CPLUS_INCLUDE_PATH=$(_moepp_cuda_headers "$venv")${CPLUS_INCLUDE_PATH:+:$CPLUS_INCLUDE_PATH} \
-            NVTE_BUILD_USE_NVIDIA_WHEELS=${#headers[@]} _moepp_logged "$log" "${pip[@]}" wheel --disable-pip-version-check --no-input \
+            NVTE_BUILD_USE_NVIDIA_WHEELS=$((${#headers[@]} > 0)) \
+            _moepp_logged "$log" "${pip[@]}" wheel --disable-pip-version-check --no-input \
             "${sources[@]}" -f "$wheels" --no-build-isolation --no-deps \
             --wheel-dir "$wheels" "transformer_engine_torch==$version" ||
         ! _moepp_logged "$log" "${pip[@]}" install --disable-pip-version-check --no-input \
