@@ -238,7 +238,7 @@ _moepp_install() {
 # that another environment or a second try does not compile it again. No nvcc and no GPU is needed.
 _moepp_install_te() {
     local venv=$1 log=$2 begin=$SECONDS version wheels=${MOEPP_WHEELS:-$MOEPP_ROOT/.wheels} cuda found
-    local -a pip sources=() headers=()
+    local -a pip sources=() cuda_wheels=()
     version=$(_moepp_te_version)
     found=$(_moepp_sources) || return 1
     if [[ -n $found ]]; then mapfile -t sources <<<"$found"; fi
@@ -249,11 +249,11 @@ _moepp_install_te() {
         _moepp_say "Transformer Engine needs a torch that was built for CUDA; this one is for CPUs"
         return 1
     fi
-    # Where torch brought CUDA as wheels, their headers include those of wheels that it does not bring.
+    # Where torch brought CUDA as wheels, it lacks headers that theirs include, and a library.
     if [[ -n $(_moepp_cuda_headers "$venv") ]]; then
         case $cuda in
-        12.*) headers=("nvidia-cuda-nvcc-cu12==$cuda.*" nvidia-cuda-cccl-cu12) ;;
-        *) headers=("nvidia-cuda-crt==$cuda.*" nvidia-cuda-cccl) ;;
+        12.*) cuda_wheels=("nvidia-cuda-nvcc-cu12==$cuda.*" nvidia-cuda-cccl-cu12) ;;
+        *) cuda_wheels=("nvidia-cuda-crt==$cuda.*" nvidia-cuda-cccl nvidia-curand) ;;
         esac
     fi
     # Else its set-up asks its release page for a compiled wheel first.
@@ -263,9 +263,9 @@ _moepp_install_te() {
     _moepp_say "installing Transformer Engine $version for CUDA $cuda (log: $log; wheel kept in $wheels)"
     if ! _moepp_logged "$log" "${pip[@]}" install --disable-pip-version-check --no-input \
         "${sources[@]}" -c "$_moepp_tested" 'setuptools>=77' wheel ninja pybind11 "transformer_engine_cu$cuda==$version" \
-        ${headers[@]+"${headers[@]}"} ||
+        ${cuda_wheels[@]+"${cuda_wheels[@]}"} ||
         ! CPLUS_INCLUDE_PATH=$(_moepp_cuda_headers "$venv")${CPLUS_INCLUDE_PATH:+:$CPLUS_INCLUDE_PATH} \
-            NVTE_BUILD_USE_NVIDIA_WHEELS=$((${#headers[@]} > 0)) \
+            NVTE_BUILD_USE_NVIDIA_WHEELS=$((${#cuda_wheels[@]} > 0)) \
             _moepp_logged "$log" "${pip[@]}" wheel --disable-pip-version-check --no-input \
             "${sources[@]}" -f "$wheels" --no-build-isolation --no-deps \
             --wheel-dir "$wheels" "transformer_engine_torch==$version" ||
@@ -277,7 +277,7 @@ _moepp_install_te() {
         return 1
     fi
     found=$("$venv/bin/python" -P -c '
-import transformer_engine.pytorch
+import torch, transformer_engine.pytorch
 from importlib.metadata import version
 print(version("transformer_engine"))' 2>>"$log") || {
         _moepp_say "Transformer Engine is installed and cannot be imported; the end of $log:"

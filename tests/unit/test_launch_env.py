@@ -37,7 +37,7 @@ case "$*" in
     [[ -z "${{WHEEL_FAILS:-}}" ]] ;;
 *"import torch;"*) echo "${{TORCH_CUDA-13.2}}" ;;
 *"import nvidia"*) echo "${{CUDA_HEADERS-/site/nvidia/cu13/include:/site/nvidia/nccl/include}}" ;;
-*"import transformer_engine"*) [[ -z "${{TE_BROKEN:-}}" ]] && echo 2.20.2 ;;
+*"import torch, transformer_engine"*) [[ -z "${{TE_BROKEN:-}}" ]] && echo 2.20.2 ;;
 "-I - "*) cat >/dev/null; : >"$4" ;;
 *) exit 9 ;;
 esac
@@ -300,7 +300,9 @@ def test_transformer_engine_is_compiled_against_the_torch_that_is_there(machine)
     assert "Transformer Engine 2.20.2 imported" in err
     _, core, wheel, last = machine.calls.read_text().splitlines()
     wheels = f"{machine.root}/.wheels"
-    assert core.endswith("transformer_engine_cu13==2.20.2 nvidia-cuda-crt==13.2.* nvidia-cuda-cccl")
+    assert core.endswith(
+        "transformer_engine_cu13==2.20.2 nvidia-cuda-crt==13.2.* nvidia-cuda-cccl nvidia-curand"
+    )
     assert "--no-build-isolation --no-deps" in wheel
     assert f"--wheel-dir {wheels}" in wheel
     # What was compiled once is found again.

@@ -1,7 +1,9 @@
 """Optional packages that are there and break, and what Triton needs to compile."""
 
 import functools
+import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -14,7 +16,8 @@ from moepp_megatron.runtime.backends import optional_backends, package_warnings
 from moepp_megatron.workbench.doctor import packages
 from moepp_megatron.workbench.doctor.finding import Severity
 
-MODEL = Path(__file__).parents[3] / "configs/models/moepp_0.6b_8_4.yaml"
+ROOT = Path(__file__).parents[3]
+MODEL = ROOT / "configs/models/moepp_0.6b_8_4.yaml"
 
 FLEX = ("moe.dispatcher=flex", "parallel.expert_model_parallel_size=2")
 
@@ -73,6 +76,17 @@ def test_transformer_engine_without_its_part_for_torch(installed) -> None:
         import transformer_engine  # noqa: F401
     backend = optional_backends()[0]
     assert "--te" in packages.check_backend(backend).remedy
+
+
+@pytest.mark.parametrize("package", ["transformer_engine", "deep_ep"])
+def test_torch_loads_what_a_package_links_to(installed, tmp_path, package: str) -> None:
+    """The wheels of both find libnccl.so.2 only in a process that has imported torch."""
+    installed(package, __init__="import sys; assert 'torch' in sys.modules", pytorch="")
+    program = "from moepp_megatron.runtime import optional; import sys; "
+    program += f"assert 'torch' not in sys.modules; print(optional.import_failure('{package}'))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    found = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
+    assert found == "None\n"
 
 
 def test_a_gpu_without_transformer_engine_is_worth_a_warning(monkeypatch) -> None:
