@@ -25,8 +25,7 @@ def import_failure(package: str) -> str | None:
     if importlib.util.find_spec(package) is None:
         return None
     try:
-        # First, for both link to libraries that come with it and that it loads, such as NCCL.
-        importlib.import_module("torch")
+        importlib.import_module("torch")  # loads NCCL from its wheel, to which both are linked
         importlib.import_module(_IMPORTED_BY_MEGATRON[package])
     except Exception as error:
         for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
