@@ -6,8 +6,10 @@ import functools
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -167,14 +169,31 @@ def goes_on(learnt: Callable[[str], Path], tmp_path: Path) -> Continued:
     return continued
 
 
+def run_with_another_cause(raw: dict[str, Any], **named: Any) -> str | None:
+    """A run in which rank 1's processor comes to another cause."""
+    import torch.distributed as dist
+
+    from moepp_megatron.training.parts import refused_batches
+
+    original = refused_batches.find_cause
+
+    def find_cause(*args: Any) -> Any:
+        found = original(*args)
+        return replace(found, cause="targets") if dist.get_rank() == 1 else found
+
+    with mock.patch.object(refused_batches, "find_cause", find_cause):
+        return run_trainer(raw, **named)
+
+
 @pytest.mark.parametrize("layout", ["one rank", "ep2 bf16", "pp2"])
 def test_new_data_are_taken(ranks: RankPools, goes_on: Continued, layout: str) -> None:
     """Three batches are refused, and the rest is a run whose data lack these three.
 
-    So is one that pauses, whether or not it was stopped among the refused batches.
+    So is one that pauses, whether or not it was stopped among the refused batches. Rank 0 decides.
     """
     world_size, raw = goes_on(layout)
-    run = _train(ranks, world_size, raw, **OTHER_TEXTS)
+    ranks(world_size).run(run_with_another_cause, raw, **OTHER_TEXTS)
+    run = list(read_metrics(Path(raw["run"]["dir"]) / "metrics.jsonl"))
     assert _told(Path(raw["run"]["dir"])) == [*SKIPPED, "accept"]
     world_size, raw = goes_on(layout, guard=False)
     lacking = tuple(range(NEW_FROM, NEW_FROM + 3))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
+import torch.distributed as dist
 from torch import Tensor
 
 from moepp_megatron.observe.alerts import Alert
@@ -62,7 +63,10 @@ class RefusedBatches(Part):
         guard = self._guard
         with self._run.supervisor.during("replay"):
             before = self._replay(guard.samples_to_replay)
-            finding = find_cause(guard.refused, before, guard.is_usual)
+            found = [find_cause(guard.refused, before, guard.is_usual)]
+            # The processor of another rank may round otherwise, and all must do the same.
+            dist.broadcast_object_list(found)
+        (finding,) = found
         what = (
             f"{len(guard.refused)} batches in a row refused ({guard.last_reason}); {finding.text}"
         )
