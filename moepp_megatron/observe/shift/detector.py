@@ -160,8 +160,7 @@ class Detector:
             return self.evidence
         away = (values - self.expected()) / unit
         is_odd = self._judge(away)
-        is_judged = not math.isnan(self.evidence)
-        is_suspect = is_judged and (is_odd or self.evidence > _SUSPECT)
+        is_suspect = not math.isnan(self.evidence) and (is_odd or self.evidence > _SUSPECT)
         self.peak = max(self.peak, self._odd) if is_suspect else 0.0
         self._held = self._held + 1 if is_suspect else 0
         if self.evidence > 1.0 and not self.is_alarm and self._held >= _CREEPS:
@@ -247,12 +246,12 @@ class Detector:
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint, of plain numbers, the same on every rank."""
-        course = None if self._course is None else self._course.tolist()
+        vectors = (self._course, self._slope, self._mean)
         return {
             "counts": [self._steps, self._learnt, self._held],
             "evidence": None if math.isnan(self.evidence) else self.evidence,
             "peak": self.peak,
-            "numbers": [course, self._slope.tolist(), self._mean.tolist()],
+            "numbers": [None if each is None else each.tolist() for each in vectors],
             "moments": [moments.state() for moments in self._moments],
         }
 
