@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from math import lcm
 from typing import Any
 
@@ -59,13 +60,16 @@ _AXES: tuple[tuple[str, ...], ...] = (
     ("", "precision.cross_entropy=native", "precision.cross_entropy=unfused"),
     ("", "optimizer.exp_avg_dtype=bf16 optimizer.exp_avg_sq_dtype=bf16", "optimizer.kind=muon",
      "optimizer.kind=lion"),
+    ("", "training.deterministic=true", "moe.cutlass_grouped_gemm=true", "moe.tau=0.25"),
+)  # fmt: skip
+# Drawn last, so that they come on top of what was drawn before there were any.
+_OF_MEGATRON: tuple[tuple[str, ...], ...] = (
     ("", "megatron.fused_residual_rmsnorm=true", "megatron.fused_single_qkv_rope=true",
      "megatron.moe_router_fusion=true", "megatron.moe_permute_fusion_into_hybridep=true",
      "megatron.high_priority_a2a_comm_stream=true "
      "megatron.ep_overlap_early_attn_memory_release=true"),
     ("", f"{_OFFLOADING}[core_attn,attn_proj]", f"{_OFFLOADING}[expert_fc1,moe_act]",
      f"{_OFFLOADING}[qkv_linear,mlp_norm,moe_act]"),
-    ("", "training.deterministic=true", "moe.cutlass_grouped_gemm=true", "moe.tau=0.25"),
 )  # fmt: skip
 _PARTS: tuple[list[str], ...] = ([], ["evaluation"], ["save"], ["guard", "health"])
 
@@ -78,16 +82,26 @@ def drawn(seed: int) -> dict[str, Any]:
         layout, world = _layout(generator)
     parts = generator.choice(_PARTS)
     overrides = [*layout, *(cases.WATCHED if "guard" in parts else ())]
-    for first, *others in generator.sample(_AXES, len(_AXES)):
+    _add(overrides, generator.sample(_AXES, len(_AXES)), world, generator)
+    # The first rank checks what all ranks write, and there are no others; its save is a lone one's.
+    rank = generator.randrange(world) if "save" not in parts else world - 1
+    _add(overrides, _OF_MEGATRON, world, generator)
+    fields = {"parts": parts, "rank": rank}
+    return {"config": cases.SMALLEST, "overrides": overrides, "world_size": world, **fields}
+
+
+def _add(
+    overrides: list[str],
+    axes: Sequence[tuple[str, ...]],
+    world: int,
+    generator: random.Random,
+) -> None:
+    for first, *others in axes:
         value = first if generator.random() < 0.4 else generator.choice(others)
         # A section in braces is one setting.
         more = [value] if "{" in value else value.split()
         if more and _is_legal([*overrides, *more], world):
             overrides += more
-    # The first rank checks what all ranks write, and there are no others; its save is a lone one's.
-    rank = generator.randrange(world) if "save" not in parts else world - 1
-    fields = {"parts": parts, "rank": rank}
-    return {"config": cases.SMALLEST, "overrides": overrides, "world_size": world, **fields}
 
 
 def _is_legal(overrides: list[str], world: int) -> bool:
