@@ -125,7 +125,8 @@ class MoEPPConfig(LlamaConfig):
         self.output_router_logits = output_router_logits
         self.router_aux_loss_coef = router_aux_loss_coef
         # Tied embeddings have an entry already.
-        inherited = {k: v for k, v in self.base_model_tp_plan.items() if "layers." not in k}
+        plan: dict[str, str] = self.base_model_tp_plan  # type: ignore[has-type]
+        inherited = {name: style for name, style in plan.items() if "layers." not in name}
         self.base_model_tp_plan = inherited | self._tensor_parallel_plan()
         if gating_residual:
             # Router logits do not cross the stages that servers divide a model into.
