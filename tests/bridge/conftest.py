@@ -1,4 +1,4 @@
-"""These tests need Megatron-Bridge, which tests/bridge/install.sh puts into a folder of its own."""
+"""These tests need Megatron-Bridge, which tests/bridge/run.sh puts into a folder of its own."""
 
 import importlib.util
 

@@ -40,6 +40,8 @@ class MoEPPModelProvider(GPTModelProvider):
     """
 
     moepp: MoEPPConfig | None = None
+    # A stage's configuration has the width of what stages exchange as its hidden size.
+    _hidden_size_of_layers: int | None = dataclasses.field(default=None, init=False, repr=False)
 
     @classmethod
     def from_config(cls, config: Config) -> MoEPPModelProvider:
@@ -101,7 +103,8 @@ class MoEPPModelProvider(GPTModelProvider):
                 use_te=have_transformer_engine(),
             )
         if stage.config is not self:
-            setattr(stage.config, "_hidden_size_of_layers", self.hidden_size)  # noqa: B010
+            assert isinstance(stage.config, MoEPPModelProvider)
+            stage.config._hidden_size_of_layers = self.hidden_size
         return stage
 
     def to_cfg_dict(self) -> dict[str, Any]:
@@ -111,8 +114,7 @@ class MoEPPModelProvider(GPTModelProvider):
             for field in dataclasses.fields(self)
             if not field.name.startswith("_")
         }
-        # A stage's configuration has the width of what stages exchange.
-        fields["hidden_size"] = vars(self).get("_hidden_size_of_layers", self.hidden_size)
+        fields["hidden_size"] = self._hidden_size_of_layers or self.hidden_size
         return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}", **fields}
 
 

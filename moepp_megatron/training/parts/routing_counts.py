@@ -64,8 +64,8 @@ class RoutingCounts(Part):
         self._is_read_each_step = True
         self._has_margins |= margins
         for statistics in self._statistics.values():
-            statistics.watches_logits |= logits
-            statistics.watches_margins |= margins
+            statistics.watches_logits = statistics.watches_logits or logits
+            statistics.watches_margins = statistics.watches_margins or margins
 
     def summands(self) -> Sequence[Summand]:
         """The selections, where a part needs them in every step."""
