@@ -100,7 +100,7 @@ def transformer_fields(config: Config) -> dict[str, Any]:
         **_graph_fields(config),
         **kernel_fields(config),
         **_fp8_fields(config),
-        **dict(config.megatron),
+        **config.megatron.model_dump(exclude_defaults=True),
     )
 
 

@@ -18,9 +18,6 @@ from megatron.core.optimizer_param_scheduler import (
     OptimizerParamScheduler,
     get_canonical_lr_for_logging,
 )
-from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
-    FineGrainedActivationOffloadingInterface as off_interface,
-)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -66,9 +63,11 @@ class TrainingModel:
         for chunk in self.chunks:
             chunk.train(training)
         if self.models[0].config.fine_grained_activation_offloading:
+            from megatron.core.pipeline_parallel import fine_grained_activation_offload
+
+            offload = fine_grained_activation_offload.FineGrainedActivationOffloadingInterface
             # No backward pass of an evaluation would fetch back what it has sent to the host.
-            switch = off_interface.enable_offload if training else off_interface.disable_offload
-            switch()
+            (offload.enable_offload if training else offload.disable_offload)()
 
     @contextmanager
     def gathered_parameters(self) -> Iterator[None]:
