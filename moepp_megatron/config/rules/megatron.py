@@ -72,6 +72,10 @@ RULES: tuple[Rule, ...] = (
         _modules(lambda c: c.precision.recipe == "delayed" and "expert_fc1" in _offloaded(c),
             "must not hold expert_fc1 with precision.fp8_recipe delayed, whose scales are those "
             "of the forward pass", "leave it out"),
+        refuse("megatron.fine_grained_activation_offloading",
+            lambda c: c.training.recompute_granularity == "full",
+            "must be false with training.recompute_granularity full, which keeps nothing to send",
+            "leave one of the two out"),
         refuse("megatron.fine_grained_activation_offloading", lambda c: c.training.batch_ramp,
             "must be false with training.batch_ramp ({training.batch_ramp}): megatron-core counts "
             "on as many micro-batches as the first step has", "leave one of the two out"),
