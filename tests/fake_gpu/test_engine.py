@@ -10,6 +10,7 @@ import pytest
 
 from tests.fake_gpu import cases, reads
 from tests.fake_gpu.drawn import drawn
+from tests.fake_gpu.engine.declarations import REQUIRED, functions
 from tests.fake_gpu.outcomes import Play, excess, sound, token_id_kernels
 from tests.fake_gpu.peaks import launches
 from tests.fake_gpu.real_packages import Engine, Unavailable, transformer_engine
@@ -94,6 +95,15 @@ def test_the_planner_counts_the_launches(stub: Path, transformer_engine: Engine,
     assert played[0] <= LAUNCHES[name][0]
     assert played[1] <= LAUNCHES[name][1]
     assert planned[0] - planned[1] == pytest.approx(played[0] - played[1], abs=1)
+
+
+def test_arguments_that_pybind_does_not_name(transformer_engine: Engine) -> None:
+    """As the compiled extension shows them: `fused_rope_backward(arg0: object, ...)`."""
+    found = functions(transformer_engine.source)
+    assert {(each.named, each.default) for each in found["fused_rope_backward"]} == {
+        (False, REQUIRED)
+    }
+    assert all(each.named for each in found["fp8_transpose"])
 
 
 # Seeds 0 to 65; some of them are for another machine. The first few run by default.

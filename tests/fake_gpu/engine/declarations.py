@@ -33,11 +33,15 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument: its name, its C++ type and its default, `REQUIRED` where it has none."""
+    """One argument: its name, its C++ type and its default, `REQUIRED` where it has none.
+
+    `named` is whether a call can give it by name: pybind knows names and defaults from itself only.
+    """
 
     name: str
     kind: str
     default: Any = REQUIRED
+    named: bool = True
 
 
 def enums(source: Path) -> dict[str, type[IntEnum]]:
@@ -67,6 +71,8 @@ def functions(source: Path) -> dict[str, list[Parameter]]:
                 replace(parameter, name=each, default=_value(default) if default else REQUIRED)
                 for parameter, (each, default) in zip(parameters, named, strict=True)
             ]
+        else:
+            parameters = [replace(each, default=REQUIRED, named=False) for each in parameters]
         found[name] = parameters
     return found
 

@@ -150,7 +150,7 @@ def _bound(
     if doubled := given.keys() & kwargs.keys():
         raise TypeError(f"{name}: {doubled} given twice")
     given |= kwargs
-    if unknown := given.keys() - {each.name for each in parameters}:
+    if unknown := kwargs.keys() - {each.name for each in parameters if each.named}:
         raise TypeError(f"{name} has no {unknown}")
     for each in parameters:
         if each.name not in given:
