@@ -143,7 +143,9 @@ def offline(exported: Path) -> dict[str, float]:
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).double().eval()
+    # The other implementations of experts know no fp64.
+    options = {"trust_remote_code": True, "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(exported, **options).double().eval()
     tokenizer = Tokenizer.from_file(str(exported / "tokenizer.json"))
 
     def likelihood(context: str, continuation: str) -> float:
