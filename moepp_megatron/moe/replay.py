@@ -75,7 +75,7 @@ def drive_routers(
 def checked_routes(
     routes: Routes, num_tokens: int, pattern: Sequence[bool], layer: LayerSettings
 ) -> Routes:
-    """[tokens, MoE layers, K] routes that a model can repeat.
+    """[tokens, MoE layers, K] int64 routes that a model can repeat.
 
     Args:
         routes: Whole numbers [tokens, layers, K], as vLLM and SGLang return them of a sequence, or
@@ -105,6 +105,8 @@ def checked_routes(
         raise refuse(routes.dtype, "be whole numbers")
     if layers > sum(pattern):
         routes = routes[:, np.flatnonzero(pattern)]
+    # The integers of an engine may be too small for the number that -1 stands for.
+    routes = routes.astype(np.int64)
     if layer.num_zero_computation_experts == 1:
         routes = np.where(routes == UNKNOWN, num_ffn, routes)
     for extreme in (int(routes.min()), int(routes.max())):

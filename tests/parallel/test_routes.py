@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.observe.metrics import StepMetrics, read_metrics
 from tests.parallel.ranks import RankPools
+from tests.parallel.resilience_runs import BATCH, Fault, copy_as_of, run_trainer, trainer_settings
 from tests.parallel.training_runs import (
     CP2,
     EP2,
@@ -42,8 +44,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def of_step(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:08d}.npz"
+def of_step(folder: Path, step: int, samples: int = 4) -> Path:
+    return folder / f"from_sample_{samples * (step - 1):08d}.npz"
 
 
 def run(ranks: RankPools, size: int, routes: dict[str, Any], **sections: dict[str, Any]) -> Run:
@@ -124,7 +126,7 @@ def test_routes_of_one_layout_serve_another(ranks: RankPools, tmp_path: Path) ->
 
 def test_only_the_first_steps_are_written(ranks: RankPools, tmp_path: Path) -> None:
     run(ranks, 1, {"record": str(tmp_path), "steps": 1})
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001.npz"]
+    assert [path.name for path in tmp_path.iterdir()] == ["from_sample_00000000.npz"]
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
@@ -162,6 +164,11 @@ def test_what_is_no_file_of_the_step_is_refused(ranks: RankPools, tmp_path: Path
     found += ranks(1).run(refusal, raw)
     path.write_text("routes")
     found += ranks(1).run(refusal, raw)
+    np.savez_compressed(path, routed_experts=np.zeros((64, 2, 2), dtype=int))
+    damaged = bytearray(path.read_bytes())
+    damaged[60:80] = b"\xff" * 20
+    path.write_bytes(damaged)
+    found += ranks(1).run(refusal, raw)
     for line, reason in zip(
         found,
         [
@@ -171,12 +178,53 @@ def test_what_is_no_file_of_the_step_is_refused(ranks: RankPools, tmp_path: Path
             "64 tokens",
             "not named",
             "ickle",
+            "decompressing",
         ],
         strict=True,
     ):
-        assert line.startswith(f"routes.replay ({path}) must be an npz file with this step's")
+        assert line.startswith(f"routes.replay ({path}) must be an npz file with this batch's")
         assert reason in line
         assert "\n" not in line
+
+
+def test_a_folder_that_cannot_be_one_is_refused(ranks: RankPools, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name in ("record", "trace"):
+        (line,) = ranks(1).run(refusal, short(routes={name: str(tmp_path / "file")}))
+        assert line.startswith(f"routes.{name} ({tmp_path}/file) must leave")
+
+
+def test_files_stay_with_their_batches(ranks: RankPools, tmp_path: Path) -> None:
+    """Batch 2 is refused; the model is damaged before batch 5, which undoes step 3."""
+    faults = (Fault("loss", 0, (1,)), Fault("nan weight", 0, (4,)))
+
+    def train_in(name: str, **routes: Any) -> list[StepMetrics]:
+        raw = trainer_settings(
+            tmp_path / name,
+            training={"train_iters": 5},
+            resilience={"guard_max_consecutive_skips": 2},
+            checkpoint={"save_interval": 2, "load": "auto"},
+            routes={key: str(tmp_path / folder) for key, folder in routes.items()},
+        )
+        ranks(1).run(run_trainer, raw, (), faults if name != "again" else ())
+        return list(read_metrics(tmp_path / name / "metrics.jsonl"))
+
+    run = train_in("run", record="routes", trace="trace")
+    batches = run[-1].skipped_steps + 6
+    names = [of_step(tmp_path / "routes", number + 1, BATCH).name for number in range(batches)]
+    assert sorted(path.name for path in (tmp_path / "routes").iterdir()) == names
+    (trace,) = (tmp_path / "trace").iterdir()
+    lines = trace.read_bytes().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [step for step in range(1, 6) for _ in range(len(steps) // 5)]
+    replayed = train_in("replay", replay="routes")
+    assert [r.loss for r in replayed] == [r.loss for r in run]
+    assert [r.layer_expert_share for r in replayed] == [r.layer_expert_share for r in run]
+
+    copy_as_of(4, tmp_path / "run", tmp_path / "again")
+    train_in("again", trace="trace")
+    assert trace.read_bytes().splitlines()[: len(lines) * 4 // 5] == lines[: len(lines) * 4 // 5]
+    assert [json.loads(line)["step"] for line in trace.read_bytes().splitlines()] == steps
 
 
 def refusal(raw: dict[str, Any]) -> str:

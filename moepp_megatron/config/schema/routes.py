@@ -13,11 +13,11 @@ class RoutesSection(Section):
     """Router replay, and traces of routing."""
 
     record: Annotated[PathText | None, Unit("-"), Field(min_length=1)] = None
-    """Folder for the experts that each token of a step selects, step_00000001.npz and so on; null
-    is off"""
+    """Folder for the experts that each token of a batch selects: from_sample_00000000.npz and so
+    on, by the batch's first sample; null is off"""
     replay: Annotated[PathText | None, Unit("-"), Field(min_length=1)] = None
-    """Folder with such files, one for every step, whose experts the routers select, with gates from
-    their own logits; null lets them select"""
+    """Folder with such files, one for every batch, whose experts the routers select, with gates
+    from their own logits; null lets them select"""
     trace: Annotated[PathText | None, Unit("-"), Field(min_length=1)] = None
     """Folder for router_trace_rankN.jsonl, the file of Megatron's `--moe-routing-trace-path`; null
     is off"""
@@ -28,3 +28,7 @@ class RoutesSection(Section):
     def enabled(self) -> bool:
         """Whether routers record or repeat selections."""
         return any(each is not None for each in (self.record, self.replay, self.trace))
+
+
+# For runs of a configuration that must not touch its files.
+NO_ROUTES = tuple(f"routes.{name}=null" for name in RoutesSection.model_fields)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from moepp_megatron.moe.replay import Routes, checked_routes, drive_routers
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.runtime.atomic import whole_file
 from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.run_folder.writable import check_kind
 from moepp_megatron.training.step import Batch
 
 # In a micro-batch: [b, s] int64 place of each token in the global batch.
@@ -41,24 +45,26 @@ class RouteFiles(Part):
         self._pattern = run.config.moe.moe_layer_pattern(run.config.model.num_layers)
         self._layers = [number for number, is_moe in enumerate(self._pattern, 1) if is_moe]
         self._last = run.progress.step + (self._settings.steps or run.config.training.train_iters)
+        # Files are of batches: a refused one, or those before a rollback, are no step's.
+        self._first_sample = run.progress.consumed_samples
         self._num_tokens = 0
+        self._writes = False
         # [tokens, MoE layers, K] of the step; [T] places of the tokens that pass next.
         self._given: Tensor | None = None
         self._rows: Tensor | None = None
-        # Layer, places and experts [T, K] of each micro-batch.
+        # Layer, places and experts [T, K] of each micro-batch, where they are written.
         self._seen: list[tuple[int, Tensor, Tensor]] = []
         self._replays = [
             replay
             for chunk in run.model.models
             for replay in drive_routers(chunk, self._routes_of, self._take)
         ]
-        self._trace: Path | None = None
-        if self._settings.trace is not None:
-            # The name that Megatron's tools/moe_routing looks for.
-            self._trace = Path(self._settings.trace) / f"router_trace_rank{dist.get_rank()}.jsonl"
-            self._trace.parent.mkdir(parents=True, exist_ok=True)
-            if run.progress.step == 0:
-                self._trace.write_bytes(b"")
+        # The newest step in the trace, which another start may have written.
+        self._traced: float = math.inf
+        for name in ("record", "trace"):
+            if (folder := getattr(self._settings, name)) is not None:
+                check_kind(Path(folder), "folder", f"routes.{name}")
+                Path(folder).mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def of(cls, run: Run) -> RouteFiles | None:
@@ -66,12 +72,14 @@ class RouteFiles(Part):
         return cls(run) if run.config.routes.enabled else None
 
     def begin_step(self, step: int, layout: Layout) -> None:
-        """Read the routes of a step."""
+        """Read the routes of a batch."""
+        to = self._settings.record, self._settings.trace
+        self._writes = to != (None, None) and step <= self._last
         samples = layout.num_microbatches * layout.dp * self._config.training.micro_batch_size
         self._num_tokens = samples * self._config.model.seq_length
         if self._settings.replay is not None:
-            routes = self._read(_file(self._settings.replay, step))
-            self._given = torch.from_numpy(routes.astype(np.int64))
+            routes = self._read(self._file(self._settings.replay))
+            self._given = torch.from_numpy(routes)
 
     def _read(self, path: Path) -> Routes:
         try:
@@ -83,9 +91,9 @@ class RouteFiles(Part):
             with file:
                 routes = np.asarray(file[_EXPERTS])
             return checked_routes(routes, self._num_tokens, self._pattern, self._config.moe)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise ConfigError(
-                f"routes.replay ({path}) must be an npz file with this step's {_EXPERTS}: "
+                f"routes.replay ({path}) must be an npz file with this batch's {_EXPERTS}: "
                 f"{' '.join(str(error).split())}"
             ) from None
 
@@ -125,16 +133,19 @@ class RouteFiles(Part):
         return routes.to(torch.cuda.current_device())
 
     def _take(self, number: int, experts: Tensor) -> None:
-        if self._rows is not None:
-            self._seen.append((number, self._rows, experts))
+        if self._writes and self._rows is not None:
+            self._seen.append((number, self._rows, experts.to(torch.int16)))
 
     def end_step(self, step: Step) -> Iterable[Alert]:
         """Write what was taken; a collective where it is recorded."""
-        if step.attempt <= self._last:
-            if self._trace is not None:
-                self._append(self._trace, step.attempt)
+        if self._writes:
+            if self._settings.trace is not None:
+                # The name that Megatron's tools/moe_routing looks for.
+                name = f"router_trace_rank{dist.get_rank()}.jsonl"
+                self._append(Path(self._settings.trace) / name, step.attempt)
             if self._settings.record is not None:
-                self._write(_file(self._settings.record, step.attempt))
+                self._write(self._file(self._settings.record))
+        self._first_sample += step.samples
         self._rows = None
         self._seen.clear()
         for replay in self._replays:
@@ -144,6 +155,9 @@ class RouteFiles(Part):
 
     def _append(self, path: Path, step: int) -> None:
         """A line a layer and micro-batch, as of Megatron-LM's `router_trace.RouterTracer`."""
+        if step <= self._traced:
+            _cut(path, step)
+        self._traced = step
         with path.open("a", encoding="ascii") as file:
             for number, _, experts in self._seen:
                 record = {
@@ -170,11 +184,22 @@ class RouteFiles(Part):
             dist.all_reduce(routes)
             layers.append(routes.to("cpu", torch.int16))
         if dist.get_rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as temporary, temporary.open("wb") as stream:
                 np.savez(stream, routed_experts=torch.stack(layers, dim=1).numpy())
 
+    def _file(self, folder: str) -> Path:
+        """The batch's file."""
+        return Path(folder) / f"from_sample_{self._first_sample:08d}.npz"
 
-def _file(folder: str, step: int) -> Path:
-    """A step's file."""
-    return Path(folder) / f"step_{step:08d}.npz"
+
+def _cut(path: Path, step: int) -> None:
+    """Drop the lines of a trace from a step on, which were undone or are of another run."""
+    end = 0
+    with path.open("a+b") as file:
+        file.seek(0)
+        for line in file:
+            found = re.match(rb'{"step": (\d+),', line)
+            if found is None or int(found[1]) >= step or not line.endswith(b"\n"):
+                break
+            end += len(line)
+        file.truncate(end)

@@ -82,13 +82,19 @@ def check_kinds(run: Path, checkpoints: Path, setting: str) -> None:
         OSError: The run's folder cannot be written.
     """
     for name in RUN_FILES:
-        _check_kind(run / name, "file")
+        check_kind(run / name, "file")
     for name in RUN_FOLDERS:
-        _check_kind(run / name, "folder")
-    _check_kind(checkpoints, "folder", setting)
+        check_kind(run / name, "folder")
+    check_kind(checkpoints, "folder", setting)
 
 
-def _check_kind(path: Path, kind: str, setting: str = "run.dir") -> None:
+def check_kind(path: Path, kind: str, setting: str = "run.dir") -> None:
+    """Refuse a path that is of another kind than `kind`, or whose folder cannot be written.
+
+    Raises:
+        ConfigError: Names the setting that places it.
+        OSError: A path within the run's folder cannot be written.
+    """
     place = existing(path)
     kind = kind if place == path else "folder"
     if not (place.is_dir() if kind == "folder" else place.is_file()):

@@ -1,6 +1,7 @@
 """megatron-core's `RouterReplay` drives MoE++ routers as it drives megatron-core's own."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -187,6 +188,9 @@ def test_a_dropped_number_is_that_of_the_one_expert() -> None:
     one = MoEPPConfig(num_ffn_experts=4, num_constant_experts=0, num_copy_experts=0)
     dropped, expected = np.where(GOOD >= 4, -1, GOOD), np.where(GOOD >= 4, 4, GOOD)
     np.testing.assert_array_equal(checked_routes(dropped, 2, PATTERN, one), expected)
+    wide = replace(one, num_ffn_experts=128)
+    found = checked_routes(dropped.astype(np.int8), 2, PATTERN, wide)
+    np.testing.assert_array_equal(found, np.where(GOOD >= 4, 128, GOOD))
     with pytest.raises(ValueError, match=r"\(expert -1\) must name experts 0 to 5"):
         checked_routes(dropped, 2, PATTERN, LAYER)
 

@@ -23,6 +23,7 @@ EP2 = ["parallel.expert_model_parallel_size=2", "precision.dtype=bf16"]
         ],
         ["training.cuda_graphs=[attn, moe_router]"],
         ["training.batch_ramp=[[0, 8], [8192, 16]]"],
+        ["routes.record=routes", "routes.steps=2"],
     ],
 )
 def test_settings_of_training_alone_are_dropped(trained_with: list[str]) -> None:
@@ -32,5 +33,6 @@ def test_settings_of_training_alone_are_dropped(trained_with: list[str]) -> None
     assert not config.training.cuda_graphs
     assert config.training.batch_ramp is None
     assert config.megatron == MegatronSection()
+    assert not config.routes.enabled
     assert not config.parallel.overlap_moe_expert_parallel_comm
     assert [notice for notice in check_config(config) if "flex" in notice] == []

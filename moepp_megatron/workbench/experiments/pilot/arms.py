@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from moepp_megatron.config import Config, ConfigError, with_overrides
+from moepp_megatron.config.schema.routes import NO_ROUTES
 from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.workbench.experiments.pilot.result import Arm
 
@@ -113,6 +114,7 @@ def run_settings(config: Config, steps: int, eval_iters: int) -> list[str]:
     settings = [] if optimizer.wsd_decay_iters is None else [_wsd_decay(config, steps)]
     return [
         *settings,
+        *NO_ROUTES,
         f"training.train_iters={steps}",
         # Costs and losses are those of the batch that the long run ends with.
         "training.batch_ramp=null",
