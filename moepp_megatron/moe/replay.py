@@ -36,7 +36,7 @@ def drive_routers(
 
     Args:
         chunk: Its routers have `moe_enable_routing_replay`.
-        given: From the number of a layer, from 1, the routes to repeat, [T, K] int64 on the device;
+        given: From the number of a layer, from 1, the routes to repeat, [T, K] int64 on any device;
             or None, to select.
         taken: Gets the number of a layer and its routes after the pass.
 

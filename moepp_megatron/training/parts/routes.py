@@ -129,8 +129,8 @@ class RouteFiles(Part):
         # None in passes that are not the step's, such as validation.
         if self._given is None or self._rows is None:
             return None
-        routes = self._given[self._rows, self._layers.index(number)]
-        return routes.to(torch.cuda.current_device())
+        # On the CPU: megatron-core keeps those of all micro-batches until the step ends.
+        return self._given[self._rows, self._layers.index(number)]
 
     def _take(self, number: int, experts: Tensor) -> None:
         if self._writes and self._rows is not None:
@@ -180,7 +180,7 @@ class RouteFiles(Part):
             routes = torch.zeros(shape, dtype=torch.int32, device=torch.cuda.current_device())
             for layer, rows, experts in self._seen:
                 if layer == number:
-                    routes[rows.to(routes.device)] = experts.int()
+                    routes[rows.to(routes.device)] = experts.to(routes)
             dist.all_reduce(routes)
             layers.append(routes.to("cpu", torch.int16))
         if dist.get_rank() == 0:
