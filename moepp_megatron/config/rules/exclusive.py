@@ -43,6 +43,7 @@ class _Feature(NamedTuple):
 CONSTANTS = _Feature("moe.constants_shared", False, effect="moe.shares_constants")
 DOCUMENTS = _Feature("data.reset_attention_mask", False)
 FP8 = _Feature("precision.fp8", None)
+FUSED_ROUTER = _Feature("megatron.moe_router_fusion", False)
 FP8_WEIGHTS = _Feature("precision.fp8_param", False)
 GRAPHS = _Feature("training.cuda_graphs", [])
 LATENT = _Feature("model.latent_attention", None)
@@ -71,6 +72,7 @@ PAIRS: tuple[tuple[_Feature, _Feature, str], ...] = (
     (TASKS, FP8, "Transformer Engine learns FP8's scales in evaluation too, and changes training"),
     (TASKS, OVERLAP, "its schedule wants a loss"),
     *((routes, GRAPHS, "a graph would repeat the routes of its capture") for routes in ROUTES),
+    *((routes, FUSED_ROUTER, "its kernel returns a map of experts and takes none") for routes in ROUTES),
     *((routes, MTP, "routes of these layers have no place in the file") for routes in ROUTES),
     *((routes, OVERLAP, "its layers are not run chunk by chunk") for routes in ROUTES),
 )
