@@ -196,13 +196,13 @@ def test_a_folder_that_cannot_be_one_is_refused(ranks: RankPools, tmp_path: Path
 
 def test_files_stay_with_their_batches(ranks: RankPools, tmp_path: Path) -> None:
     """Batch 2 is refused; the model is damaged before batch 5, which undoes step 3."""
-    faults = (Fault("loss", 0, (1,)), Fault("nan weight", 0, (4,)))
+    faults = (Fault("loss", 0, (1,)), Fault("large weights", 0, (4,)))
 
     def train_in(name: str, **routes: Any) -> list[StepMetrics]:
         raw = trainer_settings(
             tmp_path / name,
             training={"train_iters": 5},
-            resilience={"guard_max_consecutive_skips": 2},
+            resilience={"guard_max_consecutive_skips": 2, "guard_threshold": 5.0},
             checkpoint={"save_interval": 2, "load": "auto"},
             routes={key: str(tmp_path / folder) for key, folder in routes.items()},
         )
