@@ -6,7 +6,7 @@ changes nothing is left out; any other is refused with the remedy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 # By name: the value that is what every run does now, and what to do about another one.
@@ -30,6 +30,13 @@ REMOVED: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 # Of each rule of `routing_guard.rules`; a resolved configuration has them as null.
 _OF_RULES = ("of_steps", "clear_for_steps", "scope", "min_steps_between", "max_firings")
+# Default rules of the guard that are gone: what changes one is complete by what it was.
+_GONE_RULES: dict[str, dict[str, Any]] = {
+    "many_ffn_experts": {
+        "metric": "mean_ffn_to_target", "for_steps": 100, "above": 1.5, "clear": 1.3,
+    },
+    "dead_expert": {"metric": "min_ffn_load", "for_steps": 75, "below": 0.01, "clear": 0.05},
+}  # fmt: skip
 
 
 def without_removed(content: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -42,12 +49,22 @@ def without_removed(content: Mapping[Any, Any]) -> dict[Any, Any]:
             kept[section] = {other: keys[other] for other in keys if other != key}
     guard = kept.get("routing_guard")
     if isinstance(guard, Mapping) and isinstance(guard.get("rules"), list):
-        kept["routing_guard"] = {**guard, "rules": [_without_nulls(r) for r in guard["rules"]]}
+        kept["routing_guard"] = {**guard, "rules": list(_rules(guard["rules"]))}
     return kept
 
 
-def _without_nulls(rule: Any) -> Any:
-    """A rule without removed settings that are null."""
-    if not isinstance(rule, Mapping):
-        return rule
-    return {k: v for k, v in rule.items() if v is not None or k not in _OF_RULES}
+def _rules(rules: Iterable[Any]) -> Iterator[Any]:
+    """Rules of the guard, as this version has them."""
+    for rule in rules:
+        if not isinstance(rule, Mapping):
+            yield rule
+            continue
+        given = {k: v for k, v in rule.items() if v is not None or k not in _OF_RULES}
+        gone = _GONE_RULES.get(str(rule.get("name")))
+        if gone is None or given.get("metric") is not None:
+            yield given
+        elif given.get("action") != "none":
+            own = {k: v for k, v in given.items() if v is not None}
+            # A limit of its own takes the place of the old one and of the way back.
+            names = ("metric", "for_steps") if {"above", "below"} & own.keys() else tuple(gone)
+            yield {name: gone[name] for name in names} | own

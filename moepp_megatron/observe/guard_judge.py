@@ -29,12 +29,14 @@ class Event:
         layer: Global number of the MoE layer, or `WHOLE_MODEL`.
         begins: Whether it begins.
         value: The metric's value; NaN where nothing was measured.
+        steps: Steps in a row that have led to it.
     """
 
     rule: CompleteRule
     layer: int
     begins: bool
     value: float
+    steps: int = 0
 
 
 class RuleJudge:
@@ -72,16 +74,19 @@ class RuleJudge:
 
         Args:
             values: Values by metric. A missing value or NaN was not measured: the steps in a row
-                continue.
+                continue, in each layer.
 
         Returns:
             The beginnings and ends, in the order of the rules and layers.
         """
         events: list[Event] = []
         for rule in self.rules:
-            value = values.get(rule.metric, math.nan)
-            places = [(WHOLE_MODEL, value)] if isinstance(value, int | float) else []
-            if not isinstance(value, int | float):
+            value = values.get(rule.metric)
+            if value is None:
+                places = [(layer, math.nan) for name, layer in self._places if name == rule.name]
+            elif isinstance(value, int | float):
+                places = [(WHOLE_MODEL, value)]
+            else:
                 places = list(zip(self._layers, value, strict=True))
             events += [e for each in places if (e := self._judge(rule, *each)) is not None]
         return events
@@ -94,8 +99,8 @@ class RuleJudge:
         steps = steps + 1 if speaks else 0
         event = None
         if steps >= rule.for_steps and not math.isnan(value):
-            begun, steps = not begun, 0
-            event = Event(rule, layer, begun, value)
+            begun = not begun
+            event, steps = Event(rule, layer, begun, value, steps), 0
         self._places[rule.name, layer] = begun, steps
         return event
 

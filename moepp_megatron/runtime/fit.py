@@ -38,7 +38,9 @@ def check_fit(config: Config) -> None:
     _check_optimizer(config)
     if config.parallel.delay_wgrad_compute:
         _check_engine("parallel.delay_wgrad_compute (true)", _TE_OF_DELAYED_GRADIENTS, "false")
-    _check_megatron(config)
+    for name, needed in _TE_OF_MEGATRON.items():
+        if getattr(config.megatron, name):
+            _check_engine(f"megatron.{name} (true)", needed, "false")
     if config.moe.dispatcher == "flex":
         _check_flex(config)
     if config.training.cuda_graphs:
@@ -51,10 +53,9 @@ def check_fit(config: Config) -> None:
     _check_extension(config)
     if config.model.latent_attention is not None and not have_transformer_engine():
         _check_local_latent_attention(config)
-    if config.precision.fp8 is not None:
-        obstacle = fp8_obstacle(config, FP8Machine.this())
-        if obstacle is not None:
-            raise UnfitError(obstacle)
+    obstacle = config.precision.fp8 and fp8_obstacle(config, FP8Machine.this())
+    if obstacle is not None:
+        raise UnfitError(obstacle)
 
 
 def _check_optimizer(config: Config) -> None:
@@ -84,13 +85,6 @@ def _check_engine(setting: str, needed: tuple[int, ...], instead: str) -> None:
     )
 
 
-def _check_megatron(config: Config) -> None:
-    """Refuse settings of megatron-core that only Transformer Engine's modules have."""
-    for name, needed in _TE_OF_MEGATRON.items():
-        if getattr(config.megatron, name):
-            _check_engine(f"megatron.{name} (true)", needed, "false")
-
-
 def _check_triton(config: Config) -> None:
     fused, loss = config.moe.fused, config.precision.cross_entropy
     uses = [
@@ -114,8 +108,7 @@ def _check_triton(config: Config) -> None:
 
 def _check_flex(config: Config) -> None:
     wanted = config.moe.flex_backend
-    failure = import_failure("deep_ep")
-    if failure is not None:
+    if (failure := import_failure("deep_ep")) is not None:
         raise UnfitError(
             "moe.dispatcher (flex) must have a package deep_ep that can be imported, and this one "
             f"fails ({failure}); repair it (DeepEP 2 looks for NCCL at EP_NCCL_ROOT_DIR), or use "

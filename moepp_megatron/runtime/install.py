@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 
 TRANSFORMER_ENGINE = "launch/env.sh --te on a CUDA machine"
 """It is compiled against the torch that is there."""
@@ -11,6 +12,12 @@ TRANSFORMER_ENGINE = "launch/env.sh --te on a CUDA machine"
 
 def how_to_install(*requirements: str) -> str:
     """A command for the Python that runs this; requirements as pip takes them (`wandb>=1`)."""
+    from importlib import metadata
+
+    # No registry has this package: where it is not installed, an extra is that of its folder.
+    if not any(metadata.distributions(name="moepp-megatron")):
+        folder = str(Path(__file__).parents[2])
+        requirements = tuple(each.replace("moepp_megatron[", f"{folder}[") for each in requirements)
     return shlex.join([sys.executable, "-m", "pip", "install", *requirements])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -251,6 +252,21 @@ def test_where_routers_do_not_help_it_goes_back_to_a_checkpoint(
     assert found.saved["returns"] == 1
 
 
+def test_a_rollback_for_a_shift_counts_where_routers_are_put_back_as_well(
+    ranks: RankPools, tmp_path: Path
+) -> None:
+    rule = {"name": "loud", "metric": "logit_shift", "above": 1.0, "for_steps": 2}
+    settings = TWO_FAULTS | {
+        "faults": TWO_FAULTS["faults"][:1],
+        "routing_guard": {"enabled": True, "rules": [rule | {"action": "rollback"}]},
+    }
+    found = train(ranks, tmp_path, 98, checkpoint={"save_interval": 40}, **settings)
+    step = next(step for step, rule, *_ in found.decisions if rule == "router_fault")
+    actions = {action for at, _, _, action in found.decisions if at == step}
+    assert {"put_back of step 90", "rollback"} <= actions
+    assert found.saved["returns"] == 1
+
+
 def test_what_nothing_helps_against_is_accepted(ranks: RankPools, tmp_path: Path) -> None:
     """There is no checkpoint: no action is counted, and the end is no recovery."""
     found = train(ranks, tmp_path, 125, **TWO_FAULTS)
@@ -377,6 +393,7 @@ def run_with_other_numbers(raw: dict[str, Any], **options: Any) -> Found:
         original(self, step, observed)
         if self.event is not None and dist.get_rank() == 1:
             self.event.since = 20
+            self._detectors["scale"].evidence = math.nan
 
     with mock.patch.object(ShiftMonitor, "add", add):
         return run(raw, **options)
@@ -406,6 +423,7 @@ def test_a_rollback_for_a_shift_goes_to_before_its_first_step(
     assert zero.weights == one.weights
     alerts = [alert for alert in told(tmp_path) if alert.action != "update"]
     assert [alert.action for alert in alerts][: len(actions)] == actions
+    assert zero.saved["returns"] == actions.count("rollback")
     where = {101: "no checkpoint of step 100 or before", 50: "back to step_00000100"}
     assert where[save_interval] in alerts[0].condition
 

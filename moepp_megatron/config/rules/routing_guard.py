@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from difflib import get_close_matches
 
-from moepp_megatron.config.guard_rules import GUARD_METRICS, MEASURED, merged_rules
+from moepp_megatron.config.guard_rules import DEFAULT_RULES, GUARD_METRICS, MEASURED, merged_rules
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules.rows import Rule, refuse
 from moepp_megatron.config.schema import Config, GuardRule
@@ -40,13 +40,16 @@ def _metrics_exist(config: Config) -> Iterator[Problem]:
             near = get_close_matches(rule.metric or "", GUARD_METRICS, n=1, cutoff=0.4)
             remedy = f"use {near[0]}" if near else f"use one of {', '.join(GUARD_METRICS)}"
             must = "must be one of the guard's metrics"
+            if rule.metric is None:
+                defaults = ", ".join(default.name for default in DEFAULT_RULES)
+                must = f"must be given, because {rule.name} is no default rule ({defaults})"
             yield Problem(f"{name}.metric", rule.metric, must, remedy)
 
 
 def _one_limit(config: Config) -> Iterator[Problem]:
     """A rule holds above a limit or below one."""
     for name, rule in _own(config):
-        if (rule.above is None) == (rule.below is None):
+        if rule.metric is not None and (rule.above is None) == (rule.below is None):
             given = "neither" if rule.above is None else "both"
             must = f"must be given, or else below, and here are {given}"
             yield Problem(f"{name}.above", rule.above, must, "write for example below: 0.2")
@@ -88,8 +91,10 @@ def _checkpoints_reach_back(config: Config) -> Iterator[Problem]:
             remedy = f"use for example 100, or give rule {rule.name} the action warn"
             yield Problem("checkpoint.save_interval", 0, must, remedy)
             return
-        # The newest may be that of the last step but one in which it held.
-        steps = rule.for_steps or 1
+        # The newest may be that of the last step but one in which it held. The first and the last
+        # were measured.
+        every = (rule.metric in MEASURED and config.observe.health_interval) or 1
+        steps = 1 + every * math.ceil(((rule.for_steps or 1) - 1) / every)
         needed = 1 + math.ceil((steps - 1) / interval)
         if keep is not None and keep < needed:
             yield Problem(

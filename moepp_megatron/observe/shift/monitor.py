@@ -157,16 +157,15 @@ class ShiftMonitor:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Evidence over its limit, by names of metrics, of series that are judged."""
+        """Evidence over its limit, by names of metrics; NaN of series that are not judged."""
         sources = [name for name in self._detectors if name.startswith("source ")]
-        found = {
+        return {
             "routing_shift": self._evidence("routing"),
             "logit_shift": self._evidence("scale"),
             "loss_shift": self._evidence("loss", "spread"),
             "token_shift": self._evidence("tokens"),
-            "source_shift": self._evidence(*sources) if sources else math.nan,
+            "source_shift": self._evidence(*sources),
         }
-        return {name: value for name, value in found.items() if not math.isnan(value)}
 
     @property
     def is_calm(self) -> bool:

@@ -47,18 +47,10 @@ def from_first_rank(values: Values) -> Values:
     Args:
         values: Values by metric; every rank has the same metrics, in the same order and lengths.
     """
-    flat = [
-        number
-        for value in values.values()
-        for number in ([value] if isinstance(value, int | float) else value)
-    ]
     # Float64 holds every number exactly, NaN too.
-    vector = torch.tensor(flat, dtype=torch.float64, device=torch.cuda.current_device())
+    own = [torch.tensor(value, dtype=torch.float64) for value in values.values()]
+    vector = torch.cat([each.reshape(-1) for each in own]).to(torch.cuda.current_device())
     dist.broadcast(vector, src=0)
-    numbers = iter(vector.tolist())
-    return {
-        name: next(numbers)
-        if isinstance(value, int | float)
-        else [next(numbers) for _ in range(len(value))]
-        for name, value in values.items()
-    }
+    parts = vector.cpu().split([each.numel() for each in own])
+    shaped = (part.view_as(each).tolist() for part, each in zip(parts, own, strict=True))
+    return dict(zip(values, shaped, strict=True))

@@ -107,8 +107,7 @@ class RoutingGuard(Part):
                 self._actions += 1
                 yield Stop(partial(_stopped, event.rule.name))
         if rollbacks:
-            self._returns += any(self._is_bounded(event.rule) for event in rollbacks)
-            newest = min(self._newest_healthy(event.rule, step, values) for event in rollbacks)
+            newest = min(self._newest_healthy(event, step, values) for event in rollbacks)
             yield Rollback(newest, lambda at: self._rollback(rollbacks, step.attempt, at, newest))
 
     def _note_calm(self) -> None:
@@ -134,11 +133,11 @@ class RoutingGuard(Part):
             return False
         return self._returns < _MOST_TRIES or not self._is_bounded(rule)
 
-    def _newest_healthy(self, rule: CompleteRule, step: Step, values: Values) -> int:
+    def _newest_healthy(self, event: Event, step: Step, values: Values) -> int:
         """The newest step before a rule held, or before the shift that it is about."""
-        held = step.number - rule.for_steps
+        held = step.number - event.steps
         since = cast(float, values["since"])
-        return min(held, int(since) - 1) if since and self._is_of_shift(rule) else held
+        return min(held, int(since) - 1) if since and self._is_of_shift(event.rule) else held
 
     def _put_routers_back(self, begun: Sequence[Event]) -> bool:
         """Put routers back if rules that begin to hold want it, once for all; whether they are."""
@@ -234,6 +233,7 @@ class RoutingGuard(Part):
         """Alerts of rollbacks to the checkpoint, or of there being none of `newest` or before."""
         if checkpoint is not None:
             self._actions += 1
+            self._returns += any(self._is_bounded(event.rule) for event in events)
             return [alert_of(e, step, "rollback", f"back to {checkpoint.name}") for e in events]
         note = f"no checkpoint of step {newest} or before to go back to"
         self._shift.monitor.settle(is_mended=False)

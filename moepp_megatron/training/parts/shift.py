@@ -101,14 +101,15 @@ class Shift(Part):
             observed = Observed(
                 self._counts.selections().numpy(), self.batch_loss, _deviation(*own[:3].tolist()),
                 self._counts.logits(), own[3:],
-                None if self._sources is None else self._sources.losses(),
+                None if self._sources is None else self._sources.losses.total(),
             )  # fmt: skip
             self.monitor.add(step.attempt, observed)
         return ()
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """Evidence over its limit."""
-        return self.monitor.metrics
+        metrics = self.monitor.metrics
+        return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def state(self) -> dict[str, Any]:
         """The detectors."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
@@ -33,6 +32,7 @@ class SourceCollector(Part):
 
     Attributes:
         names: Names of the sources; none where they are not known.
+        losses: [sources, 2] sum of token losses in nats, and tokens, of the step.
     """
 
     def __init__(self, config: Config, model: TrainingModel, dataset: Any) -> None:
@@ -43,8 +43,7 @@ class SourceCollector(Part):
         self._statistics = tag_tokens(model.models if self._counts_experts else ())
         for statistics in self._statistics:
             statistics.num_sources = len(self.names)
-        # Of each source, sum of token losses and tokens.
-        self._losses = StepCounts(len(self.names), 2)
+        self.losses = StepCounts(len(self.names), 2)
 
     @classmethod
     def of(cls, run: Run) -> SourceCollector | None:
@@ -54,7 +53,7 @@ class SourceCollector(Part):
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Forget the losses before."""
-        self._losses.reset()
+        self.losses.reset()
 
     @torch.no_grad()
     def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
@@ -70,22 +69,15 @@ class SourceCollector(Part):
             return
         mask = batch["loss_mask"].reshape(-1).double()
         pairs = torch.stack([token_losses.detach().reshape(-1).double() * mask, mask], dim=-1)
-        self._losses.own.index_add_(0, batch[SOURCES].reshape(-1).long(), pairs)
+        self.losses.own.index_add_(0, batch[SOURCES].reshape(-1).long(), pairs)
 
     def summands(self) -> Sequence[Summand]:
         """The losses."""
-        return (self._losses,)
-
-    def losses(self) -> NDArray[np.float64]:
-        """[sources, 2] sum of token losses in nats, and tokens, over all ranks.
-
-        The same bits on every rank; a collective unless the step has summed them.
-        """
-        return self._losses.total()
+        return (self.losses,)
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
         """By name of the source; a collective. A source without a token is left out."""
-        losses = self.losses()
+        losses = self.losses.total()
         tokens = losses[:, 1]
         seen = [index for index in range(len(self.names)) if tokens[index] > 0]
 

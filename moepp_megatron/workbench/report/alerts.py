@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from pydantic import ValidationError
 
-from moepp_megatron.config.guard_rules import effective_rules
+from moepp_megatron.config.guard_rules import merged_rules
 from moepp_megatron.config.schema import RoutingGuardSection
 from moepp_megatron.observe.alerts import Alert, Severity
 from moepp_megatron.workbench.report import formatting
@@ -51,7 +51,8 @@ def watched(run: RunData) -> str:
         return ""
     if section.enabled is False or run.config.is_vanilla:
         return "The routing guard was off."
-    rules = ", ".join(rule.name for rule in effective_rules(section))
+    merged = merged_rules(section).values()
+    rules = ", ".join(rule.name for rule in merged if rule.action != "none")
     does = "acts on them" if section.acts else "only reports what they find"
     return f"The routing guard judged these rules after every step and {does}: {rules}."
 

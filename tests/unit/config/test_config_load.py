@@ -125,6 +125,34 @@ def test_a_resolved_configuration_of_an_older_version_loads(minimal: Path, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("own", "rules"),
+    [
+        ({"name": "dead_expert", "action": "none"}, []),
+        (
+            {"name": "dead_expert", "action": "stop", "metric": None},
+            [("min_ffn_load", None, 0.01, 0.05, 75, "stop")],
+        ),
+        (
+            {"name": "many_ffn_experts", "above": 2.0},
+            [("mean_ffn_to_target", 2.0, None, None, 100, None)],
+        ),
+        (
+            {"name": "dead_expert", "metric": "loss", "above": 9.0},
+            [("loss", 9.0, None, None, None, None)],
+        ),
+    ],
+)
+def test_changes_of_default_rules_that_are_gone(
+    minimal: Path, own: dict[str, object], rules: list[tuple[object, ...]]
+) -> None:
+    """Checkpoints have them, and mean what they meant."""
+    resolved = load_config(minimal).model_dump(mode="json")
+    resolved["routing_guard"]["rules"] = [own]
+    found = parse_config(resolved).routing_guard.rules
+    assert [(r.metric, r.above, r.below, r.clear, r.for_steps, r.action) for r in found] == rules
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("1e-4", 1e-4),

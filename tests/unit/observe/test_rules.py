@@ -59,6 +59,15 @@ def test_layers_are_judged_by_themselves() -> None:
     assert course(LOW, values) == [(3, 2, True), (5, 4, True)]
 
 
+def test_layers_that_are_not_measured_in_every_step_continue() -> None:
+    """The steps between count, as they do for the whole model, and the event says how many."""
+    judge = RuleJudge([LOW], LAYERS)
+    found = [judge.judge({"share": [0.2, 0.9]} if step % 2 else {}) for step in range(1, 6)]
+    ((event,),) = filter(None, found)
+    assert found.index([event]) == 2
+    assert (event.layer, event.begins, event.steps) == (2, True, 3)
+
+
 def test_a_missing_metric_changes_nothing() -> None:
     judge = RuleJudge([HIGH], LAYERS)
     assert judge.judge({}) == []

@@ -179,7 +179,10 @@ def test_what_is_not_known_is_not_judged() -> None:
         run = Run(sources=names)
         for step in range(1, 121):
             run.monitor.add(step, replace(run.observed(), spread=math.nan, sources=sources))
-        assert set(run.monitor.metrics) == known
+        # Each has its place: ranks send each other as many numbers.
+        assert len(run.monitor.metrics) == 5
+        judged = {name for name, value in run.monitor.metrics.items() if not math.isnan(value)}
+        assert judged == known
 
 
 @pytest.mark.parametrize("cut", [20, SAVED + 1, SAVED + 3])

@@ -7,6 +7,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from moepp_megatron.runtime.install import OF_ALL, TRANSFORMER_ENGINE, how_to_install
 
 ROOT = Path(__file__).parents[3]
@@ -16,6 +18,15 @@ PACKAGE = ROOT / "moepp_megatron"
 def test_the_command_is_for_the_python_that_runs() -> None:
     command = shlex.split(how_to_install("transformers>=5", "wandb"))
     assert command == [sys.executable, "-m", "pip", "install", "transformers>=5", "wandb"]
+
+
+def test_an_extra_of_a_clone_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry might have another package of this name."""
+    assert "moepp_megatron[all]" in how_to_install("moepp_megatron[all]")
+    monkeypatch.setattr(sys, "path", [])
+    assert shlex.split(how_to_install("moepp_megatron[all]", "wandb"))[-2:] == [
+        f"{ROOT}[all]", "wandb",
+    ]  # fmt: skip
 
 
 def named_in_messages() -> set[str]:

@@ -158,6 +158,8 @@ def test_what_was_watched_is_reported(make_run):
     }
     for text, section in sections.items():
         assert text in watched(load_run(make_run(routing_guard=section)))
+    old = {"rules": [{"name": "dead_expert", "severity": "critical"}]}
+    assert "dead_expert" in watched(load_run(make_run(routing_guard=old)))
     # Of another version, with settings that this one does not know.
     assert watched(load_run(make_run(routing_guard={"enabled": True, "new": 1}))) == ""
 
