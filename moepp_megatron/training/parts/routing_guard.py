@@ -11,9 +11,10 @@ from moepp_megatron.config import Layout
 from moepp_megatron.config.guard_rules import MEASURED, CompleteRule, effective_rules, is_watched
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event, RuleJudge, Values
+from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.training.guard.alerts import alert_of
 from moepp_megatron.training.guard.copies import RouterCopies
-from moepp_megatron.training.guard.readings import counted, from_first_rank
+from moepp_megatron.training.guard.readings import counted
 from moepp_megatron.training.part import Outcome, Part, Rollback, Run, Step, Stop
 from moepp_megatron.training.parts.budget import BudgetControl
 from moepp_megatron.training.parts.router_health import HealthCollector
@@ -34,9 +35,10 @@ class GuardStopError(RuntimeError):
 class RoutingGuard(Part):
     """Judges the rules of `routing_guard` and acts.
 
-    All ranks decide alike in the same step, because they judge rank 0's numbers by a judge that has
-    no other input (`readings`, `observe.guard_judge`). A dry run reads, judges, reports and copies
-    routers, but never changes the model.
+    Sums of router health and gradients may differ between ranks in their last bits, and ranks that
+    decide differently hang. So all judge rank 0's numbers by a judge that has no other input
+    (`observe.guard_judge`). They are sent from CPU to CPU, which waits for no device. A dry run
+    reads, judges, reports and copies routers, but never changes the model.
 
     Args:
         run: The run; its routers are watched.
@@ -50,6 +52,7 @@ class RoutingGuard(Part):
         has_budget = run.config.moe.budget.held_by != "none"
         self._rules = effective_rules(self._settings, has_budget)
         self._metrics = {rule.metric for rule in self._rules}
+        self._agreement = Agreement()
         self._load(run.extra.get("guard") or {})
 
     @classmethod
@@ -221,7 +224,8 @@ class RoutingGuard(Part):
         values["since"] = 0.0 if monitor.event is None else float(monitor.event.since)
         values["shift"] = 0.0 if monitor.event is None else monitor.event.evidence
         values["router_fault"] = monitor.fault
-        return from_first_rank(values)
+        found: Values = self._agreement.from_first(values)
+        return found
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """Actions so far."""

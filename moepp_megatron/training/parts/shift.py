@@ -33,7 +33,7 @@ class Shift(Part):
     Attributes:
         batch_loss: Token mean of the newest batch whose loss is finite, over all ranks, in nats.
         monitor: Judges them. All ranks give it the same bits, but their processors may round
-            otherwise: what ranks do follows from rank 0's (`guard.readings`).
+            otherwise: what ranks do follows from rank 0's (`RoutingGuard`).
     """
 
     def __init__(self, run: Run) -> None:
