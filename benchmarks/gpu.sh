@@ -4,10 +4,10 @@
 #   benchmarks/gpu.sh [--steps NAME,...] [--shapes NAME,...] [--taus TAU,...] [--limit SECONDS]
 #                     [--work DIR] [--out DIR] [--again] [--rehearse]
 #
-# kernels  tests/gpu of kernels and layer: the first thing to fail
+# card     the card's own matrix products and copy, without which there is no record
+# kernels  tests/gpu of kernels and layer
 # train    20 steps of the 0.6B model on Python's own sources: loss, time, memory; with Transformer
 #          Engine, where it is, and without
-# card     the card's own matrix products and copy
 # layer    the MoE++ layer against megatron-core's vanilla one: four shapes, five taus, bf16 and FP8;
 #          without the kernels of moe.fused; with CUTLASS's grouped product; with 2, 30 and 62
 #          constant experts; --shapes and --taus choose others
@@ -35,7 +35,7 @@ set -euo pipefail
 command="benchmarks/gpu.sh $*"
 root=$(cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
 
-steps=kernels,train,card,layer,fp8,tests,step,resume,graphs,trace,counters,pair
+steps=card,kernels,train,layer,fp8,tests,step,resume,graphs,trace,counters,pair
 known=${steps//,/|}
 formats='bf16|fp8_(delayed|tensorwise|blockwise)'
 known_one="layer_($formats|bf16_(no_kernels|cutlass|constants_(2|30|62)))|step_($formats)"
@@ -213,15 +213,15 @@ run_tests() {
         ${tests[@]+"${tests[@]}"} --junitxml="$work/$name.xml"
 }
 
+if has card || [[ ! -e $work/card.json ]]; then
+    bench card card ${card[@]+"${card[@]}"}
+fi
 if has kernels; then
     run_tests kernels "${first[@]}"
 fi
 if has train; then
     corpus
     train_both_ways first
-fi
-if has card || [[ ! -e $work/card.json ]]; then
-    bench card card ${card[@]+"${card[@]}"}
 fi
 for precision in "${precisions[@]}"; do
     fp8=()

@@ -41,6 +41,8 @@ def finetune(export: Path, text: str, out: Path, steps: int, batch: int = 2) -> 
     rows = rows_of(text, tokenizer, length)
     # Attention is of linear modules; FFN experts, routers and constant experts are parameters.
     weights = ["ffn.gate_up_proj", "ffn.down_proj", "wg.weight", "gate_map.weight"]
+    # Of two-layer gates.
+    weights += ["wg.0.weight", "wg.2.weight"]
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", target_parameters=weights)
     model = get_peft_model(base, lora)
     model.print_trainable_parameters()

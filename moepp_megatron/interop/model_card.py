@@ -19,7 +19,7 @@ TRAINING_CONFIG_FILE = "training_config.yaml"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 # What loads each layout, and with which argument.
-_OWN_FILES = ("transformers >= 5 and the Python files of this folder", ", trust_remote_code=True")
+_OWN_FILES = ("transformers >= 5.8 and the Python files of this folder", ", trust_remote_code=True")
 _READERS = {
     "moepp": _OWN_FILES,
     "released": _OWN_FILES,

@@ -264,7 +264,7 @@ def old_transformers(folder: Path) -> str:
     for module in (name, name.replace("modeling", "configuration")):
         sys.modules.pop(module, None)
     version = transformers.__version__
-    transformers.__version__ = "4.57.1"
+    transformers.__version__ = "5.7.1"
     try:
         importlib.import_module(name)
     except ImportError as error:
@@ -276,5 +276,5 @@ def old_transformers(folder: Path) -> str:
 
 def test_older_transformers_is_reported(plain: RunPlain, tmp_path: Path) -> None:
     message = plain(old_transformers, tmp_path)
-    assert "transformers (4.57.1) must be at least 5" in message
-    assert "needs transformers >= 5" in message
+    assert "transformers (5.7.1) must be at least 5.8" in message
+    assert "needs transformers >= 5.8" in message

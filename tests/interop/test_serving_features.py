@@ -187,6 +187,32 @@ def test_tensor_parallel_ranks_compute_the_same(
         assert absent == []
 
 
+def spread(folder: Path) -> tuple[Any, int]:
+    """Logits of a model with layers in memory and on disk, and how many layers gave their own."""
+    import torch
+
+    from moepp_megatron.interop.hf_files.modeling_moepp import MoEPPForCausalLM
+
+    others = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    places = {f"model.layers.{index}": ("cpu", "disk")[index % 2] for index in range(4)}
+    model = MoEPPForCausalLM.from_pretrained(
+        folder,
+        device_map=places | dict.fromkeys(others, "cpu"),
+        offload_folder=folder / "offloaded",
+    ).eval()
+    with torch.no_grad():
+        output = model(**batch(), output_router_logits=True)
+    return output.logits.numpy(), len(output.router_logits)
+
+
+def test_layers_on_several_devices_compute_the_same(plain: RunPlain, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    expected = plain(saved, tmp_path / "hf", {})
+    logits, layers = plain(spread, tmp_path / "hf")
+    np.testing.assert_array_equal(logits, expected)
+    assert layers == 3
+
+
 def pipeline_plans() -> list[Any]:
     """Names in the plan that are modules, with and without gating residuals."""
     models = [random_model(gating_residual=flag).model for flag in (True, False)]

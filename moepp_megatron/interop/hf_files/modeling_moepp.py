@@ -399,6 +399,8 @@ class MoEPPDecoderLayer(LlamaDecoderLayer):
 class _MoEPPMixin:
     config_class: type[MoEPPConfig] = MoEPPConfig
     _no_split_modules = ["MoEPPDecoderLayer"]
+    # Over several devices, accelerate gives each layer a copy of what is not named here.
+    _skip_keys_device_placement = [*(LlamaModel._skip_keys_device_placement or []), "router_lane"]
     # Steps of a bias are far smaller than what bf16 resolves.
     _keep_in_fp32_modules_strict = {"e_score_correction_bias"}
     _can_record_outputs = {

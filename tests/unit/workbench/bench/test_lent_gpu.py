@@ -49,10 +49,11 @@ def rehearse(folder: Path, call: int, timeout: float) -> dict:
 
 
 def test_a_call_leaves_its_record(tmp_path: Path) -> None:
-    found = rehearse(tmp_path, 3, 220)
+    found = rehearse(tmp_path, 1, 270)
     assert [(step["name"], step["exit_status"]) for step in found["steps"]] == [
+        # First: without it there is no record, and tests may take until the limit.
         ("card", 0),
-        ("fp8", 0),
+        ("kernels", 0),
     ]
     assert found["commits"] == ["abc"]
 

@@ -132,8 +132,8 @@ def test_a_cpu_is_no_card(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--steps", "cards"], 2, "--steps (cards) must be of kernels, train, card, layer,"),
-        (["--steps", "layer_bf17"], 2, "--steps (layer_bf17) must be of kernels, train,"),
+        (["--steps", "cards"], 2, "--steps (cards) must be of card, kernels, train, layer,"),
+        (["--steps", "layer_bf17"], 2, "--steps (layer_bf17) must be of card, kernels,"),
         (["--cpu"], 2, "argument (--cpu) must be --steps, --shapes, --taus, --limit, --work,"),
         (
             ["--limit", "4m"],
