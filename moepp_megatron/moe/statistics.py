@@ -43,7 +43,7 @@ class RoutingStatistics:
         losses: By name (`BALANCE`, `Z_LOSS`), the sum of what `add_loss` got, and of its weights.
         margins: [bins] int64 margins of FFN experts (`moe.margins`); None where none are counted.
         watches_margins: Whether they are to be counted.
-        logit_squares: Sum of the squares of all logits, where `watches_logits`.
+        logit_norms: Norm of each micro-batch's logits, where `watches_logits`.
         a2a_bytes: Bytes of hidden vectors that the dispatcher sent to other ranks, forward pass,
             dispatch and combine; a scalar on the device where only the device knows.
     """
@@ -59,7 +59,7 @@ class RoutingStatistics:
         self.selected: Tensor | None = None
         self.tagged: TagCounts | None = None
         self.margins: Tensor | None = None
-        self.logit_squares: int | Tensor = 0
+        self.logit_norms: list[Tensor] = []
         self.dropped: Tensor | None = None
         self.losses: dict[str, tuple[Tensor, int | Tensor]] = {}
         self.num_tokens: int | Tensor = 0
@@ -134,7 +134,9 @@ class RoutingStatistics:
     @torch.no_grad()
     def add_logits(self, logits: Tensor) -> None:
         """Measure one micro-batch's logits, of any shape; those of padding are 0."""
-        self.logit_squares = self.logit_squares + logits.square().sum(dtype=torch.float64)
+        # One kernel, where the sum of their squares would be three.
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        self.logit_norms.append(torch.linalg.vector_norm(logits, dtype=dtype))
 
     @torch.no_grad()
     def as_vector(self) -> Tensor:

@@ -141,8 +141,8 @@ class RoutingCounts(Part):
         counted, experts = self._statistics[number], self._num_experts
         if counted.selected is not None:
             row[:experts] = counted.selected
-        if counted.watches_logits:
-            row[experts] = counted.logit_squares
+        if counted.logit_norms:
+            row[experts] = torch.stack(counted.logit_norms).double().square().sum()
         if counted.margins is not None:
             row[experts + 1 :] = counted.margins
 
