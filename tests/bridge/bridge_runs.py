@@ -115,7 +115,9 @@ def _sum(losses: list[Any]) -> Any:
 
 
 def through_bridge(source: Path, target: Path, layout: dict[str, Any], ids: Any) -> Any:
-    """Read a folder into a model of this layout, and write it back; logits where there is a whole.
+    """Read a folder into a model of this layout, and write it back.
+
+    Logits where there is a whole, else this rank's embeddings.
 
     Every rank must call.
     """
@@ -133,7 +135,8 @@ def through_bridge(source: Path, target: Path, layout: dict[str, Any], ids: Any)
     (model,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
     bridge.save_hf_pretrained([model], target, show_progress=False)
     if layout:
-        return None
+        named = model.named_parameters()
+        return [v.detach().numpy() for n, v in named if n.endswith("word_embeddings.weight")]
     with torch.no_grad():
         positions = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
         return model.eval()(torch.from_numpy(ids), positions, None).float().numpy()

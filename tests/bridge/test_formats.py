@@ -37,6 +37,8 @@ OWN: dict[str, Any] = {
         "layer_freq": [0, 1],
     },
 }
+# A rank's part of the padded vocabulary is as long as the vocabulary.
+PADDED = TP2 | {"should_pad_vocab": True, "make_vocab_size_divisible_by": 64}
 FORMATS = {
     "released": RELEASED,
     "moepp": OWN,
@@ -49,12 +51,15 @@ def test_comes_back_bitwise(ranks: RankPools, tmp_path: Path, layout: str) -> No
     (ours,) = ranks(1).run(save_and_compute, settings(**FORMATS[layout]), tmp_path / "run")
     source = tmp_path / "hf"
     mcore_to_hf(tmp_path / "run", source, layout)
-    for number, sizes in enumerate([{}, EP2, TP2, PP2]):
+    for number, sizes in enumerate([{}, EP2, TP2, PADDED, PP2]):
         target = tmp_path / str(number)
         ids = TOKENS if not sizes else None
-        logits = ranks(2 if sizes else 1).run(through_bridge, source, target, sizes, ids)
+        computed = ranks(2 if sizes else 1).run(through_bridge, source, target, sizes, ids)
         if not sizes:
-            np.testing.assert_allclose(logits[0], ours, rtol=0, atol=LOGITS)
+            np.testing.assert_allclose(computed[0], ours, rtol=0, atol=LOGITS)
+        if sizes == PADDED:
+            (padding,) = computed[1]
+            assert not padding.any()
         one, other = load_tensors(source), load_tensors(target)
         assert one.keys() == other.keys()
         assert [name for name in one if not one[name].equal(other[name])] == []

@@ -118,6 +118,9 @@ class RuleMapping(MegatronParamMapping):
 
     def _axis(self, local: Iterable[int]) -> int | None:
         """The axis that tensor-parallel ranks split; None for none."""
+        if self.megatron_param in _VOCABULARY:
+            # A part of a padded one may be as long as the whole.
+            return 0
         split = [
             i for i, (part, all_) in enumerate(zip(local, self._shape, strict=True)) if part != all_
         ]
