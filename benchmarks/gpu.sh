@@ -25,7 +25,7 @@
 # `moepp bench report` makes a page of. What each part leaves stays in WORK (default runs/gpu_sh),
 # Triton's cache too. A part ends after ten minutes at most, and all of them, with what they left
 # written to the record, within --limit; one that has passed with this commit (MOEPP_COMMIT, where
-# there is no git) is not run again, so the same command goes on after a break (--again runs it
+# there is no git) is not run again, so the same command continues after a break (--again runs it
 # anyway). All parts run even after one fails; the exit status is 0 if all passed, but for those that
 # this machine cannot do (a second GPU, or FP8 without Transformer Engine: launch/env.sh --te).
 # Nothing is downloaded, given an environment (docs/gpu.md).
@@ -99,7 +99,7 @@ interrupted() {
     for part in $(jobs -pr); do
         kill "$part" 2>/dev/null && wait "$part"
     done || true
-    die 'interrupted; the same command goes on' 130
+    die 'interrupted; the same command continues' 130
 }
 trap interrupted INT TERM
 # Whether a part has passed with this commit. Changes that are not committed have no name to go by.

@@ -73,7 +73,7 @@ def test_stopped_rank_is_named_and_the_run_ends(tmp_path: Path, data: Path) -> N
 
 
 def test_slow_phases_are_no_hangs(tmp_path: Path, data: Path) -> None:
-    """With a timeout far below what the first step takes, a healthy run goes on to its end."""
+    """With a timeout far below what the first step takes, a healthy run reaches its end."""
     path = start(tmp_path, data, hang_slow_phase_timeout_s=300.0)
     config = yaml.safe_load(path.read_text())
     config["training"].update(train_iters=30, eval_iters=2, eval_interval=10)

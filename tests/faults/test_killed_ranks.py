@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(folder: Path, data: Path, num_ranks: int, steps: int) -> dict[int, float]:
     run = folder / "undisturbed"
     config = folder / "undisturbed.yaml"
-    # Nothing goes on from it, so it saves nothing.
+    # Nothing continues from it, so it saves nothing.
     sizes = short_steps(num_ranks)
     write_config(config, data, run, num_ranks, save_interval=0, train_iters=steps, **sizes)
     with training(config, num_ranks) as process:
@@ -93,7 +93,7 @@ def test_twenty_kills(tmp_path, data, num_ranks, record_property):
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_stop_on_request_and_go_on_as_printed(tmp_path: Path, data: Path) -> None:
-    """Each request saves, loses nothing and prints the command by which the one run goes on."""
+    """Each request saves, loses nothing and prints the command that resumes the one run."""
     run = tmp_path / "run of mine"
     config = write_config(tmp_path / "run.yaml", data, run, 2, train_iters=20000, **short_steps(2))
     with training(config, 2) as process:

@@ -40,8 +40,8 @@ def main() -> None:
         (done,) = request.outputs
         # The first token of a prompt has no logprob.
         asked = zip(request.prompt_token_ids[1:], request.prompt_logprobs[1:], strict=True)
-        told = zip(done.token_ids, done.logprobs, strict=True)
-        logprobs = [chances[token].logprob for token, chances in (*asked, *told)]
+        answered = zip(done.token_ids, done.logprobs, strict=True)
+        logprobs = [chances[token].logprob for token, chances in (*asked, *answered)]
         answers.append({"tokens": list(done.token_ids), "logprobs": logprobs})
     Path(out).write_text(json.dumps(answers))
 

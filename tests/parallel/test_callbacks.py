@@ -142,7 +142,7 @@ def test_one_rank_may_ask_to_stop(ranks: RankPools, config: Path, tmp_path: Path
 
 
 def test_a_callback_that_raises(config: Path, plugins: Path, tmp_path: Path) -> None:
-    """On one rank, while the other goes on to the next step and waits there."""
+    """On one rank, while the other moves on to the next step and waits there."""
     names = "run.callbacks=[also_failing, failing]"
     failed = moepp("train", config, names, "--nproc", 2)
     assert failed.returncode == 1

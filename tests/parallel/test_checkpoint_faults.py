@@ -1,4 +1,4 @@
-"""Disks that fail during a save: all ranks notice, no half checkpoint counts, training goes on."""
+"""Disks that fail during a save: all ranks notice, none counts, training continues."""
 
 import contextlib
 import errno

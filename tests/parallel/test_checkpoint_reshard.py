@@ -1,4 +1,4 @@
-"""A checkpoint of any layout goes on in any other as if nothing had happened."""
+"""A checkpoint of any layout resumes in any other as if nothing had happened."""
 
 from functools import cache
 from pathlib import Path

@@ -78,7 +78,7 @@ def test_refused_batches_leave_no_trace(ranks: RankPools, tmp_path: Path, layout
 
     Checkpoints are of every second step. Batches 3 (a spike) and 10 (NaN) are skipped. The model is
     damaged before batch 6, which undoes batch 5, and before 12, right behind a checkpoint. Batches
-    16 to 18 have infinite gradients: the model is sound, so the run ends, and resumed goes on.
+    16 to 18 have infinite gradients: the model is sound; the run ends, and a resume continues it.
     """
     world_size, sections = LAYOUTS[layout]
     sections = {**sections, **NOISY, "training": {"train_iters": 8}}

@@ -104,7 +104,7 @@ class Cluster:
         self._kill([self._daemons.pop(node).pid, *self._on_node(node)])
 
     def kill_steps(self, node: str) -> None:
-        """Everything that runs on a node dies; its daemon goes on and tells nobody."""
+        """Everything that runs on a node dies; its daemon keeps running and reports nothing."""
         self._kill(self._on_node(node))
 
     def _on_node(self, node: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""A job that loses a node and is preempted; a job that goes on with fewer nodes."""
+"""A job that loses a node and is preempted; a job that continues with fewer nodes."""
 
 import pytest
 

@@ -45,7 +45,7 @@ def rule_mappings(rules: Iterable[TensorRule]) -> Iterator[RuleMapping]:
 
 
 class RuleMapping(MegatronParamMapping):
-    """The parameter `name`, made by the rules of one key; of `expert` alone where one is given.
+    """The parameter `name`, made by the rules of one key; only of `expert` where one is given.
 
     Tensor-parallel ranks hold parts along the axis in which the parameter is smaller than its rule
     says.

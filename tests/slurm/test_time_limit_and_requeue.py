@@ -22,7 +22,7 @@ def test_cancelled_job_stays_cancelled(jobs: Jobs) -> None:
 
 @pytest.mark.slow
 def test_time_limit(jobs: Jobs) -> None:
-    """Slurm asks before the limit; the job goes on, as often as it may, and then gives up."""
+    """Slurm asks before the limit; the job is requeued as often as it may be, then it fails."""
     job = jobs.submit(
         training={"train_iters": 100000},
         # Slurm looks every half minute and may be early by as much.
