@@ -173,7 +173,7 @@ def test_an_interrupt_ends_the_part_and_the_script(tmp_path: Path) -> None:
     part = int(script.stderr.readline())
     os.killpg(script.pid, signal.SIGINT)
     assert script.wait(20) == 130
-    assert script.stderr.read() == "error: interrupted; the same command goes on\n"
+    assert script.stderr.read() == "error: interrupted; the same command continues\n"
     assert not psutil.pid_exists(part)
     assert not (tmp_path / "steps.tsv").exists()
 
@@ -189,7 +189,7 @@ def test_an_interrupt_right_after_the_start_of_a_part_ends_it(tmp_path: Path) ->
     script = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     # Until everything that writes there has ended, the part too.
     _, errors = script.communicate(timeout=20)
-    assert errors == "error: interrupted; the same command goes on\n"
+    assert errors == "error: interrupted; the same command continues\n"
     assert script.returncode == 130
 
 
