@@ -167,7 +167,9 @@ def _named(folder: Path, prefix: str, steps: list[dict[str, Any]]) -> dict[str, 
 
 def _runs(folder: Path) -> list[Path]:
     """Runs that have written a step; those that were moved aside have a date in their name."""
-    runs = (path.parent for path in folder.glob("run_*/metrics.jsonl") if path.stat().st_size)
+    # A run that was stopped may have half a line.
+    metrics = (path for path in folder.glob("run_*/metrics.jsonl") if b"\n" in path.read_bytes())
+    runs = (path.parent for path in metrics)
     return sorted(path for path in runs if re.fullmatch(r"run_[a-z_]+", path.name))
 
 
@@ -175,7 +177,7 @@ def _run(folder: Path) -> dict[str, Any]:
     """The last step of a run: loss, time, memory with the planner's estimate of it, and modules."""
     log = folder.with_suffix(".log")
     printed = log.read_text().splitlines() if log.exists() else ()
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((folder / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()[-1])
     return {
         "step": last["step"],
         "loss": last["loss"],
@@ -205,7 +207,11 @@ def _estimated_bytes(path: Path) -> float:
 def _tests(path: Path) -> dict[str, int]:
     """How many tests passed, which failed, and how many were skipped for which reason."""
     counts = Counter(passed=0)
-    for case in ElementTree.parse(path).iter("testcase"):
+    try:
+        tests = ElementTree.parse(path)
+    except ElementTree.ParseError as error:
+        return {f"unreadable: {error}": 1}
+    for case in tests.iter("testcase"):
         reason = case.find("skipped")
         if reason is not None:
             counts[f"skipped: {reason.get('message', '')}"] += 1

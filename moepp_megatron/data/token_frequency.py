@@ -43,11 +43,6 @@ def token_counts(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
     return counts
 
 
-def frequency_classes(counts: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
-    """Sort token ids into `num_classes` classes that hold about as many tokens each; see below."""
-    return frequency_bands(counts, [index / num_classes for index in range(1, num_classes)])
-
-
 def frequency_bands(counts: NDArray[np.int64], edges: Sequence[float]) -> NDArray[np.int64]:
     """Sort token ids into classes that hold given shares of the tokens.
 

@@ -221,6 +221,13 @@ def test_files_stay_with_their_batches(ranks: RankPools, tmp_path: Path) -> None
     assert [r.loss for r in replayed] == [r.loss for r in run]
     assert [r.layer_expert_share for r in replayed] == [r.layer_expert_share for r in run]
 
+    of_step(tmp_path / "routes", batches, BATCH).unlink()
+    with pytest.raises(
+        Exception, match=r"no file from_sample_\d+.npz for the next batch; step 4 is"
+    ):
+        train_in("ended", replay="routes")
+    assert (tmp_path / "ended/checkpoints/step_00000004").is_dir()
+
     copy_as_of(4, tmp_path / "run", tmp_path / "again")
     train_in("again", trace="trace")
     assert trace.read_bytes().splitlines()[: len(lines) * 4 // 5] == lines[: len(lines) * 4 // 5]

@@ -22,8 +22,9 @@ from moepp_megatron.config import ConfigError, Layout
 from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.moe.replay import Routes, checked_routes, drive_routers
 from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.runtime.atomic import whole_file
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Outcome, Part, Run, Step, Stop
 from moepp_megatron.training.run_folder.writable import check_kind
 from moepp_megatron.training.step import Batch
 
@@ -48,6 +49,7 @@ class RouteFiles(Part):
         # Files are of batches: a refused one, or those before a rollback, are no step's.
         self._first_sample = run.progress.consumed_samples
         self._num_tokens = 0
+        self._agreement = Agreement()
         self._writes = False
         # [tokens, MoE layers, K] of the step; [T] places of the tokens that pass next.
         self._given: Tensor | None = None
@@ -152,6 +154,17 @@ class RouteFiles(Part):
             replay.clear_indices()
             replay.clear_router_replay_action()
         return ()
+
+    def judge(self, step: Step) -> Iterator[Outcome]:
+        """Save and end the run where the next batch has no routes."""
+        folder, last = self._settings.replay, self._config.training.train_iters
+        if folder is None or step.number == last:
+            return
+        file = self._file(folder)
+        # Folders that ranks see at different times must not make them decide differently.
+        if not self._agreement.all(file.is_file()):
+            missing = f"routes.replay has no file {file.name} for the next batch"
+            yield Stop(lambda saved: ConfigError(f"{missing}; {saved}"))
 
     def _append(self, path: Path, step: int) -> None:
         """A line a layer and micro-batch, as of Megatron-LM's `router_trace.RouterTracer`."""

@@ -92,6 +92,18 @@ def test_one_file_of_all_results(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
+def test_steps_that_were_cut_short_leave_the_others(folder: Path) -> None:
+    with (folder / "run_first/metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    (folder / "run_second").mkdir()
+    (folder / "run_second/metrics.jsonl").write_text('{"step": 1, "lo')
+    (folder / "tests.xml").write_text(TESTS[:100])
+    found = record.assemble(folder, "a command")
+    assert {name: run["step"] for name, run in found["runs"].items()} == {"first": 2}
+    (reason,) = found["tests"]["tests"]
+    assert reason.startswith("unreadable: ")
+
+
 def test_records_of_two_machines_make_one(folder: Path) -> None:
     """Of a machine that was lent twice, each time for other parts."""
     first = record.write_record(folder, folder / "first", "one")
