@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from moepp_megatron.config import ConfigError, UnfitError
     from moepp_megatron.data.prepare import PrepareSettings, prepare
     from moepp_megatron.interop.convert import convert
+    from moepp_megatron.interop.generate import generate
     from moepp_megatron.interop.score import score
     from moepp_megatron.moe.config import MoEPPConfig
     from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec
-    from moepp_megatron.training.generate import generate
     from moepp_megatron.training.parts.callbacks import Callback
     from moepp_megatron.training.run import train
     from moepp_megatron.workbench.planning.plan import plan
@@ -53,7 +53,7 @@ _HOMES = {
     "PrepareSettings": "data.prepare.PrepareSettings",
     "UnfitError": "config.UnfitError",
     "convert": "interop.convert.convert",
-    "generate": "training.generate.generate",
+    "generate": "interop.generate.generate",
     "get_moepp_block_spec": "moe.spec.get_moepp_block_spec",
     "get_moepp_layer_spec": "moe.spec.get_moepp_layer_spec",
     "plan": "workbench.planning.plan.plan",

@@ -75,9 +75,9 @@ def generate(
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
+    from moepp_megatron.interop.generate import run
+    from moepp_megatron.interop.generate_request import GenerateRequest, Sampling
     from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.training.generate import run
-    from moepp_megatron.training.generate_request import GenerateRequest, Sampling
 
     rank = RankEnvironment.read()
     world_size = rank.world_size if rank.is_launched else nproc
@@ -87,7 +87,7 @@ def generate(
     )
     if not rank.is_launched and nproc > 1:
         # The folder that was found, so that ranks need not look for it again.
-        arguments = ["generate", str(request.checkpoint)]
+        arguments = ["generate", str(request.scoring.checkpoint)]
         arguments += [f"--prompt={text}" for text in prompt]
         arguments += [f"--max-new-tokens={request.max_new_tokens}", f"--temperature={temperature}"]
         arguments += [f"--top-p={top_p}", f"--seed={seed}", *(overrides or [])]
@@ -95,7 +95,7 @@ def generate(
         start_ranks(nproc, arguments)
         return
     if rank.rank == 0:
-        for notice in request.notices:
+        for notice in request.scoring.notices:
             echo(f"note: {notice}", err=True)
     texts = run(request)
     if rank.rank == 0:

@@ -5,11 +5,14 @@ checkpoint_reader.py    reads tensors of our checkpoints one at a time
 checkpoint_writer.py    writes a checkpoint of ours one tensor at a time
 convert.py              every conversion by the name that `moepp convert` gives it
 from_megatron_lm.py     converts a checkpoint of Megatron-LM's own training loop to ours
+generate.py             `moepp generate` as a function
+generate_request.py     what `moepp generate` is asked to do
 hf_companions.py        the files beside an exported model's weights
 hf_config.py            converts between our configuration and a Hugging Face `config.json`
 hf_latent.py            DeepSeek-V3's configuration
 hf_source.py            a Hugging Face checkpoint folder: its configuration, and its tensors by name
 latent_rules.py         tensors of multi-head latent attention by DeepSeek-V3's names
+decoding.py             continues prompts by scoring
 expressible.py          what a format cannot express, as rows of settings
 longcat.py              models with latent attention as LongCat-Flash models
 longcat_rules.py        LongCat-Flash's tensors: what each is made of
@@ -33,7 +36,7 @@ upcycle_router.py       the new parameters of an upcycled model
 upcycle_sources.py      the kinds of models that can be upcycled, with the names of their tensors
 zeda.py                 ZEDA's formats both ways: Qwen3-MoE and GLM-4.7-Flash with zero experts
 
-All conversions stream: no function builds a model or holds more than a few tensors, except
-`score`, which runs a model. `megatron_lm` and `megatron_arguments` put MoE++ into Megatron-LM's own
-training loop.
+All conversions stream: no function builds a model or holds more than a few tensors, except `score`
+and `generate`, which run a model. `megatron_lm` and `megatron_arguments` put MoE++ into
+Megatron-LM's own training loop.
 """

@@ -11,7 +11,7 @@ import numpy as np
 
 from moepp_megatron.config import Config, ConfigError, Layout, load_config, with_overrides
 from moepp_megatron.config.load import parse_override
-from moepp_megatron.interop.score_text import TextWindows
+from moepp_megatron.interop.score_text import TextWindows, checkpoint_tokenizer
 from moepp_megatron.training.inference_settings import FORWARD_ONLY, inference_override
 
 
@@ -60,7 +60,6 @@ class ScoreRequest:
             raise ConfigError(f"--out ({out}) must be a file to write, and is a folder; name one")
         from moepp_megatron.file_names import CONFIG_FILE
         from moepp_megatron.training.checkpoint import find_checkpoint
-        from moepp_megatron.training.generate_request import checkpoint_tokenizer
 
         folder = find_checkpoint(checkpoint)
         trained = load_config(folder / CONFIG_FILE)
@@ -158,7 +157,7 @@ def _scoring_config(
 ) -> Config:
     """The checkpoint's configuration in the wanted layout; the batch holds all sequences."""
     sequences, length = input_ids.shape
-    padded = _round_up(length, _pieces(overrides))
+    padded = divisible(length, overrides)
     shape = [f"model.seq_length={padded}", "training.global_batch_size=1"]
     config = with_overrides(trained, [*FORWARD_ONLY, *overrides, *shape])
     parallel = config.parallel
@@ -170,8 +169,8 @@ def _scoring_config(
     return with_overrides(config, [f"training.global_batch_size={per_rank * data_parallel}"])
 
 
-def _pieces(overrides: Sequence[str]) -> int:
-    """Equal pieces that a sequence is cut into by the layout of `overrides`."""
+def divisible(length: int, overrides: Sequence[str]) -> int:
+    """At least `length` tokens, which the layout of `overrides` cuts into equal pieces."""
     degrees = {"tensor_model_parallel_size": 1, "context_parallel_size": 1}
     for override in overrides:
         _, key, value = parse_override(override)
@@ -179,7 +178,7 @@ def _pieces(overrides: Sequence[str]) -> int:
         if key in degrees and isinstance(value, int) and value > 0:
             degrees[key] = value
     tensor, context = degrees.values()
-    return tensor * (2 * context if context > 1 else 1)
+    return _round_up(length, tensor * (2 * context if context > 1 else 1))
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -199,6 +198,6 @@ def _notices(trained: Config, input_ids: np.ndarray, config: Config) -> Iterator
             f"({trained.model.seq_length})"
         )
     if trained.moe.capacity_factor is not None:
-        yield "moe.capacity_factor is ignored: no selection is dropped when scoring"
+        yield "moe.capacity_factor is ignored: no selection is dropped"
     if trained.precision.fp8 is not None:
-        yield f"precision.fp8 is ignored: the model scores in {trained.precision.dtype}"
+        yield f"precision.fp8 is ignored: the model computes in {trained.precision.dtype}"

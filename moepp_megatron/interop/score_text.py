@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moepp_megatron.config import ConfigError
+from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.file_names import TOKENIZER_FILE
 
 
 def text_of(path: Path, limit: int | None = None) -> tuple[str, bool]:
@@ -33,6 +34,31 @@ def text_of(path: Path, limit: int | None = None) -> tuple[str, bool]:
     if not text:
         raise ConfigError(f"--text ({path}) must hold some text, and is empty; name another file")
     return text[:limit], limit is not None and len(text) > limit
+
+
+def checkpoint_tokenizer(folder: Path, config: Config) -> Tokenizer:
+    """The tokenizer that a checkpoint keeps.
+
+    Args:
+        folder: The checkpoint's folder.
+        config: Its configuration.
+
+    Raises:
+        ConfigError: It has none, or one with more tokens than the model.
+    """
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise ConfigError(
+            f"checkpoint ({folder}) must hold {TOKENIZER_FILE} to turn text into tokens, and the "
+            "model it was converted from had none; copy the model's tokenizer.json there"
+        )
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"{folder / TOKENIZER_FILE} ({tokenizer.vocab_size} tokens) must not have more than "
+            f"model.vocab_size ({config.model.vocab_size}) of the checkpoint; put the tokenizer "
+            "there that the model was trained with"
+        )
+    return tokenizer
 
 
 @dataclass(frozen=True)

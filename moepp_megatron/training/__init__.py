@@ -3,9 +3,6 @@
 alerts.py              the alerts of a run; those about refused batches, stages, failed saves
 batches.py             micro-batches on this rank's device, for training and validation
 collect.py             sums over all ranks
-decoding.py            continues prompts with a cache of keys and values
-generate.py            `moepp generate` as a function
-generate_request.py    what `moepp generate` is asked to do
 rollback.py            loads an earlier checkpoint of the run in the middle of training
 gradient_norm.py       the gradient norm on the device
 inference_settings.py  turns a training configuration into one for forward passes only

@@ -33,7 +33,7 @@ FORWARD_ONLY = (
     "moe.dispatcher=alltoall",
     "moe.flex_backend=auto",
     "moe.flex_num_sms=null",
-    # FP8 GEMMs take tokens by sixteens: decoding has one a sequence, scoring any number.
+    # FP8 GEMMs take tokens by sixteens, and there may be any number.
     "precision.fp8=null",
     "precision.fp8_recipe=null",
     "precision.fp8_param=false",

@@ -16,7 +16,11 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from moepp_megatron.config import Layout
 from moepp_megatron.model.stage import PipelineStage
+
+# Rows are as long as the next of its doublings, so that few lengths occur.
+_SHORTEST = 32
 
 Batch = dict[str, Tensor]
 # Sequence, positions [s'], and by name the values [s', ...] of a rank's tokens.
@@ -33,6 +37,7 @@ class Sequences:
         labels: [b, s] int64 the token to score after each position; by default the next one.
         micro_batch_size: Sequences of a forward pass.
         logits: Whether logits are wanted.
+        only: [b] the only position of each that is wanted; None for all.
     """
 
     input_ids: np.ndarray
@@ -40,6 +45,7 @@ class Sequences:
     labels: np.ndarray | None = None
     micro_batch_size: int = 1
     logits: bool = False
+    only: np.ndarray | None = None
 
     @property
     def num_microbatches(self) -> int:
@@ -63,12 +69,12 @@ def score_sequences(
     Returns:
         On rank 0, None elsewhere: `token_logprobs` [b, s] float64, the log-probability of each
         label given the tokens up to its position; `is_likeliest` [b, s], 1 where no token is
-        likelier; where wanted `logits` [b, s, vocab] fp32.
+        likelier; where wanted `logits` [b, s, vocab] fp32. With `only`, s is 1.
     """
     batches = [_batches(sequences) for _ in stages]
     forward = get_forward_backward_func()
     pieces: list[list[_Piece]] = forward(
-        forward_step_func=partial(_forward_step, sequences.logits),
+        forward_step_func=partial(_forward_step, sequences),
         data_iterator=batches if len(batches) > 1 else batches[0],
         model=stages,
         num_microbatches=sequences.num_microbatches,
@@ -111,33 +117,38 @@ def _batches(sequences: Sequences) -> Iterator[Batch]:
 
 
 def _forward_step(
-    with_logits: bool, iterator: Iterator[Batch], model: torch.nn.Module
+    sequences: Sequences, iterator: Iterator[Batch], model: torch.nn.Module
 ) -> tuple[Tensor, Any]:
     batch = next(iterator)
     output = model(batch["tokens"], batch["position_ids"], None)
-    return output, partial(_pieces, batch, with_logits)
+    return output, partial(_pieces, batch, sequences)
 
 
 def _pieces(
-    batch: Batch, with_logits: bool, output: Tensor, non_loss_data: bool = True
+    batch: Batch, sequences: Sequences, output: Tensor, non_loss_data: bool = True
 ) -> list[_Piece]:
     """The results of the last stage for one micro-batch."""
     # output: [b, s', vocab / tp] logits of this rank's part of the vocabulary.
-    logits = gather_from_tensor_model_parallel_region(output).float()
+    whole = gather_from_tensor_model_parallel_region(output)
     pieces: list[_Piece] = []
     for row, sequence in enumerate(batch["sequences"].tolist()):
         if sequence < 0:
             continue
-        labels = batch["labels"][row].unsqueeze(1)
-        chosen = logits[row].gather(1, labels).squeeze(1)
+        positions, labels, logits = batch["position_ids"][row], batch["labels"][row], whole[row]
+        if sequences.only is not None:
+            wanted = positions == int(sequences.only[sequence])
+            labels, logits = labels[wanted], logits[wanted]
+            positions = torch.zeros_like(labels)
+        logits = logits.float()
+        chosen = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
         values = {
-            "token_logprobs": chosen.double() - torch.logsumexp(logits[row].double(), dim=-1),
-            "is_likeliest": logits[row].amax(dim=-1) == chosen,
+            "token_logprobs": chosen.double() - torch.logsumexp(logits.double(), dim=-1),
+            "is_likeliest": logits.amax(dim=-1) == chosen,
         }
-        if with_logits:
-            values["logits"] = logits[row]
+        if sequences.logits:
+            values["logits"] = logits
         on_host = {name: value.cpu().numpy() for name, value in values.items()}
-        pieces.append((sequence, batch["position_ids"][row].cpu().numpy(), on_host))
+        pieces.append((sequence, positions.cpu().numpy(), on_host))
     return pieces
 
 
@@ -150,6 +161,8 @@ def _assemble(sequences: Sequences, mine: list[_Piece]) -> dict[str, np.ndarray]
     if everyone is None:
         return None
     (count, length), padded = sequences.input_ids.shape, sequences.padded
+    if sequences.only is not None:
+        padded = 1
     scores: dict[str, np.ndarray] = {}
     seen = np.zeros((count, padded), dtype=bool)
     for sequence, positions, values in (piece for pieces in everyone for piece in pieces):
@@ -160,3 +173,11 @@ def _assemble(sequences: Sequences, mine: list[_Piece]) -> dict[str, np.ndarray]
         seen[sequence, positions] = True
     assert seen.all(), "some tokens were scored by no rank"
     return {name: values[:, :length] for name, values in scores.items()}
+
+
+def padded_length(length: int, layout: Layout, most: int) -> int:
+    """The shortest of a few lengths, at most `most`, that the layout divides."""
+    padded = _SHORTEST * layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+    while padded < length:
+        padded *= 2
+    return min(padded, most)

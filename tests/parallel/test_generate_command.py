@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.prepare import PrepareSettings, prepare
-from moepp_megatron.training.generate_request import GenerateRequest, Sampling
+from moepp_megatron.interop.generate_request import GenerateRequest, Sampling
 from tests.commands import moepp
 from tests.interop.checkpoints import score
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
@@ -110,20 +110,8 @@ def test_planted_pickle_is_refused_and_not_executed(checkpoint, tmp_path, comman
         ({"prompts": ["ok", "x\n" * 64]}, r"tokens\) must have between 1 and 63 tokens"),
         ({"prompts": ["\udcff"]}, "must be UTF-8 text"),
         ({"max_new_tokens": 64}, r"--max-new-tokens \(64\) must be at most 6\d: the longest"),
-        ({"overrides": ["parallel.context_parallel_size=2"]}, r"\(2\) must be 1 for moepp gen"),
-        ({"overrides": ["precision.fp8=hybrid"]}, r"precision.fp8 \(hybrid\) must be null for"),
         ({"overrides": ["moe.tau=0.5"]}, r"moe\.tau must be in section parallel or precision"),
         ({"overrides": ["parallel.tensor_model_parallel_size=2"]}, r"world size \(1\) must be"),
-        (
-            {
-                "overrides": [
-                    "parallel.pipeline_model_parallel_size=2",
-                    "parallel.virtual_pipeline_model_parallel_size=2",
-                ],
-                "world_size": 2,
-            },
-            r"virtual_pipeline_model_parallel_size \(2\) must be null for moepp generate",
-        ),
     ],
 )
 def test_wrong_requests_are_refused(checkpoint: Path, arguments: dict[str, object], named: str):
@@ -148,26 +136,21 @@ def greedy(checkpoint: Path, overrides: list[str], tokens: Path) -> list[int]:
     """New tokens of a prompt, by the checkpoint's weights; prompt and they as `score` wants it."""
     import torch.distributed as dist
 
-    from moepp_megatron.model.build import build_model
+    from moepp_megatron.interop.decoding import continue_prompts
+    from moepp_megatron.interop.scoring import scoring_stages
     from moepp_megatron.runtime.distributed import build_groups
-    from moepp_megatron.training.checkpoint import load_weights
-    from moepp_megatron.training.decoding import continue_prompts
 
-    request = GenerateRequest.read(
-        checkpoint, ["Document 7"], overrides, dist.get_world_size(), 12, Sampling(temperature=0.0)
-    )
-    build_groups(request.config, request.layout)
-    models = build_model(request.config)
-    load_weights(request.checkpoint, models)
+    request = GenerateRequest.read(checkpoint, ["Document 7"], overrides, dist.get_world_size(), 12)
+    scoring = request.scoring
+    build_groups(scoring.config, scoring.layout)
     (new,) = continue_prompts(
-        models,
-        request.config,
-        request.layout,
+        scoring_stages(scoring),
+        scoring,
         request.prompts,
         request.max_new_tokens,
-        request.sampling,
+        Sampling(temperature=0.0),
         eod=request.tokenizer.eod,
-        vocab_size=request.config.model.vocab_size,
+        vocab_size=scoring.config.model.vocab_size,
     )
     if dist.get_rank() == 0:
         np.savez(tokens, input_ids=np.array([request.prompts[0] + new]))

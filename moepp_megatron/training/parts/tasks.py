@@ -31,12 +31,10 @@ from moepp_megatron.training.part import Part, Run, Step
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import unchanged
-from moepp_megatron.training.token_scores import Sequences, score_sequences
+from moepp_megatron.training.token_scores import Sequences, padded_length, score_sequences
 
 logger = logging.getLogger(__name__)
 
-# Rows are as long as the next of its doublings, so that few lengths occur.
-_SHORTEST = 32
 # Of each rank at once: what is sent, and the time between two signs of progress, has a bound.
 _MICRO_BATCHES = 64
 
@@ -141,7 +139,8 @@ class TaskEvaluation(Part):
         """Log-probabilities of the tokens after the first of each row, and which are likeliest."""
         by_length: dict[int, list[int]] = defaultdict(list)
         for number, row in enumerate(rows):
-            by_length[self._padded(len(row) - 1)].append(number)
+            padded = padded_length(len(row) - 1, self._layout, self._config.model.seq_length)
+            by_length[padded].append(number)
         answers: list[Any] = [None] * len(rows)
         self._is_scoring = True
         # The longest first: what does not fit into memory shows at once.
@@ -162,14 +161,6 @@ class TaskEvaluation(Part):
                     )
         self._is_scoring = False
         return answers
-
-    def _padded(self, length: int) -> int:
-        """The shortest of a few lengths that the layout divides."""
-        layout = self._layout
-        padded = _SHORTEST * layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
-        while padded < length:
-            padded *= 2
-        return min(padded, self._config.model.seq_length)
 
     def _sequences(self, rows: Sequence[Sequence[int]], padded: int, most: int) -> Sequences:
         input_ids = np.zeros((len(rows), padded), dtype=np.int64)

@@ -14,9 +14,9 @@ from moepp_megatron.data.token_classes import Language, language_of, token_class
 from moepp_megatron.experts import LOCAL_COUNTS, ExpertCounts
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.interop.score_request import ScoreRequest
+from moepp_megatron.interop.score_text import checkpoint_tokenizer
 from moepp_megatron.training.checkpoint import find_checkpoint
 from moepp_megatron.training.checkpoint.progress import read_record
-from moepp_megatron.training.generate_request import checkpoint_tokenizer
 from moepp_megatron.training.inference_settings import inference_override
 from moepp_megatron.workbench.inspection.text import TokenizedText, read_text, tokenize, windows
 

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from moepp_megatron.interop.generate_request import GenerateRequest, Sampling
 from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import prepare_rank
-from moepp_megatron.training.generate_request import GenerateRequest, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -52,17 +52,28 @@ def generate(
     request = GenerateRequest.read(
         Path(checkpoint), texts, overrides, world_size, max_new_tokens, sampling, chat
     )
-    for notice in request.notices:
+    for notice in request.scoring.notices:
         logger.warning("%s", notice)
     return run(request)
 
 
 def run(request: GenerateRequest) -> list[str]:
     """Be this process's rank; prompt and continuation of each, on every rank."""
-    rank = prepare_rank(request.config)
+    scoring, tokenizer = request.scoring, request.tokenizer
+    rank = prepare_rank(scoring.config)
+    from moepp_megatron.interop.decoding import continue_prompts
+    from moepp_megatron.interop.scoring import scoring_stages
     from moepp_megatron.runtime import distributed
-    from moepp_megatron.training.decoding import generate_texts
 
     with distributed.initialized(rank):
-        distributed.build_groups(request.config, request.layout)
-        return generate_texts(request)
+        distributed.build_groups(scoring.config, scoring.layout)
+        new = continue_prompts(
+            scoring_stages(scoring),
+            scoring,
+            request.prompts,
+            request.max_new_tokens,
+            request.sampling,
+            eod=tokenizer.eod,
+            vocab_size=tokenizer.vocab_size,
+        )
+    return [tokenizer.decode(old + more) for old, more in zip(request.prompts, new, strict=True)]
