@@ -67,9 +67,9 @@ def plan(
         ),
     ] = None,
     measured: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            help="Compare the estimates with the measured runs that this file lists.",
+            help="Compare the estimates with the measured runs that these files list.",
             metavar="FILE",
         ),
     ] = None,
@@ -92,11 +92,11 @@ def plan(
     """
     from moepp_megatron.config.choices import parse_numbers
 
-    if measured is not None:
+    if measured:
         ignored = list(_ignored_options(context))
         if ignored:
             raise ConfigError(
-                f"--measured ({measured}) must come without {', '.join(ignored)}: rows say what "
+                f"--measured ({measured[0]}) must come without {', '.join(ignored)}: rows say what "
                 "ran; leave this out"
             )
         _hold_to_runs(measured, json_file, fit)
@@ -140,8 +140,8 @@ def _ignored_options(context: typer.Context) -> Iterator[str]:
             yield parameter.opts[0] if parameter.opts[0].startswith("-") else name.upper()
 
 
-def _hold_to_runs(measured: Path, json_file: Path | None, fit_file: Path | None) -> None:
-    """Print predicted and measured for a file of rows; fit the machine's inputs to them."""
+def _hold_to_runs(measured: list[Path], json_file: Path | None, fit_file: Path | None) -> None:
+    """Print predicted and measured for files of rows; fit the machine's inputs to them."""
     if fit_file is not None and fit_file.exists():
         raise ConfigError(
             f"--fit ({fit_file}) must not exist yet; use another name, or remove the file"
@@ -152,7 +152,7 @@ def _hold_to_runs(measured: Path, json_file: Path | None, fit_file: Path | None)
     from moepp_megatron.workbench.planning.measured.rows import read_runs
     from moepp_megatron.workbench.report import measured as report
 
-    runs = read_runs(measured)
+    runs = [run for file in measured for run in read_runs(file)]
     comparisons = [compare(run) for run in runs]
     report.print_measured(comparisons)
     if json_file is not None:
@@ -161,7 +161,7 @@ def _hold_to_runs(measured: Path, json_file: Path | None, fit_file: Path | None)
     if fit_file is not None:
         fitted = fit(runs)
         report.print_fit(fitted)
-        write_result(fit_file, fitted.yaml(measured.name).encode())
+        write_result(fit_file, fitted.yaml(" and ".join(file.name for file in measured)).encode())
         echo(f"hardware     {fit_file}")
 
 

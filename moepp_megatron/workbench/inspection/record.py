@@ -33,7 +33,7 @@ class _Pass(NamedTuple):
     gates: np.ndarray
 
 
-class _RoutingRecorder:
+class RoutingRecorder:
     """A context that records routers' micro-batches in order, by global MoE layer number."""
 
     def __init__(self, stages: Sequence[torch.nn.Module]) -> None:
@@ -42,7 +42,7 @@ class _RoutingRecorder:
         self._hooks: list[Any] = []
         self.passes: dict[int, list[_Pass]] = {layer.layer_number: [] for layer in self._layers}
 
-    def __enter__(self) -> _RoutingRecorder:
+    def __enter__(self) -> RoutingRecorder:
         """Start recording."""
         for layer in self._layers:
             self._hooks.append(layer.router.register_forward_hook(self._keep(layer)))
@@ -104,7 +104,7 @@ def trace_model(request: InspectRequest) -> Trace | None:
 def _record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:
     """`selected` and `gates` [L, b, s, K], `losses` [b, s] (NaN first) on rank 0, else None."""
     stages = scoring_stages(request)
-    with _RoutingRecorder(stages) as recorder:
+    with RoutingRecorder(stages) as recorder:
         scores = score_stages(request, stages)
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(_placed(request, recorder), everyone)
@@ -120,7 +120,7 @@ def _record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:
 _Piece = tuple[int, np.ndarray, _Pass]
 
 
-def _placed(request: ScoreRequest, recorder: _RoutingRecorder) -> list[_Piece]:
+def _placed(request: ScoreRequest, recorder: RoutingRecorder) -> list[_Piece]:
     """This rank's decisions with the positions of their tokens; fillers are left out."""
     count, length = request.input_ids.shape
     positions = _positions(request.config.model.seq_length)

@@ -1,6 +1,7 @@
 """`moepp plan` as a user calls it."""
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from moepp_megatron.config import Layout, load_config
 from moepp_megatron.config.hardware import load_hardware
 
+ROOT = Path(__file__).parents[3]
 CONFIG = """\
 run: {dir: runs/test, name: planned}
 model:
@@ -208,3 +210,35 @@ def test_the_model_is_held_to_runs(tmp_path: Path, wide) -> None:
         code, _, error = wide(*options)
         assert code == 2
         assert says in error
+
+
+@pytest.mark.parametrize("model", ["moepp_7b_16_4", "qwen3_30b_a3b_32"])
+def test_readme_has_what_is_printed(model: str, wide) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [options] = re.findall(r"^moepp plan CONFIG (.+)$", readme, re.M)
+    code, printed, _ = wide(ROOT / "configs" / "models" / f"{model}.yaml", *options.split())
+    assert code == 0
+    lines = [line.replace("MoE++ tau ", "MoE++").split() for line in printed.splitlines()]
+    rows = {
+        name: [row[1:] for row in lines if row[:1] == [name]] for name in ("vanilla", "MoE++0.75")
+    }
+    (plain, plain_run), (ours, our_run) = rows.values()
+    shown = f"| {plain[1]} s, {ours[1]} s | {ours[5]} | {plain_run[7]}, {our_run[7]} |"
+    assert f"({Path('configs/models', model)}.yaml) {shown}" in readme
+    [error] = re.findall(r"off by .+ published runs \(.+?\)", printed)
+    assert error in readme
+
+
+def test_docs_have_the_printed_errors_of_ratios(wide) -> None:
+    files = sorted((ROOT / "configs" / "measured").iterdir(), reverse=True)
+    code, printed, _ = wide(*(word for file in files for word in ("--measured", file)))
+    errors = [
+        abs(float(error)) for error in re.findall(r"^ratio: .*\(([-+.\d]+)%\)", printed, re.M)
+    ]
+    assert (code, len(errors)) == (0, 9)
+    setting, held_out = sorted(errors[:4]), sorted(errors[4:])
+    text = " ".join((ROOT / "docs" / "planning.md").read_text(encoding="utf-8").split())
+    assert f"off by {setting[0]}% to {setting[-1]:.0f}% in the four that set numbers" in text
+    assert (
+        f"{held_out[0]:.0f}% to {held_out[-1]:.0f}% (median {held_out[2]:.0f}%) in the five" in text
+    )
