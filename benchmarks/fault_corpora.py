@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from moepp_megatron.data.document_sources import SOURCES
 
 VOCAB_SIZE = 1024
-_BYTES = 1_500_000
+BYTES = 1_500_000
 _SITES = [path for path in sys.path if path.endswith("-packages")]
 _ROOTS = ("/usr/share", "/usr/include", "/usr/lib", "/usr/local", *_SITES)
 _FILES = {
@@ -64,7 +64,7 @@ def _paths(ends: Sequence[str]) -> Iterator[Path]:
     return (found[index] for index in order)
 
 
-def _from_files(ends: Sequence[str], each: int = 40_000) -> bytes:
+def _from_files(ends: Sequence[str], size: int, each: int = 40_000) -> bytes:
     content = io.BytesIO()
     for path in _paths(ends):
         try:
@@ -74,12 +74,12 @@ def _from_files(ends: Sequence[str], each: int = 40_000) -> bytes:
         if path.suffix == ".gz":
             data = gzip.decompress(data)
         content.write(data[:each] + b"\n")
-        if content.tell() > _BYTES:
+        if content.tell() > size:
             break
     return content.getvalue()
 
 
-def _from_catalogues(language: str) -> bytes:
+def _from_catalogues(language: str, size: int) -> bytes:
     parts = []
     for path in sorted(Path("/usr/share/locale").glob(f"{language}/LC_MESSAGES/*.mo")):
         with path.open("rb") as file:
@@ -91,31 +91,31 @@ def _from_catalogues(language: str) -> bytes:
             name = key[0] if isinstance(key, tuple) else key
             parts.append(f'msgid "{name}"\nmsgstr "{value}"\n\n')
     chance = np.random.default_rng(0)
-    return "".join(parts[index] for index in chance.permutation(len(parts))).encode()[:_BYTES]
+    return "".join(parts[index] for index in chance.permutation(len(parts))).encode()[:size]
 
 
 def _made(kind: str) -> bytes:
     chance = np.random.default_rng(1)
     if kind == "noise":
-        return chance.integers(256, size=_BYTES).astype(np.uint8).tobytes()
+        return chance.integers(256, size=BYTES).astype(np.uint8).tobytes()
     if kind == "line":
-        return b"the same line of text, again and again: 0123456789\n" * (_BYTES // 50)
+        return b"the same line of text, again and again: 0123456789\n" * (BYTES // 50)
     if kind == "base64":
-        return base64.encodebytes(chance.integers(256, size=_BYTES).astype(np.uint8).tobytes())
+        return base64.encodebytes(chance.integers(256, size=BYTES).astype(np.uint8).tobytes())
     if kind == "shuffled":
         text = np.frombuffer(text_of("python"), np.uint8)
         return chance.permutation(text[text < 128]).tobytes()
-    rows = chance.normal(size=(_BYTES // 40, 4)).cumsum(axis=0)
+    rows = chance.normal(size=(BYTES // 40, 4)).cumsum(axis=0)
     return b"".join(b"%d,%.3f,%.3f,%.4f,%.2f\n" % (i, *row) for i, row in enumerate(rows))
 
 
-def text_of(kind: str) -> bytes:
-    """About 1.5 MB of one kind of text, or what there is."""
+def text_of(kind: str, size: int = BYTES) -> bytes:
+    """About `size` bytes of one kind of text, or what there is; made text has its own size."""
     if kind in _MADE:
         return _made(kind)
     if kind in _CATALOGUES:
-        return _from_catalogues(_CATALOGUES[kind])
-    return _from_files(_FILES[kind])
+        return _from_catalogues(_CATALOGUES[kind], size)
+    return _from_files(_FILES[kind], size)
 
 
 @dataclass
@@ -123,6 +123,7 @@ class Corpora:
     """Token ids of every kind of text, by one tokenizer; kept in `folder` once made."""
 
     folder: Path
+    size: int = BYTES
 
     def tokens(self, kind: str) -> NDArray[np.int64]:
         """[tokens] int64."""
@@ -132,7 +133,7 @@ class Corpora:
 
             self.folder.mkdir(parents=True, exist_ok=True)
             tokenizer = Tokenizer.from_file(str(self._tokenizer()))
-            text = text_of(kind).decode("latin-1") if kind == "noise" else _text(kind)
+            text = text_of(kind).decode("latin-1") if kind == "noise" else _text(kind, self.size)
             pieces = [text[start : start + 20_000] for start in range(0, len(text), 20_000)]
             ids = [encoding.ids for encoding in tokenizer.encode_batch(pieces)]
             np.save(path, np.concatenate([np.array(part, np.int16) for part in ids]))
@@ -150,8 +151,8 @@ class Corpora:
         return path
 
 
-def _text(kind: str) -> str:
-    return text_of(kind).decode("utf-8", errors="replace")
+def _text(kind: str, size: int = BYTES) -> str:
+    return text_of(kind, size).decode("utf-8", errors="replace")
 
 
 Mixture = Mapping[str, float]
