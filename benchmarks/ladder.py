@@ -1,14 +1,11 @@
 """Does MoE++ pay? A ladder of model sizes that all arms climb with the same care.
 
     python -m benchmarks.ladder OUT [--stage STAGE ...] [--arms ARM ...] [--sizes SIZE ...]
-                                    [--from FILE] [--until HH:MM] [--list]
+                                    [--from FILE] [--until HH:MM]
     python -m benchmarks.ladder OUT --collect FILE
 
-Stages, in order:
-
 tune    On size S, seed 0, each arm finds its learning rate and its initial weights by the same rule
-        (`tuned`). Other sizes scale the rate by 1/width and the initial standard deviation by
-        1/sqrt(width).
+        (`tuned`). Other sizes scale them by 1/width and 1/sqrt(width).
 rungs   Sizes XS to L, seeds 1 to 3, mixture A: vanilla's steps, and the steps that come to
         vanilla's FLOP (`config/flops.py`, with the FFN share that the run of equal steps measured).
 decide  One setting of the paper's arm at a time: sizes S and M, seeds 11 to 15, mixture B, whose
@@ -25,32 +22,21 @@ leaves OUT/NAME.json; what is there is not run again. Several processes may work
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import partial
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.ladder_run import (
-    ARMS,
-    CHANGES,
-    KINDS,
-    SIZES,
-    TUNED_ON,
-    Run,
-    machine,
-    measure,
-    steps_for_flop,
-)
+from benchmarks.ladder_run import ARMS, CHANGES, KINDS, SIZES, Run, machine, measure, steps_for_flop
 from moepp_megatron.runtime import cpu_support, distributed
-from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.runtime.atomic import lock, write_atomic
 from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
 
@@ -59,11 +45,7 @@ TOP = "XL"
 
 
 class Missing(Exception):
-    """A run depends on this one, whose result is not there."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__(run.name)
-        self.run = run
+    """A run, the argument, without a result, which another depends on."""
 
 
 class Results:
@@ -132,8 +114,7 @@ def tuned(arm: str, results: Results) -> tuple[float, float]:
 
 
 def _tune(arm: str, rate: float, std: float, results: Results) -> float:
-    run = Run("tune", arm, "S", 0, TUNED_ON.steps, rate, std)
-    return valid(results.of(run))
+    return valid(results.of(Run("tune", arm, "S", 0, SIZES["S"].steps, rate, std)))
 
 
 def best(values: tuple[float, ...], loss: Callable[[float], float]) -> float:
@@ -149,25 +130,21 @@ def best(values: tuple[float, ...], loss: Callable[[float], float]) -> float:
             return lowest
 
 
-# The runs of a stage, in chains: a run may depend on those before it in its chain. A chain raises
-# `Missing` where it depends on a run of another stage.
+# Runs, each of which may depend on those before it; `Missing` where it depends on another stage's.
 Chain = Callable[[Results], Iterator[Run]]
 
 
-def chains(stage: str, arms: list[str], sizes: list[str]) -> Iterator[Chain]:
-    """The chains of a stage, in the order in which they are run."""
-    if stage == "tune":
-        yield from (partial(_tuning, arm) for arm in arms)
-    elif stage == "rungs":
-        places = [(size, seed) for size in sizes if size != TOP for seed in (1, 2, 3)]
-        yield from (partial(_rung, arm, *place) for place in places for arm in arms)
-    elif stage == "decide":
-        places = [(size, seed) for seed in range(11, 16) for size in ("S", "M") if size in sizes]
-        yield from (partial(_decide, what, *place) for place in places for what in CHANGES)
-    elif stage == "top":
-        yield from (partial(_top, arm) for arm in arms if TOP in sizes)
-    else:
-        raise ValueError(f"no stage is called {stage}")
+def chains(stage: str, arms: list[str], sizes: list[str]) -> list[Chain]:
+    """The runs of a stage, in the order in which they are run."""
+    rungs = product((size for size in sizes if size != TOP), (1, 2, 3), arms)
+    decide = product(range(11, 16), (size for size in sizes if size in ("S", "M")), CHANGES)
+    stages: dict[str, list[Chain]] = {
+        "tune": [partial(_tuning, arm) for arm in arms],
+        "rungs": [partial(_rung, *cell) for cell in rungs],
+        "decide": [partial(_decide, *cell) for cell in decide],
+        "top": [partial(_top, arm) for arm in arms if TOP in sizes],
+    }
+    return stages[stage]
 
 
 def _tuning(arm: str, results: Results) -> Iterator[Run]:
@@ -175,7 +152,19 @@ def _tuning(arm: str, results: Results) -> Iterator[Run]:
     yield from ()
 
 
-def _decide(what: str, size: str, seed: int, results: Results) -> Iterator[Run]:
+def _equal_steps(arm: str, size: str, seed: int, results: Results) -> Run:
+    return Run("rungs", arm, size, seed, SIZES[size].steps, *tuned(arm, results))
+
+
+def _rung(size: str, seed: int, arm: str, results: Results) -> Iterator[Run]:
+    first = _equal_steps(arm, size, seed, results)
+    yield first
+    steps = steps_for_flop(arm, size, results.of(first)["share"])
+    if steps != first.steps:
+        yield Run("rungs", arm, size, seed, steps, first.rate, first.std, what="flop")
+
+
+def _decide(seed: int, size: str, what: str, results: Results) -> Iterator[Run]:
     tuning = tuned("paper", results)
     yield Run("decide", "paper", size, seed, SIZES[size].steps, *tuning, "B", what)
 
@@ -186,49 +175,24 @@ def _top(arm: str, results: Results) -> Iterator[Run]:
     yield Run("top", arm, TOP, 1, steps, *tuned(arm, results), what="flop")
 
 
-def _equal_steps(arm: str, size: str, seed: int, results: Results) -> Run:
-    return Run("rungs", arm, size, seed, SIZES[size].steps, *tuned(arm, results))
-
-
-def _rung(arm: str, size: str, seed: int, results: Results) -> Iterator[Run]:
-    first = _equal_steps(arm, size, seed, results)
-    yield first
-    steps = steps_for_flop(arm, size, results.of(first)["share"])
-    if steps != first.steps:
-        yield Run("rungs", arm, size, seed, steps, first.rate, first.std, what="flop")
-
-
-def missing(chosen: list[Chain], results: Results) -> Iterator[Run]:
+def missing(chosen: list[Chain], results: Results) -> list[Run]:
     """Runs without a result, all of whose dependencies have one, each once."""
-    seen = set()
+    found: dict[Run, None] = {}
     for chain in chosen:
         try:
             for run in chain(results):
                 results.of(run)
-        except Missing as found:
-            if found.run not in seen:
-                seen.add(found.run)
-                yield found.run
-
-
-@contextmanager
-def taken(run: Run, out: Path) -> Iterator[bool]:
-    """Whether this process has the run; another may have it."""
-    with (out / f"{run.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        except Missing as error:
+            found[error.args[0]] = None
+    return list(found)
 
 
 def one_run(chosen: list[Chain], results: Results) -> bool:
     """Run the first run that is missing and that no other process has; False if there is none."""
     for run in missing(chosen, results):
-        with taken(run, results.out) as mine:
-            # Another process may have finished it since.
-            if mine and not results.path(run).exists():
+        with results.path(run).with_suffix(".lock").open("w") as file:
+            # Another process may have it, or have finished it since.
+            if lock(file.fileno()) and not results.path(run).exists():
                 result = measure(run, results.out)
                 write_atomic(results.path(run), json.dumps(result).encode())
                 numbers = f"{valid(result):.4f}, share {result['share']:.3f}"
@@ -249,12 +213,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("out", type=Path, help="folder of the results")
-    add("--stage", nargs="*", default=["tune", "rungs", "decide"])
+    stages = ["tune", "rungs", "decide"]
+    add("--stage", nargs="*", default=stages, choices=[*stages, "top"])
     add("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     add("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
     add("--from", dest="taken", type=Path, metavar="FILE", help="results of another machine")
     add("--until", metavar="HH:MM", help="start no run after the next HH:MM")
-    add("--list", action="store_true", help="print what can be run now, run nothing")
     add("--collect", type=Path, metavar="FILE", help="write all results, a line a run")
     arguments = parser.parse_args()
     results = Results(arguments.out)
@@ -263,18 +227,15 @@ def main() -> None:
     if arguments.collect:
         results.collect(arguments.collect)
         return
-    stages = (chains(stage, arguments.arms, arguments.sizes) for stage in arguments.stage)
-    chosen = [chain for stage in stages for chain in stage]
-    if arguments.list:
-        print("\n".join(run.name for run in missing(chosen, results)))
-        return
+    chosen = [chain for stage in arguments.stage
+              for chain in chains(stage, arguments.arms, arguments.sizes)]  # fmt: skip
     end = deadline(arguments.until, datetime.now()) if arguments.until else datetime.max
     quiet()
     cpu_support.install()
     distributed.start(RankEnvironment())
     while datetime.now() < end:
         if not one_run(chosen, results):
-            if not any(missing(chosen, results)):
+            if not missing(chosen, results):
                 break
             # What is left depends on runs that other processes have.
             time.sleep(5)

@@ -5,6 +5,7 @@ The configuration depends on nothing but the run, so a result is known by the ru
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -49,7 +50,6 @@ SIZES = {
     "L": Size(4, 96, 256, 6, 340),
     "XL": Size(6, 144, 384, 6, 560),
 }
-TUNED_ON = SIZES["S"]
 
 # What an arm changes in section `moe` of the paper's layer; balance as in the quickstart.
 _PAPER: dict[str, Any] = {"num_ffn_experts": 8, "tau": 0.75, "balance_coeff": 0.05}
@@ -130,58 +130,48 @@ def steps_for_flop(arm: str, size: str, share: float) -> int:
 
 def config_of(run: Run, folder: Path) -> Config:
     """The configuration of a run, of which files would go to `folder`."""
-    size, arm = SIZES[run.size], run.arm
-    narrow = TUNED_ON.hidden_size / size.hidden_size
+    shape = asdict(SIZES[run.size])
+    del shape["steps"]
+    narrow = SIZES["S"].hidden_size / shape["hidden_size"]
+    rate, std = run.rate * narrow, run.std * narrow**0.5
     content: dict[str, Any] = {
         "run": {"dir": str(folder)},
         "data": {"path": str(folder), "tokenizer": str(folder / "tokenizer.json")},
-        "model": {
-            **{name: value for name, value in asdict(size).items() if name != "steps"},
-            "seq_length": LENGTH,
-            "vocab_size": VOCAB_SIZE,
-            "init_method_std": run.std * narrow**0.5 * (2 if run.what == "init twice" else 1),
-        },
-        "moe": {**_PAPER, **ARMS[arm]},
-        "optimizer": {
-            "lr": run.rate * narrow,
-            "min_lr": run.rate * narrow / 10,
-            "warmup_iters": run.steps // 10,
-        },
+        "model": {**shape, "seq_length": LENGTH, "vocab_size": VOCAB_SIZE, "init_method_std": std},
+        "moe": {**_PAPER, **ARMS[run.arm]},
+        "optimizer": {"lr": rate, "min_lr": rate / 10, "warmup_iters": run.steps // 10},
         "training": {
-            "train_iters": run.steps,
-            "global_batch_size": BATCH,
-            "micro_batch_size": BATCH,
-            "seed": run.seed + 1,
-            "eval_iters": VALIDATION_BATCHES,
+            "train_iters": run.steps, "global_batch_size": BATCH, "micro_batch_size": BATCH,
+            "seed": run.seed + 1, "eval_iters": VALIDATION_BATCHES,
         },
         "routing_guard": "off",
         "resilience": {"guard": False},
-    }
+    }  # fmt: skip
+    if run.what == "init twice":
+        content["model"]["init_method_std"] = 2 * std
     for section, changed in CHANGES.get(run.what, {}).items():
         content[section] |= changed
     config = parse_config(content)
-    return vanilla(config) if arm.startswith("vanilla") else config
+    return vanilla(config) if run.arm.startswith("vanilla") else config
 
 
-@dataclass(frozen=True)
-class Part:
+@dataclass
+class Part(Corpora):
     """The part of the corpora that is trained on, or the tenth that is held out."""
 
-    corpora: Corpora
-    held_out: bool
+    held_out: bool = False
 
     def tokens(self, kind: str) -> NDArray[np.int64]:
         """[tokens] int64."""
-        tokens = self.corpora.tokens(kind)
+        tokens = super().tokens(kind)
         cut = len(tokens) * 9 // 10
         return tokens[cut:] if self.held_out else tokens[:cut]
 
 
 def sequences(out: Path, kinds: tuple[str, ...], seed: int, held_out: bool) -> Mixed:
     """Sequences from anywhere in the corpora, each as often as another."""
-    part = Part(Corpora(out / "corpora", TEXT), held_out)
     mixture = {kind: 1 / len(kinds) for kind in kinds}
-    return Mixed(part, [(1, mixture)], BATCH, LENGTH, seed)  # type: ignore[arg-type]
+    return Mixed(Part(out / "corpora", TEXT, held_out), [(1, mixture)], BATCH, LENGTH, seed)
 
 
 def train(run: Run, out: Path) -> tuple[Any, Config, Layout, list[float], list[float]]:
@@ -240,9 +230,6 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """Processor and versions of this machine."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    """This machine, and the versions that decide a result."""
     packages = (f"{name} {version(name)}" for name in ("torch", "megatron-core"))
-    return ", ".join((*(names or [platform.machine()])[:1], *packages))
+    return ", ".join((f"{os.cpu_count()} {platform.machine()} cores", *packages))

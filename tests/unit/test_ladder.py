@@ -20,7 +20,7 @@ def put(results: Results, run: Run, loss: float = 4.0, share: float = 0.6) -> No
 
 @pytest.mark.parametrize("lowest", [0.1, 1.0, 16.0])
 def test_the_search_widens_until_it_has_passed_the_minimum(lowest: float) -> None:
-    tried = {}
+    tried: dict[float, float] = {}
 
     def loss(value: float) -> float:
         return tried.setdefault(value, abs(value / lowest - 1))
@@ -40,8 +40,8 @@ def test_equal_flop_within_half_a_step() -> None:
 def test_every_run_comes_after_those_it_depends_on(tmp_path: Path) -> None:
     results, order = Results(tmp_path), []
     chosen = [chain for stage in ("tune", "rungs") for chain in chains(stage, ARMS, ["XS", "S"])]
-    while run := next(missing(chosen, results), None):
-        order.append(run)
+    while found := missing(chosen, results):
+        order.append(run := found[0])
         share = 1.0 if run.arm == "vanilla" else 0.6 + len(order) / 1000
         put(results, run, abs(run.rate - 0.006) + abs(run.std - 0.06), share)
         if run.what == "flop":
