@@ -37,6 +37,7 @@ NAVIGATION = {
         "Convert <docs/how_to/convert>",
         "Upcycle <docs/how_to/upcycle>",
         "Distill <docs/how_to/distill>",
+        "Make a model cheaper <docs/how_to/thin>",
         "Fine-tune <docs/how_to/fine_tune>",
         "Evaluate <docs/how_to/evaluate>",
         "Replay routes <docs/how_to/replay_routes>",

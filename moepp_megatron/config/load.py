@@ -43,7 +43,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     content: Content = {}
     for _, layer in config_layers(path, overrides):
-        content = _merge(content, layer)
+        content = merge(content, layer)
     return parse_config(content)
 
 
@@ -113,7 +113,7 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
         ConfigError: Same as for `load_config`.
     """
     content = config.model_dump(mode="json", exclude_unset=True)
-    return parse_config(_merge(content, overriding_sections(overrides)))
+    return parse_config(merge(content, overriding_sections(overrides)))
 
 
 def overriding_sections(overrides: Sequence[str]) -> Content:
@@ -124,7 +124,7 @@ def overriding_sections(overrides: Sequence[str]) -> Content:
     """
     content: Content = {}
     for override in overrides:
-        content = _merge(content, _overriding(override))
+        content = merge(content, _overriding(override))
     return content
 
 
@@ -235,7 +235,7 @@ def from_dotted(settings: Mapping[str, Any]) -> Content:
             raise ConfigError(
                 f"setting {name!r} must have the form section.key; write for example moe.tau"
             )
-        content = _merge(content, _nested(section, key, value))
+        content = merge(content, _nested(section, key, value))
     return content
 
 
@@ -247,13 +247,13 @@ def _nested(section: str, key: str, value: Any) -> Content:
     return {section: {first: value}}
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Sections key by key, `over` first; a list or null replaces what the base had."""
     merged = dict(base)
     for name, value in over.items():
         below = merged.get(name)
         if isinstance(value, Mapping):
-            value = _merge(below if isinstance(below, Mapping) else {}, value)
+            value = merge(below if isinstance(below, Mapping) else {}, value)
         merged[name] = value
     return merged
 

@@ -45,6 +45,8 @@ class Additions(ExpertCounts):
         router_topk: Experts per token of a model made from a dense one.
         seed: Seed of all random numbers.
         approximate: Whether to accept sources whose gates are raw scores, which new experts shrink.
+        keeps_function: Whether a bias keeps new experts unselected at first. Without one they
+            compete from the first step on, with the rows of ZEDA's scripts/convert-hf-to-ZCE.py.
     """
 
     gating_residual: bool = LayerSettings.gating_residual
@@ -52,6 +54,7 @@ class Additions(ExpertCounts):
     router_topk: int = LayerSettings.router_topk
     seed: int = 1234
     approximate: bool = False
+    keeps_function: bool = True
 
 
 def upcycle(
@@ -94,9 +97,9 @@ def upcycled_config(
         "gating_residual": additions.gating_residual,
         "tau": additions.tau,
         "gate_normalization": "selected",
-        "selection_bias": True,
+        "selection_bias": additions.keeps_function or kind.bias is not None,
     }
-    if additions.num_zero_computation_experts:
+    if additions.num_zero_computation_experts and additions.keeps_function:
         moe["budget"] = {"controller": "bias"}
     if kind.moe is None:
         moe |= {"num_ffn_experts": additions.num_ffn_experts, "router_topk": additions.router_topk}

@@ -57,6 +57,9 @@ def router_rules(
         else:
             ffn = tensors[1]
         added = noise(seed, ours + "added", (moe.num_zero_computation_experts, width))
+        if not moe.selection_bias:
+            # Of the FFN rows' own mean and deviation.
+            return torch.cat([ffn, (ffn.mean(dim=0) + ffn.std(dim=0) * added).to(ffn.dtype)])
         return torch.cat([ffn, new_rows(ffn, norm, added)])
 
     def softmax_bias(tensors: Sequence[Tensor]) -> Tensor:
@@ -68,6 +71,8 @@ def router_rules(
         return torch.cat([ffn_bias.float(), torch.full((moe.num_zero_computation_experts,), least)])
 
     yield TensorRule(ours + "weight", shape, tuple(sources), None, rows, None)
+    if not moe.selection_bias:
+        return
     key = ours + "expert_bias"
     # What keeps added experts from being selected depends on the scores.
     match moe.score_function, bias:

@@ -1,8 +1,8 @@
 """The divergence of the model's next tokens from a teacher's, over a shared vocabulary.
 
 Hinton et al., arXiv 1503.02531: with p and q the softmax of the teacher's and the model's logits
-over temperature T, each token gets T^2 KL(p || q) = T^2 sum_v p_v (log p_v - log q_v).
-megatron-core has no such loss: it leaves distillation to the package nvidia-modelopt.
+over temperature T, each token gets T^2 KL(p || q) = T^2 sum_v p_v (log p_v - log q_v); the reverse
+is T^2 KL(q || p) (arXiv 2306.08543). megatron-core leaves both to the package nvidia-modelopt.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ def kl_divergence(
     group: dist.ProcessGroup,
     temperature: float = 1.0,
     top_k: int | None = None,
+    reverse: bool = False,
 ) -> Tensor:
     """[s, b] fp32 divergence of each token in nats, exact for a vocabulary that ranks share.
 
@@ -30,7 +31,8 @@ def kl_divergence(
     of them), both softmaxes being over these.
     """
     kept = None if top_k is None else _largest(teacher_logits, top_k, group)
-    divergence: Tensor = _Divergence.apply(logits, teacher_logits, kept, group, temperature)
+    arguments = (logits, teacher_logits, kept, group, temperature, reverse)
+    divergence: Tensor = _Divergence.apply(*arguments)
     return divergence
 
 
@@ -56,6 +58,7 @@ class _Divergence(torch.autograd.Function):
         kept: Tensor | None,
         group: dist.ProcessGroup,
         temperature: float,
+        reverse: bool,
     ) -> Tensor:
         # Exponents, then probabilities: in place, since each is as wide as the vocabulary.
         q, p = (_copy(tensor).div_(temperature) for tensor in (logits, teacher_logits))
@@ -71,19 +74,21 @@ class _Divergence(torch.autograd.Function):
             apart.masked_fill_(~kept, 0.0)
         q.exp_()
         p.exp_()
-        apart *= p
+        apart *= q if reverse else p
         sums = torch.stack([tensor.sum(dim=-1) for tensor in (q, p, apart)])
         dist.all_reduce(sums, group=group)
         q_sum, p_sum, weighted = sums
-        # d KL / d logits = (q - p) / T. In the logits' own format, which the gradient has anyway.
+        nats = weighted / (q_sum if reverse else p_sum) + q_sum.log() - p_sum.log()
+        # d KL / d logits = (q - p) / T; of the reverse q (log q - log p - KL) / T, in which the
+        # logarithms of the sums cancel. In the logits' own format, which the gradient has anyway.
         q /= q_sum.unsqueeze(-1)
-        p /= p_sum.unsqueeze(-1)
-        q -= p
+        if reverse:
+            q *= (weighted / q_sum).unsqueeze(-1)
+        q -= apart.div_(q_sum.unsqueeze(-1)) if reverse else p.div_(p_sum.unsqueeze(-1))
         ctx.save_for_backward(q.mul_(temperature).to(logits.dtype))
-        nats = weighted / p_sum + q_sum.log() - p_sum.log()
-        return nats * temperature**2
+        return (-nats if reverse else nats) * temperature**2
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (difference,) = ctx.saved_tensors
-        return difference * grad.unsqueeze(-1).to(difference.dtype), None, None, None, None
+        return difference * grad.unsqueeze(-1).to(difference.dtype), *[None] * 5

@@ -42,7 +42,7 @@ TOKENS, COLUMNS = 6, 20
 FP32, LAYOUT = 5e-6, 1e-5
 
 
-def divergence_of_shares(temperature: float, top_k: int | None) -> dict[str, Any]:
+def divergence_of_shares(temperature: float, top_k: int | None, reverse: bool) -> dict[str, Any]:
     """Divergence and gradient of this rank's columns, ours and torch's in fp64."""
     import torch
     import torch.distributed as dist
@@ -57,7 +57,8 @@ def divergence_of_shares(temperature: float, top_k: int | None) -> dict[str, Any
     grad[2] = 0.0
     own = slice(rank * COLUMNS, (rank + 1) * COLUMNS)
     share = logits[..., own].clone().requires_grad_()
-    found = kl_divergence(share * 1, teacher[..., own].clone(), group, temperature, top_k)
+    kind = (group, temperature, top_k, reverse)
+    found = kl_divergence(share * 1, teacher[..., own].clone(), *kind)
     found.backward(grad)
 
     whole = logits.double().requires_grad_()
@@ -65,10 +66,11 @@ def divergence_of_shares(temperature: float, top_k: int | None) -> dict[str, Any
     if top_k is not None:
         places = teacher.topk(top_k).indices
         q, p = q.gather(-1, places), p.gather(-1, places)
-    terms = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True)
+    of, to = (q, p) if reverse else (p, q)
+    terms = F.kl_div(to.log_softmax(-1), of.log_softmax(-1), reduction="none", log_target=True)
     wanted = terms.sum(-1) * temperature**2
     wanted.backward(grad.double())
-    same = kl_divergence(share.detach(), share.detach().clone(), group, temperature, top_k)
+    same = kl_divergence(share.detach(), share.detach().clone(), *kind)
     return {
         "ours": (found.detach().numpy(), share.grad.numpy()),
         "fp64": (wanted.detach().numpy(), whole.grad[..., own].numpy()),
@@ -76,10 +78,11 @@ def divergence_of_shares(temperature: float, top_k: int | None) -> dict[str, Any
     }
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (2.5, 3), (2.5, 20)])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_shares_of_the_vocabulary(ranks, size: int, temperature: float, top_k: int | None) -> None:
-    for result in ranks(size).run(divergence_of_shares, temperature, top_k):
+def test_shares_of_the_vocabulary(ranks, size, temperature, top_k, reverse: bool) -> None:
+    for result in ranks(size).run(divergence_of_shares, temperature, top_k, reverse):
         for actual, expected in zip(result["ours"], result["fp64"], strict=True):
             np.testing.assert_allclose(actual, expected, rtol=FP32, atol=FP32)
         assert result["fp64"][0].min() > 0.1
@@ -162,7 +165,10 @@ def test_micro_batches_add_up(ranks: RankPools, teachers: dict[str, Path]) -> No
         assert parts.divergences == pytest.approx(whole.divergences, rel=LAYOUT)
 
 
-@pytest.mark.parametrize("kind", [{"top_k": 5}, {"temperature": 2.0}, {"text_weight": 0.0}])
+@pytest.mark.parametrize(
+    "kind",
+    [{"top_k": 5}, {"temperature": 2.0}, {"text_weight": 0.0}, {"divergence": "reverse_kl"}],
+)
 def test_each_kind_of_loss_is_one_process(ranks, alone, teachers, kind):
     one = alone(taught(teachers["vanilla"], kind))
     two = distilled(ranks, 2, teachers["vanilla"], kind, parallel=TP2)

@@ -226,7 +226,8 @@ RULES: tuple[Rule, ...] = (
     _where(lambda c: c.observe.wandb.project is None, "without observe.wandb.project",
         "observe.wandb.entity observe.wandb.mode", "name a project"),
     _without("distillation.teacher",
-        "distillation.weight distillation.text_weight distillation.temperature distillation.top_k",
+        "distillation.weight distillation.text_weight distillation.temperature distillation.top_k "
+        "distillation.divergence",
         "name one"),
     _where(lambda c: c.routing_guard.enabled is False, "with routing_guard.enabled false",
         "routing_guard.dry_run routing_guard.rules", "leave enabled out"),

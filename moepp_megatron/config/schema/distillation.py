@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,9 @@ class DistillationSection(Section):
     """Checkpoint folder or run whose model is the teacher; null trains without one"""
     weight: Annotated[float, Unit("1"), Field(ge=0.0)] = 1.0
     """Weight of the divergence from the teacher in the loss; 0 only measures it"""
+    divergence: Annotated[Literal["forward_kl", "reverse_kl"], Unit("-")] = "forward_kl"
+    """KL(teacher || model), which covers all that the teacher does, or KL(model || teacher), which
+    keeps to what it finds likely"""
     text_weight: Annotated[float, Unit("1"), Field(ge=0.0)] = 1.0
     """Weight of the language-model loss in the loss, with a teacher"""
     temperature: Annotated[float, Unit("1"), Field(gt=0.0)] = 1.0

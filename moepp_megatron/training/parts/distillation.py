@@ -129,9 +129,9 @@ class Distillation(Part):
         group = parallel_state.get_tensor_model_parallel_group()
         settings = self._settings
         # First: the language-model loss may overwrite the logits.
-        divergence = kl_divergence(
-            logits, self._next_logits(), group, settings.temperature, settings.top_k
-        )
+        reverse = {"forward_kl": False, "reverse_kl": True}[settings.divergence]
+        scale = settings.temperature, settings.top_k, reverse
+        divergence = kl_divergence(logits, self._next_logits(), group, *scale)
         losses = compute_language_model_loss(labels, logits)
         return torch.stack([losses.float(), divergence.transpose(0, 1)])
 

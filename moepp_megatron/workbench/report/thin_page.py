@@ -1,0 +1,83 @@
+"""`thin.html`: what a model that takes fewer FFN experts has lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from moepp_megatron.config import load_config
+from moepp_megatron.config.flops import forward_flops_per_token
+from moepp_megatron.file_names import CONFIG_FILE
+from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report.blocks import Cell, Page, Section, Table, number, write_blocks
+from moepp_megatron.workbench.report.run_data import load_run
+from moepp_megatron.workbench.report.summary import summarize
+
+_HEAD = ("Model", "FFN experts a token", "Expert FLOP removed", "FLOP removed")
+_CAPTION = (
+    "Losses are on validation sets, nats per token, with the rise over the model's own. Removed: "
+    "FLOP of a token's forward pass, of the FFN experts and of the whole model, by the FFN share "
+    "of the last tenth of the run's records. A start is before its training, which lowers a loss "
+    "by itself where the model has not learnt the text: compare with the recipe `control`."
+)
+
+
+# Of a loss, relative: the rounding of bf16 averages out far below it.
+_SAME = 1e-3
+
+
+def at_step_0(model: StepMetrics | None, start: StepMetrics | None) -> tuple[bool, str]:
+    """Whether two finished runs have the same validation losses, and both in words."""
+    own, begin = _losses(model), _losses(start)
+    said = [f"{name}: loss {begin[name]:.4f}, the model's own {own[name]:.4f}" for name in own]
+    return all(abs(begin[name] / own[name] - 1) < _SAME for name in own), "; ".join(said)
+
+
+def _losses(record: StepMetrics | None) -> dict[str, float]:
+    """By set, nats; `data` is what is trained on."""
+    assert record is not None, "a finished run has records"
+    data = {} if record.valid_loss is None else {"data": record.valid_loss}
+    return {**data, **(record.valid_set_loss or {})}
+
+
+def _numbers(run: Path) -> tuple[float, float, dict[str, float]]:
+    """FFN experts a token, FLOP of its forward pass, and losses."""
+    data, config = load_run(run), load_config(run / CONFIG_FILE)
+    share = summarize(data).settled_ffn_fraction
+    flops = forward_flops_per_token(config, share)
+    return share * config.moe.router_topk, flops, _losses(data.records[-1])
+
+
+def write_thin_page(out: Path, runs: Mapping[str, Path], title: str, command: str) -> Table:
+    """Write the page, which needs no other file.
+
+    Args:
+        out: The page.
+        runs: Folders of runs by the names of their rows; the first is of the model as it was.
+        title: The model's name.
+        command: What makes the page again.
+
+    Returns:
+        Its table: FLOP removed against loss, a row for each run.
+    """
+    found = {name: _numbers(run) for name, run in runs.items()}
+    experts, flops, own = next(iter(found.values()))
+    rows = []
+    for name, (taken, its_flops, losses) in found.items():
+        shown = [formatting.number(taken, 2), f"{1 - taken / experts:.1%}"]
+        shown.append(f"{1 - its_flops / flops:.1%}")
+        for part, loss in own.items():
+            its_loss = losses.get(part, float("nan"))
+            shown.append(f"{formatting.number(its_loss)} ({its_loss / loss - 1:+.2%})")
+        rows.append([Cell(name), *map(number, shown)])
+    table = Table((*_HEAD, *(f"Loss, {part}" for part in own)), rows, _CAPTION)
+    page = Page(
+        kind="MoE++ model thinned",
+        title=title,
+        sections=[Section("FLOP removed against loss kept", [table])],
+        sources="config.yaml and metrics.jsonl of the runs",
+        command=command,
+    )
+    write_blocks(out, page)
+    return table

@@ -1,0 +1,232 @@
+"""`moepp thin`: from a model of others to its cheaper export, in one command that continues."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moepp_megatron.cli import main
+from moepp_megatron.config import load_config
+from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
+from moepp_megatron.workbench.experiments import runner
+from tests.parallel.checkpoint_runs import logged
+from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import join
+
+STEPS = 16
+SHAPE: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.2,
+    "router_aux_loss_coef": 0.02,
+}
+SOURCES: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "Qwen3Moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "head_dim": 16,
+    },
+    "Llama": {},
+}
+SETTINGS = [
+    *("--steps", str(STEPS), "training.global_batch_size=8", "training.micro_batch_size=4"),
+    *("training.eval_iters=1", "training.log_interval=1", "optimizer.lr=1e-3"),
+]
+
+
+def train(path: str, *overrides: str) -> None:
+    from moepp_megatron.training.checkpoint import list_checkpoints
+    from moepp_megatron.training.run_folder import checkpoint_folder
+    from moepp_megatron.training.trainer import Trainer
+
+    config = load_config(path, overrides)
+    if list_checkpoints(checkpoint_folder(config)):
+        # As --resume does.
+        again = ("checkpoint.load=auto", "checkpoint.load_optimizer=true")
+        config = load_config(path, [*overrides, *again])
+    layout = join(config)
+    Trainer(config, layout).run()
+
+
+@pytest.fixture(scope="module")
+def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("sources")
+    for family, fields in SOURCES.items():
+        torch.manual_seed(5)
+        config = getattr(transformers, f"{family}Config")(**SHAPE, **fields)
+        getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder / family)
+        shutil.copy(corpus / "tokenizer.json", folder / family)
+    return folder
+
+
+@pytest.fixture
+def thin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """The command; returns its exit status and what it has printed."""
+
+    def run(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["moepp", "thin", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out + said.err
+
+    return run
+
+
+@pytest.mark.parametrize(("family", "experts"), [("Mixtral", 2), ("Qwen3Moe", 4)])
+def test_from_a_model_to_its_export(
+    ranks: RankPools,
+    corpus: Path,
+    sources: Path,
+    tmp_path: Path,
+    thin,
+    monkeypatch,
+    family,
+    experts,
+) -> None:
+    trained: list[str] = []
+    stops = ["budget"]
+
+    def on_test_ranks(options: LaunchOptions, module: str, arguments: list[str]) -> int:
+        """The ranks that are there already; the training is stopped once."""
+        name = Path(arguments[-1]).stem
+        trained.append(name)
+        if name in stops:
+            stops.remove(name)
+            ranks(1).run(train, arguments[-1], f"training.train_iters={STEPS // 2}")
+            return STOPPED
+        ranks(1).run(train, arguments[-1])
+        return 0
+
+    monkeypatch.setattr(runner, "run_ranks", on_test_ranks)
+    words = [sources / family, tmp_path / "out", "--data", corpus, *SETTINGS]
+    status, said = thin(*words)
+    assert (status, trained) == (STOPPED, ["model", "budget-start", "budget"])
+    assert "step 0       data: loss " in said
+    # What is there is not done again, the training continues.
+    (tmp_path / "out/thin.json").touch()
+    status, said = thin(*words)
+    assert (status, trained[3:]) == (0, ["budget"]), said
+    runs = tmp_path / "out/runs"
+    before, after = (logged(runs / name, "valid_loss")[-1] for name in ("model", "budget-start"))
+    # The tolerance of upcycling (tests/interop/test_upcycle.py), here of a mean.
+    assert after == pytest.approx(before, abs=1e-5)
+    assert logged(runs / "budget", "step") == list(range(1, STEPS + 1))
+    # At the first step the model is its teacher.
+    divergences = logged(runs / "budget", "distillation_loss")
+    assert abs(divergences[0]) < 1e-5 < divergences[-1]
+    shares = logged(runs / "budget", "ffn_fraction")
+    assert shares[0] == 1.0
+    # As near as the alert of a missed budget allows.
+    assert sum(shares[-2:]) / 2 == pytest.approx(0.5, rel=0.1)
+    page = (tmp_path / "out/thin.html").read_text()
+    assert "Expert FLOP removed" in page
+    assert thin(*words)[0] == 0
+    assert len(trained) == 4
+
+    import torch
+
+    from tests.interop.transformers_models import load_model
+
+    model = load_model(tmp_path / "out/budget-hf")
+    assert model.config.num_experts_per_tok == experts
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.arange(32).view(1, 32)).logits).all()
+
+
+def test_what_recipes_train(corpus: Path, sources: Path, tmp_path: Path) -> None:
+    from moepp_megatron.interop.thin import ThinModels
+    from moepp_megatron.training.thin import RECIPES, ThinSettings
+
+    settings = ThinSettings(tmp_path, 0.5, [corpus, corpus.parent], steps=500)
+    runs = {}
+    for recipe in RECIPES:
+        models = ThinModels.read(sources / "Qwen3Moe", tmp_path, recipe)
+        runs |= settings.runs(recipe, models.model, models.start)
+        assert models.keeps_function == (recipe in ("budget", "control"))
+    lasts = [runs[recipe] for recipe in RECIPES]
+    # The same text, and the same teacher, which is no other model.
+    assert {str(run.data) for run in lasts} == {str(runs["budget"].data)}
+    assert {run.distillation.teacher for run in lasts} == {str(tmp_path / "model")}
+    assert set(runs["budget"].data.validation) == {corpus.name, corpus.parent.name}
+    budget = runs["budget"].moe.budget
+    # A tenth of the file's 5000 steps, the ramp too.
+    assert (budget.start_ffn_per_token, budget.target_ffn_per_token) == (4.0, 2.0)
+    assert (budget.ramp_steps, runs["budget"].optimizer.warmup_iters) == (125, 10)
+    assert runs["budget"].moe.balance_coeff == 0.02
+    first, second = runs["zeda-1"], runs["zeda"]
+    assert (second.moe.num_zero_experts, second.moe.tau, second.moe.ffn_share) == (4, 0.5, 0.5)
+    assert second.moe.balance_loss == "grouped"
+    assert not second.moe.selection_bias
+    assert first.training.train_iters + second.training.train_iters == 500
+    assert (first.distillation.teacher, second.distillation.text_weight) == (None, 0.0)
+    assert second.checkpoint.load == str(first.run.dir)
+    assert (runs["topk"].moe.router_topk, runs["control"].moe.router_topk) == (2, 4)
+    # What is measured is left as it is.
+    for name in ("model", "budget-start"):
+        assert not runs[name].moe.budget.acts
+        assert runs[name].checkpoint.save_interval == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "said"),
+    [
+        ("none", [], "MODEL (SOURCES/none) must be a folder"),
+        ("Llama", [], "must be a mixture of experts, and is a dense llama"),
+        ("Mixtral", ["--ffn-share", "1.5"], "--ffn-share (1.5) must be above 0 and at most 1"),
+        ("Mixtral", ["--recipe", "best"], "--recipe (best) must be one of budget, zeda"),
+        ("Qwen3Moe", ["--recipe", "topk", "--ffn-share", "0.3"], "moe.router_topk (1.2) must be a"),
+        ("Mixtral", ["--data", "SOURCES"], "must be a folder written by"),
+        ("other tokens", [], "whose ids must mean the tokens that"),
+        ("few tokens", [], "model.vocab_size (128) must hold every token of data.path"),
+    ],
+)
+def test_one_line_says_what_is_wrong(corpus, sources, tmp_path, thin, source, words, said) -> None:
+    for name, change in (("other tokens", {}), ("few tokens", {"vocab_size": 128})):
+        shutil.copytree(sources / "Mixtral", tmp_path / name)
+        fields = json.loads((tmp_path / name / "config.json").read_text()) | change
+        (tmp_path / name / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "few tokens/tokenizer.json").unlink()
+    file = tmp_path / "other tokens/tokenizer.json"
+    file.write_text(file.read_text().replace('"words', '"sword'))
+    model = next(f for f in (tmp_path / source, sources / source) if f.exists() or source == "none")
+    data = [] if "--data" in words else ["--data", corpus]
+    words = [str(word).replace("SOURCES", str(sources)) for word in [*words, *data, *SETTINGS]]
+    status, printed = thin(model, tmp_path / "out", *words)
+    assert status == 2
+    assert said.replace("SOURCES", str(tmp_path)) in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_of_one_model_and_share(sources: Path, tmp_path: Path) -> None:
+    from moepp_megatron.config import ConfigError
+    from moepp_megatron.interop.thin import ThinModels
+
+    mixtral, other = (
+        ThinModels.read(sources / name, tmp_path / "out", "budget") for name in list(SOURCES)[:2]
+    )
+    mixtral.claim(0.5)
+    mixtral.claim(0.5)
+    with pytest.raises(ConfigError, match="same --ffn-share"):
+        mixtral.claim(0.4)
+    with pytest.raises(ConfigError, match="same MODEL"):
+        other.claim(0.5)
+    with pytest.raises(ConfigError, match="must be new"):
+        ThinModels.read(sources / "Mixtral", sources, "budget").claim(0.5)
