@@ -1,0 +1,155 @@
+"""The folder of `moepp thin`, and the models in it.
+
+OUT/thin.json          the model, and the FFN share that it is brought to
+OUT/model              the model as a checkpoint of ours: the frozen teacher
+OUT/RECIPE-start       the checkpoint that training starts from
+OUT/configs/NAME.yaml  the configuration of a run, for `moepp train` or `moepp slurm`
+OUT/runs/NAME          the run
+OUT/RECIPE-hf          the result for transformers and servers
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moepp_megatron.config import Config, ConfigError, Layout, check_config, load_config
+from moepp_megatron.config.json_file import read_json
+from moepp_megatron.config.schema.moe import MoESection
+from moepp_megatron.data.prepared_data import check_data
+from moepp_megatron.data.same_tokenizer import check_model_tokenizer
+from moepp_megatron.file_names import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    MODEL_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
+from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.training.checkpoint import find_checkpoint
+from moepp_megatron.training.thin import Start
+
+# Recipes that change the model itself at once.
+_OTHER = ("topk",)
+
+
+def _new_experts(moe: MoESection) -> dict[str, Any]:
+    # As in configs/upcycle/: 1, 1, 2 for 8 FFN experts, and 1, 1, 30 for 128.
+    return {"num_constant_experts": max(2, moe.num_ffn_experts // 4 - 2)}
+
+
+def _zero_experts(moe: MoESection) -> dict[str, Any]:
+    others = {"num_copy_experts": 0, "num_constant_experts": 0}
+    return {"num_zero_experts": moe.num_ffn_experts // 2, **others, "keeps_function": False}
+
+
+# What each adds, as fields of `interop.upcycle.Additions`.
+_ADDS = {"budget": _new_experts, "zeda": _zero_experts}
+
+
+@dataclass(frozen=True)
+class ThinFolder:
+    """The models of a recipe; what formats of others need, a subclass knows.
+
+    Attributes:
+        folder: Of the model that becomes cheaper.
+        hf: Its `config.json`; None for a checkpoint of ours.
+        config: Of it as a checkpoint of ours, nothing added.
+        out: OUT, absolute.
+        recipe: Name of the recipe.
+    """
+
+    folder: Path
+    hf: Mapping[str, Any] | None
+    config: Config
+    out: Path
+    recipe: str
+
+    @classmethod
+    def of_checkpoint(cls, name: Path, out: Path, recipe: str) -> ThinFolder:
+        """ConfigError: there is none, or none whose tokens can do without an FFN expert."""
+        checkpoint = find_checkpoint(name)
+        config = load_config(checkpoint / CONFIG_FILE)
+        if config.moe.num_zero_computation_experts == 0:
+            raise ConfigError(
+                f"MODEL ({name}) must have zero-computation experts, since none are added to a "
+                "checkpoint of ours; name the folder of a Mixtral or a Qwen3-MoE"
+            )
+        return cls(checkpoint, None, config, out, recipe)
+
+    def upcycled(self, added: Mapping[str, Any]) -> Config:
+        """The model with new experts."""
+        raise NotImplementedError
+
+    @cached_property
+    def model(self) -> Start:
+        """The model itself, the teacher."""
+        checkpoint = self.folder.resolve() if self.hf is None else self.out / "model"
+        moe = self.config.moe
+        share = moe.ffn_share if moe.num_zero_computation_experts else 1.0
+        return Start(checkpoint, self._balanced(self.config), share)
+
+    @cached_property
+    def start(self) -> Start:
+        """The model with what the recipe adds, of which no token selects anything yet."""
+        if self.added is None:
+            return self.model
+        config = self._balanced(self.upcycled(self.added))
+        return Start(self.out / f"{self.recipe}-start", config, 1.0)
+
+    @property
+    def added(self) -> dict[str, Any] | None:
+        """New experts; None where training starts from the model itself."""
+        moe, adds = self.config.moe, _ADDS.get(self.recipe)
+        if moe.num_zero_computation_experts or adds is None:
+            return None
+        # Without residuals, which servers lack.
+        return {"gating_residual": False, **adds(moe)}
+
+    def _balanced(self, config: Config) -> Config:
+        """With the source's coefficient of the balance loss, as in configs/upcycle/."""
+        coefficient = (self.hf or {}).get("router_aux_loss_coef", config.moe.balance_coeff)
+        moe = config.moe.model_copy(update={"balance_coeff": coefficient})
+        return config.model_copy(update={"moe": moe})
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether the start computes what the model does."""
+        return (self.added or {}).get("keeps_function", self.recipe not in _OTHER)
+
+    @property
+    def export(self) -> Path:
+        """The result for others."""
+        return self.out / f"{self.recipe}-hf"
+
+    def check(self, config: Config, nproc: int) -> list[str]:
+        """Warnings on a run; ConfigError for what it would refuse but the checkpoints."""
+        Layout.from_config(config, nproc)
+        check_model_tokenizer(config, self.folder / TOKENIZER_FILE)
+        return [*check_config(config), *check_data(config)]
+
+    def claim(self, share: float) -> None:
+        """Make OUT; ConfigError if it is of another model or share, or cannot be written."""
+        identity = self.folder / (MANIFEST_FILE if self.hf is None else MODEL_CONFIG_FILE)
+        sizes = sorted((file.name, file.stat().st_size) for file in self.folder.glob("*.safet*"))
+        digest = hashlib.sha256(identity.read_bytes() + repr(sizes).encode()).hexdigest()
+        file, own = self.out / "thin.json", {"ffn_share": share, "sha256": digest}
+        try:
+            (self.out / "configs").mkdir(parents=True, exist_ok=True)
+            if [path.name for path in self.out.iterdir()] == ["configs"]:
+                write_atomic(file, json.dumps(own).encode())
+            found = read_json(file) if file.exists() else {}
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"OUT ({self.out}) must be a folder that can be written ({error}); choose another"
+            ) from None
+        if found != own:
+            what = "--ffn-share" if found.get("sha256") == digest else "MODEL"
+            raise ConfigError(
+                f"OUT ({self.out}) must be new or of the same {what}, and is of another; choose "
+                "another folder"
+            )
