@@ -129,8 +129,9 @@ class ThinFolder:
     def check(self, config: Config, nproc: int) -> list[str]:
         """Warnings on a run; ConfigError for what it would refuse but the checkpoints."""
         Layout.from_config(config, nproc)
+        warnings = [*check_config(config), *check_data(config)]
         check_model_tokenizer(config, self.folder / TOKENIZER_FILE)
-        return [*check_config(config), *check_data(config)]
+        return warnings
 
     def claim(self, share: float) -> None:
         """Make OUT; ConfigError if it is of another model or share, or cannot be written."""
