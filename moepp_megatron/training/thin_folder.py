@@ -27,6 +27,7 @@ from moepp_megatron.file_names import (
     CONFIG_FILE,
     MANIFEST_FILE,
     MODEL_CONFIG_FILE,
+    THIN_FILE,
     TOKENIZER_FILE,
 )
 from moepp_megatron.runtime.atomic import write_atomic
@@ -138,7 +139,7 @@ class ThinFolder:
         identity = self.folder / (MANIFEST_FILE if self.hf is None else MODEL_CONFIG_FILE)
         sizes = sorted((file.name, file.stat().st_size) for file in self.folder.glob("*.safet*"))
         digest = hashlib.sha256(identity.read_bytes() + repr(sizes).encode()).hexdigest()
-        file, own = self.out / "thin.json", {"ffn_share": share, "sha256": digest}
+        file, own = self.out / THIN_FILE, {"ffn_share": share, "sha256": digest}
         try:
             (self.out / "configs").mkdir(parents=True, exist_ok=True)
             if [path.name for path in self.out.iterdir()] == ["configs"]:
