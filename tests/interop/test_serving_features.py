@@ -221,3 +221,63 @@ def pipeline_plans() -> list[Any]:
 
 def test_pipeline_stages_are_planned_where_hidden_states_are_all(plain: RunPlain) -> None:
     assert plain(pipeline_plans) == [[], [True, True, True]]
+
+
+def continued_in_turns() -> tuple[list[list[int]], list[list[int]]]:
+    """New tokens of three prompts by continuous batching, and of each by itself."""
+    import torch
+    from transformers import GenerationConfig
+    from transformers.generation import ContinuousBatchingConfig
+
+    model, ids = random_model().eval(), batch()["input_ids"]
+    prompts = [ids[:1, :5], ids[1:, :9], ids[:1, 3:5]]
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1)
+    found = model.generate_batch(
+        [prompt[0].tolist() for prompt in prompts],
+        generation_config=settings,
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32),
+        progress_bar=False,
+    )
+    alone = []
+    for prompt in prompts:
+        mask = torch.ones_like(prompt)
+        whole = model.generate(prompt, attention_mask=mask, generation_config=settings)
+        alone.append(whole[0, prompt.shape[1] :].tolist())
+    return [found[f"req_{number}"].generated_tokens for number in range(3)], alone
+
+
+def test_continuous_batching_gives_the_same_tokens(plain: RunPlain) -> None:
+    together, alone = plain(continued_in_turns)
+    assert together == alone
+
+
+def rounded_to_int8(folder: Path) -> tuple[Any, Any, str]:
+    """Logits of int8 weights, of the same weights in fp32, and the kind of an FFN weight."""
+    import torch
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    from moepp_megatron.interop.hf_files.modeling_moepp import MoEPPForCausalLM
+
+    kinds = FqnToConfig({r"re:.*\.ffn\.(gate_up|down)_proj": Int8WeightOnlyConfig()})
+    model = MoEPPForCausalLM.from_pretrained(
+        folder, quantization_config=TorchAoConfig(kinds), experts_implementation="eager"
+    ).eval()
+    kind = type(model.model.layers[0].mlp.moe.experts.ffn.gate_up_proj).__name__
+    whole = MoEPPForCausalLM.from_pretrained(folder).eval()
+    rounded = {
+        name: value.dequantize() if type(value).__name__ == kind else value
+        for name, value in model.state_dict().items()
+    }
+    whole.load_state_dict(rounded)
+    with torch.no_grad():
+        return model(**batch()).logits.numpy(), whole(**batch()).logits.numpy(), kind
+
+
+def test_ffn_experts_in_int8(plain: RunPlain, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    plain(saved, tmp_path / "hf", {})
+    logits, expected, kind = plain(rounded_to_int8, tmp_path / "hf")
+    assert kind == "Int8Tensor"
+    # Scales behind the products in one, in the weights in the other.
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)

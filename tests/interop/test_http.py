@@ -1,0 +1,112 @@
+"""The commands of docs/how_to/serve.md: an export of the quickstart's run answers over HTTP."""
+
+import importlib.util
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moepp_megatron.data.tokenizer import Tokenizer
+from tests.commands import TIMEOUT_S, moepp, slowdown
+from tests.interop.conftest import RunPlain
+
+ROOT = Path(__file__).parents[2]
+PROMPT, NEW_TOKENS = "def read(self", 24
+LACKING = [
+    name
+    for name in ("accelerate", "fastapi", "openai", "uvicorn")
+    if importlib.util.find_spec(name) is None
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where runs/quickstart is, of a model and a text that are smaller."""
+    folder = tmp_path_factory.mktemp("served")
+    line = json.dumps({"text": "def read(self, lines):\n    return sorted(lines)\n" * 20})
+    (folder / "text.jsonl").write_text(f"{line}\n" * 60)
+    small = ("model.num_layers=2", "model.seq_length=64", "model.hidden_size=48")
+    short = ("training.train_iters=6", "training.global_batch_size=4", "optimizer.warmup_iters=1")
+    alone = ("parallel.expert_model_parallel_size=1", "training.eval_interval=0")
+    quickstart = ["train", ROOT / "configs" / "quickstart.yaml", *small, *short, *alone]
+    for words in (["data", "prepare", "text.jsonl", "--out", "data/stdlib"], quickstart):
+        done = moepp(*words, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        tokenizer = Tokenizer.load(folder / "data" / "stdlib" / "tokenizer.json")
+        # As in the quickstart, the model has no tokens that the tokenizer lacks.
+        quickstart.append(f"model.vocab_size={tokenizer.vocab_size}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answered(folder: Path) -> str:
+    """What the server wrote behind the prompt."""
+    if LACKING:
+        pytest.skip(f"needs the packages {', '.join(LACKING)}")
+    page = (ROOT / "docs" / "how_to" / "serve.md").read_text(encoding="utf-8")
+    block = re.search(r"```bash\n(.*?)```", page, re.DOTALL)
+    assert block, "serve.md has no commands"
+    install, *commands = block[1].splitlines()
+    wanted = install.removeprefix("pip install '").removesuffix("'")
+    assert f'"{wanted}",' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert len(commands) == 4
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = "trap 'kill $!' EXIT\n" + "\n".join(commands).replace("8000", port)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euc", script],
+        cwd=folder,
+        env=os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S * slowdown(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer = json.loads(done.stdout[done.stdout.index('{"id"') :].splitlines()[0])
+    assert answer["usage"]["completion_tokens"] == NEW_TOKENS
+    return str(answer["choices"][0]["text"])
+
+
+def by_transformers(folder: Path) -> dict[str, tuple[str, list[int], list[float]]]:
+    """By implementation of experts the new text, all tokens and the log-probability of each."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    answers = {}
+    for experts in ("eager", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(experts)
+        whole = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+        with torch.no_grad():
+            logprobs = model(whole).logits[0, :-1].log_softmax(-1)
+        picked = logprobs.gather(1, whole[0, 1:, None])[:, 0].tolist()
+        text = tokenizer.decode(whole[0, ids["input_ids"].shape[1] :])
+        answers[experts] = (text, whole[0].tolist(), picked)
+    return answers
+
+
+def test_engine_transformers_and_server_write_the_same(
+    folder: Path, answered: str, plain: RunPlain
+) -> None:
+    run = folder / "runs" / "quickstart"
+    greedy = ["--temperature", 0, "--max-new-tokens", NEW_TOKENS]
+    own = moepp("generate", run, "--prompt", PROMPT, *greedy)
+    assert own.stdout == f"{PROMPT}{answered}\n", own.stderr
+    for experts, (text, tokens, logprobs) in plain(by_transformers, folder / "exported").items():
+        assert text == answered, experts
+        np.savez(folder / "tokens.npz", input_ids=np.array([tokens]))
+        done = moepp("score", run, "--tokens", folder / "tokens.npz", "--out", folder / "out.npz")
+        assert done.returncode == 0, done.stderr
+        scored = np.load(folder / "out.npz")["token_logprobs"][0]
+        # fp32 on both sides.
+        np.testing.assert_allclose(logprobs, scored, rtol=0, atol=1e-4)
