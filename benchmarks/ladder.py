@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ladder_run import ARMS, CHANGES, KINDS, SIZES, Run, machine, measure, steps_for_flop
+from benchmarks.ladder_run import ARMS, CHANGES, SIZES, Run, machine, measure, steps_for_flop
 from moepp_megatron.runtime import cpu_support, distributed
 from moepp_megatron.runtime.atomic import lock, write_atomic
 from moepp_megatron.runtime.quiet import quiet
@@ -67,20 +67,13 @@ class Results:
         return found
 
     def collect(self, file: Path) -> None:
-        """Write all results into one file, with machine, corpora and command, a line a run."""
-        corpora = {mixture: self._digest(mixture) for mixture in KINDS}
-        lines = []
-        for path in sorted(self.out.glob("* *.json")):
-            result = json.loads(path.read_text())
-            run = Run(**result["run"])
-            where = {
-                "corpora": corpora[run.mixture],
-                "machine": machine(),
-                "command": f"python -m benchmarks.ladder OUT --stage {run.stage}",
-            }
-            # What was taken over keeps its own.
-            lines.append(json.dumps({**where, **result}) + "\n")
-        write_atomic(file, "".join(lines).encode())
+        """Write all results into one file, with machine and texts, a line a run."""
+        # The tokenizer was trained on all texts of the machine.
+        texts = sha256((self.out / "corpora" / "tokenizer.json").read_bytes()).hexdigest()[:8]
+        found = [json.loads(path.read_text()) for path in sorted(self.out.glob("* *.json"))]
+        # What was taken over keeps its own.
+        lines = [json.dumps({"machine": machine(), "texts": texts, **result}) for result in found]
+        write_atomic(file, "".join(f"{line}\n" for line in lines).encode())
 
     def take_over(self, file: Path) -> None:
         """Fill in results from a file of `collect` that are not here yet."""
@@ -88,14 +81,6 @@ class Results:
             path = self.path(Run(**json.loads(line)["run"]))
             if not path.exists():
                 write_atomic(path, line.encode())
-
-    def _digest(self, mixture: str) -> str:
-        """Which texts a mixture is made of on this machine."""
-        digest = sha256()
-        for kind in sum(KINDS[mixture].values(), ()):
-            path = self.out / "corpora" / f"{kind}.npy"
-            digest.update(path.read_bytes() if path.exists() else b"")
-        return digest.hexdigest()[:8]
 
 
 def valid(result: dict[str, Any]) -> float:

@@ -41,7 +41,7 @@ def read(file: Path) -> Ladder:
         result = json.loads(line)
         run = Run(**result["run"])
         # Only runs on the same texts are paired.
-        seed = f"{run.seed} {result['corpora']}"
+        seed = f"{run.seed} {result['texts']}"
         ladder.setdefault((run.stage, run.arm, run.size, run.what), {})[seed] = result
     return ladder
 
@@ -152,19 +152,31 @@ def shown(estimate: Estimate, level: float = 0.025) -> str:
     return f"{estimate.mean:+.3f}" + (ends if math.isfinite(reach) else "")
 
 
+def pooled(groups: Sequence[Sequence[float]]) -> Estimate:
+    """The mean of the groups' means, from the spread within groups."""
+    means = [float(np.mean(group)) for group in groups]
+    degrees = sum(len(group) - 1 for group in groups)
+    if degrees == 0:
+        return Estimate(float(np.mean(means)))
+    rest = sum(float(np.square(np.subtract(group, np.mean(group))).sum()) for group in groups)
+    error = math.sqrt(rest / degrees * sum(1 / len(group) for group in groups)) / len(groups)
+    return Estimate(float(np.mean(means)), error, degrees)
+
+
 def rungs(ladder: Ladder, sizes: Sequence[str]) -> Iterator[str]:
     """Losses with FFN share and steps; differences, with slope; differences by kind of text."""
     for what, title in EQUAL.items():
         rows, by_kind = [], []
         for arm in ARMS:
-            rows.append([arm, *(_loss(rung(ladder, arm, size, what)) for size in sizes), ""])
+            rows.append([arm, *(_loss(rung(ladder, arm, size, what)) for size in sizes), "", ""])
         for pair in PAIRS:
-            cells = [shown(Estimate.of(values(ladder, pair, size, what))) for size in sizes]
+            found = [values(ladder, pair, size, what) for size in sizes]
             slope = shown(line(ladder, pair, sizes, what)[0]) if len(sizes) > 1 else ""
-            rows.append([name(pair), *cells, slope])
+            cells = [*(shown(Estimate.of(each)) for each in found), shown(pooled(found)), slope]
+            rows.append([name(pair), *cells])
             last = [values(ladder, pair, sizes[-1], what, kinds) for kinds in KINDS["A"].values()]
-            by_kind.append([name(pair), *(shown(Estimate.of(found)) for found in last)])
-        yield table([title, *sizes, "for ten times the FLOP"], rows)
+            by_kind.append([name(pair), *(shown(Estimate.of(each)) for each in last)])
+        yield table([title, *sizes, "all sizes", "for ten times the FLOP"], rows)
         yield table([f"{title}, size {sizes[-1]}", *KINDS["A"]], by_kind)
 
 
@@ -182,15 +194,13 @@ def decide(ladder: Ladder) -> Iterator[str]:
     for change in changes:
         cells = {(size, what): ladder.get(("decide", "paper", size, what), {})
                  for size in ("S", "M") for what in (change, "nothing")}  # fmt: skip
-        each_size = [less(cells[size, change], cells[size, "nothing"]) for size in ("S", "M")]
-        by_size = [found for found in each_size if len(found) > 1]
-        if by_size:
-            parts = [Estimate.of([value / len(by_size) for value in found]) for found in by_size]
-            pooled = parts[0].plus(parts[1]) if len(parts) > 1 else parts[0]
-            errors += [Estimate.of(found).error or 0.0 for found in by_size]
-            sizes = [shown(Estimate.of(found)) for found in by_size]
-            each, all_of_them = shown(pooled), shown(pooled, 0.025 / len(changes))
-            rows.append([change, *sizes, *[""] * (2 - len(sizes)), each, all_of_them])
+        each = [less(cells[size, change], cells[size, "nothing"]) for size in ("S", "M")]
+        there = [found for found in each if found]
+        if there:
+            both = pooled(there)
+            errors += [Estimate.of(found).error or 0.0 for found in there]
+            sizes = [shown(Estimate.of(found)) if found else "" for found in each]
+            rows.append([change, *sizes, shown(both), shown(both, 0.025 / len(changes))])
     if rows:
         yield table(["changed", "S", "M", "both", f"both, as one of {len(changes)}"], rows)
         # Of five seeds at each of two sizes, with the spread that the differences have.

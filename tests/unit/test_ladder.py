@@ -56,6 +56,8 @@ def test_results_of_another_machine_are_taken_over(tmp_path: Path) -> None:
     here, there = Results(tmp_path / "here"), Results(tmp_path / "there")
     run = Run("tune", "paper", "S", 0, 1, 0.1, 0.1)
     put(there, run)
+    (there.out / "corpora").mkdir()
+    (there.out / "corpora" / "tokenizer.json").write_text("{}")
     there.collect(tmp_path / "ladder.jsonl")
     (line,) = (tmp_path / "ladder.jsonl").read_text().splitlines()
     here.take_over(tmp_path / "ladder.jsonl")
