@@ -180,6 +180,21 @@ def rungs(ladder: Ladder, sizes: Sequence[str]) -> Iterator[str]:
         yield table([f"{title}, size {sizes[-1]}", *KINDS["A"]], by_kind)
 
 
+def worth(ladder: Ladder, sizes: Sequence[str]) -> Iterator[str]:
+    """What e times the steps are worth to each arm that has runs of two lengths."""
+    rows = []
+    for arm in (arm for arm in ARMS if not arm.startswith("vanilla")):
+        rows.append([arm])
+        for size in sizes:
+            short, long = (rung(ladder, arm, size, what) for what in EQUAL)
+            steps = {
+                seed: long[seed]["run"]["steps"] / short[seed]["run"]["steps"] for seed in long
+            }
+            found = [less({seed: long[seed]}, short)[0] / math.log(more[seed]) for seed in long]
+            rows[-1].append(shown(Estimate.of(found)))
+    yield table(["loss for e times the steps", *sizes], rows)
+
+
 def _loss(cell: dict[str, dict[str, Any]]) -> str:
     loss = np.mean([valid(result) for result in cell.values()])
     share = np.mean([result["share"] for result in cell.values()])
@@ -228,7 +243,8 @@ def main() -> None:
         print(table(head, filter(None, (came(ladder, each) for each in made))))
     else:
         sizes = [size for size in SIZES if all(rung(ladder, arm, size, "flop") for arm in ARMS)]
-        print("\n".join([*(rungs(ladder, sizes) if sizes else ()), *decide(ladder)]))
+        of_rungs = [*rungs(ladder, sizes), *worth(ladder, sizes)] if sizes else []
+        print("\n".join([*of_rungs, *decide(ladder)]))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ NAVIGATION = {
     "Speed and cost": [
         "Plan <docs/planning>",
         "Pilot <docs/pilot>",
+        "Does it pay? <docs/evidence>",
         "Speed of the layer <docs/speed>",
         "Scaling tests <docs/scaling>",
         "Profiles <docs/profiling>",
