@@ -108,11 +108,12 @@ def predictions(ladder: Ladder, size: str) -> Iterator[dict[str, Any]]:
         found: dict[str, Any] = {"row": row, "at": what, "size": size, "from": sizes}
         for seeds in (1, 2, 3):
             guess = at(size, seeds)
-            reach = {"mean": 0.0, "80%": guess.reach(0.1), "95%": guess.reach(0.025)}
-            ends = {level: (guess.mean - far, guess.mean + far) for level, far in reach.items()}
+            far = {"80%": guess.reach(0.1), "95%": guess.reach(0.025)}
+            ends = {"mean": (guess.mean,)}
+            ends |= {level: (guess.mean - far[level], guess.mean + far[level]) for level in far}
             found[f"{seeds}"] = {
-                level: [round(end if row[1] else 10**end, 4) for end in both]
-                for level, both in ends.items()
+                level: [round(end if row[1] else 10**end, 4) for end in each]
+                for level, each in ends.items()
             }
             if row[1]:
                 chance = t_below(-guess.mean / (guess.error or math.inf), guess.degrees)
@@ -187,9 +188,7 @@ def worth(ladder: Ladder, sizes: Sequence[str]) -> Iterator[str]:
         rows.append([arm])
         for size in sizes:
             short, long = (rung(ladder, arm, size, what) for what in EQUAL)
-            steps = {
-                seed: long[seed]["run"]["steps"] / short[seed]["run"]["steps"] for seed in long
-            }
+            more = {seed: long[seed]["run"]["steps"] / short[seed]["run"]["steps"] for seed in long}
             found = [less({seed: long[seed]}, short)[0] / math.log(more[seed]) for seed in long]
             rows[-1].append(shown(Estimate.of(found)))
     yield table(["loss for e times the steps", *sizes], rows)
