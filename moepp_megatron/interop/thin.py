@@ -23,7 +23,7 @@ class ThinModels(ThinFolder):
     """The models of a recipe, from any folder that has one."""
 
     @classmethod
-    def read(cls, folder: Path, out: Path, recipe: str) -> ThinFolder:
+    def read(cls, folder: Path, out: Path, recipe: str) -> ThinModels:
         """ConfigError: no folder, or no model that takes experts by choice."""
         if not folder.is_dir():
             raise ConfigError(f"MODEL ({folder}) must be a folder; name that of a model")

@@ -90,6 +90,7 @@ class ThinSettings:
         """
         own = self._config("control", model, model)
         config = self._config(recipe, model, start)
+        runs: dict[str, tuple[Config, Sequence[str]]]
         runs = {"model": (own, _MEASURE), f"{recipe}-start": (config, _MEASURE)}
         stages = _STAGES[recipe](config, self.out) if recipe in _STAGES else {recipe: []}
         runs |= {name: (config, changes) for name, changes in stages.items()}
@@ -112,10 +113,12 @@ class ThinSettings:
         return {name: load_config(file) for name, file in files.items()}
 
     def lines(self, runs: Mapping[str, Config], nproc: int) -> list[str]:
-        """The size of the model, and the command of each run."""
-        config = list(runs.values())[-1]
+        """The size of the model, the checkpoints before training, and the command of each run."""
+        model, start, *_, config = runs.values()
         size = f"{count_parameters(config).total:,} parameters with new experts"
         lines = [f"model        {size}, {checkpoint_bytes(config) / 1e9:.3g} GB a checkpoint"]
+        checkpoints = dict.fromkeys((model.checkpoint.load, start.checkpoint.load))
+        lines += [f"convert      {checkpoint}" for checkpoint in checkpoints]
         for name, config in runs.items():
             words = ["moepp", "train", f"{self.out}/configs/{name}.yaml", "--resume"]
             steps = f"{config.training.train_iters:,} steps"

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from moepp_megatron.config import Config, ConfigError, Layout, check_config, load_config
 from moepp_megatron.config.json_file import read_json
@@ -71,7 +71,7 @@ class ThinFolder:
     recipe: str
 
     @classmethod
-    def of_checkpoint(cls, name: Path, out: Path, recipe: str) -> ThinFolder:
+    def of_checkpoint(cls, name: Path, out: Path, recipe: str) -> Self:
         """ConfigError: there is none, or none whose tokens can do without an FFN expert."""
         checkpoint = find_checkpoint(name)
         config = load_config(checkpoint / CONFIG_FILE)

@@ -119,6 +119,8 @@ def test_from_a_model_to_its_export(
 
     monkeypatch.setattr(runner, "run_ranks", on_test_ranks)
     words = [sources / family, tmp_path / "out", "--data", corpus, *SETTINGS]
+    status, said = thin(*words, "--dry-run")
+    assert (status, said.count("moepp train "), (tmp_path / "out").exists()) == (0, 3, False)
     status, said = thin(*words)
     assert (status, trained) == (STOPPED, ["model", "budget-start", "budget"])
     assert "step 0       data: loss " in said
