@@ -13,7 +13,7 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import OverridesArgument
-from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.file_names import METRICS_FILE
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
 from moepp_megatron.workbench.experiments.runner import (
@@ -56,25 +56,19 @@ def thin(
     ],
     out: Annotated[
         Path,
-        typer.Argument(
-            help="Write to this folder; the same command, given again, continues.", metavar="OUT"
-        ),
+        typer.Argument(help="Write to this folder; a second call continues.", metavar="OUT"),
     ],
     data: Annotated[
         list[Path],
         typer.Option(
-            help="Train on this folder of `moepp data prepare`; of several, alike, and each is a "
-            "validation set.",
+            help="Train on this prepared folder; of several each is a validation set, too.",
             metavar="DIR",
         ),
     ],
     overrides: OverridesArgument = None,
     ffn_share: Annotated[
         float,
-        typer.Option(
-            help="Let a token take this share of the FFN experts that the model selects.",
-            metavar="SHARE",
-        ),
+        typer.Option(help="Leave this share of a token's FFN experts.", metavar="SHARE"),
     ] = 0.5,
     recipe: Annotated[
         str,
@@ -131,8 +125,8 @@ def thin(
         return
     models.claim(ffn_share)
     command = shlex.join(["moepp", *sys.argv[1:]])
-    configs = settings.settled(configs, command)
-    echo(f"settings     {out}/configs, as they are there")
+    configs, others = settings.settled(configs, command)
+    echo(f"settings     {out}/configs{f', used with other {others}' if others else ''}")
     models.convert()
     _run(models, [_Run(models.out, name, name, nproc, each) for name, each in configs.items()])
     _finish(models, command)
@@ -168,7 +162,12 @@ def _finish(models: ThinModels, command: str) -> None:
     for warning in warnings:
         echo(f"warning: {warning}", err=True)
     names = ["model", *(f"{name}{end}" for name in RECIPES for end in ("-start", ""))]
-    there = {name: runs / name for name in names if (runs / name).exists()}
+    files = {name: models.out / "configs" / f"{name}.yaml" for name in names}
+    there = {
+        name: runs / name
+        for name, file in files.items()
+        if file.exists() and _Run(models.out, name, name, 1, load_config(file)).result()
+    }
     page = models.out / "thin.html"
     print_uncut(table_of(write_thin_page(page, there, models.folder.resolve().name, command)))
     echo(f"page         {page}")

@@ -27,6 +27,7 @@ from moepp_megatron.config.choices import pick
 from moepp_megatron.config.load import config_layers, from_dotted, merge, overriding_sections
 from moepp_megatron.config.origins import leaves
 from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.training.checkpoint.compatible import differences
 
 # Learning rate, steps and ramp of upcycled models (docs/how_to/upcycle.md).
 _FILE = Path(__file__).resolve().parents[2] / "configs" / "upcycle" / "_recipe.yaml"
@@ -101,16 +102,21 @@ class ThinSettings:
             for name, (base, changes) in runs.items()
         }
 
-    def settled(self, runs: Mapping[str, Config], command: str) -> dict[str, Config]:
+    def settled(self, runs: Mapping[str, Config], command: str) -> tuple[dict[str, Config], str]:
         """The runs as their files in OUT say, which a user may have changed; writes absent ones.
 
         `command` is named in the files. ConfigError: a file is no configuration.
+
+        Returns:
+            The runs, and the names of settings that are others there.
         """
         files = {name: self.out / "configs" / f"{name}.yaml" for name in runs}
         for name, file in files.items():
             if not file.exists():
                 write_atomic(file, runs[name].to_yaml(command).encode())
-        return {name: load_config(file) for name, file in files.items()}
+        there = {name: load_config(file) for name, file in files.items()}
+        others = [each for name in runs for each, *_ in differences(there[name], runs[name])]
+        return there, ", ".join(dict.fromkeys(others))
 
     def lines(self, runs: Mapping[str, Config], nproc: int) -> list[str]:
         """The size of the model, the checkpoints before training, and the command of each run."""

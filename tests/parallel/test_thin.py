@@ -13,6 +13,7 @@ from moepp_megatron.cli import main
 from moepp_megatron.config import load_config
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
 from moepp_megatron.workbench.experiments import runner
+from tests.interop.checkpoints import write_released
 from tests.parallel.checkpoint_runs import logged
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import join
@@ -73,6 +74,7 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = getattr(transformers, f"{family}Config")(**SHAPE, **fields)
         getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder / family)
         shutil.copy(corpus / "tokenizer.json", folder / family)
+    write_released(folder / "released", vocab_size=320)
     return folder
 
 
@@ -92,16 +94,12 @@ def thin(
     return run
 
 
-@pytest.mark.parametrize(("family", "experts"), [("Mixtral", 2), ("Qwen3Moe", 4)])
+@pytest.mark.parametrize(
+    ("family", "experts", "share"),
+    [("Mixtral", 2, 0.5), ("Qwen3Moe", 4, 0.5), ("released", 2, 0.3)],
+)
 def test_from_a_model_to_its_export(
-    ranks: RankPools,
-    corpus: Path,
-    sources: Path,
-    tmp_path: Path,
-    thin,
-    monkeypatch,
-    family,
-    experts,
+    ranks: RankPools, corpus: Path, sources, tmp_path, thin, monkeypatch, family, experts, share
 ) -> None:
     trained: list[str] = []
     stops = ["budget"]
@@ -119,13 +117,13 @@ def test_from_a_model_to_its_export(
 
     monkeypatch.setattr(runner, "run_ranks", on_test_ranks)
     words = [sources / family, tmp_path / "out", "--data", corpus, *SETTINGS]
+    words += ["--ffn-share", share]
     status, said = thin(*words, "--dry-run")
     assert (status, said.count("moepp train "), (tmp_path / "out").exists()) == (0, 3, False)
     status, said = thin(*words)
     assert (status, trained) == (STOPPED, ["model", "budget-start", "budget"])
     assert "step 0       data: loss " in said
     # What is there is not done again, the training continues.
-    (tmp_path / "out/thin.json").touch()
     status, said = thin(*words)
     assert (status, trained[3:]) == (0, ["budget"]), said
     runs = tmp_path / "out/runs"
@@ -137,9 +135,9 @@ def test_from_a_model_to_its_export(
     divergences = logged(runs / "budget", "distillation_loss")
     assert abs(divergences[0]) < 1e-5 < divergences[-1]
     shares = logged(runs / "budget", "ffn_fraction")
-    assert shares[0] == 1.0
+    assert shares[0] == 1.0 or family == "released"
     # As near as the alert of a missed budget allows.
-    assert sum(shares[-2:]) / 2 == pytest.approx(0.5, rel=0.1)
+    assert sum(shares[-2:]) / 2 == pytest.approx(share, rel=0.1)
     page = (tmp_path / "out/thin.html").read_text()
     assert "Expert FLOP removed" in page
     assert thin(*words)[0] == 0
