@@ -154,6 +154,7 @@ def test_from_a_model_to_its_export(
 
 
 def test_what_recipes_train(corpus: Path, sources: Path, tmp_path: Path) -> None:
+    from moepp_megatron.interop.checkpoint_reader import CheckpointReader
     from moepp_megatron.interop.thin import ThinModels
     from moepp_megatron.training.thin import RECIPES, ThinSettings
 
@@ -181,6 +182,14 @@ def test_what_recipes_train(corpus: Path, sources: Path, tmp_path: Path) -> None
     assert (first.distillation.teacher, second.distillation.text_weight) == (None, 0.0)
     assert second.checkpoint.load == str(first.run.dir)
     assert (runs["topk"].moe.router_topk, runs["control"].moe.router_topk) == (2, 4)
+    # ZEDA's router rows have the mean and the deviation of the FFN experts'; no bias holds them back.
+    models = ThinModels.read(sources / "Qwen3Moe", tmp_path, "zeda")
+    models.convert()
+    start = CheckpointReader(tmp_path / "zeda-start")
+    rows = start.read("decoder.layers.1.mlp.router.weight")
+    assert not any("expert_bias" in key for key in start.tensors)
+    assert rows.shape == (12, 32)
+    assert 0.5 < float(rows[8:].std() / rows[:8].std()) < 2.0
     # What is measured is left as it is.
     for name in ("model", "budget-start"):
         assert not runs[name].moe.budget.acts
