@@ -37,6 +37,7 @@ class _ExportLayout(StrEnum):
     released = "released"
     longcat = "longcat"
     zeda = "zeda"
+    vanilla = "vanilla"
 
 
 Source = Annotated[Path, typer.Argument(help="Convert the model in this folder.", metavar="SRC")]
@@ -94,7 +95,8 @@ def mcore_to_hf(
         typer.Option(
             help="Write the model in this form. moepp has our class names and takes any model; "
             "released is that of the released MoE++ models; longcat is LongCat-Flash; zeda is "
-            "ZEDA's Qwen3-MoE or GLM-4.7-Flash with zero-computation experts."
+            "ZEDA's Qwen3-MoE or GLM-4.7-Flash with zero-computation experts; vanilla is Mixtral, "
+            "Qwen3-MoE or DeepSeek-MoE for llama.cpp, with zero experts only."
         ),
     ] = _ExportLayout.moepp,
     max_shard_gb: Annotated[

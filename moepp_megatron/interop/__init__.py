@@ -14,6 +14,7 @@ hf_source.py            a Hugging Face checkpoint folder: its configuration, and
 latent_rules.py         tensors of multi-head latent attention by DeepSeek-V3's names
 decoding.py             continues prompts by scoring
 expressible.py          what a format cannot express, as rows of settings
+vanilla.py              models with zero experts as the MoE models that llama.cpp has
 longcat.py              models with latent attention as LongCat-Flash models
 longcat_rules.py        LongCat-Flash's tensors: what each is made of
 megatron_arguments.py   MoE++ settings of a Megatron-LM run: `--moepp-*`

@@ -12,7 +12,9 @@ from moepp_megatron.config import Config
 from moepp_megatron.interop.latent_rules import latent_attention_rules, norm_keys
 from moepp_megatron.interop.longcat import dense_width, routed_experts
 from moepp_megatron.interop.tensor_rules import HFTensor, TensorRule, made, same
-from moepp_megatron.interop.upcycle_sources import expert_rules, source_kind
+from moepp_megatron.interop.upcycle_sources import expert_rules, source_kind, zero_expert_rules
+
+_KIND = source_kind({"model_type": "deepseek_v3"})
 
 
 def longcat_rules(config: Config) -> Iterator[TensorRule]:
@@ -97,9 +99,10 @@ def _moe_rules(config: Config, layer: int) -> Iterator[TensorRule]:
         yield _reordered(ours + "router.expert_bias", bias, config, total)
     else:
         yield made(bias, (total,))
-    kind = source_kind({"model_type": "deepseek_v3"})
-    yield from expert_rules(kind, config, ours, f"model.layers.{layer}.")
-    yield from _experts_of_zeros(config, layer, range(moe.num_ffn_experts, routed_experts(config)))
+    layer_names = f"model.layers.{layer}."
+    yield from expert_rules(_KIND, config, ours, layer_names)
+    zeros = range(moe.num_ffn_experts, routed_experts(config))
+    yield from zero_expert_rules(_KIND, config, layer_names, zeros)
 
 
 def _no_moe_rules(config: Config, layer: int) -> Iterator[TensorRule]:
@@ -115,15 +118,7 @@ def _no_moe_rules(config: Config, layer: int) -> Iterator[TensorRule]:
 
     rule = made(router + "e_score_correction_bias", (total,))
     yield TensorRule(rule.key, rule.shape, rule.sources, unpack=bias, unused=True)
-    yield from _experts_of_zeros(config, layer, range(routed))
-
-
-def _experts_of_zeros(config: Config, layer: int, indices: range) -> Iterator[TensorRule]:
-    width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
-    shapes = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
-    for index in indices:
-        prefix = f"model.layers.{layer}.mlp.experts.{index}."
-        yield from (made(f"{prefix}{name}.weight", shape) for name, shape in shapes.items())
+    yield from zero_expert_rules(_KIND, config, f"model.layers.{layer}.", range(routed))
 
 
 def _identity_weights(config: Config, layer: int) -> Iterator[TensorRule]:

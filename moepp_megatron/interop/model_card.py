@@ -24,6 +24,7 @@ _READERS = {
     "moepp": _OWN_FILES,
     "released": _OWN_FILES,
     "longcat": ("transformers >= 5", ""),
+    "vanilla": ("transformers >= 5", ""),
     "zeda": ("transformers as changed in https://github.com/TsinghuaC3I/ZEDA", ""),
 }
 

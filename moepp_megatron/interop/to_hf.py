@@ -40,6 +40,7 @@ from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.safetensors_file import SafetensorsWriter
 from moepp_megatron.interop.tensor_rules import UNUSED_PREFIX, TensorRule
 from moepp_megatron.interop.to_mcore import TORCH_DTYPES
+from moepp_megatron.interop.vanilla import vanilla_hf_config, vanilla_rules, vanilla_warnings
 from moepp_megatron.interop.zeda import zeda_hf_config, zeda_rules, zeda_warnings
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
@@ -82,6 +83,9 @@ _FORMATS = {
         has_latent_attention=True,
         warnings=longcat_warnings,
     ),
+    "vanilla": _Format(
+        vanilla_hf_config, vanilla_rules, keeps_unused=True, warnings=vanilla_warnings
+    ),
     "zeda": _Format(zeda_hf_config, zeda_rules, has_latent_attention=True, warnings=zeda_warnings),
 }
 
@@ -101,7 +105,8 @@ def mcore_to_hf(
         source: A checkpoint folder or a run.
         target: Folder to make; it must not exist or be empty.
         layout: `moepp` for our configuration and class names, `released` for the released ones,
-            `longcat` for LongCat-Flash as transformers 5 reads it, `zeda` for ZEDA's.
+            `longcat` for LongCat-Flash as transformers 5 reads it, `zeda` for ZEDA's, `vanilla` for
+            DeepSeek-MoE, Mixtral or Qwen3-MoE.
         max_shard_bytes: Largest shard.
         console: Console that shows the progress.
         dtype: fp32 or bf16 for all weights but selection biases; None keeps each tensor's own.

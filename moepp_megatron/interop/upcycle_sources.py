@@ -16,6 +16,7 @@ from moepp_megatron.interop.tensor_rules import (
     attention_rules,
     decoder_rules,
     dense_mlp_rules,
+    made,
     row,
     same,
     stacked,
@@ -99,6 +100,19 @@ def expert_rules(kind: SourceKind, config: Config, ours: str, theirs: str) -> It
         )
         key = ours + "experts.experts.linear_fc2.weight"
         yield row(key, count, index, f"{source}{down}.weight", width, inner)
+
+
+def zero_expert_rules(
+    kind: SourceKind, config: Config, theirs: str, indices: range
+) -> Iterator[TensorRule]:
+    """FFN experts `indices` of a layer whose weights are zeros: what zero experts compute."""
+    width, inner = config.model.hidden_size, config.expert_ffn_hidden_size
+    gate, up, down = kind.projections
+    for index in indices:
+        prefix = f"{theirs}{kind.experts.format(index)}."
+        yield made(f"{prefix}{gate}.weight", (inner, width))
+        yield made(f"{prefix}{up}.weight", (inner, width))
+        yield made(f"{prefix}{down}.weight", (width, inner))
 
 
 def _shared_expert_rules(
