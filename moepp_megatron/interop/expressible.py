@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from moepp_megatron.config import Config
+from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.experts import LOCAL_KINDS, ExpertKind
 from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 
@@ -35,12 +36,13 @@ def unknown_there(kinds: Collection[ExpertKind]) -> tuple[Row, ...]:
     )
 
 
-def refusals(config: Config, rows: Iterable[Row], layout: str, remedy: str) -> Iterator[str]:
-    """One line for each row that the model's configuration breaks."""
+def refusals(config: Config, rows: Iterable[Row], layout: str, remedy: str) -> Iterator[Problem]:
+    """A problem for each row that the model's configuration breaks."""
     for name, accepted, reason in rows:
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
         if value not in accepted:
-            wanted = " or ".join(map(str, accepted))
-            yield f"{name} ({value}) must be {wanted} for --layout {layout}: {reason}; {remedy}"
+            wanted = " or ".join(map(show, accepted))
+            rule = f"must be {wanted} for --layout {layout}: {reason}"
+            yield Problem(name, value, rule, remedy)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, parse_config
+from moepp_megatron.config.problem import raise_problems
 from moepp_megatron.experts import FFN_ONLY, KINDS
+from moepp_megatron.interop.expressible import Row, refusals
 from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 
 _RELEASED_TYPE = "MoE++"
@@ -222,16 +224,13 @@ def refuse_uncomputed(config: Config) -> None:
     free = [kind.setting for kind in KINDS if kind.name in computes["kinds"]] + computes["others"]
     unset = {name: [row.default] for name, row in DECLARED.items()}
     unset |= {name: [none] for name, none in FFN_ONLY.items()}
-    problems = []
-    for name in [name for name in DECLARED if name not in free]:
-        known, value = computes.get(name, unset[name]), getattr(config.moe, name)
-        if value not in known:
-            problems.append(
-                f"moe.{name} ({value}) must be {' or '.join(map(str, known))} for an export, whose "
-                "modelling file computes nothing else; score and generate from the checkpoint"
-            )
-    if problems:
-        raise ConfigError("\n".join(problems))
+    rows = [
+        (f"moe.{name}", tuple(computes.get(name, unset[name])), "its modelling file lacks others")
+        for name in DECLARED
+        if name not in free
+    ]
+    remedy = "score and generate from the checkpoint"
+    raise_problems(refusals(config, rows, "moepp or released", remedy))
 
 
 def own_hf_config(config: Config) -> dict[str, Any]:
@@ -266,15 +265,8 @@ def own_hf_config(config: Config) -> dict[str, Any]:
 
 def released_hf_config(config: Config) -> dict[str, Any]:
     """`config.json` of the released format; ConfigError if the format cannot express the model."""
-    problems = list(_not_released(config))
-    if problems:
-        raise ConfigError(
-            "\n".join(
-                f"{name} ({value}) must be {wanted} in the released format; "
-                "use --layout moepp, which has no such limit"
-                for name, value, wanted in problems
-            )
-        )
+    remedy = "use --layout moepp, which has no such limit"
+    raise_problems(refusals(config, _released_rows(config), "released", remedy))
     moe = config.moe
     mixtral = moe.gate_normalization == "selected"
     return {
@@ -321,37 +313,33 @@ def shared_fields(config: Config) -> dict[str, Any]:
     }
 
 
-def _not_released(config: Config) -> list[tuple[str, Any, Any]]:
-    """(name, value, required value) of each setting that the released format cannot express."""
+def _released_rows(config: Config) -> Iterator[Row]:
+    """What the released format has of each setting that it cannot say."""
     model, moe = config.model, config.moe
     # With Mixtral gating the released code never scales the experts' input.
     scales = (1.0,) if moe.gate_normalization == "selected" else (1.0, 2.0)
-    wanted: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("moe.router_topk", moe.router_topk, (_RELEASED_TOPK,)),
-        *((f"moe.{key}", getattr(moe, key), (value,)) for key, value in _RELEASED_KINDS.items()),
-        ("moe.gating_residual", moe.gating_residual, (True,)),
-        ("moe.gate_normalization", moe.gate_normalization, ("nonzero", "selected")),
-        ("moe.score_function", moe.score_function, ("softmax",)),
-        ("moe.expert_input_scale", moe.expert_input_scale, scales),
-        *(
-            (f"moe.{key}", getattr(moe, key), (DECLARED[key].default,))
+    accepted: dict[str, tuple[Any, ...]] = {
+        "moe.router_topk": (_RELEASED_TOPK,),
+        **{f"moe.{key}": (value,) for key, value in _RELEASED_KINDS.items()},
+        "moe.gating_residual": (True,),
+        "moe.gate_normalization": ("nonzero", "selected"),
+        "moe.score_function": ("softmax",),
+        "moe.expert_input_scale": scales,
+        **{
+            f"moe.{key}": (DECLARED[key].default,)
             for key in EXPORTED
             if key in EXTENSIONS and key not in _RELEASED_FIELDS
-        ),
-        ("moe.shared_expert_ffn_hidden_size", moe.shared_expert_ffn_hidden_size, (None,)),
-        ("moe.ffn_hidden_size", config.expert_ffn_hidden_size, (model.ffn_hidden_size,)),
-        ("model.qk_layernorm", model.qk_layernorm, (False,)),
-        ("model.qkv_bias", model.qkv_bias, (False,)),
-        ("model.kv_channels", model.head_dim, (model.hidden_size // model.num_attention_heads,)),
-    ]
-    broken = [
-        (name, value, " or ".join(map(str, accepted)))
-        for name, value, accepted in wanted
-        if value not in accepted
-    ]
+        },
+        "moe.shared_expert_ffn_hidden_size": (None,),
+        "moe.ffn_hidden_size": (None, model.ffn_hidden_size),
+        "model.qk_layernorm": (False,),
+        "model.qkv_bias": (False,),
+        "model.kv_channels": (None, model.hidden_size // model.num_attention_heads),
+    }
+    for name, values in accepted.items():
+        yield name, values, "the released code has nothing else"
     if _interval(config) is None:
-        broken.append(("moe.layer_freq", moe.layer_freq, "every n-th layer, counted from the n-th"))
-    return broken
+        yield "moe.layer_freq", (1,), "or every n-th layer, counted from the n-th"
 
 
 def _interval(config: Config) -> int | None:

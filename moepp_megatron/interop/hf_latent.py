@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.config.problem import show
 from moepp_megatron.interop.hf_config import decoder_section, require, rope_theta
 from moepp_megatron.interop.latent_rules import LATENT_EPSILON
 
@@ -30,7 +31,7 @@ def deepseek_decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
     )
     for name, value, wanted, reason in rules:
         if value != wanted:
-            raise ConfigError(f"config.json: {name} ({_short(value)}) must be {wanted}: {reason}")
+            raise ConfigError(f"config.json: {name} ({show(value)}) must be {wanted}: {reason}")
     plain = {key: hf[key] for key in hf if key not in ("kv_lora_rank", "head_dim", "rope_scaling")}
     plain |= {"rope_parameters": {"rope_theta": rope_theta(hf)}, "qk_norm": True}
     section = decoder_section(plain)
@@ -107,8 +108,3 @@ def deepseek_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
         "shared_expert_ffn_hidden_size": shared * width or None,
         "layer_freq": [int(layer >= dense) for layer in range(layers)],
     }
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,6 @@ from moepp_megatron.config import ConfigError, json_file
 from moepp_megatron.config.paths import looked_at
 from moepp_megatron.file_names import MODEL_CONFIG_FILE, PICKLES_INDEX_FILE, SAFETENSORS_INDEX_FILE
 from moepp_megatron.interop.safetensors_file import TensorEntry, read_header, read_tensor
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Description of a tensor that has not been read."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 class HFSource:
@@ -48,11 +39,12 @@ class HFSource:
             self._open_pickles(allow_pickle)
 
     @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor of the folder by name."""
-        tensors = {name: TensorInfo(e.dtype, e.shape) for name, e in self._entries.items()}
-        tensors |= {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in self._pickled.items()}
-        return tensors
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the folder by name, without its data."""
+        return {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            for name, tensor in (*self._entries.items(), *self._pickled.items())
+        }
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Forget tensors, as if the folder did not have them."""

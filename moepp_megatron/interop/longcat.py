@@ -20,7 +20,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config import Config
+from moepp_megatron.config.problem import Problem, raise_problems
 from moepp_megatron.experts import COPY, ZERO
 from moepp_megatron.interop.expressible import Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import shared_fields
@@ -45,9 +46,7 @@ def longcat_hf_config(config: Config) -> dict[str, Any]:
 
     ConfigError names each reason why LongCat-Flash cannot express the model.
     """
-    problems = list(_problems(config))
-    if problems:
-        raise ConfigError("\n".join(problems))
+    raise_problems(_problems(config))
     model, moe, latent = config.model, config.moe, config.model.latent_attention
     assert latent is not None, "another attention was refused"
     fields = shared_fields(config)
@@ -92,31 +91,29 @@ def longcat_warnings(config: Config) -> Iterator[str]:
     yield from epsilon_warnings(config)
 
 
-def _problems(config: Config) -> Iterator[str]:
+def _problems(config: Config) -> Iterator[Problem]:
     moe, latent = config.moe, config.model.latent_attention
     ours = "use --layout moepp"
     if latent is None:
-        yield (
-            "model.latent_attention (null) must be given for --layout longcat: LongCat-Flash's "
-            f"attention is latent, with one rotated key for all heads; {ours}"
+        rule = (
+            "must be given for --layout longcat: its attention is latent, one rotated key for all"
         )
+        yield Problem("model.latent_attention", None, rule, ours)
     else:
         # Without latent attention `moepp` is the way out; only this layout and `zeda` have it.
         ours = "LongCat-Flash cannot express it"
         if latent.q_lora_rank is None:
-            yield (
-                "model.latent_attention.q_lora_rank (null) must be a width for --layout longcat: "
-                f"queries are compressed there; {ours}"
-            )
+            rule = "must be a width for --layout longcat: queries are compressed there"
+            yield Problem("model.latent_attention.q_lora_rank", None, rule, ours)
         yield from refusals(config, _LATENT_RULES, "longcat", ours)
     yield from refusals(config, _RULES, "longcat", ours)
     is_dense = not all(moe.moe_layer_pattern(config.model.num_layers))
     if is_dense and moe.router_topk > routed_experts(config):
-        yield (
-            f"moe.router_topk ({moe.router_topk}) must be at most the FFN and zero experts "
-            f"({routed_experts(config)}) for --layout longcat with dense layers: their tokens "
-            f"select experts of zeros; {ours}"
+        rule = (
+            f"must be at most the FFN and zero experts ({routed_experts(config)}) for --layout "
+            "longcat with dense layers: their tokens select experts of zeros"
         )
+        yield Problem("moe.router_topk", moe.router_topk, rule, ours)
 
 
 def routed_experts(config: Config) -> int:

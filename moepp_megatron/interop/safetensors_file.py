@@ -8,12 +8,11 @@ can do neither. The format is small: 8 bytes header length, a JSON header, the t
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -36,6 +35,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# Name, dtype and shape of a tensor.
+Planned = tuple[str, torch.dtype, tuple[int, ...]]
 # The library's own limit.
 _MAX_HEADER = 100_000_000
 
@@ -110,10 +111,7 @@ def _entries(
 
 
 def _num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
-    count = dtype.itemsize
-    for length in shape:
-        count *= length
-    return count
+    return dtype.itemsize * math.prod(shape)
 
 
 def _broken(file: Path, what: str) -> ConfigError:
@@ -136,84 +134,42 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     return data
 
 
-class SafetensorsWriter:
-    """Writes tensors in a planned order into shards of limited size, with an index.
+def write_tensors(
+    folder: Path, plan: Sequence[Planned], tensors: Iterator[Tensor], max_shard_bytes: int
+) -> None:
+    """Write tensors in the order of their plan into shards of limited size, with an index.
 
-    `plan` has name, dtype and shape of every tensor, in the order of writing. A tensor larger than
-    `max_shard_bytes` gets its own shard.
+    `plan` has name, dtype and shape of each. A tensor larger than `max_shard_bytes` gets its own
+    shard.
     """
-
-    def __init__(
-        self,
-        folder: Path,
-        plan: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
-        max_shard_bytes: int,
-    ) -> None:
-        self._folder = folder
-        self._shards = _split(plan, max_shard_bytes)
-        self._position = (0, 0)
-        self._stream: BinaryIO | None = None
-
-    def __enter__(self) -> Self:
-        """Nothing is opened before the first tensor."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close; write the index if all went well."""
-        if self._stream is not None:
-            self._stream.close()
-        if kind is None:
-            done = self._position == (len(self._shards), 0)
-            assert done, f"only {self._position} of {len(self._shards)} shards were written"
-            self._write_index()
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor of the plan."""
-        shard, index = self._position
-        planned = self._shards[shard][index]
-        given = (name, tensor.dtype, tuple(tensor.shape))
-        assert given == planned, f"planned {planned}, given {given}"
-        if index == 0:
-            self._stream = (self._folder / self._file_name(shard)).open("wb")
-            self._stream.write(_header(self._shards[shard]))
-        assert self._stream is not None, "a shard begins with its first tensor"
-        if tensor.numel():
-            self._stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-        self._position = (shard, index + 1)
-        if index + 1 == len(self._shards[shard]):
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.close()
-            self._stream, self._position = None, (shard + 1, 0)
-
-    def _file_name(self, shard: int) -> str:
-        if len(self._shards) == 1:
-            return "model.safetensors"
-        return f"model-{shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
-
-    def _write_index(self) -> None:
-        if len(self._shards) == 1:
-            return
+    shards = _split(plan, max_shard_bytes)
+    files = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        with (folder / file).open("wb") as stream:
+            stream.write(_header(shard))
+            for planned in shard:
+                tensor = next(tensors)
+                given = (planned[0], tensor.dtype, tuple(tensor.shape))
+                assert given == planned, f"planned {planned}, given {given}"
+                if tensor.numel():
+                    stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            stream.flush()
+            os.fsync(stream.fileno())
+    assert next(tensors, None) is None, "there are more tensors than planned"
+    if len(shards) > 1:
         weight_map = {
-            name: self._file_name(number)
-            for number, shard in enumerate(self._shards)
-            for name, _, _ in shard
+            name: file for file, shard in zip(files, shards, strict=True) for name, _, _ in shard
         }
-        total = sum(_num_bytes(d, s) for shard in self._shards for _, d, s in shard)
+        total = sum(_num_bytes(dtype, shape) for _, dtype, shape in plan)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        path = self._folder / SAFETENSORS_INDEX_FILE
-        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (folder / SAFETENSORS_INDEX_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _split(
-    plan: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], limit: int
-) -> list[list[tuple[str, torch.dtype, tuple[int, ...]]]]:
-    shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = []
+def _split(plan: Sequence[Planned], limit: int) -> list[list[Planned]]:
+    shards: list[list[Planned]] = []
     room = 0
     for item in plan:
         size = _num_bytes(item[1], item[2])
@@ -225,7 +181,7 @@ def _split(
     return shards
 
 
-def _header(shard: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+def _header(shard: Sequence[Planned]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, dtype, shape in shard:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moepp_megatron.config import Config, ConfigError, load_config, parse_config
 from moepp_megatron.config.problem import show
@@ -37,7 +38,7 @@ from moepp_megatron.interop.model_card import (
     model_card,
 )
 from moepp_megatron.interop.moepp_rules import moepp_rules
-from moepp_megatron.interop.safetensors_file import SafetensorsWriter
+from moepp_megatron.interop.safetensors_file import write_tensors
 from moepp_megatron.interop.tensor_rules import UNUSED_PREFIX, TensorRule
 from moepp_megatron.interop.to_mcore import TORCH_DTYPES
 from moepp_megatron.interop.vanilla import vanilla_hf_config, vanilla_rules, vanilla_warnings
@@ -214,20 +215,21 @@ def _write_weights(
         for source in rule.sources
     ]
     total = sum(to.itemsize * torch.Size(shape).numel() for _, to, shape in plan)
-    with (
-        SafetensorsWriter(folder, plan, max_shard_bytes) as writer,
-        track(console or Console(stderr=True), "converting", total) as advance,
-    ):
-        for rule in rules:
-            assert rule.unpack is not None, f"{rule.key} cannot be converted back"
-            if rule.key in tensors:
-                tensor = reader.read(rule.key, rule.index).to(dtypes[rule.key])
-            else:
-                assert rule.key.startswith(UNUSED_PREFIX), rule.key
-                tensor = torch.zeros(rule.slice_shape, dtype=main_dtype)
-            for source, part in zip(rule.sources, rule.unpack(tensor), strict=True):
-                writer.write(source.name, part)
-                advance(part.nbytes)
+    with track(console or Console(stderr=True), "converting", total) as advance:
+
+        def produced() -> Iterator[Tensor]:
+            for rule in rules:
+                assert rule.unpack is not None, f"{rule.key} cannot be converted back"
+                if rule.key in tensors:
+                    tensor = reader.read(rule.key, rule.index).to(dtypes[rule.key])
+                else:
+                    assert rule.key.startswith(UNUSED_PREFIX), rule.key
+                    tensor = torch.zeros(rule.slice_shape, dtype=main_dtype)
+                for part in rule.unpack(tensor):
+                    yield part
+                    advance(part.nbytes)
+
+        write_tensors(folder, plan, produced(), max_shard_bytes)
     return main_dtype
 
 

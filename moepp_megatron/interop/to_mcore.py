@@ -18,7 +18,7 @@ from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.hf_companions import copy_companions
 from moepp_megatron.interop.hf_config import config_from_hf
-from moepp_megatron.interop.hf_source import HFSource, TensorInfo
+from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.tensor_rules import TensorRule, linear_modules
 from moepp_megatron.interop.upcycle_sources import extra_tensors
@@ -81,22 +81,21 @@ def write_checkpoint(
     _check_tokenizer(hf)
     target = free_folder(target)
     tensors = hf.tensors
-    total = sum(_rule_bytes(tensors, rule) for rule in rules)
+    rules = [rule for rule in rules if not rule.unused or rule.sources[0].name in tensors]
+    total = sum(tensors[source.name].nbytes for rule in rules for source in rule.sources)
     with (
         partial_folder(target, "DST") as folder,
         track(console or Console(stderr=True), "converting", total) as advance,
     ):
         writer = ConvertedCheckpointWriter(folder)
         for rule in rules:
-            if rule.unused and rule.sources[0].name not in tensors:
-                continue
             # Steps of a selection bias are far smaller than what bf16 resolves.
             sources = [
                 _cast(hf.read(name), None if name.endswith("e_score_correction_bias") else dtype)
                 for name in (source.name for source in rule.sources)
             ]
             writer.add(rule.key, rule.pack(sources), rule.shape, rule.index)
-            advance(_rule_bytes(tensors, rule))
+            advance(sum(tensors[source.name].nbytes for source in rule.sources))
         write_objects(writer, config)
         copy_companions(hf.folder, folder)
         # So that the way back gives what this package has no field for.
@@ -139,11 +138,6 @@ def _problems_of(what: str, names: Sequence[str]) -> list[str]:
     if len(names) > _MAX_LISTED:
         lines.append(f"and {len(names) - _MAX_LISTED} more tensors: each {what}")
     return lines
-
-
-def _rule_bytes(tensors: Mapping[str, TensorInfo], rule: TensorRule) -> int:
-    infos = [tensors[source.name] for source in rule.sources if source.name in tensors]
-    return sum(info.dtype.itemsize * torch.Size(info.shape).numel() for info in infos)
 
 
 def _cast(tensor: Tensor, dtype: str | None) -> Tensor:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config import Config
+from moepp_megatron.config.problem import raise_problems
 from moepp_megatron.experts import ZERO
 from moepp_megatron.interop.expressible import Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import shared_fields
@@ -47,9 +48,7 @@ _RULES: tuple[Row, ...] = (
 def vanilla_hf_config(config: Config) -> dict[str, Any]:
     """`config.json` of a vanilla MoE; ConfigError names each reason why none can express it."""
     remedy = "use --layout moepp (docs/how_to/llama_cpp.md: what it would take)"
-    problems = list(refusals(config, (*_RULES, *_own_rules(config)), "vanilla", remedy))
-    if problems:
-        raise ConfigError("\n".join(problems))
+    raise_problems(refusals(config, (*_RULES, *_own_rules(config)), "vanilla", remedy))
     moe, inner = config.moe, config.expert_ffn_hidden_size
     model_type, architecture, experts = kind = _kind(config)
     shared = (moe.shared_expert_ffn_hidden_size or inner) // inner

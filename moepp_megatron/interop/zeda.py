@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.config.problem import show
+from moepp_megatron.config.problem import Problem, raise_problems, show
 from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS, ZERO
 from moepp_megatron.interop.expressible import Row, refusals, unknown_there
 from moepp_megatron.interop.hf_config import assemble, require, shared_fields
@@ -46,9 +46,7 @@ class _Family:
 def zeda_hf_config(config: Config) -> dict[str, Any]:
     """ZEDA's `config.json`; ConfigError names each reason why the format cannot express it."""
     family = _family(config.model.latent_attention is not None)
-    problems = list(_problems(config, family))
-    if problems:
-        raise ConfigError("\n".join(problems))
+    raise_problems(_problems(config, family))
     moe, fields = config.moe, shared_fields(config)
     counts = {kind.name: moe.count(kind) for kind in _KINDS if moe.count(kind)}
     return (
@@ -158,7 +156,7 @@ def _counts(hf: Mapping[str, Any]) -> dict[str, int]:
     return {kind.setting: by_name.get(kind.name, 0) for kind in LOCAL_KINDS}
 
 
-def _problems(config: Config, family: _Family) -> Iterator[str]:
+def _problems(config: Config, family: _Family) -> Iterator[Problem]:
     latent = config.model.latent_attention
     ours = "use --layout moepp" if latent is None else "ZEDA's formats cannot express it"
     yield from refusals(config, (*_COMMON, *family.rows), "zeda", ours)
@@ -166,22 +164,18 @@ def _problems(config: Config, family: _Family) -> Iterator[str]:
         return
     pattern = config.moe.moe_layer_pattern(config.model.num_layers)
     if sorted(pattern) != pattern:
-        yield (
-            f"moe.layer_freq ({show(config.moe.layer_freq)}) must have all dense layers first for "
-            f"--layout zeda: GLM-4.7-Flash counts them; {ours}"
-        )
+        rule = "must have all dense layers first for --layout zeda: GLM-4.7-Flash counts them"
+        yield Problem("moe.layer_freq", config.moe.layer_freq, rule, ours)
     shared, inner = config.moe.shared_expert_ffn_hidden_size or 0, config.expert_ffn_hidden_size
     if shared == 0 or shared % inner:
-        yield (
-            f"moe.shared_expert_ffn_hidden_size ({show(shared or None)}) must be a multiple of an "
-            f"FFN expert's width ({inner}) for --layout zeda: GLM-4.7-Flash counts shared experts; "
-            f"{ours}"
+        rule = (
+            f"must be a multiple of an FFN expert's width ({inner}) for --layout zeda: "
+            "GLM-4.7-Flash counts shared experts"
         )
+        yield Problem("moe.shared_expert_ffn_hidden_size", shared or None, rule, ours)
     if latent.q_lora_rank is None:
-        yield (
-            "model.latent_attention.q_lora_rank (null) must be a width for --layout zeda: queries "
-            f"are compressed there; {ours}"
-        )
+        rule = "must be a width for --layout zeda: queries are compressed there"
+        yield Problem("model.latent_attention.q_lora_rank", None, rule, ours)
 
 
 def _qwen_fields(config: Config) -> dict[str, Any]:

@@ -322,7 +322,7 @@ def test_a_taken_folder_is_left_alone(tmp_path: Path) -> None:
     ("moe", "named"),
     [
         ({"num_constant_experts": 3}, r"moe\.num_constant_experts \(3\)"),
-        ({"gate_normalization": "none"}, r"moe\.gate_normalization \(none\)"),
+        ({"gate_normalization": "none"}, r"moe\.gate_normalization \('none'\)"),
         ({"constant_temperature": 0.5}, r"moe\.constant_temperature \(0\.5\)"),
         ({"layer_freq": [1, 0]}, r"moe\.layer_freq"),
     ],

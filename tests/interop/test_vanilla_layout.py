@@ -137,15 +137,15 @@ def test_llama_cpp_computes_the_same(
 @pytest.mark.parametrize(
     ("model", "moe", "named"),
     [
-        ({}, {"gating_residual": True}, r"moe\.gating_residual \(True\).*unknown.*llama_cpp\.md"),
+        ({}, {"gating_residual": True}, r"moe\.gating_residual \(true\).*unknown.*llama_cpp\.md"),
         ({}, {"num_constant_experts": 2}, r"num_constant_experts \(2\).*llama_cpp\.md"),
         ({}, {"num_copy_experts": 1}, r"num_copy_experts \(1\) must be 0.*llama_cpp\.md"),
-        ({}, {"gate_normalization": "nonzero"}, "none or selected"),
+        ({}, {"gate_normalization": "nonzero"}, "'none' or 'selected'"),
         ({}, {"score_function": "sigmoid", "selection_bias": True}, "softmax.*\n.*scores decide"),
         ({}, {"layer_freq": [0, 1]}, r"\(\[0, 1\]\) must be 1 .*no dense layers"),
-        ({}, {"shared_expert_ffn_hidden_size": 100}, r"\(100\) must be None or 96"),
+        ({}, {"shared_expert_ffn_hidden_size": 100}, r"\(100\) must be null or 96"),
         ({}, DIVIDED | {"shared_expert_ffn_hidden_size": 32}, "only models with raw gates"),
-        ({"qk_layernorm": True, "kv_channels": 16}, {}, "no such norms.*\n.*must be None or 8"),
+        ({"qk_layernorm": True, "kv_channels": 16}, {}, "no such norms.*\n.*must be null or 8"),
     ],
 )
 def test_what_a_vanilla_moe_cannot_say_is_refused(

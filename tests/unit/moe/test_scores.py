@@ -12,6 +12,7 @@ from torch import Tensor
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.interop.hf_config import refuse_uncomputed, released_hf_config
 from moepp_megatron.interop.longcat import longcat_hf_config
+from moepp_megatron.interop.vanilla import vanilla_hf_config
 from moepp_megatron.interop.zeda import zeda_hf_config
 from moepp_megatron.layer_settings import DECLARED
 from moepp_megatron.moe.config import MoEPPConfig
@@ -146,18 +147,25 @@ def test_a_score_that_is_not_listed_is_refused(compiled: Any) -> None:  # noqa: 
 
 
 @pytest.mark.parametrize(
-    "export", [refuse_uncomputed, released_hf_config, longcat_hf_config, zeda_hf_config]
+    "export",
+    [refuse_uncomputed, released_hf_config, longcat_hf_config, zeda_hf_config, vanilla_hf_config],
 )
 def test_no_export_has_a_score_that_it_does_not_list(export: Callable[[Config], object]) -> None:
-    with pytest.raises(ConfigError, match=r"moe.score_function \(fake\) must be softmax"):
+    with pytest.raises(ConfigError, match=r"moe.score_function \('fake'\) must be 'softmax"):
         export(configured(score_function="fake"))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gate_normalization": "sum"}, r"moe.gate_normalization \(sum\) must be none or selected"),
-        ({"balance_scope": "document"}, r"moe.balance_scope \(document\) must be microbatch or"),
+        (
+            {"gate_normalization": "sum"},
+            r"moe.gate_normalization \('sum'\) must be 'none' or 'selected",
+        ),
+        (
+            {"balance_scope": "document"},
+            r"moe.balance_scope \('document'\) must be 'micro",
+        ),
     ],
 )
 def test_an_export_refuses_values_that_its_file_does_not_list(changes, message):
