@@ -36,13 +36,12 @@ def unknown_there(kinds: Collection[ExpertKind]) -> tuple[Row, ...]:
     )
 
 
-def refusals(config: Config, rows: Iterable[Row], layout: str, remedy: str) -> Iterator[Problem]:
-    """A problem for each row that the model's configuration breaks."""
+def refusals(config: Config, rows: Iterable[Row], where: str, remedy: str) -> Iterator[Problem]:
+    """A problem for each row that the model's configuration breaks; `where` it is to run."""
     for name, accepted, reason in rows:
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
         if value not in accepted:
             wanted = " or ".join(map(show, accepted))
-            rule = f"must be {wanted} for --layout {layout}: {reason}"
-            yield Problem(name, value, rule, remedy)
+            yield Problem(name, value, f"must be {wanted} for {where}: {reason}", remedy)

@@ -107,7 +107,9 @@ def config_from_arguments(arguments: Namespace, own_arguments: str | None, name:
                 "nothing else; such a checkpoint cannot be converted"
             )
     try:
-        moepp = moepp_config(_transformer_fields(arguments), _with_own(arguments, own_arguments))
+        # By the names of `TransformerConfig`.
+        fields: Any = SimpleNamespace(**vars(arguments), num_moe_experts=arguments.num_experts)
+        moepp = moepp_config(fields, _with_own(arguments, own_arguments))
         sections = {"model": _model(arguments), "moe": _moe(arguments, moepp)}
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"the checkpoint's arguments do not fit: {error}") from None
@@ -141,11 +143,6 @@ def _check_tokenizer(tokenizer: Path, config: Config) -> None:
             f"--tokenizer ({tokenizer}) must fit the model's vocabulary of "
             f"{config.model.vocab_size} tokens and has {size}; use that of the run's data"
         )
-
-
-def _transformer_fields(arguments: Namespace) -> Any:
-    """The arguments by the names of `TransformerConfig`."""
-    return SimpleNamespace(**{**vars(arguments), "num_moe_experts": arguments.num_experts})
 
 
 def _with_own(arguments: Namespace, own_arguments: str | None) -> Namespace:

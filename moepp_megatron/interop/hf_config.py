@@ -7,12 +7,12 @@ and gating residuals. Ours (`model_type: moepp`) holds all settings that a forwa
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, parse_config
-from moepp_megatron.config.problem import raise_problems
+from moepp_megatron.config.problem import Problem, raise_problems, show
 from moepp_megatron.experts import FFN_ONLY, KINDS
 from moepp_megatron.interop.expressible import Row, refusals
 from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
@@ -139,21 +139,30 @@ def rope_theta(hf: Mapping[str, Any]) -> float:
 
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
     rope_type = (hf.get("rope_parameters") or {}).get("rope_type", "default")
-    rules = (
-        ("hidden_act", hf.get("hidden_act", "silu"), ("silu",), "SwiGLU"),
-        ("rope_scaling", hf.get("rope_scaling"), (None,), "plain rotary embeddings"),
-        ("rope_parameters.rope_type", rope_type, ("default",), "plain rotary embeddings"),
-        ("attention_bias", hf.get("attention_bias", False), (False,), "no biases"),
-        ("mlp_bias", hf.get("mlp_bias", False), (False,), "no biases"),
-        ("sliding_window", _window(hf), (None,), "full attention"),
-        ("kv_lora_rank", hf.get("kv_lora_rank"), (None,), "no converter for latent attention"),
+    rows = (
+        ("hidden_act", hf.get("hidden_act", "silu"), "silu", "SwiGLU"),
+        ("rope_scaling", hf.get("rope_scaling"), None, "plain rotary embeddings"),
+        ("rope_parameters.rope_type", rope_type, "default", "plain rotary embeddings"),
+        ("attention_bias", hf.get("attention_bias", False), False, "no biases"),
+        ("mlp_bias", hf.get("mlp_bias", False), False, "no biases"),
+        ("sliding_window", _window(hf), None, "full attention"),
+        ("kv_lora_rank", hf.get("kv_lora_rank"), None, "no converter for latent attention"),
     )
-    for name, value, accepted, what in rules:
-        if value not in accepted:
-            raise ConfigError(
-                f"config.json: {name} ({value}) must be {accepted[0]}: this package's decoder has "
-                f"{what}; such a checkpoint cannot be converted"
-            )
+    refuse_fields(((*row, f"this package's decoder has {what}") for *row, what in rows))
+
+
+def refuse_fields(rows: Iterable[tuple[Any, ...]], how: str = "converted") -> None:
+    """Refuse (ConfigError) fields of `config.json`: (name, value, wanted value, reason) of each."""
+    raise_problems(
+        Problem(
+            f"config.json: {name}",
+            value,
+            f"must be {show(wanted)}: {reason}",
+            f"such a checkpoint cannot be {how}",
+        )
+        for name, value, wanted, reason in rows
+        if value != wanted
+    )
 
 
 def _window(hf: Mapping[str, Any]) -> Any:
@@ -230,7 +239,7 @@ def refuse_uncomputed(config: Config) -> None:
         if name not in free
     ]
     remedy = "score and generate from the checkpoint"
-    raise_problems(refusals(config, rows, "moepp or released", remedy))
+    raise_problems(refusals(config, rows, "an export", remedy))
 
 
 def own_hf_config(config: Config) -> dict[str, Any]:
@@ -266,7 +275,7 @@ def own_hf_config(config: Config) -> dict[str, Any]:
 def released_hf_config(config: Config) -> dict[str, Any]:
     """`config.json` of the released format; ConfigError if the format cannot express the model."""
     remedy = "use --layout moepp, which has no such limit"
-    raise_problems(refusals(config, _released_rows(config), "released", remedy))
+    raise_problems(refusals(config, _released_rows(config), "--layout released", remedy))
     moe = config.moe
     mixtral = moe.gate_normalization == "selected"
     return {

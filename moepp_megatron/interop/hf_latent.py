@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.config.problem import show
-from moepp_megatron.interop.hf_config import decoder_section, require, rope_theta
+from moepp_megatron.interop.hf_config import decoder_section, refuse_fields, require, rope_theta
 from moepp_megatron.interop.latent_rules import LATENT_EPSILON
 
 # Scores of a group that transformers' and DeepSeek's code add up to rank it.
@@ -19,19 +18,15 @@ def deepseek_decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
 
     ConfigError if this package's decoder lacks a feature, or a field is missing.
     """
-    rules = (
-        ("quantization_config", hf.get("quantization_config"), None, "convert it to bf16 first"),
-        ("rope_interleave", hf.get("rope_interleave", True), True, "pairs of channels are rotated"),
-        (
-            "rms_norm_eps",
-            hf.get("rms_norm_eps", LATENT_EPSILON),
-            LATENT_EPSILON,
-            "all norms of this package's decoder add the same, and those of latent attention 1e-6",
-        ),
+    norms = "all norms of this package's decoder add the same, and those of latent attention 1e-6"
+    epsilon, paired = hf.get("rms_norm_eps", LATENT_EPSILON), hf.get("rope_interleave", True)
+    quantized = hf.get("quantization_config")
+    rows = (
+        ("quantization_config", quantized, None, "convert the weights to bf16 first"),
+        ("rope_interleave", paired, True, "pairs of channels are rotated"),
+        ("rms_norm_eps", epsilon, LATENT_EPSILON, norms),
     )
-    for name, value, wanted, reason in rules:
-        if value != wanted:
-            raise ConfigError(f"config.json: {name} ({show(value)}) must be {wanted}: {reason}")
+    refuse_fields(rows)
     plain = {key: hf[key] for key in hf if key not in ("kv_lora_rank", "head_dim", "rope_scaling")}
     plain |= {"rope_parameters": {"rope_theta": rope_theta(hf)}, "qk_norm": True}
     section = decoder_section(plain)
@@ -85,16 +80,12 @@ def deepseek_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
             "that many scores of a group whatever the numbers, this package's as many as the "
             "paper says; such a checkpoint cannot be upcycled exactly"
         )
-    for name, value, wanted, reason in (
+    rows = (
         ("scoring_func", hf.get("scoring_func", "sigmoid"), "sigmoid", "DeepSeek-V3's scores"),
         ("norm_topk_prob", hf.get("norm_topk_prob", True), True, "gates are shares of their sum"),
         ("moe_layer_freq", hf.get("moe_layer_freq", 1), 1, "every layer behind the dense ones"),
-    ):
-        if value != wanted:
-            raise ConfigError(
-                f"config.json: {name} ({value}) must be {wanted}: {reason}; such a checkpoint "
-                "cannot be upcycled exactly"
-            )
+    )
+    refuse_fields(rows, "upcycled exactly")
     width, shared = require(hf, "moe_intermediate_size"), hf.get("n_shared_experts") or 0
     dense, layers = hf.get("first_k_dense_replace") or 0, require(hf, "num_hidden_layers")
     return {

@@ -105,8 +105,8 @@ def _problems(config: Config) -> Iterator[Problem]:
         if latent.q_lora_rank is None:
             rule = "must be a width for --layout longcat: queries are compressed there"
             yield Problem("model.latent_attention.q_lora_rank", None, rule, ours)
-        yield from refusals(config, _LATENT_RULES, "longcat", ours)
-    yield from refusals(config, _RULES, "longcat", ours)
+        yield from refusals(config, _LATENT_RULES, "--layout longcat", ours)
+    yield from refusals(config, _RULES, "--layout longcat", ours)
     is_dense = not all(moe.moe_layer_pattern(config.model.num_layers))
     if is_dense and moe.router_topk > routed_experts(config):
         rule = (

@@ -34,10 +34,6 @@ def _only(tensors: Sequence[Tensor]) -> Tensor:
     return tensor
 
 
-def _alone(tensor: Tensor) -> list[Tensor]:
-    return [tensor]
-
-
 @dataclass(frozen=True)
 class TensorRule:
     """One tensor of our checkpoint, or a slice of it along its first axis.
@@ -57,7 +53,7 @@ class TensorRule:
     sources: tuple[HFTensor, ...]
     index: int | None = None
     pack: Callable[[Sequence[Tensor]], Tensor] = _only
-    unpack: Callable[[Tensor], list[Tensor]] | None = _alone
+    unpack: Callable[[Tensor], list[Tensor]] | None = lambda tensor: [tensor]
     unused: bool = False
 
     @property

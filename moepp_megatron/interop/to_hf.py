@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.config import Config, ConfigError, load_config, parse_config
-from moepp_megatron.config.problem import show
+from moepp_megatron.config.problem import raise_problems
 from moepp_megatron.data.progress import track
 from moepp_megatron.file_names import CONFIG_FILE, MODEL_CONFIG_FILE
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.convert import free_folder
+from moepp_megatron.interop.expressible import Row, refusals
 from moepp_megatron.interop.hf_companions import (
     copy_model_files,
     special_ids,
@@ -50,6 +51,9 @@ from moepp_megatron.training.checkpoint import find_checkpoint
 _DEFAULT_SHARD_BYTES = 5 * 1000**3
 # What a checkpoint holds beside the model's weights.
 _NOT_EXPORTED = ("optimizer", "mtp.", UNUSED_PREFIX)
+# The attention of most formats is Llama's.
+_NOT_LATENT: tuple[Row, ...] = (("model.latent_attention", (None,), "it has no latent attention"),)
+_LATENT_REMEDY = "use --layout longcat or zeda, or score and generate from the checkpoint itself"
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -122,7 +126,7 @@ def mcore_to_hf(
     trained = load_config(folder / CONFIG_FILE)
     config = without_further_tokens(trained)
     if not form.has_latent_attention:
-        _refuse_latent_attention(config)
+        raise_problems(refusals(config, _NOT_LATENT, f"--layout {layout}", _LATENT_REMEDY))
     if form.classes is not None:
         refuse_uncomputed(config)
     fields = form.fields(config)
@@ -157,16 +161,6 @@ def without_further_tokens(config: Config) -> Config:
     for name in ("mtp_num_layers", "mtp_loss_scaling_factor"):
         content["model"].pop(name, None)
     return parse_config(content)
-
-
-def _refuse_latent_attention(config: Config) -> None:
-    """Refuse latent attention (ConfigError), since the attention of most formats is Llama's."""
-    if config.model.latent_attention is not None:
-        raise ConfigError(
-            f"model.latent_attention ({show(config.model.latent_attention.model_dump())}) must be "
-            "null for an export in this layout: it has no multi-head latent attention; use "
-            "--layout longcat or zeda, or score and generate from the checkpoint itself"
-        )
 
 
 def _present_rules(

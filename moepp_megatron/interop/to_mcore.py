@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.data.progress import track
@@ -78,10 +77,13 @@ def write_checkpoint(
     ConfigError if a tensor is missing, unexpected or of a wrong shape, or `target` is taken.
     """
     account_for(hf, rules)
-    _check_tokenizer(hf)
+    if (hf.folder / TOKENIZER_FILE).is_file():
+        # It may be a pointer that Git LFS left.
+        check_tokenizer_file(hf.folder / TOKENIZER_FILE)
     target = free_folder(target)
     tensors = hf.tensors
     rules = [rule for rule in rules if not rule.unused or rule.sources[0].name in tensors]
+    wanted = None if dtype is None else TORCH_DTYPES[dtype]
     total = sum(tensors[source.name].nbytes for rule in rules for source in rule.sources)
     with (
         partial_folder(target, "DST") as folder,
@@ -91,7 +93,7 @@ def write_checkpoint(
         for rule in rules:
             # Steps of a selection bias are far smaller than what bf16 resolves.
             sources = [
-                _cast(hf.read(name), None if name.endswith("e_score_correction_bias") else dtype)
+                hf.read(name).to(dtype=None if name.endswith("e_score_correction_bias") else wanted)
                 for name in (source.name for source in rule.sources)
             ]
             writer.add(rule.key, rule.pack(sources), rule.shape, rule.index)
@@ -140,10 +142,6 @@ def _problems_of(what: str, names: Sequence[str]) -> list[str]:
     return lines
 
 
-def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
-    return tensor if dtype is None else tensor.to(TORCH_DTYPES[dtype])
-
-
 def write_objects(
     writer: ConvertedCheckpointWriter, config: Config, common: Mapping[str, Any] | None = None
 ) -> None:
@@ -156,10 +154,3 @@ def write_objects(
             writer.add_object(f"{module}._extra_state", None, part, count)
     # No optimizer, schedule or progress: training starts those anew (training/checkpoint.py).
     writer.add_object("common_state", dict(common or {}))
-
-
-def _check_tokenizer(hf: HFSource) -> None:
-    """Refuse (ConfigError) an invalid tokenizer.json, such as a pointer that Git LFS left."""
-    file = hf.folder / TOKENIZER_FILE
-    if file.is_file():
-        check_tokenizer_file(file)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.config.problem import raise_problems
 from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.convert import free_folder
+from moepp_megatron.interop.expressible import Row, refusals
 from moepp_megatron.interop.from_megatron_lm import link_data, weight_names
 from moepp_megatron.interop.megatron_arguments import OWN_SETTINGS, option
 from moepp_megatron.interop.megatron_checkpoint import RELEASE, TRACKER_FILE
@@ -27,6 +29,18 @@ from moepp_megatron.training.checkpoint import find_checkpoint
 
 ARGUMENTS_FILE = "arguments.txt"
 _PREFIX = "__release"
+_RULES: tuple[Row, ...] = (
+    ("model.latent_attention", (None,), "MoE++ has no multi-latent attention there"),
+    (
+        "model.mtp_num_layers",
+        (0,),
+        "multi-token prediction gets no router logits there",
+    ),
+    ("moe.constants_shared", (False,), "it is this package's model's"),
+    ("model.qkv_bias", (False,), "the way back refuses --add-qkv-bias"),
+    ("moe.shared_expert_gate", (False,), "the way back refuses --moe-shared-expert-gate"),
+    ("model.qk_layernorm_scope", ("head",), "--qk-layernorm normalises each head by itself"),
+)
 
 
 def to_megatron_lm(source: Path, target: Path) -> str:
@@ -72,51 +86,10 @@ def to_megatron_lm(source: Path, target: Path) -> str:
 
 def megatron_arguments(config: Config) -> list[str]:
     """The arguments of Megatron-LM's command line for a model; ConfigError without such."""
-    _refuse_unsupported(config)
+    whole = float(int(config.model.rotary_base))
+    rows: list[Row] = [*_RULES, ("model.rotary_base", (whole,), "--rotary-base is a whole number")]
+    raise_problems(refusals(config, rows, "Megatron-LM's loop", "train on with `moepp train`"))
     return [word for option in _options(config) for word in option]
-
-
-def _refuse_unsupported(config: Config) -> None:
-    model, moe = config.model, config.moe
-    for name, value, allowed, why in (
-        (
-            "model.latent_attention",
-            None if model.latent_attention is None else "set",
-            (None,),
-            "MoE++ in Megatron-LM's loop has no multi-latent attention",
-        ),
-        (
-            "model.mtp_num_layers",
-            model.mtp_num_layers,
-            (0,),
-            "its multi-token prediction hands no router logits to those layers",
-        ),
-        ("moe.constants_shared", moe.constants_shared, (False,), "it is this package's model's"),
-        ("model.qkv_bias", model.qkv_bias, (False,), "the way back refuses --add-qkv-bias"),
-        (
-            "moe.shared_expert_gate",
-            moe.shared_expert_gate,
-            (False,),
-            "the way back refuses --moe-shared-expert-gate",
-        ),
-        (
-            "model.qk_layernorm_scope",
-            model.qk_layernorm_scope,
-            ("head",),
-            "--qk-layernorm normalises each head by itself",
-        ),
-        (
-            "model.rotary_base",
-            model.rotary_base,
-            (float(int(model.rotary_base)),),
-            "--rotary-base is a whole number",
-        ),
-    ):
-        if value not in allowed:
-            raise ConfigError(
-                f"{name} ({value}) must be {allowed[0]} for Megatron-LM's loop, because {why}; "
-                "train on with `moepp train`"
-            )
 
 
 def _options(config: Config) -> Iterator[list[str]]:

@@ -48,11 +48,10 @@ _RULES: tuple[Row, ...] = (
 def vanilla_hf_config(config: Config) -> dict[str, Any]:
     """`config.json` of a vanilla MoE; ConfigError names each reason why none can express it."""
     remedy = "use --layout moepp (docs/how_to/llama_cpp.md: what it would take)"
-    raise_problems(refusals(config, (*_RULES, *_own_rules(config)), "vanilla", remedy))
+    raise_problems(refusals(config, (*_RULES, *_own_rules(config)), "--layout vanilla", remedy))
     moe, inner = config.moe, config.expert_ffn_hidden_size
     model_type, architecture, experts = kind = _kind(config)
     shared = (moe.shared_expert_ffn_hidden_size or inner) // inner
-    counts = {"n_shared_experts": shared, "first_k_dense_replace": 0} if kind is _DEEPSEEK else {}
     return {
         **shared_fields(config),
         "model_type": model_type,
@@ -63,7 +62,7 @@ def vanilla_hf_config(config: Config) -> dict[str, Any]:
         "head_dim": config.model.head_dim,
         "intermediate_size": inner,
         "moe_intermediate_size": inner,
-        **counts,
+        **({"n_shared_experts": shared, "first_k_dense_replace": 0} if kind is _DEEPSEEK else {}),
     }
 
 

@@ -159,7 +159,7 @@ def _counts(hf: Mapping[str, Any]) -> dict[str, int]:
 def _problems(config: Config, family: _Family) -> Iterator[Problem]:
     latent = config.model.latent_attention
     ours = "use --layout moepp" if latent is None else "ZEDA's formats cannot express it"
-    yield from refusals(config, (*_COMMON, *family.rows), "zeda", ours)
+    yield from refusals(config, (*_COMMON, *family.rows), "--layout zeda", ours)
     if latent is None:
         return
     pattern = config.moe.moe_layer_pattern(config.model.num_layers)

@@ -88,4 +88,4 @@ def test_latent_attention_is_refused(ranks: RankPools, tmp_path: Path) -> None:
     with pytest.raises(RankError) as error:
         ranks(1).run(through_bridge, tmp_path / "hf", tmp_path / "back", {}, TOKENS)
     reason = error.value.reasons[0]
-    assert "must be null in Megatron-Bridge, for which this package builds no such layer" in reason
+    assert "must be null for Megatron-Bridge: this package builds no such layer there" in reason

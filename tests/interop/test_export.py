@@ -188,6 +188,6 @@ def test_latent_attention_is_refused(
     config = parse_config(settings(model={"latent_attention": latent}))
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     monkeypatch.setattr(to_hf, "find_checkpoint", lambda source: source)
-    with pytest.raises(ConfigError, match=r"model\.latent_attention \(\{.*must be null for an exp"):
+    with pytest.raises(ConfigError, match=r"model\.latent_attention \(.*must be null for --layout"):
         to_hf.mcore_to_hf(tmp_path, tmp_path / "export", layout)
     assert not (tmp_path / "export").exists()

@@ -260,7 +260,7 @@ def test_gates_of_megatrons_own_layer_go_both_ways(saved, given, gates):
 
 def test_norms_over_all_heads_are_refused(converted: Path) -> None:
     both = ["model.qk_layernorm=true", "model.qk_layernorm_scope=all_heads"]
-    with pytest.raises(ConfigError, match=r"qk_layernorm_scope \(all_heads\) must be head for Me"):
+    with pytest.raises(ConfigError, match=r"qk_layernorm_scope \('all_heads'\) must be 'head' for"):
         megatron_arguments(load_config(converted / "config.yaml", both))
 
 

@@ -13,8 +13,9 @@ from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
 from megatron.bridge.utils.fusions import validate_rope_fusion_compatibility
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.config.problem import show
+from moepp_megatron.config import Config
+from moepp_megatron.config.problem import raise_problems
+from moepp_megatron.interop.expressible import refusals
 from moepp_megatron.interop.megatron_arguments import balance_of
 from moepp_megatron.interop.stage import block_spec, build_stage
 from moepp_megatron.layer_settings import BALANCE_TYPES
@@ -25,6 +26,7 @@ from moepp_megatron.runtime.optional import have_transformer_engine
 
 # Bridge's loop decides these: whether weights are loaded, and how losses are divided.
 _OF_THE_LOOP = ("perform_initialization", "calculate_per_token_loss")
+_NO_LAYER = "this package builds no such layer there"
 
 
 @dataclass
@@ -49,8 +51,14 @@ class MoEPPModelProvider(GPTModelProvider):
 
         ConfigError if the model has a part that is not built here.
         """
-        _refuse_unsupported(config)
         model, moe = config.model, config.moe
+        scope = "head" if model.qk_layernorm else model.qk_layernorm_scope
+        rows = (
+            ("model.latent_attention", (None,), _NO_LAYER),
+            ("model.mtp_num_layers", (0,), _NO_LAYER),
+            ("model.qk_layernorm_scope", (scope,), _NO_LAYER),
+        )
+        raise_problems(refusals(config, rows, "Megatron-Bridge", "use `moepp train`"))
         has_loss = moe.balance_coeff > 0
         fields = transformer_fields(config) | {
             "moe_router_load_balancing_type": BALANCE_TYPES[moe.balance_scope]
@@ -133,23 +141,3 @@ def moepp_layer_spec(
             "gating residual; use MoEPPModelProvider, or gating_residual=False"
         )
     return block_spec(provider, moepp, vp_stage, have_transformer_engine())
-
-
-def _refuse_unsupported(config: Config) -> None:
-    model = config.model
-    latent = model.latent_attention
-    for name, value, is_built, wanted in (
-        ("latent_attention", latent and latent.model_dump(), latent is None, "null"),
-        ("mtp_num_layers", model.mtp_num_layers, model.mtp_num_layers == 0, "0"),
-        (
-            "qk_layernorm_scope",
-            model.qk_layernorm_scope,
-            not model.qk_layernorm or model.qk_layernorm_scope == "head",
-            "head",
-        ),
-    ):
-        if not is_built:
-            raise ConfigError(
-                f"model.{name} ({show(value)}) must be {wanted} in Megatron-Bridge, for which this "
-                "package builds no such layer; use `moepp train`"
-            )
