@@ -95,8 +95,7 @@ def mcore_to_hf(
         typer.Option(
             help="Write the model in this form. moepp has our class names and takes any model; "
             "released is that of the released MoE++ models; longcat is LongCat-Flash; zeda is "
-            "ZEDA's Qwen3-MoE or GLM-4.7-Flash with zero-computation experts; vanilla is Mixtral, "
-            "Qwen3-MoE or DeepSeek-MoE for llama.cpp, with zero experts only."
+            "ZEDA's; vanilla is Mixtral, Qwen3-MoE or DeepSeek-MoE, for llama.cpp."
         ),
     ] = _ExportLayout.moepp,
     max_shard_gb: Annotated[
