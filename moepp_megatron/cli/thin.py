@@ -106,8 +106,8 @@ def thin(
         moepp thin mixtral thinned --data prose --data code --ffn-share 0.5 --nproc 8
         moepp thin mixtral thinned --data prose --data code --recipe zeda --nproc 8
     """
-    if not 0 < ffn_share <= 1:
-        raise ConfigError(f"--ffn-share ({ffn_share:g}) must be above 0 and at most 1; use 0.5")
+    if not 0 < ffn_share < 1:
+        raise ConfigError(f"--ffn-share ({ffn_share:g}) must be above 0 and below 1; use 0.5")
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()

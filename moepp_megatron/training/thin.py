@@ -136,13 +136,12 @@ class ThinSettings:
         for _, layer in config_layers(self.file or _FILE):
             content = merge(content, layer)
         settings = {
-            **{
-                "run.dir": "unused",
-                "model.seq_length": min(start.model.model.seq_length, _LONGEST),
-            },
+            "run.dir": "unused",
+            "model.seq_length": min(start.model.model.seq_length, _LONGEST),
             "distillation.teacher": str(model.checkpoint),
             "distillation.divergence": "reverse_kl",
-            **{"checkpoint.load": str(start.checkpoint), "checkpoint.load_optimizer": False},
+            "checkpoint.load": str(start.checkpoint),
+            "checkpoint.load_optimizer": False,
             **self._scaled(content),
             **self._data(),
             **pick(_RECIPES, "--recipe", recipe)(start, self.share),
@@ -180,18 +179,22 @@ class ThinSettings:
 
 
 def _budget(start: Start, share: float) -> dict[str, Any]:
-    ends = {"start_ffn_per_token": start.ffn_share, "target_ffn_per_token": share}
+    topk = start.model.moe.router_topk
     return {
         "moe.budget.controller": "bias",
-        **{f"moe.budget.{key}": value * start.model.moe.router_topk for key, value in ends.items()},
+        "moe.budget.start_ffn_per_token": start.ffn_share * topk,
+        "moe.budget.target_ffn_per_token": share * topk,
     }
 
 
 def _zeda(start: Start, share: float) -> dict[str, Any]:
     # Of ZEDA's scripts/train_zeda_qwen_sft.sh.
     return {
-        **{"moe.tau": start.model.moe.tau_for(share), "moe.balance_loss": "grouped"},
-        **{"moe.balance_coeff": 0.1, "optimizer.adam_beta2": 0.98, "optimizer.min_lr": 0.0},
+        "moe.tau": start.model.moe.tau_for(share),
+        "moe.balance_loss": "grouped",
+        "moe.balance_coeff": 0.1,
+        "optimizer.adam_beta2": 0.98,
+        "optimizer.min_lr": 0.0,
     }
 
 

@@ -205,7 +205,7 @@ def test_what_recipes_train(corpus: Path, sources: Path, tmp_path: Path) -> None
     [
         ("none", [], "none) must be a folder; name that of a model"),
         ("Llama", [], "must be a mixture of experts, and is a dense llama"),
-        ("Mixtral", ["--ffn-share", "1.5"], "--ffn-share (1.5) must be above 0 and at most 1"),
+        ("Mixtral", ["--ffn-share", "1"], "--ffn-share (1) must be above 0 and below 1"),
         ("Mixtral", ["--recipe", "best"], "--recipe (best) must be one of budget, zeda"),
         ("Qwen3Moe", ["--recipe", "topk", "--ffn-share", "0.3"], "moe.router_topk (1.2) must be a"),
         ("Mixtral", ["--data", "SOURCES"], "data.path (SOURCES) must"),
