@@ -180,6 +180,10 @@ class ThinSettings:
 
 def _budget(start: Start, share: float) -> dict[str, Any]:
     topk = start.model.moe.router_topk
+    if share >= start.ffn_share:
+        raise ConfigError(
+            f"--ffn-share ({share:g}) must be below that of MODEL ({start.ffn_share:.3g}); use less"
+        )
     return {
         "moe.budget.controller": "bias",
         "moe.budget.start_ffn_per_token": start.ffn_share * topk,

@@ -206,6 +206,7 @@ def test_what_recipes_train(corpus: Path, sources: Path, tmp_path: Path) -> None
         ("none", [], "none) must be a folder; name that of a model"),
         ("Llama", [], "must be a mixture of experts, and is a dense llama"),
         ("Mixtral", ["--ffn-share", "1"], "--ffn-share (1) must be above 0 and below 1"),
+        ("released", [], "--ffn-share (0.5) must be below that of MODEL (0.429)"),
         ("Mixtral", ["--recipe", "best"], "--recipe (best) must be one of budget, zeda"),
         ("Qwen3Moe", ["--recipe", "topk", "--ffn-share", "0.3"], "moe.router_topk (1.2) must be a"),
         ("Mixtral", ["--data", "SOURCES"], "data.path (SOURCES) must"),
