@@ -1,7 +1,7 @@
 """Efficiency of the MoE++ layer on a CPU, cell by cell, of one or two versions of the code in turn.
 
-    python -P benchmarks/cpu_layer_cells.py OUT.json --before CHECKOUT    # measure
-    python -P benchmarks/cpu_layer_cells.py OUT.json --report             # the table alone
+    python -P benchmarks/cpu_layer_cells.py OUT.jsonl --before CHECKOUT    # measure
+    python -P benchmarks/cpu_layer_cells.py OUT.jsonl --report             # the table alone
 
 A cell is a shape of the paper, a tau, a dtype and a pass of `moepp bench layer`; its efficiency is
 speed-up times phi. Each process measures one version's cells of a dtype, shape and tau: the two
@@ -188,7 +188,7 @@ def _counting_faults(run: Callable[[], None], faults: list[int]) -> Callable[[],
 
 
 def _measure(out: Path, versions: dict[str, Path]) -> None:
-    cells = json.loads(out.read_text()) if out.exists() else []
+    cells = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(cell["version"], cell["dtype"], cell["shape"], cell["tau"]) for cell in cells}
     for dtype in DTYPES:
         for shape in SHAPES:
@@ -204,8 +204,7 @@ def _measure(out: Path, versions: dict[str, Path]) -> None:
                     measured = json.loads(answer.stdout.splitlines()[-1])
                     cells += [{"version": version, **cell} for cell in measured]
                     partial = out.with_suffix(".partial")
-                    lines = ",\n".join(f" {json.dumps(cell)}" for cell in cells)
-                    partial.write_text(f"[\n{lines}\n]\n")
+                    partial.write_text("".join(f"{json.dumps(cell)}\n" for cell in cells))
                     partial.replace(out)
 
 
@@ -246,7 +245,7 @@ def main() -> None:
     if not options.report:
         versions = {"before": options.before} if options.before else {}
         _measure(options.out, {**versions, "now": ROOT})
-    _report(json.loads(options.out.read_text()))
+    _report([json.loads(line) for line in options.out.read_text().splitlines()])
 
 
 if __name__ == "__main__":
