@@ -30,7 +30,7 @@ CEILINGS = {
     "workbench.profiling": 3720,
     "workbench.doctor": 1730,
     "cluster": 330,
-    "interop": 6420,
+    "interop": 6640,
     "training": 12900,
     "model": 1520,
     "moe": 6980,
@@ -46,7 +46,7 @@ CEILINGS = {
 }
 # All Python files of the package, of the tests and of benchmarks/ with its results.
 MOST_FILES, MOST_TEST_LINES = 562, 61_800
-MOST_BENCHMARK_LINES, MOST_WORDS = 4_450, 51_900
+MOST_BENCHMARK_LINES, MOST_WORDS = 4_460, 51_900
 
 # Not yet: planning says in which order to read it, the experiments nothing.
 UNLISTED = ("workbench/experiments", "workbench/planning")
