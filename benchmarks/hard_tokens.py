@@ -7,9 +7,9 @@ vanilla model whose seed no other model has. The result is the mean of FFN exper
 MoE layers, of the hardest quarter of the tokens less that of the easiest, for two losses: the
 token's own, and the next token's, which the model predicts at that place. `all` compares all
 tokens, `id` those of one id (averaged over ids), and `context` those of one id in one corpus and
-quarter of the window. Nulls shuffle the losses among what is compared, and among the tokens of an
-id, which keeps what ids explain. Intervals are 95%, over sequences. A model leaves OUT/NAME.npz and
-is not trained again; `--table` writes a line a model.
+quarter of the window. Nulls shuffle the losses among what is compared; for `all` also among the
+tokens of an id, which keeps what ids explain. Intervals are 95%, over sequences. A model leaves
+OUT/NAME.npz and is not trained again; `--table` writes a line a model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from moepp_megatron.runtime.atomic import whole_file, write_atomic
 from moepp_megatron.runtime.rank import RankEnvironment
 
 # Sequences of each corpus, from the tenth that is held out; shuffles; tokens that an id must have.
-SEQUENCES, SHUFFLES, LEAST = 64, 20, 8
+SEQUENCES, SHUFFLES, LEAST = 64, 8, 8
 SIZE, TIGHT = "M", "share 0.3"
 CHANGES[TIGHT] = {"moe": {"budget": {"target_ffn_per_token": 0.3 * K}}}
 CORPORA = [(kind, corpus) for kind, corpora in KINDS["A"].items() for corpus in corpora]
@@ -101,12 +101,12 @@ def answer(
     drawn = chance.integers(len(each_row), size=(1000, len(each_row)))
     sums, counts = (np.bincount(rows, each)[drawn] for each in (centred * signs, signs > 0))
     ends = {"interval": sums.sum(axis=1) / counts.sum(axis=1)}
-    for name, among in (("shuffled", strata), ("shuffled in ids", ids)):
+    nulls_of = {"shuffled": strata} | ({} if strata.any() else {"shuffled in ids": ids})
+    for name, among in nulls_of.items():
         nulls = (contrast(shuffled(loss, among, chance), strata) for _ in range(SHUFFLES))
         ends[name] = np.array([centred @ null for null in nulls]) / (signs > 0).sum()
-    found = {name: np.quantile(each, (0.025, 0.975)).round(3) for name, each in ends.items()}
-    gap = round(float(centred @ signs / (signs > 0).sum()), 3)
-    return {"gap": gap, **{name: each.tolist() for name, each in found.items()}}
+    found = {name: np.quantile(a, (0.025, 0.975)).round(3).tolist() for name, a in ends.items()}
+    return {"gap": round(float(centred @ signs / (signs > 0).sum()), 3), **found}
 
 
 def answers(ffn: np.ndarray, losses: np.ndarray, ids: np.ndarray) -> dict[str, Any]:
