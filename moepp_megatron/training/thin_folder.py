@@ -20,7 +20,6 @@ from typing import Any, Self
 
 from moepp_megatron.config import Config, ConfigError, Layout, check_config, load_config
 from moepp_megatron.config.json_file import read_json
-from moepp_megatron.config.schema.moe import MoESection
 from moepp_megatron.data.prepared_data import check_data
 from moepp_megatron.data.same_tokenizer import check_model_tokenizer
 from moepp_megatron.file_names import (
@@ -38,18 +37,8 @@ from moepp_megatron.training.thin import Start
 _OTHER = ("topk",)
 
 
-def _new_experts(moe: MoESection) -> dict[str, Any]:
-    # As in configs/upcycle/: 1, 1, 2 for 8 FFN experts, and 1, 1, 30 for 128.
-    return {"num_constant_experts": max(2, moe.num_ffn_experts // 4 - 2)}
-
-
-def _zero_experts(moe: MoESection) -> dict[str, Any]:
-    others = {"num_copy_experts": 0, "num_constant_experts": 0}
-    return {"num_zero_experts": moe.num_ffn_experts // 2, **others, "keeps_function": False}
-
-
-# What each adds, as fields of `interop.upcycle.Additions`.
-_ADDS = {"budget": _new_experts, "zeda": _zero_experts}
+# What is particular about the new experts of a recipe, as fields of `interop.upcycle.Additions`.
+_ADDS: dict[str, dict[str, Any]] = {"budget": {}, "zeda": {"keeps_function": False}}
 
 
 @dataclass(frozen=True)
@@ -105,11 +94,14 @@ class ThinFolder:
     @property
     def added(self) -> dict[str, Any] | None:
         """New experts; None where training starts from the model itself."""
-        moe, adds = self.config.moe, _ADDS.get(self.recipe)
-        if moe.num_zero_computation_experts or adds is None:
+        moe = self.config.moe
+        if moe.num_zero_computation_experts or self.recipe not in _ADDS:
             return None
+        # Copies of the input are new to the model, and cost more than they help (docs/evidence.md).
+        counts = {"num_copy_experts": 0, "num_constant_experts": 0}
+        counts["num_zero_experts"] = moe.num_ffn_experts // 2
         # Without residuals, which servers lack.
-        return {"gating_residual": False, **adds(moe)}
+        return {**counts, "gating_residual": False, **_ADDS[self.recipe]}
 
     def _balanced(self, config: Config) -> Config:
         """With the source's coefficient of the balance loss, as in configs/upcycle/."""

@@ -173,7 +173,10 @@ def test_what_recipes_train(corpus: Path, sources: Path, tmp_path: Path) -> None
     assert {str(run.data) for run in lasts} == {str(runs["budget"].data)}
     assert {run.distillation.teacher for run in lasts} == {str(tmp_path / "model")}
     assert set(runs["budget"].data.validation) == {corpus.name, corpus.parent.name}
-    budget = runs["budget"].moe.budget
+    moe, budget = runs["budget"].moe, runs["budget"].moe.budget
+    # Copies of the input cost more than they help (docs/evidence.md).
+    added = (moe.num_zero_experts, moe.num_copy_experts, moe.num_constant_experts)
+    assert added == (4, 0, 0)
     # A tenth of the file's 5000 steps, the ramp too.
     assert (budget.start_ffn_per_token, budget.target_ffn_per_token) == (4.0, 2.0)
     assert (budget.ramp_steps, runs["budget"].optimizer.warmup_iters) == (125, 10)
