@@ -41,9 +41,10 @@ class HFSource:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the folder by name, without its data."""
+        stored: dict[str, TensorEntry | Tensor] = {**self._entries, **self._pickled}
         return {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            for name, tensor in (*self._entries.items(), *self._pickled.items())
+            for name, tensor in stored.items()
         }
 
     def leave_out(self, names: Iterable[str]) -> None:
