@@ -26,8 +26,8 @@ from moepp_megatron.workbench.experiments.pilot.statistics import Estimate, t_be
 
 FILE = Path(__file__).parent / "results" / "ladder.jsonl"
 EQUAL = {"steps": "equal steps", "flop": "equal FLOP"}
-PAIRS = [*((arm, "vanilla") for arm in ARMS if arm != "vanilla"),
-         ("selected", "vanilla selected"), ("no residual", "paper")]  # fmt: skip
+PAIRS = [(arm, "vanilla") for arm in ARMS if arm != "vanilla"]
+PAIRS += [("selected", "vanilla selected"), ("selected", "paper"), ("no residual", "paper")]
 # An arm, and what it is compared with, if anything.
 Row = tuple[str, str]
 # Results by stage, arm, size and what was run, and by seed.

@@ -25,7 +25,7 @@ from moepp_megatron.workbench.report.drawing import (
     svg_data_uri,
 )
 
-WHAT, SEEDS = "flop", 3
+WHAT, SEEDS = "flop", 1
 COLOURS = dict(zip(ARMS, (INK, MUTED, *LINE_COLOURS), strict=False))
 
 
@@ -60,7 +60,9 @@ def main() -> None:
         draw(below, ladder, "vanilla", known, shown)
         above.set_xscale("log")
         above.set_yscale("log")
-        above.set_yticks([3.25, 3.5, 3.75, 4.0, 4.25], labels=["3.25", "3.5", "3.75", "4", "4.25"])
+        above.set_yticks(
+            [3, 3.25, 3.5, 3.75, 4, 4.25], labels=["3", "3.25", "3.5", "3.75", "4", "4.25"]
+        )
         above.minorticks_off()
         above.set_ylabel("validation loss, nats")
         below.axhline(0.0, color=INK, linewidth=1.0)
@@ -68,7 +70,7 @@ def main() -> None:
         flop = [10 ** log_flop(size) for size in shown]
         names = [f"{size}\n{x:.1e}" for size, x in zip(shown, flop, strict=True)]
         below.set_xticks(flop, labels=names)
-        below.set_xlabel("size and FLOP of training")
+        below.set_xlabel("size and FLOP of training, the same for every arm")
         legend_above(above)
         paper = Rectangle((0, 0), 1, 1, transform=figure.transFigure, color=PAPER, zorder=-1)
         figure.add_artist(paper)
