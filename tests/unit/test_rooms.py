@@ -30,7 +30,7 @@ CEILINGS = {
     "workbench.profiling": 3720,
     "workbench.doctor": 1730,
     "cluster": 330,
-    "interop": 6640,
+    "interop": 6680,
     "training": 12900,
     "model": 1520,
     "moe": 6980,
