@@ -19,31 +19,39 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def main() -> None:
+def engine(export: str, given: list[str], **changes: Any) -> Any:
+    """vLLM's `LLM` of an export; `given` are arguments as JSON."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
-    export, prompts, out, *given = sys.argv[1:]
-    changes = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in given)}
-    model = LLM(export, **(SETTINGS | changes))
-    sampling = SamplingParams(
-        temperature=0,
-        max_tokens=8,
-        logprobs=0,
-        prompt_logprobs=0,
-        ignore_eos=True,
-        detokenize=False,
-    )
-    answers = []
-    batch = [{"prompt_token_ids": ids} for ids in json.loads(Path(prompts).read_text())]
-    for request in model.generate(batch, sampling):
+    stated = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in given)}
+    return LLM(export, **(SETTINGS | changes | stated))
+
+
+def sampling(**changes: Any) -> Any:
+    """Greedy, with logprobs of the prompt and the answer."""
+    from vllm import SamplingParams
+
+    greedy = {"temperature": 0, "max_tokens": 8, "logprobs": 0, "prompt_logprobs": 0}
+    return SamplingParams(**(greedy | changes), ignore_eos=True, detokenize=False)
+
+
+def answers(model: Any, prompts: list[list[int]]) -> list[dict[str, list[Any]]]:
+    """Tokens of the answers; logprobs of all tokens but a prompt's first."""
+    found = []
+    for request in model.generate([{"prompt_token_ids": ids} for ids in prompts], sampling()):
         (done,) = request.outputs
-        # The first token of a prompt has no logprob.
         asked = zip(request.prompt_token_ids[1:], request.prompt_logprobs[1:], strict=True)
         answered = zip(done.token_ids, done.logprobs, strict=True)
         logprobs = [chances[token].logprob for token, chances in (*asked, *answered)]
-        answers.append({"tokens": list(done.token_ids), "logprobs": logprobs})
-    Path(out).write_text(json.dumps(answers))
+        found.append({"tokens": list(done.token_ids), "logprobs": logprobs})
+    return found
+
+
+def main() -> None:
+    export, prompts, out, *given = sys.argv[1:]
+    found = answers(engine(export, given), json.loads(Path(prompts).read_text()))
+    Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
