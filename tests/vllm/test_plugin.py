@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import parse_config
-from moepp_megatron.interop.vllm import VERSION
-from moepp_megatron.interop.vllm.config import MoEPPModelConfig
+from moepp_megatron.interop.vllm import VERSION, MoEPPModelConfig
 from tests.interop.conftest import RunPlain, plain  # noqa: F401
 from tests.interop.models import settings
 from tests.interop.test_export import MODELS, save_and_compute

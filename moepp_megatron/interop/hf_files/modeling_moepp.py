@@ -48,6 +48,17 @@ COMPUTES = {
 }
 
 
+def refuse_unknown(config: MoEPPConfig) -> None:
+    """Refuse (ValueError) values of settings that this file does not compute."""
+    for name in COMPUTES.keys() - {"kinds", "others"}:
+        known = COMPUTES[name].split()
+        if getattr(config, name) not in known:
+            raise ValueError(
+                f"{name} ({getattr(config, name)}) must be {' or '.join(known)}, which is all that "
+                "this model's code computes; use the code that was exported with it"
+            )
+
+
 def _log_sqrt_softplus(logits: Tensor) -> Tensor:
     # Of smaller logits, the softplus is e^z and underflows.
     log = (-F.logsigmoid(-logits.clamp(min=-40.0))).log()
@@ -439,13 +450,7 @@ class MoEPPModel(_MoEPPMixin, LlamaModel):
     """The decoder without output layer."""
 
     def __init__(self, config: MoEPPConfig) -> None:
-        for name in COMPUTES.keys() - {"kinds", "others"}:
-            known = COMPUTES[name].split()
-            if getattr(config, name) not in known:
-                raise ValueError(
-                    f"{name} ({getattr(config, name)}) must be {' or '.join(known)}, which is all "
-                    "that this model's code computes; use the code that was exported with it"
-                )
+        refuse_unknown(config)
         # Not Llama's own: it would build Llama's layers first.
         super(LlamaModel, self).__init__(config)
         # The released model's first MoE layer has a map of previous logits that it does not use.

@@ -1,32 +1,77 @@
-"""MoE++ exports as a model of vLLM's own; vLLM finds `register` by its entry point.
+"""MoE++ exports as a model of vLLM's own, in model.py; vLLM finds `register` by its entry point."""
 
-config.py  what vLLM asks about the model, and what is refused
-model.py   the model: vLLM's attention and fused FFN experts, and the exported file's routing
-"""
+from __future__ import annotations
 
-# What model.py and config.py build on; the extra `vllm` in pyproject.toml has the same.
+from collections.abc import Iterator
+from typing import Any
+
+# Whose internals model.py builds on; the extra `vllm` in pyproject.toml has the same.
 VERSION = "0.32"
 
 
 def register() -> None:
-    """Register the model and its configuration, in each process of vLLM; another version: not."""
+    """Register the model and its configuration, in each process of vLLM; not in another version."""
     from transformers import AutoConfig
     from vllm import ModelRegistry, __version__
     from vllm.logger import init_logger
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from moepp_megatron.interop.hf_files.configuration_moepp import MoeConfig, MoEPPConfig
-    from moepp_megatron.interop.vllm.config import MoEPPModelConfig
 
     if not __version__.startswith(f"{VERSION}."):
         init_logger(__name__).warning(
-            "vllm (%s) must be %s for moepp_megatron's model, which is left out; MoE++ models run "
-            "with --model-impl transformers --trust-remote-code",
-            __version__,
-            VERSION,
+            f"vllm ({__version__}) must be {VERSION} for moepp_megatron's model, which is left out; "
+            "serve MoE++ models with --model-impl transformers --trust-remote-code"
         )
         return
     for config, architecture in ((MoEPPConfig, "MoEPPForCausalLM"), (MoeConfig, "MoeForCausalLM")):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         ModelRegistry.register_model(architecture, f"{__name__}.model:MoEPPForCausalLM")
         MODELS_CONFIG_MAP[architecture] = MoEPPModelConfig
+
+
+class MoEPPModelConfig:
+    """vLLM's `VerifyAndUpdateConfig`."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Give vLLM the number of experts: without one it has no expert parallelism, no routes."""
+        model_config.model_arch_config.num_experts = model_config.hf_config.total_experts
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Refuse (ValueError, one line each) what the model does not compute."""
+        problems = [
+            f"{name} ({value}) must be {must} in moepp_megatron's model for vLLM, {reason}; use "
+            "that, or --model-impl transformers --trust-remote-code"
+            for name, value, must, reason in _refused(vllm_config)
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+def _refused(vllm_config: Any) -> Iterator[tuple[str, Any, Any, str]]:
+    """(name, value, what it must be, why) of each setting that the model cannot have."""
+    from vllm.platforms import current_platform
+
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    is_cpu, hf = current_platform.is_cpu(), model.hf_config
+    staged = parallel.pipeline_parallel_size > 1
+    all_heads = hf.qk_norm and hf.qk_norm_scope == "all_heads"
+    # When it holds, section, name, the only value, why.
+    rows = (
+        (True, parallel, "data_parallel_size", 1, "whose ranks multiply their own tokens"),
+        (True, parallel, "prefill_context_parallel_size", 1, "whose ranks have all tokens"),
+        (True, parallel, "enable_eplb", False, "which names experts by their rows of the router"),
+        (True, model, "quantization", None, "which loads weights as they are exported"),
+        (all_heads, parallel, "tensor_parallel_size", 1, "whose norms see all heads"),
+        (is_cpu and staged, model, "enforce_eager", False, "whose stages get buffers in a warm-up"),
+        (not is_cpu, model, "enforce_eager", True, "whose number of FFN rows the host reads"),
+        (not is_cpu, parallel, "enable_expert_parallel", False, "tested on CPUs only"),
+    )
+    for holds, section, name, must, reason in rows:
+        value = getattr(section, name)
+        if holds and value != must:
+            yield name, value, must, reason
+    if is_cpu and hf.hidden_size % 32:
+        yield "hidden_size", hf.hidden_size, "a multiple of 32", "as vLLM's kernel for CPUs asks"
