@@ -20,7 +20,7 @@ def register() -> None:
 
     if not __version__.startswith(f"{VERSION}."):
         init_logger(__name__).warning(
-            f"vllm ({__version__}) must be {VERSION} for moepp_megatron's model, which is left out; "
+            f"vllm ({__version__}) must be {VERSION} for moepp_megatron's model, left out here; "
             "serve MoE++ models with --model-impl transformers --trust-remote-code"
         )
         return

@@ -52,6 +52,7 @@ class _Experts(MoEPPExperts):
 
     # vLLM's loader looks into the modules.
     load_weights = None  # type: ignore[assignment]
+    ffn: Any
 
     def __init__(self, config: Any, prefix: str) -> None:
         with torch.device("meta"):
@@ -97,7 +98,7 @@ class _Layer(MoEPPLayer):
         self.gate.layer_id, self.gate.capture_fn = layer, None
         self.gate.register_forward_hook(_capture)
         self.experts = _Experts(config, f"{prefix}.experts")
-        self.shared_expert = None
+        self.shared_expert: Any = None
         if inner is not None:
             name = f"{prefix}.shared_expert"
             self.shared_expert = LlamaMLP(config.hidden_size, inner, config.hidden_act, prefix=name)
@@ -107,6 +108,9 @@ class _Layer(MoEPPLayer):
 
 class _Attention(LlamaAttention):
     """Llama's attention, with norms of queries and keys where the model has them."""
+
+    q_norm: Any
+    k_norm: Any
 
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
@@ -129,6 +133,8 @@ class _Attention(LlamaAttention):
 
 class _DecoderLayer(LlamaDecoderLayer):
     """Llama's decoder layer around a MoE layer (or a dense one); `lane` has the last logits."""
+
+    mlp: Any
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config, prefix, attn_layer_type=_Attention)
@@ -155,6 +161,8 @@ class _DecoderLayer(LlamaDecoderLayer):
 @ignore_torch_compile
 class _Model(LlamaModel):
     """The decoder; router logits cross pipeline stages next to the hidden states, in fp32."""
+
+    make_empty_intermediate_tensors: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", layer_type: Any = None) -> None:
         refuse_unknown(vllm_config.model_config.hf_config)
