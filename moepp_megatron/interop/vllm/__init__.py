@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 # Whose internals model.py builds on; the extra `vllm` in pyproject.toml has the same.
@@ -41,37 +40,30 @@ class MoEPPModelConfig:
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         """Refuse (ValueError, one line each) what the model does not compute."""
+        from vllm.platforms import current_platform
+
+        parallel, model = vllm_config.parallel_config, vllm_config.model_config
+        is_cpu, hf = current_platform.is_cpu(), model.hf_config
+        staged = parallel.pipeline_parallel_size > 1
+        all_heads = hf.qk_norm and hf.qk_norm_scope == "all_heads"
+        odd = hf.hidden_size % 32 > 0
+        # When it holds, section, name, what it must be, why.
+        rows = (
+            (True, parallel, "data_parallel_size", 1, "whose ranks multiply their own tokens"),
+            (True, parallel, "prefill_context_parallel_size", 1, "whose ranks have all tokens"),
+            (True, parallel, "enable_eplb", False, "which numbers experts as the router does"),
+            (True, model, "quantization", None, "which loads weights as they are exported"),
+            (all_heads, parallel, "tensor_parallel_size", 1, "whose norms see all heads"),
+            (is_cpu and odd, hf, "hidden_size", "a multiple of 32", "as vLLM's kernel asks"),
+            (is_cpu and staged, model, "enforce_eager", False, "whose stages need a warm-up"),
+            (not is_cpu, model, "enforce_eager", True, "whose number of FFN rows the host reads"),
+            (not is_cpu, parallel, "enable_expert_parallel", False, "tested on CPUs only"),
+        )
         problems = [
-            f"{name} ({value}) must be {must} in moepp_megatron's model for vLLM, {reason}; use "
-            "that, or --model-impl transformers --trust-remote-code"
-            for name, value, must, reason in _refused(vllm_config)
+            f"{name} ({getattr(section, name)}) must be {must} in moepp_megatron's model for vLLM, "
+            f"{reason}; use that, or --model-impl transformers --trust-remote-code"
+            for holds, section, name, must, reason in rows
+            if holds and getattr(section, name) != must
         ]
         if problems:
             raise ValueError("\n".join(problems))
-
-
-def _refused(vllm_config: Any) -> Iterator[tuple[str, Any, Any, str]]:
-    """(name, value, what it must be, why) of each setting that the model cannot have."""
-    from vllm.platforms import current_platform
-
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    is_cpu, hf = current_platform.is_cpu(), model.hf_config
-    staged = parallel.pipeline_parallel_size > 1
-    all_heads = hf.qk_norm and hf.qk_norm_scope == "all_heads"
-    # When it holds, section, name, the only value, why.
-    rows = (
-        (True, parallel, "data_parallel_size", 1, "whose ranks multiply their own tokens"),
-        (True, parallel, "prefill_context_parallel_size", 1, "whose ranks have all tokens"),
-        (True, parallel, "enable_eplb", False, "which names experts by their rows of the router"),
-        (True, model, "quantization", None, "which loads weights as they are exported"),
-        (all_heads, parallel, "tensor_parallel_size", 1, "whose norms see all heads"),
-        (is_cpu and staged, model, "enforce_eager", False, "whose stages get buffers in a warm-up"),
-        (not is_cpu, model, "enforce_eager", True, "whose number of FFN rows the host reads"),
-        (not is_cpu, parallel, "enable_expert_parallel", False, "tested on CPUs only"),
-    )
-    for holds, section, name, must, reason in rows:
-        value = getattr(section, name)
-        if holds and value != must:
-            yield name, value, must, reason
-    if is_cpu and hf.hidden_size % 32:
-        yield "hidden_size", hf.hidden_size, "a multiple of 32", "as vLLM's kernel for CPUs asks"

@@ -93,24 +93,21 @@ class _Layer(MoEPPLayer):
         super(MoEPPLayer, self).__init__()
         layer, inner = extract_layer_index(prefix), config.shared_expert_intermediate_size
         self.scale = config.expert_input_scale
-        self.gate: Any = MoEPPGate(config, has_residual=any(config.moe_layers[:layer]))
+        gate: Any = MoEPPGate(config, has_residual=any(config.moe_layers[:layer]))
         # vLLM's `RoutedExpertsCaptureSource`.
-        self.gate.layer_id, self.gate.capture_fn = layer, None
-        self.gate.register_forward_hook(_capture)
+        gate.layer_id, gate.capture_fn = layer, None
+        gate.register_forward_hook(_capture)
+        self.gate = gate
         self.experts = _Experts(config, f"{prefix}.experts")
         self.shared_expert: Any = None
         if inner is not None:
-            name = f"{prefix}.shared_expert"
-            self.shared_expert = LlamaMLP(config.hidden_size, inner, config.hidden_act, prefix=name)
+            self.shared_expert = LlamaMLP(config.hidden_size, inner, config.hidden_act)
         if config.shared_expert_gate:
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
 
 class _Attention(LlamaAttention):
     """Llama's attention, with norms of queries and keys where the model has them."""
-
-    q_norm: Any
-    k_norm: Any
 
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
@@ -123,9 +120,10 @@ class _Attention(LlamaAttention):
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        if self.q_norm is not None:
-            q = self.q_norm(q.unflatten(-1, (-1, self.q_norm.hidden_size)).contiguous()).flatten(-2)
-            k = self.k_norm(k.unflatten(-1, (-1, self.k_norm.hidden_size)).contiguous()).flatten(-2)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if q_norm is not None and k_norm is not None:
+            q = q_norm(q.unflatten(-1, (-1, q_norm.hidden_size)).contiguous()).flatten(-2)
+            k = k_norm(k.unflatten(-1, (-1, k_norm.hidden_size)).contiguous()).flatten(-2)
         q, k = self.rotary_emb(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v))
         return output
@@ -133,8 +131,6 @@ class _Attention(LlamaAttention):
 
 class _DecoderLayer(LlamaDecoderLayer):
     """Llama's decoder layer around a MoE layer (or a dense one); `lane` has the last logits."""
-
-    mlp: Any
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config, prefix, attn_layer_type=_Attention)
@@ -151,9 +147,10 @@ class _DecoderLayer(LlamaDecoderLayer):
         else:
             x, residual = self.input_layernorm(hidden, residual)
         x, residual = self.post_attention_layernorm(self.self_attn(positions, x), residual)
-        if not isinstance(self.mlp, nn.ModuleDict):
-            return self.mlp(x), residual
-        output, lane[0] = self.mlp["moe"](x, lane[0])
+        mlp: Any = self.mlp
+        if not isinstance(mlp, nn.ModuleDict):
+            return mlp(x), residual
+        output, lane[0] = mlp["moe"](x, lane[0])
         return output, residual
 
 
@@ -161,8 +158,6 @@ class _DecoderLayer(LlamaDecoderLayer):
 @ignore_torch_compile
 class _Model(LlamaModel):
     """The decoder; router logits cross pipeline stages next to the hidden states, in fp32."""
-
-    make_empty_intermediate_tensors: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", layer_type: Any = None) -> None:
         refuse_unknown(vllm_config.model_config.hf_config)
@@ -175,7 +170,7 @@ class _Model(LlamaModel):
         }
         mapper = WeightsMapper(orig_to_new_regex=renamed)
         self.hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper | mapper
-        make_hidden = self.make_empty_intermediate_tensors
+        make_hidden = vars(self)["make_empty_intermediate_tensors"]
 
         def make_empty(batch_size: int, dtype: Any, device: Any) -> IntermediateTensors:
             tensors = make_hidden(batch_size, dtype, device)
