@@ -41,7 +41,10 @@ def watched(worker: Any, tokens: int) -> tuple[int, Any]:
 
 
 def main() -> None:
+    # Functions are sent to workers; one worker runs here, several are spawned.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     export, prompts, out, *given = sys.argv[1:]
     model = engine(export, given, model_impl="auto", trust_remote_code=False)
     prompts_ids = json.loads(Path(prompts).read_text())
