@@ -36,6 +36,7 @@ to_megatron_lm.py       converts a checkpoint of ours to one that Megatron-LM's 
 upcycle.py              turns checkpoints of other models into MoE++ models that compute the same
 upcycle_router.py       the new parameters of an upcycled model
 upcycle_sources.py      the kinds of models that can be upcycled, with the names of their tensors
+vllm/                   exports as a model of vLLM's own
 zeda.py                 ZEDA's formats both ways: Qwen3-MoE and GLM-4.7-Flash with zero experts
 
 All conversions stream: no function builds a model or holds more than a few tensors, except `score`

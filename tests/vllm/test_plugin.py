@@ -126,13 +126,14 @@ def asked(**changes: Any) -> Any:
     parallel: dict[str, Any] = dict.fromkeys(
         (f"{kind}_parallel_size" for kind in ("data", "tensor", "pipeline", "prefill_context")), 1
     ) | {"enable_expert_parallel": False, "enable_eplb": False}
-    parallel["prefill_context_parallel_size"] = 1
     model = {"quantization": None, "enforce_eager": True, "model_arch_config": SimpleNamespace()}
     for section in (hf, parallel, model):
         section |= {key: value for key, value in changes.items() if key in section}
     model["hf_config"] = SimpleNamespace(**hf)
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(**parallel), model_config=SimpleNamespace(**model)
+        parallel_config=SimpleNamespace(**parallel),
+        model_config=SimpleNamespace(**model),
+        lora_config=changes.get("lora_config"),
     )
 
 
@@ -143,6 +144,7 @@ def asked(**changes: Any) -> Any:
         ("cuda", {}, None),
         ("cpu", {"data_parallel_size": 2}, "data_parallel_size (2) must be 1"),
         ("cpu", {"enable_eplb": True}, "enable_eplb (True) must be False"),
+        ("cpu", {"lora_config": "r=8"}, "lora_config (r=8) must be None"),
         ("cpu", {"quantization": "fp8"}, "quantization (fp8) must be None"),
         ("cpu", {"hidden_size": 40}, "hidden_size (40) must be a multiple of 32"),
         ("cpu", {"pipeline_parallel_size": 2}, "enforce_eager (True) must be False"),

@@ -1,4 +1,7 @@
-"""MoE++ exports as a model of vLLM's own, in model.py; vLLM finds `register` by its entry point."""
+"""MoE++ exports as a model of vLLM's own; vLLM finds `register` by its entry point.
+
+model.py  vLLM's Llama around the exported MoE layer with vLLM's fused FFN experts
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,7 @@ class MoEPPModelConfig:
             (True, parallel, "prefill_context_parallel_size", 1, "whose ranks have all tokens"),
             (True, parallel, "enable_eplb", False, "which numbers experts as the router does"),
             (True, model, "quantization", None, "which loads weights as they are exported"),
+            (True, vllm_config, "lora_config", None, "which has no adapters"),
             (all_heads, parallel, "tensor_parallel_size", 1, "whose norms see all heads"),
             (is_cpu and odd, hf, "hidden_size", "a multiple of 32", "as vLLM's kernel asks"),
             (is_cpu and staged, model, "enforce_eager", False, "whose stages need a warm-up"),

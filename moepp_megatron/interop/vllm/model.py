@@ -196,7 +196,5 @@ class _Model(LlamaModel):
 class MoEPPForCausalLM(LlamaForCausalLM):
     """The language model, for exports of both layouts that have this file's experts."""
 
-    supports_lora = False
-
     def _init_model(self, **kwargs: Any) -> nn.Module:
         return _Model(**kwargs)
