@@ -106,7 +106,8 @@ def test_it_computes_what_transformers_computes(
         found["answers"], plain(greedy, tmp_path / "hf", prompts), strict=True
     ):
         assert answer["tokens"] == wanted["tokens"]
-        np.testing.assert_allclose(answer["logprobs"], wanted["logprobs"], rtol=0, atol=1e-3)
+        # fp32, in another order of addition.
+        np.testing.assert_allclose(answer["logprobs"], wanted["logprobs"], rtol=0, atol=1e-4)
 
     config = parse_config(raw)
     pattern = config.moe.moe_layer_pattern(3)
