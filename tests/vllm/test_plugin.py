@@ -21,7 +21,9 @@ from tests.parallel.ranks import RankPools
 
 ROOT = Path(__file__).parents[2]
 METADATA = "from setuptools.build_meta import prepare_metadata_for_build_wheel as p; p(r'{}')"
-RELEASED = {"moe": {"gate_normalization": "nonzero"}}
+FORMS: dict[str, dict[str, dict[str, Any]]] = MODELS | {
+    "released": {"model": {"num_attention_heads": 1}, "moe": {"gate_normalization": "nonzero"}}
+}
 MODES = {
     "tensor parallel": {"tensor_parallel_size": 2},
     "expert parallel": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
@@ -73,13 +75,11 @@ def test_it_computes_what_transformers_computes(
     from moepp_megatron.interop.to_hf import mcore_to_hf
     from moepp_megatron.moe.replay import checked_routes
 
-    # vLLM's attention on a CPU has heads of 32 and more; the released layout has no other width.
-    heads = {"num_attention_heads": 1} if name == "released" else {"kv_channels": 32}
-    form = RELEASED if name == "released" else MODELS[name]
-    model = {"num_layers": 3, "seq_length": 32} | form.get("model", {}) | heads
-    raw = settings(model=model, moe=form["moe"])
+    # vLLM's attention on a CPU has heads of 32 and more.
+    model = {"num_layers": 3, "seq_length": 32, "kv_channels": 32}
+    raw = settings(model=FORMS[name].get("model", {}) | model, moe=FORMS[name]["moe"])
     ranks(1).run(save_and_compute, raw, tmp_path / "checkpoints")
-    layout = "released" if name == "released" else "moepp"
+    layout = {"released": "released"}.get(name, "moepp")
     mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf", layout)
     random = np.random.default_rng(0)
     prompts = [random.integers(0, 64, random.integers(1, 25)).tolist() for _ in range(50)]
