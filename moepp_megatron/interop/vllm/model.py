@@ -15,30 +15,11 @@ from vllm.compilation.decorators import ignore_torch_compile
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.models.llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaMLP,
-    LlamaModel,
-)
+from vllm.model_executor.models import llama
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 from vllm.sequence import IntermediateTensors
 
-from moepp_megatron.interop.hf_files.modeling_moepp import (
-    MoEPPExperts,
-    MoEPPGate,
-    MoEPPLayer,
-    refuse_unknown,
-)
-
-_LOGITS = "router_logits"
-
-
-def _capture(gate: Any, inputs: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Give vLLM's capturer of routes the picks, rows of the router: all kinds of experts."""
-    if gate.capture_fn is not None:
-        gate.capture_fn(outputs[1])
+from moepp_megatron.interop.hf_files import modeling_moepp as exported
 
 
 def _given_picks(hidden_states: Tensor, gating_output: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
@@ -47,7 +28,7 @@ def _given_picks(hidden_states: Tensor, gating_output: Tensor, **_: Any) -> tupl
     return gates.contiguous(), experts.int()
 
 
-class _Experts(MoEPPExperts):
+class _Experts(exported.MoEPPExperts):
     """The exported experts with vLLM's in place of those that are FFN."""
 
     # vLLM's loader looks into the modules.
@@ -86,27 +67,27 @@ class _Experts(MoEPPExperts):
         return tensor_model_parallel_all_reduce(output_TD)
 
 
-class _Layer(MoEPPLayer):
+class _Layer(exported.MoEPPLayer):
     """The exported MoE layer of these parts."""
 
     def __init__(self, config: Any, prefix: str) -> None:
-        super(MoEPPLayer, self).__init__()
+        super(exported.MoEPPLayer, self).__init__()
         layer, inner = extract_layer_index(prefix), config.shared_expert_intermediate_size
         self.scale = config.expert_input_scale
-        gate: Any = MoEPPGate(config, has_residual=any(config.moe_layers[:layer]))
-        # vLLM's `RoutedExpertsCaptureSource`.
+        gate: Any = exported.MoEPPGate(config, has_residual=any(config.moe_layers[:layer]))
+        # vLLM's `RoutedExpertsCaptureSource` of picks, which are rows of the router.
         gate.layer_id, gate.capture_fn = layer, None
-        gate.register_forward_hook(_capture)
+        gate.register_forward_hook(lambda gate, _, out: gate.capture_fn and gate.capture_fn(out[1]))
         self.gate = gate
         self.experts = _Experts(config, f"{prefix}.experts")
         self.shared_expert: Any = None
         if inner is not None:
-            self.shared_expert = LlamaMLP(config.hidden_size, inner, config.hidden_act)
+            self.shared_expert = llama.LlamaMLP(config.hidden_size, inner, config.hidden_act)
         if config.shared_expert_gate:
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
 
-class _Attention(LlamaAttention):
+class _Attention(llama.LlamaAttention):
     """Llama's attention, with norms of queries and keys where the model has them."""
 
     def __init__(self, config: Any, **kwargs: Any) -> None:
@@ -129,7 +110,7 @@ class _Attention(LlamaAttention):
         return output
 
 
-class _DecoderLayer(LlamaDecoderLayer):
+class _DecoderLayer(llama.LlamaDecoderLayer):
     """Llama's decoder layer around a MoE layer (or a dense one); `lane` has the last logits."""
 
     def __init__(self, vllm_config: Any, prefix: str = "") -> None:
@@ -156,11 +137,11 @@ class _DecoderLayer(LlamaDecoderLayer):
 
 # The number of FFN rows is read on the host, which a compiled graph cannot do.
 @ignore_torch_compile
-class _Model(LlamaModel):
+class _Model(llama.LlamaModel):
     """The decoder; router logits cross pipeline stages next to the hidden states, in fp32."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", layer_type: Any = None) -> None:
-        refuse_unknown(vllm_config.model_config.hf_config)
+        exported.refuse_unknown(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=_DecoderLayer)
         first = list(self.config.moe_layers).index(1)
         renamed = {
@@ -169,12 +150,12 @@ class _Model(LlamaModel):
             re.compile(rf"layers\.{first}\.mlp\.moe\.gate\.gate_map\."): None,
         }
         mapper = WeightsMapper(orig_to_new_regex=renamed)
-        self.hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper | mapper
+        self.hf_to_vllm_mapper = llama.LlamaModel.hf_to_vllm_mapper | mapper
         make_hidden = vars(self)["make_empty_intermediate_tensors"]
 
         def make_empty(batch_size: int, dtype: Any, device: Any) -> IntermediateTensors:
             tensors = make_hidden(batch_size, dtype, device)
-            tensors[_LOGITS] = self._empty_logits(batch_size, device)
+            tensors["router_logits"] = self._empty_logits(batch_size, device)
             return tensors
 
         self.make_empty_intermediate_tensors = make_empty
@@ -186,14 +167,14 @@ class _Model(LlamaModel):
         # No layer reads the first.
         lane = [self._empty_logits(len(positions), positions.device)]
         if stage is not None:
-            lane = [stage[_LOGITS]]
+            lane = [stage["router_logits"]]
         output = super().forward(input_ids, positions, stage, embeds, lane=lane)
         if isinstance(output, IntermediateTensors):
-            output[_LOGITS] = lane[0]
+            output["router_logits"] = lane[0]
         return output
 
 
-class MoEPPForCausalLM(LlamaForCausalLM):
+class MoEPPForCausalLM(llama.LlamaForCausalLM):
     """The language model, for exports of both layouts that have this file's experts."""
 
     def _init_model(self, **kwargs: Any) -> nn.Module:
