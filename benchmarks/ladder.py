@@ -8,7 +8,7 @@ tune    On size S, seed 0, each arm finds its learning rate and its initial weig
         (`tuned`). Other sizes scale them by 1/width and 1/sqrt(width).
 rungs   Sizes XS to L, seeds 1 to 3, mixture A: vanilla's steps, and the steps that come to
         vanilla's FLOP (`config/flops.py`, with the FFN share that the run of equal steps measured).
-decide  One setting of the paper's arm at a time: sizes S and M, seeds 11 to 15, mixture B, whose
+decide  One setting of the paper's arm at a time: sizes XS and S, seeds 11 to 15, mixture B, whose
         corpora chose nothing.
 top     Size XL at vanilla's FLOP. `ladder_table --predict XL` comes first.
 
@@ -34,7 +34,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ladder_run import ARMS, CHANGES, SIZES, Run, machine, measure, steps_for_flop
+from benchmarks.ladder_run import (
+    ARMS,
+    CHANGES,
+    DECIDING,
+    SIZES,
+    Run,
+    machine,
+    measure,
+    steps_for_flop,
+)
 from moepp_megatron.runtime import cpu_support, distributed
 from moepp_megatron.runtime.atomic import lock, write_atomic
 from moepp_megatron.runtime.quiet import quiet
@@ -122,7 +131,7 @@ Chain = Callable[[Results], Iterator[Run]]
 def chains(stage: str, arms: list[str], sizes: list[str]) -> list[Chain]:
     """The runs of a stage, in the order in which they are run."""
     rungs = product((size for size in sizes if size != TOP), (1, 2, 3), arms)
-    decide = product(range(11, 16), (size for size in sizes if size in ("S", "M")), CHANGES)
+    decide = product(range(11, 16), (size for size in sizes if size in DECIDING), CHANGES)
     stages: dict[str, list[Chain]] = {
         "tune": [partial(_tuning, arm) for arm in arms],
         "rungs": [partial(_rung, *cell) for cell in rungs],

@@ -65,7 +65,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "no residual": {"gating_residual": False},
     "identity": _IDENTITY,
 }
-# Changes of the paper's arm whose worth stage `decide` measures, at that arm's rate and weights.
+# Changes of the paper's arm whose worth stage `decide` measures on the two smallest sizes, at that
+# arm's rate and weights.
+DECIDING = ("XS", "S")
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "nothing": {},
     "selected": {"moe": {"gate_normalization": "selected"}},

@@ -20,7 +20,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ladder import valid
-from benchmarks.ladder_run import ARMS, BATCH, CHANGES, KINDS, LENGTH, SIZES, Run, flop_per_token
+from benchmarks.ladder_run import (
+    ARMS,
+    BATCH,
+    CHANGES,
+    DECIDING,
+    KINDS,
+    LENGTH,
+    SIZES,
+    Run,
+    flop_per_token,
+)
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.workbench.experiments.pilot.statistics import Estimate, t_below, t_quantile
 
@@ -207,8 +217,8 @@ def decide(ladder: Ladder) -> Iterator[str]:
     rows, errors = [], []
     for change in changes:
         cells = {(size, what): ladder.get(("decide", "paper", size, what), {})
-                 for size in ("S", "M") for what in (change, "nothing")}  # fmt: skip
-        each = [less(cells[size, change], cells[size, "nothing"]) for size in ("S", "M")]
+                 for size in DECIDING for what in (change, "nothing")}  # fmt: skip
+        each = [less(cells[size, change], cells[size, "nothing"]) for size in DECIDING]
         there = [found for found in each if found]
         if there:
             both = pooled(there)
@@ -216,7 +226,7 @@ def decide(ladder: Ladder) -> Iterator[str]:
             sizes = [shown(Estimate.of(found)) if found else "" for found in each]
             rows.append([change, *sizes, shown(both), shown(both, 0.025 / len(changes))])
     if rows:
-        yield table(["changed", "S", "M", "both", f"both, as one of {len(changes)}"], rows)
+        yield table(["changed", *DECIDING, "both", f"both, as one of {len(changes)}"], rows)
         # Of five seeds at each of two sizes, with the spread that the differences have.
         error = math.sqrt(np.square(errors).mean() / 2)
         for level in (0.025, 0.025 / len(changes)):
