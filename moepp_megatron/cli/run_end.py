@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moepp_megatron.observe.metrics import StepMetrics
     from moepp_megatron.training.run import TrainResult
     from moepp_megatron.training.train_request import TrainRequest
+    from moepp_megatron.workbench.report.summary import RunSummary
 
 
 def print_end(request: TrainRequest, result: TrainResult, prints_command: bool) -> None:
@@ -52,13 +53,16 @@ def print_end(request: TrainRequest, result: TrainResult, prints_command: bool) 
 def _finish(config: Config, record: StepMetrics | None) -> None:
     from moepp_megatron.training.run_folder import checkpoint_folder
 
-    page = _report(Path(config.run.dir))
+    summary, page = _report(Path(config.run.dir))
     if record is None:
         # A run that was killed after its last checkpoint has no page yet.
         echo("nothing left to do: the checkpoint is at training.train_iters already")
         echo(f"report       {page}")
         return
-    share, window = _settled_ffn_share(Path(config.run.dir), record)
+    share, window = record.ffn_fraction, f"step {record.step}"
+    # A full disk may have cost the run its records.
+    if summary is not None:
+        share, window = summary.settled_ffn_fraction, summary.window
     valid = "" if record.valid_loss is None else f", validation {record.valid_loss:.4f}"
     echo(f"loss         {record.loss:.4f}{valid} after {record.tokens:,} tokens")
     for name, loss in (record.valid_set_loss or {}).items():
@@ -72,28 +76,19 @@ def _finish(config: Config, record: StepMetrics | None) -> None:
         echo(f"checkpoints  {checkpoint_folder(config)}")
 
 
-def _settled_ffn_share(run: Path, last: StepMetrics) -> tuple[float, str]:
-    """The FFN share that the page names, and the steps that it is the mean of."""
+def _report(run: Path) -> tuple[RunSummary | None, str]:
+    """The numbers of what is recorded, and the page, or why one is missing: that ends no run."""
     from moepp_megatron.observe.metrics import MetricsError
     from moepp_megatron.workbench.report.run_data import ReportError, load_run
     from moepp_megatron.workbench.report.summary import summarize
 
+    summary = None
     try:
-        summary = summarize(load_run(run))
-    except (MetricsError, ReportError):
-        # A full disk has cost the run its records.
-        return last.ffn_fraction, f"step {last.step}"
-    return summary.settled_ffn_fraction, summary.window
+        recorded = load_run(run)
+        summary = summarize(recorded)
+        from moepp_megatron.workbench.report.page import write_run_page
 
-
-def _report(run: Path) -> str:
-    """The page that was written, or why none was: that ends no run."""
-    from moepp_megatron.workbench.report.run_data import ReportError
-
-    try:
-        from moepp_megatron.workbench.report.page import build_report
-
-        return str(build_report(run))
-    except (OSError, ReportError, ModuleNotFoundError) as error:
+        return summary, str(write_run_page(recorded))
+    except (OSError, MetricsError, ReportError, ModuleNotFoundError) as error:
         reason = missing(error) if isinstance(error, ModuleNotFoundError) else error
-        return f"none ({reason}); then: moepp report {shlex.quote(str(run))}"
+        return summary, f"none ({reason}); then: moepp report {shlex.quote(str(run))}"

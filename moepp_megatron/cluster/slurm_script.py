@@ -176,7 +176,7 @@ class SlurmJob:
         return slurm.preflight_command or [*limit, *command, "doctor", "--preflight"]
 
     def _options(self) -> list[_Option]:
-        slurm = self.config.slurm
+        slurm, shared = self.config.slurm, "slurm.exclusive false"
         last, element = len(self.variants) - 1, "%A_%a" if self.variants else "%j"
         output = f"{_no_pattern('run.dir', str(self.output_folder))}/{element}.out"
         # The value, True for a flag and None for what is left out; and what to use instead.
@@ -195,11 +195,10 @@ class SlurmJob:
             "array": (f"0-{last}" if self.variants else None, "--sweep"),
             "requeue": (True, "slurm.max_requeues"),
             "no-requeue": (None, "slurm.max_requeues 0"),
-            "exclusive": (slurm.exclusive or None, "slurm.exclusive"),
         }
         if slurm.exclusive:
             # All memory of the node comes with it.
-            own["mem"] = (0, "slurm.exclusive false")
+            own |= {"exclusive": (True, shared), "mem": (0, shared)}
         for name in ("time", "partition", "account", "qos", "constraint", "exclude"):
             own[name] = (getattr(slurm, name), f"slurm.{name}")
         for option in slurm.options:

@@ -40,7 +40,7 @@ def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=1
         limit = f"{timeout.total_seconds():.0f} s at most"
         print(f"waiting for {environment.world_size} ranks, {limit}", file=sys.stderr)
     store = None if dist.is_initialized() else _rendezvous_store(environment, timeout)
-    if "OMP_NUM_THREADS" not in os.environ or (on_cpu and environment.world_size == 1):
+    if not os.environ.get("OMP_NUM_THREADS") or (on_cpu and environment.world_size == 1):
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // environment.local_world_size))
     device = torch.device("cpu") if on_cpu else gpu_of_rank(environment, store)

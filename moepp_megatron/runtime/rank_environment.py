@@ -163,6 +163,9 @@ def with_rank_variables(
 ) -> dict[str, str]:
     """A copy of `environment` with the variables that it lacks."""
     result = dict(environment)
+    if not result.get(_THREADS):
+        # What OpenMP reads as not set.
+        result.pop(_THREADS, None)
     for variable in rank_variables(num_local_ranks, interface):
         _set_default(result, variable)
     return result
@@ -170,7 +173,7 @@ def with_rank_variables(
 
 def check_rank_variables(environment: Mapping[str, str]) -> None:
     """Refuse (ConfigError) variables of the user's at which ranks would fail later."""
-    threads, here = environment.get(_THREADS, "1"), psutil.net_if_addrs()
+    threads, here = environment.get(_THREADS) or "1", psutil.net_if_addrs()
     # OpenMP takes one number for each level of nested threads.
     if not all(part.strip().isdecimal() and int(part) > 0 for part in threads.split(",")):
         raise ConfigError(

@@ -21,7 +21,7 @@ class SlurmSection(Section):
     cpu_ranks_per_node: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
     """Ranks a node where gpus_per_node is 0"""
     exclusive: Annotated[bool, Unit("-")] = True
-    """Share the nodes with no other job"""
+    """Share the nodes with no other job; false leaves it to options, such as --exclusive=user"""
     time: Annotated[str | None, Unit("-")] = None
     """Time limit, such as 4:00:00 or 2-00:00:00; null takes the partition's"""
     signal_before_s: Annotated[int, Unit("s"), Field(ge=1, le=65535)] = 600

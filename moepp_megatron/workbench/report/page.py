@@ -47,8 +47,13 @@ def build_report(folder: str | Path, *others: str | Path, out: str | Path | None
     """
     if others:
         return build_comparison([Path(folder), *map(Path, others)], Path(out or DEFAULT_OUT))
-    path = Path(out or Path(folder) / "report.html")
-    write_page(path, render(load_run(Path(folder))))
+    return write_run_page(load_run(Path(folder)), out)
+
+
+def write_run_page(run: RunData, out: str | Path | None = None) -> Path:
+    """As `build_report`, of one run that has been read."""
+    path = Path(out or run.folder / "report.html")
+    write_page(path, render(run))
     return path
 
 

@@ -1,11 +1,9 @@
 """Every command where packages of the extra `all` are missing: one line, and never a traceback."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from moepp_megatron.cli import run_end
 from moepp_megatron.runtime.install import OF_ALL, how_to_install
 from tests.commands import forked
 from tests.unit.cli.test_dry_run import MINIMAL
@@ -65,12 +63,3 @@ def test_what_a_command_needs(command: str, tmp_path: Path) -> None:
     assert done.returncode == COMMANDS[command], done.stderr
     assert "Traceback" not in done.stderr
     assert (done.stderr in map(line, SOMETIMES)) == (done.returncode == 3)
-
-
-def test_a_run_ends_without_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "moepp_megatron.workbench.report.page", raising=False)
-    monkeypatch.delitem(sys.modules, "moepp_megatron.workbench.report.drawing", raising=False)
-    assert run_end._report(tmp_path).startswith(
-        "none (matplotlib (plots of pages) is not installed; "
-    )

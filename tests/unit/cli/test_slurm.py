@@ -204,6 +204,7 @@ def test_the_job_that_is_asked_for() -> None:
         # sbatch takes the beginning of a name.
         ("--part=gpu", "slurm.partition"),
         ("--mem=8G", "slurm.exclusive false"),
+        ("--exclusive=user", "slurm.exclusive false"),
     ],
 )
 def test_options_that_are_set_from_settings_are_refused(option: str, instead: str) -> None:
@@ -213,8 +214,9 @@ def test_options_that_are_set_from_settings_are_refused(option: str, instead: st
         f"slurm.options ('{option}') must not be an option that moepp slurm sets itself; "
         f"use {instead}"
     )
-    shared = {"options": ["--mem=8G"], "exclusive": False}
-    assert directives(job(slurm=shared).script())["mem"] == "8G"
+    shared = {"options": ["--mem=8G", "--exclusive=user"], "exclusive": False}
+    options = directives(job(slurm=shared).script())
+    assert (options["mem"], options["exclusive"]) == ("8G", "user")
 
 
 @pytest.mark.parametrize(

@@ -339,8 +339,9 @@ def test_a_page_that_cannot_be_made_ends_no_run(tmp_path: Path) -> None:
     run = tmp_path / "my run"
     run.mkdir()
     (run / "config.yaml").write_text(MINIMAL)
-    assert run_end._report(run).startswith("none (")
-    assert run_end._report(run).endswith(f"; then: moepp report '{run}'")
+    _, page = run_end._report(run)
+    assert page.startswith("none (")
+    assert page.endswith(f"; then: moepp report '{run}'")
 
 
 @pytest.mark.skipif(

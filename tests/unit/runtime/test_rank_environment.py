@@ -87,7 +87,9 @@ def test_interfaces_as_nccl_takes_them(given) -> None:
 
 def test_cores_are_shared_out() -> None:
     cores = len(os.sched_getaffinity(0))
-    assert with_rank_variables({}, 1)["OMP_NUM_THREADS"] == str(cores)
+    for given in ({}, {"OMP_NUM_THREADS": ""}):
+        check_rank_variables(given)
+        assert with_rank_variables(given, 1)["OMP_NUM_THREADS"] == str(cores)
     assert with_rank_variables({}, 10 * cores)["OMP_NUM_THREADS"] == "1"
 
 

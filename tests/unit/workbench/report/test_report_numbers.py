@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from moepp_megatron.cli.run_end import print_end
+from moepp_megatron.config import load_config
 from moepp_megatron.training.run import TrainResult
-from moepp_megatron.workbench.report import formatting
+from moepp_megatron.workbench.report import formatting, run_data
 from moepp_megatron.workbench.report.drawing import MAX_POINTS, envelope, smooth, thin
 from moepp_megatron.workbench.report.page import render
 from moepp_megatron.workbench.report.run_data import ReportError, load_run
@@ -140,6 +142,22 @@ def test_a_run_that_was_complete_already_gets_its_page(make_run, capsys):
     _say_end(SimpleNamespace(run=SimpleNamespace(dir=str(folder))), None)
     assert "nothing left to do" in capsys.readouterr().out
     assert (folder / "report.html").exists()
+
+
+def test_a_run_ends_without_its_page_and_is_read_once(make_run, capsys, monkeypatch):
+    read, load = [], run_data.load_run
+    monkeypatch.setattr(run_data, "load_run", lambda folder: read.append(folder) or load(folder))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("page", "drawing"):
+        monkeypatch.delitem(sys.modules, f"moepp_megatron.workbench.report.{name}")
+    folder = make_run(steps=50, edit=_falling)
+    config = load_config(folder / "config.yaml", [f"run.dir={folder}"])
+    _say_end(config, run_data.read_metrics(folder / "metrics.jsonl")[-1])
+    said = capsys.readouterr().out
+    assert "0.500 of all selections" in said
+    assert "mean of steps 46 to 50" in said
+    assert "report       none (matplotlib (plots of pages) is not installed; " in said
+    assert read == [folder]
 
 
 def test_more_work_is_not_called_a_negative_saving(make_run):
