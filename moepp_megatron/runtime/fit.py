@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from operator import attrgetter
 
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.runtime.compilers import (
@@ -22,25 +23,22 @@ from moepp_megatron.runtime.optional import (
 
 # The first whose FusedAdam takes them (optimizers/fused_adam.py).
 _TE_OF_BF16_MOMENTS = (2, 3)
-# megatron-core's extensions/transformer_engine.py.
-_TE_OF_DELAYED_GRADIENTS = (2, 3)
-# Of megatron-core's settings (its extensions/transformer_engine.py and moe_utils.py).
-_TE_OF_MEGATRON = {
-    "moe_router_fusion": (2, 6),
-    "fused_residual_rmsnorm": (1, 13),
-    "fused_single_qkv_rope": (2, 3),
-    "fine_grained_activation_offloading": (2, 3),
+# By megatron-core's extensions/transformer_engine.py and moe_utils.py.
+_TE_OF_SETTINGS = {
+    "parallel.delay_wgrad_compute": (2, 3),
+    "megatron.moe_router_fusion": (2, 6),
+    "megatron.fused_residual_rmsnorm": (1, 13),
+    "megatron.fused_single_qkv_rope": (2, 3),
+    "megatron.fine_grained_activation_offloading": (2, 3),
 }
 
 
 def check_fit(config: Config) -> None:
     """Refuse (UnfitError) settings that would fail later in the start; needs no process group."""
     _check_optimizer(config)
-    if config.parallel.delay_wgrad_compute:
-        _check_engine("parallel.delay_wgrad_compute (true)", _TE_OF_DELAYED_GRADIENTS, "false")
-    for name, needed in _TE_OF_MEGATRON.items():
-        if getattr(config.megatron, name):
-            _check_engine(f"megatron.{name} (true)", needed, "false")
+    for name, needed in _TE_OF_SETTINGS.items():
+        if attrgetter(name)(config):
+            _check_engine(f"{name} (true)", needed, "false")
     if config.moe.dispatcher == "flex":
         _check_flex(config)
     if config.training.cuda_graphs:

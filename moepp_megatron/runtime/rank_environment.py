@@ -162,10 +162,8 @@ def with_rank_variables(
     environment: Mapping[str, str], num_local_ranks: int, interface: str | None = None
 ) -> dict[str, str]:
     """A copy of `environment` with the variables that it lacks."""
-    result = dict(environment)
-    if not result.get(_THREADS):
-        # What OpenMP reads as not set.
-        result.pop(_THREADS, None)
+    # OpenMP takes an empty number of threads for none.
+    result = {name: text for name, text in environment.items() if text or name != _THREADS}
     for variable in rank_variables(num_local_ranks, interface):
         _set_default(result, variable)
     return result
