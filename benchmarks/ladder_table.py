@@ -221,12 +221,17 @@ def decide(ladder: Ladder) -> Iterator[str]:
         each = [less(cells[size, change], cells[size, "nothing"]) for size in DECIDING]
         there = [found for found in each if found]
         if there:
+            shares = [np.mean([result["share"] for result in cell.values()])
+                      for (size, _), cell in cells.items() if cells[size, change]]  # fmt: skip
+            more = float(np.mean(shares[::2]) - np.mean(shares[1::2]))
             both = pooled(there)
             errors += [Estimate.of(found).error or 0.0 for found in there]
             sizes = [shown(Estimate.of(found)) if found else "" for found in each]
-            rows.append([change, *sizes, shown(both), shown(both, 0.025 / len(changes))])
+            ends = shown(both), shown(both, 0.025 / len(changes)), f"{more:+.3f}"
+            rows.append([change, *sizes, *ends])
     if rows:
-        yield table(["changed", *DECIDING, "both", f"both, as one of {len(changes)}"], rows)
+        every = f"both, as one of {len(changes)}"
+        yield table(["changed", *DECIDING, "both", every, "FFN share"], rows)
         # Of five seeds at each of two sizes, with the spread that the differences have.
         error = math.sqrt(np.square(errors).mean() / 2)
         for level in (0.025, 0.025 / len(changes)):
