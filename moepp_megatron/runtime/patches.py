@@ -78,6 +78,13 @@ PATCHES = (
         "megatron-core's output layer can be built with its setting where apex is not there",
     ),
     Patch(
+        "interop.vllm.model",
+        "vLLM",
+        "set_capture_fn of the router of one layer's FFN experts; for good",
+        "it would record rows of FFN experts where the gate records the picks of tokens",
+        "vLLM captures only routers that ask for it",
+    ),
+    Patch(
         "model.gpt",
         "megatron-core",
         "mtp_num_layers of one TransformerConfig; while the output layer runs",

@@ -36,7 +36,7 @@ CEILINGS = {
     "moe": 6980,
     "data": 5400,
     "observe": 2920,
-    "runtime": 4320,
+    "runtime": 4330,
     "config": 7040,
     "catalogue": 460,
     "layer_settings": 250,

@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 from vllm.sequence import IntermediateTensors
 
 from moepp_megatron.interop.hf_files import modeling_moepp as exported
+from moepp_megatron.runtime.patches import replace
 
 
 def _given_picks(hidden_states: Tensor, gating_output: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,7 @@ class _Experts(exported.MoEPPExperts):
             prefix=prefix,
         )
         # The gate has all picks.
-        self.ffn.router.set_capture_fn = lambda capture_fn: None
+        replace(self.ffn.router, "set_capture_fn", lambda capture_fn: None)
 
     def ffn_output(self, x_TD: Tensor, gates_TK: Tensor, chosen_TK: Tensor) -> Tensor:
         """[T, D]: the FFN experts' part of the output, of all ranks."""
