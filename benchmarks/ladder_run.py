@@ -77,7 +77,17 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "budget": {"moe": {"budget": {"target_ffn_per_token": 0.65 * K}}},
     "init 0.02": {"model": {"init_method_std": 0.02}},
     "init twice": {},
-}
+    # Around the package's initial weights: each less `init 0.02`.
+    "init 0.02, selected": {
+        "model": {"init_method_std": 0.02}, "moe": {"gate_normalization": "selected"},
+    },
+    "init 0.02, no residual": {
+        "model": {"init_method_std": 0.02}, "moe": {"gating_residual": False},
+    },
+    "init 0.02, balance 0.01": {
+        "model": {"init_method_std": 0.02}, "moe": {"balance_coeff": 0.01},
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

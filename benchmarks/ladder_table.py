@@ -212,13 +212,17 @@ def _loss(cell: dict[str, dict[str, Any]]) -> str:
 
 
 def decide(ladder: Ladder) -> Iterator[str]:
-    """What each change of the paper's arm is worth, and the least difference that would be seen."""
+    """What each change of the paper's arm is worth, and the least difference that would be seen.
+
+    "A, B" is less "A".
+    """
     changes = [change for change in CHANGES if change != "nothing"]
     rows, errors = [], []
     for change in changes:
+        base = change.rpartition(", ")[0] or "nothing"
         cells = {(size, what): ladder.get(("decide", "paper", size, what), {})
-                 for size in DECIDING for what in (change, "nothing")}  # fmt: skip
-        each = [less(cells[size, change], cells[size, "nothing"]) for size in DECIDING]
+                 for size in DECIDING for what in (change, base)}  # fmt: skip
+        each = [less(cells[size, change], cells[size, base]) for size in DECIDING]
         there = [found for found in each if found]
         if there:
             shares = [np.mean([result["share"] for result in cell.values()])
