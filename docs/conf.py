@@ -35,6 +35,7 @@ NAVIGATION = {
     ],
     "How to": [
         "Convert <docs/how_to/convert>",
+        "Serve <docs/how_to/serve>",
         "Run in llama.cpp <docs/how_to/llama_cpp>",
         "Upcycle <docs/how_to/upcycle>",
         "Distill <docs/how_to/distill>",
