@@ -180,11 +180,18 @@ class LayerSettings(ExpertLayout):
         """Whether a token's FFN experts may come only from some of the groups."""
         return self.group_topk < self.num_groups
 
-    def group_problems(self, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-        """Name, rule and remedy of each setting of group-limited routing that cannot be.
+    def problems(self, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+        """Name, rule and remedy of each setting of gates and groups that cannot be.
 
         Other settings are named with the prefix.
         """
+        if self.router_topk == 1 and self.gate_normalization != "none":
+            yield (
+                "gate_normalization",
+                f"must be none when {prefix}router_topk is 1, because one gate divided by itself "
+                "is 1 and gives the router no gradient",
+                f"use none, or set {prefix}router_topk to 2 or more",
+            )
         ffn, groups, kept = self.num_ffn_experts, self.num_groups, self.group_topk
         if ffn % groups:
             yield (

@@ -46,7 +46,7 @@ class MoEPPConfig(LayerSettings):
                 f"router_topk ({self.router_topk}) must be between 1 and the number of experts "
                 f"({self.num_experts}); select fewer or add experts"
             )
-        for name, rule, remedy in self.group_problems():
+        for name, rule, remedy in self.problems():
             raise ValueError(f"{name} ({getattr(self, name)}) {rule}; {remedy}")
         self._refuse_what_vanilla_lacks()
 

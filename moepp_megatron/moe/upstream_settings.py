@@ -119,7 +119,7 @@ OURS: dict[str, _Ours] = {
     "moe_router_pre_softmax": _Ours(
         "gate_normalization",
         (False,),
-        lambda moepp: (moepp.gate_normalization == "none" or moepp.router_topk == 1,),
+        lambda moepp: (moepp.gate_normalization == "none",),
     ),
     "moe_router_num_groups": _Ours("num_groups", (None,), lambda moepp: (moepp.num_groups,)),
     "moe_router_group_topk": _Ours("group_topk", (None,), lambda moepp: (moepp.group_topk,)),

@@ -39,7 +39,7 @@ CEILINGS = {
     "runtime": 4330,
     "config": 7040,
     "catalogue": 460,
-    "layer_settings": 250,
+    "layer_settings": 254,
     "experts": 330,
     "file_names": 60,
     "version": 10,

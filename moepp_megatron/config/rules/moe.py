@@ -17,8 +17,8 @@ _MOEPP = "set moe.gating_residual to true or add zero-computation experts"
 _OTHER_SCORES = "use moe.score_function sigmoid or sqrtsoftplus, or leave it out"
 
 
-def _groups_are_whole(config: Config) -> Iterator[Problem]:
-    for name, rule, remedy in config.moe.group_problems("moe."):
+def _layer_can_be_built(config: Config) -> Iterator[Problem]:
+    for name, rule, remedy in config.moe.problems("moe."):
         yield Problem(f"moe.{name}", getattr(config.moe, name), rule, remedy)
 
 
@@ -37,7 +37,7 @@ RULES: tuple[Rule, ...] = (
     refuse("moe.router_topk", lambda c: c.moe.router_topk > c.moe.num_experts,
         "must be at most the number of experts of all kinds ({moe.num_experts})",
         "use {moe.num_experts} or less, or add experts"),
-    _groups_are_whole,
+    _layer_can_be_built,
     group(lambda c: c.moe.limits_groups and c.moe.is_vanilla,
         refuse("moe.num_groups",
             lambda c: (c.moe.score_function, c.moe.gate_normalization) == ("softmax", "selected"),
@@ -46,11 +46,6 @@ RULES: tuple[Rule, ...] = (
             "use moe.gate_normalization none or moe.score_function sigmoid, or add "
             "zero-computation experts"),
     ),
-    refuse("moe.gate_normalization",
-        lambda c: c.moe.router_topk == 1 and c.moe.gate_normalization != "none",
-        "must be none when moe.router_topk is 1, because one gate divided by itself is 1 and "
-        "gives the router no gradient",
-        "use none, or set moe.router_topk to 2 or more"),
     first(
         refuse("moe.layer_freq",
             lambda c: isinstance(c.moe.layer_freq, int) and c.moe.layer_freq < 1,

@@ -38,6 +38,10 @@ from moepp_megatron.moe.config import MoEPPConfig
             {"gate_normalization": "sum"},
             r"gate_normalization \(sum\) is unknown; use none, selected or nonzero",
         ),
+        (
+            {"gate_normalization": "nonzero", "router_topk": 1},
+            r"gate_normalization \(nonzero\) must be none when router_topk is 1, because one gate",
+        ),
         ({"fused": "yes"}, r"fused \(yes\) is unknown; use auto, True or False"),
         ({"score_function": "tanh"}, r"score_function \(tanh\) .* use softmax, sigmoid or sqrt"),
         (

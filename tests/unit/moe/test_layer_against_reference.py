@@ -212,8 +212,10 @@ def test_balance_loss_follows_the_loss_scale(per_token_loss, loss_scale):
     run_both(layer, *inputs(moepp), loss_scale=loss_scale).check()
 
 
-@pytest.mark.parametrize("topk", [1, 3, 5])
-@pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
+@pytest.mark.parametrize(
+    ("topk", "normalization"),
+    [(1, "none"), *itertools.product((3, 5), ("none", "selected", "nonzero"))],
+)
 def test_topk(topk, normalization):
     # 5 of 3 FFN and 4 others: more picks than there are FFN experts.
     moepp = MoEPPConfig(num_ffn_experts=3, router_topk=topk, gate_normalization=normalization)
@@ -247,7 +249,9 @@ def forced(moepp: MoEPPConfig, favoured: list[int], **changes: Any) -> tuple[MoE
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("expert", [0, 3, 5, 6, 7])
 def test_all_tokens_to_one_expert(expert, dispatcher):
-    moepp = MoEPPConfig(num_ffn_experts=4, router_topk=1, balance_coeff=0.1)
+    moepp = MoEPPConfig(
+        num_ffn_experts=4, router_topk=1, gate_normalization="none", balance_coeff=0.1
+    )
     layer, previous = forced(moepp, [expert], dispatcher=dispatcher)
     run = run_both(layer, torch.randn(8, 3, HIDDEN), previous)
     assert run.expected.selected_TE.sum(dim=0).tolist() == [

@@ -147,10 +147,6 @@ def test_what_moepp_config_decides_must_agree(name: str, value: Any, field: str)
         ({"moe_router_score_function": "sigmoid"}, {"score_function": "sigmoid"}),
         ({"moe_router_topk_scaling_factor": 2.5}, {"gate_scale": 2.5}),
         ({"moe_router_pre_softmax": True}, {"gate_normalization": "none"}),
-        (
-            {"moe_router_pre_softmax": True, "moe_router_topk": 1},
-            {"gate_normalization": "selected", "router_topk": 1},
-        ),
         ({}, {"score_function": "sigmoid", "gate_scale": 2.5, "gate_normalization": "nonzero"}),
     ],
 )
