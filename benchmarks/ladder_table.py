@@ -217,30 +217,27 @@ def decide(ladder: Ladder) -> Iterator[str]:
     "A, B" is less "A".
     """
     changes = [change for change in CHANGES if change != "nothing"]
-    rows, errors = [], []
+    rows = []
     for change in changes:
         base = change.rpartition(", ")[0] or "nothing"
-        cells = {(size, what): ladder.get(("decide", "paper", size, what), {})
-                 for size in DECIDING for what in (change, base)}  # fmt: skip
-        each = [less(cells[size, change], cells[size, base]) for size in DECIDING]
-        there = [found for found in each if found]
-        if there:
-            shares = [np.mean([result["share"] for result in cell.values()])
-                      for (size, _), cell in cells.items() if cells[size, change]]  # fmt: skip
-            more = float(np.mean(shares[::2]) - np.mean(shares[1::2]))
-            both = pooled(there)
-            errors += [Estimate.of(found).error or 0.0 for found in there]
-            sizes = [shown(Estimate.of(found)) if found else "" for found in each]
-            ends = shown(both), shown(both, 0.025 / len(changes)), f"{more:+.3f}"
-            rows.append([change, *sizes, *ends])
+        of_size = {what: [ladder.get(("decide", "paper", size, what), {}) for size in DECIDING]
+                   for what in (change, base)}  # fmt: skip
+        each = [less(*cells) for cells in zip(of_size[change], of_size[base], strict=True)]
+        if not all(each):
+            continue
+        both = pooled(each)
+        far = t_quantile(0.975, both.degrees) + t_quantile(0.8, both.degrees)
+        share = {what: np.mean([result["share"] for cell in cells for result in cell.values()])
+                 for what, cells in of_size.items()}  # fmt: skip
+        rows.append([
+            change, *(shown(Estimate.of(found)) for found in each), shown(both),
+            shown(both, 0.025 / len(changes)), f"{far * (both.error or math.nan):.3f}",
+            f"{share[change] - share[base]:+.2f}",
+        ])  # fmt: skip
     if rows:
         every = f"both, as one of {len(changes)}"
-        yield table(["changed", *DECIDING, "both", every, "FFN share"], rows)
-        # Of five seeds at each of two sizes, with the spread that the differences have.
-        error = math.sqrt(np.square(errors).mean() / 2)
-        for level in (0.025, 0.025 / len(changes)):
-            least = (t_quantile(1 - level, 8) + t_quantile(0.8, 8)) * error
-            yield f"Seen in 80% of cases at level {2 * level:.3f}: {least:.3f} nats.\n"
+        seen = "seen in 80% of cases"
+        yield table(["changed", *DECIDING, "both", every, seen, "FFN share"], rows)
 
 
 def main() -> None:
