@@ -25,7 +25,7 @@ from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.megatron_arguments import environment_arguments, moepp_config
 from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint, read_arguments
 from moepp_megatron.interop.moepp_rules import moepp_rules
-from moepp_megatron.interop.to_mcore import write_objects
+from moepp_megatron.interop.to_mcore import differences, write_objects
 from moepp_megatron.layer_settings import DECLARED
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.runtime.atomic import partial_folder, publish
@@ -207,17 +207,7 @@ def weight_names(reader: CheckpointReader, config: Config) -> list[str]:
     tensors = reader.tensors
     wanted = {rule.key: rule.shape for rule in moepp_rules(config) if not rule.unused}
     weights = {name: shape for name, (_, shape) in tensors.items() if name.startswith(_WEIGHTS)}
-    problems = [
-        *(f"tensor {name} is missing" for name in sorted(wanted.keys() - weights.keys())),
-        *(f"tensor {name} is unexpected" for name in sorted(weights.keys() - wanted.keys())),
-        *(
-            f"tensor {name} must have shape {list(shape)} by the arguments and has "
-            f"{list(weights[name])}"
-            for name, shape in sorted(wanted.items())
-            if name in weights and weights[name] != shape
-        ),
-    ]
-    if problems:
+    if problems := differences(wanted, weights, "the arguments"):
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise ConfigError(
             f"{reader.folder}: {problems[0]}{more}; name a checkpoint of the model that its "

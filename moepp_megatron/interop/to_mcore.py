@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +115,8 @@ def account_for(hf: HFSource, rules: Sequence[TensorRule]) -> None:
     tensors = hf.tensors
     wanted = {source.name: source.shape for rule in rules for source in rule.sources}
     optional = {source.name for rule in rules if rule.unused for source in rule.sources}
-    problems = [
-        *_problems_of("is missing", sorted(wanted.keys() - tensors.keys() - optional)),
-        *_problems_of("is unexpected", sorted(tensors.keys() - wanted.keys())),
-    ]
-    for name in sorted(wanted.keys() & tensors.keys()):
-        shape = tensors[name].shape
-        if shape != wanted[name]:
-            problems.append(
-                f"tensor {name} must have shape {list(wanted[name])} by config.json and has "
-                f"{list(shape)}"
-            )
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    problems = differences(wanted, found, "config.json", optional)
     for rule in rules:
         dtypes = {tensors[s.name].dtype for s in rule.sources if s.name in tensors}
         if len(dtypes) > 1:
@@ -133,6 +124,21 @@ def account_for(hf: HFSource, rules: Sequence[TensorRule]) -> None:
             problems.append(f"tensors {names} must have one dtype; use --dtype fp32 or bf16")
     if problems:
         raise ConfigError("\n".join(f"{hf.folder}: {problem}" for problem in problems))
+
+
+def differences(
+    wanted: Mapping[str, Any], found: Mapping[str, Any], by: str, optional: Iterable[str] = ()
+) -> list[str]:
+    """How tensors, by name and shape, differ from those that are wanted `by` a file."""
+    return [
+        *_problems_of("is missing", sorted(wanted.keys() - found.keys() - set(optional))),
+        *_problems_of("is unexpected", sorted(found.keys() - wanted.keys())),
+        *(
+            f"tensor {name} must have shape {list(shape)} by {by} and has {list(found[name])}"
+            for name, shape in sorted(wanted.items())
+            if found.get(name, shape) != shape
+        ),
+    ]
 
 
 def _problems_of(what: str, names: Sequence[str]) -> list[str]:

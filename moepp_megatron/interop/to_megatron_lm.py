@@ -31,11 +31,7 @@ ARGUMENTS_FILE = "arguments.txt"
 _PREFIX = "__release"
 _RULES: tuple[Row, ...] = (
     ("model.latent_attention", (None,), "MoE++ has no multi-latent attention there"),
-    (
-        "model.mtp_num_layers",
-        (0,),
-        "multi-token prediction gets no router logits there",
-    ),
+    ("model.mtp_num_layers", (0,), "multi-token prediction gets no router logits there"),
     ("moe.constants_shared", (False,), "it is this package's model's"),
     ("model.qkv_bias", (False,), "the way back refuses --add-qkv-bias"),
     ("moe.shared_expert_gate", (False,), "the way back refuses --moe-shared-expert-gate"),
@@ -58,8 +54,7 @@ def to_megatron_lm(source: Path, target: Path) -> str:
     folder = find_checkpoint(source)
     if isinstance(folder, ObjectPath):
         raise ConfigError(
-            f"SRC ({folder}) must be a folder of this machine, whose files can be linked; copy it "
-            "here"
+            f"SRC ({folder}) must be a folder of this machine, for links to its files; copy it here"
         )
     config = load_config(folder / CONFIG_FILE)
     arguments = " ".join(megatron_arguments(config))
@@ -95,6 +90,7 @@ def megatron_arguments(config: Config) -> list[str]:
 def _options(config: Config) -> Iterator[list[str]]:
     model, moe = config.model, config.moe
     pattern = [int(is_moe) for is_moe in moe.moe_layer_pattern(model.num_layers)]
+    balance = BALANCE_TYPES[moe.balance_scope] if moe.balance_coeff > 0 else "none"
     values: dict[str, Any] = {
         "num-layers": model.num_layers,
         "hidden-size": model.hidden_size,
@@ -121,9 +117,7 @@ def _options(config: Config) -> Iterator[list[str]]:
         "moe-router-bias-update-rate": moe.bias_update_rate or None,
         "moe-router-num-groups": moe.num_groups if moe.limits_groups else None,
         "moe-router-group-topk": moe.group_topk if moe.limits_groups else None,
-        "moe-router-load-balancing-type": BALANCE_TYPES[moe.balance_scope]
-        if moe.balance_coeff > 0
-        else "none",
+        "moe-router-load-balancing-type": balance,
         "moe-aux-loss-coeff": moe.balance_coeff,
         "moe-z-loss-coeff": moe.z_loss_coeff,
         "moe-input-jitter-eps": moe.input_jitter_eps,

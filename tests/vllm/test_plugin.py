@@ -2,8 +2,13 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,8 +29,10 @@ METADATA = "from setuptools.build_meta import prepare_metadata_for_build_wheel a
 FORMS: dict[str, dict[str, dict[str, Any]]] = MODELS | {
     "released": {"model": {"num_attention_heads": 1}, "moe": {"gate_normalization": "nonzero"}}
 }
-MODES = {
+MODES: dict[str, dict[str, Any]] = {
     "tensor parallel": {"tensor_parallel_size": 2},
+    # Prompts in pieces, with other prompts and answers in one batch.
+    "pieces": {"max_num_batched_tokens": 32, "max_num_seqs": 8},
     "expert parallel": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
     # vLLM makes a stage's buffers on a CPU as it warms up, which eager execution leaves out.
     "stages": {
@@ -41,7 +48,7 @@ RUNS = [
     ("everything else", "expert parallel"),
     ("everything else", "stages"),
     ("groups", "expert parallel"),
-    ("groups without a bias", ""),
+    ("groups without a bias", "pieces"),
     ("biases", ""),
     ("norms over all heads", ""),
     ("vanilla, tied", ""),
@@ -62,6 +69,49 @@ def routes(folder: Path, prompt: list[int]) -> Any:
         return torch.stack([gates[layer].select(lane[layer])[1] for layer in sorted(lane)], 1)
 
 
+def exported(ranks: RankPools, folder: Path, name: str) -> Any:
+    """Write an export of this form to `folder` / hf; the settings."""
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+
+    # vLLM's attention on a CPU has heads of 32 and more.
+    model = {"num_layers": 3, "seq_length": 32, "kv_channels": 32}
+    raw = settings(model=FORMS[name].get("model", {}) | model, moe=FORMS[name].get("moe", {}))
+    ranks(1).run(save_and_compute, raw, folder / "checkpoints")
+    layout = {"released": "released"}.get(name, "moepp")
+    mcore_to_hf(folder / "checkpoints", folder / "hf", layout)
+    return raw
+
+
+def installed(folder: Path) -> dict[str, str]:
+    """The environment of a program that finds what pip installs."""
+    # The package, and the metadata in which vLLM finds the entry point.
+    subprocess.run([sys.executable, "-c", METADATA.format(folder)], cwd=ROOT, check=True)
+    return os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
+
+
+def run(folder: Path, **arguments: Any) -> Any:
+    """The ended process of plugin_answers.py, which reads prompts.json and writes found.json."""
+    program = Path(__file__).with_name("plugin_answers.py")
+    return subprocess.run(
+        [str(VLLM), str(program), "hf", "prompts.json", "found.json"]
+        + [f"{key}={json.dumps(value)}" for key, value in arguments.items()],
+        env=installed(folder),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+
+
+def answers(folder: Path, **arguments: Any) -> tuple[list[list[int]], Any]:
+    """50 prompts, and what plugin_answers.py found."""
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, 64, random.integers(1, 25)).tolist() for _ in range(50)]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    done = run(folder, max_model_len=32, **arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return prompts, json.loads((folder / "found.json").read_text())
+
+
 @needs_vllm
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("name", "mode"), RUNS)
@@ -72,34 +122,11 @@ def test_it_computes_what_transformers_computes(
     name: str,
     mode: str,
 ) -> None:
-    from moepp_megatron.interop.to_hf import mcore_to_hf
     from moepp_megatron.moe.replay import checked_routes
 
-    # vLLM's attention on a CPU has heads of 32 and more.
-    model = {"num_layers": 3, "seq_length": 32, "kv_channels": 32}
-    raw = settings(model=FORMS[name].get("model", {}) | model, moe=FORMS[name]["moe"])
-    ranks(1).run(save_and_compute, raw, tmp_path / "checkpoints")
-    layout = {"released": "released"}.get(name, "moepp")
-    mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf", layout)
-    random = np.random.default_rng(0)
-    prompts = [random.integers(0, 64, random.integers(1, 25)).tolist() for _ in range(50)]
-    files = [tmp_path / name for name in ("prompts.json", "found.json")]
-    files[0].write_text(json.dumps(prompts))
-    arguments = {"max_model_len": 32} | MODES.get(mode, {})
-    program = Path(__file__).with_name("plugin_answers.py")
-    # What pip installs: the package, and the metadata in which vLLM finds the entry point.
-    subprocess.run([sys.executable, "-c", METADATA.format(tmp_path)], cwd=ROOT, check=True)
-    done = subprocess.run(
-        [str(VLLM), str(program), str(tmp_path / "hf"), *map(str, files)]
-        + [f"{key}={json.dumps(value)}" for key, value in arguments.items()],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(files[1].read_text())
-
+    raw = exported(ranks, tmp_path, name)
+    arguments = MODES.get(mode, {})
+    prompts, found = answers(tmp_path, **arguments)
     workers = max(arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
     assert found["modules"] == ["moepp_megatron.interop.vllm.model"] * workers
     for answer, wanted in zip(
@@ -121,12 +148,109 @@ def test_it_computes_what_transformers_computes(
     assert (rows[0] if mode == "tensor parallel" else sum(rows)) == multiplied > 0
 
 
+def logprobs(folder: Path, texts: list[list[int]], dtype: str) -> Any:
+    """Log-probabilities by transformers of all tokens but each text's first, [n]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True).eval()
+    with torch.no_grad():
+        parts = [
+            model(torch.tensor([text]))
+            .logits[0, :-1]
+            .float()
+            .log_softmax(-1)[torch.arange(len(text) - 1), torch.tensor(text[1:])]
+            for text in texts
+        ]
+    return torch.cat(parts).numpy()
+
+
+@needs_vllm
+@pytest.mark.timeout(900)
+def test_it_rounds_to_bf16_as_transformers_does(
+    ranks: RankPools,
+    plain: RunPlain,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    exported(ranks, tmp_path, "everything else")
+    prompts, found = answers(tmp_path, dtype="bfloat16")
+    texts = [a + b["tokens"] for a, b in zip(prompts, found["answers"], strict=True)]
+    exact, rounded = (
+        plain(logprobs, tmp_path / "hf", texts, dtype) for dtype in ("float32", "bfloat16")
+    )
+    ours = np.concatenate([answer["logprobs"] for answer in found["answers"]])
+    # Of two orders of rounding the mean errors are of one size.
+    assert 0 < np.abs(ours - exact).mean() < 1.5 * np.abs(rounded - exact).mean()
+
+
+@needs_vllm
+@pytest.mark.timeout(900)
+def test_a_checkpoint_must_have_the_tensors_of_the_model(ranks: RankPools, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    exported(ranks, tmp_path, "paper")
+    (tmp_path / "prompts.json").write_text("[[1]]")
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    whole = load_file(file)
+    expert = "model.layers.1.mlp.moe.experts.experts.{}.down_proj.weight"
+    for given, problem in (
+        ({name: value for name, value in whole.items() if name != expert.format(2)}, 2),
+        (whole | {expert.format(99): whole[expert.format(2)]}, 99),
+    ):
+        save_file(given, file, metadata={"format": "pt"})
+        done = run(tmp_path)
+        rule = {2: "must be", 99: "must not be"}[problem]
+        assert f"{expert.format(problem)} {rule} in the checkpoint" in done.stderr + done.stdout
+        assert done.returncode != 0
+
+
+@needs_vllm
+@pytest.mark.timeout(900)
+def test_it_answers_over_http(
+    ranks: RankPools,
+    plain: RunPlain,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    exported(ranks, tmp_path, "paper")
+    page = (ROOT / "docs" / "how_to" / "serve.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^python (-m vllm.*) --model EXPORT (.*)$", page, re.M)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = f"{command[0]} --model hf {command[1]} --port {port} --max-model-len 32".split()
+    few = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    asked = {"model": "hf", "prompt": [3, 1, 4], "max_tokens": 8, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        json.dumps(asked | {"ignore_eos": True, "return_token_ids": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [str(VLLM), *words], cwd=tmp_path, env=installed(tmp_path) | few, stdout=out, stderr=out
+        )
+    try:
+        while True:
+            assert server.poll() is None, log.read_text()
+            try:
+                answer = json.load(urllib.request.urlopen(request))
+                break
+            except urllib.error.URLError:
+                time.sleep(1)
+    finally:
+        server.terminate()
+        server.wait()
+    (wanted,) = plain(greedy, tmp_path / "hf", [asked["prompt"]])
+    assert answer["choices"][0]["token_ids"] == wanted["tokens"]
+
+
 def asked(**changes: Any) -> Any:
     """vLLM's configuration as far as the model looks at it."""
     hf = {"qk_norm": True, "qk_norm_scope": "head", "hidden_size": 64, "total_experts": 12}
     parallel: dict[str, Any] = dict.fromkeys(
         (f"{kind}_parallel_size" for kind in ("data", "tensor", "pipeline", "prefill_context")), 1
-    ) | {"enable_expert_parallel": False, "enable_eplb": False}
+    ) | dict.fromkeys(("enable_expert_parallel", "enable_eplb", "enable_ep_weight_filter"), False)
     model = {"quantization": None, "enforce_eager": True, "model_arch_config": SimpleNamespace()}
     for section in (hf, parallel, model):
         section |= {key: value for key, value in changes.items() if key in section}
@@ -145,6 +269,7 @@ def asked(**changes: Any) -> Any:
         ("cuda", {}, None),
         ("cpu", {"data_parallel_size": 2}, "data_parallel_size (2) must be 1"),
         ("cpu", {"enable_eplb": True}, "enable_eplb (True) must be False"),
+        ("cpu", {"enable_ep_weight_filter": True}, "filter (True) must be False"),
         ("cpu", {"lora_config": "r=8"}, "lora_config (r=8) must be None"),
         ("cpu", {"quantization": "fp8"}, "quantization (fp8) must be None"),
         ("cpu", {"hidden_size": 40}, "hidden_size (40) must be a multiple of 32"),

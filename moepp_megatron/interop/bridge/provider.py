@@ -59,11 +59,9 @@ class MoEPPModelProvider(GPTModelProvider):
             ("model.qk_layernorm_scope", (scope,), _NO_LAYER),
         )
         raise_problems(refusals(config, rows, "Megatron-Bridge", "use `moepp train`"))
-        has_loss = moe.balance_coeff > 0
+        balance = BALANCE_TYPES[moe.balance_scope] if moe.balance_coeff > 0 else "none"
         fields = transformer_fields(config) | {
-            "moe_router_load_balancing_type": BALANCE_TYPES[moe.balance_scope]
-            if has_loss
-            else "none",
+            "moe_router_load_balancing_type": balance,
             "moe_aux_loss_coeff": moe.balance_coeff,
         }
         return cls(

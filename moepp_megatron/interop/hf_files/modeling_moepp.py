@@ -227,7 +227,7 @@ class FFNExperts(nn.Module):
 
 
 class ConstantExpert(nn.Module):
-    """`a1 x + a2 v` with `[a1, a2] = softmax(U x / temperature)`."""
+    """`a1 x + a2 v` with `[a1, a2] = softmax(U x / temperature)`, in its parts."""
 
     def __init__(self, config: MoEPPConfig) -> None:
         super().__init__()
@@ -235,11 +235,10 @@ class ConstantExpert(nn.Module):
         self.wg = FP32Linear(config.hidden_size, 2)
         self.temperature = config.constant_temperature
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [n, D] to [n, D]."""
-        logits = self.wg(x) / self.temperature
-        keep, replace = torch.softmax(logits, dim=-1).to(x.dtype).split(1, -1)
-        return keep * x + replace * self.constant
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """a1 and a2, [T, 1] in fp32, and v, [D]."""
+        mix_T2 = torch.softmax(self.wg(x_TD) / self.temperature, dim=-1)
+        return mix_T2[:, :1], mix_T2[:, 1:], self.constant
 
 
 class MoEPPExperts(nn.Module):
@@ -264,12 +263,14 @@ class MoEPPExperts(nn.Module):
     def forward(self, x_TD: Tensor, gates_TK: Tensor, chosen_TK: Tensor) -> Tensor:
         """[T, D]: the selected experts' outputs, weighted and added up."""
         output_TD = self.ffn_output(x_TD, gates_TK, chosen_TK).float()
-        for name, expert in self.experts.items():
-            gates_T1 = gates_TK.masked_fill(chosen_TK != int(name), 0.0).sum(-1, keepdim=True)
-            output_TD = output_TD + gates_T1 * expert(x_TD)
         is_copy_TK = (chosen_TK >= self.first_copy) & (chosen_TK < self.first_zero)
-        gates_T1 = gates_TK.masked_fill(~is_copy_TK, 0.0).sum(-1, keepdim=True)
-        return (output_TD + gates_T1 * x_TD).to(x_TD.dtype)
+        scale_T1 = gates_TK.masked_fill(~is_copy_TK, 0.0).sum(-1, keepdim=True)
+        for name, expert in self.experts.items():
+            keep_T1, replace_T1, constant_D = expert(x_TD)
+            gates_T1 = gates_TK.masked_fill(chosen_TK != int(name), 0.0).sum(-1, keepdim=True)
+            output_TD = torch.addcmul(output_TD, gates_T1 * replace_T1, constant_D.float())
+            scale_T1 = scale_T1 + gates_T1 * keep_T1
+        return torch.addcmul(output_TD, scale_T1, x_TD.float()).to(x_TD.dtype)
 
     def ffn_output(self, x_TD: Tensor, gates_TK: Tensor, chosen_TK: Tensor) -> Tensor:
         """The FFN experts' part of the output."""

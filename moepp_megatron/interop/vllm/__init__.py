@@ -55,6 +55,7 @@ class MoEPPModelConfig:
             (True, parallel, "data_parallel_size", 1, "whose ranks multiply their own tokens"),
             (True, parallel, "prefill_context_parallel_size", 1, "whose ranks have all tokens"),
             (True, parallel, "enable_eplb", False, "which numbers experts as the router does"),
+            (True, parallel, "enable_ep_weight_filter", False, "which counts FFN experts only"),
             (True, model, "quantization", None, "which loads weights as they are exported"),
             (True, vllm_config, "lora_config", None, "which has no adapters"),
             (all_heads, parallel, "tensor_parallel_size", 1, "whose norms see all heads"),

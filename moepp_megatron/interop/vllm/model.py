@@ -7,20 +7,25 @@ others. Shape suffixes: T tokens, D hidden size, K experts per token, E all expe
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 from vllm.compilation.decorators import ignore_torch_compile
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models import llama
-from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.sequence import IntermediateTensors
 
 from moepp_megatron.interop.hf_files import modeling_moepp as exported
 from moepp_megatron.runtime.patches import replace
+
+COPY = "copy all files of the export again, config.json too"
 
 
 def _given_picks(hidden_states: Tensor, gating_output: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
@@ -144,14 +149,6 @@ class _Model(llama.LlamaModel):
     def __init__(self, *, vllm_config: Any, prefix: str = "", layer_type: Any = None) -> None:
         exported.refuse_unknown(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=_DecoderLayer)
-        first = list(self.config.moe_layers).index(1)
-        renamed = {
-            re.compile(r"experts\.experts\.(\d+)\.(up|down)_proj"): r"experts.ffn.\1.\2_proj",
-            # The released model's first MoE layer has a map of logits that it does not use.
-            re.compile(rf"layers\.{first}\.mlp\.moe\.gate\.gate_map\."): None,
-        }
-        mapper = WeightsMapper(orig_to_new_regex=renamed)
-        self.hf_to_vllm_mapper = llama.LlamaModel.hf_to_vllm_mapper | mapper
         make_hidden = vars(self)["make_empty_intermediate_tensors"]
 
         def make_empty(batch_size: int, dtype: Any, device: Any) -> IntermediateTensors:
@@ -178,5 +175,28 @@ class _Model(llama.LlamaModel):
 class MoEPPForCausalLM(llama.LlamaForCausalLM):
     """The language model, for exports of both layouts that have this file's experts."""
 
-    def _init_model(self, **kwargs: Any) -> nn.Module:
-        return _Model(**kwargs)
+    def _init_model(self, *, vllm_config: Any, **kwargs: Any) -> nn.Module:
+        with torch.device("meta"):
+            theirs: Any = exported.MoEPPForCausalLM(deepcopy(self.config))
+        (self.unused,) = theirs.model._keys_to_ignore_on_load_unexpected
+        self.names = set(revert_weight_conversion(theirs, theirs.state_dict()))
+        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        is_dummy = vllm_config.load_config.load_format == "dummy"
+        # What no call of `load_weights` has had; later ones may update some.
+        self.missing = set() if is_dummy else self.names - tied
+        return _Model(vllm_config=vllm_config, **kwargs)
+
+    def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, value in weights:
+            self.missing.discard(name)
+            if name in self.names:
+                yield re.sub(r"\.experts\.(\d+\.(up|down)_proj)", r".ffn.\1", name), value
+            elif not re.search(self.unused, name):
+                raise ValueError(f"{name} must not be in the checkpoint; {COPY}")
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Same as Llama's; ValueError for a tensor that vLLM would miss or drop in silence."""
+        loaded = super().load_weights(self._checked(weights))
+        if self.missing:
+            raise ValueError(f"{min(self.missing)} must be in the checkpoint; {COPY}")
+        return loaded
