@@ -1,7 +1,7 @@
 """Can a finished model be made cheaper? `moepp thin` against what a sceptic would do instead.
 
-    python -m benchmarks.thin_proof OUT [--only TEXT] [--sources] [--until HH:MM]
-    python -m benchmarks.thin_proof OUT --table | --collect FILE
+    python -m benchmarks.thin_proof OUT [--only TEXT] [--change section.key=value]
+    python -m benchmarks.thin_proof OUT --table FILE [--change section.key=value]
 
 A Mixtral of 8 experts and a Qwen3-MoE of 16, top-4, 3 layers and 64 wide, are trained
 from scratch with transformers on code and prose of this machine, three seeds each. Each is then

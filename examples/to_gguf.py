@@ -16,6 +16,8 @@ from pathlib import Path
 
 def main() -> None:
     """Run the converter."""
+    if len(sys.argv) < 3:
+        raise SystemExit(__doc__)
     llama_cpp, export = (Path(name) for name in sys.argv[1:3])
     sys.path.insert(0, str(llama_cpp))
     tokenizer = json.loads((export / "tokenizer.json").read_text(encoding="utf-8"))

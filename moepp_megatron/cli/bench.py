@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.cli.options import (
-    ConfigArgument,
-    JsonOption,
-    NprocOption,
-    OverridesArgument,
-)
+from moepp_megatron.cli.options import ConfigArgument, JsonOption, NprocOption, OverridesArgument
 from moepp_megatron.cli.ranks import start_ranks
 from moepp_megatron.layer_settings import Fused
 

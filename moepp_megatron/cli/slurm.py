@@ -9,13 +9,7 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
-from moepp_megatron.config import (
-    Config,
-    ConfigError,
-    check_config,
-    load_config,
-    with_overrides,
-)
+from moepp_megatron.config import Config, ConfigError, check_config, load_config, with_overrides
 
 
 def slurm(

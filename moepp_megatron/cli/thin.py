@@ -14,23 +14,18 @@ import typer
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import OverridesArgument
 from moepp_megatron.config import Config, ConfigError, load_config
-from moepp_megatron.file_names import METRICS_FILE
-from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
-from moepp_megatron.workbench.experiments.runner import (
-    Interrupted,
-    RunFailed,
-    Trial,
-    run_missing,
-)
+from moepp_megatron.workbench.experiments.runner import Interrupted, RunFailed, Trial, run_missing
 
 if TYPE_CHECKING:
     from moepp_megatron.interop.thin import ThinModels
+    from moepp_megatron.observe.metrics import StepMetrics
 
 
 @dataclass(frozen=True)
-class _Run(Trial[StepMetrics]):
+class _Run(Trial["StepMetrics"]):
     """A training run, which continues from its newest checkpoint."""
 
+    option, stoppable = "OUT", True
     config: Config
 
     @property
@@ -38,11 +33,9 @@ class _Run(Trial[StepMetrics]):
         return ["train", "--resume", "--", str(self.folder / "configs" / f"{self.name}.yaml")]
 
     def result(self) -> StepMetrics | None:
-        try:
-            record: StepMetrics = read_metrics(Path(self.config.run.dir) / METRICS_FILE)[-1]
-        except MetricsError:
-            return None
-        return record if record.step >= self.config.training.train_iters else None
+        from moepp_megatron.training.thin import last_record
+
+        return last_record(self.config)
 
 
 def thin(
@@ -126,7 +119,9 @@ def thin(
     models.claim(ffn_share)
     command = shlex.join(["moepp", *sys.argv[1:]])
     configs, others = settings.settled(configs, command)
-    echo(f"settings     {out}/configs{f', used with other {others}' if others else ''}")
+    for warning in others:
+        echo(f"warning: {warning}", err=True)
+    echo(f"settings     {out}/configs")
     models.convert()
     _run(models, [_Run(models.out, name, name, nproc, each) for name, each in configs.items()])
     _finish(models, command)
@@ -152,15 +147,11 @@ def _run(models: ThinModels, runs: Sequence[_Run]) -> None:
 
 
 def _finish(models: ThinModels, command: str) -> None:
-    from moepp_megatron.interop.to_hf import mcore_to_hf
     from moepp_megatron.training.thin import RECIPES
     from moepp_megatron.workbench.report.terminal import print_uncut, table_of
     from moepp_megatron.workbench.report.thin_page import write_thin_page
 
-    runs, target = models.out / "runs", models.export
-    warnings = [] if target.exists() else mcore_to_hf(runs / models.recipe, target)
-    for warning in warnings:
-        echo(f"warning: {warning}", err=True)
+    runs = models.out / "runs"
     names = ["model", *(f"{name}{end}" for name in RECIPES for end in ("-start", ""))]
     files = {name: models.out / "configs" / f"{name}.yaml" for name in names}
     there = {
@@ -171,4 +162,6 @@ def _finish(models: ThinModels, command: str) -> None:
     page = models.out / "thin.html"
     print_uncut(table_of(write_thin_page(page, there, models.folder.resolve().name, command)))
     echo(f"page         {page}")
-    echo(f"model        {target}")
+    for warning in models.exported():
+        echo(f"warning: {warning}", err=True)
+    echo(f"model        {models.export}")

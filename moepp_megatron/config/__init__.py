@@ -37,11 +37,7 @@ from moepp_megatron.config.checks import check_config, check_world_size
 from moepp_megatron.config.errors import ConfigError, UnfitError
 from moepp_megatron.config.layout import Layout, RankCoordinates
 from moepp_megatron.config.load import load_config, parse_config, with_overrides
-from moepp_megatron.config.parameters import (
-    ParameterCounts,
-    checkpoint_bytes,
-    count_parameters,
-)
+from moepp_megatron.config.parameters import ParameterCounts, checkpoint_bytes, count_parameters
 from moepp_megatron.config.schema import Config
 from moepp_megatron.config.split import parse_split
 from moepp_megatron.config.stages import stage_layers

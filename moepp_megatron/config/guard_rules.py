@@ -7,11 +7,7 @@ from typing import Literal
 
 from moepp_megatron.catalogue import METRICS
 from moepp_megatron.config.schema import Config
-from moepp_megatron.config.schema.routing_guard import (
-    GuardAction,
-    GuardRule,
-    RoutingGuardSection,
-)
+from moepp_megatron.config.schema.routing_guard import GuardAction, GuardRule, RoutingGuardSection
 
 
 def _judged(guard: str) -> dict[str, str]:

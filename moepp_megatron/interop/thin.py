@@ -10,13 +10,19 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.file_names import CONFIG_FILE, MODEL_CONFIG_FILE
 from moepp_megatron.interop.hf_config import MOEPP_TYPES
 from moepp_megatron.interop.hf_source import read_json
+from moepp_megatron.interop.model_card import TRAINING_CONFIG_FILE
+from moepp_megatron.interop.to_hf import mcore_to_hf
 from moepp_megatron.interop.to_mcore import hf_to_mcore, read_format
 from moepp_megatron.interop.upcycle import Additions, upcycle, upcycled_config
 from moepp_megatron.interop.upcycle_sources import source_kind
 from moepp_megatron.interop.zeda import is_zeda
+from moepp_megatron.training.checkpoint import find_checkpoint
+from moepp_megatron.training.checkpoint.files import plain_damage
 from moepp_megatron.training.thin_folder import ThinFolder
 
-_NOTHING = Additions(num_zero_experts=0, num_copy_experts=0, num_constant_experts=0)
+_NOTHING = Additions(
+    num_zero_experts=0, num_copy_experts=0, num_constant_experts=0, gating_residual=False
+)
 
 
 class ThinModels(ThinFolder):
@@ -53,3 +59,15 @@ class ThinModels(ThinFolder):
             upcycle(self.folder, model, _NOTHING)
         if not start.exists():
             upcycle(self.folder, start, Additions(**(self.added or {})))
+
+    def exported(self) -> list[str]:
+        """Export the trained model if that is not done; warnings. ConfigError: it trained on."""
+        run, file = self.out / "runs" / self.recipe, self.export / TRAINING_CONFIG_FILE
+        if not self.export.exists():
+            return mcore_to_hf(run, self.export, original=self.model.checkpoint)
+        newest = find_checkpoint(run, reason_against=plain_damage)
+        if file.exists() and file.read_bytes() != (newest / CONFIG_FILE).read_bytes():
+            raise ConfigError(
+                f"{self.export} must be of {newest}, and is of an earlier training; move it away"
+            )
+        return []

@@ -54,7 +54,6 @@ _NOT_EXPORTED = ("optimizer", "mtp.", UNUSED_PREFIX)
 # The attention of most formats is Llama's.
 _NOT_LATENT: tuple[Row, ...] = (("model.latent_attention", (None,), "it has no latent attention"),)
 _LATENT_REMEDY = "use --layout longcat or zeda, or score and generate from the checkpoint itself"
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,7 @@ def mcore_to_hf(
     console: Console | None = None,
     dtype: str | None = None,
     license_id: str = UNKNOWN_LICENSE,
+    original: Path | None = None,
 ) -> list[str]:
     """Convert a checkpoint of ours into a folder that transformers loads; returns warnings.
 
@@ -116,6 +116,8 @@ def mcore_to_hf(
         console: Console that shows the progress.
         dtype: fp32 or bf16 for all weights but selection biases; None keeps each tensor's own.
         license_id: Licence of the weights, by the Hub's identifier; for the model card.
+        original: A checkpoint made from a Hugging Face model, whose special tokens, chat template
+            and settings of generation the export has; None for those of `source`.
 
     Raises:
         ConfigError: If the layout cannot express the model, or the checkpoint is damaged.
@@ -133,24 +135,28 @@ def mcore_to_hf(
     reader = CheckpointReader(folder)
     rules = _present_rules(reader, list(form.rules(config)), form.keeps_unused)
     target = free_folder(target)
-    names = [source.resolve().name, target.name]
-    command = ["moepp", "convert", "mcore-to-hf", *names, "--layout", layout]
-    command += [] if dtype is None else ["--dtype", dtype]
+    command = ["moepp", "convert", "mcore-to-hf", source.resolve().name, target.name]
+    command += ["--layout", layout, *([] if dtype is None else ["--dtype", dtype])]
     with partial_folder(target, "DST") as unfinished:
         written = _write_weights(reader, rules, unfinished, max_shard_bytes, console, dtype)
-        name = _DTYPE_NAMES.get(written, "float32")
-        fields |= special_ids(folder) | {form.dtype_field: name} | _auto_map(form.classes)
+        name = str(written).removeprefix("torch.")
+        beside = original or folder
+        fields |= special_ids(beside) | {form.dtype_field: name} | _auto_map(form.classes)
         write_json(unfinished / MODEL_CONFIG_FILE, fields)
-        write_companions(folder, unfinished, config)
+        for each in (folder, beside):
+            write_companions(each, unfinished, config)
         card = model_card(folder, config, name, layout, shlex.join(command), license_id)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         (unfinished / TRAINING_CONFIG_FILE).write_bytes((folder / CONFIG_FILE).read_bytes())
         if form.classes is not None:
             copy_model_files(unfinished)
         publish(unfinished, target)
-    depths = trained.model.mtp_num_layers
-    left_out = f"model.mtp_num_layers ({depths}): the export leaves these layers out"
-    return [*([left_out] if depths else []), *_warnings(config, form)]
+    warnings = list(form.warnings(config))
+    if depths := trained.model.mtp_num_layers:
+        warnings.append(f"model.mtp_num_layers ({depths}): the export leaves these layers out")
+    if config.moe.capacity_factor is not None:
+        warnings.append("moe.capacity_factor is not exported: the model there drops no selection")
+    return warnings
 
 
 def without_further_tokens(config: Config) -> Config:
@@ -241,9 +247,3 @@ def _auto_map(classes: tuple[str, str] | None) -> dict[str, Any]:
             "AutoModelForCausalLM": f"modeling_moepp.{model_class}",
         },
     }
-
-
-def _warnings(config: Config, form: _Format) -> Iterator[str]:
-    yield from form.warnings(config)
-    if config.moe.capacity_factor is not None:
-        yield "moe.capacity_factor is not exported: the model in transformers drops no selection"

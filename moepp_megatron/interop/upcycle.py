@@ -26,11 +26,7 @@ from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.tensor_rules import TensorRule
 from moepp_megatron.interop.to_mcore import write_checkpoint
 from moepp_megatron.interop.upcycle_router import NOISE, added_rules, router_rules
-from moepp_megatron.interop.upcycle_sources import (
-    extra_tensors,
-    model_rules,
-    source_kind,
-)
+from moepp_megatron.interop.upcycle_sources import extra_tensors, model_rules, source_kind
 from moepp_megatron.layer_settings import LayerSettings
 from moepp_megatron.runtime.terminal import Console
 
@@ -92,14 +88,15 @@ def upcycled_config(
 ) -> Config:
     """The configuration of the MoE++ model; ConfigError if its function cannot be kept."""
     kind = source_kind(hf)
+    keeps_apart = additions.num_zero_computation_experts > 0 and additions.keeps_function
     moe = {
         **{kind.setting: additions.count(kind) for kind in LOCAL_KINDS},
         "gating_residual": additions.gating_residual,
         "tau": additions.tau,
         "gate_normalization": "selected",
-        "selection_bias": additions.keeps_function or kind.bias is not None,
+        "selection_bias": keeps_apart or kind.bias is not None,
     }
-    if additions.num_zero_computation_experts and additions.keeps_function:
+    if keeps_apart:
         moe["budget"] = {"controller": "bias"}
     if kind.moe is None:
         moe |= {"num_ffn_experts": additions.num_ffn_experts, "router_topk": additions.router_topk}
@@ -143,8 +140,8 @@ def _refuse_shrinking_gates(config: Config) -> None:
         raise ConfigError(
             "config.json: norm_topk_prob (false) must be true: scores that are not divided by "
             f"their sum shrink with every expert that is added, with {count} of them to no less "
-            f"than {least:.3f} of what they were; use --approximate if that will do, or add none "
-            "(--zero 0 --copy 0 --constant 0)"
+            f"than {least:.3f} of what they were; use moepp convert upcycle --approximate if that "
+            "will do, or add none (--zero 0 --copy 0 --constant 0)"
         )
 
 

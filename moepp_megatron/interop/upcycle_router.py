@@ -101,8 +101,6 @@ def new_rows(ffn: Tensor, norm: Tensor, directions: Tensor) -> Tensor:
 def selection_bias(rows: Tensor, norm: Tensor, num_ffn_experts: int) -> Tensor:
     """[E] fp32: the bias on FFN experts above any score that an added expert can have."""
     bias = torch.zeros(rows.shape[0])
-    if rows.shape[0] == num_ffn_experts:
-        return bias
     ffn, added = rows.double().split([num_ffn_experts, rows.shape[0] - num_ffn_experts])
     above_mean = norm.double() * (added - ffn.mean(dim=0))
     eta = float(above_mean.norm(dim=-1).max()) * math.sqrt(norm.numel())

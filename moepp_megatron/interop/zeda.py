@@ -19,11 +19,7 @@ from moepp_megatron.interop.hf_config import assemble, require, shared_fields
 from moepp_megatron.interop.latent_rules import LATENT_EPSILON, epsilon_warnings, latent_fields
 from moepp_megatron.interop.moepp_rules import constant_rules
 from moepp_megatron.interop.tensor_rules import TensorRule, same
-from moepp_megatron.interop.upcycle_sources import (
-    SourceKind,
-    model_rules,
-    source_kind,
-)
+from moepp_megatron.interop.upcycle_sources import SourceKind, model_rules, source_kind
 
 _KINDS = (CONSTANT, COPY, ZERO)
 

@@ -20,13 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moepp_megatron.moe.cpu_experts import (
-    CPUExperts,
-    activation_grads,
-    suits,
-    swiglu,
-    weighted,
-)
+from moepp_megatron.moe.cpu_experts import CPUExperts, activation_grads, suits, swiglu, weighted
 
 # Rows of a matrix begin at multiples of 16 bytes.
 _ALIGNMENT = 8

@@ -26,8 +26,15 @@ from moepp_megatron.config.blends import with_whole_paths
 from moepp_megatron.config.choices import pick
 from moepp_megatron.config.load import config_layers, from_dotted, merge, overriding_sections
 from moepp_megatron.config.origins import leaves
+from moepp_megatron.config.problem import raise_problems, show
+from moepp_megatron.config.rules.rows import refuse
+from moepp_megatron.file_names import METRICS_FILE
+from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
 from moepp_megatron.runtime.atomic import write_atomic
-from moepp_megatron.training.checkpoint.compatible import differences
+from moepp_megatron.training.checkpoint import list_checkpoints
+from moepp_megatron.training.checkpoint.files import checkpoint_step, plain_damage
+from moepp_megatron.training.checkpoint.find import first_valid
+from moepp_megatron.training.run_folder import checkpoint_folder
 
 # Learning rate, steps and ramp of upcycled models (docs/how_to/upcycle.md).
 _FILE = Path(__file__).resolve().parents[2] / "configs" / "upcycle" / "_recipe.yaml"
@@ -43,6 +50,27 @@ _MEASURE = (
     *("training.train_iters=1", "training.eval_interval=0", "checkpoint.save_interval=0"),
     *("optimizer.lr=1e-30", "optimizer.min_lr=0", "optimizer.weight_decay=0"),
     *("optimizer.warmup_iters=0", "distillation.teacher=null", "moe.budget=null"),
+)
+# What would be noticed at the end only.
+_RULES = (
+    refuse(
+        "training.eval_iters",
+        lambda c: c.training.eval_iters == 0,
+        "must be above 0, because losses on validation sets are what moepp thin shows",
+        "use 8",
+    ),
+    refuse(
+        "checkpoint.save_interval",
+        lambda c: c.checkpoint.save_interval == 0,
+        "must be above 0, because moepp thin exports the last checkpoint",
+        "use training.train_iters for no other",
+    ),
+    refuse(
+        "checkpoint.dir",
+        lambda c: c.checkpoint.dir is not None,
+        "must be null, because each run of OUT has its own checkpoints",
+        "choose another OUT",
+    ),
 )
 # Of ZEDA's steps: 60,000 answers in batches of 128, then 321 steps of the second stage.
 _ZEDA_FIRST = 469 / (469 + 321)
@@ -61,6 +89,20 @@ class Start:
     checkpoint: Path
     model: Config
     ffn_share: float
+
+
+def last_record(config: Config) -> StepMetrics | None:
+    """The last record of a run; None until its last step is done and saved."""
+    steps, folder = config.training.train_iters, checkpoint_folder(config)
+    try:
+        record: StepMetrics = read_metrics(Path(config.run.dir) / METRICS_FILE)[-1]
+    except MetricsError:
+        return None
+    if config.checkpoint.save_interval:
+        newest, _ = first_valid(list_checkpoints(folder), plain_damage)
+        if newest is None or checkpoint_step(newest) < steps:
+            return None
+    return record if record.step >= steps else None
 
 
 @dataclass(frozen=True)
@@ -92,6 +134,7 @@ class ThinSettings:
         own = self._config("control", model, model)
         config = self._config(recipe, model, start)
         runs: dict[str, tuple[Config, Sequence[str]]]
+        raise_problems(problem for rule in _RULES for problem in rule(config))
         runs = {"model": (own, _MEASURE), f"{recipe}-start": (config, _MEASURE)}
         stages = _STAGES[recipe](config, self.out) if recipe in _STAGES else {recipe: []}
         runs |= {name: (config, changes) for name, changes in stages.items()}
@@ -102,21 +145,33 @@ class ThinSettings:
             for name, (base, changes) in runs.items()
         }
 
-    def settled(self, runs: Mapping[str, Config], command: str) -> tuple[dict[str, Config], str]:
+    def settled(
+        self, runs: Mapping[str, Config], command: str
+    ) -> tuple[dict[str, Config], list[str]]:
         """The runs as their files in OUT say, which a user may have changed; writes absent ones.
 
         `command` is named in the files. ConfigError: a file is no configuration.
 
         Returns:
-            The runs, and the names of settings that are others there.
+            The runs, and a warning for each setting that is another one there.
         """
         files = {name: self.out / "configs" / f"{name}.yaml" for name in runs}
         for name, file in files.items():
             if not file.exists():
                 write_atomic(file, runs[name].to_yaml(command).encode())
         there = {name: load_config(file) for name, file in files.items()}
-        others = [each for name in runs for each, *_ in differences(there[name], runs[name])]
-        return there, ", ".join(dict.fromkeys(others))
+        others: dict[str, str] = {}
+        for name, wanted in runs.items():
+            found = dict(leaves(there[name].model_dump(mode="json")))
+            for names, value in leaves(wanted.model_dump(mode="json")):
+                if found.get(names) != value:
+                    setting = ".".join(names)
+                    warning = (
+                        f"{files[name]} decides: {setting} is {show(found.get(names))} there and "
+                        f"{show(value)} in this command; change the file, or delete it"
+                    )
+                    others.setdefault(setting, warning)
+        return there, list(others.values())
 
     def lines(self, runs: Mapping[str, Config], nproc: int) -> list[str]:
         """The size of the model, the checkpoints before training, and the command of each run."""
@@ -127,11 +182,17 @@ class ThinSettings:
         lines += [f"convert      {checkpoint}" for checkpoint in checkpoints]
         for name, config in runs.items():
             words = ["moepp", "train", f"{self.out}/configs/{name}.yaml", "--resume"]
-            steps = f"{config.training.train_iters:,} steps"
+            count = config.training.train_iters
+            steps = f"{count:,} step{'s' if count > 1 else ''}"
             lines.append(f"{steps:<12} {shlex.join([*words, '--nproc', str(nproc)])}")
         return lines
 
     def _config(self, recipe: str, model: Start, start: Start) -> Config:
+        if self.file is None and not _FILE.exists():
+            raise ConfigError(
+                "--config must name a file of training settings, because this installation has no "
+                "configs/ to take them from; copy configs/upcycle/_recipe.yaml of the repository"
+            )
         content: dict[str, Any] = {}
         for _, layer in config_layers(self.file or _FILE):
             content = merge(content, layer)

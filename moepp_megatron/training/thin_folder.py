@@ -35,7 +35,8 @@ from moepp_megatron.training.thin import Start
 
 # Recipes that change the model itself at once.
 _OTHER = ("topk",)
-
+# Of a file of weights, to tell models apart that have the same sizes.
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 # What is particular about the new experts of a recipe, as fields of `interop.upcycle.Additions`.
 _ADDS: dict[str, dict[str, Any]] = {"budget": {}, "zeda": {"keeps_function": False}}
@@ -85,10 +86,15 @@ class ThinFolder:
 
     @cached_property
     def start(self) -> Start:
-        """The model with what the recipe adds, of which no token selects anything yet."""
+        """The model with what the recipe adds; ConfigError if no token would ever select it."""
         if self.added is None:
             return self.model
         config = self._balanced(self.upcycled(self.added))
+        if config.moe.selection_bias and not self.keeps_function:
+            raise ConfigError(
+                f"--recipe ({self.recipe}) must be another one for MODEL ({self.folder}), whose "
+                "selection bias would keep new experts unselected; use budget"
+            )
         return Start(self.out / f"{self.recipe}-start", config, 1.0)
 
     @property
@@ -128,22 +134,36 @@ class ThinFolder:
 
     def claim(self, share: float) -> None:
         """Make OUT; ConfigError if it is of another model or share, or cannot be written."""
-        identity = self.folder / (MANIFEST_FILE if self.hf is None else MODEL_CONFIG_FILE)
-        sizes = sorted((file.name, file.stat().st_size) for file in self.folder.glob("*.safet*"))
-        digest = hashlib.sha256(identity.read_bytes() + repr(sizes).encode()).hexdigest()
-        file, own = self.out / THIN_FILE, {"ffn_share": share, "sha256": digest}
+        file, digest = self.out / THIN_FILE, self._digest()
+        own = {"ffn_share": share, "sha256": digest}
         try:
-            (self.out / "configs").mkdir(parents=True, exist_ok=True)
-            if [path.name for path in self.out.iterdir()] == ["configs"]:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not any(self.out.iterdir()):
                 write_atomic(file, json.dumps(own).encode())
             found = read_json(file) if file.exists() else {}
+            if found == own:
+                (self.out / "configs").mkdir(exist_ok=True)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"OUT ({self.out}) must be a folder that can be written ({error}); choose another"
             ) from None
         if found != own:
             what = "--ffn-share" if found.get("sha256") == digest else "MODEL"
+            holds = "is of another" if found else "holds other files"
             raise ConfigError(
-                f"OUT ({self.out}) must be new or of the same {what}, and is of another; choose "
+                f"OUT ({self.out}) must be new or of the same {what}, and {holds}; choose "
                 "another folder"
             )
+
+    def _digest(self) -> str:
+        """Of the configuration and samples of the weights: those of two trainings differ."""
+        name = MANIFEST_FILE if self.hf is None else MODEL_CONFIG_FILE
+        digest = hashlib.sha256((self.folder / name).read_bytes())
+        for file in sorted(self.folder.glob("*.safetensors")):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as weights:
+                for place in range(0, size, max(size // _SAMPLES, _SAMPLE_BYTES)):
+                    weights.seek(place)
+                    digest.update(weights.read(_SAMPLE_BYTES))
+        return digest.hexdigest()

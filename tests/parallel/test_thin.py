@@ -14,6 +14,7 @@ from moepp_megatron.config import load_config
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
 from moepp_megatron.workbench.experiments import runner
 from tests.interop.checkpoints import write_released
+from tests.interop.test_upcycle import DEEPSEEK
 from tests.parallel.checkpoint_runs import logged
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import join
@@ -74,6 +75,7 @@ def sources(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = getattr(transformers, f"{family}Config")(**SHAPE, **fields)
         getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder / family)
         shutil.copy(corpus / "tokenizer.json", folder / family)
+        (folder / family / "chat_template.jinja").write_text("{{ messages }}")
     write_released(folder / "released", vocab_size=320)
     return folder
 
@@ -106,6 +108,7 @@ def test_from_a_model_to_its_export(
 
     def on_test_ranks(options: LaunchOptions, module: str, arguments: list[str]) -> int:
         """The ranks that are there already; the training is stopped once."""
+        assert options.stoppable, "Ctrl-C saves"
         name = Path(arguments[-1]).stem
         trained.append(name)
         if name in stops:
@@ -122,7 +125,7 @@ def test_from_a_model_to_its_export(
     assert (status, said.count("moepp train "), (tmp_path / "out").exists()) == (0, 3, False)
     status, said = thin(*words)
     assert (status, trained) == (STOPPED, ["model", "budget-start", "budget"])
-    assert "step 0       data: loss " in said
+    assert "step 0       all data: loss " in said
     # What is there is not done again, the training continues.
     status, said = thin(*words)
     assert (status, trained[3:]) == (0, ["budget"]), said
@@ -144,13 +147,38 @@ def test_from_a_model_to_its_export(
         assert (shares[0], late) == (1.0, pytest.approx(share, rel=0.1))
     page = (tmp_path / "out/thin.html").read_text()
     assert "Expert FLOP removed" in page
+    # A plot of the only validation set: from the start to the end.
+    rises = [after / before - 1, logged(runs / "budget", "valid_loss")[-1] / before - 1]
+    assert page.count("<img") == 1
+    drawn = f'alt="budget: {rises[0]:.1%}, {rises[1]:.1%} at the end'
+    assert drawn.replace("-0.0%", "0.0%") in page.replace("-0.0%", "0.0%")
     assert thin(*words)[0] == 0
     assert len(trained) == 4
+    # What is exported is the last checkpoint: not one before, and not that of a shorter training.
+    (tmp_path / "out/budget-hf").rename(tmp_path / "earlier")
+    shutil.rmtree(runs / f"budget/checkpoints/step_{STEPS:08}")
+    status, said = thin(*words)
+    assert (status, trained[4:]) == (0, ["budget"]), said
+    exported = tmp_path / "out/budget-hf/training_config.yaml"
+    assert exported.read_text() == (tmp_path / "earlier/training_config.yaml").read_text()
+    exported.write_text(exported.read_text() + "# other\n")
+    status, said = thin(*words)
+    assert (status, "is of an earlier training; move it away" in said) == (2, True)
 
     import torch
 
     from tests.interop.transformers_models import load_model
 
+    # What a server needs besides is the model's own: its chat template, where answers end.
+    files = {"chat_template.jinja", "generation_config.json"}
+    for name in files & {file.name for file in (sources / family).iterdir()}:
+        own = (sources / family / name).read_bytes()
+        assert (tmp_path / "out/budget-hf" / name).read_bytes() == own
+    own, thinned = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (sources / family, tmp_path / "out/budget-hf")
+    )
+    assert thinned["eos_token_id"] == own["eos_token_id"]
     model = load_model(tmp_path / "out/budget-hf")
     assert model.config.num_experts_per_tok == experts
     with torch.no_grad():
@@ -160,6 +188,7 @@ def test_from_a_model_to_its_export(
 def test_what_recipes_train(corpus: Path, sources: Path, tmp_path: Path) -> None:
     from moepp_megatron.interop.checkpoint_reader import CheckpointReader
     from moepp_megatron.interop.thin import ThinModels
+    from moepp_megatron.interop.to_hf import mcore_to_hf
     from moepp_megatron.training.thin import RECIPES, ThinSettings
 
     settings = ThinSettings(tmp_path, 0.5, [corpus, corpus.parent], steps=500)
@@ -172,6 +201,8 @@ def test_what_recipes_train(corpus: Path, sources: Path, tmp_path: Path) -> None
     # The same text, and the same teacher, which is no other model.
     assert {str(run.data) for run in lasts} == {str(runs["budget"].data)}
     assert {run.distillation.teacher for run in lasts} == {str(tmp_path / "model")}
+    # None of them has more to learn with than the others.
+    assert not any(run.moe.gating_residual for run in runs.values())
     assert set(runs["budget"].data.validation) == {corpus.name, corpus.parent.name}
     moe, budget = runs["budget"].moe, runs["budget"].moe.budget
     # Copies of the input cost more than they help (docs/evidence.md).
@@ -197,6 +228,9 @@ def test_what_recipes_train(corpus: Path, sources: Path, tmp_path: Path) -> None
     assert not any("expert_bias" in key for key in start.tensors)
     assert rows.shape == (12, 32)
     assert 0.5 < float(rows[8:].std() / rows[:8].std()) < 2.0
+    # A model without new experts is one that every server has.
+    assert mcore_to_hf(models.model.checkpoint, tmp_path / "hf", "vanilla") == []
+    assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "qwen3_moe"
     # What is measured is left as it is.
     for name in ("model", "budget-start"):
         assert not runs[name].moe.budget.acts
@@ -213,6 +247,11 @@ def test_what_recipes_train(corpus: Path, sources: Path, tmp_path: Path) -> None
         ("Mixtral", ["--recipe", "best"], "--recipe (best) must be one of budget, zeda"),
         ("Qwen3Moe", ["--recipe", "topk", "--ffn-share", "0.3"], "moe.router_topk (1.2) must be a"),
         ("Mixtral", ["--data", "SOURCES"], "data.path (SOURCES) must"),
+        ("Mixtral", ["training.eval_iters=0"], "training.eval_iters (0) must be above 0"),
+        ("Mixtral", ["checkpoint.save_interval=0"], "save_interval (0) must be above 0"),
+        ("Mixtral", ["checkpoint.dir=there"], "checkpoint.dir ('there') must be null"),
+        ("Mixtral", ["optimizer.lr=1e-6"], "optimizer.min_lr (5e-06) must be at most"),
+        ("sigmoid", ["--recipe", "zeda"], "--recipe (zeda) must be another one for MODEL"),
         ("other tokens", [], "whose ids must mean the tokens that"),
         ("few tokens", [], "model.vocab_size (128) must hold every token of data.path"),
     ],
@@ -223,6 +262,9 @@ def test_one_line_says_what_is_wrong(corpus, sources, tmp_path, thin, source, wo
         fields = json.loads((tmp_path / name / "config.json").read_text()) | change
         (tmp_path / name / "config.json").write_text(json.dumps(fields))
     (tmp_path / "few tokens/tokenizer.json").unlink()
+    (tmp_path / "sigmoid").mkdir()
+    fields = {**SHAPE, **DEEPSEEK, "model_type": "deepseek_v3", "rms_norm_eps": 1e-6}
+    (tmp_path / "sigmoid/config.json").write_text(json.dumps(fields))
     file = tmp_path / "other tokens/tokenizer.json"
     tokens = json.loads(file.read_text())
     vocabulary = tokens["model"]["vocab"]
@@ -230,7 +272,7 @@ def test_one_line_says_what_is_wrong(corpus, sources, tmp_path, thin, source, wo
     file.write_text(json.dumps(tokens))
     model = next(f for f in (tmp_path / source, sources / source) if f.exists() or source == "none")
     data = [] if "--data" in words else ["--data", corpus]
-    words = [str(word).replace("SOURCES", str(sources)) for word in [*words, *data, *SETTINGS]]
+    words = [str(word).replace("SOURCES", str(sources)) for word in [*data, *SETTINGS, *words]]
     status, printed = thin(model, tmp_path / "out", *words)
     assert status == 2
     assert said.replace("SOURCES", str(sources)) in printed
@@ -250,5 +292,41 @@ def test_a_folder_is_of_one_model_and_share(sources: Path, tmp_path: Path) -> No
         mixtral.claim(0.4)
     with pytest.raises(ConfigError, match="same MODEL"):
         other.claim(0.5)
-    with pytest.raises(ConfigError, match="must be new"):
+    with pytest.raises(ConfigError, match="must be new .* holds other files"):
         ThinModels.read(sources / "Mixtral", sources, "budget").claim(0.5)
+    assert not (sources / "configs").exists()
+    # Another training of the model: the same sizes.
+    shutil.copytree(sources / "Mixtral", tmp_path / "tuned")
+    weights = tmp_path / "tuned/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"tune")
+    with pytest.raises(ConfigError, match="same MODEL"):
+        ThinModels.read(tmp_path / "tuned", tmp_path / "out", "budget").claim(0.5)
+
+
+def test_what_a_file_of_out_decides_is_said(sources, corpus, tmp_path, monkeypatch) -> None:
+    from moepp_megatron.cli.thin import _Run
+    from moepp_megatron.config import ConfigError
+    from moepp_megatron.interop.thin import ThinModels
+    from moepp_megatron.training import thin as module
+
+    def settled(*overrides: str) -> tuple[dict[str, Any], list[str]]:
+        settings = module.ThinSettings(tmp_path, 0.5, [corpus], overrides=overrides)
+        runs = settings.runs("budget", models.model, models.start)
+        return settings.settled(runs, "moepp thin")
+
+    models = ThinModels.read(sources / "Mixtral", tmp_path, "budget")
+    models.claim(0.5)
+    assert settled()[1] == []
+    # Also settings that change no result: somebody may wait for them to help.
+    runs, warnings = settled("parallel.expert_model_parallel_size=2")
+    assert runs["budget"].parallel.expert_model_parallel_size == 1
+    assert [warning.partition(": ")[2] for warning in warnings] == [
+        "parallel.expert_model_parallel_size is 1 there and 2 in this command; change the file, or "
+        "delete it"
+    ]
+    monkeypatch.setattr(runner, "lock", lambda descriptor: False)
+    with pytest.raises(ConfigError, match=r"^OUT \(.*one command at a time"):
+        runner.run_missing([_Run(tmp_path, "budget", "budget", 1, runs["budget"])])
+    monkeypatch.setattr(module, "_FILE", tmp_path / "not in a wheel")
+    with pytest.raises(ConfigError, match="--config must name a file .* no configs/"):
+        settled()

@@ -9,13 +9,7 @@ from pydantic import Field
 
 from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.schema.blend import BlendPart, DataStage
-from moepp_megatron.config.schema.section import (
-    ConfigPath,
-    Place,
-    PlaceText,
-    Section,
-    Unit,
-)
+from moepp_megatron.config.schema.section import ConfigPath, Place, PlaceText, Section, Unit
 
 
 class RunSection(Section):

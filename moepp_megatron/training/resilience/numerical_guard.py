@@ -14,11 +14,7 @@ from torch import Tensor
 
 from moepp_megatron.config.schema import ResilienceSection
 from moepp_megatron.observe.shift.detector import ROWS, Detector
-from moepp_megatron.training.resilience.refused_batches import (
-    BatchEvidence,
-    Cause,
-    num_needed,
-)
+from moepp_megatron.training.resilience.refused_batches import BatchEvidence, Cause, num_needed
 from moepp_megatron.training.step_sums import StepSums
 
 # Losses are compared with their course (`observe/shift/detector.py`), which follows a descent:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.file_names import CONFIG_FILE, RUN_FILES, RUN_FOLDERS
@@ -61,8 +61,12 @@ class Trial[Result](ABC):
         name: The name of its files; no two trials of a folder share one.
         title: What people read while it is measured.
         nproc: Ranks, over all machines.
+        option: How the command names `folder`.
+        stoppable: Whether its ranks save when asked to stop, for a second attempt to continue.
     """
 
+    option: ClassVar[str] = "--out"
+    stoppable: ClassVar[bool] = False
     folder: Path
     name: str
     title: str
@@ -134,7 +138,7 @@ def run_missing[T: Trial[Any]](
     if not left:
         return {}
     done, seconds = 0, 0.0
-    with _exclusive(left[0].folder, left[0].folder), _interruptible():
+    with _exclusive(left[0], left[0].folder), _interruptible():
         # Another command may have finished some just now.
         left = missing(left)
         for place, trial in enumerate(left):
@@ -164,17 +168,16 @@ def run_trial(trial: Trial[Any], nodes: Nodes | None = None) -> str | None:
         RunFailed: Same as for `Trial.fail`.
         ConfigError: Another command is doing it, or its ranks cannot be shared out over machines.
     """
-    count = nodes.count if nodes is not None else 1
+    count, node = (nodes.count, nodes.rank or 0) if nodes is not None else (1, 0)
     if trial.nproc % count:
         raise ConfigError(
             f"--nnodes ({count}) must divide the ranks of --point ({trial.nproc}); use 1"
         )
-    node = (nodes.rank or 0) if nodes is not None else 0
     log = trial.log.with_name(f"{trial.name}.node{node}.log") if node else trial.log
     trial.prepare()
     # Batch jobs may do other trials of the same folder at the same time.
-    with _exclusive(trial.folder, log):
-        options = LaunchOptions(trial.nproc // count, nodes, output=log)
+    with _exclusive(trial, log):
+        options = LaunchOptions(trial.nproc // count, nodes, output=log, stoppable=trial.stoppable)
         status = run_ranks(options, "moepp_megatron.cli.main", trial.command)
     if status == STOPPED or status > _SIGNALLED:
         raise Interrupted(trial.name, status)
@@ -214,8 +217,8 @@ def writing(folder: Path, *parts: str) -> Iterator[None]:
 
 
 @contextmanager
-def _exclusive(folder: Path, path: Path) -> Iterator[None]:
-    """Hold a folder, or the log of one of its trials, against other commands."""
+def _exclusive(trial: Trial[Any], path: Path) -> Iterator[None]:
+    """Hold the folder of a trial, or its log, against other commands."""
     # The lock ends with the process, however that ends. Where the file system has no locks, two
     # commands can work at the same time.
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o666)
@@ -223,8 +226,8 @@ def _exclusive(folder: Path, path: Path) -> Iterator[None]:
         if not lock(descriptor):
             what = path.name.removesuffix(".log")
             raise ConfigError(
-                f"--out ({folder}) must be used by one command at a time, and another one is at "
-                f"work on {what}; wait for it, or choose another folder"
+                f"{trial.option} ({trial.folder}) must be used by one command at a time, and "
+                f"another one is at work on {what}; wait for it, or choose another folder"
             )
         yield
     finally:
@@ -244,11 +247,8 @@ def in_turns[Arm, Seed](arms: Sequence[Arm], seeds: Sequence[Seed]) -> list[tupl
 
     A machine that gets slower or faster in the meantime then favours no arm.
     """
-    pairs = []
-    for place, seed in enumerate(seeds):
-        turn = place % max(len(arms), 1)
-        pairs += [(arm, seed) for arm in [*arms[turn:], *arms[:turn]]]
-    return pairs
+    turns = [(place % max(len(arms), 1), seed) for place, seed in enumerate(seeds)]
+    return [(arm, seed) for turn, seed in turns for arm in [*arms[turn:], *arms[:turn]]]
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:

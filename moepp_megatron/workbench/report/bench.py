@@ -47,9 +47,8 @@ def print_table(results: Sequence[LayerResult]) -> None:
 def _print_parts(console: Console, results: Sequence[LayerResult]) -> None:
     names = list(dict.fromkeys(part for r in results for part in r.moepp_parts_ms))
     title = "Forward pass, milliseconds a part; kept for the backward pass, MB"
-    table = titled_table(title, "shape", "tau", "phi", words=3)
-    for name in (*names, "overhead", "kept"):
-        table.add_column(name.replace("_", " "), justify="right")
+    shown = (name.replace("_", " ") for name in (*names, "overhead", "kept"))
+    table = titled_table(title, "shape", "tau", "phi", *shown, words=3)
     seen: set[object] = set()
     for r in results:
         if r.shape not in seen:
@@ -173,9 +172,8 @@ def print_bounds(results: Sequence[LayerResult]) -> None:
         f"Forward pass of the MoE++ layer on {first.device}, {first.dtype}: "
         "time of each part over its bound"
     )
-    table = titled_table(title, "shape", "tau", words=2)
-    for name in (*_PARTS, "experts TFLOP/s", "of product"):
-        table.add_column(name.replace("_", " "), justify="right")
+    shown = (name.replace("_", " ") for name in (*_PARTS, "experts TFLOP/s", "of product"))
+    table = titled_table(title, "shape", "tau", *shown, words=2)
     seen: set[object] = set()
     for r in results:
         if (r.shape, r.tau) not in seen:

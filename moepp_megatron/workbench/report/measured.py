@@ -69,10 +69,8 @@ def _with_nearest(key: str) -> str:
 
 
 def _families(title: str, families: dict[str, FamilyErrors]) -> Table:
-    table = titled_table(title)
-    table.add_column("family")
-    for name in ("rows", "median", "largest", "too fast", "eight in ten took, of the estimate"):
-        table.add_column(name, justify="right")
+    names = ("rows", "median", "largest", "too fast", "eight in ten took, of the estimate")
+    table = titled_table(title, "family", *names, words=1)
     for family, errors in families.items():
         table.add_row(
             family,
@@ -87,10 +85,7 @@ def _families(title: str, families: dict[str, FamilyErrors]) -> Table:
 
 def print_fit(fit: Fit) -> None:
     """Print what was fitted, and the errors before, after and of rows left out."""
-    table = titled_table("fitted inputs")
-    table.add_column("input")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
+    table = titled_table("fitted inputs", "input", "before", "after", words=1)
     for name, (before, after) in fit.changed.items():
         table.add_row(name, f"{before:.4g}", f"{after:.4g}")
     print_uncut(table)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from moepp_megatron.config import load_config
 from moepp_megatron.config.flops import forward_flops_per_token
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.workbench.report import formatting
-from moepp_megatron.workbench.report.blocks import Cell, Page, Section, Table, number, write_blocks
+from moepp_megatron.workbench.report import blocks, formatting
+from moepp_megatron.workbench.report.drawing import LINE_COLOURS, PAPER, plot_style
+from moepp_megatron.workbench.report.lines import Frame, Line, line_plot
 from moepp_megatron.workbench.report.run_data import load_run
+from moepp_megatron.workbench.report.series import finite
 from moepp_megatron.workbench.report.summary import summarize
 
+# FFN experts a token, FLOP of its forward pass, and losses by set, of a run by its name.
+_Found = Mapping[str, tuple[float, float, dict[str, float]]]
 _HEAD = ("Model", "FFN experts a token", "Expert FLOP removed", "FLOP removed")
 _CAPTION = (
     "Losses are on validation sets, nats per token, with the rise over the model's own. Removed: "
@@ -21,8 +28,7 @@ _CAPTION = (
     "of the last tenth of the run's records. A start is before its training, which lowers a loss "
     "by itself where the model has not learnt the text: compare with the recipe `control`."
 )
-
-
+_PLOT = "Each recipe from its start (hollow) to the end of its training. The model's own is at 0%."
 # Of a loss, relative: the rounding of bf16 averages out far below it.
 _SAME = 1e-3
 
@@ -35,26 +41,46 @@ def at_step_0(model: StepMetrics | None, start: StepMetrics | None) -> tuple[boo
 
 
 def _losses(record: StepMetrics | None) -> dict[str, float]:
-    """By set, nats; `data` is what is trained on."""
+    """By set, nats; `all data` is what is trained on."""
     assert record is not None, "a finished run has records"
-    data = {} if record.valid_loss is None else {"data": record.valid_loss}
+    data = {} if record.valid_loss is None else {"all data": record.valid_loss}
     return {**data, **(record.valid_set_loss or {})}
 
 
 def _numbers(run: Path) -> tuple[float, float, dict[str, float]]:
-    """FFN experts a token, FLOP of its forward pass, and losses."""
     data, config = load_run(run), load_config(run / CONFIG_FILE)
     share = summarize(data).settled_ffn_fraction
     flops = forward_flops_per_token(config, share)
     return share * config.moe.router_topk, flops, _losses(data.records[-1])
 
 
-def write_thin_page(out: Path, runs: Mapping[str, Path], title: str, command: str) -> Table:
+def _plot(part: str, found: _Found) -> blocks.Plot:
+    """How far the loss on one set has risen over the expert FLOP removed, a line a recipe."""
+    experts, _, own = next(iter(found.values()))
+    lines = []
+    for start, colour in zip(
+        (n for n in found if n.endswith("-start")), LINE_COLOURS, strict=False
+    ):
+        recipe = start.removesuffix("-start")
+        ends = [found[name] for name in (start, recipe) if name in found]
+        removed = np.array([100 * (1 - taken / experts) for taken, *_ in ends])
+        rise = np.array([losses.get(part, math.nan) / own[part] - 1 for *_, losses in ends])
+        lines.append(Line(recipe, finite(removed, rise), colour, marker="o"))
+    x, y = (np.concatenate([line.points[axis][:1] for line in lines]) for axis in (0, 1))
+    frame = Frame(
+        *("loss, risen by", formatting.percent, "expert FLOP removed (%)"),
+        change=lambda axes: axes.plot(x, y, "o", color=PAPER, markersize=2.5),
+    )
+    return line_plot(f"Loss, {part}", _PLOT, lines, frame)
+
+
+def write_thin_page(out: Path, runs: Mapping[str, Path], title: str, command: str) -> blocks.Table:
     """Write the page, which needs no other file.
 
     Args:
         out: The page.
-        runs: Folders of runs by the names of their rows; the first is of the model as it was.
+        runs: Folders of runs by the names of their rows; the first is of the model as it was, and
+            the start of RECIPE is RECIPE-start.
         title: The model's name.
         command: What makes the page again.
 
@@ -68,16 +94,18 @@ def write_thin_page(out: Path, runs: Mapping[str, Path], title: str, command: st
         shown = [formatting.number(taken, 2), f"{1 - taken / experts:.1%}"]
         shown.append(f"{1 - its_flops / flops:.1%}")
         for part, loss in own.items():
-            its_loss = losses.get(part, float("nan"))
+            its_loss = losses.get(part, math.nan)
             shown.append(f"{formatting.number(its_loss)} ({its_loss / loss - 1:+.2%})")
-        rows.append([Cell(name), *map(number, shown)])
-    table = Table((*_HEAD, *(f"Loss, {part}" for part in own)), rows, _CAPTION)
-    page = Page(
+        rows.append([blocks.Cell(name), *map(blocks.number, shown)])
+    table = blocks.Table((*_HEAD, *(f"Loss, {part}" for part in own)), rows, _CAPTION)
+    with plot_style():
+        plots = [_plot(part, found) for part in own]
+    page = blocks.Page(
         kind="MoE++ model thinned",
         title=title,
-        sections=[Section("FLOP removed against loss kept", [table])],
+        sections=[blocks.Section("FLOP removed against loss kept", [*plots, table])],
         sources="config.yaml and metrics.jsonl of the runs",
         command=command,
     )
-    write_blocks(out, page)
+    blocks.write_blocks(out, page)
     return table

@@ -19,12 +19,7 @@ from moepp_megatron.workbench.experiments.pilot.outcome import (
 from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
 from moepp_megatron.workbench.experiments.pilot.result import Interval, PilotResult, Setting
 from moepp_megatron.workbench.experiments.pilot.statistics import PooledLosses
-from moepp_megatron.workbench.experiments.pilot.verdict import (
-    Evidence,
-    level_of,
-    sentence,
-    verdict,
-)
+from moepp_megatron.workbench.experiments.pilot.verdict import Evidence, level_of, sentence, verdict
 
 # By arm and seed.
 Outcomes = Mapping[str, Mapping[int, RunOutcome]]

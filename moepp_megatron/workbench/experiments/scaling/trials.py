@@ -13,12 +13,7 @@ from pydantic import ValidationError
 from moepp_megatron.config import Config
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.runtime.atomic import write_atomic
-from moepp_megatron.workbench.experiments.runner import (
-    Trial,
-    differences,
-    other_settings,
-    writing,
-)
+from moepp_megatron.workbench.experiments.runner import Trial, differences, other_settings, writing
 from moepp_megatron.workbench.experiments.scaling.grid import DEGREES, Point
 from moepp_megatron.workbench.experiments.scaling.records import PointFile, PointResult
 
