@@ -16,8 +16,6 @@ from moepp_megatron.interop.to_mcore import hf_to_mcore, read_format
 from moepp_megatron.interop.upcycle import Additions, upcycle, upcycled_config
 from moepp_megatron.interop.upcycle_sources import source_kind
 from moepp_megatron.interop.zeda import is_zeda
-from moepp_megatron.training.checkpoint import find_checkpoint
-from moepp_megatron.training.checkpoint.files import plain_damage
 from moepp_megatron.training.thin_folder import ThinFolder
 
 _NOTHING = Additions(
@@ -61,13 +59,6 @@ class ThinModels(ThinFolder):
             upcycle(self.folder, start, Additions(**(self.added or {})))
 
     def exported(self) -> list[str]:
-        """Export the trained model if that is not done; warnings. ConfigError: it trained on."""
-        run, file = self.out / "runs" / self.recipe, self.export / TRAINING_CONFIG_FILE
-        if not self.export.exists():
-            return mcore_to_hf(run, self.export, original=self.model.checkpoint)
-        newest = find_checkpoint(run, reason_against=plain_damage)
-        if file.exists() and file.read_bytes() != (newest / CONFIG_FILE).read_bytes():
-            raise ConfigError(
-                f"{self.export} must be of {newest}, and is of an earlier training; move it away"
-            )
-        return []
+        """Export the trained model if that is not done; warnings."""
+        done, model = self.is_exported(TRAINING_CONFIG_FILE), self.model.checkpoint
+        return [] if done else mcore_to_hf(self.run, self.export, original=model)

@@ -31,6 +31,7 @@ from moepp_megatron.file_names import (
 )
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.training.checkpoint import find_checkpoint
+from moepp_megatron.training.checkpoint.files import plain_damage
 from moepp_megatron.training.thin import Start
 
 # Recipes that change the model itself at once.
@@ -124,6 +125,24 @@ class ThinFolder:
     def export(self) -> Path:
         """The result for others."""
         return self.out / f"{self.recipe}-hf"
+
+    @property
+    def run(self) -> Path:
+        """Where the recipe trains, in its last stage."""
+        return self.out / "runs" / self.recipe
+
+    def is_exported(self, settings: str) -> bool:
+        """Whether the result is there; `settings`: its copy of the run's configuration.
+
+        ConfigError: It is there, and the run has been trained on since.
+        """
+        newest = find_checkpoint(self.run, reason_against=plain_damage)
+        file = self.export / settings
+        if file.exists() and file.read_bytes() != (newest / CONFIG_FILE).read_bytes():
+            raise ConfigError(
+                f"{self.export} must be of {newest}, and is of an earlier training; move it away"
+            )
+        return self.export.exists()
 
     def check(self, config: Config, nproc: int) -> list[str]:
         """Warnings on a run; ConfigError for what it would refuse but the checkpoints."""

@@ -91,8 +91,8 @@ def write_thin_page(out: Path, runs: Mapping[str, Path], title: str, command: st
     experts, flops, own = next(iter(found.values()))
     rows = []
     for name, (taken, its_flops, losses) in found.items():
-        shown = [formatting.number(taken, 2), f"{1 - taken / experts:.1%}"]
-        shown.append(f"{1 - its_flops / flops:.1%}")
+        left = (taken / experts, its_flops / flops)
+        shown = [formatting.number(taken, 2), *(f"{1 - share:.1%}" for share in left)]
         for part, loss in own.items():
             its_loss = losses.get(part, math.nan)
             shown.append(f"{formatting.number(its_loss)} ({its_loss / loss - 1:+.2%})")
@@ -100,12 +100,7 @@ def write_thin_page(out: Path, runs: Mapping[str, Path], title: str, command: st
     table = blocks.Table((*_HEAD, *(f"Loss, {part}" for part in own)), rows, _CAPTION)
     with plot_style():
         plots = [_plot(part, found) for part in own]
-    page = blocks.Page(
-        kind="MoE++ model thinned",
-        title=title,
-        sections=[blocks.Section("FLOP removed against loss kept", [*plots, table])],
-        sources="config.yaml and metrics.jsonl of the runs",
-        command=command,
-    )
-    blocks.write_blocks(out, page)
+    section = blocks.Section("FLOP removed against loss kept", [*plots, table])
+    kind, sources = "MoE++ model thinned", "config.yaml and metrics.jsonl of the runs"
+    blocks.write_blocks(out, blocks.Page(kind, title, sources, command, sections=[section]))
     return table
