@@ -60,14 +60,8 @@ def runs() -> Iterator[Run]:
             fixed = Run("loss", corpus, seed, f"tau {tau:g}", {"tau": tau})
             yield fixed
             for label, last in (("last third of", STEPS // 3), ("all of", STEPS)):
-                yield Run(
-                    "loss",
-                    corpus,
-                    seed,
-                    f"{label} tau {tau:g}",
-                    same_share_as=fixed.name,
-                    over_last=last,
-                )
+                name = f"{label} tau {tau:g}"
+                yield Run("loss", corpus, seed, name, same_share_as=fixed.name, over_last=last)
     for corpus, seed in (("headers", 32), ("metadata", 33)):
         moe = {"gate_normalization": "selected", "gating_residual": False}
         for label, budget in _UPCYCLED.items():
@@ -94,11 +88,7 @@ _OTHER_LAYERS: dict[str, dict[str, Any]] = {
         "router_topk": 4,
         **_budget(1.5),
     },
-    "0.6, sigmoid": {
-        "score_function": "sigmoid",
-        "gate_normalization": "selected",
-        **_budget(0.6),
-    },
+    "0.6, sigmoid": {"score_function": "sigmoid", "gate_normalization": "selected", **_budget(0.6)},
 }
 _UPCYCLED: dict[str, dict[str, Any]] = {
     "default": {"controller": "bias"},

