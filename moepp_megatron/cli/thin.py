@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,29 +12,11 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import OverridesArgument
-from moepp_megatron.config import Config, ConfigError, load_config
-from moepp_megatron.workbench.experiments.runner import Interrupted, RunFailed, Trial, run_missing
+from moepp_megatron.config import ConfigError, load_config
 
 if TYPE_CHECKING:
     from moepp_megatron.interop.thin import ThinModels
-    from moepp_megatron.observe.metrics import StepMetrics
-
-
-@dataclass(frozen=True)
-class _Run(Trial["StepMetrics"]):
-    """A training run, which continues from its newest checkpoint."""
-
-    option, stoppable = "OUT", True
-    config: Config
-
-    @property
-    def command(self) -> list[str]:
-        return ["train", "--resume", "--", str(self.folder / "configs" / f"{self.name}.yaml")]
-
-    def result(self) -> StepMetrics | None:
-        from moepp_megatron.training.thin import last_record
-
-        return last_record(self.config)
+    from moepp_megatron.workbench.experiments.thin_run import ThinRun
 
 
 def thin(
@@ -106,6 +87,7 @@ def thin(
     quiet()
     from moepp_megatron.interop.thin import ThinModels
     from moepp_megatron.training.thin import ThinSettings
+    from moepp_megatron.workbench.experiments.thin_run import ThinRun
 
     models = ThinModels.read(model, out.resolve(), recipe)
     settings = ThinSettings(models.out, ffn_share, data, config, steps, overrides or [])
@@ -123,12 +105,13 @@ def thin(
         echo(f"warning: {warning}", err=True)
     echo(f"settings     {out}/configs")
     models.convert()
-    _run(models, [_Run(models.out, name, name, nproc, each) for name, each in configs.items()])
+    _run(models, [ThinRun(models.out, name, name, nproc, each) for name, each in configs.items()])
     _finish(models, command)
 
 
-def _run(models: ThinModels, runs: Sequence[_Run]) -> None:
+def _run(models: ThinModels, runs: Sequence[ThinRun]) -> None:
     from moepp_megatron.runtime.launch import STOPPED
+    from moepp_megatron.workbench.experiments.runner import Interrupted, RunFailed, run_missing
     from moepp_megatron.workbench.report.thin_page import at_step_0
 
     try:
@@ -147,7 +130,7 @@ def _run(models: ThinModels, runs: Sequence[_Run]) -> None:
 
 
 def _finish(models: ThinModels, command: str) -> None:
-    from moepp_megatron.training.thin import RECIPES
+    from moepp_megatron.training.thin import RECIPES, last_record
     from moepp_megatron.workbench.report.terminal import print_uncut, table_of
     from moepp_megatron.workbench.report.thin_page import write_thin_page
 
@@ -157,7 +140,7 @@ def _finish(models: ThinModels, command: str) -> None:
     there = {
         name: runs / name
         for name, file in files.items()
-        if file.exists() and _Run(models.out, name, name, 1, load_config(file)).result()
+        if file.exists() and last_record(load_config(file))
     }
     page = models.out / "thin.html"
     print_uncut(table_of(write_thin_page(page, there, models.folder.resolve().name, command)))

@@ -304,10 +304,10 @@ def test_a_folder_is_of_one_model_and_share(sources: Path, tmp_path: Path) -> No
 
 
 def test_what_a_file_of_out_decides_is_said(sources, corpus, tmp_path, monkeypatch) -> None:
-    from moepp_megatron.cli.thin import _Run
     from moepp_megatron.config import ConfigError
     from moepp_megatron.interop.thin import ThinModels
     from moepp_megatron.training import thin as module
+    from moepp_megatron.workbench.experiments.thin_run import ThinRun
 
     def settled(*overrides: str) -> tuple[dict[str, Any], list[str]]:
         settings = module.ThinSettings(tmp_path, 0.5, [corpus], overrides=overrides)
@@ -326,7 +326,7 @@ def test_what_a_file_of_out_decides_is_said(sources, corpus, tmp_path, monkeypat
     ]
     monkeypatch.setattr(runner, "lock", lambda descriptor: False)
     with pytest.raises(ConfigError, match=r"^OUT \(.*one command at a time"):
-        runner.run_missing([_Run(tmp_path, "budget", "budget", 1, runs["budget"])])
+        runner.run_missing([ThinRun(tmp_path, "budget", "budget", 1, runs["budget"])])
     monkeypatch.setattr(module, "_FILE", tmp_path / "not in a wheel")
     with pytest.raises(ConfigError, match="--config must name a file .* no configs/"):
         settled()

@@ -22,7 +22,7 @@ ROOMS = ["cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE, *FLOOR]
 # for a named capability.
 CEILINGS = {
     "cli": 4240,
-    "workbench.experiments": 3110,
+    "workbench.experiments": 3140,
     "workbench.report": 6080,
     "workbench.planning": 4230,
     "workbench.inspection": 750,
@@ -45,7 +45,7 @@ CEILINGS = {
     "version": 10,
 }
 # All Python files of the package, of the tests and of benchmarks/ with its results.
-MOST_FILES, MOST_TEST_LINES = 562, 61_800
+MOST_FILES, MOST_TEST_LINES = 564, 61_900
 MOST_BENCHMARK_LINES, MOST_WORDS = 4_460, 51_900
 
 # Not yet: planning says in which order to read it, the experiments nothing.
