@@ -135,7 +135,7 @@ def _finish(models: ThinModels, command: str) -> None:
     from moepp_megatron.workbench.report.thin_page import write_thin_page
 
     runs = models.out / "runs"
-    names = ["model", *(f"{name}{end}" for name in RECIPES for end in ("-start", ""))]
+    names = ["model", *(f"{name}{end}" for name in RECIPES for end in ("-start", "-1", ""))]
     files = {name: models.out / "configs" / f"{name}.yaml" for name in names}
     there = {
         name: runs / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from operator import attrgetter
 from typing import Any
 
 from moepp_megatron.config import Config
@@ -39,9 +40,7 @@ def unknown_there(kinds: Collection[ExpertKind]) -> tuple[Row, ...]:
 def refusals(config: Config, rows: Iterable[Row], where: str, remedy: str) -> Iterator[Problem]:
     """A problem for each row that the model's configuration breaks; `where` it is to run."""
     for name, accepted, reason in rows:
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
+        value = attrgetter(name)(config)
         if value not in accepted:
             wanted = " or ".join(map(show, accepted))
             yield Problem(name, value, f"must be {wanted} for {where}: {reason}", remedy)

@@ -41,9 +41,8 @@ def special_ids(folder: Path) -> dict[str, int | list[int] | None]:
     if (folder / HF_CONFIG_FILE).is_file():
         original = read_json(folder / HF_CONFIG_FILE)
         return {key: original[key] for key in _SPECIAL_IDS if key in original}
-    eod = None
-    if (folder / TOKENIZER_FILE).is_file():
-        eod = Tokenizer.load(folder / TOKENIZER_FILE).eod
+    file = folder / TOKENIZER_FILE
+    eod = Tokenizer.load(file).eod if file.is_file() else None
     return dict.fromkeys(_SPECIAL_IDS, eod)
 
 

@@ -116,8 +116,8 @@ def mcore_to_hf(
         console: Console that shows the progress.
         dtype: fp32 or bf16 for all weights but selection biases; None keeps each tensor's own.
         license_id: Licence of the weights, by the Hub's identifier; for the model card.
-        original: A checkpoint made from a Hugging Face model, whose special tokens, chat template
-            and settings of generation the export has; None for those of `source`.
+        original: A checkpoint made from a Hugging Face model, whose context length, special tokens,
+            chat template and settings of generation the export has; None for those of `source`.
 
     Raises:
         ConfigError: If the layout cannot express the model, or the checkpoint is damaged.
@@ -141,6 +141,8 @@ def mcore_to_hf(
         written = _write_weights(reader, rules, unfinished, max_shard_bytes, console, dtype)
         name = str(written).removeprefix("torch.")
         beside = original or folder
+        if original is not None:
+            fields["max_position_embeddings"] = load_config(original / CONFIG_FILE).model.seq_length
         fields |= special_ids(beside) | {form.dtype_field: name} | _auto_map(form.classes)
         write_json(unfinished / MODEL_CONFIG_FILE, fields)
         for each in (folder, beside):

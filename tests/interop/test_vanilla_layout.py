@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,13 @@ def test_llama_cpp_computes_the_same(
     ):
         assert (answer["prompt"], answer["tokens"]) == (prompt, wanted["tokens"])
         np.testing.assert_allclose(answer["logprobs"], wanted["logprobs"], rtol=0, atol=1e-3)
+
+
+def test_the_example_says_how_it_is_called() -> None:
+    file = Path(__file__).parents[2] / "examples" / "to_gguf.py"
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True)
+    assert (done.returncode, "to_gguf.py LLAMA_CPP EXPORT" in done.stderr) == (1, True)
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ SOURCES: dict[str, dict[str, Any]] = {
 SETTINGS = [
     *("--steps", str(STEPS), "training.global_batch_size=8", "training.micro_batch_size=4"),
     *("training.eval_iters=1", "training.log_interval=1", "optimizer.lr=1e-3"),
+    # Half of what the models are for.
+    "model.seq_length=16",
     # Test ranks may not have children.
     "data.num_workers=0",
 ]
@@ -147,6 +149,8 @@ def test_from_a_model_to_its_export(
         assert (shares[0], late) == (1.0, pytest.approx(share, rel=0.1))
     page = (tmp_path / "out/thin.html").read_text()
     assert "Expert FLOP removed" in page
+    # Steps of the model, of the start and of the training.
+    assert [page.count(f'class="num">{steps}</td>') for steps in (0, STEPS)] == [2, 1]
     # A plot of the only validation set: from the start to the end.
     rises = [after / before - 1, logged(runs / "budget", "valid_loss")[-1] / before - 1]
     assert page.count("<img") == 1
@@ -178,7 +182,8 @@ def test_from_a_model_to_its_export(
         json.loads((folder / "config.json").read_text())
         for folder in (sources / family, tmp_path / "out/budget-hf")
     )
-    assert thinned["eos_token_id"] == own["eos_token_id"]
+    for name in ("eos_token_id", "max_position_embeddings"):
+        assert thinned[name] == own[name]
     model = load_model(tmp_path / "out/budget-hf")
     assert model.config.num_experts_per_tok == experts
     with torch.no_grad():

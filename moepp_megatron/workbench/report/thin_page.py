@@ -19,14 +19,14 @@ from moepp_megatron.workbench.report.run_data import load_run
 from moepp_megatron.workbench.report.series import finite
 from moepp_megatron.workbench.report.summary import summarize
 
-# FFN experts a token, FLOP of its forward pass, and losses by set, of a run by its name.
-_Found = Mapping[str, tuple[float, float, dict[str, float]]]
-_HEAD = ("Model", "FFN experts a token", "Expert FLOP removed", "FLOP removed")
+# Of a run: FFN experts a token, FLOP of its forward pass, steps trained, and losses by set.
+_Numbers = tuple[float, float, int, dict[str, float]]
+_HEAD = ("Model", "Steps", "FFN experts a token", "Expert FLOP removed", "FLOP removed")
 _CAPTION = (
     "Losses are on validation sets, nats per token, with the rise over the model's own. Removed: "
     "FLOP of a token's forward pass, of the FFN experts and of the whole model, by the FFN share "
     "of the last tenth of the run's records. A start is before its training, which lowers a loss "
-    "by itself where the model has not learnt the text: compare with the recipe `control`."
+    "by itself where the model has not learnt the text: compare with `control` after as many steps."
 )
 _PLOT = "Each recipe from its start (hollow) to the end of its training. The model's own is at 0%."
 # Of a loss, relative: the rounding of bf16 averages out far below it.
@@ -47,20 +47,18 @@ def _losses(record: StepMetrics | None) -> dict[str, float]:
     return {**data, **(record.valid_set_loss or {})}
 
 
-def _numbers(run: Path) -> tuple[float, float, dict[str, float]]:
+def _numbers(run: Path) -> _Numbers:
     data, config = load_run(run), load_config(run / CONFIG_FILE)
-    share = summarize(data).settled_ffn_fraction
-    flops = forward_flops_per_token(config, share)
-    return share * config.moe.router_topk, flops, _losses(data.records[-1])
+    share, last = summarize(data).settled_ffn_fraction, data.records[-1]
+    flops, steps = forward_flops_per_token(config, share), last.step if last.step > 1 else 0
+    return share * config.moe.router_topk, flops, steps, _losses(last)
 
 
-def _plot(part: str, found: _Found) -> blocks.Plot:
+def _plot(part: str, found: Mapping[str, _Numbers]) -> blocks.Plot:
     """How far the loss on one set has risen over the expert FLOP removed, a line a recipe."""
-    experts, _, own = next(iter(found.values()))
-    lines = []
-    for start, colour in zip(
-        (n for n in found if n.endswith("-start")), LINE_COLOURS, strict=False
-    ):
+    experts, *_, own = next(iter(found.values()))
+    lines, starts = [], [name for name in found if name.endswith("-start")]
+    for start, colour in zip(starts, LINE_COLOURS, strict=False):
         recipe = start.removesuffix("-start")
         ends = [found[name] for name in (start, recipe) if name in found]
         removed = np.array([100 * (1 - taken / experts) for taken, *_ in ends])
@@ -68,7 +66,7 @@ def _plot(part: str, found: _Found) -> blocks.Plot:
         lines.append(Line(recipe, finite(removed, rise), colour, marker="o"))
     x, y = (np.concatenate([line.points[axis][:1] for line in lines]) for axis in (0, 1))
     frame = Frame(
-        *("loss, risen by", formatting.percent, "expert FLOP removed (%)"),
+        *("rise of the loss", formatting.percent, "expert FLOP removed (%)"),
         change=lambda axes: axes.plot(x, y, "o", color=PAPER, markersize=2.5),
     )
     return line_plot(f"Loss, {part}", _PLOT, lines, frame)
@@ -88,11 +86,12 @@ def write_thin_page(out: Path, runs: Mapping[str, Path], title: str, command: st
         Its table: FLOP removed against loss, a row for each run.
     """
     found = {name: _numbers(run) for name, run in runs.items()}
-    experts, flops, own = next(iter(found.values()))
+    experts, flops, _, own = next(iter(found.values()))
     rows = []
-    for name, (taken, its_flops, losses) in found.items():
+    for name, (taken, its_flops, steps, losses) in found.items():
         left = (taken / experts, its_flops / flops)
-        shown = [formatting.number(taken, 2), *(f"{1 - share:.1%}" for share in left)]
+        shown = [f"{steps:,}", formatting.number(taken, 2)]
+        shown += [f"{1 - share:.1%}" for share in left]
         for part, loss in own.items():
             its_loss = losses.get(part, math.nan)
             shown.append(f"{formatting.number(its_loss)} ({its_loss / loss - 1:+.2%})")
