@@ -108,11 +108,11 @@ class GenerateRequest:
         room = length - longest
         if max_new_tokens is None:
             max_new_tokens = min(_DEFAULT_NEW_TOKENS, room)
-        elif max_new_tokens > room:
+        elif not 0 < max_new_tokens <= room:
             raise ConfigError(
-                f"--max-new-tokens ({max_new_tokens}) must be at most {room}: the longest prompt "
-                f"has {longest} tokens and the model knows {length} positions; use {room}, or "
-                "shorten the prompt"
+                f"--max-new-tokens ({max_new_tokens}) must be between 1 and {room}: the longest "
+                f"prompt has {longest} tokens and the model knows {length} positions; use {room}, "
+                "or shorten the prompt"
             )
         texts = np.zeros((len(ids), divisible(longest + max_new_tokens, overrides)), np.int64)
         scoring = ScoreRequest.of(folder, trained, texts, overrides, world_size)

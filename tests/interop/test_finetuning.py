@@ -125,17 +125,30 @@ def balance_losses(padded: bool, scope: str, kind: BalanceLoss) -> dict[str, flo
         balance_loss=kind,
     )
     bias = torch.linspace(0.05, -0.05, 8)
-    counted = inputs["attention_mask"].flatten().bool()
-    parts = len(inputs["input_ids"]) if scope == "sequence" else 1
-    reference = 0.0
-    for logits in output.router_logits:
-        for tokens, counts in zip(logits.chunk(parts), counted.chunk(parts), strict=True):
-            _, selected, scores = select_experts(tokens[counts], config, bias)
-            reference += float(balance_loss(scores, selected, config)) / parts
+    mask = inputs["attention_mask"].bool()
+    parts = len(mask) if scope == "sequence" else 1
+
+    def reference(first: int) -> float:
+        total = 0.0
+        for logits in output.router_logits:
+            layer = logits.unflatten(0, (len(mask), -1))[:, first:].chunk(parts)
+            for tokens, counts in zip(layer, mask[:, first:].chunk(parts), strict=True):
+                _, selected, scores = select_experts(tokens[counts], config, bias)
+                total += float(balance_loss(scores, selected, config)) / parts
+        return total
+
+    both = inputs["input_ids"], inputs["attention_mask"]
+    recorded = model.model(*both, output_router_logits=True).router_logits
+    assert all(map(torch.equal, recorded, output.router_logits))
+    begun = model(inputs["input_ids"][:, :4], inputs["attention_mask"][:, :4])
+    rest = inputs["input_ids"][:, 4:], inputs["attention_mask"]
+    continued = model(*rest, cache=begun.cache, output_router_logits=True)
     coefficient = model.config.router_aux_loss_coef
     return {
         "aux": float(output.aux_loss),
-        "reference": reference,
+        "reference": reference(0),
+        "continued": float(continued.aux_loss),
+        "continued reference": reference(4),
         "added": float(output.loss - plain_output.loss) / coefficient,
         "accumulated": float(
             (
@@ -145,6 +158,7 @@ def balance_losses(padded: bool, scope: str, kind: BalanceLoss) -> dict[str, flo
             / coefficient
         ),
         "predicted": float((inputs["labels"][:, 1:] != -100).sum()),
+        "positional": float(model(*both, output_router_logits=True).aux_loss),
         "tuple": float(model(**inputs, output_router_logits=True, return_dict=False)[1]),
     }
 
@@ -161,6 +175,8 @@ def test_balance_loss_is_that_of_the_reference(
     assert values["aux"] > 0.1
     # fp32 sums of a few dozen scores in another order.
     assert values["aux"] == pytest.approx(values["reference"], rel=1e-5)
+    assert values["continued"] == pytest.approx(values["continued reference"], rel=1e-5)
+    assert values["positional"] == values["aux"]
     assert values["tuple"] == values["aux"]
     # A difference of two losses around 4, divided by 0.01: their last bits are 100 times larger.
     assert values["added"] == pytest.approx(values["aux"], abs=1e-4)

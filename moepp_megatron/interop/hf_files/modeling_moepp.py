@@ -6,6 +6,7 @@ FFN, constant, copy, zero.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial, wraps
 from typing import Any
@@ -28,7 +29,9 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_moepp import MoeConfig, MoEPPConfig
 
@@ -418,6 +421,7 @@ class _MoEPPMixin:
     _can_record_outputs = {
         "hidden_states": MoEPPDecoderLayer,
         "attentions": [LlamaAttention, Qwen3Attention],
+        "router_logits": OutputRecorder(MoEPPGate, index=2),
     }
 
     @torch.no_grad()
@@ -478,6 +482,9 @@ class MoEPPModel(_MoEPPMixin, LlamaModel):
         return super().forward(*args, router_lane=lane, **kw)
 
 
+_ARGUMENTS = [*inspect.signature(MixtralForCausalLM.forward).parameters][1:]
+
+
 class MoEPPForCausalLM(_MoEPPMixin, LlamaForCausalLM):
     """The language model."""
 
@@ -488,26 +495,24 @@ class MoEPPForCausalLM(_MoEPPMixin, LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @wraps(LlamaForCausalLM.forward)
-    def forward(
-        self,
-        *args: Any,
-        output_router_logits: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Same as `LlamaForCausalLM.forward`.
+    @wraps(MixtralForCausalLM.forward)
+    def forward(self, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
+        """Same as `MixtralForCausalLM.forward`, but for the balance loss.
 
         With `output_router_logits` (by default the configuration's) the output has `router_logits`,
         [T, E] fp32 for each MoE layer, and `aux_loss`, the sum of the layers' balance losses over
-        the tokens of `attention_mask`. `router_aux_loss_coef` times that is added to the loss.
+        the tokens of `attention_mask`, where that is [b, s]. `router_aux_loss_coef` times that is
+        added to the loss.
         """
+        named = dict(zip(_ARGUMENTS, args, strict=False))
+        lane: dict[int, Tensor] = {}
+        output = super().forward(**named, **kwargs, router_lane=lane, return_dict=True)
+        kwargs |= named
+        output_router_logits = kwargs.get("output_router_logits")
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         if return_dict is None:
             return_dict = self.config.return_dict
-        lane: dict[int, Tensor] = {}
-        output = super().forward(*args, router_lane=lane, return_dict=True, **kwargs)
         if output_router_logits:
             mask = kwargs.get("attention_mask")
             aux_loss = self._balance_loss(lane, mask, output.logits.shape[0])
@@ -522,10 +527,9 @@ class MoEPPForCausalLM(_MoEPPMixin, LlamaForCausalLM):
         """The sum of the layers' balance losses, those of a batch of sequences; scalar fp32."""
         counted_T = None
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            counted_T = attention_mask.flatten().bool()
-            if counted_T.numel() != next(iter(lane.values())).shape[0]:
-                # With a cache the mask covers tokens of earlier calls too.
-                counted_T = None
+            # With a cache the mask begins with tokens of earlier calls.
+            length = next(iter(lane.values())).shape[0] // batch
+            counted_T = attention_mask[:, -length:].flatten().bool()
         device = self.lm_head.weight.device
         layers: Any = self.model.layers
         parts = batch if self.config.balance_scope == "sequence" else 1
