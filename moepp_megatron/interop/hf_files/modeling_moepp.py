@@ -513,15 +513,16 @@ class MoEPPForCausalLM(_MoEPPMixin, LlamaForCausalLM):
             output_router_logits = self.config.output_router_logits
         if return_dict is None:
             return_dict = self.config.return_dict
+        fields = dict(output)
         if output_router_logits:
             mask = kwargs.get("attention_mask")
             aux_loss = self._balance_loss(lane, mask, output.logits.shape[0])
-            fields = dict(output) | {"aux_loss": aux_loss, "router_logits": tuple(lane.values())}
+            fields |= {"aux_loss": aux_loss, "router_logits": tuple(lane.values())}
             if output.loss is not None:
                 weight = self.config.router_aux_loss_coef * _batch_share(**kwargs)
                 fields["loss"] = output.loss + weight * aux_loss.to(output.loss.device)
-            output = MoeCausalLMOutputWithPast(**fields)
-        return output if return_dict else output.to_tuple()
+        result = MoeCausalLMOutputWithPast(**fields)
+        return result if return_dict else result.to_tuple()
 
     def _balance_loss(self, lane: dict[int, Tensor], attention_mask: Any, batch: int) -> Tensor:
         """The sum of the layers' balance losses, those of a batch of sequences; scalar fp32."""
