@@ -508,39 +508,34 @@ class MoEPPForCausalLM(_MoEPPMixin, LlamaForCausalLM):
         lane: dict[int, Tensor] = {}
         output = super().forward(**named, **kwargs, router_lane=lane, return_dict=True)
         kwargs |= named
-        output_router_logits = kwargs.get("output_router_logits")
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        if return_dict is None:
-            return_dict = self.config.return_dict
+        wanted = kwargs.get("output_router_logits")
         fields = dict(output)
-        if output_router_logits:
-            mask = kwargs.get("attention_mask")
-            aux_loss = self._balance_loss(lane, mask, output.logits.shape[0])
+        if self.config.output_router_logits if wanted is None else wanted:
+            aux_loss = self._balance_loss(lane, kwargs.get("attention_mask"), len(output.logits))
             fields |= {"aux_loss": aux_loss, "router_logits": tuple(lane.values())}
             if output.loss is not None:
                 weight = self.config.router_aux_loss_coef * _batch_share(**kwargs)
                 fields["loss"] = output.loss + weight * aux_loss.to(output.loss.device)
         result = MoeCausalLMOutputWithPast(**fields)
-        return result if return_dict else result.to_tuple()
+        is_named = self.config.return_dict if return_dict is None else return_dict
+        return result if is_named else result.to_tuple()
 
     def _balance_loss(self, lane: dict[int, Tensor], attention_mask: Any, batch: int) -> Tensor:
         """The sum of the layers' balance losses, those of a batch of sequences; scalar fp32."""
-        counted_T = None
+        tokens = len(next(iter(lane.values())))
+        counted_T = torch.ones(tokens, dtype=torch.bool)
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             # With a cache the mask begins with tokens of earlier calls.
-            length = next(iter(lane.values())).shape[0] // batch
-            counted_T = attention_mask[:, -length:].flatten().bool()
+            counted_T = attention_mask[:, -(tokens // batch) :].flatten().bool()
         device = self.lm_head.weight.device
         layers: Any = self.model.layers
         parts = batch if self.config.balance_scope == "sequence" else 1
         total = torch.zeros((), device=device)
         for index, logits in lane.items():
-            counted = torch.ones(len(logits), dtype=torch.bool) if counted_T is None else counted_T
-            chunks = zip(logits.chunk(parts), counted.to(logits.device).chunk(parts), strict=True)
+            counted = counted_T.to(logits.device)
             losses = [
-                layers[index].mlp.moe.gate.balance_loss(tokens[counts])
-                for tokens, counts in chunks
+                layers[index].mlp.moe.gate.balance_loss(logits_tE[counts])
+                for logits_tE, counts in zip(logits.chunk(parts), counted.chunk(parts), strict=True)
                 if counts.any()
             ]
             if losses:
