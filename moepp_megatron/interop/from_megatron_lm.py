@@ -16,16 +16,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from moepp_megatron.config import Config, ConfigError, parse_config
+from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
+from moepp_megatron.file_names import TOKENIZER_FILE
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.convert import free_folder
+from moepp_megatron.interop.hf_config import assemble
 from moepp_megatron.interop.megatron_arguments import environment_arguments, moepp_config
 from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint, read_arguments
 from moepp_megatron.interop.moepp_rules import moepp_rules
-from moepp_megatron.interop.to_mcore import differences, write_objects
+from moepp_megatron.interop.to_mcore import complete, differences
 from moepp_megatron.layer_settings import DECLARED
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.runtime.atomic import partial_folder, publish
@@ -86,13 +87,9 @@ def from_megatron_lm(
         writer = ConvertedCheckpointWriter(partial, _PREFIX)
         for name in names:
             writer.adopt(reader, name)
-        write_objects(writer, config)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
-        text = config.to_yaml(f"converted from {folder.name} of Megatron-LM's training loop")
-        (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
-        writer.finish()
-        writer.finish_manifest()
+        complete(writer, partial, config, f"{folder.name} of Megatron-LM's training loop")
         publish(partial, target)
     return config
 
@@ -110,18 +107,11 @@ def config_from_arguments(arguments: Namespace, own_arguments: str | None, name:
         # By the names of `TransformerConfig`.
         fields: Any = SimpleNamespace(**vars(arguments), num_moe_experts=arguments.num_experts)
         moepp = moepp_config(fields, _with_own(arguments, own_arguments))
-        sections = {"model": _model(arguments), "moe": _moe(arguments, moepp)}
+        model, moe = _model(arguments), _moe(arguments, moepp)
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"the checkpoint's arguments do not fit: {error}") from None
-    return parse_config(
-        {
-            "run": {"dir": f"runs/{name}", "name": name},
-            **sections,
-            "precision": {"dtype": "bf16" if getattr(arguments, "bf16", False) else "fp32"},
-            "optimizer": {"lr": getattr(arguments, "lr", None) or 1.0e-4},
-            "training": {"train_iters": 1, "global_batch_size": 1, "micro_batch_size": 1},
-        }
-    )
+    dtype = "bf16" if getattr(arguments, "bf16", False) else "fp32"
+    return assemble(model, moe, {}, name, dtype, getattr(arguments, "lr", None) or 1.0e-4)
 
 
 def link_data(reader: CheckpointReader, names: Iterable[str], target: Path) -> None:

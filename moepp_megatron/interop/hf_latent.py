@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.interop.hf_config import decoder_section, refuse_fields, require, rope_theta
+from moepp_megatron.interop.hf_decoder import decoder_section, refuse_fields, require, rope_theta
 from moepp_megatron.interop.latent_rules import LATENT_EPSILON
 
 # Scores of a group that transformers' and DeepSeek's code add up to rank it.

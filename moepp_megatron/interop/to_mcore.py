@@ -46,7 +46,7 @@ def hf_to_mcore(
         console: Console that shows the progress.
 
     Raises:
-        ConfigError: If tensors are missing, unexpected or of a wrong shape; names every one.
+        ConfigError: If tensors are missing, unexpected or of a wrong shape; names them.
     """
     hf = HFSource(source, allow_pickle)
     config, rules = read_format(hf.config, source.resolve().name, dtype)
@@ -98,15 +98,10 @@ def write_checkpoint(
             ]
             writer.add(rule.key, rule.pack(sources), rule.shape, rule.index)
             advance(sum(tensors[source.name].nbytes for source in rule.sources))
-        write_objects(writer, config)
         copy_companions(hf.folder, folder)
         # So that the way back gives what this package has no field for.
         shutil.copyfile(hf.folder / MODEL_CONFIG_FILE, folder / HF_CONFIG_FILE)
-        (folder / CONFIG_FILE).write_text(
-            config.to_yaml(f"converted from {hf.folder.name}"), encoding="utf-8"
-        )
-        writer.finish()
-        writer.finish_manifest()
+        complete(writer, folder, config, hf.folder.name)
         publish(folder, target)
 
 
@@ -146,6 +141,15 @@ def _problems_of(what: str, names: Sequence[str]) -> list[str]:
     if len(names) > _MAX_LISTED:
         lines.append(f"and {len(names) - _MAX_LISTED} more tensors: each {what}")
     return lines
+
+
+def complete(writer: ConvertedCheckpointWriter, folder: Path, config: Config, origin: str) -> None:
+    """Write what makes a checkpoint of ours of a folder with all else in it, tensors included."""
+    write_objects(writer, config)
+    text = config.to_yaml(f"converted from {origin}")
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    writer.finish()
+    writer.finish_manifest()
 
 
 def write_objects(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.interop.hf_config import MOEPP_TYPES, UNBUILDABLE, decoder_section, require
+from moepp_megatron.interop.hf_config import MOEPP_TYPES, UNBUILDABLE
+from moepp_megatron.interop.hf_decoder import decoder_section, require
 from moepp_megatron.interop.hf_latent import deepseek_decoder_section, deepseek_moe
 from moepp_megatron.interop.latent_rules import latent_attention_rules, norm_keys
 from moepp_megatron.interop.tensor_rules import (

@@ -15,7 +15,8 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.problem import Problem, raise_problems, show
 from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS, ZERO
 from moepp_megatron.interop.expressible import Row, refusals, unknown_there
-from moepp_megatron.interop.hf_config import assemble, require, shared_fields
+from moepp_megatron.interop.hf_config import assemble, shared_fields
+from moepp_megatron.interop.hf_decoder import require
 from moepp_megatron.interop.latent_rules import LATENT_EPSILON, epsilon_warnings, latent_fields
 from moepp_megatron.interop.moepp_rules import constant_rules
 from moepp_megatron.interop.tensor_rules import TensorRule, same
