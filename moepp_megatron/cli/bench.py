@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import ConfigArgument, JsonOption, NprocOption, OverridesArgument
 from moepp_megatron.cli.ranks import start_ranks
 from moepp_megatron.layer_settings import Fused
@@ -227,21 +227,16 @@ def step(
         moepp bench step configs/quickstart.yaml --nproc 2 --json step.json
     """
     from moepp_megatron.config import Layout, check_config, check_world_size, load_config
-    from moepp_megatron.config.errors import ConfigError
+    from moepp_megatron.config.vanilla import refuse_vanilla
     from moepp_megatron.runtime.rank import RankEnvironment
 
     rank = RankEnvironment.read()
     settings = load_config(config, overrides or [])
-    if settings.moe.is_vanilla:
-        raise ConfigError(
-            f"moe.num_zero_experts ({settings.moe.num_zero_experts}) and the other counts of "
-            "zero-computation experts must not all be 0 to be compared with vanilla; use 1"
-        )
+    refuse_vanilla(settings)
     world_size = rank.world_size if rank.is_launched else nproc
     layout = Layout.from_config(settings, world_size)
     if rank.rank == 0:
-        for warning in check_config(settings) + check_world_size(settings, world_size):
-            echo(f"warning: {warning}", err=True)
+        warn(*check_config(settings), *check_world_size(settings, world_size))
     from moepp_megatron.runtime.fit import check_fit
 
     check_fit(settings)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import ConfigArgument, JsonOption, OverridesArgument
 from moepp_megatron.config import ConfigError
 
@@ -153,8 +153,7 @@ def from_megatron(
     from moepp_megatron.runtime.atomic import write_result
 
     write_result(out, content.encode())
-    for note in translation.notes:
-        echo(f"warning: {note}", err=True)
+    warn(*translation.notes)
     echo(f"configuration {out}")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.layer_settings import LayerSettings
 from moepp_megatron.runtime.object_store import place
 
@@ -122,10 +122,7 @@ def mcore_to_hf(
     from moepp_megatron.interop.to_hf import mcore_to_hf as convert
 
     shard_bytes, chosen = int(max_shard_gb * 1e9), None if dtype is None else dtype.value
-    for warning in convert(
-        source, target, layout.value, shard_bytes, dtype=chosen, license_id=license_id
-    ):
-        echo(f"warning: {warning}", err=True)
+    warn(*convert(source, target, layout.value, shard_bytes, dtype=chosen, license_id=license_id))
     echo(f"model        {target}")
 
 

@@ -15,6 +15,12 @@ def echo(text: str, err: bool = False) -> None:
         typer.echo(printable(text), err=err)
 
 
+def warn(*warnings: str) -> None:
+    """Write warnings to stderr, a line each."""
+    for warning in warnings:
+        echo(f"warning: {warning}", err=True)
+
+
 def echo_error(error: ConfigError | UnfitError) -> int:
     """Write a user's error to stderr; returns its exit status."""
     echo(f"error: {error}", err=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
 from moepp_megatron.config import Layout, check_config, load_config
 
@@ -204,12 +204,10 @@ def _check_runs(whole: Pilot, collect: bool) -> None:
     from moepp_megatron.data.prepared_data import check_data
     from moepp_megatron.runtime.fit import check_fit
 
-    for warning in check_config(whole.config):
-        echo(f"warning: {warning}", err=True)
+    warn(*check_config(whole.config))
     if collect:
         return
     for arm in whole.base:
         Layout.from_config(arm.config, whole.nproc)
         check_fit(arm.config)
-    for warning in check_data(whole.config):
-        echo(f"warning: {warning}", err=True)
+    warn(*check_data(whole.config))

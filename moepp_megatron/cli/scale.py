@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import (
     ConfigArgument,
     NnodesOption,
@@ -111,6 +111,7 @@ def scale(
         moepp scale configs/quickstart.yaml --out scaling --nproc 2 --layout ep=2
     """
     from moepp_megatron.config.choices import parse_choices, parse_counts
+    from moepp_megatron.config.vanilla import refuse_vanilla
     from moepp_megatron.runtime.rank import RankEnvironment
     from moepp_megatron.workbench.experiments.runner import Interrupted, missing
     from moepp_megatron.workbench.experiments.scaling.grid import KINDS, MODES, build_grid
@@ -120,13 +121,14 @@ def scale(
     chosen = parse_choices("--kinds", kinds, KINDS)
     nprocs = parse_counts("--nproc", nproc)
     nodes = machines(nnodes, node_rank, rdzv_endpoint, rdzv_id)
+    if nodes is not None and point is None:
+        raise ConfigError(
+            f"--nnodes ({nnodes}) must come with --point, since machines meet for one point; name "
+            "one that --plan prints"
+        )
     rank = RankEnvironment.read() if nodes is None else RankEnvironment()
     settings = load_config(config, overrides or [])
-    if settings.moe.is_vanilla:
-        raise ConfigError(
-            f"moe.num_zero_experts ({settings.moe.num_zero_experts}) and the other counts of "
-            "zero-computation experts must not all be 0 to be compared with vanilla; use 1"
-        )
+    refuse_vanilla(settings)
     grid = build_grid(settings, nprocs, layout or ["auto"], modes)
     from moepp_megatron.runtime.fit import check_fit
 
@@ -177,8 +179,7 @@ def _run_all(config: Config, grid: ScalingGrid, trials: list[PointTrial]) -> boo
     from moepp_megatron.workbench.experiments.runner import missing, run_missing
     from moepp_megatron.workbench.report.progress import progress
 
-    for warning in check_config(config):
-        echo(f"warning: {warning}", err=True)
+    warn(*check_config(config))
     for what, reason in grid.impossible.items():
         echo(f"left out: {what}: {reason}", err=True)
     total, todo = len(trials), len(missing(trials))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
 from moepp_megatron.config import Config, ConfigError, check_config, load_config, with_overrides
 
@@ -39,8 +39,7 @@ def slurm(
     from moepp_megatron.cluster.slurm_script import SlurmJob, sweep_variants
 
     settings = load_config(config, overrides or [])
-    for warning in check_config(settings):
-        echo(f"warning: {warning}", err=True)
+    warn(*check_config(settings))
     if nodes is not None:
         settings = with_overrides(settings, [f"slurm.nodes={nodes}"])
     variants = sweep_variants(settings, sweep or []) if sweep else []
@@ -60,5 +59,4 @@ def _report_path_problems(configs: list[Config], submit: bool) -> None:
     # In a container paths can be others.
     if problems and submit and configs[0].slurm.container == "none":
         raise ConfigError("\n".join(problems))
-    for problem in problems:
-        echo(f"warning: {problem}", err=True)
+    warn(*problems)

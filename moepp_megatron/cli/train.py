@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moepp_megatron.cli.echo import echo
+from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import (
     GPU_NAMES,
     ConfigArgument,
@@ -127,7 +127,7 @@ def train(
     words += ["--ignore-memory"] if ignore_memory else []
     start = Start(resume=resume, overwrite=overwrite, resume_command=resume_command(words))
     with refusing_for_all(None if dry_run else nodes):
-        request = TrainRequest.read(config, overrides or [], options, start, _warn)
+        request = TrainRequest.read(config, overrides or [], options, start, warn)
         _check_dry_options(dry_run, gpu, build_rank, request.layout.world_size)
         if dry_run:
             from moepp_megatron.cli.dry_run import build_and_check, print_plan
@@ -135,8 +135,7 @@ def train(
 
             settings, layout = request.config, request.layout
             print_plan(settings, layout, gpu)
-            for problem in path_problems(settings):
-                _warn(f"a start here would be refused: {problem}")
+            warn(*(f"a start here would be refused: {each}" for each in path_problems(settings)))
             if build_rank is not None and not build_and_check(settings, layout, build_rank):
                 raise typer.Exit(1)
             return
@@ -144,7 +143,7 @@ def train(
             from moepp_megatron.cli.memory_fit import refuse_too_large
 
             refuse_too_large(request.config, request.layout)
-        request = request.admitted(_warn)
+        request = request.admitted(warn)
         # A script's command is for all machines; without one each has its own.
         prints_command = not is_given() or nodes is None or not nodes.rank
         try:
@@ -172,10 +171,6 @@ def _run(request: TrainRequest, prints_command: bool) -> None:
         leave(error.exit_code, str(error))
     else:
         print_end(request, result, prints_command)
-
-
-def _warn(warning: str) -> None:
-    echo(f"warning: {warning}", err=True)
 
 
 def _words(options: LaunchOptions) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.load import parse_config
 from moepp_megatron.config.schema import Config
 from moepp_megatron.experts import FFN_ONLY
@@ -33,6 +34,15 @@ def vanilla(config: Config) -> Config:
     if moe.get("dispatcher") == "alltoall_dedup":
         moe["dispatcher"] = "alltoall"
     return parse_config(content)
+
+
+def refuse_vanilla(config: Config) -> None:
+    """Refuse (ConfigError) a vanilla model, which would be compared with itself."""
+    if config.moe.is_vanilla:
+        raise ConfigError(
+            f"moe.num_zero_experts ({config.moe.num_zero_experts}) and the other counts of "
+            "zero-computation experts must not all be 0 to be compared with vanilla; use 1"
+        )
 
 
 def without_budget(config: Config) -> Config:

@@ -64,10 +64,7 @@ def speedup(slow: Timed, fast: Timed) -> float:
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], object]],
-    rounds: int,
-    warmup: int,
-    progress: Callable[[], object] = lambda: None,
+    contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int
 ) -> dict[str, Timed]:
     """Run all contestants once per round; each round begins with another one.
 
@@ -77,7 +74,6 @@ def interleaved(
         contestants: What to time, by name.
         rounds: Rounds that count.
         warmup: Rounds before them, which do not count.
-        progress: Called after each round.
     """
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -91,5 +87,4 @@ def interleaved(
             settle()
             if number >= 0:
                 times[name].append(seconds(began, ended))
-        progress()
     return {name: Timed(values) for name, values in times.items()}

@@ -44,14 +44,12 @@ class LayerSummary:
         ffn: FFN experts per token, mean.
         counts: Share of the tokens with 0, 1, ..., K FFN experts.
         kinds: Share of each of `KIND_NAMES` in the selections.
-        expert_shares: Share of each expert in the selections.
     """
 
     layer: int
     ffn: float
     counts: tuple[float, ...]
     kinds: tuple[float, ...]
-    expert_shares: tuple[float, ...]
 
 
 def groups(
@@ -105,12 +103,6 @@ def by_layer(trace: Trace) -> list[LayerSummary]:
             float(ffn[row].mean()),
             tuple(float((ffn[row] == count).mean()) for count in range(trace.topk + 1)),
             tuple(float((kinds[row] == kind).mean()) for kind in range(len(KIND_NAMES))),
-            tuple(
-                (
-                    np.bincount(trace.selected[row].ravel(), minlength=trace.experts.num_experts)
-                    / trace.selected[row].size
-                ).tolist()
-            ),
         )
         for row, number in enumerate(trace.layers)
     ]

@@ -86,8 +86,3 @@ def _of_run(run: LiveRun, state: str) -> Iterator[tuple[Exported, list[Sample]]]
     if run.record_age_s is not None:
         yield RECORD_AGE, [((), run.record_age_s)]
     yield ALERTS, [(labels, float(n)) for labels, n in sorted(run.alert_counts.items())]
-
-
-def exported_names() -> set[str]:
-    """Every name that may be served."""
-    return {m.name for m in (*OF_RECORDS.values(), *OF_RUN, OTHER, MIN_FFN_LOAD)}

@@ -352,6 +352,7 @@ def test_plan_and_collect_for_batch_scripts(run: Any) -> None:
         (["--layout", "ep:2"], "--layout (ep:2) must be auto or tp, pp, cp, ep, etp"),
         (["--point", "n9"], "--point (n9) must be one of n1_"),
         (["--nnodes", "2"], "--nnodes (2) must come with --rdzv-endpoint"),
+        (["--nnodes", "2", "--rdzv-endpoint", "localhost"], "--nnodes (2) must come with --point"),
         (["moe.tua=1"], "moe.tua"),
         (
             [f"moe.num_{kind}_experts=0" for kind in ("zero", "copy", "constant")]

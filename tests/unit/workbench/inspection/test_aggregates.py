@@ -57,7 +57,6 @@ def test_layers() -> None:
     first, second = by_layer(trace())
     assert (first.layer, first.ffn, second.layer, second.ffn) == (1, 1.25, 3, 0.75)
     assert first.counts == (0.25, 0.25, 0.5)
-    assert first.expert_shares == (0.25, 0.375, 0.0, 0.125, 0.25)
     assert second.kinds == (0.375, 0.25, 0.25, 0.125)
 
 
