@@ -12,16 +12,12 @@ from typing import Any
 from moepp_megatron.config import Config
 from moepp_megatron.config.hardware import Hardware, find_hardware, known_hardware, load_hardware
 from moepp_megatron.runtime.nvml import Driver, GPUState, Nvml, NvmlUnavailableError
-from moepp_megatron.workbench.doctor import (
-    card_checks,
-    folders,
-    gpu_checks,
-    link_checks,
-    packages,
-    system,
-)
+from moepp_megatron.workbench.doctor import folders, gpu_checks, packages, system
 from moepp_megatron.workbench.doctor.finding import Finding, Judge
 from moepp_megatron.workbench.doctor.speed_checks import DeviceSpeed, check_matmul
+
+# What only a GPU at work shows.
+_UNDER_LOAD = ("GPU throttling", "GPU clocks", "PCIe")
 
 
 @dataclass(frozen=True)
@@ -90,8 +86,8 @@ class NodeExaminer:
     ) -> list[Finding]:
         """Findings from this node's matrix products, and from its GPUs while they ran."""
         findings = check_matmul(speeds, self.hardware, self.judge.thresholds, self.judge.unfit_now)
-        for card in loaded or ():
-            findings += [f for f in _under_load(card, self.judge) if f is not None]
+        for name in _UNDER_LOAD:
+            findings += gpu_checks.signs(loaded or [], self.judge, name)
         return findings
 
     def _gpu(self) -> list[Finding]:
@@ -148,14 +144,6 @@ def _hardware(request: Request, cards: Cards) -> Hardware | None:
     if cards.cards or "cpu" not in known_hardware():
         return None
     return load_hardware("cpu")
-
-
-def _under_load(card: GPUState, judge: Judge) -> list[Finding | None]:
-    return [
-        card_checks.throttling(card, judge),
-        card_checks.clocks(card, judge),
-        link_checks.pcie(card, judge),
-    ]
 
 
 def this_node() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
@@ -18,6 +19,10 @@ class Severity(IntEnum):
     ERROR = 3
 
 
+Sign = tuple[Severity, str, str, str]
+"""What a check of one GPU finds: severity, observation, rule and remedy, as in `Finding`."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One result of one check.
@@ -31,10 +36,10 @@ class Finding:
     """
 
     check: str
-    severity: Severity
     found: str
     rule: str = ""
     remedy: str = ""
+    severity: Severity = Severity.OK
     node: str = ""
 
     def __post_init__(self) -> None:
@@ -57,6 +62,12 @@ class Finding:
     def as_dict(self) -> dict[str, str]:
         """The finding as a dictionary for JSON; the severity is in lower case."""
         return asdict(self) | {"severity": self.severity.name.lower()}
+
+
+note, warning, error = (
+    functools.partial(Finding, severity=severity)
+    for severity in (Severity.NOTE, Severity.WARNING, Severity.ERROR)
+)
 
 
 def worst(findings: Iterable[Finding]) -> Severity:

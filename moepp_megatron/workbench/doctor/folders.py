@@ -12,7 +12,7 @@ from moepp_megatron.config import Config, checkpoint_bytes
 from moepp_megatron.config.hardware import Thresholds
 from moepp_megatron.runtime.disk import free_bytes
 from moepp_megatron.training.run_folder import RunFolder
-from moepp_megatron.workbench.doctor.finding import Finding, Severity
+from moepp_megatron.workbench.doctor.finding import Finding, error, warning
 
 # Large enough for a rate, small enough for every preflight.
 PROBE_BYTES = 64 * 2**20
@@ -58,9 +58,8 @@ def check_folder(folder: Folder, thresholds: Thresholds, needed: int = 0) -> lis
     name, path = f"{folder.name} folder", folder.path
     if folder.error is not None:
         return [
-            Finding(
+            error(
                 name,
-                Severity.ERROR,
                 f"{path}: {folder.error}",
                 "must be writable",
                 "make it writable on this node, or set another run.dir or checkpoint.dir",
@@ -70,28 +69,26 @@ def check_folder(folder: Folder, thresholds: Thresholds, needed: int = 0) -> lis
     observation = f"{path}: {free / _GIB:.1f} GiB free"
     if free < max(needed, 2 * PROBE_BYTES):
         return [
-            Finding(
+            error(
                 name,
-                Severity.ERROR,
                 observation,
                 f"must have {max(needed, 2 * PROBE_BYTES) / _GIB:.1f} GiB",
                 "free space, lower checkpoint.keep, or set another checkpoint.dir",
             )
         ]
     if folder.write_rate is None:
-        return [Finding(name, Severity.OK, observation)]
+        return [Finding(name, observation)]
     observation += f", writes {folder.write_rate / _MB:.0f} MB/s"
     if folder.write_rate < thresholds.disk_write_mb_s * _MB:
         return [
-            Finding(
+            warning(
                 name,
-                Severity.WARNING,
                 observation,
                 f"should write {thresholds.disk_write_mb_s:g} MB/s",
                 "use a faster file system, or checkpoint.async_save=true to hide slow saves",
             )
         ]
-    return [Finding(name, Severity.OK, observation)]
+    return [Finding(name, observation)]
 
 
 def config_folders(config: Config) -> dict[str, tuple[Path, int]]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from moepp_megatron.config.hardware import Hardware, Thresholds
 from moepp_megatron.runtime.nvml import Driver, GPUState
 from moepp_megatron.workbench.doctor import card_checks, link_checks
-from moepp_megatron.workbench.doctor.finding import Finding, Judge, Severity
+from moepp_megatron.workbench.doctor.finding import Finding, Judge, Sign, error, note, warning
 
 # In the order of the table.
-_CARD_CHECKS: dict[str, Callable[[GPUState, Judge], Finding | None]] = {
+_CARD_CHECKS: dict[str, Callable[[GPUState, Judge], Sign | None]] = {
     "GPU faults": card_checks.faults,
     "GPU recovery": card_checks.recovery,
     "ECC errors": card_checks.ecc_errors,
@@ -38,20 +38,28 @@ class TorchCuda:
 def check_cards(cards: Sequence[GPUState], judge: Judge) -> list[Finding]:
     """Run every check on all GPUs: one finding per sick GPU, or one per check without any."""
     findings: list[Finding] = []
-    for name, check in _CARD_CHECKS.items():
-        sick = [finding for card in cards if (finding := check(card, judge)) is not None]
-        findings += sick or [Finding(name, Severity.OK, _healthy(name, cards))]
+    for name in _CARD_CHECKS:
+        findings += signs(cards, judge, name) or [Finding(name, _healthy(name, cards))]
     return findings
+
+
+def signs(cards: Sequence[GPUState], judge: Judge, name: str) -> list[Finding]:
+    """What the check of this name finds on the GPUs; empty where all are healthy."""
+    found = ((card, _CARD_CHECKS[name](card, judge)) for card in cards)
+    return [
+        Finding(name, f"GPU {card.index}: {sign[1]}", *sign[2:], sign[0])
+        for card, sign in found
+        if sign is not None
+    ]
 
 
 def check_count(cards: Sequence[GPUState], expected: int | None) -> Finding:
     """Check that there are as many GPUs as the job expects."""
     count = f"{len(cards)} GPUs" if len(cards) != 1 else "1 GPU"
     if expected is None or len(cards) >= expected:
-        return Finding("GPU count", Severity.OK, count)
-    return Finding(
+        return Finding("GPU count", count)
+    return error(
         "GPU count",
-        Severity.ERROR,
         count,
         f"must be {expected}",
         "look for a GPU that has left the bus (dmesg, lspci), reboot the node, or ask for fewer",
@@ -68,29 +76,26 @@ def check_model(
     names = sorted({card.name for card in cards if card.name})
     models = ", ".join(names) or "unknown"
     if len(names) > 1:
-        return Finding(
+        return warning(
             "GPU model",
-            Severity.WARNING,
             models,
             "should all be the same",
             "the slowest GPU sets the pace of all; use nodes with one kind of GPU",
         )
     if hardware is None:
-        return Finding(
+        return note(
             "GPU model",
-            Severity.NOTE,
             f"{models}, not described in configs/hardware: rated numbers are not checked",
             remedy="describe it in a YAML file and give --hardware FILE",
         )
     if not described and names and names[0] not in hardware.device_names:
-        return Finding(
+        return warning(
             "GPU model",
-            Severity.WARNING,
             models,
             f"should be a {hardware.name}",
             "leave out --hardware, or start the job on the nodes it is meant for",
         )
-    return Finding("GPU model", Severity.OK, f"{models} ({hardware.name})")
+    return Finding("GPU model", f"{models} ({hardware.name})")
 
 
 def check_driver(driver: Driver, torch_cuda: TorchCuda, num_cards: int) -> Finding:
@@ -102,11 +107,10 @@ def check_driver(driver: Driver, torch_cuda: TorchCuda, num_cards: int) -> Findi
     served = "unknown" if driver.cuda is None else f"{driver.cuda[0]}.{driver.cuda[1]}"
     versions = f"driver {driver.version or 'unknown'} for CUDA {served}"
     if num_cards == 0:
-        return Finding("GPU driver", Severity.OK, versions)
+        return Finding("GPU driver", versions)
     if torch_cuda.built_with is None:
-        return Finding(
+        return error(
             "GPU driver",
-            Severity.ERROR,
             f"{versions}, torch without CUDA",
             "torch must be built for CUDA on a machine with GPUs",
             "install torch from the CUDA index that fits the driver",
@@ -114,29 +118,26 @@ def check_driver(driver: Driver, torch_cuda: TorchCuda, num_cards: int) -> Findi
     built = f"{torch_cuda.built_with[0]}.{torch_cuda.built_with[1]}"
     versions = f"{versions}, torch for CUDA {built}"
     if driver.cuda is not None and driver.cuda[0] < torch_cuda.built_with[0]:
-        return Finding(
+        return error(
             "GPU driver",
-            Severity.ERROR,
             versions,
             f"the driver must serve CUDA {torch_cuda.built_with[0]}",
             "update the driver, or install torch for an older CUDA",
         )
     if not torch_cuda.available:
-        return Finding(
+        return error(
             "GPU driver",
-            Severity.ERROR,
             f"{versions}, torch finds no GPU",
             "torch.cuda.is_available() must be true",
             "check CUDA_VISIBLE_DEVICES, the container's GPU access and the fabric manager",
         )
-    return Finding("GPU driver", Severity.OK, versions)
+    return Finding("GPU driver", versions)
 
 
 def check_driver_fault(message: str) -> Finding:
     """The finding for a driver that is installed but refuses."""
-    return Finding(
+    return error(
         "GPU driver",
-        Severity.ERROR,
         f"NVML does not start: {message}",
         "the driver must be loaded and match its library",
         "reboot the node (a driver update without reboot does this), or reinstall the driver",
@@ -146,7 +147,7 @@ def check_driver_fault(message: str) -> Finding:
 def no_cards(reason: str, expected: int | None) -> Finding:
     """The finding for a machine without NVIDIA driver: fine, unless the job expects GPUs."""
     if not expected:
-        return Finding("GPU count", Severity.NOTE, f"no GPU: {reason}; GPU checks skipped")
+        return note("GPU count", f"no GPU: {reason}; GPU checks skipped")
     return check_count([], expected)
 
 

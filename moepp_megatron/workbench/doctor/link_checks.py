@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from moepp_megatron.runtime.nvml import GPUState
-from moepp_megatron.workbench.doctor.card_checks import is_loaded, subject
-from moepp_megatron.workbench.doctor.finding import Finding, Judge, Severity
+from moepp_megatron.workbench.doctor.card_checks import is_loaded
+from moepp_megatron.workbench.doctor.finding import Judge, Severity, Sign
 
 _RESEAT = "reseat GPU or riser, check BIOS settings of the slot; nvidia-smi -q -d PCIE"
 
 
-def pcie(card: GPUState, judge: Judge) -> Finding | None:
+def pcie(card: GPUState, judge: Judge) -> Sign | None:
     """Check width and generation of the link; the present generation only under load.
 
     An idle GPU lowers its generation to save power, so that only the generation that GPU and slot
@@ -28,33 +28,31 @@ def pcie(card: GPUState, judge: Judge) -> Finding | None:
         rule = f"must be generation {hardware.pcie_generation}"
     else:
         return None
-    return Finding("PCIe", judge.unfit_now, f"{subject(card)}: {observation}", rule, _RESEAT)
+    return judge.unfit_now, observation, rule, _RESEAT
 
 
-def nvlink_state(card: GPUState, judge: Judge) -> Finding | None:
+def nvlink_state(card: GPUState, judge: Judge) -> Sign | None:
     """Finds links that are down, or fewer links than this kind of GPU has."""
     down = [str(link.index) for link in card.links if not link.active]
     if down:
-        return Finding(
-            "NVLink",
+        return (
             Severity.ERROR,
-            f"{subject(card)}: links {', '.join(down)} are down",
+            f"links {', '.join(down)} are down",
             f"all {len(card.links)} links must be up",
             "restart nvidia-fabricmanager; if it stays, reset all GPUs or return the node",
         )
     expected = judge.hardware.nvlink_links if judge.hardware is not None else 0
     if 0 < len(card.links) < expected:
-        return Finding(
-            "NVLink",
+        return (
             Severity.ERROR,
-            f"{subject(card)}: {len(card.links)} links",
+            f"{len(card.links)} links",
             f"must have {expected}",
             "restart nvidia-fabricmanager; if it stays, reset all GPUs or return the node",
         )
     return None
 
 
-def nvlink_errors(card: GPUState, judge: Judge) -> Finding | None:
+def nvlink_errors(card: GPUState, judge: Judge) -> Sign | None:
     """Finds errors of active links: recoveries stop traffic, replays and CRC errors slow it."""
     recoveries = sum(link.recoveries or 0 for link in card.links)
     repeats = sum((link.replays or 0) + (link.crc_errors or 0) for link in card.links)
@@ -63,10 +61,9 @@ def nvlink_errors(card: GPUState, judge: Judge) -> Finding | None:
     bad = [
         str(link.index) for link in card.links if link.recoveries or link.replays or link.crc_errors
     ]
-    return Finding(
-        "NVLink errors",
+    return (
         Severity.WARNING if recoveries else Severity.NOTE,
-        f"{subject(card)}: links {', '.join(bad)}: {recoveries} recoveries, "
+        f"links {', '.join(bad)}: {recoveries} recoveries, "
         f"{repeats} replays and CRC errors since the driver was loaded",
         "recoveries should be 0" if recoveries else "",
         "reset the GPU to clear the counters; if they grow again, return the node"

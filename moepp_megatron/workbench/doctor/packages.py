@@ -18,7 +18,7 @@ from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
 from moepp_megatron.runtime.install import OF_ALL, how_to_install
 from moepp_megatron.runtime.kernel_choices import KernelChoice, kernel_choices
 from moepp_megatron.runtime.optional import have_triton
-from moepp_megatron.workbench.doctor.finding import Finding, Severity
+from moepp_megatron.workbench.doctor.finding import Finding, Severity, error, note, warning
 from moepp_megatron.workbench.doctor.gpu_checks import TorchCuda
 
 
@@ -58,52 +58,47 @@ def check_megatron(version: str | None) -> Finding:
     problem = upstream_versions.version_problem(version)
     if problem is not None:
         rule, _, remedy = problem.partition("; ")
-        return Finding("megatron-core", Severity.ERROR, version or "not installed", rule, remedy)
+        return error("megatron-core", version or "not installed", rule, remedy)
     severity = Severity.OK if version == upstream_versions.TESTED_VERSION else Severity.NOTE
-    return Finding("megatron-core", severity, f"{version}")
+    return Finding("megatron-core", f"{version}", severity=severity)
 
 
 def check_backend(backend: Backend, on_gpu: bool = False) -> Finding:
     """Check an optional package; a missing one is a note, because it has a replacement."""
     if backend.used:
-        return Finding(backend.name, Severity.OK, f"{backend.version}: {backend.role}")
+        return Finding(backend.name, f"{backend.version}: {backend.role}")
     if backend.failure is not None:
-        return Finding(
+        return warning(
             backend.name,
-            Severity.WARNING,
             f"fails on import ({backend.failure}); instead {backend.fallback}",
             "what is installed must be importable",
             f"{backend.remedy}; or uninstall it",
         )
     state = "not installed" if backend.version is None else f"{backend.version}, not usable here"
     is_missed = on_gpu and backend.name == "Transformer Engine"
-    return Finding(
-        backend.name,
-        Severity.WARNING if is_missed else Severity.NOTE,
-        f"{state}; instead {backend.fallback}",
-        "steps on a GPU are slower without" if is_missed else "",
-        backend.remedy if backend.version is None else "needs a GPU",
-    )
+    judged, rule = (warning, "steps on a GPU are slower without") if is_missed else (note, "")
+    remedy = backend.remedy if backend.version is None else "needs a GPU"
+    return judged(backend.name, f"{state}; instead {backend.fallback}", rule, remedy)
 
 
 def _extra() -> Finding:
     """Which packages of the extra `all` are missing; commands refuse where they need one."""
     lacks = [package for name, package in OF_ALL.items() if importlib.util.find_spec(name) is None]
     if not lacks:
-        return Finding("extra all", Severity.OK, f"{len(OF_ALL)} packages")
+        return Finding("extra all", f"{len(OF_ALL)} packages")
     remedy = how_to_install("moepp_megatron[all]")
     rule = "commands that need one of them refuse"
-    return Finding("extra all", Severity.WARNING, f"lacks {', '.join(lacks)}", rule, remedy)
+    return warning("extra all", f"lacks {', '.join(lacks)}", rule, remedy)
 
 
 def check_compiler() -> Finding:
     """Whether Triton can compile the launchers of its kernels."""
     obstacle = compiler_obstacle()
     if obstacle is None:
-        return Finding("Triton's compiler", Severity.OK, "a C compiler and Python.h")
+        return Finding("Triton's compiler", "a C compiler and Python.h")
     lacks, remedy = obstacle
     rule = "Triton needs it to start a kernel"
-    return Finding("Triton's compiler", Severity.ERROR, f"lacks {lacks}", rule, remedy)
+    return error("Triton's compiler", f"lacks {lacks}", rule, remedy)
 
 
 def check_extension(config: Config) -> Finding | None:
@@ -114,16 +109,16 @@ def check_extension(config: Config) -> Finding | None:
     obstacle = extension_obstacle()
     if obstacle is None:
         observation = "a C++ compiler, ninja and Python.h"
-        return Finding("training.recompute_modules", Severity.OK, f"{modules}: {observation}")
+        return Finding("training.recompute_modules", f"{modules}: {observation}")
     lacks, remedy = obstacle
     rule = f"megatron-core compiles an extension for {modules}"
-    return Finding("training.recompute_modules", Severity.ERROR, f"lacks {lacks}", rule, remedy)
+    return error("training.recompute_modules", f"lacks {lacks}", rule, remedy)
 
 
 def _check_kernel(choice: KernelChoice) -> Finding:
     """Name the implementation of an operation: all are correct, some are faster."""
     observation = f"{choice.implementation}: {choice.detail}"
-    return Finding(f"kernel: {choice.operation}", Severity.OK, observation)
+    return Finding(f"kernel: {choice.operation}", observation)
 
 
 def check_needs(config: Config, used: set[str]) -> list[Finding]:
@@ -138,7 +133,7 @@ def check_needs(config: Config, used: set[str]) -> list[Finding]:
         ("precision.cross_entropy", loss, loss == "fused", "Triton", triton, "use auto"),
     )
     return [
-        Finding(name, Severity.ERROR, str(value), f"needs {what}", f"install it, or {instead}")
+        error(name, str(value), f"needs {what}", f"install it, or {instead}")
         for name, value, is_wanted, package, what, instead in rows
         if is_wanted and package not in used
     ]
@@ -151,21 +146,21 @@ def check_fp8(config: Config, machine: FP8Machine) -> Finding | None:
         return None
     obstacle = fp8_obstacle(config, machine)
     if obstacle is None:
-        return Finding("precision.fp8", Severity.OK, f"{config.precision.fp8}, {recipe}")
+        return Finding("precision.fp8", f"{config.precision.fp8}, {recipe}")
     rule, _, remedy = obstacle.partition("; ")
-    return Finding("precision.fp8", Severity.ERROR, config.precision.fp8 or "", rule, remedy)
+    return error("precision.fp8", config.precision.fp8 or "", rule, remedy)
 
 
 def _python() -> Finding:
     observation = f"{platform.python_version()} at {sys.executable}"
-    return Finding("Python", Severity.OK, observation)
+    return Finding("Python", observation)
 
 
 def _torch() -> Finding:
     import torch
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    return Finding("torch", Severity.OK, f"{torch.__version__}, built for {build}")
+    return Finding("torch", f"{torch.__version__}, built for {build}")
 
 
 def _nccl() -> Finding | None:
@@ -174,6 +169,6 @@ def _nccl() -> Finding | None:
     import torch.distributed as dist
 
     if not torch.cuda.is_available() or not dist.is_nccl_available():
-        return Finding("NCCL", Severity.NOTE, "not used without a GPU: gloo carries collectives")
+        return note("NCCL", "not used without a GPU: gloo carries collectives")
     version = torch.cuda.nccl.version()
-    return Finding("NCCL", Severity.OK, ".".join(str(part) for part in version))
+    return Finding("NCCL", ".".join(str(part) for part in version))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from moepp_megatron.config.hardware import Hardware, Thresholds
-from moepp_megatron.workbench.doctor.finding import Finding, Severity
+from moepp_megatron.workbench.doctor.finding import Finding, Severity, warning
 
 _MATMUL = "matrix product"
 
@@ -31,15 +31,15 @@ def check_matmul(
     rated_tflops = hardware.bf16_tflops if hardware is not None else None
     if rated_tflops is None:
         text = ", ".join(f"{s.name}: {s.tflops:.3g} TFLOP/s" for s in speeds)
-        return [Finding(_MATMUL, Severity.OK, f"{text} (no rated speed to compare with)")]
+        return [Finding(_MATMUL, f"{text} (no rated speed to compare with)")]
     least = rated_tflops * thresholds.matmul_fraction
     slow = [
         Finding(
             _MATMUL,
-            bad,
             f"{s.name}: {s.tflops:.0f} TFLOP/s in bf16",
             f"should reach {least:.0f} of {rated_tflops:.0f} TFLOP/s",
             "look at GPU throttling, GPU power cap and GPU processes; else leave the node out",
+            bad,
         )
         for s in speeds
         if s.tflops < least
@@ -49,7 +49,7 @@ def check_matmul(
     low, high = min(s.tflops for s in speeds), max(s.tflops for s in speeds)
     share = f"{low / rated_tflops:.0%} of the rated {rated_tflops:.0f}"
     observation = f"{low:.0f} to {high:.0f} TFLOP/s in bf16, {share}"
-    return [Finding(_MATMUL, Severity.OK, observation)]
+    return [Finding(_MATMUL, observation)]
 
 
 def check_slowest(speeds: Sequence[DeviceSpeed], thresholds: Thresholds) -> Finding:
@@ -59,10 +59,9 @@ def check_slowest(speeds: Sequence[DeviceSpeed], thresholds: Thresholds) -> Find
     where = f"{slowest.name} of {slowest.node}" if slowest.node else slowest.name
     observation = f"{where}: {ratio:.2f} times the median time"
     if ratio <= thresholds.slowest_ratio:
-        return Finding("slowest rank", Severity.OK, observation)
-    return Finding(
+        return Finding("slowest rank", observation)
+    return warning(
         "slowest rank",
-        Severity.WARNING,
         observation,
         f"should be at most {thresholds.slowest_ratio:g}",
         f"all ranks wait for it: look at its findings, or exclude {slowest.node or 'the device'}",
@@ -84,16 +83,16 @@ def check_collective(
     """
     observation = f"{num_bytes / 2**20:.0f} MiB a rank in {seconds * 1e3:.3g} ms"
     if expected is None:
-        return Finding(name, Severity.OK, f"{observation} (no rated speed to compare with)")
+        return Finding(name, f"{observation} (no rated speed to compare with)")
     share = expected / seconds
     observation += f", {share:.0%} of the rated links"
     if share >= thresholds.collective_fraction:
-        return Finding(name, Severity.OK, observation)
+        return Finding(name, observation)
     return Finding(
         name,
-        bad,
         observation,
         f"should reach {thresholds.collective_fraction:.0%}",
         "look at NVLink and network ports of every node, then at NCCL_DEBUG=INFO for the "
         "transport that NCCL chose",
+        bad,
     )

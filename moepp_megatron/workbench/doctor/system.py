@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config.hardware import Thresholds
-from moepp_megatron.workbench.doctor.finding import Finding, Severity
+from moepp_megatron.workbench.doctor.finding import Finding, error, note, warning
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,10 @@ def check_shared_memory(size: int | None, thresholds: Thresholds, has_gpu: bool)
         size = 0
     observation = f"/dev/shm has {size / 2**30:.2f} GiB"
     if size >= thresholds.shared_memory_gib * 2**30:
-        return Finding("shared memory", Severity.OK, observation)
-    return Finding(
+        return Finding("shared memory", observation)
+    # NCCL between processes of one node fails without it; gloo does not use it.
+    return (error if has_gpu else warning)(
         "shared memory",
-        # NCCL between processes of one node fails without it; gloo does not use it.
-        Severity.ERROR if has_gpu else Severity.WARNING,
         observation,
         f"must be at least {thresholds.shared_memory_gib:g} GiB",
         "start the container with --ipc=host or --shm-size, or mount a larger tmpfs there",
@@ -95,7 +94,7 @@ def check_limits(limits: Limits, thresholds: Thresholds, has_rdma: bool) -> list
     files, least = limits.open_files, thresholds.open_files
     observation = "unlimited" if files is None else str(files)
     if files is None or files >= least:
-        findings.append(Finding("open files", Severity.OK, observation))
+        findings.append(Finding("open files", observation))
     else:
         hard = limits.open_files_hard
         can_raise = hard is None or hard >= least
@@ -103,7 +102,7 @@ def check_limits(limits: Limits, thresholds: Thresholds, has_rdma: bool) -> list
             f"ulimit -n {least}" if can_raise else "raise LimitNOFILE of slurmd or the container"
         )
         rule = f"should be at least {least}"
-        findings.append(Finding("open files", Severity.WARNING, observation, rule, remedy))
+        findings.append(warning("open files", observation, rule, remedy))
     if has_rdma:
         findings.append(_check_locked_memory(limits.locked_memory))
     return findings
@@ -111,10 +110,9 @@ def check_limits(limits: Limits, thresholds: Thresholds, has_rdma: bool) -> list
 
 def _check_locked_memory(locked: int | None) -> Finding:
     if locked is None:
-        return Finding("locked memory", Severity.OK, "unlimited")
-    return Finding(
+        return Finding("locked memory", "unlimited")
+    return error(
         "locked memory",
-        Severity.ERROR,
         f"{locked / 2**20:.0f} MiB",
         "must be unlimited for RDMA",
         "ulimit -l unlimited; under Slurm LimitMEMLOCK=infinity of slurmd, in a container "
@@ -128,15 +126,14 @@ def check_ports(
     """Check that RDMA ports are up, and fast enough for the GPUs together (Gbit/s per GPU)."""
     if not ports:
         text = "no RDMA device: between nodes NCCL uses TCP"
-        return [Finding("network ports", Severity.NOTE if num_cards else Severity.OK, text)]
+        return [(note if num_cards else Finding)("network ports", text)]
     findings = []
     # Unplugged Ethernet ports are common and not meant for the job; InfiniBand ports are.
     down = [p for p in ports if p.state != "ACTIVE" and p.link_layer != "Ethernet"]
     for port in down:
         findings.append(
-            Finding(
+            warning(
                 "network ports",
-                Severity.WARNING,
                 f"{port.name} is {port.state}",
                 "InfiniBand ports should be ACTIVE",
                 "check cable and subnet manager (ibstat), or leave it out with NCCL_IB_HCA",
@@ -147,15 +144,14 @@ def check_ports(
     observation = f"{len(ports) - len(down)} of {len(ports)} ports, {rate:g} Gbit/s active"
     if rate < wanted:
         findings.append(
-            Finding(
+            note(
                 "network rate",
-                Severity.NOTE,
                 f"{observation}; the vendor's server has {wanted:g} for {num_cards} GPUs",
                 remedy="expert parallelism across nodes will be slower than there",
             )
         )
     elif not findings:
-        findings.append(Finding("network ports", Severity.OK, observation))
+        findings.append(Finding("network ports", observation))
     return findings
 
 
@@ -172,12 +168,11 @@ def clock_synchronized() -> bool | None:
 def check_clock(synchronized: bool | None) -> Finding:
     """Check the clock of a single node."""
     if synchronized is None:
-        return Finding("clock", Severity.NOTE, "unknown whether it follows a time server")
+        return note("clock", "unknown whether it follows a time server")
     if synchronized:
-        return Finding("clock", Severity.OK, "follows a time server")
-    return Finding(
+        return Finding("clock", "follows a time server")
+    return warning(
         "clock",
-        Severity.WARNING,
         "does not follow a time server",
         "logs of several nodes cannot be put in order",
         "start chronyd or systemd-timesyncd",
@@ -190,10 +185,9 @@ def check_clock_skew(offsets: dict[str, float], thresholds: Thresholds) -> Findi
     skew = offsets[ahead] - offsets[behind]
     observation = f"{skew:.3f} s between {behind} and {ahead}"
     if skew <= thresholds.clock_skew_s:
-        return Finding("clock skew", Severity.OK, observation)
-    return Finding(
+        return Finding("clock skew", observation)
+    return warning(
         "clock skew",
-        Severity.WARNING,
         observation,
         f"should be at most {thresholds.clock_skew_s:g} s",
         f"start chronyd or systemd-timesyncd on {ahead} and {behind}",

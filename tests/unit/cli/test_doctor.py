@@ -7,12 +7,12 @@ from typer.testing import CliRunner
 
 from moepp_megatron.cli.main import app
 from moepp_megatron.workbench.doctor import session
-from moepp_megatron.workbench.doctor.finding import Finding, Severity
+from moepp_megatron.workbench.doctor.finding import Finding, error, warning
 
 SICK = [
-    Finding("torch", Severity.OK, "fine"),
-    Finding("GPU processes", Severity.WARNING, "GPU 0: [busy]", "rule", "end them"),
-    Finding("ECC errors", Severity.ERROR, "GPU 3: 1", "must be 0", "reset the GPU"),
+    Finding("torch", "fine"),
+    warning("GPU processes", "GPU 0: [busy]", "rule", "end them"),
+    error("ECC errors", "GPU 3: 1", "must be 0", "reset the GPU"),
 ]
 
 

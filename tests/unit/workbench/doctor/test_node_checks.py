@@ -10,7 +10,7 @@ from moepp_megatron.config.hardware import Thresholds, load_hardware
 from moepp_megatron.moe.upstream_versions import BEYOND, OLDEST, TESTED_VERSION
 from moepp_megatron.runtime.backends import Backend
 from moepp_megatron.workbench.doctor import folders, packages, speed_checks, system
-from moepp_megatron.workbench.doctor.finding import Finding, Severity, worst
+from moepp_megatron.workbench.doctor.finding import Finding, Severity, error, warning, worst
 from moepp_megatron.workbench.doctor.folders import PROBE_BYTES, Folder
 from moepp_megatron.workbench.doctor.speed import CollectiveSpeed, expected_seconds
 from moepp_megatron.workbench.doctor.speed_checks import DeviceSpeed
@@ -215,10 +215,10 @@ def test_collectives_against_rated_links():
 
 
 def test_worst_and_line():
-    fine = Finding("a", OK, "x")
-    bad = Finding("b", ERROR, "y", "must be z", "do it", node="n1")
+    fine = Finding("a", "x")
+    bad = error("b", "y", "must be z", "do it", node="n1")
     assert worst([]) == worst([fine]) == OK
     assert worst([fine, bad]) == ERROR
     assert bad.line() == "n1: b: y (must be z); do it"
     with pytest.raises(AssertionError, match="needs a remedy"):
-        Finding("c", WARNING, "y", "rule")
+        warning("c", "y", "rule")
