@@ -6,8 +6,8 @@ Three layers 32 wide, 3,072 tokens a step, 240 steps, bytes as tokens, one proce
 a run on one core. Each run leaves `OUT/<name>.json`, which is not made again. `--only` takes the
 runs whose names contain TEXT, `--table` prints what is there (docs/budget.md sums it up).
 
-`benchmarks.budget_drift` chose `moe.budget.response` and the correction for drift, on other texts
-and seeds than those of all runs here but `before`.
+`moe.budget.response` and the correction for drift were chosen on other texts and seeds than those
+of all runs here but `before` (docs/budget.md).
 """
 
 from __future__ import annotations
@@ -79,15 +79,11 @@ _OLD: dict[str, dict[str, Any]] = {
     "gain 0.01": {"controller": "bias", "gain": 0.01},
     "gain 0.2 no average": {"controller": "bias", "gain": 0.2, "decay": 0.0},
 }
+_WIDE: dict[str, Any] = {"num_ffn_experts": 32, "num_constant_experts": 6}
 _OTHER_LAYERS: dict[str, dict[str, Any]] = {
     "0.3 of 1, 4 experts": {"num_ffn_experts": 4, "router_topk": 1, **_budget(0.3)},
-    "0.6, 32 experts": {"num_ffn_experts": 32, "num_constant_experts": 6, **_budget(0.6)},
-    "1.5 of 4, 32 experts": {
-        "num_ffn_experts": 32,
-        "num_constant_experts": 6,
-        "router_topk": 4,
-        **_budget(1.5),
-    },
+    "0.6, 32 experts": _WIDE | _budget(0.6),
+    "1.5 of 4, 32 experts": _WIDE | {"router_topk": 4, **_budget(1.5)},
     "0.6, sigmoid": {"score_function": "sigmoid", "gate_normalization": "selected", **_budget(0.6)},
 }
 _UPCYCLED: dict[str, dict[str, Any]] = {

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.markdown import table
+
 # Steps of a run, sequences of a step, and the steps of an upcycled run before its upcycling.
 STEPS, BATCH, BEFORE = 240, 96, 100
 
@@ -87,101 +89,72 @@ def tables(runs: Sequence[Run], out: Path) -> str:
         for run in runs
         if (out / f"{run.name}.json").exists()
     ]
-    lines = [f"{len(found)} of {len(runs)} runs"]
+    parts = [f"{len(found)} of {len(runs)} runs\n"]
     for part in ("before", "proved"):
-        heads = [
-            f"{part}: text, seed, what",
-            "last third",
-            "its worst layer",
-            "within 10% from step",
-            "worst 10 steps of the second half",
-            "of a layer",
-            "load",
-            "loss",
-        ]
-        lines += ["", *_head(heads), *(_row(*one) for one in found if one[0].part == part)]
-    return "\n".join([*lines, "", *_losses(found), "", *_upcycled(found)])
+        heads = [f"{part}: text, seed, what", "last third", "its worst layer"]
+        heads += ["within 10% from step", "worst 10 steps of the second half", "of a layer"]
+        rows = [_row(*one) for one in found if one[0].part == part]
+        parts.append(table([*heads, "load", "loss"], rows))
+    return "\n".join([*parts, _losses(found), _upcycled(found)])
 
 
-def _head(cells: Sequence[str]) -> list[str]:
-    return [_line(cells), "|" + "---|" * len(cells)]
+def _what(run: Run) -> str:
+    return f"{run.corpus}, {run.seed}, {run.label}"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _row(run: Run, record: dict[str, Any]) -> str:
+def _row(run: Run, record: dict[str, Any]) -> list[str]:
     far = held(record)
     settled = int(far["settled"])
-    return _line(
-        [
-            f"{run.corpus}, {run.seed}, {run.label}",
-            f"{far['third']:+.1%}",
-            f"{far['layer']:+.1%}",
-            "never" if settled > len(record["loss"]) - WINDOW else str(settled),
-            f"{far['later']:+.1%}",
-            f"{far['layer_later']:+.1%}",
-            f"{far['load']:.2f}",
-            f"{_last_loss(record):.3f}",
-        ]
-    )
+    return [
+        _what(run),
+        f"{far['third']:+.1%}",
+        f"{far['layer']:+.1%}",
+        "never" if settled > len(record["loss"]) - WINDOW else str(settled),
+        f"{far['later']:+.1%}",
+        f"{far['layer_later']:+.1%}",
+        f"{far['load']:.2f}",
+        f"{_last_loss(record):.3f}",
+    ]
 
 
 def _last_loss(record: dict[str, Any]) -> float:
     return float(np.mean(record["loss"][-len(record["loss"]) // 6 :]))
 
 
-def _losses(found: Found) -> list[str]:
+def _losses(found: Found) -> str:
     """Fixed tau beside the controller at the same measured share."""
-    lines = _head(
-        [
-            "text, seed, FFN experts per token as in",
-            "fixed tau: all steps, last third",
-            "the controller's",
-            "load, fixed tau and controller",
-            "loss, fixed tau",
-            "controller",
-            "difference",
-        ]
-    )
+    heads = ["text, seed, FFN experts per token as in", "fixed tau: all steps, last third"]
+    heads += ["the controller's", "load, fixed tau and controller", "loss, fixed tau"]
     by_name = {run.name: record for run, record in found}
+    rows: list[list[str]] = []
     differences: dict[int, list[float]] = {}
     for run, record in found:
-        fixed = by_name.get(run.same_share_as or "")
-        if fixed is None:
+        if (fixed := by_name.get(run.same_share_as or "")) is None:
             continue
         both = (fixed, record)
-        losses = [_last_loss(r) for r in both]
-        difference = losses[1] - losses[0]
-        differences.setdefault(run.over_last, []).append(difference)
-        cells = [f"{run.corpus}, {run.seed}, {run.label}"]
-        for each in both:
-            shares = [np.mean(each["layers"][-last:]) for last in (STEPS, STEPS // 3)]
-            cells.append(", ".join(f"{share:.3f}" for share in shares))
-        cells.append(", ".join(f"{held(r)['load']:.2f}" for r in both))
-        cells += [*(f"{loss:.3f}" for loss in losses), f"{difference:+.3f}"]
-        lines.append(_line(cells))
+        before, after = map(_last_loss, both)
+        differences.setdefault(run.over_last, []).append(after - before)
+        shares = (
+            ", ".join(f"{np.mean(each['layers'][-last:]):.3f}" for last in (STEPS, STEPS // 3))
+            for each in both
+        )
+        loads = ", ".join(f"{held(each)['load']:.2f}" for each in both)
+        losses = (f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+        rows.append([_what(run), *shares, loads, *losses])
+    text = table([*heads, "controller", "difference"], rows)
     for last, of_kind in differences.items():
         if len(of_kind) > 1:
             error = np.std(of_kind, ddof=1) / len(of_kind) ** 0.5
-            text = f"{np.mean(of_kind):+.4f}, standard error {error:.4f}, {len(of_kind)} pairs"
-            lines += ["", f"Mean difference at the share of the last {last} steps: {text}"]
-    return lines
+            said = f"{np.mean(of_kind):+.4f}, standard error {error:.4f}, {len(of_kind)} pairs"
+            text += f"\nMean difference at the share of the last {last} steps: {said}\n"
+    return text
 
 
-def _upcycled(found: Found) -> list[str]:
+def _upcycled(found: Found) -> str:
     steps = (5, 10, 20, 40, 60, 100, 140)
-    lines = _head(
-        [
-            "upcycled: text, seed, rule",
-            f"share after {', '.join(map(str, steps))} steps",
-            "first at phi",
-            "least share",
-            "last third",
-            "loss of the 20 steps before, of steps 1 to 20, of the last 40",
-        ]
-    )
+    heads = ["upcycled: text, seed, rule", f"share after {', '.join(map(str, steps))} steps"]
+    heads += ["first at phi", "least share", "last third"]
+    rows = []
     for run, record in found:
         if run.part != "upcycled":
             continue
@@ -190,10 +163,15 @@ def _upcycled(found: Found) -> list[str]:
         phi, losses = record["target"] / 2, record["loss"]
         at_phi = np.flatnonzero(shares <= phi)
         parts = (losses[BEFORE - 20 : BEFORE], losses[BEFORE : BEFORE + 20], losses[-40:])
-        cells = [f"{run.corpus}, {run.seed}, {run.label}"]
-        cells.append(", ".join(f"{shares[step - 1]:.2f}" for step in steps))
-        cells.append(str(at_phi[0] + 1) if len(at_phi) else "never")
-        cells.append(f"{shares.min():.2f}")
-        cells.append(f"{shares[-len(shares) // 3 :].mean():.3f} of {phi:.3f}")
-        lines.append(_line([*cells, ", ".join(f"{np.mean(part):.3f}" for part in parts)]))
-    return lines
+        rows.append(
+            [
+                _what(run),
+                ", ".join(f"{shares[step - 1]:.2f}" for step in steps),
+                str(at_phi[0] + 1) if len(at_phi) else "never",
+                f"{shares.min():.2f}",
+                f"{shares[-len(shares) // 3 :].mean():.3f} of {phi:.3f}",
+                ", ".join(f"{np.mean(part):.3f}" for part in parts),
+            ]
+        )
+    last = "loss of the 20 steps before, of steps 1 to 20, of the last 40"
+    return table([*heads, last], rows)

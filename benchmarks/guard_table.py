@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from benchmarks.fault_corpora import VOCAB_SIZE
 from benchmarks.guard_runs import FAULTS, SAVED, SETS, Case, cases
+from benchmarks.markdown import table
 from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor, group_of
 
 _WITHIN = {"healthy": 10**9, "switch": 5, "mixture": 30, "fault": 10}
@@ -138,15 +139,14 @@ def _budget(case: Case, result: dict[str, Any]) -> str:
     return f" budget {np.abs(shares / target - 1.0).max():.1%}"
 
 
-def line(found: Found) -> str:
+def row(found: Found) -> list[str]:
     """A row of the table."""
     first = "-" if found.first_alert is None else str(found.first_alert)
     acted = ", ".join(map(str, found.actions[:3])) or "-"
     rest = found.rest.strip() + (f" ENDED {found.ended}" if found.ended else "")
     before = sum(step <= 0 for step, _ in found.causes)
     early = f"{before} before" if before else ""
-    cells = (found.case.name, first, found.cause or "-", acted, rest, early)
-    return "| " + " | ".join(cells) + " |"
+    return [found.case.name, first, found.cause or "-", acted, rest, early]
 
 
 def sums(all_found: list[Found]) -> Iterator[str]:
@@ -182,8 +182,7 @@ def main() -> None:
     there = [case for case in cases(arguments.set) if (work / f"{case.name}{end}").exists()]
     all_found = [judge(case, work) for case in there]
     head = ("run", "reported", "cause", "acted", "after", "alerts")
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    print("\n".join([*map(line, all_found), "", *sums(all_found)]))
+    print("\n".join([table(head, map(row, all_found)), *sums(all_found)]))
 
 
 if __name__ == "__main__":

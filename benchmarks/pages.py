@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import typer
 from typer.cli import get_docs_for_click
 
 from benchmarks.grafana import dashboard
+from benchmarks.markdown import table
 from moepp_megatron.catalogue import IN_LAYERS, METRICS, OF_RECORD, Metric
 from moepp_megatron.cli.main import app
 from moepp_megatron.config import megatron_flags as flags
@@ -25,16 +26,6 @@ from moepp_megatron.observe.tensorboard import tag_of
 from moepp_megatron.workbench.report.live import exported
 
 DOCS = Path(__file__).parents[1] / "docs"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"|{''.join(map(_cell, row))}\n" for row in lines)
-
-
-def _cell(text: str) -> str:
-    return f" {text.replace('|', '\\|')} |" if text else " |"
 
 
 def _code(name: str) -> str:
