@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.experts import FFN_ONLY
 from tests.interop.checkpoints import score
 from tests.interop.conftest import RunPlain
 from tests.parallel.ranks import RankPools
@@ -342,7 +343,7 @@ def test_what_deepseek_models_cannot_bring_is_refused(change: dict[str, Any], na
 def test_what_olmoe_models_cannot_bring_is_refused() -> None:
     from moepp_megatron.interop.upcycle import Additions, upcycled_config
 
-    none = Additions(num_zero_experts=0, num_copy_experts=0, num_constant_experts=0)
+    none = Additions(**FFN_ONLY)
     olmoe = {**SHAPE, "model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 3}
     config = upcycled_config(olmoe | {"clip_qkv": None}, none, "x", None)
     assert (config.model.qk_layernorm, config.model.qk_layernorm_scope) == (True, "all_heads")

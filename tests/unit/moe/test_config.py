@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from moepp_megatron.experts import CONSTANT, COPY, ZERO
+from moepp_megatron.experts import CONSTANT, COPY, FFN_ONLY, ZERO
 from moepp_megatron.moe.config import MoEPPConfig
 
 
@@ -92,9 +92,7 @@ def test_ffn_share(ffn, zero_computation, tau, share):
 def test_vanilla_has_neither_zero_computation_experts_nor_residual():
     vanilla = MoEPPConfig(
         num_ffn_experts=4,
-        num_zero_experts=0,
-        num_copy_experts=0,
-        num_constant_experts=0,
+        **FFN_ONLY,
         gating_residual=False,
     )
     assert vanilla.is_vanilla
@@ -112,7 +110,7 @@ def test_vanilla_has_neither_zero_computation_experts_nor_residual():
     ],
 )
 def test_vanilla_refuses_what_it_would_ignore(setting):
-    vanilla = {"num_zero_experts": 0, "num_copy_experts": 0, "num_constant_experts": 0}
+    vanilla = {**FFN_ONLY}
     ((name, value),) = setting.items()
     with pytest.raises(
         ValueError, match=rf"{name} \({value}\) must be .* without zero-computation"

@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import group_limited_topk
 from torch import Tensor
 
+from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.margins import count_margins, edges
 from moepp_megatron.moe.router_health import _margins
@@ -180,9 +181,7 @@ def test_ties_go_to_the_first_group_and_the_first_expert() -> None:
 def test_ffn_experts_alone_are_selected_as_in_megatron_core() -> None:
     config = MoEPPConfig(
         num_ffn_experts=16,
-        num_zero_experts=0,
-        num_copy_experts=0,
-        num_constant_experts=0,
+        **FFN_ONLY,
         router_topk=4,
         num_groups=8,
         group_topk=2,

@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
+from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.moe import selection
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
@@ -270,9 +271,7 @@ def test_model_with_recompute_gives_the_same_bits(recompute: str) -> None:
 
 
 def test_vanilla_layer_counts_no_padding() -> None:
-    config = MoEPPConfig(
-        4, num_zero_experts=0, num_copy_experts=0, num_constant_experts=0, gating_residual=False
-    )
+    config = MoEPPConfig(4, **FFN_ONLY, gating_residual=False)
     layer = build_layer(config)
     assert isinstance(layer, VanillaMoELayer)
     layer(torch.randn(LENGTH, BATCH, HIDDEN), padding_mask=mask())

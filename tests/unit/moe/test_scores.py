@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_func
 from torch import Tensor
 
 from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.interop.hf_config import refuse_uncomputed, released_hf_config
 from moepp_megatron.interop.longcat import longcat_hf_config
 from moepp_megatron.interop.vanilla import vanilla_hf_config
@@ -52,9 +53,7 @@ def test_formulas(name: str) -> None:
 def test_gates_are_megatron_cores(name: str, topk: int) -> None:
     config = MoEPPConfig(
         8,
-        num_constant_experts=0,
-        num_copy_experts=0,
-        num_zero_experts=0,
+        **FFN_ONLY,
         router_topk=topk,
         score_function=name,
         gate_normalization="selected" if topk > 1 else "none",

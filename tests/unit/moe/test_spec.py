@@ -8,6 +8,7 @@ import torch
 from megatron.core.models.common.fine_grained_callables import build_transformer_layer_callables
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.dispatcher import build_dispatcher
@@ -168,9 +169,7 @@ def test_gradients_reach_earlier_routers_through_the_lane():
 def test_vanilla_is_megatrons_layer():
     vanilla = MoEPPConfig(
         num_ffn_experts=4,
-        num_zero_experts=0,
-        num_copy_experts=0,
-        num_constant_experts=0,
+        **FFN_ONLY,
         gating_residual=False,
     )
     model = build_model(vanilla)

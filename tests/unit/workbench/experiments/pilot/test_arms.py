@@ -3,6 +3,7 @@
 import pytest
 
 from moepp_megatron.config import ConfigError, with_overrides
+from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.workbench.experiments.pilot.arms import build_arms, matched_arms, narrow_width
 from tests.unit.workbench.experiments.pilot.synthetic import config_of
 
@@ -65,7 +66,7 @@ def test_all_runs_validate_on_the_same_and_end_their_schedule() -> None:
 
 
 def test_vanilla_and_too_few_steps_are_refused() -> None:
-    none = {"num_zero_experts": 0, "num_copy_experts": 0, "num_constant_experts": 0}
+    none = {**FFN_ONLY}
     with pytest.raises(ConfigError, match=r"moe.num_zero_experts \(0\).*use 1"):
         build_arms(config_of(**none), 40)
     with pytest.raises(ConfigError, match=r"--steps \(7\) must be at least 8"):
