@@ -72,8 +72,7 @@ def layer(
         int, typer.Option(min=1, help="Compute this many tokens per pass.", metavar="TOKENS")
     ] = 4096,
     passes: Annotated[
-        str,
-        typer.Option(help="Time these passes: forward, forward_backward.", metavar="PASS,..."),
+        str, typer.Option(help="Time these passes: forward, forward_backward.", metavar="PASS,...")
     ] = "forward,forward_backward",
     rounds: Annotated[
         int, typer.Option(min=1, help="Run each layer this many times; the layers take turns.")
@@ -158,8 +157,7 @@ def card(
     dtypes: Annotated[
         str,
         typer.Option(
-            help="Measure these dtypes; fp8 is left out where the GPU has none.",
-            metavar="NAME,...",
+            help="Measure these dtypes; fp8 is left out where the GPU has none.", metavar="NAME,..."
         ),
     ] = "fp32,bf16,fp8",
     size: Annotated[
@@ -272,8 +270,7 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
 @app.command()
 def report(
     results: Annotated[
-        Path,
-        typer.Argument(help="Read this results file of benchmarks/gpu.sh.", metavar="RESULTS"),
+        Path, typer.Argument(help="Read this results file of benchmarks/gpu.sh.", metavar="RESULTS")
     ],
     out: Annotated[
         Path | None,

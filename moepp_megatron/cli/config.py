@@ -20,7 +20,7 @@ app = typer.Typer(
     Examples:
         moepp config show configs/quickstart.yaml
         moepp config keys moe.tau
-    """,
+    """
 )
 
 _WIDTH = 100

@@ -99,8 +99,7 @@ def mcore_to_hf(
         ),
     ] = _ExportLayout.moepp,
     max_shard_gb: Annotated[
-        float,
-        typer.Option(min=0.001, help="Write files of at most this many GB.", metavar="GB"),
+        float, typer.Option(min=0.001, help="Write files of at most this many GB.", metavar="GB")
     ] = 5.0,
     dtype: ChosenDtype = None,
     license_id: Annotated[

@@ -39,8 +39,7 @@ def prepare(
     ],
     out: Annotated[Path, typer.Option(help="Write the dataset to this folder.", metavar="DIR")],
     vocab_size: Annotated[
-        int | None,
-        typer.Option(help="Train a tokenizer of this many tokens; by default, of 4096."),
+        int | None, typer.Option(help="Train a tokenizer of this many tokens; by default, of 4096.")
     ] = None,
     tokenizer: Annotated[
         Path | None,

@@ -28,8 +28,7 @@ def show(
     ],
     overrides: OverridesArgument = None,
     document: Annotated[
-        int,
-        typer.Option(help="Print this document, counted from 0 in the shuffled order.", min=0),
+        int, typer.Option(help="Print this document, counted from 0 in the shuffled order.", min=0)
     ] = 0,
     tokens: Annotated[int, typer.Option(help="Print this many tokens of it at most.", min=0)] = 200,
     tokenizer: Annotated[

@@ -59,8 +59,7 @@ def doctor(
         ),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Write the JSON to this file too.", metavar="FILE.json"),
+        Path | None, typer.Option(help="Write the JSON to this file too.", metavar="FILE.json")
     ] = None,
     hardware: Annotated[
         str | None,

@@ -49,11 +49,7 @@ def inspect(
 
     rank = RankEnvironment.read()
     world_size = rank.world_size if rank.is_launched else nproc
-    options: dict[str, Any] = {
-        "json": json,
-        "language": language,
-        "max_tokens": max_tokens,
-    }
+    options: dict[str, Any] = {"json": json, "language": language, "max_tokens": max_tokens}
     request = InspectRequest.read(checkpoint, text, out, overrides or [], world_size, **options)
     if rank.is_launched or nproc == 1:
         _inspect_rank(request)

@@ -51,10 +51,7 @@ def profile(
     json_file: JsonOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Write profile.html to this folder; by default, to RUN.",
-            metavar="DIR",
-        ),
+        typer.Option(help="Write profile.html to this folder; by default, to RUN.", metavar="DIR"),
     ] = None,
 ) -> None:
     """Show where a run's communication time goes: tables and a page.

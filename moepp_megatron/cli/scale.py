@@ -85,8 +85,7 @@ def scale(
         ),
     ] = False,
     point: Annotated[
-        str | None,
-        typer.Option(help="Measure only the point of this name.", metavar="NAME"),
+        str | None, typer.Option(help="Measure only the point of this name.", metavar="NAME")
     ] = None,
     collect: Annotated[
         bool,

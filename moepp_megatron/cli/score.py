@@ -24,8 +24,7 @@ def score(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Score this UTF-8 text instead, and print its loss and perplexity.",
-            metavar="FILE",
+            help="Score this UTF-8 text instead, and print its loss and perplexity.", metavar="FILE"
         ),
     ] = None,
     out: Annotated[

@@ -14,7 +14,7 @@ WORDS: dict[str, dict[str, dict[str, Any]]] = {
         "safe": {"enabled": True, "dry_run": False},
         "observe": {"enabled": None},
         "off": {"enabled": False},
-    },
+    }
 }
 
 

@@ -24,11 +24,7 @@ def vanilla(config: Config) -> Config:
         moe.pop(name, None)
     own_scale = config.moe.router_topk / config.moe.num_ffn_experts
     scale = {"heterogeneous": own_scale, "grouped": 1.0}[config.moe.balance_loss]
-    moe |= {
-        **FFN_ONLY,
-        "gating_residual": False,
-        "balance_coeff": config.moe.balance_coeff * scale,
-    }
+    moe |= {**FFN_ONLY, "gating_residual": False, "balance_coeff": config.moe.balance_coeff * scale}
     if moe.get("balance_scope") == "global":
         moe["balance_scope"] = "microbatch"
     if moe.get("dispatcher") == "alltoall_dedup":

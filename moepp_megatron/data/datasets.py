@@ -202,10 +202,7 @@ class _Opener:
         if manifest.chat is not None:
             kind = ConversationDataset
         builder = BlendedMegatronDatasetBuilder(
-            kind,
-            list(num_samples),
-            is_built_on_rank=lambda: True,
-            config=config,
+            kind, list(num_samples), is_built_on_rank=lambda: True, config=config
         )
         with cached_in(cache):
             train, validation, test = builder.build()

@@ -147,11 +147,7 @@ def _first_of_array(part: _DocumentPart) -> object:
 
 def read_piece(piece: Piece, text_key: str) -> Iterator[str | Skipped]:
     """Yield every document of a piece, or why it is skipped."""
-    readers = {
-        "text": _read_text,
-        "jsonl": _read_jsonl,
-        **dict.fromkeys(TABLES, _read_table),
-    }
+    readers = {"text": _read_text, "jsonl": _read_jsonl, **dict.fromkeys(TABLES, _read_table)}
     for part in piece.parts:
         yield from readers[part.format](part, text_key)
 

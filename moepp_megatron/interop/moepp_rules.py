@@ -79,12 +79,7 @@ def _expert_rules(config: Config, ours: str, owner: str, theirs: str) -> Iterato
         prefix, experts = f"{theirs}{index}.", ours + "experts.experts."
         # Gate and up projection are stacked in `up_proj`, gate first, as in megatron-core.
         yield row(
-            experts + "linear_fc1.weight",
-            count,
-            index,
-            prefix + "up_proj.weight",
-            2 * inner,
-            width,
+            experts + "linear_fc1.weight", count, index, prefix + "up_proj.weight", 2 * inner, width
         )
         yield row(
             experts + "linear_fc2.weight", count, index, prefix + "down_proj.weight", width, inner

@@ -83,9 +83,7 @@ class ContextParallelAttention(MegatronModule):
             ValueError: If there is a bias or packed sequences, or S is odd.
         """
         refuse_unused(
-            type(self).__name__,
-            attention_bias=attention_bias,
-            packed_seq_params=packed_seq_params,
+            type(self).__name__, attention_bias=attention_bias, packed_seq_params=packed_seq_params
         )
         gathered = GatherSequence.apply(torch.cat([key, value], dim=-1), self.cp_group)
         whole_key, whole_value = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)

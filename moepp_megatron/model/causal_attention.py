@@ -79,9 +79,7 @@ class CausalAttention(MegatronModule):
             ValueError: If there is a bias or packed sequences.
         """
         refuse_unused(
-            type(self).__name__,
-            attention_bias=attention_bias,
-            packed_seq_params=packed_seq_params,
+            type(self).__name__, attention_bias=attention_bias, packed_seq_params=packed_seq_params
         )
         last, num_tokens = query.shape[0], key.shape[0]
         mask = None if attention_mask is None else ~attention_mask

@@ -149,11 +149,7 @@ class MoEPPGPTModel(WithCrossEntropy, GPTModel):
         return self.compute_language_model_loss(labels, logits)
 
     def build_schedule_plan(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> MoEPPChunkPlan:
         """This chunk as nodes of the combined schedule; arguments as `forward`."""
         if self.config.fine_grained_activation_offloading:

@@ -27,10 +27,7 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
     ) -> None:
         super().__init__(
-            hidden_size,
-            eps=eps,
-            device=torch.cuda.current_device(),
-            dtype=config.params_dtype,
+            hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self._fused = fused_rms_norm()

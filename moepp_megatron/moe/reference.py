@@ -52,11 +52,7 @@ class ReferenceMoEPP(nn.Module):
     """
 
     def __init__(
-        self,
-        config: MoEPPConfig,
-        hidden_size: int,
-        ffn_hidden_size: int,
-        has_residual: bool = True,
+        self, config: MoEPPConfig, hidden_size: int, ffn_hidden_size: int, has_residual: bool = True
     ) -> None:
         super().__init__()
         self.config = config
@@ -79,10 +75,7 @@ class ReferenceMoEPP(nn.Module):
         self.mixing_weight = nn.Parameter(torch.randn(config.num_constant_experts, 2, D) * 0.02)
 
     def forward(
-        self,
-        x_TD: Tensor,
-        previous_logits_TE: Tensor | None = None,
-        padded_T: Tensor | None = None,
+        self, x_TD: Tensor, previous_logits_TE: Tensor | None = None, padded_T: Tensor | None = None
     ) -> ReferenceOutput:
         """Route the tokens, run the selected experts, add up what they return.
 
@@ -110,10 +103,7 @@ class ReferenceMoEPP(nn.Module):
         return ReferenceOutput(output_TD, logits_TE, gates_TE, selected_TE, loss)
 
     def _without_padding(
-        self,
-        x_TD: Tensor,
-        previous_logits_TE: Tensor | None,
-        padded_T: Tensor,
+        self, x_TD: Tensor, previous_logits_TE: Tensor | None, padded_T: Tensor
     ) -> ReferenceOutput:
         tokens = (~padded_T).nonzero().squeeze(-1)
         others = [t if t is None else t[tokens] for t in (x_TD, previous_logits_TE)]

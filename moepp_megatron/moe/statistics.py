@@ -10,11 +10,7 @@ from moepp_megatron.moe.token_tags import TagCounts
 
 BALANCE, Z_LOSS = "balance", "z"
 # Their names in megatron-core's tracker; a model has one kind of balance loss.
-_TRACKED = {
-    "load_balancing_loss": BALANCE,
-    "seq_load_balancing_loss": BALANCE,
-    "z_loss": Z_LOSS,
-}
+_TRACKED = {"load_balancing_loss": BALANCE, "seq_load_balancing_loss": BALANCE, "z_loss": Z_LOSS}
 
 
 def tracked_losses(layer_number: int) -> dict[str, Tensor]:

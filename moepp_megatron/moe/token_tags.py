@@ -81,11 +81,7 @@ class TagCounts(NamedTuple):
 
 @torch.no_grad()
 def count_by_tags(
-    counts: TagCounts,
-    selected: Tensor,
-    tags: Tensor,
-    num_ffn: int,
-    padded: Tensor | None = None,
+    counts: TagCounts, selected: Tensor, tags: Tensor, num_ffn: int, padded: Tensor | None = None
 ) -> None:
     """Count one micro-batch's tokens in place. `kernels.tags` does the same on a GPU.
 

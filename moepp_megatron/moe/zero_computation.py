@@ -122,11 +122,7 @@ class ZeroComputationExperts(MegatronModule):
         return x * weight_of_input if output is None else output.addcmul_(x, weight_of_input)
 
     def ingredients(
-        self,
-        x: Tensor,
-        gates: Tensor,
-        routing_map: Tensor,
-        mixing_logits: Tensor | None = None,
+        self, x: Tensor, gates: Tensor, routing_map: Tensor, mixing_logits: Tensor | None = None
     ) -> Ingredients | None:
         """The inputs that `forward` uses; None where there is nothing but zero experts."""
         if self.moepp.num_constant_experts > 0:

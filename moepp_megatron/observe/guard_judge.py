@@ -50,10 +50,7 @@ class RuleJudge:
     """
 
     def __init__(
-        self,
-        rules: Iterable[CompleteRule],
-        layer_numbers: Sequence[int],
-        state: Sequence[Any] = (),
+        self, rules: Iterable[CompleteRule], layer_numbers: Sequence[int], state: Sequence[Any] = ()
     ) -> None:
         self.rules = tuple(rules)
         self._layers = list(layer_numbers)

@@ -39,11 +39,7 @@ OWN: dict[str, Any] = {
 }
 # A rank's part of the padded vocabulary is as long as the vocabulary.
 PADDED = TP2 | {"should_pad_vocab": True, "make_vocab_size_divisible_by": 64}
-FORMATS = {
-    "released": RELEASED,
-    "moepp": OWN,
-    "zeda": CASES["Qwen3, all kinds, a dense layer"],
-}
+FORMATS = {"released": RELEASED, "moepp": OWN, "zeda": CASES["Qwen3, all kinds, a dense layer"]}
 
 
 @pytest.mark.parametrize("layout", FORMATS)

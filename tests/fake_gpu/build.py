@@ -51,10 +51,7 @@ def build(folder: Path) -> None:
 
 
 def play(
-    folder: Path,
-    cases: Sequence[dict[str, Any]],
-    engine: Engine | None = None,
-    capability: int = 9,
+    folder: Path, cases: Sequence[dict[str, Any]], engine: Engine | None = None, capability: int = 9
 ) -> list[dict[str, Any]]:
     """Play `cases` (`play.Case`) one after another in a process that has the GPU.
 

@@ -91,10 +91,7 @@ def drawn(seed: int) -> dict[str, Any]:
 
 
 def _add(
-    overrides: list[str],
-    axes: Sequence[tuple[str, ...]],
-    world: int,
-    generator: random.Random,
+    overrides: list[str], axes: Sequence[tuple[str, ...]], world: int, generator: random.Random
 ) -> None:
     for first, *others in axes:
         value = first if generator.random() < 0.4 else generator.choice(others)

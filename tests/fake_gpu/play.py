@@ -293,12 +293,7 @@ class _Run:
             MEMORY.begin()
             watching.begin_step(step, self.layout)
             result = training_step(
-                self.model,
-                self.batches(),
-                config,
-                self.layout,
-                watching,
-                [stop],
+                self.model, self.batches(), config, self.layout, watching, [stop]
             )
             taken = Step(Progress(step), 0, 1, 0.0, result)
             watching.end_step(taken)

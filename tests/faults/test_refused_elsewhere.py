@@ -111,10 +111,7 @@ def test_a_rank_that_refuses_ends_the_other_machine(starts: Starts) -> None:
 
 @pytest.mark.parametrize(
     ("words", "nnodes", "says"),
-    [
-        (["training.seed=5"], 2, "training.seed ("),
-        ([], 4, "--nnodes ("),
-    ],
+    [(["training.seed=5"], 2, "training.seed ("), ([], 4, "--nnodes (")],
 )
 def test_machines_that_are_not_alike(
     starts: Starts, words: list[str], nnodes: int, says: str

@@ -49,7 +49,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "qk_layernorm": True,
             "qk_layernorm_scope": "all_heads",
             "kv_channels": 16,
-        },
+        }
     },
     "vanilla": {"moe": VANILLA},
 }

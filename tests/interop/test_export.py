@@ -46,11 +46,9 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "router_topk": 4,
             "score_function": "sigmoid",
             "selection_bias": True,
-        },
+        }
     },
-    "groups without a bias": {
-        "moe": {"num_ffn_experts": 8, "num_groups": 4, "group_topk": 1},
-    },
+    "groups without a bias": {"moe": {"num_ffn_experts": 8, "num_groups": 4, "group_topk": 1}},
     "biases": {"model": {"qkv_bias": True, "num_query_groups": 2}},
     "norms over all heads": {
         "model": {
@@ -58,7 +56,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
             "qk_layernorm": True,
             "qk_layernorm_scope": "all_heads",
             "kv_channels": 16,
-        },
+        }
     },
     "shared constants": {"moe": {"constants_shared": True}},
     "vanilla, tied": {
@@ -69,7 +67,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
         "moe": PLAIN_MOE
         | {"num_zero_experts": 0, "num_copy_experts": 0, "score_function": "sigmoid"}
         | {"selection_bias": True, "bias_update_rate": 0.001, "gate_scale": 2.5}
-        | {"num_ffn_experts": 8, "num_groups": 4, "group_topk": 2, "router_topk": 4},
+        | {"num_ffn_experts": 8, "num_groups": 4, "group_topk": 2, "router_topk": 4}
     },
 }
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))

@@ -91,11 +91,7 @@ def generated() -> dict[str, list[int]]:
     model = random_model().eval()
     draft = random_model(num_hidden_layers=2, moe_layers=None).eval()
     ids = batch()["input_ids"][:1, :5]
-    settings = {
-        "attention_mask": torch.ones_like(ids),
-        "max_new_tokens": 12,
-        "do_sample": False,
-    }
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
     ways: dict[str, dict[str, Any]] = {
         "plain": {},
         "assisted": {"assistant_model": draft},

@@ -166,8 +166,7 @@ def test_micro_batches_add_up(ranks: RankPools, teachers: dict[str, Path]) -> No
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [{"top_k": 5}, {"temperature": 2.0}, {"text_weight": 0.0}, {"divergence": "reverse_kl"}],
+    "kind", [{"top_k": 5}, {"temperature": 2.0}, {"text_weight": 0.0}, {"divergence": "reverse_kl"}]
 )
 def test_each_kind_of_loss_is_one_process(ranks, alone, teachers, kind):
     one = alone(taught(teachers["vanilla"], kind))

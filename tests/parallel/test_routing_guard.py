@@ -166,12 +166,7 @@ def test_putting_routers_back_keeps_the_loss(ranks: RankPools, tmp_path: Path) -
     assert excess(on) < 0.25 * excess(off)
 
 
-EXPLODE = {
-    "name": "logit_explosion",
-    "above": 30.0,
-    "for_steps": 3,
-    "action": "rollback",
-}
+EXPLODE = {"name": "logit_explosion", "above": 30.0, "for_steps": 3, "action": "rollback"}
 DEAD = {
     "name": "dead", "metric": "min_ffn_load", "below": 0.01, "clear": 0.05, "for_steps": 3,
     "action": "rollback",
@@ -180,10 +175,7 @@ DEAD = {
 
 @pytest.mark.parametrize(
     ("layout", "fault", "rule"),
-    [
-        ("ep2", Fault(5, "explosion", 2, 50.0), EXPLODE),
-        ("pp2", Fault(5, "dead", 1), DEAD),
-    ],
+    [("ep2", Fault(5, "explosion", 2, 50.0), EXPLODE), ("pp2", Fault(5, "dead", 1), DEAD)],
 )
 def test_rollback(
     ranks: RankPools, tmp_path: Path, layout: str, fault: Fault, rule: dict[str, Any]
@@ -469,9 +461,7 @@ def test_refused_batches_are_judged_by_their_routing(
         {"name": "lossy", "metric": "loss", "above": 0.1, "for_steps": 4},
     )
     settings = trainer_settings(
-        tmp_path,
-        routing_guard=guard(*own),
-        training={"train_iters": 5, "micro_batch_size": 8},
+        tmp_path, routing_guard=guard(*own), training={"train_iters": 5, "micro_batch_size": 8}
     )
     ranks(1).run(run_trainer, settings, (), (NumericalFault(kind, 0, (3, 4)),))
     alerts = told(tmp_path)

@@ -46,10 +46,7 @@ def local_model(config: Config, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Mod
 @pytest.mark.parametrize("kind", MODELS)
 def test_same_seed_gives_the_same_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(
-        None,
-        model=MODELS[kind],
-        moe={"layer_freq": [0, 1, 1, 1]},
-        precision={"dtype": "fp32"},
+        None, model=MODELS[kind], moe={"layer_freq": [0, 1, 1, 1]}, precision={"dtype": "fp32"}
     )
     theirs = model_of(config)
     found = losses(theirs)

@@ -46,11 +46,7 @@ def test_layers_at_the_ends_run_in_bf16():
     "recompute",
     [
         {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-        {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 2,
-        },
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
     ],
     ids=["moe", "full"],
 )

@@ -69,12 +69,7 @@ def divisible(
 ) -> Rule:
     """A rule: `divisor` must divide this setting; the texts as in `must_divide`."""
     return lambda config: must_divide(
-        name,
-        attrgetter(name)(config),
-        divisor(config),
-        fill(divisor_text, config),
-        reason,
-        others,
+        name, attrgetter(name)(config), divisor(config), fill(divisor_text, config), reason, others
     )
 
 

@@ -25,11 +25,7 @@ def _tensor_ranks_divide_widths(config: Config) -> Iterator[Problem]:
         widths["moe.shared_expert_ffn_hidden_size"] = moe.shared_expert_ffn_hidden_size
     for name, width in widths.items():
         yield from must_divide(
-            name,
-            width,
-            ranks,
-            "parallel.tensor_model_parallel_size",
-            others=list(widths.values()),
+            name, width, ranks, "parallel.tensor_model_parallel_size", others=list(widths.values())
         )
 
 

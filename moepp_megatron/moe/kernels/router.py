@@ -136,11 +136,7 @@ def _launch(
     block_e = triton.next_power_of_2(num_experts)
     block_t = max(1, _TILE // block_e)
     # Where the experts end whose gates count in the normalisation.
-    ends = {
-        "none": num_experts,
-        "selected": num_experts,
-        "nonzero": config.columns(ZERO).start,
-    }
+    ends = {"none": num_experts, "selected": num_experts, "nonzero": config.columns(ZERO).start}
     settings = {
         "NUM_EXPERTS": num_experts,
         "SCORE": config.score_function,

@@ -24,11 +24,7 @@ _BLOCK_T, _MOST_COLUMNS, _BLOCK_TAGS, _WARPS = 128, 32, 32, 8
 
 @torch.no_grad()
 def count_by_tags(
-    counts: TagCounts,
-    selected: Tensor,
-    tags: Tensor,
-    num_ffn: int,
-    padded: Tensor | None = None,
+    counts: TagCounts, selected: Tensor, tags: Tensor, num_ffn: int, padded: Tensor | None = None
 ) -> None:
     """Same as `moepp_megatron.moe.token_tags.count_by_tags`."""
     num_tokens, num_experts = selected.shape

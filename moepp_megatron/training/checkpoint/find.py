@@ -38,9 +38,7 @@ _CLOCKS_DIFFER_S = 60.0
 
 
 def find_checkpoint(
-    name: str | Path,
-    run: Path | None = None,
-    reason_against: Callable[[Path], str | None] = damage,
+    name: str | Path, run: Path | None = None, reason_against: Callable[[Path], str | None] = damage
 ) -> Path:
     """The checkpoint that `name` means.
 

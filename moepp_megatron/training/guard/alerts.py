@@ -35,11 +35,7 @@ _CAUSES: dict[Cause, tuple[str, str]] = {
 
 
 def alert_of(
-    event: Event,
-    step: int,
-    action: str,
-    note: str = "",
-    shift: ShiftEvent | None = None,
+    event: Event, step: int, action: str, note: str = "", shift: ShiftEvent | None = None
 ) -> Alert:
     """The alert of a rule that begins or ends, or of a shift whose cause has become known.
 

@@ -90,11 +90,7 @@ def test_ffn_share(ffn, zero_computation, tau, share):
 
 
 def test_vanilla_has_neither_zero_computation_experts_nor_residual():
-    vanilla = MoEPPConfig(
-        num_ffn_experts=4,
-        **FFN_ONLY,
-        gating_residual=False,
-    )
+    vanilla = MoEPPConfig(num_ffn_experts=4, **FFN_ONLY, gating_residual=False)
     assert vanilla.is_vanilla
     assert not dataclasses.replace(vanilla, gating_residual=True).is_vanilla
     assert not dataclasses.replace(vanilla, num_zero_experts=1).is_vanilla

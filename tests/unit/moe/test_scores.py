@@ -161,10 +161,7 @@ def test_no_export_has_a_score_that_it_does_not_list(export: Callable[[Config], 
             {"gate_normalization": "sum"},
             r"moe.gate_normalization \('sum'\) must be 'none' or 'selected",
         ),
-        (
-            {"balance_scope": "document"},
-            r"moe.balance_scope \('document'\) must be 'micro",
-        ),
+        ({"balance_scope": "document"}, r"moe.balance_scope \('document'\) must be 'micro"),
     ],
 )
 def test_an_export_refuses_values_that_its_file_does_not_list(changes, message):

@@ -167,11 +167,7 @@ def test_gradients_reach_earlier_routers_through_the_lane():
 
 
 def test_vanilla_is_megatrons_layer():
-    vanilla = MoEPPConfig(
-        num_ffn_experts=4,
-        **FFN_ONLY,
-        gating_residual=False,
-    )
+    vanilla = MoEPPConfig(num_ffn_experts=4, **FFN_ONLY, gating_residual=False)
     model = build_model(vanilla)
     for layer in model.decoder.layers:
         assert type(layer.mlp) is VanillaMoELayer

@@ -11,13 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from moepp_megatron.config import (
-    Config,
-    ConfigError,
-    UnfitError,
-    parse_config,
-    with_overrides,
-)
+from moepp_megatron.config import Config, ConfigError, UnfitError, parse_config, with_overrides
 from moepp_megatron.runtime import distributed, nodes
 from moepp_megatron.runtime.launch import LaunchOptions, _torchrun, run_ranks
 from moepp_megatron.runtime.nodes import Nodes, interface_of_rank, parse_endpoint

@@ -46,14 +46,7 @@ def invented_trace(count: int, seed: int = 1, layers: int = 3, window: int = 64)
     losses[::window] = np.nan
     numbers = tuple(range(1, layers + 1))
     return Trace(
-        f"invented, step {seed}",
-        ("3 MoE layers",),
-        EXPERTS,
-        numbers,
-        0.5,
-        selected,
-        gates,
-        losses,
+        f"invented, step {seed}", ("3 MoE layers",), EXPERTS, numbers, 0.5, selected, gates, losses
     )
 
 

@@ -7,12 +7,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.experts import ExpertCounts
-from moepp_megatron.workbench.inspection.aggregates import (
-    all_tokens,
-    by_layer,
-    extremes,
-    groups,
-)
+from moepp_megatron.workbench.inspection.aggregates import all_tokens, by_layer, extremes, groups
 from moepp_megatron.workbench.inspection.findings import find, to_json
 from moepp_megatron.workbench.inspection.trace import Trace
 from tests.unit.workbench.inspection.conftest import invented_trace

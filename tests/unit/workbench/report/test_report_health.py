@@ -152,10 +152,7 @@ def test_what_was_watched_is_reported(make_run):
     page = build_report(make_run()).read_text(encoding="ascii")
     assert "The routing guard judged these rules after every step and only reports" in page
     assert "router_fault" in page
-    sections = {
-        "acts on them": {"enabled": True},
-        "was off": {"enabled": False},
-    }
+    sections = {"acts on them": {"enabled": True}, "was off": {"enabled": False}}
     for text, section in sections.items():
         assert text in watched(load_run(make_run(routing_guard=section)))
     old = {"rules": [{"name": "dead_expert", "severity": "critical"}]}
