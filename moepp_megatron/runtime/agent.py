@@ -46,6 +46,9 @@ def main() -> int:
         nodes, alike = json.loads(machines)
         watch = Watch(Nodes(**nodes), alike)
         watch.start()
+        # torchrun would let machines of other numbers meet. The first one serves the store.
+        if watch.nodes.rank:
+            watch.compared.wait()
     try:
         torchrun()
     except (ConfigError, ChildFailedError, RendezvousError, DistError) as error:

@@ -21,8 +21,6 @@ from moepp_megatron.runtime.optional import (
     import_failure,
 )
 
-# The first whose FusedAdam takes them (optimizers/fused_adam.py).
-_TE_OF_BF16_MOMENTS = (2, 3)
 # By megatron-core's extensions/transformer_engine.py and moe_utils.py.
 _TE_OF_SETTINGS = {
     "parallel.delay_wgrad_compute": (2, 3),
@@ -64,8 +62,8 @@ def _check_optimizer(config: Config) -> None:
             f"installed; {how_to_install('emerging-optimizers>=0.3')}, or use adam"
         )
     if config.optimizer.bf16_moments:
-        moment = config.optimizer.bf16_moments[0]
-        _check_engine(f"optimizer.{moment} (bf16)", _TE_OF_BF16_MOMENTS, "fp32")
+        # The first whose FusedAdam takes them (optimizers/fused_adam.py).
+        _check_engine(f"optimizer.{config.optimizer.bf16_moments[0]} (bf16)", (2, 3), "fp32")
 
 
 def _check_engine(setting: str, needed: tuple[int, ...], instead: str) -> None:

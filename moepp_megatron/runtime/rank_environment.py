@@ -133,11 +133,9 @@ def connections(config: Config) -> Variable:
 def contradiction(config: Config, environment: Mapping[str, str]) -> str | None:
     """A warning where the user's number of hardware queues is not what the run needs."""
     wanted, given = connections(config), environment.get(_CONNECTIONS)
-    if given is None:
-        return None
     # More queues than are needed do no harm.
-    is_enough = given.isdecimal() and int(given) >= int(wanted.value) > 1
-    if given == wanted.value or is_enough:
+    is_enough = given and given.isdecimal() and int(given) >= int(wanted.value) > 1
+    if given in (None, wanted.value) or is_enough:
         return None
     return (
         f"{_CONNECTIONS} ({given}) should be {wanted.value} in this layout: {wanted.reason}; unset "

@@ -47,8 +47,10 @@ class Watch(threading.Thread):
     def __init__(self, nodes: Nodes, alike: dict[str, str]) -> None:
         """`alike`: what must be the same on all machines, by name."""
         super().__init__(daemon=True)
-        self._nodes, self._alike = nodes, alike
+        self.nodes, self._alike = nodes, alike
         self._failure: Word | None = None
+        # Set when all machines have looked whether they are alike.
+        self.compared = threading.Event()
 
     def run(self) -> None:
         """Until another machine has ended, or this one has left word."""
@@ -62,21 +64,24 @@ class Watch(threading.Thread):
     def report(self, failure: str | None) -> None:
         """Let the other machines know of a failure, if any; theirs may end this process."""
         self.join(_OTHERS_S if refusal() is None else 0.0)
-        if failure is not None and _is_served(self._nodes):
+        if failure is not None and _is_served(self.nodes):
             self._failure = (1, failure)
             self.join(LINGER_S)
 
     def _look(self) -> bool:
         """Look for word until there is some; False where the store does not answer."""
-        if (store := open_store(self._nodes, math.inf)) is None:
+        if (store := open_store(self.nodes, math.inf)) is None:
             return False
         if (word := self._difference(store)) is not None:
-            leave_word(store, self._nodes, word, has_met=False)
+            leave_word(store, self.nodes, word, has_met=False)
+        store.add("compared", 1)
         has_met = False
-        while word is None and _is_served(self._nodes):
-            word = _read(store, self._nodes)
+        while word is None and _is_served(self.nodes):
+            if not self.compared.is_set() and store.add("compared", 0) >= self.nodes.count:
+                self.compared.set()
+            word = _read(store, self.nodes)
             if word is None and (failure := refusal() or self._failure) is not None:
-                leave_word(store, self._nodes, failure)
+                leave_word(store, self.nodes, failure)
                 return True
             if not has_met and psutil.Process().children():
                 store.set("met", "")

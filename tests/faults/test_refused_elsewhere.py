@@ -12,7 +12,7 @@ import pytest
 from moepp_megatron.config import load_config
 from moepp_megatron.observe.status import CLAIM
 from moepp_megatron.training.run_folder import RunFolder, Start
-from tests.commands import MODULE, Begun
+from tests.commands import MODULE, Begun, program
 from tests.faults.harness import prepare_data, write_config
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
@@ -38,6 +38,24 @@ while not all((folder / each).exists() for each in "01"):
 if machine == "1":
     sys.exit(9)
 time.sleep(600)
+"""
+SECOND = """
+import json, os, threading, time
+from torch.distributed import PrefixStore, TCPStore, run
+from moepp_megatron.runtime import agent
+from moepp_megatron.runtime.launch import MACHINES
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+seen = PrefixStore("moepp moepp", store)
+def first():
+    while seen.add("compared", 0) == 0:
+        time.sleep(0.05)
+    seen.add("compared", 1)
+threading.Thread(target=first, daemon=True).start()
+run.main = lambda: print(seen.add("compared", 0), "have compared", flush=True)
+nodes = {"count": 2, "rank": 1, "host": "127.0.0.1", "port": store.port}
+os.environ[MACHINES] = json.dumps([nodes, {}])
+agent.main()
+os._exit(0)
 """
 
 
@@ -121,6 +139,12 @@ def test_machines_that_are_not_alike(
     ended = starts.ended()
     assert [status for status, _ in ended] == [2, 2], ended
     assert all(says in said and "must be the same on all machines" in said for _, said in ended)
+
+
+def test_machines_meet_when_all_have_compared(tmp_path: Path) -> None:
+    """Before, ranks of machines with other numbers of machines could start beside each other."""
+    (tmp_path / "second.py").write_text(SECOND)
+    assert program(tmp_path / "second.py").stdout == "2 have compared\n"
 
 
 def test_a_machine_whose_ranks_fail_for_good_ends_the_other(starts: Starts) -> None:
