@@ -27,7 +27,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def alone(ranks: RankPools) -> Callable[..., Run]:
+def trained(ranks: RankPools) -> Callable[..., Run]:
+    """`trained(size, raw)`: the run of this many ranks with these settings."""
+
+    def run(
+        size: int,
+        raw: dict[str, Any],
+        steps: int = STEPS,
+        prepare: Callable[[list[Any]], None] | None = None,
+    ) -> Run:
+        return assemble(ranks(size).run(train, raw, steps, prepare))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def alone(trained: Callable[..., Run]) -> Callable[..., Run]:
     """`alone(raw)`: the run of one process with these settings, made once; not to be changed."""
     runs: dict[str, Run] = {}
 
@@ -36,7 +51,7 @@ def alone(ranks: RankPools) -> Callable[..., Run]:
     ) -> Run:
         key = json.dumps([raw, steps, prepare and prepare.__qualname__], sort_keys=True)
         if key not in runs:
-            runs[key] = assemble(ranks(1).run(train, raw, steps, prepare))
+            runs[key] = trained(1, raw, steps, prepare)
         return runs[key]
 
     return run

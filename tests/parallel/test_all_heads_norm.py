@@ -11,20 +11,7 @@ from moepp_megatron.config import ConfigError, parse_config
 from moepp_megatron.training.checkpoint.files import checkpoint_name
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import (
-    CP2,
-    EP2,
-    FULL,
-    PP2,
-    STEPS,
-    TP2,
-    Run,
-    assemble,
-    compare,
-    settings,
-    short,
-    train,
-)
+from tests.parallel.training_runs import CP2, EP2, FULL, PP2, TP2, Run, compare, settings, short
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -63,14 +50,14 @@ def vary_norms(chunks: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(ranks: RankPools, alone: Callable[..., Run], layout: str) -> None:
+def test_layouts(trained, alone: Callable[..., Run], layout: str) -> None:
     name, world_size, sections = LAYOUTS[layout]
     model = MODELS[name] | sections.get("model", {})
     training = {"global_batch_size": BATCH[name]}
     raw = short(
         model=model, parallel=sections["parallel"], training=training | sections.get("training", {})
     )
-    run = assemble(ranks(world_size).run(train, raw, STEPS, vary_norms))
+    run = trained(world_size, raw, prepare=vary_norms)
     norms = {key: value.shape for key, value in run.gradients.items() if "k_layernorm" in key}
     # Heads are 8 channels wide.
     assert list(norms.values()) == [(model["num_query_groups"] * 8,)] * 2, norms

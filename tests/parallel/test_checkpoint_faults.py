@@ -330,19 +330,15 @@ def save_twice(folder: Path, change: str) -> tuple[list[str | None], list[str]]:
     return errors, names(folder / "checkpoints")
 
 
-def test_full_disk(ranks: RankPools, small_disk: Path) -> None:
-    errors, left = ranks(1).run(save_twice, small_disk, "full")[0]
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [("full", "No space left on device"), ("read-only", "Read-only file system")],
+)
+def test_full_and_read_only_disks(ranks, small_disk: Path, change: str, error: str) -> None:
+    errors, left = ranks(1).run(save_twice, small_disk, change)[0]
     assert errors[0] is None
     assert errors[1] is not None
-    assert "No space left on device" in errors[1]
-    assert left == ["latest", "step_00000001"]
-
-
-def test_read_only_disk(ranks: RankPools, small_disk: Path) -> None:
-    errors, left = ranks(1).run(save_twice, small_disk, "read-only")[0]
-    assert errors[0] is None
-    assert errors[1] is not None
-    assert "Read-only file system" in errors[1]
+    assert error in errors[1]
     assert left == ["latest", "step_00000001"]
 
 

@@ -4,20 +4,7 @@ from itertools import permutations
 
 import pytest
 
-from tests.parallel.training_runs import (
-    CP2,
-    EP2,
-    FULL,
-    PP2,
-    STEPS,
-    TP2,
-    assemble,
-    begin,
-    compare,
-    settings,
-    short,
-    train,
-)
+from tests.parallel.training_runs import CP2, EP2, FULL, PP2, TP2, begin, compare, settings, short
 
 # Two orders of summation of the same fp32 terms: some hundred roundings of 2^-24 each.
 FP32_TOLERANCE = 1e-5
@@ -306,15 +293,15 @@ RECOMPUTE = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_training_equals_one_process(ranks, alone, name):
+def test_training_equals_one_process(trained, alone, name):
     world_size, parallel = LAYOUTS[name]
     raw = short(model=MODEL, parallel=parallel)
-    run = assemble(ranks(world_size).run(train, raw, STEPS))
+    run = trained(world_size, raw)
     compare(run, alone(short(model=MODEL)), FP32_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", RECOMPUTE)
-def test_training_with_recomputed_attention_equals_one_process(ranks, alone, name):
+def test_training_with_recomputed_attention_equals_one_process(trained, alone, name):
     raw = short(model=MODEL, parallel=CP2, training=RECOMPUTE[name])
-    run = assemble(ranks(2).run(train, raw, STEPS))
+    run = trained(2, raw)
     compare(run, alone(short(model=MODEL)), FP32_TOLERANCE)

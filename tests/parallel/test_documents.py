@@ -1,6 +1,7 @@
 """Documents that share sequences, with padding: every layout trains what one process trains."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from tests.parallel.training_runs import (
     TP2,
     VANILLA,
     Run,
-    assemble,
     compare,
+    losses_and_gradients,
     settings,
     short,
     train,
@@ -55,9 +56,9 @@ def raw_settings(name: str, parallel: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_training_equals_one_process(ranks, alone: Callable[..., Run], name: str) -> None:
+def test_training_equals_one_process(trained, alone: Callable[..., Run], name: str) -> None:
     world, parallel, _ = LAYOUTS[name]
-    run = assemble(ranks(world).run(train, raw_settings(name, parallel), STEPS))
+    run = trained(world, raw_settings(name, parallel))
     reference = raw_settings(name, {})
     reference["training"] = short()["training"]
     compare(run, alone(reference), RELATIVE)
@@ -72,49 +73,26 @@ LENGTHS = (20, 25)
 LENGTH = 48
 
 
-def losses_and_gradients(raw: dict[str, Any], is_packed: bool) -> dict[str, Any]:
-    """Of two documents, in one sequence or in one each, with padding behind."""
+def two_documents(config: Any, is_packed: bool) -> tuple[dict[str, Any], Any]:
+    """In one sequence or in one each, with padding behind."""
     import torch
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.model.build import build_model
     from moepp_megatron.model.document_attention import dense_mask
-    from moepp_megatron.model.initialize import initialize_weights
-    from moepp_megatron.runtime.distributed import build_groups
 
-    config = parse_config(raw)
-    build_groups(config, Layout.from_config(config, 1))
-    (model,) = build_model(config)
-    initialize_weights([model], seed=3)
-    model.train()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     generator = torch.manual_seed(5)
     texts = [torch.randint(config.model.vocab_size, (n + 1,), generator=generator) for n in LENGTHS]
     rows = [texts] if is_packed else [[text] for text in texts]
     tokens, labels, documents = (torch.zeros(len(rows), LENGTH, dtype=torch.int64) for _ in "123")
     padding = torch.ones(len(rows), LENGTH, dtype=torch.bool)
-    places = []
     for row, own in enumerate(rows):
         start = 0
         for number, text in enumerate(own):
             where = row, slice(start, start + len(text) - 1)
             tokens[where], labels[where], padding[where] = text[:-1], text[1:], False
             documents[where] = number + 1
-            places.append(where)
             start = where[1].stop
-    losses = model(
-        tokens,
-        torch.arange(LENGTH).expand(len(rows), -1),
-        dense_mask(documents),
-        labels=labels,
-        padding_mask=padding,
-    )
-    losses[~padding].sum().backward()
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
-    values = {name: each.grad for name, each in model.named_parameters()}
-    values["losses"] = torch.cat([losses[where].detach() for where in places])
-    return {name: value.numpy().copy() for name, value in values.items()}
+    batch = {"input_ids": tokens, "attention_mask": dense_mask(documents), "labels": labels}
+    return batch | {"padding_mask": padding}, ~padding
 
 
 @pytest.mark.parametrize("model", [{}, LATENT], ids=["plain", "latent"])
@@ -123,7 +101,8 @@ def test_documents_of_a_sequence_are_as_each_by_itself(ranks, model: dict[str, A
     moe = {"balance_coeff": 0.1, "z_loss_coeff": 0.1}
     raw = settings(moe=moe, model={"seq_length": LENGTH, **model})
     packed, alone = (
-        ranks(1).run(losses_and_gradients, raw, is_packed)[0] for is_packed in (True, False)
+        ranks(1).run(losses_and_gradients, raw, partial(two_documents, is_packed=is_packed))[0]
+        for is_packed in (True, False)
     )
     assert packed.keys() == alone.keys()
     for name, expected in alone.items():

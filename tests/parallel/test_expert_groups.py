@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, PP2, STEPS, TP2, Run, assemble, compare, short, train
+from tests.parallel.training_runs import EP2, PP2, TP2, Run, compare, short
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -31,10 +30,10 @@ def limited(dispatcher: str = "alltoall", **sections: dict[str, Any]) -> dict[st
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(ranks: RankPools, alone: Callable[..., Run], layout: str) -> None:
+def test_layouts(trained, alone: Callable[..., Run], layout: str) -> None:
     world_size, parallel = LAYOUTS[layout]
     dispatcher = "alltoall_dedup" if "once" in layout else "alltoall"
-    run = assemble(ranks(world_size).run(train, limited(dispatcher, parallel=parallel), STEPS))
+    run = trained(world_size, limited(dispatcher, parallel=parallel))
     compare(run, alone(limited()), FP32)
 
 

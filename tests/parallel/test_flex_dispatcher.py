@@ -12,7 +12,7 @@ from tests.parallel.forced_routing import (
     only_zero_experts,
 )
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, STEPS, TP2, Run, assemble, compare, short, train
+from tests.parallel.training_runs import EP2, STEPS, TP2, Run, assemble, compare, short
 
 FP32 = 1e-5
 
@@ -35,10 +35,10 @@ def test_training_equals_one_process(ranks, alone: Callable[..., Run], backend: 
     compare(run, alone(short()), FP32)
 
 
-def test_bytes_are_those_of_one_vector_per_token_and_rank(ranks: RankPools) -> None:
+def test_bytes_are_those_of_one_vector_per_token_and_rank(ranks: RankPools, trained) -> None:
     """With one expert a rank no two selections share a vector: as many as the all-to-all sends."""
     moe = {"num_ffn_experts": 2}
-    alltoall = assemble(ranks(2).run(train, short(parallel=EP2, moe=moe), 1))
+    alltoall = trained(2, short(parallel=EP2, moe=moe), 1)
     raw = short(parallel=EP2, moe={**moe, "dispatcher": "flex"})
     for backend, train_with_flex in BACKENDS.items():
         flex = assemble(ranks(2).run(train_with_flex, raw, 1))

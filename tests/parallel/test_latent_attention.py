@@ -12,19 +12,7 @@ from moepp_megatron.training.setup import compile_extension
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_expert_overlap import STAGES, both
-from tests.parallel.training_runs import (
-    CP2,
-    EP2,
-    FULL,
-    PP2,
-    STEPS,
-    TP2,
-    Run,
-    assemble,
-    compare,
-    short,
-    train,
-)
+from tests.parallel.training_runs import CP2, EP2, FULL, PP2, TP2, Run, compare, short, train
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -62,18 +50,18 @@ def latent(model: dict[str, Any] = MODEL, **sections: dict[str, Any]) -> Section
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(ranks: RankPools, alone: Callable[..., Run], layout: str) -> None:
+def test_layouts(trained, alone: Callable[..., Run], layout: str) -> None:
     world_size, sections = LAYOUTS[layout]
     if sections.get("training") is UP_PROJECTION:
         # Here: 20 seconds of computing, alone, are not what the ranks have their time for.
         compile_extension()
-    run = assemble(ranks(world_size).run(train, latent(**sections), STEPS))
+    run = trained(world_size, latent(**sections))
     compare(run, alone(latent()), FP32)
 
 
-def test_queries_from_the_input(ranks: RankPools, alone: Callable[..., Run]) -> None:
+def test_queries_from_the_input(trained, alone: Callable[..., Run]) -> None:
     model = MODEL | {"qk_layernorm": False, "latent_attention": WIDTHS | {"q_lora_rank": None}}
-    run = assemble(ranks(2).run(train, latent(model, parallel=TP2), STEPS))
+    run = trained(2, latent(model, parallel=TP2))
     compare(run, alone(latent(model)), FP32)
 
 

@@ -11,20 +11,7 @@ from moepp_megatron.config import ConfigError, parse_config
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_latent_attention import MODEL as LATENT
-from tests.parallel.training_runs import (
-    CP2,
-    EP2,
-    FULL,
-    PP2,
-    STEPS,
-    TP2,
-    VANILLA,
-    Run,
-    assemble,
-    compare,
-    short,
-    train,
-)
+from tests.parallel.training_runs import CP2, EP2, FULL, PP2, TP2, VANILLA, Run, compare, short
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -69,9 +56,9 @@ def further(model: dict[str, Any] | None = None, **sections: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(ranks: RankPools, alone: Callable[..., Run], layout: str) -> None:
+def test_layouts(trained, alone: Callable[..., Run], layout: str) -> None:
     world_size, sections, both = LAYOUTS[layout]
-    run = assemble(ranks(world_size).run(train, further(**sections, **both), STEPS))
+    run = trained(world_size, further(**sections, **both))
     compare(run, alone(further(**both)), FP32)
 
 
@@ -101,9 +88,9 @@ def test_its_layers_are_measured_as_the_decoders_next(alone: Callable[..., Run])
     ],
     ids=["one depth", "tied embeddings, latent attention", "no residual", "dense", "vanilla"],
 )
-def test_other_models(ranks, alone, model, moe, parallel):
+def test_other_models(trained, alone, model, moe, parallel):
     moe = {"num_ffn_experts": 8, **moe}
-    run = assemble(ranks(2).run(train, further(model, moe=moe, parallel=parallel), STEPS))
+    run = trained(2, further(model, moe=moe, parallel=parallel))
     compare(run, alone(further(model, moe=moe)), FP32)
 
 

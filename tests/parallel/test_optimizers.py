@@ -9,7 +9,7 @@ import pytest
 from moepp_megatron.training.checkpoint.files import checkpoint_name
 from tests.parallel.checkpoint_runs import logged, run_trainer, train_between, trainer_settings
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, PP2, STEPS, TP2, Run, assemble, compare, short, train
+from tests.parallel.training_runs import EP2, PP2, TP2, Run, compare, short
 
 pytest.importorskip("emerging_optimizers", reason="needs moepp-megatron[emerging]")
 MUON = {"kind": "muon", "muon_fp32_matmul_prec": "highest", "muon_extra_scale_factor": 0.2}
@@ -77,11 +77,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_muon_is_the_same_in_every_layout(ranks, alone: Callable[..., Run], layout: str) -> None:
+def test_muon_is_the_same_in_every_layout(trained, alone: Callable[..., Run], layout: str) -> None:
     world_size, parallel, changes = LAYOUTS[layout]
     optimizer = MUON | {"lr": 1.0e-3}
     raw = short(optimizer=optimizer | changes, parallel=PLAIN | parallel)
-    run = assemble(ranks(world_size).run(train, raw, STEPS))
+    run = trained(world_size, raw)
     compare(run, alone(short(optimizer=optimizer, parallel=PLAIN)), SAME)
 
 
@@ -188,14 +188,14 @@ def test_kinds_of_parameters_have_their_own_rates(ranks: RankPools, kind: str) -
 
 
 @pytest.mark.parametrize("parallel", [EP2, TP2], ids=["ep2", "tp2"])
-def test_groups_are_the_same_in_every_layout(ranks, alone, parallel):
+def test_groups_are_the_same_in_every_layout(trained, alone, parallel):
     """With the distributed optimizer, as by default."""
     optimizer = {"groups": GROUPS}
     expected = alone(short(optimizer=optimizer))
     assert expected.losses[-1] != alone(short()).losses[-1]
     raw = short(optimizer=optimizer, parallel=parallel)
     # fp32 sums over other ranks.
-    compare(assemble(ranks(2).run(train, raw, STEPS)), expected, 1e-5)
+    compare(trained(2, raw), expected, 1e-5)
 
 
 def test_groups_are_resumed(ranks: RankPools, tmp_path: Path) -> None:

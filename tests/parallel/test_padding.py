@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,10 @@ from tests.parallel.training_runs import (
     VANILLA,
     Run,
     SyntheticDataset,
-    assemble,
     begin_training,
     compare,
     difference,
+    losses_and_gradients,
     short,
     train,
 )
@@ -66,24 +67,24 @@ MOE = {"num_ffn_experts": 8, "z_loss_coeff": 1e-3}
 
 
 @pytest.fixture(scope="module")
-def one_process(ranks: RankPools) -> Callable[..., Run]:
+def one_process(trained) -> Callable[..., Run]:
     """By the settings of its MoE layers, a padded run."""
 
     @functools.cache
     def run(**moe: Any) -> Run:
-        return assemble(ranks(1).run(train, short(moe=MOE | moe), STEPS, pad_some))
+        return trained(1, short(moe=MOE | moe), prepare=pad_some)
 
     return run
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_training_equals_one_process(ranks, one_process: Callable[..., Run], name: str) -> None:
+def test_training_equals_one_process(trained, one_process: Callable[..., Run], name: str) -> None:
     world, parallel, own, moe = LAYOUTS[name]
     raw = short(moe=MOE | moe | own, parallel=parallel)
-    found = assemble(ranks(world).run(train, raw, STEPS, pad_some))
+    found = trained(world, raw, prepare=pad_some)
     compare(found, one_process(**moe), RELATIVE)
     if name == "dp2 ep2":
-        without = assemble(ranks(1).run(train, short(moe=MOE), STEPS))
+        without = trained(1, short(moe=MOE))
         assert without.losses != one_process().losses
 
 
@@ -101,21 +102,21 @@ MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
     ],
     ids=["tp2 ep2", "cp2 capacity", "cp2 tp2 sequence", "pp2 ep2", "no residual"],
 )
-def test_multi_token_prediction_equals_one_process(ranks, world, parallel, moe):
+def test_multi_token_prediction_equals_one_process(trained, world, parallel, moe):
     """The mask moves over the halves of a sequence that context-parallel ranks hold, too."""
     raw = short(moe=MOE | moe, model=MTP)
-    one = assemble(ranks(1).run(train, raw, STEPS, pad_some))
+    one = trained(1, raw, prepare=pad_some)
     raw = short(moe=MOE | moe, model=MTP, parallel=parallel)
-    compare(assemble(ranks(world).run(train, raw, STEPS, pad_some)), one, RELATIVE)
+    compare(trained(world, raw, prepare=pad_some), one, RELATIVE)
 
 
-def test_global_balance_equals_one_process_with_the_same_batches(ranks: RankPools) -> None:
+def test_global_balance_equals_one_process_with_the_same_batches(trained) -> None:
     """One process whose micro-batches are as large as those of all data-parallel ranks."""
     moe = {"num_ffn_experts": 8, "balance_scope": "global"}
     raw = short(moe=moe, training={"micro_batch_size": 2})
-    one = assemble(ranks(1).run(train, raw, STEPS, pad_some))
+    one = trained(1, raw, prepare=pad_some)
     raw = short(moe=moe, parallel=EP2, training={"micro_batch_size": 1})
-    found = difference(assemble(ranks(2).run(train, raw, STEPS, pad_some)), one)
+    found = difference(trained(2, raw, prepare=pad_some), one)
     # The balance losses themselves are means over other micro-batches.
     assert max(found.loss, found.grad_norm, found.gradient) <= RELATIVE, found
     assert found.selections < 1e-12, found
@@ -129,38 +130,17 @@ def test_combined_schedule(ranks: RankPools) -> None:
 KEPT = 11
 
 
-def losses_and_gradients(raw: dict[str, Any], is_padded: bool) -> dict[str, Any]:
-    """Of the first tokens of each sequence; the others are padding, or are not there."""
+def first_tokens(config: Any, is_padded: bool) -> tuple[dict[str, Any], Any]:
+    """Of three sequences; the others are padding, or are not there."""
     import torch
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.model.build import build_model
-    from moepp_megatron.model.initialize import initialize_weights
-    from moepp_megatron.runtime.distributed import build_groups
-
-    config = parse_config(raw)
-    build_groups(config, Layout.from_config(config, 1))
-    (model,) = build_model(config)
-    initialize_weights([model], seed=3)
-    model.train()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     shape = (3, config.model.seq_length + 1)
     tokens = torch.randint(config.model.vocab_size, shape, generator=torch.manual_seed(5))
     length = shape[1] - 1 if is_padded else KEPT
     padding = torch.arange(length).expand(3, -1) >= KEPT
-    losses = model(
-        tokens[:, :length].contiguous(),
-        torch.arange(length).expand(3, -1),
-        None,
-        labels=tokens[:, 1 : length + 1].contiguous(),
-        padding_mask=padding if is_padded else None,
-    )
-    losses[:, :KEPT].sum().backward()
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
-    values = {name: each.grad for name, each in model.named_parameters()}
-    values["losses"] = losses[:, :KEPT].detach()
-    return {name: value.numpy().copy() for name, value in values.items()}
+    batch = {"input_ids": tokens[:, :length].contiguous(), "attention_mask": None}
+    batch["labels"] = tokens[:, 1 : length + 1].contiguous()
+    return batch | {"padding_mask": padding if is_padded else None}, ~padding
 
 
 @pytest.mark.parametrize("training", [{}, FULL], ids=["kept", "recomputed"])
@@ -168,7 +148,8 @@ def test_a_model_is_as_without_the_padded_tokens(ranks, training: dict[str, Any]
     moe = {"num_ffn_experts": 8, "balance_coeff": 0.1, "z_loss_coeff": 0.1, "capacity_factor": 1.0}
     raw = short(moe=moe, training=training)
     padded, without = (
-        ranks(1).run(losses_and_gradients, raw, is_padded)[0] for is_padded in (True, False)
+        ranks(1).run(losses_and_gradients, raw, partial(first_tokens, is_padded=is_padded))[0]
+        for is_padded in (True, False)
     )
     assert padded.keys() == without.keys()
     for name, expected in without.items():

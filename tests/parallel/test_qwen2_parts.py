@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, PP2, STEPS, TP2, Run, assemble, compare, short, train
+from tests.parallel.training_runs import EP2, PP2, TP2, Run, compare, short
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -27,8 +26,8 @@ def test_they_are_trained(alone: Callable[..., Run]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(ranks: RankPools, alone: Callable[..., Run], layout: str) -> None:
+def test_layouts(trained, alone: Callable[..., Run], layout: str) -> None:
     world_size, parallel = LAYOUTS[layout]
     raw = short(model=MODEL, moe=MOE, parallel=parallel)
-    run = assemble(ranks(world_size).run(train, raw, STEPS))
+    run = trained(world_size, raw)
     compare(run, alone(short(model=MODEL, moe=MOE)), FP32)

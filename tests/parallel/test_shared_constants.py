@@ -10,7 +10,7 @@ import pytest
 from moepp_megatron.config import ConfigError, parse_config
 from tests.parallel.checkpoint_runs import train_between
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, FULL, STEPS, TP2, Run, assemble, compare, short, train
+from tests.parallel.training_runs import EP2, FULL, TP2, Run, compare, short
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -46,10 +46,10 @@ def first_layers_vectors(models: list[Any]) -> None:
             layer.mlp.zero_computation.constants.copy_(first.constants)
 
 
-def test_gradient_is_the_sum_over_layers(ranks: RankPools, alone: Callable[..., Run]) -> None:
+def test_gradient_is_the_sum_over_layers(trained, alone: Callable[..., Run]) -> None:
     one_process = alone(shared())
     raw = short(model={"num_layers": 3})
-    apart = assemble(ranks(1).run(train, raw, 1, first_layers_vectors))
+    apart = trained(1, raw, 1, first_layers_vectors)
     own = [name for name in apart.gradients if CONSTANTS in name]
     together = [name for name in one_process.gradients if CONSTANTS in name]
     assert len(own) == 3
@@ -67,9 +67,9 @@ def test_gradient_is_the_sum_over_layers(ranks: RankPools, alone: Callable[..., 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(ranks: RankPools, alone: Callable[..., Run], layout: str) -> None:
+def test_layouts(trained, alone: Callable[..., Run], layout: str) -> None:
     world_size, sections = LAYOUTS[layout]
-    run = assemble(ranks(world_size).run(train, shared(**sections), STEPS))
+    run = trained(world_size, shared(**sections))
     compare(run, alone(shared()), FP32)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.parallel.layer_runs import evaluate_layer
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import STEPS, Run, assemble, compare, short, train
+from tests.parallel.training_runs import Run, compare, short
 
 # fp32 sums in another order: a few units in the last place (6e-8) of the largest summand.
 RELATIVE = 1e-5
@@ -32,17 +32,17 @@ def layout(tp: int, ep: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall", "alltoall_dedup"])
 @pytest.mark.parametrize(("world", "tp", "ep"), [(2, 2, 2), (4, 2, 4)])
-def test_training_is_that_of_one_process(ranks, alone, world, tp, ep, dispatcher):
+def test_training_is_that_of_one_process(trained, alone, world, tp, ep, dispatcher):
     raw = short(moe={**SHARED, "dispatcher": dispatcher}, parallel=layout(tp, ep))
-    run = assemble(ranks(world).run(train, raw, STEPS))
+    run = trained(world, raw)
     # On one process nothing travels, whatever the dispatcher.
     compare(run, alone(short(moe=SHARED)), RELATIVE)
 
 
-def test_vanilla_training_is_that_of_one_process(ranks, alone: Callable[..., Run]) -> None:
+def test_vanilla_training_is_that_of_one_process(trained, alone: Callable[..., Run]) -> None:
     moe = {**VANILLA, "dispatcher": "allgather"}
     raw = short(moe=moe, parallel=layout(2, 2))
-    run = assemble(ranks(2).run(train, raw, STEPS))
+    run = trained(2, raw)
     compare(run, alone(short(moe=moe)), RELATIVE)
 
 

@@ -107,6 +107,32 @@ def begin_training(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
     return config, layout, model
 
 
+def losses_and_gradients(raw: dict[str, Any], inputs: Callable[[Any], Any]) -> dict[str, Any]:
+    """On one rank, with weights of a seed: `losses`, and the gradients of their sum.
+
+    `inputs(config)` gives the model's inputs by name, and which [b, s] of the losses count.
+    """
+    import torch
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from moepp_megatron.model.build import build_model
+    from moepp_megatron.model.initialize import initialize_weights
+
+    config, _ = begin(raw)
+    (model,) = build_model(config)
+    initialize_weights([model], seed=3)
+    model.train()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    batch, counted = inputs(config)
+    positions = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    losses = model(position_ids=positions, **batch)[counted]
+    losses.sum().backward()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    values = {name: each.grad for name, each in model.named_parameters()}
+    values["losses"] = losses.detach()
+    return {name: value.numpy().copy() for name, value in values.items()}
+
+
 def train(
     raw: dict[str, Any], steps: int, prepare: Callable[[list[Any]], None] | None = None
 ) -> tuple[Run, list[Any]]:

@@ -7,30 +7,21 @@ import torch
 
 from moepp_megatron.model.all_heads_norm import AllHeadsRMSNorm
 from tests.te_stand_in.models import RECIPES, config_of, losses, model_of
-from tests.te_stand_in.test_latent_attention import attention_of, local_model
+from tests.te_stand_in.test_latent_attention import assert_alike, both_models
 
 MODEL = {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"}
 
 
 def test_same_seed_gives_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(None, model=MODEL, precision={"dtype": "fp32"})
-    theirs = model_of(config)
-    found = losses(theirs)
-    found.sum().backward()
-    ours = local_model(config, monkeypatch)
-    expected = losses(ours)
-    expected.sum().backward()
-    assert attention_of(theirs) == attention_of(ours)
-    # As in test_latent_attention.py: sums in another order.
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    theirs, ours = both_models(config, monkeypatch)
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     norms = [name for name, _ in ours.named_parameters() if "q_layer" in name or "k_layer" in name]
     assert len(norms) == 2 * config.model.num_layers
     for name in norms:
         gradient = ours.get_parameter(name).grad
         assert gradient.shape == (32,)
-        limit = 1e-5 * gradient.abs().max().item()
-        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=limit)
+        assert_alike(gradients[name], gradient)
 
 
 def test_fp8_leaves_them_in_bf16() -> None:

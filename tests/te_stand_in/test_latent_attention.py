@@ -36,11 +36,28 @@ def attention_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def local_model(config: Config, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
-    """The model of megatron-core's own modules."""
+def both_models(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """After a pass: the model of Transformer Engine's modules, and that of megatron-core's own."""
+    theirs = model_of(config)
+    found = losses(theirs)
     for module in (build, megatron_config):
         monkeypatch.setattr(module, "have_transformer_engine", lambda: False)
-    return model_of(config)
+    ours = model_of(config)
+    expected = losses(ours)
+    found.sum().backward()
+    expected.sum().backward()
+    # Initial weights follow from the names in checkpoints.
+    assert attention_of(theirs) == attention_of(ours)
+    # fp32 and sums in another order.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    return theirs, ours
+
+
+def assert_alike(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of gradients, up to fp32 sums in another order."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -48,21 +65,12 @@ def test_same_seed_gives_the_same_model(kind: str, monkeypatch: pytest.MonkeyPat
     config = config_of(
         None, model=MODELS[kind], moe={"layer_freq": [0, 1, 1, 1]}, precision={"dtype": "fp32"}
     )
-    theirs = model_of(config)
-    found = losses(theirs)
-    found.sum().backward()
-    ours = local_model(config, monkeypatch)
-    expected = losses(ours)
-    expected.sum().backward()
-    # Initial weights follow from the names in checkpoints.
-    assert attention_of(theirs) == attention_of(ours)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    theirs, ours = both_models(config, monkeypatch)
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     compared = 0
     for name, parameter in ours.named_parameters():
         if ".self_attention." in name and "norm" not in name:
-            limit = 1e-5 * parameter.grad.abs().max().item()
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=limit)
+            assert_alike(gradients[name], parameter.grad)
             compared += 1
     assert compared == config.model.num_layers * (4 if "input" in kind else 5)
 

@@ -9,7 +9,7 @@ from transformer_engine.pytorch.record import CALLS
 
 from tests.parallel.training_runs import FULL
 from tests.te_stand_in.models import RECIPES, calls_of, config_of, losses, model_of
-from tests.te_stand_in.test_latent_attention import local_model
+from tests.te_stand_in.test_latent_attention import assert_alike, both_models
 
 MODEL = {"mtp_num_layers": 1}
 
@@ -45,15 +45,5 @@ def test_recomputation_repeats_the_first_pass(recipe: str) -> None:
 
 
 def test_same_seed_gives_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(None, model=MODEL, precision={"dtype": "fp32"})
-    theirs = model_of(config)
-    found = losses(theirs)
-    found.sum().backward()
-    ours = local_model(config, monkeypatch)
-    expected = losses(ours)
-    expected.sum().backward()
-    # fp32 and sums in another order.
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-    gradient, wanted = (model.mtp.layers[0].eh_proj.weight.grad for model in (theirs, ours))
-    limit = 1e-5 * wanted.abs().max().item()
-    torch.testing.assert_close(gradient, wanted, rtol=0, atol=limit)
+    models = both_models(config_of(None, model=MODEL, precision={"dtype": "fp32"}), monkeypatch)
+    assert_alike(*(model.mtp.layers[0].eh_proj.weight.grad for model in models))

@@ -1,5 +1,6 @@
 """What tests of several folders share."""
 
+import contextlib
 import functools
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,6 +39,20 @@ def browser() -> Iterator[Any]:
         )
         yield running
         running.close()
+
+
+@contextlib.contextmanager
+def quiet_page(browser: Any, address: str) -> Iterator[Any]:
+    """A page in a tab; fails at the end if it has complained or asked for another address."""
+    complaints: list[str] = []
+    page = browser.new_page(viewport={"width": 1440, "height": 1000})
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: complaints.append(request.url))
+    page.goto(address)
+    yield page
+    page.close()
+    assert [one for one in complaints if not one.startswith("data:image/svg+xml")] == [address]
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from moepp_megatron.cli import inspect, main, profile
+from moepp_megatron.cli import inspect, profile
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.runtime.printable import make_logs_printable
@@ -41,17 +40,14 @@ def harmless(text: str) -> str:
 
 
 @pytest.fixture
-def moepp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def moepp(moepp, monkeypatch: pytest.MonkeyPatch):
     """Runs a command; returns its exit code, stdout and stderr, free of commands."""
     # Long lines, so that no text is cut before what it is looked at for.
     monkeypatch.setenv("COLUMNS", "400")
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moepp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main.run()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), harmless(printed.out), harmless(printed.err)
+        status, *printed = moepp(*arguments)
+        return status, *map(harmless, printed)
 
     return call
 

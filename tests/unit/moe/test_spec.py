@@ -209,36 +209,22 @@ def test_router_config_leaves_the_models_alone():
     assert config.moe_router_load_balancing_type == "aux_loss"
 
 
-def test_dispatcher_that_cannot_carry_ffn_only_routing():
+@pytest.mark.parametrize(
+    ("changes", "deduplicate", "message"),
+    [
+        ({"moe_token_dispatcher_type": "other"}, False, r"\(other\) must be .* use alltoall"),
+        ({"moe_token_dispatcher_type": "allgather"}, True, r"\(allgather\) must be alltoall with"),
+        # megatron-core allows it with FP8 only.
+        ({"moe_router_padding_for_quantization": True}, True, r"quantization \(True\) must be Fa"),
+        ({"overlap_moe_expert_parallel_comm": True}, True, "frees what is still on its way"),
+    ],
+)
+def test_dispatchers_that_cannot_carry_the_routing(changes, deduplicate, message):
     config = megatron_config(MOEPP)
-    config.moe_token_dispatcher_type = "other"
+    vars(config).update(changes)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    with pytest.raises(ValueError, match=r"type \(other\) must be .* use alltoall"):
-        build_dispatcher(4, [0, 1, 2, 3], config, groups)
-
-
-def test_only_the_all_to_all_can_be_deduplicated():
-    config = megatron_config(MOEPP, moe_token_dispatcher_type="allgather")
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    with pytest.raises(ValueError, match=r"type \(allgather\) must be alltoall with dedup"):
-        build_dispatcher(4, [0, 1, 2, 3], config, groups, deduplicate=True)
-
-
-def test_deduplicated_dispatch_refuses_padded_routing():
-    config = megatron_config(MOEPP)
-    # Set afterwards: megatron-core allows it with FP8 only.
-    config.moe_router_padding_for_quantization = True
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    with pytest.raises(ValueError, match=r"padding_for_quantization \(True\) must be False"):
-        build_dispatcher(4, [0, 1, 2, 3], config, groups, deduplicate=True)
-
-
-def test_deduplicated_dispatch_refuses_the_combined_schedule():
-    config = megatron_config(MOEPP)
-    config.overlap_moe_expert_parallel_comm = True
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    with pytest.raises(ValueError, match="frees what is still on its way"):
-        build_dispatcher(4, [0, 1, 2, 3], config, groups, deduplicate=True)
+    with pytest.raises(ValueError, match=message):
+        build_dispatcher(4, [0, 1, 2, 3], config, groups, deduplicate=deduplicate)
 
 
 def test_upstreams_nodes_would_drop_the_router_logits():

@@ -356,24 +356,22 @@ def test_own_name_does_not_lead_back_here(monkeypatch, host: str, towards_host: 
     assert Nodes(2, 0, host).local_address() == expected
 
 
-def test_own_name_where_there_is_only_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        ({"node1": "::1", "2001:db8::1": "fd00::7"}, "fd00::7"),
+        ({"node1": "127.0.1.1"}, "127.0.1.1"),
+    ],
+    ids=["only IPv6", "no other machine"],
+)
+def test_own_name_where_routes_are_missing(monkeypatch, addresses, expected: str) -> None:
     def towards(host: str, port: int) -> str:
-        if host == "192.0.2.1":
+        if host not in addresses:
             raise OSError("Network is unreachable")
-        return {"node1": "::1", "2001:db8::1": "fd00::7"}[host]
+        return addresses[host]
 
     monkeypatch.setattr(nodes, "_address_towards", towards)
-    assert Nodes(2, 0, "node1").local_address() == "fd00::7"
-
-
-def test_own_name_where_there_is_no_other_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    def towards(host: str, port: int) -> str:
-        if host != "node1":
-            raise OSError("Network is unreachable")
-        return "127.0.1.1"
-
-    monkeypatch.setattr(nodes, "_address_towards", towards)
-    assert Nodes(2, 0, "node1").local_address() == "127.0.1.1"
+    assert Nodes(2, 0, "node1").local_address() == expected
 
 
 def test_torchrun_is_told_who_hosts_the_meeting() -> None:

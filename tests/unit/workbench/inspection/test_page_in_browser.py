@@ -9,6 +9,7 @@ import pytest
 from moepp_megatron.workbench.inspection.text import TokenizedText
 from moepp_megatron.workbench.inspection.trace import Trace
 from moepp_megatron.workbench.report.inspect import write_inspection
+from tests.unit.conftest import quiet_page
 from tests.unit.workbench.inspection.conftest import invented_trace, request_of
 
 
@@ -23,17 +24,10 @@ def written(text: TokenizedText, tmp_path_factory) -> tuple[Path, Trace]:
 
 @pytest.fixture
 def opened(browser, written) -> Iterator[tuple[Any, Trace]]:
-    """The page in a tab, and its trace; fails at the end if the page complained."""
-    complaints: list[str] = []
-    page = browser.new_page(viewport={"width": 1440, "height": 1000})
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: complaints.append(request.url))
+    """The page in a tab, and its trace."""
     out, trace = written
-    page.goto(out.as_uri())
-    yield page, trace
-    page.close()
-    assert [one for one in complaints if not one.startswith("data:image/svg+xml")] == [out.as_uri()]
+    with quiet_page(browser, out.as_uri()) as page:
+        yield page, trace
 
 
 def colours(page: Any) -> list[str]:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from moepp_megatron.cli.main import app
 from moepp_megatron.workbench.report.profile.timeline import COLOURS
+from tests.unit.conftest import quiet_page
 
 SAMPLE = Path(__file__).parents[1] / "profiling" / "samples" / "kineto_nccl"
 # The sample's step has 1000 us; names of lanes stand left of it.
@@ -29,16 +30,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
-    """The page; fails at the end if it complained."""
-    complaints: list[str] = []
-    page = browser.new_page(viewport={"width": 1440, "height": 1000})
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: complaints.append(request.url))
-    page.goto(address)
-    yield page
-    page.close()
-    assert [one for one in complaints if not one.startswith("data:image/svg+xml")] == [address]
+    with quiet_page(browser, address) as page:
+        yield page
 
 
 def place(page: Any, rank: int, lane: str, us: float) -> tuple[float, float]:
