@@ -19,7 +19,7 @@ from moepp_megatron.interop.tensor_rules import (
     dense_mlp_rules,
     row,
     same,
-    swiglu_rules,
+    shared_expert_rules,
 )
 
 
@@ -44,13 +44,7 @@ def _moe_rules(config: Config, layer: int, first: int) -> Iterator[TensorRule]:
     # Shared constants are the first MoE layer's here, and a copy in each layer there.
     owner = f"decoder.layers.{first}.mlp." if config.moe.constants_shared else ours
     yield from _expert_rules(config, ours, owner, theirs + "experts.experts.")
-    shared = config.moe.shared_expert_ffn_hidden_size
-    if shared is not None:
-        width = config.model.hidden_size
-        yield from swiglu_rules(ours + "shared_experts.", theirs + "shared_expert.", width, shared)
-        if config.moe.shared_expert_gate:
-            key = ours + "shared_experts.gate_weight"
-            yield same(key, theirs + "shared_expert_gate.weight", 1, width)
+    yield from shared_expert_rules(config, ours, theirs + "shared_expert")
 
 
 def _gate_rules(config: Config, ours: str, theirs: str, is_first: bool) -> Iterator[TensorRule]:

@@ -179,6 +179,15 @@ def swiglu_rules(ours: str, theirs: str, width: int, inner: int) -> Iterator[Ten
     yield same(ours + "linear_fc2.weight", theirs + "down_proj.weight", width, inner)
 
 
+def shared_expert_rules(config: Config, ours: str, theirs: str) -> Iterator[TensorRule]:
+    """The expert that every token takes, where the model has one, and its gate."""
+    width, inner = config.model.hidden_size, config.moe.shared_expert_ffn_hidden_size
+    if inner is not None:
+        yield from swiglu_rules(ours + "shared_experts.", f"{theirs}.", width, inner)
+        if config.moe.shared_expert_gate:
+            yield same(ours + "shared_experts.gate_weight", f"{theirs}_gate.weight", 1, width)
+
+
 def linear_modules(config: Config) -> Iterator[tuple[str, int]]:
     """Modules for which megatron-core stores an (empty) extra state, and their number of copies.
 

@@ -20,8 +20,8 @@ from moepp_megatron.interop.tensor_rules import (
     made,
     row,
     same,
+    shared_expert_rules,
     stacked,
-    swiglu_rules,
 )
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -116,19 +116,6 @@ def zero_expert_rules(
         yield made(f"{prefix}{down}.weight", (width, inner))
 
 
-def _shared_expert_rules(
-    kind: SourceKind, config: Config, ours: str, theirs: str
-) -> Iterator[TensorRule]:
-    """The expert that every token takes, where the model has one."""
-    inner = config.moe.shared_expert_ffn_hidden_size
-    if inner is not None:
-        width = config.model.hidden_size
-        yield from swiglu_rules(ours + "shared_experts.", f"{theirs}{kind.shared}.", width, inner)
-        if config.moe.shared_expert_gate:
-            name = f"{theirs}{kind.shared}_gate.weight"
-            yield same(ours + "shared_experts.gate_weight", name, 1, width)
-
-
 def model_rules(
     kind: SourceKind, config: Config, router: Callable[[int, str, str], Iterator[TensorRule]]
 ) -> Iterator[TensorRule]:
@@ -141,7 +128,7 @@ def model_rules(
             continue
         ours, theirs = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}."
         yield from expert_rules(kind, config, ours, theirs)
-        yield from _shared_expert_rules(kind, config, ours, theirs)
+        yield from shared_expert_rules(config, ours, f"{theirs}{kind.shared}")
         yield from router(layer, ours, theirs)
 
 

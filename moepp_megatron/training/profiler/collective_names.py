@@ -64,7 +64,7 @@ class CollectiveNames:
         for method in _TO_ONE:
             ranges.replace(group, method, functools.partial(self._between_two, method))
         if dist.get_backend() == "gloo":
-            ranges.replace(dist.Work, "wait", _waiting)
+            ranges.around(dist.Work, "wait", "wait")
 
     def _numbered(self, method: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -88,12 +88,3 @@ class CollectiveNames:
         number = self._calls[key]
         self._calls[key] += 1
         return f"{PREFIX}comm/{group.group_name}/{ends}{number}/{method}"
-
-
-def _waiting(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def inner(*args: Any, **kwargs: Any) -> Any:
-        with record_function(f"{PREFIX}wait"):
-            return function(*args, **kwargs)
-
-    return inner
