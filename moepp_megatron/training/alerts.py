@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from moepp_megatron.config import Config
 from moepp_megatron.file_names import CONFIG_FILE
@@ -58,7 +59,8 @@ class RunAlerts:
             logger.error("step %d: %s (%d failed saves)", progress.step, checkpoints.error, failed)
         if failed > self._reported_failed_saves:
             self._reported_failed_saves = failed
-            self.send(_save_failed(progress, failed, str(checkpoints.last_failure)))
+            fields = {"value": failed, "condition": str(checkpoints.last_failure), "action": "warn"}
+            self.send(_alert(progress, "failed_save", "failed_saves", **fields))
 
     def close(self) -> None:
         """Close the sinks; nothing is sent after it."""
@@ -66,33 +68,20 @@ class RunAlerts:
             self._sinks.close()
 
 
-def _save_failed(progress: Progress, failed_saves: int, reason: str) -> Alert:
-    """A checkpoint could not be written."""
-    return Alert(
-        step=progress.step,
-        time=time.time(),
-        rule="failed_save",
-        metric="failed_saves",
-        value=failed_saves,
-        condition=reason,
-        severity="critical",
-        action="warn",
-    )
+def _alert(progress: Progress, rule: str, metric: str, **fields: Any) -> Alert:
+    """Of now; its value is the number of that name in `progress` unless another is given."""
+    fields = {"value": getattr(progress, metric, None), "severity": "critical"} | fields
+    return Alert(step=progress.step, time=time.time(), rule=rule, metric=metric, **fields)
 
 
 def _lost_files(progress: Progress, folder: Path) -> Alert:
     """The run's folder, or files in it, were removed or renamed."""
-    return Alert(
-        step=progress.step,
-        time=time.time(),
-        rule="lost_files",
-        metric="tokens",
-        value=progress.tokens,
-        condition=f"{folder} has lost its {CONFIG_FILE}, and maybe all else: it was removed or "
-        "renamed while the run trains in it",
-        severity="critical",
-        action="write what follows there again",
+    reason = (
+        f"{folder} has lost its {CONFIG_FILE}, and maybe all else: it was removed or renamed "
+        "while the run trains in it"
     )
+    action = "write what follows there again"
+    return _alert(progress, "lost_files", "tokens", condition=reason, action=action)
 
 
 # What to do about refused batches, by action.
@@ -108,28 +97,13 @@ _REMEDIES = {
 
 def guard_alert(progress: Progress, reason: str, action: str) -> Alert:
     """The numerical guard has refused a batch, or acts on many; `progress` is from before."""
-    return Alert(
-        step=progress.step,
-        time=time.time(),
-        rule="numerical_guard",
-        metric="skipped_steps",
-        value=progress.skipped_steps,
-        condition=reason,
-        severity="critical" if action in ("rollback", "stop", "warn") else "warning",
-        action=action,
-        remedy=f"{_REMEDIES[action]} (docs/guard.md#batches-that-are-refused)",
-    )
+    fields = {"condition": reason, "action": action}
+    fields["severity"] = "critical" if action in ("rollback", "stop", "warn") else "warning"
+    fields["remedy"] = f"{_REMEDIES[action]} (docs/guard.md#batches-that-are-refused)"
+    return _alert(progress, "numerical_guard", "skipped_steps", **fields)
 
 
 def new_stage(progress: Progress, reason: str) -> Alert:
     """Other data follow, as announced."""
-    return Alert(
-        step=progress.step,
-        time=time.time(),
-        rule="new_stage",
-        metric="tokens",
-        value=progress.tokens,
-        condition=reason,
-        severity="info",
-        action="both guards start again",
-    )
+    fields = {"condition": reason, "severity": "info", "action": "both guards start again"}
+    return _alert(progress, "new_stage", "tokens", **fields)

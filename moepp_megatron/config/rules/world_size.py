@@ -19,13 +19,7 @@ def _world_size_is_positive(config: Config, world_size: int) -> Iterator[Problem
 
 def _model_ranks_divide_world_size(config: Config, world_size: int) -> Iterator[Problem]:
     """The ranks form whole copies of the model."""
-    parallel = config.parallel
-    sizes = {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "context_parallel_size": parallel.context_parallel_size,
-    }
-    return _product_divides(sizes, world_size)
+    return _product_divides(_model_sizes(config), world_size)
 
 
 def _expert_ranks_divide_world_size(config: Config, world_size: int) -> Iterator[Problem]:
@@ -50,14 +44,15 @@ def _product_divides(sizes: dict[str, int], world_size: int) -> Iterator[Problem
         yield Problem("world size", world_size, rule, remedy)
 
 
+def _model_sizes(config: Config) -> dict[str, int]:
+    """The degrees of parallelism whose product are the ranks of one copy of the model."""
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    return {name: getattr(config.parallel, name) for name in names}
+
+
 def _data_parallel_size(config: Config, world_size: int) -> int:
     """Copies of the model that share out a batch."""
-    parallel = config.parallel
-    return world_size // (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+    return world_size // prod(_model_sizes(config).values())
 
 
 def _batch_divides_over_ranks(config: Config, world_size: int) -> Iterator[Problem]:

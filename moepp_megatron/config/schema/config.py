@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import yaml
-from pydantic import Field
 
 from moepp_megatron.config.schema.distillation import DistillationSection
 from moepp_megatron.config.schema.evaluation import EvaluationSection
@@ -26,50 +25,42 @@ from moepp_megatron.config.schema.training import TrainingSection
 class Config(Section):
     """A resolved configuration. Build one with `load_config` or `parse_config`."""
 
-    run: RunSection = Field(description="Where a run's files go")
-    model: ModelSection = Field(description="Shape of the transformer")
-    moe: MoESection = Field(default_factory=MoESection, description="Experts and routing")
-    parallel: ParallelSection = Field(
-        default_factory=ParallelSection, description="Layout over ranks"
-    )
-    precision: PrecisionSection = Field(
-        default_factory=PrecisionSection, description="Number formats"
-    )
-    megatron: MegatronSection = Field(
-        default_factory=MegatronSection, description="Further settings of megatron-core"
-    )
-    data: DataSection = Field(default_factory=DataSection, description="The prepared corpus")
-    optimizer: OptimizerSection = Field(description="The optimizer and its schedule")
-    training: TrainingSection = Field(description="Batches, length, logging")
-    distillation: DistillationSection = Field(
-        default_factory=DistillationSection, description="A teacher besides the text"
-    )
-    checkpoint: CheckpointSection = Field(
-        default_factory=CheckpointSection, description="Saving and loading"
-    )
-    resilience: ResilienceSection = Field(
-        default_factory=ResilienceSection,
-        description="Bad batches, silent divergence, hangs, stragglers",
-    )
-    slurm: SlurmSection = Field(
-        default_factory=SlurmSection, description="The job of this run on a Slurm cluster"
-    )
-    telemetry: TelemetrySection = Field(
-        default_factory=TelemetrySection, description="Power, utilisation, MFU"
-    )
-    observe: ObserveSection = Field(
-        default_factory=ObserveSection, description="W&B, and where alerts are sent"
-    )
-    evaluation: EvaluationSection = Field(
-        default_factory=EvaluationSection, description="Tasks of lm-eval while training"
-    )
-    routes: RoutesSection = Field(
-        default_factory=RoutesSection, description="Router replay, and traces of routing"
-    )
-    routing_guard: RoutingGuardSection = Field(
-        default_factory=RoutingGuardSection,
-        description="Rules over the routers, and what is done where one holds",
-    )
+    run: RunSection
+    """Where a run's files go"""
+    model: ModelSection
+    """Shape of the transformer"""
+    moe: MoESection = MoESection()
+    """Experts and routing"""
+    parallel: ParallelSection = ParallelSection()
+    """Layout over ranks"""
+    precision: PrecisionSection = PrecisionSection()
+    """Number formats"""
+    megatron: MegatronSection = MegatronSection()
+    """Further settings of megatron-core"""
+    data: DataSection = DataSection()
+    """The prepared corpus"""
+    optimizer: OptimizerSection
+    """The optimizer and its schedule"""
+    training: TrainingSection
+    """Batches, length, logging"""
+    distillation: DistillationSection = DistillationSection()
+    """A teacher besides the text"""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """Saving and loading"""
+    resilience: ResilienceSection = ResilienceSection()
+    """Bad batches, silent divergence, hangs, stragglers"""
+    slurm: SlurmSection = SlurmSection()
+    """The job of this run on a Slurm cluster"""
+    telemetry: TelemetrySection = TelemetrySection()
+    """Power, utilisation, MFU"""
+    observe: ObserveSection = ObserveSection()
+    """W&B, and where alerts are sent"""
+    evaluation: EvaluationSection = EvaluationSection()
+    """Tasks of lm-eval while training"""
+    routes: RoutesSection = RoutesSection()
+    """Router replay, and traces of routing"""
+    routing_guard: RoutingGuardSection = RoutingGuardSection()
+    """Rules over the routers, and what is done where one holds"""
 
     @property
     def expert_ffn_hidden_size(self) -> int:
