@@ -145,7 +145,7 @@ def _refuse_unfit_fp8(recipe: str) -> None:
     from moepp_megatron.workbench.bench.contestants import layer_config
     from moepp_megatron.workbench.bench.shapes import SHAPES
 
-    config = layer_config(SHAPES["0.6B"], 0.75, "fp8", False, "alltoall", recipe)
+    config = layer_config(SHAPES["0.6B"], 0.75, "fp8", False, recipe)
     obstacle = fp8_obstacle(config, FP8Machine.this())
     if obstacle is not None:
         reason, _, _ = obstacle.partition("; ")

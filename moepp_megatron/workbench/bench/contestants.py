@@ -40,7 +40,6 @@ def layer_config(
     tau: float,
     dtype: str,
     vanilla: bool,
-    dispatcher: str,
     fp8_recipe: str = "delayed",
     fused: Fused = "auto",
 ) -> Config:
@@ -65,7 +64,6 @@ def layer_config(
                 "router_topk": TOPK,
                 "tau": tau,
                 "gating_residual": experts.gating_residual,
-                "dispatcher": dispatcher,
                 "fused": fused,
             },
             "precision": precision,
@@ -84,7 +82,6 @@ class Contestant:
         dtype: "fp32", "bf16" or "fp8" (the experts' products in FP8, all else in bf16).
         num_tokens: Local tokens.
         vanilla: megatron-core's layer instead of the MoE++ layer.
-        dispatcher: `moe.dispatcher`.
         fp8_recipe: `precision.fp8_recipe`, for "fp8".
         fused: `moe.fused`.
 
@@ -102,11 +99,10 @@ class Contestant:
         num_tokens: int,
         *,
         vanilla: bool,
-        dispatcher: str = "alltoall",
         fp8_recipe: str = "delayed",
         fused: Fused = "auto",
     ) -> None:
-        config = layer_config(shape, tau, dtype, vanilla, dispatcher, fp8_recipe, fused)
+        config = layer_config(shape, tau, dtype, vanilla, fp8_recipe, fused)
         self._is_vanilla = vanilla
         self.layer: Any = _vanilla_layer(config) if vanilla else _moepp_layer(config)
         device = torch.cuda.current_device()
@@ -212,7 +208,7 @@ def single_process() -> Iterator[None]:
     """A context with Megatron's groups of one rank, which a layer needs to be built."""
     distributed.start(RankEnvironment())
     try:
-        any_config = layer_config(SHAPES["0.6B"], 0.75, "fp32", False, "alltoall")
+        any_config = layer_config(SHAPES["0.6B"], 0.75, "fp32", False)
         distributed.build_groups(any_config, Layout.from_config(any_config, 1))
         yield
     finally:

@@ -96,7 +96,6 @@ class LayerSetting:
         dtype: "fp32", "bf16" or "fp8".
         tokens: Tokens of a pass.
         rounds: Interleaved rounds per result.
-        warmup: Rounds that do not count.
         fp8_recipe: `precision.fp8_recipe`, for "fp8".
         fused: `moe.fused`.
     """
@@ -104,7 +103,6 @@ class LayerSetting:
     dtype: str
     tokens: int
     rounds: int
-    warmup: int = 2
     fp8_recipe: str = "delayed"
     fused: Fused = "auto"
 
@@ -161,7 +159,7 @@ def _measure(
     method = {"forward": "forward_only", "forward_backward": "forward_backward"}[name]
     contestants = {"vanilla": vanilla, "moepp": moepp}
     works = {key: getattr(value, method) for key, value in contestants.items()}
-    times = interleaved(works, setting.rounds, setting.warmup)
+    times = interleaved(works, setting.rounds, warmup=2)
     sides: dict[str, Any] = {}
     for key, value in contestants.items():
         parts = parts_ms(value.layer, value.forward_only, setting.rounds)
