@@ -2,10 +2,13 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import SyntheticDataset, settings
 
 # Wide enough for every run of these tests.
@@ -110,6 +113,20 @@ def train_between(
         progress = progress.after_step(samples, samples * config.model.seq_length)
     save_checkpoint(folder, model, progress, config)
     return losses
+
+
+def continue_in_another_layout(
+    ranks: RankPools, folder: Path, raw: Callable[..., Any], first: Any, second: Any
+) -> Path:
+    """A checkpoint of two ranks in one layout; two in another continue as one process does."""
+    (whole,) = ranks(1).run(train_between, raw(), folder / "whole", 3)
+    begun = ranks(2).run(train_between, raw(parallel=first), folder / "half", 1)[0]
+    (start,) = (folder / "half").glob("step_*")
+    # Two steps: the second loss follows from the weights and the optimizer's state.
+    ended = ranks(2).run(train_between, raw(parallel=second), folder / "rest", 3, start)[0]
+    # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
+    np.testing.assert_allclose([*begun, *ended], whole, rtol=1e-5)
+    return start
 
 
 def save_checkpoint(

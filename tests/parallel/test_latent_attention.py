@@ -4,12 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
 from moepp_megatron.training.setup import compile_extension
-from tests.parallel.checkpoint_runs import train_between
+from tests.parallel.checkpoint_runs import continue_in_another_layout
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_expert_overlap import STAGES, both
 from tests.parallel.training_runs import CP2, EP2, FULL, PP2, TP2, Run, compare, short, train
@@ -76,13 +75,7 @@ def test_combined_schedule(ranks: RankPools, parallel: dict[str, Any]) -> None:
 def test_checkpoint_of_another_layout(ranks: RankPools, tmp_path: Path) -> None:
     from moepp_megatron.training.checkpoint.compatible import check_compatible
 
-    (whole,) = ranks(1).run(train_between, latent(), tmp_path / "whole", 3)
-    begun = ranks(2).run(train_between, latent(parallel=TP2), tmp_path / "half", 1)[0]
-    (start,) = (tmp_path / "half").glob("step_*")
-    # Two steps: the second loss follows from the weights and the optimizer's state.
-    staged = latent(parallel=STAGES_OF_THREE)
-    ended = ranks(2).run(train_between, staged, tmp_path / "rest", 3, start)[0]
-    np.testing.assert_allclose([*begun, *ended], whole, rtol=FP32)
+    start = continue_in_another_layout(ranks, tmp_path, latent, TP2, STAGES_OF_THREE)
     wider = MODEL | {"latent_attention": WIDTHS | {"kv_lora_rank": 20}}
     with pytest.raises(ConfigError, match=r"model\.latent_attention .*'kv_lora_rank': 20"):
         check_compatible(start, parse_config(latent(wider)))

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
-from tests.parallel.checkpoint_runs import train_between
+from tests.parallel.checkpoint_runs import continue_in_another_layout
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_latent_attention import MODEL as LATENT
 from tests.parallel.training_runs import CP2, EP2, FULL, PP2, TP2, VANILLA, Run, compare, short
@@ -98,11 +97,6 @@ def test_checkpoint_of_another_layout(ranks: RankPools, tmp_path: Path) -> None:
     """Saved with tensor parallelism, read by two stages: their two embeddings are one tensor."""
     from moepp_megatron.training.checkpoint.compatible import check_compatible
 
-    (whole,) = ranks(1).run(train_between, further(), tmp_path / "whole", 3)
-    begun = ranks(2).run(train_between, further(parallel=TP2), tmp_path / "half", 1)[0]
-    (start,) = (tmp_path / "half").glob("step_*")
-    # Two steps: the second loss follows from the weights and the optimizer's state.
-    ended = ranks(2).run(train_between, further(parallel=PP2), tmp_path / "rest", 3, start)[0]
-    np.testing.assert_allclose([*begun, *ended], whole, rtol=FP32)
+    start = continue_in_another_layout(ranks, tmp_path, further, TP2, PP2)
     with pytest.raises(ConfigError, match=r"model\.mtp_num_layers \(1\) must be that"):
         check_compatible(start, parse_config(further({"mtp_num_layers": 1})))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
-from tests.parallel.checkpoint_runs import train_between
+from tests.parallel.checkpoint_runs import continue_in_another_layout
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import EP2, FULL, TP2, Run, compare, short
 
@@ -76,11 +76,6 @@ def test_layouts(trained, alone: Callable[..., Run], layout: str) -> None:
 def test_checkpoint_of_another_layout(ranks: RankPools, tmp_path: Path) -> None:
     from moepp_megatron.training.checkpoint.compatible import check_compatible
 
-    (whole,) = ranks(1).run(train_between, shared(), tmp_path / "whole", 3)
-    begun = ranks(2).run(train_between, shared(parallel=EP2), tmp_path / "half", 1)[0]
-    (start,) = (tmp_path / "half").glob("step_*")
-    # Two steps: the second loss follows from the weights and the optimizer's state.
-    ended = ranks(2).run(train_between, shared(parallel=TP2), tmp_path / "rest", 3, start)[0]
-    np.testing.assert_allclose([*begun, *ended], whole, rtol=FP32)
+    start = continue_in_another_layout(ranks, tmp_path, shared, EP2, TP2)
     with pytest.raises(ConfigError, match=r"moe\.constants_shared \(false\) must be that of"):
         check_compatible(start, parse_config(short(model={"num_layers": 3})))
