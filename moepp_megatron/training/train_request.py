@@ -117,10 +117,9 @@ class TrainRequest:
         if self.leads and inherited_claim() is None:
             # At once; looking for packages imports torch.
             RunFolder(config).refuse_occupied(start)
-        if self.speaks and not has_launcher():
-            doubt = contradiction(config, os.environ)
-            if doubt is not None:
-                warn(doubt)
+        speaks_first = self.speaks and not has_launcher()
+        if speaks_first and (doubt := contradiction(config, os.environ)) is not None:
+            warn(doubt)
         if not self.starts_ranks:
             set_rank_variables(config, interface_of_rank(self.rank))
         from moepp_megatron.data.prepared_data import check_data
@@ -134,9 +133,8 @@ class TrainRequest:
         if self.speaks:
             _check_sinks(config)
         warnings = check_data(config, whole_index=self.rank.rank == 0)
-        if self.speaks and not has_launcher():
+        if speaks_first:
             _check_tasks(config)
-        if self.speaks and not has_launcher():
             for warning in warnings:
                 warn(warning)
         TeacherModel.of(config)

@@ -51,29 +51,25 @@ def _split(config: Config) -> Any:
     return [round(weight / sum(weights), 9) for weight in weights]
 
 
+# Settings that say by themselves what they mean.
+_PLAIN = (
+    *("model.num_layers", "model.mtp_num_layers", "model.hidden_size", "model.vocab_size"),
+    *("model.num_attention_heads", "model.tie_embeddings", "model.qkv_bias"),
+    *("model.qk_layernorm", "model.qk_layernorm_scope", "moe.two_layer_gate"),
+    *(f"moe.{kind.setting}" for kind in KINDS),
+    *("moe.shared_expert_ffn_hidden_size", "moe.shared_expert_gate"),
+)
 # What decides names and shapes of parameters, as its meaning: defaults resolved, and None where a
 # setting has no effect, so that two ways to write the same model compare equal.
 _SHAPES: dict[str, Callable[[Config], Any]] = {
-    "model.num_layers": lambda c: c.model.num_layers,
-    "model.mtp_num_layers": lambda c: c.model.mtp_num_layers,
-    "model.hidden_size": lambda c: c.model.hidden_size,
+    **{name: attrgetter(name) for name in _PLAIN},
     "model.ffn_hidden_size": _dense_width,
-    "model.num_attention_heads": lambda c: c.model.num_attention_heads,
     "model.num_query_groups": lambda c: c.model.query_groups,
     "model.kv_channels": lambda c: c.model.head_dim,
-    "model.vocab_size": lambda c: c.model.vocab_size,
-    "model.tie_embeddings": lambda c: c.model.tie_embeddings,
-    "model.qk_layernorm": lambda c: c.model.qk_layernorm,
-    "model.qk_layernorm_scope": lambda c: c.model.qk_layernorm_scope,
-    "model.qkv_bias": lambda c: c.model.qkv_bias,
     "model.latent_attention": _latent_widths,
-    **{f"moe.{kind.setting}": attrgetter(f"moe.{kind.setting}") for kind in KINDS},
     "moe.constants_shared": lambda c: c.moe.shares_constants,
     "moe.gating_residual": _residual,
-    "moe.two_layer_gate": lambda c: c.moe.two_layer_gate,
     "moe.ffn_hidden_size": _expert_width,
-    "moe.shared_expert_ffn_hidden_size": lambda c: c.moe.shared_expert_ffn_hidden_size,
-    "moe.shared_expert_gate": lambda c: c.moe.shared_expert_gate,
     "moe.layer_freq": _moe_layers,
 }
 # Settings of which two values may mean the same.
@@ -170,7 +166,7 @@ def _follows(name: str, saved: Config, config: Config) -> bool:
         return saved.model.num_layers != config.model.num_layers
     if name == "model.ffn_hidden_size":
         return None in map(_dense_width, both)
-    is_same_text = _value(saved, name) == _value(config, name)
+    is_same_text = attrgetter(name)(saved) == attrgetter(name)(config)
     if name == "moe.ffn_hidden_size":
         is_reported = is_same_text and None not in map(_dense_width, both)
         return is_reported or None in map(_expert_width, both)
@@ -179,10 +175,5 @@ def _follows(name: str, saved: Config, config: Config) -> bool:
 
 def _shown(config: Config, name: str, meaning: Any) -> Any:
     """A setting as it was written, or its default."""
-    value = _value(config, name)
+    value = attrgetter(name)(config)
     return meaning if value is None or name == "model.latent_attention" else value
-
-
-def _value(config: Config, name: str) -> Any:
-    section, key = name.split(".")
-    return getattr(getattr(config, section), key)
