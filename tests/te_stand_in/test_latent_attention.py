@@ -36,15 +36,20 @@ def attention_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
+def local_model(config: Config, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """The model of megatron-core's own modules."""
+    for module in (build, megatron_config):
+        monkeypatch.setattr(module, "have_transformer_engine", lambda: False)
+    return model_of(config)
+
+
 def both_models(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """After a pass: the model of Transformer Engine's modules, and that of megatron-core's own."""
     theirs = model_of(config)
     found = losses(theirs)
-    for module in (build, megatron_config):
-        monkeypatch.setattr(module, "have_transformer_engine", lambda: False)
-    ours = model_of(config)
+    ours = local_model(config, monkeypatch)
     expected = losses(ours)
     found.sum().backward()
     expected.sum().backward()
