@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -18,13 +19,7 @@ def plain() -> Iterator[RunPlain]:
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("needs the package transformers")
     environment = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pool.submit(os.getpid).result()
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        with mock.patch.dict(os.environ, environment):
+            pool.submit(os.getpid).result()
         yield lambda function, *args: pool.submit(function, *args).result(timeout=240)

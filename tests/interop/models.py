@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tests.parallel.training_runs import merged
+
 BASE: dict[str, dict[str, Any]] = {
     "run": {"dir": "unused"},
     "model": {
@@ -22,10 +24,7 @@ BASE: dict[str, dict[str, Any]] = {
 
 def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """`BASE` with some settings changed, such as `settings(moe={"tau": 0.5})`."""
-    merged = {name: dict(values) for name, values in BASE.items()}
-    for name, values in sections.items():
-        merged[name] = {**merged.get(name, {}), **values}
-    return merged
+    return merged(BASE, sections)
 
 
 def build(raw: dict[str, dict[str, Any]]) -> list[Any]:

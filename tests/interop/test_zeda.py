@@ -16,6 +16,7 @@ from tests.interop.checkpoints import convert_and_score, load_tensors
 from tests.interop.conftest import RunPlain
 from tests.interop.models import settings
 from tests.interop.test_export import LOGITS, TOKENS, save_and_compute
+from tests.interop.test_longcat import LATENT
 from tests.parallel.ranks import RankPools
 
 QWEN: dict[str, dict[str, Any]] = {
@@ -35,13 +36,7 @@ GLM: dict[str, dict[str, Any]] = {
         "qk_layernorm": True,
         "norm_epsilon": 1e-6,
         "rotary_base": 5e4,
-        "latent_attention": {
-            "q_lora_rank": 16,
-            "kv_lora_rank": 8,
-            "qk_head_dim": 8,
-            "qk_pos_emb_head_dim": 4,
-            "v_head_dim": 6,
-        },
+        "latent_attention": LATENT,
     },
     "moe": QWEN["moe"]
     | {

@@ -32,6 +32,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from unittest import mock
 
 from tests.parallel.rank_worker import PRELOADED_MODULES, serve
 
@@ -49,6 +50,7 @@ _STACKS = re.compile(rb"\(most recent call first\):\n(  File .*\n)*  File .* in 
 MAX_RANKS_ALIVE = 16
 LOG_TAIL_LINES = 60
 
+# What the fork server and so every rank inherits, for the time of its start.
 _SERVER_ENVIRONMENT = {
     # A rank is one thread; the server must have no threads at all for a safe fork.
     "OMP_NUM_THREADS": "1",
@@ -268,21 +270,6 @@ class RankPools:
 def fork_server() -> Iterator[ForkServerContext]:
     """For starting processes: forks of a server that has made the imports, started on first use."""
     context = get_context("forkserver")
-    with _server_environment():
+    with mock.patch.dict(os.environ, _SERVER_ENVIRONMENT):
         context.set_forkserver_preload(PRELOADED_MODULES)
         yield context
-
-
-@contextlib.contextmanager
-def _server_environment() -> Iterator[None]:
-    """Sets what the fork server and so every rank inherits, for the time of its start."""
-    before = {name: os.environ.get(name) for name in _SERVER_ENVIRONMENT}
-    os.environ.update(_SERVER_ENVIRONMENT)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

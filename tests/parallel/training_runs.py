@@ -61,10 +61,14 @@ class Run:
 
 def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """`BASE` with some settings changed, such as `settings(moe={"tau": 0.5})`."""
-    merged = {name: dict(values) for name, values in BASE.items()}
-    for name, values in sections.items():
-        merged[name] = {**merged.get(name, {}), **values}
-    return merged
+    return merged(BASE, sections)
+
+
+def merged(
+    base: dict[str, dict[str, Any]], sections: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Sections of a configuration, with some settings changed."""
+    return {n: base.get(n, {}) | sections.get(n, {}) for n in base | sections}
 
 
 def short(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -74,7 +78,7 @@ def short(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "optimizer": {"warmup_iters": 0},
         "training": {"global_batch_size": 4},
     }
-    return settings(**{n: small.get(n, {}) | sections.get(n, {}) for n in small | sections})
+    return settings(**merged(small, sections))
 
 
 def join(config: Any) -> Any:
