@@ -37,7 +37,7 @@ from moepp_megatron.training.checkpoint.find import first_valid
 from moepp_megatron.training.run_folder import checkpoint_folder
 
 # Learning rate, steps and ramp of upcycled models (docs/how_to/upcycle.md).
-_FILE = Path(__file__).resolve().parents[2] / "configs" / "upcycle" / "_recipe.yaml"
+SETTINGS_FILE = Path(__file__).resolve().parents[2] / "configs" / "upcycle" / "_recipe.yaml"
 # Of a published model's 32,768 and more, as in configs/upcycle/.
 _LONGEST = 4096
 # Given in steps of the whole training.
@@ -188,13 +188,13 @@ class ThinSettings:
         return lines
 
     def _config(self, recipe: str, model: Start, start: Start) -> Config:
-        if self.file is None and not _FILE.exists():
+        if self.file is None and not SETTINGS_FILE.exists():
             raise ConfigError(
                 "--config must name a file of training settings, because this installation has no "
                 "configs/ to take them from; copy configs/upcycle/_recipe.yaml of the repository"
             )
         content: dict[str, Any] = {}
-        for _, layer in config_layers(self.file or _FILE):
+        for _, layer in config_layers(self.file or SETTINGS_FILE):
             content = merge(content, layer)
         settings = {
             "run.dir": "unused",

@@ -332,6 +332,6 @@ def test_what_a_file_of_out_decides_is_said(sources, corpus, tmp_path, monkeypat
     monkeypatch.setattr(runner, "lock", lambda descriptor: False)
     with pytest.raises(ConfigError, match=r"^OUT \(.*one command at a time"):
         runner.run_missing([ThinRun(tmp_path, "budget", "budget", 1, runs["budget"])])
-    monkeypatch.setattr(module, "_FILE", tmp_path / "not in a wheel")
+    monkeypatch.setattr(module, "SETTINGS_FILE", tmp_path / "not in a wheel")
     with pytest.raises(ConfigError, match="--config must name a file .* no configs/"):
         settled()
