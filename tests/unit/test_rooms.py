@@ -21,23 +21,23 @@ ROOMS = ["cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE, *FLOOR]
 # Lines of Python that each room may have. Who adds lines takes others away; a ceiling rises only
 # for a named capability.
 CEILINGS = {
-    "cli": 4240,
-    "workbench.experiments": 3140,
+    "cli": 4180,
+    "workbench.experiments": 3130,
     "workbench.report": 6080,
-    "workbench.planning": 4230,
+    "workbench.planning": 4210,
     "workbench.inspection": 750,
-    "workbench.bench": 1540,
+    "workbench.bench": 1520,
     "workbench.profiling": 3720,
-    "workbench.doctor": 1730,
+    "workbench.doctor": 1700,
     "cluster": 330,
     "interop": 6680,
-    "training": 12900,
-    "model": 1520,
-    "moe": 6980,
-    "data": 5400,
-    "observe": 2920,
+    "training": 12620,
+    "model": 1510,
+    "moe": 6910,
+    "data": 5380,
+    "observe": 2910,
     "runtime": 4330,
-    "config": 7040,
+    "config": 6930,
     "catalogue": 460,
     "layer_settings": 254,
     "experts": 330,
@@ -45,8 +45,8 @@ CEILINGS = {
     "version": 10,
 }
 # All Python files of the package, of the tests and of benchmarks/ with its results.
-MOST_FILES, MOST_TEST_LINES = 564, 61_900
-MOST_BENCHMARK_LINES, MOST_WORDS = 4_460, 51_900
+MOST_FILES, MOST_TEST_LINES = 560, 61_500
+MOST_BENCHMARK_LINES, MOST_WORDS = 4_470, 51_700
 
 # Not yet: planning says in which order to read it, the experiments nothing.
 UNLISTED = ("workbench/experiments", "workbench/planning")
