@@ -3,22 +3,25 @@
 python -m benchmarks.serve_throughput benchmarks/results/serve_throughput.jsonl
 python -m benchmarks.serve_throughput benchmarks/results/vllm_throughput.jsonl --vllm
 
-Weights are random; a selection bias sets the share of FFN experts among picks. Time is that of one
-thread. Models first run with their products counted: FFN experts multiply the rows picked. With
---vllm the models run in vLLM instead, in the environment of tests/vllm/requirements.txt.
+Weights are random; a selection bias sets the share of FFN experts among picks: one for each phase
+and batch in transformers, one for all in vLLM. Time is that of one thread. Models first run with
+their products counted: FFN experts multiply the rows picked. With --vllm the models run in vLLM
+instead, in the environment of tests/vllm/requirements.txt.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,12 +36,14 @@ from moepp_megatron.interop.hf_files.configuration_moepp import MoEPPConfig
 from moepp_megatron.interop.hf_files.modeling_moepp import MoEPPForCausalLM, MoEPPGate
 from moepp_megatron.runtime.atomic import write_result
 
-SHARES, BATCHES, LENGTH, NEW, REPEATS = (1.0, 0.6, 0.3), (1, 16), 64, 4, 3
+SHARES, BATCHES, LENGTH, NEW, REPEATS = (1.0, 0.6, 0.3), (1, 16), 64, 8, 5
 FFN, VOCAB, INNER = 8, 4096, 1408
 SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 512, "intermediate_size": INNER}
 SIZES |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
 # Implementations by how many tokens they read first: `batched_mm` copies an expert for each row.
 PROMPTS = {"eager": LENGTH, "grouped_mm": LENGTH, "batched_mm": NEW}
+# Steps of each phase.
+PHASES = {"prefill": 1, "decode": NEW}
 
 
 def tokens(*shape: int) -> torch.Tensor:
@@ -52,12 +57,17 @@ def moepp(share: float) -> Any:
     model, low, high = MoEPPForCausalLM(config).eval(), -0.3, 0.3
     for _ in range(12):
         bias = (low + high) / 2
-        for layer in model.model.layers:
-            layer.mlp.moe.gate.e_score_correction_bias[:FFN] = bias
+        for gate in gates(model):
+            gate.e_score_correction_bias[:FFN] = bias
         with counted(model) as counts:
             model(input_ids=tokens(4, LENGTH))
         low, high = (bias, high) if counts["picked"] < share * counts["picks"] else (low, bias)
     return model
+
+
+def gates(model: Any) -> list[Any]:
+    """The routers; a Mixtral has none of this kind."""
+    return [module for module in model.modules() if isinstance(module, MoEPPGate)]
 
 
 @contextmanager
@@ -85,9 +95,8 @@ def counted(model: Any) -> Any:
     with ExitStack() as stack:
         for place, name in model.places if isinstance(model, Served) else places:
             stack.enter_context(mock.patch.object(place, name, watched(getattr(place, name))))
-        for module in model.modules():
-            if isinstance(module, MoEPPGate):
-                stack.callback(module.register_forward_hook(look).remove)
+        for gate in gates(model):
+            stack.callback(gate.register_forward_hook(look).remove)
         yield counts
 
 
@@ -125,32 +134,56 @@ def steps(model: Any, ids: torch.Tensor) -> Any:
         yield model(input_ids=ids[:, index : index + 1], cache=cache)
 
 
-def run(model: Any, ids: torch.Tensor) -> dict[str, float]:
-    """Tokens per second of reading [b, s] ids, and of writing after them."""
-    begin = time.process_time()
-    read, *wrote = (time.process_time() for _ in steps(model, ids))
-    assert len(wrote) == NEW
-    return {"prefill": ids.numel() / (read - begin), "decode": NEW * len(ids) / (wrote[-1] - read)}
+def run(model: Any, ids: torch.Tensor, biases: Any = None, watch: Any = nullcontext) -> Any:
+    """Tokens per second, and what `watch` counts, of reading [b, s] ids and of writing on."""
+    own, found = steps(model, ids), {}
+    for phase, count in PHASES.items():
+        for gate in gates(model) if biases else ():
+            gate.e_score_correction_bias[:FFN] = biases[phase]
+        with watch(model) as counts:
+            begin = time.process_time()
+            done = sum(1 for _ in islice(own, count))
+            seconds = time.process_time() - begin
+        assert done == count
+        found[phase] = len(ids) * (ids.shape[1] if phase == "prefill" else NEW) / seconds, counts
+    assert not [*own]
+    return found
+
+
+def biases(model: Any, share: float, ids: torch.Tensor) -> dict[str, float]:
+    """Those with which FFN experts get this share of the picks of [b, s] ids in each phase."""
+    now, tried = dict.fromkeys(PHASES, 0.0), []
+    for step in range(24):
+        found = run(model, ids, now, counted)
+        lack = {phase: share - c["picked"] / c["picks"] for phase, (_, c) in found.items()}
+        tried.append((max(map(abs, lack.values())), now))
+        # Steps shrink slowly: what is written depends on what was read with another bias.
+        now = {phase: now[phase] + math.copysign(0.3 * 0.75**step, lack[phase]) for phase in now}
+    return min(tried, key=lambda each: each[0])[1]
 
 
 def measure(models: dict[str, Any], experts: str, batch: int) -> Any:
     """One row for each model, timed in turns."""
     ids = tokens(batch, PROMPTS.get(experts, LENGTH))
-    rates, counts = defaultdict(list), {}
+    rates, counts, given = defaultdict(list), {}, {}
     for name, model in models.items():
+        if experts in PROMPTS and gates(model):
+            model.set_experts_implementation("eager")
+            given[name] = biases(model, float(name.split()[-1]), ids)
         if experts in PROMPTS:
             model.set_experts_implementation(experts)
-        with counted(model) as counts[name]:
-            run(model, ids)
-        assert "vanilla" in name or counts[name]["rows"] == counts[name]["picked"] > 0, experts
+        counts[name] = run(model, ids, given.get(name), counted)
+        for _, count in counts[name].values():
+            assert "vanilla" in name or count["rows"] == count["picked"] > 0, experts
     for _ in range(REPEATS if experts in PROMPTS else 5 * REPEATS):
         for name, model in models.items():
-            for phase, rate in run(model, ids).items():
+            for phase, (rate, _) in run(model, ids, given.get(name)).items():
                 rates[name, phase].append(rate)
     for name in models:
-        row: dict[str, Any] = {"batch": batch, "experts": experts, "model": name, **counts[name]}
-        for phase in ("prefill", "decode"):
+        row: dict[str, Any] = {"batch": batch, "experts": experts, "model": name}
+        for phase, (_, count) in counts[name].items():
             pairs = zip(rates[name, phase], rates["vanilla", phase], strict=True)
+            row |= {f"{phase}_{key}": value for key, value in count.items()}
             row[f"{phase}_tokens_per_s"] = round(statistics.median(rates[name, phase]), 1)
             row[f"{phase}_of_vanilla"] = round(statistics.median(a / b for a, b in pairs), 2)
         yield row
