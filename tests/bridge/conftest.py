@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from tests.parallel.conftest import alone  # noqa: F401
+from tests.parallel.conftest import alone, trained  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
