@@ -1,7 +1,7 @@
 """Efficiency of the MoE++ layer on a CPU, cell by cell, of one or two versions of the code in turn.
 
     python -P benchmarks/cpu_layer_cells.py OUT.jsonl --before CHECKOUT    # measure
-    python -P benchmarks/cpu_layer_cells.py OUT.jsonl --report             # the table alone
+    python -P benchmarks/cpu_layer_cells.py OUT.jsonl --report             # the table only
 
 A cell is a shape of the paper, a tau, a dtype and a pass of `moepp bench layer`; its efficiency is
 speed-up times phi. Each process measures one version's cells of a dtype, shape and tau: the two

@@ -48,7 +48,7 @@ def draw(axes: Axes, ladder: Ladder, other: str, known: list[str], shown: list[s
 
 
 def main() -> None:
-    """Write the figure beside this file."""
+    """Write the figure next to this file."""
     ladder = read(FILE)
     there = [size for size in SIZES if all(rung(ladder, arm, size, WHAT) for arm in ARMS)]
     known = there[:3]

@@ -69,7 +69,7 @@ def rank(axes: Axes, number: int, middle: float, up: int) -> None:
 
 
 def main() -> None:
-    """Write the figure beside this file."""
+    """Write the figure next to this file."""
     figure, axes = plt.subplots(figsize=(10.5, 6.4))
     axes.set_xlim(-0.5, 13.9)
     axes.set_ylim(-1.1, 8.6)

@@ -67,7 +67,7 @@ def panel(axes: Axes, title: str, pieces: dict) -> None:
 
 
 def main() -> None:
-    """Write the figure beside this file."""
+    """Write the figure next to this file."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(11, 5.2))
     panel(above, "forward", FORWARD)
     panel(below, "backward", BACKWARD)

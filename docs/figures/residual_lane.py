@@ -43,7 +43,7 @@ def message(axes: Axes, x: float) -> None:
 
 
 def main() -> None:
-    """Write the figure beside this file."""
+    """Write the figure next to this file."""
     figure, axes = plt.subplots(figsize=(11, 3.1))
     axes.set_xlim(-1.3, 16.6)
     axes.set_ylim(-0.75, 3.6)

@@ -49,7 +49,7 @@ from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.training.checkpoint import find_checkpoint
 
 _DEFAULT_SHARD_BYTES = 5 * 1000**3
-# What a checkpoint holds beside the model's weights.
+# What a checkpoint holds next to the model's weights.
 _NOT_EXPORTED = ("optimizer", "mtp.", UNUSED_PREFIX)
 # The attention of most formats is Llama's.
 _NOT_LATENT: tuple[Row, ...] = (("model.latent_attention", (None,), "it has no latent attention"),)
@@ -140,12 +140,12 @@ def mcore_to_hf(
     with partial_folder(target, "DST") as unfinished:
         written = _write_weights(reader, rules, unfinished, max_shard_bytes, console, dtype)
         name = str(written).removeprefix("torch.")
-        beside = original or folder
+        companions = original or folder
         if original is not None:
             fields["max_position_embeddings"] = load_config(original / CONFIG_FILE).model.seq_length
-        fields |= special_ids(beside) | {form.dtype_field: name} | _auto_map(form.classes)
+        fields |= special_ids(companions) | {form.dtype_field: name} | _auto_map(form.classes)
         write_json(unfinished / MODEL_CONFIG_FILE, fields)
-        for each in (folder, beside):
+        for each in dict.fromkeys((folder, companions)):
             write_companions(each, unfinished, config)
         card = model_card(folder, config, name, layout, shlex.join(command), license_id)
         (unfinished / "README.md").write_text(card, encoding="utf-8")

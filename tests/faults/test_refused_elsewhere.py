@@ -142,7 +142,7 @@ def test_machines_that_are_not_alike(
 
 
 def test_machines_meet_when_all_have_compared(tmp_path: Path) -> None:
-    """Before, ranks of machines with other numbers of machines could start beside each other."""
+    """Ranks of a machine with another number of machines must not join before all have compared."""
     (tmp_path / "second.py").write_text(SECOND)
     assert program(tmp_path / "second.py").stdout == "2 have compared\n"
 

@@ -50,7 +50,7 @@ ReturnToService=2
 SlurmdTimeout=20
 KillWait={kill_wait_s}
 MinJobAge=3600
-# Ports follow from the job's number: test runs beside each other must not have the same.
+# Ports follow from the job's number: test runs at the same time must not have the same.
 FirstJobId={first_job}
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port_1} CPUs=2 State=UNKNOWN
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={port_2} CPUs=2 State=UNKNOWN
