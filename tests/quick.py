@@ -51,7 +51,7 @@ CASES = {
         "parallel/test_dispatchers.py::test_bytes_are_those_of_the_routing[alltoall_dedup-4-2-bf16]"
     ),
     "profile": "parallel/test_profile.py::test_some_ranks",
-    "generation": "parallel/test_generate.py::test_equals_scoring_again[tp2 ep2]",
+    "generation": "parallel/test_generate.py::test_equals_scoring_again[sampled-tp2 pp2]",
     "stopping": "parallel/test_signals.py",
     "released scores, gate of two layers": (
         "interop/test_golden_scores.py::test_scores[two_layer_gate-pp2 ep2]"

@@ -1,6 +1,8 @@
 """A quick run covers every room, and what it names is there."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 
@@ -30,9 +32,9 @@ def test_every_room_has_a_short_file(room: str) -> None:
     assert inside
 
 
-@pytest.mark.parametrize("case", quick.CASES.values())
-def test_every_case_is_there(case: str) -> None:
-    file, _, name = case.partition("::")
-    folder = quick.ROOT / "tests" / file
-    function = name.split("[")[0]
-    assert not function or f"def {function}(" in folder.read_text("utf-8")
+def test_every_case_is_there() -> None:
+    # pytest refuses a name that it does not find, its parameters included.
+    cases = [f"tests/{case}" for case in quick.CASES.values()]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
+    done = subprocess.run([*command, *cases], cwd=quick.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
