@@ -35,7 +35,6 @@ class _ExportLayout(StrEnum):
 
     moepp = "moepp"
     released = "released"
-    longcat = "longcat"
     zeda = "zeda"
     vanilla = "vanilla"
 
@@ -93,9 +92,9 @@ def mcore_to_hf(
     layout: Annotated[
         _ExportLayout,
         typer.Option(
-            help="Write the model in this form. moepp has our class names and takes any model; "
-            "released is that of the released MoE++ models; longcat is LongCat-Flash; zeda is "
-            "ZEDA's; vanilla is Mixtral, Qwen3-MoE or DeepSeek-MoE, for llama.cpp."
+            help="Write the model in this form. moepp has our class names and takes any model "
+            "without latent attention; released is that of the released MoE++ models; zeda is "
+            "ZEDA's Qwen3-MoE; vanilla is Mixtral, Qwen3-MoE or DeepSeek-MoE, for llama.cpp."
         ),
     ] = _ExportLayout.moepp,
     max_shard_gb: Annotated[

@@ -10,14 +10,11 @@ generate_request.py     what `moepp generate` is asked to do
 hf_companions.py        the files beside an exported model's weights
 hf_config.py            converts between our configuration and a Hugging Face `config.json`
 hf_decoder.py           our model section from the fields that Llama's descendants share
-hf_latent.py            DeepSeek-V3's configuration
+hf_latent.py            DeepSeek-V3's configuration and attention
 hf_source.py            a Hugging Face checkpoint folder: its configuration, and its tensors by name
-latent_rules.py         tensors of multi-head latent attention by DeepSeek-V3's names
 decoding.py             continues prompts by scoring
 expressible.py          what a format cannot express, as rows of settings
 vanilla.py              models with zero experts as the MoE models that llama.cpp has
-longcat.py              models with latent attention as LongCat-Flash models
-longcat_rules.py        LongCat-Flash's tensors: what each is made of
 megatron_arguments.py   MoE++ settings of a Megatron-LM run: `--moepp-*`
 megatron_checkpoint.py  finds checkpoints of Megatron-LM's own training loop
 megatron_lm.py          MoE++ in Megatron-LM's own training loop, `megatron.training`, unmodified
@@ -38,7 +35,7 @@ upcycle.py              turns checkpoints of other models into MoE++ models that
 upcycle_router.py       the new parameters of an upcycled model
 upcycle_sources.py      the kinds of models that can be upcycled, with the names of their tensors
 vllm/                   exports as a model of vLLM's own
-zeda.py                 ZEDA's formats both ways: Qwen3-MoE and GLM-4.7-Flash with zero experts
+zeda.py                 ZEDA's format both ways: Qwen3-MoE with zero experts
 
 All conversions stream: no function builds a model or holds more than a few tensors, except `score`
 and `generate`, which run a model. `megatron_lm` and `megatron_arguments` put MoE++ into

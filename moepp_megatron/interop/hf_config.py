@@ -21,12 +21,6 @@ from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 _RELEASED_TYPE = "MoE++"
 _OWN_TYPE = "moepp"
 MOEPP_TYPES = (_RELEASED_TYPE, _OWN_TYPE)
-# Why a model with zero-computation experts cannot be built here, by `model_type`.
-UNBUILDABLE = {
-    "longcat_flash": "a layer of LongCat-Flash has two attentions and two dense FFNs, and its MoE "
-    "layer bridges the second of each, which this package's decoder does not have; train from the "
-    "run's own checkpoint if this is an export"
-}
 # moe_plus_plus_layer.py of the released model: MOE_TOP_K, Constant, and one of the other kinds.
 _RELEASED_TOPK = 2
 _RELEASED_KINDS = {
@@ -54,10 +48,9 @@ def config_from_hf(hf: Mapping[str, Any], name: str, dtype: str | None = None) -
     elif kind == _OWN_TYPE:
         moe = _own_moe(hf)
     else:
-        remedy = UNBUILDABLE.get(str(kind), "use `moepp convert upcycle` for other models")
         raise ConfigError(
-            f"config.json: model_type ({kind}) must be {_RELEASED_TYPE}, {_OWN_TYPE} or one of "
-            f"ZEDA's; {remedy}"
+            f"config.json: model_type ({kind}) must be {_RELEASED_TYPE}, {_OWN_TYPE} or ZEDA's; "
+            "use `moepp convert upcycle` for other models"
         )
     return assemble(decoder_section(hf), moe, hf, name, dtype)
 

@@ -1,14 +1,16 @@
-"""Reads DeepSeek-V3's configuration: latent attention, shared experts, biased sigmoid scores."""
+"""DeepSeek-V3: its configuration, and the tensors of its latent attention."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moepp_megatron.config import ConfigError
+from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.interop.hf_decoder import decoder_section, refuse_fields, require, rope_theta
-from moepp_megatron.interop.latent_rules import LATENT_EPSILON
+from moepp_megatron.interop.tensor_rules import TensorRule, same
 
+# What DeepSeek's and transformers' code adds to mean squares in the norms of latent attention.
+_LATENT_EPSILON = 1e-6
 # Scores of a group that transformers' and DeepSeek's code add up to rank it.
 _RANKED_PER_GROUP = 2
 
@@ -19,12 +21,12 @@ def deepseek_decoder_section(hf: Mapping[str, Any]) -> dict[str, Any]:
     ConfigError if this package's decoder lacks a feature, or a field is missing.
     """
     norms = "all norms of this package's decoder add the same, and those of latent attention 1e-6"
-    epsilon, paired = hf.get("rms_norm_eps", LATENT_EPSILON), hf.get("rope_interleave", True)
+    epsilon, paired = hf.get("rms_norm_eps", _LATENT_EPSILON), hf.get("rope_interleave", True)
     quantized = hf.get("quantization_config")
     rows = (
         ("quantization_config", quantized, None, "convert the weights to bf16 first"),
         ("rope_interleave", paired, True, "pairs of channels are rotated"),
-        ("rms_norm_eps", epsilon, LATENT_EPSILON, norms),
+        ("rms_norm_eps", epsilon, _LATENT_EPSILON, norms),
     )
     refuse_fields(rows)
     plain = {key: hf[key] for key in hf if key not in ("kv_lora_rank", "head_dim", "rope_scaling")}
@@ -99,3 +101,30 @@ def deepseek_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
         "shared_expert_ffn_hidden_size": shared * width or None,
         "layer_freq": [int(layer >= dense) for layer in range(layers)],
     }
+
+
+def deepseek_attention(config: Config, layer: int, is_moe: bool) -> Iterator[TensorRule]:
+    """Attention and both norms of a layer with multi-head latent attention."""
+    model, latent = config.model, config.model.latent_attention
+    assert latent is not None, "the model has another attention"
+    assert latent.q_lora_rank is not None, "queries that are not compressed were refused"
+    ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+    # As in `moepp_megatron.model.latent_attention`.
+    ffn_norm = "pre_mlp_layernorm.weight" if is_moe else "mlp.linear_fc1.layer_norm_weight"
+    width, heads = model.hidden_size, model.num_attention_heads
+    yield same(ours + "input_layernorm.weight", theirs + "input_layernorm.weight", width)
+    yield same(ours + ffn_norm, theirs + "post_attention_layernorm.weight", width)
+    ours, theirs = ours + "self_attention.linear_", theirs + "self_attn."
+    rank = latent.q_lora_rank
+    yield same(ours + "q_down_proj.weight", theirs + "q_a_proj.weight", rank, width)
+    yield same(ours + "q_up_proj.layer_norm_weight", theirs + "q_a_layernorm.weight", rank)
+    queries = heads * latent.qk_dim
+    yield same(ours + "q_up_proj.weight", theirs + "q_b_proj.weight", queries, rank)
+    rank = latent.kv_lora_rank
+    rows = rank + latent.qk_pos_emb_head_dim
+    yield same(ours + "kv_down_proj.weight", theirs + "kv_a_proj_with_mqa.weight", rows, width)
+    yield same(ours + "kv_up_proj.layer_norm_weight", theirs + "kv_a_layernorm.weight", rank)
+    rows = heads * (latent.qk_head_dim + latent.v_head_dim)
+    yield same(ours + "kv_up_proj.weight", theirs + "kv_b_proj.weight", rows, rank)
+    columns = heads * latent.v_head_dim
+    yield same(ours + "proj.weight", theirs + "o_proj.weight", width, columns)

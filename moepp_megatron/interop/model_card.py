@@ -23,7 +23,6 @@ _OWN_FILES = ("transformers >= 5.8 and the Python files of this folder", ", trus
 _READERS = {
     "moepp": _OWN_FILES,
     "released": _OWN_FILES,
-    "longcat": ("transformers >= 5", ""),
     "vanilla": ("transformers >= 5", ""),
     "zeda": ("transformers as changed in https://github.com/TsinghuaC3I/ZEDA", ""),
 }

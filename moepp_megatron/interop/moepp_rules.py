@@ -11,8 +11,6 @@ from collections.abc import Iterator
 
 from moepp_megatron.config import Config
 from moepp_megatron.interop.tensor_rules import (
-    UNUSED_PREFIX,
-    HFTensor,
     TensorRule,
     attention_rules,
     decoder_rules,
@@ -20,6 +18,7 @@ from moepp_megatron.interop.tensor_rules import (
     row,
     same,
     shared_expert_rules,
+    unused,
 )
 
 
@@ -59,7 +58,7 @@ def _gate_rules(config: Config, ours: str, theirs: str, is_first: bool) -> Itera
     if moe.gating_residual:
         name, shape = theirs + "gate_map.weight", (experts, experts)
         if is_first:
-            yield TensorRule(UNUSED_PREFIX + name, shape, (HFTensor(name, shape),), unused=True)
+            yield unused(name, *shape)
         else:
             yield same(ours + "residual_weight", name, *shape)
     if moe.selection_bias:

@@ -72,15 +72,9 @@ def row(key: str, count: int, index: int, name: str, *shape: int) -> TensorRule:
     return TensorRule(key, (count, *shape), (HFTensor(name, shape),), index)
 
 
-def made(name: str, shape: Shape, value: float = 0.0) -> TensorRule:
-    """A Hugging Face tensor that is `value` everywhere and has no counterpart of ours."""
-    return TensorRule(
-        UNUSED_PREFIX + name,
-        shape,
-        (HFTensor(name, shape),),
-        unpack=lambda zeros: [zeros + value],
-        unused=True,
-    )
+def unused(name: str, *shape: int) -> TensorRule:
+    """A Hugging Face tensor that no parameter of ours is; zeros unless a checkpoint kept it."""
+    return TensorRule(UNUSED_PREFIX + name, shape, (HFTensor(name, shape),), unused=True)
 
 
 def stacked(

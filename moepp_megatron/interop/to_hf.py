@@ -30,8 +30,6 @@ from moepp_megatron.interop.hf_config import (
     released_hf_config,
     released_warnings,
 )
-from moepp_megatron.interop.longcat import longcat_hf_config, longcat_warnings
-from moepp_megatron.interop.longcat_rules import longcat_rules
 from moepp_megatron.interop.model_card import (
     TRAINING_CONFIG_FILE,
     UNKNOWN_LICENSE,
@@ -51,9 +49,8 @@ from moepp_megatron.training.checkpoint import find_checkpoint
 _DEFAULT_SHARD_BYTES = 5 * 1000**3
 # What a checkpoint holds next to the model's weights.
 _NOT_EXPORTED = ("optimizer", "mtp.", UNUSED_PREFIX)
-# The attention of most formats is Llama's.
-_NOT_LATENT: tuple[Row, ...] = (("model.latent_attention", (None,), "it has no latent attention"),)
-_LATENT_REMEDY = "use --layout longcat or zeda, or score and generate from the checkpoint itself"
+_NOT_LATENT: tuple[Row, ...] = (("model.latent_attention", (None,), "no layout has it"),)
+_LATENT_REMEDY = "score and generate from the checkpoint itself"
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,6 @@ class _Format:
     classes: tuple[str, str] | None = None
     dtype_field: str = "torch_dtype"
     keeps_unused: bool = False
-    has_latent_attention: bool = False
     warnings: Callable[[Config], Iterator[str]] = lambda config: iter(())
 
 
@@ -80,17 +76,10 @@ _FORMATS = {
         keeps_unused=True,
         warnings=released_warnings,
     ),
-    "longcat": _Format(
-        longcat_hf_config,
-        longcat_rules,
-        keeps_unused=True,
-        has_latent_attention=True,
-        warnings=longcat_warnings,
-    ),
     "vanilla": _Format(
         vanilla_hf_config, vanilla_rules, keeps_unused=True, warnings=vanilla_warnings
     ),
-    "zeda": _Format(zeda_hf_config, zeda_rules, has_latent_attention=True, warnings=zeda_warnings),
+    "zeda": _Format(zeda_hf_config, zeda_rules, warnings=zeda_warnings),
 }
 
 
@@ -110,8 +99,7 @@ def mcore_to_hf(
         source: A checkpoint folder or a run.
         target: Folder to make; it must not exist or be empty.
         layout: `moepp` for our configuration and class names, `released` for the released ones,
-            `longcat` for LongCat-Flash as transformers 5 reads it, `zeda` for ZEDA's, `vanilla` for
-            DeepSeek-MoE, Mixtral or Qwen3-MoE.
+            `zeda` for ZEDA's Qwen3-MoE, `vanilla` for DeepSeek-MoE, Mixtral or Qwen3-MoE.
         max_shard_bytes: Largest shard.
         console: Console that shows the progress.
         dtype: fp32 or bf16 for all weights but selection biases; None keeps each tensor's own.
@@ -127,8 +115,7 @@ def mcore_to_hf(
     folder = find_checkpoint(source)
     trained = load_config(folder / CONFIG_FILE)
     config = without_further_tokens(trained)
-    if not form.has_latent_attention:
-        raise_problems(refusals(config, _NOT_LATENT, f"--layout {layout}", _LATENT_REMEDY))
+    raise_problems(refusals(config, _NOT_LATENT, "an export", _LATENT_REMEDY))
     if form.classes is not None:
         refuse_uncomputed(config)
     fields = form.fields(config)

@@ -20,7 +20,6 @@ from moepp_megatron.interop.hf_config import config_from_hf
 from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.moepp_rules import moepp_rules
 from moepp_megatron.interop.tensor_rules import TensorRule, linear_modules
-from moepp_megatron.interop.upcycle_sources import extra_tensors
 from moepp_megatron.interop.zeda import is_zeda, zeda_config, zeda_rules
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
@@ -50,7 +49,6 @@ def hf_to_mcore(
     """
     hf = HFSource(source, allow_pickle)
     config, rules = read_format(hf.config, source.resolve().name, dtype)
-    hf.leave_out(extra_tensors(hf.config, hf.tensors))
     write_checkpoint(hf, rules, config, target, dtype, console)
     return config
 

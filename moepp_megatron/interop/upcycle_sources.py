@@ -8,20 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.interop.hf_config import MOEPP_TYPES, UNBUILDABLE
+from moepp_megatron.interop.hf_config import MOEPP_TYPES
 from moepp_megatron.interop.hf_decoder import decoder_section, require
-from moepp_megatron.interop.hf_latent import deepseek_decoder_section, deepseek_moe
-from moepp_megatron.interop.latent_rules import latent_attention_rules, norm_keys
+from moepp_megatron.interop.hf_latent import (
+    deepseek_attention,
+    deepseek_decoder_section,
+    deepseek_moe,
+)
 from moepp_megatron.interop.tensor_rules import (
     TensorRule,
     attention_rules,
     decoder_rules,
     dense_mlp_rules,
-    made,
     row,
-    same,
     shared_expert_rules,
     stacked,
+    unused,
 )
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -66,9 +68,9 @@ def source_kind(hf: Mapping[str, Any]) -> SourceKind:
             "experts, and this is a MoE++ model already; use moepp convert hf-to-mcore"
         )
     if name not in _KINDS:
-        remedy = UNBUILDABLE.get(str(name), "other models cannot be upcycled")
         raise ConfigError(
-            f"config.json: model_type ({name}) must be one of {', '.join(_KINDS)}; {remedy}"
+            f"config.json: model_type ({name}) must be one of {', '.join(_KINDS)}; other models "
+            "cannot be upcycled"
         )
     layers = set(hf.get("layer_types") or ["full_attention"])
     if layers != {"full_attention"}:
@@ -80,7 +82,7 @@ def source_kind(hf: Mapping[str, Any]) -> SourceKind:
 
 
 def extra_tensors(hf: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Layers of multi-token prediction, which come behind the decoder's (DeepSeek-V3, GLM-4.7)."""
+    """Layers of multi-token prediction, which come behind the decoder's (DeepSeek-V3)."""
     if "kv_lora_rank" not in hf:
         return []
     layers = require(hf, "num_hidden_layers")
@@ -111,9 +113,9 @@ def zero_expert_rules(
     gate, up, down = kind.projections
     for index in indices:
         prefix = f"{theirs}{kind.experts.format(index)}."
-        yield made(f"{prefix}{gate}.weight", (inner, width))
-        yield made(f"{prefix}{up}.weight", (inner, width))
-        yield made(f"{prefix}{down}.weight", (width, inner))
+        yield unused(f"{prefix}{gate}.weight", inner, width)
+        yield unused(f"{prefix}{up}.weight", inner, width)
+        yield unused(f"{prefix}{down}.weight", width, inner)
 
 
 def model_rules(
@@ -183,14 +185,6 @@ def _olmoe_decoder(hf: Mapping[str, Any]) -> dict[str, Any]:
     return decoder_section(fields)
 
 
-def _deepseek_attention(config: Config, layer: int, is_moe: bool) -> Iterator[TensorRule]:
-    theirs, width = f"model.layers.{layer}.", config.model.hidden_size
-    before, behind = norm_keys(layer, is_moe)
-    yield same(before, theirs + "input_layernorm.weight", width)
-    yield from latent_attention_rules(config, layer, theirs + "self_attn.")
-    yield same(behind, theirs + "post_attention_layernorm.weight", width)
-
-
 def _dense(model: Callable[[Mapping[str, Any]], dict[str, Any]]) -> SourceKind:
     return SourceKind(None, model, gate=None, experts="mlp")
 
@@ -213,6 +207,6 @@ _KINDS = {
         deepseek_decoder_section,
         bias="mlp.gate.e_score_correction_bias",
         shared="mlp.shared_experts",
-        attention=_deepseek_attention,
+        attention=deepseek_attention,
     ),
 }

@@ -19,12 +19,11 @@ from moepp_megatron.interop.hf_source import HFSource
 from moepp_megatron.interop.tensor_rules import TensorRule
 from moepp_megatron.interop.to_mcore import account_for, read_format
 
-# `architectures` and `model_type` of each format; the last is only known in order to be refused.
+# `architectures` and `model_type` of each format.
 _FORMATS = {
     "MoeForCausalLM": "MoE++",
     "MoEPPForCausalLM": "moepp",
     "Qwen3MoePlusPlusForCausalLM": "qwen3_moe_plus_plus",
-    "Glm4MoeLitePlusPlusForCausalLM": "glm4_moe_lite_plus_plus",
 }
 
 

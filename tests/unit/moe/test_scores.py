@@ -12,7 +12,6 @@ from torch import Tensor
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.interop.hf_config import refuse_uncomputed, released_hf_config
-from moepp_megatron.interop.longcat import longcat_hf_config
 from moepp_megatron.interop.vanilla import vanilla_hf_config
 from moepp_megatron.interop.zeda import zeda_hf_config
 from moepp_megatron.layer_settings import DECLARED
@@ -147,7 +146,7 @@ def test_a_score_that_is_not_listed_is_refused(compiled: Any) -> None:  # noqa: 
 
 @pytest.mark.parametrize(
     "export",
-    [refuse_uncomputed, released_hf_config, longcat_hf_config, zeda_hf_config, vanilla_hf_config],
+    [refuse_uncomputed, released_hf_config, zeda_hf_config, vanilla_hf_config],
 )
 def test_no_export_has_a_score_that_it_does_not_list(export: Callable[[Config], object]) -> None:
     with pytest.raises(ConfigError, match=r"moe.score_function \('fake'\) must be 'softmax"):
