@@ -3,7 +3,7 @@
 A new metric is one row here and the code that computes it. What follows from a row: the key in
 ``metrics.jsonl``, TensorBoard's tag, Prometheus' name and help, panels of their own at Grafana and
 plots of their own in the report, what rules of the routing guard may look at, what the report says
-is healthy, and the tables of the docs (``python -m benchmarks.metrics_page``).
+is healthy, and the tables of the docs (``python -m benchmarks.pages``).
 """
 
 import math
@@ -183,7 +183,7 @@ class Record(BaseModel):
         "router", "moepp_ffn_target_ratio")] = None
     tau: Annotated[MaybeFloat, Metric(
         "weight of zero-computation experts in the balance loss, mean over MoE layers; only with "
-        "a budget, and where the routing guard has raised it", "", "router", "moepp_tau")] = None
+        "moe.budget", "", "router", "moepp_tau")] = None
     distillation_loss: Annotated[MaybeFloat, Metric(
         "divergence of the model's predictions from the teacher's, without its weight, token mean "
         "over the global batch; only with distillation.teacher", "nats", "loss/distillation",

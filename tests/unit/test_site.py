@@ -48,6 +48,18 @@ def _missing(text: str) -> list[str]:
     return missing + [m for m in modules if not (ROOT / f"{m.replace('.', '/')}.py").is_file()]
 
 
+def test_benchmarks_are_named_that_exist() -> None:
+    files = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "moepp_megatron").rglob("*.py")]
+    texts = {path: " ".join(path.read_text(encoding="utf-8").split()) for path in files}
+    gone = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path, text in texts.items()
+        for name in re.findall(r"benchmarks(?:\.|/(?=\w+\.(?:py|sh)))(\w+)(?!\S* of commit)", text)
+        if not any((ROOT / "benchmarks" / f"{name}{end}").is_file() for end in (".py", ".sh"))
+    ]
+    assert gone == []
+
+
 def test_every_proof_exists() -> None:
     assert PROVEN.count("::test_") > 60
     assert COMPARED.count("::test_") > 15
