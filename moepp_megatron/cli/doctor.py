@@ -55,7 +55,7 @@ def doctor(
             "--json",
             help="Write the results as JSON to this file, whose name ends with .json; - or no FILE "
             "prints the JSON and nothing else.",
-            metavar="[FILE]",
+            metavar="[FILE.json]",
         ),
     ] = None,
     out: Annotated[

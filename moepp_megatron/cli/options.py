@@ -49,7 +49,7 @@ JsonOption = Annotated[
     typer.Option(
         "--json",
         help="Write the results as JSON to this file; - prints the JSON and nothing else.",
-        metavar="FILE",
+        metavar="FILE.json",
     ),
 ]
 GpuOption = Annotated[

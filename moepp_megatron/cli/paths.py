@@ -30,9 +30,9 @@ _STDOUT = Path("-")
 # Kept in memory where that is possible: a doctor's patient may have a full disk.
 _IN_MEMORY = "/dev/shm"
 # Options that name a file to write, where their metavar is a file.
-_WRITTEN = ("--out", "--json", "--plot")
-# Of the files in a folder that a command reads, those that it may replace: results of before.
-_RESULTS = (".html", ".json", ".npz", ".png")
+_WRITTEN = ("--out", "--json", "--plot", "--fit")
+# What people edit is never replaced, and a result by its own kind only.
+_EDITED = ".yaml"
 
 
 def check_paths(app: typer.Typer) -> None:
@@ -59,7 +59,7 @@ def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
                 if problem is not None:
                     shown = Problem(_shown(command, name), str(one), problem.rule, problem.remedy)
                     raise ConfigError(str(shown))
-            if isinstance(value, Path) and value != _STDOUT and _is_written(command, name):
+            if isinstance(value, Path) and value != _STDOUT and _written(command, name):
                 _check_writable(_shown(command, name), value)
         _check_replaced(command, arguments)
         printed = [
@@ -129,7 +129,7 @@ def _check_replaced(command: Callable[..., Any], arguments: dict[str, Any]) -> N
     """Refuse to write to what the command reads, or two results to one file."""
     seen: dict[str, str] = {}
     for name, path in arguments.items():
-        if not isinstance(path, Path) or path == _STDOUT or not _is_written(command, name):
+        if not isinstance(path, Path) or path == _STDOUT or not _written(command, name):
             continue
         shown, real = _shown(command, name), os.path.realpath(path)
         if real in seen:
@@ -142,6 +142,11 @@ def _check_replaced(command: Callable[..., Any], arguments: dict[str, Any]) -> N
                     f"{shown} ({path}) must not replace {_shown(command, other)}, which is read, "
                     "or a part of it; name another file"
                 )
+        kind = _written(command, name)
+        if path.is_file() and (path.suffix != kind or kind == _EDITED):
+            raise ConfigError(
+                f"{shown} ({path}) must not exist yet; use another name, or remove the file"
+            )
 
 
 def _is_lost(file: str, read: Any) -> bool:
@@ -152,14 +157,14 @@ def _is_lost(file: str, read: Any) -> bool:
     if isinstance(read, str) or not os.path.isdir(real):
         return file == real
     path = Path(file)
-    is_result = path.suffix in _RESULTS and not is_record(path.name)
-    return Path(real) in path.parents and not is_result
+    return Path(real) in path.parents and is_record(path.name)
 
 
-def _is_written(command: Callable[..., Any], name: str) -> bool:
-    option = _option(command, name)
-    metavar = getattr(option, "metavar", None) or ""
-    return _shown(command, name) in _WRITTEN and metavar.lstrip("[").startswith("FILE")
+def _written(command: Callable[..., Any], name: str) -> str:
+    """The suffix of the file that an option writes; empty where it writes none."""
+    metavar = getattr(_option(command, name), "metavar", None) or ""
+    is_file = _shown(command, name) in _WRITTEN and metavar.strip("[]").startswith("FILE")
+    return Path(metavar.strip("[]")).suffix if is_file else ""
 
 
 def _option(command: Callable[..., Any], name: str) -> Any:

@@ -106,8 +106,6 @@ def plan(
     if config is None:
         raise ConfigError("CONFIG must be given, or --measured FILE; name a YAML configuration")
     settings = load_config(config, overrides or [])
-    if out is not None and out.exists():
-        raise ConfigError(f"--out ({out}) must not exist yet; use another name, or remove the file")
     tau_values = parse_numbers("--taus", taus, "a number > 0", lambda tau: 0 < tau <= 10)
     for name, value in (("--price", price), ("--tokens", tokens)):
         if value is not None and not 0 < value < float("inf"):
@@ -142,10 +140,6 @@ def _ignored_options(context: typer.Context) -> Iterator[str]:
 
 def _hold_to_runs(measured: list[Path], json_file: Path | None, fit_file: Path | None) -> None:
     """Print predicted and measured for files of rows; fit the machine's inputs to them."""
-    if fit_file is not None and fit_file.exists():
-        raise ConfigError(
-            f"--fit ({fit_file}) must not exist yet; use another name, or remove the file"
-        )
     from moepp_megatron.runtime.atomic import write_result
     from moepp_megatron.workbench.planning.measured.compare import compare
     from moepp_megatron.workbench.planning.measured.fit import fit

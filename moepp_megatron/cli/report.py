@@ -20,7 +20,7 @@ def report(
         typer.Option(
             help="Write the page to this file. By default one run's page is RUN/report.html, and "
             "that of several runs is comparison.html.",
-            metavar="FILE",
+            metavar="FILE.html",
         ),
     ] = None,
 ) -> None:

@@ -18,11 +18,12 @@ PACKAGE = ROOT / "moepp_megatron"
 WORKBENCH = ["experiments", "report", "planning", "inspection", "bench", "profiling", "doctor"]
 ENGINE = ["cluster", "interop", "training", "model", "moe", "data", "observe", "runtime", "config"]
 FLOOR = ["catalogue", "layer_settings", "experts", "file_names", "version"]
-ROOMS = ["cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE, *FLOOR]
+ROOMS = ["__main__", "cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE, *FLOOR]
 
 # What each room may have: tokens of code (benchmarks/code_size.py) and public names. A budget: it
 # is raised only by the commit that names the capability that it buys, and that lowers another.
 BUDGETS = {
+    "__main__": (16, 0),
     "cli": (23_549, 54),
     "workbench.experiments": (17_671, 71),
     "workbench.report": (43_172, 150),

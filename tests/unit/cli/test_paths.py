@@ -156,6 +156,15 @@ def test_a_path_that_looks_alike_is_one(tmp_path, moepp):
         ("report run --out run/metrics.jsonl", "--out (run/metrics.jsonl) must not replace RUN"),
         ("report run --out run/status.json", "--out (run/status.json) must not replace RUN"),
         ("report other run --out run/config.yaml", "must not replace RUN"),
+        # Nothing that may have been edited, and no result of another kind.
+        ("config from-megatron x.txt --out x.yaml", "--out (x.yaml) must not exist yet; use another"),
+        ("plan x.yaml --out gpu.yaml", "--out (gpu.yaml) must not exist yet"),
+        ("plan --measured x.yaml --fit gpu.yaml", "--fit (gpu.yaml) must not exist yet"),
+        ("plan x.yaml --plot gpu.yaml", "--plot (gpu.yaml) must not exist yet"),
+        ("plan x.yaml --json x.txt", "--json (x.txt) must not exist yet"),
+        ("doctor x.yaml --out gpu.yaml", "--out (gpu.yaml) must not exist yet"),
+        ("report run --out gpu.yaml", "--out (gpu.yaml) must not exist yet"),
+        ("report run --out run/notes.md", "--out (run/notes.md) must not exist yet"),
         ("report run --out run/metadata.json", "must not replace RUN"),
         ("report run --out run/rank_00000.json", "must not replace RUN"),
         ("score run --text x.txt --out x.txt", "--out (x.txt) must not replace --text"),
@@ -167,7 +176,7 @@ def test_what_is_read_is_not_replaced(words, said, tmp_path, monkeypatch, moepp)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     names = ["x.yaml", "x.txt", "gpu.yaml", "run/metrics.jsonl", "run/status.json"]
-    more = ["run/config.yaml", "run/metadata.json", "run/rank_00000.json"]
+    more = ["run/config.yaml", "run/metadata.json", "run/rank_00000.json", "run/notes.md"]
     files = [tmp_path / name for name in [*names, *more]]
     for file in files:
         file.write_text("kept")
@@ -181,9 +190,15 @@ def test_what_is_read_is_not_replaced(words, said, tmp_path, monkeypatch, moepp)
     assert (tmp_path / "pipe").is_fifo()
 
 
-@pytest.mark.parametrize("name", ["report.html", "mine.json"])
-def test_results_of_before_are_replaced(name, tmp_path, monkeypatch, moepp):
+def test_results_of_before_are_replaced(tmp_path, monkeypatch, moepp):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / name).touch()
-    code, _, err = moepp("report", ".", "--out", name)
+    (tmp_path / "mine.html").touch()
+    code, _, err = moepp("report", ".", "--out", "mine.html")
     assert (code, "config.yaml: cannot be read" in err) == (2, True)
+
+
+def test_each_file_that_is_written_has_a_kind():
+    for path, parameter, _ in PLACES:
+        metavar = (parameter.metavar or "").strip("[]")
+        if {"--out", "--json", "--plot", "--fit"} & {*parameter.opts} and "FILE" in metavar:
+            assert Path(metavar).suffix, (path, parameter.opts)

@@ -203,7 +203,7 @@ def test_the_model_is_held_to_runs(tmp_path: Path, wide) -> None:
             ["--measured", str(file), "--gpus", "8", "--taus", "0.5"],
             "must come without --gpus, --taus: rows say what ran; leave",
         ),
-        (["--fit", str(mine)], "must come with --measured"),
+        (["--fit", "other.yaml"], "must come with --measured"),
         ([], "CONFIG must be given, or --measured FILE"),
         (["--measured", str(tmp_path / "none.json")], "cannot be read"),
     ):

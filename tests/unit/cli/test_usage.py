@@ -295,7 +295,7 @@ def test_a_working_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, moepp)
     "words", [["config", "keys", "moe.tau"], ["plan", MODEL, "--gpus", "8", "--gpu", "h100_sxm"]]
 )
 def test_a_full_disk_behind_stdout_is_one_line(words: list[str]):
-    words = [sys.executable, "-m", "moepp_megatron.cli.main", *words]
+    words = [sys.executable, "-m", "moepp_megatron", *words]
     with open("/dev/full", "w") as stdout:
         done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 3
