@@ -157,7 +157,7 @@ def test_a_path_that_looks_alike_is_one(tmp_path, moepp):
         ("report run --out run/status.json", "--out (run/status.json) must not replace RUN"),
         ("report other run --out run/config.yaml", "must not replace RUN"),
         # Nothing that may have been edited, and no result of another kind.
-        ("config from-megatron x.txt --out x.yaml", "--out (x.yaml) must not exist yet; use another"),
+        ("config from-megatron x.txt --out x.yaml", "(x.yaml) must not exist yet; use another"),
         ("plan x.yaml --out gpu.yaml", "--out (gpu.yaml) must not exist yet"),
         ("plan --measured x.yaml --fit gpu.yaml", "--fit (gpu.yaml) must not exist yet"),
         ("plan x.yaml --plot gpu.yaml", "--plot (gpu.yaml) must not exist yet"),
