@@ -4,8 +4,10 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +22,16 @@ from tests.parallel.ranks import RankPools
 VLLM = os.environ.get("MOEPP_VLLM_PYTHON")
 needs_vllm = pytest.mark.skipif(
     VLLM is None, reason="needs MOEPP_VLLM_PYTHON: the interpreter of an environment with vLLM"
+)
+VLLM_MODULES = (
+    "vllm.compilation.decorators",
+    "vllm.distributed",
+    "vllm.logger",
+    "vllm.model_executor.layers.fused_moe",
+    "vllm.model_executor.layers.layernorm",
+    "vllm.model_executor.models",
+    "vllm.model_executor.models.utils",
+    "vllm.sequence",
 )
 LENGTHS = (3, 15, 1, 9, 2, 12)
 
@@ -111,6 +123,70 @@ def bias_of_a_half_precision_model() -> str:
 
 def test_selection_biases_are_fp32_however_the_model_is_built(plain: RunPlain) -> None:
     assert plain(bias_of_a_half_precision_model) == "torch.float32"
+
+
+def loaded_in_vllm(change: str, is_plugin: bool) -> tuple[str, list[Any]]:
+    """What loading says, of all tensors with one changed; the plug-in on a stand-in for vLLM."""
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    whole = random_model()
+    weights = dict(revert_weight_conversion(whole, whole.state_dict()))
+    begin = "model.layers.2.mlp.moe."
+    name = f"{begin}experts.experts.2.up_proj.weight"
+    value = weights.pop(name)
+    changed = {
+        "": (name, value),
+        "name": (name.replace("up_proj", "gate"), value),
+        "shape": (name, value[:1]),
+        "int8": (name, value.to(torch.int8)),
+        "half": (name, value.half()),
+    }
+    weights |= dict([changed[change]])
+    try:
+        if not is_plugin:
+            cut = len(begin + "experts.")
+            own = [(n[cut:], v) for n, v in weights.items() if n.startswith(begin + "experts.")]
+            return str(len(list(whole.model.layers[2].mlp.moe.experts.load_weights(own)))), []
+        llama = mock.MagicMock()
+        llama.LlamaForCausalLM = type("", (), {"load_weights": lambda _, weights: set(weights)})
+        modules = {name: mock.MagicMock() for name in ("vllm", *VLLM_MODULES)}
+        modules["vllm.model_executor.models"].llama = llama
+        with mock.patch.dict(sys.modules, modules):
+            from moepp_megatron.interop.vllm import model as plugin
+        plugin._LOGGER.reset_mock()
+        model: Any = object.__new__(plugin.MoEPPForCausalLM)
+        model.config = whole.config
+        model.config.dtype = torch.float32
+        model._init_model(vllm_config=mock.MagicMock())
+        count = str(len(model.load_weights(weights.items())))
+        return count, [call.args[1:] for call in plugin._LOGGER.warning.call_args_list]
+    except ValueError as error:
+        return str(error), []
+
+
+@pytest.mark.parametrize("is_plugin", [False, True])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("", None),
+        ("name", "experts.2.gate.weight must not be in the checkpoint; copy all files of the"),
+        ("shape", r"experts.2.up_proj.weight: its shape \(\[1, \d+\]\) must be \[\d+, \d+\] by"),
+        ("int8", r"its dtype \(torch.int8\) must be float32, bfloat16 or float16"),
+        ("half", None),
+    ],
+)
+def test_tensors_that_are_not_the_models_are_refused_or_named(
+    plain: RunPlain, change: str, told: str | None, is_plugin: bool
+) -> None:
+    said, warnings = plain(loaded_in_vllm, change, is_plugin)
+    if told is None:
+        assert said.isdigit()
+    else:
+        assert re.search(told, said), said
+    name = "model.layers.2.mlp.moe.experts.experts.2.up_proj.weight"
+    expected = [(name, "float16", "float32")] if change == "half" and is_plugin else []
+    assert warnings == expected
 
 
 def decoder_of(folder: Path, ids: Any) -> Any:

@@ -7,7 +7,7 @@ FFN, constant, copy, zero.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial, wraps
 from typing import Any
 
@@ -60,6 +60,23 @@ def refuse_unknown(config: MoEPPConfig) -> None:
                 f"{name} ({getattr(config, name)}) must be {' or '.join(known)}, which is all that "
                 "this model's code computes; use the code that was exported with it"
             )
+
+
+def place_of(name: str, value: Tensor, places: Mapping[str, Tensor]) -> Tensor:
+    """Where a checkpoint's tensor goes; ValueError if the model has no such, shape included."""
+    remedy = "copy all files of the export again, config.json too"
+    if name not in places:
+        raise ValueError(f"{name} must not be in the checkpoint; {remedy}")
+    place = places[name]
+    if value.shape != place.shape:
+        shapes = f"{list(value.shape)}) must be {list(place.shape)}"
+        raise ValueError(f"{name}: its shape ({shapes} by config.json; {remedy}")
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{name}: its dtype ({value.dtype}) must be float32, bfloat16 or float16, as exports "
+            f"have it; {remedy}"
+        )
+    return place
 
 
 def _log_sqrt_softplus(logits: Tensor) -> Tensor:
@@ -244,6 +261,10 @@ class ConstantExpert(nn.Module):
         return mix_T2[:, :1], mix_T2[:, 1:], self.constant
 
 
+# Checkpoints have two tensors for each FFN expert.
+_STACKED = {"up_proj": "gate_up_proj", "down_proj": "down_proj"}
+
+
 class MoEPPExperts(nn.Module):
     """The experts in their fixed order; those without FFN in closed form, without gather."""
 
@@ -295,18 +316,20 @@ class MoEPPExperts(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
         """Load a checkpoint's tensors by name, and yield those of this module (vLLM asks)."""
-        own = self.state_dict()
+        places, owners = self.state_dict(), {}
+        for theirs, ours in _STACKED.items():
+            for index, place in enumerate(places.pop("ffn." + ours)):
+                name = f"experts.{index}.{theirs}.weight"
+                places[name], owners[name] = place, (ours, index)
         for name, value in weights:
-            _, index, kind = name.split(".", 2)
-            if int(index) >= self.config.num_ffn_experts:
-                own[name].copy_(value)
+            place_of(name, value, places).copy_(value)
+            if name not in owners:
                 yield name
                 continue
-            name = {"up_proj.weight": "gate_up_proj", "down_proj.weight": "down_proj"}[kind]
-            own["ffn." + name][int(index)].copy_(value)
-            self.missing[name].discard(int(index))
-            if not self.missing[name]:
-                yield "ffn." + name
+            ours, index = owners[name]
+            self.missing[ours].discard(index)
+            if not self.missing[ours]:
+                yield "ffn." + ours
 
 
 class MoEPPLayer(nn.Module):
@@ -562,13 +585,12 @@ class MoeForCausalLM(MoEPPForCausalLM):
     config_class = MoeConfig
 
 
-# Checkpoints have two tensors for each FFN expert.
 for _type in (MoEPPConfig.model_type, MoeConfig.model_type):
     _converters = [
         WeightConverter(
             f".experts.experts.*.{theirs}.weight", f".experts.ffn.{ours}", [MergeModulelist()]
         )
-        for theirs, ours in (("up_proj", "gate_up_proj"), ("down_proj", "down_proj"))
+        for theirs, ours in _STACKED.items()
     ]
     register_checkpoint_conversion_mapping(_type, _converters, overwrite=True)
 

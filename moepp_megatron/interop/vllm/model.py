@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from vllm.compilation.decorators import ignore_torch_compile
 from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models import llama
@@ -25,7 +26,7 @@ from vllm.sequence import IntermediateTensors
 from moepp_megatron.interop.hf_files import modeling_moepp as exported
 from moepp_megatron.runtime.patches import replace
 
-COPY = "copy all files of the export again, config.json too"
+_LOGGER = init_logger(__name__)
 
 
 def _given_picks(hidden_states: Tensor, gating_output: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
@@ -179,24 +180,34 @@ class MoEPPForCausalLM(llama.LlamaForCausalLM):
         with torch.device("meta"):
             theirs: Any = exported.MoEPPForCausalLM(deepcopy(self.config))
         (self.unused,) = theirs.model._keys_to_ignore_on_load_unexpected
-        self.names = set(revert_weight_conversion(theirs, theirs.state_dict()))
+        self.places = revert_weight_conversion(theirs, theirs.state_dict())
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         is_dummy = vllm_config.load_config.load_format == "dummy"
         # What no call of `load_weights` has had; later ones may update some.
-        self.missing = set() if is_dummy else self.names - tied
+        self.missing = set() if is_dummy else self.places.keys() - tied
         return _Model(vllm_config=vllm_config, **kwargs)
 
     def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, value in weights:
+            if re.search(self.unused, name):
+                continue
+            exported.place_of(name, value, self.places)
             self.missing.discard(name)
-            if name in self.names:
-                yield re.sub(r"\.experts\.(\d+\.(up|down)_proj)", r".ffn.\1", name), value
-            elif not re.search(self.unused, name):
-                raise ValueError(f"{name} must not be in the checkpoint; {COPY}")
+            # Gates compute in fp32, and the released model's are stored so.
+            if value.dtype != torch.float32 or ".gate." not in name:
+                self.dtypes.setdefault(value.dtype, name)
+            yield re.sub(r"\.experts\.(\d+\.(up|down)_proj)", r".ffn.\1", name), value
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Same as Llama's; ValueError for a tensor that vLLM would miss or drop in silence."""
+        self.dtypes: dict[Any, str] = {}
         loaded = super().load_weights(self._checked(weights))
         if self.missing:
-            raise ValueError(f"{min(self.missing)} must be in the checkpoint; {COPY}")
+            copy = "copy all files of the export again, config.json too"
+            raise ValueError(f"{min(self.missing)} must be in the checkpoint; {copy}")
+        stated = str(self.config.dtype).removeprefix("torch.")
+        for dtype, name in self.dtypes.items():
+            held = str(dtype).removeprefix("torch.")
+            if held != stated:
+                _LOGGER.warning("%s is %s, config.json says %s: converted", name, held, stated)
         return loaded
