@@ -47,8 +47,6 @@ PICKLES_INDEX_FILE = "pytorch_model.bin.index.json"
 DATASET_DICT_FILE = "dataset_dict.json"
 DATASET_INFO_FILE = "dataset_info.json"
 DATASET_STATE_FILE = "state.json"
-# Of `moepp thin`.
-THIN_FILE = "thin.json"
 
 _NAMES = frozenset(name for key, name in globals().items() if key.endswith("_FILE"))
 # What each rank of a run writes: heartbeats, collectives, profiles.

@@ -101,6 +101,15 @@ def mcore_to_hf(
         float, typer.Option(min=0.001, help="Write files of at most this many GB.", metavar="GB")
     ] = 5.0,
     dtype: ChosenDtype = None,
+    original: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take context length, special tokens, chat template and settings of generation "
+            "from this checkpoint, which was made from the model that SRC began as; by default, "
+            "those of SRC.",
+            metavar="DIR",
+        ),
+    ] = None,
     license_id: Annotated[
         str,
         typer.Option(
@@ -120,7 +129,16 @@ def mcore_to_hf(
     from moepp_megatron.interop.to_hf import mcore_to_hf as convert
 
     shard_bytes, chosen = int(max_shard_gb * 1e9), None if dtype is None else dtype.value
-    warn(*convert(source, target, layout.value, shard_bytes, dtype=chosen, license_id=license_id))
+    warnings = convert(
+        source,
+        target,
+        layout.value,
+        shard_bytes,
+        dtype=chosen,
+        license_id=license_id,
+        original=original,
+    )
+    warn(*warnings)
     echo(f"model        {target}")
 
 
@@ -157,6 +175,14 @@ def upcycle(
             help="Accept a model whose gates shrink a little too (norm_topk_prob false).",
         ),
     ] = False,
+    zeda_router: Annotated[
+        bool,
+        typer.Option(
+            "--zeda-router",
+            help="Give new experts router rows as ZEDA does, without a selection bias: tokens "
+            "select them from the first step on, and the model computes something else.",
+        ),
+    ] = False,
     dtype: ChosenDtype = None,
     allow_pickle: AllowPickle = False,
 ) -> None:
@@ -182,13 +208,14 @@ def upcycle(
         router_topk=topk,
         seed=seed,
         approximate=approximate,
+        keeps_function=not zeda_router,
     )
     config = convert(source, target, additions, dtype, allow_pickle)
     echo(f"checkpoint   {target}")
     least = least_gate(config)
     if least < 1.0:
         echo(f"gates        at least {least:.3f} of what they were, for --approximate")
-    if config.moe.num_zero_computation_experts:
+    if config.moe.num_zero_computation_experts and not zeda_router:
         echo(
             f"FFN share    1 now; the first steps of training move it to phi "
             f"({config.moe.ffn_share:.3f}), or a ramp of moe.budget: docs/how_to/upcycle.md"

@@ -34,7 +34,6 @@ try:
         scale,
         score,
         slurm,
-        thin,
         train,
     )
     from moepp_megatron.cli.echo import echo, echo_error
@@ -102,7 +101,6 @@ app.command()(plan.plan)
 app.command()(pilot.pilot)
 app.command()(scale.scale)
 app.command()(slurm.slurm)
-app.command()(thin.thin)
 check_paths(app)
 move_examples(app)
 

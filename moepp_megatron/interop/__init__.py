@@ -27,7 +27,6 @@ score_request.py        what `moepp score` is asked to do, checked before anythi
 scoring.py              computes per-token log-probabilities of given sequences, in any layout
 score_text.py           computes the perplexity of a text from its tokens, cut into windows
 stage.py                a stage of a MoE++ model in the loops of others
-thin.py                 the models of `moepp thin`: the teacher, and what training starts from
 to_hf.py                converts a checkpoint of ours to a Hugging Face checkpoint, tensor by tensor
 to_mcore.py             converts a Hugging Face checkpoint to ours, tensor by tensor
 to_megatron_lm.py       converts a checkpoint of ours to one that Megatron-LM's own loop loads

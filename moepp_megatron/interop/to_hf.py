@@ -118,18 +118,18 @@ def mcore_to_hf(
     raise_problems(refusals(config, _NOT_LATENT, "an export", _LATENT_REMEDY))
     if form.classes is not None:
         refuse_uncomputed(config)
-    fields = form.fields(config)
+    fields, companions = form.fields(config), original or folder
+    if original is not None:
+        fields["max_position_embeddings"] = load_config(original / CONFIG_FILE).model.seq_length
     reader = CheckpointReader(folder)
     rules = _present_rules(reader, list(form.rules(config)), form.keeps_unused)
     target = free_folder(target)
     command = ["moepp", "convert", "mcore-to-hf", source.resolve().name, target.name]
     command += ["--layout", layout, *([] if dtype is None else ["--dtype", dtype])]
+    command += [] if original is None else ["--original", original.name]
     with partial_folder(target, "DST") as unfinished:
         written = _write_weights(reader, rules, unfinished, max_shard_bytes, console, dtype)
         name = str(written).removeprefix("torch.")
-        companions = original or folder
-        if original is not None:
-            fields["max_position_embeddings"] = load_config(original / CONFIG_FILE).model.seq_length
         fields |= special_ids(companions) | {form.dtype_field: name} | _auto_map(form.classes)
         write_json(unfinished / MODEL_CONFIG_FILE, fields)
         for each in dict.fromkeys((folder, companions)):

@@ -96,6 +96,11 @@ def upcycled_config(
         "gate_normalization": "selected",
         "selection_bias": keeps_apart or kind.bias is not None,
     }
+    if not additions.keeps_function and kind.bias is not None:
+        raise ConfigError(
+            f"--zeda-router must be left out for a {hf['model_type']}, whose selection bias would "
+            "keep new experts unselected"
+        )
     if keeps_apart:
         moe["budget"] = {"controller": "bias"}
     if kind.moe is None:

@@ -20,8 +20,6 @@ step.py                one training step
 step_sums.py           what a step decides by: summed over all ranks and read once
 tagging.py             whether layers know which tokens they see, and from what
 teacher.py             which model teaches, and its configuration in the layout of the run
-thin.py                the runs of `moepp thin`: recipes, configurations
-thin_folder.py         the folder of `moepp thin`, and the models in it
 token_scores.py        log-probabilities of given tokens from a model that is there
 train_request.py       what `moepp train` is asked to do, checked before anything heavy is imported
 trainer.py             the run from start to end

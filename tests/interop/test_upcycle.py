@@ -205,6 +205,22 @@ def test_raw_scores_as_gates(ranks: RankPools, plain: RunPlain, tmp_path: Path, 
     assert 1e-3 < change < 0.17
 
 
+def test_zedas_router_rows(plain: RunPlain, tmp_path: Path) -> None:
+    """As the FFN experts' are, and no bias holds them back."""
+    from moepp_megatron.interop.checkpoint_reader import CheckpointReader
+    from moepp_megatron.interop.upcycle import Additions, upcycle, upcycled_config
+
+    plain(write_source, tmp_path / "hf", "mixtral", write_tokens(tmp_path))
+    added = Additions(num_zero_experts=8, keeps_function=False)
+    assert upcycle(tmp_path / "hf", tmp_path / "moepp", added).moe.budget.controller is None
+    start = CheckpointReader(tmp_path / "moepp")
+    rows = start.read("decoder.layers.1.mlp.router.weight")
+    assert not any("expert_bias" in key for key in start.tensors)
+    assert 0.5 < float(rows[4:].std() / rows[:4].std()) < 2.0
+    with pytest.raises(ConfigError, match="--zeda-router must be left out for a deepseek_v3"):
+        upcycled_config({**SHAPE, **DEEPSEEK, "model_type": "deepseek_v3"}, added, "m", None)
+
+
 def test_scores_that_are_not_renormalised_are_refused(plain: RunPlain, tmp_path: Path) -> None:
     from moepp_megatron.interop.upcycle import upcycle
 

@@ -1,7 +1,6 @@
 """Experiments: arms x seeds, each pair a trial that is measured once, and what follows from them.
 
 runner.py    does the trials of a folder that have no result; stops on request
-thin_run.py  the runs of `moepp thin`
 pilot/       does MoE++ pay on the user's data? Runs of MoE++ and vanilla with the same seeds
 scaling/     step time and efficiency of MoE++ and vanilla over rank counts
 """

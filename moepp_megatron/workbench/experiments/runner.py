@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.file_names import CONFIG_FILE, RUN_FILES, RUN_FOLDERS
@@ -61,12 +61,8 @@ class Trial[Result](ABC):
         name: The name of its files; no two trials of a folder share one.
         title: What people read while it is measured.
         nproc: Ranks, over all machines.
-        option: How the command names `folder`.
-        stoppable: Whether its ranks save when asked to stop, for a second attempt to continue.
     """
 
-    option: ClassVar[str] = "--out"
-    stoppable: ClassVar[bool] = False
     folder: Path
     name: str
     title: str
@@ -177,7 +173,7 @@ def run_trial(trial: Trial[Any], nodes: Nodes | None = None) -> str | None:
     trial.prepare()
     # Batch jobs may do other trials of the same folder at the same time.
     with _exclusive(trial, log):
-        options = LaunchOptions(trial.nproc // count, nodes, output=log, stoppable=trial.stoppable)
+        options = LaunchOptions(trial.nproc // count, nodes, output=log)
         status = run_ranks(options, "moepp_megatron.cli.main", trial.command)
     if status == STOPPED or status > _SIGNALLED:
         raise Interrupted(trial.name, status)
@@ -226,7 +222,7 @@ def _exclusive(trial: Trial[Any], path: Path) -> Iterator[None]:
         if not lock(descriptor):
             what = path.name.removesuffix(".log")
             raise ConfigError(
-                f"{trial.option} ({trial.folder}) must be used by one command at a time, and "
+                f"--out ({trial.folder}) must be used by one command at a time, and "
                 f"another one is at work on {what}; wait for it, or choose another folder"
             )
         yield

@@ -27,6 +27,5 @@ series.py              the one way to a run's numbers over its steps
 summary.py             the numbers of a run that the page shows, computed from its records
 template.py            the templates of this room's pages
 terminal.py            tables on a terminal that are whole wherever they are printed
-thin_page.py           a model that takes fewer FFN experts: FLOP removed against loss
 token_groups.py        sources, classes of tokens and tasks: a table, and plots over steps
 """
