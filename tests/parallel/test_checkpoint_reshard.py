@@ -72,10 +72,10 @@ MORE_PAIRS = [
 ]
 
 
-def run_settings(world_size: int = 1, **sections: Any) -> dict[str, Any]:
-    """Four layers, for pipelines; as few micro-batches as the ranks can have."""
+def run_settings(**sections: Any) -> dict[str, Any]:
+    """Four layers, for pipelines; micro-batches, which have balance losses, as four ranks need."""
     model = {"num_layers": 4, **sections.pop("model", {})}
-    training = {"global_batch_size": 4, "micro_batch_size": 1 if world_size == 4 else 2}
+    training = {"global_batch_size": 4, "micro_batch_size": 1}
     return settings(model=model, training=training, **sections)
 
 
@@ -87,10 +87,10 @@ def unbroken(ranks: RankPools) -> list[float]:
 def check(ranks: RankPools, folder: Path, writer: str, reader: str, **sections: Any) -> list[float]:
     """Losses of a run that changes its layout in the middle."""
     world_size, parallel = LAYOUTS[writer]
-    raw = run_settings(world_size, parallel=parallel, **sections)
+    raw = run_settings(parallel=parallel, **sections)
     losses = ranks(world_size).run(train_between, raw, folder, CHANGE_AT)[0]
     world_size, parallel = LAYOUTS[reader]
-    raw = run_settings(world_size, parallel=parallel, **sections)
+    raw = run_settings(parallel=parallel, **sections)
     start = folder / f"step_{CHANGE_AT:08d}"
     rest: list[float] = ranks(world_size).run(train_between, raw, folder, STEPS, start)[0]
     return losses + rest
@@ -132,6 +132,6 @@ def test_fp32_copies_of_bf16_parameters_are_the_same_for_either_optimizer(
     sections = {"model": {"num_layers": 2}, "precision": {"dtype": "bf16"}}
     losses = check(ranks, tmp_path, writer, reader, **sections)
     world_size, parallel = LAYOUTS[writer]
-    raw = run_settings(world_size, parallel=parallel, **sections)
+    raw = run_settings(parallel=parallel, **sections)
     expected = ranks(world_size).run(train_between, raw, tmp_path / "whole", STEPS)[0]
     np.testing.assert_allclose(losses, expected, rtol=FP32)
