@@ -13,8 +13,6 @@ from moepp_megatron.config import ConfigError
 
 if TYPE_CHECKING:
     from moepp_megatron.workbench.profiling.analysis import Profile
-    from moepp_megatron.workbench.profiling.compare import ProfileComparison
-    from moepp_megatron.workbench.profiling.summary import ProfileSummary
 
 
 def profile(
@@ -32,12 +30,6 @@ def profile(
         typer.Option(
             help="Analyse this recorded step; by default, all of them and their mean.",
             metavar="STEP",
-        ),
-    ] = None,
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            help="Show what has changed since this run, or since a FILE of --json.", metavar="RUN"
         ),
     ] = None,
     ceiling: Annotated[
@@ -58,15 +50,15 @@ def profile(
 
     Examples:
         moepp profile runs/mine
-        moepp profile runs/mine --against runs/before --out profile
+        moepp profile runs/mine --step 21 --out profile
     """
-    from moepp_megatron.workbench.profiling.summaries import records_only_collectives
+    from moepp_megatron.workbench.profiling.summary import records_only_collectives
 
     try:
         if records_only_collectives(run):
-            _recording(run, against, json_file)
+            _recording(run, json_file)
         else:
-            _profile(run, step, against, ceiling, json_file, out)
+            _profile(run, step, ceiling, json_file, out)
     except OSError as error:
         raise ConfigError(
             f"{error.filename} cannot be written ({error.strerror}); give --out or --json a place "
@@ -77,7 +69,6 @@ def profile(
 def _profile(
     run: Path,
     step: int | None,
-    against: Path | None,
     ceiling: Path | None,
     json_file: Path | None,
     out: Path | None,
@@ -89,7 +80,6 @@ def _profile(
     from moepp_megatron.workbench.profiling.analysis import analyse
     from moepp_megatron.workbench.profiling.document import document
     from moepp_megatron.workbench.profiling.measures.links import read_ceiling
-    from moepp_megatron.workbench.profiling.summaries import summarise
     from moepp_megatron.workbench.report.profile.findings import findings
     from moepp_megatron.workbench.report.profile.page import render
     from moepp_megatron.workbench.report.profile.tables import print_tables, profile_tables
@@ -97,41 +87,27 @@ def _profile(
     peaks = None if ceiling is None else read_ceiling(ceiling)
     profile: Profile = analyse(run, step, peaks)
     numbers = document(profile)
-    comparison = _compared(summarise(profile, run.resolve().name), against)
     folder = out or run
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "profile.html"
-    html = render(profile, numbers, comparison)
+    html = render(profile, numbers)
     write_atomic(page, html.encode("ascii", "xmlcharrefreplace"))
     if json_file is not None:
         write_atomic(json_file, json.dumps(numbers, indent=1).encode())
     print_tables([f"- {sentence}" for sentence in findings(profile)], profile_tables(numbers))
-    _print_comparison(comparison)
     echo(f"page   {page}")
 
 
-def _recording(run: Path, against: Path | None, json_file: Path | None) -> None:
+def _recording(run: Path, json_file: Path | None) -> None:
     """Analyse a source that records only collectives."""
+    import json
+    from dataclasses import asdict
+
     from moepp_megatron.runtime.atomic import write_atomic
-    from moepp_megatron.workbench.profiling.summaries import summary_of
+    from moepp_megatron.workbench.profiling.summary import summary_of
     from moepp_megatron.workbench.report.profile.tables import print_summary
 
     summary = summary_of(run)
     if json_file is not None:
-        write_atomic(json_file, summary.model_dump_json(indent=1).encode())
+        write_atomic(json_file, json.dumps(asdict(summary), indent=1).encode())
     print_summary(summary)
-    _print_comparison(_compared(summary, against))
-
-
-def _compared(after: ProfileSummary, against: Path | None) -> ProfileComparison | None:
-    from moepp_megatron.workbench.profiling.compare import compare
-    from moepp_megatron.workbench.profiling.summaries import summary_of
-
-    return None if against is None else compare(summary_of(against), after)
-
-
-def _print_comparison(comparison: ProfileComparison | None) -> None:
-    from moepp_megatron.workbench.report.profile_comparison import comparison_text
-
-    if comparison is not None:
-        echo(comparison_text(comparison))

@@ -7,8 +7,6 @@ formats/             torch's profiler, NCCL Inspector, the flight recorder
 measures/            exposure, waiting, bytes, experts' load, links
 analysis.py          all of it together
 document.py          the same as JSON
-summary.py           a profile in a few numbers, to compare
-summaries.py         the summary of any recording
+summary.py           sums over a recording of collectives only
 merge.py             clocks of ranks whose files have none in common
-compare.py           differences between two profiles, with sizes and causes, and in words
 """

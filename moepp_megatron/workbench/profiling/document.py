@@ -1,4 +1,4 @@
-"""A profile as JSON: what `moepp profile --json` writes and `--against` reads.
+"""A profile as JSON: what `moepp profile --json` writes.
 
 Times are milliseconds, a step's and a rank's mean unless a name says otherwise, sizes bytes.
 """
@@ -9,7 +9,6 @@ from typing import Any
 
 from moepp_megatron.workbench.profiling.analysis import Profile
 from moepp_megatron.workbench.profiling.measures.classes import CallClass
-from moepp_megatron.workbench.profiling.summaries import summarise
 
 _FORMAT = 1
 
@@ -41,7 +40,6 @@ def document(profile: Profile) -> dict[str, Any]:
         "collectives": [_class(row, len(profile.rank_steps)) for row in profile.classes],
         "all_to_all": _layers(profile),
         "all_to_all_equals_formula": profile.equals_formula,
-        "summary": summarise(profile).model_dump(mode="json"),
     }
 
 

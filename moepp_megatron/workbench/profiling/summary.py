@@ -1,51 +1,42 @@
-"""A profile in a few numbers, averaged over ranks and steps, for comparing two profiles."""
+"""Sums over a recording of collectives only, which knows neither steps nor what hides them."""
 
 from __future__ import annotations
 
-from statistics import fmean
-from typing import Annotated, Literal
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from moepp_megatron.workbench.profiling.collective import Collective, bus_factor
+from moepp_megatron.workbench.profiling.formats.sources import holds_recording, read_recording
+from moepp_megatron.workbench.profiling.load import has_kineto
 from moepp_megatron.workbench.profiling.measures.classes import rate_gb_s
+from moepp_megatron.workbench.profiling.measures.lateness import CallKey, Lateness, lateness
+from moepp_megatron.workbench.profiling.merge import find_clocks
+from moepp_megatron.workbench.profiling.trace import meaning, shifted
 
-# The largest leaves room for sums and products.
-_Number = Annotated[float, Field(ge=0, le=1e30)]
 
-
-class SummaryRow(BaseModel):
-    """Communication of one kind.
+@dataclass(frozen=True)
+class SummaryRow:
+    """Collectives of one kind, mean over the ranks.
 
     Attributes:
-        purpose: What it serves: dispatch, combine, gradient reduce, ...; "" where unknown.
         operation: all_to_all, all_reduce, ...
         group: The process group by meaning.
-        phase: forward, recompute or backward of a layer; "" outside of layers.
         calls: Number of calls.
         bytes: Size by nccl-tests' convention; None if that of a call is unknown.
-        time_us: Time from start to end, waiting included, in microseconds.
-        exposed_us: Part of it that no work hid; None if the source does not record work.
-        wait_us: Part of it spent waiting for late ranks; None where unknown.
         bus_bytes: Bytes times nccl-tests' bus factor; None where these or the group are unknown.
+        time_us: Time from start to end, waiting included, in microseconds.
+        wait_us: Part of it spent waiting for late ranks; None where unknown.
     """
 
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-    purpose: str = ""
     operation: str
     group: str
-    phase: str = ""
-    calls: _Number
-    bytes: _Number | None = None
-    time_us: _Number
-    exposed_us: _Number | None = None
-    wait_us: _Number | None = None
-    bus_bytes: _Number | None = None
-
-    @property
-    def kind(self) -> tuple[str, str, str, str]:
-        """The fields by which rows of two profiles are matched."""
-        return self.purpose, self.operation, self.group, self.phase
+    calls: float
+    bytes: float | None
+    bus_bytes: float | None
+    time_us: float
+    wait_us: float | None
 
     @property
     def transfer_us(self) -> float:
@@ -63,33 +54,77 @@ class SummaryRow(BaseModel):
         return rate_gb_s(self.bus_bytes, self.transfer_us)
 
 
-class ProfileSummary(BaseModel):
-    """A profile.
+@dataclass(frozen=True)
+class ProfileSummary:
+    """A recording: its name, number of ranks, and collectives by kind, the longest first."""
 
-    Attributes:
-        format: Version of this record's format.
-        name: Name of the run or recording.
-        ranks: Ranks recorded.
-        step_times_us: Time of each recorded step on its slowest rank; empty if the source has no
-            steps.
-        exposed_us: Time of a step in which a rank only communicated, mean over ranks and steps.
-            Less than the sum over rows where kinds overlap. None where unknown.
-        compute_us: Time of a step in which a rank computed, mean over ranks and steps. None where
-            unknown.
-        rows: Communication by kind. Means over ranks and steps; without steps, over ranks.
-    """
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-    format: Literal[1] = 1
     name: str
-    ranks: int = Field(ge=1, le=10**9)
-    step_times_us: tuple[_Number, ...] = ()
-    exposed_us: _Number | None = None
-    compute_us: _Number | None = None
+    ranks: int
     rows: tuple[SummaryRow, ...] = ()
 
-    @property
-    def step_us(self) -> float | None:
-        """Mean time of a step; None without steps."""
-        return fmean(self.step_times_us) if self.step_times_us else None
+
+def records_only_collectives(path: Path) -> bool:
+    """Whether a path holds only recordings of NCCL or PyTorch, none of torch's profiler."""
+    return not has_kineto(path) and holds_recording(path)
+
+
+def summary_of(path: Path) -> ProfileSummary:
+    """The summary of such a recording; ProfileError if it cannot be read."""
+    by_rank = read_recording(path)
+    waits = _waiting(by_rank)
+    kinds: dict[tuple[str, str], list[CallKey]] = defaultdict(list)
+    for rank, own in by_rank.items():
+        for place, call in enumerate(own):
+            kinds[call.operation.value, _group_name(call)].append((rank, place))
+    rows = [_row(kind, calls, by_rank, waits) for kind, calls in kinds.items()]
+    rows.sort(key=lambda row: -row.time_us)
+    return ProfileSummary(path.resolve().name, max(1, len(by_rank)), tuple(rows))
+
+
+def _group_name(call: Collective) -> str:
+    """The group's meaning; its size where it has no description: hashes differ from run to run."""
+    if call.description:
+        return meaning(call.description) or call.description
+    return f"unnamed of {call.group_size} ranks" if call.group_size else "unnamed"
+
+
+def _waiting(by_rank: dict[int, list[Collective]]) -> dict[CallKey, Lateness]:
+    """Waiting of each call for the last rank, where the clocks of its ranks can be compared."""
+    if not any(call.placed for calls in by_rank.values() for call in calls):
+        return {}
+    clocks = find_clocks(by_rank)
+    # A call without a place in time keeps its place in the list, and has no counterpart.
+    return lateness(
+        {
+            rank: [
+                call if call.placed else replace(call, sequence=None)
+                for call in shifted(by_rank[rank], clock.offset_us)
+            ]
+            for rank, clock in clocks.items()
+            if clock is not None
+        }
+    )
+
+
+def _row(
+    kind: tuple[str, str],
+    keys: Sequence[CallKey],
+    by_rank: dict[int, list[Collective]],
+    waits: Mapping[CallKey, Lateness],
+) -> SummaryRow:
+    ranks = len(by_rank)
+    calls = [by_rank[rank][place] for rank, place in keys]
+    sizes = [call.size for call in calls if call.size is not None]
+    known = len(sizes) == len(calls)
+    factors = [bus_factor(call.operation, call.group_size) for call in calls if call.group_size]
+    bus = sum(size * factor for size, factor in zip(sizes, factors, strict=False))
+    waited = [waits[key].wait_us for key in keys if key in waits]
+    return SummaryRow(
+        operation=kind[0],
+        group=kind[1],
+        calls=len(calls) / ranks,
+        bytes=sum(sizes) / ranks if known else None,
+        bus_bytes=bus / ranks if known and len(factors) == len(calls) else None,
+        time_us=sum(call.duration_us for call in calls) / ranks,
+        wait_us=sum(waited) / ranks if waited else None,
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from moepp_megatron.cli import inspect, profile
+from moepp_megatron.cli import inspect
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.runtime.printable import make_logs_printable
@@ -20,7 +20,6 @@ from moepp_megatron.workbench.experiments.pilot.page import print_pilot
 from moepp_megatron.workbench.experiments.pilot.result import PilotResult
 from moepp_megatron.workbench.experiments.scaling.page import print_records
 from moepp_megatron.workbench.experiments.scaling.records import ScaleRecord
-from moepp_megatron.workbench.profiling.compare import compare
 from moepp_megatron.workbench.profiling.summary import ProfileSummary, SummaryRow
 from moepp_megatron.workbench.report.profile.tables import print_summary
 from tests.unit.workbench.experiments.pilot.test_page import contents
@@ -98,22 +97,11 @@ def test_errors_that_quote_a_configuration(hostile_run, moepp, command: str):
 
 def test_profile_of_collectives(capsys, monkeypatch):
     monkeypatch.setattr("moepp_megatron.workbench.report.terminal.LOG_WIDTH", 400)
-    row = SummaryRow(
-        purpose="", operation=HOSTILE, group="expert", phase="", calls=1.0, time_us=1.0
-    )
-    print_summary(ProfileSummary(name=HOSTILE, ranks=1, step_times_us=(), rows=(row,)))
+    row = SummaryRow(HOSTILE, "expert", 1.0, None, None, 1.0, None)
+    print_summary(ProfileSummary(HOSTILE, 1, (row,)))
     printed = harmless(capsys.readouterr().out)
     assert SHOWN in printed
     assert printed.count(r"x\x1b]0;t") == 2, printed
-
-
-def test_comparison_of_profiles(capsys: pytest.CaptureFixture[str]):
-    before, after = (
-        ProfileSummary(name=name, ranks=1, step_times_us=(1.0,), exposed_us=1.0, rows=())
-        for name in (HOSTILE, "after")
-    )
-    profile._print_comparison(compare(before, after))
-    assert SHOWN in harmless(capsys.readouterr().out)
 
 
 def replaced(value: Any, old: str, new: str) -> Any:

@@ -1,39 +1,23 @@
-"""`profile.html`: findings, a timeline of each step, tables; needs no other file."""
+"""`profile.html`: findings, costs, tables; needs no other file."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from moepp_megatron.workbench.profiling.analysis import Profile
-from moepp_megatron.workbench.profiling.compare import ProfileComparison, in_words
-from moepp_megatron.workbench.report.blocks import (
-    Cell,
-    Page,
-    Plot,
-    Section,
-    Table,
-    Text,
-    render_page,
-)
-from moepp_megatron.workbench.report.drawing import plot_style, svg_data_uri
+from moepp_megatron.workbench.report.blocks import Cell, Page, Section, Table, render_page
 from moepp_megatron.workbench.report.profile.findings import cards, findings
 from moepp_megatron.workbench.report.profile.plots import profile_plots
 from moepp_megatron.workbench.report.profile.tables import TextTable, profile_tables
-from moepp_megatron.workbench.report.profile.timeline import timeline
-from moepp_megatron.workbench.report.profile_comparison import comparison_figure
 
 
-def render(
-    profile: Profile, document: dict[str, Any], comparison: ProfileComparison | None = None
-) -> str:
+def render(profile: Profile, document: dict[str, Any]) -> str:
     """The page's HTML. The same profile gives the same page.
 
     Args:
         profile: The profile.
         document: The same profile in the form of `profiling.document`.
-        comparison: The comparison with another profile.
     """
     page = Page(
         kind="Communication profile",
@@ -42,24 +26,13 @@ def render(
         facts=list(_facts(document)),
         cards=cards(profile),
         sections=[
-            *([_against(comparison)] if comparison is not None else []),
             Section("Costs", profile_plots(profile, document)),
             *map(_section, profile_tables(document)),
         ],
         sources="the run's traces",
         command="moepp profile RUN",
     )
-    data = json.dumps(timeline(profile), separators=(",", ":"))
-    # Inside of a script element nothing but its end tag is special.
-    return render_page(page, "profile.html.j2", timeline=data.replace("</", "<\\/"))
-
-
-def _against(comparison: ProfileComparison) -> Section:
-    with plot_style():
-        image = svg_data_uri(comparison_figure(comparison))
-    caption = "A rank's step: bars are exposed time, the largest change on top."
-    plot = Plot("What changed", caption, image, "Bars of changes by kind", wide=True)
-    return Section(f"Against {comparison.before.name}", [Text(in_words(comparison)), plot])
+    return render_page(page, "profile.html.j2")
 
 
 def _section(table: TextTable) -> Section:

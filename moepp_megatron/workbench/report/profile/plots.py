@@ -21,8 +21,18 @@ from moepp_megatron.workbench.report.drawing import (
     svg_data_uri,
 )
 from moepp_megatron.workbench.report.profile.findings import Cost, costs
-from moepp_megatron.workbench.report.profile.timeline import COLOURS
 
+# Okabe and Ito's palette where it goes far enough.
+_COLOURS = {
+    "dispatch": "#d55e00",
+    "combine": "#e69f00",
+    "gradient reduce": "#7b5ea7",
+    "parameter gather": "#a65e2e",
+    "pipeline": "#b5495b",
+    "tensor parallel": "#2f8f9d",
+    "context parallel": "#6f7f2f",
+}
+_OTHER, _WAITING = "#9aa5b1", "#e12d39"
 # With more ranks, nobody can read the bars.
 _MOST_RANKS = 64
 
@@ -85,7 +95,7 @@ def _costs(costs: list[Cost], rows: int | None) -> Plot:
     names = [cost.purpose for cost in costs]
     whole = [cost.time_ms for cost in costs]
     axes.barh(names, whole, thick, color=GRID, label="time in collectives")
-    colours = [COLOURS.get(name, COLOURS["other"]) for name in names]
+    colours = [_COLOURS.get(name, _OTHER) for name in names]
     axes.barh(names, [cost.exposed_ms for cost in costs], 0.69 * thick, color=colours)
     axes.plot(
         [cost.wait_ms for cost in costs],
@@ -94,7 +104,7 @@ def _costs(costs: list[Cost], rows: int | None) -> Plot:
         marker="|",
         markersize=13,
         markeredgewidth=2.2,
-        color=COLOURS["waiting"],
+        color=_WAITING,
         label="of it waiting for late ranks",
     )
     axes.invert_yaxis()

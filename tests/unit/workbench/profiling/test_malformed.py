@@ -18,10 +18,9 @@ from moepp_megatron.config import ConfigError
 from moepp_megatron.workbench.profiling.analysis import analyse
 from moepp_megatron.workbench.profiling.document import document
 from moepp_megatron.workbench.profiling.formats import records
-from moepp_megatron.workbench.profiling.summaries import summary_of
+from moepp_megatron.workbench.profiling.summary import summary_of
 from moepp_megatron.workbench.report.profile.findings import cards, findings
 from moepp_megatron.workbench.report.profile.tables import profile_tables
-from moepp_megatron.workbench.report.profile.timeline import timeline
 
 SAMPLES = Path(__file__).parent / "samples"
 WRONG: tuple[Any, ...] = (
@@ -110,7 +109,7 @@ def profile(folder: Path) -> None:
     """Everything that the command does but plots."""
     found = analyse(folder)
     numbers = document(found)
-    json.dumps(timeline(found)), json.dumps(numbers)
+    json.dumps(numbers)
     findings(found), cards(found)
     profile_tables(numbers)
 
@@ -187,13 +186,6 @@ def test_inspector(tmp_path: Path) -> None:
     assert each(good, write, lambda: summary_of(tmp_path), TURN) == []
 
 
-def test_summary(tmp_path: Path) -> None:
-    good = document(analyse(SAMPLES / "kineto_nccl"))["summary"]
-    path = tmp_path / "summary.json"
-    write = lambda value: path.write_text(json.dumps(value))  # noqa: E731
-    assert each(good, write, lambda: summary_of(path), TURN) == []
-
-
 KINETO = (SAMPLES / "kineto_nccl" / "rank0.pt.trace.json").read_bytes()
 DEEP = b'{"traceEvents": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 BOMB = gzip.compress(b'{"traceEvents": [' + b"[]," * 1_000_000 + b"[]]}")
@@ -242,4 +234,4 @@ def test_damaged_bytes(tmp_path, monkeypatch, name: str, place: int) -> None:
 def test_a_pipe_is_refused(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(ConfigError, match="Not a regular file"):
-        summary_of(tmp_path / name if name == "trace_rank_0" else tmp_path)
+        summary_of(tmp_path / name) if name == "trace_rank_0" else analyse(tmp_path)
