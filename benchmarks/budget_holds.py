@@ -140,10 +140,10 @@ def configuration(run: Run, out: Path) -> Config:
 def measure(run: Run, out: Path) -> dict[str, Any]:
     """Loss, FFN experts per token of each layer, and the busiest expert's load, of each step."""
     from benchmarks.fresh_ranks import forget_model
+    from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.parts.budget import BudgetControl
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
@@ -154,7 +154,7 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
     model = build_training_model(config)
     model.set_training(True)
     routing = RoutingCounts(model, config, layout)
-    budget = BudgetControl(config, model, routing, None) if config.moe.budget.acts else None
+    budget = BudgetPart(config, model, routing, None) if config.moe.budget.acts else None
     (batches,) = rank_batches(Text(run.corpus, LENGTH, run.seed), 0, config, 1)
     record: dict[str, Any] = {"target": config.moe.ffn_share * config.moe.router_topk}
     record |= {"loss": [], "layers": [], "load": []}

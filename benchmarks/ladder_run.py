@@ -189,10 +189,10 @@ def sequences(out: Path, kinds: tuple[str, ...], seed: int, held_out: bool) -> M
 def train(run: Run, out: Path) -> tuple[Any, Config, Layout, list[float], list[float]]:
     """The trained model, its configuration and layout, loss and FFN share of every step."""
     from benchmarks.fresh_ranks import forget_model
+    from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import Parts
-    from moepp_megatron.training.parts.budget import BudgetControl
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
@@ -205,7 +205,7 @@ def train(run: Run, out: Path) -> tuple[Any, Config, Layout, list[float], list[f
     routing = None if run.arm.startswith("vanilla") else RoutingCounts(model, config, layout)
     budget = None
     if routing is not None and config.moe.budget.acts:
-        budget = BudgetControl(config, model, routing, None)
+        budget = BudgetPart(config, model, routing, None)
     parts = Parts([part for part in (routing, budget) if part is not None])
     (batches,) = rank_batches(sequences(out, run.kinds, run.seed, False), 0, config, 1)
     model.set_training(True)
@@ -221,7 +221,7 @@ def train(run: Run, out: Path) -> tuple[Any, Config, Layout, list[float], list[f
 
 def measure(run: Run, out: Path) -> dict[str, Any]:
     """Train and validate: loss of each corpus, FFN share, FLOP."""
-    from moepp_megatron.training.parts.validation import validation_loss
+    from moepp_megatron.features.validation.part import validation_loss
 
     started = time.process_time()
     model, config, layout, losses, shares = train(run, out)

@@ -18,12 +18,12 @@ from moepp_megatron.version import __version__
 if TYPE_CHECKING:
     from moepp_megatron.config import ConfigError, UnfitError
     from moepp_megatron.data.prepare import PrepareSettings, prepare
+    from moepp_megatron.features.callbacks.part import Callback
     from moepp_megatron.interop.convert import convert
     from moepp_megatron.interop.generate import generate
     from moepp_megatron.interop.score import score
     from moepp_megatron.moe.config import MoEPPConfig
     from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec
-    from moepp_megatron.training.parts.callbacks import Callback
     from moepp_megatron.training.run import train
     from moepp_megatron.workbench.planning.plan import plan
     from moepp_megatron.workbench.report.page import build_report as report
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Callback": "training.parts.callbacks.Callback",
+    "Callback": "features.callbacks.part.Callback",
     "ConfigError": "config.ConfigError",
     "MoEPPConfig": "moe.config.MoEPPConfig",
     "PrepareSettings": "data.prepare.PrepareSettings",

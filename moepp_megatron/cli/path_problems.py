@@ -15,9 +15,9 @@ def path_problems(config: Config) -> list[str]:
         config: A checked configuration.
     """
     from moepp_megatron.data.prepared_data import check_data
+    from moepp_megatron.features.registry import FILE_CHECKS, named
     from moepp_megatron.training.checkpoint import check_start
     from moepp_megatron.training.run_folder import RunFolder, checkpoint_folder
-    from moepp_megatron.training.teacher import TeacherModel
 
     def check_folder(config: Config) -> None:
         RunFolder(config).refuse_unwritable()
@@ -31,7 +31,7 @@ def path_problems(config: Config) -> list[str]:
         check_data(config, whole_index=False)
 
     problems: list[str] = []
-    for check in (check_folder, check_data_folders, check_checkpoint, TeacherModel.of):
+    for check in (check_folder, check_data_folders, check_checkpoint, *named(FILE_CHECKS)):
         try:
             check(config)
         except ConfigError as error:

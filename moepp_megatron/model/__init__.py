@@ -9,7 +9,6 @@ document_attention.py  attention that stays within documents: masks, packed sequ
 fp8_weights.py       weights that exist only in FP8, used as if they were plain tensors
 gpt.py               GPTModel with the lane of router logits across pipeline stages
 initialize.py        weights that do not depend on the layout
-kl_divergence.py     the divergence of the model's next tokens from a teacher's
 latent_attention.py  megatron-core's multi-head latent attention, corrected for its local modules
 local_modules.py     megatron-core's local modules, made fit for all layouts
 megatron_config.py   translates the user's configuration into megatron-core's and the MoE++ layer's

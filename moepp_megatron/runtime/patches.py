@@ -100,7 +100,7 @@ PATCHES = (
         "the optimizer's step takes a norm",
     ),
     Patch(
-        "training.parts.tasks",
+        "features.tasks.part",
         "megatron-core",
         "moe_expert_capacity_factor and moe_input_jitter_eps of the model's configuration, and the "
         "capacity of this package's routers; while tasks are evaluated",
@@ -122,7 +122,7 @@ PATCHES = (
         "megatron-core's own norm is one read",
     ),
     Patch(
-        "training.profiler.ranges",
+        "features.profile.ranges",
         "torch, megatron-core",
         "methods of layers, process groups and Work; while a profile is recorded",
         "parts of a layer have no names in a trace",

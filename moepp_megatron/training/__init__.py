@@ -6,9 +6,8 @@ collect.py             sums over all ranks
 rollback.py            loads an earlier checkpoint of the run in the middle of training
 gradient_norm.py       the gradient norm on the device
 inference_settings.py  turns a training configuration into one for forward passes only
-lm_eval_tasks.py       tasks of lm-eval from local files, and the model that lm-eval asks
 optimizers.py          the optimizer: its kind, and the groups of parameters that differ
-part.py                the protocol of a part, one feature of a run; parts/ has them
+part.py                the protocol of a part; features/ and parts/ have them
 resumed.py             messages of a resumed run: its checkpoint, and what differs from before
 rng.py                 random states of a rank
 run.py                 a whole run: `moepp train` as a function
@@ -19,7 +18,6 @@ signals.py             stopping on request: finish the step, save, leave
 step.py                one training step
 step_sums.py           what a step decides by: summed over all ranks and read once
 tagging.py             whether layers know which tokens they see, and from what
-teacher.py             which model teaches, and its configuration in the layout of the run
 token_scores.py        log-probabilities of given tokens from a model that is there
 train_request.py       what `moepp train` is asked to do, checked before anything heavy is imported
 trainer.py             the run from start to end

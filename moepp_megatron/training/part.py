@@ -110,6 +110,11 @@ class Part(StepHooks):
     the step or refuse its batch.
     """
 
+    @classmethod
+    def of(cls, run: Run) -> Part | None:
+        """Make the part of a run; None where the run does without. Every rank calls."""
+        raise NotImplementedError(f"{cls.__name__} must say for which runs it is made")
+
     def begin(self, progress: Callable[[], Progress], stop: StopRequest) -> None:
         """The training loop begins; `progress` gives the run's progress whenever it is asked."""
 
@@ -181,6 +186,7 @@ class Run:
         valid_sets: The sets of `data.validation` by name.
         progress: Where the run continues.
         extra: Further state of the checkpoint that it continues from; empty at the beginning.
+        callbacks: A user's, before those that `run.callbacks` names.
         parts: The parts made so far, in order.
     """
 
@@ -194,6 +200,7 @@ class Run:
     valid_sets: Mapping[str, Any]
     progress: Progress
     extra: Mapping[str, Any]
+    callbacks: Sequence[object] = ()
     parts: list[Part] = field(default_factory=list)
 
     def find[P: Part](self, kind: type[P]) -> P | None:

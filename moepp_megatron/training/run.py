@@ -24,7 +24,6 @@ from moepp_megatron.training.train_request import Say, TrainRequest
 
 if TYPE_CHECKING:
     from moepp_megatron.observe.metrics import StepMetrics
-    from moepp_megatron.training.parts.callbacks import Callback
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     nproc: int = 1,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[object] = (),
 ) -> TrainResult:
     """Train the model that a configuration describes, as `moepp train` does but for the report.
 
@@ -124,7 +123,7 @@ def _as_file(config: Config | str | Path) -> Iterator[Path]:
         yield file
 
 
-def run(request: TrainRequest, say: Say, callbacks: Sequence[Callback] = ()) -> TrainResult:
+def run(request: TrainRequest, say: Say, callbacks: Sequence[object] = ()) -> TrainResult:
     """Train as an admitted request says: be one rank, or start this machine's ranks.
 
     Args:
@@ -187,7 +186,7 @@ def _alike(config: Config) -> dict[str, str]:
     return alike
 
 
-def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[Callback]) -> TrainResult:
+def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> TrainResult:
     """Train as one rank of the run."""
     from moepp_megatron.runtime.quiet import quiet
 

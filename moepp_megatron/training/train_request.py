@@ -18,17 +18,16 @@ from moepp_megatron.config import (
     with_overrides,
 )
 from moepp_megatron.config.plugins import check_plugins, load_plugin
+from moepp_megatron.features.registry import FILE_CHECKS, START_CHECKS, named
 from moepp_megatron.observe.status import inherited_claim
 from moepp_megatron.runtime.install import how_to_install
 from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
 from moepp_megatron.runtime.nodes import interface_of_rank
 from moepp_megatron.runtime.object_store import check_store, place
-from moepp_megatron.runtime.optional import have_lm_eval
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import contradiction, set_rank_variables
 from moepp_megatron.training.checkpoint import check_start, list_checkpoints
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
-from moepp_megatron.training.teacher import TeacherModel
 
 Say = Callable[[str], object]
 
@@ -134,10 +133,12 @@ class TrainRequest:
             _check_sinks(config)
         warnings = check_data(config, whole_index=self.rank.rank == 0)
         if speaks_first:
-            _check_tasks(config)
+            for check in named(START_CHECKS):
+                check(config)
             for warning in warnings:
                 warn(warning)
-        TeacherModel.of(config)
+        for check in named(FILE_CHECKS):
+            check(config)
         if start.resume:
             config = _resumed(config)
         if not (start.overwrite and config.checkpoint.load == "auto"):
@@ -170,24 +171,6 @@ def _check_stores(config: Config) -> None:
     name = config.checkpoint.load
     if name is not None:
         check_store(place(name), "checkpoint.load", writes=False)
-
-
-def _check_tasks(config: Config) -> None:
-    """Refuse tasks that cannot be evaluated, for which each is tried without the model."""
-    if not config.evaluation.tasks:
-        return
-    if not have_lm_eval():
-        raise UnfitError(
-            f"evaluation.tasks ({', '.join(map(str, config.evaluation.tasks))}) must have the "
-            "package lm-eval, which is not installed; "
-            f"{how_to_install('lm-eval>=0.4.13,<0.5')}, or leave it out"
-        )
-    from moepp_megatron.data.same_tokenizer import tokenizer_of_run
-    from moepp_megatron.data.tokenizer import Tokenizer
-    from moepp_megatron.training.lm_eval_tasks import load_tasks, try_tasks
-
-    tokenizer = Tokenizer.load(tokenizer_of_run(config))
-    try_tasks(load_tasks(config), tokenizer, config.model.seq_length, config.evaluation.limit)
 
 
 def _check_sinks(config: Config) -> None:

@@ -28,7 +28,6 @@ from moepp_megatron.training.checkpoint import (
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.part import Outcome, Parts, Pause, Rollback, Run, Step, Stop
-from moepp_megatron.training.parts.callbacks import Callback, Callbacks
 from moepp_megatron.training.parts.order import build_parts
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.resumed import start_lines
@@ -61,7 +60,7 @@ class Trainer:
         start_lines: Messages: the checkpoint that the run continues from, and what differs from it.
     """
 
-    def __init__(self, config: Config, layout: Layout, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(self, config: Config, layout: Layout, callbacks: Sequence[object] = ()) -> None:
         self.config = config
         self.layout = layout
         self.model: TrainingModel = build_training_model(config)
@@ -93,9 +92,9 @@ class Trainer:
             valid_sets,
             self.progress,
             self.extra,
+            callbacks,
         )
-        user_callbacks = Callbacks(config, self.model, self.supervisor, callbacks)
-        self.parts = Parts([*build_parts(self._run), user_callbacks])
+        self.parts = Parts(build_parts(self._run))
 
     def run(self) -> StepMetrics | None:
         """Train to `training.train_iters`.

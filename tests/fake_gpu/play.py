@@ -262,11 +262,12 @@ class _Run:
     def _steps(self) -> None:
         import numpy as np
 
+        from moepp_megatron.features.tokens import part as token_groups
         from moepp_megatron.training import step as step_module
         from moepp_megatron.training.checkpoint.progress import Progress
         from moepp_megatron.training.collect import mean_loss
         from moepp_megatron.training.part import Step
-        from moepp_megatron.training.parts import routing_guard, token_groups
+        from moepp_megatron.training.parts import routing_guard
         from moepp_megatron.training.signals import StopRequest
         from moepp_megatron.training.step import training_step
         from tests.parallel.training_runs import counting_parts
@@ -321,7 +322,7 @@ class _Run:
             self.outcome.saved = plan.num_bytes
 
     def _evaluate(self) -> None:
-        from moepp_megatron.training.parts import validation as evaluate
+        from moepp_megatron.features.validation import part as evaluate
 
         evaluate.rank_batches = self.batches
         evaluate.validation_loss(self.model, None, self.config, self.layout)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from moepp_megatron.observe.telemetry import GpuSource
+from moepp_megatron.features.telemetry.sources import GpuSource
 from moepp_megatron.runtime.nvml import Nvml
 from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
 

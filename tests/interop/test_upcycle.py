@@ -280,11 +280,11 @@ def train_upcycled(
     import torch.distributed as dist
 
     from moepp_megatron.config import load_config, with_overrides
+    from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.interop.upcycle import Additions, upcycle
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.checkpoint import read_checkpoint
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.parts.budget import BudgetControl
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
@@ -304,7 +304,7 @@ def train_upcycled(
     model.set_training(True)
     collector = RoutingCounts(model, config, layout)
     batches = rank_batches(SyntheticDataset(config, steps), 0, config, 1)
-    budget = BudgetControl(config, model, collector, None)
+    budget = BudgetPart(config, model, collector, None)
     losses, shares = [], []
     for step in range(1, steps + 1):
         collector.reset()

@@ -40,9 +40,9 @@ def run_trainer(
     """Train as `moepp train` does, on synthetic data."""
     import torch.distributed as dist
 
+    from moepp_megatron.features.data_stages import part as data_stages
     from moepp_megatron.observe.sinks import VIEWS
     from moepp_megatron.training import trainer as module
-    from moepp_megatron.training.parts import data_stages
     from moepp_megatron.training.resilience import numerical_guard
 
     config, layout = begin(raw)

@@ -56,16 +56,16 @@ class Run:
 
 def train(raw: dict[str, Any], steps: int, shift: int) -> Run:
     """Train with a budget on data that change with sample `shift`."""
+    from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.moe.layer import moepp_layers
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.parts.budget import BudgetControl
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.step import training_step
 
     config, layout, model = begin_training(raw)
     routing = RoutingCounts(model, config, layout)
-    budget = BudgetControl(config, model, routing, None)
+    budget = BudgetPart(config, model, routing, None)
     batches = rank_batches(ShiftedDataset(config, steps, shift), 0, config, len(model.chunks))
     layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
     run = Run()
@@ -183,20 +183,20 @@ def test_a_run_begun_without_a_bias_goes_on_with_one(ranks, corpus: Path, tmp_pa
 
 def missing_target(raw: dict[str, Any], steps: int, resumed_at: int) -> list[tuple[int, str]]:
     """Step and text of each alert while routers take what they like."""
+    from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.moe.layer import moe_statistics
-    from moepp_megatron.training.parts.budget import BudgetControl
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.setup import build_training_model
 
     config, layout = begin(raw)
     model = build_training_model(config)
     routing = RoutingCounts(model, config, layout)
-    budget = BudgetControl(config, model, routing, None)
+    budget = BudgetPart(config, model, routing, None)
     experts = config.moe.num_experts
     found = []
     for step in range(1, steps + 1):
         if step == resumed_at:
-            budget = BudgetControl(config, model, routing, budget.state()["budget"])
+            budget = BudgetPart(config, model, routing, budget.state()["budget"])
         routing.reset()
         for chunk in model.chunks:
             for statistics in moe_statistics(chunk).values():

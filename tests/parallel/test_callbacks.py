@@ -177,21 +177,21 @@ class Demanding(Callback):
 
 def refusals(raw: dict[str, Any]) -> list[str]:
     """What is said of callbacks that cannot be called, or would end a rank without a word."""
-    from moepp_megatron.training.parts import callbacks
-    from moepp_megatron.training.parts.callbacks import CallbackError, Callbacks
+    from moepp_megatron.features.callbacks import part as callbacks
+    from moepp_megatron.features.callbacks.part import CallbackError, CallbacksPart
 
     trainer = trainer_of(raw, [Leaving()])
     with pytest.raises(CallbackError) as left:
         trainer.run()
     config = trainer.config
     with pytest.raises(ConfigError) as misspelt:
-        Callbacks(config, trainer.model, trainer.supervisor, [Misspelt()])
+        CallbacksPart(config, trainer.model, trainer.supervisor, [Misspelt()])
     named = config.model_copy(update={"run": config.run.model_copy(update={"callbacks": ["x"]})})
     with (
         mock.patch.object(callbacks, "load_plugin", return_value=Demanding),
         pytest.raises(CallbackError) as demanding,
     ):
-        Callbacks(named, trainer.model, trainer.supervisor)
+        CallbacksPart(named, trainer.model, trainer.supervisor)
     return [str(raised.value) for raised in (left, misspelt, demanding)]
 
 

@@ -180,7 +180,7 @@ def test_a_new_checkpoint_stays_though_others_are_dated_ahead(ranks, tmp_path) -
 
 def lose_checkpoints(raw: dict[str, Any], lost: int) -> tuple[str | None, int]:
     """What a run calls missing at its end, and its failed saves, if a checkpoint is removed."""
-    from moepp_megatron.training.parts.callbacks import Callback
+    from moepp_megatron.features.callbacks.part import Callback
 
     class Thief(Callback):
         def on_save(self, run: Any, checkpoint: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_checkpoint_that_is_lost_after_its_save(ranks, corpus: Path, tmp_path,
 
 def lose_folder(raw: dict[str, Any], step: int, event: str) -> str | None:
     """What a run calls missing at its end, if its folder is removed in a step or after its save."""
-    from moepp_megatron.training.parts.callbacks import Callback
+    from moepp_megatron.features.callbacks.part import Callback
 
     class Thief(Callback):
         def on_step(self, run: Any, metrics: Any) -> None:

@@ -145,13 +145,13 @@ def test_losses_by_source_and_by_set(unbroken: Callable[[int], tuple[list[Any], 
 def test_a_rollback_over_a_stage_begins_it_again() -> None:
     """A checkpoint of the stage before restores its baselines, while the data have gone on."""
     from moepp_megatron.config import parse_config
-    from moepp_megatron.training.parts.data_stages import DataStages
+    from moepp_megatron.features.data_stages.part import DataStagesPart
 
     parts = [{"path": "a", "weight": 1.0}], [{"path": "b", "weight": 1.0}]
     raw = trainer_settings(Path("unused"), Path("unused"))
     raw["data"] = {"blend": parts[0], "stages": [{"from_step": 4, "blend": parts[1]}]}
-    with mock.patch("moepp_megatron.training.parts.data_stages.corpus_identity", str):
-        stages = DataStages(parse_config(raw), {}, 0)
+    with mock.patch("moepp_megatron.features.data_stages.part.corpus_identity", str):
+        stages = DataStagesPart(parse_config(raw), {}, 0)
         saved = stages.state()
         assert stages.new_data(0) is None
         assert stages.new_data(31) is None
@@ -159,8 +159,8 @@ def test_a_rollback_over_a_stage_begins_it_again() -> None:
         assert stages.new_data(40) is None
         stages.roll_back(6, saved)
         assert stages.new_data(48) == "data.stages[0] begins: b"
-        resumed = DataStages(parse_config(raw), stages.state(), 48)
+        resumed = DataStagesPart(parse_config(raw), stages.state(), 48)
         assert resumed.new_data(48) is None
-        assert DataStages(parse_config(raw), {"corpus": "z"}, 0).new_data(0) == (
+        assert DataStagesPart(parse_config(raw), {"corpus": "z"}, 0).new_data(0) == (
             "data.blend holds another corpus than before"
         )

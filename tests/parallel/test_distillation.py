@@ -48,7 +48,7 @@ def divergence_of_shares(temperature: float, top_k: int | None, reverse: bool) -
     import torch.distributed as dist
     import torch.nn.functional as F
 
-    from moepp_megatron.model.kl_divergence import kl_divergence
+    from moepp_megatron.features.distillation.kl_divergence import kl_divergence
 
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     torch.manual_seed(3)
@@ -228,10 +228,10 @@ def teacher_of_all(raw: dict[str, Any], seen: list[Path]) -> str:
     """Which one teaches where each rank sees another checkpoint of a run as its newest."""
     import torch.distributed as dist
 
-    from moepp_megatron.training.parts.distillation import Distillation
+    from moepp_megatron.features.distillation.part import DistillationPart
 
     with mock.patch.object(teacher, "find_checkpoint", return_value=seen[dist.get_rank()]):
-        identity: str = part_of(trainer_of(raw), Distillation).state()["teacher"]
+        identity: str = part_of(trainer_of(raw), DistillationPart).state()["teacher"]
     return identity
 
 
@@ -289,9 +289,9 @@ def estimated_and_held(raw: dict[str, Any]) -> tuple[float, int]:
     import torch.distributed as dist
 
     from moepp_megatron.config import Layout
+    from moepp_megatron.features.distillation.part import DistillationPart
+    from moepp_megatron.features.distillation.teacher import TeacherModel
     from moepp_megatron.runtime.distributed import build_groups
-    from moepp_megatron.training.parts.distillation import Distillation
-    from moepp_megatron.training.teacher import TeacherModel
     from moepp_megatron.workbench.planning.memory import rank_memory
 
     config = parse_config(raw)
@@ -299,7 +299,7 @@ def estimated_and_held(raw: dict[str, Any]) -> tuple[float, int]:
     build_groups(config, layout)
     teacher = TeacherModel.of(config)
     assert teacher is not None
-    parameters = Distillation(config, teacher).parameters()
+    parameters = DistillationPart(config, teacher).parameters()
     stage = layout.coordinates(dist.get_rank()).pp
     held = sum(each.numel() * each.element_size() for each in parameters)
     return rank_memory(config, layout, stage).teacher, held
@@ -318,7 +318,7 @@ def test_the_planner_counts_the_teacher(ranks: RankPools, teachers: dict[str, Pa
 
 def test_what_is_refused(teachers: dict[str, Path], tmp_path: Path) -> None:
     from moepp_megatron.config.hardware import load_hardware
-    from moepp_megatron.training.teacher import TeacherModel
+    from moepp_megatron.features.distillation.teacher import TeacherModel
     from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE
     from moepp_megatron.workbench.planning.machine import machine_of
     from moepp_megatron.workbench.planning.plan import make_plan

@@ -19,15 +19,15 @@ from tests.parallel.training_runs import (
 
 def measure(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], float]:
     """Fields of a measured step, of one that is not, and the measured step's loss."""
+    from moepp_megatron.features.router_health.part import RouterHealthPart
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.parts.router_health import HealthCollector
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
     from moepp_megatron.training.step import training_step
 
     config, layout, model = begin_training(raw)
     routing = RoutingCounts(model, config, layout)
-    health = HealthCollector(config, model, routing.layer_numbers, 2)
+    health = RouterHealthPart(config, model, routing.layer_numbers, 2)
     batches = rank_batches(SyntheticDataset(config, 2), 0, config, len(model.chunks))
     found, loss = [], math.nan
     for step in (1, 2):

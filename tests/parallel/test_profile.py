@@ -40,9 +40,9 @@ def record(
     import torch.distributed as dist
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
+    from moepp_megatron.features.profile.recorder import StepRecorder
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.profiler import StepRecorder
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 

@@ -78,7 +78,7 @@ def course(run: Path) -> list[dict[str, Any]]:
 
 def evaluated(raw: dict[str, Any]) -> tuple[list[int], int]:
     """A run whose ranks score one micro-batch at a time; rows at once, and signs of progress."""
-    from moepp_megatron.training.parts import tasks as task_evaluation
+    from moepp_megatron.features.tasks import part as task_evaluation
     from moepp_megatron.training.resilience.activity import Activity
 
     rows, phases = [], []
@@ -247,7 +247,7 @@ def test_the_command(corpus: Path, tmp_path: Path) -> None:
 
 def failing_model(raw: dict[str, Any]) -> tuple[str, list[str]]:
     """What a run ends with whose model cannot be evaluated, and what other ranks are sent."""
-    from moepp_megatron.training.parts import tasks as task_evaluation
+    from moepp_megatron.features.tasks import part as task_evaluation
 
     sent: list[str] = []
     send = task_evaluation.Agreement.from_first

@@ -37,10 +37,10 @@ class SourcedTokens(SyntheticDataset):
 
 def measure(raw: dict[str, Any], recounts: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of a step's record, and the same counted by hooks if asked for (in one process)."""
+    from moepp_megatron.features.tokens.part import TokenClassesPart
     from moepp_megatron.moe.layer import moepp_layers
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.part import Part
-    from moepp_megatron.training.parts.token_groups import GroupCollector
     from moepp_megatron.training.step import training_step
 
     config, layout, model = begin_training(raw)
@@ -67,7 +67,7 @@ def measure(raw: dict[str, Any], recounts: bool = False) -> tuple[dict[str, Any]
     kept = {key: fields[key] for key in fields if key.startswith(("source_", "class_"))}
     if not recounts:
         return kept, {}
-    (groups,) = [part.groups for part in parts if isinstance(part, GroupCollector)]
+    (groups,) = [part.groups for part in parts if isinstance(part, TokenClassesPart)]
     return kept, recounted(maps, losses, groups)
 
 

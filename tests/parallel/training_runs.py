@@ -145,17 +145,16 @@ def train(
     from moepp_megatron.training.checkpoint.progress import Progress
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import Parts, Step
-    from moepp_megatron.training.parts.order import PARTS
-    from moepp_megatron.training.parts.refused_batches import RefusedBatches
+    from moepp_megatron.training.parts.order import part_kinds
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
-    from moepp_megatron.training.parts.validation import Validation
     from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
     config, layout = begin(raw)
     model = build_training_model(config)
-    # By their place in the order, so that a feature can be deleted without these runs.
-    of_loss = PARTS[PARTS.index(RefusedBatches.of) + 1 : PARTS.index(Validation.of)]
+    # By name, so that a feature can be deleted without these runs.
+    names = ("DistillationPart", "MultiTokenPredictionPart", "RoutesPart")
+    of_loss = [kind for kind in part_kinds() if kind.__name__ in names]
     losses = _made(of_loss, config, layout, model, None).parts
     if prepare is not None:
         prepare(model.models)
@@ -181,17 +180,15 @@ def train(
     return run, pieces
 
 
-def _made(makers: Iterable[Any], config: Any, layout: Any, model: Any, dataset: Any) -> Any:
-    """What the trainer makes parts from, with those that the makers have made."""
+def _made(kinds: Iterable[Any], config: Any, layout: Any, model: Any, dataset: Any) -> Any:
+    """What the trainer makes parts from, with those of some kinds."""
     from moepp_megatron.training.checkpoint.progress import Progress
     from moepp_megatron.training.part import Run as TrainedRun
+    from moepp_megatron.training.parts.order import build_parts
 
     nobody: Any = None
     run = TrainedRun(config, layout, model, nobody, Path(), dataset, None, {}, Progress(), {})
-    for make in makers:
-        part = make(run)
-        if part is not None:
-            run.parts.append(part)
+    build_parts(run, kinds)
     return run
 
 
@@ -214,11 +211,12 @@ def counting_parts(
 ) -> Any:
     """The parts that count and watch routers, as the trainer makes them, and others."""
     from moepp_megatron.training.part import Parts
-    from moepp_megatron.training.parts.order import PARTS
+    from moepp_megatron.training.parts.order import part_kinds
     from moepp_megatron.training.parts.refused_batches import RefusedBatches
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
 
-    counting = PARTS[PARTS.index(RoutingCounts.of) : PARTS.index(RefusedBatches.of)]
+    kinds = list(part_kinds())
+    counting = kinds[kinds.index(RoutingCounts) : kinds.index(RefusedBatches)]
     run = _made(counting, config, layout, model, dataset)
     if guarded:
         run.parts.append(RefusedBatches(run))

@@ -16,9 +16,13 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "moepp_megatron"
 # From the top down: a room imports only rooms that come after it.
 WORKBENCH = ["experiments", "report", "planning", "inspection", "bench", "profiling", "doctor"]
-ENGINE = ["cluster", "interop", "training", "model", "moe", "data", "observe", "runtime", "config"]
+ENGINE = ["cluster", "interop", "features", "training", "model", "moe", "data", "observe"]
+ENGINE += ["runtime", "config"]
 FLOOR = ["catalogue", "layer_settings", "experts", "file_names", "version"]
 ROOMS = ["__main__", "cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE, *FLOOR]
+
+# Features that have no folder yet.
+AS_FEATURES = ("training.parts.routing_guard", "training.parts.shift")
 
 # What each room may have: tokens of code (benchmarks/code_size.py) and public names. A budget: it
 # is raised only by the commit that names the capability that it buys, and that lowers another.
@@ -34,21 +38,22 @@ BUDGETS = {
     "workbench.doctor": (9_784, 66),
     "cluster": (1_930, 2),
     "interop": (42_022, 149),
-    "training": (73_161, 225),
-    "model": (8_299, 33),
+    "features": (22_611, 42),
+    "training": (53_044, 193),
+    "model": (7_628, 32),
     "moe": (40_690, 132),
     "data": (30_831, 110),
-    "observe": (16_063, 57),
+    "observe": (14_134, 51),
     "runtime": (22_162, 119),
-    "config": (40_884, 136),
+    "config": (41_009, 137),
     "catalogue": (2_792, 3),
     "layer_settings": (1_006, 2),
     "experts": (1_737, 4),
     "file_names": (160, 1),
     "version": (3, 0),
 }
-MAX_FILES, MAX_TEMPLATE_LINES = 560, 1_149
-MAX_PUBLIC_NAMES, MAX_CLASS_NAMES_TWICE = 1_564, 25
+MAX_FILES, MAX_TEMPLATE_LINES = 573, 1_149
+MAX_PUBLIC_NAMES, MAX_CLASS_NAMES_TWICE = 1_568, 25
 MAX_TEST_TOKENS, MAX_BENCHMARK_TOKENS = 475_000, 34_500
 MAX_WORDS, MAX_README_WORDS = 56_520, 1_345
 
@@ -88,6 +93,11 @@ def _imports(name: str) -> Iterator[str]:
 
 def _room(module: str) -> str:
     parts = module.split(".")
+    if module in AS_FEATURES:
+        return "features"
+    # Settings of features, and the list of features, are part of the configuration.
+    if module == "features" or parts[0] == "features" and parts[-1] in ("registry", "settings"):
+        return "config"
     return ".".join(parts[:2]) if parts[0] == "workbench" else parts[0]
 
 

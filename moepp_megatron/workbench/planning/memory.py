@@ -10,7 +10,7 @@ from math import prod
 from moepp_megatron.config import Config, Layout, stage_layers
 from moepp_megatron.config.stages import Stages
 from moepp_megatron.experts import FFN
-from moepp_megatron.training.teacher import TeacherModel
+from moepp_megatron.features.distillation.teacher import TeacherModel
 from moepp_megatron.workbench.planning import activations
 from moepp_megatron.workbench.planning.grid import Grid, Recompute
 from moepp_megatron.workbench.planning.parts import Layer

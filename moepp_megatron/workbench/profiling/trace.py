@@ -85,7 +85,7 @@ _Count = Annotated[int, Field(ge=0, le=10**18)]
 
 
 class Pass(BaseModel):
-    """What the router chose in one forward pass of a layer (training/profiler/traffic.py).
+    """What the router chose in one forward pass of a layer (features/profile/traffic.py).
 
     Attributes:
         layer: Global layer number.
@@ -128,7 +128,7 @@ class _Clock(BaseModel):
 
 
 class About(BaseModel):
-    """What the recorder writes next to a trace: `rank<k>.meta.json` (training/profiler)."""
+    """What the recorder writes next to a trace: `rank<k>.meta.json` (features/profile)."""
 
     format: Literal[1] = 1
     name: str = ""

@@ -7,14 +7,9 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from moepp_megatron.observe.telemetry import (
-    NOTHING,
-    CpuSource,
-    DeviceSample,
-    GpuSource,
-    Sampler,
-    Usage,
-)
+from moepp_megatron.features.telemetry.sampler import Sampler
+from moepp_megatron.features.telemetry.sources import CpuSource, GpuSource
+from moepp_megatron.features.telemetry.usage import NOTHING, DeviceSample, Usage
 from moepp_megatron.runtime.nvml import Nvml
 from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
 

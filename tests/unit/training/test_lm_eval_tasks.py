@@ -23,7 +23,7 @@ DOCUMENT = {"question": "1?", "choices": [" a", " b"], "answer": 0}
 
 def refusal(*files: Path) -> str:
     """What is said of tasks, which is one line."""
-    from moepp_megatron.training.lm_eval_tasks import load_tasks, try_tasks
+    from moepp_megatron.features.tasks.lm_eval_tasks import load_tasks, try_tasks
 
     config = config_of(evaluation={"tasks": list(map(str, files))})
     with pytest.raises(ConfigError) as refused:
@@ -33,7 +33,7 @@ def refusal(*files: Path) -> str:
 
 
 def test_a_task_that_is_right(tmp_path: Path) -> None:
-    from moepp_megatron.training.lm_eval_tasks import load_tasks, try_tasks
+    from moepp_megatron.features.tasks.lm_eval_tasks import load_tasks, try_tasks
 
     write_task(tmp_path, SQUARE, [DOCUMENT])
     (tmp_path / "_common.yaml").write_text("no: task\n")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from moepp_megatron.observe.telemetry import DeviceSample, Usage
-from moepp_megatron.training.parts.telemetry import first_of_each_node, usage_metrics
+from moepp_megatron.features.telemetry.part import first_of_each_node, usage_metrics
+from moepp_megatron.features.telemetry.usage import DeviceSample, Usage
 
 
 def test_fields_of_cards():

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.checkpoint import checkpoint
 
-from moepp_megatron.training.profiler.ranges import Ranges
+from moepp_megatron.features.profile.ranges import Ranges
 from moepp_megatron.workbench.profiling.analysis import analyse
 from moepp_megatron.workbench.profiling.formats.kineto import read_kineto
 from moepp_megatron.workbench.profiling.trace import ProfileError, RankTrace

@@ -1,0 +1,19 @@
+"""What a run may do without: a folder for each feature, and one list of them.
+
+registry.py    the list, in the order in which parts are called
+
+budget/        holds a budget of FFN experts per token, step by step
+callbacks/     a user's objects that get the events of a run
+data_stages/   which of its data a run is drawing from, and when others follow
+distillation/  a teacher's forward pass, and the loss that compares both models
+mtp/           the loss of multi-token prediction (MTP)
+profile/       profiles of single steps
+router_health/ the router health of a step, from every rank's logits
+routes/        records, replays and traces the experts that tokens take
+tasks/         evaluates the running model on tasks of lm-eval
+telemetry/     power, utilisation, memory and links of all nodes
+tokens/        FFN experts by class of tokens; loss and experts by data source
+validation/    validation losses
+
+`part.py` of a folder holds its part, by the protocol of `training.part`.
+"""

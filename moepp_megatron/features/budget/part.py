@@ -1,0 +1,169 @@
+"""Applies the budget of FFN experts per token to the model, step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moepp_megatron.config import Config, Layout
+from moepp_megatron.config.guard_rules import CompleteRule
+from moepp_megatron.model.megatron_config import moepp_config
+from moepp_megatron.moe.budget import Budget, BudgetController, add_to_biases, set_taus
+from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.observe.guard_judge import RuleJudge
+from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.parts.routing_counts import RoutingCounts
+from moepp_megatron.training.setup import TrainingModel
+
+# How far the share, smoothed over 20 steps, may stay from the target.
+_MISSED = CompleteRule(
+    "budget_missed", "ffn_to_target", limit=0.1, is_above=True, clear=0.05, for_steps=100
+)
+_SMOOTHING = 0.95
+
+
+class BudgetPart(Part):
+    """Holds the model to `moe.budget`.
+
+    Args:
+        config: The run's configuration; `moe.budget.acts` is true.
+        model: The wrapped model.
+        routing: Counts the selections of a step.
+        state: State from a checkpoint; None at the beginning.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: TrainingModel,
+        routing: RoutingCounts,
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        self._config, self._model, self._routing = config, model, routing
+        # Tau of each layer in the step that is under way or has just been taken.
+        self._in_force: dict[int, float] = {}
+        self._load(state)
+        routing.watch(margins=self._controller.needs_margins)
+
+    @classmethod
+    def of(cls, run: Run) -> BudgetPart | None:
+        """The part of a run; None without a budget."""
+        if not run.config.moe.budget.acts:
+            return None
+        return cls(run.config, run.model, run.require(RoutingCounts), run.extra.get("budget"))
+
+    def _load(self, state: Mapping[str, Any] | None) -> None:
+        layers, known = len(self._routing.layer_numbers), None if state is None else dict(state)
+        self._controller = BudgetController(
+            _budget(self._config), moepp_config(self._config), layers, known
+        )
+        state = state or {}
+        # How far the share is from the target, smoothed.
+        self._off: float = state.get("off", 0.0)
+        self._judge = RuleJudge((_MISSED,), (), state.get("rules", ()))
+
+    def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
+        """Take over the controller of a checkpoint."""
+        self._load(extra.get("budget"))
+        return ()
+
+    def restart(self) -> None:
+        """Forget what steps before have measured: their routers were others."""
+        self._load({**self.state()["budget"], "drift": None, "lacking": None})
+
+    def begin_step(self, step: int, layout: Layout) -> None:
+        """Set tau for `step`."""
+        self._in_force = self.taus(step)
+        set_taus(self._model.models, self._in_force)
+
+    def taus(self, step: int) -> dict[int, float]:
+        """Tau in `step` by global layer number, of all MoE layers."""
+        return dict(zip(self._routing.layer_numbers, self._controller.taus(step), strict=True))
+
+    def share(self, step: int) -> float:
+        """Target of the FFN share of all selections in `step`."""
+        return self._controller.budget.share_at(step)
+
+    def end_step(self, step: Step) -> list[Alert]:
+        """Learn from the selections of a step that was taken; an alert if the target is missed."""
+        if not step.updated:
+            return []
+        return self.learn(step.number)
+
+    def learn(self, step: int) -> list[Alert]:
+        """Learn from the selections of `step`, once the optimizer has acted; a collective."""
+        margins = self._routing.margins() if self._controller.needs_margins else None
+        selected_LE = self._routing.selections()
+        biases = self._controller.observe(selected_LE, step, margins)
+        if biases is not None:
+            add_to_biases(self._model.models, self._routing.layer_numbers, biases)
+        ffn = selected_LE[:, : self._config.moe.num_ffn_experts].sum(dim=1)
+        return self._report(step, float((ffn / selected_LE.sum(dim=1)).mean()))
+
+    def _report(self, step: int, share: float) -> list[Alert]:
+        target = self.share(step)
+        self._off = _SMOOTHING * self._off + (1.0 - _SMOOTHING) * (share / target - 1.0)
+        is_on_its_way = target != self._controller.budget.share
+        distance = 0.0 if is_on_its_way else abs(self._off)
+        return [
+            Alert(
+                step=step,
+                time=time.time(),
+                rule=_MISSED.name,
+                metric=_MISSED.metric,
+                value=1.0 + self._off,
+                condition=f"not within {_MISSED.limit:.0%} of 1 for {_MISSED.for_steps} steps",
+                severity=_MISSED.severity,
+                action=_MISSED.action,
+                remedy=f"{self._why()} (docs/budget.md#the-alert)",
+            )
+            for event in self._judge.judge({_MISSED.metric: distance})
+            if event.begins
+        ]
+
+    def _why(self) -> str:
+        """What does not hold the target, and what would."""
+        moe, budget = self._config.moe, self._controller.budget
+        if budget.controller == "none":
+            return "no controller holds it; use moe.budget.controller bias"
+        if budget.controller == "tau":
+            tau = sum(self._in_force.values()) / len(self._in_force)
+            return (
+                f"tau is {tau:.3g}, {moe.tau_for(budget.share):.3g} under perfect balance, and "
+                f"routers do not follow; moe.balance_coeff ({moe.balance_coeff:g}) is too small "
+                "for this target: use moe.budget.controller bias, or a larger one"
+            )
+        if budget.gain is not None:
+            return f"moe.budget.gain ({budget.gain:g}) is too small or too large; leave it out"
+        return f"routers change faster than moe.budget.response ({budget.response:g}); use 1"
+
+    def state(self) -> dict[str, Any]:
+        """The state for a checkpoint: plain numbers, copies that later steps do not change."""
+        own = {"off": self._off, "rules": self._judge.state()}
+        return {"budget": self._controller.state() | own}
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The target and tau.
+
+        `tau` is what this step was trained with, as a mean over layers; what the controller has
+        learnt from the step since acts on the next one.
+        """
+        taus = self._in_force.values()
+        return {"ffn_target": self.share(step.number), "tau": sum(taus) / len(taus)}
+
+
+def _budget(config: Config) -> Budget:
+    moe, settings = config.moe, config.moe.budget
+    start = settings.start_ffn_per_token
+    return Budget(
+        share=moe.ffn_share,
+        controller=settings.held_by,
+        gain=settings.fixed_gain,
+        response=settings.response,
+        decay=settings.decay,
+        per_layer={"layer": True, "model": False}[settings.scope],
+        start_share=None if start is None else start / moe.router_topk,
+        ramp_begin=settings.ramp_begin,
+        ramp_steps=settings.ramp_steps,
+    )

@@ -1,0 +1,231 @@
+"""Callbacks: a user's objects that get the events of a run; the public half of parts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.plugins import PREFIX, load_plugin
+from moepp_megatron.observe.metrics import StepMetrics
+from moepp_megatron.training.checkpoint.progress import Progress
+from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.resilience.supervisor import Supervisor
+from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.signals import StopRequest
+from moepp_megatron.training.step import unchanged
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a callback knows of the run.
+
+    Attributes:
+        rank: This rank.
+        world_size: Number of ranks.
+        step: Optimizer steps done.
+        tokens: Tokens trained on.
+        config: The run's configuration.
+        folder: The run's folder.
+        models: This rank's model chunks, to look at.
+        stop: Asks the run to save and end, as Ctrl-C does. One rank is enough, and every rank ends
+            after the same step, this one or the next.
+    """
+
+    rank: int
+    world_size: int
+    step: int
+    tokens: int
+    config: Config
+    folder: Path
+    models: Sequence[torch.nn.Module]
+    stop: Callable[[], None]
+
+
+class Callback:
+    """Base class of callbacks; a method that is not overridden does nothing.
+
+    Every rank has its own object of each callback, and calls its methods at the same moments of the
+    run in the same order. What a method draws from the random number generators, or changes in the
+    model's buffers, is put back when it returns. An exception ends the run (`CallbackError`).
+
+    A method must do the same collectives on every rank. It must not do any in `on_exception`. It
+    must not change parameters.
+    """
+
+    def on_start(self, run: RunState) -> None:
+        """The first step of this start comes next; `run.step` is above 0 after a resume."""
+
+    def on_step(self, run: RunState, metrics: StepMetrics | None) -> None:
+        """A step has been taken and judged.
+
+        Not called for a batch that was refused, or a step that was undone by going back.
+
+        Args:
+            run: The run's state after the step.
+            metrics: The record of a logged step (`training.log_interval`), global and the same on
+                every rank; None for the others.
+        """
+
+    def on_evaluation(self, run: RunState, results: Mapping[str, float]) -> None:
+        """The model has been evaluated, before `on_step` of the same step.
+
+        Args:
+            run: The run's state.
+            results: `valid_loss`, and the scores of tasks by `TASK/METRIC`; the same on every rank.
+        """
+
+    def on_save(self, run: RunState, checkpoint: Path) -> None:
+        """A checkpoint is complete on disk.
+
+        With `checkpoint.async_save` that is some steps after its own, which is in its name.
+
+        Args:
+            run: The run's state.
+            checkpoint: The checkpoint's folder.
+        """
+
+    def on_exception(self, run: RunState, error: Exception) -> None:
+        """An exception ends the run on this rank; other ranks may be waiting in a collective.
+
+        An exception of this method is logged and changes nothing.
+        """
+
+    def on_end(self, run: RunState) -> None:
+        """The run ends as it should, or because it was asked to stop; its checkpoint is written."""
+
+
+class CallbackError(RuntimeError):
+    """A callback has raised an exception, which is the cause of this one."""
+
+
+class CallbacksPart(Part):
+    """The callbacks of a run.
+
+    Args:
+        config: The run's configuration; those of `run.callbacks` are made here.
+        model: The wrapped model.
+        supervisor: Told when a callback works, so that a report of a hang names it.
+        given: Callbacks that come before them.
+
+    Raises:
+        ConfigError: A plugin cannot be imported, or one is no `Callback`.
+        CallbackError: One cannot be made.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: TrainingModel,
+        supervisor: Supervisor,
+        given: Sequence[object] = (),
+    ) -> None:
+        self._config, self._model, self._supervisor = config, model, supervisor
+        self._named: list[tuple[str, Any]] = [
+            (type(callback).__name__, callback) for callback in given
+        ]
+        for name in config.run.callbacks:
+            make, bare = load_plugin("callbacks", "run.callbacks", name), name.removeprefix(PREFIX)
+            with unchanged(model), _failing_as(f"callback {bare} could not be made"):
+                self._named.append((bare, make()))
+        for name, callback in self._named:
+            _check(name, callback)
+
+    @classmethod
+    def of(cls, run: Run) -> CallbacksPart:
+        """The part of a run, which may have none but plugins' callbacks."""
+        return cls(run.config, run.model, run.supervisor, run.callbacks)
+
+    def begin(self, progress: Callable[[], Progress], stop: StopRequest) -> None:
+        """Call `on_start`; `RunState.stop` asks `stop`."""
+        self._progress, self._stop = progress, stop
+        self.tell("on_start")
+
+    def end(self) -> None:
+        """Call `on_end`."""
+        self.tell("on_end")
+
+    def failed(self, error: Exception) -> None:
+        """Call `on_exception`, whose own exceptions are logged."""
+        for name, callback in self._named:
+            try:
+                callback.on_exception(self._state(), error)
+            except (Exception, SystemExit):
+                logger.exception("callback %s failed in on_exception", name)
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Call a method of every callback.
+
+        Raises:
+            CallbackError: One has raised.
+        """
+        for name, callback in self._named:
+            what = f"callback {name} failed in {method} after step {self._progress().step}"
+            with (
+                _failing_as(what),
+                unchanged(self._model),
+                self._supervisor.during(f"callback {name}"),
+            ):
+                getattr(callback, method)(self._state(), *arguments)
+
+    def step_stays(self, step: Step, record: StepMetrics | None) -> None:
+        """Call `on_step`, and `on_evaluation` before it if the step was evaluated."""
+        results = {}
+        if record is not None:
+            results = dict(record.task_score or {})
+            if record.valid_loss is not None:
+                results["valid_loss"] = record.valid_loss
+        if results:
+            self.tell("on_evaluation", results)
+        self.tell("on_step", record)
+
+    def saved(self, checkpoint: Path) -> None:
+        """Call `on_save`."""
+        self.tell("on_save", checkpoint)
+
+    def _state(self) -> RunState:
+        progress = self._progress()
+        return RunState(
+            dist.get_rank(),
+            dist.get_world_size(),
+            progress.step,
+            progress.tokens,
+            self._config,
+            Path(self._config.run.dir),
+            self._model.models,
+            self._stop.ask,
+        )
+
+
+def _check(name: str, callback: object) -> None:
+    """Refuse what would never be called."""
+    if not isinstance(callback, Callback):
+        raise ConfigError(
+            f"callback {name} ({type(callback).__name__}) must be a Callback; give an object of a "
+            "class derived from moepp_megatron.Callback, or such a class as the entry point"
+        )
+    moments = [method for method in vars(Callback) if method.startswith("on_")]
+    for method in dir(callback):
+        if method.startswith("on_") and method not in moments:
+            raise ConfigError(
+                f"callback {name} ({type(callback).__name__}) must have no method {method}, which "
+                f"nothing calls; use {', '.join(moments)}, or another name"
+            )
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    """A context whose exceptions are a `CallbackError`; `sys.exit` is none that ends a rank."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise CallbackError(f"{what}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,64 @@
+"""Which of its data a run is drawing from, and when others follow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moepp_megatron.config import Config
+from moepp_megatron.config.blends import Blend, blend_at, blends_of
+from moepp_megatron.data.verify import corpus_identity
+from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.training.part import Part, Run
+
+
+class DataStagesPart(Part):
+    """The stages of a run's data, and the one that its newest batch was of.
+
+    Args:
+        config: The run's configuration; it names data.
+        extra: Further state from a checkpoint; empty at the beginning.
+        consumed_samples: Samples that have been read.
+    """
+
+    def __init__(self, config: Config, extra: Mapping[str, Any], consumed_samples: int) -> None:
+        self._blends = blends_of(config)
+        self._identities = {blend.name: _identity(blend) for blend in self._blends}
+        current = self._identities[blend_at(self._blends, consumed_samples).name]
+        self._newest: str | None = extra.get("corpus", current)
+
+    @classmethod
+    def of(cls, run: Run) -> DataStagesPart:
+        """The part of a run."""
+        return cls(run.config, run.extra, run.progress.consumed_samples)
+
+    def new_data(self, first_sample: int) -> str | None:
+        """Why the data of the next batch are others: a stage, or other content after a resume."""
+        blend = blend_at(self._blends, first_sample)
+        before, self._newest = self._newest, self._identities[blend.name]
+        if self._newest == before:
+            return None
+        if blend is self._blends[0]:
+            return f"{blend.name} holds another corpus than before"
+        return f"{blend.name} begins: {blend.text}"
+
+    def state(self) -> dict[str, Any]:
+        """The state for a checkpoint."""
+        return {"corpus": self._newest}
+
+    def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
+        """Take over the state of a checkpoint."""
+        self._newest = extra.get("corpus", self._newest)
+        return ()
+
+
+def _identity(blend: Blend) -> str | None:
+    """Identifies the data of a blend: the tokens of its folders, and the shares."""
+    identities = [corpus_identity(folder.path) for folder in blend.folders]
+    if len(identities) == 1:
+        return identities[0]
+    shares = [folder.share for folder in blend.folders]
+    text = json.dumps(sorted(zip(map(str, identities), shares, strict=True)))
+    return hashlib.sha256(text.encode()).hexdigest()

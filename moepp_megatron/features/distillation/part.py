@@ -1,0 +1,200 @@
+"""A teacher in training: its forward pass before the model's, and the loss that compares both.
+
+The teacher has the run's layout. megatron-core's schedules run it without gradients: with pipeline
+stages once a step over all micro-batches, else before each micro-batch of the model. What is kept
+until the model gets there is the teacher's last hidden states; the logits, which are as wide as
+the vocabulary, are made when they are compared.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from moepp_megatron.config import Config, ConfigError, check_world_size
+from moepp_megatron.features.distillation.kl_divergence import kl_divergence
+from moepp_megatron.features.distillation.teacher import TeacherModel
+from moepp_megatron.model.build import build_model
+from moepp_megatron.model.stage import evaluation_stages
+from moepp_megatron.runtime.agreement import Agreement
+from moepp_megatron.training.checkpoint import load_weights
+from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.step import unchanged
+from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
+
+Batch = dict[str, Tensor]
+# In the state that a checkpoint holds.
+_KEY = "teacher"
+
+
+class DistillationPart(Part):
+    """The teacher of a run, the loss that it gives, and its sum over a step.
+
+    Args:
+        config: The run's configuration.
+        teacher: Its teacher. Every rank builds its part of it; process groups must exist.
+    """
+
+    def __init__(self, config: Config, teacher: TeacherModel) -> None:
+        check_world_size(teacher.config, dist.get_world_size())
+        self._settings = config.distillation
+        self._teacher, self._length = teacher, config.model.seq_length
+        self._micro_batch_size = config.training.micro_batch_size
+        models = build_model(teacher.config)
+        load_weights(teacher.checkpoint, models)
+        self._models, self._stages = models, evaluation_stages(models, teacher.config)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        self._runs_ahead = parallel_state.get_pipeline_model_parallel_world_size() > 1
+        # Last hidden states [s, b, D] of micro-batches that the model has not reached yet.
+        self._hidden: deque[Tensor] = deque()
+        # Sum of the divergences in nats, and tokens.
+        self._sums = StepCounts(2)
+
+    @classmethod
+    def of(cls, run: Run) -> DistillationPart | None:
+        """The part of a run; None without a teacher.
+
+        Raises:
+            ConfigError: It is another teacher than the run has had.
+        """
+        if run.config.distillation.teacher is None:
+            return None
+        # A run that teaches may save between the looks of two ranks.
+        teacher = Agreement().from_first(TeacherModel.of(run.config))
+        with unchanged(run.model):
+            part = cls(run.config, teacher)
+        part.check_same(run.extra)
+        return part
+
+    def parameters(self) -> Iterator[Tensor]:
+        """This rank's parameters of the teacher."""
+        return (parameter for model in self._models for parameter in model.parameters())
+
+    def batches(
+        self, batches: list[Iterator[Batch]], num_microbatches: int
+    ) -> list[Iterator[Batch]]:
+        """Begin a step on its micro-batches; returns iterators over the same ones."""
+        self._hidden.clear()
+        self._sums.reset()
+        if not self._runs_ahead:
+            return batches
+        chunks = [[next(iterator) for _ in range(num_microbatches)] for iterator in batches]
+        self._run(chunks[0])
+        return [iter(chunk) for chunk in chunks]
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """Run the teacher over a micro-batch that the model is about to see; compare both."""
+        if not self._runs_ahead:
+            self._run([batch])
+        return {"output_processor": self.process_output}
+
+    @torch.no_grad()
+    def _run(self, batches: list[Batch]) -> None:
+        iterators = [iter(batches) for _ in self._stages]
+        hidden = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self._stages,
+            num_microbatches=len(batches),
+            seq_length=self._length,
+            micro_batch_size=self._micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        self._hidden.extend(hidden or [])
+
+    def process_output(
+        self,
+        hidden_states: Tensor,
+        output_layer: Callable[..., tuple[Tensor, Any]],
+        output_weight: Tensor | None,
+        labels: Tensor,
+        compute_language_model_loss: Callable[[Tensor, Tensor], Tensor],
+        **_: Any,
+    ) -> Tensor:
+        """The model's output of a micro-batch; megatron-core's `output_processor`.
+
+        Returns:
+            [2, b, s] fp32: the language-model loss and the divergence of each token.
+        """
+        logits, _ = output_layer(hidden_states, weight=output_weight)
+        group = parallel_state.get_tensor_model_parallel_group()
+        settings = self._settings
+        # First: the language-model loss may overwrite the logits.
+        reverse = {"forward_kl": False, "reverse_kl": True}[settings.divergence]
+        scale = settings.temperature, settings.top_k, reverse
+        divergence = kl_divergence(logits, self._next_logits(), group, *scale)
+        losses = compute_language_model_loss(labels, logits)
+        return torch.stack([losses.float(), divergence.transpose(0, 1)])
+
+    @torch.no_grad()
+    def _next_logits(self) -> Tensor:
+        """[s, b, V / tp] the teacher's, of the micro-batch that the model has reached."""
+        model = self._models[-1]
+        weight = None
+        if model.share_embeddings_and_output_weights:
+            weight = model.shared_embedding_or_output_weight()
+        logits: Tensor = model.output_layer(self._hidden.popleft(), weight=weight)[0]
+        return logits
+
+    def loss(self, loss: Tensor, output: Tensor, loss_mask: Tensor, num_tokens: Tensor) -> Tensor:
+        """The weighted sum of the losses and the divergences, which are counted."""
+        divergence = (output[1] * loss_mask).sum()
+        if first_of_tensor_ranks():
+            self._sums.own += torch.stack([divergence.detach().double(), num_tokens.double()])
+        settings = self._settings
+        if settings.weight == 0:
+            # Not multiplied by 0: the gradients are to be those without a teacher, bit by bit.
+            return settings.text_weight * loss
+        return settings.text_weight * loss + settings.weight * divergence
+
+    def summands(self) -> Sequence[Summand]:
+        """The divergences."""
+        return (self._sums,)
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The mean divergence of the step's tokens, over all ranks, in nats."""
+        divergence, tokens = self._sums.total().tolist()
+        return {"distillation_loss": divergence / tokens}
+
+    def state(self) -> dict[str, str]:
+        """What a checkpoint keeps of the teacher: which one it is."""
+        return {_KEY: self._teacher.identity}
+
+    def check_same(self, extra: Mapping[str, Any]) -> None:
+        """Refuse to continue with another teacher than the run has had.
+
+        Args:
+            extra: The state from a checkpoint.
+
+        Raises:
+            ConfigError: It is another one.
+        """
+        before, now = extra.get(_KEY), self._teacher.identity
+        if before not in (None, now):
+            raise ConfigError(
+                f"distillation.teacher ({self._teacher.checkpoint}, SHA-256 {now[:16]}...) must be "
+                f"the one that this run was taught by before ({before[:16]}...); name that "
+                "checkpoint itself, not a run that has newer ones, or begin a new run with "
+                "checkpoint.load_optimizer=false"
+            )
+
+
+def _forward_step(iterator: Iterator[Batch], stage: torch.nn.Module) -> tuple[Tensor, Any]:
+    batch = next(iterator)
+    output = stage(
+        batch["tokens"], batch["position_ids"], None, output_processor=_last_hidden_states
+    )
+    return output, lambda hidden, non_loss_data: hidden
+
+
+def _last_hidden_states(hidden_states: Tensor, **_: Any) -> Tensor:
+    return hidden_states

@@ -1,0 +1,49 @@
+"""The loss of multi-token prediction (MTP) of a step, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moepp_megatron.config import Layout
+from moepp_megatron.training.collect import sum_over_ranks
+from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.step_sums import first_of_tensor_ranks
+
+
+class MultiTokenPredictionPart(Part):
+    """What `model.multi_token_loss` has added up.
+
+    Args:
+        model: The wrapped model.
+        depths: `model.mtp_num_layers`.
+    """
+
+    def __init__(self, model: TrainingModel, depths: int) -> None:
+        self._depths = depths
+        self._losses = [m.mtp_loss for m in model.models if getattr(m, "mtp_process", False)]
+
+    @classmethod
+    def of(cls, run: Run) -> MultiTokenPredictionPart | None:
+        """The part of a run; None without such layers."""
+        depths = run.config.model.mtp_num_layers
+        return cls(run.model, depths) if depths else None
+
+    def begin_step(self, step: int, layout: Layout) -> None:
+        """Start counting a new step."""
+        for loss in self._losses:
+            loss.reset()
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The mean over the depths; a collective."""
+        total = torch.zeros(
+            self._depths, 2, dtype=torch.float64, device=torch.cuda.current_device()
+        )
+        for loss in self._losses:
+            if loss.sums is not None and first_of_tensor_ranks():
+                total += loss.sums
+        losses, counts = sum_over_ranks(total).unbind(dim=-1)
+        return {"mtp_loss": float((losses / counts).mean())}

@@ -1,0 +1,8 @@
+"""Records chosen steps with torch's profiler (`training.profile_steps`), for `moepp profile`.
+
+part.py              the part of a run
+recorder.py          which steps, the files
+collective_names.py  process group and number of every collective, as a range in the trace
+ranges.py            names for the parts of a model in profiler traces: `moepp/layer3/dispatch`
+traffic.py           counts the bytes that each layer's routing must send
+"""

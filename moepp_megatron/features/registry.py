@@ -1,0 +1,43 @@
+"""The one list of features: their parts, and what they check before a run starts.
+
+Rows are `module:name`, so that reading a configuration imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from typing import Any
+
+# A part finds those that it needs among the ones before it; alerts of one step come in this order.
+PARTS = (
+    "features.profile.part:ProfilePart",
+    "features.data_stages.part:DataStagesPart",
+    "training.parts.routing_counts:RoutingCounts",
+    "features.router_health.part:RouterHealthPart",
+    "features.tokens.sources:SourcesPart",
+    "features.tokens.part:TokenClassesPart",
+    "features.budget.part:BudgetPart",
+    "training.parts.shift:Shift",
+    "training.parts.routing_guard:RoutingGuard",
+    "training.parts.refused_batches:RefusedBatches",
+    "features.distillation.part:DistillationPart",
+    "features.mtp.part:MultiTokenPredictionPart",
+    "features.routes.part:RoutesPart",
+    "features.validation.part:ValidationPart",
+    "features.tasks.part:TasksPart",
+    "features.telemetry.part:TelemetryPart",
+    "features.callbacks.part:CallbacksPart",
+)
+
+# What refuses a configuration whose files do not fit; without torch, in every process of a run.
+FILE_CHECKS = ("features.distillation.teacher:check_teacher",)
+# What takes longer, in one process of a run.
+START_CHECKS = ("features.tasks.check:check_tasks",)
+
+
+def named(rows: Iterable[str]) -> Iterator[Callable[..., Any]]:
+    """Import what rows name, one after the other."""
+    for row in rows:
+        module, _, name = row.partition(":")
+        yield getattr(import_module(f"moepp_megatron.{module}"), name)

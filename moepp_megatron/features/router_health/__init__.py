@@ -1,0 +1,4 @@
+"""Router health (`observe.health_interval`).
+
+part.py  measures it from every rank's sums over logits
+"""

@@ -1,0 +1,4 @@
+"""Router replay, and traces of routing (`routes`).
+
+part.py  writes the experts that tokens take to files, and lets routers repeat those of files
+"""

@@ -1,0 +1,218 @@
+"""Writes the experts that tokens take to files, and lets routers repeat those of files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from moepp_megatron.config import ConfigError, Layout
+from moepp_megatron.config.regular_file import check_regular
+from moepp_megatron.moe.replay import Routes, checked_routes, drive_routers
+from moepp_megatron.observe.alerts import Alert
+from moepp_megatron.runtime.agreement import Agreement
+from moepp_megatron.runtime.atomic import whole_file
+from moepp_megatron.training.part import Outcome, Part, Run, Step, Stop
+from moepp_megatron.training.run_folder.writable import check_kind
+from moepp_megatron.training.step import Batch
+
+# In a micro-batch: [b, s] int64 place of each token in the global batch.
+_ROWS = "rows"
+# In a file: whole numbers [tokens, MoE layers, K].
+_EXPERTS = "routed_experts"
+
+
+class RoutesPart(Part):
+    """The routes of a run; its construction hooks into the model's chunks.
+
+    Args:
+        run: What it is made from.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._config, self._settings = run.config, run.config.routes
+        self._pattern = run.config.moe.moe_layer_pattern(run.config.model.num_layers)
+        self._layers = [number for number, is_moe in enumerate(self._pattern, 1) if is_moe]
+        self._last = run.progress.step + (self._settings.steps or run.config.training.train_iters)
+        # Files are of batches: a refused one, or those before a rollback, are no step's.
+        self._first_sample = run.progress.consumed_samples
+        self._num_tokens = 0
+        self._agreement = Agreement()
+        self._writes = False
+        # [tokens, MoE layers, K] of the step; [T] places of the tokens that pass next.
+        self._given: Tensor | None = None
+        self._rows: Tensor | None = None
+        # Layer, places and experts [T, K] of each micro-batch, where they are written.
+        self._seen: list[tuple[int, Tensor, Tensor]] = []
+        self._replays = [
+            replay
+            for chunk in run.model.models
+            for replay in drive_routers(chunk, self._routes_of, self._take)
+        ]
+        # The newest step in the trace, which another start may have written.
+        self._traced: float = math.inf
+        for name in ("record", "trace"):
+            if (folder := getattr(self._settings, name)) is not None:
+                check_kind(Path(folder), "folder", f"routes.{name}")
+                Path(folder).mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def of(cls, run: Run) -> RoutesPart | None:
+        """The part of a run; None where routers only select."""
+        return cls(run) if run.config.routes.enabled else None
+
+    def begin_step(self, step: int, layout: Layout) -> None:
+        """Read the routes of a batch."""
+        to = self._settings.record, self._settings.trace
+        self._writes = to != (None, None) and step <= self._last
+        samples = layout.num_microbatches * layout.dp * self._config.training.micro_batch_size
+        self._num_tokens = samples * self._config.model.seq_length
+        if self._settings.replay is not None:
+            routes = self._read(self._file(self._settings.replay))
+            self._given = torch.from_numpy(routes)
+
+    def _read(self, path: Path) -> Routes:
+        try:
+            check_regular(path)
+            # allow_pickle=False: an object array could run code.
+            file = np.load(path, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise ValueError(f"one array, not named {_EXPERTS}")
+            with file:
+                routes = np.asarray(file[_EXPERTS])
+            return checked_routes(routes, self._num_tokens, self._pattern, self._config.moe)
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise ConfigError(
+                f"routes.replay ({path}) must be an npz file with this batch's {_EXPERTS}: "
+                f"{' '.join(str(error).split())}"
+            ) from None
+
+    def batches(
+        self, batches: list[Iterator[Batch]], num_microbatches: int
+    ) -> list[Iterator[Batch]]:
+        """The micro-batches with their tokens' places."""
+        return [self._placed(iterator) for iterator in batches]
+
+    def _placed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        length, size = self._config.model.seq_length, self._config.training.micro_batch_size
+        replica = parallel_state.get_data_parallel_rank()
+        replicas = parallel_state.get_data_parallel_world_size()
+        group, device = parallel_state.get_context_parallel_group(), torch.cuda.current_device()
+        for index, batch in enumerate(batches):
+            # The order of `data/loader.py`.
+            first = (index * replicas + replica) * size * length
+            rows = torch.arange(first, first + size * length, device=device).view(size, length)
+            yield batch | get_batch_on_this_cp_rank(
+                {_ROWS: rows}, is_hybrid_cp=False, cp_group=group
+            )
+
+    def arguments(self, batch: Batch) -> Mapping[str, Any]:
+        """Note the tokens that the next forward pass is over."""
+        rows = batch[_ROWS].T
+        if self._config.parallel.uses_sequence_parallel:
+            size = parallel_state.get_tensor_model_parallel_world_size()
+            rows = rows.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
+        self._rows = rows.reshape(-1).cpu()
+        return {}
+
+    def _routes_of(self, number: int) -> Tensor | None:
+        # None in passes that are not the step's, such as validation.
+        if self._given is None or self._rows is None:
+            return None
+        # On the CPU: megatron-core keeps those of all micro-batches until the step ends.
+        return self._given[self._rows, self._layers.index(number)]
+
+    def _take(self, number: int, experts: Tensor) -> None:
+        if self._writes and self._rows is not None:
+            self._seen.append((number, self._rows, experts.to(torch.int16)))
+
+    def end_step(self, step: Step) -> Iterable[Alert]:
+        """Write what was taken; a collective where it is recorded."""
+        if self._writes:
+            if self._settings.trace is not None:
+                # The name that Megatron's tools/moe_routing looks for.
+                name = f"router_trace_rank{dist.get_rank()}.jsonl"
+                self._append(Path(self._settings.trace) / name, step.attempt)
+            if self._settings.record is not None:
+                self._write(self._file(self._settings.record))
+        self._first_sample += step.samples
+        self._rows = None
+        self._seen.clear()
+        for replay in self._replays:
+            replay.clear_indices()
+            replay.clear_router_replay_action()
+        return ()
+
+    def judge(self, step: Step) -> Iterator[Outcome]:
+        """Save and end the run where the next batch has no routes."""
+        folder, last = self._settings.replay, self._config.training.train_iters
+        if folder is None or step.number == last:
+            return
+        file = self._file(folder)
+        # Folders that ranks see at different times must not make them decide differently.
+        if not self._agreement.all(file.is_file()):
+            missing = f"routes.replay has no file {file.name} for the next batch"
+            yield Stop(lambda saved: ConfigError(f"{missing}; {saved}"))
+
+    def _append(self, path: Path, step: int) -> None:
+        """A line a layer and micro-batch, as of Megatron-LM's `router_trace.RouterTracer`."""
+        if step <= self._traced:
+            _cut(path, step)
+        self._traced = step
+        with path.open("a", encoding="ascii") as file:
+            for number, _, experts in self._seen:
+                record = {
+                    "step": step,
+                    "stage": "pre_dispatch",
+                    "block": "decoder",
+                    "layer": number - 1,
+                    "rank": dist.get_rank(),
+                    "num_tokens": experts.shape[0],
+                    "topk": experts.shape[1],
+                    "top_indices": experts.tolist(),
+                }
+                file.write(json.dumps(record) + "\n")
+
+    def _write(self, path: Path) -> None:
+        """Bring the routes of all ranks together and write them on rank 0."""
+        layers = []
+        for number in self._layers:
+            shape = self._num_tokens, self._config.moe.router_topk
+            routes = torch.zeros(shape, dtype=torch.int32, device=torch.cuda.current_device())
+            for layer, rows, experts in self._seen:
+                if layer == number:
+                    routes[rows.to(routes.device)] = experts.to(routes)
+            dist.all_reduce(routes)
+            layers.append(routes.to("cpu", torch.int16))
+        if dist.get_rank() == 0:
+            with whole_file(path) as temporary, temporary.open("wb") as stream:
+                np.savez(stream, routed_experts=torch.stack(layers, dim=1).numpy())
+
+    def _file(self, folder: str) -> Path:
+        """The batch's file."""
+        return Path(folder) / f"from_sample_{self._first_sample:08d}.npz"
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop the lines of a trace from a step on, which were undone or are of another run."""
+    end = 0
+    with path.open("a+b") as file:
+        file.seek(0)
+        for line in file:
+            found = re.match(rb'{"step": (\d+),', line)
+            if found is None or int(found[1]) >= step or not line.endswith(b"\n"):
+                break
+            end += len(line)
+        file.truncate(end)

@@ -1,0 +1,30 @@
+"""Checks the tasks of `evaluation.tasks` before a run starts."""
+
+from __future__ import annotations
+
+from moepp_megatron.config import Config, UnfitError
+from moepp_megatron.runtime.install import how_to_install
+from moepp_megatron.runtime.optional import have_lm_eval
+
+
+def check_tasks(config: Config) -> None:
+    """Refuse tasks that cannot be evaluated, for which each is tried without the model.
+
+    Raises:
+        UnfitError: lm-eval is not installed.
+        ConfigError: A task is not one, or fails.
+    """
+    if not config.evaluation.tasks:
+        return
+    if not have_lm_eval():
+        raise UnfitError(
+            f"evaluation.tasks ({', '.join(map(str, config.evaluation.tasks))}) must have the "
+            "package lm-eval, which is not installed; "
+            f"{how_to_install('lm-eval>=0.4.13,<0.5')}, or leave it out"
+        )
+    from moepp_megatron.data.same_tokenizer import tokenizer_of_run
+    from moepp_megatron.data.tokenizer import Tokenizer
+    from moepp_megatron.features.tasks.lm_eval_tasks import load_tasks, try_tasks
+
+    tokenizer = Tokenizer.load(tokenizer_of_run(config))
+    try_tasks(load_tasks(config), tokenizer, config.model.seq_length, config.evaluation.limit)

@@ -1,0 +1,187 @@
+"""Evaluates the running model on tasks of lm-eval, in the run's own layout.
+
+Only rank 0 has the tasks and lm-eval. It sends the tokens that lm-eval asks about to the other
+ranks, and all of them score these together. Training continues as if there had been no evaluation:
+random numbers and buffers are put back, and routers count nothing outside of training. It also goes
+on where a task fails that was tried before the run began, as by a perplexity beyond all numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from megatron.core.transformer.module import MegatronModule
+
+from moepp_megatron.config import Config, Layout
+from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.model.stage import PipelineStage, evaluation_stages
+from moepp_megatron.moe.router import MoEPPRouter
+from moepp_megatron.runtime.agreement import Agreement
+from moepp_megatron.runtime.patches import replaced
+from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.resilience.supervisor import Supervisor
+from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.step import unchanged
+from moepp_megatron.training.token_scores import Sequences, padded_length, score_sequences
+
+logger = logging.getLogger(__name__)
+
+# Of each rank at once: what is sent, and the time between two signs of progress, has a bound.
+_MICRO_BATCHES = 64
+
+
+class TasksPart(Part):
+    """The tasks of a run.
+
+    Args:
+        config: The run's configuration.
+        model: The wrapped model.
+        layout: The rank grid.
+        tokenizer: The tokenizer's file.
+        supervisor: Told of progress, since an evaluation may take hours.
+
+    Raises:
+        ConfigError: A task cannot be loaded; on rank 0.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: TrainingModel,
+        layout: Layout,
+        tokenizer: Path,
+        supervisor: Supervisor,
+    ) -> None:
+        self._config, self._model, self._layout = config, model, layout
+        self._supervisor, self._agreement = supervisor, Agreement()
+        self._stages: list[PipelineStage] = []
+        self._is_scoring = False
+        self._tasks: Any = None
+        if dist.get_rank() == 0:
+            from moepp_megatron.features.tasks.lm_eval_tasks import load_tasks
+
+            self._tokenizer = Tokenizer.load(tokenizer)
+            with unchanged(model):
+                self._tasks = load_tasks(config)
+
+    @classmethod
+    def of(cls, run: Run) -> TasksPart | None:
+        """The part of a run; None without tasks."""
+        if not run.config.evaluation.tasks:
+            return None
+        return cls(run.config, run.model, run.layout, run.tokenizer, run.supervisor)
+
+    def wants_record(self, step: int) -> bool:
+        """Whether the tasks are done after `step`."""
+        interval = self._config.evaluation.interval
+        is_last = step == self._config.training.train_iters
+        return is_last or interval > 0 and step % interval == 0
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The scores; a collective."""
+        return {"task_score": self.scores()} if self.wants_record(step.number) else {}
+
+    def scores(self) -> dict[str, float] | None:
+        """Evaluate the present model.
+
+        Returns:
+            Scores by `TASK/METRIC` on every rank; None if lm-eval has failed, which is logged.
+        """
+        model = self._model
+        with (
+            self._supervisor.during("evaluation"),
+            unchanged(model),
+            model.gathered_parameters(),
+            _without_limits(model.models),
+        ):
+            self._stages = evaluation_stages(model.models, self._config)
+            try:
+                return self._lead() if dist.get_rank() == 0 else self._follow()
+            finally:
+                model.set_training(True)
+
+    def _lead(self) -> dict[str, float] | None:
+        from moepp_megatron.features.tasks.lm_eval_tasks import run_tasks
+
+        settings = self._config
+        length, limit = settings.model.seq_length, settings.evaluation.limit
+        scores: dict[str, float] | None = None
+        try:
+            scores = run_tasks(self._tasks, self._score, self._tokenizer, length, limit)
+        except Exception:
+            if self._is_scoring:
+                # The model has failed, and other ranks may be in the middle of a collective.
+                raise
+            logger.exception("evaluation.tasks failed; training continues without these scores")
+        self._agreement.from_first(scores)
+        return scores
+
+    def _follow(self) -> dict[str, float] | None:
+        while isinstance(sent := self._agreement.from_first(None), Sequences):
+            self._score_together(sent)
+        scores: dict[str, float] | None = sent
+        return scores
+
+    def _score_together(self, sequences: Sequences) -> dict[str, np.ndarray] | None:
+        with self._supervisor.during("evaluation"):
+            return score_sequences(self._stages, sequences)
+
+    def _score(self, rows: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Log-probabilities of the tokens after the first of each row, and which are likeliest."""
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for number, row in enumerate(rows):
+            padded = padded_length(len(row) - 1, self._layout, self._config.model.seq_length)
+            by_length[padded].append(number)
+        answers: list[Any] = [None] * len(rows)
+        self._is_scoring = True
+        # The longest first: what does not fit into memory shows at once.
+        for padded in sorted(by_length, reverse=True):
+            # As many tokens in a micro-batch as training has.
+            training = self._config.training
+            most = max(1, training.micro_batch_size * self._config.model.seq_length // padded)
+            for numbers in batched(by_length[padded], most * self._layout.dp * _MICRO_BATCHES):
+                sequences = self._sequences([rows[number] for number in numbers], padded, most)
+                self._agreement.from_first(sequences)
+                scores = self._score_together(sequences)
+                assert scores is not None, "rank 0 has the scores"
+                for place, number in enumerate(numbers):
+                    length = len(rows[number]) - 1
+                    answers[number] = (
+                        scores["token_logprobs"][place, :length],
+                        scores["is_likeliest"][place, :length],
+                    )
+        self._is_scoring = False
+        return answers
+
+    def _sequences(self, rows: Sequence[Sequence[int]], padded: int, most: int) -> Sequences:
+        input_ids = np.zeros((len(rows), padded), dtype=np.int64)
+        labels = np.zeros_like(input_ids)
+        for place, row in enumerate(rows):
+            input_ids[place, : len(row) - 1], labels[place, : len(row) - 1] = row[:-1], row[1:]
+        per_replica = -(-len(rows) // self._layout.dp)
+        return Sequences(input_ids, padded, labels, min(most, per_replica))
+
+
+@contextmanager
+def _without_limits(models: Sequence[MegatronModule]) -> Iterator[None]:
+    """A context without capacity and without noise, as `inference_settings.FORWARD_ONLY`."""
+    # With a limit, a token's logits would depend on which other tokens are there.
+    with ExitStack() as stack:
+        for model in models:
+            # Of megatron-core's own layer; MoE++ has its own limit, and noise only in training.
+            nothing = {"moe_expert_capacity_factor": None, "moe_input_jitter_eps": None}
+            stack.enter_context(replaced(model.config, **nothing))
+            for module in model.modules():
+                if isinstance(module, MoEPPRouter):
+                    unlimited = replace(module.moepp, capacity_factor=None)
+                    stack.enter_context(replaced(module, moepp=unlimited))
+        yield

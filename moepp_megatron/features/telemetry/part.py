@@ -1,0 +1,154 @@
+"""Adds telemetry of all nodes to a step's metrics."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moepp_megatron.config import Config
+from moepp_megatron.config.flops import training_flops_per_token
+from moepp_megatron.config.hardware import Hardware, find_hardware, load_hardware
+from moepp_megatron.features.telemetry.sampler import Sampler
+from moepp_megatron.features.telemetry.sources import CpuSource, GpuSource, TelemetrySource
+from moepp_megatron.features.telemetry.usage import NOTHING, Usage
+from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
+from moepp_megatron.training.checkpoint.progress import Progress
+from moepp_megatron.training.collect import sum_over_ranks
+from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+# Metric of a record, and quantity of a sample.
+_GPU_METRICS = {
+    "gpu_power_w": "power_w",
+    "gpu_utilization": "utilization",
+    "gpu_clock_mhz": "clock_mhz",
+    "gpu_memory_bytes": "memory_bytes",
+    "gpu_temperature_c": "temperature_c",
+    "nvlink_bytes_per_s": "nvlink_bytes_per_s",
+    "pcie_bytes_per_s": "pcie_bytes_per_s",
+}
+_CPU_METRICS = {"cpu_utilization": "utilization", "host_memory_bytes": "memory_bytes"}
+
+
+class TelemetryPart(Part):
+    """Samples on the first rank of every node.
+
+    Args:
+        config: The run's configuration.
+        tokens: Tokens trained on so far.
+    """
+
+    def __init__(self, config: Config, tokens: int) -> None:
+        self._config, self._tokens = config, tokens
+        self._on_gpu = torch.cuda.is_available()
+        self._sampler: Sampler | None = None
+        self._hardware = _hardware(config, self._on_gpu)
+
+    @classmethod
+    def of(cls, run: Run) -> TelemetryPart | None:
+        """The part of a run; None where nothing is sampled."""
+        if run.config.telemetry.interval_s == 0:
+            return None
+        return cls(run.config, run.progress.tokens)
+
+    def begin(self, progress: Callable[[], Progress], stop: StopRequest) -> None:
+        """Start; samples from here on belong to the next record. A collective."""
+        uuids = _cards_of_this_node(self._on_gpu)
+        if uuids is not None:
+            self._sampler = Sampler(_source(uuids), self._config.telemetry.interval_s)
+            self._sampler.start()
+
+    def close(self) -> None:
+        """Stop sampling."""
+        if self._sampler is not None:
+            self._sampler.stop()
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Usage since the record before, and the efficiency of the step; a collective."""
+        tokens = step.progress.tokens
+        usage = _over_ranks(NOTHING if self._sampler is None else self._sampler.take())
+        new_tokens, self._tokens = tokens - self._tokens, tokens
+        # After a rollback there may be fewer tokens than before.
+        metrics = usage_metrics(usage, max(new_tokens, 0))
+        return metrics | self._efficiency(fields["tokens_per_s"], fields["ffn_fraction"])
+
+    def _efficiency(self, tokens_per_s: float, ffn_fraction: float) -> dict[str, float]:
+        flops = training_flops_per_token(self._config, ffn_fraction)
+        tflops = flops * tokens_per_s / dist.get_world_size() / 1e12
+        precision = self._config.precision
+        peak = None
+        if self._hardware is not None:
+            peak = self._hardware.peak_tflops(precision.dtype, precision.fp8)
+        return {"model_tflops": tflops} | ({} if peak is None else {"mfu": tflops / peak})
+
+
+def _over_ranks(usage: Usage) -> Usage:
+    """The devices of all nodes; two all-reduces of a dozen numbers."""
+    summands = sum_over_ranks(torch.tensor(usage.summands(), dtype=torch.float64))
+    tops = torch.tensor(usage.tops(), dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(tops, op=dist.ReduceOp.MAX)
+    return Usage.from_vectors(summands.tolist(), tops.tolist())
+
+
+def usage_metrics(usage: Usage, tokens: int) -> dict[str, Any]:
+    """Fields of a record from the devices of all nodes.
+
+    Args:
+        usage: Usage since the record before.
+        tokens: Tokens trained on since then.
+    """
+    names = _GPU_METRICS if usage.devices else _CPU_METRICS
+    metrics: dict[str, Any] = {
+        metric: value
+        for metric, quantity in names.items()
+        if (value := usage.value(quantity)) is not None
+    }
+    for metric in metrics.keys() & {"gpu_memory_bytes", "host_memory_bytes"}:
+        metrics[metric] = int(metrics[metric])
+    if usage.devices:
+        metrics["gpu_hours"] = usage.seconds * usage.devices / 3600
+    if usage.energy_j is not None:
+        metrics["energy_j"] = usage.energy_j
+        if tokens > 0:
+            metrics["energy_per_token_j"] = usage.energy_j / tokens
+    return metrics
+
+
+def first_of_each_node(nodes: Sequence[str]) -> dict[str, int]:
+    """The lowest rank of every node, from each rank's node."""
+    return {node: nodes.index(node) for node in dict.fromkeys(nodes)}
+
+
+def _cards_of_this_node(on_gpu: bool) -> list[str] | None:
+    """UUIDs of the GPUs of this node's ranks, on its first rank; None on the others."""
+    uuid = None
+    if on_gpu:
+        uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    node = socket.gethostname()
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (node, uuid))
+    if first_of_each_node([there for there, _ in ranks])[node] != dist.get_rank():
+        return None
+    return list(dict.fromkeys(card for there, card in ranks if there == node and card))
+
+
+def _source(uuids: list[str]) -> TelemetrySource:
+    if uuids:
+        try:
+            return GpuSource(uuids, Nvml())
+        except NvmlUnavailableError as error:
+            logger.warning("no telemetry of the GPUs: %s", error)
+    return CpuSource()
+
+
+def _hardware(config: Config, on_gpu: bool) -> Hardware | None:
+    if config.telemetry.hardware is not None:
+        return load_hardware(config.telemetry.hardware)
+    return find_hardware(torch.cuda.get_device_name()) if on_gpu else None

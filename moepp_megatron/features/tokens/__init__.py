@@ -1,0 +1,5 @@
+"""Measurements by token (`observe.token_groups`).
+
+part.py     FFN experts of each class of tokens
+sources.py  loss, FFN share and use of the experts by data source
+"""

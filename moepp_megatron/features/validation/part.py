@@ -1,0 +1,71 @@
+"""Validation losses: of the data that is trained on, and of further sets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moepp_megatron.config import Config, Layout
+from moepp_megatron.training.batches import rank_batches
+from moepp_megatron.training.collect import mean_loss
+from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.setup import TrainingModel
+from moepp_megatron.training.step import run_schedule
+
+
+class ValidationPart(Part):
+    """Validates every `training.eval_interval` steps and after the last one.
+
+    Args:
+        run: The run; it has something to validate on.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    @classmethod
+    def of(cls, run: Run) -> ValidationPart | None:
+        """The part of a run; None where nothing is validated."""
+        exists = run.valid_set is not None or bool(run.valid_sets)
+        return cls(run) if exists and run.config.training.eval_iters > 0 else None
+
+    def wants_record(self, step: int) -> bool:
+        """Whether it validates after `step`."""
+        training = self._run.config.training
+        return step == training.train_iters or self._run.is_due(step, training.eval_interval)
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The losses of all sets; a collective."""
+        if not self.wants_record(step.number):
+            return {}
+        run = self._run
+
+        def loss_of(dataset: Any) -> float:
+            return validation_loss(run.model, dataset, run.config, run.layout)
+
+        with run.supervisor.during("evaluation"):
+            return {
+                "valid_loss": None if run.valid_set is None else loss_of(run.valid_set),
+                "valid_set_loss": {name: loss_of(each) for name, each in run.valid_sets.items()}
+                or None,
+            }
+
+
+@torch.no_grad()
+def validation_loss(model: TrainingModel, dataset: Any, config: Config, layout: Layout) -> float:
+    """Token mean over the first `training.eval_iters` global batches of the validation set.
+
+    The same sequences every time, so that values compare. Every rank must call.
+    """
+    model.set_training(False)
+    batches = rank_batches(dataset, 0, config, len(model.chunks))
+    losses = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+    with model.gathered_parameters():
+        for _ in range(config.training.eval_iters):
+            losses += run_schedule(
+                model, batches, config, layout.num_microbatches, forward_only=True
+            )
+    model.set_training(True)
+    return mean_loss(losses)
