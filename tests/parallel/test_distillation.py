@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
-from moepp_megatron.training import teacher
+from moepp_megatron.features.distillation import teacher
 from tests.parallel.checkpoint_runs import (
     logged,
     run_trainer,
