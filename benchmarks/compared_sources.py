@@ -20,6 +20,7 @@ PAGES = ("docs/compared.md", "README.md")
 REPOSITORIES = {
     "Megatron-LM": "NVIDIA+Megatron-LM",
     "Megatron-Bridge": "NVIDIA-NeMo+Megatron-Bridge",
+    "Automodel": "NVIDIA-NeMo+Automodel",
     "torchtitan": "pytorch+torchtitan",
     "DeepSpeed": "deepspeedai+DeepSpeed",
     "ZEDA": "TsinghuaC3I+ZEDA",

@@ -11,7 +11,7 @@ from moepp_megatron.runtime.optional import hide_broken_packages
 _LOGGERS = (
     # "No CUDA runtime is found": on every CPU machine.
     "torch.utils.cpp_extension",
-    # "GPTModel IS DEPRECATED": on every construction; the choice is explained in docs/LOG.md.
+    # "GPTModel IS DEPRECATED", which is true, at every construction: docs/upgrading.md says so.
     "megatron.core.models.gpt.gpt_model",
     # "full_param_layout not provided": the layout is computed inside, as documented there.
     "megatron.core.distributed.distributed_data_parallel",
