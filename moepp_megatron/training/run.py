@@ -6,21 +6,20 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moepp_megatron.config import Config, ConfigError, UnfitError
-from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE
+from moepp_megatron.file_names import METRICS_FILE
 from moepp_megatron.observe.status import RESUME_COMMAND, inherited_claim
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
 from moepp_megatron.runtime.terminal import lasting_output
 from moepp_megatron.training.checkpoint.progress import package_versions
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
-from moepp_megatron.training.train_request import Say, TrainRequest
+from moepp_megatron.training.train_request import RESOLVED, Say, TrainRequest, handing_over
 
 if TYPE_CHECKING:
     from moepp_megatron.observe.metrics import StepMetrics
@@ -90,10 +89,11 @@ def train(
         RanksFailedError: Ranks that were started have failed.
         OSError: The run's last state could not be written.
     """
-    with _as_file(config) as file, lasting_output():
+    with lasting_output():
         options = LaunchOptions(nproc, stoppable=True)
         start = Start(resume=resume, overwrite=overwrite)
-        request = TrainRequest.read(file, overrides, options, start, _warn).admitted(_warn)
+        given = config if isinstance(config, Config) else Path(config)
+        request = TrainRequest.read(given, overrides, options, start, _warn).admitted(_warn)
         if callbacks and request.starts_ranks:
             raise ConfigError(
                 f"nproc ({nproc}) must be 1 with callbacks, which are objects of this process; "
@@ -109,18 +109,6 @@ def train(
     if result.failure is not None:
         raise OSError(result.failure)
     return _as_written(result, request.config) if request.starts_ranks else result
-
-
-@contextlib.contextmanager
-def _as_file(config: Config | str | Path) -> Iterator[Path]:
-    """The file of a configuration, which ranks read too."""
-    if not isinstance(config, Config):
-        yield Path(config)
-        return
-    with tempfile.TemporaryDirectory(prefix="moepp-") as folder:
-        file = Path(folder) / CONFIG_FILE
-        file.write_text(config.to_yaml(), encoding="utf-8")
-        yield file
 
 
 def run(request: TrainRequest, say: Say, callbacks: Sequence[object] = ()) -> TrainResult:
@@ -165,7 +153,11 @@ def _start_ranks(request: TrainRequest) -> TrainResult:
         os.environ[RESUME_COMMAND] = start.resume_command or ""
     arguments = ["train", *flags, "--", *request.words]
     options = replace(request.options, alike=_alike(request.config))
-    status = run_ranks(options, "moepp_megatron.cli.main", arguments)
+    os.environ[RESOLVED] = handing_over(request.config)
+    try:
+        status = run_ranks(options, "moepp_megatron.cli.main", arguments)
+    finally:
+        os.environ.pop(RESOLVED, None)
     if status not in (0, STOPPED):
         raise RanksFailedError(status)
     return TrainResult(Path(request.config.run.dir), stopped=status == STOPPED)

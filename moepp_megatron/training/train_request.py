@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +18,7 @@ from moepp_megatron.config import (
     check_config,
     check_world_size,
     load_config,
+    parse_config,
     with_overrides,
 )
 from moepp_megatron.config.plugins import check_plugins, load_plugin
@@ -30,6 +34,8 @@ from moepp_megatron.training.checkpoint import check_start, list_checkpoints
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
 
 Say = Callable[[str], object]
+# The configuration that a launcher has resolved, for its ranks: files may be edited meanwhile.
+RESOLVED = "MOEPP_RESOLVED"
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,17 @@ class TrainRequest:
 
     @classmethod
     def read(
-        cls, config: Path, overrides: Sequence[str], options: LaunchOptions, start: Start, warn: Say
+        cls,
+        config: Config | Path,
+        overrides: Sequence[str],
+        options: LaunchOptions,
+        start: Start,
+        warn: Say,
     ) -> TrainRequest:
         """Check configuration and rank grid.
 
         Args:
-            config: YAML file.
+            config: A configuration, or its YAML file; a rank takes what its launcher has resolved.
             overrides: Settings `section.key=value` over it.
             options: The ranks that are to start; one without anything else is this process itself.
             start: What is wanted of the run's folder; the rest of it is found out here.
@@ -72,14 +83,15 @@ class TrainRequest:
         # Told to be a launcher it is none of srun's ranks, though srun may have started several.
         rank = RankEnvironment.read() if nodes is None else RankEnvironment()
         rank.check_nproc(options.num_local_ranks)
-        settings = load_config(config, overrides)
+        file = None if isinstance(config, Config) else config
+        settings = _resolve(config, overrides)
         machines = 1 if nodes is None else nodes.count
         world_size = rank.world_size if rank.is_launched else machines * options.num_local_ranks
         layout = Layout.from_config(settings, world_size)
         check_plugins(settings)
         name = nodes.run_id if nodes is not None else rank.start_name
-        start = replace(start, name=name, config_file=config)
-        request = cls(settings, layout, rank, options, start, [str(config), *overrides])
+        start = replace(start, name=name, config_file=file)
+        request = cls(settings, layout, rank, options, start, [str(file or "CONFIG"), *overrides])
         if request.speaks:
             for warning in check_config(settings) + check_world_size(settings, world_size):
                 warn(warning)
@@ -154,6 +166,21 @@ class TrainRequest:
         goes_on_by_itself = checkpoint.load == "auto" and checkpoint.load_optimizer
         resume = start.resume or restarted or (goes_on_by_itself and not overwrite)
         return replace(start, resume=resume, overwrite=overwrite, restarted=restarted)
+
+
+def handing_over(config: Config) -> str:
+    """The value of `RESOLVED`; compressed, since Linux takes 128 KiB of a variable."""
+    content = json.dumps(config.model_dump(mode="json", exclude_unset=True))
+    return base64.b64encode(zlib.compress(content.encode())).decode()
+
+
+def _resolve(config: Config | Path, overrides: Sequence[str]) -> Config:
+    # Taken once, since a rank may start a run of its own.
+    if (text := os.environ.pop(RESOLVED, None)) is not None:
+        return parse_config(json.loads(zlib.decompress(base64.b64decode(text))))
+    if isinstance(config, Config):
+        return with_overrides(config, overrides)
+    return load_config(config, overrides)
 
 
 def _resumed(config: Config) -> Config:

@@ -23,6 +23,8 @@ from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.training.checkpoint import NoStartError
 from moepp_megatron.training.run import TrainResult, run_rank
+from moepp_megatron.training.run_folder import Start
+from moepp_megatron.training.train_request import RESOLVED, TrainRequest
 from tests.unit.cli.test_dry_run import MINIMAL
 
 OF_OTHERS = (
@@ -113,6 +115,25 @@ def test_the_launcher_claims_the_folder_while_ranks_run(command) -> None:
     assert command.starts == [["train", "--", str(command.config), f"run.dir={command.run_dir}"]]
     assert inherited_claim() is None
     assert not command.run_dir.exists(), "no rank has written anything"
+
+
+def test_ranks_take_what_the_launcher_has_resolved(command, monkeypatch) -> None:
+    read = []
+
+    def rank(options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
+        command.config.write_text(MINIMAL.replace("lr: 1e-3", "lr: 5e-4"))
+        words, options = list(arguments[arguments.index("--") + 1 :]), LaunchOptions(2)
+        # The second one is a run that the first has started.
+        for _ in range(2):
+            start = Start()
+            request = TrainRequest.read(Path(words[0]), words[1:], options, start, print)
+            read.append((request.config.optimizer.lr, request.config.moe.tau))
+        return 0
+
+    monkeypatch.setattr(launch, "run_ranks", rank)
+    assert command("moe.tau=0.5") == 0
+    assert read == [(1e-3, 0.5), (5e-4, 0.5)]
+    assert RESOLVED not in os.environ
 
 
 def test_a_number_of_hardware_queues_against_the_layout_is_reported_once(command, capsys) -> None:
