@@ -18,7 +18,7 @@
 # graphs   the runs of train with attention and router as CUDA graphs
 # trace    torch's trace of two steps of the 0.6B model: kernels, gaps, waits
 # counters Nsight Compute's counters of the kernels that combine experts, at 2 and 30 constants
-# pair     two GPUs: their link, and a run each with EP, TP, PP and CP over NCCL
+# pair     two GPUs: a run each with EP, TP, PP and CP over NCCL
 #
 # In this order unless --steps names some; it may also name one measurement of layer or step, such as
 # layer_bf16_cutlass. Writes OUT/<card>.json (default benchmarks/results), which
@@ -178,7 +178,7 @@ if ((gpus > 0)); then
     all=(--shapes '0.6B,1B,2B,7B' --taus '0.1,0.25,0.5,0.75,1.0')
     one=(--shapes 7B --taus 0.75) many=(--shapes '2B,7B' --taus 0.75)
     precisions=(bf16 fp8:delayed fp8:tensorwise fp8:blockwise)
-    card=() most=256M
+    card=()
     model=(configs/models/moepp_0.6b_8_4.yaml "data.path=$work/corpus" training.micro_batch_size=4
         training.global_batch_size=8 "${length[@]}")
     step=(configs/models/moepp_0.6b_8_4.yaml run.dir=unused training.micro_batch_size=4
@@ -192,7 +192,7 @@ else
     all=(--shapes 0.6B --taus 0.75)
     one=("${all[@]}") many=("${all[@]}")
     precisions=(bf16)
-    card=(--size 256 --megabytes 16) most=64K
+    card=(--size 256 --megabytes 16)
     tiny=(model.num_layers=2 training.micro_batch_size=1)
     # Two sequences a step, so that two ranks have one each.
     model=(configs/quickstart.yaml parallel.expert_model_parallel_size=1 training.global_batch_size=2
@@ -275,8 +275,6 @@ if has counters && ((gpus > 0)); then
 fi
 if has pair && ((gpus != 1)); then
     corpus
-    run links "$MOEPP_BIN/torchrun" --standalone --nproc-per-node 2 \
-        -m moepp_megatron.workbench.bench.links "$work/links.json" --max "$most"
     train ep --nproc 2 parallel.expert_model_parallel_size=2
     train tp --nproc 2 parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true
     train pp --nproc 2 parallel.pipeline_model_parallel_size=2

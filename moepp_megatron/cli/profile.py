@@ -32,14 +32,6 @@ def profile(
             metavar="STEP",
         ),
     ] = None,
-    ceiling: Annotated[
-        Path | None,
-        typer.Option(
-            help="Compare with what collectives reach here by themselves: a FILE of "
-            "moepp_megatron.workbench.bench.links.",
-            metavar="FILE",
-        ),
-    ] = None,
     json_file: JsonOption = None,
     out: Annotated[
         Path | None,
@@ -58,7 +50,7 @@ def profile(
         if records_only_collectives(run):
             _recording(run, json_file)
         else:
-            _profile(run, step, ceiling, json_file, out)
+            _profile(run, step, json_file, out)
     except OSError as error:
         raise ConfigError(
             f"{error.filename} cannot be written ({error.strerror}); give --out or --json a place "
@@ -69,7 +61,6 @@ def profile(
 def _profile(
     run: Path,
     step: int | None,
-    ceiling: Path | None,
     json_file: Path | None,
     out: Path | None,
 ) -> None:
@@ -79,13 +70,11 @@ def _profile(
     from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.workbench.profiling.analysis import analyse
     from moepp_megatron.workbench.profiling.document import document
-    from moepp_megatron.workbench.profiling.measures.links import read_ceiling
     from moepp_megatron.workbench.report.profile.findings import findings
     from moepp_megatron.workbench.report.profile.page import render
     from moepp_megatron.workbench.report.profile.tables import print_tables, profile_tables
 
-    peaks = None if ceiling is None else read_ceiling(ceiling)
-    profile: Profile = analyse(run, step, peaks)
+    profile: Profile = analyse(run, step)
     numbers = document(profile)
     folder = out or run
     folder.mkdir(parents=True, exist_ok=True)

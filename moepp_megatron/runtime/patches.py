@@ -142,13 +142,6 @@ PATCHES = (
         "timed layers must have the same load",
         "never: it is the benchmark's purpose",
     ),
-    Patch(
-        "workbench.bench.all_to_all_clock",
-        "torch",
-        "all_to_all_single; while the clock runs",
-        "neither gloo nor NCCL says how long a rank waits, and with how many bytes",
-        "torch reports the time of a collective",
-    ),
 )
 
 

@@ -9,6 +9,4 @@ bounds.py            the least time of each part on such a GPU
 layer.py             `moepp bench layer`, and what a layer keeps for its backward pass
 parts.py             where a layer's time goes
 step.py              `moepp bench step`, and the random tokens that it reads
-all_to_all_clock.py  time and bytes of all-to-alls within a step
-links.py             bandwidth of a cluster's links
 """

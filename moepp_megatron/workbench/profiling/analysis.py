@@ -21,7 +21,7 @@ from moepp_megatron.workbench.profiling.measures.expert_load import (
 )
 from moepp_megatron.workbench.profiling.measures.exposure import MeasuredStepTime, step_time
 from moepp_megatron.workbench.profiling.measures.lateness import CallKey, Lateness, lateness
-from moepp_megatron.workbench.profiling.measures.links import Links, MeasuredPeak
+from moepp_megatron.workbench.profiling.measures.links import Links
 from moepp_megatron.workbench.profiling.trace import About, ProfileError, RankTrace
 
 
@@ -40,7 +40,7 @@ class Profile:
         slow: A rank that computes longer than its rows explain; None where there is none.
         caused_us: For each rank, how long others waited for it in these steps, summed over them.
         late: Waiting of each call.
-        ceiling: Kind of the peaks: rated, measured or unknown.
+        ceiling: Kind of the peaks: rated or unknown.
     """
 
     name: str
@@ -109,13 +109,12 @@ class Profile:
         return all(known) if known else None
 
 
-def analyse(folder: Path, step: int | None = None, measured: MeasuredPeak | None = None) -> Profile:
+def analyse(folder: Path, step: int | None = None) -> Profile:
     """Read and analyse a recording.
 
     Args:
         folder: A run's folder or one of traces.
         step: One step; all recorded ones where None.
-        measured: A measured ceiling for a call's bus bandwidth.
 
     Raises:
         ProfileError: The recording cannot be read, or does not hold the step.
@@ -133,19 +132,18 @@ def analyse(folder: Path, step: int | None = None, measured: MeasuredPeak | None
         }
         for number in steps
     }
-    rated = "rated" if links.hardware is not None else "unknown"
     return Profile(
         name=traces[0].about.name or folder.resolve().name,
         traces=traces,
         steps=steps,
         times=times,
-        classes=call_classes(traces, steps, late, links, measured),
+        classes=call_classes(traces, steps, late, links),
         layers={number: layer_bytes(traces, number) for number in steps},
         load=load,
         slow=slow_rank(traces, times, load),
         caused_us=_caused(traces, steps, late),
         late=late,
-        ceiling="measured" if measured is not None else rated,
+        ceiling="rated" if links.hardware is not None else "unknown",
     )
 
 

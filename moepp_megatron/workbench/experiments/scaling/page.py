@@ -29,7 +29,7 @@ _MODES = {
 }
 _HEAD = (
     *("Ranks", "Layout", "Model", "Batch", "Step, ms", "Tokens/s", "Efficiency"),
-    *("Of vanilla's", "All-to-all, MB", "Waiting"),
+    *("Of vanilla's", "All-to-all, MB"),
 )
 _TERMS = {
     "Routing and data": "Routing is held at perfect balance: FFN experts get exactly the share phi "
@@ -41,13 +41,7 @@ _TERMS = {
     "Layout": "TP tensor, PP pipeline, CP context, EP expert, ETP expert-tensor parallel ranks; "
     "those of 1 are left out, and the rest of the ranks is data parallel.",
     "All-to-all bytes": "Bytes of hidden vectors that leave their ranks in the forward passes of a "
-    "step, all ranks and layers, counted from the routing (a2a_bytes in metrics.jsonl). scale.json "
-    "also has a2a_sent_bytes: forward and backward, counted at the call.",
-    "Waiting in all-to-alls": "With gloo the host's time inside all-to-alls and inside waiting for "
-    "them; with NCCL the time that the compute stream waits for them. Transfers that hide behind "
-    "computation do not count, waiting for a rank that comes late does. As a share of the step, "
-    "mean over ranks, and the least and the most of a rank; medians over steps that were not used "
-    "for the step time.",
+    "step, all ranks and layers, counted from the routing (a2a_bytes in metrics.jsonl).",
 }
 
 
@@ -213,11 +207,6 @@ def _cards(records: Sequence[ScaleRecord]) -> list[Card]:
     if moepp is not None and vanilla is not None and vanilla.a2a_bytes:
         ratio = f"{moepp.a2a_bytes / vanilla.a2a_bytes:.3f}"
         cards.append(Card("All-to-all bytes against vanilla", ratio, f"phi is {moepp.phi:.3f}"))
-    if moepp is not None and moepp.a2a_share is not None and moepp.a2a_bytes:
-        note = f"of MoE++'s step on {_ranks(moepp.nproc)}"
-        if vanilla is not None and vanilla.a2a_share is not None:
-            note += f"; vanilla {formatting.percent(vanilla.a2a_share)}"
-        cards.append(Card("Waiting in all-to-alls", formatting.percent(moepp.a2a_share), note))
     return cards
 
 
@@ -226,9 +215,7 @@ def _table(records: Sequence[ScaleRecord], mode: str) -> Table:
 
 
 def _row(r: ScaleRecord) -> list[Cell]:
-    waits, ratio = "", ""
-    if r.a2a_time_min_s is not None and r.a2a_time_max_s:
-        waits = f"{r.a2a_time_min_s * 1e3:.1f} to {r.a2a_time_max_s * 1e3:.1f} ms"
+    ratio = ""
     if r.kind == "moepp" and r.speedup is not None:
         ratio = f"{1 / r.speedup:.2f}"
     return [
@@ -244,7 +231,6 @@ def _row(r: ScaleRecord) -> list[Cell]:
         number(formatting.percent(r.efficiency)),
         number(ratio),
         number(f"{r.a2a_bytes / 1e6:,.2f}"),
-        number("-" if r.a2a_share is None else formatting.percent(r.a2a_share), waits),
     ]
 
 

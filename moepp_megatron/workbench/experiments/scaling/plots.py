@@ -93,12 +93,6 @@ def scaling_plots(records: Sequence[ScaleRecord], mode: str) -> list[Plot]:
             "The backward passes send as much again.",
             lambda r: r.a2a_bytes / 1e6,
         ),
-        _plot(
-            lines, "All-to-all share of time", "%",
-            "Time in which a rank waits in all-to-alls, mean over ranks, of the whole step; "
-            "measured in separate steps. Waiting for a rank that comes late is part of it.",
-            lambda r: r.a2a_share,
-        ),
     ]  # fmt: skip
 
 

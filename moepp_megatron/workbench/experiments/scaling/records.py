@@ -44,23 +44,11 @@ class KindResult(_Written):
         ffn_fraction: FFN experts' share of all selections, counted.
         a2a_bytes: Hidden vectors' bytes that leave their ranks in a step's forward passes, all
             ranks: the field of the same name in metrics.jsonl.
-        a2a_sent_bytes: Hidden vectors' bytes that all ranks hand to all-to-alls for other ranks in
-            a step, forward and backward, counted at the call; None where the dispatcher uses none.
-        a2a_time_s: Seconds of a step in which a rank waits in all-to-alls: mean over ranks,
-            median over separate steps (`bench.all_to_all_clock`). None as above.
-        a2a_time_min_s: The same for the rank that waits least.
-        a2a_time_max_s: The same for the rank that waits most.
-        a2a_share: `a2a_time_s` as a share of those separate steps' own time.
     """
 
     step_times_s: list[Annotated[float, Field(gt=0.0)]] = Field(min_length=1)
     ffn_fraction: float
     a2a_bytes: int = Field(ge=0)
-    a2a_sent_bytes: int | None = None
-    a2a_time_s: Seconds | None = None
-    a2a_time_min_s: Seconds | None = None
-    a2a_time_max_s: Seconds | None = None
-    a2a_share: Seconds | None = None
 
     @property
     def step_time_s(self) -> float:

@@ -16,7 +16,7 @@ from moepp_megatron.workbench.profiling.measures.exposure import (
     union,
 )
 from moepp_megatron.workbench.profiling.measures.lateness import CallKey, Lateness
-from moepp_megatron.workbench.profiling.measures.links import Link, Links, MeasuredPeak
+from moepp_megatron.workbench.profiling.measures.links import Link, Links
 from moepp_megatron.workbench.profiling.measures.purpose import PURPOSES, place_of, purpose_of
 from moepp_megatron.workbench.profiling.trace import RankTrace
 
@@ -52,8 +52,6 @@ class CallClass:
         matched: Calls that could be matched on all ranks.
         exposed_us: Time in which no work hid them.
         bus_bytes: Size times bus factor; divided by transfer time it is bus bandwidth.
-        ideal_us: Time of those calls whose peak bandwidth is known, at that bandwidth.
-        with_peak: Number of these.
     """
 
     name: _ClassName
@@ -66,8 +64,6 @@ class CallClass:
     matched: int = 0
     exposed_us: float = 0.0
     bus_bytes: float = 0.0
-    ideal_us: float = 0.0
-    with_peak: int = 0
 
     @property
     def transfer_us(self) -> float:
@@ -86,16 +82,16 @@ class CallClass:
 
     @property
     def peak_gb_s(self) -> float | None:
-        """Mean bandwidth that the calls could reach, by time; None unless known of each."""
-        return rate_gb_s(self.bus_bytes, self.ideal_us) if self.with_peak == self.calls else None
+        """Rated bandwidth of the link, GB/s."""
+        return self.link.peak_gb_s
 
     @property
     def peak_share(self) -> float | None:
-        """Bus bandwidth over the link's peak, or over the measured one for such calls."""
+        """Bus bandwidth over the link's peak."""
         return self.bus_gb_s / self.peak_gb_s if self.bus_gb_s and self.peak_gb_s else None
 
-    def add(self, call: Collective, late: Lateness | None, peak: float | None) -> None:
-        """Count a call; `peak` is the bandwidth that it could reach, GB/s."""
+    def add(self, call: Collective, late: Lateness | None) -> None:
+        """Count a call."""
         self.calls += 1
         self.group_size = call.group_size
         self.time_us += call.duration_us
@@ -103,12 +99,8 @@ class CallClass:
             self.matched += 1
             self.wait_us += late.wait_us
         if call.size is not None:
-            bus = call.size * bus_factor(call.operation, max(call.group_size, 1))
             self.size += call.size
-            self.bus_bytes += bus
-            if peak:
-                self.ideal_us += bus / peak / 1e3
-                self.with_peak += 1
+            self.bus_bytes += call.size * bus_factor(call.operation, max(call.group_size, 1))
 
 
 def rate_gb_s(size: float | None, us: float) -> float | None:
@@ -121,7 +113,6 @@ def call_classes(
     steps: list[int],
     late: Mapping[CallKey, Lateness],
     links: Links,
-    measured: MeasuredPeak | None = None,
 ) -> list[CallClass]:
     """All calls within the steps by kind, the most exposed first.
 
@@ -130,7 +121,6 @@ def call_classes(
         steps: The steps to count.
         late: Waiting of each call.
         links: The link that each group uses.
-        measured: A measured ceiling that replaces the rated peak.
     """
     classes: dict[_ClassName, CallClass] = {}
     for trace in traces:
@@ -141,8 +131,7 @@ def call_classes(
                 if span.start_us <= call.start_us < span.end_us:
                     name = class_name(trace, call)
                     own = classes.setdefault(name, CallClass(name, links.of(call)))
-                    peak = own.link.peak_gb_s if measured is None else measured(call)
-                    own.add(call, late.get((trace.rank, place)), peak)
+                    own.add(call, late.get((trace.rank, place)))
                     intervals[name].append((call.start_us, min(call.end_us, span.end_us)))
             for name, parts in intervals.items():
                 classes[name].exposed_us += length(subtract(union(parts), compute))

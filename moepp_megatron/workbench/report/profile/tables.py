@@ -14,8 +14,7 @@ from moepp_megatron.workbench.report.terminal import titled_table, wide_console
 _NO = "-"
 _PEAKS = {
     "rated": "Peak: the rated bandwidth of the link.",
-    "measured": "Peak: what such a call reached by itself.",
-    "unknown": "Peak: unknown here; --ceiling gives one.",
+    "unknown": "Peak: unknown here.",
 }
 # Text of a cell by the name of its column.
 _Cells = dict[str, Callable[[Any], str]]

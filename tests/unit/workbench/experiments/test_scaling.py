@@ -39,11 +39,6 @@ def kind_result(step_times_s: list[float], a2a_bytes: int = 0) -> KindResult:
         step_times_s=step_times_s,
         ffn_fraction=0.6,
         a2a_bytes=a2a_bytes,
-        a2a_sent_bytes=2 * a2a_bytes,
-        a2a_time_s=0.01,
-        a2a_time_min_s=0.005,
-        a2a_time_max_s=0.02,
-        a2a_share=0.1,
     )
 
 
@@ -301,7 +296,7 @@ def test_records_and_page_of_a_whole_test(run: Any, tmp_path: Path) -> None:
     result, _ = run()
     records = json.loads((tmp_path / "scale.json").read_text())
     contract = {"nproc", "layout", "kind", "mode", "step_time_s", "tokens_per_s", "efficiency"}
-    contract |= {"a2a_bytes", "a2a_time_s"}
+    contract |= {"a2a_bytes"}
     assert all(contract <= set(record) for record in records)
     strong = [r for r in records if r["mode"] == "strong" and r["kind"] == "moepp"]
     # 8 s, 4 s, 2 s for the same batch.
@@ -316,7 +311,7 @@ def test_records_and_page_of_a_whole_test(run: Any, tmp_path: Path) -> None:
 def _check_page(tmp_path: Path) -> None:
     """It stands alone and warns of shared cores."""
     page = (tmp_path / "scaling.html").read_text(encoding="ascii")
-    assert page.count("data:image/svg+xml") == 12
+    assert page.count("data:image/svg+xml") == 10
     assert "http://" not in page
     assert "https://" not in page
     assert "<script" not in page

@@ -53,19 +53,6 @@ def test_names_are_text(run: Path) -> None:
     assert "&lt;/script&gt;&lt;b&gt;" in page
 
 
-def test_measured_ceiling(run: Path) -> None:
-    ceiling = run / "ceiling.json"
-    # 8 MiB in 80 us: the sample's 100 us are 80% of it.
-    record = {"operation": "reduce_scatter", "group_size": 2, "size_bytes": 2**23, "time_us": 80.0}
-    ceiling.write_text(json.dumps([record]))
-    assert command(run, "--ceiling", ceiling, "--json", run / "n.json").exit_code == 0
-    numbers = json.loads((run / "n.json").read_text())
-    shares = {one["purpose"]: one["peak_share"] for one in numbers["collectives"]}
-    assert shares["gradient reduce"] == pytest.approx(0.8)
-    assert shares["dispatch"] is None
-    assert numbers["ceiling"] == "measured"
-
-
 def test_other_sources(tmp_path: Path) -> None:
     inspector = SAMPLE.parent / "inspector_2_30"
     result = command(inspector, "--json", tmp_path / "i.json")
@@ -88,7 +75,6 @@ def test_other_sources(tmp_path: Path) -> None:
     [
         (["missing"], "training.profile_steps"),
         (["run", "--step", 9], r"--step \(9\).*use one of \[7\]"),
-        (["run", "--ceiling", "missing"], "workbench.bench.links"),
         (["run", "--out", "run/profile/rank0.meta.json"], "--out"),
     ],
 )
