@@ -172,8 +172,8 @@ def _alike(config: Config) -> dict[str, str]:
             # An environment variable holds all of them, and 128 KiB at most.
             is_long, digest = len(text) > 200, hashlib.sha256(text.encode()).hexdigest()
             alike[f"{section}.{key}"] = f"{text[:60]}... ({digest[:8]})" if is_long else text
-    # Python and local disks may differ, and what is resumed depends on when a machine looks.
-    for name in ("python", "checkpoint.staging", "checkpoint.load", "checkpoint.load_optimizer"):
+    # Python and local disks may differ.
+    for name in ("python", "checkpoint.staging"):
         del alike[name]
     return alike
 
@@ -211,7 +211,7 @@ def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> Tr
                 say(f"warning: {warning}")
             if (choices := choices_to_log(config)) is not None:
                 say(choices)
-        trainer = Trainer(config, request.layout, callbacks)
+        trainer = Trainer(config, request.layout, callbacks, request.loads)
         if rank.rank == 0:
             for line in trainer.start_lines:
                 say(line)

@@ -49,6 +49,7 @@ class TrainRequest:
         options: The ranks that are to start on this machine, unless somebody else has started them.
         start: How the run starts in its folder.
         words: CONFIG and overrides as on the command line, for the ranks that are to start.
+        loads: `config` with the `checkpoint` that this start loads: the run's own if it is resumed.
     """
 
     config: Config
@@ -57,6 +58,7 @@ class TrainRequest:
     options: LaunchOptions
     start: Start
     words: list[str]
+    loads: Config
 
     @classmethod
     def read(
@@ -91,7 +93,8 @@ class TrainRequest:
         check_plugins(settings)
         name = nodes.run_id if nodes is not None else rank.start_name
         start = replace(start, name=name, config_file=file)
-        request = cls(settings, layout, rank, options, start, [str(file or "CONFIG"), *overrides])
+        words = [str(file or "CONFIG"), *overrides]
+        request = cls(settings, layout, rank, options, start, words, settings)
         if request.speaks:
             for warning in check_config(settings) + check_world_size(settings, world_size):
                 warn(warning)
@@ -151,11 +154,10 @@ class TrainRequest:
                 warn(warning)
         for check in named(FILE_CHECKS):
             check(config)
-        if start.resume:
-            config = _resumed(config)
-        if not (start.overwrite and config.checkpoint.load == "auto"):
-            check_start(config, checkpoint_folder(config))
-        return replace(self, config=config, start=start)
+        loads = _resumed(config) if start.resume else config
+        if not (start.overwrite and loads.checkpoint.load == "auto"):
+            check_start(loads, checkpoint_folder(config))
+        return replace(self, start=start, loads=loads)
 
     def _settled_start(self) -> Start:
         """What is wanted, after what the same run has begun before, and after its settings."""

@@ -49,6 +49,7 @@ class Trainer:
         config: The run's configuration, checked.
         layout: The rank grid; process groups exist.
         callbacks: Told what the run does, before those that `run.callbacks` names.
+        loads: `config` with the `checkpoint` that this start loads; None for its own.
 
     Attributes:
         parts: The run's features, in order.
@@ -60,7 +61,13 @@ class Trainer:
         start_lines: Messages: the checkpoint that the run continues from, and what differs from it.
     """
 
-    def __init__(self, config: Config, layout: Layout, callbacks: Sequence[object] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        callbacks: Sequence[object] = (),
+        loads: Config | None = None,
+    ) -> None:
         self.config = config
         self.layout = layout
         self.model: TrainingModel = build_training_model(config)
@@ -79,7 +86,7 @@ class Trainer:
         self.checkpoints = CheckpointWriter(checkpoint_folder(config), config, tokenizer_file)
         self.start_lines: list[str] = []
         # Last, so that nothing draws random numbers between here and the first step.
-        loaded = self._load()
+        loaded = self._load(loads or config)
         self.progress, self.extra = loaded.progress, loaded.extra
         self._run = Run(
             config,
@@ -297,13 +304,13 @@ class Trainer:
         validation = training.eval_iters * training.global_batch_size
         return planned_samples(self.config), validation, 0
 
-    def _load(self) -> Loaded:
-        """Continue from `checkpoint.load`."""
-        start = find_start(self.config, checkpoint_folder(self.config))
+    def _load(self, config: Config) -> Loaded:
+        """Continue from `checkpoint.load` of `config`."""
+        start = find_start(config, checkpoint_folder(config))
         if start is None:
             return Loaded()
-        weights_only = not self.config.checkpoint.load_optimizer
-        loaded = read_checkpoint(start, self.model, self.config, weights_only)
+        weights_only = not config.checkpoint.load_optimizer
+        loaded = read_checkpoint(start, self.model, config, weights_only)
         record = None if weights_only else read_record(start)
-        self.start_lines = start_lines(start, record, self.config, self.layout)
+        self.start_lines = start_lines(start, record, config, self.layout)
         return loaded

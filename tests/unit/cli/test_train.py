@@ -59,6 +59,11 @@ class Command:
     def _ranks(self, options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
         self.starts.append(list(arguments))
         self.alike = options.alike
+        # What a rank reads, and a run that it starts.
+        file, *overrides = arguments[arguments.index("--") + 1 :]
+        self.config.write_text(MINIMAL.replace("lr: 1e-3", "lr: 5e-4"))
+        asked = (Path(file), overrides, LaunchOptions(2), Start(), lambda text: None)
+        self.read = [TrainRequest.read(*asked).config for _ in range(2)]
         self.claims.append(inherited_claim())
         if self.raises is not None:
             raise self.raises
@@ -117,22 +122,10 @@ def test_the_launcher_claims_the_folder_while_ranks_run(command) -> None:
     assert not command.run_dir.exists(), "no rank has written anything"
 
 
-def test_ranks_take_what_the_launcher_has_resolved(command, monkeypatch) -> None:
-    read = []
-
-    def rank(options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
-        command.config.write_text(MINIMAL.replace("lr: 1e-3", "lr: 5e-4"))
-        words, options = list(arguments[arguments.index("--") + 1 :]), LaunchOptions(2)
-        # The second one is a run that the first has started.
-        for _ in range(2):
-            start = Start()
-            request = TrainRequest.read(Path(words[0]), words[1:], options, start, print)
-            read.append((request.config.optimizer.lr, request.config.moe.tau))
-        return 0
-
-    monkeypatch.setattr(launch, "run_ranks", rank)
+def test_ranks_take_what_the_launcher_has_resolved(command) -> None:
     assert command("moe.tau=0.5") == 0
-    assert read == [(1e-3, 0.5), (5e-4, 0.5)]
+    read = [(each.optimizer.lr, each.moe.tau) for each in command.read]
+    assert read == [(1e-3, 0.5), (5e-4, 0.5)], "the file was edited when ranks started"
     assert RESOLVED not in os.environ
 
 
@@ -248,7 +241,7 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
     (tmp_path / "c.yaml").write_text(MINIMAL)
     config = load_config(tmp_path / "c.yaml", ["resilience.hang_timeout_s=0"])
     request = SimpleNamespace(
-        config=config, layout=Layout.from_config(config, 1), rank=RankEnvironment()
+        loads=None, config=config, layout=Layout.from_config(config, 1), rank=RankEnvironment()
     )
     run_rank(request, print, ())
     assert capsys.readouterr().out.splitlines()[:3] == [*trainer.start_lines, "trains"]
@@ -262,6 +255,8 @@ def test_resume_is_passed_on(command) -> None:
     command.make_run()
     assert command("--resume") == 0
     assert command.starts[0][:3] == ["train", "--resume", "--"]
+    # Its config.yaml, which others start from, does not resume by itself.
+    assert command.read[0].checkpoint.load is None
     assert command.claims[0].resume_command == command.resume_command()
 
 
@@ -292,7 +287,7 @@ def test_a_full_disk_is_no_wrong_usage(command, options: Sequence[str]) -> None:
 def test_what_machines_may_differ_in(command) -> None:
     assert command(*NODES, "--node-rank", "0", "checkpoint.staging=/local/of_this_one") == 0
     assert {"checkpoint.dir", "training.seed", "torch"} < set(command.alike)
-    assert command.alike.keys().isdisjoint({"python", "checkpoint.staging", "checkpoint.load"})
+    assert command.alike.keys().isdisjoint({"python", "checkpoint.staging"})
 
 
 def test_the_reason_of_ranks_that_cannot_start_reaches_the_launcher(command, tmp_path) -> None:

@@ -70,6 +70,14 @@ def test_layout_and_batch_are_named(tmp_path: Path) -> None:
     assert lines[2:] == ["  training.global_batch_size: 16; before: 8"]
 
 
+def test_routers_that_were_trained_for_something_else_are_a_warning(tmp_path: Path) -> None:
+    lines = resumed(tmp_path, moe={"router_topk": 1, "tau": 0.5, "balance_coeff": 0.02})
+    assert len(lines) == 5
+    assert lines[-1].startswith(
+        "warning: moe.router_topk, moe.tau: tokens are routed in another way"
+    )
+
+
 def test_settings_are_compared_by_what_they_mean(tmp_path: Path) -> None:
     sections = {"training": TRAINING, "optimizer": OPTIMIZER}
     before = config_of(**sections, data={"split": "0.98, 0.02, 0"}, moe={"layer_freq": [1, 1]})
