@@ -12,6 +12,7 @@ from typing import Any
 from moepp_megatron.config import Config
 from moepp_megatron.config.hardware import Hardware, find_hardware, known_hardware, load_hardware
 from moepp_megatron.runtime.nvml import Driver, GPUState, Nvml, NvmlUnavailableError
+from moepp_megatron.runtime.optional import flex_backend
 from moepp_megatron.workbench.doctor import folders, gpu_checks, packages, system
 from moepp_megatron.workbench.doctor.finding import Finding, Judge
 from moepp_megatron.workbench.doctor.speed_checks import DeviceSpeed, check_matmul
@@ -110,7 +111,9 @@ class NodeExaminer:
         thresholds, num_cards = self.judge.thresholds, len(self.cards.cards)
         ports = system.read_ports()
         rate = self.hardware.network_gbit_s_per_gpu if self.hardware is not None else None
+        ibgda = system.check_ibgda(system.driver_parameters(), ports) if flex_backend() else None
         return [
+            *([ibgda] if ibgda is not None else []),
             system.check_shared_memory(system.shared_memory_bytes(), thresholds, num_cards > 0),
             *system.check_limits(system.Limits.read(), thresholds, bool(ports)),
             *system.check_ports(ports, num_cards, rate),

@@ -21,6 +21,9 @@ from moepp_megatron.runtime.optional import have_triton
 from moepp_megatron.workbench.doctor.finding import Finding, Severity, error, note, warning
 from moepp_megatron.workbench.doctor.gpu_checks import TorchCuda
 
+# https://github.com/deepseek-ai/DeepEP/issues/707
+_NVSHMEM_THAT_HANGS = (3, 5, 19)
+
 
 def check_packages(config: Config | None) -> list[Finding]:
     """Check which packages are installed and used; one that `config` needs must be."""
@@ -30,6 +33,8 @@ def check_packages(config: Config | None) -> list[Finding]:
     findings = [_python(), _torch(), check_megatron(megatron), _nccl(), _extra()]
     on_gpu = torch_cuda().available
     findings += [check_backend(backend, on_gpu) for backend in backends]
+    nvshmem = version_of("nvidia-nvshmem-cu13") or version_of("nvidia-nvshmem-cu12")
+    findings.append(check_nvshmem(version_of("deep_ep"), nvshmem))
     findings += [check_compiler()] if have_triton() else []
     loss = "auto" if config is None else config.precision.cross_entropy
     if megatron is not None:
@@ -79,6 +84,22 @@ def check_backend(backend: Backend, on_gpu: bool = False) -> Finding:
     judged, rule = (warning, "steps on a GPU are slower without") if is_missed else (note, "")
     remedy = backend.remedy if backend.version is None else "needs a GPU"
     return judged(backend.name, f"{state}; instead {backend.fallback}", rule, remedy)
+
+
+def check_nvshmem(deep_ep: str | None, nvshmem: str | None) -> Finding | None:
+    """Check that DeepEP works between nodes with NVSHMEM's wheel; None where one is missing."""
+    if deep_ep is None or nvshmem is None:
+        return None
+    observation = f"{nvshmem}, with DeepEP {deep_ep}"
+    version = tuple(int(part) for part in nvshmem.split(".")[:3])
+    if not deep_ep.startswith("1.") or version < _NVSHMEM_THAT_HANGS:
+        return Finding("NVSHMEM", observation)
+    return warning(
+        "NVSHMEM",
+        observation,
+        "DeepEP 1 times out between nodes with NVSHMEM 3.5.19 and newer",
+        "install DeepEP 2, or build it with nvidia-nvshmem-cu13==3.4.5; one node is not affected",
+    )
 
 
 def _extra() -> Finding:

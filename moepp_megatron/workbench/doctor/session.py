@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from moepp_megatron.runtime import distributed
 from moepp_megatron.runtime.nvml import GPUState, Nvml
+from moepp_megatron.runtime.optional import flex_backend
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.workbench.doctor import speed
 from moepp_megatron.workbench.doctor.examine import Cards, NodeExaminer, Request, this_node
@@ -21,6 +22,7 @@ from moepp_megatron.workbench.doctor.finding import Finding
 from moepp_megatron.workbench.doctor.speed_checks import (
     DeviceSpeed,
     check_collective,
+    check_dispatch,
     check_slowest,
 )
 from moepp_megatron.workbench.doctor.system import check_clock_skew
@@ -72,6 +74,11 @@ def _examine_started(
     findings = [finding.on(node) for finding in mine]
     report = _RankReport(node, device_speed, speed.clock_offset(), findings, loaded)
     collectives = speed.measure_collectives(device)
+    if flex_backend("deepep") is not None and rank.world_size > 1:
+        from megatron.core.transformer.moe.fused_a2a import fused_combine, fused_dispatch
+
+        problem = speed.dispatch_problem(fused_dispatch, fused_combine, device)
+        findings.append(check_dispatch(problem).on(node))
     reports: list[Any] = [None] * rank.world_size
     dist.all_gather_object(reports, report)
     if rank.rank != 0:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,6 +70,25 @@ def measure_collectives(device: torch.device) -> list[CollectiveSpeed]:
         CollectiveSpeed(name, count * 4, _slowest(_median_seconds(operation, device), device))
         for name, operation in operations.items()
     ]
+
+
+def dispatch_problem(
+    dispatch: Callable[..., Any], combine: Callable[..., Any], device: torch.device
+) -> str | None:
+    """Send tokens to all ranks and back by DeepEP; what goes wrong. Every rank must call.
+
+    `dispatch` and `combine` are megatron-core's `fused_dispatch` and `fused_combine`.
+    """
+    num_ranks, group = dist.get_world_size(), dist.group.WORLD
+    tokens = torch.randn(64 * num_ranks, 4096, device=device, dtype=torch.bfloat16)
+    experts = torch.arange(len(tokens), device=device).remainder(num_ranks).unsqueeze(1)
+    gates = torch.ones(len(tokens), 1, device=device)
+    try:
+        received, *_, handle = dispatch(tokens, experts, gates, num_ranks, group)
+        returned, _ = combine(received, group, handle)
+        return None if torch.equal(returned, tokens) else "tokens come back changed"
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
 
 
 def expected_seconds(

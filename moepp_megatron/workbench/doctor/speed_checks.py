@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from moepp_megatron.config.hardware import Hardware, Thresholds
-from moepp_megatron.workbench.doctor.finding import Finding, Severity, warning
+from moepp_megatron.workbench.doctor.finding import Finding, Severity, error, warning
 
 _MATMUL = "matrix product"
 
@@ -65,6 +65,18 @@ def check_slowest(speeds: Sequence[DeviceSpeed], thresholds: Thresholds) -> Find
         observation,
         f"should be at most {thresholds.slowest_ratio:g}",
         f"all ranks wait for it: look at its findings, or exclude {slowest.node or 'the device'}",
+    )
+
+
+def check_dispatch(problem: str | None) -> Finding:
+    """Report whether DeepEP has sent tokens to all ranks and back."""
+    if problem is None:
+        return Finding("dispatch", "DeepEP sends tokens to every rank and back")
+    return error(
+        "dispatch",
+        problem,
+        "DeepEP must send tokens to every rank and back",
+        "moe.dispatcher=alltoall does without DeepEP; docs/troubleshooting.md has causes",
     )
 
 

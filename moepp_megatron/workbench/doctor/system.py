@@ -11,6 +11,12 @@ from pathlib import Path
 from moepp_megatron.config.hardware import Thresholds
 from moepp_megatron.workbench.doctor.finding import Finding, error, note, warning
 
+# What /proc/driver/nvidia/params says where GPUs may drive a network adapter, and its option.
+_IBGDA = {
+    "EnableStreamMemOPs: 1": "NVreg_EnableStreamMemOPs=1",
+    "PeerMappingOverride=1": 'NVreg_RegistryDwords="PeerMappingOverride=1;"',
+}
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -62,6 +68,11 @@ def read_ports(root: Path = Path("/sys/class/infiniband")) -> list[NetworkPort]:
             )
         )
     return ports
+
+
+def driver_parameters(file: Path = Path("/proc/driver/nvidia/params")) -> str:
+    """Parameters of NVIDIA's kernel module; empty without it."""
+    return _read(file)
 
 
 def shared_memory_bytes(folder: Path = Path("/dev/shm")) -> int | None:
@@ -117,6 +128,21 @@ def _check_locked_memory(locked: int | None) -> Finding:
         "must be unlimited for RDMA",
         "ulimit -l unlimited; under Slurm LimitMEMLOCK=infinity of slurmd, in a container "
         "--ulimit memlock=-1",
+    )
+
+
+def check_ibgda(driver: str, ports: list[NetworkPort]) -> Finding | None:
+    """Check that GPUs may drive RDMA ports, by the driver's parameters; None without either."""
+    if not driver or not ports:
+        return None
+    lacks = [option for sign, option in _IBGDA.items() if sign not in driver]
+    if not lacks:
+        return Finding("IBGDA", "the driver allows it")
+    return warning(
+        "IBGDA",
+        "the driver does not allow it",
+        "DeepEP and HybridEP need it between nodes",
+        f"add to /etc/modprobe.d/nvidia.conf: options nvidia {' '.join(lacks)}; then reboot",
     )
 
 

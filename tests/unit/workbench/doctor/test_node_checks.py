@@ -4,6 +4,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from moepp_megatron.config import load_config
 from moepp_megatron.config.hardware import Thresholds, load_hardware
@@ -12,7 +13,11 @@ from moepp_megatron.runtime.backends import Backend
 from moepp_megatron.workbench.doctor import folders, packages, speed_checks, system
 from moepp_megatron.workbench.doctor.finding import Finding, Severity, error, warning, worst
 from moepp_megatron.workbench.doctor.folders import PROBE_BYTES, Folder
-from moepp_megatron.workbench.doctor.speed import CollectiveSpeed, expected_seconds
+from moepp_megatron.workbench.doctor.speed import (
+    CollectiveSpeed,
+    dispatch_problem,
+    expected_seconds,
+)
 from moepp_megatron.workbench.doctor.speed_checks import DeviceSpeed
 from moepp_megatron.workbench.doctor.system import Limits, NetworkPort
 
@@ -71,6 +76,38 @@ def test_ports_are_read_from_sysfs(tmp_path):
     (fine,) = system.check_ports(ports[:1], num_cards=1, rate_per_gpu=400.0)
     assert fine.severity == OK
     assert system.read_ports(tmp_path / "none") == []
+
+
+def test_what_deep_ep_needs_between_nodes():
+    params = 'EnableStreamMemOPs: 1\nRegistryDwords: "PeerMappingOverride=1;"'
+    ports = [NetworkPort("mlx5_0/1", "ACTIVE", 400.0, "InfiniBand")]
+    assert system.check_ibgda(params, []) is system.check_ibgda("", ports) is None
+    assert system.check_ibgda(params, ports).severity == OK
+    lacking = system.check_ibgda("EnableStreamMemOPs: 0", ports)
+    assert lacking.severity == WARNING
+    assert "NVreg_EnableStreamMemOPs=1 NVreg_RegistryDwords=" in lacking.remedy
+    versions = [("1.2.1", "3.4.5"), ("1.2.1+local", "3.5.19"), ("2.0.0", "3.7.2"), ("1.0", "3.7.2")]
+    found = [packages.check_nvshmem(*pair).severity for pair in versions]
+    assert found == [OK, WARNING, OK, WARNING]
+    assert packages.check_nvshmem(None, "3.7.2") is packages.check_nvshmem("1.2", None) is None
+
+
+@pytest.mark.parametrize(
+    ("sent_back", "problem"),
+    [(0.0, None), (1.0, "changed"), (RuntimeError("late\nx"), "late")],
+)
+def test_a_dispatch_comes_back(monkeypatch, sent_back, problem):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+    def combine(received, group, handle):
+        if isinstance(sent_back, Exception):
+            raise sent_back
+        return received + sent_back, None
+
+    found = dispatch_problem(lambda x, *_: (x, None, None, None, 7), combine, torch.device("cpu"))
+    finding = speed_checks.check_dispatch(found)
+    assert finding.severity == (OK if problem is None else ERROR)
+    assert problem is None or finding.found.endswith(problem)
 
 
 def test_clocks():
