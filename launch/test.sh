@@ -3,6 +3,7 @@
 #
 #   ./launch/test.sh                   everything that CI runs
 #   ./launch/test.sh --quick           a choice that covers every room, in two minutes (tests/quick.py)
+#   ./launch/test.sh --last-green      when all of -m 'matrix or slow' last passed (tests/last_green.json)
 #   ./launch/test.sh [pytest args]     what these ask for, in one process
 #
 # Without a -m of your own the default selection runs: no layout matrix, nothing slow. Tests that need
@@ -11,6 +12,7 @@
 #
 # Reads  MOEPP_TEST_WORKERS  how many processes share the tests of the first two
 set -euo pipefail
+if [[ ${1-} = --last-green ]]; then exec cat -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../tests/last_green.json"; fi
 # shellcheck disable=SC2034  # read by env.sh
 MOEPP_DEV=1
 # shellcheck source=launch/env.sh

@@ -181,8 +181,11 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, obj
     if progress is not None and session.config.option.record_durations:
         progress.record()
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
-    for line in long_table.lines_of(terminal.stats) if terminal is not None else []:
-        terminal.write_line(line)
+    if terminal is not None:
+        for line in long_table.lines_of(terminal.stats):
+            terminal.write_line(line)
+        if session.exitstatus == 0:
+            long_table.record(session.config, terminal.stats)
     return result
 
 

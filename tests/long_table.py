@@ -1,8 +1,20 @@
-"""The table that ends a run with layouts of the matrix or long tests: one row each, and a total."""
+"""The table of layouts of the matrix and of long tests; the record of the last green run of all.
 
+The table ends a run. `./launch/test.sh --last-green` shows the record.
+"""
+
+import json
+import platform
+import subprocess
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+LAST_GREEN = Path(__file__).with_name("last_green.json")
 
 # Marks of what `./launch/test.sh -m 'matrix or slow'` runs.
 LONG = ("matrix", "slow")
@@ -34,6 +46,29 @@ def lines_of(stats: Mapping[str, list[pytest.TestReport]]) -> list[str]:
     table = [_HEAD, *(row for _, row in rows), total]
     widths = [max(len(line[column]) for line in table) for column in range(len(_HEAD))]
     return ["", *("  ".join(_aligned(line, widths)).rstrip() for line in table)]
+
+
+def record(config: pytest.Config, stats: Mapping[str, list[Any]], path: Path = LAST_GREEN) -> None:
+    """Write down that all long tests passed, if this run left none of them out."""
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.quick
+    left_out = any(
+        item.get_closest_marker(mark) for item in stats.get("deselected", []) for mark in LONG
+    )
+    passed = [each for each in stats.get("passed", []) if each.when == "call" and _is_row(each)]
+    if not whole or left_out or not passed or stats.get("failed") or stats.get("error"):
+        return
+    commit = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    found = subprocess.run(commit, cwd=Path(__file__).parent, capture_output=True, text=True)
+    said = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": found.stdout.strip(),
+        "passed": len(passed),
+        "skipped": sorted(each.nodeid for each in stats.get("skipped", []) if _is_row(each)),
+        "minutes": round(sum(each.duration for each in passed) / 60, 1),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "megatron-core")},
+    }
+    path.write_text(json.dumps(said, indent=1) + "\n", encoding="ascii")
 
 
 def _is_row(report: pytest.TestReport) -> bool:
