@@ -12,9 +12,9 @@ from typing import cast
 import typer
 
 from moepp_megatron.cli.echo import echo
-from moepp_megatron.config.known_keys import section_models
 from moepp_megatron.config.megatron_flags import setting_of
 from moepp_megatron.config.schema.slurm import SlurmSection
+from moepp_megatron.config.sections import section_models
 
 # Short options of sbatch that people type by habit.
 _SBATCH = {

@@ -23,6 +23,8 @@ problem.py        one problem of a configuration, in the form that every message
 reference.py      every setting with type, default, unit, range and meaning, from the schema
 removed.py        settings that earlier versions had, which resolved configurations still name
 regular_file.py   reads regular files that somebody else may have made, up to a limit
+rows.py           rules as rows: what is wrong where, what must hold, what to write instead
+sections.py       the sections by name, and what they declare of themselves
 shorthand.py      sections that one word stands for, such as `routing_guard: safe`
 split.py          the data split: weights of the train, validation and test parts
 stages.py         which transformer layers each pipeline stage holds

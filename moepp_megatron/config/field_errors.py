@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from moepp_megatron.config.known_keys import section_models, subsection
 from moepp_megatron.config.plugins import PREFIX, plugin_of
 from moepp_megatron.config.problem import Problem, show
 from moepp_megatron.config.schema import Section
 from moepp_megatron.config.schema.section import meaning_of
+from moepp_megatron.config.sections import section_models, subsection
 
 # pydantic's error type -> (what must hold, what to write).
 _TYPES = {

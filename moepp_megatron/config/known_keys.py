@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from types import UnionType
-from typing import Any, get_args
+from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.megatron_flags import counterpart_of
 from moepp_megatron.config.problem import show
 from moepp_megatron.config.removed import REMOVED
-from moepp_megatron.config.schema import Config, Section
+from moepp_megatron.config.schema import Section
+from moepp_megatron.config.sections import section_models, subsection
 
 # Words that mean nothing without their section, so that another section's key is not what was
 # meant: `optimizer.name` is not `run.name`.
@@ -19,35 +19,6 @@ _WITHOUT_MEANING = frozenset(
     ("decay", "dir", "enabled", "keep", "load", "memory", "mode", "name", "options", "path")
     + ("share", "size", "time", "tokens", "type")
 )
-
-
-def section_models() -> dict[str, type[Section]]:
-    """The sections by name, in file order."""
-    sections: dict[str, type[Section]] = {}
-    for name, field in Config.model_fields.items():
-        annotation = field.annotation
-        assert isinstance(annotation, type), f"{name} is no section but {annotation}"
-        assert issubclass(annotation, Section), f"{name} is no section but {annotation}"
-        sections[name] = annotation
-    return sections
-
-
-def subsection(model: type[Section], key: str) -> type[Section] | None:
-    """The section that `key` of `model` is, or None where it is an ordinary setting.
-
-    A section that may be left out (`X | None`) is one too; see `is_optional`.
-    """
-    annotation = model.model_fields[key].annotation
-    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    for kind in kinds:
-        if isinstance(kind, type) and issubclass(kind, Section):
-            return kind
-    return None
-
-
-def is_optional(model: type[Section], key: str) -> bool:
-    """Whether null for the section `key` of `model` is a value of its own, not an empty section."""
-    return type(None) in get_args(model.model_fields[key].annotation)
 
 
 def refuse_unknown_keys(content: Mapping[Any, Any], source: str) -> None:

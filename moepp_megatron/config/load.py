@@ -14,15 +14,11 @@ from pydantic import ValidationError
 from moepp_megatron.config.checks import check_config
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.field_errors import field_problems
-from moepp_megatron.config.known_keys import (
-    is_optional,
-    refuse_unknown_keys,
-    section_models,
-    subsection,
-)
+from moepp_megatron.config.known_keys import refuse_unknown_keys
 from moepp_megatron.config.problem import raise_problems
 from moepp_megatron.config.removed import without_removed
 from moepp_megatron.config.schema import Config, Section
+from moepp_megatron.config.sections import is_optional, section_models, subsection
 from moepp_megatron.config.shorthand import WORDS, expanded
 from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
 

@@ -7,6 +7,8 @@ TsinghuaC3I/ZEDA.
 
 from __future__ import annotations
 
+from moepp_megatron.config.sections import declared
+
 SETTINGS = {
     "num-layers": "model.num_layers",
     "hidden-size": "model.hidden_size",
@@ -102,8 +104,7 @@ SETTINGS = {
     "save": "checkpoint.dir",
     "save-interval": "checkpoint.save_interval",
     "wandb-project": "observe.wandb.project",
-    "moe-routing-trace-path": "routes.trace",
-    "moe-routing-trace-max-training-iters": "routes.steps",
+    **dict(declared("megatron_flags")),
 }
 """The setting of each argument with a value that means the same."""
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from moepp_megatron.config.known_keys import is_optional, section_models, subsection
 from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.problem import show
 from moepp_megatron.config.schema import Section
 from moepp_megatron.config.schema.section import meaning_of, unit_of
+from moepp_megatron.config.sections import is_optional, section_models, subsection
 
 _SIGNS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}"}
 _KINDS = {"int": "whole number", "float": "number", "bool": "true or false", "str": "text"}

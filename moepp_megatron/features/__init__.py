@@ -1,6 +1,6 @@
 """What a run may do without: a folder for each feature, and one list of them.
 
-registry.py    the list, in the order in which parts are called
+registry.py    the list: settings, parts in the order in which they are called, checks
 
 budget/        holds a budget of FFN experts per token, step by step
 callbacks/     a user's objects that get the events of a run
@@ -15,5 +15,9 @@ telemetry/     power, utilisation, memory and links of all nodes
 tokens/        FFN experts by class of tokens; loss and experts by data source
 validation/    validation losses
 
-`part.py` of a folder holds its part, by the protocol of `training.part`.
+`settings.py` of a folder has its settings with their rules, and imports no torch. `part.py` has its
+part, by the protocol of `training.part`.
 """
+
+# First, because the configuration is made of the settings of all features.
+import moepp_megatron.config  # noqa: F401

@@ -1,6 +1,6 @@
-"""The one list of features: their parts, and what they check before a run starts.
+"""The one list of features: settings, parts, and what they check before a run starts.
 
-Rows are `module:name`, so that reading a configuration imports no torch.
+Parts and checks are named as `module:name`, so that reading a configuration imports no torch.
 """
 
 from __future__ import annotations
@@ -8,6 +8,50 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from typing import Any
+
+from moepp_megatron.config.schema.config import EngineConfig
+from moepp_megatron.config.schema.observe import EngineObserveSection
+from moepp_megatron.config.schema.training import EngineTrainingSection
+from moepp_megatron.features.distillation.settings import DistillationSection
+from moepp_megatron.features.profile.settings import ProfileSettings
+from moepp_megatron.features.router_health.settings import RouterHealthSettings
+from moepp_megatron.features.routes.settings import RoutesSection
+from moepp_megatron.features.tasks.settings import EvaluationSection
+from moepp_megatron.features.telemetry.settings import TelemetrySection
+from moepp_megatron.features.tokens.settings import TokenSettings
+
+
+class TrainingSection(
+    ProfileSettings,
+    EngineTrainingSection,
+):
+    """Settings of batches, length, recomputation and logging."""
+
+
+class ObserveSection(
+    EngineObserveSection,
+    TokenSettings,
+    RouterHealthSettings,
+):
+    """How closely routers are measured, and sinks that leave the run's folder."""
+
+
+class Config(EngineConfig):
+    """A resolved configuration. Build one with `load_config` or `parse_config`."""
+
+    training: TrainingSection
+    """Batches, length, logging"""
+    observe: ObserveSection = ObserveSection()
+    """W&B, and where alerts are sent"""
+    distillation: DistillationSection = DistillationSection()
+    """A teacher besides the text"""
+    telemetry: TelemetrySection = TelemetrySection()
+    """Power, utilisation, MFU"""
+    evaluation: EvaluationSection = EvaluationSection()
+    """Tasks of lm-eval while training"""
+    routes: RoutesSection = RoutesSection()
+    """Router replay, and traces of routing"""
+
 
 # A part finds those that it needs among the ones before it; alerts of one step come in this order.
 PARTS = (

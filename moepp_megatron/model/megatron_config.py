@@ -159,7 +159,7 @@ def _moe_fields(config: Config) -> dict[str, object]:
         "moe_router_enable_expert_bias": moe.bias_update_rate > 0,
         "moe_router_bias_update_rate": moe.bias_update_rate,
         "moe_z_loss_coeff": moe.z_loss_coeff,
-        "moe_enable_routing_replay": config.routes.enabled,
+        **config.transformer_fields(),
         "moe_input_jitter_eps": moe.input_jitter_eps,
         "moe_shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size,
         "moe_shared_expert_gate": moe.shared_expert_gate,

@@ -8,7 +8,7 @@ from moepp_megatron.config import ConfigError
 from moepp_megatron.config.load import parse_override
 from moepp_megatron.config.problem import show
 from moepp_megatron.config.schema.megatron import MegatronSection
-from moepp_megatron.config.schema.routes import NO_ROUTES
+from moepp_megatron.config.sections import settings_of_one_run
 
 # One rank, unless the command line says otherwise, and nothing that only training wants.
 FORWARD_ONLY = (
@@ -49,7 +49,7 @@ FORWARD_ONLY = (
         f"megatron.{name}={show(field.default)}"
         for name, field in MegatronSection.model_fields.items()
     ),
-    *NO_ROUTES,
+    *settings_of_one_run(),
     # Sequences are of any length.
     "training.cuda_graphs=[]",
     # A limit would make a token's logits depend on which other tokens are there.

@@ -1,10 +1,8 @@
-"""The cross-field rules, by subject: a file for a section, or for a feature with rules of its own.
+"""The cross-field rules, by subject; features bring their own (`Section.own_rules`).
 
-rows.py              what rules are written with
 budget.py            `moe.budget`
 cuda_graphs.py       `training.cuda_graphs`
 data.py              the section `data`: blends, stages, validation sets
-distillation.py      the section `distillation`
 divisibility.py      divisibility, the most common rule, with a remedy that can be typed in
 exclusive.py         features that exclude each other: a table with two axes
 expert_overlap.py    `parallel.overlap_moe_expert_parallel_comm`
@@ -21,7 +19,6 @@ optimizer.py         the optimizer's kind and moments
 parallel.py          the layout, for any number of ranks
 precision.py         number formats
 resilience.py        the section `resilience`
-routes.py            the section `routes`
 routing_guard.py     the section `routing_guard`
 slurm.py             the section `slurm`
 training.py          schedule, batches, recomputation, split, checkpoints
@@ -35,11 +32,11 @@ rule reports nothing while that one is broken, so that one mistake gives one lin
 from collections.abc import Callable, Iterator
 
 from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.rows import Rule
 from moepp_megatron.config.rules import (
     budget,
     cuda_graphs,
     data,
-    distillation,
     exclusive,
     expert_overlap,
     flex,
@@ -54,14 +51,13 @@ from moepp_megatron.config.rules import (
     parallel,
     precision,
     resilience,
-    routes,
     routing_guard,
     slurm,
     training,
     world_size,
 )
-from moepp_megatron.config.rules.rows import Rule
 from moepp_megatron.config.schema import Config
+from moepp_megatron.config.sections import declared
 
 RULES: tuple[Rule, ...] = (
     *model.RULES,
@@ -77,12 +73,11 @@ RULES: tuple[Rule, ...] = (
     *training.RULES,
     *optimizer.RULES,
     *data.RULES,
-    *distillation.RULES,
     *cuda_graphs.RULES,
     *resilience.RULES,
     *slurm.RULES,
     *observe.RULES,
-    *routes.RULES,
+    *declared("own_rules"),
     *megatron.RULES,
     *routing_guard.RULES,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rules.rows import Rule, first, group, refuse
+from moepp_megatron.config.rows import Rule, first, group, refuse
 from moepp_megatron.config.schema import Config
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moepp_megatron.config.rules.rows import Rule, first, group, refuse
+from moepp_megatron.config.rows import Rule, first, group, refuse
 from moepp_megatron.config.schema import Config
 
 _CAPTURABLE = ("attn", "moe_router")

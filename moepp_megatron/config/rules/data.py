@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from moepp_megatron.config.blends import first_step
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rules.rows import Rule, each, entries, group, refuse
+from moepp_megatron.config.rows import Rule, each, entries, group, refuse
 from moepp_megatron.config.schema import BlendPart, Config
 
 

@@ -8,7 +8,7 @@ from math import gcd, isqrt
 from operator import attrgetter
 
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rules.rows import Rule, Text, fill
+from moepp_megatron.config.rows import Rule, Text, fill
 from moepp_megatron.config.schema import Config
 
 _MOST_DIVISORS = 8

@@ -6,7 +6,7 @@ megatron-core asserts most of these; without the others its schedule would be wr
 from __future__ import annotations
 
 from moepp_megatron.config.problem import show
-from moepp_megatron.config.rules.rows import Condition, Rule, Text, group, refuse
+from moepp_megatron.config.rows import Condition, Rule, Text, group, refuse
 from moepp_megatron.config.schema import Config
 from moepp_megatron.config.stages import virtual_stages
 

@@ -5,8 +5,8 @@ A wrong size ends in an assertion of its C++ or just-in-time code, in the first 
 
 from __future__ import annotations
 
+from moepp_megatron.config.rows import Rule, group, refuse
 from moepp_megatron.config.rules.divisibility import divisible
-from moepp_megatron.config.rules.rows import Rule, group, refuse
 
 # Tokens move in pieces of 16 bytes, 8 bf16 values.
 HIDDEN_ALIGNMENT = 8

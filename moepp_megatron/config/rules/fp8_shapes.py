@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.rows import Rule, group
 from moepp_megatron.config.rules.divisibility import must_divide
-from moepp_megatron.config.rules.rows import Rule, group
 from moepp_megatron.config.schema import Config, LatentAttentionSection
 
 

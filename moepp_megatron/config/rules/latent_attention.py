@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moepp_megatron.config.rules.rows import Rule, each, group, refuse, values
+from moepp_megatron.config.rows import Rule, each, group, refuse, values
 from moepp_megatron.config.schema import Config, LatentAttentionSection
 
 

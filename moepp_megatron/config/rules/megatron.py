@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moepp_megatron.config.rules.rows import Condition, Rule, Text, each, group, refuse, values
+from moepp_megatron.config.rows import Condition, Rule, Text, each, group, refuse, values
 from moepp_megatron.config.schema import Config
 
 _EXPERTS = {"expert_fc1", "moe_act"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from moepp_megatron.config.rows import Rule, first, group, refuse
 from moepp_megatron.config.rules.divisibility import divisible
-from moepp_megatron.config.rules.rows import Rule, first, group, refuse
 from moepp_megatron.config.schema import Config
 
 

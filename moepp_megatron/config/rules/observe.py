@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from moepp_megatron.config.rules.rows import Rule, refuse
+from moepp_megatron.config.rows import Rule, refuse
 from moepp_megatron.config.schema import Config
 
 

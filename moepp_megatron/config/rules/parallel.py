@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.rows import Rule, group, refuse
 from moepp_megatron.config.rules.divisibility import divisible, must_divide
-from moepp_megatron.config.rules.rows import Rule, group, refuse
 from moepp_megatron.config.schema import Config
 from moepp_megatron.config.stages import expand_pipeline_layout
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from moepp_megatron.config.rows import Rule, each, first, group, refuse, values
 from moepp_megatron.config.rules.fp8_shapes import RULES as FP8_SHAPES
-from moepp_megatron.config.rules.rows import Rule, each, first, group, refuse, values
 from moepp_megatron.config.schema import Config
 
 

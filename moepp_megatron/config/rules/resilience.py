@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moepp_megatron.config.rules.rows import Rule, refuse
+from moepp_megatron.config.rows import Rule, refuse
 from moepp_megatron.config.schema import Config
 
 # The watchdog looks at its rank a few times within the timeout; less is mostly scheduling noise.

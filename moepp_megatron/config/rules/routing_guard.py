@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from moepp_megatron.config.guard_rules import DEFAULT_RULES, GUARD_METRICS, MEASURED, merged_rules
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rules.rows import Rule, refuse
+from moepp_megatron.config.rows import Rule, refuse
 from moepp_megatron.config.schema import Config, GuardRule
 
 # What switches off router health.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from moepp_megatron.config.rules.rows import Rule, each, entries, refuse, values
+from moepp_megatron.config.rows import Rule, each, entries, refuse, values
 from moepp_megatron.config.schema import Config
 
 # What Slurm's names and lists of names consist of, and how it writes durations.

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.rows import Rule, each, group, refuse, values
 from moepp_megatron.config.rules.divisibility import batch_sizes, must_divide
-from moepp_megatron.config.rules.rows import Rule, each, group, refuse, values
 from moepp_megatron.config.schema import Config
 from moepp_megatron.config.split import parse_split
 

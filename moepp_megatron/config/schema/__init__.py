@@ -2,19 +2,16 @@
 
 blend.py             entries of `data.blend` and `data.stages`
 budget.py            section `moe.budget`: how many FFN experts a token gets
-config.py            the whole configuration: one section per subject
-distillation.py      section `distillation`: a teacher besides the text
-evaluation.py        section `evaluation`: tasks of lm-eval while a model is trained
+config.py            the sections of the engine; `features.registry` adds those of features
 latent_attention.py  section `model.latent_attention`: multi-head latent attention
 megatron.py          section `megatron`: megatron-core's own settings of speed and memory
 model.py             section `model`: the decoder around the experts
 moe.py               section `moe`: experts and routing of MoE++ (arXiv 2410.07348)
-observe.py           sections `observe` and `telemetry`: what is measured, where records go
+observe.py           section `observe`: where records and alerts go
 optimizer.py         section `optimizer`: the optimizer, its schedule, and groups of parameters
 parallel.py          section `parallel`: how the model is laid out over ranks
 precision.py         section `precision`: number formats, and how FP8 numbers are scaled
 resilience.py        section `resilience`: the checks of a running run, and when they act
-routes.py            section `routes`: the experts that tokens take, to files or from them
 routing_guard.py     section `routing_guard`: rules over the routers, and what is done
 run.py               sections `run`, `data` and `checkpoint`: where a run reads and writes
 section.py           what every section of the configuration shares
@@ -24,11 +21,10 @@ training.py          section `training`: batches, length, recomputation and logg
 
 from moepp_megatron.config.schema.blend import BlendPart, DataStage
 from moepp_megatron.config.schema.budget import BudgetSection
-from moepp_megatron.config.schema.config import Config
 from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
-from moepp_megatron.config.schema.observe import ObserveSection, WandbSection
+from moepp_megatron.config.schema.observe import WandbSection
 from moepp_megatron.config.schema.optimizer import OptimizerSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
@@ -37,7 +33,7 @@ from moepp_megatron.config.schema.routing_guard import GuardRule, RoutingGuardSe
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
-from moepp_megatron.config.schema.training import TrainingSection
+from moepp_megatron.features.registry import Config, ObserveSection, TrainingSection
 
 __all__ = [
     "BlendPart",

@@ -1,29 +1,28 @@
-"""The whole configuration: one section per subject, in the order that files are written in."""
+"""The sections of the engine: one per subject, in the order that files are written in."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import yaml
 
-from moepp_megatron.config.schema.distillation import DistillationSection
-from moepp_megatron.config.schema.evaluation import EvaluationSection
 from moepp_megatron.config.schema.megatron import MegatronSection
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
-from moepp_megatron.config.schema.observe import ObserveSection, TelemetrySection
+from moepp_megatron.config.schema.observe import EngineObserveSection
 from moepp_megatron.config.schema.optimizer import OptimizerSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
-from moepp_megatron.config.schema.routes import RoutesSection
 from moepp_megatron.config.schema.routing_guard import RoutingGuardSection
 from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
-from moepp_megatron.config.schema.training import TrainingSection
+from moepp_megatron.config.schema.training import EngineTrainingSection
 
 
-class Config(Section):
-    """A resolved configuration. Build one with `load_config` or `parse_config`."""
+class EngineConfig(Section):
+    """The sections of what no run can do without; `features.registry.Config` adds the others."""
 
     run: RunSection
     """Where a run's files go"""
@@ -41,24 +40,16 @@ class Config(Section):
     """The prepared corpus"""
     optimizer: OptimizerSection
     """The optimizer and its schedule"""
-    training: TrainingSection
+    training: EngineTrainingSection
     """Batches, length, logging"""
-    distillation: DistillationSection = DistillationSection()
-    """A teacher besides the text"""
     checkpoint: CheckpointSection = CheckpointSection()
     """Saving and loading"""
     resilience: ResilienceSection = ResilienceSection()
     """Bad batches, silent divergence, hangs, stragglers"""
     slurm: SlurmSection = SlurmSection()
     """The job of this run on a Slurm cluster"""
-    telemetry: TelemetrySection = TelemetrySection()
-    """Power, utilisation, MFU"""
-    observe: ObserveSection = ObserveSection()
+    observe: EngineObserveSection = EngineObserveSection()
     """W&B, and where alerts are sent"""
-    evaluation: EvaluationSection = EvaluationSection()
-    """Tasks of lm-eval while training"""
-    routes: RoutesSection = RoutesSection()
-    """Router replay, and traces of routing"""
     routing_guard: RoutingGuardSection = RoutingGuardSection()
     """Rules over the routers, and what is done where one holds"""
 
@@ -103,3 +94,8 @@ class Config(Section):
         """
         header = "".join(f"# {line}\n" for line in comment.splitlines()) if comment else ""
         return header + yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def transformer_fields(self) -> dict[str, Any]:
+        """Those that all sections need."""
+        sections = [getattr(self, name) for name in type(self).model_fields]
+        return {key: value for each in sections for key, value in each.transformer_fields().items()}

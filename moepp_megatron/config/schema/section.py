@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +22,9 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from moepp_megatron.config.paths import PathProblem, is_address, path_problem, place_problem
 from moepp_megatron.experts import Setting
+
+if TYPE_CHECKING:
+    from moepp_megatron.config.rows import Rule
 
 # The most that a whole number may be, by the unit of its field: far above any model or cluster,
 # and little enough that what is made for each layer, expert or rank fits into memory.
@@ -106,7 +109,23 @@ class Section(BaseModel):
 
     Frozen, so that a run cannot drift from the configuration it recorded; strict, so that "8" or
     8.5 is never quietly read as 8; unknown keys and infinite numbers are refused.
+
+    Attributes:
+        own_rules: What must hold of its settings.
+        excludes: Settings that exclude others: both names, the refused one first, and why.
+        instead: Another way to what `excludes` refuses.
+        no_effect: Warnings of settings that have none.
+        megatron_flags: Megatron-LM's arguments by name, and the settings that they are.
+        of_one_run: Whether its files are one run's, and other runs of its configuration and
+            models that only run forward do without.
     """
+
+    own_rules: ClassVar[tuple[Rule, ...]] = ()
+    excludes: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+    instead: ClassVar[str] = ""
+    no_effect: ClassVar[tuple[Rule, ...]] = ()
+    megatron_flags: ClassVar[tuple[tuple[str, str], ...]] = ()
+    of_one_run: ClassVar[bool] = False
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -133,3 +152,7 @@ class Section(BaseModel):
         return name in self.model_fields_set and getattr(self, name) != field.get_default(
             call_default_factory=True, validated_data={}
         )
+
+    def transformer_fields(self) -> dict[str, Any]:
+        """Further fields of megatron-core's `TransformerConfig` that its settings need."""
+        return {}

@@ -9,7 +9,7 @@ from pydantic import Field
 from moepp_megatron.config.schema.section import Section, Unit
 
 
-class TrainingSection(Section):
+class EngineTrainingSection(Section):
     """Settings of batches, length, recomputation and logging."""
 
     train_iters: Annotated[int, Unit("steps"), Field(ge=1)]
@@ -41,11 +41,6 @@ class TrainingSection(Section):
     """Global batches per validation; 0 never validates"""
     deterministic: Annotated[bool, Unit("-")] = False
     """Only deterministic kernels, at some cost in speed"""
-    profile_steps: Annotated[list[int], Unit("-")] = []
-    """Steps to record with torch's profiler, to RUN/profile; empty is off"""
-    profile_ranks: Annotated[list[int] | None, Unit("-")] = None
-    """Ranks that record them; null is all, without which waiting for late ranks cannot be
-    distinguished from transfer"""
 
     @property
     def batch_sizes(self) -> list[int]:

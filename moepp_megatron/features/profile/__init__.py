@@ -1,5 +1,6 @@
 """Records chosen steps with torch's profiler (`training.profile_steps`), for `moepp profile`.
 
+settings.py         steps and ranks that are recorded
 part.py              the part of a run
 recorder.py          which steps, the files
 collective_names.py  process group and number of every collective, as a range in the trace

@@ -14,10 +14,10 @@ from moepp_megatron.config import (
     parse_config,
     with_overrides,
 )
-from moepp_megatron.config.known_keys import subsection
 from moepp_megatron.config.removed import REMOVED
 from moepp_megatron.config.schema import Section
 from moepp_megatron.config.schema.section import meaning_of, unit_of
+from moepp_megatron.config.sections import subsection
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from moepp_megatron.config import Config, ConfigError, with_overrides
-from moepp_megatron.config.schema.routes import NO_ROUTES
+from moepp_megatron.config.sections import settings_of_one_run
 from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.workbench.experiments.pilot.result import Arm
 
@@ -114,7 +114,7 @@ def run_settings(config: Config, steps: int, eval_iters: int) -> list[str]:
     settings = [] if optimizer.wsd_decay_iters is None else [_wsd_decay(config, steps)]
     return [
         *settings,
-        *NO_ROUTES,
+        *settings_of_one_run(),
         f"training.train_iters={steps}",
         # Costs and losses are those of the batch that the long run ends with.
         "training.batch_ramp=null",

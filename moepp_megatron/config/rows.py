@@ -8,16 +8,19 @@ the row is about. What such a text cannot say is a function of the configuration
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from operator import attrgetter
 from string import Formatter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moepp_megatron.config.problem import Problem, show
-from moepp_megatron.config.schema import Config
 
-Rule = Callable[[Config], Iterator[Problem]]
-Condition = Callable[[Config], object]
-Text = str | Callable[[Config], str]
+if TYPE_CHECKING:
+    from moepp_megatron.config.schema import Config
+
+Rule = Callable[["Config"], Iterator[Problem]]
+Condition = Callable[["Config"], object]
+Text = str | Callable[["Config"], str]
 
 
 class _Settings(Formatter):
@@ -116,3 +119,36 @@ def first(*rules: Rule) -> Rule:
         yield from next(filter(None, problems), [])
 
     return rule
+
+
+def no_effect_where(applies: Condition, reason: str, names: str, remedy: str) -> Rule:
+    """A rule: none of `names` (one or more, with spaces) has an effect where `applies` is true."""
+    rules = (
+        refuse(name, partial(_is_set, name), f"has no effect {reason}", remedy)
+        for name in names.split()
+    )
+    return group(applies, *rules)
+
+
+def _is_set(name: str, config: Config) -> bool:
+    """Whether the user set it to something other than its default."""
+    section, _, key = name.rpartition(".")
+    return bool(attrgetter(section)(config).is_set(key))
+
+
+def no_effect_with(switch: str, value: Any, names: str, remedy: str) -> Rule:
+    """A rule: none of `names` has an effect with this value of another setting."""
+    value_of, remedy = attrgetter(switch), f"{remedy}, or leave it out"
+    reason = f"with {switch} {shown(value)}"
+    return no_effect_where(lambda c: value_of(c) == value, reason, names, remedy)
+
+
+def no_effect_without(switch: str, names: str, remedy: str) -> Rule:
+    """A rule: none of `names` has an effect without another setting, or without a value of it."""
+    setting, _, value = switch.partition(" ")
+    value_of, remedy = attrgetter(setting), f"{remedy}, or leave it out"
+
+    def is_missing(config: Config) -> bool:
+        return value_of(config) != value if value else not value_of(config)
+
+    return no_effect_where(is_missing, f"without {switch}", names, remedy)

@@ -1,0 +1,54 @@
+"""The sections of the configuration by name, and what they declare of themselves."""
+
+from __future__ import annotations
+
+from types import UnionType
+from typing import Any, get_args
+
+from moepp_megatron.config.problem import show
+from moepp_megatron.config.schema import Config, Section
+
+
+def section_models() -> dict[str, type[Section]]:
+    """The sections by name, in file order."""
+    sections: dict[str, type[Section]] = {}
+    for name, field in Config.model_fields.items():
+        annotation = field.annotation
+        assert isinstance(annotation, type), f"{name} is no section but {annotation}"
+        assert issubclass(annotation, Section), f"{name} is no section but {annotation}"
+        sections[name] = annotation
+    return sections
+
+
+def subsection(model: type[Section], key: str) -> type[Section] | None:
+    """The section that `key` of `model` is, or None where it is an ordinary setting.
+
+    A section that may be left out (`X | None`) is one too; see `is_optional`.
+    """
+    annotation = model.model_fields[key].annotation
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
+
+
+def is_optional(model: type[Section], key: str) -> bool:
+    """Whether null for the section `key` of `model` is a value of its own, not an empty section."""
+    return type(None) in get_args(model.model_fields[key].annotation)
+
+
+def settings_of_one_run() -> tuple[str, ...]:
+    """Overrides that switch off what is one run's, for others of the same configuration."""
+    return tuple(
+        f"{section}.{name}={show(field.get_default())}"
+        for section, model in section_models().items()
+        if model.of_one_run
+        for name, field in model.model_fields.items()
+    )
+
+
+def declared(attribute: str) -> tuple[Any, ...]:
+    """The rows that sections, and the bases that they are made of, declare as a class attribute."""
+    kinds = dict.fromkeys(kind for model in section_models().values() for kind in model.__mro__)
+    return tuple(row for kind in kinds for row in vars(kind).get(attribute, ()))

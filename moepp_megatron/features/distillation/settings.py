@@ -1,0 +1,72 @@
+"""Section `distillation`: a frozen teacher whose predictions the model learns with the text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from moepp_megatron.config.rows import Rule, no_effect_without, refuse
+from moepp_megatron.config.schema.section import PathText, Section, Unit
+
+if TYPE_CHECKING:
+    from moepp_megatron.config.schema import Config
+
+
+def _nothing_is_learnt(config: Config) -> bool:
+    settings = config.distillation
+    return settings.teacher is not None and settings.weight == settings.text_weight == 0
+
+
+class DistillationSection(Section):
+    """The teacher, and how much its predictions count."""
+
+    teacher: Annotated[PathText | None, Unit("-"), Field(min_length=1)] = None
+    """Checkpoint folder or run whose model is the teacher; null trains without one"""
+    weight: Annotated[float, Unit("1"), Field(ge=0.0)] = 1.0
+    """Weight of the divergence from the teacher in the loss; 0 only measures it"""
+    divergence: Annotated[Literal["forward_kl", "reverse_kl"], Unit("-")] = "forward_kl"
+    """KL(teacher || model), which covers all that the teacher does, or KL(model || teacher), which
+    keeps to what it finds likely"""
+    text_weight: Annotated[float, Unit("1"), Field(ge=0.0)] = 1.0
+    """Weight of the language-model loss in the loss, with a teacher"""
+    temperature: Annotated[float, Unit("1"), Field(gt=0.0)] = 1.0
+    """Divides the logits of both models; the divergence is multiplied by its square"""
+    top_k: Annotated[int | None, Unit("tokens"), Field(ge=2)] = None
+    """Compare only this many likeliest tokens of the teacher, with probabilities that sum to 1 in
+    both models; null compares all"""
+
+    own_rules: ClassVar[tuple[Rule, ...]] = (
+        refuse(
+            "distillation.text_weight",
+            _nothing_is_learnt,
+            "must be above 0 with distillation.weight 0: nothing would be learnt",
+            "leave one of them out",
+        ),
+        refuse(
+            "distillation.top_k",
+            lambda c: (c.distillation.top_k or 0) > c.model.vocab_size,
+            "must be at most model.vocab_size ({model.vocab_size})",
+            "use fewer, or null for all",
+        ),
+    )
+    excludes: ClassVar[tuple[tuple[str, str, str], ...]] = (
+        (
+            "model.mtp_num_layers",
+            "distillation.teacher",
+            "a teacher's logits are those of the next token",
+        ),
+        (
+            "data.reset_attention_mask",
+            "distillation.teacher",
+            "a teacher is given no mask of documents",
+        ),
+    )
+    no_effect: ClassVar[tuple[Rule, ...]] = (
+        no_effect_without(
+            "distillation.teacher",
+            "distillation.weight distillation.text_weight distillation.temperature "
+            "distillation.top_k distillation.divergence",
+            "name one",
+        ),
+    )

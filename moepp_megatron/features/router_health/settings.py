@@ -1,0 +1,17 @@
+"""Settings of router health in the section `observe`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from moepp_megatron.config.schema.section import Section, Unit
+
+
+class RouterHealthSettings(Section):
+    """How closely routers are measured."""
+
+    health_interval: Annotated[int, Unit("steps"), Field(ge=0)] = 10
+    """Steps from one measurement of router health to the next; it costs a few percent of a measured
+    step; 0 is off"""

@@ -1,0 +1,80 @@
+"""Section `routes`: the experts that tokens take, written to files or taken from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from moepp_megatron.config.rows import Rule, group, no_effect_where, refuse
+from moepp_megatron.config.schema.section import PathText, Section, Unit
+
+
+class RoutesSection(Section):
+    """Router replay, and traces of routing."""
+
+    record: Annotated[PathText | None, Unit("-"), Field(min_length=1)] = None
+    """Folder for the experts that each token of a batch selects: from_sample_00000000.npz and so
+    on, by the batch's first sample; null is off"""
+    replay: Annotated[PathText | None, Unit("-"), Field(min_length=1)] = None
+    """Folder with such files, one for every batch, whose experts the routers select, with gates
+    from their own logits; null lets them select"""
+    trace: Annotated[PathText | None, Unit("-"), Field(min_length=1)] = None
+    """Folder for router_trace_rankN.jsonl, the file of Megatron's `--moe-routing-trace-path`; null
+    is off"""
+    steps: Annotated[int | None, Unit("steps"), Field(ge=1)] = None
+    """Record and trace this many steps, from the first one of this start; null: all"""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether routers record or repeat selections."""
+        return any(each is not None for each in (self.record, self.replay, self.trace))
+
+    def transformer_fields(self) -> dict[str, Any]:
+        """Switch on megatron-core's own place for given routes."""
+        return {"moe_enable_routing_replay": self.enabled}
+
+    own_rules: ClassVar[tuple[Rule, ...]] = (
+        group(
+            lambda c: c.routes.replay is not None,
+            refuse(
+                "routes.replay",
+                lambda c: c.routes.replay == c.routes.record,
+                "must be another folder than routes.record",
+                "write to another one",
+            ),
+            refuse(
+                "routes.replay",
+                lambda c: c.moe.budget.held_by != "none" or c.moe.bias_update_rate > 0,
+                "must be null with a controller of selections (moe.budget.controller, "
+                "moe.bias_update_rate): given routes do not follow it",
+                "leave it out, or use moe.budget.controller=none and moe.bias_update_rate=0",
+            ),
+        ),
+    )
+    excludes: ClassVar[tuple[tuple[str, str, str], ...]] = tuple(
+        (f"routes.{name}", other, reason)
+        for other, reason in (
+            ("training.cuda_graphs", "a graph would repeat the routes of its capture"),
+            ("megatron.moe_router_fusion", "its kernel can repeat no experts"),
+            ("model.mtp_num_layers", "routes of these layers have no place in the file"),
+            (
+                "parallel.overlap_moe_expert_parallel_comm",
+                "its layers are not run chunk by chunk",
+            ),
+        )
+        for name in ("record", "replay", "trace")
+    )
+    no_effect: ClassVar[tuple[Rule, ...]] = (
+        no_effect_where(
+            lambda c: c.routes.record is None and c.routes.trace is None,
+            "without routes.record or routes.trace",
+            "routes.steps",
+            "set one of them",
+        ),
+    )
+    megatron_flags: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("moe-routing-trace-path", "routes.trace"),
+        ("moe-routing-trace-max-training-iters", "routes.steps"),
+    )
+    of_one_run: ClassVar[bool] = True
