@@ -8,8 +8,15 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.parameters import count_parameters
-from moepp_megatron.experts import KINDS
-from moepp_megatron.file_names import METRICS_FILE
+from moepp_megatron.data.tokenizer import read_tokenizer_config
+from moepp_megatron.experts import CONSTANT, COPY, KINDS, ZERO
+from moepp_megatron.file_names import (
+    CHAT_TEMPLATE_FILE,
+    METRICS_FILE,
+    MODEL_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
+from moepp_megatron.interop.hf_source import read_json
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
 from moepp_megatron.training.checkpoint.progress import Progress, read_record
 
@@ -18,13 +25,22 @@ UNKNOWN_LICENSE = "unknown"
 TRAINING_CONFIG_FILE = "training_config.yaml"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
-# What loads each layout, and with which argument.
-_OWN_FILES = ("transformers >= 5.8 and the Python files of this folder", ", trust_remote_code=True")
+_LLAMA_CPP = "llama.cpp (by moepp_megatron's `to_gguf.py`)"
+_OWN_FILES = "transformers >= 5.8 and the Python files of this folder"
+_PLAIN = f"transformers >= 5, or {_LLAMA_CPP}"
+# What loads each `model_type`.
 _READERS = {
     "moepp": _OWN_FILES,
-    "released": _OWN_FILES,
-    "vanilla": ("transformers >= 5", ""),
-    "zeda": ("transformers as changed in https://github.com/TsinghuaC3I/ZEDA", ""),
+    "MoE++": _OWN_FILES,
+    "mixtral": _PLAIN,
+    "qwen3_moe": _PLAIN,
+    "deepseek": _LLAMA_CPP,
+    "qwen3_moe_plus_plus": "transformers as changed in https://github.com/TsinghuaC3I/ZEDA",
+}
+_COMPUTE = {
+    CONSTANT: "constant experts mix a token with a learned vector",
+    COPY: "copy experts return it",
+    ZERO: "zero experts return 0",
 }
 
 
@@ -37,14 +53,18 @@ def check_license(license_id: str) -> None:
         )
 
 
-def model_card(
-    folder: Path, config: Config, dtype: str, layout: str, command: str, license_id: str
-) -> str:
+def model_card(folder: Path, export: Path, config: Config, command: str, license_id: str) -> str:
     """The text of the model card of a checkpoint, in a run's folder or by itself.
 
-    `dtype` and `layout` are of the export, `command` made it; `license_id` is the Hub's, or
-    `unknown`.
+    `export` has the other files, and `command` made it; `license_id` is the Hub's, or `unknown`.
     """
+    hf = read_json(export / MODEL_CONFIG_FILE)
+    model_type, dtype = hf["model_type"], hf.get("dtype") or hf["torch_dtype"]
+    is_trained = _progress(folder) is not None
+    settings = f"the settings in `{TRAINING_CONFIG_FILE}`"
+    made = f"Converted, not trained, by moepp_megatron with {settings}"
+    if is_trained:
+        made = f"Trained by moepp_megatron with {settings} (`moepp train {TRAINING_CONFIG_FILE}`)"
     name = " ".join((config.run.name or folder.name).split())
     return "\n".join(
         [
@@ -59,19 +79,17 @@ def model_card(
             "",
             f"# {name}",
             "",
-            "A language model with MoE++ layers (arXiv 2410.07348): next to FFN experts, their "
-            "routers choose zero-computation experts, which cost no matrix product.",
+            "".join(_experts(config, model_type)),
             "",
             "| | |",
             "|---|---|",
             *(f"| {key} | {value} |" for key, value in _facts(folder, config, dtype)),
             "",
-            *_loading(layout),
+            *_loading(model_type, export),
             "",
             "## How it was made",
             "",
-            f"Trained by moepp_megatron with the settings in `{TRAINING_CONFIG_FILE}` "
-            f"(`moepp train {TRAINING_CONFIG_FILE}`), and exported with:",
+            f"{made}, and exported with:",
             "",
             "```bash",
             command,
@@ -79,6 +97,17 @@ def model_card(
             "",
         ]
     )
+
+
+def _experts(config: Config, model_type: str) -> Iterator[str]:
+    yield "A language model whose routers choose among FFN experts"
+    computed = [what for kind, what in _COMPUTE.items() if config.moe.count(kind)]
+    if computed:
+        yield " and experts that cost almost nothing (MoE++, arXiv 2410.07348): "
+        yield ", ".join(computed)
+    yield "."
+    if computed and _LLAMA_CPP in _READERS[model_type]:
+        yield " In this folder zero experts are FFN experts of zeros, which cost what those do."
 
 
 def _facts(folder: Path, config: Config, dtype: str) -> Iterator[tuple[str, str]]:
@@ -128,19 +157,39 @@ def _record(folder: Path) -> StepMetrics | None:
     return earlier[-1] if earlier else None
 
 
-def _loading(layout: str) -> Iterator[str]:
-    reader, argument = _READERS[layout]
+def _loading(model_type: str, export: Path) -> Iterator[str]:
+    reader = _READERS[model_type]
+    has_code = reader is _OWN_FILES
+    with_code, without = (f", trust_remote_code={has}" if has_code else "" for has in (True, False))
+    has_tokenizer = (export / TOKENIZER_FILE).is_file()
+    config = read_tokenizer_config(export)
+    is_chat = (export / CHAT_TEMPLATE_FILE).is_file() or config.get("chat_template") is not None
     yield "## Use"
     yield ""
-    yield f"It needs {reader}:"
+    yield f"It needs {reader}."
+    if reader is _LLAMA_CPP:
+        return
     yield ""
     yield "```python"
     yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
     yield ""
-    yield f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{argument})'
-    yield 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+    yield f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{with_code})'
+    if has_tokenizer:
+        yield f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{without})'
+    if has_tokenizer and is_chat:
+        yield 'messages = [{"role": "user", "content": "Hello"}]'
+        yield "inputs = tokenizer.apply_chat_template("
+        yield '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        yield ")"
+        yield "output = model.generate(**inputs, max_new_tokens=64)"
+        yield 'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))'
     yield "```"
-    if argument:
+    if has_code:
+        yield ""
+        yield (
+            "vLLM serves it with `--model-impl transformers --trust-remote-code`, or, where "
+            "moepp_megatron is installed, without these."
+        )
         yield ""
         yield (
             "For fine-tuning, `output_router_logits=True` adds the balance loss (times "

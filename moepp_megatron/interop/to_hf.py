@@ -134,7 +134,7 @@ def mcore_to_hf(
         write_json(unfinished / MODEL_CONFIG_FILE, fields)
         for each in dict.fromkeys((folder, companions)):
             write_companions(each, unfinished, config)
-        card = model_card(folder, config, name, layout, shlex.join(command), license_id)
+        card = model_card(folder, unfinished, config, shlex.join(command), license_id)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         (unfinished / TRAINING_CONFIG_FILE).write_bytes((folder / CONFIG_FILE).read_bytes())
         if form.classes is not None:

@@ -1,18 +1,24 @@
 """What lies beside the weights of an exported model, and what it says."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError
-from tests.interop.checkpoints import GOLDEN, convert, load_tensors
+from moepp_megatron.data.chat_template import ChatTemplate
+from moepp_megatron.data.tokenizer import Tokenizer
+from moepp_megatron.training.checkpoint.publish import tokenizer_files
+from tests.interop.checkpoints import GOLDEN, convert, load_tensors, write_released
 from tests.interop.conftest import RunPlain
 from tests.interop.models import settings
 from tests.interop.test_export import TOKENS, save_and_compute, write_tokenizer
 from tests.parallel.ranks import RankPools
+from tests.unit.data.test_conversations import chat, prepared, tokenizer_folder, write  # noqa: F401
 
 RAW = settings(
     run={"dir": "unused", "name": "a run"},
@@ -71,6 +77,15 @@ def test_special_tokens_and_settings(run: Path, tmp_path: Path) -> None:
     assert tokenizer["model_max_length"] == 16
     for key in ("bos_token", "eos_token", "pad_token"):
         assert tokenizer[key] == "<|endoftext|>"
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for line in (
+        "| experts of a MoE layer | 4 FFN, 2 constant, 1 copy, 1 zero; 2 per token |",
+        "| FFN share measured at step 3 | 0.300 |",
+        "| validation loss at step 3 | 1.7500 nats per token |",
+        "Trained by moepp_megatron with the settings in `training_config.yaml` (`moepp train",
+    ):
+        assert f"\n{line}" in card
+    assert "apply_chat_template" not in card
 
 
 def test_a_model_without_a_tokenizer_has_no_special_tokens(tmp_path: Path) -> None:
@@ -99,7 +114,7 @@ def loaded(folder: Path, ids: Any) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     batch = tokenizer(["abcd", "ab"], padding=True, return_tensors="pt")
     biases = {buffer.dtype for name, buffer in model.named_buffers() if "correction" in name}
     with torch.no_grad():
@@ -134,6 +149,44 @@ def test_bf16_export_loads_and_pads(run: Path, plain: RunPlain, tmp_path: Path) 
     expected = plain(loaded, tmp_path / "full", TOKENS)["logits"]
     # bf16 has 8 bits; a wrong cast would be off by the size of the logits.
     assert np.abs(seen["logits"] - expected).mean() < 0.05 * np.abs(expected).mean()
+
+
+def follow_card(folder: Path) -> list[int]:
+    """Run the card's Python, which may ask nothing; returns the ids of its message."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    scope: dict[str, Any] = {}
+    with mock.patch("builtins.input") as asked:
+        exec(code.replace("FOLDER", str(folder)), scope)
+    assert not asked.called
+    ids: list[int] = scope["inputs"]["input_ids"][0].tolist()
+    return ids
+
+
+def test_the_card_of_a_chat_model_can_be_followed(
+    plain: RunPlain,
+    tokenizer_folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    convert(write_released(tmp_path / "released", vocab_size=320), tmp_path / "mcore")
+    export(tmp_path / "mcore", tmp_path / "plain")
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "tokenizer" not in card.split("## Use")[1], "there is none"
+    assert "Converted, not trained, by" in card
+    assert (
+        "constant experts mix a token with a learned vector, copy experts return it, zero" in card
+    )
+    assert "vLLM serves it with `--model-impl transformers" in card
+
+    source = write(tmp_path / "chats.jsonl", [{"messages": chat(n)} for n in range(9)])
+    prepared(source, tokenizer_folder, tmp_path / "data")
+    file = tmp_path / "data" / "tokenizer.json"
+    for name, content in tokenizer_files(file).items():
+        (tmp_path / "mcore" / name).write_bytes(content)
+    export(tmp_path / "mcore", tmp_path / "hf")
+    template = ChatTemplate.find(file, Tokenizer.load(file), None)
+    text = template.prompt("Hello")
+    wanted, _ = template.tokenizer.encode_with_spans(text, has_special_tokens=True)
+    assert plain(follow_card, tmp_path / "hf") == wanted
 
 
 def test_a_licence_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ def export(ranks: RankPools, folder: Path, case: str) -> Any:
     warnings = mcore_to_hf(folder / "checkpoints", folder / "vanilla", "vanilla")
     assert any("zero experts became FFN" in text for text in warnings) == ("no zero" not in case)
     assert any("one of zeros" in text for text in warnings) == (case == "raw gates")
+    card = (folder / "vanilla" / "README.md").read_text()
+    assert ("zero experts are FFN experts of zeros" in card) == ("no zero" not in case)
+    assert ("transformers" in card.partition("## Use")[2]) == (name != "Deepseek")
     fields = json.loads((folder / "vanilla" / "config.json").read_text())
     assert fields["architectures"] == [f"{name}ForCausalLM"]
     return ours
