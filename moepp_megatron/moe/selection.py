@@ -151,14 +151,16 @@ def _gates(scores_TE: Tensor, logs_TE: Tensor, chosen_TK: Tensor, config: MoEPPC
     return gates_TK if config.gate_scale == 1.0 else gates_TK * config.gate_scale
 
 
-def standardized(logits: Tensor, std: float | None) -> Tensor:
+def standardized(logits: Tensor, std: float | None, whole: Tensor | None = None) -> Tensor:
     """Rescale [T, E] logits to this unbiased standard deviation per token; None leaves them.
 
-    For logits that are all equal it is 0: the divisor has a lower bound, so they stay finite.
+    `logits` that are a summand of `whole` [T, E] are rescaled as it is. For logits that are all
+    equal the deviation is 0: the divisor has a lower bound, so they stay finite.
     """
     if std is None:
         return logits
-    spread_T1 = logits.std(dim=-1, keepdim=True).clamp(min=LEAST_LOGIT_STD)
+    spread_T1 = (logits if whole is None else whole).std(dim=-1, keepdim=True)
+    spread_T1 = spread_T1.clamp(min=LEAST_LOGIT_STD)
     return logits * (std / spread_T1)
 
 

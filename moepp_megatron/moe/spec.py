@@ -29,7 +29,7 @@ from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cpu_experts import CPUExperts, suits
 from moepp_megatron.moe.grouped_experts import GroupedExperts, suits_grouped
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
-from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
+from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer, VanillaRouter
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.moe.upstream_private import check_upstream
 from moepp_megatron.moe.upstream_settings import refuse_ignored
@@ -157,10 +157,11 @@ def router_pattern(config: TransformerConfig) -> list[bool]:
 
 
 def vanilla_submodules(submodules: MoESubmodules, config: TransformerConfig) -> MoESubmodules:
-    """megatron-core's own; on a GPU its local experts in the grouped product that MoE++ has there.
+    """megatron-core's own with `VanillaRouter`; on a GPU local experts in MoE++'s grouped product.
 
     One after another they would make MoE++ look faster than it is.
     """
+    submodules = dataclasses.replace(submodules, router=VanillaRouter)
     if not torch.cuda.is_available():
         return submodules
     return dataclasses.replace(submodules, experts=_experts(submodules.experts, config))

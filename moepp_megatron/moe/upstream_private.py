@@ -77,6 +77,14 @@ _LAYER_NAMES = (
         ("mlp_output_with_bias", "residual"),
     ),
     PrivateName(
+        "transformer.moe.router",
+        "TopKRouter",
+        "_apply_expert_bias",
+        "overridden",
+        "megatron-core masks the selections [T, E] of padding by [T]",
+        ("routing_map", "padding_mask"),
+    ),
+    PrivateName(
         _DISPATCHERS,
         "MoEAlltoAllTokenDispatcher",
         "_maybe_dtoh_and_synchronize",

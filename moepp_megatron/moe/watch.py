@@ -92,15 +92,20 @@ class RouterWatch:
         residual: tuple[Tensor, Tensor] | None,
         padded: Tensor | None,
     ) -> None:
-        assert kept.logits is not None, "a router's result has its logits"
-        own_TE = kept.logits.detach().reshape(-1, self._config.num_experts)
+        logits_TE = own_TE = self._logits(kept)
         if residual is not None:
             weight, previous = (part.detach().to(own_TE.dtype) for part in residual)
-            own_TE = own_TE - previous.reshape(own_TE.shape) @ weight.T
-        self.health.add_routing(self._logits(kept), own_TE, kept.routing_map, bias, padded)
+            # In the scale of the sum, so that it is the difference of what is compared.
+            own_TE = own_TE - self._scaled(previous.reshape(own_TE.shape) @ weight.T, kept)
+        self.health.add_routing(logits_TE, own_TE, kept.routing_map, bias, padded)
 
     def _logits(self, routing: Routing) -> Tensor:
         """[T, E] the logits that experts are selected by, without gradient."""
         assert routing.logits is not None, "a router's result has its logits"
-        logits_TE = routing.logits.detach().reshape(-1, self._config.num_experts)
-        return standardized(logits_TE, self._config.logits_norm_std)
+        return self._scaled(routing.logits.detach(), routing)
+
+    def _scaled(self, part: Tensor, routing: Routing) -> Tensor:
+        """[T, E] a part of the logits as the selection scales the whole of them."""
+        shape = -1, self._config.num_experts
+        whole_TE = routing.logits.detach().reshape(shape)
+        return standardized(part.reshape(shape), self._config.logits_norm_std, whole_TE)

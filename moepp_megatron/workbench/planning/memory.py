@@ -32,6 +32,12 @@ def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) ->
     dense = of_adam = _outside_layers(load, grid, pp_rank)
     layers = [layer for chunk in stages[pp_rank] for layer in chunk]
     kinds = Counter((load.is_moe[layer], layer == load.first_moe_layer) for layer in layers)
+    if pp_rank == grid.pp - 1 and load.extra_layers:
+        kinds[load.is_moe[-1], False] += load.extra_layers
+        # Multi-token prediction: two norms and a projection of two vectors to one in front of each
+        # layer, a norm after.
+        dense += load.extra_layers * load.hidden * (3 + 2 * load.hidden // grid.tp)
+        of_adam += load.extra_layers * 3 * load.hidden
     experts = 0
     for (is_moe, is_first), count in kinds.items():
         dense += count * _attention(load, grid)
@@ -43,13 +49,6 @@ def rank_parameters(load: Workload, grid: Grid, stages: Stages, pp_rank: int) ->
             experts += count * _ffn_experts(load, grid)
         else:
             dense += count * _dense_ffn(load, grid)
-    if pp_rank == grid.pp - 1:
-        # Multi-token prediction: two norms and a projection of two vectors to one in front of each
-        # layer, a norm after.
-        extra = _attention(load, grid) + _moe_dense(load, grid, is_first=False)
-        extra += 3 * load.hidden + 2 * load.hidden * load.hidden // grid.tp
-        dense += load.extra_layers * extra
-        experts += load.extra_layers * _ffn_experts(load, grid)
     return RankParameters(dense, experts, of_adam)
 
 
@@ -139,7 +138,7 @@ def memory_of(
     """Memory of each rank of a pipeline stage; `skew`: rows of the fullest rank over the mean."""
     counts = layer_counts(load, grid, stages[pp_rank])
     if pp_rank == grid.pp - 1:
-        counts[True, grid.recompute] += load.extra_layers
+        counts[load.is_moe[-1], grid.recompute] += load.extra_layers
     layers = [
         (count, layer_bytes(load, replace(grid, recompute=recompute), is_moe, skew))
         for (is_moe, recompute), count in counts.items()

@@ -147,7 +147,7 @@ def step_time(
     seconds[DATA] = end.exposed(grid, unpaired[0].forward, unpaired[0].backward)
     seconds[OPTIMIZER] = end.optimizer
     hidden[DATA] = end.reduce + end.gather - seconds[DATA]
-    sent = exchanged_bytes(load, grid) * (sum(load.is_moe) + load.extra_layers)
+    sent = exchanged_bytes(load, grid) * (sum(load.is_moe) + load.extra_layers * load.is_moe[-1])
     sent *= grid.world / grid.pp * micro_batches
     return StepTime(sum(seconds.values()), seconds, hidden, fullness, sent)
 
@@ -171,7 +171,7 @@ def _stage_passes(
         if rank == len(stages) - 1:
             parts.append((edge_time(load, grid, machine, True), 1 + load.extra_layers))
             if load.extra_layers:
-                parts.append((time_of(True, grid.recompute), load.extra_layers))
+                parts.append((time_of(load.is_moe[-1], grid.recompute), load.extra_layers))
         passes.append(sum_passes(parts))
     return tuple(passes)
 

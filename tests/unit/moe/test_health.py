@@ -35,18 +35,21 @@ def sums_of(layer):
 
 
 @pytest.mark.parametrize("score_function", DEFINED_SCORES)
-@pytest.mark.parametrize("recompute", [False, True])
-def test_sums_are_their_definitions(score_function, recompute):
-    moepp = MoEPPConfig(4, router_topk=2, score_function=score_function)
+@pytest.mark.parametrize(("recompute", "std"), [(False, None), (True, None), (False, 0.7)])
+def test_sums_are_their_definitions(score_function, recompute, std):
+    moepp = MoEPPConfig(4, router_topk=2, score_function=score_function, logits_norm_std=std)
     layer, x, previous, logits = measured(moepp, recompute=recompute)
     sums = sums_of(layer)
     logits = logits.view(-1, moepp.num_experts).double()
     own = (x.detach().view(-1, HIDDEN) @ layer.router.weight.detach().T).double()
+    residual = previous.detach().view(-1, 8).double() @ layer.router.residual_weight.double().T
+    if std is not None:
+        scale = std / logits.std(dim=-1, keepdim=True)
+        logits, own, residual = logits * scale, own * scale, residual * scale
     scores = DEFINED_SCORES[score_function](logits)
     shares = scores / scores.sum(-1, keepdim=True)
     ordered = scores.sort(-1, descending=True)
     ffn = (ordered.indices[:, :2] < 4).sum(-1)
-    residual = previous.detach().view(-1, 8).double() @ layer.router.residual_weight.double().T
     expected = {
         "tokens": 21,
         "logits": 21 * 8,
@@ -64,6 +67,15 @@ def test_sums_are_their_definitions(score_function, recompute):
         # Sums of 168 fp32 numbers near 1.
         value = float(torch.as_tensor(value).detach())
         assert sums[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+def test_the_first_layer_has_no_part_of_a_residual():
+    layer = build_layer(MoEPPConfig(4, logits_norm_std=0.7), has_residual=False)
+    layer.router.health.enabled = True
+    layer(torch.randn(TOKENS, BATCH, HIDDEN))
+    sums = sums_of(layer)
+    assert sums["residual_norm"] == 0.0
+    assert sums["own_logit_square"] == sums["logit_square"]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

@@ -270,14 +270,18 @@ def test_model_with_recompute_gives_the_same_bits(recompute: str) -> None:
         assert torch.equal(actual[name], value), name
 
 
-def test_vanilla_layer_counts_no_padding() -> None:
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_vanilla_layer_counts_no_padding(with_bias: bool) -> None:
     config = MoEPPConfig(4, **FFN_ONLY, gating_residual=False)
-    layer = build_layer(config)
+    changes = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
+    layer = build_layer(config, **changes if with_bias else {})
     assert isinstance(layer, VanillaMoELayer)
     layer(torch.randn(LENGTH, BATCH, HIDDEN), padding_mask=mask())
     tokens = int((~mask()).sum())
     assert layer.statistics.num_tokens == tokens
     assert layer.statistics.selected.sum() == 2 * tokens
+    if with_bias:
+        assert torch.equal(layer.router.local_tokens_per_expert, layer.statistics.selected)
 
 
 def test_mask_of_another_shape_is_refused() -> None:

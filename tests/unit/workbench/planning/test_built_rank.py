@@ -82,6 +82,8 @@ FURTHER = settings(
     },
     model={"mtp_num_layers": 2},
 )
+# The last layer is dense, and with it those of multi-token prediction.
+FURTHER_DENSE = FURTHER | {"moe": FURTHER["moe"] | {"layer_freq": 2}}
 
 
 @pytest.mark.parametrize(
@@ -91,8 +93,9 @@ FURTHER = settings(
         (SPLIT_EXPERTS, [1, 500, 1022]),
         (ONE_V, [0, 1001]),
         (FURTHER, [0, 1023]),
+        (FURTHER_DENSE, [1023]),
     ],
-    ids=["interleaved", "split experts", "one V", "further tokens"],
+    ids=["interleaved", "split experts", "one V", "further tokens", "dense further tokens"],
 )
 def test_ranks_are_what_the_layout_says(elsewhere: ProcessPoolExecutor, raw: dict[str, Any], ranks):
     found = elsewhere.submit(build, raw, ranks).result()
