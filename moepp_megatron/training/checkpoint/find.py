@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import time
@@ -13,7 +14,7 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.paths import looked_at
 from moepp_megatron.config.yaml_file import read_mapping
 from moepp_megatron.data.same_tokenizer import check_model_tokenizer
-from moepp_megatron.file_names import CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
+from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.runtime.object_store import place
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.files import (
@@ -149,13 +150,20 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
     The order is that of writing: a run that went back to step 50 and saved step 60 has step 60 as
     its newest, though step 100 of before is still there. Where a date lies, because it is ahead of
-    the clock or none, the order is that of the steps.
+    the clock or none, the order is that of the steps, and those past the one that the file `latest`
+    names, which are undone, come last.
     """
     dates = checkpoint_dates(folder)
-    latest = time.time() + _CLOCKS_DIFFER_S
-    if all(0.0 <= date <= latest for date in dates.values()):
+    now = time.time() + _CLOCKS_DIFFER_S
+    if all(0.0 <= date <= now for date in dates.values()):
         return sorted(dates, key=lambda path: (dates[path], checkpoint_step(path)), reverse=True)
-    return sorted(dates, key=checkpoint_step, reverse=True)
+    try:
+        latest = folder / (folder / LATEST_FILE).read_bytes().decode("ascii").strip()
+    except (OSError, ValueError):
+        latest = folder
+    end = checkpoint_step(latest) if latest in dates else math.inf
+    steps = {path: checkpoint_step(path) for path in dates}
+    return sorted(dates, key=lambda path: (steps[path] <= end, steps[path]), reverse=True)
 
 
 def checkpoint_dates(folder: Path) -> dict[Path, float]:

@@ -152,11 +152,26 @@ def test_a_newer_format_is_refused_and_nothing_is_touched(write, tmp_path: Path,
 
 
 @pytest.mark.parametrize("lie", [time.time() + 86400.0, math.inf, math.nan, 1e300, -1.0])
-def test_where_a_date_lies_the_order_is_that_of_the_steps(write, tmp_path: Path, lie: float):
+@pytest.mark.parametrize(
+    ("latest", "order"),
+    [
+        (None, [100_000_000, 40, 30, 20]),
+        (100_000_000, [100_000_000, 40, 30, 20]),
+        # A run that went back: what is undone comes last.
+        (30, [30, 20, 100_000_000, 40]),
+        # Deleted since.
+        (50, [100_000_000, 40, 30, 20]),
+    ],
+)
+def test_where_a_date_lies_the_order_is_that_of_the_steps(
+    write, tmp_path: Path, lie: float, latest: int | None, order: list[int]
+):
     for step, saved_at in ((20, lie), (30, 5.0), (40, 4.0), (100_000_000, 3.0)):
         write(tmp_path, step, saved_at)
+    if latest is not None:
+        (tmp_path / "latest").write_text(f"step_{latest:08d}\n")
     steps = [int(path.name.removeprefix("step_")) for path in list_checkpoints(tmp_path)]
-    assert steps == [100_000_000, 40, 30, 20]
+    assert steps == order
 
 
 @pytest.mark.parametrize("keep", [1, 2])
