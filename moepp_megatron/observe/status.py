@@ -73,6 +73,8 @@ class RunStatus(BaseModel):
         job: Number of the Slurm job; None outside of one.
         resume_command: The shell command that continues the run; None if unknown.
         folder: Working directory of that command.
+        is_configured: Whether RUN/config.yaml is that of this start, or of the one that it
+            continues: until ranks train, it may be an older one.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -88,6 +90,7 @@ class RunStatus(BaseModel):
     job: str | None = None
     resume_command: str | None = None
     folder: str | None = None
+    is_configured: bool = False
 
     @classmethod
     def own(
@@ -109,11 +112,11 @@ class RunStatus(BaseModel):
     @classmethod
     def of_rank(cls) -> RunStatus:
         """The status of this process as a training rank; keeps the claim of its launcher."""
-        own, claim = cls.own(), inherited_claim()
+        own, claim = cls.own().model_copy(update={"is_configured": True}), inherited_claim()
         if claim is None:
             return own
         known = claim.model_copy(
-            update={"pid": own.pid, "started": own.started, "time": own.time, "host": own.host}
+            update=own.model_dump(include={"pid", "started", "time", "host", "is_configured"})
         )
         if claim.pid == own.pid:
             return known

@@ -23,6 +23,7 @@ from moepp_megatron.config import (
 )
 from moepp_megatron.config.plugins import check_plugins, load_plugin
 from moepp_megatron.features.registry import FILE_CHECKS, START_CHECKS, named
+from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.observe.status import inherited_claim
 from moepp_megatron.runtime.install import how_to_install
 from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
@@ -31,6 +32,7 @@ from moepp_megatron.runtime.object_store import check_store, place
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import contradiction, set_rank_variables
 from moepp_megatron.training.checkpoint import check_start, list_checkpoints
+from moepp_megatron.training.checkpoint.compatible import differences
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
 
 Say = Callable[[str], object]
@@ -72,7 +74,8 @@ class TrainRequest:
         """Check configuration and rank grid.
 
         Args:
-            config: A configuration, or its YAML file; a rank takes what its launcher has resolved.
+            config: A configuration, or its YAML file. A rank takes what its launcher has resolved,
+                and a start that continues what the same job has begun what it began with.
             overrides: Settings `section.key=value` over it.
             options: The ranks that are to start; one without anything else is this process itself.
             start: What is wanted of the run's folder; the rest of it is found out here.
@@ -86,16 +89,27 @@ class TrainRequest:
         rank = RankEnvironment.read() if nodes is None else RankEnvironment()
         rank.check_nproc(options.num_local_ranks)
         file = None if isinstance(config, Config) else config
-        settings = _resolve(config, overrides)
+        handed = _handed_over()
+        settings = handed or _given(config, overrides)
+        name = nodes.run_id if nodes is not None else rank.start_name
+        folder, changed = RunFolder(settings), ""
+        restarted = rank.restart_count > 0 or folder.is_requeued(name)
+        if restarted and handed is None and (begun := folder.begun()) is not None:
+            changed = ", ".join(name for name, _, _ in differences(begun, settings, all_of=True))
+            settings = begun
         machines = 1 if nodes is None else nodes.count
         world_size = rank.world_size if rank.is_launched else machines * options.num_local_ranks
         layout = Layout.from_config(settings, world_size)
         check_plugins(settings)
-        name = nodes.run_id if nodes is not None else rank.start_name
-        start = replace(start, name=name, config_file=file)
+        start = replace(start, name=name, config_file=file, restarted=restarted)
         words = [str(file or "CONFIG"), *overrides]
         request = cls(settings, layout, rank, options, start, words, settings)
         if request.speaks:
+            if changed:
+                warn(
+                    f"{words[0]} has changed since this run began: {changed}; it goes on as it "
+                    f"began ({folder.path / CONFIG_FILE}); end and resume it to take the change"
+                )
             for warning in check_config(settings) + check_world_size(settings, world_size):
                 warn(warning)
         return request
@@ -162,12 +176,10 @@ class TrainRequest:
     def _settled_start(self) -> Start:
         """What is wanted, after what the same run has begun before, and after its settings."""
         start, checkpoint = self.start, self.config.checkpoint
-        requeued = RunFolder(self.config).is_requeued(start.name)
-        restarted = self.rank.restart_count > 0 or requeued
-        overwrite = start.overwrite and not restarted
+        overwrite = start.overwrite and not start.restarted
         goes_on_by_itself = checkpoint.load == "auto" and checkpoint.load_optimizer
-        resume = start.resume or restarted or (goes_on_by_itself and not overwrite)
-        return replace(start, resume=resume, overwrite=overwrite, restarted=restarted)
+        resume = start.resume or start.restarted or (goes_on_by_itself and not overwrite)
+        return replace(start, resume=resume, overwrite=overwrite)
 
 
 def handing_over(config: Config) -> str:
@@ -176,10 +188,14 @@ def handing_over(config: Config) -> str:
     return base64.b64encode(zlib.compress(content.encode())).decode()
 
 
-def _resolve(config: Config | Path, overrides: Sequence[str]) -> Config:
+def _handed_over() -> Config | None:
     # Taken once, since a rank may start a run of its own.
-    if (text := os.environ.pop(RESOLVED, None)) is not None:
-        return parse_config(json.loads(zlib.decompress(base64.b64decode(text))))
+    if (text := os.environ.pop(RESOLVED, None)) is None:
+        return None
+    return parse_config(json.loads(zlib.decompress(base64.b64decode(text))))
+
+
+def _given(config: Config | Path, overrides: Sequence[str]) -> Config:
     if isinstance(config, Config):
         return with_overrides(config, overrides)
     return load_config(config, overrides)

@@ -101,12 +101,15 @@ def check_compatible(checkpoint: Path, config: Config) -> Config:
     return saved
 
 
-def differences(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
-    """Name, old value and new value of each training setting whose meaning has changed."""
+def differences(before: Config, now: Config, all_of: bool = False) -> list[tuple[str, Any, Any]]:
+    """Name, old value and new value of each setting whose meaning has changed.
+
+    Of those that decide what is trained, or of all.
+    """
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     return [
         (name, old[section].get(key), value)
-        for section in _SECTIONS
+        for section in (new if all_of else _SECTIONS)
         for key, value in new[section].items()
         if old[section].get(key) != value
         and not _means_the_same(name := f"{section}.{key}", before, now)

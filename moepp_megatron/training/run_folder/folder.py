@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE, STATUS_FILE
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
 from moepp_megatron.runtime.atomic import write_atomic
@@ -121,9 +121,12 @@ class RunFolder:
                         say(line)
                     # A link to a checkpoint folder elsewhere may have been moved.
                     mark = OwnerMark(self.path, self.checkpoints)
+                before = read_status(self.path)
                 claim = RunStatus.own(start.name, start.restarted, start.resume_command)
+                if start.restarted and before is not None:
+                    claim = claim.model_copy(update={"is_configured": before.is_configured})
                 added = None if mark.is_set() else mark
-                undo.callback(self._withdraw, claim, read_status(self.path), added)
+                undo.callback(self._withdraw, claim, before, added)
                 self._write(claim, mark)
             undo.enter_context(beating(self.path, claim))
             yield
@@ -203,6 +206,12 @@ class RunFolder:
             # The process that decides has found out before this one looked.
             return status.restarted
         return status.job == os.environ.get("SLURM_JOB_ID")
+
+    def begun(self) -> Config | None:
+        """The configuration with which the run that claimed the folder trains; None before that."""
+        status, file = read_status(self.path), self.path / CONFIG_FILE
+        is_there = status is not None and status.is_configured and file.is_file()
+        return load_config(file) if is_there else None
 
     def write_config(self) -> None:
         """Write `RUN/config.yaml`: the resolved configuration with version and git commit."""

@@ -260,6 +260,21 @@ def test_resume_is_passed_on(command) -> None:
     assert command.claims[0].resume_command == command.resume_command()
 
 
+@pytest.mark.parametrize("began", [True, False], ids=["trained", "never trained"])
+def test_a_requeued_job_goes_on_with_what_it_began_with(command, began: bool, capsys) -> None:
+    command.make_run()
+    job = {"job": "17", "is_configured": began}
+    write_status(command.run_dir, RunStatus.own().model_copy(update=job))
+    first = load_config(command.config, [f"run.dir={command.run_dir}", "moe.tau=0.5"])
+    (command.run_dir / "config.yaml").write_text(first.to_yaml())
+    os.environ |= {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}
+    assert command("--resume") == 0
+    assert command.read[0].moe.tau == (0.5 if began else 0.75)
+    changed = f"warning: {command.config} has changed since this run began: moe.tau; it goes on"
+    assert (changed in capsys.readouterr().err) == began
+    assert command.claims[0].is_configured == began
+
+
 NODES = ("--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29400", "--rdzv-id", "seven")
 
 
