@@ -17,7 +17,6 @@ from moepp_megatron.runtime.optional import (
     flex_backend,
     flex_backends,
     have_apex,
-    have_resiliency_on_gpu,
     have_transformer_engine,
     have_triton,
     have_wandb,
@@ -83,14 +82,6 @@ def optional_backends() -> list[Backend]:
             "install deep_ep from its source on a machine with RDMA; DeepEP 2 looks for NCCL at "
             "EP_NCCL_ROOT_DIR",
             import_failure("deep_ep"),
-        ),
-        Backend(
-            "nvidia-resiliency-ext",
-            version_of("nvidia-resiliency-ext"),
-            have_resiliency_on_gpu(),
-            "stragglers found from kernel times",
-            "stragglers found from each rank's own step time",
-            how_to_install("nvidia-resiliency-ext>=0.7"),
         ),
         Backend(
             "Triton",

@@ -90,12 +90,6 @@ def fused_rms_norm() -> Callable[..., Any] | None:
     return function
 
 
-@functools.cache
-def have_resiliency_on_gpu() -> bool:
-    """Whether nvidia-resiliency-ext can watch kernels here."""
-    return _have_on_gpu("nvidia_resiliency_ext")
-
-
 def have_wandb() -> bool:
     """Whether W&B's package is installed."""
     # It writes a folder of its own name, which Python takes for a package without a file.

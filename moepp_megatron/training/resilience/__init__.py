@@ -6,7 +6,6 @@ divergence.py         finds ranks whose copies of the same parameters differ
 flight_recorder.py    torch's flight recorder: which collectives a rank has begun and not completed
 hang_report.py        finds the rank that holds up the others, from the heartbeats of all ranks
 heartbeat.py          one small file a rank, which others read when nothing moves
-kernel_stragglers.py  slow GPUs, found by comparing how long the same kernels take on each rank
 numerical_guard.py    decides, on all ranks alike, whether a batch may change the model
 refused_batches.py    why batches were refused in a row: the model, the numbers, or the data
 stragglers.py         which rank is slower than the others

@@ -10,13 +10,8 @@ from typing import Self
 import torch.distributed as dist
 
 from moepp_megatron.config import Config
-from moepp_megatron.runtime.optional import have_resiliency_on_gpu
 from moepp_megatron.training.resilience.activity import FIRST_STEP, STEP, Activity
 from moepp_megatron.training.resilience.divergence import check_shared_parameters
-from moepp_megatron.training.resilience.kernel_stragglers import (
-    KernelScores,
-    KernelStragglerDetector,
-)
 from moepp_megatron.training.resilience.stragglers import RankTimes, StragglerDetector
 from moepp_megatron.training.resilience.watchdog import Watchdog
 from moepp_megatron.training.setup import TrainingModel
@@ -35,7 +30,7 @@ class Supervisor:
         self._model, self._divergence_interval = model, settings.divergence_interval
         self.activity = Activity()
         self._steps_begun = 0
-        self._comparison: RankTimes | KernelScores | None = None
+        self._comparison: RankTimes | None = None
         self._watchdog: Watchdog | None = None
         if settings.hang_timeout_s > 0:
             self._watchdog = Watchdog(
@@ -45,10 +40,11 @@ class Supervisor:
                 self.activity,
                 settings,
             )
-        self._stragglers: StragglerDetector | KernelStragglerDetector | None = None
+        self._stragglers: StragglerDetector | None = None
         if settings.straggler_interval > 0 and dist.get_world_size() > 1:
-            detector = KernelStragglerDetector if have_resiliency_on_gpu() else StragglerDetector
-            self._stragglers = detector(settings.straggler_interval, settings.straggler_threshold)
+            self._stragglers = StragglerDetector(
+                settings.straggler_interval, settings.straggler_threshold
+            )
 
     def __enter__(self) -> Self:
         """Begin; every rank must enter."""
@@ -101,7 +97,8 @@ class Supervisor:
         comparison = self._comparison
         if comparison is None:
             return {}
-        metrics = {"slowest_rank": comparison.slowest, "slowest_rank_ratio": comparison.ratio}
-        if comparison.waiting_fraction is not None:
-            metrics["waiting_fraction"] = comparison.waiting_fraction
-        return metrics
+        return {
+            "slowest_rank": comparison.slowest,
+            "slowest_rank_ratio": comparison.ratio,
+            "waiting_fraction": comparison.waiting_fraction,
+        }
