@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
-from moepp_megatron.interop.bridge.provider import MoEPPModelProvider
 from moepp_megatron.interop.to_hf import mcore_to_hf
 from moepp_megatron.interop.to_mcore import read_format
 from tests.bridge.bridge_runs import through_bridge
@@ -81,6 +80,8 @@ def test_a_folder_that_lacks_a_tensor_is_refused(ranks: RankPools, tmp_path: Pat
 
 
 def test_latent_attention_is_refused() -> None:
+    from moepp_megatron.interop.bridge.provider import MoEPPModelProvider
+
     latent = {"kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8}
     config = parse_config(settings(model={"latent_attention": latent}))
     with pytest.raises(ConfigError, match="must be null for Megatron-Bridge: this package builds"):
