@@ -167,7 +167,12 @@ def megatron_flags() -> str:
         for name, (key, value) in flags.SWITCHES.items()
     ]
     derived = [(_flag(name), meaning) for name, meaning in flags.DERIVED.items()]
-    absent = [(_assigned(key, value), known[key].meaning) for key, value in flags.ABSENT.items()]
+    absents = [flags.ABSENT, *(values for _, _, values in flags.ABSENT_WITH)]
+    absent = [
+        (_assigned(key, value), known[key].meaning)
+        for values in absents
+        for key, value in values.items()
+    ]
     parts = (
         """\
 # Megatron-LM's arguments
@@ -196,8 +201,6 @@ writes Megatron-LM's.
         "## Without a setting\n",
         "Speed, logging and files, which need no setting here or which other settings imply:\n",
         _list([_flag(name) for name in sorted(flags.WITHOUT_A_SETTING)]),
-        "Options of torchrun and srun; `moepp train` and `moepp slurm` have their own:\n",
-        _list([_flag(name) for name in sorted(flags.LAUNCHER)]),
     )
     return "\n".join(parts)
 

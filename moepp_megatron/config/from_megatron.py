@@ -9,6 +9,7 @@ import ast
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from moepp_megatron.config.load import parse_config
 from moepp_megatron.config.megatron_file import Arguments, read_arguments
 from moepp_megatron.config.megatron_flags import (
     ABSENT,
+    ABSENT_WITH,
     ALWAYS,
     DERIVED,
-    LAUNCHER,
     SETTINGS,
     SWITCHES,
     WITHOUT_A_SETTING,
@@ -58,22 +59,23 @@ def translate(path: Path, variables: Mapping[str, str]) -> Translation:
     Raises:
         ConfigError: The file cannot be read or describes no Megatron-LM run of a MoE model.
     """
-    arguments = read_arguments(path, variables)
+    arguments, notes = read_arguments(path, variables)
     if "num-experts" not in arguments:
         raise ConfigError(
             f"FILE ({path}) must hold the arguments of a MoE model, --num-experts among them; "
             "give the script that calls pretrain_gpt.py"
         )
-    return _Translator(arguments).translation(path)
+    return _Translator(arguments, notes).translation(path)
 
 
 class _Translator:
     """Takes arguments one by one into settings and notes."""
 
-    def __init__(self, arguments: Arguments) -> None:
-        self._left = {n: v for n, v in arguments.items() if n not in LAUNCHER}
+    def __init__(self, arguments: Arguments, notes: list[str]) -> None:
+        self._left = {name: " ".join(words) or "true" for name, words in arguments.items()}
+        self._prefixes = arguments.get("data-path", [])
         self._settings: dict[str, Any] = {}
-        self._notes: list[str] = []
+        self._notes = notes
 
     def translation(self, path: Path) -> Translation:
         """Translate everything."""
@@ -84,19 +86,22 @@ class _Translator:
                 )
         self._left = {n: v for n, v in self._left.items() if "$" not in v}
         self._settings |= ABSENT
+        self._take_pattern()
         self._take_direct()
         self._take_batches()
         self._take_routing()
         self._take_data()
         self._take_parallelism()
-        self._check_model()
+        self._take_model()
         self._check_rest()
         self._settings["run.dir"] = f"runs/{path.stem}"
         content = _nested(self._settings)
-        try:
-            parse_config(content)
-        except ConfigError as error:
-            self._notes += [f"not accepted as it is: {line}" for line in str(error).splitlines()]
+        problems = _problems(content)
+        if "model.vocab_size" not in self._settings:
+            # The tokenizer's, which hides no other rule; Megatron rounds it up like this.
+            stand_in = 128 * self._whole("tensor-model-parallel-size", 1)
+            problems += _problems(_nested(self._settings | {"model.vocab_size": stand_in}))
+        self._notes += [f"not accepted as it is: {line}" for line in dict.fromkeys(problems)]
         return Translation(content, tuple(self._notes))
 
     def _take_direct(self) -> None:
@@ -104,16 +109,17 @@ class _Translator:
             if name in self._left:
                 text = self._left.pop(name)
                 self._settings[key] = text if key == "data.split" else parse_yaml(text, f"--{name}")
-        modules = self._settings.get("training.recompute_modules")
-        if isinstance(modules, str):
-            self._settings["training.recompute_modules"] = modules.split()
+        for key in ("training.recompute_modules", "megatron.offload_modules"):
+            if isinstance(modules := self._settings.get(key), str):
+                self._settings[key] = modules.split()
         for name, (key, value) in SWITCHES.items():
             if self._left.pop(name, None) is not None:
                 self._settings[key] = value
-                if name == "recompute-activations":
-                    self._settings["training.recompute_modules"] = ["core_attn"]
                 if name == "moe-enable-deepep":
                     self._settings["moe.dispatcher"] = "flex"
+        for key, needed, absent in ABSENT_WITH:
+            if key in self._settings and needed in (None, self._settings[key]):
+                self._settings = absent | self._settings
 
     def _take_batches(self) -> None:
         """Steps from samples."""
@@ -208,13 +214,13 @@ class _Translator:
 
     def _take_data(self) -> None:
         """A prefix, or weights and prefixes in turn; of several without weights all is read."""
-        words = self._left.pop("data-path", "").split()
-        if not words:
+        words = self._prefixes
+        if self._left.pop("data-path", None) is None:
             return
         weights = [_number_or_none(word) for word in words[::2]]
         if len(words) == 1:
             self._settings["data.path"] = words[0]
-        elif len(words) % 2 == 0 and None not in weights:
+        elif words and len(words) % 2 == 0 and None not in weights:
             parts = zip(words[1::2], weights, strict=True)
             self._settings["data.blend"] = [{"path": path, "weight": w} for path, w in parts]
         else:
@@ -250,8 +256,48 @@ class _Translator:
                 chunks if chunks > 1 else None
             )
 
-    def _check_model(self) -> None:
-        """What Megatron's model has by default and this project's has not."""
+    def _take_pattern(self) -> None:
+        """A hybrid model whose layers are those of a GPT model: attention, then an FFN."""
+        name = "hybrid-layer-pattern"
+        pattern = self._left.pop(name, self._left.pop("hybrid-override-pattern", None))
+        if pattern is None:
+            return
+        main, *ahead = pattern.split("/")
+        attention = "+" if "multi-latent-attention" in self._left else "*"
+        chunks = [chunk.split(attention)[1:] for chunk in main.split("|")]
+        ffns = [ffn for chunk in chunks for ffn in chunk]
+        layers = attention + attention.join(ffns)
+        stages = int(_number_or_none(self._left.get("pipeline-model-parallel-size", "1")) or 1)
+        if (
+            layers != main.replace("|", "")
+            or not {*ffns} <= {"E", "-"}
+            or len({len(chunk) for chunk in chunks}) > 1
+            or (len(chunks) > 1 and len(chunks) % stages)
+            or {*ahead} - {layers[-2:]}
+        ):
+            raise ConfigError(
+                f"--{name} ({pattern}) must be layers of attention ({attention}) and experts (E) "
+                "or a dense FFN (-), | between chunks of as many, and layers like the last one "
+                "after each /: there are no Mamba or other layers here; keep this model in Megatron"
+            )
+        self._left["num-layers"] = str(len(ffns))
+        self._left["moe-layer-freq"] = str([int(ffn == "E") for ffn in ffns])
+        if ahead:
+            self._left["mtp-num-layers"] = str(len(ahead))
+        if len(chunks) > stages:
+            self._left["num-virtual-stages-per-pipeline-rank"] = str(len(chunks) // stages)
+
+    def _take_model(self) -> None:
+        """What Megatron's model has by default, and this project's has not or otherwise."""
+        wide = self._settings.get("model.hidden_size")
+        if type(wide) is int:
+            is_gated = "swiglu" in self._left
+            width = int(wide * 4 * 2 / 3 / 64) * 64 if is_gated else 4 * wide
+            self._settings.setdefault("model.ffn_hidden_size", width)
+        if "group-query-attention" in self._left:
+            self._settings.setdefault("model.num_query_groups", 1)
+        else:
+            self._settings.pop("model.num_query_groups", None)
         latent = "multi-latent-attention" in self._left
         prefix = "model.latent_attention."
         if not latent:
@@ -259,8 +305,10 @@ class _Translator:
                 key: value for key, value in self._settings.items() if not key.startswith(prefix)
             }
         else:
-            for key, value in (("q_lora_rank", 512), ("kv_lora_rank", 512), ("rope_type", "yarn")):
+            for key, value in (("kv_lora_rank", 32), ("rope_type", "yarn")):
                 self._settings.setdefault(prefix + key, value)
+            if self._settings[f"{prefix}rope_type"] == "yarn":
+                self._settings.setdefault(f"{prefix}rotary_scaling_factor", 1.0)
         for name, value in ALWAYS.items():
             given = self._left.pop(name, None)
             if given is None or not _same(given, value):
@@ -284,7 +332,17 @@ class _Translator:
             if name in WITHOUT_A_SETTING or name in DERIVED:
                 continue
             shown = f"--{name}" if value == "true" else f"--{name} {value}"
-            self._notes.append(f"{shown} has no counterpart")
+            near = get_close_matches(name, [*SETTINGS, *SWITCHES, *DERIVED, *ALWAYS], 1, 0.85)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            self._notes.append(f"{shown} has no counterpart{hint}")
+
+
+def _problems(content: Mapping[str, Any]) -> list[str]:
+    try:
+        parse_config(content)
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
 
 
 def _number_or_none(text: str) -> float | None:

@@ -105,6 +105,8 @@ SETTINGS = {
     "save-interval": "checkpoint.save_interval",
     "wandb-project": "observe.wandb.project",
     **dict(declared("megatron_flags")),
+    "offload-modules": "megatron.offload_modules",
+    "min-offloaded-tensor-size": "megatron.min_offloaded_tensor_size",
 }
 """The setting of each argument with a value that means the same."""
 
@@ -131,6 +133,13 @@ SWITCHES = {
     "async-save": ("checkpoint.async_save", True),
     "recompute-activations": ("training.recompute_granularity", "selective"),
     "moe-enable-deepep": ("moe.flex_backend", "deepep"),
+    "fine-grained-activation-offloading": ("megatron.fine_grained_activation_offloading", True),
+    "high-priority-a2a-comm-stream": ("megatron.high_priority_a2a_comm_stream", True),
+    "ep-overlap-early-attn-memory-release": ("megatron.ep_overlap_early_attn_memory_release", True),
+    "moe-permute-fusion-into-hybridep": ("megatron.moe_permute_fusion_into_hybridep", True),
+    "fused-residual-rmsnorm": ("megatron.fused_residual_rmsnorm", True),
+    "no-load-optim": ("checkpoint.load_optimizer", False),
+    "finetune": ("checkpoint.load_optimizer", False),
 }
 """The setting and its value of each argument without a value."""
 
@@ -146,6 +155,17 @@ ABSENT = {
     "training.eval_iters": 100,
 }
 """What Megatron takes where an argument is not given, if this project's default is another."""
+
+_MUON = {"optimizer.muon_momentum": 0.9, "optimizer.muon_tp_mode": "blockwise"}
+_FP8 = {"precision.fp8_amax_history_len": 1, "precision.fp8_amax_compute_algo": "most_recent"}
+ABSENT_WITH = (
+    ("precision.fp8", None, {"precision.fp8_recipe": "delayed"}),
+    ("precision.fp8_recipe", "delayed", _FP8),
+    ("optimizer.kind", "muon", _MUON),
+    ("moe.dispatcher", "flex", {"moe.flex_backend": "deepep"}),
+    ("training.recompute_granularity", "selective", {"training.recompute_modules": ["core_attn"]}),
+)
+"""The same where a setting, in this order, has a value (None: any)."""
 
 ALWAYS = {
     "swiglu": "true",
@@ -198,16 +218,11 @@ DERIVED = {
     "data-path": "`data.path`, or `data.blend` of several prefixes with weights",
     "tokenizer-type": "`data.tokenizer`; by default the prepared data's",
     "tokenizer-model": "`data.tokenizer`; by default the prepared data's",
+    "hybrid-layer-pattern": "`model.num_layers` and `moe.layer_freq`, if each layer is attention "
+    "and experts (`*E`) or a dense FFN (`*-`); `|` and `/` become chunks and multi-token layers",
     "load": "`checkpoint.load`: what `moepp convert megatron-lm` makes of the checkpoint",
 }
 """Arguments whose setting is worked out, or has to be given by hand, and how."""
-
-LAUNCHER = frozenset(
-    ("nproc-per-node", "nnodes", "node-rank", "master-addr", "master-port")
-    + ("rdzv-endpoint", "rdzv-backend", "rdzv-id", "max-restarts", "local-ranks-filter", "tee")
-    + ("mpi", "container-image", "container-mounts", "container-workdir", "export", "ntasks")
-)
-"""Arguments of torchrun and srun."""
 
 
 def setting_of(option: str) -> str | None:

@@ -173,6 +173,140 @@ def test_zero_experts_of_zedas_fork(more, experts, balance, tmp_path: Path) -> N
     assert not [note for note in found.notes if "zero" in note or "aux" in note or "moe." in note]
 
 
+BRANCHES = """\
+SIZE=${1:-7B}
+TP=1
+if [ $SIZE = 0.5B ]; then
+    NUM_LAYERS=24
+elif [ $SIZE = 7B ]; then
+    NUM_LAYERS=32
+fi
+export OTHER=1 SEQ=2048; SEQ=4096
+[ -n "$X" ] && ADAM=0.9
+: ${LR:=1e-4}
+MOE="--num-experts 8 \\
+    --moe-router-topk 2"
+ARGS=(--num-layers $NUM_LAYERS --hidden-size 1024 --tensor-model-parallel-size $TP  # a comment
+    --data-path "/my data/x" --adam-beta1 $ADAM "$@")
+TP=8
+if [ "$DEBUG" = 1 ]; then ARGS+=(--num-attention-heads 1); fi
+while [ $# -gt 0 ]; do case $1 in --seq) SEQ=$2; shift 2;; esac; done
+python tools/preprocess_data.py --seq-length 99999 --vocab-size 5 2>&1 | tee "log"
+"""
+CALLS = [
+    "torchrun --nproc_per_node 8 pretrain_gpt.py ${ARGS[@]} $MOE --lr $LR --seq-length $SEQ > log",
+    "python pretrain.py --vocab-size 3 --num-experts 3; "
+    'CMD="cd $DIR && python $DIR/pretrain_moe.py ${ARGS[*]} $MOE --lr $LR --seq-length $SEQ"; '
+    'srun sh -c "$CMD" 2>&1',
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_script_is_read_as_bash_would(call: str, tmp_path: Path) -> None:
+    found = _translated(f"{BRANCHES}{call}\nMOE=--lr python other.py --vocab-size 9", tmp_path)
+    model = found.content["model"]
+    assert (model["num_layers"], model["seq_length"], model["num_attention_heads"]) == (32, 4096, 1)
+    assert found.content["moe"]["num_ffn_experts"] == 8
+    assert found.content["optimizer"]["lr"] == 1e-4
+    assert found.content["data"] == {"path": "/my data/x"}
+    # TP is another one when ARGS is set, and given on the command line.
+    assert found.content["parallel"]["tensor_model_parallel_size"] == 2
+    assert "vocab_size" not in model
+    notes = "\n".join(found.notes)
+    for name, values in (
+        ("NUM_LAYERS", "24; 32"),
+        ("SEQ", "2048; 4096; $2"),
+        ("ADAM", "0.9"),
+        (
+            "ARGS",
+            "--num-layers 32 --hidden-size 1024 --tensor-model- [...]; --num-attention-heads 1",
+        ),
+    ):
+        assert f"{name} is set in a branch or more than once ({values}" in notes
+    for name in ("OTHER", "MOE", "TP", "LR", "preprocess", "log"):
+        assert f"{name} is set" not in notes
+    assert ("FILE has several commands with pretrain*.py" in notes) == (call == CALLS[1])
+
+
+def test_of_an_option_that_is_given_twice_the_last_is_taken(tmp_path: Path) -> None:
+    found = _translated("pretrain_gpt.py --num-experts 4 --lr 1 --num-experts 8 --lr=1", tmp_path)
+    assert found.content["moe"]["num_ffn_experts"] == 8
+    assert "--num-experts has several values (4; 8): the last is taken" in found.notes
+    assert "--lr has" not in "\n".join(found.notes)
+
+
+def test_a_file_without_the_command_is_read_whole(tmp_path: Path) -> None:
+    text = 'MOE="--num-experts 4"\nA=(--num-layers 2 --hiden-size 8)\npython train.py --lr 8 $X'
+    found = _translated(text, tmp_path)
+    assert found.content["moe"]["num_ffn_experts"] == 4
+    assert found.content["model"]["num_layers"] == 2
+    notes = "\n".join(found.notes)
+    assert "FILE has no command with pretrain*.py: every argument in it is read" in notes
+    assert "--hiden-size 8 has no counterpart; did you mean --hidden-size?" in notes
+
+
+def test_a_script_that_doubles_a_value_many_times_is_refused(tmp_path: Path) -> None:
+    text = "A=12345678\n" + "A=$A$A\n" * 40 + "pretrain_gpt.py --num-experts $A"
+    with pytest.raises(ConfigError, match="its values have more than 1000000 characters"):
+        _translated(text, tmp_path)
+
+
+def test_rules_are_listed_where_the_vocabulary_is_missing(tmp_path: Path) -> None:
+    script = SCRIPT.replace("--vocab-size 1024", "").replace("--sequence-parallel", "")
+    notes = "\n".join(_translated(script, tmp_path).notes)
+    assert "model.vocab_size (missing) must be given" in notes
+    assert "parallel.sequence_parallel (false) must be true" in notes
+
+
+@pytest.mark.parametrize(
+    ("more", "setting", "value"),
+    [
+        ("--no-load-optim", "checkpoint.load_optimizer", False),
+        ("--finetune", "checkpoint.load_optimizer", False),
+        ("--fused-residual-rmsnorm", "megatron.fused_residual_rmsnorm", True),
+        (
+            "--offload-modules core_attn moe_act",
+            "megatron.offload_modules",
+            ["core_attn", "moe_act"],
+        ),
+        # Megatron's own defaults.
+        ("", "model.ffn_hidden_size", 640),
+        ("--group-query-attention", "model.num_query_groups", 1),
+        ("--num-query-groups 2", "model.num_query_groups", None),
+        ("--multi-latent-attention", "model.latent_attention.kv_lora_rank", 32),
+        ("--multi-latent-attention", "model.latent_attention.rotary_scaling_factor", 1.0),
+        ("--multi-latent-attention", "model.latent_attention.q_lora_rank", None),
+        ("--optimizer muon", "optimizer.muon_tp_mode", "blockwise"),
+        ("--fp8-format e4m3", "precision.fp8_amax_history_len", 1),
+        ("--fp8-format e4m3 --fp8-recipe blockwise", "precision.fp8_amax_history_len", None),
+        ("--moe-token-dispatcher-type flex", "moe.flex_backend", "deepep"),
+        ("--recompute-granularity selective", "training.recompute_modules", ["core_attn"]),
+        # Hybrid models that are GPT models.
+        ("--hybrid-layer-pattern *-*E*E*E/*E/*E", "model.num_layers", 4),
+        ("--hybrid-layer-pattern *-*E*E*E/*E/*E", "moe.layer_freq", [0, 1, 1, 1]),
+        ("--hybrid-layer-pattern *-*E*E*E/*E/*E", "model.mtp_num_layers", 2),
+        (
+            "--hybrid-layer-pattern '*E|*E|*E|*E' --pipeline-model-parallel-size 2",
+            "parallel.virtual_pipeline_model_parallel_size",
+            2,
+        ),
+        (
+            "--hybrid-override-pattern '*E|*E' --pipeline-model-parallel-size 2",
+            "parallel.virtual_pipeline_model_parallel_size",
+            None,
+        ),
+        ("--multi-latent-attention --hybrid-layer-pattern +E", "model.num_layers", 1),
+    ],
+)
+def test_arguments_and_absent_arguments(more: str, setting: str, value, tmp_path: Path) -> None:
+    text = f"pretrain_gpt.py --num-experts 4 --swiglu --hidden-size 256 {more}"
+    found = _translated(text, tmp_path).content
+    for name in setting.split("."):
+        found = found.get(name, {})
+    assert (found or None) == (value or None)
+    assert found != {} or value is None
+
+
 DEEPSEEK_V3 = """\
 --moe-router-score-function sigmoid --moe-router-enable-expert-bias \\
 --moe-router-bias-update-rate 2e-3 --moe-router-topk-scaling-factor 2.5 \\
@@ -252,6 +386,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         ("--num-experts 4 --zero-experts-type identity", "must be zero or copy"),
         (f"--num-experts 4 {GROUPED} --moe-zero-expert-weight 0", r"weight \(0\) must be above 0"),
         ("echo 'open --num-experts 4", "all quotes closed"),
+        ("--num-experts 4 --hybrid-layer-pattern M*E", r"\(M\*E\) must be layers of attention"),
+        ("--num-experts 4 --hybrid-layer-pattern '*E*E|*E'", "chunks of as many"),
+        ("--num-experts 4 --hybrid-layer-pattern *E/*-", "like the last one after each /"),
+        ("--num-experts 4 --hybrid-layer-pattern +E", "no Mamba or other layers here"),
     ],
 )
 def test_what_is_no_such_file_is_refused(text: str, part: str, tmp_path: Path) -> None:
