@@ -75,12 +75,9 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))
 
 def save_and_compute(raw: dict[str, Any], folder: Path) -> Any:
     """Save a random model as training does; returns its logits."""
-    import multiprocessing
-
     import torch
 
     from moepp_megatron.config import parse_config
-    from moepp_megatron.training.checkpoint import Progress
     from moepp_megatron.training.setup import build_training_model
 
     build(raw)
@@ -102,12 +99,21 @@ def save_and_compute(raw: dict[str, Any], folder: Path) -> Any:
                 parameter.copy_(torch.randn_like(parameter))
         ids = torch.from_numpy(TOKENS)
         logits = chunk(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
+    save_model(folder, model, config)
+    return logits.numpy()
+
+
+def save_model(folder: Path, model: Any, config: Any) -> None:
+    """Save a model, of step 3, with a tokenizer."""
+    import multiprocessing
+
+    from moepp_megatron.training.checkpoint import Progress
+
     tokenizer = folder.parent / "tokenizer.json"
     write_tokenizer(tokenizer)
     # megatron-core hands results over through a process of its own, which daemons may not start.
     multiprocessing.current_process()._config["daemon"] = False
     save_checkpoint(folder, model, Progress(step=3), config, tokenizer)
-    return logits.numpy()
 
 
 def write_tokenizer(path: Path) -> None:

@@ -15,9 +15,10 @@ import pytest
 from tests.interop.checkpoints import CASES, GOLDEN
 from tests.interop.conftest import RunPlain
 from tests.interop.models import settings
-from tests.interop.test_export import MODELS, save_and_compute
+from tests.interop.test_export import MODELS, save_and_compute, save_model
 from tests.interop.test_finetuning import FIELDS, batch, random_model
 from tests.parallel.ranks import RankPools
+from tests.parallel.training_runs import SyntheticDataset, begin_training, short, train
 
 VLLM = os.environ.get("MOEPP_VLLM_PYTHON")
 needs_vllm = pytest.mark.skipif(
@@ -187,6 +188,58 @@ def test_tensors_that_are_not_the_models_are_refused_or_named(
     name = "model.layers.2.mlp.moe.experts.experts.2.up_proj.weight"
     expected = [(name, "float16", "float32")] if change == "half" and is_plugin else []
     assert warnings == expected
+
+
+def routes(folder: Path, *prompts: list[int]) -> Any:
+    """The picks of transformers' model, [tokens of all prompts, MoE layers, K]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    picks = []
+    with torch.no_grad():
+        for prompt in prompts:
+            lane: dict[int, Any] = {}
+            model.model(torch.tensor([prompt]), router_lane=lane)
+            gates = {layer: model.model.layers[layer].mlp.moe.gate for layer in lane}
+            picks.append(
+                torch.stack([gates[layer].select(lane[layer])[1] for layer in sorted(lane)], 1)
+            )
+    return torch.cat(picks).numpy()
+
+
+def save_as_it_begins(raw: dict[str, Any], folder: Path) -> list[list[int]]:
+    """Save the model as training begins with it; the tokens of the first batch."""
+    config, _, model = begin_training(raw)
+    for wrapped in model.chunks:
+        wrapped.zero_grad_buffer()
+    # Gradients and decay of 0 change nothing; the optimizer then has a state to save.
+    model.optimizer.step()
+    save_model(folder, model, config)
+    dataset = SyntheticDataset(config, 1)
+    return [dataset[index]["tokens"].tolist() for index in range(len(dataset))]
+
+
+def test_training_repeats_the_routes_that_transformers_took(
+    ranks: RankPools, plain: RunPlain, tmp_path: Path
+) -> None:
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+
+    sections: dict[str, Any] = {"optimizer": {"weight_decay": 0.0}, "moe": {"layer_freq": [0, 1]}}
+    (tokens,) = ranks(1).run(save_as_it_begins, short(**sections), tmp_path / "checkpoints")
+    mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf")
+    picked = plain(routes, tmp_path / "hf", *tokens)
+    own, theirs = tmp_path / "own", tmp_path / "theirs"
+    ((run, _),) = ranks(1).run(train, short(routes={"record": str(own)}, **sections), 1)
+    (file,) = own.iterdir()
+    with np.load(file) as written:
+        np.testing.assert_array_equal(written["routed_experts"], picked)
+        contents = dict(written) | {"routed_experts": picked}
+    theirs.mkdir()
+    np.savez(theirs / file.name, **contents)
+    ((again, _),) = ranks(1).run(train, short(routes={"replay": str(theirs)}, **sections), 1)
+    assert again.losses == run.losses
+    assert again.grad_norms == run.grad_norms
 
 
 def decoder_of(folder: Path, ids: Any) -> Any:

@@ -21,7 +21,7 @@ from moepp_megatron.interop.vllm import VERSION, MoEPPModelConfig
 from tests.interop.conftest import RunPlain, plain  # noqa: F401
 from tests.interop.models import settings
 from tests.interop.test_export import MODELS, save_and_compute
-from tests.interop.test_serving import VLLM, greedy, needs_vllm
+from tests.interop.test_serving import VLLM, greedy, needs_vllm, routes
 from tests.parallel.ranks import RankPools
 
 ROOT = Path(__file__).parents[2]
@@ -54,19 +54,6 @@ RUNS = [
     ("vanilla, tied", ""),
     ("vanilla with a bias", ""),
 ]
-
-
-def routes(folder: Path, prompt: list[int]) -> Any:
-    """The picks of transformers' model, [tokens, MoE layers, K]."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    lane: dict[int, Any] = {}
-    with torch.no_grad():
-        model.model(torch.tensor([prompt]), router_lane=lane)
-        gates = {layer: model.model.layers[layer].mlp.moe.gate for layer in lane}
-        return torch.stack([gates[layer].select(lane[layer])[1] for layer in sorted(lane)], 1)
 
 
 def exported(ranks: RankPools, folder: Path, name: str) -> Any:
