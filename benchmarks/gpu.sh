@@ -22,7 +22,7 @@
 #
 # In this order unless --steps names some; it may also name one measurement of layer or step, such as
 # layer_bf16_cutlass. Writes OUT/<card>.json (default benchmarks/results), which
-# `moepp bench report` makes a page of. What each part leaves stays in WORK (default runs/gpu_sh),
+# `python -m benchmarks.gpu_page` makes a page of. What each part leaves stays in WORK (default runs/gpu_sh),
 # Triton's cache too. A part ends after ten minutes at most, and all of them, with what they left
 # written to the record, within --limit; one that has passed with this commit (MOEPP_COMMIT, where
 # there is no git) is not run again, so the same command continues after a break (--again runs it
@@ -138,7 +138,7 @@ run() {
 bench() {
     local name=$1 choice=''
     shift
-    [[ $name == card ]] || has "${name%%_*}" || has "$name" || return 0
+    has "${name%%_*}" || has "$name" || return 0
     [[ $name != layer_* ]] || choice="$shapes $taus"
     passed "$name" || rm -f -- "$work/$name.json"
     run "$name" "$MOEPP_BIN/moepp" bench "$@" --json "$work/$name.json"
@@ -214,7 +214,8 @@ run_tests() {
 }
 
 if has card || [[ ! -e $work/card.json ]]; then
-    bench card card ${card[@]+"${card[@]}"}
+    passed card || rm -f -- "$work/card.json"
+    run card "$MOEPP_BIN/python" -m benchmarks.card "$work/card.json" ${card[@]+"${card[@]}"}
 fi
 if has kernels; then
     run_tests kernels "${first[@]}"

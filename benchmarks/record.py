@@ -3,8 +3,8 @@
     python -m benchmarks.record FOLDER --out DIR --command TEXT [--allow-cpu]
     python -m benchmarks.record RECORD.json RECORD.json ... --out DIR
 
-FOLDER holds what the steps left: `card.json`, `layer_*.json` and `step_*.json` of `moepp bench`,
-runs in `run_*`, what each step printed, `kernels.xml`, `fp8.xml` and `tests.xml` of pytest, and
+FOLDER holds what the steps left: `card.json` of `benchmarks.card`, `layer_*.json` and
+`step_*.json` of `moepp bench`, runs in `run_*`, what each step printed, `kernels.xml`, `fp8.xml` and `tests.xml` of pytest, and
 `steps.tsv` with one line a step: name, exit status, seconds, commit, choice of shapes.
 The file is DIR/<card>.json. A step that failed leaves its exit status and no numbers;
 3 says that the machine cannot do it. Records of several machines with the same card make one;
@@ -43,8 +43,7 @@ def assemble(folder: Path, command: str, driver: str | None = None) -> dict[str,
     card = _read(folder / "card.json")
     if not isinstance(card, dict) or "device" not in card:
         raise ConfigError(
-            f"{folder / 'card.json'} must be what `moepp bench card --json` writes; "
-            "run the step card again"
+            f"{folder / 'card.json'} must be what `benchmarks.card` writes; run the step card again"
         )
     steps = _steps(folder / "steps.tsv")
     return {

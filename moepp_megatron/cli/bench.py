@@ -153,60 +153,6 @@ def _refuse_unfit_fp8(recipe: str) -> None:
 
 
 @app.command()
-def card(
-    dtypes: Annotated[
-        str,
-        typer.Option(
-            help="Measure these dtypes; fp8 is left out where the GPU has none.", metavar="NAME,..."
-        ),
-    ] = "fp32,bf16,fp8",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=16,
-            help="Multiply square matrices with sides of this length; by default, 8192 on a GPU "
-            "and 1024 on a CPU.",
-        ),
-    ] = None,
-    megabytes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Copy this many MB; by default, 1074 on a GPU and 268 on a CPU.",
-            metavar="MB",
-        ),
-    ] = None,
-    json_file: JsonOption = None,
-) -> None:
-    """Measure this GPU's own rates: matrix products and a copy in its memory.
-
-    Examples:
-        moepp bench card --json card.json
-        moepp bench card --dtypes fp32 --size 512
-    """
-    from moepp_megatron.config.choices import parse_choices
-    from moepp_megatron.config.errors import ConfigError
-
-    names = parse_choices("--dtypes", dtypes, _LAYER_DTYPES)
-    if size is not None and size % 16 != 0:
-        raise ConfigError(
-            f"--size ({size}) must be a multiple of 16, as FP8 products are; "
-            f"use {(size // 16 + 1) * 16}"
-        )
-    from moepp_megatron.runtime.quiet import quiet
-
-    quiet()
-    from moepp_megatron.workbench.bench.card import measure_card
-    from moepp_megatron.workbench.report import bench
-
-    result = measure_card(names, size, None if megabytes is None else megabytes * 10**6)
-    bench.print_card(result, names)
-    if json_file is not None:
-        bench.write_records(json_file, result)
-        echo(f"result       {json_file}")
-
-
-@app.command()
 def step(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
@@ -265,28 +211,3 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
     if json_file is not None:
         bench.write_records(json_file, result)
         echo(f"result       {json_file}")
-
-
-@app.command()
-def report(
-    results: Annotated[
-        Path, typer.Argument(help="Read this results file of benchmarks/gpu.sh.", metavar="RESULTS")
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the page to this file. By default it is next to RESULTS.",
-            metavar="FILE.html",
-        ),
-    ] = None,
-) -> None:
-    """Write one page of a GPU's results: measured and expected, parts and their bounds.
-
-    Examples:
-        moepp bench report results.json
-    """
-    from moepp_megatron.workbench.report.gpu_page import write_gpu_page
-
-    page = results.with_suffix(".html") if out is None else out
-    write_gpu_page(results, page)
-    echo(f"report       {page}")

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moepp_megatron.config.hardware import find_hardware
 from moepp_megatron.workbench.bench import clock
 
-DTYPES = ("fp32", "bf16", "fp8")
 # As large as the products of a layer get, and enough to fill any GPU (1.1 TFLOP).
 _GPU_SIZE, _CPU_SIZE = 8192, 1024
 # Far more than any cache holds.
@@ -33,58 +30,33 @@ class CardResult:
 
     Attributes:
         device: The GPU's name, or "cpu".
-        kind: "cuda" or "cpu".
-        threads: Threads of a CPU product; 0 on a GPU.
-        matmul_size: Side of the square matrices.
         matmul_tflops: Number format to TFLOP/s, median; formats that it cannot do are left out.
         copy_gb_s: Bytes read and written by a large copy, GB/s.
-        rated_tflops: The vendor's dense rates, if configs/hardware describes the GPU.
-        rated_gb_s: The vendor's memory bandwidth, or None.
-        versions: Versions of torch, CUDA and Transformer Engine, if installed.
     """
 
     device: str
-    kind: str
-    threads: int
-    matmul_size: int
     matmul_tflops: dict[str, float]
     copy_gb_s: float
-    rated_tflops: dict[str, float] = field(default_factory=dict)
-    rated_gb_s: float | None = None
-    versions: dict[str, str] = field(default_factory=dict)
 
 
 def measure_card(
-    dtypes: Sequence[str] = DTYPES, size: int | None = None, num_bytes: int | None = None
+    dtypes: Sequence[str], size: int | None = None, num_bytes: int | None = None
 ) -> CardResult:
     """Measure the current device; formats of `dtypes` that it lacks are left out.
 
     Args:
-        dtypes: Names out of `DTYPES`.
+        dtypes: Out of fp32, bf16 and fp8.
         size: Side of the square matrices; chosen by the device where None.
         num_bytes: Bytes to copy; chosen by the device where None.
     """
     device = _device()
     on_gpu = device.type == "cuda"
     size = size or (_GPU_SIZE if on_gpu else _CPU_SIZE)
-    num_bytes = num_bytes or (_GPU_BYTES if on_gpu else _CPU_BYTES)
-    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
-    rated = find_hardware(name)
-    rates: dict[str, float | None] = {}
-    if rated is not None:
-        rates = {d: rated.peak_tflops(d, "e4m3" if d == "fp8" else None) for d in DTYPES}
+    fit = [dtype for dtype in dtypes if card_obstacle(dtype) is None]
     return CardResult(
-        device=name,
-        kind=device.type,
-        threads=0 if on_gpu else torch.get_num_threads(),
-        matmul_size=size,
-        matmul_tflops={
-            dtype: _matmul_tflops(dtype, size) for dtype in dtypes if card_obstacle(dtype) is None
-        },
-        copy_gb_s=_copy_gb_s(num_bytes),
-        rated_tflops={dtype: rate for dtype, rate in rates.items() if rate is not None},
-        rated_gb_s=None if rated is None else rated.memory_bandwidth_gb_s,
-        versions=_versions(),
+        device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        matmul_tflops={dtype: _matmul_tflops(dtype, size) for dtype in fit},
+        copy_gb_s=_copy_gb_s(num_bytes or (_GPU_BYTES if on_gpu else _CPU_BYTES)),
     )
 
 
@@ -156,19 +128,6 @@ def _median_seconds(work: Callable[[], object]) -> float:
     clock.settle()
     pairs = zip(marks, marks[1:], strict=False)
     return statistics.median(clock.seconds(begin, end) for begin, end in pairs)
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the software that the numbers depend on, if installed."""
-    result = {"torch": str(torch.__version__)}
-    if torch.version.cuda is not None:
-        result["cuda"] = torch.version.cuda
-    for name in ("megatron-core", "transformer-engine", "triton"):
-        try:
-            result[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return result
 
 
 def _device() -> torch.device:

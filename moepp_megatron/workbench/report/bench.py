@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 
 from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.runtime.terminal import Console
-from moepp_megatron.workbench.bench.card import CardResult, card_obstacle
 from moepp_megatron.workbench.bench.layer import LayerResult
 from moepp_megatron.workbench.bench.step import TimedStep
 from moepp_megatron.workbench.report.drawing import BLUE, INK, MUTED, VERMILION, png_figure
@@ -149,22 +148,6 @@ def write_records(path: Path, results: object) -> None:
 _PARTS = ("router", "dispatch", "experts", "zero_computation", "combine")
 
 
-def print_card(result: CardResult, asked: Sequence[str]) -> None:
-    """Print measured and rated numbers, and missing formats with the reason."""
-    on_cpu = "" if result.kind == "cuda" else f", {result.threads} threads"
-    names = ("measured", "", "rated", "share")
-    table = titled_table(f"{result.device}{on_cpu}", *names, words=1)
-    for dtype in asked:
-        rate = result.matmul_tflops.get(dtype)
-        what = f"{dtype} product of {result.matmul_size}"
-        if rate is None:
-            table.add_row(what, card_obstacle(dtype) or "", "", "")
-        else:
-            table.add_row(what, *_beside(rate, result.rated_tflops.get(dtype), "TFLOP/s"))
-    table.add_row("copy in memory", *_beside(result.copy_gb_s, result.rated_gb_s, "GB/s"))
-    Console().print(table)
-
-
 def print_bounds(results: Sequence[LayerResult]) -> None:
     """Print each part's time over its bound on this GPU, and the experts' rate."""
     first = results[0]
@@ -189,13 +172,6 @@ def print_bounds(results: Sequence[LayerResult]) -> None:
         f"bound: bytes over the measured copy ({first.copy_gb_s:.0f} GB/s), or FLOPs over the "
         f"measured product ({first.matmul_tflops:.3g} TFLOP/s), whichever is longer"
     )
-
-
-def _beside(value: float, rated: float | None, unit: str) -> tuple[str, str, str]:
-    measured = f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
-    if rated is None:
-        return measured, "", ""
-    return measured, f"{rated:,.0f} {unit}", f"{value / rated:.0%}"
 
 
 def _ratio(milliseconds: float | None, bound: float | None) -> str:

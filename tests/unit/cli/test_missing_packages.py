@@ -40,9 +40,7 @@ COMMANDS = {
     "convert megatron-lm no-run o": 3,
     "convert to-megatron-lm no-run o": 3,
     "bench layer --shapes no": 2,
-    "bench card": 3,
     "bench step no.yaml": 2,
-    "bench report no.json": 3,
 }
 
 

@@ -24,7 +24,7 @@ SHAPE = PaperShape("tiny", 8, 4, 1, ExpertLayout(2, num_constant_experts=2), 1.0
 PICKS = torch.tensor([[0, 1], [0, 2], [4, 5], [5, 0]])
 LOAD = RoutedLoad(tokens=4, rows=4, ffn_tokens=3, used_tokens=2, busy_experts=2)
 # 1 GB/s and 1 or 2 TFLOP/s.
-CARD = card.CardResult("a card", "cuda", 0, 16, {"fp32": 1.0, "bf16": 2.0}, 1.0)
+CARD = card.CardResult("a card", {"fp32": 1.0, "bf16": 2.0}, 1.0)
 
 
 def test_load_counts_what_the_routing_asks_for() -> None:
@@ -115,11 +115,9 @@ def test_card_measures_products_and_copies() -> None:
     assert ("fp8" in result.matmul_tflops) == (card.card_obstacle("fp8") is None)
     assert min(result.matmul_tflops.values()) > 0
     assert result.copy_gb_s > 0
-    assert result.versions["torch"] == torch.__version__
-    assert result.rated_tflops == {}, "a CPU has no rated speed"
 
 
-@pytest.mark.parametrize("dtype", card.DTYPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
 def test_each_product_is_a_product(dtype: str) -> None:
     """What is timed is the whole product of two full matrices, in that format."""
     torch.manual_seed(0)

@@ -127,7 +127,7 @@ def test_records_of_two_machines_make_one(folder: Path) -> None:
 
 def test_no_card_no_record(folder: Path) -> None:
     (folder / "card.json").unlink()
-    with pytest.raises(ConfigError, match=r"card.json must be what `moepp bench card --json` writ"):
+    with pytest.raises(ConfigError, match=r"card.json must be what `benchmarks.card` writ"):
         record.assemble(folder, "a command")
     (folder / "card.json").write_text("{")
     with pytest.raises(ConfigError, match=r"card.json must be JSON \(.*\); remove it"):

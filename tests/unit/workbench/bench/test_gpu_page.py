@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu_page import write_gpu_page
 from moepp_megatron.config import ConfigError
-from moepp_megatron.workbench.report.gpu_page import write_gpu_page
 
 LAYER = {
     "shape": "0.6B", "tau": 0.5, "pass": "forward", "phi": 0.5, "vanilla_ms": 3.0,

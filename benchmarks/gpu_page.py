@@ -1,7 +1,13 @@
-"""One page of what `benchmarks/gpu.sh` measured of a GPU, each number with what was expected."""
+"""One page of what `benchmarks/gpu.sh` measured of a GPU, each number with what was expected.
+
+    python -m benchmarks.gpu_page RESULTS.json
+
+The page is RESULTS.html.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +47,7 @@ def write_gpu_page(results: Path, page: Path) -> None:
         facts=facts,
         sections=[section for section in _sections(record) if section is not None],
         sources="the results of benchmarks/gpu.sh",
-        command="moepp bench report",
+        command="python -m benchmarks.gpu_page",
     )
     write_blocks(page, content)
 
@@ -183,3 +189,8 @@ def _number(value: float | None) -> str:
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    given = Path(sys.argv[1])
+    write_gpu_page(given, given.with_suffix(".html"))
