@@ -16,13 +16,11 @@ from torch import Tensor
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.conversations import PADDING
-from moepp_megatron.data.document_sources import SOURCES
 from moepp_megatron.runtime.patches import replaced
 from moepp_megatron.training.gradient_norm import squared_norms
 from moepp_megatron.training.rng import get_rng_state, set_rng_state
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step_sums import StepSums, Summand, read_step
-from moepp_megatron.training.tagging import layers_know_tokens
 
 Batch = dict[str, Tensor]
 
@@ -181,12 +179,7 @@ def run_schedule(
     """
     forward_backward = get_forward_backward_func()
     reduced = forward_backward(
-        forward_step_func=partial(
-            forward_step,
-            hooks=hooks,
-            with_sources=layers_know_tokens(config),
-            with_loss_mask=config.model.mtp_num_layers > 0,
-        ),
+        forward_step_func=partial(forward_step, hooks=hooks),
         data_iterator=batches if len(batches) > 1 else batches[0],
         model=list(model.chunks),
         num_microbatches=num_microbatches,
@@ -204,18 +197,11 @@ def forward_step(
     model: Any,
     return_schedule_plan: bool = False,
     hooks: StepHooks = NO_HOOKS,
-    with_sources: bool = False,
-    with_loss_mask: bool = False,
 ) -> tuple[Any, Any]:
     """One micro-batch's output, or its plan for the combined schedule, and its loss function."""
     batch = next(iterator)
     forward = model.build_schedule_plan if return_schedule_plan else model
-    extra_keys = {PADDING}
-    if with_sources:
-        extra_keys.add(SOURCES)
-    if with_loss_mask:
-        extra_keys.add("loss_mask")
-    extra: dict[str, Any] = {key: batch[key] for key in extra_keys & batch.keys()}
+    extra: dict[str, Any] = {key: batch[key] for key in {PADDING, "loss_mask"} & batch.keys()}
     extra |= hooks.arguments(batch)
     mask = batch.get("attention_mask")
     output = forward(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], **extra)

@@ -55,6 +55,10 @@ class SourcesPart(Part):
         """Forget the losses before."""
         self.losses.reset()
 
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """The sources, for layers that count experts by them."""
+        return {SOURCES: batch[SOURCES]} if self._counts_experts else {}
+
     @torch.no_grad()
     def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
         """Record a micro-batch of the step, on the last pipeline stage.
