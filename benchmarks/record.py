@@ -4,8 +4,9 @@
     python -m benchmarks.record RECORD.json RECORD.json ... --out DIR
 
 FOLDER holds what the steps left: `card.json` of `benchmarks.card`, `layer_*.json` and
-`step_*.json` of `moepp bench`, runs in `run_*`, what each step printed, `kernels.xml`, `fp8.xml` and
-`tests.xml` of pytest, and `steps.tsv` with one line a step: name, exit status, seconds, commit, choice of shapes.
+`step_*.json` of `moepp bench`, runs in `run_*`, what each step printed, `kernels.xml`, `fp8.xml`
+and `tests.xml` of pytest, and `steps.tsv` with one line a step: name, exit status, seconds,
+commit, choice of shapes.
 The file is DIR/<card>.json. A step that failed leaves its exit status and no numbers;
 3 says that the machine cannot do it. Records of several machines with the same card make one;
 where two have a step, the later one counts.
