@@ -14,6 +14,7 @@ from moepp_megatron.runtime.install import how_to_install
 Compression = Literal["gzip", "zstd"]
 
 COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
+_ZSTD_MAGIC, _ZSTD_HAS_CHECKSUM = b"\x28\xb5\x2f\xfd", 0b100
 _BUFFER_BYTES = 1024 * 1024
 # Of a file that unpacks to more, memory would be the measure. Text packs to a tenth, logs to less.
 _SMALL_BYTES, _MOST_TIMES = 64 * 1024 * 1024, 100
@@ -30,6 +31,16 @@ def too_large(path: Path) -> ConfigError:
         f"source {path} must hold at most {_MOST_TIMES} times its size and holds more; leave it "
         "out, or unpack it if you know what made it"
     )
+
+
+def lacks_checksum(path: Path, compression: Compression | None) -> bool:
+    """Whether damage in a compressed file may go unnoticed; gzip always has a checksum."""
+    if compression != "zstd":
+        return False
+    with path.open("rb") as stream:
+        # Frames that are skipped may come first (RFC 8878, 3.1).
+        _, _, frame = stream.read(64).partition(_ZSTD_MAGIC)
+    return frame != b"" and not frame[0] & _ZSTD_HAS_CHECKSUM
 
 
 @contextmanager

@@ -157,11 +157,12 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """SHA-256 that is equal for folders with the same tokens, wherever and whenever made."""
+        """SHA-256 that is equal for folders with the same tokens and split, wherever made."""
         parts = {
             "settings": self.inputs.settings,
             "content": self.inputs.content_sha256,
             "tokenizer": self.tokenizer_sha256,
+            **({} if self.split is None else {"split": self.split}),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.chat_template import ChatTemplate
+from moepp_megatron.data.compressed import lacks_checksum
 from moepp_megatron.data.corpus import (
     SpooledCorpus,
     WrittenCorpus,
@@ -196,6 +197,15 @@ def prepare(
     with partial_folder(out) as partial:
         with track(console, "read", sum(source.size for source in sources)) as advance:
             inputs = Inputs(deciding, content_fingerprint(sources, advance), stat_sha256)
+        files = [file for source in sources for file in source.files]
+        unchecked = [f.path for f in files if lacks_checksum(f.path, f.compression)]
+        if unchecked:
+            console.print(
+                f"warning: files without a checksum ({len(unchecked)}, such as {unchecked[0]}): "
+                "damage in them goes unnoticed; `zstd` writes one",
+                highlight=False,
+                soft_wrap=True,
+            )
         if given is None:
             tokenizer = _make_tokenizer(pieces, settings, console)
             tokenizer.save(partial / TOKENIZER_FILE)

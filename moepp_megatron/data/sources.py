@@ -85,11 +85,23 @@ def resolve_sources(names: Sequence[str], out: Path | None = None) -> list[TextS
 
     Raises:
         ConfigError: no sources, or one that is missing, unreadable, without a non-empty file, with
-            a link that leads out of it, or around `out`.
+            a link that leads out of it, around `out`, or with a file of another one.
     """
     if not names:
         raise ConfigError("SOURCE is missing; name files, folders or the word stdlib")
-    return [_resolve(name, out) for name in names]
+    sources = [_resolve(name, out) for name in names]
+    readers: dict[tuple[int, int], TextSource] = {}
+    for source in sources:
+        for file in source.files:
+            status = _stat(source.name, file.path)
+            first = readers.setdefault((status.st_dev, status.st_ino), source)
+            if first is not source and file.size:
+                # Documents that are there twice stand in training and in validation.
+                raise ConfigError(
+                    f"source {source.name} must not repeat {first.name}, which holds {file.path} "
+                    "too; name it once"
+                )
+    return sources
 
 
 def _resolve(given: str, out: Path | None) -> TextSource:

@@ -162,5 +162,5 @@ def test_a_rollback_over_a_stage_begins_it_again() -> None:
         resumed = DataStagesPart(parse_config(raw), stages.state(), 48)
         assert resumed.new_data(48) is None
         assert DataStagesPart(parse_config(raw), {"corpus": "z"}, 0).new_data(0) == (
-            "data.blend holds another corpus than before"
+            "data.blend holds another corpus or split than before"
         )

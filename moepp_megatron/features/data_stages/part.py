@@ -41,7 +41,7 @@ class DataStagesPart(Part):
         if self._newest == before:
             return None
         if blend is self._blends[0]:
-            return f"{blend.name} holds another corpus than before"
+            return f"{blend.name} holds another corpus or split than before"
         return f"{blend.name} begins: {blend.text}"
 
     def state(self) -> dict[str, Any]:

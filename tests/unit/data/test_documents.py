@@ -8,6 +8,7 @@ import pytest
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data import compressed, documents
+from moepp_megatron.data.compressed import lacks_checksum
 from moepp_megatron.data.documents import Skipped, check_usable, plan_pieces, read_piece
 from moepp_megatron.data.sources import resolve_sources
 
@@ -106,6 +107,19 @@ def test_compressed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     records = [f"text {i}" for i in range(3)]
     expected = [*records, *records, "pl\u00e4in", "other", Skipped("not UTF-8 text")]
     assert read_all(tmp_path) == expected
+
+
+def test_which_files_have_no_checksum(tmp_path: Path):
+    zstd_file(tmp_path / "a.zst", b"text" * 99)
+    assert lacks_checksum(tmp_path / "a.zst", "zstd")
+    # Frames of pzstd begin with one that is skipped; bit 2 of a frame's descriptor is the checksum.
+    frame = bytearray((tmp_path / "a.zst").read_bytes())
+    (tmp_path / "b.zst").write_bytes(b"\x50\x2a\x4d\x18\4\0\0\0size" + frame)
+    assert lacks_checksum(tmp_path / "b.zst", "zstd")
+    frame[4] |= 0b100
+    (tmp_path / "c.zst").write_bytes(frame)
+    assert not lacks_checksum(tmp_path / "c.zst", "zstd")
+    assert not lacks_checksum(tmp_path / "a.zst", "gzip")
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])

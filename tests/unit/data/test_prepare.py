@@ -1,5 +1,7 @@
+import dataclasses
 import gzip
 import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -134,6 +136,22 @@ def test_other_inputs_are_refused_without_force(corpus_file: Path, tmp_path, con
     prepare([str(source)], out, FORCE, console)
     assert stored_texts(out) == ["something else"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
+
+
+def test_another_split_is_another_corpus(prepared: Path) -> None:
+    manifest = Manifest.read(prepared)
+    assert manifest.split is None
+    identities = {dataclasses.replace(manifest, split=s).identity for s in (None, "1,1,0", "2,1,0")}
+    assert len(identities) == 3
+
+
+def test_files_without_a_checksum_are_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(pyarrow.compress(b"words and lines " * 99, "zstd", asbytes=True))
+    told = io.StringIO()
+    prepare(path, tmp_path / "out", SMALL, Console(file=told, width=300))
+    assert f"files without a checksum (1, such as {path}): damage in them" in told.getvalue()
 
 
 def test_damaged_folder_is_noticed(corpus_file: Path, tmp_path: Path, console: Console):

@@ -166,6 +166,20 @@ def test_unreadable_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
         content_fingerprint(sources)
 
 
+@pytest.mark.parametrize("again", ["a.txt", "x=a.txt", "./a.txt", "folder", "hard.txt", "link.txt"])
+def test_what_is_given_twice_is_refused(again: str, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    for name in ("a.txt", "folder/b.txt", "other.txt"):
+        Path(name).write_text("the same")
+    Path("link.txt").symlink_to("a.txt")
+    os.link("a.txt", "hard.txt")
+    os.link("a.txt", "folder/a.txt")
+    resolve_sources(["a.txt", "other.txt"])
+    with pytest.raises(ConfigError, match=r"must not repeat a\.txt, which .* too; name it once"):
+        resolve_sources(["a.txt", "other.txt", again])
+
+
 def test_no_source_is_an_error():
     with pytest.raises(ConfigError, match="SOURCE is missing"):
         resolve_sources([])
