@@ -8,7 +8,7 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -23,15 +23,22 @@ from moepp_megatron.runtime.launch import has_launcher, write_status
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_gpu import gpu_of_rank
 
+# What ranks settle, from the store, their rank and number, before they compute together.
+Settle = Callable[[dist.Store, int, int], None]
 # One a process, since one rank serves it to the others, who may be slower to leave a group.
 _STORES: dict[RankEnvironment, dist.Store] = {}
 # Ranks run the same program, so all count alike.
 _STARTS = itertools.count()
 
 
-def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=10)) -> torch.device:
+def start(
+    environment: RankEnvironment,
+    timeout: timedelta = timedelta(minutes=10),
+    settle: Settle | None = None,
+) -> torch.device:
     """Choose the device, set threads, join the default process group (NCCL, or gloo on CPUs).
 
+    `settle` is called with the store where several ranks meet, before they have a group.
     Returns this rank's device. A collective that a rank never joins raises after `timeout`.
     UnfitError if this node has more ranks than GPUs.
     """
@@ -40,6 +47,8 @@ def start(environment: RankEnvironment, timeout: timedelta = timedelta(minutes=1
         limit = f"{timeout.total_seconds():.0f} s at most"
         print(f"waiting for {environment.world_size} ranks, {limit}", file=sys.stderr)
     store = None if dist.is_initialized() else _rendezvous_store(environment, timeout)
+    if settle is not None and store is not None and environment.world_size > 1:
+        settle(store, environment.rank, environment.world_size)
     if not os.environ.get("OMP_NUM_THREADS") or (on_cpu and environment.world_size == 1):
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // environment.local_world_size))
@@ -131,7 +140,9 @@ def stop() -> None:
 
 @contextmanager
 def initialized(
-    environment: RankEnvironment, timeout: timedelta = timedelta(minutes=10)
+    environment: RankEnvironment,
+    timeout: timedelta = timedelta(minutes=10),
+    settle: Settle | None = None,
 ) -> Iterator[torch.device]:
     """A context in which this process is a rank; arguments and value are those of `start`.
 
@@ -139,7 +150,7 @@ def initialized(
     may abort at its end if threads of a group are left, and the exit code would be lost. After
     any other error they are kept, because other ranks may be in the middle of a collective.
     """
-    device = start(environment, timeout)
+    device = start(environment, timeout, settle)
     try:
         yield device
     except (ConfigError, UnfitError) as error:

@@ -1,6 +1,7 @@
 """The training run: optimizer, schedule, loop, statistics, checkpoints.
 
 alerts.py              the alerts of a run; those about refused batches, stages, failed saves
+alike.py               what must be the same on all machines and ranks
 batches.py             micro-batches on this rank's device, for training and validation
 collect.py             sums over all ranks
 rollback.py            loads an earlier checkpoint of the run in the middle of training

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import functools
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +16,7 @@ from moepp_megatron.file_names import METRICS_FILE
 from moepp_megatron.observe.status import RESUME_COMMAND, inherited_claim
 from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
 from moepp_megatron.runtime.terminal import lasting_output
-from moepp_megatron.training.checkpoint.progress import package_versions
+from moepp_megatron.training.alike import must_be_alike, refuse_unlike
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder
 from moepp_megatron.training.train_request import RESOLVED, Say, TrainRequest, handing_over
 
@@ -152,7 +151,7 @@ def _start_ranks(request: TrainRequest) -> TrainResult:
         flags += ["--overwrite"] if start.overwrite else []
         os.environ[RESUME_COMMAND] = start.resume_command or ""
     arguments = ["train", *flags, "--", *request.words]
-    options = replace(request.options, alike=_alike(request.config))
+    options = replace(request.options, alike=must_be_alike(request.config))
     os.environ[RESOLVED] = handing_over(request.config)
     try:
         status = run_ranks(options, "moepp_megatron.cli.main", arguments)
@@ -161,21 +160,6 @@ def _start_ranks(request: TrainRequest) -> TrainResult:
     if status not in (0, STOPPED):
         raise RanksFailedError(status)
     return TrainResult(Path(request.config.run.dir), stopped=status == STOPPED)
-
-
-def _alike(config: Config) -> dict[str, str]:
-    """Versions and settings that must be the same on all machines."""
-    alike = package_versions()
-    for section, keys in config.model_dump(mode="json").items():
-        for key, value in keys.items():
-            text = json.dumps(value)
-            # An environment variable holds all of them, and 128 KiB at most.
-            is_long, digest = len(text) > 200, hashlib.sha256(text.encode()).hexdigest()
-            alike[f"{section}.{key}"] = f"{text[:60]}... ({digest[:8]})" if is_long else text
-    # Python and local disks may differ.
-    for name in ("python", "checkpoint.staging"):
-        del alike[name]
-    return alike
 
 
 def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> TrainResult:
@@ -194,7 +178,9 @@ def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> Tr
         die_with_parent(os.getppid())
     if config.resilience.hang_timeout_s > 0:
         flight_recorder.enable(folder / "hangs")
-    with distributed.initialized(rank, distributed.collective_timeout(config)) as device:
+    alike = {"--resume": str(request.start.resume), **must_be_alike(config)}
+    settle = functools.partial(refuse_unlike, alike=alike)
+    with distributed.initialized(rank, distributed.collective_timeout(config), settle) as device:
         if config.run.numa_binding:
             bind_to_gpu(device)
         # Now, when the device is known: megatron-core compiles some functions on its import, but

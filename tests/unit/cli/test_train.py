@@ -241,7 +241,11 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
     (tmp_path / "c.yaml").write_text(MINIMAL)
     config = load_config(tmp_path / "c.yaml", ["resilience.hang_timeout_s=0"])
     request = SimpleNamespace(
-        loads=None, config=config, layout=Layout.from_config(config, 1), rank=RankEnvironment()
+        loads=None,
+        start=Start(),
+        config=config,
+        layout=Layout.from_config(config, 1),
+        rank=RankEnvironment(),
     )
     run_rank(request, print, ())
     assert capsys.readouterr().out.splitlines()[:3] == [*trainer.start_lines, "trains"]

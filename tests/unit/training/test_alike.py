@@ -1,0 +1,46 @@
+"""Ranks that were started with other settings than rank 0 are refused before they have a group."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+
+from moepp_megatron.training.alike import must_be_alike, refuse_unlike
+from moepp_megatron.training.checkpoint import NoStartError
+from tests.unit.training.conftest import config_of
+
+
+def said(*ranks: dict) -> set[str]:
+    """What the ranks are told; each is given by its sections."""
+    store = dist.HashStore()
+
+    def meet(rank: int) -> str:
+        alike = must_be_alike(config_of(**ranks[rank]))
+        try:
+            refuse_unlike(store, rank, len(ranks), alike)
+        except NoStartError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return set(pool.map(meet, range(len(ranks))))
+
+
+OTHER = {"optimizer": {"lr": 5e-4}}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "told"),
+    [
+        ([{}, {}], ""),
+        ([{}, {"checkpoint": {"staging": "/local"}}], ""),
+        ([{}, {}, OTHER], "optimizer.lr (0.001 on rank 0, 0.0005 on rank 2) must be the same"),
+        ([{}, OTHER, OTHER], "optimizer.lr (0.001 on rank 0, 0.0005 on rank 1 and 1 more) must"),
+        ([{}, {"model": {"num_layers": 3}}], "model.num_layers (2 on rank 0, 3 on rank 1) must"),
+    ],
+)
+def test_each_rank_is_told_the_same(ranks: list[dict], told: str) -> None:
+    (line,) = said(*ranks)
+    assert line.startswith(told)
+    assert bool(line) == bool(told)
+    assert "\n" not in line
