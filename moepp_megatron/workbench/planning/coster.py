@@ -7,12 +7,12 @@ once. Tests compare the results with `step_time` and `fullest_rank`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from moepp_megatron.workbench.planning import memory, pipeline, step
-from moepp_megatron.workbench.planning.grid import Dispatcher, Grid
+from moepp_megatron.workbench.planning.grid import Dispatcher, Grid, States
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting, Load
 from moepp_megatron.workbench.planning.layer_time import (
     PassTime,
@@ -23,7 +23,7 @@ from moepp_megatron.workbench.planning.layer_time import (
 )
 from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.memory import LayerBytes, RankParameters
-from moepp_megatron.workbench.planning.workload import Workload
+from moepp_megatron.workbench.planning.workload import Numbers, Workload
 
 GIB = 2**30
 _Value = TypeVar("_Value")
@@ -88,8 +88,10 @@ class Coster:
         machine: Machine,
         routing: AssumedRouting,
         dispatchers: Sequence[Dispatcher] = (),
+        states: Mapping[States, Numbers] | None = None,
     ) -> None:
         self.load, self.machine, self.routing = load, machine, routing
+        self._numbers = states or {(): load.numbers}
         self._loads_by_name = {name: load.with_dispatcher(name) for name in dispatchers}
         # What is calculated once, by kind and by what it depends on.
         self._known: dict[tuple[object, ...], Any] = {}
@@ -139,7 +141,7 @@ class Coster:
 
     def memory(self, grid: Grid) -> float:
         """Bytes of the fullest rank, including those of libraries."""
-        kinds, load = self._bytes(grid), self.load_of(grid)
+        kinds, load = self._bytes(grid), self._with_states(grid)
         most = 0.0
         # The same ranks as `memory.candidate_ranks`.
         for pattern in self._pattern(grid.pp, grid.vpp):
@@ -148,6 +150,12 @@ class Coster:
             layers = ((pattern.moe, kinds[0]), (pattern.dense, kinds[1]))
             most = max(most, memory.assemble(load, grid, rank, parameters, layers).total)
         return most + self.machine.reached.reserved_gib * GIB
+
+    def _with_states(self, grid: Grid) -> Workload:
+        """The model with the states of a layout."""
+        load, numbers = self.load_of(grid), self._numbers[grid.states]
+        key = ("states", load.experts.dispatcher, grid.states)
+        return self._once(key, lambda: replace(load, numbers=numbers))
 
     def cost(self, grid: Grid) -> Cost:
         """Time of a step."""
@@ -231,9 +239,9 @@ class Coster:
             # The last of like ranks: no first MoE layer, which has no gating residual.
             others = [pattern.examples[-1] for pattern in self._pattern(grid.pp, grid.vpp)]
             stages = [self._rank_parameters(grid, rank) for rank in (0, *others)]
-            return step.pipeline_end(self.load, grid, self.machine, stages)
+            return step.pipeline_end(self._with_states(grid), grid, self.machine, stages)
 
-        key = ("end", grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp)
+        key = ("end", grid.states, grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp)
         return self._once(key, calculate)
 
     def _transfer(self, grid: Grid) -> step.PlannedTransfer:

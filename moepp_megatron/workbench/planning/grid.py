@@ -9,6 +9,8 @@ from moepp_megatron.config import Config
 from moepp_megatron.config.stages import virtual_stages
 
 Recompute = tuple[str, ...]
+# What is kept in bf16 between steps: `_LOWERED` of `overlay.py` has the settings.
+States = tuple[Literal["moments", "gradients"], ...]
 Dispatcher = Literal["alltoall", "alltoall_dedup", "allgather", "flex"]
 # What `recompute` holds for whole layers; a tuple of modules otherwise, () for nothing.
 FULL: Recompute = ("full",)
@@ -36,6 +38,7 @@ class Grid:
     # The schedule is DualPipe (arXiv 2412.19437, section 3.2.1), not interleaved.
     is_dualpipe: bool = False
     dispatcher: Dispatcher | None = None  # name of the dispatcher, where a search chose it
+    states: States = ()  # what a search keeps in bf16 beyond the configuration
     unpaired: bool = False  # stands for the unpaired passes of the combined schedule
 
     @classmethod

@@ -9,8 +9,13 @@ from typing import Any
 import yaml
 
 from moepp_megatron.config import Config, Layout, with_overrides
-from moepp_megatron.workbench.planning.grid import Grid
+from moepp_megatron.workbench.planning.grid import Grid, States
 from moepp_megatron.workbench.planning.pipeline import layout_string, stage_sizes
+
+_LOWERED: dict[str, tuple[str, dict[str, Any]]] = {
+    "moments": ("optimizer", {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}),
+    "gradients": ("precision", {"grad_reduce_in_fp32": False}),
+}
 
 
 def settings_of(grid: Grid, layers: int) -> dict[str, dict[str, Any]]:
@@ -42,6 +47,7 @@ def settings_of(grid: Grid, layers: int) -> dict[str, dict[str, Any]]:
     if grid.recompute and not is_whole:
         training["recompute_modules"] = list(grid.recompute)
     settings = {"parallel": parallel, "training": training}
+    settings |= dict(_LOWERED[state] for state in grid.states)
     if grid.dispatcher is not None:
         settings["moe"] = {"dispatcher": grid.dispatcher}
     return settings
@@ -49,14 +55,23 @@ def settings_of(grid: Grid, layers: int) -> dict[str, dict[str, Any]]:
 
 def config_of(config: Config, grid: Grid) -> Config:
     """The configuration in this layout, checked by every rule; ConfigError if one refuses it."""
-    overrides = [
-        f"{section}.{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
-        for section, keys in settings_of(grid, config.model.num_layers).items()
-        for key, value in keys.items()
-    ]
-    changed = with_overrides(config, overrides)
+    changed = _with_settings(config, settings_of(grid, config.model.num_layers))
     Layout.from_config(changed, grid.world)
     return changed
+
+
+def with_states(config: Config, states: States) -> Config:
+    """The configuration with these states in bf16; ConfigError if a rule refuses it."""
+    return _with_settings(config, dict(_LOWERED[state] for state in states))
+
+
+def _with_settings(config: Config, settings: dict[str, dict[str, Any]]) -> Config:
+    overrides = [
+        f"{section}.{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
+        for section, keys in settings.items()
+        for key, value in keys.items()
+    ]
+    return with_overrides(config, overrides)
 
 
 def overlay_text(

@@ -9,14 +9,12 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
 from moepp_megatron.config.hardware import load_hardware, nearest_hardware
 from moepp_megatron.config.vanilla import vanilla, without_budget
-from moepp_megatron.workbench.planning.coster import Coster
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.imbalance import LEARNED, AssumedRouting, recorded_routing
 from moepp_megatron.workbench.planning.machine import Machine, machine_of
 from moepp_megatron.workbench.planning.overlay import config_of
 from moepp_megatron.workbench.planning.planned import Planned, planned_of
 from moepp_megatron.workbench.planning.search import Search, Space, search_layouts
-from moepp_megatron.workbench.planning.workload import Workload
 
 # Candidates of another tau; ties that are tried against the configuration's rules.
 _FIRST, _TRIED = 100, 50
@@ -180,7 +178,7 @@ def _in_layout(config: Config, grid: Grid) -> Config | None:
 def complexity(grid: Grid, config: Config) -> int:
     """What a layout needs beyond data parallelism: degrees, schedules, recomputation, packages."""
     other = grid.dispatcher not in (None, config.moe.dispatcher)
-    return len(grid.splits) + len(grid.recompute) + grid.expert_overlap + other
+    return sum(map(len, (grid.splits, grid.recompute, grid.states))) + grid.expert_overlap + other
 
 
 def _degrees(grid: Grid) -> tuple[int, ...]:
@@ -193,8 +191,7 @@ def _best_again(
     """The best layout of the same model with another tau, among the first of `search`."""
     # tau changes how many rows experts compute, not what is legal and little of what fits: the best
     # layout is among the first hundred.
-    dispatchers = Space.of(config, world, machine.per_node).dispatchers
-    coster = Coster(Workload.from_config(config), machine, routing, dispatchers)
+    coster = Space.of(config, world, machine.per_node).coster(machine, routing)
     again = Search()
     for _, grid, _, _ in search.best[:_FIRST]:
         held = coster.memory(grid)

@@ -9,17 +9,19 @@ tokens per rank, experts split over other ranks than 1 or TP, stages uneven with
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 
-from moepp_megatron.config import Config
+from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.rules.flex import HIDDEN_ALIGNMENT
 from moepp_megatron.workbench.planning.attention import LatentAttention
 from moepp_megatron.workbench.planning.coster import Cost, Coster
-from moepp_megatron.workbench.planning.grid import FULL, Dispatcher, Grid, Recompute
+from moepp_megatron.workbench.planning.grid import FULL, Dispatcher, Grid, Recompute, States
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting
 from moepp_megatron.workbench.planning.machine import Machine
-from moepp_megatron.workbench.planning.workload import Workload
+from moepp_megatron.workbench.planning.overlay import with_states
+from moepp_megatron.workbench.planning.workload import Numbers, Workload
 
 # arXiv 2603.07685, section 9.1: below this, context parallelism costs more than it gives.
 _LEAST_TOKENS_PER_CONTEXT_RANK = 4096
@@ -33,6 +35,10 @@ _LATENT: tuple[Recompute, ...] = (
     ("mla_up_proj", "moe_act"),
     ("layernorm", "mla_up_proj", "moe_act"),
 )
+# The same: what is kept in bf16 only where fp32 leaves no room, and, because that rounds, only
+# for a step shorter by `_LEAST_GAIN`.
+_STATES: tuple[States, ...] = ((), ("moments",), ("moments", "gradients"))
+_LEAST_GAIN = 0.1
 _UNEVEN_CHUNKS = (2, 4, 8)
 _NEAREST_MISSES = 5
 # Layouts that rules beyond the degrees of parallelism may still refuse, or that only differ in
@@ -54,6 +60,8 @@ class Space:
     can_overlap: bool  # whether the configuration allows the combined schedule
     distributed_optimizer: bool  # whether optimizer state is sharded
     dispatchers: tuple[Dispatcher, ...] = ()  # dispatchers that are compared where tokens travel
+    # Number formats by what is kept in bf16.
+    states: Mapping[States, Numbers] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, world: int, per_node: int) -> Space:
@@ -69,7 +77,12 @@ class Space:
             and not load.experts.shares_constants,
             distributed_optimizer=config.parallel.use_distributed_optimizer,
             dispatchers=_dispatchers(config),
+            states=_states(config),
         )
+
+    def coster(self, machine: Machine, routing: AssumedRouting) -> Coster:
+        """Costs of these layouts."""
+        return Coster(self.load, machine, routing, self.dispatchers, self.states)
 
     def grids(self) -> Iterator[Grid]:
         """All layouts, each once."""
@@ -102,11 +115,12 @@ class Space:
         # Flex needs more than one rank; where no token travels, any will do.
         needs_others = self.load.experts.dispatcher == "flex" and ep * etp == 1
         instead: Dispatcher | None = "alltoall" if needs_others else None
-        for recompute in self._recompute:
+        for states, recompute in product(self.states, self._recompute):
             for overlap in (False, True) if overlaps else (False,):
                 if overlap and not _NOT_WITH_OVERLAP.isdisjoint(recompute):
                     continue
-                yield Grid(*degrees, recompute, overlap, *ends, dispatcher=instead)
+                grid = Grid(*degrees, recompute, overlap, *ends, dispatcher=instead)
+                yield replace(grid, states=states) if states else grid
 
     @property
     def _recompute(self) -> tuple[Recompute, ...]:
@@ -183,6 +197,20 @@ def _dispatchers(config: Config) -> tuple[Dispatcher, ...]:
     return (configured, *(other for other in others if other != configured))
 
 
+def _states(config: Config) -> dict[States, Numbers]:
+    """The configuration's number formats first, and those with less that its rules accept."""
+    found: dict[States, Numbers] = {}
+    for states in _STATES:
+        try:
+            changed = with_states(config, states)
+        except ConfigError:
+            continue
+        numbers = Workload.from_config(changed).numbers
+        if numbers not in found.values():
+            found[states] = numbers
+    return found
+
+
 def _divisors(number: int) -> Sequence[int]:
     """All divisors, ascending."""
     small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
@@ -198,7 +226,7 @@ class Search:
     misses: list[tuple[float, Grid]] = field(default_factory=list)
     legal: int = 0  # number of legal layouts
     over: list[float] = field(default_factory=list)  # bytes by which others are too large
-    spared: int = 0  # number of layouts that recompute although they fit without: not costed
+    spared: int = 0  # layouts that recompute or keep fewer bits without need: not costed
     # Layouts that lose most by each of `_LOSSES`, and the median of that over the best step.
     lost: dict[str, int] = field(default_factory=dict)
     gaps: dict[str, float] = field(default_factory=dict)
@@ -207,25 +235,24 @@ class Search:
 def search_layouts(config: Config, world: int, machine: Machine, routing: AssumedRouting) -> Search:
     """Cost and memory of every legal layout."""
     space = Space.of(config, world, machine.per_node)
-    coster = Coster(space.load, machine, routing, space.dispatchers)
+    coster = space.coster(machine, routing)
     search = Search()
     fitting: list[tuple[float, int, Grid, Cost, float]] = []
     missing: list[tuple[float, int, Grid]] = []
-    roomy: set[bool] = set()
+    # What fits without states in bf16, or with fewer, and without recomputation.
+    roomy: set[tuple[bool, Recompute]] = set()
     for number, grid in enumerate(space.grids()):
-        if grid.recompute:
-            if grid.expert_overlap in roomy:
-                search.spared += 1
-                continue
-        elif not grid.expert_overlap:
+        if not (grid.states or grid.recompute or grid.expert_overlap):
             # The first of the choices within the same degrees.
             roomy.clear()
+        elif not roomy.isdisjoint((grid.expert_overlap, done) for done in {(), grid.recompute}):
+            search.spared += 1
+            continue
         held = coster.memory(grid)
         if held > machine.usable_bytes:
             missing.append((held, number, grid))
             continue
-        if not grid.recompute:
-            roomy.add(grid.expert_overlap)
+        roomy.add((grid.expert_overlap, grid.recompute))
         cost = coster.cost(grid)
         fitting.append((cost.total, number, grid, cost, held))
     search.legal = len(fitting) + len(missing) + search.spared
@@ -234,11 +261,14 @@ def search_layouts(config: Config, world: int, machine: Machine, routing: Assume
         (held, coster.named(grid)) for held, _, grid in heapq.nsmallest(_NEAREST_MISSES, missing)
     ]
     fitting.sort(key=lambda entry: entry[:2])
+    chosen, exact = fitting, [entry for entry in fitting if not entry[2].states]
+    if exact and fitting[0][0] > exact[0][0] * (1.0 - _LEAST_GAIN):
+        chosen = exact
     search.best = [
-        (total, coster.named(grid), cost, held) for total, _, grid, cost, held in fitting[:_KEPT]
+        (total, coster.named(grid), cost, held) for total, _, grid, cost, held in chosen[:_KEPT]
     ]
     if fitting:
-        _count_losses(search, fitting[0][3], [cost for *_, cost, _ in fitting])
+        _count_losses(search, chosen[0][3], [cost for *_, cost, _ in fitting])
     return search
 
 

@@ -87,13 +87,14 @@ def print_plan(plan: Plan, tokens: float, price: float | None) -> None:
 def _layouts(plan: Plan) -> Table:
     names = ("", "TP", "CP", "PP", "VPP", "EP", "ETP", "DP", "MBS")
     table = titled_table("layouts, best first", *names)
-    table.add_column("recompute, overlap, dispatcher")
+    table.add_column("recompute, bf16 states, overlap, dispatcher")
     for name in ("GiB", "step s", "tok/s/GPU", "TFLOP/s", "MFU", "a2a"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, planned in enumerate(plan.layouts, start=1):
         grid = planned.grid
         degrees = (grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp, grid.dp)
-        extras = list(grid.recompute) + (["a2a overlap"] if grid.expert_overlap else [])
+        extras = [*grid.recompute, *(f"{state} bf16" for state in grid.states)]
+        extras += ["a2a overlap"] if grid.expert_overlap else []
         if grid.ep > 1 and grid.dispatcher is not None:
             extras.append(grid.dispatcher)
         table.add_row(
@@ -148,7 +149,7 @@ def _losses(plan: Plan) -> list[str]:
             f"{median(search.over) / GIB:,.1f} GiB"
         )
     if search.spared:
-        lines.append(f"{search.spared:,} repeat computation although they fit without it")
+        lines.append(f"{search.spared:,} repeat computation, or keep fewer bits, without need")
     for name, count in sorted(search.lost.items(), key=lambda item: -item[1]):
         lines.append(
             f"{count:,} lose most by {_WHY[name]}: half of them take over "

@@ -119,18 +119,19 @@ def test_a_configuration_becomes_its_grid_again() -> None:
     grids = list(Space.of(config, WORLD, 8).grids())
     for grid in grids[::200]:
         changed = config_of(config, grid)
-        assert Grid.from_config(changed, Layout.from_config(changed, WORLD).world_size) == grid
+        found = Grid.from_config(changed, Layout.from_config(changed, WORLD).world_size)
+        assert found == replace(grid, states=())
 
 
 def test_the_plan_is_the_best_of_all_layouts(h100: Machine) -> None:
     config = configured(batch=96)
     plan = make_plan(config, WORLD, h100, LEARNED, taus=(0.25,), top=3)
     space = Space.of(config, WORLD, 8)
-    coster = Coster(Workload.from_config(config), h100, LEARNED, space.dispatchers)
+    coster = space.coster(h100, LEARNED)
     fitting = {
         grid: coster.cost(grid).total
         for grid in space.grids()
-        if coster.memory(grid) <= h100.usable_bytes
+        if not grid.states and coster.memory(grid) <= h100.usable_bytes
     }
     fastest = min(fitting.values())
     assert plan.best is not None
@@ -171,6 +172,33 @@ def test_a_model_that_does_not_fit_names_what_comes_closest(h100: Machine) -> No
     assert not any(planned.fits for planned in plan.layouts)
 
 
+def test_states_are_kept_in_bf16_only_for_room(h100: Machine) -> None:
+    config, states = configured(batch=8), ("moments", "gradients")
+    space = Space.of(config, 4, 8)
+    coster = space.coster(h100, LEARNED)
+    assert set(space.states) == {(), ("moments",), states}
+    least = {
+        kept: min(coster.memory(grid) for grid in space.grids() if grid.states == kept)
+        for kept in space.states
+    }
+    assert sorted(least.values(), reverse=True) == list(least.values())
+    # Room for both in bf16, and not for fp32: with the margin that stays free.
+    margin = h100.memory_bytes / h100.usable_bytes
+    small = replace(h100, memory_bytes=1.0001 * margin * least[states])
+    best = make_plan(config, 4, small, LEARNED).best
+    assert best is not None
+    assert best.grid.states == states
+    changed = config_of(config, best.grid)
+    assert changed.optimizer.bf16_moments == ("exp_avg_dtype", "exp_avg_sq_dtype")
+    assert not changed.precision.grad_reduce_in_fp32
+    assert best.step.total == pytest.approx(coster.cost(best.grid).total)
+    # They are no states of optimizers whose rules refuse them.
+    for other in ({"optimizer": {"lr": 1e-3, "adam_beta2": 0.999}}, {"precision": {}}):
+        assert set(Space.of(configured(**other), WORLD, 8).states) == {()}
+    # What fits in fp32 is not given up for little.
+    assert make_plan(config, 4, h100, LEARNED).best.grid.states == ()
+
+
 def test_what_cannot_be_planned_is_refused(h100: Machine) -> None:
     with pytest.raises(ConfigError, match=r"--gpus \(7\) must allow a legal layout"):
         make_plan(configured(), 7, h100, LEARNED)
@@ -188,9 +216,12 @@ def test_the_fastest_dispatcher_is_taken_where_tokens_travel(h100: Machine) -> N
     )
     space = Space.of(config, WORLD, 8)
     assert space.dispatchers == ("flex", "alltoall", "alltoall_dedup")
-    free = Coster(space.load, h100, LEARNED, space.dispatchers)
+    free = space.coster(h100, LEARNED)
     each = {
-        name: Coster(space.load.with_dispatcher(name), h100, LEARNED) for name in space.dispatchers
+        name: replace(space, load=space.load.with_dispatcher(name), dispatchers=()).coster(
+            h100, LEARNED
+        )
+        for name in space.dispatchers
     }
     seen = set()
     for grid in list(space.grids())[::211]:
