@@ -16,6 +16,7 @@ _PASSWORD = re.compile(r"(:/+)[^\s\"']*@")
 _HUB = re.compile(
     r"(?:https?://huggingface\.co/|hf://)(?:datasets/)?([\w.-]+/[\w.-]+).*|([\w.-]+/[\w.-]+)"
 )
+_VARIABLE = re.compile(r"\$\{?[A-Za-z_]")
 # Of Linux (limits.h): bytes of a name between two slashes, and of a whole path.
 _NAME_MAX, _PATH_MAX = 255, 4095
 
@@ -25,6 +26,12 @@ class PathProblem(NamedTuple):
 
     rule: str
     remedy: str
+
+
+_UNEXPANDED = PathProblem(
+    "must be written out, since variables are not expanded here",
+    "give the path itself (on the command line double quotes let the shell put it in)",
+)
 
 
 def looked_at(path: Path) -> str:
@@ -73,6 +80,8 @@ def place_problem(text: str) -> PathProblem | None:
         return PathProblem(
             "must name a bucket (or profile) and a prefix in it", f"use {address[1]}://NAME/PREFIX"
         )
+    if _VARIABLE.search(text) is not None:
+        return _UNEXPANDED
     if re.search(r"[\s?#\\\0-\x1f]|/\.{1,2}(/|$)", text):
         return PathProblem("must hold no space, ?, #, backslash, . or .. as a name", "leave it out")
     return None
@@ -95,6 +104,8 @@ def path_problem(text: str) -> PathProblem | None:
         return PathProblem("must be a path in UTF-8", "rename the file or folder")
     if b"\0" in content:
         return PathProblem("must hold no zero byte", "give a path")
+    if _VARIABLE.search(text) is not None and not os.path.lexists(text):
+        return _UNEXPANDED
     if len(content) > _PATH_MAX or any(len(name) > _NAME_MAX for name in content.split(b"/")):
         return PathProblem(
             f"must have names of at most {_NAME_MAX} bytes, {_PATH_MAX} in all", "shorten it"

@@ -76,31 +76,30 @@ def _without(find: Callable[[str], PathProblem | None]) -> Callable[[Any], Any]:
     return check
 
 
-# Strict everywhere except here: YAML has no path type, so a string is right. The shell does not
-# expand "~" inside a YAML file, and a folder literally named "~" is never meant.
-# (os.path: for an unknown user it leaves the path as it is, where Path.expanduser raises.)
-ConfigPath = Annotated[
-    Path,
-    Strict(False),
-    AfterValidator(lambda path: Path(os.path.expanduser(path))),
-    BeforeValidator(_without(path_problem)),
-]
-# What names either a path or something else.
-PathText = Annotated[str, AfterValidator(_without(path_problem))]
-
-
-def _expanded_place(value: str) -> str:
+def _expanded(value: str) -> str:
+    # Not by Path.expanduser, which raises for an unknown user.
     return value if is_address(value) else os.path.expanduser(value)
 
 
+# One rule for all of them: the shell does not expand "~" inside a YAML file, and a folder of that
+# name is never meant, so it is expanded here; a variable is refused (`config.paths`).
+# Strict everywhere except here: YAML has no path type, so a string is right.
+ConfigPath = Annotated[
+    Path,
+    Strict(False),
+    AfterValidator(lambda path: Path(_expanded(str(path)))),
+    BeforeValidator(_without(path_problem)),
+]
+# What names either a path or something else.
+PathText = Annotated[str, AfterValidator(_without(path_problem)), AfterValidator(_expanded)]
 # A path, an address of object storage, or another word, such as checkpoint.load: auto.
-PlaceText = Annotated[str, AfterValidator(_without(place_problem))]
+PlaceText = Annotated[str, AfterValidator(_without(place_problem)), AfterValidator(_expanded)]
 # A folder, or an address of one.
 Place = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
     AfterValidator(_without(place_problem)),
-    AfterValidator(_expanded_place),
+    AfterValidator(_expanded),
 ]
 
 

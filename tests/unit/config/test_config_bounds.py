@@ -182,6 +182,7 @@ def test_a_password_is_refused_and_not_shown(name, secret):
         ("msc://profile/", "must name a bucket (or profile) and a prefix"),
         ("s3://bucket/a?versionId=1", "must hold no space"),
         ("s3://bucket/a/../b", "must hold no space"),
+        ("s3://bucket/$USER/x", "must be written out"),
         ("n" * 256, "at most 255 bytes"),
     ],
 )
@@ -195,6 +196,8 @@ def test_what_is_no_place(text, rule):
     [
         ("n" * 256, "at most 255 bytes"),
         ("\u00e4" * 128, "at most 255 bytes"),
+        ("$SCRATCH/x", "must be written out"),
+        ("/a/${SCRATCH}_b", "must be written out"),
         ("a/" * 2048, "4095 in all"),
         ("a\0b", "no zero byte"),
         ("a\udcff", "in UTF-8"),

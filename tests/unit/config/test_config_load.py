@@ -191,7 +191,11 @@ def test_overrides_are_yaml_and_the_last_one_wins(minimal: Path) -> None:
 
 def test_home_is_expanded(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert load_config(minimal, ["run.dir=~/run"]).run.dir == Path("/home/somebody/run")
+    names = ("run.dir", "checkpoint.load", "checkpoint.dir", "data.cache", "routes.record")
+    config = load_config(minimal, [f"{name}=~/it" for name in names])
+    sections = config.model_dump(mode="json")
+    for section, key in (name.split(".") for name in names):
+        assert sections[section][key] == "/home/somebody/it"
 
 
 def test_round_trip(minimal: Path, tmp_path: Path) -> None:
