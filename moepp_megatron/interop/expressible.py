@@ -15,6 +15,16 @@ from moepp_megatron.layer_settings import DECLARED, EXPORTED, EXTENSIONS
 Row = tuple[str, tuple[Any, ...], str]
 # Extensions of the layer that other people's models have too; a format without has a row.
 _WIDESPREAD = ("selection_bias", "gate_scale")
+# What Mixtral, Qwen3-MoE and DeepSeek-MoE have alike.
+PLAIN: tuple[Row, ...] = (
+    ("moe.score_function", ("softmax",), "scores are softmax probabilities there"),
+    ("moe.gate_normalization", ("none", "selected"), "zero experts count in the sum of gates"),
+    ("moe.selection_bias", (False,), "scores decide the selection there"),
+    ("moe.gate_scale", (1.0,), "gates are not scaled there"),
+    ("moe.shared_expert_gate", (False,), "shared experts have no gate there"),
+    ("model.qkv_bias", (False,), "queries, keys and values have no biases there"),
+    ("model.qk_layernorm_scope", ("head",), "each head is normalised by itself there"),
+)
 
 
 def unknown_there(kinds: Collection[ExpertKind]) -> tuple[Row, ...]:

@@ -239,6 +239,17 @@ def shared_fields(config: Config) -> dict[str, Any]:
     }
 
 
+def plain_fields(config: Config) -> dict[str, Any]:
+    """Fields that the MoE models of `expressible.PLAIN` have in common."""
+    return {
+        **shared_fields(config),
+        "num_experts_per_tok": config.moe.router_topk,
+        "norm_topk_prob": config.moe.gate_normalization == "selected",
+        "head_dim": config.model.head_dim,
+        "moe_intermediate_size": config.expert_ffn_hidden_size,
+    }
+
+
 def _released_rows(config: Config) -> Iterator[Row]:
     """What the released format has of each setting that it cannot say."""
     model, moe = config.model, config.moe

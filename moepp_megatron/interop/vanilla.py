@@ -16,8 +16,8 @@ from typing import Any
 from moepp_megatron.config import Config
 from moepp_megatron.config.problem import raise_problems
 from moepp_megatron.experts import ZERO
-from moepp_megatron.interop.expressible import Row, refusals, unknown_there
-from moepp_megatron.interop.hf_config import shared_fields
+from moepp_megatron.interop.expressible import PLAIN, Row, refusals, unknown_there
+from moepp_megatron.interop.hf_config import plain_fields
 from moepp_megatron.interop.tensor_rules import TensorRule, same
 from moepp_megatron.interop.upcycle_sources import model_rules, source_kind, zero_expert_rules
 
@@ -33,35 +33,22 @@ _KINDS = {
     "nonzero": (_MIXTRAL, _QWEN3),
 }
 _SHARED = "mlp.shared_experts"
-_RULES: tuple[Row, ...] = (
-    *unknown_there((ZERO,)),
-    ("moe.score_function", ("softmax",), "scores are softmax probabilities there"),
-    ("moe.gate_normalization", ("none", "selected"), "zero experts count in the sum of gates"),
-    ("moe.selection_bias", (False,), "scores decide the selection there"),
-    ("moe.gate_scale", (1.0,), "gates are not scaled there"),
-    ("moe.shared_expert_gate", (False,), "shared experts have no gate there"),
-    ("model.qkv_bias", (False,), "queries, keys and values have no biases there"),
-    ("model.qk_layernorm_scope", ("head",), "each head is normalised by itself there"),
-)
 
 
 def vanilla_hf_config(config: Config) -> dict[str, Any]:
     """`config.json` of a vanilla MoE; ConfigError names each reason why none can express it."""
     remedy = "use --layout moepp (docs/how_to/llama_cpp.md: what it would take)"
-    raise_problems(refusals(config, (*_RULES, *_own_rules(config)), "--layout vanilla", remedy))
+    rows = (*unknown_there((ZERO,)), *PLAIN, *_own_rules(config))
+    raise_problems(refusals(config, rows, "--layout vanilla", remedy))
     moe, inner = config.moe, config.expert_ffn_hidden_size
     model_type, architecture, experts = kind = _kind(config)
     shared = (moe.shared_expert_ffn_hidden_size or inner) // inner
     return {
-        **shared_fields(config),
+        **plain_fields(config),
         "model_type": model_type,
         "architectures": [architecture],
         experts: moe.num_experts,
-        "num_experts_per_tok": moe.router_topk,
-        "norm_topk_prob": moe.gate_normalization == "selected",
-        "head_dim": config.model.head_dim,
         "intermediate_size": inner,
-        "moe_intermediate_size": inner,
         **({"n_shared_experts": shared, "first_k_dense_replace": 0} if kind is _DEEPSEEK else {}),
     }
 

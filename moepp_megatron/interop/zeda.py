@@ -13,8 +13,8 @@ from typing import Any
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.problem import raise_problems, show
 from moepp_megatron.experts import CONSTANT, COPY, LOCAL_KINDS, ZERO
-from moepp_megatron.interop.expressible import Row, refusals, unknown_there
-from moepp_megatron.interop.hf_config import assemble, shared_fields
+from moepp_megatron.interop.expressible import PLAIN, Row, refusals, unknown_there
+from moepp_megatron.interop.hf_config import assemble, plain_fields
 from moepp_megatron.interop.hf_decoder import require
 from moepp_megatron.interop.moepp_rules import constant_rules
 from moepp_megatron.interop.tensor_rules import TensorRule, same
@@ -24,14 +24,9 @@ _KINDS = (CONSTANT, COPY, ZERO)
 _BASE, _TYPE = "qwen3_moe", "qwen3_moe_plus_plus"
 _RULES: tuple[Row, ...] = (
     *unknown_there(_KINDS),
+    *PLAIN,
     ("moe.constants_shared", (False,), "each layer has its own constant experts"),
     ("model.qk_layernorm", (True,), "Qwen3 normalises queries and keys"),
-    ("model.qk_layernorm_scope", ("head",), "Qwen3 normalises each head by itself"),
-    ("model.qkv_bias", (False,), "Qwen3 has no biases"),
-    ("moe.score_function", ("softmax",), "Qwen3-MoE's scores"),
-    ("moe.gate_normalization", ("selected", "none"), "zero experts count in the sum of gates"),
-    ("moe.selection_bias", (False,), "Qwen3-MoE has no selection bias"),
-    ("moe.gate_scale", (1.0,), "Qwen3-MoE does not scale gates"),
     ("moe.shared_expert_ffn_hidden_size", (None,), "Qwen3-MoE has no shared expert"),
 )
 
@@ -42,18 +37,14 @@ def zeda_hf_config(config: Config) -> dict[str, Any]:
     moe = config.moe
     counts = {kind.name: moe.count(kind) for kind in _KINDS if moe.count(kind)}
     pattern = moe.moe_layer_pattern(config.model.num_layers)
-    return shared_fields(config) | {
+    return plain_fields(config) | {
         "model_type": _TYPE,
         "architectures": ["Qwen3MoePlusPlusForCausalLM"],
         "attention_bias": False,
-        "moe_intermediate_size": config.expert_ffn_hidden_size,
-        "num_experts_per_tok": moe.router_topk,
-        "norm_topk_prob": moe.gate_normalization == "selected",
         "zce_types": list(counts),
         "zce_nums": list(counts.values()),
         # ZEDA's classes take it for true, and then no token selects one of these experts.
         "use_zce_mask": False,
-        "head_dim": config.model.head_dim,
         "num_experts": moe.num_ffn_experts,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer, is_moe in enumerate(pattern) if not is_moe],
