@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 # What `--measured` uses; all else says what rows say themselves.
-_WITH_ROWS = ("measured", "json_file", "fit")
+_WITH_ROWS = ("measured", "json_file")
 
 
 def plan(
@@ -73,13 +73,6 @@ def plan(
             metavar="FILE",
         ),
     ] = None,
-    fit: Annotated[
-        Path | None,
-        typer.Option(
-            help="With --measured, write a hardware file whose inputs fit these runs.",
-            metavar="FILE.yaml",
-        ),
-    ] = None,
 ) -> None:
     """Search every legal layout of CONFIG's model on a number of GPUs.
 
@@ -99,10 +92,8 @@ def plan(
                 f"--measured ({measured[0]}) must come without {', '.join(ignored)}: rows say what "
                 "ran; leave this out"
             )
-        _hold_to_runs(measured, json_file, fit)
+        _hold_to_runs(measured, json_file)
         return
-    if fit is not None:
-        raise ConfigError(f"--fit ({fit}) must come with --measured FILE; name the rows to fit to")
     if config is None:
         raise ConfigError("CONFIG must be given, or --measured FILE; name a YAML configuration")
     settings = load_config(config, overrides or [])
@@ -138,25 +129,17 @@ def _ignored_options(context: typer.Context) -> Iterator[str]:
             yield parameter.opts[0] if parameter.opts[0].startswith("-") else name.upper()
 
 
-def _hold_to_runs(measured: list[Path], json_file: Path | None, fit_file: Path | None) -> None:
-    """Print predicted and measured for files of rows; fit the machine's inputs to them."""
-    from moepp_megatron.runtime.atomic import write_result
+def _hold_to_runs(measured: list[Path], json_file: Path | None) -> None:
+    """Print predicted and measured for files of rows."""
     from moepp_megatron.workbench.planning.measured.compare import compare
-    from moepp_megatron.workbench.planning.measured.fit import fit
     from moepp_megatron.workbench.planning.measured.rows import read_runs
     from moepp_megatron.workbench.report import measured as report
 
-    runs = [run for file in measured for run in read_runs(file)]
-    comparisons = [compare(run) for run in runs]
+    comparisons = [compare(run) for file in measured for run in read_runs(file)]
     report.print_measured(comparisons)
     if json_file is not None:
         report.write_measured(json_file, comparisons)
         echo(f"rows         {json_file}")
-    if fit_file is not None:
-        fitted = fit(runs)
-        report.print_fit(fitted)
-        write_result(fit_file, fitted.yaml(" and ".join(file.name for file in measured)).encode())
-        echo(f"hardware     {fit_file}")
 
 
 def _require_fit(result: Plan) -> None:

@@ -85,8 +85,7 @@ class Hardware(Section):
     price_per_hour: Annotated[float | None, Unit("money/h"), Field(gt=0.0)] = None
     """What a GPU costs per hour, in your currency; none is set here"""
     reached: Annotated[dict[str, float], Unit("-")] = {}
-    """What this GPU reaches where it differs from an H100 (workbench/planning/machine.py); moepp
-    plan --fit writes it"""
+    """What this GPU reaches where it differs from an H100 (workbench/planning/machine.py)"""
     thresholds: Thresholds = Thresholds()
     """What counts as unfit"""
 

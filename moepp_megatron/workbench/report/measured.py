@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from statistics import median
 
 from rich import box
 from rich.table import Table
@@ -19,7 +18,6 @@ from moepp_megatron.workbench.planning.measured.compare import (
     family_errors,
     pair_errors,
 )
-from moepp_megatron.workbench.planning.measured.fit import Fit
 from moepp_megatron.workbench.planning.measured.rows import Beyond, Row
 from moepp_megatron.workbench.report.terminal import print_uncut, titled_table
 
@@ -81,18 +79,6 @@ def _families(title: str, families: dict[str, FamilyErrors]) -> Table:
             f"{errors.tenth:.2f} to {errors.nine_tenths:.2f}",
         )
     return table
-
-
-def print_fit(fit: Fit) -> None:
-    """Print what was fitted, and the errors before, after and of rows left out."""
-    table = titled_table("fitted inputs", "input", "before", "after", words=1)
-    for name, (before, after) in fit.changed.items():
-        table.add_row(name, f"{before:.4g}", f"{after:.4g}")
-    print_uncut(table)
-    for name, errors in (("before", fit.before), ("after", fit.after), ("left out", fit.held_out)):
-        middle = median(map(abs, errors))
-        print_uncut(f"median error of {len(errors)} rows, {name}: {middle:.1%}")
-    print_uncut("left out: each row by the inputs that all others give, linear around the fit")
 
 
 def write_measured(path: Path, comparisons: Iterable[Comparison]) -> None:

@@ -1,19 +1,17 @@
-"""Rows of measured runs: their format, the model beside them, inputs fitted to them."""
+"""Rows of measured runs: their format, the model beside them."""
 
 import json
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.config.stages import stages_of
 from moepp_megatron.workbench.planning.coster import GIB
-from moepp_megatron.workbench.planning.machine import Efficiencies, machine_of
+from moepp_megatron.workbench.planning.machine import machine_of
 from moepp_megatron.workbench.planning.measured.compare import (
     HELD_OUT,
     SET_NUMBERS,
@@ -24,7 +22,6 @@ from moepp_megatron.workbench.planning.measured.compare import (
     held_out,
     pair_errors,
 )
-from moepp_megatron.workbench.planning.measured.fit import fit
 from moepp_megatron.workbench.planning.measured.rows import Run, read_runs
 from moepp_megatron.workbench.planning.memory import memory_of
 from moepp_megatron.workbench.planning.workload import Numbers
@@ -203,44 +200,6 @@ def test_names_are_unique_and_a_file_is_a_list(tmp_path: Path) -> None:
         read_runs(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_runs(tmp_path / "none.json")
-
-
-def test_a_fit_finds_the_machine_that_made_the_rows() -> None:
-    """Speeds made by another machine, of every second published H100 run."""
-    known = [one for one in read_runs(HELD_OUT) if one.hardware.name == "h100_sxm"]
-    known = [one for one in known if one.row.scope == "in"][::2]
-    truth = {"fp8_matmul": 0.5, "launch_s": 50e-6, "network": 0.7}
-    made = []
-    for run in known:
-        other = machine_of(run.hardware, Efficiencies.of(truth, "a test"))
-        speed = compare(run, other).tokens_per_s_per_gpu
-        measured = run.row.measured.model_copy(
-            update={"step_time_s": None, "tflops_per_gpu": None, "tokens_per_s_per_gpu": speed}
-        )
-        made.append(replace(run, row=run.row.model_copy(update={"measured": measured})))
-    found = fit(made)
-
-    def middle(errors: tuple[float, ...]) -> float:
-        return statistics.median(map(abs, errors))
-
-    # Inputs are held near their start, so that the truth is met in part.
-    assert middle(found.before) > 0.05
-    assert middle(found.after) < middle(found.before) / 3
-    assert middle(found.held_out) < middle(found.before) / 2
-    assert found.hardware.reached["fp8_matmul"] == pytest.approx(0.5, rel=0.06)
-    assert found.changed["network"][1] < 0.85
-    # What is written is a hardware file that a plan takes.
-    again = machine_of(type(found.hardware).model_validate(yaml.safe_load(found.yaml("rows.json"))))
-    assert again.reached.fp8_matmul == pytest.approx(found.changed["fp8_matmul"][1], rel=1e-3)
-
-
-def test_a_fit_needs_enough_rows_of_one_card(tmp_path: Path) -> None:
-    few = runs_of(tmp_path, row(QWEN))
-    with pytest.raises(ConfigError, match="at least 3 measured rows"):
-        fit(few)
-    others = [row(QWEN, name=str(number), hardware="h200") for number in range(2)]
-    with pytest.raises(ConfigError, match="one kind of GPU, not of h100_sxm, h200"):
-        fit(runs_of(tmp_path, row(QWEN), *others))
 
 
 def test_memory_of_deepseek_v3_in_bf16(tmp_path: Path) -> None:
