@@ -73,7 +73,12 @@ def drive_routers(
 
 
 def checked_routes(
-    routes: Routes, num_tokens: int, pattern: Sequence[bool], layer: LayerSettings
+    routes: Routes,
+    num_tokens: int,
+    pattern: Sequence[bool],
+    layer: LayerSettings,
+    *,
+    is_own: bool = False,
 ) -> Routes:
     """[tokens, MoE layers, K] int64 routes that a model can repeat.
 
@@ -83,10 +88,12 @@ def checked_routes(
         num_tokens: Tokens that there must be.
         pattern: For each layer, whether it has experts.
         layer: Experts and K.
+        is_own: Whether routers of this package selected them, of which a batch may take FFN experts
+            only, as upcycled models do at first.
 
     Raises:
-        ValueError: They have another shape, name an expert that there is not or one twice, or lack
-            all zero-computation experts.
+        ValueError: They have another shape, name an expert that there is not or one twice, or, of
+            other routers, lack all zero-computation experts.
     """
 
     def refuse(wrong: object, must: str) -> ValueError:
@@ -116,6 +123,6 @@ def checked_routes(
     engines = "which is not so where an engine writes 0 for zero-computation experts"
     if (ordered[..., 1:] == ordered[..., :-1]).any():
         raise refuse("one expert twice", f"name {topk} experts of a token, {engines}")
-    if layer.num_zero_computation_experts and routes.max() < num_ffn:
+    if layer.num_zero_computation_experts and not is_own and routes.max() < num_ffn:
         raise refuse("FFN experts only", f"name zero-computation experts too, {engines}")
     return routes

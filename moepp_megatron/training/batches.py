@@ -62,16 +62,20 @@ def _documents(dataset: Any, batch: Batch) -> Tensor:
     )
 
 
+def sample_index(dataset: Any, number: int, config: Config) -> int:
+    """Index of the sample that a run reads after `number` others."""
+    batch = math.gcd(*config.training.batch_sizes)
+    usable = len(dataset) // batch * batch
+    assert usable > 0, f"{len(dataset)} samples do not fill a global batch of {batch}"
+    first: int = getattr(dataset, "repeats_from", 0)
+    return number if number < usable else first + (number - first) % (usable - first)
+
+
 def _endless(dataset: Any, consumed_samples: int, config: Config) -> Iterator[Batch]:
     training = config.training
     # A step of a ramped run may end in the first batches, in every layout after the same sample.
     batch = math.gcd(*training.batch_sizes)
-    usable = len(dataset) // batch * batch
-    assert usable > 0, f"{len(dataset)} samples do not fill a global batch of {batch}"
-    first = getattr(dataset, "repeats_from", 0)
-    start = consumed_samples
-    if start >= usable:
-        start = first + (consumed_samples - first) % (usable - first)
+    start = sample_index(dataset, consumed_samples, config)
     while True:
         yield from batches(
             dataset,
@@ -84,4 +88,4 @@ def _endless(dataset: Any, consumed_samples: int, config: Config) -> Iterator[Ba
             pin_memory=torch.cuda.is_available(),
             vocab_size=vocabulary_of(dataset, config.model.vocab_size),
         )
-        start = first
+        start = getattr(dataset, "repeats_from", 0)

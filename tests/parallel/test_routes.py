@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shutil import copy
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,10 @@ def test_what_is_no_file_of_the_step_is_refused(ranks: RankPools, tmp_path: Path
     damaged[60:80] = b"\xff" * 20
     path.write_bytes(damaged)
     found += ranks(1).run(refusal, raw)
+    routes = np.tile(np.array([0, 1]), (64, 2, 1))
+    np.savez(path, routed_experts=routes, tokens_sha256="of another run")
+    (line,) = ranks(1).run(refusal, raw)
+    assert line.startswith(f"routes.replay ({path}) must be of this batch's tokens")
     for line, reason in zip(
         found,
         [
@@ -221,17 +226,42 @@ def test_files_stay_with_their_batches(ranks: RankPools, tmp_path: Path) -> None
     assert [r.loss for r in replayed] == [r.loss for r in run]
     assert [r.layer_expert_share for r in replayed] == [r.layer_expert_share for r in run]
 
-    of_step(tmp_path / "routes", batches, BATCH).unlink()
-    with pytest.raises(
-        Exception, match=r"no file from_sample_\d+.npz for the next batch; step 4 is"
+    last = of_step(tmp_path / "routes", batches, BATCH)
+    for name, change, reason in (
+        ("damaged", lambda: last.write_bytes(last.read_bytes()[:-40]), "npz file"),
+        ("others", lambda: copy(of_step(last.parent, batches - 1, BATCH), last), "with others"),
+        ("missing", last.unlink, "No such file"),
     ):
-        train_in("ended", replay="routes")
-    assert (tmp_path / "ended/checkpoints/step_00000004").is_dir()
+        change()
+        with pytest.raises(Exception, match=rf"routes.replay \({last}\).*{reason}.*; step 4 is"):
+            train_in(name, replay="routes")
+        assert (tmp_path / name / "checkpoints/step_00000004").is_dir()
 
     copy_as_of(4, tmp_path / "run", tmp_path / "again")
     train_in("again", trace="trace")
     assert trace.read_bytes().splitlines()[: len(lines) * 4 // 5] == lines[: len(lines) * 4 // 5]
     assert [json.loads(line)["step"] for line in trace.read_bytes().splitlines()] == steps
+
+
+def test_what_cannot_be_written_ends_no_run_unsaved(ranks: RankPools, tmp_path: Path) -> None:
+    def train_in(name: str) -> None:
+        raw = trainer_settings(
+            tmp_path / f"{name}-run",
+            training={"train_iters": 3},
+            routes={name: str(tmp_path / name)},
+        )
+        ranks(2).run(run_trainer, raw)
+
+    (tmp_path / "trace/router_trace_rank0.jsonl").mkdir(parents=True)
+    train_in("trace")
+    alerts = (tmp_path / "trace-run/alerts.jsonl").read_text().splitlines()
+    (alert,) = [json.loads(line) for line in alerts]
+    assert alert["rule"] == "lost_output"
+    assert "router_trace_rank0.jsonl" in alert["condition"]
+    of_step(tmp_path / "record", 2, BATCH).mkdir(parents=True)
+    with pytest.raises(Exception, match=r"routes.record: .*; step 2 is saved"):
+        train_in("record")
+    assert (tmp_path / "record-run/checkpoints/step_00000002").is_dir()
 
 
 def refusal(raw: dict[str, Any]) -> str:

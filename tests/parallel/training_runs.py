@@ -155,7 +155,8 @@ def train(
     # By name, so that a feature can be deleted without these runs.
     names = ("DistillationPart", "MultiTokenPredictionPart", "RoutesPart")
     of_loss = [kind for kind in part_kinds() if kind.__name__ in names]
-    losses = _made(of_loss, config, layout, model, None).parts
+    dataset = SyntheticDataset(config, steps)
+    losses = _made(of_loss, config, layout, model, dataset).parts
     if prepare is not None:
         prepare(model.models)
         model.optimizer.reload_model_params()
@@ -163,7 +164,7 @@ def train(
     collector = RoutingCounts(model, config, layout)
     parts = Parts([collector, *losses])
     pieces = _capture_gradients(model)
-    batches = rank_batches(SyntheticDataset(config, steps), 0, config, len(model.chunks))
+    batches = rank_batches(dataset, 0, config, len(model.chunks))
     run = Run()
     recorded = {"distillation_loss": run.divergences, "mtp_loss": run.mtp_losses}
     for step in range(1, steps + 1):

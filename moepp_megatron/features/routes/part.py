@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import logging
+import lzma
 import math
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,18 +25,31 @@ from torch import Tensor
 
 from moepp_megatron.config import ConfigError, Layout
 from moepp_megatron.config.regular_file import check_regular
-from moepp_megatron.moe.replay import Routes, checked_routes, drive_routers
+from moepp_megatron.moe.replay import checked_routes, drive_routers
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.runtime.agreement import Agreement
-from moepp_megatron.runtime.atomic import whole_file
+from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.runtime.disk import write_error
+from moepp_megatron.training.alerts import lost_output
+from moepp_megatron.training.batches import sample_index
 from moepp_megatron.training.part import Outcome, Part, Run, Step, Stop
 from moepp_megatron.training.run_folder.writable import check_kind
+from moepp_megatron.training.schedule import BatchSizes
 from moepp_megatron.training.step import Batch
+
+logger = logging.getLogger(__name__)
 
 # In a micro-batch: [b, s] int64 place of each token in the global batch.
 _ROWS = "rows"
 # In a file: whole numbers [tokens, MoE layers, K].
 _EXPERTS = "routed_experts"
+# There too, if a run has written it: the digest of the batch's tokens.
+_DIGEST = "tokens_sha256"
+# NumPy's, zipfile's and its decompressors', of files that are damaged or no such files.
+_UNREADABLE = (
+    *(OSError, ValueError, EOFError, KeyError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError),
+)
 
 
 class RoutesPart(Part):
@@ -43,12 +61,13 @@ class RoutesPart(Part):
 
     def __init__(self, run: Run) -> None:
         self._config, self._settings = run.config, run.config.routes
+        self._train_set, self._sizes = run.train_set, BatchSizes(run.config)
         self._pattern = run.config.moe.moe_layer_pattern(run.config.model.num_layers)
         self._layers = [number for number, is_moe in enumerate(self._pattern, 1) if is_moe]
         self._last = run.progress.step + (self._settings.steps or run.config.training.train_iters)
         # Files are of batches: a refused one, or those before a rollback, are no step's.
         self._first_sample = run.progress.consumed_samples
-        self._num_tokens = 0
+        self._num_samples = 0
         self._agreement = Agreement()
         self._writes = False
         # [tokens, MoE layers, K] of the step; [T] places of the tokens that pass next.
@@ -61,6 +80,10 @@ class RoutesPart(Part):
             for chunk in run.model.models
             for replay in drive_routers(chunk, self._routes_of, self._take)
         ]
+        # Why the last batch's routes are not written, on rank 0; why they are not in the trace.
+        self._failure: str | None = None
+        self._lost: str | None = None
+        self._warned = False
         # The newest step in the trace, which another start may have written.
         self._traced: float = math.inf
         for name in ("record", "trace"):
@@ -77,13 +100,15 @@ class RoutesPart(Part):
         """Read the routes of a batch."""
         to = self._settings.record, self._settings.trace
         self._writes = to != (None, None) and step <= self._last
-        samples = layout.num_microbatches * layout.dp * self._config.training.micro_batch_size
-        self._num_tokens = samples * self._config.model.seq_length
-        if self._settings.replay is not None:
-            routes = self._read(self._file(self._settings.replay))
-            self._given = torch.from_numpy(routes)
+        self._num_samples = self._sizes.at(self._first_sample)
+        if self._settings.replay is not None and self._given is None:
+            reason = self._agreement.first_reason(self._read(self._settings.replay))
+            if reason is not None:
+                raise ConfigError(reason)
 
-    def _read(self, path: Path) -> Routes:
+    def _read(self, folder: str) -> str | None:
+        """Read the routes of the batch that follows; why they are none of it."""
+        path, self._num_samples = self._file(folder), self._sizes.at(self._first_sample)
         try:
             check_regular(path)
             # allow_pickle=False: an object array could run code.
@@ -92,12 +117,41 @@ class RoutesPart(Part):
                 raise ValueError(f"one array, not named {_EXPERTS}")
             with file:
                 routes = np.asarray(file[_EXPERTS])
-            return checked_routes(routes, self._num_tokens, self._pattern, self._config.moe)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise ConfigError(
+                digest = str(file[_DIGEST]) if _DIGEST in file else None
+            length = self._config.model.seq_length
+            given = checked_routes(
+                routes,
+                self._num_samples * length,
+                self._pattern,
+                self._config.moe,
+                is_own=digest is not None,
+            )
+        except _UNREADABLE as error:
+            return (
                 f"routes.replay ({path}) must be an npz file with this batch's {_EXPERTS}: "
                 f"{' '.join(str(error).split())}"
-            ) from None
+            )
+        self._given = torch.from_numpy(given)
+        if dist.get_rank() != 0:
+            return None
+        if digest is None and not self._warned:
+            # Engines give none.
+            logger.warning("%s has no %s: its routes may be of other tokens", path, _DIGEST)
+            self._warned = True
+        if digest not in (None, self._digest()):
+            return (
+                f"routes.replay ({path}) must be of this batch's tokens, and was recorded with "
+                "others; take the seed, the order and the data of the recorded run"
+            )
+        return None
+
+    def _digest(self) -> str:
+        """SHA-256 of the batch's tokens (int64), sample by sample."""
+        digest = hashlib.sha256()
+        for number in range(self._first_sample, self._first_sample + self._num_samples):
+            sample = self._train_set[sample_index(self._train_set, number, self._config)]
+            digest.update(np.asarray(sample["tokens"]).astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def batches(
         self, batches: list[Iterator[Batch]], num_microbatches: int
@@ -140,31 +194,41 @@ class RoutesPart(Part):
 
     def end_step(self, step: Step) -> Iterable[Alert]:
         """Write what was taken; a collective where it is recorded."""
-        if self._writes:
-            if self._settings.trace is not None:
-                # The name that Megatron's tools/moe_routing looks for.
-                name = f"router_trace_rank{dist.get_rank()}.jsonl"
-                self._append(Path(self._settings.trace) / name, step.attempt)
-            if self._settings.record is not None:
-                self._write(self._file(self._settings.record))
+        alerts: list[Alert] = []
+        if self._writes and self._settings.trace is not None:
+            # The name that Megatron's tools/moe_routing looks for.
+            path = Path(self._settings.trace) / f"router_trace_rank{dist.get_rank()}.jsonl"
+            try:
+                self._append(path, step.attempt)
+                self._lost = None
+            except OSError as error:
+                # What only looks ends no run. A half line goes with the next step's.
+                self._traced = math.inf
+                reason = f"routes.trace: {write_error(error, path)}"
+                if self._lost is None:
+                    logger.error("%s", reason)
+                    alerts.append(lost_output(step.progress, reason))
+                self._lost = reason
+        if self._writes and self._settings.record is not None:
+            self._write(self._file(self._settings.record))
         self._first_sample += step.samples
-        self._rows = None
+        self._rows = self._given = None
         self._seen.clear()
         for replay in self._replays:
             replay.clear_indices()
             replay.clear_router_replay_action()
-        return ()
+        return alerts
 
     def judge(self, step: Step) -> Iterator[Outcome]:
-        """Save and end the run where the next batch has no routes."""
-        folder, last = self._settings.replay, self._config.training.train_iters
-        if folder is None or step.number == last:
-            return
-        file = self._file(folder)
-        # Folders that ranks see at different times must not make them decide differently.
-        if not self._agreement.all(file.is_file()):
-            missing = f"routes.replay has no file {file.name} for the next batch"
-            yield Stop(lambda saved: ConfigError(f"{missing}; {saved}"))
+        """Save and end the run where routes were not written, or the next batch has none."""
+        reason, folder = self._failure, self._settings.replay
+        if folder is not None and step.number < self._config.training.train_iters:
+            reason = reason or self._read(folder)
+        if folder is not None or self._settings.record is not None:
+            # What ranks see differs.
+            reason = self._agreement.first_reason(reason)
+        if reason is not None:
+            yield Stop(lambda saved: ConfigError(f"{reason}; {saved}"))
 
     def _append(self, path: Path, step: int) -> None:
         """A line a layer and micro-batch, as of Megatron-LM's `router_trace.RouterTracer`."""
@@ -187,9 +251,9 @@ class RoutesPart(Part):
 
     def _write(self, path: Path) -> None:
         """Bring the routes of all ranks together and write them on rank 0."""
-        layers = []
+        layers, num_tokens = [], self._num_samples * self._config.model.seq_length
         for number in self._layers:
-            shape = self._num_tokens, self._config.moe.router_topk
+            shape = num_tokens, self._config.moe.router_topk
             routes = torch.zeros(shape, dtype=torch.int32, device=torch.cuda.current_device())
             for layer, rows, experts in self._seen:
                 if layer == number:
@@ -197,8 +261,13 @@ class RoutesPart(Part):
             dist.all_reduce(routes)
             layers.append(routes.to("cpu", torch.int16))
         if dist.get_rank() == 0:
-            with whole_file(path) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, routed_experts=torch.stack(layers, dim=1).numpy())
+            stream = io.BytesIO()
+            routes = torch.stack(layers, dim=1)
+            np.savez(stream, routed_experts=routes.numpy(), tokens_sha256=self._digest())
+            try:
+                write_atomic(path, stream.getvalue())
+            except OSError as error:
+                self._failure = f"routes.record: {write_error(error, path)}"
 
     def _file(self, folder: str) -> Path:
         """The batch's file."""

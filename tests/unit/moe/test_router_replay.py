@@ -184,6 +184,12 @@ def test_forms_of_engines() -> None:
         np.testing.assert_array_equal(checked_routes(routes, 2, PATTERN, LAYER), GOOD)
 
 
+def test_own_routes_may_be_of_ffn_experts_only() -> None:
+    routes = np.array([[[0, 1], [1, 0]], [[2, 3], [3, 0]]])
+    found = checked_routes(routes, 2, PATTERN, LAYER, is_own=True)
+    np.testing.assert_array_equal(found, routes)
+
+
 def test_a_dropped_number_is_that_of_the_one_expert() -> None:
     one = MoEPPConfig(num_ffn_experts=4, num_constant_experts=0, num_copy_experts=0)
     dropped, expected = np.where(GOOD >= 4, -1, GOOD), np.where(GOOD >= 4, 4, GOOD)
