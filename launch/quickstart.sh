@@ -42,3 +42,5 @@ printf '\nA sample from the trained model:\n'
 run=$(realpath -m -- "$run")
 printf '\nreport      %s\ncheckpoint  %s\nmetrics     %s\n' \
     "$run/report.html" "$run/checkpoints" "$run/metrics.jsonl"
+# So that `moepp` is found.
+if [[ -e $MOEPP_BIN/activate ]]; then printf 'next        source %q, then moepp --help\n' "$MOEPP_BIN/activate"; fi

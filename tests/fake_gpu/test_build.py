@@ -30,7 +30,7 @@ def headers() -> dict[str, str]:
     except Unavailable as error:
         pytest.skip(str(error))
     environment = os.environ | {"PYTHONPATH": str(site)}
-    script = "source <(sed -n '/^_moepp_cuda_headers/,/^}/p' launch/env.sh)"
+    script = "source <(sed -n '/^_moepp_cuda_headers/,/^}/p' launch/te.sh)"
     script += f"; _moepp_cuda_headers {Path(sys.prefix)}"
     command = ["bash", "-c", script]
     folders = subprocess.check_output(command, cwd=ROOT, env=environment, text=True).strip()
