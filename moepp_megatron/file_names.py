@@ -17,9 +17,13 @@ METRICS_FILE = "metrics.jsonl"
 UNDONE_FILE = "metrics.undone.jsonl"
 ALERTS_FILE = "alerts.jsonl"
 STATUS_FILE = "status.json"
+# Of a run at W&B: its id there.
+WANDB_ID_FILE = "wandb_id"
+# Pages of commands about a run.
+REPORT_PAGE, PROFILE_PAGE = "report.html", "profile.html"
 # What marks a run's folder, and the folders in it.
 RUN_FILES = (CONFIG_FILE, METRICS_FILE, STATUS_FILE, ALERTS_FILE)
-RUN_FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs")
+RUN_FOLDERS = ("checkpoints", "tensorboard", "heartbeats", "hangs", "profile", "staging", "wandb")
 # Of checkpoints; `training/checkpoint/files.py` says what they hold.
 STATE_FILE = "state.json"
 FORMAT_FILE = "metadata.json"
@@ -51,6 +55,13 @@ DATASET_STATE_FILE = "state.json"
 _NAMES = frozenset(name for key, name in globals().items() if key.endswith("_FILE"))
 # What each rank of a run writes: heartbeats, collectives, profiles.
 _OF_RANK = re.compile(r".*rank_?\d+\..+")
+
+
+def is_of_run(name: str) -> bool:
+    """Whether a run, or a command about it, writes a file or folder of this name in its folder."""
+    others = (UNDONE_FILE, WANDB_ID_FILE, REPORT_PAGE, PROFILE_PAGE)
+    # Damaged records are put beside (`observe.jsonl`).
+    return name in (*RUN_FILES, *RUN_FOLDERS, *others) or name.startswith(f"{METRICS_FILE}.damaged")
 
 
 def is_record(name: str) -> bool:

@@ -67,6 +67,7 @@ def _profile(
     """Analyse torch profiler traces."""
     import json
 
+    from moepp_megatron.file_names import PROFILE_PAGE
     from moepp_megatron.runtime.atomic import write_atomic
     from moepp_megatron.workbench.profiling.analysis import analyse
     from moepp_megatron.workbench.profiling.document import document
@@ -78,7 +79,7 @@ def _profile(
     numbers = document(profile)
     folder = out or run
     folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "profile.html"
+    page = folder / PROFILE_PAGE
     html = render(profile, numbers)
     write_atomic(page, html.encode("ascii", "xmlcharrefreplace"))
     if json_file is not None:

@@ -12,13 +12,13 @@ from typing import Any
 from moepp_megatron.catalogue import OF_RECORD
 from moepp_megatron.config.schema import WandbSection
 from moepp_megatron.experts import ExpertCounts
+from moepp_megatron.file_names import WANDB_ID_FILE
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.numbers import is_curve, numbers, path_of
 from moepp_megatron.runtime.install import how_to_install
 
 logger = logging.getLogger(__name__)
 
-_ID_FILE = "wandb_id"
 # A service that does not answer must not hold GPUs for minutes before the first step.
 _INIT_TIMEOUT_S = 30
 
@@ -101,7 +101,7 @@ class WandbSink:
 
 def _run_id(run_dir: Path, resumes: bool) -> str:
     """The id of this run at W&B, kept in its folder for a resumed run; a new run gets a new one."""
-    path = run_dir / _ID_FILE
+    path = run_dir / WANDB_ID_FILE
     if resumes and path.is_file():
         kept = path.read_text(encoding="utf-8").strip()
         if kept:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moepp_megatron.file_names import is_of_run
 from tests.commands import module, program
 from tests.faults.harness import short_steps, write_config
 
@@ -78,6 +79,8 @@ assert plan.best.grid.world == 2
 """
     done = program(written(code, tmp_path), config)
     assert done.returncode == 0, done.stdout + done.stderr
+    # --overwrite moves what has these names.
+    assert all(is_of_run(path.name) for path in (tmp_path / "run").iterdir())
 
 
 def test_every_rank_of_torchrun_gets_the_result(config: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from moepp_megatron.training.run_folder.holder import (
     outside_of,
     refuse_running,
 )
-from moepp_megatron.training.run_folder.move_aside import move_aside
+from moepp_megatron.training.run_folder.move_aside import configuration_files, move_aside
 from moepp_megatron.training.run_folder.writable import (
     check_kinds,
     existing,
@@ -154,7 +154,8 @@ class RunFolder:
             What of a run is there, as `traces` does.
 
         Raises:
-            ConfigError: If there is one; says what is there and both ways.
+            ConfigError: If there is one; says what is there and both ways. Or the folder has a use
+                of its own: a repository, the place of configurations.
         """
         if start.resume and start.overwrite and not start.restarted:
             raise ConfigError(
@@ -162,6 +163,8 @@ class RunFolder:
                 "run, --overwrite moves it aside and starts from scratch"
             )
         traces = self.traces(start.config_file)
+        if not start.restarted and (start.overwrite or not traces):
+            self._refuse_other_use(start.config_file)
         if start.restarted or start.overwrite or not traces:
             return traces
         if not start.resume:
@@ -177,6 +180,18 @@ class RunFolder:
                 "without one; use --overwrite to move it aside and start from scratch"
             )
         return traces
+
+    def _refuse_other_use(self, config_file: Path | None) -> None:
+        held = [".git"] if os.path.lexists(self.path / ".git") else []
+        for file in map(Path, sorted(configuration_files(config_file))):
+            # Its own, from which it may start anew.
+            if is_same(file.parent, self.path) and file.name != CONFIG_FILE:
+                held.append(file.name)
+        if held:
+            raise ConfigError(
+                f"run.dir ({self.path}) must be a folder for the run alone, and holds "
+                f"{', '.join(held)}; choose a folder in it, such as {self.path / 'runs' / 'first'}"
+            )
 
     def traces(self, config_file: Path | None = None) -> list[str]:
         """Names of a run's files in its folder and of its checkpoints, for a message."""

@@ -11,23 +11,21 @@ from pathlib import Path
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.blends import blends_of, folders_of
 from moepp_megatron.config.load import config_layers
-from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, OWNER_FILE, STATUS_FILE
+from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, OWNER_FILE, STATUS_FILE, is_of_run
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint import list_checkpoints
 from moepp_megatron.training.checkpoint.files import PREFIX
 from moepp_megatron.training.checkpoint.find import checkpoints_of
 from moepp_megatron.training.run_folder.holder import OwnerMark, is_same, marked_owner
 
-# Slurm's output: that of the job in which the new run starts is among it.
-_STAYS = {"slurm"}
-
 
 def move_aside(config: Config, checkpoints: Path, config_file: Path | None = None) -> list[str]:
     """Move the files of a run to a new folder next to its own, named by date and time.
 
-    What the new run reads (data, tokenizer, its configuration file), Slurm's output and folders
-    with other runs stay. A checkpoint folder in none of what is moved, such as one outside of the
-    run's, gets a neighbour of its own, so that nothing is copied.
+    What no run writes, what the new run reads (data, tokenizer, its configuration file) and folders
+    with other runs stay, and so does Slurm's output, to which the new run's own may belong. A
+    checkpoint folder in none of what is moved, such as one outside of the run's, gets a neighbour
+    of its own, so that nothing is copied.
 
     Args:
         config: Configuration of the new run.
@@ -48,12 +46,16 @@ def move_aside(config: Config, checkpoints: Path, config_file: Path | None = Non
             f"checkpoint.dir ({checkpoints}) must hold no checkpoints for --overwrite, since "
             "nothing can be moved in object storage; choose another checkpoint.dir, or delete them"
         )
-    ours = _configuration(config_file)
+    ours = configuration_files(config_file)
     kept = [Path(path) for path in _read(config) | ours - {os.path.realpath(folder / CONFIG_FILE)}]
+    named = (checkpoints, config.routes.record, config.routes.trace)
+    written = {os.path.realpath(path) for path in named if not isinstance(path, ObjectPath | None)}
     moved = [
         path
         for path in sorted(folder.iterdir())
-        if not _stays(path, kept) and not _holds_runs(path, folder)
+        if (is_of_run(path.name) or os.path.realpath(path) in written)
+        and not _stays(path, kept)
+        and not _holds_runs(path, folder)
     ]
     # Before a link to it is moved.
     mark = OwnerMark(folder, checkpoints)
@@ -84,7 +86,7 @@ def _read(config: Config) -> set[str]:
     return {os.path.realpath(path) for path in needed if path is not None}
 
 
-def _configuration(config_file: Path | None) -> set[str]:
+def configuration_files(config_file: Path | None) -> set[str]:
     """The configuration's file and its bases, which each rank reads; links are resolved."""
     # Not of a pipe, which can be read once.
     if config_file is None or not config_file.is_file():
@@ -116,7 +118,7 @@ def _holds_runs(path: Path, run: Path) -> bool:
 
 def _stays(path: Path, kept: list[Path]) -> bool:
     real = Path(os.path.realpath(path))
-    return path.name in _STAYS or any(real == each or real in each.parents for each in kept)
+    return any(real == each or real in each.parents for each in kept)
 
 
 def _refuse_moved_start(config: Config, moved: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from moepp_megatron.file_names import REPORT_PAGE
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.alerts import alert_blocks
 from moepp_megatron.workbench.report.blocks import (
@@ -52,7 +53,7 @@ def build_report(folder: str | Path, *others: str | Path, out: str | Path | None
 
 def write_run_page(run: RunData, out: str | Path | None = None) -> Path:
     """As `build_report`, of one run that has been read."""
-    path = Path(out or run.folder / "report.html")
+    path = Path(out or run.folder / REPORT_PAGE)
     write_page(path, render(run))
     return path
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,23 +114,49 @@ def test_a_run_that_ended_without_a_checkpoint_cannot_go_on(run: Path) -> None:
         enter(config_in(run), RESUME)
 
 
-def test_overwrite_moves_all_of_the_old_run_and_deletes_nothing(run, write) -> None:
+def test_overwrite_moves_what_runs_write_and_deletes_nothing(run, write) -> None:
     make_run(run, write)
-    (run / "report.html").write_text("page")
+    for name in ("report.html", "wandb_id", "metrics.jsonl.damaged-1", "profile/rank0.json"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("the run's")
+    old = files(run)
     (run / "slurm").mkdir()
     (run / "slurm" / "7.out").write_text("this job's output")
-    old = files(run)
+    (run / "thesis.txt").write_text("mine")
+    (run / "src").mkdir()
+    (run / "src" / "config.yaml").write_text("mine")
     said = enter(config_in(run), OVERWRITE)
     (aside,) = (path for path in run.parent.iterdir() if path != run)
     assert aside.name.startswith("run.2"), "the name tells the date"
     assert said == [f"moved the run of before to {aside}"]
-    assert files(aside) == {name: text for name, text in old.items() if name != "slurm/7.out"}
-    assert sorted(files(run)) == ["slurm/7.out", "status.json"]
+    assert files(aside) == old
+    assert sorted(files(run)) == ["slurm/7.out", "src/config.yaml", "status.json", "thesis.txt"]
     # Within the same second, too.
     for count in (2, 3):
         make_run(run)
         enter(config_in(run), OVERWRITE)
         assert len(list(run.parent.iterdir())) == 1 + count
+
+
+@pytest.mark.parametrize("start", [Start(), RESUME, OVERWRITE], ids=["", "resume", "overwrite"])
+@pytest.mark.parametrize("held", [".git", "mine.yaml", "base.yaml"])
+def test_a_folder_with_another_use_is_refused(run, write, held: str, start: Start) -> None:
+    run.mkdir(parents=True)
+    (run / held).write_text("moe:")
+    file = run / "mine.yaml" if held == "mine.yaml" else run.parent / "mine.yaml"
+    file.write_text("base: run/base.yaml" if held == "base.yaml" else "moe:")
+    start = replace(start, config_file=file)
+    with pytest.raises(ConfigError, match=rf"for the run alone, and holds {held}; choose"):
+        enter(config_in(run), start)
+    make_run(run, write)
+    before = files(run)
+    # One that is there already goes on.
+    if start.resume:
+        enter(config_in(run), start)
+    else:
+        with pytest.raises(ConfigError):
+            enter(config_in(run), start)
+        assert files(run) == before
 
 
 def test_what_the_new_run_reads_stays(run, write) -> None:
@@ -172,11 +199,12 @@ def test_runs_below_the_run_stay(run, write) -> None:
     (run / "disk" / "of_sweep" / "owner").write_text(f"{run / 'sweep' / '000'}\n")
     (run / "disk of a run that is gone").mkdir()
     (run / "disk of a run that is gone" / "owner").write_text("/gone\n")
+    mine = {"notes", "a.txt", "disk of a run that is gone"}
     stay = ("child", "sweep", "child.20260101-000000", "disk")
     before = {name: files(run / name) for name in stay}
     everything = files(run)
     enter(config_in(run), OVERWRITE)
-    assert {path.name for path in run.iterdir()} == {*stay, "status.json"}
+    assert {path.name for path in run.iterdir()} == {*stay, *mine, "status.json"}
     assert {name: files(run / name) for name in stay} == before
     (aside,) = (path for path in run.parent.iterdir() if path != run)
     left = {name: text for name, text in files(run).items() if name != "status.json"}
