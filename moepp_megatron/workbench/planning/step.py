@@ -81,7 +81,8 @@ def _optimizer(load: Workload, grid: Grid, machine: Machine, parameters: RankPar
     elements = parameters.dense / shards[0] + parameters.experts / shards[1]
     # Norm and update read the gradient, Adam reads and writes moments and master weights, then
     # writes the weights; clearing the gradients writes all of them.
-    state = 2 * (numbers.moments_bytes + max(numbers.master_bytes, 4))
+    weight = min(numbers.master_bytes + numbers.weight_bytes, 4)
+    state = 2 * (numbers.moments_bytes + weight)
     moved = elements * (2 * numbers.gradient_bytes + state + numbers.weight_bytes)
     moved += (parameters.dense + parameters.experts) * numbers.gradient_bytes
     return moved / machine.memory_rate

@@ -53,6 +53,7 @@ class Numbers:
     gradient_bytes: int = 4  # bytes of a gradient in the buffer that is reduced
     # The same of a weight of a matrix, of which Muon and Lion keep one.
     matrix_moments_bytes: int = 8
+    own_copy: int | None = None  # bytes of the optimizer's copy of a weight; None for up to fp32
 
     @property
     def row_alignment(self) -> int:
@@ -73,7 +74,7 @@ class Numbers:
     @property
     def master_bytes(self) -> int:
         """Bytes of the optimizer's own copy of a weight."""
-        return {"fp32": 0, "bf16": 4}[self.dtype]
+        return {"fp32": 0, "bf16": 4}[self.dtype] if self.own_copy is None else self.own_copy
 
 
 @dataclass(frozen=True)

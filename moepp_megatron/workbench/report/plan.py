@@ -12,7 +12,7 @@ from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.workbench.planning.coster import GIB
-from moepp_megatron.workbench.planning.measured.compare import error_range
+from moepp_megatron.workbench.planning.measured.compare import error_range, published
 from moepp_megatron.workbench.planning.outlook import outlook_of
 from moepp_megatron.workbench.planning.plan import Plan
 from moepp_megatron.workbench.planning.planned import Planned
@@ -47,6 +47,7 @@ _BARS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("data parallel, optimizer", GREEN, ("data parallel", "optimizer")),
 )
 
+_PUBLISHED = 2  # runs that are named
 _WHY = {
     "work": "slower computation: smaller or repeated products, or products during an exchange",
     "recompute": "recomputation that the best does without",
@@ -82,6 +83,11 @@ def print_plan(plan: Plan, tokens: float, price: float | None) -> None:
             f"below {load.median:.2f}, nine in ten below {load.p90:.2f}); times hold the average"
         )
     print_uncut(how_well(errors))
+    for run in published(plan.config, plan.machine, plan.world)[:_PUBLISHED]:
+        print_uncut(
+            f"published, vanilla: {run.tokens_per_s_per_gpu:,.0f} tok/s/GPU on {run.row.gpus:,} "
+            f"{run.hardware.name}: {run.row.name} ({run.row.source})"
+        )
 
 
 def _layouts(plan: Plan) -> Table:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import log2
 from pathlib import Path
 from statistics import median
 
@@ -17,6 +18,7 @@ from moepp_megatron.workbench.planning.machine import Machine, machine_of
 from moepp_megatron.workbench.planning.measured.rows import Run, read_runs
 from moepp_megatron.workbench.planning.memory import fullest_rank
 from moepp_megatron.workbench.planning.step import StepTime, step_time
+from moepp_megatron.workbench.planning.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,29 @@ def error_range(config: Config, machine: Machine) -> Range | None:
 @lru_cache(maxsize=1)
 def _errors_by_family() -> dict[str, FamilyErrors]:
     return family_errors(held_out(), scopes=("in", "near")) if HELD_OUT.is_file() else {}
+
+
+def published(config: Config, machine: Machine, world: int) -> list[Run]:
+    """Published vanilla runs of a model's shape and format on this kind of GPU.
+
+    The nearest in number of GPUs, and of these the fastest, come first.
+    """
+    shape = _shape(Workload.from_config(config))
+    files = [file for file in (SET_NUMBERS, HELD_OUT) if file.is_file()]
+    runs = [
+        run
+        for file in files
+        for run in read_runs(file)
+        if run.hardware.name == machine.hardware.name and _shape(run.load) == shape
+    ]
+    away = {run.row.name: abs(log2(run.row.gpus / world)) for run in runs}
+    return sorted(runs, key=lambda run: (away[run.row.name], -(run.tokens_per_s_per_gpu or 0.0)))
+
+
+def _shape(load: Workload) -> tuple[object, ...]:
+    experts = load.experts
+    chosen = (experts.num_ffn_experts, experts.router_topk, experts.ffn_size, experts.shared_size)
+    return (load.is_moe, load.hidden, load.attention, load.numbers.fp8, *chosen)
 
 
 def held_out() -> list[Comparison]:

@@ -40,6 +40,7 @@ class Beyond(_Strict):
 
     gradient_bytes: Literal[2, 4] = 4
     moment_bytes: Literal[1, 2, 4] = 4
+    master_bytes: Literal[0, 2, 4] | None = None
     multi_token_prediction_layers: int = Field(default=0, ge=0, le=16)
     sliding_window: int | None = Field(default=None, ge=1)
     sliding_window_every: int = Field(default=1, ge=1)
@@ -200,6 +201,7 @@ def _with_facts(load: Workload, beyond: Beyond) -> Workload:
         gradient_bytes=beyond.gradient_bytes,
         moments_bytes=moments,
         matrix_moments_bytes=moments,
+        own_copy=beyond.master_bytes,
     )
     experts = replace(
         load.experts,

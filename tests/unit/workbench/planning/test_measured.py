@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.config import ConfigError
+from moepp_megatron.config import ConfigError, load_config
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.config.stages import stages_of
 from moepp_megatron.workbench.planning.coster import GIB
@@ -21,6 +21,7 @@ from moepp_megatron.workbench.planning.measured.compare import (
     family_errors,
     held_out,
     pair_errors,
+    published,
 )
 from moepp_megatron.workbench.planning.measured.rows import Run, read_runs
 from moepp_megatron.workbench.planning.memory import memory_of
@@ -88,6 +89,15 @@ def test_the_range_of_a_plan_is_that_of_its_family() -> None:
     assert of_hopper.is_own
 
 
+def test_published_runs_of_a_shape_are_found() -> None:
+    config = load_config(HELD_OUT.parents[1] / "models" / "qwen3_30b_a3b_32.yaml")
+    names = [run.row.name for run in published(config, machine_of(load_hardware("h100_sxm")), 8)]
+    assert names[0] == "Qwen3-30B bf16, 8, EP8 DeepEP, FSDP, all recomputed"
+    assert len(names) > 1
+    assert all(name.startswith("Qwen3-30B bf16") for name in names)
+    assert not published(config, machine_of(load_hardware("a100_sxm")), 8)
+
+
 def test_units_of_speed_are_the_same_run(tmp_path: Path) -> None:
     seconds = row(QWEN, measured={"step_time_s": 24.7138})
     tokens = 1024 * 4096 / 24.7138 / 16
@@ -121,6 +131,8 @@ def test_facts_beyond_the_settings_count(tmp_path: Path) -> None:
     assert found(multi_token_prediction_layers=1).step.total > base.step.total
     assert found(gradient_bytes=2).memory_gib < base.memory_gib
     assert found(moment_bytes=2).memory_gib < base.memory_gib
+    assert found(master_bytes=0).memory_gib < base.memory_gib
+    assert found(master_bytes=0).step.total < base.step.total
     assert found(permute_fusion=False).step.total > base.step.total
     assert found(sliding_window=256).step.total < base.step.total
     halfway = found(sliding_window=256, sliding_window_every=2).step.total
