@@ -15,7 +15,7 @@ from textwrap import shorten
 from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.regular_file import check_regular
+from moepp_megatron.config.regular_file import read_text
 from moepp_megatron.config.yaml_file import parse_yaml
 
 _PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
@@ -56,12 +56,7 @@ def read_arguments(path: Path, variables: Mapping[str, str]) -> tuple[Arguments,
     Raises:
         ConfigError: The file cannot be read.
     """
-    try:
-        check_regular(path)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise ConfigError(f"FILE ({path}) cannot be read ({reason}); give a text file") from None
+    text = read_text(path, "FILE")
     script = _Script(variables)
     if path.suffix in (".yaml", ".yml"):
         words = [script.expanded(word) for word in _yaml_words(parse_yaml(text, str(path)))]

@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+from moepp_megatron.config.errors import ConfigError
+
 
 def check_regular(path: Path) -> None:
     """Refuse what is no regular file: reading a pipe or a device may block, or never end.
@@ -19,6 +21,34 @@ def check_regular(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
+def read_text(path: Path, name: str, limit: int | None = None, newline: str | None = None) -> str:
+    """The text of a regular file, at most `limit` characters of it.
+
+    Args:
+        path: The file.
+        name: The user's name of it, such as `--text`.
+        limit: Its beginning is read up to here; None reads all.
+        newline: As for `open`; an empty one keeps carriage returns.
+
+    Raises:
+        ConfigError: It cannot be read, is no regular file or is not UTF-8.
+    """
+    try:
+        check_regular(path)
+        with path.open(encoding="utf-8", newline=newline) as file:
+            text: str = file.read(-1 if limit is None else limit)
+    except OSError as error:
+        raise ConfigError(
+            f"{name} ({path}) cannot be read ({error.strerror}); name a text file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{name} ({path}) must be text in UTF-8, and is another kind of file, or in another "
+            f"encoding ({error.reason}); name a text file, or write one: iconv -f LATIN1 -t UTF-8"
+        ) from None
+    return text
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:

@@ -16,6 +16,7 @@ index.py            reads the index of a Megatron indexed dataset, without megat
 loader.py           micro-batches in an order that depends only on the samples consumed
 long_text.py        cuts long texts where a tokenizer's pre-tokenizer splits them anyway
 manifest.py         `manifest.json`: what a prepared folder holds and what it was made from
+npz.py              arrays of files of numpy.savez
 pairs.py            Megatron's own PREFIX.bin and PREFIX.idx, made elsewhere
 prepare.py          `moepp data prepare`
 prepare_chat.py     writes a folder of conversations: encoded, packed, marked

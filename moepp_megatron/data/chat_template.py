@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.config.regular_file import read_regular
+from moepp_megatron.config.regular_file import read_text
 from moepp_megatron.data.long_text import MAX_PIECE_CHARACTERS
 from moepp_megatron.data.tokenizer import Tokenizer, read_tokenizer_config, spelling, tokenizer_file
 from moepp_megatron.file_names import CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
@@ -30,7 +30,7 @@ Message = dict[str, str]
 ANSWERS = "assistant"
 """The role whose messages are answers."""
 # Templates of published models have up to 20,000 characters.
-_MAX_BYTES = 1_000_000
+_MAX_CHARACTERS = 1_000_000
 # Of Unicode's private use: part of no special token, and no normalizer makes anything of it.
 _PLACEHOLDER = "\ue000"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -108,12 +108,11 @@ class ChatTemplate:
         text, name = _named_template(content), f"chat_template in {folder / TOKENIZER_CONFIG_FILE}"
         path = file or folder / CHAT_TEMPLATE_FILE
         if file is not None or path.is_file():
-            name = f"chat template ({path})" if file is None else f"--template ({path})"
-            try:
-                text = read_regular(path, _MAX_BYTES).decode()
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                raise ConfigError(f"{name} cannot be read ({reason}); name a file") from None
+            option = "chat template" if file is None else "--template"
+            name = f"{option} ({path})"
+            text = read_text(path, option, _MAX_CHARACTERS + 1)
+            if len(text) > _MAX_CHARACTERS:
+                raise ConfigError(f"{name} must have at most {_MAX_CHARACTERS} characters; cut it")
         if text is None:
             raise ConfigError(
                 f"tokenizer ({tokenizer_path}) must have a chat template, in "

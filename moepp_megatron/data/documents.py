@@ -7,14 +7,14 @@ order of documents does not either.
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.data.compressed import Compression, open_source
+from moepp_megatron.data.compressed import Compression, open_source, too_large, unpacked_limit
 from moepp_megatron.data.sources import Format, SourceFile, TextSource
 from moepp_megatron.data.tables import (
     CONVERSATION_KEYS,
@@ -46,6 +46,8 @@ class _DocumentPart:
     start: int
     end: int
     compression: Compression | None = None
+    # Characters that the values of a table may have: a dictionary of it has each value once.
+    most: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,10 @@ def _parts(file: SourceFile, text_key: str | None) -> Iterator[tuple[_DocumentPa
     else:
         # A table, or refused there.
         groups = count_groups(file.path, file.format, text_key)
+        most = unpacked_limit(file.path) // max(groups, 1)
         for group in range(groups):
-            yield _DocumentPart(file.path, file.format, group, group + 1), file.size // groups
+            part = _DocumentPart(file.path, file.format, group, group + 1, most=most)
+            yield part, file.size // groups
 
 
 def _refuse_records(file: SourceFile, text_key: str) -> None:
@@ -215,7 +219,7 @@ def _text_of(part: _DocumentPart) -> str | Skipped:
 def read_records(part: _DocumentPart) -> Iterator[dict[str, Any] | Skipped]:
     """The JSON objects of a part of a JSONL file, or the rows of a table; or why one is none."""
     if part.format in TABLES:
-        for row in read_rows(part.path, part.format, range(part.start, part.end)):
+        for row in _bounded(read_rows(part.path, part.format, range(part.start, part.end)), part):
             yield Skipped(_NOT_TEXT) if row is None else row
         return
     for line in _lines(part):
@@ -272,8 +276,18 @@ def is_utf8(text: str) -> bool:
     return True
 
 
+def _bounded(values: Iterable[Any], part: _DocumentPart) -> Iterator[Any]:
+    left = part.most
+    for value in values:
+        left -= len(value if isinstance(value, str | bytes) else str(value))
+        if left < 0:
+            raise too_large(part.path)
+        yield value
+
+
 def _read_table(part: _DocumentPart, text_key: str) -> Iterator[str | Skipped]:
-    for value in read_column(part.path, part.format, range(part.start, part.end), text_key):
+    values = read_column(part.path, part.format, range(part.start, part.end), text_key)
+    for value in _bounded(values, part):
         if value is None:
             yield Skipped(_EMPTY)
         elif isinstance(value, str):

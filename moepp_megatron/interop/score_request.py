@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from moepp_megatron.config import Config, ConfigError, Layout, load_config, with_overrides
 from moepp_megatron.config.load import parse_override
+from moepp_megatron.data.npz import read_arrays
 from moepp_megatron.interop.score_text import TextWindows, checkpoint_tokenizer
 from moepp_megatron.training.inference_settings import FORWARD_ONLY, inference_override
 
@@ -102,7 +102,7 @@ def _check_options(
 ) -> None:
     if (tokens is None) == (text is None):
         given = "neither" if tokens is None else "both"
-        raise ConfigError(f"--tokens and --text ({given} given) must not be so; give one of them")
+        raise ConfigError(f"one of --tokens and --text ({given}) must be given; give just one")
     if isinstance(tokens, Path) and out is None:
         raise ConfigError("--out (absent) must name the file to write with --tokens; add it")
     if text is not None and logits:
@@ -112,19 +112,11 @@ def _check_options(
 def read_input_ids(tokens: str | Path) -> np.ndarray:
     """The array `input_ids` of an npz file; ConfigError if the file is none, or lacks it."""
     try:
-        # allow_pickle=False: an object array could run code.
-        with np.load(tokens, allow_pickle=False) as file:
-            if not hasattr(file, "files") or "input_ids" not in file.files:
-                raise ConfigError(f"--tokens ({tokens}) must hold the array input_ids; add it")
-            return np.asarray(file["input_ids"])
-    except OSError as error:
-        raise ConfigError(f"--tokens ({tokens}) cannot be read ({error}); name a file") from None
-    except (ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        return read_arrays(Path(tokens), "input_ids")["input_ids"]
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--tokens ({tokens}) must be an npz file of plain arrays ({error}); write it with "
-            "numpy.savez"
+            f"--tokens ({tokens}) must be an npz file with the array input_ids: {error}; write it "
+            "with numpy.savez(FILE, input_ids=...)"
         ) from None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.regular_file import read_text
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.file_names import TOKENIZER_FILE
 
@@ -19,18 +20,8 @@ def text_of(path: Path, limit: int | None = None) -> tuple[str, bool]:
 
     ConfigError if it cannot be read, is not UTF-8 or is empty.
     """
-    try:
-        # newline="": the model reads carriage returns too.
-        with path.open(encoding="utf-8", newline="") as stream:
-            text = stream.read(-1 if limit is None else limit + 1)
-    except OSError as error:
-        raise ConfigError(
-            f"--text ({path}) cannot be read ({error.strerror}); name a text file"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"--text ({path}) must be UTF-8 text ({error.reason}); encode it so"
-        ) from None
+    # newline="": the model reads carriage returns too.
+    text = read_text(path, "--text", None if limit is None else limit + 1, newline="")
     if not text:
         raise ConfigError(f"--text ({path}) must hold some text, and is empty; name another file")
     return text[:limit], limit is not None and len(text) > limit

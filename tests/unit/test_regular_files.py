@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from moepp_megatron.config import ConfigError
 from moepp_megatron.config.regular_file import check_regular
+from moepp_megatron.interop.score_request import read_input_ids
+from moepp_megatron.interop.score_text import text_of
 from moepp_megatron.observe.metrics import MetricsError, read_metrics
 from moepp_megatron.observe.status import read_status
 from moepp_megatron.observe.tail import Tail
+from moepp_megatron.workbench.planning.measured.rows import read_runs
 from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
 
 
@@ -34,6 +38,18 @@ def test_regular_files_and_links_to_them_pass(tmp_path: Path):
         check_regular(tmp_path)
     with pytest.raises(OSError, match="Not a regular file"):
         check_regular(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+def test_files_that_options_name_are_regular(kind: str, pipe: Path):
+    given = pipe if kind == "pipe" else Path(kind)
+    for read, option in (
+        (text_of, "--text"),
+        (read_input_ids, "--tokens"),
+        (read_runs, "--measured"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{option} \({given}\) .*Not a regular file"):
+            read(given)
 
 
 def test_readers_refuse_a_pipe(pipe: Path, tmp_path: Path):

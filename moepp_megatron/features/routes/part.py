@@ -6,12 +6,8 @@ import hashlib
 import io
 import json
 import logging
-import lzma
 import math
 import re
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from moepp_megatron.config import ConfigError, Layout
-from moepp_megatron.config.regular_file import check_regular
+from moepp_megatron.data.npz import read_arrays
 from moepp_megatron.moe.replay import checked_routes, drive_routers
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.runtime.agreement import Agreement
@@ -45,11 +41,6 @@ _ROWS = "rows"
 _EXPERTS = "routed_experts"
 # There too, if a run has written it: the digest of the batch's tokens.
 _DIGEST = "tokens_sha256"
-# NumPy's, zipfile's and its decompressors', of files that are damaged or no such files.
-_UNREADABLE = (
-    *(OSError, ValueError, EOFError, KeyError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError),
-)
 
 
 class RoutesPart(Part):
@@ -110,23 +101,17 @@ class RoutesPart(Part):
         """Read the routes of the batch that follows; why they are none of it."""
         path, self._num_samples = self._file(folder), self._sizes.at(self._first_sample)
         try:
-            check_regular(path)
-            # allow_pickle=False: an object array could run code.
-            file = np.load(path, allow_pickle=False)
-            if isinstance(file, np.ndarray):
-                raise ValueError(f"one array, not named {_EXPERTS}")
-            with file:
-                routes = np.asarray(file[_EXPERTS])
-                digest = str(file[_DIGEST]) if _DIGEST in file else None
+            arrays = read_arrays(path, _EXPERTS, _DIGEST)
+            digest = str(arrays[_DIGEST]) if _DIGEST in arrays else None
             length = self._config.model.seq_length
             given = checked_routes(
-                routes,
+                arrays[_EXPERTS],
                 self._num_samples * length,
                 self._pattern,
                 self._config.moe,
                 is_own=digest is not None,
             )
-        except _UNREADABLE as error:
+        except (OSError, ValueError) as error:
             return (
                 f"routes.replay ({path}) must be an npz file with this batch's {_EXPERTS}: "
                 f"{' '.join(str(error).split())}"

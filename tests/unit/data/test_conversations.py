@@ -380,7 +380,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "no program": ("{% for x in %}", "must be a Jinja template .line 1"),
     "brackets": ("{{" + "(" * 3000 + "1" + ")" * 3000 + "}}", "cannot compile it: RecursionError"),
     "lists": ("{{" + "[" * 150 + "]" * 150 + "}}", "cannot compile it: RecursionError"),
-    "too long": ("x" * 1_000_001, "it has more than 1000000 bytes"),
+    "too long": ("x" * 1_000_001, "must have at most 1000000 characters"),
     "refuses": (
         "{{ raise_exception('roles must alternate') }}",
         "refuses it: roles must alternate",

@@ -236,6 +236,34 @@ def test_a_small_table_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
     assert read_all(path, "id") == [Skipped("no text in the column id")]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_text_that_a_table_repeats_counts_each_time(kind: str, tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / f"a.{kind}"
+    texts = pyarrow.array(["words " * 1000] * 99)
+    if kind == "parquet":
+        parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=33)
+    else:
+        table = pyarrow.table({"text": texts.dictionary_encode()})
+        with (
+            pyarrow.OSFile(str(path), "wb") as file,
+            pyarrow.ipc.new_stream(file, table.schema) as to,
+        ):
+            to.write_table(table)
+    assert path.stat().st_size < 30_000
+    monkeypatch.setattr(compressed, "_MOST_TIMES", 1)
+    monkeypatch.setattr(compressed, "_SMALL_BYTES", 600_000)
+    assert len(read_all(path)) == 99
+    monkeypatch.setattr(compressed, "_SMALL_BYTES", 500_000)
+    with pytest.raises(ConfigError, match="must hold at most 1 times its size"):
+        read_all(path)
+    (piece,) = plan_pieces(resolve_sources([str(path)]), None)
+    with pytest.raises(ConfigError, match="must hold at most 1 times its size"):
+        list(documents.read_records(piece.parts[0]))
+
+
 RECORDS = ({"messages": [{"role": "user", "content": "hm"}]}, {"conversations": [{"from": "gpt"}]})
 
 

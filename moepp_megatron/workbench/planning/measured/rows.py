@@ -19,6 +19,7 @@ from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.config.hardware import Hardware, load_hardware, nearest_hardware, with_changes
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.config.load import from_dotted, validated
+from moepp_megatron.config.regular_file import read_text
 from moepp_megatron.config.schema import Config
 from moepp_megatron.config.stages import Stages, expand_pipeline_layout, stages_of
 from moepp_megatron.config.yaml_file import parse_yaml
@@ -140,7 +141,8 @@ def _rows_of(path: Path) -> list[Row]:
         if path.suffix == ".json":
             content = read_json(path)
         else:
-            content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+            # More than the format may have.
+            content = parse_yaml(read_text(path, "--measured", 1_000_000), str(path))
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
