@@ -14,8 +14,11 @@ from types import FrameType
 
 import psutil
 
-# By these a run is asked to stop. SIGHUP says that its terminal is gone.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+# These come again by themselves, from a shell and the kernel when a terminal closes, and each
+# second beyond a limit of CPU time: nobody waits impatiently behind them.
+REPEATED = (signal.SIGHUP, signal.SIGXCPU)
+# By these a run is asked to stop. LSF and SGE warn of a job's end with SIGUSR2 and SIGXCPU.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, *REPEATED)
 # Those that a shell or nohup has a program ignore, because they are not meant for it.
 _IGNORABLE = (signal.SIGINT, signal.SIGHUP)
 # Exit status of a process that Ctrl-C ended.
@@ -108,8 +111,7 @@ def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Itera
             return
         if number == signal.SIGINT and not request.number:
             acknowledge()
-        if number == signal.SIGHUP and request.number:
-            # Shell and kernel each send one when a terminal closes; nobody waits impatiently.
+        if number in REPEATED and request.number:
             return
         request.number = number
         if agent.poll() is not None:

@@ -67,8 +67,8 @@ def train(
     """Train the model that a configuration describes, as `moepp train` does but for the report.
 
     Alone it trains in this process. In a script that torchrun or srun has started, every rank calls
-    it, and each gets the result. Like the command it listens to SIGTERM, SIGUSR1, SIGHUP and
-    Ctrl-C, so the main thread must call. Ranks that `nproc` starts write the report too.
+    it, and each gets the result. Like the command it listens to Ctrl-C and other signals
+    (`STOP_SIGNALS`), so the main thread must call. Ranks that `nproc` starts write the report too.
 
     Args:
         config: A configuration, or its YAML file.

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.runtime.rank import RankEnvironment
-from moepp_megatron.runtime.stop_signals import SAME_INTERRUPT_S, acknowledge, heeded_signals
+from moepp_megatron.runtime.stop_signals import (
+    REPEATED,
+    SAME_INTERRUPT_S,
+    acknowledge,
+    heeded_signals,
+)
 from moepp_megatron.training.step_sums import shared_sum
 
 # One request reaches a rank by several ways: Slurm signals every process of a job, and the launcher
@@ -25,8 +30,8 @@ class StopRequest:
     """Whether this run was asked to stop.
 
     The first of `STOP_SIGNALS` is remembered and the step continues; one that comes more than
-    `SAME_REQUEST_S` later, unless it is SIGHUP, ends the process at once. A process that trains
-    by itself is ended by a second Ctrl-C at once; for ranks their launcher decides that.
+    `SAME_REQUEST_S` later, unless it is one of `REPEATED`, ends the process at once. A process that
+    trains by itself is ended by a second Ctrl-C at once; for ranks their launcher decides that.
 
     Attributes:
         seen: Whether any rank was asked before the newest step's read; the same on every rank. The
@@ -80,7 +85,7 @@ class StopRequest:
         first, same_for = self._requested_at, SAME_REQUEST_S
         if number == signal.SIGINT and self._is_single_rank:
             first, same_for = self._interrupted_at, SAME_INTERRUPT_S
-        if number != signal.SIGHUP and first is not None and now - first > same_for:
+        if number not in REPEATED and first is not None and now - first > same_for:
             # Without cleaning up: whoever asks again does not want to wait.
             os._exit(128 + number)
         if number == signal.SIGINT and self._interrupted_at is None:

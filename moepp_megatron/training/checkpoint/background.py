@@ -22,11 +22,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NoReturn
 
+from moepp_megatron.runtime.stop_signals import STOP_SIGNALS
+
 _PR_SET_PDEATHSIG = 1
 # Loaded before any fork: the dynamic loader's lock may be held when one happens.
 _libc = ctypes.CDLL(None, use_errno=True)
 _NICENESS = 5
-_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class BackgroundError(RuntimeError):
@@ -169,7 +170,7 @@ def _detach(writer: int, parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     # Launchers send these to whole process groups; the parent decides whether the save continues.
-    for name in _IGNORED:
+    for name in STOP_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
     # Sockets of the parent's process groups must close when it dies, not when this one ends.
     os.closerange(3, writer)

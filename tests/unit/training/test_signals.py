@@ -5,6 +5,8 @@ import signal
 
 import pytest
 
+from moepp_megatron.runtime.stop_signals import STOP_SIGNALS
+from moepp_megatron.training import signals
 from moepp_megatron.training.signals import StopRequest
 
 
@@ -15,7 +17,7 @@ from moepp_megatron.training.signals import StopRequest
         # Its launcher answers for all ranks.
         ("0", signal.SIGINT, 0),
         # Nobody waits for an answer to it.
-        (None, signal.SIGTERM, 0),
+        *((None, number, 0) for number in STOP_SIGNALS if number != signal.SIGINT),
     ],
 )
 def test_the_first_ctrl_c_is_answered_at_once(rank, number, answers, monkeypatch, capfd):
@@ -29,3 +31,14 @@ def test_the_first_ctrl_c_is_answered_at_once(rank, number, answers, monkeypatch
         # Within this time it is the same Ctrl-C, which `timeout -s INT` sends twice.
         os.kill(os.getpid(), number)
     assert capfd.readouterr().err.count("stopping after this step") == answers
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR2])
+def test_what_comes_again_by_itself_is_no_impatience(number: int, monkeypatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(signals, "SAME_REQUEST_S", -1.0)
+    with StopRequest().listening():
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+    assert ended == ([128 + number] if number == signal.SIGUSR2 else [])
