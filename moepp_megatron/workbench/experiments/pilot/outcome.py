@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moepp_megatron.file_names import ALERTS_FILE
-from moepp_megatron.observe.alerts import read_alerts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmOutcome, Curve, Interval
 from moepp_megatron.workbench.experiments.pilot.statistics import Estimate, mean_interval
@@ -25,7 +21,7 @@ _LATE = 0.75
 _FEWEST_WARMUP = 2
 _WARMUP_SHARE = 0.1
 _POINTS_OF_CURVE = 200
-_MEANS = ("valid_loss", "step_time_s", "tokens_per_s", "ffn_share", "a2a_bytes")
+_MEANS = ("valid_loss", "step_time_s", "ffn_share")
 
 
 @dataclass(frozen=True)
@@ -34,36 +30,20 @@ class RunOutcome:
 
     valid_loss: float
     step_time_s: float
-    tokens_per_s: float
     ffn_share: float
-    a2a_bytes: float
-    energy_per_token_j: float | None
-    alerts: Mapping[str, int]
     curve: Curve
     on_gpu: bool = False
 
 
-def run_outcome(records: Iterable[StepMetrics], folder: Path) -> RunOutcome:
-    """The outcome of a finished run.
-
-    Args:
-        records: All records, one per step; the last one has a finite validation loss.
-        folder: Folder of the run, with its alerts.
-    """
+def run_outcome(records: Iterable[StepMetrics]) -> RunOutcome:
+    """The outcome of a finished run, whose last record has a finite validation loss."""
     numbers = Numbers(records=records)
     steps, tokens = numbers.values("step"), numbers.values("tokens")
     late = steps > _LATE * steps[-1]
-    step_time = statistics.median(numbers.values("step_time_s")[timed_steps(numbers)].tolist())
     return RunOutcome(
         valid_loss=float(numbers.values("valid_loss")[-1]),
-        step_time_s=step_time,
-        tokens_per_s=float(tokens[-1] / steps[-1]) / step_time,
+        step_time_s=statistics.median(numbers.values("step_time_s")[timed_steps(numbers)].tolist()),
         ffn_share=statistics.fmean(numbers.values("ffn_fraction")[late].tolist()),
-        a2a_bytes=statistics.fmean(numbers.values("a2a_bytes")[late].tolist()),
-        energy_per_token_j=_energy_per_token(numbers),
-        alerts=Counter(
-            alert.rule for alert in read_alerts(folder / ALERTS_FILE) if alert.severity != "info"
-        ),
         curve=_curve(tokens, numbers.values("loss")),
         on_gpu=not np.isnan(numbers.values("gpu_hours")[-1]),
     )
@@ -101,14 +81,11 @@ def arm_outcome(
     }
     # Vanilla has no ratio to itself, whatever its steps.
     has_ratio = arm.kind not in ("vanilla", "short")
-    energies = [run.energy_per_token_j for run in mine if run.energy_per_token_j is not None]
     return ArmOutcome(
         arm=arm,
         seeds=seeds,
         loss_difference=difference,
         time_ratio=log_time_ratio(runs, baseline).factor() if has_ratio else None,
-        energy_per_token_j=mean_interval(energies) if len(energies) == len(mine) else None,
-        alerts=dict(sum((Counter(run.alerts) for run in mine), Counter())),
         curve=_mean_curve([run.curve for run in mine]),
         **means,
     )
@@ -129,15 +106,6 @@ def _warm(numbers: Numbers) -> np.ndarray:
 
 def _is_evaluated(numbers: Numbers) -> np.ndarray:
     return ~np.isnan(numbers.values("valid_loss"))
-
-
-def _energy_per_token(numbers: Numbers) -> float | None:
-    """Energy per token over warm steps, except evaluated ones, which include validation."""
-    joules = numbers.values("energy_j")[_warm(numbers) & ~_is_evaluated(numbers)]
-    if not len(joules) or np.isnan(joules).any():
-        return None
-    per_step = numbers.values("tokens")[-1] / numbers.values("step")[-1]
-    return float(sum(joules.tolist()) / (len(joules) * per_step))
 
 
 def _curve(tokens: np.ndarray, losses: np.ndarray) -> Curve:

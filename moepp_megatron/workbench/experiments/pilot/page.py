@@ -42,7 +42,7 @@ from moepp_megatron.workbench.report.terminal import print_uncut, table_of
 
 _ARM_COLUMNS = (
     *("Arm", "Steps", "Validation loss", "Less vanilla's", "Step", "Of vanilla's"),
-    *("FFN share", "All-to-all, MB", "mJ/token", "Alerts"),
+    "FFN share",
 )
 _COLOURS: dict[ArmKind, str] = {
     "vanilla": INK,
@@ -70,7 +70,7 @@ def write_pilot_page(result: PilotResult, out: Path) -> Path:
         ReportError: It cannot be written; an existing page is then unchanged.
     """
     with plot_style():
-        plots = [_loss_plot(result), _difference_plot(result)]
+        plot = _difference_plot(result)
     setting = result.setting
     page = Page(
         kind="MoE++ pilot",
@@ -79,7 +79,7 @@ def write_pilot_page(result: PilotResult, out: Path) -> Path:
         facts=_facts(result),
         cards=_cards(result),
         sections=[
-            Section("", [*plots, _arm_table(result)]),
+            Section("", [plot, _arm_table(result)]),
             Section("", [Text(_limits(result), "note", fold="How to read it, and its limits")]),
         ],
         sources="pilot.json",
@@ -100,20 +100,11 @@ def print_pilot(result: PilotResult) -> None:
 
 
 def _arm_table(result: PilotResult) -> Table:
-    """A row of numbers for every arm; columns of which nothing is known are left out."""
-    rows = [_row(each) for each in result.arms]
-    kept = [
-        place
-        for place in range(len(_ARM_COLUMNS))
-        if any(row[place].text != _NOTHING for row in rows)
-    ]
-    head = [_ARM_COLUMNS[place] for place in kept]
-    return Table(head, [[row[place] for place in kept] for row in rows])
+    """A row of numbers for every arm."""
+    return Table(_ARM_COLUMNS, [_row(each) for each in result.arms])
 
 
 def _row(outcome: ArmOutcome) -> list[Cell]:
-    used = outcome.energy_per_token_j
-    alerts = sorted(outcome.alerts.items(), key=lambda item: (-item[1], item[0]))
     return [
         Cell(outcome.arm.name),
         number(f"{outcome.arm.steps:,}"),
@@ -122,9 +113,6 @@ def _row(outcome: ArmOutcome) -> list[Cell]:
         number(_seconds(outcome.step_time_s.mean)),
         number(*_with_ends(outcome.time_ratio, ".3f")),
         number(formatting.percent(outcome.ffn_share.mean)),
-        number(f"{outcome.a2a_bytes.mean / 1e6:,.2f}"),
-        number(_NOTHING if used is None else f"{used.mean * 1e3:,.3g}"),
-        Cell(", ".join(f"{rule} {times}" for rule, times in alerts if times) or _NOTHING),
     ]
 
 
@@ -199,11 +187,6 @@ def _limits(result: PilotResult) -> list[str]:
         lines.append("Speed on a CPU says nothing about a GPU's: experts run one after the other.")
     versions = f"torch {setting.torch} and megatron-core {setting.megatron_core}"
     return [*lines, f"Measured with {versions}, {setting.cores} processor cores."]
-
-
-def _loss_plot(result: PilotResult) -> Plot:
-    lines = [_line(each, *_smooth_curve(each)) for each in result.arms]
-    return _plot("Training loss", "training loss, nats", lines)
 
 
 def _difference_plot(result: PilotResult) -> Plot:

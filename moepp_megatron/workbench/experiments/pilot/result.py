@@ -69,11 +69,7 @@ class ArmOutcome(_PilotRecord):
         loss_difference: Difference to vanilla with the same seed; None for vanilla.
         step_time_s: Median step of a run.
         time_ratio: Step time over vanilla's in the runs; None for vanilla and "short".
-        tokens_per_s: Throughput of all ranks.
         ffn_share: FFN share of all selections, last quarter of the steps.
-        a2a_bytes: All-to-all bytes of a step, forward, last quarter of the steps.
-        energy_per_token_j: Energy per token, J; None if not measured.
-        alerts: Times each alert rule was raised, all seeds together.
     """
 
     arm: Arm
@@ -82,11 +78,7 @@ class ArmOutcome(_PilotRecord):
     loss_difference: Interval | None
     step_time_s: Interval
     time_ratio: Interval | None
-    tokens_per_s: Interval
     ffn_share: Interval
-    a2a_bytes: Interval
-    energy_per_token_j: Interval | None
-    alerts: dict[str, int]
     curve: Curve
 
 

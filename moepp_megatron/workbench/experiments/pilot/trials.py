@@ -103,7 +103,7 @@ class PilotRun(Trial[RunOutcome]):
                 f"run {self.name} has diverged: its validation loss is {last.valid_loss}; look at "
                 f"{folder}, or lower optimizer.lr"
             )
-        return run_outcome(records, folder)
+        return run_outcome(records)
 
     def began(self) -> str:
         """Day of its start, ISO date: a run writes its configuration when it starts."""

@@ -27,11 +27,7 @@ def outcome(loss: float, time: float) -> RunOutcome:
     return RunOutcome(
         valid_loss=loss,
         step_time_s=time,
-        tokens_per_s=100 / time,
         ffn_share=0.6,
-        a2a_bytes=1000.0,
-        energy_per_token_j=None,
-        alerts={},
         curve=Curve(tokens=[100], loss=[loss]),
     )
 
