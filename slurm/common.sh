@@ -30,7 +30,7 @@ _MOEPP_USAGE=2 _MOEPP_UNFIT=3 _MOEPP_HUNG=70 _MOEPP_LOST=71 _MOEPP_STOPPED=75
 # Not above the restart's: nodes that are left when one has failed for good end before they give it up.
 : "${MOEPP_STEP_WAIT:=$((MOEPP_RESTART_TIMEOUT < 60 ? MOEPP_RESTART_TIMEOUT : 60))}"
 : "${MOEPP_RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
-# The user's own: a folder of another user on the node could not be written to.
+# The user's own, which moepp makes and verifies (runtime/rank_environment.py, make_log_dir).
 : "${MOEPP_LOG_DIR:=${TMPDIR:-/tmp}/moepp-logs-$UID}"
 # A job that was submitted with --export would hand its steps no more than the job was given, and with
 # NONE not even a PATH.

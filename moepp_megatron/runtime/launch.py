@@ -21,7 +21,11 @@ from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.nodes import Meeting, Nodes
 from moepp_megatron.runtime.parent import die_with_parent
 from moepp_megatron.runtime.rank import NODE_RANK
-from moepp_megatron.runtime.rank_environment import check_rank_variables, with_rank_variables
+from moepp_megatron.runtime.rank_environment import (
+    check_rank_variables,
+    make_log_dir,
+    with_rank_variables,
+)
 from moepp_megatron.runtime.stop_signals import (
     children,
     end_at_once,
@@ -97,6 +101,8 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
         and when a signal has ended torchrun; otherwise torchrun's.
     """
     check_rank_variables(os.environ)
+    if options.log_dir is not None:
+        make_log_dir(options.log_dir)
     interface = options.nodes.interface() if options.nodes is not None else None
     environment = with_rank_variables(os.environ, options.num_local_ranks, interface)
     if (nodes := options.nodes) is not None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 
@@ -22,6 +24,8 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.runtime.rank import RankEnvironment
 
 _THREADS = "OMP_NUM_THREADS"
+# What scripts name below /tmp.
+_LOGS = re.compile(r"moepp-logs-\d+")
 _CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
@@ -148,12 +152,43 @@ def _own_folder(name: str) -> str | None:
     path = os.path.join(tempfile.gettempdir(), f"moepp-{name}-{os.getuid()}")
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
-        status, flags = os.lstat(path), os.statvfs(path).f_flag
+        # Code is loaded from it.
+        return path if _is_own(path) and not os.statvfs(path).f_flag & os.ST_NOEXEC else None
     except OSError:
         return None
-    # Code is loaded from it.
-    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-    return path if is_own and not status.st_mode & 0o022 and not flags & os.ST_NOEXEC else None
+
+
+def _is_own(path: str | Path) -> bool:
+    """Whether it is a folder, and no link to one, that only this user can write."""
+    status = os.lstat(path)
+    is_mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return is_mine and not status.st_mode & 0o022
+
+
+def make_log_dir(folder: Path) -> None:
+    """Make the folder of ranks' output, in `moepp-logs-UID` only where that is this user's.
+
+    Raises:
+        ConfigError: It cannot be made, or somebody else has taken that name.
+    """
+    try:
+        for each in (*reversed(folder.absolute().parents), folder.absolute()):
+            is_named = _LOGS.fullmatch(each.name) is not None
+            each.mkdir(mode=0o700 if is_named else 0o777, exist_ok=True)
+            if is_named and not each.is_symlink() and each.stat().st_uid == os.getuid():
+                # Made by an older version, as the umask has it.
+                each.chmod(0o700)
+            if is_named and not _is_own(each):
+                # Links that another user plants there would have ranks write to any file of mine.
+                raise ConfigError(
+                    f"--log-dir ({folder}) must be where nobody else can write, and {each} is not; "
+                    "remove it, or choose another folder (in scripts MOEPP_LOG_DIR)"
+                )
+    except OSError as error:
+        raise ConfigError(
+            f"--log-dir ({folder}) must be a folder that can be written ({error.strerror}); choose "
+            "another one"
+        ) from None
 
 
 def with_rank_variables(

@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from moepp_megatron.config import Config, ConfigError, UnfitError, parse_config, with_overrides
-from moepp_megatron.runtime import distributed, nodes
+from moepp_megatron.runtime import distributed, launch, nodes
 from moepp_megatron.runtime.launch import LaunchOptions, _torchrun, run_ranks
 from moepp_megatron.runtime.nodes import Nodes, interface_of_rank, parse_endpoint
 from moepp_megatron.runtime.rank import RankEnvironment, first_host
@@ -51,6 +52,29 @@ def test_caches_are_where_compiled_code_can_be_loaded(monkeypatch, tmp_path, fla
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags))
     found = with_rank_variables({}, 1).keys()
     assert ({"TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR"} <= found) == (not flags)
+
+
+@pytest.mark.parametrize("taken", ["", "as before", "by another user", "by a link"])
+def test_logs_are_where_nobody_else_can_write(monkeypatch, tmp_path: Path, taken: str) -> None:
+    folder = tmp_path / "moepp-logs-7"
+    monkeypatch.setattr(launch, "_run", lambda *arguments: 0)
+    if taken == "by a link":
+        folder.symlink_to(tmp_path)
+    elif taken:
+        folder.mkdir()
+        folder.chmod(0o777)
+    if taken == "by another user":
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    options = LaunchOptions(1, log_dir=folder / "job")
+    if taken.startswith("by"):
+        with pytest.raises(
+            ConfigError, match=r"must be where nobody else can write.*MOEPP_LOG_DIR"
+        ):
+            run_ranks(options, "this", [])
+        assert not (folder / "job").exists()
+    else:
+        run_ranks(options, "this", [])
+        assert folder.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize(
