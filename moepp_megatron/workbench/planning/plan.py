@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
@@ -15,6 +15,8 @@ from moepp_megatron.workbench.planning.machine import Machine, machine_of
 from moepp_megatron.workbench.planning.overlay import config_of
 from moepp_megatron.workbench.planning.planned import Planned, planned_of
 from moepp_megatron.workbench.planning.search import Search, Space, search_layouts
+from moepp_megatron.workbench.planning.step import step_time
+from moepp_megatron.workbench.planning.workload import Workload
 
 # Candidates of another tau; ties that are tried against the configuration's rules.
 _FIRST, _TRIED = 100, 50
@@ -109,10 +111,14 @@ def make_plan(
         plain = vanilla(config)
         vanilla_search = search_layouts(plain, world, machine, routing)
         baselines += _accepted(plain, vanilla_search, machine, routing, top=1)
+        shared = baselines[0].grid if baselines else None
+        if fastest is not None:
+            fastest = _in_both(fastest, config, shared, machine, routing)
         for tau in taus:
             if tau != config.moe.tau:
                 changed = with_overrides(without_budget(config), [f"moe.tau={tau}"])
-                baselines += _best_again(changed, search, world, machine, routing)
+                again = _best_again(changed, search, world, machine, routing)
+                baselines += [_in_both(one, changed, shared, machine, routing) for one in again]
     return Plan(config, world, machine, routing, layouts, fastest, baselines, search)
 
 
@@ -173,6 +179,16 @@ def _in_layout(config: Config, grid: Grid) -> Config | None:
         return config_of(config, grid)
     except ConfigError:
         return None
+
+
+def _in_both(
+    planned: Planned, config: Config, grid: Grid | None, machine: Machine, routing: AssumedRouting
+) -> Planned:
+    """The model in its layout, with its step in the vanilla model's, whose rows are more."""
+    if grid is None or (changed := _in_layout(config, grid)) is None:
+        return planned
+    step = step_time(Workload.from_config(changed), grid, machine, routing)
+    return replace(planned, shared_step_s=step.total)
 
 
 def complexity(grid: Grid, config: Config) -> int:

@@ -9,15 +9,12 @@ from typing import Any, Literal
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.flops import training_flops_per_token
-from moepp_megatron.config.vanilla import vanilla
 from moepp_megatron.workbench.planning.coster import GIB
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting
 from moepp_megatron.workbench.planning.machine import Machine
-from moepp_megatron.workbench.planning.memory import fullest_rank
 from moepp_megatron.workbench.planning.overlay import settings_of
-from moepp_megatron.workbench.planning.pipeline import even_stages
-from moepp_megatron.workbench.planning.step import StepTime, expert_load, step_time
+from moepp_megatron.workbench.planning.step import StepTime, step_time
 from moepp_megatron.workbench.planning.workload import Workload
 
 
@@ -58,8 +55,8 @@ class Planned:
     # Model TFLOP/s of a GPU, as `metrics.jsonl` counts them (config/flops.py).
     tflops_per_gpu: float
     mfu: float  # their share of the rated rate
-    vanilla_step_s: float | None = None  # step of the vanilla model in the same layout
-    vanilla_fits: bool = True  # whether it fits there; if not, only speed compares
+    # Step of this model in the fastest layout of the vanilla one, seconds; None where it has none.
+    shared_step_s: float | None = None
     ramp: tuple[_RampStage, ...] = ()  # smaller steps at the beginning of a run
 
     def run_seconds(self, tokens: float) -> float:
@@ -86,8 +83,7 @@ class Planned:
             "a2a_bytes": round(self.step.exchange_bytes),
             "ffn_share": self.ffn_share,
             "mfu": self.mfu,
-            "vanilla_step_time_s": self.vanilla_step_s,
-            "vanilla_fits": self.vanilla_fits,
+            "shared_layout_step_time_s": self.shared_step_s,
             "seconds": dict(self.step.seconds),
             "hidden_seconds": dict(self.step.hidden),
             "rank_load": dict(zip(("mean", "p50", "p90", "p99"), load, strict=True)),
@@ -105,9 +101,6 @@ def planned_of(
     peak = machine.hardware.peak_tflops(config.precision.dtype, config.precision.fp8)
     assert peak is not None, "formats were checked"
     is_vanilla = config.moe.num_zero_computation_experts == 0
-    vanilla_step_s, has_room = None, True
-    if not config.moe.is_vanilla:
-        vanilla_step_s, has_room = _vanilla_step(config, grid, machine, routing)
     return Planned(
         grid=grid,
         kind="vanilla" if is_vanilla else "moepp",
@@ -119,20 +112,5 @@ def planned_of(
         tokens_per_s_per_gpu=rate,
         tflops_per_gpu=tflops,
         mfu=tflops / peak,
-        vanilla_step_s=vanilla_step_s,
-        vanilla_fits=has_room,
         ramp=tuple(ramp_stages(config, load, grid, machine, routing)),
     )
-
-
-def _vanilla_step(
-    config: Config, grid: Grid, machine: Machine, routing: AssumedRouting
-) -> tuple[float, bool]:
-    """Step of the vanilla model in a layout, seconds, and whether it fits."""
-    load = Workload.from_config(vanilla(config))
-    if load.experts.dispatcher == "alltoall_dedup":
-        load = load.with_dispatcher("alltoall")
-    stages = even_stages(load.layers, grid.pp, grid.vpp)
-    skew = expert_load(load, grid, routing).p99
-    held = fullest_rank(load, grid, stages, skew).total + machine.reached.reserved_gib * GIB
-    return step_time(load, grid, machine, routing).total, held <= machine.usable_bytes

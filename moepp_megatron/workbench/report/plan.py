@@ -13,17 +13,16 @@ from rich.table import Table
 from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.workbench.planning.coster import GIB
 from moepp_megatron.workbench.planning.measured.compare import error_range, published
-from moepp_megatron.workbench.planning.outlook import outlook_of
 from moepp_megatron.workbench.planning.plan import Plan
 from moepp_megatron.workbench.planning.planned import Planned
 from moepp_megatron.workbench.planning.traffic import placement
 from moepp_megatron.workbench.report.drawing import BLUE, GREEN, INK, MUTED, VERMILION, png_figure
 from moepp_megatron.workbench.report.plan_models import (
+    extras,
     how_well,
     model_name,
     models,
     models_table,
-    outlooks_table,
     short_name,
     size_words,
 )
@@ -75,8 +74,7 @@ def print_plan(plan: Plan, tokens: float, price: float | None) -> None:
     if plan.best is None:
         return
     errors = error_range(plan.config, plan.machine)
-    print_uncut(models_table(plan, errors))
-    print_uncut(outlooks_table(plan, tokens, price, errors))
+    print_uncut(models_table(plan, tokens, price, errors))
     if load is not None and load.mean > 1:
         print_uncut(
             f"fullest rank over mean, in a layer: {load.mean:.2f} on average (half of the layers "
@@ -99,15 +97,14 @@ def _layouts(plan: Plan) -> Table:
     for number, planned in enumerate(plan.layouts, start=1):
         grid = planned.grid
         degrees = (grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp, grid.dp)
-        extras = [*grid.recompute, *(f"{state} bf16" for state in grid.states)]
-        extras += ["a2a overlap"] if grid.expert_overlap else []
+        others = extras(planned)
         if grid.ep > 1 and grid.dispatcher is not None:
-            extras.append(grid.dispatcher)
+            others.append(grid.dispatcher)
         table.add_row(
             str(number) if planned.fits else "no",
             *(str(degree) for degree in degrees),
             str(grid.micro_batch),
-            ", ".join(extras) or "-",
+            ", ".join(others) or "-",
             f"{planned.memory_gib:.1f}",
             f"{planned.step.total:.3f}",
             f"{planned.tokens_per_s_per_gpu:,.0f}",
@@ -185,8 +182,9 @@ def write_json(path: Path, plan: Plan, tokens: float, price: float | None) -> No
     for planned in sorted(shown, key=lambda layout: (not layout.fits, layout.step.total)):
         record = planned.record(layers)
         record["plan"] = planned is plan.best
-        outlook = outlook_of(planned, plan.world, plan.machine, tokens, price, errors)
-        record["run"] = outlook.record()
+        days = planned.run_seconds(tokens) / 86400
+        money = None if price is None else 24 * days * plan.world * price
+        record["run"] = {"tokens": tokens, "days": days, "money": money}
         record["step_time_range_s"] = errors and errors.of(planned.step.total)
         records.append(record)
     text = json.dumps(records, indent=1)

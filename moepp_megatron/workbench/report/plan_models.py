@@ -1,39 +1,49 @@
-"""The models of a plan compared: speed, and what a whole run takes."""
+"""The models of a plan compared: speed, and days and money of a run."""
 
 from __future__ import annotations
 
 from rich.table import Table
 
 from moepp_megatron.workbench.planning.measured.compare import Range
-from moepp_megatron.workbench.planning.outlook import outlook_of
 from moepp_megatron.workbench.planning.plan import Plan
 from moepp_megatron.workbench.planning.planned import Planned
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.terminal import titled_table
 
 
-def models_table(plan: Plan, errors: Range | None) -> Table:
-    """Speed of each model in its fastest layout, and against vanilla in the same one."""
-    title = "MoE++ and vanilla, each in its fastest layout"
-    names = ("phi", "step s", "range", "speed-up", "same layout", "tok/s/GPU", "a2a")
+def models_table(plan: Plan, tokens: float, price: float | None, errors: Range | None) -> Table:
+    """Speed of each model in its fastest layout and in vanilla's, and days and money of its run."""
+    title = "MoE++ and vanilla, each in its fastest layout, and in vanilla's"
+    run = f"days for {formatting.big_count(tokens)} tokens"
+    names = ["phi", "step s", "range", "speed-up", "in vanilla's", "tok/s/GPU", "a2a", run]
+    names += [] if price is None else ["money"]
     table = titled_table(title, "model", *names, words=1)
     table.add_column("layout")
     shown = models(plan)
     base = next((planned for planned in shown if planned.kind == "vanilla"), shown[0])
     for planned in shown:
-        vanilla_s, room = planned.vanilla_step_s, "" if planned.vanilla_fits else " (no room)"
+        days, shared_s = planned.run_seconds(tokens) / 86400, planned.shared_step_s
         table.add_row(
             model_name(planned),
             f"{planned.ffn_share:.3f}",
             f"{planned.step.total:.3f}",
             _step_range(planned, errors),
             f"{base.step.total / planned.step.total:.2f}",
-            "-" if vanilla_s is None else f"{vanilla_s / planned.step.total:.2f}{room}",
+            "-" if shared_s is None else f"{base.step.total / shared_s:.2f}",
             f"{planned.tokens_per_s_per_gpu:,.0f}",
             size_words(planned.step.exchange_bytes),
-            short_name(planned),
+            f"{days:,.1f}",
+            *([] if price is None else [f"{24 * days * plan.world * price:,.0f}"]),
+            ", ".join([short_name(planned), *extras(planned)]),
         )
     return table
+
+
+def extras(planned: Planned) -> list[str]:
+    """What a layout does besides its degrees: what it recomputes, keeps in bf16 and overlaps."""
+    grid = planned.grid
+    found = [*grid.recompute, *(f"{state} bf16" for state in grid.states)]
+    return found + (["a2a overlap"] if grid.expert_overlap else [])
 
 
 def _step_range(planned: Planned, errors: Range | None) -> str:
@@ -49,37 +59,6 @@ def model_name(planned: Planned) -> str:
     return name if planned.fits else f"{name} (does not fit)"
 
 
-def outlooks_table(plan: Plan, tokens: float, price: float | None, errors: Range | None) -> Table:
-    """Days, energy and money of a whole run of each model."""
-    title = f"a run of {formatting.big_count(tokens)} tokens, with checkpoints and failures"
-    names = ["days", "of these lost", "range", "GPU hours", "MWh"]
-    if price is not None:
-        names += ["money", "of it lost", "range", "a million tokens"]
-    table = titled_table(title, "model", *names, words=1)
-    for planned in models(plan):
-        outlook = outlook_of(planned, plan.world, plan.machine, tokens, price, errors)
-        row = [
-            f"{outlook.all_days:,.1f}",
-            f"{outlook.lost_days:,.2f}",
-            _range(outlook.low_days, outlook.high_days, ",.1f"),
-            f"{outlook.gpu_hours:,.0f}",
-            "-" if outlook.energy_mwh is None else f"{outlook.energy_mwh:,.4g}",
-        ]
-        if outlook.money is not None:
-            row += [
-                f"{outlook.money:,.0f}",
-                f"{outlook.lost_money:,.0f}",
-                _range(outlook.low_money, outlook.high_money, ",.0f"),
-                f"{outlook.money_per_million:.4g}",
-            ]
-        table.add_row(model_name(planned), *row)
-    return table
-
-
-def _range(low: float | None, high: float | None, form: str) -> str:
-    return "-" if low is None or high is None else f"{low:{form}} to {high:{form}}"
-
-
 def how_well(errors: Range | None) -> str:
     """How far such estimates were off."""
     if errors is None:
@@ -89,7 +68,7 @@ def how_well(errors: Range | None) -> str:
     other = "" if errors.is_own else "; there are too few of this GPU"
     return (
         f"estimates, off by {found.median:.0%} in the median of {whose}{other}. Ranges hold eight "
-        "in ten of them; MWh at the GPUs' rated power; failures as docs/planning.md assumes them"
+        "in ten of them; days are those of steps"
     )
 
 

@@ -10,7 +10,6 @@ from moepp_megatron.training.schedule import batch_stages
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.imbalance import LEARNED
 from moepp_megatron.workbench.planning.machine import Machine
-from moepp_megatron.workbench.planning.outlook import outlook_of
 from moepp_megatron.workbench.planning.planned import Planned, planned_of, ramp_stages
 from moepp_megatron.workbench.planning.step import step_time
 from moepp_megatron.workbench.planning.workload import Workload
@@ -59,16 +58,3 @@ def test_a_run_is_the_sum_of_its_steps(h100: Machine) -> None:
     half = first.tokens / 2
     assert found.run_seconds(half) == pytest.approx(half / first.tokens_per_s)
     assert alike.run_seconds(half) == pytest.approx(half / alike.tokens_per_s_per_gpu / 64)
-
-
-def test_days_and_money_count_the_ramp(h100: Machine) -> None:
-    tokens = 1e9
-    found, alike = (
-        outlook_of(one, 64, h100, tokens, 2.0, None)
-        for one in (planned(ramped(), h100), planned(configured(), h100))
-    )
-    assert found.days == pytest.approx(planned(ramped(), h100).run_seconds(tokens) / 86400)
-    assert found.days > alike.days
-    assert found.money is not None
-    assert alike.money is not None
-    assert found.money / alike.money == pytest.approx(found.all_days / alike.all_days)
