@@ -195,7 +195,7 @@ def test_rollback(
     assert found.losses == clean.losses
     assert found.weights == clean.weights
     (alert,) = told(tmp_path / "a")
-    assert alert.condition.endswith("back to step_00000004")
+    assert alert.condition.endswith("back to step_00000004; steps undone: 3")
     # In the file itself, not only where a reader leaves out what came twice.
     assert logged(tmp_path / "a", "step") == list(range(1, 9))
     undone = (tmp_path / "a" / "metrics.undone.jsonl").read_text().splitlines()
@@ -238,7 +238,8 @@ def test_where_routers_do_not_help_it_goes_back_to_a_checkpoint(
     assert 99 < second <= 102
     assert gone == "rollback"
     alert = next(alert for alert in told(tmp_path) if alert.action == "rollback")
-    assert alert.condition.endswith("back to step_00000080")
+    assert f"back to step_00000080; steps undone: {second - 80}" in alert.condition
+    assert (alert.cause, alert.since) == ("router", 95)
     assert logged(tmp_path, "step") == list(range(1, 103))
     # A run that is resumed knows how often it has gone back.
     assert found.saved["returns"] == 1

@@ -33,8 +33,9 @@ _SUSPECT, _PATIENCE = 0.6, 30
 _CREEPS = 8
 # Steps that make a spread, and steps before a slope is followed.
 _FEWEST, _FEWEST_OF_SLOPE = 20, 8
-# After a new beginning spreads are worth so many steps, and so many are not judged.
-_KEPT, _UNJUDGED = 20, 10
+# After a new beginning so many steps are not judged, or more while spreads are of fewer than
+# `2 * _FEWEST`.
+_UNJUDGED = 10
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Row:
         sudden: How far one of the steps must be by itself, over the most that one counts for, for
             the evidence to be an alarm; what moves in smaller steps is training.
         warmup: Steps before a step is judged.
+        kept: Steps that spreads are worth after a new beginning. What the model makes of other data
+            goes on changing: it is judged later than token ids, by spreads of its own.
     """
 
     newest: float
@@ -61,6 +64,7 @@ class Row:
     limit: float = 1.0
     sudden: float = 0.0
     warmup: int = 80
+    kept: int = 20
 
 
 ROWS = {
@@ -71,7 +75,7 @@ ROWS = {
     # Logarithm of the size of the logits.
     "scale": Row(newest=0.5, pace=0.3, slope=0.0, memory=60, floor=0.1, sudden=1.5),
     # Independent tokens have spread 1, and a group of few tokens less.
-    "tokens": Row(newest=0.05, pace=0.002, slope=0.0, memory=500, floor=0.5, warmup=60),
+    "tokens": Row(newest=0.05, pace=0.002, slope=0.0, memory=500, floor=0.5, warmup=60, kept=40),
     "source": Row(newest=0.2, pace=0.1, slope=0.05, memory=60, floor=0.01),
 }
 """By kind of series."""
@@ -120,7 +124,7 @@ class Detector:
         """What is usual begins with this step; spreads are kept until others are known."""
         self._restart(np.atleast_1d(values))
         for moments in self._moments:
-            moments.count = min(moments.count, _KEPT)
+            moments.count = min(moments.count, self._row.kept)
 
     @property
     def is_suspect(self) -> bool:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moepp_megatron.observe.shift.detector import ROWS, Detector, Numbers
 
-Cause = Literal["not known yet", "data", "source", "router", "model"]
+Cause = Literal["unknown", "data", "source", "router"]
 
 GROUPS = 64
 """Groups of token ids; the number is that of `group_of`."""
@@ -21,8 +21,11 @@ GROUPS = 64
 _OF_MODEL, _OF_ROUTERS = ("loss", "spread", "routing", "scale"), ("routing", "scale")
 # Evidence of token ids, over its limit, that has come since the last calm step: less is no change.
 _QUIET = 0.25
-# Steps in which an alarm of the routers is confirmed, after which what moves by itself is not due
-# to the data, and after the last alarm of an event until it is over.
+# Steps in which the beginning of a change is sought; evidence before the first suspect step from
+# which it is no sudden one; what is as good as the lowest.
+_LOOKS_BACK, _RISEN, _LOW = 30, 0.35, 0.1
+# Steps in which an alarm of the routers is confirmed, after which what moves for no known cause is
+# usual, and after the last alarm of an event until it is over.
 _CONFIRMED, _PATIENCE, _LASTS = 2, 6, 10
 _MOST_EXPERTS, _MOST_SOURCES = 3, 3
 
@@ -81,7 +84,7 @@ class ShiftEvent:
     """A change, from its first evidence until it is over.
 
     Attributes:
-        since: First step under suspicion.
+        since: First step that may be of the change.
         first_alarm: First step with an alarm.
         newest: Newest step with an alarm.
         evidence: Largest evidence over its limit.
@@ -96,7 +99,7 @@ class ShiftEvent:
     newest: int
     evidence: float = 0.0
     series: list[str] = field(default_factory=list)
-    cause: Cause = "not known yet"
+    cause: Cause = "unknown"
     moved: list[str] = field(default_factory=list)
     is_mended: bool = False
 
@@ -130,8 +133,12 @@ class ShiftMonitor:
             self._detectors[f"source {name}"] = self._detector("source")
         self.event: ShiftEvent | None = None
         self.ended: ShiftEvent | None = None
-        # Evidence of token ids, and the step's number, when nothing was suspect last.
-        self._calm, self._calm_step = 0.0, 0
+        # Evidence of token ids, None where they were not judged, and the step's number, when
+        # nothing was suspect last.
+        self._calm: float | None = None
+        self._calm_step = 0
+        # Step and evidence of each series in the newest steps.
+        self._past: dict[str, list[list[float]]] = {}
         self._confirmed = 0
         self._newest: dict[str, Numbers] = {}
 
@@ -141,14 +148,15 @@ class ShiftMonitor:
         groups = len(self._layers) if name == "routing" else 1
         return Detector(ROWS[name], self._rarity * share, groups)
 
-    def add(self, step: int, observed: Observed) -> None:
+    def add(self, step: int, observed: Observed, is_refused: bool = False) -> None:
         """Judge a step, or a refused batch, and learn from it; `step` is its number."""
         self._newest = {}
         for name, values, unit in observed.series(self._sources):
             if np.isfinite(values).all():
                 self._newest[name] = values
-                self._detectors[name].add(values, unit)
-        self._see(step)
+                if not math.isnan(found := self._detectors[name].add(values, unit)):
+                    self._past[name] = [*self._past.get(name, ()), [step, found]][-_LOOKS_BACK:]
+        self._see(step, is_refused)
 
     def _evidence(self, *names: str) -> float:
         """Largest evidence of these series; NaN where none is judged."""
@@ -173,6 +181,12 @@ class ShiftMonitor:
         return self.event is None and not any(d.is_suspect for d in self._detectors.values())
 
     @property
+    def is_loss_high(self) -> bool:
+        """Whether the loss of the newest step is above its course, beyond its limit."""
+        detector, newest = self._detectors["loss"], self._newest.get("loss")
+        return newest is not None and detector.is_alarm and bool(newest > detector.expected())
+
+    @property
     def fault(self) -> float:
         """Evidence of the newest step that the routers are at fault, over its limit; else 0.
 
@@ -184,11 +198,13 @@ class ShiftMonitor:
         alarms = [self._detectors[name] for name in names]
         return max((each.evidence for each in alarms if each.is_alarm), default=0.0)
 
-    def _see(self, step: int) -> None:
+    def _see(self, step: int, is_refused: bool) -> None:
         """Begin, continue or end the event."""
         alarmed = [name for name in self._newest if self._detectors[name].is_alarm]
         if alarmed and self.event is None:
-            self.event, self._confirmed = ShiftEvent(self._calm_step + 1, step, step), 0
+            names = {"tokens", *alarmed}
+            before = min(self._calm_step, *(self._last_low(name, step) for name in names))
+            self.event, self._confirmed = ShiftEvent(before + 1, step, step), 0
         if self.event is None:
             if self.is_calm:
                 self._calm, self._calm_step = self._token_evidence(), step
@@ -199,12 +215,14 @@ class ShiftMonitor:
             event.series += [name for name in alarmed if name not in event.series]
             top = max(self._detectors[name].evidence for name in alarmed)
             event.evidence = max(event.evidence, top)
-            self._confirmed += 1
-        cause = self._cause(step, event)
+            # Of a refused batch the weights have not changed: it says what its predecessor said.
+            self._confirmed += not is_refused
+        cause = self._cause(event)
         if alarmed and (cause != event.cause or not event.moved):
             event.moved = list(self._moved(event))
         event.cause = cause
-        if cause not in ("not known yet", "router"):
+        has_waited = step - event.first_alarm >= _PATIENCE
+        if cause in ("data", "source") or (cause == "unknown" and has_waited):
             self._accept(alarmed)
         if cause == "data":
             # Also what is only suspect, or it would raise an alarm of its own later.
@@ -212,23 +230,36 @@ class ShiftMonitor:
         if step - event.newest >= _LASTS:
             self.event, self.ended = None, event
 
-    def _token_evidence(self) -> float:
-        evidence = self._detectors["tokens"].evidence
-        return 0.0 if math.isnan(evidence) else evidence
+    def _last_low(self, name: str, step: int) -> int:
+        """The last step before the evidence of this series has risen to an alarm."""
+        past = self._past.get(name, [])
+        before = [found for at, found in past if at <= self._calm_step]
+        if not before or before[-1] < _RISEN:
+            return self._calm_step
+        low = max(int(at) for at, found in past if found <= min(before) + _LOW)
+        # A small change has evidence long before it is suspect, and before it has any it takes
+        # about half as many steps as after.
+        return max(step - (step - low) * 3 // 2, 0)
 
-    def _cause(self, step: int, event: ShiftEvent) -> Cause:
+    def _token_evidence(self) -> float | None:
+        """Evidence of token ids; None where they are not judged, which says nothing."""
+        evidence = self._detectors["tokens"].evidence
+        return None if math.isnan(evidence) else evidence
+
+    def _cause(self, event: ShiftEvent) -> Cause:
         """What the series say together; token ids are what they are, whatever the model does."""
         if "tokens" in event.series or event.cause == "data":
             return "data"
         if event.cause == "router":
             return "router"
-        if self._token_evidence() > self._calm + _QUIET:
+        tokens = self._token_evidence()
+        if tokens is None or self._calm is None:
+            return "unknown"
+        if tokens > self._calm + _QUIET:
             return "data"
         if any(name in event.series for name in _OF_ROUTERS):
             return "router" if self._confirmed >= _CONFIRMED else event.cause
-        if all(name.startswith("source ") for name in event.series):
-            return "source"
-        return "model" if step - event.first_alarm >= _PATIENCE else event.cause
+        return "source" if all(name.startswith("source ") for name in event.series) else "unknown"
 
     def _accept(self, names: Sequence[str]) -> None:
         """What these series are now is usual."""
@@ -280,6 +311,7 @@ class ShiftMonitor:
             "layers": list(self._layers),
             "detectors": {name: each.state() for name, each in self._detectors.items()},
             "calm": [self._calm, self._calm_step, self._confirmed],
+            "past": dict(self._past),
             "event": None if self.event is None else asdict(self.event),
         }
 
@@ -290,5 +322,6 @@ class ShiftMonitor:
             if name in state["detectors"] and (same or name not in _OF_ROUTERS):
                 detector.load(state["detectors"][name])
         self._calm, self._calm_step, self._confirmed = state["calm"]
+        self._past = dict(state.get("past", {}))
         if state["event"] is not None:
             self.event = ShiftEvent(**state["event"])

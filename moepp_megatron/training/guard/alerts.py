@@ -11,7 +11,11 @@ from moepp_megatron.observe.shift.monitor import Cause, ShiftEvent
 
 PAGE = "docs/guard.md"
 _CAUSES: dict[Cause, tuple[str, str]] = {
-    "not known yet": ("the cause is not known yet", "wait: an update says it within 10 steps"),
+    "unknown": (
+        "loss or routing have left their course, and the token ids do not say why",
+        "wait 10 steps for an update; then lower optimizer.lr, or resume from a checkpoint before "
+        "it; compare the labels with the texts",
+    ),
     "data": (
         "the data have changed",
         "leave it if the change was meant; else stop, mend the source and resume from a checkpoint "
@@ -24,11 +28,6 @@ _CAUSES: dict[Cause, tuple[str, str]] = {
     "router": (
         "the routers have changed, the token ids have not",
         "set routing_guard: safe, or resume from a checkpoint before it",
-    ),
-    "model": (
-        "loss or routing have left their course, token ids have not",
-        "lower optimizer.lr, or resume from a checkpoint before it; compare the labels with the "
-        "texts",
     ),
 }
 """What a cause means, and what to do about it."""

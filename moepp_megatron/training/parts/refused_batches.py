@@ -63,7 +63,7 @@ class RefusedBatches(Part):
         guard = self._guard
         with self._run.supervisor.during("replay"):
             before = self._replay(guard.samples_to_replay)
-            found = [find_cause(guard.refused, before, guard.is_usual)]
+            found = [find_cause(guard.refused, before, guard.is_sound)]
             # The processor of another rank may round otherwise, and all must do the same.
             dist.broadcast_object_list(found)
         (finding,) = found

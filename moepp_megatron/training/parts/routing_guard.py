@@ -14,6 +14,7 @@ from moepp_megatron.features.router_health.part import RouterHealthPart
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event, RuleJudge, Values
 from moepp_megatron.runtime.agreement import Agreement
+from moepp_megatron.training.checkpoint.files import checkpoint_step
 from moepp_megatron.training.guard.alerts import alert_of
 from moepp_megatron.training.guard.copies import RouterCopies
 from moepp_megatron.training.guard.readings import counted
@@ -97,7 +98,8 @@ class RoutingGuard(Part):
         events = self._judge.judge(values)
         yield from self._update(step.attempt, events, values)
         begun = [event for event in events if event.begins]
-        rollbacks = [event for event in begun if self._wants_checkpoint(event.rule)]
+        is_high = bool(values["loss_high"])
+        rollbacks = [event for event in begun if self._wants_checkpoint(event.rule, is_high)]
         is_back = self._put_routers_back([event for event in begun if event not in rollbacks])
         for event in events:
             if event not in rollbacks and (event.begins or event.rule.name != _FAULT):
@@ -111,7 +113,7 @@ class RoutingGuard(Part):
                 yield Stop(partial(_stopped, event.rule.name))
         if rollbacks:
             newest = min(self._newest_healthy(event, step, values) for event in rollbacks)
-            yield Rollback(newest, lambda at: self._rollback(rollbacks, step.attempt, at, newest))
+            yield Rollback(newest, lambda at: self._rollback(rollbacks, step, at, newest))
 
     def _note_calm(self) -> None:
         """Nothing is suspect: routers are healthy, if no rule that puts them back holds."""
@@ -128,10 +130,11 @@ class RoutingGuard(Part):
         """Whether rollbacks for a rule are bounded: its cause may be there after them, too."""
         return rule.action == "put_back" or self._is_of_shift(rule)
 
-    def _wants_checkpoint(self, rule: CompleteRule) -> bool:
+    def _wants_checkpoint(self, rule: CompleteRule, is_loss_high: bool) -> bool:
         """Whether a rule that begins to hold wants an earlier checkpoint."""
-        # Routers that were put back did not help: more than they is damaged.
-        has_failed = rule.action == "put_back" and rule.name in self._put_back
+        # Routers that were put back did not help: more than they is damaged. Undone steps cost more
+        # than that if the loss does not show it.
+        has_failed = rule.action == "put_back" and rule.name in self._put_back and is_loss_high
         if not self._settings.acts or not (has_failed or rule.action == "rollback"):
             return False
         return self._returns < _MOST_TRIES or not self._is_bounded(rule)
@@ -187,11 +190,11 @@ class RoutingGuard(Part):
             event = Event(rules[0], WHOLE_MODEL, True, cast(float, values["shift"]))
             yield alert_of(event, step, "update", shift=shift)
 
-    def _alert(self, event: Event, step: int, action: str) -> Alert:
+    def _alert(self, event: Event, step: int, action: str, note: str = "") -> Alert:
         monitor = self._shift.monitor
         shift = monitor.event if event.begins else monitor.ended
-        is_shift = event.rule.name in (_SHIFT, _FAULT)
-        return alert_of(event, step, action, shift=shift if is_shift else None)
+        is_shift = self._is_of_shift(event.rule)
+        return alert_of(event, step, action, note, shift if is_shift else None)
 
     def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
         """Take over the guard of a checkpoint and reset all rules; alerts of those that end."""
@@ -221,6 +224,7 @@ class RoutingGuard(Part):
             values |= {"grad_norm": step.result.grad_norm, "loss": self._shift.batch_loss}
         values |= monitor.metrics
         values["calm"] = float(monitor.is_calm)
+        values["loss_high"] = float(monitor.is_loss_high)
         values["since"] = 0.0 if monitor.event is None else float(monitor.event.since)
         values["shift"] = 0.0 if monitor.event is None else monitor.event.evidence
         values["router_fault"] = monitor.fault
@@ -232,16 +236,19 @@ class RoutingGuard(Part):
         return {"guard_actions": self._actions}
 
     def _rollback(
-        self, events: Sequence[Event], step: int, checkpoint: Path | None, newest: int
+        self, events: Sequence[Event], step: Step, checkpoint: Path | None, newest: int
     ) -> list[Alert]:
         """Alerts of rollbacks to the checkpoint, or of there being none of `newest` or before."""
-        if checkpoint is not None:
-            self._actions += 1
-            self._returns += any(self._is_bounded(event.rule) for event in events)
-            return [alert_of(e, step, "rollback", f"back to {checkpoint.name}") for e in events]
-        note = f"no checkpoint of step {newest} or before to go back to"
-        self._shift.monitor.settle(is_mended=False)
-        return [alert_of(event, step, "warn", note) for event in events]
+        if checkpoint is None:
+            note = f"no checkpoint of step {newest} or before to go back to"
+            alerts = [self._alert(event, step.attempt, "warn", note) for event in events]
+            self._shift.monitor.settle(is_mended=False)
+            return alerts
+        self._actions += 1
+        self._returns += any(self._is_bounded(event.rule) for event in events)
+        lost = step.number - checkpoint_step(checkpoint)
+        note = f"back to {checkpoint.name}; steps undone: {lost}"
+        return [self._alert(event, step.attempt, "rollback", note) for event in events]
 
 
 def _stopped(rule: str, saved: str) -> GuardStopError:

@@ -103,7 +103,7 @@ class Shift(Part):
                 self._counts.logits(), own[3:],
                 None if self._sources is None else self._sources.losses.total(),
             )  # fmt: skip
-            self.monitor.add(step.attempt, observed)
+            self.monitor.add(step.attempt, observed, is_refused=not step.updated)
         return ()
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -89,7 +89,7 @@ class NumericalGuard:
         """
         self.last_loss = loss = sums.loss
         self._is_empty = sums.tokens == 0 and math.isfinite(sums.total + sums.grad_norm)
-        refuses = not math.isfinite(loss) or not self.is_usual(loss)
+        refuses = not math.isfinite(loss) or not self._is_within(loss, 1.0)
         self.verdicts = [*self.verdicts, refuses][-_WINDOW:]
         if self._is_empty:
             self.last_reason = "none of its tokens has a loss: loss_mask leaves out all of them"
@@ -108,10 +108,18 @@ class NumericalGuard:
                 self._course.reset_baseline(values)
         return refuses
 
-    def is_usual(self, loss: float) -> bool:
-        """Whether a finite loss is no spike compared with the recent ones."""
+    def is_sound(self, loss: float) -> bool:
+        """Whether a finite loss of batches trained on before is that of a sound model.
+
+        A damaged one takes them as it takes the refused ones, which are beyond the threshold; a
+        sound one as before: what is nearer?
+        """
+        return self._is_within(loss, 0.5)
+
+    def _is_within(self, loss: float, share: float) -> bool:
+        """Whether a finite loss is within so much of the threshold above the recent ones."""
         distance = self._course.distance(loss, JUDGED)
-        return distance is None or distance < self._settings.guard_threshold
+        return distance is None or distance < share * self._settings.guard_threshold
 
     def note_refused(self, selections_LE: Tensor) -> bool:
         """Note how the batch just refused was routed.

@@ -87,7 +87,7 @@ class _Finding:
 def find_cause(
     refused: Sequence[BatchEvidence],
     before: Sequence[BatchEvidence],
-    is_usual: Callable[[float], bool],
+    is_sound: Callable[[float], bool],
 ) -> _Finding:
     """Why batches were refused.
 
@@ -98,13 +98,13 @@ def find_cause(
     Args:
         refused: The refused batches, all by the model as it is.
         before: Batches that were accepted before, by the model as it is; empty if there are none.
-        is_usual: Whether the numerical guard would accept a loss.
+        is_sound: Whether a loss of batches from before is that of a sound model.
     """
     usual = _median([batch.loss for batch in before])
     numbers = f"batches from before them have a loss of {usual:.4f} now"
     if not before:
         numbers = "no batch before them was accepted"
-    if not math.isfinite(usual) or not is_usual(usual):
+    if not math.isfinite(usual) or not is_sound(usual):
         return _Finding("model", numbers)
     if not all(math.isfinite(batch.loss) for batch in refused):
         return _Finding("not finite", numbers)

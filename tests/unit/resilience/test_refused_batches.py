@@ -29,7 +29,7 @@ def batches(shares: Tensor, losses: list[float], seed: int) -> list[BatchEvidenc
     return found
 
 
-def is_usual(loss: float) -> bool:
+def is_sound(loss: float) -> bool:
     return loss < 4.0
 
 
@@ -39,19 +39,19 @@ def test_cause(seed: int, count: int) -> None:
     before = batches(SHARES, [3.0] * num_needed(count), seed)
     high = [7.0 + 0.1 * i for i in range(count)]
     refused = batches(OTHER_SHARES, high, seed + 100)
-    assert find_cause(refused, before, is_usual).cause == "data"
+    assert find_cause(refused, before, is_sound).cause == "data"
     # Routed as some of those before; a single one as they are on average, lest it be the oddest.
     known = [batch.selections_LE for batch in before[:count]] if count > 1 else [4000 * SHARES]
     same = [BatchEvidence(loss, routed) for loss, routed in zip(high, known, strict=True)]
-    assert find_cause(same, before, is_usual).cause == "targets"
+    assert find_cause(same, before, is_sound).cause == "targets"
     one_bad = [*batches(OTHER_SHARES, [math.nan], seed), *refused]
-    assert find_cause(one_bad, before, is_usual).cause == "not finite"
+    assert find_cause(one_bad, before, is_sound).cause == "not finite"
 
 
 @pytest.mark.parametrize("losses", [[], [7.0] * 3, [math.nan] * 3, [3.0, math.nan, 7.0]])
 def test_model_that_does_not_take_old_batches_is_damaged(losses: list[float]) -> None:
     refused = batches(OTHER_SHARES, [7.0] * 3, 1)
-    assert find_cause(refused, batches(SHARES, losses, 2), is_usual).cause == "model"
+    assert find_cause(refused, batches(SHARES, losses, 2), is_sound).cause == "model"
 
 
 def test_too_few_batches_never_count_as_moved() -> None:

@@ -45,6 +45,18 @@ def test_a_jump_is_one_in_the_descent_too(steps: int, jump: float) -> None:
     assert not _refuses(guard, usual - 2.0)
 
 
+def test_a_damaged_model_is_not_sound_because_its_loss_is_no_jump() -> None:
+    """Batches from before that are nearer to the refused ones than to what they were."""
+    guard = NumericalGuard(ResilienceSection())
+    calm = [3.5 + 0.14 * math.sin(1.7 * i) for i in range(60)]
+    assert not any(_refuses(guard, loss) for loss in calm)
+    expected = guard._course.expected()[0]
+    spread = 1.0 / (guard._course.distance(expected + 1.0, 20) or math.nan)
+    assert not guard.is_sound(expected + 9.4 * spread)
+    assert guard.is_sound(expected + 4.0 * spread)
+    assert not _refuses(guard, expected + 9.4 * spread)
+
+
 def test_refused_jumps_do_not_hide_the_next_one() -> None:
     guard = NumericalGuard(ResilienceSection())
     calm = [2.0 + 0.01 * (i % 7) for i in range(40)]
