@@ -29,6 +29,8 @@ _MOST = 4.0
 _CUT = 3.0
 # Evidence, over its limit, from which steps are not learnt from, for at most so many steps.
 _SUSPECT, _PATIENCE = 0.6, 30
+# Part of a change that comes within one step if it is sudden.
+_SUDDEN = 0.6
 # Steps under suspicion after which evidence without a sudden step is what is usual.
 _CREEPS = 8
 # Steps that make a spread, and steps before a slope is followed.
@@ -94,6 +96,7 @@ class Detector:
             judged yet.
         peak: The largest of the newest steps in a row that are under suspicion, each by itself,
             over the most that one counts for.
+        jump: The largest rise of that within one step.
     """
 
     def __init__(self, row: Row, false_alarm_steps: float, groups: int = 1) -> None:
@@ -117,7 +120,7 @@ class Detector:
     def clear(self) -> None:
         """Forget the evidence."""
         self.evidence = math.nan
-        self._odd = self.peak = 0.0
+        self._odd = self.peak = self.jump = 0.0
         self._mean, self._held = np.zeros(len(self._slope)), 0
 
     def reset_baseline(self, values: Numbers) -> None:
@@ -135,6 +138,11 @@ class Detector:
     def is_alarm(self) -> bool:
         """Whether the newest step is one of a change."""
         return self.evidence > 1.0 and self.peak >= self._row.sudden
+
+    @property
+    def is_sudden(self) -> bool:
+        """Whether most of a change has come within one step."""
+        return self.jump >= _SUDDEN * self.peak
 
     def expected(self) -> Numbers:
         """[d] what the next step is expected to be."""
@@ -163,9 +171,11 @@ class Detector:
             self._restart(values)
             return self.evidence
         away = (values - self.expected()) / unit
+        before = self._odd
         is_odd = self._judge(away)
         is_suspect = not math.isnan(self.evidence) and (is_odd or self.evidence > _SUSPECT)
         self.peak = max(self.peak, self._odd) if is_suspect else 0.0
+        self.jump = max(self.jump, self._odd - before) if is_suspect else 0.0
         self._held = self._held + 1 if is_suspect else 0
         if self.evidence > 1.0 and not self.is_alarm and self._held >= _CREEPS:
             self._course, self._slope = values, np.zeros(len(values))
@@ -254,7 +264,7 @@ class Detector:
         return {
             "counts": [self._steps, self._learnt, self._held],
             "evidence": None if math.isnan(self.evidence) else self.evidence,
-            "peak": self.peak,
+            "peak": [self._odd, self.peak, self.jump],
             "numbers": [None if each is None else each.tolist() for each in vectors],
             "moments": [moments.state() for moments in self._moments],
         }
@@ -263,7 +273,9 @@ class Detector:
         """Continue from `state`, to the bit."""
         self._steps, self._learnt, self._held = state["counts"]
         self.evidence = math.nan if state["evidence"] is None else state["evidence"]
-        self.peak = state["peak"]
+        peak = state["peak"]
+        # A checkpoint of an earlier version has the peak alone.
+        self._odd, self.peak, self.jump = peak if isinstance(peak, list) else (0.0, peak, peak)
         course, slope, mean = state["numbers"]
         self._course = None if course is None else np.array(course, dtype=np.float64)
         self._slope, self._mean = (np.array(each, dtype=np.float64) for each in (slope, mean))

@@ -91,6 +91,7 @@ class ShiftEvent:
         series: Names of the series that have raised an alarm.
         cause: What has changed, as far as it is known.
         moved: What has moved most, a text each.
+        is_fault: Whether the routers' series are away while token ids are not.
         is_mended: Whether the routers have been put back since.
     """
 
@@ -101,6 +102,7 @@ class ShiftEvent:
     series: list[str] = field(default_factory=list)
     cause: Cause = "unknown"
     moved: list[str] = field(default_factory=list)
+    is_fault: bool = False
     is_mended: bool = False
 
 
@@ -188,11 +190,11 @@ class ShiftMonitor:
 
     @property
     def fault(self) -> float:
-        """Evidence of the newest step that the routers are at fault, over its limit; else 0.
+        """Evidence of the newest step that the routers are damaged, over its limit; else 0.
 
         Once they have been put back, a loss that stays away from its course says so too.
         """
-        if self.event is None or self.event.cause != "router":
+        if self.event is None or not self.event.is_fault:
             return 0.0
         names = (*_OF_ROUTERS, "loss") if self.event.is_mended else _OF_ROUTERS
         alarms = [self._detectors[name] for name in names]
@@ -222,7 +224,7 @@ class ShiftMonitor:
             event.moved = list(self._moved(event))
         event.cause = cause
         has_waited = step - event.first_alarm >= _PATIENCE
-        if cause in ("data", "source") or (cause == "unknown" and has_waited):
+        if cause in ("data", "source") or (not event.is_fault and has_waited):
             self._accept(alarmed)
         if cause == "data":
             # Also what is only suspect, or it would raise an alarm of its own later.
@@ -250,21 +252,26 @@ class ShiftMonitor:
         """What the series say together; token ids are what they are, whatever the model does."""
         if "tokens" in event.series or event.cause == "data":
             return "data"
-        if event.cause == "router":
-            return "router"
+        if event.is_fault:
+            return event.cause
         tokens = self._token_evidence()
         if tokens is None or self._calm is None:
             return "unknown"
         if tokens > self._calm + _QUIET:
             return "data"
-        if any(name in event.series for name in _OF_ROUTERS):
-            return "router" if self._confirmed >= _CONFIRMED else event.cause
+        if routers := [name for name in event.series if name in _OF_ROUTERS]:
+            event.is_fault = self._confirmed >= _CONFIRMED
+            # What has come step by step, or is first seen in the loss, is not of the routers alone.
+            is_sudden = any(self._detectors[name].is_sudden for name in routers)
+            is_first = event.series[0] in _OF_ROUTERS
+            return "router" if event.is_fault and is_sudden and is_first else "unknown"
         return "source" if all(name.startswith("source ") for name in event.series) else "unknown"
 
     def _accept(self, names: Sequence[str]) -> None:
         """What these series are now is usual."""
         for name in names:
             self._detectors[name].reset_baseline(self._newest[name])
+            self._past.pop(name, None)
 
     def settle(self, is_mended: bool) -> None:
         """After a fault of the routers: they are as before, or what they are now is usual."""

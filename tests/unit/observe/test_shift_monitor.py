@@ -119,6 +119,14 @@ def test_data_that_change_again_are_no_fault_of_the_routers(gap: int) -> None:
     assert "router" not in back
 
 
+def test_what_grows_step_by_step_is_not_of_the_routers_alone() -> None:
+    """A learning rate or a weight decay that is too high moves logits a little in each step."""
+    run = trained()
+    found = [run.take(1, logits=1.15**step, loss=0.1 * step)[0] for step in range(1, 9)]
+    assert set(found) == {None, "unknown"}
+    assert run.monitor.fault > 1.0
+
+
 @pytest.mark.parametrize("is_refused", [True, False])
 def test_refused_batches_confirm_no_fault_of_the_routers(is_refused: bool) -> None:
     run = trained()
