@@ -14,9 +14,6 @@ from moepp_megatron.training.checkpoint.progress import package_versions
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-# Of those that differ, so many are named.
-_NAMED = 3
-
 
 def must_be_alike(config: Config) -> dict[str, str]:
     """Versions and settings by name, long values shortened to their beginning and a digest."""
@@ -39,20 +36,23 @@ def refuse_unlike(store: Store, rank: int, world_size: int, alike: Mapping[str, 
     Without it ranks train with each their own, or wait for each other in collectives.
 
     Raises:
-        NoStartError: On all ranks; names the settings, their values, and the ranks.
+        NoStartError: On all ranks; names the first setting of the first rank that differs.
     """
     if rank == 0:
         store.set("settings", json.dumps(alike))
     first = json.loads(store.get("settings"))
-    differing = {
-        name: [first.get(name, "nothing"), alike.get(name, "nothing")]
-        for name in {**first, **alike}
-        if first.get(name) != alike.get(name)
-    }
-    store.set(f"differing {rank}", json.dumps(differing))
+    differing = [name for name in {**first, **alike} if first.get(name) != alike.get(name)]
+    others = f" ({len(differing) - 1} other settings differ too)" if len(differing) > 1 else ""
+    said = [
+        f"{name} ({first.get(name)} on rank 0) must be the same on all ranks, and is "
+        f"{alike.get(name)} on rank {rank}{others}; start all with the same options, settings and "
+        "packages"
+        for name in differing[:1]
+    ]
+    store.set(f"said {rank}", "".join(said))
     if rank == 0:
-        found = [json.loads(store.get(f"differing {each}")) for each in range(world_size)]
-        store.set("refusal", _refusal(found))
+        of_ranks = (store.get(f"said {each}").decode() for each in range(world_size))
+        store.set("refusal", next(filter(None, of_ranks), ""))
     if not (refusal := store.get("refusal").decode()):
         return
     store.set(f"read {rank}", "")
@@ -60,16 +60,3 @@ def refuse_unlike(store: Store, rank: int, world_size: int, alike: Mapping[str, 
         # It may serve the store to the others.
         store.wait([f"read {each}" for each in range(world_size)])
     raise NoStartError(refusal)
-
-
-def _refusal(found: list[dict[str, list[str]]]) -> str:
-    """What differs from rank 0, by rank, in words; empty where nothing does."""
-    names, parts = list(dict.fromkeys(name for each in found for name in each)), []
-    for name in names[:_NAMED]:
-        ranks = [rank for rank, each in enumerate(found) if name in each]
-        (here, there), more = found[ranks[0]][name], len(ranks) - 1
-        others = f" and {more} more" if more else ""
-        parts.append(f"{name} ({here} on rank 0, {there} on rank {ranks[0]}{others})")
-    parts += [f"{len(names) - _NAMED} more settings"] if len(names) > _NAMED else []
-    rule = "must be the same on all ranks; start all with the same options, settings and packages"
-    return f"{', '.join(parts)} {rule}" if names else ""

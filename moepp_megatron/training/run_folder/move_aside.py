@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.config.blends import blends_of, folders_of
 from moepp_megatron.config.load import config_layers
 from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, OWNER_FILE, STATUS_FILE, is_of_run
 from moepp_megatron.runtime.object_store import ObjectPath
@@ -22,10 +21,9 @@ from moepp_megatron.training.run_folder.holder import OwnerMark, is_same, marked
 def move_aside(config: Config, checkpoints: Path, config_file: Path | None = None) -> list[str]:
     """Move the files of a run to a new folder next to its own, named by date and time.
 
-    What no run writes, what the new run reads (data, tokenizer, its configuration file) and folders
-    with other runs stay, and so does Slurm's output, to which the new run's own may belong. A
-    checkpoint folder in none of what is moved, such as one outside of the run's, gets a neighbour
-    of its own, so that nothing is copied.
+    What no run writes and folders with other runs stay, and so does Slurm's output, to which the
+    new run's own may belong. A checkpoint folder in none of what is moved, such as one outside of
+    the run's, gets a neighbour of its own, so that nothing is copied.
 
     Args:
         config: Configuration of the new run.
@@ -47,14 +45,12 @@ def move_aside(config: Config, checkpoints: Path, config_file: Path | None = Non
             "nothing can be moved in object storage; choose another checkpoint.dir, or delete them"
         )
     ours = configuration_files(config_file)
-    kept = [Path(path) for path in _read(config) | ours - {os.path.realpath(folder / CONFIG_FILE)}]
     named = (checkpoints, config.routes.record, config.routes.trace)
     written = {os.path.realpath(path) for path in named if not isinstance(path, ObjectPath | None)}
     moved = [
         path
         for path in sorted(folder.iterdir())
         if (is_of_run(path.name) or os.path.realpath(path) in written)
-        and not _stays(path, kept)
         and not _holds_runs(path, folder)
     ]
     # Before a link to it is moved.
@@ -75,15 +71,6 @@ def move_aside(config: Config, checkpoints: Path, config_file: Path | None = Non
         lines.append(f"moved the run of before to {target}")
         mark.carry(place, target)
     return lines
-
-
-def _read(config: Config) -> set[str]:
-    """The paths that a run reads, except for checkpoints; links are resolved."""
-    trained = [folder.path for folder in folders_of(blends_of(config)).values()]
-    needed = [config.data.tokenizer, config.telemetry.hardware, config.data.cache]
-    needed += [*trained, *config.data.validation.values()]
-    needed += config.evaluation.tasks
-    return {os.path.realpath(path) for path in needed if path is not None}
 
 
 def configuration_files(config_file: Path | None) -> set[str]:
@@ -114,11 +101,6 @@ def _holds_runs(path: Path, run: Path) -> bool:
         return True
     owners = {marked_owner(mark.parent) for mark in path.rglob(OWNER_FILE)}
     return not all(is_same(owner, run) for owner in owners if owner)
-
-
-def _stays(path: Path, kept: list[Path]) -> bool:
-    real = Path(os.path.realpath(path))
-    return any(real == each or real in each.parents for each in kept)
 
 
 def _refuse_moved_start(config: Config, moved: list[Path]) -> None:

@@ -34,9 +34,18 @@ OTHER = {"optimizer": {"lr": 5e-4}}
     [
         ([{}, {}], ""),
         ([{}, {"checkpoint": {"staging": "/local"}}], ""),
-        ([{}, {}, OTHER], "optimizer.lr (0.001 on rank 0, 0.0005 on rank 2) must be the same"),
-        ([{}, OTHER, OTHER], "optimizer.lr (0.001 on rank 0, 0.0005 on rank 1 and 1 more) must"),
-        ([{}, {"model": {"num_layers": 3}}], "model.num_layers (2 on rank 0, 3 on rank 1) must"),
+        (
+            [{}, {}, OTHER],
+            "optimizer.lr (0.001 on rank 0) must be the same on all ranks, and is 0.0005 on rank 2",
+        ),
+        (
+            [{}, OTHER, OTHER],
+            "optimizer.lr (0.001 on rank 0) must be the same on all ranks, and is 0.0005 on rank 1",
+        ),
+        (
+            [{}, {"model": {"num_layers": 3}}],
+            "model.num_layers (2 on rank 0) must be the same on all ranks, and is 3 on rank 1",
+        ),
     ],
 )
 def test_each_rank_is_told_the_same(ranks: list[dict], told: str) -> None:
