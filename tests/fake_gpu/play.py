@@ -319,6 +319,7 @@ class _Run:
 
         with tempfile.TemporaryDirectory() as folder:
             plan = Planner().plan(saved_state(self.model), Path(folder))
+            plan.load()
             self.outcome.saved = plan.num_bytes
 
     def _evaluate(self) -> None:

@@ -30,11 +30,15 @@ from tests.parallel.saving_runs import Run, names
 @contextlib.contextmanager
 def full_disk(fault: str) -> Iterator[None]:
     """A disk that takes no more than `fault` says, on the rank that enters."""
-    from moepp_megatron.training.checkpoint import plan, publish
+    from moepp_megatron.training.checkpoint import plan, publish, state
 
     owner, name, limited = plan.SavePlan, "write", None
     if fault == "index":
         name = "write_index"
+    elif fault == "state":
+        owner, name = state, "model_state"  # type: ignore[assignment]
+    elif fault == "memory":
+        name = "load"
     elif fault == "manifest":
         owner, name = publish, "write_synced"  # type: ignore[assignment]
     elif fault == "torch":
@@ -49,6 +53,8 @@ def full_disk(fault: str) -> Iterator[None]:
     def fails(*args: Any, **_: Any) -> Any:
         if fault == "torch":
             return args[1], torch_error()
+        if fault in ("state", "memory"):
+            raise MemoryError("not enough memory")
         if fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "manifest" and "integrity" not in str(args[0]):
@@ -96,8 +102,8 @@ def save_with_fault(run: Run, folder: Path, fault: str, bad_rank: int) -> dict[s
 
 # The rank on which each fails, of saves in the foreground and in the background.
 FAULTS = {
-    False: [("file", 1), ("file size", 0), ("torch", 1), ("manifest", 0)],
-    True: [("file", 1), ("file size", 1), ("torch", 0), ("index", 0), ("killed", 1)],
+    False: [("file", 1), ("file size", 0), ("torch", 1), ("manifest", 0), ("memory", 1)],
+    True: [("file", 1), ("file size", 1), ("torch", 0), ("index", 0), ("killed", 1), ("state", 1)],
 }
 
 
@@ -108,9 +114,12 @@ def test_failed_saves_on_one_rank(ranks: RankPools, tmp_path: Path, is_async: bo
         for result in results:
             assert result["failed"] == 1, fault
             assert result["between"] == ["latest", "step_00000001"], fault
-            reason = {"killed": "killed by signal 9", "file size": "File too large"}.get(
-                fault, "No space left"
-            )
+            reason = {
+                "killed": "killed by signal 9",
+                "file size": "File too large",
+                "memory": "rank 1: MemoryError: not enough memory",
+                "state": "rank 1: MemoryError: not enough memory",
+            }.get(fault, "No space left")
             assert reason in result["error"], fault
         assert any("training continues" in line for line in results[0]["log"]), fault
         assert names(tmp_path / fault) == ["latest", "step_00000001", "step_00000003"]

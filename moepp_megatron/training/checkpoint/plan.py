@@ -42,15 +42,19 @@ class Written:
 
 
 class SavePlan:
-    """A planned save into `folder`, whose data is in host memory and not yet written."""
+    """A planned save into `folder`."""
 
     def __init__(self, folder: Path, writer: FileSystemWriterAsync, metadata: Any) -> None:
         self.folder = folder
         self._writer = writer
         self._metadata = metadata
+        self._buckets: Any = ()
+
+    def load(self) -> None:
+        """Bring its data into host memory, which may not suffice; before all that follows."""
         # From a GPU to pinned host memory, all copies in flight at once.
         self._buckets = FileSystemWriterAsync.preload_tensors(
-            writer.write_buckets, non_blocking=True
+            self._writer.write_buckets, non_blocking=True
         )
 
     @property
@@ -103,8 +107,8 @@ class Planner:
     def plan(self, state: dict[str, Any], folder: Path) -> SavePlan:
         """Plan the save of `state` into `folder`, which exists; every rank must call.
 
-        The state may be changed again once this has returned on a GPU; on a CPU once the plan has
-        been written, or a process that writes it has been forked.
+        The state may be changed again once the plan is loaded on a GPU; on a CPU once it has been
+        written, or a process that writes it has been forked.
         """
         # megatron-core would start a server process for a queue that nothing reads here.
         replace(filesystem_async, "_results_queue", queue.SimpleQueue())

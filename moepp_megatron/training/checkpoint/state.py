@@ -80,6 +80,8 @@ def keep_biases(state: dict[str, Any]) -> None:
 
 def saved_state(model: TrainingModel) -> dict[str, Any]:
     """The state of model, optimizer and schedule that a checkpoint stores."""
+    # First, since ranks wait for each other in it, and what follows may fail on one.
+    steps = optimizer_steps(_chained(model))
     state = model_state(model.models)
     if _keeps_shards(model):
         state["optimizer"] = _shard_entries(model, state)
@@ -87,7 +89,7 @@ def saved_state(model: TrainingModel) -> dict[str, Any]:
         dtypes = _dtypes(state)
         optimizer = _whole_optimizer_state(model, state, is_loading=False)
         state["optimizer"] = _without_copies(optimizer, dtypes)
-    state["optimizer_steps"] = optimizer_steps(_chained(model))
+    state["optimizer_steps"] = steps
     state["schedule_steps"] = model.scheduler.num_steps
     # Read back in any precision, and without Transformer Engine. Last, because the optimizer knows
     # the weights that it holds state of as objects.

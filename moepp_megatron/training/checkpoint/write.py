@@ -144,10 +144,12 @@ class CheckpointWriter:
         if temporary is None:
             return final
         with model.gathered_parameters():
-            state = saved_state(model)
-            state[rng.KEY] = rng.sharded_rng_state(with_data=True)
-            state["extra"] = copy.deepcopy(extra or {})
-            plan = self._planner.plan(state, temporary)
+            plan, reason = self._planned(model, extra or {}, temporary)
+            if plan is None or reason is not None:
+                if self._is_first or self._uploads:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                self._failed(final, str(reason))
+                return final
             record = SavedRecord.now(progress, self._layout)
             save = _Save(final, plan, Companions(self._config.to_yaml(), self._tokenizer, record))
             if self._config.checkpoint.async_save:
@@ -156,6 +158,30 @@ class CheckpointWriter:
             else:
                 self._complete(save, save.write)
         return final
+
+    def _planned(
+        self, model: TrainingModel, extra: dict[str, Any], folder: Path
+    ) -> tuple[SavePlan | None, str | None]:
+        """The plan of a save, or a rank's reason, mostly lack of memory, why it has none."""
+
+        def collect() -> dict[str, Any]:
+            random = rng.sharded_rng_state(with_data=True)
+            return {**saved_state(model), rng.KEY: random, "extra": copy.deepcopy(extra)}
+
+        state, reason = self._tried(collect)
+        if state is None or reason is not None:
+            return None, reason
+        plan = self._planner.plan(state, folder)
+        return plan, self._tried(plan.load)[1]
+
+    def _tried[T](self, act: Callable[[], T]) -> tuple[T | None, str | None]:
+        """What `act` gives here, and the first rank's reason why it failed; all ranks call."""
+        given, reason = None, None
+        try:
+            given = act()
+        except Exception as error:  # whatever it is, no rank may miss the message below
+            reason = _describe(error)
+        return given, self._agreement.first_reason(reason)
 
     def is_written(self) -> bool:
         """Whether every rank has written its part of a save, so that `finish` completes it.
@@ -231,12 +257,7 @@ class CheckpointWriter:
 
     def _complete(self, save: _Save, write: Callable[[], Written]) -> None:
         """Collect what every rank wrote, publish it on rank 0, share the outcome."""
-        written, reason = None, None
-        try:
-            written = write()
-        except Exception as error:  # whatever it is, no rank may miss the messages below
-            reason = _describe(error)
-        reason = self._agreement.first_reason(reason)
+        written, reason = self._tried(write)
         parts = self._agreement.gather((save.plan.num_bytes, written if reason is None else None))
         if self._is_first:
             if reason is None:
