@@ -69,9 +69,8 @@ class Collective:
         pair: Ranks of the group that a send or receive goes from and to, within which `sequence`
             then counts; None for what all ranks do.
         row_bytes: Bytes of a row, the unit in which an all-to-all is split; None where unknown.
-        stream: CUDA stream or host thread.
         scopes: Names of the profiler ranges it lies in, outermost first.
-        placed: False where only the duration is known: no place on a timeline.
+        placed: False where only the duration is known, not when it was.
     """
 
     operation: Operation
@@ -88,7 +87,6 @@ class Collective:
     end_us: float = 0.0
     pair: tuple[int, int] | None = None
     row_bytes: int | None = None
-    stream: str = ""
     scopes: tuple[str, ...] = ()
     placed: bool = True
 

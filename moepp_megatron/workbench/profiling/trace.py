@@ -59,20 +59,18 @@ def meaning(description: str) -> str | None:
 
 @dataclass(frozen=True)
 class Span:
-    """An interval of work on a lane.
+    """An interval of work.
 
     Attributes:
         name: Its name.
         start_us: Start by the clock of the trace.
         end_us: End by the same clock.
-        lane: CUDA stream or host thread.
         kind: forward, recompute, backward for parts of the model; "" otherwise.
     """
 
     name: str
     start_us: float
     end_us: float
-    lane: str = ""
     kind: str = ""
 
     @property

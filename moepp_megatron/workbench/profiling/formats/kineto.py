@@ -157,7 +157,6 @@ class _Reader:
             group_ranks=ranks,
             group_size=optional(args, "Group size", int) or len(known),
             sequence=around.call.number if around.call else optional(args, "Seq", int),
-            stream=str(kernel.args.get("stream", kernel.thread)),
             **self._shared(around, sizes_of_nccl(args, operation), kernel),
         )
 
@@ -190,7 +189,6 @@ class _Reader:
             group_ranks=ranks,
             group_size=len(ranks),
             sequence=around.call.number if around.call else None,
-            stream=(transfer or call).thread,
             **self._shared(
                 around,
                 sizes_of_cpu(call.args, operation, len(ranks), str(types[0])),

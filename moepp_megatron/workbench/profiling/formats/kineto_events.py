@@ -50,8 +50,8 @@ class Event:
         return self.start + self.duration
 
     def span(self, name: str = "", kind: str = "") -> Span:
-        """The event as a span of its thread or stream."""
-        return Span(name or self.name, self.start, self.end, self.thread, kind)
+        """The event as a span."""
+        return Span(name or self.name, self.start, self.end, kind)
 
 
 def read_events(events: list[Any], place: str) -> tuple[list[Event], dict[Key, Key]]:
@@ -231,7 +231,7 @@ class _Pass:
         """Outermost nodes that follow each other are one backward pass."""
         if not self._in_node():
             start = event.start if self._pass is None else self._pass.start_us
-            self._pass = Span("backward", start, event.end, event.thread)
+            self._pass = Span("backward", start, event.end)
 
     def _close_pass(self) -> None:
         if self._pass is not None:
@@ -245,7 +245,7 @@ class _Pass:
             start = self._backward.start_us
         else:
             self._close_backward()
-        self._backward = Span(name, start, event.end, event.thread, "backward")
+        self._backward = Span(name, start, event.end, "backward")
 
     def _close_backward(self) -> None:
         if self._backward is not None:
