@@ -59,7 +59,10 @@ class LayerSettings(ExpertLayout):
     capacity_factor: Annotated[
         float | None,
         Setting(
-            "1", "Capacity gamma, the limit over the balanced load; null drops no token", gt=0.0
+            "1",
+            "Capacity gamma, the limit over the balanced load; null drops no token",
+            gt=0.0,
+            le=64.0,
         ),
     ] = None
     gate_normalization: Annotated[

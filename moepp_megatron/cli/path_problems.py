@@ -6,8 +6,8 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.paths import is_address
 
 
-def path_problems(config: Config) -> list[str]:
-    """One line for each path of a configuration that its run would refuse on this machine.
+def path_problems(config: Config) -> tuple[list[str], list[str]]:
+    """A line for each path that a run would refuse on this machine, and the data's warnings.
 
     Nothing is made or changed, and object storage is not asked.
 
@@ -28,12 +28,13 @@ def path_problems(config: Config) -> list[str]:
             check_start(config, folder)
 
     def check_data_folders(config: Config) -> None:
-        check_data(config, whole_index=False)
+        warnings.extend(check_data(config, whole_index=False))
 
     problems: list[str] = []
+    warnings: list[str] = []
     for check in (check_folder, check_data_folders, check_checkpoint, *named(FILE_CHECKS)):
         try:
             check(config)
         except ConfigError as error:
             problems += str(error).splitlines()
-    return problems
+    return problems, warnings

@@ -55,8 +55,10 @@ def _report_path_problems(configs: list[Config], submit: bool) -> None:
     """Say what the job would miss here; a job that is submitted would fail hours later."""
     from moepp_megatron.cli.path_problems import path_problems
 
-    problems = list(dict.fromkeys(line for config in configs for line in path_problems(config)))
+    found = [path_problems(config) for config in configs]
+    problems = list(dict.fromkeys(line for refused, _ in found for line in refused))
+    warnings = dict.fromkeys(line for _, told in found for line in told)
     # In a container paths can be others.
     if problems and submit and configs[0].slurm.container == "none":
         raise ConfigError("\n".join(problems))
-    warn(*problems)
+    warn(*problems, *warnings)

@@ -135,7 +135,8 @@ def train(
 
             settings, layout = request.config, request.layout
             print_plan(settings, layout, gpu)
-            warn(*(f"a start here would be refused: {each}" for each in path_problems(settings)))
+            problems, warnings = path_problems(settings)
+            warn(*(f"a start here would be refused: {each}" for each in problems), *warnings)
             if build_rank is not None and not build_and_check(settings, layout, build_rank):
                 raise typer.Exit(1)
             return

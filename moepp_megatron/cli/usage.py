@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shlex
 import sys
 import textwrap
@@ -25,6 +26,13 @@ _SBATCH = {
     "-q": "--qos",
     "-t": "--time",
     "-x": "--exclude",
+}
+
+# Commands of other programs, and what they are here.
+_COMMANDS = {
+    "eval": "moepp score, or moepp train with evaluation.tasks",
+    "export": "moepp convert mcore-to-hf",
+    "resume": "moepp train CONFIG --resume",
 }
 
 # The base of typer's public exceptions, which is in another module from version to version.
@@ -69,6 +77,9 @@ def refuse(error: Exception) -> int:
     option = str(getattr(error, "option_name", ""))
     # A mistyped option of moepp's is answered already.
     is_sbatchs = path.endswith(" slurm") and "ossible option" not in message
+    name = re.search("No such command '(.*?)'", message)
+    if name is not None and name[1] in _COMMANDS:
+        message = f"{name[0]}; write {_COMMANDS[name[1]]}"
     hint = _as_setting(option, _of_sbatch(option) if is_sbatchs else None)
     echo(f"error: {' '.join(message.split()).rstrip('.')}{hint}; see {path} --help", err=True)
     return 2

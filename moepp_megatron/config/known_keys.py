@@ -11,6 +11,7 @@ from moepp_megatron.config.megatron_flags import counterpart_of
 from moepp_megatron.config.problem import show
 from moepp_megatron.config.removed import REMOVED
 from moepp_megatron.config.schema import Section
+from moepp_megatron.config.schema.parallel import DEGREES
 from moepp_megatron.config.sections import section_models, subsection
 
 # Words that mean nothing without their section, so that another section's key is not what was
@@ -47,9 +48,10 @@ def _unknown_keys(path: str, model: type[Section], keys: Any) -> Iterator[str]:
     if keys is None:
         return
     if not isinstance(keys, Mapping):
+        first = next(iter(model.model_fields))
         yield (
             f"{path} must be a mapping of keys, not {show(keys)}; "
-            f"write {path}: with indented keys below, or {path}.KEY=VALUE"
+            f"write {path}: with indented keys below, or {path}.{first}=VALUE"
         )
         return
     for key, value in keys.items():
@@ -92,6 +94,8 @@ def _unknown_key(path: str, own: type[Section], key: str) -> str:
     of_megatron = counterpart_of(key)
     if of_megatron is not None and not of_megatron.endswith(f".{key}"):
         near = [of_megatron]
+    if key in DEGREES:
+        near = [f"parallel.{DEGREES[key]}"]
     others = {name: model for name, model in _all_sections() if name != path}
     if key not in _WITHOUT_MEANING:
         near += [f"{name}.{key}" for name, model in others.items() if key in model.model_fields][:1]

@@ -17,6 +17,7 @@ from moepp_megatron.config.rows import (
     refuse,
 )
 from moepp_megatron.config.schema import Config, OptimizerSection
+from moepp_megatron.config.schema.parallel import DEGREES
 from moepp_megatron.config.sections import declared
 from moepp_megatron.experts import CONSTANT, LOCAL_KINDS, ExpertKind
 from moepp_megatron.layer_settings import settings_of
@@ -39,12 +40,8 @@ def _of_optimizer(kind: str) -> str:
 def _priority_of_groups_of_one(config: Config) -> Iterator[Problem]:
     """A group of one rank sends nothing."""
     parallel, name = config.parallel, "parallel.high_priority_stream_groups"
-    keys = {
-        "tp": "tensor_model_parallel_size", "cp": "context_parallel_size",
-        "pp": "pipeline_model_parallel_size", "ep": "expert_model_parallel_size",
-    }  # fmt: skip
     for group_name in parallel.high_priority_stream_groups:
-        key = keys.get(group_name)
+        key = DEGREES.get(group_name)
         if key is not None and getattr(parallel, key) == 1:
             reason = f"has no effect on {group_name} with parallel.{key} 1"
             value = parallel.high_priority_stream_groups

@@ -8,6 +8,15 @@ from pydantic import Field
 
 from moepp_megatron.config.schema.section import Section, Unit
 
+# As in `moepp scale --layout`, and the setting.
+DEGREES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+
 
 class ParallelSection(Section):
     """Degrees of parallelism; names follow megatron-core's ModelParallelConfig."""

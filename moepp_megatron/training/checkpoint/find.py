@@ -60,7 +60,10 @@ def find_checkpoint(
             return newest
     remedy = "train with checkpoint.save_interval > 0 or name another folder"
     if (path / MODEL_CONFIG_FILE).is_file():
-        remedy = "this is a folder of Hugging Face, so convert it with moepp convert hf-to-mcore"
+        remedy = (
+            "this is a folder of Hugging Face: convert a MoE++ model with moepp convert "
+            "hf-to-mcore, any other with moepp convert upcycle"
+        )
     raise ConfigError(
         f"checkpoint ({path}) must be a checkpoint folder or a run that has a valid one"
         f"{looked_at(path)}; {remedy}"

@@ -223,6 +223,14 @@ def test_every_starting_point_is_sound(config, monkeypatch, capsys):
     assert warning.startswith(f"warning: a start here would be refused: {problem}")
 
 
+def test_what_a_start_would_say_of_the_data_is_said(command, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "moepp_megatron.data.prepared_data.check_data", lambda config, whole_index: ["of the data"]
+    )
+    assert command("data.path=x", 1, "--dry-run") == 0
+    assert "warning: of the data\n" in capsys.readouterr().err
+
+
 def test_grid_and_stages_are_printed(command, capsys):
     assert command("pp=2 stages=E|tt|t|tL ep=2 tp=2 sp=true", 8, "--dry-run") == 0
     rows = [

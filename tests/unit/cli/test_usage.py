@@ -121,6 +121,9 @@ def test_the_walk_has_found_the_commands() -> None:
     ("arguments", "words"),
     [
         (["nope"], "No such command 'nope'; see moepp --help"),
+        (["export", "run"], "No such command 'export'; write moepp convert mcore-to-hf; see"),
+        (["eval"], "No such command 'eval'; write moepp score, or moepp train with"),
+        (["resume"], "No such command 'resume'; write moepp train CONFIG --resume; see"),
         (["score"], "Missing argument 'CHECKPOINT'; see moepp score --help"),
         (["train", "c.yaml", "--zzz"], "No such option: --zzz; see moepp train --help"),
         (["train", "c.yaml", "--nproc", "0"], "'--nproc'"),

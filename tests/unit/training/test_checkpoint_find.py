@@ -120,7 +120,7 @@ def test_nothing_to_find_is_refused(tmp_path: Path):
         find_checkpoint(tmp_path)
     # An exported model.
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="convert it with moepp convert hf-to-mcore"):
+    with pytest.raises(ConfigError, match="hf-to-mcore, any other with moepp convert upcycle"):
         find_checkpoint(tmp_path)
 
 

@@ -12,18 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moepp_megatron.config import Config, ConfigError, Layout, with_overrides
+from moepp_megatron.config.schema.parallel import DEGREES
 
 MODES = ("strong", "weak")
 KINDS = ("moepp", "vanilla")
-
-# As in `--layout` and in the field `layout`, and the setting of section `parallel`.
-DEGREES = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "cp": "context_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-}
 
 
 @dataclass(frozen=True)
