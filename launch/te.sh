@@ -2,6 +2,7 @@
 # Transformer Engine for launch/env.sh --te, in the version of the constraints. Its part for torch is compiled against
 # the torch that is there: a C++ compiler, half an hour of one core, no GPU, no nvcc. The wheel is kept in MOEPP_WHEELS
 # (default: .wheels in the repository), so that another environment or a second try does not compile it again.
+# shellcheck disable=SC2154  # _moepp_tested is env.sh's
 
 # Prints the folders of headers of NVIDIA's wheels, as CPLUS_INCLUDE_PATH has them; nothing where CUDA is no wheel.
 # Transformer Engine's set-up looks in CUDA's toolkit or in these, and a toolkit has no NCCL.
