@@ -94,7 +94,11 @@ class RunStatus(BaseModel):
 
     @classmethod
     def own(
-        cls, start: str | None = None, restarted: bool = False, resume_command: str | None = None
+        cls,
+        start: str | None = None,
+        restarted: bool = False,
+        resume_command: str | None = None,
+        is_configured: bool = False,
     ) -> RunStatus:
         """The status of this process, which is about to train or to start ranks."""
         return cls(
@@ -106,13 +110,14 @@ class RunStatus(BaseModel):
             job=os.environ.get("SLURM_JOB_ID"),
             resume_command=resume_command,
             folder=os.getcwd(),
+            is_configured=is_configured,
             **ProcessId.own().model_dump(),
         )
 
     @classmethod
     def of_rank(cls) -> RunStatus:
         """The status of this process as a training rank; keeps the claim of its launcher."""
-        own, claim = cls.own().model_copy(update={"is_configured": True}), inherited_claim()
+        own, claim = cls.own(is_configured=True), inherited_claim()
         if claim is None:
             return own
         known = claim.model_copy(

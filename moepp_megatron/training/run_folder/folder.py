@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config
-from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE, STATUS_FILE
+from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE, RUN_FILES, STATUS_FILE
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.disk import is_full
@@ -40,9 +40,6 @@ from moepp_megatron.training.run_folder.writable import (
     refusing_unwritable,
 )
 from moepp_megatron.version import __version__
-
-# What a run leaves in its folder, besides checkpoints.
-_TRACES = (CONFIG_FILE, METRICS_FILE, STATUS_FILE)
 
 
 @dataclass(frozen=True)
@@ -116,15 +113,14 @@ class RunFolder:
                 traces = self.refuse_occupied(start)
                 mark = OwnerMark(self.path, self.checkpoints)
                 mark.refuse_other()
-                if start.overwrite and not start.restarted and traces:
+                if start.overwrite and traces:
                     for line in move_aside(self._config, self.checkpoints, start.config_file):
                         say(line)
                     # A link to a checkpoint folder elsewhere may have been moved.
                     mark = OwnerMark(self.path, self.checkpoints)
                 before = read_status(self.path)
-                claim = RunStatus.own(start.name, start.restarted, start.resume_command)
-                if start.restarted and before is not None:
-                    claim = claim.model_copy(update={"is_configured": before.is_configured})
+                keeps = start.restarted and before is not None and before.is_configured
+                claim = RunStatus.own(start.name, start.restarted, start.resume_command, keeps)
                 added = None if mark.is_set() else mark
                 undo.callback(self._withdraw, claim, before, added)
                 self._write(claim, mark)
@@ -157,7 +153,7 @@ class RunFolder:
             ConfigError: If there is one; says what is there and both ways. Or the folder has a use
                 of its own: a repository, the place of configurations.
         """
-        if start.resume and start.overwrite and not start.restarted:
+        if start.resume and start.overwrite:
             raise ConfigError(
                 "--resume and --overwrite must not be given together; --resume continues the "
                 "run, --overwrite moves it aside and starts from scratch"
@@ -197,7 +193,7 @@ class RunFolder:
         """Names of a run's files in its folder and of its checkpoints, for a message."""
         names = [
             name
-            for name in _TRACES
+            for name in RUN_FILES
             if os.path.lexists(self.path / name)
             and not (config_file is not None and is_same(self.path / name, config_file))
         ]

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.file_names import RUN_FILES
 from moepp_megatron.observe.status import (
     ProcessId,
     RunStatus,
@@ -67,7 +68,7 @@ def make_run(run: Path, write: Callable[..., Path] | None = None) -> None:
         write(run / "checkpoints", 5)
 
 
-@pytest.mark.parametrize("trace", ["config.yaml", "metrics.jsonl", "status.json", "checkpoints"])
+@pytest.mark.parametrize("trace", [*RUN_FILES, "checkpoints"])
 @pytest.mark.parametrize("leads", [True, False], ids=["leader", "beside it"])
 def test_each_trace_of_a_run_is_enough_to_be_refused(run, write, trace: str, leads: bool) -> None:
     run.mkdir(parents=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moepp_megatron.config.paths import looked_at
-from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE, RUN_FILES
+from moepp_megatron.file_names import ALERTS_FILE, CONFIG_FILE, METRICS_FILE, RUN_FILES, is_of_run
 from moepp_megatron.observe.alerts import Alert, parse_alert
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.numbers import Labels, numbers
@@ -25,8 +25,6 @@ from moepp_megatron.workbench.report.run_data import (
     refuse_folder_of_runs,
 )
 
-# What a run, or a job that waits to become one, leaves in its folder.
-_TRACES = {*RUN_FILES, "checkpoints", "tensorboard", "slurm", "hangs"}
 # Alerts that are remembered; the file has all.
 _KEPT_ALERTS = 200
 
@@ -149,7 +147,7 @@ def check_folder(folder: Path) -> None:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise ReportError(f"{folder}: cannot be read ({error.strerror})") from error
-    if names.isdisjoint(RUN_FILES) and not names <= _TRACES:
+    if names.isdisjoint(RUN_FILES) and not all(map(is_of_run, names - {"slurm"})):
         refuse_folder_of_runs(folder)
         raise ReportError(
             f"{folder}: holds other files but no {CONFIG_FILE} or {METRICS_FILE}; name the folder "
