@@ -67,8 +67,9 @@ class Case:
 
     Attributes:
         base: The base run.
-        kind: `healthy`, `switch`, `mixture` or `fault`.
-        what: The corpus that comes, or the fault.
+        kind: `healthy`, `switch`, `mixture`, `fault`, or `pair`: a switch, then another or a fault.
+        what: The corpus that comes, or the fault; of a pair the corpus, what comes then (or
+            `healthy`) and after how many steps.
         share: Its share of the sequences.
         steps: Steps after the base run's.
     """
@@ -145,20 +146,26 @@ SETS = {"choose": _CHOOSE, "prove": _PROVE, "healthy": _HEALTHY}
 FAULTS: dict[str, dict[str, float]] = {
     "choose": {
         "collapse": 2.0, "collapse of one": 2.0, "dead": 3, "weights": 10.0, "logit": 5.0,
-        "residual": 20.0, "swap": 0, "rate": 20.0,
+        "residual": 20.0, "swap": 0, "rate": 20.0, "attention": 6.0, "decay": 0.05,
     },
     "prove": {
         "collapse": 3.0, "collapse of one": 3.0, "dead": 4, "weights": 20.0, "logit": 8.0,
-        "residual": 30.0, "swap": 1, "noise": 4.0, "rate": 30.0,
+        "residual": 30.0, "swap": 1, "noise": 4.0, "rate": 30.0, "attention": 4.0, "decay": 0.08,
     },
     "healthy": {},
 }  # fmt: skip
 _RATE_STEPS = 10
+# Steps between the events of pairs, by set; steps after the second; faults that come second.
+_GAPS = {"choose": (13, 18, 24, 31, 6, 21), "prove": (14, 20, 27, 30, 8, 17)}
+_PAIR = 40
+# Faults of more than the routers; the first two last for `_RATE_STEPS` steps.
+OF_MODEL = ("rate", "decay", "attention")
+_SECOND = ("collapse", "swap", "weights", "logit", "dead", "residual")
 
 
 def cases(which: str) -> Iterator[Case]:
     """The cases of a set."""
-    for base, others, mixed in SETS[which]:
+    for place, (base, others, mixed) in enumerate(SETS[which]):
         yield Case(base, "healthy")
         for other in others:
             yield Case(base, "switch", other, steps=SWITCH)
@@ -166,6 +173,18 @@ def cases(which: str) -> Iterator[Case]:
             yield Case(base, "mixture", other, share, MIXTURE)
         for fault in FAULTS[which]:
             yield Case(base, "fault", fault, steps=FAULT)
+        if which not in _GAPS:
+            continue
+        gaps, first, second, third = _GAPS[which], *others
+        for before, after, gap in (
+            (first, second, gaps[place % 4]),
+            (second, third, gaps[(place + 1) % 4]),
+            (third, base.corpus, gaps[(place + 2) % 6]),
+            (second, _SECOND[place % 6], gaps[(place + 3) % 4]),
+            (third, _SECOND[(place + 3) % 6], gaps[(place + 4) % 6]),
+            (first, "healthy", 60),
+        ):
+            yield Case(base, "pair", f"{before} {after} {gap}", steps=gap + _PAIR)
 
 
 def settings(case: Case, folder: Path, steps: int, live: bool) -> dict[str, Any]:
@@ -244,38 +263,50 @@ def _raise_logit(router: Any, strength: float) -> Callable[[Any, Any], None]:
     return hook
 
 
-def harm(trainer: Any, case: Case, strength: float) -> None:
-    """Plant the fault of a case into a model; a learning rate is the recorder's."""
+def harm(trainer: Any, what: str, strength: float, seed: int) -> None:
+    """Plant a fault into a model."""
     from moepp_megatron.moe.layer import moepp_layers
 
-    chance = torch.Generator().manual_seed(case.base.seed)
+    chance = torch.Generator().manual_seed(seed)
     layers = [layer for chunk in trainer.model.models for layer in moepp_layers(chunk)]
     with torch.no_grad():
-        for layer in layers[1:2] if case.what == "collapse of one" else layers:
-            if case.what == "logit":
+        for layer in layers[1:2] if what == "collapse of one" else layers:
+            if what == "logit":
                 _raise_logit(layer.router, strength)
-            elif case.what != "rate":
-                plant(layer.router, case.what, strength, chance)
+            elif what not in OF_MODEL:
+                plant(layer.router, what, strength, chance)
+        weights = [each for chunk in trainer.model.models for each in chunk.named_parameters()]
+        for name, weight in weights:
+            if what == "attention" and "self_attention" in name and weight.dim() == 2:
+                weight.mul_(strength)
+            elif what == "decay":
+                weight.mul_(1.0 - strength)
     trainer.model.optimizer.reload_model_params()
 
 
 class Recorder(Part):
-    """Notes all series of every batch, and plays a wrong learning rate."""
+    """Notes all series of every batch, and plants the fault of a case."""
 
-    def __init__(self, trainer: Any, case: Case, rate: float) -> None:
+    def __init__(self, trainer: Any, case: Case, strength: float) -> None:
         from moepp_megatron.training.parts.routing_counts import RoutingCounts
 
-        self._trainer, self._rate, self._batches = trainer, rate, 0
+        self._trainer, self._strength, self._seed = trainer, strength, case.base.seed
+        self._fault, self._at = fault_of(case)
+        self._batches = 0
         (self._counts,) = [p for p in trainer.parts if isinstance(p, RoutingCounts)]
         self._counts.watch(logits=True)
         self.rows: dict[str, list[Any]] = {}
         self._get_lr = trainer.model.scheduler.get_lr
 
     def begin_step(self, step: int, layout: Layout) -> None:
-        """Set the learning rate's factor for the batch."""
+        """Plant the fault where it is due, or set the learning rate's factor for the batch."""
         self._batches, self._began = self._batches + 1, time.perf_counter()
-        factor = self._rate if self._batches <= _RATE_STEPS else 1.0
+        lasts = _RATE_STEPS if self._fault in ("rate", "decay") else 1
+        is_due = 0 < self._batches - self._at <= lasts
+        factor = self._strength if is_due and self._fault == "rate" else 1.0
         self._trainer.model.scheduler.get_lr = lambda group: factor * self._get_lr(group)
+        if is_due and self._fault not in ("", "rate"):
+            harm(self._trainer, self._fault, self._strength, self._seed)
 
     @torch.no_grad()
     def see(self, chunk: torch.nn.Module, batch: dict[str, Tensor], token_losses: Tensor) -> None:
@@ -297,6 +328,14 @@ class Recorder(Part):
         self.rows.setdefault(name, []).append(value)
 
 
+def fault_of(case: Case) -> tuple[str, int]:
+    """The fault of a case, or none, and the batches before it."""
+    if case.kind == "pair":
+        _, second, gap = case.what.split()
+        return (second, int(gap)) if second in _SECOND else ("", 0)
+    return (case.what, 0) if case.kind == "fault" else ("", 0)
+
+
 def data_of(case: Case, corpora: Corpora) -> Mixed:
     """The sequences of a run, which change after its step 150."""
     base = case.base
@@ -304,6 +343,11 @@ def data_of(case: Case, corpora: Corpora) -> Mixed:
     if case.kind in ("switch", "mixture"):
         shares = {base.corpus: 1.0 - case.share, case.what: case.share}
         schedule.append((SAVED + 1, {kind: share for kind, share in shares.items() if share}))
+    if case.kind == "pair":
+        first, second, gap = case.what.split()
+        schedule.append((SAVED + 1, {first: 1.0}))
+        if second not in (*_SECOND, "healthy"):
+            schedule.append((SAVED + 1 + int(gap), {second: 1.0}))
     return Mixed(corpora, schedule, base.batch, LENGTH, base.seed)
 
 
@@ -326,9 +370,7 @@ def train(
         mock.patch.object(module.Tokenizer, "load", return_value=None),
     ):
         trainer = module.Trainer(config, layout)
-    if case.kind == "fault":
-        harm(trainer, case, strength)
-    recorder = Recorder(trainer, case, strength if case.what == "rate" else 1.0)
+    recorder = Recorder(trainer, case, strength)
     trainer.parts = Parts([recorder, *trainer.parts])
     ended = ""
     try:
@@ -391,7 +433,7 @@ def main() -> None:
     corpora = Corpora(arguments.out / "corpora")
     for case in todo:
         started = time.monotonic()
-        strength = FAULTS[arguments.set].get(case.what, 0.0) if case.kind == "fault" else 0.0
+        strength = FAULTS[arguments.set].get(fault_of(case)[0], 0.0)
         found = run(case, work, corpora, arguments.live, strength)
         write(work / f"{case.name}{end}", found, arguments.live)
         print(f"{case.name}: {time.monotonic() - started:.0f} s {found['ended']}", flush=True)

@@ -19,12 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.fault_corpora import VOCAB_SIZE
-from benchmarks.guard_runs import FAULTS, SAVED, SETS, Case, cases
+from benchmarks.guard_runs import FAULTS, OF_MODEL, SAVED, SETS, Case, cases, fault_of
 from benchmarks.markdown import table
 from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor, group_of
 
-_WITHIN = {"healthy": 10**9, "switch": 5, "mixture": 30, "fault": 10}
-_CAUSES = {"switch": "data", "mixture": "data", "fault": "router"}
+# Of each kind of event the steps within which it is to be reported, and its cause.
+_WITHIN = {
+    "switch": 5, "mixture": 30, "router fault": 10, "other fault": 10, "second switch": 10,
+    "second fault": 10, "healthy": 10**9, "nothing second": 10**9,
+}  # fmt: skip
+_CAUSES = {
+    "switch": "data", "mixture": "data", "router fault": "router", "other fault": "unknown",
+    "second switch": "data", "second fault": "router",
+}  # fmt: skip
 _JUDGED = 80
 
 
@@ -49,21 +56,41 @@ class Found:
     ended: str = ""
 
     @property
+    def kind(self) -> str:
+        """Kind of the event, of a pair of the second one."""
+        fault = fault_of(self.case)[0]
+        if self.case.kind == "pair":
+            nothing = self.case.what.split()[1] == "healthy"
+            return "nothing second" if nothing else "second fault" if fault else "second switch"
+        if self.case.kind == "fault":
+            return "other fault" if fault in OF_MODEL else "router fault"
+        return self.case.kind
+
+    def _after(self) -> list[tuple[int, str]]:
+        """Steps behind the event, of a pair the second, with what was said."""
+        at = int(self.case.what.split()[2]) if self.case.kind == "pair" else 0
+        return [(step - at, cause) for step, cause in self.causes if step > at]
+
+    @property
     def first_alert(self) -> int | None:
-        """Step of the first alert after the base run."""
-        return min((step for step, _ in self.causes if step > 0), default=None)
+        """Steps from the event to its first alert."""
+        return min((step for step, _ in self._after()), default=None)
 
     @property
     def is_in_time(self) -> bool:
         """Whether in time."""
-        return self.first_alert is not None and self.first_alert <= _WITHIN[self.case.kind]
+        return self.first_alert is not None and self.first_alert <= _WITHIN[self.kind]
 
     @property
     def cause(self) -> str | None:
         """What was said by the tenth step, or first where that was later."""
-        said = [cause for step, cause in self.causes if step > 0]
-        early = [cause for step, cause in self.causes if 0 < step <= 10]
-        return early[-1] if early else next(iter(said), None)
+        early = [cause for step, cause in self._after() if step <= 10]
+        return early[-1] if early else next((cause for _, cause in self._after()), None)
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether something was done where no weights were damaged."""
+        return bool(self.actions) and _CAUSES.get(self.kind, "data") == "data"
 
 
 def observed(series: dict[str, NDArray[Any]]) -> Iterator[Observed]:
@@ -151,17 +178,16 @@ def row(found: Found) -> list[str]:
 
 def sums(all_found: list[Found]) -> Iterator[str]:
     """What is proved."""
-    for kind in ("switch", "mixture", "fault"):
-        for batch in (24, 48):
-            group = [f for f in all_found if f.case.kind == kind and f.case.base.batch == batch]
-            in_time = sum(found.is_in_time for found in group)
-            right = sum(found.cause == _CAUSES[kind] for found in group)
-            acted = sum(any(0 < step <= 10 for step in found.actions) for found in group)
-            yield (
-                f"- {kind} at {batch}: {in_time} of {len(group)} in {_WITHIN[kind]} steps, "
-                f"cause right in {right}, acted on within 10 steps {acted}"
-            )
-    healthy = [found for found in all_found if found.case.kind == "healthy"]
+    for kind, cause in _CAUSES.items():
+        group = [found for found in all_found if found.kind == kind]
+        in_time = sum(found.is_in_time for found in group)
+        right = sum(found.cause == cause for found in group)
+        yield (
+            f"- {kind}: {in_time} of {len(group)} in {_WITHIN[kind]} steps, cause right in "
+            f"{right}, something done in {sum(bool(found.actions) for found in group)}"
+        )
+    yield f"- something done where no weights were damaged: {sum(f.is_wrong for f in all_found)}"
+    healthy = [found for found in all_found if found.kind == "healthy"]
     alerts = sum(len(found.causes) for found in healthy)
     actions = sum(len(found.actions) for found in healthy)
     steps = sum(found.steps for found in healthy)

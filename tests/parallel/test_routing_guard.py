@@ -62,8 +62,9 @@ def train(
     own = ("faults", "copies_every", "data")
     options = {name: named.pop(name) for name in own if name in named}
     training = {"train_iters": steps, "micro_batch_size": size, **named.pop("training", {})}
+    how = named.pop("how", run)
     raw = guard_settings(folder, training=training, **sections, **named)
-    found = ranks(world_size).run(run, raw, *args, **options)
+    found = ranks(world_size).run(how, raw, *args, **options)
     for other in found[1:]:
         assert other.decisions == found[0].decisions
         assert other.losses == found[0].losses
@@ -226,23 +227,35 @@ TWO_FAULTS: dict[str, Any] = {
 }
 
 
-def test_where_routers_do_not_help_it_goes_back_to_a_checkpoint(
-    ranks: RankPools, tmp_path: Path
+def run_with_high_loss(raw: dict[str, Any], *args: Any, **options: Any) -> Found:
+    """A run in which the loss is above its limit whenever somebody asks."""
+    from moepp_megatron.observe.shift.monitor import ShiftMonitor
+
+    with mock.patch.object(ShiftMonitor, "is_loss_high", True):
+        return run(raw, *args, **options)
+
+
+@pytest.mark.parametrize(
+    ("how", "action"), [(run_with_high_loss, "rollback"), (run, "put_back of step 90")]
+)
+def test_where_routers_do_not_help_and_the_loss_is_high_it_goes_back_to_a_checkpoint(
+    ranks: RankPools, tmp_path: Path, how: Any, action: str
 ) -> None:
     """The second fault comes before the first is over; checkpoints are of step 40 and 80."""
-    found = train(ranks, tmp_path, 102, checkpoint={"save_interval": 40}, **TWO_FAULTS)
+    found = train(ranks, tmp_path, 102, checkpoint={"save_interval": 40}, how=how, **TWO_FAULTS)
     faults = [(step, action) for step, rule, _, action in found.decisions if rule == "router_fault"]
-    (first, back), (second, gone) = faults
+    (first, back), (second, again) = faults
     assert 95 < first <= 98
     assert back == "put_back of step 90"
     assert 99 < second <= 102
-    assert gone == "rollback"
-    alert = next(alert for alert in told(tmp_path) if alert.action == "rollback")
-    assert f"back to step_00000080; steps undone: {second - 80}" in alert.condition
-    assert (alert.cause, alert.since) == ("router", 95)
+    assert again == action
     assert logged(tmp_path, "step") == list(range(1, 103))
+    is_back = action == "rollback"
+    for alert in [alert for alert in told(tmp_path) if alert.action == "rollback"]:
+        assert f"back to step_00000080; steps undone: {second - 80}" in alert.condition
+        assert (alert.cause, alert.since) == ("router", 95)
     # A run that is resumed knows how often it has gone back.
-    assert found.saved["returns"] == 1
+    assert found.saved["returns"] == is_back
 
 
 def test_a_rollback_for_a_shift_counts_where_routers_are_put_back_as_well(
@@ -262,7 +275,7 @@ def test_a_rollback_for_a_shift_counts_where_routers_are_put_back_as_well(
 
 def test_what_nothing_helps_against_is_accepted(ranks: RankPools, tmp_path: Path) -> None:
     """There is no checkpoint: no action is counted, and the end is no recovery."""
-    found = train(ranks, tmp_path, 125, **TWO_FAULTS)
+    found = train(ranks, tmp_path, 125, how=run_with_high_loss, **TWO_FAULTS)
     alerts = [alert for alert in told(tmp_path) if alert.rule in ("shift", "router_fault")]
     assert [a.action for a in alerts if a.rule == "router_fault"] == ["put_back of step 90", "warn"]
     assert "no checkpoint of step" in alerts[-2].condition
