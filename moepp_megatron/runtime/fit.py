@@ -61,9 +61,9 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.kind ({kind}) must have the package emerging-optimizers, which is not "
             f"installed; {how_to_install('emerging-optimizers>=0.3')}, or use adam"
         )
-    if config.optimizer.bf16_moments:
+    for name, (value, instead) in config.optimizer.of_fused_adam.items():
         # The first whose FusedAdam takes them (optimizers/fused_adam.py).
-        _check_engine(f"optimizer.{config.optimizer.bf16_moments[0]} (bf16)", (2, 3), "fp32")
+        _check_engine(f"optimizer.{name} ({str(value).lower()})", (2, 3), instead)
 
 
 def _check_engine(setting: str, needed: tuple[int, ...], instead: str) -> None:

@@ -29,6 +29,7 @@ FORWARD_ONLY = (
     "optimizer.kind=adam",
     "optimizer.exp_avg_dtype=fp32",
     "optimizer.exp_avg_sq_dtype=fp32",
+    "optimizer.store_param_remainders=false",
     # Its packages want several ranks; the others give the same results.
     "moe.dispatcher=alltoall",
     "moe.flex_backend=auto",

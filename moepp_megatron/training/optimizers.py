@@ -66,8 +66,8 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
     by_layer = parallel.use_distributed_optimizer and is_emerging and ranks > 1
     # Adam trains the other parameters.
     of_kind = _named_after("adam", settings)
-    if settings.bf16_moments:
-        of_kind |= _bf16_moments(settings)
+    if settings.of_fused_adam:
+        of_kind |= _precision_aware(settings)
     of_kind |= pick(OPTIMIZERS, "optimizer.kind", settings.kind, "optimizers")(settings)
     return OptimizerConfig(
         **of_kind,
@@ -85,14 +85,13 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
     )
 
 
-def _bf16_moments(settings: OptimizerSection) -> dict[str, Any]:
+def _precision_aware(settings: OptimizerSection) -> dict[str, Any]:
     """Transformer Engine's FusedAdam keeps the moments, and in most cases the fp32 weights too."""
     return {
         "use_precision_aware_optimizer": True,
         "exp_avg_dtype": DTYPES[settings.exp_avg_dtype],
         "exp_avg_sq_dtype": DTYPES[settings.exp_avg_sq_dtype],
-        # Half of each fp32 weight would lie in the bf16 weight, where no checkpoint finds it.
-        "store_param_remainders": False,
+        "store_param_remainders": settings.store_param_remainders,
     }
 
 

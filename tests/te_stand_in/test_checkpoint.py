@@ -68,6 +68,7 @@ def step(model: TrainingModel) -> torch.Tensor:
 
 
 BF16_MOMENTS = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+REMAINDERS = {"store_param_remainders": True}
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,8 @@ BF16_MOMENTS = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
         ("blockwise", True, {}),
         (None, False, BF16_MOMENTS),
         (None, False, {"exp_avg_dtype": "bf16"}),
+        (None, False, REMAINDERS),
+        (None, False, BF16_MOMENTS | REMAINDERS),
         ("delayed", False, BF16_MOMENTS),
         ("blockwise", True, BF16_MOMENTS),
     ],

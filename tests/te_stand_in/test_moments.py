@@ -10,7 +10,13 @@ from torch import Tensor
 from transformer_engine.pytorch.optimizers import FusedAdam
 
 from moepp_megatron.config import Layout
-from moepp_megatron.training.checkpoint.optimizer import complete_state, parameter_shards
+from moepp_megatron.training.checkpoint.optimizer import (
+    complete_state,
+    copy_into_shard,
+    join_halves,
+    parameter_shards,
+    split_halves,
+)
 from moepp_megatron.training.checkpoint.state import model_state
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.workbench.planning.memory import rank_memory
@@ -19,7 +25,7 @@ from tests.parallel.test_matrix import check_bf16
 from tests.parallel.training_runs import EP2, PP2, TP2, Run, assemble, difference, settings
 from tests.te_stand_in.models import config_of
 from tests.te_stand_in.rank_runs import train_in_nodes
-from tests.te_stand_in.test_checkpoint import BF16_MOMENTS, save_and_load, step
+from tests.te_stand_in.test_checkpoint import BF16_MOMENTS, REMAINDERS, save_and_load, step
 
 NAMES = {"param", "exp_avg", "exp_avg_sq"}
 
@@ -70,6 +76,32 @@ def test_a_step_moves_weights_by_moments_before_they_are_rounded() -> None:
             assert torch.equal(bf16[name][moment], expected[moment].bfloat16()), name
 
 
+def test_remainders_are_the_fp32_weights() -> None:
+    """Bit for bit: of every number, and of a run's weights, which it trains as without."""
+    bits = torch.randint(-(2**31), 2**31 - 1, (10_000,), generator=torch.manual_seed(1))
+    whole = bits.int().view(torch.float32)
+    weight, remainder = torch.empty(len(bits)).bfloat16(), torch.empty(len(bits)).short()
+    split_halves(whole, weight, remainder)
+    assert torch.equal(join_halves(weight, remainder).view(torch.int32), bits.int())
+    rounded = whole.isfinite() & (bits & 0xFFFF != 0x8000)
+    assert torch.equal(weight[rounded], whole.bfloat16()[rounded])
+    plain, halves = trained(3), trained(3, optimizer=REMAINDERS)
+    kept = halves.optimizer.chained_optimizers[0].optimizer.state.values()
+    assert {state["master_param"].dtype for state in kept} == {torch.int16}
+    found = states(halves)
+    for name, expected in states(plain).items():
+        for key, value in expected.items():
+            assert torch.equal(found[name][key], value), (name, key)
+    # A weight that the guard puts back reaches both halves.
+    name, weight = next(iter(halves.models[0].named_parameters()))
+    value = torch.randn(weight.shape, generator=torch.manual_seed(2))
+    copy_into_shard(halves.optimizer.chained_optimizers[0], weight, value)
+    assert torch.equal(states(halves)[name]["param"], value.flatten())
+    config = config_of(None, optimizer=REMAINDERS)
+    said = rank_memory(config, Layout.from_config(config, 1), 0)
+    assert said.optimizer == 10 * (said.dense + said.experts)
+
+
 def test_the_planner_counts_what_is_kept() -> None:
     for optimizer in ({}, BF16_MOMENTS, {"exp_avg_sq_dtype": "bf16"}):
         config = config_of(None, optimizer=optimizer)
@@ -93,7 +125,10 @@ def test_a_checkpoint_before_the_first_step_holds_the_weights(tmp_path) -> None:
     assert torch.equal(step(second), step(first))
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [({}, BF16_MOMENTS), (BF16_MOMENTS, {})])
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [({}, BF16_MOMENTS), (BF16_MOMENTS, {}), ({}, REMAINDERS), (REMAINDERS, BF16_MOMENTS)],
+)
 def test_a_run_goes_on_with_the_other_type(tmp_path, saved, loaded) -> None:
     first, second = trained(2, optimizer=saved), trained(0, optimizer=loaded)
     save_and_load(tmp_path, first, second)

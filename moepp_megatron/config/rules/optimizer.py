@@ -10,13 +10,14 @@ from moepp_megatron.config.schema import Config
 
 
 def _moments_need(wrong: Condition, must: str, remedy: str) -> Rule:
-    """A rule that the first of the bf16 moments answers for."""
+    """A rule that the first of the settings of FusedAdam answers for."""
 
     def rule(config: Config) -> Iterator[Problem]:
-        if config.optimizer.bf16_moments and wrong(config):
-            name = f"optimizer.{config.optimizer.bf16_moments[0]}"
-            must_have = f"must have {fill(must, config)}"
-            yield Problem(name, "bf16", must_have, f"set {remedy}, or {name} to fp32")
+        settings = config.optimizer.of_fused_adam
+        if settings and wrong(config):
+            key, (value, instead) = next(iter(settings.items()))
+            name, must_have = f"optimizer.{key}", f"must have {fill(must, config)}"
+            yield Problem(name, value, must_have, f"set {remedy}, or {name} to {instead}")
 
     return rule
 
@@ -49,6 +50,11 @@ RULES: tuple[Rule, ...] = (
         "precision.fp8_param (true) false with precision.fp8_recipe delayed, where FusedAdam "
         "would start from weights rounded to FP8",
         "precision.fp8_recipe to tensorwise or blockwise"),
+    refuse("optimizer.store_param_remainders",
+        lambda c: c.optimizer.store_param_remainders and c.precision.fp8 is not None,
+        "must be false with precision.fp8 ({precision.fp8}), with which megatron-core may keep the "
+        "fp32 weights itself",
+        "set it to false, or precision.fp8 to null"),
     _moment_falls("exp_avg", "adam_beta1"),
     _moment_falls("exp_avg_sq", "adam_beta2"),
     # Emerging optimizers share out, gather and write whole matrices. Only fp32 copies of bf16

@@ -55,6 +55,9 @@ class OptimizerSection(Section):
     Transformer Engine"""
     exp_avg_sq_dtype: Annotated[Literal["fp32", "bf16"], Unit("-")] = "fp32"
     """The same of Adam's second moment"""
+    store_param_remainders: Annotated[bool, Unit("-")] = False
+    """Keep of each fp32 weight the 16 bits that its bf16 weight lacks, exactly, in place of all 32;
+    needs Transformer Engine"""
     warmup_iters: Annotated[int, Unit("steps"), Field(ge=0)] = 0
     """Steps in which the rate rises from 0 to lr"""
     decay_style: Annotated[
@@ -105,6 +108,14 @@ class OptimizerSection(Section):
         """The settings of moments that are kept in bf16."""
         names = ("exp_avg_dtype", "exp_avg_sq_dtype")
         return tuple(name for name in names if getattr(self, name) == "bf16")
+
+    @property
+    def of_fused_adam(self) -> dict[str, tuple[object, str]]:
+        """Settings that only Transformer Engine's FusedAdam has: value, and what does without."""
+        found: dict[str, tuple[object, str]] = dict.fromkeys(self.bf16_moments, ("bf16", "fp32"))
+        if self.store_param_remainders:
+            found["store_param_remainders"] = True, "false"
+        return found
 
     @property
     def is_emerging(self) -> bool:

@@ -13,8 +13,9 @@ own bytes, and every layout can still read the checkpoint: the tensors in it are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def complete_state(optimizer: Any) -> None:
         for group in inner.param_groups:
             for parameter in group["params"]:
                 if not inner.state[parameter]:
-                    inner.initialize_state(parameter, optimizer.config.store_param_remainders)
+                    halves = optimizer.config.store_param_remainders
+                    inner.initialize_state(parameter, halves and parameter.dtype is torch.bfloat16)
     elif not inner.state and is_distributed(optimizer):
         # It makes room for the state that it is to load, and leaves the values open.
         optimizer.load_state_dict(optimizer.state_dict())
@@ -117,12 +119,31 @@ class ParameterShard:
         begin: The first of its elements, in memory order, that this rank holds.
         tensors: The optimizer's own values of these elements, flat, by name (`param`, `exp_avg`,
             `exp_avg_sq`).
+        put_back: Splits `param` where the optimizer keeps two halves of it, of which it is a copy.
     """
 
     parameter: torch.nn.Parameter
     entry: ShardedTensor | ShardedTensorFactory
     begin: int
     tensors: dict[str, Tensor]
+    put_back: Callable[[], None] = lambda: None
+
+
+def join_halves(weight: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 weights of bf16 ones and the int16 remainders that FusedAdam keeps of them.
+
+    A negative remainder says that the bf16 weight was rounded up (Transformer Engine,
+    multi_tensor_adam.cu, `AdamFunctorMasterParamRemainder`).
+    """
+    high = weight.detach().view(torch.int16).int() - (remainder < 0).int()
+    return ((high << 16) | (remainder.int() & 0xFFFF)).view(torch.float32)
+
+
+def split_halves(whole: Tensor, weight: Tensor, remainder: Tensor) -> None:
+    """Put fp32 weights into bf16 ones and remainders, from which `join_halves` has every bit."""
+    bits = whole.view(torch.int32)
+    remainder.copy_(((bits & 0xFFFF) ^ 0x8000) - 0x8000)
+    weight.detach().view(torch.int16).copy_((bits >> 16) + (remainder < 0).int())
 
 
 def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[ParameterShard]:
@@ -133,8 +154,9 @@ def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[Pa
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
     for parameter, begin in _held(optimizer):
-        tensors = _own_tensors(optimizer, parameter)
-        yield ParameterShard(parameter, entries[parameter], begin, tensors)
+        yield ParameterShard(
+            parameter, entries[parameter], begin, *_own_tensors(optimizer, parameter)
+        )
 
 
 def copy_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
@@ -144,8 +166,10 @@ def copy_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
     """
     for held, begin in _held(optimizer):
         if held is parameter:
-            shard = _own_tensors(optimizer, parameter)["param"]
+            tensors, put_back = _own_tensors(optimizer, parameter)
+            shard = tensors["param"]
             shard.copy_(value.reshape(-1)[begin : begin + shard.numel()].view_as(shard))
+            put_back()
 
 
 def _held(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, int]]:
@@ -156,7 +180,7 @@ def _held(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, int]]:
                 yield parameter, places["param"].start
 
 
-def _own_tensors(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
+def _own_tensors(optimizer: Any, parameter: Tensor) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """The tensors themselves: megatron-core's own methods hand out fp32 copies of bf16 moments."""
     group, place = optimizer.model_param_group_index_map[parameter]
     inner = optimizer.optimizer
@@ -164,7 +188,11 @@ def _own_tensors(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
     # Torch's Adam counts its steps per parameter; they are stored once for all.
     state = {name: value for name, value in inner.state[key].items() if name != "step"}
     # FusedAdam with moments in bf16 keeps the fp32 weights too; its parameters are bf16.
-    return {"param": state.pop("master_param", key), **state}
+    main = state.pop("master_param", key)
+    if main.dtype is not torch.int16:
+        return {"param": main, **state}, lambda: None
+    whole = join_halves(key, main)
+    return {"param": whole, **state}, partial(split_halves, whole, key, main)
 
 
 def sharded_boxes(shard: ParameterShard, prefix: str, values: Tensor) -> list[ShardedTensor]:

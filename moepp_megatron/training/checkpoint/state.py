@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -57,6 +57,7 @@ METADATA = {
 _STATE = "optimizer.state."
 # What the distributed optimizer calls the fp32 copy, and the other one, whose name is kept.
 _COPY, _STORED_COPY = f"{_STATE}param.", f"{_STATE}fp32_param."
+_PUT_BACK = "put_back"
 _ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
@@ -84,7 +85,7 @@ def saved_state(model: TrainingModel) -> dict[str, Any]:
     steps = optimizer_steps(_chained(model))
     state = model_state(model.models)
     if _keeps_shards(model):
-        state["optimizer"] = _shard_entries(model, state)
+        state["optimizer"], _ = _shard_entries(model, state)
     else:
         dtypes = _dtypes(state)
         optimizer = _whole_optimizer_state(model, state, is_loading=False)
@@ -104,7 +105,8 @@ def state_to_load(model: TrainingModel) -> dict[str, Any]:
     """
     state = model_state(model.models)
     if _keeps_shards(model):
-        state["optimizer"] = _shard_entries(model, state)
+        state["optimizer"], put_back = _shard_entries(model, state)
+        state[_PUT_BACK] = LocalNonpersistentObject(put_back)
         return state
     dtypes = _dtypes(state)
     optimizer = _whole_optimizer_state(model, state, is_loading=True)
@@ -126,7 +128,9 @@ def apply_state(model: TrainingModel, loaded: dict[str, Any]) -> None:
     apply_model_state(model.models, loaded)
     steps = loaded["optimizer_steps"]
     if _keeps_shards(model):
-        # Their values are in place.
+        # Their values are in place, but for those that the optimizer keeps in two halves.
+        for put_back in loaded[_PUT_BACK]:
+            put_back()
         for chained in _chained(model):
             set_steps(chained, steps)
     else:
@@ -157,19 +161,22 @@ def _keeps_shards(model: TrainingModel) -> bool:
     return any(is_distributed(chained) for chained in _chained(model))
 
 
-def _shard_entries(model: TrainingModel, state: dict[str, Any]) -> list[ShardedTensor]:
-    """What this rank holds of a distributed optimizer's state, as views of it."""
-    entries = []
+def _shard_entries(
+    model: TrainingModel, state: dict[str, Any]
+) -> tuple[list[ShardedTensor], list[Callable[[], None]]]:
+    """What this rank holds of a distributed optimizer's state, as views; what puts copies back."""
+    entries, put_back = [], []
     for chained in filter(is_distributed, _chained(model)):
         complete_state(chained)
         for shard in parameter_shards(chained, state):
+            put_back.append(shard.put_back)
             for name, values in shard.tensors.items():
                 key = f"{_STATE}{name}."
                 if key != _COPY:
                     entries += sharded_boxes(shard, key, values)
                 elif shard.parameter.dtype is not torch.float32:
                     entries += sharded_boxes(shard, _STORED_COPY, values)
-    return entries
+    return entries, put_back
 
 
 def _whole_optimizer_state(model: TrainingModel, state: dict[str, Any], is_loading: bool) -> Any:

@@ -129,6 +129,7 @@ class Workload:
                 gradient_bytes=precision.gradient_bytes,
                 moments_bytes=moments,
                 matrix_moments_bytes=4 if config.optimizer.is_emerging else moments,
+                own_copy=2 if config.optimizer.store_param_remainders else None,
             ),
             # What `runtime.kernel_choices` chooses on a GPU.
             loss_fused=precision.cross_entropy in ("auto", "fused"),

@@ -1,7 +1,7 @@
 """FusedAdam in torch's own operations: AdamW in fp32, its moments kept in fp32 or bf16.
 
-The real one keeps fp16 and FP8 as well, with a scale a tensor, and bits of fp32 weights that bf16
-ones lack; this one refuses what it does not compute. megatron-core finds no kernels for norms and
+The real one keeps fp16 and FP8 as well, with a scale a tensor; this one refuses what it does not
+compute. megatron-core finds no kernels for norms and
 scaling here, so that it uses its own functions.
 """
 
@@ -34,14 +34,13 @@ class FusedAdam(torch.optim.Optimizer):
         assert adam_w_mode
         assert bias_correction
         assert master_weight_dtype is torch.float32
-        stores_remainders = master_weights and store_param_remainders
-        for unknown in (amsgrad, capturable, set_grad_none, stores_remainders):
+        for unknown in (amsgrad, capturable, set_grad_none):
             assert not unknown, "the stand-in computes without it"
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"bias_correction": bias_correction})
         self.master_weights = master_weights
         self.use_decoupled_grad = use_decoupled_grad
-        self.store_param_remainders = False
+        self.store_param_remainders = master_weights and store_param_remainders
         self.name_to_dtype_map = {
             "exp_avg": exp_avg_dtype,
             "exp_avg_sq": exp_avg_sq_dtype,
@@ -49,11 +48,12 @@ class FusedAdam(torch.optim.Optimizer):
         }
 
     def initialize_state(self, param, store_param_remainders):
-        assert not store_param_remainders
         for name in ("exp_avg", "exp_avg_sq"):
             dtype = self.name_to_dtype_map[name]
             self.state[param][name] = torch.zeros_like(param, dtype=dtype)
-        if self.master_weights:
+        if self.master_weights and store_param_remainders:
+            self.state[param]["master_param"] = torch.zeros_like(param, dtype=torch.int16)
+        elif self.master_weights:
             self.state[param]["master_param"] = param.clone().detach().float()
 
     def get_unscaled_state(self, param, state_name):
@@ -94,7 +94,8 @@ class FusedAdam(torch.optim.Optimizer):
             group["step"] = group.get("step", 0) + 1
             for param in group["params"]:
                 if not self.state[param]:
-                    self.initialize_state(param, False)
+                    halves = self.store_param_remainders and param.dtype is torch.bfloat16
+                    self.initialize_state(param, halves)
                 name = "decoupled_grad" if self.use_decoupled_grad else "grad"
                 grad = getattr(param, name, None)
                 if grad is not None:
@@ -107,9 +108,19 @@ class FusedAdam(torch.optim.Optimizer):
         second = beta2 * state["exp_avg_sq"].float() + (1 - beta2) * grad * grad
         denominator = (second / (1 - beta2 ** group["step"])).sqrt() + group["eps"]
         update = first / (1 - beta1 ** group["step"]) / denominator
-        weight = state.get("master_param", param)
+        main = state.get("master_param", param)
+        halves = main.dtype is torch.int16
+        # As the kernel: the lower half, and the upper one without its rounding.
+        weight = main
+        if halves:
+            upper = param.view(torch.int16).int() - (main < 0).int()
+            weight = (upper * 65536 + main.int() % 65536).view(torch.float32)
         weight -= group["lr"] * (update + group["weight_decay"] * weight)
-        if weight is not param:
+        if halves:
+            lower, upper = weight.view(torch.int16).view(*weight.shape, 2).unbind(-1)
+            main.copy_(lower)
+            param.view(torch.int16).copy_(upper + (lower < 0))
+        elif weight is not param:
             param.copy_(weight)
         state["exp_avg"].copy_(first)
         state["exp_avg_sq"].copy_(second)
