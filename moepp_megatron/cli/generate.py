@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -78,14 +79,27 @@ def generate(
     from moepp_megatron.interop.generate import run
     from moepp_megatron.interop.generate_request import GenerateRequest, Sampling
     from moepp_megatron.runtime.rank import RankEnvironment
+    from moepp_megatron.training.checkpoint import newest_again
 
     rank = RankEnvironment.read()
     world_size = rank.world_size if rank.is_launched else nproc
     sampling = Sampling(temperature, top_p, seed)
-    request = GenerateRequest.read(
-        checkpoint, prompt, overrides or [], world_size, max_new_tokens, sampling, chat
-    )
+
+    def read(checkpoint: Path) -> GenerateRequest:
+        return GenerateRequest.read(
+            checkpoint, prompt, overrides or [], world_size, max_new_tokens, sampling, chat
+        )
+
+    @newest_again
+    def sample(checkpoint: Path) -> list[str]:
+        request = read(checkpoint)
+        if rank.rank == 0:
+            for notice in request.scoring.notices:
+                echo(f"note: {notice}", err=True)
+        return run(request)
+
     if not rank.is_launched and nproc > 1:
+        request = read(checkpoint)
         # The folder that was found, so that ranks need not look for it again.
         arguments = ["generate", str(request.scoring.checkpoint)]
         arguments += [f"--prompt={text}" for text in prompt]
@@ -94,10 +108,7 @@ def generate(
         arguments += ["--chat"] if chat else []
         start_ranks(nproc, arguments)
         return
-    if rank.rank == 0:
-        for notice in request.scoring.notices:
-            echo(f"note: {notice}", err=True)
-    texts = run(request)
+    texts = sample(checkpoint)
     if rank.rank == 0:
         # An empty line between texts.
         text = "\n\n".join(texts)

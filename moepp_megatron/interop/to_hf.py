@@ -44,7 +44,7 @@ from moepp_megatron.interop.vanilla import vanilla_hf_config, vanilla_rules, van
 from moepp_megatron.interop.zeda import zeda_hf_config, zeda_rules, zeda_warnings
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.terminal import Console
-from moepp_megatron.training.checkpoint import find_checkpoint
+from moepp_megatron.training.checkpoint import find_checkpoint, newest_again
 
 _DEFAULT_SHARD_BYTES = 5 * 1000**3
 # What a checkpoint holds next to the model's weights.
@@ -83,6 +83,7 @@ _FORMATS = {
 }
 
 
+@newest_again
 def mcore_to_hf(
     source: Path,
     target: Path,

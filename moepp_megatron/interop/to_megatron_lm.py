@@ -25,7 +25,7 @@ from moepp_megatron.interop.to_mcore import write_objects
 from moepp_megatron.layer_settings import BALANCE_TYPES
 from moepp_megatron.runtime.atomic import partial_folder, publish
 from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.training.checkpoint import find_checkpoint
+from moepp_megatron.training.checkpoint import find_checkpoint, newest_again
 
 ARGUMENTS_FILE = "arguments.txt"
 _PREFIX = "__release"
@@ -39,6 +39,7 @@ _RULES: tuple[Row, ...] = (
 )
 
 
+@newest_again
 def to_megatron_lm(source: Path, target: Path) -> str:
     """Make a `--load` folder of Megatron-LM; returns Megatron's arguments of the model.
 

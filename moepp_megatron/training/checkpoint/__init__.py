@@ -32,6 +32,7 @@ from moepp_megatron.training.checkpoint.find import (
     check_start,
     find_checkpoint,
     list_checkpoints,
+    newest_again,
 )
 from moepp_megatron.training.checkpoint.progress import Progress
 from moepp_megatron.training.checkpoint.room import lack_of_room
@@ -60,6 +61,7 @@ __all__ = [
     "lack_of_room",
     "list_checkpoints",
     "load_weights",
+    "newest_again",
     "newest_valid",
     "read_checkpoint",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -9,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Concatenate
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.paths import looked_at
@@ -16,6 +18,7 @@ from moepp_megatron.config.yaml_file import read_mapping
 from moepp_megatron.data.same_tokenizer import check_model_tokenizer
 from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE
 from moepp_megatron.runtime.object_store import place
+from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.files import (
     PREFIX,
@@ -34,6 +37,8 @@ class NoStartError(ConfigError):
 
 
 _NAME = re.compile(rf"{PREFIX}\d+")
+# How often the newest is looked for while a run removes it.
+_TRIES = 3
 # How far clocks of two machines that are set may differ.
 _CLOCKS_DIFFER_S = 60.0
 
@@ -54,7 +59,12 @@ def find_checkpoint(
         _refuse_newer(path)
         return path
     for folder in _checkpoint_folders(name, run):
-        newest, skipped = first_valid(list_checkpoints(folder), reason_against)
+        for _ in range(_TRIES):
+            found = list_checkpoints(folder)
+            newest, skipped = first_valid(found, reason_against)
+            # A run that goes on may have removed them while they were looked at, for newer ones.
+            if newest is not None or all(each.is_dir() for each in found):
+                break
         warn_skipped(skipped)
         if newest is not None:
             return newest
@@ -68,6 +78,30 @@ def find_checkpoint(
         f"checkpoint ({path}) must be a checkpoint folder or a run that has a valid one"
         f"{looked_at(path)}; {remedy}"
     )
+
+
+def newest_again[**P, T](
+    act: Callable[Concatenate[Path, P], T],
+) -> Callable[Concatenate[str | Path, P], T]:
+    """Let `act` of a checkpoint begin again where its run goes on and removes it meanwhile.
+
+    The function that is returned takes what `find_checkpoint` takes. Not among ranks, of which
+    others would go on with the checkpoint that is gone.
+    """
+
+    @functools.wraps(act)
+    def wrapped(name: str | Path, *args: P.args, **kwargs: P.kwargs) -> T:
+        for _ in range(_TRIES - 1):
+            folder = find_checkpoint(name)
+            try:
+                return act(folder, *args, **kwargs)
+            except Exception:
+                if folder.is_dir() or folder == place(name) or RankEnvironment.read().is_launched:
+                    raise
+                logger.warning("%s was removed by its run; the newest is taken again", folder)
+        return act(find_checkpoint(name), *args, **kwargs)
+
+    return wrapped
 
 
 def start_candidates(config: Config, folder: Path) -> list[Path]:

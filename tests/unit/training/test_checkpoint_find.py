@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from moepp_megatron.training.checkpoint import (
     damage,
     find_checkpoint,
     list_checkpoints,
+    newest_again,
 )
 from moepp_megatron.training.checkpoint.room import Pruner
 from tests.unit.training.conftest import config_of
@@ -96,6 +98,40 @@ def test_find_by_run_folder_and_checkpoint(write, tmp_path: Path, name: str):
     write(tmp_path / "checkpoints", 5)
     newest = write(tmp_path / "checkpoints", 10)
     assert find_checkpoint(tmp_path / name) == newest
+
+
+def test_what_a_live_run_removes_is_looked_for_again(write, tmp_path: Path, caplog):
+    first, second, third = (tmp_path / f"step_{step:08d}" for step in (5, 10, 15))
+    write(tmp_path, 5)
+
+    def move(old: Path, step: int) -> None:
+        shutil.rmtree(old)
+        write(tmp_path, step)
+
+    def looks(checkpoint: Path) -> str | None:
+        if checkpoint == first:
+            move(first, 10)
+        return damage(checkpoint)
+
+    assert find_checkpoint(tmp_path, reason_against=looks) == second
+    used = []
+
+    @newest_again
+    def use(checkpoint: Path, fails: bool = False) -> Path:
+        used.append(checkpoint)
+        if checkpoint == second and not fails:
+            move(second, 15)
+        if checkpoint == second:
+            raise ConfigError("not there")
+        return checkpoint
+
+    # What was named, or is still there, is not looked for again.
+    for name in (second, tmp_path):
+        with pytest.raises(ConfigError, match="not there"):
+            use(name, fails=True)
+    assert use(tmp_path) == third
+    assert used == [second, second, second, third]
+    assert caplog.messages == [f"{second} was removed by its run; the newest is taken again"]
 
 
 def test_find_skips_what_is_damaged_and_says_so(write, tmp_path: Path, caplog):
