@@ -75,7 +75,9 @@ PARTS = (
 )
 
 # What refuses a configuration whose files do not fit; without torch, in every process of a run.
-FILE_CHECKS = ("features.distillation.teacher:check_teacher",)
+FILE_CHECKS = ("features.distillation.teacher:teacher_config",)
+# The configurations of models that a run holds beside its own, for forward passes.
+OTHER_MODELS = ("features.distillation.teacher:teacher_config",)
 # What takes longer, in one process of a run.
 START_CHECKS = ("features.tasks.check:check_tasks",)
 

@@ -114,6 +114,7 @@ class Section(BaseModel):
         excludes: Settings that exclude others: both names, the refused one first, and why.
         instead: Another way to what `excludes` refuses.
         no_effect: Warnings of settings that have none.
+        not_planned: Settings that `moepp plan` does not count, and so refuses.
         megatron_flags: Megatron-LM's arguments by name, and the settings that they are.
         of_one_run: Whether its files are one run's, and other runs of its configuration and
             models that only run forward do without.
@@ -123,6 +124,7 @@ class Section(BaseModel):
     excludes: ClassVar[tuple[tuple[str, str, str], ...]] = ()
     instead: ClassVar[str] = ""
     no_effect: ClassVar[tuple[Rule, ...]] = ()
+    not_planned: ClassVar[tuple[str, ...]] = ()
     megatron_flags: ClassVar[tuple[tuple[str, str], ...]] = ()
     of_one_run: ClassVar[bool] = False
 

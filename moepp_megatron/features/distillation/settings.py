@@ -62,6 +62,7 @@ class DistillationSection(Section):
             "a teacher is given no mask of documents",
         ),
     )
+    not_planned: ClassVar[tuple[str, ...]] = ("distillation.teacher",)
     no_effect: ClassVar[tuple[Rule, ...]] = (
         no_effect_without(
             "distillation.teacher",

@@ -73,9 +73,10 @@ class TeacherModel:
         return hashlib.sha256((self.checkpoint / MANIFEST_FILE).read_bytes()).hexdigest()
 
 
-def check_teacher(config: Config) -> None:
-    """Refuse a teacher that does not fit the run; the errors are those of `TeacherModel.of`."""
-    TeacherModel.of(config)
+def teacher_config(config: Config) -> Config | None:
+    """The teacher's configuration, or None; refuses one as `TeacherModel.of` does."""
+    teacher = TeacherModel.of(config)
+    return None if teacher is None else teacher.config
 
 
 def _find(name: str, config: Config) -> Path:

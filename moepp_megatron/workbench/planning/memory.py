@@ -10,7 +10,7 @@ from math import prod
 from moepp_megatron.config import Config, Layout, stage_layers
 from moepp_megatron.config.stages import Stages
 from moepp_megatron.experts import FFN
-from moepp_megatron.features.distillation.teacher import TeacherModel
+from moepp_megatron.features.registry import OTHER_MODELS, named
 from moepp_megatron.workbench.planning import activations
 from moepp_megatron.workbench.planning.grid import Grid, Recompute
 from moepp_megatron.workbench.planning.parts import Layer
@@ -129,7 +129,7 @@ def rank_memory(config: Config, layout: Layout, pp_rank: int) -> RankMemory:
     stages = stage_layers(config)
     load, grid = Workload.from_config(config), Grid.from_config(config, layout.world_size)
     memory = memory_of(load, grid, stages, pp_rank)
-    return replace(memory, teacher=_teacher_bytes(config, layout, pp_rank))
+    return replace(memory, teacher=_other_models_bytes(config, layout, pp_rank))
 
 
 def memory_of(
@@ -228,8 +228,8 @@ def fullest_rank(load: Workload, grid: Grid, stages: Stages, skew: float = 1.0) 
     return max(memories, key=lambda memory: memory.total)
 
 
-def _teacher_bytes(config: Config, layout: Layout, pp_rank: int) -> float:
-    """Bytes that the teacher of a checked configuration adds to each rank of a pipeline stage.
+def _other_models_bytes(config: Config, layout: Layout, pp_rank: int) -> float:
+    """Bytes that a teacher of a checked configuration adds to each rank of a pipeline stage.
 
     Its weights; on the last stage its last hidden states, and what comparing a micro-batch's logits
     needs: its own, and both models' and their difference in fp32. This comes before the buffers of
@@ -238,10 +238,15 @@ def _teacher_bytes(config: Config, layout: Layout, pp_rank: int) -> float:
     Raises:
         ConfigError: There is no such teacher, or it does not fit the run.
     """
-    teacher = TeacherModel.of(config)
-    if teacher is None:
-        return 0.0
-    theirs = teacher.config
+    return sum(
+        _forward_bytes(theirs, layout, pp_rank)
+        for model_of in named(OTHER_MODELS)
+        if (theirs := model_of(config)) is not None
+    )
+
+
+def _forward_bytes(theirs: Config, layout: Layout, pp_rank: int) -> float:
+    """Bytes of a model that only runs forward, and of the comparison with it."""
     stages = stage_layers(theirs)
     load, grid = Workload.from_config(theirs), Grid.from_config(theirs, layout.world_size)
     parameters = rank_parameters(load, grid, stages, pp_rank)
