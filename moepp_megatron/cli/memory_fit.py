@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moepp_megatron.config import Config, Layout, UnfitError
 from moepp_megatron.config.hardware import Hardware, find_hardware, load_hardware, nearest_hardware
+from moepp_megatron.config.sections import used
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 
 # `moepp train` imports the planner only where there is a GPU whose memory can be too small.
@@ -42,8 +43,8 @@ def target_of(config: Config, gpu: str | None = None) -> Target:
     """
     if gpu is not None:
         return _named(gpu, "--gpu")
-    if config.telemetry.hardware is not None:
-        return _named(config.telemetry.hardware, "telemetry.hardware")
+    for setting, name in used(config, "gpu"):
+        return _named(name, setting)
     here = _card_here()
     if here is not None:
         return Target(here, "the GPU here")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
 
 Rule = Callable[["Config"], Iterator[Problem]]
+WorldSizeRule = Callable[["Config", int], Iterator[Problem]]
 Condition = Callable[["Config"], object]
 Text = str | Callable[["Config"], str]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from operator import attrgetter
 from types import UnionType
 from typing import Any, get_args
 
 from moepp_megatron.config.problem import show
 from moepp_megatron.config.schema import Config, Section
+from moepp_megatron.config.schema.section import Use
 
 
 def section_models() -> dict[str, type[Section]]:
@@ -40,12 +43,20 @@ def is_optional(model: type[Section], key: str) -> bool:
 
 def settings_of_one_run() -> tuple[str, ...]:
     """Overrides that switch off what is one run's, for others of the same configuration."""
-    return tuple(
-        f"{section}.{name}={show(field.get_default())}"
-        for section, model in section_models().items()
-        if model.of_one_run
-        for name, field in model.model_fields.items()
-    )
+    overrides = []
+    for setting in declared("of_one_run"):
+        section, _, name = setting.partition(".")
+        default = section_models()[section].model_fields[name].get_default()
+        overrides.append(f"{setting}={show(default)}")
+    return tuple(overrides)
+
+
+def used(config: Config, kind: Use) -> Iterator[tuple[str, Any]]:
+    """The settings that name something of a kind, with their values; null ones left out."""
+    for name, its_kind in declared("uses"):
+        value = attrgetter(name)(config)
+        if its_kind == kind and value is not None:
+            yield name, value
 
 
 def declared(attribute: str) -> tuple[Any, ...]:

@@ -21,7 +21,9 @@ from moepp_megatron.config import (
     parse_config,
     with_overrides,
 )
+from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.config.plugins import check_plugins, load_plugin
+from moepp_megatron.config.sections import used
 from moepp_megatron.features.registry import FILE_CHECKS, START_CHECKS, named
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.observe.status import inherited_claim
@@ -154,10 +156,8 @@ class TrainRequest:
         from moepp_megatron.runtime.fit import check_fit
 
         check_fit(config)
-        if config.telemetry.hardware is not None:
-            from moepp_megatron.config.hardware import load_hardware
-
-            load_hardware(config.telemetry.hardware)
+        for _, gpu in used(config, "gpu"):
+            load_hardware(gpu)
         if self.speaks:
             _check_sinks(config)
         warnings = check_data(config, whole_index=self.rank.rank == 0)

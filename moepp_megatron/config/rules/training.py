@@ -95,22 +95,6 @@ def _split_has_three_parts(config: Config) -> Iterator[Problem]:
     yield Problem("data.split", text, rule, remedy)
 
 
-def _profiled_steps_follow_each_other(config: Config) -> Iterator[Problem]:
-    """One recording, from its first step to its last, within the run."""
-    steps, last = config.training.profile_steps, config.training.train_iters
-    if not steps:
-        return
-    if min(steps) < 1 or max(steps) > last:
-        rule = f"must be steps from 1 to training.train_iters ({last})"
-        remedy = "use steps of this run, after the first few, which also warm up"
-    elif steps != list(range(steps[0], steps[0] + len(steps))):
-        rule = "must follow each other, because they are one recording"
-        remedy = f"use {list(range(min(steps), min(steps) + len(set(steps))))}"
-    else:
-        return
-    yield Problem("training.profile_steps", steps, rule, remedy)
-
-
 RULES: tuple[Rule, ...] = (
     refuse("optimizer.min_lr", lambda c: c.optimizer.min_lr > c.optimizer.lr,
         "must be at most optimizer.lr ({optimizer.lr})", "use 0.0, or a tenth of optimizer.lr"),
@@ -152,5 +136,4 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.checkpoint.async_save and c.checkpoint.save_interval == 0,
         "must have checkpoint.save_interval (0) above 0",
         "set checkpoint.save_interval to a number of steps, or checkpoint.async_save to false"),
-    _profiled_steps_follow_each_other,
 )  # fmt: skip

@@ -8,6 +8,7 @@ from math import prod
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rules.divisibility import batch_sizes, must_divide, nearest_multiples
 from moepp_megatron.config.schema import Config
+from moepp_megatron.config.sections import declared
 from moepp_megatron.config.stages import stage_layers, virtual_stages
 
 
@@ -76,16 +77,6 @@ def _interleaving_fills_stages(config: Config, world_size: int) -> Iterator[Prob
         yield from must_divide(name, size, per_round * stages, text, reason)
 
 
-def _profiled_ranks_exist(config: Config, world_size: int) -> Iterator[Problem]:
-    """Ranks to be recorded are ranks of the run."""
-    name, ranks = "training.profile_ranks", config.training.profile_ranks
-    if not config.training.profile_steps or ranks is None:
-        return
-    if not ranks or not all(0 <= rank < world_size for rank in ranks):
-        rule = f"must be ranks from 0 to {world_size - 1}"
-        yield Problem(name, ranks, rule, "use null for all, or [0]")
-
-
 def _overlap_without_data_parallelism(config: Config, world_size: int) -> Iterator[Problem]:
     """Nothing is reduced or gathered if no two ranks share a parameter."""
     dense_ranks = _data_parallel_size(config, world_size) * config.parallel.context_parallel_size
@@ -118,7 +109,7 @@ RULES = (
     _expert_ranks_divide_world_size,
     _batch_divides_over_ranks,
     _interleaving_fills_stages,
-    _profiled_ranks_exist,
     _offloading_chunks_have_layers,
+    *declared("world_size_rules"),
 )
 IGNORED = (_overlap_without_data_parallelism,)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +24,7 @@ from moepp_megatron.config.paths import PathProblem, is_address, path_problem, p
 from moepp_megatron.experts import Setting
 
 if TYPE_CHECKING:
-    from moepp_megatron.config.rows import Rule
+    from moepp_megatron.config.rows import Rule, WorldSizeRule
 
 # The most that a whole number may be, by the unit of its field: far above any model or cluster,
 # and little enough that what is made for each layer, expert or rank fits into memory.
@@ -39,6 +39,9 @@ LARGEST = {
     "channels": 16_777_216,
 }
 LARGEST_OF_ALL = 2**31 - 1
+
+# A file that is read; a checkpoint with a second model; a GPU by name or file.
+Use = Literal["file", "checkpoint", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -111,22 +114,24 @@ class Section(BaseModel):
 
     Attributes:
         own_rules: What must hold of its settings.
+        world_size_rules: What must hold of them on a number of ranks.
         excludes: Settings that exclude others: both names, the refused one first, and why.
         instead: Another way to what `excludes` refuses.
         no_effect: Warnings of settings that have none.
-        not_planned: Settings that `moepp plan` does not count, and so refuses.
+        uses: Settings that name what a run needs besides its data, with its kind.
         megatron_flags: Megatron-LM's arguments by name, and the settings that they are.
-        of_one_run: Whether its files are one run's, and other runs of its configuration and
-            models that only run forward do without.
+        of_one_run: Settings of one run alone, which others of its configuration do without, as do
+            models that only run forward.
     """
 
     own_rules: ClassVar[tuple[Rule, ...]] = ()
+    world_size_rules: ClassVar[tuple[WorldSizeRule, ...]] = ()
     excludes: ClassVar[tuple[tuple[str, str, str], ...]] = ()
     instead: ClassVar[str] = ""
     no_effect: ClassVar[tuple[Rule, ...]] = ()
-    not_planned: ClassVar[tuple[str, ...]] = ()
+    uses: ClassVar[tuple[tuple[str, Use], ...]] = ()
     megatron_flags: ClassVar[tuple[tuple[str, str], ...]] = ()
-    of_one_run: ClassVar[bool] = False
+    of_one_run: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from moepp_megatron.config.rows import Rule, no_effect_without, refuse
-from moepp_megatron.config.schema.section import PathText, Section, Unit
+from moepp_megatron.config.schema.section import PathText, Section, Unit, Use
 
 if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
@@ -62,7 +62,7 @@ class DistillationSection(Section):
             "a teacher is given no mask of documents",
         ),
     )
-    not_planned: ClassVar[tuple[str, ...]] = ("distillation.teacher",)
+    uses: ClassVar[tuple[tuple[str, Use], ...]] = (("distillation.teacher", "checkpoint"),)
     no_effect: ClassVar[tuple[Rule, ...]] = (
         no_effect_without(
             "distillation.teacher",

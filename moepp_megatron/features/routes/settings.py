@@ -77,4 +77,6 @@ class RoutesSection(Section):
         ("moe-routing-trace-path", "routes.trace"),
         ("moe-routing-trace-max-training-iters", "routes.steps"),
     )
-    of_one_run: ClassVar[bool] = True
+    of_one_run: ClassVar[tuple[str, ...]] = tuple(
+        f"routes.{name}" for name in ("record", "replay", "trace", "steps")
+    )

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from moepp_megatron.config.rows import Rule, no_effect_without
-from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
+from moepp_megatron.config.schema.section import ConfigPath, Section, Unit, Use
 
 
 class EvaluationSection(Section):
@@ -39,6 +39,7 @@ class EvaluationSection(Section):
         ),
     )
     instead: ClassVar[str] = "evaluate the exported model with lm_eval run"
+    uses: ClassVar[tuple[tuple[str, Use], ...]] = (("evaluation.tasks", "file"),)
     no_effect: ClassVar[tuple[Rule, ...]] = (
         no_effect_without("evaluation.tasks", "evaluation.interval evaluation.limit", "name some"),
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from moepp_megatron.config.schema.section import PathText, Section, Unit
+from moepp_megatron.config.schema.section import PathText, Section, Unit, Use
 
 
 class TelemetrySection(Section):
@@ -18,3 +18,5 @@ class TelemetrySection(Section):
     hardware: Annotated[PathText | None, Unit("-"), Field(min_length=1)] = None
     """GPU whose rated speed MFU is measured by: a name in configs/hardware or a YAML file; null
     takes the GPU that is here"""
+
+    uses: ClassVar[tuple[tuple[str, Use], ...]] = (("telemetry.hardware", "gpu"),)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.load import config_layers
+from moepp_megatron.config.sections import used
 from moepp_megatron.file_names import CONFIG_FILE, LATEST_FILE, OWNER_FILE, STATUS_FILE, is_of_run
 from moepp_megatron.runtime.object_store import ObjectPath
 from moepp_megatron.training.checkpoint import list_checkpoints
@@ -105,10 +106,8 @@ def _holds_runs(path: Path, run: Path) -> bool:
 
 def _refuse_moved_start(config: Config, moved: list[Path]) -> None:
     homes = [Path(os.path.realpath(path)) for path in moved]
-    for setting, name in (
-        ("checkpoint.load", config.checkpoint.load),
-        ("distillation.teacher", config.distillation.teacher),
-    ):
+    load = ("checkpoint.load", config.checkpoint.load)
+    for setting, name in (load, *used(config, "checkpoint")):
         if name is None or name == "auto":
             continue
         candidates = checkpoints_of(name, Path(os.path.abspath(config.run.dir)))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 
 from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
 from moepp_megatron.config.hardware import load_hardware, nearest_hardware
-from moepp_megatron.config.sections import declared
+from moepp_megatron.config.sections import used
 from moepp_megatron.config.vanilla import vanilla, without_budget
 from moepp_megatron.workbench.planning.grid import Grid
 from moepp_megatron.workbench.planning.imbalance import LEARNED, AssumedRouting, recorded_routing
@@ -127,13 +126,11 @@ def make_plan(
 def _check(config: Config, machine: Machine) -> None:
     """Refuse a teacher, and number formats that the GPU has no rate for."""
     hardware, precision = machine.hardware, config.precision
-    for name in declared("not_planned"):
-        if (value := attrgetter(name)(config)) is not None:
-            raise ConfigError(
-                f"{name} ({value}) must be null for a plan, which does not count a second model; "
-                f"use {name}=null here, and moepp train --dry-run with it for the memory of a "
-                "layout"
-            )
+    for name, value in used(config, "checkpoint"):
+        raise ConfigError(
+            f"{name} ({value}) must be null for a plan, which does not count a second model; use "
+            f"{name}=null here, and moepp train --dry-run with it for the memory of a layout"
+        )
     if hardware.peak_tflops(precision.dtype, precision.fp8) is None:
         name = "precision.fp8" if precision.fp8 else "precision.dtype"
         value = precision.fp8 or precision.dtype

@@ -121,7 +121,6 @@ def run_settings(config: Config, steps: int, eval_iters: int) -> list[str]:
         "training.log_interval=1",
         "training.eval_interval=0",
         f"training.eval_iters={eval_iters}",
-        "training.profile_steps=[]",
         f"optimizer.warmup_iters={min(config.warmup_iters, int(share * steps))}",
         "optimizer.decay_iters=null",
         "checkpoint.dir=null",
