@@ -107,5 +107,6 @@ class RouterWatch:
     def _scaled(self, part: Tensor, routing: Routing) -> Tensor:
         """[T, E] a part of the logits as the selection scales the whole of them."""
         shape = -1, self._config.num_experts
+        assert routing.logits is not None, "a router's result has its logits"
         whole_TE = routing.logits.detach().reshape(shape)
         return standardized(part.reshape(shape), self._config.logits_norm_std, whole_TE)

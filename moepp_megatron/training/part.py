@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -108,7 +108,12 @@ class Part(StepHooks):
 
     A part is also hooks of a step: it may look at micro-batches, add to the loss, join the read of
     the step or refuse its batch.
+
+    Attributes:
+        key: Its name for other parts, and for its state in a checkpoint.
     """
+
+    key: ClassVar[str] = ""
 
     @classmethod
     def of(cls, run: Run) -> Part | None:
@@ -202,6 +207,10 @@ class Run:
     extra: Mapping[str, Any]
     callbacks: Sequence[object] = ()
     parts: list[Part] = field(default_factory=list)
+
+    def feature(self, key: str) -> Any | None:
+        """The part of a feature that comes before; None if this run has none, or it is deleted."""
+        return next((part for part in self.parts if part.key == key), None)
 
     def find[P: Part](self, kind: type[P]) -> P | None:
         """The part of a kind that comes before; None if this run has none."""

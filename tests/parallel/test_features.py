@@ -15,7 +15,10 @@ from tests.unit.data.letters import prepare_letters
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "moepp_megatron"
-FEATURES = sorted(path.parent.name for path in PACKAGE.glob("features/*/__init__.py"))
+# The routing guard, which has no folder yet, is built on router health.
+FEATURES = sorted(
+    {path.parent.name for path in PACKAGE.glob("features/*/__init__.py")} - {"router_health"}
+)
 # Another one every day.
 DRAWN = FEATURES[datetime.date.today().toordinal() % len(FEATURES)]
 

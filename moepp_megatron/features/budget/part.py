@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.config.guard_rules import CompleteRule
@@ -32,6 +32,8 @@ class BudgetPart(Part):
         routing: Counts the selections of a step.
         state: State from a checkpoint; None at the beginning.
     """
+
+    key: ClassVar[str] = "budget"
 
     def __init__(
         self,

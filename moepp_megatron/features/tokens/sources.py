@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ class SourcesPart(Part):
         names: Names of the sources; none where they are not known.
         losses: [sources, 2] sum of token losses in nats, and tokens, of the step.
     """
+
+    key: ClassVar[str] = "sources"
 
     def __init__(self, config: Config, model: TrainingModel, dataset: Any) -> None:
         self.names = source_names(dataset) if config.observe.token_groups else ()

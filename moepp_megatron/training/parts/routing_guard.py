@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from moepp_megatron.config import Layout
 from moepp_megatron.config.guard_rules import MEASURED, CompleteRule, effective_rules, is_watched
-from moepp_megatron.features.budget.part import BudgetPart
 from moepp_megatron.features.router_health.part import RouterHealthPart
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event, RuleJudge, Values
@@ -48,7 +47,7 @@ class RoutingGuard(Part):
     def __init__(self, run: Run) -> None:
         self._config, self._settings = run.config, run.config.routing_guard
         self._counts = run.require(RoutingCounts)
-        self._health, self._budget = run.require(RouterHealthPart), run.find(BudgetPart)
+        self._health, self._budget = run.require(RouterHealthPart), run.feature("budget")
         self._shift, self._model = run.require(Shift), run.model
         has_budget = run.config.moe.budget.held_by != "none"
         self._rules = effective_rules(self._settings, has_budget)

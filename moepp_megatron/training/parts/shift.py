@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moepp_megatron.config import Layout
 from moepp_megatron.config.guard_rules import is_watched
-from moepp_megatron.features.tokens.sources import SourcesPart
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor, group_of
 from moepp_megatron.training.part import Part, Run, Step
@@ -38,7 +37,7 @@ class Shift(Part):
 
     def __init__(self, run: Run) -> None:
         self._run, self.batch_loss = run, math.nan
-        self._counts, self._sources = run.require(RoutingCounts), run.find(SourcesPart)
+        self._counts, self._sources = run.require(RoutingCounts), run.feature("sources")
         self._counts.watch(logits=True)
         groups = torch.from_numpy(group_of(np.arange(run.config.model.vocab_size)))
         self._group_of = groups.to(torch.cuda.current_device())
