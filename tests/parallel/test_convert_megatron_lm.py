@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from moepp_megatron.config import ConfigError, load_config
+from moepp_megatron.config import megatron_flags as flags
+from moepp_megatron.config.reference import section_references
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.interop.checkpoint_reader import CheckpointReader
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
@@ -147,6 +149,47 @@ def test_settings_of_the_environment_are_kept(ranks, saved: tuple[Path, np.ndarr
     assert config_from_arguments(arguments, OWN, "save") == expected
     arguments.moepp_environment = OWN
     assert config_from_arguments(arguments, None, "save") == expected
+
+
+# Defaults that `from_megatron` has in code: of latent attention and of routing.
+_IN_CODE = {"kv_lora_rank", "rope_type", "rotary_scaling_factor", "bias_update_rate"}
+# A default that changes nothing in what is computed.
+_FREE = {"num_workers"}
+
+
+def test_absent_arguments_have_megatrons_defaults(ranks) -> None:
+    """Held to the parser of megatron-core's wheel: a new default shows here."""
+    defaults = ranks(1).run(_megatrons_defaults)[0]
+    ours = {one.name: one.default for section in section_references() for one in section.settings}
+    absent = flags.ABSENT | {k: v for _, _, more in flags.ABSENT_WITH for k, v in more.items()}
+    other = {}
+    for name, key in flags.SETTINGS.items():
+        theirs, own = defaults.get(name), absent.get(key, ours[key])
+        own = own if isinstance(own, str) else str(own)
+        same_number = _number(theirs) is not None and _number(theirs) == _number(own)
+        is_same = theirs is None or same_number or str(theirs) == own.strip("'")
+        if not is_same and key.rpartition(".")[2] not in _IN_CODE | _FREE:
+            other[name] = (theirs, own)
+    # Without --group-query-attention the number of groups is not read.
+    assert other == {"num-query-groups": (1, "null")}
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(str(value))
+    except ValueError:
+        return None
+
+
+def _megatrons_defaults() -> dict[str, Any]:
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    options = {name: action for action in parser._actions for name in action.option_strings}
+    names = {name: options.get(f"--{name}") for name in flags.SETTINGS}
+    return {name: action.default for name, action in names.items() if action is not None}
 
 
 def test_groups_of_experts_go_both_ways(saved: tuple[Path, np.ndarray]) -> None:
