@@ -37,26 +37,28 @@ class _Pattern:
 
     moe: int  # MoE layers of a rank
     dense: int  # its other layers
-    is_first: bool  # whether it holds the embedding
-    is_last: bool  # whether it holds the output layer
+    embeddings: int  # 1 on the first rank
+    outputs: int  # output layers, those of multi-token prediction included
     messages: int  # messages that it sends to other stages for a micro-batch
     ranks: int  # number of such ranks
     examples: tuple[int, ...]  # their numbers, ascending
 
     def passes(self, kinds: Kinds) -> PassTime:
         """Passes of a micro-batch through all chunks of such a rank."""
-        counts = (self.moe, self.dense, int(self.is_first), int(self.is_last))
+        counts = (self.moe, self.dense, self.embeddings, self.outputs)
         return sum_passes([(kind, count) for count, kind in zip(counts, kinds, strict=True)])
 
 
 def _stage_patterns(load: Workload, pp: int, vpp: int) -> tuple[_Pattern, ...]:
     """All patterns of a pipeline of even stages, the first rank's first."""
-    kinds: list[tuple[int, int, bool, bool, int]] = []
+    kinds: list[tuple[int, int, int, int, int]] = []
     for rank, chunks in enumerate(pipeline.even_stages(load.layers, pp, vpp)):
-        moe = sum(load.is_moe[layer] for chunk in chunks for layer in chunk)
-        layers = sum(len(chunk) for chunk in chunks)
-        ends = (rank == 0, rank == pp - 1)
-        kinds.append((moe, layers - moe, *ends, pipeline.messages_sent(pp, vpp, rank)))
+        layers = [load.is_moe[layer] for chunk in chunks for layer in chunk]
+        outputs = (1 + load.extra_layers) * (rank == pp - 1)
+        if outputs:
+            layers += [load.is_moe[-1]] * load.extra_layers
+        ends = (int(rank == 0), outputs, pipeline.messages_sent(pp, vpp, rank))
+        kinds.append((sum(layers), len(layers) - sum(layers), *ends))
     return tuple(
         _Pattern(*kind, ranks, tuple(rank for rank in range(pp) if kinds[rank] == kind))
         for kind, ranks in Counter(kinds).items()

@@ -214,8 +214,9 @@ def test_a_fused_loss_needs_the_logits_alone() -> None:
     assert plain.backward.moved - fused.backward.moved == (10 - 4) * logits
 
 
-def test_the_fast_way_gives_what_the_slow_one_does(h100: Machine) -> None:
-    load = replace(LOAD, is_moe=(False, False, *(True,) * 6))
+@pytest.mark.parametrize("further", [0, 2])
+def test_the_fast_way_gives_what_the_slow_one_does(h100: Machine, further: int) -> None:
+    load = replace(LOAD, is_moe=(False, False, *(True,) * 6), extra_layers=further)
     coster = Coster(load, h100, LEARNED)
     tried = itertools.product(
         (1, 2), (1, 2), (1, 4), (1, 2), (1, 8), ((), ("moe_act",), FULL), (False, True)
