@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import itertools
 import math
 import os
@@ -42,6 +44,11 @@ def start(
     Returns this rank's device. A collective that a rank never joins raises after `timeout`.
     UnfitError if this node has more ranks than GPUs.
     """
+    # Else a mapped file that somebody cuts (SIGBUS) ends the rank without a word. Without a stderr
+    # that is a file there is nowhere to say it.
+    with contextlib.suppress(OSError, RuntimeError, ValueError, AttributeError):
+        if not faulthandler.is_enabled():
+            faulthandler.enable()
     on_cpu = cpu_support.install()
     if environment.world_size > 1 and environment.rank == 0 and not has_launcher():
         limit = f"{timeout.total_seconds():.0f} s at most"

@@ -33,3 +33,25 @@ def test_groups_end_with_the_block_and_with_a_users_error(tmp_path: Path) -> Non
         # Other ranks may be in the middle of a collective.
         "cpu ValueError True",
     ]
+
+
+CUT = """
+import os
+import numpy as np
+from moepp_megatron.runtime.distributed import initialized
+from moepp_megatron.runtime.rank import RankEnvironment
+
+open("corpus.bin", "wb").write(bytes(1 << 20))
+tokens = np.memmap("corpus.bin", dtype=np.uint8, mode="r")
+with initialized(RankEnvironment()):
+    os.truncate("corpus.bin", 4096)
+    print(tokens.sum())
+"""
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(CUT)
+    done = program(tmp_path / "program.py")
+    assert done.returncode != 0
+    assert "Fatal Python error: Bus error" in done.stderr
+    assert "program.py" in done.stderr
