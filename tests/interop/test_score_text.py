@@ -93,13 +93,13 @@ def test_ranks_agree_on_the_perplexity(checkpoint: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("tokens", "text", "out", "logits", "named"),
     [
-        (None, None, "o.npz", False, r"--tokens and --text \(neither given\)"),
-        ("t.npz", "text.txt", "o.npz", False, r"--tokens and --text \(both given\)"),
+        (None, None, "o.npz", False, r"--tokens and --text \(neither\) must be given"),
+        ("t.npz", "text.txt", "o.npz", False, r"--tokens and --text \(both\) must be given"),
         ("t.npz", None, None, False, r"--out \(absent\) must name"),
         (None, "text.txt", None, True, "--logits must not be given with --text"),
         (None, "gone.txt", None, False, r"--text \(.*gone\.txt\) cannot be read"),
         (None, "empty.txt", None, False, r"--text \(.*empty\.txt\) must hold some text"),
-        (None, "bytes.txt", None, False, r"--text \(.*bytes\.txt\) must be UTF-8"),
+        (None, "bytes.txt", None, False, r"--text \(.*bytes\.txt\) must be text in UTF-8"),
     ],
 )
 def test_what_is_refused(checkpoint, tmp_path, tokens, text, out, logits, named):
