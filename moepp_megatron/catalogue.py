@@ -97,7 +97,7 @@ class Metric:
 
     @property
     def is_distribution(self) -> bool:
-        """Whether its innermost lists are shares of a whole."""
+        """True if its innermost lists are shares of a whole."""
         return self.unit == "share" and self.axes[-1:] in (("expert",), ("ffn_experts",))
 
     @property

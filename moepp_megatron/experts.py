@@ -110,12 +110,12 @@ KIND_NAMES = tuple(kind.name for kind in KINDS)
 FFN_ONLY: Mapping[str, Any] = {kind.setting: 0 for kind in LOCAL_KINDS}
 """Settings of a layer without zero-computation experts."""
 LOCAL_COUNTS = " + ".join(f"moe.{kind.setting}" for kind in LOCAL_KINDS)
-"""What counts zero-computation experts, for messages."""
+"""Number of zero-computation experts, for messages."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a setting of the layer is, in its field's annotation.
+    """Description of a layer setting, in its field's annotation.
 
     Attributes:
         unit: The unit, as in `config.schema.section`.
@@ -153,7 +153,7 @@ def _count(kind: ExpertKind, least: int = 0) -> Setting:
 # Kinds have no order that a caller would guess, so only the first count goes without its name.
 @dataclass(frozen=True, kw_only=True)
 class ExpertCounts:
-    """How many experts of each kind a layer has; a field for each of `KINDS`, in their order."""
+    """Number of experts of each kind in a layer; a field for each of `KINDS`, in their order."""
 
     num_ffn_experts: Annotated[int, _count(FFN, 1)] = field(default=8, kw_only=False)
     num_constant_experts: Annotated[int, _count(CONSTANT)] = 2
@@ -181,7 +181,7 @@ class ExpertCounts:
 
     @property
     def have_kernels(self) -> bool:
-        """Whether a kernel computes all zero-computation experts that there are."""
+        """True if a kernel computes all zero-computation experts that there are."""
         return all(kind.has_kernel for kind in LOCAL_KINDS if self.count(kind))
 
     @property
@@ -259,7 +259,7 @@ class ExpertLayout(ExpertCounts):
 
     @property
     def is_vanilla(self) -> bool:
-        """Whether this is megatron-core's own MoE: no zero-computation expert, no residual."""
+        """True for megatron-core's own MoE: no zero-computation expert, no gating residual."""
         return self.num_zero_computation_experts == 0 and not self.gating_residual
 
     @property
@@ -271,7 +271,7 @@ class ExpertLayout(ExpertCounts):
 
     @property
     def shares_constants(self) -> bool:
-        """Whether there are constant experts whose vectors are those of the first layer."""
+        """True if there are constant experts that share the first layer's vectors."""
         return self.constants_shared and self.num_constant_experts > 0
 
     def gate_shapes(self, hidden: int) -> list[tuple[int, int]]:

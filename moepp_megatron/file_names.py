@@ -58,12 +58,12 @@ _OF_RANK = re.compile(r".*rank_?\d+\..+")
 
 
 def is_of_run(name: str) -> bool:
-    """Whether a run, or a command about it, writes a file or folder of this name in its folder."""
+    """True if a run, or a command on it, writes a file or folder of this name."""
     others = (UNDONE_FILE, WANDB_ID_FILE, REPORT_PAGE, PROFILE_PAGE)
     # Damaged records are put beside (`observe.jsonl`).
     return name in (*RUN_FILES, *RUN_FOLDERS, *others) or name.startswith(f"{METRICS_FILE}.damaged")
 
 
 def is_record(name: str) -> bool:
-    """Whether a file of this name is a part of a run, of a checkpoint or of other such folders."""
+    """True if a file of this name belongs to a run, a checkpoint or a similar folder."""
     return name in _NAMES or _OF_RANK.fullmatch(name) is not None

@@ -180,7 +180,7 @@ class LayerSettings(ExpertLayout):
 
     @property
     def limits_groups(self) -> bool:
-        """Whether a token's FFN experts may come only from some of the groups."""
+        """True if a token's FFN experts may come only from some of the groups."""
         return self.group_topk < self.num_groups
 
     def problems(self, prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ Transformer Engine, whose attention supports it, is not installed.
 
 A sequence of s tokens is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r (the
 zigzag of `megatron.core.utils.get_batch_on_this_cp_rank`), so that all ranks have the same work
-under the causal mask. Keys and values are gathered, queries stay.
+under the causal mask. Keys and values are gathered, queries are not.
 
 Shape suffixes: S a rank's tokens, s all tokens of a sequence, b sequences, n query heads and g
 key/value heads of this tensor-parallel rank, d channels of a head's query or key, v of its value.

@@ -71,7 +71,7 @@ def _build_chunk(config: Config, vp_stage: int | None) -> WithCrossEntropy:
 
 
 def _backend(config: Config) -> dict[str, Any]:
-    """Which modules the layers are made of: arguments of the specs in `moepp_megatron.moe.spec`."""
+    """The layers' modules: arguments of the specs in `moepp_megatron.moe.spec`."""
     has_transformer_engine = have_transformer_engine()
 
     def adapt(megatron: TransformerConfig, spec: ModuleSpec, is_moe: bool) -> ModuleSpec:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def suits_causal_attention(config: TransformerConfig) -> bool:
-    """Whether `CausalAttention` computes what `DotProductAttention` would, on a GPU."""
+    """True if `CausalAttention` can replace `DotProductAttention` on this GPU."""
     return (
         torch.cuda.is_available()
         and config.context_parallel_size == 1
@@ -127,7 +127,7 @@ def attend(
 
 
 def _takes_shared_keys(query: Tensor, mask: Tensor | None) -> bool:
-    """Whether a kernel takes fewer key heads than query heads: in torch 2.11, flash attention."""
+    """True if a kernel supports grouped-query attention: in torch 2.11, flash attention."""
     return query.device.type == "cpu" or (mask is None and query.dtype is not torch.float32)
 
 

@@ -236,7 +236,7 @@ def kernel_fields(config: Config) -> dict[str, object]:
 
 
 def _fp8_fields(config: Config) -> dict[str, object]:
-    """How Transformer Engine's modules quantise; routers and embedding are not quantised."""
+    """FP8 settings of Transformer Engine's modules; not for routers and embedding."""
     precision = config.precision
     if precision.recipe is None:
         return {}

@@ -1,4 +1,4 @@
-"""How many FFN experts a token gets, and the controllers that keep a model at that number.
+"""Controllers that hold the mean number of FFN experts per token at a target.
 
 The *share* is the FFN experts' part of all selections; a token takes share x K of them. Balance
 under a weight tau gives the share phi = tau F / (tau F + Z). Solved for tau:
@@ -55,9 +55,9 @@ class Budget:
         response: Part of the missing bias that is added after a step.
         drift: The newest step's weight in the drift that corrects `response`; 0 for no correction.
         decay: Weight of the past in the measured share's moving average.
-        per_layer: Whether each layer is held to the share, or their mean.
+        per_layer: True to control each layer, False for their mean.
         start_share: Share at the start; None for a constant share.
-        ramp_begin: Steps for which the share stays at `start_share`.
+        ramp_begin: Steps during which the share is `start_share`.
         ramp_steps: Steps in which it then changes linearly to `share`.
     """
 
@@ -93,7 +93,7 @@ def _log_odds(share: float) -> float:
 
 
 class BudgetController:
-    """Holds the MoE layers of a model to a budget; `state` continues from an earlier one's."""
+    """Controller that keeps MoE layers at a budget; `state` resumes an earlier one."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class BudgetController:
 
     @property
     def needs_margins(self) -> bool:
-        """Whether `observe` needs the margins of a step."""
+        """True if `observe` needs the margins of a step."""
         return self.budget.controller == "bias" and self.budget.gain is None
 
     def taus(self, step: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""Heterogeneous expert capacities: which selections are dropped, the same in every layout."""
+"""Heterogeneous expert capacity: drops the same selections in every layout."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def within_capacity(
     The limit counts the tokens of the whole micro-batch, so ranks that hold parts of its sequences
     exchange their gates first. Between equal gates (to a step of 1 / GATE_STEPS; common with
     `nonzero` normalisation, where a lone FFN pick has gate 1) the token that comes first in
-    [sequence position, sequence] order stays, on whichever rank it is.
+    [sequence position, sequence] order is kept, on whichever rank it is.
 
     Args:
         group: Ranks that share the micro-batch (tensor x context, tensor fastest), or None for

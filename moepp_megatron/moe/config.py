@@ -1,4 +1,4 @@
-"""What a MoE++ layer is: the settings that megatron-core's `TransformerConfig` has no field for."""
+"""Settings of a MoE++ layer that megatron-core's `TransformerConfig` has no field for."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 def suits(config: TransformerConfig) -> bool:
-    """Whether `CPUExperts` computes what `SequentialMLP` would with this configuration."""
+    """True if `CPUExperts` computes the same as `SequentialMLP` for this configuration."""
     return (
         config.gated_linear_unit
         and config.activation_func is F.silu
@@ -77,7 +77,7 @@ _LARGE = 1 << 20
 
 @cache
 def _onednn_has(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype here; bf16 needs AVX-512 (or what replaces it)."""
+    """True if oneDNN multiplies this dtype here; bf16 needs AVX-512 or its successor."""
     if dtype == torch.bfloat16:
         supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return supported

@@ -46,7 +46,7 @@ class CapturedParts:
 
     @property
     def has_router(self) -> bool:
-        """Whether norm and router are captured."""
+        """True if norm and router are captured."""
         return CudaGraphModule.moe_router in self._parts
 
     def arguments(self, part: CudaGraphModule, **kwargs: Any) -> dict[str, Any]:

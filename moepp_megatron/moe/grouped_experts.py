@@ -27,7 +27,7 @@ _ALIGNMENT = 8
 
 
 def suits_grouped(config: TransformerConfig) -> bool:
-    """Whether `GroupedExperts` computes what `SequentialMLP` would: bf16 on Hopper and newer."""
+    """True if `GroupedExperts` can replace `SequentialMLP`: bf16 on Hopper or newer."""
     if not (suits(config) and torch.cuda.is_available() and config.params_dtype == torch.bfloat16):
         return False
     width = config.moe_ffn_hidden_size // config.expert_tensor_parallel_size

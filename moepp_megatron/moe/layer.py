@@ -93,7 +93,7 @@ class MoEPPLayer(MoELayer):
         moepp: The MoE++ settings.
 
     Attributes:
-        fuses: Whether kernels add up the experts' outputs: where `moepp.fused` allows it and they
+        fuses: True if kernels add up the experts' outputs: where `moepp.fused` allows it and they
             compute every kind of experts that there is (`experts.ExpertKind.has_kernel`).
 
     Raises:
@@ -145,12 +145,12 @@ class MoEPPLayer(MoELayer):
 
     @property
     def fuses_rows(self) -> bool:
-        """Whether a kernel adds up FFN experts' rows too, as not every dispatcher lets it."""
+        """True if a kernel also sums FFN experts' rows, which not every dispatcher allows."""
         return self.fuses and isinstance(self.token_dispatcher, RowDispatcher)
 
     @property
     def statistics(self) -> RoutingStatistics:
-        """What this layer did since the last reset."""
+        """Routing counters since the last reset."""
         return self.router.statistics
 
     def forward(
@@ -233,7 +233,7 @@ class MoEPPLayer(MoELayer):
     def _experts(
         self, hidden_states: Tensor, routing: Routing, padding: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The layer after its router."""
+        """Run dispatch, experts and combine."""
         assert routing.logits is not None, "a router's result has its logits"
         if self.router.health.enabled and RoutingStatistics.is_counting(self.training):
             self._measure_constants(hidden_states, routing)
@@ -270,7 +270,7 @@ class MoEPPLayer(MoELayer):
         )
 
     def ffn_input(self, hidden_states: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """What `dispatch` sends: rows for FFN experts and their gates, as the dispatcher orders."""
+        """Rows for FFN experts and their gates, in the dispatcher's order: input of `dispatch`."""
         num_ffn = self.moepp.num_ffn_experts
         if self.moepp.expert_input_scale != 1.0:
             hidden_states = hidden_states * self.moepp.expert_input_scale

@@ -94,7 +94,7 @@ class _Nodes:
         return hidden_states, lane
 
     def layer_output(self, node: Any, hidden_states: Tensor, lane: Tensor | None) -> Tensor:
-        """What the next layer gets; after the model's last layer the final norm and no lane."""
+        """The next layer's input; after the model's last layer the final norm and no lane."""
         norm = node.chunk_state.model.decoder.final_layernorm
         if node.is_last_layer and norm is not None:
             return make_viewless_tensor(norm(hidden_states), requires_grad=True, keep_graph=True)

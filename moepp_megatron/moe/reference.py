@@ -130,7 +130,7 @@ class ReferenceMoEPP(nn.Module):
         return logits_TE
 
     def expert(self, index: int, x: Tensor) -> Tensor:
-        """What expert `index` returns for the tokens `x`."""
+        """Compute expert `index` on the tokens `x`."""
         config = self.config
         if index < config.num_ffn_experts:
             gate, up = F.linear(x, self.expert_in[index]).chunk(2, dim=-1)
@@ -272,9 +272,9 @@ def moved_bias(
 
 
 def within_capacity(gates_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) -> Tensor:
-    """Which selections stay (bool [T, E]): per expert those with the largest gates.
+    """Keep the selections (bool [T, E]) with the largest gates of each expert.
 
-    Between equal gates the earlier token stays. Gates are compared in steps of 1 / GATE_STEPS, so
+    Between equal gates the earlier token is kept. Gates are compared in steps of 1 / GATE_STEPS, so
     that rounding decides nothing.
     """
     kept_TE = torch.zeros_like(selected_TE)

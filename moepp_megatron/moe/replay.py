@@ -1,4 +1,4 @@
-"""Routes: the experts [T, K] that the tokens of each MoE layer take, recorded or given.
+"""Routing replay: record or repeat each MoE layer's selected experts [T, K].
 
 megatron-core's `RouterReplay` records and repeats them in a router. An expert's number is its row
 of the router: FFN experts first, then constant, copy and zero experts.

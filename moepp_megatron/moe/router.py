@@ -170,7 +170,7 @@ class MoEPPRouter(TopKRouter):
 
     @property
     def _has_another_gate(self) -> bool:
-        """Whether somebody has replaced `gating`, which one product with `U` would pass by."""
+        """True if `gating` has been replaced, which a joint product with `U` would bypass."""
         return getattr(self.gating, "__func__", None) is not MoEPPRouter.gating
 
     @property
@@ -193,12 +193,12 @@ class MoEPPRouter(TopKRouter):
 
     @property
     def statistics(self) -> RoutingStatistics:
-        """What this router did since the last reset."""
+        """Routing counters since the last reset."""
         return self.watch.statistics
 
     @property
     def health(self) -> RouterHealth:
-        """How healthy this router is, in steps that measure it."""
+        """Health metrics, in steps that measure them."""
         return self.watch.health
 
     def reset_global_aux_loss_tracker(self) -> None:

@@ -1,4 +1,4 @@
-"""How healthy a router is: what one step's logits, gates and gradients say.
+"""Router health: metrics of one step's logits, gates and gradients.
 
 Everything here is a sum over tokens, so sums over ranks are right in every layout. Nothing is
 measured unless `RouterHealth.enabled` is set, which a training loop does for single steps.
@@ -45,7 +45,7 @@ class RouterHealth:
     """Sums of one MoE++ layer on one rank since the last reset.
 
     Attributes:
-        enabled: Whether forward passes are measured.
+        enabled: True to measure forward passes.
         ffn_counts: [T] FFN experts of each token of the newest micro-batch; None before one.
     """
 

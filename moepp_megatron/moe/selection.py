@@ -1,4 +1,4 @@
-"""Which experts a token's logits select, and with which gates.
+"""Top-K selection of experts from router logits, and their gates.
 
 Shape suffixes: T local tokens, E all experts, K selected per token, S sequences that are counted
 each by itself.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Routing(NamedTuple):
-    """Where the tokens of one micro-batch go, and what their router's losses are made of.
+    """Routing of one micro-batch, and the inputs of its router's losses.
 
     Attributes:
         gates: [T, E] fp32 weight of every expert's output, 0 where not selected or dropped.

@@ -134,7 +134,7 @@ def get_moepp_block_spec(
 
 
 def moe_layer_pattern(config: TransformerConfig) -> list[bool]:
-    """Whether each layer of the model is a MoE layer.
+    """For each layer, True if it is a MoE layer.
 
     Raises:
         ValueError: If none is, or the pattern's length is not the number of layers.

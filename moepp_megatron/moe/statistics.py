@@ -1,4 +1,4 @@
-"""What one MoE layer did since the last reset, counted without touching gradients."""
+"""Counters of one MoE layer since the last reset, outside of autograd."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RoutingStatistics:
 
     @staticmethod
     def is_counting(training: bool) -> bool:
-        """Whether the forward pass that is running counts."""
+        """True if the current forward pass is counted."""
         return training and torch.is_grad_enabled()
 
     @torch.no_grad()

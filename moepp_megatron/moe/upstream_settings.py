@@ -1,4 +1,4 @@
-"""How the MoE++ layer treats each of megatron-core's settings of a MoE layer. Imports no torch.
+"""The MoE++ layer's treatment of each of megatron-core's MoE settings. Imports no torch.
 
 megatron-core reads its `TransformerConfig` in its own router and layer, part of which the MoE++
 layer replaces. A setting that only the replaced part reads would be silently ignored. So

@@ -10,7 +10,7 @@ from typing import Any
 from moepp_megatron.runtime.install import how_to_install
 
 TESTED_VERSION = "0.19.2"
-"""What this package is tested with (constraints.txt)."""
+"""Version that tests run with (constraints.txt)."""
 OLDEST, BEYOND = "0.19.2", "0.21"
 
 RENAMED = {"_forward_post_mlp": "_apply_mlp_bda_step"}

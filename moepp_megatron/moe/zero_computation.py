@@ -84,7 +84,7 @@ class ZeroComputationExperts(MegatronModule):
 
     @property
     def starts_at_zero(self) -> bool:
-        """Whether V is 0 before training."""
+        """True if V is 0 before training."""
         is_zero = {"normal": False, "zero": True}[self.moepp.constant_init]
         return self.moepp.num_constant_experts > 0 and is_zero
 

@@ -3,7 +3,7 @@
 router.py          logits to gates, routing map and statistics, in one kernel each way
 scores.py          the score functions inside that kernel
 expert_groups.py   group-limited routing inside it
-rows.py            which FFN rows are each token's
+rows.py            index of each token's FFN rows
 tags.py            selections counted by the tokens' tags
 combine.py         FFN rows back to their tokens, plus zero-computation and shared experts
 combine_triton.py  what `combine.py` launches
@@ -28,7 +28,7 @@ from moepp_megatron.runtime.optional import have_triton
 
 
 def use_kernels(fused: Fused) -> bool:
-    """Whether the kernels run in this process.
+    """True if the kernels run in this process.
 
     Triton's interpreter (the variable TRITON_INTERPRET, set before Triton is imported) runs them
     on CPU tensors, thousands of times slower: only `fused=True` takes it.
@@ -58,7 +58,7 @@ def start_kernel(device: torch.device) -> None:
 
 
 def interprets() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    """True if Triton's interpreter runs the kernels, on CPU tensors."""
     if importlib.util.find_spec("triton") is None:
         return False
     from triton import knobs

@@ -122,7 +122,7 @@ class _Select(torch.autograd.Function):
 def _launch(
     logits: Tensor, config: MoEPPConfig, num_sequences: int
 ) -> tuple[int, int, dict[str, Any]]:
-    """Positions of a sequence, tiles that share them, and what both kernels are compiled for."""
+    """Positions of a sequence, tiles that share them, compile-time constants of both kernels."""
     num_tokens, num_experts = logits.shape
     assert num_tokens % num_sequences == 0, (
         f"{num_tokens} tokens are not {num_sequences} sequences of one length"
@@ -149,7 +149,7 @@ def _launch(
 
 
 def _groups(config: MoEPPConfig) -> dict[str, int]:
-    """What the selection is compiled for where groups are limited; one group where they are not."""
+    """Compile-time constants of group-limited selection; one group if not limited."""
     return {
         "NUM_FFN": config.num_ffn_experts,
         "GROUPS": config.num_groups if config.limits_groups else 1,
@@ -163,7 +163,7 @@ def _tile(  # type: ignore[no-untyped-def]
     padded_ptr, tile, positions, sequences, NUM_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of a tile in [T, E], what of it exists, what of it routes, columns."""
+    """A tile's offsets in [T, E], masks of what exists and of what routes, and columns."""
     position = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_E)
     token = position.to(tl.int64) * sequences + tl.program_id(1)
