@@ -192,9 +192,12 @@ class ShiftMonitor:
     def fault(self) -> float:
         """Evidence of the newest step that the routers are damaged, over its limit; else 0.
 
-        Once they have been put back, a loss that stays away from its course says so too.
+        Where more than they may be at fault, only while the loss is above its limit. Once they
+        have been put back, a loss that stays away from its course says so too.
         """
         if self.event is None or not self.event.is_fault:
+            return 0.0
+        if self.event.cause == "unknown" and not self.is_loss_high:
             return 0.0
         names = (*_OF_ROUTERS, "loss") if self.event.is_mended else _OF_ROUTERS
         alarms = [self._detectors[name] for name in names]
