@@ -1,7 +1,7 @@
 """The training run: optimizer, schedule, loop, statistics, checkpoints.
 
 alerts.py              the alerts of a run; those about refused batches, stages, failed saves
-alike.py               what must be the same on all machines and ranks
+alike.py               checks that settings match on all machines and ranks
 batches.py             micro-batches on this rank's device, for training and validation
 collect.py             sums over all ranks
 rollback.py            loads an earlier checkpoint of the run in the middle of training
@@ -17,9 +17,9 @@ schedule.py            the learning rate and the batch size of every step
 setup.py               wraps the model: precision, data parallelism, optimizer, schedule
 signals.py             stopping on request: finish the step, save, leave
 step.py                one training step
-step_sums.py           what a step decides by: summed over all ranks and read once
-tagging.py             whether layers know which tokens they see, and from what
-token_scores.py        log-probabilities of given tokens from a model that is there
-train_request.py       what `moepp train` is asked to do, checked before anything heavy is imported
+step_sums.py           a step's reductions: summed over all ranks and read once
+tagging.py             token tags: support in the layout, and setup
+token_scores.py        log-probabilities of given tokens from a built model
+train_request.py       a request of `moepp train`, checked before anything heavy is imported
 trainer.py             the run from start to end
 """

@@ -46,7 +46,7 @@ class RunAlerts:
                 self._sinks.send(alert)
 
     def complain(self, progress: Progress, checkpoints: CheckpointWriter) -> None:
-        """Repeat that the last save failed, until one succeeds; each loss of files is one alert."""
+        """Repeat that saves fail, until one succeeds; report each loss of files once."""
         failed = checkpoints.failed_saves
         if self._sinks is None or self._config is None:
             return
@@ -69,13 +69,13 @@ class RunAlerts:
 
 
 def _alert(progress: Progress, rule: str, metric: str, **fields: Any) -> Alert:
-    """Of now; its value is the number of that name in `progress` unless another is given."""
+    """Make an alert, timed now; `value` is by default that field of `progress`."""
     fields = {"value": getattr(progress, metric, None), "severity": "critical"} | fields
     return Alert(step=progress.step, time=time.time(), rule=rule, metric=metric, **fields)
 
 
 def _lost_files(progress: Progress, folder: Path) -> Alert:
-    """The run's folder, or files in it, were removed or renamed."""
+    """Report that the run's folder, or files in it, were removed or renamed."""
     reason = (
         f"{folder} has lost its {CONFIG_FILE}, and maybe all else: it was removed or renamed "
         "while the run trains in it"
@@ -85,7 +85,7 @@ def _lost_files(progress: Progress, folder: Path) -> Alert:
 
 
 def lost_output(progress: Progress, reason: str) -> Alert:
-    """What only looks at a run could not be written; the run goes on."""
+    """Report output that could not be written; the run continues without it."""
     fields = {"condition": reason, "severity": "warning", "action": "go on without"}
     return _alert(progress, "lost_output", "tokens", **fields)
 
@@ -102,7 +102,7 @@ _REMEDIES = {
 
 
 def guard_alert(progress: Progress, reason: str, action: str) -> Alert:
-    """The numerical guard has refused a batch, or acts on many; `progress` is from before."""
+    """Report that the guard refused a batch, or acts on many; `progress` is from before."""
     fields = {"condition": reason, "action": action}
     fields["severity"] = "critical" if action in ("rollback", "stop", "warn") else "warning"
     fields["remedy"] = f"{_REMEDIES[action]} (docs/guard.md#batches-that-are-refused)"
@@ -110,6 +110,6 @@ def guard_alert(progress: Progress, reason: str, action: str) -> Alert:
 
 
 def new_stage(progress: Progress, reason: str) -> Alert:
-    """Other data follow, as announced."""
+    """Report that a new stage of the data begins."""
     fields = {"condition": reason, "severity": "info", "action": "both guards start again"}
     return _alert(progress, "new_stage", "tokens", **fields)

@@ -1,4 +1,4 @@
-"""Settings and versions that must be the same on all machines and ranks of a run."""
+"""Consistency check: settings and versions that must match on all machines and ranks."""
 
 from __future__ import annotations
 

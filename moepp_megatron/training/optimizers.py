@@ -96,7 +96,7 @@ def _precision_aware(settings: OptimizerSection) -> dict[str, Any]:
 
 
 def _parameter_overrides(config: Config) -> dict[ParamKey, ParamGroupOverride]:
-    """What differs from the optimizer's own settings, for each kind of parameters."""
+    """Settings that differ from the optimizer's own, for each kind of parameters."""
     overrides: dict[ParamKey, ParamGroupOverride] = {}
     for kind in ParameterGroups.model_fields:
         for is_vector in (False, True):
@@ -130,7 +130,7 @@ def _is_of_kind(kind: str, is_vector: bool, parameter: Tensor, name: str) -> boo
 
 
 def _is_vector(parameter: Tensor, name: str) -> bool:
-    """Whether megatron-core does not decay a parameter (get_standard_config_overrides)."""
+    """True if megatron-core does not decay it (get_standard_config_overrides)."""
     return parameter.dim() == 1 or name.endswith(".bias")
 
 

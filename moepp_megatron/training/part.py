@@ -57,12 +57,12 @@ class Step:
 
     @property
     def updated(self) -> bool:
-        """Whether the optimizer has changed the parameters."""
+        """True if the optimizer has changed the parameters."""
         return self.result.updated
 
     @property
     def is_finite(self) -> bool:
-        """Whether the loss is finite over all ranks."""
+        """True if the loss is finite over all ranks."""
         return self.result.is_finite
 
 
@@ -84,7 +84,7 @@ class Rollback:
 
 @dataclass(frozen=True)
 class Pause:
-    """A part wants the run to save and end, to be resumed by somebody."""
+    """A part wants the run to save and end, to be resumed by the user."""
 
     reason: str
 
@@ -94,7 +94,7 @@ class Stop:
     """A part wants the run to save and fail.
 
     Attributes:
-        error: Makes the exception; given what has become of the save.
+        error: Makes the exception from the outcome of the save.
     """
 
     error: Callable[[str], Exception]
@@ -117,14 +117,14 @@ class Part(StepHooks):
 
     @classmethod
     def of(cls, run: Run) -> Part | None:
-        """Make the part of a run; None where the run does without. Every rank calls."""
+        """Make the part of a run; None if it is disabled. Every rank calls."""
         raise NotImplementedError(f"{cls.__name__} must say for which runs it is made")
 
     def begin(self, progress: Callable[[], Progress], stop: StopRequest) -> None:
         """The training loop begins; `progress` gives the run's progress whenever it is asked."""
 
     def new_data(self, first_sample: int) -> str | None:
-        """Why the data of the next batch are others than before; None if they are not."""
+        """Why the next batch comes from a new data stage, or None."""
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Training step `step` begins, with the layout's number of micro-batches."""
@@ -134,7 +134,7 @@ class Part(StepHooks):
         return ()
 
     def wants_record(self, step: int) -> bool:
-        """Whether `step` must be logged."""
+        """True if `step` must be logged."""
         return False
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -146,7 +146,7 @@ class Part(StepHooks):
         return ()
 
     def step_stays(self, step: Step, record: StepMetrics | None) -> None:
-        """A step was taken and is not undone; its record if it was logged."""
+        """A step was taken and will not be undone; its record if logged."""
 
     def state(self) -> Mapping[str, Any]:
         """The part's entries of a checkpoint, the same on every rank; later steps change none."""
@@ -157,7 +157,7 @@ class Part(StepHooks):
         return ()
 
     def reset_baseline(self, step: int) -> Iterable[Alert]:
-        """Other data follow after `step`, as announced: forget what was usual."""
+        """New data follow `step`, as planned: forget the baseline."""
         return ()
 
     def write(self) -> None:
@@ -167,7 +167,7 @@ class Part(StepHooks):
         """A checkpoint is complete on disk."""
 
     def end(self) -> None:
-        """The training loop has ended as it should; its last checkpoint is written."""
+        """The training loop has ended normally; its last checkpoint is written."""
 
     def failed(self, error: Exception) -> None:
         """An exception has ended the loop on this rank; no collectives."""
@@ -178,7 +178,7 @@ class Part(StepHooks):
 
 @dataclass
 class Run:
-    """What parts are made from.
+    """The inputs of a part.
 
     Attributes:
         config: The run's configuration.
@@ -223,7 +223,7 @@ class Run:
         return part
 
     def is_due(self, step: int, interval: int) -> bool:
-        """Whether what happens every `interval` steps, and at the end, is due at `step`."""
+        """True if an event of every `interval` steps, and of the end, is due at `step`."""
         is_last = step == self.config.training.train_iters
         return interval > 0 and (step % interval == 0 or is_last)
 

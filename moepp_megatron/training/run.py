@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run has ended.
+    """Result of a run.
 
     Attributes:
         folder: The run's folder.

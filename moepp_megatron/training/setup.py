@@ -53,7 +53,7 @@ class TrainingModel:
     @property
     def learning_rate(self) -> float:
         """The rate of the newest step, where `optimizer.groups` does not multiply it."""
-        # On every rank: a group without parameters here has its rate all the same.
+        # True on every rank, even where a group is empty.
         rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
         assert rate is not None, "no group of parameters has the schedule's own rate"
         return float(rate)

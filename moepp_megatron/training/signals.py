@@ -27,14 +27,14 @@ SAME_REQUEST_S = 10.0
 
 
 class StopRequest:
-    """Whether this run was asked to stop.
+    """Request to stop this run.
 
     The first of `STOP_SIGNALS` is remembered and the step continues; one that comes more than
     `SAME_REQUEST_S` later, unless it is one of `REPEATED`, ends the process at once. A process that
     trains by itself is ended by a second Ctrl-C at once; for ranks their launcher decides that.
 
     Attributes:
-        seen: Whether any rank was asked before the newest step's read; the same on every rank. The
+        seen: True if any rank was asked before the newest step's read; the same on all ranks. The
             request is a `step_sums.Summand`.
     """
 
@@ -63,7 +63,7 @@ class StopRequest:
             self._requested_at = time.monotonic()
 
     def agreed(self) -> bool:
-        """Whether any rank was asked; every rank must call, and all get the same answer.
+        """True if any rank was asked; every rank must call, and all get the same answer.
 
         A launcher does not reach all ranks between the same two steps: one that stopped by itself
         would leave the others waiting for it.

@@ -26,10 +26,10 @@ Batch = dict[str, Tensor]
 
 
 class StepHooks:
-    """What a step does besides computing the model's own loss; these methods do nothing.
+    """Hooks of a training step besides the model's own loss; these methods do nothing.
 
     Attributes:
-        may_refuse: Whether `refuses` may refuse a batch, so that a step must be undoable.
+        may_refuse: True if `refuses` may refuse a batch, so that a step must be undoable.
     """
 
     may_refuse = False
@@ -48,7 +48,7 @@ class StepHooks:
         """Look at a model chunk, its micro-batch and token losses [b, s]; last pipeline stage."""
 
     def loss(self, loss: Tensor, output: Tensor, loss_mask: Tensor, num_tokens: Tensor) -> Tensor:
-        """What a micro-batch's gradients are of.
+        """The scalar to backpropagate for this micro-batch.
 
         Args:
             loss: Scalar: sum of the token losses, and of what hooks before have added.
@@ -60,11 +60,11 @@ class StepHooks:
         return loss
 
     def summands(self) -> Sequence[Summand]:
-        """What is summed over all ranks before the optimizer acts."""
+        """Values to sum over all ranks before the optimizer acts."""
         return ()
 
     def refuses(self, sums: StepSums, losses: Tensor) -> bool:
-        """Whether the batch must not change the model; arguments as of `StepResult`."""
+        """True to skip the batch's update; arguments as of `StepResult`."""
         return False
 
 
@@ -73,14 +73,14 @@ NO_HOOKS = StepHooks()
 
 @dataclass
 class StepResult:
-    """What one step did on this rank.
+    """Result of one step on this rank.
 
     Attributes:
         losses: [2] float64 on the device: sum of token losses and number of tokens, on the last
             pipeline stage.
-        sums: What was read from the device before the optimizer acted.
-        updated: Whether the optimizer changed the parameters.
-        is_finite: Whether loss and gradients are finite on all ranks, as far as a guard looks.
+        sums: The values read from the device before the optimizer acted.
+        updated: True if the optimizer changed the parameters.
+        is_finite: True if loss and gradients are finite on all ranks, as far as a guard looks.
     """
 
     losses: Tensor

@@ -1,4 +1,4 @@
-"""What a step decides by: summed over all ranks in one collective and read from the device once.
+"""A step's reductions: summed over all ranks in one collective, read from the device once.
 
 Each read makes the host wait for all work that is queued, and the device idles until the host has
 queued more. So the loss, the gradient norm, whether both are sound, and whatever else is counted in
@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class Summand(Protocol):
-    """Something that every rank counts in a step and all want to know the sum of."""
+    """A quantity that every rank counts in a step and that is summed over all."""
 
     def summand(self) -> Tensor:
         """[n] float64 on the device, this rank's; n is the same on all ranks."""
@@ -32,7 +32,7 @@ class Summand(Protocol):
 
 @dataclass(frozen=True)
 class StepSums:
-    """What was read.
+    """The values read.
 
     Attributes:
         loss: Token mean of the loss over all ranks; NaN if it or the gradients of any rank are not
@@ -60,7 +60,7 @@ def shared_sum(values: Tensor) -> Tensor:
 
 
 def first_of_tensor_ranks() -> bool:
-    """Whether this rank counts where tensor-parallel ranks hold the same tokens."""
+    """True on the tensor-parallel rank that counts tokens which all of them have."""
     return parallel_state.get_tensor_model_parallel_rank() == 0
 
 

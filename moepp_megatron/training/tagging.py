@@ -1,4 +1,4 @@
-"""Whether layers know which tokens they see, and from what."""
+"""Token tags in training: support in the layout, and setup."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moepp_megatron.moe.token_tags import TokenTags
 
 
 def layers_know_tokens(config: Config) -> bool:
-    """Whether the layers know which tokens they see.
+    """True if the layers receive token tags.
 
     They do not with the combined schedule or a router in a CUDA graph.
     """

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens from a model that is there, in any layout."""
+"""Log-probabilities of given tokens from a built model, in any layout."""
 
 from __future__ import annotations
 

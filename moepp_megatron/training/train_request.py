@@ -1,4 +1,4 @@
-"""What `moepp train` is asked to do, checked before anything heavy is imported."""
+"""A request of `moepp train`, checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -118,19 +118,19 @@ class TrainRequest:
 
     @property
     def speaks(self) -> bool:
-        """Whether this process says what all processes of the run find alike."""
+        """True if this process prints what all processes of the run find."""
         nodes = self.options.nodes
         return self.rank.rank == 0 and (nodes is None or not nodes.rank)
 
     @property
     def leads(self) -> bool:
-        """Whether this process is known to be the one that decides about the run's folder."""
+        """True if this process is known to be the one that decides about the run's folder."""
         nodes = self.options.nodes
         return self.rank.rank == 0 if nodes is None else nodes.rank == 0
 
     @property
     def starts_ranks(self) -> bool:
-        """Whether this process starts ranks, and is none itself."""
+        """True if this process starts ranks and is not one itself."""
         return not self.rank.is_launched and self.options != LaunchOptions(1, stoppable=True)
 
     def admitted(self, warn: Say) -> TrainRequest:
@@ -174,7 +174,7 @@ class TrainRequest:
         return replace(self, start=start, loads=loads)
 
     def _settled_start(self) -> Start:
-        """What is wanted, after what the same run has begun before, and after its settings."""
+        """Start options, adjusted to the run's earlier start and its settings."""
         start, checkpoint = self.start, self.config.checkpoint
         overwrite = start.overwrite and not start.restarted
         goes_on_by_itself = checkpoint.load == "auto" and checkpoint.load_optimizer

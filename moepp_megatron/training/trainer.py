@@ -127,8 +127,7 @@ class Trainer:
                 if self.checkpoints.is_written():
                     with supervisor.during("save"):
                         self.checkpoints.finish()
-                # The loss is needed only by the log, but reading it waits for the device: so the
-                # time of the step is its own.
+                # Reading the loss synchronizes with the device, so only logged steps do it.
                 logs = step.updated and self._is_logged(step.number)
                 if logs:
                     record = self._record(step)
@@ -173,7 +172,7 @@ class Trainer:
                 logger.warning("%s", lack)
 
     def _enter_stages(self) -> None:
-        """Reset every part where the next batch is of other data, as announced."""
+        """Reset every part's baseline if the next batch is of a new data stage."""
         reasons = [part.new_data(self.progress.consumed_samples) for part in self.parts]
         for why in filter(None, reasons):
             for part in self.parts:
@@ -200,7 +199,7 @@ class Trainer:
         return step
 
     def _judge(self, step: Step) -> bool:
-        """Let the parts judge a step and do what they want; False if it does not stay."""
+        """Let the parts judge a step and act on it; False if the step is undone."""
         for part in self.parts:
             for outcome in part.judge(step):
                 if not self._act(outcome):
@@ -208,7 +207,7 @@ class Trainer:
         return step.updated
 
     def _act(self, outcome: Outcome) -> bool:
-        """Do what a part wants; False if the run has gone back."""
+        """Carry out a part's request; False if the run was rolled back."""
         match outcome:
             case Rollback():
                 return not self._roll_back(outcome)

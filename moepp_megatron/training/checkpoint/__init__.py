@@ -1,18 +1,18 @@
 """Checkpoints of a run: what they hold, how they are written and read.
 
 files.py         names of the files; whether a folder is a whole, undamaged checkpoint
-progress.py      how far a run is
-plain_pickle.py  what a pickle describes, read without making any of it
+progress.py      a run's progress: steps, samples, tokens
+plain_pickle.py  reads the description in a pickle without unpickling it
 index.py         the index of the tensors, rebuilt from plain values
 data_only.py     how megatron-core and torch read one: data, never code
-find.py          which checkpoint a name means, which one is the newest valid one
-compatible.py    whether a checkpoint fits a configuration
+find.py          finds the checkpoint that a name means, and the newest valid one
+compatible.py    checks that a checkpoint fits a configuration
 optimizer.py     state of optimizers: their steps, a rank's shard in terms of whole parameters
 state.py         model, optimizer, schedule as megatron-core's sharded state
-plan.py          which rank writes which bytes
+plan.py          assigns the bytes that each rank writes
 background.py    a forked process that writes, a thread that uploads, while training continues
 publish.py       turns complete files into a named checkpoint
-room.py          room on the disk: what fits, old checkpoints, what killed runs left
+room.py          disk space and retention: deletes old checkpoints and partial ones
 write.py         `CheckpointWriter`: all of a save, in the foreground or background
 read.py          all of a load
 

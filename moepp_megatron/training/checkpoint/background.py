@@ -64,13 +64,13 @@ class Background:
         self._status: int | None = None
 
     def done(self) -> bool:
-        """Whether the process has ended; returns at once."""
+        """True if the process has ended; does not block."""
         while self._status is None and select.select([self._reader], [], [], 0)[0]:
             self._receive()
         return self._status is not None
 
     def result(self) -> Any:
-        """What the function returned; waits for it.
+        """Wait for the function and return its result.
 
         Raises:
             BackgroundError: It raised, or its process died.
@@ -124,11 +124,11 @@ class BackgroundUpload:
         ).start()
 
     def done(self) -> bool:
-        """Whether it has ended; returns at once."""
+        """True if it has ended; does not block."""
         return self._uploaded.done()
 
     def result(self) -> Any:
-        """What was written and uploaded; waits for it.
+        """Wait for the upload and return the result.
 
         Raises:
             BackgroundError: The process has failed.

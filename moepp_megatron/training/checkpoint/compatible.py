@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a configuration, decided from config.yaml before reading tensors."""
+"""Check that a checkpoint fits a configuration, by config.yaml, before reading tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moepp_megatron.training.checkpoint.progress import read_record
 
 
 def _latent_widths(config: Config) -> dict[str, Any] | None:
-    """The settings of latent attention that decide shapes; those of rotation do not."""
+    """MLA settings that determine tensor shapes (RoPE settings do not)."""
     latent = config.model.latent_attention
     if latent is None:
         return None
@@ -37,7 +37,7 @@ def _expert_width(config: Config) -> int | None:
 
 
 def _residual(config: Config) -> bool:
-    """Whether any router has a gating residual: the first MoE layer has no logits before it."""
+    """True if a router has a gating residual; the first MoE layer's never has one."""
     return config.moe.gating_residual and sum(config.router_pattern) > 1
 
 
@@ -137,7 +137,7 @@ def _shape_problems(checkpoint: Path, saved: Config, config: Config) -> list[Pro
 
 
 def _state_problems(checkpoint: Path, saved: Config, config: Config) -> Iterator[Problem]:
-    """What a resumed run must keep, and one that loads only weights need not."""
+    """Yield changed settings that only a run resumed with its state must keep."""
     if not config.checkpoint.load_optimizer or read_record(checkpoint) is None:
         return
     kind, wanted = saved.optimizer.kind, config.optimizer.kind
@@ -163,7 +163,7 @@ def _state_problems(checkpoint: Path, saved: Config, config: Config) -> Iterator
 
 
 def _follows(name: str, saved: Config, config: Config) -> bool:
-    """Whether a difference follows from that of another setting, which is reported instead."""
+    """True if a difference follows from another setting's, which is reported instead."""
     both = (saved, config)
     if name == "moe.layer_freq":
         return saved.model.num_layers != config.model.num_layers

@@ -81,7 +81,7 @@ def _local_folder(checkpoint: Path) -> Iterator[Path]:
 
 
 def _each_byte_once(reading: Any) -> Any:
-    """A way to load by which data-parallel ranks share out the reading of what they all need."""
+    """Load strategy by which data-parallel ranks share the reading of what they all need."""
     if not parallel_state.is_initialized():
         return reading
     return FullyParallelLoadStrategyWrapper(
@@ -175,7 +175,7 @@ class _Objects(FileSystem):
 
 
 def unsafe_pickle(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | None:
-    """What in a checkpoint would not be safe to unpickle; None if nothing.
+    """Describe what in a checkpoint is unsafe to unpickle; None if nothing.
 
     Of `num_parts` parts of the entries only `part` is checked, so that ranks share the work.
     """

@@ -3,8 +3,8 @@
 A checkpoint is a folder `step_NNNNNNNN` in megatron-core's distributed format, plus everything
 that makes it usable by itself:
 
-    __R_0.distcp     what rank R wrote
-    .metadata        which bytes hold which tensor (torch.distributed.checkpoint)
+    __R_0.distcp     the shards that rank R wrote
+    .metadata        the index of tensors (torch.distributed.checkpoint)
     metadata.json    the format (megatron-core)
     config.yaml      resolved configuration
     tokenizer.json   copied from the run's data
@@ -43,7 +43,7 @@ def checkpoint_step(path: Path) -> int:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` has the parts of a complete checkpoint; `damage` looks into them."""
+    """True if `path` has all files of a checkpoint; `damage` checks their contents."""
     return all((path / name).is_file() for name in (FORMAT_FILE, CONFIG_FILE, MANIFEST_FILE))
 
 

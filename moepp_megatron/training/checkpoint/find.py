@@ -1,4 +1,4 @@
-"""Which checkpoint a name means, and which is the newest valid one. Imports no torch."""
+"""Find the checkpoint that a name means, or the newest valid one. Imports no torch."""
 
 from __future__ import annotations
 

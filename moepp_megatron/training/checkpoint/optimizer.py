@@ -95,23 +95,23 @@ def set_steps(optimizer: Any, steps: int) -> None:
 
 
 def is_distributed(optimizer: Any) -> bool:
-    """Whether an optimizer keeps a shard of its state on each data-parallel rank."""
+    """True if an optimizer shards its state over data-parallel ranks."""
     return hasattr(optimizer, "gbuf_ranges")
 
 
 def is_torch(inner: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer is torch's own, as without Transformer Engine and apex."""
+    """True if an optimizer is torch's own, as without Transformer Engine and apex."""
     return type(inner).__module__.startswith("torch.optim")
 
 
 def _is_emerging(inner: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer is one of the package emerging_optimizers, or megatron-core's of it."""
+    """True for optimizers of emerging_optimizers, or megatron-core's subclasses."""
     return "emerging_optimizers" in type(inner).__module__
 
 
 @dataclass
 class ParameterShard:
-    """What a rank holds of one parameter's optimizer state.
+    """This rank's shard of one parameter's optimizer state.
 
     Attributes:
         parameter: The model's parameter.
@@ -147,7 +147,7 @@ def split_halves(whole: Tensor, weight: Tensor, remainder: Tensor) -> None:
 
 
 def parameter_shards(optimizer: Any, model_state: dict[str, Any]) -> Iterator[ParameterShard]:
-    """What this rank holds of each parameter of a distributed optimizer, whose state exists."""
+    """Yield this rank's shard of each parameter of a distributed optimizer with state."""
     entries = {
         entry.data: entry
         for entry in nested_values(model_state)
@@ -173,7 +173,7 @@ def copy_into_shard(optimizer: Any, parameter: Tensor, value: Tensor) -> None:
 
 
 def _held(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, int]]:
-    """Each parameter of which this rank holds a part, and the part's first element."""
+    """Each parameter with a shard on this rank, and the shard's first element."""
     for ranges in optimizer.gbuf_ranges:
         for bucket in (bucket for buckets in ranges.values() for bucket in buckets):
             for parameter, places in bucket["param_map"].items():
@@ -281,6 +281,6 @@ def _pieces(shard: ParameterShard) -> list[tuple[ShardedTensor, int]]:
 
 
 def _model_replica(piece: ShardedTensor) -> tuple[int, ...]:
-    """Which replica over the other groups than the data-parallel one, as megatron-core counts."""
+    """Replica number over the groups other than data-parallel, as in megatron-core."""
     assert isinstance(piece.replica_id, tuple), f"{piece.key} does not say its replicas by group"
     return piece.replica_id[:-1]

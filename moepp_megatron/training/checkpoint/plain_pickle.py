@@ -93,7 +93,7 @@ class _Machine:
         self._is_known = is_known
 
     def _take(self, num_bytes: int) -> None:
-        """Count memory of values: few bytes of a pickle may make many of them."""
+        """Count memory of values: a few bytes of a pickle may make many of them."""
         self._memory += num_bytes
         if self._memory > _MAX_MEMORY:
             raise UnsafePickleError(f"holds values of more than {_MAX_MEMORY >> 20} MiB")
@@ -113,7 +113,7 @@ class _Machine:
         self.stack = []
 
     def items(self) -> list[Any]:
-        """What was pushed since the last mark."""
+        """Pop the items since the last mark."""
         items, self.stack = self.stack, self.marks.pop()
         return items
 

@@ -1,4 +1,4 @@
-"""Plans with megatron-core which rank writes which bytes, and writes them itself.
+"""Plans with megatron-core the bytes that each rank writes, and writes them itself.
 
 megatron-core plans a save and hands out an asynchronous request. Its own ways to carry one out end
 in collectives that hang all ranks when one rank cannot write, and hash every file on one rank while
@@ -34,7 +34,7 @@ from moepp_megatron.training.checkpoint.state import METADATA
 
 @dataclass
 class Written:
-    """What one rank wrote: results of torch's writer for the index, SHA-256 and bytes by file."""
+    """One rank's output: results of torch's writer for the index, SHA-256 and bytes by file."""
 
     results: list[Any] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)

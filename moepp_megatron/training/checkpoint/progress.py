@@ -1,4 +1,4 @@
-"""How far a run is, and the record that a checkpoint keeps of it."""
+"""A run's progress, and the record of it in a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class NewerFormatError(ConfigError):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is at one moment.
+    """Progress of a run at one moment.
 
     It is frozen, so that a save in progress keeps the state at which it was started.
 
@@ -43,7 +43,7 @@ class Progress:
     skipped_steps: int = 0
 
     def after_step(self, samples: int, tokens: int) -> Progress:
-        """One optimizer step later."""
+        """Progress after one optimizer step."""
         return replace(
             self,
             step=self.step + 1,
@@ -52,7 +52,7 @@ class Progress:
         )
 
     def after_skip(self, samples: int) -> Progress:
-        """One refused batch later."""
+        """Progress after a refused batch."""
         return replace(
             self,
             consumed_samples=self.consumed_samples + samples,

@@ -46,7 +46,7 @@ _TICK_S = 1e-3
 
 @dataclass(frozen=True)
 class Companions:
-    """What is stored with the tensors: resolved configuration (YAML), tokenizer's files, record."""
+    """Files stored with the tensors: resolved configuration (YAML), tokenizer, record."""
 
     config: str
     tokenizer: dict[str, bytes]

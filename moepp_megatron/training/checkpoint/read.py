@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Loaded:
-    """What a checkpoint says about the run, besides the state that has been loaded.
+    """A checkpoint's progress and extra state, besides what has been loaded in place.
 
     Attributes:
         progress: The progress from which the run continues.

@@ -1,4 +1,4 @@
-"""Room on the disk of a checkpoint folder: whether those to come fit, and what is deleted.
+"""Disk space and retention of checkpoints: a check that they fit, and deletion of old ones.
 
 Deleted are old checkpoints (`Pruner`, only on rank 0, after a newer one is complete) and what
 killed runs have left half written or half deleted. A folder that is being written carries its
@@ -33,10 +33,10 @@ _DISCARDED = "discarded"
 
 
 def lack_of_room(config: Config, folder: Path, step: int) -> str | None:
-    """A warning with numbers where the checkpoints to come do not fit; None where they do.
+    """Warn, with numbers, if future checkpoints will not fit on the disk; None if they will.
 
-    A new checkpoint is complete before an old one is deleted, so `checkpoint.keep` needs the room
-    of one more. Those that are there already have theirs.
+    A new checkpoint is complete before an old one is deleted, so `checkpoint.keep` needs space
+    for one more. Existing ones are not counted.
     """
     keep, interval = config.checkpoint.keep, config.checkpoint.save_interval
     last = config.training.train_iters
@@ -98,7 +98,7 @@ class Pruner:
         return [path for path in list_checkpoints(self._folder) if path.name not in known]
 
     def note(self, checkpoint: Path, reason: str | None) -> None:
-        """Note what speaks against a checkpoint; None if it is valid."""
+        """Note why a checkpoint is invalid; None if it is valid."""
         self._is_valid[checkpoint.name] = reason is None
         if reason is not None:
             logger.warning("checkpoint.keep does not delete %s: %s", checkpoint, reason)
@@ -134,7 +134,7 @@ def incomplete_name(name: str) -> str:
 
 
 def discard(path: Path, token: str) -> None:
-    """Delete a checkpoint; what a kill leaves of it on the way is none."""
+    """Delete a checkpoint; a kill midway leaves none that looks complete."""
     if isinstance(path, ObjectPath):
         path.delete_below(MANIFEST_FILE)
         return
@@ -167,7 +167,7 @@ def _remove_unfinished(folder: ObjectPath) -> None:
 
 
 def _is_being_written(path: Path) -> bool:
-    """Whether the process in the name lives on this machine."""
+    """True if the process in the name lives on this machine."""
     _, _, owner = path.name.partition(f".{_INCOMPLETE}-")
     host, _, pid = owner.rpartition("-")[0].rpartition("-")
     if host != socket.gethostname() or not pid.isdecimal() or int(pid) == os.getpid():

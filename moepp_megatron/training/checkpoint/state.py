@@ -99,7 +99,7 @@ def saved_state(model: TrainingModel) -> dict[str, Any]:
 
 
 def state_to_load(model: TrainingModel) -> dict[str, Any]:
-    """The state to read: like `saved_state`, but entries of only this layout stay as they are.
+    """The state to read: like `saved_state`, without entries that only this layout has.
 
     The shards of a distributed optimizer are read into its own tensors, without a copy between.
     """
@@ -157,14 +157,14 @@ def apply_model_state(models: list[GPTModel], loaded: dict[str, Any]) -> None:
 
 
 def _keeps_shards(model: TrainingModel) -> bool:
-    """Whether each data-parallel rank keeps a shard of the optimizer's state."""
+    """True if the optimizer's state is sharded over data-parallel ranks."""
     return any(is_distributed(chained) for chained in _chained(model))
 
 
 def _shard_entries(
     model: TrainingModel, state: dict[str, Any]
 ) -> tuple[list[ShardedTensor], list[Callable[[], None]]]:
-    """What this rank holds of a distributed optimizer's state, as views; what puts copies back."""
+    """Views of this rank's shards of optimizer state, and functions that copy back."""
     entries, put_back = [], []
     for chained in filter(is_distributed, _chained(model)):
         complete_state(chained)
@@ -219,7 +219,7 @@ def _renamed(entry: ShardedBase) -> ShardedBase:
 
 
 def _is_needless(entry: ShardedBase, dtypes: dict[str, torch.dtype]) -> bool:
-    """Whether an entry is the copy of a parameter that is fp32 itself."""
+    """True if an entry is the copy of a parameter that is fp32 itself."""
     if not entry.key.startswith(_STORED_COPY):
         return False
     return dtypes[entry.key.removeprefix(_STORED_COPY)] is torch.float32

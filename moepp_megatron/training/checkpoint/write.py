@@ -70,7 +70,7 @@ class _Save:
             self.failure = f"no process could be started ({error})"
 
     def result(self) -> Written:
-        """What the background has written; waits for it."""
+        """Wait for the write and return its result."""
         if self.process is None:
             raise BackgroundError(self.failure or "no process was started")
         written: Written = self.process.result()
@@ -96,8 +96,8 @@ class CheckpointWriter:
     Attributes:
         failed_saves: Saves that failed so far.
         error: What is wrong with the last save; None if nothing is.
-        last_failure: The newest `error` that there was, though a later save has succeeded.
-        written: Complete checkpoints, oldest first, until whoever wants to know takes them out.
+        last_failure: The most recent error; a later success does not clear it.
+        written: Complete checkpoints, oldest first, until a reader takes them out.
     """
 
     def __init__(self, folder: Path, config: Config, tokenizer: Path) -> None:
@@ -175,7 +175,7 @@ class CheckpointWriter:
         return plan, self._tried(plan.load)[1]
 
     def _tried[T](self, act: Callable[[], T]) -> tuple[T | None, str | None]:
-        """What `act` gives here, and the first rank's reason why it failed; all ranks call."""
+        """Return `act()` and the first rank's reason for failure; all ranks call."""
         given, reason = None, None
         try:
             given = act()
@@ -184,7 +184,7 @@ class CheckpointWriter:
         return given, self._agreement.first_reason(reason)
 
     def is_written(self) -> bool:
-        """Whether every rank has written its part of a save, so that `finish` completes it.
+        """True if every rank has written its part of a save, so that `finish` completes it.
 
         Returns at once; every rank must call, and all get the same answer.
         """
@@ -195,7 +195,7 @@ class CheckpointWriter:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a save is on its way."""
+        """True if a save is in progress."""
         return self._save is not None
 
     def finish(self) -> None:
@@ -256,7 +256,7 @@ class CheckpointWriter:
         return None
 
     def _complete(self, save: _Save, write: Callable[[], Written]) -> None:
-        """Collect what every rank wrote, publish it on rank 0, share the outcome."""
+        """Collect every rank's results, publish on rank 0, share the outcome."""
         written, reason = self._tried(write)
         parts = self._agreement.gather((save.plan.num_bytes, written if reason is None else None))
         if self._is_first:
@@ -280,7 +280,7 @@ class CheckpointWriter:
         self._prune(save.final)
 
     def _prune(self, written: Path) -> None:
-        """Delete old checkpoints. All ranks look into those of before, so that none waits long."""
+        """Delete old checkpoints. All ranks help to verify earlier ones, so none waits long."""
         unknown = self._pruner.unknown(written) if self._is_first else []
         for path in self._agreement.from_first(unknown):
             reason = agreed_reason(path, self._agreement)
@@ -305,7 +305,7 @@ class CheckpointWriter:
 
 
 def _describe(error: Exception) -> str:
-    """What went wrong, in one line; unexpected errors by their class as well."""
+    """Describe an error in one line, an unexpected one with its class."""
     text = " ".join(str(error).split())
     is_known = isinstance(error, OSError | BackgroundError | StoreError)
     return text if is_known else f"{type(error).__name__}: {text}"

@@ -22,7 +22,7 @@ from moepp_megatron.training.step_sums import StepSums
 
 
 class RefusedBatches(Part):
-    """Refuses batches whose loss is no sound number; after too many in a row, finds out why.
+    """Refuses batches with a non-finite or spiking loss; after many in a row, finds out why.
 
     Args:
         run: The run; `resilience.guard` is on.
@@ -128,6 +128,6 @@ class RefusedBatches(Part):
         return ()
 
     def reset_baseline(self, step: int) -> Iterable[Alert]:
-        """Forget which losses were usual."""
+        """Forget the baseline of losses."""
         self._guard.load({})
         return ()

@@ -1,14 +1,14 @@
 """Watches over a run: bad batches, silent divergence, hangs, stragglers.
 
-activity.py           what this rank is doing, for the watchdog's thread
-collective_clock.py   how long the training thread waits for other ranks
+activity.py           this rank's current phase, for the watchdog's thread
+collective_clock.py   time that the training thread waits for other ranks
 divergence.py         finds ranks whose copies of the same parameters differ
 flight_recorder.py    torch's flight recorder: which collectives a rank has begun and not completed
-hang_report.py        finds the rank that holds up the others, from the heartbeats of all ranks
+hang_report.py        finds the rank that blocks the others, from the heartbeats of all ranks
 heartbeat.py          one small file a rank, which others read when nothing moves
 numerical_guard.py    decides, on all ranks alike, whether a batch may change the model
 refused_batches.py    why batches were refused in a row: the model, the numbers, or the data
-stragglers.py         which rank is slower than the others
+stragglers.py         straggler detection: the rank that is slower than the others
 supervisor.py         everything that watches over a run, as one object for the training loop
-watchdog.py           A thread that ends a run which makes no progress any more
+watchdog.py           a thread that ends a run which no longer makes progress
 """

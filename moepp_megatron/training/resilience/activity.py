@@ -1,4 +1,4 @@
-"""What this rank is doing: written by the training thread, read by the watchdog's thread."""
+"""Current phase of this rank: set by the training thread, read by the watchdog's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long the training thread waits for other ranks.
+"""Time that the training thread waits for other ranks.
 
 Neither gloo nor NCCL reports this. So while the clock runs, torch's collectives and the waits for
 asynchronous ones are wrapped: with the wall clock on CPUs, with CUDA events on GPUs, where the

@@ -1,4 +1,4 @@
-"""torch's flight recorder: which collectives a rank has begun and not completed."""
+"""torch's flight recorder: collectives that a rank has begun and not completed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PREFIX = "trace_rank_"
 
 
 def enable(dump_folder: Path) -> None:
-    """Switch the recorder on, before the process group exists; what the user has set stays.
+    """Switch the recorder on, before the process group exists; the user's settings win.
 
     Args:
         dump_folder: Where NCCL's own watchdog writes its dump when a collective times out.

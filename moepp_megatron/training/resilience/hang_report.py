@@ -1,4 +1,4 @@
-"""Finds the rank that holds up the others, from the heartbeats of all ranks."""
+"""Finds the rank that blocks the others, from the heartbeats of all ranks."""
 
 from __future__ import annotations
 

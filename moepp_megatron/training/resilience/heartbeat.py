@@ -19,7 +19,7 @@ _ALARM = "alarm"
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank last said of itself.
+    """Last status report of a rank.
 
     Attributes:
         rank: The rank.
@@ -27,7 +27,7 @@ class Heartbeat:
         pid: Its process there.
         beat: Counts up as long as the process runs at all.
         step: Optimizer step in work.
-        phase: What it does in it.
+        phase: Its current phase.
         count: Phases entered so far.
         stalled_s: Seconds without progress.
         collective: The collective its main thread is in, or None.

@@ -109,15 +109,14 @@ class NumericalGuard:
         return refuses
 
     def is_sound(self, loss: float) -> bool:
-        """Whether a finite loss of batches trained on before is that of a sound model.
+        """True if a finite loss of batches trained on before is that of an undamaged model.
 
-        A damaged one takes them as it takes the refused ones, which are beyond the threshold; a
-        sound one as before: what is nearer?
+        That is, nearer to the recent losses than to the threshold, which refused ones exceed.
         """
         return self._is_within(loss, 0.5)
 
     def _is_within(self, loss: float, share: float) -> bool:
-        """Whether a finite loss is within so much of the threshold above the recent ones."""
+        """True if a finite loss is within `share` of the threshold above recent ones."""
         distance = self._course.distance(loss, JUDGED)
         return distance is None or distance < share * self._settings.guard_threshold
 
@@ -163,13 +162,13 @@ class NumericalGuard:
         return self.recent_samples[-num_needed(len(self.refused)) :]
 
     def action(self, cause: Cause) -> Literal["rollback", "accept", "pause", "stop"]:
-        """What is done about batches refused in a row, by their cause."""
+        """Action on batches refused in a row, by their cause."""
         if cause == "model":
             return "rollback"
         return self._settings.guard_new_data if cause == "data" else "stop"
 
     def accept_refused(self) -> None:
-        """Take batches like the refused ones from now on: their losses are the usual ones."""
+        """Accept batches like the refused ones from now on: their losses are the new baseline."""
         self._course.reset_baseline(np.array([self.refused[-1].loss]))
 
     def forget_refused(self) -> None:
@@ -204,7 +203,7 @@ class NumericalGuard:
 def _describe_non_finite(
     losses: Tensor, grad_norm: float, chunks: Sequence[torch.nn.Module]
 ) -> str:
-    """Which ranks and parameters have non-finite numbers, in words; every rank must call."""
+    """Name the ranks and parameters with non-finite values; every rank must call."""
     mine = torch.tensor([float(losses[0]), grad_norm], device=torch.cuda.current_device())
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)

@@ -21,7 +21,7 @@ Cause = Literal["model", "not finite", "data", "targets"]
 
 @dataclass(frozen=True)
 class BatchEvidence:
-    """What a model made of a batch, the same on every rank.
+    """A model's loss and routing on a batch, the same on every rank.
 
     Attributes:
         loss: Language-model loss in nats; NaN where loss or gradients are not finite.
@@ -80,7 +80,7 @@ class _Finding:
 
     @property
     def remedy(self) -> str:
-        """What somebody can do about it."""
+        """Remedy for the user."""
         return _REMEDY[self.cause]
 
 
@@ -125,7 +125,7 @@ def num_needed(num_refused: int) -> int:
 
 
 def has_moved(before: Sequence[Tensor], refused: Sequence[Tensor]) -> bool:
-    """Whether two groups of batches differ by the shares of their experts, beyond chance.
+    """True if two groups of batches differ significantly in their experts' shares.
 
     A permutational analysis of variance (Anderson 2001) of Hellinger distances, of all layers
     together. It needs no scale of what is usual: under the same model batches of the same texts can

@@ -1,4 +1,4 @@
-"""Which rank is slower than the others, though all of them finish each step together."""
+"""Straggler detection: the slowest rank, though all finish each step together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankTimes:
-    """How the ranks spent an interval.
+    """Time of the ranks in an interval.
 
     Attributes:
         busy_s: [ranks] mean seconds per step of each rank, without waiting for others.

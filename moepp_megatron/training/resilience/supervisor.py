@@ -1,4 +1,4 @@
-"""Everything that watches over a run, as one object for the training loop."""
+"""All monitors of a run, as one object for the training loop."""
 
 from __future__ import annotations
 

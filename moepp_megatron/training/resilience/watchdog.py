@@ -1,4 +1,4 @@
-"""A thread that ends a run which makes no progress any more."""
+"""A thread that ends a run which no longer makes progress."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _GRACE_TICKS = 10
 
 
 class Watchdog:
-    """Detects that this rank makes no progress, names the rank that holds it up, ends the process.
+    """Detects that this rank makes no progress, names the rank that blocks it, ends the process.
 
     Every rank has one. A rank in a collective may be stopped by another rank, so all ranks
     find out at about the same time; the first one raises an alarm, all write their stacks, and the
@@ -187,7 +187,7 @@ class Watchdog:
 
 
 def _moved(before: Heartbeat, after: Heartbeat) -> bool:
-    """Whether the process made progress in between."""
+    """True if the process made progress in between."""
     return after.has_dumped or after.beat != before.beat
 
 

@@ -1,7 +1,7 @@
-"""The folder of a run: what is in it, who may start there, what an earlier run leaves.
+"""The folder of a run: its contents, who may start there, remains of an earlier run.
 
-folder.py      `RunFolder`: its places, whether a start is let in, the claim, the configuration
-holder.py      who holds it: locks, the beat of its process, the mark in a checkpoint folder
+folder.py      `RunFolder`: its paths, checks before a start, the claim, the configuration
+holder.py      ownership: locks, its process's heartbeat, the mark in a checkpoint folder
 writable.py    refusing what cannot be written
 move_aside.py  moving an earlier run out of the way of a new one
 """

@@ -1,4 +1,4 @@
-"""The folder of a run: what is where, whether a start is let in, its configuration.
+"""The folder of a run: its layout, the check of each start, its configuration.
 
 Decided once, before ranks start and files are written. A folder that holds a run is refused, unless
 the run is resumed (`--resume`) or moved aside (`--overwrite`); nothing is ever deleted. A folder in
@@ -44,7 +44,7 @@ from moepp_megatron.version import __version__
 
 @dataclass(frozen=True)
 class Start:
-    """How somebody wants to start a run.
+    """Options of starting a run.
 
     Attributes:
         resume: Continue what is there.
@@ -203,7 +203,7 @@ class RunFolder:
         return names
 
     def is_requeued(self, name: str | None) -> bool:
-        """Whether this is a Slurm job that starts again, and the run in the folder is its own.
+        """True if this is a requeued Slurm job, and the run in the folder is its own.
 
         Args:
             name: Name of this start, as in `Start`.

@@ -1,4 +1,4 @@
-"""Who holds a run's folder, and a checkpoint folder outside of it.
+"""Ownership of a run's folder, and of a checkpoint folder outside of it.
 
 The process that holds a run's folder touches `RUN/status.json` every `BEAT_S` seconds, by which
 other machines see that it lives.
@@ -34,12 +34,12 @@ _OLD_S = 3600.0
 
 
 def is_same(path: Path, other: Path) -> bool:
-    """Whether two paths mean the same place; links are resolved."""
+    """True if two paths are the same once links are resolved."""
     return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    """Whether `path` is the folder or lies in it; links are resolved."""
+    """True if `path` is the folder or lies in it; links are resolved."""
     if isinstance(path, ObjectPath):
         return False
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
@@ -113,7 +113,7 @@ def _beat(folder: Path, stop: threading.Event) -> None:
 
 
 def _is_silent(path: Path) -> bool:
-    """Whether no process touches the file. Only changes count, because machines' clocks differ."""
+    """True if no process touches the file; only changes count, as machines' clocks differ."""
     first = _touched(path)
     if first is None or time.time() - first / 1e9 > _OLD_S:
         return True
@@ -148,7 +148,7 @@ class OwnerMark:
         self._outside = outside_of(run, checkpoints)
 
     def is_set(self) -> bool:
-        """Whether the run has marked the folder."""
+        """True if the run has marked the folder."""
         marked = None if self._outside is None else marked_owner(self._outside)
         return marked is not None and is_same(marked, self._run)
 

@@ -22,14 +22,14 @@ from moepp_megatron.training.run_folder.holder import OwnerMark, is_same, marked
 def move_aside(config: Config, checkpoints: Path, config_file: Path | None = None) -> list[str]:
     """Move the files of a run to a new folder next to its own, named by date and time.
 
-    What no run writes and folders with other runs stay, and so does Slurm's output, to which the
-    new run's own may belong. A checkpoint folder in none of what is moved, such as one outside of
+    Files that no run writes and folders with other runs are left, as is Slurm's output, which the
+    new run may be writing. A checkpoint folder in none of what is moved, such as one outside of
     the run's, gets a neighbour of its own, so that nothing is copied.
 
     Args:
         config: Configuration of the new run.
         checkpoints: Its checkpoint folder.
-        config_file: Its file. It and its bases stay; of config.yaml, which is a record of the run
+        config_file: Its file. It and its bases are left; of config.yaml, a record of the run
             too, a copy is moved.
 
     Returns:
@@ -97,7 +97,7 @@ def _left_checkpoints(checkpoints: Path, folder: Path, moved: list[Path]) -> lis
 
 
 def _holds_runs(path: Path, run: Path) -> bool:
-    """Whether other runs are in a folder of the run's, or the checkpoints of some."""
+    """True if a folder of the run's has other runs, or checkpoints of some."""
     if any(path.rglob(STATUS_FILE)):
         return True
     owners = {marked_owner(mark.parent) for mark in path.rglob(OWNER_FILE)}
