@@ -13,6 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 from typing import Annotated
 
+from moepp_megatron.config.exit_codes import FAILED
 from moepp_megatron.runtime.install import missing
 
 try:
@@ -122,7 +123,7 @@ def run() -> None:
     except (typer.Abort, KeyboardInterrupt):
         # The second one comes before typer has made the command, or after its end.
         echo("error: aborted", err=True)
-        sys.exit(1)
+        sys.exit(FAILED)
     except UsageError as error:
         sys.exit(refuse(error))
     except Exception as error:

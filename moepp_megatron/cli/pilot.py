@@ -13,6 +13,7 @@ import typer
 from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
 from moepp_megatron.config import Layout, check_config, load_config
+from moepp_megatron.config.exit_codes import FAILED
 
 if TYPE_CHECKING:
     from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
@@ -81,7 +82,7 @@ def pilot(
         moepp pilot configs/quickstart.yaml --out pilots/other moe.tau=0.5 --nproc 2 --steps 60
     """
     settings = load_config(config, overrides or [])
-    from moepp_megatron.runtime.launch import STOPPED
+    from moepp_megatron.config.exit_codes import STOPPED
     from moepp_megatron.workbench.experiments.pilot.arms import build_arms
     from moepp_megatron.workbench.experiments.pilot.plan import Plan
     from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
@@ -111,7 +112,7 @@ def pilot(
         raise typer.Exit(STOPPED) from None
     except RunFailed as failure:
         echo(f"error: {failure}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(FAILED) from None
 
 
 def _announce(whole: Pilot) -> None:

@@ -40,13 +40,13 @@ def refusing_for_all(nodes: Nodes | None) -> Iterator[None]:
             raise
         # First, since the others may be slow to read it.
         status = echo_error(error)
-        from moepp_megatron.runtime import word
+        from moepp_megatron.runtime import peer_failure
 
-        os.environ.setdefault(*word.NO_STACKS)
-        store = word.open_store(nodes, word.LINGER_S, serves=nodes.rank == 0)
+        os.environ.setdefault(*peer_failure.NO_STACKS)
+        store = peer_failure.open_store(nodes, peer_failure.LINGER_S, serves=nodes.rank == 0)
         with suppress(RuntimeError):
             if store is not None:
-                word.leave_word(store, nodes, (status, str(error)), has_met=False)
+                peer_failure.publish_failure(store, nodes, (status, str(error)), has_met=False)
         raise typer.Exit(status) from None
 
 

@@ -11,6 +11,7 @@ import typer
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.resume_command import print_resume_command
 from moepp_megatron.config import Config
+from moepp_megatron.config.exit_codes import FAILED
 from moepp_megatron.runtime.install import missing
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ def print_end(request: TrainRequest, result: TrainResult, prints_command: bool) 
         result: How it ended.
         prints_command: Whether a launcher prints how to resume a run that was asked to stop.
     """
+    from moepp_megatron.config.exit_codes import STOPPED
     from moepp_megatron.observe.status import inherited_claim
-    from moepp_megatron.runtime.launch import STOPPED, leave
+    from moepp_megatron.runtime.launch import leave
 
     is_rank_0 = request.rank.rank == 0 and not request.starts_ranks
     if result.stopped and result.failure is None:
@@ -47,7 +49,7 @@ def print_end(request: TrainRequest, result: TrainResult, prints_command: bool) 
             echo(f"error: at the end of the run, {result.failure}", err=True)
     if result.failure is not None:
         # All that could be done is done, but the run's last state is nowhere.
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _finish(config: Config, record: StepMetrics | None) -> None:

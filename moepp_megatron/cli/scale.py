@@ -20,6 +20,7 @@ from moepp_megatron.cli.options import (
 )
 from moepp_megatron.cli.ranks import machines
 from moepp_megatron.config import Config, ConfigError, check_config, load_config
+from moepp_megatron.config.exit_codes import FAILED
 
 if TYPE_CHECKING:
     from moepp_megatron.runtime.nodes import Nodes
@@ -160,7 +161,7 @@ def scale(
         raise typer.Exit(stop.status) from None
     _collect(settings, grid, measuring, trials)
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _run_one(trial: PointTrial, nodes: Nodes | None) -> None:
@@ -170,7 +171,7 @@ def _run_one(trial: PointTrial, nodes: Nodes | None) -> None:
     reason = run_trial(trial, nodes)
     if reason is not None:
         echo(f"failed: {trial.name}: {reason}", err=True)
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _run_all(config: Config, grid: ScalingGrid, trials: list[PointTrial]) -> bool:
@@ -212,7 +213,7 @@ def _measure_on_rank(config: Config, trial: PointTrial, measuring: Measuring) ->
         traceback.print_exc()
         first_line = (str(error).splitlines() or [""])[0]
         echo(f"{FAILURE_MARK} {rank.rank}: {type(error).__name__}: {first_line}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(FAILED) from None
 
 
 def _collect(

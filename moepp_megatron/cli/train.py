@@ -21,6 +21,7 @@ from moepp_megatron.cli.options import (
 from moepp_megatron.cli.ranks import machines, refusing_for_all
 from moepp_megatron.cli.resume_command import is_given, resume_command
 from moepp_megatron.config import ConfigError
+from moepp_megatron.config.exit_codes import FAILED
 
 if TYPE_CHECKING:
     from moepp_megatron.runtime.launch import LaunchOptions
@@ -138,7 +139,7 @@ def train(
             problems, warnings = path_problems(settings)
             warn(*(f"a start here would be refused: {each}" for each in problems), *warnings)
             if build_rank is not None and not build_and_check(settings, layout, build_rank):
-                raise typer.Exit(1)
+                raise typer.Exit(FAILED)
             return
         if not ignore_memory and not has_launcher():
             from moepp_megatron.cli.memory_fit import refuse_too_large

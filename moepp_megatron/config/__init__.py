@@ -4,6 +4,7 @@ blends.py         the folders that a run draws from, and from where on
 checks.py         runs the cross-field rules and reports every broken one, each on its line
 choices.py        comma-separated values of command-line options
 errors.py         the two errors a user can cause
+exit_codes.py     exit statuses of commands and ranks
 field_errors.py   turns pydantic's errors into problems with name, value, rule and remedy
 flops.py          floating-point operations of training, counted from the configuration
 from_megatron.py  turns a Megatron-LM command line into a configuration

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from moepp_megatron.config.exit_codes import REFUSED, UNFIT
+
 
 class ConfigError(ValueError):
     """The configuration or the usage is wrong.
@@ -10,10 +12,10 @@ class ConfigError(ValueError):
     prints it without a traceback and exits with `exit_code`.
     """
 
-    exit_code = 2
+    exit_code = REFUSED
 
 
 class UnfitError(RuntimeError):
     """The configuration is valid, but this machine cannot run it (no GPU, missing package)."""
 
-    exit_code = 3
+    exit_code = UNFIT

@@ -10,14 +10,14 @@ datasets.py         opens prepared folders as megatron-core GPT datasets: train,
 document_sources.py which data source the tokens of a sample come from
 documents.py        reads documents from source files
 encoding.py         turns documents into token ids
-existing.py         decides whether an existing output folder is reused, replaced or refused
+reuse.py            decides whether an existing output folder is reused, replaced or refused
 external_tokenizers.py  sentencepiece, tiktoken and Hugging Face folders, turned into tokenizer.json
 index.py            reads the index of a Megatron indexed dataset, without megatron-core
 loader.py           micro-batches in an order that depends only on the samples consumed
 long_text.py        cuts long texts where a tokenizer's pre-tokenizer splits them anyway
 manifest.py         `manifest.json`: what a prepared folder holds and what it was made from
 npz.py              arrays of files of numpy.savez
-pairs.py            Megatron's own PREFIX.bin and PREFIX.idx, made elsewhere
+megatron_files.py   Megatron's own PREFIX.bin and PREFIX.idx, made elsewhere
 prepare.py          `moepp data prepare`
 prepare_chat.py     writes a folder of conversations: encoded, packed, marked
 prepared_data.py    whether a configuration's data are there and fit its model

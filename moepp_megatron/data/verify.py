@@ -13,7 +13,7 @@ from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.paths import looked_at
 from moepp_megatron.data.index import CorpusError, IndexHeader, read_ends, read_header
 from moepp_megatron.data.manifest import CORPUS, FILES, Manifest
-from moepp_megatron.data.pairs import is_pair, read_pair
+from moepp_megatron.data.megatron_files import is_pair, read_pair
 from moepp_megatron.file_names import DATA_MANIFEST_FILE
 
 BIN, IDX = f"{CORPUS}.bin", f"{CORPUS}.idx"

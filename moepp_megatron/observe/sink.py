@@ -26,7 +26,7 @@ class Sink(Protocol):
         """Ends the sink; nothing is written after it."""
 
 
-class PatientSink:
+class RetryingSink:
     """Passes records to a sink on a disk, in order, without loss while the process lives.
 
     A full disk must not end a training run that could continue; at the end of the run it must not

@@ -13,7 +13,7 @@ from moepp_megatron.file_names import METRICS_FILE
 from moepp_megatron.observe.console import ConsoleSink
 from moepp_megatron.observe.jsonl import JsonlSink
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.observe.sink import PatientSink, Sink
+from moepp_megatron.observe.sink import RetryingSink, Sink
 from moepp_megatron.observe.status import StatusSink
 from moepp_megatron.observe.tensorboard import TensorBoardSink
 from moepp_megatron.observe.wandb_sink import WandbSink
@@ -159,4 +159,4 @@ def open_sinks(run: SinkSettings) -> Sinks:
             continue
         if sink is not None:
             optional.append(sink)
-    return Sinks([PatientSink(jsonl)], optional, console.message)
+    return Sinks([RetryingSink(jsonl)], optional, console.message)

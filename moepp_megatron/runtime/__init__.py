@@ -26,5 +26,5 @@ rank_environment.py  sets the environment variables with which every rank is sta
 stop_signals.py      passes requests to stop from a launcher to its ranks, past torchrun
 store_errors.py      what the errors of an object store's client mean
 terminal.py          the console for all output that may hold untrusted text
-word.py              what a machine leaves for the others when it has failed for good
+peer_failure.py      what a machine leaves for the others when it has failed for good
 """

@@ -2,7 +2,7 @@
 
 Ranks print their own errors. torchrun adds a traceback of its own code and a table, between which
 the error is hard to find. It also starts all ranks anew after any failure, and a user's error would
-only be repeated. On several machines it ends when another one has (`runtime.word`).
+only be repeated. On several machines it ends when another one has (`runtime.peer_failure`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import sys
 from typing import TYPE_CHECKING
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.runtime.launch import HUNG, MACHINES, refusal
+from moepp_megatron.config.exit_codes import HUNG
+from moepp_megatron.runtime.launch import MACHINES, refusal
 from moepp_megatron.runtime.nodes import Nodes
 from moepp_megatron.runtime.patches import replace
+from moepp_megatron.runtime.peer_failure import NO_STACKS, Watch
 from moepp_megatron.runtime.terminal import lasting_output
-from moepp_megatron.runtime.word import NO_STACKS, Watch
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import WorkerGroup

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
-from moepp_megatron.config import ConfigError, UnfitError
+from moepp_megatron.config.exit_codes import HUNG, LOST, REFUSED, STOPPED, UNFIT
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.nodes import Meeting, Nodes
 from moepp_megatron.runtime.parent import die_with_parent
@@ -35,15 +35,8 @@ from moepp_megatron.runtime.stop_signals import (
     wait_until_gone,
 )
 
-# Exit status of a run that was asked to stop and has saved; its last line resumes it.
-STOPPED = 75
-# Exit status of a rank in a run in which nothing moved any more.
-HUNG = 70
-# Exit status of a machine whose wait for the other machines has failed.
-LOST = 71
-
 # A user's error, which the rank has said in one line, and restarting ranks would only repeat.
-_REFUSALS = (ConfigError.exit_code, UnfitError.exit_code)
+_REFUSALS = (REFUSED, UNFIT)
 # What differs from other failures of torchrun, which makes all of them 1.
 _REPORTED_FAILURES = (HUNG, *_REFUSALS)
 

@@ -14,6 +14,8 @@ from types import FrameType
 
 import psutil
 
+from moepp_megatron.config.exit_codes import SIGNALLED
+
 # These come again by themselves, from a shell and the kernel when a terminal closes, and each
 # second beyond a limit of CPU time: nobody waits impatiently behind them.
 REPEATED = (signal.SIGHUP, signal.SIGXCPU)
@@ -22,7 +24,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, *
 # Those that a shell or nohup has a program ignore, because they are not meant for it.
 _IGNORABLE = (signal.SIGINT, signal.SIGHUP)
 # Exit status of a process that Ctrl-C ended.
-INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = SIGNALLED + signal.SIGINT
 # One Ctrl-C may arrive twice: `timeout -s INT` signals the process and its group. A person takes
 # longer for the second one, which ends everything at once.
 SAME_INTERRUPT_S = 0.25

@@ -9,7 +9,7 @@ gradient_norm.py       the gradient norm on the device
 inference_settings.py  turns a training configuration into one for forward passes only
 optimizers.py          the optimizer: its kind, and the groups of parameters that differ
 part.py                the protocol of a part; features/ and parts/ have them
-resumed.py             messages of a resumed run: its checkpoint, and what differs from before
+resume_messages.py     messages of a resumed run: its checkpoint, and what differs from before
 rng.py                 random states of a rank
 run.py                 a whole run: `moepp train` as a function
 run_sinks.py           the sinks that receive a run's records

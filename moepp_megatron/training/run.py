@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moepp_megatron.config import Config, ConfigError, UnfitError
+from moepp_megatron.config.exit_codes import STOPPED
 from moepp_megatron.file_names import METRICS_FILE
 from moepp_megatron.observe.status import RESUME_COMMAND, inherited_claim
-from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
+from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.runtime.terminal import lasting_output
 from moepp_megatron.training.alike import must_be_alike, refuse_unlike
 from moepp_megatron.training.run_folder import RunFolder, Start, checkpoint_folder

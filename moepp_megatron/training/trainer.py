@@ -22,7 +22,7 @@ from moepp_megatron.training.checkpoint import (
     CheckpointWriter,
     Loaded,
     find_start,
-    lack_of_room,
+    lack_of_space,
     read_checkpoint,
 )
 from moepp_megatron.training.checkpoint.progress import read_record
@@ -30,7 +30,7 @@ from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.part import Outcome, Parts, Pause, Rollback, Run, Step, Stop
 from moepp_megatron.training.parts.order import build_parts
 from moepp_megatron.training.resilience.supervisor import Supervisor
-from moepp_megatron.training.resumed import start_lines
+from moepp_megatron.training.resume_messages import start_lines
 from moepp_megatron.training.rollback import load_earlier, newest_checkpoint
 from moepp_megatron.training.run_folder import RunFolder, checkpoint_folder
 from moepp_megatron.training.run_sinks import open_run_sinks
@@ -167,7 +167,7 @@ class Trainer:
         self._sinks = open_run_sinks(config, self.progress)
         if self._sinks is not None:
             self._alerts.open(config, self._sinks, self.progress)
-            lack = lack_of_room(config, checkpoint_folder(config), self.progress.step)
+            lack = lack_of_space(config, checkpoint_folder(config), self.progress.step)
             if lack is not None:
                 logger.warning("%s", lack)
 

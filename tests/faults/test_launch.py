@@ -31,7 +31,8 @@ sys.exit(run_ranks(options, sys.argv[1], sys.argv[4:]))
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from moepp_megatron.runtime.launch import HUNG, STOPPED, leave, refusal, write_status
+from moepp_megatron.config.exit_codes import HUNG, STOPPED
+from moepp_megatron.runtime.launch import leave, refusal, write_status
 from moepp_megatron.runtime.parent import die_with_parent
 
 die_with_parent(os.getppid())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.runtime.launch import STOPPED
+from moepp_megatron.config.exit_codes import STOPPED
 from tests.faults.harness import losses
 from tests.slurm.jobs import STEPS, Job, Jobs
 

@@ -12,7 +12,8 @@ state.py         model, optimizer, schedule as megatron-core's sharded state
 plan.py          assigns the bytes that each rank writes
 background.py    a forked process that writes, a thread that uploads, while training continues
 publish.py       turns complete files into a named checkpoint
-room.py          disk space and retention: deletes old checkpoints and partial ones
+disk_space.py    space on the disk: whether the checkpoints to come fit
+retention.py     deletes old checkpoints, and what killed runs left
 write.py         `CheckpointWriter`: all of a save, in the foreground or background
 read.py          all of a load
 
@@ -26,6 +27,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from moepp_megatron.training.checkpoint.compatible import check_compatible
+from moepp_megatron.training.checkpoint.disk_space import lack_of_space
 from moepp_megatron.training.checkpoint.files import damage, is_checkpoint
 from moepp_megatron.training.checkpoint.find import (
     NoStartError,
@@ -35,7 +37,6 @@ from moepp_megatron.training.checkpoint.find import (
     newest_again,
 )
 from moepp_megatron.training.checkpoint.progress import Progress
-from moepp_megatron.training.checkpoint.room import lack_of_room
 
 if TYPE_CHECKING:
     from moepp_megatron.training.checkpoint.read import (
@@ -58,7 +59,7 @@ __all__ = [
     "find_checkpoint",
     "find_start",
     "is_checkpoint",
-    "lack_of_room",
+    "lack_of_space",
     "list_checkpoints",
     "load_weights",
     "newest_again",

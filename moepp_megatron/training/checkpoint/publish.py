@@ -36,7 +36,7 @@ from moepp_megatron.training.checkpoint.files import damage, file_digest, manife
 from moepp_megatron.training.checkpoint.find import checkpoint_dates
 from moepp_megatron.training.checkpoint.plan import SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import SavedRecord
-from moepp_megatron.training.checkpoint.room import discard
+from moepp_megatron.training.checkpoint.retention import discard
 
 logger = logging.getLogger(__name__)
 

@@ -26,17 +26,13 @@ from moepp_megatron.training.checkpoint.background import (
     BackgroundError,
     BackgroundUpload,
 )
+from moepp_megatron.training.checkpoint.disk_space import space_text
 from moepp_megatron.training.checkpoint.files import checkpoint_name, plain_damage
 from moepp_megatron.training.checkpoint.plan import Planner, SavePlan, Written
 from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
 from moepp_megatron.training.checkpoint.publish import Companions, publish, tokenizer_files, upload
 from moepp_megatron.training.checkpoint.read import agreed_reason
-from moepp_megatron.training.checkpoint.room import (
-    Pruner,
-    free_room,
-    incomplete_name,
-    remove_leftovers,
-)
+from moepp_megatron.training.checkpoint.retention import Pruner, incomplete_name, remove_leftovers
 from moepp_megatron.training.checkpoint.state import saved_state
 from moepp_megatron.training.setup import TrainingModel
 
@@ -268,7 +264,7 @@ class CheckpointWriter:
             if reason is not None:
                 self._remove(save)
                 if NO_SPACE in reason:
-                    reason += free_room(sum(size for size, _ in parts), self._staging)
+                    reason += space_text(sum(size for size, _ in parts), self._staging)
         reason = self._agreement.from_first(reason)
         if self._uploads:
             shutil.rmtree(save.plan.folder, ignore_errors=True)

@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from moepp_megatron.config.exit_codes import HUNG
 from moepp_megatron.config.schema import ResilienceSection
 from moepp_megatron.runtime.atomic import write_atomic
-from moepp_megatron.runtime.launch import HUNG, write_status
+from moepp_megatron.runtime.launch import write_status
 from moepp_megatron.training.resilience import flight_recorder
 from moepp_megatron.training.resilience.activity import STEP, Activity
 from moepp_megatron.training.resilience.hang_report import hang_report

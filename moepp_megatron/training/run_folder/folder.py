@@ -23,7 +23,7 @@ from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.disk import is_full
 from moepp_megatron.runtime.object_store import ObjectPath, place
 from moepp_megatron.training.checkpoint import list_checkpoints
-from moepp_megatron.training.checkpoint.room import remove_leftovers
+from moepp_megatron.training.checkpoint.retention import remove_leftovers
 from moepp_megatron.training.run_folder.holder import (
     OwnerMark,
     beating,

@@ -22,9 +22,10 @@ from types import FrameType
 from typing import Any
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.config.exit_codes import SIGNALLED, STOPPED
 from moepp_megatron.file_names import CONFIG_FILE, RUN_FILES, RUN_FOLDERS
 from moepp_megatron.runtime.atomic import lock
-from moepp_megatron.runtime.launch import STOPPED, LaunchOptions, run_ranks
+from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 from moepp_megatron.runtime.nodes import Nodes
 from moepp_megatron.runtime.stop_signals import heeded_signals
 from moepp_megatron.workbench.report.formatting import duration
@@ -32,7 +33,6 @@ from moepp_megatron.workbench.report.formatting import duration
 # How a rank says why it fails; `failure_reason` looks for it in the log.
 FAILURE_MARK = "moepp: point failed on rank"
 # Statuses above it mean that somebody has asked this process to stop.
-_SIGNALLED = 128
 
 
 class Interrupted(Exception):
@@ -175,7 +175,7 @@ def run_trial(trial: Trial[Any], nodes: Nodes | None = None) -> str | None:
     with _exclusive(trial, log):
         options = LaunchOptions(trial.nproc // count, nodes, output=log)
         status = run_ranks(options, "moepp_megatron.cli.main", trial.command)
-    if status == STOPPED or status > _SIGNALLED:
+    if status == STOPPED or status > SIGNALLED:
         raise Interrupted(trial.name, status)
     reason = None if status == 0 else failure_reason(log, status)
     if node == 0:
@@ -286,7 +286,7 @@ def _interruptible() -> Iterator[None]:
     """A request to stop between two trials is an `Interrupted` as well."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(status=_SIGNALLED + number)
+        raise Interrupted(status=SIGNALLED + number)
 
     before = {number: signal.signal(number, stop) for number in heeded_signals()}
     try:

@@ -16,10 +16,11 @@ import pytest
 from moepp_megatron.cli import main, run_end
 from moepp_megatron.cli.resume_command import resume_command
 from moepp_megatron.config import ConfigError, Layout, UnfitError, load_config, with_overrides
+from moepp_megatron.config.exit_codes import STOPPED
 from moepp_megatron.data import prepared_data
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
 from moepp_megatron.runtime import launch, word
-from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
+from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.training.checkpoint import NoStartError
 from moepp_megatron.training.run import TrainResult, run_rank
@@ -49,7 +50,7 @@ class Command:
         self.raises: BaseException | None = None
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(launch, "run_ranks", self._ranks)
-        monkeypatch.setattr(word, "LINGER_S", 0.0)
+        monkeypatch.setattr(peer_failure, "LINGER_S", 0.0)
         monkeypatch.setattr(prepared_data, "check_data", lambda config, whole_index: [])
         for name in OF_OTHERS:
             monkeypatch.delenv(name, raising=False)

@@ -29,7 +29,7 @@ from moepp_megatron.observe import (
     read_metrics,
     sinks,
 )
-from moepp_megatron.observe.sink import PatientSink
+from moepp_megatron.observe.sink import RetryingSink
 from tests.full_disk import fill
 
 EXPERTS = ExpertCounts(2, num_constant_experts=1, num_copy_experts=0, num_zero_experts=1)
@@ -67,7 +67,7 @@ def test_a_short_write_leaves_whole_lines_and_says_so(make_record, tmp_path: Pat
 
 
 def test_records_wait_for_a_full_disk(make_record, tmp_path: Path, monkeypatch, caplog):
-    sink = PatientSink(JsonlSink(tmp_path / "metrics.jsonl"))
+    sink = RetryingSink(JsonlSink(tmp_path / "metrics.jsonl"))
     sink.write(make_record(1))
     real_write = os.write
 
@@ -141,7 +141,7 @@ def test_what_a_rollback_undoes_leaves_the_file(make_record, tmp_path: Path):
 
 
 def test_a_rollback_waits_for_a_full_disk_as_records_do(make_record, tmp_path, monkeypatch, caplog):
-    sink = PatientSink(JsonlSink(tmp_path / "metrics.jsonl"))
+    sink = RetryingSink(JsonlSink(tmp_path / "metrics.jsonl"))
     for step in (1, 2, 3):
         sink.write(make_record(step))
     real_write = os.write

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from moepp_megatron.runtime.launch import LOST, LaunchOptions, run_ranks
+from moepp_megatron.config.exit_codes import LOST
+from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 from moepp_megatron.runtime.nodes import Meeting, Nodes
 
 NODES = Nodes(2, 0, "127.0.0.1", join_timeout_s=900, restart_timeout_s=120)

@@ -19,7 +19,7 @@ from moepp_megatron.training.checkpoint import (
     list_checkpoints,
     newest_again,
 )
-from moepp_megatron.training.checkpoint.room import Pruner
+from moepp_megatron.training.checkpoint.retention import Pruner
 from tests.unit.training.conftest import config_of
 
 

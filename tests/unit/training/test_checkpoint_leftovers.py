@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.training.checkpoint.room import incomplete_name, remove_leftovers
+from moepp_megatron.training.checkpoint.retention import incomplete_name, remove_leftovers
 
 
 @pytest.fixture

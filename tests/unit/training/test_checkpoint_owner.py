@@ -13,7 +13,7 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.observe.status import StatusSink
 from moepp_megatron.runtime.atomic import create_atomic
 from moepp_megatron.training.checkpoint import find_checkpoint, list_checkpoints
-from moepp_megatron.training.checkpoint.room import Pruner
+from moepp_megatron.training.checkpoint.retention import Pruner
 from moepp_megatron.training.run_folder import RunFolder, Start, holder
 from tests.unit.training.conftest import config_of
 

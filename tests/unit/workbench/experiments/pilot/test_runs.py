@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import ConfigError, load_config, with_overrides
-from moepp_megatron.runtime.launch import STOPPED, LaunchOptions
+from moepp_megatron.config.exit_codes import STOPPED
+from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.workbench.experiments import runner
 from moepp_megatron.workbench.experiments.pilot.arms import build_arms
 from moepp_megatron.workbench.experiments.pilot.trials import PilotRun, claim

@@ -73,7 +73,7 @@ class Watch(threading.Thread):
         if (store := open_store(self.nodes, math.inf)) is None:
             return False
         if (word := self._difference(store)) is not None:
-            leave_word(store, self.nodes, word, has_met=False)
+            publish_failure(store, self.nodes, word, has_met=False)
         store.add("compared", 1)
         has_met = False
         while word is None and _is_served(self.nodes):
@@ -81,7 +81,7 @@ class Watch(threading.Thread):
                 self.compared.set()
             word = _read(store, self.nodes)
             if word is None and (failure := refusal() or self._failure) is not None:
-                leave_word(store, self.nodes, failure)
+                publish_failure(store, self.nodes, failure)
                 return True
             if not has_met and psutil.Process().children():
                 store.set("met", "")
@@ -132,7 +132,7 @@ def _is_served(nodes: Nodes) -> bool:
     return False
 
 
-def leave_word(store: Store, nodes: Nodes, word: Word, has_met: bool = True) -> None:
+def publish_failure(store: Store, nodes: Nodes, word: Word, has_met: bool = True) -> None:
     """Leave word, unless another machine has; returns when all have read it, or some time later.
 
     Who has not met the others ends none that train already: they are another run, or wait for this

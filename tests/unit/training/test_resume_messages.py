@@ -5,7 +5,7 @@ from pathlib import Path
 from moepp_megatron.config import Layout
 from moepp_megatron.training.checkpoint import progress
 from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
-from moepp_megatron.training.resumed import start_lines
+from moepp_megatron.training.resume_messages import start_lines
 from tests.unit.training.conftest import config_of
 
 TRAINING = {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2}
