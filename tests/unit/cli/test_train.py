@@ -19,7 +19,7 @@ from moepp_megatron.config import ConfigError, Layout, UnfitError, load_config, 
 from moepp_megatron.config.exit_codes import STOPPED
 from moepp_megatron.data import prepared_data
 from moepp_megatron.observe.status import RunStatus, inherited_claim, read_status, write_status
-from moepp_megatron.runtime import launch, word
+from moepp_megatron.runtime import launch, peer_failure
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.training.checkpoint import NoStartError
