@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.parallel.megatron_lm_runs import Observer
+from tests.parallel.megatron_lm_runs import Observer, child_processes
 from tests.parallel.training_runs import Run, SyntheticDataset, begin
 
 
@@ -112,6 +112,116 @@ def _sum(losses: list[Any]) -> Any:
     import torch
 
     return sum(losses, torch.zeros(2, dtype=torch.float64))
+
+
+def pretrain_in_bridge(
+    raw: dict[str, Any], steps: int, save: Path, source: Path, target: Path, begin_at: int = 0
+) -> tuple[Run, list[Any]]:
+    """Bridge's own loop, `pretrain`, which saves every second step, from a start or a checkpoint.
+
+    The model at the end is written to `target` as the Hugging Face folder `source` is.
+    """
+    import sys
+    from unittest import mock
+
+    import torch
+
+    # For other data and other ways to restart, which this run does not have.
+    for name in ("nvidia_resiliency_ext", "nvidia_resiliency_ext.inprocess", "megatron.energon"):
+        sys.modules.setdefault(name, mock.MagicMock())
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.data.base import DatasetProvider
+    from megatron.bridge.training import config as bridge
+    from megatron.bridge.training import initialize, setup
+    from megatron.bridge.training.callbacks import Callback
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+    from megatron.bridge.training.tokenizers.config import TokenizerConfig
+
+    import moepp_megatron.interop.bridge  # noqa: F401
+    from moepp_megatron.config import parse_config
+    from moepp_megatron.model.initialize import initialize_weights
+
+    config = parse_config(raw)
+    provider, observer, run = _provider(config, "provider"), Observer(config), Run()
+    provider.calculate_per_token_loss = True
+    provider.use_cpu_initialization = True
+
+    def as_ours(models: list[Any]) -> list[Any]:
+        initialize_weights(models, config.training.seed)
+        observer.models += models
+        return models
+
+    provider.register_pre_wrap_hook(as_ours)
+
+    class Synthetic(DatasetProvider):
+        def build_datasets(self, context: Any) -> tuple[Any, None, None]:
+            return SyntheticDataset(config, steps), None, None
+
+    class Reader(Callback):
+        def on_train_step_end(self, context: Any) -> None:
+            # Only the last stage has it.
+            loss = torch.as_tensor(context.loss_dict.get("lm loss", 0.0)).float().clone().view(1)
+            torch.distributed.all_reduce(loss, torch.distributed.ReduceOp.MAX)
+            run.losses.append(loss.item())
+            run.grad_norms.append(float(context.grad_norm))
+
+        def on_train_end(self, context: Any) -> None:
+            # Behind it, the loop ends its process groups.
+            written = AutoBridge.from_hf_pretrained(source)
+            written.save_hf_pretrained(observer.models, target, show_progress=False)
+
+    rates, sizes = config.optimizer, config.training
+    container = bridge.ConfigContainer(
+        train=bridge.TrainingConfig(
+            train_iters=steps,
+            global_batch_size=sizes.global_batch_size,
+            micro_batch_size=sizes.micro_batch_size,
+        ),
+        validation=bridge.ValidationConfig(eval_interval=100, eval_iters=0),
+        model=provider,
+        optimizer=bridge.OptimizerConfig(
+            lr=rates.lr,
+            min_lr=rates.lr,
+            weight_decay=rates.weight_decay,
+            adam_beta2=rates.adam_beta2,
+            clip_grad=rates.clip_grad,
+            use_distributed_optimizer=True,
+        ),
+        scheduler=bridge.SchedulerConfig(
+            lr_decay_style="constant",
+            lr_warmup_iters=0,
+            start_weight_decay=rates.weight_decay,
+            end_weight_decay=rates.weight_decay,
+        ),
+        ddp=bridge.DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True
+        ),
+        dataset=Synthetic(dataloader_type="single", num_workers=0),
+        logger=bridge.LoggerConfig(log_interval=1),
+        tokenizer=TokenizerConfig(
+            tokenizer_type="NullTokenizer", vocab_size=config.model.vocab_size
+        ),
+        checkpoint=bridge.CheckpointConfig(
+            save=str(save),
+            load=str(save) if begin_at else None,
+            ckpt_step=begin_at or None,
+            save_interval=2,
+        ),
+        rng=bridge.RNGConfig(seed=sizes.seed),
+        dist=bridge.DistributedInitConfig(distributed_backend="gloo"),
+    )
+    # The wheel of megatron-core has the compiled helpers, and no Makefile to compile them by.
+    start = partial(initialize.initialize_megatron, allow_no_cuda=True)
+    with (
+        mock.patch.object(initialize, "compile_helpers"),
+        mock.patch.object(setup, "initialize_megatron", start),
+        mock.patch.object(setup, "finalize_model_grads", observer.finalize),
+        child_processes(),
+    ):
+        pretrain(container, forward_step, [Reader()])
+    run.routing = observer.routing
+    return run, observer.pieces
 
 
 def through_bridge(source: Path, target: Path, layout: dict[str, Any], ids: Any) -> Any:

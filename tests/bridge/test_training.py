@@ -1,11 +1,15 @@
 """Models that Megatron-Bridge builds and wraps train to the result of our trainer."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.bridge.bridge_runs import run_config, train_in_bridge
+from moepp_megatron.interop.to_hf import mcore_to_hf
+from tests.bridge.bridge_runs import pretrain_in_bridge, run_config, train_in_bridge
+from tests.interop.checkpoints import load_tensors
+from tests.interop.test_export import save_and_compute
 from tests.parallel.megatron_lm_runs import SETTINGS
 from tests.parallel.ranks import RankError, RankPools
 from tests.parallel.training_runs import EP2, PP2, TP2, Run, assemble, compare
@@ -31,6 +35,28 @@ def test_equals_our_trainer(
 ) -> None:
     results = ranks(2).run(train_in_bridge, raw | {"parallel": layout}, STEPS, way)
     compare(assemble(results), alone(raw, steps=STEPS), RELATIVE)
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("layout", [EP2, PP2], ids=["ep 2", "pp 2"])
+def test_bridges_own_loop_equals_our_trainer_and_goes_on_from_its_checkpoint(
+    ranks: RankPools, alone: Callable[..., Run], tmp_path: Path, layout: Any
+) -> None:
+    ranks(1).run(save_and_compute, SETTINGS, tmp_path / "run")
+    source, raw = tmp_path / "hf", SETTINGS | {"parallel": layout}
+    mcore_to_hf(tmp_path / "run", source)
+    saved, whole, rest = (tmp_path / name for name in ("saved", "whole", "rest"))
+    results = ranks(2).run(pretrain_in_bridge, raw, 4, saved, source, whole)
+    first = assemble(results)
+    compare(first, alone(SETTINGS, steps=4), RELATIVE)
+    assert sorted(path.name for path in saved.glob("iter_*")) == ["iter_0000002", "iter_0000004"]
+    results = ranks(2).run(pretrain_in_bridge, raw, 4, saved, source, rest, begin_at=2)
+    again = assemble(results)
+    assert (again.losses, again.grad_norms) == (first.losses[2:], first.grad_norms[2:])
+    one, other, untrained = map(load_tensors, (whole, rest, source))
+    assert one.keys() == other.keys() == untrained.keys()
+    assert [name for name in one if not one[name].equal(other[name])] == []
+    assert not one["lm_head.weight"].equal(untrained["lm_head.weight"])
 
 
 @pytest.mark.parallel

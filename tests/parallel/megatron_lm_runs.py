@@ -119,7 +119,7 @@ def scores_in_megatron_lm(arguments: str, log: str, input_ids: Any, way: str = "
     command_line(arguments, log)
     observer = Observer(_config(arguments))
     try:
-        with _child_processes():
+        with child_processes():
             _pretrain(launch, way, observer)
         (model,) = observer.models
         model.eval()
@@ -135,7 +135,7 @@ def scores_in_megatron_lm(arguments: str, log: str, input_ids: Any, way: str = "
 
 
 @contextlib.contextmanager
-def _child_processes() -> Iterator[None]:
+def child_processes() -> Iterator[None]:
     """Let this test rank, a daemon, start processes; the writer's queue has one, ended here."""
     import multiprocessing
 
@@ -211,10 +211,10 @@ class Observer:
         initialize_weights(models, self.config.training.seed)
         self.models += models
         # The loop sets its own function where there is none.
-        models[0].config.finalize_model_grads_func = self._finalize
+        models[0].config.finalize_model_grads_func = self.finalize
         return models
 
-    def _finalize(self, chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
+    def finalize(self, chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
         import torch.distributed as dist
         from megatron.core.distributed import finalize_model_grads
 

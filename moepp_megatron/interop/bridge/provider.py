@@ -44,6 +44,14 @@ class MoEPPModelProvider(GPTModelProvider):
     moepp: MoEPPConfig | None = None
     # A stage's configuration has the width of what stages exchange as its hidden size.
     _hidden_size_of_layers: int | None = dataclasses.field(default=None, init=False, repr=False)
+    # The configurations of its stages, where they are no longer this one.
+    _stages: list[Any] = dataclasses.field(default_factory=list, init=False, repr=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field, also of the stages: Bridge's loop sets its functions once they are built."""
+        super().__setattr__(name, value)
+        for stage in self.__dict__.get("_stages", ()):
+            setattr(stage, name, value)
 
     @classmethod
     def from_config(cls, config: Config) -> MoEPPModelProvider:
@@ -111,6 +119,8 @@ class MoEPPModelProvider(GPTModelProvider):
         if stage.config is not self:
             assert isinstance(stage.config, MoEPPModelProvider)
             stage.config._hidden_size_of_layers = self.hidden_size
+            stage.config._stages = []
+            self._stages.append(stage.config)
         return stage
 
     def to_cfg_dict(self) -> dict[str, Any]:
