@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _report(error: Exception, watch: Watch | None) -> None:
-    """Say here and on the other machines what has failed."""
+    """Report failures here and to the other machines."""
     lines = _lines(error)
     if watch is not None:
         # The others see by themselves that a run hangs, or that they do not meet.
@@ -73,7 +73,7 @@ def _report(error: Exception, watch: Watch | None) -> None:
 
 
 def _lines(error: Exception) -> list[str]:
-    """What has failed, in words."""
+    """One line for each failure."""
     if (failures := getattr(error, "failures", None)) is None:
         # torchrun's own error refers to its cause.
         why = f": {text}" if (text := str(error.__cause__ or error).partition("\n")[0]) else ""
@@ -83,7 +83,7 @@ def _lines(error: Exception) -> list[str]:
 
 
 def _restart_only_what_can_succeed() -> None:
-    """Patch torchrun: it has no setting by which a failure of one kind is not tried again."""
+    """Patch torchrun, which has no setting to exempt a kind of failure from restarts."""
     from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 
     restart = SimpleElasticAgent._restart_workers
@@ -97,7 +97,7 @@ def _restart_only_what_can_succeed() -> None:
 
 
 def _how(failure: ProcessFailure) -> str:
-    """The end of a rank, in words."""
+    """Describe how a rank ended."""
     if failure.exitcode >= 0:
         return f"ended with exit status {failure.exitcode}"
     return f"was ended by {signal.Signals(-failure.exitcode).name}"

@@ -24,7 +24,7 @@ class Agreement:
             self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
     def all(self, value: bool) -> bool:
-        """Whether `value` holds on every rank."""
+        """True if `value` is true on every rank."""
         flag = torch.tensor([int(value)], device="cpu")
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self._group)
         return bool(flag.item())

@@ -19,7 +19,7 @@ _RENAME_EXCHANGE = 2
 
 
 def write_atomic(path: Path, content: bytes, *, is_synced: bool = True) -> None:
-    """Replaces `path` by `content` in one step; arguments and errors are `whole_file`'s."""
+    """Replace `path` by `content` in one step; arguments and errors are `whole_file`'s."""
     with whole_file(path, is_synced=is_synced) as temporary:
         temporary.write_bytes(content)
 
@@ -43,7 +43,7 @@ def create_atomic(path: Path, content: bytes) -> None:
 
 
 def write_result(path: Path, content: bytes) -> None:
-    """Same as `write_atomic`, for a file that a user has named: makes missing folders."""
+    """Same as `write_atomic`, for a file that a user has named: make missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
 

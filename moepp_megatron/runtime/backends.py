@@ -105,7 +105,7 @@ def optional_backends() -> list[Backend]:
 
 
 def package_warnings() -> list[str]:
-    """What of this machine's packages is worth a warning before a run on GPUs; imports torch."""
+    """Warnings about this machine's packages before a run on GPUs; imports torch."""
     import torch
 
     backends = optional_backends()

@@ -1,4 +1,4 @@
-"""Whether this machine can compile what is compiled when a run starts.
+"""Checks for the compilers and headers that a run needs at its start.
 
 Triton's launchers are C, and are compiled where a kernel runs first. megatron-core has one
 extension in C++, for recomputations that free an output after the forward pass and let it share the
@@ -19,7 +19,7 @@ _FREED_OUTPUTS = ("layernorm", "mla_up_proj", "moe_act")
 
 
 def compiler_obstacle() -> tuple[str, str] | None:
-    """What Triton lacks for the first launch of a kernel, and the remedy; None where it can.
+    """Name what Triton lacks to launch its first kernel, and the remedy, or None.
 
     It looks as Triton itself does (triton/runtime/build.py): for the compiler that CC names, gcc or
     clang, and for Python.h.
@@ -28,7 +28,7 @@ def compiler_obstacle() -> tuple[str, str] | None:
 
 
 def extension_obstacle() -> tuple[str, str] | None:
-    """What torch lacks to compile megatron-core's extension, and the remedy; None where it can.
+    """Name what torch lacks to compile megatron-core's extension, and the remedy, or None.
 
     It looks as torch does (torch/utils/cpp_extension.py): for the compiler that CXX names or c++,
     and for ninja on the PATH; what it compiles includes Python.h.

@@ -71,7 +71,7 @@ def _zero(*args: Any, **kwargs: Any) -> int:
 
 
 class _Event:
-    """Stands for `torch.cuda.Event`: on a CPU all work is done when it is recorded."""
+    """Stand-in for `torch.cuda.Event`: on a CPU all work is done when it is recorded."""
 
     __init__ = record = wait = synchronize = _nothing
     elapsed_time = _zero
@@ -81,7 +81,7 @@ class _Event:
 
 
 class _Stream:
-    """Stands for `torch.cuda.Stream`: a CPU rank has one in-order queue."""
+    """Stand-in for `torch.cuda.Stream`: a CPU rank has one in-order queue."""
 
     cuda_stream = 0
     __init__ = wait_stream = wait_event = synchronize = _nothing
@@ -115,7 +115,7 @@ def _disable_compilation() -> None:
 
 
 def _uncompiled(function: Any = None, **options: Any) -> Any:
-    """Stands for `torch.compile`, as a call and as a decorator with or without arguments."""
+    """Stand-in for `torch.compile`, as a call or a decorator, with or without arguments."""
     return function if function is not None else _uncompiled
 
 

@@ -26,7 +26,7 @@ def refusal(error: BaseException) -> OSError | None:
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """An exception and those that it came of, ten at most: they can go in a circle."""
+    """An exception and its causes, ten at most, since they can form a cycle."""
     chain = [error]
     while (link := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 10:
         chain.append(link)
@@ -34,14 +34,14 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a write failed because the disk, or the user's quota of it, is used up."""
+    """True if a write failed because the disk, or the user's quota, is full."""
     reason = refusal(error)
     return reason is not None and reason.errno in _FULL
 
 
 @contextmanager
 def naming_stream(is_stderr: bool) -> Iterator[None]:
-    """A context in which an OSError of printing names the stream, as those of files name them."""
+    """Context: an OSError from printing names the stream, as one of a file names the file."""
     try:
         yield
     except OSError as error:

@@ -25,7 +25,7 @@ from moepp_megatron.runtime.launch import has_launcher, write_status
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_gpu import gpu_of_rank
 
-# What ranks settle, from the store, their rank and number, before they compute together.
+# A check that ranks make before they compute, from the store, their rank and world size.
 Settle = Callable[[dist.Store, int, int], None]
 # One a process, since one rank serves it to the others, who may be slower to leave a group.
 _STORES: dict[RankEnvironment, dist.Store] = {}
@@ -44,7 +44,7 @@ def start(
     Returns this rank's device. A collective that a rank never joins raises after `timeout`.
     UnfitError if this node has more ranks than GPUs.
     """
-    # Else a mapped file that somebody cuts (SIGBUS) ends the rank without a word. Without a stderr
+    # Else a mapped file that is truncated (SIGBUS) ends the rank silently. Without a stderr
     # that is a file there is nowhere to say it.
     with contextlib.suppress(OSError, RuntimeError, ValueError, AttributeError):
         if not faulthandler.is_enabled():

@@ -1,4 +1,4 @@
-"""Whether this machine can run FP8: the GPU, Transformer Engine and CUDA, per recipe."""
+"""FP8 support of this machine: GPU, Transformer Engine and CUDA, per recipe."""
 
 from __future__ import annotations
 

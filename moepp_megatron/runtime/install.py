@@ -1,4 +1,4 @@
-"""How to install what is missing: a command that works for the user who reads it."""
+"""The command that installs a missing package for the user who reads it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OF_ALL = {
 
 
 def missing(error: ModuleNotFoundError) -> str:
-    """What a failed import lacks, in one line: the package, its use, how to install it.
+    """Describe a failed import in one line: package, its use, how to install it.
 
     Raises:
         ModuleNotFoundError: The error, if that is no package of the extra `all`.

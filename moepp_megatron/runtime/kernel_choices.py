@@ -1,7 +1,6 @@
-"""Which implementation serves each operation that can be fused.
+"""The implementation chosen for each operation that can be fused.
 
-megatron-core chooses some of them on its import; what it has chosen is read. The others are chosen
-in this package.
+Some are megatron-core's choices, made on its import and read here; the others are this package's.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def kernel_choices(cross_entropy: CrossEntropy = "auto") -> list[KernelChoice]:
 
 
 def chosen_cross_entropy(wanted: CrossEntropy) -> CrossEntropy:
-    """What computes the loss: fused, native or unfused."""
+    """Cross-entropy implementation: fused, native or unfused."""
     if wanted != "auto":
         return wanted
     return "fused" if have_triton() else "unfused"
@@ -85,7 +84,7 @@ def _of_transformer_engine() -> dict[str, tuple[str, str]]:
 
 
 def _of_torch() -> dict[str, tuple[str, str]]:
-    """What model/local_modules.py and moe/spec.py build."""
+    """Choices of model/local_modules.py and moe/spec.py."""
     import torch
 
     attention, experts = "megatron-core's, which writes all scores", "one loop on oneDNN"

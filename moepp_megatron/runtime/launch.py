@@ -54,18 +54,18 @@ _REFUSAL_GRACE_S = 3.0
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """How to start ranks.
+    """Launch options.
 
     Attributes:
         num_local_ranks: Ranks on this machine.
         nodes: The machines; None for this one only.
-        max_restarts: How often to restart all ranks after one has died.
+        max_restarts: Maximum restarts of all ranks after one has died.
         log_dir: Folder of this machine for each rank's output, which is shown as well; None for
             no files.
-        stoppable: Whether the ranks finish a step and save when asked to stop
+        stoppable: True if ranks finish a step and save when asked to stop
             (`training.signals.StopRequest`); others are ended.
         output: File for all that torchrun and the ranks print; None for this process's output.
-        alike: What must be the same on all machines, by name; a machine that differs is refused.
+        alike: Values that must match on all machines, by name; one that differs is refused.
     """
 
     num_local_ranks: int
@@ -89,7 +89,7 @@ def run_ranks(options: LaunchOptions, module: str, arguments: Sequence[str]) -> 
     Returns:
         The exit status: 0 when every rank of this machine ended with 0, or what a rank passed to
         `leave` (such as `STOPPED`); `HUNG` when they made no progress; `LOST` when other machines
-        stayed away; that of another machine which has failed for good; 128 + number when this
+        were missing; that of another machine that has failed for good; 128 + number when this
         process was asked by a signal to end ranks that are not stoppable, or to end them at once,
         and when a signal has ended torchrun; otherwise torchrun's.
     """
@@ -127,7 +127,7 @@ def leave(status: int, reason: str = "") -> None:
 
 
 def has_launcher() -> bool:
-    """Whether `run_ranks` started this process as a rank and has printed the run's messages."""
+    """True if `run_ranks` started this process as a rank and printed the run's messages."""
     return _STATUS_FILE in os.environ
 
 

@@ -1,4 +1,4 @@
-"""The machines of a run: how they find each other, and how long one waits for the others."""
+"""The machines of a run: rendezvous addresses, and timeouts of waiting for each other."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _address_towards(host: str, port: int) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether it is an address, no name, that only this machine reaches itself by."""
+    """True if `host` is a loopback address, not a name."""
     try:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
@@ -139,7 +139,7 @@ def parse_endpoint(endpoint: str) -> tuple[str, int]:
 
 
 class Meeting:
-    """Decides when this machine has waited long enough for the others.
+    """Timeouts of this machine's rendezvous with the others.
 
     torchrun knows one time limit for every meeting of the machines. The first meeting may take
     long, because machines boot and load images. A later one follows a failure on machines that are

@@ -76,22 +76,22 @@ class ObjectPath(PosixPath):
         return _status(self._entry)
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:
-        """Whether there is an object of this name, or any below it."""
+        """True if there is an object of this name, or any below it."""
         return self.is_file() or self.is_dir()
 
     def is_file(self, *, follow_symlinks: bool = True) -> bool:
-        """Whether there is an object of this name."""
+        """True if there is an object of this name."""
         try:
             return stat_modes.S_ISREG(self.stat().st_mode)
         except FileNotFoundError:
             return False
 
     def is_dir(self, *, follow_symlinks: bool = True) -> bool:
-        """Whether there are objects below."""
+        """True if there are objects below."""
         return next(self.iterdir(), None) is not None
 
     def iterdir(self) -> Generator[ObjectPath]:
-        """What is directly below; nothing where there is no such folder."""
+        """Yield the direct children; none where there is no such folder."""
         with self._asking():
             listing = list(self._client.list(path=self._prefix, include_directories=True))
         for item in listing:
@@ -100,7 +100,7 @@ class ObjectPath(PosixPath):
             yield path
 
     def glob(self, pattern: str, **_: Any) -> Iterator[ObjectPath]:  # type: ignore[override]
-        """What is directly below with a name of this pattern."""
+        """Yield the direct children whose name matches this pattern."""
         return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
     def open(  # type: ignore[override]

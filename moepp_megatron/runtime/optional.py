@@ -1,4 +1,4 @@
-"""Which optional packages are usable. Nothing fails on import; code asks here before use."""
+"""Detection of usable optional packages. Nothing fails on import; ask here before use."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def hide_broken_packages() -> None:
 
 
 def _have_on_gpu(package: str) -> bool:
-    """Whether a package is installed, and a GPU is present."""
+    """True if a package is installed and a GPU is present."""
     # Looked for first: importing torch takes seconds before a user's mistake would be reported.
     if importlib.util.find_spec(package) is None:
         return False
@@ -54,7 +54,7 @@ def _have_on_gpu(package: str) -> bool:
 
 @functools.cache
 def have_transformer_engine() -> bool:
-    """Whether Transformer Engine's modules can be built: installed, and a GPU is present."""
+    """True if Transformer Engine's modules can be built: installed, and a GPU is present."""
     if not _have_on_gpu("transformer_engine"):
         return False
     hide_broken_packages()
@@ -65,13 +65,13 @@ def have_transformer_engine() -> bool:
 
 @functools.cache
 def have_apex() -> bool:
-    """Whether NVIDIA apex is installed (the package of that name on PyPI is another one)."""
+    """True if NVIDIA apex is installed (the package of that name on PyPI is another one)."""
     return importlib.util.find_spec("amp_C") is not None
 
 
 @functools.cache
 def have_fused_weight_gradient() -> bool:
-    """Whether apex's kernel can add a weight gradient to its buffer inside the matrix product."""
+    """True if apex's kernel can fuse weight-gradient accumulation into the matrix product."""
     return _have_on_gpu("fused_weight_gradient_mlp_cuda")
 
 
@@ -91,14 +91,14 @@ def fused_rms_norm() -> Callable[..., Any] | None:
 
 
 def have_wandb() -> bool:
-    """Whether W&B's package is installed."""
+    """True if W&B's package is installed."""
     # It writes a folder of its own name, which Python takes for a package without a file.
     spec = importlib.util.find_spec("wandb")
     return spec is not None and spec.origin is not None
 
 
 def have_lm_eval() -> bool:
-    """Whether EleutherAI's lm-eval is installed."""
+    """True if EleutherAI's lm-eval is installed."""
     return importlib.util.find_spec("lm_eval") is not None
 
 
@@ -124,5 +124,5 @@ def flex_backend(wanted: str = "auto") -> str | None:
 
 @functools.cache
 def have_triton() -> bool:
-    """Whether Triton kernels run here: installed, and a GPU is present."""
+    """True if Triton kernels run here: installed, and a GPU is present."""
     return _have_on_gpu("triton")

@@ -15,7 +15,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 def die_with_parent(parent: int) -> None:
     """Let the kernel end this process when its parent, with this process id, ends.
 
-    Without it a launcher that is killed outright leaves ranks behind, which hold GPUs and ports.
+    Without it a launcher that is killed outright leaves ranks behind, which occupy GPUs and ports.
     """
     if _LIBC is None:
         return

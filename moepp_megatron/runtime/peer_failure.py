@@ -1,7 +1,7 @@
-"""Word that a machine leaves for the others of its run when it has refused or failed for good.
+"""Message of a machine to the others of its run when it has refused or failed for good.
 
 torchrun waits minutes for a machine that is missing, also for one that ended with a user's error in
-its first second. So such a machine leaves word in torchrun's store. The others look for it while
+its first second. So such a machine publishes its failure in torchrun's store. Others poll it while
 they wait and train, and end with the same exit status.
 """
 
@@ -28,9 +28,9 @@ from moepp_megatron.runtime.printable import printable
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-# How long a machine stays until the others have read its word: they may still import torch.
+# Longest wait until the others have read a message: they may still import torch.
 LINGER_S = 20.0
-# How long one whose ranks have failed waits for another one's word, which may be why.
+# Longest wait, after ranks failed, for another machine's message, which may be the cause.
 _OTHERS_S = 5.0
 _POLL_S = 0.5
 # While ranks train: the store serves hundreds of machines for weeks.
@@ -42,10 +42,10 @@ Word = tuple[int, str]
 
 
 class Watch(threading.Thread):
-    """Leaves word for the other machines; ends this process and its children by theirs."""
+    """Thread that publishes a failure to other machines, and ends this process by theirs."""
 
     def __init__(self, nodes: Nodes, alike: dict[str, str]) -> None:
-        """`alike`: what must be the same on all machines, by name."""
+        """`alike`: values that must match on all machines, by name."""
         super().__init__(daemon=True)
         self.nodes, self._alike = nodes, alike
         self._failure: Word | None = None
@@ -53,7 +53,7 @@ class Watch(threading.Thread):
         self.compared = threading.Event()
 
     def run(self) -> None:
-        """Until another machine has ended, or this one has left word."""
+        """Run until another machine has ended, or this one has published."""
         has_ended = False
         while not has_ended:
             # A connection may be lost for a while, and torchrun notices a lost store by itself.
@@ -69,7 +69,7 @@ class Watch(threading.Thread):
             self.join(LINGER_S)
 
     def _look(self) -> bool:
-        """Look for word until there is some; False where the store does not answer."""
+        """Poll for a message until there is one; False if the store does not answer."""
         if (store := open_store(self.nodes, math.inf)) is None:
             return False
         if (word := self._difference(store)) is not None:
@@ -96,7 +96,7 @@ class Watch(threading.Thread):
         return False
 
     def _difference(self, store: Store) -> Word | None:
-        """What is not as on the machine that came first, the first such thing."""
+        """The first difference from the machine that came first."""
         here, mine = socket.gethostname(), self._alike
         there, others = json.loads(store.compare_set("alike", "", json.dumps([here, mine])))
         differing = [name for name in [*mine, *others] if mine.get(name) != others.get(name)]
@@ -126,17 +126,17 @@ def open_store(nodes: Nodes, timeout_s: float, serves: bool = False) -> Store | 
 
 
 def _is_served(nodes: Nodes) -> bool:
-    """Whether somebody listens at the address; asked first, since torch prints what C++ met."""
+    """True if a server listens; checked first, since torch prints C++ errors."""
     with suppress(OSError), socket.create_connection((nodes.host, nodes.port), timeout=5.0):
         return True
     return False
 
 
 def publish_failure(store: Store, nodes: Nodes, word: Word, has_met: bool = True) -> None:
-    """Leave word, unless another machine has; returns when all have read it, or some time later.
+    """Publish a failure, unless another machine has; wait up to `LINGER_S` for readers.
 
-    Who has not met the others ends none that train already: they are another run, or wait for this
-    machine to join again.
+    Without `has_met` it ends no machines that train already: they are another run, or wait for
+    this one to rejoin.
     """
     if has_met or not store.check(["met"]):
         reason = f"{socket.gethostname()}: {word[1].partition('\n')[0]}"
@@ -145,7 +145,7 @@ def publish_failure(store: Store, nodes: Nodes, word: Word, has_met: bool = True
 
 
 def _read(store: Store, nodes: Nodes) -> Word | None:
-    """Another machine's word; returns when all have read it, or some time later."""
+    """Read another machine's message; return once all have read it or after `LINGER_S`."""
     # This machine may serve the store to the others.
     if not store.check(["word"]):
         return None

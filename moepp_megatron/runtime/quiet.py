@@ -1,4 +1,4 @@
-"""Prepares the import of other libraries: silences idle messages, hides broken packages."""
+"""Prepares the import of other libraries: silences needless messages, hides broken packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the launcher's environment says about this rank. Imports nothing heavy."""
+"""This rank, read from the launcher's environment. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class RankEnvironment:
     """This process among the ranks of a run.
 
     Attributes:
-        is_launched: Whether torchrun, a launcher that sets the same variables, or srun started it.
-        restart_count: How often torchrun has restarted the ranks.
+        is_launched: True if torchrun, a launcher that sets the same variables, or srun started it.
+        restart_count: Restarts of the ranks by torchrun so far.
         start_name: Name of this start of the run, the same on all its ranks; None for a lone
             process.
         meets_at: Host and port of the store where ranks meet, and whether this rank serves it;

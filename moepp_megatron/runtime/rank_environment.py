@@ -97,7 +97,7 @@ def rank_variables(num_local_ranks: int, interface: str | None = None) -> list[V
 
 
 def _caches() -> list[Variable]:
-    """Where what is compiled is kept."""
+    """Folders of compilation caches."""
     reason = "on the node: in the home folder all nodes would wait for one file system"
     caches = [
         Variable("TRITON_CACHE_DIR", "triton", f"compiled kernels {reason}", ("TRITON_HOME",)),
@@ -108,7 +108,7 @@ def _caches() -> list[Variable]:
 
 
 def connections(config: Config) -> Variable:
-    """How many hardware queues a training run's kernels go through, by its configuration.
+    """CUDA_DEVICE_MAX_CONNECTIONS, the number of hardware queues, for a configuration.
 
     With one, kernels start in the order of their launch. megatron-core's tensor parallelism relies
     on it to begin a collective before the matrix product that hides it
@@ -159,7 +159,7 @@ def _own_folder(name: str) -> str | None:
 
 
 def _is_own(path: str | Path) -> bool:
-    """Whether it is a folder, and no link to one, that only this user can write."""
+    """True if it is a folder, not a link, that only this user can write."""
     status = os.lstat(path)
     is_mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
     return is_mine and not status.st_mode & 0o022

@@ -54,9 +54,9 @@ class _StopRequests:
     """The state of a request to stop; torchrun may just be waiting for other machines.
 
     Attributes:
-        met_no_rank: Whether it came before there was a rank.
+        met_no_rank: True if it came before there was a rank.
         number: The newest signal; 0 for none.
-        at_once: Whether all processes were killed.
+        at_once: True if all processes were killed.
         killed: Those below torchrun.
         interrupted_at: When the first Ctrl-C came.
     """
@@ -68,7 +68,7 @@ class _StopRequests:
     interrupted_at: float | None = None
 
     def is_second_interrupt(self, number: int) -> bool:
-        """Whether this signal is a Ctrl-C after another one."""
+        """True if this signal is a second Ctrl-C."""
         if number != signal.SIGINT:
             return False
         now, first = time.monotonic(), self.interrupted_at

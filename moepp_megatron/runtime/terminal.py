@@ -47,11 +47,11 @@ class Console(rich.console.Console):
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """A context in which stdout and stderr take all that is printed, whatever happens to them.
+    """A context in which writes to stdout and stderr never fail.
 
     A training and its exit status depend on no reader, no disk and no terminal of its output: what
-    cannot be written is dropped, from the first failure on. Streams that are no files (a
-    notebook's) stay as they are.
+    cannot be written is dropped, from the first failure on. Streams without a file (a
+    notebook's) are left alone.
     """
     stdout, stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
     with redirect_stdout(stdout), redirect_stderr(stderr):
@@ -87,7 +87,7 @@ def _lasting(stream: Any, number: int) -> Any:
 
 
 def discard_output(descriptor: int = 1) -> None:
-    """Send what this process prints from here on nowhere; 1 is stdout and 2 is stderr."""
+    """Discard all further output of this process; 1 is stdout and 2 is stderr."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
