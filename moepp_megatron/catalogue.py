@@ -298,10 +298,6 @@ class Record(BaseModel):
     token_shift: Annotated[MaybeFloat, Metric(
         "evidence that the token ids of the batches have changed, over its limit; only once it is "
         "judged", "", "tokens/shift", "moepp_token_shift", guard="whole")] = None
-    source_shift: Annotated[MaybeFloat, Metric(
-        "evidence that the loss of a data source has left its course, over its limit, the largest "
-        "of all sources; only once it is judged, where there are several", "",
-        "loss/source_shift", "moepp_source_shift", guard="whole")] = None
     failed_saves: Annotated[MaybeInt, Metric(
         "checkpoints that could not be written so far; only where any are", "", "other",
         "moepp_failed_saves")] = None

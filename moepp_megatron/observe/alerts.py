@@ -30,8 +30,8 @@ class Alert(BaseModel):
         condition: Condition of the rule, such as ``< 0.2 for 50 steps``.
         action: The action taken, such as ``warn`` or ``put_back of step 150``.
         layer: Number of the transformer layer from 1, for a metric of one layer.
-        cause: What a shift is due to: ``data``, ``source`` (one of its sources), ``router``, or
-            ``unknown``; None for other rules, like the next two.
+        cause: What a shift is due to: ``data``, ``router``, or ``unknown``; None for other rules,
+            like the next two.
         since: First step of the evidence.
         moved: What has moved most, a text each.
         remedy: What to do, with the place in the documentation.

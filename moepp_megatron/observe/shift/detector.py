@@ -78,7 +78,6 @@ ROWS = {
     "scale": Row(newest=0.5, pace=0.3, slope=0.0, memory=60, floor=0.1, sudden=1.5),
     # Independent tokens have spread 1, and a group of few tokens less.
     "tokens": Row(newest=0.05, pace=0.002, slope=0.0, memory=500, floor=0.5, warmup=60, kept=40),
-    "source": Row(newest=0.2, pace=0.1, slope=0.05, memory=60, floor=0.01),
 }
 """By kind of series."""
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moepp_megatron.observe.shift.detector import ROWS, Detector, Numbers
 
-Cause = Literal["unknown", "data", "source", "router"]
+Cause = Literal["unknown", "data", "router"]
 
 GROUPS = 64
 """Groups of token ids; the number is that of `group_of`."""
@@ -27,7 +27,7 @@ _LOOKS_BACK, _RISEN, _LOW = 30, 0.35, 0.1
 # Steps in which an alarm of the routers is confirmed, after which what moves for no known cause is
 # usual, and after the last alarm of an event until it is over.
 _CONFIRMED, _PATIENCE, _LASTS = 2, 6, 10
-_MOST_EXPERTS, _MOST_SOURCES = 3, 3
+_MOST_EXPERTS = 3
 
 
 def group_of(token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -49,7 +49,6 @@ class Observed:
         spread: Standard deviation of the sequences' losses; NaN for one sequence.
         logits: [L] root mean square of the routers' logits.
         tokens: [GROUPS] tokens of each group of ids.
-        sources: [sources, 2] sum of token losses in nats, and tokens; None where they are unknown.
     """
 
     experts: Numbers
@@ -57,9 +56,8 @@ class Observed:
     spread: float
     logits: Numbers
     tokens: Numbers
-    sources: Numbers | None = None
 
-    def series(self, names: Sequence[str]) -> Iterator[tuple[str, Numbers, Numbers | float]]:
+    def series(self) -> Iterator[tuple[str, Numbers, Numbers | float]]:
         """Name, numbers and their spread by chance, or 1, of what is known."""
         yield "loss", np.array([self.loss]), 1.0
         if self.spread > 0.0:
@@ -73,10 +71,6 @@ class Observed:
             yield "scale", np.log(self.logits), 1.0
         if (total := float(self.tokens.sum())) > 0:
             yield "tokens", np.sqrt(self.tokens / total), 0.5 / math.sqrt(total)
-        for name, row in zip(names, [] if self.sources is None else self.sources, strict=False):
-            if row[1] > 0:
-                # Of a thousand tokens the spread is 1, in the detector's units.
-                yield f"source {name}", row[:1] / row[1], math.sqrt(1000.0 / row[1])
 
 
 @dataclass
@@ -113,7 +107,6 @@ class ShiftMonitor:
         false_alarm_steps: Steps in which chance may give one alarm of a series.
         layer_numbers: Global numbers of the MoE layers.
         experts: Names of the experts.
-        sources: Names of the data sources; a single one is not judged.
 
     Attributes:
         event: The change that is under way; None without one.
@@ -125,14 +118,10 @@ class ShiftMonitor:
         false_alarm_steps: float,
         layer_numbers: Sequence[int],
         experts: Sequence[str],
-        sources: Sequence[str] = (),
     ) -> None:
         self._layers, self._experts = list(layer_numbers), list(experts)
-        self._sources = list(sources) if len(sources) > 1 else []
         self._rarity = false_alarm_steps
         self._detectors = {name: self._detector(name) for name in ("tokens", *_OF_MODEL)}
-        for name in self._sources:
-            self._detectors[f"source {name}"] = self._detector("source")
         self.event: ShiftEvent | None = None
         self.ended: ShiftEvent | None = None
         # Evidence of token ids, None where they were not judged, and the step's number, when
@@ -145,15 +134,13 @@ class ShiftMonitor:
         self._newest: dict[str, Numbers] = {}
 
     def _detector(self, name: str) -> Detector:
-        # Together the sources raise one false alarm in so many steps (Bonferroni).
-        share = max(len(self._sources), 1) if name == "source" else 1
         groups = len(self._layers) if name == "routing" else 1
-        return Detector(ROWS[name], self._rarity * share, groups)
+        return Detector(ROWS[name], self._rarity, groups)
 
     def add(self, step: int, observed: Observed, is_refused: bool = False) -> None:
         """Judge a step, or a refused batch, and learn from it; `step` is its number."""
         self._newest = {}
-        for name, values, unit in observed.series(self._sources):
+        for name, values, unit in observed.series():
             if np.isfinite(values).all():
                 self._newest[name] = values
                 if not math.isnan(found := self._detectors[name].add(values, unit)):
@@ -168,13 +155,11 @@ class ShiftMonitor:
     @property
     def metrics(self) -> dict[str, float]:
         """Evidence over its limit, by names of metrics; NaN of series that are not judged."""
-        sources = [name for name in self._detectors if name.startswith("source ")]
         return {
             "routing_shift": self._evidence("routing"),
             "logit_shift": self._evidence("scale"),
             "loss_shift": self._evidence("loss", "spread"),
             "token_shift": self._evidence("tokens"),
-            "source_shift": self._evidence(*sources),
         }
 
     @property
@@ -227,7 +212,7 @@ class ShiftMonitor:
             event.moved = list(self._moved(event))
         event.cause = cause
         has_waited = step - event.first_alarm >= _PATIENCE
-        if cause in ("data", "source") or (not event.is_fault and has_waited):
+        if cause == "data" or (not event.is_fault and has_waited):
             self._accept(alarmed)
         if cause == "data":
             # Also what is only suspect, or it would raise an alarm of its own later.
@@ -268,7 +253,7 @@ class ShiftMonitor:
             is_sudden = any(self._detectors[name].is_sudden for name in routers)
             is_first = event.series[0] in _OF_ROUTERS
             return "router" if event.is_fault and is_sudden and is_first else "unknown"
-        return "source" if all(name.startswith("source ") for name in event.series) else "unknown"
+        return "unknown"
 
     def _accept(self, names: Sequence[str]) -> None:
         """What these series are now is usual."""
@@ -301,11 +286,6 @@ class ShiftMonitor:
             change = self._newest["scale"] - self._detectors["scale"].expected()
             row = int(np.abs(change).argmax())
             yield f"logits of layer {self._layers[row]} {math.exp(change[row]):.2g} times as large"
-        names = [name for name in event.series if name.startswith("source ")]
-        for name in names[:_MOST_SOURCES]:
-            if name in self._newest:
-                before, after = self._detectors[name].expected()[0], self._newest[name][0]
-                yield f"{name}: loss {before:.2f} -> {after:.2f}"
 
     def _moved_experts(self) -> Iterator[str]:
         """The experts whose share has moved most."""
@@ -334,4 +314,7 @@ class ShiftMonitor:
         self._calm, self._calm_step, self._confirmed = state["calm"]
         self._past = dict(state.get("past", {}))
         if state["event"] is not None:
-            self.event = ShiftEvent(**state["event"])
+            event = ShiftEvent(**state["event"])
+            # Of an earlier version, which had other causes.
+            event.cause = event.cause if event.cause in get_args(Cause) else "unknown"
+            self.event = event

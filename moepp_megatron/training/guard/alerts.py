@@ -21,10 +21,6 @@ _CAUSES: dict[Cause, tuple[str, str]] = {
         "leave it if the change was meant; else stop, mend the source and resume from a checkpoint "
         "before it",
     ),
-    "source": (
-        "the loss of a data source has changed",
-        "read what the source gives; take it out of the blend, or mend it",
-    ),
     "router": (
         "the routers have changed, the token ids have not",
         "set routing_guard: safe, or resume from a checkpoint before it",

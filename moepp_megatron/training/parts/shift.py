@@ -52,11 +52,10 @@ class Shift(Part):
         return cls(run) if is_watched(run.config) else None
 
     def _open(self, state: Mapping[str, Any] | None) -> None:
-        names = () if self._sources is None else self._sources.names
         config = self._run.config
         self.monitor = ShiftMonitor(
             config.routing_guard.false_alarm_steps, self._counts.layer_numbers,
-            config.moe.names, names,
+            config.moe.names,
         )  # fmt: skip
         if state is None:
             return
@@ -100,7 +99,6 @@ class Shift(Part):
             observed = Observed(
                 self._counts.selections().numpy(), self.batch_loss, _deviation(*own[:3].tolist()),
                 self._counts.logits(), own[3:],
-                None if self._sources is None else self._sources.losses.total(),
             )  # fmt: skip
             self.monitor.add(step.attempt, observed, is_refused=not step.updated)
         return ()
