@@ -14,7 +14,7 @@ from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.json_file import read_json
-from moepp_megatron.workbench.report.blocks import Cell, Page, Section, Table, write_blocks
+from moepp_megatron.workbench.report.blocks import Cell, Page, PageSection, Table, write_blocks
 
 _GIB = 2**30
 _ENDS = {0: "passed", 3: "not possible here", 124: "cut off at its limit"}
@@ -54,7 +54,7 @@ def write_gpu_page(results: Path, page: Path) -> None:
 
 def _table(
     title: str, columns: Sequence[str], words: int, rows: Sequence[Sequence[str]], note: str
-) -> Section | None:
+) -> PageSection | None:
     """A table whose first `words` columns hold words, the others numbers; None without rows."""
     if not rows:
         return None
@@ -62,10 +62,10 @@ def _table(
         [Cell(text, "text" if place < words else "number") for place, text in enumerate(row)]
         for row in rows
     ]
-    return Section(title, [Table(columns, cells, note)])
+    return PageSection(title, [Table(columns, cells, note)])
 
 
-def _sections(found: Mapping[str, Any]) -> Iterator[Section | None]:
+def _sections(found: Mapping[str, Any]) -> Iterator[PageSection | None]:
     yield _table(
         "Parts", ("part", "end", "seconds"), 2,
         [
@@ -92,7 +92,7 @@ def _sections(found: Mapping[str, Any]) -> Iterator[Section | None]:
     yield _runs(found.get("runs", {}))
 
 
-def _card(card: Mapping[str, Any]) -> Section | None:
+def _card(card: Mapping[str, Any]) -> PageSection | None:
     rated = card.get("rated_tflops") or {}
     pairs = [
         (f"{dtype} product, TFLOP/s", value, rated.get(dtype))
@@ -107,7 +107,7 @@ def _card(card: Mapping[str, Any]) -> Section | None:
     )  # fmt: skip
 
 
-def _efficiency(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Section | None:
+def _efficiency(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> PageSection | None:
     rows = [
         (
             name, row["shape"], row["pass"].replace("_", " + "), f"{row['tau']:g}",
@@ -125,7 +125,7 @@ def _efficiency(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Section | No
     )  # fmt: skip
 
 
-def _bounds(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Section | None:
+def _bounds(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> PageSection | None:
     rows = []
     for name, row in layers:
         if row["pass"] != "forward":
@@ -145,7 +145,7 @@ def _bounds(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Section | None:
     )
 
 
-def _steps(steps: Mapping[str, Mapping[str, Any]]) -> Section | None:
+def _steps(steps: Mapping[str, Mapping[str, Any]]) -> PageSection | None:
     rows = [
         (name, f"{row['vanilla_ms']:.1f}", f"{row['moepp_ms']:.1f}", f"{row['speedup']:.2f}",
          f"{1 / row['phi']:.2f}", f"{row['tokens'] / row['moepp_ms'] * 1e3:,.0f}")
@@ -158,7 +158,7 @@ def _steps(steps: Mapping[str, Mapping[str, Any]]) -> Section | None:
     )  # fmt: skip
 
 
-def _runs(runs: Mapping[str, Mapping[str, Any]]) -> Section | None:
+def _runs(runs: Mapping[str, Mapping[str, Any]]) -> PageSection | None:
     rows = [
         (name, (row.get("modules") or "").partition(";")[0].rpartition(": ")[2],
          str(row["step"]), _number(row["loss"]), f"{row['step_time_s'] * 1e3:,.1f}",

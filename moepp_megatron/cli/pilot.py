@@ -84,7 +84,7 @@ def pilot(
     settings = load_config(config, overrides or [])
     from moepp_megatron.config.exit_codes import STOPPED
     from moepp_megatron.workbench.experiments.pilot.arms import build_arms
-    from moepp_megatron.workbench.experiments.pilot.plan import Plan
+    from moepp_megatron.workbench.experiments.pilot.plan import PilotPlan
     from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
     from moepp_megatron.workbench.experiments.pilot.trials import claim
     from moepp_megatron.workbench.experiments.pilot.verdict import FEWEST_SEEDS
@@ -97,13 +97,13 @@ def pilot(
         config=settings,
         base=build_arms(settings, steps or settings.training.train_iters, eval_iters),
         seeds=range(first, first + seeds),
-        plan=Plan(first=max(seeds, FEWEST_SEEDS), sessions=sessions),
+        plan=PilotPlan(first=max(seeds, FEWEST_SEEDS), sessions=sessions),
         command=shlex.join(["moepp", *sys.argv[1:]]),
         eval_iters=eval_iters,
     )
     _check_runs(whole, collect)
     claim(whole.folder, whole.runs)
-    whole = replace(whole, plan=Plan.claim(whole.folder, whole.plan))
+    whole = replace(whole, plan=PilotPlan.claim(whole.folder, whole.plan))
     try:
         _announce(whole)
         _finish(_collected(whole) if collect else _run(whole))

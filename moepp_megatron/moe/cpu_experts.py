@@ -65,7 +65,7 @@ class CPUExperts(SequentialMLP):
         """Outputs [rows, D] times gates; `weights` are fc1 and fc2 of each expert in turn."""
         rows = tokens_per_expert.tolist()
         if torch.is_grad_enabled():
-            result: Tensor = _Experts.apply(tokens, gates, rows, *weights)
+            result: Tensor = _CPUExperts.apply(tokens, gates, rows, *weights)
             return result
         return _forward(tokens, gates, rows, weights, keep=None)
 
@@ -132,7 +132,7 @@ def _forward(
     return output
 
 
-class _Experts(torch.autograd.Function):
+class _CPUExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, tokens: Tensor, gates: Tensor, rows: list[int], *weights: Tensor

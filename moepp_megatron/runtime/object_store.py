@@ -108,7 +108,7 @@ class ObjectPath(PosixPath):
     ) -> Any:
         """A reader of an object, which asks for ranges of it."""
         assert mode in ("r", "rb"), "objects are written whole"
-        reader = _Reader(self)
+        reader = _ObjectReader(self)
         if buffering == 0:
             return reader
         buffered = io.BufferedReader(reader, _BUFFER_BYTES)
@@ -172,7 +172,7 @@ class ObjectPath(PosixPath):
             raise as_store_error(error, self) from None
 
 
-class _Reader(io.RawIOBase):
+class _ObjectReader(io.RawIOBase):
     """The bytes of an object, each read of which is a request."""
 
     def __init__(self, path: ObjectPath) -> None:

@@ -40,7 +40,7 @@ def _escape(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-class _Record(logging.LogRecord):
+class _PrintableRecord(logging.LogRecord):
     """A record whose message cannot command a terminal."""
 
     def getMessage(self) -> str:  # noqa: N802 (logging's name)
@@ -50,4 +50,4 @@ class _Record(logging.LogRecord):
 
 def make_logs_printable() -> None:
     """Have every later log message escaped, whichever library logs it and whatever shows it."""
-    logging.setLogRecordFactory(_Record)
+    logging.setLogRecordFactory(_PrintableRecord)

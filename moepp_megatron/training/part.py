@@ -116,7 +116,7 @@ class Part(StepHooks):
     key: ClassVar[str] = ""
 
     @classmethod
-    def of(cls, run: Run) -> Part | None:
+    def of(cls, run: PartContext) -> Part | None:
         """Make the part of a run; None if it is disabled. Every rank calls."""
         raise NotImplementedError(f"{cls.__name__} must say for which runs it is made")
 
@@ -177,7 +177,7 @@ class Part(StepHooks):
 
 
 @dataclass
-class Run:
+class PartContext:
     """The inputs of a part.
 
     Attributes:

@@ -27,7 +27,7 @@ from moepp_megatron.training.checkpoint import (
 )
 from moepp_megatron.training.checkpoint.progress import read_record
 from moepp_megatron.training.collect import mean_loss
-from moepp_megatron.training.part import Outcome, Parts, Pause, Rollback, Run, Step, Stop
+from moepp_megatron.training.part import Outcome, PartContext, Parts, Pause, Rollback, Step, Stop
 from moepp_megatron.training.parts.order import build_parts
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.resume_messages import start_lines
@@ -88,7 +88,7 @@ class Trainer:
         # Last, so that nothing draws random numbers between here and the first step.
         loaded = self._load(loads or config)
         self.progress, self.extra = loaded.progress, loaded.extra
-        self._run = Run(
+        self._run = PartContext(
             config,
             layout,
             self.model,

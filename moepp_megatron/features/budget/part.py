@@ -12,7 +12,7 @@ from moepp_megatron.model.megatron_config import moepp_config
 from moepp_megatron.moe.budget import Budget, BudgetController, add_to_biases, set_taus
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import RuleJudge
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel
 
@@ -49,7 +49,7 @@ class BudgetPart(Part):
         routing.watch(margins=self._controller.needs_margins)
 
     @classmethod
-    def of(cls, run: Run) -> BudgetPart | None:
+    def of(cls, run: PartContext) -> BudgetPart | None:
         """The part of a run; None without a budget."""
         if not run.config.moe.budget.acts:
             return None

@@ -16,7 +16,7 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.plugins import PREFIX, load_plugin
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.training.checkpoint.progress import Progress
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.signals import StopRequest
@@ -141,7 +141,7 @@ class CallbacksPart(Part):
             _check(name, callback)
 
     @classmethod
-    def of(cls, run: Run) -> CallbacksPart:
+    def of(cls, run: PartContext) -> CallbacksPart:
         """The part of a run, which may have none but plugins' callbacks."""
         return cls(run.config, run.model, run.supervisor, run.callbacks)
 

@@ -11,7 +11,7 @@ from moepp_megatron.config import Config
 from moepp_megatron.config.blends import Blend, blend_at, blends_of
 from moepp_megatron.data.verify import corpus_identity
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.training.part import Part, Run
+from moepp_megatron.training.part import Part, PartContext
 
 
 class DataStagesPart(Part):
@@ -30,7 +30,7 @@ class DataStagesPart(Part):
         self._newest: str | None = extra.get("corpus", current)
 
     @classmethod
-    def of(cls, run: Run) -> DataStagesPart:
+    def of(cls, run: PartContext) -> DataStagesPart:
         """The part of a run."""
         return cls(run.config, run.extra, run.progress.consumed_samples)
 

@@ -25,7 +25,7 @@ from moepp_megatron.model.build import build_model
 from moepp_megatron.model.stage import evaluation_stages
 from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.training.checkpoint import load_weights
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.step import unchanged
 from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
 
@@ -59,7 +59,7 @@ class DistillationPart(Part):
         self._sums = StepCounts(2)
 
     @classmethod
-    def of(cls, run: Run) -> DistillationPart | None:
+    def of(cls, run: PartContext) -> DistillationPart | None:
         """The part of a run; None without a teacher.
 
         Raises:

@@ -9,7 +9,7 @@ import torch
 
 from moepp_megatron.config import Layout
 from moepp_megatron.training.collect import sum_over_ranks
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step_sums import first_of_tensor_ranks
 
@@ -27,7 +27,7 @@ class MultiTokenPredictionPart(Part):
         self._losses = [m.mtp_loss for m in model.models if getattr(m, "mtp_process", False)]
 
     @classmethod
-    def of(cls, run: Run) -> MultiTokenPredictionPart | None:
+    def of(cls, run: PartContext) -> MultiTokenPredictionPart | None:
         """The part of a run; None without such layers."""
         depths = run.config.model.mtp_num_layers
         return cls(run.model, depths) if depths else None

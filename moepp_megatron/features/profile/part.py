@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from moepp_megatron.config import Layout
 from moepp_megatron.features.profile.recorder import StepRecorder
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Part, PartContext, Step
 
 
 class ProfilePart(Part):
@@ -17,7 +17,7 @@ class ProfilePart(Part):
         self._recorder = recorder
 
     @classmethod
-    def of(cls, run: Run) -> ProfilePart | None:
+    def of(cls, run: PartContext) -> ProfilePart | None:
         """The part of a run; None where no step is recorded."""
         if not run.config.training.profile_steps:
             return None

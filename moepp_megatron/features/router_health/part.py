@@ -14,7 +14,7 @@ from moepp_megatron.config import Config, Layout
 from moepp_megatron.moe.layer import decoder_moepp_layers, moepp_layers
 from moepp_megatron.moe.router_health import RouterHealth
 from moepp_megatron.training.collect import sum_over_ranks
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
@@ -52,7 +52,7 @@ class RouterHealthPart(Part):
         self._fields: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, run: Run) -> RouterHealthPart:
+    def of(cls, run: PartContext) -> RouterHealthPart:
         """The part of a run."""
         numbers = run.require(RoutingCounts).layer_numbers
         return cls(run.config, run.model, numbers, run.config.observe.health_interval)

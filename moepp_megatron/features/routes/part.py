@@ -28,7 +28,7 @@ from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.disk import write_error
 from moepp_megatron.training.alerts import lost_output
 from moepp_megatron.training.batches import sample_index
-from moepp_megatron.training.part import Outcome, Part, Run, Step, Stop
+from moepp_megatron.training.part import Outcome, Part, PartContext, Step, Stop
 from moepp_megatron.training.run_folder.writable import check_kind
 from moepp_megatron.training.schedule import BatchSizes
 from moepp_megatron.training.step import Batch
@@ -50,7 +50,7 @@ class RoutesPart(Part):
         run: What it is made from.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: PartContext) -> None:
         self._config, self._settings = run.config, run.config.routes
         self._train_set, self._sizes = run.train_set, BatchSizes(run.config)
         self._pattern = run.config.moe.moe_layer_pattern(run.config.model.num_layers)
@@ -83,7 +83,7 @@ class RoutesPart(Part):
                 Path(folder).mkdir(parents=True, exist_ok=True)
 
     @classmethod
-    def of(cls, run: Run) -> RoutesPart | None:
+    def of(cls, run: PartContext) -> RoutesPart | None:
         """The part of a run; None where routers only select."""
         return cls(run) if run.config.routes.enabled else None
 

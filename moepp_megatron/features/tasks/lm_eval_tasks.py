@@ -163,7 +163,7 @@ def run_tasks(
     Returns:
         Scores by `TASK/METRIC`, or `TASK/METRIC/FILTER` where a task has filters.
     """
-    model = _Model(score, tokenizer, max_length)
+    model = _ScoredModel(score, tokenizer, max_length)
     # lm-eval draws progress bars.
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
         output = evaluate(
@@ -202,7 +202,7 @@ def try_tasks(tasks: Tasks, tokenizer: Tokenizer, max_length: int, limit: int | 
         ) from error
 
 
-class _Model(TemplateLM):
+class _ScoredModel(TemplateLM):
     """What lm-eval asks: tokens and their log-probabilities. One process asks for all ranks."""
 
     def __init__(self, score: Scorer, tokenizer: Tokenizer, max_length: int) -> None:

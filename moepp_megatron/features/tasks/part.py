@@ -27,7 +27,7 @@ from moepp_megatron.model.stage import PipelineStage, evaluation_stages
 from moepp_megatron.moe.router import MoEPPRouter
 from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.runtime.patches import replaced
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import unchanged
@@ -74,7 +74,7 @@ class TasksPart(Part):
                 self._tasks = load_tasks(config)
 
     @classmethod
-    def of(cls, run: Run) -> TasksPart | None:
+    def of(cls, run: PartContext) -> TasksPart | None:
         """The part of a run; None without tasks."""
         if not run.config.evaluation.tasks:
             return None

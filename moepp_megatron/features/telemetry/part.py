@@ -19,7 +19,7 @@ from moepp_megatron.features.telemetry.usage import NOTHING, Usage
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 from moepp_megatron.training.checkpoint.progress import Progress
 from moepp_megatron.training.collect import sum_over_ranks
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class TelemetryPart(Part):
         self._hardware = _hardware(config, self._on_gpu)
 
     @classmethod
-    def of(cls, run: Run) -> TelemetryPart | None:
+    def of(cls, run: PartContext) -> TelemetryPart | None:
         """The part of a run; None where nothing is sampled."""
         if run.config.telemetry.interval_s == 0:
             return None

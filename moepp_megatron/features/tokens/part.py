@@ -20,7 +20,7 @@ from moepp_megatron.data.token_groups import (
     token_groups,
 )
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.tagging import layers_know_tokens, tag_tokens
 
@@ -43,7 +43,7 @@ class TokenClassesPart(Part):
             statistics.num_groups = groups.size
 
     @classmethod
-    def of(cls, run: Run) -> TokenClassesPart | None:
+    def of(cls, run: PartContext) -> TokenClassesPart | None:
         """The part of a run; None where no classes are measured."""
         groups = _groups_of_run(run.config, run.train_set, run.extra.get("token_bands"))
         return None if groups is None else cls(run.model, groups)

@@ -12,7 +12,7 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.data.document_sources import SOURCES, source_names
 from moepp_megatron.training.collect import sum_over_ranks
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import Batch
 from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
@@ -48,7 +48,7 @@ class SourcesPart(Part):
         self.losses = StepCounts(len(self.names), 2)
 
     @classmethod
-    def of(cls, run: Run) -> SourcesPart | None:
+    def of(cls, run: PartContext) -> SourcesPart | None:
         """The part of a run; None where sources are not known."""
         part = cls(run.config, run.model, run.train_set)
         return part if part.names else None

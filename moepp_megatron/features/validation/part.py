@@ -10,7 +10,7 @@ import torch
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.collect import mean_loss
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step import run_schedule
 
@@ -22,11 +22,11 @@ class ValidationPart(Part):
         run: The run; it has something to validate on.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: PartContext) -> None:
         self._run = run
 
     @classmethod
-    def of(cls, run: Run) -> ValidationPart | None:
+    def of(cls, run: PartContext) -> ValidationPart | None:
         """The part of a run; None where nothing is validated."""
         exists = run.valid_set is not None or bool(run.valid_sets)
         return cls(run) if exists and run.config.training.eval_iters > 0 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from moepp_megatron.features.registry import PARTS, named
-from moepp_megatron.training.part import Part, Run
+from moepp_megatron.training.part import Part, PartContext
 
 
 def part_kinds() -> Iterator[type[Part]]:
@@ -16,7 +16,7 @@ def part_kinds() -> Iterator[type[Part]]:
         yield kind
 
 
-def build_parts(run: Run, kinds: Iterable[type[Part]] | None = None) -> list[Part]:
+def build_parts(run: PartContext, kinds: Iterable[type[Part]] | None = None) -> list[Part]:
     """Make the parts of a run, in order; every rank must call.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.training.alerts import guard_alert
 from moepp_megatron.training.batches import rank_batches
-from moepp_megatron.training.part import Outcome, Part, Pause, Rollback, Run, Step, Stop
+from moepp_megatron.training.part import Outcome, Part, PartContext, Pause, Rollback, Step, Stop
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.resilience.numerical_guard import NumericalFailureError, NumericalGuard
 from moepp_megatron.training.resilience.refused_batches import BatchEvidence, find_cause
@@ -30,7 +30,7 @@ class RefusedBatches(Part):
 
     may_refuse = True
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: PartContext) -> None:
         self._run, self._counts = run, run.require(RoutingCounts)
         self._guard = NumericalGuard(run.config.resilience, run.model.models)
         self._guard.load(run.extra)
@@ -38,7 +38,7 @@ class RefusedBatches(Part):
         self._is_due = False
 
     @classmethod
-    def of(cls, run: Run) -> RefusedBatches | None:
+    def of(cls, run: PartContext) -> RefusedBatches | None:
         """The part of a run; None without the guard."""
         return cls(run) if run.config.resilience.guard else None
 

@@ -17,7 +17,7 @@ from moepp_megatron.moe.margins import edges
 from moepp_megatron.moe.spec import router_pattern
 from moepp_megatron.moe.statistics import BALANCE, Z_LOSS, tracked_losses
 from moepp_megatron.training.collect import sum_over_ranks
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.step_sums import Summand
 
@@ -51,7 +51,7 @@ class RoutingCounts(Part):
         }
 
     @classmethod
-    def of(cls, run: Run) -> RoutingCounts:
+    def of(cls, run: PartContext) -> RoutingCounts:
         """The part of a run."""
         return cls(run.model, run.config, run.layout)
 

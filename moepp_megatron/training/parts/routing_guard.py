@@ -17,7 +17,7 @@ from moepp_megatron.training.checkpoint.files import checkpoint_step
 from moepp_megatron.training.guard.alerts import alert_of
 from moepp_megatron.training.guard.copies import RouterCopies
 from moepp_megatron.training.guard.readings import counted
-from moepp_megatron.training.part import Outcome, Part, Rollback, Run, Step, Stop
+from moepp_megatron.training.part import Outcome, Part, PartContext, Rollback, Step, Stop
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.parts.shift import Shift
 
@@ -44,7 +44,7 @@ class RoutingGuard(Part):
         run: The run; its routers are watched.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: PartContext) -> None:
         self._config, self._settings = run.config, run.config.routing_guard
         self._counts = run.require(RoutingCounts)
         self._health, self._budget = run.require(RouterHealthPart), run.feature("budget")
@@ -56,7 +56,7 @@ class RoutingGuard(Part):
         self._load(run.extra.get("guard") or {})
 
     @classmethod
-    def of(cls, run: Run) -> RoutingGuard | None:
+    def of(cls, run: PartContext) -> RoutingGuard | None:
         """The part of a run; None where routers are not watched."""
         return cls(run) if is_watched(run.config) else None
 

@@ -15,7 +15,7 @@ from moepp_megatron.config import Layout
 from moepp_megatron.config.guard_rules import is_watched
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor, group_of
-from moepp_megatron.training.part import Part, Run, Step
+from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.step import Batch
 from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
@@ -35,7 +35,7 @@ class Shift(Part):
             otherwise: what ranks do follows from rank 0's (`RoutingGuard`).
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: PartContext) -> None:
         self._run, self.batch_loss = run, math.nan
         self._counts, self._sources = run.require(RoutingCounts), run.feature("sources")
         self._counts.watch(logits=True)
@@ -47,7 +47,7 @@ class Shift(Part):
         self._open(run.extra.get("shift"))
 
     @classmethod
-    def of(cls, run: Run) -> Shift | None:
+    def of(cls, run: PartContext) -> Shift | None:
         """The part of a run; None where routers are not watched."""
         return cls(run) if is_watched(run.config) else None
 

@@ -21,7 +21,7 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Folder:
+class ProbedFolder:
     """The state of a folder.
 
     Attributes:
@@ -38,7 +38,7 @@ class Folder:
     error: str | None = None
 
 
-def probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> Folder:
+def probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> ProbedFolder:
     """Write and remove a file where the folder is or would be made."""
     place = path.absolute()
     while not place.exists():
@@ -47,13 +47,13 @@ def probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> Folde
         free = free_bytes(place)
         if free < 2 * probe_bytes:
             # A probe must not be what fills a disk.
-            return Folder(name, path, free, None)
-        return Folder(name, path, free, _write_rate(place, probe_bytes))
+            return ProbedFolder(name, path, free, None)
+        return ProbedFolder(name, path, free, _write_rate(place, probe_bytes))
     except OSError as error:
-        return Folder(name, path, None, None, error.strerror or str(error))
+        return ProbedFolder(name, path, None, None, error.strerror or str(error))
 
 
-def check_folder(folder: Folder, thresholds: Thresholds, needed: int = 0) -> list[Finding]:
+def check_folder(folder: ProbedFolder, thresholds: Thresholds, needed: int = 0) -> list[Finding]:
     """Findings of one folder, in which `needed` bytes must be free."""
     name, path = f"{folder.name} folder", folder.path
     if folder.error is not None:

@@ -25,7 +25,7 @@ from moepp_megatron.workbench.inspection.request import InspectRequest
 from moepp_megatron.workbench.inspection.trace import Trace
 
 
-class _Pass(NamedTuple):
+class _RecordedPass(NamedTuple):
     """One router's decisions for one micro-batch: [T, K] experts and gates, largest gate first."""
 
     layer: int
@@ -40,7 +40,9 @@ class RoutingRecorder:
         # Layers of multi-token prediction run only in training.
         self._layers = [layer for stage in stages for layer in decoder_moepp_layers(stage)]
         self._hooks: list[Any] = []
-        self.passes: dict[int, list[_Pass]] = {layer.layer_number: [] for layer in self._layers}
+        self.passes: dict[int, list[_RecordedPass]] = {
+            layer.layer_number: [] for layer in self._layers
+        }
 
     def __enter__(self) -> RoutingRecorder:
         """Start recording."""
@@ -63,7 +65,7 @@ class RoutingRecorder:
 
         def hook(router: torch.nn.Module, arguments: Any, routing: Routing) -> None:
             selected, gates = _selected_experts(routing.gates, routing.routing_map, topk)
-            record = _Pass(number, selected.cpu().numpy(), gates.double().cpu().numpy())
+            record = _RecordedPass(number, selected.cpu().numpy(), gates.double().cpu().numpy())
             self.passes[number].append(record)
 
         return hook
@@ -117,7 +119,7 @@ def _record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:
 
 
 # Sequence, positions [T] in it, and what a router decided there.
-_Piece = tuple[int, np.ndarray, _Pass]
+_Piece = tuple[int, np.ndarray, _RecordedPass]
 
 
 def _placed(request: ScoreRequest, recorder: RoutingRecorder) -> list[_Piece]:
@@ -138,7 +140,7 @@ def _placed(request: ScoreRequest, recorder: RoutingRecorder) -> list[_Piece]:
                 continue
             if sequence < count:
                 inside = places < length
-                kept = _Pass(record.layer, record.selected[inside], record.gates[inside])
+                kept = _RecordedPass(record.layer, record.selected[inside], record.gates[inside])
                 pieces.append((sequence, places[inside], kept))
     return pieces
 

@@ -23,7 +23,7 @@ from moepp_megatron.workbench.planning.layer_time import (
 )
 from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.memory import LayerBytes, RankParameters
-from moepp_megatron.workbench.planning.workload import Numbers, Workload
+from moepp_megatron.workbench.planning.workload import NumberFormats, Workload
 
 GIB = 2**30
 _Value = TypeVar("_Value")
@@ -90,7 +90,7 @@ class Coster:
         machine: Machine,
         routing: AssumedRouting,
         dispatchers: Sequence[Dispatcher] = (),
-        states: Mapping[States, Numbers] | None = None,
+        states: Mapping[States, NumberFormats] | None = None,
     ) -> None:
         self.load, self.machine, self.routing = load, machine, routing
         self._numbers = states or {(): load.numbers}

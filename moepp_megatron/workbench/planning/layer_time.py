@@ -77,7 +77,7 @@ def layer_time(
     traffic = layer_traffic(load, grid, machine, is_moe, skew)
     overlaps = grid.expert_overlap and traffic.experts > 0
     slower = 1.0 / (1.0 - machine.reached.overlap_slowdown) if overlaps else 1.0
-    clock = _Clock(machine, slower, load.graphs)
+    clock = _LayerClock(machine, slower, load.graphs)
     for part in parts:
         clock.add(part)
     clock.communicate(TENSOR, traffic.tensor_forward, traffic.tensor_backward)
@@ -107,7 +107,7 @@ def layer_time(
 @lru_cache(maxsize=100_000)
 def edge_time(load: Workload, grid: Grid, machine: Machine, is_last: bool) -> PassTime:
     """Time of the embedding, or of output layer and loss."""
-    clock = _Clock(machine, 1.0, load.graphs)
+    clock = _LayerClock(machine, 1.0, load.graphs)
     clock.add(output_part(load, grid) if is_last else embedding_part(load, grid))
     return clock.time()
 
@@ -141,7 +141,7 @@ _BEFORE_SIZES = ("attention", "norms", "router")
 _ALL_BEFORE_SIZES = {"attn", "moe_router", "moe_preprocess"}
 
 
-class _Clock:
+class _LayerClock:
     """Adds up a pass: what the GPU needs, and what the host needs to issue it."""
 
     def __init__(self, machine: Machine, slower: float, graphs: frozenset[str]) -> None:

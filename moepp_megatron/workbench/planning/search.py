@@ -21,7 +21,7 @@ from moepp_megatron.workbench.planning.grid import FULL, Dispatcher, Grid, Recom
 from moepp_megatron.workbench.planning.imbalance import AssumedRouting
 from moepp_megatron.workbench.planning.machine import Machine
 from moepp_megatron.workbench.planning.overlay import with_states
-from moepp_megatron.workbench.planning.workload import Numbers, Workload
+from moepp_megatron.workbench.planning.workload import NumberFormats, Workload
 
 # arXiv 2603.07685, section 9.1: below this, context parallelism costs more than it gives.
 _LEAST_TOKENS_PER_CONTEXT_RANK = 4096
@@ -61,7 +61,7 @@ class Space:
     distributed_optimizer: bool  # whether optimizer state is sharded
     dispatchers: tuple[Dispatcher, ...] = ()  # dispatchers that are compared where tokens travel
     # Number formats by what is kept in bf16.
-    states: Mapping[States, Numbers] = field(default_factory=dict)
+    states: Mapping[States, NumberFormats] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, world: int, per_node: int) -> Space:
@@ -197,9 +197,9 @@ def _dispatchers(config: Config) -> tuple[Dispatcher, ...]:
     return (configured, *(other for other in others if other != configured))
 
 
-def _states(config: Config) -> dict[States, Numbers]:
+def _states(config: Config) -> dict[States, NumberFormats]:
     """The configuration's number formats first, and those with less that its rules accept."""
-    found: dict[States, Numbers] = {}
+    found: dict[States, NumberFormats] = {}
     for states in _STATES:
         try:
             changed = with_states(config, states)

@@ -12,7 +12,7 @@ from moepp_megatron.workbench.planning.grid import Dispatcher
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Experts(ExpertLayout):
+class _ExpertShape(ExpertLayout):
     """The experts of an MoE layer and how tokens choose them."""
 
     ffn_share: float  # share of the selections that FFN experts get, phi
@@ -43,7 +43,7 @@ class _Experts(ExpertLayout):
 
 
 @dataclass(frozen=True)
-class Numbers:
+class NumberFormats:
     """Number formats."""
 
     dtype: Literal["fp32", "bf16"] = "bf16"  # dtype of parameters and activations
@@ -87,10 +87,10 @@ class Workload:
     is_moe: tuple[bool, ...]  # for each layer, whether it is an MoE layer
     dense_size: int  # inner width of the FFN of other layers
     attention: Attention  # attention of every layer
-    experts: _Experts  # experts of the MoE layers
+    experts: _ExpertShape  # experts of the MoE layers
     tied: bool  # whether the output layer shares the embedding's weights
     batch: int  # sequences of a step
-    numbers: Numbers  # number formats
+    numbers: NumberFormats  # number formats
     causal_share: float = 0.5  # share of the attention scores that are computed
     # Of multi-token prediction, on the last stage, besides `is_moe`, each with an output layer.
     extra_layers: int = 0
@@ -122,7 +122,7 @@ class Workload:
             tied=model.tie_embeddings,
             batch=config.training.global_batch_size,
             extra_layers=model.mtp_num_layers,
-            numbers=Numbers(
+            numbers=NumberFormats(
                 precision.dtype,
                 precision.recipe,
                 precision.fp8_param,
@@ -153,9 +153,9 @@ class Workload:
         return replace(self, experts=replace(self.experts, dispatcher=dispatcher))
 
 
-def _experts(config: Config) -> _Experts:
+def _experts(config: Config) -> _ExpertShape:
     moe = config.moe
-    return _Experts(
+    return _ExpertShape(
         **{field.name: getattr(moe, field.name) for field in fields(ExpertLayout)},
         ffn_share=moe.ffn_share,
         ffn_size=config.expert_ffn_hidden_size,

@@ -31,7 +31,7 @@ _MAD = 1.4826
 _RESOLUTION_US = 0.01
 
 
-class _Clock(NamedTuple):
+class _RankClock(NamedTuple):
     """How much later one rank's clock is than another's; of a rank, what to add to its times.
 
     Attributes:
@@ -51,7 +51,7 @@ class _Clock(NamedTuple):
         return max(self.spread_us, _RESOLUTION_US) ** 2 / self.calls
 
 
-def find_clocks(by_rank: Mapping[int, Sequence[Collective]]) -> dict[int, _Clock | None]:
+def find_clocks(by_rank: Mapping[int, Sequence[Collective]]) -> dict[int, _RankClock | None]:
     """The clock of each rank, against that of the lowest.
 
     Args:
@@ -123,7 +123,7 @@ def _parts_agree(call: Mapping[int, Collective]) -> bool:
     return True
 
 
-def _compare(calls: Iterable[Mapping[int, Collective]]) -> dict[tuple[int, int], _Clock]:
+def _compare(calls: Iterable[Mapping[int, Collective]]) -> dict[tuple[int, int], _RankClock]:
     """Clock differences between the lowest rank of each call and its others."""
     later: dict[tuple[int, int], list[float]] = defaultdict(list)
     for call in calls:
@@ -135,18 +135,18 @@ def _compare(calls: Iterable[Mapping[int, Collective]]) -> dict[tuple[int, int],
     for pair, values in later.items():
         middle = statistics.median(values)
         spread = _MAD * statistics.median(abs(value - middle) for value in values)
-        edges[pair] = _Clock(middle, spread, len(values))
+        edges[pair] = _RankClock(middle, spread, len(values))
     return edges
 
 
-def _paths(edges: Mapping[tuple[int, int], _Clock], reference: int) -> dict[int, _Clock]:
+def _paths(edges: Mapping[tuple[int, int], _RankClock], reference: int) -> dict[int, _RankClock]:
     """Clocks of the ranks that calls connect with the reference, over the most certain path."""
-    neighbours: dict[int, list[tuple[int, float, _Clock]]] = defaultdict(list)
+    neighbours: dict[int, list[tuple[int, float, _RankClock]]] = defaultdict(list)
     for (first, second), edge in edges.items():
         neighbours[first].append((second, edge.offset_us, edge))
         neighbours[second].append((first, -edge.offset_us, edge))
-    done: dict[int, _Clock] = {}
-    waiting = [(0.0, reference, _Clock(0.0, 0.0, 0))]
+    done: dict[int, _RankClock] = {}
+    waiting = [(0.0, reference, _RankClock(0.0, 0.0, 0))]
     while waiting:
         variance, rank, clock = heapq.heappop(waiting)
         if rank in done:
@@ -154,7 +154,7 @@ def _paths(edges: Mapping[tuple[int, int], _Clock], reference: int) -> dict[int,
         done[rank] = clock
         for other, later_us, edge in neighbours[rank]:
             if other not in done:
-                combined = _Clock(
+                combined = _RankClock(
                     offset_us=clock.offset_us - later_us,
                     spread_us=math.hypot(clock.spread_us, edge.spread_us),
                     calls=min(clock.calls or edge.calls, edge.calls),

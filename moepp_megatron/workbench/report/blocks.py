@@ -98,7 +98,7 @@ Block = Plot | Table | Text
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """Blocks below a heading.
 
     Attributes:
@@ -131,7 +131,7 @@ class Page:
     facts: Sequence[str] = ()
     warnings: Sequence[str] = ()
     cards: Sequence[Card] = ()
-    sections: Sequence[Section] = field(default_factory=list)
+    sections: Sequence[PageSection] = field(default_factory=list)
 
 
 def render_page(page: Page, template: str = "page.html.j2", **values: object) -> str:

@@ -59,7 +59,7 @@ class ComparedRun:
 
 
 @dataclass(frozen=True)
-class Setting:
+class ComparedSetting:
     """A setting that differs."""
 
     name: str
@@ -128,14 +128,14 @@ def _line(value: object) -> str:
     return text.strip().removesuffix("...").strip()
 
 
-def differing_settings(runs: Sequence[ComparedRun]) -> list[Setting]:
+def differing_settings(runs: Sequence[ComparedRun]) -> list[ComparedSetting]:
     """The settings that are not equal in all runs, in the order of the configuration."""
     names = dict.fromkeys(itertools.chain.from_iterable(run.settings for run in runs))
     differing = []
     for name in names:
         values = [run.settings.get(name, "-") for run in runs]
         if name not in _NOT_COMPARED and len(set(values)) > 1:
-            differing.append(Setting(name, [_cut(value) for value in values]))
+            differing.append(ComparedSetting(name, [_cut(value) for value in values]))
     return differing
 
 
@@ -145,7 +145,7 @@ def _cut(value: str) -> str:
     return f"{value[:_LONGEST_VALUE]} ... ({len(value):,} characters)"
 
 
-def losses_differ_in_meaning(settings: Sequence[Setting]) -> list[str]:
+def losses_differ_in_meaning(settings: Sequence[ComparedSetting]) -> list[str]:
     """Names of differing settings with which losses do not compare."""
     return [setting.name for setting in settings if setting.name in _DECIDE_THE_LOSS]
 

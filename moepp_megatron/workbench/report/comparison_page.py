@@ -15,8 +15,8 @@ from moepp_megatron.workbench.report.blocks import (
     Block,
     Cell,
     Page,
+    PageSection,
     Plot,
-    Section,
     Table,
     Text,
     number,
@@ -24,7 +24,7 @@ from moepp_megatron.workbench.report.blocks import (
 )
 from moepp_megatron.workbench.report.comparison import (
     ComparedRun,
-    Setting,
+    ComparedSetting,
     common_end,
     differing_settings,
     load_runs,
@@ -32,7 +32,7 @@ from moepp_megatron.workbench.report.comparison import (
     losses_differ_in_meaning,
 )
 from moepp_megatron.workbench.report.drawing import LINE_COLOURS, envelope, plot_style, short_name
-from moepp_megatron.workbench.report.lines import Dashes, Frame, Line, line_plot
+from moepp_megatron.workbench.report.lines import Dashes, Frame, PlotLine, line_plot
 from moepp_megatron.workbench.report.series import finite
 
 DEFAULT_OUT = Path("comparison.html")
@@ -75,13 +75,13 @@ def _page(runs: Sequence[ComparedRun]) -> Page:
         plots = _plots(runs)
     results = [[Cell(run.name), *map(number, _results(run))] for run in runs]
     sections = [
-        Section("Results", [Table(("Run", *_HEADINGS), results, _RESULTS)]),
-        Section("Curves", plots),
-        Section("Settings that differ", [_settings(settings, names)]),
+        PageSection("Results", [Table(("Run", *_HEADINGS), results, _RESULTS)]),
+        PageSection("Curves", plots),
+        PageSection("Settings that differ", [_settings(settings, names)]),
     ]
     losses = _losses(runs)
     if losses is not None:
-        sections.insert(1, Section("Loss where all have come equally far", [losses]))
+        sections.insert(1, PageSection("Loss where all have come equally far", [losses]))
     named = [setting for setting in settings if setting.name != "run.name"]
     differ = "1 setting differs" if len(named) == 1 else f"{len(named)} settings differ"
     return Page(
@@ -95,7 +95,7 @@ def _page(runs: Sequence[ComparedRun]) -> Page:
     )
 
 
-def _settings(settings: Sequence[Setting], names: Sequence[str]) -> Block:
+def _settings(settings: Sequence[ComparedSetting], names: Sequence[str]) -> Block:
     if not settings:
         return Text(["All settings are equal but for the folders."], "nothing")
     rows = [
@@ -105,10 +105,10 @@ def _settings(settings: Sequence[Setting], names: Sequence[str]) -> Block:
     caption = "From each run's config.yaml; a dash: the run has no such setting."
     if len(settings) > _MOST_SETTINGS:
         caption += f" {len(settings) - _MOST_SETTINGS} more are not shown."
-    return Table(("Setting", *names), rows, caption)
+    return Table(("ComparedSetting", *names), rows, caption)
 
 
-def _warnings(runs: Sequence[ComparedRun], settings: Sequence[Setting]) -> list[str]:
+def _warnings(runs: Sequence[ComparedRun], settings: Sequence[ComparedSetting]) -> list[str]:
     warnings = []
     names = losses_differ_in_meaning(settings)
     if names:
@@ -233,7 +233,7 @@ def _plot(
         if len(points.x) < 2:
             absent.append(run.name)
         else:
-            lines.append(Line(short_name(run.name), points, colour, dashes))
+            lines.append(PlotLine(short_name(run.name), points, colour, dashes))
     if absent:
         caption += f" Fewer than two points: {', '.join(absent)}."
     if not lines:

@@ -13,7 +13,7 @@ from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.blocks import Plot
 from moepp_megatron.workbench.report.drawing import LINE_COLOURS, MUTED, VERMILION, short_name
 from moepp_megatron.workbench.report.healthy import healthy_range
-from moepp_megatron.workbench.report.lines import Frame, Line, line_plot
+from moepp_megatron.workbench.report.lines import Frame, PlotLine, line_plot
 from moepp_megatron.workbench.report.run_data import RunData
 from moepp_megatron.workbench.report.savings import vanilla_a2a_bytes
 from moepp_megatron.workbench.report.series import finite
@@ -54,8 +54,8 @@ def loss_plot(run: RunData) -> Plot:
     if not len(valid.x):
         caption += " No validation loss was recorded in this run."
     lines = [
-        Line("training", run.numbers.series("loss")),
-        Line("validation", valid, VERMILION, marker="o"),
+        PlotLine("training", run.numbers.series("loss")),
+        PlotLine("validation", valid, VERMILION, marker="o"),
     ]
     frame = Frame(
         "loss (nats)",
@@ -83,8 +83,8 @@ def _ffn_share_plot(run: RunData) -> Plot:
         what = f"the target of moe.budget, {formatting.percent(wanted[-1])} in the last step"
     caption = f"Dashed: {what}. What lies below 100% is expert work that was not done."
     lines = [
-        Line("measured", run.numbers.series("ffn_fraction")),
-        Line(
+        PlotLine("measured", run.numbers.series("ffn_fraction")),
+        PlotLine(
             "target" if has_budget else "phi",
             finite(run.numbers.values("step"), wanted),
             VERMILION,
@@ -111,7 +111,7 @@ def _a2a_plot(run: RunData) -> Plot:
         "Bytes of hidden vectors that leave their rank through the dispatcher, all ranks and MoE "
         "layers, forward."
     )
-    lines = [Line("this run", finite(steps, sent / mib))]
+    lines = [PlotLine("this run", finite(steps, sent / mib))]
     if run.config.experts.num_zero_computation_experts:
         how = run.config.moe.dispatcher
         both = zip(sent, run.numbers.values("ffn_fraction"), strict=True)
@@ -120,7 +120,7 @@ def _a2a_plot(run: RunData) -> Plot:
             steps, np.fromiter((math.nan if b is None else b for b in scaled), float) / mib
         )
         if len(whole.x):
-            lines.append(Line("vanilla layer", whole, MUTED))
+            lines.append(PlotLine("vanilla layer", whole, MUTED))
             rule = "as much" if how == "allgather" else "bytes / FFN share"
             caption += f" The vanilla layer, in the same layout, would send {rule}."
     return line_plot(title, caption, lines, Frame("MiB", bottom=0))
@@ -154,7 +154,7 @@ def plain_plot(
     spread = colormaps["viridis"](np.linspace(0.05, 0.85, len(shown)))
     colours = [*map(to_hex, spread)] if ordered else LINE_COLOURS
     lines = [
-        Line(
+        PlotLine(
             short_name(name or drawn.title),
             finite(steps, scale * run.numbers.values(key, name)),
             colour,

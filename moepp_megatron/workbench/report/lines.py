@@ -31,7 +31,7 @@ Dashes = str | tuple[int, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
-class Line:
+class PlotLine:
     """One line.
 
     Attributes:
@@ -76,7 +76,7 @@ class Frame:
     change: Callable[[Axes], object] | None = None
 
 
-def line_plot(title: str, caption: str, lines: Sequence[Line], frame: Frame) -> Plot:
+def line_plot(title: str, caption: str, lines: Sequence[PlotLine], frame: Frame) -> Plot:
     """A plot of the lines that have enough points; a sentence where none has."""
     drawn = [line for line in lines if len(line.points.x) >= (1 if line.marker else 2)]
     if not drawn or (all(x.marker for x in drawn) and not all(x.marker for x in lines)):
@@ -107,7 +107,7 @@ def line_plot(title: str, caption: str, lines: Sequence[Line], frame: Frame) -> 
     return Plot(title, caption, svg_data_uri(figure), f"{words}.", wide=frame.wide)
 
 
-def _draw(axes: Axes, line: Line) -> None:
+def _draw(axes: Axes, line: PlotLine) -> None:
     x, y = envelope(*line.points)
     label = plain(line.label)
     if line.marker:
@@ -118,7 +118,7 @@ def _draw(axes: Axes, line: Line) -> None:
         draw_noisy(axes, *line.points, line.colour, label, line.dashes)
 
 
-def _words(line: Line, frame: Frame) -> str:
+def _words(line: PlotLine, frame: Frame) -> str:
     x, y = line.points
     show = frame.show
     at = (lambda place: "") if frame.x else (lambda place: f" at step {x[place]:.0f}")
@@ -130,7 +130,7 @@ def _words(line: Line, frame: Frame) -> str:
     return f"{ends}, between {show(float(np.min(y)))} and {show(float(np.max(y)))}"
 
 
-def _too_few(title: str, lines: Sequence[Line], frame: Frame) -> str:
+def _too_few(title: str, lines: Sequence[PlotLine], frame: Frame) -> str:
     if lines and len(lines[0].points.y):
         shown = frame.show(float(lines[0].points.y[0]))
         return f"Only one record has a finite value ({title} {shown}); a curve needs two."

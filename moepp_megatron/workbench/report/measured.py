@@ -18,7 +18,7 @@ from moepp_megatron.workbench.planning.measured.compare import (
     family_errors,
     pair_errors,
 )
-from moepp_megatron.workbench.planning.measured.rows import Beyond, Row
+from moepp_megatron.workbench.planning.measured.rows import Beyond, MeasuredRow
 from moepp_megatron.workbench.report.terminal import print_uncut, titled_table
 
 
@@ -62,7 +62,7 @@ def print_measured(comparisons: Sequence[Comparison]) -> None:
 
 
 def _with_nearest(key: str) -> str:
-    nearest = get_close_matches(key, [*Row.model_fields, *Beyond.model_fields], n=1)
+    nearest = get_close_matches(key, [*MeasuredRow.model_fields, *Beyond.model_fields], n=1)
     return f"{key} (did you mean {nearest[0]}?)" if nearest else key
 
 

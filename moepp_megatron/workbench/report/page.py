@@ -9,7 +9,7 @@ from moepp_megatron.workbench.report.blocks import (
     Block,
     Cell,
     Page,
-    Section,
+    PageSection,
     Table,
     Text,
     number,
@@ -77,7 +77,7 @@ def render(run: RunData) -> str:
     return render_page(page)
 
 
-def _sections(run: RunData, summary: RunSummary, savings: Savings) -> list[Section]:
+def _sections(run: RunData, summary: RunSummary, savings: Savings) -> list[PageSection]:
     """All that the run has something for."""
     saved = run.config.experts.num_zero_computation_experts > 0
     health, sources = health_plots(run), source_table(run)
@@ -97,7 +97,7 @@ def _sections(run: RunData, summary: RunSummary, savings: Savings) -> list[Secti
             Text([run.config_text], "code", fold="Resolved configuration of the run (config.yaml)")
         ],
     }
-    return [Section(title, blocks) for title, blocks in by_section.items() if blocks]
+    return [PageSection(title, blocks) for title, blocks in by_section.items() if blocks]
 
 
 _HEALTH = (

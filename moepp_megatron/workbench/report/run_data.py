@@ -37,7 +37,7 @@ class _Run(BaseModel):
     name: str = "moepp"
 
 
-class _Model(BaseModel):
+class _ModelFacts(BaseModel):
     num_layers: Layers
     hidden_size: Count
     ffn_hidden_size: Count
@@ -82,7 +82,7 @@ class RunConfig(BaseModel):
     """
 
     run: _Run
-    model: _Model
+    model: _ModelFacts
     moe: _MoE
     parallel: _Parallel
     precision: _Precision

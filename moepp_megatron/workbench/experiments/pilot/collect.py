@@ -17,7 +17,7 @@ from moepp_megatron.workbench.experiments.pilot.outcome import (
     log_time_ratio,
 )
 from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
-from moepp_megatron.workbench.experiments.pilot.result import Interval, PilotResult, Setting
+from moepp_megatron.workbench.experiments.pilot.result import ArmSetting, Interval, PilotResult
 from moepp_megatron.workbench.experiments.pilot.statistics import PooledLosses
 from moepp_megatron.workbench.experiments.pilot.verdict import Evidence, level_of, sentence, verdict
 
@@ -84,12 +84,12 @@ def _finished(pilot: Pilot) -> Outcomes:
     return {name: {seed: found[name] for seed, found in whole.items()} for name in names}
 
 
-def _setting(pilot: Pilot, runs: Outcomes, look: int, level: float) -> Setting:
+def _setting(pilot: Pilot, runs: Outcomes, look: int, level: float) -> ArmSetting:
     training, model = pilot.arm("vanilla").config.training, pilot.config.model
     moepp, steps = pilot.arm("moepp").config, pilot.arm("vanilla").arm.steps
     per_step = training.global_batch_size * model.seq_length
     on_gpu = any(run.on_gpu for seeds in runs.values() for run in seeds.values())
-    return Setting(
+    return ArmSetting(
         command=pilot.command,
         config=moepp.run.name,
         tau=moepp.moe.balanced_tau,

@@ -20,8 +20,8 @@ from moepp_megatron.workbench.report.blocks import (
     Card,
     Cell,
     Page,
+    PageSection,
     Plot,
-    Section,
     Table,
     Text,
     number,
@@ -36,7 +36,7 @@ from moepp_megatron.workbench.report.drawing import (
     plot_style,
     smooth,
 )
-from moepp_megatron.workbench.report.lines import Frame, Line, line_plot
+from moepp_megatron.workbench.report.lines import Frame, PlotLine, line_plot
 from moepp_megatron.workbench.report.series import Series
 from moepp_megatron.workbench.report.terminal import print_uncut, table_of
 
@@ -79,8 +79,8 @@ def write_pilot_page(result: PilotResult, out: Path) -> Path:
         facts=_facts(result),
         cards=_cards(result),
         sections=[
-            Section("", [plot, _arm_table(result)]),
-            Section("", [Text(_limits(result), "note", fold="How to read it, and its limits")]),
+            PageSection("", [plot, _arm_table(result)]),
+            PageSection("", [Text(_limits(result), "note", fold="How to read it, and its limits")]),
         ],
         sources="pilot.json",
         command=setting.command,
@@ -211,12 +211,12 @@ def _smooth_curve(outcome: ArmOutcome) -> tuple[np.ndarray, np.ndarray]:
     return tokens, smooth(losses) if len(losses) >= 12 else losses
 
 
-def _line(outcome: ArmOutcome, tokens: np.ndarray, values: np.ndarray) -> Line:
-    return Line(outcome.arm.name, Series(tokens, values), _COLOURS[outcome.arm.kind], raw=True)
+def _line(outcome: ArmOutcome, tokens: np.ndarray, values: np.ndarray) -> PlotLine:
+    return PlotLine(outcome.arm.name, Series(tokens, values), _COLOURS[outcome.arm.kind], raw=True)
 
 
 def _plot(
-    title: str, axis: str, lines: list[Line], levels: Sequence[tuple[str, float]] = ()
+    title: str, axis: str, lines: list[PlotLine], levels: Sequence[tuple[str, float]] = ()
 ) -> Plot:
     """Lines over tokens, from where they are worth comparing."""
     if not lines:

@@ -36,7 +36,7 @@ class Match(BaseModel):
     width: int
 
 
-class Plan(BaseModel):
+class PilotPlan(BaseModel):
     """What is fixed.
 
     Attributes:
@@ -66,7 +66,7 @@ class Plan(BaseModel):
         write_atomic(folder / FILE, (self.model_dump_json(indent=1) + "\n").encode())
 
     @staticmethod
-    def claim(folder: Path, wanted: Plan) -> Plan:
+    def claim(folder: Path, wanted: PilotPlan) -> PilotPlan:
         """The plan in force: the folder's own, or else `wanted`, which is written.
 
         Raises:
@@ -74,7 +74,7 @@ class Plan(BaseModel):
         """
         path = folder / FILE
         try:
-            found = Plan.model_validate_json(path.read_bytes())
+            found = PilotPlan.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             wanted.write(folder)
             return wanted

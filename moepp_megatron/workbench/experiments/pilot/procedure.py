@@ -18,7 +18,7 @@ from pathlib import Path
 
 from moepp_megatron.config import Config
 from moepp_megatron.workbench.experiments.pilot.arms import PilotArm, matched_arms, narrow_width
-from moepp_megatron.workbench.experiments.pilot.plan import Match, Plan
+from moepp_megatron.workbench.experiments.pilot.plan import Match, PilotPlan
 from moepp_megatron.workbench.experiments.pilot.result import ArmKind
 from moepp_megatron.workbench.experiments.pilot.statistics import Estimate
 from moepp_megatron.workbench.experiments.pilot.trials import PilotRun, Session, claim
@@ -45,7 +45,7 @@ class Pilot:
     config: Config
     base: Sequence[PilotArm]
     seeds: Sequence[int]
-    plan: Plan
+    plan: PilotPlan
     command: str
     eval_iters: int | None = None
 

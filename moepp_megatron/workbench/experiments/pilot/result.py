@@ -104,7 +104,7 @@ class Verdict(_PilotRecord):
     speeds_agree: bool
 
 
-class Setting(_PilotRecord):
+class ArmSetting(_PilotRecord):
     """The conditions of the measurement.
 
     Attributes:
@@ -150,7 +150,7 @@ class PilotResult(_PilotRecord):
         sentence: The answer for the person who decides.
     """
 
-    setting: Setting
+    setting: ArmSetting
     arms: list[ArmOutcome]
     token_value: Interval
     verdict: Verdict

@@ -14,7 +14,7 @@ from moepp_megatron.workbench.report.blocks import (
     Card,
     Cell,
     Page,
-    Section,
+    PageSection,
     Table,
     Text,
     number,
@@ -69,16 +69,16 @@ def build_scaling_page(
     """
     with plot_style():
         sections = [
-            Section(title, [*scaling_plots(records, mode), _table(records, mode)])
+            PageSection(title, [*scaling_plots(records, mode), _table(records, mode)])
             for mode, title in _MODES.items()
             if any(record.mode == mode for record in records)
         ]
     if gaps:
-        sections.append(Section("Not measured", [_comments(gaps)]))
+        sections.append(PageSection("Not measured", [_comments(gaps)]))
     terms = {"How it was measured": _method(measuring)} | _TERMS
-    sections.append(Section("What the numbers mean", [_comments(terms)]))
+    sections.append(PageSection("What the numbers mean", [_comments(terms)]))
     text = Text([config.to_yaml()], "code", fold="Before layouts and batches of the points")
-    sections.append(Section("Configuration", [text]))
+    sections.append(PageSection("Configuration", [text]))
     page = Page(
         kind="MoE++ scaling test",
         title=config.run.name,

@@ -13,7 +13,7 @@ from moepp_megatron.workbench.experiments.scaling.records import ScaleRecord
 from moepp_megatron.workbench.report import formatting
 from moepp_megatron.workbench.report.blocks import Plot
 from moepp_megatron.workbench.report.drawing import BLUE, VERMILION
-from moepp_megatron.workbench.report.lines import Frame, Line, line_plot
+from moepp_megatron.workbench.report.lines import Frame, PlotLine, line_plot
 from moepp_megatron.workbench.report.series import finite
 
 KIND_NAMES = {"moepp": "MoE++", "vanilla": "vanilla"}
@@ -108,11 +108,11 @@ def _plot(
 ) -> Plot:
     """A quantity through the chosen layouts, and rings for the others."""
 
-    def line(each: KindSeries, records: Sequence[ScaleRecord]) -> Line:
+    def line(each: KindSeries, records: Sequence[ScaleRecord]) -> PlotLine:
         colour, marker = _LOOKS[each.kind]
         values = np.array([value(r) for r in records], dtype=np.float64)
         points = finite(np.array([r.nproc for r in records], dtype=np.float64), values)
-        return Line(KIND_NAMES[each.kind], points, colour, marker=marker)
+        return PlotLine(KIND_NAMES[each.kind], points, colour, marker=marker)
 
     drawn = [line(each, each.best) for each in lines]
 

@@ -74,7 +74,7 @@ class _Measured(_Strict):
         return self
 
 
-class Row(_Strict):
+class MeasuredRow(_Strict):
     """One run, as a file describes it; docs/planning.md has the format."""
 
     # Unknown keys are reported, because a file may hold remarks under other names.
@@ -100,7 +100,7 @@ class Row(_Strict):
 class Run:
     """A row in the cost model's terms."""
 
-    row: Row
+    row: MeasuredRow
     config: Config  # its settings; valid only by the schema
     hardware: Hardware
     load: Workload
@@ -136,7 +136,7 @@ def read_runs(path: Path) -> list[Run]:
     return [_run_of(row, str(path)) for row in rows]
 
 
-def _rows_of(path: Path) -> list[Row]:
+def _rows_of(path: Path) -> list[MeasuredRow]:
     try:
         if path.suffix == ".json":
             content = read_json(path)
@@ -154,7 +154,7 @@ def _rows_of(path: Path) -> list[Row]:
     rows = []
     for number, entry in enumerate(content, start=1):
         try:
-            rows.append(Row.model_validate(entry))
+            rows.append(MeasuredRow.model_validate(entry))
         except ValidationError as error:
             raise ConfigError(_problem(f"{path}: row {number}", entry, error)) from None
     return rows
@@ -171,7 +171,7 @@ def _problem(place: str, entry: object, error: ValidationError) -> str:
     )
 
 
-def _run_of(row: Row, source: str = "a row") -> Run:
+def _run_of(row: MeasuredRow, source: str = "a row") -> Run:
     """A row in the cost model's terms; ConfigError if its settings or its layout cannot be."""
     place = f"{source}: {row.name}"
     try:
@@ -238,7 +238,7 @@ def _seen_share(seq: int, window: int | None, every: int) -> float:
     return windowed / every + 0.5 * (1 - 1 / every)
 
 
-def _grid(row: Row, config: Config, beyond: Beyond, place: str) -> Grid:
+def _grid(row: MeasuredRow, config: Config, beyond: Beyond, place: str) -> Grid:
     layout = config.parallel.pipeline_model_parallel_layout
     try:
         expand_pipeline_layout(layout or "")
@@ -286,7 +286,7 @@ def _problems(config: Config, grid: Grid) -> Iterator[str]:
         )
 
 
-def _stages(row: Row, config: Config, grid: Grid, place: str) -> Stages:
+def _stages(row: MeasuredRow, config: Config, grid: Grid, place: str) -> Stages:
     layers, stages = config.model.num_layers, grid.pp * grid.vpp
     sizes: Sequence[int] | None = row.layers_per_stage
     if sizes is None and config.parallel.pipeline_model_parallel_layout is not None:

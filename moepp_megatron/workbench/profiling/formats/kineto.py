@@ -28,8 +28,8 @@ from moepp_megatron.workbench.profiling.formats.c10d import (
 )
 from moepp_megatron.workbench.profiling.formats.kineto_events import (
     Around,
-    Event,
     Swept,
+    TraceEvent,
     read_events,
     sweep,
 )
@@ -101,7 +101,7 @@ def parse_kineto(content: dict[str, Any], place: str = "trace") -> RankTrace:
     return trace
 
 
-def _is_call(event: Event, on_gpu: bool) -> bool:
+def _is_call(event: TraceEvent, on_gpu: bool) -> bool:
     """Whether it marks the call of a collective on the host."""
     if event.category != "cpu_op":
         return False
@@ -110,11 +110,11 @@ def _is_call(event: Event, on_gpu: bool) -> bool:
     return event.name.startswith("c10d::") and operation_of(event.name) is not Operation.OTHER
 
 
-def _is_nccl(event: Event) -> bool:
+def _is_nccl(event: TraceEvent) -> bool:
     return event.name.startswith(("ncclDevKernel", "ncclKernel", "ncclSymDevKernel"))
 
 
-def _host_work(spans: list[Event], swept: Swept) -> list[Span]:
+def _host_work(spans: list[TraceEvent], swept: Swept) -> list[Span]:
     """Outermost operations of the training thread that do not communicate."""
     work, end = [], float("-inf")
     mine = [span for span in spans if span.category == "cpu_op" and span.thread == swept.thread]
@@ -131,7 +131,7 @@ class _Reader:
     def __init__(self, rank: int, groups: dict[str, TracedGroup], swept: Swept) -> None:
         self._rank, self._groups, self._swept = rank, groups, swept
 
-    def of_nccl(self, kernels: list[Event], calls: list[Event]) -> list[Collective]:
+    def of_nccl(self, kernels: list[TraceEvent], calls: list[TraceEvent]) -> list[Collective]:
         """Collectives of NCCL's kernels and the calls that started them."""
         by_id = {}
         for call in calls:
@@ -139,7 +139,7 @@ class _Reader:
                 by_id[number] = call
         return [self._nccl(event, by_id) for event in kernels if _is_nccl(event)]
 
-    def _nccl(self, kernel: Event, by_id: dict[int, Event]) -> Collective:
+    def _nccl(self, kernel: TraceEvent, by_id: dict[int, TraceEvent]) -> Collective:
         call = by_id.get(optional(kernel.args, "External id", int) or -1)
         args = {**(call.args if call is not None else {}), **kernel.args}
         around = self._around(call)
@@ -160,9 +160,9 @@ class _Reader:
             **self._shared(around, sizes_of_nccl(args, operation), kernel),
         )
 
-    def of_gloo(self, calls: list[Event], spans: list[Event]) -> list[Collective]:
+    def of_gloo(self, calls: list[TraceEvent], spans: list[TraceEvent]) -> list[Collective]:
         """Collectives of calls on the training thread and gloo's transfers."""
-        transfers: dict[tuple[Operation, str], deque[Event]] = defaultdict(deque)
+        transfers: dict[tuple[Operation, str], deque[TraceEvent]] = defaultdict(deque)
         gloo_spans = [event for event in spans if event.name.startswith("gloo:")]
         for event in sorted(gloo_spans, key=lambda one: one.start):
             dims = optional(event.args, "Input Dims", list) or [""]
@@ -174,7 +174,7 @@ class _Reader:
         return [one for one in collectives if one.group_size != 1]
 
     def _gloo(
-        self, call: Event, transfers: dict[tuple[Operation, str], deque[Event]]
+        self, call: TraceEvent, transfers: dict[tuple[Operation, str], deque[TraceEvent]]
     ) -> Collective:
         operation = operation_of(call.name)
         around = self._around(call)
@@ -196,7 +196,7 @@ class _Reader:
             ),
         )
 
-    def _shared(self, around: Around, sizes: Sizes, timed: Event) -> dict[str, Any]:
+    def _shared(self, around: Around, sizes: Sizes, timed: TraceEvent) -> dict[str, Any]:
         """What NCCL's and gloo's collectives say alike."""
         return {
             "rank": self._rank,
@@ -207,13 +207,15 @@ class _Reader:
             "scopes": around.scopes,
         }
 
-    def _around(self, call: Event | None) -> Around:
+    def _around(self, call: TraceEvent | None) -> Around:
         return Around() if call is None else self._swept.around.get(call.key, Around())
 
 
 def _take(
-    transfers: dict[tuple[Operation, str], deque[Event]], operation: Operation, call: Event
-) -> Event | None:
+    transfers: dict[tuple[Operation, str], deque[TraceEvent]],
+    operation: Operation,
+    call: TraceEvent,
+) -> TraceEvent | None:
     """The transfer of a call: the first unused one of its kind and shape."""
     kind = Operation.ALL_REDUCE if operation is Operation.REDUCE_SCATTER else operation
     given = [dims for dims in optional(call.args, "Input Dims", list) or [] if dims]

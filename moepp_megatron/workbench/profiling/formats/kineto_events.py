@@ -29,7 +29,7 @@ _NODE = "autograd::engine::evaluate_function"
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class TraceEvent:
     """An event with a duration; times in microseconds by the trace's clock."""
 
     name: str
@@ -54,13 +54,13 @@ class Event:
         return Span(name or self.name, self.start, self.end, kind)
 
 
-def read_events(events: list[Any], place: str) -> tuple[list[Event], dict[Key, Key]]:
+def read_events(events: list[Any], place: str) -> tuple[list[TraceEvent], dict[Key, Key]]:
     """Events with a duration, and the operation of each derivative.
 
     Raises:
         ProfileError: An event lacks a field that these need, or has a wrong one.
     """
-    result: list[Event] = []
+    result: list[TraceEvent] = []
     ends: dict[str, dict[Any, Key]] = {"s": {}, "f": {}}
     for number, raw in enumerate(events):
         where = f"{place}, traceEvents[{number}]"
@@ -69,7 +69,7 @@ def read_events(events: list[Any], place: str) -> tuple[list[Event], dict[Key, K
         phase, category = raw.get("ph"), raw.get("cat")
         if phase == "X" and "dur" in raw:
             result.append(
-                Event(
+                TraceEvent(
                     name=records.field(raw, "name", str, where),
                     category=category if isinstance(category, str) else "",
                     thread=_thread(raw, where),
@@ -130,9 +130,9 @@ class Swept:
     thread: str | None = None
 
 
-def sweep(events: list[Event], links: dict[Key, Key], wanted: Iterable[Event]) -> Swept:
+def sweep(events: list[TraceEvent], links: dict[Key, Key], wanted: Iterable[TraceEvent]) -> Swept:
     """Find what is around the wanted events, and the ranges; `links` are of `read_events`."""
-    threads: dict[str, list[Event]] = defaultdict(list)
+    threads: dict[str, list[TraceEvent]] = defaultdict(list)
     for event in events:
         if event.category in ("cpu_op", "user_annotation"):
             threads[event.thread].append(event)
@@ -170,7 +170,7 @@ class _Pass:
         self._backward: Span | None = None
         self._pass: Span | None = None
 
-    def run(self, events: list[Event]) -> None:
+    def run(self, events: list[TraceEvent]) -> None:
         for event in events:
             while self._open and self._open[-1].end <= event.start:
                 self._open.pop()
@@ -178,7 +178,7 @@ class _Pass:
         self._close_backward()
         self._close_pass()
 
-    def _enter(self, event: Event) -> None:
+    def _enter(self, event: TraceEvent) -> None:
         at, scope, call, is_node = event.key, None, None, False
         if event.name.startswith(_PREFIX):
             scope, call = self._range(event, event.name.removeprefix(_PREFIX))
@@ -200,7 +200,7 @@ class _Pass:
         if scope is not None or call is not None or is_node:
             self._open.append(_Open(event.end, scope, call, is_node))
 
-    def _range(self, event: Event, name: str) -> tuple[str | None, _Call | None]:
+    def _range(self, event: TraceEvent, name: str) -> tuple[str | None, _Call | None]:
         """The scope or collective that a range of the recorder means."""
         if found := _COMM.fullmatch(name):
             pair = (int(found[2]), int(found[3])) if found[2] else None
@@ -227,7 +227,7 @@ class _Pass:
         scopes = (span.scope for span in reversed(self._open))
         return next((scope for scope in scopes if scope is not None and "/" in scope), None)
 
-    def _extend_pass(self, event: Event) -> None:
+    def _extend_pass(self, event: TraceEvent) -> None:
         """Outermost nodes that follow each other are one backward pass."""
         if not self._in_node():
             start = event.start if self._pass is None else self._pass.start_us
@@ -238,7 +238,7 @@ class _Pass:
             self._swept.parts.append(self._pass)
             self._pass = None
 
-    def _extend_backward(self, event: Event, scope: str) -> None:
+    def _extend_backward(self, event: TraceEvent, scope: str) -> None:
         """Derivatives of one part that follow each other are one span."""
         name, start = scope.split(":")[0], event.start
         if self._backward is not None and self._backward.name == name:

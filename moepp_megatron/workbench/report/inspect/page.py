@@ -24,8 +24,8 @@ from moepp_megatron.workbench.report.blocks import (
     Card,
     Cell,
     Page,
+    PageSection,
     Plot,
-    Section,
     Table,
     Text,
     number,
@@ -101,11 +101,11 @@ def render(request: InspectRequest, trace: Trace) -> str:
         warnings=[f"{notice}." for notice in request.notices],
         cards=_cards(request, trace, found),
         sections=[
-            Section("Which tokens take which experts", [by_class, Text([_ABOUT], "note")]),
-            Section(
+            PageSection("Which tokens take which experts", [by_class, Text([_ABOUT], "note")]),
+            PageSection(
                 "Tokens with the most and the fewest FFN experts", [*ends, Text([note], "note")]
             ),
-            Section("By layer", [plot]),
+            PageSection("By layer", [plot]),
         ],
         sources="the text and the checkpoint",
         command="moepp inspect",

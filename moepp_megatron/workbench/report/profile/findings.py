@@ -14,7 +14,7 @@ from moepp_megatron.workbench.report.formatting import data_size, percent
 _EVEN = 1.1
 
 
-class Cost(NamedTuple):
+class FindingCost(NamedTuple):
     """The cost of one purpose per step; milliseconds, mean over ranks and steps."""
 
     purpose: str
@@ -23,14 +23,14 @@ class Cost(NamedTuple):
     time_ms: float
 
 
-def costs(profile: Profile) -> list[Cost]:
+def costs(profile: Profile) -> list[FindingCost]:
     """Costs by purpose, the most exposed first."""
     unit = 1e3 * len(profile.rank_steps)
     sums: dict[str, list[CallClass]] = defaultdict(list)
     for kind in profile.classes:
         sums[kind.name.purpose].append(kind)
     result = [
-        Cost(
+        FindingCost(
             purpose,
             sum(kind.exposed_us for kind in classes) / unit,
             sum(kind.wait_us for kind in classes) / unit,

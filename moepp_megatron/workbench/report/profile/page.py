@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moepp_megatron.workbench.profiling.analysis import Profile
-from moepp_megatron.workbench.report.blocks import Cell, Page, Section, Table, render_page
+from moepp_megatron.workbench.report.blocks import Cell, Page, PageSection, Table, render_page
 from moepp_megatron.workbench.report.profile.findings import cards, findings
 from moepp_megatron.workbench.report.profile.plots import profile_plots
 from moepp_megatron.workbench.report.profile.tables import TextTable, profile_tables
@@ -26,7 +26,7 @@ def render(profile: Profile, document: dict[str, Any]) -> str:
         facts=list(_facts(document)),
         cards=cards(profile),
         sections=[
-            Section("Costs", profile_plots(profile, document)),
+            PageSection("Costs", profile_plots(profile, document)),
             *map(_section, profile_tables(document)),
         ],
         sources="the run's traces",
@@ -35,13 +35,13 @@ def render(profile: Profile, document: dict[str, Any]) -> str:
     return render_page(page, "profile.html.j2")
 
 
-def _section(table: TextTable) -> Section:
+def _section(table: TextTable) -> PageSection:
     rows = [
         [Cell(text, "text" if i < table.words else "number") for i, text in enumerate(row)]
         for row in table.rows
     ]
     caption = f"{table.unit[0].upper()}{table.unit[1:]}. {table.note}"
-    return Section(table.title, [Table(table.columns, rows, caption)])
+    return PageSection(table.title, [Table(table.columns, rows, caption)])
 
 
 def _facts(document: dict[str, Any]) -> Iterator[str]:

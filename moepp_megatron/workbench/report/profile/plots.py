@@ -20,7 +20,7 @@ from moepp_megatron.workbench.report.drawing import (
     plot_style,
     svg_data_uri,
 )
-from moepp_megatron.workbench.report.profile.findings import Cost, costs
+from moepp_megatron.workbench.report.profile.findings import FindingCost, costs
 
 # Okabe and Ito's palette where it goes far enough.
 _COLOURS = {
@@ -90,7 +90,7 @@ def _ranks(ranks: dict[int, list[dict[str, Any]]], rows: int | None) -> Plot:
     )
 
 
-def _costs(costs: list[Cost], rows: int | None) -> Plot:
+def _costs(costs: list[FindingCost], rows: int | None) -> Plot:
     figure, axes, thick = _bars(len(costs), rows, "milliseconds per step and rank")
     names = [cost.purpose for cost in costs]
     whole = [cost.time_ms for cost in costs]

@@ -12,7 +12,7 @@ from moepp_megatron.moe.upstream_versions import BEYOND, OLDEST, TESTED_VERSION
 from moepp_megatron.runtime.backends import Backend
 from moepp_megatron.workbench.doctor import folders, packages, speed_checks, system
 from moepp_megatron.workbench.doctor.finding import Finding, Severity, error, warning, worst
-from moepp_megatron.workbench.doctor.folders import PROBE_BYTES, Folder
+from moepp_megatron.workbench.doctor.folders import PROBE_BYTES, ProbedFolder
 from moepp_megatron.workbench.doctor.speed import (
     CollectiveSpeed,
     dispatch_problem,
@@ -125,12 +125,12 @@ def test_clocks():
 @pytest.mark.parametrize(
     ("folder", "needed", "severity", "found"),
     [
-        (Folder("run", Path("/r"), 100 * GIB, 2e9), 0, OK, "writes 2000 MB/s"),
-        (Folder("run", Path("/r"), 100 * GIB, 2e6), 0, WARNING, "writes 2 MB/s"),
-        (Folder("run", Path("/r"), 100 * GIB, None), 0, OK, "100.0 GiB free"),
-        (Folder("run", Path("/r"), GIB, 2e9), 2 * GIB, ERROR, "1.0 GiB free"),
-        (Folder("run", Path("/r"), PROBE_BYTES, None), 0, ERROR, "0.1 GiB free"),
-        (Folder("run", Path("/r"), None, None, "Permission denied"), 0, ERROR, "denied"),
+        (ProbedFolder("run", Path("/r"), 100 * GIB, 2e9), 0, OK, "writes 2000 MB/s"),
+        (ProbedFolder("run", Path("/r"), 100 * GIB, 2e6), 0, WARNING, "writes 2 MB/s"),
+        (ProbedFolder("run", Path("/r"), 100 * GIB, None), 0, OK, "100.0 GiB free"),
+        (ProbedFolder("run", Path("/r"), GIB, 2e9), 2 * GIB, ERROR, "1.0 GiB free"),
+        (ProbedFolder("run", Path("/r"), PROBE_BYTES, None), 0, ERROR, "0.1 GiB free"),
+        (ProbedFolder("run", Path("/r"), None, None, "Permission denied"), 0, ERROR, "denied"),
     ],
 )
 def test_folder(folder, needed, severity, found):

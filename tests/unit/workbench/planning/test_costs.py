@@ -34,7 +34,7 @@ from moepp_megatron.workbench.planning.traffic import (
     hierarchical_rows,
     layer_traffic,
 )
-from moepp_megatron.workbench.planning.workload import Numbers, Workload
+from moepp_megatron.workbench.planning.workload import NumberFormats, Workload
 
 
 def configured(**moe: object) -> Config:
@@ -285,7 +285,7 @@ def test_casts_to_fp8_are_kernels_of_each_expert() -> None:
     grid, machine = Grid(8, ep=2), with_reached(launch_s=60e-6)
     in_bf16 = seconds_of(narrow(), grid, machine).total
     found = {
-        recipe: seconds_of(narrow(numbers=Numbers(fp8=recipe)), grid, machine).total
+        recipe: seconds_of(narrow(numbers=NumberFormats(fp8=recipe)), grid, machine).total
         for recipe in ("blockwise", "tensorwise")
     }
     # More casts, more time: FP8 does not pay for narrow experts.
@@ -294,7 +294,7 @@ def test_casts_to_fp8_are_kernels_of_each_expert() -> None:
 
 def _experts_of(recipe: str | None, **experts: object) -> LayerPart:
     """64 experts of 32 rows each on two ranks."""
-    load = narrow(numbers=Numbers(fp8=recipe))
+    load = narrow(numbers=NumberFormats(fp8=recipe))
     load = replace(load, experts=replace(load.experts, **experts))
     parts = layer_parts(load, Grid(8, ep=2), Layer(True, 32 * 32.0))
     return next(part for part in parts if part.name == "experts")
@@ -310,7 +310,7 @@ def test_delayed_scaling_casts_all_experts_in_one_kernel() -> None:
     apart = tuple(a - b for a, b in zip(kernels["blockwise"], kernels["delayed"], strict=True))
     assert apart == (62, 62)
     # More than 64 experts do not fit one launch.
-    load = narrow(numbers=Numbers(fp8="delayed"))
+    load = narrow(numbers=NumberFormats(fp8="delayed"))
     casts = [linear_work(load, 9, 8, 8, groups)[0].kernels for groups in (1, 64, 65, 129)]
     assert casts == [1, 1, 2, 3]
 

@@ -25,7 +25,7 @@ from moepp_megatron.workbench.planning.measured.compare import (
 )
 from moepp_megatron.workbench.planning.measured.rows import Run, read_runs
 from moepp_megatron.workbench.planning.memory import memory_of
-from moepp_megatron.workbench.planning.workload import Numbers
+from moepp_megatron.workbench.planning.workload import NumberFormats
 
 ROOT = Path(__file__).parents[4]
 DOCS = ROOT / "docs" / "planning.md"
@@ -217,7 +217,7 @@ def test_names_are_unique_and_a_file_is_a_list(tmp_path: Path) -> None:
 def test_memory_of_deepseek_v3_in_bf16(tmp_path: Path) -> None:
     """arXiv 2603.07685, table 3: 256 cards, PP4 VPP4 EP64, no recomputation."""
     [run] = runs_of(tmp_path, row(DEEPSEEK))
-    load = replace(run.load, numbers=Numbers())
+    load = replace(run.load, numbers=NumberFormats())
     grid = replace(run.grid, world=256, tp=1, pp=4, vpp=4, recompute=())
     stages = stages_of((*(4,) * 13, 3, 3, 3), 4)
     ranks = [memory_of(load, grid, stages, rank) for rank in range(4)]

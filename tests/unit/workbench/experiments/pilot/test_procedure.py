@@ -12,7 +12,7 @@ from moepp_megatron.config import ConfigError, load_config, with_overrides
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.workbench.experiments.pilot.arms import build_arms
 from moepp_megatron.workbench.experiments.pilot.collect import result_of
-from moepp_megatron.workbench.experiments.pilot.plan import Plan
+from moepp_megatron.workbench.experiments.pilot.plan import PilotPlan
 from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
 from moepp_megatron.workbench.experiments.pilot.result import Arm, ArmKind
 from moepp_megatron.workbench.experiments.pilot.trials import PilotRun, Session, claim
@@ -36,11 +36,11 @@ KINDS: dict[str, ArmKind] = {
 
 
 def pilot_in(path: Path, seeds: int, first: int = 3) -> Pilot:
-    config, plan = config_of(), Plan(first=first, sessions=3)
+    config, plan = config_of(), PilotPlan(first=first, sessions=3)
     seeds_ = range(7, 7 + seeds)
     pilot = Pilot(path, 1, config, build_arms(config, 8), seeds_, plan, "moepp pilot")
     claim(path, pilot.runs)
-    return replace(pilot, plan=Plan.claim(path, plan))
+    return replace(pilot, plan=PilotPlan.claim(path, plan))
 
 
 class Ranks:
@@ -135,11 +135,11 @@ def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(tmp_path, ran
 def test_the_plan_is_that_of_the_beginning(tmp_path: Path) -> None:
     pilot_in(tmp_path, 1)
     with pytest.raises(ConfigError, match=r"--sessions \(4\) must be as at the beginning \(3\)"):
-        Plan.claim(tmp_path, Plan(first=3, sessions=4))
-    assert Plan.claim(tmp_path, Plan(first=9, sessions=3)).first == 3
+        PilotPlan.claim(tmp_path, PilotPlan(first=3, sessions=4))
+    assert PilotPlan.claim(tmp_path, PilotPlan(first=9, sessions=3)).first == 3
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(ConfigError, match="must hold a readable plan.json"):
-        Plan.claim(tmp_path, Plan(first=3, sessions=3))
+        PilotPlan.claim(tmp_path, PilotPlan(first=3, sessions=3))
 
 
 @pytest.mark.parametrize("budget", [{}, {"target_ffn_per_token": 1.0, "controller": "tau"}])
