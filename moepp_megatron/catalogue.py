@@ -1,9 +1,9 @@
 """Every metric of a run: what it means, its unit, and the name that each place shows it under.
 
 A new metric is one row here and the code that computes it. What follows from a row: the key in
-``metrics.jsonl``, TensorBoard's tag, Prometheus' name and help, panels of their own at Grafana and
+`metrics.jsonl`, TensorBoard's tag, Prometheus' name and help, panels of their own at Grafana and
 plots of their own in the report, what rules of the routing guard may look at, what the report says
-is healthy, and the tables of the docs (``python -m benchmarks.pages``).
+is healthy, and the tables of the docs (`python -m benchmarks.pages`).
 """
 
 import math
@@ -65,10 +65,10 @@ class Metric:
         group: TensorBoard's group, or the whole tag; for a list, what comes before an entry.
         prometheus: Its name there, always of a gauge; empty where `router_health` serves it.
         labels: Labels of its values of one run, in the order in which lists and objects
-            hold them (an expert has its kind besides): ``layer`` is the transformer layer from 1,
-            ``kind`` the kind of expert, ``expert`` an expert's name, ``ffn_experts`` how many FFN
-            experts a token takes, ``metric`` a name of `IN_LAYERS`, ``source`` a data source,
-            ``class`` a class of tokens, ``set`` a validation set, ``task`` a task of lm-eval and
+            hold them (an expert has its kind besides): `layer` is the transformer layer from 1,
+            `kind` the kind of expert, `expert` an expert's name, `ffn_experts` how many FFN
+            experts a token takes, `metric` a name of `IN_LAYERS`, `source` a data source,
+            `class` a class of tokens, `set` a validation set, `task` a task of lm-eval and
             its metric; empty for a single number.
         guard: Whether its rules may look at it: "counted" in each MoE layer and every step from
             what its router wants, "measured" in each MoE

@@ -1,10 +1,10 @@
-"""What a run may do without: a folder for each feature, and one list of them.
+"""Optional features of a run: a folder for each, and one list of them.
 
-registry.py    the list: settings, parts in the order in which they are called, checks
+registry.py    the list: settings, parts in the order of their calls, checks
 
-budget/        holds a budget of FFN experts per token, step by step
+budget/        keeps to a budget of FFN experts per token, step by step
 callbacks/     a user's objects that get the events of a run
-data_stages/   which of its data a run is drawing from, and when others follow
+data_stages/   stages of the data: the current one, and when the next begins
 distillation/  a teacher's forward pass, and the loss that compares both models
 mtp/           the loss of multi-token prediction (MTP)
 profile/       profiles of single steps

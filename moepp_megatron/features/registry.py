@@ -33,7 +33,7 @@ class ObserveSection(
     TokenSettings,
     RouterHealthSettings,
 ):
-    """How closely routers are measured, and sinks that leave the run's folder."""
+    """Router measurements, and sinks outside of the run's folder."""
 
 
 class Config(EngineConfig):

@@ -1,17 +1,17 @@
 """The records of a run: the metrics of every logged step, and their sinks.
 
 alert_sinks.py      the alert sinks of a training run
-alerts.py           what a run reports: alerts, `RUN/alerts.jsonl`, what takes alerts
+alerts.py           alerts of a run, `RUN/alerts.jsonl`, alert sinks
 console.py          shows a running training: a live bar on a terminal, or plain lines in a log
 jsonl.py            `RUN/metrics.jsonl`
-numbers.py          every number of a record, by the catalogue: what views of a run walk
+numbers.py          iterates over every number of a record, by the catalogue
 line_file.py        a file of a run that grows by whole lines, and keeps its name
 metrics.py          the record of one logged step
-guard_judge.py      judges rules over a step's numbers: when one begins to hold, and when it ends
+guard_judge.py      judges rules over a step's numbers: when one begins to apply, and ends
 shift/              detects changes of the data and of the routers in the series of a run
 sink.py             the interface of sinks for records; one that waits for a full disk
 sinks.py            all sinks of a run, and the fan-out that protects training from their failures
-status.py           `RUN/status.json`: which processes train, how to resume
+status.py           `RUN/status.json`: the training processes, the resume command
 tail.py             reads new lines of a file that another process appends to and sometimes rewrites
 tensorboard.py      writes to TensorBoard: scalars, and histograms of a record's lists
 wandb_sink.py       Weights & Biases

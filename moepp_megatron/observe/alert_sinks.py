@@ -21,7 +21,7 @@ def open_alert_sinks(
     start_over: bool = False,
     webhook_url_env: str | None = None,
 ) -> AlertSinks:
-    """``RUN/alerts.jsonl``, a line on the console, and the webhook if one is set.
+    """`RUN/alerts.jsonl`, a line on the console, and the webhook if one is set.
 
     Args:
         start_over: Whether the run begins at its first step; else earlier alerts are kept.

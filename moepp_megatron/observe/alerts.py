@@ -1,4 +1,4 @@
-"""Alerts of a run: the record of one alert, ``RUN/alerts.jsonl``, and alert sinks."""
+"""Alerts of a run: the record of one alert, `RUN/alerts.jsonl`, and alert sinks."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Severity = Literal["info", "warning", "critical"]
 
 
 class Alert(BaseModel):
-    """One alert (one line of ``RUN/alerts.jsonl``).
+    """One alert (one line of `RUN/alerts.jsonl`).
 
     Attributes:
         time: Time of the alert, seconds since 1970 (UTC).
-        rule: Name of the rule that raised it, such as ``router_fault``.
+        rule: Name of the rule that raised it, such as `router_fault`.
         value: Its value; NaN is written as null.
-        condition: Condition of the rule, such as ``< 0.2 for 50 steps``.
-        action: The action taken, such as ``warn`` or ``put_back of step 150``.
+        condition: Condition of the rule, such as `< 0.2 for 50 steps`.
+        action: The action taken, such as `warn` or `put_back of step 150`.
         layer: Number of the transformer layer from 1, for a metric of one layer.
-        cause: What a shift is due to: ``data``, ``router``, or ``unknown``; None for other rules,
-            like the next two.
+        cause: What a shift is due to: `data`, `router`, or `unknown`; None for other rules, like
+            the next two.
         since: First step of the evidence.
         moved: What has moved most, a text each.
         remedy: What to do, with the place in the documentation.
@@ -75,11 +75,11 @@ class AlertSink(Protocol):
         """Receive one alert; returns at once."""
 
     def close(self) -> None:
-        """Ends the sink; nothing is sent after it."""
+        """End the sink; nothing is sent after it."""
 
 
 class AlertFile:
-    """Appends each alert to ``RUN/alerts.jsonl`` as one line.
+    """Appends each alert to `RUN/alerts.jsonl` as one line.
 
     The file is in the order of time: a resumed or rolled back run keeps the alerts of steps that
     are repeated.
@@ -97,7 +97,7 @@ class AlertFile:
         self._file.cut(self._file.read().rfind(b"\n") + 1)
 
     def send(self, alert: Alert) -> None:
-        """Appends the alert.
+        """Append the alert.
 
         Raises:
             OSError: If the disk is full or gone.
@@ -106,7 +106,7 @@ class AlertFile:
         self._file.append(alert.to_json_line().encode())
 
     def close(self) -> None:
-        """Closes the file; a second call does nothing."""
+        """Close the file; a second call does nothing."""
         self._file.close()
 
 
@@ -144,7 +144,7 @@ class AlertSinks:
                 )
 
     def close(self) -> None:
-        """Closes every sink, whatever the others do."""
+        """Close every sink, whatever the others do."""
         for sink in self._sinks:
             try:
                 sink.close()

@@ -16,7 +16,7 @@ class ConsoleSink:
     """A progress bar on a terminal, one plain line for each record elsewhere."""
 
     def __init__(self, total_steps: int, phi: float, console: Console | None = None) -> None:
-        """Opens the sink."""
+        """Open the sink."""
         self._total_steps = total_steps
         self._phi = phi
         self._console = console if console is not None else Console()
@@ -36,7 +36,7 @@ class ConsoleSink:
             self._task = self._progress.add_task("train", total=total_steps, status="starting")
 
     def write(self, record: StepMetrics) -> None:
-        """Shows the record."""
+        """Show the record."""
         self._step_times.append(record.step_time_s)
         if self._progress is not None:
             if not self._started:
@@ -52,11 +52,11 @@ class ConsoleSink:
         """Do nothing: the alert of the rollback has been printed, and lines cannot be removed."""
 
     def message(self, text: str) -> None:
-        """Prints a line; on a terminal it goes above the bar."""
+        """Print a line; on a terminal it goes above the bar."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the bar as it is and release the terminal."""
+        """Leave the bar and release the terminal."""
         if self._progress is not None:
             self._progress.stop()
 

@@ -1,4 +1,4 @@
-"""``RUN/metrics.jsonl``: the records of a run's steps, without undone ones, in whole lines."""
+"""`RUN/metrics.jsonl`: the records of a run's steps, without undone ones, in whole lines."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class JsonlSink:
-    """Appends each record to ``metrics.jsonl`` as one line, in one write."""
+    """Appends each record to `metrics.jsonl` as one line, in one write."""
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Opens the sink.
+        """Open the sink.
 
         A file with lines that are not records is copied under another name, and the readable
         records are kept in the file.
@@ -77,7 +77,7 @@ class JsonlSink:
                 to.write(source.read(end - start).rstrip(b"\n") + b"\n")
 
     def write(self, record: StepMetrics) -> None:
-        """Appends the record.
+        """Append the record.
 
         Raises:
             OSError: If the disk is full or gone; the file then still ends with a complete line.
@@ -86,7 +86,7 @@ class JsonlSink:
         self._file.append(record.to_json_line().encode())
 
     def go_back(self, step: int) -> None:
-        """Moves the records of steps after ``step`` to ``metrics.undone.jsonl``.
+        """Move the records of steps after `step` to `metrics.undone.jsonl`.
 
         So every reader of the file sees the steps that the model has been trained with, and the
         records before the rollback remain available.
@@ -106,7 +106,7 @@ class JsonlSink:
         self._file.cut(end)
 
     def close(self) -> None:
-        """Forces the file to disk and closes it; a second call does nothing.
+        """Force the file to disk and close it; a second call does nothing.
 
         Raises:
             OSError: If it is on no disk.
@@ -115,7 +115,7 @@ class JsonlSink:
 
 
 def _end_of(content: bytes | mmap.mmap, step: int) -> int:
-    """The offset at which the records up to ``step`` end; only later ones follow."""
+    """The offset at which the records up to `step` end; only later ones follow."""
     end = len(content)
     while end > 0:
         start = content.rfind(b"\n", 0, end - 1) + 1

@@ -1,4 +1,4 @@
-"""The record of one logged step, and reading a run's ``metrics.jsonl``."""
+"""The record of one logged step, and reading a run's `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ LONGEST_LINE = 1 << 24
 
 
 class MetricsError(ConfigError):
-    """A ``metrics.jsonl`` is missing, empty or damaged; the message is one line."""
+    """A `metrics.jsonl` is missing, empty or damaged; the message is one line."""
 
 
 class StepMetrics(Record):
-    """One logged step (one line of ``metrics.jsonl``); `catalogue.py` says what each key means.
+    """One logged step (one line of `metrics.jsonl`); `catalogue.py` says what each key means.
 
-    Further keys may be given; they are kept. Non-finite numbers are written as ``null``, so that
+    Further keys may be given; they are kept. Non-finite numbers are written as `null`, so that
     every line is standard JSON.
     """
 
@@ -40,7 +40,7 @@ class StepMetrics(Record):
 
 
 class Line(NamedTuple):
-    """A line of a ``metrics.jsonl``: its bytes in the file, and its record or what is wrong."""
+    """A line of a `metrics.jsonl`: its bytes in the file, and its record or what is wrong."""
 
     number: int
     start: int
@@ -50,7 +50,7 @@ class Line(NamedTuple):
 
 
 class Records(Sequence[StepMetrics]):
-    """The records that count, each read from the file when it is asked for.
+    """The records that count, each read from the file on access.
 
     They take 16 bytes of memory each. One that a running training has meanwhile rewritten raises
     `MetricsError`.
@@ -88,7 +88,7 @@ class Records(Sequence[StepMetrics]):
 
 
 def read_metrics(path: Path, *see: Callable[[StepMetrics], None]) -> Records:
-    """Reads a run's ``metrics.jsonl``, in memory that hardly grows with it.
+    """Read a run's `metrics.jsonl`, in nearly constant memory.
 
     A last line that a killed run left unfinished is ignored. If steps were repeated after a
     restart, the later records count.
@@ -128,7 +128,7 @@ def read_metrics(path: Path, *see: Callable[[StepMetrics], None]) -> Records:
 
 
 def counting(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """[n] which records of a file count: those whose step no later record has or goes back of."""
+    """[n] bool: records that count, whose step no later record repeats or undoes."""
     import numpy as np
 
     later = np.minimum.accumulate(steps[::-1])[::-1]
@@ -136,7 +136,7 @@ def counting(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a ``metrics.jsonl``, without empty ones and an unfinished last one.
+    """The lines of a `metrics.jsonl`, without empty ones and an unfinished last one.
 
     What is longer than any record comes in parts, which are none.
 

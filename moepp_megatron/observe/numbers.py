@@ -1,4 +1,4 @@
-"""Every number of a record, by the catalogue: what views of a run walk."""
+"""Iteration over every number of a record, by the catalogue."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def layer_numbers(known: Sequence[int], count: int) -> Sequence[int]:
 
 
 def path_of(row: Metric, labels: Labels) -> list[str]:
-    """Where views with folders show a number, such as `["gate_entropy", "moe_layer_2"]`."""
+    """Path of a number in views with folders, such as `["gate_entropy", "moe_layer_2"]`."""
     return [
         (f"moe_layer_{label}" if name == "layer" else label).replace(" ", "_")
         for name, label in zip(row.labels.split(","), labels, strict=True)
@@ -78,12 +78,12 @@ def path_of(row: Metric, labels: Labels) -> list[str]:
 
 
 def name_of(row: Metric, labels: Labels) -> str:
-    """What people call a number, such as `layer 2` or `web`."""
+    """Readable label of a number, such as `layer 2` or `web`."""
     words = {"layer": "layer {}", "ffn_experts": "{} FFN experts"}
     named = zip(row.labels.split(","), labels, strict=True)
     return " ".join(words.get(name, "{}").format(of) for name, of in named if name != "kind")
 
 
 def is_curve(row: Metric) -> bool:
-    """Whether each number is one to follow, not one of each layer's distribution."""
+    """True for a time series, not one of each layer's distribution."""
     return not (row.is_distribution and "layer" in row.axes)

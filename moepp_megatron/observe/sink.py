@@ -1,4 +1,4 @@
-"""The interface of sinks for records, and the one that waits for a full disk."""
+"""The interface of sinks for records, and a sink that retries on a full disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Sink(Protocol):
         """Note that the run went back to the state after `step`: later records do not count."""
 
     def close(self) -> None:
-        """Ends the sink; nothing is written after it."""
+        """End the sink; nothing is written after it."""
 
 
 class RetryingSink:

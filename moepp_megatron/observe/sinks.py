@@ -32,7 +32,7 @@ __all__ = [
 
 
 class Sinks:
-    """Hands each record to every sink; an optional sink that fails is left out from then on."""
+    """Passes each record to every sink; an optional sink that fails is dropped from then on."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Sinks:
         optional: Sequence[Sink] = (),
         say: Callable[[str], None] = print,
     ) -> None:
-        """Takes open sinks, which it closes.
+        """Take open sinks, to be closed here.
 
         Args:
             required: Sinks whose failure must stop the run, since the record would be lost.
@@ -51,7 +51,7 @@ class Sinks:
         self.say = say
 
     def write(self, record: StepMetrics) -> None:
-        """Hands the record to every sink, required ones first.
+        """Pass the record to every sink, required ones first.
 
         Raises:
             Exception: Any exception of a required sink.
@@ -59,7 +59,7 @@ class Sinks:
         self._each_sink(lambda sink: sink.write(record), record.step)
 
     def go_back(self, step: int) -> None:
-        """Tell every sink that the run went back to the state after ``step``.
+        """Tell every sink that the run went back to the state after `step`.
 
         Raises:
             Exception: Any exception of a required sink.
@@ -82,7 +82,7 @@ class Sinks:
                 )
 
     def close(self) -> None:
-        """Closes every sink, whatever the others do; a required sink's error is raised last."""
+        """Close every sink, whatever the others do; a required sink's error is raised last."""
         failure: Exception | None = None
         for sink in [*self._optional, *self._required]:
             try:
@@ -107,11 +107,11 @@ class WandbRun:
 
 @dataclass(frozen=True)
 class SinkSettings:
-    """What sinks are opened with.
+    """Arguments to open sinks.
 
     Attributes:
         phi: Target of the FFN share, which the console shows.
-        resume_step: The first step that will be written; see ``JsonlSink``.
+        resume_step: The first step that will be written; see `JsonlSink`.
         moe_layers: Numbers of the MoE layers in the model, from 1; by default 1, 2, ...
     """
 
@@ -147,7 +147,7 @@ VIEWS: dict[str, Callable[[SinkSettings], Sink | None]] = {
 
 
 def open_sinks(run: SinkSettings) -> Sinks:
-    """The sinks of a training run: ``metrics.jsonl``, the console, ``VIEWS`` and plugins."""
+    """The sinks of a training run: `metrics.jsonl`, the console, `VIEWS` and plugins."""
     jsonl = JsonlSink(run.run_dir / METRICS_FILE, run.resume_step)
     console = ConsoleSink(run.total_steps, phi=run.phi)
     optional: list[Sink] = [console]

@@ -1,4 +1,4 @@
-"""``RUN/status.json``: the processes that train, whether they have ended, how to continue.
+"""`RUN/status.json`: the processes that train, whether they have ended, how to continue.
 
 Whoever starts a run claims its folder with this file before anything else is written there
 (`training.run_folder`). The process that writes the records then adds itself to the launcher that
@@ -48,7 +48,7 @@ class ProcessId(BaseModel):
         return cls(pid=os.getpid(), started=psutil.Process().create_time())
 
     def is_gone(self) -> bool | None:
-        """Whether it exists no longer on this machine; None if unknown."""
+        """True if it has ended on this machine; None if unknown."""
         try:
             process = psutil.Process(self.pid)
             # Process times have a resolution of a hundredth of a second.
@@ -64,7 +64,7 @@ class RunStatus(BaseModel):
     """The report of a run's processes about themselves.
 
     Attributes:
-        state: ``running``, or ``ended`` where training came to its end or stopped on request.
+        state: `running`, or `ended` where training came to its end or stopped on request.
         started: When that process began, seconds since 1970.
         time: When this was written.
         launcher: The launcher that has claimed the folder and restarts ranks; None for none.
@@ -138,7 +138,7 @@ class RunStatus(BaseModel):
         return f"cd {shlex.quote(self.folder)} && {self.resume_command}"
 
     def is_gone(self) -> bool | None:
-        """Whether none of its processes exists any more; None if this machine cannot know."""
+        """True if none of its processes is left; None if this machine cannot know."""
         if self.host != socket.gethostname():
             return None
         answers = [ProcessId(pid=self.pid, started=self.started).is_gone()]
@@ -158,7 +158,7 @@ def inherited_claim() -> RunStatus | None:
 
 
 def write_status(run_dir: Path, status: RunStatus) -> None:
-    """Replaces the run's status.
+    """Replace the run's status.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -167,7 +167,7 @@ def write_status(run_dir: Path, status: RunStatus) -> None:
 
 
 class StatusSink:
-    """Keeps ``RUN/status.json``: ``running`` from here on, ``ended`` once closed.
+    """Keeps `RUN/status.json`: `running` from here on, `ended` once closed.
 
     It is written again where it was removed, so that no other run takes the folder for free. A run
     that fails or is killed does not close it, and leaves the id of a process that is gone.

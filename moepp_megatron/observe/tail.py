@@ -19,7 +19,7 @@ class _NewLines(NamedTuple):
     """The result of one look at the file.
 
     Attributes:
-        rewritten: Whether the file was replaced or cut: ``lines`` then start at its
+        rewritten: Whether the file was replaced or cut: `lines` then start at its
             beginning, and lines read before are void.
         lines: Whole lines without their line ends; parts of one that is too long for memory.
     """
@@ -70,7 +70,7 @@ class Tail:
             os.close(fd)
 
     def _still_holds(self, fd: int, identity: tuple[int, int]) -> bool:
-        """Whether the bytes read so far are still the beginning of the file."""
+        """True if the bytes read so far are still the beginning of the file."""
         start = self._offset - len(self._fingerprint)
         return (
             identity == self._identity

@@ -36,7 +36,7 @@ class TensorBoardSink:
         resume_step: int | None = None,
         moe_layers: Sequence[int] = (),
     ) -> None:
-        """Opens the sink.
+        """Open the sink.
 
         Args:
             resume_step: The first step that will be written from now on; TensorBoard hides
@@ -65,7 +65,7 @@ class TensorBoardSink:
         """Write every number of the record, and histograms of its distributions.
 
         Histograms are written of the first record, every tenth after it, and those with router
-        health. Events that a full disk refuses are missing here, but not in ``metrics.jsonl``.
+        health. Events that a full disk refuses are missing here, but not in `metrics.jsonl`.
         """
         try:
             if not self._folder.is_dir():
@@ -125,7 +125,7 @@ class TensorBoardSink:
         )
 
     def close(self) -> None:
-        """Flushes and closes the event file."""
+        """Flush and close the event file."""
         if self._writer is not None:
             self._writer.close()
 

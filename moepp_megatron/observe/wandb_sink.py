@@ -26,8 +26,8 @@ _INIT_TIMEOUT_S = 30
 class WandbSink:
     """Logs every number of a record.
 
-    The package's own process sends them and handles access itself (``wandb login`` or
-    ``WANDB_API_KEY``), so that no key passes through here. It gets neither console output nor
+    The package's own process sends them and handles access itself (`wandb login` or
+    `WANDB_API_KEY`), so that no key passes through here. It gets neither console output nor
     source code.
 
     Args:
@@ -82,7 +82,7 @@ class WandbSink:
             raise RuntimeError(f"W&B cannot start: {_without_key(error)}") from None
 
     def write(self, record: StepMetrics) -> None:
-        """Hands the record to W&B's process."""
+        """Pass the record to W&B's process."""
         self._run.log(
             {
                 "/".join([key, *(path_of(OF_RECORD[key], labels) if labels else ())]): value
@@ -95,7 +95,7 @@ class WandbSink:
         """Do nothing: W&B keeps both records of a repeated step, and none can be removed."""
 
     def close(self) -> None:
-        """Ends the W&B run after all has been sent or written."""
+        """End the W&B run after all has been sent or written."""
         self._run.finish()
 
 

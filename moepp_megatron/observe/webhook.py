@@ -69,9 +69,9 @@ def read_address(variable: str) -> str:
 
 
 class Webhook:
-    """Posts each alert as JSON: the fields of ``Alert``, ``run``, and ``text`` in words.
+    """Posts each alert as JSON: the fields of `Alert`, `run`, and `text` in words.
 
-    Chat services that take ``{"text": ...}`` show the text. Alerts wait in a bounded queue; each
+    Chat services that take `{"text": ...}` show the text. Alerts wait in a bounded queue; each
     is tried a few times. Failures are logged once until one gets through, never with the address.
 
     Args:
@@ -167,7 +167,7 @@ class Webhook:
             return _reason(error), True
 
     def _complain(self, reason: str) -> None:
-        """Log why an alert was not delivered, for the first failure in a row."""
+        """Log why an alert was not delivered, once for failures in a row."""
         if not self._failing:
             logger.warning(
                 "webhook: an alert could not be delivered (%s); it is in alerts.jsonl, and "

@@ -24,7 +24,7 @@ _SMOOTHING = 0.95
 
 
 class BudgetPart(Part):
-    """Holds the model to `moe.budget`.
+    """Keeps the model to `moe.budget`.
 
     Args:
         config: The run's configuration; `moe.budget.acts` is true.
@@ -71,7 +71,7 @@ class BudgetPart(Part):
         return ()
 
     def restart(self) -> None:
-        """Forget what steps before have measured: their routers were others."""
+        """Forget earlier measurements, made with other routers."""
         self._load({**self.state()["budget"], "drift": None, "lacking": None})
 
     def begin_step(self, step: int, layout: Layout) -> None:
@@ -125,7 +125,7 @@ class BudgetPart(Part):
         ]
 
     def _why(self) -> str:
-        """What does not hold the target, and what would."""
+        """Explain why the target is missed, and the remedy."""
         moe, budget = self._config.moe, self._controller.budget
         if budget.controller == "none":
             return "no controller holds it; use moe.budget.controller bias"

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunState:
-    """What a callback knows of the run.
+    """The run's state for a callback.
 
     Attributes:
         rank: This rank.
@@ -207,7 +207,7 @@ class CallbacksPart(Part):
 
 
 def _check(name: str, callback: object) -> None:
-    """Refuse what would never be called."""
+    """Refuse methods that would never be called."""
     if not isinstance(callback, Callback):
         raise ConfigError(
             f"callback {name} ({type(callback).__name__}) must be a Callback; give an object of a "
@@ -224,7 +224,7 @@ def _check(name: str, callback: object) -> None:
 
 @contextmanager
 def _failing_as(what: str) -> Iterator[None]:
-    """A context whose exceptions are a `CallbackError`; `sys.exit` is none that ends a rank."""
+    """Re-raise what a callback raises as `CallbackError`, `SystemExit` too."""
     try:
         yield
     except (Exception, SystemExit) as error:

@@ -1,4 +1,4 @@
-"""Data that change while a run trains (`data.stages`).
+"""Training data in stages (`data.stages`).
 
-part.py  which data a run is drawing from, and when others follow
+part.py  the current stage of the data, and when the next begins
 """

@@ -1,4 +1,4 @@
-"""Which of its data a run is drawing from, and when others follow."""
+"""The current stage of a run's data, and when the next begins."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moepp_megatron.training.part import Part, PartContext
 
 
 class DataStagesPart(Part):
-    """The stages of a run's data, and the one that its newest batch was of.
+    """The stages of a run's data, and that of its newest batch.
 
     Args:
         config: The run's configuration; it names data.
@@ -35,7 +35,7 @@ class DataStagesPart(Part):
         return cls(run.config, run.extra, run.progress.consumed_samples)
 
     def new_data(self, first_sample: int) -> str | None:
-        """Why the data of the next batch are others: a stage, or other content after a resume."""
+        """Why the next batch comes from a new stage, or new content after a resume; or None."""
         blend = blend_at(self._blends, first_sample)
         before, self._newest = self._newest, self._identities[blend.name]
         if self._newest == before:

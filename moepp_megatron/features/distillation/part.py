@@ -120,7 +120,7 @@ class DistillationPart(Part):
         compute_language_model_loss: Callable[[Tensor, Tensor], Tensor],
         **_: Any,
     ) -> Tensor:
-        """The model's output of a micro-batch; megatron-core's `output_processor`.
+        """Process the model's output of a micro-batch; megatron-core's `output_processor`.
 
         Returns:
             [2, b, s] fp32: the language-model loss and the divergence of each token.
@@ -166,7 +166,7 @@ class DistillationPart(Part):
         return {"distillation_loss": divergence / tokens}
 
     def state(self) -> dict[str, str]:
-        """What a checkpoint keeps of the teacher: which one it is."""
+        """The teacher's identity, for a checkpoint."""
         return {_KEY: self._teacher.identity}
 
     def check_same(self, extra: Mapping[str, Any]) -> None:

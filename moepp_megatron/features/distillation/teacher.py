@@ -1,4 +1,4 @@
-"""Which model teaches, and its configuration in the layout of the run. Imports no torch."""
+"""The teacher model, and its configuration in the run's layout. Imports no torch."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from moepp_megatron.training.step_sums import first_of_tensor_ranks
 
 
 class MultiTokenPredictionPart(Part):
-    """What `model.multi_token_loss` has added up.
+    """Reports the sums of `model.multi_token_loss`.
 
     Args:
         model: The wrapped model.

@@ -2,7 +2,7 @@
 
 settings.py         steps and ranks that are recorded
 part.py              the part of a run
-recorder.py          which steps, the files
+recorder.py          records steps, writes files
 collective_names.py  process group and number of every collective, as a range in the trace
 ranges.py            names for the parts of a model in profiler traces: `moepp/layer3/dispatch`
 traffic.py           counts the bytes that each layer's routing must send

@@ -50,7 +50,7 @@ _TO_ONE = ("send", "recv")
 
 
 class CollectiveNames:
-    """Puts the ranges; `Ranges.undo` takes them away."""
+    """Adds the ranges; `Ranges.undo` removes them."""
 
     def __init__(self) -> None:
         self._calls: Counter[tuple[str, str]] = Counter()

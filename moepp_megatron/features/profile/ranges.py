@@ -28,7 +28,7 @@ Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Ranges(Replacements):
-    """Methods wrapped for a while; `undo` takes the wrappers away."""
+    """Methods wrapped for a while; `undo` removes the wrappers."""
 
     def replace(self, owner: Any, method: str, wrapper: Wrapper) -> None:
         """Put `wrapper(method)` in the place of a method, of a class or of one object."""

@@ -1,5 +1,5 @@
 """Router health (`observe.health_interval`).
 
-settings.py  how often
+settings.py  the interval
 part.py  measures it from every rank's sums over logits
 """

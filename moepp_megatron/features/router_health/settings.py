@@ -10,7 +10,7 @@ from moepp_megatron.config.schema.section import Section, Unit
 
 
 class RouterHealthSettings(Section):
-    """How closely routers are measured."""
+    """Interval of router health."""
 
     health_interval: Annotated[int, Unit("steps"), Field(ge=0)] = 10
     """Steps from one measurement of router health to the next; it costs a few percent of a measured

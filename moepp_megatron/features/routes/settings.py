@@ -27,7 +27,7 @@ class RoutesSection(Section):
 
     @property
     def enabled(self) -> bool:
-        """Whether routers record or repeat selections."""
+        """True if routers record or repeat selections."""
         return any(each is not None for each in (self.record, self.replay, self.trace))
 
     def transformer_fields(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from moepp_megatron.runtime.optional import have_lm_eval
 
 
 def check_tasks(config: Config) -> None:
-    """Refuse tasks that cannot be evaluated, for which each is tried without the model.
+    """Refuse tasks that cannot be evaluated, by trying each without the model.
 
     Raises:
         UnfitError: lm-eval is not installed.

@@ -178,7 +178,7 @@ def run_tasks(
 
 
 def try_tasks(tasks: Tasks, tokenizer: Tokenizer, max_length: int, limit: int | None) -> None:
-    """Evaluate with scores of 0, so that what is wrong with a task is found before training.
+    """Evaluate with scores of 0, to find a task's errors before training.
 
     Args:
         tasks: Same as in `run_tasks`.
@@ -203,7 +203,7 @@ def try_tasks(tasks: Tasks, tokenizer: Tokenizer, max_length: int, limit: int | 
 
 
 class _ScoredModel(TemplateLM):
-    """What lm-eval asks: tokens and their log-probabilities. One process asks for all ranks."""
+    """lm-eval's model: tokens and their log-probabilities. One process asks for all ranks."""
 
     def __init__(self, score: Scorer, tokenizer: Tokenizer, max_length: int) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class _ScoredModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """How likely each continuation is, and whether greedy decoding would write it."""
+        """Log-probability of each continuation, and whether greedy decoding gives it."""
         # A context that is too long loses its beginning, as in lm-eval's own model for
         # transformers.
         most = self._max_length + 1

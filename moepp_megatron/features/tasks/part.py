@@ -81,7 +81,7 @@ class TasksPart(Part):
         return cls(run.config, run.model, run.layout, run.tokenizer, run.supervisor)
 
     def wants_record(self, step: int) -> bool:
-        """Whether the tasks are done after `step`."""
+        """True if the tasks run after `step`."""
         interval = self._config.evaluation.interval
         is_last = step == self._config.training.train_iters
         return is_last or interval > 0 and step % interval == 0
@@ -91,7 +91,7 @@ class TasksPart(Part):
         return {"task_score": self.scores()} if self.wants_record(step.number) else {}
 
     def scores(self) -> dict[str, float] | None:
-        """Evaluate the present model.
+        """Evaluate the current model.
 
         Returns:
             Scores by `TASK/METRIC` on every rank; None if lm-eval has failed, which is logged.

@@ -32,7 +32,7 @@ class ValidationPart(Part):
         return cls(run) if exists and run.config.training.eval_iters > 0 else None
 
     def wants_record(self, step: int) -> bool:
-        """Whether it validates after `step`."""
+        """True if it validates after `step`."""
         training = self._run.config.training
         return step == training.train_iters or self._run.is_due(step, training.eval_interval)
 
