@@ -23,7 +23,7 @@ from moepp_megatron.training.checkpoint.index import read_metadata
 from moepp_megatron.training.checkpoint.plain_pickle import UnsafePickleError
 
 
-class ExportReader:
+class TensorReader:
     """The tensors of a checkpoint folder by name.
 
     ConfigError if its index cannot be read, or the data files are shorter than it says.

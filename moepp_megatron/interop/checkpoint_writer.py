@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from moepp_megatron.file_names import FORMAT_FILE, MANIFEST_FILE, TENSORS_FILE
-from moepp_megatron.interop.checkpoint_reader import ExportReader
+from moepp_megatron.interop.checkpoint_reader import TensorReader
 from moepp_megatron.training.checkpoint.files import file_digest
 
 # Data of about this size goes into one file, so that many readers can work side by side.
@@ -68,7 +68,7 @@ class ConvertedCheckpointWriter:
         known.chunks.append(ChunkStorageMetadata(torch.Size(offset), tensor.shape))
         self._write(MetadataIndex(key, torch.Size(offset)), tensor)
 
-    def adopt(self, source: ExportReader, key: str) -> None:
+    def adopt(self, source: TensorReader, key: str) -> None:
         """Enter a tensor of another checkpoint whose data files are in this folder too."""
         self._tensors[key], places = source.places(key)
         self._places |= places

@@ -19,7 +19,7 @@ from typing import Any
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.file_names import TOKENIZER_FILE
-from moepp_megatron.interop.checkpoint_reader import ExportReader
+from moepp_megatron.interop.checkpoint_reader import TensorReader
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.hf_config import assemble
@@ -75,7 +75,7 @@ def from_megatron_lm(
             a tensor, or the folder cannot be written.
     """
     folder = find_megatron_checkpoint(source)
-    reader = ExportReader(folder)
+    reader = TensorReader(folder)
     arguments = read_arguments(reader)
     config = config_from_arguments(arguments, own_arguments, folder.resolve().parent.name)
     if tokenizer is not None:
@@ -114,7 +114,7 @@ def config_from_arguments(arguments: Namespace, own_arguments: str | None, name:
     return assemble(model, moe, {}, name, dtype, getattr(arguments, "lr", None) or 1.0e-4)
 
 
-def link_data(reader: ExportReader, names: Iterable[str], target: Path) -> None:
+def link_data(reader: TensorReader, names: Iterable[str], target: Path) -> None:
     """Bring the data files that hold some tensors into a folder: links, or else copies."""
     files = {place.relative_path for name in names for place in reader.places(name)[1].values()}
     for file in sorted(files):
@@ -192,7 +192,7 @@ def _moe(arguments: Namespace, moepp: MoEPPConfig) -> dict[str, Any]:
 _MOE_FIELDS = tuple(name for name in DECLARED if name != "fused")
 
 
-def weight_names(reader: ExportReader, config: Config) -> list[str]:
+def weight_names(reader: TensorReader, config: Config) -> list[str]:
     """The model's tensors; ConfigError names missing and unexpected ones and other shapes."""
     tensors = reader.tensors
     wanted = {rule.key: rule.shape for rule in moepp_rules(config) if not rule.unused}

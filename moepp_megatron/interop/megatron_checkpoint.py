@@ -20,7 +20,7 @@ from typing import Any
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.file_names import FORMAT_FILE
-from moepp_megatron.interop.checkpoint_reader import ExportReader
+from moepp_megatron.interop.checkpoint_reader import TensorReader
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -50,7 +50,7 @@ def find_megatron_checkpoint(source: Path) -> Path:
     return folder
 
 
-def read_arguments(reader: ExportReader) -> Namespace:
+def read_arguments(reader: TensorReader) -> Namespace:
     """The arguments of the run that wrote a checkpoint: numbers, texts and lists of these.
 
     Other values, such as enumerations, are left out. ConfigError if they cannot be read.

@@ -15,7 +15,7 @@ from moepp_megatron.config import Config, ConfigError, load_config, parse_config
 from moepp_megatron.config.problem import raise_problems
 from moepp_megatron.data.progress import track
 from moepp_megatron.file_names import CONFIG_FILE, MODEL_CONFIG_FILE
-from moepp_megatron.interop.checkpoint_reader import ExportReader
+from moepp_megatron.interop.checkpoint_reader import TensorReader
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.expressible import Row, refusals
 from moepp_megatron.interop.hf_companions import (
@@ -122,7 +122,7 @@ def mcore_to_hf(
     fields, companions = form.fields(config), original or folder
     if original is not None:
         fields["max_position_embeddings"] = load_config(original / CONFIG_FILE).model.seq_length
-    reader = ExportReader(folder)
+    reader = TensorReader(folder)
     rules = _present_rules(reader, list(form.rules(config)), form.keeps_unused)
     target = free_folder(target)
     command = ["moepp", "convert", "mcore-to-hf", source.resolve().name, target.name]
@@ -160,7 +160,7 @@ def without_further_tokens(config: Config) -> Config:
 
 
 def _present_rules(
-    reader: ExportReader, rules: Sequence[TensorRule], keeps_unused: bool
+    reader: TensorReader, rules: Sequence[TensorRule], keeps_unused: bool
 ) -> list[TensorRule]:
     """The rules of tensors that are written; ConfigError for a missing or unread tensor."""
     tensors = reader.tensors
@@ -186,7 +186,7 @@ def _present_rules(
 
 
 def _write_weights(
-    reader: ExportReader,
+    reader: TensorReader,
     rules: Sequence[TensorRule],
     folder: Path,
     max_shard_bytes: int,

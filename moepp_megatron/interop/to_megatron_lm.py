@@ -14,7 +14,7 @@ from typing import Any
 from moepp_megatron.config import Config, ConfigError, load_config
 from moepp_megatron.config.problem import raise_problems
 from moepp_megatron.file_names import CONFIG_FILE, TOKENIZER_FILE
-from moepp_megatron.interop.checkpoint_reader import ExportReader
+from moepp_megatron.interop.checkpoint_reader import TensorReader
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.convert import free_folder
 from moepp_megatron.interop.expressible import Row, refusals
@@ -59,7 +59,7 @@ def to_megatron_lm(source: Path, target: Path) -> str:
         )
     config = load_config(folder / CONFIG_FILE)
     arguments = " ".join(megatron_arguments(config))
-    reader = ExportReader(folder)
+    reader = TensorReader(folder)
     names = weight_names(reader, config)
     target = free_folder(target)
     with partial_folder(target, "DST") as partial:

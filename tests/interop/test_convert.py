@@ -408,11 +408,11 @@ def test_a_tensor_that_no_rule_reads_is_not_left_out_silently(
 ) -> None:
     """A kind of expert that the exported program does not know would change the model."""
     from moepp_megatron.interop import to_hf
-    from moepp_megatron.interop.checkpoint_reader import ExportReader
+    from moepp_megatron.interop.checkpoint_reader import TensorReader
 
     convert(write_released(tmp_path / "hf"), tmp_path / "mcore")
     rules = to_hf._FORMATS["moepp"].rules
-    key = next(k for k in ExportReader(tmp_path / "mcore").tensors if "constants" in k)
+    key = next(k for k in TensorReader(tmp_path / "mcore").tensors if "constants" in k)
     forgetful = dataclasses.replace(
         to_hf._FORMATS["moepp"],
         rules=lambda config: (rule for rule in rules(config) if rule.key != key),

@@ -207,13 +207,13 @@ def test_raw_scores_as_gates(ranks: RankPools, plain: RunPlain, tmp_path: Path, 
 
 def test_zedas_router_rows(plain: RunPlain, tmp_path: Path) -> None:
     """As the FFN experts' are, and no bias holds them back."""
-    from moepp_megatron.interop.checkpoint_reader import ExportReader
+    from moepp_megatron.interop.checkpoint_reader import TensorReader
     from moepp_megatron.interop.upcycle import Additions, upcycle, upcycled_config
 
     plain(write_source, tmp_path / "hf", "mixtral", write_tokens(tmp_path))
     added = Additions(num_zero_experts=8, keeps_function=False)
     assert upcycle(tmp_path / "hf", tmp_path / "moepp", added).moe.budget.controller is None
-    start = ExportReader(tmp_path / "moepp")
+    start = TensorReader(tmp_path / "moepp")
     rows = start.read("decoder.layers.1.mlp.router.weight")
     assert not any("expert_bias" in key for key in start.tensors)
     assert 0.5 < float(rows[4:].std() / rows[:4].std()) < 2.0
@@ -416,9 +416,9 @@ def test_layers_that_predict_further_tokens_are_left_out(plain: RunPlain, tmp_pa
 
     import torch
 
-    from moepp_megatron.interop.checkpoint_reader import ExportReader
+    from moepp_megatron.interop.checkpoint_reader import TensorReader
 
-    bias = ExportReader(tmp_path / "moepp").read("decoder.layers.1.mlp.router.expert_bias")
+    bias = TensorReader(tmp_path / "moepp").read("decoder.layers.1.mlp.router.expert_bias")
     own = tensors["model.layers.1.mlp.gate.e_score_correction_bias"]
     assert torch.equal(bias[:6], own), "bf16 does not resolve a bias"
     assert float(bias[6:].max()) < float(own.min()) - 1.0

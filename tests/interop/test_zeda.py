@@ -102,7 +102,7 @@ def save_with_reader(source: Path, target: Path, ids: Any) -> Any:
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_ways(ranks: RankPools, plain: RunPlain, tmp_path: Path, case: str) -> None:
-    from moepp_megatron.interop.checkpoint_reader import ExportReader
+    from moepp_megatron.interop.checkpoint_reader import TensorReader
     from moepp_megatron.interop.to_hf import mcore_to_hf
     from moepp_megatron.interop.to_mcore import hf_to_mcore
 
@@ -114,7 +114,7 @@ def test_both_ways(ranks: RankPools, plain: RunPlain, tmp_path: Path, case: str)
 
     hf_to_mcore(tmp_path / "hf", tmp_path / "back")
     (saved,) = (tmp_path / "run").glob("step_*")
-    first, second = ExportReader(saved), ExportReader(tmp_path / "back")
+    first, second = TensorReader(saved), TensorReader(tmp_path / "back")
     names = [name for name in first.tensors if not name.startswith("optimizer")]
     assert sorted(names) == sorted(second.tensors)
     for name in names:

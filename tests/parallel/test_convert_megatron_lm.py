@@ -16,7 +16,7 @@ from moepp_megatron.config import ConfigError, load_config
 from moepp_megatron.config import megatron_flags as flags
 from moepp_megatron.config.reference import section_references
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.interop.checkpoint_reader import ExportReader
+from moepp_megatron.interop.checkpoint_reader import TensorReader
 from moepp_megatron.interop.checkpoint_writer import ConvertedCheckpointWriter
 from moepp_megatron.interop.from_megatron_lm import config_from_arguments, from_megatron_lm
 from moepp_megatron.interop.megatron_checkpoint import find_megatron_checkpoint, read_arguments
@@ -93,11 +93,11 @@ def test_weights_are_not_copied(saved: tuple[Path, np.ndarray], converted: Path)
     for file in source.glob("*.distcp"):
         assert (converted / file.name).samefile(file)
     weights = ("embedding.", "decoder.", "output_layer.")
-    theirs = {name for name in ExportReader(source).tensors if name.startswith(weights)}
-    assert set(ExportReader(converted).tensors) == theirs
+    theirs = {name for name in TensorReader(source).tensors if name.startswith(weights)}
+    assert set(TensorReader(converted).tensors) == theirs
     # Nothing of what the other loop pickled is in the index.
     assert b"rng_state" not in (converted / ".metadata").read_bytes()
-    stored = io.BytesIO(ExportReader(converted).read_bytes("common_state"))
+    stored = io.BytesIO(TensorReader(converted).read_bytes("common_state"))
     assert torch.load(stored, weights_only=True) == [{}]
 
 
@@ -140,7 +140,7 @@ def test_the_way_back(ranks, saved, converted, corpus, tmp_path):
 
 def test_settings_of_the_environment_are_kept(ranks, saved: tuple[Path, np.ndarray], monkeypatch):
     folder = find_megatron_checkpoint(saved[0])
-    arguments = read_arguments(ExportReader(folder))
+    arguments = read_arguments(TensorReader(folder))
     expected = config_from_arguments(arguments, None, "save")
     for name in [name for name in vars(arguments) if name.startswith("moepp_")]:
         delattr(arguments, name)
@@ -193,7 +193,7 @@ def _megatrons_defaults() -> dict[str, Any]:
 
 
 def test_groups_of_experts_go_both_ways(saved: tuple[Path, np.ndarray]) -> None:
-    arguments = read_arguments(ExportReader(find_megatron_checkpoint(saved[0])))
+    arguments = read_arguments(TensorReader(find_megatron_checkpoint(saved[0])))
     arguments.moe_router_num_groups, arguments.moe_router_group_topk = 4, 2
     config = config_from_arguments(arguments, None, "save")
     assert (config.moe.num_groups, config.moe.group_topk) == (4, 2)
@@ -221,7 +221,7 @@ def test_groups_of_experts_go_both_ways(saved: tuple[Path, np.ndarray]) -> None:
 )
 def test_a_model_that_is_not_this_one_is_refused(saved, tmp_path, monkeypatch, changes, message):
     folder = find_megatron_checkpoint(saved[0])
-    arguments = read_arguments(ExportReader(folder))
+    arguments = read_arguments(TensorReader(folder))
     vars(arguments).update(changes)
     monkeypatch.setattr(
         "moepp_megatron.interop.from_megatron_lm.read_arguments", lambda reader: arguments
@@ -247,7 +247,7 @@ def test_no_code_of_the_checkpoint_runs(saved: tuple[Path, np.ndarray], tmp_path
     arguments = argparse.Namespace(num_layers=4, planted=Planted(), words=[1, Planted()])
     writer.add_object("common_state", {"args": arguments, "other": Planted()})
     writer.finish()
-    read = read_arguments(ExportReader(folder))
+    read = read_arguments(TensorReader(folder))
     assert vars(read) == {"num_layers": 4}
     assert not ran.exists()
     pickle.loads(pickle.dumps(Planted()))
@@ -286,7 +286,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(saved, corpus, tmp_path, monke
 
 @pytest.mark.parametrize(("given", "gates"), [(True, "none"), (False, "selected")])
 def test_gates_of_megatrons_own_layer_go_both_ways(saved, given, gates):
-    arguments = read_arguments(ExportReader(find_megatron_checkpoint(saved[0])))
+    arguments = read_arguments(TensorReader(find_megatron_checkpoint(saved[0])))
     changes = {
         "moepp_num_zero_experts": 0,
         "moepp_num_copy_experts": 0,

@@ -48,7 +48,7 @@ VANILLA = {
 
 
 @dataclass
-class PartContext:
+class Run:
     """What a run did."""
 
     losses: list[float] = field(default_factory=list)
@@ -139,7 +139,7 @@ def losses_and_gradients(raw: dict[str, Any], inputs: Callable[[Any], Any]) -> d
 
 def train(
     raw: dict[str, Any], steps: int, prepare: Callable[[list[Any]], None] | None = None
-) -> tuple[PartContext, list[Any]]:
+) -> tuple[Run, list[Any]]:
     """Train on this rank's layout."""
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.checkpoint.progress import Progress
@@ -165,7 +165,7 @@ def train(
     parts = Parts([collector, *losses])
     pieces = _capture_gradients(model)
     batches = rank_batches(dataset, 0, config, len(model.chunks))
-    run = PartContext()
+    run = Run()
     recorded = {"distillation_loss": run.divergences, "mtp_loss": run.mtp_losses}
     for step in range(1, steps + 1):
         parts.begin_step(step, layout)
@@ -184,11 +184,11 @@ def train(
 def _made(kinds: Iterable[Any], config: Any, layout: Any, model: Any, dataset: Any) -> Any:
     """What the trainer makes parts from, with those of some kinds."""
     from moepp_megatron.training.checkpoint.progress import Progress
-    from moepp_megatron.training.part import PartContext as TrainedRun
+    from moepp_megatron.training.part import PartContext
     from moepp_megatron.training.parts.order import build_parts
 
     nobody: Any = None
-    run = TrainedRun(config, layout, model, nobody, Path(), dataset, None, {}, Progress(), {})
+    run = PartContext(config, layout, model, nobody, Path(), dataset, None, {}, Progress(), {})
     build_parts(run, kinds)
     return run
 
@@ -236,7 +236,7 @@ def with_first_part(trainer: Any, part: Any) -> None:
     trainer.parts = Parts([part, *trainer.parts])
 
 
-def assemble(results: list[tuple[PartContext, list[Any]]]) -> PartContext:
+def assemble(results: list[tuple[Run, list[Any]]]) -> Run:
     """One run from what every rank returned; fails where ranks disagree."""
     first = results[0][0]
     for rank, (run, _) in enumerate(results):
@@ -266,7 +266,7 @@ class Difference:
     selections: float
 
 
-def difference(run: PartContext, reference: PartContext) -> Difference:
+def difference(run: Run, reference: Run) -> Difference:
     """Compare a run with the reference run, step by step and gradient by gradient."""
     assert run.gradients.keys() == reference.gradients.keys(), "other parameters have gradients"
     gradients = {
@@ -294,7 +294,7 @@ def difference(run: PartContext, reference: PartContext) -> Difference:
     )
 
 
-def compare(run: PartContext, reference: PartContext, relative: float) -> Difference:
+def compare(run: Run, reference: Run, relative: float) -> Difference:
     """Fail unless every number of the run is that of the reference run up to `relative`."""
     found = difference(run, reference)
     largest = max(found.loss, found.grad_norm, found.gradient, found.balance_loss)

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from moepp_megatron.config.errors import ConfigError
-from moepp_megatron.interop.checkpoint_reader import ExportReader
+from moepp_megatron.interop.checkpoint_reader import TensorReader
 from moepp_megatron.training.checkpoint import plain_pickle
 from moepp_megatron.training.checkpoint.data_only import load_data, only_data, unsafe_pickle
 from moepp_megatron.training.checkpoint.index import read_metadata
@@ -307,6 +307,6 @@ def test_a_record_that_unpacks_to_much_is_refused(tmp_path: Path, is_tensor: boo
     assert f"entry {key} is compressed" in str(unsafe_pickle(tmp_path))
     if is_tensor:
         with pytest.raises(ConfigError, match="weight is compressed"):
-            ExportReader(tmp_path).read("weight")
+            TensorReader(tmp_path).read("weight")
     (tmp_path / "__0_0.distcp").write_bytes(b"other" + record[:-1])
     assert f"entry {key} is cut short" in str(unsafe_pickle(tmp_path))
