@@ -395,8 +395,8 @@ def run_with_other_numbers(raw: dict[str, Any], **options: Any) -> Found:
 
     original = ShiftMonitor.add
 
-    def add(self: ShiftMonitor, step: int, observed: Any) -> None:
-        original(self, step, observed)
+    def add(self: ShiftMonitor, step: int, observed: Any, **named: Any) -> None:
+        original(self, step, observed, **named)
         if self.event is not None and dist.get_rank() == 1:
             self.event.since = 20
             self._detectors["scale"].evidence = math.nan
