@@ -1,6 +1,6 @@
 """The experts of a layer: their kinds, their order, how many there are, what they cost.
 
-Whatever counts, orders, names or prices experts asks here. Imports no torch and nothing of this
+The only source of experts' numbers, order, names and costs. Imports no torch and nothing of this
 package.
 
 A new kind is a class and a name in `KINDS` below, a field of `ExpertCounts`, and what it computes

@@ -12,7 +12,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def pick[T](registry: Mapping[str, T], setting: str, name: str, plugins: str | None = None) -> T:
-    """What a registry holds under the name that a setting gives, or an installed package has.
+    """Look up a setting's value in a registry, then among installed plugins.
 
     Args:
         registry: What this package has.

@@ -52,7 +52,7 @@ def zeda_hf_config(config: Config) -> dict[str, Any]:
 
 
 def is_zeda(hf: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is of ZEDA's: its recipe adds the fields and may leave the type."""
+    """True for a ZEDA checkpoint: by its fields, as `model_type` may be the base model's."""
     return "zce_nums" in hf or hf.get("model_type") == _TYPE
 
 

@@ -34,7 +34,7 @@ from moepp_megatron.moe.layer import MoEPPLayer
 
 
 class _MoEPPLayerPlan(TransformerLayerSchedulePlan):
-    """megatron-core's plan of one layer, with the nodes of a layer that knows the lane."""
+    """megatron-core's plan of one layer, with nodes that carry the lane."""
 
     def _build_callable_nodes(self, *args: Any) -> None:
         super()._build_callable_nodes(*args)

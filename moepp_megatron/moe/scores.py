@@ -1,7 +1,7 @@
 """From router logits to scores: the one list of score functions.
 
-Whatever needs scores asks here; `kernels.router` and `interop/hf_files/modeling_moepp.py`, which
-cannot, list what they compute and refuse the rest. Every score grows with its own logit, so logits
+All other code uses this list, except `kernels.router` and `interop/hf_files/modeling_moepp.py`,
+which list what they compute and refuse the rest. Every score grows with its own logit, so logits
 rank the experts as scores do.
 """
 

@@ -106,7 +106,7 @@ class RoutingStatistics:
         return total / weight
 
     def counts_by_tags(self, device: torch.device) -> TagCounts | None:
-        """The counters to add to, made where there are none yet; None where tags do not count."""
+        """Counters to add to, created on first use; None if nothing is counted by tags."""
         sizes = self.num_groups, self.num_sources
         if self.tagged is None and any(sizes):
             self.tagged = TagCounts.zeros(*sizes, self.num_experts, device)

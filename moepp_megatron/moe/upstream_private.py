@@ -225,7 +225,7 @@ def check_upstream(names: tuple[PrivateName, ...] = _LAYER_NAMES) -> None:
 
 
 def _name_undecided() -> None:
-    """Name the settings of experts that nobody here has decided (`refuse_ignored`)."""
+    """Name expert settings that are in no table (`refuse_ignored`)."""
     from megatron.core.transformer.transformer_config import MLATransformerConfig
     from megatron.core.utils import log_single_rank
 

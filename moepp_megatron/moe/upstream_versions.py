@@ -26,7 +26,7 @@ NEW_FIELDS = frozenset(
 )
 """Settings of `TransformerConfig` that 0.19 does not have."""
 GONE_FIELDS = frozenset({"moe_ncclep_static_shape"})
-"""Those that 0.20 does not have any more."""
+"""Settings that 0.20 no longer has."""
 
 
 def version() -> str:

@@ -142,7 +142,7 @@ class ZeroComputationExperts(MegatronModule):
     def mixing_rows(self) -> Tensor | None:
         """[2C, D] U, one row for each mixing logit; None without constant experts.
 
-        Every pass asks for it before it uses U or V, so here is where they are waited for.
+        Every pass calls this before it uses U or V, so the wait for them is here.
         """
         if self.moepp.num_constant_experts == 0:
             return None

@@ -126,7 +126,7 @@ def build_groups(config: Config, layout: Layout) -> None:
 
 
 def _require_determinism() -> None:
-    """Select kernels that give the same bits every time, but for what the environment sets."""
+    """Select deterministic kernels, except where the environment sets them."""
     torch.use_deterministic_algorithms(True)
     # A fixed workspace (cuBLAS), a fixed order of reduction (NCCL), no atomics in attention
     # (Transformer Engine); megatron-core's `deterministic_mode` asks for the same.

@@ -2,7 +2,7 @@
 
 The libraries stay unmodified on disk. What they offer no setting for is replaced in memory: for
 good by `replace`, for a while by `replaced` or `Replacements`. `PATCHES` says of each module that
-does so what it replaces, why, and when that can go; a test holds the sources to it. Python's own
+does so what it replaces, why, and when that can go; a test checks the sources. Python's own
 hooks (`sys.unraisablehook`, `threading.excepthook`) are made to be set and are none of them.
 """
 

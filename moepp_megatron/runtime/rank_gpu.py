@@ -52,7 +52,7 @@ def gpu_of_rank(environment: RankEnvironment, store: dist.Store | None) -> torch
 def bind_to_gpu(device: torch.device) -> None:
     """Let this thread, and those that it starts, run only on cores of its GPU's NUMA node.
 
-    Cores that this process may not use stay out. Does nothing on a CPU, and where the system does
+    Cores that this process may not use are left out. Does nothing on a CPU, and if the system does
     not say which cores are near.
     """
     if device.type != "cuda":

@@ -121,7 +121,7 @@ class Part(StepHooks):
         raise NotImplementedError(f"{cls.__name__} must say for which runs it is made")
 
     def begin(self, progress: Callable[[], Progress], stop: StopRequest) -> None:
-        """The training loop begins; `progress` gives the run's progress whenever it is asked."""
+        """The training loop begins; `progress()` returns the run's current progress."""
 
     def new_data(self, first_sample: int) -> str | None:
         """Why the next batch comes from a new data stage, or None."""

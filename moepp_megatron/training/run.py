@@ -132,7 +132,7 @@ def run(request: TrainRequest, say: Say, callbacks: Sequence[object] = ()) -> Tr
 
 
 def _entering(request: TrainRequest, say: Say) -> AbstractContextManager[None]:
-    """The run's folder is this process's inside, where it decides that for all ranks."""
+    """Claim the run's folder in the block, or check it if another process claims it."""
     if inherited_claim() is not None:
         return contextlib.nullcontext()
     folder = RunFolder(request.config)

@@ -112,7 +112,7 @@ def _uses_triton(config: Config) -> bool:
 
 
 def start_a_kernel() -> None:
-    """Have a kernel compiled and started before minutes of building and loading."""
+    """Compile and launch a kernel, to fail before minutes of building and loading."""
     try:
         start_kernel(torch.device("cuda", torch.cuda.current_device()))
     except RuntimeError as error:

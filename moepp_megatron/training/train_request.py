@@ -51,7 +51,7 @@ class TrainRequest:
         layout: The rank grid.
         rank: This process among the ranks; a lone one where it is to start them.
         options: The ranks that are to start on this machine, unless somebody else has started them.
-        start: How the run starts in its folder.
+        start: Options of starting in its folder.
         words: CONFIG and overrides as on the command line, for the ranks that are to start.
         loads: `config` with the `checkpoint` that this start loads: the run's own if it is resumed.
     """
@@ -80,8 +80,8 @@ class TrainRequest:
                 and a start that continues what the same job has begun what it began with.
             overrides: Settings `section.key=value` over it.
             options: The ranks that are to start; one without anything else is this process itself.
-            start: What is wanted of the run's folder; the rest of it is found out here.
-            warn: Told what is doubtful, in one process of the run.
+            start: Options that the user has set; the others are filled in here.
+            warn: Called with warnings, in one process of the run.
 
         Raises:
             ConfigError: Whatever is wrong with it.

@@ -98,7 +98,7 @@ class RoutesPart(Part):
                 raise ConfigError(reason)
 
     def _read(self, folder: str) -> str | None:
-        """Read the routes of the batch that follows; why they are none of it."""
+        """Read the next batch's routes; return why they do not fit, if so."""
         path, self._num_samples = self._file(folder), self._sizes.at(self._first_sample)
         try:
             arrays = read_arrays(path, _EXPERTS, _DIGEST)

@@ -254,5 +254,5 @@ class _ScoredModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Refused when tasks are loaded."""
+        """Unsupported: refused on loading."""
         raise NotImplementedError(_GENERATES)

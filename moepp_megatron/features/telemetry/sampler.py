@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 class Sampler:
     """Samples a source every `interval_s` seconds until stopped.
 
-    A source that fails is given up with a warning, because telemetry must not end a run.
+    A source that fails is dropped with a warning, because telemetry must not end a run.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ class TokenClassesPart(Part):
         return {"token_bands": _bands_text(self.groups)}
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """By name of the class; a collective. Classes without a token are left out."""
+        """FFN experts by class; a collective. Classes without a token are left out."""
         shape = self.groups.size, 2
         counts = torch.zeros(shape, dtype=torch.int64, device=torch.cuda.current_device())
         for statistics in self._statistics:

@@ -82,7 +82,7 @@ class SourcesPart(Part):
         return (self.losses,)
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """By name of the source; a collective. A source without a token is left out."""
+        """Metrics by source; a collective. A source without a token is left out."""
         losses = self.losses.total()
         tokens = losses[:, 1]
         seen = [index for index in range(len(self.names)) if tokens[index] > 0]

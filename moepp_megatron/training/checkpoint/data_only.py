@@ -201,7 +201,7 @@ def unsafe_pickle(checkpoint: Path, part: int = 0, num_parts: int = 1) -> str | 
 
 
 def _refuse_further_indexes(checkpoint: Path) -> None:
-    """Other loops would fall back to them, and no checkpoint of ours has any."""
+    """Refuse further indexes: other loops fall back to them, ours have none."""
     for path in sorted(checkpoint.glob(f"*{TENSORS_FILE}")):
         if path.name != TENSORS_FILE:
             raise UnsafePickleError(f"{path.name} does not belong into this format")

@@ -83,7 +83,7 @@ def find_checkpoint(
 def newest_again[**P, T](
     act: Callable[Concatenate[Path, P], T],
 ) -> Callable[Concatenate[str | Path, P], T]:
-    """Let `act` of a checkpoint begin again where its run goes on and removes it meanwhile.
+    """Retry `act` with the newest checkpoint if its run deletes the one in use.
 
     The function that is returned takes what `find_checkpoint` takes. Not among ranks, of which
     others would go on with the checkpoint that is gone.
@@ -186,9 +186,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders in `folder`, newest first, complete or not.
 
     The order is that of writing: a run that went back to step 50 and saved step 60 has step 60 as
-    its newest, though step 100 of before is still there. Where a date lies, because it is ahead of
-    the clock or none, the order is that of the steps, and those past the one that the file `latest`
-    names, which are undone, come last.
+    its newest, though the earlier step 100 is still there. Where a date is missing or ahead of the
+    clock, the order is that of the steps, and those past the one that the file `latest` names,
+    which are undone, come last.
     """
     dates = checkpoint_dates(folder)
     now = time.time() + _CLOCKS_DIFFER_S

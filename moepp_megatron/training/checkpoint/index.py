@@ -97,7 +97,7 @@ def read_metadata(checkpoint: Path) -> Metadata:
 
 
 def _check_lengths(metadata: Metadata) -> None:
-    """A shard must not be more than the bytes that hold it: reading it would take such memory."""
+    """Refuse a shard larger than its stored bytes: reading it would allocate that much."""
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue

@@ -84,7 +84,7 @@ class SavedRecord:
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
     def changed_versions(self) -> list[str]:
-        """Each package whose version is another one here, as `torch 2.11.0 (now 2.15.0)`."""
+        """Each package whose version differs here, as `torch 2.11.0 (now 2.15.0)`."""
         now = package_versions()
         return [
             f"{name} {version} (now {now.get(name, 'none')})"

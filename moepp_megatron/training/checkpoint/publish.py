@@ -143,7 +143,7 @@ def _make_newest(record: SavedRecord, folder: Path) -> None:
 
 
 def _check_shared(folder: Path, sizes: dict[str, int]) -> None:
-    """Every rank's files must be seen from here."""
+    """Check that every rank's files are seen here."""
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:

@@ -127,8 +127,8 @@ class NumericalGuard:
             selections_LE: [MoE layers, E] float64 over all ranks.
 
         Returns:
-            Whether so many in a row were refused that their cause must be found. One without
-            tokens to learn from is none of them: its cause is known.
+            True if so many in a row were refused that their cause must be found. One without
+            tokens to learn from does not count: its cause is known.
         """
         if self._is_empty:
             return False
@@ -140,7 +140,7 @@ class NumericalGuard:
     def many_refused(self) -> str:
         """An alert's text on batches refused now and then; empty if they are few.
 
-        They never are so many in a row that their cause is sought, and each is lost to training.
+        They are too few in a row for a search for the cause, and each is lost to training.
         """
         count, among = sum(self.verdicts), len(self.verdicts)
         if count < self._settings.guard_max_consecutive_skips:

@@ -98,7 +98,7 @@ def find_cause(
     Args:
         refused: The refused batches, all by the model as it is.
         before: Batches that were accepted before, by the model as it is; empty if there are none.
-        is_sound: Whether a loss of batches from before is that of a sound model.
+        is_sound: True for a loss of earlier batches that an undamaged model gives.
     """
     usual = _median([batch.loss for batch in before])
     numbers = f"batches from before them have a loss of {usual:.4f} now"

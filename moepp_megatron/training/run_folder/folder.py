@@ -257,7 +257,7 @@ class RunFolder:
         return [self.path, *([] if outside is None else [outside])]
 
     def _made(self, folders: list[Path]) -> list[Path]:
-        """The same, which are there from now on."""
+        """The same, created where missing."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._check_kinds()
         for folder in folders:

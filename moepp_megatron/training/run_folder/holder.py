@@ -90,7 +90,7 @@ def locked(folders: Iterable[Path]) -> Iterator[None]:
 
 @contextmanager
 def beating(folder: Path, claim: RunStatus) -> Iterator[None]:
-    """Inside, ranks that are started know the claim, and other machines see that it lives."""
+    """Context: started ranks know the claim, and other machines see its heartbeat."""
     before = os.environ.get(CLAIM)
     os.environ[CLAIM] = claim.model_dump_json()
     stop = threading.Event()

@@ -142,7 +142,7 @@ class Coster:
         )
 
     def memory(self, grid: Grid) -> float:
-        """Bytes of the fullest rank, including those of libraries."""
+        """Peak bytes of the fullest rank, CUDA and NCCL included."""
         kinds, load = self._bytes(grid), self._with_states(grid)
         most = 0.0
         # The same ranks as `memory.candidate_ranks`.

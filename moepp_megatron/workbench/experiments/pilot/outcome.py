@@ -50,7 +50,7 @@ def run_outcome(records: Iterable[StepMetrics]) -> RunOutcome:
 
 
 def timed_steps(numbers: Numbers) -> np.ndarray:
-    """[n] at which steps the time is that of training only.
+    """[n] bool: steps without evaluation or router health.
 
     The first steps and those that measured router health or were evaluated are left out. If none
     is left in a short run, all steps after the first ones are taken.
