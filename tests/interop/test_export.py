@@ -187,11 +187,13 @@ def test_latent_attention_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     from moepp_megatron.interop import to_hf
+    from moepp_megatron.training.checkpoint import find
 
     latent = {"kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8}
     config = parse_config(settings(model={"latent_attention": latent}))
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    monkeypatch.setattr(to_hf, "find_checkpoint", lambda source: source)
+    for module in (find, to_hf):
+        monkeypatch.setattr(module, "find_checkpoint", lambda source: source)
     with pytest.raises(ConfigError, match="must be null for an export: no layout has it; sc"):
         to_hf.mcore_to_hf(tmp_path, tmp_path / "export", layout)
     assert not (tmp_path / "export").exists()
