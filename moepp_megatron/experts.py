@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 
 Shape = tuple[int, ...]
 _MOST_EXPERTS = 65_536
-"""Of one kind: far above any model, and little enough that a list of their names fits in memory."""
+"""Limit for one kind: far above any model, yet a list of their names fits in memory."""
 _GATE_WIDTH = 8
 """Hidden width of a two-layer gate, in units of E (released MoE++ model)."""
 
@@ -166,7 +166,7 @@ class ExpertCounts:
 
     @property
     def counts(self) -> ExpertCounts:
-        """Only the counts."""
+        """Return only the counts."""
         return ExpertCounts(**{kind.setting: self.count(kind) for kind in KINDS})
 
     @property
@@ -201,7 +201,7 @@ class ExpertCounts:
 
     @property
     def summary(self) -> str:
-        """Such as `8 FFN + 2 constant`, without the kinds that are not there."""
+        """Describe the counts, such as `8 FFN + 2 constant`, without absent kinds."""
         present = (kind for kind in KINDS if self.count(kind))
         return " + ".join(f"{self.count(kind)} {kind.name}" for kind in present)
 

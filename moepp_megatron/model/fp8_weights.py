@@ -16,7 +16,7 @@ from torch import Tensor
 
 @contextmanager
 def fp8_weights_as_plain(model: torch.nn.Module) -> Iterator[None]:
-    """A context in which every FP8 weight is a plain parameter of its dtype, which may be written.
+    """Make every FP8 weight in the block a plain, writable parameter of its dtype.
 
     A part of an FP8 weight cannot be written by itself, because the values of a block, or of the
     whole tensor, share a scale: a half of a gated FFN's weight is such a part, and so is what a

@@ -24,7 +24,7 @@ Use = Literal["called", "overridden", "read"]
 
 @dataclass(frozen=True)
 class PrivateName:
-    """One name.
+    """A private name.
 
     Attributes:
         module: Where it is, below `megatron.core`.

@@ -38,7 +38,7 @@ def version() -> str:
 
 
 def version_problem(found: str | None) -> str | None:
-    """Why this package does not run with a version, or without, in one line; None where it does."""
+    """Explain in one line why this package does not run with a version, or without; or None."""
     oldest, numbers, beyond = (
         tuple(map(int, text.split("."))) for text in (OLDEST, found or "0", BEYOND)
     )

@@ -44,7 +44,7 @@ class LineFile:
             )
 
     def read(self) -> bytes | mmap.mmap:
-        """All of it, of which memory holds only what is looked at; errors are `append`'s."""
+        """Map the whole file into memory; errors are `append`'s."""
         self._keep_name()
         is_empty = os.fstat(self._fd).st_size == 0
         return b"" if is_empty else mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)

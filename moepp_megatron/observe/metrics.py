@@ -64,17 +64,17 @@ class Records(Sequence[StepMetrics]):
         self.path, self.steps, self._starts = path, steps, starts
 
     def __len__(self) -> int:
-        """Their number."""
+        """Return their number."""
         return len(self.steps)
 
     def __getitem__(self, place: Any) -> Any:
-        """One of them, or `Records` of those that a slice or an array of numpy names."""
+        """Return one record, or `Records` for a slice or an array of indices."""
         if isinstance(place, int):
             return next(iter(self[[place]]))
         return Records(self.path, self.steps[place], self._starts[place])
 
     def __iter__(self) -> Iterator[StepMetrics]:
-        """Each in turn; a `MetricsError` where the file has changed."""
+        """Yield each in turn; `MetricsError` if the file has changed."""
         try:
             with self.path.open("rb") as file:
                 for step, start in zip(self.steps, self._starts, strict=True):

@@ -151,7 +151,7 @@ def initialized(
     timeout: timedelta = timedelta(minutes=10),
     settle: Settle | None = None,
 ) -> Iterator[torch.device]:
-    """A context in which this process is a rank; arguments and value are those of `start`.
+    """Make this process a rank in the block; arguments and value are those of `start`.
 
     Groups are destroyed at the end and after an error of the user, which every rank meets: Python
     may abort at its end if threads of a group are left, and the exit code would be lost. After

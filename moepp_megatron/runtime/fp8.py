@@ -54,7 +54,7 @@ class FP8Machine:
 
 
 def fp8_obstacle(config: Config, machine: FP8Machine) -> str | None:
-    """Why a machine cannot run a configuration's FP8, in one line; None where it can."""
+    """Explain in one line why a machine cannot run a configuration's FP8, or None."""
     precision = config.precision
     recipe = precision.recipe
     if recipe is None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 TRANSFORMER_ENGINE = "launch/env.sh --te on a CUDA machine"
-"""It is compiled against the torch that is there."""
+"""It is compiled against the installed torch."""
 
 
 def how_to_install(*requirements: str) -> str:

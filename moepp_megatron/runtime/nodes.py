@@ -162,7 +162,7 @@ class Meeting:
             self._since = now
 
     def failure(self, now: float) -> str | None:
-        """Why this machine gives up at time `now` in seconds; None as long as it waits."""
+        """Explain why this machine gives up at `now` (seconds); None while it waits."""
         if self._since is None:
             return None
         nodes = self._nodes

@@ -16,7 +16,7 @@ _IMPORTED_BY_MEGATRON = {"transformer_engine": "transformer_engine.pytorch", "de
 
 @functools.cache
 def import_failure(package: str) -> str | None:
-    """Why an installed package cannot be imported, in one line; None where it can or is missing.
+    """Explain in one line why an installed package fails on import; None if it does not.
 
     Transformer Engine without its part for torch, or a DeepEP that does not find its NCCL, raises
     errors that megatron-core does not catch, or takes for a package that is there. A package that

@@ -152,7 +152,7 @@ def replace(owner: Any, name: str, value: Any) -> None:
 
 @contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """A context in which attributes of `owner` have other values."""
+    """Replace attributes of `owner` in the block."""
     replacements = Replacements()
     for name, value in values.items():
         replacements.put(owner, name, value)

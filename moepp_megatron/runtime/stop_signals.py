@@ -35,7 +35,7 @@ _ACKNOWLEDGED = b"\nstopping after this step; Ctrl-C again ends at once, without
 
 @contextmanager
 def starting(stoppable: bool) -> Iterator[None]:
-    """A context in which children start with the stop signals blocked.
+    """Start children in the block with the stop signals blocked.
 
     torchrun never unblocks them. A rank unblocks them once it listens, so that a request that comes
     while it starts is neither lost nor fatal. Ranks that are not stoppable never see a
@@ -99,7 +99,7 @@ def heeded_signals() -> list[signal.Signals]:
 
 @contextmanager
 def passing_on_signals(agent: subprocess.Popen[bytes], stoppable: bool) -> Iterator[_StopRequests]:
-    """A context in which signals to this process are passed on to the ranks below torchrun.
+    """Pass signals to this process on to the ranks below torchrun, in the block.
 
     `stoppable` ranks finish a step and save; others are ended.
     """

@@ -1,4 +1,4 @@
-"""The meanings of the errors of an object store's client.
+"""Classification of the errors of an object store's client.
 
 The client turns botocore's errors into others, and some of them not at all. What was asked for is
 missing, the address or the credentials are wrong, or the store cannot be reached: which of these

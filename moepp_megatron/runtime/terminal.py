@@ -22,7 +22,7 @@ class Console(rich.console.Console):
 
     rich takes a few control characters out of texts and lets the escape character through: the
     name of a run, a tensor or a file could clear the screen or set the clipboard. Square brackets
-    are no markup: they could make links, and rich fails at a tag that ends what never began.
+    are no markup: they could make links, and rich fails at an unopened closing tag.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -47,7 +47,7 @@ class Console(rich.console.Console):
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """A context in which writes to stdout and stderr never fail.
+    """Let no write to stdout and stderr fail in the block.
 
     A training and its exit status depend on no reader, no disk and no terminal of its output: what
     cannot be written is dropped, from the first failure on. Streams without a file (a

@@ -250,7 +250,7 @@ class Parts(StepHooks):
 
     @contextmanager
     def running(self, progress: Callable[[], Progress], stop: StopRequest) -> Iterator[None]:
-        """A context around the training loop."""
+        """Begin, end and close all parts around the loop."""
         try:
             for part in self:
                 part.begin(progress, stop)

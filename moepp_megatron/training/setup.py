@@ -71,7 +71,7 @@ class TrainingModel:
 
     @contextmanager
     def gathered_parameters(self) -> Iterator[None]:
-        """A context in which all parameters are up to date on every rank; every rank must enter.
+        """Gather all parameters on every rank for the block; every rank must enter.
 
         With `parallel.overlap_param_gather` a step leaves each rank with its share of the new
         parameters, and the next step's forward pass gathers the others. Whoever reads parameters

@@ -147,7 +147,7 @@ def compute_gradients(
 
 @contextmanager
 def unchanged(model: TrainingModel) -> Iterator[None]:
-    """A context after which random numbers and buffers are as before, whatever was computed."""
+    """Restore random number generators and buffers after the block."""
     before = _StepState(model.models)
     try:
         yield
@@ -239,7 +239,7 @@ def prepare_gradients(optimizer: MegatronOptimizer) -> tuple[Tensor, bool]:
 
 @contextmanager
 def _gradients_ready(optimizer: MegatronOptimizer, grad_norm: float) -> Iterator[None]:
-    """A context in which `optimizer.step()` continues from `prepare_gradients`."""
+    """Let `optimizer.step()` continue from `prepare_gradients` in the block."""
     # `ChainedOptimizer.step` calls these two methods first; what they would compute again (one pass
     # over all gradients and an all-reduce) is known.
     with replaced(optimizer, prepare_grads=lambda: False, get_grad_norm=lambda: grad_norm):

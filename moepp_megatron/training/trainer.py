@@ -156,7 +156,7 @@ class Trainer:
 
     @property
     def failure(self) -> str | None:
-        """One line on data of the run's end that could not be written; None if all of it was."""
+        """One line on final data that could not be written; None if all of it was."""
         return "; ".join(filter(None, (self.checkpoints.error, self._lost_records))) or None
 
     def _open_sinks(self) -> None:

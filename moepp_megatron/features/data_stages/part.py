@@ -55,7 +55,7 @@ class DataStagesPart(Part):
 
 
 def _identity(blend: Blend) -> str | None:
-    """Identifies the data of a blend: the tokens of its folders, and the shares."""
+    """Identify the data of a blend: the tokens of its folders, and the shares."""
     identities = [corpus_identity(folder.path) for folder in blend.folders]
     if len(identities) == 1:
         return identities[0]

@@ -67,7 +67,7 @@ class RouterHealthPart(Part):
             router.health.enabled = self._is_on
 
     def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
-        """Sort a micro-batch's token losses by how many FFN experts the tokens got.
+        """Sort a micro-batch's token losses by the number of FFN experts per token.
 
         Counts are rounded means over the MoE layers of this pipeline stage's chunk; with several
         stages these are the layers of the last stage.

@@ -173,7 +173,7 @@ class TasksPart(Part):
 
 @contextmanager
 def _without_limits(models: Sequence[MegatronModule]) -> Iterator[None]:
-    """A context without capacity and without noise, as `inference_settings.FORWARD_ONLY`."""
+    """Disable capacity and noise in the block, as `inference_settings.FORWARD_ONLY`."""
     # With a limit, a token's logits would depend on which other tokens are there.
     with ExitStack() as stack:
         for model in models:

@@ -190,7 +190,7 @@ def _tile(hidden: int, block_c: int) -> dict[str, Any]:
 
 
 def _columns(config: MoEPPConfig, given: Tensor | None) -> dict[str, int]:
-    """Where constant and copy experts are among all, constant ones first; 0 if not given."""
+    """Columns of constant, then copy experts among all; 0 if not given."""
     constants, copies = 0, 0
     if given is not None:
         constants, copies = config.num_constant_experts, config.num_copy_experts

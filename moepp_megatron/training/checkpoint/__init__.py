@@ -1,10 +1,10 @@
-"""Checkpoints of a run: what they hold, how they are written and read.
+"""Checkpoints of a run: contents, writing and reading.
 
 files.py         names of the files; whether a folder is a whole, undamaged checkpoint
 progress.py      a run's progress: steps, samples, tokens
 plain_pickle.py  reads the description in a pickle without unpickling it
 index.py         the index of the tensors, rebuilt from plain values
-data_only.py     how megatron-core and torch read one: data, never code
+data_only.py     makes megatron-core and torch read one as data, never code
 find.py          finds the checkpoint that a name means, and the newest valid one
 compatible.py    checks that a checkpoint fits a configuration
 optimizer.py     state of optimizers: their steps, a rank's shard in terms of whole parameters
@@ -12,7 +12,7 @@ state.py         model, optimizer, schedule as megatron-core's sharded state
 plan.py          assigns the bytes that each rank writes
 background.py    a forked process that writes, a thread that uploads, while training continues
 publish.py       turns complete files into a named checkpoint
-disk_space.py    space on the disk: whether the checkpoints to come fit
+disk_space.py    checks that future checkpoints fit on the disk
 retention.py     deletes old checkpoints, and what killed runs left
 write.py         `CheckpointWriter`: all of a save, in the foreground or background
 read.py          all of a load

@@ -28,7 +28,7 @@ def _moe_layers(config: Config) -> list[bool]:
 
 
 def _dense_width(config: Config) -> int | None:
-    """Inner width of the layers that are no MoE layers; None where there are none."""
+    """FFN width of the dense layers; None if there are none."""
     return None if all(_moe_layers(config)) else config.model.ffn_hidden_size
 
 

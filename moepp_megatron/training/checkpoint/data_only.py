@@ -91,7 +91,7 @@ def _each_byte_once(reading: Any) -> Any:
 
 @contextmanager
 def only_data() -> Iterator[None]:
-    """A context in which `torch.load` uses `weights_only=True`, whatever its caller asks for."""
+    """Force `torch.load` to use `weights_only=True` in the block."""
     before = {name: os.environ.pop(name, None) for name in (_ONLY_DATA, _ALSO_CODE)}
     os.environ[_ONLY_DATA] = "1"
     try:

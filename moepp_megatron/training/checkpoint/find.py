@@ -204,7 +204,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def checkpoint_dates(folder: Path) -> dict[Path, float]:
-    """When each checkpoint in `folder` says that it was saved, seconds since 1970."""
+    """Return when each checkpoint in `folder` was saved, in seconds since 1970."""
     try:
         return {path: _date(path) for path in folder.iterdir() if _NAME.fullmatch(path.name)}
     except OSError:

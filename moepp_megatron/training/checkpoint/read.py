@@ -158,7 +158,7 @@ def _restore_rng(
 
 
 def agreed_reason(checkpoint: Path, agreement: Agreement) -> str | None:
-    """Why a checkpoint must not be read, or None; ranks share the work and all get the answer."""
+    """Explain why a checkpoint must not be read, or None; ranks share the work and the answer."""
     part, num_parts = dist.get_rank(), dist.get_world_size()
     mine = damage(checkpoint, part, num_parts) or unsafe_pickle(checkpoint, part, num_parts)
     return next((reason for reason in agreement.gather(mine) if reason is not None), None)

@@ -1,4 +1,4 @@
-"""Retention of checkpoints: which ones are deleted, and the remains of killed runs.
+"""Retention: deletes old checkpoints, and the remains of killed runs.
 
 Deleted are old checkpoints (`Pruner`, only on rank 0, after a newer one is complete) and what
 killed runs have left half written or half deleted. A folder that is being written carries its
@@ -49,7 +49,7 @@ class Pruner:
         self._is_valid: dict[str, bool] = {}
 
     def unknown(self, written: Path) -> list[Path]:
-        """Checkpoints that have to be hashed before `wrote(written)`, by all who can help.
+        """Checkpoints to hash before `wrote(written)`, by all ranks that can help.
 
         None of a store: all of them would be read from there, while training waits.
         """
@@ -76,7 +76,7 @@ class Pruner:
     def _prune(self, written: Path) -> None:
         if self._keep is None:
             return
-        # What was just written stays, whatever the dates of the others say.
+        # Never delete what was just written, whatever the dates of the others.
         others = [path for path in list_checkpoints(self._folder) if path.name != written.name]
         valid = [path for path in others if self._valid(path)]
         for checkpoint in valid[self._keep - 1 :]:
@@ -90,7 +90,7 @@ class Pruner:
 
 
 def incomplete_name(name: str) -> str:
-    """A new name for the folder that `name` is written into by this process."""
+    """Make a new name for the folder in which this process writes `name`."""
     return f".{name}.{_INCOMPLETE}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
@@ -105,7 +105,7 @@ def discard(path: Path, token: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what no living process of this machine is writing.
+    """Delete partial checkpoints that no live process of this machine writes.
 
     Of another machine's processes nothing is known here. A run has its checkpoint folder for
     itself, so what they have left is deleted too. In object storage that is what has no manifest.

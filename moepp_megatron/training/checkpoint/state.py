@@ -246,7 +246,7 @@ def _holders(optimizer: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def checked_fp8_state(state: dict[str, Any]) -> Iterator[None]:
-    """A context in which Transformer Engine may read the FP8 state in a model's state.
+    """Allow Transformer Engine to read the FP8 state of a model in the block.
 
     Transformer Engine refuses to read such a pickle unless a variable of the environment allows it
     for the whole process (its `_extra_state.py`, from 2.20 at the latest), because a crafted one

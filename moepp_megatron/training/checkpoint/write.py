@@ -204,7 +204,7 @@ class CheckpointWriter:
                 time.sleep(_POLL_S)
 
     def check_newest(self) -> None:
-        """Note it as a failed save if the newest checkpoint is gone; every rank must call."""
+        """Record a failed save if the newest checkpoint is gone; every rank must call."""
         reason = None
         if self._newest is not None and self._is_first:
             try:

@@ -60,7 +60,7 @@ class RoutingCounts(Part):
         self.reset(layout.num_microbatches)
 
     def watch(self, *, logits: bool = False, margins: bool = False) -> None:
-        """From now on the read of every step has the selections, and these if they are wanted."""
+        """Sum the selections in every step from now on, and logits or margins if wanted."""
         self._is_read_each_step = True
         self._has_margins |= margins
         for statistics in self._statistics.values():

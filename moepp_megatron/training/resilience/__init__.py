@@ -7,7 +7,7 @@ flight_recorder.py    torch's flight recorder: which collectives a rank has begu
 hang_report.py        finds the rank that blocks the others, from the heartbeats of all ranks
 heartbeat.py          one small file a rank, which others read when nothing moves
 numerical_guard.py    decides, on all ranks alike, whether a batch may change the model
-refused_batches.py    why batches were refused in a row: the model, the numbers, or the data
+refused_batches.py    finds the cause of batches refused in a row: the model, numbers, or data
 stragglers.py         straggler detection: the rank that is slower than the others
 supervisor.py         everything that watches over a run, as one object for the training loop
 watchdog.py           a thread that ends a run which no longer makes progress

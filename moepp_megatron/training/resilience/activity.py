@@ -36,7 +36,7 @@ class Activity:
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """A context for a phase; the phase before continues afterwards."""
+        """Enter a phase in the block, then return to the one before."""
         outer = self.now.phase
         self.enter(phase)
         try:

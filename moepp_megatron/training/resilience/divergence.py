@@ -103,7 +103,7 @@ def _differences(parameters: Named, group: dist.ProcessGroup) -> list[str]:
 
 
 def _who(ranks: list[int], sums: list[int]) -> str:
-    """Names the ranks that are not with the majority, or all where there is none."""
+    """Name the ranks that differ from the majority, or all if there is none."""
     (value, count), *rest = Counter(sums).most_common()
     if rest and rest[0][1] == count:
         shown = ", ".join(

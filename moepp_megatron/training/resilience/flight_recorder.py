@@ -69,7 +69,7 @@ def pending_collectives(folder: Path, world_size: int) -> dict[int, str]:
 
 
 def _pending(record: dict[str, Any]) -> str | None:
-    """Describes the oldest entry that its group has enqueued and not completed."""
+    """Describe the oldest entry that its group has enqueued and not completed."""
     status = record.get("pg_status", {})
     for entry in sorted(record.get("entries", []), key=lambda entry: entry["record_id"]):
         if entry.get("is_p2p") or entry.get("state") == "completed":

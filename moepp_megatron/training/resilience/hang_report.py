@@ -18,7 +18,7 @@ def hang_report(
     world_size: int,
     pending: Mapping[int, str],
 ) -> str:
-    """Names the rank that is behind and what the others wait in.
+    """Name the rank that is behind, and what the others wait in.
 
     Args:
         beats: Last heartbeat of each rank, including the place of its stacks.

@@ -1,4 +1,4 @@
-"""Why batches were refused in a row: the model, numbers that are not finite, or the data."""
+"""Cause of batches refused in a row: the model, non-finite numbers, or the data."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _REMEDY: dict[Cause, str] = {
 
 @dataclass(frozen=True)
 class _Finding:
-    """Why batches were refused.
+    """A cause of refused batches.
 
     Attributes:
         cause: The cause.
@@ -89,7 +89,7 @@ def find_cause(
     before: Sequence[BatchEvidence],
     is_sound: Callable[[float], bool],
 ) -> _Finding:
-    """Why batches were refused.
+    """Find out why batches were refused.
 
     The model has not changed since the newest batch that it accepted. If it does not take batches
     from then any more, it was damaged by its last steps. If it does, the refused batches are

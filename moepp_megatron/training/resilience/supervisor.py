@@ -78,7 +78,7 @@ class Supervisor:
             self._stragglers.begin_step()
 
     def during(self, phase: str) -> AbstractContextManager[None]:
-        """A context for work that may take long: evaluation, saving, loading."""
+        """Mark work that may take long: evaluation, saving, loading."""
         return self.activity.during(phase)
 
     def end_step(self, step: int) -> None:

@@ -65,7 +65,7 @@ class Start:
 
 
 def checkpoint_folder(config: Config) -> Path:
-    """Where the run's checkpoints are, which may be in object storage."""
+    """The folder of the run's checkpoints, maybe in object storage."""
     return place(config.checkpoint.folder(config.run.dir))
 
 
@@ -83,14 +83,14 @@ class RunFolder:
 
     @property
     def local_checkpoints(self) -> Path:
-        """Where this machine writes checkpoints, including those that are then uploaded."""
+        """Local folder for checkpoints, including those that are then uploaded."""
         if isinstance(self.checkpoints, ObjectPath):
             return self._config.checkpoint.staging_folder(self.path)
         return self.checkpoints
 
     @contextmanager
     def claim(self, start: Start, say: Callable[[str], object] = print) -> Iterator[None]:
-        """A context in which this process holds the folder; only the deciding process enters.
+        """Claim the folder for this process in the block; only the deciding process enters.
 
         If no run has begun inside, nothing is left behind.
 

@@ -76,7 +76,7 @@ def refuse_running(folder: Path) -> None:
 
 @contextmanager
 def locked(folders: Iterable[Path]) -> Iterator[None]:
-    """A context that one process at a time enters, so that it checks and claims the folders."""
+    """Lock the folders in the block, so that one process at a time checks and claims them."""
     # Where the file system cannot lock a folder (NFS), two that start within the same instant may
     # both be let into a run's folder.
     with contextlib.ExitStack() as locks:

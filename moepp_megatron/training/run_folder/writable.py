@@ -18,7 +18,7 @@ from moepp_megatron.training.checkpoint import NoStartError
 
 @contextmanager
 def refusing_unwritable(run: Path) -> Iterator[None]:
-    """A context that turns an OSError of its block into the refusal of the run's folder.
+    """Turn an OSError in the block into the refusal of the run's folder.
 
     Raises:
         ConfigError: Names path and cause.
