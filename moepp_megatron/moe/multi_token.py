@@ -89,7 +89,7 @@ class _MTPLayer(MultiTokenPredictionLayer):
         self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         # megatron-core moves the mask one place and fills with zeros, as it does the token ids.
-        # Zero has to mean padding there, so what is moved says which tokens are none.
+        # Zero must mean padding there, so the mask of tokens that are not padding is moved.
         is_token = None if padding_mask is None else ~padding_mask.bool()
         ids, positions, is_token, embeddings, hidden_states = super()._get_embeddings(
             *args, padding_mask=is_token, **kwargs

@@ -138,7 +138,7 @@ def counting(steps: NDArray[np.int64]) -> NDArray[np.bool_]:
 def read_lines(path: Path) -> Iterator[Line]:
     """The lines of a `metrics.jsonl`, without empty ones and an unfinished last one.
 
-    What is longer than any record comes in parts, which are none.
+    A line longer than any record comes in parts, which are not records.
 
     Raises:
         OSError: The file cannot be read.

@@ -69,7 +69,7 @@ class ObjectPath(PosixPath):
     absolute = expanduser = resolve
 
     def stat(self, *, follow_symlinks: bool = True) -> Any:
-        """Size and time of change of an object; FileNotFoundError: there is none."""
+        """Size and time of change of an object; FileNotFoundError if missing."""
         if self._entry is None:
             with self._asking():
                 return _status(self._client.info(self._key))
@@ -122,7 +122,7 @@ class ObjectPath(PosixPath):
             return bytes(self._client.read(self._key, byte_range=Range(offset, length)))
 
     def write_bytes(self, data: Any) -> int:
-        """Write an object, in place of one that is there."""
+        """Write an object, replacing an existing one."""
         with self._asking():
             self._client.write(self._key, bytes(data))
         return len(data)

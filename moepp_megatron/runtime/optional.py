@@ -19,7 +19,7 @@ def import_failure(package: str) -> str | None:
     """Explain in one line why an installed package fails on import; None if it does not.
 
     Transformer Engine without its part for torch, or a DeepEP that does not find its NCCL, raises
-    errors that megatron-core does not catch, or takes for a package that is there. A package that
+    errors that megatron-core does not catch, or takes for a usable package. A package that
     fails is therefore hidden: later imports raise that it is not installed.
     """
     if importlib.util.find_spec(package) is None:

@@ -146,7 +146,7 @@ PATCHES = (
 
 
 def replace(owner: Any, name: str, value: Any) -> None:
-    """Replace an attribute of a module, a class or an object for good."""
+    """Permanently replace an attribute of a module, a class or an object."""
     setattr(owner, name, value)
 
 

@@ -25,7 +25,7 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
 
 def printable_time(seconds: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
-    """A moment, in seconds since 1970, in words of `time.strftime`, of this machine's zone.
+    """Format seconds since 1970 by `time.strftime`, in this machine's time zone.
 
     One that a file has, or a clock that was set wrongly, may be beyond any calendar.
     """

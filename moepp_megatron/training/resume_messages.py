@@ -12,7 +12,7 @@ from moepp_megatron.training.checkpoint.compatible import differences
 from moepp_megatron.training.checkpoint.progress import SavedRecord, grid
 from moepp_megatron.training.schedule import learning_rate
 
-# A change of the learning rate by rounding is none.
+# A change of the learning rate by rounding is not reported.
 _SAME_LR = 1e-6
 # What a token gets from routers and experts depends on these; shapes are refused elsewhere.
 _ROUTES = {f"moe.{name}" for name in (*EXPORTED, "router_topk", "capacity_factor")}

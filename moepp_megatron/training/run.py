@@ -34,7 +34,7 @@ class TrainResult:
         step: Steps that the run has taken, those before this start included.
         metrics: Metrics of the last logged step; None where this process, being a rank, had nothing
             left to do.
-        stopped: Somebody asked the run to stop, or it has paused by itself; it has saved, and
+        stopped: The run was asked to stop, or paused by itself; it has saved, and
             `resume` continues it.
         pause_reason: Why it has paused by itself; None if it has not, or where other processes have
             trained.
@@ -77,7 +77,7 @@ def train(
         resume: Go on from the newest checkpoint of the run in `run.dir`.
         overwrite: Move the run in `run.dir` aside and start from scratch.
         nproc: Ranks to start on this machine, in processes of their own.
-        callbacks: Told what the run does, before those of `run.callbacks`. They cannot be handed to
+        callbacks: Get the run's events, before those of `run.callbacks`. They cannot be passed to
             processes that `nproc` starts.
 
     Returns:
@@ -116,7 +116,7 @@ def run(request: TrainRequest, say: Say, callbacks: Sequence[object] = ()) -> Tr
 
     Args:
         request: The result of `TrainRequest.admitted`.
-        say: Told what happens before the first step, on rank 0.
+        say: Called with messages before the first step, on rank 0.
         callbacks: Objects that get the events of the run, as for `train`.
 
     Returns:

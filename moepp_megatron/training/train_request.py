@@ -50,7 +50,7 @@ class TrainRequest:
         config: What to train.
         layout: The rank grid.
         rank: This process among the ranks; a lone one where it is to start them.
-        options: The ranks that are to start on this machine, unless somebody else has started them.
+        options: The ranks to start on this machine, unless another launcher has started them.
         start: Options of starting in its folder.
         words: CONFIG and overrides as on the command line, for the ranks that are to start.
         loads: `config` with the `checkpoint` that this start loads: the run's own if it is resumed.
@@ -87,7 +87,7 @@ class TrainRequest:
             ConfigError: Whatever is wrong with it.
         """
         nodes = options.nodes
-        # Told to be a launcher it is none of srun's ranks, though srun may have started several.
+        # As a launcher it is not one of srun's ranks, though srun may have started several.
         rank = RankEnvironment.read() if nodes is None else RankEnvironment()
         rank.check_nproc(options.num_local_ranks)
         file = None if isinstance(config, Config) else config

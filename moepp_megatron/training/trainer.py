@@ -48,7 +48,7 @@ class Trainer:
     Args:
         config: The run's configuration, checked.
         layout: The rank grid; process groups exist.
-        callbacks: Told what the run does, before those that `run.callbacks` names.
+        callbacks: Get the run's events, before those that `run.callbacks` names.
         loads: `config` with the `checkpoint` that this start loads; None for its own.
 
     Attributes:

@@ -114,7 +114,7 @@ class CallbacksPart(Part):
     Args:
         config: The run's configuration; those of `run.callbacks` are made here.
         model: The wrapped model.
-        supervisor: Told when a callback works, so that a report of a hang names it.
+        supervisor: Notified of callbacks at work, so that a report of a hang names them.
         given: Callbacks that come before them.
 
     Raises:

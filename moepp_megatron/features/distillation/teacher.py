@@ -42,10 +42,10 @@ class TeacherModel:
 
     @classmethod
     def of(cls, config: Config) -> TeacherModel | None:
-        """The teacher of a run; None where there is none.
+        """The teacher of a run, or None.
 
         Raises:
-            ConfigError: There is no such checkpoint, its tokens are others than the run's, or its
+            ConfigError: There is no such checkpoint, its tokens differ from the run's, or its
                 model does not fit the run's layout.
         """
         name = config.distillation.teacher

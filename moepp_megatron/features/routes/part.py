@@ -216,7 +216,7 @@ class RoutesPart(Part):
             yield Stop(lambda saved: ConfigError(f"{reason}; {saved}"))
 
     def _append(self, path: Path, step: int) -> None:
-        """A line a layer and micro-batch, as of Megatron-LM's `router_trace.RouterTracer`."""
+        """Append a line per layer and micro-batch, as Megatron-LM's `RouterTracer` does."""
         if step <= self._traced:
             _cut(path, step)
         self._traced = step

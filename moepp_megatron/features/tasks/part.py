@@ -47,7 +47,7 @@ class TasksPart(Part):
         model: The wrapped model.
         layout: The rank grid.
         tokenizer: The tokenizer's file.
-        supervisor: Told of progress, since an evaluation may take hours.
+        supervisor: Notified of progress, since evaluation may take hours.
 
     Raises:
         ConfigError: A task cannot be loaded; on rank 0.

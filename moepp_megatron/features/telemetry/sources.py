@@ -28,7 +28,7 @@ class TelemetrySource:
         return None
 
     def faults(self) -> list[str]:
-        """Faults since the last call, in words."""
+        """Faults since the last call, as text."""
         return []
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 def scores_of(  # type: ignore[no-untyped-def]
     logits, column, NUM_EXPERTS: tl.constexpr, SCORE: tl.constexpr
 ):  # fmt: skip
-    """Scores of the tile's experts, 0 in the columns that are none."""
+    """Scores of the tile's experts, 0 in the other columns."""
     is_expert = (column < NUM_EXPERTS)[None, :]
     if SCORE == "softmax":
         scores = shares_of(logits, is_expert)

@@ -112,8 +112,7 @@ class Background:
 class BackgroundUpload:
     """Uploads what a process writes, in a thread of this one; used as the process is.
 
-    A thread, because a client of a network is none of what forking leaves usable. It waits for the
-    network nearly all of its time.
+    A thread, because a network client does not survive a fork. It mostly waits for the network.
     """
 
     def __init__(self, process: Background, send: Callable[[Any], Any]) -> None:

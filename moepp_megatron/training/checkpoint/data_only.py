@@ -71,7 +71,7 @@ def load_data(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 @contextmanager
 def _local_folder(checkpoint: Path) -> Iterator[Path]:
-    """A folder of this machine with all that megatron-core opens by itself: the format's file."""
+    """Make a local folder with the files that megatron-core opens itself: the format's."""
     if not isinstance(checkpoint, ObjectPath):
         yield checkpoint
         return

@@ -148,7 +148,7 @@ def refuse_no_start(name: str, skipped: list[str]) -> None:
     """Refuse to start if `checkpoint.load` names nothing that can be read.
 
     `auto` starts from scratch where there is no checkpoint at all; `skipped` has a line for each
-    that is there and damaged.
+    that is damaged.
 
     Raises:
         NoStartError: Training must not start.

@@ -137,7 +137,7 @@ def _check_uploaded(final: ObjectPath, sizes: dict[str, int]) -> None:
 
 
 def _make_newest(record: SavedRecord, folder: Path) -> None:
-    """Date a checkpoint after all that are there, since a machine's clock may have been ahead."""
+    """Date a checkpoint after all others, since a machine's clock may have been ahead."""
     others = [date + _TICK_S for date in checkpoint_dates(folder).values() if math.isfinite(date)]
     record.saved_at = max([record.saved_at, *others])
 

@@ -102,7 +102,7 @@ class RefusedBatches(Part):
         return Rollback(None, before, after)
 
     def _replay(self, first_samples: Sequence[int]) -> list[BatchEvidence]:
-        """Loss and routing of batches that were trained on, by the model as it is."""
+        """Loss and routing of batches that were trained on, by the current model."""
         run, sizes = self._run, BatchSizes(self._run.config)
         evidence = []
         # Data loaders draw random numbers too.

@@ -50,7 +50,7 @@ def hang_report(
 
 
 def _culprits(awake: Mapping[int, Heartbeat], silent: Collection[int]) -> tuple[list[int], str]:
-    """The ranks to look at and why; the strongest sign first."""
+    """The suspected ranks and why; the strongest sign first."""
     if silent:
         return sorted(silent), "does not answer"
     latest = max(beat.count for beat in awake.values())

@@ -47,7 +47,7 @@ class BatchEvidence:
         return cls(known, torch.tensor(selections, dtype=torch.float64))
 
 
-# What each cause means, and what somebody can do where it has ended a run.
+# Meaning of each cause, and the user's remedy where it has ended a run.
 _MEANING: dict[Cause, str] = {
     "model": "the model is at fault",
     "not finite": "the model is sound",
@@ -67,7 +67,7 @@ class _Finding:
 
     Attributes:
         cause: The cause.
-        numbers: The numbers that show it, in words.
+        numbers: The evidence, as text.
     """
 
     cause: Cause
@@ -96,8 +96,8 @@ def find_cause(
     at fault; and if these are also routed otherwise, then they are other texts.
 
     Args:
-        refused: The refused batches, all by the model as it is.
-        before: Batches that were accepted before, by the model as it is; empty if there are none.
+        refused: The refused batches, judged by the current model.
+        before: Batches accepted before, judged by the current model; may be empty.
         is_sound: True for a loss of earlier batches that an undamaged model gives.
     """
     usual = _median([batch.loss for batch in before])
