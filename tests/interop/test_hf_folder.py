@@ -189,8 +189,10 @@ def test_the_card_of_a_chat_model_can_be_followed(
     assert plain(follow_card, tmp_path / "hf") == wanted
 
 
-def test_a_licence_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_licence_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moepp_megatron.interop.to_hf import mcore_to_hf
+    from moepp_megatron.training.checkpoint import find
 
+    monkeypatch.setattr(find, "find_checkpoint", lambda source: source)
     with pytest.raises(ConfigError, match=r"--license \(my own: free\) must be an identifier"):
         mcore_to_hf(tmp_path, tmp_path / "hf", license_id="my own: free")
