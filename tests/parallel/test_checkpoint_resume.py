@@ -97,7 +97,7 @@ def judge_while_pruning(raw: dict[str, Any]) -> list[tuple[str, str, int]]:
     """Phase, checkpoint and part of each look into one, on this rank."""
     from unittest import mock
 
-    from moepp_megatron.training.checkpoint import read, room
+    from moepp_megatron.training.checkpoint import read, retention
     from moepp_megatron.training.checkpoint.files import damage
 
     trainer = trainer_of(raw)
@@ -107,7 +107,7 @@ def judge_while_pruning(raw: dict[str, Any]) -> list[tuple[str, str, int]]:
         looks.append((trainer.supervisor.activity.now.phase, checkpoint.name, num_parts))
         return damage(checkpoint, part, num_parts)
 
-    with mock.patch.object(read, "damage", look), mock.patch.object(room, "damage", look):
+    with mock.patch.object(read, "damage", look), mock.patch.object(retention, "damage", look):
         trainer.run()
     return looks
 
