@@ -13,7 +13,6 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 from typing import Annotated
 
-from moepp_megatron.config.exit_codes import FAILED
 from moepp_megatron.runtime.install import missing
 
 try:
@@ -41,6 +40,7 @@ try:
     from moepp_megatron.cli.paths import check_paths
     from moepp_megatron.cli.usage import UsageError, move_examples, refuse
     from moepp_megatron.config import ConfigError, UnfitError
+    from moepp_megatron.config.exit_codes import FAILED
     from moepp_megatron.runtime.disk import NO_SPACE, STDOUT, is_full
     from moepp_megatron.runtime.launch import has_launcher, refusal, write_status
     from moepp_megatron.runtime.printable import make_logs_printable
