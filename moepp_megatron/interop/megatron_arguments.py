@@ -22,7 +22,6 @@ from typing import NoReturn
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moepp_megatron.config.exit_codes import REFUSED
 from moepp_megatron.layer_settings import DECLARED, SCOPES, BalanceScope
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.upstream_settings import refuse_ignored
@@ -133,7 +132,7 @@ def refuse(error: Exception) -> NoReturn:
     """End this process like every wrong configuration: exit code 2, one line on rank 0's stderr."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {printable(str(error))}", file=sys.stderr)
-    sys.exit(REFUSED)
+    sys.exit(2)
 
 
 def option(name: str) -> str:

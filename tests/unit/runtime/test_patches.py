@@ -17,8 +17,12 @@ TREES = {
     if path.parent.name != "hf_files"  # the exported model, which sets its own modules
 }
 HOOKS = {"threading.excepthook", "sys.unraisablehook"}
-# A mark that megatron-core reads, on a parameter of ours.
-MARKS = {"setattr(parameter, 'sequence_parallel', config.sequence_parallel)"}
+# A mark that megatron-core reads, on a parameter of ours; a setting of our provider of models for
+# Megatron-Bridge, on the copies of it that stages hold.
+MARKS = {
+    "setattr(parameter, 'sequence_parallel', config.sequence_parallel)",
+    "setattr(stage, name, value)",
+}
 
 
 class Owner:
