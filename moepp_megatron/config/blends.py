@@ -34,7 +34,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Blend:
-    """What a run draws, from some sample on.
+    """Data mixture of a run from a sample on.
 
     Attributes:
         name: The setting that describes it.

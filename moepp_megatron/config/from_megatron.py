@@ -163,7 +163,7 @@ class _Translator:
             settings["moe.layer_freq"] = _layer_freq(self._left.pop("moe-layer-freq"))
 
     def _take_zero_experts(self) -> int:
-        """How many experts without an FFN ZEDA's fork adds; they are all of one kind."""
+        """Take ZEDA's number of zero-computation experts, all of one kind."""
         count = int(_number("num-zero-experts", self._left.pop("num-zero-experts", "0")))
         kind = self._left.pop("zero-experts-type", "zero")
         if kind not in _ZERO_EXPERTS:
@@ -288,7 +288,7 @@ class _Translator:
             self._left["num-virtual-stages-per-pipeline-rank"] = str(len(chunks) // stages)
 
     def _take_model(self) -> None:
-        """What Megatron's model has by default, and this project's has not or otherwise."""
+        """Fill in defaults of Megatron's model where this project's differs."""
         wide = self._settings.get("model.hidden_size")
         if type(wide) is int:
             is_gated = "swiglu" in self._left

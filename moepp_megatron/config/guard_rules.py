@@ -41,7 +41,7 @@ REMEDIES = {
     "few_ffn_experts": "set moe.budget.target_ffn_per_token, or raise moe.balance_coeff",
     "logit_explosion": "set moe.z_loss_coeff, and lower optimizer.lr",
 }
-"""What to do, by default rule; of a shift it follows from its cause."""
+"""Remedy by default rule; a shift's remedy follows from its cause."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class CompleteRule:
     action: GuardAction = "warn"
 
     def holds(self, value: float) -> bool:
-        """Whether the rule holds: the metric is beyond the limit."""
+        """True if the metric is beyond the limit."""
         return value > self.limit if self.is_above else value < self.limit
 
     def is_healthy(self, value: float) -> bool:
-        """Whether the metric is beyond `clear`."""
+        """True if the metric is within `clear`."""
         return value <= self.clear if self.is_above else value >= self.clear
 
     @property
@@ -84,12 +84,12 @@ class CompleteRule:
 
 
 def lasting(for_steps: int | None) -> str:
-    """How long a rule must hold, such as ` for 20 steps`; empty for a single step."""
+    """Format how long a rule must hold: ` for 20 steps`, or empty for one step."""
     return "" if for_steps is None or for_steps == 1 else f" for {for_steps} steps"
 
 
 def is_watched(config: Config) -> bool:
-    """Whether the run's routers are judged at all: megatron-core's own layer has none of ours."""
+    """True if the guard watches the routers; megatron-core's own MoE layer is not watched."""
     return config.routing_guard.enabled is not False and config.moe.num_zero_computation_experts > 0
 
 

@@ -51,7 +51,7 @@ class Hardware(Section):
     name: Annotated[str, Unit("-")]
     """Short name"""
     kind: Annotated[Literal["gpu", "cpu"], Unit("-")] = "gpu"
-    """What computes"""
+    """Device type"""
     device_names: Annotated[list[str], Unit("-")] = []
     """Names under which NVML knows the GPU"""
     memory_gb: Annotated[float | None, Unit("GB"), Field(gt=0.0)] = None
@@ -83,11 +83,11 @@ class Hardware(Section):
     gpus_per_node: Annotated[int | None, Unit("-"), Field(ge=1)] = None
     """GPUs of the reference server"""
     price_per_hour: Annotated[float | None, Unit("money/h"), Field(gt=0.0)] = None
-    """What a GPU costs per hour, in your currency; none is set here"""
+    """Price of a GPU per hour, in your currency; none is set here"""
     reached: Annotated[dict[str, float], Unit("-")] = {}
-    """What this GPU reaches where it differs from an H100 (workbench/planning/machine.py)"""
+    """Efficiencies of this GPU that differ from an H100's (workbench/planning/machine.py)"""
     thresholds: Thresholds = Thresholds()
-    """What counts as unfit"""
+    """Limits of health"""
 
     @property
     def memory_bytes(self) -> float | None:

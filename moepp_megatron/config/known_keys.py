@@ -65,7 +65,7 @@ def _unknown_keys(path: str, model: type[Section], keys: Any) -> Iterator[str]:
 
 
 def nearest_setting(text: str) -> str | None:
-    """The section or setting whose name, or last word of it, is most like `text`, if any is."""
+    """The section or setting whose name, or the end of it, is most like `text`, if any is."""
     names: dict[str, str] = {}
     for path, model in _all_sections():
         for name in model.model_fields:
@@ -128,7 +128,7 @@ def _close(key: str, model: type[Section], cutoff: float) -> list[str]:
 
 
 def _has_word(name: str, bare: str) -> bool:
-    """Whether `bare` begins where a word of `name` does, underscores left out."""
+    """True if `bare` begins where a word of `name` does, underscores left out."""
     words = name.split("_")
     return any("".join(words[i:]).startswith(bare) for i in range(len(words)))
 

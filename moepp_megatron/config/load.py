@@ -44,7 +44,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def config_layers(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[str, Content]]:
-    """What a configuration is merged from, unchecked but for names; later layers win.
+    """List the layers of a configuration, checked only for names; later ones win.
 
     Args:
         path: YAML file.
@@ -157,7 +157,7 @@ def parse_override(override: str) -> tuple[str, str, Any]:
 
 
 def _is_text(section: str, name: str) -> bool:
-    """Whether a setting is text or a path, and no number either."""
+    """True if a setting is text or a path, and not a number."""
     *sections, key = name.split(".")
     model = section_models()[section]
     for inner in sections:
@@ -211,7 +211,7 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> list[tuple[str, Cont
 
 
 def _overriding(override: str) -> Content:
-    """The content of an override: one key, or a section by its word (`routing_guard=safe`)."""
+    """The content of an override: one key, or a section by its shorthand (`routing_guard=safe`)."""
     name, equals, text = override.partition("=")
     if equals and name.strip() in WORDS:
         return expanded({name.strip(): parse_yaml(text, f"override {override!r}")})

@@ -83,7 +83,7 @@ def _yaml_words(value: Any) -> list[str]:
 
 
 def _arguments(words: Sequence[str], notes: list[str]) -> tuple[Arguments, list[str]]:
-    """What follows each option, of one that is given twice the last; `;` ends a command."""
+    """Parse each option's values; the last occurrence wins and `;` ends a command."""
     found: Arguments = {}
     starts = [index for index, word in enumerate(words) if word == ";" or word.startswith("--")]
     for start, end in pairwise([*starts, len(words)]):

@@ -154,7 +154,7 @@ ABSENT = {
     "training.log_interval": 100,
     "training.eval_iters": 100,
 }
-"""What Megatron takes where an argument is not given, if this project's default is another."""
+"""Megatron's defaults, where this project's differ."""
 
 _MUON = {"optimizer.muon_momentum": 0.9, "optimizer.muon_tp_mode": "blockwise"}
 _FP8 = {"precision.fp8_amax_history_len": 1, "precision.fp8_amax_compute_algo": "most_recent"}

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-# One letter is a drive: C:/data is an odd name on this system, but not an address.
+# One letter is a drive: C:/data is an unusual name on this system, but not an address.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 # Of object storage; a path would keep one slash of two.
 _ADDRESS = re.compile(r"(s3|msc):/+([^/]*)(.*)")
@@ -47,7 +47,7 @@ def hub_id(text: str) -> str | None:
 
 
 def is_address(text: str) -> bool:
-    """Whether `text` means a place in object storage: `s3://bucket/...`, `msc://profile/...`."""
+    """True if `text` is an object storage address: `s3://bucket/...`, `msc://profile/...`."""
     return _ADDRESS.match(text) is not None
 
 

@@ -110,7 +110,7 @@ def _entry(field: FieldInfo) -> type[Section] | None:
 
 
 def _kind(annotation: Any) -> str:
-    """What YAML holds for a type, in words; null is among the allowed values."""
+    """Describe a type's YAML values in words; null is among the allowed values."""
     origin = get_origin(annotation)
     if _is_union(annotation):
         kinds = (_kind(kind) for kind in get_args(annotation) if kind is not type(None))

@@ -132,7 +132,7 @@ def no_effect_where(applies: Condition, reason: str, names: str, remedy: str) ->
 
 
 def _is_set(name: str, config: Config) -> bool:
-    """Whether the user set it to something other than its default."""
+    """True if the user set it to something other than its default."""
     section, _, key = name.rpartition(".")
     return bool(attrgetter(section)(config).is_set(key))
 

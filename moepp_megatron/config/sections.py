@@ -37,7 +37,7 @@ def subsection(model: type[Section], key: str) -> type[Section] | None:
 
 
 def is_optional(model: type[Section], key: str) -> bool:
-    """Whether null for the section `key` of `model` is a value of its own, not an empty section."""
+    """True if null for the section `key` of `model` is a value of its own, not an empty section."""
     return type(None) in get_args(model.model_fields[key].annotation)
 
 

@@ -80,7 +80,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _expanded(node: yaml.Node, known: dict[int, int], depth: int) -> int:
-    """How many nodes `node` is, with its aliases written out."""
+    """Count the nodes of `node`, with its aliases written out."""
     if id(node) in known:
         return known[id(node)]
     if depth > _MAX_DEPTH:

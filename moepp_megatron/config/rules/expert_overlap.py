@@ -12,7 +12,7 @@ from moepp_megatron.config.stages import virtual_stages
 
 
 def _split(config: Config) -> list[str]:
-    """What is recomputed of two parts of a layer that the schedule runs as graphs of their own."""
+    """List recomputed modules that the schedule splits between its nodes."""
     training = config.training
     is_selective = training.recompute_granularity == "selective"
     return sorted({"layernorm", "moe"} & set(training.recompute_modules)) if is_selective else []

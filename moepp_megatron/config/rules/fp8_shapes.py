@@ -1,6 +1,6 @@
-"""What FP8 needs of the model's shapes: both sides of every GEMM are multiples on each rank.
+"""FP8 shape rules: both dimensions of every GEMM must be aligned on each rank.
 
-(Transformer Engine, `assert_dim_for_fp8_exec`.) These rules are asked only where FP8 is on.
+(Transformer Engine, `assert_dim_for_fp8_exec`.) They apply only where FP8 is on.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _tokens(config: Config) -> Iterator[Problem]:
 
 
 def _heads_divide(config: Config) -> bool:
-    """Whether no other rule refuses the shapes of attention already."""
+    """True if no other rule already refuses the shapes of attention."""
     ranks = config.parallel.tensor_model_parallel_size
     return (
         config.model.hidden_size % _alignment(config)

@@ -23,7 +23,7 @@ def _layer_can_be_built(config: Config) -> Iterator[Problem]:
 
 
 def _flags(config: Config) -> list[int]:
-    """Which layers are MoE layers; all of them where `layer_freq` is a number."""
+    """Flag each MoE layer with 1; all layers where `layer_freq` is a number."""
     freq = config.moe.layer_freq
     return [1] * config.model.num_layers if isinstance(freq, int) else freq
 

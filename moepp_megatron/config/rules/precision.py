@@ -8,7 +8,7 @@ from moepp_megatron.config.schema import Config
 
 
 def _inner_recomputed(config: Config) -> list[str]:
-    """What is recomputed that megatron-core cannot recompute under delayed scaling."""
+    """List recomputed modules that delayed scaling does not allow in megatron-core."""
     training = config.training
     if training.recompute_granularity != "selective":
         return []

@@ -18,8 +18,8 @@ class BudgetSection(Section):
     """FFN experts a token takes on average, of the moe.router_topk selected; takes the place of
     moe.tau. null: what moe.tau gives under perfect balance"""
     controller: Annotated[Controller | None, Unit("-")] = None
-    """What moves the measured share to the target: a bias on the selection of FFN experts, or tau
-    in the balance loss, or nothing. null: bias where there is a target, else none"""
+    """Controller of the measured share: a bias on the selection of FFN experts, tau in the balance
+    loss, or none. null: bias where there is a target, else none"""
     response: Annotated[float, Unit("1"), Field(gt=0.0, le=1.0)] = 0.7
     """Part of the bias that was missing in a step that is added after it, as measured; with
     controller bias and gain null"""
@@ -47,12 +47,12 @@ class BudgetSection(Section):
 
     @property
     def measures_gain(self) -> bool:
-        """Whether the bias moves by what was measured to be missing, not by a fixed gain."""
+        """True if the bias moves by the measured shortfall, not by a fixed gain."""
         return self.held_by == "bias" and self.gain is None
 
     @property
     def acts(self) -> bool:
-        """Whether training differs from one with only `moe.tau`."""
+        """True if training differs from one with only `moe.tau`."""
         return self.target_ffn_per_token is not None or self.held_by != "none"
 
     @property

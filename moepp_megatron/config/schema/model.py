@@ -29,8 +29,7 @@ class ModelSection(Section):
     """Normalise queries and keys; with latent_attention the compressed vectors that they are made
     of"""
     qk_layernorm_scope: Annotated[Literal["head", "all_heads"], Unit("-")] = "head"
-    """What qk_layernorm takes the mean square over: each head, or all heads of a token at
-    once (OLMoE)"""
+    """Scope of qk_layernorm's mean square: each head, or all heads of a token at once (OLMoE)"""
     qkv_bias: Annotated[bool, Unit("-")] = False
     """Add learned biases to queries, keys and values (Qwen2)"""
     latent_attention: Annotated[LatentAttentionSection | None, Unit("-")] = None

@@ -26,10 +26,10 @@ class MoESection(Section, LayerSettings):  # type: ignore[misc]
     dispatcher: Annotated[Literal["alltoall", "alltoall_dedup", "allgather", "flex"], Unit("-")] = (
         "alltoall"
     )
-    """How FFN-routed tokens reach their experts (alltoall_dedup: a token goes once to each rank;
-    flex: DeepEP or HybridEP)"""
+    """Token dispatcher of FFN experts (alltoall_dedup: a token goes once to each rank; flex: DeepEP
+    or HybridEP)"""
     flex_backend: Annotated[Literal["auto", "deepep", "hybridep"], Unit("-")] = "auto"
-    """What the flex dispatcher runs on; auto takes DeepEP, or else HybridEP"""
+    """Library of the flex dispatcher; auto takes DeepEP, or else HybridEP"""
     flex_num_sms: Annotated[int | None, Unit("multiprocessors"), Field(ge=2)] = None
     """Multiprocessors that the flex dispatcher's kernels occupy; null: 20 with DeepEP, HybridEP's
     own choice"""

@@ -11,7 +11,7 @@ from moepp_megatron.config.schema.section import Section, Unit
 
 
 class ParameterGroup(Section):
-    """What parameters of one kind are trained with."""
+    """Optimizer settings of one kind of parameters."""
 
     lr_mult: Annotated[float, Unit("1"), Field(gt=0.0)] = 1.0
     """Factor of the learning rate, of lr and of min_lr"""
@@ -65,7 +65,7 @@ class OptimizerSection(Section):
         | Annotated[str, Plugin("schedules")],
         Unit("-"),
     ] = "cosine"
-    """How the rate falls from lr to min_lr; WSD keeps it at lr until its last steps"""
+    """Learning-rate decay from lr to min_lr; WSD keeps lr until its last steps"""
     wsd_decay_iters: Annotated[int | None, Unit("steps"), Field(ge=1)] = None
     """With WSD: the steps before decay_iters in which the rate falls"""
     wsd_decay_style: Annotated[
@@ -88,7 +88,7 @@ class OptimizerSection(Section):
     muon_scale_mode: Annotated[Literal["spectral", "unit_rms_norm", "shape_scaling"], Unit("-")] = (
         "spectral"
     )
-    """How an update is scaled by the shape of its matrix (emerging_optimizers)"""
+    """Scaling of an update by the shape of its matrix (emerging_optimizers)"""
     muon_extra_scale_factor: Annotated[float, Unit("1"), Field(gt=0.0)] = 1.0
     """Factor of every update; 0.2 gives those of spectral the size of AdamW's"""
     muon_fp32_matmul_prec: Annotated[Literal["highest", "high", "medium"], Unit("-")] = "medium"
@@ -119,5 +119,5 @@ class OptimizerSection(Section):
 
     @property
     def is_emerging(self) -> bool:
-        """Whether it comes from the package emerging_optimizers."""
+        """True if it comes from the package emerging_optimizers."""
         return self.kind in ("muon", "lion")

@@ -63,7 +63,7 @@ class ParallelSection(Section):
 
     @property
     def uses_sequence_parallel(self) -> bool:
-        """Whether sequence parallelism has an effect.
+        """True if sequence parallelism has an effect.
 
         megatron-core refuses the flag without tensor parallelism, so it gets this value.
         """

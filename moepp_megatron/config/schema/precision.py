@@ -20,8 +20,8 @@ class PrecisionSection(Section):
     """Sum gradients over micro-batches and ranks in fp32; false sums them in bf16: half the memory
     and traffic, and every partial sum is rounded"""
     cross_entropy: Annotated[CrossEntropy, Unit("-")] = "auto"
-    """How the loss is computed: fused, Triton kernels on the logits as they are; native and
-    unfused, megatron-core's, on an fp32 copy; auto: fused on a GPU with Triton"""
+    """Loss implementation: fused, Triton kernels on the logits as they are; native and unfused,
+    megatron-core's, on an fp32 copy; auto: fused on a GPU with Triton"""
     fp8: Annotated[Literal["e4m3", "hybrid"] | None, Unit("-")] = None
     """FP8 format of the GEMMs (Transformer Engine, GPU); null: off"""
     fp8_recipe: Annotated[
@@ -33,7 +33,7 @@ class PrecisionSection(Section):
     fp8_amax_history_len: Annotated[int, Unit("steps"), Field(ge=1)] = 1024
     """Steps whose largest values delayed scaling remembers"""
     fp8_amax_compute_algo: Annotated[Literal["max", "most_recent"], Unit("-")] = "max"
-    """Which of them delayed scaling takes"""
+    """Value of these to use"""
     fp8_param: Annotated[bool, Unit("-")] = False
     """Keep the GEMM weights only in FP8, with the optimizer's fp32 copy"""
     first_last_layers_bf16: Annotated[bool, Unit("-")] = False

@@ -22,8 +22,8 @@ class ResilienceSection(Section):
     """Batches refused in a row after which their cause is sought (docs/guard.md); more than a
     damaged file spoils, few enough not to wait on a model that is already broken"""
     guard_new_data: Annotated[Literal["accept", "pause", "stop"], Unit("-")] = "accept"
-    """What is done if it is that the data have changed: such batches are taken from then on, the
-    run saves and ends with exit status 75, or it ends as after a failure; each with an alert"""
+    """Response if the data have changed: take such batches from then on, save and end with exit
+    status 75, or end as after a failure; each with an alert"""
     guard_max_rollbacks: Annotated[int, Unit("rollbacks"), Field(ge=0)] = 3
     """Rollbacks in a row to the newest checkpoint, where the model is damaged, without a step
     beyond the failing one, before the run fails; 0 fails at once"""

@@ -15,9 +15,9 @@ class GuardRule(Section):
     """One rule. If `name` is that of a default rule, missing settings are taken from it."""
 
     name: Annotated[str, Unit("-"), Field(min_length=1)]
-    """What alerts call it; that of a default rule changes that rule"""
+    """Name in alerts; that of a default rule changes that rule"""
     metric: Annotated[str | None, Unit("-")] = None
-    """What it looks at (docs/metrics.md)"""
+    """Metric to watch (docs/metrics.md)"""
     above: Annotated[float | None, Unit("the metric's")] = None
     """The rule holds while the metric is above this"""
     below: Annotated[float | None, Unit("the metric's")] = None
@@ -30,7 +30,7 @@ class GuardRule(Section):
     severity: Annotated[Literal["info", "warning", "critical"] | None, Unit("-")] = None
     """Severity of its alerts; null: warning"""
     action: Annotated[GuardAction | None, Unit("-")] = None
-    """What is done; none drops the rule; put_back gives all routers their weights from the newest
+    """Response; none drops the rule; put_back gives all routers their weights from the newest
     healthy step; null: warn"""
 
 
@@ -53,5 +53,5 @@ class RoutingGuardSection(Section):
 
     @property
     def acts(self) -> bool:
-        """Whether actions are carried out, not only reported."""
+        """True if actions are carried out, not only reported."""
         return self.enabled is True and not self.dry_run

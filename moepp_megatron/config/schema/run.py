@@ -43,8 +43,8 @@ class DataSection(Section):
     tokenizer: Annotated[ConfigPath | None, Unit("-")] = None
     """Tokenizer file; null takes tokenizer.json in the (first) data folder"""
     dataset: Annotated[Literal["gpt"] | Annotated[str, Plugin("datasets")], Unit("-")] = "gpt"
-    """How documents become samples; gpt is megatron-core's dataset, which shuffles documents and
-    cuts them into sequences"""
+    """Dataset that samples documents; gpt is megatron-core's, which shuffles documents and cuts
+    them into sequences"""
     split: Annotated[str | None, Unit("1")] = None
     """Weights of the train, validation and test parts by documents, separated by commas; null takes
     the corpus's own (whole packages of the built-in one) or 98,2,0"""

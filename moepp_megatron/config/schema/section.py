@@ -1,4 +1,4 @@
-"""What every section of the configuration shares: strictness, immutability, paths, units."""
+"""Base of all configuration sections: strictness, immutability, paths, units."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def unit_of(field: FieldInfo) -> str:
 
 
 def meaning_of(field: FieldInfo) -> str:
-    """What a field is, as one line: its docstring in the schema, or the layer's own text."""
+    """Return a field's meaning in one line: its schema docstring or the layer's own text."""
     said = [each.description for each in field.metadata if isinstance(each, Setting)]
     return " ".join((field.description or " ".join(said)).split())
 
@@ -150,7 +150,7 @@ class Section(BaseModel):
         return value
 
     def is_set(self, name: str) -> bool:
-        """Whether the user gave field `name` a value other than its default.
+        """True if the user gave field `name` a value other than its default.
 
         A resolved configuration names every field, so a field at its default counts as not set.
         """

@@ -25,7 +25,7 @@ class SlurmSection(Section):
     time: Annotated[str | None, Unit("-")] = None
     """Time limit, such as 4:00:00 or 2-00:00:00; null takes the partition's"""
     signal_before_s: Annotated[int, Unit("s"), Field(ge=1, le=65535)] = 600
-    """How long before the time limit the run is asked to save and stop; longer than a step and a
+    """Time before the limit at which the run is asked to save and stop; longer than a step and a
     save. Slurm may be a minute early"""
     partition: Annotated[str | None, Unit("-")] = None
     """Partition"""
@@ -40,23 +40,23 @@ class SlurmSection(Section):
     options: Annotated[list[str], Unit("-")] = []
     """Further options of sbatch, such as --reservation=NAME"""
     max_requeues: Annotated[int, Unit("requeues"), Field(ge=0)] = 20
-    """How often the job may start again; enough for weeks of time limits"""
+    """Maximum requeues of the job; enough for weeks of time limits"""
     max_restarts: Annotated[int, Unit("restarts"), Field(ge=0)] = 3
-    """How often all ranks restart inside the job after one of a node has died; each node counts
+    """Maximum restarts of all ranks inside the job after one of a node has died; each node counts
     its own"""
     restart_timeout_s: Annotated[int, Unit("s"), Field(ge=1)] = 120
-    """How long nodes wait inside the job for a node whose ranks have died; then the job is requeued
-    """
+    """Time that nodes wait inside the job for one whose ranks have died; then the job is
+    requeued"""
     requeue_on_failure: Annotated[bool, Unit("-")] = False
     """Start again also after a failure with a traceback, not only after a request to stop, a hang
     or a lost node"""
     preflight: Annotated[bool, Unit("-")] = True
     """Check every node before training; nodes that fail are excluded"""
     preflight_command: Annotated[list[str], Unit("-")] = []
-    """What checks a node: runs once on each, fails on a sick one and says why; empty means moepp
+    """Check of a node: runs once on each, fails on a sick one and says why; empty means moepp
     doctor --preflight"""
     container: Annotated[Literal["none", "pyxis", "apptainer"], Unit("-")] = "none"
-    """What runs the container"""
+    """Container runtime"""
     container_image: Annotated[str | None, Unit("-"), Field(min_length=1)] = None
     """Image, in which the command moepp is installed"""
     container_mounts: Annotated[list[str], Unit("-")] = []
