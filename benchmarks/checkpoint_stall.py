@@ -24,7 +24,7 @@ from moepp_megatron.config import Config, Layout, load_config, with_overrides
 from moepp_megatron.runtime import distributed
 from moepp_megatron.runtime.quiet import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
-from moepp_megatron.workbench.bench.step import RandomTokens
+from moepp_megatron.tools.bench.step import RandomTokens
 
 STEPS_BETWEEN = 3
 

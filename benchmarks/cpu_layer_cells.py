@@ -43,10 +43,10 @@ _HEADS = (*_CELL, "before", "now", "experts", "products", "row", "faults", "ms")
 def measure_here(dtype: str, shape_name: str, tau: float) -> list[dict[str, Any]]:
     """Both passes' cells, with the package that is imported."""
     from moepp_megatron.runtime.quiet import quiet
-    from moepp_megatron.workbench.bench.clock import interleaved, speedup
-    from moepp_megatron.workbench.bench.contestants import Contestant, single_process
-    from moepp_megatron.workbench.bench.parts import parts_ms
-    from moepp_megatron.workbench.bench.shapes import SHAPES as PAPER
+    from moepp_megatron.tools.bench.clock import interleaved, speedup
+    from moepp_megatron.tools.bench.contestants import Contestant, single_process
+    from moepp_megatron.tools.bench.parts import parts_ms
+    from moepp_megatron.tools.bench.shapes import SHAPES as PAPER
 
     quiet()
     shape = PAPER[shape_name]

@@ -14,7 +14,7 @@ from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.json_file import read_json
-from moepp_megatron.workbench.report.blocks import Cell, Page, PageSection, Table, write_blocks
+from moepp_megatron.tools.report.blocks import Cell, Page, PageSection, Table, write_blocks
 
 _GIB = 2**30
 _ENDS = {0: "passed", 3: "not possible here", 124: "cut off at its limit"}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moepp_megatron.catalogue import METRICS
-from moepp_megatron.workbench.report.live import exported
-from moepp_megatron.workbench.report.live.exported import OF_RECORDS
+from moepp_megatron.tools.report.live import exported
+from moepp_megatron.tools.report.live.exported import OF_RECORDS
 
 WIDTH = 24
 HEIGHT = 8

@@ -55,8 +55,8 @@ def asked(out: Path) -> np.ndarray:
 def measure(run: Run, out: Path) -> dict[str, np.ndarray]:
     """Train; `losses` [b, s - 1] of each token after the first, `ffn` [b, s] unless vanilla."""
     from moepp_megatron.model.stage import evaluation_stages
+    from moepp_megatron.tools.inspection.record import RoutingRecorder
     from moepp_megatron.training.token_scores import Sequences, score_sequences
-    from moepp_megatron.workbench.inspection.record import RoutingRecorder
 
     model, config, *_ = train(run, out)
     ids, stages = asked(out), evaluation_stages(model.models, config)

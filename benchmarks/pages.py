@@ -23,7 +23,7 @@ from moepp_megatron.config import megatron_flags as flags
 from moepp_megatron.config.guard_rules import COUNTED, GUARD_METRICS, MEASURED
 from moepp_megatron.config.reference import SectionReference, section_references
 from moepp_megatron.observe.tensorboard import tag_of
-from moepp_megatron.workbench.report.live import exported
+from moepp_megatron.tools.report.live import exported
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -191,7 +191,7 @@ def _run(folder: Path) -> dict[str, Any]:
 def _estimated_bytes(path: Path) -> float:
     from moepp_megatron.cli.memory_fit import needed_bytes
     from moepp_megatron.config import Layout, load_config
-    from moepp_megatron.workbench.planning.memory import rank_memory
+    from moepp_megatron.tools.planning.memory import rank_memory
 
     config = load_config(path)
     parallel = config.parallel

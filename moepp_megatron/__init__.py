@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from moepp_megatron.interop.score import score
     from moepp_megatron.moe.config import MoEPPConfig
     from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec
+    from moepp_megatron.tools.planning.plan import plan
+    from moepp_megatron.tools.report.page import build_report as report
     from moepp_megatron.training.run import train
-    from moepp_megatron.workbench.planning.plan import plan
-    from moepp_megatron.workbench.report.page import build_report as report
 
 __all__ = [
     "__version__",
@@ -56,9 +56,9 @@ _HOMES = {
     "generate": "interop.generate.generate",
     "get_moepp_block_spec": "moe.spec.get_moepp_block_spec",
     "get_moepp_layer_spec": "moe.spec.get_moepp_layer_spec",
-    "plan": "workbench.planning.plan.plan",
+    "plan": "tools.planning.plan.plan",
     "prepare": "data.prepare.prepare",
-    "report": "workbench.report.page.build_report",
+    "report": "tools.report.page.build_report",
     "score": "interop.score.score",
     "train": "training.run.train",
 }

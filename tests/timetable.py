@@ -21,7 +21,7 @@ DURATIONS = Path(__file__).parent / "durations.json"
 FIRST = "tests/slurm/"
 # Folders whose tests stay with one worker: they share a process that has imported transformers, and
 # a run whose report has been drawn.
-TOGETHER = ["tests/interop/", "tests/unit/workbench/report/"]
+TOGETHER = ["tests/interop/", "tests/unit/tools/report/"]
 # A new file, until its duration is recorded: seconds a test.
 UNKNOWN_S = 0.3
 # A line of progress at most this often.

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 
 from benchmarks.ladder_run import ARMS, SIZES
 from benchmarks.ladder_table import FILE, Ladder, line, log_flop, read, rung, values
-from moepp_megatron.workbench.report.drawing import (
+from moepp_megatron.tools.report.drawing import (
     INK,
     LINE_COLOURS,
     MUTED,

@@ -100,7 +100,7 @@ def layer(
     (chosen_dtype,) = parse_choices("--dtype", dtype, _LAYER_DTYPES)
     (recipe,) = parse_choices("--fp8-recipe", fp8_recipe, _FP8_RECIPES)
     (fused_name,) = parse_choices("--fused", fused, tuple(_FUSED))
-    from moepp_megatron.workbench.bench.shapes import SHAPES
+    from moepp_megatron.tools.bench.shapes import SHAPES
 
     shape_names = parse_choices("--shapes", shapes, tuple(SHAPES))
     chosen = [SHAPES[name] for name in shape_names]
@@ -111,10 +111,10 @@ def layer(
     quiet()
     if chosen_dtype == "fp8":
         _refuse_unfit_fp8(recipe)
-    from moepp_megatron.workbench.bench.contestants import single_process
-    from moepp_megatron.workbench.bench.layer import LayerSetting, run_layer_benchmark
-    from moepp_megatron.workbench.report import bench
-    from moepp_megatron.workbench.report.progress import progress
+    from moepp_megatron.tools.bench.contestants import single_process
+    from moepp_megatron.tools.bench.layer import LayerSetting, run_layer_benchmark
+    from moepp_megatron.tools.report import bench
+    from moepp_megatron.tools.report.progress import progress
 
     total = len(shape_names) * len(tau_values) * len(pass_names)
     with single_process(), progress(total) as advance:
@@ -142,8 +142,8 @@ def layer(
 def _refuse_unfit_fp8(recipe: str) -> None:
     from moepp_megatron.config import UnfitError
     from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
-    from moepp_megatron.workbench.bench.contestants import layer_config
-    from moepp_megatron.workbench.bench.shapes import SHAPES
+    from moepp_megatron.tools.bench.contestants import layer_config
+    from moepp_megatron.tools.bench.shapes import SHAPES
 
     config = layer_config(SHAPES["0.6B"], 0.75, "fp8", False, recipe)
     obstacle = fp8_obstacle(config, FP8Machine.this())
@@ -198,8 +198,8 @@ def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path |
     quiet()
     from moepp_megatron.runtime import distributed
     from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.workbench.bench.step import run_step_benchmark
-    from moepp_megatron.workbench.report import bench
+    from moepp_megatron.tools.bench.step import run_step_benchmark
+    from moepp_megatron.tools.report import bench
 
     rank = RankEnvironment.read()
     with distributed.initialized(rank):

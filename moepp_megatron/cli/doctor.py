@@ -16,7 +16,7 @@ from moepp_megatron.cli.ranks import start_ranks
 from moepp_megatron.config import UnfitError, load_config
 
 if TYPE_CHECKING:
-    from moepp_megatron.workbench.doctor.finding import Finding
+    from moepp_megatron.tools.doctor.finding import Finding
 
 
 class Doctor(TyperCommand):
@@ -101,8 +101,8 @@ def doctor(
         _start_ranks(nproc, config, overrides or [], preflight, json_file, out, hardware, gpus)
         return
     quiet()
-    from moepp_megatron.workbench.doctor.examine import Request, expected_gpus
-    from moepp_megatron.workbench.doctor.session import examine_machine, examine_ranks
+    from moepp_megatron.tools.doctor.examine import Request, expected_gpus
+    from moepp_megatron.tools.doctor.session import examine_machine, examine_ranks
 
     request = Request(settings, hardware, preflight, expected_gpus() if gpus is None else gpus)
     findings = examine_ranks(request, rank) if rank.is_launched else examine_machine(request)
@@ -115,8 +115,8 @@ def doctor(
 def _show(
     findings: list[Finding], preflight: bool, json_file: Path | None, out: Path | None
 ) -> None:
-    from moepp_megatron.workbench.doctor.finding import Severity
-    from moepp_megatron.workbench.doctor.table import counts, findings_table
+    from moepp_megatron.tools.doctor.finding import Severity
+    from moepp_megatron.tools.doctor.table import counts, findings_table
 
     text = json.dumps({"findings": [finding.as_dict() for finding in findings]}, indent=2)
     for option, file in (("--json", json_file), ("--out", out)):
@@ -150,7 +150,7 @@ def _write(option: str, file: Path, text: str) -> None:
 
 def _leave(findings: list[Finding]) -> None:
     from moepp_megatron.runtime.launch import leave
-    from moepp_megatron.workbench.doctor.finding import Severity, worst
+    from moepp_megatron.tools.doctor.finding import Severity, worst
 
     if worst(findings) >= Severity.ERROR:
         leave(UnfitError.exit_code)

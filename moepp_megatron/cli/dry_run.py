@@ -10,9 +10,9 @@ from rich.table import Table
 from moepp_megatron.cli.memory_fit import GIB, Target, fits, needed_bytes, target_of
 from moepp_megatron.cli.schedule_text import schedule_lines
 from moepp_megatron.config import Config, Layout, count_parameters, stage_layers
-from moepp_megatron.workbench.planning.machine import DEFAULT
-from moepp_megatron.workbench.planning.memory import RankMemory, rank_memory
-from moepp_megatron.workbench.report.terminal import plain_table, print_uncut
+from moepp_megatron.tools.planning.machine import DEFAULT
+from moepp_megatron.tools.planning.memory import RankMemory, rank_memory
+from moepp_megatron.tools.report.terminal import plain_table, print_uncut
 
 # Of a large grid the first and last ranks suffice.
 _MOST_RANKS = 16
@@ -78,8 +78,8 @@ def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
     from moepp_megatron.runtime.quiet import quiet
 
     quiet()
-    from moepp_megatron.workbench.planning.built_rank import build_rank, check_rank
-    from moepp_megatron.workbench.planning.workload import Workload
+    from moepp_megatron.tools.planning.built_rank import build_rank, check_rank
+    from moepp_megatron.tools.planning.workload import Workload
 
     built = build_rank(config, layout, rank)
     table = Table("", "built", "expected", "", title=f"rank {rank} of {layout.world_size:,}, built")

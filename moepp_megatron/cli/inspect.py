@@ -12,7 +12,7 @@ from moepp_megatron.cli.options import CheckpointArgument, JsonOption, LayoutArg
 from moepp_megatron.cli.ranks import start_ranks
 
 if TYPE_CHECKING:
-    from moepp_megatron.workbench.inspection.request import InspectRequest
+    from moepp_megatron.tools.inspection.request import InspectRequest
 
 
 def inspect(
@@ -45,7 +45,7 @@ def inspect(
 
     quiet()
     from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.workbench.inspection.request import InspectRequest
+    from moepp_megatron.tools.inspection.request import InspectRequest
 
     rank = RankEnvironment.read()
     world_size = rank.world_size if rank.is_launched else nproc
@@ -68,7 +68,7 @@ def _inspect_rank(request: InspectRequest) -> None:
 
     rank = prepare_rank(request.model.scoring.config)
     from moepp_megatron.runtime import distributed
-    from moepp_megatron.workbench.inspection.record import trace_model
+    from moepp_megatron.tools.inspection.record import trace_model
 
     if rank.rank == 0:
         for notice in request.notices:
@@ -76,7 +76,7 @@ def _inspect_rank(request: InspectRequest) -> None:
     with distributed.initialized(rank):
         trace = trace_model(request)
     if trace is not None:
-        from moepp_megatron.workbench.report.inspect import write_inspection
+        from moepp_megatron.tools.report.inspect import write_inspection
 
         for name, path in write_inspection(request, trace):
             echo(f"{name:12} {path}")

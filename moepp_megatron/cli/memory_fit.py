@@ -13,7 +13,7 @@ from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
 
 # `moepp train` imports the planner only where there is a GPU whose memory can be too small.
 if TYPE_CHECKING:
-    from moepp_megatron.workbench.planning.memory import RankMemory
+    from moepp_megatron.tools.planning.memory import RankMemory
 
 GIB = 2**30
 _ASSUMED = "h100_sxm"
@@ -76,14 +76,14 @@ def _card_here() -> Hardware | None:
 
 def needed_bytes(stages: Sequence[RankMemory]) -> float:
     """Memory of the fullest of a rank of each stage, with what CUDA and NCCL take."""
-    from moepp_megatron.workbench.planning.machine import DEFAULT
+    from moepp_megatron.tools.planning.machine import DEFAULT
 
     return max(memory.total for memory in stages) + DEFAULT.reserved_gib * GIB
 
 
 def fits(needed: float, target: Target) -> bool | None:
     """Whether a device has `needed` bytes; None if its memory is not known, or it is a CPU."""
-    from moepp_megatron.workbench.planning.machine import DEFAULT
+    from moepp_megatron.tools.planning.machine import DEFAULT
 
     room = target.memory_bytes
     return None if room is None else needed <= room * (1.0 - DEFAULT.memory_margin)
@@ -97,7 +97,7 @@ def refuse_too_large(config: Config, layout: Layout) -> None:
     """
     if _card_here() is None:
         return
-    from moepp_megatron.workbench.planning.memory import rank_memory
+    from moepp_megatron.tools.planning.memory import rank_memory
 
     target = target_of(config)
     stages = [rank_memory(config, layout, p) for p in range(layout.pp)]

@@ -61,12 +61,12 @@ def monitor(
             "name one, or serve all of them with --prometheus PORT"
         )
     from moepp_megatron.runtime.terminal import Console
-    from moepp_megatron.workbench.report.live.run import LiveRun
-    from moepp_megatron.workbench.report.live.table import print_run, watch
+    from moepp_megatron.tools.report.live.run import LiveRun
+    from moepp_megatron.tools.report.live.table import print_run, watch
 
     console = Console()
     if prometheus is not None and (not _serve(run, prometheus, bind) or not console.is_terminal):
-        from moepp_megatron.workbench.report.live.prometheus import wait_until_stopped
+        from moepp_megatron.tools.report.live.prometheus import wait_until_stopped
 
         wait_until_stopped()
         return
@@ -80,8 +80,8 @@ def monitor(
 
 def _serve(folders: list[Path], port: int, bind: str) -> bool:
     """Begins to serve; returns whether there is one run, which can be shown too."""
-    from moepp_megatron.workbench.report.live.prometheus import is_open, serve
-    from moepp_megatron.workbench.report.live.runs import LiveRuns
+    from moepp_megatron.tools.report.live.prometheus import is_open, serve
+    from moepp_megatron.tools.report.live.runs import LiveRuns
 
     runs = LiveRuns(folders)
     address = serve(runs, port, bind)

@@ -16,8 +16,8 @@ from moepp_megatron.config import Layout, check_config, load_config
 from moepp_megatron.config.exit_codes import FAILED
 
 if TYPE_CHECKING:
-    from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
-    from moepp_megatron.workbench.experiments.pilot.result import PilotResult
+    from moepp_megatron.tools.experiments.pilot.procedure import Pilot
+    from moepp_megatron.tools.experiments.pilot.result import PilotResult
 
 
 def pilot(
@@ -83,12 +83,12 @@ def pilot(
     """
     settings = load_config(config, overrides or [])
     from moepp_megatron.config.exit_codes import STOPPED
-    from moepp_megatron.workbench.experiments.pilot.arms import build_arms
-    from moepp_megatron.workbench.experiments.pilot.plan import PilotPlan
-    from moepp_megatron.workbench.experiments.pilot.procedure import Pilot
-    from moepp_megatron.workbench.experiments.pilot.trials import claim
-    from moepp_megatron.workbench.experiments.pilot.verdict import FEWEST_SEEDS
-    from moepp_megatron.workbench.experiments.runner import Interrupted, RunFailed
+    from moepp_megatron.tools.experiments.pilot.arms import build_arms
+    from moepp_megatron.tools.experiments.pilot.plan import PilotPlan
+    from moepp_megatron.tools.experiments.pilot.procedure import Pilot
+    from moepp_megatron.tools.experiments.pilot.trials import claim
+    from moepp_megatron.tools.experiments.pilot.verdict import FEWEST_SEEDS
+    from moepp_megatron.tools.experiments.runner import Interrupted, RunFailed
 
     first = settings.training.seed
     whole = Pilot(
@@ -116,7 +116,7 @@ def pilot(
 
 
 def _announce(whole: Pilot) -> None:
-    from moepp_megatron.workbench.experiments.runner import missing
+    from moepp_megatron.tools.experiments.runner import missing
 
     runs = whole.runs[: len(whole.base) * len(whole.seeds)]
     done = len(runs) - len(missing(runs))
@@ -139,8 +139,8 @@ def _announce(whole: Pilot) -> None:
 
 def _run(whole: Pilot) -> Pilot:
     """Do what is missing; results are written after each seed of the last stage."""
-    from moepp_megatron.workbench.experiments.runner import missing
-    from moepp_megatron.workbench.report.progress import progress
+    from moepp_megatron.tools.experiments.runner import missing
+    from moepp_megatron.tools.report.progress import progress
 
     left = len(missing(whole.runs))
     if not whole.matched:
@@ -151,8 +151,8 @@ def _run(whole: Pilot) -> Pilot:
 
 def _collected(whole: Pilot) -> Pilot:
     """Write what can be run now, and say how to time MoE++ where that comes next."""
-    from moepp_megatron.workbench.experiments.pilot.trials import claim
-    from moepp_megatron.workbench.experiments.runner import missing
+    from moepp_megatron.tools.experiments.pilot.trials import claim
+    from moepp_megatron.tools.experiments.runner import missing
 
     whole = whole.matching()
     claim(whole.folder, whole.runs)
@@ -168,8 +168,8 @@ def _collected(whole: Pilot) -> Pilot:
 def _write(whole: Pilot) -> PilotResult | None:
     """Write results of whole seeds; None if there are none."""
     from moepp_megatron.runtime.atomic import write_atomic
-    from moepp_megatron.workbench.experiments.pilot.collect import result_of
-    from moepp_megatron.workbench.experiments.pilot.page import write_pilot_page
+    from moepp_megatron.tools.experiments.pilot.collect import result_of
+    from moepp_megatron.tools.experiments.pilot.page import write_pilot_page
 
     result = result_of(whole)
     if result is not None:
@@ -180,8 +180,8 @@ def _write(whole: Pilot) -> PilotResult | None:
 
 
 def _finish(whole: Pilot) -> None:
-    from moepp_megatron.workbench.experiments.pilot.page import print_pilot
-    from moepp_megatron.workbench.experiments.runner import missing
+    from moepp_megatron.tools.experiments.pilot.page import print_pilot
+    from moepp_megatron.tools.experiments.runner import missing
 
     runs = whole.runs
     left = missing(runs)

@@ -20,7 +20,7 @@ from moepp_megatron.cli.planned import planned_samples
 from moepp_megatron.config import Config, ConfigError, load_config
 
 if TYPE_CHECKING:
-    from moepp_megatron.workbench.planning.plan import Plan
+    from moepp_megatron.tools.planning.plan import Plan
 
 
 # What `--measured` uses; all else says what rows say themselves.
@@ -101,8 +101,8 @@ def plan(
     for name, value in (("--price", price), ("--tokens", tokens)):
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"{name} ({value:g}) must be a number above 0; use for example 2.5")
-    from moepp_megatron.workbench.planning.plan import plan as search
-    from moepp_megatron.workbench.report import plan as report
+    from moepp_megatron.tools.planning.plan import plan as search
+    from moepp_megatron.tools.report import plan as report
 
     result = search(settings, gpus=gpus, gpu=gpu, taus=tau_values, routing=routing, top=top)
     tokens = tokens or planned_samples(settings) * settings.model.seq_length
@@ -131,9 +131,9 @@ def _ignored_options(context: typer.Context) -> Iterator[str]:
 
 def _hold_to_runs(measured: list[Path], json_file: Path | None) -> None:
     """Print predicted and measured for files of rows."""
-    from moepp_megatron.workbench.planning.measured.compare import compare
-    from moepp_megatron.workbench.planning.measured.rows import read_runs
-    from moepp_megatron.workbench.report import measured as report
+    from moepp_megatron.tools.planning.measured.compare import compare
+    from moepp_megatron.tools.planning.measured.rows import read_runs
+    from moepp_megatron.tools.report import measured as report
 
     comparisons = [compare(run) for file in measured for run in read_runs(file)]
     report.print_measured(comparisons)
@@ -157,7 +157,7 @@ def _require_fit(result: Plan) -> None:
 def _write_layout(out: Path, result: Plan, config: Path, overrides: list[str]) -> None:
     from moepp_megatron.config.load import overriding_sections
     from moepp_megatron.runtime.atomic import write_result
-    from moepp_megatron.workbench.planning.overlay import overlay_text
+    from moepp_megatron.tools.planning.overlay import overlay_text
 
     best = result.best
     assert best is not None, "a layout that fits was required"

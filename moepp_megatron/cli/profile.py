@@ -12,7 +12,7 @@ from moepp_megatron.cli.options import JsonOption
 from moepp_megatron.config import ConfigError
 
 if TYPE_CHECKING:
-    from moepp_megatron.workbench.profiling.analysis import Profile
+    from moepp_megatron.tools.profiling.analysis import Profile
 
 
 def profile(
@@ -44,7 +44,7 @@ def profile(
         moepp profile runs/mine
         moepp profile runs/mine --step 21 --out profile
     """
-    from moepp_megatron.workbench.profiling.summary import records_only_collectives
+    from moepp_megatron.tools.profiling.summary import records_only_collectives
 
     try:
         if records_only_collectives(run):
@@ -69,11 +69,11 @@ def _profile(
 
     from moepp_megatron.file_names import PROFILE_PAGE
     from moepp_megatron.runtime.atomic import write_atomic
-    from moepp_megatron.workbench.profiling.analysis import analyse
-    from moepp_megatron.workbench.profiling.document import document
-    from moepp_megatron.workbench.report.profile.findings import findings
-    from moepp_megatron.workbench.report.profile.page import render
-    from moepp_megatron.workbench.report.profile.tables import print_tables, profile_tables
+    from moepp_megatron.tools.profiling.analysis import analyse
+    from moepp_megatron.tools.profiling.document import document
+    from moepp_megatron.tools.report.profile.findings import findings
+    from moepp_megatron.tools.report.profile.page import render
+    from moepp_megatron.tools.report.profile.tables import print_tables, profile_tables
 
     profile: Profile = analyse(run, step)
     numbers = document(profile)
@@ -94,8 +94,8 @@ def _recording(run: Path, json_file: Path | None) -> None:
     from dataclasses import asdict
 
     from moepp_megatron.runtime.atomic import write_atomic
-    from moepp_megatron.workbench.profiling.summary import summary_of
-    from moepp_megatron.workbench.report.profile.tables import print_summary
+    from moepp_megatron.tools.profiling.summary import summary_of
+    from moepp_megatron.tools.report.profile.tables import print_summary
 
     summary = summary_of(run)
     if json_file is not None:

@@ -34,7 +34,7 @@ def report(
         moepp report runs/quickstart
         moepp report runs/vanilla runs/moepp --out comparison.html
     """
-    from moepp_megatron.workbench.report.page import build_report
+    from moepp_megatron.tools.report.page import build_report
 
     first, *others = run
     echo(str(build_report(first, *others, out=out)))

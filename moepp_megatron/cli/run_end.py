@@ -16,9 +16,9 @@ from moepp_megatron.runtime.install import missing
 
 if TYPE_CHECKING:
     from moepp_megatron.observe.metrics import StepMetrics
+    from moepp_megatron.tools.report.summary import RunSummary
     from moepp_megatron.training.run import TrainResult
     from moepp_megatron.training.train_request import TrainRequest
-    from moepp_megatron.workbench.report.summary import RunSummary
 
 
 def print_end(request: TrainRequest, result: TrainResult, prints_command: bool) -> None:
@@ -81,14 +81,14 @@ def _finish(config: Config, record: StepMetrics | None) -> None:
 def _report(run: Path) -> tuple[RunSummary | None, str]:
     """The numbers of what is recorded, and the page, or why one is missing: that ends no run."""
     from moepp_megatron.observe.metrics import MetricsError
-    from moepp_megatron.workbench.report.run_data import ReportError, load_run
-    from moepp_megatron.workbench.report.summary import summarize
+    from moepp_megatron.tools.report.run_data import ReportError, load_run
+    from moepp_megatron.tools.report.summary import summarize
 
     summary = None
     try:
         recorded = load_run(run)
         summary = summarize(recorded)
-        from moepp_megatron.workbench.report.page import write_run_page
+        from moepp_megatron.tools.report.page import write_run_page
 
         return summary, str(write_run_page(recorded))
     except (OSError, MetricsError, ReportError, ModuleNotFoundError) as error:

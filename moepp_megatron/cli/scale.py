@@ -24,8 +24,8 @@ from moepp_megatron.config.exit_codes import FAILED
 
 if TYPE_CHECKING:
     from moepp_megatron.runtime.nodes import Nodes
-    from moepp_megatron.workbench.experiments.scaling.grid import ScalingGrid
-    from moepp_megatron.workbench.experiments.scaling.trials import Measuring, PointTrial
+    from moepp_megatron.tools.experiments.scaling.grid import ScalingGrid
+    from moepp_megatron.tools.experiments.scaling.trials import Measuring, PointTrial
 
 
 def scale(
@@ -113,9 +113,9 @@ def scale(
     from moepp_megatron.config.choices import parse_choices, parse_counts
     from moepp_megatron.config.vanilla import refuse_vanilla
     from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.workbench.experiments.runner import Interrupted, missing
-    from moepp_megatron.workbench.experiments.scaling.grid import KINDS, MODES, build_grid
-    from moepp_megatron.workbench.experiments.scaling.trials import Measuring, PointTrial, claim
+    from moepp_megatron.tools.experiments.runner import Interrupted, missing
+    from moepp_megatron.tools.experiments.scaling.grid import KINDS, MODES, build_grid
+    from moepp_megatron.tools.experiments.scaling.trials import Measuring, PointTrial, claim
 
     modes = parse_choices("--mode", mode, MODES)
     chosen = parse_choices("--kinds", kinds, KINDS)
@@ -166,7 +166,7 @@ def scale(
 
 def _run_one(trial: PointTrial, nodes: Nodes | None) -> None:
     """Measure one point on this machine and the others that do the same."""
-    from moepp_megatron.workbench.experiments.runner import run_trial
+    from moepp_megatron.tools.experiments.runner import run_trial
 
     reason = run_trial(trial, nodes)
     if reason is not None:
@@ -176,8 +176,8 @@ def _run_one(trial: PointTrial, nodes: Nodes | None) -> None:
 
 def _run_all(config: Config, grid: ScalingGrid, trials: list[PointTrial]) -> bool:
     """Measure everything that is missing, on this machine; returns whether a point failed."""
-    from moepp_megatron.workbench.experiments.runner import missing, run_missing
-    from moepp_megatron.workbench.report.progress import progress
+    from moepp_megatron.tools.experiments.runner import missing, run_missing
+    from moepp_megatron.tools.report.progress import progress
 
     warn(*check_config(config))
     for what, reason in grid.impossible.items():
@@ -204,11 +204,11 @@ def _measure_on_rank(config: Config, trial: PointTrial, measuring: Measuring) ->
     die_with_parent(os.getppid())
     rank = RankEnvironment.read()
     try:
-        from moepp_megatron.workbench.experiments.scaling.measure import measure_on_rank
+        from moepp_megatron.tools.experiments.scaling.measure import measure_on_rank
 
         measure_on_rank(config, trial, measuring, rank)
     except Exception as error:
-        from moepp_megatron.workbench.experiments.runner import FAILURE_MARK
+        from moepp_megatron.tools.experiments.runner import FAILURE_MARK
 
         traceback.print_exc()
         first_line = (str(error).splitlines() or [""])[0]
@@ -219,8 +219,8 @@ def _measure_on_rank(config: Config, trial: PointTrial, measuring: Measuring) ->
 def _collect(
     config: Config, grid: ScalingGrid, measuring: Measuring, trials: list[PointTrial]
 ) -> None:
-    from moepp_megatron.workbench.experiments.scaling.page import build_scaling_page, print_records
-    from moepp_megatron.workbench.experiments.scaling.records import scale_records, write_records
+    from moepp_megatron.tools.experiments.scaling.page import build_scaling_page, print_records
+    from moepp_megatron.tools.experiments.scaling.records import scale_records, write_records
 
     files = [(trial, trial.read()) for trial in trials]
     records = scale_records({t.point: f.result for t, f in files if f and f.result})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from moepp_megatron.config import Config
-from moepp_megatron.workbench.report.terminal import wide_console
+from moepp_megatron.tools.report.terminal import wide_console
 
 _WIDTH = 40
 # Heights of a column, lowest first, for terminals with and without Unicode.

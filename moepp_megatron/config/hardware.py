@@ -85,7 +85,7 @@ class Hardware(Section):
     price_per_hour: Annotated[float | None, Unit("money/h"), Field(gt=0.0)] = None
     """Price of a GPU per hour, in your currency; none is set here"""
     reached: Annotated[dict[str, float], Unit("-")] = {}
-    """Efficiencies of this GPU that differ from an H100's (workbench/planning/machine.py)"""
+    """Efficiencies of this GPU that differ from an H100's (tools/planning/machine.py)"""
     thresholds: Thresholds = Thresholds()
     """Limits of health"""
 

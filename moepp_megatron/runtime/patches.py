@@ -129,14 +129,14 @@ PATCHES = (
         "never: names are this package's",
     ),
     Patch(
-        "workbench.bench.parts",
+        "tools.bench.parts",
         "megatron-core",
         "methods of one layer; while it is timed",
         "parts of a layer have no times",
         "never: parts are this package's",
     ),
     Patch(
-        "workbench.bench.held_routing",
+        "tools.bench.held_routing",
         "megatron-core",
         "gating, or the last step of it, of one router; for good, in a benchmark",
         "timed layers must have the same load",

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from moepp_megatron.config import Config, Layout, load_config
-from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.memory import RankMemory, rank_memory
-from moepp_megatron.workbench.planning.parts import Layer, layer_parts
-from moepp_megatron.workbench.planning.workload import Workload
+from moepp_megatron.tools.planning.grid import Grid
+from moepp_megatron.tools.planning.memory import RankMemory, rank_memory
+from moepp_megatron.tools.planning.parts import Layer, layer_parts
+from moepp_megatron.tools.planning.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 MODELS = sorted((ROOT / "configs/models").glob("[a-z]*.yaml"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config.hardware import load_hardware
-from moepp_megatron.workbench.planning.machine import DEFAULT
+from moepp_megatron.tools.planning.machine import DEFAULT
 from tests.fake_gpu import build, cases, record
 from tests.fake_gpu.real_packages import Engine, pinned_engine
 

@@ -159,7 +159,7 @@ def _play(case: Case, outcome: Outcome) -> None:
     from moepp_megatron.config import Layout, load_config
     from moepp_megatron.runtime import cpu_support, distributed, fit
     from moepp_megatron.runtime.quiet import quiet
-    from moepp_megatron.workbench.planning.traffic import distinct_targets
+    from moepp_megatron.tools.planning.traffic import distinct_targets
 
     quiet()
     small = ["model.num_layers=2", "training.micro_batch_size=1", "data.path=none", "run.dir=none"]

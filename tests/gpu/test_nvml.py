@@ -10,7 +10,7 @@ import torch
 
 from moepp_megatron.features.telemetry.sources import GpuSource
 from moepp_megatron.runtime.nvml import Nvml
-from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
+from tests.unit.tools.doctor.fake_nvml import FakeNvml, answers
 
 pytestmark = pytest.mark.gpu
 

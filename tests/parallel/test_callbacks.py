@@ -236,7 +236,7 @@ def test_the_example_package(config: Path, plugins: Path, tmp_path: Path) -> Non
     ]
     written = yaml.safe_load((run / "config.yaml").read_text())
     assert written["optimizer"]["kind"] == "plugin:adam_l2"
-    from moepp_megatron.workbench.report.page import build_report
+    from moepp_megatron.tools.report.page import build_report
 
     # The run's report needs no plugin: this process has none.
     build_report(run)

@@ -292,7 +292,7 @@ def estimated_and_held(raw: dict[str, Any]) -> tuple[float, int]:
     from moepp_megatron.features.distillation.part import DistillationPart
     from moepp_megatron.features.distillation.teacher import TeacherModel
     from moepp_megatron.runtime.distributed import build_groups
-    from moepp_megatron.workbench.planning.memory import rank_memory
+    from moepp_megatron.tools.planning.memory import rank_memory
 
     config = parse_config(raw)
     layout = Layout.from_config(config, dist.get_world_size())
@@ -319,9 +319,9 @@ def test_the_planner_counts_the_teacher(ranks: RankPools, teachers: dict[str, Pa
 def test_what_is_refused(teachers: dict[str, Path], tmp_path: Path) -> None:
     from moepp_megatron.config.hardware import load_hardware
     from moepp_megatron.features.distillation.teacher import TeacherModel
-    from moepp_megatron.workbench.planning.imbalance import FORCED_BALANCE
-    from moepp_megatron.workbench.planning.machine import machine_of
-    from moepp_megatron.workbench.planning.plan import make_plan
+    from moepp_megatron.tools.planning.imbalance import FORCED_BALANCE
+    from moepp_megatron.tools.planning.machine import machine_of
+    from moepp_megatron.tools.planning.plan import make_plan
 
     def refused(match: str, **sections: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match=match):

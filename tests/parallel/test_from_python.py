@@ -132,7 +132,7 @@ for name in [name for name in sys.modules if name.startswith("moepp_megatron")]:
 class Witness:
     # Asked for every module that is not imported yet; it finds none.
     def find_spec(self, name, path=None, target=None):
-        if name.startswith("moepp_megatron.workbench"):
+        if name.startswith("moepp_megatron.tools"):
             status = Path("run/status.json")
             ended = status.exists() and json.loads(status.read_text())["state"] == "ended"
             print("imported", name, "after" if ended else "before")
@@ -145,5 +145,5 @@ run()
     done = program(written(code, tmp_path), config)
     assert done.returncode == 0, done.stdout + done.stderr
     when = re.findall(r"^imported (\S+) (\S+)$", done.stdout, re.MULTILINE)
-    assert ("moepp_megatron.workbench.report", "after") in when, "the report is written last"
+    assert ("moepp_megatron.tools.report", "after") in when, "the report is written last"
     assert [name for name, moment in when if moment == "before"] == []

@@ -10,7 +10,7 @@ import pytest
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.data.tokenizer import Tokenizer
-from moepp_megatron.workbench.inspection.request import InspectRequest
+from moepp_megatron.tools.inspection.request import InspectRequest
 from tests.commands import moepp
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.ranks import RankPools
@@ -52,7 +52,7 @@ def trace(checkpoint: Path, text: Path, overrides: list[str]) -> dict[str, np.nd
     """Rank 0's trace of the checkpoint's model on the ranks that call."""
     import torch.distributed as dist
 
-    from moepp_megatron.workbench.inspection.record import trace_model
+    from moepp_megatron.tools.inspection.record import trace_model
 
     out = text.with_suffix(".html")
     request = InspectRequest.read(checkpoint, text, out, overrides, dist.get_world_size())

@@ -8,8 +8,8 @@ import pytest
 
 from moepp_megatron.cli import main
 from moepp_megatron.runtime.launch import LaunchOptions
-from moepp_megatron.workbench.experiments import runner
-from moepp_megatron.workbench.experiments.pilot.result import PilotResult
+from moepp_megatron.tools.experiments import runner
+from moepp_megatron.tools.experiments.pilot.result import PilotResult
 from tests.parallel.training_runs import join
 
 CONFIG = """\
@@ -41,8 +41,8 @@ def train(path: str) -> None:
 def bench(path: str, overrides: list[str], out: str) -> None:
 
     from moepp_megatron.config import load_config
-    from moepp_megatron.workbench.bench.step import run_step_benchmark
-    from moepp_megatron.workbench.report.bench import write_records
+    from moepp_megatron.tools.bench.step import run_step_benchmark
+    from moepp_megatron.tools.report.bench import write_records
 
     config = load_config(path, overrides)
     layout = join(config)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.workbench.profiling.analysis import Profile, analyse
-from moepp_megatron.workbench.profiling.collective import Operation
-from moepp_megatron.workbench.profiling.document import document
-from moepp_megatron.workbench.profiling.measures.purpose import Place, place_of
+from moepp_megatron.tools.profiling.analysis import Profile, analyse
+from moepp_megatron.tools.profiling.collective import Operation
+from moepp_megatron.tools.profiling.document import document
+from moepp_megatron.tools.profiling.measures.purpose import Place, place_of
 from tests.parallel import forced_routing
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (

@@ -23,8 +23,8 @@ def held(raw: dict[str, Any]) -> tuple[Any, tuple[int, int], int]:
     import torch
     import torch.distributed as dist
 
+    from moepp_megatron.tools.planning.memory import rank_memory
     from moepp_megatron.training.setup import build_training_model
-    from moepp_megatron.workbench.planning.memory import rank_memory
 
     config, layout = begin(raw)
     model = build_training_model(config)

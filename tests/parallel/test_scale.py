@@ -19,8 +19,8 @@ CONFIG = settings(
 def measure(raw: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from moepp_megatron.workbench.experiments.scaling.measure import measure_point
-    from moepp_megatron.workbench.experiments.scaling.trials import Measuring
+    from moepp_megatron.tools.experiments.scaling.measure import measure_point
+    from moepp_megatron.tools.experiments.scaling.trials import Measuring
 
     config, layout = begin(raw)
     measuring = Measuring(("moepp", "vanilla"), warmup=1, steps=1, repeats=2)

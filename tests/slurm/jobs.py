@@ -137,7 +137,7 @@ class Jobs:
         write_config(path, self.data, self.folder / "run", 2, **training)
         content = yaml.safe_load(path.read_text())
         content["slurm"] = {
-            # Doctor imports torch on every node; its own tests are in tests/unit/workbench/doctor.
+            # Doctor imports torch on every node; its own tests are in tests/unit/tools/doctor.
             "preflight": False,
             "nodes": 2,
             "gpus_per_node": 0,

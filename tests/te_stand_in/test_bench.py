@@ -5,10 +5,10 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from transformer_engine.pytorch.record import CALLS
 
 from moepp_megatron.experts import ExpertLayout
-from moepp_megatron.workbench.bench import contestants
-from moepp_megatron.workbench.bench.contestants import Contestant
-from moepp_megatron.workbench.bench.parts import parts_ms
-from moepp_megatron.workbench.bench.shapes import PaperShape
+from moepp_megatron.tools.bench import contestants
+from moepp_megatron.tools.bench.contestants import Contestant
+from moepp_megatron.tools.bench.parts import parts_ms
+from moepp_megatron.tools.bench.shapes import PaperShape
 from tests.te_stand_in.models import RECIPES
 
 SHAPE = PaperShape("tiny", 32, 48, 2, ExpertLayout(4, num_constant_experts=2), 1.0, {})

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformer_engine.pytorch.optimizers import FusedAdam
 
 from moepp_megatron.config import Layout
+from moepp_megatron.tools.planning.memory import rank_memory
 from moepp_megatron.training.checkpoint.optimizer import (
     complete_state,
     copy_into_shard,
@@ -19,7 +20,6 @@ from moepp_megatron.training.checkpoint.optimizer import (
 )
 from moepp_megatron.training.checkpoint.state import model_state
 from moepp_megatron.training.setup import TrainingModel, build_training_model
-from moepp_megatron.workbench.planning.memory import rank_memory
 from tests.parallel.ranks import RankPools
 from tests.parallel.test_matrix import check_bf16
 from tests.parallel.training_runs import EP2, PP2, TP2, Run, assemble, difference, settings

@@ -11,7 +11,7 @@ from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.numbers import numbers
 from moepp_megatron.observe.tensorboard import tag_of
-from moepp_megatron.workbench.report.healthy import guard_rule
+from moepp_megatron.tools.report.healthy import guard_rule
 
 
 def test_every_key_of_a_record_has_a_row() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
+from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

@@ -10,7 +10,7 @@ from moepp_megatron.file_names import is_record
 PACKAGE = Path(file_names.__file__).parent
 # What these rooms write are results, and folders of experiments; models of Hugging Face have the
 # names in hf_files.
-NOT_RECORDS = ("cli", "workbench", "interop/hf_files")
+NOT_RECORDS = ("cli", "tools", "interop/hf_files")
 
 
 def _json_names(source: str) -> list[str]:

@@ -72,8 +72,8 @@ _ROOMS_OF_TESTS = {
     "tests/unit/resilience": ("training",),
     **{f"tests/unit/{room}": (room,) for room in ("cli", "data", "observe", "runtime", "training")},
     **{
-        f"tests/unit/workbench/{path.name}": (f"workbench.{path.name}",)
-        for path in (ROOT / "tests/unit/workbench").iterdir()
+        f"tests/unit/tools/{path.name}": (f"tools.{path.name}",)
+        for path in (ROOT / "tests/unit/tools").iterdir()
     },
 }
 

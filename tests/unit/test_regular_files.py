@@ -13,8 +13,8 @@ from moepp_megatron.interop.score_text import text_of
 from moepp_megatron.observe.metrics import MetricsError, read_metrics
 from moepp_megatron.observe.status import read_status
 from moepp_megatron.observe.tail import Tail
-from moepp_megatron.workbench.planning.measured.rows import read_runs
-from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
+from moepp_megatron.tools.planning.measured.rows import read_runs
+from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 
 
 @pytest.fixture

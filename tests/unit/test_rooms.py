@@ -15,11 +15,11 @@ from benchmarks.pages import PAGES
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "moepp_megatron"
 # From the top down: a room imports only rooms that come after it.
-WORKBENCH = ["experiments", "report", "planning", "inspection", "bench", "profiling", "doctor"]
+TOOLS = ["experiments", "report", "planning", "inspection", "bench", "profiling", "doctor"]
 ENGINE = ["cluster", "interop", "features", "training", "model", "moe", "data", "observe"]
 ENGINE += ["runtime", "config"]
 FLOOR = ["catalogue", "layer_settings", "experts", "file_names", "version"]
-ROOMS = ["__main__", "cli", *(f"workbench.{room}" for room in WORKBENCH), *ENGINE, *FLOOR]
+ROOMS = ["__main__", "cli", *(f"tools.{room}" for room in TOOLS), *ENGINE, *FLOOR]
 
 # Features that have no folder yet.
 AS_FEATURES = ("training.parts.routing_guard", "training.parts.shift")
@@ -29,13 +29,13 @@ AS_FEATURES = ("training.parts.routing_guard", "training.parts.shift")
 BUDGETS = {
     "__main__": (16, 0),
     "cli": (23_549, 54),
-    "workbench.experiments": (16_250, 71),
-    "workbench.report": (37_400, 150),
-    "workbench.planning": (29_590, 109),
-    "workbench.inspection": (4_191, 18),
-    "workbench.bench": (6_539, 34),
-    "workbench.profiling": (19_336, 89),
-    "workbench.doctor": (9_784, 66),
+    "tools.experiments": (16_250, 71),
+    "tools.report": (37_400, 150),
+    "tools.planning": (29_590, 109),
+    "tools.inspection": (4_191, 18),
+    "tools.bench": (6_539, 34),
+    "tools.profiling": (19_336, 89),
+    "tools.doctor": (9_784, 66),
     "cluster": (1_930, 2),
     "interop": (42_022, 149),
     "features": (22_611, 42),
@@ -58,7 +58,7 @@ MAX_TEST_TOKENS, MAX_BENCHMARK_TOKENS = 475_000, 34_500
 MAX_WORDS, MAX_README_WORDS = 48_000, 900
 
 # Not yet: planning says in which order to read it, the experiments nothing.
-UNLISTED = ("workbench/experiments", "workbench/planning")
+UNLISTED = ("tools/experiments", "tools/planning")
 LISTED = sorted(
     room
     for room in (str(path.parent.relative_to(PACKAGE)) for path in PACKAGE.rglob("*/__init__.py"))
@@ -105,31 +105,31 @@ def _room(module: str) -> str:
     # Settings of features, and the list of features, are part of the configuration.
     if module == "features" or parts[0] == "features" and parts[-1] in ("registry", "settings"):
         return "config"
-    return ".".join(parts[:2]) if parts[0] == "workbench" else parts[0]
+    return ".".join(parts[:2]) if parts[0] == "tools" else parts[0]
 
 
 def test_every_room_is_known() -> None:
-    rooms = {_room(name) for name in MODULES if name not in ("", "workbench")}
+    rooms = {_room(name) for name in MODULES if name not in ("", "tools")}
     assert rooms == set(ROOMS)
 
 
 def test_arrows_point_down() -> None:
     upwards = [
         (name, target)
-        for name in MODULES.keys() - {"", "workbench"}
+        for name in MODULES.keys() - {"", "tools"}
         for target in _imports(name)
         if ROOMS.index(_room(target)) < ROOMS.index(_room(name))
     ]
     assert upwards == []
 
 
-def test_the_engine_never_imports_the_workbench() -> None:
+def test_the_engine_never_imports_the_tools() -> None:
     upwards = [
         (name, target)
         for name in MODULES
         if _room(name) in [*ENGINE, *FLOOR]
         for target in _imports(name)
-        if target.startswith("workbench")
+        if target.startswith("tools")
     ]
     assert upwards == []
 
@@ -144,7 +144,7 @@ def test_no_room_outgrows_its_budget() -> None:
     sizes = dict.fromkeys(ROOMS, 0)
     names = dict.fromkeys(ROOMS, 0)
     for name, path in MODULES.items():
-        if name not in ("", "workbench"):
+        if name not in ("", "tools"):
             source = path.read_text(encoding="utf-8")
             sizes[_room(name)] += code_size.tokens(source)
             names[_room(name)] += len(code_size.public_names(source))

@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from moepp_megatron.cli.main import app
-from moepp_megatron.workbench.doctor import session
-from moepp_megatron.workbench.doctor.finding import Finding, error, warning
+from moepp_megatron.tools.doctor import session
+from moepp_megatron.tools.doctor.finding import Finding, error, warning
 
 SICK = [
     Finding("torch", "fine"),

@@ -324,7 +324,7 @@ def test_the_card_is_what_was_asked_for(command, capsys, settings, options, devi
 def test_the_card_here_comes_before_what_is_assumed(command, capsys, monkeypatch):
     """One in `configs/hardware`, and one that nobody has described."""
     from moepp_megatron.cli import memory_fit
-    from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
+    from tests.unit.tools.doctor.fake_nvml import FakeNvml, answers
 
     def session(name):
         return lambda: Nvml(FakeNvml(answers(nvmlDeviceGetName=name)))

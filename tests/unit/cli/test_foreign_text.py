@@ -16,14 +16,14 @@ from moepp_megatron.cli import inspect
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.runtime.printable import make_logs_printable
-from moepp_megatron.workbench.experiments.pilot.page import print_pilot
-from moepp_megatron.workbench.experiments.pilot.result import PilotResult
-from moepp_megatron.workbench.experiments.scaling.page import print_records
-from moepp_megatron.workbench.experiments.scaling.records import ScaleRecord
-from moepp_megatron.workbench.profiling.summary import ProfileSummary, SummaryRow
-from moepp_megatron.workbench.report.profile.tables import print_summary
-from tests.unit.workbench.experiments.pilot.test_page import contents
-from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
+from moepp_megatron.tools.experiments.pilot.page import print_pilot
+from moepp_megatron.tools.experiments.pilot.result import PilotResult
+from moepp_megatron.tools.experiments.scaling.page import print_records
+from moepp_megatron.tools.experiments.scaling.records import ScaleRecord
+from moepp_megatron.tools.profiling.summary import ProfileSummary, SummaryRow
+from moepp_megatron.tools.report.profile.tables import print_summary
+from tests.unit.tools.experiments.pilot.test_page import contents
+from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 
 PACKAGE = Path(__file__).parents[3] / "moepp_megatron"
 # Sets the title, clears the screen, makes a link by rich's markup, ends markup that never began.
@@ -96,7 +96,7 @@ def test_errors_that_quote_a_configuration(hostile_run, moepp, command: str):
 
 
 def test_profile_of_collectives(capsys, monkeypatch):
-    monkeypatch.setattr("moepp_megatron.workbench.report.terminal.LOG_WIDTH", 400)
+    monkeypatch.setattr("moepp_megatron.tools.report.terminal.LOG_WIDTH", 400)
     row = SummaryRow(HOSTILE, "expert", 1.0, None, None, 1.0, None)
     print_summary(ProfileSummary(HOSTILE, 1, (row,)))
     printed = harmless(capsys.readouterr().out)
@@ -121,7 +121,7 @@ def test_pilot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 
 
 def test_scaling(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("moepp_megatron.workbench.report.terminal.LOG_WIDTH", 400)
+    monkeypatch.setattr("moepp_megatron.tools.report.terminal.LOG_WIDTH", 400)
     # A layout is parts of a name and a number.
     hostile = HOSTILE.replace("=", "")
     values: dict[str, Any] = dict.fromkeys(ScaleRecord.model_fields, 1)
@@ -133,8 +133,8 @@ def test_scaling(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 def test_inspection(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     for name, stand_in in {
         "runtime.distributed.initialized": lambda rank: contextlib.nullcontext(),
-        "workbench.inspection.record.trace_model": lambda request: object(),
-        "workbench.report.inspect.write_inspection": lambda *args: [("page", Path(HOSTILE))],
+        "tools.inspection.record.trace_model": lambda request: object(),
+        "tools.report.inspect.write_inspection": lambda *args: [("page", Path(HOSTILE))],
     }.items():
         monkeypatch.setattr(f"moepp_megatron.{name}", stand_in)
     model = SimpleNamespace(scoring=SimpleNamespace(config=None))

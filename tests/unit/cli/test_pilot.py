@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.cli import main
-from moepp_megatron.workbench.experiments import runner
-from moepp_megatron.workbench.experiments.runner import Interrupted, RunFailed
-from tests.unit.workbench.experiments.pilot.synthetic import config_of
+from moepp_megatron.tools.experiments import runner
+from moepp_megatron.tools.experiments.runner import Interrupted, RunFailed
+from tests.unit.tools.experiments.pilot.synthetic import config_of
 
 
 @pytest.fixture

@@ -167,7 +167,7 @@ def test_the_configuration_is_not_overwritten(plan, tmp_path: Path) -> None:
 
 
 def test_the_model_is_held_to_runs(tmp_path: Path, wide) -> None:
-    from moepp_megatron.workbench.planning.measured.compare import SET_NUMBERS
+    from moepp_megatron.tools.planning.measured.compare import SET_NUMBERS
 
     rows = [one for one in json.loads(SET_NUMBERS.read_text()) if one["hardware"] == "b200"]
     rows[0]["measured"]["peak_memory_gib"] = 100.0

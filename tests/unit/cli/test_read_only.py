@@ -10,7 +10,7 @@ import yaml
 from moepp_megatron.data import prepared_data
 from moepp_megatron.runtime import launch
 from tests.unit.cli.test_dry_run import MINIMAL
-from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
+from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 
 Command = Callable[..., str]
 

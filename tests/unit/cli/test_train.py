@@ -149,7 +149,7 @@ def test_overwrite_moves_the_old_run_and_is_the_launchers_business(command, caps
 def test_a_run_that_does_not_fit_the_gpu_is_refused_before_it_starts(command, capsys, monkeypatch):
     from moepp_megatron.cli import memory_fit
     from moepp_megatron.runtime.nvml import Nvml
-    from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
+    from tests.unit.tools.doctor.fake_nvml import FakeNvml, answers
 
     large = ["model.hidden_size=8192", "model.num_attention_heads=64", "model.num_layers=48"]
     assert command(*large) == 0, "no GPU to fit"

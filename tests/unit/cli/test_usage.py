@@ -18,7 +18,7 @@ from moepp_megatron.cli import main, paths
 from moepp_megatron.config import Layout, load_config
 from tests.full_disk import fill
 from tests.unit.data.letters import prepare_letters
-from tests.unit.workbench.report.conftest import synthetic_config, synthetic_records, write_run
+from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

@@ -8,8 +8,8 @@ import pytest
 from moepp_megatron.config import UnfitError, load_config
 from moepp_megatron.runtime.fit import check_fit
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
-from moepp_megatron.workbench.doctor import packages
-from moepp_megatron.workbench.doctor.finding import Severity
+from moepp_megatron.tools.doctor import packages
+from moepp_megatron.tools.doctor.finding import Severity
 
 ROOT = Path(__file__).parents[3]
 H100 = FP8Machine(transformer_engine=(2, 20, 0), capability=(9, 0), cuda=(13, 0))

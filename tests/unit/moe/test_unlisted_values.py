@@ -14,9 +14,9 @@ from moepp_megatron.moe.budget import Budget, BudgetController
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.reference import ReferenceMoEPP, balance_loss, select_experts
 from moepp_megatron.moe.selection import select
-from moepp_megatron.workbench.planning.grid import Grid
-from moepp_megatron.workbench.planning.traffic import exchanged_bytes
-from moepp_megatron.workbench.planning.workload import Workload
+from moepp_megatron.tools.planning.grid import Grid
+from moepp_megatron.tools.planning.traffic import exchanged_bytes
+from moepp_megatron.tools.planning.workload import Workload
 from tests.unit.moe.builders import build_layer
 from tests.unit.moe.test_kernels import compiled  # noqa: F401
 

@@ -11,7 +11,7 @@ from moepp_megatron.features.telemetry.sampler import Sampler
 from moepp_megatron.features.telemetry.sources import CpuSource, GpuSource
 from moepp_megatron.features.telemetry.usage import NOTHING, DeviceSample, Usage
 from moepp_megatron.runtime.nvml import Nvml
-from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
+from tests.unit.tools.doctor.fake_nvml import FakeNvml, answers
 
 TX = pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX
 RX = pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX

@@ -13,8 +13,8 @@ import pytest
 from moepp_megatron.config import UnfitError, load_config
 from moepp_megatron.runtime import compilers, fit, optional, rank_environment
 from moepp_megatron.runtime.backends import optional_backends, package_warnings
-from moepp_megatron.workbench.doctor import packages
-from moepp_megatron.workbench.doctor.finding import Severity
+from moepp_megatron.tools.doctor import packages
+from moepp_megatron.tools.doctor.finding import Severity
 
 ROOT = Path(__file__).parents[3]
 MODEL = ROOT / "configs/models/moepp_0.6b_8_4.yaml"

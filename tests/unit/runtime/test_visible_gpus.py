@@ -3,7 +3,7 @@
 import pytest
 
 from moepp_megatron.runtime.nvml import Nvml
-from tests.unit.workbench.doctor.fake_nvml import FakeNvml, answers
+from tests.unit.tools.doctor.fake_nvml import FakeNvml, answers
 
 MIG = "MIG-11111111-2222-3333-4444-55555555555"
 CARDS = [answers(0), answers(1), answers(2, mig=[f"{MIG}0", f"{MIG}1"]), answers(3)]

@@ -1,0 +1,162 @@
+"""The least time that each part of a layer's forward pass can take on a measured GPU.
+
+A part must move its operands through memory once and do its multiplications; the longer of the two
+is its bound, with the GPU's own measured copy and matrix product (`card.py`) as rates. Memory
+traffic counts what no cache can save: each operand once, and tokens that the routing leaves out not
+at all. There is one rank, so nothing crosses a network.
+
+    part              bytes                                             FLOPs
+    router            x, weights, logits before; logits, gates, map     2 T E (D + E)
+    dispatch          map; x of FFN-routed tokens; R rows and gates
+    experts           weights; R rows in and out                        6 R D H
+    zero_computation  x of tokens with a copy or constant expert; out
+    combine           R rows; out
+
+T tokens, D hidden size, H width of an expert, E experts, R rows: selections of FFN experts. Where
+one kernel combines and adds up zero-computation experts (`moe/kernels`), `combine` is that kernel
+and `zero_computation` the product of the mixing weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moepp_megatron.experts import FFN, ZERO
+from moepp_megatron.tools.bench.card import CardResult
+from moepp_megatron.tools.bench.shapes import PaperShape
+
+_FP32, _BOOL = 4, 1
+
+
+@dataclass(frozen=True)
+class MinimalWork:
+    """The unavoidable work of a part: bytes read and written, FLOPs of products in a `dtype`."""
+
+    bytes: int
+    flops: int = 0
+    dtype: str = "fp32"
+
+    def seconds(self, card: CardResult) -> float:
+        """The bound in seconds: the longer of memory traffic and products."""
+        moving = self.bytes / (card.copy_gb_s * 1e9)
+        if self.flops == 0:
+            return moving
+        return max(moving, self.flops / (card.matmul_tflops[self.dtype] * 1e12))
+
+
+@dataclass(frozen=True)
+class RoutedLoad:
+    """The work that the routing of one layer demands.
+
+    Attributes:
+        tokens: T.
+        rows: R, selections of FFN experts.
+        ffn_tokens: Tokens with at least one of them.
+        used_tokens: Tokens with a copy or constant expert, whose input is read for them.
+        busy_experts: FFN experts with at least one row.
+    """
+
+    tokens: int
+    rows: int
+    ffn_tokens: int
+    used_tokens: int
+    busy_experts: int
+
+    @classmethod
+    def of(cls, picks: Tensor, shape: PaperShape) -> RoutedLoad:
+        """Count [T, K] selections; experts in their fixed order."""
+        is_ffn = picks < shape.experts.num_ffn_experts
+        zero_expert = shape.experts.columns(ZERO).start
+        return cls(
+            tokens=picks.shape[0],
+            rows=int(is_ffn.sum()),
+            ffn_tokens=int(is_ffn.any(dim=1).sum()),
+            used_tokens=int((~is_ffn & (picks < zero_expert)).any(dim=1).sum()),
+            busy_experts=int(picks[is_ffn].unique().numel()),
+        )
+
+
+def layer_work(
+    shape: PaperShape,
+    load: RoutedLoad,
+    dtype: str,
+    *,
+    topk: int,
+    vanilla: bool,
+    fused: bool = False,
+) -> dict[str, MinimalWork]:
+    """The unavoidable work of each part in one forward pass, by part.
+
+    Args:
+        shape: The layer.
+        load: Its routing.
+        dtype: "fp32", "bf16" or "fp8", whose activations and weights are bf16 in memory.
+        topk: K.
+        vanilla: megatron-core's layer: no zero-computation experts, no gating residual.
+        fused: Whether one kernel combines and adds up zero-computation experts.
+    """
+    width = {"fp32": 4, "bf16": 2, "fp8": 2}[dtype]
+    vector = shape.hidden_size * width
+    work = {
+        "router": _router(shape, load, width, vanilla),
+        "dispatch": _dispatch(shape, load, vector),
+        "experts": _experts(shape, load, width, dtype),
+        "combine": MinimalWork(load.rows * vector + load.tokens * vector),
+    }
+    if vanilla:
+        return work
+    experts = shape.experts
+    mixed = experts.num_constant_experts
+    weights = experts.local_parameters(shape.hidden_size, is_first=True) * width
+    if not fused:
+        work["zero_computation"] = MinimalWork((load.used_tokens + load.tokens) * vector + weights)
+        return work
+    work["zero_computation"] = MinimalWork(
+        load.used_tokens * vector + weights + load.tokens * 2 * mixed * _FP32
+    )
+    work["combine"] = _fused_combine(load, mixed, vector, topk)
+    return work
+
+
+def bounds_ms(work: Mapping[str, MinimalWork], card: CardResult) -> dict[str, float]:
+    """The bound of each part in milliseconds, by part."""
+    return {part: value.seconds(card) * 1e3 for part, value in work.items()}
+
+
+def _router(shape: PaperShape, load: RoutedLoad, width: int, vanilla: bool) -> MinimalWork:
+    """Work of the router: fp32 logits, and a product with E x E for the residual."""
+    hidden, tokens = shape.hidden_size, load.tokens
+    experts = (shape.experts.vanilla if vanilla else shape.experts).num_experts
+    residual = 0 if vanilla else experts
+    read = (tokens + experts) * hidden * width + residual * (tokens * _FP32 + experts * width)
+    # Logits are an output where the next router adds them up, and no more than scratch otherwise.
+    logits = 0 if vanilla else tokens * experts * _FP32
+    written = logits + tokens * experts * (_FP32 + _BOOL)
+    return MinimalWork(read + written, 2 * tokens * experts * (hidden + residual), "fp32")
+
+
+def _dispatch(shape: PaperShape, load: RoutedLoad, vector: int) -> MinimalWork:
+    gates_and_map = 2 * load.rows * _FP32 + load.tokens * shape.experts.num_ffn_experts * _BOOL
+    return MinimalWork((load.ffn_tokens + load.rows) * vector + gates_and_map)
+
+
+def _experts(shape: PaperShape, load: RoutedLoad, width: int, dtype: str) -> MinimalWork:
+    """Work of SwiGLU experts: gate and up projections [D, 2 H], down projection [H, D]."""
+    matrices = FFN.parameters(shape.hidden_size, shape.ffn_hidden_size)
+    moved = load.busy_experts * matrices * width + 2 * load.rows * shape.hidden_size * width
+    return MinimalWork(moved, expert_flops(shape, load.rows), dtype)
+
+
+def _fused_combine(load: RoutedLoad, mixed: int, vector: int, topk: int) -> MinimalWork:
+    """`kernels.combine`: rows, x and output; row table, gates, map and mixing logits of tokens."""
+    # V comes from the cache but once, and is not counted.
+    small = load.tokens * (4 * topk + (1 + mixed) * (_FP32 + _BOOL) + 2 * mixed * _FP32)
+    return MinimalWork((load.rows + load.used_tokens + load.tokens) * vector + small)
+
+
+def expert_flops(shape: PaperShape, rows: int) -> int:
+    """FLOPs of the FFN experts' forward pass; forward and backward take three times as many."""
+    return rows * FFN.flops(shape.hidden_size, shape.ffn_hidden_size)

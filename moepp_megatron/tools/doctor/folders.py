@@ -1,0 +1,114 @@
+"""Checks of the folders that a run writes to: writable, large enough, fast enough."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from moepp_megatron.config import Config, checkpoint_bytes
+from moepp_megatron.config.hardware import Thresholds
+from moepp_megatron.runtime.disk import free_bytes
+from moepp_megatron.tools.doctor.finding import Finding, error, warning
+from moepp_megatron.training.run_folder import RunFolder
+
+# Large enough for a rate, small enough for every preflight.
+PROBE_BYTES = 64 * 2**20
+_MB = 1e6
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ProbedFolder:
+    """The state of a folder.
+
+    Attributes:
+        name: The folder's purpose.
+        free: Free bytes for this user; None if unknown.
+        write_rate: Bytes per second to the disk; None if not measured.
+        error: Why it cannot be written; None if it can.
+    """
+
+    name: str
+    path: Path
+    free: int | None
+    write_rate: float | None
+    error: str | None = None
+
+
+def probe_folder(name: str, path: Path, probe_bytes: int = PROBE_BYTES) -> ProbedFolder:
+    """Write and remove a file where the folder is or would be made."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        free = free_bytes(place)
+        if free < 2 * probe_bytes:
+            # A probe must not be what fills a disk.
+            return ProbedFolder(name, path, free, None)
+        return ProbedFolder(name, path, free, _write_rate(place, probe_bytes))
+    except OSError as error:
+        return ProbedFolder(name, path, None, None, error.strerror or str(error))
+
+
+def check_folder(folder: ProbedFolder, thresholds: Thresholds, needed: int = 0) -> list[Finding]:
+    """Findings of one folder, in which `needed` bytes must be free."""
+    name, path = f"{folder.name} folder", folder.path
+    if folder.error is not None:
+        return [
+            error(
+                name,
+                f"{path}: {folder.error}",
+                "must be writable",
+                "make it writable on this node, or set another run.dir or checkpoint.dir",
+            )
+        ]
+    free = folder.free or 0
+    observation = f"{path}: {free / _GIB:.1f} GiB free"
+    if free < max(needed, 2 * PROBE_BYTES):
+        return [
+            error(
+                name,
+                observation,
+                f"must have {max(needed, 2 * PROBE_BYTES) / _GIB:.1f} GiB",
+                "free space, lower checkpoint.keep, or set another checkpoint.dir",
+            )
+        ]
+    if folder.write_rate is None:
+        return [Finding(name, observation)]
+    observation += f", writes {folder.write_rate / _MB:.0f} MB/s"
+    if folder.write_rate < thresholds.disk_write_mb_s * _MB:
+        return [
+            warning(
+                name,
+                observation,
+                f"should write {thresholds.disk_write_mb_s:g} MB/s",
+                "use a faster file system, or checkpoint.async_save=true to hide slow saves",
+            )
+        ]
+    return [Finding(name, observation)]
+
+
+def config_folders(config: Config) -> dict[str, tuple[Path, int]]:
+    """The folders of a run with the bytes that must be free in them.
+
+    One checkpoint must fit. More may be kept, but a resumed run has some of them already.
+    """
+    folders = {"run": (Path(config.run.dir), 0)}
+    if config.checkpoint.save_interval > 0:
+        folders["checkpoint"] = (RunFolder(config).local_checkpoints, checkpoint_bytes(config))
+    return folders
+
+
+def _write_rate(folder: Path, num_bytes: int) -> float:
+    """Write rate in bytes per second, to the disk and not to its cache."""
+    block = os.urandom(2**20)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".moepp-doctor-") as file:
+        started = time.perf_counter()
+        for _ in range(num_bytes // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return num_bytes / (time.perf_counter() - started)

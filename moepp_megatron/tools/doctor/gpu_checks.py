@@ -1,0 +1,186 @@
+"""Checks of a node's GPUs together: their number, their model, and driver against torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moepp_megatron.config.hardware import Hardware, Thresholds
+from moepp_megatron.runtime.nvml import Driver, GPUState
+from moepp_megatron.tools.doctor import card_checks, link_checks
+from moepp_megatron.tools.doctor.finding import Finding, Judge, Sign, error, note, warning
+
+# In the order of the table.
+_CARD_CHECKS: dict[str, Callable[[GPUState, Judge], Sign | None]] = {
+    "GPU faults": card_checks.faults,
+    "GPU recovery": card_checks.recovery,
+    "ECC errors": card_checks.ecc_errors,
+    "GPU memory rows": card_checks.memory_rows,
+    "GPU throttling": card_checks.throttling,
+    "GPU clocks": card_checks.clocks,
+    "GPU power cap": card_checks.power_cap,
+    "GPU temperature": card_checks.temperature,
+    "GPU processes": card_checks.processes,
+    "PCIe": link_checks.pcie,
+    "NVLink": link_checks.nvlink_state,
+    "NVLink errors": link_checks.nvlink_errors,
+}
+
+
+@dataclass(frozen=True)
+class TorchCuda:
+    """The CUDA version torch was built with, as (13, 0), and whether torch can use a GPU."""
+
+    built_with: tuple[int, int] | None
+    available: bool
+
+
+def check_cards(cards: Sequence[GPUState], judge: Judge) -> list[Finding]:
+    """Run every check on all GPUs: one finding per sick GPU, or one per check without any."""
+    findings: list[Finding] = []
+    for name in _CARD_CHECKS:
+        findings += signs(cards, judge, name) or [Finding(name, _healthy(name, cards))]
+    return findings
+
+
+def signs(cards: Sequence[GPUState], judge: Judge, name: str) -> list[Finding]:
+    """What the check of this name finds on the GPUs; empty where all are healthy."""
+    found = ((card, _CARD_CHECKS[name](card, judge)) for card in cards)
+    return [
+        Finding(name, f"GPU {card.index}: {sign[1]}", *sign[2:], sign[0])
+        for card, sign in found
+        if sign is not None
+    ]
+
+
+def check_count(cards: Sequence[GPUState], expected: int | None) -> Finding:
+    """Check that there are as many GPUs as the job expects."""
+    count = f"{len(cards)} GPUs" if len(cards) != 1 else "1 GPU"
+    if expected is None or len(cards) >= expected:
+        return Finding("GPU count", count)
+    return error(
+        "GPU count",
+        count,
+        f"must be {expected}",
+        "look for a GPU that has left the bus (dmesg, lspci), reboot the node, or ask for fewer",
+    )
+
+
+def check_model(
+    cards: Sequence[GPUState], hardware: Hardware | None, described: bool = True
+) -> Finding:
+    """Check that all GPUs are of one kind, and that this kind is described.
+
+    `described` is false where the user has given the description.
+    """
+    names = sorted({card.name for card in cards if card.name})
+    models = ", ".join(names) or "unknown"
+    if len(names) > 1:
+        return warning(
+            "GPU model",
+            models,
+            "should all be the same",
+            "the slowest GPU sets the pace of all; use nodes with one kind of GPU",
+        )
+    if hardware is None:
+        return note(
+            "GPU model",
+            f"{models}, not described in configs/hardware: rated numbers are not checked",
+            remedy="describe it in a YAML file and give --hardware FILE",
+        )
+    if not described and names and names[0] not in hardware.device_names:
+        return warning(
+            "GPU model",
+            models,
+            f"should be a {hardware.name}",
+            "leave out --hardware, or start the job on the nodes it is meant for",
+        )
+    return Finding("GPU model", f"{models} ({hardware.name})")
+
+
+def check_driver(driver: Driver, torch_cuda: TorchCuda, num_cards: int) -> Finding:
+    """Check that the driver supports the CUDA version that torch was built with.
+
+    A driver supports every CUDA of its own major version and of older ones (NVIDIA's CUDA
+    compatibility guide: minor version compatibility).
+    """
+    served = "unknown" if driver.cuda is None else f"{driver.cuda[0]}.{driver.cuda[1]}"
+    versions = f"driver {driver.version or 'unknown'} for CUDA {served}"
+    if num_cards == 0:
+        return Finding("GPU driver", versions)
+    if torch_cuda.built_with is None:
+        return error(
+            "GPU driver",
+            f"{versions}, torch without CUDA",
+            "torch must be built for CUDA on a machine with GPUs",
+            "install torch from the CUDA index that fits the driver",
+        )
+    built = f"{torch_cuda.built_with[0]}.{torch_cuda.built_with[1]}"
+    versions = f"{versions}, torch for CUDA {built}"
+    if driver.cuda is not None and driver.cuda[0] < torch_cuda.built_with[0]:
+        return error(
+            "GPU driver",
+            versions,
+            f"the driver must serve CUDA {torch_cuda.built_with[0]}",
+            "update the driver, or install torch for an older CUDA",
+        )
+    if not torch_cuda.available:
+        return error(
+            "GPU driver",
+            f"{versions}, torch finds no GPU",
+            "torch.cuda.is_available() must be true",
+            "check CUDA_VISIBLE_DEVICES, the container's GPU access and the fabric manager",
+        )
+    return Finding("GPU driver", versions)
+
+
+def check_driver_fault(message: str) -> Finding:
+    """The finding for a driver that is installed but refuses."""
+    return error(
+        "GPU driver",
+        f"NVML does not start: {message}",
+        "the driver must be loaded and match its library",
+        "reboot the node (a driver update without reboot does this), or reinstall the driver",
+    )
+
+
+def no_cards(reason: str, expected: int | None) -> Finding:
+    """The finding for a machine without NVIDIA driver: fine, unless the job expects GPUs."""
+    if not expected:
+        return note("GPU count", f"no GPU: {reason}; GPU checks skipped")
+    return check_count([], expected)
+
+
+def _healthy(name: str, cards: Sequence[GPUState]) -> str:
+    """The text of a check without findings, with the numbers of interest."""
+    if name == "GPU temperature":
+        known = [card.temperature for card in cards if card.temperature is not None]
+        return f"at most {max(known)} C" if known else "not reported"
+    if name == "GPU power cap":
+        caps = sorted({round(card.power_limit) for card in cards if card.power_limit is not None})
+        return ", ".join(f"{cap} W" for cap in caps) or "not reported"
+    if name == "PCIe":
+        links = sorted({(c.pcie_max_generation, c.pcie_width) for c in cards if c.pcie_width})
+        return ", ".join(f"generation {g} x{w}" for g, w in links) or "not reported"
+    if name == "NVLink":
+        counts = sorted({len(card.links) for card in cards})
+        return ", ".join(f"{n} links up" for n in counts if n) or "no NVLink"
+    if name == "ECC errors" and any(card.ecc_enabled is None for card in cards):
+        return "not reported"
+    return "none" if name in _NONE_IS_FINE else "as it should be"
+
+
+_NONE_IS_FINE = (
+    "GPU faults",
+    "GPU recovery",
+    "ECC errors",
+    "GPU memory rows",
+    "GPU throttling",
+    "GPU processes",
+    "NVLink errors",
+)
+
+
+def thresholds_of(hardware: Hardware | None) -> Thresholds:
+    """The thresholds in use: those of the described GPU, or the general ones."""
+    return hardware.thresholds if hardware is not None else Thresholds()

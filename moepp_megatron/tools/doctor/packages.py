@@ -1,0 +1,195 @@
+"""Checks of the software: Python, torch, megatron-core, NCCL, and what is optional."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+
+from moepp_megatron.config import Config
+from moepp_megatron.moe import upstream_versions
+from moepp_megatron.runtime.backends import Backend, optional_backends, version_of
+from moepp_megatron.runtime.compilers import (
+    compiler_obstacle,
+    extension_obstacle,
+    modules_with_extension,
+)
+from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
+from moepp_megatron.runtime.install import OF_ALL, how_to_install
+from moepp_megatron.runtime.kernel_choices import KernelChoice, kernel_choices
+from moepp_megatron.runtime.optional import have_triton
+from moepp_megatron.tools.doctor.finding import Finding, Severity, error, note, warning
+from moepp_megatron.tools.doctor.gpu_checks import TorchCuda
+
+# https://github.com/deepseek-ai/DeepEP/issues/707
+_NVSHMEM_THAT_HANGS = (3, 5, 19)
+
+
+def check_packages(config: Config | None) -> list[Finding]:
+    """Check which packages are installed and used; one that `config` needs must be."""
+    backends = optional_backends()
+    # Of what is imported, which a path can put before what is installed.
+    megatron = version_of("megatron-core") and upstream_versions.version()
+    findings = [_python(), _torch(), check_megatron(megatron), _nccl(), _extra()]
+    on_gpu = torch_cuda().available
+    findings += [check_backend(backend, on_gpu) for backend in backends]
+    nvshmem = version_of("nvidia-nvshmem-cu13") or version_of("nvidia-nvshmem-cu12")
+    findings.append(check_nvshmem(version_of("deep_ep"), nvshmem))
+    findings += [check_compiler()] if have_triton() else []
+    loss = "auto" if config is None else config.precision.cross_entropy
+    if megatron is not None:
+        findings += [_check_kernel(choice) for choice in kernel_choices(loss)]
+    if config is not None:
+        used = {backend.name for backend in backends if backend.used}
+        findings += check_needs(config, used)
+        findings.append(check_extension(config))
+        if "Transformer Engine" in used:
+            findings.append(check_fp8(config, FP8Machine.this()))
+    return [finding for finding in findings if finding is not None]
+
+
+def torch_cuda() -> TorchCuda:
+    """The CUDA version that torch was built for, and whether torch can use a GPU."""
+    import torch
+
+    built = torch.version.cuda
+    parts = None if built is None else tuple(int(part) for part in built.split(".")[:2])
+    assert parts is None or len(parts) == 2, f"CUDA version {built} has no minor part"
+    return TorchCuda(parts and (parts[0], parts[1]), torch.cuda.is_available())
+
+
+def check_megatron(version: str | None) -> Finding:
+    """Check that a megatron-core whose internals the layer knows is installed."""
+    problem = upstream_versions.version_problem(version)
+    if problem is not None:
+        rule, _, remedy = problem.partition("; ")
+        return error("megatron-core", version or "not installed", rule, remedy)
+    severity = Severity.OK if version == upstream_versions.TESTED_VERSION else Severity.NOTE
+    return Finding("megatron-core", f"{version}", severity=severity)
+
+
+def check_backend(backend: Backend, on_gpu: bool = False) -> Finding:
+    """Check an optional package; a missing one is a note, because it has a replacement."""
+    if backend.used:
+        return Finding(backend.name, f"{backend.version}: {backend.role}")
+    if backend.failure is not None:
+        return warning(
+            backend.name,
+            f"fails on import ({backend.failure}); instead {backend.fallback}",
+            "what is installed must be importable",
+            f"{backend.remedy}; or uninstall it",
+        )
+    state = "not installed" if backend.version is None else f"{backend.version}, not usable here"
+    is_missed = on_gpu and backend.name == "Transformer Engine"
+    judged, rule = (warning, "steps on a GPU are slower without") if is_missed else (note, "")
+    remedy = backend.remedy if backend.version is None else "needs a GPU"
+    return judged(backend.name, f"{state}; instead {backend.fallback}", rule, remedy)
+
+
+def check_nvshmem(deep_ep: str | None, nvshmem: str | None) -> Finding | None:
+    """Check that DeepEP works between nodes with NVSHMEM's wheel; None where one is missing."""
+    if deep_ep is None or nvshmem is None:
+        return None
+    observation = f"{nvshmem}, with DeepEP {deep_ep}"
+    version = tuple(int(part) for part in nvshmem.split(".")[:3])
+    if not deep_ep.startswith("1.") or version < _NVSHMEM_THAT_HANGS:
+        return Finding("NVSHMEM", observation)
+    return warning(
+        "NVSHMEM",
+        observation,
+        "DeepEP 1 times out between nodes with NVSHMEM 3.5.19 and newer",
+        "install DeepEP 2, or build it with nvidia-nvshmem-cu13==3.4.5; one node is not affected",
+    )
+
+
+def _extra() -> Finding:
+    """Which packages of the extra `all` are missing; commands refuse where they need one."""
+    lacks = [package for name, package in OF_ALL.items() if importlib.util.find_spec(name) is None]
+    if not lacks:
+        return Finding("extra all", f"{len(OF_ALL)} packages")
+    remedy = how_to_install("moepp_megatron[all]")
+    rule = "commands that need one of them refuse"
+    return warning("extra all", f"lacks {', '.join(lacks)}", rule, remedy)
+
+
+def check_compiler() -> Finding:
+    """Whether Triton can compile the launchers of its kernels."""
+    obstacle = compiler_obstacle()
+    if obstacle is None:
+        return Finding("Triton's compiler", "a C compiler and Python.h")
+    lacks, remedy = obstacle
+    rule = "Triton needs it to start a kernel"
+    return error("Triton's compiler", f"lacks {lacks}", rule, remedy)
+
+
+def check_extension(config: Config) -> Finding | None:
+    """Whether megatron-core's extension can be compiled; None where the run has no use for it."""
+    modules = ", ".join(modules_with_extension(config))
+    if not modules:
+        return None
+    obstacle = extension_obstacle()
+    if obstacle is None:
+        observation = "a C++ compiler, ninja and Python.h"
+        return Finding("training.recompute_modules", f"{modules}: {observation}")
+    lacks, remedy = obstacle
+    rule = f"megatron-core compiles an extension for {modules}"
+    return error("training.recompute_modules", f"lacks {lacks}", rule, remedy)
+
+
+def _check_kernel(choice: KernelChoice) -> Finding:
+    """Name the implementation of an operation: all are correct, some are faster."""
+    observation = f"{choice.implementation}: {choice.detail}"
+    return Finding(f"kernel: {choice.operation}", observation)
+
+
+def check_needs(config: Config, used: set[str]) -> list[Finding]:
+    """Check that the packages in use here, by name, include those that the run needs."""
+    fp8, loss = config.precision.fp8, config.precision.cross_entropy
+    flex = config.moe.dispatcher == "flex"
+    te, triton = "Transformer Engine on a GPU", "a GPU and the package triton"
+    rows = (
+        ("precision.fp8", fp8, fp8 is not None, "Transformer Engine", te, "set precision.fp8=null"),
+        ("moe.dispatcher", "flex", flex, "DeepEP", "a GPU and the package deep_ep", "use alltoall"),
+        ("moe.fused", "true", config.moe.fused is True, "Triton", triton, "use auto"),
+        ("precision.cross_entropy", loss, loss == "fused", "Triton", triton, "use auto"),
+    )
+    return [
+        error(name, str(value), f"needs {what}", f"install it, or {instead}")
+        for name, value, is_wanted, package, what, instead in rows
+        if is_wanted and package not in used
+    ]
+
+
+def check_fp8(config: Config, machine: FP8Machine) -> Finding | None:
+    """Whether GPU and versions can run the configuration's FP8; None without FP8."""
+    recipe = config.precision.recipe
+    if recipe is None:
+        return None
+    obstacle = fp8_obstacle(config, machine)
+    if obstacle is None:
+        return Finding("precision.fp8", f"{config.precision.fp8}, {recipe}")
+    rule, _, remedy = obstacle.partition("; ")
+    return error("precision.fp8", config.precision.fp8 or "", rule, remedy)
+
+
+def _python() -> Finding:
+    observation = f"{platform.python_version()} at {sys.executable}"
+    return Finding("Python", observation)
+
+
+def _torch() -> Finding:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    return Finding("torch", f"{torch.__version__}, built for {build}")
+
+
+def _nccl() -> Finding | None:
+    """NCCL's version, where torch was built with it."""
+    import torch
+    import torch.distributed as dist
+
+    if not torch.cuda.is_available() or not dist.is_nccl_available():
+        return note("NCCL", "not used without a GPU: gloo carries collectives")
+    version = torch.cuda.nccl.version()
+    return Finding("NCCL", ".".join(str(part) for part in version))

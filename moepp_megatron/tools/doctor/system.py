@@ -1,0 +1,231 @@
+"""Checks of the node around the GPUs: shared memory, limits, clock, network ports."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from moepp_megatron.config.hardware import Thresholds
+from moepp_megatron.tools.doctor.finding import Finding, error, note, warning
+
+# What /proc/driver/nvidia/params says where GPUs may drive a network adapter, and its option.
+_IBGDA = {
+    "EnableStreamMemOPs: 1": "NVreg_EnableStreamMemOPs=1",
+    "PeerMappingOverride=1": 'NVreg_RegistryDwords="PeerMappingOverride=1;"',
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Soft limits of this process, in files and bytes; None is unlimited.
+
+    RDMA locks its buffers. The process may raise `open_files` up to `open_files_hard`.
+    """
+
+    open_files: int | None
+    open_files_hard: int | None
+    locked_memory: int | None
+
+    @classmethod
+    def read(cls) -> Limits:
+        """Read the limits of this process, which the ranks inherit."""
+        files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        return cls(_limit(files), _limit(hard), _limit(locked))
+
+
+@dataclass(frozen=True)
+class NetworkPort:
+    """A port under /sys/class/infiniband (InfiniBand or RoCE).
+
+    Attributes:
+        name: Device and port, such as "mlx5_0/1".
+        state: State such as "ACTIVE", "DOWN", "INIT".
+        rate: Rate in Gbit/s; None if it cannot be read.
+        link_layer: "InfiniBand" or "Ethernet".
+    """
+
+    name: str
+    state: str
+    rate: float | None
+    link_layer: str
+
+
+def read_ports(root: Path = Path("/sys/class/infiniband")) -> list[NetworkPort]:
+    """All RDMA ports; none where there is no such device."""
+    ports = []
+    for folder in sorted(root.glob("*/ports/*")):
+        rate = _read(folder / "rate").split(" ")[0]
+        ports.append(
+            NetworkPort(
+                f"{folder.parent.parent.name}/{folder.name}",
+                _read(folder / "state").rpartition(":")[2].strip() or "unknown",
+                float(rate) if rate.replace(".", "", 1).isdigit() else None,
+                _read(folder / "link_layer") or "unknown",
+            )
+        )
+    return ports
+
+
+def driver_parameters(file: Path = Path("/proc/driver/nvidia/params")) -> str:
+    """Parameters of NVIDIA's kernel module; empty without it."""
+    return _read(file)
+
+
+def shared_memory_bytes(folder: Path = Path("/dev/shm")) -> int | None:
+    """Size of the shared-memory file system; None where there is none."""
+    try:
+        return shutil.disk_usage(folder).total
+    except OSError:
+        return None
+
+
+def check_shared_memory(size: int | None, thresholds: Thresholds, has_gpu: bool) -> Finding:
+    """Check the size of /dev/shm, through which NCCL and data loader workers pass data."""
+    if size is None:
+        size = 0
+    observation = f"/dev/shm has {size / 2**30:.2f} GiB"
+    if size >= thresholds.shared_memory_gib * 2**30:
+        return Finding("shared memory", observation)
+    # NCCL between processes of one node fails without it; gloo does not use it.
+    return (error if has_gpu else warning)(
+        "shared memory",
+        observation,
+        f"must be at least {thresholds.shared_memory_gib:g} GiB",
+        "start the container with --ipc=host or --shm-size, or mount a larger tmpfs there",
+    )
+
+
+def check_limits(limits: Limits, thresholds: Thresholds, has_rdma: bool) -> list[Finding]:
+    """Check the limits of open files and, with RDMA devices, of locked memory."""
+    findings = []
+    files, least = limits.open_files, thresholds.open_files
+    observation = "unlimited" if files is None else str(files)
+    if files is None or files >= least:
+        findings.append(Finding("open files", observation))
+    else:
+        hard = limits.open_files_hard
+        can_raise = hard is None or hard >= least
+        remedy = (
+            f"ulimit -n {least}" if can_raise else "raise LimitNOFILE of slurmd or the container"
+        )
+        rule = f"should be at least {least}"
+        findings.append(warning("open files", observation, rule, remedy))
+    if has_rdma:
+        findings.append(_check_locked_memory(limits.locked_memory))
+    return findings
+
+
+def _check_locked_memory(locked: int | None) -> Finding:
+    if locked is None:
+        return Finding("locked memory", "unlimited")
+    return error(
+        "locked memory",
+        f"{locked / 2**20:.0f} MiB",
+        "must be unlimited for RDMA",
+        "ulimit -l unlimited; under Slurm LimitMEMLOCK=infinity of slurmd, in a container "
+        "--ulimit memlock=-1",
+    )
+
+
+def check_ibgda(driver: str, ports: list[NetworkPort]) -> Finding | None:
+    """Check that GPUs may drive RDMA ports, by the driver's parameters; None without either."""
+    if not driver or not ports:
+        return None
+    lacks = [option for sign, option in _IBGDA.items() if sign not in driver]
+    if not lacks:
+        return Finding("IBGDA", "the driver allows it")
+    return warning(
+        "IBGDA",
+        "the driver does not allow it",
+        "DeepEP and HybridEP need it between nodes",
+        f"add to /etc/modprobe.d/nvidia.conf: options nvidia {' '.join(lacks)}; then reboot",
+    )
+
+
+def check_ports(
+    ports: list[NetworkPort], num_cards: int, rate_per_gpu: float | None
+) -> list[Finding]:
+    """Check that RDMA ports are up, and fast enough for the GPUs together (Gbit/s per GPU)."""
+    if not ports:
+        text = "no RDMA device: between nodes NCCL uses TCP"
+        return [(note if num_cards else Finding)("network ports", text)]
+    findings = []
+    # Unplugged Ethernet ports are common and not meant for the job; InfiniBand ports are.
+    down = [p for p in ports if p.state != "ACTIVE" and p.link_layer != "Ethernet"]
+    for port in down:
+        findings.append(
+            warning(
+                "network ports",
+                f"{port.name} is {port.state}",
+                "InfiniBand ports should be ACTIVE",
+                "check cable and subnet manager (ibstat), or leave it out with NCCL_IB_HCA",
+            )
+        )
+    rate = sum(p.rate or 0.0 for p in ports if p.state == "ACTIVE")
+    wanted = (rate_per_gpu or 0.0) * num_cards
+    observation = f"{len(ports) - len(down)} of {len(ports)} ports, {rate:g} Gbit/s active"
+    if rate < wanted:
+        findings.append(
+            note(
+                "network rate",
+                f"{observation}; the vendor's server has {wanted:g} for {num_cards} GPUs",
+                remedy="expert parallelism across nodes will be slower than there",
+            )
+        )
+    elif not findings:
+        findings.append(Finding("network ports", observation))
+    return findings
+
+
+def clock_synchronized() -> bool | None:
+    """Whether systemd says that the clock follows a time server; None where it is unknown."""
+    command = ["timedatectl", "show", "--property=NTPSynchronized", "--value"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return {"yes": True, "no": False}.get(answer.stdout.strip())
+
+
+def check_clock(synchronized: bool | None) -> Finding:
+    """Check the clock of a single node."""
+    if synchronized is None:
+        return note("clock", "unknown whether it follows a time server")
+    if synchronized:
+        return Finding("clock", "follows a time server")
+    return warning(
+        "clock",
+        "does not follow a time server",
+        "logs of several nodes cannot be put in order",
+        "start chronyd or systemd-timesyncd",
+    )
+
+
+def check_clock_skew(offsets: dict[str, float], thresholds: Thresholds) -> Finding:
+    """Check the clocks of several nodes, given as seconds ahead of the first's."""
+    ahead, behind = max(offsets, key=offsets.__getitem__), min(offsets, key=offsets.__getitem__)
+    skew = offsets[ahead] - offsets[behind]
+    observation = f"{skew:.3f} s between {behind} and {ahead}"
+    if skew <= thresholds.clock_skew_s:
+        return Finding("clock skew", observation)
+    return warning(
+        "clock skew",
+        observation,
+        f"should be at most {thresholds.clock_skew_s:g} s",
+        f"start chronyd or systemd-timesyncd on {ahead} and {behind}",
+    )
+
+
+def _limit(value: int) -> int | None:
+    return None if value == resource.RLIM_INFINITY else value
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""

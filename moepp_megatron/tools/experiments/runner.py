@@ -1,0 +1,296 @@
+"""The runner of all experiments: arms x seeds, each pair a trial that ranks of its own measure.
+
+An experiment has a folder, and the folder has one set of settings: a command with other settings is
+refused with what differs. Trials follow each other. A finished one stays finished, so the same
+command, given again, does only what is left.
+
+DIR/logs/NAME.log  what the ranks of a trial have printed, if this machine has started them
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.config.exit_codes import SIGNALLED, STOPPED
+from moepp_megatron.file_names import CONFIG_FILE, RUN_FILES, RUN_FOLDERS
+from moepp_megatron.runtime.atomic import lock
+from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
+from moepp_megatron.runtime.nodes import Nodes
+from moepp_megatron.runtime.stop_signals import heeded_signals
+from moepp_megatron.tools.report.formatting import duration
+
+# How a rank says why it fails; `failure_reason` looks for it in the log.
+FAILURE_MARK = "moepp: point failed on rank"
+# Statuses above it mean that somebody has asked this process to stop.
+
+
+class Interrupted(Exception):
+    """Somebody has asked to stop; finished trials are kept.
+
+    Attributes:
+        status: Exit status of the ranks, or what a shell reports of the signal.
+    """
+
+    def __init__(self, name: str = "", status: int = STOPPED) -> None:
+        at = f" at {name}" if name else ""
+        super().__init__(f"interrupted{at}; run again to continue")
+        self.status = status
+
+
+class RunFailed(Exception):
+    """A trial has ended without a result; the message names it and what to read."""
+
+
+@dataclass(frozen=True)
+class Trial[Result](ABC):
+    """One arm with one seed; how it is measured, a subclass says.
+
+    Attributes:
+        folder: DIR.
+        name: The name of its files; no two trials of a folder share one.
+        title: What people read while it is measured.
+        nproc: Ranks, over all machines.
+    """
+
+    folder: Path
+    name: str
+    title: str
+    nproc: int
+
+    @property
+    @abstractmethod
+    def command(self) -> list[str]:
+        """What its ranks do: the words that follow `moepp`."""
+
+    @abstractmethod
+    def result(self) -> Result | None:
+        """What was measured; None where it was never begun, was interrupted or has failed.
+
+        Raises:
+            RunFailed: What was measured is of no use.
+        """
+
+    @property
+    def work(self) -> int:
+        """How much there is to do, such as steps, to foretell the time left; 0 if unknown."""
+        return 0
+
+    @property
+    def log(self) -> Path:
+        """What its ranks print."""
+        return self.folder / "logs" / f"{self.name}.log"
+
+    def prepare(self) -> None:
+        """Make what its ranks need, and remove what an interrupted attempt has left."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+
+    def fail(self, reason: str) -> None:
+        """Deal with a failure; if this returns, the other trials are done all the same.
+
+        Raises:
+            RunFailed: The others are of no use without it.
+        """
+        see = "" if str(self.log) in reason else f"; see {self.log}"
+        raise RunFailed(f"{self.name} failed: {reason}{see}")
+
+
+def missing[T: Trial[Any]](trials: Sequence[T]) -> list[T]:
+    """The trials that have no result."""
+    return [trial for trial in trials if trial.result() is None]
+
+
+def run_missing[T: Trial[Any]](
+    trials: Sequence[T],
+    progress: Callable[[str], object] = lambda what: None,
+    finished: Callable[[T], object] = lambda trial: None,
+) -> dict[str, str]:
+    """Do what has no result, in order.
+
+    Args:
+        trials: All trials of a folder.
+        progress: Called with a line for people before each of them.
+        finished: Called after each of them.
+
+    Returns:
+        Why trials failed, by name.
+
+    Raises:
+        Interrupted: Stopped from outside; between two trials, too.
+        RunFailed: Same as for `Trial.fail`; the later trials are not begun.
+        ConfigError: Another command is doing trials of this folder.
+    """
+    left, failures = missing(trials), {}
+    if not left:
+        return {}
+    done, seconds = 0, 0.0
+    with _exclusive(left[0], left[0].folder), _interruptible():
+        # Another command may have finished some just now.
+        left = missing(left)
+        for place, trial in enumerate(left):
+            rest = sum(each.work for each in left[place:])
+            more = f" ({duration(seconds / done * rest)} left)" if done else ""
+            progress(f"{trial.title}{more}")
+            began = time.monotonic()
+            reason = run_trial(trial)
+            if reason is not None:
+                failures[trial.name] = reason
+            done, seconds = done + trial.work, seconds + time.monotonic() - began
+            finished(trial)
+    return failures
+
+
+def run_trial(trial: Trial[Any], nodes: Nodes | None = None) -> str | None:
+    """Do one trial, again if it was interrupted or has failed.
+
+    Args:
+        nodes: The machines, each of which makes this call; None for this one only.
+
+    Returns:
+        Why it failed, on one line, where the others are to be done all the same; or None.
+
+    Raises:
+        Interrupted: Stopped from outside.
+        RunFailed: Same as for `Trial.fail`.
+        ConfigError: Another command is doing it, or its ranks cannot be shared out over machines.
+    """
+    count, node = (nodes.count, nodes.rank or 0) if nodes is not None else (1, 0)
+    if trial.nproc % count:
+        raise ConfigError(
+            f"--nnodes ({count}) must divide the ranks of --point ({trial.nproc}); use 1"
+        )
+    log = trial.log.with_name(f"{trial.name}.node{node}.log") if node else trial.log
+    trial.prepare()
+    # Batch jobs may do other trials of the same folder at the same time.
+    with _exclusive(trial, log):
+        options = LaunchOptions(trial.nproc // count, nodes, output=log)
+        status = run_ranks(options, "moepp_megatron.cli.main", trial.command)
+    if status == STOPPED or status > SIGNALLED:
+        raise Interrupted(trial.name, status)
+    reason = None if status == 0 else failure_reason(log, status)
+    if node == 0:
+        if reason is None and trial.result() is None:
+            reason = "it has left no result"
+        if reason is not None:
+            trial.fail(reason)
+    return reason
+
+
+@contextmanager
+def writing(folder: Path, *parts: str) -> Iterator[None]:
+    """Make an experiment's folder with these subfolders; the body may write there.
+
+    Raises:
+        ConfigError: A training run is there, or the file system refuses one of them; names
+            `--out` and the cause.
+    """
+    # But for a configuration, which this command may read.
+    for name in (*RUN_FILES, *RUN_FOLDERS):
+        if name != CONFIG_FILE and os.path.lexists(folder / name):
+            raise ConfigError(
+                f"--out ({folder}) must not be the folder of a training run, but holds {name}; "
+                "choose another"
+            )
+    try:
+        for part in parts:
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"--out ({folder}) must be a folder that can be written ({error.strerror}); choose "
+            "another one"
+        ) from None
+
+
+@contextmanager
+def _exclusive(trial: Trial[Any], path: Path) -> Iterator[None]:
+    """Hold the folder of a trial, or its log, against other commands."""
+    # The lock ends with the process, however that ends. Where the file system has no locks, two
+    # commands can work at the same time.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        if not lock(descriptor):
+            what = path.name.removesuffix(".log")
+            raise ConfigError(
+                f"--out ({trial.folder}) must be used by one command at a time, and "
+                f"another one is at work on {what}; wait for it, or choose another folder"
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def other_settings(folder: Path, what: str) -> ConfigError:
+    """The error that a folder belongs to an experiment of other settings; `what` says which."""
+    return ConfigError(
+        f"--out ({folder}) must be new or hold an experiment of the same settings, and {what}; "
+        "choose another folder"
+    )
+
+
+def in_turns[Arm, Seed](arms: Sequence[Arm], seeds: Sequence[Seed]) -> list[tuple[Arm, Seed]]:
+    """Every arm with every seed, seed by seed; each seed begins with another arm.
+
+    A machine that gets slower or faster in the meantime then favours no arm.
+    """
+    turns = [(place % max(len(arms), 1), seed) for place, seed in enumerate(seeds)]
+    return [(arm, seed) for turn, seed in turns for arm in [*arms[turn:], *arms[:turn]]]
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted names of the settings that differ, with both values: "8, now 16".
+
+    Args:
+        found: Values by section and key.
+        wanted: Other values; only its sections and keys are compared.
+    """
+    differing = {}
+    for section, keys in wanted.items():
+        before = found.get(section)
+        if not isinstance(before, dict) or not isinstance(keys, dict):
+            differing[section] = f"{before}, now {keys}"
+            continue
+        for key, value in keys.items():
+            if before.get(key) != value:
+                differing[f"{section}.{key}"] = f"{before.get(key)}, now {value}"
+    return differing
+
+
+def failure_reason(log: Path, status: int) -> str:
+    """Why the ranks with this `log` ended with `status`, on one line."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    # The first rank to fail is the cause of the others' failures.
+    for pattern in (rf"{FAILURE_MARK} (.*)", r"^error: (.*)", r"(Signal \d+ \(SIG\w+\))"):
+        found = re.search(pattern, text, re.MULTILINE)
+        if found is not None:
+            said = found.group(1).strip()
+            return f"rank {said}" if pattern.startswith(FAILURE_MARK) else said
+    return f"exit status {status}; {log} may say more"
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A request to stop between two trials is an `Interrupted` as well."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(status=SIGNALLED + number)
+
+    before = {number: signal.signal(number, stop) for number in heeded_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

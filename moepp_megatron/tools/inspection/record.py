@@ -1,0 +1,166 @@
+"""Fills a trace: runs a checkpoint over the windows of a text and keeps every router's decisions.
+
+Shape suffixes: T local tokens of a micro-batch, E all experts, K selected per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from moepp_megatron.interop.score_request import ScoreRequest
+from moepp_megatron.interop.scoring import score_stages, scoring_stages
+from moepp_megatron.moe.layer import MoEPPLayer, decoder_moepp_layers
+from moepp_megatron.moe.selection import Routing
+from moepp_megatron.runtime.distributed import build_groups
+from moepp_megatron.tools.inspection.request import InspectRequest
+from moepp_megatron.tools.inspection.trace import Trace
+
+
+class _RecordedPass(NamedTuple):
+    """One router's decisions for one micro-batch: [T, K] experts and gates, largest gate first."""
+
+    layer: int
+    selected: np.ndarray
+    gates: np.ndarray
+
+
+class RoutingRecorder:
+    """A context that records routers' micro-batches in order, by global MoE layer number."""
+
+    def __init__(self, stages: Sequence[torch.nn.Module]) -> None:
+        # Layers of multi-token prediction run only in training.
+        self._layers = [layer for stage in stages for layer in decoder_moepp_layers(stage)]
+        self._hooks: list[Any] = []
+        self.passes: dict[int, list[_RecordedPass]] = {
+            layer.layer_number: [] for layer in self._layers
+        }
+
+    def __enter__(self) -> RoutingRecorder:
+        """Start recording."""
+        for layer in self._layers:
+            self._hooks.append(layer.router.register_forward_hook(self._keep(layer)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop recording; the records stay."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _keep(self, layer: MoEPPLayer) -> Any:
+        topk, number = layer.moepp.router_topk, layer.layer_number
+
+        def hook(router: torch.nn.Module, arguments: Any, routing: Routing) -> None:
+            selected, gates = _selected_experts(routing.gates, routing.routing_map, topk)
+            record = _RecordedPass(number, selected.cpu().numpy(), gates.double().cpu().numpy())
+            self.passes[number].append(record)
+
+        return hook
+
+
+def _selected_experts(gates: Tensor, routing_map: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """[T, K] int64 selected experts of each token and their gates, the largest gate first.
+
+    `gates` are [T, E], `routing_map` [T, E] bool with K selected in each row.
+    """
+    # A selected expert's gate may be 0: a zero expert's under gate_normalization nonzero.
+    ranked = gates.masked_fill(~routing_map, -1.0)
+    order = ranked.sort(dim=1, descending=True, stable=True).indices[:, :topk]
+    return order, gates.gather(1, order)
+
+
+def trace_model(request: InspectRequest) -> Trace | None:
+    """Run the model; every rank must call, with torch's group only.
+
+    Returns the trace on rank 0, nothing elsewhere: the windows joined, without the last one's
+    fillers.
+    """
+    model, count = request.model, len(request.text)
+    build_groups(model.scoring.config, model.scoring.layout)
+    recorded = _record_routing(model.scoring)
+    parallel_state.destroy_model_parallel()
+    if recorded is None:
+        return None
+    selected, gates = (
+        recorded[name].reshape(len(model.layers), -1, recorded[name].shape[-1])[:, :count]
+        for name in ("selected", "gates")
+    )
+    losses = recorded["losses"].reshape(-1)[:count]
+    own = (model.label, model.facts, model.experts, model.layers, model.balanced_share)
+    return Trace(*own, selected, gates, losses)
+
+
+def _record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:
+    """`selected` and `gates` [L, b, s, K], `losses` [b, s] (NaN first) on rank 0, else None."""
+    stages = scoring_stages(request)
+    with RoutingRecorder(stages) as recorder:
+        scores = score_stages(request, stages)
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(_placed(request, recorder), everyone)
+    if everyone is None or scores is None:
+        return None
+    selected, gates = _assemble(request, [piece for pieces in everyone for piece in pieces])
+    losses = np.full(request.input_ids.shape, np.nan)
+    losses[:, 1:] = -scores["token_logprobs"]
+    return {"selected": selected, "gates": gates, "losses": losses}
+
+
+# Sequence, positions [T] in it, and what a router decided there.
+_Piece = tuple[int, np.ndarray, _RecordedPass]
+
+
+def _placed(request: ScoreRequest, recorder: RoutingRecorder) -> list[_Piece]:
+    """This rank's decisions with the positions of their tokens; fillers are left out."""
+    count, length = request.input_ids.shape
+    positions = _positions(request.config.model.seq_length)
+    rank, size = parallel_state.get_data_parallel_rank(), request.layout.dp
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    pieces = []
+    for passes in recorder.passes.values():
+        for step, record in enumerate(passes):
+            sequence = step * size + rank
+            places = positions
+            if len(record.selected) != len(positions):
+                # Sequence parallelism: this tensor rank routed its part of the sequence.
+                places = np.split(positions, len(positions) // len(record.selected))[tensor_rank]
+            elif tensor_rank > 0:
+                continue
+            if sequence < count:
+                inside = places < length
+                kept = _RecordedPass(record.layer, record.selected[inside], record.gates[inside])
+                pieces.append((sequence, places[inside], kept))
+    return pieces
+
+
+def _positions(length: int) -> np.ndarray:
+    """[s'] places of this context rank's tokens in a sequence."""
+    batch = {"position_ids": torch.arange(length).unsqueeze(0).to(torch.cuda.current_device())}
+    group = parallel_state.get_context_parallel_group()
+    mine = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+    return mine["position_ids"][0].cpu().numpy()
+
+
+def _assemble(request: ScoreRequest, pieces: list[_Piece]) -> tuple[np.ndarray, np.ndarray]:
+    """[L, b, s, K] experts and gates from the pieces of all ranks."""
+    numbers = sorted({record.layer for _, _, record in pieces})
+    shape = (len(numbers), *request.input_ids.shape, request.config.moe.router_topk)
+    selected, gates = np.full(shape, -1, dtype=np.int64), np.full(shape, np.nan)
+    for sequence, places, record in pieces:
+        layer = numbers.index(record.layer)
+        selected[layer, sequence, places] = record.selected
+        gates[layer, sequence, places] = record.gates
+    assert (selected >= 0).all(), "some tokens were routed by no rank"
+    return selected, gates

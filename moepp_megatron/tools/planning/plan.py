@@ -1,0 +1,220 @@
+"""The plan: the best layouts of MoE++ and of its vanilla baseline, and why the others lose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
+from moepp_megatron.config.hardware import load_hardware, nearest_hardware
+from moepp_megatron.config.sections import used
+from moepp_megatron.config.vanilla import vanilla, without_budget
+from moepp_megatron.tools.planning.grid import Grid
+from moepp_megatron.tools.planning.imbalance import LEARNED, AssumedRouting, recorded_routing
+from moepp_megatron.tools.planning.machine import Machine, machine_of
+from moepp_megatron.tools.planning.overlay import config_of
+from moepp_megatron.tools.planning.planned import Planned, planned_of
+from moepp_megatron.tools.planning.search import Search, Space, search_layouts
+from moepp_megatron.tools.planning.step import step_time
+from moepp_megatron.tools.planning.workload import Workload
+
+# Candidates of another tau; ties that are tried against the configuration's rules.
+_FIRST, _TRIED = 100, 50
+# Layouts are ties within this of the fastest: ratios of published runs come out no better.
+TIE = 0.03
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result."""
+
+    config: Config  # the planned configuration
+    world: int  # GPUs
+    machine: Machine  # the kind of GPU
+    routing: AssumedRouting  # unevenness of the routing
+    # The configured model: the plan, which is the simplest of those within `TIE` of the fastest,
+    # then others by time; layouts that do not fit only if none does.
+    layouts: list[Planned]
+    # The configured model in its fastest layout, for comparison with `baselines`.
+    fastest: Planned | None
+    baselines: list[Planned]  # the fastest layout of the vanilla model and of each further tau
+    search: Search  # result of the search
+
+    @property
+    def best(self) -> Planned | None:
+        """The plan: see `layouts`."""
+        return self.layouts[0] if self.layouts and self.layouts[0].fits else None
+
+
+def plan(
+    config: Config | str | Path,
+    *overrides: str,
+    gpus: int = 8,
+    gpu: str = "h100_sxm",
+    taus: Sequence[float] = (0.25, 0.5, 1.0),
+    routing: str | Path | None = None,
+    top: int = 5,
+) -> Plan:
+    """Search every legal layout of a model on a number of GPUs, as `moepp plan` does.
+
+    Estimates from a cost model: nothing is run, no torch is imported.
+
+    Args:
+        config: A configuration, or its YAML file; its own layout does not matter.
+        overrides: Settings `section.key=value` over it.
+        gpus: GPUs.
+        gpu: Their kind: a name in configs/hardware, or a YAML file.
+        taus: Further weights of zero-computation experts.
+        routing: A run, or its metrics.jsonl, whose routing was as uneven as this one's will be.
+        top: Layouts to keep.
+
+    Returns:
+        Layouts, best first, with seconds per step and bytes per GPU (`Planned`), and baselines.
+
+    Raises:
+        ConfigError: A configuration, GPU or run cannot be read, the GPU lacks its format, no layout
+            is legal, or there is a teacher, whose time and memory this does not count.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config, overrides)
+    elif overrides:
+        config = with_overrides(config, overrides)
+    machine, moe = machine_of(load_hardware(nearest_hardware(gpu))), config.moe
+    evenness = LEARNED
+    if routing is not None:
+        evenness = recorded_routing(Path(routing), moe.num_ffn_experts, moe.router_topk)
+    return make_plan(config, gpus, machine, evenness, taus, top)
+
+
+def make_plan(
+    config: Config,
+    world: int,
+    machine: Machine,
+    routing: AssumedRouting,
+    taus: Sequence[float] = (),
+    top: int = 5,
+) -> Plan:
+    """Search all layouts of a checked configuration; errors as `plan`."""
+    _check(config, machine)
+    search = search_layouts(config, world, machine, routing)
+    if search.legal == 0:
+        raise ConfigError(
+            f"--gpus ({world}) must allow a legal layout of this model and of "
+            f"training.global_batch_size ({config.training.global_batch_size}); use a number of "
+            "GPUs that divides the batch, such as a power of two"
+        )
+    layouts = _accepted(config, search, machine, routing, top, prefers_simple=True)
+    first = _accepted(config, search, machine, routing, 1)
+    fastest = first[0] if first and first[0].fits else None
+    baselines = []
+    if not config.moe.is_vanilla:
+        plain = vanilla(config)
+        vanilla_search = search_layouts(plain, world, machine, routing)
+        baselines += _accepted(plain, vanilla_search, machine, routing, top=1)
+        shared = baselines[0].grid if baselines else None
+        if fastest is not None:
+            fastest = _in_both(fastest, config, shared, machine, routing)
+        for tau in taus:
+            if tau != config.moe.tau:
+                changed = with_overrides(without_budget(config), [f"moe.tau={tau}"])
+                again = _best_again(changed, search, world, machine, routing)
+                baselines += [_in_both(one, changed, shared, machine, routing) for one in again]
+    return Plan(config, world, machine, routing, layouts, fastest, baselines, search)
+
+
+def _check(config: Config, machine: Machine) -> None:
+    """Refuse a teacher, and number formats that the GPU has no rate for."""
+    hardware, precision = machine.hardware, config.precision
+    for name, value in used(config, "checkpoint"):
+        raise ConfigError(
+            f"{name} ({value}) must be null for a plan, which does not count a second model; use "
+            f"{name}=null here, and moepp train --dry-run with it for the memory of a layout"
+        )
+    if hardware.peak_tflops(precision.dtype, precision.fp8) is None:
+        name = "precision.fp8" if precision.fp8 else "precision.dtype"
+        value = precision.fp8 or precision.dtype
+        raise ConfigError(
+            f"{name} ({value}) must be a format of {hardware.name}, which has none such; set "
+            "precision.fp8 to null, or plan for another GPU"
+        )
+
+
+def _accepted(
+    config: Config,
+    search: Search,
+    machine: Machine,
+    routing: AssumedRouting,
+    top: int,
+    prefers_simple: bool = False,
+) -> list[Planned]:
+    """The best layouts that the configuration's rules accept as well."""
+    accepted: list[Planned] = []
+    candidates = [(grid, held, True) for _, grid, _, held in search.best]
+    if prefers_simple:
+        candidates = [*_simplest(config, search), *candidates]
+    candidates += [(grid, held, False) for held, grid in search.misses]
+    for grid, held, fits in candidates:
+        if len(accepted) == top or (accepted and accepted[0].fits and not fits):
+            break
+        is_new = all(_degrees(grid) != _degrees(planned.grid) for planned in accepted)
+        if is_new and (changed := _in_layout(config, grid)) is not None:
+            accepted.append(planned_of(changed, grid, held, fits, machine, routing))
+    return accepted
+
+
+def _simplest(config: Config, search: Search) -> Iterator[tuple[Grid, float, bool]]:
+    """Layouts within `TIE` of the fastest, the simplest first; equals by time."""
+    ties = [entry for entry in search.best if entry[0] <= search.best[0][0] * (1.0 + TIE)]
+    # Sorting keeps the order of equals.
+    for _, grid, _, held in sorted(ties, key=lambda tie: complexity(tie[1], config))[:_TRIED]:
+        if _in_layout(config, grid) is not None:
+            yield grid, held, True
+            return
+
+
+def _in_layout(config: Config, grid: Grid) -> Config | None:
+    """The configuration in a layout; None if a rule refuses it, such as FP8's alignment."""
+    try:
+        return config_of(config, grid)
+    except ConfigError:
+        return None
+
+
+def _in_both(
+    planned: Planned, config: Config, grid: Grid | None, machine: Machine, routing: AssumedRouting
+) -> Planned:
+    """The model in its layout, with its step in the vanilla model's, whose rows are more."""
+    if grid is None or (changed := _in_layout(config, grid)) is None:
+        return planned
+    step = step_time(Workload.from_config(changed), grid, machine, routing)
+    return replace(planned, shared_step_s=step.total)
+
+
+def complexity(grid: Grid, config: Config) -> int:
+    """What a layout needs beyond data parallelism: degrees, schedules, recomputation, packages."""
+    other = grid.dispatcher not in (None, config.moe.dispatcher)
+    return sum(map(len, (grid.splits, grid.recompute, grid.states))) + grid.expert_overlap + other
+
+
+def _degrees(grid: Grid) -> tuple[int, ...]:
+    return (grid.tp, grid.cp, grid.pp, grid.ep, grid.etp)
+
+
+def _best_again(
+    config: Config, search: Search, world: int, machine: Machine, routing: AssumedRouting
+) -> list[Planned]:
+    """The best layout of the same model with another tau, among the first of `search`."""
+    # tau changes how many rows experts compute, not what is legal and little of what fits: the best
+    # layout is among the first hundred.
+    coster = Space.of(config, world, machine.per_node).coster(machine, routing)
+    again = Search()
+    for _, grid, _, _ in search.best[:_FIRST]:
+        held = coster.memory(grid)
+        if held <= machine.usable_bytes:
+            cost = coster.cost(grid)
+            again.best.append((cost.total, coster.named(grid), cost, held))
+        else:
+            again.misses.append((held, coster.named(grid)))
+    again.best.sort(key=lambda entry: entry[0])
+    return _accepted(config, again, machine, routing, top=1)

@@ -1,0 +1,285 @@
+"""Cost and memory of every legal layout of a model on a number of GPUs, as plain integers.
+
+Legal is what config/rules and `check_world_size` accept, written again here because a hundred
+thousand configurations cannot be built and checked in seconds; tests compare both. Left out,
+because they never win: tensor parallelism beyond a node, context parallelism with less than 4,096
+tokens per rank, experts split over other ranks than 1 or TP, stages uneven without need.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+
+from moepp_megatron.config import Config, ConfigError
+from moepp_megatron.config.rules.flex import HIDDEN_ALIGNMENT
+from moepp_megatron.tools.planning.attention import LatentAttention
+from moepp_megatron.tools.planning.coster import Cost, Coster
+from moepp_megatron.tools.planning.grid import FULL, Dispatcher, Grid, Recompute, States
+from moepp_megatron.tools.planning.imbalance import AssumedRouting
+from moepp_megatron.tools.planning.machine import Machine
+from moepp_megatron.tools.planning.overlay import with_states
+from moepp_megatron.tools.planning.workload import NumberFormats, Workload
+
+# arXiv 2603.07685, section 9.1: below this, context parallelism costs more than it gives.
+_LEAST_TOKENS_PER_CONTEXT_RANK = 4096
+_MICRO_BATCHES = (1, 2, 4, 8, 16)
+# Nothing first, so that what it leaves room for need not be tried (`plan.search_layouts`).
+_SOME: tuple[Recompute, ...] = (("layernorm", "moe_act"), ("moe_act",), ("core_attn",), ("moe",))
+_RECOMPUTE: tuple[Recompute, ...] = ((), *_SOME, FULL)
+# With latent attention, its expansions are cheap to repeat and large to keep.
+_LATENT: tuple[Recompute, ...] = (
+    ("mla_up_proj",),
+    ("mla_up_proj", "moe_act"),
+    ("layernorm", "mla_up_proj", "moe_act"),
+)
+# The same: what is kept in bf16 only where fp32 leaves no room, and, because that rounds, only
+# for a step shorter by `_LEAST_GAIN`.
+_STATES: tuple[States, ...] = ((), ("moments",), ("moments", "gradients"))
+_LEAST_GAIN = 0.1
+_UNEVEN_CHUNKS = (2, 4, 8)
+_NEAREST_MISSES = 5
+# Layouts that rules beyond the degrees of parallelism may still refuse, or that only differ in
+# micro-batch, chunks and recomputation.
+_KEPT = 5_000
+_LOSSES = ("work", "recompute", "network", "bubble", "end")
+# What the combined schedule of forward and backward cannot repeat (rules/expert_overlap.py).
+_NOT_WITH_OVERLAP = {"layernorm", "moe", "full"}
+
+
+@dataclass(frozen=True)
+class Space:
+    """The space of a search."""
+
+    world: int  # GPUs
+    per_node: int  # GPUs of a node
+    load: Workload  # the model and its batch
+    groups_are_set: bool  # whether key/value heads are given, so that tensor ranks must fit them
+    can_overlap: bool  # whether the configuration allows the combined schedule
+    distributed_optimizer: bool  # whether optimizer state is sharded
+    dispatchers: tuple[Dispatcher, ...] = ()  # dispatchers that are compared where tokens travel
+    # Number formats by what is kept in bf16.
+    states: Mapping[States, NumberFormats] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Config, world: int, per_node: int) -> Space:
+        """The space of a configuration; its own layout does not matter."""
+        load = Workload.from_config(config)
+        return cls(
+            world=world,
+            per_node=per_node,
+            load=load,
+            groups_are_set=config.model.num_query_groups is not None,
+            can_overlap=config.precision.dtype == "bf16"
+            and not config.training.cuda_graphs
+            and not load.experts.shares_constants,
+            distributed_optimizer=config.parallel.use_distributed_optimizer,
+            dispatchers=_dispatchers(config),
+            states=_states(config),
+        )
+
+    def coster(self, machine: Machine, routing: AssumedRouting) -> Coster:
+        """Costs of these layouts."""
+        return Coster(self.load, machine, routing, self.dispatchers, self.states)
+
+    def grids(self) -> Iterator[Grid]:
+        """All layouts, each once."""
+        for tp in self._tensor():
+            for cp in self._context(tp):
+                for pp in self._stages(self.world // (tp * cp)):
+                    yield from self._of_stages(tp, cp, pp)
+
+    def _of_stages(self, tp: int, cp: int, pp: int) -> Iterator[Grid]:
+        load = self.load
+        if pp > load.layers:
+            return
+        dp = self.world // (tp * cp * pp)
+        for vpp in self._virtual(pp):
+            for micro_batch in _MICRO_BATCHES:
+                # The interleaved schedule takes micro-batches in groups of one a pipeline rank.
+                unit = micro_batch * dp * (pp if vpp > 1 else 1)
+                if load.batch % unit:
+                    continue
+                for ep, etp in self._experts(tp, pp):
+                    yield from self._of_choices(tp, cp, pp, vpp, micro_batch, ep, etp, dp)
+
+    def _of_choices(
+        self, tp: int, cp: int, pp: int, vpp: int, micro_batch: int, ep: int, etp: int, dp: int
+    ) -> Iterator[Grid]:
+        overlaps = self.can_overlap and ep > 1 and (pp == 1 or vpp > 1)
+        degrees = (self.world, tp, cp, pp, vpp, ep, etp, micro_batch)
+        is_sharded, others = self.distributed_optimizer, dp * cp > 1
+        ends = (is_sharded, others, is_sharded and others)
+        # Flex needs more than one rank; where no token travels, any will do.
+        needs_others = self.load.experts.dispatcher == "flex" and ep * etp == 1
+        instead: Dispatcher | None = "alltoall" if needs_others else None
+        for states, recompute in product(self.states, self._recompute):
+            for overlap in (False, True) if overlaps else (False,):
+                if overlap and not _NOT_WITH_OVERLAP.isdisjoint(recompute):
+                    continue
+                grid = Grid(*degrees, recompute, overlap, *ends, dispatcher=instead)
+                yield replace(grid, states=states) if states else grid
+
+    @property
+    def _recompute(self) -> tuple[Recompute, ...]:
+        """What the backward pass may repeat, by the modules that the model has."""
+        sets = _RECOMPUTE
+        if isinstance(self.load.attention, LatentAttention):
+            sets += _LATENT
+            if not all(self.load.is_moe):
+                sets += (("mla_up_proj", "mlp"),)
+        return sets
+
+    def _tensor(self) -> list[int]:
+        load, attention = self.load, self.load.attention
+        widths = [attention.heads, load.vocab]
+        if not all(load.is_moe):
+            widths.append(load.dense_size)
+        if load.experts.shared_size:
+            widths.append(load.experts.shared_size)
+        groups = getattr(attention, "groups", attention.heads)
+        return [
+            tp
+            for tp in _divisors(self.world)
+            if tp <= self.per_node
+            and all(width % tp == 0 for width in widths)
+            and not (self.groups_are_set and groups % tp and tp % groups)
+            and load.seq % tp == 0
+        ]
+
+    def _context(self, tp: int) -> list[int]:
+        seq = self.load.seq
+        most = max(seq // _LEAST_TOKENS_PER_CONTEXT_RANK, 1)
+        return [
+            cp
+            for cp in _divisors(self.world // tp)
+            if cp == 1 or (cp <= most and seq % (2 * cp * tp) == 0)
+        ]
+
+    def _stages(self, ranks: int) -> Sequence[int]:
+        """Possible numbers of stages: one if all layers share constants (rules/moe.py)."""
+        return [1] if self.load.experts.shares_constants else _divisors(ranks)
+
+    def _virtual(self, pp: int) -> list[int]:
+        """Chunks per rank: layers even over stages, or with embedding and loss as a layer each."""
+        # Where no number of chunks is (61 layers), stages differ by a layer.
+        layers = self.load.layers
+        if pp == 1:
+            return [1]
+        most = layers // pp
+        even = [
+            vpp
+            for vpp in range(1, most + 1)
+            if vpp == 1 or layers % (pp * vpp) == 0 or (layers + 2) % (pp * vpp) == 0
+        ]
+        return even if len(even) > 1 else [1, *(vpp for vpp in _UNEVEN_CHUNKS if vpp <= most)]
+
+    def _experts(self, tp: int, pp: int) -> Iterator[tuple[int, int]]:
+        experts = self.load.experts
+        for etp in sorted({1, tp}):
+            if experts.ffn_size % etp:
+                continue
+            for ep in _divisors(experts.num_ffn_experts):
+                if self.world % (ep * etp * pp) == 0:
+                    yield ep, etp
+
+
+def _dispatchers(config: Config) -> tuple[Dispatcher, ...]:
+    """The configuration's dispatcher first, and those that may take its place."""
+    configured: Dispatcher = config.moe.dispatcher
+    others: list[Dispatcher] = ["alltoall"]
+    if not config.moe.is_vanilla:
+        others.append("alltoall_dedup")
+    if config.precision.dtype == "bf16" and config.model.hidden_size % HIDDEN_ALIGNMENT == 0:
+        others.append("flex")
+    return (configured, *(other for other in others if other != configured))
+
+
+def _states(config: Config) -> dict[States, NumberFormats]:
+    """The configuration's number formats first, and those with less that its rules accept."""
+    found: dict[States, NumberFormats] = {}
+    for states in _STATES:
+        try:
+            changed = with_states(config, states)
+        except ConfigError:
+            continue
+        numbers = Workload.from_config(changed).numbers
+        if numbers not in found.values():
+            found[states] = numbers
+    return found
+
+
+def _divisors(number: int) -> Sequence[int]:
+    """All divisors, ascending."""
+    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    return small + [number // n for n in reversed(small) if n * n != number]
+
+
+@dataclass
+class Search:
+    """Result of the search over all layouts of one model."""
+
+    # (seconds, layout, cost, bytes), fastest first; (bytes, layout) of the nearest misses.
+    best: list[tuple[float, Grid, Cost, float]] = field(default_factory=list)
+    misses: list[tuple[float, Grid]] = field(default_factory=list)
+    legal: int = 0  # number of legal layouts
+    over: list[float] = field(default_factory=list)  # bytes by which others are too large
+    spared: int = 0  # layouts that recompute or keep fewer bits without need: not costed
+    # Layouts that lose most by each of `_LOSSES`, and the median of that over the best step.
+    lost: dict[str, int] = field(default_factory=dict)
+    gaps: dict[str, float] = field(default_factory=dict)
+
+
+def search_layouts(config: Config, world: int, machine: Machine, routing: AssumedRouting) -> Search:
+    """Cost and memory of every legal layout."""
+    space = Space.of(config, world, machine.per_node)
+    coster = space.coster(machine, routing)
+    search = Search()
+    fitting: list[tuple[float, int, Grid, Cost, float]] = []
+    missing: list[tuple[float, int, Grid]] = []
+    # What fits without states in bf16, or with fewer, and without recomputation.
+    roomy: set[tuple[bool, Recompute]] = set()
+    for number, grid in enumerate(space.grids()):
+        if not (grid.states or grid.recompute or grid.expert_overlap):
+            # The first of the choices within the same degrees.
+            roomy.clear()
+        elif not roomy.isdisjoint((grid.expert_overlap, done) for done in {(), grid.recompute}):
+            search.spared += 1
+            continue
+        held = coster.memory(grid)
+        if held > machine.usable_bytes:
+            missing.append((held, number, grid))
+            continue
+        roomy.add((grid.expert_overlap, grid.recompute))
+        cost = coster.cost(grid)
+        fitting.append((cost.total, number, grid, cost, held))
+    search.legal = len(fitting) + len(missing) + search.spared
+    search.over = [held - machine.usable_bytes for held, *_ in missing]
+    search.misses = [
+        (held, coster.named(grid)) for held, _, grid in heapq.nsmallest(_NEAREST_MISSES, missing)
+    ]
+    fitting.sort(key=lambda entry: entry[:2])
+    chosen, exact = fitting, [entry for entry in fitting if not entry[2].states]
+    if exact and fitting[0][0] > exact[0][0] * (1.0 - _LEAST_GAIN):
+        chosen = exact
+    search.best = [
+        (total, coster.named(grid), cost, held) for total, _, grid, cost, held in chosen[:_KEPT]
+    ]
+    if fitting:
+        _count_losses(search, chosen[0][3], [cost for *_, cost, _ in fitting])
+    return search
+
+
+def _count_losses(search: Search, best: Cost, costs: Sequence[Cost]) -> None:
+    """Count by which cost each layout loses most, against the best."""
+    gaps: dict[str, list[float]] = {name: [] for name in _LOSSES}
+    for cost in costs:
+        if cost.total > best.total:
+            excess = {name: getattr(cost, name) - getattr(best, name) for name in _LOSSES}
+            gaps[max(excess, key=lambda name: excess[name])].append(cost.total / best.total - 1)
+    for name, values in gaps.items():
+        if values:
+            search.lost[name] = len(values)
+            search.gaps[name] = sorted(values)[len(values) // 2]

@@ -1,0 +1,173 @@
+"""All results of `moepp profile` for a recording, as numbers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from moepp_megatron.tools.profiling.load import load_profile
+from moepp_megatron.tools.profiling.measures.classes import CallClass, call_classes
+from moepp_megatron.tools.profiling.measures.expected_bytes import (
+    ExpectedLayerBytes,
+    layer_bytes,
+)
+from moepp_megatron.tools.profiling.measures.expert_load import (
+    ExpertLoad,
+    SlowRank,
+    expert_load,
+    slow_rank,
+)
+from moepp_megatron.tools.profiling.measures.exposure import MeasuredStepTime, step_time
+from moepp_megatron.tools.profiling.measures.lateness import CallKey, Lateness, lateness
+from moepp_megatron.tools.profiling.measures.links import Links
+from moepp_megatron.tools.profiling.trace import About, ProfileError, RankTrace
+
+
+@dataclass
+class Profile:
+    """The analysis of a recording.
+
+    Attributes:
+        name: Name of the run or folder.
+        traces: Traces of all recorded ranks, on one clock.
+        steps: The analysed steps.
+        times: Times of each step and rank.
+        classes: Collectives by kind, the most exposed first; sums over ranks and steps.
+        layers: All-to-all bytes of each layer, direction and pass, of each step.
+        load: Rows of each rank's FFN experts; None where unknown.
+        slow: A rank that computes longer than its rows explain; None where there is none.
+        caused_us: For each rank, how long others waited for it in these steps, summed over them.
+        late: Waiting of each call.
+        ceiling: Kind of the peaks: rated or unknown.
+    """
+
+    name: str
+    traces: list[RankTrace]
+    steps: list[int]
+    times: dict[int, dict[int, MeasuredStepTime]]
+    classes: list[CallClass]
+    layers: dict[int, list[ExpectedLayerBytes]]
+    load: ExpertLoad | None
+    slow: SlowRank | None
+    caused_us: dict[int, float]
+    late: dict[CallKey, Lateness]
+    ceiling: str
+
+    @property
+    def about(self) -> About:
+        """What the recorder wrote next to the first trace."""
+        return self.traces[0].about
+
+    @property
+    def ranks(self) -> list[int]:
+        """The recorded ranks."""
+        return [trace.rank for trace in self.traces]
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run; at least those recorded."""
+        return self.about.world_size or len(self.traces)
+
+    @property
+    def rank_steps(self) -> list[MeasuredStepTime]:
+        """The times of all recorded steps of all ranks."""
+        return [time for ranks in self.times.values() for time in ranks.values()]
+
+    @property
+    def step_times_us(self) -> list[float]:
+        """Length of each step on its slowest rank."""
+        return [max(time.step_us for time in ranks.values()) for ranks in self.times.values()]
+
+    @property
+    def step_us(self) -> float:
+        """Mean length of a step on its slowest rank."""
+        return fmean(self.step_times_us)
+
+    @property
+    def exposed_share(self) -> float:
+        """Exposed communication over step time, mean over ranks and steps."""
+        return fmean(time.exposed_share for time in self.rank_steps)
+
+    @property
+    def critical_rank(self) -> int | None:
+        """The rank that the others waited for most; None where no call could be matched."""
+        if not any(self.caused_us.values()):
+            return None
+        return max(self.caused_us, key=lambda rank: self.caused_us[rank])
+
+    @property
+    def all_layers(self) -> list[ExpectedLayerBytes]:
+        """All-to-all bytes of all steps."""
+        return [layer for step in self.steps for layer in self.layers[step]]
+
+    @property
+    def equals_formula(self) -> bool | None:
+        """Whether every measured all-to-all equals its formula; None if none could be compared."""
+        known = [layer.is_equal for layer in self.all_layers if layer.is_equal is not None]
+        return all(known) if known else None
+
+
+def analyse(folder: Path, step: int | None = None) -> Profile:
+    """Read and analyse a recording.
+
+    Args:
+        folder: A run's folder or one of traces.
+        step: One step; all recorded ones where None.
+
+    Raises:
+        ProfileError: The recording cannot be read, or does not hold the step.
+    """
+    traces = load_profile(folder)
+    steps = _steps(traces, step)
+    late = lateness({trace.rank: trace.collectives for trace in traces})
+    links = Links(traces)
+    load = expert_load(traces, steps)
+    times = {
+        number: {
+            trace.rank: step_time(trace, trace.steps[number])
+            for trace in traces
+            if number in trace.steps
+        }
+        for number in steps
+    }
+    return Profile(
+        name=traces[0].about.name or folder.resolve().name,
+        traces=traces,
+        steps=steps,
+        times=times,
+        classes=call_classes(traces, steps, late, links),
+        layers={number: layer_bytes(traces, number) for number in steps},
+        load=load,
+        slow=slow_rank(traces, times, load),
+        caused_us=_caused(traces, steps, late),
+        late=late,
+        ceiling="rated" if links.hardware is not None else "unknown",
+    )
+
+
+def _steps(traces: list[RankTrace], step: int | None) -> list[int]:
+    recorded = sorted({number for trace in traces for number in trace.steps})
+    if not recorded:
+        raise ProfileError(
+            "profile must hold a step, and its traces have none of the ranges moepp/step/N; record "
+            "it with training.profile_steps, or put such a range around a step"
+        )
+    if step is not None and step not in recorded:
+        raise ProfileError(f"--step ({step}) must be a recorded step; use one of {recorded}")
+    return recorded if step is None else [step]
+
+
+def _caused(
+    traces: list[RankTrace], steps: list[int], late: dict[CallKey, Lateness]
+) -> dict[int, float]:
+    caused: dict[int, float] = defaultdict(float, {trace.rank: 0.0 for trace in traces})
+    for trace in traces:
+        spans = [trace.steps[step] for step in steps if step in trace.steps]
+        for place, call in enumerate(trace.collectives):
+            lateness = late.get((trace.rank, place))
+            within = any(span.start_us <= call.start_us < span.end_us for span in spans)
+            if lateness is not None and within:
+                caused[lateness.last_rank] += lateness.wait_us
+    return dict(caused)

@@ -1,0 +1,194 @@
+"""The checked reader of all formats: bounded in size, every fault one line that names the place."""
+
+from __future__ import annotations
+
+import gzip
+import reprlib
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+from pydantic import BaseModel, ValidationError
+
+from moepp_megatron.config.json_file import parse_json
+from moepp_megatron.config.regular_file import check_regular
+from moepp_megatron.tools.profiling.trace import ProfileError
+
+_GZIP = b"\x1f\x8b"
+# Unpacked; as Python's objects a trace takes some six times as much.
+MAX_BYTES = 1 << 30
+_MAX_LINE = 1 << 20
+# Beyond these a number is damage; sums and products of such numbers are still finite.
+LARGEST = 1 << 63
+MOST_RANKS = 1 << 20
+
+
+def read_bytes(path: Path, limit: int | None = None) -> bytes:
+    """The content of a file, unpacked if gzip; its first `limit` bytes where given.
+
+    Raises:
+        ProfileError: The file cannot be read, its compression is damaged, or it is too large.
+    """
+    with _opened(path) as file:
+        content = file.read(MAX_BYTES + 1 if limit is None else limit)
+    if len(content) > MAX_BYTES:
+        raise _too_large(path)
+    return content
+
+
+def read_document(path: Path, remedy: str = "record it again") -> Any:
+    """The content of a JSON file, which may be gzip; `remedy` ends the error.
+
+    Raises:
+        ProfileError: As `read_bytes`, or the file is not JSON.
+    """
+    try:
+        return parse_json(read_bytes(path))
+    except ProfileError:
+        raise
+    except ValueError as error:
+        raise ProfileError(f"{path}: not a whole JSON file ({error}); {remedy}") from None
+
+
+def read_model[Model: BaseModel](
+    path: Path, model: type[Model], content: Any, remedy: str
+) -> Model:
+    """A document as a pydantic model; a misfit is a ProfileError with the field and `remedy`."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise ProfileError(f"{path}: field {where!r}: {first['msg'].lower()}; {remedy}") from None
+
+
+def _too_large(path: Path) -> ProfileError:
+    return ProfileError(
+        f"{path}: more than {MAX_BYTES >> 20} MiB (unpacked); record fewer steps or calls"
+    )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, unpacking gzip while reading; errors become a ProfileError."""
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            packed = file.read(len(_GZIP)) == _GZIP
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            # typeshed's GzipFile is no IO[bytes].
+            yield cast(IO[bytes], file)
+    except EOFError:
+        raise ProfileError(f"{path}: cut short inside its gzip data; copy it again") from None
+    except (OSError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ProfileError(
+            f"{path}: cannot be read ({reason or error}); give a whole file of a profile"
+        ) from None
+
+
+def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place ("FILE, line N") and value of a file with one JSON object on each line.
+
+    A last line that ends early is left out: a program that still runs, or that was killed, has
+    not finished it.
+
+    Raises:
+        ProfileError: Another line is not a JSON object, or the file is too large.
+    """
+    for number, line, is_last in _lines(path):
+        place = f"{path}, line {number}"
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            if is_last:
+                return
+            raise ProfileError(f"{place}: not JSON ({error}); copy the file again") from None
+        if not isinstance(value, dict):
+            raise ProfileError(f"{place}: a JSON object is expected, not {type(value).__name__}")
+        yield place, value
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """Number and text of each line that is not empty, and whether it is the last."""
+    before: tuple[int, str] | None = None
+    number = size = 0
+    with _opened(path) as file:
+        while line := file.readline(_MAX_LINE + 1):
+            number, size = number + 1, size + len(line)
+            if size > MAX_BYTES:
+                raise _too_large(path)
+            if len(line) > _MAX_LINE:
+                raise ProfileError(f"{path}, line {number}: longer than {_MAX_LINE} bytes")
+            if text := line.decode("utf-8", errors="replace").strip():
+                if before is not None:
+                    yield *before, False
+                before = number, text
+    if before is not None:
+        yield *before, True
+
+
+def field[Value](
+    record: Any,
+    name: str,
+    kind: type[Value],
+    place: str,
+    default: Value | None = None,
+    least: float = -LARGEST,
+) -> Value:
+    """A field of a record.
+
+    Args:
+        record: The record; a mapping unless the file is damaged.
+        name: Name of the field; dots lead into records within it (`header.rank`).
+        kind: int, float (takes whole numbers too), str, list or dict.
+        place: Where the record is, for the error.
+        default: What to return where the field is absent; None: an absent field is an error.
+        least: The least number that is sound.
+
+    Raises:
+        ProfileError: The field is absent, of another kind, or no sound number.
+    """
+    value = record
+    for part in name.split("."):
+        if not isinstance(value, dict) or value.get(part) is None:
+            if default is not None:
+                return default
+            raise ProfileError(f"{place}: field {name!r} is missing; record it again")
+        value = value[part]
+    if not _fits(value, kind, least):
+        bound = f" of at least {least:g}" if kind in (int, float) and least > -LARGEST else ""
+        raise ProfileError(
+            f"{place}: field {name!r} is {type(value).__name__} {reprlib.repr(value)}, not "
+            f"{kind.__name__}{bound}; record it again"
+        )
+    return cast(Value, value)
+
+
+def optional[Value](record: Any, name: str, kind: type[Value], least: float = 0) -> Value | None:
+    """A field of a record that only says more about it; None where it is absent or damaged."""
+    value = record.get(name)
+    return cast(Value, value) if _fits(value, kind, least) else None
+
+
+def _fits(value: Any, kind: type, least: float) -> bool:
+    wanted: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        return False
+    number: Any = value
+    # Not a number compares as false.
+    return kind not in (int, float) or least <= number <= LARGEST
+
+
+def whole_list(text: Any) -> list[int] | None:
+    """Sizes or ranks of a list or "[1, 2]"; None for anything else, and for "[1, 2, ...]"."""
+    if isinstance(text, str):
+        try:
+            text = parse_json(text)
+        except ValueError:
+            return None
+    if not isinstance(text, list) or len(text) > MOST_RANKS:
+        return None
+    return text if all(_fits(item, int, 0) for item in text) else None

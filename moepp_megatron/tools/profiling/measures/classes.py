@@ -1,0 +1,149 @@
+"""Sums collectives by kind: operation, group by meaning, purpose and pass."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moepp_megatron.tools.profiling.collective import Collective, Operation, bus_factor
+from moepp_megatron.tools.profiling.measures.exposure import (
+    Interval,
+    computing,
+    length,
+    subtract,
+    union,
+)
+from moepp_megatron.tools.profiling.measures.lateness import CallKey, Lateness
+from moepp_megatron.tools.profiling.measures.links import Link, Links
+from moepp_megatron.tools.profiling.measures.purpose import PURPOSES, place_of, purpose_of
+from moepp_megatron.tools.profiling.trace import RankTrace
+
+
+class _ClassName(NamedTuple):
+    """The kind of a call.
+
+    Attributes:
+        purpose: One of `PURPOSES`.
+        operation: Operation of c10d.
+        group: Meaning of the process group.
+        phase: forward, recompute or backward of a layer; "" outside of layers.
+    """
+
+    purpose: str
+    operation: Operation
+    group: str
+    phase: str
+
+
+@dataclass
+class CallClass:
+    """Calls of a kind. Sums are over ranks and steps; microseconds and bytes.
+
+    Attributes:
+        name: Their kind.
+        link: The link that they use.
+        calls: Number of calls, each counted on every rank.
+        group_size: Ranks of the group, as of the last call; 0 if unknown.
+        size: Bytes by nccl-tests' convention; calls without a size count 0.
+        time_us: Time from start to end, waiting included.
+        wait_us: Part of it spent waiting for the last rank to start; 0 for unmatched calls.
+        matched: Calls that could be matched on all ranks.
+        exposed_us: Time in which no work hid them.
+        bus_bytes: Size times bus factor; divided by transfer time it is bus bandwidth.
+    """
+
+    name: _ClassName
+    link: Link
+    calls: int = 0
+    group_size: int = 0
+    size: int = 0
+    time_us: float = 0.0
+    wait_us: float = 0.0
+    matched: int = 0
+    exposed_us: float = 0.0
+    bus_bytes: float = 0.0
+
+    @property
+    def transfer_us(self) -> float:
+        """Time without waiting for late ranks."""
+        return self.time_us - self.wait_us
+
+    @property
+    def algorithm_gb_s(self) -> float | None:
+        """Size over transfer time, GB/s (1e9 bytes)."""
+        return rate_gb_s(self.size, self.transfer_us)
+
+    @property
+    def bus_gb_s(self) -> float | None:
+        """Bus bandwidth over transfer time, GB/s."""
+        return rate_gb_s(self.bus_bytes, self.transfer_us)
+
+    @property
+    def peak_gb_s(self) -> float | None:
+        """Rated bandwidth of the link, GB/s."""
+        return self.link.peak_gb_s
+
+    @property
+    def peak_share(self) -> float | None:
+        """Bus bandwidth over the link's peak."""
+        return self.bus_gb_s / self.peak_gb_s if self.bus_gb_s and self.peak_gb_s else None
+
+    def add(self, call: Collective, late: Lateness | None) -> None:
+        """Count a call."""
+        self.calls += 1
+        self.group_size = call.group_size
+        self.time_us += call.duration_us
+        if late is not None:
+            self.matched += 1
+            self.wait_us += late.wait_us
+        if call.size is not None:
+            self.size += call.size
+            self.bus_bytes += call.size * bus_factor(call.operation, max(call.group_size, 1))
+
+
+def rate_gb_s(size: float | None, us: float) -> float | None:
+    """GB/s (1e9 bytes); None where either is unknown or 0."""
+    return size / us / 1e3 if size and us > 0 else None
+
+
+def call_classes(
+    traces: list[RankTrace],
+    steps: list[int],
+    late: Mapping[CallKey, Lateness],
+    links: Links,
+) -> list[CallClass]:
+    """All calls within the steps by kind, the most exposed first.
+
+    Args:
+        traces: Traces of all recorded ranks.
+        steps: The steps to count.
+        late: Waiting of each call.
+        links: The link that each group uses.
+    """
+    classes: dict[_ClassName, CallClass] = {}
+    for trace in traces:
+        for span in [trace.steps[step] for step in steps if step in trace.steps]:
+            compute = computing(trace, span.interval)
+            intervals: dict[_ClassName, list[Interval]] = defaultdict(list)
+            for place, call in enumerate(trace.collectives):
+                if span.start_us <= call.start_us < span.end_us:
+                    name = class_name(trace, call)
+                    own = classes.setdefault(name, CallClass(name, links.of(call)))
+                    own.add(call, late.get((trace.rank, place)))
+                    intervals[name].append((call.start_us, min(call.end_us, span.end_us)))
+            for name, parts in intervals.items():
+                classes[name].exposed_us += length(subtract(union(parts), compute))
+    return sorted(
+        classes.values(),
+        key=lambda row: (-row.exposed_us, -row.time_us, PURPOSES.index(row.name.purpose)),
+    )
+
+
+def class_name(trace: RankTrace, call: Collective) -> _ClassName:
+    """The kind of a call."""
+    meaning = trace.groups[call.group].meaning if call.group in trace.groups else "unknown"
+    place = place_of(call)
+    phase = place.phase if place else ""
+    return _ClassName(purpose_of(call, meaning), call.operation, meaning, phase)

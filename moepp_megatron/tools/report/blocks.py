@@ -1,0 +1,158 @@
+"""A page as a list of blocks, which `templates/page.html.j2` draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from moepp_megatron.tools.report.template import render_template, write_page
+from moepp_megatron.version import __version__
+
+
+@dataclass(frozen=True)
+class Card:
+    """One headline number."""
+
+    label: str
+    value: str
+    note: str
+    accent: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A titled picture with its text.
+
+    Attributes:
+        caption: What the plot shows and how it is computed.
+        image: ``data:`` address of the picture; None if there is nothing to draw.
+        alt: The picture in words; without a picture, why there is none.
+    """
+
+    title: str
+    caption: str
+    image: str | None
+    alt: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table.
+
+    Attributes:
+        look: How it is set: as text, a number (on the right), a comment, code, or a badge.
+        bars: Parts of a stacked bar in its place: share of the width, colour, text for the pointer.
+        pick: With a name, it is a button whose `data-NAME` is the text, for the page's script.
+    """
+
+    text: str
+    look: Literal["text", "number", "comment", "code", "critical", "warning", "info"] = "text"
+    note: str = ""
+    bars: Sequence[tuple[float, str, str]] = ()
+    pick: str = ""
+
+
+def number(text: str, note: str = "") -> Cell:
+    """The cell of a number."""
+    return Cell(text, "number", note)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; a heading stands as its column's cells of the first row do.
+
+    Attributes:
+        rows: Cells by row, as many as headings; the first one names its row.
+        strong: Indices of rows to emphasise.
+        wide: Whether it takes the whole width of the page.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+    strong: Sequence[int] = ()
+    title: str = ""
+    wide: bool = True
+
+
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs.
+
+    Attributes:
+        lines: One paragraph each.
+        look: `note` is small, `warning` framed, `nothing` stands where something could be; `code`
+            keeps its line breaks.
+        fold: With a title, all of it is folded away below that.
+    """
+
+    lines: Sequence[str]
+    look: Literal["text", "note", "warning", "nothing", "code"] = "text"
+    fold: str = ""
+
+
+Block = Plot | Table | Text
+
+
+@dataclass(frozen=True)
+class PageSection:
+    """Blocks below a heading.
+
+    Attributes:
+        blocks: Plots in two columns, unless they are wide; all else in the full width.
+    """
+
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page.
+
+    Attributes:
+        kind: What it is: "MoE++ pilot".
+        name: Whose page it is, where the title does not say.
+        lead: The result in a sentence, or a line for each.
+        warnings: What a reader has to know before believing the numbers.
+        sources: The files that it is made of.
+        command: What makes it again.
+    """
+
+    kind: str
+    title: str
+    sources: str
+    command: str
+    name: str = ""
+    lead: str = ""
+    facts: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    cards: Sequence[Card] = ()
+    sections: Sequence[PageSection] = field(default_factory=list)
+
+
+def render_page(page: Page, template: str = "page.html.j2", **values: object) -> str:
+    """The page's HTML, which needs no other file and no network.
+
+    Args:
+        template: `page.html.j2`, or one that extends it.
+        values: What that one names besides.
+    """
+    kinds = {Plot: "plot", Table: "table", Text: "text"}
+    return render_template(template, page=page, version=__version__, block_kinds=kinds, **values)
+
+
+def write_blocks(path: Path, page: Page) -> Path:
+    """Write the page as ASCII, whole or not at all; the same content gives the same bytes.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ReportError: It cannot be written.
+    """
+    write_page(path, render_page(page))
+    return path

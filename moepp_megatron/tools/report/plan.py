@@ -1,0 +1,232 @@
+"""`moepp plan` on the terminal, as JSON, and as a plot of where the time goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+from matplotlib.axes import Axes
+from rich.table import Table
+
+from moepp_megatron.runtime.atomic import write_result
+from moepp_megatron.tools.planning.coster import GIB
+from moepp_megatron.tools.planning.measured.compare import error_range, published
+from moepp_megatron.tools.planning.plan import Plan
+from moepp_megatron.tools.planning.planned import Planned
+from moepp_megatron.tools.planning.traffic import placement
+from moepp_megatron.tools.report.drawing import BLUE, GREEN, INK, MUTED, VERMILION, png_figure
+from moepp_megatron.tools.report.plan_models import (
+    extras,
+    how_well,
+    model_name,
+    models,
+    models_table,
+    short_name,
+    size_words,
+)
+from moepp_megatron.tools.report.terminal import print_uncut, titled_table
+
+# Bars: the legend's names and colours, and the names in `StepTime.seconds` that they add up.
+_BARS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("FFN experts", BLUE, ("experts", "shared_expert", "dense_ffn")),
+    ("attention", "#56b4e9", ("attention",)),
+    (
+        "router, permutation, zero-computation, norms",
+        "#9aa5b1",
+        ("router", "permutation", "zero_computation", "norms"),
+    ),
+    ("embedding, output layer, loss", "#52606d", ("output",)),
+    ("recomputation", "#f0e442", ("recomputation",)),
+    ("expert exchange, exposed", VERMILION, ("expert exchange", "sizes of the exchange")),
+    ("tensor and context parallel", "#e69f00", ("tensor parallel", "context parallel")),
+    ("waiting for the host", "#000000", ("waiting for the host",)),
+    ("pipeline: bubble and transfers", "#cc79a7", ("pipeline bubble", "pipeline transfers")),
+    ("data parallel, optimizer", GREEN, ("data parallel", "optimizer")),
+)
+
+_PUBLISHED = 2  # runs that are named
+_WHY = {
+    "work": "slower computation: smaller or repeated products, or products during an exchange",
+    "recompute": "recomputation that the best does without",
+    "network": "exposed communication (experts, tensor, context, stages)",
+    "bubble": "pipeline bubble",
+    "end": "data-parallel exchange or optimizer that nothing hides",
+}
+
+
+def print_plan(plan: Plan, tokens: float, price: float | None) -> None:
+    """Print the best layouts, why the others lose, and a comparison of the models."""
+    load = plan.layouts[0].step.load if plan.layouts else None
+    hardware = plan.machine.hardware
+    print_uncut(
+        f"{plan.search.legal:,} legal layouts on {plan.world:,} {hardware.name}, "
+        f"{plan.search.legal - len(plan.search.over):,} of them fit "
+        f"{plan.machine.usable_bytes / GIB:.1f} GiB"
+    )
+    print_uncut(_layouts(plan))
+    for number, planned in enumerate(plan.layouts, start=1):
+        print_uncut(f"{number}  {explain(plan, planned)}")
+    print_uncut("")
+    for line in _losses(plan):
+        print_uncut(line)
+    if plan.best is None:
+        return
+    errors = error_range(plan.config, plan.machine)
+    print_uncut(models_table(plan, tokens, price, errors))
+    if load is not None and load.mean > 1:
+        print_uncut(
+            f"fullest rank over mean, in a layer: {load.mean:.2f} on average (half of the layers "
+            f"below {load.median:.2f}, nine in ten below {load.p90:.2f}); times hold the average"
+        )
+    print_uncut(how_well(errors))
+    for run in published(plan.config, plan.machine, plan.world)[:_PUBLISHED]:
+        print_uncut(
+            f"published, vanilla: {run.tokens_per_s_per_gpu:,.0f} tok/s/GPU on {run.row.gpus:,} "
+            f"{run.hardware.name}: {run.row.name} ({run.row.source})"
+        )
+
+
+def _layouts(plan: Plan) -> Table:
+    names = ("", "TP", "CP", "PP", "VPP", "EP", "ETP", "DP", "MBS")
+    table = titled_table("layouts, best first", *names)
+    table.add_column("recompute, bf16 states, overlap, dispatcher")
+    for name in ("GiB", "step s", "tok/s/GPU", "TFLOP/s", "MFU", "a2a"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, planned in enumerate(plan.layouts, start=1):
+        grid = planned.grid
+        degrees = (grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp, grid.dp)
+        others = extras(planned)
+        if grid.ep > 1 and grid.dispatcher is not None:
+            others.append(grid.dispatcher)
+        table.add_row(
+            str(number) if planned.fits else "no",
+            *(str(degree) for degree in degrees),
+            str(grid.micro_batch),
+            ", ".join(others) or "-",
+            f"{planned.memory_gib:.1f}",
+            f"{planned.step.total:.3f}",
+            f"{planned.tokens_per_s_per_gpu:,.0f}",
+            f"{planned.tflops_per_gpu:.0f}",
+            f"{planned.mfu:.1%}",
+            size_words(planned.step.exchange_bytes),
+        )
+    return table
+
+
+def explain(plan: Plan, planned: Planned) -> str:
+    """One line on a layout: its time by parts, the links of its exchange, its losses."""
+    if not planned.fits:
+        over = planned.memory_gib - plan.machine.usable_bytes / GIB
+        return f"does not fit: {over:.1f} GiB too many on the fullest rank"
+    step = planned.step
+    shares = {name: seconds / step.total for name, seconds in _bars(step.seconds).items()}
+    largest = sorted(shares.items(), key=lambda item: -item[1])[:3]
+    text = ", ".join(f"{name} {share:.0%}" for name, share in largest)
+    place = placement(planned.grid, "ep", plan.machine.per_node)
+    if place.size == 1:
+        text += "; no token travels"
+    elif place.nodes == 1:
+        text += "; tokens travel only by NVLink"
+    else:
+        text += f"; tokens travel over {place.nodes} nodes"
+    best = plan.best
+    if best is None or planned is best:
+        return text
+    slower = step.total / best.step.total - 1
+    if slower < 0:
+        return f"{slower:.1%}, within the model's error, and less simple than 1; {text}"
+    ours, theirs = _bars(step.seconds), _bars(best.step.seconds)
+    name = max(ours, key=lambda key: ours[key] - theirs[key])
+    more = (ours[name] - theirs[name]) / best.step.total
+    return f"+{slower:.1%} ({name} +{more:.1%}); {text}"
+
+
+def _losses(plan: Plan) -> list[str]:
+    search = plan.search
+    lines = []
+    if search.over:
+        lines.append(
+            f"memory: {len(search.over):,} layouts do not fit, half of them by more than "
+            f"{median(search.over) / GIB:,.1f} GiB"
+        )
+    if search.spared:
+        lines.append(f"{search.spared:,} repeat computation, or keep fewer bits, without need")
+    for name, count in sorted(search.lost.items(), key=lambda item: -item[1]):
+        lines.append(
+            f"{count:,} lose most by {_WHY[name]}: half of them take over "
+            f"{search.gaps[name]:.0%} longer"
+        )
+    return lines
+
+
+def _bars(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by the plot's names, which cover the whole time."""
+    known = {part for _, _, parts in _BARS for part in parts}
+    assert known >= seconds.keys(), f"no bar for {seconds.keys() - known}"
+    return {name: sum(seconds.get(part, 0.0) for part in parts) for name, _, parts in _BARS}
+
+
+def write_json(path: Path, plan: Plan, tokens: float, price: float | None) -> None:
+    """Write a list of layouts, those that fit first, then by step time.
+
+    The record of the plan, which `--out` writes, has `plan: true`.
+    """
+    layers = plan.config.model.num_layers
+    shown = [*plan.layouts, *plan.baselines]
+    if plan.fastest and all(plan.fastest.grid != layout.grid for layout in plan.layouts):
+        shown.append(plan.fastest)
+    errors = error_range(plan.config, plan.machine)
+    records = []
+    for planned in sorted(shown, key=lambda layout: (not layout.fits, layout.step.total)):
+        record = planned.record(layers)
+        record["plan"] = planned is plan.best
+        days = planned.run_seconds(tokens) / 86400
+        money = None if price is None else 24 * days * plan.world * price
+        record["run"] = {"tokens": tokens, "days": days, "money": money}
+        record["step_time_range_s"] = errors and errors.of(planned.step.total)
+        records.append(record)
+    text = json.dumps(records, indent=1)
+    write_result(path, (text + "\n").encode())
+
+
+def plot(path: Path, plan: Plan) -> None:
+    """Plot stacked bars: the first layouts, and each model in its best layout."""
+    entries: list[tuple[str, Planned]] = []
+    for planned in models(plan):
+        entries.append((f"{model_name(planned)}\n{short_name(planned)}", planned))
+    for number, planned in enumerate(plan.layouts[1:], start=2):
+        entries.append((f"layout {number}\n{short_name(planned)}", planned))
+    with png_figure(path, 10.5, 1.9 + 0.46 * len(entries)) as figure:
+        axis = figure.subplots()
+        _draw(axis, entries)
+        hardware = plan.machine.hardware.name
+        axis.set_title(
+            f"Where a step's time goes: {plan.config.run.name or 'model'} on "
+            f"{plan.world:,} {hardware} (estimate)",
+            loc="left",
+            color=INK,
+        )
+        figure.legend(
+            *axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5
+        )
+
+
+def _draw(axis: Axes, entries: Sequence[tuple[str, Planned]]) -> None:
+    places = range(len(entries))
+    left = [0.0] * len(entries)
+    columns = [_bars(planned.step.seconds) for _, planned in entries]
+    for name, colour, _ in _BARS:
+        values = [column[name] for column in columns]
+        if any(values):
+            axis.barh(places, values, left=left, color=colour, label=name, height=0.68)
+        left = [start + value for start, value in zip(left, values, strict=True)]
+    for place, total, (_, planned) in zip(places, left, entries, strict=True):
+        text = f" {total:.2f} s, {planned.tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
+        axis.text(total, place, text, va="center", fontsize=8.5, color=MUTED)
+    axis.set_yticks(list(places), [name for name, _ in entries], fontsize=8.5)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.28 * max(left))
+    axis.set_xlabel("seconds per step")
+    axis.grid(axis="y", visible=False)

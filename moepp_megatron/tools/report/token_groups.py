@@ -1,0 +1,89 @@
+"""Data sources, classes of tokens and tasks: a table of sources, and plots over steps."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from moepp_megatron.catalogue import OF_RECORD
+from moepp_megatron.data.token_groups import BANDS
+from moepp_megatron.tools.report import formatting
+from moepp_megatron.tools.report.blocks import Cell, Plot, Table, number
+from moepp_megatron.tools.report.curves import drawn_metrics, plain_plot
+from moepp_megatron.tools.report.drawing import LINE_COLOURS
+from moepp_megatron.tools.report.run_data import RunData
+from moepp_megatron.tools.report.summary import finite_mean, tail
+
+
+def source_table(run: RunData) -> Table | None:
+    """The data sources, those of the most tokens first; None where all is of one source."""
+    places = np.flatnonzero(~np.isnan(run.numbers.values("source_tokens")))
+    if not len(places):
+        return None
+    newest = tail(places)
+    before = tail(places[: -len(newest)]) if len(places) > len(newest) else places[:0]
+    rows, busiest = [], _busiest(run, newest)
+    for name in _sources(run):
+        loss = _mean(run, newest, "source_loss", name)
+        change = loss - _mean(run, before, "source_loss", name)
+        rows.append(
+            [
+                Cell(name),
+                number(formatting.percent(_mean(run, newest, "source_tokens", name))),
+                number(_shown(loss)),
+                number(f"{change:+.3f}" if math.isfinite(change) else "-"),
+                number(_shown(_mean(run, newest, "source_ffn_share", name), formatting.percent)),
+                Cell(busiest.get(name, "-")),
+            ]
+        )
+    head = ("Data source", "Tokens", "Loss", "Change", "FFN share", "Busiest expert")
+    caption = "Means over the last tenth of the records; the change is that since the tenth before."
+    return Table(head, rows, caption)
+
+
+def token_plots(run: RunData) -> list[Plot]:
+    """The plots that the records have numbers for."""
+    # The table has all sources.
+    sources = _sources(run)[: len(LINE_COLOURS)]
+    plots = []
+    for key, drawn in drawn_metrics(run, "names"):
+        names = sources if OF_RECORD[key].labels == "source" else None
+        if key == "class_ffn_per_token":
+            bands = replace(drawn, title="FFN experts by frequency of the token")
+            plots.append(plain_plot(run, key, bands, names=BANDS))
+            names = [name for name in run.numbers.names(key) if name not in BANDS]
+        plots.append(plain_plot(run, key, drawn, names=names))
+    return [plot for plot in plots if plot.image is not None]
+
+
+def _sources(run: RunData) -> list[str]:
+    """Names of the sources, those of the most tokens in the run first."""
+    names = run.numbers.names("source_tokens")
+    tokens = {name: np.nansum(run.numbers.values("source_tokens", name)) for name in names}
+    return sorted(names, key=lambda name: -tokens[name])
+
+
+def _mean(run: RunData, places: np.ndarray, key: str, name: str) -> float:
+    """Mean over the records in which the source has a token; NaN where none has."""
+    return finite_mean(run.numbers.values(key, name)[places])
+
+
+def _busiest(run: RunData, places: np.ndarray) -> dict[str, str]:
+    """The expert that each source's tokens select most, with its share."""
+    names = run.config.experts.names
+    sums: dict[str, np.ndarray] = {}
+    for record in run.records[places]:
+        for name, row in (record.source_expert_share or {}).items():
+            if len(row) == len(names):
+                # The last entry counts the records.
+                sums[name] = sums.get(name, 0.0) + np.array([*row, 1.0])
+    means = {name: each[:-1] / each[-1] for name, each in sums.items()}
+    return {
+        name: f"{names[int(mean.argmax())]}, {formatting.percent(float(mean.max()))}"
+        for name, mean in means.items()
+    }
+
+
+def _shown(value: float, show: Callable[[float], str] = formatting.number) -> str:
+    return show(value) if math.isfinite(value) else "-"

@@ -1,0 +1,84 @@
+"""The models that a pilot trains."""
+
+import pytest
+
+from moepp_megatron.config import ConfigError, with_overrides
+from moepp_megatron.experts import FFN_ONLY
+from moepp_megatron.tools.experiments.pilot.arms import build_arms, matched_arms, narrow_width
+from tests.unit.tools.experiments.pilot.synthetic import config_of
+
+
+def test_the_first_stage() -> None:
+    arms = build_arms(config_of(), 40)
+    assert [(arm.arm.name, arm.arm.kind, arm.arm.steps) for arm in arms] == [
+        ("vanilla", "vanilla", 40),
+        ("MoE++", "moepp", 40),
+        ("vanilla, 70% of the steps", "short", 28),
+    ]
+    assert [arm.config.training.train_iters for arm in arms] == [40, 40, 28]
+    assert [arm.config.moe.is_vanilla for arm in arms] == [True, False, True]
+    # megatron-core's balance loss is E / K times the paper's: vanilla's strength is the same.
+    assert arms[0].config.moe.balance_coeff == pytest.approx(0.08 * 2 / 8)
+
+
+def test_matching_arms() -> None:
+    config = config_of()
+    moepp = build_arms(config, 40)[1]
+    longer, narrow = matched_arms(config, 40, equal_time=47, width=32)
+    assert (longer.arm.name, longer.arm.kind) == ("MoE++, vanilla's time", "equal_time")
+    assert longer.arm.steps == longer.config.training.train_iters == 47
+    assert longer.config.moe == moepp.config.moe
+    assert (narrow.arm.name, narrow.arm.kind) == ("vanilla, 32 wide", "narrow")
+    assert narrow.arm.steps == narrow.config.training.train_iters == 40
+    assert narrow.config.moe.is_vanilla
+    assert narrow.config.expert_ffn_hidden_size == 32
+    assert narrow.config.moe.balance_coeff == pytest.approx(0.08 * 2 / 8)
+
+
+@pytest.mark.parametrize(("share", "width"), [(0.5, 32), (0.7, 32), (0.9, 48), (0.01, 16)])
+def test_narrow_widths_keep_their_alignment(share: float, width: int) -> None:
+    assert narrow_width(config_of(), share) == width
+
+
+def test_all_runs_validate_on_the_same_and_end_their_schedule() -> None:
+    config = with_overrides(
+        config_of(),
+        [
+            "training.eval_iters=3",
+            "training.eval_interval=5",
+            "optimizer.decay_iters=1000",
+            "checkpoint.save_interval=10",
+            "checkpoint.async_save=true",
+            "observe.wandb.project=mine",
+            "resilience.guard_threshold=12",
+        ],
+    )
+    for arm in build_arms(config, 40):
+        got = arm.config
+        assert (got.training.eval_iters, got.training.eval_interval) == (8, 0)
+        assert (got.training.train_iters, got.optimizer.decay_iters) == (arm.arm.steps, None)
+        assert got.checkpoint.save_interval == 0
+        assert got.observe.wandb.project is None
+        assert got.resilience.guard_threshold == 12, "other settings stay"
+        # 15 of 120 steps is an eighth.
+        assert got.optimizer.warmup_iters == arm.arm.steps // 8
+    assert build_arms(config, 40, eval_iters=2)[0].config.training.eval_iters == 2
+
+
+def test_vanilla_and_too_few_steps_are_refused() -> None:
+    none = {**FFN_ONLY}
+    with pytest.raises(ConfigError, match=r"moe.num_zero_experts \(0\).*use 1"):
+        build_arms(config_of(**none), 40)
+    with pytest.raises(ConfigError, match=r"--steps \(7\) must be at least 8"):
+        build_arms(config_of(), 7)
+
+
+def test_short_runs_have_the_whole_schedule_and_the_full_batch() -> None:
+    batch = config_of().training.global_batch_size
+    wsd = ["optimizer.decay_style=WSD", "optimizer.decay_iters=100", "optimizer.wsd_decay_iters=20"]
+    ramp = f"training.batch_ramp=[[0, {batch // 2}], [1000000, {batch}]]"
+    config = with_overrides(config_of(), [*wsd, ramp])
+    for arm in build_arms(config, 40):
+        optimizer = arm.config.optimizer
+        assert (optimizer.decay_iters, optimizer.wsd_decay_iters) == (None, arm.arm.steps // 5)
+        assert arm.config.training.batch_ramp is None

@@ -1,0 +1,205 @@
+"""What is kept, what is done anew, what is refused."""
+
+import itertools
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from moepp_megatron.config import ConfigError, load_config, with_overrides
+from moepp_megatron.config.exit_codes import STOPPED
+from moepp_megatron.runtime.launch import LaunchOptions
+from moepp_megatron.tools.experiments import runner
+from moepp_megatron.tools.experiments.pilot.arms import build_arms
+from moepp_megatron.tools.experiments.pilot.trials import PilotRun, claim
+from moepp_megatron.tools.experiments.runner import (
+    Interrupted,
+    RunFailed,
+    in_turns,
+    missing,
+    run_missing,
+    run_trial,
+)
+from tests.unit.tools.experiments.pilot.synthetic import config_of, write_run
+
+
+def runs_in(
+    path: Path, steps: int = 8, seeds: tuple[int, ...] = (7, 8), nproc: int = 1
+) -> list[PilotRun]:
+    arms = build_arms(config_of(), steps)
+    return [PilotRun.of(path, nproc, arm, seed) for arm, seed in in_turns(arms, seeds)]
+
+
+class Ranks:
+    """Stands in for the ranks of these runs; notes which were started."""
+
+    def __init__(self, runs: list[PilotRun], status: int = 0, after: int = 0) -> None:
+        self.runs = {run.name: run for run in runs}
+        self.started: list[str] = []
+        self.status, self.after = status, after
+
+    def __call__(self, options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
+        file = Path(arguments[-1])
+        assert file.exists(), "written before it is run"
+        run = self.runs[file.stem]
+        assert not run.config.run.dir.exists(), "done anew, from nothing"
+        self.started.append(run.name)
+        if len(self.started) > self.after and self.status:
+            return self.status
+        write_run(run)
+        return 0
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ranks]:
+    """Puts `Ranks` in place of those that would be started."""
+
+    def put(runs: list[PilotRun], status: int = 0, after: int = 0) -> Ranks:
+        ranks = Ranks(runs, status, after)
+        monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", ranks)
+        return ranks
+
+    return put
+
+
+def test_order_rotates_from_seed_to_seed(tmp_path: Path) -> None:
+    names = [run.name for run in runs_in(tmp_path, seeds=(7, 8))]
+    assert names == [
+        "vanilla-seed-7",
+        "moepp-seed-7",
+        "vanilla-70-percent-of-the-steps-seed-7",
+        "moepp-seed-8",
+        "vanilla-70-percent-of-the-steps-seed-8",
+        "vanilla-seed-8",
+    ]
+
+
+def test_configurations_are_files_that_train_takes(tmp_path: Path) -> None:
+    runs = runs_in(tmp_path)
+    claim(tmp_path, runs)
+    for run in runs:
+        assert load_config(tmp_path / "configs" / f"{run.name}.yaml") == run.config
+        assert run.config.training.seed == run.seed
+        assert run.config.run.dir == tmp_path / "runs" / run.name
+
+
+def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(tmp_path, stand_in):
+    runs = runs_in(tmp_path)
+    claim(tmp_path, runs)
+    write_run(runs[0])
+    write_run(runs[1], steps=5)
+    # All steps, but ended before its validation.
+    write_run(runs[2], loss=None)
+    assert missing(runs[:3]) == runs[1:3]
+    ranks = stand_in(runs)
+    shown: list[str] = []
+    ended: list[str] = []
+    run_missing(runs, shown.append, lambda run: ended.append(run.name))
+    assert ranks.started == ended == [run.name for run in runs[1:]]
+    assert shown[0] == "seed 7, MoE++"
+    assert shown[1].startswith("seed 7, vanilla, 70% of the steps (")
+    again = stand_in(runs)
+    run_missing(runs)
+    assert again.started == []
+
+
+def test_what_another_command_has_just_finished_stays(tmp_path, stand_in, monkeypatch) -> None:
+    runs = runs_in(tmp_path, seeds=(7,))
+    claim(tmp_path, runs)
+    ranks = stand_in(runs)
+    monkeypatch.setattr(runner, "lock", lambda descriptor: write_run(runs[0]) or True)
+    run_missing(runs)
+    assert ranks.started == [run.name for run in runs[1:]]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_runs_with_other_settings_are_refused(tmp_path: Path, finished: bool) -> None:
+    write_run(runs_in(tmp_path)[0], steps=None if finished else 5)
+    other = runs_in(tmp_path, steps=16)
+    with pytest.raises(ConfigError, match=r"training.train_iters \(8, now 16\).* another folder"):
+        claim(tmp_path, other)
+    assert not (tmp_path / "configs").exists(), "refused before anything is written"
+
+
+def test_a_moved_folder_is_the_same_pilot(tmp_path: Path) -> None:
+    for run in runs_in(tmp_path / "before"):
+        write_run(run)
+    (tmp_path / "before").rename(tmp_path / "after")
+    runs = runs_in(tmp_path / "after")
+    claim(tmp_path / "after", runs)
+    assert missing(runs) == []
+
+
+@pytest.mark.parametrize("status", [STOPPED, 128 + signal.SIGTERM, 128 + signal.SIGINT])
+def test_a_request_to_stop_ends_the_pilot_and_keeps_what_is_done(tmp_path, stand_in, status):
+    runs = runs_in(tmp_path)
+    claim(tmp_path, runs)
+    stand_in(runs, status, after=2)
+    with pytest.raises(Interrupted, match="run again to continue"):
+        run_missing(runs)
+    assert missing(runs[:3]) == runs[2:3]
+
+
+def test_a_request_between_two_runs(tmp_path: Path, stand_in: Callable[..., Ranks]) -> None:
+    runs = runs_in(tmp_path)
+    claim(tmp_path, runs)
+    before = signal.getsignal(signal.SIGTERM)
+    stand_in(runs)
+    with pytest.raises(Interrupted):
+        run_missing(runs, finished=lambda run: signal.raise_signal(signal.SIGTERM))
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert runs[0] not in missing(runs)
+
+
+def test_a_failed_run_says_what_to_read(tmp_path: Path, stand_in: Callable[..., Ranks]) -> None:
+    runs = runs_in(tmp_path)
+    claim(tmp_path, runs)
+    runs[0].log.write_text("error: something (3) must be 4\n")
+    stand_in(runs, status=1)
+    with pytest.raises(RunFailed, match=r"vanilla-seed-7 failed: something \(3\) must.*\.log"):
+        run_missing(runs)
+
+
+def test_a_diverged_run_has_no_loss_to_compare(tmp_path: Path) -> None:
+    run = runs_in(tmp_path)[0]
+    write_run(run, loss=4.0)
+    file = run.config.run.dir / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"valid_loss":4.0', '"valid_loss":1e999'))
+    with pytest.raises(RunFailed, match="vanilla-seed-7 has diverged"):
+        run.result()
+
+
+def test_ranks_are_started_on_the_runs_own_file(tmp_path, monkeypatch) -> None:
+    calls = []
+
+    def launched(options: LaunchOptions, module: str, arguments: list[str]) -> int:
+        calls.append((options, module, arguments))
+        write_run(run)
+        return 0
+
+    run = runs_in(tmp_path, nproc=4)[0]
+    monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", launched)
+    run_trial(run)
+    options, module, arguments = calls[0]
+    assert (options.num_local_ranks, options.output) == (4, run.log)
+    assert module == "moepp_megatron.cli.main"
+    assert arguments == ["train", "--", str(tmp_path / "configs" / "vanilla-seed-7.yaml")]
+
+
+def test_time_left_follows_from_steps(tmp_path, stand_in, monkeypatch):
+    clock = itertools.count(step=10)
+    monkeypatch.setattr(runner.time, "monotonic", lambda: float(next(clock)))
+    runs = runs_in(tmp_path, seeds=(7,))
+    claim(tmp_path, runs)
+    stand_in(runs)
+    shown: list[str] = []
+    run_missing(runs, shown.append)
+    # 8, 8 and 6 steps; 10 s for the first 8, then 20 s for 16.
+    assert [line.partition(" (")[2] for line in shown] == ["", "17.5 s left)", "7.5 s left)"]
+
+
+def test_settings_of_place_alone_may_differ(tmp_path: Path) -> None:
+    write_run(runs_in(tmp_path)[0])
+    config = with_overrides(config_of(), ["slurm.partition=fast", "run.name=other"])
+    claim(tmp_path, [PilotRun.of(tmp_path, 1, arm, 7) for arm in build_arms(config, 8)])

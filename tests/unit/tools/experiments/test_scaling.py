@@ -1,0 +1,430 @@
+"""Scaling tests without ranks: points, layouts, efficiency, resuming, failures, the page."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moepp_megatron.cli.main import app
+from moepp_megatron.config import Config, ConfigError, load_config
+from moepp_megatron.runtime.launch import LaunchOptions
+from moepp_megatron.tools.experiments.runner import FAILURE_MARK, failure_reason
+from moepp_megatron.tools.experiments.scaling.grid import build_grid, parse_layout
+from moepp_megatron.tools.experiments.scaling.plots import series
+from moepp_megatron.tools.experiments.scaling.records import (
+    KindResult,
+    PointResult,
+    scale_records,
+)
+from moepp_megatron.tools.experiments.scaling.trials import Measuring, PointTrial, claim
+
+QUICKSTART = Path(__file__).parents[4] / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture
+def config() -> Config:
+    return load_config(QUICKSTART)
+
+
+def scale(out: Path, *arguments: str) -> Any:
+    """`moepp scale` in this process."""
+    return CliRunner().invoke(app, ["scale", str(QUICKSTART), "--out", str(out), *arguments])
+
+
+def kind_result(step_times_s: list[float], a2a_bytes: int = 0) -> KindResult:
+    return KindResult(
+        step_times_s=step_times_s,
+        ffn_fraction=0.6,
+        a2a_bytes=a2a_bytes,
+    )
+
+
+def point_result(moepp: list[float], vanilla: list[float], tokens: int = 4096) -> PointResult:
+    return PointResult(
+        tokens=tokens,
+        phi=0.6,
+        backend="gloo",
+        device="cpu",
+        hosts=1,
+        cores=2,
+        kinds={"moepp": kind_result(moepp, 600), "vanilla": kind_result(vanilla, 1000)},
+    )
+
+
+def test_points_of_both_modes(config: Config) -> None:
+    grid = build_grid(config, [1, 2, 4], ["auto"], ["strong", "weak"])
+    assert [(p.nproc, p.layout[-11:], p.global_batch_size, p.modes) for p in grid.points] == [
+        (1, ",ep=1,etp=1", 16, ("strong", "weak")),
+        (2, ",ep=2,etp=1", 16, ("strong",)),
+        (2, ",ep=2,etp=1", 32, ("weak",)),
+        (4, ",ep=4,etp=1", 16, ("strong",)),
+        (4, ",ep=4,etp=1", 64, ("weak",)),
+    ]
+    assert not grid.impossible
+    point = grid.points[-1]
+    assert point.name == "n4_tp1-pp1-cp1-ep4-etp1_b64"
+    own = point.config(config)
+    assert own.parallel.expert_model_parallel_size == 4
+    assert own.training.global_batch_size == 64
+
+
+def test_layouts_that_do_not_fit_are_left_out_with_the_reason(config: Config) -> None:
+    # Six ranks: the widest expert parallelism that divides 8 experts and 6 ranks is 2, and a
+    # batch of 16 is no multiple of 6 ranks times 4.
+    grid = build_grid(config, [2, 6], ["auto", "ep=4", "tp=2"], ["strong"])
+    assert [(p.nproc, p.layout) for p in grid.points] == [
+        (2, "tp=1,pp=1,cp=1,ep=2,etp=1"),
+        (2, "tp=2,pp=1,cp=1,ep=2,etp=1"),
+    ]
+    left_out = ["2 ranks, ep=4", "6 ranks, auto", "6 ranks, ep=4", "6 ranks, tp=2"]
+    assert list(grid.impossible) == [f"{what}, strong" for what in left_out]
+    assert "must be divisible by" in grid.impossible["2 ranks, ep=4, strong"]
+    assert "training.global_batch_size (16)" in grid.impossible["6 ranks, auto, strong"]
+
+
+def test_weak_batch_grows_from_the_smallest_count(config: Config):
+    grid = build_grid(config, [2, 4], ["ep=1"], ["weak"])
+    assert [(p.nproc, p.global_batch_size) for p in grid.points] == [(2, 16), (4, 32)]
+
+
+@pytest.mark.parametrize(
+    "text", ["ep", "ep=0", "ep=x", "dp=2", "ep=1,ep=2", "", "ep=-1", "ep=2;tp=1"]
+)
+def test_malformed_layouts(text: str) -> None:
+    with pytest.raises(ConfigError, match="--layout"):
+        parse_layout(text)
+
+
+def test_records_are_relative_to_the_fastest_layout_of_the_smallest_count(config: Config):
+    grid = build_grid(config, [2, 4], ["ep=1", "ep=2"], ["strong"])
+    results = {}
+    times = {(2, "1"): 4.0, (2, "2"): 3.0, (4, "1"): 2.0, (4, "2"): 1.0}
+    for point in grid.points:
+        seconds = times[point.nproc, point.layout[-7]]
+        # The median is not the mean, and one repetition was disturbed for both models.
+        results[point] = point_result(
+            [seconds, seconds, 9 * seconds], [2 * seconds] * 2 + [9 * seconds]
+        )
+    records = [r for r in scale_records(results) if r.kind == "moepp"]
+    assert [(r.nproc, r.step_time_s, r.efficiency) for r in records] == [
+        (2, 4.0, pytest.approx(3 / 4)),
+        (2, 3.0, 1.0),
+        (4, 2.0, pytest.approx(3.0 * 2 / (2.0 * 4))),
+        (4, 1.0, pytest.approx(3.0 * 2 / (1.0 * 4))),
+    ]
+    assert all(r.speedup == 2.0 for r in records)
+    assert all(r.efficiency_nproc == 2 for r in records)
+    assert records[1].tokens_per_s == pytest.approx(4096 / 3)
+    assert records[1].step_time_max_s == 27.0
+
+
+def test_page_compares_both_models_in_the_same_layout(config: Config) -> None:
+    grid = build_grid(config, [2], ["ep=1", "ep=2"], ["strong"])
+    # MoE++ is fastest in ep=2, vanilla in ep=1.
+    times = ((3.0, 4.0), (2.0, 5.0))
+    results = {
+        point: point_result([moepp], [vanilla])
+        for point, (moepp, vanilla) in zip(grid.points, times, strict=True)
+    }
+    lines = series(scale_records(results))
+    assert [(line.kind, [r.layout[-11:] for r in line.best]) for line in lines] == [
+        ("moepp", [",ep=2,etp=1"]),
+        ("vanilla", [",ep=2,etp=1"]),
+    ]
+    assert [[r.step_time_s for r in line.others] for line in lines] == [[3.0], [4.0]]
+
+
+def test_folder_of_another_test_is_refused(config: Config, tmp_path: Path) -> None:
+    measuring = Measuring(("moepp", "vanilla"), 1, 1, 3)
+    claim(tmp_path, config, measuring)
+    # Where files go and how long a run trains say nothing about speed.
+    elsewhere = load_config(QUICKSTART, ["run.dir=else", "training.train_iters=70"])
+    claim(tmp_path, elsewhere, measuring)
+    with pytest.raises(ConfigError, match=r"--out .* moe\.tau differs; choose another folder"):
+        claim(tmp_path, load_config(QUICKSTART, ["moe.tau=0.5"]), measuring)
+    with pytest.raises(ConfigError, match=r"measuring\.steps differs"):
+        claim(tmp_path, config, Measuring(("moepp", "vanilla"), 1, 2, 3))
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ConfigError, match="differs"):
+        claim(tmp_path, config, measuring)
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            f"[rank1]: x\n[default1]:{FAILURE_MARK} 1: OSError: no space\n{FAILURE_MARK} 0: later",
+            "rank 1: OSError: no space",
+        ),
+        ("noise\nerror: moe.tau (0) must be above 0; use 0.5\n", "moe.tau (0) must be above 0"),
+        ("  traceback : Signal 9 (SIGKILL) received by PID 7\n", "Signal 9 (SIGKILL)"),
+        ("", "exit status 1; "),
+    ],
+)
+def test_reason_of_a_failure_from_the_log(tmp_path: Path, log: str, reason: str) -> None:
+    path = tmp_path / "point.log"
+    path.write_text(log)
+    assert failure_reason(path, 1).startswith(reason)
+
+
+class FakeRanks:
+    """In place of torchrun: writes what the ranks would, or fails."""
+
+    def __init__(self, folder: Path, fails: Callable[[str], int | None]) -> None:
+        self.folder, self.fails = folder, fails
+        self.started: list[str] = []
+
+    def __call__(self, options: LaunchOptions, module: str, arguments: Sequence[str]) -> int:
+        name = arguments[-1]
+        assert list(arguments[-2:]) == ["--point", name]
+        self.started.append(name)
+        assert options.num_local_ranks == int(name[1])
+        status = self.fails(name)
+        assert options.output is not None
+        if status is not None:
+            options.output.write_text(f"{FAILURE_MARK} 1: RuntimeError: {name} is cursed\n")
+            return status
+        grid = build_grid(load_config(QUICKSTART), [1, 2, 4], ["auto"], ["strong", "weak"])
+        (point,) = [p for p in grid.points if p.name == name]
+        seconds = 8.0 / point.nproc
+        tokens = point.global_batch_size * 256
+        result = point_result([seconds] * 3, [1.25 * seconds] * 3, tokens)
+        PointTrial.of(self.folder, point).finish(result)
+        return 0
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`run(fails)` calls `moepp scale`; returns the result and the points that were started."""
+
+    def call(
+        fails: Callable[[str], int | None] = lambda name: None, *arguments: str
+    ) -> tuple[Any, list[str]]:
+        ranks = FakeRanks(tmp_path, fails)
+        monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", ranks)
+        return scale(tmp_path, "--nproc", "1,2,4", *arguments), ranks.started
+
+    return call
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_failed_point_is_recorded_and_only_it_is_measured_again(run: Any, tmp_path: Path) -> None:
+    cursed = "n2_tp1-pp1-cp1-ep2-etp1_b32"
+    result, started = run(lambda name: 1 if name == cursed else None)
+    assert result.exit_code == 1, result.output
+    assert len(started) == 5, "the others went on"
+    assert f"failed: {cursed}: rank 1: RuntimeError: {cursed} is cursed" in result.output
+    written = json.loads((tmp_path / "points" / f"{cursed}.json").read_text())
+    assert written["status"] == "failed"
+    records = json.loads((tmp_path / "scale.json").read_text())
+    assert [(r["mode"], r["nproc"], r["kind"]) for r in records] == [
+        (mode, nproc, kind)
+        for mode, counts in (("strong", (1, 2, 4)), ("weak", (1, 4)))
+        for nproc in counts
+        for kind in ("moepp", "vanilla")
+    ]
+    assert "is cursed" in (tmp_path / "scaling.html").read_text()
+
+    result, started = run()
+    assert result.exit_code == 0, result.output
+    assert started == [cursed]
+    assert "4 of 5 points are there already" in result.output
+    records = json.loads((tmp_path / "scale.json").read_text())
+    assert len(records) == 12
+    page = (tmp_path / "scaling.html").read_text()
+    assert "is cursed" not in page
+
+    result, _ = run(lambda name: None, "--plan")
+    assert result.output == "", "nothing is left"
+
+
+def test_interrupted_point_is_neither_finished_nor_failed(run: Any, tmp_path: Path) -> None:
+    result, started = run(lambda name: 130 if name.startswith("n2") else None)
+    assert result.exit_code == 130
+    assert [name[:2] for name in started] == ["n1", "n2"], "nothing after it was started"
+    assert [path.name[:2] for path in (tmp_path / "points").iterdir()] == ["n1"]
+    assert "run again to continue" in result.output
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_two_commands_in_one_folder(run: Any, tmp_path: Path) -> None:
+    """The second is refused, whether it is to do everything or the point that is being done."""
+    seen = []
+
+    def meanwhile(name: str) -> None:
+        if not seen:
+            for held, arguments in ((tmp_path.name, ()), (name, ("--point", name))):
+                result, ranks = run(lambda name: None, *arguments)
+                seen.append((held, result, list(ranks)))
+
+    result, _ = run(meanwhile)
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "points").iterdir())) == 5
+    for held, second, ranks in seen:
+        assert isinstance(second.exception, ConfigError), second.output
+        assert f"at a time, and another one is at work on {held}" in str(second.exception)
+        assert not ranks
+
+
+def test_batch_jobs_do_other_points_of_one_folder(run: Any) -> None:
+    names = run(lambda name: None, "--plan")[0].output.split()[::2]
+    seen = []
+
+    def meanwhile(name: str) -> None:
+        if name == names[0]:
+            seen.append(run(lambda name: None, "--point", names[1]))
+
+    assert run(meanwhile, "--point", names[0])[0].exit_code == 0
+    ((second, started),) = seen
+    assert second.exit_code == 0, second.output
+    assert started == [names[1]]
+
+
+def test_half_written_point_is_measured_again(run: Any, tmp_path: Path) -> None:
+    name = "n1_tp1-pp1-cp1-ep1-etp1_b16"
+    run(lambda name: None, "--point", name)
+    assert name not in run(lambda name: None, "--plan")[0].output
+    path = tmp_path / "points" / f"{name}.json"
+    path.write_text(path.read_text()[:40])
+    assert f"{name} 1\n" in run(lambda name: None, "--plan")[0].output
+
+
+def test_records_and_page_of_a_whole_test(run: Any, tmp_path: Path) -> None:
+    result, _ = run()
+    records = json.loads((tmp_path / "scale.json").read_text())
+    contract = {"nproc", "layout", "kind", "mode", "step_time_s", "tokens_per_s", "efficiency"}
+    contract |= {"a2a_bytes"}
+    assert all(contract <= set(record) for record in records)
+    strong = [r for r in records if r["mode"] == "strong" and r["kind"] == "moepp"]
+    # 8 s, 4 s, 2 s for the same batch.
+    assert [r["efficiency"] for r in strong] == pytest.approx([1.0, 1.0, 1.0])
+    weak = [r for r in records if r["mode"] == "weak" and r["kind"] == "moepp"]
+    # The same times for 1, 2 and 4 times the batch.
+    assert [r["efficiency"] for r in weak] == pytest.approx([1.0, 2.0, 4.0])
+    _check_page(tmp_path)
+    assert "Strong scaling" in result.output
+
+
+def _check_page(tmp_path: Path) -> None:
+    """It stands alone and warns of shared cores."""
+    page = (tmp_path / "scaling.html").read_text(encoding="ascii")
+    assert page.count("data:image/svg+xml") == 10
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "<script" not in page
+    # Two cores in the results: the sentence on top is about two ranks, not four.
+    assert "From 4 ranks on, ranks share 2 processor cores" in page
+    assert "On 2 ranks a step of MoE++ takes 4,000.0 ms" in page
+    assert "40.0% fewer bytes" in page
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_plan_and_collect_for_batch_scripts(run: Any) -> None:
+    result, started = run(lambda name: None, "--plan")
+    assert started == []
+    lines = result.output.splitlines()
+    assert lines[0] == "n1_tp1-pp1-cp1-ep1-etp1_b16 1"
+    assert len(lines) == 5
+    result, started = run(lambda name: None, "--point", lines[0].split()[0])
+    assert (result.exit_code, started) == (0, [lines[0].split()[0]])
+    result, started = run(lambda name: None, "--plan")
+    assert len(result.output.splitlines()) == 4
+    result, started = run(lambda name: None, "--collect")
+    assert (result.exit_code, started) == (0, [])
+    assert "scaling.html" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nproc", "0"], "--nproc (0) must be a whole number above 0"),
+        (["--nproc", "3"], "--nproc (3) must fit the configuration at one count at least"),
+        (["--mode", "strang"], "--mode (strang) must be one of strong, weak; did you mean strong?"),
+        (["--kinds", "dense"], "--kinds (dense) must be one of moepp, vanilla"),
+        (["--layout", "ep:2"], "--layout (ep:2) must be auto or tp, pp, cp, ep, etp"),
+        (["--point", "n9"], "--point (n9) must be one of n1_"),
+        (["--nnodes", "2"], "--nnodes (2) must come with --rdzv-endpoint"),
+        (["--nnodes", "2", "--rdzv-endpoint", "localhost"], "--nnodes (2) must come with --point"),
+        (["moe.tua=1"], "moe.tua"),
+        (
+            [f"moe.num_{kind}_experts=0" for kind in ("zero", "copy", "constant")]
+            + ["moe.gating_residual=false"],
+            "must not all be 0 to be compared with vanilla",
+        ),
+    ],
+)
+def test_wrong_usage(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = scale(tmp_path / "out", *arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = scale(tmp_path / "file" / "out")
+    assert isinstance(result.exception, ConfigError)
+    assert "must be a folder that can be written" in str(result.exception)
+
+
+@pytest.mark.parametrize("name", ["status.json", "metrics.jsonl", "checkpoints/latest"])
+def test_folder_of_a_training_run_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    for file in (tmp_path / "config.yaml", tmp_path / name):
+        file.write_text("the run's")
+    before = sorted(tmp_path.rglob("*"))
+    result = scale(tmp_path, "--collect")
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == (
+        f"--out ({tmp_path}) must not be the folder of a training run, but holds "
+        f"{name.split('/')[0]}; choose another"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_configuration_may_be_in_the_folder(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    claim(tmp_path, config, Measuring(("moepp",), 1, 1, 3))
+    assert (tmp_path / "settings.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "message"),
+    [
+        ("3", [], "--point (null) must name one of the points of 3 ranks: none"),
+        ("2", [], "of 2 ranks: n2_tp1-pp1-cp1-ep2-etp1_b16, n2_tp1-pp1-cp1-ep2-etp1_b32"),
+        (
+            "2",
+            ["--point", "n1_tp1-pp1-cp1-ep1-etp1_b16"],
+            "must have as many ranks as were started (2); start 1",
+        ),
+    ],
+)
+def test_ranks_of_somebody_else_must_know_their_point(
+    tmp_path, monkeypatch, ranks, arguments, message
+):
+    for name, value in {"RANK": "0", "WORLD_SIZE": ranks}.items():
+        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(f"LOCAL_{name}", value)
+    result = scale(tmp_path, *arguments)
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
+
+
+def test_rank_that_fails_says_so_in_words_that_the_launcher_finds(tmp_path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory.\nmore lines")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("moepp_megatron.tools.experiments.scaling.measure.measure_on_rank", fail)
+    # This process is no rank, and is to outlive its parent.
+    monkeypatch.setattr("moepp_megatron.runtime.parent.die_with_parent", lambda parent: None)
+    result = scale(tmp_path, "--nproc", "1")
+    assert result.exit_code == 1
+    log = tmp_path / "log"
+    log.write_text(result.output)
+    reason = failure_reason(log, 1)
+    assert reason == "rank 0: RuntimeError: CUDA out of memory."

@@ -1,0 +1,237 @@
+"""Damaged recordings of every format give one line or a profile, never a traceback."""
+
+import copy
+import gzip
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moepp_megatron.cli.main import app
+from moepp_megatron.config import ConfigError
+from moepp_megatron.tools.profiling.analysis import analyse
+from moepp_megatron.tools.profiling.document import document
+from moepp_megatron.tools.profiling.formats import records
+from moepp_megatron.tools.profiling.summary import summary_of
+from moepp_megatron.tools.report.profile.findings import cards, findings
+from moepp_megatron.tools.report.profile.tables import profile_tables
+
+SAMPLES = Path(__file__).parent / "samples"
+WRONG: tuple[Any, ...] = (
+    None, "x", "", -1, 0, 1.5, True, [], {}, [None], ["x"], [-1, 3], {"a": 1}, [[[1]]],
+    float("nan"), float("inf"), 1e300, -1e300, 2**63, 10**17, "9" * 5000, "[1, 2",
+    "moepp/step/" + "9" * 5000, "moepp/step/x", "moepp/comm/1/2>3.4/send", "moepp/layer1/dispatch",
+)  # fmt: skip
+DELETED = object()
+# Wrong values for each field; all of them are tried over the fields of a file.
+TURN = 2
+EVENT = {"ph": "X", "cat": "cpu_op", "pid": 1, "tid": 1}
+GLOO = [
+    {**EVENT, "cat": "user_annotation", "name": "moepp/step/1", "ts": 0.0, "dur": 900.0},
+    {**EVENT, "cat": "user_annotation", "name": "moepp/layer1/dispatch", "ts": 10.0, "dur": 300.0},
+    {**EVENT, "cat": "user_annotation", "name": "moepp/comm/23/0/all_to_all", "ts": 20.0, "dur": 9},
+    {
+        **EVENT,
+        "name": "c10d::alltoall_base_",
+        "ts": 21.0,
+        "dur": 7.0,
+        "args": {
+            "Concrete Inputs": ["", "", "", "[3, 2]", "[3, 5]"],
+            "Input type": ["float", "float", "", "ScalarList", "ScalarList"],
+            "Input Dims": [[5, 4], [8, 4], [], [], []],
+        },
+    },
+    {
+        **EVENT,
+        "cat": "user_annotation",
+        "name": "gloo:all_to_all",
+        "tid": 2,
+        "ts": 25.0,
+        "dur": 50.0,
+        "args": {"Input type": ["float"], "Input Dims": [[8, 4]]},
+    },
+    {**EVENT, "cat": "user_annotation", "name": "moepp/wait", "ts": 40.0, "dur": 30.0},
+    {**EVENT, "name": "aten::mm", "ts": 100.0, "dur": 50.0, "args": {"Input Dims": [[2, 2]]}},
+    {"ph": "s", "id": 1, "pid": 1, "tid": 1, "ts": 100.0, "cat": "fwdbwd", "name": "fwdbwd"},
+    {**EVENT, "name": "autograd::engine::evaluate_function: Mm", "ts": 500.0, "dur": 90.0},
+    {**EVENT, "name": "MmBackward0", "ts": 510.0, "dur": 50.0},
+    {"ph": "f", "id": 1, "pid": 1, "tid": 1, "ts": 510.0, "cat": "fwdbwd", "name": "fwdbwd"},
+]
+
+
+def gloo_trace(rank: int) -> dict[str, Any]:
+    groups = [{"pg_name": "23", "pg_desc": "EXPERT_MODEL_PARALLEL_GROUP", "ranks": [0, 1]}]
+    about = {"backend": "gloo", "rank": rank, "world_size": 2, "pg_config": groups}
+    return {"baseTimeNanoseconds": 5, "distributedInfo": about, "traceEvents": GLOO}
+
+
+def sample(name: str) -> Any:
+    text = (SAMPLES / name).read_text()
+    return (
+        [json.loads(line) for line in text.splitlines()]
+        if name.endswith("log")
+        else json.loads(text)
+    )
+
+
+def mutations(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of all fields and of the first items of lists."""
+    yield path
+    if isinstance(value, dict):
+        for key in value:
+            yield from mutations(value[key], (*path, key))
+    elif isinstance(value, list):
+        for place in range(len(value) if len(path) < 2 else min(len(value), 2)):
+            yield from mutations(value[place], (*path, place))
+
+
+def changed(whole: Any, path: tuple[Any, ...], wrong: Any) -> Any:
+    if not path:
+        return wrong
+    result = copy.deepcopy(whole)
+    owner = result
+    for key in path[:-1]:
+        owner = owner[key]
+    if wrong is DELETED:
+        del owner[path[-1]]
+    else:
+        owner[path[-1]] = wrong
+    return result
+
+
+def profile(folder: Path) -> None:
+    """Everything that the command does but plots."""
+    found = analyse(folder)
+    numbers = document(found)
+    json.dumps(numbers)
+    findings(found), cards(found)
+    profile_tables(numbers)
+
+
+def each(
+    good: Any, write: Callable[[Any], None], read: Callable[[], object], turn: int
+) -> list[tuple[Any, ...]]:
+    """Damage every field in a few ways; returns what ended otherwise than in one line."""
+    failed = []
+    paths = list(mutations(good))
+    for number, path in enumerate(paths):
+        for k in range(turn):
+            wrong = (*WRONG, DELETED)[(number + k * (len(WRONG) // turn + 1)) % (len(WRONG) + 1)]
+            if not path and wrong is DELETED:
+                continue
+            write(changed(good, path, wrong))
+            try:
+                read()
+            except ConfigError as error:
+                if "\n" in str(error) or error.exit_code != 2 or len(str(error)) > 600:
+                    failed.append((path, str(wrong)[:20], str(error)[:300]))
+            except Exception as error:
+                failed.append((path, str(wrong)[:20], repr(error)[:300]))
+    return failed
+
+
+@pytest.mark.parametrize("name", ["nccl", "gloo", "meta"])
+def test_kineto(tmp_path: Path, name: str) -> None:
+    shutil.copytree(SAMPLES / "kineto_nccl", tmp_path, dirs_exist_ok=True)
+    target = tmp_path / ("rank0.meta.json" if name == "meta" else "rank0.pt.trace.json")
+    if name == "gloo":
+        (tmp_path / "rank1.pt.trace.json").write_text(json.dumps(gloo_trace(1)))
+        good = gloo_trace(0)
+    else:
+        good = sample(f"kineto_nccl/{target.name}")
+    write = lambda value: target.write_text(json.dumps(value))  # noqa: E731
+    write(good)
+    profile(tmp_path)
+    assert each(good, write, lambda: profile(tmp_path), TURN) == []
+
+
+@pytest.mark.parametrize("name", ["json", "pickle"])
+def test_flight_recorder(tmp_path: Path, name: str) -> None:
+    shutil.copytree(SAMPLES / "flight_recorder_nccl", tmp_path, dirs_exist_ok=True)
+    good = sample("flight_recorder_nccl/collectives_rank_0.json")
+    good["entries"] = good["entries"][:3] + good["entries"][-2:]
+    target = tmp_path / ("collectives_rank_0.json" if name == "json" else "trace_rank_0")
+    write = {
+        "json": lambda value: target.write_text(json.dumps(value)),
+        "pickle": lambda value: target.write_bytes(pickle.dumps(value)),
+    }[name]
+    if name == "pickle":
+        (tmp_path / "collectives_rank_0.json").unlink()
+    write(good)
+    assert summary_of(tmp_path).ranks == 4
+    assert each(good, write, lambda: summary_of(tmp_path), TURN) == []
+
+
+def test_inspector(tmp_path: Path) -> None:
+    shutil.copytree(SAMPLES / "inspector_2_30", tmp_path, dirs_exist_ok=True)
+    lines = sample("inspector_2_30/node-a-pid4101.log")
+    # A collective, and a send of which the rest of the call follows.
+    first = next(place for place, line in enumerate(lines) if "p2p_perf" in line)
+    good = [lines[0], lines[first]]
+    rest = lines[1:first] + lines[first + 1 :]
+    target = tmp_path / "node-a-pid4101.log"
+
+    def write(damaged: Any) -> None:
+        whole = [*(damaged if isinstance(damaged, list) else [damaged]), *rest]
+        target.write_text("".join(json.dumps(line) + "\n" for line in whole))
+
+    write(good)
+    assert summary_of(tmp_path).ranks == 4
+    assert each(good, write, lambda: summary_of(tmp_path), TURN) == []
+
+
+KINETO = (SAMPLES / "kineto_nccl" / "rank0.pt.trace.json").read_bytes()
+DEEP = b'{"traceEvents": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+BOMB = gzip.compress(b'{"traceEvents": [' + b"[]," * 1_000_000 + b"[]]}")
+UNPICKLED = [{"pg_config": {}}] + [[]] * 9
+for place in range(1, 10):
+    UNPICKLED[place] = [UNPICKLED[place - 1]] * 10
+DAMAGED = {
+    "rank0.pt.trace.json": (b"", b"{", b"[]", b"null", KINETO[:-50], KINETO[50:], DEEP, b"\xff"),
+    "rank0.pt.trace.json.gz": (gzip.compress(KINETO)[:-9], gzip.compress(KINETO)[:40], BOMB),
+    "trace_rank_0": (
+        b"\x80\x02pg_config",
+        b"\x80\x04cos\nsystem\n(X\x09\x00\x00\x00pg_configtR.",
+        b"\x80\x02X\x09\x00\x00\x00pg_configr\xff\xff\xff\x7f.",
+        pickle.dumps({"pg_config": UNPICKLED}),
+        pickle.dumps({"pg_config": 1 << 40_000}),
+        pickle.dumps({"pg_config": {1, 2}}),
+    ),
+    "node-a-pid1.log": (
+        b'{"header": {}',
+        b'{"header": {}}\n{"header": {}}',
+        b'{"header": 1, "coll_perf": {}}\n[]\n{}',
+        b'{"header": "' + b"x" * (2 << 20),
+        gzip.compress(b'{"header": {}}\n' * 400_000),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [(name, n) for name, files in DAMAGED.items() for n in range(len(files))]
+)
+def test_damaged_bytes(tmp_path, monkeypatch, name: str, place: int) -> None:
+    """The command ends with one line and status 2; a log that is still written is read."""
+    monkeypatch.setattr(records, "MAX_BYTES", 2_500_000)
+    (tmp_path / name).write_bytes(DAMAGED[name][place])
+    result = CliRunner().invoke(app, ["profile", str(tmp_path)])
+    if result.exit_code == 0:
+        assert (name, place) == ("node-a-pid1.log", 0)
+        return
+    assert isinstance(result.exception, ConfigError), repr(result.exception)
+    assert result.exception.exit_code == 2
+    assert len(str(result.exception).splitlines()) == 1
+    assert len(str(result.exception)) < 600
+
+
+@pytest.mark.parametrize("name", ["trace_rank_0", "rank0.pt.trace.json"])
+def test_a_pipe_is_refused(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match="Not a regular file"):
+        summary_of(tmp_path / name) if name == "trace_rank_0" else analyse(tmp_path)

@@ -1,0 +1,109 @@
+"""Parts and passes in a real trace of torch's profiler, of one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.checkpoint import checkpoint
+
+from moepp_megatron.features.profile.ranges import Ranges
+from moepp_megatron.tools.profiling.analysis import analyse
+from moepp_megatron.tools.profiling.formats.kineto import read_kineto
+from moepp_megatron.tools.profiling.trace import ProfileError, RankTrace
+
+
+class Part(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu()
+
+
+def record(path: Path, recompute: bool) -> RankTrace:
+    first, second = Part(), Part()
+    ranges = Ranges()
+    ranges.around(first, "forward", "layer1/experts")
+    ranges.around(second, "forward", "layer2/experts")
+    x = torch.randn(4, 8, requires_grad=True)
+    with (
+        profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded,
+        record_function("moepp/step/1"),
+    ):
+        # Reentrant, as megatron-core's: the first pass has no graph.
+        hidden = checkpoint(first, x, use_reentrant=True) if recompute else first(x)
+        second(hidden).sum().backward()
+    ranges.undo()
+    assert "forward" not in vars(first)
+    recorded.export_chrome_trace(str(path))
+    return read_kineto(path)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_passes(tmp_path: Path, recompute: bool) -> None:
+    trace = record(tmp_path / "rank0.pt.trace.json", recompute)
+    parts = [(span.name, span.kind) for span in trace.parts if span.kind]
+    again = [("layer1/experts", "recompute")] if recompute else []
+    assert sorted(parts) == sorted(
+        [
+            ("layer1/experts", "forward"),
+            ("layer2/experts", "forward"),
+            ("layer2/experts", "backward"),
+            *again,
+            ("layer1/experts", "backward"),
+        ]
+    )
+    times = {
+        part: span.start_us
+        for part, span in zip(parts, (s for s in trace.parts if s.kind), strict=True)
+    }
+    assert times["layer2/experts", "backward"] < times["layer1/experts", "backward"]
+    (backward,) = [span for span in trace.parts if span.name == "backward"]
+    assert all(
+        backward.start_us <= span.start_us and span.end_us <= backward.end_us
+        for span in trace.parts
+        if span.kind in ("backward", "recompute")
+    )
+    assert list(trace.steps) == [1]
+
+
+def test_without_collectives(tmp_path: Path) -> None:
+    record(tmp_path / "rank0.pt.trace.json", recompute=False)
+    found = analyse(tmp_path)
+    assert found.classes == []
+    assert found.exposed_share == 0.0
+    time = found.times[1][0]
+    # No waits are marked: the thread computes where an operation runs.
+    assert 0 < time.compute_us < time.step_us
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not a whole JSON file"),
+        (b"[]", "has no traceEvents"),
+        (b'{"traceEvents": []}', "none of the ranges moepp/step/N"),
+        (b"\x1f\x8b\x08\x00", "cut short inside its gzip data"),
+    ],
+)
+def test_files_that_are_no_profile(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "rank0.pt.trace.json").write_bytes(content)
+    with pytest.raises(ProfileError, match=message):
+        analyse(tmp_path)
+
+
+def test_folders_that_are_no_profile(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"training.profile_steps=\[10,11\]"):
+        analyse(tmp_path)
+    trace = json.dumps({"traceEvents": []})
+    for name in ("rank1.pt.trace.json", "rank1.again.pt.trace.json"):
+        (tmp_path / name).write_text(trace)
+    with pytest.raises(ProfileError, match="one trace a rank"):
+        analyse(tmp_path)
+    (tmp_path / "rank1.again.pt.trace.json").unlink()
+    (tmp_path / "rank1.meta.json").write_text('{"format": 2}')
+    with pytest.raises(ProfileError, match="field 'format': input should be 1"):
+        analyse(tmp_path)

@@ -1,0 +1,192 @@
+"""Several runs on one page."""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import moepp_megatron
+from moepp_megatron.cli.main import app
+from moepp_megatron.config.flops import training_flops_per_token
+from moepp_megatron.config.load import parse_config
+from moepp_megatron.tools.report.comparison import (
+    common_end,
+    differing_settings,
+    load_runs,
+    loss_at,
+)
+from moepp_megatron.tools.report.page import build_report
+from moepp_megatron.tools.report.run_data import ReportError
+from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
+from tests.unit.tools.report.test_report_page import VANILLA, Reader
+
+# What this version wants of a configuration besides.
+WHOLE: dict[str, Any] = {"data": {"path": "corpus"}}
+
+
+def made(folder: Path, steps: int, **sections: dict[str, Any]) -> Path:
+    config = synthetic_config(**(WHOLE | sections))
+    return write_run(folder, config, synthetic_records(config, steps))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A finished run, a shorter one with another tau, a vanilla one of the first one's name."""
+    base = tmp_path_factory.mktemp("runs")
+    done = {"train_iters": 60}
+    return [
+        made(base / "a", 60, training=done),
+        made(base / "b", 30, moe={"tau": 0.1}),
+        made(base / "other" / "a", 60, training=done, moe=VANILLA),
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    out = tmp_path_factory.mktemp("page") / "new" / "c.html"
+    assert moepp_megatron.report(*runs, out=out) == out
+    return Reader(out.read_text(encoding="ascii"))
+
+
+def test_every_run_is_named_and_its_numbers_are_shown(page: Reader) -> None:
+    assert "a, b, other/a" in page.text
+    assert "3 runs;" in page.text
+    assert "Not all planned steps are done: b (30 of 300)" in page.text
+    assert "b 30 of 300 61,440 " in page.text
+    assert "after 61,440 tokens" in page.text
+
+
+def test_settings_that_differ_are_a_table(runs: list[Path], page: Reader) -> None:
+    found = {s.name: s.values for s in differing_settings(load_runs(runs))}
+    assert found["moe.tau"] == ["0.75", "0.1", "0.75"]
+    assert found["moe.num_zero_experts"] == ["1", "1", "0"]
+    assert found["training.train_iters"] == ["60", "300", "60"]
+    assert not any(name.startswith(("model.", "run.")) for name in found)
+    assert "moe.tau 0.75 0.1 0.75" in page.text
+    assert f"{len(found)} settings differ" in page.text
+
+
+def test_plots_lay_all_runs_over_each_other(page: Reader) -> None:
+    titles = [alt.split(".")[0] for _, alt in page.pictures]
+    assert titles == [
+        "Loss over tokens",
+        "Loss over time",
+        "Loss over FLOPs",
+        "FFN share of all selections",
+        "Step time",
+    ]
+    for _, alt in page.pictures:
+        assert "a: " in alt
+        assert "; b: " in alt
+        assert "; other/a: " in alt
+
+
+def test_flops_are_those_of_the_mfu(runs: list[Path]) -> None:
+    run = load_runs(runs)[1]
+    config = parse_config(synthetic_config(**WHOLE, moe={"tau": 0.1}))
+    each = [
+        training_flops_per_token(config, record.ffn_fraction) * 16 * 128
+        for record in run.data.records
+    ]
+    assert run.flops is not None
+    np.testing.assert_allclose(run.flops, np.cumsum(each), rtol=1e-12)
+    times = np.cumsum([record.step_time_s for record in run.data.records])
+    np.testing.assert_allclose(run.seconds, times, rtol=1e-12)
+
+
+def test_losses_are_taken_where_all_have_come(runs: list[Path]) -> None:
+    first, second, _ = load_runs(runs)
+    end = common_end([first.tokens, second.tokens])
+    assert end == 30 * 16 * 128
+    # Beyond 90% of 30 steps: steps 28, 29 and 30 of both.
+    for run in (first, second):
+        expected = np.mean([record.loss for record in run.data.records[27:30]])
+        assert loss_at(run, run.tokens, end) == pytest.approx(expected, rel=1e-12)
+    # One record that reaches farther than the end counts for nothing.
+    assert np.isnan(loss_at(first, first.tokens, 1.0))
+
+
+def test_a_run_that_is_named_twice_is_one(runs: list[Path], tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(runs[0])
+    assert len(load_runs([runs[0], runs[1], link, runs[0] / "."])) == 2
+    with pytest.raises(ReportError, match=r"RUN \(1 different folders\) must be 2 to 24"):
+        build_report(runs[0], link)
+
+
+def test_a_run_inside_another_of_its_name(tmp_path: Path) -> None:
+    outer = made(tmp_path / "a", 3)
+    names = [run.name for run in load_runs([outer, made(outer / "a", 3)])]
+    assert len(set(names)) == 2
+
+
+def test_what_a_run_lacks_is_said(runs: list[Path], tmp_path: Path) -> None:
+    """Of another version, with one record, with numbers that are not finite."""
+    config = synthetic_config(**WHOLE, moe={"of_another_version": 1})
+    records = synthetic_records(config, 20)
+    for record in records:
+        record["loss"] = record["step_time_s"] = None
+        record.pop("valid_loss", None)
+    old = write_run(tmp_path / "old", config, records)
+    begun = made(tmp_path / "begun", 1)
+    out = build_report(runs[0], old, begun, out=tmp_path / "c.html")
+    text = Reader(out.read_text(encoding="ascii")).text
+    assert text.count("Fewer than two points: ") == 5
+    assert "not finite" in text
+    assert "moe.of_another_version - 1 -" in text
+    only = build_report(old, begun, out=out).read_text(encoding="ascii")
+    assert "No run has two finite points" in Reader(only).text
+
+
+def test_losses_of_other_data_are_not_compared_silently(runs: list[Path], tmp_path: Path) -> None:
+    other = made(tmp_path / "o", 5, data={"path": "elsewhere"}, model={"vocab_size": 64})
+    text = Reader(build_report(runs[0], other, out=tmp_path / "c.html").read_text()).text
+    assert "Losses may not be comparable: model.vocab_size, data.path differ." in text
+
+
+def test_names_and_values_are_escaped(tmp_path: Path) -> None:
+    hostile = "_<script>$\\frac$ & caf\u00e9\x1b[2J"
+    runs = [made(tmp_path / hostile, 3), made(tmp_path / "b", 3, run={"name": "</td><img src=x>"})]
+    source = build_report(*runs, out=tmp_path / "c.html").read_text(encoding="ascii")
+    assert "<script" not in source
+    assert "<img src=x" not in source
+    assert "\x1b" not in source
+    assert "</td><img src=x>" in html.unescape(source)
+    reader = Reader(source)
+    assert all(
+        value.startswith(("#", "data:image/svg+xml"))
+        for _, key, value in reader.attributes
+        if key in ("src", "href")
+    )
+
+
+def test_a_long_value_is_cut_and_still_differs(tmp_path: Path) -> None:
+    long = "x" * 500
+    runs = [made(tmp_path / end, 2, data={"path": long + end}) for end in ("a", "b")]
+    (setting,) = [s for s in differing_settings(load_runs(runs)) if s.name == "data.path"]
+    assert all(value.endswith("... (501 characters)") for value in setting.values)
+
+
+def test_the_command(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["report", *map(str, runs)])
+    assert (result.exit_code, result.stdout) == (0, "comparison.html\n")
+    first = (tmp_path / "comparison.html").read_bytes()
+    # A run goes on: a further record, and a line that is half written.
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        record = synthetic_records(synthetic_config(), 31)[-1]
+        file.write(json.dumps(record) + '\n{"step": 32, "tok')
+    words = ["report", *map(str, runs), "--out", "more/again.html"]
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, result.stdout) == (0, "more/again.html\n")
+    again = (tmp_path / "more" / "again.html").read_bytes()
+    assert again != first
+    assert b"31 of 300" in again
+    alone = CliRunner().invoke(app, ["report", str(runs[0]), "--out", "alone.html"])
+    assert alone.exit_code == 0
+    assert (tmp_path / "alone.html").stat().st_size > 10_000
+    assert not (runs[0] / "report.html").exists()

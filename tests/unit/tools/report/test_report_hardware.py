@@ -1,0 +1,65 @@
+"""Telemetry on the page."""
+
+from typing import Any
+
+import pytest
+
+from moepp_megatron.tools.report.hardware import hardware_cards, hardware_plots
+from moepp_megatron.tools.report.page import render
+from moepp_megatron.tools.report.run_data import load_run
+
+
+def with_gpus(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        tokens = 2048
+        record |= {
+            "mfu": 0.4,
+            "energy_j": 3.6e6,
+            "energy_per_token_j": 3.6e6 / tokens,
+            "gpu_hours": 0.25,
+            "gpu_power_w": 600.0,
+        }
+
+
+def test_totals_of_the_run(make_run):
+    run = load_run(make_run(steps=4, edit=with_gpus))
+    cards = {card.label: card for card in hardware_cards(run)}
+    assert cards["MFU"].value == "40.0%"
+    assert cards["GPU-hours"].value == "1.00"
+    assert cards["Energy"].value == "4.000 kWh"
+    assert "1,757.8125 J per token" in cards["Energy"].note
+
+
+def test_plots_are_those_that_the_records_have(make_run):
+    run = load_run(make_run(steps=4, edit=with_gpus))
+    assert [plot.title for plot in hardware_plots(run)] == [
+        "Model FLOPs utilisation",
+        "Energy per token",
+        "Power of a GPU",
+    ]
+    page = render(run)
+    assert ">Hardware</h2>" in page
+
+
+@pytest.mark.parametrize("missing", ["energy_j", "mfu"])
+def test_records_without_some_of_it(make_run, missing):
+    def edit(records: list[dict[str, Any]]) -> None:
+        with_gpus(records)
+        for record in records[:2]:
+            del record[missing]
+
+    labels = [card.label for card in hardware_cards(load_run(make_run(steps=4, edit=edit)))]
+    assert labels == ["MFU", "GPU-hours", "Energy"]
+
+
+def test_small_rates_are_shown_in_a_unit_of_their_size(make_run):
+    """A CPU's 0.03 TFLOP/s are 30 GFLOP/s, NVLink's 1e11 bytes/s are 100 GB/s."""
+
+    def edit(records: list[dict[str, Any]]) -> None:
+        for record in records:
+            record |= {"model_tflops": 0.03, "nvlink_bytes_per_s": 1e11}
+
+    nvlink, flops = hardware_plots(load_run(make_run(steps=4, edit=edit)))
+    assert flops.title == "Model FLOP/s"
+    assert "Model FLOP/s: 30.0000 at step 1" in flops.alt
+    assert "NVLink traffic: 100.0000 at step 1" in nvlink.alt
