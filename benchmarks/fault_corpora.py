@@ -47,10 +47,35 @@ _CATALOGUES = {"french": "fr", "german": "de", "russian": "ru", "swedish": "sv",
 _MADE = ("noise", "line", "numbers", "base64", "shuffled")
 
 # Limits of the detectors and of the judge were chosen on the first and proved on the second.
-CHOOSE = ("prose", "python", "c", "json", "perl", "french", "russian", "numbers", "noise", "line",
-          "css")  # fmt: skip
-PROVE = ("manual", "markdown", "javascript", "xml", "cpp", "html", "cmake", "german", "swedish",
-         "rst", "licences", "base64", "japanese", "shuffled")  # fmt: skip
+CHOOSE = (
+    "prose",
+    "python",
+    "c",
+    "json",
+    "perl",
+    "french",
+    "russian",
+    "numbers",
+    "noise",
+    "line",
+    "css",
+)
+PROVE = (
+    "manual",
+    "markdown",
+    "javascript",
+    "xml",
+    "cpp",
+    "html",
+    "cmake",
+    "german",
+    "swedish",
+    "rst",
+    "licences",
+    "base64",
+    "japanese",
+    "shuffled",
+)
 
 
 def _paths(ends: Sequence[str]) -> Iterator[Path]:

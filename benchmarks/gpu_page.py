@@ -67,23 +67,30 @@ def _table(
 
 def _sections(found: Mapping[str, Any]) -> Iterator[PageSection | None]:
     yield _table(
-        "Parts", ("part", "end", "seconds"), 2,
+        "Parts",
+        ("part", "end", "seconds"),
+        2,
         [
-            (step["name"], _ENDS.get(step["exit_status"], f"failed ({step['exit_status']})"),
-             str(step["seconds"]))
+            (
+                step["name"],
+                _ENDS.get(step["exit_status"], f"failed ({step['exit_status']})"),
+                str(step["seconds"]),
+            )
             for step in found["steps"]
         ],
         "The last run of each.",
-    )  # fmt: skip
+    )
     yield _table(
-        "Tests", ("part", "what", "count"), 2,
+        "Tests",
+        ("part", "what", "count"),
+        2,
         [
             (part, what, str(count))
             for part, counts in found.get("tests", {}).items()
             for what, count in counts.items()
         ],
         "tests/gpu on this GPU.",
-    )  # fmt: skip
+    )
     yield _card(found["measured"])
     layers = [(name, row) for name, rows in found["layer"].items() for row in rows]
     yield _efficiency(layers)
@@ -102,27 +109,49 @@ def _card(card: Mapping[str, Any]) -> PageSection | None:
         pairs.append(("copy in memory, GB/s", card["copy_gb_s"], card.get("rated_gb_s")))
     rows = [(name, _short(value), *_beside(value, expected)) for name, value, expected in pairs]
     return _table(
-        "The GPU itself", ("rate", "measured", "rated", "share"), 1, rows,
+        "The GPU itself",
+        ("rate", "measured", "rated", "share"),
+        1,
+        rows,
         "Rated by configs/hardware; the bounds below are made of the measured rates.",
-    )  # fmt: skip
+    )
 
 
 def _efficiency(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> PageSection | None:
     rows = [
         (
-            name, row["shape"], row["pass"].replace("_", " + "), f"{row['tau']:g}",
-            f"{row['vanilla_ms']:.2f}", f"{row['moepp_ms']:.2f}", f"{row['speedup']:.2f}",
-            f"{1 / row['phi']:.2f}", f"{row['efficiency']:.3f}", _number(row["paper_efficiency"]),
+            name,
+            row["shape"],
+            row["pass"].replace("_", " + "),
+            f"{row['tau']:g}",
+            f"{row['vanilla_ms']:.2f}",
+            f"{row['moepp_ms']:.2f}",
+            f"{row['speedup']:.2f}",
+            f"{1 / row['phi']:.2f}",
+            f"{row['efficiency']:.3f}",
+            _number(row["paper_efficiency"]),
         )
         for name, row in layers
-    ]  # fmt: skip
+    ]
     return _table(
         "A layer against the vanilla layer",
-        ("setting", "shape", "pass", "tau", "vanilla, ms", "MoE++, ms", "speedup", "at most",
-         "efficiency", "paper's"), 3, rows,
+        (
+            "setting",
+            "shape",
+            "pass",
+            "tau",
+            "vanilla, ms",
+            "MoE++, ms",
+            "speedup",
+            "at most",
+            "efficiency",
+            "paper's",
+        ),
+        3,
+        rows,
         "efficiency = speedup x phi, 1 if nothing but FFN experts took time; at most: 1 / phi. The "
         "paper's is of experts' forward times.",
-    )  # fmt: skip
+    )
 
 
 def _bounds(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> PageSection | None:
@@ -132,10 +161,18 @@ def _bounds(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> PageSection | No
             continue
         bounds = row["moepp_bounds_ms"]
         rows += [
-            (name, row["shape"], f"{row['tau']:g}", part.replace("_", " "), f"{ms:.3f}",
-             f"{bounds[part]:.3f}", f"{ms / bounds[part]:.1f}")
-            for part, ms in row["moepp_parts_ms"].items() if bounds.get(part)
-        ]  # fmt: skip
+            (
+                name,
+                row["shape"],
+                f"{row['tau']:g}",
+                part.replace("_", " "),
+                f"{ms:.3f}",
+                f"{bounds[part]:.3f}",
+                f"{ms / bounds[part]:.1f}",
+            )
+            for part, ms in row["moepp_parts_ms"].items()
+            if bounds.get(part)
+        ]
     return _table(
         "Parts of the MoE++ layer and their bounds",
         ("setting", "shape", "tau", "part", "measured, ms", "bound, ms", "times the bound"),
@@ -147,30 +184,44 @@ def _bounds(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> PageSection | No
 
 def _steps(steps: Mapping[str, Mapping[str, Any]]) -> PageSection | None:
     rows = [
-        (name, f"{row['vanilla_ms']:.1f}", f"{row['moepp_ms']:.1f}", f"{row['speedup']:.2f}",
-         f"{1 / row['phi']:.2f}", f"{row['tokens'] / row['moepp_ms'] * 1e3:,.0f}")
+        (
+            name,
+            f"{row['vanilla_ms']:.1f}",
+            f"{row['moepp_ms']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{1 / row['phi']:.2f}",
+            f"{row['tokens'] / row['moepp_ms'] * 1e3:,.0f}",
+        )
         for name, row in steps.items()
-    ]  # fmt: skip
+    ]
     return _table(
         "A training step against the vanilla model's",
-        ("setting", "vanilla, ms", "MoE++, ms", "speedup", "at most", "tokens/s"), 1, rows,
+        ("setting", "vanilla, ms", "MoE++, ms", "speedup", "at most", "tokens/s"),
+        1,
+        rows,
         "at most: 1 / phi, if nothing but FFN experts took time.",
-    )  # fmt: skip
+    )
 
 
 def _runs(runs: Mapping[str, Mapping[str, Any]]) -> PageSection | None:
     rows = [
-        (name, (row.get("modules") or "").partition(";")[0].rpartition(": ")[2],
-         str(row["step"]), _number(row["loss"]), f"{row['step_time_s'] * 1e3:,.1f}",
-         *_memory(row["memory_bytes"], row["estimated_bytes"]))
+        (
+            name,
+            (row.get("modules") or "").partition(";")[0].rpartition(": ")[2],
+            str(row["step"]),
+            _number(row["loss"]),
+            f"{row['step_time_s'] * 1e3:,.1f}",
+            *_memory(row["memory_bytes"], row["estimated_bytes"]),
+        )
         for name, row in runs.items()
-    ]  # fmt: skip
+    ]
     return _table(
         "Training",
         ("run", "packages", "step", "loss", "ms per step", "memory, GiB", "estimate, GiB", "share"),
-        2, rows,
+        2,
+        rows,
         "The last step. Memory in use on the fullest GPU; the planner's estimate, CUDA's included.",
-    )  # fmt: skip
+    )
 
 
 def _memory(used: float | None, estimate: float | None) -> tuple[str, str, str]:

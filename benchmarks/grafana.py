@@ -76,15 +76,21 @@ def _own(name: str, width: int = 8, stacked: bool = False) -> Panel:
 
 PANELS = (
     Panel(
-        "State", 6, "none", (Curve(exported.STATE.name, "{{state}}", "== 1"),), kind="stat",
+        "State",
+        6,
+        "none",
+        (Curve(exported.STATE.name, "{{state}}", "== 1"),),
+        kind="stat",
         text="name",
     ),
     Panel("Step", 6, "none", (_one("step", "step"),), kind="stat"),
+    Panel("Last record", 6, "s", (Curve(exported.RECORD_AGE.name, "age"),), kind="stat"),
     Panel(
-        "Last record", 6, "s", (Curve(exported.RECORD_AGE.name, "age"),), kind="stat"
-    ),
-    Panel(
-        "Alerts", 6, "none", (Curve(exported.ALERTS.name, "{{rule}} {{severity}}"),), kind="stat",
+        "Alerts",
+        6,
+        "none",
+        (Curve(exported.ALERTS.name, "{{rule}} {{severity}}"),),
+        kind="stat",
         text="value_and_name",
     ),
     Panel("Loss", 12, "none", (_one("loss", "train"), _one("valid_loss", "validation"))),
@@ -102,17 +108,27 @@ PANELS = (
     _own("expert_share", width=12, stacked=True),
     _own("layer_expert_share", width=12),
     _own("layer_ffn_histogram", width=12),
-    _own("gate_entropy"), _own("selection_margin"), _own("logit_variance"),
-    _own("residual_ratio"), _own("row_cosine_max"), _own("loss_by_ffn"),
-    _own("tokens_per_s"), _own("step_time_s"),
+    _own("gate_entropy"),
+    _own("selection_margin"),
+    _own("logit_variance"),
+    _own("residual_ratio"),
+    _own("row_cosine_max"),
+    _own("loss_by_ffn"),
+    _own("tokens_per_s"),
+    _own("step_time_s"),
     Panel("MFU", 8, "percentunit", (_one("mfu", "MFU"), _one("gpu_utilization", "busy"))),
-    _own("grad_norm"), _own("gpu_power_w"), _own("energy_per_token_j"),
-    _own("max_ffn_load"), _own("a2a_bytes"),
+    _own("grad_norm"),
+    _own("gpu_power_w"),
+    _own("energy_per_token_j"),
+    _own("max_ffn_load"),
+    _own("a2a_bytes"),
     Panel(
-        "Waiting and dropped", 8, "percentunit",
+        "Waiting and dropped",
+        8,
+        "percentunit",
         (_one("waiting_fraction", "waiting"), _one("dropped_fraction", "dropped")),
     ),
-)  # fmt: skip
+)
 
 
 def _panels() -> list[Panel]:

@@ -41,9 +41,11 @@ LAYERS: dict[str, dict[str, Any]] = {
     "tau 0.4": {"tau": 0.4},
     "tau 0.75": {},
     "tau 1": {"tau": 1.0},
-    **{f"share {share}": {"budget": {"target_ffn_per_token": K * share}}
-       for share in (0.15, 0.3, 0.6, 0.9)},
-}  # fmt: skip
+    **{
+        f"share {share}": {"budget": {"target_ffn_per_token": K * share}}
+        for share in (0.15, 0.3, 0.6, 0.9)
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -91,42 +93,87 @@ _Plan = tuple[Base, tuple[str, ...], tuple[tuple[str, float], ...]]
 _CHOOSE: tuple[_Plan, ...] = (
     (Base("prose", "tau 0.75", 24, 501), ("c", "french", "css"), (("perl", 0.1), ("json", 0.2))),
     (Base("python", "share 0.3", 24, 502), ("perl", "line", "prose"), (("c", 0.1), ("css", 0.25))),
-    (Base("json", "share 0.9", 48, 503), ("numbers", "css", "noise"),
-     (("prose", 0.1), ("python", 0.15))),
-    (Base("french", "tau 0.1", 24, 504), ("russian", "json", "c"),
-     (("russian", 0.15), ("prose", 0.1))),
-    (Base("c", "share 0.15", 24, 505), ("css", "numbers", "python"),
-     (("french", 0.1), ("perl", 0.2))),
-    (Base("perl", "tau 1", 48, 506), ("python", "prose", "russian"),
-     (("css", 0.1), ("c", 0.2))),
-    (Base("russian", "share 0.6", 24, 507), ("french", "noise", "perl"),
-     (("french", 0.2), ("line", 0.1))),
+    (
+        Base("json", "share 0.9", 48, 503),
+        ("numbers", "css", "noise"),
+        (("prose", 0.1), ("python", 0.15)),
+    ),
+    (
+        Base("french", "tau 0.1", 24, 504),
+        ("russian", "json", "c"),
+        (("russian", 0.15), ("prose", 0.1)),
+    ),
+    (
+        Base("c", "share 0.15", 24, 505),
+        ("css", "numbers", "python"),
+        (("french", 0.1), ("perl", 0.2)),
+    ),
+    (Base("perl", "tau 1", 48, 506), ("python", "prose", "russian"), (("css", 0.1), ("c", 0.2))),
+    (
+        Base("russian", "share 0.6", 24, 507),
+        ("french", "noise", "perl"),
+        (("french", 0.2), ("line", 0.1)),
+    ),
     (Base("css", "tau 0.4", 48, 508), ("json", "c", "line"), (("python", 0.1), ("numbers", 0.15))),
-)  # fmt: skip
+)
 _PROVE: tuple[_Plan, ...] = (
-    (Base("markdown", "tau 0.75", 24, 601), ("cpp", "swedish", "base64"),
-     (("html", 0.1), ("javascript", 0.2))),
-    (Base("html", "share 0.3", 24, 602), ("xml", "licences", "shuffled"),
-     (("cmake", 0.1), ("german", 0.25))),
-    (Base("german", "share 0.15", 48, 603), ("swedish", "manual", "markdown"),
-     (("swedish", 0.1), ("cpp", 0.2))),
-    (Base("cpp", "tau 0.1", 24, 604), ("javascript", "rst", "japanese"),
-     (("manual", 0.15), ("xml", 0.1))),
-    (Base("manual", "share 0.9", 48, 605), ("rst", "html", "licences"),
-     (("markdown", 0.1), ("base64", 0.15))),
-    (Base("javascript", "share 0.6", 24, 606), ("cpp", "cmake", "german"),
-     (("licences", 0.1), ("rst", 0.2))),
-    (Base("licences", "tau 1", 48, 607), ("manual", "xml", "javascript"),
-     (("rst", 0.1), ("cmake", 0.2))),
-    (Base("japanese", "tau 0.4", 24, 608), ("german", "base64", "html"),
-     (("german", 0.2), ("markdown", 0.1))),
-)  # fmt: skip
+    (
+        Base("markdown", "tau 0.75", 24, 601),
+        ("cpp", "swedish", "base64"),
+        (("html", 0.1), ("javascript", 0.2)),
+    ),
+    (
+        Base("html", "share 0.3", 24, 602),
+        ("xml", "licences", "shuffled"),
+        (("cmake", 0.1), ("german", 0.25)),
+    ),
+    (
+        Base("german", "share 0.15", 48, 603),
+        ("swedish", "manual", "markdown"),
+        (("swedish", 0.1), ("cpp", 0.2)),
+    ),
+    (
+        Base("cpp", "tau 0.1", 24, 604),
+        ("javascript", "rst", "japanese"),
+        (("manual", 0.15), ("xml", 0.1)),
+    ),
+    (
+        Base("manual", "share 0.9", 48, 605),
+        ("rst", "html", "licences"),
+        (("markdown", 0.1), ("base64", 0.15)),
+    ),
+    (
+        Base("javascript", "share 0.6", 24, 606),
+        ("cpp", "cmake", "german"),
+        (("licences", 0.1), ("rst", 0.2)),
+    ),
+    (
+        Base("licences", "tau 1", 48, 607),
+        ("manual", "xml", "javascript"),
+        (("rst", 0.1), ("cmake", 0.2)),
+    ),
+    (
+        Base("japanese", "tau 0.4", 24, 608),
+        ("german", "base64", "html"),
+        (("german", 0.2), ("markdown", 0.1)),
+    ),
+)
 # More healthy runs at the final limits: corpora of `prove` in other layers, with other seeds, each
 # with 24 and with 48 sequences.
 _OTHERS = (
-    "swedish", "xml", "rst", "cmake", "cpp", "markdown", "german", "html", "javascript", "licences",
-    "manual", "japanese",
-)  # fmt: skip
+    "swedish",
+    "xml",
+    "rst",
+    "cmake",
+    "cpp",
+    "markdown",
+    "german",
+    "html",
+    "javascript",
+    "licences",
+    "manual",
+    "japanese",
+)
 _HEALTHY: tuple[_Plan, ...] = tuple(
     (
         Base(
@@ -145,15 +192,32 @@ SETS = {"choose": _CHOOSE, "prove": _PROVE, "healthy": _HEALTHY}
 # Faults with their strength: those of one set are no copies of the other's.
 FAULTS: dict[str, dict[str, float]] = {
     "choose": {
-        "collapse": 2.0, "collapse of one": 2.0, "dead": 3, "weights": 10.0, "logit": 5.0,
-        "residual": 20.0, "swap": 0, "rate": 20.0, "attention": 6.0, "decay": 0.05,
+        "collapse": 2.0,
+        "collapse of one": 2.0,
+        "dead": 3,
+        "weights": 10.0,
+        "logit": 5.0,
+        "residual": 20.0,
+        "swap": 0,
+        "rate": 20.0,
+        "attention": 6.0,
+        "decay": 0.05,
     },
     "prove": {
-        "collapse": 3.0, "collapse of one": 3.0, "dead": 4, "weights": 20.0, "logit": 8.0,
-        "residual": 30.0, "swap": 1, "noise": 4.0, "rate": 30.0, "attention": 4.0, "decay": 0.08,
+        "collapse": 3.0,
+        "collapse of one": 3.0,
+        "dead": 4,
+        "weights": 20.0,
+        "logit": 8.0,
+        "residual": 30.0,
+        "swap": 1,
+        "noise": 4.0,
+        "rate": 30.0,
+        "attention": 4.0,
+        "decay": 0.08,
     },
     "healthy": {},
-}  # fmt: skip
+}
 _RATE_STEPS = 10
 # Steps between the events of pairs, by set; steps after the second; faults that come second.
 _GAPS = {"choose": (13, 18, 24, 31, 6, 21), "prove": (14, 20, 27, 30, 8, 17)}

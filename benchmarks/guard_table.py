@@ -25,13 +25,23 @@ from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor,
 
 # Of each kind of event the steps within which it is to be reported, and its cause.
 _WITHIN = {
-    "switch": 5, "mixture": 30, "router fault": 10, "other fault": 10, "second switch": 10,
-    "second fault": 10, "healthy": 10**9, "nothing second": 10**9,
-}  # fmt: skip
+    "switch": 5,
+    "mixture": 30,
+    "router fault": 10,
+    "other fault": 10,
+    "second switch": 10,
+    "second fault": 10,
+    "healthy": 10**9,
+    "nothing second": 10**9,
+}
 _CAUSES = {
-    "switch": "data", "mixture": "data", "router fault": "router", "other fault": "unknown",
-    "second switch": "data", "second fault": "router",
-}  # fmt: skip
+    "switch": "data",
+    "mixture": "data",
+    "router fault": "router",
+    "other fault": "unknown",
+    "second switch": "data",
+    "second fault": "router",
+}
 _JUDGED = 80
 
 

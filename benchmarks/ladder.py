@@ -221,8 +221,11 @@ def main() -> None:
     if arguments.collect:
         results.collect(arguments.collect)
         return
-    chosen = [chain for stage in arguments.stage
-              for chain in chains(stage, arguments.arms, arguments.sizes)]  # fmt: skip
+    chosen = [
+        chain
+        for stage in arguments.stage
+        for chain in chains(stage, arguments.arms, arguments.sizes)
+    ]
     end = deadline(arguments.until, datetime.now()) if arguments.until else datetime.max
     quiet()
     cpu_support.install()

@@ -27,9 +27,12 @@ K = 2
 VALIDATION_BATCHES = 3
 KINDS = {
     "A": {"code": ("python", "c"), "prose": ("manual", "rst"), "languages": ("french", "german")},
-    "B": {"code": ("cpp", "perl"), "prose": ("prose", "markdown"),
-          "languages": ("russian", "swedish")},
-}  # fmt: skip
+    "B": {
+        "code": ("cpp", "perl"),
+        "prose": ("prose", "markdown"),
+        "languages": ("russian", "swedish"),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,12 @@ SIZES = {
 # What an arm changes in section `moe` of the paper's layer; balance as in the quickstart.
 _PAPER: dict[str, Any] = {"num_ffn_experts": 8, "tau": 0.75, "balance_coeff": 0.05}
 _IDENTITY = {
-    "num_zero_experts": 0, "num_copy_experts": 4, "num_constant_experts": 0,
-    "gating_residual": False, "budget": {"target_ffn_per_token": 0.65 * K},
-}  # fmt: skip
+    "num_zero_experts": 0,
+    "num_copy_experts": 4,
+    "num_constant_experts": 0,
+    "gating_residual": False,
+    "budget": {"target_ffn_per_token": 0.65 * K},
+}
 ARMS: dict[str, dict[str, Any]] = {
     "vanilla": {},
     "vanilla selected": {"gate_normalization": "selected"},
@@ -79,15 +85,18 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "init twice": {},
     # Around the package's initial weights: each less `init 0.02`.
     "init 0.02, selected": {
-        "model": {"init_method_std": 0.02}, "moe": {"gate_normalization": "selected"},
+        "model": {"init_method_std": 0.02},
+        "moe": {"gate_normalization": "selected"},
     },
     "init 0.02, no residual": {
-        "model": {"init_method_std": 0.02}, "moe": {"gating_residual": False},
+        "model": {"init_method_std": 0.02},
+        "moe": {"gating_residual": False},
     },
     "init 0.02, balance 0.01": {
-        "model": {"init_method_std": 0.02}, "moe": {"balance_coeff": 0.01},
+        "model": {"init_method_std": 0.02},
+        "moe": {"balance_coeff": 0.01},
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -153,12 +162,15 @@ def config_of(run: Run, folder: Path) -> Config:
         "moe": {**_PAPER, **ARMS[run.arm]},
         "optimizer": {"lr": rate, "min_lr": rate / 10, "warmup_iters": run.steps // 10},
         "training": {
-            "train_iters": run.steps, "global_batch_size": BATCH, "micro_batch_size": BATCH,
-            "seed": run.seed + 1, "eval_iters": VALIDATION_BATCHES,
+            "train_iters": run.steps,
+            "global_batch_size": BATCH,
+            "micro_batch_size": BATCH,
+            "seed": run.seed + 1,
+            "eval_iters": VALIDATION_BATCHES,
         },
         "routing_guard": "off",
         "resilience": {"guard": False},
-    }  # fmt: skip
+    }
     if run.what == "init twice":
         content["model"]["init_method_std"] = 2 * std
     for section, changed in CHANGES.get(run.what, {}).items():

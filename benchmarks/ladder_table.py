@@ -220,20 +220,29 @@ def decide(ladder: Ladder) -> Iterator[str]:
     rows = []
     for change in changes:
         base = change.rpartition(", ")[0] or "nothing"
-        of_size = {what: [ladder.get(("decide", "paper", size, what), {}) for size in DECIDING]
-                   for what in (change, base)}  # fmt: skip
+        of_size = {
+            what: [ladder.get(("decide", "paper", size, what), {}) for size in DECIDING]
+            for what in (change, base)
+        }
         each = [less(*cells) for cells in zip(of_size[change], of_size[base], strict=True)]
         if not all(each):
             continue
         both = pooled(each)
         far = t_quantile(0.975, both.degrees) + t_quantile(0.8, both.degrees)
-        share = {what: np.mean([result["share"] for cell in cells for result in cell.values()])
-                 for what, cells in of_size.items()}  # fmt: skip
-        rows.append([
-            change, *(shown(Estimate.of(found)) for found in each), shown(both),
-            shown(both, 0.025 / len(changes)), f"{far * (both.error or math.nan):.3f}",
-            f"{share[change] - share[base]:+.2f}",
-        ])  # fmt: skip
+        share = {
+            what: np.mean([result["share"] for cell in cells for result in cell.values()])
+            for what, cells in of_size.items()
+        }
+        rows.append(
+            [
+                change,
+                *(shown(Estimate.of(found)) for found in each),
+                shown(both),
+                shown(both, 0.025 / len(changes)),
+                f"{far * (both.error or math.nan):.3f}",
+                f"{share[change] - share[base]:+.2f}",
+            ]
+        )
     if rows:
         every = f"both, as one of {len(changes)}"
         seen = "seen in 80% of cases"

@@ -122,7 +122,6 @@ Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 MaybeInt = Int | None
 
 
-# fmt: off
 class Record(BaseModel):
     """The keys of one logged step, global over the batch and all ranks.
 
@@ -131,296 +130,766 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="null")
 
-    step: Annotated[Int, Metric(
-        "optimizer steps done, this one included", "", "", "moepp_step")]
-    tokens: Annotated[Int, Metric(
-        "tokens trained on since the beginning of the run", "", "speed", "moepp_tokens")]
-    loss: Annotated[Number, Metric(
-        "only the language-model loss, token mean over the global batch", "nats",
-        "loss/train", "moepp_loss", guard="whole")]
-    lr: Annotated[Number, Metric(
-        "learning rate", "", "optimizer", "moepp_learning_rate",
-        drawn=Drawn("Learning rate", "learning rate", 6))]
-    grad_norm: Annotated[Number, Metric(
-        "global gradient norm before clipping", "", "optimizer", "moepp_grad_norm", guard="whole",
-        panel=("Gradient norm", "before clipping"),
-        drawn=Drawn("Gradient norm", "norm", 6))]
-    step_time_s: Annotated[Number, Metric(
-        "wall time of the step", "s", "speed", "moepp_step_time_seconds",
-        panel=("Step time", "step"), drawn=Drawn("Step time", "seconds", 4))]
-    tokens_per_s: Annotated[Number, Metric(
-        "tokens of the global batch over the step's time", "tokens/s", "speed",
-        "moepp_tokens_per_second", panel=("Throughput", "tokens/s"),
-        drawn=Drawn("Speed", "tokens/s", 4))]
-    balance_loss: Annotated[Number, Metric(
-        "heterogeneous load-balance loss, without its coefficient: mean over MoE layers, and over "
-        "micro-batches by their tokens without padding, as it is trained", "",
-        "loss/balance", "moepp_balance_loss", drawn=Drawn("Balance loss", "balance loss", 5))]
-    ffn_fraction: Annotated[Number, Metric(
-        "FFN experts' share of all selections, mean over MoE layers", "share", "router",
-        "moepp_ffn_ratio", guard="counted", healthy="0.52 to 0.65", wrong="few_ffn_experts")]
-    ffn_per_token: Annotated[Number, Metric(
-        "FFN experts per token, mean over tokens and MoE layers", "", "router",
-        "moepp_ffn_per_token")]
-    expert_share: Annotated[list[Number], Metric(
-        "share of all selections that an expert takes, mean over MoE layers; they sum to 1",
-        "share", "expert_share", "moepp_expert_share_ratio", "expert,kind",
-        panel=("Share of each expert", "{{expert}}"))]
-    max_ffn_load: Annotated[Number, Metric(
-        "busiest FFN expert's selections over the FFN experts' mean; all ranks wait for it", "",
-        "router", "moepp_max_ffn_load_ratio", guard="counted", healthy="1.20 to 2.22",
-        wrong="above 3 to 4 for long", panel=("Busiest FFN expert over the mean", "load"),
-        drawn=Drawn("Busiest FFN expert", "load / mean load", 3, level=("even", 1.0)))]
-    dropped_fraction: Annotated[Number, Metric(
-        "share of all selections that a capacity limit dropped", "share", "router",
-        "moepp_dropped_ratio", drawn=Drawn("Dropped selections", "share", 7, unless_zero=True))]
-    a2a_bytes: Annotated[Int, Metric(
-        "bytes of hidden vectors that leave their rank through the dispatcher, all ranks and MoE "
-        "layers, forward", "bytes", "speed", "moepp_a2a_bytes",
-        panel=("All-to-all", "a step, forward"))]
-    ffn_target: Annotated[MaybeFloat, Metric(
-        "target of the FFN share from moe.budget; only with a budget", "share",
-        "router", "moepp_ffn_target_ratio")] = None
-    tau: Annotated[MaybeFloat, Metric(
-        "weight of zero-computation experts in the balance loss, mean over MoE layers; only with "
-        "moe.budget", "", "router", "moepp_tau")] = None
-    distillation_loss: Annotated[MaybeFloat, Metric(
-        "divergence of the model's predictions from the teacher's, without its weight, token mean "
-        "over the global batch; only with distillation.teacher", "nats", "loss/distillation",
-        "moepp_distillation_loss", drawn=Drawn(
-            "Divergence from the teacher", "nats", 6, is_logarithmic=True),
-        panel=("Divergence from the teacher", "nats"))] = None
-    valid_loss: Annotated[MaybeFloat, Metric(
-        "validation loss; only on evaluated steps", "nats", "loss/validation",
-        "moepp_valid_loss")] = None
-    valid_set_loss: Annotated[dict[str, Number] | None, Metric(
-        "validation loss of each set of data.validation; only on evaluated steps", "nats",
-        "loss/validation_sets", "moepp_valid_set_loss", "set",
-        panel=("Loss by validation set", "{{set}}"),
-        drawn=Drawn("Loss by validation set", "loss (nats)", 0, section="names"))] = None
-    task_score: Annotated[dict[str, Number] | None, Metric(
-        "score of a task of lm-eval by TASK/METRIC (evaluation.tasks); only on evaluated steps",
-        "", "task", "moepp_task_score", "task", panel=("Scores of tasks", "{{task}}"),
-        drawn=Drawn("Scores of tasks", "score", 4, section="names", has_marks=True))] = None
-    layer_expert_share: Annotated[list[list[Number]] | None, Metric(
-        "share of a layer's selections that an expert takes; Prometheus has them by kind",
-        "share", "expert_share", "moepp_layer_share_ratio", "layer,expert,kind",
-        panel=("Share of each kind, by layer", "layer {{layer}} {{kind}}"))] = None
-    max_vio: Annotated[MaybeFloat, Metric(
-        "MaxVio (arXiv 2408.15664) of the step: the busiest FFN expert's selections over the FFN "
-        "experts' mean, less 1; mean over MoE layers", "", "router", "moepp_max_vio",
-        drawn=Drawn("MaxVio", "load / mean load - 1", 3))] = None
-    layer_max_vio: Annotated[list[Number] | None, Metric(
-        "MaxVio of a layer", "", "layer_max_vio", "moepp_layer_max_vio", "layer",
-        panel=("MaxVio of each MoE layer", "layer {{layer}}"))] = None
-    layer_ffn_fraction: Annotated[list[Number] | None, Metric(
-        "FFN experts' share of a layer's selections", "share", "layer_ffn_fraction",
-        "moepp_layer_ffn_ratio", "layer",
-        panel=("FFN share of each MoE layer", "layer {{layer}}"))] = None
-    router_health: Annotated[dict[str, list[Number]] | None, Metric(
-        "router health by its name, of each MoE layer; only on measured steps "
-        "(observe.health_interval), as the next two", "", "router_health", "moepp_router_health",
-        "metric,layer")] = None
-    layer_ffn_histogram: Annotated[list[list[Number]] | None, Metric(
-        "share of a layer's tokens with 0, 1, ..., K FFN experts", "share",
-        "ffn_experts_per_token", "moepp_layer_tokens_ratio", "layer,ffn_experts",
-        panel=("FFN experts of a token, by layer", "layer {{layer}}: {{ffn_experts}}"))] = None
-    loss_by_ffn: Annotated[list[Number] | None, Metric(
-        "mean language-model loss of the tokens with 0, 1, ..., K FFN experts on average over the "
-        "last pipeline stage's MoE layers, rounded; NaN where there is none", "nats",
-        "loss_by_ffn_experts", "moepp_loss_by_ffn", "ffn_experts",
-        panel=("Loss of tokens by FFN experts taken", "{{ffn_experts}} FFN experts"),
-        drawn=Drawn(
-            "Loss by FFN experts of a token", "loss (nats)", 0,
-            "Mean language-model loss of the tokens with 0, 1, ... FFN experts on average over the "
-            "MoE layers (of the last pipeline stage), rounded. Where the router has learned which "
-            "tokens are hard, these get more.", section="router"))] = None
-    class_ffn_per_token: Annotated[dict[str, Number] | None, Metric(
-        "FFN experts per token of the tokens of a class, by frequency of the token id or by its "
-        "characters, mean over MoE layers", "", "class_ffn_per_token",
-        "moepp_class_ffn_per_token", "class",
-        panel=("FFN experts of a token, by class", "{{class}}"),
-        drawn=Drawn("FFN experts by kind of token", "FFN experts", 3, section="names"))] = None
-    source_tokens: Annotated[dict[str, Number] | None, Metric(
-        "share of the tokens with a loss that come from a data source; like the next three only "
-        "where the prepared data have several", "share", "source_tokens",
-        "moepp_source_tokens_ratio", "source")] = None
-    source_loss: Annotated[dict[str, Number] | None, Metric(
-        "mean language-model loss after the tokens of a data source", "nats", "source_loss",
-        "moepp_source_loss", "source", panel=("Loss by data source", "{{source}}"),
-        drawn=Drawn("Loss by data source", "loss (nats)", 1, section="names"))] = None
-    source_ffn_share: Annotated[dict[str, Number] | None, Metric(
-        "FFN experts' share of the selections of a data source's tokens, mean over MoE layers",
-        "share", "source_ffn_share", "moepp_source_ffn_ratio", "source",
-        panel=("FFN share by data source", "{{source}}"),
-        drawn=Drawn("FFN share by data source", "FFN share", 2, section="names"))] = None
-    source_expert_share: Annotated[dict[str, list[Number]] | None, Metric(
-        "share of the selections of a data source's tokens that an expert takes, mean over MoE "
-        "layers", "share", "source_expert_share", "moepp_source_expert_ratio",
-        "source,expert,kind")] = None
-    z_loss: Annotated[MaybeFloat, Metric(
-        "router z-loss, without its coefficient, mean as of balance_loss", "", "loss/z",
-        "moepp_z_loss", drawn=Drawn("Router z-loss", "z-loss", 8))] = None
-    mtp_loss: Annotated[MaybeFloat, Metric(
-        "loss of multi-token prediction: mean over its depths and the tokens that they predict, "
-        "without its weight; not in `loss`", "nats/token", "loss/mtp", "moepp_mtp_loss",
-        drawn=Drawn("Loss of multi-token prediction", "nats per token", 8))] = None
-    num_zeros: Annotated[MaybeInt, Metric(
-        "gradient elements that are exactly zero", "", "optimizer", "moepp_grad_zeros")] = None
-    batch_size: Annotated[MaybeInt, Metric(
-        "sequences of the step; only with `training.batch_ramp`", "", "optimizer",
-        "moepp_batch_size", drawn=Drawn("Batch size", "sequences", 9))] = None
-    skipped_steps: Annotated[MaybeInt, Metric(
-        "batches that the numerical guard refused since the run began; they are no steps and not "
-        "in the tokens", "", "optimizer", "moepp_skipped_steps")] = None
-    slowest_rank: Annotated[MaybeInt, Metric(
-        "rank with the longest own time; only on steps where ranks are compared", "", "other",
-        "moepp_slowest_rank")] = None
-    slowest_rank_ratio: Annotated[MaybeFloat, Metric(
-        "the slowest rank's own time over the ranks' median", "", "speed",
-        "moepp_slowest_rank_ratio")] = None
-    waiting_fraction: Annotated[MaybeFloat, Metric(
-        "share of the step time that ranks wait for collectives, their mean; only on steps where "
-        "ranks are compared", "share", "speed", "moepp_waiting_ratio")] = None
-    guard_actions: Annotated[MaybeInt, Metric(
-        "times that the routing guard has acted so far, beyond warning; only with the guard", "",
-        "router", "moepp_guard_actions")] = None
-    routing_shift: Annotated[MaybeFloat, Metric(
-        "evidence that the use of the experts has changed, over its limit; only once it is judged",
-        "", "router", "moepp_routing_shift", guard="whole")] = None
-    logit_shift: Annotated[MaybeFloat, Metric(
-        "evidence that the size of the routers' logits has changed, over its limit; only once it "
-        "is judged", "", "router", "moepp_logit_shift", guard="whole")] = None
-    loss_shift: Annotated[MaybeFloat, Metric(
-        "evidence that the loss, or how much sequences differ in it, has left its course, over its "
-        "limit; only once it is judged", "", "loss/shift", "moepp_loss_shift", guard="whole"
-        )] = None
-    token_shift: Annotated[MaybeFloat, Metric(
-        "evidence that the token ids of the batches have changed, over its limit; only once it is "
-        "judged", "", "tokens/shift", "moepp_token_shift", guard="whole")] = None
-    failed_saves: Annotated[MaybeInt, Metric(
-        "checkpoints that could not be written so far; only where any are", "", "other",
-        "moepp_failed_saves")] = None
-    mfu: Annotated[MaybeFloat, Metric(
-        "model FLOP/s over the rated dense FLOP/s of all GPUs; skipped experts do not count",
-        "share", "speed", "moepp_mfu_ratio",
-        drawn=Drawn("Model FLOPs utilisation", "MFU", 0, section="hardware"))] = None
-    model_tflops: Annotated[MaybeFloat, Metric(
-        "model FLOP/s of a rank; skipped experts do not count", "TFLOP/s", "speed",
-        "moepp_model_tflops", drawn=Drawn("Model FLOP/s", "FLOP/s", 5, section="hardware"))] = None
-    energy_j: Annotated[MaybeFloat, Metric(
-        "energy of all GPUs since the record before, evaluation and saving included; like the "
-        "next two only where NVML reports it", "J", "hardware", "moepp_energy_joules")] = None
-    energy_per_token_j: Annotated[MaybeFloat, Metric(
-        "energy of all GPUs since the record before, evaluation and saving included, per token",
-        "J", "hardware", "moepp_energy_per_token_joules", panel=("Energy per token", "GPUs"),
-        drawn=Drawn("Energy per token", "J", 1, section="hardware"))] = None
-    gpu_hours: Annotated[MaybeFloat, Metric(
-        "time since the record before times the number of GPUs", "h", "hardware",
-        "moepp_gpu_hours")] = None
-    gpu_power_w: Annotated[MaybeFloat, Metric(
-        "power of a GPU, mean over GPUs and time since the record before", "W", "hardware",
-        "moepp_gpu_power_watts", panel=("Power of a GPU", "mean"),
-        drawn=Drawn("Power of a GPU", "W", 2, section="hardware"))] = None
-    gpu_utilization: Annotated[MaybeFloat, Metric(
-        "share of the time in which a kernel ran, mean over GPUs", "share", "hardware",
-        "moepp_gpu_utilization_ratio",
-        drawn=Drawn("Utilisation of a GPU", "share", 3, section="hardware"))] = None
-    gpu_clock_mhz: Annotated[MaybeFloat, Metric(
-        "clock of the multiprocessors, mean over GPUs", "MHz", "hardware",
-        "moepp_gpu_clock_megahertz")] = None
-    gpu_memory_bytes: Annotated[MaybeInt, Metric(
-        "most memory in use on any GPU, other processes included", "bytes", "hardware",
-        "moepp_gpu_memory_bytes")] = None
-    gpu_temperature_c: Annotated[MaybeFloat, Metric(
-        "highest temperature of any GPU", "degrees Celsius", "hardware",
-        "moepp_gpu_temperature_celsius")] = None
-    nvlink_bytes_per_s: Annotated[MaybeFloat, Metric(
-        "NVLink traffic of a GPU, sent and received", "bytes/s", "hardware",
-        "moepp_nvlink_bytes_per_second",
-        drawn=Drawn("NVLink traffic", "bytes/s", 4, section="hardware"))] = None
-    pcie_bytes_per_s: Annotated[MaybeFloat, Metric(
-        "PCIe traffic of a GPU, sent and received, mean over GPUs", "bytes/s", "hardware",
-        "moepp_pcie_bytes_per_second")] = None
-    cpu_utilization: Annotated[MaybeFloat, Metric(
-        "share of all cores of a node in use, other processes included", "share", "hardware",
-        "moepp_cpu_utilization_ratio",
-        drawn=Drawn("CPU utilisation", "share", 6, section="hardware"))] = None
-    host_memory_bytes: Annotated[MaybeInt, Metric(
-        "most host memory in use on any node without a GPU", "bytes", "hardware",
-        "moepp_host_memory_bytes")] = None
+    step: Annotated[Int, Metric("optimizer steps done, this one included", "", "", "moepp_step")]
+    tokens: Annotated[
+        Int, Metric("tokens trained on since the beginning of the run", "", "speed", "moepp_tokens")
+    ]
+    loss: Annotated[
+        Number,
+        Metric(
+            "only the language-model loss, token mean over the global batch",
+            "nats",
+            "loss/train",
+            "moepp_loss",
+            guard="whole",
+        ),
+    ]
+    lr: Annotated[
+        Number,
+        Metric(
+            "learning rate",
+            "",
+            "optimizer",
+            "moepp_learning_rate",
+            drawn=Drawn("Learning rate", "learning rate", 6),
+        ),
+    ]
+    grad_norm: Annotated[
+        Number,
+        Metric(
+            "global gradient norm before clipping",
+            "",
+            "optimizer",
+            "moepp_grad_norm",
+            guard="whole",
+            panel=("Gradient norm", "before clipping"),
+            drawn=Drawn("Gradient norm", "norm", 6),
+        ),
+    ]
+    step_time_s: Annotated[
+        Number,
+        Metric(
+            "wall time of the step",
+            "s",
+            "speed",
+            "moepp_step_time_seconds",
+            panel=("Step time", "step"),
+            drawn=Drawn("Step time", "seconds", 4),
+        ),
+    ]
+    tokens_per_s: Annotated[
+        Number,
+        Metric(
+            "tokens of the global batch over the step's time",
+            "tokens/s",
+            "speed",
+            "moepp_tokens_per_second",
+            panel=("Throughput", "tokens/s"),
+            drawn=Drawn("Speed", "tokens/s", 4),
+        ),
+    ]
+    balance_loss: Annotated[
+        Number,
+        Metric(
+            "heterogeneous load-balance loss, without its coefficient: mean over MoE layers, and "
+            "over "
+            "micro-batches by their tokens without padding, as it is trained",
+            "",
+            "loss/balance",
+            "moepp_balance_loss",
+            drawn=Drawn("Balance loss", "balance loss", 5),
+        ),
+    ]
+    ffn_fraction: Annotated[
+        Number,
+        Metric(
+            "FFN experts' share of all selections, mean over MoE layers",
+            "share",
+            "router",
+            "moepp_ffn_ratio",
+            guard="counted",
+            healthy="0.52 to 0.65",
+            wrong="few_ffn_experts",
+        ),
+    ]
+    ffn_per_token: Annotated[
+        Number,
+        Metric(
+            "FFN experts per token, mean over tokens and MoE layers",
+            "",
+            "router",
+            "moepp_ffn_per_token",
+        ),
+    ]
+    expert_share: Annotated[
+        list[Number],
+        Metric(
+            "share of all selections that an expert takes, mean over MoE layers; they sum to 1",
+            "share",
+            "expert_share",
+            "moepp_expert_share_ratio",
+            "expert,kind",
+            panel=("Share of each expert", "{{expert}}"),
+        ),
+    ]
+    max_ffn_load: Annotated[
+        Number,
+        Metric(
+            "busiest FFN expert's selections over the FFN experts' mean; all ranks wait for it",
+            "",
+            "router",
+            "moepp_max_ffn_load_ratio",
+            guard="counted",
+            healthy="1.20 to 2.22",
+            wrong="above 3 to 4 for long",
+            panel=("Busiest FFN expert over the mean", "load"),
+            drawn=Drawn("Busiest FFN expert", "load / mean load", 3, level=("even", 1.0)),
+        ),
+    ]
+    dropped_fraction: Annotated[
+        Number,
+        Metric(
+            "share of all selections that a capacity limit dropped",
+            "share",
+            "router",
+            "moepp_dropped_ratio",
+            drawn=Drawn("Dropped selections", "share", 7, unless_zero=True),
+        ),
+    ]
+    a2a_bytes: Annotated[
+        Int,
+        Metric(
+            "bytes of hidden vectors that leave their rank through the dispatcher, all ranks and "
+            "MoE "
+            "layers, forward",
+            "bytes",
+            "speed",
+            "moepp_a2a_bytes",
+            panel=("All-to-all", "a step, forward"),
+        ),
+    ]
+    ffn_target: Annotated[
+        MaybeFloat,
+        Metric(
+            "target of the FFN share from moe.budget; only with a budget",
+            "share",
+            "router",
+            "moepp_ffn_target_ratio",
+        ),
+    ] = None
+    tau: Annotated[
+        MaybeFloat,
+        Metric(
+            "weight of zero-computation experts in the balance loss, mean over MoE layers; only "
+            "with "
+            "moe.budget",
+            "",
+            "router",
+            "moepp_tau",
+        ),
+    ] = None
+    distillation_loss: Annotated[
+        MaybeFloat,
+        Metric(
+            "divergence of the model's predictions from the teacher's, without its weight, token "
+            "mean "
+            "over the global batch; only with distillation.teacher",
+            "nats",
+            "loss/distillation",
+            "moepp_distillation_loss",
+            drawn=Drawn("Divergence from the teacher", "nats", 6, is_logarithmic=True),
+            panel=("Divergence from the teacher", "nats"),
+        ),
+    ] = None
+    valid_loss: Annotated[
+        MaybeFloat,
+        Metric(
+            "validation loss; only on evaluated steps",
+            "nats",
+            "loss/validation",
+            "moepp_valid_loss",
+        ),
+    ] = None
+    valid_set_loss: Annotated[
+        dict[str, Number] | None,
+        Metric(
+            "validation loss of each set of data.validation; only on evaluated steps",
+            "nats",
+            "loss/validation_sets",
+            "moepp_valid_set_loss",
+            "set",
+            panel=("Loss by validation set", "{{set}}"),
+            drawn=Drawn("Loss by validation set", "loss (nats)", 0, section="names"),
+        ),
+    ] = None
+    task_score: Annotated[
+        dict[str, Number] | None,
+        Metric(
+            "score of a task of lm-eval by TASK/METRIC (evaluation.tasks); only on evaluated steps",
+            "",
+            "task",
+            "moepp_task_score",
+            "task",
+            panel=("Scores of tasks", "{{task}}"),
+            drawn=Drawn("Scores of tasks", "score", 4, section="names", has_marks=True),
+        ),
+    ] = None
+    layer_expert_share: Annotated[
+        list[list[Number]] | None,
+        Metric(
+            "share of a layer's selections that an expert takes; Prometheus has them by kind",
+            "share",
+            "expert_share",
+            "moepp_layer_share_ratio",
+            "layer,expert,kind",
+            panel=("Share of each kind, by layer", "layer {{layer}} {{kind}}"),
+        ),
+    ] = None
+    max_vio: Annotated[
+        MaybeFloat,
+        Metric(
+            "MaxVio (arXiv 2408.15664) of the step: the busiest FFN expert's selections over the "
+            "FFN "
+            "experts' mean, less 1; mean over MoE layers",
+            "",
+            "router",
+            "moepp_max_vio",
+            drawn=Drawn("MaxVio", "load / mean load - 1", 3),
+        ),
+    ] = None
+    layer_max_vio: Annotated[
+        list[Number] | None,
+        Metric(
+            "MaxVio of a layer",
+            "",
+            "layer_max_vio",
+            "moepp_layer_max_vio",
+            "layer",
+            panel=("MaxVio of each MoE layer", "layer {{layer}}"),
+        ),
+    ] = None
+    layer_ffn_fraction: Annotated[
+        list[Number] | None,
+        Metric(
+            "FFN experts' share of a layer's selections",
+            "share",
+            "layer_ffn_fraction",
+            "moepp_layer_ffn_ratio",
+            "layer",
+            panel=("FFN share of each MoE layer", "layer {{layer}}"),
+        ),
+    ] = None
+    router_health: Annotated[
+        dict[str, list[Number]] | None,
+        Metric(
+            "router health by its name, of each MoE layer; only on measured steps "
+            "(observe.health_interval), as the next two",
+            "",
+            "router_health",
+            "moepp_router_health",
+            "metric,layer",
+        ),
+    ] = None
+    layer_ffn_histogram: Annotated[
+        list[list[Number]] | None,
+        Metric(
+            "share of a layer's tokens with 0, 1, ..., K FFN experts",
+            "share",
+            "ffn_experts_per_token",
+            "moepp_layer_tokens_ratio",
+            "layer,ffn_experts",
+            panel=("FFN experts of a token, by layer", "layer {{layer}}: {{ffn_experts}}"),
+        ),
+    ] = None
+    loss_by_ffn: Annotated[
+        list[Number] | None,
+        Metric(
+            "mean language-model loss of the tokens with 0, 1, ..., K FFN experts on average "
+            "over the "
+            "last pipeline stage's MoE layers, rounded; NaN where there is none",
+            "nats",
+            "loss_by_ffn_experts",
+            "moepp_loss_by_ffn",
+            "ffn_experts",
+            panel=("Loss of tokens by FFN experts taken", "{{ffn_experts}} FFN experts"),
+            drawn=Drawn(
+                "Loss by FFN experts of a token",
+                "loss (nats)",
+                0,
+                "Mean language-model loss of the tokens with 0, 1, ... FFN experts on average "
+                "over the "
+                "MoE layers (of the last pipeline stage), rounded. Where the router has learned "
+                "which "
+                "tokens are hard, these get more.",
+                section="router",
+            ),
+        ),
+    ] = None
+    class_ffn_per_token: Annotated[
+        dict[str, Number] | None,
+        Metric(
+            "FFN experts per token of the tokens of a class, by frequency of the token id or by "
+            "its "
+            "characters, mean over MoE layers",
+            "",
+            "class_ffn_per_token",
+            "moepp_class_ffn_per_token",
+            "class",
+            panel=("FFN experts of a token, by class", "{{class}}"),
+            drawn=Drawn("FFN experts by kind of token", "FFN experts", 3, section="names"),
+        ),
+    ] = None
+    source_tokens: Annotated[
+        dict[str, Number] | None,
+        Metric(
+            "share of the tokens with a loss that come from a data source; like the next three "
+            "only "
+            "where the prepared data have several",
+            "share",
+            "source_tokens",
+            "moepp_source_tokens_ratio",
+            "source",
+        ),
+    ] = None
+    source_loss: Annotated[
+        dict[str, Number] | None,
+        Metric(
+            "mean language-model loss after the tokens of a data source",
+            "nats",
+            "source_loss",
+            "moepp_source_loss",
+            "source",
+            panel=("Loss by data source", "{{source}}"),
+            drawn=Drawn("Loss by data source", "loss (nats)", 1, section="names"),
+        ),
+    ] = None
+    source_ffn_share: Annotated[
+        dict[str, Number] | None,
+        Metric(
+            "FFN experts' share of the selections of a data source's tokens, mean over MoE layers",
+            "share",
+            "source_ffn_share",
+            "moepp_source_ffn_ratio",
+            "source",
+            panel=("FFN share by data source", "{{source}}"),
+            drawn=Drawn("FFN share by data source", "FFN share", 2, section="names"),
+        ),
+    ] = None
+    source_expert_share: Annotated[
+        dict[str, list[Number]] | None,
+        Metric(
+            "share of the selections of a data source's tokens that an expert takes, mean over MoE "
+            "layers",
+            "share",
+            "source_expert_share",
+            "moepp_source_expert_ratio",
+            "source,expert,kind",
+        ),
+    ] = None
+    z_loss: Annotated[
+        MaybeFloat,
+        Metric(
+            "router z-loss, without its coefficient, mean as of balance_loss",
+            "",
+            "loss/z",
+            "moepp_z_loss",
+            drawn=Drawn("Router z-loss", "z-loss", 8),
+        ),
+    ] = None
+    mtp_loss: Annotated[
+        MaybeFloat,
+        Metric(
+            "loss of multi-token prediction: mean over its depths and the tokens that they "
+            "predict, "
+            "without its weight; not in `loss`",
+            "nats/token",
+            "loss/mtp",
+            "moepp_mtp_loss",
+            drawn=Drawn("Loss of multi-token prediction", "nats per token", 8),
+        ),
+    ] = None
+    num_zeros: Annotated[
+        MaybeInt,
+        Metric("gradient elements that are exactly zero", "", "optimizer", "moepp_grad_zeros"),
+    ] = None
+    batch_size: Annotated[
+        MaybeInt,
+        Metric(
+            "sequences of the step; only with `training.batch_ramp`",
+            "",
+            "optimizer",
+            "moepp_batch_size",
+            drawn=Drawn("Batch size", "sequences", 9),
+        ),
+    ] = None
+    skipped_steps: Annotated[
+        MaybeInt,
+        Metric(
+            "batches that the numerical guard refused since the run began; they are no steps and "
+            "not "
+            "in the tokens",
+            "",
+            "optimizer",
+            "moepp_skipped_steps",
+        ),
+    ] = None
+    slowest_rank: Annotated[
+        MaybeInt,
+        Metric(
+            "rank with the longest own time; only on steps where ranks are compared",
+            "",
+            "other",
+            "moepp_slowest_rank",
+        ),
+    ] = None
+    slowest_rank_ratio: Annotated[
+        MaybeFloat,
+        Metric(
+            "the slowest rank's own time over the ranks' median",
+            "",
+            "speed",
+            "moepp_slowest_rank_ratio",
+        ),
+    ] = None
+    waiting_fraction: Annotated[
+        MaybeFloat,
+        Metric(
+            "share of the step time that ranks wait for collectives, their mean; only on steps "
+            "where "
+            "ranks are compared",
+            "share",
+            "speed",
+            "moepp_waiting_ratio",
+        ),
+    ] = None
+    guard_actions: Annotated[
+        MaybeInt,
+        Metric(
+            "times that the routing guard has acted so far, beyond warning; only with the guard",
+            "",
+            "router",
+            "moepp_guard_actions",
+        ),
+    ] = None
+    routing_shift: Annotated[
+        MaybeFloat,
+        Metric(
+            "evidence that the use of the experts has changed, over its limit; only once it is "
+            "judged",
+            "",
+            "router",
+            "moepp_routing_shift",
+            guard="whole",
+        ),
+    ] = None
+    logit_shift: Annotated[
+        MaybeFloat,
+        Metric(
+            "evidence that the size of the routers' logits has changed, over its limit; only "
+            "once it "
+            "is judged",
+            "",
+            "router",
+            "moepp_logit_shift",
+            guard="whole",
+        ),
+    ] = None
+    loss_shift: Annotated[
+        MaybeFloat,
+        Metric(
+            "evidence that the loss, or how much sequences differ in it, has left its course, "
+            "over its "
+            "limit; only once it is judged",
+            "",
+            "loss/shift",
+            "moepp_loss_shift",
+            guard="whole",
+        ),
+    ] = None
+    token_shift: Annotated[
+        MaybeFloat,
+        Metric(
+            "evidence that the token ids of the batches have changed, over its limit; only once "
+            "it is "
+            "judged",
+            "",
+            "tokens/shift",
+            "moepp_token_shift",
+            guard="whole",
+        ),
+    ] = None
+    failed_saves: Annotated[
+        MaybeInt,
+        Metric(
+            "checkpoints that could not be written so far; only where any are",
+            "",
+            "other",
+            "moepp_failed_saves",
+        ),
+    ] = None
+    mfu: Annotated[
+        MaybeFloat,
+        Metric(
+            "model FLOP/s over the rated dense FLOP/s of all GPUs; skipped experts do not count",
+            "share",
+            "speed",
+            "moepp_mfu_ratio",
+            drawn=Drawn("Model FLOPs utilisation", "MFU", 0, section="hardware"),
+        ),
+    ] = None
+    model_tflops: Annotated[
+        MaybeFloat,
+        Metric(
+            "model FLOP/s of a rank; skipped experts do not count",
+            "TFLOP/s",
+            "speed",
+            "moepp_model_tflops",
+            drawn=Drawn("Model FLOP/s", "FLOP/s", 5, section="hardware"),
+        ),
+    ] = None
+    energy_j: Annotated[
+        MaybeFloat,
+        Metric(
+            "energy of all GPUs since the record before, evaluation and saving included; like the "
+            "next two only where NVML reports it",
+            "J",
+            "hardware",
+            "moepp_energy_joules",
+        ),
+    ] = None
+    energy_per_token_j: Annotated[
+        MaybeFloat,
+        Metric(
+            "energy of all GPUs since the record before, evaluation and saving included, per token",
+            "J",
+            "hardware",
+            "moepp_energy_per_token_joules",
+            panel=("Energy per token", "GPUs"),
+            drawn=Drawn("Energy per token", "J", 1, section="hardware"),
+        ),
+    ] = None
+    gpu_hours: Annotated[
+        MaybeFloat,
+        Metric(
+            "time since the record before times the number of GPUs",
+            "h",
+            "hardware",
+            "moepp_gpu_hours",
+        ),
+    ] = None
+    gpu_power_w: Annotated[
+        MaybeFloat,
+        Metric(
+            "power of a GPU, mean over GPUs and time since the record before",
+            "W",
+            "hardware",
+            "moepp_gpu_power_watts",
+            panel=("Power of a GPU", "mean"),
+            drawn=Drawn("Power of a GPU", "W", 2, section="hardware"),
+        ),
+    ] = None
+    gpu_utilization: Annotated[
+        MaybeFloat,
+        Metric(
+            "share of the time in which a kernel ran, mean over GPUs",
+            "share",
+            "hardware",
+            "moepp_gpu_utilization_ratio",
+            drawn=Drawn("Utilisation of a GPU", "share", 3, section="hardware"),
+        ),
+    ] = None
+    gpu_clock_mhz: Annotated[
+        MaybeFloat,
+        Metric(
+            "clock of the multiprocessors, mean over GPUs",
+            "MHz",
+            "hardware",
+            "moepp_gpu_clock_megahertz",
+        ),
+    ] = None
+    gpu_memory_bytes: Annotated[
+        MaybeInt,
+        Metric(
+            "most memory in use on any GPU, other processes included",
+            "bytes",
+            "hardware",
+            "moepp_gpu_memory_bytes",
+        ),
+    ] = None
+    gpu_temperature_c: Annotated[
+        MaybeFloat,
+        Metric(
+            "highest temperature of any GPU",
+            "degrees Celsius",
+            "hardware",
+            "moepp_gpu_temperature_celsius",
+        ),
+    ] = None
+    nvlink_bytes_per_s: Annotated[
+        MaybeFloat,
+        Metric(
+            "NVLink traffic of a GPU, sent and received",
+            "bytes/s",
+            "hardware",
+            "moepp_nvlink_bytes_per_second",
+            drawn=Drawn("NVLink traffic", "bytes/s", 4, section="hardware"),
+        ),
+    ] = None
+    pcie_bytes_per_s: Annotated[
+        MaybeFloat,
+        Metric(
+            "PCIe traffic of a GPU, sent and received, mean over GPUs",
+            "bytes/s",
+            "hardware",
+            "moepp_pcie_bytes_per_second",
+        ),
+    ] = None
+    cpu_utilization: Annotated[
+        MaybeFloat,
+        Metric(
+            "share of all cores of a node in use, other processes included",
+            "share",
+            "hardware",
+            "moepp_cpu_utilization_ratio",
+            drawn=Drawn("CPU utilisation", "share", 6, section="hardware"),
+        ),
+    ] = None
+    host_memory_bytes: Annotated[
+        MaybeInt,
+        Metric(
+            "most host memory in use on any node without a GPU",
+            "bytes",
+            "hardware",
+            "moepp_host_memory_bytes",
+        ),
+    ] = None
 
 
 # Of every MoE layer. None is a key of the record: those that are measured are in its
 # `router_health`, the others follow from its shares.
 IN_LAYERS = {
     "ffn_to_target": Metric(
-        "FFN share over its target from moe.budget or moe.tau", guard="counted"),
+        "FFN share over its target from moe.budget or moe.tau", guard="counted"
+    ),
     "min_ffn_load": Metric(
         "idlest FFN expert's selections over the FFN experts' mean; 0 is a dead expert",
-        prometheus="moepp_layer_min_ffn_load_ratio", labels="layer", guard="counted",
-        healthy="0.22 to 0.83", wrong="0 for long: an expert without tokens",
-        drawn=Drawn("Idlest FFN expert", "load / mean load", 6, level=("even", 1.0))),
+        prometheus="moepp_layer_min_ffn_load_ratio",
+        labels="layer",
+        guard="counted",
+        healthy="0.22 to 0.83",
+        wrong="0 for long: an expert without tokens",
+        drawn=Drawn("Idlest FFN expert", "load / mean load", 6, level=("even", 1.0)),
+    ),
     "max_expert_share": Metric("largest share of any expert", "share", guard="counted"),
     "gate_entropy": Metric(
         "how undecided the router is: entropy of the scores over the experts, at most log E",
-        "nats", guard="measured", healthy="1.23 to 2.33", wrong="near log E, or near 0",
+        "nats",
+        guard="measured",
+        healthy="1.23 to 2.33",
+        wrong="near log E, or near 0",
         panel=("Entropy of the gates, nats", "layer {{layer}}"),
         drawn=Drawn(
-            "Entropy of the gates", "share of log E", 0,
+            "Entropy of the gates",
+            "share of log E",
+            0,
             "Entropy of the scores over the experts as a share of its largest value: 100% is a "
-            "router that does not care, 0% one that always takes the same experts.")),
+            "router that does not care, 0% one that always takes the same experts.",
+        ),
+    ),
     "selection_margin": Metric(
         "score of the last selected expert less that of the next one: how little would change the "
-        "selection", guard="measured", healthy="0.02 to 0.07",
+        "selection",
+        guard="measured",
+        healthy="0.02 to 0.07",
         wrong="near 0 for long: rounding decides",
         panel=("Margin of the selection", "layer {{layer}}"),
-        drawn=Drawn("Selection margin", "score", 1)),
+        drawn=Drawn("Selection margin", "score", 1),
+    ),
     "logit_variance": Metric(
         "variance of the router's logits over tokens and experts, residual included",
-        guard="measured", healthy="0.42 to 2.08", wrong="logit_explosion",
+        guard="measured",
+        healthy="0.42 to 2.08",
+        wrong="logit_explosion",
         panel=("Variance of the logits", "layer {{layer}}"),
         drawn=Drawn(
-            "Variance of the router logits", "variance", 2,
-            "With the gating residual and without it.")),
+            "Variance of the router logits",
+            "variance",
+            2,
+            "With the gating residual and without it.",
+        ),
+    ),
     "own_logit_variance": Metric(
-        "variance of the router's logits without the residual", guard="measured"),
+        "variance of the router's logits without the residual", guard="measured"
+    ),
     "residual_ratio": Metric(
         "norm of the residual's part of the logits over that of the layer's own",
-        guard="measured", healthy="0.14 to 0.30", wrong="above 1",
+        guard="measured",
+        healthy="0.14 to 0.30",
+        wrong="above 1",
         panel=("Residual over the router's own logits", "layer {{layer}}"),
         drawn=Drawn(
-            "Gating residual", "norm / norm", 3,
+            "Gating residual",
+            "norm / norm",
+            3,
             "Norm of the residual's part of the logits over that of the layer's own. The first MoE "
-            "layer has none.")),
+            "layer has none.",
+        ),
+    ),
     "row_cosine": Metric(
         "absolute cosine of two experts' rows of the router, mean over pairs",
-        guard="measured", healthy="0.06 to 0.07", wrong="near 1"),
+        guard="measured",
+        healthy="0.06 to 0.07",
+        wrong="near 1",
+    ),
     "row_cosine_max": Metric(
         "absolute cosine of the two most alike experts' rows of the router",
-        guard="measured", healthy="0.17 to 0.24", wrong="near 1",
+        guard="measured",
+        healthy="0.17 to 0.24",
+        wrong="near 1",
         panel=("Likeness of the router's rows, cosine", "layer {{layer}}"),
         drawn=Drawn(
-            "Likeness of the router's rows", "|cosine|", 4,
+            "Likeness of the router's rows",
+            "|cosine|",
+            4,
             "Absolute cosine of two rows of the router, mean and largest over all pairs: experts "
-            "whose rows are alike get the same tokens.")),
+            "whose rows are alike get the same tokens.",
+        ),
+    ),
     "balance_gradient_ratio": Metric(
         "gradient of the balance loss (and z-loss) at the logits over that of the rest",
-        guard="measured", healthy="0.006 to 0.015", wrong="above 1",
+        guard="measured",
+        healthy="0.006 to 0.015",
+        wrong="above 1",
         drawn=Drawn(
-            "Balance loss against language model", "gradient / gradient", 5,
-            is_logarithmic=True, level=("limit", 1.0))),
+            "Balance loss against language model",
+            "gradient / gradient",
+            5,
+            is_logarithmic=True,
+            level=("limit", 1.0),
+        ),
+    ),
     "constant_replaced": Metric(
         "share of the input that constant experts put their vector in the place of, weighted by "
-        "their gates", "share", guard="measured", healthy="0.05 to 0.62", wrong="near 0 or 1",
+        "their gates",
+        "share",
+        guard="measured",
+        healthy="0.05 to 0.62",
+        wrong="near 0 or 1",
         drawn=Drawn(
-            "Constant experts: share of the input replaced", "share", 7,
+            "Constant experts: share of the input replaced",
+            "share",
+            7,
             "How much of a token its constant experts put their vector in the place of, weighted "
-            "by their gates.")),
+            "by their gates.",
+        ),
+    ),
     "constant_norm": Metric(
-        "norm of the constant experts' vectors", guard="measured", healthy="0.69 to 0.73",
+        "norm of the constant experts' vectors",
+        guard="measured",
+        healthy="0.69 to 0.73",
         wrong="growing without end",
-        drawn=Drawn("Constant experts: norm", "norm", 8)),
+        drawn=Drawn("Constant experts: norm", "norm", 8),
+    ),
 }
 
 # What rules of the routing guard judge besides, of the whole model.
@@ -428,12 +897,13 @@ _OF_GUARD: dict[str, Metric] = {
     "mean_ffn_to_target": Metric("mean over the layers of ffn_to_target", guard="whole"),
     "shift": Metric(
         "largest evidence, over its limit, of the change that is under way (docs/guard.md)",
-        guard="whole"),
+        guard="whole",
+    ),
     "router_fault": Metric(
         "evidence, over its limit, that routers have changed while token ids have not",
-        guard="whole"),
+        guard="whole",
+    ),
 }
-# fmt: on
 
 
 def _of_record() -> dict[str, Metric]:

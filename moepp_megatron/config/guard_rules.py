@@ -25,17 +25,28 @@ GUARD_METRICS = {**COUNTED, **MEASURED, **_judged("whole")}
 DEFAULT_RULES = (
     GuardRule(name="shift", metric="shift", above=1.0),
     GuardRule(
-        name="router_fault", metric="router_fault", above=1.0, severity="critical",
+        name="router_fault",
+        metric="router_fault",
+        above=1.0,
+        severity="critical",
         action="put_back",
     ),
     GuardRule(
-        name="few_ffn_experts", metric="mean_ffn_to_target", below=0.6, clear=0.75, for_steps=40,
+        name="few_ffn_experts",
+        metric="mean_ffn_to_target",
+        below=0.6,
+        clear=0.75,
+        for_steps=40,
     ),
     GuardRule(
-        name="logit_explosion", metric="logit_variance", above=100.0, clear=50.0, for_steps=20,
+        name="logit_explosion",
+        metric="logit_variance",
+        above=100.0,
+        clear=50.0,
+        for_steps=20,
         severity="critical",
     ),
-)  # fmt: skip
+)
 REMEDIES = {
     "router_fault": "find out what damaged the weights before they were put back",
     "few_ffn_experts": "set moe.budget.target_ffn_per_token, or raise moe.balance_coeff",

@@ -21,22 +21,32 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "routing_guard.tau_half_life": (50.0, "leave it out: moe.budget is what holds the FFN share"),
     "routing_guard.shift": (
         {
-            "window": 10, "reference": None, "fixed_after": None, "span": 3, "lag": 0, "memory": 6,
-            "warmup": 8, "false_alarm_steps": 10_000.0, "threshold": None,
+            "window": 10,
+            "reference": None,
+            "fixed_after": None,
+            "span": 3,
+            "lag": 0,
+            "memory": 6,
+            "warmup": 8,
+            "false_alarm_steps": 10_000.0,
+            "threshold": None,
         },
         "leave it out, or use routing_guard.false_alarm_steps",
     ),
     "resilience.guard_window": (128, "leave it out: losses are compared with their course"),
-}  # fmt: skip
+}
 # Of each rule of `routing_guard.rules`; a resolved configuration has them as null.
 _OF_RULES = ("of_steps", "clear_for_steps", "scope", "min_steps_between", "max_firings")
 # Default rules of the guard that are gone: what changes one is complete by what it was.
 _GONE_RULES: dict[str, dict[str, Any]] = {
     "many_ffn_experts": {
-        "metric": "mean_ffn_to_target", "for_steps": 100, "above": 1.5, "clear": 1.3,
+        "metric": "mean_ffn_to_target",
+        "for_steps": 100,
+        "above": 1.5,
+        "clear": 1.3,
     },
     "dead_expert": {"metric": "min_ffn_load", "for_steps": 75, "below": 0.01, "clear": 0.05},
-}  # fmt: skip
+}
 
 
 def without_removed(content: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -75,9 +75,11 @@ def whole(
         f"training.global_batch_size={count * size * layout.dp}",
     ]
     case = {
-        "config": str(path.relative_to(ROOT)), "overrides": overrides, "world_size": world,
+        "config": str(path.relative_to(ROOT)),
+        "overrides": overrides,
+        "world_size": world,
         "rank": fullest * (world // layout.pp),
-    }  # fmt: skip
+    }
     return case, stages[fullest]
 
 
@@ -96,9 +98,7 @@ def shipped(path: Path, layers: int = 2, *changes: str) -> dict[str, Any]:
     if not isinstance(config.moe.layer_freq, int):
         # As many dense layers at the start as fit.
         overrides.append(f"moe.layer_freq={[0] + [1] * (layers * chunks - 1)}")
-    return {
-        "config": str(path.relative_to(ROOT)), "overrides": overrides, "world_size": world
-    }  # fmt: skip
+    return {"config": str(path.relative_to(ROOT)), "overrides": overrides, "world_size": world}
 
 
 def planned_launches(path: Path, *changes: str) -> int:
@@ -116,21 +116,28 @@ def smallest(
     """The smallest of the paper's models; as many sequences a step as ranks unless given."""
     batch = f"training.global_batch_size={sequences or world_size}"
     return {
-        "config": SMALLEST, "overrides": [batch, *overrides], "world_size": world_size, **fields
-    }  # fmt: skip
+        "config": SMALLEST,
+        "overrides": [batch, *overrides],
+        "world_size": world_size,
+        **fields,
+    }
 
 
 VANILLA = (
-    "moe.num_zero_experts=0", "moe.num_copy_experts=0", "moe.num_constant_experts=0",
-    "moe.gating_residual=false", "moe.balance_scope=microbatch",
-)  # fmt: skip
+    "moe.num_zero_experts=0",
+    "moe.num_copy_experts=0",
+    "moe.num_constant_experts=0",
+    "moe.gating_residual=false",
+    "moe.balance_scope=microbatch",
+)
 _TWO_EXPERT_RANKS = "parallel.expert_model_parallel_size=2"
 _STAGES = "parallel.pipeline_model_parallel_size=2"
 WATCHED = ["observe.health_interval=1", "routing_guard.enabled=true", "routing_guard.dry_run=true"]
 _TENSOR_AND_CONTEXT = [
-    "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.sequence_parallel=true",
     "parallel.context_parallel_size=2",
-]  # fmt: skip
+]
 # Without Transformer Engine. A step has one micro-batch, two on one rank, in
 # pipelines and in the combined schedule.
 LOCAL: dict[str, dict[str, Any]] = {
@@ -143,9 +150,13 @@ LOCAL: dict[str, dict[str, Any]] = {
     ),
     "first stage, expert parallel": smallest(_STAGES, _TWO_EXPERT_RANKS, world_size=4),
     "last stage, expert parallel, recompute": smallest(
-        _STAGES, _TWO_EXPERT_RANKS, "training.recompute_granularity=full",
-        "training.recompute_method=uniform", "training.recompute_num_layers=1",
-        world_size=4, rank=2,
+        _STAGES,
+        _TWO_EXPERT_RANKS,
+        "training.recompute_granularity=full",
+        "training.recompute_method=uniform",
+        "training.recompute_num_layers=1",
+        world_size=4,
+        rank=2,
     ),
     "tensor, expert tensor and context parallel": smallest(
         *_TENSOR_AND_CONTEXT, "parallel.expert_tensor_parallel_size=2", world_size=4, sequences=1
@@ -158,7 +169,7 @@ LOCAL: dict[str, dict[str, Any]] = {
     ),
     "graphs": smallest("training.cuda_graphs=[attn,moe_router]"),
     "vanilla": smallest(*VANILLA),
-}  # fmt: skip
+}
 _FP8 = "precision.fp8=hybrid"
 _SELECTIVE = "training.recompute_granularity=selective"
 _FLEX = "moe.dispatcher=flex"
@@ -172,12 +183,23 @@ def _fp8(recipe: str, *overrides: str, **fields: Any) -> dict[str, Any]:
 
 # What a configuration can name, each by itself or with what it meets in Transformer Engine.
 ENGINE: dict[str, dict[str, Any]] = {
-    **{name: LOCAL[name] for name in (
-        "one rank", "guards, health, evaluation, save", "first stage, expert parallel",
-        "last stage, expert parallel, recompute", "tensor, expert tensor and context parallel",
-        "capacity, context parallel", "all-gather", "deduplicated", "DeepEP", "HybridEP",
-        "graphs", "vanilla",
-    )},
+    **{
+        name: LOCAL[name]
+        for name in (
+            "one rank",
+            "guards, health, evaluation, save",
+            "first stage, expert parallel",
+            "last stage, expert parallel, recompute",
+            "tensor, expert tensor and context parallel",
+            "capacity, context parallel",
+            "all-gather",
+            "deduplicated",
+            "DeepEP",
+            "HybridEP",
+            "graphs",
+            "vanilla",
+        )
+    },
     "FP8, delayed": _fp8("delayed"),
     "FP8, delayed, weights": _fp8("delayed", "precision.fp8_param=true"),
     "FP8, tensorwise, ends in bf16": _fp8(
@@ -204,13 +226,20 @@ ENGINE: dict[str, dict[str, Any]] = {
     "recompute layernorm, moe": smallest(_SELECTIVE, "training.recompute_modules=[layernorm,moe]"),
     # Evaluation calls the layers one after another.
     "combined schedule": smallest(
-        _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true",
-        world_size=2, sequences=4, parts=["evaluation"],
+        _TWO_EXPERT_RANKS,
+        "parallel.overlap_moe_expert_parallel_comm=true",
+        world_size=2,
+        sequences=4,
+        parts=["evaluation"],
     ),
     "combined schedule, delayed weight gradients": smallest(
-        _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true",
-        "parallel.delay_wgrad_compute=true", "parallel.overlap_grad_reduce=false",
-        "parallel.overlap_param_gather=false", world_size=2, sequences=4,
+        _TWO_EXPERT_RANKS,
+        "parallel.overlap_moe_expert_parallel_comm=true",
+        "parallel.delay_wgrad_compute=true",
+        "parallel.overlap_grad_reduce=false",
+        "parallel.overlap_param_gather=false",
+        world_size=2,
+        sequences=4,
     ),
     "multi-token prediction": smallest("model.mtp_num_layers=1"),
     "packed documents": smallest("data.reset_attention_mask=true"),
@@ -220,26 +249,37 @@ ENGINE: dict[str, dict[str, Any]] = {
         "optimizer.exp_avg_dtype=bf16", "optimizer.exp_avg_sq_dtype=bf16", "model.qkv_bias=true"
     ),
     "gated shared expert, tied embeddings": smallest(
-        "moe.shared_expert_ffn_hidden_size=256", "moe.shared_expert_gate=true",
+        "moe.shared_expert_ffn_hidden_size=256",
+        "moe.shared_expert_gate=true",
         "model.tie_embeddings=true",
     ),
     "without kernels": smallest("moe.fused=false", "precision.cross_entropy=native"),
     "groups, sigmoid, deterministic": smallest(
-        "moe.num_groups=4", "moe.group_topk=2", "moe.score_function=sigmoid",
+        "moe.num_groups=4",
+        "moe.group_topk=2",
+        "moe.score_function=sigmoid",
         "training.deterministic=true",
     ),
     "Muon": smallest("optimizer.kind=muon", "parallel.overlap_param_gather=false"),
     "fp32": smallest("precision.dtype=fp32"),
     "latent attention": shipped(ROOT / "configs/models/deepseek_v3_256_64.yaml"),
     "megatron, combined schedule": smallest(
-        _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true",
+        _TWO_EXPERT_RANKS,
+        "parallel.overlap_moe_expert_parallel_comm=true",
         "megatron.high_priority_a2a_comm_stream=true",
-        "megatron.ep_overlap_early_attn_memory_release=true", _OFFLOADING, _OFFLOADED,
-        world_size=2, sequences=4, parts=["evaluation"],
+        "megatron.ep_overlap_early_attn_memory_release=true",
+        _OFFLOADING,
+        _OFFLOADED,
+        world_size=2,
+        sequences=4,
+        parts=["evaluation"],
     ),
     "HybridEP, its own permutation": smallest(
-        _TWO_EXPERT_RANKS, _FLEX, "moe.flex_backend=hybridep",
-        "megatron.moe_permute_fusion_into_hybridep=true", world_size=2,
+        _TWO_EXPERT_RANKS,
+        _FLEX,
+        "moe.flex_backend=hybridep",
+        "megatron.moe_permute_fusion_into_hybridep=true",
+        world_size=2,
     ),
     "vanilla, fused router": smallest(*VANILLA, "megatron.moe_router_fusion=true"),
     "fused residual": smallest("megatron.fused_residual_rmsnorm=true", sequences=2),
@@ -251,24 +291,31 @@ ENGINE: dict[str, dict[str, Any]] = {
         _OFFLOADING, _OFFLOADED, _STAGES, "model.num_layers=4", world_size=2, sequences=4
     ),
     "FP8, offloading": _fp8("blockwise", _OFFLOADING, _OFFLOADED),
-}  # fmt: skip
+}
 # On a Blackwell GPU.
 MXFP8: dict[str, dict[str, Any]] = {
     "evaluation, save": _fp8("mxfp8", parts=["evaluation", "save"]),
     "expert parallel": _fp8("mxfp8", _TWO_EXPERT_RANKS, world_size=2),
     "DeepEP": _fp8("mxfp8", _TWO_EXPERT_RANKS, _FLEX, world_size=2),
-    "HybridEP": _fp8(
-        "mxfp8", _TWO_EXPERT_RANKS, _FLEX, "moe.flex_backend=hybridep", world_size=2
-    ),
+    "HybridEP": _fp8("mxfp8", _TWO_EXPERT_RANKS, _FLEX, "moe.flex_backend=hybridep", world_size=2),
     "tensor parallel, recompute": _fp8(
-        "mxfp8", *_TENSOR_AND_CONTEXT, _SELECTIVE, "training.recompute_modules=[layernorm,moe_act]",
-        world_size=4, sequences=1,
+        "mxfp8",
+        *_TENSOR_AND_CONTEXT,
+        _SELECTIVE,
+        "training.recompute_modules=[layernorm,moe_act]",
+        world_size=4,
+        sequences=1,
     ),
     "combined schedule, offloading": _fp8(
-        "mxfp8", _TWO_EXPERT_RANKS, "parallel.overlap_moe_expert_parallel_comm=true", _OFFLOADING,
-        _OFFLOADED, world_size=2, sequences=4,
+        "mxfp8",
+        _TWO_EXPERT_RANKS,
+        "parallel.overlap_moe_expert_parallel_comm=true",
+        _OFFLOADING,
+        _OFFLOADED,
+        world_size=2,
+        sequences=4,
     ),
     "full width": shipped(
         ROOT / "configs/models/moepp_7b_16_4_fp8.yaml", 2, "precision.fp8_recipe=mxfp8"
     ),
-}  # fmt: skip
+}

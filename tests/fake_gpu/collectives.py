@@ -21,10 +21,23 @@ class _Work:
 
 def install() -> None:
     names = (
-        "all_gather", "all_gather_into_tensor", "_all_gather_base", "all_reduce", "all_to_all",
-        "all_to_all_single", "barrier", "broadcast", "reduce", "reduce_scatter",
-        "reduce_scatter_tensor", "_reduce_scatter_base", "isend", "irecv", "send", "recv",
-    )  # fmt: skip
+        "all_gather",
+        "all_gather_into_tensor",
+        "_all_gather_base",
+        "all_reduce",
+        "all_to_all",
+        "all_to_all_single",
+        "barrier",
+        "broadcast",
+        "reduce",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "_reduce_scatter_base",
+        "isend",
+        "irecv",
+        "send",
+        "recv",
+    )
     for name in names:
         _replace(name, _collective(name))
 

@@ -36,10 +36,32 @@ _SIZED_BY_NUMBERS = (
 )
 # Of torch's operations those that start no kernel: names begin so.
 _NO_KERNEL = (
-    "view", "_unsafe_view", "t.", "transpose", "permute", "expand", "slice", "select", "unsqueeze",
-    "squeeze", "detach", "alias", "as_strided", "split", "unbind", "empty", "new_empty", "narrow",
-    "is_same_size", "device.", "set_", "lift_fresh", "_reshape_alias", "unfold", "chunk",
-)  # fmt: skip
+    "view",
+    "_unsafe_view",
+    "t.",
+    "transpose",
+    "permute",
+    "expand",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "detach",
+    "alias",
+    "as_strided",
+    "split",
+    "unbind",
+    "empty",
+    "new_empty",
+    "narrow",
+    "is_same_size",
+    "device.",
+    "set_",
+    "lift_fresh",
+    "_reshape_alias",
+    "unfold",
+    "chunk",
+)
 
 
 class Device(TorchDispatchMode):

@@ -55,31 +55,55 @@ def test_a_card(read: dict[str, Any]) -> None:
     links = card.pop("links")
     assert len(links) == 18
     assert links[17] == {
-        "index": 17, "active": True, "crc_errors": 172, "replays": 170, "recoveries": 171
-    }  # fmt: skip
+        "index": 17,
+        "active": True,
+        "crc_errors": 172,
+        "replays": 170,
+        "recoveries": 171,
+    }
     # Not answered by this card, which remaps rows.
     assert (card.pop("retired_pages"), card.pop("retirement_pending")) == (None, None)
     assert card == {
-        "index": 0, "name": "NVIDIA H100 80GB HBM3",
-        "uuid": "GPU-1234abcd-0000-1111-2222-333344445555", "faults": [], "recovery_action": 2,
-        "ecc_enabled": True, "ecc_uncorrected": 0, "ecc_corrected": 5_000_000_002,
+        "index": 0,
+        "name": "NVIDIA H100 80GB HBM3",
+        "uuid": "GPU-1234abcd-0000-1111-2222-333344445555",
+        "faults": [],
+        "recovery_action": 2,
+        "ecc_enabled": True,
+        "ecc_uncorrected": 0,
+        "ecc_corrected": 5_000_000_002,
         "rows": {"correctable": 3, "uncorrectable": 1, "pending": False, "failed": False},
-        "throttle_reasons": 1, "sm_clock": 341, "max_sm_clock": 1980,
-        "power": pytest.approx(69.432), "power_limit": 700.0, "default_power_limit": 650.0,
-        "temperature": 31, "slowdown_temperature": 87, "pcie_generation": 4,
-        "pcie_max_generation": 5, "pcie_width": 16, "pcie_replays": 7, "busy_power_state": True,
+        "throttle_reasons": 1,
+        "sm_clock": 341,
+        "max_sm_clock": 1980,
+        "power": pytest.approx(69.432),
+        "power_limit": 700.0,
+        "default_power_limit": 650.0,
+        "temperature": 31,
+        "slowdown_temperature": 87,
+        "pcie_generation": 4,
+        "pcie_max_generation": 5,
+        "pcie_width": 16,
+        "pcie_replays": 7,
+        "busy_power_state": True,
         "processes": [{"pid": 4242, "memory": 8_589_934_593}, {"pid": 4243, "memory": None}],
-    }  # fmt: skip
+    }
 
 
 def test_a_sample(read: dict[str, Any]) -> None:
     assert read["energies"] == [5e9]
     assert read["sample"] == {
-        "power": pytest.approx(69.432), "energy": 5e9, "utilization": 0.83,
-        "memory_used": 4_325_376, "temperature": 31, "sm_clock": 341, "pcie_tx": 1000 * 1024.0,
-        "pcie_rx": 1001 * 1024.0, "nvlink_tx": 6_000_000_138 * 1024,
+        "power": pytest.approx(69.432),
+        "energy": 5e9,
+        "utilization": 0.83,
+        "memory_used": 4_325_376,
+        "temperature": 31,
+        "sm_clock": 341,
+        "pcie_tx": 1000 * 1024.0,
+        "pcie_rx": 1001 * 1024.0,
+        "nvlink_tx": 6_000_000_138 * 1024,
         "nvlink_rx": 6_000_000_139 * 1024,
-    }  # fmt: skip
+    }
 
 
 def test_errors_are_told_once(read: dict[str, Any]) -> None:

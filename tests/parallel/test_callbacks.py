@@ -62,9 +62,17 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def config(tmp_path: Path, corpus: Path) -> Path:
     """Four steps on two ranks with random noise, saved after the second and the fourth."""
     path = write_config(
-        tmp_path / "c.yaml", corpus, tmp_path / "run", 2, save_interval=2, train_iters=4,
-        eval_interval=4, eval_iters=1, log_interval=2, **short_steps(2),
-    )  # fmt: skip
+        tmp_path / "c.yaml",
+        corpus,
+        tmp_path / "run",
+        2,
+        save_interval=2,
+        train_iters=4,
+        eval_interval=4,
+        eval_iters=1,
+        log_interval=2,
+        **short_steps(2),
+    )
     content = yaml.safe_load(path.read_text())
     content["moe"]["input_jitter_eps"] = 0.1
     content["checkpoint"]["async_save"] = False
@@ -220,9 +228,12 @@ def test_what_is_no_callback(config: Path, plugins: Path) -> None:
 
 def test_the_example_package(config: Path, plugins: Path, tmp_path: Path) -> None:
     names = (
-        "optimizer.kind=adam_l2", "optimizer.decay_style=inverse_root", "data.dataset=one_batch",
-        "observe.sinks=[csv]", "run.callbacks=[patience]",
-    )  # fmt: skip
+        "optimizer.kind=adam_l2",
+        "optimizer.decay_style=inverse_root",
+        "data.dataset=one_batch",
+        "observe.sinks=[csv]",
+        "run.callbacks=[patience]",
+    )
     steps = ("training.eval_interval=1", "training.log_interval=1")
     done = moepp("train", config, ONE, *names, *steps, "optimizer.warmup_iters=2")
     assert done.returncode in (0, 75), done.stderr

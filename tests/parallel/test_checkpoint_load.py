@@ -124,8 +124,12 @@ def test_auto_ignores_what_a_killed_save_left(ranks: RankPools, corpus: Path, ru
     assert any("step_00000008: metadata.json is missing" in line for line in messages)
     # Read, and so kept; never complete, and so removed.
     assert sorted(path.name for path in checkpoints.iterdir()) == [
-        "latest", "step_00000002", "step_00000004", "step_00000006", "step_00000008"
-    ]  # fmt: skip
+        "latest",
+        "step_00000002",
+        "step_00000004",
+        "step_00000006",
+        "step_00000008",
+    ]
 
 
 def test_unreadable_checkpoint_of_the_same_step_is_put_aside(ranks, corpus: Path, run: Path):

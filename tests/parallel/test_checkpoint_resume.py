@@ -50,8 +50,9 @@ def test_two_and_two_steps_are_four(ranks, corpus: Path, tmp_path, layout: str, 
         assert not [line for line in messages if "skipping" in line or "seeded again" in line]
         folder = tmp_path / name / "checkpoints"
         assert sorted(path.name for path in folder.iterdir()) == [
-            "latest", *(f"step_{step:08d}" for step in (1, 2, 3, 4))
-        ]  # fmt: skip
+            "latest",
+            *(f"step_{step:08d}" for step in (1, 2, 3, 4)),
+        ]
         assert (folder / "latest").read_text() == "step_00000004\n"
 
 

@@ -169,9 +169,13 @@ def test_putting_routers_back_keeps_the_loss(ranks: RankPools, tmp_path: Path) -
 
 EXPLODE = {"name": "logit_explosion", "above": 30.0, "for_steps": 3, "action": "rollback"}
 DEAD = {
-    "name": "dead", "metric": "min_ffn_load", "below": 0.01, "clear": 0.05, "for_steps": 3,
+    "name": "dead",
+    "metric": "min_ffn_load",
+    "below": 0.01,
+    "clear": 0.05,
+    "for_steps": 3,
     "action": "rollback",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -344,9 +348,12 @@ def test_a_rule_may_end_the_run(ranks: RankPools, tmp_path: Path) -> None:
     """The model is saved, and an alert says why."""
     rule = {"name": "end", "metric": "loss", "above": 0.1, "for_steps": 2, "action": "stop"}
     raw = guard_settings(
-        tmp_path, training={"train_iters": 5}, parallel=EP2, routing_guard=guard(rule),
+        tmp_path,
+        training={"train_iters": 5},
+        parallel=EP2,
+        routing_guard=guard(rule),
         checkpoint={"save_interval": 5},
-    )  # fmt: skip
+    )
     for message in ranks(2).run(stopped, raw):
         assert "rule end holds; step 2 is saved" in message
     assert [(a.step, a.rule, a.action) for a in told(tmp_path)] == [(2, "end", "stop")]
@@ -420,10 +427,12 @@ def test_a_rollback_for_a_shift_goes_to_before_its_first_step(
     """On all ranks alike, by rank 0's numbers."""
     training = {"train_iters": 122, "global_batch_size": 16, "micro_batch_size": 8}
     raw = guard_settings(
-        tmp_path, training=training, optimizer={"lr": 3e-4},
+        tmp_path,
+        training=training,
+        optimizer={"lr": 3e-4},
         checkpoint={"save_interval": save_interval},
         routing_guard=guard({"name": "shift", "action": "rollback"}),
-    )  # fmt: skip
+    )
     zero, one = ranks(2).run(run_with_other_numbers, raw, data="broken source")
     assert zero.decisions == one.decisions
     assert zero.weights == one.weights

@@ -211,16 +211,6 @@ def test_an_interpreter_that_does_not_fit_hides_no_later_one(bare, pythons):
     assert made_with(bare) == str(fits)
 
 
-def test_pyenv_versions_are_found(machine):
-    path = machine.add_python("../pyenv/versions/3.12.9/bin/python", "3.12")
-    machine.environment["PYENV_ROOT"] = str(path.resolve().parents[3])
-    # The real /usr/bin comes before pyenv in the order, so ask for the list itself.
-    _, out, _ = machine.source(
-        f'source "{machine.root}/launch/env.sh" 2>/dev/null; _moepp_candidates'
-    )
-    assert str(path.resolve()) in out.splitlines()
-
-
 def test_chosen_interpreter_without_venv_names_the_package(bare):
     path = bare.add_python("python3.13", "3.13-novenv")
     status, _, err = bare.source(MOEPP_PYTHON=str(path))
@@ -258,31 +248,6 @@ def test_tools_of_tests_come_with_the_first_script_that_needs_them(machine):
     # Both are there, whoever asks next.
     assert machine.source(**dev)[2] == machine.source()[2] == ""
     assert machine.installs == 2
-
-
-def test_a_change_is_installed_for_runs_and_then_for_tests(machine):
-    machine.source(f'"{machine.root}/launch/env.sh" --dev')
-    with (machine.root / "constraints.txt").open("a") as file:
-        file.write("# changed\n")
-    machine.source()
-    machine.source(MOEPP_DEV="1")
-    ends = [line.rpartition(" ")[2] for line in machine.calls.read_text().splitlines()]
-    assert ends == [".[dev]", ".[all]", ".[dev]"]
-
-
-def test_the_first_installation_says_how_large_it_is(machine):
-    assert "GB to download" in machine.source()[2]
-    (machine.root / ".venv/lib/python3.12/site-packages/torch").mkdir(parents=True)
-    err = machine.source(MOEPP_DEV="1")[2]
-    assert "installing" in err
-    assert "GB" not in err
-
-
-@pytest.mark.parametrize("script", ["launch/test.sh", ".ci/run", "benchmarks/gpu.sh"])
-def test_scripts_that_test_ask_for_the_tools(script):
-    before, source, _ = (ROOT / script).read_text().partition("launch/env.sh\n")
-    assert source
-    assert "\nMOEPP_DEV=1\n" in before
 
 
 def te(machine, **environment: str) -> tuple[int, str]:

@@ -28,33 +28,33 @@ AS_FEATURES = ("training.parts.routing_guard", "training.parts.shift")
 # is raised only by the commit that names the capability that it buys, and that lowers another.
 BUDGETS = {
     "__main__": (16, 0),
-    "cli": (23_549, 54),
-    "tools.experiments": (16_250, 71),
-    "tools.report": (37_400, 150),
-    "tools.planning": (29_590, 109),
+    "cli": (22_118, 51),
+    "tools.experiments": (16_239, 70),
+    "tools.report": (37_163, 142),
+    "tools.planning": (28_666, 106),
     "tools.inspection": (4_191, 18),
-    "tools.bench": (6_539, 34),
-    "tools.profiling": (19_336, 89),
-    "tools.doctor": (9_784, 66),
+    "tools.bench": (6_539, 30),
+    "tools.profiling": (19_337, 79),
+    "tools.doctor": (10_353, 71),
     "cluster": (1_930, 2),
-    "interop": (42_022, 149),
-    "features": (22_611, 42),
-    "training": (53_044, 193),
-    "model": (7_628, 32),
-    "moe": (40_690, 132),
-    "data": (30_831, 110),
-    "observe": (14_134, 51),
-    "runtime": (22_162, 119),
-    "config": (41_009, 137),
-    "catalogue": (2_792, 3),
-    "layer_settings": (1_006, 2),
+    "interop": (38_876, 142),
+    "features": (23_078, 42),
+    "training": (51_057, 196),
+    "model": (7_627, 32),
+    "moe": (40_850, 133),
+    "data": (31_528, 112),
+    "observe": (14_331, 51),
+    "runtime": (22_431, 119),
+    "config": (44_606, 150),
+    "catalogue": (2_919, 3),
+    "layer_settings": (1_011, 2),
     "experts": (1_737, 4),
-    "file_names": (160, 1),
+    "file_names": (219, 2),
     "version": (3, 0),
 }
-MAX_FILES, MAX_TEMPLATE_LINES = 573, 726
-MAX_PUBLIC_NAMES, MAX_CLASS_NAMES_TWICE = 1_568, 25
-MAX_TEST_TOKENS, MAX_BENCHMARK_TOKENS = 475_000, 34_500
+MAX_FILES, MAX_TEMPLATE_LINES = 562, 726
+MAX_PUBLIC_NAMES, MAX_CLASS_NAMES_TWICE = 1_557, 9
+MAX_TEST_TOKENS, MAX_BENCHMARK_TOKENS = 475_000, 34_000
 MAX_WORDS, MAX_README_WORDS = 48_000, 900
 
 # Not yet: planning says in which order to read it, the experiments nothing.

@@ -33,25 +33,41 @@ _NO_CHOICE = (
 )
 
 RULES: tuple[Rule, ...] = (
-    group(lambda c: c.moe.budget.acts and c.moe.num_zero_computation_experts == 0,
+    group(
+        lambda c: c.moe.budget.acts and c.moe.num_zero_computation_experts == 0,
         first(
-            refuse("moe.budget.target_ffn_per_token",
-                lambda c: c.moe.budget.target_ffn_per_token is not None, _NO_CHOICE,
-                "add zero-computation experts, or drop moe.budget"),
-            refuse("moe.budget.controller", lambda c: True, _NO_CHOICE,
-                "add zero-computation experts, or drop moe.budget"),
+            refuse(
+                "moe.budget.target_ffn_per_token",
+                lambda c: c.moe.budget.target_ffn_per_token is not None,
+                _NO_CHOICE,
+                "add zero-computation experts, or drop moe.budget",
+            ),
+            refuse(
+                "moe.budget.controller",
+                lambda c: True,
+                _NO_CHOICE,
+                "add zero-computation experts, or drop moe.budget",
+            ),
         ),
     ),
-    group(lambda c: c.moe.num_zero_computation_experts > 0,
+    group(
+        lambda c: c.moe.num_zero_computation_experts > 0,
         _within_what_tokens_select,
     ),
-    group(lambda c: c.moe.budget.acts and c.moe.budget.held_by != "bias",
-        refuse("moe.balance_coeff", lambda c: c.moe.balance_coeff <= 0,
+    group(
+        lambda c: c.moe.budget.acts and c.moe.budget.held_by != "bias",
+        refuse(
+            "moe.balance_coeff",
+            lambda c: c.moe.balance_coeff <= 0,
             "must be above 0 with moe.budget.controller {moe.budget.held_by}, because tau acts "
             "through the balance loss",
-            "use 0.01, or moe.budget.controller bias"),
+            "use 0.01, or moe.budget.controller bias",
+        ),
     ),
-    refuse("moe.capacity_factor", lambda c: c.moe.capacity_factor is not None and c.moe.budget.acts,
+    refuse(
+        "moe.capacity_factor",
+        lambda c: c.moe.capacity_factor is not None and c.moe.budget.acts,
         "must be null with moe.budget, because the capacities follow from a fixed moe.tau",
-        "use null, or drop moe.budget"),
-)  # fmt: skip
+        "use null, or drop moe.budget",
+    ),
+)

@@ -33,21 +33,29 @@ def _only_capturable(config: Config) -> str:
 RULES: tuple[Rule, ...] = (
     first(
         refuse("training.cuda_graphs", _unknown, _only_capturable, "use [attn, moe_router]"),
-        group(lambda c: c.training.cuda_graphs,
-            refuse("training.cuda_graphs", lambda c: c.moe.is_vanilla,
+        group(
+            lambda c: c.training.cuda_graphs,
+            refuse(
+                "training.cuda_graphs",
+                lambda c: c.moe.is_vanilla,
                 "must have zero-computation experts or moe.gating_residual: for vanilla layers "
                 "megatron-core's attn captures the experts as well, whose sizes are not fixed",
-                _REMEDY),
-            refuse("training.cuda_graphs",
+                _REMEDY,
+            ),
+            refuse(
+                "training.cuda_graphs",
                 lambda c: _captures_router(c) and c.moe.z_loss_coeff is not None,
                 "must have moe.z_loss_coeff ({moe.z_loss_coeff}) null with moe_router: the "
                 "loss is recorded by the host, which a graph does not repeat",
-                _REMEDY),
-            refuse("training.cuda_graphs",
+                _REMEDY,
+            ),
+            refuse(
+                "training.cuda_graphs",
                 lambda c: _captures_router(c) and c.moe.input_jitter_eps is not None,
                 "must have moe.input_jitter_eps ({moe.input_jitter_eps}) null with moe_router: "
                 "noise inside a graph has not been tested",
-                _REMEDY),
+                _REMEDY,
+            ),
         ),
     ),
-)  # fmt: skip
+)

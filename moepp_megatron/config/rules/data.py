@@ -53,26 +53,49 @@ def _stages_follow_each_other(config: Config) -> Iterator[Problem]:
 
 
 RULES: tuple[Rule, ...] = (
-    refuse("data.blend", lambda c: c.data.path is not None and c.data.blend,
+    refuse(
+        "data.blend",
+        lambda c: c.data.path is not None and c.data.blend,
         "must be empty where data.path ({data.path!s}) is set",
         "set data.path to null, or data.blend to []",
-        value=lambda c: [str(part.path) for part in c.data.blend]),
-    refuse("data.stages", lambda c: c.data.stages and c.data.path is None and not c.data.blend,
+        value=lambda c: [str(part.path) for part in c.data.blend],
+    ),
+    refuse(
+        "data.stages",
+        lambda c: c.data.stages and c.data.path is None and not c.data.blend,
         "must come with the data of the steps before the first of them",
-        "set data.path or data.blend", value=lambda c: f"{len(c.data.stages)} stages"),
-    each(_weights, lambda weights: sum(weights) <= 0,
-        "must have at least one folder with a weight above 0", "use [{{path: DIR, weight: 1}}]"),
+        "set data.path or data.blend",
+        value=lambda c: f"{len(c.data.stages)} stages",
+    ),
+    each(
+        _weights,
+        lambda weights: sum(weights) <= 0,
+        "must have at least one folder with a weight above 0",
+        "use [{{path: DIR, weight: 1}}]",
+    ),
     _blends_name_a_folder_once,
-    each(_begins, lambda begins: (begins["from_step"] is None) == (begins["from_tokens"] is None),
-        "must have one of from_step and from_tokens", "give one of them"),
+    each(
+        _begins,
+        lambda begins: (begins["from_step"] is None) == (begins["from_tokens"] is None),
+        "must have one of from_step and from_tokens",
+        "give one of them",
+    ),
     # Where a stage begins is counted in batches.
-    group(lambda c: c.data.stages,
-        refuse("training.batch_ramp", lambda c: c.training.batch_ramp is not None,
+    group(
+        lambda c: c.data.stages,
+        refuse(
+            "training.batch_ramp",
+            lambda c: c.training.batch_ramp is not None,
             "must be null with data.stages, which begin after a number of equal batches",
-            "leave out one of the two"),
+            "leave out one of the two",
+        ),
     ),
     _stages_follow_each_other,
     # They name metrics, in records and in what others read.
-    each(entries("data.validation"), lambda name: not name.strip() or not name.isprintable(),
-        "must have names of printable characters", "use a word, such as {{law: DIR}}"),
-)  # fmt: skip
+    each(
+        entries("data.validation"),
+        lambda name: not name.strip() or not name.isprintable(),
+        "must have names of printable characters",
+        "use a word, such as {{law: DIR}}",
+    ),
+)

@@ -22,62 +22,99 @@ def _modules(wrong: Condition, must: Text, remedy: str) -> Rule:
 
 
 RULES: tuple[Rule, ...] = (
-    refuse("megatron.tp_comm_overlap", lambda c: c.megatron.tp_comm_overlap,
+    refuse(
+        "megatron.tp_comm_overlap",
+        lambda c: c.megatron.tp_comm_overlap,
         "must be false: the userbuffers of Transformer Engine need a communicator of their own "
-        "(initialize_ub), which this trainer does not start", "leave it out"),
+        "(initialize_ub), which this trainer does not start",
+        "leave it out",
+    ),
     _only_with(
         "megatron.high_priority_a2a_comm_stream megatron.ep_overlap_early_attn_memory_release",
         lambda c: not c.parallel.overlap_moe_expert_parallel_comm,
         "must come with parallel.overlap_moe_expert_parallel_comm (false), whose schedule reads it",
-        "set that to true"),
-    _only_with("megatron.moe_permute_fusion_into_hybridep",
+        "set that to true",
+    ),
+    _only_with(
+        "megatron.moe_permute_fusion_into_hybridep",
         lambda c: c.moe.dispatcher != "flex" or c.moe.flex_backend != "hybridep",
         "must come with moe.dispatcher flex ({moe.dispatcher}) and moe.flex_backend hybridep "
-        "({moe.flex_backend})", "set both"),
-    _only_with("megatron.moe_router_fusion", lambda c: not c.moe.is_vanilla,
+        "({moe.flex_backend})",
+        "set both",
+    ),
+    _only_with(
+        "megatron.moe_router_fusion",
+        lambda c: not c.moe.is_vanilla,
         "must be false with MoE++ layers: the fused kernel knows one kind of expert",
-        "set moe.fused"),
-    _only_with("megatron.fused_residual_rmsnorm",
+        "set moe.fused",
+    ),
+    _only_with(
+        "megatron.fused_residual_rmsnorm",
         lambda c: "moe_router" in c.training.cuda_graphs,
         "must be false with moe_router in training.cuda_graphs, which captures a plain norm",
-        "use [attn]"),
-    _only_with("megatron.fused_single_qkv_rope",
-        lambda c: (
-            c.model.latent_attention or c.model.qk_layernorm or c.data.reset_attention_mask
-        ),
+        "use [attn]",
+    ),
+    _only_with(
+        "megatron.fused_single_qkv_rope",
+        lambda c: c.model.latent_attention or c.model.qk_layernorm or c.data.reset_attention_mask,
         "must be false with model.latent_attention, model.qk_layernorm and "
         "data.reset_attention_mask: queries and keys are handled apart there",
-        "leave those out"),
-    refuse("megatron.use_transformer_engine_op_fuser",
+        "leave those out",
+    ),
+    refuse(
+        "megatron.use_transformer_engine_op_fuser",
         lambda c: c.megatron.use_transformer_engine_op_fuser,
         "must be false: megatron-core gives it SwiGLU experts only with Transformer Engine's "
         "kernels for Blackwell, and pads rows to 256 for it, which has not been tried",
-        "leave it out"),
-    group(lambda c: c.megatron.fine_grained_activation_offloading,
-        _modules(lambda c: not c.megatron.offload_modules,
+        "leave it out",
+    ),
+    group(
+        lambda c: c.megatron.fine_grained_activation_offloading,
+        _modules(
+            lambda c: not c.megatron.offload_modules,
             "must name a module with megatron.fine_grained_activation_offloading",
-            "use [core_attn, attn_proj], or set that to false"),
-        # (transformer_config.py)
-        _modules(lambda c: "attn_proj" in _offloaded(c) and "core_attn" not in _offloaded(c),
-            "must hold core_attn with attn_proj, whose input is its output", "add core_attn"),
-        group(lambda c: c.training.recompute_granularity == "selective",
-            _modules(lambda c: _EXPERTS & _offloaded(c) and "moe" in c.training.recompute_modules,
-                "must not hold expert_fc1 or moe_act with moe in training.recompute_modules, "
-                "which keeps neither", "leave them out"),
+            "use [core_attn, attn_proj], or set that to false",
         ),
-        _modules(lambda c: c.training.cuda_graphs and _offloaded(c) - _EXPERTS,
+        # (transformer_config.py)
+        _modules(
+            lambda c: "attn_proj" in _offloaded(c) and "core_attn" not in _offloaded(c),
+            "must hold core_attn with attn_proj, whose input is its output",
+            "add core_attn",
+        ),
+        group(
+            lambda c: c.training.recompute_granularity == "selective",
+            _modules(
+                lambda c: _EXPERTS & _offloaded(c) and "moe" in c.training.recompute_modules,
+                "must not hold expert_fc1 or moe_act with moe in training.recompute_modules, "
+                "which keeps neither",
+                "leave them out",
+            ),
+        ),
+        _modules(
+            lambda c: c.training.cuda_graphs and _offloaded(c) - _EXPERTS,
             "must hold only expert_fc1 and moe_act with training.cuda_graphs: a graph keeps its "
-            "own tensors", "use [expert_fc1, moe_act], or set training.cuda_graphs to []"),
+            "own tensors",
+            "use [expert_fc1, moe_act], or set training.cuda_graphs to []",
+        ),
         # (Transformer Engine's grouped_linear.py)
-        _modules(lambda c: c.precision.recipe == "delayed" and "expert_fc1" in _offloaded(c),
+        _modules(
+            lambda c: c.precision.recipe == "delayed" and "expert_fc1" in _offloaded(c),
             "must not hold expert_fc1 with precision.fp8_recipe delayed, whose scales are those "
-            "of the forward pass", "leave it out"),
-        refuse("megatron.fine_grained_activation_offloading",
+            "of the forward pass",
+            "leave it out",
+        ),
+        refuse(
+            "megatron.fine_grained_activation_offloading",
             lambda c: c.training.recompute_granularity == "full",
             "must be false with training.recompute_granularity full, which keeps nothing to send",
-            "leave one of the two out"),
-        refuse("megatron.fine_grained_activation_offloading", lambda c: c.training.batch_ramp,
+            "leave one of the two out",
+        ),
+        refuse(
+            "megatron.fine_grained_activation_offloading",
+            lambda c: c.training.batch_ramp,
             "must be false with training.batch_ramp ({training.batch_ramp}): megatron-core counts "
-            "on as many micro-batches as the first step has", "leave one of the two out"),
+            "on as many micro-batches as the first step has",
+            "leave one of the two out",
+        ),
     ),
-)  # fmt: skip
+)

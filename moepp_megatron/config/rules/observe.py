@@ -15,7 +15,11 @@ def _is_no_name(config: Config) -> bool:
 
 RULES: tuple[Rule, ...] = (
     # The address is a secret: it is read from the environment and never part of a message.
-    refuse("observe.webhook_url_env", _is_no_name,
+    refuse(
+        "observe.webhook_url_env",
+        _is_no_name,
         "must be the name of an environment variable, not an address (not shown here)",
-        "export MOEPP_WEBHOOK=ADDRESS and use MOEPP_WEBHOOK", value=lambda c: "..."),
-)  # fmt: skip
+        "export MOEPP_WEBHOOK=ADDRESS and use MOEPP_WEBHOOK",
+        value=lambda c: "...",
+    ),
+)

@@ -127,45 +127,66 @@ def _stage_count_fits(config: Config, text: str, stages: int) -> Iterator[Proble
 
 
 RULES: tuple[Rule, ...] = (
-    divisible("moe.num_ffn_experts", lambda c: c.parallel.expert_model_parallel_size,
-        "parallel.expert_model_parallel_size", others=()),
+    divisible(
+        "moe.num_ffn_experts",
+        lambda c: c.parallel.expert_model_parallel_size,
+        "parallel.expert_model_parallel_size",
+        others=(),
+    ),
     _tensor_ranks_divide_widths,
     # Key/value heads are divided among the tensor-parallel ranks, or copied to several.
-    group(lambda c: c.model.num_query_groups is not None,
-        refuse("model.num_query_groups", _query_groups_do_not_fit,
+    group(
+        lambda c: c.model.num_query_groups is not None,
+        refuse(
+            "model.num_query_groups",
+            _query_groups_do_not_fit,
             "must be a multiple or a divisor of parallel.tensor_model_parallel_size "
             "({parallel.tensor_model_parallel_size})",
-            "use {parallel.tensor_model_parallel_size}, or another number of tensor-parallel "
-            "ranks"),
+            "use {parallel.tensor_model_parallel_size}, or another number of tensor-parallel ranks",
+        ),
     ),
     _expert_tensor_ranks_divide_expert_width,
     # megatron-core's MoE layer refuses to train otherwise (moe_layer.py, `forward`).
-    refuse("parallel.sequence_parallel",
+    refuse(
+        "parallel.sequence_parallel",
         lambda c: c.parallel.tensor_model_parallel_size > 1 and not c.parallel.sequence_parallel,
         "must be true with parallel.tensor_model_parallel_size "
         "({parallel.tensor_model_parallel_size}), because MoE layers need it",
-        "set parallel.sequence_parallel to true"),
+        "set parallel.sequence_parallel to true",
+    ),
     divisible("model.seq_length", _sequence_pieces, _sequence_pieces_in_words),
     # Only the distributed optimizer gathers parameters, by the gradient buckets' order.
-    group(lambda c: c.parallel.overlap_param_gather,
-        refuse("parallel.overlap_param_gather", lambda c: not c.parallel.use_distributed_optimizer,
+    group(
+        lambda c: c.parallel.overlap_param_gather,
+        refuse(
+            "parallel.overlap_param_gather",
+            lambda c: not c.parallel.use_distributed_optimizer,
             "must have parallel.use_distributed_optimizer (false) true as well",
             "set parallel.use_distributed_optimizer to true, or parallel.overlap_param_gather to "
-            "false"),
-        refuse("parallel.overlap_param_gather", lambda c: not c.parallel.overlap_grad_reduce,
+            "false",
+        ),
+        refuse(
+            "parallel.overlap_param_gather",
+            lambda c: not c.parallel.overlap_grad_reduce,
             "must have parallel.overlap_grad_reduce (false) true as well",
-            "set parallel.overlap_grad_reduce to true, or parallel.overlap_param_gather to false"),
+            "set parallel.overlap_grad_reduce to true, or parallel.overlap_param_gather to false",
+        ),
     ),
-    group(lambda c: c.parallel.pipeline_model_parallel_size == 1,
-        refuse("parallel.virtual_pipeline_model_parallel_size",
+    group(
+        lambda c: c.parallel.pipeline_model_parallel_size == 1,
+        refuse(
+            "parallel.virtual_pipeline_model_parallel_size",
             lambda c: c.parallel.virtual_pipeline_model_parallel_size is not None,
             "must be null with parallel.pipeline_model_parallel_size (1)",
-            "use null, or set parallel.pipeline_model_parallel_size to 2 or more"),
+            "use null, or set parallel.pipeline_model_parallel_size to 2 or more",
+        ),
     ),
-    group(lambda c: c.parallel.pipeline_model_parallel_layout is None,
+    group(
+        lambda c: c.parallel.pipeline_model_parallel_layout is None,
         _layers_divide_over_stages,
     ),
-    group(lambda c: c.parallel.pipeline_model_parallel_layout is not None,
+    group(
+        lambda c: c.parallel.pipeline_model_parallel_layout is not None,
         _layout_is_whole,
     ),
-)  # fmt: skip
+)

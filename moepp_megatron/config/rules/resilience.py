@@ -14,11 +14,16 @@ def _is_shorter_than_a_step(config: Config) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    refuse("resilience.hang_timeout_s",
+    refuse(
+        "resilience.hang_timeout_s",
         lambda c: 0 < c.resilience.hang_timeout_s < _SHORTEST_HANG_TIMEOUT_S,
         f"must be 0 (off) or at least {_SHORTEST_HANG_TIMEOUT_S}",
-        "use 600.0, or 0.0 to switch hang detection off"),
-    refuse("resilience.hang_slow_phase_timeout_s", _is_shorter_than_a_step,
+        "use 600.0, or 0.0 to switch hang detection off",
+    ),
+    refuse(
+        "resilience.hang_slow_phase_timeout_s",
+        _is_shorter_than_a_step,
         "must be at least resilience.hang_timeout_s ({resilience.hang_timeout_s})",
-        "use {resilience.hang_timeout_s} or more, or lower resilience.hang_timeout_s"),
-)  # fmt: skip
+        "use {resilience.hang_timeout_s} or more, or lower resilience.hang_timeout_s",
+    ),
+)

@@ -108,14 +108,16 @@ def _checkpoints_reach_back(config: Config) -> Iterator[Problem]:
 
 
 RULES: tuple[Rule, ...] = (
-    refuse("routing_guard.enabled",
+    refuse(
+        "routing_guard.enabled",
         lambda c: c.routing_guard.enabled is True and c.moe.num_zero_computation_experts == 0,
         "must come with zero-computation experts, because what it guards against is their misuse",
-        "add zero-computation experts, or set it to false"),
+        "add zero-computation experts, or set it to false",
+    ),
     _names_differ,
     _metrics_exist,
     _one_limit,
     _clear_on_the_healthy_side,
     _metrics_are_measured,
     _checkpoints_reach_back,
-)  # fmt: skip
+)

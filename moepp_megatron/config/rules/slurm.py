@@ -29,31 +29,54 @@ def _limit(config: Config) -> int:
 
 
 RULES: tuple[Rule, ...] = (
-    each(values("slurm.partition slurm.account slurm.qos slurm.constraint slurm.exclude"),
+    each(
+        values("slurm.partition slurm.account slurm.qos slurm.constraint slurm.exclude"),
         lambda value: value is not None and not _NAME.fullmatch(value),
         "must hold only letters, digits and _.,:&|()[]*%+-",
-        "use a name that this cluster has, or null"),
-    each(values("slurm.time"), lambda time: time is not None and not _TIME.fullmatch(time),
+        "use a name that this cluster has, or null",
+    ),
+    each(
+        values("slurm.time"),
+        lambda time: time is not None and not _TIME.fullmatch(time),
         "must be minutes, hours:minutes:seconds or days-hours:minutes:seconds",
-        'write for example "4:00:00" or "2-00:00:00"'),
+        'write for example "4:00:00" or "2-00:00:00"',
+    ),
     # A job is not asked to stop as soon as it starts.
-    refuse("slurm.signal_before_s", lambda c: 0 < _limit(c) <= c.slurm.signal_before_s,
+    refuse(
+        "slurm.signal_before_s",
+        lambda c: 0 < _limit(c) <= c.slurm.signal_before_s,
         lambda c: f"must be below slurm.time ({c.slurm.time}, {_limit(c)} s)",
-        "lower it, or raise the time limit"),
-    refuse("slurm.min_nodes", lambda c: (c.slurm.min_nodes or 0) > c.slurm.nodes,
-        "must be at most slurm.nodes ({slurm.nodes})", "use {slurm.nodes} or less, or null"),
-    refuse("slurm.container_image",
+        "lower it, or raise the time limit",
+    ),
+    refuse(
+        "slurm.min_nodes",
+        lambda c: (c.slurm.min_nodes or 0) > c.slurm.nodes,
+        "must be at most slurm.nodes ({slurm.nodes})",
+        "use {slurm.nodes} or less, or null",
+    ),
+    refuse(
+        "slurm.container_image",
         lambda c: c.slurm.container != "none" and c.slurm.container_image is None,
         "must name an image for slurm.container ({slurm.container})",
-        "name one, or use slurm.container none"),
-    refuse("slurm.container_image",
+        "name one, or use slurm.container none",
+    ),
+    refuse(
+        "slurm.container_image",
         lambda c: c.slurm.container == "none" and c.slurm.container_image is not None,
         "must come with slurm.container pyxis or apptainer",
-        "set slurm.container, or leave the image out"),
-    each(entries("slurm.options"),
+        "set slurm.container, or leave the image out",
+    ),
+    each(
+        entries("slurm.options"),
         lambda option: not option.startswith("--") or not option.isprintable(),
-        "must be a long option of sbatch on one line", "write it as --name=value"),
+        "must be a long option of sbatch on one line",
+        "write it as --name=value",
+    ),
     # Container runtimes separate mounts by commas and their halves by colons.
-    each(entries("slurm.container_mounts"), lambda mount: ":" not in mount or "," in mount,
-        "must have the form SOURCE:TARGET without a comma", "mount a folder whose name has none"),
-)  # fmt: skip
+    each(
+        entries("slurm.container_mounts"),
+        lambda mount: ":" not in mount or "," in mount,
+        "must have the form SOURCE:TARGET without a comma",
+        "mount a folder whose name has none",
+    ),
+)

@@ -14,8 +14,14 @@ from moepp_megatron.config.split import parse_split
 # megatron-core knows one more (gdn_norm_out), for attention we do not build. `mla_up_proj` has a
 # rule of its own, in `rules.latent_attention`.
 _RECOMPUTE_MODULES = {
-    "core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts",
-}  # fmt: skip
+    "core_attn",
+    "layernorm",
+    "mla_up_proj",
+    "mlp",
+    "moe",
+    "moe_act",
+    "shared_experts",
+}
 
 
 def _warmup_is_too_long(config: Config) -> bool:
@@ -96,44 +102,73 @@ def _split_has_three_parts(config: Config) -> Iterator[Problem]:
 
 
 RULES: tuple[Rule, ...] = (
-    refuse("optimizer.min_lr", lambda c: c.optimizer.min_lr > c.optimizer.lr,
-        "must be at most optimizer.lr ({optimizer.lr})", "use 0.0, or a tenth of optimizer.lr"),
-    refuse("optimizer.warmup_iters", _warmup_is_too_long,
+    refuse(
+        "optimizer.min_lr",
+        lambda c: c.optimizer.min_lr > c.optimizer.lr,
+        "must be at most optimizer.lr ({optimizer.lr})",
+        "use 0.0, or a tenth of optimizer.lr",
+    ),
+    refuse(
+        "optimizer.warmup_iters",
+        _warmup_is_too_long,
         "must be less than optimizer.decay_iters ({optimizer.decay_iters})",
-        lambda c: f"use {(c.optimizer.decay_iters or 0) // 10}, or raise optimizer.decay_iters"),
-    group(lambda c: c.optimizer.decay_style == "WSD",
+        lambda c: f"use {(c.optimizer.decay_iters or 0) // 10}, or raise optimizer.decay_iters",
+    ),
+    group(
+        lambda c: c.optimizer.decay_style == "WSD",
         _wsd_decay_comes_after_warmup,
     ),
     # The rate of a step is lr times sqrt(warmup / step); without warmup it begins at lr (1).
-    group(lambda c: c.optimizer.decay_style == "inverse-square-root",
-        refuse("optimizer.warmup_iters", lambda c: c.optimizer.warmup_iters == 0,
+    group(
+        lambda c: c.optimizer.decay_style == "inverse-square-root",
+        refuse(
+            "optimizer.warmup_iters",
+            lambda c: c.optimizer.warmup_iters == 0,
             "must be above 0 with optimizer.decay_style inverse-square-root, whose rate is lr "
             "times the square root of warmup_iters over the step",
-            lambda c: f"use {max(c.training.train_iters // 100, 1)}"),
+            lambda c: f"use {max(c.training.train_iters // 100, 1)}",
+        ),
     ),
     _batch_ramp_rises_to_the_batch,
     _micro_batches_divide_global_batch,
-    group(lambda c: c.training.recompute_granularity == "full",
-        refuse("training.recompute_method", lambda c: c.training.recompute_method is None,
-            "must be set with training.recompute_granularity full", "use uniform or block"),
-        refuse("training.recompute_num_layers", _recomputes_no_layers_of_a_rank,
-            lambda c: f"must be from 1 to the layers of a pipeline rank ({_layers_of_a_rank(c)}) "
-            "with training.recompute_granularity full",
-            "use 1"),
+    group(
+        lambda c: c.training.recompute_granularity == "full",
+        refuse(
+            "training.recompute_method",
+            lambda c: c.training.recompute_method is None,
+            "must be set with training.recompute_granularity full",
+            "use uniform or block",
+        ),
+        refuse(
+            "training.recompute_num_layers",
+            _recomputes_no_layers_of_a_rank,
+            lambda c: (
+                f"must be from 1 to the layers of a pipeline rank ({_layers_of_a_rank(c)}) "
+                "with training.recompute_granularity full"
+            ),
+            "use 1",
+        ),
     ),
-    group(lambda c: c.training.recompute_granularity == "selective",
-        each(values("training.recompute_method training.recompute_num_layers"),
+    group(
+        lambda c: c.training.recompute_granularity == "selective",
+        each(
+            values("training.recompute_method training.recompute_num_layers"),
             lambda value: value is not None,
             "must be null with training.recompute_granularity selective",
-            "set {name} to null, or training.recompute_granularity to full"),
-        each(values("training.recompute_modules"),
+            "set {name} to null, or training.recompute_granularity to full",
+        ),
+        each(
+            values("training.recompute_modules"),
             lambda modules: not modules or set(modules) - _RECOMPUTE_MODULES,
             f"must name at least one of {', '.join(sorted(_RECOMPUTE_MODULES))} and nothing else",
-            "use [moe]"),
+            "use [moe]",
+        ),
     ),
     _split_has_three_parts,
-    refuse("checkpoint.async_save",
+    refuse(
+        "checkpoint.async_save",
         lambda c: c.checkpoint.async_save and c.checkpoint.save_interval == 0,
         "must have checkpoint.save_interval (0) above 0",
-        "set checkpoint.save_interval to a number of steps, or checkpoint.async_save to false"),
-)  # fmt: skip
+        "set checkpoint.save_interval to a number of steps, or checkpoint.async_save to false",
+    ),
+)

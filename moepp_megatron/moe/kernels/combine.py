@@ -113,10 +113,23 @@ class _Combine(torch.autograd.Function):
         programs = triton.cdiv(num_tokens, chunk) * triton.cdiv(hidden, tile["BLOCK_D"])
         if programs:
             kernel.forward[(programs,)](
-                rows, table, x, gates, routing_map, mixing, V, addend, output, num_tokens,
-                config.expert_input_scale, SLOTS=table.shape[1], CHUNK=chunk,
-                num_stages=_stages(columns["BLOCK_C"], is_backward=False), **tile, **columns,
-            )  # fmt: skip
+                rows,
+                table,
+                x,
+                gates,
+                routing_map,
+                mixing,
+                V,
+                addend,
+                output,
+                num_tokens,
+                config.expert_input_scale,
+                SLOTS=table.shape[1],
+                CHUNK=chunk,
+                num_stages=_stages(columns["BLOCK_C"], is_backward=False),
+                **tile,
+                **columns,
+            )
         ctx.save_for_backward(table, x, gates, routing_map, mixing, V)
         ctx.num_rows, ctx.config = rows.shape[0], config
         return output
@@ -144,16 +157,37 @@ class _Combine(torch.autograd.Function):
             vectors = gates.new_empty(chunks, constants, hidden)
         if chunks:
             kernel.backward[(chunks * parts,)](
-                grad, table, x, gates, routing_map, mixing, V, grad_rows, grad_x, weights, vectors,
-                num_tokens, ctx.config.expert_input_scale, SLOTS=table.shape[1], CHUNK=chunk,
-                num_stages=_stages(columns["BLOCK_C"], is_backward=True), **tile, **columns,
-            )  # fmt: skip
+                grad,
+                table,
+                x,
+                gates,
+                routing_map,
+                mixing,
+                V,
+                grad_rows,
+                grad_x,
+                weights,
+                vectors,
+                num_tokens,
+                ctx.config.expert_input_scale,
+                SLOTS=table.shape[1],
+                CHUNK=chunk,
+                num_stages=_stages(columns["BLOCK_C"], is_backward=True),
+                **tile,
+                **columns,
+            )
         grad_gates, grad_mixing = _backward_of_weights(weights, gates, mixing, ctx.config)
         return (
-            grad_rows, None, grad_x, grad_gates, None, grad_mixing,
+            grad_rows,
+            None,
+            grad_x,
+            grad_gates,
+            None,
+            grad_mixing,
             None if vectors is None else vectors.sum(dim=0).to(V.dtype),
-            grad if ctx.needs_input_grad[7] else None, None,
-        )  # fmt: skip
+            grad if ctx.needs_input_grad[7] else None,
+            None,
+        )
 
 
 def _backward_of_weights(
@@ -169,9 +203,17 @@ def _backward_of_weights(
         columns = _columns(config, gates)
         block = max(1, _TILE_OF_WEIGHTS // columns["BLOCK_C"])
         kernel.backward_of_weights[(triton.cdiv(num_tokens, block),)](
-            weights, gates, mixing, grad_gates, grad_mixing, num_tokens,
-            config.expert_input_scale, PARTS=parts, BLOCK_T=block, **columns,
-        )  # fmt: skip
+            weights,
+            gates,
+            mixing,
+            grad_gates,
+            grad_mixing,
+            num_tokens,
+            config.expert_input_scale,
+            PARTS=parts,
+            BLOCK_T=block,
+            **columns,
+        )
     return grad_gates, grad_mixing
 
 

@@ -39,7 +39,7 @@ def _product_of_like(a, b, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def _shares(  # type: ignore[no-untyped-def]
     mixing_ptr, token, is_token, scale, CONSTANTS: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
+):
     """[tokens, BLOCK_C] kept and replaced parts of the input: a softmax; 1 and 0 elsewhere."""
     constant = tl.arange(0, BLOCK_C)
     keep = tl.full([token.shape[0], BLOCK_C], 1.0, tl.float32)
@@ -55,9 +55,18 @@ def _shares(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _local_weights(  # type: ignore[no-untyped-def]
-    gates_ptr, map_ptr, mixing_ptr, token, is_token, scale, NUM_EXPERTS: tl.constexpr,
-    FIRST: tl.constexpr, CONSTANTS: tl.constexpr, COPIES: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    gates_ptr,
+    map_ptr,
+    mixing_ptr,
+    token,
+    is_token,
+    scale,
+    NUM_EXPERTS: tl.constexpr,
+    FIRST: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    COPIES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """The tokens' s, their A, and which of them selected a copy or constant expert."""
     expert = tl.arange(0, BLOCK_C)
     at = token[:, None] * NUM_EXPERTS + FIRST + expert[None, :]
@@ -80,7 +89,7 @@ def _place(num_tokens, HIDDEN: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.co
 @triton.jit
 def _constants(  # type: ignore[no-untyped-def]
     v_ptr, column, HIDDEN: tl.constexpr, CONSTANTS: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
+):
     """[BLOCK_C, BLOCK_D] of V."""
     constant = tl.arange(0, BLOCK_C)
     exists = (constant < CONSTANTS)[:, None] & (column < HIDDEN)[None, :]
@@ -89,11 +98,29 @@ def _constants(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def forward(  # type: ignore[no-untyped-def]
-    rows_ptr, table_ptr, x_ptr, gates_ptr, map_ptr, mixing_ptr, v_ptr, addend_ptr, output_ptr,
-    num_tokens, scale, HIDDEN: tl.constexpr, SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr,
-    FIRST: tl.constexpr, CONSTANTS: tl.constexpr, COPIES: tl.constexpr, BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    rows_ptr,
+    table_ptr,
+    x_ptr,
+    gates_ptr,
+    map_ptr,
+    mixing_ptr,
+    v_ptr,
+    addend_ptr,
+    output_ptr,
+    num_tokens,
+    scale,
+    HIDDEN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    FIRST: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    COPIES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """Rows, zero-computation experts and addend of the chunk's tokens, added up."""
     chunk, _, column = _place(num_tokens, HIDDEN, CHUNK, BLOCK_D)
     if CONSTANTS > 0:
@@ -110,9 +137,18 @@ def forward(  # type: ignore[no-untyped-def]
             total += tl.load(of_row, inside & (row >= 0)[:, None], 0.0).to(tl.float32)
         if x_ptr is not None:
             s, of_constants, used = _local_weights(
-                gates_ptr, map_ptr, mixing_ptr, token, is_token, scale, NUM_EXPERTS, FIRST,
-                CONSTANTS, COPIES, BLOCK_C,
-            )  # fmt: skip
+                gates_ptr,
+                map_ptr,
+                mixing_ptr,
+                token,
+                is_token,
+                scale,
+                NUM_EXPERTS,
+                FIRST,
+                CONSTANTS,
+                COPIES,
+                BLOCK_C,
+            )
             total += s[:, None] * tl.load(x_ptr + at, inside & used[:, None], 0.0).to(tl.float32)
             if CONSTANTS > 0:
                 total += product(of_constants, v, WIDEN)
@@ -123,12 +159,31 @@ def forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def backward(  # type: ignore[no-untyped-def]
-    grad_ptr, table_ptr, x_ptr, gates_ptr, map_ptr, mixing_ptr, v_ptr, grad_rows_ptr, grad_x_ptr,
-    weights_ptr, vectors_ptr, num_tokens, scale, HIDDEN: tl.constexpr, SLOTS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr, FIRST: tl.constexpr, CONSTANTS: tl.constexpr,
-    COPIES: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    table_ptr,
+    x_ptr,
+    gates_ptr,
+    map_ptr,
+    mixing_ptr,
+    v_ptr,
+    grad_rows_ptr,
+    grad_x_ptr,
+    weights_ptr,
+    vectors_ptr,
+    num_tokens,
+    scale,
+    HIDDEN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    FIRST: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    COPIES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """Gradients of rows and x; this program's part of those of s and A, and of V."""
     chunk, part, column = _place(num_tokens, HIDDEN, CHUNK, BLOCK_D)
     constant = tl.arange(0, BLOCK_C)
@@ -148,9 +203,18 @@ def backward(  # type: ignore[no-untyped-def]
             tl.store(of_row, grad, inside & (row >= 0)[:, None])
         if x_ptr is not None:
             s, of_constants, used = _local_weights(
-                gates_ptr, map_ptr, mixing_ptr, token, is_token, scale, NUM_EXPERTS, FIRST,
-                CONSTANTS, COPIES, BLOCK_C,
-            )  # fmt: skip
+                gates_ptr,
+                map_ptr,
+                mixing_ptr,
+                token,
+                is_token,
+                scale,
+                NUM_EXPERTS,
+                FIRST,
+                CONSTANTS,
+                COPIES,
+                BLOCK_C,
+            )
             wide = grad.to(tl.float32)
             tl.store(grad_x_ptr + at, s[:, None] * wide, inside)
             x = tl.load(x_ptr + at, inside & used[:, None], 0.0).to(tl.float32)
@@ -168,10 +232,21 @@ def backward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def backward_of_weights(  # type: ignore[no-untyped-def]
-    weights_ptr, gates_ptr, mixing_ptr, grad_gates_ptr, grad_mixing_ptr, num_tokens, scale,
-    NUM_EXPERTS: tl.constexpr, FIRST: tl.constexpr, CONSTANTS: tl.constexpr,
-    COPIES: tl.constexpr, PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    weights_ptr,
+    gates_ptr,
+    mixing_ptr,
+    grad_gates_ptr,
+    grad_mixing_ptr,
+    num_tokens,
+    scale,
+    NUM_EXPERTS: tl.constexpr,
+    FIRST: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    COPIES: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Gradients of gates and mixing logits from those of s and A, which come in parts."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_C)

@@ -85,9 +85,15 @@ class _CrossEntropy(torch.autograd.Function):
         if num_tokens:
             block = min(_BLOCK, triton.next_power_of_2(columns))
             _write_gradient[(num_tokens, triton.cdiv(columns, block))](
-                logits, labels_N, largest_N, sum_N, grad.reshape(-1).float(), columns,
-                BLOCK=block, num_warps=_WARPS,
-            )  # fmt: skip
+                logits,
+                labels_N,
+                largest_N,
+                sum_N,
+                grad.reshape(-1).float(),
+                columns,
+                BLOCK=block,
+                num_warps=_WARPS,
+            )
         # Autograd does not see what a kernel writes.
         torch.autograd.graph.increment_version(logits)
         return logits, None, None
@@ -96,7 +102,7 @@ class _CrossEntropy(torch.autograd.Function):
 @triton.jit
 def _reduce_logits(  # type: ignore[no-untyped-def]
     logits_ptr, labels_ptr, stats_ptr, num_tokens, columns, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     token = tl.program_id(0).to(tl.int64)
     row = logits_ptr + token * columns
     largest = tl.full([], _LOWEST, tl.float32)
@@ -118,7 +124,7 @@ def _reduce_logits(  # type: ignore[no-untyped-def]
 @triton.jit
 def _write_gradient(  # type: ignore[no-untyped-def]
     logits_ptr, labels_ptr, largest_ptr, sum_ptr, grad_ptr, columns, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = logits_ptr + token * columns + column

@@ -8,9 +8,14 @@ import triton.language as tl
 
 @triton.jit
 def in_best_groups(  # type: ignore[no-untyped-def]
-    affinities, column, NUM_FFN: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
-    RANKED: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+    affinities,
+    column,
+    NUM_FFN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    RANKED: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
     """The columns that a tile's tokens may select.
 
     Zero-computation experts, and the FFN experts of those KEPT groups whose RANKED largest

@@ -87,10 +87,20 @@ class _Select(torch.autograd.Function):
             partial = logits.new_empty(blocks, num_sequences, 2, logits.shape[1])
         if blocks:
             _forward[(blocks, ctx.num_sequences)](
-                logits, bias, padded, gates, routing_map, partial, positions, ctx.num_sequences,
-                config.gate_scale, TOPK=config.router_topk, TILES=tiles, **_groups(config),
+                logits,
+                bias,
+                padded,
+                gates,
+                routing_map,
+                partial,
+                positions,
+                ctx.num_sequences,
+                config.gate_scale,
+                TOPK=config.router_topk,
+                TILES=tiles,
+                **_groups(config),
                 **settings,
-            )  # fmt: skip
+            )
         # One order of addition on every run: a program's tokens, then the programs.
         totals = logits.new_empty(2, 0) if partial is None else partial.sum(dim=0).transpose(0, 1)
         counts, sums = totals.unbind()
@@ -111,11 +121,17 @@ class _Select(torch.autograd.Function):
         positions, blocks, settings = _launch(logits, ctx.config, ctx.num_sequences)
         if blocks:
             _backward[(blocks, ctx.num_sequences)](
-                logits, padded, routing_map,
+                logits,
+                padded,
+                routing_map,
                 None if grad_gates is None else grad_gates.contiguous(),
                 None if grad_sums is None else grad_sums.contiguous(),
-                grad_logits, positions, ctx.num_sequences, ctx.config.gate_scale, **settings,
-            )  # fmt: skip
+                grad_logits,
+                positions,
+                ctx.num_sequences,
+                ctx.config.gate_scale,
+                **settings,
+            )
         return grad_logits, None, None, None, None
 
 
@@ -160,9 +176,14 @@ def _groups(config: MoEPPConfig) -> dict[str, int]:
 
 @triton.jit
 def _tile(  # type: ignore[no-untyped-def]
-    padded_ptr, tile, positions, sequences, NUM_EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    padded_ptr,
+    tile,
+    positions,
+    sequences,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """A tile's offsets in [T, E], masks of what exists and of what routes, and columns."""
     position = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_E)
@@ -176,21 +197,55 @@ def _tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, partial_ptr, positions, sequences, scale,
-    NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, SCORE: tl.constexpr,
-    NORMALIZED: tl.constexpr, END: tl.constexpr, TILES: tl.constexpr, NUM_FFN: tl.constexpr,
-    GROUPS: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, BLOCK_T: tl.constexpr,
+    logits_ptr,
+    bias_ptr,
+    padded_ptr,
+    gates_ptr,
+    map_ptr,
+    partial_ptr,
+    positions,
+    sequences,
+    scale,
+    NUM_EXPERTS: tl.constexpr,
+    TOPK: tl.constexpr,
+    SCORE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    END: tl.constexpr,
+    TILES: tl.constexpr,
+    NUM_FFN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    RANKED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     column = tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.float32)
     sums = tl.zeros([BLOCK_E], tl.float32)
     for tile in range(TILES):
         chosen, scores = _route(
-            logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, tl.program_id(0) * TILES + tile,
-            positions, sequences, scale, NUM_EXPERTS, TOPK, SCORE, NORMALIZED, END,
-            partial_ptr is not None, NUM_FFN, GROUPS, KEPT, RANKED, BLOCK_T, BLOCK_E,
-        )  # fmt: skip
+            logits_ptr,
+            bias_ptr,
+            padded_ptr,
+            gates_ptr,
+            map_ptr,
+            tl.program_id(0) * TILES + tile,
+            positions,
+            sequences,
+            scale,
+            NUM_EXPERTS,
+            TOPK,
+            SCORE,
+            NORMALIZED,
+            END,
+            partial_ptr is not None,
+            NUM_FFN,
+            GROUPS,
+            KEPT,
+            RANKED,
+            BLOCK_T,
+            BLOCK_E,
+        )
         counts += tl.sum(tl.where(chosen, 1.0, 0.0), axis=0)
         sums += tl.sum(scores, axis=0)
     if partial_ptr is not None:
@@ -201,12 +256,28 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _route(  # type: ignore[no-untyped-def]
-    logits_ptr, bias_ptr, padded_ptr, gates_ptr, map_ptr, tile, positions, sequences, scale,
-    NUM_EXPERTS: tl.constexpr, TOPK: tl.constexpr, SCORE: tl.constexpr,
-    NORMALIZED: tl.constexpr, END: tl.constexpr, COUNTED: tl.constexpr, NUM_FFN: tl.constexpr,
-    GROUPS: tl.constexpr, KEPT: tl.constexpr, RANKED: tl.constexpr, BLOCK_T: tl.constexpr,
+    logits_ptr,
+    bias_ptr,
+    padded_ptr,
+    gates_ptr,
+    map_ptr,
+    tile,
+    positions,
+    sequences,
+    scale,
+    NUM_EXPERTS: tl.constexpr,
+    TOPK: tl.constexpr,
+    SCORE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    END: tl.constexpr,
+    COUNTED: tl.constexpr,
+    NUM_FFN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    RANKED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """Write a tile's gates and map; returns what it chose, and the scores that count in sums."""
     at, exists, routes, column = _tile(
         padded_ptr, tile, positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E
@@ -258,10 +329,22 @@ def _route(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    logits_ptr, padded_ptr, map_ptr, grad_gates_ptr, grad_sums_ptr, grad_logits_ptr, positions,
-    sequences, scale, NUM_EXPERTS: tl.constexpr, SCORE: tl.constexpr, NORMALIZED: tl.constexpr,
-    END: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    padded_ptr,
+    map_ptr,
+    grad_gates_ptr,
+    grad_sums_ptr,
+    grad_logits_ptr,
+    positions,
+    sequences,
+    scale,
+    NUM_EXPERTS: tl.constexpr,
+    SCORE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    END: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
     at, exists, routes, column = _tile(
         padded_ptr, tl.program_id(0), positions, sequences, NUM_EXPERTS, BLOCK_T, BLOCK_E
     )

@@ -37,17 +37,31 @@ def rows_of_tokens(routing_map: Tensor, slots: int) -> Tensor:
         stride = routing_map.stride(0)
         _count[(programs,)](routing_map, counts, num_tokens, stride, **sizes)
         _number[(programs,)](
-            routing_map, counts, table, num_tokens, stride, programs, SLOTS=slots,
-            BLOCK_S=triton.next_power_of_2(slots), BLOCK_P=_BLOCK_P, **sizes,
-        )  # fmt: skip
+            routing_map,
+            counts,
+            table,
+            num_tokens,
+            stride,
+            programs,
+            SLOTS=slots,
+            BLOCK_S=triton.next_power_of_2(slots),
+            BLOCK_P=_BLOCK_P,
+            **sizes,
+        )
     return table
 
 
 @triton.jit
 def _selected(  # type: ignore[no-untyped-def]
-    map_ptr, num_tokens, stride, tile, COLUMNS: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    map_ptr,
+    num_tokens,
+    stride,
+    tile,
+    COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """[BLOCK_T, BLOCK_M] int32, 1 where the tile's tokens have a row, and their numbers."""
     token = (tl.program_id(0).to(tl.int64) * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_M)
@@ -58,9 +72,15 @@ def _selected(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _count(  # type: ignore[no-untyped-def]
-    map_ptr, counts_ptr, num_tokens, stride, COLUMNS: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    map_ptr,
+    counts_ptr,
+    num_tokens,
+    stride,
+    COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     column = tl.arange(0, BLOCK_M)
     total = tl.zeros([BLOCK_M], tl.int32)
     for tile in range(TILES):
@@ -71,10 +91,20 @@ def _count(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _number(  # type: ignore[no-untyped-def]
-    map_ptr, counts_ptr, table_ptr, num_tokens, stride, programs, COLUMNS: tl.constexpr,
-    SLOTS: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+    map_ptr,
+    counts_ptr,
+    table_ptr,
+    num_tokens,
+    stride,
+    programs,
+    COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
     column = tl.arange(0, BLOCK_M)
     # Rows of each column: all, and those of tokens before this program's.
     total = tl.zeros([BLOCK_M], tl.int32)

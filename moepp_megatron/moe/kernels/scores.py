@@ -11,7 +11,7 @@ SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 @triton.jit
 def scores_of(  # type: ignore[no-untyped-def]
     logits, column, NUM_EXPERTS: tl.constexpr, SCORE: tl.constexpr
-):  # fmt: skip
+):
     """Scores of the tile's experts, 0 in the other columns."""
     is_expert = (column < NUM_EXPERTS)[None, :]
     if SCORE == "softmax":

@@ -50,11 +50,21 @@ def count_by_tags(
 
 @triton.jit
 def _count_tags(  # type: ignore[no-untyped-def]
-    map_ptr, tags_ptr, padded_ptr, groups_ptr, sources_ptr, num_tokens,
-    GROUPS: tl.constexpr, SOURCES: tl.constexpr, SOURCE_BIT: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr, NUM_FFN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    map_ptr,
+    tags_ptr,
+    padded_ptr,
+    groups_ptr,
+    sources_ptr,
+    num_tokens,
+    GROUPS: tl.constexpr,
+    SOURCES: tl.constexpr,
+    SOURCE_BIT: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_FFN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_TAGS: tl.constexpr,
-):  # fmt: skip
+):
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     counts = token < num_tokens
     tag = tl.load(tags_ptr + token, counts, 0)
@@ -82,9 +92,13 @@ def _count_tags(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_up(  # type: ignore[no-untyped-def]
-    counts_ptr, number_of_token, values, WIDTH: tl.constexpr, NUMBERS: tl.constexpr,
+    counts_ptr,
+    number_of_token,
+    values,
+    WIDTH: tl.constexpr,
+    NUMBERS: tl.constexpr,
     BLOCK_TAGS: tl.constexpr,
-):  # fmt: skip
+):
     """Add the values [BLOCK_T] of each number's tokens to its counter, `WIDTH` apart."""
     for first in range(0, NUMBERS, BLOCK_TAGS):
         number = first + tl.arange(0, BLOCK_TAGS)

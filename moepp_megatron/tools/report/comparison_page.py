@@ -38,8 +38,17 @@ from moepp_megatron.tools.report.series import finite
 DEFAULT_OUT = Path("comparison.html")
 # A configuration that somebody has made up may have thousands.
 _MOST_SETTINGS = 300
-_HEADINGS = ("Steps", "Tokens", "Loss", "Validation", "FFN share", "Step time", "Tokens/s",
-             "Training time", "Model FLOP")  # fmt: skip
+_HEADINGS = (
+    "Steps",
+    "Tokens",
+    "Loss",
+    "Validation",
+    "FFN share",
+    "Step time",
+    "Tokens/s",
+    "Training time",
+    "Model FLOP",
+)
 _RESULTS = (
     "Loss and FFN share: means over the last tenth of a run's records. Validation: the newest, "
     "with its step. Step time and tokens/s: medians. Model FLOP: forward and backward pass, "
@@ -194,22 +203,48 @@ def _plots(runs: Sequence[ComparedRun]) -> list[Plot]:
 
     loss, seconds = "loss (nats)", "training time (s)"
     return [
-        _plot(runs, "Loss over tokens", _tokens, "loss",
-              "Token mean over the global batch. Diamonds: validation loss.",
-              Frame(loss, x="tokens", wide=True, height=4.0, change=validation)),
-        _plot(runs, "Loss over time", lambda r: r.seconds, "loss",
-              "Time in training steps, without start, evaluation and checkpoints. It compares "
-              "machines and layouts as well as models.", Frame(loss, x=seconds, height=3.6)),
-        _plot(runs, "Loss over FLOPs", lambda r: r.flops, "loss",
-              "Forward and backward pass; experts that tokens did not take do not count.",
-              Frame(loss, x="model FLOP", height=3.6)),
-        _plot(runs, "FFN share of all selections", _tokens, "ffn_fraction",
-              "What lies below 100% is expert work that was not done.",
-              Frame("FFN share", formatting.percent, "tokens", 0, 1.02, height=3.6)),
-        _plot(runs, "Step time", _tokens, "step_time_s",
-              "Wall time of a step. Single slow steps, as the first, may lie above the picture.",
-              Frame("seconds", x="tokens", height=3.6, change=_without_peaks)),
-    ]  # fmt: skip
+        _plot(
+            runs,
+            "Loss over tokens",
+            _tokens,
+            "loss",
+            "Token mean over the global batch. Diamonds: validation loss.",
+            Frame(loss, x="tokens", wide=True, height=4.0, change=validation),
+        ),
+        _plot(
+            runs,
+            "Loss over time",
+            lambda r: r.seconds,
+            "loss",
+            "Time in training steps, without start, evaluation and checkpoints. It compares "
+            "machines and layouts as well as models.",
+            Frame(loss, x=seconds, height=3.6),
+        ),
+        _plot(
+            runs,
+            "Loss over FLOPs",
+            lambda r: r.flops,
+            "loss",
+            "Forward and backward pass; experts that tokens did not take do not count.",
+            Frame(loss, x="model FLOP", height=3.6),
+        ),
+        _plot(
+            runs,
+            "FFN share of all selections",
+            _tokens,
+            "ffn_fraction",
+            "What lies below 100% is expert work that was not done.",
+            Frame("FFN share", formatting.percent, "tokens", 0, 1.02, height=3.6),
+        ),
+        _plot(
+            runs,
+            "Step time",
+            _tokens,
+            "step_time_s",
+            "Wall time of a step. Single slow steps, as the first, may lie above the picture.",
+            Frame("seconds", x="tokens", height=3.6, change=_without_peaks),
+        ),
+    ]
 
 
 def _tokens(run: ComparedRun) -> np.ndarray:

@@ -54,9 +54,10 @@ class Shift(Part):
     def _open(self, state: Mapping[str, Any] | None) -> None:
         config = self._run.config
         self.monitor = ShiftMonitor(
-            config.routing_guard.false_alarm_steps, self._counts.layer_numbers,
+            config.routing_guard.false_alarm_steps,
+            self._counts.layer_numbers,
             config.moe.names,
-        )  # fmt: skip
+        )
         if state is None:
             return
         if "detectors" in state:
@@ -97,9 +98,12 @@ class Shift(Part):
             sums, own = step.result.sums, self._sums.total()
             self.batch_loss = sums.total / sums.tokens if sums.tokens > 0 else math.nan
             observed = Observed(
-                self._counts.selections().numpy(), self.batch_loss, _deviation(*own[:3].tolist()),
-                self._counts.logits(), own[3:],
-            )  # fmt: skip
+                self._counts.selections().numpy(),
+                self.batch_loss,
+                _deviation(*own[:3].tolist()),
+                self._counts.logits(),
+                own[3:],
+            )
             self.monitor.add(step.attempt, observed, is_refused=not step.updated)
         return ()
 

@@ -23,9 +23,14 @@ HOST.add("get_fused_attn_backend")
 
 @function
 def fused_attn_fwd(
-    max_seqlen_q: int, cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor,
-    Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor, fake_dtype: torch.dtype,
-) -> list[Any]:  # fmt: skip
+    max_seqlen_q: int,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_kv: torch.Tensor,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    fake_dtype: torch.dtype,
+) -> list[Any]:
     _check_attention(cu_seqlens_q, cu_seqlens_kv, Q, K, V)
     output = new([*Q.shape[:-1], V.shape[-1]], fake_dtype)
     sequences = cu_seqlens_q.shape[0] - 1
@@ -48,10 +53,17 @@ def _check_attention(
 
 @function
 def fused_attn_bwd(
-    cu_seqlens_q: Any, cu_seqlens_kv: Any, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor,
-    O: torch.Tensor, dO: torch.Tensor, fake_dtype: torch.dtype,  # noqa: E741
-    dqkv_layout: Any = None, qkv_layout: Any = None,
-) -> list[Any]:  # fmt: skip
+    cu_seqlens_q: Any,
+    cu_seqlens_kv: Any,
+    Q: torch.Tensor,
+    K: torch.Tensor,
+    V: torch.Tensor,
+    O: torch.Tensor,  # noqa: E741
+    dO: torch.Tensor,
+    fake_dtype: torch.dtype,
+    dqkv_layout: Any = None,
+    qkv_layout: Any = None,
+) -> list[Any]:
     _check_attention(cu_seqlens_q, cu_seqlens_kv, Q, K, V)
     assert O.numel() == dO.numel()
     # Older versions give gradients the layout of their tensors.

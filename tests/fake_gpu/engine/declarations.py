@@ -16,9 +16,18 @@ import torch
 
 # transformer_engine.h, which the source of the part for torch lacks; other enums count from 0.
 _DTYPES = {
-    "kByte": 0, "kInt16": 1, "kInt32": 2, "kInt64": 3, "kFloat32": 4, "kFloat16": 5,
-    "kBFloat16": 6, "kFloat8E4M3": 7, "kFloat8E5M2": 8, "kFloat8E8M0": 9, "kFloat4E2M1": 10,
-}  # fmt: skip
+    "kByte": 0,
+    "kInt16": 1,
+    "kInt32": 2,
+    "kInt64": 3,
+    "kFloat32": 4,
+    "kFloat16": 5,
+    "kBFloat16": 6,
+    "kFloat8E4M3": 7,
+    "kFloat8E5M2": 8,
+    "kFloat8E8M0": 9,
+    "kFloat4E2M1": 10,
+}
 _PYBIND, _HEADER = "csrc/extensions/pybind.cpp", "csrc/extensions.h"
 _HELPER = "common_headers/common/util/pybind_helper.h"
 _LITERALS = {

@@ -30,9 +30,13 @@ class Config:
     """How much is sent at a time."""
 
     def __init__(
-        self, num_sms: int = 20, nvl_send: int = 6, nvl_recv: int = 256, rdma_send: int = 6,
+        self,
+        num_sms: int = 20,
+        nvl_send: int = 6,
+        nvl_recv: int = 256,
+        rdma_send: int = 6,
         rdma_recv: int = 256,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert num_sms % 2 == 0
         assert nvl_send < nvl_recv
         assert rdma_send < rdma_recv
@@ -120,11 +124,23 @@ class Buffer:
 
     @_kernel
     def intranode_dispatch(
-        self, x: torch.Tensor, scales: Any, topk_idx: Any, topk_weights: Any, per_rank: Any,
-        in_rank: torch.Tensor, per_expert: Any, cached_tokens: int, cached_ranks: Any,
-        cached_channels: Any, alignment: int, config: Config, previous: Any, is_async: bool,
+        self,
+        x: torch.Tensor,
+        scales: Any,
+        topk_idx: Any,
+        topk_weights: Any,
+        per_rank: Any,
+        in_rank: torch.Tensor,
+        per_expert: Any,
+        cached_tokens: int,
+        cached_ranks: Any,
+        cached_channels: Any,
+        alignment: int,
+        config: Config,
+        previous: Any,
+        is_async: bool,
         on_comm: bool,
-    ) -> tuple[Any, ...]:  # fmt: skip
+    ) -> tuple[Any, ...]:
         tokens, hidden = x.shape
         assert scales is None, "megatron-core sends no FP8"
         _matrix(x, torch.bfloat16, None, None)
@@ -151,16 +167,31 @@ class Buffer:
         channels = [_new(torch.int32, self.ranks, config.channels) for _ in range(2)]
         ranks = _new(torch.int32, self.ranks, self.ranks) if cached_ranks is None else cached_ranks
         return (
-            _new(x.dtype, arrived, hidden), None, *received, counts, ranks, *channels,
-            _new(torch.int32, arrived), _new(torch.int32, tokens, self.ranks), event,
-        )  # fmt: skip
+            _new(x.dtype, arrived, hidden),
+            None,
+            *received,
+            counts,
+            ranks,
+            *channels,
+            _new(torch.int32, arrived),
+            _new(torch.int32, tokens, self.ranks),
+            event,
+        )
 
     @_kernel
     def intranode_combine(
-        self, x: torch.Tensor, topk_weights: Any, src_idx: torch.Tensor, ranks: torch.Tensor,
-        channels: torch.Tensor, send_head: torch.Tensor, config: Config, previous: Any,
-        is_async: bool, on_comm: bool,
-    ) -> tuple[Any, ...]:  # fmt: skip
+        self,
+        x: torch.Tensor,
+        topk_weights: Any,
+        src_idx: torch.Tensor,
+        ranks: torch.Tensor,
+        channels: torch.Tensor,
+        send_head: torch.Tensor,
+        config: Config,
+        previous: Any,
+        is_async: bool,
+        on_comm: bool,
+    ) -> tuple[Any, ...]:
         arrived, hidden = x.shape
         _matrix(x, torch.bfloat16, None, None)
         assert hidden * x.element_size() % 16 == 0

@@ -52,9 +52,19 @@ def _made(shape: Sequence[int], dtype: torch.dtype, quantizer: Any) -> Any:
 
 @function
 def generic_gemm(
-    A: Any, transA: bool, B: Any, transB: bool, D: Any, quantizer: Any, output_dtype: Any,
-    bias: Any, grad: bool, accumulate: bool, extra_output: Any = None, beta: Any = None,
-) -> list[Any]:  # fmt: skip
+    A: Any,
+    transA: bool,
+    B: Any,
+    transB: bool,
+    D: Any,
+    quantizer: Any,
+    output_dtype: Any,
+    bias: Any,
+    grad: bool,
+    accumulate: bool,
+    extra_output: Any = None,
+    beta: Any = None,
+) -> list[Any]:
     shape = gemm.output_shape(A, transA, B, transB)
     assert accumulate or not beta, "beta without accumulation"
     dtype = gemm.output_dtype(A, output_dtype)
@@ -68,10 +78,17 @@ def generic_gemm(
 
 @function
 def te_general_grouped_gemm(
-    A: list[Any], transa: bool, B: list[Any], transb: bool, D: list[torch.Tensor] | None,
-    D_type: Any, m_splits: list[int], bias: list[torch.Tensor], single_output: bool,
+    A: list[Any],
+    transa: bool,
+    B: list[Any],
+    transb: bool,
+    D: list[torch.Tensor] | None,
+    D_type: Any,
+    m_splits: list[int],
+    bias: list[torch.Tensor],
+    single_output: bool,
     workspace: list[torch.Tensor],
-) -> list[torch.Tensor]:  # fmt: skip
+) -> list[torch.Tensor]:
     assert len(A) == len(B) == len(bias), (len(A), len(B), len(bias))
     assert D is not None or not single_output, "D should be allocated for a single output"
     assert len(workspace) == 4, "one workspace a stream"
@@ -275,13 +292,18 @@ def multi_tensor_l2norm(
 
 
 for _name in (
-    "multi_tensor_scale", "multi_tensor_scale_tensor", "multi_tensor_adam",
-    "multi_tensor_adam_param_remainder", "multi_tensor_adam_fp8",
+    "multi_tensor_scale",
+    "multi_tensor_scale_tensor",
+    "multi_tensor_adam",
+    "multi_tensor_adam_param_remainder",
+    "multi_tensor_adam_fp8",
     "multi_tensor_compute_scale_and_scale_inv",
-):  # fmt: skip
+):
     FUNCTIONS[_name] = lambda tensor_lists: _same_lengths(tensor_lists)
 for _name in (
-    "compute_amax", "fused_amax_and_scale_update_after_reduction",
-    "fp8_block_scaling_compute_partial_amax", "fp8_block_scaling_partial_cast",
-):  # fmt: skip
+    "compute_amax",
+    "fused_amax_and_scale_update_after_reduction",
+    "fp8_block_scaling_compute_partial_amax",
+    "fp8_block_scaling_partial_cast",
+):
     FUNCTIONS[_name] = lambda: None

@@ -8,9 +8,15 @@ from typing import Any
 import torch
 
 _TORCH = {
-    0: torch.uint8, 2: torch.int32, 3: torch.int64, 4: torch.float32, 5: torch.float16,
-    6: torch.bfloat16, 7: torch.uint8, 8: torch.uint8,
-}  # fmt: skip
+    0: torch.uint8,
+    2: torch.int32,
+    3: torch.int64,
+    4: torch.float32,
+    5: torch.float16,
+    6: torch.bfloat16,
+    7: torch.uint8,
+    8: torch.uint8,
+}
 # cublaslt_gemm.cu: leading dimensions of FP8 products.
 _MULTIPLE = 16
 

@@ -166,12 +166,13 @@ LACKING = [
     ),
     *(
         pytest.param(
-            "precision.dtype=bf16 precision.fp8=hybrid precision.fp8_recipe=tensorwise", said,
+            "precision.dtype=bf16 precision.fp8=hybrid precision.fp8_recipe=tensorwise",
+            said,
             marks=NEEDS_TE,
         )
         for said in ("(hybrid) must have Transformer Engine and a GPU", "set precision.fp8 to null")
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "said"), LACKING)

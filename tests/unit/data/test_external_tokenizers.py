@@ -33,16 +33,23 @@ def sentencepiece_model(folder: Path, kind: str, **options: object) -> Path:
     texts = [*make_texts(40), *["< / s k > | f 0 x"] * 9]
     source.write_text("\n".join(line for text in texts for line in text.split("\n")))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(source), model_prefix=str(folder / kind), model_type=kind, vocab_size=330,
-        byte_fallback=True, minloglevel=2, hard_vocab_limit=False, character_coverage=1.0,
+        input=str(source),
+        model_prefix=str(folder / kind),
+        model_type=kind,
+        vocab_size=330,
+        byte_fallback=True,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
         **options,
-    )  # fmt: skip
+    )
     return folder / f"{kind}.model"
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-@pytest.mark.parametrize("options", [{}, {"normalization_rule_name": "identity",
-                                          "remove_extra_whitespaces": False}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}]
+)
 def test_sentencepiece_gives_its_ids(tmp_path: Path, kind: str, options: dict) -> None:
     import sentencepiece
 

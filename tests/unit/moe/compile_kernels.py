@@ -19,9 +19,12 @@ HOPPER = GPUTarget("cuda", 90, 32)
 # capability 9.0): 227 KiB. A launch of one that wants more fails.
 SHARED = 227 * 1024
 MODULES = {
-    "router": router, "combine": combine_triton, "rows": rows, "cross_entropy": cross_entropy,
+    "router": router,
+    "combine": combine_triton,
+    "rows": rows,
+    "cross_entropy": cross_entropy,
     "tags": tags,
-}  # fmt: skip
+}
 INTEGERS = {"positions", "sequences", "num_tokens", "stride", "programs", "columns"}
 POINTERS = {"map_ptr": "*i1", "padded_ptr": "*i1", "table_ptr": "*i32", "counts_ptr": "*i32"}
 POINTERS |= {f"{name}_ptr": "*i64" for name in ("labels", "tags", "groups", "sources")}

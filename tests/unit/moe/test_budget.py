@@ -301,6 +301,8 @@ def test_each_layer_gets_its_own_tau_and_its_own_part_of_the_biases(monkeypatch)
     budget.set_taus(chunks, {number: number / 10 for number in numbers})
     biases = {each.layer_number: each.router.expert_bias for chunk in chunks for each in chunk}
     assert {number: set(bias.tolist()) for number, bias in biases.items()} == {
-        3: {1.5}, 5: {2.5}, 9: {4.5}
-    }  # fmt: skip
+        3: {1.5},
+        5: {2.5},
+        9: {4.5},
+    }
     assert taus == {3: 0.3, 5: 0.5, 9: 0.9}

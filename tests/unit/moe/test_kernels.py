@@ -153,9 +153,13 @@ GROUPS = [
 def test_selection_within_groups(compiled, case):
     groups, kept, topk, function, has_bias = case
     config = settings(
-        E20, topk, score_function=function, num_groups=groups, group_topk=kept,
+        E20,
+        topk,
+        score_function=function,
+        num_groups=groups,
+        group_topk=kept,
         gate_normalization="nonzero",
-    )  # fmt: skip
+    )
     logits = torch.randn(70, 20, device=DEVICE) * 2
     bias = torch.randn(20, device=DEVICE) * 0.1 if has_bias else None
     expected = selection.select(logits, bias, config, 2)
@@ -240,8 +244,10 @@ def test_nan_is_selected_and_seen(compiled):
     broken = logits.clone()
     broken[3, 7] = float("nan")
     for function, normalization in (
-        ("sigmoid", "none"), ("softmax", "selected"), ("sqrtsoftplus", "nonzero"),
-    ):  # fmt: skip
+        ("sigmoid", "none"),
+        ("softmax", "selected"),
+        ("sqrtsoftplus", "nonzero"),
+    ):
         config = settings(E12, 2, score_function=function, gate_normalization=normalization)
         actual = compiled.select(broken, None, config, None)
         expected = selection.select(logits, None, config, None)

@@ -87,9 +87,15 @@ def test_records_that_are_removed_before_the_end_are_a_failure(make_record, run:
 
 def alert(step: int) -> Alert:
     return Alert(
-        step=step, time=1.0, rule="r", metric="m", value=1.0, condition="c", severity="info",
+        step=step,
+        time=1.0,
+        rule="r",
+        metric="m",
+        value=1.0,
+        condition="c",
+        severity="info",
         action="a",
-    )  # fmt: skip
+    )
 
 
 @contextmanager

@@ -194,8 +194,11 @@ def test_what_is_not_known_is_not_judged() -> None:
         run.monitor.add(step, replace(run.observed(), spread=math.nan))
     # Each has its place: ranks send each other as many numbers.
     assert run.monitor.metrics.keys() == {
-        "routing_shift", "logit_shift", "loss_shift", "token_shift"
-    }  # fmt: skip
+        "routing_shift",
+        "logit_shift",
+        "loss_shift",
+        "token_shift",
+    }
     assert not any(math.isnan(value) for value in run.monitor.metrics.values())
 
 

@@ -25,8 +25,9 @@ def test_an_extra_of_a_clone_that_is_not_installed(monkeypatch: pytest.MonkeyPat
     assert "moepp_megatron[all]" in how_to_install("moepp_megatron[all]")
     monkeypatch.setattr(sys, "path", [])
     assert shlex.split(how_to_install("moepp_megatron[all]", "wandb"))[-2:] == [
-        f"{ROOT}[all]", "wandb",
-    ]  # fmt: skip
+        f"{ROOT}[all]",
+        "wandb",
+    ]
 
 
 def named_in_messages() -> set[str]:

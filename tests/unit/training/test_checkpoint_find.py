@@ -229,8 +229,10 @@ def test_keep_counts_valid_ones_and_never_deletes_what_is_damaged(write, tmp_pat
     (tmp_path / ".step_00000030.incomplete-ab").mkdir()
     Pruner(tmp_path, keep=2).wrote(tmp_path / "step_00000020")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "step_00000010", "step_00000015", "step_00000020"
-    ]  # fmt: skip
+        "step_00000010",
+        "step_00000015",
+        "step_00000020",
+    ]
     (message,) = caplog.messages
     assert "step_00000015: __0_0.distcp is damaged" in message
 
@@ -263,10 +265,13 @@ def test_other_shapes_are_refused_by_name(write, tmp_path: Path, sections, messa
         (4, {"blend": []}, False),
         (4, {"blend": [{"path": "a", "weight": 1.0}]}, True),
         (16, {"blend": [{"path": "a", "weight": 1.0}]}, False),
-        (16, {"path": "a", "stages": [{"from_step": 9, "blend": [{"path": "b", "weight": 1.0}]}]},
-         True),
+        (
+            16,
+            {"path": "a", "stages": [{"from_step": 9, "blend": [{"path": "b", "weight": 1.0}]}]},
+            True,
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_drawn_is_counted_in_batches_of_one_size(write, tmp_path, batch, data, is_refused):
     checkpoint = write(tmp_path, 5, data=data)
     config = config_of(data=data, training={"global_batch_size": batch})

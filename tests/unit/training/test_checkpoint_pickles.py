@@ -230,7 +230,7 @@ GLOBAL = b"X\x05\x00\x00\x00torchX\x04\x00\x00\x00Size\x93"
         (tensor_of(properties=torch.float32), "in place of a tensor's properties"),
         (tensor_of(properties=TensorProperties(torch.float32, torch.sparse_coo)), "not strided"),
     ],
-)  # fmt: skip
+)
 def test_anything_but_an_index_is_refused_in_one_line(tmp_path: Path, index: Any, why: str) -> None:
     write_index(tmp_path, index)
     reason = unsafe_pickle(tmp_path)

@@ -18,9 +18,14 @@ from moepp_megatron.training.guard.readings import counted
 
 RULES = {rule.name: rule for rule in effective_rules(RoutingGuardSection())}
 SHIFT = ShiftEvent(
-    since=68, first_alarm=70, newest=71, evidence=1.5, series=["loss"], cause="data",
+    since=68,
+    first_alarm=70,
+    newest=71,
+    evidence=1.5,
+    series=["loss"],
+    cause="data",
     moved=["loss 3.10 -> 4.20"],
-)  # fmt: skip
+)
 
 
 def test_metrics_of_counts() -> None:

@@ -79,8 +79,12 @@ def test_a_ramp_gives_each_rank_its_micro_batches() -> None:
     sizes = BatchSizes(config)
     assert layout.num_microbatches == 4
     assert [sizes.layout(layout, read).num_microbatches for read in (0, 5, 6, 17, 18)] == [
-        1, 1, 2, 2, 4
-    ]  # fmt: skip
+        1,
+        1,
+        2,
+        2,
+        4,
+    ]
 
 
 @pytest.mark.parametrize(

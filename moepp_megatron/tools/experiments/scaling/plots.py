@@ -63,37 +63,50 @@ def scaling_plots(records: Sequence[ScaleRecord], mode: str) -> list[Plot]:
     phi = lines[0].best[0].phi
     return [
         _plot(
-            lines, "Step time", "ms", "Median of the repetitions; bars from the fastest to the "
+            lines,
+            "Step time",
+            "ms",
+            "Median of the repetitions; bars from the fastest to the "
             "slowest. Dotted: perfect scaling.",
             lambda r: r.step_time_s * 1e3,
             lambda r: (r.step_time_min_s * 1e3, r.step_time_max_s * 1e3),
             lambda first, n: first.step_time_s * 1e3 * (first.nproc / n if mode == "strong" else 1),
         ),
         _plot(
-            lines, "Throughput", "tokens/s", "Tokens of a step over its time, all ranks together.",
+            lines,
+            "Throughput",
+            "tokens/s",
+            "Tokens of a step over its time, all ranks together.",
             lambda r: r.tokens_per_s,
             lambda r: (r.tokens / r.step_time_max_s, r.tokens / r.step_time_min_s),
             lambda first, n: first.tokens_per_s * n / first.nproc,
         ),
         _plot(
-            lines, "Efficiency", "%",
+            lines,
+            "Efficiency",
+            "%",
             "Tokens per second and rank, relative to the smallest count.",
-            lambda r: r.efficiency, level=("perfect", 1.0),
+            lambda r: r.efficiency,
+            level=("perfect", 1.0),
         ),
         _plot(
-            lines, "MoE++ against vanilla", "share of vanilla's step time",
+            lines,
+            "MoE++ against vanilla",
+            "share of vanilla's step time",
             "Median of the ratios within a repetition. phi is what would be left if a step were "
             "nothing but FFN experts: a limit, not a forecast.",
             lambda r: None if r.kind != "moepp" or r.speedup is None else 1 / r.speedup,
             level=("phi", phi),
         ),
         _plot(
-            lines, "All-to-all bytes", "MB per step",
+            lines,
+            "All-to-all bytes",
+            "MB per step",
             "Hidden vectors that leave their ranks in a step's forward passes, all ranks together. "
             "The backward passes send as much again.",
             lambda r: r.a2a_bytes / 1e6,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _plot(

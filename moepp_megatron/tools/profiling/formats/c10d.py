@@ -21,11 +21,28 @@ from moepp_megatron.tools.profiling.formats.records import (
 
 # c10::ScalarType in NCCL's events and flight records, C++ type names in those of the CPU.
 _BYTES = {
-    "float": 4, "double": 8, "half": 2, "c10::half": 2, "bfloat16": 2, "c10::bfloat16": 2,
-    "long": 8, "long int": 8, "int": 4, "short": 2, "short int": 2, "byte": 1, "char": 1,
-    "unsigned char": 1, "signed char": 1, "bool": 1, "uint16": 2, "uint32": 4, "uint64": 8,
-    "complexfloat": 8, "complexdouble": 16,
-}  # fmt: skip
+    "float": 4,
+    "double": 8,
+    "half": 2,
+    "c10::half": 2,
+    "bfloat16": 2,
+    "c10::bfloat16": 2,
+    "long": 8,
+    "long int": 8,
+    "int": 4,
+    "short": 2,
+    "short int": 2,
+    "byte": 1,
+    "char": 1,
+    "unsigned char": 1,
+    "signed char": 1,
+    "bool": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+    "complexfloat": 8,
+    "complexdouble": 16,
+}
 
 # By the beginning of a name; the first that fits.
 _NAMES = {

@@ -11,10 +11,18 @@ from benchmarks.gpu_page import write_gpu_page
 from moepp_megatron.config import ConfigError
 
 LAYER = {
-    "shape": "0.6B", "tau": 0.5, "pass": "forward", "phi": 0.5, "vanilla_ms": 3.0,
-    "moepp_ms": 2.0, "speedup": 1.5, "efficiency": 0.75, "paper_efficiency": 0.691,
-    "moepp_parts_ms": {"router": 0.25, "rest": 0.1}, "moepp_bounds_ms": {"router": 0.125},
-}  # fmt: skip
+    "shape": "0.6B",
+    "tau": 0.5,
+    "pass": "forward",
+    "phi": 0.5,
+    "vanilla_ms": 3.0,
+    "moepp_ms": 2.0,
+    "speedup": 1.5,
+    "efficiency": 0.75,
+    "paper_efficiency": 0.691,
+    "moepp_parts_ms": {"router": 0.25, "rest": 0.1},
+    "moepp_bounds_ms": {"router": 0.125},
+}
 RESULTS: dict[str, Any] = {
     "card": "NVIDIA <H100>",
     "driver": "580.95",
@@ -27,20 +35,33 @@ RESULTS: dict[str, Any] = {
     ],
     "tests": {"kernels": {"passed": 5, "failed: tests.gpu.a": 1, "skipped: needs DeepEP": 2}},
     "measured": {
-        "matmul_tflops": {"bf16": 600.0}, "rated_tflops": {"bf16": 1000.0}, "copy_gb_s": 2500.0,
+        "matmul_tflops": {"bf16": 600.0},
+        "rated_tflops": {"bf16": 1000.0},
+        "copy_gb_s": 2500.0,
         "rated_gb_s": None,
     },
     "layer": {"bf16": [LAYER, LAYER | {"pass": "forward_backward", "paper_efficiency": None}]},
-    "step": {"bf16": {"vanilla_ms": 30.0, "moepp_ms": 20.0, "speedup": 1.5, "phi": 0.6,
-                      "tokens": 1000}},
-    "runs": {
-        "first": {"step": 20, "loss": 8.25, "step_time_s": 0.5, "memory_bytes": 3 * 2**30,
-                  "estimated_bytes": 4 * 2**30,
-                  "modules": "optional packages used: Transformer Engine 2.20.2; not used: apex"},
-        "cpu": {"step": 2, "loss": 9.0, "step_time_s": 0.5, "memory_bytes": None,
-                "estimated_bytes": 2**30},
+    "step": {
+        "bf16": {"vanilla_ms": 30.0, "moepp_ms": 20.0, "speedup": 1.5, "phi": 0.6, "tokens": 1000}
     },
-}  # fmt: skip
+    "runs": {
+        "first": {
+            "step": 20,
+            "loss": 8.25,
+            "step_time_s": 0.5,
+            "memory_bytes": 3 * 2**30,
+            "estimated_bytes": 4 * 2**30,
+            "modules": "optional packages used: Transformer Engine 2.20.2; not used: apex",
+        },
+        "cpu": {
+            "step": 2,
+            "loss": 9.0,
+            "step_time_s": 0.5,
+            "memory_bytes": None,
+            "estimated_bytes": 2**30,
+        },
+    },
+}
 
 
 def rows(html: str) -> list[list[str]]:

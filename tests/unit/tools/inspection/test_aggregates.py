@@ -18,10 +18,15 @@ SELECTED = np.array([[[0, 1], [1, 4], [4, 3], [0, 1]], [[1, 0], [3, 2], [4, 2], 
 
 def trace() -> Trace:
     return Trace(
-        "model", (), ExpertCounts(2, num_constant_experts=1), (1, 3), 0.4, SELECTED,
+        "model",
+        (),
+        ExpertCounts(2, num_constant_experts=1),
+        (1, 3),
+        0.4,
+        SELECTED,
         np.full((2, 4, 2), 0.5),
         np.array([math.nan, 1.0, 2.0, 4.0]),
-    )  # fmt: skip
+    )
 
 
 def test_what_tokens_took() -> None:

@@ -24,10 +24,33 @@ from moepp_megatron.tools.report.profile.tables import profile_tables
 
 SAMPLES = Path(__file__).parent / "samples"
 WRONG: tuple[Any, ...] = (
-    None, "x", "", -1, 0, 1.5, True, [], {}, [None], ["x"], [-1, 3], {"a": 1}, [[[1]]],
-    float("nan"), float("inf"), 1e300, -1e300, 2**63, 10**17, "9" * 5000, "[1, 2",
-    "moepp/step/" + "9" * 5000, "moepp/step/x", "moepp/comm/1/2>3.4/send", "moepp/layer1/dispatch",
-)  # fmt: skip
+    None,
+    "x",
+    "",
+    -1,
+    0,
+    1.5,
+    True,
+    [],
+    {},
+    [None],
+    ["x"],
+    [-1, 3],
+    {"a": 1},
+    [[[1]]],
+    float("nan"),
+    float("inf"),
+    1e300,
+    -1e300,
+    2**63,
+    10**17,
+    "9" * 5000,
+    "[1, 2",
+    "moepp/step/" + "9" * 5000,
+    "moepp/step/x",
+    "moepp/comm/1/2>3.4/send",
+    "moepp/layer1/dispatch",
+)
 DELETED = object()
 # Wrong values for each field; all of them are tried over the fields of a file.
 TURN = 2
@@ -210,7 +233,7 @@ DAMAGED = {
         b'{"header": "' + b"x" * (2 << 20),
         gzip.compress(b'{"header": {}}\n' * 400_000),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
