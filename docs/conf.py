@@ -68,6 +68,7 @@ NAVIGATION = {
         "Checkpoints in object storage <docs/object_storage>",
         "Clusters <docs/cluster>",
         "Watch a run <docs/monitor>",
+        "When it does not work <docs/troubleshooting>",
         "On a GPU <docs/gpu>",
         "Untrusted files <docs/untrusted>",
     ],

@@ -12,7 +12,7 @@
 #         control  the model as it is, trained as long: what the others are compared with
 set -euo pipefail
 fail() { printf 'error: %s\n' "$*" >&2 && exit 2; }
-(($# >= 3)) && [[ -f $1/config.json ]] || fail "usage: [RECIPE=topk] $0 MODEL OUT DATA [section.key=value ...]; MODEL has a config.json"
+[[ $# -ge 3 && -f $1/config.json ]] || fail "usage: [RECIPE=topk] $0 MODEL OUT DATA [section.key=value ...]; MODEL has a config.json"
 model=$1 out=$2 data=$3 recipe=${RECIPE:-topk} share=${SHARE:-0.5} steps=${STEPS:-5000}
 shift 3
 [[ $recipe =~ ^(topk|budget|zeda|control)$ ]] || fail "RECIPE ($recipe) must be topk, budget, zeda or control"
