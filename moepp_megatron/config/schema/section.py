@@ -40,8 +40,8 @@ LARGEST = {
 }
 LARGEST_OF_ALL = 2**31 - 1
 
-# A file that is read; a checkpoint with a second model; a GPU by name or file.
-Use = Literal["file", "checkpoint", "gpu"]
+# A folder that is written; a checkpoint with a second model; a GPU by name or file.
+Use = Literal["output", "checkpoint", "gpu"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from moepp_megatron.config.rows import Rule, group, no_effect_where, refuse
-from moepp_megatron.config.schema.section import PathText, Section, Unit
+from moepp_megatron.config.schema.section import PathText, Section, Unit, Use
 
 
 class RoutesSection(Section):
@@ -76,6 +76,10 @@ class RoutesSection(Section):
     megatron_flags: ClassVar[tuple[tuple[str, str], ...]] = (
         ("moe-routing-trace-path", "routes.trace"),
         ("moe-routing-trace-max-training-iters", "routes.steps"),
+    )
+    uses: ClassVar[tuple[tuple[str, Use], ...]] = (
+        ("routes.record", "output"),
+        ("routes.trace", "output"),
     )
     of_one_run: ClassVar[tuple[str, ...]] = tuple(
         f"routes.{name}" for name in ("record", "replay", "trace", "steps")

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from moepp_megatron.config.rows import Rule, no_effect_without
-from moepp_megatron.config.schema.section import ConfigPath, Section, Unit, Use
+from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
 
 
 class EvaluationSection(Section):
@@ -39,7 +39,6 @@ class EvaluationSection(Section):
         ),
     )
     instead: ClassVar[str] = "evaluate the exported model with lm_eval run"
-    uses: ClassVar[tuple[tuple[str, Use], ...]] = (("evaluation.tasks", "file"),)
     no_effect: ClassVar[tuple[Rule, ...]] = (
         no_effect_without("evaluation.tasks", "evaluation.interval evaluation.limit", "name some"),
     )

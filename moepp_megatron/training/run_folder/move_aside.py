@@ -46,7 +46,7 @@ def move_aside(config: Config, checkpoints: Path, config_file: Path | None = Non
             "nothing can be moved in object storage; choose another checkpoint.dir, or delete them"
         )
     ours = configuration_files(config_file)
-    named = (checkpoints, config.routes.record, config.routes.trace)
+    named = (checkpoints, *(value for _, value in used(config, "output")))
     written = {os.path.realpath(path) for path in named if not isinstance(path, ObjectPath | None)}
     moved = [
         path
