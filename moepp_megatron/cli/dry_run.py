@@ -151,7 +151,7 @@ def _memory(stages: list[RankMemory], target: Target) -> Table:
 
 
 def _fit(stages: list[RankMemory], target: Target) -> str:
-    """Whether the fullest rank fits the GPU, by the rule of `moepp plan`."""
+    """Say if the fullest rank fits the GPU, by the rule of `moepp plan`."""
     if target.hardware is None:
         return "activations are not estimated on a CPU; --gpu NAME estimates those on a GPU"
     needed = needed_bytes(stages)

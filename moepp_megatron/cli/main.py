@@ -158,7 +158,7 @@ def _check_working_folder() -> None:
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """Whether Python, NumPy, pyarrow, the system or torch was refused memory."""
+    """True if Python, NumPy, pyarrow, the system or torch ran out of memory."""
     return (
         isinstance(error, MemoryError)
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)

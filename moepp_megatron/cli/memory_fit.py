@@ -82,7 +82,7 @@ def needed_bytes(stages: Sequence[RankMemory]) -> float:
 
 
 def fits(needed: float, target: Target) -> bool | None:
-    """Whether a device has `needed` bytes; None if its memory is not known, or it is a CPU."""
+    """True if `needed` bytes fit a device; None if its memory is not known, or it is a CPU."""
     from moepp_megatron.tools.planning.machine import DEFAULT
 
     room = target.memory_bytes

@@ -10,7 +10,7 @@ import typer
 from moepp_megatron.runtime.object_store import place
 
 GPU_NAMES = "a name in configs/hardware, or a YAML file"
-"""What --gpu and --hardware take, for their help."""
+"""Values of --gpu and --hardware, for help."""
 
 ConfigArgument = Annotated[
     Path, typer.Argument(help="Read this YAML configuration.", metavar="CONFIG")

@@ -1,4 +1,4 @@
-"""What a run would miss at its start: data, checkpoint, teacher, a folder that can be written."""
+"""Checks of a run's paths: data, checkpoint, teacher, a folder that can be written."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def _check_replaced(command: Callable[..., Any], arguments: dict[str, Any]) -> N
 
 
 def _is_lost(file: str, read: Any) -> bool:
-    """Whether to replace `file` would lose what a command reads: `read` itself, or a part of it."""
+    """True if replacing `file` would lose what a command reads: `read`, or a part of it."""
     if not isinstance(read, str | Path) or isinstance(read, ObjectPath):
         return False
     real = os.path.realpath(read)
@@ -168,14 +168,14 @@ def _written(command: Callable[..., Any], name: str) -> str:
 
 
 def _option(command: Callable[..., Any], name: str) -> Any:
-    """What typer knows of a parameter; None for an argument."""
+    """Find typer's option; None for an argument."""
     hint = typing.get_type_hints(command, include_extras=True)[name]
     extras = getattr(hint, "__metadata__", ())
     return next((extra for extra in extras if type(extra).__name__ == "OptionInfo"), None)
 
 
 def _shown(command: Callable[..., Any], name: str) -> str:
-    """What the user calls a parameter: --out, or CHECKPOINT."""
+    """Name a parameter as users do: --out, or CHECKPOINT."""
     option = _option(command, name)
     if option is None:
         return name.upper()

@@ -1,4 +1,4 @@
-"""How much a run will read."""
+"""Samples a run will read."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def resume_command(arguments: Sequence[str]) -> str:
 
 
 def is_given() -> bool:
-    """Whether a script has given the command that starts it again."""
+    """True if a script has given the command that starts it again."""
     return bool(os.environ.get(RESUME_COMMAND))
 
 

@@ -1,4 +1,4 @@
-"""What `moepp train` says and writes when training has ended."""
+"""Output of `moepp train` when training has ended."""
 
 from __future__ import annotations
 

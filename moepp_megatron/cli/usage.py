@@ -86,7 +86,7 @@ def refuse(error: Exception) -> int:
 
 
 def _as_setting(option: str, of_sbatch: str | None) -> str:
-    """What to write in place of an unknown option that is a setting, here or in Megatron-LM."""
+    """Suggest a setting, ours or Megatron-LM's, for an unknown option."""
     name = of_sbatch or option.lstrip("-").replace("-", "_")
     of_megatron = None if of_sbatch else setting_of(option)
     if of_megatron is not None:

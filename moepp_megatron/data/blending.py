@@ -28,7 +28,7 @@ from moepp_megatron.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class _Draw:
-    """What one stage draws."""
+    """Samples of one stage."""
 
     blend: Blend
     size: int
@@ -118,7 +118,7 @@ class DrawnDataset(Dataset[Any]):
         ]
 
     def _order(self, draw: _Draw, datasets: list[GPTDataset]) -> BlendedDataset | None:
-        """Which folder each sample is of; None for one folder. Every rank must call."""
+        """Map samples to folders; None for one folder. Every rank must call."""
         if len(datasets) == 1:
             return None
         with cached_in(self._cache):

@@ -45,7 +45,7 @@ def messages_of(record: dict[str, Any]) -> list[Message]:
 
 
 def _messages(record: dict[str, Any]) -> Any:
-    """What stands for the messages, unchecked; None if the record has none of the forms."""
+    """Return the messages, unchecked; None if the record has none of the forms."""
     if "messages" in record:
         return record["messages"]
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []

@@ -34,7 +34,7 @@ def too_large(path: Path) -> ConfigError:
 
 
 def lacks_checksum(path: Path, compression: Compression | None) -> bool:
-    """Whether damage in a compressed file may go unnoticed; gzip always has a checksum."""
+    """True if damage in a compressed file may go unnoticed; gzip always has a checksum."""
     if compression != "zstd":
         return False
     with path.open("rb") as stream:

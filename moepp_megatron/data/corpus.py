@@ -100,7 +100,7 @@ def spool_corpus(
 
 @dataclass(frozen=True)
 class WrittenCorpus:
-    """What has been written, in terms of the manifest.
+    """The written corpus in terms of the manifest.
 
     Attributes:
         sha256: SHA-256 by file name, of the bytes that were to be written: it shows errors of the

@@ -114,7 +114,7 @@ def build_validation_sets(
 def _options(
     tokenizer: Tokenizer, sequence_length: int, seed: int, resets_positions: bool, masks_eod: bool
 ) -> dict[str, Any]:
-    """What all folders of a run give to megatron-core's `GPTDatasetConfig`."""
+    """Return `GPTDatasetConfig` options that all folders of a run share."""
     return {
         "random_seed": seed,
         "sequence_length": sequence_length,

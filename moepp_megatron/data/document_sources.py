@@ -1,4 +1,4 @@
-"""Which data source the tokens of a sample come from."""
+"""Data source of each token in a sample."""
 
 from __future__ import annotations
 

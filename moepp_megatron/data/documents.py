@@ -52,7 +52,7 @@ class _DocumentPart:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one worker reads at a time."""
+    """Unit of work of one worker."""
 
     source: int
     parts: tuple[_DocumentPart, ...]
@@ -268,7 +268,7 @@ def _record_text(record: dict[str, Any], text_key: str) -> str | Skipped:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written: JSON can spell half a surrogate pair, which cannot."""
+    """True if a text can be written: JSON can spell half a surrogate pair, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -14,7 +14,7 @@ import tokenizers
 
 PIECE_CHARACTERS = 64 * 1024
 MAX_PIECE_CHARACTERS = 16 * 1024 * 1024
-"""What is longer and cannot be cut is not encoded: it would take 165 bytes of memory per byte."""
+"""Longer text that cannot be cut is not encoded: it would take 165 bytes of memory per byte."""
 
 
 class UncuttableError(ValueError):
@@ -108,7 +108,7 @@ def _next_cut(text: str, start: int) -> int:
 
 
 def can_cut(backend: tokenizers.Tokenizer) -> bool:
-    """Whether a tokenizer gives the pieces of `cut_text` the tokens of the whole text.
+    """True if a tokenizer gives the pieces of `cut_text` the tokens of the whole text.
 
     True is certain. False is not: pre-tokenizers that are not known here may be suitable too.
     """
@@ -138,7 +138,7 @@ def _splits_at_cuts(description: dict[str, Any] | None) -> bool:
 
 
 def _kind(step: dict[str, Any]) -> str:
-    """Whether a step splits at every cut, may be there besides, or is unknown."""
+    """Tell if a step splits at every cut, is compatible, or is unknown."""
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
         return "splits" if step["use_regex"] else "fits"
     if step["type"] == "Digits":
@@ -154,7 +154,7 @@ def _kind(step: dict[str, Any]) -> str:
 
 
 def _added_fit(backend: tokenizers.Tokenizer) -> bool:
-    """Whether tokens that are matched before the pre-tokenizer cannot be matched across a cut."""
+    """True if tokens matched before the pre-tokenizer cannot match across a cut."""
     # Special tokens are not matched at all: `Tokenizer` encodes their names as text.
     return not any(
         token.rstrip or token.single_word or _CUT.search(token.content)

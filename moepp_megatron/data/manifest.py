@@ -58,7 +58,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Conversations:
-    """What a folder of conversations holds.
+    """Contents of a conversation folder.
 
     Attributes:
         sequence_length: tokens of each document of the corpus, which is a sequence of whole
@@ -143,7 +143,7 @@ class Manifest:
 
     @property
     def is_bare(self) -> bool:
-        """Whether it is read off files made elsewhere: tokenizer and vocabulary are not known."""
+        """True for files made elsewhere: tokenizer and vocabulary are not known."""
         return not self.tokenizer_sha256
 
     def prefix(self, path: Path) -> Path:
@@ -173,7 +173,7 @@ class Manifest:
         return None if self.sha256 is None else self.sha256.get(name)
 
     def is_intact(self, folder: Path) -> bool:
-        """Whether all files are there in full."""
+        """True if all files are complete."""
         return all(
             (folder / name).is_file() and (folder / name).stat().st_size == size
             for name, size in self.files.items()

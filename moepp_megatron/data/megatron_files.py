@@ -16,7 +16,7 @@ _LOOKED_AT = 1000
 
 
 def is_pair(path: Path) -> bool:
-    """Whether a path is the prefix of such a pair."""
+    """True if a path is the prefix of such a pair."""
     return not path.is_dir() and Path(f"{path}.idx").is_file() and Path(f"{path}.bin").is_file()
 
 

@@ -42,7 +42,7 @@ _SAMPLE_CHARACTERS = 8_000_000
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """How to prepare.
+    """Options.
 
     Attributes:
         vocab_size: vocabulary size of a tokenizer to be trained; None means 4096.

@@ -1,4 +1,4 @@
-"""Whether a configuration's data are there and fit its model."""
+"""Checks that a configuration's data exist and fit its model."""
 
 from __future__ import annotations
 

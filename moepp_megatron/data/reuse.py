@@ -17,7 +17,7 @@ def find_reusable(
     content_sha256: Callable[[], str],
     force: bool,
 ) -> Manifest | None:
-    """Whether `out` already holds what is asked for.
+    """Look for the same prepared data in `out`.
 
     Returns:
         The manifest if the folder can be used as it is, None if it must be written.

@@ -20,7 +20,7 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.parquet")
 
 
 def companions(source: str, root: Path, names: Sequence[str]) -> set[str]:
-    """What is not data in the folders of Hugging Face's datasets below `root`.
+    """Find non-data files in folders of Hugging Face datasets below `root`.
 
     Returns:
         Those of `names` that are to be left out.

@@ -1,4 +1,4 @@
-"""What prepared data hold, and what a run will draw of them: `moepp data show`."""
+"""Contents of prepared data and a run's draw from them: `moepp data show`."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def shown_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
 
 @dataclass(frozen=True)
 class _Share:
-    """What a run draws of one folder, in one stage or in all: tokens, and these over its own."""
+    """A run's tokens from one folder, in one stage or in all, and epochs of it."""
 
     path: Path
     share: float
@@ -109,7 +109,7 @@ class StageShares:
 
 
 def planned_shares(config: Config, corpora: dict[str, Corpus], end: int) -> list[StageShares]:
-    """What each stage of a run draws, and after them the whole run.
+    """Plan each stage's shares, then the whole run's.
 
     Args:
         config: The configuration.

@@ -63,7 +63,7 @@ class TextSource:
     files: tuple[SourceFile, ...]
 
     def summary(self, documents: int, skipped: int, tokens: int) -> SourceSummary:
-        """What a manifest says of it."""
+        """Make its manifest entry."""
         return SourceSummary(self.name, len(self.files), self.size, documents, skipped, tokens)
 
     @property

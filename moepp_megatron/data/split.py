@@ -81,7 +81,7 @@ def _plain(weights: Iterable[float]) -> str:
 
 
 def _is_empty(bounds: tuple[int, int] | None) -> bool:
-    """Whether a part has a weight and no document."""
+    """True if a part has a weight and no document."""
     return bounds is not None and bounds[0] == bounds[1]
 
 

@@ -18,7 +18,7 @@ _TABLE_SHARE = 1 / 3
 
 
 def is_table(name: str, path: Path) -> bool:
-    """Whether a file is a table rather than code, and left out of the built-in corpus.
+    """True if a file is a table rather than code, and left out of the built-in corpus.
 
     A table is a file in `encodings/` or `pydoc_data/`, one that says at its top that a program has
     generated it, and one where more than a third of the lines are literal values that are assigned
@@ -51,7 +51,7 @@ def is_table(name: str, path: Path) -> bool:
 
 
 def _is_literal(node: ast.expr) -> bool:
-    """Whether an expression is made only of constants."""
+    """True if an expression is made only of constants."""
     if isinstance(node, ast.Dict):
         # A key is None where another dictionary is unpacked.
         return all(part is not None and _is_literal(part) for part in (*node.keys, *node.values))

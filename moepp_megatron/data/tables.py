@@ -24,7 +24,7 @@ _ROWS = 4
 
 
 def count_groups(path: Path, kind: str, column: str | None) -> int:
-    """How many groups of rows a table has: row groups of parquet, record batches of Arrow.
+    """Count a table's row groups: those of parquet, record batches of Arrow.
 
     Raises:
         ConfigError: It is damaged, lacks the column or unpacks to too much, or pyarrow is absent.
@@ -142,7 +142,7 @@ class _Batches:
         return iter(self._reader)
 
     def messages(self) -> Any:
-        """What they are read from, from the beginning."""
+        """Return their stream from the beginning."""
         from pyarrow.ipc import MessageReader
 
         self._mapped.seek(self._start)

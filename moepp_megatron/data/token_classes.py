@@ -31,8 +31,8 @@ CLASSES = (
 comments; there and in prose a run of letters is a word."""
 
 ID_CLASSES = ("word", "keyword", "number", "punctuation", "white space", "part of a character")
-"""What a token id is by its own characters, whatever the text around it: a keyword is any that is
-spelt like one, and names, words and their parts are words."""
+"""Classes of token ids by their own characters, whatever the text around: any token spelt like a
+keyword is one, and names, words and their parts are words."""
 
 _RUN = re.compile(r"\w+(?:['\u2019]\w+)*")
 _CODE_RUN = re.compile(r"\w+")

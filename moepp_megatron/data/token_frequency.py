@@ -18,7 +18,7 @@ _TOKENS = 1 << 21
 
 
 def token_counts(dataset: Any, vocab_size: int) -> NDArray[np.int64]:
-    """How often each token id occurs in evenly spaced samples.
+    """Count each token id in evenly spaced samples.
 
     Args:
         dataset: Its samples have `tokens`, [sequence length] int64.

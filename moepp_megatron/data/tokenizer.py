@@ -115,7 +115,7 @@ class Tokenizer:
 
     @functools.cached_property
     def cuts_long_texts(self) -> bool:
-        """Whether long texts are encoded in pieces, with the tokens of the whole."""
+        """True if long texts are encoded in pieces, with the tokens of the whole."""
         return can_cut(self._backend)
 
     def encode_with_spans(
