@@ -1,4 +1,4 @@
-"""What a format cannot express, as rows of settings that it lacks."""
+"""Limits of a format, as rows of settings that it lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `moepp generate` is asked to do, checked before anything heavy is imported."""
+"""Options of `moepp generate`, checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DEFAULT_NEW_TOKENS = 96
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Sampling options.
 
     Attributes:
         temperature: 0 takes the likeliest token, 1 samples from the model's probabilities.

@@ -251,7 +251,7 @@ def plain_fields(config: Config) -> dict[str, Any]:
 
 
 def _released_rows(config: Config) -> Iterator[Row]:
-    """What the released format has of each setting that it cannot say."""
+    """Yield the released format's value of each setting that it lacks."""
     model, moe = config.model, config.moe
     # With Mixtral gating the released code never scales the experts' input.
     scales = (1.0,) if moe.gate_normalization == "selected" else (1.0, 2.0)

@@ -122,7 +122,7 @@ def account_for(hf: HFSource, rules: Sequence[TensorRule]) -> None:
 def differences(
     wanted: Mapping[str, Any], found: Mapping[str, Any], by: str, optional: Iterable[str] = ()
 ) -> list[str]:
-    """How tensors, by name and shape, differ from those that are wanted `by` a file."""
+    """List how tensors, by name and shape, differ from those wanted `by` a file."""
     return [
         *_problems_of("is missing", sorted(wanted.keys() - found.keys() - set(optional))),
         *_problems_of("is unexpected", sorted(found.keys() - wanted.keys())),

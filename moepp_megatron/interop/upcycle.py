@@ -33,7 +33,7 @@ from moepp_megatron.runtime.terminal import Console
 
 @dataclass(frozen=True, kw_only=True)
 class Additions(ExpertCounts):
-    """What a checkpoint gains; its FFN experts are made of a dense FFN, a MoE has its own.
+    """Additions to a checkpoint; FFN experts are made of a dense FFN, a MoE has its own.
 
     Attributes:
         gating_residual: Whether routers see the logits of the layer before.

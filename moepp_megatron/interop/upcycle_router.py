@@ -109,7 +109,7 @@ def selection_bias(rows: Tensor, norm: Tensor, num_ffn_experts: int) -> Tensor:
 
 
 def added_rules(config: Config, ours: str, has_residual: bool, seed: int) -> Iterator[TensorRule]:
-    """What has no source: gating residuals and zero-computation experts."""
+    """Yield new tensors: gating residuals and zero-computation experts."""
     moe, width, std = config.moe, config.model.hidden_size, config.model.init_method_std
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision.dtype]
 

@@ -94,7 +94,7 @@ def _lacks_shared(config: Config) -> bool:
 
 
 def _own_rules(config: Config) -> Iterator[Row]:
-    """What depends on the model's shape."""
+    """Yield rows for the model's shape."""
     model, moe, inner = config.model, config.moe, config.expert_ffn_hidden_size
     has_dense = not all(moe.moe_layer_pattern(model.num_layers))
     yield "moe.layer_freq", (1 if has_dense else moe.layer_freq,), "there are no dense layers"

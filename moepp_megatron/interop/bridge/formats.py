@@ -39,7 +39,7 @@ class _Bridge(MegatronModelBridge):
         return MoEPPModelProvider.from_config(self._format[0])
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        """How parameters and the folder's tensors correspond."""
+        """Map parameters to the folder's tensors."""
         return MegatronMappingRegistry(*rule_mappings(self._format[1]))
 
     @classmethod

@@ -124,7 +124,7 @@ class MoEPPModelProvider(GPTModelProvider):
         return stage
 
     def to_cfg_dict(self) -> dict[str, Any]:
-        """What Bridge writes into `run_config.yaml`: the fields, with the layers' hidden size."""
+        """Return Bridge's `run_config.yaml`: the fields, with the layers' hidden size."""
         fields = {
             field.name: _ConfigContainerBase._convert_value_to_dict(getattr(self, field.name))
             for field in dataclasses.fields(self)

@@ -133,7 +133,7 @@ class MoEPPConfig(LlamaConfig):
             self.base_model_pp_plan = None
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
-        """How tensor parallelism divides modules; those that it does not name are replicated."""
+        """Return the tensor-parallel plan; modules that it does not name are replicated."""
         # A norm over all heads needs the whole queries and keys.
         gathered = self.qk_norm and self.qk_norm_scope == "all_heads"
         first, last = (

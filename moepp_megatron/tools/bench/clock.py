@@ -58,7 +58,7 @@ class Timed:
 
 
 def speedup(slow: Timed, fast: Timed) -> float:
-    """How many times faster `fast` is: the median over rounds of the ratio within a round."""
+    """Return the speed-up of `fast`: the median over rounds of the ratio within a round."""
     pairs = zip(slow.seconds, fast.seconds, strict=True)
     return statistics.median(s / f for s, f in pairs)
 

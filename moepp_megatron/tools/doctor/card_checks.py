@@ -157,7 +157,7 @@ def clocks(card: GPUState, judge: Judge) -> Sign | None:
 
 
 def is_loaded(card: GPUState) -> bool:
-    """Whether the GPU was computing when it was read: in P0 and not marked idle."""
+    """True if the GPU was computing when it was read: in P0 and not marked idle."""
     idle = card.throttle_reasons is not None and bool(card.throttle_reasons & 0x1)
     return bool(card.busy_power_state) and card.throttle_reasons is not None and not idle
 

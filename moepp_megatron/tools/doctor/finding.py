@@ -11,7 +11,7 @@ from moepp_megatron.config.hardware import Hardware, Thresholds
 
 
 class Severity(IntEnum):
-    """How much a finding matters; only an error keeps a job from starting."""
+    """Severity of a finding; only an error keeps a job from starting."""
 
     OK = 0
     NOTE = 1
@@ -20,7 +20,7 @@ class Severity(IntEnum):
 
 
 Sign = tuple[Severity, str, str, str]
-"""What a check of one GPU finds: severity, observation, rule and remedy, as in `Finding`."""
+"""Result of one GPU's check: severity, observation, rule and remedy, as in `Finding`."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def check_cards(cards: Sequence[GPUState], judge: Judge) -> list[Finding]:
 
 
 def signs(cards: Sequence[GPUState], judge: Judge, name: str) -> list[Finding]:
-    """What the check of this name finds on the GPUs; empty where all are healthy."""
+    """Run the check of this name on the GPUs; empty where all are healthy."""
     found = ((card, _CARD_CHECKS[name](card, judge)) for card in cards)
     return [
         Finding(name, f"GPU {card.index}: {sign[1]}", *sign[2:], sign[0])

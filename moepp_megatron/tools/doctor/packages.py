@@ -103,7 +103,7 @@ def check_nvshmem(deep_ep: str | None, nvshmem: str | None) -> Finding | None:
 
 
 def _extra() -> Finding:
-    """Which packages of the extra `all` are missing; commands refuse where they need one."""
+    """Check for the packages of the extra `all`; commands refuse where they need one."""
     lacks = [package for name, package in OF_ALL.items() if importlib.util.find_spec(name) is None]
     if not lacks:
         return Finding("extra all", f"{len(OF_ALL)} packages")
@@ -113,7 +113,7 @@ def _extra() -> Finding:
 
 
 def check_compiler() -> Finding:
-    """Whether Triton can compile the launchers of its kernels."""
+    """Check that Triton can compile its kernels' launchers."""
     obstacle = compiler_obstacle()
     if obstacle is None:
         return Finding("Triton's compiler", "a C compiler and Python.h")
@@ -123,7 +123,7 @@ def check_compiler() -> Finding:
 
 
 def check_extension(config: Config) -> Finding | None:
-    """Whether megatron-core's extension can be compiled; None where the run has no use for it."""
+    """Check that megatron-core's extension compiles; None where the run has no use for it."""
     modules = ", ".join(modules_with_extension(config))
     if not modules:
         return None
@@ -161,7 +161,7 @@ def check_needs(config: Config, used: set[str]) -> list[Finding]:
 
 
 def check_fp8(config: Config, machine: FP8Machine) -> Finding | None:
-    """Whether GPU and versions can run the configuration's FP8; None without FP8."""
+    """Check that GPU and versions run the configuration's FP8; None without FP8."""
     recipe = config.precision.recipe
     if recipe is None:
         return None

@@ -182,7 +182,7 @@ def check_ports(
 
 
 def clock_synchronized() -> bool | None:
-    """Whether systemd says that the clock follows a time server; None where it is unknown."""
+    """True if systemd reports the clock synchronized to a time server; None if unknown."""
     command = ["timedatectl", "show", "--property=NTPSynchronized", "--value"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)

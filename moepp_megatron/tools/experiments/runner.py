@@ -71,24 +71,24 @@ class Trial[Result](ABC):
     @property
     @abstractmethod
     def command(self) -> list[str]:
-        """What its ranks do: the words that follow `moepp`."""
+        """Command of its ranks: arguments of `moepp`."""
 
     @abstractmethod
     def result(self) -> Result | None:
-        """What was measured; None where it was never begun, was interrupted or has failed.
+        """Read the result; None where it was never begun, was interrupted or has failed.
 
         Raises:
-            RunFailed: What was measured is of no use.
+            RunFailed: The result is of no use.
         """
 
     @property
     def work(self) -> int:
-        """How much there is to do, such as steps, to foretell the time left; 0 if unknown."""
+        """Amount of work, such as steps, to foretell the time left; 0 if unknown."""
         return 0
 
     @property
     def log(self) -> Path:
-        """What its ranks print."""
+        """Log of its ranks."""
         return self.folder / "logs" / f"{self.name}.log"
 
     def prepare(self) -> None:

@@ -128,7 +128,7 @@ def _swiglu(load: Workload, grid: Grid, inner: int, module: str) -> float:
 
 
 def _between_nodes(load: Workload, grid: Grid) -> float:
-    """What the combined schedule's nodes of an MoE++ layer pass on (`moe/overlap.py`)."""
+    """Bytes between nodes of an MoE++ layer's combined schedule (`moe/overlap.py`)."""
     # A node's results stay until its backward pass: the local experts' output, and the hidden
     # states packed with the lane, whose two parts the next layer copies.
     if not grid.expert_overlap or load.experts.is_vanilla:

@@ -92,7 +92,7 @@ class Grid:
         return self.recompute == FULL
 
     def recompute_of(self, place: int) -> Recompute:
-        """What the layer at this place of its model chunk recomputes."""
+        """Return the recomputation at this layer of its model chunk."""
         is_beyond = self.recomputed_layers is not None and place >= self.recomputed_layers
         return () if is_beyond else self.recompute
 

@@ -1,4 +1,4 @@
-"""What a rank holds: its parameters and its peak memory."""
+"""Memory of a rank: its parameters and its peak."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class LayerPart:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What distinguishes the layers of a model for their cost."""
+    """Differences between layers in cost."""
 
     is_moe: bool  # whether it holds experts
     rows: float = 0.0  # rows R that the slowest rank's experts compute

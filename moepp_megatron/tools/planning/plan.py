@@ -192,7 +192,7 @@ def _in_both(
 
 
 def complexity(grid: Grid, config: Config) -> int:
-    """What a layout needs beyond data parallelism: degrees, schedules, recomputation, packages."""
+    """Count a layout's extras: degrees, schedules, recomputation, packages."""
     other = grid.dispatcher not in (None, config.moe.dispatcher)
     return sum(map(len, (grid.splits, grid.recompute, grid.states))) + grid.expert_overlap + other
 

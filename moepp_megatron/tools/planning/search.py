@@ -124,7 +124,7 @@ class Space:
 
     @property
     def _recompute(self) -> tuple[Recompute, ...]:
-        """What the backward pass may repeat, by the modules that the model has."""
+        """List recomputation choices by the modules that the model has."""
         sets = _RECOMPUTE
         if isinstance(self.load.attention, LatentAttention):
             sets += _LATENT

@@ -57,7 +57,7 @@ class NumberFormats:
 
     @property
     def row_alignment(self) -> int:
-        """What the rows of an expert's FP8 products are padded to a multiple of; 1 without FP8."""
+        """Alignment of an expert's rows in FP8; 1 without FP8."""
         aligned = {None: 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
         return aligned[self.fp8]
 

@@ -57,7 +57,7 @@ class Profile:
 
     @property
     def about(self) -> About:
-        """What the recorder wrote next to the first trace."""
+        """Metadata of the first trace."""
         return self.traces[0].about
 
     @property
@@ -104,7 +104,7 @@ class Profile:
 
     @property
     def equals_formula(self) -> bool | None:
-        """Whether every measured all-to-all equals its formula; None if none could be compared."""
+        """True if every measured all-to-all equals its formula; None if none is comparable."""
         known = [layer.is_equal for layer in self.all_layers if layer.is_equal is not None]
         return all(known) if known else None
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 
 
 class Operation(StrEnum):
-    """What a collective does."""
+    """Kind of collective."""
 
     ALL_TO_ALL = "all_to_all"
     ALL_REDUCE = "all_reduce"

@@ -39,7 +39,7 @@ def load_profile(folder: Path) -> list[RankTrace]:
 
 
 def has_kineto(folder: Path) -> bool:
-    """Whether `load_profile` finds traces there."""
+    """True if `load_profile` finds traces there."""
     return bool(_files(folder))
 
 

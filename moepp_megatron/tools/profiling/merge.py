@@ -32,7 +32,7 @@ _RESOLUTION_US = 0.01
 
 
 class _RankClock(NamedTuple):
-    """How much later one rank's clock is than another's; of a rank, what to add to its times.
+    """Offset of one rank's clock to another's; of a rank, what to add to its times.
 
     Attributes:
         offset_us: Microseconds.
@@ -112,7 +112,7 @@ def _kind(call: Collective) -> tuple[str, tuple[int, ...], Operation]:
 
 
 def _parts_agree(call: Mapping[int, Collective]) -> bool:
-    """Whether each rank received what the others sent to it, as far as that is known."""
+    """True if each rank received what the others sent to it, as far as known."""
     for sender, sent in call.items():
         for receiver, received in call.items():
             ranks = sent.group_ranks

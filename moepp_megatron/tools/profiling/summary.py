@@ -64,7 +64,7 @@ class ProfileSummary:
 
 
 def records_only_collectives(path: Path) -> bool:
-    """Whether a path holds only recordings of NCCL or PyTorch, none of torch's profiler."""
+    """True if a path holds only NCCL or PyTorch recordings, none of torch's profiler."""
     return not has_kineto(path) and holds_recording(path)
 
 

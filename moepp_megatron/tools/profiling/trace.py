@@ -83,7 +83,7 @@ _Count = Annotated[int, Field(ge=0, le=10**18)]
 
 
 class Pass(BaseModel):
-    """What the router chose in one forward pass of a layer (features/profile/traffic.py).
+    """Routing in one forward pass of a layer (features/profile/traffic.py).
 
     Attributes:
         layer: Global layer number.
@@ -126,7 +126,7 @@ class _Clock(BaseModel):
 
 
 class About(BaseModel):
-    """What the recorder writes next to a trace: `rank<k>.meta.json` (features/profile)."""
+    """Metadata file of a trace: `rank<k>.meta.json` (features/profile)."""
 
     format: Literal[1] = 1
     name: str = ""
@@ -174,7 +174,7 @@ class RankTrace:
     about: About = field(default_factory=About)
 
     def passes(self, step: int) -> list[Pass]:
-        """What the router chose in a step, pass by pass."""
+        """Return the routing of a step by pass."""
         return [run for entry in self.about.steps if entry.step == step for run in entry.passes]
 
     def shifted(self, us: float) -> RankTrace:

@@ -44,7 +44,7 @@ def alert_blocks(run: RunData) -> list[Block]:
 
 
 def watched(run: RunData) -> str:
-    """What was watched, in a sentence or two; empty where nothing was, or another version did."""
+    """Say what was watched; empty where nothing was, or another version did."""
     try:
         section = RoutingGuardSection.model_validate(run.config.routing_guard)
     except ValidationError:

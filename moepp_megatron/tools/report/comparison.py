@@ -151,7 +151,7 @@ def losses_differ_in_meaning(settings: Sequence[ComparedSetting]) -> list[str]:
 
 
 def common_end(axes: Sequence[np.ndarray | None]) -> float | None:
-    """How far every run has come on an axis; None where one of them is not known.
+    """Return the end all runs reach on an axis; None where one is not known.
 
     Args:
         axes: Tokens, seconds or FLOPs of each run, [n] each.

@@ -23,7 +23,7 @@ BLUE = "#0072b2"
 VERMILION = "#d55e00"
 GREEN = "#009e73"
 PAPER = "#fffffe"
-"""What lies below the plot: white, where a viewer does not prefer dark."""
+"""Background of the plot: white, where a viewer does not prefer dark."""
 CELL_INK = "#1f2932"
 """Ink on a coloured cell, which keeps its colour where a viewer prefers dark."""
 

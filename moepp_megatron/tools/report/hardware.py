@@ -18,7 +18,7 @@ def hardware_plots(run: RunData) -> list[Plot]:
 
 
 def _unit(key: str, axis: str, run: RunData) -> tuple[float, str]:
-    """What to multiply the values by, and the unit that they then have: rates get a prefix."""
+    """Return the factor of the values and their unit with it: rates get a prefix."""
     if not axis.endswith("/s"):
         return 1.0, axis
     base = 1e12 if key == "model_tflops" else 1.0

@@ -49,7 +49,7 @@ class PlotLine:
 
 @dataclass(frozen=True)
 class Frame:
-    """What surrounds the lines of a plot.
+    """Frame of a plot's lines.
 
     Attributes:
         axis: Label of the vertical axis.

@@ -40,7 +40,7 @@ def models_table(plan: Plan, tokens: float, price: float | None, errors: Range |
 
 
 def extras(planned: Planned) -> list[str]:
-    """What a layout does besides its degrees: what it recomputes, keeps in bf16 and overlaps."""
+    """List a layout's choices besides degrees: recomputation, bf16 states and overlap."""
     grid = planned.grid
     found = [*grid.recompute, *(f"{state} bf16" for state in grid.states)]
     return found + (["a2a overlap"] if grid.expert_overlap else [])
@@ -60,7 +60,7 @@ def model_name(planned: Planned) -> str:
 
 
 def how_well(errors: Range | None) -> str:
-    """How far such estimates were off."""
+    """Say how far estimates were off."""
     if errors is None:
         return "estimates: docs/planning.md says how well they hold"
     found = errors.errors

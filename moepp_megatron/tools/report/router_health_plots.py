@@ -62,7 +62,7 @@ def health_plots(run: RunData) -> list[Plot]:
 
 
 def _band_plots(run: RunData) -> list[_BandPlot]:
-    """What the catalogue draws of single MoE layers, in the order of the page."""
+    """List the catalogue's plots of single MoE layers, in the page's order."""
     # Where the plot is not simply of the metric's numbers.
     series = {
         # As a share of log E, so that the range serves any number of experts.
@@ -154,7 +154,7 @@ def _show(plot: _BandPlot, value: float) -> str:
 
 
 def _ffn_histogram(run: RunData) -> Plot | None:
-    """How many tokens of each MoE layer get 0, 1, ..., K FFN experts."""
+    """Plot tokens of each MoE layer with 0, 1, ..., K FFN experts."""
     measured = run.records[np.flatnonzero(~np.isnan(run.numbers.values("layer_ffn_histogram")))]
     shares = mean_of(record.layer_ffn_histogram for record in tail(measured))
     if shares is None:

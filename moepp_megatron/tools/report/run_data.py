@@ -105,7 +105,7 @@ class RunConfig(BaseModel):
 
     @property
     def is_vanilla(self) -> bool:
-        """Whether the layer is megatron-core's own: no zero-computation expert, no residual."""
+        """True if the layer is megatron-core's own: no zero-computation expert, no residual."""
         return self.moe.is_vanilla
 
     @property

@@ -17,7 +17,7 @@ FILE = "plan.json"
 
 
 class Match(BaseModel):
-    """What was measured of MoE++, and the arms that follow from it.
+    """Measurements of MoE++, and the arms that follow.
 
     Attributes:
         ffn_share: FFN share of its selections, mean over the seeds of the first look.
@@ -37,12 +37,12 @@ class Match(BaseModel):
 
 
 class PilotPlan(BaseModel):
-    """What is fixed.
+    """Pilot plan.
 
     Attributes:
         first: Seeds of the first look; the k-th look comes after k times as many.
         sessions: Sessions that time MoE++.
-        match: What was measured; None before MoE++ was timed.
+        match: Measurements; None before MoE++ was timed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

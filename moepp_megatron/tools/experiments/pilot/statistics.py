@@ -91,7 +91,7 @@ class Estimate:
         return Estimate(mean, math.sqrt(mine + theirs), max(int((mine + theirs) ** 2 / parts), 1))
 
     def reach(self, level: float) -> float:
-        """How far a bound is from the mean that is wrong, on its side, with probability `level`."""
+        """Return the distance to a bound that is wrong, on its side, with probability `level`."""
         if self.error is None:
             return math.inf
         return self.error * t_quantile(1 - level, self.degrees)

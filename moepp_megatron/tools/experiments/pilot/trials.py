@@ -89,7 +89,7 @@ class PilotRun(Trial[RunOutcome]):
         shutil.rmtree(self.config.run.dir, ignore_errors=True)
 
     def result(self) -> RunOutcome | None:
-        """What a finished run has shown; RunFailed: it has diverged."""
+        """Read a finished run's outcome; RunFailed: it has diverged."""
         folder = self.config.run.dir
         try:
             records = read_metrics(folder / METRICS_FILE)

@@ -25,7 +25,7 @@ from moepp_megatron.tools.experiments.pilot.result import Answer, ArmKind, Inter
 from moepp_megatron.tools.experiments.pilot.statistics import Estimate, PooledLosses
 
 LEVEL = 0.025
-"""How often, at most, a pilot may say "pays" where MoE++ does not, in any number of looks."""
+"""Maximum probability of "pays" where MoE++ does not, in any number of looks."""
 
 FEWEST_SEEDS = 3
 """Seeds of a look, at least: one or two hardly show the noise."""
@@ -42,7 +42,7 @@ def level_of(look: int) -> float:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the runs show.
+    """Pilot estimates.
 
     Attributes:
         token_value: Nats that an e-fold of tokens is worth to vanilla.

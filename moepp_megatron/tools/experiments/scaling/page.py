@@ -105,7 +105,7 @@ def _comments(rows: Mapping[str, str]) -> Table:
 
 
 def _is_crowded(record: ScaleRecord) -> bool:
-    """Whether ranks share processor cores."""
+    """True if ranks share processor cores."""
     return record.device == "cpu" and record.nproc > record.cores * record.hosts
 
 

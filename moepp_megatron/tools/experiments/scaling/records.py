@@ -1,4 +1,4 @@
-"""What a scaling test writes: a point's file, and the records of scale.json.
+"""Files of a scaling test: a point's file, and the records of scale.json.
 
 DIR/settings.json      what all points have in common
 DIR/points/NAME.json   one finished or failed point, written by its ranks or their launcher

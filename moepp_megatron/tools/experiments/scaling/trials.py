@@ -29,7 +29,7 @@ _IN_NAME = {
 
 @dataclass(frozen=True)
 class Measuring:
-    """How each point is measured.
+    """Timing of each point.
 
     Attributes:
         kinds: "moepp", "vanilla" or both.
@@ -75,7 +75,7 @@ class PointTrial(Trial[PointResult]):
             return None
 
     def result(self) -> PointResult | None:
-        """What was measured."""
+        """Return the result."""
         file = self.read()
         return None if file is None else file.result
 

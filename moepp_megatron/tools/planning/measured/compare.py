@@ -133,14 +133,14 @@ _LEAST_ROWS = 4
 
 @dataclass(frozen=True)
 class Range:
-    """How long runs took, in units of their estimate."""
+    """Range of run times, in units of their estimate."""
 
     family: str  # published runs that it comes from
     errors: FamilyErrors  # their errors
     is_own: bool  # whether they are of the same kind of GPU as what is estimated
 
     def of(self, time: float) -> tuple[float, float]:
-        """What a tenth of such runs took less than, and more than, for this estimate."""
+        """Return the 10th and 90th percentile of such runs for this estimate."""
         return time * self.errors.tenth, time * self.errors.nine_tenths
 
 

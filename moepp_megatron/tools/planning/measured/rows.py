@@ -58,7 +58,7 @@ class Beyond(_Strict):
 
 
 class _Measured(_Strict):
-    """What was measured, in one of three units of speed, and the peak of the allocator."""
+    """Measured speed in one of three units, and the peak of the allocator."""
 
     tokens_per_s_per_gpu: float | None = Field(default=None, gt=0)
     step_time_s: float | None = Field(default=None, gt=0)
@@ -254,7 +254,7 @@ def _grid(row: MeasuredRow, config: Config, beyond: Beyond, place: str) -> Grid:
 
 
 def _problems(config: Config, grid: Grid) -> Iterator[str]:
-    """What the model's arithmetic would stumble over."""
+    """Yield errors that break the model's arithmetic."""
     model, moe, batch = config.model, config.moe, config.training.global_batch_size
     dense, sparse = grid.tp * grid.cp * grid.pp, grid.ep * grid.etp * grid.pp
     for ranks, names in ((dense, "tensor, context and pipeline"), (sparse, "expert and pipeline")):

@@ -102,7 +102,7 @@ def parse_kineto(content: dict[str, Any], place: str = "trace") -> RankTrace:
 
 
 def _is_call(event: TraceEvent, on_gpu: bool) -> bool:
-    """Whether it marks the call of a collective on the host."""
+    """True if it marks the call of a collective on the host."""
     if event.category != "cpu_op":
         return False
     if on_gpu:
@@ -197,7 +197,7 @@ class _Reader:
         )
 
     def _shared(self, around: Around, sizes: Sizes, timed: TraceEvent) -> dict[str, Any]:
-        """What NCCL's and gloo's collectives say alike."""
+        """Return fields common to NCCL and gloo."""
         return {
             "rank": self._rank,
             **vars(sizes),

@@ -99,7 +99,7 @@ class _Call(NamedTuple):
 
 
 class Around(NamedTuple):
-    """What is open around an event.
+    """Scopes around an event.
 
     Attributes:
         scopes: Parts of the program, outermost first: forward, layer3/dispatch,

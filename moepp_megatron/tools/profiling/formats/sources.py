@@ -59,7 +59,7 @@ def recognise(path: Path) -> Format | None:
 
 
 def holds_recording(path: Path) -> bool:
-    """Whether a file, or one in a folder, is of a format of collectives."""
+    """True if a file, or one in a folder, is of a format of collectives."""
     files = path.iterdir() if path.is_dir() else [path]
     return any(recognise(file) is not None for file in files if file.is_file())
 

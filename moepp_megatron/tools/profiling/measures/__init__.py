@@ -1,4 +1,4 @@
-"""What the traces of a recording say, each measure in a file.
+"""Measures of a recording's traces, each in a file.
 
 exposure.py        communication that no computation hides
 lateness.py        waiting for late ranks

@@ -48,7 +48,7 @@ class ExpectedLayerBytes:
 
     @property
     def is_equal(self) -> bool | None:
-        """Whether measured and expected agree to the byte; None without an expectation."""
+        """True if measured and expected agree to the byte; None without an expectation."""
         return None if self.expected is None else self.measured == self.expected
 
     def add_measured(self, call: Collective, row_bytes: set[int]) -> None:

@@ -31,7 +31,7 @@ def link_peaks(hardware: Hardware | None) -> dict[str, float | None]:
 
 
 class Links:
-    """Which link each call takes, by the nodes and the GPU that the traces name."""
+    """Link of each call, by the nodes and the GPU that the traces name."""
 
     def __init__(self, traces: list[RankTrace]) -> None:
         self._on_gpu = any(trace.on_gpu for trace in traces)

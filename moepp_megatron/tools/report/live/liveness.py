@@ -1,4 +1,4 @@
-"""Whether a run continues, has ended, or is silent, judged from outside."""
+"""State of a run, judged from outside: it continues, has ended or is silent."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RunHealth:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run will write no more records by itself."""
+        """True if the run will write no more records by itself."""
         return self.state in ("finished", "stopped", "died")
 
 

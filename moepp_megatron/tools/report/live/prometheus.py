@@ -80,7 +80,7 @@ def serve(runs: LiveRuns, port: int, host: str = ADDRESS) -> str:
 
 
 def is_open(host: str) -> bool:
-    """Whether other machines can reach an address."""
+    """True if other machines can reach an address."""
     try:
         return not ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -91,7 +91,7 @@ class LiveRun:
         return numbers(self.history.latest.items(), experts, known)
 
     def health(self) -> RunHealth:
-        """Whether the run continues, has ended, or is silent."""
+        """State of the run: continues, ended, or silent."""
         total = self.config.training.train_iters if self.config is not None else None
         return judge(self.history, total, self.record_age_s, self._status, self._clock())
 

@@ -35,7 +35,7 @@ class LiveRuns:
 
     @property
     def has_one_run(self) -> bool:
-        """Whether there is one folder, and it is a run's or empty."""
+        """True if there is one folder, and it is a run's or empty."""
         return len(self._folders) == 1 and _runs_in(self._folders[0]) == self._folders
 
     def look(self) -> dict[str, LiveRun]:

@@ -1,4 +1,4 @@
-"""What a profile says, as sentences and headline numbers, the most expensive first."""
+"""Findings of a profile: sentences and headline numbers, the most expensive first."""
 
 from __future__ import annotations
 
