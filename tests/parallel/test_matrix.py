@@ -34,7 +34,10 @@ FP32 = 1e-5
 # 0.03 where no arithmetic differs (pipeline, data and expert parallelism).
 BF16_DISTANCES = 3.0
 # A loss is a mean of about 5 over token losses whose logits, up to 8 in size, are rounded by
-# 8 * 2^-9 = 2^-6 once: relative to the loss 2^-8, and twice that for two runs.
+# 8 * 2^-9 = 2^-6 once: relative to the loss 2^-8, and twice that for two runs. That holds in the
+# first step, where weights are equal; measured in three cells: 0.0015 at most. Later steps carry on
+# what Adam and tipped selections made of it: there a loss may also differ as all else does, by the
+# measured distance. Measured: 2.3 of it where tensor-parallel ranks round partial sums.
 BF16_LOSS = 2**-7
 
 
@@ -69,6 +72,8 @@ def check(
         compare(run, expected, FP32)
     else:
         rounding = difference(expected, reference(dataclasses.replace(cell, dtype="fp32")))
+        first = abs(run.losses[0] / expected.losses[0] - 1)
+        assert first < BF16_LOSS, (first, found)
         check_bf16(found, rounding)
     check_routing(cell, run)
 
@@ -80,7 +85,7 @@ def learning(raw: dict[str, dict[str, Any]], steps: int) -> dict[str, dict[str, 
 
 def check_bf16(found: Difference, rounding: Difference) -> None:
     """Hold the differences of a bf16 run against what rounding alone does."""
-    assert found.loss < BF16_LOSS, found
+    assert found.loss < max(BF16_LOSS, BF16_DISTANCES * rounding.loss), (found, rounding)
     assert found.all_gradients < BF16_DISTANCES * rounding.all_gradients, (found, rounding)
     # Norms differ by no more than the vectors do.
     assert found.grad_norm < BF16_DISTANCES * rounding.all_gradients, (found, rounding)
