@@ -6,6 +6,7 @@ budget/        keeps to a budget of FFN experts per token, step by step
 callbacks/     a user's objects that get the events of a run
 data_stages/   stages of the data: the current one, and when the next begins
 distillation/  a teacher's forward pass, and the loss that compares both models
+guard/         the routing guard: shifts of data and routers, and what is done about them
 mtp/           the loss of multi-token prediction (MTP)
 profile/       profiles of single steps
 router_health/ the router health of a step, from every rank's logits

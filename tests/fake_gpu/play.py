@@ -262,12 +262,12 @@ class _Run:
     def _steps(self) -> None:
         import numpy as np
 
+        from moepp_megatron.features.guard import part as routing_guard
         from moepp_megatron.features.tokens import part as token_groups
         from moepp_megatron.training import step as step_module
         from moepp_megatron.training.checkpoint.progress import Progress
         from moepp_megatron.training.collect import mean_loss
         from moepp_megatron.training.part import Step
-        from moepp_megatron.training.parts import routing_guard
         from moepp_megatron.training.signals import StopRequest
         from moepp_megatron.training.step import training_step
         from tests.parallel.training_runs import counting_parts

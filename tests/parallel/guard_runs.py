@@ -98,9 +98,9 @@ def run(
         data: A key of `DATA`.
         copies_every: Steps between copies of the routers; by default as in the package.
     """
+    from moepp_megatron.features.guard import copies
     from moepp_megatron.observe.sinks import VIEWS
     from moepp_megatron.training import trainer as module
-    from moepp_megatron.training.guard import copies
 
     config, layout = begin(raw)
     dataset = Without(DATA[data](config, BATCHES), without)
@@ -134,10 +134,10 @@ def checksum_of(parameters: Iterable[Any]) -> int:
 
 def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
     """Plant the faults and write down what happens; both from outside of the guard."""
+    from moepp_megatron.features.guard.part import RoutingGuardPart
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import Part, Rollback
     from moepp_megatron.training.parts.routing_counts import RoutingCounts
-    from moepp_megatron.training.parts.routing_guard import RoutingGuard
 
     selections = part_of(trainer, RoutingCounts).selections
     planted: list[Fault] = []
@@ -155,7 +155,7 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
             return ()
 
     with_first_part(trainer, Watching())
-    for guard in [part for part in trainer.parts if isinstance(part, RoutingGuard)]:
+    for guard in [part for part in trainer.parts if isinstance(part, RoutingGuardPart)]:
         _note_decisions(guard, found, Rollback)
         _note_routers(guard, trainer, found)
 

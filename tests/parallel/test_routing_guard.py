@@ -337,7 +337,7 @@ def test_a_dry_run_changes_no_bit(ranks: RankPools, tmp_path: Path) -> None:
 
 def stopped(raw: dict[str, Any]) -> str:
     """Message with which the guard ends a run on this rank."""
-    from moepp_megatron.training.parts.routing_guard import GuardStopError
+    from moepp_megatron.features.guard.part import GuardStopError
 
     with pytest.raises(GuardStopError) as error:
         run(raw)

@@ -21,9 +21,6 @@ ENGINE += ["runtime", "config"]
 FLOOR = ["catalogue", "layer_settings", "experts", "file_names", "version"]
 ROOMS = ["__main__", "cli", *(f"tools.{room}" for room in TOOLS), *ENGINE, *FLOOR]
 
-# Features that have no folder yet.
-AS_FEATURES = ("training.parts.routing_guard", "training.parts.shift")
-
 # What each room may have: tokens of code (benchmarks/code_size.py) and public names. A budget: it
 # is raised only by the commit that names the capability that it buys, and that lowers another.
 BUDGETS = {
@@ -100,8 +97,6 @@ def _is_for_types(node: ast.stmt) -> bool:
 
 def _room(module: str) -> str:
     parts = module.split(".")
-    if module in AS_FEATURES:
-        return "features"
     # Settings of features, and the list of features, are part of the configuration.
     if module == "features" or parts[0] == "features" and parts[-1] in ("registry", "settings"):
         return "config"

@@ -3,6 +3,4 @@
 order.py            makes the parts, in order
 refused_batches.py  the numerical guard: refuses batches and acts on their cause
 routing_counts.py   selections, losses and bytes of one step, over all ranks
-routing_guard.py    the routing guard: judges every step's routers
-shift.py            shifts of the data, judged in every step
 """

@@ -11,10 +11,10 @@ import torch
 
 from moepp_megatron.config.guard_rules import COUNTED, CompleteRule, effective_rules
 from moepp_megatron.config.schema.routing_guard import RoutingGuardSection
+from moepp_megatron.features.guard.alerts import alert_of
+from moepp_megatron.features.guard.readings import counted
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
 from moepp_megatron.observe.shift.monitor import Cause, ShiftEvent
-from moepp_megatron.training.guard.alerts import alert_of
-from moepp_megatron.training.guard.readings import counted
 
 RULES = {rule.name: rule for rule in effective_rules(RoutingGuardSection())}
 SHIFT = ShiftEvent(

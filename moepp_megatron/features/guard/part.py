@@ -9,17 +9,17 @@ from typing import Any, cast
 
 from moepp_megatron.config import Layout
 from moepp_megatron.config.guard_rules import MEASURED, CompleteRule, effective_rules, is_watched
+from moepp_megatron.features.guard.alerts import alert_of
+from moepp_megatron.features.guard.copies import RouterCopies
+from moepp_megatron.features.guard.readings import counted
+from moepp_megatron.features.guard.shift import ShiftPart
 from moepp_megatron.features.router_health.part import RouterHealthPart
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event, RuleJudge, Values
 from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.training.checkpoint.files import checkpoint_step
-from moepp_megatron.training.guard.alerts import alert_of
-from moepp_megatron.training.guard.copies import RouterCopies
-from moepp_megatron.training.guard.readings import counted
 from moepp_megatron.training.part import Outcome, Part, PartContext, Rollback, Step, Stop
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
-from moepp_megatron.training.parts.shift import Shift
 
 # Metrics of what the monitor of shifts has found, and the default rules about them.
 _SHIFT, _FAULT = "shift", "router_fault"
@@ -32,7 +32,7 @@ class GuardStopError(RuntimeError):
     """A rule of the routing guard with the action `stop` holds."""
 
 
-class RoutingGuard(Part):
+class RoutingGuardPart(Part):
     """Judges the rules of `routing_guard` and acts.
 
     Sums of router health and gradients may differ between ranks in their last bits, and ranks that
@@ -48,7 +48,7 @@ class RoutingGuard(Part):
         self._config, self._settings = run.config, run.config.routing_guard
         self._counts = run.require(RoutingCounts)
         self._health, self._budget = run.require(RouterHealthPart), run.feature("budget")
-        self._shift, self._model = run.require(Shift), run.model
+        self._shift, self._model = run.require(ShiftPart), run.model
         has_budget = run.config.moe.budget.held_by != "none"
         self._rules = effective_rules(self._settings, has_budget)
         self._metrics = {rule.metric for rule in self._rules}
@@ -56,7 +56,7 @@ class RoutingGuard(Part):
         self._load(run.extra.get("guard") or {})
 
     @classmethod
-    def of(cls, run: PartContext) -> RoutingGuard | None:
+    def of(cls, run: PartContext) -> RoutingGuardPart | None:
         """The part of a run; None where routers are not watched."""
         return cls(run) if is_watched(run.config) else None
 

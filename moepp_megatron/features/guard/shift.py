@@ -23,7 +23,7 @@ from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tens
 logger = logging.getLogger(__name__)
 
 
-class Shift(Part):
+class ShiftPart(Part):
     """Gives the series of each step to a monitor.
 
     Args:
@@ -47,7 +47,7 @@ class Shift(Part):
         self._open(run.extra.get("shift"))
 
     @classmethod
-    def of(cls, run: PartContext) -> Shift | None:
+    def of(cls, run: PartContext) -> ShiftPart | None:
         """The part of a run; None where routers are not watched."""
         return cls(run) if is_watched(run.config) else None
 
