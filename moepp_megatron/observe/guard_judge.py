@@ -102,7 +102,7 @@ class RuleJudge:
         return event
 
     def is_quiet(self, rule: str) -> bool:
-        """Whether the rule of this name neither holds nor has begun, in any place."""
+        """True if the rule of this name neither holds nor has begun anywhere."""
         states = [state for (name, _), state in self._places.items() if name == rule]
         return not any(begun or steps for begun, steps in states)
 

@@ -26,7 +26,7 @@ _CAUSES: dict[Cause, tuple[str, str]] = {
         "set routing_guard: safe, or resume from a checkpoint before it",
     ),
 }
-"""What a cause means, and what to do about it."""
+"""The meaning of each cause, and the remedy."""
 
 
 def alert_of(

@@ -126,11 +126,11 @@ class RoutingGuardPart(Part):
         return rule.metric in (_SHIFT, _FAULT, *self._shift.monitor.metrics)
 
     def _is_bounded(self, rule: CompleteRule) -> bool:
-        """Whether rollbacks for a rule are bounded: its cause may be there after them, too."""
+        """True if rollbacks for a rule are limited, since its cause may outlast them."""
         return rule.action == "put_back" or self._is_of_shift(rule)
 
     def _wants_checkpoint(self, rule: CompleteRule, is_loss_high: bool) -> bool:
-        """Whether a rule that begins to hold wants an earlier checkpoint."""
+        """True if a rule that begins to hold wants an earlier checkpoint."""
         # Routers that were put back did not help: more than they is damaged. Undone steps cost more
         # than that if the loss does not show it.
         has_failed = rule.action == "put_back" and rule.name in self._put_back and is_loss_high
@@ -161,7 +161,7 @@ class RoutingGuardPart(Part):
         return is_back
 
     def _done(self, event: Event, is_back: bool) -> str:
-        """What is done about a rule that begins or ends, in words."""
+        """Name the action for a rule that begins or ends."""
         action = event.rule.action
         if not event.begins:
             return self._ending(event)

@@ -123,24 +123,24 @@ class Detector:
         self._mean, self._held = np.zeros(len(self._slope)), 0
 
     def reset_baseline(self, values: Numbers) -> None:
-        """What is usual begins with this step; spreads are kept until others are known."""
+        """Restart the averages at this step; keep the spreads until new ones are known."""
         self._restart(np.atleast_1d(values))
         for moments in self._moments:
             moments.count = min(moments.count, self._row.kept)
 
     @property
     def is_suspect(self) -> bool:
-        """Whether the newest step is under suspicion: odd by itself, or near an alarm."""
+        """True if the newest step is suspect: an outlier, or close to an alarm."""
         return self._held > 0
 
     @property
     def is_alarm(self) -> bool:
-        """Whether the newest step is one of a change."""
+        """True if the newest step belongs to a change."""
         return self.evidence > 1.0 and self.peak >= self._row.sudden
 
     @property
     def is_sudden(self) -> bool:
-        """Whether most of a change has come within one step."""
+        """True if most of a change happened within one step."""
         return self.jump >= _SUDDEN * self.peak
 
     def expected(self) -> Numbers:
@@ -283,7 +283,7 @@ class Detector:
 
 
 def _quantile(deviations: float, spread: float) -> float:
-    """What a multiple of a chi-square exceeds as rarely as a normal number so many deviations."""
+    """Quantile of a scaled chi-square that is as rare as this many standard deviations."""
     # Of mean 1 and this spread; the cube root is nearly normal (Wilson and Hilferty 1931).
     part = spread * spread / 9.0
     return (1.0 - part + deviations * math.sqrt(part)) ** 3

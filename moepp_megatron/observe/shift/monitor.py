@@ -41,7 +41,7 @@ def group_of(token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Observed:
-    """What is known of a step or a refused batch, over all ranks.
+    """Observations of a step or a refused batch, over all ranks.
 
     Attributes:
         experts: [L, E] selections of each expert.
@@ -164,12 +164,12 @@ class ShiftMonitor:
 
     @property
     def is_calm(self) -> bool:
-        """Whether nothing is suspect, so that the routers that made the step are healthy."""
+        """True if no series is suspect, so the routers that made the step are healthy."""
         return self.event is None and not any(d.is_suspect for d in self._detectors.values())
 
     @property
     def is_loss_high(self) -> bool:
-        """Whether the loss of the newest step is above its course, beyond its limit."""
+        """True if the loss of the newest step exceeds the upper limit of its course."""
         detector, newest = self._detectors["loss"], self._newest.get("loss")
         return newest is not None and detector.is_alarm and bool(newest > detector.expected())
 
@@ -237,7 +237,7 @@ class ShiftMonitor:
         return None if math.isnan(evidence) else evidence
 
     def _cause(self, event: ShiftEvent) -> Cause:
-        """What the series say together; token ids are what they are, whatever the model does."""
+        """Combine the series to a cause; token ids do not depend on the model."""
         if "tokens" in event.series or event.cause == "data":
             return "data"
         if event.is_fault:
@@ -256,7 +256,7 @@ class ShiftMonitor:
         return "unknown"
 
     def _accept(self, names: Sequence[str]) -> None:
-        """What these series are now is usual."""
+        """Take the current level of these series as the usual one."""
         for name in names:
             self._detectors[name].reset_baseline(self._newest[name])
             self._past.pop(name, None)
@@ -272,7 +272,7 @@ class ShiftMonitor:
                 self._accept([name])
 
     def _moved(self, event: ShiftEvent) -> Iterator[str]:
-        """What has moved most, a text each."""
+        """List what has moved most, one text each."""
         if "loss" in self._newest:
             before, after = self._detectors["loss"].expected()[0], self._newest["loss"][0]
             yield f"loss {before:.2f} -> {after:.2f}"
