@@ -73,8 +73,10 @@ class Watch(threading.Thread):
         if (store := open_store(self.nodes, math.inf)) is None:
             return False
         if (word := self._difference(store)) is not None:
+            # The machine that serves the store may leave as soon as it has read this.
             publish_failure(store, self.nodes, word, has_met=False)
-        store.add("compared", 1)
+        else:
+            store.add("compared", 1)
         has_met = False
         while word is None and _is_served(self.nodes):
             if not self.compared.is_set() and store.add("compared", 0) >= self.nodes.count:
