@@ -109,7 +109,7 @@ class TrainRequest:
         if request.speaks:
             if changed:
                 warn(
-                    f"{words[0]} has changed since this run began: {changed}; it goes on as it "
+                    f"{words[0]} has changed since this run began: {changed}; it continues as it "
                     f"began ({folder.path / CONFIG_FILE}); end and resume it to take the change"
                 )
             for warning in check_config(settings) + check_world_size(settings, world_size):

@@ -118,7 +118,7 @@ class Section(BaseModel):
         excludes: Settings that exclude others: both names, the refused one first, and why.
         instead: Another way to what `excludes` refuses.
         no_effect: Warnings of settings that have none.
-        uses: Settings that name what a run needs besides its data, with its kind.
+        uses: Settings that name a second model, a GPU or a folder that is written, with the kind.
         megatron_flags: Megatron-LM's arguments by name, and the settings that they are.
         of_one_run: Settings of one run alone, which others of its configuration do without, as do
             models that only run forward.

@@ -32,7 +32,7 @@ class ShiftPart(Part):
     Attributes:
         batch_loss: Token mean of the newest batch whose loss is finite, over all ranks, in nats.
         monitor: Judges them. All ranks give it the same bits, but their processors may round
-            otherwise: what ranks do follows from rank 0's (`RoutingGuard`).
+            otherwise: what ranks do follows from rank 0's (`RoutingGuardPart`).
     """
 
     def __init__(self, run: PartContext) -> None:

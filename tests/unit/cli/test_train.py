@@ -275,7 +275,7 @@ def test_a_requeued_job_goes_on_with_what_it_began_with(command, began: bool, ca
     os.environ |= {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "1"}
     assert command("--resume") == 0
     assert command.read[0].moe.tau == (0.5 if began else 0.75)
-    changed = f"warning: {command.config} has changed since this run began: moe.tau; it goes on"
+    changed = f"warning: {command.config} has changed since this run began: moe.tau; it continues"
     assert (changed in capsys.readouterr().err) == began
     assert command.claims[0].is_configured == began
 
