@@ -81,9 +81,13 @@ def thin(corpus: Path, tmp_path: Path) -> Callable[..., tuple[int, str, list[str
             text=True,
         )
         commands = []
-        # Opening waits for the script: without blocking, until it has ended.
+        # status stays open: closed after each answer, it would end the read of a script that had
+        # already opened it for its next command.
         descriptor = os.open(folder / "words", os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as asked:
+        with (
+            os.fdopen(descriptor, "rb") as asked,
+            open(folder / "status", "r+b", buffering=0) as told,
+        ):
             while script.poll() is None:
                 said = asked.read() or b""
                 if not said:
@@ -94,7 +98,7 @@ def thin(corpus: Path, tmp_path: Path) -> Callable[..., tuple[int, str, list[str
                 commands.append(" ".join(arguments[:2]))
                 done = moepp(*arguments)
                 assert done.returncode in (0, 2), f"{arguments}\n{done.stdout}{done.stderr}"
-                (folder / "status").write_text(f"{done.returncode}\n")
+                told.write(b"%d\n" % done.returncode)
         assert script.stderr is not None
         return script.returncode, script.stderr.read(), commands
 
