@@ -96,12 +96,8 @@ def _answer_offloading() -> None:
 def _answer_flex(token_dispatcher: Any) -> None:
     """DeepEP's and HybridEP's functions, by their shapes; each waits for its counts on the host.
 
-    Within a node DeepEP's own Python where it is there (`engine.deep_ep`).
+    DeepEP's check what its C++ checks of what it is given (deep_ep.cpp).
     """
-    from megatron.core.transformer.moe import fused_a2a
-
-    # Of a case before, on other ranks.
-    fused_a2a._buffer = None
 
     def arrived(x: torch.Tensor, rows: int) -> torch.Tensor:
         return x.index_select(0, torch.zeros(rows, dtype=torch.long, device=x.device))
@@ -113,22 +109,29 @@ def _answer_flex(token_dispatcher: Any) -> None:
         with unset_fake_temporarily():
             return torch.full((ROUTING.local_experts,), rows_of_expert(multiple), dtype=torch.long)
 
-    own = fused_a2a.fused_dispatch, fused_a2a.fused_combine
+    def sent(x: torch.Tensor, group: Any) -> None:
+        assert group.size() in (2, 4, 8) or group.size() % _NODE == 0, group.size()
+        assert x.dtype is torch.bfloat16, f"rows in {x.dtype}"
+        assert x.dim() == 2
+        assert x.shape[1] * x.element_size() % 16 == 0, f"rows of {x.shape[1]}"
+        assert x.is_cuda
+        assert x.is_contiguous()
 
     def dispatch(
         x: Any, indices: Any, probs: Any, num_experts: int, group: Any, **options: Any
     ) -> Any:
-        if own[0] is not None and group.size() <= _NODE:
-            return own[0](x, indices, probs, num_experts, group, **options)
-        assert indices.dtype is torch.int64
-        assert probs.dtype is torch.float32
+        sent(x, group)
+        assert num_experts % group.size() == 0
+        for tensor, dtype in ((indices, torch.int64), (probs, torch.float32)):
+            assert tensor.dtype is dtype, f"{tensor.dtype}, not {dtype}"
+            assert tensor.shape == (x.shape[0], indices.shape[1])
+            assert tensor.is_contiguous()
         RECORD.read("DeepEP")
         rows = ROUTING.copies * group.size()
         return arrived(x, rows), arrived(indices, rows), arrived(probs, rows), counts(), x.shape
 
     def combine(x: Any, group: Any, handle: Any, **options: Any) -> Any:
-        if own[1] is not None and group.size() <= _NODE:
-            return own[1](x, group, handle, **options)
+        sent(x, group)
         return arrived(x, handle[0]), None
 
     def permuting_dispatch(
@@ -147,8 +150,7 @@ def _answer_flex(token_dispatcher: Any) -> None:
 
     token_dispatcher.fused_dispatch = dispatch
     token_dispatcher.fused_combine = combine
-    if own[0] is None:
-        token_dispatcher.set_deepep_num_sms = lambda number: None
+    token_dispatcher.set_deepep_num_sms = lambda number: None
     token_dispatcher.hybrid_ep_dispatch = permuting_dispatch
     token_dispatcher.hybrid_ep_combine = unpermuting_combine
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tests.fake_gpu.real_packages import Engine, deep_ep, pinned
+from tests.fake_gpu.real_packages import Engine, pinned
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -58,14 +58,13 @@ def play(
     Args:
         folder: Where `build` has put the libraries.
         cases: Fields of each case.
-        engine: Transformer Engine for the process to have, and DeepEP; none where None.
+        engine: Transformer Engine for the process to have; none where None.
         capability: The first number of the GPU's compute capability.
 
     Returns:
         Fields of `play.Outcome` for each.
     """
-    packages = [] if engine is None else [engine.python, deep_ep()]
-    paths = [str(path) for path in (ROOT, *packages) if path is not None]
+    paths = [str(ROOT)] if engine is None else [str(ROOT), str(engine.python)]
     environment = os.environ | {
         "LD_LIBRARY_PATH": str(folder),
         "LD_PRELOAD": str(folder / "libcudart_stub.so"),

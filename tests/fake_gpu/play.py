@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,7 +27,7 @@ import torch.distributed as dist
 
 from moepp_megatron.config import UnfitError
 from tests.fake_gpu import answers, collectives, machine
-from tests.fake_gpu.engine import deep_ep, extension
+from tests.fake_gpu.engine import extension
 from tests.fake_gpu.memory import MEMORY
 from tests.fake_gpu.record import RECORD, ROUTING
 
@@ -95,8 +94,6 @@ def main() -> None:
     collectives.install()
     if len(sys.argv) > 1:
         extension.install(Path(sys.argv[1]))
-        if find_spec("deep_ep") is not None:
-            deep_ep.install()
     import moepp_megatron.model.build
     import moepp_megatron.training.trainer  # noqa: F401
 

@@ -22,11 +22,7 @@ ALL_TO_ALL = {f"synchronize {_DISPATCHER}:_maybe_dtoh_and_synchronize": 1}
 DEDUPLICATED = {f"copy to the host {_OWN}/moe/dedup_dispatcher.py:exchange_counts": 1}
 ALL_GATHER = {f"copy to the host {_DISPATCHER}:dispatch_postprocess": 1}
 # They wait for their counts themselves.
-DEEPEP = {
-    f"DeepEP {place}": 1
-    # Its own Python, or the answer to it.
-    for place in (f"{_CORE}/transformer/moe/fused_a2a.py:forward", f"{_DISPATCHER}:dispatch")
-}
+DEEPEP = {f"DeepEP {_DISPATCHER}:dispatch": 1}
 HYBRIDEP = {f"HybridEP {_DISPATCHER}:dispatch": 1}
 # It looks for the rows and their gates once more; before Transformer Engine's permutation this
 # package asks whether there are any.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import os
 import re
 import shutil
 import subprocess
@@ -64,26 +63,6 @@ def transformer_engine(version: str) -> Engine:
     return Engine(folder / "python", source)
 
 
-@functools.cache
-def deep_ep() -> Path | None:
-    """The folder of DeepEP's Python; None where pip cannot fetch it. HybridEP is not published."""
-    folder = _CACHE / "deep_ep-1.0.0"
-
-    def fetch(target: Path) -> None:
-        # Its set-up asks for the library that its kernels would be linked with.
-        build = ("--no-build-isolation", "--no-binary=:all:")
-        _pip("download", *build, "-d", str(target), "deep_ep==1.0.0", NVSHMEM_DIR=str(target))
-        (archive,) = target.glob("*.tar.gz")
-        with tarfile.open(archive) as opened:
-            opened.extractall(target, filter="data")
-
-    try:
-        _once(folder, fetch)
-    except Unavailable:
-        return None
-    return folder / "deep_ep-1.0.0"
-
-
 def cuda_headers(cuda: str) -> Path:
     """Folder of packages with the headers that those of torch's wheels include, and wheels lack.
 
@@ -117,12 +96,11 @@ def _once(folder: Path, fetch: Callable[[Path], None]) -> None:
         unfinished.rename(folder)
 
 
-def _pip(*arguments: str, **environment: str) -> None:
+def _pip(*arguments: str) -> None:
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input", "--retries=0", "--timeout=15"]
     command = [sys.executable, "-m", "pip", arguments[0], *quiet, "--no-deps", *arguments[1:]]
     done = subprocess.run(
         command,
-        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=300,
