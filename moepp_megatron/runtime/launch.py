@@ -19,7 +19,6 @@ from typing import IO
 from moepp_megatron.config.exit_codes import HUNG, LOST, REFUSED, STOPPED, UNFIT
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.nodes import Meeting, Nodes
-from moepp_megatron.runtime.parent import die_with_parent
 from moepp_megatron.runtime.rank import NODE_RANK
 from moepp_megatron.runtime.rank_environment import (
     check_rank_variables,
@@ -28,6 +27,7 @@ from moepp_megatron.runtime.rank_environment import (
 )
 from moepp_megatron.runtime.stop_signals import (
     children,
+    die_with_parent,
     end_at_once,
     heeded_signals,
     passing_on_signals,

@@ -108,7 +108,7 @@ PATCHES = (
         "megatron-core limits and disturbs only in training",
     ),
     Patch(
-        "training.resilience.collective_clock",
+        "training.resilience.stragglers",
         "torch, megatron-core",
         "collectives under every name, and Work.wait; while the clock runs",
         "neither gloo nor NCCL says how long a rank waits",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,23 @@ from types import FrameType
 import psutil
 
 from moepp_megatron.config.exit_codes import SIGNALLED
+
+_PR_SET_PDEATHSIG = 1
+# Loaded here, since the function may run between fork and exec.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def die_with_parent(parent: int) -> None:
+    """Let the kernel end this process when its parent, with this process id, ends.
+
+    Without it a launcher that is killed outright leaves ranks behind, which occupy GPUs and ports.
+    """
+    if _LIBC is None:
+        return
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
 
 # These come again by themselves, from a shell and the kernel when a terminal closes, and each
 # second beyond a limit of CPU time: nobody waits impatiently behind them.

@@ -169,8 +169,8 @@ def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> Tr
 
     quiet()
     from moepp_megatron.runtime import distributed
-    from moepp_megatron.runtime.parent import die_with_parent
-    from moepp_megatron.runtime.rank_gpu import bind_to_gpu
+    from moepp_megatron.runtime.distributed import bind_to_gpu
+    from moepp_megatron.runtime.stop_signals import die_with_parent
     from moepp_megatron.training.resilience import flight_recorder
 
     config, rank = request.config, request.rank

@@ -33,7 +33,7 @@ import os, signal, sys, time
 from pathlib import Path
 from moepp_megatron.config.exit_codes import HUNG, STOPPED
 from moepp_megatron.runtime.launch import leave, refusal, write_status
-from moepp_megatron.runtime.parent import die_with_parent
+from moepp_megatron.runtime.stop_signals import die_with_parent
 
 die_with_parent(os.getppid())
 what, folder = sys.argv[1:]

@@ -79,7 +79,7 @@ def course(run: Path) -> list[dict[str, Any]]:
 def evaluated(raw: dict[str, Any]) -> tuple[list[int], int]:
     """A run whose ranks score one micro-batch at a time; rows at once, and signs of progress."""
     from moepp_megatron.features.tasks import part as task_evaluation
-    from moepp_megatron.training.resilience.activity import Activity
+    from moepp_megatron.training.resilience.watchdog import Activity
 
     rows, phases = [], []
     score, enter = task_evaluation.score_sequences, Activity.enter

@@ -13,6 +13,6 @@ speed_checks.py  judges measured speeds of devices, ranks and links; measures no
 system.py        checks of the node around the GPUs: shared memory, limits, clock, network ports
 table.py         prints findings as a table
 
-Checks are functions from what was read to findings; reading happens in `runtime/nvml/` (GPUs),
+Checks are functions from what was read to findings; reading happens in `runtime/nvml.py` (GPUs),
 `system.py` (the node), `packages.py` and `speed.py`. `examine.py` puts them together.
 """

@@ -6,7 +6,7 @@ error management guide.
 
 from __future__ import annotations
 
-from moepp_megatron.runtime.nvml import GPUState
+from moepp_megatron.runtime.gpu_state import GPUState
 from moepp_megatron.tools.doctor.finding import Judge, Severity, Sign
 
 # NVML's nvmlGpuRecoveryAction_t.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moepp_megatron.config.hardware import Hardware, Thresholds
-from moepp_megatron.runtime.nvml import Driver, GPUState
+from moepp_megatron.runtime.gpu_state import Driver, GPUState
 from moepp_megatron.tools.doctor import card_checks, link_checks
 from moepp_megatron.tools.doctor.finding import Finding, Judge, Sign, error, note, warning
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moepp_megatron.runtime.nvml import GPUState
+from moepp_megatron.runtime.gpu_state import GPUState
 from moepp_megatron.tools.doctor.card_checks import is_loaded
 from moepp_megatron.tools.doctor.finding import Judge, Severity, Sign
 

@@ -9,7 +9,7 @@ import sys
 from moepp_megatron.config import Config
 from moepp_megatron.moe import upstream_versions
 from moepp_megatron.runtime.backends import Backend, optional_backends, version_of
-from moepp_megatron.runtime.compilers import (
+from moepp_megatron.runtime.fit import (
     compiler_obstacle,
     extension_obstacle,
     modules_with_extension,

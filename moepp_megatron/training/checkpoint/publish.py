@@ -30,8 +30,7 @@ from moepp_megatron.file_names import (
     TOKENIZER_FILE,
 )
 from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_synced
-from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.runtime.store_errors import StoreError
+from moepp_megatron.runtime.object_store import ObjectPath, StoreError
 from moepp_megatron.training.checkpoint.files import damage, file_digest, manifest
 from moepp_megatron.training.checkpoint.find import checkpoint_dates
 from moepp_megatron.training.checkpoint.plan import SavePlan, Written

@@ -18,8 +18,7 @@ from pathlib import Path
 import psutil
 
 from moepp_megatron.file_names import MANIFEST_FILE
-from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.runtime.store_errors import StoreError
+from moepp_megatron.runtime.object_store import ObjectPath, StoreError
 from moepp_megatron.training.checkpoint.files import PREFIX, damage, plain_damage
 from moepp_megatron.training.checkpoint.find import list_checkpoints
 

@@ -18,8 +18,7 @@ from moepp_megatron.config import Config, Layout
 from moepp_megatron.file_names import MANIFEST_FILE
 from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.runtime.disk import NO_SPACE
-from moepp_megatron.runtime.object_store import ObjectPath
-from moepp_megatron.runtime.store_errors import StoreError
+from moepp_megatron.runtime.object_store import ObjectPath, StoreError
 from moepp_megatron.training import rng
 from moepp_megatron.training.checkpoint.background import (
     Background,

@@ -2,15 +2,129 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import statistics
+import sys
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moepp_megatron.training.resilience.collective_clock import CollectiveClock
+from moepp_megatron.runtime.patches import Replacements
+
+_FUNCTIONS = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "recv",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "send",
+)
+
+
+class CollectiveClock:
+    """Adds up the time that the training thread waits for other ranks.
+
+    Neither gloo nor NCCL reports it. So while the clock runs, torch's collectives and the waits for
+    asynchronous ones are wrapped: with the wall clock on CPUs, with CUDA events on GPUs, where the
+    time of a collective on the compute stream is what training loses to it. A collective that is
+    being captured into a CUDA graph is not measured: its events would belong to the graph, and
+    could never be read.
+
+    Attributes:
+        counting: Whether collectives are timed now.
+    """
+
+    def __init__(self) -> None:
+        self.counting = True
+        self._on_gpu = dist.get_backend() == "nccl"
+        self._depth = 0
+        self._seconds = 0.0
+        self._pairs: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._replaced = Replacements()
+
+    def start(self) -> None:
+        """Wrap the collectives."""
+        wrappers = {getattr(dist, name): self._timed(getattr(dist, name)) for name in _FUNCTIONS}
+        # megatron-core keeps some under names of its own, taken at import.
+        for module in _modules_with_collectives():
+            for name, value in list(vars(module).items()):
+                if callable(value) and _is_key(value, wrappers):
+                    self._replaced.put(module, name, wrappers[value])
+        work = torch._C._distributed_c10d.Work
+        self._replaced.put(work, "wait", self._timed(work.wait))
+
+    def stop(self) -> None:
+        """Put everything back."""
+        self._replaced.undo()
+
+    def read(self) -> float:
+        """Seconds of waiting since the last reading.
+
+        The host waits for no GPU: what has not ended on the device is for a later reading.
+        """
+        seconds, self._seconds = self._seconds, 0.0
+        while self._pairs and self._pairs[0][1].query():
+            begin, end = self._pairs.popleft()
+            seconds += begin.elapsed_time(end) / 1000.0
+        return seconds
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            # A blocking collective waits for its own asynchronous one: that counts once.
+            counts = self.counting and self._depth == 0
+            if not counts or (self._on_gpu and torch.cuda.is_current_stream_capturing()):
+                return function(*args, **kwargs)
+            with self._measure():
+                return function(*args, **kwargs)
+
+        return timed
+
+    @contextmanager
+    def _measure(self) -> Iterator[None]:
+        self._depth += 1
+        events = None
+        if self._on_gpu:
+            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            events[0].record()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if events is None:
+                self._seconds += time.perf_counter() - began
+            else:
+                events[1].record()
+                self._pairs.append(events)
+
+
+def _modules_with_collectives() -> list[ModuleType]:
+    prefixes = ("megatron.core.", "moepp_megatron.")
+    return [dist, dist.distributed_c10d] + [
+        module for name, module in list(sys.modules.items()) if name.startswith(prefixes) and module
+    ]
+
+
+def _is_key(value: Any, wrappers: dict[Any, Any]) -> bool:
+    try:
+        return value in wrappers
+    except TypeError:  # not hashable
+        return False
+
 
 logger = logging.getLogger(__name__)
 

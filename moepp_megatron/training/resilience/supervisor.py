@@ -10,10 +10,9 @@ from typing import Self
 import torch.distributed as dist
 
 from moepp_megatron.config import Config
-from moepp_megatron.training.resilience.activity import FIRST_STEP, STEP, Activity
 from moepp_megatron.training.resilience.divergence import check_shared_parameters
 from moepp_megatron.training.resilience.stragglers import RankTimes, StragglerDetector
-from moepp_megatron.training.resilience.watchdog import Watchdog
+from moepp_megatron.training.resilience.watchdog import FIRST_STEP, STEP, Activity, Watchdog
 from moepp_megatron.training.setup import TrainingModel
 
 

@@ -10,6 +10,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -18,15 +21,51 @@ from moepp_megatron.config.schema import ResilienceSection
 from moepp_megatron.runtime.atomic import write_atomic
 from moepp_megatron.runtime.launch import write_status
 from moepp_megatron.training.resilience import flight_recorder
-from moepp_megatron.training.resilience.activity import STEP, Activity
-from moepp_megatron.training.resilience.hang_report import hang_report
-from moepp_megatron.training.resilience.heartbeat import Heartbeat, HeartbeatFolder
+from moepp_megatron.training.resilience.hang_report import Heartbeat, HeartbeatFolder, hang_report
+
+# Of these ordinary time limits hold; whatever has another name may take long.
+STEP = "step"
+FIRST_STEP = "first step"
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """One entry into a phase. Replaced as a whole, so that readers need no lock."""
+
+    step: int  # the optimizer step in work
+    phase: str  # `STEP`, `FIRST_STEP` or the name of something slow ("save")
+    count: int  # phases entered so far, in the same order on every rank: one with less is behind
+    since: float  # `time.monotonic()` of the entry
+
+
+class Activity:
+    """The present phase of the training thread."""
+
+    def __init__(self) -> None:
+        self.now = _Moment(0, "start", 0, time.monotonic())
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Begin a phase; counts as progress."""
+        before = self.now
+        number = before.step if step is None else step
+        self.now = _Moment(number, phase, before.count + 1, time.monotonic())
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Enter a phase in the block, then return to the one before."""
+        outer = self.now.phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(outer)
+
 
 logger = logging.getLogger(__name__)
 
 _C10D = "distributed_c10d.py"
 # Frames of the machinery around a wait, which are not about the program.
-_UNINTERESTING = ("/torch/", "/threading.py", "/contextlib.py", "/collective_clock.py")
+_UNINTERESTING = ("/torch/", "/threading.py", "/contextlib.py", "/stragglers.py")
 
 # Looks this often within a timeout, but neither burdens the file system nor sleeps for minutes.
 _LOOKS = 20

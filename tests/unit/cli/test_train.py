@@ -233,7 +233,7 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
     for name, stand_in in {
         "quiet.quiet": lambda: None,
         "distributed.initialized": lambda *args: contextlib.nullcontext("its GPU"),
-        "rank_gpu.bind_to_gpu": bound.append,
+        "distributed.bind_to_gpu": bound.append,
         "distributed.build_groups": lambda *args: None,
         "backends.choices_to_log": lambda config: None,
     }.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moepp_megatron.training.resilience.collective_clock import CollectiveClock
+from moepp_megatron.training.resilience.stragglers import CollectiveClock
 
 
 class Event:

@@ -6,8 +6,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from moepp_megatron.training.resilience.hang_report import hang_report
-from moepp_megatron.training.resilience.heartbeat import Heartbeat, HeartbeatFolder
+from moepp_megatron.training.resilience.hang_report import Heartbeat, HeartbeatFolder, hang_report
 
 
 def beat(rank: int, count: int = 7, collective: str | None = "all_reduce") -> Heartbeat:

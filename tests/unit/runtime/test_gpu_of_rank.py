@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from moepp_megatron.config import UnfitError
-from moepp_megatron.runtime import rank_gpu as module
+from moepp_megatron.runtime import distributed as module
+from moepp_megatron.runtime.distributed import gpu_of_rank
 from moepp_megatron.runtime.rank import RankEnvironment
-from moepp_megatron.runtime.rank_gpu import gpu_of_rank
 
 
 def node(ranks: int, shown: list[list[str]], monkeypatch) -> list[torch.device | str]:

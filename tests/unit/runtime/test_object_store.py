@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import ConfigError
-from moepp_megatron.runtime.object_store import ObjectPath, check_store, place
-from moepp_megatron.runtime.store_errors import StoreError
+from moepp_megatron.runtime.object_store import ObjectPath, StoreError, check_store, place
 from tests.object_store import Store
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.config import UnfitError, load_config
-from moepp_megatron.runtime import compilers, fit, optional, rank_environment
+from moepp_megatron.runtime import fit, optional, rank_environment
 from moepp_megatron.runtime.backends import optional_backends, package_warnings
 from moepp_megatron.tools.doctor import packages
 from moepp_megatron.tools.doctor.finding import Severity
@@ -112,17 +112,17 @@ def test_packages_that_are_sound_or_absent_stay(installed) -> None:
 
 def test_what_triton_compiles_with(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(compilers.sysconfig, "get_paths", lambda scheme: {"include": tmp_path})
+    monkeypatch.setattr(fit.sysconfig, "get_paths", lambda scheme: {"include": tmp_path})
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert compilers.compiler_obstacle()[0] == "a C compiler"
+    assert fit.compiler_obstacle()[0] == "a C compiler"
     monkeypatch.setenv("CC", "mycc")
-    assert compilers.compiler_obstacle()[0] == "a C compiler (CC is mycc, which is not there)"
+    assert fit.compiler_obstacle()[0] == "a C compiler (CC is mycc, which is not there)"
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    lacks, remedy = compilers.compiler_obstacle()
+    lacks, remedy = fit.compiler_obstacle()
     assert lacks == f"the header {tmp_path}/Python.h"
     assert f"python{sysconfig.get_python_version()}-dev" in remedy
     (tmp_path / "Python.h").touch()
-    assert compilers.compiler_obstacle() is None
+    assert fit.compiler_obstacle() is None
     assert packages.check_compiler().severity is Severity.OK
 
 
@@ -152,24 +152,24 @@ RECOMPUTES = (
 
 def test_what_the_extension_is_compiled_with(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(compilers.sysconfig, "get_paths", lambda scheme: {"include": tmp_path})
+    monkeypatch.setattr(fit.sysconfig, "get_paths", lambda scheme: {"include": tmp_path})
     there: set[str] = set()
     monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
-    assert compilers.extension_obstacle() == (
+    assert fit.extension_obstacle() == (
         "a C++ compiler",
         "install g++, or name a compiler with the variable CXX",
     )
     there.add("c++")
-    assert compilers.extension_obstacle() == (
+    assert fit.extension_obstacle() == (
         "the program ninja on the PATH",
         "install ninja-build",
     )
     there.add("ninja")
-    assert compilers.extension_obstacle()[0] == f"the header {tmp_path}/Python.h"
+    assert fit.extension_obstacle()[0] == f"the header {tmp_path}/Python.h"
     (tmp_path / "Python.h").touch()
-    assert compilers.extension_obstacle() is None
+    assert fit.extension_obstacle() is None
     monkeypatch.setenv("CXX", "mycxx")
-    assert compilers.extension_obstacle()[0] == "a C++ compiler (CXX is mycxx, which is not there)"
+    assert fit.extension_obstacle()[0] == "a C++ compiler (CXX is mycxx, which is not there)"
 
 
 def test_a_run_whose_extension_cannot_be_compiled_is_refused_at_once(monkeypatch) -> None:

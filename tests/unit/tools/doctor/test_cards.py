@@ -4,7 +4,7 @@ import pynvml
 import pytest
 
 from moepp_megatron.config.hardware import load_hardware
-from moepp_megatron.runtime.nvml import Driver
+from moepp_megatron.runtime.gpu_state import Driver
 from moepp_megatron.tools.doctor import gpu_checks
 from moepp_megatron.tools.doctor.examine import Cards
 from moepp_megatron.tools.doctor.finding import Finding, Judge, Severity

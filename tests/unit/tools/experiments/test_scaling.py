@@ -421,7 +421,7 @@ def test_rank_that_fails_says_so_in_words_that_the_launcher_finds(tmp_path, monk
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr("moepp_megatron.tools.experiments.scaling.measure.measure_on_rank", fail)
     # This process is no rank, and is to outlive its parent.
-    monkeypatch.setattr("moepp_megatron.runtime.parent.die_with_parent", lambda parent: None)
+    monkeypatch.setattr("moepp_megatron.runtime.stop_signals.die_with_parent", lambda parent: None)
     result = scale(tmp_path, "--nproc", "1")
     assert result.exit_code == 1
     log = tmp_path / "log"

@@ -1,4 +1,4 @@
-"""An open connection to NVML."""
+"""An open connection to NVML through nvidia-ml-py, for health checks and telemetry."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from moepp_megatron.runtime.nvml.card_reader import CardReader
-from moepp_megatron.runtime.nvml.library import ALL_LINKS, Library, scaled, text
-from moepp_megatron.runtime.nvml.state import Driver, GPUState, Sample
+from moepp_megatron.runtime.gpu_state import (
+    ALL_LINKS,
+    CardReader,
+    Driver,
+    GPUState,
+    Library,
+    Sample,
+    scaled,
+    text,
+)
 
 # "MIG-GPU-<uuid>/<instance>/<slice>" is the name of a MIG device up to driver 470.
 _PREFIXES = ("MIG-GPU-", "MIG-", "GPU-")
