@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -15,6 +17,21 @@ from moepp_megatron.moe.config import MoEPPConfig
 GATE_STEPS = 4096
 
 
+def capacities(config: MoEPPConfig, num_tokens: int) -> list[int]:
+    """Most selections that each expert takes from a micro-batch of T tokens, rounded up.
+
+    Source: arXiv 2410.07348, expert capacity.
+    """
+    assert config.capacity_factor is not None, "capacities need a capacity factor"
+    # Exact arithmetic on the decimals that the user wrote: floating point puts 22 at
+    # 22.000000000000004, which would round up to 23.
+    tau, gamma = Fraction(str(config.tau)), Fraction(str(config.capacity_factor))
+    weight = tau * config.num_ffn_experts + config.num_zero_computation_experts
+    per_unit = gamma * config.router_topk * num_tokens / weight
+    ffn, zero_computation = math.ceil(tau * per_unit), math.ceil(per_unit)
+    return [ffn] * config.num_ffn_experts + [zero_computation] * config.num_zero_computation_experts
+
+
 @torch.no_grad()
 def within_capacity(
     gates: Tensor,
@@ -25,8 +42,6 @@ def within_capacity(
     has_padding: bool = False,
 ) -> Tensor:
     """The selections that each expert keeps: those with the largest gates ([T, E] bool).
-
-    Source of the limits: arXiv 2410.07348, expert capacity.
 
     The limit counts the tokens of the whole micro-batch, so ranks that hold parts of its sequences
     exchange their gates first. Between equal gates (to a step of 1 / GATE_STEPS; common with
@@ -53,7 +68,7 @@ def within_capacity(
     num_tokens = num_local * size
     if has_padding:
         num_tokens = int((ranking >= 0).any(dim=1).sum())
-    limits = capacity_limits(tuple(config.capacities(num_tokens)), gates.device)
+    limits = capacity_limits(tuple(capacities(config, num_tokens)), gates.device)
     positions = torch.arange(ranking.shape[0], device=gates.device)
     kept = torch.zeros_like(ranking, dtype=torch.bool)
     kept.scatter_(0, order, positions[:, None] < limits[None, :])
@@ -62,9 +77,9 @@ def within_capacity(
 
 
 @functools.lru_cache(maxsize=64)
-def capacity_limits(capacities: tuple[int, ...], device: torch.device) -> Tensor:
+def capacity_limits(capacities_E: tuple[int, ...], device: torch.device) -> Tensor:
     """[E] int64 limits on the device; kept, since a copy to it makes the host wait."""
-    return torch.tensor(capacities, device=device)
+    return torch.tensor(capacities_E, device=device)
 
 
 def _in_sequence_order(values: Tensor, context_parallel_size: int) -> Tensor:

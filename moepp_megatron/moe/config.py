@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 from moepp_megatron.layer_settings import DECLARED, LayerSettings
 
@@ -96,17 +95,3 @@ class MoEPPConfig(LayerSettings):
     def balance_weights(self) -> list[float]:
         """Eta of every expert in the balance loss: 1 for FFN experts, tau for the others."""
         return [1.0] * self.num_ffn_experts + [self.tau] * self.num_zero_computation_experts
-
-    def capacities(self, num_tokens: int) -> list[int]:
-        """Most selections that each expert takes from a micro-batch of T tokens, rounded up.
-
-        Source: arXiv 2410.07348, expert capacity.
-        """
-        assert self.capacity_factor is not None, "capacities need a capacity factor"
-        # Exact arithmetic on the decimals that the user wrote: floating point puts 22 at
-        # 22.000000000000004, which would round up to 23.
-        tau, gamma = Fraction(str(self.tau)), Fraction(str(self.capacity_factor))
-        weight = tau * self.num_ffn_experts + self.num_zero_computation_experts
-        per_unit = gamma * self.router_topk * num_tokens / weight
-        ffn, zero_computation = math.ceil(tau * per_unit), math.ceil(per_unit)
-        return [ffn] * self.num_ffn_experts + [zero_computation] * self.num_zero_computation_experts

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp_megatron.experts import CONSTANT, COPY, ZERO
-from moepp_megatron.moe.capacity import GATE_STEPS
+from moepp_megatron.moe.capacity import GATE_STEPS, capacities
 from moepp_megatron.moe.config import LEAST_LOGIT_STD, MoEPPConfig
 from moepp_megatron.moe.scores import ffn_scores, score_of
 
@@ -278,7 +278,7 @@ def within_capacity(gates_TE: Tensor, selected_TE: Tensor, config: MoEPPConfig) 
     that rounding decides nothing.
     """
     kept_TE = torch.zeros_like(selected_TE)
-    for index, capacity in enumerate(config.capacities(gates_TE.shape[0])):
+    for index, capacity in enumerate(capacities(config, gates_TE.shape[0])):
         steps = (gates_TE[:, index] * GATE_STEPS).round()
         rank = torch.where(selected_TE[:, index], steps, -1.0)
         order = rank.argsort(descending=True, stable=True)[:capacity]

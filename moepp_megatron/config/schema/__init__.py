@@ -1,8 +1,9 @@
 """The configuration's sections as pydantic models, one file per subject.
 
-blend.py             entries of `data.blend` and `data.stages`
 budget.py            section `moe.budget`: how many FFN experts a token gets
+checkpoint.py        section `checkpoint`: saving and loading
 config.py            the sections of the engine; `features.registry` adds those of features
+data.py              section `data`: the corpus, blends and stages
 latent_attention.py  section `model.latent_attention`: multi-head latent attention
 megatron.py          section `megatron`: megatron-core's own settings of speed and memory
 model.py             section `model`: the decoder around the experts
@@ -13,14 +14,15 @@ parallel.py          section `parallel`: how the model is laid out over ranks
 precision.py         section `precision`: number formats, and how FP8 numbers are scaled
 resilience.py        section `resilience`: the checks of a running run, and when they act
 routing_guard.py     section `routing_guard`: rules over the routers, and what is done
-run.py               sections `run`, `data` and `checkpoint`: where a run reads and writes
+run.py               section `run`: folder, name, callbacks
 section.py           what every section of the configuration shares
 slurm.py             section `slurm`: what `moepp slurm` asks the scheduler for
 training.py          section `training`: batches, length, recomputation and logging
 """
 
-from moepp_megatron.config.schema.blend import BlendPart, DataStage
 from moepp_megatron.config.schema.budget import BudgetSection
+from moepp_megatron.config.schema.checkpoint import CheckpointSection
+from moepp_megatron.config.schema.data import BlendPart, DataSection, DataStage
 from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
@@ -30,7 +32,7 @@ from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
 from moepp_megatron.config.schema.routing_guard import GuardRule, RoutingGuardSection
-from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
+from moepp_megatron.config.schema.run import RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
 from moepp_megatron.features.registry import Config, ObserveSection, TrainingSection

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from moepp_megatron.config.schema.checkpoint import CheckpointSection
+from moepp_megatron.config.schema.data import DataSection
 from moepp_megatron.config.schema.megatron import MegatronSection
 from moepp_megatron.config.schema.model import ModelSection
 from moepp_megatron.config.schema.moe import MoESection
@@ -15,7 +17,7 @@ from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
 from moepp_megatron.config.schema.routing_guard import RoutingGuardSection
-from moepp_megatron.config.schema.run import CheckpointSection, DataSection, RunSection
+from moepp_megatron.config.schema.run import RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
 from moepp_megatron.config.schema.training import EngineTrainingSection

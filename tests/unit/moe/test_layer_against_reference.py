@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from moepp_megatron.experts import ZERO
+from moepp_megatron.moe.capacity import capacities
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import MoEPPLayer
 from moepp_megatron.moe.reference import (
@@ -197,7 +198,7 @@ def check_setting(case: dict[str, Any], device: torch.device | None = None) -> N
     balance = reference_balance_loss(run.expected.logits_TE, moepp, hidden.shape[1])
     assert_close(layer.statistics.balance_loss, balance, "balance loss")
     if moepp.capacity_factor is not None:
-        limits = torch.tensor(moepp.capacities(24), device=device)
+        limits = torch.tensor(capacities(moepp, 24), device=device)
         over = (selected.sum(dim=0) - limits).clamp(min=0)
         assert layer.statistics.dropped == over.sum()
         assert layer.statistics.dropped > 0

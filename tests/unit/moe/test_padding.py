@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.moe import selection
+from moepp_megatron.moe.capacity import capacities
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
 from moepp_megatron.moe.reference import ReferenceOutput, balance_loss, select_experts
@@ -96,7 +97,7 @@ def check_layer(layer: MoEPPLayer, z_loss: float = 0.0) -> ReferenceOutput:
     assert statistics.selected.tolist() == expected.selected_TE.sum(dim=0).tolist()
     assert_close(statistics.balance_loss, balance, "balance loss")
     if moepp.capacity_factor is not None:
-        limits = torch.tensor(moepp.capacities(int((~padded).sum())))
+        limits = torch.tensor(capacities(moepp, int((~padded).sum())))
         over = (expected.selected_TE.sum(dim=0) - limits).clamp(min=0).sum()
         assert statistics.dropped == over > 0
     return expected

@@ -1,0 +1,39 @@
+"""Section `checkpoint`: when checkpoints are saved, where, and what a run starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from moepp_megatron.config.schema.section import ConfigPath, Place, PlaceText, Section, Unit
+
+
+class CheckpointSection(Section):
+    """Settings of saving and loading checkpoints."""
+
+    dir: Annotated[Place | None, Unit("-"), Field(min_length=1)] = None
+    """Folder of the checkpoints, or s3://bucket/prefix or msc://profile/path; null means
+    RUN/checkpoints"""
+    staging: Annotated[ConfigPath | None, Unit("-")] = None
+    """Where checkpoint.dir is an address: folder of this machine in which a rank's files are until
+    they are uploaded; null means RUN/staging"""
+    save_interval: Annotated[int, Unit("steps"), Field(ge=0)] = 0
+    """Steps between checkpoints; 0 saves none on the way"""
+    async_save: Annotated[bool, Unit("-")] = False
+    """Write checkpoints in the background while training continues"""
+    keep: Annotated[int | None, Unit("checkpoints"), Field(ge=1)] = None
+    """Newest checkpoints to keep; null keeps all"""
+    load: Annotated[PlaceText | None, Unit("-"), Field(min_length=1)] = None
+    """Checkpoint folder, its address, or a run to start from, or auto for this run's newest"""
+    load_optimizer: Annotated[bool, Unit("-")] = True
+    """Go on where the checkpoint was; false takes its weights and starts at step 0"""
+
+    def folder(self, run_dir: Path) -> str:
+        """The folder that checkpoints are written to, or its address, for a run in `run_dir`."""
+        return self.dir if self.dir is not None else str(run_dir / "checkpoints")
+
+    def staging_folder(self, run_dir: Path) -> Path:
+        """Where files of a checkpoint are until they are uploaded to object storage."""
+        return self.staging or run_dir / "staging"
