@@ -9,7 +9,7 @@ import typer
 
 from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import ConfigArgument, JsonOption, NprocOption, OverridesArgument
-from moepp_megatron.cli.ranks import start_ranks
+from moepp_megatron.cli.ranks import option_words, start_ranks
 from moepp_megatron.layer_settings import Fused
 
 if TYPE_CHECKING:
@@ -185,9 +185,8 @@ def step(
 
     check_fit(settings)
     if not rank.is_launched and nproc > 1:
-        arguments = ["bench", "step", str(config), "--rounds", str(rounds), *(overrides or [])]
-        arguments += [] if json_file is None else ["--json", str(json_file)]
-        start_ranks(nproc, arguments)
+        options = option_words(rounds=rounds, json=json_file)
+        start_ranks(nproc, ["bench", "step", *options, str(config), *(overrides or [])])
         return
     _step_on_rank(settings, layout, rounds, json_file)
 

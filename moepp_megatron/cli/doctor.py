@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import GPU_NAMES, OverridesArgument
-from moepp_megatron.cli.ranks import start_ranks
+from moepp_megatron.cli.ranks import option_words, start_ranks
 from moepp_megatron.config import UnfitError, load_config
 
 if TYPE_CHECKING:
@@ -98,7 +98,11 @@ def doctor(
         load_hardware(hardware)
     rank = RankEnvironment.read()
     if nproc > 1 and not rank.is_launched:
-        _start_ranks(nproc, config, overrides or [], preflight, json_file, out, hardware, gpus)
+        options = option_words(
+            preflight=preflight, json=json_file, out=out, hardware=hardware, gpus=gpus
+        )
+        arguments = [] if config is None else ["--", str(config), *(overrides or [])]
+        start_ranks(nproc, ["doctor", *options, *arguments])
         return
     quiet()
     from moepp_megatron.tools.doctor.examine import Request, expected_gpus
@@ -115,8 +119,7 @@ def doctor(
 def _show(
     findings: list[Finding], preflight: bool, json_file: Path | None, out: Path | None
 ) -> None:
-    from moepp_megatron.tools.doctor.finding import Severity
-    from moepp_megatron.tools.doctor.table import counts, findings_table
+    from moepp_megatron.tools.doctor.finding import Severity, counts, findings_table
 
     text = json.dumps({"findings": [finding.as_dict() for finding in findings]}, indent=2)
     for option, file in (("--json", json_file), ("--out", out)):
@@ -154,23 +157,3 @@ def _leave(findings: list[Finding]) -> None:
 
     if worst(findings) >= Severity.ERROR:
         leave(UnfitError.exit_code)
-
-
-def _start_ranks(
-    nproc: int,
-    config: Path | None,
-    overrides: list[str],
-    preflight: bool,
-    json_file: Path | None,
-    out: Path | None,
-    hardware: str | None,
-    gpus: int | None,
-) -> None:
-    arguments = ["doctor", *(["--preflight"] if preflight else [])]
-    arguments += [f"--json={json_file}"] if json_file is not None else []
-    arguments += ["--out", str(out)] if out is not None else []
-    arguments += ["--hardware", hardware] if hardware is not None else []
-    arguments += ["--gpus", str(gpus)] if gpus is not None else []
-    if config is not None:
-        arguments += ["--", str(config), *overrides]
-    start_ranks(nproc, arguments)

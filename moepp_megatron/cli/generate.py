@@ -10,7 +10,7 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import CheckpointArgument, LayoutArgument, NprocOption
-from moepp_megatron.cli.ranks import start_ranks
+from moepp_megatron.cli.ranks import option_words, start_ranks
 from moepp_megatron.runtime.printable import printable
 
 
@@ -101,12 +101,16 @@ def generate(
     if not rank.is_launched and nproc > 1:
         request = read(checkpoint)
         # The folder that was found, so that ranks need not look for it again.
-        arguments = ["generate", str(request.scoring.checkpoint)]
-        arguments += [f"--prompt={text}" for text in prompt]
-        arguments += [f"--max-new-tokens={request.max_new_tokens}", f"--temperature={temperature}"]
-        arguments += [f"--top-p={top_p}", f"--seed={seed}", *(overrides or [])]
-        arguments += ["--chat"] if chat else []
-        start_ranks(nproc, arguments)
+        options = option_words(
+            prompt=prompt,
+            max_new_tokens=request.max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            chat=chat,
+        )
+        checkpoint = request.scoring.checkpoint
+        start_ranks(nproc, ["generate", *options, str(checkpoint), *(overrides or [])])
         return
     texts = sample(checkpoint)
     if rank.rank == 0:

@@ -9,7 +9,7 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import CheckpointArgument, JsonOption, LayoutArgument, NprocOption
-from moepp_megatron.cli.ranks import start_ranks
+from moepp_megatron.cli.ranks import option_words, start_ranks
 
 if TYPE_CHECKING:
     from moepp_megatron.tools.inspection.request import InspectRequest
@@ -54,13 +54,8 @@ def inspect(
     if rank.is_launched or nproc == 1:
         _inspect_rank(request)
         return
-    arguments = ["inspect", str(checkpoint), f"--text={text}", f"--out={out}"]
-    arguments += [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in options.items()
-        if value is not None
-    ]
-    start_ranks(nproc, [*arguments, *(overrides or [])])
+    words = option_words(text=text, out=out, **options)
+    start_ranks(nproc, ["inspect", *words, str(checkpoint), *(overrides or [])])
 
 
 def _inspect_rank(request: InspectRequest) -> None:

@@ -26,6 +26,21 @@ def start_ranks(nproc: int, arguments: Sequence[str]) -> None:
         raise typer.Exit(status)
 
 
+def option_words(**values: object) -> list[str]:
+    """The options of a command as words; those that are None or False, or not given, are left out.
+
+    Args:
+        values: By the option's name: a value, True for a flag, or a list for one that may repeat.
+    """
+    words = []
+    for name, value in values.items():
+        option = f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one is not False:
+                words.append(option if one is True else f"{option}={one}")
+    return words
+
+
 @contextmanager
 def refusing_for_all(nodes: Nodes | None) -> Iterator[None]:
     """A context in which a user's error ends the other machines too, before ranks have started.

@@ -9,7 +9,7 @@ import typer
 
 from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.options import CheckpointArgument, LayoutArgument, NprocOption
-from moepp_megatron.cli.ranks import start_ranks
+from moepp_megatron.cli.ranks import option_words, start_ranks
 
 
 def score(
@@ -63,10 +63,8 @@ def score(
         for notice in request.notices:
             echo(f"note: {notice}", err=True)
     if not rank.is_launched and nproc > 1:
-        arguments = ["score", str(checkpoint)]
-        for option, file in (("--tokens", tokens), ("--text", text), ("--out", out)):
-            arguments += [] if file is None else [option, str(file)]
-        start_ranks(nproc, [*arguments, *(["--logits"] if logits else []), *(overrides or [])])
+        options = option_words(tokens=tokens, text=text, out=out, logits=logits)
+        start_ranks(nproc, ["score", *options, str(checkpoint), *(overrides or [])])
         return
     scores = run(request)
     if scores is None:

@@ -1,4 +1,4 @@
-"""Checks of one GPU's chip, memory, power and load; None means nothing to say.
+"""Checks of each GPU: chip, memory, power, load and links.
 
 Which counters matter, and what they ask for, follows NVIDIA's GPU debug guidelines and GPU memory
 error management guide.
@@ -6,8 +6,15 @@ error management guide.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 from moepp_megatron.runtime.gpu_state import GPUState
-from moepp_megatron.tools.doctor.finding import Judge, Severity, Sign
+from moepp_megatron.tools.doctor.finding import Finding, Judge, Severity
+
+# Severity, observation, rule and remedy, as in `Finding`; None where a GPU is healthy.
+_Sign = tuple[Severity, str, str, str] | None
+_Healthy = Callable[[Sequence[GPUState]], str]
 
 # NVML's nvmlGpuRecoveryAction_t.
 _RECOVERY = {
@@ -33,9 +40,10 @@ _SOFTWARE_SLOWDOWN = {
     0x200: "board limit",
     0x400: "reliability limit",
 }
+_RESEAT = "reseat GPU or riser, check BIOS settings of the slot; nvidia-smi -q -d PCIE"
 
 
-def faults(card: GPUState, judge: Judge) -> Sign | None:
+def _faults(card: GPUState, judge: Judge) -> _Sign:
     """Failed queries, by which NVML shows a GPU that has fallen off the bus or had an Xid."""
     if not card.faults:
         return None
@@ -47,7 +55,7 @@ def faults(card: GPUState, judge: Judge) -> Sign | None:
     )
 
 
-def recovery(card: GPUState, judge: Judge) -> Sign | None:
+def _recovery(card: GPUState, judge: Judge) -> _Sign:
     """The recovery that the driver asks for after a fault."""
     if not card.recovery_action:
         return None
@@ -60,7 +68,7 @@ def recovery(card: GPUState, judge: Judge) -> Sign | None:
     )
 
 
-def ecc_errors(card: GPUState, judge: Judge) -> Sign | None:
+def _ecc_errors(card: GPUState, judge: Judge) -> _Sign:
     """Finds uncorrectable errors since the driver was loaded, and ECC that is switched off."""
     if card.ecc_uncorrected:
         return (
@@ -80,7 +88,7 @@ def ecc_errors(card: GPUState, judge: Judge) -> Sign | None:
     return None
 
 
-def memory_rows(card: GPUState, judge: Judge) -> Sign | None:
+def _memory_rows(card: GPUState, judge: Judge) -> _Sign:
     """Remapped rows (Ampere and newer) and retired pages (before)."""
     rows = card.rows
     if rows is not None and rows.failed:
@@ -115,7 +123,7 @@ def memory_rows(card: GPUState, judge: Judge) -> Sign | None:
     return None
 
 
-def throttling(card: GPUState, judge: Judge) -> Sign | None:
+def _throttling(card: GPUState, judge: Judge) -> _Sign:
     """Why clocks are reduced, apart from load and idleness."""
     reasons = card.throttle_reasons or 0
     hard = [name for bit, name in _HARDWARE_SLOWDOWN.items() if reasons & bit]
@@ -137,11 +145,11 @@ def throttling(card: GPUState, judge: Judge) -> Sign | None:
     return None
 
 
-def clocks(card: GPUState, judge: Judge) -> Sign | None:
+def _clocks(card: GPUState, judge: Judge) -> _Sign:
     """Checks the clock under load; an idle GPU, whose clock is low to save power, is not judged."""
-    if not is_loaded(card) or card.sm_clock is None or not card.max_sm_clock:
+    if not _is_loaded(card) or card.sm_clock is None or not card.max_sm_clock:
         return None
-    if throttling(card, judge) is not None:
+    if _throttling(card, judge) is not None:
         # The cause is named already.
         return None
     share = card.sm_clock / card.max_sm_clock
@@ -156,13 +164,13 @@ def clocks(card: GPUState, judge: Judge) -> Sign | None:
     )
 
 
-def is_loaded(card: GPUState) -> bool:
+def _is_loaded(card: GPUState) -> bool:
     """True if the GPU was computing when it was read: in P0 and not marked idle."""
     idle = card.throttle_reasons is not None and bool(card.throttle_reasons & 0x1)
     return bool(card.busy_power_state) and card.throttle_reasons is not None and not idle
 
 
-def power_cap(card: GPUState, judge: Judge) -> Sign | None:
+def _power_cap(card: GPUState, judge: Judge) -> _Sign:
     """Finds a power limit below the GPU's rated power."""
     rated_watts = judge.hardware.power_watts if judge.hardware is not None else None
     rated_watts = rated_watts or card.default_power_limit
@@ -178,7 +186,7 @@ def power_cap(card: GPUState, judge: Judge) -> Sign | None:
     )
 
 
-def temperature(card: GPUState, judge: Judge) -> Sign | None:
+def _temperature(card: GPUState, judge: Judge) -> _Sign:
     """Finds a GPU near the temperature at which it slows down."""
     if card.temperature is None or card.slowdown_temperature is None:
         return None
@@ -193,7 +201,7 @@ def temperature(card: GPUState, judge: Judge) -> Sign | None:
     )
 
 
-def processes(card: GPUState, judge: Judge) -> Sign | None:
+def _processes(card: GPUState, judge: Judge) -> _Sign:
     """Finds other users' processes on the GPU."""
     foreign = [process for process in card.processes if process.pid not in judge.own_pids]
     # Where NVML hides a process's memory, being there is all that is known: it counts.
@@ -210,3 +218,138 @@ def processes(card: GPUState, judge: Judge) -> Sign | None:
         f"others may hold at most {judge.thresholds.foreign_memory_gib:g} GiB",
         "end them if they are left over from an earlier job, or use another node",
     )
+
+
+def _pcie(card: GPUState, judge: Judge) -> _Sign:
+    """Check width and generation of the link; the present generation only under load.
+
+    An idle GPU lowers its generation to save power, so that only the generation that GPU and slot
+    support is judged then.
+    """
+    hardware = judge.hardware
+    if hardware is None:
+        return None
+    if _below(card.pcie_width, hardware.pcie_width):
+        observation, rule = f"x{card.pcie_width}", f"must be x{hardware.pcie_width}"
+    elif _below(card.pcie_max_generation, hardware.pcie_generation):
+        observation = f"generation {card.pcie_max_generation} at most"
+        rule = f"must be generation {hardware.pcie_generation}"
+    elif _is_loaded(card) and _below(card.pcie_generation, hardware.pcie_generation):
+        observation = f"generation {card.pcie_generation} under load"
+        rule = f"must be generation {hardware.pcie_generation}"
+    else:
+        return None
+    return judge.unfit_now, observation, rule, _RESEAT
+
+
+def _nvlink_state(card: GPUState, judge: Judge) -> _Sign:
+    """Finds links that are down, or fewer links than this kind of GPU has."""
+    down = [str(link.index) for link in card.links if not link.active]
+    if down:
+        return (
+            Severity.ERROR,
+            f"links {', '.join(down)} are down",
+            f"all {len(card.links)} links must be up",
+            "restart nvidia-fabricmanager; if it stays, reset all GPUs or return the node",
+        )
+    expected = judge.hardware.nvlink_links if judge.hardware is not None else 0
+    if 0 < len(card.links) < expected:
+        return (
+            Severity.ERROR,
+            f"{len(card.links)} links",
+            f"must have {expected}",
+            "restart nvidia-fabricmanager; if it stays, reset all GPUs or return the node",
+        )
+    return None
+
+
+def _nvlink_errors(card: GPUState, judge: Judge) -> _Sign:
+    """Finds errors of active links: recoveries stop traffic, replays and CRC errors slow it."""
+    recoveries = sum(link.recoveries or 0 for link in card.links)
+    repeats = sum((link.replays or 0) + (link.crc_errors or 0) for link in card.links)
+    if not recoveries and not repeats:
+        return None
+    bad = [
+        str(link.index) for link in card.links if link.recoveries or link.replays or link.crc_errors
+    ]
+    return (
+        Severity.WARNING if recoveries else Severity.NOTE,
+        f"links {', '.join(bad)}: {recoveries} recoveries, "
+        f"{repeats} replays and CRC errors since the driver was loaded",
+        "recoveries should be 0" if recoveries else "",
+        "reset the GPU to clear the counters; if they grow again, return the node"
+        if recoveries
+        else "few are harmless; watch whether they grow",
+    )
+
+
+def _below(value: int | None, rated: int | None) -> bool:
+    return value is not None and rated is not None and value < rated
+
+
+def _listed(show: Callable[[GPUState], str | None], absent: str = "not reported") -> _Healthy:
+    """List what differs between the GPUs; `absent` where no GPU has it."""
+    return lambda cards: ", ".join(sorted(set(filter(None, map(show, cards))))) or absent
+
+
+def _hottest(cards: Sequence[GPUState]) -> str:
+    known = [card.temperature for card in cards if card.temperature is not None]
+    return f"at most {max(known)} C" if known else "not reported"
+
+
+def _power_limit(card: GPUState) -> str | None:
+    return None if card.power_limit is None else f"{card.power_limit:.0f} W"
+
+
+def _pcie_link(card: GPUState) -> str | None:
+    return f"generation {card.pcie_max_generation} x{card.pcie_width}" if card.pcie_width else None
+
+
+def _links_up(card: GPUState) -> str | None:
+    return f"{len(card.links)} links up" if card.links else None
+
+
+def _ecc_state(cards: Sequence[GPUState]) -> str:
+    return "not reported" if any(card.ecc_enabled is None for card in cards) else "none"
+
+
+class _CardCheck(NamedTuple):
+    """A check of one GPU, and what to say of GPUs that pass it."""
+
+    run: Callable[[GPUState, Judge], _Sign]
+    healthy: _Healthy = lambda cards: "none"
+
+
+# In the order of the table.
+_CARD_CHECKS = {
+    "GPU faults": _CardCheck(_faults),
+    "GPU recovery": _CardCheck(_recovery),
+    "ECC errors": _CardCheck(_ecc_errors, _ecc_state),
+    "GPU memory rows": _CardCheck(_memory_rows),
+    "GPU throttling": _CardCheck(_throttling),
+    "GPU clocks": _CardCheck(_clocks, lambda cards: "as it should be"),
+    "GPU power cap": _CardCheck(_power_cap, _listed(_power_limit)),
+    "GPU temperature": _CardCheck(_temperature, _hottest),
+    "GPU processes": _CardCheck(_processes),
+    "PCIe": _CardCheck(_pcie, _listed(_pcie_link)),
+    "NVLink": _CardCheck(_nvlink_state, _listed(_links_up, "no NVLink")),
+    "NVLink errors": _CardCheck(_nvlink_errors),
+}
+
+
+def check_cards(cards: Sequence[GPUState], judge: Judge) -> list[Finding]:
+    """Run every check on all GPUs: one finding per sick GPU, or one per check without any."""
+    findings: list[Finding] = []
+    for name, check in _CARD_CHECKS.items():
+        findings += signs(cards, judge, name) or [Finding(name, check.healthy(cards))]
+    return findings
+
+
+def signs(cards: Sequence[GPUState], judge: Judge, name: str) -> list[Finding]:
+    """Run the check of this name on the GPUs; empty where all are healthy."""
+    found = ((card, _CARD_CHECKS[name].run(card, judge)) for card in cards)
+    return [
+        Finding(name, f"GPU {card.index}: {sign[1]}", *sign[2:], sign[0])
+        for card, sign in found
+        if sign is not None
+    ]

@@ -13,7 +13,7 @@ from moepp_megatron.config import Config
 from moepp_megatron.config.hardware import Hardware, find_hardware, known_hardware, load_hardware
 from moepp_megatron.runtime.nvml import Driver, GPUState, Nvml, NvmlUnavailableError
 from moepp_megatron.runtime.optional import flex_backend
-from moepp_megatron.tools.doctor import folders, gpu_checks, packages, system
+from moepp_megatron.tools.doctor import card_checks, folders, gpu_checks, packages, system
 from moepp_megatron.tools.doctor.finding import Finding, Judge
 from moepp_megatron.tools.doctor.speed_checks import DeviceSpeed, check_matmul
 
@@ -88,7 +88,7 @@ class NodeExaminer:
         """Findings from this node's matrix products, and from its GPUs while they ran."""
         findings = check_matmul(speeds, self.hardware, self.judge.thresholds, self.judge.unfit_now)
         for name in _UNDER_LOAD:
-            findings += gpu_checks.signs(loaded or [], self.judge, name)
+            findings += card_checks.signs(loaded or [], self.judge, name)
         return findings
 
     def _gpu(self) -> list[Finding]:
@@ -104,7 +104,7 @@ class NodeExaminer:
             gpu_checks.check_count(cards.cards, expected),
             gpu_checks.check_model(cards.cards, self.hardware, described),
             gpu_checks.check_driver(cards.driver, packages.torch_cuda(), len(cards.cards)),
-            *gpu_checks.check_cards(cards.cards, self.judge),
+            *card_checks.check_cards(cards.cards, self.judge),
         ]
 
     def _system(self) -> list[Finding]:

@@ -1,11 +1,14 @@
-"""A finding of a check, with its severity and remedy, and what is expected of a GPU."""
+"""A finding of a check, findings as a table, and what is expected of a GPU."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
+
+from rich.table import Table
+from rich.text import Text
 
 from moepp_megatron.config.hardware import Hardware, Thresholds
 
@@ -19,8 +22,12 @@ class Severity(IntEnum):
     ERROR = 3
 
 
-Sign = tuple[Severity, str, str, str]
-"""Result of one GPU's check: severity, observation, rule and remedy, as in `Finding`."""
+_STYLES = {
+    Severity.OK: "green",
+    Severity.NOTE: "cyan",
+    Severity.WARNING: "yellow",
+    Severity.ERROR: "bold red",
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,35 @@ note, warning, error = (
 def worst(findings: Iterable[Finding]) -> Severity:
     """The highest severity; OK without findings."""
     return max((finding.severity for finding in findings), default=Severity.OK)
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """Check, finding and remedy, coloured by severity; the node where there are several."""
+    several = len({finding.node for finding in findings if finding.node}) > 1
+    table = Table(*(["node"] if several else []), "check", "", "finding", "what to do")
+    for finding in findings:
+        style = _STYLES[finding.severity]
+        observation = finding.found + (f" ({finding.rule})" if finding.rule else "")
+        # Text, not markup: a path may hold square brackets.
+        cells = [finding.node] if several else []
+        cells += [finding.check]
+        table.add_row(
+            *(Text(cell) for cell in cells),
+            Text(finding.severity.name.lower(), style=style),
+            Text(observation),
+            Text(finding.remedy),
+        )
+    return table
+
+
+def counts(findings: Sequence[Finding]) -> str:
+    """One line: how many findings of each severity, and whether a run can start."""
+    errors, warnings = (
+        sum(finding.severity == severity for finding in findings)
+        for severity in (Severity.ERROR, Severity.WARNING)
+    )
+    verdict = "not fit" if errors else "fit"
+    return f"{verdict}: {len(findings)} findings, {errors} errors, {warnings} warnings"
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moepp_megatron.config.hardware import Hardware, Thresholds
 from moepp_megatron.runtime.gpu_state import Driver, GPUState
-from moepp_megatron.tools.doctor import card_checks, link_checks
-from moepp_megatron.tools.doctor.finding import Finding, Judge, Sign, error, note, warning
-
-# In the order of the table.
-_CARD_CHECKS: dict[str, Callable[[GPUState, Judge], Sign | None]] = {
-    "GPU faults": card_checks.faults,
-    "GPU recovery": card_checks.recovery,
-    "ECC errors": card_checks.ecc_errors,
-    "GPU memory rows": card_checks.memory_rows,
-    "GPU throttling": card_checks.throttling,
-    "GPU clocks": card_checks.clocks,
-    "GPU power cap": card_checks.power_cap,
-    "GPU temperature": card_checks.temperature,
-    "GPU processes": card_checks.processes,
-    "PCIe": link_checks.pcie,
-    "NVLink": link_checks.nvlink_state,
-    "NVLink errors": link_checks.nvlink_errors,
-}
+from moepp_megatron.tools.doctor.finding import Finding, error, note, warning
 
 
 @dataclass(frozen=True)
@@ -33,24 +16,6 @@ class TorchCuda:
 
     built_with: tuple[int, int] | None
     available: bool
-
-
-def check_cards(cards: Sequence[GPUState], judge: Judge) -> list[Finding]:
-    """Run every check on all GPUs: one finding per sick GPU, or one per check without any."""
-    findings: list[Finding] = []
-    for name in _CARD_CHECKS:
-        findings += signs(cards, judge, name) or [Finding(name, _healthy(name, cards))]
-    return findings
-
-
-def signs(cards: Sequence[GPUState], judge: Judge, name: str) -> list[Finding]:
-    """Run the check of this name on the GPUs; empty where all are healthy."""
-    found = ((card, _CARD_CHECKS[name](card, judge)) for card in cards)
-    return [
-        Finding(name, f"GPU {card.index}: {sign[1]}", *sign[2:], sign[0])
-        for card, sign in found
-        if sign is not None
-    ]
 
 
 def check_count(cards: Sequence[GPUState], expected: int | None) -> Finding:
@@ -149,36 +114,6 @@ def no_cards(reason: str, expected: int | None) -> Finding:
     if not expected:
         return note("GPU count", f"no GPU: {reason}; GPU checks skipped")
     return check_count([], expected)
-
-
-def _healthy(name: str, cards: Sequence[GPUState]) -> str:
-    """The text of a check without findings, with the numbers of interest."""
-    if name == "GPU temperature":
-        known = [card.temperature for card in cards if card.temperature is not None]
-        return f"at most {max(known)} C" if known else "not reported"
-    if name == "GPU power cap":
-        caps = sorted({round(card.power_limit) for card in cards if card.power_limit is not None})
-        return ", ".join(f"{cap} W" for cap in caps) or "not reported"
-    if name == "PCIe":
-        links = sorted({(c.pcie_max_generation, c.pcie_width) for c in cards if c.pcie_width})
-        return ", ".join(f"generation {g} x{w}" for g, w in links) or "not reported"
-    if name == "NVLink":
-        counts = sorted({len(card.links) for card in cards})
-        return ", ".join(f"{n} links up" for n in counts if n) or "no NVLink"
-    if name == "ECC errors" and any(card.ecc_enabled is None for card in cards):
-        return "not reported"
-    return "none" if name in _NONE_IS_FINE else "as it should be"
-
-
-_NONE_IS_FINE = (
-    "GPU faults",
-    "GPU recovery",
-    "ECC errors",
-    "GPU memory rows",
-    "GPU throttling",
-    "GPU processes",
-    "NVLink errors",
-)
 
 
 def thresholds_of(hardware: Hardware | None) -> Thresholds:

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moepp_megatron.cli.main import app
+from moepp_megatron.cli.ranks import option_words
 from moepp_megatron.tools.doctor import session
 from moepp_megatron.tools.doctor.finding import Finding, error, warning
 
@@ -105,3 +106,9 @@ def test_a_wrong_configuration_is_refused_before_anything_is_examined():
 
     for arguments in (["missing.yaml"], ["--hardware", "h1000"]):
         assert isinstance(doctor(*arguments).exception, ConfigError)
+
+
+def test_options_are_given_to_the_ranks_as_they_came():
+    given = {"preflight": True, "chat": False, "gpus": 0, "out": None, "prompt": ["a b", "-c"]}
+    words = ["--preflight", "--gpus=0", "--prompt=a b", "--prompt=-c", "--top-p=0.5"]
+    assert option_words(**given, top_p=0.5) == words

@@ -5,7 +5,7 @@ import pytest
 
 from moepp_megatron.config.hardware import load_hardware
 from moepp_megatron.runtime.gpu_state import Driver
-from moepp_megatron.tools.doctor import gpu_checks
+from moepp_megatron.tools.doctor import card_checks, gpu_checks
 from moepp_megatron.tools.doctor.examine import Cards
 from moepp_megatron.tools.doctor.finding import Finding, Judge, Severity
 from moepp_megatron.tools.doctor.gpu_checks import TorchCuda
@@ -22,7 +22,7 @@ def judge(preflight: bool = False) -> Judge:
 
 def complaints(*cards: dict, preflight: bool = False) -> list[Finding]:
     read = Cards.read(FakeNvml(*cards)).cards
-    found = gpu_checks.check_cards(read, judge(preflight))
+    found = card_checks.check_cards(read, judge(preflight))
     return [finding for finding in found if finding.severity > Severity.OK]
 
 
@@ -36,7 +36,7 @@ BUSY = {
 @pytest.mark.parametrize("state", [{}, BUSY], ids=["idle", "busy"])
 def test_healthy_cards_have_one_ok_finding_a_check(state):
     cards = [answers(index, **state) for index in range(8)]
-    findings = gpu_checks.check_cards(Cards.read(FakeNvml(*cards)).cards, judge(preflight=True))
+    findings = card_checks.check_cards(Cards.read(FakeNvml(*cards)).cards, judge(preflight=True))
     assert {finding.severity for finding in findings} == {Severity.OK}
     assert len({finding.check for finding in findings}) == len(findings) == 12
     assert "18 links up" in next(f.found for f in findings if f.check == "NVLink")
@@ -193,7 +193,7 @@ def test_what_is_no_sickness(changes):
 def test_without_a_description_the_card_is_measured_by_itself():
     read = Cards.read(FakeNvml(answers(0, nvmlDeviceGetEnforcedPowerLimit=450_000))).cards
     undescribed = Judge(None, H100.thresholds)
-    found = gpu_checks.check_cards(read, undescribed)
+    found = card_checks.check_cards(read, undescribed)
     assert [f.check for f in found if f.severity > Severity.OK] == ["GPU power cap"]
 
 
