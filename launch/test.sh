@@ -3,7 +3,6 @@
 #
 #   ./launch/test.sh                   everything that CI runs
 #   ./launch/test.sh --quick           a choice that covers every room, in two minutes (tests/quick.py)
-#   ./launch/test.sh --last-green      when all of -m 'matrix or slow' last passed (tests/last_green.json)
 #   ./launch/test.sh [pytest args]     what these ask for, in one process
 #
 # Without a -m of your own the default selection runs: no layout matrix, nothing slow. Tests that need
@@ -12,11 +11,6 @@
 #
 # Reads  MOEPP_TEST_WORKERS  how many processes share the tests of the first two
 set -euo pipefail
-if [[ ${1-} = --last-green ]]; then
-    cat -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../tests/last_green.json" 2>/dev/null && exit
-    echo "no whole green run of -m 'matrix or slow' is recorded" >&2
-    exit 1
-fi
 # shellcheck disable=SC2034  # read by env.sh
 MOEPP_DEV=1
 # shellcheck source=launch/env.sh
@@ -26,8 +20,7 @@ cd -- "$MOEPP_ROOT"
 # Two more than cores, for tests that wait; each may have ranks of its own in memory.
 cores=$(nproc 2>/dev/null || echo 2)
 workers=$((cores < 5 ? cores + 2 : 7))
-# Progress is told by seconds (tests/timetable.py), not by files.
-shared=(-o console_output_style=classic --workers)
+shared=(--workers)
 for argument; do
     case $argument in
     # Nothing of it waits.

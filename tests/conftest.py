@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import long_table, quick, timetable
+from tests import quick, timetable
 from tests.parallel.ranks import RankPools
 from tests.workers import Workers
 
@@ -132,9 +132,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-_PROGRESS = pytest.StashKey[timetable.Progress]()
-
-
 def _is_quick(config: pytest.Config) -> bool:
     return config.option.quick and config.args_source is not pytest.Config.ArgsSource.ARGS
 
@@ -158,9 +155,9 @@ def pytest_configure(config: pytest.Config) -> None:
         # A few cases on ranks: one worker starts them once.
         timetable.TOGETHER.append("tests/parallel/")
     if config.option.workers > 1:
-        progress = config.stash[_PROGRESS] = timetable.Progress(config)
-        config.pluginmanager.register(progress)
-        config.pluginmanager.register(Workers(config, config.option.workers, progress))
+        config.pluginmanager.register(Workers(config, config.option.workers))
+        if config.option.record_durations:
+            config.pluginmanager.register(timetable.Record())
 
 
 def pytest_collection_finish() -> None:
@@ -171,22 +168,6 @@ def pytest_collection_finish() -> None:
     # What stays frozen is never freed, of which Triton's binding warns at exit. Not before that:
     # pytest collects twice when it ends, which would walk all of it.
     atexit.register(gc.unfreeze)
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, object]:
-    """Record durations; print the table of long tests after everything else that pytest prints."""
-    result = yield
-    progress = session.config.stash.get(_PROGRESS, None)
-    if progress is not None and session.config.option.record_durations:
-        progress.record()
-    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
-    if terminal is not None:
-        for line in long_table.lines_of(terminal.stats):
-            terminal.write_line(line)
-        if session.exitstatus == 0:
-            long_table.record(session.config, terminal.stats)
-    return result
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -24,7 +24,7 @@ import pytest
 
 from tests.parallel.rank_worker import worker_setup
 from tests.parallel.ranks import fork_server
-from tests.timetable import Progress, unit_of
+from tests.timetable import unit_of
 
 # How long fixtures may take to end what they have started, before their worker is killed.
 _END_S = 60.0
@@ -53,8 +53,8 @@ class _Worker:
 class Workers:
     """Plugin of a session whose tests several workers share."""
 
-    def __init__(self, config: pytest.Config, count: int, progress: Progress) -> None:
-        self._config, self._count, self._progress = config, count, progress
+    def __init__(self, config: pytest.Config, count: int) -> None:
+        self._config, self._count = config, count
         self._workers: list[_Worker] = []
         self._numbers = itertools.count()
         self._ended = 0
@@ -81,7 +81,6 @@ class Workers:
         """Have the workers run everything; pytest itself says what was wrong in a collection."""
         if session.testsfailed or session.config.option.collectonly or not session.items:
             return None
-        self._progress.starts_with([item.nodeid for item in session.items])
         self._units = _units(session.items)
         self._tickets = _filled_pipe(len(self._units))
         try:
@@ -109,7 +108,7 @@ class Workers:
         self._workers.append(_Worker(process, reader, left=deque(first)))
 
     def _listen(self, session: pytest.Session) -> None:
-        pipes = {worker.pipe: worker for worker in self._workers}
+        pipes, hook = {worker.pipe: worker for worker in self._workers}, self._config.hook
         for pipe in connection.wait(list(pipes)):
             worker = pipes[pipe]  # type: ignore[index]
             kind, content = worker.receive()
@@ -120,12 +119,13 @@ class Workers:
             elif kind == "begins":
                 worker.at = worker.left.popleft()
             elif kind == "finishes":
+                item = session.items[worker.at]
                 worker.at = None
                 self._ended += 1
+                hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
             elif kind == "warns":
-                self._config.hook.pytest_warning_recorded.call_historic(kwargs=_received(content))
+                hook.pytest_warning_recorded.call_historic(kwargs=_received(content))
             else:
-                hook = self._config.hook
                 report = hook.pytest_report_from_serializable(config=self._config, data=content)
                 hook.pytest_runtest_logreport(report=report)
         if session.shouldfail:
@@ -189,7 +189,6 @@ class Workers:
         for worker in self._workers:
             worker.pipe.close()
         manager = self._config.pluginmanager
-        manager.unregister(self._progress)
         reporter: Any = manager.get_plugin("terminalreporter")
         reporter._tw = type(reporter._tw)(open(os.devnull, "w"))  # noqa: SIM115
         # What is captured goes through files, whose positions forks share.
@@ -275,6 +274,6 @@ def _death_report(item: pytest.Item, how: str) -> pytest.TestReport:
         location=item.location,
         keywords={},
         outcome="failed",
-        longrepr=f"the worker ended in this test: {how}",
+        longrepr=f"{item.name}: the worker ended in this test: {how}",
         when="call",
     )

@@ -80,7 +80,6 @@ def test_two_kills(tmp_path: Path, data: Path) -> None:
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_twenty_kills(tmp_path, data, num_ranks, record_property):
     steps = 600
-    record_property("ranks", num_ranks)
     expected = undisturbed(tmp_path, data, num_ranks, steps)
     actual, done = survive(tmp_path, data, num_ranks, steps, kills=20, is_cold=True)
     record_property("measured", summed_up(done))

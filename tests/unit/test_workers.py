@@ -7,7 +7,7 @@ import pytest
 from tests.commands import module
 
 CONFTEST = """
-from tests import timetable, workers
+from tests import workers
 
 
 class Workers(workers.Workers):
@@ -16,9 +16,7 @@ class Workers(workers.Workers):
 
 
 def pytest_configure(config):
-    progress = timetable.Progress(config)
-    config.pluginmanager.register(progress)
-    config.pluginmanager.register(Workers(config, 2, progress))
+    config.pluginmanager.register(Workers(config, 2))
 """
 ONE = """
 import os, signal, warnings
@@ -76,8 +74,8 @@ def test_reports_are_those_of_one_process(tmp_path: Path) -> None:
     assert "shown" in printed
     assert "not shown" not in printed
     assert "DeprecationWarning: careful" in printed
-    assert "test_one.py::test_is_killed (call)\nthe worker ended in this test: SIGKILL" in printed
-    assert "test_ends_the_process (call)\nthe worker ended in this test: status 3" in printed
+    assert "test_is_killed: the worker ended in this test: SIGKILL" in printed
+    assert "test_ends_the_process: the worker ended in this test: status 3" in printed
     assert "not here" in printed
     assert "ValueError: at the end" in printed
 
