@@ -20,8 +20,7 @@ def profile(
         Path,
         typer.Argument(
             help="Analyse this run, which needs training.profile_steps, or a folder of torch "
-            "profiler traces, or a file or folder of NCCL Inspector or the flight "
-            "recorder.",
+            "profiler traces, or a file or folder of dumps of torch's flight recorder.",
             metavar="RUN",
         ),
     ],

@@ -1,4 +1,4 @@
-"""One collective operation on one rank, the common form of all sources.
+"""One collective operation on one rank, in the common form of all sources.
 
 Sizes follow nccl-tests (doc/PERFORMANCE.md): `size` is the bytes of the larger of the two buffers
 of a rank, so that algorithm and bus bandwidth are `size / time` and `size / time * factor`.
@@ -55,14 +55,14 @@ class Collective:
         operation: What it does.
         rank: Global rank that recorded it.
         group: Name of the process group in its backend; "" where unknown.
-        description: What the group is for (torch's `group_desc`, NCCL's `commName`); "" unknown.
+        description: What the group is for (torch's `group_desc`); "" where unknown.
         group_ranks: Global ranks of the group, in order; empty where unknown.
         group_size: Ranks in the group; 0 where unknown.
         size: Bytes, by nccl-tests' convention; None where unknown.
         sent: Bytes to each rank of the group, in its order; None where unknown.
         received: Bytes from each rank of the group.
-        sequence: Number of the call in its group (NCCL: in its group and operation), by which it is
-            found on other ranks; None where unknown.
+        sequence: Number of the call in its group, by which it is found on other ranks; None where
+            unknown.
         start_us: When the transfer (on a host backend, the call) began, in microseconds, by the
             clock of this rank's file.
         end_us: When it had finished.
@@ -70,7 +70,6 @@ class Collective:
             then counts; None for what all ranks do.
         row_bytes: Bytes of a row, the unit in which an all-to-all is split; None where unknown.
         scopes: Names of the profiler ranges it lies in, outermost first.
-        placed: False where only the duration is known, not when it was.
     """
 
     operation: Operation
@@ -88,7 +87,6 @@ class Collective:
     pair: tuple[int, int] | None = None
     row_bytes: int | None = None
     scopes: tuple[str, ...] = ()
-    placed: bool = True
 
     @property
     def duration_us(self) -> float:

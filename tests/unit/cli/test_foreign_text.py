@@ -97,7 +97,7 @@ def test_errors_that_quote_a_configuration(hostile_run, moepp, command: str):
 
 def test_profile_of_collectives(capsys, monkeypatch):
     monkeypatch.setattr("moepp_megatron.tools.report.terminal.LOG_WIDTH", 400)
-    row = SummaryRow(HOSTILE, "expert", 1.0, None, None, 1.0, None)
+    row = SummaryRow(HOSTILE, "expert", 1.0, None, None, 1.0)
     print_summary(ProfileSummary(HOSTILE, 1, (row,)))
     printed = harmless(capsys.readouterr().out)
     assert SHOWN in printed

@@ -13,6 +13,8 @@ import io
 import math
 import pickle
 import re
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,16 @@ from moepp_megatron.tools.profiling.formats.records import (
 )
 from moepp_megatron.tools.profiling.trace import ProfileError
 
-PICKLE = b"\x80"
+_PICKLE = b"\x80"
+# Enough for the first record, whatever it holds.
+_HEAD = 65536
+_SUPPORTED = "supported are folders of torch profiler traces, torch flight-recorder dumps"
+# Beginnings of unsupported files, and what to do about them.
+_STRANGERS = {
+    b"SQLite format 3\x00": "an SQLite database such as Nsight Systems exports",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself",
+}
 _MAJOR_VERSION = "2"
 _RANK = re.compile(r"(\d{1,9})(\.json|\.pkl|\.pickle)?(\.gz)?$")
 _PEER = re.compile(r"(?:send|recv) (\d{1,9})(->|<-)(\d{1,9}|\?)")
@@ -42,6 +53,44 @@ class _DataUnpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise ValueError("names a persistent object, which no flight record contains")
+
+
+def holds_flight_records(path: Path) -> bool:
+    """True if a file, or one in a folder, is a dump of the flight recorder.
+
+    Raises:
+        ProfileError: A file cannot be read.
+    """
+    files = path.iterdir() if path.is_dir() else [path]
+    return any(_is_flight_record(file) for file in files if file.is_file())
+
+
+def read_flight_records(path: Path) -> dict[int, list[Collective]]:
+    """Read one dump, or those of a folder; other files in it are left alone.
+
+    Returns:
+        Collectives of each global rank in the order in which they were enqueued.
+
+    Raises:
+        ProfileError: No file can be read; says what it looks like and what is supported.
+    """
+    files = _files(path)
+    dumps = _one_a_rank([file for file in files if _is_flight_record(file)])
+    if not dumps:
+        raise ProfileError(_unknown(path, files))
+    by_rank: dict[int, list[Collective]] = defaultdict(list)
+    for call in (call for file in dumps for call in read_flight_record(file)):
+        by_rank[call.rank].append(call)
+    return dict(sorted(by_rank.items()))
+
+
+def _is_flight_record(file: Path) -> bool:
+    head = read_bytes(file, _HEAD).lstrip()
+    if head.startswith(_PICKLE):
+        return b"pg_config" in read_bytes(file)
+    is_trace = re.search(rb'"(traceEvents|schemaVersion)"\s*:', head)
+    keys = rb'"(entries|pg_config|comm_lib_version)"\s*:'
+    return head.startswith(b"{") and not is_trace and re.search(keys, head) is not None
 
 
 def read_flight_record(path: Path) -> list[Collective]:
@@ -79,7 +128,7 @@ def _load(path: Path) -> Any:
     """A dump, JSON or pickle, without running anything that a pickle may hold."""
     content = read_bytes(path)
     try:
-        if not content.startswith(PICKLE):
+        if not content.startswith(_PICKLE):
             return parse_json(content)
         dump = _DataUnpickler(io.BytesIO(content)).load()
         _check_plain(dump, 10 * len(content))
@@ -138,7 +187,6 @@ def _collective(
         start_us=start,
         end_us=start + took,
         pair=_pair(name),
-        placed=False,
     )
 
 
@@ -169,3 +217,34 @@ def _pair(name: str) -> tuple[int, int] | None:
         return None
     own, other = int(match[1]), int(match[3])
     return (own, other) if match[2] == "->" else (other, own)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    if not path.exists():
+        raise ProfileError(f"{path}: no such file or folder; give a run or a recording")
+    return [path]
+
+
+def _one_a_rank(files: Sequence[Path]) -> list[Path]:
+    """Leave out the pickles of ranks that have JSON too, since a hang writes both."""
+    named = {file: re.search(r"(\d+)\D*$", file.name) for file in files}
+    ranks = {file: name[1] for file, name in named.items() if name is not None}
+    as_json = {ranks.get(file) for file in files if ".json" in file.suffixes}
+    return [file for file in files if ".json" in file.suffixes or ranks.get(file) not in as_json]
+
+
+def _unknown(path: Path, files: Sequence[Path]) -> str:
+    if path.is_dir():
+        names = ", ".join(file.name for file in files[:3]) or "nothing"
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        return f"{path}: a folder without a known profile (holds {names}{more}); {_SUPPORTED}"
+    head = read_bytes(path, _HEAD)
+    if not head.strip():
+        return f"{path}: empty; {_SUPPORTED}"
+    looks = next((looks for start, looks in _STRANGERS.items() if head.startswith(start)), None)
+    return (
+        f"{path}: looks like {looks or f'an unknown format, beginning with {head[:24]!r}'}; "
+        f"{_SUPPORTED}"
+    )

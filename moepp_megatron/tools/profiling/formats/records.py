@@ -19,7 +19,6 @@ from moepp_megatron.tools.profiling.trace import ProfileError
 _GZIP = b"\x1f\x8b"
 # Unpacked; as Python's objects a trace takes some six times as much.
 MAX_BYTES = 1 << 30
-_MAX_LINE = 1 << 20
 # Beyond these a number is damage; sums and products of such numbers are still finite.
 LARGEST = 1 << 63
 MOST_RANKS = 1 << 20
@@ -87,47 +86,6 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raise ProfileError(
             f"{path}: cannot be read ({reason or error}); give a whole file of a profile"
         ) from None
-
-
-def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place ("FILE, line N") and value of a file with one JSON object on each line.
-
-    A last line that ends early is left out: a program that still runs, or that was killed, has
-    not finished it.
-
-    Raises:
-        ProfileError: Another line is not a JSON object, or the file is too large.
-    """
-    for number, line, is_last in _lines(path):
-        place = f"{path}, line {number}"
-        try:
-            value = parse_json(line)
-        except ValueError as error:
-            if is_last:
-                return
-            raise ProfileError(f"{place}: not JSON ({error}); copy the file again") from None
-        if not isinstance(value, dict):
-            raise ProfileError(f"{place}: a JSON object is expected, not {type(value).__name__}")
-        yield place, value
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Number and text of each line that is not empty, and whether it is the last."""
-    before: tuple[int, str] | None = None
-    number = size = 0
-    with _opened(path) as file:
-        while line := file.readline(_MAX_LINE + 1):
-            number, size = number + 1, size + len(line)
-            if size > MAX_BYTES:
-                raise _too_large(path)
-            if len(line) > _MAX_LINE:
-                raise ProfileError(f"{path}, line {number}: longer than {_MAX_LINE} bytes")
-            if text := line.decode("utf-8", errors="replace").strip():
-                if before is not None:
-                    yield *before, False
-                before = number, text
-    if before is not None:
-        yield *before, True
 
 
 def field[Value](

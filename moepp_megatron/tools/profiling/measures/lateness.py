@@ -37,8 +37,7 @@ def lateness(collectives: Mapping[int, list[Collective]]) -> dict[CallKey, Laten
     for rank, calls in collectives.items():
         for place, call in enumerate(calls):
             if call.sequence is not None and call.group_ranks:
-                # NCCL's own profilers number each operation of a group separately; a receive is
-                # the other end of a send.
+                # A receive is the other end of a send.
                 receives = call.operation is Operation.RECEIVE
                 kind = Operation.SEND if receives else call.operation
                 name = (call.group, call.group_ranks, call.pair, kind, call.sequence)

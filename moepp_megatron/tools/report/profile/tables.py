@@ -105,7 +105,7 @@ def print_tables(sentences: Sequence[str], tables: Sequence[TextTable]) -> None:
 
 def print_summary(summary: ProfileSummary) -> None:
     """Print a recording of collectives only: sums per rank over the recording."""
-    unit = "ms and GB/s of the transfer"
+    unit = "ms, waiting for late ranks included, and GB/s"
     table = _table("Collectives of a rank", unit, "", _SUMMARY, summary.rows, 2)
     print_tables([f"{summary.name}, {summary.ranks} ranks"], [table])
 
@@ -177,7 +177,6 @@ _SUMMARY: _Cells = {
     "calls": lambda row: f"{row.calls:g}",
     "bytes": lambda row: _NO if row.bytes is None else formatting.data_size(row.bytes),
     "time": lambda row: f"{row.time_us / 1e3:,.3f}" if row.time_us else _NO,
-    "waiting": lambda row: _ms(None if row.wait_us is None else row.wait_us / 1e3),
     "algbw": lambda row: _rate(row.algorithm_gb_s),
     "busbw": lambda row: _rate(row.bus_gb_s),
 }

@@ -1,5 +1,6 @@
 """Dumps of torch's flight recorder: recorded with gloo, written from its source for NCCL."""
 
+import gzip
 import json
 import pickle
 from pathlib import Path
@@ -7,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from moepp_megatron.tools.profiling.collective import Operation
-from moepp_megatron.tools.profiling.formats.flight_recorder import read_flight_record
+from moepp_megatron.tools.profiling.formats.flight_recorder import (
+    read_flight_record,
+    read_flight_records,
+)
 from moepp_megatron.tools.profiling.trace import ProfileError
 
 GLOO = Path(__file__).parent / "samples" / "flight_recorder_gloo"
@@ -34,7 +38,6 @@ def test_recorded_sizes_groups_and_order():
     assert [one.sequence for one in found if one.group == exchange.group] == [1, 2, 3]
     assert found[0].group_ranks == (0, 1)
     assert found[2].size is None
-    assert not any(one.placed for one in found)
     times = [one.start_us for one in found]
     assert times == sorted(times)
 
@@ -128,3 +131,57 @@ def test_the_rank_must_be_in_the_name(tmp_path):
     path.write_text("{}")
     with pytest.raises(ProfileError, match="must end with its rank, such as trace_rank_3"):
         read_flight_record(path)
+
+
+@pytest.mark.parametrize(("folder", "ranks"), [(GLOO, 2), (NCCL, 4)])
+def test_a_folder_of_dumps_is_read_rank_by_rank(folder, ranks):
+    by_rank = read_flight_records(folder)
+    assert list(by_rank) == list(range(ranks))
+    assert all(by_rank.values())
+
+
+def test_a_rank_that_left_json_and_a_pickle_is_read_once():
+    assert len(read_flight_records(GLOO)[0]) == 18
+
+
+@pytest.mark.parametrize(
+    ("content", "looks"),
+    [
+        (b"SQLite format 3\x00...", "an SQLite database such as Nsight Systems exports"),
+        (b"PK\x03\x04", "a zip archive; unpack it"),
+        (b"step,loss\n", "an unknown format, beginning with b'step,loss"),
+        (b'{"step": 1, "loss": 2.0}', "an unknown format, beginning with b'{"),
+        (b'[{"name": "x", "cat": "kernel", "ph": "X"}]', "an unknown format"),
+        (b"\x80\x04K\x01.", "an unknown format"),
+        (b"", "empty"),
+    ],
+)
+def test_anything_else_is_named_with_what_is_supported(tmp_path, content, looks):
+    path = tmp_path / "profile.bin"
+    path.write_bytes(content)
+    with pytest.raises(ProfileError) as caught:
+        read_flight_records(path)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: ")
+    assert looks in said
+    assert said.endswith("torch flight-recorder dumps")
+
+
+def test_folders_without_a_profile(tmp_path):
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(ProfileError, match=r"holds a\.txt, b\.txt, c\.txt and 1 more\); supported"):
+        read_flight_records(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ProfileError, match="holds nothing"):
+        read_flight_records(tmp_path / "empty")
+    with pytest.raises(ProfileError, match="no such file or folder"):
+        read_flight_records(tmp_path / "absent")
+
+
+def test_a_packed_file_that_was_cut_is_an_error(tmp_path):
+    path = tmp_path / "collectives_rank_0.json.gz"
+    whole = gzip.compress((NCCL / "collectives_rank_0.json").read_bytes())
+    path.write_bytes(whole[:-40])
+    with pytest.raises(ProfileError, match="cut short inside its gzip data"):
+        read_flight_records(path)

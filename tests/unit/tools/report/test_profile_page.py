@@ -53,21 +53,16 @@ def test_names_are_text(run: Path) -> None:
     assert "&lt;/script&gt;&lt;b&gt;" in page
 
 
-def test_other_sources(tmp_path: Path) -> None:
-    inspector = SAMPLE.parent / "inspector_2_30"
-    result = command(inspector, "--json", tmp_path / "i.json")
+def test_flight_records(tmp_path: Path) -> None:
+    recorded = SAMPLE.parent / "flight_recorder_nccl"
+    result = command(recorded, "--json", tmp_path / "f.json")
     assert result.exit_code == 0, result.output
     assert "all_to_all" in result.output
-    rows = {
-        (row["operation"], row["group"]): row
-        for row in json.loads((tmp_path / "i.json").read_text())["rows"]
-    }
-    assert rows["all_to_all", "expert"]["calls"] == 2
-    reduced = rows["all_reduce", "all ranks"]
-    assert reduced["bytes"] == 2 * 4194304
-    # Written: ranks 1 to 3 start 30, 5 and 12 us after rank 0 and end with it: the others wait for
-    # rank 1 for 30, 25 and 18 us in each of two calls; a mean of four ranks.
-    assert reduced["wait_us"] == pytest.approx(2 * (30 + 25 + 18) / 4, abs=1e-2)
+    rows = {row["operation"]: row for row in json.loads((tmp_path / "f.json").read_text())["rows"]}
+    assert rows["all_to_all"]["group"] == "expert"
+    # Each of four ranks takes 250 us, and gathers 2^14 bf16 in all.
+    assert rows["all_to_all"]["time_us"] == pytest.approx(250)
+    assert rows["all_gather"]["bytes"] == 16384 * 2
 
 
 @pytest.mark.parametrize(
