@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from moepp_megatron.config import Config, Layout, load_config, with_overrides
 from moepp_megatron.runtime import distributed
-from moepp_megatron.runtime.quiet import quiet
+from moepp_megatron.runtime.optional import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.tools.bench.step import RandomTokens
 

@@ -42,7 +42,7 @@ _HEADS = (*_CELL, "before", "now", "experts", "products", "row", "faults", "ms")
 
 def measure_here(dtype: str, shape_name: str, tau: float) -> list[dict[str, Any]]:
     """Both passes' cells, with the package that is imported."""
-    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.optional import quiet
     from moepp_megatron.tools.bench.clock import interleaved, speedup
     from moepp_megatron.tools.bench.contestants import Contestant, single_process
     from moepp_megatron.tools.bench.parts import parts_ms

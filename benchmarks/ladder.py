@@ -46,7 +46,7 @@ from benchmarks.ladder_run import (
 )
 from moepp_megatron.runtime import cpu_support, distributed
 from moepp_megatron.runtime.atomic import lock, write_atomic
-from moepp_megatron.runtime.quiet import quiet
+from moepp_megatron.runtime.optional import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
 
 RATES, STDS = (1.5e-3, 3e-3, 6e-3), (0.03, 0.06, 0.12)

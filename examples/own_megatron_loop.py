@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp_megatron.runtime import cpu_support
-from moepp_megatron.runtime.quiet import quiet
+from moepp_megatron.runtime.optional import quiet
 
 quiet()
 # Where there is no GPU, megatron-core's calls of CUDA are mapped onto the CPU. Before its imports.

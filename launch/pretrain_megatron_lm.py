@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from moepp_megatron.runtime import cpu_support
-from moepp_megatron.runtime.quiet import quiet
+from moepp_megatron.runtime.optional import quiet
 
 quiet()
 # Does nothing where there is a GPU.

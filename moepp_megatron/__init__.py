@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from moepp_megatron.runtime.install import missing
+from moepp_megatron.runtime.optional import missing
 from moepp_megatron.version import __version__
 
 if TYPE_CHECKING:

@@ -106,7 +106,7 @@ def layer(
     chosen = [SHAPES[name] for name in shape_names]
     if constants is not None:
         chosen = [shape.with_constants(constants) for shape in chosen]
-    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.optional import quiet
 
     quiet()
     if chosen_dtype == "fp8":
@@ -192,7 +192,7 @@ def step(
 
 
 def _step_on_rank(config: Config, layout: Layout, rounds: int, json_file: Path | None) -> None:
-    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.optional import quiet
 
     quiet()
     from moepp_megatron.runtime import distributed

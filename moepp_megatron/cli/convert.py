@@ -289,7 +289,7 @@ def to_megatron_lm(source: Source, target: Target) -> None:
 def _begin(target: Path) -> None:
     """Refuse a DST that is taken at once: the converters import torch."""
     from moepp_megatron.interop.convert import free_folder
-    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.optional import quiet
 
     free_folder(target)
     quiet()

@@ -90,7 +90,7 @@ def doctor(
         moepp doctor configs/quickstart.yaml --nproc 2 --json doctor.json
     """
     from moepp_megatron.config.hardware import load_hardware
-    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.optional import quiet
     from moepp_megatron.runtime.rank import RankEnvironment
 
     settings = None if config is None else load_config(config, overrides or [])

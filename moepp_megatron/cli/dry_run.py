@@ -75,7 +75,7 @@ def build_and_check(config: Config, layout: Layout, rank: int) -> bool:
     from moepp_megatron.runtime.fit import check_fit
 
     check_fit(config)
-    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.optional import quiet
 
     quiet()
     from moepp_megatron.tools.planning.built_rank import build_rank, check_rank

@@ -73,7 +73,7 @@ def generate(
         moepp generate runs/quickstart --prompt "def main("
         moepp generate runs/fine_tuned --chat --prompt "In which module is deepcopy?"
     """
-    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.optional import quiet
 
     quiet()
     from moepp_megatron.interop.generate import run

@@ -41,7 +41,7 @@ def inspect(
         moepp inspect runs/quickstart --text README.md
         moepp inspect runs/quickstart --text README.md --json - --nproc 2
     """
-    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.optional import quiet
 
     quiet()
     from moepp_megatron.runtime.rank import RankEnvironment

@@ -13,7 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
 from typing import Annotated
 
-from moepp_megatron.runtime.install import missing
+from moepp_megatron.runtime.optional import missing
 
 try:
     import typer

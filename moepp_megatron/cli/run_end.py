@@ -12,7 +12,7 @@ from moepp_megatron.cli.echo import echo
 from moepp_megatron.cli.resume_command import print_resume_command
 from moepp_megatron.config import Config
 from moepp_megatron.config.exit_codes import FAILED
-from moepp_megatron.runtime.install import missing
+from moepp_megatron.runtime.optional import missing
 
 if TYPE_CHECKING:
     from moepp_megatron.observe.metrics import StepMetrics

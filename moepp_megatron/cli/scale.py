@@ -196,7 +196,7 @@ def _run_all(config: Config, grid: ScalingGrid, trials: list[PointTrial]) -> boo
 
 def _measure_on_rank(config: Config, trial: PointTrial, measuring: Measuring) -> None:
     """Be one rank of one point; rank 0 writes the result."""
-    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.optional import quiet
     from moepp_megatron.runtime.rank import RankEnvironment
     from moepp_megatron.runtime.stop_signals import die_with_parent
 

@@ -20,7 +20,7 @@ def schedule_lines(config: Config) -> list[str]:
 
     megatron-core computes both, so this takes the seconds that its import takes.
     """
-    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.optional import quiet
 
     quiet()
     from moepp_megatron.training.schedule import batch_stages, learning_rate, planned_samples

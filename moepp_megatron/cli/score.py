@@ -48,7 +48,7 @@ def score(
         moepp score runs/quickstart --text README.md
         moepp score runs/quickstart --tokens tokens.npz --out scores.npz
     """
-    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.optional import quiet
 
     quiet()
     from moepp_megatron.interop.score import run

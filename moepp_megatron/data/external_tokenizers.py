@@ -23,7 +23,7 @@ from moepp_megatron.config.regular_file import check_regular
 from moepp_megatron.data.long_text import PATTERNS
 from moepp_megatron.data.tokenizer import Tokenizer, known_eod_token, tokenizer_file
 from moepp_megatron.file_names import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from moepp_megatron.runtime.install import how_to_install
+from moepp_megatron.runtime.optional import how_to_install
 
 # A file of ranks holds neither pattern nor special tokens; both follow from the number of ranks.
 # Special tokens are counted from there; an id that has no token gets a name.

@@ -32,7 +32,7 @@ from moepp_megatron.data.sources import (
 from moepp_megatron.data.tokenizer import Tokenizer, check_vocab_size, train_tokenizer
 from moepp_megatron.file_names import TOKENIZER_FILE
 from moepp_megatron.runtime.atomic import partial_folder, publish
-from moepp_megatron.runtime.quiet import quiet
+from moepp_megatron.runtime.optional import quiet
 from moepp_megatron.runtime.terminal import Console
 
 _DEFAULT_VOCAB_SIZE = 4096

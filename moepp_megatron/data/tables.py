@@ -11,7 +11,7 @@ from typing import Any
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.compressed import too_large, unpacked_limit
-from moepp_megatron.runtime.install import how_to_install
+from moepp_megatron.runtime.optional import how_to_install
 
 TABLES = ("parquet", "arrow")
 CONVERSATION_KEYS = ({"messages"}, {"conversations"}, {"instruction", "output"})

@@ -9,7 +9,7 @@ from typing import Any
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.config.choices import pick
-from moepp_megatron.runtime.quiet import quiet
+from moepp_megatron.runtime.optional import quiet
 
 # Module of this room and function in it: each imports torch.
 _CONVERTERS = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moepp_megatron.interop.generate_request import GenerateRequest, Sampling
-from moepp_megatron.runtime.quiet import quiet
+from moepp_megatron.runtime.optional import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import prepare_rank
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moepp_megatron.interop.score_request import ScoreRequest, read_input_ids
-from moepp_megatron.runtime.quiet import quiet
+from moepp_megatron.runtime.optional import quiet
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import prepare_rank
 

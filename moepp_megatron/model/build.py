@@ -23,7 +23,7 @@ from moepp_megatron.moe.adapter import with_attention
 from moepp_megatron.moe.multi_token import get_moepp_mtp_block_spec
 from moepp_megatron.moe.spec import get_moepp_block_spec
 from moepp_megatron.moe.upstream_private import PRIVATE_NAMES, UpstreamMovedError, check_upstream
-from moepp_megatron.runtime.kernel_choices import chosen_cross_entropy
+from moepp_megatron.runtime.backends import chosen_cross_entropy
 from moepp_megatron.runtime.optional import have_transformer_engine
 
 

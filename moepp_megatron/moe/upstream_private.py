@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from moepp_megatron.moe.upstream_settings import undecided
 from moepp_megatron.moe.upstream_versions import TESTED_VERSION, by_name, version, version_problem
-from moepp_megatron.runtime.install import how_to_install
+from moepp_megatron.runtime.optional import how_to_install
 
 Use = Literal["called", "overridden", "read"]
 

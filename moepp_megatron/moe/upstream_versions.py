@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moepp_megatron.runtime.install import how_to_install
+from moepp_megatron.runtime.optional import how_to_install
 
 TESTED_VERSION = "0.19.2"
 """Version that tests run with (constraints.txt)."""

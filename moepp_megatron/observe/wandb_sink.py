@@ -15,7 +15,7 @@ from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.file_names import WANDB_ID_FILE
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.numbers import is_curve, numbers, path_of
-from moepp_megatron.runtime.install import how_to_install
+from moepp_megatron.runtime.optional import how_to_install
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from moepp_megatron.config import Config, UnfitError
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
-from moepp_megatron.runtime.install import TRANSFORMER_ENGINE, how_to_install
 from moepp_megatron.runtime.optional import (
+    TRANSFORMER_ENGINE,
     flex_backend,
     flex_backends,
     have_transformer_engine,
     have_triton,
+    how_to_install,
     import_failure,
 )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moepp_megatron.config import Config
-from moepp_megatron.runtime.install import TRANSFORMER_ENGINE
-from moepp_megatron.runtime.optional import have_transformer_engine
+from moepp_megatron.runtime.optional import TRANSFORMER_ENGINE, have_transformer_engine
 
 Version = tuple[int, ...]
 

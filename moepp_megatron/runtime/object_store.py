@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from moepp_megatron.config import ConfigError, UnfitError
 from moepp_megatron.config.paths import is_address, without_password
 from moepp_megatron.runtime.disk import causes
-from moepp_megatron.runtime.install import how_to_install
+from moepp_megatron.runtime.optional import how_to_install
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403"}
 # Raised by botocore before it has asked anybody.

@@ -5,9 +5,58 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
+import shlex
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+TRANSFORMER_ENGINE = "launch/env.sh --te on a CUDA machine"
+"""It is compiled against the installed torch."""
+
+
+def how_to_install(*requirements: str) -> str:
+    """A command for the Python that runs this; requirements as pip takes them (`wandb>=1`)."""
+    from importlib import metadata
+
+    # No registry has this package: where it is not installed, an extra is that of its folder.
+    if not any(metadata.distributions(name="moepp-megatron")):
+        folder = str(Path(__file__).parents[2])
+        requirements = tuple(each.replace("moepp_megatron[", f"{folder}[") for each in requirements)
+    return shlex.join([sys.executable, "-m", "pip", "install", *requirements])
+
+
+OF_ALL = {
+    "jinja2": "jinja2 (pages, Slurm scripts, chat templates)",
+    "matplotlib": "matplotlib (plots of pages)",
+    "numpy": "numpy (corpora, checkpoints)",
+    "prometheus_client": "prometheus-client (metrics for Prometheus)",
+    "psutil": "psutil (looks after processes)",
+    "pyarrow": "pyarrow (parquet, Arrow and Zstandard files)",
+    "pydantic": "pydantic (configurations)",
+    "pynvml": "nvidia-ml-py (telemetry of GPUs)",
+    "rich": "rich (tables on a terminal)",
+    "tensorboard": "tensorboard (event files)",
+    "tokenizers": "tokenizers (text to tokens and back)",
+    "typer": "typer (the command line)",
+    "yaml": "pyyaml (YAML files)",
+}
+"""The extra `all` of pyproject.toml: package and use, by the name that is imported."""
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """Describe a failed import in one line: package, its use, how to install it.
+
+    Raises:
+        ModuleNotFoundError: The error, if that is no package of the extra `all`.
+    """
+    package = OF_ALL.get((error.name or "").partition(".")[0])
+    if package is None:
+        raise error
+    return f"{package} is not installed; {how_to_install('moepp_megatron[all]')}"
+
 
 # Packages that megatron-core imports if they are installed, whether a run uses them or not, and
 # what is imported of them.
@@ -126,3 +175,56 @@ def flex_backend(wanted: str = "auto") -> str | None:
 def have_triton() -> bool:
     """True if Triton kernels run here: installed, and a GPU is present."""
     return _have_on_gpu("triton")
+
+
+# One line each, with what it announces and why that is not news.
+_LOGGERS = (
+    # "No CUDA runtime is found": on every CPU machine.
+    "torch.utils.cpp_extension",
+    # "GPTModel IS DEPRECATED", which is true, at every construction: docs/upgrading.md says so.
+    "megatron.core.models.gpt.gpt_model",
+    # "full_param_layout not provided": the layout is computed inside, as documented there.
+    "megatron.core.distributed.distributed_data_parallel",
+    # "MCore's async save is deprecated": also for synchronous saves.
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
+
+
+def quiet() -> None:
+    """Silence the messages, and hide packages that break megatron-core's import.
+
+    Call before importing megatron-core; a second call has no effect.
+    """
+    # megatron-core announces on import every optional package that is missing; `moepp doctor`
+    # reports the same on request.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
+    # megatron-core imports its experimental classes whether they are used or not.
+    warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
+    # Its optimizer looks whether a parameter's copy has a gradient.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    # Untrue: said of FFN experts that a rank holds whole, where the rest of the model is
+    # tensor-parallel and sequence-parallel, and stays so.
+    warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor")
+    # From what it logs where there is no process group: a schedule that is only drawn.
+    warnings.filterwarnings("ignore", message="Could not determine rank from torch.distributed")
+    # From every configuration, whatever it says about CUDA graphs.
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
+    # Reading a checkpoint's common part, which megatron-core does on each rank separately.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+    warnings.filterwarnings("ignore", message="The argument order of load has been changed")
+    # Deprecations inside megatron-core and torch are for their developers.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\..*")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(megatron|torch)\..*")
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    hide_broken_packages()
+
+
+def version_of(distribution: str) -> str | None:
+    """Installed version of a distribution, or None."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

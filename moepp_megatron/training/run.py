@@ -165,7 +165,7 @@ def _start_ranks(request: TrainRequest) -> TrainResult:
 
 def run_rank(request: TrainRequest, say: Say, callbacks: Sequence[object]) -> TrainResult:
     """Train as one rank of the run."""
-    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.optional import quiet
 
     quiet()
     from moepp_megatron.runtime import distributed

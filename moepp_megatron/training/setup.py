@@ -26,8 +26,8 @@ from moepp_megatron.model.build import build_model
 from moepp_megatron.model.megatron_config import moepp_config, params_dtype
 from moepp_megatron.moe.kernels import start_kernel, use_kernels
 from moepp_megatron.moe.lane import pipeline_config
+from moepp_megatron.runtime.backends import chosen_cross_entropy
 from moepp_megatron.runtime.fit import modules_with_extension
-from moepp_megatron.runtime.kernel_choices import chosen_cross_entropy
 from moepp_megatron.runtime.patches import replace
 from moepp_megatron.training.gradient_norm import replace_l2_norm
 from moepp_megatron.training.optimizers import build_optimizer

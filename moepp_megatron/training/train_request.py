@@ -27,10 +27,10 @@ from moepp_megatron.config.sections import used
 from moepp_megatron.features.registry import FILE_CHECKS, START_CHECKS, named
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.observe.status import inherited_claim
-from moepp_megatron.runtime.install import how_to_install
 from moepp_megatron.runtime.launch import LaunchOptions, has_launcher
 from moepp_megatron.runtime.nodes import interface_of_rank
 from moepp_megatron.runtime.object_store import check_store, place
+from moepp_megatron.runtime.optional import how_to_install
 from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.runtime.rank_environment import contradiction, set_rank_variables
 from moepp_megatron.training.checkpoint import check_start, list_checkpoints

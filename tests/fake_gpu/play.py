@@ -155,7 +155,7 @@ def _play(case: Case, outcome: Outcome) -> None:
 
     from moepp_megatron.config import Layout, load_config
     from moepp_megatron.runtime import cpu_support, distributed, fit
-    from moepp_megatron.runtime.quiet import quiet
+    from moepp_megatron.runtime.optional import quiet
     from moepp_megatron.tools.planning.traffic import distinct_targets
 
     quiet()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from moepp_megatron.config import Config, UnfitError
-from moepp_megatron.runtime.install import how_to_install
-from moepp_megatron.runtime.optional import have_lm_eval
+from moepp_megatron.runtime.optional import have_lm_eval, how_to_install
 
 
 def check_tasks(config: Config) -> None:

@@ -8,16 +8,20 @@ import sys
 
 from moepp_megatron.config import Config
 from moepp_megatron.moe import upstream_versions
-from moepp_megatron.runtime.backends import Backend, optional_backends, version_of
+from moepp_megatron.runtime.backends import (
+    Backend,
+    KernelChoice,
+    kernel_choices,
+    optional_backends,
+    version_of,
+)
 from moepp_megatron.runtime.fit import (
     compiler_obstacle,
     extension_obstacle,
     modules_with_extension,
 )
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
-from moepp_megatron.runtime.install import OF_ALL, how_to_install
-from moepp_megatron.runtime.kernel_choices import KernelChoice, kernel_choices
-from moepp_megatron.runtime.optional import have_triton
+from moepp_megatron.runtime.optional import OF_ALL, have_triton, how_to_install
 from moepp_megatron.tools.doctor.finding import Finding, Severity, error, note, warning
 from moepp_megatron.tools.doctor.gpu_checks import TorchCuda
 

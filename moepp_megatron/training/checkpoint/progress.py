@@ -12,7 +12,7 @@ from typing import Any
 from moepp_megatron.config import ConfigError, Layout
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.file_names import STATE_FILE
-from moepp_megatron.runtime.backends import version_of
+from moepp_megatron.runtime.optional import version_of
 from moepp_megatron.version import __version__
 
 _FORMAT_VERSION = 1

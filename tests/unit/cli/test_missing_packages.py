@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.runtime.install import OF_ALL, how_to_install
+from moepp_megatron.runtime.optional import OF_ALL, how_to_install
 from tests.commands import forked
 from tests.unit.cli.test_dry_run import MINIMAL
 

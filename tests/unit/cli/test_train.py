@@ -231,7 +231,7 @@ def test_what_a_run_says_at_its_start_is_printed(tmp_path: Path, monkeypatch, ca
     )
     bound: list[str] = []
     for name, stand_in in {
-        "quiet.quiet": lambda: None,
+        "optional.quiet": lambda: None,
         "distributed.initialized": lambda *args: contextlib.nullcontext("its GPU"),
         "distributed.bind_to_gpu": bound.append,
         "distributed.build_groups": lambda *args: None,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moepp_megatron.runtime.install import OF_ALL, TRANSFORMER_ENGINE, how_to_install
+from moepp_megatron.runtime.optional import OF_ALL, TRANSFORMER_ENGINE, how_to_install
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "moepp_megatron"
@@ -64,7 +64,7 @@ def test_each_package_of_the_extra_has_a_use() -> None:
 
 def test_no_message_has_a_command_of_its_own() -> None:
     """A registry does not have this package, and `pip` may be another environment's."""
-    own = {"runtime/install.py", "interop/hf_files/configuration_moepp.py"}
+    own = {"runtime/optional.py", "interop/hf_files/configuration_moepp.py"}
     for path in PACKAGE.rglob("*.py"):
         name = str(path.relative_to(PACKAGE))
         text = path.read_text(encoding="ascii")

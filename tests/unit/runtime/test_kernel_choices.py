@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from moepp_megatron.config import load_config
-from moepp_megatron.runtime import backends, kernel_choices, optional
+from moepp_megatron.runtime import backends, optional
 
 ROOT = Path(__file__).parents[3]
 APEX: dict[str, dict[str, Any]] = {
@@ -51,11 +51,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def implementations() -> dict[str, str]:
-    return {choice.operation: choice.implementation for choice in kernel_choices.kernel_choices()}
+    return {choice.operation: choice.implementation for choice in backends.kernel_choices()}
 
 
 def lines() -> list[str]:
-    return [choice.line() for choice in kernel_choices.kernel_choices()]
+    return [choice.line() for choice in backends.kernel_choices()]
 
 
 def test_attention_experts_and_permutation(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_attention_experts_and_permutation(install: Any, monkeypatch: pytest.Mon
     ]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert "no grouped product on this GPU" in lines()[1]
-    monkeypatch.setattr(kernel_choices, "have_transformer_engine", lambda: True)
+    monkeypatch.setattr(backends, "have_transformer_engine", lambda: True)
     assert lines()[:3] == [
         "attention: Transformer Engine (DotProductAttention)",
         "experts: Transformer Engine (grouped product)",
@@ -84,14 +84,14 @@ def test_attention_experts_and_permutation(install: Any, monkeypatch: pytest.Mon
 
 def test_cross_entropy(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     install(gpu=False)
-    assert kernel_choices.chosen_cross_entropy("auto") == "unfused"
-    monkeypatch.setattr(kernel_choices, "have_triton", lambda: True)
-    assert kernel_choices.chosen_cross_entropy("auto") == "fused"
-    assert kernel_choices.chosen_cross_entropy("native") == "native"
+    assert backends.chosen_cross_entropy("auto") == "unfused"
+    monkeypatch.setattr(backends, "have_triton", lambda: True)
+    assert backends.chosen_cross_entropy("auto") == "fused"
+    assert backends.chosen_cross_entropy("native") == "native"
     for wanted, used in (("auto", "Triton"), ("native", "torch"), ("unfused", "torch")):
         (choice,) = (
             choice
-            for choice in kernel_choices.kernel_choices(wanted)
+            for choice in backends.kernel_choices(wanted)
             if choice.operation == "cross entropy"
         )
         assert choice.implementation == used
@@ -128,7 +128,7 @@ def test_parts_of_apex(install: Any, missing: str, expected: tuple[str, str]) ->
 
 def test_apex_accumulates_more_than_transformer_engine(install: Any, monkeypatch) -> None:
     install()
-    monkeypatch.setattr(kernel_choices, "have_transformer_engine", lambda: True)
+    monkeypatch.setattr(backends, "have_transformer_engine", lambda: True)
     assert norm_and_accumulation() == ("Transformer Engine", "Transformer Engine")
     assert any("but for the output layer" in line for line in lines())
     install(APEX)
@@ -161,7 +161,7 @@ def test_the_log_has_one_line_with_every_choice(install: Any) -> None:
     install()
     line = backends.choices_line()
     assert "\n" not in line
-    for choice in kernel_choices.kernel_choices():
+    for choice in backends.kernel_choices():
         assert choice.line() in line
 
 
@@ -198,7 +198,7 @@ def test_a_process_with_an_apex_on_its_path(tmp_path: Path) -> None:
         path.write_text(content)
     script = (
         f"import json, sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from moepp_megatron.runtime.kernel_choices import kernel_choices\n"
+        "from moepp_megatron.runtime.backends import kernel_choices\n"
         "print(json.dumps([choice.line() for choice in kernel_choices()]))\n"
     )
     done = subprocess.run(
