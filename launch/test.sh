@@ -3,14 +3,21 @@
 #
 #   ./launch/test.sh                   everything that CI runs
 #   ./launch/test.sh --quick           a choice that covers every room, in two minutes (tests/quick.py)
+#   ./launch/test.sh -m 'matrix or slow'   what that leaves out
+#   ./launch/test.sh --last-green      when all of that last passed (tests/last_green.json)
 #   ./launch/test.sh [pytest args]     what these ask for, in one process
 #
 # Without a -m of your own the default selection runs: no layout matrix, nothing slow. Tests that need
 # a GPU are a session of their own, tests/gpu: the second one here, where there is a GPU and nothing is
 # asked for. Paths are relative to the repository.
 #
-# Reads  MOEPP_TEST_WORKERS  how many processes share the tests of the first two
+# Reads  MOEPP_TEST_WORKERS  how many processes share the tests of the first three
 set -euo pipefail
+if [[ ${1-} = --last-green ]]; then
+    cat -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../tests/last_green.json" 2>/dev/null && exit
+    echo "no whole green run of -m 'matrix or slow' is recorded" >&2
+    exit 1
+fi
 # shellcheck disable=SC2034  # read by env.sh
 MOEPP_DEV=1
 # shellcheck source=launch/env.sh
@@ -25,7 +32,7 @@ for argument; do
     case $argument in
     # Nothing of it waits.
     --quick) workers=$((cores < 5 ? cores : 5)) ;;
-    --record-durations) ;;
+    --record-durations | -m | matrix | slow | 'matrix or slow') ;;
     *) shared=() ;;
     esac
 done

@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import quick, timetable
+from tests import last_green, quick, timetable
 from tests.parallel.ranks import RankPools
 from tests.workers import Workers
 
@@ -168,6 +168,15 @@ def pytest_collection_finish() -> None:
     # What stays frozen is never freed, of which Triton's binding warns at exit. Not before that:
     # pytest collects twice when it ends, which would walk all of it.
     atexit.register(gc.unfreeze)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, object]:
+    result = yield
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and session.exitstatus == 0:
+        last_green.record(session.config, terminal.stats)
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)
