@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -24,7 +23,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import MlpBuilder, get_transformer_layer_offset
 
-from moepp_megatron.moe.adapter import LayerAdapter, from_deprecated, with_submodules
+from moepp_megatron.moe.adapter import LayerAdapter, with_submodules
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.cpu_experts import CPUExperts, suits
 from moepp_megatron.moe.grouped_experts import GroupedExperts, suits_grouped
@@ -42,7 +41,6 @@ def get_moepp_layer_spec(
     use_transformer_engine: bool,
     has_residual: bool = True,
     adapt: LayerAdapter | None = None,
-    **deprecated: Any,
 ) -> ModuleSpec:
     """Spec of one MoE++ transformer layer.
 
@@ -54,14 +52,12 @@ def get_moepp_layer_spec(
         use_transformer_engine: Transformer Engine's modules, or megatron-core's local ones.
         has_residual: False for the first MoE layer of the model, which has no router before it.
         adapt: Exchanges norms and attention of the back end, or None for the back end's own.
-        **deprecated: `norm`, `core_attention` and `qk_norms`, which `adapt` replaced.
 
     Raises:
         ValueError: If MoE++ layers would ignore a setting of `config` (`upstream_settings`), or
             latent attention is megatron-core's own on its local modules.
         UpstreamMovedError: megatron-core lacks a private name that they use (`upstream_private`).
     """
-    adapt = from_deprecated(adapt, deprecated, use_transformer_engine)
     if not moepp.is_vanilla:
         check_upstream()
         refuse_ignored(config, moepp)
@@ -102,7 +98,6 @@ def get_moepp_block_spec(
     adapt: LayerAdapter | None = None,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
-    **deprecated: Any,
 ) -> TransformerBlockSubmodules:
     """Specs of the layers that one pipeline stage builds.
 
@@ -110,7 +105,6 @@ def get_moepp_block_spec(
     (`TransformerConfig.moe_layer_freq`) hand the logits on. `adapt` is for the final norm too. The
     pipeline rank is Megatron's global one where None; the rest is as in `get_moepp_layer_spec`.
     """
-    adapt = from_deprecated(adapt, deprecated, use_transformer_engine)
     pattern = moe_layer_pattern(config)
     layer = partial(
         get_moepp_layer_spec,

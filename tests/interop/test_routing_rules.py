@@ -65,28 +65,6 @@ def test_longcat_flash_layer(ranks: RankPools) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=FP32 * np.abs(theirs).max())
 
 
-def bias_alone_selects() -> tuple[Any, Any, Any]:
-    """Routing of the same tokens without and with a bias towards expert 0."""
-    import torch
-
-    (model,) = build(settings(moe=LONGCAT))
-    router = model.decoder.layers[0].mlp.router
-    x = torch.randn(16, 4, 32)
-    with torch.no_grad():
-        logits = router(x).logits
-        router.expert_bias[0] = 2.0
-        biased = router(x)
-    return torch.softmax(logits, -1).view(-1, 9).numpy(), biased.gates.numpy(), biased.routing_map
-
-
-def test_selection_bias_selects_but_does_not_weigh(ranks: RankPools) -> None:
-    import numpy as np
-
-    ((scores, gates, routing_map),) = ranks(1).run(bias_alone_selects)
-    assert routing_map[:, 0].all()
-    np.testing.assert_allclose(gates[:, 0], 6.0 * scores[:, 0], rtol=FP32)
-
-
 def bias_in_bf16_model() -> Any:
     """The bias after a bf16 model has been wrapped, saved and loaded."""
     import torch
@@ -106,36 +84,6 @@ def test_selection_bias_stays_fp32(ranks: RankPools) -> None:
     import torch
 
     assert ranks(1).run(bias_in_bf16_model) == [torch.float32]
-
-
-def reference_with_bias() -> None:
-    """The readable definition agrees on selection bias and gate scale."""
-    import torch
-
-    from moepp_megatron.moe.reference import ReferenceMoEPP
-
-    (model,) = build(settings(moe={**LONGCAT, "num_constant_experts": 2}))
-    ours = model.decoder.layers[0].mlp
-    bias = torch.linspace(0.1, -0.1, 11)
-    ours.router.expert_bias.copy_(bias)
-    reference = ReferenceMoEPP(ours.moepp, 32, 48, has_residual=False)
-    reference.selection_bias_E = bias
-    expert_in, expert_out = layer_weights(ours)
-    with torch.no_grad():
-        reference.gate_weights[0].copy_(ours.router.weight)
-        reference.expert_in.copy_(expert_in)
-        reference.expert_out.copy_(expert_out)
-        reference.constants.copy_(ours.zero_computation.constants)
-        reference.mixing_weight.copy_(ours.zero_computation.mixing_weight)
-        x = torch.randn(16, 4, 32)
-        expected = reference(x.view(-1, 32))
-        torch.testing.assert_close(
-            ours(x)[0].view(-1, 32), expected.hidden_TD, rtol=FP32, atol=FP32 * 10
-        )
-
-
-def test_reference_with_selection_bias_and_gate_scale(ranks: RankPools) -> None:
-    ranks(1).run(reference_with_bias)
 
 
 def test_bias_step_follows_the_published_rule() -> None:

@@ -27,13 +27,6 @@ def counts(*ffn_shares: float) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("tau", [0.1, 0.75, 4.0])
-def test_tau_for_a_share_is_phi_turned_around(tau: float) -> None:
-    config = MoEPPConfig(8, tau=tau)
-    # The rounding of a logarithm and an exponential.
-    assert config.tau_for(config.ffn_share) == pytest.approx(tau, rel=1e-12)
-
-
 def test_target_stays_and_then_moves_on_a_straight_line() -> None:
     budget = Budget(share=0.5, start_share=1.0, ramp_begin=2, ramp_steps=4)
     shares = [budget.share_at(step) for step in range(1, 10)]
@@ -248,39 +241,25 @@ def test_a_step_without_tokens_changes_nothing() -> None:
     assert not moved.any()
 
 
-def test_measured_bias_resumes_as_if_nothing_had_happened() -> None:
-    budget, plant = Budget(share=0.4, controller="bias"), Plant(CONFIG, 500, 1.0)
+@pytest.mark.parametrize(("name", "measures"), [("bias", False), ("tau", False), ("bias", True)])
+def test_restored_controller_goes_on_as_if_nothing_had_happened(name: str, measures: bool) -> None:
+    budget, plant = Budget(share=0.4, controller=name, gain=1.0), Plant(CONFIG, 500, 1.0)
     seen = [plant.step() for _ in range(8)]
-    whole, half = BudgetController(budget, CONFIG, 1), BudgetController(budget, CONFIG, 1)
-    expected = [whole.observe(selected, step, m) for step, (selected, m) in enumerate(seen, 1)]
-    for step, (selected, margins) in enumerate(seen[:4], 1):
-        half.observe(selected, step, margins)
+
+    def observe(controller: BudgetController, steps: range) -> list[torch.Tensor | None]:
+        return [
+            controller.observe(seen[step][0], step, seen[step][1] if measures else None)
+            for step in steps
+        ]
+
+    whole, half = (BudgetController(budget, CONFIG, 1) for _ in range(2))
+    expected = observe(whole, range(8))
+    observe(half, range(4))
     resumed = BudgetController(budget, CONFIG, 1, json.loads(json.dumps(half.state())))
-    for step, (selected, margins) in enumerate(seen[4:], 5):
-        moved, other = resumed.observe(selected, step, margins), expected[step - 1]
-        assert moved is not None
-        assert other is not None
-        assert torch.equal(moved, other)
-    assert resumed.state() == whole.state()
-
-
-@pytest.mark.parametrize("controller", ["bias", "tau"])
-def test_restored_controller_goes_on_as_if_nothing_had_happened(controller: str) -> None:
-    budget = Budget(share=0.4, controller=controller, gain=1.0)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(3)
-    seen = [torch.randint(1, 100, (2, 12), generator=generator).double() for _ in range(8)]
-    whole = BudgetController(budget, CONFIG, 2)
-    for step, selected in enumerate(seen, 1):
-        last = whole.observe(selected, step)
-    half = BudgetController(budget, CONFIG, 2)
-    for step, selected in enumerate(seen[:4], 1):
-        half.observe(selected, step)
-    resumed = BudgetController(budget, CONFIG, 2, json.loads(json.dumps(half.state())))
-    for step, selected in enumerate(seen[4:], 5):
-        again = resumed.observe(selected, step)
+    for again, moved in zip(observe(resumed, range(4, 8)), expected[4:], strict=True):
+        assert (moved is None and again is None) or torch.equal(moved, again)
     assert resumed.state() == whole.state()
     assert resumed.taus(9) == whole.taus(9)
-    assert (last is None and again is None) or torch.equal(last, again)
 
 
 def test_each_layer_gets_its_own_tau_and_its_own_part_of_the_biases(monkeypatch) -> None:

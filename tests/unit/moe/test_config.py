@@ -1,11 +1,10 @@
 """MoEPPConfig: its errors and its derived numbers."""
 
-import dataclasses
 import math
 
 import pytest
 
-from moepp_megatron.experts import CONSTANT, COPY, FFN_ONLY, ZERO
+from moepp_megatron.experts import FFN_ONLY
 from moepp_megatron.moe.config import MoEPPConfig
 
 
@@ -60,42 +59,6 @@ def test_every_expert_may_be_selected():
     assert MoEPPConfig(num_ffn_experts=4, router_topk=8).num_experts == 8
 
 
-def test_columns_of_the_kinds():
-    config = MoEPPConfig(
-        num_ffn_experts=8, num_zero_experts=3, num_copy_experts=2, num_constant_experts=4
-    )
-    columns = list(range(config.num_experts))
-    assert config.num_zero_computation_experts == 9
-    assert columns[: config.num_ffn_experts] == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert columns[config.columns(CONSTANT)] == [8, 9, 10, 11]
-    assert columns[config.columns(COPY)] == [12, 13]
-    assert columns[config.columns(ZERO)] == [14, 15, 16]
-    assert config.balance_weights() == [1.0] * 8 + [0.75] * 9
-
-
-@pytest.mark.parametrize(
-    ("ffn", "zero_computation", "tau", "share"),
-    [(8, 4, 0.75, 0.6), (16, 4, 0.75, 0.75), (8, 4, 0.1, 1 / 6), (32, 8, 1.0, 0.8), (8, 0, 0.5, 1)],
-)
-def test_ffn_share(ffn, zero_computation, tau, share):
-    config = MoEPPConfig(
-        num_ffn_experts=ffn,
-        num_zero_experts=zero_computation,
-        num_copy_experts=0,
-        num_constant_experts=0,
-        tau=tau,
-    )
-    # Both sides are a few fp64 operations.
-    assert config.ffn_share == pytest.approx(share, rel=1e-15)
-
-
-def test_vanilla_has_neither_zero_computation_experts_nor_residual():
-    vanilla = MoEPPConfig(num_ffn_experts=4, **FFN_ONLY, gating_residual=False)
-    assert vanilla.is_vanilla
-    assert not dataclasses.replace(vanilla, gating_residual=True).is_vanilla
-    assert not dataclasses.replace(vanilla, num_zero_experts=1).is_vanilla
-
-
 @pytest.mark.parametrize(
     "setting",
     [
@@ -122,8 +85,3 @@ def test_only_ffn_experts_are_given_without_their_name():
         MoEPPConfig()
     with pytest.raises(TypeError, match="positional"):
         MoEPPConfig(4, 1)
-
-
-def test_settings_do_not_change_after_construction():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        MoEPPConfig(num_ffn_experts=4).tau = 0.5

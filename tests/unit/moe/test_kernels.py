@@ -112,8 +112,9 @@ def assert_same_selection(
         assert_close(actual.score_sums, expected.score_sums, "score sums", tolerance)
 
 
+@pytest.mark.parametrize("pads", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("case", SELECTIONS)
-def test_selection(compiled, case):
+def test_selection(compiled, case, pads):
     experts, topk, function, normalization, scale, has_bias, tokens, sequences = case
     config = settings(
         experts, topk, score_function=function, gate_normalization=normalization, gate_scale=scale
@@ -121,12 +122,13 @@ def test_selection(compiled, case):
     num_experts = config.num_experts
     logits = torch.randn(tokens, num_experts, device=DEVICE) * 2
     bias = torch.randn(num_experts, device=DEVICE) * 0.1 if has_bias else None
+    padded = torch.rand(tokens, device=DEVICE) < 0.4 if pads else None
     to_gates = torch.randn(tokens, num_experts, device=DEVICE)
     to_sums = torch.randn(sequences or 1, num_experts, device=DEVICE)
 
     def run(select):
         leaf = logits.clone().requires_grad_()
-        chosen = select(leaf, bias, config, sequences)
+        chosen = select(leaf, bias, config, sequences, padded=padded)
         loss = (chosen.gates * to_gates).sum()
         if chosen.score_sums is not None:
             loss = loss + (chosen.score_sums * to_sums).sum()
@@ -137,6 +139,9 @@ def test_selection(compiled, case):
     actual, actual_grad = run(compiled.select)
     assert_same_selection(actual, expected)
     assert_close(actual_grad, expected_grad, "gradient of logits")
+    if pads:
+        assert (actual.routing_map.sum(dim=1) == torch.where(padded, 0, topk)).all()
+        assert not actual_grad[padded].any()
 
 
 # Groups, groups kept, K, score function, bias.

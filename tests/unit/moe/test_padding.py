@@ -9,14 +9,12 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from moepp_megatron.experts import FFN_ONLY
-from moepp_megatron.moe import selection
 from moepp_megatron.moe.capacity import capacities
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer
 from moepp_megatron.moe.reference import ReferenceOutput, balance_loss, select_experts
 from tests.parallel.training_runs import FULL
 from tests.unit.moe.builders import (
-    DEFINED_SCORES,
     HIDDEN,
     SEQUENCE,
     VOCAB,
@@ -28,7 +26,7 @@ from tests.unit.moe.builders import (
     randomize,
     reference_of,
 )
-from tests.unit.moe.test_kernels import DEVICE, E12, FP32, assert_same_selection, compiled, settings
+from tests.unit.moe.test_kernels import compiled
 
 __all__ = ["compiled"]  # A fixture.
 
@@ -175,31 +173,6 @@ def test_masks_of_all_and_of_nothing(all_padding: bool) -> None:
     assert torch.equal(output, unmasked)
     for name, parameter in layer.named_parameters():
         assert_close(grads[name], parameter.grad, name)
-
-
-@pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
-@pytest.mark.parametrize("function", DEFINED_SCORES)
-@pytest.mark.parametrize("sequences", [None, 1, 3])
-def test_kernel(compiled: Any, function: str, normalization: str, sequences: int | None) -> None:
-    config = settings(E12, 3, score_function=function, gate_normalization=normalization)
-    logits = torch.randn(66, 12, device=DEVICE)
-    padded = torch.rand(66, device=DEVICE) < 0.4
-    weights = torch.randn(2, 66, 12, device=DEVICE)
-
-    def run(select: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        leaf = logits.clone().requires_grad_()
-        chosen = select(leaf, None, config, sequences, padded=padded)
-        loss = (chosen.gates * weights[0]).sum()
-        if sequences is not None:
-            loss = loss + (chosen.score_sums * weights[1][:sequences]).sum()
-        return chosen, torch.autograd.grad(loss, leaf)[0]
-
-    actual, grad = run(compiled.select)
-    expected, expected_grad = run(selection.select)
-    assert_same_selection(actual, expected)
-    assert_close(grad, expected_grad, "gradient of logits", FP32)
-    assert (actual.routing_map.sum(dim=1) == torch.where(padded, 0, 3)).all()
-    assert not grad[padded].any()
 
 
 def test_router_health_measures_tokens_alone() -> None:

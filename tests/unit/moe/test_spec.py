@@ -8,20 +8,17 @@ import torch
 from megatron.core.models.common.fine_grained_callables import build_transformer_layer_callables
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from moepp_megatron.experts import FFN_ONLY
-from moepp_megatron.model.local_modules import fit_local_modules
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.dispatcher import build_dispatcher
 from moepp_megatron.moe.lane import MoEPPTransformerLayer
-from moepp_megatron.moe.layer import MoEPPLayer, VanillaMoELayer, moe_statistics
+from moepp_megatron.moe.layer import MoEPPLayer, moe_statistics
 from moepp_megatron.moe.router_config import router_config
-from moepp_megatron.moe.spec import get_moepp_block_spec, get_moepp_layer_spec, moe_layer_pattern
+from moepp_megatron.moe.spec import get_moepp_block_spec, moe_layer_pattern
 from tests.unit.moe.builders import (
     HIDDEN,
     SEQUENCE,
     VOCAB,
     assert_close,
-    build_layer,
     build_model,
     build_transformer_layer,
     megatron_config,
@@ -71,19 +68,6 @@ def test_model_follows_the_pattern(freq, gating_residual):
     assert sorted(moe_statistics(model)) == [n for n, is_moe in enumerate(pattern, 1) if is_moe]
 
 
-def test_sizes():
-    layer = build_layer(MOEPP)
-    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
-    assert shapes["router.weight"] == (8, HIDDEN)
-    assert shapes["router.residual_weight"] == (8, 8)
-    assert shapes["zero_computation.constants"] == (2, HIDDEN)
-    assert shapes["zero_computation.mixing_weight"] == (2, 2, HIDDEN)
-    assert len(layer.experts.local_experts) == 4
-    two = build_layer(dataclasses.replace(MOEPP, two_layer_gate=True))
-    assert two.router.weight.shape == (64, HIDDEN)
-    assert two.router.output_weight.shape == (8, 64)
-
-
 @torch.no_grad()
 def test_constants_can_start_at_zero():
     drawn, zero = (
@@ -126,16 +110,6 @@ def test_dense_layer_hands_the_lane_on():
     assert nothing is None
 
 
-def test_moe_layer_returns_its_own_logits():
-    layer = build_transformer_layer(MOEPP)
-    randomize(layer)
-    lane = torch.randn(6, 2, 8)
-    _, logits = layer(torch.randn(6, 2, HIDDEN), context=lane)
-    assert logits.shape == lane.shape
-    assert logits.dtype is torch.float32
-    assert not torch.equal(logits, lane)
-
-
 def test_gradients_reach_earlier_routers_through_the_lane():
     # The way through the hidden states does not depend on G_3, so what differs without G_3 is the
     # way through the lane: d sum(z_3) / d z_1 gains the column sums of G_3.
@@ -164,14 +138,6 @@ def test_gradients_reach_earlier_routers_through_the_lane():
     through_lane = with_lane - gradient()
     assert column_sums.abs().min() > 0
     assert_close(through_lane, column_sums.expand_as(through_lane), "gradient through the lane")
-
-
-def test_vanilla_is_megatrons_layer():
-    vanilla = MoEPPConfig(num_ffn_experts=4, **FFN_ONLY, gating_residual=False)
-    model = build_model(vanilla)
-    for layer in model.decoder.layers:
-        assert type(layer.mlp) is VanillaMoELayer
-        assert not isinstance(layer, MoEPPTransformerLayer)
 
 
 @pytest.mark.parametrize(
@@ -241,27 +207,3 @@ def empty_chunk_state():
     names = ("attention_mask", "packed_seq_params", "sequence_len_offset")
     rotary = ("rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin")
     return SimpleNamespace(**dict.fromkeys((*names, *rotary)))
-
-
-def test_keywords_of_the_first_version_still_work():
-    config = megatron_config(MOEPP, qk_layernorm=True)
-    norm, attention, keys = (type(name, (), {}) for name in ("Norm", "Attention", "Keys"))
-    given = {"norm": norm, "core_attention": attention}
-    with pytest.warns(DeprecationWarning, match="norm, core_attention: deprecated") as caught:
-        block = get_moepp_block_spec(config, MOEPP, use_transformer_engine=False, **given)
-    assert [warning.filename for warning in caught] == [__file__]
-    with pytest.warns(DeprecationWarning, match="removed in version 0.3; use adapt"):
-        layer = get_moepp_layer_spec(
-            config, MOEPP, use_transformer_engine=False, **given, qk_norms=(norm, keys)
-        )
-    assert block.layer_norm is norm
-    for spec, key_norm in [*((each, norm) for each in block.layer_specs), (layer, keys)]:
-        parts, own = spec.submodules, spec.submodules.self_attention.submodules
-        assert parts.input_layernorm is parts.pre_mlp_layernorm is own.q_layernorm is norm
-        assert (own.k_layernorm, own.core_attention) == (key_norm, attention)
-    with pytest.raises(TypeError, match="unexpected keyword arguments among norms"):
-        get_moepp_block_spec(config, MOEPP, use_transformer_engine=False, norms=norm)
-    with pytest.raises(TypeError, match="norm must not be given with adapt"):
-        get_moepp_layer_spec(
-            config, MOEPP, use_transformer_engine=False, norm=norm, adapt=fit_local_modules
-        )
