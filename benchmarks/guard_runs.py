@@ -9,6 +9,7 @@ there. Without `--live` nothing watches and every series that a detector could u
 FOLDER/SET/<case>.npz, for `guard_table`. With it the guard acts (`routing_guard: safe`), and
 FOLDER/SET-live/<case>.json holds losses, FFN shares and alerts. Cases that are there are not run
 again. Limits were chosen on the set `choose` and proved on `prove`: other corpora, seeds, faults.
+Cases of the set `unseen`, with what is expected of each, are lines of `guard_unseen.txt`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "tau 1": {"tau": 1.0},
     **{
         f"share {share}": {"budget": {"target_ffn_per_token": K * share}}
-        for share in (0.15, 0.3, 0.6, 0.9)
+        for share in (0.15, 0.3, 0.6, 0.9, 0.45)
     },
 }
 
@@ -69,8 +70,8 @@ class Case:
 
     Attributes:
         base: The base run.
-        kind: `healthy`, `switch`, `mixture`, `fault`, or `pair`: a switch, then another or a fault.
-        what: The corpus that comes, or the fault; of a pair the corpus, what comes then (or
+        kind: `healthy`, `switch`, `mixture`, `fault`, or `pair`: a switch or a fault, then another.
+        what: The corpus that comes, or the fault; of a pair what comes first, what then (or
             `healthy`) and after how many steps.
         share: Its share of the sequences.
         steps: Steps after the base run's.
@@ -88,107 +89,54 @@ class Case:
         return f"{self.base.name} {self.kind} {self.what}".strip()
 
 
-# What comes as a whole, and what is mixed in, by base run.
-_Plan = tuple[Base, tuple[str, ...], tuple[tuple[str, float], ...]]
-_CHOOSE: tuple[_Plan, ...] = (
-    (Base("prose", "tau 0.75", 24, 501), ("c", "french", "css"), (("perl", 0.1), ("json", 0.2))),
-    (Base("python", "share 0.3", 24, 502), ("perl", "line", "prose"), (("c", 0.1), ("css", 0.25))),
-    (
-        Base("json", "share 0.9", 48, 503),
-        ("numbers", "css", "noise"),
-        (("prose", 0.1), ("python", 0.15)),
-    ),
-    (
-        Base("french", "tau 0.1", 24, 504),
-        ("russian", "json", "c"),
-        (("russian", 0.15), ("prose", 0.1)),
-    ),
-    (
-        Base("c", "share 0.15", 24, 505),
-        ("css", "numbers", "python"),
-        (("french", 0.1), ("perl", 0.2)),
-    ),
-    (Base("perl", "tau 1", 48, 506), ("python", "prose", "russian"), (("css", 0.1), ("c", 0.2))),
-    (
-        Base("russian", "share 0.6", 24, 507),
-        ("french", "noise", "perl"),
-        (("french", 0.2), ("line", 0.1)),
-    ),
-    (Base("css", "tau 0.4", 48, 508), ("json", "c", "line"), (("python", 0.1), ("numbers", 0.15))),
-)
-_PROVE: tuple[_Plan, ...] = (
-    (
-        Base("markdown", "tau 0.75", 24, 601),
-        ("cpp", "swedish", "base64"),
-        (("html", 0.1), ("javascript", 0.2)),
-    ),
-    (
-        Base("html", "share 0.3", 24, 602),
-        ("xml", "licences", "shuffled"),
-        (("cmake", 0.1), ("german", 0.25)),
-    ),
-    (
-        Base("german", "share 0.15", 48, 603),
-        ("swedish", "manual", "markdown"),
-        (("swedish", 0.1), ("cpp", 0.2)),
-    ),
-    (
-        Base("cpp", "tau 0.1", 24, 604),
-        ("javascript", "rst", "japanese"),
-        (("manual", 0.15), ("xml", 0.1)),
-    ),
-    (
-        Base("manual", "share 0.9", 48, 605),
-        ("rst", "html", "licences"),
-        (("markdown", 0.1), ("base64", 0.15)),
-    ),
-    (
-        Base("javascript", "share 0.6", 24, 606),
-        ("cpp", "cmake", "german"),
-        (("licences", 0.1), ("rst", 0.2)),
-    ),
-    (
-        Base("licences", "tau 1", 48, 607),
-        ("manual", "xml", "javascript"),
-        (("rst", 0.1), ("cmake", 0.2)),
-    ),
-    (
-        Base("japanese", "tau 0.4", 24, 608),
-        ("german", "base64", "html"),
-        (("german", 0.2), ("markdown", 0.1)),
-    ),
-)
+# A line for each base run: what comes as a whole, and what is mixed in.
+_CHOOSE = """\
+prose; tau 0.75; 24; 501; c, french, css; perl 0.1, json 0.2
+python; share 0.3; 24; 502; perl, line, prose; c 0.1, css 0.25
+json; share 0.9; 48; 503; numbers, css, noise; prose 0.1, python 0.15
+french; tau 0.1; 24; 504; russian, json, c; russian 0.15, prose 0.1
+c; share 0.15; 24; 505; css, numbers, python; french 0.1, perl 0.2
+perl; tau 1; 48; 506; python, prose, russian; css 0.1, c 0.2
+russian; share 0.6; 24; 507; french, noise, perl; french 0.2, line 0.1
+css; tau 0.4; 48; 508; json, c, line; python 0.1, numbers 0.15"""
+_PROVE = """\
+markdown; tau 0.75; 24; 601; cpp, swedish, base64; html 0.1, javascript 0.2
+html; share 0.3; 24; 602; xml, licences, shuffled; cmake 0.1, german 0.25
+german; share 0.15; 48; 603; swedish, manual, markdown; swedish 0.1, cpp 0.2
+cpp; tau 0.1; 24; 604; javascript, rst, japanese; manual 0.15, xml 0.1
+manual; share 0.9; 48; 605; rst, html, licences; markdown 0.1, base64 0.15
+javascript; share 0.6; 24; 606; cpp, cmake, german; licences 0.1, rst 0.2
+licences; tau 1; 48; 607; manual, xml, javascript; rst 0.1, cmake 0.2
+japanese; tau 0.4; 24; 608; german, base64, html; german 0.2, markdown 0.1"""
 # More healthy runs at the final limits: corpora of `prove` in other layers, with other seeds, each
 # with 24 and with 48 sequences.
-_OTHERS = (
-    "swedish",
-    "xml",
-    "rst",
-    "cmake",
-    "cpp",
-    "markdown",
-    "german",
-    "html",
-    "javascript",
-    "licences",
-    "manual",
-    "japanese",
-)
-_HEALTHY: tuple[_Plan, ...] = tuple(
-    (
-        Base(
-            corpus,
-            list(LAYERS)[(3 * place + 1 + again) % 8],
-            24 if (place % 3 > 0) != again else 48,
-            701 + place + 12 * again,
-        ),
-        (),
-        (),
-    )
-    for again in (False, True)
-    for place, corpus in enumerate(_OTHERS)
-)
-SETS = {"choose": _CHOOSE, "prove": _PROVE, "healthy": _HEALTHY}
+_HEALTHY = """\
+swedish; tau 0.4; 48; 701
+xml; share 0.15; 24; 702
+rst; share 0.9; 24; 703
+cmake; tau 0.75; 48; 704
+cpp; share 0.3; 24; 705
+markdown; tau 0.1; 24; 706
+german; tau 1; 48; 707
+html; share 0.6; 24; 708
+javascript; tau 0.4; 24; 709
+licences; share 0.15; 48; 710
+manual; share 0.9; 24; 711
+japanese; tau 0.75; 24; 712
+swedish; tau 0.75; 24; 713
+xml; share 0.3; 48; 714
+rst; tau 0.1; 48; 715
+cmake; tau 1; 24; 716
+cpp; share 0.6; 48; 717
+markdown; tau 0.4; 48; 718
+german; share 0.15; 24; 719
+html; share 0.9; 48; 720
+javascript; tau 0.75; 48; 721
+licences; share 0.3; 24; 722
+manual; tau 0.1; 48; 723
+japanese; tau 1; 48; 724"""
+_UNSEEN = Path(__file__).with_name("guard_unseen.txt").read_text()
+SETS = {"choose": _CHOOSE, "prove": _PROVE, "healthy": _HEALTHY, "unseen": _UNSEEN}
 # Faults with their strength: those of one set are no copies of the other's.
 FAULTS: dict[str, dict[str, float]] = {
     "choose": {
@@ -217,24 +165,60 @@ FAULTS: dict[str, dict[str, float]] = {
         "decay": 0.08,
     },
     "healthy": {},
+    "unseen": {
+        "collapse": 2.5,
+        "dead": 5,
+        "weights": 15.0,
+        "residual": 25.0,
+        "swap": 2,
+        "rate": 10.0,
+        "attention": 6.0,
+        "drift": 1.1,
+    },
 }
 _RATE_STEPS = 10
 # Steps between the events of pairs, by set; steps after the second; faults that come second.
 _GAPS = {"choose": (13, 18, 24, 31, 6, 21), "prove": (14, 20, 27, 30, 8, 17)}
 _PAIR = 40
-# Faults of more than the routers; the first two last for `_RATE_STEPS` steps.
-OF_MODEL = ("rate", "decay", "attention")
+# Faults of more than the routers, or step by step; the first three last for `_RATE_STEPS` steps.
+OF_MODEL = ("rate", "decay", "drift", "attention")
 _SECOND = ("collapse", "swap", "weights", "logit", "dead", "residual")
+_FAULTS = {fault for faults in FAULTS.values() for fault in faults}
+
+
+def _base(line: str) -> Base:
+    corpus, layers, batch, seed = line.split("; ")[:4]
+    return Base(corpus, layers, int(batch), int(seed))
+
+
+def _unseen() -> Iterator[Case]:
+    """The cases that are written down one by one."""
+    lengths = {"healthy": HEALTHY, "switch": SWITCH, "mixture": MIXTURE, "fault": FAULT}
+    lines = [line for line in _UNSEEN.splitlines() if not line.startswith("#")]
+    for place, line in enumerate(lines):
+        if line.startswith("  "):
+            base = _base([above for above in lines[:place] if not above.startswith("  ")][-1])
+            kind, *what = line.split(":")[0].split()
+            share = float(what.pop()) if kind == "mixture" else 1.0
+            steps = lengths[kind] if kind in lengths else int(what[-1]) + FAULT
+            yield Case(base, kind, " ".join(what), share, steps)
 
 
 def cases(which: str) -> Iterator[Case]:
     """The cases of a set."""
-    for place, (base, others, mixed) in enumerate(SETS[which]):
+    if which == "unseen":
+        yield from _unseen()
+        return
+    for place, line in enumerate(SETS[which].splitlines()):
+        base, (others, mixed) = (
+            _base(line),
+            [each.split(", ") for each in [*line.split("; ")[4:], "", ""][:2]],
+        )
         yield Case(base, "healthy")
-        for other in others:
+        for other in filter(None, others):
             yield Case(base, "switch", other, steps=SWITCH)
-        for other, share in mixed:
-            yield Case(base, "mixture", other, share, MIXTURE)
+        for other, share in (each.split() for each in filter(None, mixed)):
+            yield Case(base, "mixture", other, float(share), MIXTURE)
         for fault in FAULTS[which]:
             yield Case(base, "fault", fault, steps=FAULT)
         if which not in _GAPS:
@@ -277,7 +261,8 @@ def settings(case: Case, folder: Path, steps: int, live: bool) -> dict[str, Any]
             "seed": base.seed,
             "eval_iters": 0,
         },
-        "checkpoint": {"save_interval": SAVED, "load": "auto"},
+        # The more checkpoints there are, the more a `since` that is too late costs.
+        "checkpoint": {"save_interval": 10 if base.seed > 800 else SAVED, "load": "auto"},
         "routing_guard": "safe" if live else "off",
         "resilience": {"guard": live},
     }
@@ -299,7 +284,7 @@ def plant(router: Any, fault: str, strength: float, chance: torch.Generator) -> 
         for matrix in (weight, residual):
             if matrix is not None:
                 matrix[: int(strength)] = matrix[int(strength) :].mean(dim=0)
-    elif fault == "weights":
+    elif fault in ("weights", "drift"):
         weight.mul_(strength)
     elif fault == "residual":
         if residual is not None:
@@ -337,7 +322,7 @@ def harm(trainer: Any, what: str, strength: float, seed: int) -> None:
         for layer in layers[1:2] if what == "collapse of one" else layers:
             if what == "logit":
                 _raise_logit(layer.router, strength)
-            elif what not in OF_MODEL:
+            elif what == "drift" or what not in OF_MODEL:
                 plant(layer.router, what, strength, chance)
         weights = [each for chunk in trainer.model.models for each in chunk.named_parameters()]
         for name, weight in weights:
@@ -364,8 +349,8 @@ class Recorder(Part):
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Plant the fault where it is due, or set the learning rate's factor for the batch."""
-        self._batches, self._began = self._batches + 1, time.perf_counter()
-        lasts = _RATE_STEPS if self._fault in ("rate", "decay") else 1
+        self._batches += 1
+        lasts = _RATE_STEPS if self._fault in OF_MODEL[:3] else 1
         is_due = 0 < self._batches - self._at <= lasts
         factor = self._strength if is_due and self._fault == "rate" else 1.0
         self._trainer.model.scheduler.get_lr = lambda group: factor * self._get_lr(group)
@@ -383,8 +368,6 @@ class Recorder(Part):
         """Look at a step, or at a refused batch."""
         self._add("step", step.number)
         self._add("selected", self._counts.selections().numpy().astype(np.int32))
-        self._add("grad_norm", step.result.grad_norm)
-        self._add("seconds", time.perf_counter() - self._began)
         self._add("logits", self._counts.logits())
         return ()
 
@@ -395,8 +378,9 @@ class Recorder(Part):
 def fault_of(case: Case) -> tuple[str, int]:
     """The fault of a case, or none, and the batches before it."""
     if case.kind == "pair":
-        _, second, gap = case.what.split()
-        return (second, int(gap)) if second in _SECOND else ("", 0)
+        first, second, gap = case.what.split()
+        at = {first: 0, second: int(gap)}
+        return next(((what, at[what]) for what in at if what in _FAULTS), ("", 0))
     return (case.what, 0) if case.kind == "fault" else ("", 0)
 
 
@@ -409,9 +393,9 @@ def data_of(case: Case, corpora: Corpora) -> Mixed:
         schedule.append((SAVED + 1, {kind: share for kind, share in shares.items() if share}))
     if case.kind == "pair":
         first, second, gap = case.what.split()
-        schedule.append((SAVED + 1, {first: 1.0}))
-        if second not in (*_SECOND, "healthy"):
-            schedule.append((SAVED + 1 + int(gap), {second: 1.0}))
+        for what, at in ((first, 0), (second, int(gap))):
+            if what not in (*_FAULTS, "healthy"):
+                schedule.append((SAVED + 1 + at, {what: 1.0}))
     return Mixed(corpora, schedule, base.batch, LENGTH, base.seed)
 
 
@@ -469,8 +453,8 @@ def write(path: Path, found: dict[str, Any], live: bool) -> None:
     selected = np.array(found["selected"])
     shares = selected[..., :8].sum(axis=-1) / selected.sum(axis=-1)
     losses = np.mean(found["losses"], axis=1)
-    kept = {"step": found["step"], "losses": losses.tolist(), "shares": shares.tolist()}
-    kept |= {name: found[name] for name in ("alerts", "ended", "seconds")}
+    kept = {name: found[name] for name in ("step", "alerts", "ended")}
+    kept |= {"losses": losses.tolist(), "shares": shares.tolist()}
     path.write_text(json.dumps(kept))
 
 

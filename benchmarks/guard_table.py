@@ -24,23 +24,13 @@ from benchmarks.markdown import table
 from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor, group_of
 
 # Of each kind of event the steps within which it is to be reported, and its cause.
-_WITHIN = {
-    "switch": 5,
-    "mixture": 30,
-    "router fault": 10,
-    "other fault": 10,
-    "second switch": 10,
-    "second fault": 10,
-    "healthy": 10**9,
-    "nothing second": 10**9,
-}
-_CAUSES = {
-    "switch": "data",
-    "mixture": "data",
-    "router fault": "router",
-    "other fault": "unknown",
-    "second switch": "data",
-    "second fault": "router",
+_EXPECTED = {
+    "switch": (5, "data"),
+    "mixture": (30, "data"),
+    "router fault": (10, "router"),
+    "other fault": (10, "unknown"),
+    "second switch": (10, "data"),
+    "second fault": (10, "router"),
 }
 _JUDGED = 80
 
@@ -51,7 +41,7 @@ class Found:
 
     Attributes:
         case: The case.
-        causes: Step and cause of every event, and of every change of its cause.
+        causes: Step, cause and first suspect step of every event and every change of its cause.
         actions: Steps of actions beyond warning.
         steps: Steps that were judged.
         rest: Further text of its line.
@@ -59,48 +49,57 @@ class Found:
     """
 
     case: Case
-    causes: list[tuple[int, str]] = field(default_factory=list)
+    causes: list[tuple[int, str, int]] = field(default_factory=list)
     actions: list[int] = field(default_factory=list)
     steps: int = 0
     rest: str = ""
     ended: str = ""
 
     @property
+    def at(self) -> int:
+        """Steps before the event, of a pair before the second."""
+        return int(self.case.what.split()[2]) if self.case.kind == "pair" else 0
+
+    @property
     def kind(self) -> str:
         """Kind of the event, of a pair of the second one."""
-        fault = fault_of(self.case)[0]
+        fault, at = fault_of(self.case)
+        is_last = fault and at == self.at
+        if is_last and fault in OF_MODEL:
+            return "other fault"
         if self.case.kind == "pair":
             nothing = self.case.what.split()[1] == "healthy"
-            return "nothing second" if nothing else "second fault" if fault else "second switch"
-        if self.case.kind == "fault":
-            return "other fault" if fault in OF_MODEL else "router fault"
-        return self.case.kind
+            return "nothing second" if nothing else "second fault" if is_last else "second switch"
+        return "router fault" if is_last else self.case.kind
 
-    def _after(self) -> list[tuple[int, str]]:
-        """Steps behind the event, of a pair the second, with what was said."""
-        at = int(self.case.what.split()[2]) if self.case.kind == "pair" else 0
-        return [(step - at, cause) for step, cause in self.causes if step > at]
+    def _after(self) -> list[tuple[int, str, int]]:
+        """`causes` from the event on, of a pair the second; steps are counted from there."""
+        at = self.at
+        return [(step - at, cause, since - at) for step, cause, since in self.causes if step > at]
 
     @property
     def first_alert(self) -> int | None:
         """Steps from the event to its first alert."""
-        return min((step for step, _ in self._after()), default=None)
+        return min((step for step, *_ in self._after()), default=None)
 
     @property
-    def is_in_time(self) -> bool:
-        """Whether in time."""
-        return self.first_alert is not None and self.first_alert <= _WITHIN[self.kind]
+    def late(self) -> str:
+        """How many steps after the first of the event `since` is."""
+        return next((str(since - 1) for *_, since in self._after()), "")
 
     @property
     def cause(self) -> str | None:
         """What was said by the tenth step, or first where that was later."""
-        early = [cause for step, cause in self._after() if step <= 10]
-        return early[-1] if early else next((cause for _, cause in self._after()), None)
+        early = [cause for step, cause, _ in self._after() if step <= 10]
+        return early[-1] if early else next((cause for _, cause, _ in self._after()), None)
 
     @property
     def is_wrong(self) -> bool:
         """Whether something was done where no weights were damaged."""
-        return bool(self.actions) and _CAUSES.get(self.kind, "data") == "data"
+        fault, at = fault_of(self.case)
+        # A fault that comes first has been undone when the second event comes.
+        end = self.at if fault and at < self.at else 10**9
+        return any(not (fault and at < step <= end) for step in self.actions)
 
 
 def observed(series: dict[str, NDArray[Any]]) -> Iterator[Observed]:
@@ -124,10 +123,10 @@ def replay(case: Case, work: Path) -> Found:
     runs = [dict(np.load(path)) for path in (base, work / f"{case.name}.npz")]
     for step, each in enumerate((step for run in runs for step in observed(run)), 1 - SAVED):
         monitor.add(step + SAVED, each)
-        cause = None if monitor.event is None else monitor.event.cause
-        if cause is not None and cause != last:
-            found.causes.append((step, cause))
-        last = cause
+        event = monitor.event
+        if event is not None and event.cause != last:
+            found.causes.append((step, event.cause, event.since - SAVED))
+        last = None if event is None else event.cause
         if monitor.fault > 1.0:
             found.actions.append(step)
             monitor.settle(is_mended=False)
@@ -144,7 +143,7 @@ def live(case: Case, work: Path) -> Found:
     for alert in result["alerts"]:
         step = alert["step"] - SAVED
         if alert["rule"] in shifts and alert["severity"] != "info" and "cause" in alert:
-            found.causes.append((step, alert["cause"]))
+            found.causes.append((step, alert["cause"], alert["since"] - SAVED))
         if alert["action"].split()[0] in ("put_back", "rollback", "stop"):
             found.actions.append(step)
         elif alert["rule"] == "numerical_guard":
@@ -181,19 +180,19 @@ def row(found: Found) -> list[str]:
     first = "-" if found.first_alert is None else str(found.first_alert)
     acted = ", ".join(map(str, found.actions[:3])) or "-"
     rest = found.rest.strip() + (f" ENDED {found.ended}" if found.ended else "")
-    before = sum(step <= 0 for step, _ in found.causes)
+    before = sum(step <= 0 for step, *_ in found.causes)
     early = f"{before} before" if before else ""
-    return [found.case.name, first, found.cause or "-", acted, rest, early]
+    return [found.case.name, first, found.cause or "-", acted, found.late, rest, early]
 
 
 def sums(all_found: list[Found]) -> Iterator[str]:
     """What is proved."""
-    for kind, cause in _CAUSES.items():
+    for kind, (within, cause) in _EXPECTED.items():
         group = [found for found in all_found if found.kind == kind]
-        in_time = sum(found.is_in_time for found in group)
+        in_time = sum((found.first_alert or 10**9) <= within for found in group)
         right = sum(found.cause == cause for found in group)
         yield (
-            f"- {kind}: {in_time} of {len(group)} in {_WITHIN[kind]} steps, cause right in "
+            f"- {kind}: {in_time} of {len(group)} in {within} steps, cause right in "
             f"{right}, something done in {sum(bool(found.actions) for found in group)}"
         )
     yield f"- something done where no weights were damaged: {sum(f.is_wrong for f in all_found)}"
@@ -217,7 +216,7 @@ def main() -> None:
     end, judge = (".json", live) if arguments.live else (".npz", replay)
     there = [case for case in cases(arguments.set) if (work / f"{case.name}{end}").exists()]
     all_found = [judge(case, work) for case in there]
-    head = ("run", "reported", "cause", "acted", "after", "alerts")
+    head = ("run", "reported", "cause", "acted", "since late", "after", "alerts")
     print("\n".join([table(head, map(row, all_found)), *sums(all_found)]))
 
 
