@@ -40,7 +40,6 @@ class Profile:
         slow: A rank that computes longer than its rows explain; None where there is none.
         caused_us: For each rank, how long others waited for it in these steps, summed over them.
         late: Waiting of each call.
-        ceiling: Kind of the peaks: rated or unknown.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Profile:
     slow: SlowRank | None
     caused_us: dict[int, float]
     late: dict[CallKey, Lateness]
-    ceiling: str
 
     @property
     def about(self) -> About:
@@ -122,7 +120,6 @@ def analyse(folder: Path, step: int | None = None) -> Profile:
     traces = load_profile(folder)
     steps = _steps(traces, step)
     late = lateness({trace.rank: trace.collectives for trace in traces})
-    links = Links(traces)
     load = expert_load(traces, steps)
     times = {
         number: {
@@ -137,13 +134,12 @@ def analyse(folder: Path, step: int | None = None) -> Profile:
         traces=traces,
         steps=steps,
         times=times,
-        classes=call_classes(traces, steps, late, links),
+        classes=call_classes(traces, steps, late, Links(traces)),
         layers={number: layer_bytes(traces, number) for number in steps},
         load=load,
         slow=slow_rank(traces, times, load),
         caused_us=_caused(traces, steps, late),
         late=late,
-        ceiling="rated" if links.hardware is not None else "unknown",
     )
 
 

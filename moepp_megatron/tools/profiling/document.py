@@ -36,7 +36,6 @@ def document(profile: Profile) -> dict[str, Any]:
         "rank_steps": _rank_steps(profile),
         "expert_load": load
         and {"busiest_rank": load.busiest, "busiest_over_mean": load.busiest_over_mean},
-        "ceiling": profile.ceiling,
         "collectives": [_class(row, len(profile.rank_steps)) for row in profile.classes],
         "all_to_all": _layers(profile),
         "all_to_all_equals_formula": profile.equals_formula,

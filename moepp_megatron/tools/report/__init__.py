@@ -18,6 +18,7 @@ measured.py            `moepp plan --measured` on the terminal and as JSON
 page.py                the page itself: numbers, plots and configuration put into the template
 plan.py                `moepp plan` on the terminal, as JSON, and as a plot of where the time goes
 plan_models.py         the models of a plan compared: speed, days and money
+profile.py             `moepp profile` on the terminal
 progress.py            how far a measurement is
 run_data.py            what a report is made of
 savings.py             what the zero-computation experts saved against a vanilla layer

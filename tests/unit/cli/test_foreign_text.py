@@ -21,7 +21,7 @@ from moepp_megatron.tools.experiments.pilot.result import PilotResult
 from moepp_megatron.tools.experiments.scaling.page import print_records
 from moepp_megatron.tools.experiments.scaling.records import ScaleRecord
 from moepp_megatron.tools.profiling.summary import ProfileSummary, SummaryRow
-from moepp_megatron.tools.report.profile.tables import print_summary
+from moepp_megatron.tools.report.profile import print_summary
 from tests.unit.tools.experiments.pilot.test_page import contents
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 

@@ -8,6 +8,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,7 @@ from moepp_megatron.tools.profiling.analysis import analyse
 from moepp_megatron.tools.profiling.document import document
 from moepp_megatron.tools.profiling.formats import records
 from moepp_megatron.tools.profiling.summary import summary_of
-from moepp_megatron.tools.report.profile.findings import cards, findings
-from moepp_megatron.tools.report.profile.tables import profile_tables
+from moepp_megatron.tools.report import profile as report_profile
 
 SAMPLES = Path(__file__).parent / "samples"
 WRONG: tuple[Any, ...] = (
@@ -123,13 +123,19 @@ def changed(whole: Any, path: tuple[Any, ...], wrong: Any) -> Any:
     return result
 
 
+@pytest.fixture(autouse=True)
+def _no_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are built but not drawn, which would take most of the time."""
+    nowhere = SimpleNamespace(print=lambda *parts, **options: None)
+    monkeypatch.setattr(report_profile, "wide_console", lambda **options: nowhere)
+
+
 def profile(folder: Path) -> None:
-    """Everything that the command does but plots."""
+    """Everything that the command does."""
     found = analyse(folder)
     numbers = document(found)
     json.dumps(numbers)
-    findings(found), cards(found)
-    profile_tables(numbers)
+    report_profile.print_profile(found, numbers)
 
 
 def each(
