@@ -113,7 +113,7 @@ def test_a_micro_batch_without_ffn_tokens(card, recipe, dispatcher):
     assert gradients["the input"].count_nonzero() > 0
     for name, gradient in gradients.items():
         assert name == "the input" or gradient.count_nonzero() == 0, name
-    # The next micro-batch has tokens again, and the fused permutation.
+    # The next micro-batch has tokens again, and the fused kernels.
     assert pass_of(layer, routing_to([3, 3, 3, 3], TOKENS, card), hidden, weights)[0].rows == 12
     assert layer.token_dispatcher.config.moe_permute_fusion
 

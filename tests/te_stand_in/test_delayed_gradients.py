@@ -19,7 +19,6 @@ SHARED = {"layer_freq": [0, 1, 0, 1], "shared_expert_ffn_hidden_size": 16}
 OVERLAPPED = {**EP2, "overlap_grad_reduce": True, "overlap_param_gather": True}
 # Ranks, settings, and products with weights of one layer, a rank's two stages or its four layers.
 CASES: dict[str, tuple[int, dict[str, Any], int]] = {
-    "experts on two ranks": (2, {}, 4 * 4),
     "dense layers, shared experts": (2, {"moe": SHARED}, 2 * 4 + 2 * 6),
     "gradients reduced, parameters gathered meanwhile": (2, {"parallel": OVERLAPPED}, 4 * 4),
     "latent attention": (

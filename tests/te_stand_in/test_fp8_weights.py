@@ -31,20 +31,6 @@ def test_gemm_weights_alone_are_in_fp8(recipe):
     assert not any("router" in name or "zero_computation" in name for name in expected)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_fp8_weights_start_as_the_bf16_weights_do(recipe):
-    """Each is the bf16 weight, quantised as a whole; so is what the optimizer starts from."""
-    plain = dict(model_of(config_of(recipe)).named_parameters())
-    config = config_of(recipe, precision={"fp8_param": True})
-    for name, parameter in model_of(config).named_parameters():
-        if not isinstance(parameter, QuantizedTensor):
-            assert torch.equal(parameter, plain[name]), name
-            continue
-        quantised = Float8Tensor.of(plain[name].detach())
-        assert torch.equal(parameter.dequantize(), quantised.dequantize()), name
-        assert torch.equal(parameter.get_high_precision_init_val(), plain[name]), name
-
-
 def test_layers_at_the_ends_keep_plain_weights():
     precision = {"fp8_param": True, "first_last_layers_bf16": True}
     names = fp8_names(model_of(config_of("blockwise", precision=precision)))

@@ -1,6 +1,8 @@
-"""Latent attention of Transformer Engine's modules is that of megatron-core's own."""
+"""Transformer Engine's modules make the models of megatron-core's own; latent attention in FP8."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.model import build, megatron_config
 from moepp_megatron.model.initialize import sharded_tensors
 from tests.te_stand_in.models import RECIPES, config_of, losses, model_of
+from tests.te_stand_in.test_model import ALL_HEADS
 
 LATENT = {
     "q_lora_rank": 24,
@@ -19,10 +22,18 @@ LATENT = {
     "qk_pos_emb_head_dim": 4,
     "v_head_dim": 6,
 }
+# The model, and its parameters that are compared with how many there are.
+PROJECTIONS = r"\.self_attention\.(?!.*norm)"
 MODELS = {
-    "compressed": {"qk_layernorm": True, "latent_attention": LATENT},
-    "no norms": {"latent_attention": LATENT},
-    "queries from the input": {"latent_attention": LATENT | {"q_lora_rank": None}},
+    "compressed": ({"qk_layernorm": True, "latent_attention": LATENT}, PROJECTIONS, 4 * 5),
+    "no norms": ({"latent_attention": LATENT}, PROJECTIONS, 4 * 5),
+    "queries from the input": (
+        {"latent_attention": LATENT | {"q_lora_rank": None}},
+        PROJECTIONS,
+        4 * 4,
+    ),
+    "norms of all heads": (ALL_HEADS, "[qk]_layer", 4 * 2),
+    "multi-token prediction": ({"mtp_num_layers": 1}, "eh_proj", 1),
 }
 
 
@@ -43,10 +54,12 @@ def local_model(config: Config, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Mod
     return model_of(config)
 
 
-def both_models(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """After a pass: the model of Transformer Engine's modules, and that of megatron-core's own."""
+@pytest.mark.parametrize("kind", MODELS)
+def test_same_seed_gives_the_same_model(kind, monkeypatch):
+    model, pattern, count = MODELS[kind]
+    config = config_of(
+        None, model=model, moe={"layer_freq": [0, 1, 1, 1]}, precision={"dtype": "fp32"}
+    )
     theirs = model_of(config)
     found = losses(theirs)
     ours = local_model(config, monkeypatch)
@@ -57,27 +70,12 @@ def both_models(
     assert attention_of(theirs) == attention_of(ours)
     # fp32 and sums in another order.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-    return theirs, ours
-
-
-def assert_alike(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Of gradients, up to fp32 sums in another order."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_same_seed_gives_the_same_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(
-        None, model=MODELS[kind], moe={"layer_freq": [0, 1, 1, 1]}, precision={"dtype": "fp32"}
-    )
-    theirs, ours = both_models(config, monkeypatch)
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    compared = 0
-    for name, parameter in ours.named_parameters():
-        if ".self_attention." in name and "norm" not in name:
-            assert_alike(gradients[name], parameter.grad)
-            compared += 1
-    assert compared == config.model.num_layers * (4 if "input" in kind else 5)
+    compared = {n: p.grad for n, p in ours.named_parameters() if re.search(pattern, n)}
+    assert len(compared) == count
+    for name, gradient in compared.items():
+        limit = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=limit)
 
 
 WIDE = {

@@ -2,64 +2,65 @@
 
 import pytest
 import torch
-from transformer_engine.pytorch import Linear
 from transformer_engine.pytorch.record import CALLS
 
+from tests.parallel.training_runs import FULL
 from tests.te_stand_in.models import RECIPES, calls_of, config_of, losses, model_of
 
 EXPERTS = ("TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear")
-DENSE = ("TELayerNormColumnParallelLinear", "TERowParallelLinear")
+DENSE = ("TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEColumnParallelLinear")
 
 
-def test_an_argument_that_transformer_engine_does_not_have_is_refused():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'fp8'"):
-        Linear(16, 16, fp8=True)
+ALL_HEADS = {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"}
+SHARED = {"layer_freq": [0, 1, 1, 1], "shared_expert_ffn_hidden_size": 32}
+# Settings; passes of norm with projection, of output projections and of other projections.
+MODELS = {
+    "plain": ({}, (4, 4, 0)),
+    "norms of all heads": ({"model": ALL_HEADS}, (4, 4, 0)),
+    "a projection of two vectors to one": ({"model": {"mtp_num_layers": 1}}, (5, 5, 1)),
+    "shared experts and a dense layer": ({"moe": SHARED}, (5, 4 + 1 + 3, 3)),
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_gemm_of_the_layers_runs_in_fp8(recipe):
-    model = model_of(config_of(recipe))
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_gemm_of_the_layers_runs_in_fp8(recipe, kind):
+    sections, passes = MODELS[kind]
+    model = model_of(config_of(recipe, **sections))
     logits = []
     for layer in model.decoder.layers:
         if hasattr(layer.mlp, "router"):
             layer.mlp.router.register_forward_hook(lambda *call: logits.append(call[2].logits))
     losses(model).sum().backward()
-    assert {call.module for call in CALLS} == {*EXPERTS, *DENSE}
+    assert {call.module for call in CALLS} <= {*EXPERTS, *DENSE}
+    assert tuple(len(calls_of(module)) for module in DENSE) == passes
     assert {call.recipe for call in CALLS} == {RECIPES[recipe]}
-    assert [value.dtype for value in logits] == [torch.float32] * 4
+    assert {value.dtype for value in logits} == {torch.float32}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
 
 
-def test_layers_at_the_ends_run_in_bf16():
-    precision = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2}
-    config = config_of("tensorwise", precision=precision)
-    losses(model_of(config))
-    for module in (*DENSE, *EXPERTS):
-        recipes = [call.recipe for call in calls_of(module)]
-        assert recipes == [None, None, RECIPES["tensorwise"], None], module
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
-    "recompute",
+    ("recompute", "extra"),
     [
-        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+        ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, 0),
+        (FULL | {"recompute_num_layers": 2}, 0),
+        (FULL, 1),
     ],
-    ids=["moe", "full"],
+    ids=["moe", "full", "multi-token prediction"],
 )
-def test_recomputation_repeats_the_first_pass(recipe, recompute):
+def test_recomputation_repeats_the_first_pass(recipe, recompute, extra):
     """The same gradients to the bit: the same operands, quantised in the same context."""
     gradients = []
     for training in ({}, recompute):
-        model = model_of(config_of(recipe, training=training))
+        model = model_of(config_of(recipe, training=training, model={"mtp_num_layers": extra}))
         losses(model).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert {call.recipe for call in CALLS} == {RECIPES[recipe]}
     forward_passes = [len(calls_of(module)) for module in EXPERTS]
-    assert forward_passes == [4 + 8] * 2, "without recomputation 4, with it 8"
+    assert forward_passes == [3 * (4 + extra)] * 2, "once without recomputation, twice with it"
     for name, expected in gradients[0].items():
         assert torch.equal(gradients[1][name], expected), name
 
@@ -69,12 +70,3 @@ def test_evaluation_runs_in_fp8_too():
     with torch.no_grad():
         losses(model)
     assert {call.recipe for call in CALLS} == {RECIPES["blockwise"]}
-
-
-def test_shared_experts_and_dense_layers_run_in_fp8():
-    moe = {"layer_freq": [0, 1, 1, 1], "shared_expert_ffn_hidden_size": 32}
-    model = model_of(config_of("delayed", moe=moe))
-    losses(model).sum().backward()
-    assert {call.recipe for call in CALLS} == {RECIPES["delayed"]}
-    assert len(calls_of("TEColumnParallelLinear")) == 3, "shared experts"
-    assert len(calls_of(DENSE[0])) == 4 + 1, "attention, and the dense layer's norm and FFN"

@@ -21,18 +21,6 @@ def test_what_is_promised_is_found_under_its_name():
         assert actual(path) == names, path
 
 
-def test_norms_take_what_transformer_engines_take():
-    """Its `BasicOperation` calls the argument `input`; what is new is given by keyword."""
-    found = promised()
-    for norm in ("RMSNorm", "LayerNorm"):
-        path = f"transformer_engine.pytorch:{norm}"
-        given = ["normalized_shape", "eps", "sequence_parallel", "params_dtype"]
-        assert found[path] == [*given, "zero_centered_gamma", "hidden_size", "kwargs"]
-        assert found[f"{path}.forward"] == ["input"]
-    with pytest.raises(AssertionError, match="know no {'margin'}"):
-        te.RMSNorm(8, margin=1)
-
-
 def test_a_missing_or_moved_parameter_is_noticed(monkeypatch):
     wanted = promised()["transformer_engine.pytorch:GroupedLinear.forward"]
     assert fits(wanted, wanted)
