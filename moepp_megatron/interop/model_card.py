@@ -18,7 +18,7 @@ from moepp_megatron.file_names import (
 )
 from moepp_megatron.interop.hf_source import read_json
 from moepp_megatron.observe.metrics import MetricsError, StepMetrics, read_metrics
-from moepp_megatron.training.checkpoint.progress import Progress, read_record
+from moepp_megatron.training.checkpoint.files import Progress, read_record
 
 UNKNOWN_LICENSE = "unknown"
 # The run's configuration beside the exported weights.

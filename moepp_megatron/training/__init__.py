@@ -1,7 +1,6 @@
 """The training run: optimizer, schedule, loop, statistics, checkpoints.
 
 alerts.py              the alerts of a run; those about refused batches, stages, failed saves
-alike.py               checks that settings match on all machines and ranks
 batches.py             micro-batches on this rank's device, for training and validation
 collect.py             sums over all ranks
 rollback.py            loads an earlier checkpoint of the run in the middle of training
@@ -9,10 +8,8 @@ gradient_norm.py       the gradient norm on the device
 inference_settings.py  turns a training configuration into one for forward passes only
 optimizers.py          the optimizer: its kind, and the groups of parameters that differ
 part.py                the protocol of a part; features/ and parts/ have them
-resume_messages.py     messages of a resumed run: its checkpoint, and what differs from before
 rng.py                 random states of a rank
 run.py                 a whole run: `moepp train` as a function
-run_sinks.py           the sinks that receive a run's records
 schedule.py            the learning rate and the batch size of every step
 setup.py               wraps the model: precision, data parallelism, optimizer, schedule
 signals.py             stopping on request: finish the step, save, leave

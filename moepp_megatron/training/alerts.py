@@ -1,4 +1,4 @@
-"""Alerts about what training already does by itself: refused batches, rollbacks, failed saves."""
+"""A run's sinks, and alerts about what training does by itself: refused batches, failed saves."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from moepp_megatron.config import Config
 from moepp_megatron.file_names import CONFIG_FILE
 from moepp_megatron.observe.alert_sinks import open_alert_sinks
 from moepp_megatron.observe.alerts import Alert, AlertSinks
-from moepp_megatron.observe.sinks import Sinks
+from moepp_megatron.observe.sinks import Sinks, SinkSettings, WandbRun, open_sinks
 from moepp_megatron.training.checkpoint import CheckpointWriter
-from moepp_megatron.training.checkpoint.progress import Progress
+from moepp_megatron.training.checkpoint.files import Progress
 from moepp_megatron.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -113,3 +115,31 @@ def new_stage(progress: Progress, reason: str) -> Alert:
     """Report that a new stage of the data begins."""
     fields = {"condition": reason, "severity": "info", "action": "both guards start again"}
     return _alert(progress, "new_stage", "tokens", **fields)
+
+
+def open_run_sinks(config: Config, progress: Progress) -> Sinks | None:
+    """The run's sinks; on one rank, since records are global, and None on the others."""
+    if dist.get_rank() != 0:
+        return None
+    moe = config.moe
+    return open_sinks(
+        SinkSettings(
+            Path(config.run.dir),
+            moe,
+            phi=moe.ffn_share,
+            total_steps=config.training.train_iters,
+            resume_step=progress.step + 1,
+            wandb=_wandb(config),
+            moe_layers=[
+                number for number, is_moe in enumerate(config.router_pattern, start=1) if is_moe
+            ],
+            plugins=config.observe.sinks,
+        )
+    )
+
+
+def _wandb(config: Config) -> WandbRun | None:
+    settings = config.observe.wandb
+    if settings.project is None:
+        return None
+    return WandbRun(settings, config.run.name, config.model_dump(mode="json"))

@@ -19,7 +19,7 @@ from torch import Tensor
 from moepp_megatron.config import Config, Layout
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.training.checkpoint.progress import Progress
+from moepp_megatron.training.checkpoint.files import Progress
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.signals import StopRequest

@@ -8,7 +8,7 @@ from typing import Any
 
 from moepp_megatron.config import Config
 from moepp_megatron.training.checkpoint import CheckpointWriter, newest_valid, read_checkpoint
-from moepp_megatron.training.checkpoint.progress import Progress
+from moepp_megatron.training.checkpoint.files import Progress
 from moepp_megatron.training.run_folder import checkpoint_folder
 from moepp_megatron.training.setup import TrainingModel
 

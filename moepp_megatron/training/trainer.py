@@ -16,24 +16,23 @@ from moepp_megatron.data.same_tokenizer import tokenizer_of_run
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import Sinks
-from moepp_megatron.training.alerts import RunAlerts, new_stage
+from moepp_megatron.training.alerts import RunAlerts, new_stage, open_run_sinks
 from moepp_megatron.training.batches import rank_batches
 from moepp_megatron.training.checkpoint import (
     CheckpointWriter,
     Loaded,
     find_start,
-    lack_of_space,
     read_checkpoint,
 )
-from moepp_megatron.training.checkpoint.progress import read_record
+from moepp_megatron.training.checkpoint.files import read_record
+from moepp_megatron.training.checkpoint.read import start_lines
+from moepp_megatron.training.checkpoint.retention import lack_of_space
 from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.part import Outcome, PartContext, Parts, Pause, Rollback, Step, Stop
 from moepp_megatron.training.parts.order import build_parts
 from moepp_megatron.training.resilience.supervisor import Supervisor
-from moepp_megatron.training.resume_messages import start_lines
 from moepp_megatron.training.rollback import load_earlier, newest_checkpoint
 from moepp_megatron.training.run_folder import RunFolder, checkpoint_folder
-from moepp_megatron.training.run_sinks import open_run_sinks
 from moepp_megatron.training.schedule import BatchSizes, planned_samples
 from moepp_megatron.training.setup import TrainingModel, build_training_model
 from moepp_megatron.training.signals import StopRequest

@@ -262,7 +262,7 @@ class _Run:
         from moepp_megatron.features.guard import part as routing_guard
         from moepp_megatron.features.tokens import part as token_groups
         from moepp_megatron.training import step as step_module
-        from moepp_megatron.training.checkpoint.progress import Progress
+        from moepp_megatron.training.checkpoint.files import Progress
         from moepp_megatron.training.collect import mean_loss
         from moepp_megatron.training.part import Step
         from moepp_megatron.training.signals import StopRequest

@@ -142,7 +142,7 @@ def train(
 ) -> tuple[Run, list[Any]]:
     """Train on this rank's layout."""
     from moepp_megatron.training.batches import rank_batches
-    from moepp_megatron.training.checkpoint.progress import Progress
+    from moepp_megatron.training.checkpoint.files import Progress
     from moepp_megatron.training.collect import mean_loss
     from moepp_megatron.training.part import Parts, Step
     from moepp_megatron.training.parts.order import part_kinds
@@ -183,7 +183,7 @@ def train(
 
 def _made(kinds: Iterable[Any], config: Any, layout: Any, model: Any, dataset: Any) -> Any:
     """What the trainer makes parts from, with those of some kinds."""
-    from moepp_megatron.training.checkpoint.progress import Progress
+    from moepp_megatron.training.checkpoint.files import Progress
     from moepp_megatron.training.part import PartContext
     from moepp_megatron.training.parts.order import build_parts
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.config.plugins import PREFIX, load_plugin
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.training.checkpoint.progress import Progress
+from moepp_megatron.training.checkpoint.files import Progress
 from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.setup import TrainingModel

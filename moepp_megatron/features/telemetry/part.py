@@ -17,7 +17,7 @@ from moepp_megatron.features.telemetry.sampler import Sampler
 from moepp_megatron.features.telemetry.sources import CpuSource, GpuSource, TelemetrySource
 from moepp_megatron.features.telemetry.usage import NOTHING, Usage
 from moepp_megatron.runtime.nvml import Nvml, NvmlUnavailableError
-from moepp_megatron.training.checkpoint.progress import Progress
+from moepp_megatron.training.checkpoint.files import Progress
 from moepp_megatron.training.collect import sum_over_ranks
 from moepp_megatron.training.part import Part, PartContext, Step
 from moepp_megatron.training.signals import StopRequest

@@ -17,7 +17,7 @@ from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.interop.score_text import checkpoint_tokenizer
 from moepp_megatron.tools.inspection.text import TokenizedText, read_text, tokenize, windows
 from moepp_megatron.training.checkpoint import find_checkpoint
-from moepp_megatron.training.checkpoint.progress import read_record
+from moepp_megatron.training.checkpoint.files import read_record
 from moepp_megatron.training.inference_settings import inference_override
 
 _DEFAULT_MAX_TOKENS = 16_384

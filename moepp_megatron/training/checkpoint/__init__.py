@@ -1,19 +1,17 @@
 """Checkpoints of a run: contents, writing and reading.
 
-files.py         names of the files; whether a folder is a whole, undamaged checkpoint
-progress.py      a run's progress: steps, samples, tokens
+files.py         names, progress and record, damage: all that reads bytes only
 plain_pickle.py  reads the description in a pickle without unpickling it
 index.py         the index of the tensors, rebuilt from plain values
 data_only.py     makes megatron-core and torch read one as data, never code
 find.py          finds the checkpoint that a name means, and the newest valid one
-compatible.py    checks that a checkpoint fits a configuration
+compatible.py    compares a configuration with the one that a checkpoint was written with
 optimizer.py     state of optimizers: their steps, a rank's shard in terms of whole parameters
 state.py         model, optimizer, schedule as megatron-core's sharded state
 plan.py          assigns the bytes that each rank writes
 background.py    a forked process that writes, a thread that uploads, while training continues
 publish.py       turns complete files into a named checkpoint
-disk_space.py    checks that future checkpoints fit on the disk
-retention.py     deletes old checkpoints, and what killed runs left
+retention.py     deletes old checkpoints, and what killed runs left; checks the space of future ones
 write.py         `CheckpointWriter`: all of a save, in the foreground or background
 read.py          all of a load
 
@@ -27,8 +25,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from moepp_megatron.training.checkpoint.compatible import check_compatible
-from moepp_megatron.training.checkpoint.disk_space import lack_of_space
-from moepp_megatron.training.checkpoint.files import damage, is_checkpoint
+from moepp_megatron.training.checkpoint.files import Progress, damage, is_checkpoint
 from moepp_megatron.training.checkpoint.find import (
     NoStartError,
     check_start,
@@ -36,7 +33,6 @@ from moepp_megatron.training.checkpoint.find import (
     list_checkpoints,
     newest_again,
 )
-from moepp_megatron.training.checkpoint.progress import Progress
 
 if TYPE_CHECKING:
     from moepp_megatron.training.checkpoint.read import (
@@ -59,7 +55,6 @@ __all__ = [
     "find_checkpoint",
     "find_start",
     "is_checkpoint",
-    "lack_of_space",
     "list_checkpoints",
     "load_weights",
     "newest_again",

@@ -1,4 +1,4 @@
-"""Check that a checkpoint fits a configuration, by config.yaml, before reading tensors."""
+"""Compares a configuration with the one that a checkpoint was written with, before any tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moepp_megatron.config import Config, ConfigError, load_config, parse_split
 from moepp_megatron.config.problem import Problem, raise_problems, show
 from moepp_megatron.experts import KINDS
 from moepp_megatron.file_names import CONFIG_FILE
-from moepp_megatron.training.checkpoint.progress import read_record
+from moepp_megatron.training.checkpoint.files import read_record
 
 
 def _latent_widths(config: Config) -> dict[str, Any] | None:

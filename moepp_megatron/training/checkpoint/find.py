@@ -22,12 +22,13 @@ from moepp_megatron.runtime.rank import RankEnvironment
 from moepp_megatron.training.checkpoint.compatible import check_compatible
 from moepp_megatron.training.checkpoint.files import (
     PREFIX,
+    NewerFormatError,
     checkpoint_step,
     damage,
     is_checkpoint,
     plain_damage,
+    read_record,
 )
-from moepp_megatron.training.checkpoint.progress import NewerFormatError, read_record
 
 logger = logging.getLogger(__name__)
 

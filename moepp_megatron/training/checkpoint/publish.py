@@ -31,10 +31,9 @@ from moepp_megatron.file_names import (
 )
 from moepp_megatron.runtime.atomic import exchange, sync, write_atomic, write_synced
 from moepp_megatron.runtime.object_store import ObjectPath, StoreError
-from moepp_megatron.training.checkpoint.files import damage, file_digest, manifest
+from moepp_megatron.training.checkpoint.files import SavedRecord, damage, file_digest, manifest
 from moepp_megatron.training.checkpoint.find import checkpoint_dates
 from moepp_megatron.training.checkpoint.plan import SavePlan, Written
-from moepp_megatron.training.checkpoint.progress import SavedRecord
 from moepp_megatron.training.checkpoint.retention import discard
 
 logger = logging.getLogger(__name__)

@@ -10,12 +10,22 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
-from moepp_megatron.config import Config, ConfigError, Layout
+from moepp_megatron.config import Config, ConfigError, Layout, load_config
+from moepp_megatron.config.problem import show
+from moepp_megatron.file_names import CONFIG_FILE
+from moepp_megatron.layer_settings import EXPORTED
 from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.training import rng
-from moepp_megatron.training.checkpoint.compatible import check_compatible
+from moepp_megatron.training.checkpoint.compatible import check_compatible, differences
 from moepp_megatron.training.checkpoint.data_only import load_data, unsafe_pickle
-from moepp_megatron.training.checkpoint.files import checkpoint_step, damage
+from moepp_megatron.training.checkpoint.files import (
+    Progress,
+    SavedRecord,
+    checkpoint_step,
+    damage,
+    grid,
+    read_record,
+)
 from moepp_megatron.training.checkpoint.find import (
     first_valid,
     list_checkpoints,
@@ -23,7 +33,6 @@ from moepp_megatron.training.checkpoint.find import (
     start_candidates,
     warn_skipped,
 )
-from moepp_megatron.training.checkpoint.progress import Progress, grid, read_record
 from moepp_megatron.training.checkpoint.state import (
     apply_model_state,
     apply_state,
@@ -31,6 +40,7 @@ from moepp_megatron.training.checkpoint.state import (
     model_state,
     state_to_load,
 )
+from moepp_megatron.training.schedule import learning_rate
 from moepp_megatron.training.setup import TrainingModel
 
 logger = logging.getLogger(__name__)
@@ -162,3 +172,49 @@ def agreed_reason(checkpoint: Path, agreement: Agreement) -> str | None:
     part, num_parts = dist.get_rank(), dist.get_world_size()
     mine = damage(checkpoint, part, num_parts) or unsafe_pickle(checkpoint, part, num_parts)
     return next((reason for reason in agreement.gather(mine) if reason is not None), None)
+
+
+# A change of the learning rate by rounding is not reported.
+_SAME_LR = 1e-6
+# What a token gets from routers and experts depends on these; shapes are refused elsewhere.
+_ROUTES = {f"moe.{name}" for name in (*EXPORTED, "router_topk", "capacity_factor")}
+
+
+def start_lines(
+    checkpoint: Path, record: SavedRecord | None, config: Config, layout: Layout
+) -> list[str]:
+    """A line that names the checkpoint, and a line for each difference from it.
+
+    Args:
+        checkpoint: The checkpoint that was loaded.
+        record: Its record; None where only its weights were loaded.
+        config: The configuration of this run.
+        layout: Its rank grid.
+    """
+    if record is None:
+        return [f"started from the weights of {checkpoint}"]
+    step = record.progress.step
+    lines = [f"resumed from step {step} of {checkpoint}"]
+    if changed := record.changed_versions():
+        lines.append(
+            f"warning: it was written with {', '.join(changed)}: the run may differ in bits from "
+            "one without a break"
+        )
+    if record.layout != grid(layout):
+        lines.append(f"  layout: {_grid_text(grid(layout))}; before: {_grid_text(record.layout)}")
+    before = load_config(checkpoint / CONFIG_FILE)
+    changes = differences(before, config)
+    lines += [f"  {name}: {show(now)}; before: {show(was)}" for name, was, now in changes]
+    if routed := [name for name, _, _ in changes if name in _ROUTES]:
+        lines.append(
+            f"warning: {', '.join(routed)}: tokens are routed in another way than the checkpoint "
+            "was trained to, until training has adapted the routers"
+        )
+    old, new = (learning_rate(each, step + 1) for each in (before, config))
+    if abs(new - old) > _SAME_LR * max(new, old):
+        lines.append(f"  learning rate of step {step + 1}: {new:.3g}; before: {old:.3g}")
+    return lines
+
+
+def _grid_text(layout: dict[str, int]) -> str:
+    return " ".join(f"{name}={degree}" for name, degree in layout.items())

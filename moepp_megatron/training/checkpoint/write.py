@@ -25,13 +25,21 @@ from moepp_megatron.training.checkpoint.background import (
     BackgroundError,
     BackgroundUpload,
 )
-from moepp_megatron.training.checkpoint.disk_space import space_text
-from moepp_megatron.training.checkpoint.files import checkpoint_name, plain_damage
+from moepp_megatron.training.checkpoint.files import (
+    Progress,
+    SavedRecord,
+    checkpoint_name,
+    plain_damage,
+)
 from moepp_megatron.training.checkpoint.plan import Planner, SavePlan, Written
-from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
 from moepp_megatron.training.checkpoint.publish import Companions, publish, tokenizer_files, upload
 from moepp_megatron.training.checkpoint.read import agreed_reason
-from moepp_megatron.training.checkpoint.retention import Pruner, incomplete_name, remove_leftovers
+from moepp_megatron.training.checkpoint.retention import (
+    Pruner,
+    incomplete_name,
+    remove_leftovers,
+    space_text,
+)
 from moepp_megatron.training.checkpoint.state import saved_state
 from moepp_megatron.training.setup import TrainingModel
 

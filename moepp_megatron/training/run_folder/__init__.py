@@ -1,8 +1,7 @@
 """The folder of a run: its contents, who may start there, remains of an earlier run.
 
 folder.py      `RunFolder`: its paths, checks before a start, the claim, the configuration
-holder.py      ownership: locks, its process's heartbeat, the mark in a checkpoint folder
-writable.py    refusing what cannot be written
+holder.py      ownership: locks, heartbeat, the mark in a checkpoint folder; writable folders
 move_aside.py  moving an earlier run out of the way of a new one
 """
 

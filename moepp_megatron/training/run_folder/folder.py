@@ -27,18 +27,16 @@ from moepp_megatron.training.checkpoint.retention import remove_leftovers
 from moepp_megatron.training.run_folder.holder import (
     OwnerMark,
     beating,
+    check_kinds,
+    existing,
     is_same,
     locked,
     outside_of,
     refuse_running,
-)
-from moepp_megatron.training.run_folder.move_aside import configuration_files, move_aside
-from moepp_megatron.training.run_folder.writable import (
-    check_kinds,
-    existing,
     refuse_unshared,
     refusing_unwritable,
 )
+from moepp_megatron.training.run_folder.move_aside import configuration_files, move_aside
 from moepp_megatron.version import __version__
 
 

@@ -8,8 +8,12 @@ import pytest
 
 from moepp_megatron.config import Config, parse_config
 from moepp_megatron.training.checkpoint import Progress
-from moepp_megatron.training.checkpoint.files import checkpoint_name, file_digest, manifest
-from moepp_megatron.training.checkpoint.progress import SavedRecord
+from moepp_megatron.training.checkpoint.files import (
+    SavedRecord,
+    checkpoint_name,
+    file_digest,
+    manifest,
+)
 from tests.parallel.training_runs import settings
 
 

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from moepp_megatron.training.alike import must_be_alike, refuse_unlike
 from moepp_megatron.training.checkpoint import NoStartError
+from moepp_megatron.training.run import must_be_alike, refuse_unlike
 from tests.unit.training.conftest import config_of
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from moepp_megatron.config import checkpoint_bytes
 from moepp_megatron.runtime.disk import show_bytes
-from moepp_megatron.training.checkpoint import disk_space
+from moepp_megatron.training.checkpoint import retention
 from tests.unit.training.conftest import config_of
 
 STEPS = {"train_iters": 100}
@@ -32,10 +32,10 @@ def test_as_many_as_will_be_there_at_once(write, tmp_path, monkeypatch, keep, th
     for number in range(there):
         write(tmp_path, number)
     needed = count * checkpoint_bytes(config)
-    monkeypatch.setattr(disk_space, "free_bytes", lambda _: needed)
-    assert disk_space.lack_of_space(config, tmp_path, step) is None
-    monkeypatch.setattr(disk_space, "free_bytes", lambda _: needed - 1)
-    said = disk_space.lack_of_space(config, tmp_path, step)
+    monkeypatch.setattr(retention, "free_bytes", lambda _: needed)
+    assert retention.lack_of_space(config, tmp_path, step) is None
+    monkeypatch.setattr(retention, "free_bytes", lambda _: needed - 1)
+    said = retention.lack_of_space(config, tmp_path, step)
     assert said is not None
     assert (
         f"needs room for {count} more checkpoints of {show_bytes(checkpoint_bytes(config))}" in said
@@ -45,6 +45,6 @@ def test_as_many_as_will_be_there_at_once(write, tmp_path, monkeypatch, keep, th
 
 @pytest.mark.parametrize(("interval", "step"), [(0, 0), (30, 100)])
 def test_nothing_to_save_needs_no_room(tmp_path: Path, monkeypatch, interval: int, step: int):
-    monkeypatch.setattr(disk_space, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(retention, "free_bytes", lambda _: 0)
     config = config_of(training=STEPS, checkpoint={"save_interval": interval})
-    assert disk_space.lack_of_space(config, tmp_path, step) is None
+    assert retention.lack_of_space(config, tmp_path, step) is None

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from moepp_megatron.config import Layout
-from moepp_megatron.training.checkpoint import progress
-from moepp_megatron.training.checkpoint.progress import Progress, SavedRecord
-from moepp_megatron.training.resume_messages import start_lines
+from moepp_megatron.training.checkpoint import files
+from moepp_megatron.training.checkpoint.files import Progress, SavedRecord
+from moepp_megatron.training.checkpoint.read import start_lines
 from tests.unit.training.conftest import config_of
 
 TRAINING = {"train_iters": 10, "global_batch_size": 8, "micro_batch_size": 2}
@@ -29,14 +29,14 @@ def test_the_same_run_says_only_where_it_goes_on(tmp_path: Path) -> None:
 
 
 def test_other_versions_than_those_of_the_checkpoint_are_one_warning(tmp_path, monkeypatch) -> None:
-    here = {**progress.package_versions(), "triton": "9"}
+    here = {**files.package_versions(), "triton": "9"}
     recorded = {**here, "torch": "2.3.4", "transformer-engine": "1.2"}
     # What an older version did not record is no difference.
     del recorded["triton"]
-    monkeypatch.setattr(progress, "package_versions", lambda: recorded)
+    monkeypatch.setattr(files, "package_versions", lambda: recorded)
     config = config_of()
     record = SavedRecord.now(Progress(6, 48, 768), Layout.from_config(config, 1))
-    monkeypatch.setattr(progress, "package_versions", lambda: here)
+    monkeypatch.setattr(files, "package_versions", lambda: here)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     (line,) = start_lines(tmp_path, record, config, Layout.from_config(config, 1))[1:]
     assert line == (
