@@ -69,7 +69,9 @@ def test_stopped_rank_is_named_and_the_run_ends(tmp_path: Path, data: Path) -> N
     assert "which is T (stopped)" in first
     assert second.startswith("  1 other rank waits in gloo:"), "the flight recorder names it"
     # The stack of the rank that waits shows the collective too.
-    assert "distributed_c10d.py" in (folder / "stacks_rank_0.txt").read_text()
+    stacks = (folder / "stacks_rank_0.txt").read_text()
+    assert "distributed_c10d.py" in stacks or "stragglers.py" in stacks
+    assert "in no collective" not in report
 
 
 def test_slow_phases_are_no_hangs(tmp_path: Path, data: Path) -> None:

@@ -63,9 +63,9 @@ class Activity:
 
 logger = logging.getLogger(__name__)
 
-_C10D = "distributed_c10d.py"
+_C10D, _CLOCK = "distributed_c10d.py", "/stragglers.py"
 # Frames of the machinery around a wait, which are not about the program.
-_UNINTERESTING = ("/torch/", "/threading.py", "/contextlib.py", "/stragglers.py")
+_UNINTERESTING = ("/torch/", "/threading.py", "/contextlib.py", _CLOCK)
 
 # Looks this often within a timeout, but neither burdens the file system nor sleeps for minutes.
 _LOOKS = 20
@@ -238,6 +238,9 @@ def _collective_of(frame: FrameType | None) -> str | None:
         code = frame.f_code
         if code.co_filename.endswith(_C10D) and not code.co_name.startswith(("_", "wrapper")):
             collective = f"{code.co_name}{_group_of(frame)}"
+        elif collective is None and code.co_name == "timed" and code.co_filename.endswith(_CLOCK):
+            # The wait for an asynchronous one is C++ and has no frame of its own.
+            collective = "Work.wait"
         frame = frame.f_back
     return collective
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from moepp_megatron.training.resilience.stragglers import CollectiveClock
+from moepp_megatron.training.resilience.watchdog import _collective_of
 
 
 class Event:
@@ -39,6 +42,13 @@ def clock(monkeypatch):
     clock.start()
     yield clock
     clock.stop()
+
+
+def test_a_rank_that_waits_for_an_asynchronous_collective_is_in_one(clock, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    waits = clock._timed(lambda: _collective_of(sys._getframe()))
+    assert waits() == "Work.wait"
+    assert _collective_of(sys._getframe()) is None
 
 
 def test_nothing_is_recorded_into_a_graph(clock, monkeypatch):
