@@ -11,7 +11,6 @@ from moepp_megatron.experts import ExpertCounts
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.numbers import numbers
 from moepp_megatron.observe.tensorboard import tag_of
-from moepp_megatron.tools.report.healthy import guard_rule
 
 
 def test_every_key_of_a_record_has_a_row() -> None:
@@ -28,15 +27,6 @@ def test_no_two_metrics_share_a_name_or_a_plot() -> None:
         [row.panel[0] for row in METRICS.values() if row.panel],
     ):
         assert len(set(of)) == len(of)
-
-
-def test_rows_are_sentences_without_an_end() -> None:
-    for name, row in METRICS.items():
-        assert row.meaning, name
-        assert not row.meaning.endswith("."), name
-        assert "|" not in row.meaning, name
-        # What is wrong is said in words, or is a rule that exists.
-        assert " " in row.wrong or not row.wrong or guard_rule(row.wrong), name
 
 
 def nesting(annotation: Any) -> list[type]:

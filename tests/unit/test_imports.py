@@ -1,7 +1,6 @@
 """Every name that a script imports from this repository is there, without importing anything."""
 
 import ast
-import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -61,63 +60,3 @@ def test_every_imported_name_exists(top: str) -> None:
     files = [path for path in FILES if path.is_relative_to(ROOT / top)]
     assert files
     assert [name for path in files for name in _missing(path)] == []
-
-
-# Tests of these folders are tests of these rooms of the package; all other tests are of none.
-_ROOMS_OF_TESTS = {
-    "tests/interop": ("interop",),
-    "tests/unit/config": ("config", "layer_settings"),
-    "tests/unit/fp8": ("moe", "model"),
-    "tests/unit/moe": ("moe", "model"),
-    "tests/unit/resilience": ("training",),
-    **{f"tests/unit/{room}": (room,) for room in ("cli", "data", "observe", "runtime", "training")},
-    **{
-        f"tests/unit/tools/{path.name}": (f"tools.{path.name}",)
-        for path in (ROOT / "tests/unit/tools").iterdir()
-    },
-}
-
-
-def _is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
-
-
-def _private_names(path: Path) -> Iterator[str]:
-    """`module.name` of the package's private names that a file imports, reads or replaces."""
-    modules: dict[str, str] = {}
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(OURS[0]):
-            for alias in node.names:
-                name = f"{node.module}.{alias.name}"
-                modules[alias.asname or alias.name] = name
-                if _is_private(alias.name):
-                    yield name
-    for node in ast.walk(tree):
-        match node:
-            case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner in modules:
-                pass
-            case ast.Call(args=[ast.Name(id=owner), ast.Constant(value=str(name)), *_]) if (
-                owner in modules
-            ):
-                pass
-            case ast.Constant(value=str(text)) if re.fullmatch(rf"{OURS[0]}(\.\w+)+", text):
-                owner, _, name = text.rpartition(".")
-            case _:
-                continue
-        if _is_private(name):
-            yield f"{modules.get(owner, owner)}.{name}"
-
-
-def test_private_names_are_used_only_by_tests_of_their_room() -> None:
-    strangers = []
-    for path in FILES:
-        place = path.relative_to(ROOT)
-        if place.is_relative_to(OURS[0]):
-            continue
-        folders = [folder.as_posix() for folder in place.parents]
-        rooms = next((_ROOMS_OF_TESTS[each] for each in folders if each in _ROOMS_OF_TESTS), ())
-        allowed = tuple(f"{OURS[0]}.{room}." for room in rooms)
-        names = set(_private_names(path))
-        strangers += [(str(place), name) for name in names if not name.startswith(allowed)]
-    assert strangers == []

@@ -63,15 +63,6 @@ def test_an_example_uses_documented_names(program: str) -> None:
     assert not _internal((REPOSITORY / program).read_text("utf-8"))
 
 
-def test_exports_are_there() -> None:
-    from moepp_megatron.moe.config import MoEPPConfig
-    from moepp_megatron.moe.spec import get_moepp_layer_spec
-
-    assert moepp_megatron.MoEPPConfig is MoEPPConfig
-    assert moepp_megatron.get_moepp_layer_spec is get_moepp_layer_spec
-    assert all(hasattr(moepp_megatron, name) for name in moepp_megatron.__all__)
-
-
 @pytest.mark.parametrize(
     "code",
     [

@@ -1,7 +1,6 @@
 """The site: generated pages, proofs that exist, no loads from elsewhere."""
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -92,25 +91,3 @@ def test_links_and_local_files_are_no_loads() -> None:
 
 def test_every_cell_about_another_repository_is_quoted() -> None:
     assert compared_sources.unquoted() == []
-
-
-def test_a_quote_is_checked_against_the_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "pytorch+torchtitan"
-    folder.mkdir()
-    (folder / "moe.py").write_text("first\ngroups = 4\n")
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", "-C", folder, *command])
-    row = next(cell[1] for cell in compared_sources.cells() if cell[0] == "torchtitan")
-    lines = [("moe.py", "groups = 4"), ("moe.py", "groups = 5"), ("!.", "gro.ps"), ("!.", "heaps")]
-    quoted = [("torchtitan", row, *line) for line in lines]
-    monkeypatch.setattr(compared_sources, "quotes", lambda: quoted)
-    monkeypatch.setattr(compared_sources, "unquoted", list)
-    assert compared_sources.main(tmp_path) == 1
-    told = capsys.readouterr().out.splitlines()
-    assert told[-3:] == [
-        f"torchtitan, {row}: gone from moe.py",
-        f"torchtitan, {row}: found in moe.py:2",
-        "4 quotes checked, 2 problems",
-    ]

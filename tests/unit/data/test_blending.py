@@ -140,17 +140,6 @@ def test_a_stage_behind_the_end_is_not_opened(folders, tmp_path: Path) -> None:
     assert len(train) == 40
 
 
-def test_without_validation_a_part_may_be_empty(folders, tmp_path: Path) -> None:
-    tokenizer, both = Tokenizer.load(folders["a"]), [blend(folders, a=1, b=1)]
-    split = "999,1,0"
-    with pytest.raises(ConfigError, match=r"gives validation none of the 60"):
-        build_datasets(both, tokenizer, LENGTH, split, 7, (8, 4, 0), cache_dir=tmp_path)
-    train, validation, _ = build_datasets(
-        both, tokenizer, LENGTH, split, 7, (8, 0, 0), cache_dir=tmp_path
-    )
-    assert (len(train), validation) == (8, None)
-
-
 def test_a_damaged_token_is_named(folders, tmp_path: Path) -> None:
     damaged = shutil.copytree(folders["b"], tmp_path / "damaged")
     content = np.fromfile(damaged / "corpus.bin", np.uint16)

@@ -29,23 +29,6 @@ def test_prepare_writes_and_reports(corpus_file: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["no-such-source", "--out", "x"], ["no-such-source", "No such file"]),
-        (["stdlib", "--out", "x", "--vocab-size", "9"], ["--vocab-size (9)", "use 4096"]),
-        (["stdlib", "--out", "x", "--tokenizer", "none.json"], ["none.json", "name a file"]),
-    ],
-)
-def test_wrong_usage_is_one_line_and_exit_code_2(arguments, words, tmp_path, monkeypatch, moepp):
-    monkeypatch.chdir(tmp_path)
-    code, _, stderr = moepp("data", "prepare", *arguments)
-    assert code == 2
-    assert stderr.count("\n") == 1
-    assert all(word in stderr for word in words)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
     ("content", "words"),
     [
         # The beginning of a sentencepiece model: protobuf with the score of a piece.

@@ -16,7 +16,6 @@ from moepp_megatron.data.chat_records import messages_of
 from moepp_megatron.data.chat_template import ChatTemplate, UnusableChat
 from moepp_megatron.data.conversations import DOCUMENTS, PADDING
 from moepp_megatron.data.datasets import build_datasets
-from moepp_megatron.data.loader import batches
 from moepp_megatron.data.manifest import Manifest
 from moepp_megatron.data.prepare import Prepared, PrepareSettings, prepare
 from moepp_megatron.data.prepare_chat import pack
@@ -137,12 +136,6 @@ def test_positions_start_anew_if_asked(folder: Path) -> None:
         for number in sample[DOCUMENTS].unique():
             own = sample["position_ids"][sample[DOCUMENTS] == number]
             assert torch.equal(own, torch.arange(len(own)))
-
-
-def test_batches_hold_documents_and_padding(folder: Path) -> None:
-    train, tokenizer = samples(folder)
-    batch = next(batches(train, 0, 4, 0, 1, 4, vocab_size=tokenizer.vocab_size))
-    assert batch[DOCUMENTS].shape == batch[PADDING].shape == batch["tokens"].shape == (4, LENGTH)
 
 
 def test_packing_fills_and_never_crosses() -> None:

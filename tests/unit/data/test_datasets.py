@@ -128,20 +128,6 @@ def test_a_cache_that_cannot_be_used_is_named(build, tmp_path):
         build(cache_dir=tmp_path / "file")
 
 
-def test_same_samples_under_torch_distributed(build, tmp_path):
-    alone = build(cache_dir=tmp_path / "alone")[0]
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
-    try:
-        together = build(cache_dir=tmp_path / "together")[0]
-    finally:
-        torch.distributed.destroy_process_group()
-    assert len(alone) == len(together) > 8
-    for i in range(len(alone)):
-        assert torch.equal(alone[i]["tokens"], together[i]["tokens"])
-
-
 def test_missing_or_damaged_folder(prepared, tokenizer, tmp_path):
     arguments = (tokenizer, 32, "1,0,0", SEED, (8, 0, 0))
     with pytest.raises(ConfigError, match=r"data\.path .* run: moepp data prepare"):

@@ -72,11 +72,6 @@ def test_quickstart_fits_its_corpus(check):
         check(config_of("quickstart.yaml"), 4097)
 
 
-def test_split_without_a_document_is_refused_before_ranks_start(check):
-    with pytest.raises(ConfigError, match="gives test none of the 1000 documents"):
-        check(config_of("quickstart.yaml", "data.split='98,2,0.01'"), 4096)
-
-
 def test_split_may_leave_nothing_to_validation_that_is_never_read(check):
     few = ("data.split='98,0.01,0'",)
     with pytest.raises(ConfigError, match="gives validation none of the 1000 documents"):

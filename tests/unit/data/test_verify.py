@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -232,18 +230,3 @@ def test_label_behind_the_last_token_is_checked():
         check_tokens(None, [7, 8], good, 4)
     with pytest.raises(ValueError, match="token 1 of sample 7 is -2, outside"):
         check_tokens(None, [7], {"tokens": torch.tensor([[0, -2]])}, 5)
-
-
-def test_check_of_a_start_imports_nothing_heavy(folder: Path):
-    script = f"""
-import sys
-from pathlib import Path
-from moepp_megatron.data.verify import check_start, read_manifest
-folder = Path({str(folder)!r})
-check_start(folder, read_manifest(folder, "data.path"), whole_index=True)
-print({{"torch", "megatron"}} & set(sys.modules))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.strip() == "set()"
