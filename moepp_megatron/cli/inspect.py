@@ -35,7 +35,7 @@ def inspect(
     ] = 16_384,
     nproc: NprocOption = 1,
 ) -> None:
-    """Write a page: the text coloured by FFN experts per token, and each token's experts.
+    """Write a page: the text coloured by FFN experts per token, each token's experts, and means.
 
     Examples:
         moepp inspect runs/quickstart --text README.md
@@ -71,7 +71,7 @@ def _inspect_rank(request: InspectRequest) -> None:
     with distributed.initialized(rank):
         trace = trace_model(request)
     if trace is not None:
-        from moepp_megatron.tools.report.inspect import write_inspection
+        from moepp_megatron.tools.report.inspection import write_inspection
 
         for name, path in write_inspection(request, trace):
             echo(f"{name:12} {path}")

@@ -1,11 +1,9 @@
-"""Inspects what a trained model does with a text's tokens: recording, classes, aggregates.
+"""Inspects what a trained model does with a text's tokens.
 
-    request.py     the request of `moepp inspect`, checked before anything heavy is imported
-    text.py        a text as tokens with their places, cut into windows
-    trace.py       experts, gates and loss of every token
-    record.py      fills a trace, in any layout
-    aggregates.py  means by class, token and layer
-    findings.py    all aggregates; all results as JSON
+request.py     the request of `moepp inspect`, checked before anything heavy is imported
+text.py        a text as tokens with their places, cut into windows
+findings.py    experts, gates and loss of every token; means by class, token and layer; JSON
+record.py      runs the model over the text, in any layout
 
-The page is built in `moepp_megatron.tools.report.inspect`.
+`moepp_megatron.tools.report.inspection` builds the page.
 """

@@ -1,28 +1,104 @@
-"""All aggregates for the page, and all results as JSON."""
+"""Routing and loss of a text's tokens, means over groups of them, and all of it as JSON.
+
+Shape suffixes: L MoE layers, N tokens, K experts selected per token.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from moepp_megatron.data.token_classes import CLASSES
 from moepp_megatron.experts import KIND_NAMES
-from moepp_megatron.tools.inspection.aggregates import (
-    LayerSummary,
-    TokenGroup,
-    all_tokens,
-    by_layer,
-    extremes,
-    groups,
-)
-from moepp_megatron.tools.inspection.request import InspectRequest
-from moepp_megatron.tools.inspection.trace import Trace
+from moepp_megatron.tools.inspection.request import InspectedModel, InspectRequest
 
 # Tokens named at each end.
 _EXTREMES = 12
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+_ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """Means over some tokens.
+
+    Attributes:
+        name: What they have in common.
+        count: Number of tokens.
+        ffn: FFN experts per token and layer.
+        ffn_error: Standard error of that mean over the tokens; NaN for fewer than two.
+        kinds: Share of each of `KIND_NAMES` in the selections.
+        loss: Loss of the predicted tokens, nats; NaN without any.
+    """
+
+    name: str
+    count: int
+    ffn: float
+    ffn_error: float
+    kinds: tuple[float, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Routing and loss of every token.
+
+    Attributes:
+        model: The model that routed them.
+        selected: [L, N, K] int64 experts of each token, the largest gate first.
+        gates: [L, N, K] fp64 their gates.
+        losses: [N] fp64 negative log-probability of each token, in nats; NaN for the first of a
+            window, which is not predicted.
+    """
+
+    model: InspectedModel
+    selected: np.ndarray
+    gates: np.ndarray
+    losses: np.ndarray
+
+    @property
+    def topk(self) -> int:
+        """Experts selected per token, K."""
+        return self.selected.shape[2]
+
+    @cached_property
+    def _kinds(self) -> np.ndarray:
+        """[L, N, K] int64 kind of each selected expert, an index into `KIND_NAMES`."""
+        return np.repeat(np.arange(len(KIND_NAMES)), self.model.experts.by_kind)[self.selected]
+
+    @cached_property
+    def ffn(self) -> np.ndarray:
+        """[L, N] int64 FFN experts of each token."""
+        return (self.selected < self.model.experts.num_ffn_experts).sum(axis=2)
+
+    def group(self, name: str, rows: Any = _ALL, layers: slice = _ALL) -> TokenGroup:
+        """Means over tokens, given by their indices, in some of the L layers."""
+        ffn = self.ffn[layers][:, rows].mean(axis=0)
+        kinds, losses = self._kinds[layers][:, rows], self.losses[rows]
+        known = losses[np.isfinite(losses)]
+        return TokenGroup(
+            name,
+            len(ffn),
+            float(ffn.mean()),
+            float(ffn.std(ddof=1) / len(ffn) ** 0.5) if len(ffn) > 1 else math.nan,
+            tuple(float((kinds == kind).mean()) for kind in range(len(KIND_NAMES))),
+            float(known.mean()) if len(known) else math.nan,
+        )
+
+    def groups(self, keys: Sequence[Hashable], names: Sequence[str]) -> list[TokenGroup]:
+        """One group for each of N keys but None, by the name of its first token."""
+        members: dict[Hashable, list[int]] = {}
+        for index, key in enumerate(keys):
+            if key is not None:
+                members.setdefault(key, []).append(index)
+        return [self.group(names[rows[0]], rows) for rows in members.values()]
 
 
 @dataclass(frozen=True)
@@ -33,6 +109,7 @@ class Findings:
         whole: All tokens.
         by_class: The classes that occur, in the order of `CLASSES`.
         least_count: Least number of occurrences of a token in the two lists below.
+        by_layer: All tokens in one layer, by its number in the model.
         without_ffn: Share of the tokens that get no FFN expert in any layer.
         all_ffn: Share of the tokens whose every selection is an FFN expert.
     """
@@ -42,7 +119,7 @@ class Findings:
     least_count: int
     most_ffn: list[TokenGroup]
     fewest_ffn: list[TokenGroup]
-    by_layer: list[LayerSummary]
+    by_layer: list[TokenGroup]
     without_ffn: float
     all_ffn: float
 
@@ -51,23 +128,39 @@ def find(request: InspectRequest, trace: Trace) -> Findings:
     """All aggregates of a trace of the request's text."""
     text = request.text
     classes = [CLASSES[index] for index in request.classes.tolist()]
-    by_class = sorted(groups(trace, classes), key=lambda group: CLASSES.index(group.name))
-    least, most, fewest = extremes(trace, text.ids, text.pieces, _EXTREMES)
+    by_class = sorted(trace.groups(classes, classes), key=lambda group: CLASSES.index(group.name))
     return Findings(
-        all_tokens(trace),
+        trace.group("all tokens"),
         by_class,
-        least,
-        most,
-        fewest,
-        by_layer(trace),
+        *_extremes(trace, text.ids, text.pieces, _EXTREMES),
+        [
+            trace.group(str(number), layers=slice(row, row + 1))
+            for row, number in enumerate(trace.model.layers)
+        ],
         float((trace.ffn == 0).all(axis=0).mean()),
         float((trace.ffn == trace.topk).all(axis=0).mean()),
     )
 
 
+def _extremes(
+    trace: Trace, ids: np.ndarray, pieces: Sequence[str], length: int
+) -> tuple[int, list[TokenGroup], list[TokenGroup]]:
+    """The least number of occurrences, and tokens with the most and the fewest FFN experts.
+
+    At most `length` at each end, and never more than half; `pieces` are the texts of the tokens.
+    """
+    counts = Counter(ids.tolist())
+    # A rare token's mean says little; a short text has no others.
+    least = next((n for n in (5, 3, 2) if sum(c >= n for c in counts.values()) >= 2 * length), 1)
+    keys = [token if counts[token] >= least else None for token in ids.tolist()]
+    ranked = sorted(trace.groups(keys, pieces), key=lambda group: (-group.ffn, -group.count))
+    end = min(length, len(ranked) // 2)
+    return least, ranked[:end], ranked[::-1][:end]
+
+
 def to_json(request: InspectRequest, trace: Trace) -> bytes:
     """The JSON file: the text's tokens, the model's aggregates and every selection."""
-    text = request.text
+    text, model = request.text, trace.model
     content = {
         "format_version": _FORMAT_VERSION,
         "text": text.name,
@@ -81,26 +174,19 @@ def to_json(request: InspectRequest, trace: Trace) -> bytes:
             "text": text.pieces,
             "class": [CLASSES[index] for index in request.classes.tolist()],
         },
-        # A list, as readers of this version know it.
-        "models": [_model(request, trace)],
-    }
-    return (json.dumps(_finite(content), allow_nan=False) + "\n").encode()
-
-
-def _model(request: InspectRequest, trace: Trace) -> dict[str, Any]:
-    return {
-        "label": trace.label,
-        "experts": asdict(trace.experts),
-        "layers": list(trace.layers),
+        "label": model.label,
+        "experts": asdict(model.experts),
+        "layers": list(model.layers),
         "router_topk": trace.topk,
-        "balanced_ffn_share": trace.balanced_share,
+        "balanced_ffn_share": model.balanced_share,
         **asdict(find(request, trace)),
         # [layer][token][k], the largest gate first.
         "selected": trace.selected.tolist(),
-        "gates": [[[round(g, 6) for g in k] for k in layer] for layer in trace.gates.tolist()],
+        "gates": trace.gates.round(6).tolist(),
         # [token]; null for the first token of a window, which nothing predicts.
-        "loss": [round(loss, 6) for loss in trace.losses.tolist()],
+        "loss": trace.losses.round(6).tolist(),
     }
+    return (json.dumps(_finite(content), allow_nan=False) + "\n").encode()
 
 
 def _finite(value: Any) -> Any:

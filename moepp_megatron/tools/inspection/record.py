@@ -21,8 +21,8 @@ from moepp_megatron.interop.scoring import score_stages, scoring_stages
 from moepp_megatron.moe.layer import MoEPPLayer, decoder_moepp_layers
 from moepp_megatron.moe.selection import Routing
 from moepp_megatron.runtime.distributed import build_groups
+from moepp_megatron.tools.inspection.findings import Trace
 from moepp_megatron.tools.inspection.request import InspectRequest
-from moepp_megatron.tools.inspection.trace import Trace
 
 
 class _RecordedPass(NamedTuple):
@@ -98,9 +98,7 @@ def trace_model(request: InspectRequest) -> Trace | None:
         recorded[name].reshape(len(model.layers), -1, recorded[name].shape[-1])[:, :count]
         for name in ("selected", "gates")
     )
-    losses = recorded["losses"].reshape(-1)[:count]
-    own = (model.label, model.facts, model.experts, model.layers, model.balanced_share)
-    return Trace(*own, selected, gates, losses)
+    return Trace(model, selected, gates, recorded["losses"].reshape(-1)[:count])
 
 
 def _record_routing(request: ScoreRequest) -> dict[str, np.ndarray] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,8 +94,6 @@ class InspectRequest:
         """
         for override in overrides:
             inference_override(override)
-        for name, path in (("--out", out), ("--json", json)):
-            _check_writable(name, path)
         folder = find_checkpoint(checkpoint)
         config = load_config(folder / CONFIG_FILE)
         _check_kinds(folder, config)
@@ -111,17 +108,6 @@ class InspectRequest:
         notices = _notices(scoring, tokens, tokens.is_cut or more, window)
         model = _model(folder, config, scoring)
         return cls(tokens, language, classes, window, model, out, json, notices)
-
-
-def _check_writable(name: str, path: Path | None) -> None:
-    if path is None:
-        return
-    if path.is_dir():
-        raise ConfigError(f"{name} ({path}) must be a file to write, and is a folder; name one")
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise ConfigError(
-            f"{name} ({path}) must be in a folder that is there and writable; make {path.parent}"
-        )
 
 
 def _check_kinds(folder: Path, config: Config) -> None:

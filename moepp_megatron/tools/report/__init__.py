@@ -13,6 +13,7 @@ formatting.py          numbers as a reader wants them
 hardware.py            what the run cost its machines: energy, GPU-hours, MFU
 router_health_plots.py plots of the routers' health; docs/routing.md says what each number means
 healthy.py             what is healthy: the ranges of docs/routing.md
+inspection.py          the page of `moepp inspect`
 lines.py               the plot of lines that most curves are
 measured.py            `moepp plan --measured` on the terminal and as JSON
 page.py                the page itself: numbers, plots and configuration put into the template

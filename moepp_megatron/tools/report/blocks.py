@@ -44,15 +44,11 @@ class Cell:
 
     Attributes:
         look: How it is set: as text, a number (on the right), a comment, code, or a badge.
-        bars: Parts of a stacked bar in its place: share of the width, colour, text for the pointer.
-        pick: With a name, it is a button whose `data-NAME` is the text, for the page's script.
     """
 
     text: str
     look: Literal["text", "number", "comment", "code", "critical", "warning", "info"] = "text"
     note: str = ""
-    bars: Sequence[tuple[float, str, str]] = ()
-    pick: str = ""
 
 
 def number(text: str, note: str = "") -> Cell:
@@ -94,7 +90,18 @@ class Text:
     fold: str = ""
 
 
-Block = Plot | Table | Text
+@dataclass(frozen=True)
+class ColouredText:
+    """A text whose pieces have a background.
+
+    Attributes:
+        pieces: Characters, strength of the colour from 0 to 1, and text for the pointer.
+    """
+
+    pieces: Sequence[tuple[str, float, str]]
+
+
+Block = Plot | Table | Text | ColouredText
 
 
 @dataclass(frozen=True)
@@ -134,15 +141,10 @@ class Page:
     sections: Sequence[PageSection] = field(default_factory=list)
 
 
-def render_page(page: Page, template: str = "page.html.j2", **values: object) -> str:
-    """The page's HTML, which needs no other file and no network.
-
-    Args:
-        template: `page.html.j2`, or one that extends it.
-        values: What that one names besides.
-    """
-    kinds = {Plot: "plot", Table: "table", Text: "text"}
-    return render_template(template, page=page, version=__version__, block_kinds=kinds, **values)
+def render_page(page: Page) -> str:
+    """The page's HTML, which needs no other file and no network."""
+    kinds = {Plot: "plot", Table: "table", Text: "text", ColouredText: "coloured"}
+    return render_template("page.html.j2", page=page, version=__version__, block_kinds=kinds)
 
 
 def write_blocks(path: Path, page: Page) -> Path:

@@ -134,7 +134,7 @@ def test_inspection(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     for name, stand_in in {
         "runtime.distributed.initialized": lambda rank: contextlib.nullcontext(),
         "tools.inspection.record.trace_model": lambda request: object(),
-        "tools.report.inspect.write_inspection": lambda *args: [("page", Path(HOSTILE))],
+        "tools.report.inspection.write_inspection": lambda *args: [("page", Path(HOSTILE))],
     }.items():
         monkeypatch.setattr(f"moepp_megatron.{name}", stand_in)
     model = SimpleNamespace(scoring=SimpleNamespace(config=None))

@@ -9,9 +9,9 @@ import pytest
 from moepp_megatron.data.token_classes import token_classes
 from moepp_megatron.data.tokenizer import Tokenizer, train_tokenizer
 from moepp_megatron.experts import ExpertCounts
-from moepp_megatron.tools.inspection.request import InspectRequest
+from moepp_megatron.tools.inspection.findings import Trace
+from moepp_megatron.tools.inspection.request import InspectedModel, InspectRequest
 from moepp_megatron.tools.inspection.text import TokenizedText, tokenize
-from moepp_megatron.tools.inspection.trace import Trace
 
 SOURCE = '''import re
 
@@ -37,6 +37,11 @@ def text(tokenizer: Tokenizer) -> TokenizedText:
     return tokenize(tokenizer, SOURCE, "words.py", 10_000)
 
 
+def model(experts: ExpertCounts, layers: tuple[int, ...]) -> InspectedModel:
+    """A model by its experts and the numbers of its MoE layers."""
+    return InspectedModel("invented, step 1", ("3 MoE layers",), experts, layers, 0.5, None)  # type: ignore[arg-type]
+
+
 def invented_trace(count: int, seed: int = 1, layers: int = 3, window: int = 64) -> Trace:
     """Random selections of two experts and random losses."""
     rng = np.random.default_rng(seed)
@@ -44,10 +49,7 @@ def invented_trace(count: int, seed: int = 1, layers: int = 3, window: int = 64)
     gates = np.sort(rng.random((layers, count, 2)), axis=2)[:, :, ::-1] * 0.8
     losses = rng.gamma(2.0, 1.5, count)
     losses[::window] = np.nan
-    numbers = tuple(range(1, layers + 1))
-    return Trace(
-        f"invented, step {seed}", ("3 MoE layers",), EXPERTS, numbers, 0.5, selected, gates, losses
-    )
+    return Trace(model(EXPERTS, tuple(range(1, layers + 1))), selected, gates, losses)
 
 
 def request_of(text: TokenizedText, out: Path, **changes: object) -> InspectRequest:
