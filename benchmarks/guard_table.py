@@ -129,7 +129,7 @@ def replay(case: Case, work: Path) -> Found:
         last = None if event is None else event.cause
         if monitor.fault > 1.0:
             found.actions.append(step)
-            monitor.settle(is_mended=False)
+            monitor.resolve_fault(is_mended=False)
         found.steps += step + SAVED >= _JUDGED
     return found
 

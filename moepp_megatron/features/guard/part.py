@@ -157,7 +157,7 @@ class RoutingGuardPart(Part):
             if self._budget is not None:
                 self._budget.restart()
         if wanting or any(event.rule.name == _FAULT for event in begun):
-            self._shift.monitor.settle(is_back)
+            self._shift.monitor.resolve_fault(is_back)
         return is_back
 
     def _done(self, event: Event, is_back: bool) -> str:
@@ -241,7 +241,7 @@ class RoutingGuardPart(Part):
         if checkpoint is None:
             note = f"no checkpoint of step {newest} or before to go back to"
             alerts = [self._alert(event, step.attempt, "warn", note) for event in events]
-            self._shift.monitor.settle(is_mended=False)
+            self._shift.monitor.resolve_fault(is_mended=False)
             return alerts
         self._actions += 1
         self._returns += any(self._is_bounded(event.rule) for event in events)

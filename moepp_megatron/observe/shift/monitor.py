@@ -1,4 +1,4 @@
-"""All series of a run, judged together: what has changed, since when, and why."""
+"""Judges all series of a run together: what has changed, since when, and why."""
 
 from __future__ import annotations
 
@@ -10,55 +10,51 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from moepp_megatron.observe.shift.detector import ROWS, Detector, Numbers
+from moepp_megatron.observe.shift.detector import CHARTS, Detector, Numbers
 
 Cause = Literal["unknown", "data", "router"]
 
+# Groups of token ids, as many as `group_of` makes.
 GROUPS = 64
-"""Groups of token ids; the number is that of `group_of`."""
-
+# Metrics of the evidence, by the series that they are of.
+_METRICS = {
+    "routing_shift": ("routing",),
+    "logit_shift": ("scale",),
+    "loss_shift": ("loss", "spread"),
+    "token_shift": ("tokens",),
+}
 # Series that faults of the model move, and those of them that are the routers'.
 _OF_MODEL, _OF_ROUTERS = ("loss", "spread", "routing", "scale"), ("routing", "scale")
 # Evidence of token ids, over its limit, that has come since the last calm step: less is no change.
 _QUIET = 0.25
 # Steps in which the beginning of a change is sought; evidence before the first suspect step from
-# which it is no sudden one; what is as good as the lowest.
-_LOOKS_BACK, _RISEN, _LOW = 30, 0.35, 0.1
-# Steps in which an alarm of the routers is confirmed, after which what moves for no known cause is
-# usual, and after the last alarm of an event until it is over.
-_CONFIRMED, _PATIENCE, _LASTS = 2, 6, 10
+# which the change is gradual; what is as good as the lowest.
+_WINDOW, _GRADUAL, _LOW = 30, 0.35, 0.1
+# Steps in which an alarm of the routers is confirmed, after which an unexplained level is the
+# baseline, and after the last alarm of an event until it is over.
+_CONFIRMED, _PATIENCE, _OVER = 2, 6, 10
 _MOST_EXPERTS = 3
 
 
 def group_of(token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[...] group of each token id: the upper bits of its product with 2^32 / golden ratio.
-
-    Neighbouring ids, which tokenizers give to alike tokens, are in different groups (Knuth, The Art
-    of Computer Programming 3, 6.4).
-    """
+    """Hash token ids, so that neighbouring ones, of alike tokens, are in different groups."""
+    # The upper bits of the product with 2^32 / golden ratio (Knuth, The Art of Computer
+    # Programming 3, 6.4).
     return (token_ids * 2654435769 & 0xFFFFFFFF) >> 26
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Observations of a step or a refused batch, over all ranks.
+    """Observations of a step or a refused batch, over all ranks."""
 
-    Attributes:
-        experts: [L, E] selections of each expert.
-        loss: Language-model loss in nats.
-        spread: Standard deviation of the sequences' losses; NaN for one sequence.
-        logits: [L] root mean square of the routers' logits.
-        tokens: [GROUPS] tokens of each group of ids.
-    """
-
-    experts: Numbers
-    loss: float
-    spread: float
-    logits: Numbers
-    tokens: Numbers
+    experts: Numbers  # [L, E] selections of each expert
+    loss: float  # of the language model, in nats
+    spread: float  # standard deviation of the sequences' losses; NaN for one sequence
+    logits: Numbers  # [L] root mean square of the routers' logits
+    tokens: Numbers  # [GROUPS] tokens of each group of ids
 
     def series(self) -> Iterator[tuple[str, Numbers, Numbers | float]]:
-        """Name, numbers and their spread by chance, or 1, of what is known."""
+        """Iterate over name, numbers and their spread by chance, or 1, of what is known."""
         yield "loss", np.array([self.loss]), 1.0
         if self.spread > 0.0:
             yield "spread", np.array([math.log(self.spread)]), 1.0
@@ -75,29 +71,17 @@ class Observed:
 
 @dataclass
 class ShiftEvent:
-    """A change, from its first evidence until it is over.
+    """A change, from its first evidence until it is over."""
 
-    Attributes:
-        since: First step that may be of the change.
-        first_alarm: First step with an alarm.
-        newest: Newest step with an alarm.
-        evidence: Largest evidence over its limit.
-        series: Names of the series that have raised an alarm.
-        cause: What has changed, as far as it is known.
-        moved: What has moved most, a text each.
-        is_fault: Whether the routers' series are away while token ids are not.
-        is_mended: Whether the routers have been put back since.
-    """
-
-    since: int
+    since: int  # first step that may be of the change
     first_alarm: int
-    newest: int
-    evidence: float = 0.0
-    series: list[str] = field(default_factory=list)
+    newest: int  # step with an alarm
+    evidence: float = 0.0  # the largest, over its limit
+    series: list[str] = field(default_factory=list)  # those that have raised an alarm
     cause: Cause = "unknown"
-    moved: list[str] = field(default_factory=list)
-    is_fault: bool = False
-    is_mended: bool = False
+    moved: list[str] = field(default_factory=list)  # what has moved most, a text each
+    is_fault: bool = False  # routing or logits have moved while token ids have not
+    is_mended: bool = False  # the routers have been put back since
 
 
 class ShiftMonitor:
@@ -114,14 +98,14 @@ class ShiftMonitor:
     """
 
     def __init__(
-        self,
-        false_alarm_steps: float,
-        layer_numbers: Sequence[int],
-        experts: Sequence[str],
+        self, false_alarm_steps: float, layer_numbers: Sequence[int], experts: Sequence[str]
     ) -> None:
         self._layers, self._experts = list(layer_numbers), list(experts)
-        self._rarity = false_alarm_steps
-        self._detectors = {name: self._detector(name) for name in ("tokens", *_OF_MODEL)}
+        groups = {"routing": len(self._layers)}
+        self._detectors = {
+            name: Detector(CHARTS[name], false_alarm_steps, groups.get(name, 1))
+            for name in ("tokens", *_OF_MODEL)
+        }
         self.event: ShiftEvent | None = None
         self.ended: ShiftEvent | None = None
         # Evidence of token ids, None where they were not judged, and the step's number, when
@@ -133,10 +117,6 @@ class ShiftMonitor:
         self._confirmed = 0
         self._newest: dict[str, Numbers] = {}
 
-    def _detector(self, name: str) -> Detector:
-        groups = len(self._layers) if name == "routing" else 1
-        return Detector(ROWS[name], self._rarity, groups)
-
     def add(self, step: int, observed: Observed, is_refused: bool = False) -> None:
         """Judge a step, or a refused batch, and learn from it; `step` is its number."""
         self._newest = {}
@@ -144,8 +124,8 @@ class ShiftMonitor:
             if np.isfinite(values).all():
                 self._newest[name] = values
                 if not math.isnan(found := self._detectors[name].add(values, unit)):
-                    self._past[name] = [*self._past.get(name, ()), [step, found]][-_LOOKS_BACK:]
-        self._see(step, is_refused)
+                    self._past[name] = [*self._past.get(name, ()), [step, found]][-_WINDOW:]
+        self._track(step, is_refused)
 
     def _evidence(self, *names: str) -> float:
         """Largest evidence of these series; NaN where none is judged."""
@@ -154,13 +134,8 @@ class ShiftMonitor:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Evidence over its limit, by names of metrics; NaN of series that are not judged."""
-        return {
-            "routing_shift": self._evidence("routing"),
-            "logit_shift": self._evidence("scale"),
-            "loss_shift": self._evidence("loss", "spread"),
-            "token_shift": self._evidence("tokens"),
-        }
+        """Evidence over its limit by metric; NaN of series that are not judged."""
+        return {metric: self._evidence(*names) for metric, names in _METRICS.items()}
 
     @property
     def is_calm(self) -> bool:
@@ -169,26 +144,24 @@ class ShiftMonitor:
 
     @property
     def is_loss_high(self) -> bool:
-        """True if the loss of the newest step exceeds the upper limit of its course."""
+        """True if the loss of the newest step exceeds the upper limit of its trend."""
         detector, newest = self._detectors["loss"], self._newest.get("loss")
         return newest is not None and detector.is_alarm and bool(newest > detector.expected())
 
     @property
     def fault(self) -> float:
-        """Evidence of the newest step that the routers are damaged, over its limit; else 0.
-
-        Where more than they may be at fault, only while the loss is above its limit. Once they
-        have been put back, a loss that stays away from its course says so too.
-        """
+        """Evidence of the newest step that the routers are damaged, over its limit; else 0."""
         if self.event is None or not self.event.is_fault:
             return 0.0
+        # More than they may be at fault.
         if self.event.cause == "unknown" and not self.is_loss_high:
             return 0.0
+        # Routers that were put back have not helped if the loss is still off its trend.
         names = (*_OF_ROUTERS, "loss") if self.event.is_mended else _OF_ROUTERS
         alarms = [self._detectors[name] for name in names]
         return max((each.evidence for each in alarms if each.is_alarm), default=0.0)
 
-    def _see(self, step: int, is_refused: bool) -> None:
+    def _track(self, step: int, is_refused: bool) -> None:
         """Begin, continue or end the event."""
         alarmed = [name for name in self._newest if self._detectors[name].is_alarm]
         if alarmed and self.event is None:
@@ -217,14 +190,14 @@ class ShiftMonitor:
         if cause == "data":
             # Also what is only suspect, or it would raise an alarm of its own later.
             self._accept([name for name in self._newest if self._detectors[name].is_suspect])
-        if step - event.newest >= _LASTS:
+        if step - event.newest >= _OVER:
             self.event, self.ended = None, event
 
     def _last_low(self, name: str, step: int) -> int:
-        """The last step before the evidence of this series has risen to an alarm."""
+        """Last step before the evidence of this series rose to its alarm."""
         past = self._past.get(name, [])
         before = [found for at, found in past if at <= self._calm_step]
-        if not before or before[-1] < _RISEN:
+        if not before or before[-1] < _GRADUAL:
             return self._calm_step
         low = max(int(at) for at, found in past if found <= min(before) + _LOW)
         # A small change has evidence long before it is suspect, and before it has any it takes
@@ -237,7 +210,7 @@ class ShiftMonitor:
         return None if math.isnan(evidence) else evidence
 
     def _cause(self, event: ShiftEvent) -> Cause:
-        """Combine the series to a cause; token ids do not depend on the model."""
+        """Infer the cause from the series; token ids do not depend on the model."""
         if "tokens" in event.series or event.cause == "data":
             return "data"
         if event.is_fault:
@@ -256,13 +229,13 @@ class ShiftMonitor:
         return "unknown"
 
     def _accept(self, names: Sequence[str]) -> None:
-        """Take the current level of these series as the usual one."""
+        """Make the newest step the baseline of these series."""
         for name in names:
             self._detectors[name].reset_baseline(self._newest[name])
             self._past.pop(name, None)
 
-    def settle(self, is_mended: bool) -> None:
-        """After a fault of the routers: they are as before, or what they are now is usual."""
+    def resolve_fault(self, is_mended: bool) -> None:
+        """Forget the evidence of routers that were put back, or accept them as they are."""
         if self.event is not None:
             self.event.is_mended = is_mended
         for name in _OF_MODEL:

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp_megatron.config.schema import ResilienceSection
-from moepp_megatron.observe.shift.detector import ROWS, Detector
+from moepp_megatron.observe.shift.detector import CHARTS, Detector
 from moepp_megatron.training.resilience.refused_batches import BatchEvidence, Cause, num_needed
 from moepp_megatron.training.step_sums import StepSums
 
 # Losses are compared with their course (`observe/shift/detector.py`), which follows a descent:
 # a jump is one within a step. Where losses hardly differ their spread says nothing: the floor, in
 # nats, is the least that counts.
-_ROW = replace(ROWS["loss"], pace=0.3, slope=0.0, memory=40, floor=0.03)
+_CHART = replace(CHARTS["loss"], level_rate=0.3, slope_rate=0.0, memory=40, floor=0.03)
 # Distances from the course that must be known before one is a jump; the course takes three losses.
 JUDGED = 20
 # Newest batches whose first samples and verdicts are known.
@@ -72,7 +72,7 @@ class NumericalGuard:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, which may lack entries; so {} begins anew."""
-        self._course = Detector(_ROW, _FALSE_ALARM_STEPS)
+        self._course = Detector(_CHART, _FALSE_ALARM_STEPS)
         if "loss_course" in state:
             self._course.load(state["loss_course"])
         self.recent_samples: list[int] = list(state.get("recent_samples", ()))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from moepp_megatron.observe.shift.detector import ROWS, Detector
+from moepp_megatron.observe.shift.detector import CHARTS, Detector
 
 Course = Callable[
     [np.random.Generator, int], tuple[NDArray[np.float64], NDArray[np.float64] | float]
@@ -38,7 +38,7 @@ def routed(shares: NDArray[np.float64]) -> Course:
 
 
 def detector(kind: str) -> Detector:
-    return Detector(ROWS[kind], 10_000.0, 3 if kind == "routing" else 1)
+    return Detector(CHARTS[kind], 10_000.0, 3 if kind == "routing" else 1)
 
 
 def evidence(judge: Detector, course: Course, steps: Iterable[int], seed: int) -> list[float]:
@@ -51,7 +51,7 @@ def test_usual_steps_are_no_change(kind: str, course: Course) -> None:
     judged = 0
     for seed in range(6):
         found = evidence(detector(kind), course, range(400), seed)
-        assert all(math.isnan(each) for each in found[: ROWS[kind].warmup - 1])
+        assert all(math.isnan(each) for each in found[: CHARTS[kind].warmup - 1])
         known = [each for each in found if not math.isnan(each)]
         assert max(known) < 1.0, seed
         judged += len(known)

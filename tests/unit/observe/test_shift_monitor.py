@@ -157,7 +157,7 @@ def test_routers_that_were_put_back_are_as_before() -> None:
     while run.monitor.fault <= 1.0:
         run.take(1, shares=OTHER_SHARES)
     assert run.step <= SAVED + 5
-    run.monitor.settle(is_mended=True)
+    run.monitor.resolve_fault(is_mended=True)
     assert set(run.take(9)) == {"router"}
     assert run.take(20)[-1] is None
     # The same fault again is found again.
@@ -167,7 +167,7 @@ def test_routers_that_were_put_back_are_as_before() -> None:
 def test_routers_that_stay_as_they_are_become_usual() -> None:
     run = trained()
     run.take(5, shares=OTHER_SHARES)
-    run.monitor.settle(is_mended=False)
+    run.monitor.resolve_fault(is_mended=False)
     assert run.take(30, shares=OTHER_SHARES)[-1] is None
 
 
