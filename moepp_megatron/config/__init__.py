@@ -3,6 +3,7 @@
 blends.py         the folders that a run draws from, and from where on
 checks.py         runs the cross-field rules and reports every broken one, each on its line
 choices.py        comma-separated values of command-line options
+divisibility.py   divisibility, the most common rule, with a remedy that can be typed in
 errors.py         the two errors a user can cause
 exit_codes.py     exit statuses of commands and ranks
 field_errors.py   turns pydantic's errors into problems with name, value, rule and remedy
@@ -30,6 +31,7 @@ shorthand.py      sections that one word stands for, such as `routing_guard: saf
 split.py          the data split: weights of the train, validation and test parts
 stages.py         which transformer layers each pipeline stage holds
 vanilla.py        the vanilla model that a MoE++ configuration is compared with
+world_size.py     rules that depend on the number of ranks
 yaml_file.py      reads YAML: safe, bounded, no duplicate keys, and errors say where
 
 Start with `load_config(path, overrides)`, which raises a `ConfigError` with one line per problem.

@@ -8,8 +8,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moepp_megatron.config.schema import BlendPart, Config, DataSection, DataStage
+if TYPE_CHECKING:
+    from moepp_megatron.config.schema import BlendPart, Config, DataSection, DataStage
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,66 @@
-"""Runs the cross-field rules and reports every broken rule on a line of its own."""
+"""Runs the cross-field rules and reports every broken rule on a line of its own.
+
+A rule takes a Config and yields a Problem where it is broken. If a rule relies on another one, it
+reports nothing while that one is broken, so that one mistake gives one line.
+"""
 
 from __future__ import annotations
 
-from moepp_megatron.config.problem import raise_problems
-from moepp_megatron.config.rules import IGNORED, RULES, WORLD_SIZE_IGNORED, WORLD_SIZE_RULES
-from moepp_megatron.config.schema import Config
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
+
+from moepp_megatron.config.problem import Problem, raise_problems, show
+from moepp_megatron.config.rows import Rule, WorldSizeRule
+from moepp_megatron.config.rules import budget, ignored, multi_token, routing_guard
+from moepp_megatron.config.schema import Config, Section
+from moepp_megatron.config.sections import declared
+from moepp_megatron.config.world_size import without_effect
+
+# What has the effect of a setting that has it only together with others.
+_EFFECTS = {"moe.constants_shared": "moe.shares_constants"}
+
+
+def _off(config: Config, name: str) -> Any:
+    section, _, key = name.rpartition(".")
+    return type(attrgetter(section)(config)).model_fields[key].get_default()
+
+
+def _is_on(config: Config, name: str) -> bool:
+    return bool(attrgetter(_EFFECTS.get(name, name))(config) != _off(config, name))
+
+
+def _named(config: Config, name: str) -> str:
+    """The setting with its value, `model.mtp_num_layers (1)`; of a section the name."""
+    value = attrgetter(name)(config)
+    return name if isinstance(value, Section) else f"{name} ({show(value)})"
+
+
+def _exclude(refused: str, other: str, reason: str) -> Rule:
+    """A rule: `refused` must be at its default, which is off, where `other` is not at its own."""
+
+    def rule(config: Config) -> Iterator[Problem]:
+        if _is_on(config, refused) and _is_on(config, other):
+            off = show(_off(config, refused))
+            must = f"must be {off} with {_named(config, other)}: {reason}"
+            remedy = f"use {off}, or set {other} to {show(_off(config, other))}"
+            section: Section = attrgetter(refused.rpartition(".")[0])(config)
+            if section.instead:
+                remedy += f", or {section.instead}"
+            yield Problem(refused, attrgetter(refused)(config), must, remedy)
+
+    return rule
+
+
+RULES: tuple[Rule, ...] = (
+    *declared("own_rules"),
+    *(_exclude(*row) for row in declared("excludes")),
+    *multi_token.RULES,
+    *budget.RULES,
+    *routing_guard.RULES,
+)
+WORLD_SIZE_RULES: tuple[WorldSizeRule, ...] = declared("world_size_rules")
+IGNORED: tuple[Rule, ...] = (*declared("no_effect"), *ignored.RULES)
 
 
 def check_config(config: Config) -> list[str]:
@@ -32,4 +88,4 @@ def check_world_size(config: Config, world_size: int) -> list[str]:
     # In order, and only up to the first broken one: later rules count on earlier ones.
     for rule in WORLD_SIZE_RULES:
         raise_problems(rule(config, world_size))
-    return [str(notice) for rule in WORLD_SIZE_IGNORED for notice in rule(config, world_size)]
+    return [str(notice) for notice in without_effect(config, world_size)]

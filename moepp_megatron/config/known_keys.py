@@ -12,7 +12,7 @@ from moepp_megatron.config.problem import show
 from moepp_megatron.config.removed import REMOVED
 from moepp_megatron.config.schema import Section
 from moepp_megatron.config.schema.parallel import DEGREES
-from moepp_megatron.config.sections import section_models, subsection
+from moepp_megatron.config.sections import all_sections, section_models, subsection
 
 # Words that mean nothing without their section, so that another section's key is not what was
 # meant: `optimizer.name` is not `run.name`.
@@ -67,7 +67,7 @@ def _unknown_keys(path: str, model: type[Section], keys: Any) -> Iterator[str]:
 def nearest_setting(text: str) -> str | None:
     """The section or setting whose name, or the end of it, is most like `text`, if any is."""
     names: dict[str, str] = {}
-    for path, model in _all_sections():
+    for path, model in all_sections():
         for name in model.model_fields:
             names[name] = names[f"{path}.{name}"] = f"{path}.{name}"
         names[path] = path
@@ -96,7 +96,7 @@ def _unknown_key(path: str, own: type[Section], key: str) -> str:
         near = [of_megatron]
     if key in DEGREES:
         near = [f"parallel.{DEGREES[key]}"]
-    others = {name: model for name, model in _all_sections() if name != path}
+    others = {name: model for name, model in all_sections() if name != path}
     if key not in _WITHOUT_MEANING:
         near += [f"{name}.{key}" for name, model in others.items() if key in model.model_fields][:1]
         # Otherwise only a slip of a letter or two counts, else the list helps more.
@@ -106,17 +106,6 @@ def _unknown_key(path: str, own: type[Section], key: str) -> str:
     if near:
         return f"unknown key {path}.{key}; did you mean {' or '.join(near)}?"
     return f"unknown key {path}.{key}; {path} has {', '.join(own.model_fields)}"
-
-
-def _all_sections() -> Iterator[tuple[str, type[Section]]]:
-    """Every section by its dotted name, those inside others after them."""
-    waiting = list(section_models().items())
-    while waiting:
-        path, model = waiting.pop(0)
-        yield path, model
-        for key in model.model_fields:
-            if (inner := subsection(model, key)) is not None:
-                waiting.append((f"{path}.{key}", inner))
 
 
 def _close(key: str, model: type[Section], cutoff: float) -> list[str]:

@@ -23,6 +23,17 @@ def section_models() -> dict[str, type[Section]]:
     return sections
 
 
+def all_sections() -> Iterator[tuple[str, type[Section]]]:
+    """Every section by its dotted name, those inside others after them."""
+    waiting = list(section_models().items())
+    while waiting:
+        path, model = waiting.pop(0)
+        yield path, model
+        for key in model.model_fields:
+            if (inner := subsection(model, key)) is not None:
+                waiting.append((f"{path}.{key}", inner))
+
+
 def subsection(model: type[Section], key: str) -> type[Section] | None:
     """The section that `key` of `model` is, or None where it is an ordinary setting.
 
@@ -61,5 +72,5 @@ def used(config: Config, kind: Use) -> Iterator[tuple[str, Any]]:
 
 def declared(attribute: str) -> tuple[Any, ...]:
     """The rows that sections, and the bases that they are made of, declare as a class attribute."""
-    kinds = dict.fromkeys(kind for model in section_models().values() for kind in model.__mro__)
+    kinds = dict.fromkeys(kind for _, model in all_sections() for kind in model.__mro__)
     return tuple(row for kind in kinds for row in vars(kind).get(attribute, ()))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from moepp_megatron.config.schema import Config
+if TYPE_CHECKING:
+    from moepp_megatron.config.schema import Config
+
 
 # Layer numbers (from 0) by pipeline rank and, within it, by model chunk.
 Stages = tuple[tuple[tuple[int, ...], ...], ...]

@@ -1,4 +1,4 @@
-"""The configuration's sections as pydantic models, one file per subject.
+"""The sections of the configuration as pydantic models, each with its rules below its settings.
 
 budget.py            section `moe.budget`: how many FFN experts a token gets
 checkpoint.py        section `checkpoint`: saving and loading

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from moepp_megatron.config.paths import is_address
+from moepp_megatron.config.rows import no_effect_where, no_effect_with, refuse
 from moepp_megatron.config.schema.section import ConfigPath, Place, PlaceText, Section, Unit
 
 
@@ -37,3 +39,24 @@ class CheckpointSection(Section):
     def staging_folder(self, run_dir: Path) -> Path:
         """Where files of a checkpoint are until they are uploaded to object storage."""
         return self.staging or run_dir / "staging"
+
+    own_rules = (
+        refuse(
+            "checkpoint.async_save",
+            lambda c: c.checkpoint.async_save and c.checkpoint.save_interval == 0,
+            "must have checkpoint.save_interval (0) above 0",
+            "set checkpoint.save_interval to a number of steps, or checkpoint.async_save to false",
+        ),
+    )
+    no_effect = (
+        no_effect_with(
+            "checkpoint.save_interval", 0, "checkpoint.keep", "set checkpoint.save_interval above 0"
+        ),
+        no_effect_where(
+            lambda c: not is_address(c.checkpoint.dir or ""),
+            "where checkpoint.dir is a folder",
+            "checkpoint.staging",
+            "set checkpoint.dir to an address such as s3://bucket/prefix, or leave it out",
+        ),
+        no_effect_with("checkpoint.load", None, "checkpoint.load_optimizer", "set checkpoint.load"),
+    )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from moepp_megatron.config.plugins import Plugin
+from moepp_megatron.config.rows import no_effect_where, refuse
 from moepp_megatron.config.schema.section import Section, Unit
+
+if TYPE_CHECKING:
+    from moepp_megatron.config.schema import Config
 
 
 class WandbSection(Section):
@@ -21,6 +26,11 @@ class WandbSection(Section):
     """Send at once, or write RUN/wandb for `wandb sync` later"""
 
 
+def _is_no_name(config: Config) -> bool:
+    name = config.observe.webhook_url_env
+    return name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)
+
+
 class EngineObserveSection(Section):
     """Sinks that leave the run's folder."""
 
@@ -31,3 +41,22 @@ class EngineObserveSection(Section):
     webhook_url_env: Annotated[str | None, Unit("-"), Field(min_length=1)] = None
     """Environment variable that holds the address alerts are posted to (https, or localhost), so
     that the address is in no file; null is off"""
+
+    own_rules = (
+        # The address is a secret: it is read from the environment and never part of a message.
+        refuse(
+            "observe.webhook_url_env",
+            _is_no_name,
+            "must be the name of an environment variable, not an address (not shown here)",
+            "export MOEPP_WEBHOOK=ADDRESS and use MOEPP_WEBHOOK",
+            value=lambda c: "...",
+        ),
+    )
+    no_effect = (
+        no_effect_where(
+            lambda c: c.observe.wandb.project is None,
+            "without observe.wandb.project",
+            "observe.wandb.entity observe.wandb.mode",
+            "name a project",
+        ),
+    )

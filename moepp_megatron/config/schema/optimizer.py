@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from moepp_megatron.config.plugins import Plugin
+from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.rows import (
+    Condition,
+    Rule,
+    fill,
+    group,
+    no_effect_with,
+    no_effect_without,
+    refuse,
+)
 from moepp_megatron.config.schema.section import Section, Unit
+
+if TYPE_CHECKING:
+    from moepp_megatron.config.schema import Config
 
 
 class ParameterGroup(Section):
@@ -31,6 +45,52 @@ class ParameterGroups(Section):
     constants: ParameterGroup = _group("Vectors and mixing weights of constant experts")
     embeddings: ParameterGroup = _group("Embedding and output layer")
     norms_and_biases: ParameterGroup = _group("Norms, and biases of linear layers")
+
+
+def _moments_need(wrong: Condition, must: str, remedy: str) -> Rule:
+    """A rule that the first of the settings of FusedAdam answers for."""
+
+    def rule(config: Config) -> Iterator[Problem]:
+        settings = config.optimizer.of_fused_adam
+        if settings and wrong(config):
+            key, (value, instead) = next(iter(settings.items()))
+            name, must_have = f"optimizer.{key}", f"must have {fill(must, config)}"
+            yield Problem(name, value, must_have, f"set {remedy}, or {name} to {instead}")
+
+    return rule
+
+
+def _moment_falls(moment: str, beta: str) -> Rule:
+    """bf16 has 8 significant bits: half of its last place is up to 2^-8 of a number."""
+    least = 2.0**-8
+    return group(
+        lambda c: f"{moment}_dtype" in c.optimizer.bf16_moments,
+        refuse(
+            f"optimizer.{beta}",
+            lambda c: 1.0 - getattr(c.optimizer, beta) < least,
+            f"must be at most {1.0 - least} (1 - 2^-8) with optimizer.{moment}_dtype bf16: a "
+            "moment that falls by less in a step is rounded to what it was, and stays for ever",
+            f"use 0.95, or set optimizer.{moment}_dtype to fp32",
+        ),
+    )
+
+
+def _warmup_is_too_long(config: Config) -> bool:
+    end = config.optimizer.decay_iters
+    return end is not None and config.warmup_iters >= end
+
+
+def _wsd_decay_comes_after_warmup(config: Config) -> Iterator[Problem]:
+    """WSD has a number of steps to decay in, which begin after warmup (OptimizerParamScheduler)."""
+    optimizer, warmup = config.optimizer, config.warmup_iters
+    end, steps = optimizer.decay_iters or config.training.train_iters, optimizer.wsd_decay_iters
+    most = end - warmup
+    if most > 0 and (steps is None or steps > most):
+        rule = (
+            f"must be from 1 to the {most} steps between warmup (optimizer.warmup_iters {warmup}) "
+            f"and the end of the decay ({end}) with optimizer.decay_style WSD"
+        )
+        yield Problem("optimizer.wsd_decay_iters", steps, rule, f"use {max(most // 5, 1)}")
 
 
 class OptimizerSection(Section):
@@ -121,3 +181,126 @@ class OptimizerSection(Section):
     def is_emerging(self) -> bool:
         """True if it comes from the package emerging_optimizers."""
         return self.kind in ("muon", "lion")
+
+    own_rules = (
+        refuse(
+            "optimizer.min_lr",
+            lambda c: c.optimizer.min_lr > c.optimizer.lr,
+            "must be at most optimizer.lr ({optimizer.lr})",
+            "use 0.0, or a tenth of optimizer.lr",
+        ),
+        refuse(
+            "optimizer.warmup_iters",
+            _warmup_is_too_long,
+            "must be less than optimizer.decay_iters ({optimizer.decay_iters})",
+            lambda c: f"use {(c.optimizer.decay_iters or 0) // 10}, or raise optimizer.decay_iters",
+        ),
+        group(
+            lambda c: c.optimizer.decay_style == "WSD",
+            _wsd_decay_comes_after_warmup,
+        ),
+        # The rate of a step is lr times sqrt(warmup / step); without warmup it begins at lr (1).
+        group(
+            lambda c: c.optimizer.decay_style == "inverse-square-root",
+            refuse(
+                "optimizer.warmup_iters",
+                lambda c: c.optimizer.warmup_iters == 0,
+                "must be above 0 with optimizer.decay_style inverse-square-root, whose rate is lr "
+                "times the square root of warmup_iters over the step",
+                lambda c: f"use {max(c.training.train_iters // 100, 1)}",
+            ),
+        ),
+        # megatron-core asserts the first two (optimizer_config.py, `__post_init__`).
+        _moments_need(
+            lambda c: c.optimizer.kind != "adam",
+            "optimizer.kind ({optimizer.kind}) adam",
+            "optimizer.kind to adam",
+        ),
+        _moments_need(
+            lambda c: not c.parallel.use_distributed_optimizer,
+            "parallel.use_distributed_optimizer (false) true",
+            "that to true",
+        ),
+        _moments_need(
+            lambda c: c.precision.dtype != "bf16",
+            "precision.dtype ({precision.dtype}) bf16: of fp32 weights FusedAdam would keep a "
+            "second copy",
+            "that to bf16",
+        ),
+        _moments_need(
+            lambda c: c.precision.fp8_param and c.precision.recipe == "delayed",
+            "precision.fp8_param (true) false with precision.fp8_recipe delayed, where FusedAdam "
+            "would start from weights rounded to FP8",
+            "precision.fp8_recipe to tensorwise or blockwise",
+        ),
+        refuse(
+            "optimizer.store_param_remainders",
+            lambda c: c.optimizer.store_param_remainders and c.precision.fp8 is not None,
+            "must be false with precision.fp8 ({precision.fp8}), with which megatron-core may "
+            "keep the fp32 weights itself",
+            "set it to false, or precision.fp8 to null",
+        ),
+        _moment_falls("exp_avg", "adam_beta1"),
+        _moment_falls("exp_avg_sq", "adam_beta2"),
+        # Emerging optimizers share out, gather and write whole matrices. Only fp32 copies of bf16
+        # weights can be shared out: in fp32 `LayerWiseDistributedOptimizer` holds torch's
+        # optimizers as they are, which have none of megatron-core's methods. The overlapped gather
+        # works on ranges of flat buffers, and FP8 weights are written by the optimizer of ranges.
+        group(
+            lambda c: c.optimizer.is_emerging,
+            refuse(
+                "parallel.use_distributed_optimizer",
+                lambda c: c.parallel.use_distributed_optimizer and c.precision.dtype != "bf16",
+                "must be false with optimizer.kind {optimizer.kind} and precision.dtype fp32: "
+                "megatron-core distributes whole matrices over data-parallel ranks only in bf16",
+                "set parallel.use_distributed_optimizer to false, or precision.dtype to bf16",
+            ),
+            refuse(
+                "parallel.overlap_param_gather",
+                lambda c: c.parallel.overlap_param_gather,
+                "must be false with optimizer.kind {optimizer.kind}, whose ranks exchange whole "
+                "matrices",
+                "set it to false, or optimizer.kind to adam",
+            ),
+            refuse(
+                "precision.fp8_param",
+                lambda c: c.precision.fp8_param,
+                "must be false with optimizer.kind {optimizer.kind}, which does not turn its fp32 "
+                "copies into FP8 weights",
+                "set it to false, or optimizer.kind to adam",
+            ),
+        ),
+    )
+    no_effect = (
+        # A short try of a long run's configuration.
+        refuse(
+            "optimizer.warmup_iters",
+            lambda c: c.warmup_iters != c.optimizer.warmup_iters,
+            "is not less than training.train_iters ({training.train_iters}), and is taken for "
+            "{warmup_iters}, a tenth of the run",
+            "lower it, or raise training.train_iters",
+        ),
+        no_effect_without(
+            "optimizer.decay_style WSD",
+            "optimizer.wsd_decay_iters optimizer.wsd_decay_style",
+            "set optimizer.decay_style to WSD",
+        ),
+        no_effect_with(
+            "optimizer.decay_style",
+            "constant",
+            "optimizer.min_lr optimizer.decay_iters",
+            "use another one",
+        ),
+        no_effect_without(
+            "optimizer.kind muon",
+            "optimizer.muon_momentum optimizer.muon_nesterov optimizer.muon_num_ns_steps "
+            "optimizer.muon_scale_mode optimizer.muon_extra_scale_factor "
+            "optimizer.muon_fp32_matmul_prec optimizer.muon_tp_mode",
+            "set optimizer.kind to muon",
+        ),
+        no_effect_without(
+            "optimizer.kind lion",
+            "optimizer.lion_beta1 optimizer.lion_beta2",
+            "set optimizer.kind to lion",
+        ),
+    )

@@ -2,13 +2,159 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from moepp_megatron.config.divisibility import must_divide
+from moepp_megatron.config.problem import Problem
+from moepp_megatron.config.rows import (
+    Rule,
+    each,
+    first,
+    group,
+    no_effect_where,
+    no_effect_with,
+    no_effect_without,
+    refuse,
+    values,
+)
 from moepp_megatron.config.schema.section import Section, Unit
 
+if TYPE_CHECKING:
+    from moepp_megatron.config.schema import Config, LatentAttentionSection
+
+
 CrossEntropy = Literal["auto", "fused", "native", "unfused"]
+
+
+def _alignment(config: Config) -> int:
+    """Of what both sides are multiples (Transformer Engine 2.20, `quantization_alignment`)."""
+    recipe = config.precision.recipe or "delayed"
+    return {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}[recipe]
+
+
+def _widths(config: Config) -> Iterator[Problem]:
+    """Both sides of every weight shard."""
+    model, moe, alignment = config.model, config.moe, _alignment(config)
+    tp, etp = config.parallel.tensor_model_parallel_size, config.parallel.expert_tensor_size
+    name = f"{'moe' if moe.ffn_hidden_size is not None else 'model'}.ffn_hidden_size"
+    widths = {("model.hidden_size", model.hidden_size): alignment}
+    widths[name, config.expert_ffn_hidden_size] = alignment * etp
+    if moe.shared_expert_ffn_hidden_size is not None:
+        key = ("moe.shared_expert_ffn_hidden_size", moe.shared_expert_ffn_hidden_size)
+        widths[key] = alignment * tp
+    # A step of 0 layers is refused by a rule of its own.
+    if moe.layer_freq and not all(moe.moe_layer_pattern(model.num_layers)):
+        key = ("model.ffn_hidden_size", model.ffn_hidden_size)
+        widths[key] = max(alignment * tp, widths.get(key, 0))
+    for (name, value), divisor in widths.items():
+        yield from must_divide(name, value, divisor, f"{divisor} for FP8")
+
+
+def _heads(config: Config) -> Iterator[Problem]:
+    """The shards of the projections around attention."""
+    model, ranks = config.model, config.parallel.tensor_model_parallel_size
+    alignment = _alignment(config)
+    if model.latent_attention is not None:
+        yield from _latent_vectors(model.latent_attention, ranks, config)
+        return
+    heads, groups = model.num_attention_heads // ranks, max(model.query_groups // ranks, 1)
+    for what, channels in (
+        ("query", heads * model.head_dim),
+        ("query, key and value", (heads + 2 * groups) * model.head_dim),
+    ):
+        if channels % alignment:
+            yield Problem(
+                "model.num_attention_heads",
+                model.num_attention_heads,
+                f"must give every rank a multiple of {alignment} {what} channels for FP8, "
+                f"not {channels} (heads of {model.head_dim}, "
+                f"parallel.tensor_model_parallel_size {ranks})",
+                f"use heads of {alignment} channels or more (model.kv_channels), or fewer ranks",
+            )
+            return
+
+
+def _latent_vectors(
+    latent: LatentAttentionSection, ranks: int, config: Config
+) -> Iterator[Problem]:
+    """Compressed vectors are whole on every rank; what heads get from them is split."""
+    heads, alignment = config.model.num_attention_heads // ranks, _alignment(config)
+    kv_lora_rank, shared = latent.kv_lora_rank, latent.kv_lora_rank + latent.qk_pos_emb_head_dim
+    for key, what, channels in (
+        ("q_lora_rank", "compressed query", latent.q_lora_rank or 0),
+        ("kv_lora_rank", "compressed key and value", kv_lora_rank),
+        ("qk_pos_emb_head_dim", "compressed and shared key", shared),
+        ("qk_head_dim", "query", heads * latent.qk_dim),
+        ("v_head_dim", "value", heads * latent.v_head_dim),
+        ("qk_head_dim", "key and value", heads * (latent.qk_head_dim + latent.v_head_dim)),
+    ):
+        if channels % alignment:
+            yield Problem(
+                f"model.latent_attention.{key}",
+                getattr(latent, key),
+                f"must give every rank a multiple of {alignment} {what} channels for FP8, "
+                f"not {channels} (parallel.tensor_model_parallel_size {ranks})",
+                f"use multiples of {alignment} for all widths of model.latent_attention",
+            )
+            return
+
+
+def _tokens(config: Config) -> Iterator[Problem]:
+    """The tokens of a rank's micro-batch are a side of its GEMMs."""
+    # Experts pad their own rows, but the projections around attention and shared experts do not.
+    parallel, training, alignment = config.parallel, config.training, _alignment(config)
+    ranks = parallel.context_parallel_size
+    if parallel.uses_sequence_parallel:
+        ranks *= parallel.tensor_model_parallel_size
+    tokens = config.model.seq_length // ranks * training.micro_batch_size
+    if config.model.seq_length % ranks == 0 and tokens % alignment:
+        yield Problem(
+            "model.seq_length",
+            config.model.seq_length,
+            f"must give every rank a multiple of {alignment} tokens for FP8, not {tokens} "
+            f"(training.micro_batch_size {training.micro_batch_size}, sequences split over "
+            f"{ranks} ranks)",
+            f"use a multiple of {alignment * ranks}",
+        )
+
+
+def _heads_divide(config: Config) -> bool:
+    """True if no other rule already refuses the shapes of attention."""
+    ranks = config.parallel.tensor_model_parallel_size
+    return (
+        config.model.hidden_size % _alignment(config)
+        == config.model.num_attention_heads % ranks
+        == 0
+    )
+
+
+def _inner_recomputed(config: Config) -> list[str]:
+    """List recomputed modules that delayed scaling does not allow in megatron-core."""
+    training = config.training
+    if training.recompute_granularity != "selective":
+        return []
+    return sorted({"moe_act", "layernorm"} & set(training.recompute_modules))
+
+
+def _layers_of_a_rank(config: Config) -> int:
+    return config.model.num_layers // config.parallel.pipeline_model_parallel_size
+
+
+def _layers_in_bf16(config: Config) -> int:
+    precision = config.precision
+    return precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
+
+
+def _too_many_at_one_end(key: str) -> Rule:
+    return refuse(
+        f"precision.{key}",
+        lambda c: getattr(c.precision, key) > _layers_of_a_rank(c),
+        lambda c: f"must be at most the layers of a pipeline rank ({_layers_of_a_rank(c)})",
+        "use 1",
+    )
 
 
 class PrecisionSection(Section):
@@ -52,3 +198,108 @@ class PrecisionSection(Section):
     def recipe(self) -> str | None:
         """The FP8 recipe, the default resolved; None without FP8."""
         return None if self.fp8 is None else self.fp8_recipe or "delayed"
+
+    own_rules = (
+        # Its gradient is bf16, whatever the logits are (fused_cross_entropy.py).
+        refuse(
+            "precision.cross_entropy",
+            lambda c: c.precision.cross_entropy == "native" and c.precision.dtype != "bf16",
+            "must have precision.dtype ({precision.dtype}) bf16, because megatron-core's fused "
+            "cross entropy rounds the gradient of the logits to bf16",
+            "use auto",
+        ),
+        refuse(
+            "precision.fp8",
+            lambda c: c.precision.fp8 is not None and c.precision.dtype != "bf16",
+            "must have precision.dtype ({precision.dtype}) bf16, with Transformer Engine on a GPU",
+            "set precision.dtype to bf16, or precision.fp8 to null",
+        ),
+        group(
+            lambda c: c.precision.fp8 is None,
+            each(
+                values("precision.fp8_recipe precision.fp8_param precision.first_last_layers_bf16"),
+                lambda value: value not in (None, False),
+                "must come with precision.fp8, which is null",
+                "set precision.fp8 to e4m3 or hybrid, or leave {name} out",
+            ),
+        ),
+        refuse(
+            "precision.fp8_param",
+            lambda c: c.precision.fp8_param and c.precision.recipe == "mxfp8",
+            "must be false with precision.fp8_recipe mxfp8: such weights have not been tried",
+            "use false",
+        ),
+        group(
+            lambda c: c.precision.fp8 is not None,
+            _widths,
+            group(_heads_divide, _heads),
+            _tokens,
+        ),
+        # (distrib_optimizer.py, `_copy_main_params_to_model_params`; Megatron-LM's arguments.py
+        # demands the same of --fp8-param-gather.)
+        refuse(
+            "precision.fp8_param",
+            lambda c: c.precision.fp8_param and not c.parallel.use_distributed_optimizer,
+            "must have parallel.use_distributed_optimizer (false), which alone turns its fp32 "
+            "copies into FP8 weights",
+            "set parallel.use_distributed_optimizer to true, or precision.fp8_param to false",
+        ),
+        group(
+            lambda c: c.precision.fp8 is not None and c.precision.first_last_layers_bf16,
+            # (transformer_config.py; `get_fp8_context`: per-layer contexts would reduce amaxes
+            # wrongly.)
+            refuse(
+                "precision.first_last_layers_bf16",
+                lambda c: c.precision.recipe == "delayed",
+                "must be false with precision.fp8_recipe delayed, whose history of amaxes is "
+                "reduced once for all layers",
+                "use precision.fp8_recipe tensorwise or blockwise, or set it to false",
+            ),
+            first(
+                _too_many_at_one_end("num_layers_at_start_in_bf16"),
+                _too_many_at_one_end("num_layers_at_end_in_bf16"),
+                refuse(
+                    "precision.num_layers_at_start_in_bf16",
+                    lambda c: _layers_in_bf16(c) >= c.model.num_layers,
+                    "must leave a layer in FP8: with precision.num_layers_at_end_in_bf16 "
+                    "({precision.num_layers_at_end_in_bf16}) all {model.num_layers} are in bf16",
+                    "use fewer, or set precision.fp8 to null",
+                ),
+            ),
+        ),
+        refuse(
+            "training.recompute_modules",
+            lambda c: c.precision.recipe == "delayed" and _inner_recomputed(c),
+            lambda c: (
+                f"must not hold {' or '.join(_inner_recomputed(c))} with precision.fp8_recipe "
+                f"delayed"
+            ),
+            "use [moe], or set precision.fp8_recipe to tensorwise or blockwise",
+        ),
+    )
+    excludes = (
+        (
+            "precision.fp8_param",
+            "model.latent_attention",
+            "its projections have not been tested with weights in FP8",
+        ),
+    )
+    no_effect = (
+        no_effect_with(
+            "precision.dtype",
+            "fp32",
+            "precision.grad_reduce_in_fp32",
+            "set precision.dtype to bf16",
+        ),
+        no_effect_where(
+            lambda c: c.precision.recipe != "delayed",
+            "without precision.fp8_recipe delayed",
+            "precision.fp8_margin precision.fp8_amax_history_len precision.fp8_amax_compute_algo",
+            "leave it out",
+        ),
+        no_effect_without(
+            "precision.first_last_layers_bf16",
+            "precision.num_layers_at_start_in_bf16 precision.num_layers_at_end_in_bf16",
+            "set precision.first_last_layers_bf16 to true",
+        ),
+    )

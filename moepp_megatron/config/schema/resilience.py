@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from moepp_megatron.config.rows import no_effect_where, no_effect_with, refuse
 from moepp_megatron.config.schema.section import Section, Unit
+
+if TYPE_CHECKING:
+    from moepp_megatron.config.schema import Config
+
+# The watchdog looks at its rank a few times within the timeout; less is mostly scheduling noise.
+_SHORTEST_HANG_TIMEOUT_S = 1.0
+
+
+def _is_shorter_than_a_step(config: Config) -> bool:
+    return config.resilience.hang_slow_phase_timeout_s < config.resilience.hang_timeout_s
 
 
 class ResilienceSection(Section):
@@ -40,3 +51,46 @@ class ResilienceSection(Section):
     long enough to average over routing noise; 0 is off"""
     straggler_threshold: Annotated[float, Unit("1"), Field(gt=1.0)] = 1.5
     """Own time over the ranks' median from which the slowest rank is named"""
+
+    own_rules = (
+        refuse(
+            "resilience.hang_timeout_s",
+            lambda c: 0 < c.resilience.hang_timeout_s < _SHORTEST_HANG_TIMEOUT_S,
+            f"must be 0 (off) or at least {_SHORTEST_HANG_TIMEOUT_S}",
+            "use 600.0, or 0.0 to switch hang detection off",
+        ),
+        refuse(
+            "resilience.hang_slow_phase_timeout_s",
+            _is_shorter_than_a_step,
+            "must be at least resilience.hang_timeout_s ({resilience.hang_timeout_s})",
+            "use {resilience.hang_timeout_s} or more, or lower resilience.hang_timeout_s",
+        ),
+    )
+    no_effect = (
+        no_effect_with(
+            "resilience.guard",
+            False,
+            "resilience.guard_threshold "
+            "resilience.guard_max_consecutive_skips resilience.guard_max_rollbacks "
+            "resilience.guard_new_data",
+            "switch resilience.guard on",
+        ),
+        no_effect_with(
+            "resilience.hang_timeout_s",
+            0.0,
+            "resilience.hang_slow_phase_timeout_s",
+            "switch resilience.hang_timeout_s on",
+        ),
+        no_effect_with(
+            "resilience.straggler_interval",
+            0,
+            "resilience.straggler_threshold",
+            "switch resilience.straggler_interval on",
+        ),
+        no_effect_where(
+            lambda c: c.resilience.guard and c.checkpoint.save_interval == 0,
+            "with checkpoint.save_interval 0",
+            "resilience.guard_max_rollbacks",
+            "set checkpoint.save_interval above 0, or leave it out",
+        ),
+    )

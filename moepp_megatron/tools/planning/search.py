@@ -1,6 +1,6 @@
 """Cost and memory of every legal layout of a model on a number of GPUs, as plain integers.
 
-Legal is what config/rules and `check_world_size` accept, written again here because a hundred
+Legal is what `check_config` and `check_world_size` accept, written again here because a hundred
 thousand configurations cannot be built and checked in seconds; tests compare both. Left out,
 because they never win: tensor parallelism beyond a node, context parallelism with less than 4,096
 tokens per rank, experts split over other ranks than 1 or TP, stages uneven without need.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from moepp_megatron.config import Config, ConfigError
-from moepp_megatron.config.rules.flex import HIDDEN_ALIGNMENT
+from moepp_megatron.config.schema.moe import HIDDEN_ALIGNMENT
 from moepp_megatron.tools.planning.attention import LatentAttention
 from moepp_megatron.tools.planning.coster import Cost, Coster
 from moepp_megatron.tools.planning.grid import FULL, Dispatcher, Grid, Recompute, States

@@ -6,10 +6,13 @@ from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from math import gcd, isqrt
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import Rule, Text, fill
-from moepp_megatron.config.schema import Config
+
+if TYPE_CHECKING:
+    from moepp_megatron.config.schema import Config
 
 _MOST_DIVISORS = 8
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
+from typing import TYPE_CHECKING
 
+from moepp_megatron.config.divisibility import batch_sizes, must_divide, nearest_multiples
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rules.divisibility import batch_sizes, must_divide, nearest_multiples
-from moepp_megatron.config.schema import Config
-from moepp_megatron.config.sections import declared
+from moepp_megatron.config.rows import WorldSizeRule
 from moepp_megatron.config.stages import stage_layers, virtual_stages
+
+if TYPE_CHECKING:
+    from moepp_megatron.config.schema import Config
 
 
 def _world_size_is_positive(config: Config, world_size: int) -> Iterator[Problem]:
@@ -77,8 +80,8 @@ def _interleaving_fills_stages(config: Config, world_size: int) -> Iterator[Prob
         yield from must_divide(name, size, per_round * stages, text, reason)
 
 
-def _overlap_without_data_parallelism(config: Config, world_size: int) -> Iterator[Problem]:
-    """Nothing is reduced or gathered if no two ranks share a parameter."""
+def without_effect(config: Config, world_size: int) -> Iterator[Problem]:
+    """Settings that have no effect on so many ranks: overlap, where no two share a parameter."""
     dense_ranks = _data_parallel_size(config, world_size) * config.parallel.context_parallel_size
     for key in ("overlap_grad_reduce", "overlap_param_gather"):
         if dense_ranks == 1 and getattr(config.parallel, key):
@@ -103,13 +106,11 @@ def _offloading_chunks_have_layers(config: Config, world_size: int) -> Iterator[
         )
 
 
-RULES = (
+WORLD_SIZE_RULES: tuple[WorldSizeRule, ...] = (
     _world_size_is_positive,
     _model_ranks_divide_world_size,
     _expert_ranks_divide_world_size,
     _batch_divides_over_ranks,
     _interleaving_fills_stages,
     _offloading_chunks_have_layers,
-    *declared("world_size_rules"),
 )
-IGNORED = (_overlap_without_data_parallelism,)
