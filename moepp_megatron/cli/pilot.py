@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,11 +14,10 @@ import typer
 from moepp_megatron.cli.echo import echo, warn
 from moepp_megatron.cli.options import ConfigArgument, OverridesArgument
 from moepp_megatron.config import Layout, check_config, load_config
-from moepp_megatron.config.exit_codes import FAILED
+from moepp_megatron.config.exit_codes import FAILED, STOPPED
 
 if TYPE_CHECKING:
-    from moepp_megatron.tools.experiments.pilot.procedure import Pilot
-    from moepp_megatron.tools.experiments.pilot.result import PilotResult
+    from moepp_megatron.tools.experiments.pilot.pilot import Pilot, PilotResult
 
 
 def pilot(
@@ -47,18 +47,6 @@ def pilot(
             "a look takes, at least 3; further looks are at multiples of it.",
         ),
     ] = 5,
-    sessions: Annotated[
-        int,
-        typer.Option(min=2, max=50, help="Time MoE++ and vanilla in turn in this many sessions."),
-    ] = 5,
-    eval_iters: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Validate on this many global batches; by default, on as many as configured, and "
-            "on at least 8.",
-        ),
-    ] = None,
     collect: Annotated[
         bool,
         typer.Option(
@@ -82,11 +70,8 @@ def pilot(
         moepp pilot configs/quickstart.yaml --out pilots/other moe.tau=0.5 --nproc 2 --steps 60
     """
     settings = load_config(config, overrides or [])
-    from moepp_megatron.config.exit_codes import STOPPED
-    from moepp_megatron.tools.experiments.pilot.arms import build_arms
-    from moepp_megatron.tools.experiments.pilot.plan import PilotPlan
-    from moepp_megatron.tools.experiments.pilot.procedure import Pilot
-    from moepp_megatron.tools.experiments.pilot.trials import claim
+    from moepp_megatron.tools.experiments.pilot.arms import claim
+    from moepp_megatron.tools.experiments.pilot.pilot import Pilot, PilotPlan
     from moepp_megatron.tools.experiments.pilot.verdict import FEWEST_SEEDS
     from moepp_megatron.tools.experiments.runner import Interrupted, RunFailed
 
@@ -95,15 +80,14 @@ def pilot(
         folder=out.resolve(),
         nproc=nproc,
         config=settings,
-        base=build_arms(settings, steps or settings.training.train_iters, eval_iters),
+        steps=steps or settings.training.train_iters,
         seeds=range(first, first + seeds),
-        plan=PilotPlan(first=max(seeds, FEWEST_SEEDS), sessions=sessions),
+        plan=PilotPlan(first=max(seeds, FEWEST_SEEDS)),
         command=shlex.join(["moepp", *sys.argv[1:]]),
-        eval_iters=eval_iters,
     )
     _check_runs(whole, collect)
     claim(whole.folder, whole.runs)
-    whole = replace(whole, plan=PilotPlan.claim(whole.folder, whole.plan))
+    whole = replace(whole, plan=whole.plan.claim(whole.folder))
     try:
         _announce(whole)
         _finish(_collected(whole) if collect else _run(whole))
@@ -116,42 +100,32 @@ def pilot(
 
 
 def _announce(whole: Pilot) -> None:
-    from moepp_megatron.tools.experiments.runner import missing
+    from moepp_megatron.tools.experiments.pilot.pilot import SESSIONS
 
-    runs = whole.runs[: len(whole.base) * len(whole.seeds)]
-    done = len(runs) - len(missing(runs))
-    training = runs[0].config.training
-    per_step = training.global_batch_size * runs[0].config.model.seq_length
-    steps = whole.base[0].arm.steps
+    training = whole.first_arms[0].config.training
+    tokens = whole.steps * training.global_batch_size * whole.config.model.seq_length
     echo(
-        f"{len(runs)} runs of {steps:,} steps ({steps * per_step:,} tokens): {len(whole.seeds)} "
-        f"seeds of {len(whole.base)} models" + (f"; {done} runs are there already" if done else "")
-    )
-    for arm in whole.base:
-        phi = arm.config.moe.ffn_share
-        share = "" if phi == 1 else f", FFN share {phi:.0%} if balanced"
-        echo(f"  {arm.arm.name}: {arm.arm.steps:,} steps{share}")
-    echo(
-        f"then {whole.plan.sessions} sessions of speed, MoE++ for vanilla's time and vanilla in "
-        f"MoE++'s compute; decided after every {whole.plan.first} seeds"
+        f"{len(whole.seeds)} seeds of 5 models, vanilla for {whole.steps:,} steps ({tokens:,} "
+        f"tokens); {SESSIONS} sessions of speed; decided after every {whole.plan.first} seeds"
     )
 
 
 def _run(whole: Pilot) -> Pilot:
-    """Do what is missing; results are written after each seed of the last stage."""
+    """Do what is missing."""
+    from moepp_megatron.tools.experiments.pilot.pilot import SESSIONS
     from moepp_megatron.tools.experiments.runner import missing
     from moepp_megatron.tools.report.progress import progress
 
     left = len(missing(whole.runs))
-    if not whole.matched:
-        left += whole.plan.sessions + 2 * len(whole.seeds)
+    if not whole.matched_arms:
+        left += SESSIONS + 2 * len(whole.seeds)
     with progress(left) as advance:
-        return whole.run(advance, _write)
+        return whole.run(advance)
 
 
 def _collected(whole: Pilot) -> Pilot:
     """Write what can be run now, and say how to time MoE++ where that comes next."""
-    from moepp_megatron.tools.experiments.pilot.trials import claim
+    from moepp_megatron.tools.experiments.pilot.arms import claim
     from moepp_megatron.tools.experiments.runner import missing
 
     whole = whole.matching()
@@ -168,14 +142,16 @@ def _collected(whole: Pilot) -> Pilot:
 def _write(whole: Pilot) -> PilotResult | None:
     """Write results of whole seeds; None if there are none."""
     from moepp_megatron.runtime.atomic import write_atomic
-    from moepp_megatron.tools.experiments.pilot.collect import result_of
     from moepp_megatron.tools.experiments.pilot.page import write_pilot_page
+    from moepp_megatron.tools.experiments.pilot.pilot import result_of
 
-    result = result_of(whole)
-    if result is not None:
-        content = result.model_dump_json(indent=1) + "\n"
-        write_atomic(whole.folder / "pilot.json", content.encode())
-        write_pilot_page(result, whole.folder / "pilot.html")
+    found = result_of(whole)
+    if found is None:
+        return None
+    result, runs = found
+    content = json.dumps(asdict(result), indent=1) + "\n"
+    write_atomic(whole.folder / "pilot.json", content.encode())
+    write_pilot_page(result, runs, whole.folder / "pilot.html")
     return result
 
 
@@ -183,11 +159,10 @@ def _finish(whole: Pilot) -> None:
     from moepp_megatron.tools.experiments.pilot.page import print_pilot
     from moepp_megatron.tools.experiments.runner import missing
 
-    runs = whole.runs
-    left = missing(runs)
+    left = len(missing(whole.runs))
     if left:
         echo(
-            f"{len(left)} of {len(runs)} runs are missing; their configurations are in "
+            f"{left} of {len(whole.runs)} runs are missing; their configurations are in "
             f"{whole.folder / 'configs'}",
             err=True,
         )
@@ -206,9 +181,10 @@ def _check_runs(whole: Pilot, collect: bool) -> None:
     from moepp_megatron.runtime.fit import check_fit
 
     warn(*check_config(whole.config))
+    arms = whole.first_arms
     if collect:
         return
-    for arm in whole.base:
+    for arm in arms:
         Layout.from_config(arm.config, whole.nproc)
         check_fit(arm.config)
     warn(*check_data(whole.config))

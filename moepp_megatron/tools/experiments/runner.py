@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,11 +27,9 @@ from moepp_megatron.runtime.atomic import lock
 from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 from moepp_megatron.runtime.nodes import Nodes
 from moepp_megatron.runtime.stop_signals import heeded_signals
-from moepp_megatron.tools.report.formatting import duration
 
 # How a rank says why it fails; `failure_reason` looks for it in the log.
 FAILURE_MARK = "moepp: point failed on rank"
-# Statuses above it mean that somebody has asked this process to stop.
 
 
 class Interrupted(Exception):
@@ -61,17 +58,14 @@ class Trial[Result](ABC):
         name: The name of its files; no two trials of a folder share one.
         title: What people read while it is measured.
         nproc: Ranks, over all machines.
+        command: Command of its ranks: arguments of `moepp`.
     """
 
     folder: Path
     name: str
     title: str
     nproc: int
-
-    @property
-    @abstractmethod
-    def command(self) -> list[str]:
-        """Command of its ranks: arguments of `moepp`."""
+    command: Sequence[str]
 
     @abstractmethod
     def result(self) -> Result | None:
@@ -80,11 +74,6 @@ class Trial[Result](ABC):
         Raises:
             RunFailed: The result is of no use.
         """
-
-    @property
-    def work(self) -> int:
-        """Amount of work, such as steps, to foretell the time left; 0 if unknown."""
-        return 0
 
     @property
     def log(self) -> Path:
@@ -110,17 +99,14 @@ def missing[T: Trial[Any]](trials: Sequence[T]) -> list[T]:
     return [trial for trial in trials if trial.result() is None]
 
 
-def run_missing[T: Trial[Any]](
-    trials: Sequence[T],
-    progress: Callable[[str], object] = lambda what: None,
-    finished: Callable[[T], object] = lambda trial: None,
+def run_missing(
+    trials: Sequence[Trial[Any]], progress: Callable[[str], object] = lambda title: None
 ) -> dict[str, str]:
     """Do what has no result, in order.
 
     Args:
         trials: All trials of a folder.
-        progress: Called with a line for people before each of them.
-        finished: Called after each of them.
+        progress: Called with the title of each of them before it is begun.
 
     Returns:
         Why trials failed, by name.
@@ -133,20 +119,13 @@ def run_missing[T: Trial[Any]](
     left, failures = missing(trials), {}
     if not left:
         return {}
-    done, seconds = 0, 0.0
     with _exclusive(left[0], left[0].folder), _interruptible():
         # Another command may have finished some just now.
-        left = missing(left)
-        for place, trial in enumerate(left):
-            rest = sum(each.work for each in left[place:])
-            more = f" ({duration(seconds / done * rest)} left)" if done else ""
-            progress(f"{trial.title}{more}")
-            began = time.monotonic()
+        for trial in missing(left):
+            progress(trial.title)
             reason = run_trial(trial)
             if reason is not None:
                 failures[trial.name] = reason
-            done, seconds = done + trial.work, seconds + time.monotonic() - began
-            finished(trial)
     return failures
 
 
@@ -230,40 +209,36 @@ def _exclusive(trial: Trial[Any], path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def other_settings(folder: Path, what: str) -> ConfigError:
-    """The error that a folder belongs to an experiment of other settings; `what` says which."""
-    return ConfigError(
-        f"--out ({folder}) must be new or hold an experiment of the same settings, and {what}; "
-        "choose another folder"
-    )
-
-
-def in_turns[Arm, Seed](arms: Sequence[Arm], seeds: Sequence[Seed]) -> list[tuple[Arm, Seed]]:
-    """Every arm with every seed, seed by seed; each seed begins with another arm.
-
-    A machine that gets slower or faster in the meantime then favours no arm.
-    """
-    turns = [(place % max(len(arms), 1), seed) for place, seed in enumerate(seeds)]
-    return [(arm, seed) for turn, seed in turns for arm in [*arms[turn:], *arms[:turn]]]
-
-
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
-    """Dotted names of the settings that differ, with both values: "8, now 16".
+def check_settings(
+    folder: Path, file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    """Check that a folder belongs to an experiment of these settings.
 
     Args:
-        found: Values by section and key.
-        wanted: Other values; only its sections and keys are compared.
+        folder: DIR.
+        file: Where its settings were found.
+        found: Those settings, by section and key.
+        wanted: The settings of this command.
+
+    Raises:
+        ConfigError: They differ; names up to three, with both values.
     """
-    differing = {}
-    for section, keys in wanted.items():
-        before = found.get(section)
-        if not isinstance(before, dict) or not isinstance(keys, dict):
-            differing[section] = f"{before}, now {keys}"
-            continue
-        for key, value in keys.items():
-            if before.get(key) != value:
-                differing[f"{section}.{key}"] = f"{before.get(key)}, now {value}"
-    return differing
+    if found == wanted:
+        return
+    # A file that is none of ours may hold anything.
+    sections = {name: keys for name, keys in found.items() if isinstance(keys, dict)}
+    changed = [
+        f"{section}.{key} ({before.get(key)}, now {value})"
+        for section, keys in wanted.items()
+        for before in [sections.get(section, {})]
+        for key, value in keys.items()
+        if before.get(key) != value
+    ]
+    raise ConfigError(
+        f"--out ({folder}) must be new or hold an experiment of the same settings, and "
+        f"{', '.join(changed[:3]) or 'a section'} differs in {file.relative_to(folder)}; choose "
+        "another folder"
+    )
 
 
 def failure_reason(log: Path, status: int) -> str:

@@ -17,12 +17,13 @@ from moepp_megatron.cli.echo import echo
 from moepp_megatron.observe.status import StatusSink, read_status
 from moepp_megatron.runtime.printable import make_logs_printable
 from moepp_megatron.tools.experiments.pilot.page import print_pilot
-from moepp_megatron.tools.experiments.pilot.result import PilotResult
+from moepp_megatron.tools.experiments.pilot.pilot import ArmOutcome, PilotResult
+from moepp_megatron.tools.experiments.pilot.statistics import Interval
+from moepp_megatron.tools.experiments.pilot.verdict import Verdict
 from moepp_megatron.tools.experiments.scaling.page import print_records
 from moepp_megatron.tools.experiments.scaling.records import ScaleRecord
 from moepp_megatron.tools.profiling.summary import ProfileSummary, SummaryRow
 from moepp_megatron.tools.report.profile import print_summary
-from tests.unit.tools.experiments.pilot.test_page import contents
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
 
 PACKAGE = Path(__file__).parents[3] / "moepp_megatron"
@@ -104,18 +105,12 @@ def test_profile_of_collectives(capsys, monkeypatch):
     assert printed.count(r"x\x1b]0;t") == 2, printed
 
 
-def replaced(value: Any, old: str, new: str) -> Any:
-    if isinstance(value, dict):
-        return {replaced(k, old, new): replaced(v, old, new) for k, v in value.items()}
-    if isinstance(value, list):
-        return [replaced(item, old, new) for item in value]
-    return value.replace(old, new) if isinstance(value, str) else value
-
-
 def test_pilot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "400")
-    found = replaced(contents(), "MoE++", HOSTILE)
-    print_pilot(PilotResult.model_validate(found))
+    number = Interval(1.0)
+    arm = ArmOutcome("moepp", HOSTILE, 1, number, None, number, None, number)
+    verdict = Verdict("pays", *[number] * 6, speeds_agree=True)
+    print_pilot(PilotResult("", [1], 0, 3, 0.1, [arm, arm], verdict, HOSTILE))
     # A cell may be cut, for escapes are wider than what they stand for.
     assert harmless(capsys.readouterr().out).count(SHOWN[:20]) >= 3
 

@@ -1,89 +1,123 @@
-"""The models that a pilot compares, its arms, each as a configuration to train with.
+"""The arms of a pilot, and its trials: an arm with a seed, trained; MoE++ timed against vanilla.
 
 First come vanilla, MoE++, and vanilla with fewer steps, which shows what tokens are worth. Once
 those have shown how fast MoE++ is and what share of its selections goes to FFN experts, two more
-are made: MoE++ trained for vanilla's time, and vanilla narrowed to MoE++'s compute.
+follow: MoE++ trained for vanilla's time, and vanilla narrowed to MoE++'s compute.
+
+DIR/configs/NAME.yaml  the resolved configuration of a run, for `moepp train` or `moepp slurm`
+DIR/runs/NAME/         the run's own folder
+DIR/speed/NAME.json    what `moepp bench step` has measured in one session
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shutil
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-from moepp_megatron.config import Config, ConfigError, with_overrides
+import numpy as np
+
+from moepp_megatron.config import Config, ConfigError, load_config, with_overrides
+from moepp_megatron.config.blends import with_whole_paths
 from moepp_megatron.config.sections import settings_of_one_run
 from moepp_megatron.config.vanilla import vanilla
-from moepp_megatron.tools.experiments.pilot.result import Arm
+from moepp_megatron.file_names import CONFIG_FILE, METRICS_FILE
+from moepp_megatron.observe.metrics import MetricsError, read_metrics
+from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.tools.experiments.runner import (
+    RunFailed,
+    Trial,
+    check_settings,
+    writing,
+)
+from moepp_megatron.tools.report.series import Numbers, Series, finite
+from moepp_megatron.training.run_folder import refuse_running
 
-VANILLA = "vanilla"
-MOEPP = "MoE++"
+ArmKind = Literal["vanilla", "moepp", "equal_time", "narrow", "short"]
 # Of the steps, in the runs that show what tokens are worth.
 _SHORT_SHARE = 0.7
 # A quarter of the steps counts for the share of FFN experts.
 _FEWEST_STEPS = 8
 # Validation batches where CONFIG asks for fewer: all arms see the same, so few are enough.
 _FEWEST_EVAL_ITERS = 8
+# Sections that say where a run is, not what it does.
+_ELSEWHERE = {"run", "slurm"}
+# Steps of each model in a session; each round begins with the other one.
+_ROUNDS = 20
+# A share of exactly 1 has no tau.
+_LARGEST_TAU = 10.0
+# A step that begins the last quarter is still in the third.
+_LATE = 0.75
+# First steps allocate, compile and fill caches.
+_FEWEST_WARMUP, _WARMUP_SHARE = 2, 0.1
 
 
 @dataclass(frozen=True)
-class PilotArm:
+class Arm:
     """A model of the pilot.
 
     Attributes:
-        arm: Its description.
+        kind: "vanilla"; "moepp"; `equal_time` is MoE++ trained for vanilla's time; `narrow` is
+            vanilla with narrower experts and MoE++'s compute; "short" is vanilla with fewer steps.
+        name: As shown: "MoE++", "vanilla, 70% of the steps".
         config: Configuration of its runs, without folder and seed.
     """
 
-    arm: Arm
+    kind: ArmKind
+    name: str
     config: Config
 
+    @property
+    def steps(self) -> int:
+        """Steps of each of its runs."""
+        return self.config.training.train_iters
 
-def build_arms(config: Config, steps: int, eval_iters: int | None = None) -> list[PilotArm]:
+
+def first_arms(config: Config, steps: int) -> list[Arm]:
     """The arms of the first stage: vanilla, MoE++, vanilla with fewer steps.
 
-    Args:
-        config: A checked MoE++ configuration.
-        steps: Steps of a run.
-        eval_iters: Global batches of validation; None: as configured, at least 8.
-
     Raises:
-        ConfigError: If CONFIG is vanilla, or a rule forbids an arm.
+        ConfigError: CONFIG is vanilla, `steps` are too few, or a rule forbids an arm.
     """
-    _check(config, steps)
-    moepp = _with_steps(config, steps, eval_iters)
-    short = round(_SHORT_SHARE * steps)
+    if config.moe.num_zero_computation_experts == 0:
+        raise ConfigError(
+            "moe.num_zero_experts (0) and the other counts of zero-computation experts must not "
+            "all be 0, because a pilot compares MoE++ with vanilla; use 1"
+        )
+    if steps < _FEWEST_STEPS:
+        raise ConfigError(
+            f"--steps ({steps}) must be at least {_FEWEST_STEPS}, of which a quarter counts; use "
+            "hundreds for a pilot that can decide"
+        )
+    moepp = _with_steps(config, steps)
+    short = vanilla(_with_steps(config, round(_SHORT_SHARE * steps)))
     return [
-        PilotArm(Arm(name=VANILLA, kind="vanilla", steps=steps), vanilla(moepp)),
-        PilotArm(Arm(name=MOEPP, kind="moepp", steps=steps), moepp),
-        PilotArm(
-            Arm(name=f"vanilla, {_SHORT_SHARE:.0%} of the steps", kind="short", steps=short),
-            vanilla(_with_steps(config, short, eval_iters)),
-        ),
+        Arm("vanilla", "vanilla", vanilla(moepp)),
+        Arm("moepp", "MoE++", moepp),
+        Arm("short", f"vanilla, {_SHORT_SHARE:.0%} of the steps", short),
     ]
 
 
-def matched_arms(
-    config: Config, steps: int, equal_time: int, width: int, eval_iters: int | None = None
-) -> list[PilotArm]:
+def matched_arms(config: Config, steps: int, equal_time: int, width: int) -> list[Arm]:
     """The arms that match MoE++: itself in vanilla's time, and vanilla in its compute.
 
     Args:
-        config: The configuration that `build_arms` was given.
+        config: The configuration that `first_arms` was given.
         steps: Its steps.
         equal_time: Steps of MoE++ in vanilla's time.
         width: Inner width of the FFN experts of the narrowed vanilla model.
-        eval_iters: Global batches of validation, like those of `build_arms`.
     """
-    narrow = vanilla(_with_steps(config, steps, eval_iters))
+    overrides = [f"moe.ffn_hidden_size={width}"]
+    narrow = with_overrides(vanilla(_with_steps(config, steps)), overrides)
     return [
-        PilotArm(
-            Arm(name=f"{MOEPP}, vanilla's time", kind="equal_time", steps=equal_time),
-            _with_steps(config, equal_time, eval_iters),
-        ),
-        PilotArm(
-            Arm(name=f"vanilla, {width} wide", kind="narrow", steps=steps),
-            with_overrides(narrow, [f"moe.ffn_hidden_size={width}"]),
-        ),
+        Arm("equal_time", "MoE++, vanilla's time", _with_steps(config, equal_time)),
+        Arm("narrow", f"vanilla, {width} wide", narrow),
     ]
 
 
@@ -97,30 +131,22 @@ def narrow_width(config: Config, share: float) -> int:
     return max(round(share * width / unit), 1) * unit
 
 
-def _with_steps(config: Config, steps: int, eval_iters: int | None) -> Config:
-    batches = max(_FEWEST_EVAL_ITERS, config.training.eval_iters)
-    return with_overrides(config, run_settings(config, steps, eval_iters or batches))
+def _with_steps(config: Config, steps: int) -> Config:
+    """The same model, whose learning rate goes through all of its schedule in this many steps.
 
-
-def run_settings(config: Config, steps: int, eval_iters: int) -> list[str]:
-    """Settings of every run that differ from CONFIG.
-
-    The learning rate goes through all of its schedule within the run. Every step is logged, for
-    its time; nothing is saved, loaded or sent anywhere.
+    Every step is logged, for its time; nothing is saved, loaded or sent anywhere.
     """
     optimizer, training = config.optimizer, config.training
     # An eighth of a short run, or the share that CONFIG has where that is more.
     share = max(1 / 8, config.warmup_iters / training.train_iters)
-    settings = [] if optimizer.wsd_decay_iters is None else [_wsd_decay(config, steps)]
-    return [
-        *settings,
+    settings = [
         *settings_of_one_run(),
         f"training.train_iters={steps}",
         # Costs and losses are those of the batch that the long run ends with.
         "training.batch_ramp=null",
         "training.log_interval=1",
         "training.eval_interval=0",
-        f"training.eval_iters={eval_iters}",
+        f"training.eval_iters={max(_FEWEST_EVAL_ITERS, training.eval_iters)}",
         f"optimizer.warmup_iters={min(config.warmup_iters, int(share * steps))}",
         "optimizer.decay_iters=null",
         "checkpoint.dir=null",
@@ -132,23 +158,170 @@ def run_settings(config: Config, steps: int, eval_iters: int) -> list[str]:
         "observe.wandb.project=null",
         "observe.webhook_url_env=null",
     ]
+    if optimizer.wsd_decay_iters is not None:
+        share = optimizer.wsd_decay_iters / (optimizer.decay_iters or training.train_iters)
+        settings.append(f"optimizer.wsd_decay_iters={max(int(share * steps), 1)}")
+    return with_overrides(config, settings)
 
 
-def _wsd_decay(config: Config, steps: int) -> str:
-    """The same share of the run as CONFIG decays in."""
-    optimizer, training = config.optimizer, config.training
-    share = (optimizer.wsd_decay_iters or 0) / (optimizer.decay_iters or training.train_iters)
-    return f"optimizer.wsd_decay_iters={max(int(share * steps), 1)}"
+@dataclass(frozen=True)
+class RunOutcome:
+    """The outcome of one run.
+
+    Attributes:
+        valid_loss: Final validation loss, nats.
+        step_time_s: Median of the steps that only train, seconds.
+        ffn_share: FFN share of all selections, last quarter of the steps.
+        curve: Training loss over tokens.
+    """
+
+    valid_loss: float
+    step_time_s: float
+    ffn_share: float
+    curve: Series
 
 
-def _check(config: Config, steps: int) -> None:
-    if config.moe.num_zero_computation_experts == 0:
-        raise ConfigError(
-            "moe.num_zero_experts (0) and the other counts of zero-computation experts must not "
-            "all be 0, because a pilot compares MoE++ with vanilla; use 1"
-        )
-    if steps < _FEWEST_STEPS:
-        raise ConfigError(
-            f"--steps ({steps}) must be at least {_FEWEST_STEPS}, of which a quarter counts; use "
-            "hundreds for a pilot that can decide"
-        )
+def run_outcome(numbers: Numbers) -> RunOutcome:
+    """The outcome of a finished run, whose last record has a finite validation loss."""
+    steps = numbers.values("step")
+    times, shares = numbers.values("step_time_s"), numbers.values("ffn_fraction")
+    warm = steps > max(_FEWEST_WARMUP, int(_WARMUP_SHARE * steps[-1]))
+    warm = warm if warm.any() else np.full(len(steps), True)
+    # Evaluation and router health take time of their own; a short run may have no step without.
+    plain = (
+        warm & np.isnan(numbers.values("router_health")) & np.isnan(numbers.values("valid_loss"))
+    )
+    return RunOutcome(
+        valid_loss=float(numbers.values("valid_loss")[-1]),
+        step_time_s=statistics.median(times[plain if plain.any() else warm].tolist()),
+        ffn_share=statistics.fmean(shares[steps > _LATE * steps[-1]].tolist()),
+        curve=finite(numbers.values("tokens"), numbers.values("loss")),
+    )
+
+
+@dataclass(frozen=True)
+class PilotRun(Trial[RunOutcome]):
+    """One arm with one seed; finished when its last step has a validation loss.
+
+    Attributes:
+        seed: The seed of initial weights and of the order of the data.
+        config: Its complete configuration.
+        file: The file of that.
+    """
+
+    arm: Arm
+    seed: int
+    config: Config
+    file: Path
+
+    @staticmethod
+    def of(folder: Path, nproc: int, arm: Arm, seed: int) -> PilotRun:
+        """The run of an arm with a seed; `folder` is absolute."""
+        name = _run_name(arm, seed)
+        config = with_overrides(arm.config, [f"training.seed={seed}"])
+        run = config.run.model_copy(update={"dir": folder / "runs" / name, "name": name})
+        # The files are for other folders to start from, too.
+        config = config.model_copy(update={"run": run, "data": with_whole_paths(config.data)})
+        file = folder / "configs" / f"{name}.yaml"
+        command = ["train", "--", str(file)]
+        title = f"seed {seed}, {arm.name}"
+        return PilotRun(folder, name, title, nproc, command, arm, seed, config, file)
+
+    def prepare(self) -> None:
+        """Remove what an interrupted run has left; ConfigError: somebody is doing it now."""
+        super().prepare()
+        refuse_running(Path(self.config.run.dir))
+        shutil.rmtree(self.config.run.dir, ignore_errors=True)
+
+    def result(self) -> RunOutcome | None:
+        """Read a finished run's outcome; RunFailed: it has diverged."""
+        folder = self.config.run.dir
+        try:
+            records = read_metrics(folder / METRICS_FILE)
+        except MetricsError:
+            return None
+        last = records[-1]
+        if last.step < self.arm.steps or last.valid_loss is None:
+            return None
+        if not math.isfinite(last.valid_loss):
+            raise RunFailed(
+                f"run {self.name} has diverged: its validation loss is {last.valid_loss}; look at "
+                f"{folder}, or lower optimizer.lr"
+            )
+        return run_outcome(Numbers(records=records))
+
+
+def claim(folder: Path, runs: Sequence[PilotRun]) -> None:
+    """Make the pilot's folder and write the configuration of every run.
+
+    Raises:
+        ConfigError: It holds a run with other settings, or cannot be written.
+    """
+    for run in runs:
+        file = run.config.run.dir / CONFIG_FILE
+        try:
+            found = _content(load_config(file))
+        except ConfigError:
+            # None, half of one, or of another version: what is not finished is done anew.
+            if run.result() is None:
+                continue
+            found = {}
+        check_settings(folder, file, found, _content(run.config))
+    with writing(folder, "configs", "runs", "logs", "speed"):
+        for run in runs:
+            write_atomic(run.file, run.config.to_yaml(run.title).encode())
+
+
+@dataclass(frozen=True)
+class Session(Trial[float]):
+    """A session that times MoE++ against vanilla: both models in one process, in turn.
+
+    A machine is faster or slower from one process to the next, by a few per cent. Arms that run
+    one after the other take that for a difference between them. Here both see the same machine,
+    and the interval is over sessions.
+
+    Attributes:
+        file: The file of its result.
+    """
+
+    file: Path
+
+    @staticmethod
+    def of(run: PilotRun, share: float, number: int) -> Session:
+        """Session `number`, from 1, of a run's model, whose routing is held at this FFN share."""
+        name = _run_name(run.arm, number).replace("-seed-", "-session-")
+        file = run.folder / "speed" / f"{name}.json"
+        options = ["--rounds", str(_ROUNDS), "--json", str(file)]
+        command = ["bench", "step", str(run.file), *_held_at(run.config, share), *options]
+        return Session(run.folder, name, f"speed, session {number}", run.nproc, command, file)
+
+    def result(self) -> float | None:
+        """Logarithm of MoE++'s step time over vanilla's."""
+        try:
+            speedup = json.loads(self.file.read_bytes())["speedup"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        is_number = isinstance(speedup, float) and 0 < speedup < math.inf
+        return -math.log(speedup) if is_number else None
+
+
+def _run_name(arm: Arm, seed: int) -> str:
+    words = arm.name.lower().replace("++", "pp").replace("%", "-percent").replace("'", "")
+    return re.sub(r"[^a-z0-9.]+", "-", f"{words}-seed-{seed}")
+
+
+def _content(config: Config) -> dict[str, Any]:
+    content = config.model_dump(mode="json")
+    return {section: keys for section, keys in content.items() if section not in _ELSEWHERE}
+
+
+def _held_at(config: Config, share: float) -> list[str]:
+    """Settings under which a perfect balance has this FFN share; a budget has its own and goes."""
+    moe = config.moe
+    settings = [f"moe.tau={moe.tau_for(min(share, moe.phi(_LARGEST_TAU))):.6g}"]
+    if moe.budget.target_ffn_per_token is not None or moe.budget.start_ffn_per_token is not None:
+        settings += [
+            f"moe.budget.{key}=null" for key in ("target_ffn_per_token", "start_ffn_per_token")
+        ]
+        settings.append("moe.budget.controller=none")
+    return settings

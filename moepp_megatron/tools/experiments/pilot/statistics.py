@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moepp_megatron.tools.experiments.pilot.result import Interval
-
 _CONFIDENCE = 0.95
 # Beyond it the exponential overflows; a factor of this size is no number to decide by anyway.
 _LARGEST_LOG = 700.0
@@ -52,6 +50,15 @@ def t_quantile(probability: float, degrees: int) -> float:
         else:
             high = middle
     return math.sqrt(degrees) * math.tan((low + high) / 2)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95% interval, which a single value does not have."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,20 +113,15 @@ class Estimate:
     def interval(self) -> Interval:
         """The mean with its 95% interval."""
         if self.error is None:
-            return Interval(mean=self.mean)
+            return Interval(self.mean)
         half = self.reach((1 - _CONFIDENCE) / 2)
-        return Interval(mean=self.mean, low=self.mean - half, high=self.mean + half)
+        return Interval(self.mean, self.mean - half, self.mean + half)
 
     def factor(self) -> Interval:
         """The factor whose logarithm this is, with its 95% interval."""
         found = self.interval()
         low, high = (None if end is None else _exp(end) for end in (found.low, found.high))
-        return Interval(mean=_exp(self.mean), low=low, high=high)
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean of independent values with its 95% t-interval."""
-    return Estimate.of(values).interval()
+        return Interval(_exp(self.mean), low, high)
 
 
 def _exp(logarithm: float) -> float:
@@ -130,7 +132,7 @@ class PooledLosses:
     """Final losses by arm and seed.
 
     Args:
-        losses: Nats by arm's name and seed; every arm has the same seeds.
+        losses: Nats by arm and seed; every arm has the same seeds.
     """
 
     def __init__(self, losses: Mapping[str, Mapping[int, float]]) -> None:

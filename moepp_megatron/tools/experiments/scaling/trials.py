@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from moepp_megatron.config import Config
 from moepp_megatron.config.json_file import read_json
 from moepp_megatron.runtime.atomic import write_atomic
-from moepp_megatron.tools.experiments.runner import Trial, differences, other_settings, writing
+from moepp_megatron.tools.experiments.runner import Trial, check_settings, writing
 from moepp_megatron.tools.experiments.scaling.grid import DEGREES, Point
 from moepp_megatron.tools.experiments.scaling.records import PointFile, PointResult
 
@@ -46,25 +46,15 @@ class Measuring:
 
 @dataclass(frozen=True)
 class PointTrial(Trial[PointResult]):
-    """A point, measured by `moepp scale --point`.
-
-    Attributes:
-        point: What is measured.
-        words: `moepp` arguments that measure a point as one rank, but for `--point NAME`.
-    """
+    """A point, measured by `moepp scale --point`."""
 
     point: Point
-    words: Sequence[str]
 
     @staticmethod
     def of(folder: Path, point: Point, words: Sequence[str] = ()) -> PointTrial:
-        """The trial of a point."""
-        return PointTrial(folder, point.name, point.name, point.nproc, point, words)
-
-    @property
-    def command(self) -> list[str]:
-        """Measure it."""
-        return [*self.words, "--point", self.name]
+        """The trial of a point; `words` measure one as a rank, but for its name."""
+        command = [*words, "--point", point.name]
+        return PointTrial(folder, point.name, point.name, point.nproc, command, point)
 
     def read(self) -> PointFile | None:
         """The point's file; None if there is none that can be read."""
@@ -110,11 +100,7 @@ def claim(folder: Path, config: Config, measuring: Measuring) -> None:
             found = read_json(file)
         except ValueError:
             found = None
-    if found != wanted:
-        # A file that is none of ours differs in every section.
-        known = found if isinstance(found, dict) else {}
-        changed = list(differences(known, wanted)) or [file.name]
-        raise other_settings(folder, f"{', '.join(changed[:3])} differs")
+    check_settings(folder, file, found if isinstance(found, dict) else {}, wanted)
 
 
 def _settings(config: Config, measuring: Measuring) -> dict[str, Any]:

@@ -143,9 +143,9 @@ def test_folder_of_another_test_is_refused(config: Config, tmp_path: Path) -> No
     # Where files go and how long a run trains say nothing about speed.
     elsewhere = load_config(QUICKSTART, ["run.dir=else", "training.train_iters=70"])
     claim(tmp_path, elsewhere, measuring)
-    with pytest.raises(ConfigError, match=r"--out .* moe\.tau differs; choose another folder"):
+    with pytest.raises(ConfigError, match=r"--out .* moe\.tau \(0.75, now 0.5\) differs"):
         claim(tmp_path, load_config(QUICKSTART, ["moe.tau=0.5"]), measuring)
-    with pytest.raises(ConfigError, match=r"measuring\.steps differs"):
+    with pytest.raises(ConfigError, match=r"measuring\.steps \(1, now 2\) differs"):
         claim(tmp_path, config, Measuring(("moepp", "vanilla"), 1, 2, 3))
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(ConfigError, match="differs"):

@@ -5,9 +5,7 @@ from typing import Any
 
 from moepp_megatron.config import Config, parse_config
 from moepp_megatron.observe.metrics import StepMetrics
-from moepp_megatron.tools.experiments.pilot.outcome import RunOutcome
-from moepp_megatron.tools.experiments.pilot.result import Curve
-from moepp_megatron.tools.experiments.pilot.trials import PilotRun
+from moepp_megatron.tools.experiments.pilot.arms import Arm, PilotRun
 from tests.parallel.training_runs import settings
 
 
@@ -21,19 +19,6 @@ def config_of(**moe: Any) -> Config:
             training={"train_iters": 120, "global_batch_size": 4, "micro_batch_size": 1},
         )
     )
-
-
-def outcome(loss: float, time: float) -> RunOutcome:
-    return RunOutcome(
-        valid_loss=loss,
-        step_time_s=time,
-        ffn_share=0.6,
-        curve=Curve(tokens=[100], loss=[loss]),
-    )
-
-
-def seeds(losses: list[float], times: list[float]) -> dict[int, RunOutcome]:
-    return dict(enumerate(map(outcome, losses, times), start=1))
 
 
 def record(step: int, **values: Any) -> StepMetrics:
@@ -58,13 +43,17 @@ def record(step: int, **values: Any) -> StepMetrics:
     return StepMetrics.model_validate(content)
 
 
+def run_in(path: Path, arm: Arm, seed: int = 7, nproc: int = 1) -> PilotRun:
+    return PilotRun.of(path, nproc, arm, seed)
+
+
 def write_run(
-    run: PilotRun, steps: int | None = None, loss: float | None = 4.0, **values: Any
+    config: Config, steps: int | None = None, loss: float | None = 4.0, **values: Any
 ) -> None:
     """The folder that `moepp train` leaves behind; cut off after `steps`."""
-    folder, last = run.config.run.dir, run.arm.steps
+    folder, last = config.run.dir, config.training.train_iters
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(run.config.to_yaml("moepp_megatron"))
+    (folder / "config.yaml").write_text(config.to_yaml("moepp_megatron"))
     lines = [record(step, **values) for step in range(1, (steps or last) + 1)]
     if steps is None:
         lines[-1] = lines[-1].model_copy(update={"valid_loss": loss})

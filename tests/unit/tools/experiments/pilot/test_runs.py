@@ -1,6 +1,5 @@
 """What is kept, what is done anew, what is refused."""
 
-import itertools
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,24 +10,22 @@ from moepp_megatron.config import ConfigError, load_config, with_overrides
 from moepp_megatron.config.exit_codes import STOPPED
 from moepp_megatron.runtime.launch import LaunchOptions
 from moepp_megatron.tools.experiments import runner
-from moepp_megatron.tools.experiments.pilot.arms import build_arms
-from moepp_megatron.tools.experiments.pilot.trials import PilotRun, claim
+from moepp_megatron.tools.experiments.pilot.arms import PilotRun, claim, first_arms
 from moepp_megatron.tools.experiments.runner import (
     Interrupted,
     RunFailed,
-    in_turns,
     missing,
     run_missing,
     run_trial,
 )
-from tests.unit.tools.experiments.pilot.synthetic import config_of, write_run
+from tests.unit.tools.experiments.pilot.synthetic import config_of, run_in, write_run
 
 
 def runs_in(
     path: Path, steps: int = 8, seeds: tuple[int, ...] = (7, 8), nproc: int = 1
 ) -> list[PilotRun]:
-    arms = build_arms(config_of(), steps)
-    return [PilotRun.of(path, nproc, arm, seed) for arm, seed in in_turns(arms, seeds)]
+    arms = first_arms(config_of(), steps)
+    return [run_in(path, arm, seed, nproc) for seed in seeds for arm in arms]
 
 
 class Ranks:
@@ -47,7 +44,7 @@ class Ranks:
         self.started.append(run.name)
         if len(self.started) > self.after and self.status:
             return self.status
-        write_run(run)
+        write_run(run.config)
         return 0
 
 
@@ -63,18 +60,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ranks]:
     return put
 
 
-def test_order_rotates_from_seed_to_seed(tmp_path: Path) -> None:
-    names = [run.name for run in runs_in(tmp_path, seeds=(7, 8))]
-    assert names == [
-        "vanilla-seed-7",
-        "moepp-seed-7",
-        "vanilla-70-percent-of-the-steps-seed-7",
-        "moepp-seed-8",
-        "vanilla-70-percent-of-the-steps-seed-8",
-        "vanilla-seed-8",
-    ]
-
-
 def test_configurations_are_files_that_train_takes(tmp_path: Path) -> None:
     runs = runs_in(tmp_path)
     claim(tmp_path, runs)
@@ -87,18 +72,16 @@ def test_configurations_are_files_that_train_takes(tmp_path: Path) -> None:
 def test_finished_runs_stay_and_an_interrupted_one_is_done_anew(tmp_path, stand_in):
     runs = runs_in(tmp_path)
     claim(tmp_path, runs)
-    write_run(runs[0])
-    write_run(runs[1], steps=5)
+    write_run(runs[0].config)
+    write_run(runs[1].config, steps=5)
     # All steps, but ended before its validation.
-    write_run(runs[2], loss=None)
+    write_run(runs[2].config, loss=None)
     assert missing(runs[:3]) == runs[1:3]
     ranks = stand_in(runs)
     shown: list[str] = []
-    ended: list[str] = []
-    run_missing(runs, shown.append, lambda run: ended.append(run.name))
-    assert ranks.started == ended == [run.name for run in runs[1:]]
-    assert shown[0] == "seed 7, MoE++"
-    assert shown[1].startswith("seed 7, vanilla, 70% of the steps (")
+    run_missing(runs, shown.append)
+    assert ranks.started == [run.name for run in runs[1:]]
+    assert shown[:2] == ["seed 7, MoE++", "seed 7, vanilla, 70% of the steps"]
     again = stand_in(runs)
     run_missing(runs)
     assert again.started == []
@@ -108,14 +91,14 @@ def test_what_another_command_has_just_finished_stays(tmp_path, stand_in, monkey
     runs = runs_in(tmp_path, seeds=(7,))
     claim(tmp_path, runs)
     ranks = stand_in(runs)
-    monkeypatch.setattr(runner, "lock", lambda descriptor: write_run(runs[0]) or True)
+    monkeypatch.setattr(runner, "lock", lambda descriptor: write_run(runs[0].config) or True)
     run_missing(runs)
     assert ranks.started == [run.name for run in runs[1:]]
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_runs_with_other_settings_are_refused(tmp_path: Path, finished: bool) -> None:
-    write_run(runs_in(tmp_path)[0], steps=None if finished else 5)
+    write_run(runs_in(tmp_path)[0].config, steps=None if finished else 5)
     other = runs_in(tmp_path, steps=16)
     with pytest.raises(ConfigError, match=r"training.train_iters \(8, now 16\).* another folder"):
         claim(tmp_path, other)
@@ -124,7 +107,7 @@ def test_runs_with_other_settings_are_refused(tmp_path: Path, finished: bool) ->
 
 def test_a_moved_folder_is_the_same_pilot(tmp_path: Path) -> None:
     for run in runs_in(tmp_path / "before"):
-        write_run(run)
+        write_run(run.config)
     (tmp_path / "before").rename(tmp_path / "after")
     runs = runs_in(tmp_path / "after")
     claim(tmp_path / "after", runs)
@@ -147,7 +130,7 @@ def test_a_request_between_two_runs(tmp_path: Path, stand_in: Callable[..., Rank
     before = signal.getsignal(signal.SIGTERM)
     stand_in(runs)
     with pytest.raises(Interrupted):
-        run_missing(runs, finished=lambda run: signal.raise_signal(signal.SIGTERM))
+        run_missing(runs, lambda title: "++" in title and signal.raise_signal(signal.SIGTERM))
     assert signal.getsignal(signal.SIGTERM) is before
     assert runs[0] not in missing(runs)
 
@@ -163,7 +146,7 @@ def test_a_failed_run_says_what_to_read(tmp_path: Path, stand_in: Callable[..., 
 
 def test_a_diverged_run_has_no_loss_to_compare(tmp_path: Path) -> None:
     run = runs_in(tmp_path)[0]
-    write_run(run, loss=4.0)
+    write_run(run.config, loss=4.0)
     file = run.config.run.dir / "metrics.jsonl"
     file.write_text(file.read_text().replace('"valid_loss":4.0', '"valid_loss":1e999'))
     with pytest.raises(RunFailed, match="vanilla-seed-7 has diverged"):
@@ -175,7 +158,7 @@ def test_ranks_are_started_on_the_runs_own_file(tmp_path, monkeypatch) -> None:
 
     def launched(options: LaunchOptions, module: str, arguments: list[str]) -> int:
         calls.append((options, module, arguments))
-        write_run(run)
+        write_run(run.config)
         return 0
 
     run = runs_in(tmp_path, nproc=4)[0]
@@ -187,19 +170,7 @@ def test_ranks_are_started_on_the_runs_own_file(tmp_path, monkeypatch) -> None:
     assert arguments == ["train", "--", str(tmp_path / "configs" / "vanilla-seed-7.yaml")]
 
 
-def test_time_left_follows_from_steps(tmp_path, stand_in, monkeypatch):
-    clock = itertools.count(step=10)
-    monkeypatch.setattr(runner.time, "monotonic", lambda: float(next(clock)))
-    runs = runs_in(tmp_path, seeds=(7,))
-    claim(tmp_path, runs)
-    stand_in(runs)
-    shown: list[str] = []
-    run_missing(runs, shown.append)
-    # 8, 8 and 6 steps; 10 s for the first 8, then 20 s for 16.
-    assert [line.partition(" (")[2] for line in shown] == ["", "17.5 s left)", "7.5 s left)"]
-
-
 def test_settings_of_place_alone_may_differ(tmp_path: Path) -> None:
-    write_run(runs_in(tmp_path)[0])
+    write_run(runs_in(tmp_path)[0].config)
     config = with_overrides(config_of(), ["slurm.partition=fast", "run.name=other"])
-    claim(tmp_path, [PilotRun.of(tmp_path, 1, arm, 7) for arm in build_arms(config, 8)])
+    claim(tmp_path, [run_in(tmp_path, arm) for arm in first_arms(config, 8)])

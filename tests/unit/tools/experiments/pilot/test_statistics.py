@@ -8,12 +8,11 @@ import pytest
 
 from moepp_megatron.tools.experiments.pilot.statistics import (
     Estimate,
+    Interval,
     PooledLosses,
-    mean_interval,
     t_below,
     t_quantile,
 )
-from moepp_megatron.tools.experiments.pilot.verdict import LEVEL, level_of
 
 
 # Student's t table, two-sided 95%.
@@ -39,16 +38,13 @@ def test_probabilities_are_the_integral_of_the_density(degrees: int) -> None:
     assert t_quantile(t_below(2.5, degrees), degrees) == pytest.approx(2.5, rel=1e-9)
 
 
-def test_interval_of_three() -> None:
-    found = mean_interval([1.0, 2.0, 3.0])
+def test_intervals_of_three_and_of_one() -> None:
+    found = Estimate.of([1.0, 2.0, 3.0]).interval()
     half = 4.30265 / math.sqrt(3)
     assert found.mean == 2.0
     assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), rel=2e-5)
-
-
-def test_one_value_has_no_interval() -> None:
-    assert mean_interval([1.5]).model_dump() == {"mean": 1.5, "low": None, "high": None}
-    alone = Estimate.of([0.0])
+    alone = Estimate.of([1.5])
+    assert alone.interval() == Interval(1.5)
     assert alone.factor().high is None
     assert alone.sign(0.4) == 0
 
@@ -59,9 +55,6 @@ def test_factors_are_symmetric_in_logarithms() -> None:
     assert plain.low is not None
     assert plain.high is not None
     assert plain.low * plain.high == pytest.approx(plain.mean**2)
-
-
-def test_a_hopeless_factor_is_large_but_finite() -> None:
     assert math.isfinite(Estimate.of([1e6]).factor().mean)
 
 
@@ -84,9 +77,6 @@ def test_seeds_cancel_and_every_arm_tells_of_the_noise() -> None:
     more = PooledLosses({"a": one, "b": other, "c": {1: 4.2, 2: 5.2, 3: 6.7}})
     assert more.difference("a", "b").mean == pytest.approx(pair.mean)
     assert more.difference("a", "b").degrees == 4
-
-
-def test_a_single_seed_has_no_noise() -> None:
     alone = PooledLosses({"a": {1: 4.0}, "b": {1: 3.9}}).difference("a", "b")
     assert (alone.mean, alone.error) == (pytest.approx(0.1), None)
 
@@ -100,9 +90,3 @@ def test_a_contrast_of_several_arms() -> None:
     assert found.mean == pytest.approx(means["a"] - (means["b"] + means["c"]) / 2)
     assert pooled.noise is not None
     assert found.error == pytest.approx(pooled.noise * math.sqrt(1.5 / 4))
-
-
-def test_all_looks_together_spend_no_more_than_the_level() -> None:
-    spent = sum(level_of(look) for look in range(1, 50))
-    assert spent <= LEVEL
-    assert spent == pytest.approx(LEVEL)

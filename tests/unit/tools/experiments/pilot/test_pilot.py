@@ -1,0 +1,187 @@
+"""A pilot from its arms to its answer and page, without training."""
+
+import html
+import json
+import math
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moepp_megatron.config import ConfigError, load_config, with_overrides
+from moepp_megatron.runtime.launch import LaunchOptions
+from moepp_megatron.tools.experiments.pilot.arms import ArmKind, Session, claim, first_arms
+from moepp_megatron.tools.experiments.pilot.page import print_pilot, write_pilot_page
+from moepp_megatron.tools.experiments.pilot.pilot import (
+    PLAN_FILE,
+    Pilot,
+    PilotPlan,
+    PilotResult,
+    result_of,
+)
+from moepp_megatron.tools.experiments.runner import run_missing
+from tests.unit.tools.experiments.pilot.synthetic import config_of, run_in, write_run
+
+SPEEDUPS = (1.248, 1.249, 1.25, 1.251, 1.252)
+SPEEDUP = math.prod(SPEEDUPS) ** (1 / 5)
+# Of MoE++; vanilla takes 0.5 s.
+STEP_S = 0.4
+LOSSES = {"vanilla": 4.0, "short": 4.3, "moepp": 4.05, "equal_time": 3.9, "narrow": 4.2}
+# By a part of the name, the first that is found.
+KINDS: dict[str, ArmKind] = {
+    "time": "equal_time",
+    "wide": "narrow",
+    "percent": "short",
+    "moepp": "moepp",
+    "vanilla": "vanilla",
+}
+
+
+def pilot_in(path: Path, seeds: int) -> Pilot:
+    plan = PilotPlan(first=3)
+    pilot = Pilot(path, 1, config_of(), 8, range(7, 7 + seeds), plan, "moepp pilot")
+    claim(path, pilot.runs)
+    return replace(pilot, plan=plan.claim(path))
+
+
+def result(path: Path, seeds: int) -> PilotResult:
+    """The result of a pilot with this many seeds, run as far as it is not finished."""
+    found = result_of(pilot_in(path, seeds).run(lambda title: None))
+    assert found is not None
+    return found[0]
+
+
+class Ranks:
+    """Stands in for the ranks of training runs and sessions."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.step_s = STEP_S
+
+    def __call__(self, options: LaunchOptions, module: str, arguments: list[str]) -> int:
+        if arguments[0] == "bench":
+            file = Path(arguments[arguments.index("--json") + 1])
+            file.write_text(json.dumps({"speedup": SPEEDUPS[int(file.stem[-1]) - 1]}))
+            self.started.append(file.stem)
+            return 0
+        config = load_config(arguments[-1])
+        name, seed = config.run.name, config.training.seed
+        self.started.append(name)
+        kind = next(kind for part, kind in KINDS.items() if part in name)
+        loss = LOSSES[kind] + 0.1 * seed + 0.001 * ((seed * 7 + len(name)) % 5)
+        write_run(config, loss=loss, step_time_s=self.step_s if "moepp" in name else 0.5)
+        return 0
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    stand_in = Ranks()
+    monkeypatch.setattr("moepp_megatron.tools.experiments.runner.run_ranks", stand_in)
+    return stand_in
+
+
+def test_arms_then_speed_then_matching_arms(tmp_path: Path, ranks: Ranks) -> None:
+    found = result(tmp_path, 3)
+    kinds = [
+        "session" if "session" in name else name.rpartition("-seed")[0] for name in ranks.started
+    ]
+    assert kinds[9:14] == ["session"] * 5
+    assert set(kinds[14:]) == {"moepp-vanillas-time", "vanilla-32-wide"}
+    assert len(kinds) == 3 * 3 + 5 + 2 * 3
+    match = pilot_in(tmp_path, 3).plan.match
+    assert match.log_time_ratio == pytest.approx(-math.log(SPEEDUP))
+    assert match.steps == round(8 * SPEEDUP)
+    # The records' share of 0.6, of 48 channels in units of 16.
+    assert (match.ffn_share, match.width) == (pytest.approx(0.6), 32)
+    assert (found.look, found.next_seeds) == (1, 6)
+    assert [arm.kind for arm in found.arms] == [
+        *("vanilla", "moepp", "short", "equal_time", "narrow")
+    ]
+    assert (found.verdict.answer, found.verdict.speeds_agree) == ("pays", True)
+    assert found.verdict.speed.mean == pytest.approx(1 / SPEEDUP)
+    assert found.verdict.speed_in_runs.mean == pytest.approx(STEP_S / 0.5)
+    assert (found.arms[0].loss_difference, found.arms[0].time_ratio) == (None, None)
+    # Seeds differ by far more than arms do, which pairs do not see.
+    assert found.arms[1].time_ratio.high == pytest.approx(STEP_S / 0.5)
+    assert found.arms[1].loss_difference.mean == pytest.approx(0.05, abs=0.002)
+
+
+def test_nothing_is_decided_where_the_runs_show_another_speed_than_the_sessions(tmp_path, ranks):
+    ranks.step_s *= 1.015
+    found = result(tmp_path, 3)
+    assert (found.verdict.answer, found.verdict.speeds_agree) == ("undecided", False)
+    assert found.sentence.startswith("Undecided: a MoE++ step takes 0.812 of vanilla's time")
+
+
+def test_nothing_is_known_before_moepp_was_timed(tmp_path: Path, ranks: Ranks) -> None:
+    pilot = pilot_in(tmp_path, 3)
+    assert pilot.sessions() == []
+    run_missing(pilot.runs)
+    assert len(pilot.sessions()) == 5
+    assert result_of(pilot) is None
+
+
+def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(tmp_path, ranks) -> None:
+    result(tmp_path, 3)
+    before = (tmp_path / PLAN_FILE).read_bytes()
+    ranks.started.clear()
+    # The fourth seed counts at the look of six.
+    assert result(tmp_path, 4).seeds == [7, 8, 9]
+    assert len(ranks.started) == 5, "every arm with the new seed; no session"
+    assert (tmp_path / PLAN_FILE).read_bytes() == before
+    found = result(tmp_path, 6)
+    assert found.seeds == [7, 8, 9, 10, 11, 12]
+    assert (found.look, found.level) == (2, pytest.approx(0.025 / 4))
+
+
+def test_the_plan_is_that_of_the_beginning(tmp_path: Path) -> None:
+    pilot_in(tmp_path, 1)
+    assert PilotPlan(first=9).claim(tmp_path).first == 3
+    (tmp_path / PLAN_FILE).write_text("{")
+    with pytest.raises(ConfigError, match="must hold a readable plan.json"):
+        PilotPlan(first=3).claim(tmp_path)
+
+
+@pytest.mark.parametrize("budget", [{}, {"target_ffn_per_token": 1.0, "controller": "tau"}])
+def test_sessions_hold_the_share_that_the_runs_had(tmp_path: Path, budget: dict[str, Any]) -> None:
+    config = config_of(budget={**budget, "ramp_steps": 5} if budget else {})
+    run = run_in(tmp_path, first_arms(config, 8)[1])
+    words = Session.of(run, 0.6, 1).command
+    held = with_overrides(run.config, words[3 : words.index("--rounds")]).moe
+    assert held.ffn_share == pytest.approx(0.6, rel=1e-4)
+    assert not held.budget.acts
+
+
+EVIL = "<script>alert('1')</script> & $\\frac{1}$ [red]\u00e9"
+
+
+def test_numbers_are_on_the_page_and_in_the_terminal(tmp_path, ranks, capsys) -> None:
+    found, runs = result_of(pilot_in(tmp_path, 3).run(lambda title: None))
+    arm = replace(found.arms[1], name=EVIL)
+    found = replace(found, command=EVIL, arms=[found.arms[0], arm, *found.arms[2:]])
+    page = write_pilot_page(found, runs, tmp_path / "pilot.html").read_text(encoding="ascii")
+    assert "<script" not in page
+    assert page.count("data:image/svg+xml") == 1
+    text = " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
+    print_pilot(found)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    numbers = [f"{n:+.4f}" for n in vars(arm.loss_difference).values()]
+    row = f"8 {arm.valid_loss.mean:.4f} {numbers[0]} ({numbers[1]} to {numbers[2]}) 0.800 (0.800"
+    for value in (found.sentence, f"{EVIL} {row}", f"{found.verdict.time_to_loss.mean:.3f} ("):
+        assert value in text
+        assert any(value in line for line in lines)
+    assert lines[-1] == found.sentence
+    again = write_pilot_page(found, runs, tmp_path / "again.html").read_text(encoding="ascii")
+    assert again == page
+
+
+def test_a_pilot_that_lacks_something_has_a_page(tmp_path: Path, ranks: Ranks) -> None:
+    ranks.step_s *= 1.1
+    found, runs = result_of(pilot_in(tmp_path, 1).run(lambda title: None))
+    assert found.verdict.time_to_loss is None
+    page = write_pilot_page(found, runs, tmp_path / "pilot.html").read_text(encoding="ascii")
+    assert "too far apart to decide" in page
+    assert ">None<" not in page
+    assert json.loads(json.dumps(asdict(found)))["arms"][0]["valid_loss"]["low"] is None
