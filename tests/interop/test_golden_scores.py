@@ -48,15 +48,14 @@ def test_scores(ranks: RankPools, tmp_path: Path, case: str, layout: str) -> Non
         np.testing.assert_allclose(scores[0][name], expected[name], rtol=0, atol=LOGITS)
 
 
-def routing_of_golden(case: str, folder: Path) -> list[tuple[Any, Any]]:
-    """Router logits and selections [tokens, experts] of every layer."""
-
+def routing_of_golden(case: str, folder: Path) -> list[tuple[Any, ...]]:
+    """Router logits, selections and gates [tokens, experts] of every layer."""
     from moepp_megatron.interop import scoring
     from moepp_megatron.moe.layer import MoEPPLayer
     from tests.interop.checkpoints import convert, score
 
     convert(GOLDEN / case, folder)
-    routed: list[tuple[Any, Any]] = []
+    routed: list[tuple[Any, ...]] = []
     build = scoring.build_model
 
     def build_watched(config: Any) -> Any:
@@ -65,7 +64,7 @@ def routing_of_golden(case: str, folder: Path) -> list[tuple[Any, Any]]:
         for layer in layers:
             layer.router.register_forward_hook(
                 lambda module, inputs, routing: routed.append(
-                    (routing.logits[:, 0].numpy(), routing.routing_map.numpy())
+                    (routing.logits[:, 0], routing.routing_map, routing.gates)
                 )
             )
         return models
@@ -88,8 +87,11 @@ def test_routing_of_every_layer(ranks: RankPools, tmp_path: Path, case: str) -> 
     expected = np.load(GOLDEN / case / "expected.npz")
     (layers,) = ranks(1).run(routing_of_golden, case, tmp_path / "checkpoint")
     assert len(layers) == sum(name.endswith("_router_logits") for name in expected)
-    for number, (logits, selected) in enumerate(layers):
+    # A kind of expert that nothing selects would pass whatever it computed.
+    assert sum(selected.sum(axis=0) for _, selected, _ in layers).all()
+    for number, (logits, selected, gates) in enumerate(layers):
         np.testing.assert_allclose(
             logits, expected[f"layer{number}_router_logits"], rtol=0, atol=LOGITS
         )
         np.testing.assert_array_equal(selected, expected[f"layer{number}_selected"])
+        np.testing.assert_allclose(gates, expected[f"layer{number}_gates"], rtol=0, atol=1e-5)
