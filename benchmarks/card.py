@@ -17,7 +17,7 @@ import torch
 
 from moepp_megatron.config.hardware import find_hardware
 from moepp_megatron.runtime.atomic import write_result
-from moepp_megatron.tools.bench.card import measure_card
+from moepp_megatron.tools.bench.bounds import measure_card
 
 DTYPES = ("fp32", "bf16", "fp8")
 

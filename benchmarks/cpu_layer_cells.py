@@ -45,7 +45,7 @@ def measure_here(dtype: str, shape_name: str, tau: float) -> list[dict[str, Any]
     from moepp_megatron.runtime.optional import quiet
     from moepp_megatron.tools.bench.clock import interleaved, speedup
     from moepp_megatron.tools.bench.contestants import Contestant, single_process
-    from moepp_megatron.tools.bench.parts import parts_ms
+    from moepp_megatron.tools.bench.layer import parts_ms
     from moepp_megatron.tools.bench.shapes import SHAPES as PAPER
 
     quiet()

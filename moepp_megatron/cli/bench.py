@@ -78,10 +78,6 @@ def layer(
         int, typer.Option(min=1, help="Run each layer this many times; the layers take turns.")
     ] = 9,
     json_file: JsonOption = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="Draw the results, and the paper's, to this file.", metavar="FILE.png"),
-    ] = None,
 ) -> None:
     """Time one MoE++ layer against megatron-core's MoE layer of the same FFN experts.
 
@@ -91,7 +87,7 @@ def layer(
 
     Examples:
         moepp bench layer --shapes 0.6B --taus 0.25,0.75 --tokens 1024
-        moepp bench layer --dtype bf16 --json layer.json --plot layer.png
+        moepp bench layer --dtype bf16 --json layer.json
     """
     from moepp_megatron.config.choices import parse_choices, parse_numbers
 
@@ -112,7 +108,7 @@ def layer(
     if chosen_dtype == "fp8":
         _refuse_unfit_fp8(recipe)
     from moepp_megatron.tools.bench.contestants import single_process
-    from moepp_megatron.tools.bench.layer import LayerSetting, run_layer_benchmark
+    from moepp_megatron.tools.bench.layer import run_layer_benchmark
     from moepp_megatron.tools.report import bench
     from moepp_megatron.tools.report.progress import progress
 
@@ -123,20 +119,18 @@ def layer(
                 chosen,
                 tau_values,
                 pass_names,
-                LayerSetting(
-                    chosen_dtype, tokens, rounds, fp8_recipe=recipe, fused=_FUSED[fused_name]
-                ),
+                dtype=chosen_dtype,
+                tokens=tokens,
+                rounds=rounds,
+                fp8_recipe=recipe,
+                fused=_FUSED[fused_name],
                 progress=advance,
             )
         )
-    bench.print_table(results)
-    bench.print_bounds(results)
+    bench.print_layers(results)
     if json_file is not None:
-        bench.write_json(json_file, results)
+        bench.write_records(json_file, results)
         echo(f"results      {json_file}")
-    if plot is not None:
-        bench.plot(plot, results)
-        echo(f"plot         {plot}")
 
 
 def _refuse_unfit_fp8(recipe: str) -> None:

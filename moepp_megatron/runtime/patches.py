@@ -129,7 +129,7 @@ PATCHES = (
         "never: names are this package's",
     ),
     Patch(
-        "tools.bench.parts",
+        "tools.bench.layer",
         "megatron-core",
         "methods of one layer; while it is timed",
         "parts of a layer have no times",

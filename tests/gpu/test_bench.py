@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from moepp_megatron.tools.bench.card import card_obstacle, measure_card
+from moepp_megatron.tools.bench.bounds import card_obstacle, measure_card
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 

@@ -7,7 +7,7 @@ from transformer_engine.pytorch.record import CALLS
 from moepp_megatron.experts import ExpertLayout
 from moepp_megatron.tools.bench import contestants
 from moepp_megatron.tools.bench.contestants import Contestant
-from moepp_megatron.tools.bench.parts import parts_ms
+from moepp_megatron.tools.bench.layer import parts_ms
 from moepp_megatron.tools.bench.shapes import PaperShape
 from tests.te_stand_in.models import RECIPES
 

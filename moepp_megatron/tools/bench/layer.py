@@ -1,8 +1,32 @@
-"""`moepp bench layer`: the MoE++ layer against the vanilla layer at the paper's shapes and taus."""
+"""`moepp bench layer`: the MoE++ layer against the vanilla layer at the paper's shapes and taus.
+
+A result is what `--json` writes of a shape, tau and pass:
+
+    shape, tau, dtype, tokens     the paper's name of the model, weight of a zero-computation expert
+    phi                           FFN experts' share of all selections
+    pass                          forward or forward_backward
+    speedup                       vanilla time over MoE++ time, median of the rounds' ratios
+    efficiency                    speedup times phi: how much of the possible speed-up is reached
+    paper_efficiency              the same from the paper's expert forward times; null without them
+    overhead                      forward time of MoE++ but for FFN experts, over vanilla's time
+    fp8_recipe, constants, fused  recipe of fp8, constant experts and `moe.fused` of MoE++
+    device, matmul_tflops, copy_gb_s
+                                  the GPU, and its measured matrix product and copy (`bounds.py`)
+
+and of each layer, with vanilla_ or moepp_ in front:
+
+    ms, kept_bytes                median of the pass; bytes that autograd keeps
+    parts_ms, bounds_ms           median of each part of a forward pass, and its bound
+    tflops, experts_tflops        FLOPs of FFN experts over the pass; forward, over their own part
+    experts                       class of the FFN experts
+"""
 
 from __future__ import annotations
 
+import functools
 import gc
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,108 +36,26 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.layer_settings import Fused
-from moepp_megatron.tools.bench.bounds import bounds_ms, expert_flops
-from moepp_megatron.tools.bench.card import CardResult, measure_card
+from moepp_megatron.runtime.patches import Replacements
+from moepp_megatron.tools.bench import clock
+from moepp_megatron.tools.bench.bounds import CardResult, bounds_ms, expert_flops, measure_card
 from moepp_megatron.tools.bench.clock import interleaved, speedup
 from moepp_megatron.tools.bench.contestants import Contestant
-from moepp_megatron.tools.bench.parts import parts_ms
 from moepp_megatron.tools.bench.shapes import PaperShape
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """One line of the benchmark.
-
-    Of the vanilla layer and of the MoE++ layer: median milliseconds of the pass (`ms`), bytes that
-    autograd keeps (`_kept_bytes`), median milliseconds of each part of a forward pass (`parts_ms`)
-    and the least that it can take on this GPU (`bounds_ms`, see `bounds.py`), FLOPs of the FFN
-    experts in this pass over the layer's whole time (`tflops`) and, forward, over the experts' part
-    (`experts_tflops`), and the class of its FFN experts (`experts`).
-
-    Attributes:
-        shape: The paper's name of the model.
-        tau: Weight of a zero-computation expert in the balance.
-        dtype: "fp32", "bf16" or "fp8".
-        tokens: Tokens of a pass.
-        phi: FFN experts' share of all selections.
-        pass_name: "forward" or "forward_backward".
-        speedup: Vanilla time over MoE++ time, median of the rounds' ratios.
-        paper_efficiency: The paper's efficiency, from expert forward times; None if it has none.
-        fp8_recipe: Recipe of "fp8", None otherwise.
-        constants: Constant experts of the MoE++ layer.
-        fused: `moe.fused`.
-        device: The GPU, or "cpu".
-        matmul_tflops: Matrix product of this GPU in this number format, TFLOP/s.
-        copy_gb_s: Large copy in this GPU's memory, bytes read and written, GB/s.
-    """
-
-    shape: str
-    tau: float
-    dtype: str
-    tokens: int
-    phi: float
-    pass_name: str
-    vanilla_ms: float
-    moepp_ms: float
-    speedup: float
-    paper_efficiency: float | None
-    vanilla_kept_bytes: int
-    moepp_kept_bytes: int
-    vanilla_parts_ms: dict[str, float] = field(default_factory=dict)
-    moepp_parts_ms: dict[str, float] = field(default_factory=dict)
-    vanilla_bounds_ms: dict[str, float] = field(default_factory=dict)
-    moepp_bounds_ms: dict[str, float] = field(default_factory=dict)
-    vanilla_tflops: float = 0.0
-    moepp_tflops: float = 0.0
-    vanilla_experts_tflops: float = 0.0
-    moepp_experts_tflops: float = 0.0
-    vanilla_experts: str = ""
-    moepp_experts: str = ""
-    fp8_recipe: str | None = None
-    constants: int = 0
-    fused: Fused = "auto"
-    device: str = "cpu"
-    matmul_tflops: float = 0.0
-    copy_gb_s: float = 0.0
-
-    @property
-    def efficiency(self) -> float:
-        """Speedup times phi: how much of the possible speed-up is reached."""
-        return self.speedup * self.phi
-
-    @property
-    def overhead(self) -> float:
-        """Time of the MoE++ layer without its FFN experts, over the vanilla layer's time."""
-        others = sum(ms for part, ms in self.moepp_parts_ms.items() if part != "experts")
-        return others / max(sum(self.vanilla_parts_ms.values()), 1e-9)
-
-
-@dataclass(frozen=True)
-class LayerSetting:
-    """Settings that all results of a run share.
-
-    Attributes:
-        dtype: "fp32", "bf16" or "fp8".
-        tokens: Tokens of a pass.
-        rounds: Interleaved rounds per result.
-        fp8_recipe: `precision.fp8_recipe`, for "fp8".
-        fused: `moe.fused`.
-    """
-
-    dtype: str
-    tokens: int
-    rounds: int
-    fp8_recipe: str = "delayed"
-    fused: Fused = "auto"
 
 
 def run_layer_benchmark(
     shapes: Sequence[PaperShape],
     taus: Sequence[float],
     passes: Sequence[str],
-    setting: LayerSetting,
+    *,
+    dtype: str,
+    tokens: int,
+    rounds: int,
+    fp8_recipe: str = "delayed",
+    fused: Fused = "auto",
     progress: Callable[[str], object] = lambda what: None,
-) -> Iterator[LayerResult]:
+) -> Iterator[dict[str, Any]]:
     """Yield one result per shape, tau and pass.
 
     Process groups must exist.
@@ -122,17 +64,24 @@ def run_layer_benchmark(
         shapes: Which layers.
         taus: Weights of a zero-computation expert.
         passes: Names out of "forward" and "forward_backward".
-        setting: The common settings.
+        dtype: "fp32", "bf16" or "fp8".
+        tokens: Tokens of a pass.
+        rounds: Interleaved rounds per result.
+        fp8_recipe: `precision.fp8_recipe`, for "fp8".
+        fused: `moe.fused`.
         progress: Called with a description of each measurement.
     """
-    card = measure_card(("fp32", setting.dtype))
-    build = partial(
-        Contestant,
-        dtype=setting.dtype,
-        num_tokens=setting.tokens,
-        fp8_recipe=setting.fp8_recipe,
-        fused=setting.fused,
-    )
+    card = measure_card(("fp32", dtype))
+    common = {
+        "dtype": dtype,
+        "tokens": tokens,
+        "fp8_recipe": fp8_recipe if dtype == "fp8" else None,
+        "fused": fused,
+        "device": card.device,
+        "matmul_tflops": card.matmul_tflops[dtype],
+        "copy_gb_s": card.copy_gb_s,
+    }
+    build = partial(Contestant, dtype=dtype, num_tokens=tokens, fp8_recipe=fp8_recipe, fused=fused)
     for shape in shapes:
         # Its routing does not depend on tau.
         vanilla = build(shape, 1.0, vanilla=True)
@@ -140,8 +89,18 @@ def run_layer_benchmark(
             moepp = build(shape, tau, vanilla=False)
             for name in passes:
                 progress(f"{shape.name}, tau {tau:g}, {name.replace('_', ' and ')}")
-                yield _measure(shape, tau, name, vanilla, moepp, setting, card)
-            del moepp
+                layers = {"vanilla": vanilla, "moepp": moepp}
+                yield {
+                    "shape": shape.name,
+                    "tau": tau,
+                    "pass": name,
+                    "phi": shape.experts.phi(tau),
+                    "paper_efficiency": shape.paper_efficiency(tau),
+                    "constants": shape.experts.num_constant_experts,
+                    **common,
+                    **_measure(shape, tau, name, layers, rounds, card),
+                }
+            del moepp, layers
             gc.collect()
         del vanilla
         gc.collect()
@@ -151,47 +110,36 @@ def _measure(
     shape: PaperShape,
     tau: float,
     name: str,
-    vanilla: Contestant,
-    moepp: Contestant,
-    setting: LayerSetting,
+    layers: dict[str, Contestant],
+    rounds: int,
     card: CardResult,
-) -> LayerResult:
+) -> dict[str, Any]:
     method = {"forward": "forward_only", "forward_backward": "forward_backward"}[name]
-    contestants = {"vanilla": vanilla, "moepp": moepp}
-    works = {key: getattr(value, method) for key, value in contestants.items()}
-    times = interleaved(works, setting.rounds, warmup=2)
-    sides: dict[str, Any] = {}
-    for key, value in contestants.items():
-        parts = parts_ms(value.layer, value.forward_only, setting.rounds)
-        flops = expert_flops(shape, value.load.rows)
+    works = {key: getattr(layer, method) for key, layer in layers.items()}
+    times = interleaved(works, rounds, warmup=2)
+    result: dict[str, Any] = {}
+    for key, layer in layers.items():
+        parts = parts_ms(layer.layer, layer.forward_only, rounds)
+        flops = expert_flops(shape, layer.load.rows)
         passes = 1 if name == "forward" else 3
         numbers = {
             "ms": times[key].median_ms,
-            "kept_bytes": _kept_bytes(value.forward, list(value.layer.parameters())),
+            "kept_bytes": _kept_bytes(layer.forward, list(layer.layer.parameters())),
             "parts_ms": parts,
-            "bounds_ms": bounds_ms(value.work, card),
+            "bounds_ms": bounds_ms(layer.work, card),
             "tflops": passes * flops / times[key].median_ms / 1e9,
             "experts_tflops": flops / parts["experts"] / 1e9,
-            "experts": value.experts,
+            "experts": layer.experts,
         }
-        sides |= {f"{key}_{number}": found for number, found in numbers.items()}
-    return LayerResult(
-        shape=shape.name,
-        tau=tau,
-        dtype=setting.dtype,
-        tokens=setting.tokens,
-        phi=shape.experts.phi(tau),
-        pass_name=name,
-        speedup=speedup(times["vanilla"], times["moepp"]),
-        paper_efficiency=shape.paper_efficiency(tau),
-        fp8_recipe=setting.fp8_recipe if setting.dtype == "fp8" else None,
-        constants=shape.experts.num_constant_experts,
-        fused=setting.fused,
-        device=card.device,
-        matmul_tflops=card.matmul_tflops[setting.dtype],
-        copy_gb_s=card.copy_gb_s,
-        **sides,
-    )
+        result |= {f"{key}_{number}": found for number, found in numbers.items()}
+    faster = speedup(times["vanilla"], times["moepp"])
+    parts = result["moepp_parts_ms"]
+    return result | {
+        "speedup": faster,
+        "efficiency": faster * shape.experts.phi(tau),
+        "overhead": (sum(parts.values()) - parts["experts"])
+        / sum(result["vanilla_parts_ms"].values()),
+    }
 
 
 def _kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
@@ -216,3 +164,82 @@ def _kept_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
     return sum(kept.values())
+
+
+# Part to methods of megatron-core's `MoELayer` and of ours. What they leave is "rest". Where one
+# kernel combines and adds up zero-computation experts, all of it is "combine" but the product of
+# the mixing weights.
+_PARTS = {
+    "router": (("", "route"), ("router", "forward")),
+    "dispatch": (("", "preprocess"), ("", "dispatch")),
+    "experts": (("", "routed_experts_compute"),),
+    "combine": (("", "combine"), ("", "postprocess"), ("", "fused_output")),
+    "zero_computation": (("zero_computation", "forward"), ("zero_computation", "ingredients")),
+}
+
+
+@dataclass
+class _Span:
+    """A call of a part's method, between two points in time, and the calls inside it."""
+
+    part: str
+    begin: Any
+    end: Any = None
+    inner: list[_Span] = field(default_factory=list)
+
+    def add_to(self, seconds: dict[str, float]) -> float:
+        """Add the time of this part without the parts inside it; returns its whole time."""
+        total = clock.seconds(self.begin, self.end)
+        inside = sum(span.add_to(seconds) for span in self.inner)
+        seconds[self.part] += total - inside
+        return total
+
+
+def parts_ms(layer: Any, forward: Callable[[], object], rounds: int) -> dict[str, float]:
+    """Median milliseconds per part over `rounds` forward passes; `rest` is the remainder.
+
+    Args:
+        layer: megatron-core's MoE layer or the MoE++ layer; left as it was.
+        forward: Runs it once.
+        rounds: Passes to time, after one that is not counted.
+    """
+    seconds: dict[str, list[float]] = defaultdict(list)
+    open_spans: list[_Span] = []
+    replacements = Replacements()
+    for part, methods in _PARTS.items():
+        for owner_name, method in methods:
+            owner = getattr(layer, owner_name, None) if owner_name else layer
+            if owner is not None and hasattr(owner, method):
+                wrapped = _timed(getattr(owner, method), part, open_spans)
+                replacements.put(owner, method, wrapped)
+    try:
+        for number in range(rounds + 1):
+            clock.settle()
+            whole = _Span("rest", clock.now())
+            open_spans[:] = [whole]
+            forward()
+            whole.end = clock.now()
+            clock.settle()
+            if number > 0:
+                current: dict[str, float] = defaultdict(float)
+                whole.add_to(current)
+                for part, value in current.items():
+                    seconds[part].append(value)
+    finally:
+        replacements.undo()
+    return {part: statistics.median(values) * 1e3 for part, values in seconds.items()}
+
+
+def _timed(function: Callable[..., Any], part: str, open_spans: list[_Span]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        span = _Span(part, clock.now())
+        open_spans[-1].inner.append(span)
+        open_spans.append(span)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            open_spans.pop()
+            span.end = clock.now()
+
+    return timed

@@ -1,7 +1,7 @@
 """Pages of runs: plots and numbers, only from ``config.yaml`` and ``metrics.jsonl``.
 
 alerts.py              A run's alerts on its page: a table, and marks where they fall on curves
-bench.py               results of `moepp bench`: tables, JSON, a plot
+bench.py               results of `moepp bench`: tables and JSON
 blocks.py              a page as a list of plots, tables and texts, which one template draws
 cards.py               the headline numbers of a run
 comparison.py          several runs: how far each has come, and the settings that differ

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moepp_megatron.experts import ExpertLayout
-from moepp_megatron.tools.bench import card
+from moepp_megatron.tools.bench import bounds
 from moepp_megatron.tools.bench.bounds import (
     MinimalWork,
     RoutedLoad,
@@ -16,7 +16,7 @@ from moepp_megatron.tools.bench.bounds import (
     layer_work,
 )
 from moepp_megatron.tools.bench.clock import Timed, interleaved, speedup
-from moepp_megatron.tools.bench.parts import parts_ms
+from moepp_megatron.tools.bench.layer import parts_ms
 from moepp_megatron.tools.bench.shapes import PaperShape
 
 # D 8, H 4, 2 FFN experts, then 2 constant, 1 copy, 1 zero.
@@ -24,7 +24,7 @@ SHAPE = PaperShape("tiny", 8, 4, 1, ExpertLayout(2, num_constant_experts=2), 1.0
 PICKS = torch.tensor([[0, 1], [0, 2], [4, 5], [5, 0]])
 LOAD = RoutedLoad(tokens=4, rows=4, ffn_tokens=3, used_tokens=2, busy_experts=2)
 # 1 GB/s and 1 or 2 TFLOP/s.
-CARD = card.CardResult("a card", {"fp32": 1.0, "bf16": 2.0}, 1.0)
+CARD = bounds.CardResult("a card", {"fp32": 1.0, "bf16": 2.0}, 1.0)
 
 
 def test_load_counts_what_the_routing_asks_for() -> None:
@@ -110,9 +110,9 @@ def test_the_paper_is_within_the_rates_of_an_h100() -> None:
 
 
 def test_card_measures_products_and_copies() -> None:
-    result = card.measure_card(("fp32", "bf16", "fp8"), size=64, num_bytes=2**16)
+    result = bounds.measure_card(("fp32", "bf16", "fp8"), size=64, num_bytes=2**16)
     assert set(result.matmul_tflops) >= {"fp32", "bf16"}
-    assert ("fp8" in result.matmul_tflops) == (card.card_obstacle("fp8") is None)
+    assert ("fp8" in result.matmul_tflops) == (bounds.card_obstacle("fp8") is None)
     assert min(result.matmul_tflops.values()) > 0
     assert result.copy_gb_s > 0
 
@@ -123,7 +123,7 @@ def test_each_product_is_a_product(dtype: str) -> None:
     torch.manual_seed(0)
     if dtype == "fp8" and torch.__version__.startswith("2.11."):
         pytest.skip("torch 2.11 multiplies no FP8 matrices on a CPU")
-    output = card.matmul(dtype, 64)()
+    output = bounds.matmul(dtype, 64)()
     torch.manual_seed(0)
     left, right = torch.randn(64, 64), torch.randn(64, 64)
     number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}[dtype]
