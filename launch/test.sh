@@ -27,7 +27,7 @@ cd -- "$MOEPP_ROOT"
 # Two more than cores, for tests that wait; each may have ranks of its own in memory.
 cores=$(nproc 2>/dev/null || echo 2)
 workers=$((cores < 5 ? cores + 2 : 7))
-shared=(--workers)
+shared=(--no-loadscope-reorder -n)
 for argument; do
     case $argument in
     # Nothing of it waits.

@@ -14,7 +14,6 @@ import pytest
 
 from tests import last_green, quick, timetable
 from tests.parallel.ranks import RankPools
-from tests.workers import Workers
 
 _GPU_TESTS = Path(__file__).parent / "gpu"
 
@@ -123,30 +122,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="after a run of everything on several workers: write tests/durations.json anew",
     )
-    group.addoption(
-        "--workers",
-        type=int,
-        default=1,
-        metavar="N",
-        help="forks of pytest's process that share the tests (tests/workers.py)",
-    )
 
 
 def _is_quick(config: pytest.Config) -> bool:
     return config.option.quick and config.args_source is not pytest.Config.ArgsSource.ARGS
 
 
-def pytest_report_header(config: pytest.Config) -> list[str]:
-    return ["quick: " + line for line in quick.left_out()] if _is_quick(config) else []
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    if _is_quick(config):
-        terminalreporter.section("a quick run")
-        for line in quick.left_out():
-            terminalreporter.line(line)
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"quick: {quick.summary()}" if _is_quick(config) else ""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -154,10 +137,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args = [str(quick.ROOT / each) for each in quick.chosen()]
         # A few cases on ranks: one worker starts them once.
         timetable.TOGETHER.append("tests/parallel/")
-    if config.option.workers > 1:
-        config.pluginmanager.register(Workers(config, config.option.workers))
-        if config.option.record_durations:
-            config.pluginmanager.register(timetable.Record())
+    # Workers' reports come to the process that has started them.
+    if config.option.record_durations and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(timetable.Record())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    return timetable.scheduler(config, log)
 
 
 def pytest_collection_finish() -> None:
@@ -181,7 +168,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, object, obj
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.workers > 1:
+    if hasattr(config, "workerinput"):
         timetable.longest_first(items)
     gpu_items = []
     for item in items:

@@ -1,25 +1,21 @@
-"""The whole suite on several workers: what runs when.
+"""What workers run when: the longest files first, each with one worker (pytest-xdist).
 
-`./launch/test.sh` runs the tests on several workers (tests/workers.py). The tests of one file stay
-together, for they share models, ranks and browsers, and so do those of some folders; the longest
-come first, so that none is left over for one worker at the end. Slurm's come before all others,
-each file with a cluster of its own: they wait most of the time, beside which the other workers
-compute. `durations.json` says how long each file took; it is written anew by
+The tests of a file stay together, for they share models, ranks and browsers, and so do those of
+some folders. `durations.json` says how long each file took; it is written anew by
 `./launch/test.sh --record-durations`.
 """
 
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 DURATIONS = Path(__file__).parent / "durations.json"
-# What waits most of the time.
-FIRST = "tests/slurm/"
 # Folders whose tests stay with one worker: they share a process that has imported transformers, and
-# a run whose report has been drawn.
-TOGETHER = ["tests/interop/", "tests/unit/tools/report/"]
+# a run whose report has been drawn. Slurm's wait most of the time, beside which others compute.
+TOGETHER = ["tests/interop/", "tests/slurm/", "tests/unit/tools/report/"]
 # A new file, until its duration is recorded: seconds a test.
 UNKNOWN_S = 0.3
 
@@ -41,17 +37,23 @@ def recorded() -> dict[str, float]:
 
 
 def longest_first(items: list[pytest.Item]) -> None:
-    """Order the units of the items, those of `FIRST` first; within a unit nothing moves."""
+    """Order the units of the items; within a unit nothing moves."""
     known = recorded()
     expected: defaultdict[str, float] = defaultdict(float)
     for file, count in Counter(_file_of(item.nodeid) for item in items).items():
         expected[unit_of(file)] += known.get(file, UNKNOWN_S * count)
+    items.sort(key=lambda item: (-expected[unit_of(item.nodeid)], unit_of(item.nodeid)))
 
-    def urgency(item: pytest.Item) -> tuple[bool, float, str]:
-        unit = unit_of(item.nodeid)
-        return not unit.startswith(FIRST), -expected[unit], unit
 
-    items.sort(key=urgency)
+def scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker the next unit."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of(nodeid)
+
+    return Units(config, log)
 
 
 class Record:

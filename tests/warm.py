@@ -1,11 +1,18 @@
 """Starts of `python -m module` that fork instead: real processes, without the seconds of imports.
 
 A process that is forked from the server of ranks (tests/parallel/ranks.py) has torch and
-megatron-core. What it starts with `subprocess` would import them anew: the launcher its torchrun,
-torchrun its ranks, and once more after every failure. `install` has `subprocess.Popen` fork for
-such a start. The child has its parent, its session, its signals, its environment and its files as
-after an exec, so it can be signalled, killed, waited for and orphaned as any. It differs in what is
-imported already, and in what `/proc` says of its command line and its environment.
+megatron-core. What it starts with `subprocess` would import them anew, which takes six seconds of
+computing a process: the launcher its torchrun, torchrun its ranks, and once more after every
+failure; the 16 tests of tests/faults/test_launch.py alone make 42 such starts, four minutes of
+computing for half a minute of tests.
+
+`install` has `subprocess.Popen` fork for such a start. It replaces `Popen._execute_child`, for
+`Popen` has no public place between its bookkeeping and the start, and torchrun has the class by
+name. The child has its parent, its session, its signals, its environment and its files as after an
+exec, so it can be signalled, killed, waited for and orphaned as any. It differs in what is imported
+already, and in what `/proc` says of its command line and its environment. What an exec would have
+ended (hooks at exit, finalizers, what multiprocessing knows of children) has no public way to be
+forgotten; `_forget_the_parent` has all of it.
 """
 
 import atexit
@@ -55,7 +62,9 @@ def run(words: Sequence[str], environment: Mapping[str, str], folder: str | None
         importlib.invalidate_caches()
         leave_unrendered()
         status = _status_of(words)
-        threading._shutdown()  # type: ignore[attr-defined]
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
         atexit._run_exitfuncs()
     except BaseException:
         traceback.print_exc()
