@@ -6,17 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from moepp_megatron.config import load_config
-from moepp_megatron.experts import LOCAL_KINDS, ZERO
-from moepp_megatron.model.megatron_config import transformer_config
+from moepp_megatron.experts import LOCAL_KINDS
 from moepp_megatron.moe import zero_computation
-from moepp_megatron.moe.budget import Budget, BudgetController
 from moepp_megatron.moe.config import MoEPPConfig
-from moepp_megatron.moe.reference import ReferenceMoEPP, balance_loss, select_experts
+from moepp_megatron.moe.reference import balance_loss, select_experts
 from moepp_megatron.moe.selection import select
-from moepp_megatron.tools.planning.grid import Grid
-from moepp_megatron.tools.planning.traffic import exchanged_bytes
-from moepp_megatron.tools.planning.workload import Workload
 from tests.unit.moe.builders import build_layer
 from tests.unit.moe.test_kernels import compiled  # noqa: F401
 
@@ -74,42 +68,3 @@ def test_kinds_of_experts(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zero_computation, "_COMPUTED", others)
     with pytest.raises(AssertionError, match=f"{kind.name} experts are undefined"):
         build_layer(config)
-
-
-def test_the_reference_has_no_expert_of_an_undefined_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = MoEPPConfig(2)
-    layer, token = ReferenceMoEPP(config, 4, 4), torch.ones(1, 4)
-    place = config.columns(ZERO).start
-    assert not layer.expert(place, token).any()
-    # As if an expert of another kind came between copy and zero experts.
-    own = MoEPPConfig.columns
-    further = slice(place + 1, place + 2)
-    columns = lambda config, kind: further if kind is ZERO else own(config, kind)  # noqa: E731
-    monkeypatch.setattr(MoEPPConfig, "columns", columns)
-    with pytest.raises(AssertionError, match="expert 5 is of an undefined kind"):
-        layer.expert(place, token)
-
-
-def test_controllers() -> None:
-    controller: Any = "unlisted"
-    budget = BudgetController(Budget(0.5, controller, gain=1.0), MoEPPConfig(4), 1)
-    with pytest.raises(AssertionError, match="unlisted"):
-        budget.observe(torch.ones(1, 8), 1)
-
-
-def test_dispatchers() -> None:
-    config = load_config("configs/quickstart.yaml", ["parallel.expert_model_parallel_size=2"])
-    load = Workload.from_config(config).with_dispatcher("unlisted")  # type: ignore[arg-type]
-    with pytest.raises(AssertionError, match="unlisted"):
-        exchanged_bytes(load, Grid.from_config(config, 2))
-
-
-def test_vanilla_layer() -> None:
-    config = load_config(
-        "configs/quickstart.yaml",
-        [f"moe.{kind.setting}=0" for kind in LOCAL_KINDS] + ["moe.gating_residual=false"],
-    )
-    for name in ("gate_normalization", "balance_scope"):
-        moe = config.moe.model_copy(update={name: "unlisted"})
-        with pytest.raises(KeyError, match="unlisted"):
-            transformer_config(config.model_copy(update={"moe": moe}))
