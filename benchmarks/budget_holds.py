@@ -154,7 +154,7 @@ def measure(run: Run, out: Path) -> dict[str, Any]:
     model = build_training_model(config)
     model.set_training(True)
     routing = RoutingCounts(model, config, layout)
-    budget = BudgetPart(config, model, routing, None) if config.moe.budget.acts else None
+    budget = BudgetPart(config, model, routing) if config.moe.budget.acts else None
     (batches,) = rank_batches(Text(run.corpus, LENGTH, run.seed), 0, config, 1)
     record: dict[str, Any] = {"target": config.moe.ffn_share * config.moe.router_topk}
     record |= {"loss": [], "layers": [], "load": []}

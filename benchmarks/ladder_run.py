@@ -217,7 +217,7 @@ def train(run: Run, out: Path) -> tuple[Any, Config, Layout, list[float], list[f
     routing = None if run.arm.startswith("vanilla") else RoutingCounts(model, config, layout)
     budget = None
     if routing is not None and config.moe.budget.acts:
-        budget = BudgetPart(config, model, routing, None)
+        budget = BudgetPart(config, model, routing)
     parts = Parts([part for part in (routing, budget) if part is not None])
     (batches,) = rank_batches(sequences(out, run.kinds, run.seed, False), 0, config, 1)
     model.set_training(True)

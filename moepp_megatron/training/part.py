@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from moepp_megatron.config import Config, Layout
+from moepp_megatron.config import Config, ConfigError, Layout
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.training.checkpoint.files import Progress
@@ -102,6 +102,10 @@ class Stop:
 
 Outcome = Alert | Rollback | Pause | Stop
 
+State = Mapping[str, Any]
+Why = Literal["resume", "rollback"]
+"""Why a state is loaded: a run begins or is resumed, or goes back to an earlier checkpoint."""
+
 
 class Part(StepHooks):
     """Base class of parts; a method that is not overridden does nothing.
@@ -110,7 +114,8 @@ class Part(StepHooks):
     the step or refuse its batch.
 
     Attributes:
-        key: Its name for other parts, and for its state in a checkpoint.
+        key: Its name for other parts, and of its state in a checkpoint; a part with a state has one
+            of its own.
     """
 
     key: ClassVar[str] = ""
@@ -148,12 +153,22 @@ class Part(StepHooks):
     def step_stays(self, step: Step, record: StepMetrics | None) -> None:
         """A step was taken and will not be undone; its record if logged."""
 
-    def state(self) -> Mapping[str, Any]:
-        """The part's entries of a checkpoint, the same on every rank; later steps change none."""
+    def state(self) -> State:
+        """The part's state for a checkpoint, the same on every rank; later steps do not change it.
+
+        Numbers, text, tensors, and lists and dictionaries of them; empty for none.
+        """
         return {}
 
-    def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
-        """Take over the state `extra` of a loaded checkpoint; `step` is the last one undone."""
+    def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
+        """Continue from a state; called once before the first step, and after each rollback.
+
+        Args:
+            state: Result of an earlier `state`; empty where the checkpoint has none, or there is no
+                checkpoint.
+            why: Why it is loaded.
+            step: The run's newest step; of a rollback the last one undone.
+        """
         return ()
 
     def reset_baseline(self, step: int) -> Iterable[Alert]:
@@ -176,7 +191,7 @@ class Part(StepHooks):
         """Release what the part holds, whatever happened."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PartContext:
     """The inputs of a part.
 
@@ -190,7 +205,6 @@ class PartContext:
         valid_set: The validation part of the data that is trained on; None without one.
         valid_sets: The sets of `data.validation` by name.
         progress: Where the run continues.
-        extra: Further state of the checkpoint that it continues from; empty at the beginning.
         callbacks: A user's, before those that `run.callbacks` names.
         parts: The parts made so far, in order.
     """
@@ -204,7 +218,6 @@ class PartContext:
     valid_set: Any | None
     valid_sets: Mapping[str, Any]
     progress: Progress
-    extra: Mapping[str, Any]
     callbacks: Sequence[object] = ()
     parts: list[Part] = field(default_factory=list)
 
@@ -229,9 +242,14 @@ class PartContext:
 
 
 class Parts(StepHooks):
-    """The parts of a run, called in order."""
+    """The parts of a run, called in order.
+
+    Raises:
+        ConfigError: Two have one key, or one has a state and no key.
+    """
 
     def __init__(self, parts: Sequence[Part]) -> None:
+        _check_keys(parts)
         self._parts = tuple(parts)
         self.may_refuse = any(part.may_refuse for part in parts)
         # Called for each micro-batch: parts that do not override the method are left out.
@@ -315,6 +333,25 @@ class Parts(StepHooks):
             record |= part.record(step, record)
         return record
 
-    def state(self) -> dict[str, Any]:
-        """The entries of a checkpoint."""
-        return {key: value for part in self for key, value in part.state().items()}
+    def state(self) -> dict[str, State]:
+        """The states for a checkpoint by the parts' keys."""
+        return {part.key: part.state() for part in self._with("state")}
+
+    def load(self, states: Mapping[str, State], why: Why, step: int) -> list[Alert]:
+        """Let each part continue from its own of the states, as `Part.load`."""
+        return [alert for part in self for alert in part.load(states.get(part.key, {}), why, step)]
+
+
+def _check_keys(parts: Sequence[Part]) -> None:
+    owners: dict[str, str] = {}
+    for part in parts:
+        name = type(part).__name__
+        if not part.key and type(part).state is not Part.state:
+            raise ConfigError(f"part {name} must have a key, since it has a state; give it one")
+        if part.key in owners:
+            raise ConfigError(
+                f"key ({part.key}) of part {name} must be its own, and is that of "
+                f"{owners[part.key]}; give it another one"
+            )
+        if part.key:
+            owners[part.key] = name

@@ -29,7 +29,7 @@ from moepp_megatron.training.checkpoint.read import start_lines
 from moepp_megatron.training.checkpoint.retention import lack_of_space
 from moepp_megatron.training.collect import mean_loss
 from moepp_megatron.training.part import Outcome, PartContext, Parts, Pause, Rollback, Step, Stop
-from moepp_megatron.training.parts.order import build_parts
+from moepp_megatron.training.parts.order import STATES, build_parts, states_of
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.rollback import load_earlier, newest_checkpoint
 from moepp_megatron.training.run_folder import RunFolder, checkpoint_folder
@@ -53,7 +53,8 @@ class Trainer:
     Attributes:
         parts: The run's features, in order.
         progress: The run's progress.
-        extra: Further state that checkpoints hold, the same on every rank.
+        states: The parts' states in the newest checkpoint by their keys, also of parts that this
+            start does not have.
         stopped: Whether the run has saved and ended before its last step.
         pause_reason: Why the run has stopped by itself; None if it has not.
         checkpoints: Writes them; says whether saves failed.
@@ -86,21 +87,21 @@ class Trainer:
         self.start_lines: list[str] = []
         # Last, so that nothing draws random numbers between here and the first step.
         loaded = self._load(loads or config)
-        self.progress, self.extra = loaded.progress, loaded.extra
+        self.progress, self.states = loaded.progress, states_of(loaded.extra)
         self._run = PartContext(
-            config,
-            layout,
-            self.model,
-            self.supervisor,
-            tokenizer_file,
-            self._train_set,
-            valid_set,
-            valid_sets,
-            self.progress,
-            self.extra,
-            callbacks,
+            config=config,
+            layout=layout,
+            model=self.model,
+            supervisor=self.supervisor,
+            tokenizer=tokenizer_file,
+            train_set=self._train_set,
+            valid_set=valid_set,
+            valid_sets=valid_sets,
+            progress=self.progress,
+            callbacks=callbacks,
         )
         self.parts = Parts(build_parts(self._run))
+        self.parts.load(self.states, "resume", self.progress.step)
 
     def run(self) -> StepMetrics | None:
         """Train to `training.train_iters`.
@@ -230,11 +231,11 @@ class Trainer:
             self._alerts.send(*rollback.alerts_before(checkpoint))
             if checkpoint is None:
                 return False
-            self.progress, self.extra = load_earlier(checkpoint, self.model, self.config, before)
+            self.progress, extra = load_earlier(checkpoint, self.model, self.config, before)
+            self.states = states_of(extra)
             if self._sinks is not None:
                 self._sinks.go_back(self.progress.step)
-            for part in self.parts:
-                self._alerts.send(*part.roll_back(before.step, self.extra))
+            self._alerts.send(*self.parts.load(self.states, "rollback", before.step))
             self._alerts.send(*rollback.alerts_after(checkpoint))
             if rollback.up_to_step is not None:
                 # The checkpoints of what is undone are newer than the one gone back to. A run that
@@ -244,8 +245,8 @@ class Trainer:
 
     def _save(self) -> None:
         # A new dictionary, not a changed one: a save under way keeps the old one.
-        self.extra = {**self.extra, **self.parts.state()}
-        self.checkpoints.save(self.model, self.progress, self.extra)
+        self.states = {**self.states, **self.parts.state()}
+        self.checkpoints.save(self.model, self.progress, {STATES: self.states})
         for part in self.parts:
             part.write()
 

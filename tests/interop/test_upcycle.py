@@ -304,7 +304,7 @@ def train_upcycled(
     model.set_training(True)
     collector = RoutingCounts(model, config, layout)
     batches = rank_batches(SyntheticDataset(config, steps), 0, config, 1)
-    budget = BudgetPart(config, model, collector, None)
+    budget = BudgetPart(config, model, collector)
     losses, shares = [], []
     for step in range(1, steps + 1):
         collector.reset()

@@ -116,7 +116,7 @@ def run(
         found = Found()
         _watch(trainer, found, faults)
         trainer.run()
-    saved = trainer.extra.get("guard", {})
+    saved = trainer.states.get("guard", {})
     found.saved = {name: value for name, value in saved.items() if name != "copies"}
     found.weights = checksum_of(p for model in trainer.model.models for p in model.parameters())
     return found

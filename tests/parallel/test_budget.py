@@ -65,7 +65,7 @@ def train(raw: dict[str, Any], steps: int, shift: int) -> Run:
 
     config, layout, model = begin_training(raw)
     routing = RoutingCounts(model, config, layout)
-    budget = BudgetPart(config, model, routing, None)
+    budget = BudgetPart(config, model, routing)
     batches = rank_batches(ShiftedDataset(config, steps, shift), 0, config, len(model.chunks))
     layers = [layer for chunk in model.models for layer in moepp_layers(chunk)]
     run = Run()
@@ -80,7 +80,7 @@ def train(raw: dict[str, Any], steps: int, shift: int) -> Run:
         run.recorded.append(budget.record(SimpleNamespace(number=step), {})["tau"])
         run.taken.append(float(routing.collect()["ffn_per_token"]))
         run.losses.append(mean_loss(result.losses))
-    run.state = budget.state()["budget"]
+    run.state = budget.state()
     return run
 
 
@@ -191,12 +191,13 @@ def missing_target(raw: dict[str, Any], steps: int, resumed_at: int) -> list[tup
     config, layout = begin(raw)
     model = build_training_model(config)
     routing = RoutingCounts(model, config, layout)
-    budget = BudgetPart(config, model, routing, None)
+    budget = BudgetPart(config, model, routing)
     experts = config.moe.num_experts
     found = []
     for step in range(1, steps + 1):
         if step == resumed_at:
-            budget = BudgetPart(config, model, routing, budget.state()["budget"])
+            state, budget = budget.state(), BudgetPart(config, model, routing)
+            budget.load(state, "resume", step)
         routing.reset()
         for chunk in model.chunks:
             for statistics in moe_statistics(chunk).values():

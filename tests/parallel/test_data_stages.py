@@ -151,16 +151,17 @@ def test_a_rollback_over_a_stage_begins_it_again() -> None:
     raw = trainer_settings(Path("unused"), Path("unused"))
     raw["data"] = {"blend": parts[0], "stages": [{"from_step": 4, "blend": parts[1]}]}
     with mock.patch("moepp_megatron.features.data_stages.part.corpus_identity", str):
-        stages = DataStagesPart(parse_config(raw), {}, 0)
+        stages = DataStagesPart(parse_config(raw), 0)
         saved = stages.state()
         assert stages.new_data(0) is None
         assert stages.new_data(31) is None
         assert stages.new_data(32) == "data.stages[0] begins: b"
         assert stages.new_data(40) is None
-        stages.roll_back(6, saved)
+        stages.load(saved, "rollback", 6)
         assert stages.new_data(48) == "data.stages[0] begins: b"
-        resumed = DataStagesPart(parse_config(raw), stages.state(), 48)
+        resumed = DataStagesPart(parse_config(raw), 48)
+        resumed.load(stages.state(), "resume", 6)
         assert resumed.new_data(48) is None
-        assert DataStagesPart(parse_config(raw), {"corpus": "z"}, 0).new_data(0) == (
-            "data.blend holds another corpus or split than before"
-        )
+        other = DataStagesPart(parse_config(raw), 0)
+        other.load({"corpus": "z"}, "resume", 0)
+        assert other.new_data(0) == "data.blend holds another corpus or split than before"

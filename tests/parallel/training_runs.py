@@ -184,12 +184,22 @@ def train(
 def _made(kinds: Iterable[Any], config: Any, layout: Any, model: Any, dataset: Any) -> Any:
     """What the trainer makes parts from, with those of some kinds."""
     from moepp_megatron.training.checkpoint.files import Progress
-    from moepp_megatron.training.part import PartContext
+    from moepp_megatron.training.part import PartContext, Parts
     from moepp_megatron.training.parts.order import build_parts
 
     nobody: Any = None
-    run = PartContext(config, layout, model, nobody, Path(), dataset, None, {}, Progress(), {})
-    build_parts(run, kinds)
+    run = PartContext(
+        config=config,
+        layout=layout,
+        model=model,
+        supervisor=nobody,
+        tokenizer=Path(),
+        train_set=dataset,
+        valid_set=None,
+        valid_sets={},
+        progress=Progress(),
+    )
+    Parts(build_parts(run, kinds)).load({}, "resume", 0)
     return run
 
 

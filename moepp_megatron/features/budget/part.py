@@ -12,7 +12,7 @@ from moepp_megatron.model.megatron_config import moepp_config
 from moepp_megatron.moe.budget import Budget, BudgetController, add_to_biases, set_taus
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import RuleJudge
-from moepp_megatron.training.part import Part, PartContext, Step
+from moepp_megatron.training.part import Part, PartContext, State, Step, Why
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel
 
@@ -30,22 +30,15 @@ class BudgetPart(Part):
         config: The run's configuration; `moe.budget.acts` is true.
         model: The wrapped model.
         routing: Counts the selections of a step.
-        state: State from a checkpoint; None at the beginning.
     """
 
     key: ClassVar[str] = "budget"
 
-    def __init__(
-        self,
-        config: Config,
-        model: TrainingModel,
-        routing: RoutingCounts,
-        state: Mapping[str, Any] | None,
-    ) -> None:
+    def __init__(self, config: Config, model: TrainingModel, routing: RoutingCounts) -> None:
         self._config, self._model, self._routing = config, model, routing
         # Tau of each layer in the step that is under way or has just been taken.
         self._in_force: dict[int, float] = {}
-        self._load(state)
+        self.load({}, "resume", 0)
         routing.watch(margins=self._controller.needs_margins)
 
     @classmethod
@@ -53,26 +46,24 @@ class BudgetPart(Part):
         """The part of a run; None without a budget."""
         if not run.config.moe.budget.acts:
             return None
-        return cls(run.config, run.model, run.require(RoutingCounts), run.extra.get("budget"))
+        return cls(run.config, run.model, run.require(RoutingCounts))
 
-    def _load(self, state: Mapping[str, Any] | None) -> None:
-        layers, known = len(self._routing.layer_numbers), None if state is None else dict(state)
+    def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
+        """Take over the controller."""
         self._controller = BudgetController(
-            _budget(self._config), moepp_config(self._config), layers, known
+            _budget(self._config),
+            moepp_config(self._config),
+            len(self._routing.layer_numbers),
+            dict(state) or None,
         )
-        state = state or {}
         # How far the share is from the target, smoothed.
         self._off: float = state.get("off", 0.0)
         self._judge = RuleJudge((_MISSED,), (), state.get("rules", ()))
-
-    def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
-        """Take over the controller of a checkpoint."""
-        self._load(extra.get("budget"))
         return ()
 
     def restart(self) -> None:
         """Forget earlier measurements, made with other routers."""
-        self._load({**self.state()["budget"], "drift": None, "lacking": None})
+        self.load({**self.state(), "drift": None, "lacking": None}, "rollback", 0)
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Set tau for `step`."""
@@ -143,7 +134,7 @@ class BudgetPart(Part):
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint: plain numbers, copies that later steps do not change."""
         own = {"off": self._off, "rules": self._judge.state()}
-        return {"budget": self._controller.state() | own}
+        return self._controller.state() | own
 
     def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The target and tau.

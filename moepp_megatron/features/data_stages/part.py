@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import ClassVar
 
 from moepp_megatron.config import Config
 from moepp_megatron.config.blends import Blend, blend_at, blends_of
 from moepp_megatron.data.verify import corpus_identity
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.training.part import Part, PartContext
+from moepp_megatron.training.part import Part, PartContext, State, Why
 
 
 class DataStagesPart(Part):
@@ -19,20 +19,21 @@ class DataStagesPart(Part):
 
     Args:
         config: The run's configuration; it names data.
-        extra: Further state from a checkpoint; empty at the beginning.
         consumed_samples: Samples that have been read.
     """
 
-    def __init__(self, config: Config, extra: Mapping[str, Any], consumed_samples: int) -> None:
+    key: ClassVar[str] = "data_stages"
+
+    def __init__(self, config: Config, consumed_samples: int) -> None:
         self._blends = blends_of(config)
         self._identities = {blend.name: _identity(blend) for blend in self._blends}
-        current = self._identities[blend_at(self._blends, consumed_samples).name]
-        self._newest: str | None = extra.get("corpus", current)
+        current = blend_at(self._blends, consumed_samples)
+        self._newest: str | None = self._identities[current.name]
 
     @classmethod
     def of(cls, run: PartContext) -> DataStagesPart:
         """The part of a run."""
-        return cls(run.config, run.extra, run.progress.consumed_samples)
+        return cls(run.config, run.progress.consumed_samples)
 
     def new_data(self, first_sample: int) -> str | None:
         """Why the next batch comes from a new stage, or new content after a resume; or None."""
@@ -44,13 +45,13 @@ class DataStagesPart(Part):
             return f"{blend.name} holds another corpus or split than before"
         return f"{blend.name} begins: {blend.text}"
 
-    def state(self) -> dict[str, Any]:
-        """The state for a checkpoint."""
+    def state(self) -> State:
+        """The content of the newest batch's stage."""
         return {"corpus": self._newest}
 
-    def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
-        """Take over the state of a checkpoint."""
-        self._newest = extra.get("corpus", self._newest)
+    def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
+        """Take over the stage of the newest batch."""
+        self._newest = state.get("corpus", self._newest)
         return ()
 
 

@@ -9,8 +9,8 @@ the vocabulary, are made when they are compared.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -23,15 +23,14 @@ from moepp_megatron.features.distillation.kl_divergence import kl_divergence
 from moepp_megatron.features.distillation.teacher import TeacherModel
 from moepp_megatron.model.build import build_model
 from moepp_megatron.model.stage import evaluation_stages
+from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.training.checkpoint import load_weights
-from moepp_megatron.training.part import Part, PartContext, Step
+from moepp_megatron.training.part import Part, PartContext, State, Step, Why
 from moepp_megatron.training.step import unchanged
 from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
 
 Batch = dict[str, Tensor]
-# In the state that a checkpoint holds.
-_KEY = "teacher"
 
 
 class DistillationPart(Part):
@@ -41,6 +40,8 @@ class DistillationPart(Part):
         config: The run's configuration.
         teacher: Its teacher. Every rank builds its part of it; process groups must exist.
     """
+
+    key: ClassVar[str] = "distillation"
 
     def __init__(self, config: Config, teacher: TeacherModel) -> None:
         check_world_size(teacher.config, dist.get_world_size())
@@ -60,19 +61,13 @@ class DistillationPart(Part):
 
     @classmethod
     def of(cls, run: PartContext) -> DistillationPart | None:
-        """The part of a run; None without a teacher.
-
-        Raises:
-            ConfigError: It is another teacher than the run has had.
-        """
+        """The part of a run; None without a teacher."""
         if run.config.distillation.teacher is None:
             return None
         # A run that teaches may save between the looks of two ranks.
         teacher = Agreement().from_first(TeacherModel.of(run.config))
         with unchanged(run.model):
-            part = cls(run.config, teacher)
-        part.check_same(run.extra)
-        return part
+            return cls(run.config, teacher)
 
     def parameters(self) -> Iterator[Tensor]:
         """This rank's parameters of the teacher."""
@@ -165,20 +160,17 @@ class DistillationPart(Part):
         divergence, tokens = self._sums.total().tolist()
         return {"distillation_loss": divergence / tokens}
 
-    def state(self) -> dict[str, str]:
-        """The teacher's identity, for a checkpoint."""
-        return {_KEY: self._teacher.identity}
+    def state(self) -> State:
+        """The teacher's identity."""
+        return {"teacher": self._teacher.identity}
 
-    def check_same(self, extra: Mapping[str, Any]) -> None:
+    def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
         """Refuse to continue with another teacher than the run has had.
-
-        Args:
-            extra: The state from a checkpoint.
 
         Raises:
             ConfigError: It is another one.
         """
-        before, now = extra.get(_KEY), self._teacher.identity
+        before, now = state.get("teacher"), self._teacher.identity
         if before not in (None, now):
             raise ConfigError(
                 f"distillation.teacher ({self._teacher.checkpoint}, SHA-256 {now[:16]}...) must be "
@@ -186,6 +178,7 @@ class DistillationPart(Part):
                 "checkpoint itself, not a run that has newer ones, or begin a new run with "
                 "checkpoint.load_optimizer=false"
             )
+        return ()
 
 
 def _forward_step(iterator: Iterator[Batch], stage: torch.nn.Module) -> tuple[Tensor, Any]:

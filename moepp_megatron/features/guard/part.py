@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from moepp_megatron.config import Layout
 from moepp_megatron.config.guard_rules import MEASURED, CompleteRule, effective_rules, is_watched
@@ -18,7 +18,16 @@ from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event, RuleJudge, Values
 from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.training.checkpoint.files import checkpoint_step
-from moepp_megatron.training.part import Outcome, Part, PartContext, Rollback, Step, Stop
+from moepp_megatron.training.part import (
+    Outcome,
+    Part,
+    PartContext,
+    Rollback,
+    State,
+    Step,
+    Stop,
+    Why,
+)
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 
 # Metrics of what the monitor of shifts has found, and the default rules about them.
@@ -44,6 +53,8 @@ class RoutingGuardPart(Part):
         run: The run; its routers are watched.
     """
 
+    key: ClassVar[str] = "guard"
+
     def __init__(self, run: PartContext) -> None:
         self._config, self._settings = run.config, run.config.routing_guard
         self._counts = run.require(RoutingCounts)
@@ -53,15 +64,19 @@ class RoutingGuardPart(Part):
         self._rules = effective_rules(self._settings, has_budget)
         self._metrics = {rule.metric for rule in self._rules}
         self._agreement = Agreement()
-        self._load(run.extra.get("guard") or {})
+        self.load({}, "resume", run.progress.step)
 
     @classmethod
     def of(cls, run: PartContext) -> RoutingGuardPart | None:
         """The part of a run; None where routers are not watched."""
         return cls(run) if is_watched(run.config) else None
 
-    def _load(self, state: Mapping[str, Any]) -> None:
-        """Restore the state."""
+    def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
+        """Take over the guard; after a rollback reset all rules, with alerts of those that end."""
+        ended: list[Alert] = []
+        if why == "rollback":
+            ended = self._forget(step, "went back to a checkpoint")
+            state = {**state, "rules": (), "actions": self._actions, "returns": self._returns}
         self._judge = RuleJudge(self._rules, self._counts.layer_numbers, state.get("rules", ()))
         self._copies = RouterCopies(self._model, state.get("copies", ()))
         self._actions: int = state.get("actions", 0)
@@ -69,18 +84,17 @@ class RoutingGuardPart(Part):
         self._returns: int = state.get("returns", 0)
         self._put_back: dict[str, int] = dict(state.get("put_back", {}))
         self._reported: str | None = state.get("reported")
+        return ended
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Rules and copies of routers, the same on every rank; a collective."""
         return {
-            "guard": {
-                "rules": self._judge.state(),
-                "copies": self._copies.state(),
-                "actions": self._actions,
-                "returns": self._returns,
-                "put_back": dict(self._put_back),
-                "reported": self._reported,
-            }
+            "rules": self._judge.state(),
+            "copies": self._copies.state(),
+            "actions": self._actions,
+            "returns": self._returns,
+            "put_back": dict(self._put_back),
+            "reported": self._reported,
         }
 
     def begin_step(self, step: int, layout: Layout) -> None:
@@ -194,13 +208,6 @@ class RoutingGuardPart(Part):
         shift = monitor.event if event.begins else monitor.ended
         is_shift = self._is_of_shift(event.rule)
         return alert_of(event, step, action, note, shift if is_shift else None)
-
-    def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
-        """Take over the guard of a checkpoint and reset all rules; alerts of those that end."""
-        ended = self._forget(step, "went back to a checkpoint")
-        kept = {"rules": (), "actions": self._actions, "returns": self._returns}
-        self._load({**(extra.get("guard") or {}), **kept})
-        return ended
 
     def reset_baseline(self, step: int) -> Iterable[Alert]:
         """Reset all rules; alerts of those that end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from moepp_megatron.config import Layout
 from moepp_megatron.config.guard_rules import is_watched
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor, group_of
-from moepp_megatron.training.part import Part, PartContext, Step
+from moepp_megatron.training.part import Part, PartContext, State, Step, Why
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.step import Batch
 from moepp_megatron.training.step_sums import StepCounts, Summand, first_of_tensor_ranks
@@ -35,6 +35,8 @@ class ShiftPart(Part):
             otherwise: what ranks do follows from rank 0's (`RoutingGuardPart`).
     """
 
+    key: ClassVar[str] = "shift"
+
     def __init__(self, run: PartContext) -> None:
         self._run, self.batch_loss = run, math.nan
         self._counts, self._sources = run.require(RoutingCounts), run.feature("sources")
@@ -44,21 +46,21 @@ class ShiftPart(Part):
         # Sum of the sequences' mean losses, of their squares, number of sequences (with context
         # parallelism of the parts that ranks have); then tokens of each group of ids.
         self._sums = StepCounts(3 + GROUPS)
-        self._open(run.extra.get("shift"))
+        self._open({})
 
     @classmethod
     def of(cls, run: PartContext) -> ShiftPart | None:
         """The part of a run; None where routers are not watched."""
         return cls(run) if is_watched(run.config) else None
 
-    def _open(self, state: Mapping[str, Any] | None) -> None:
+    def _open(self, state: State) -> None:
         config = self._run.config
         self.monitor = ShiftMonitor(
             config.routing_guard.false_alarm_steps,
             self._counts.layer_numbers,
             config.moe.names,
         )
-        if state is None:
+        if not state:
             return
         if "detectors" in state:
             self.monitor.load(state)
@@ -112,18 +114,18 @@ class ShiftPart(Part):
         metrics = self.monitor.metrics
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """The detectors."""
-        return {"shift": self.monitor.state()}
+        return self.monitor.state()
 
-    def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
-        """Take over the detectors of a checkpoint."""
-        self._open(extra.get("shift"))
+    def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
+        """Take over the detectors."""
+        self._open(state)
         return ()
 
     def reset_baseline(self, step: int) -> Iterable[Alert]:
         """Forget what was usual."""
-        self._open(None)
+        self._open({})
         return ()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, assert_never
+from typing import ClassVar, assert_never
 
 import torch.distributed as dist
 from torch import Tensor
@@ -12,7 +12,17 @@ from torch import Tensor
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.training.alerts import guard_alert
 from moepp_megatron.training.batches import rank_batches
-from moepp_megatron.training.part import Outcome, Part, PartContext, Pause, Rollback, Step, Stop
+from moepp_megatron.training.part import (
+    Outcome,
+    Part,
+    PartContext,
+    Pause,
+    Rollback,
+    State,
+    Step,
+    Stop,
+    Why,
+)
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.resilience.numerical_guard import NumericalFailureError, NumericalGuard
 from moepp_megatron.training.resilience.refused_batches import BatchEvidence, find_cause
@@ -28,12 +38,12 @@ class RefusedBatches(Part):
         run: The run; `resilience.guard` is on.
     """
 
+    key: ClassVar[str] = "numerical_guard"
     may_refuse = True
 
     def __init__(self, run: PartContext) -> None:
         self._run, self._counts = run, run.require(RoutingCounts)
         self._guard = NumericalGuard(run.config.resilience, run.model.models)
-        self._guard.load(run.extra)
         # Whether enough were refused in a row that their cause must be found.
         self._is_due = False
 
@@ -117,14 +127,15 @@ class RefusedBatches(Part):
                 evidence.append(BatchEvidence(result.sums.loss, self._counts.selections()))
         return evidence
 
-    def state(self) -> Mapping[str, Any]:
+    def state(self) -> State:
         """Recent losses and batches."""
         return self._guard.state()
 
-    def roll_back(self, step: int, extra: Mapping[str, Any]) -> Iterable[Alert]:
-        """Take over the losses of a checkpoint; the next refused batch is the first in a row."""
-        self._guard.load(extra)
-        self._guard.forget_refused()
+    def load(self, state: State, why: Why, step: int) -> Iterable[Alert]:
+        """Take over recent losses; after a rollback no refused batch comes before the next."""
+        self._guard.load(state)
+        if why == "rollback":
+            self._guard.forget_refused()
         return ()
 
     def reset_baseline(self, step: int) -> Iterable[Alert]:

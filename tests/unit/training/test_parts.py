@@ -1,0 +1,98 @@
+"""The parts of a run: whose state is whose, in checkpoints of today and of before."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from moepp_megatron.config import ConfigError
+from moepp_megatron.training.part import Part, Parts
+from moepp_megatron.training.parts.order import STATES, part_kinds, states_of
+
+# What checkpoints held before states had keys.
+SHIFT = {"detectors": {}, "event": None}
+GUARD = {"rules": [["mine", 2, True, 3]], "copies": [], "actions": 1}
+BUDGET = {"shares": None, "missing": [0.0], "off": 0.1, "rules": []}
+COURSE = {"counts": [1, 1, 0]}
+EARLIER = [
+    ({"corpus": "c0"}, {"data_stages": {"corpus": "c0"}}),
+    ({"corpus": None}, {"data_stages": {"corpus": None}}),
+    ({"token_bands": "0123"}, {"token_classes": {"bands": "0123"}}),
+    ({"budget": BUDGET}, {"budget": BUDGET}),
+    ({"shift": SHIFT}, {"shift": SHIFT}),
+    ({"guard": GUARD}, {"guard": GUARD}),
+    ({"guard": None}, {}),
+    ({"teacher": "ab" * 32}, {"distillation": {"teacher": "ab" * 32}}),
+    (
+        {
+            "loss_course": COURSE,
+            "recent_samples": [0, 4],
+            "refused_batches": [[None, [[1.0]]]],
+            "verdicts": [True],
+        },
+        {
+            "numerical_guard": {
+                "loss_course": COURSE,
+                "recent_samples": [0, 4],
+                "refused_batches": [[None, [[1.0]]]],
+                "verdicts": [True],
+            }
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("extra", "states"), EARLIER)
+def test_states_of_earlier_checkpoints(extra: dict[str, Any], states: dict[str, Any]) -> None:
+    assert states_of(extra) == states
+    # Each key is that of a part.
+    assert states.keys() <= {kind.key for kind in part_kinds()}
+    assert states_of({STATES: states}) == states
+
+
+def test_all_that_an_earlier_checkpoint_has() -> None:
+    whole: dict[str, Any] = {}
+    expected: dict[str, Any] = {}
+    for extra, states in EARLIER:
+        whole |= extra
+        expected |= states
+    # The row without a guard took the place of the one with it.
+    expected.pop("guard")
+    assert states_of(whole) == expected
+
+
+class Kept(Part):
+    key = "kept"
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[Any, ...]] = []
+
+    def state(self) -> Mapping[str, Any]:
+        return {"loaded": len(self.loaded)}
+
+    def load(self, state: Mapping[str, Any], why: Any, step: int) -> tuple[()]:
+        self.loaded.append((dict(state), why, step))
+        return ()
+
+
+class Keyless(Kept):
+    key = ""
+
+
+class Stateless(Part):
+    pass
+
+
+def test_each_part_has_its_own_state() -> None:
+    parts = Parts([kept := Kept(), Stateless(), Stateless()])
+    parts.load({"other": {"a": 1}}, "resume", 0)
+    parts.load({"kept": {"loaded": 1}, "other": {"a": 1}}, "rollback", 7)
+    assert kept.loaded == [({}, "resume", 0), ({"loaded": 1}, "rollback", 7)]
+    assert parts.state() == {"kept": {"loaded": 2}}
+
+
+def test_two_parts_of_one_key_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^key \(kept\) of part Kept must be its own, and is"):
+        Parts([Kept(), Kept()])
+    with pytest.raises(ConfigError, match="^part Keyless must have a key, since it has a state"):
+        Parts([Keyless()])
