@@ -105,8 +105,12 @@ def doctor(
         start_ranks(nproc, ["doctor", *options, *arguments])
         return
     quiet()
-    from moepp_megatron.tools.doctor.examine import Request, expected_gpus
-    from moepp_megatron.tools.doctor.session import examine_machine, examine_ranks
+    from moepp_megatron.tools.doctor.examine import (
+        Request,
+        examine_machine,
+        examine_ranks,
+        expected_gpus,
+    )
 
     request = Request(settings, hardware, preflight, expected_gpus() if gpus is None else gpus)
     findings = examine_ranks(request, rank) if rank.is_launched else examine_machine(request)

@@ -77,6 +77,13 @@ note, warning, error = (
 )
 
 
+def judged(
+    holds: bool, check: str, found: str, rule: str, remedy: str, severity: Severity
+) -> Finding:
+    """A finding that is OK where its rule holds, and of this severity where it does not."""
+    return Finding(check, found, rule, remedy, severity) if not holds else Finding(check, found)
+
+
 def worst(findings: Iterable[Finding]) -> Severity:
     """The highest severity; OK without findings."""
     return max((finding.severity for finding in findings), default=Severity.OK)

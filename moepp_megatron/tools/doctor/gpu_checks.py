@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moepp_megatron.config.hardware import Hardware, Thresholds
 from moepp_megatron.runtime.gpu_state import Driver, GPUState
-from moepp_megatron.tools.doctor.finding import Finding, error, note, warning
+from moepp_megatron.tools.doctor.finding import Finding, Severity, error, judged, note, warning
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class TorchCuda:
 def check_count(cards: Sequence[GPUState], expected: int | None) -> Finding:
     """Check that there are as many GPUs as the job expects."""
     count = f"{len(cards)} GPUs" if len(cards) != 1 else "1 GPU"
-    if expected is None or len(cards) >= expected:
-        return Finding("GPU count", count)
-    return error(
+    return judged(
+        expected is None or len(cards) >= expected,
         "GPU count",
         count,
         f"must be {expected}",
         "look for a GPU that has left the bus (dmesg, lspci), reboot the node, or ask for fewer",
+        Severity.ERROR,
     )
 
 

@@ -22,7 +22,7 @@ from moepp_megatron.runtime.fit import (
 )
 from moepp_megatron.runtime.fp8 import FP8Machine, fp8_obstacle
 from moepp_megatron.runtime.optional import OF_ALL, have_triton, how_to_install
-from moepp_megatron.tools.doctor.finding import Finding, Severity, error, note, warning
+from moepp_megatron.tools.doctor.finding import Finding, Severity, error, judged, note, warning
 from moepp_megatron.tools.doctor.gpu_checks import TorchCuda
 
 # https://github.com/deepseek-ai/DeepEP/issues/707
@@ -94,15 +94,14 @@ def check_nvshmem(deep_ep: str | None, nvshmem: str | None) -> Finding | None:
     """Check that DeepEP works between nodes with NVSHMEM's wheel; None where one is missing."""
     if deep_ep is None or nvshmem is None:
         return None
-    observation = f"{nvshmem}, with DeepEP {deep_ep}"
     version = tuple(int(part) for part in nvshmem.split(".")[:3])
-    if not deep_ep.startswith("1.") or version < _NVSHMEM_THAT_HANGS:
-        return Finding("NVSHMEM", observation)
-    return warning(
+    return judged(
+        not deep_ep.startswith("1.") or version < _NVSHMEM_THAT_HANGS,
         "NVSHMEM",
-        observation,
+        f"{nvshmem}, with DeepEP {deep_ep}",
         "DeepEP 1 times out between nodes with NVSHMEM 3.5.19 and newer",
         "install DeepEP 2, or build it with nvidia-nvshmem-cu13==3.4.5; one node is not affected",
+        Severity.WARNING,
     )
 
 

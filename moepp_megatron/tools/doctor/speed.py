@@ -1,15 +1,18 @@
-"""Short measurements: a matrix product per device, and collectives between ranks."""
+"""Short measurements, and their judgement: a matrix product per device, collectives of ranks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from moepp_megatron.config.hardware import Hardware, Thresholds
+from moepp_megatron.tools.doctor.finding import Finding, Severity, error, judged
 
 # Large enough to fill any GPU (1.1 TFLOP each), and enough of them to look at the GPU meanwhile;
 # on a CPU small, for laptops.
@@ -18,6 +21,18 @@ _CPU_SIZE, _CPU_PRODUCTS = 512, 8
 # Of each rank: large enough that bandwidth and not latency decides.
 _GPU_BYTES, _CPU_BYTES = 256 * 2**20, 2**20
 _REPEATS = 5
+
+
+_MATMUL = "matrix product"
+
+
+@dataclass(frozen=True)
+class DeviceSpeed:
+    """Rate of a device's matrix product, TFLOP/s; `name` such as "GPU 3" or "CPU, rank 1"."""
+
+    name: str
+    tflops: float
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,10 +87,10 @@ def measure_collectives(device: torch.device) -> list[CollectiveSpeed]:
     ]
 
 
-def dispatch_problem(
+def check_dispatch(
     dispatch: Callable[..., Any], combine: Callable[..., Any], device: torch.device
-) -> str | None:
-    """Send tokens to all ranks and back by DeepEP; what goes wrong. Every rank must call.
+) -> Finding:
+    """Send tokens to all ranks and back by DeepEP; every rank must call.
 
     `dispatch` and `combine` are megatron-core's `fused_dispatch` and `fused_combine`.
     """
@@ -83,12 +98,20 @@ def dispatch_problem(
     tokens = torch.randn(64 * num_ranks, 4096, device=device, dtype=torch.bfloat16)
     experts = torch.arange(len(tokens), device=device).remainder(num_ranks).unsqueeze(1)
     gates = torch.ones(len(tokens), 1, device=device)
+    problem = "tokens come back changed"
     try:
         received, *_, handle = dispatch(tokens, experts, gates, num_ranks, group)
         returned, _ = combine(received, group, handle)
-        return None if torch.equal(returned, tokens) else "tokens come back changed"
-    except RuntimeError as error:
-        return str(error).partition("\n")[0]
+        if torch.equal(returned, tokens):
+            return Finding("dispatch", "DeepEP sends tokens to every rank and back")
+    except RuntimeError as failure:
+        problem = str(failure).partition("\n")[0]
+    return error(
+        "dispatch",
+        problem,
+        "DeepEP must send tokens to every rank and back",
+        "moe.dispatcher=alltoall does without DeepEP; docs/troubleshooting.md has causes",
+    )
 
 
 def expected_seconds(
@@ -136,6 +159,76 @@ def clock_offset() -> float:
         dist.broadcast(theirs, src=0)
         offsets.append(now.item() - theirs.item())
     return median(offsets)
+
+
+def check_matmul(
+    speeds: Sequence[DeviceSpeed], hardware: Hardware | None, thresholds: Thresholds, bad: Severity
+) -> list[Finding]:
+    """Compare one node's devices with the rated bf16 rate; one finding for those that reach it.
+
+    Without a rated rate speeds are reported, not judged. `bad` is the severity of a slow device.
+    """
+    rated_tflops = hardware.bf16_tflops if hardware is not None else None
+    if rated_tflops is None:
+        text = ", ".join(f"{s.name}: {s.tflops:.3g} TFLOP/s" for s in speeds)
+        return [Finding(_MATMUL, f"{text} (no rated speed to compare with)")]
+    least = rated_tflops * thresholds.matmul_fraction
+    slow = [
+        Finding(
+            _MATMUL,
+            f"{s.name}: {s.tflops:.0f} TFLOP/s in bf16",
+            f"should reach {least:.0f} of {rated_tflops:.0f} TFLOP/s",
+            "look at GPU throttling, GPU power cap and GPU processes; else leave the node out",
+            bad,
+        )
+        for s in speeds
+        if s.tflops < least
+    ]
+    if slow:
+        return slow
+    low, high = min(s.tflops for s in speeds), max(s.tflops for s in speeds)
+    share = f"{low / rated_tflops:.0%} of the rated {rated_tflops:.0f}"
+    observation = f"{low:.0f} to {high:.0f} TFLOP/s in bf16, {share}"
+    return [Finding(_MATMUL, observation)]
+
+
+def check_slowest(speeds: Sequence[DeviceSpeed], thresholds: Thresholds) -> Finding:
+    """Compare the slowest device of all ranks, named with its node, with their median."""
+    slowest = min(speeds, key=lambda speed: speed.tflops)
+    ratio = median(speed.tflops for speed in speeds) / slowest.tflops
+    where = f"{slowest.name} of {slowest.node}" if slowest.node else slowest.name
+    return judged(
+        ratio <= thresholds.slowest_ratio,
+        "slowest rank",
+        f"{where}: {ratio:.2f} times the median time",
+        f"should be at most {thresholds.slowest_ratio:g}",
+        f"all ranks wait for it: look at its findings, or exclude {slowest.node or 'the device'}",
+        Severity.WARNING,
+    )
+
+
+def check_collective(
+    collective: CollectiveSpeed, expected: float | None, thresholds: Thresholds, bad: Severity
+) -> Finding:
+    """Compare a collective with the time that rated links need.
+
+    Without `expected` seconds the time is reported, not judged. `bad` is the severity of a slow
+    one.
+    """
+    name, seconds = collective.name, collective.seconds
+    observation = f"{collective.num_bytes / 2**20:.0f} MiB a rank in {seconds * 1e3:.3g} ms"
+    if expected is None:
+        return Finding(name, f"{observation} (no rated speed to compare with)")
+    share = expected / seconds
+    return judged(
+        share >= thresholds.collective_fraction,
+        name,
+        f"{observation}, {share:.0%} of the rated links",
+        f"should reach {thresholds.collective_fraction:.0%}",
+        "look at NVLink and network ports of every node, then at NCCL_DEBUG=INFO for the "
+        "transport that NCCL chose",
+        bad,
+    )
 
 
 def _communication_device() -> torch.device:

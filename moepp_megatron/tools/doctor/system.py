@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_megatron.config.hardware import Thresholds
-from moepp_megatron.tools.doctor.finding import Finding, error, note, warning
+from moepp_megatron.tools.doctor.finding import Finding, Severity, judged, note, warning
 
 # What /proc/driver/nvidia/params says where GPUs may drive a network adapter, and its option.
 _IBGDA = {
@@ -85,50 +85,41 @@ def shared_memory_bytes(folder: Path = Path("/dev/shm")) -> int | None:
 
 def check_shared_memory(size: int | None, thresholds: Thresholds, has_gpu: bool) -> Finding:
     """Check the size of /dev/shm, through which NCCL and data loader workers pass data."""
-    if size is None:
-        size = 0
-    observation = f"/dev/shm has {size / 2**30:.2f} GiB"
-    if size >= thresholds.shared_memory_gib * 2**30:
-        return Finding("shared memory", observation)
-    # NCCL between processes of one node fails without it; gloo does not use it.
-    return (error if has_gpu else warning)(
+    size = size or 0
+    return judged(
+        size >= thresholds.shared_memory_gib * 2**30,
         "shared memory",
-        observation,
+        f"/dev/shm has {size / 2**30:.2f} GiB",
         f"must be at least {thresholds.shared_memory_gib:g} GiB",
         "start the container with --ipc=host or --shm-size, or mount a larger tmpfs there",
+        # NCCL between processes of one node fails without it; gloo does not use it.
+        Severity.ERROR if has_gpu else Severity.WARNING,
     )
 
 
 def check_limits(limits: Limits, thresholds: Thresholds, has_rdma: bool) -> list[Finding]:
     """Check the limits of open files and, with RDMA devices, of locked memory."""
-    findings = []
-    files, least = limits.open_files, thresholds.open_files
-    observation = "unlimited" if files is None else str(files)
-    if files is None or files >= least:
-        findings.append(Finding("open files", observation))
-    else:
-        hard = limits.open_files_hard
-        can_raise = hard is None or hard >= least
-        remedy = (
-            f"ulimit -n {least}" if can_raise else "raise LimitNOFILE of slurmd or the container"
-        )
-        rule = f"should be at least {least}"
-        findings.append(warning("open files", observation, rule, remedy))
-    if has_rdma:
-        findings.append(_check_locked_memory(limits.locked_memory))
-    return findings
-
-
-def _check_locked_memory(locked: int | None) -> Finding:
-    if locked is None:
-        return Finding("locked memory", "unlimited")
-    return error(
+    files, hard, least = limits.open_files, limits.open_files_hard, thresholds.open_files
+    can_raise = hard is None or hard >= least
+    open_files = judged(
+        files is None or files >= least,
+        "open files",
+        "unlimited" if files is None else str(files),
+        f"should be at least {least}",
+        f"ulimit -n {least}" if can_raise else "raise LimitNOFILE of slurmd or the container",
+        Severity.WARNING,
+    )
+    locked = limits.locked_memory
+    locked_memory = judged(
+        locked is None,
         "locked memory",
-        f"{locked / 2**20:.0f} MiB",
+        "unlimited" if locked is None else f"{locked / 2**20:.0f} MiB",
         "must be unlimited for RDMA",
         "ulimit -l unlimited; under Slurm LimitMEMLOCK=infinity of slurmd, in a container "
         "--ulimit memlock=-1",
+        Severity.ERROR,
     )
+    return [open_files, locked_memory] if has_rdma else [open_files]
 
 
 def check_ibgda(driver: str, ports: list[NetworkPort]) -> Finding | None:
@@ -136,13 +127,13 @@ def check_ibgda(driver: str, ports: list[NetworkPort]) -> Finding | None:
     if not driver or not ports:
         return None
     lacks = [option for sign, option in _IBGDA.items() if sign not in driver]
-    if not lacks:
-        return Finding("IBGDA", "the driver allows it")
-    return warning(
+    return judged(
+        not lacks,
         "IBGDA",
-        "the driver does not allow it",
+        "the driver does not allow it" if lacks else "the driver allows it",
         "DeepEP and HybridEP need it between nodes",
         f"add to /etc/modprobe.d/nvidia.conf: options nvidia {' '.join(lacks)}; then reboot",
+        Severity.WARNING,
     )
 
 
@@ -195,13 +186,13 @@ def check_clock(synchronized: bool | None) -> Finding:
     """Check the clock of a single node."""
     if synchronized is None:
         return note("clock", "unknown whether it follows a time server")
-    if synchronized:
-        return Finding("clock", "follows a time server")
-    return warning(
+    return judged(
+        synchronized,
         "clock",
-        "does not follow a time server",
+        f"{'follows' if synchronized else 'does not follow'} a time server",
         "logs of several nodes cannot be put in order",
         "start chronyd or systemd-timesyncd",
+        Severity.WARNING,
     )
 
 
@@ -209,14 +200,13 @@ def check_clock_skew(offsets: dict[str, float], thresholds: Thresholds) -> Findi
     """Check the clocks of several nodes, given as seconds ahead of the first's."""
     ahead, behind = max(offsets, key=offsets.__getitem__), min(offsets, key=offsets.__getitem__)
     skew = offsets[ahead] - offsets[behind]
-    observation = f"{skew:.3f} s between {behind} and {ahead}"
-    if skew <= thresholds.clock_skew_s:
-        return Finding("clock skew", observation)
-    return warning(
+    return judged(
+        skew <= thresholds.clock_skew_s,
         "clock skew",
-        observation,
+        f"{skew:.3f} s between {behind} and {ahead}",
         f"should be at most {thresholds.clock_skew_s:g} s",
         f"start chronyd or systemd-timesyncd on {ahead} and {behind}",
+        Severity.WARNING,
     )
 
 

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from moepp_megatron.cli.main import app
 from moepp_megatron.cli.ranks import option_words
-from moepp_megatron.tools.doctor import session
+from moepp_megatron.tools.doctor import examine
 from moepp_megatron.tools.doctor.finding import Finding, error, warning
 
 SICK = [
@@ -24,7 +24,7 @@ def doctor(*arguments: str):
 @pytest.fixture
 def findings(monkeypatch):
     found = list(SICK)
-    monkeypatch.setattr(session, "examine_machine", lambda request: found)
+    monkeypatch.setattr(examine, "examine_machine", lambda request: found)
     return found
 
 
@@ -84,7 +84,7 @@ def test_json_with_a_file_is_written(findings, tmp_path, equals):
 
 def test_what_follows_json_may_be_the_configuration(monkeypatch):
     seen = []
-    monkeypatch.setattr(session, "examine_machine", lambda request: seen.append(request) or [])
+    monkeypatch.setattr(examine, "examine_machine", lambda request: seen.append(request) or [])
     result = doctor("--json", "configs/quickstart.yaml", "moe.tau=0.5")
     assert seen[0].config.moe.tau == 0.5
     assert json.loads(result.stdout) == {"findings": []}
@@ -92,7 +92,7 @@ def test_what_follows_json_may_be_the_configuration(monkeypatch):
 
 def test_the_request_reaches_the_examination(monkeypatch):
     seen = []
-    monkeypatch.setattr(session, "examine_machine", lambda request: seen.append(request) or [])
+    monkeypatch.setattr(examine, "examine_machine", lambda request: seen.append(request) or [])
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
     doctor("configs/quickstart.yaml", "moe.tau=0.5", "--hardware", "h200", "--preflight")
     doctor("--gpus", "2")

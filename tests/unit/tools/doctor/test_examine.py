@@ -10,7 +10,7 @@ from moepp_megatron.tools.doctor import folders, packages, system
 from moepp_megatron.tools.doctor.examine import Cards, NodeExaminer, Request, expected_gpus
 from moepp_megatron.tools.doctor.finding import Severity, worst
 from moepp_megatron.tools.doctor.gpu_checks import TorchCuda
-from moepp_megatron.tools.doctor.speed_checks import DeviceSpeed
+from moepp_megatron.tools.doctor.speed import DeviceSpeed
 from tests.unit.tools.doctor.fake_nvml import FakeNvml, answers
 from tests.unit.tools.doctor.test_cards import BUSY
 

@@ -10,15 +10,10 @@ from moepp_megatron.config import load_config
 from moepp_megatron.config.hardware import Thresholds, load_hardware
 from moepp_megatron.moe.upstream_versions import BEYOND, OLDEST, TESTED_VERSION
 from moepp_megatron.runtime.backends import Backend
-from moepp_megatron.tools.doctor import folders, packages, speed_checks, system
+from moepp_megatron.tools.doctor import folders, packages, speed, system
 from moepp_megatron.tools.doctor.finding import Finding, Severity, error, warning, worst
 from moepp_megatron.tools.doctor.folders import PROBE_BYTES, ProbedFolder
-from moepp_megatron.tools.doctor.speed import (
-    CollectiveSpeed,
-    dispatch_problem,
-    expected_seconds,
-)
-from moepp_megatron.tools.doctor.speed_checks import DeviceSpeed
+from moepp_megatron.tools.doctor.speed import CollectiveSpeed, DeviceSpeed, expected_seconds
 from moepp_megatron.tools.doctor.system import Limits, NetworkPort
 
 GIB, MIB = 2**30, 2**20
@@ -104,8 +99,8 @@ def test_a_dispatch_comes_back(monkeypatch, sent_back, problem):
             raise sent_back
         return received + sent_back, None
 
-    found = dispatch_problem(lambda x, *_: (x, None, None, None, 7), combine, torch.device("cpu"))
-    finding = speed_checks.check_dispatch(found)
+    dispatch = lambda x, *_: (x, None, None, None, 7)  # noqa: E731
+    finding = speed.check_dispatch(dispatch, combine, torch.device("cpu"))
     assert finding.severity == (OK if problem is None else ERROR)
     assert problem is None or finding.found.endswith(problem)
 
@@ -206,18 +201,18 @@ def test_what_the_run_needs_is_an_error_where_it_is_missing():
 def test_a_slow_card_is_named():
     h100 = load_hardware("h100_sxm")
     speeds = [DeviceSpeed(f"GPU {i}", 720.0, "node1") for i in range(8)]
-    (fine,) = speed_checks.check_matmul(speeds, h100, THRESHOLDS, ERROR)
+    (fine,) = speed.check_matmul(speeds, h100, THRESHOLDS, ERROR)
     assert fine.severity == OK
-    assert speed_checks.check_slowest(speeds, THRESHOLDS).severity == OK
+    assert speed.check_slowest(speeds, THRESHOLDS).severity == OK
     speeds[5] = DeviceSpeed("GPU 5", 500.0, "node2")
-    (slow,) = speed_checks.check_matmul(speeds, h100, THRESHOLDS, ERROR)
+    (slow,) = speed.check_matmul(speeds, h100, THRESHOLDS, ERROR)
     assert (slow.severity, slow.found) == (ERROR, "GPU 5: 500 TFLOP/s in bf16")
-    slowest = speed_checks.check_slowest(speeds, THRESHOLDS)
+    slowest = speed.check_slowest(speeds, THRESHOLDS)
     assert (slowest.severity, slowest.found) == (
         WARNING,
         "GPU 5 of node2: 1.44 times the median time",
     )
-    (unrated,) = speed_checks.check_matmul(speeds, load_hardware("cpu"), THRESHOLDS, ERROR)
+    (unrated,) = speed.check_matmul(speeds, load_hardware("cpu"), THRESHOLDS, ERROR)
     assert unrated.severity == OK
 
 
@@ -241,8 +236,10 @@ def test_time_that_rated_links_need():
 
 
 def test_collectives_against_rated_links():
+    reduced = CollectiveSpeed("all-reduce", GIB, 0.010)
+
     def check(expected: float | None) -> Finding:
-        return speed_checks.check_collective("all-reduce", GIB, 0.010, expected, THRESHOLDS, ERROR)
+        return speed.check_collective(reduced, expected, THRESHOLDS, ERROR)
 
     assert check(None).severity == OK
     assert check(0.006).severity == OK
