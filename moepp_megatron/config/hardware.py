@@ -48,11 +48,11 @@ class Thresholds(Section):
 class Hardware(Section):
     """One kind of GPU in its usual server. Rates are dense (without sparsity) and decimal."""
 
-    name: Annotated[str, Unit("-")]
+    name: str
     """Short name"""
-    kind: Annotated[Literal["gpu", "cpu"], Unit("-")] = "gpu"
+    kind: Literal["gpu", "cpu"] = "gpu"
     """Device type"""
-    device_names: Annotated[list[str], Unit("-")] = []
+    device_names: list[str] = []
     """Names under which NVML knows the GPU"""
     memory_gb: Annotated[float | None, Unit("GB"), Field(gt=0.0)] = None
     """Device memory"""

@@ -87,7 +87,6 @@ def _section(path: str, model: type[Section], meaning: str = "") -> Iterator[Sec
 
 
 def _setting(name: str, field: FieldInfo) -> _SettingReference:
-    assert unit_of(field), f"{name} has no unit"
     default = None
     if not field.is_required():
         default = show(field.get_default(call_default_factory=True, validated_data={}))

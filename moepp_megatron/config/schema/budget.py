@@ -17,7 +17,7 @@ class BudgetSection(Section):
     target_ffn_per_token: Annotated[float | None, Unit("experts"), Field(gt=0.0)] = None
     """FFN experts a token takes on average, of the moe.router_topk selected; takes the place of
     moe.tau. null: what moe.tau gives under perfect balance"""
-    controller: Annotated[Controller | None, Unit("-")] = None
+    controller: Controller | None = None
     """Controller of the measured share: a bias on the selection of FFN experts, tau in the balance
     loss, or none. null: bias where there is a target, else none"""
     response: Annotated[float, Unit("1"), Field(gt=0.0, le=1.0)] = 0.7
@@ -29,7 +29,7 @@ class BudgetSection(Section):
     decay: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.9
     """Weight of the past in the measured share's moving average; 0 takes each step as it is. Of tau
     and of a fixed gain"""
-    scope: Annotated[Literal["layer", "model"], Unit("-")] = "layer"
+    scope: Literal["layer", "model"] = "layer"
     """Hold each MoE layer to the target, or only their mean"""
     start_ffn_per_token: Annotated[float | None, Unit("experts"), Field(gt=0.0)] = None
     """Where the target starts; null: at target_ffn_per_token"""

@@ -15,21 +15,21 @@ from moepp_megatron.config.schema.section import ConfigPath, Place, PlaceText, S
 class CheckpointSection(Section):
     """Settings of saving and loading checkpoints."""
 
-    dir: Annotated[Place | None, Unit("-"), Field(min_length=1)] = None
+    dir: Annotated[Place | None, Field(min_length=1)] = None
     """Folder of the checkpoints, or s3://bucket/prefix or msc://profile/path; null means
     RUN/checkpoints"""
-    staging: Annotated[ConfigPath | None, Unit("-")] = None
+    staging: ConfigPath | None = None
     """Where checkpoint.dir is an address: folder of this machine in which a rank's files are until
     they are uploaded; null means RUN/staging"""
     save_interval: Annotated[int, Unit("steps"), Field(ge=0)] = 0
     """Steps between checkpoints; 0 saves none on the way"""
-    async_save: Annotated[bool, Unit("-")] = False
+    async_save: bool = False
     """Write checkpoints in the background while training continues"""
     keep: Annotated[int | None, Unit("checkpoints"), Field(ge=1)] = None
     """Newest checkpoints to keep; null keeps all"""
-    load: Annotated[PlaceText | None, Unit("-"), Field(min_length=1)] = None
+    load: Annotated[PlaceText | None, Field(min_length=1)] = None
     """Checkpoint folder, its address, or a run to start from, or auto for this run's newest"""
-    load_optimizer: Annotated[bool, Unit("-")] = True
+    load_optimizer: bool = True
     """Go on where the checkpoint was; false takes its weights and starts at step 0"""
 
     def folder(self, run_dir: Path) -> str:

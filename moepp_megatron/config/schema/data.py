@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class BlendPart(Section):
     """One folder of a blend."""
 
-    path: Annotated[ConfigPath, Unit("-")]
+    path: ConfigPath
     """Folder or prefix, as data.path"""
     weight: Annotated[float, Unit("1"), Field(ge=0)]
     """Share of the samples, before division by the sum of the blend's weights"""
@@ -35,7 +35,7 @@ class DataStage(Section):
     """Steps that the run has taken when the stage begins, refused batches included"""
     from_tokens: Annotated[float | None, Unit("tokens"), Field(gt=0)] = None
     """The same in tokens, rounded up to a whole step; instead of from_step"""
-    blend: Annotated[list[BlendPart], Unit("-")]
+    blend: list[BlendPart]
     """Folders that are trained on together"""
 
 
@@ -100,33 +100,33 @@ def _split_has_three_parts(config: Config) -> Iterator[Problem]:
 class DataSection(Section):
     """The prepared corpus."""
 
-    path: Annotated[ConfigPath | None, Unit("-")] = None
+    path: ConfigPath | None = None
     """Folder written by `moepp data prepare`, or the prefix of Megatron's .bin and .idx; null where
     data.blend names several, or no data is read"""
-    blend: Annotated[list[BlendPart], Unit("-")] = []
+    blend: list[BlendPart] = []
     """Folders that are trained on together, instead of data.path"""
-    stages: Annotated[list[DataStage], Unit("-")] = []
+    stages: list[DataStage] = []
     """Blends that replace the one before at a step or a number of tokens, in order"""
-    validation: Annotated[dict[str, ConfigPath], Unit("-")] = {}
+    validation: dict[str, ConfigPath] = {}
     """Further validation sets, {name: folder}, each with its own loss: the validation part of a
     folder that is trained on, all documents of any other"""
-    cache: Annotated[ConfigPath | None, Unit("-")] = None
+    cache: ConfigPath | None = None
     """Folder for the order of samples, which all ranks must see; null: cache/ in the data folder"""
-    tokenizer: Annotated[ConfigPath | None, Unit("-")] = None
+    tokenizer: ConfigPath | None = None
     """Tokenizer file; null takes tokenizer.json in the (first) data folder"""
-    dataset: Annotated[Literal["gpt"] | Annotated[str, Plugin("datasets")], Unit("-")] = "gpt"
+    dataset: Literal["gpt"] | Annotated[str, Plugin("datasets")] = "gpt"
     """Dataset that samples documents; gpt is megatron-core's, which shuffles documents and cuts
     them into sequences"""
     split: Annotated[str | None, Unit("1")] = None
     """Weights of the train, validation and test parts by documents, separated by commas; null takes
     the corpus's own (whole packages of the built-in one) or 98,2,0"""
-    reset_attention_mask: Annotated[bool, Unit("-")] = False
+    reset_attention_mask: bool = False
     """Attention stays within documents; must be true for conversations (`moepp data prepare
     --chat`)"""
-    reset_position_ids: Annotated[bool, Unit("-")] = False
+    reset_position_ids: bool = False
     """Positions start at 0 in every document; changes metrics by position only, because rotary
     embeddings depend on distances"""
-    eod_mask_loss: Annotated[bool, Unit("-")] = False
+    eod_mask_loss: bool = False
     """No loss where the input is the end-of-document token"""
     num_workers: Annotated[int, Unit("processes"), Field(ge=0)] = 0
     """Data loader processes per rank; 0 loads in the training process"""

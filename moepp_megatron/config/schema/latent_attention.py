@@ -45,7 +45,7 @@ class LatentAttentionSection(Section):
     """Width of their part with position, whose key all heads share"""
     v_head_dim: Annotated[int, Unit("channels"), Field(ge=1)] = 128
     """Width of a head's value"""
-    rope_type: Annotated[Literal["rope", "yarn"], Unit("-")] = "rope"
+    rope_type: Literal["rope", "yarn"] = "rope"
     """Rotary embedding as it is, or stretched to longer sequences (YaRN)"""
     rotary_scaling_factor: Annotated[float, Unit("1"), Field(ge=1.0)] = 40.0
     """With yarn: how many times longer sequences are than those trained on before"""

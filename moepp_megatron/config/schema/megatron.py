@@ -44,25 +44,25 @@ def _modules(wrong: Condition, must: Text, remedy: str) -> Rule:
 class MegatronSection(Section):
     """Settings of megatron-core's TransformerConfig, under its names; `moepp plan` ignores them."""
 
-    tp_comm_overlap: Annotated[bool, Unit("-")] = False
+    tp_comm_overlap: bool = False
     """Must be false: it needs a communicator that is not started here"""
-    high_priority_a2a_comm_stream: Annotated[bool, Unit("-")] = False
+    high_priority_a2a_comm_stream: bool = False
     """Give the combined schedule's transfers a stream of high priority"""
-    ep_overlap_early_attn_memory_release: Annotated[bool, Unit("-")] = False
+    ep_overlap_early_attn_memory_release: bool = False
     """Let the combined schedule run attention's backward pass earlier, which frees its memory"""
-    moe_permute_fusion_into_hybridep: Annotated[bool, Unit("-")] = False
+    moe_permute_fusion_into_hybridep: bool = False
     """Let HybridEP's kernels permute the tokens"""
-    moe_router_fusion: Annotated[bool, Unit("-")] = False
+    moe_router_fusion: bool = False
     """Transformer Engine's fused router, in vanilla layers"""
-    fused_residual_rmsnorm: Annotated[bool, Unit("-")] = False
+    fused_residual_rmsnorm: bool = False
     """Add the residual's gradient in the norm's backward pass (Transformer Engine)"""
-    fused_single_qkv_rope: Annotated[bool, Unit("-")] = False
+    fused_single_qkv_rope: bool = False
     """Rotate queries and keys in one kernel, before they are split (Transformer Engine)"""
-    use_transformer_engine_op_fuser: Annotated[bool, Unit("-")] = False
+    use_transformer_engine_op_fuser: bool = False
     """Must be false: fused experts have not been tried"""
-    fine_grained_activation_offloading: Annotated[bool, Unit("-")] = False
+    fine_grained_activation_offloading: bool = False
     """Keep inputs of offload_modules in host memory until the backward pass"""
-    offload_modules: Annotated[list[OffloadModule], Unit("-")] = []
+    offload_modules: list[OffloadModule] = []
     """With fine_grained_activation_offloading: of which modules"""
     min_offloaded_tensor_size: Annotated[int, Unit("elements"), Field(ge=0)] = 1024 * 1024
     """With fine_grained_activation_offloading: smaller tensors stay"""

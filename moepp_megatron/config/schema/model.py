@@ -42,14 +42,14 @@ class ModelSection(Section):
     """Key/value heads (grouped-query attention); null means one per query head"""
     kv_channels: Annotated[int | None, Unit("channels"), Field(ge=1)] = None
     """Width of one head; null means hidden_size / num_attention_heads"""
-    qk_layernorm: Annotated[bool, Unit("-")] = False
+    qk_layernorm: bool = False
     """Normalise queries and keys; with latent_attention the compressed vectors that they are made
     of"""
-    qk_layernorm_scope: Annotated[Literal["head", "all_heads"], Unit("-")] = "head"
+    qk_layernorm_scope: Literal["head", "all_heads"] = "head"
     """Scope of qk_layernorm's mean square: each head, or all heads of a token at once (OLMoE)"""
-    qkv_bias: Annotated[bool, Unit("-")] = False
+    qkv_bias: bool = False
     """Add learned biases to queries, keys and values (Qwen2)"""
-    latent_attention: Annotated[LatentAttentionSection | None, Unit("-")] = None
+    latent_attention: LatentAttentionSection | None = None
     """Multi-head latent attention; null is multi-head or grouped-query attention"""
     seq_length: Annotated[int, Unit("tokens"), Field(ge=1)]
     """Sequence length"""
@@ -59,7 +59,7 @@ class ModelSection(Section):
     """Base of the rotary position embedding"""
     norm_epsilon: Annotated[float, Unit("1"), Field(gt=0.0, le=0.1)] = 1e-5
     """Added to the mean square inside RMSNorm"""
-    tie_embeddings: Annotated[bool, Unit("-")] = False
+    tie_embeddings: bool = False
     """Share the weights of the embedding and the output layer"""
     init_method_std: Annotated[float, Unit("1"), Field(gt=0.0, le=1.0)] = 0.02
     """Standard deviation of the initial weights"""

@@ -70,17 +70,15 @@ class MoESection(Section, LayerSettings):  # type: ignore[misc]
     """Step by which the selection bias of each expert moves after every batch, up where its load is
     below the mean and down where it is above (aux-loss-free balancing, DeepSeek-V3: 0.001); 0: it
     stays. Needs scores other than softmax, as in megatron-core"""
-    dispatcher: Annotated[Literal["alltoall", "alltoall_dedup", "allgather", "flex"], Unit("-")] = (
-        "alltoall"
-    )
+    dispatcher: Literal["alltoall", "alltoall_dedup", "allgather", "flex"] = "alltoall"
     """Token dispatcher of FFN experts (alltoall_dedup: a token goes once to each rank; flex: DeepEP
     or HybridEP)"""
-    flex_backend: Annotated[Literal["auto", "deepep", "hybridep"], Unit("-")] = "auto"
+    flex_backend: Literal["auto", "deepep", "hybridep"] = "auto"
     """Library of the flex dispatcher; auto takes DeepEP, or else HybridEP"""
     flex_num_sms: Annotated[int | None, Unit("multiprocessors"), Field(ge=2)] = None
     """Multiprocessors that the flex dispatcher's kernels occupy; null: 20 with DeepEP, HybridEP's
     own choice"""
-    cutlass_grouped_gemm: Annotated[bool, Unit("-")] = False
+    cutlass_grouped_gemm: bool = False
     """Let one CUTLASS kernel multiply all FFN experts of a rank, in bf16 on Hopper (Transformer
     Engine; the weights' gradients stay with cuBLAS), in place of a cuBLAS product each"""
     layer_freq: Annotated[int | list[int], Unit("layers")] = 1
@@ -89,7 +87,7 @@ class MoESection(Section, LayerSettings):  # type: ignore[misc]
     """Inner width of an FFN expert; null means model.ffn_hidden_size"""
     shared_expert_ffn_hidden_size: Annotated[int | None, Unit("channels"), Field(ge=1)] = None
     """Inner width of an expert that every token takes; null: none"""
-    shared_expert_gate: Annotated[bool, Unit("-")] = False
+    shared_expert_gate: bool = False
     """Weigh what the shared expert returns by sigmoid(w x) with a learned w (Qwen2)"""
 
     budget: BudgetSection = BudgetSection()

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.rows import no_effect_where, refuse
-from moepp_megatron.config.schema.section import Section, Unit
+from moepp_megatron.config.schema.section import Section
 
 if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class WandbSection(Section):
     """Weights & Biases. Access is granted by `wandb login`, not here."""
 
-    project: Annotated[str | None, Unit("-"), Field(min_length=1)] = None
+    project: Annotated[str | None, Field(min_length=1)] = None
     """Project that records are sent to; null is off"""
-    entity: Annotated[str | None, Unit("-"), Field(min_length=1)] = None
+    entity: Annotated[str | None, Field(min_length=1)] = None
     """User or team that the project belongs to; null takes the user's own"""
-    mode: Annotated[Literal["online", "offline"], Unit("-")] = "online"
+    mode: Literal["online", "offline"] = "online"
     """Send at once, or write RUN/wandb for `wandb sync` later"""
 
 
@@ -34,11 +34,11 @@ def _is_no_name(config: Config) -> bool:
 class EngineObserveSection(Section):
     """Sinks that leave the run's folder."""
 
-    sinks: Annotated[list[Annotated[str, Plugin("sinks")]], Unit("-")] = []
+    sinks: list[Annotated[str, Plugin("sinks")]] = []
     """Sinks of installed packages that get every record too"""
     wandb: WandbSection = WandbSection()
     """Weights & Biases"""
-    webhook_url_env: Annotated[str | None, Unit("-"), Field(min_length=1)] = None
+    webhook_url_env: Annotated[str | None, Field(min_length=1)] = None
     """Environment variable that holds the address alerts are posted to (https, or localhost), so
     that the address is in no file; null is off"""
 

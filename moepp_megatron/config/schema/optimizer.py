@@ -110,50 +110,43 @@ class OptimizerSection(Section):
     """Adam beta 2"""
     adam_eps: Annotated[float, Unit("1"), Field(gt=0.0)] = 1e-8
     """Adam epsilon"""
-    exp_avg_dtype: Annotated[Literal["fp32", "bf16"], Unit("-")] = "fp32"
+    exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of Adam's first moment between steps; bf16 takes half of its memory and needs
     Transformer Engine"""
-    exp_avg_sq_dtype: Annotated[Literal["fp32", "bf16"], Unit("-")] = "fp32"
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
     """The same of Adam's second moment"""
-    store_param_remainders: Annotated[bool, Unit("-")] = False
+    store_param_remainders: bool = False
     """Keep of each fp32 weight the 16 bits that its bf16 weight lacks, exactly, in place of all 32;
     needs Transformer Engine"""
     warmup_iters: Annotated[int, Unit("steps"), Field(ge=0)] = 0
     """Steps in which the rate rises from 0 to lr"""
-    decay_style: Annotated[
+    decay_style: (
         Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"]
-        | Annotated[str, Plugin("schedules")],
-        Unit("-"),
-    ] = "cosine"
+        | Annotated[str, Plugin("schedules")]
+    ) = "cosine"
     """Learning-rate decay from lr to min_lr; WSD keeps lr until its last steps"""
     wsd_decay_iters: Annotated[int | None, Unit("steps"), Field(ge=1)] = None
     """With WSD: the steps before decay_iters in which the rate falls"""
-    wsd_decay_style: Annotated[
-        Literal["exponential", "linear", "cosine", "minus_sqrt"], Unit("-")
-    ] = "exponential"
+    wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """With WSD: how it falls in these steps"""
     decay_iters: Annotated[int | None, Unit("steps"), Field(ge=1)] = None
     """Step at which min_lr is reached; null means training.train_iters"""
-    kind: Annotated[
-        Literal["adam", "muon", "lion"] | Annotated[str, Plugin("optimizers")], Unit("-")
-    ] = "adam"
+    kind: Literal["adam", "muon", "lion"] | Annotated[str, Plugin("optimizers")] = "adam"
     """The optimizer; adam is AdamW; the others train the matrices, and AdamW the router, constants,
     embeddings, output layer, norms and biases"""
     muon_momentum: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.95
     """Share of the average gradient that a step keeps"""
-    muon_nesterov: Annotated[bool, Unit("-")] = False
+    muon_nesterov: bool = False
     """Look ahead by the step's own gradient"""
     muon_num_ns_steps: Annotated[int, Unit("1"), Field(ge=1)] = 5
     """Newton-Schulz iterations"""
-    muon_scale_mode: Annotated[Literal["spectral", "unit_rms_norm", "shape_scaling"], Unit("-")] = (
-        "spectral"
-    )
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
     """Scaling of an update by the shape of its matrix (emerging_optimizers)"""
     muon_extra_scale_factor: Annotated[float, Unit("1"), Field(gt=0.0)] = 1.0
     """Factor of every update; 0.2 gives those of spectral the size of AdamW's"""
-    muon_fp32_matmul_prec: Annotated[Literal["highest", "high", "medium"], Unit("-")] = "medium"
+    muon_fp32_matmul_prec: Literal["highest", "high", "medium"] = "medium"
     """Precision of the iterations' products; medium is bf16"""
-    muon_tp_mode: Annotated[Literal["duplicated", "distributed"], Unit("-")] = "duplicated"
+    muon_tp_mode: Literal["duplicated", "distributed"] = "duplicated"
     """With tensor parallelism: gather each matrix, or share out its products; both orthogonalize it
     whole"""
     lion_beta1: Annotated[float, Unit("1"), Field(ge=0.0, lt=1.0)] = 0.95

@@ -192,7 +192,7 @@ class ParallelSection(Section):
     """Pipeline stages"""
     virtual_pipeline_model_parallel_size: Annotated[int | None, Unit("chunks"), Field(ge=2)] = None
     """Model chunks per pipeline rank (interleaved schedule); null: one"""
-    pipeline_model_parallel_layout: Annotated[str | None, Unit("-")] = None
+    pipeline_model_parallel_layout: str | None = None
     """Layers per stage, such as Ett|tt|ttL (E embedding, t layer, L loss)"""
     expert_model_parallel_size: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
     """Ranks that share out the FFN experts"""
@@ -200,24 +200,22 @@ class ParallelSection(Section):
     """Ranks that split each FFN expert; null means 1"""
     context_parallel_size: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
     """Ranks that split the sequence"""
-    sequence_parallel: Annotated[bool, Unit("-")] = False
+    sequence_parallel: bool = False
     """Split norms and the residual stream over the tensor-parallel ranks"""
-    use_distributed_optimizer: Annotated[bool, Unit("-")] = True
+    use_distributed_optimizer: bool = True
     """Shard the optimizer state over the data-parallel ranks"""
-    overlap_grad_reduce: Annotated[bool, Unit("-")] = False
+    overlap_grad_reduce: bool = False
     """Reduce gradients during the backward pass"""
-    overlap_param_gather: Annotated[bool, Unit("-")] = False
+    overlap_param_gather: bool = False
     """Gather parameters during the forward pass"""
-    overlap_moe_expert_parallel_comm: Annotated[bool, Unit("-")] = False
+    overlap_moe_expert_parallel_comm: bool = False
     """Move the tokens of one micro-batch while another one's layer computes (megatron-core's
     combined schedule of forward and backward)"""
-    delay_wgrad_compute: Annotated[bool, Unit("-")] = False
+    delay_wgrad_compute: bool = False
     """In the combined schedule: compute gradients of weights after those of activations are on
     their way, so that more work hides what travels"""
 
-    high_priority_stream_groups: Annotated[
-        list[Literal["tp", "cp", "dp_cp", "pp", "ep", "ep_dp"]], Unit("-")
-    ] = []
+    high_priority_stream_groups: list[Literal["tp", "cp", "dp_cp", "pp", "ep", "ep_dp"]] = []
     """Process groups, by megatron-core's names, whose NCCL kernels start before others that wait
     for the GPU"""
 

@@ -23,7 +23,7 @@ def _is_shorter_than_a_step(config: Config) -> bool:
 class ResilienceSection(Section):
     """Settings for bad batches, silent divergence, hangs and stragglers."""
 
-    guard: Annotated[bool, Unit("-")] = True
+    guard: bool = True
     """Skip batches whose loss or gradients are not finite or whose loss jumps; costs a reduction
     and a broadcast of three numbers a step"""
     guard_threshold: Annotated[float, Unit("1"), Field(gt=0.0)] = 10.0
@@ -32,7 +32,7 @@ class ResilienceSection(Section):
     guard_max_consecutive_skips: Annotated[int, Unit("batches"), Field(ge=1)] = 5
     """Batches refused in a row after which their cause is sought (docs/guard.md); more than a
     damaged file spoils, few enough not to wait on a model that is already broken"""
-    guard_new_data: Annotated[Literal["accept", "pause", "stop"], Unit("-")] = "accept"
+    guard_new_data: Literal["accept", "pause", "stop"] = "accept"
     """Response if the data have changed: take such batches from then on, save and end with exit
     status 75, or end as after a failure; each with an alert"""
     guard_max_rollbacks: Annotated[int, Unit("rollbacks"), Field(ge=0)] = 3

@@ -14,9 +14,9 @@ GuardAction = Literal["none", "warn", "put_back", "rollback", "stop"]
 class GuardRule(Section):
     """One rule. If `name` is that of a default rule, missing settings are taken from it."""
 
-    name: Annotated[str, Unit("-"), Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1)]
     """Name in alerts; that of a default rule changes that rule"""
-    metric: Annotated[str | None, Unit("-")] = None
+    metric: str | None = None
     """Metric to watch (docs/metrics.md)"""
     above: Annotated[float | None, Unit("the metric's")] = None
     """The rule holds while the metric is above this"""
@@ -27,9 +27,9 @@ class GuardRule(Section):
     next time; null: 1"""
     clear: Annotated[float | None, Unit("the metric's")] = None
     """The metric is healthy again beyond this; null: where the rule does not hold"""
-    severity: Annotated[Literal["info", "warning", "critical"] | None, Unit("-")] = None
+    severity: Literal["info", "warning", "critical"] | None = None
     """Severity of its alerts; null: warning"""
-    action: Annotated[GuardAction | None, Unit("-")] = None
+    action: GuardAction | None = None
     """Response; none drops the rule; put_back gives all routers their weights from the newest
     healthy step; null: warn"""
 
@@ -37,14 +37,14 @@ class GuardRule(Section):
 class RoutingGuardSection(Section):
     """Watches the routers and acts where a rule holds."""
 
-    enabled: Annotated[bool | None, Unit("-")] = None
+    enabled: bool | None = None
     """true: judge the rules after every step and act; null: judge and only report, as with dry_run;
     false: neither. `routing_guard: safe`, `observe` and `off` are short for these"""
-    dry_run: Annotated[bool, Unit("-")] = False
+    dry_run: bool = False
     """Only report what would be done; the model's numbers stay what they are"""
-    defaults: Annotated[bool, Unit("-")] = True
+    defaults: bool = True
     """Begin with the default rules (docs/guard.md)"""
-    rules: Annotated[list[GuardRule], Unit("-")] = []
+    rules: list[GuardRule] = []
     """Further rules, or changes of default rules by their name"""
     warmup: Annotated[int, Unit("steps"), Field(ge=0)] = 0
     """First steps of the run that are not judged"""

@@ -7,17 +7,17 @@ from typing import Annotated
 from pydantic import Field
 
 from moepp_megatron.config.plugins import Plugin
-from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
+from moepp_megatron.config.schema.section import ConfigPath, Section
 
 
 class RunSection(Section):
     """Settings of a run's folder and name."""
 
-    dir: Annotated[ConfigPath, Unit("-")]
+    dir: ConfigPath
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints, report"""
-    name: Annotated[str, Unit("-"), Field(min_length=1)] = "moepp"
+    name: Annotated[str, Field(min_length=1)] = "moepp"
     """Name shown in reports and logs"""
-    callbacks: Annotated[list[Annotated[str, Plugin("callbacks")]], Unit("-")] = []
+    callbacks: list[Annotated[str, Plugin("callbacks")]] = []
     """Callbacks of installed packages that get the events of the run"""
-    numa_binding: Annotated[bool, Unit("-")] = True
+    numa_binding: bool = True
     """Keep each rank on the CPU cores of its GPU's NUMA node that it may use"""

@@ -46,19 +46,19 @@ Use = Literal["output", "checkpoint", "gpu"]
 
 @dataclass(frozen=True)
 class Unit:
-    """The unit of a setting, in its annotation; "1" is a pure number, "-" none."""
+    """The unit of a setting, in its annotation; "1" is a pure number."""
 
     name: str
 
 
 def unit_of(field: FieldInfo) -> str:
-    """The unit of a field; empty for a section inside another."""
+    """The unit of a field; "-" where it has none."""
     for each in field.metadata:
         if isinstance(each, Unit):
             return each.name
         if isinstance(each, Setting):
             return each.unit
-    return ""
+    return "-"
 
 
 def meaning_of(field: FieldInfo) -> str:

@@ -45,24 +45,24 @@ class SlurmSection(Section):
     """GPUs, and so ranks, a node; 0 trains on CPUs with cpu_ranks_per_node"""
     cpu_ranks_per_node: Annotated[int, Unit("ranks"), Field(ge=1)] = 1
     """Ranks a node where gpus_per_node is 0"""
-    exclusive: Annotated[bool, Unit("-")] = True
+    exclusive: bool = True
     """Share the nodes with no other job; false leaves it to options, such as --exclusive=user"""
-    time: Annotated[str | None, Unit("-")] = None
+    time: str | None = None
     """Time limit, such as 4:00:00 or 2-00:00:00; null takes the partition's"""
     signal_before_s: Annotated[int, Unit("s"), Field(ge=1, le=65535)] = 600
     """Time before the limit at which the run is asked to save and stop; longer than a step and a
     save. Slurm may be a minute early"""
-    partition: Annotated[str | None, Unit("-")] = None
+    partition: str | None = None
     """Partition"""
-    account: Annotated[str | None, Unit("-")] = None
+    account: str | None = None
     """Account"""
-    qos: Annotated[str | None, Unit("-")] = None
+    qos: str | None = None
     """Quality of service"""
-    constraint: Annotated[str | None, Unit("-")] = None
+    constraint: str | None = None
     """Features of nodes"""
-    exclude: Annotated[str | None, Unit("-")] = None
+    exclude: str | None = None
     """Nodes not to use"""
-    options: Annotated[list[str], Unit("-")] = []
+    options: list[str] = []
     """Further options of sbatch, such as --reservation=NAME"""
     max_requeues: Annotated[int, Unit("requeues"), Field(ge=0)] = 20
     """Maximum requeues of the job; enough for weeks of time limits"""
@@ -72,19 +72,19 @@ class SlurmSection(Section):
     restart_timeout_s: Annotated[int, Unit("s"), Field(ge=1)] = 120
     """Time that nodes wait inside the job for one whose ranks have died; then the job is
     requeued"""
-    requeue_on_failure: Annotated[bool, Unit("-")] = False
+    requeue_on_failure: bool = False
     """Start again also after a failure with a traceback, not only after a request to stop, a hang
     or a lost node"""
-    preflight: Annotated[bool, Unit("-")] = True
+    preflight: bool = True
     """Check every node before training; nodes that fail are excluded"""
-    preflight_command: Annotated[list[str], Unit("-")] = []
+    preflight_command: list[str] = []
     """Check of a node: runs once on each, fails on a sick one and says why; empty means moepp
     doctor --preflight"""
-    container: Annotated[Literal["none", "pyxis", "apptainer"], Unit("-")] = "none"
+    container: Literal["none", "pyxis", "apptainer"] = "none"
     """Container runtime"""
-    container_image: Annotated[str | None, Unit("-"), Field(min_length=1)] = None
+    container_image: Annotated[str | None, Field(min_length=1)] = None
     """Image, in which the command moepp is installed"""
-    container_mounts: Annotated[list[str], Unit("-")] = []
+    container_mounts: list[str] = []
     """Folders to mount as SOURCE:TARGET; the working folder is mounted anyway"""
 
     own_rules = (

@@ -128,15 +128,15 @@ class EngineTrainingSection(Section):
     last with global_batch_size; null: all steps are alike"""
     seed: Annotated[int, Unit("-"), Field(ge=0, lt=2**31)] = 1234
     """Seed of initialisation, data order and noise"""
-    recompute_granularity: Annotated[Literal["full", "selective"] | None, Unit("-")] = None
+    recompute_granularity: Literal["full", "selective"] | None = None
     """Activations to recompute in the backward pass; null: none"""
-    recompute_method: Annotated[Literal["uniform", "block"] | None, Unit("-")] = None
+    recompute_method: Literal["uniform", "block"] | None = None
     """With full: equal groups of layers, or the first layers of each stage"""
     recompute_num_layers: Annotated[int | None, Unit("layers"), Field(ge=1)] = None
     """With full: layers per group (uniform) or per stage (block)"""
-    recompute_modules: Annotated[list[str], Unit("-")] = ["moe"]
+    recompute_modules: list[str] = ["moe"]
     """With selective: the modules to recompute"""
-    cuda_graphs: Annotated[list[str], Unit("-")] = []
+    cuda_graphs: list[str] = []
     """Parts of each layer that run as CUDA graphs: attn, moe_router"""
     log_interval: Annotated[int, Unit("steps"), Field(ge=1)] = 1
     """Steps between log lines"""
@@ -144,7 +144,7 @@ class EngineTrainingSection(Section):
     """Steps between validations; 0 validates only at the end"""
     eval_iters: Annotated[int, Unit("steps"), Field(ge=0)] = 4
     """Global batches per validation; 0 never validates"""
-    deterministic: Annotated[bool, Unit("-")] = False
+    deterministic: bool = False
     """Only deterministic kernels, at some cost in speed"""
 
     @property

@@ -21,11 +21,11 @@ def _nothing_is_learnt(config: Config) -> bool:
 class DistillationSection(Section):
     """The teacher, and how much its predictions count."""
 
-    teacher: Annotated[PathText | None, Unit("-"), Field(min_length=1)] = None
+    teacher: Annotated[PathText | None, Field(min_length=1)] = None
     """Checkpoint folder or run whose model is the teacher; null trains without one"""
     weight: Annotated[float, Unit("1"), Field(ge=0.0)] = 1.0
     """Weight of the divergence from the teacher in the loss; 0 only measures it"""
-    divergence: Annotated[Literal["forward_kl", "reverse_kl"], Unit("-")] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
     """KL(teacher || model), which covers all that the teacher does, or KL(model || teacher), which
     keeps to what it finds likely"""
     text_weight: Annotated[float, Unit("1"), Field(ge=0.0)] = 1.0

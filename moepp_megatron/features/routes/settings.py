@@ -13,13 +13,13 @@ from moepp_megatron.config.schema.section import PathText, Section, Unit, Use
 class RoutesSection(Section):
     """Router replay, and traces of routing."""
 
-    record: Annotated[PathText | None, Unit("-"), Field(min_length=1)] = None
+    record: Annotated[PathText | None, Field(min_length=1)] = None
     """Folder for the experts that each token of a batch selects: from_sample_00000000.npz and so
     on, by the batch's first sample; null is off"""
-    replay: Annotated[PathText | None, Unit("-"), Field(min_length=1)] = None
+    replay: Annotated[PathText | None, Field(min_length=1)] = None
     """Folder with such files, one for every batch, whose experts the routers select, with gates
     from their own logits; null lets them select"""
-    trace: Annotated[PathText | None, Unit("-"), Field(min_length=1)] = None
+    trace: Annotated[PathText | None, Field(min_length=1)] = None
     """Folder for router_trace_rankN.jsonl, the file of Megatron's `--moe-routing-trace-path`; null
     is off"""
     steps: Annotated[int | None, Unit("steps"), Field(ge=1)] = None

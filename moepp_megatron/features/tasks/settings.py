@@ -13,7 +13,7 @@ from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
 class EvaluationSection(Section):
     """Tasks of lm-eval that the model is evaluated on while it trains. A task is code."""
 
-    tasks: Annotated[list[ConfigPath], Unit("-")] = []
+    tasks: list[ConfigPath] = []
     """YAML files of tasks, or folders of them (names that begin with _ are left out); their
     documents are local JSONL files"""
     interval: Annotated[int, Unit("steps"), Field(ge=0)] = 0

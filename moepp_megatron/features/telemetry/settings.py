@@ -15,7 +15,7 @@ class TelemetrySection(Section):
     interval_s: Annotated[float, Unit("s"), Field(ge=0.0)] = 1.0
     """Time between samples, taken by one background thread a node; energy is read from the GPUs'
     counters and needs no more of them. 0 is off, MFU included"""
-    hardware: Annotated[PathText | None, Unit("-"), Field(min_length=1)] = None
+    hardware: Annotated[PathText | None, Field(min_length=1)] = None
     """GPU whose rated speed MFU is measured by: a name in configs/hardware or a YAML file; null
     takes the GPU that is here"""
 

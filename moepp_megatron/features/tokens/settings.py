@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from moepp_megatron.config.schema.section import Section, Unit
+from moepp_megatron.config.schema.section import Section
 
 
 class TokenSettings(Section):
     """Classes of tokens, and data sources."""
 
-    token_groups: Annotated[bool, Unit("-")] = True
+    token_groups: bool = True
     """Measure FFN experts by class of tokens, and loss, FFN share and use of the experts by data
     source where the prepared data have several"""

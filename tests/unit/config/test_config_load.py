@@ -1,6 +1,7 @@
 """Loading: bases, overrides, YAML's corners, the round trip, speed of import."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -16,8 +17,9 @@ from moepp_megatron.config import (
 )
 from moepp_megatron.config.removed import REMOVED
 from moepp_megatron.config.schema import Section
-from moepp_megatron.config.schema.section import meaning_of, unit_of
+from moepp_megatron.config.schema.section import Unit, meaning_of
 from moepp_megatron.config.sections import subsection
+from moepp_megatron.experts import Setting
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -268,7 +270,8 @@ def described_settings(path: str, model: type[Section]) -> int:
         if (inner := subsection(model, name)) is not None:
             count += described_settings(f"{path}.{name}", inner)
             continue
-        assert unit_of(setting), f"{path}.{name}"
+        is_number = {int, float} & {setting.annotation, *get_args(setting.annotation)}
+        assert not is_number or any(isinstance(m, Unit | Setting) for m in setting.metadata)
         count += 1
     return count
 
