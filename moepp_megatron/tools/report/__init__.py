@@ -3,14 +3,13 @@
 alerts.py              A run's alerts on its page: a table, and marks where they fall on curves
 bench.py               results of `moepp bench`: tables and JSON
 blocks.py              a page as a list of plots, tables and texts, which one template draws
-cards.py               the headline numbers of a run
+cards.py               the headline numbers of a run, and what it cost its machines
 comparison.py          several runs: how far each has come, and the settings that differ
 comparison_page.py     the page of several runs, with their curves over each other
 curves.py              plots over the course of training
 drawing.py             the look that all plots share, and turning a figure into text for the page
 expert_plots.py        plots of who gets the selections: by expert, by kind, by MoE layer
 formatting.py          numbers as a reader wants them
-hardware.py            what the run cost its machines: energy, GPU-hours, MFU
 router_health_plots.py plots of the routers' health; docs/routing.md says what each number means
 healthy.py             what is healthy: the ranges of docs/routing.md
 inspection.py          the page of `moepp inspect`

@@ -1,4 +1,6 @@
-"""The headline numbers of a run."""
+"""The headline numbers of a run: losses, savings, speed, and what it cost its machines."""
+
+import numpy as np
 
 from moepp_megatron.tools.report import formatting
 from moepp_megatron.tools.report.blocks import Card
@@ -62,3 +64,26 @@ def _speed_cards(summary: RunSummary) -> list[Card]:
             "in steps, without start and evaluation",
         ),
     ]
+
+
+def hardware_cards(run: RunData) -> list[Card]:
+    """Totals of the run and medians of its records, as far as they have telemetry."""
+    cards = []
+    mfu, hours, energy = (run.numbers.series(key).y for key in ("mfu", "gpu_hours", "energy_j"))
+    if len(mfu):
+        cards.append(
+            Card("MFU", formatting.percent(float(np.median(mfu))), "median of the records")
+        )
+    if len(hours):
+        note = "evaluation and saving included"
+        cards.append(Card("GPU-hours", formatting.number(sum(map(float, hours)), 2), note))
+    if len(energy):
+        joules = sum(map(float, energy))
+        each, per_token = run.numbers.values("energy_j"), run.numbers.values("energy_per_token_j")
+        known = np.isfinite(each) & (per_token > 0)
+        tokens = sum(map(float, each[known] / per_token[known]))
+        note = "only GPUs"
+        if tokens > 0:
+            note += f"; {formatting.number(joules / tokens)} J per token"
+        cards.append(Card("Energy", f"{formatting.number(joules / 3.6e6, 3)} kWh", note))
+    return cards

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -273,5 +272,4 @@ def _plot(
         caption += f" Fewer than two points: {', '.join(absent)}."
     if not lines:
         return Plot(title, caption, None, f"No run has two finite points ({', '.join(absent)}).")
-    plot = line_plot(title, caption, lines, frame)
-    return dataclasses.replace(plot, alt=f"{title}. {plot.alt}")
+    return line_plot(title, caption, lines, frame)

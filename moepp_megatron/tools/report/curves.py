@@ -28,6 +28,11 @@ def curve_plots(run: RunData) -> list[Plot]:
     return [plot for _, plot in sorted(placed, key=itemgetter(0))]
 
 
+def section_plots(run: RunData, section: str) -> list[Plot]:
+    """The catalogue's plots of a section, of those in the records."""
+    return [plain_plot(run, key, drawn) for key, drawn in drawn_metrics(run, section)]
+
+
 def drawn_metrics(run: RunData, section: str) -> list[tuple[str, Drawn]]:
     """Metrics that have a plot of their own in a section, in order, of those in the records."""
     drawn = []
@@ -126,22 +131,16 @@ def _a2a_plot(run: RunData) -> Plot:
     return line_plot(title, caption, lines, Frame("MiB", bottom=0))
 
 
-def plain_plot(
-    run: RunData,
-    key: str,
-    drawn: Drawn,
-    axis: str | None = None,
-    scale: float = 1.0,
-    names: Sequence[str] | None = None,
-) -> Plot:
-    """One metric of the records, times `scale`, over steps, with what to compare it with.
+def plain_plot(run: RunData, key: str, drawn: Drawn, names: Sequence[str] | None = None) -> Plot:
+    """One metric of the records over steps, with what to compare it with.
 
     One with labels has a line for each; `names` chooses and orders them.
     """
     row = OF_RECORD[key]
     is_share = row.unit == "share"
+    scale, axis = _unit(run, key, drawn.axis)
     frame = Frame(
-        drawn.axis if axis is None else axis,
+        axis,
         formatting.percent if is_share else formatting.number,
         bottom=0 if is_share else None,
         levels=[] if drawn.level is None else [drawn.level],
@@ -163,3 +162,12 @@ def plain_plot(
         for name, colour in zip(shown, colours, strict=False)
     ]
     return line_plot(drawn.title, drawn.caption or row.sentence, lines, frame)
+
+
+def _unit(run: RunData, key: str, axis: str) -> tuple[float, str]:
+    """The factor of the values and their unit with it: rates get a prefix."""
+    if not axis.endswith("/s"):
+        return 1.0, axis
+    base = 1e12 if key == "model_tflops" else 1.0
+    divisor, name = formatting.rate(base * float(np.nanmax(run.numbers.values(key))), axis)
+    return base / divisor, name

@@ -22,8 +22,10 @@ from moepp_megatron.tools.report.drawing import (
     legend_above,
     new_figure,
     plain,
+    smooth,
     step_axis,
     svg_data_uri,
+    thin,
 )
 from moepp_megatron.tools.report.series import Series
 
@@ -37,6 +39,7 @@ class PlotLine:
     Attributes:
         marker: A marker for each point, of numbers that few records have; then one is enough.
         raw: Whether its values have no noise to smooth.
+        band: The least and the greatest of what the values are means of, [n] each.
     """
 
     label: str
@@ -45,6 +48,7 @@ class PlotLine:
     dashes: Dashes = "-"
     marker: str = ""
     raw: bool = False
+    band: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,21 @@ def line_plot(title: str, caption: str, lines: Sequence[PlotLine], frame: Frame)
     figure = axes.get_figure(root=True)
     assert figure is not None, "made with its figure"
     words = "; ".join(_words(line, frame) for line in drawn)
-    return Plot(title, caption, svg_data_uri(figure), f"{words}.", wide=frame.wide)
+    return Plot(title, caption, svg_data_uri(figure), f"{title}: {words}.", wide=frame.wide)
 
 
 def _draw(axes: Axes, line: PlotLine) -> None:
     x, y = envelope(*line.points)
     label = plain(line.label)
-    if line.marker:
+    if line.band is not None:
+        (x, low), (_, high) = (
+            thin(line.points.x, edge, extreme)
+            for edge, extreme in zip(line.band, (np.minimum, np.maximum), strict=True)
+        )
+        axes.fill_between(x, low, high, color=line.colour, alpha=0.15, linewidth=0)
+        y = thin(*line.points)[1]
+        axes.plot(x, smooth(y) if len(y) >= 60 else y, color=line.colour, label=label)
+    elif line.marker:
         axes.plot(x, y, color=line.colour, marker=line.marker, markersize=4.5, label=label)
     elif line.raw:
         axes.plot(x, y, color=line.colour, linestyle=line.dashes, linewidth=1.5, label=label)
@@ -122,6 +134,9 @@ def _words(line: PlotLine, frame: Frame) -> str:
     x, y = line.points
     show = frame.show
     at = (lambda place: "") if frame.x else (lambda place: f" at step {x[place]:.0f}")
+    if line.band is not None:
+        low, high = (show(float(edge[-1])) for edge in line.band)
+        return f"{line.label} {show(float(y[-1]))}{at(-1)}, layers from {low} to {high}"
     if len(x) == 1:
         return f"{line.label}: {show(float(y[0]))}{at(0)}"
     ends = (

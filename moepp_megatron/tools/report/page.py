@@ -15,12 +15,11 @@ from moepp_megatron.tools.report.blocks import (
     number,
     render_page,
 )
-from moepp_megatron.tools.report.cards import headline_cards
+from moepp_megatron.tools.report.cards import hardware_cards, headline_cards
 from moepp_megatron.tools.report.comparison_page import DEFAULT_OUT, build_comparison
-from moepp_megatron.tools.report.curves import curve_plots
+from moepp_megatron.tools.report.curves import curve_plots, section_plots
 from moepp_megatron.tools.report.drawing import plot_style
 from moepp_megatron.tools.report.expert_plots import expert_plots
-from moepp_megatron.tools.report.hardware import hardware_cards, hardware_plots
 from moepp_megatron.tools.report.healthy import METRICS, wrong_text
 from moepp_megatron.tools.report.router_health_plots import health_plots
 from moepp_megatron.tools.report.run_data import RunData, load_run
@@ -91,7 +90,7 @@ def _sections(run: RunData, summary: RunSummary, savings: Savings) -> list[PageS
         "Data sources and kinds of tokens": [*([sources] if sources else []), *token_plots(run)],
         "Router health": [*([Text([_HEALTH], "note")] if health else []), *health],
         "Alerts": alert_blocks(run),
-        "Hardware": [*hardware_plots(run)],
+        "Hardware": [*section_plots(run, "hardware")],
         "What the numbers mean": [Table((), terms), *([_healthy()] if health else [])],
         "Configuration": [
             Text([run.config_text], "code", fold="Resolved configuration of the run (config.yaml)")

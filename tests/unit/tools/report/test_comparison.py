@@ -71,7 +71,7 @@ def test_settings_that_differ_are_a_table(runs: list[Path], page: Reader) -> Non
 
 
 def test_plots_lay_all_runs_over_each_other(page: Reader) -> None:
-    titles = [alt.split(".")[0] for _, alt in page.pictures]
+    titles = [alt.split(":")[0] for _, alt in page.pictures]
     assert titles == [
         "Loss over tokens",
         "Loss over time",

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.tools.report.hardware import hardware_cards, hardware_plots
+from moepp_megatron.tools.report.cards import hardware_cards
+from moepp_megatron.tools.report.curves import section_plots
 from moepp_megatron.tools.report.page import render
 from moepp_megatron.tools.report.run_data import load_run
 
@@ -32,7 +33,7 @@ def test_totals_of_the_run(make_run):
 
 def test_plots_are_those_that_the_records_have(make_run):
     run = load_run(make_run(steps=4, edit=with_gpus))
-    assert [plot.title for plot in hardware_plots(run)] == [
+    assert [plot.title for plot in section_plots(run, "hardware")] == [
         "Model FLOPs utilisation",
         "Energy per token",
         "Power of a GPU",
@@ -59,7 +60,7 @@ def test_small_rates_are_shown_in_a_unit_of_their_size(make_run):
         for record in records:
             record |= {"model_tflops": 0.03, "nvlink_bytes_per_s": 1e11}
 
-    nvlink, flops = hardware_plots(load_run(make_run(steps=4, edit=edit)))
+    nvlink, flops = section_plots(load_run(make_run(steps=4, edit=edit)), "hardware")
     assert flops.title == "Model FLOP/s"
     assert "Model FLOP/s: 30.0000 at step 1" in flops.alt
     assert "NVLink traffic: 100.0000 at step 1" in nvlink.alt
