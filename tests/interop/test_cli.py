@@ -12,7 +12,6 @@ from moepp_megatron.interop.score_request import ScoreRequest
 from tests.commands import cold, moepp
 from tests.full_disk import fill
 from tests.interop.checkpoints import GOLDEN, convert, convert_and_score
-from tests.parallel.ranks import RankPools
 
 CASE = GOLDEN / "two_layer_gate"
 TP2 = "parallel.tensor_model_parallel_size=2"
@@ -20,7 +19,7 @@ CP2 = "parallel.context_parallel_size=2"
 
 
 @pytest.mark.parallel
-def test_golden_case_end_to_end(tmp_path: Path) -> None:
+def test_golden_case_end_to_end(tmp_path):
     done = moepp("convert", "hf-to-mcore", CASE, tmp_path / "mcore")
     assert done.returncode == 0, done.stderr
     arguments = ["--tokens", CASE / "expected.npz", "--out", tmp_path / "out.npz", "--logits"]
@@ -37,7 +36,7 @@ def test_golden_case_end_to_end(tmp_path: Path) -> None:
     assert (tmp_path / "hf" / "modeling_moepp.py").is_file()
 
 
-def test_refusals_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_refusals_are_one_line_and_exit_code_2(tmp_path):
     done = cold("convert", "hf-to-mcore", tmp_path, tmp_path / "mcore")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
@@ -46,7 +45,7 @@ def test_refusals_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     ]
 
 
-def test_a_full_disk_is_one_line(small_disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line(small_disk, tmp_path):
     convert(CASE, tmp_path / "mcore")
     fill(small_disk, leave=100_000)
     for direction, source in (("hf-to-mcore", CASE), ("mcore-to-hf", tmp_path / "mcore")):
@@ -59,7 +58,7 @@ def test_a_full_disk_is_one_line(small_disk: Path, tmp_path: Path) -> None:
         assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
-def test_a_tokenizer_that_is_none_is_not_taken_over(tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_none_is_not_taken_over(tmp_path):
     source = shutil.copytree(CASE, tmp_path / "hf")
     (source / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     message = r"hf/tokenizer.json\) must be a Hugging Face tokenizer.json .*; fetch it again"
@@ -77,7 +76,7 @@ def odd_lengths(folder: Path, overrides: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("overrides", [[TP2], [TP2, CP2], []])
-def test_fillers_change_nothing(ranks: RankPools, tmp_path: Path, overrides: list[str]) -> None:
+def test_fillers_change_nothing(ranks, tmp_path, overrides):
     expected = np.load(CASE / "expected.npz")
     scores = ranks(4).run(odd_lengths, tmp_path, overrides)[0]
     assert scores["token_logprobs"].shape == (3, 28)
@@ -106,7 +105,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"input_ids": np.array([[object()]])}, "input_ids: Object arrays"),
     ],
 )
-def test_wrong_tokens_are_refused(checkpoint: Path, tmp_path, arrays: dict[str, Any], named: str):
+def test_wrong_tokens_are_refused(checkpoint, tmp_path, arrays, named):
     tokens = tmp_path / "tokens.npz"
     np.savez(tokens, **arrays)
     with pytest.raises(ConfigError, match=named):
@@ -114,7 +113,7 @@ def test_wrong_tokens_are_refused(checkpoint: Path, tmp_path, arrays: dict[str, 
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", np.lib.format.magic(1, 0)])
-def test_files_that_are_no_npz_are_refused(checkpoint: Path, tmp_path, content: bytes) -> None:
+def test_files_that_are_no_npz_are_refused(checkpoint, tmp_path, content):
     tokens = tmp_path / "tokens.npz"
     tokens.write_bytes(content)
     with pytest.raises(ConfigError, match=r"tokens\.npz\)"):
@@ -130,13 +129,13 @@ def test_files_that_are_no_npz_are_refused(checkpoint: Path, tmp_path, content: 
         (["parallel.pipeline_model_parallel_size=3"], "pipeline_model_parallel_size"),
     ],
 )
-def test_wrong_layouts_are_refused(checkpoint: Path, tmp_path, overrides: list[str], named: str):
+def test_wrong_layouts_are_refused(checkpoint, tmp_path, overrides, named):
     tokens = CASE / "expected.npz"
     with pytest.raises(ConfigError, match=named):
         ScoreRequest.read(checkpoint, tokens, tmp_path / "out.npz", overrides, 1, False)
 
 
-def test_notices_say_what_was_done(checkpoint: Path, tmp_path: Path) -> None:
+def test_notices_say_what_was_done(checkpoint, tmp_path):
     tokens = tmp_path / "tokens.npz"
     np.savez(tokens, input_ids=np.zeros((1, 65), int))
     request = ScoreRequest.read(checkpoint, tokens, tmp_path / "out.npz", [TP2], 2, False)

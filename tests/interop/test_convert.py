@@ -23,9 +23,7 @@ from tests.interop.checkpoints import (
     load_tensors,
     write_released,
 )
-from tests.interop.conftest import RunPlain
 from tests.interop.models import build, settings
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import VANILLA
 
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
@@ -80,7 +78,7 @@ def names_of_model(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_names_are_those_of_the_model(ranks: RankPools, model: str) -> None:
+def test_names_are_those_of_the_model(ranks, model):
     ((real, ours),) = ranks(1).run(names_of_model, settings(**MODELS[model]))
     assert ours == real
 
@@ -107,7 +105,7 @@ def assert_same_bits(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("layout", ["released", "moepp"])
 @pytest.mark.parametrize("case", CASES)
-def test_golden_round_trip_is_bitwise(tmp_path: Path, case: str, layout: str) -> None:
+def test_golden_round_trip_is_bitwise(tmp_path, case, layout):
     hf = round_trip(GOLDEN / case, tmp_path, layout)
     assert_same_bits(load_tensors(GOLDEN / case), load_tensors(hf))
     assert len(list(hf.glob("model-*.safetensors"))) > 3
@@ -117,7 +115,7 @@ def test_golden_round_trip_is_bitwise(tmp_path: Path, case: str, layout: str) ->
         assert {key: after[key] for key in before} == before
 
 
-def test_bf16_round_trip_keeps_fp32_gates(tmp_path: Path) -> None:
+def test_bf16_round_trip_keeps_fp32_gates(tmp_path):
     import torch
 
     source = write_released(tmp_path / "hf_bf16", "bfloat16", moe_expert_interval=2)
@@ -127,9 +125,7 @@ def test_bf16_round_trip_keeps_fp32_gates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("interval", [1, 2])
-def test_released_layout_warns_of_what_the_released_code_cannot_run(
-    tmp_path: Path, interval: int
-) -> None:
+def test_released_layout_warns_of_what_the_released_code_cannot_run(tmp_path, interval):
     from moepp_megatron.interop.to_hf import mcore_to_hf
     from moepp_megatron.interop.to_mcore import hf_to_mcore
 
@@ -168,7 +164,7 @@ def released_logits(source: Path, tokens: Path) -> Any:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_every_gate_setting(ranks: RankPools, plain: RunPlain, tmp_path: Path, gate: str) -> None:
+def test_every_gate_setting(ranks, plain, tmp_path, gate):
     source = write_released(tmp_path / "hf", **GATES[gate])
     tokens = write_tokens(tmp_path)
     ((scores),) = ranks(1).run(convert_and_score, source, tmp_path / "mcore", tokens, [])
@@ -234,7 +230,7 @@ def break_checkpoint(folder: Path, how: str) -> None:
         ("model type", r"model_type \(gpt2\)"),
     ],
 )
-def test_damaged_checkpoints_are_refused(tmp_path: Path, how: str, named: str) -> None:
+def test_damaged_checkpoints_are_refused(tmp_path, how, named):
     source = write_released(tmp_path / "hf")
     break_checkpoint(source, how)
     with pytest.raises(ConfigError, match=named):
@@ -242,7 +238,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, how: str, named: str) -
     assert not (tmp_path / "mcore").exists()
 
 
-def test_index_that_contradicts_its_shards_is_refused(tmp_path: Path) -> None:
+def test_index_that_contradicts_its_shards_is_refused(tmp_path):
     source = tmp_path / "hf"
     shutil.copytree(GOLDEN / "mixtral_gate", source)
     index = source / "model.safetensors.index.json"
@@ -268,9 +264,7 @@ class Malicious:
         return (os.mkdir, (os.environ["MALICIOUS_FOLDER"],))
 
 
-def test_pickled_weights_need_a_flag_and_run_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pickled_weights_need_a_flag_and_run_nothing(tmp_path, monkeypatch):
     import torch
 
     from moepp_megatron.interop.to_mcore import hf_to_mcore
@@ -290,7 +284,7 @@ def test_pickled_weights_need_a_flag_and_run_nothing(
     assert not (tmp_path / "ran").exists()
 
 
-def test_checkpoint_index_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_index_runs_nothing(tmp_path, monkeypatch):
     from moepp_megatron.interop.to_hf import mcore_to_hf
 
     monkeypatch.setenv("MALICIOUS_FOLDER", str(tmp_path / "ran"))
@@ -309,7 +303,7 @@ def test_checkpoint_index_runs_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "back").exists()
 
 
-def test_a_taken_folder_is_left_alone(tmp_path: Path) -> None:
+def test_a_taken_folder_is_left_alone(tmp_path):
     target = tmp_path / "mcore"
     target.mkdir()
     (target / "mine").write_text("kept")
@@ -327,7 +321,7 @@ def test_a_taken_folder_is_left_alone(tmp_path: Path) -> None:
         ({"layer_freq": [1, 0]}, r"moe\.layer_freq"),
     ],
 )
-def test_released_layout_refuses_what_it_cannot_say(moe: dict[str, Any], named: str) -> None:
+def test_released_layout_refuses_what_it_cannot_say(moe, named):
     from moepp_megatron.config import parse_config
     from moepp_megatron.interop.hf_config import released_hf_config
 
@@ -373,9 +367,7 @@ def start_training_from(folder: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_training_starts_from_converted_weights(
-    ranks: RankPools, tmp_path: Path, dtype: str
-) -> None:
+def test_training_starts_from_converted_weights(ranks, tmp_path, dtype):
     ranks(1).run(start_training_from, tmp_path, dtype)
 
 
@@ -391,7 +383,7 @@ def test_training_starts_from_converted_weights(
     ids=["brackets", "objects", "surrogate", "digits", "tensors"],
 )
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_hostile_json_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+def test_hostile_json_is_refused_in_one_line(tmp_path, name, content):
     source = write_released(tmp_path / "hf")
     if name == "model.safetensors":
         content = len(content).to_bytes(8, "little") + content
@@ -403,9 +395,7 @@ def test_hostile_json_is_refused_in_one_line(tmp_path: Path, name: str, content:
     assert "\n" not in str(caught.value)
 
 
-def test_a_tensor_that_no_rule_reads_is_not_left_out_silently(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tensor_that_no_rule_reads_is_not_left_out_silently(tmp_path, monkeypatch):
     """A kind of expert that the exported program does not know would change the model."""
     from moepp_megatron.interop import to_hf
     from moepp_megatron.interop.checkpoint_reader import TensorReader

@@ -10,10 +10,8 @@ import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
 from tests.interop.checkpoints import CASES, GOLDEN
-from tests.interop.conftest import RunPlain
 from tests.interop.models import build, settings
 from tests.parallel.checkpoint_runs import save_checkpoint
-from tests.parallel.ranks import RankPools
 
 # The issue's tolerance between our logits and transformers'.
 LOGITS = 1e-4
@@ -144,9 +142,7 @@ def hf_logits(folder: Path, ids: Any, layout: str) -> Any:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_trained_models_in_transformers(
-    ranks: RankPools, plain: RunPlain, tmp_path: Path, name: str
-) -> None:
+def test_trained_models_in_transformers(ranks, plain, tmp_path, name):
     from moepp_megatron.interop.to_hf import mcore_to_hf
 
     raw = settings(**MODELS[name])
@@ -156,9 +152,7 @@ def test_trained_models_in_transformers(
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=LOGITS)
 
 
-def test_layers_of_multi_token_prediction_are_left_out(
-    ranks: RankPools, plain: RunPlain, tmp_path: Path
-) -> None:
+def test_layers_of_multi_token_prediction_are_left_out(ranks, plain, tmp_path):
     from moepp_megatron.interop.to_hf import mcore_to_hf
 
     raw = settings(model={"mtp_num_layers": 1})
@@ -171,7 +165,7 @@ def test_layers_of_multi_token_prediction_are_left_out(
 
 @pytest.mark.parametrize("layout", ["moepp", "released"])
 @pytest.mark.parametrize("case", CASES)
-def test_golden_in_transformers(plain: RunPlain, tmp_path: Path, case: str, layout: str) -> None:
+def test_golden_in_transformers(plain, tmp_path, case, layout):
     from moepp_megatron.interop.to_hf import mcore_to_hf
     from moepp_megatron.interop.to_mcore import hf_to_mcore
 
@@ -183,9 +177,7 @@ def test_golden_in_transformers(plain: RunPlain, tmp_path: Path, case: str, layo
 
 
 @pytest.mark.parametrize("layout", ["moepp", "released", "zeda", "vanilla"])
-def test_latent_attention_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
-) -> None:
+def test_latent_attention_is_refused(tmp_path, monkeypatch, layout):
     from moepp_megatron.interop import to_hf
     from moepp_megatron.training.checkpoint import find
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from moepp_megatron.layer_settings import BalanceLoss
-from tests.interop.conftest import RunPlain
 
 # Everything at once, small: two-layer gates, residuals, head norms, a shared and a dense layer.
 FIELDS: dict[str, Any] = {
@@ -75,7 +74,7 @@ def gradients(checkpointing: bool) -> dict[str, Any]:
     return grads | {"calls": np.array(len(counted))}
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(plain: RunPlain) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(plain):
     expected, checkpointed = plain(gradients, False), plain(gradients, True)
     assert checkpointed.pop("calls") == 2 * expected.pop("calls"), "nothing was recomputed"
     assert checkpointed.keys() == expected.keys()
@@ -94,7 +93,7 @@ def reentrant_message() -> str:
     return str(caught.value)
 
 
-def test_reentrant_checkpointing_is_refused(plain: RunPlain) -> None:
+def test_reentrant_checkpointing_is_refused(plain):
     assert "must be False" in plain(reentrant_message)
 
 
@@ -168,9 +167,7 @@ def balance_losses(padded: bool, scope: str, kind: BalanceLoss) -> dict[str, flo
     [("microbatch", "heterogeneous"), ("sequence", "heterogeneous"), ("sequence", "grouped")],
 )
 @pytest.mark.parametrize("padded", [False, True])
-def test_balance_loss_is_that_of_the_reference(
-    plain: RunPlain, padded: bool, scope: str, kind: BalanceLoss
-) -> None:
+def test_balance_loss_is_that_of_the_reference(plain, padded, scope, kind):
     values = plain(balance_losses, padded, scope, kind)
     assert values["aux"] > 0.1
     # fp32 sums of a few dozen scores in another order.
@@ -193,7 +190,7 @@ def balance_gradient() -> tuple[float, float]:
     return float(gate.abs().max()), 0.0 if untouched is None else float(untouched.abs().max())
 
 
-def test_balance_loss_trains_routers(plain: RunPlain) -> None:
+def test_balance_loss_trains_routers(plain):
     gate, last_expert = plain(balance_gradient)
     assert gate > 1e-4
     assert last_expert == 0.0
@@ -236,7 +233,7 @@ def adapter_run() -> dict[str, Any]:
 
 
 @needs_peft
-def test_adapters_on_every_weight_matrix(plain: RunPlain) -> None:
+def test_adapters_on_every_weight_matrix(plain):
     run = plain(adapter_run)
     # An adapter begins at 0.
     assert np.array_equal(run["start"], run["before"])
@@ -266,7 +263,7 @@ def half_precision_gates() -> tuple[Any, Any]:
     return logits.numpy(), (torch.tanh(x.float() @ first.T) @ second.T).detach().numpy()
 
 
-def test_gates_are_fp32_under_autocast(plain: RunPlain) -> None:
+def test_gates_are_fp32_under_autocast(plain):
     logits, expected = plain(half_precision_gates)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
@@ -290,7 +287,7 @@ def old_transformers(folder: Path) -> str:
     return ""
 
 
-def test_older_transformers_is_reported(plain: RunPlain, tmp_path: Path) -> None:
+def test_older_transformers_is_reported(plain, tmp_path):
     message = plain(old_transformers, tmp_path)
     assert "transformers (5.7.1) must be at least 5.8" in message
     assert "needs transformers >= 5.8" in message

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from tests.interop.checkpoints import CASES, GOLDEN, convert_and_score
-from tests.parallel.ranks import RankPools
 
 # The contract with the released code's numbers.
 LOGITS = 1e-4
@@ -36,7 +35,7 @@ PIPELINES: dict[str, tuple[int, list[str]]] = {
     [(case, layout) for case in CASES for layout in LAYOUTS]
     + [("two_layer_gate", layout) for layout in PIPELINES],
 )
-def test_scores(ranks: RankPools, tmp_path: Path, case: str, layout: str) -> None:
+def test_scores(ranks, tmp_path, case, layout):
     world_size, overrides = (LAYOUTS | PIPELINES)[layout]
     expected = np.load(GOLDEN / case / "expected.npz")
     tokens = GOLDEN / case / "expected.npz"
@@ -83,7 +82,7 @@ def routing_of_golden(case: str, folder: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_routing_of_every_layer(ranks: RankPools, tmp_path: Path, case: str) -> None:
+def test_routing_of_every_layer(ranks, tmp_path, case):
     expected = np.load(GOLDEN / case / "expected.npz")
     (layers,) = ranks(1).run(routing_of_golden, case, tmp_path / "checkpoint")
     assert len(layers) == sum(name.endswith("_router_logits") for name in expected)

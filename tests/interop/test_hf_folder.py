@@ -14,7 +14,6 @@ from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.training.checkpoint.publish import tokenizer_files
 from tests.interop.checkpoints import GOLDEN, convert, load_tensors, write_released
-from tests.interop.conftest import RunPlain
 from tests.interop.models import settings
 from tests.interop.test_export import TOKENS, save_and_compute, write_tokenizer
 from tests.parallel.ranks import RankPools
@@ -62,7 +61,7 @@ def export(source: Path, target: Path, **options: Any) -> dict[str, Any]:
     return fields
 
 
-def test_special_tokens_and_settings(run: Path, tmp_path: Path) -> None:
+def test_special_tokens_and_settings(run, tmp_path):
     fields = export(run, tmp_path / "hf")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert fields[key] == 5, "the tokenizer's only special token"
@@ -88,14 +87,14 @@ def test_special_tokens_and_settings(run: Path, tmp_path: Path) -> None:
     assert "apply_chat_template" not in card
 
 
-def test_a_model_without_a_tokenizer_has_no_special_tokens(tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_has_no_special_tokens(tmp_path):
     convert(GOLDEN / "two_layer_gate", tmp_path / "mcore")
     (tmp_path / "mcore" / "hf_config.json").unlink()
     fields = export(tmp_path / "mcore", tmp_path / "hf")
     assert [fields[f"{key}_token_id"] for key in ("bos", "eos", "pad")] == [None] * 3
 
 
-def test_a_model_of_hugging_face_keeps_its_tokens(tmp_path: Path) -> None:
+def test_a_model_of_hugging_face_keeps_its_tokens(tmp_path):
     convert(GOLDEN / "two_layer_gate", tmp_path / "mcore")
     write_tokenizer(tmp_path / "mcore" / "tokenizer.json")
     (tmp_path / "mcore" / "tokenizer_config.json").write_text('{"eos_token": "b", "own": 1}')
@@ -130,7 +129,7 @@ def loaded(folder: Path, ids: Any) -> dict[str, Any]:
     }
 
 
-def test_bf16_export_loads_and_pads(run: Path, plain: RunPlain, tmp_path: Path) -> None:
+def test_bf16_export_loads_and_pads(run, plain, tmp_path):
     assert export(run, tmp_path / "hf", dtype="bf16")["dtype"] == "bfloat16"
     full = export(run, tmp_path / "full", dtype="fp32")
     assert full["dtype"] == "float32"
@@ -163,10 +162,10 @@ def follow_card(folder: Path) -> list[int]:
 
 
 def test_the_card_of_a_chat_model_can_be_followed(
-    plain: RunPlain,
-    tokenizer_folder: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+    plain,
+    tokenizer_folder,  # noqa: F811
+    tmp_path,
+):
     convert(write_released(tmp_path / "released", vocab_size=320), tmp_path / "mcore")
     export(tmp_path / "mcore", tmp_path / "plain")
     card = (tmp_path / "plain" / "README.md").read_text()
@@ -189,7 +188,7 @@ def test_the_card_of_a_chat_model_can_be_followed(
     assert plain(follow_card, tmp_path / "hf") == wanted
 
 
-def test_a_licence_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_licence_that_is_none_is_refused(tmp_path, monkeypatch):
     from moepp_megatron.interop.to_hf import mcore_to_hf
     from moepp_megatron.training.checkpoint import find
 

@@ -14,7 +14,6 @@ import pytest
 
 from moepp_megatron.data.tokenizer import Tokenizer
 from tests.commands import TIMEOUT_S, moepp, slowdown
-from tests.interop.conftest import RunPlain
 
 ROOT = Path(__file__).parents[2]
 PROMPT, NEW_TOKENS = "def read(self", 24
@@ -95,9 +94,7 @@ def by_transformers(folder: Path) -> dict[str, tuple[str, list[int], list[float]
     return answers
 
 
-def test_engine_transformers_and_server_write_the_same(
-    folder: Path, answered: str, plain: RunPlain
-) -> None:
+def test_engine_transformers_and_server_write_the_same(folder, answered, plain):
     run = folder / "runs" / "quickstart"
     greedy = ["--temperature", 0, "--max-new-tokens", NEW_TOKENS]
     own = moepp("generate", run, "--prompt", PROMPT, *greedy)

@@ -8,11 +8,9 @@ from typing import Any
 from tokenizers import Tokenizer, pre_tokenizers
 
 from tests.interop.checkpoints import load_tensors
-from tests.interop.conftest import RunPlain
 from tests.interop.models import settings
 from tests.interop.test_export import save_and_compute
 from tests.interop.test_finetuning import needs_peft
-from tests.parallel.ranks import RankPools
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_lora.py"
 
@@ -35,7 +33,7 @@ def write_word_tokenizer(path: Path) -> None:
 
 
 @needs_peft
-def test_adapters_learn_a_text(ranks: RankPools, plain: RunPlain, tmp_path: Path) -> None:
+def test_adapters_learn_a_text(ranks, plain, tmp_path):
     from moepp_megatron.interop.to_hf import mcore_to_hf
 
     ranks(1).run(save_and_compute, settings(moe={"two_layer_gate": True}), tmp_path / "checkpoints")

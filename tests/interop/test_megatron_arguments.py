@@ -33,11 +33,11 @@ def transformer(**changes: Any) -> TransformerConfig:
     return TransformerConfig(**{**settings, **changes})
 
 
-def test_without_arguments_it_is_the_layer_of_the_paper() -> None:
+def test_without_arguments_it_is_the_layer_of_the_paper():
     assert moepp_config(transformer(), parsed()) == MoEPPConfig(num_ffn_experts=8)
 
 
-def test_every_setting_of_the_layer_can_be_given() -> None:
+def test_every_setting_of_the_layer_can_be_given():
     words = (
         "--moepp-num-zero-experts 2 --moepp-num-copy-experts 3 --moepp-num-constant-experts 4 "
         "--moepp-tau 0.5 --moepp-capacity-factor 1.1 --moepp-gate-normalization nonzero "
@@ -85,12 +85,12 @@ def test_every_setting_of_the_layer_can_be_given() -> None:
         ("none", "microbatch", 0.0),
     ],
 )
-def test_megatrons_name_of_the_loss_gives_the_scope(kind: str, scope: str, beta: float) -> None:
+def test_megatrons_name_of_the_loss_gives_the_scope(kind, scope, beta):
     made = moepp_config(transformer(moe_router_load_balancing_type=kind), parsed())
     assert (made.balance_scope, made.balance_coeff) == (scope, beta)
 
 
-def test_a_parser_without_our_arguments_leaves_them_to_the_environment(monkeypatch) -> None:
+def test_a_parser_without_our_arguments_leaves_them_to_the_environment(monkeypatch):
     nothing_of_ours = argparse.Namespace(num_experts=8)
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     assert moepp_config(transformer(), nothing_of_ours).tau == 0.75
@@ -101,7 +101,7 @@ def test_a_parser_without_our_arguments_leaves_them_to_the_environment(monkeypat
         moepp_config(transformer(), parsed())
 
 
-def test_an_unknown_word_in_the_environment_is_an_error(monkeypatch, capsys) -> None:
+def test_an_unknown_word_in_the_environment_is_an_error(monkeypatch, capsys):
     monkeypatch.setenv(ENVIRONMENT, "--moepp-taw 0.25")
     with pytest.raises(SystemExit) as end:
         moepp_config(transformer(), argparse.Namespace())
@@ -125,7 +125,7 @@ def test_an_unknown_word_in_the_environment_is_an_error(monkeypatch, capsys) -> 
         ({"qk_l2_norm": True}, r"qk_l2_norm \(True\).*; use False"),
     ],
 )
-def test_what_the_layer_would_not_honour_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_what_the_layer_would_not_honour_is_refused(changes, message):
     config = transformer()
     for name, value in changes.items():
         setattr(config, name, value)
@@ -176,21 +176,21 @@ def test_context_parallelism_without_transformer_engine_names_every_flag_at_once
         moepp_config(config, args, is_spec=is_spec)
 
 
-def test_settings_of_the_environment_are_left_for_the_checkpoint(monkeypatch) -> None:
+def test_settings_of_the_environment_are_left_for_the_checkpoint(monkeypatch):
     args = argparse.Namespace()
     monkeypatch.setenv(ENVIRONMENT, "--moepp-tau 0.25")
     moepp_config(transformer(), args)
     assert args.moepp_environment == "--moepp-tau 0.25"
 
 
-def test_megatrons_tracer_which_would_write_nothing_is_refused() -> None:
+def test_megatrons_tracer_which_would_write_nothing_is_refused():
     args = parsed()
     args.moe_routing_trace_path = "trace"
     with pytest.raises(ValueError, match=r"--moe-routing-trace-path \(trace\) must be absent"):
         moepp_config(transformer(), args)
 
 
-def test_help_can_be_printed_beside_megatrons() -> None:
+def test_help_can_be_printed_beside_megatrons():
     """megatron-core 0.19.2 has a help text that argparse cannot format."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--theirs", help="Headroom (1.10 = 10%).")
@@ -201,7 +201,7 @@ def test_help_can_be_printed_beside_megatrons() -> None:
 
 
 @pytest.mark.parametrize(("rank", "printed"), [("0", "error: tau is wrong\n"), ("1", "")])
-def test_refusal_is_one_line_and_exit_code_2(rank: str, printed: str, monkeypatch, capsys) -> None:
+def test_refusal_is_one_line_and_exit_code_2(rank, printed, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit) as end:
         refuse(ValueError("tau is wrong"))

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 
-def test_what_needs_bridge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_needs_bridge_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "megatron.bridge", None)
     monkeypatch.delitem(sys.modules, "moepp_megatron.interop.bridge", raising=False)
     with pytest.raises(ImportError, match="needs megatron-bridge, which cannot be imported"):

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from tests.interop.models import build, layer_weights, settings
-from tests.parallel.ranks import RankPools
 
 # fp32, one layer of small sums in another order.
 FP32 = 1e-5
@@ -58,7 +57,7 @@ def longcat_layers() -> tuple[Any, Any]:
 
 
 @needs_transformers
-def test_longcat_flash_layer(ranks: RankPools) -> None:
+def test_longcat_flash_layer(ranks):
     import numpy as np
 
     ((ours, theirs),) = ranks(1).run(longcat_layers)
@@ -80,13 +79,13 @@ def bias_in_bf16_model() -> Any:
     return router.expert_bias.dtype
 
 
-def test_selection_bias_stays_fp32(ranks: RankPools) -> None:
+def test_selection_bias_stays_fp32(ranks):
     import torch
 
     assert ranks(1).run(bias_in_bf16_model) == [torch.float32]
 
 
-def test_bias_step_follows_the_published_rule() -> None:
+def test_bias_step_follows_the_published_rule():
     import torch
 
     from moepp_megatron.moe.budget import bias_step

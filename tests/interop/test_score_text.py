@@ -14,7 +14,6 @@ from moepp_megatron.interop.score_text import TextWindows
 from tests.commands import cold, moepp
 from tests.interop.checkpoints import GOLDEN, convert, score
 from tests.interop.test_cli import TP2
-from tests.parallel.ranks import RankPools
 
 TEXT = "one two three four\nf\u00fcnf sechs \u20ac\r\n" * 9
 
@@ -37,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("length", "shape"), [(8, (3, 8)), (20, (1, 20)), (99, (1, 20)), (2, (19, 2))]
 )
-def test_every_token_is_predicted_once(tmp_path: Path, length: int, shape: tuple[int, int]) -> None:
+def test_every_token_is_predicted_once(tmp_path, length, shape):
     tokenizer = train_tokenizer(["abc"], 257)
     file = tmp_path / "text.txt"
     file.write_text("nineteen characters")
@@ -51,7 +50,7 @@ def test_every_token_is_predicted_once(tmp_path: Path, length: int, shape: tuple
     assert (text.input_ids[1:, 0] == text.input_ids[:-1, -1]).all()
 
 
-def test_perplexity_on_the_command_line(checkpoint: Path, tmp_path: Path, ranks: RankPools) -> None:
+def test_perplexity_on_the_command_line(checkpoint, tmp_path, ranks):
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8", newline="")
     done = cold("score", checkpoint, "--text", file, "--out", tmp_path / "out.npz")
@@ -78,7 +77,7 @@ def test_perplexity_on_the_command_line(checkpoint: Path, tmp_path: Path, ranks:
 
 
 @pytest.mark.parallel
-def test_ranks_agree_on_the_perplexity(checkpoint: Path, tmp_path: Path) -> None:
+def test_ranks_agree_on_the_perplexity(checkpoint, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(TEXT[:70], encoding="utf-8", newline="")
     one = moepp("score", checkpoint, "--text", file)
@@ -112,7 +111,7 @@ def test_what_is_refused(checkpoint, tmp_path, tokens, text, out, logits, named)
         ScoreRequest.read(checkpoint, paths[0], paths[1], [], 1, logits, paths[2])
 
 
-def test_a_checkpoint_without_a_tokenizer_is_reported(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_tokenizer_is_reported(tmp_path):
     convert(GOLDEN / "two_layer_gate", tmp_path / "mcore")
     (tmp_path / "text.txt").write_text("abc")
     with pytest.raises(ConfigError, match=r"must hold tokenizer\.json to turn text into tokens"):

@@ -17,7 +17,6 @@ from tests.interop.conftest import RunPlain
 from tests.interop.models import settings
 from tests.interop.test_export import MODELS, save_and_compute, save_model
 from tests.interop.test_finetuning import FIELDS, batch, random_model
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import SyntheticDataset, begin_training, short, train
 
 VLLM = os.environ.get("MOEPP_VLLM_PYTHON")
@@ -53,9 +52,7 @@ def matches(patterns: Any, key: str) -> bool:
 
 
 @pytest.mark.parametrize("layers", [[1] * 12, [0, 1, 0, 1]])
-def test_no_weight_of_the_model_is_one_that_loaders_drop(
-    plain: RunPlain, layers: list[int]
-) -> None:
+def test_no_weight_of_the_model_is_one_that_loaders_drop(plain, layers):
     # transformers drops only keys that the model does not have, vLLM all that match.
     expected = [f"model.layers.{layers.index(1)}.mlp.moe.gate.gate_map.weight"]
     assert plain(ignored_keys, layers) == (expected, expected)
@@ -76,7 +73,7 @@ def second_stage() -> str:
     return "no error"
 
 
-def test_a_pipeline_stage_that_lacks_router_logits_is_refused(plain: RunPlain) -> None:
+def test_a_pipeline_stage_that_lacks_router_logits_is_refused(plain):
     assert "run all layers in one stage" in plain(second_stage)
 
 
@@ -103,7 +100,7 @@ def packed_products() -> tuple[Any, Any]:
         return model(**inputs).logits.float().numpy(), expected
 
 
-def test_linear_modules_may_be_replaced_by_products_in_bf16(plain: RunPlain) -> None:
+def test_linear_modules_may_be_replaced_by_products_in_bf16(plain):
     packed, expected = plain(packed_products)
     np.testing.assert_array_equal(packed, expected)
 
@@ -122,7 +119,7 @@ def bias_of_a_half_precision_model() -> str:
     return str(model.layers[0].mlp.moe.gate.e_score_correction_bias.dtype)
 
 
-def test_selection_biases_are_fp32_however_the_model_is_built(plain: RunPlain) -> None:
+def test_selection_biases_are_fp32_however_the_model_is_built(plain):
     assert plain(bias_of_a_half_precision_model) == "torch.float32"
 
 
@@ -177,9 +174,7 @@ def loaded_in_vllm(change: str, is_plugin: bool) -> tuple[str, list[Any]]:
         ("half", None),
     ],
 )
-def test_tensors_that_are_not_the_models_are_refused_or_named(
-    plain: RunPlain, change: str, told: str | None, is_plugin: bool
-) -> None:
+def test_tensors_that_are_not_the_models_are_refused_or_named(plain, change, told, is_plugin):
     said, warnings = plain(loaded_in_vllm, change, is_plugin)
     if told is None:
         assert said.isdigit()
@@ -220,9 +215,7 @@ def save_as_it_begins(raw: dict[str, Any], folder: Path) -> list[list[int]]:
     return [dataset[index]["tokens"].tolist() for index in range(len(dataset))]
 
 
-def test_training_repeats_the_routes_that_transformers_took(
-    ranks: RankPools, plain: RunPlain, tmp_path: Path
-) -> None:
+def test_training_repeats_the_routes_that_transformers_took(ranks, plain, tmp_path):
     from moepp_megatron.interop.to_hf import mcore_to_hf
 
     sections: dict[str, Any] = {"optimizer": {"weight_decay": 0.0}, "moe": {"layer_freq": [0, 1]}}
@@ -265,7 +258,7 @@ def decoder_of(folder: Path, ids: Any) -> Any:
 
 
 @pytest.mark.parametrize("layout", ["moepp", "released"])
-def test_the_decoder_by_itself(plain: RunPlain, tmp_path: Path, layout: str) -> None:
+def test_the_decoder_by_itself(plain, tmp_path, layout):
     from moepp_megatron.interop.to_hf import mcore_to_hf
     from moepp_megatron.interop.to_mcore import hf_to_mcore
 
@@ -316,9 +309,7 @@ def assert_vllm_agrees(plain: RunPlain, export: Path, *changes: str) -> None:
 
 @needs_vllm
 @pytest.mark.parametrize("name", ["paper", "everything else"])
-def test_vllm_computes_the_same(
-    ranks: RankPools, plain: RunPlain, tmp_path: Path, name: str
-) -> None:
+def test_vllm_computes_the_same(ranks, plain, tmp_path, name):
     from moepp_megatron.interop.to_hf import mcore_to_hf
 
     # vLLM's attention on a CPU has heads of 32 and more.

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.interop.conftest import RunPlain
 from tests.interop.test_finetuning import batch, random_model
-from tests.parallel.ranks import RankPools
 
 PATHS = ("eager", "grouped_mm", "batched_mm")
 
@@ -49,7 +47,7 @@ def experts_by(path: str) -> tuple[Any, int, int]:
     return logits, sum(rows), sum(picks)
 
 
-def test_experts_multiply_the_rows_that_routers_pick(plain: RunPlain) -> None:
+def test_experts_multiply_the_rows_that_routers_pick(plain):
     expected, *_ = plain(experts_by, "eager")
     for path in PATHS:
         logits, rows, picks = plain(experts_by, path)
@@ -79,7 +77,7 @@ def decoded_without_breaks(path: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("path", ["grouped_mm", "batched_mm"])
-def test_decoding_compiles_without_graph_breaks(plain: RunPlain, path: str) -> None:
+def test_decoding_compiles_without_graph_breaks(plain, path):
     logits, expected = plain(decoded_without_breaks, path)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
 
@@ -101,7 +99,7 @@ def generated() -> dict[str, list[int]]:
     return {name: model.generate(ids, **settings, **way)[0].tolist() for name, way in ways.items()}
 
 
-def test_every_way_to_generate_gives_the_same_text(plain: RunPlain) -> None:
+def test_every_way_to_generate_gives_the_same_text(plain):
     texts = plain(generated)
     assert len(set(map(tuple, texts.values()))) == 1, texts
 
@@ -119,7 +117,7 @@ def packed() -> tuple[Any, Any]:
     return row.logits[0].numpy(), alone.numpy()
 
 
-def test_texts_without_padding(plain: RunPlain) -> None:
+def test_texts_without_padding(plain):
     row, alone = plain(packed)
     np.testing.assert_allclose(row, alone, rtol=0, atol=1e-5)
 
@@ -131,7 +129,7 @@ def attentions(qk_norm: bool) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_attentions_are_returned(plain: RunPlain, qk_norm: bool) -> None:
+def test_attentions_are_returned(plain, qk_norm):
     assert plain(attentions, qk_norm) == [(2, 4, 12, 12)] * 4
 
 
@@ -172,9 +170,7 @@ def divided(folder: Path) -> tuple[Any, tuple[int, ...], list[str]]:
         {"qk_norm": False, "shared_expert_intermediate_size": None, "moe_layers": None},
     ],
 )
-def test_tensor_parallel_ranks_compute_the_same(
-    ranks: RankPools, plain: RunPlain, tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_tensor_parallel_ranks_compute_the_same(ranks, plain, tmp_path, changes):
     expected = plain(saved, tmp_path / "hf", changes)
     for logits, shape, absent in ranks(2).run(divided, tmp_path / "hf"):
         # Partial sums of two ranks, in fp32.
@@ -201,7 +197,7 @@ def spread(folder: Path) -> tuple[Any, int]:
     return output.logits.numpy(), len(output.router_logits)
 
 
-def test_layers_on_several_devices_compute_the_same(plain: RunPlain, tmp_path: Path) -> None:
+def test_layers_on_several_devices_compute_the_same(plain, tmp_path):
     pytest.importorskip("accelerate")
     expected = plain(saved, tmp_path / "hf", {})
     logits, layers = plain(spread, tmp_path / "hf")
@@ -215,7 +211,7 @@ def pipeline_plans() -> list[Any]:
     return [[hasattr(model, name) for name in model._pp_plan] for model in models]
 
 
-def test_pipeline_stages_are_planned_where_hidden_states_are_all(plain: RunPlain) -> None:
+def test_pipeline_stages_are_planned_where_hidden_states_are_all(plain):
     assert plain(pipeline_plans) == [[], [True, True, True]]
 
 
@@ -242,7 +238,7 @@ def continued_in_turns() -> tuple[list[list[int]], list[list[int]]]:
     return [found[f"req_{number}"].generated_tokens for number in range(3)], alone
 
 
-def test_continuous_batching_gives_the_same_tokens(plain: RunPlain) -> None:
+def test_continuous_batching_gives_the_same_tokens(plain):
     together, alone = plain(continued_in_turns)
     assert together == alone
 
@@ -270,7 +266,7 @@ def rounded_to_int8(folder: Path) -> tuple[Any, Any, str]:
         return model(**batch()).logits.numpy(), whole(**batch()).logits.numpy(), kind
 
 
-def test_ffn_experts_in_int8(plain: RunPlain, tmp_path: Path) -> None:
+def test_ffn_experts_in_int8(plain, tmp_path):
     pytest.importorskip("torchao")
     plain(saved, tmp_path / "hf", {})
     logits, expected, kind = plain(rounded_to_int8, tmp_path / "hf")

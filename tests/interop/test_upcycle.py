@@ -10,8 +10,6 @@ import pytest
 from moepp_megatron.config import ConfigError
 from moepp_megatron.experts import FFN_ONLY
 from tests.interop.checkpoints import score
-from tests.interop.conftest import RunPlain
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import join
 
 # The issue's tolerance for the function at step 0.
@@ -158,7 +156,7 @@ def upcycle_and_score(source: Path, target: Path, tokens: Path, changes: dict[st
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_same_function_at_step_0(ranks, plain: RunPlain, tmp_path, name: str) -> None:
+def test_same_function_at_step_0(ranks, plain, tmp_path, name):
     tokens = write_tokens(tmp_path)
     expected = plain(write_source, tmp_path / "hf", name, tokens)
     ((logits, ffn_share),) = ranks(1).run(
@@ -169,7 +167,7 @@ def test_same_function_at_step_0(ranks, plain: RunPlain, tmp_path, name: str) ->
     np.testing.assert_allclose(logits, expected, rtol=0, atol=SAME * np.abs(expected).max())
 
 
-def test_bias_bounds_every_score_of_an_added_expert() -> None:
+def test_bias_bounds_every_score_of_an_added_expert():
     """Worst tokens: those that point along an added row, away from the FFN rows."""
     import torch
 
@@ -187,7 +185,7 @@ def test_bias_bounds_every_score_of_an_added_expert() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2-moe", "qwen3-moe", "olmoe"])
-def test_raw_scores_as_gates(ranks: RankPools, plain: RunPlain, tmp_path: Path, name: str) -> None:
+def test_raw_scores_as_gates(ranks, plain, tmp_path, name):
     """Without new experts the same; with them gates shrink, within the bound that is told."""
     tokens = write_tokens(tmp_path)
     expected = plain(write_source, tmp_path / "hf", name, tokens, False)
@@ -205,7 +203,7 @@ def test_raw_scores_as_gates(ranks: RankPools, plain: RunPlain, tmp_path: Path, 
     assert 1e-3 < change < 0.17
 
 
-def test_zedas_router_rows(plain: RunPlain, tmp_path: Path) -> None:
+def test_zedas_router_rows(plain, tmp_path):
     """As the FFN experts' are, and no bias holds them back."""
     from moepp_megatron.interop.checkpoint_reader import TensorReader
     from moepp_megatron.interop.upcycle import Additions, upcycle, upcycled_config
@@ -221,7 +219,7 @@ def test_zedas_router_rows(plain: RunPlain, tmp_path: Path) -> None:
         upcycled_config({**SHAPE, **DEEPSEEK, "model_type": "deepseek_v3"}, added, "m", None)
 
 
-def test_scores_that_are_not_renormalised_are_refused(plain: RunPlain, tmp_path: Path) -> None:
+def test_scores_that_are_not_renormalised_are_refused(plain, tmp_path):
     from moepp_megatron.interop.upcycle import upcycle
 
     source, tokens = tmp_path / "hf", write_tokens(tmp_path)
@@ -246,7 +244,7 @@ LLAMA = {
 }
 
 
-def test_one_expert_a_token_is_refused_with_advice_that_can_be_followed() -> None:
+def test_one_expert_a_token_is_refused_with_advice_that_can_be_followed():
     from moepp_megatron.interop.upcycle import Additions, upcycled_config
 
     with pytest.raises(ConfigError, match=r"--topk \(1\) must be at least 2.*; use --topk 2"):
@@ -266,7 +264,7 @@ def test_one_expert_a_token_is_refused_with_advice_that_can_be_followed() -> Non
         ({"model_type": "gpt2"}, "must be one of llama, .*cannot be upcycled"),
     ],
 )
-def test_a_model_of_another_kind_is_refused_with_what_is_possible(kind, remedy) -> None:
+def test_a_model_of_another_kind_is_refused_with_what_is_possible(kind, remedy):
     from moepp_megatron.interop.upcycle_sources import source_kind
 
     with pytest.raises(ConfigError, match=remedy):
@@ -316,7 +314,7 @@ def train_upcycled(
     return losses, shares, config.moe.ffn_share
 
 
-def test_short_run_moves_the_ffn_share_from_1_towards_phi(ranks, plain: RunPlain, tmp_path) -> None:
+def test_short_run_moves_the_ffn_share_from_1_towards_phi(ranks, plain, tmp_path):
     plain(write_source, tmp_path / "hf", "mixtral", write_tokens(tmp_path))
     runs = ranks(2).run(train_upcycled, tmp_path / "hf", tmp_path / "moepp", 60)
     (losses, shares, phi), other = runs
@@ -345,7 +343,7 @@ def test_short_run_moves_the_ffn_share_from_1_towards_phi(ranks, plain: RunPlain
         ({"attention_bias": True}, r"attention_bias \(true\) must be false"),
     ],
 )
-def test_what_deepseek_models_cannot_bring_is_refused(change: dict[str, Any], named: str) -> None:
+def test_what_deepseek_models_cannot_bring_is_refused(change, named):
     from moepp_megatron.interop.upcycle import Additions, upcycled_config
 
     config = {**SHAPE, **DEEPSEEK, "model_type": "deepseek_v3", "rms_norm_eps": 1e-6}
@@ -356,7 +354,7 @@ def test_what_deepseek_models_cannot_bring_is_refused(change: dict[str, Any], na
         upcycled_config(config | change, Additions(), "x", None)
 
 
-def test_what_olmoe_models_cannot_bring_is_refused() -> None:
+def test_what_olmoe_models_cannot_bring_is_refused():
     from moepp_megatron.interop.upcycle import Additions, upcycled_config
 
     none = Additions(**FFN_ONLY)
@@ -373,7 +371,7 @@ def test_what_olmoe_models_cannot_bring_is_refused() -> None:
         upcycled_config(olmoe, Additions(), "x", None)
 
 
-def test_olmoes_norms_come_back_from_an_export(plain: RunPlain, tmp_path: Path) -> None:
+def test_olmoes_norms_come_back_from_an_export(plain, tmp_path):
     from moepp_megatron.config import load_config
     from moepp_megatron.interop.to_hf import mcore_to_hf
     from moepp_megatron.interop.to_mcore import hf_to_mcore
@@ -398,7 +396,7 @@ def test_olmoes_norms_come_back_from_an_export(plain: RunPlain, tmp_path: Path) 
         assert first[name].equal(source[name])
 
 
-def test_layers_that_predict_further_tokens_are_left_out(plain: RunPlain, tmp_path: Path) -> None:
+def test_layers_that_predict_further_tokens_are_left_out(plain, tmp_path):
     from safetensors.torch import save_file
 
     from moepp_megatron.interop.upcycle import upcycle

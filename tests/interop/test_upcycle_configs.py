@@ -54,12 +54,12 @@ def made_of(name: str) -> Config:
     return upcycled_config(hf, Additions(num_constant_experts=constants), name, "bf16")
 
 
-def test_every_configuration_has_its_source() -> None:
+def test_every_configuration_has_its_source():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"_recipe", *SOURCES}
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_configuration_is_that_of_its_checkpoint(name: str, tmp_path: Path) -> None:
+def test_a_configuration_is_that_of_its_checkpoint(name, tmp_path):
     made, shipped = made_of(name), load_config(CONFIGS / f"{name}.yaml")
     (tmp_path / "config.yaml").write_text(made.to_yaml())
     check_compatible(tmp_path, shipped)
@@ -75,7 +75,7 @@ def test_a_configuration_is_that_of_its_checkpoint(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_the_share_falls_from_the_sources_to_phi(name: str) -> None:
+def test_the_share_falls_from_the_sources_to_phi(name):
     moe = load_config(CONFIGS / f"{name}.yaml").moe
     budget = moe.budget
     assert budget.held_by == "bias"

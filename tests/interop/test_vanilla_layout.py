@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
-from tests.interop.conftest import RunPlain
 from tests.interop.models import settings
 from tests.interop.test_export import LOGITS, TOKENS, save_and_compute
 from tests.interop.test_serving import greedy
@@ -99,9 +98,7 @@ def vanilla_logits(folder: Path, ids: Any) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_transformers_computes_the_same(
-    ranks: RankPools, plain: RunPlain, tmp_path: Path, case: str
-) -> None:
+def test_transformers_computes_the_same(ranks, plain, tmp_path, case):
     ours = export(ranks, tmp_path, case)
     theirs = plain(vanilla_logits, tmp_path / "vanilla", TOKENS)
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=LOGITS)
@@ -112,9 +109,7 @@ def test_transformers_computes_the_same(
     reason="MOEPP_LLAMA_CPP (sources) or MOEPP_LLAMA_CPP_PYTHON (environment) names nothing",
 )
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_computes_the_same(
-    ranks: RankPools, plain: RunPlain, tmp_path: Path, case: str
-) -> None:
+def test_llama_cpp_computes_the_same(ranks, plain, tmp_path, case):
     from moepp_megatron.data.tokenizer import train_tokenizer
 
     export(ranks, tmp_path, case)
@@ -138,7 +133,7 @@ def test_llama_cpp_computes_the_same(
         np.testing.assert_allclose(answer["logprobs"], wanted["logprobs"], rtol=0, atol=1e-3)
 
 
-def test_the_example_says_how_it_is_called() -> None:
+def test_the_example_says_how_it_is_called():
     file = Path(__file__).parents[2] / "examples" / "to_gguf.py"
     done = subprocess.run([sys.executable, file], capture_output=True, text=True)
     assert (done.returncode, "to_gguf.py LLAMA_CPP EXPORT" in done.stderr) == (1, True)
@@ -159,9 +154,7 @@ def test_the_example_says_how_it_is_called() -> None:
         ({"qk_layernorm": True, "kv_channels": 16}, {}, "no such norms.*\n.*must be null or 8"),
     ],
 )
-def test_what_a_vanilla_moe_cannot_say_is_refused(
-    model: dict[str, Any], moe: dict[str, Any], named: str
-) -> None:
+def test_what_a_vanilla_moe_cannot_say_is_refused(model, moe, named):
     from moepp_megatron.interop.vanilla import vanilla_hf_config
 
     vanilla_hf_config(parse_config(settings(moe=MOE)))

@@ -12,10 +12,8 @@ import pytest
 from moepp_megatron.config import ConfigError, parse_config
 from moepp_megatron.interop.zeda import zeda_config, zeda_hf_config, zeda_warnings
 from tests.interop.checkpoints import convert_and_score, load_tensors
-from tests.interop.conftest import RunPlain
 from tests.interop.models import settings
 from tests.interop.test_export import LOGITS, TOKENS, save_and_compute
-from tests.parallel.ranks import RankPools
 
 QWEN: dict[str, dict[str, Any]] = {
     "model": {"qk_layernorm": True, "num_query_groups": 2, "rotary_base": 5e4},
@@ -101,7 +99,7 @@ def save_with_reader(source: Path, target: Path, ids: Any) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_both_ways(ranks: RankPools, plain: RunPlain, tmp_path: Path, case: str) -> None:
+def test_both_ways(ranks, plain, tmp_path, case):
     from moepp_megatron.interop.checkpoint_reader import TensorReader
     from moepp_megatron.interop.to_hf import mcore_to_hf
     from moepp_megatron.interop.to_mcore import hf_to_mcore
@@ -129,9 +127,7 @@ def test_both_ways(ranks: RankPools, plain: RunPlain, tmp_path: Path, case: str)
     assert text == again
 
 
-def test_a_model_of_the_published_class_comes_in(
-    ranks: RankPools, plain: RunPlain, tmp_path: Path
-) -> None:
+def test_a_model_of_the_published_class_comes_in(ranks, plain, tmp_path):
     (tmp_path / "config").mkdir()
     fields = zeda_hf_config(parse_config(settings(**CASES["Qwen3, all kinds, a dense layer"])))
     (tmp_path / "config" / "config.json").write_text(json.dumps(fields))
@@ -141,7 +137,7 @@ def test_a_model_of_the_published_class_comes_in(
     np.testing.assert_allclose(scores["logits"], theirs, rtol=0, atol=LOGITS)
 
 
-def test_published_configuration_comes_back() -> None:
+def test_published_configuration_comes_back():
     written = zeda_hf_config(zeda_config(PUBLISHED, "theirs"))
     # ZEDA's recipe leaves the base model's type.
     known = PUBLISHED.keys() - {"model_type"}
@@ -158,7 +154,7 @@ def test_published_configuration_comes_back() -> None:
         ("model", {"qk_layernorm": False}, r"\(false\) must be true for --layout zeda"),
     ],
 )
-def test_what_zeda_cannot_say_is_refused(section: str, change: dict[str, Any], named: str) -> None:
+def test_what_zeda_cannot_say_is_refused(section, change, named):
     zeda_hf_config(parse_config(settings(**QWEN)))
     changed = QWEN | {section: QWEN[section] | change}
     with pytest.raises(ConfigError, match=named):
@@ -178,14 +174,14 @@ def test_what_zeda_cannot_say_is_refused(section: str, change: dict[str, Any], n
         ({"model_type": "glm4_moe_lite"}, r"\(glm4_moe_lite\) must be qwen3_moe or qwen3_moe_plus"),
     ],
 )
-def test_what_cannot_come_in_is_refused(change: dict[str, Any], named: str) -> None:
+def test_what_cannot_come_in_is_refused(change, named):
     fields = zeda_hf_config(parse_config(settings(**QWEN)))
     zeda_config(fields, "theirs")
     with pytest.raises(ConfigError, match=named):
         zeda_config(fields | change, "theirs")
 
 
-def test_readers_that_differ_are_named() -> None:
+def test_readers_that_differ_are_named():
     assert not list(zeda_warnings(parse_config(settings(**QWEN))))
     kinds, dense = zeda_warnings(
         parse_config(settings(**QWEN | {"moe": QWEN["moe"] | MIXED | {"layer_freq": [1, 0]}}))

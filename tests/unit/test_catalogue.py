@@ -13,12 +13,12 @@ from moepp_megatron.observe.numbers import numbers
 from moepp_megatron.observe.tensorboard import tag_of
 
 
-def test_every_key_of_a_record_has_a_row() -> None:
+def test_every_key_of_a_record_has_a_row():
     assert list(OF_RECORD) == list(StepMetrics.model_fields)
     assert not OF_RECORD.keys() & IN_LAYERS.keys()
 
 
-def test_no_two_metrics_share_a_name_or_a_plot() -> None:
+def test_no_two_metrics_share_a_name_or_a_plot():
     tags = [tag_of(key) for key, row in OF_RECORD.items() if not row.labels and key != "step"]
     assert len(set(tags)) == len(tags)
     for of in (
@@ -39,13 +39,13 @@ def nesting(annotation: Any) -> list[type]:
 
 
 @pytest.mark.parametrize("key", OF_RECORD)
-def test_the_labels_of_a_row_are_those_of_its_data(key: str) -> None:
+def test_the_labels_of_a_row_are_those_of_its_data(key):
     by_place = {"layer", "expert", "ffn_experts"}
     holds = [list if axis in by_place else dict for axis in OF_RECORD[key].axes]
     assert nesting(StepMetrics.model_fields[key].annotation) == holds
 
 
-def test_every_number_of_a_record_has_its_labels() -> None:
+def test_every_number_of_a_record_has_its_labels():
     experts = ExpertCounts(1, num_constant_experts=0, num_copy_experts=0, num_zero_experts=1)
     record = {
         "loss": math.inf,

@@ -81,7 +81,7 @@ def _merged(lower: dict[str, Any], *uppers: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "LOG.md"], ids=_name)
-def test_command_lines_parse(page: Path) -> None:
+def test_command_lines_parse(page):
     for line in dict.fromkeys(_lines(page.read_text(encoding="utf-8"))):
         found = re.search(r"(?:^| |/)moepp [a-z].*", line)
         if found is None:

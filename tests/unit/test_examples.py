@@ -24,7 +24,7 @@ def code_cells() -> list[str]:
     return ["".join(cell["source"]) for cell in code]
 
 
-def test_the_notebook_reads_a_run(tmp_path, monkeypatch, capsys) -> None:
+def test_the_notebook_reads_a_run(tmp_path, monkeypatch, capsys):
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -64,7 +64,7 @@ def patched(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_new_kind_of_expert_is_the_reference(patched: Path) -> None:
+def test_the_new_kind_of_expert_is_the_reference(patched):
     assert "num_scale_experts" in (patched / "moepp_megatron" / "experts.py").read_text()
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]

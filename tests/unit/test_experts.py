@@ -28,14 +28,14 @@ from tests.parallel.training_runs import EP2, settings
 COUNTS = ExpertCounts(8, num_constant_experts=4, num_copy_experts=2, num_zero_experts=3)
 
 
-def test_a_field_for_each_kind_in_the_order_of_the_columns() -> None:
+def test_a_field_for_each_kind_in_the_order_of_the_columns():
     assert [field.name for field in fields(ExpertCounts)] == [kind.setting for kind in KINDS]
     assert len(set(KIND_NAMES)) == len(KINDS)
     # One comparison finds FFN experts, one zero experts.
     assert (KINDS[0], KINDS[-1]) == (FFN, ZERO)
 
 
-def test_columns_and_names() -> None:
+def test_columns_and_names():
     columns = list(range(COUNTS.num_experts))
     assert COUNTS.by_kind == (8, 4, 2, 3)
     assert columns[COUNTS.columns(FFN)] == [0, 1, 2, 3, 4, 5, 6, 7]
@@ -52,13 +52,13 @@ def test_columns_and_names() -> None:
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.75, 3.0])
-def test_tau_for_is_phi_turned_around(tau: float) -> None:
+def test_tau_for_is_phi_turned_around(tau):
     assert COUNTS.phi(tau) == pytest.approx(tau * 8 / (tau * 8 + 9), rel=1e-15)
     # Two roundings of numbers of order one.
     assert COUNTS.tau_for(COUNTS.phi(tau)) == pytest.approx(tau, rel=1e-14)
 
 
-def test_without_others_every_selection_is_an_ffn_experts() -> None:
+def test_without_others_every_selection_is_an_ffn_experts():
     assert ExpertCounts(8, **FFN_ONLY).phi(0.75) == 1.0
     # The paper's.
     assert ExpertCounts(8).phi(0.75) == pytest.approx(0.6)
@@ -67,7 +67,7 @@ def test_without_others_every_selection_is_an_ffn_experts() -> None:
     assert not ExpertLayout(gating_residual=False).is_vanilla
 
 
-def test_costs_by_hand() -> None:
+def test_costs_by_hand():
     layout, D, H = (ExpertLayout(8), 10, 32)
     assert FFN.parameters(D, H) == 3 * D * H
     assert FFN.flops(D, H) == 6 * D * H
@@ -79,7 +79,7 @@ def test_costs_by_hand() -> None:
     assert layout.local_flops(D) == 2 * D + 2 * (2 * 2 * D) + 2 * (2 * D)
 
 
-def test_costs_of_variants() -> None:
+def test_costs_of_variants():
     D = 10
     two_layers = ExpertLayout(
         8,
@@ -100,7 +100,7 @@ def test_costs_of_variants() -> None:
     assert ExpertLayout(8, num_constant_experts=0).local_parameters(D, is_first=True) == 0
 
 
-def test_settings_are_declared_once() -> None:
+def test_settings_are_declared_once():
     names = {field.name for field in fields(LayerSettings)}
     assert names < set(MoESection.model_fields)
     assert not names & set(MoESection.__annotations__)
@@ -112,7 +112,7 @@ def test_settings_are_declared_once() -> None:
         assert meaning_of(described), field.name
 
 
-def test_the_exported_model_has_the_same_defaults() -> None:
+def test_the_exported_model_has_the_same_defaults():
     # Read, not imported: the file needs transformers.
     source = (files("moepp_megatron.interop.hf_files") / "configuration_moepp.py").read_text()
     (init,) = (
@@ -129,7 +129,7 @@ def test_the_exported_model_has_the_same_defaults() -> None:
     }
 
 
-def test_the_layer_gets_what_the_user_set() -> None:
+def test_the_layer_gets_what_the_user_set():
     changes = {
         "num_ffn_experts": 4,
         "num_constant_experts": 3,

@@ -35,7 +35,7 @@ def reasons(output: str) -> set[str]:
     return {line.rsplit(": ", 1)[1] for line in output.splitlines() if "SKIPPED" in line}
 
 
-def test_training_and_telemetry() -> None:
+def test_training_and_telemetry():
     """Five steps on a rank of their own; telemetry on recorded answers."""
     output = run("tests/gpu/test_training.py", "tests/gpu/test_nvml.py", "-k", "not two_cards")
     assert "4 passed" in output
@@ -43,18 +43,18 @@ def test_training_and_telemetry() -> None:
 
 
 @pytest.mark.slow
-def test_every_recipe_on_the_stand_in() -> None:
+def test_every_recipe_on_the_stand_in():
     assert "skipped" not in run("tests/gpu/test_fp8.py", stand_in=True)
 
 
 @pytest.mark.slow
-def test_two_ranks() -> None:
+def test_two_ranks():
     """Every layout, and FP8 on a rank without a row."""
     chosen = ("tests/gpu/test_training.py", "-k", "two_cards or without_a_row")
     assert "skipped" not in run(*chosen, stand_in=True)
 
 
-def test_each_says_what_it_needs() -> None:
+def test_each_says_what_it_needs():
     """Collected everywhere, skipped with the reason."""
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     done = forked(command, ROOT, os.environ | {"CUDA_VISIBLE_DEVICES": ""})

@@ -7,7 +7,7 @@ from benchmarks.hard_tokens import answers
 
 
 @pytest.mark.parametrize("within", [0, 1], ids=["by id", "by loss"])
-def test_a_loss_within_ids_is_separated_from_ids(within: int) -> None:
+def test_a_loss_within_ids_is_separated_from_ids(within):
     chance = np.random.default_rng(0)
     ids = chance.integers(0, 40, size=(384, 18))
     noise = chance.normal(size=ids.shape)

@@ -55,12 +55,7 @@ LONG = ("-m", "matrix or slow")
         ((*LONG, "--collect-only"), False, False),
     ],
 )
-def test_only_a_whole_green_run_is_recorded(
-    tmp_path: Path,
-    options: tuple[str, ...],
-    fails: bool,
-    is_recorded: bool,
-) -> None:
+def test_only_a_whole_green_run_is_recorded(tmp_path, options, fails, is_recorded):
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_it.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  matrix\n  slow\n")

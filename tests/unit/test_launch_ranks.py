@@ -28,7 +28,7 @@ printf 'GPU 1: NVIDIA H100 (UUID: GPU-2b)\n'
         ("7", 0),
     ],
 )
-def test_gpus_that_cuda_does_not_show_get_no_rank(tmp_path, visible: str | None, gpus: int) -> None:
+def test_gpus_that_cuda_does_not_show_get_no_rank(tmp_path, visible, gpus):
     (tmp_path / "nvidia-smi").write_text(LISTS)
     (tmp_path / "nvidia-smi").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}

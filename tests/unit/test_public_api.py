@@ -43,7 +43,7 @@ def _internal(source: str) -> set[str]:
     return used - documented - modules
 
 
-def test_documented_names_exist() -> None:
+def test_documented_names_exist():
     names = _documented()
     assert len(names) > 30
     for name in names:
@@ -51,7 +51,7 @@ def test_documented_names_exist() -> None:
         assert hasattr(importlib.import_module(module), own_name), name
 
 
-def test_every_export_is_documented() -> None:
+def test_every_export_is_documented():
     exported = {f"moepp_megatron.{name}" for name in moepp_megatron.__all__}
     exported |= {f"moepp_megatron.config.{name}" for name in config.__all__}
     short = {name.rpartition(".")[2] for name in _documented()} | {"__version__"}
@@ -59,7 +59,7 @@ def test_every_export_is_documented() -> None:
 
 
 @pytest.mark.parametrize("program", ["examples/own_megatron_loop.py"])
-def test_an_example_uses_documented_names(program: str) -> None:
+def test_an_example_uses_documented_names(program):
     assert not _internal((REPOSITORY / program).read_text("utf-8"))
 
 
@@ -72,7 +72,7 @@ def test_an_example_uses_documented_names(program: str) -> None:
         "from moepp_megatron.config.plugins import Plugin; Plugin('sinks').installed()",
     ],
 )
-def test_what_answers_fast_imports_nothing_heavy(code: str) -> None:
+def test_what_answers_fast_imports_nothing_heavy(code):
     code += "; import sys; print({'torch', 'megatron', 'numpy', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

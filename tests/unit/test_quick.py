@@ -23,7 +23,7 @@ def _imported(tree: ast.Module) -> set[str]:
 
 # Nothing is computed in `version`.
 @pytest.mark.parametrize("room", [room for room in ROOMS if room not in ("version", "__main__")])
-def test_every_room_has_a_short_file(room: str) -> None:
+def test_every_room_has_a_short_file(room):
     inside = [
         file
         for file, tree in FILES.items()
@@ -32,7 +32,7 @@ def test_every_room_has_a_short_file(room: str) -> None:
     assert inside
 
 
-def test_every_case_is_there() -> None:
+def test_every_case_is_there():
     # pytest refuses a name that it does not find, its parameters included.
     cases = [f"tests/{case}" for case in quick.CASES.values()]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]

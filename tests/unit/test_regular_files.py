@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run", config, synthetic_records(config, steps=3))
 
 
-def test_regular_files_and_links_to_them_pass(tmp_path: Path):
+def test_regular_files_and_links_to_them_pass(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to("file")
     check_regular(tmp_path / "file")
@@ -41,7 +41,7 @@ def test_regular_files_and_links_to_them_pass(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
-def test_files_that_options_name_are_regular(kind: str, pipe: Path):
+def test_files_that_options_name_are_regular(kind, pipe):
     given = pipe if kind == "pipe" else Path(kind)
     for read, option in (
         (text_of, "--text"),
@@ -52,7 +52,7 @@ def test_files_that_options_name_are_regular(kind: str, pipe: Path):
             read(given)
 
 
-def test_readers_refuse_a_pipe(pipe: Path, tmp_path: Path):
+def test_readers_refuse_a_pipe(pipe, tmp_path):
     with pytest.raises(MetricsError, match="Not a regular file"):
         read_metrics(pipe)
     with pytest.raises(OSError, match="Not a regular file"):
@@ -94,7 +94,7 @@ def test_commands_refuse_a_pipe_or_a_device_in_one_line(kind, pipe, tmp_path, re
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "alerts.jsonl"])
-def test_a_run_with_a_pipe_for_a_file_is_no_run(name: str, run: Path, refused):
+def test_a_run_with_a_pipe_for_a_file_is_no_run(name, run, refused):
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
     assert "Not a regular file" in refused("report", run)

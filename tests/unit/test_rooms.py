@@ -103,12 +103,12 @@ def _room(module: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "tools" else parts[0]
 
 
-def test_every_room_is_known() -> None:
+def test_every_room_is_known():
     rooms = {_room(name) for name in MODULES if name not in ("", "tools")}
     assert rooms == set(ROOMS)
 
 
-def test_arrows_point_down() -> None:
+def test_arrows_point_down():
     upwards = [
         (name, target)
         for name in MODULES.keys() - {"", "tools"}
@@ -118,7 +118,7 @@ def test_arrows_point_down() -> None:
     assert upwards == []
 
 
-def test_the_engine_never_imports_the_tools() -> None:
+def test_the_engine_never_imports_the_tools():
     upwards = [
         (name, target)
         for name in MODULES
@@ -129,13 +129,13 @@ def test_the_engine_never_imports_the_tools() -> None:
     assert upwards == []
 
 
-def test_no_circle() -> None:
+def test_no_circle():
     graph = {name: set(_imports(name, for_types=False)) - {""} for name in MODULES if name}
     # Raises CycleError with the circle.
     assert list(TopologicalSorter(graph).static_order())
 
 
-def test_no_room_outgrows_its_budget() -> None:
+def test_no_room_outgrows_its_budget():
     sizes = dict.fromkeys(ROOMS, 0)
     names = dict.fromkeys(ROOMS, 0)
     for name, path in MODULES.items():
@@ -154,7 +154,7 @@ def test_no_room_outgrows_its_budget() -> None:
     assert len(MODULES) <= MAX_FILES
 
 
-def test_class_names_are_used_once() -> None:
+def test_class_names_are_used_once():
     sources = (path.read_text(encoding="utf-8") for path in MODULES.values())
     names = Counter(name for source in sources for name in code_size.class_names(source))
     assert len([name for name, uses in names.items() if uses > 1]) <= MAX_CLASS_NAMES_TWICE
@@ -164,7 +164,7 @@ def _words(paths: Iterable[Path]) -> int:
     return sum(len(path.read_text(encoding="utf-8").split()) for path in paths)
 
 
-def test_what_stands_around_the_package_stays_small() -> None:
+def test_what_stands_around_the_package_stays_small():
     templates = [path for path in PACKAGE.rglob("*.*") if path.suffix in (".j2", ".css", ".js")]
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in templates)
     assert lines <= MAX_TEMPLATE_LINES
@@ -179,7 +179,7 @@ def test_what_stands_around_the_package_stays_small() -> None:
 
 
 @pytest.mark.parametrize("room", LISTED)
-def test_a_room_says_what_each_of_its_files_is(room: str) -> None:
+def test_a_room_says_what_each_of_its_files_is(room):
     source = (PACKAGE / room / "__init__.py").read_text(encoding="utf-8")
     listed = re.findall(r"^ *(\w+\.py) +\S", ast.get_docstring(ast.parse(source)) or "", re.M)
     files = {path.name for path in (PACKAGE / room).glob("*.py")} - {"__init__.py"}

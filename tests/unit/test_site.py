@@ -23,13 +23,13 @@ def _commands_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(typer.main, "get_command", build.__wrapped__)
 
 
-def test_every_setting_is_on_its_page() -> None:
+def test_every_setting_is_on_its_page():
     page = pages.settings()
     assert "| `tau` | `0.75` | 1 | > 0, <= 10 |" in page
     assert "## routing_guard.rules[]\n" in page
 
 
-def test_flags_have_their_setting_and_its_meaning() -> None:
+def test_flags_have_their_setting_and_its_meaning():
     page = pages.megatron_flags()
     assert "| `--moe-router-topk` | `moe.router_topk` | Experts selected per token, K |\n" in page
     assert "| `--bf16` | `precision.dtype=bf16` |" in page
@@ -47,7 +47,7 @@ def _missing(text: str) -> list[str]:
     return missing + [m for m in modules if not (ROOT / f"{m.replace('.', '/')}.py").is_file()]
 
 
-def test_benchmarks_are_named_that_exist() -> None:
+def test_benchmarks_are_named_that_exist():
     files = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "moepp_megatron").rglob("*.py")]
     texts = {path: " ".join(path.read_text(encoding="utf-8").split()) for path in files}
     gone = [
@@ -59,7 +59,7 @@ def test_benchmarks_are_named_that_exist() -> None:
     assert gone == []
 
 
-def test_every_proof_exists() -> None:
+def test_every_proof_exists():
     assert PROVEN.count("::test_") > 60
     assert COMPARED.count("::test_") > 15
     assert _missing(PROVEN) == _missing(COMPARED) == []
@@ -77,11 +77,11 @@ def test_every_proof_exists() -> None:
         ("@font-face { src: url('https://fonts.example/a.woff2') }", ".css"),
     ],
 )
-def test_what_a_page_loads_from_elsewhere_is_found(text: str, suffix: str) -> None:
+def test_what_a_page_loads_from_elsewhere_is_found(text, suffix):
     assert len(loads_elsewhere(text, suffix)) == 1
 
 
-def test_links_and_local_files_are_no_loads() -> None:
+def test_links_and_local_files_are_no_loads():
     text = (
         '<a href="https://a.example/">a</a><link rel="canonical" href="https://a.example/">'
         '<script src="_static/a.js"></script><img src="a.svg"><style>a { color: red }</style>'
@@ -89,5 +89,5 @@ def test_links_and_local_files_are_no_loads() -> None:
     assert loads_elsewhere(text, ".html") == []
 
 
-def test_every_cell_about_another_repository_is_quoted() -> None:
+def test_every_cell_about_another_repository_is_quoted():
     assert compared_sources.unquoted() == []

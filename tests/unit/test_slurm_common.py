@@ -110,7 +110,7 @@ def node(tmp_path: Path) -> Node:
     return Node(tmp_path)
 
 
-def test_one_launcher_a_node_meets_at_the_first_nodes_address(node: Node) -> None:
+def test_one_launcher_a_node_meets_at_the_first_nodes_address(node):
     status, said = node.job("MOEPP_RANKS_PER_NODE=8", SLURM_RESTART_COUNT="3")
     assert status == 0, said
     (step,) = node.steps
@@ -125,14 +125,14 @@ def test_one_launcher_a_node_meets_at_the_first_nodes_address(node: Node) -> Non
 
 
 @pytest.mark.parametrize("exported", ["NONE", "PATH,HOME"])
-def test_nodes_get_the_jobs_variables(node: Node, exported: str) -> None:
+def test_nodes_get_the_jobs_variables(node, exported):
     """Also from `sbatch --export`, which Slurm makes the rule for the job's steps."""
     status, said = node.job(SRUN_STATUS="1", SLURM_EXPORT_ENV=exported)
     assert status == 1, said
     assert node.orders == [], "every node answers, so a failure is not tried again"
 
 
-def test_nodes_meet_at_an_ipv6_address(node: Node) -> None:
+def test_nodes_meet_at_an_ipv6_address(node):
     assert node.job(ADDRESS="fd00::1")[0] == 0
     (step,) = node.steps
     endpoint = step[step.index("--rdzv-endpoint") + 1]
@@ -204,12 +204,12 @@ ELEMENT = {"SLURM_ARRAY_JOB_ID": "20007", "SLURM_ARRAY_TASK_ID": "3"}
 """The last element of an array, whose number is that of the array."""
 
 
-def test_element_of_an_array_requeues_itself_and_no_other(node: Node) -> None:
+def test_element_of_an_array_requeues_itself_and_no_other(node):
     ended, said = node.job(SRUN_STATUS="75", **ELEMENT)
     assert (ended, node.orders) == (75, ["scontrol requeue 20007_3"]), said
 
 
-def test_element_of_an_array_avoids_its_sick_node(node: Node) -> None:
+def test_element_of_an_array_avoids_its_sick_node(node):
     assert node.job(PREFLIGHT, SICK="n2", **ELEMENT)[0] == 3
     assert node.orders == [
         "scontrol requeuehold 20007_3",
@@ -233,7 +233,7 @@ def test_job_that_slurm_does_not_requeue_says_how_to_resume(node, settings, envi
 
 
 @pytest.mark.parametrize(("limit_s", "ends"), [(600, 2), (601, 0), (0, 0)])
-def test_time_limit_that_leaves_no_time_to_train(node: Node, limit_s: int, ends: int) -> None:
+def test_time_limit_that_leaves_no_time_to_train(node, limit_s, ends):
     """0: this Slurm does not say when the job ends."""
     times = {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": str(1000 + limit_s)}
     ended, said = node.job("MOEPP_SIGNAL_BEFORE=600", **(times if limit_s else {}))
@@ -242,7 +242,7 @@ def test_time_limit_that_leaves_no_time_to_train(node: Node, limit_s: int, ends:
     assert ("the time limit (600 s) must be above the 600 s" in said) == (ends == 2)
 
 
-def test_port_in_use_is_left_out(node: Node) -> None:
+def test_port_in_use_is_left_out(node):
     with contextlib.ExitStack() as stack:
         for number in itertools.count(1):
             with contextlib.suppress(OSError):
@@ -259,7 +259,7 @@ def test_port_in_use_is_left_out(node: Node) -> None:
 PREFLIGHT = "MOEPP_PREFLIGHT=(check 'two words')"
 
 
-def test_healthy_nodes_are_checked_and_then_train(node: Node) -> None:
+def test_healthy_nodes_are_checked_and_then_train(node):
     status, said = node.job(PREFLIGHT)
     assert status == 0, said
     check, train = node.steps
@@ -268,7 +268,7 @@ def test_healthy_nodes_are_checked_and_then_train(node: Node) -> None:
     assert "n2: checked" in said
 
 
-def test_sick_node_is_excluded_besides_those_that_were(node: Node) -> None:
+def test_sick_node_is_excluded_besides_those_that_were(node):
     status, said = node.job(PREFLIGHT, SICK="n2", EXCLUDED="n9")
     assert status == 3
     assert len(node.steps) == 1, "nothing was trained"
@@ -288,7 +288,7 @@ def test_sick_node_is_excluded_besides_those_that_were(node: Node) -> None:
         ({"SICK": "n2", "SLURM_RESTART_COUNT": "20"}, 3, "not again"),
     ],
 )
-def test_preflight_that_excludes_nobody(node: Node, environment, ends: int, says: str) -> None:
+def test_preflight_that_excludes_nobody(node, environment, ends, says):
     status, said = node.job(PREFLIGHT, **environment)
     assert (status, node.orders, len(node.steps)) == (ends, [], 1), said
     assert says in said
@@ -297,7 +297,7 @@ def test_preflight_that_excludes_nobody(node: Node, environment, ends: int, says
 IMAGE = "MOEPP_CONTAINER_IMAGE='/my images/x.sqsh' MOEPP_CONTAINER_MOUNTS=('/a b:/c' /d:/e)"
 
 
-def test_pyxis(node: Node) -> None:
+def test_pyxis(node):
     node.job(f"MOEPP_CONTAINER=pyxis\n{IMAGE}")
     (step,) = node.steps
     here = os.path.realpath(node.folder)
@@ -306,7 +306,7 @@ def test_pyxis(node: Node) -> None:
     assert step.index(f"--container-workdir={here}") < step.index("bash")
 
 
-def test_apptainer(node: Node) -> None:
+def test_apptainer(node):
     node.job(f"MOEPP_CONTAINER=apptainer\n{IMAGE}")
     (step,) = node.steps
     here = os.path.realpath(node.folder)
@@ -340,7 +340,7 @@ def scaling(node: Node, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_scaling_measures_each_point_on_its_nodes(node: Node) -> None:
+def test_scaling_measures_each_point_on_its_nodes(node):
     status, said = scaling(node)
     assert status == 0, said
     plan, first, second, collect = node.steps
@@ -357,7 +357,7 @@ def test_scaling_measures_each_point_on_its_nodes(node: Node) -> None:
     assert collect[-9:] == [*command, "run.name=$(x)", "--collect"]
 
 
-def test_scaling_goes_on_after_a_failed_point(node: Node) -> None:
+def test_scaling_goes_on_after_a_failed_point(node):
     status, said = scaling(node, CURSED="n8_ep8_b16")
     assert status == 1
     assert "scaling: n8_ep8_b16 failed" in said
@@ -366,7 +366,7 @@ def test_scaling_goes_on_after_a_failed_point(node: Node) -> None:
     assert collect[-1] == "--collect"
 
 
-def test_scaling_with_a_wrong_configuration_starts_nothing(node: Node) -> None:
+def test_scaling_with_a_wrong_configuration_starts_nothing(node):
     status, _ = scaling(node, PLAN_STATUS="2", PLAN="")
     assert status == 2
     assert len(node.steps) == 1

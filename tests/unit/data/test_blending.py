@@ -50,7 +50,7 @@ def places(dataset: DrawnDataset) -> list[tuple[str, int]]:
     return [(Path(each.dataset.path_prefix).parent.name, sample) for each, sample in found]
 
 
-def test_shares_are_the_weights(folders, tmp_path: Path) -> None:
+def test_shares_are_the_weights(folders, tmp_path):
     train, validation, _ = open_blends(
         folders, tmp_path, blend(folders, a=3, b=1), samples=(40, 8, 0)
     )
@@ -62,7 +62,7 @@ def test_shares_are_the_weights(folders, tmp_path: Path) -> None:
         assert Counter(name for name, _ in places(train)[start : start + 8])["code"] == 2
 
 
-def test_a_stage_goes_on_where_the_folder_was_left(folders, tmp_path: Path) -> None:
+def test_a_stage_goes_on_where_the_folder_was_left(folders, tmp_path):
     stages = [blend(folders, a=3, b=1), blend(folders, 16, b=1), blend(folders, 24, a=1, cd=1)]
     train, _, _ = open_blends(folders, tmp_path, *stages)
     found = places(train)
@@ -77,7 +77,7 @@ def test_a_stage_goes_on_where_the_folder_was_left(folders, tmp_path: Path) -> N
     assert train.repeats_from == 24
 
 
-def test_planned_room_is_enough_for_any_shares() -> None:
+def test_planned_room_is_enough_for_any_shares():
     from megatron.core.datasets import helpers
 
     random = np.random.RandomState(3)
@@ -93,7 +93,7 @@ def test_planned_room_is_enough_for_any_shares() -> None:
         assert (drawn <= list(needed.values())).all()
 
 
-def test_one_folder_draws_as_without_a_blend(folders, tmp_path: Path) -> None:
+def test_one_folder_draws_as_without_a_blend(folders, tmp_path):
     alone, _, _ = build_datasets(
         folders["a"], Tokenizer.load(folders["a"]), LENGTH, SPLIT, 7, (40, 0, 0), cache_dir=tmp_path
     )
@@ -102,7 +102,7 @@ def test_one_folder_draws_as_without_a_blend(folders, tmp_path: Path) -> None:
         assert torch.equal(staged[index]["tokens"], alone[index]["tokens"])
 
 
-def test_each_token_has_its_source_over_stages(folders, tmp_path: Path) -> None:
+def test_each_token_has_its_source_over_stages(folders, tmp_path):
     stages = [blend(folders, a=1, cd=1), blend(folders, 16, b=1, cd=1)]
     train, _, _ = open_blends(folders, tmp_path, *stages)
     assert source_names(train) == ("web", "math/proofs", "math/tables", "code")
@@ -117,7 +117,7 @@ def test_each_token_has_its_source_over_stages(folders, tmp_path: Path) -> None:
     assert min(seen.values()) > 50, "every source is there"
 
 
-def test_folders_above_the_limit_tell_no_sources(folders, tmp_path, monkeypatch) -> None:
+def test_folders_above_the_limit_tell_no_sources(folders, tmp_path, monkeypatch):
     """Also where one of them, and not the other, says which source its documents are of."""
     monkeypatch.setattr("moepp_megatron.data.datasets.MAX_SOURCES", 1)
     train, _, _ = open_blends(folders, tmp_path, blend(folders, a=1, cd=1))
@@ -125,7 +125,7 @@ def test_folders_above_the_limit_tell_no_sources(folders, tmp_path, monkeypatch)
     assert SOURCES not in next(batches(train, 0, 4, 0, 1, 8, vocab_size=257))
 
 
-def test_a_stage_added_on_resuming_leaves_what_was_drawn(folders, tmp_path: Path) -> None:
+def test_a_stage_added_on_resuming_leaves_what_was_drawn(folders, tmp_path):
     """As long as no folder is read more than once, whatever is planned for later."""
     first = blend(folders, a=3, b=1)
     short, _, _ = open_blends(folders, tmp_path, first, samples=(16, 0, 0))
@@ -134,13 +134,13 @@ def test_a_stage_added_on_resuming_leaves_what_was_drawn(folders, tmp_path: Path
         assert torch.equal(short[index]["tokens"], planned[index]["tokens"])
 
 
-def test_a_stage_behind_the_end_is_not_opened(folders, tmp_path: Path) -> None:
+def test_a_stage_behind_the_end_is_not_opened(folders, tmp_path):
     missing = Blend("late", 40, (Folder("late", tmp_path / "missing"),))
     train, _, _ = open_blends(folders, tmp_path, blend(folders, a=1, b=1), missing)
     assert len(train) == 40
 
 
-def test_a_damaged_token_is_named(folders, tmp_path: Path) -> None:
+def test_a_damaged_token_is_named(folders, tmp_path):
     damaged = shutil.copytree(folders["b"], tmp_path / "damaged")
     content = np.fromfile(damaged / "corpus.bin", np.uint16)
     content[content == Tokenizer.load(damaged).encode("b")[0]] = 300
@@ -151,7 +151,7 @@ def test_a_damaged_token_is_named(folders, tmp_path: Path) -> None:
         list(batches(train, 0, 4, 0, 1, 8, vocab_size=257))
 
 
-def test_validation_sets(folders, tmp_path: Path) -> None:
+def test_validation_sets(folders, tmp_path):
     """A folder that is trained on gives its validation part, any other all of it."""
     paths = {"seen": str(folders["a"]), "other": str(folders["cd"])}
     data = {"path": str(folders["a"]), "validation": paths, "split": SPLIT, "cache": str(tmp_path)}

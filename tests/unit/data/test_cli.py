@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -10,7 +9,7 @@ from moepp_megatron.cli.data import app
 runner = CliRunner()
 
 
-def test_prepare_writes_and_reports(corpus_file: Path, tmp_path: Path):
+def test_prepare_writes_and_reports(corpus_file, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("")
     (tmp_path / "empty" / "b.txt").write_text("something")
@@ -53,7 +52,7 @@ def test_what_is_no_tokenizer_is_refused_before_sources_are_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_heavy_imports_wait(corpus_file: Path, prepared: Path):
+def test_heavy_imports_wait(corpus_file, prepared):
     """Help and an up-to-date folder need no torch; workers never do."""
     script = f"""
 import sys

@@ -91,7 +91,7 @@ def samples(folder: Path, count: int = 8, **changes: Any) -> tuple[Any, Tokenize
     return build_datasets(folder, tokenizer, LENGTH, "1,0,0", 5, numbers, **changes)[0], tokenizer
 
 
-def test_every_answer_is_learnt_and_nothing_else(folder: Path) -> None:
+def test_every_answer_is_learnt_and_nothing_else(folder):
     """From the samples as training reads them, an epoch of them, back to the conversations."""
     manifest = Manifest.read(folder)
     train, tokenizer = samples(folder, manifest.documents)
@@ -122,7 +122,7 @@ def test_every_answer_is_learnt_and_nothing_else(folder: Path) -> None:
     assert manifest.chat.conversations == 60
 
 
-def test_order_differs_by_epoch_and_holds_whole_epochs(folder: Path) -> None:
+def test_order_differs_by_epoch_and_holds_whole_epochs(folder):
     sequences = Manifest.read(folder).documents
     train, _ = samples(folder, 3 * sequences)
     rows = [tuple(train[i]["tokens"].tolist()) for i in range(3 * sequences)]
@@ -130,7 +130,7 @@ def test_order_differs_by_epoch_and_holds_whole_epochs(folder: Path) -> None:
     assert all(rows.count(row) == 3 for row in set(rows))
 
 
-def test_positions_start_anew_if_asked(folder: Path) -> None:
+def test_positions_start_anew_if_asked(folder):
     train, _ = samples(folder, reset_position_ids=True)
     for sample in (train[i] for i in range(8)):
         for number in sample[DOCUMENTS].unique():
@@ -138,7 +138,7 @@ def test_positions_start_anew_if_asked(folder: Path) -> None:
             assert torch.equal(own, torch.arange(len(own)))
 
 
-def test_packing_fills_and_never_crosses() -> None:
+def test_packing_fills_and_never_crosses():
     lengths = np.random.RandomState(1).randint(1, 40, 500).tolist()
     packs = pack(lengths, np.random.RandomState(2).permutation(500), 100)
     assert sorted(index for each in packs for index in each) == list(range(500))
@@ -177,7 +177,7 @@ BAD: dict[str, tuple[Any, str]] = {
 }
 
 
-def test_what_is_left_out_is_counted_by_reason(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_what_is_left_out_is_counted_by_reason(tokenizer_folder, tmp_path):
     records = [record for record, _ in BAD.values()]
     source = write(tmp_path / "chats.jsonl", [*records, {"messages": chat(2)}, records[0]])
     manifest = prepared(source, tokenizer_folder, tmp_path / "out").manifest
@@ -190,7 +190,7 @@ def test_what_is_left_out_is_counted_by_reason(tokenizer_folder: Path, tmp_path:
     assert manifest.documents == 1
 
 
-def test_a_source_with_nothing_usable_is_refused(tokenizer_folder: Path, tmp_path):
+def test_a_source_with_nothing_usable_is_refused(tokenizer_folder, tmp_path):
     record, reason = BAD["no answer"]
     source = write(tmp_path / "chats.jsonl", [record])
     with pytest.raises(ConfigError, match="has no usable conversation") as caught:
@@ -199,7 +199,7 @@ def test_a_source_with_nothing_usable_is_refused(tokenizer_folder: Path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_another_template_is_another_folder(folder: Path, tokenizer_folder: Path, tmp_path) -> None:
+def test_another_template_is_another_folder(folder, tokenizer_folder, tmp_path):
     source = folder.parent / "chats.jsonl"
     assert prepared(source, tokenizer_folder, folder).up_to_date
     other = tmp_path / "other.jinja"
@@ -211,7 +211,7 @@ def test_another_template_is_another_folder(folder: Path, tokenizer_folder: Path
         prepare(source, folder, text, Console(quiet=True))
 
 
-def test_reasons_stay_few(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_reasons_stay_few(tokenizer_folder, tmp_path):
     """A template may tell each conversation another one."""
     file = tmp_path / "template.jinja"
     refusal = "{% if messages[0].content[-1] == '1' %}"
@@ -228,7 +228,7 @@ def test_reasons_stay_few(tokenizer_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trims", [False, True])
-def test_white_space_of_answers_is_learnt(tokenizer_folder: Path, tmp_path, trims: bool) -> None:
+def test_white_space_of_answers_is_learnt(tokenizer_folder, tmp_path, trims):
     """Also where a post-processor such as Llama 3's takes it out of the tokens' spans."""
     backend = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     if trims:
@@ -283,7 +283,7 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_forms_of_records(name: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_forms_of_records(name, tokenizer_folder, tmp_path):
     record, messages = FORMS[name]
     assert messages_of(record) == messages
     one = write(tmp_path / "one.jsonl", [record])
@@ -294,7 +294,7 @@ def test_forms_of_records(name: str, tokenizer_folder: Path, tmp_path: Path) -> 
     assert written[0].sha256 == written[1].sha256
 
 
-def test_rows_of_parquet_are_conversations(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_rows_of_parquet_are_conversations(tokenizer_folder, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -326,7 +326,7 @@ WRONG_FORMS = {
 
 
 @pytest.mark.parametrize("name", WRONG_FORMS)
-def test_wrong_records_are_left_out(name: str) -> None:
+def test_wrong_records_are_left_out(name):
     with pytest.raises(UnusableChat):
         messages_of(WRONG_FORMS[name])
 
@@ -348,7 +348,7 @@ SPELLING: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SPELLING)
-def test_no_message_spells_a_special_token_by_its_template(name: str, tokenizer_folder: Path):
+def test_no_message_spells_a_special_token_by_its_template(name, tokenizer_folder):
     text, content = SPELLING[name]
     own = content if isinstance(content, dict) else {"content": content}
     body = (
@@ -398,7 +398,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_that_cannot_be_used(name: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_templates_that_cannot_be_used(name, tokenizer_folder, tmp_path):
     text, message = TEMPLATES[name]
     file = tmp_path / "template.jinja"
     file.write_text(text)
@@ -407,7 +407,7 @@ def test_templates_that_cannot_be_used(name: str, tokenizer_folder: Path, tmp_pa
         prepared(source, tokenizer_folder, tmp_path / "out", template=file)
 
 
-def test_a_template_may_mark_answers_and_be_one_of_several(tokenizer_folder: Path, tmp_path):
+def test_a_template_may_mark_answers_and_be_one_of_several(tokenizer_folder, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
     marked = "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}"
     marked += "{% endgeneration %}{% endfor %}"
@@ -425,7 +425,7 @@ def test_a_template_may_mark_answers_and_be_one_of_several(tokenizer_folder: Pat
     ]
 
 
-def test_a_template_keeps_the_tokens_that_it_names(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_template_keeps_the_tokens_that_it_names(tokenizer_folder, tmp_path):
     """Those of a tokenizer_config.json; a prepared folder and a checkpoint have none."""
     (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
     text = "\n{{ bos_token }}{{ eos_token }}{{ messages[0].content }}"
@@ -440,7 +440,7 @@ def test_a_template_keeps_the_tokens_that_it_names(tokenizer_folder: Path, tmp_p
     assert other.render([turn("user", "a")]) == "\n<|im_start|><|im_end|>a"
 
 
-def test_prompt_is_a_message(folder: Path) -> None:
+def test_prompt_is_a_message(folder):
     """The folder keeps its template, which a checkpoint takes along."""
     assert (folder / CHAT_TEMPLATE_FILE).read_text() == CHATML
     template = ChatTemplate.find(folder, Tokenizer.load(folder), None)
@@ -464,14 +464,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_options_that_do_not_fit(name: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_options_that_do_not_fit(name, tokenizer_folder, tmp_path):
     changes, message = SETTINGS[name]
     source = write(tmp_path / "chats.jsonl", [{"messages": chat(2)}])
     with pytest.raises(ConfigError, match=message):
         prepared(source, tokenizer_folder, tmp_path / "out", **changes)
 
 
-def test_sources_and_tokenizers_that_do_not_fit(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_sources_and_tokenizers_that_do_not_fit(tokenizer_folder, tmp_path):
     source = write(tmp_path / "chats.txt", [{"messages": chat(2)}])
     with pytest.raises(ConfigError, match=r"chats.txt must be JSONL .* with --chat"):
         prepared(source, tokenizer_folder, tmp_path / "out")
@@ -505,7 +505,7 @@ RUNS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("name", [None, *RUNS])
-def test_runs_that_would_train_on_something_else(name: str | None, folder: Path) -> None:
+def test_runs_that_would_train_on_something_else(name, folder):
     raw = settings(
         model={"seq_length": LENGTH, "vocab_size": 304},
         data={"path": str(folder), "reset_attention_mask": True, "split": "4,1,0"},
@@ -519,7 +519,7 @@ def test_runs_that_would_train_on_something_else(name: str | None, folder: Path)
         check_data(parse_config(raw))
 
 
-def test_every_byte_is_verified(folder: Path, tmp_path: Path) -> None:
+def test_every_byte_is_verified(folder, tmp_path):
     import shutil
 
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))

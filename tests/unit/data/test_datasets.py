@@ -100,7 +100,7 @@ def test_cache_lies_in_the_folder_and_is_reused(prepared, tokenizer, tmp_path):
     assert build() == first
 
 
-def test_cache_outside_does_not_outlive_a_replaced_dataset(corpus_file: Path, tmp_path: Path):
+def test_cache_outside_does_not_outlive_a_replaced_dataset(corpus_file, tmp_path):
     tokens = []
     for seed in (1, 2):
         settings = PrepareSettings(300, workers=1, seed=seed, force=True)
@@ -154,7 +154,7 @@ class Documents:
 
 
 @pytest.mark.parametrize("split", ["", "98,2", "1,1,1,1", "a,b,c", "-1,1,1", "0,0,0", "1,,2"])
-def test_malformed_split_is_refused(split: str):
+def test_malformed_split_is_refused(split):
     with pytest.raises(ConfigError, match=r"data\.split .* must be three weights"):
         check_split(split, Documents(100))
 
@@ -175,7 +175,7 @@ def test_split_without_documents_is_refused():
 
 @pytest.mark.parametrize("weights", [(98, 2, 0), (94, 1, 5), (1, 0, 0), (7, 3, 0), (90, 1, 9)])
 @pytest.mark.parametrize("documents", [20, 5, 49, 1000])
-def test_validation_may_be_empty_where_it_is_not_read(weights: tuple[int, ...], documents: int):
+def test_validation_may_be_empty_where_it_is_not_read(weights, documents):
     """Training and test keep their documents to the last one."""
     split = ",".join(map(str, weights))
     train, validation, test = document_ranges(split, documents)
@@ -199,7 +199,7 @@ def test_split_is_the_corpus_s_own_unless_one_is_set():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_ranges_of_documents_are_megatron_s(seed: int):
+def test_ranges_of_documents_are_megatron_s(seed):
     from megatron.core.datasets import blended_megatron_dataset_config as megatron
 
     generator = random.Random(seed)

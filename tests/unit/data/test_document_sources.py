@@ -51,7 +51,7 @@ def open_training_set(folder: Path, samples: int):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_each_token_has_its_source(sourced: Path, workers: int) -> None:
+def test_each_token_has_its_source(sourced, workers):
     # More samples than the documents fill: over the end of an epoch, too.
     train, tokenizer = open_training_set(sourced, 300)
     assert source_names(train) == tuple(LETTERS)
@@ -73,7 +73,7 @@ def test_each_token_has_its_source(sourced: Path, workers: int) -> None:
     assert mixed > 50
 
 
-def test_the_folder_is_reused_verified_and_refused_when_damaged(sourced: Path, tmp_path) -> None:
+def test_the_folder_is_reused_verified_and_refused_when_damaged(sourced, tmp_path):
     given = [
         f"{name}={sourced.parent / f'{i}.jsonl'}" for i, name in enumerate([*LETTERS, "first"])
     ]
@@ -94,7 +94,7 @@ def test_the_folder_is_reused_verified_and_refused_when_damaged(sourced: Path, t
     assert CliRunner().invoke(app, ["data", "verify", str(copy)]).exit_code != 0
 
 
-def test_more_sources_than_records_have_room_for(tmp_path: Path) -> None:
+def test_more_sources_than_records_have_room_for(tmp_path):
     given = []
     for index in range(MAX_SOURCES + 1):
         (tmp_path / f"{index}.txt").write_text(f"text {index}")
@@ -110,12 +110,12 @@ def test_more_sources_than_records_have_room_for(tmp_path: Path) -> None:
     ("given", "message"),
     [("=text.txt", "must have a name before ="), ("name=", "must not be empty")],
 )
-def test_a_source_without_name_or_path(tmp_path: Path, given: str, message: str) -> None:
+def test_a_source_without_name_or_path(tmp_path, given, message):
     with pytest.raises(ConfigError, match=message):
         prepare([given], tmp_path / "out", SETTINGS, Console(quiet=True))
 
 
-def test_a_path_with_the_sign_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_with_the_sign_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a=b.txt").write_text("some text")
     manifest = prepare("a=b.txt", tmp_path / "out", SETTINGS, Console(quiet=True)).manifest

@@ -18,7 +18,7 @@ def read_all(path: Path, text_key: str = "text") -> list[str | Skipped]:
     return [document for piece in pieces for document in read_piece(piece, text_key)]
 
 
-def test_text_files(tmp_path: Path):
+def test_text_files(tmp_path):
     (tmp_path / "a.txt").write_text("plain\n")
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfwith mark")
     (tmp_path / "c.txt").write_bytes("latin \u00e9".encode("latin-1"))
@@ -34,7 +34,7 @@ def test_text_files(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
-def test_a_file_that_has_gone_is_named(tmp_path: Path, name: str):
+def test_a_file_that_has_gone_is_named(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(gzip.compress(b"{}") if name.endswith("gz") else b"{}")
     (piece,) = plan_pieces(resolve_sources([str(path)]), "text")
@@ -44,7 +44,7 @@ def test_a_file_that_has_gone_is_named(tmp_path: Path, name: str):
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
-def test_jsonl_under_another_name_is_refused(tmp_path: Path, name: str):
+def test_jsonl_under_another_name_is_refused(tmp_path, name):
     lines = b'{"text": "one"}\n{"text": "two"}\n'
     (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
     with pytest.raises(ConfigError, match=rf"{name} must be a text, .* rename it to \.jsonl"):
@@ -53,7 +53,7 @@ def test_jsonl_under_another_name_is_refused(tmp_path: Path, name: str):
     assert read_all(tmp_path, "content") == [lines.decode()]
 
 
-def test_jsonl_records(tmp_path: Path):
+def test_jsonl_records(tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [
         b'{"text": "one"}',
@@ -82,7 +82,7 @@ def test_jsonl_records(tmp_path: Path):
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 31, 64, 1000])
-def test_jsonl_cut_anywhere_gives_every_record_once(tmp_path, monkeypatch, piece_bytes: int):
+def test_jsonl_cut_anywhere_gives_every_record_once(tmp_path, monkeypatch, piece_bytes):
     texts = [f"\u00e9{i}" * (i % 9) + "." for i in range(40)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"k": text}, ensure_ascii=False) + "\n" for text in texts))
@@ -95,7 +95,7 @@ def zstd_file(path: Path, *frames: bytes) -> None:
     path.write_bytes(b"".join(pyarrow.compress(frame, "zstd", asbytes=True) for frame in frames))
 
 
-def test_compressed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_compressed_files(tmp_path, monkeypatch):
     lines = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(3)).encode()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines[:20]) + gzip.compress(lines[20:]))
     zstd_file(tmp_path / "b.jsonl.zst", lines[:20], lines[20:])
@@ -109,7 +109,7 @@ def test_compressed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert read_all(tmp_path) == expected
 
 
-def test_which_files_have_no_checksum(tmp_path: Path):
+def test_which_files_have_no_checksum(tmp_path):
     zstd_file(tmp_path / "a.zst", b"text" * 99)
     assert lacks_checksum(tmp_path / "a.zst", "zstd")
     # Frames of pzstd begin with one that is skipped; bit 2 of a frame's descriptor is the checksum.
@@ -124,7 +124,7 @@ def test_which_files_have_no_checksum(tmp_path: Path):
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 @pytest.mark.parametrize("damage", ["cut", "other bytes"])
-def test_damaged_compressed_file_is_named(tmp_path: Path, suffix: str, damage: str):
+def test_damaged_compressed_file_is_named(tmp_path, suffix, damage):
     path = tmp_path / f"a.jsonl.{suffix}"
     content = b'{"text": "a"}\n' * 1000
     if suffix == "gz":
@@ -138,13 +138,13 @@ def test_damaged_compressed_file_is_named(tmp_path: Path, suffix: str, damage: s
     assert "\n" not in str(caught.value)
 
 
-def test_compressed_parquet_is_refused(tmp_path: Path):
+def test_compressed_parquet_is_refused(tmp_path):
     (tmp_path / "a.parquet.gz").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"a\.parquet\.gz is compressed parquet; decompress it"):
         read_all(tmp_path)
 
 
-def test_parquet_rows(tmp_path: Path):
+def test_parquet_rows(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -157,7 +157,7 @@ def test_parquet_rows(tmp_path: Path):
         read_all(path)
 
 
-def test_a_column_that_is_there_twice_is_named(tmp_path: Path):
+def test_a_column_that_is_there_twice_is_named(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -169,7 +169,7 @@ def test_a_column_that_is_there_twice_is_named(tmp_path: Path):
             plan_pieces(resolve_sources([str(path)]), text_key)
 
 
-def test_damaged_parquet_is_named(tmp_path: Path):
+def test_damaged_parquet_is_named(tmp_path):
     pytest.importorskip("pyarrow")
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 this is not one")
@@ -178,7 +178,7 @@ def test_damaged_parquet_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst"])
-def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch, name: str):
+def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch, name):
     path = tmp_path / name
     path.write_bytes(b"x")
     real_import = builtins.__import__
@@ -193,7 +193,7 @@ def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch, name:
         read_all(path)
 
 
-def test_source_without_a_usable_document_is_named_with_reasons(tmp_path: Path):
+def test_source_without_a_usable_document_is_named_with_reasons(tmp_path):
     (tmp_path / "good.txt").write_text("text")
     (tmp_path / "bad.jsonl").write_text('{"content": "a"}\n{"content": "b"}\nnonsense\n')
     sources = resolve_sources([str(tmp_path / "good.txt"), str(tmp_path / "bad.jsonl")])
@@ -207,7 +207,7 @@ def test_source_without_a_usable_document_is_named_with_reasons(tmp_path: Path):
 
 # Memory follows what is unpacked, so a small file must not unpack to much.
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst"])
-def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, name: str):
+def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.setattr(compressed, "_SMALL_BYTES", 1000)
     path = tmp_path / name
     lines = json.dumps({"text": "a" * 300_000}).encode() + b"\n"
@@ -237,7 +237,7 @@ def test_a_small_table_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
-def test_a_text_that_a_table_repeats_counts_each_time(kind: str, tmp_path, monkeypatch):
+def test_a_text_that_a_table_repeats_counts_each_time(kind, tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -269,7 +269,7 @@ RECORDS = ({"messages": [{"role": "user", "content": "hm"}]}, {"conversations": 
 
 @pytest.mark.parametrize("record", [*RECORDS, {"instruction": "a", "output": "b"}])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "array.json", "a.parquet"])
-def test_conversations_without_chat_are_recognized(tmp_path: Path, record: dict, name: str):
+def test_conversations_without_chat_are_recognized(tmp_path, record, name):
     path = tmp_path / name
     path.write_text(json.dumps(record) + "\n" + json.dumps(record))
     match = "a conversation, without --chat: 2); prepare conversations with --chat, --tokenizer"
@@ -289,7 +289,7 @@ def test_conversations_without_chat_are_recognized(tmp_path: Path, record: dict,
         check_usable(sources, plan_pieces(sources, "text"), "text")
 
 
-def test_text_in_another_encoding_is_to_be_encoded(tmp_path: Path):
+def test_text_in_another_encoding_is_to_be_encoded(tmp_path):
     path = tmp_path / "a file.txt"
     path.write_bytes("w\u00f6rds".encode("utf-16"))
     sources = resolve_sources([str(path)])

@@ -50,7 +50,7 @@ def sentencepiece_model(folder: Path, kind: str, **options: object) -> Path:
 @pytest.mark.parametrize(
     "options", [{}, {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}]
 )
-def test_sentencepiece_gives_its_ids(tmp_path: Path, kind: str, options: dict) -> None:
+def test_sentencepiece_gives_its_ids(tmp_path, kind, options):
     import sentencepiece
 
     path = sentencepiece_model(tmp_path, kind, **options)
@@ -72,7 +72,7 @@ def test_sentencepiece_gives_its_ids(tmp_path: Path, kind: str, options: dict) -
     ]
 
 
-def test_a_conversion_with_other_ids_is_refused(tmp_path: Path) -> None:
+def test_a_conversion_with_other_ids_is_refused(tmp_path):
     given = open_external(sentencepiece_model(tmp_path, "bpe"), None)
     wrong = external_tokenizers.ExternalTokenizer(
         given.tokenizer, given.content, given.identity, lambda text: [1, *given.original(text)]
@@ -93,7 +93,7 @@ def ranks(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "qwen2", "o200k"])
-def test_ranks_give_tiktoken_s_ids(ranks, monkeypatch, pattern: str) -> None:
+def test_ranks_give_tiktoken_s_ids(ranks, monkeypatch, pattern):
     tiktoken = pytest.importorskip("tiktoken", reason="needs tiktoken")
     pytest.importorskip("transformers", reason="needs transformers")
     special = ("<|unused|>", "<|endoftext|>")
@@ -112,7 +112,7 @@ def test_ranks_give_tiktoken_s_ids(ranks, monkeypatch, pattern: str) -> None:
     assert given.tokenizer.eod == own.eot_token == 267
 
 
-def test_known_encodings_are_tiktoken_s() -> None:
+def test_known_encodings_are_tiktoken_s():
     """Numbers of ranks and end-of-document ids as its source has them; it fetches the ranks."""
     public = pytest.importorskip("tiktoken_ext.openai_public", reason="needs tiktoken")
     source = Path(public.__file__).read_text()
@@ -122,12 +122,12 @@ def test_known_encodings_are_tiktoken_s() -> None:
         assert f"ENDOFTEXT: {end}" in source
 
 
-def test_ranks_of_an_unknown_number_are_refused(ranks: Path) -> None:
+def test_ranks_of_an_unknown_number_are_refused(ranks):
     with pytest.raises(ConfigError, match=r"has 266 ranks, and must have one of 50256, 100256"):
         open_external(ranks, None)
 
 
-def test_a_folder_is_its_tokenizer(prepared: Path, tmp_path: Path, corpus_file: Path) -> None:
+def test_a_folder_is_its_tokenizer(prepared, tmp_path, corpus_file):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes((prepared / "tokenizer.json").read_bytes())
@@ -139,7 +139,7 @@ def test_a_folder_is_its_tokenizer(prepared: Path, tmp_path: Path, corpus_file: 
     assert prepare(corpus_file, tmp_path / "out", by_file, Console(quiet=True)).up_to_date
 
 
-def test_a_folder_without_tokenizer_json(tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_json(tmp_path):
     pytest.importorskip("transformers", reason="needs transformers")
     from transformers import GPT2Tokenizer
 
@@ -162,7 +162,7 @@ def test_a_folder_without_tokenizer_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["transformers", "sentencepiece"])
-def test_missing_packages_are_told(tmp_path, monkeypatch, missing: str) -> None:
+def test_missing_packages_are_told(tmp_path, monkeypatch, missing):
     (tmp_path / "a.model").write_bytes(b"\x0a\x0e\xff")
     for name in [each for each in sys.modules if each.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
@@ -171,7 +171,7 @@ def test_missing_packages_are_told(tmp_path, monkeypatch, missing: str) -> None:
         open_external(tmp_path / "a.model", None)
 
 
-def test_a_tokenizer_of_the_hub_is_to_be_fetched(tmp_path: Path, monkeypatch) -> None:
+def test_a_tokenizer_of_the_hub_is_to_be_fetched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fetch = "hf download Qwen/Qwen3-8B --include 'tokenizer[*]' --local-dir Qwen3-8B"
     with pytest.raises(ConfigError, match=fetch):

@@ -41,7 +41,7 @@ def read(dp_size: int, micro_batch_size: int, size: int = 45, consumed: int = 0,
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
-def test_global_batches_do_not_depend_on_the_layout(dp_size: int, micro_batch_size: int):
+def test_global_batches_do_not_depend_on_the_layout(dp_size, micro_batch_size):
     # 45 samples: five batches of 8, and 5 left over.
     expected = [list(range(start, start + 8)) for start in range(0, 40, 8)]
     assert read(dp_size, micro_batch_size) == expected
@@ -53,7 +53,7 @@ def test_rank_gets_its_micro_batches():
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
-def test_resume_continues_exactly(dp_size: int):
+def test_resume_continues_exactly(dp_size):
     assert read(dp_size, 2, consumed=16) == read(dp_size, 2)[2:]
     # A run whose batch size changed may stop anywhere.
     assert read(dp_size, 2, consumed=3)[0] == list(range(3, 11))
@@ -64,7 +64,7 @@ def test_workers_keep_the_order():
 
 
 @pytest.mark.parametrize("consumed", [40, 45, 46, 1000])
-def test_exhausted_dataset_yields_nothing(consumed: int):
+def test_exhausted_dataset_yields_nothing(consumed):
     assert read(2, 2, consumed=consumed) == []
 
 
@@ -77,7 +77,7 @@ def test_exhausted_dataset_yields_nothing(consumed: int):
         ((0, 2, 0, 3, 8), r"global_batch_size \(8\) must be divisible by .* \(2 \* 3\)"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused(numbers: tuple[int, ...], message: str):
+def test_numbers_that_do_not_fit_are_refused(numbers, message):
     with pytest.raises(ValueError, match=message):
         batches(Numbers(16), *numbers)
 
@@ -91,7 +91,7 @@ def test_numbers_that_do_not_fit_are_refused(numbers: tuple[int, ...], message: 
         "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
     ],
 )
-def test_no_room_in_shared_memory_is_one_line(said: str | None, monkeypatch):
+def test_no_room_in_shared_memory_is_one_line(said, monkeypatch):
     def without_room(_: object) -> None:
         raise RuntimeError(said)
 

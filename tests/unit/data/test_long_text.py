@@ -73,7 +73,7 @@ def pre_tokens(pre_tokenizer: pre_tokenizers.PreTokenizer, text: str) -> list[st
 
 
 @pytest.mark.parametrize("name", known())
-def test_pieces_have_the_pre_tokens_of_the_whole(name: str):
+def test_pieces_have_the_pre_tokens_of_the_whole(name):
     pre_tokenizer = known()[name]
     generator = random.Random(name)
     cut = 0
@@ -88,7 +88,7 @@ def test_pieces_have_the_pre_tokens_of_the_whole(name: str):
     assert cut > 800, "most texts must be cut, or the test tells nothing"
 
 
-def test_own_tokenizer_gives_pieces_the_tokens_of_the_whole(texts: list[str]):
+def test_own_tokenizer_gives_pieces_the_tokens_of_the_whole(texts):
     generator = random.Random(0)
     tokenizer = train_tokenizer([*texts, *(draw(generator, 100) for _ in range(50))], 600)
     backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
@@ -100,7 +100,7 @@ def test_own_tokenizer_gives_pieces_the_tokens_of_the_whole(texts: list[str]):
         assert ids == backend.encode(text).ids
 
 
-def test_long_texts_are_encoded_in_pieces(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+def test_long_texts_are_encoded_in_pieces(tokenizer, monkeypatch):
     class Spy:
         lengths: list[int] = []
 
@@ -165,7 +165,7 @@ OWN = known()["own"]
         (made(OWN, added=[AddedToken("tool", single_word=True)]), False),
     ],
 )
-def test_only_what_is_known_to_split_is_cut(backend: tokenizers.Tokenizer, expected: bool):
+def test_only_what_is_known_to_split_is_cut(backend, expected):
     assert can_cut(backend) == expected
 
 

@@ -14,7 +14,7 @@ from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.datasets import build_datasets
 from moepp_megatron.data.loader import batches
 from moepp_megatron.data.prepared_data import check_data
-from moepp_megatron.data.tokenizer import Tokenizer, train_tokenizer
+from moepp_megatron.data.tokenizer import train_tokenizer
 from moepp_megatron.data.verify import corpus_identity, read_manifest
 from tests.unit.training.conftest import config_of
 
@@ -34,7 +34,7 @@ def config(pair: Path, tokenizer: Path | None, **training: int):
     return config_of(data=data, model={"vocab_size": 300}, training=training)
 
 
-def test_it_draws_as_the_prepared_folder(pair, prepared, tokenizer, tmp_path: Path) -> None:
+def test_it_draws_as_the_prepared_folder(pair, prepared, tokenizer, tmp_path):
     arguments = (tokenizer, 32, "80,20,0", 7, (40, 8, 0))
     ours, theirs = (
         build_datasets(path, *arguments, cache_dir=tmp_path / name)
@@ -45,14 +45,14 @@ def test_it_draws_as_the_prepared_folder(pair, prepared, tokenizer, tmp_path: Pa
         assert all(torch.equal(mine[i]["tokens"], other[i]["tokens"]) for i in range(len(mine)))
 
 
-def test_it_blends_with_a_prepared_folder(pair, prepared, tokenizer, tmp_path: Path) -> None:
+def test_it_blends_with_a_prepared_folder(pair, prepared, tokenizer, tmp_path):
     folders = (Folder("a", prepared, 0.5), Folder("b", pair, 0.5))
     blends = [Blend("data.blend", 0, folders)]
     train, _, _ = build_datasets(blends, tokenizer, 32, "80,20,0", 7, (8, 0, 0), cache_dir=tmp_path)
     assert train.source_names == (prepared.name, "my_text_document")
 
 
-def test_what_cannot_be_checked_is_reported(pair, prepared, tmp_path: Path) -> None:
+def test_what_cannot_be_checked_is_reported(pair, prepared, tmp_path):
     (warning,) = check_data(config(pair, prepared / "tokenizer.json"))
     assert warning.startswith(f"data.path ({pair}) has no manifest: whether data.tokenizer")
     assert "cannot be checked" in warning
@@ -69,7 +69,7 @@ def test_what_cannot_be_checked_is_reported(pair, prepared, tmp_path: Path) -> N
     assert "without --append-eod" in doubt
 
 
-def test_it_needs_a_tokenizer_that_fits_the_model(pair, prepared) -> None:
+def test_it_needs_a_tokenizer_that_fits_the_model(pair, prepared):
     with pytest.raises(ConfigError, match=r"data\.tokenizer \(null\) must be given, because"):
         check_data(config(pair, None))
     small = config(pair, prepared / "tokenizer.json")
@@ -78,7 +78,7 @@ def test_it_needs_a_tokenizer_that_fits_the_model(pair, prepared) -> None:
         check_data(small)
 
 
-def test_a_token_outside_of_the_vocabulary_is_named(pair, tokenizer, tmp_path: Path) -> None:
+def test_a_token_outside_of_the_vocabulary_is_named(pair, tokenizer, tmp_path):
     tokens = np.fromfile(f"{pair}.bin", np.uint16)
     tokens[100:] = 400
     tokens.tofile(f"{pair}.bin")
@@ -87,7 +87,7 @@ def test_a_token_outside_of_the_vocabulary_is_named(pair, tokenizer, tmp_path: P
         list(batches(train, 0, 4, 0, 1, 8, vocab_size=tokenizer.vocab_size))
 
 
-def test_its_content_is_its_identity(pair, tmp_path: Path) -> None:
+def test_its_content_is_its_identity(pair, tmp_path):
     moved = tmp_path / "moved"
     for suffix in (".bin", ".idx"):
         shutil.copy(f"{pair}{suffix}", f"{moved}{suffix}")
@@ -98,7 +98,7 @@ def test_its_content_is_its_identity(pair, tmp_path: Path) -> None:
     assert corpus_identity(moved) != corpus_identity(pair)
 
 
-def test_documents_of_several_sentences(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_documents_of_several_sentences(tmp_path, tokenizer):
     """Sequences count as documents, as for megatron-core's GPT datasets."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -113,7 +113,7 @@ def test_documents_of_several_sentences(tmp_path: Path, tokenizer: Tokenizer) ->
     assert len(train[0]["tokens"]) == 16
 
 
-def test_mistakes(pair, prepared, tmp_path: Path) -> None:
+def test_mistakes(pair, prepared, tmp_path):
     for inside in ("corpus", "corpus.bin"):
         with pytest.raises(ConfigError, match=rf"must be the folder .* wrote; use {prepared}$"):
             read_manifest(prepared / inside, "data.path")
@@ -127,7 +127,7 @@ def test_mistakes(pair, prepared, tmp_path: Path) -> None:
         read_manifest(pair, "data.path")
 
 
-def test_commands(pair, prepared) -> None:
+def test_commands(pair, prepared):
     run = CliRunner()
     shown = run.invoke(app, ["data", "show", str(pair)])
     assert shown.exit_code == 0, shown.output

@@ -81,7 +81,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_is_no_such_file_is_a_value_error(kind: str, tmp_path: Path) -> None:
+def test_what_is_no_such_file_is_a_value_error(kind, tmp_path):
     write, said = WRONG[kind]
     write(tmp_path / "a.npz")
     with pytest.raises(ValueError, match=said) as caught:
@@ -89,7 +89,7 @@ def test_what_is_no_such_file_is_a_value_error(kind: str, tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_what_numpy_has_written_is_read(tmp_path: Path) -> None:
+def test_what_numpy_has_written_is_read(tmp_path):
     for write in (np.savez, np.savez_compressed):
         write(tmp_path / "a.npz", other=np.ones(3), ids=IDS)
         found = read_arrays(tmp_path / "a.npz", "ids", "absent", "other")
@@ -97,7 +97,7 @@ def test_what_numpy_has_written_is_read(tmp_path: Path) -> None:
         assert found.keys() == {"ids", "other"}
 
 
-def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path: Path) -> None:
+def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path):
     path = tmp_path / "a.npz"
     np.savez_compressed(path, input_ids=np.zeros((1, 9_000_000), np.int64))
     assert path.stat().st_size < 100_000

@@ -45,13 +45,13 @@ def stored_texts(folder: Path) -> list[str]:
     return texts
 
 
-def test_stored_documents_are_the_texts(prepared: Path, texts: list[str]):
+def test_stored_documents_are_the_texts(prepared, texts):
     stored = stored_texts(prepared)
     assert sorted(stored) == sorted(texts)
     assert stored != texts, "documents must be shuffled, for an unbiased validation split"
 
 
-def test_manifest_tells_the_truth(prepared: Path, texts: list[str], tokenizer: Tokenizer):
+def test_manifest_tells_the_truth(prepared, texts, tokenizer):
     values = json.loads((prepared / "manifest.json").read_text())
     ids = [tokenizer.encode(text) for text in texts]
     assert values["format_version"] == 1
@@ -71,7 +71,7 @@ def test_manifest_tells_the_truth(prepared: Path, texts: list[str], tokenizer: T
     }
 
 
-def test_sources_of_all_kinds_are_counted_apart(tmp_path: Path, console: Console):
+def test_sources_of_all_kinds_are_counted_apart(tmp_path, console):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -107,7 +107,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(
     assert digests(out[1]) == digests(out[2])
 
 
-def test_same_inputs_are_not_prepared_again(corpus_file: Path, tmp_path: Path, console: Console):
+def test_same_inputs_are_not_prepared_again(corpus_file, tmp_path, console):
     out = tmp_path / "out"
     source = tmp_path / "corpus.jsonl"
     shutil.copy(corpus_file, source)
@@ -121,7 +121,7 @@ def test_same_inputs_are_not_prepared_again(corpus_file: Path, tmp_path: Path, c
     assert mtimes(out) == before
 
 
-def test_other_inputs_are_refused_without_force(corpus_file: Path, tmp_path, console: Console):
+def test_other_inputs_are_refused_without_force(corpus_file, tmp_path, console):
     out = tmp_path / "out"
     source = tmp_path / "corpus.jsonl"
     shutil.copy(corpus_file, source)
@@ -138,14 +138,14 @@ def test_other_inputs_are_refused_without_force(corpus_file: Path, tmp_path, con
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
 
 
-def test_another_split_is_another_corpus(prepared: Path) -> None:
+def test_another_split_is_another_corpus(prepared):
     manifest = Manifest.read(prepared)
     assert manifest.split is None
     identities = {dataclasses.replace(manifest, split=s).identity for s in (None, "1,1,0", "2,1,0")}
     assert len(identities) == 3
 
 
-def test_files_without_a_checksum_are_named(tmp_path: Path) -> None:
+def test_files_without_a_checksum_are_named(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     path = tmp_path / "a.txt.zst"
     path.write_bytes(pyarrow.compress(b"words and lines " * 99, "zstd", asbytes=True))
@@ -154,7 +154,7 @@ def test_files_without_a_checksum_are_named(tmp_path: Path) -> None:
     assert f"files without a checksum (1, such as {path}): damage in them" in told.getvalue()
 
 
-def test_damaged_folder_is_noticed(corpus_file: Path, tmp_path: Path, console: Console):
+def test_damaged_folder_is_noticed(corpus_file, tmp_path, console):
     out = tmp_path / "out"
     prepare([str(corpus_file)], out, SMALL, console)
     (out / "corpus.bin").write_bytes(b"short")
@@ -208,14 +208,14 @@ def test_leftovers_of_a_killed_run_do_no_harm(corpus_file, prepared, tmp_path, c
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_two_runs_do_not_write_one_folder(corpus_file: Path, tmp_path: Path, console: Console):
+def test_two_runs_do_not_write_one_folder(corpus_file, tmp_path, console):
     out = tmp_path / "out"
     with partial_folder(out), pytest.raises(ConfigError, match="being written by another process"):
         prepare([str(corpus_file)], out, SMALL, console)
     assert not prepare([str(corpus_file)], out, SMALL, console).up_to_date
 
 
-def test_existing_tokenizer_is_used(corpus_file: Path, prepared: Path, tmp_path, console: Console):
+def test_existing_tokenizer_is_used(corpus_file, prepared, tmp_path, console):
     file = prepared / "tokenizer.json"
     out = tmp_path / "out"
     manifest = prepare([str(corpus_file)], out, PrepareSettings(tokenizer=file), console).manifest
@@ -226,7 +226,7 @@ def test_existing_tokenizer_is_used(corpus_file: Path, prepared: Path, tmp_path,
         prepare([str(corpus_file)], out, SMALL, console)
 
 
-def test_chosen_end_of_document_token_is_remembered(tmp_path: Path, console: Console):
+def test_chosen_end_of_document_token_is_remembered(tmp_path, console):
     import tokenizers
 
     vocab = {"a": 0, "</s>": 1, "<stop>": 2}
@@ -253,12 +253,12 @@ def test_chosen_end_of_document_token_is_remembered(tmp_path: Path, console: Con
         ({"eod_token": "</s>"}, r"--eod-token \(</s>\) needs --tokenizer"),
     ],
 )
-def test_wrong_settings_are_refused(values: dict, message: str):
+def test_wrong_settings_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         PrepareSettings(**values)
 
 
-def test_wide_vocabulary_is_stored_in_32_bits(tmp_path: Path, console: Console):
+def test_wide_vocabulary_is_stored_in_32_bits(tmp_path, console):
     import tokenizers
 
     vocab = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
@@ -278,7 +278,7 @@ def test_wide_vocabulary_is_stored_in_32_bits(tmp_path: Path, console: Console):
 
 # The tokenizer, the spooled tokens, the dataset, its index: whatever is being written.
 @pytest.mark.parametrize("room", [0, 4096, 12288, 16384, 20480])
-def test_a_full_disk_is_one_line(corpus_file: Path, small_disk: Path, console: Console, room: int):
+def test_a_full_disk_is_one_line(corpus_file, small_disk, console, room):
     fill(small_disk, leave=room)
     with pytest.raises(UnfitError, match=r"out cannot be written: No space left on device"):
         prepare([str(corpus_file)], small_disk / "out", SMALL, console)
@@ -309,7 +309,7 @@ def test_what_is_too_long_to_be_tokenized_whole_is_left_out(tmp_path, monkeypatc
     assert (manifest.documents, manifest.skipped, manifest.tokens) == (1, 1, 1001)
 
 
-def test_a_worker_without_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_worker_without_memory_is_one_line(tmp_path, monkeypatch):
     """The kernel ends a process that has taken all memory, and there is no exception."""
     import os
 

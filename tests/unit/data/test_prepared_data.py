@@ -38,7 +38,7 @@ def config_of(name: str, *overrides: str) -> Config:
 
 
 @pytest.mark.parametrize("name", ["moepp_0.6b_8_4", "moepp_1b_16_4", "moepp_7b_16_4"])
-def test_default_tokenizer_is_too_small_for_the_paper_s_models(check, name: str):
+def test_default_tokenizer_is_too_small_for_the_paper_s_models(check, name):
     config = config_of(f"models/{name}.yaml")
     (warning,) = check(config, 4096)
     assert (
@@ -82,6 +82,6 @@ def test_split_may_leave_nothing_to_validation_that_is_never_read(check):
     )
 
 
-def test_folder_that_is_none_is_refused(tmp_path: Path):
+def test_folder_that_is_none_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"must be a prepared folder; run: moepp data prepare"):
         check_data(config_of("quickstart.yaml", f"data.path={tmp_path}"))

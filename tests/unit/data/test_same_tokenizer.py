@@ -52,7 +52,7 @@ def _check(folder: Path, tokenizer: Path | None = None) -> None:
     check_corpus_tokenizer(_config(folder, tokenizer), Manifest.read(folder), place)
 
 
-def test_the_corpus_has_its_own(folder: Path, tmp_path: Path):
+def test_the_corpus_has_its_own(folder, tmp_path):
     _check(folder)
     moved = folder.rename(tmp_path / "moved")
     _check(moved)
@@ -61,7 +61,7 @@ def test_the_corpus_has_its_own(folder: Path, tmp_path: Path):
     _check(moved, _rewritten(moved / "tokenizer.json", tmp_path / "rewritten.json"))
 
 
-def test_another_one_is_refused_with_both_hashes(folder: Path, other: Path):
+def test_another_one_is_refused_with_both_hashes(folder, other):
     digest = Manifest.read(folder).tokenizer_sha256[:16]
     with pytest.raises(ConfigError) as caught:
         _check(folder, other)
@@ -71,7 +71,7 @@ def test_another_one_is_refused_with_both_hashes(folder: Path, other: Path):
     assert f"leave data.tokenizer out, or prepare the text again with --tokenizer {other}" in line
 
 
-def test_another_end_of_document_is_refused(folder: Path, tmp_path: Path):
+def test_another_end_of_document_is_refused(folder, tmp_path):
     """Of the same tokenizer: by another --eod-token, or by the file that names it."""
     other = shutil.copytree(folder, tmp_path / "other")
     content = json.loads((other / "manifest.json").read_text())
@@ -89,7 +89,7 @@ def test_another_end_of_document_is_refused(folder: Path, tmp_path: Path):
         _check(other, shutil.copy(folder / "tokenizer.json", tmp_path / "copy.json"))
 
 
-def test_another_one_in_the_folder_is_refused(folder: Path, other: Path):
+def test_another_one_in_the_folder_is_refused(folder, other):
     shutil.copy(other, folder / "tokenizer.json")
     with pytest.raises(ConfigError, match=r"data\.path .* must hold the tokenizer\.json that its"):
         _check(folder)
@@ -99,7 +99,7 @@ def test_another_one_in_the_folder_is_refused(folder: Path, other: Path):
 
 
 @pytest.mark.parametrize("content", [None, b"{}", b"version https://git-lfs.github.com/spec/v1"])
-def test_what_is_no_tokenizer_is_refused(folder: Path, tmp_path: Path, content: bytes | None):
+def test_what_is_no_tokenizer_is_refused(folder, tmp_path, content):
     file = tmp_path / "none.json"
     if content is not None:
         file.write_bytes(content)
@@ -107,7 +107,7 @@ def test_what_is_no_tokenizer_is_refused(folder: Path, tmp_path: Path, content: 
         _check(folder, file)
 
 
-def test_a_model_goes_on_with_its_tokens(folder: Path, other: Path, tmp_path: Path):
+def test_a_model_goes_on_with_its_tokens(folder, other, tmp_path):
     trained = tmp_path / "step_00000005" / "tokenizer.json"
     trained.parent.mkdir()
     # Without one nothing is known; so too with a file that an older version copied unread.
@@ -127,7 +127,7 @@ def test_a_model_goes_on_with_its_tokens(folder: Path, other: Path, tmp_path: Pa
     assert f"prepare the text again with --tokenizer {trained}" in line
 
 
-def test_a_folder_names_the_file_in_it(folder: Path, tmp_path: Path):
+def test_a_folder_names_the_file_in_it(folder, tmp_path):
     assert tokenizer_of_run(_config(folder)) == folder / "tokenizer.json"
     assert tokenizer_of_run(_config(tmp_path, folder)) == folder / "tokenizer.json"
     assert tokenizer_of_run(_config(folder, tmp_path / "x.json")) == tmp_path / "x.json"

@@ -1,9 +1,7 @@
 """Hugging Face datasets from local folders."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -41,14 +39,14 @@ def save_to_disk(folder: Path, texts: list[str], rows: int = 4) -> Path:
     return folder
 
 
-def test_save_to_disk_is_read_in_order(tmp_path: Path) -> None:
+def test_save_to_disk_is_read_in_order(tmp_path):
     folder = save_to_disk(tmp_path / "saved", TEXTS)
     assert read_all(folder) == TEXTS
     whole = read_all(folder / "data-00001-of-00002.arrow")
     assert whole == TEXTS[10:]
 
 
-def test_a_cache_of_the_package_is_refused(tmp_path: Path) -> None:
+def test_a_cache_of_the_package_is_refused(tmp_path):
     """It holds all splits, and a description that is no text."""
     folder = save_to_disk(tmp_path / "saved", TEXTS)
     (folder / "state.json").unlink()
@@ -56,7 +54,7 @@ def test_a_cache_of_the_package_is_refused(tmp_path: Path) -> None:
         read_all(folder)
 
 
-def test_a_dataset_must_be_whole(tmp_path: Path) -> None:
+def test_a_dataset_must_be_whole(tmp_path):
     folder = save_to_disk(tmp_path / "saved", TEXTS)
     (folder / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(ConfigError, match=r"must hold all files .* data-00001-of-00002\.arrow is"):
@@ -64,7 +62,7 @@ def test_a_dataset_must_be_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
-def test_a_text_that_is_not_utf8_is_left_out(tmp_path: Path, kind: str) -> None:
+def test_a_text_that_is_not_utf8_is_left_out(tmp_path, kind):
     """Whoever wrote the column has not checked it."""
     raw = pa.array([b"good", b"bad \xff", None, "\u2116".encode()], pa.binary())
     table = pa.table({"text": pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())})
@@ -77,7 +75,7 @@ def test_a_text_that_is_not_utf8_is_left_out(tmp_path: Path, kind: str) -> None:
     assert read_all(path) == ["good", "\u2116"]
 
 
-def test_datasets_own_files(tmp_path: Path) -> None:
+def test_datasets_own_files(tmp_path):
     datasets = pytest.importorskip("datasets", reason="needs the package datasets")
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "one", num_shards=3)
     assert read_all(tmp_path / "one") == TEXTS
@@ -91,7 +89,7 @@ def test_datasets_own_files(tmp_path: Path) -> None:
     assert read_all(tmp_path / "both" / "train") == TEXTS
 
 
-def test_arrow_s_file_format(tmp_path: Path) -> None:
+def test_arrow_s_file_format(tmp_path):
     table = pa.table({"body": TEXTS})
     path = str(tmp_path / "a.arrow")
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -107,9 +105,7 @@ def test_arrow_s_file_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dictionary", [False, True])
 @pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
 @pytest.mark.parametrize("compression", ["lz4", "zstd"])
-def test_arrow_that_unpacks_to_far_more_is_refused(
-    tmp_path: Path, compression: str, new: Callable[..., Any], dictionary: bool
-) -> None:
+def test_arrow_that_unpacks_to_far_more_is_refused(tmp_path, compression, new, dictionary):
     def write(name: str, text: str) -> Path:
         table = pa.table({"text": [text, "b", "c"]})
         if dictionary:
@@ -124,7 +120,7 @@ def test_arrow_that_unpacks_to_far_more_is_refused(
         read_all(write("bomb.arrow", "a" * (80 << 20)))
 
 
-def test_arrow_s_file_format_without_its_end(tmp_path: Path) -> None:
+def test_arrow_s_file_format_without_its_end(tmp_path):
     table = pa.table({"text": TEXTS})
     with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
         writer.write_table(table)
@@ -134,7 +130,7 @@ def test_arrow_s_file_format_without_its_end(tmp_path: Path) -> None:
         read_all(tmp_path / "a.arrow")
 
 
-def test_parquet_of_the_hub(tmp_path: Path) -> None:
+def test_parquet_of_the_hub(tmp_path):
     data = tmp_path / "hub" / "data"
     data.mkdir(parents=True)
     for index, part in enumerate((TEXTS[:12], TEXTS[12:])):

@@ -34,7 +34,7 @@ def staged(folders: list[Path]):
     return config_of(data=data, training=training, model=model)
 
 
-def test_shares_are_those_drawn(folders: list[Path], tmp_path: Path) -> None:
+def test_shares_are_those_drawn(folders, tmp_path):
     config = staged(folders)
     blends = blends_of(config)
     corpora = {real: Corpus(folder) for real, folder in folders_of(blends).items()}
@@ -57,7 +57,7 @@ def test_shares_are_those_drawn(folders: list[Path], tmp_path: Path) -> None:
     assert whole.shares[0].epochs == pytest.approx(whole.shares[0].tokens / tokens)
 
 
-def test_documents_are_the_corpus_s(prepared: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
+def test_documents_are_the_corpus_s(prepared, tokenizer, texts):
     corpus = Corpus(Folder("DIR", prepared))
     found = {tokenizer.decode(corpus.document(i).tolist()) for i in range(len(texts))}
     assert found == {text + tokenizer.eod_token for text in texts}
@@ -65,7 +65,7 @@ def test_documents_are_the_corpus_s(prepared: Path, tokenizer: Tokenizer, texts:
         corpus.document(60)
 
 
-def test_the_command(folders: list[Path], tmp_path: Path) -> None:
+def test_the_command(folders, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(staged(folders).to_yaml())
     result = CliRunner().invoke(app, ["data", "show", str(file), "training.train_iters=12"])

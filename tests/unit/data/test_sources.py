@@ -13,7 +13,7 @@ def names(source) -> list[str]:
     return [file.name for file in source.files]
 
 
-def test_folder_is_walked_in_sorted_order_without_hidden_files(tmp_path: Path):
+def test_folder_is_walked_in_sorted_order_without_hidden_files(tmp_path):
     for name in ("b.txt", "a/z.md", "a/b.py", ".hidden", ".git/config", "c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -23,7 +23,7 @@ def test_folder_is_walked_in_sorted_order_without_hidden_files(tmp_path: Path):
 
 
 @pytest.mark.parametrize("out", ["texts", "texts/out", "texts/a/b", "link/out", "other/../texts/o"])
-def test_output_in_a_source_is_refused(tmp_path: Path, out: str):
+def test_output_in_a_source_is_refused(tmp_path, out):
     """It would be a part of the source for every later call."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("x")
@@ -52,7 +52,7 @@ LINKS = {
 
 
 @pytest.mark.parametrize("kind", LINKS)
-def test_links_that_leave_a_source_are_refused(tmp_path: Path, kind: str):
+def test_links_that_leave_a_source_are_refused(tmp_path, kind):
     name, target = LINKS[kind]
     for folder in ("secret", "texts2", "texts"):
         (tmp_path / folder).mkdir()
@@ -71,7 +71,7 @@ def test_links_that_leave_a_source_are_refused(tmp_path: Path, kind: str):
             resolve_sources([source])
 
 
-def test_links_within_a_source_and_those_that_a_user_names_are_followed(tmp_path: Path):
+def test_links_within_a_source_and_those_that_a_user_names_are_followed(tmp_path):
     (tmp_path / "texts" / "sub").mkdir(parents=True)
     (tmp_path / "texts" / "sub" / "a.txt").write_text("x")
     (tmp_path / "texts" / "b.txt").symlink_to("sub/a.txt")
@@ -96,7 +96,7 @@ def test_links_within_a_source_and_those_that_a_user_names_are_followed(tmp_path
         ("hf://datasets/tatsu-lab/alpaca/data/a.parquet", "tatsu-lab/alpaca"),
     ],
 )
-def test_a_dataset_of_the_hub_is_to_be_fetched(given: str, hub_id: str, tmp_path, monkeypatch):
+def test_a_dataset_of_the_hub_is_to_be_fetched(given, hub_id, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"hf download {hub_id} --repo-type dataset") as caught:
         resolve_sources([given])
@@ -110,7 +110,7 @@ def test_a_dataset_of_the_hub_is_to_be_fetched(given: str, hub_id: str, tmp_path
         assert "hf download" not in str(caught.value)
 
 
-def test_pipe_in_a_folder_is_not_opened(tmp_path: Path):
+def test_pipe_in_a_folder_is_not_opened(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     os.mkfifo(tmp_path / "pipe")
     (source,) = resolve_sources([str(tmp_path)])
@@ -136,7 +136,7 @@ def test_stdlib_is_this_pythons_library():
     ],
     ids=["missing", "no files", "empty", "pipe"],
 )
-def test_unusable_source_is_named(tmp_path: Path, make, message: str):
+def test_unusable_source_is_named(tmp_path, make, message):
     path = tmp_path / "the-source"
     make(path)
     with pytest.raises(ConfigError, match=message) as caught:
@@ -145,14 +145,14 @@ def test_unusable_source_is_named(tmp_path: Path, make, message: str):
     assert "\n" not in str(caught.value)
 
 
-def test_dangling_link_in_a_folder_is_an_error(tmp_path: Path):
+def test_dangling_link_in_a_folder_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"gone\.txt cannot be read"):
         resolve_sources([str(tmp_path)])
 
 
-def test_unreadable_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unreadable_file_is_an_error(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("x")
     sources = resolve_sources([str(path)])
@@ -167,7 +167,7 @@ def test_unreadable_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("again", ["a.txt", "x=a.txt", "./a.txt", "folder", "hard.txt", "link.txt"])
-def test_what_is_given_twice_is_refused(again: str, tmp_path: Path, monkeypatch):
+def test_what_is_given_twice_is_refused(again, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     for name in ("a.txt", "folder/b.txt", "other.txt"):
@@ -185,14 +185,14 @@ def test_no_source_is_an_error():
         resolve_sources([])
 
 
-def test_empty_name_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "private.txt").write_text("x")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"SOURCE \(''\) must not be empty; name a file"):
         resolve_sources([""])
 
 
-def test_fingerprints_see_content_and_name(tmp_path: Path):
+def test_fingerprints_see_content_and_name(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")
     os.utime(path, ns=(0, 0))
@@ -210,7 +210,7 @@ def test_fingerprints_see_content_and_name(tmp_path: Path):
     assert content_fingerprint(first) == content_fingerprint(touched) != after
 
 
-def test_what_has_been_prepared_is_no_text(prepared: Path, tmp_path: Path):
+def test_what_has_been_prepared_is_no_text(prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "texts" / "old")
     for source in (tmp_path / "texts", tmp_path / "texts" / "old"):
         with pytest.raises(

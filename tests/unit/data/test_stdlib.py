@@ -43,7 +43,7 @@ CODE = "import os\n\ndef f(x):\n    return os.fspath(x)\n\n" * 6
         ("a.py", "", False),
     ],
 )
-def test_what_a_table_is(tmp_path: Path, name: str, text: str, expected: bool):
+def test_what_a_table_is(tmp_path, name, text, expected):
     path = tmp_path / "file.py"
     path.write_text(text)
     assert is_table(name, path) == expected
@@ -94,7 +94,7 @@ def stored(folder: Path) -> list[str]:
     return [tokenizer.decode(dataset[i][:-1]) for i in range(len(dataset))]
 
 
-def test_validation_documents_are_whole_packages(library: Path, tmp_path: Path):
+def test_validation_documents_are_whole_packages(library, tmp_path):
     out = tmp_path / "out"
     settings = PrepareSettings(vocab_size=300, workers=1)
     manifest = prepare(["stdlib"], out, settings, Console(quiet=True)).manifest
@@ -118,7 +118,7 @@ def test_validation_documents_are_whole_packages(library: Path, tmp_path: Path):
         assert sorted(sets[1].indices) == list(range(70 - expected, 70))
 
 
-def test_documents_of_other_sources_are_split_by_themselves(library: Path, tmp_path: Path):
+def test_documents_of_other_sources_are_split_by_themselves(library, tmp_path):
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps({"text": f"own text {i}"}) + "\n" for i in range(50)))
     settings = PrepareSettings(vocab_size=300, workers=1)
@@ -133,7 +133,7 @@ def test_documents_of_other_sources_are_split_by_themselves(library: Path, tmp_p
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_arrangement(seed: int):
+def test_arrangement(seed):
     generator = np.random.RandomState(seed)
     groups = generator.randint(-1, 30, size=400)
     lengths = generator.randint(1, 100, size=400)

@@ -42,11 +42,11 @@ def classes_of(text: str, tokens: list[str], language: str = "text") -> list[str
         (["for", " me"], ["word", "word"]),
     ],
 )
-def test_prose(tokens: list[str], expected: list[str]) -> None:
+def test_prose(tokens, expected):
     assert classes_of("".join(tokens), tokens) == expected
 
 
-def test_python_knows_keywords_identifiers_strings_and_comments() -> None:
+def test_python_knows_keywords_identifiers_strings_and_comments():
     tokens = ["def", " read", "_", "all", "(", "path", "):\n", "   ", ' """', "Reads", " it", ","]
     tokens += [" don't", " you", " know", ":", " class", '."""', "\n   ", " if", " 0", "x1f"]
     tokens += [" >", " 2", ".5", " and", " log", "10", " is", " not", " None", ":", "  #", " for"]
@@ -79,19 +79,19 @@ def test_python_knows_keywords_identifiers_strings_and_comments() -> None:
 @pytest.mark.parametrize(
     "text", ["if x:\n  '''open", "x = (1,\n", "  bad\n indent\n\tx", "a\r\nb\r\n"]
 )
-def test_what_is_no_whole_python_is_still_classified(text: str) -> None:
+def test_what_is_no_whole_python_is_still_classified(text):
     tokens = [*text]
     assert len(classes_of(text, tokens, "python")) == len(text)
 
 
-def test_language_is_that_of_the_name_unless_told(tmp_path) -> None:
+def test_language_is_that_of_the_name_unless_told(tmp_path):
     assert language_of(tmp_path / "a.py", "auto") == "python"
     assert language_of(tmp_path / "a.txt", "auto") == "text"
     assert language_of(tmp_path / "a.txt", "python") == "python"
     assert language_of(tmp_path / "a.py", "text") == "text"
 
 
-def test_ids_are_classified_by_their_own_characters() -> None:
+def test_ids_are_classified_by_their_own_characters():
     """As tokens of a text are, but that neither a keyword nor a name depends on where it stands."""
     expected = {
         " cat": "word",

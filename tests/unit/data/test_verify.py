@@ -50,7 +50,7 @@ def spoil_token(folder: Path, document: int, offset: int, value: int) -> None:
     change_bytes(folder / "corpus.bin", 2 * place, np.uint16(value).tobytes())
 
 
-def test_intact_folder(folder: Path):
+def test_intact_folder(folder):
     read = []
     manifest = Manifest.read(folder)
     states = verify(folder, manifest, read.append)
@@ -65,7 +65,7 @@ def test_intact_folder(folder: Path):
 
 
 @pytest.mark.parametrize("name", ["corpus.bin", "corpus.idx", "tokenizer.json"])
-def test_every_changed_byte_is_found(folder: Path, name: str):
+def test_every_changed_byte_is_found(folder, name):
     path = folder / name
     for offset in (0, path.stat().st_size // 2, path.stat().st_size - 1):
         data = path.read_bytes()
@@ -76,7 +76,7 @@ def test_every_changed_byte_is_found(folder: Path, name: str):
     assert problems(folder) == {}
 
 
-def test_token_outside_of_the_vocabulary_is_named_by_document_and_place(folder: Path, monkeypatch):
+def test_token_outside_of_the_vocabulary_is_named_by_document_and_place(folder, monkeypatch):
     # Chunks that end within documents and within what the test looks for.
     monkeypatch.setattr("moepp_megatron.data.verify._CHUNK_BYTES", 64)
     for document, offset in [(0, 0), (17, 0), (17, 5), (59, int(lengths_of(folder)[59]) - 1)]:
@@ -89,7 +89,7 @@ def test_token_outside_of_the_vocabulary_is_named_by_document_and_place(folder: 
         (folder / "corpus.bin").write_bytes(before)
 
 
-def test_folder_of_an_earlier_version_is_checked_as_far_as_possible(folder: Path):
+def test_folder_of_an_earlier_version_is_checked_as_far_as_possible(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in ("sha256", "split"):
         del manifest[name]
@@ -104,7 +104,7 @@ def test_folder_of_an_earlier_version_is_checked_as_far_as_possible(folder: Path
     }
 
 
-def test_damage_is_one_line_and_exit_code_2(folder: Path, moepp):
+def test_damage_is_one_line_and_exit_code_2(folder, moepp):
     spoil_token(folder, 3, 1, 60_001)
     change_bytes(folder / "corpus.idx", 40, b"\xff")
     code, out, err = moepp("data", "verify", str(folder))
@@ -152,7 +152,7 @@ INDEX_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", [*HEADER_DAMAGES, *INDEX_DAMAGES])
-def test_damage_is_found_before_training(folder: Path, damage: str):
+def test_damage_is_found_before_training(folder, damage):
     spoil, words = (HEADER_DAMAGES | INDEX_DAMAGES)[damage]
     spoil(folder)
     with pytest.raises(ConfigError, match=words) as caught:
@@ -181,7 +181,7 @@ def test_damage_is_found_before_training(folder: Path, damage: str):
     ],
     ids=str,
 )
-def test_damaged_manifest_is_one_line(folder: Path, content: str | dict[str, object]):
+def test_damaged_manifest_is_one_line(folder, content):
     if isinstance(content, dict):
         change_manifest(folder, **content)
     else:
@@ -192,7 +192,7 @@ def test_damaged_manifest_is_one_line(folder: Path, content: str | dict[str, obj
 
 
 @pytest.mark.parametrize(("document", "workers"), [(0, 0), (23, 2), (59, 0)])
-def test_loader_names_a_token_outside_of_the_vocabulary(folder: Path, document: int, workers: int):
+def test_loader_names_a_token_outside_of_the_vocabulary(folder, document, workers):
     from moepp_megatron.data.datasets import build_datasets
     from moepp_megatron.data.loader import batches
     from moepp_megatron.data.token_check import vocabulary_of

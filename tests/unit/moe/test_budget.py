@@ -27,19 +27,19 @@ def counts(*ffn_shares: float) -> torch.Tensor:
     )
 
 
-def test_target_stays_and_then_moves_on_a_straight_line() -> None:
+def test_target_stays_and_then_moves_on_a_straight_line():
     budget = Budget(share=0.5, start_share=1.0, ramp_begin=2, ramp_steps=4)
     shares = [budget.share_at(step) for step in range(1, 10)]
     assert shares == [1.0, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.5, 0.5]
 
 
-def test_ramp_without_steps_is_a_jump() -> None:
+def test_ramp_without_steps_is_a_jump():
     budget = Budget(share=0.5, start_share=1.0, ramp_begin=2)
     assert [budget.share_at(step) for step in range(1, 5)] == [1.0, 1.0, 0.5, 0.5]
     assert Budget(share=0.5).share_at(1) == 0.5
 
 
-def test_start_at_all_ffn_experts_has_a_finite_tau() -> None:
+def test_start_at_all_ffn_experts_has_a_finite_tau():
     controller = BudgetController(Budget(share=0.5, start_share=1.0, ramp_steps=10), CONFIG, 1)
     assert controller.taus(1) == [100.0]
     assert controller.taus(11) == pytest.approx([0.5])
@@ -57,7 +57,7 @@ def simulate_tau(controller: BudgetController, offset: float, steps: range) -> l
     return shares
 
 
-def test_tau_controller_reaches_the_target_where_balance_alone_does_not() -> None:
+def test_tau_controller_reaches_the_target_where_balance_alone_does_not():
     def last(controller: str) -> float:
         budget = Budget(share=0.5, controller=controller)  # type: ignore[arg-type]
         return simulate_tau(BudgetController(budget, CONFIG, 1), 0.8, range(1, 1001))[-1]
@@ -67,7 +67,7 @@ def test_tau_controller_reaches_the_target_where_balance_alone_does_not() -> Non
     assert last("tau") == pytest.approx(0.5, rel=0.02)
 
 
-def test_tau_that_is_at_its_end_does_not_wind_up() -> None:
+def test_tau_that_is_at_its_end_does_not_wind_up():
     controller = BudgetController(Budget(share=0.5, controller="tau", decay=0.0), CONFIG, 1)
     controller.observe(counts(0.0), 1)
     past = controller.state()["past"]
@@ -79,7 +79,7 @@ def test_tau_that_is_at_its_end_does_not_wind_up() -> None:
     assert controller.taus(2002)[0] < 1.0
 
 
-def test_bias_controller_reaches_the_target_and_balances() -> None:
+def test_bias_controller_reaches_the_target_and_balances():
     budget = Budget(share=0.5, controller="bias", gain=0.5, decay=0.0)
     controller = BudgetController(budget, CONFIG, 1)
     preference = torch.linspace(-0.5, 0.5, 12)
@@ -93,7 +93,7 @@ def test_bias_controller_reaches_the_target_and_balances() -> None:
     assert torch.equal(bias[8:], torch.zeros(4)), "only FFN experts have a bias"
 
 
-def test_layers_are_held_apart_or_together() -> None:
+def test_layers_are_held_apart_or_together():
     apart = BudgetController(Budget(share=0.5, controller="tau"), CONFIG, 2)
     together = BudgetController(Budget(share=0.5, controller="tau", per_layer=False), CONFIG, 2)
     for controller in (apart, together):
@@ -150,7 +150,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("share", [0.15, 0.75])
-def test_measured_bias_holds_any_layer_at_any_scale_of_scores(name: str, share: float) -> None:
+def test_measured_bias_holds_any_layer_at_any_scale_of_scores(name, share):
     # Scores that differ by a thousandth, and scores that are near 0 or 1.
     for spread in (1e-3, 1.0, 5.0):
         plant = Plant(LAYERS[name], 1000, spread)
@@ -164,7 +164,7 @@ def test_measured_bias_holds_any_layer_at_any_scale_of_scores(name: str, share: 
 
 
 @pytest.mark.parametrize("response", [0.1, 0.5, 1.0])
-def test_measured_bias_does_not_oscillate(response: float) -> None:
+def test_measured_bias_does_not_oscillate(response):
     plant = Plant(MoEPPConfig(8), 4000, 1.0)
     off = [s - 1 for s in plant.run(Budget(0.3, "bias", response=response), 150)[50:]]
     variance = sum(x * x for x in off) / len(off)
@@ -175,7 +175,7 @@ def test_measured_bias_does_not_oscillate(response: float) -> None:
     assert following / variance > -response / 2 - 0.3
 
 
-def test_measured_bias_follows_routers_that_drift() -> None:
+def test_measured_bias_follows_routers_that_drift():
     plant = Plant(MoEPPConfig(8), 4000, 1.0, pull=-0.02)
     shares = plant.run(Budget(share=0.15, controller="bias"), 120)
     # An average alone is 1 / 0.7 of a step's drift behind, 3% of the share here. The mean of 100
@@ -183,7 +183,7 @@ def test_measured_bias_follows_routers_that_drift() -> None:
     assert sum(shares[20:]) / 100 == pytest.approx(1.0, abs=0.005)
 
 
-def test_a_target_out_of_reach_leaves_no_drift_behind() -> None:
+def test_a_target_out_of_reach_leaves_no_drift_behind():
     config, budget = MoEPPConfig(8), Budget(share=0.4, controller="bias")
     plant, controller = Plant(config, 4000, 1.0), BudgetController(budget, config, 1)
     for step in range(1, 41):
@@ -201,7 +201,7 @@ def test_a_target_out_of_reach_leaves_no_drift_behind() -> None:
     assert float(ffn) == pytest.approx(0.4, rel=7 * scattered(plant, 0.4))
 
 
-def test_measured_bias_comes_from_all_ffn_experts_without_overshoot() -> None:
+def test_measured_bias_comes_from_all_ffn_experts_without_overshoot():
     config = MoEPPConfig(8)
     plant = Plant(config, 4000, 0.3)
     plant.bias[:8] = 1.25 / 8
@@ -211,7 +211,7 @@ def test_measured_bias_comes_from_all_ffn_experts_without_overshoot() -> None:
     assert shares[15] == pytest.approx(0.6, rel=7 * scattered(plant, 0.6))
 
 
-def test_measured_bias_aims_at_the_next_step_of_a_ramp() -> None:
+def test_measured_bias_aims_at_the_next_step_of_a_ramp():
     budget = Budget(0.3, "bias", response=1.0, start_share=0.6, ramp_begin=10, ramp_steps=40)
     plant = Plant(MoEPPConfig(8), 4000, 1.0)
     shares = plant.run(budget, 60)
@@ -219,7 +219,7 @@ def test_measured_bias_aims_at_the_next_step_of_a_ramp() -> None:
     assert sum(shares[10:50]) / 40 == pytest.approx(1.0, abs=0.01)
 
 
-def test_measured_bias_is_held_together_or_apart() -> None:
+def test_measured_bias_is_held_together_or_apart():
     config = MoEPPConfig(8)
     few, many = Plant(config, 2000, 1.0), Plant(config, 2000, 1.0)
     few.bias[:8], many.bias[:8] = -0.3, 0.1
@@ -234,7 +234,7 @@ def test_measured_bias_is_held_together_or_apart() -> None:
     assert own[0, :8].mean() > 0 > own[1, :8].mean()
 
 
-def test_a_step_without_tokens_changes_nothing() -> None:
+def test_a_step_without_tokens_changes_nothing():
     controller = BudgetController(Budget(0.4, "bias"), CONFIG, 1)
     nothing = torch.zeros(1, 12, dtype=torch.float64)
     moved = controller.observe(nothing, 1, torch.zeros_like(Plant(CONFIG, 4, 1.0).step()[1]))
@@ -242,7 +242,7 @@ def test_a_step_without_tokens_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("name", "measures"), [("bias", False), ("tau", False), ("bias", True)])
-def test_restored_controller_goes_on_as_if_nothing_had_happened(name: str, measures: bool) -> None:
+def test_restored_controller_goes_on_as_if_nothing_had_happened(name, measures):
     budget, plant = Budget(share=0.4, controller=name, gain=1.0), Plant(CONFIG, 500, 1.0)
     seen = [plant.step() for _ in range(8)]
 
@@ -262,7 +262,7 @@ def test_restored_controller_goes_on_as_if_nothing_had_happened(name: str, measu
     assert resumed.taus(9) == whole.taus(9)
 
 
-def test_each_layer_gets_its_own_tau_and_its_own_part_of_the_biases(monkeypatch) -> None:
+def test_each_layer_gets_its_own_tau_and_its_own_part_of_the_biases(monkeypatch):
     """A pipeline stage has layers from the middle of the model, in chunks that take turns."""
     taus: dict[int, float] = {}
 

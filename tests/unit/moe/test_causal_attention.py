@@ -56,7 +56,7 @@ def outcome(
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"]
 )
-def test_equals_megatron_cores(tokens, groups, dtype, tolerance) -> None:
+def test_equals_megatron_cores(tokens, groups, dtype, tolerance):
     ours, theirs = (
         outcome(attention(kind, groups, dtype), leaves(tokens, groups, dtype))
         for kind in (CausalAttention, DotProductAttention)
@@ -71,7 +71,7 @@ def test_equals_megatron_cores(tokens, groups, dtype, tolerance) -> None:
 
 
 @pytest.mark.parametrize("groups", [6, 2])
-def test_documents_equal_megatron_cores_with_its_mask(groups: int) -> None:
+def test_documents_equal_megatron_cores_with_its_mask(groups):
     """The mask is that of megatron-core's dataset, and both attentions honour it."""
     tokens = torch.tensor([[5, 0, 3, 4, 0, 0, 7, 8, 9], [1, 2, 3, 4, 5, 6, 7, 8, 0]])
     documents = document_numbers(tokens, eod=0)
@@ -124,7 +124,7 @@ def test_shared_keys_are_repeated_where_no_kernel_of_a_gpu_takes_them(
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_repeated_keys_give_what_shared_ones_do(monkeypatch, masked: bool) -> None:
+def test_repeated_keys_give_what_shared_ones_do(monkeypatch, masked):
     """Each head of queries keeps its keys, and their gradients are sums over these heads."""
     documents = torch.tensor([[0] * 4 + [1] * 5] * BATCH)
     mask = dense_mask(documents) if masked else None
@@ -136,7 +136,7 @@ def test_repeated_keys_give_what_shared_ones_do(monkeypatch, masked: bool) -> No
         torch.testing.assert_close(actual, expected, rtol=0, atol=3e-6)
 
 
-def test_ends_of_documents_count_through_the_sequences() -> None:
+def test_ends_of_documents_count_through_the_sequences():
     documents = torch.tensor([[0, 0, 1, 3], [3, 3, 4, 4]])
     ends = document_ends(documents)
     assert ends.dtype is torch.int32
@@ -144,7 +144,7 @@ def test_ends_of_documents_count_through_the_sequences() -> None:
 
 
 @pytest.mark.parametrize("last", [1, 3])
-def test_tokens_behind_kept_keys_see_all_before_them(last: int) -> None:
+def test_tokens_behind_kept_keys_see_all_before_them(last):
     """As while text is generated: the last tokens alone are queries."""
     module = attention(CausalAttention, 2, torch.float32)
     query, key, value = leaves(9, 2, torch.float32)
@@ -153,7 +153,7 @@ def test_tokens_behind_kept_keys_see_all_before_them(last: int) -> None:
     torch.testing.assert_close(part, whole[-last:])
 
 
-def test_scale_and_width_of_values_are_as_given() -> None:
+def test_scale_and_width_of_values_are_as_given():
     """Latent attention has both."""
     module = attention(CausalAttention, 6, torch.float32, softmax_scale=0.1, v_channels=4)
     query, key, value = (each.detach() for each in leaves(5, 6, torch.float32))
@@ -165,7 +165,7 @@ def test_scale_and_width_of_values_are_as_given() -> None:
     torch.testing.assert_close(output, expected)
 
 
-def test_what_it_would_not_honour_is_refused() -> None:
+def test_what_it_would_not_honour_is_refused():
     module = attention(CausalAttention, 2, torch.float32)
     inputs = leaves(4, 2, torch.float32)
     with pytest.raises(ValueError, match=r"attention_bias \(Tensor\) must be None in CausalAtt"):
@@ -178,7 +178,7 @@ def test_what_it_would_not_honour_is_refused() -> None:
     ("changes", "fits"),
     [({}, True), ({"attention_dropout": 0.1}, False), ({"window_size": (4, 0)}, False)],
 )
-def test_where_it_is_used(monkeypatch, changes, fits) -> None:
+def test_where_it_is_used(monkeypatch, changes, fits):
     config = megatron_config(MOEPP, **changes)
     assert not suits_causal_attention(config), "no GPU here"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

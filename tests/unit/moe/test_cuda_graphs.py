@@ -94,7 +94,7 @@ def change_weights(model: torch.nn.Module, plain: torch.nn.Module, seed: int) ->
 @tested_version_only
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("parts", PARTS, ids=["+".join(parts) for parts in PARTS])
-def test_replayed_graphs_train_like_the_model(parts: list[str], case: str) -> None:
+def test_replayed_graphs_train_like_the_model(parts, case):
     plain = prepared(CASES[case])
     with cpu_graphs():
         model = prepared(CASES[case], cuda_graph_impl="local", cuda_graph_modules=list(parts))
@@ -123,7 +123,7 @@ def test_replayed_graphs_train_like_the_model(parts: list[str], case: str) -> No
         assert {graph.replays for graph in graphs} == {2}
 
 
-def test_what_reads_on_the_host_cannot_be_captured() -> None:
+def test_what_reads_on_the_host_cannot_be_captured():
     """The recorder refuses what a GPU would: so passing above says something."""
     with cpu_graphs():
         graph = torch.cuda.CUDAGraph()
@@ -146,7 +146,7 @@ def test_what_reads_on_the_host_cannot_be_captured() -> None:
         ({"recompute_granularity": "selective"}, "runs forward once for each backward pass"),
     ],
 )
-def test_what_no_graph_can_hold_is_refused_with_the_reason(changes: dict[str, Any], message: str):
+def test_what_no_graph_can_hold_is_refused_with_the_reason(changes, message):
     config = megatron_config(MOEPP)
     # Set afterwards: megatron-core's own checks demand further settings for some.
     for name, value in {
@@ -160,7 +160,7 @@ def test_what_no_graph_can_hold_is_refused_with_the_reason(changes: dict[str, An
         spec.submodules.mlp(config=config, pg_collection=None)
 
 
-def test_graphs_are_refused_with_a_version_that_they_were_not_tested_with(monkeypatch) -> None:
+def test_graphs_are_refused_with_a_version_that_they_were_not_tested_with(monkeypatch):
     monkeypatch.setattr(package_info, "__shortversion__", "0.20.0")
     config = megatron_config(MOEPP)
     get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False).submodules.mlp(config=config)

@@ -135,7 +135,7 @@ def test_layer_is_the_reference(topk, groups, kept, changes):
 
 @pytest.mark.parametrize("groups", [(1, 1), (4, 4), (8, 8)])
 @pytest.mark.parametrize("bias", [None, torch.linspace(-0.2, 0.3, 13)])
-def test_all_groups_are_no_groups(groups: tuple[int, int], bias: Tensor | None) -> None:
+def test_all_groups_are_no_groups(groups, bias):
     logits = torch.randn(200, 13)
     config = config_of(3, *groups, {})
     free = select(logits, bias, config_of(3, 1, 1, {}), 1)
@@ -144,7 +144,7 @@ def test_all_groups_are_no_groups(groups: tuple[int, int], bias: Tensor | None) 
 
 
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
-def test_token_of_zero_computation_experts_alone(normalization: str) -> None:
+def test_token_of_zero_computation_experts_alone(normalization):
     """Scores of FFN experts of 0 neither become NaN nor keep a token from its experts."""
     config = config_of(4, 4, 2, {"gate_normalization": normalization})
     logits = torch.randn(50, config.num_experts)
@@ -168,7 +168,7 @@ def test_token_of_zero_computation_experts_alone(normalization: str) -> None:
         assert set(made.routing_map[token].nonzero().flatten().tolist()) == experts
 
 
-def test_ties_go_to_the_first_group_and_the_first_expert() -> None:
+def test_ties_go_to_the_first_group_and_the_first_expert():
     config = config_of(4, 4, 2, {})
     made = select(torch.zeros(3, config.num_experts), None, config, 1)
     assert made.routing_map.nonzero()[:, 1].view(3, 4).tolist() == [[0, 1, 2, 3]] * 3
@@ -178,7 +178,7 @@ def test_ties_go_to_the_first_group_and_the_first_expert() -> None:
     assert made.routing_map[0].nonzero().flatten().tolist() == [0, 1, 6, 7]
 
 
-def test_ffn_experts_alone_are_selected_as_in_megatron_core() -> None:
+def test_ffn_experts_alone_are_selected_as_in_megatron_core():
     config = MoEPPConfig(
         num_ffn_experts=16,
         **FFN_ONLY,
@@ -194,7 +194,7 @@ def test_ffn_experts_alone_are_selected_as_in_megatron_core() -> None:
 
 
 @pytest.mark.parametrize("raised", [-0.05, 0.0, 0.05])
-def test_margins_tell_what_a_bias_would_do(raised: float) -> None:
+def test_margins_tell_what_a_bias_would_do(raised):
     """The budget's controller reads off margins how many FFN experts a bias gives."""
     config = config_of(4, 4, 2, {"score_function": "sigmoid", "selection_bias": True})
     logits, bias = torch.randn(400, config.num_experts), bias_of(config)
@@ -207,7 +207,7 @@ def test_margins_tell_what_a_bias_would_do(raised: float) -> None:
     assert abs(int(made[:, :8].sum()) - up_to) <= 2
 
 
-def test_health_measures_the_margin_among_the_allowed() -> None:
+def test_health_measures_the_margin_among_the_allowed():
     config = config_of(2, 4, 1, {})
     ranked = torch.rand(40, config.num_experts)
     margins = _margins(ranked, config)
@@ -235,6 +235,6 @@ def test_health_measures_the_margin_among_the_allowed() -> None:
         ),
     ],
 )
-def test_groups_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+def test_groups_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
         MoEPPConfig(num_ffn_experts=8, **changes)

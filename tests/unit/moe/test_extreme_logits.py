@@ -94,7 +94,7 @@ PLACES = {"layer": by_layer, "reference": by_reference, "kernel": by_kernel, "ex
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
 @pytest.mark.parametrize("function", DEFINED_SCORES)
-def test_gaps_of_logits(function: str, normalization: str, place: str) -> None:
+def test_gaps_of_logits(function, normalization, place):
     config = edge_config(score_function=function, gate_normalization=normalization)
     to_gates, to_shares = torch.randn(2, len(GAPS), config.num_experts)
 
@@ -117,7 +117,7 @@ def test_gaps_of_logits(function: str, normalization: str, place: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_all_picks_zero_experts(place: str) -> None:
+def test_all_picks_zero_experts(place):
     config = edge_config(num_zero_experts=3, gate_normalization="nonzero")
     leaf = torch.tensor([[0.0] * 7 + [90.0] * 3, [-300.0] * 7 + [300.0] * 3], requires_grad=True)
     gates, _ = PLACES[place](leaf, config)
@@ -127,7 +127,7 @@ def test_all_picks_zero_experts(place: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["layer", "reference", "exported"])
-def test_standardized_logits_that_are_equal(place: str) -> None:
+def test_standardized_logits_that_are_equal(place):
     """A token of zeros, as padding is, and one whose logits differ by rounding alone."""
     std = 1.5
     logits = torch.randn(4, 8)
@@ -157,13 +157,13 @@ def test_standardized_logits_that_are_equal(place: str) -> None:
     assert found[2].max() <= 2.0 * found[2].min()
 
 
-def test_the_bound_is_above_rounding_and_far_below_logits() -> None:
+def test_the_bound_is_above_rounding_and_far_below_logits():
     # Logits of order 10 have a spacing of 9.5e-7.
     assert torch.nextafter(torch.tensor(10.0), torch.tensor(11.0)) - 10.0 <= LEAST_LOGIT_STD
     assert reference.LEAST_LOGIT_STD == LEAST_LOGIT_STD
 
 
-def test_a_layer_trains_through_a_token_of_zeros() -> None:
+def test_a_layer_trains_through_a_token_of_zeros():
     config = edge_config(logits_norm_std=1.0, gate_normalization="nonzero", balance_coeff=0.1)
     layer = build_layer(config, has_residual=False)
     x = torch.randn(6, 2, HIDDEN)

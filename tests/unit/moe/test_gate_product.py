@@ -22,7 +22,7 @@ def _outcome(product, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor
 
 @pytest.mark.parametrize("shape", [(1, 1), (1024, 1), (1025,), (1500, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_equals_the_product_of_all_tokens(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_equals_the_product_of_all_tokens(shape, dtype):
     def whole(tokens: Tensor, weight: Tensor) -> Tensor:
         return router_gating_linear(tokens, weight, None, torch.float32)
 
@@ -36,7 +36,7 @@ def test_equals_the_product_of_all_tokens(shape: tuple[int, ...], dtype: torch.d
         assert bool(((actual.float() - expected.float()).abs() <= bound * 4).all())
 
 
-def test_no_token_at_all() -> None:
+def test_no_token_at_all():
     """megatron-core's product refuses that."""
     output, token_grad, weight_grad = _outcome(gate_product, (0, 1), torch.bfloat16)
     assert output.shape == (0, 1, COLUMNS)
@@ -44,7 +44,7 @@ def test_no_token_at_all() -> None:
     assert not weight_grad.any()
 
 
-def test_a_sequence_that_is_not_contiguous() -> None:
+def test_a_sequence_that_is_not_contiguous():
     """Nor is the gradient of the result, which megatron-core's product refuses."""
     tokens = torch.randn(3, 7, HIDDEN).bfloat16().transpose(0, 1).requires_grad_()
     weight = torch.randn(COLUMNS, HIDDEN).bfloat16().requires_grad_()
@@ -56,7 +56,7 @@ def test_a_sequence_that_is_not_contiguous() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_no_tensor_in_fp32_is_kept_or_as_large_as_the_tokens() -> None:
+def test_no_tensor_in_fp32_is_kept_or_as_large_as_the_tokens():
     """Neither the copy of the hidden states that the product reads nor their gradient."""
     largest: list[int] = []
 

@@ -9,7 +9,7 @@ from moepp_megatron.training.gradient_norm import l2_norm, replace_l2_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_the_norm_of_all_tensors_together(dtype) -> None:
+def test_it_is_the_norm_of_all_tensors_together(dtype):
     generator = torch.Generator().manual_seed(1)
     shapes = [(7, 3), (1,), (64,), (2, 2, 2)]
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
@@ -22,7 +22,7 @@ def test_it_is_the_norm_of_all_tensors_together(dtype) -> None:
     torch.testing.assert_close(norm[0].double(), exact, rtol=tolerance, atol=0.0)
 
 
-def test_cpus_keep_megatron_cores(monkeypatch) -> None:
+def test_cpus_keep_megatron_cores(monkeypatch):
     monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
     replace_l2_norm()
     assert clip_grads.l2_norm_impl is local_multi_tensor_l2_norm

@@ -65,7 +65,7 @@ def config_of(model: dict[str, Any], **sections: dict[str, Any]):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_model_equals_plain_pytorch(kind: str) -> None:
+def test_model_equals_plain_pytorch(kind):
     config = config_of(KINDS[kind])
     (model,) = build_model(config)
     generator = torch.Generator().manual_seed(3)
@@ -99,7 +99,7 @@ def test_model_equals_plain_pytorch(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_parameters_are_counted(kind: str) -> None:
+def test_parameters_are_counted(kind):
     config = config_of(KINDS[kind])
     (model,) = build_model(config)
     counts = count_parameters(config)
@@ -112,7 +112,7 @@ def test_parameters_are_counted(kind: str) -> None:
     assert counts.attention == attention
 
 
-def test_layers_of_megatrons_own_latent_attention_are_refused() -> None:
+def test_layers_of_megatrons_own_latent_attention_are_refused():
     """Whatever else is exchanged in them, and whether they have experts or not."""
     config = config_of(KINDS["no norms"])
     megatron, moepp = transformer_config(config), moepp_config(config)
@@ -123,7 +123,7 @@ def test_layers_of_megatrons_own_latent_attention_are_refused() -> None:
         build(megatron, moepp, use_transformer_engine=False, adapt=fit_local_modules)
 
 
-def test_width_of_values_that_the_core_does_not_know_is_refused() -> None:
+def test_width_of_values_that_the_core_does_not_know_is_refused():
     config = transformer_config(config_of(KINDS["no norms"]))
     with pytest.raises(
         ValueError, match=r"v_head_dim \(12\) must be TransformerConfig.kv_channels"

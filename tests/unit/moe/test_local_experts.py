@@ -86,7 +86,7 @@ def test_equals_sequential_mlp(rows, dtype, tolerance, kind, large, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", [CPUExperts, GroupedExperts])
-def test_frozen_weights_get_no_gradient(kind: type[CPUExperts]) -> None:
+def test_frozen_weights_get_no_gradient(kind):
     _, ours = both(torch.float32, kind)
     for parameter in ours.parameters():
         parameter.requires_grad_(False)
@@ -97,7 +97,7 @@ def test_frozen_weights_get_no_gradient(kind: type[CPUExperts]) -> None:
     assert all(parameter.grad is None for parameter in ours.parameters())
 
 
-def test_grouped_products_keep_no_copy_of_the_weights() -> None:
+def test_grouped_products_keep_no_copy_of_the_weights():
     """Saved for the backward pass: what a loop saves, and parameters themselves."""
     _, ours = both(torch.bfloat16, GroupedExperts)
     kept: list[Tensor] = []
@@ -124,7 +124,7 @@ def test_grouped_products_keep_no_copy_of_the_weights() -> None:
         ({"gated_linear_unit": False}, (9, 0), False),
     ],
 )
-def test_where_experts_are_grouped(monkeypatch, changes, capability, fits) -> None:
+def test_where_experts_are_grouped(monkeypatch, changes, capability, fits):
     bf16 = {"params_dtype": torch.bfloat16, "bf16": True}
     config = megatron_config(MOEPP, **(bf16 | changes))
     assert not suits_grouped(config), "no GPU here"
@@ -141,7 +141,7 @@ def test_where_experts_are_grouped(monkeypatch, changes, capability, fits) -> No
     [{"gated_linear_unit": False}, {"activation_func": torch.relu}, {"add_bias_linear": True}],
     ids=lambda changes: next(iter(changes)),
 )
-def test_other_experts_stay_with_megatron_core(changes: dict[str, object]) -> None:
+def test_other_experts_stay_with_megatron_core(changes):
     config = megatron_config(MOEPP, **changes)
     assert not suits(config)
     spec = get_moepp_layer_spec(config, MOEPP, use_transformer_engine=False)

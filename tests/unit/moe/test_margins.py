@@ -32,7 +32,7 @@ def selections(logits: torch.Tensor, bias: torch.Tensor, config: MoEPPConfig) ->
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_margins_up_to_a_rise_are_the_selections_under_it(name: str) -> None:
+def test_margins_up_to_a_rise_are_the_selections_under_it(name):
     config = CONFIGS[name]
     logits, bias = drawn(config)
     margins = count_margins(logits, bias, config)
@@ -45,7 +45,7 @@ def test_margins_up_to_a_rise_are_the_selections_under_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("part", [0.3, 0.5, 0.8])
-def test_quantile_is_the_rise_that_gives_a_number_of_selections(name: str, part: float) -> None:
+def test_quantile_is_the_rise_that_gives_a_number_of_selections(name, part):
     config = CONFIGS[name]
     logits, bias = drawn(config, 2000)
     lowest = max(0, config.router_topk - config.num_zero_computation_experts)
@@ -56,7 +56,7 @@ def test_quantile_is_the_rise_that_gives_a_number_of_selections(name: str, part:
     assert selections(logits, bias, config) == pytest.approx(wanted, rel=0.03)
 
 
-def test_padding_has_no_margins() -> None:
+def test_padding_has_no_margins():
     config = MoEPPConfig(8)
     logits, bias = drawn(config)
     padded = torch.arange(len(logits)) % 3 == 0
@@ -64,7 +64,7 @@ def test_padding_has_no_margins() -> None:
     assert torch.equal(counts, count_margins(logits[~padded], bias, config))
 
 
-def test_quantile_ends_at_the_edges() -> None:
+def test_quantile_ends_at_the_edges():
     counts = [0.0] * (len(edges()) + 1)
     assert quantile(counts, 1.0) == edges()[-1]
     counts[0] = 10.0

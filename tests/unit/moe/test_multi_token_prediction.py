@@ -130,7 +130,7 @@ def by_hand(
     ],
     ids=["residual", "no residual", "three experts"],
 )
-def test_loss_and_gradients_are_those_of_its_parts(moepp: MoEPPConfig, changes: dict[str, Any]):
+def test_loss_and_gradients_are_those_of_its_parts(moepp, changes):
     model, other = build(moepp, **changes), build(moepp)
     other.load_state_dict(model.state_dict())
     ids, positions, labels, mask = batch()
@@ -173,7 +173,7 @@ def aux_losses_count() -> Iterator[None]:
     ],
     ids=["residual", "by sequence", "no residual"],
 )
-def test_padding_moves_with_the_tokens(moepp: MoEPPConfig, changes: dict[str, Any]) -> None:
+def test_padding_moves_with_the_tokens(moepp, changes):
     """Losses and gradients, with those of balance and z-loss and with a capacity."""
     model = build(moepp, moe_z_loss_coeff=0.1, **changes)
     other = build(moepp, moe_z_loss_coeff=0.1)
@@ -190,7 +190,7 @@ def test_padding_moves_with_the_tokens(moepp: MoEPPConfig, changes: dict[str, An
         assert_close(parameter.grad, expected[name].grad, f"gradient of {name}")
 
 
-def test_routers_of_further_tokens_are_the_reference_without_padding() -> None:
+def test_routers_of_further_tokens_are_the_reference_without_padding():
     """In fp64, over the tokens that are none: selections, limits, balance loss and z-loss."""
     model = build(LOSSES, moe_z_loss_coeff=0.1)
     seen: dict[int, tuple[Any, Any]] = {}
@@ -228,7 +228,7 @@ def test_routers_of_further_tokens_are_the_reference_without_padding() -> None:
         assert_close(recorded[number - 1], z_loss.float(), f"z-loss of layer {number}")
 
 
-def test_its_routers_are_the_decoders_next() -> None:
+def test_its_routers_are_the_decoders_next():
     model = build()
     assert [layer.layer_number for layer in moepp_layers(model)] == [1, 2, 3, 4, 5]
     assert sorted(moe_statistics(model)) == [1, 2, 3, 4, 5]
@@ -240,7 +240,7 @@ def test_its_routers_are_the_decoders_next() -> None:
         assert statistics.selected.sum() == BATCH * SEQUENCE * 2, f"layer {number}"
 
 
-def test_without_gradients_they_do_not_run() -> None:
+def test_without_gradients_they_do_not_run():
     model, plain = build(), build(depths=0)
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if "mtp" not in k})
     ids, positions, labels, _ = batch()
@@ -254,7 +254,7 @@ def test_without_gradients_they_do_not_run() -> None:
     assert model.mtp_loss.sums is None
 
 
-def test_megatron_cores_own_mtp_layers_are_refused() -> None:
+def test_megatron_cores_own_mtp_layers_are_refused():
     config = megatron_config(MOEPP, mtp_num_layers=1)
     spec = get_moepp_block_spec(config, MOEPP, use_transformer_engine=False)
     theirs = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)

@@ -127,20 +127,20 @@ LAYERS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_layer_against_reference(compiled: Any, fused: bool, name: str) -> None:
+def test_layer_against_reference(compiled, fused, name):
     moepp, dispatcher, changes = LAYERS[name]
     config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, fused=fused, **moepp)
     layer = build_layer(config, dispatcher=dispatcher, **changes)
     check_layer(layer, changes.get("moe_z_loss_coeff", 0.0))
 
 
-def test_recomputed_layer() -> None:
+def test_recomputed_layer():
     config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, capacity_factor=0.8)
     recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     check_layer(build_layer(config, **recompute))
 
 
-def test_shared_experts_return_nothing_for_padding() -> None:
+def test_shared_experts_return_nothing_for_padding():
     layer = build_layer(MoEPPConfig(num_ffn_experts=4), moe_shared_expert_intermediate_size=8)
     hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, 8))
     padding = mask()
@@ -154,7 +154,7 @@ def test_shared_experts_return_nothing_for_padding() -> None:
 
 
 @pytest.mark.parametrize("all_padding", [False, True])
-def test_masks_of_all_and_of_nothing(all_padding: bool) -> None:
+def test_masks_of_all_and_of_nothing(all_padding):
     config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5, capacity_factor=1.0)
     layer = build_layer(config, moe_z_loss_coeff=0.1)
     hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, 8))
@@ -175,7 +175,7 @@ def test_masks_of_all_and_of_nothing(all_padding: bool) -> None:
         assert_close(grads[name], parameter.grad, name)
 
 
-def test_router_health_measures_tokens_alone() -> None:
+def test_router_health_measures_tokens_alone():
     config = MoEPPConfig(num_ffn_experts=4, balance_coeff=0.5)
     layer = build_layer(config)
     hidden, previous = (torch.randn(LENGTH, 1, n) for n in (HIDDEN, 8))
@@ -200,7 +200,7 @@ def test_router_health_measures_tokens_alone() -> None:
     assert not counts[padding[0]].any()
 
 
-def test_counts_by_group() -> None:
+def test_counts_by_group():
     layer = build_layer(MoEPPConfig(num_ffn_experts=4))
     layer.statistics.num_groups = 1
     padding = mask()
@@ -238,14 +238,14 @@ def model_step(changes: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTES)
-def test_model_with_recompute_gives_the_same_bits(recompute: str) -> None:
+def test_model_with_recompute_gives_the_same_bits(recompute):
     expected, actual = model_step({}), model_step(RECOMPUTES[recompute])
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_vanilla_layer_counts_no_padding(with_bias: bool) -> None:
+def test_vanilla_layer_counts_no_padding(with_bias):
     config = MoEPPConfig(4, **FFN_ONLY, gating_residual=False)
     changes = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
     layer = build_layer(config, **changes if with_bias else {})
@@ -258,14 +258,14 @@ def test_vanilla_layer_counts_no_padding(with_bias: bool) -> None:
         assert torch.equal(layer.router.local_tokens_per_expert, layer.statistics.selected)
 
 
-def test_mask_of_another_shape_is_refused() -> None:
+def test_mask_of_another_shape_is_refused():
     layer = build_layer(MoEPPConfig(num_ffn_experts=4))
     hidden, previous = (torch.randn(LENGTH, BATCH, n) for n in (HIDDEN, 8))
     with pytest.raises(ValueError, match=r"padding_mask \(4, 8\) must have a value for each"):
         layer(hidden, previous, padding_mask=torch.zeros(8, 4, dtype=torch.bool))
 
 
-def test_captured_router_refuses_a_mask() -> None:
+def test_captured_router_refuses_a_mask():
     layer = build_transformer_layer(MoEPPConfig(num_ffn_experts=4))
     layer.captured = SimpleNamespace(has_router=True)
     with pytest.raises(ValueError, match="padding_mask must be None where .* moe_router"):

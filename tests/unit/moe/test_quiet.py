@@ -34,7 +34,7 @@ def _said_of_an_expert() -> list[str]:
     return [str(warning.message) for warning in caught if "sequence" in str(warning.message)]
 
 
-def test_an_untrue_warning_about_sequence_parallelism_is_silenced() -> None:
+def test_an_untrue_warning_about_sequence_parallelism_is_silenced():
     """By its text: as soon as the library words it otherwise, the first half fails."""
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -46,7 +46,7 @@ def test_an_untrue_warning_about_sequence_parallelism_is_silenced() -> None:
         assert _said_of_an_expert() == []
 
 
-def test_other_warnings_are_heard() -> None:
+def test_other_warnings_are_heard():
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         quiet()

@@ -96,7 +96,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("recompute", RECOMPUTES)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_replayed_routes_give_the_recorded_step(setting: str, recompute: str) -> None:
+def test_replayed_routes_give_the_recorded_step(setting, recompute):
     model = model_of(setting, recompute)
     expected = train(model, None)
     # Selections of another model would follow from these; only the given ones may count.
@@ -105,7 +105,7 @@ def test_replayed_routes_give_the_recorded_step(setting: str, recompute: str) ->
     assert_same(train(model, [[r.int() for r in layers] for layers in expected[2]]), expected)
 
 
-def test_recording_changes_nothing_and_holds_every_kind_of_expert() -> None:
+def test_recording_changes_nothing_and_holds_every_kind_of_expert():
     model = model_of()
     losses, gradients, recorded = train(model, None)
     RouterReplay.clear_global_router_replay_action()
@@ -118,7 +118,7 @@ def test_recording_changes_nothing_and_holds_every_kind_of_expert() -> None:
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTES)
-def test_gates_are_those_of_the_live_logits(recompute: str) -> None:
+def test_gates_are_those_of_the_live_logits(recompute):
     """Routes of another model: another loss than its own and a gradient of every router."""
     routes = train(model_of(), None)[2]
     model = model_of(recompute=recompute, seed=6)
@@ -131,7 +131,7 @@ def test_gates_are_those_of_the_live_logits(recompute: str) -> None:
             assert not torch.equal(gradient, own[1][name]), name
 
 
-def test_the_map_is_the_given_one_and_padding_stays_out() -> None:
+def test_the_map_is_the_given_one_and_padding_stays_out():
     """Replayed experts count in statistics; those of padding are not selected."""
     moepp = MoEPPConfig(num_ffn_experts=4)
     layer = build_layer(moepp, moe_enable_routing_replay=True)
@@ -143,14 +143,14 @@ def test_the_map_is_the_given_one_and_padding_stays_out() -> None:
     assert layer.statistics.selected.tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
 
 
-def test_routes_of_other_tokens_are_refused() -> None:
+def test_routes_of_other_tokens_are_refused():
     model = model_of()
     routes = train(model, None)[2]
     with pytest.raises(ValueError, match=r"replayed routes \[23, 2\] must be \[24, 2\]"):
         train(model, [[layer[1:] for layer in layers] for layers in routes])
 
 
-def test_an_object_of_a_loop_may_take_its_place() -> None:
+def test_an_object_of_a_loop_may_take_its_place():
     """As loops put their own class into `router_replay`; only `get_replay_topk` is called."""
 
     class Own:
@@ -165,7 +165,7 @@ def test_an_object_of_a_loop_may_take_its_place() -> None:
 
 
 @tested_version_only
-def test_a_captured_router_is_refused() -> None:
+def test_a_captured_router_is_refused():
     changes = {"cuda_graph_impl": "local", "cuda_graph_modules": ["moe_router"]}
     with pytest.raises(ValueError, match="moe_enable_routing_replay"):
         build_layer(MoEPPConfig(num_ffn_experts=4), moe_enable_routing_replay=True, **changes)
@@ -177,20 +177,20 @@ PATTERN = [False, True, True]
 GOOD = np.array([[[0, 5], [1, 4]], [[2, 3], [3, 0]]], dtype=np.int32)
 
 
-def test_forms_of_engines() -> None:
+def test_forms_of_engines():
     """Sequences apart, unsigned bytes, and a layer axis that counts dense layers too."""
     every_layer = np.concatenate([np.zeros_like(GOOD[:, :1]), GOOD], axis=1)
     for routes in (GOOD[:, None], GOOD[None], GOOD.astype(np.uint8), every_layer):
         np.testing.assert_array_equal(checked_routes(routes, 2, PATTERN, LAYER), GOOD)
 
 
-def test_own_routes_may_be_of_ffn_experts_only() -> None:
+def test_own_routes_may_be_of_ffn_experts_only():
     routes = np.array([[[0, 1], [1, 0]], [[2, 3], [3, 0]]])
     found = checked_routes(routes, 2, PATTERN, LAYER, is_own=True)
     np.testing.assert_array_equal(found, routes)
 
 
-def test_a_dropped_number_is_that_of_the_one_expert() -> None:
+def test_a_dropped_number_is_that_of_the_one_expert():
     one = MoEPPConfig(num_ffn_experts=4, num_constant_experts=0, num_copy_experts=0)
     dropped, expected = np.where(GOOD >= 4, -1, GOOD), np.where(GOOD >= 4, 4, GOOD)
     np.testing.assert_array_equal(checked_routes(dropped, 2, PATTERN, one), expected)
@@ -214,6 +214,6 @@ def test_a_dropped_number_is_that_of_the_one_expert() -> None:
         (np.array([[[0, 1], [1, 0]], [[2, 3], [3, 0]]]), "FFN experts only.*too"),
     ],
 )
-def test_routes_that_cannot_be_repeated(routes: Any, message: str) -> None:
+def test_routes_that_cannot_be_repeated(routes, message):
     with pytest.raises(ValueError, match=message):
         checked_routes(routes, 2, PATTERN, LAYER)

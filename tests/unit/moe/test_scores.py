@@ -25,7 +25,7 @@ from tests.unit.moe.builders import DEFINED_SCORES, assert_close, build_layer
 from tests.unit.moe.test_kernels import compiled  # noqa: F401
 
 
-def test_one_list() -> None:
+def test_one_list():
     from moepp_megatron.moe.kernels.scores import SCORES as IN_KERNELS
 
     declared = DECLARED["score_function"].choices
@@ -33,7 +33,7 @@ def test_one_list() -> None:
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_formulas(name: str) -> None:
+def test_formulas(name):
     score, define = SCORES[name], DEFINED_SCORES[name]
     z = torch.randn(50, 8, dtype=torch.float64) * 6
     assert_close(score.scores(z), define(z), name, 1e-14)
@@ -49,7 +49,7 @@ def test_formulas(name: str) -> None:
 
 @pytest.mark.parametrize("topk", [1, 3])
 @pytest.mark.parametrize("name", ["sigmoid", "sqrtsoftplus"])
-def test_gates_are_megatron_cores(name: str, topk: int) -> None:
+def test_gates_are_megatron_cores(name, topk):
     config = MoEPPConfig(
         8,
         **FFN_ONLY,
@@ -87,7 +87,7 @@ def configured(**changes: Any) -> Config:
 
 @pytest.mark.usefixtures("declared")
 @pytest.mark.parametrize("normalization", ["none", "selected", "nonzero"])
-def test_a_new_score_is_computed_by_whoever_asks(monkeypatch, normalization: str) -> None:
+def test_a_new_score_is_computed_by_whoever_asks(monkeypatch, normalization):
     monkeypatch.setitem(SCORES, "fake", Score(fake, lambda logits: logits / 2))
     config = MoEPPConfig(4, score_function="fake", gate_normalization=normalization)
     logits = torch.randn(30, config.num_experts)
@@ -116,7 +116,7 @@ def test_a_new_score_is_computed_by_whoever_asks(monkeypatch, normalization: str
 
 
 @pytest.mark.usefixtures("declared")
-def test_a_score_that_is_not_listed_is_refused(compiled: Any) -> None:  # noqa: F811
+def test_a_score_that_is_not_listed_is_refused(compiled):  # noqa: F811
     config = MoEPPConfig(4, score_function="fake")
     logits, bias = torch.randn(5, config.num_experts), torch.zeros(config.num_experts)
     router = build_layer(config, calculate_per_token_loss=False).router
@@ -148,7 +148,7 @@ def test_a_score_that_is_not_listed_is_refused(compiled: Any) -> None:  # noqa: 
     "export",
     [refuse_uncomputed, released_hf_config, zeda_hf_config, vanilla_hf_config],
 )
-def test_no_export_has_a_score_that_it_does_not_list(export: Callable[[Config], object]) -> None:
+def test_no_export_has_a_score_that_it_does_not_list(export):
     with pytest.raises(ConfigError, match=r"moe.score_function \('fake'\) must be 'softmax"):
         export(configured(score_function="fake"))
 
@@ -169,7 +169,7 @@ def test_an_export_refuses_values_that_its_file_does_not_list(changes, message):
         refuse_uncomputed(configured(**changes))
 
 
-def test_an_export_refuses_settings_and_kinds_that_its_file_does_not_know(monkeypatch) -> None:
+def test_an_export_refuses_settings_and_kinds_that_its_file_does_not_know(monkeypatch):
     text = "from nowhere import nothing\nCOMPUTES = {'kinds': 'FFN zero', 'others': 'tau'}\n"
     monkeypatch.setattr("pathlib.Path.read_text", lambda path, encoding: text)
     with pytest.raises(ConfigError) as caught:

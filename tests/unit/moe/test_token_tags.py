@@ -28,7 +28,7 @@ def layers_of(model: torch.nn.Module) -> list[MoEPPLayer]:
 
 
 @pytest.mark.parametrize("granularity", ["full", "selective"])
-def test_tags_stay_with_their_micro_batch(granularity: str) -> None:
+def test_tags_stay_with_their_micro_batch(granularity):
     """As in a pipeline: the second micro-batch goes forward before the first goes backward."""
     recompute: dict[str, Any] = {"recompute_granularity": granularity}
     if granularity == "full":
@@ -55,7 +55,7 @@ def test_tags_stay_with_their_micro_batch(granularity: str) -> None:
         assert statistics.groups[:, 0].sum() == statistics.selected[:4].sum()
 
 
-def test_tags() -> None:
+def test_tags():
     tags = TokenTags()
     ids = torch.tensor([[0, 1, 2, 1]])
     assert groups(tags(ids, is_sequence_parallel=False)).tolist() == [0] * 4

@@ -55,14 +55,14 @@ USES: dict[str, tuple[str, Callable[[MoEPPConfig, Any], object]]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_layer(compiled: Any, use: str) -> None:  # noqa: F811
+def test_layer(compiled, use):  # noqa: F811
     name, compute = USES[use]
     with pytest.raises(REFUSED, match="unlisted"):
         compute(with_value(name), compiled)
 
 
 @pytest.mark.parametrize("kind", LOCAL_KINDS, ids=lambda kind: kind.name)
-def test_kinds_of_experts(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_of_experts(kind, monkeypatch):
     config = MoEPPConfig(4, **{each.setting: 1 for each in LOCAL_KINDS})
     others = tuple(each for each in LOCAL_KINDS if each is not kind)
     monkeypatch.setattr(zero_computation, "_COMPUTED", others)

@@ -90,7 +90,7 @@ def own_classes() -> list[type]:
     return found
 
 
-def test_every_attribute_that_is_used_is_listed() -> None:
+def test_every_attribute_that_is_used_is_listed():
     own, upstream = defined_here(), defined_upstream()
     lacking = {name for name in LISTED - upstream if RENAMED.get(name) not in upstream}
     assert not lacking, "the scan of megatron-core misses names"
@@ -105,7 +105,7 @@ def test_every_attribute_that_is_used_is_listed() -> None:
     assert not unlisted, f"add to upstream_private.PRIVATE_NAMES: {sorted(unlisted)}"
 
 
-def test_every_method_that_is_overridden_is_listed() -> None:
+def test_every_method_that_is_overridden_is_listed():
     overridden = {
         name
         for kind in own_classes()
@@ -118,7 +118,7 @@ def test_every_method_that_is_overridden_is_listed() -> None:
     assert overridden == listed
 
 
-def test_every_private_name_that_is_imported_is_listed() -> None:
+def test_every_private_name_that_is_imported_is_listed():
     imported = {
         alias.name
         for path in files()
@@ -130,17 +130,17 @@ def test_every_private_name_that_is_imported_is_listed() -> None:
     assert imported <= LISTED
 
 
-def test_a_name_that_is_used_no_more_is_not_listed() -> None:
+def test_a_name_that_is_used_no_more_is_not_listed():
     text = "".join(path.read_text() for path in files() if path.stem != "upstream_private")
     assert {private.name for private in PRIVATE_NAMES if private.name not in text} == set()
 
 
-def test_the_pinned_version_has_them_all() -> None:
+def test_the_pinned_version_has_them_all():
     check_upstream.cache_clear()
     check_upstream(PRIVATE_NAMES)
 
 
-def test_names_that_moved_are_told_before_a_layer_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_moved_are_told_before_a_layer_is_built(monkeypatch):
     moepp = MoEPPConfig(num_ffn_experts=4)
     for name in ("_forward_post_mlp", RENAMED["_forward_post_mlp"]):
         monkeypatch.delattr(TransformerLayer, name, raising=False)
@@ -161,7 +161,7 @@ def test_names_that_moved_are_told_before_a_layer_is_built(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("version", ["0.19.1", "0.21.0"])
-def test_a_version_that_nobody_has_tried_is_refused(version: str, monkeypatch) -> None:
+def test_a_version_that_nobody_has_tried_is_refused(version, monkeypatch):
     monkeypatch.setattr(package_info, "__shortversion__", version)
     check_upstream.cache_clear()
     rule = f"megatron-core ({version}) must be at least 0.19.2 and below 0.21; "
@@ -169,7 +169,7 @@ def test_a_version_that_nobody_has_tried_is_refused(version: str, monkeypatch) -
         check_upstream()
 
 
-def test_what_only_the_trainer_needs_stops_only_the_trainer(monkeypatch) -> None:
+def test_what_only_the_trainer_needs_stops_only_the_trainer(monkeypatch):
     from moepp_megatron.config import UnfitError, parse_config
     from moepp_megatron.model.build import build_chunks
     from tests.parallel.training_runs import settings
@@ -184,7 +184,7 @@ def test_what_only_the_trainer_needs_stops_only_the_trainer(monkeypatch) -> None
     check_upstream.cache_clear()
 
 
-def test_a_class_or_an_attribute_that_is_gone_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_or_an_attribute_that_is_gone_is_reported(monkeypatch):
     gone = PrivateName("transformer.nowhere", "Nothing", "_x", "called", "a reason")
     assert list(moved_from(gone)) == ["transformer.nowhere.Nothing is gone"]
     in_module = PrivateName("tensor_parallel.random", "", "_X", "read", "a reason")
@@ -200,6 +200,6 @@ def test_a_class_or_an_attribute_that_is_gone_is_reported(monkeypatch: pytest.Mo
     assert line.startswith("MoEFlexTokenDispatcher._comm_manager is gone (DeepEP gets")
 
 
-def test_the_tested_version_is_the_pinned_one() -> None:
+def test_the_tested_version_is_the_pinned_one():
     constraints = (ROOT.parent / "constraints.txt").read_text()
     assert f"megatron-core=={TESTED_VERSION}\n" in constraints

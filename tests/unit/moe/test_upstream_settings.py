@@ -57,7 +57,7 @@ def config_with(**changes: Any) -> TransformerConfig:
     return config
 
 
-def test_every_field_is_decided_once() -> None:
+def test_every_field_is_decided_once():
     """Should this fail after an upgrade: read what the new field does, and put it into a table."""
     decided = [*HONOURED, *OURS, *REFUSED, *IDLE]
     assert len(decided) == len(set(decided)), "a field is in two tables"
@@ -66,9 +66,7 @@ def test_every_field_is_decided_once() -> None:
     assert undecided(MLATransformerConfig) == {}, "nobody has decided what MoE++ layers make of it"
 
 
-def test_a_field_of_a_later_version_is_named_and_keeps_its_default(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_field_of_a_later_version_is_named_and_keeps_its_default(monkeypatch, caplog):
     monkeypatch.delitem(REFUSED, "moe_latent_size")
     undecided.cache_clear()
     check_upstream.cache_clear()
@@ -83,11 +81,11 @@ def test_a_field_of_a_later_version_is_named_and_keeps_its_default(
     undecided.cache_clear()
 
 
-def test_what_idles_belongs_to_what_is_refused_or_decided_by_us() -> None:
+def test_what_idles_belongs_to_what_is_refused_or_decided_by_us():
     assert set(IDLE.values()) <= REFUSED.keys() | OURS.keys()
 
 
-def test_defaults_are_allowed() -> None:
+def test_defaults_are_allowed():
     for name in REFUSED.keys() & FIELDS.keys():
         assert FIELDS[name].default in REFUSED[name].allowed, name
     for name, ours in OURS.items():
@@ -96,7 +94,7 @@ def test_defaults_are_allowed() -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_be_ignored_is_refused_with_reason_and_remedy(name: str) -> None:
+def test_what_would_be_ignored_is_refused_with_reason_and_remedy(name):
     rule = REFUSED[name]
     value = WANTED.get(name, True)
     config = config_with(**{name: value})
@@ -128,7 +126,7 @@ def test_what_would_be_ignored_is_refused_with_reason_and_remedy(name: str) -> N
         ("moe_router_topk", 1, "router_topk 2"),
     ],
 )
-def test_what_moepp_config_decides_must_agree(name: str, value: Any, field: str) -> None:
+def test_what_moepp_config_decides_must_agree(name, value, field):
     message = re.escape(
         f"TransformerConfig.{name} ({value}) must equal the MoEPPConfig's value ({field}"
     )
@@ -150,18 +148,18 @@ def test_what_moepp_config_decides_must_agree(name: str, value: Any, field: str)
         ({}, {"score_function": "sigmoid", "gate_scale": 2.5, "gate_normalization": "nonzero"}),
     ],
 )
-def test_what_agrees_or_is_unset_is_accepted(settings: dict[str, Any], own: dict[str, Any]) -> None:
+def test_what_agrees_or_is_unset_is_accepted(settings, own):
     refuse_ignored(config_with(**settings), dataclasses.replace(MOEPP, **own))
 
 
-def test_normalised_gates_contradict_scores_before_the_selection() -> None:
+def test_normalised_gates_contradict_scores_before_the_selection():
     moepp = dataclasses.replace(MOEPP, gate_normalization="selected")
     message = r"pre_softmax \(True\) must equal .*\(gate_normalization selected\).*; use False, or"
     with pytest.raises(ValueError, match=message):
         refuse_ignored(config_with(moe_router_pre_softmax=True), moepp)
 
 
-def test_megatrons_own_layer_keeps_its_settings() -> None:
+def test_megatrons_own_layer_keeps_its_settings():
     vanilla = MoEPPConfig(
         num_ffn_experts=4,
         num_zero_experts=0,
@@ -185,7 +183,7 @@ def megatrons_layer(monkeypatch: pytest.MonkeyPatch, dispatcher: type, **changes
 
 
 @pytest.mark.parametrize("kind", [FFNAlltoAllTokenDispatcher, DedupAlltoAllTokenDispatcher])
-def test_dispatchers_refuse_steps_of_shared_experts(monkeypatch, kind: type) -> None:
+def test_dispatchers_refuse_steps_of_shared_experts(monkeypatch, kind):
     shared = {"moe_shared_expert_intermediate_size": 8}
     message = rf"moe_shared_expert_overlap \(True\) is not supported by {kind.__name__}, because"
     with pytest.raises(ValueError, match=message):
