@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moepp_megatron.cli.slurm import slurm
 from moepp_megatron.cluster import slurm_script
 from moepp_megatron.cluster.slurm_script import SlurmJob, sweep_variants
 from moepp_megatron.config import Config, ConfigError, load_config, parse_config
@@ -108,7 +109,7 @@ def bash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_bash_sees_every_value_unharmed(bash, text: str) -> None:
+def test_bash_sees_every_value_unharmed(bash, text):
     overrides = [f"run.name={text}", text]
     shown = bash(
         lambda: job(
@@ -137,20 +138,20 @@ def test_bash_sees_every_value_unharmed(bash, text: str) -> None:
     }
 
 
-def test_nothing_is_imported_from_the_folder_of_the_job() -> None:
+def test_nothing_is_imported_from_the_folder_of_the_job():
     (line,) = (each for each in job().script().splitlines() if each.startswith("MOEPP_COMMAND="))
     assert " -P -m moepp_megatron.cli.main " in line
 
 
 @pytest.mark.parametrize("text", [text for text in NASTY if text.isprintable()])
-def test_sbatch_lines_hold_one_value(text: str) -> None:
+def test_sbatch_lines_hold_one_value(text):
     options = directives(job(run={"name": text}).script())
     assert options["job-name"] == text
     assert options["nodes"] == "1"
 
 
 @pytest.mark.parametrize("text", [text for text in NASTY if not text.isprintable()])
-def test_what_no_sbatch_line_can_hold_is_refused(text: str) -> None:
+def test_what_no_sbatch_line_can_hold_is_refused(text):
     with pytest.raises(ConfigError) as refused:
         job(run={"name": text}).script()
     assert "--job-name (" in str(refused.value)
@@ -158,7 +159,7 @@ def test_what_no_sbatch_line_can_hold_is_refused(text: str) -> None:
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_the_job_that_is_asked_for() -> None:
+def test_the_job_that_is_asked_for():
     options = directives(
         job(
             run={"name": "x"},
@@ -207,7 +208,7 @@ def test_the_job_that_is_asked_for() -> None:
         ("--exclusive=user", "slurm.exclusive false"),
     ],
 )
-def test_options_that_are_set_from_settings_are_refused(option: str, instead: str) -> None:
+def test_options_that_are_set_from_settings_are_refused(option, instead):
     with pytest.raises(ConfigError) as refused:
         job(slurm={"options": ["--reservation=x", option]}).script()
     assert str(refused.value) == (
@@ -228,11 +229,11 @@ def test_options_that_are_set_from_settings_are_refused(option: str, instead: st
         ({"nodes": 6, "min_nodes": 4}, "4,6"),
     ],
 )
-def test_only_numbers_of_nodes_that_the_layout_fits(slurm, expected: str) -> None:
+def test_only_numbers_of_nodes_that_the_layout_fits(slurm, expected):
     assert directives(job(slurm=slurm).script())["nodes"] == expected
 
 
-def test_layout_that_does_not_fit_the_nodes_is_refused() -> None:
+def test_layout_that_does_not_fit_the_nodes_is_refused():
     with pytest.raises(ConfigError, match=r"must be divisible .* \(slurm: 5 nodes \* 8 ranks\)"):
         job(slurm={"nodes": 5}).script()
     with pytest.raises(ConfigError, match=r"\(slurm: 1 nodes \* 1 ranks\)"):
@@ -242,14 +243,14 @@ def test_layout_that_does_not_fit_the_nodes_is_refused() -> None:
         ).script()
 
 
-def test_output_path_is_no_pattern() -> None:
+def test_output_path_is_no_pattern():
     output = directives(job(run={"dir": "100%j/x"}).script())["output"]
     assert output == "/shared/code/100%%j/x/slurm/%j.out"
     with pytest.raises(ConfigError, match="must not hold a backslash"):
         job(run={"dir": "a\\b"}).script()
 
 
-def test_sweep_gives_each_element_of_the_array_its_values_and_folder(bash) -> None:
+def test_sweep_gives_each_element_of_the_array_its_values_and_folder(bash):
     settings = config(run={"dir": "it's/$(x)"})
     variants = sweep_variants(settings, ["moe.tau=[0.25, 0.5]", "run.name=['a b', '$(y)']"])
     assert len(variants) == 4
@@ -278,36 +279,48 @@ def test_sweep_gives_each_element_of_the_array_its_values_and_folder(bash) -> No
         ("checkpoint.dir=[a, b, a]", r"checkpoint.dir \(a\) must not be that of several runs"),
     ],
 )
-def test_wrong_sweeps_are_refused(sweep: str, message: str) -> None:
+def test_wrong_sweeps_are_refused(sweep, message):
     with pytest.raises(ConfigError, match=message):
         sweep_variants(config(), [sweep])
 
 
-def test_runs_of_a_sweep_share_no_checkpoints() -> None:
+def test_runs_of_a_sweep_share_no_checkpoints():
     settings = config(checkpoint={"dir": "big disk"})
     with pytest.raises(ConfigError, match=r"checkpoint.dir \(big disk\) .* leave it out"):
         sweep_variants(settings, ["moe.tau=[0.25, 0.5]"])
     assert len(sweep_variants(settings, ["checkpoint.dir=[a, b]"])) == 2
 
 
-def test_prints_by_default_and_submits_on_request(tmp_path: Path, monkeypatch, capsys) -> None:
-    from moepp_megatron.cli import slurm
-
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration in the working directory."""
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(CONTENT))
-    monkeypatch.chdir(tmp_path)
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text(f"#!/bin/bash\ncat >{shlex.quote(str(tmp_path))}/given; echo job 7\n")
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    data = f"data.path={prepare_letters(tmp_path, 'data', a='a')}"
-    slurm.slurm(path, [data], nodes=2)
+    return path
+
+
+def put_sbatch(folder: Path, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "sbatch").write_text(f"#!/bin/bash\n{text}\n")
+    (folder / "sbatch").chmod(0o755)
+
+
+def prepared(folder: Path) -> str:
+    return f"data.path={prepare_letters(folder, 'data', a='a')}"
+
+
+def test_prints_by_default_and_submits_on_request(path, tmp_path, monkeypatch, capsys):
+    put_sbatch(tmp_path / "bin", f"cat >{shlex.quote(str(tmp_path))}/given; echo job 7")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    data = prepared(tmp_path)
+    slurm(path, [data], nodes=2)
     printed, told = capsys.readouterr()
     assert told == ""
     assert directives(printed)["nodes"] == "2"
     assert not (tmp_path / "given").exists()
     assert not (tmp_path / "runs").exists()
-    slurm.slurm(path, [data], nodes=2, submit=True)
+    slurm(path, [data], nodes=2, submit=True)
     assert capsys.readouterr().out == "job 7\n"
     assert (tmp_path / "given").read_text() == printed
     assert (tmp_path / "runs/test/slurm").is_dir(), "Slurm does not make it"
@@ -323,49 +336,33 @@ def test_prints_by_default_and_submits_on_request(tmp_path: Path, monkeypatch, c
     ],
 )
 def test_a_path_that_the_job_would_miss_is_said_and_not_submitted(
-    override, problem, tmp_path, monkeypatch, capsys
+    override, problem, path, tmp_path, capsys
 ):
-    from moepp_megatron.cli import slurm
-
-    path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(CONTENT))
-    monkeypatch.chdir(tmp_path)
-    overrides = [f"data.path={prepare_letters(tmp_path, 'data', a='a')}", override]
+    overrides = [prepared(tmp_path), override]
     before = sorted(tmp_path.rglob("*"))
-    slurm.slurm(path, overrides, nodes=2)
+    slurm(path, overrides, nodes=2)
     assert problem in capsys.readouterr().err
     with pytest.raises(ConfigError, match=re.escape(problem)):
-        slurm.slurm(path, overrides, nodes=2, submit=True)
+        slurm(path, overrides, nodes=2, submit=True)
     with pytest.raises(ConfigError, match=override.split("=")[0]):
-        slurm.slurm(path, [*overrides, "slurm.nodes=2"], sweep=["moe.tau=[0.5,1.0]"], submit=True)
+        slurm(path, [*overrides, "slurm.nodes=2"], sweep=["moe.tau=[0.5,1.0]"], submit=True)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_paths_of_an_image_are_not_refused(tmp_path: Path, monkeypatch, capsys) -> None:
-    from moepp_megatron.cli import slurm
-
-    path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(CONTENT))
-    monkeypatch.chdir(tmp_path)
+def test_paths_of_an_image_are_not_refused(path, monkeypatch, capsys):
     monkeypatch.setattr(SlurmJob, "submit", lambda job: "job 7")
     image = ["slurm.container=apptainer", "slurm.container_image=image.sif", "data.path=/inside"]
-    slurm.slurm(path, image, nodes=2, submit=True)
+    slurm(path, image, nodes=2, submit=True)
     out, err = capsys.readouterr()
     assert out == "job 7\n"
     assert "warning: data.path (/inside) must be a prepared folder" in err
 
 
-def test_a_refused_job_leaves_no_folder(tmp_path: Path, monkeypatch) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(CONTENT))
-    monkeypatch.chdir(tmp_path)
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text("#!/bin/bash\necho 'sbatch: error: invalid partition' >&2; exit 1\n")
-    sbatch.chmod(0o755)
+def test_a_refused_job_leaves_no_folder(path, tmp_path, monkeypatch):
+    put_sbatch(tmp_path / "bin", "echo 'sbatch: error: invalid partition' >&2; exit 1")
     before = sorted(tmp_path.rglob("*"))
     job = SlurmJob(load_config(path, ["slurm.nodes=2"]), path, [], tmp_path)
-    for places, words in ((f"{sbatch.parent}:/usr/bin:/bin", "invalid partition"), ("", "PATH")):
+    for places, words in ((f"{tmp_path}/bin:/usr/bin:/bin", "invalid partition"), ("", "PATH")):
         monkeypatch.setenv("PATH", places)
         with pytest.raises(ConfigError, match=words):
             job.submit()

@@ -5,7 +5,6 @@ import os
 import re
 import socket
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,27 +26,27 @@ from moepp_megatron.runtime.rank_environment import (
 from tests.parallel.training_runs import TP2, settings
 
 
-def test_nothing_that_the_user_has_set_is_changed() -> None:
+def test_nothing_that_the_user_has_set_is_changed():
     names = [variable.name for variable in rank_variables(2, "eth0")]
     assert len(set(names)) == len(names)
     user = dict.fromkeys(names, "the user's")
     assert with_rank_variables(user, 2, "eth0") == user
 
 
-def test_the_rest_is_set_each_for_a_reason() -> None:
+def test_the_rest_is_set_each_for_a_reason():
     for variable in rank_variables(2, "eth0"):
         assert with_rank_variables({"A": "b"}, 2, "eth0")[variable.name] == variable.value
         assert variable.reason
     assert "GLOO_SOCKET_IFNAME" not in with_rank_variables({}, 2)
 
 
-def test_an_older_name_of_a_variable_counts() -> None:
+def test_an_older_name_of_a_variable_counts():
     user = {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
     assert "PYTORCH_ALLOC_CONF" not in with_rank_variables(user, 1)
 
 
 @pytest.mark.parametrize("flags", [0, os.ST_NOEXEC])
-def test_caches_are_where_compiled_code_can_be_loaded(monkeypatch, tmp_path, flags) -> None:
+def test_caches_are_where_compiled_code_can_be_loaded(monkeypatch, tmp_path, flags):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags))
     found = with_rank_variables({}, 1).keys()
@@ -55,7 +54,7 @@ def test_caches_are_where_compiled_code_can_be_loaded(monkeypatch, tmp_path, fla
 
 
 @pytest.mark.parametrize("taken", ["", "as before", "by another user", "by a link"])
-def test_logs_are_where_nobody_else_can_write(monkeypatch, tmp_path: Path, taken: str) -> None:
+def test_logs_are_where_nobody_else_can_write(monkeypatch, tmp_path, taken):
     folder = tmp_path / "moepp-logs-7"
     monkeypatch.setattr(launch, "_run", lambda *arguments: 0)
     if taken == "by a link":
@@ -87,7 +86,7 @@ def test_logs_are_where_nobody_else_can_write(monkeypatch, tmp_path: Path, taken
         ("OMP_NUM_THREADS", "0", "unset it, and the cores are shared out"),
     ],
 )
-def test_variables_at_which_ranks_would_fail(monkeypatch, name, given, says) -> None:
+def test_variables_at_which_ranks_would_fail(monkeypatch, name, given, says):
     """By a launcher before ranks start, by a rank without one before it imports torch."""
     monkeypatch.setattr(os, "environ", {name: given})
     for start in (
@@ -99,11 +98,11 @@ def test_variables_at_which_ranks_would_fail(monkeypatch, name, given, says) -> 
 
 
 @pytest.mark.parametrize("given", ["lo", "=lo", "^docker,eth77", "l", "lo:80", ""])
-def test_interfaces_as_nccl_takes_them(given) -> None:
+def test_interfaces_as_nccl_takes_them(given):
     check_rank_variables({"NCCL_SOCKET_IFNAME": given, "OMP_NUM_THREADS": "4,2"})
 
 
-def test_cores_are_shared_out() -> None:
+def test_cores_are_shared_out():
     cores = len(os.sched_getaffinity(0))
     for given in ({}, {"OMP_NUM_THREADS": ""}):
         check_rank_variables(given)
@@ -111,7 +110,7 @@ def test_cores_are_shared_out() -> None:
     assert with_rank_variables({}, 10 * cores)["OMP_NUM_THREADS"] == "1"
 
 
-def test_a_rank_without_launcher_adopts_what_still_matters(monkeypatch) -> None:
+def test_a_rank_without_launcher_adopts_what_still_matters(monkeypatch):
     monkeypatch.setattr(os, "environ", {"NCCL_DEBUG": "INFO", "PYTORCH_CUDA_ALLOC_CONF": "x"})
     set_rank_variables(layout())
     launched = with_rank_variables(os.environ, 1)
@@ -122,7 +121,7 @@ def test_a_rank_without_launcher_adopts_what_still_matters(monkeypatch) -> None:
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
-def test_a_rank_without_launcher_finds_its_interface(monkeypatch) -> None:
+def test_a_rank_without_launcher_finds_its_interface(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     alone = RankEnvironment(world_size=2, local_world_size=2, meets_at=("127.0.0.1", 80, True))
     spread = dataclasses.replace(alone, world_size=4)
@@ -164,7 +163,7 @@ def layout(parallel: dict[str, Any] | None = None, moe: dict[str, Any] | None = 
         (CP | OVERLAPPED, FLEX, 32),
     ],
 )
-def test_hardware_queues_follow_from_the_layout(monkeypatch, parallel, moe, value) -> None:
+def test_hardware_queues_follow_from_the_layout(monkeypatch, parallel, moe, value):
     monkeypatch.setattr(os, "environ", {})
     config = layout(parallel, moe)
     # The launcher knows no configuration, and a value of its own would count as the user's.
@@ -177,7 +176,7 @@ def test_hardware_queues_follow_from_the_layout(monkeypatch, parallel, moe, valu
 
 
 @pytest.mark.parametrize("given", [{}, {"NVTE_USE_CUTLASS_GROUPED_GEMM": "0"}], ids=str)
-def test_the_grouped_product_is_that_of_the_setting(monkeypatch, given) -> None:
+def test_the_grouped_product_is_that_of_the_setting(monkeypatch, given):
     for wanted in (False, True):
         monkeypatch.setattr(os, "environ", dict(given))
         set_rank_variables(layout({}, {"cutlass_grouped_gemm": wanted}))
@@ -186,7 +185,7 @@ def test_the_grouped_product_is_that_of_the_setting(monkeypatch, given) -> None:
 
 
 @pytest.mark.parametrize("value", ["true", "false"])
-def test_offloading_keeps_weights_on_the_device(monkeypatch, value) -> None:
+def test_offloading_keeps_weights_on_the_device(monkeypatch, value):
     monkeypatch.setattr(os, "environ", {})
     offloading = f"megatron.fine_grained_activation_offloading={value}"
     set_rank_variables(
@@ -221,7 +220,7 @@ def test_a_number_of_queues_against_the_layout_is_told_and_kept(
 
 
 @pytest.mark.parametrize("words", [["bench", "--max", "4K"], ["train", "--", "c.yaml", "a=b"]])
-def test_torchrun_hands_on_what_is_not_its_own(words) -> None:
+def test_torchrun_hands_on_what_is_not_its_own(words):
     """Of `--max` older versions of argparse made a shortened `--max-restarts`."""
     from torch.distributed.run import get_args_parser
 
@@ -233,7 +232,7 @@ def test_torchrun_hands_on_what_is_not_its_own(words) -> None:
     assert parsed.training_script_args == words
 
 
-def test_ranks_of_one_machine_do_not_need_its_name() -> None:
+def test_ranks_of_one_machine_do_not_need_its_name():
     """One without a network may not know it, and ranks would look for it for half an hour."""
     from torch.distributed.run import config_from_args, get_args_parser
 
@@ -263,14 +262,14 @@ TORCHRUN = {
 }
 
 
-def test_rank_of_torchrun(monkeypatch) -> None:
+def test_rank_of_torchrun(monkeypatch):
     rank = place(monkeypatch, **TORCHRUN, TORCHELASTIC_RESTART_COUNT="2")
     assert (rank.rank, rank.world_size, rank.local_rank, rank.local_world_size) == (9, 16, 1, 8)
     assert (rank.is_launched, rank.restart_count, rank.meets_at) == (True, 2, None)
 
 
 @pytest.mark.parametrize(("torchruns", "serves"), [("0", True), ("9", False)])
-def test_machines_keep_the_number_that_they_were_given(monkeypatch, torchruns, serves) -> None:
+def test_machines_keep_the_number_that_they_were_given(monkeypatch, torchruns, serves):
     """The store stays with torchrun's rank 0, whose machine's address torchrun handed out."""
     environment = {**TORCHRUN, "RANK": torchruns, "MOEPP_NODE_RANK": "1"}
     rank = place(monkeypatch, **environment, TORCHELASTIC_USE_AGENT_STORE="False")
@@ -289,7 +288,7 @@ SRUN = {
 }
 
 
-def test_rank_of_srun(monkeypatch) -> None:
+def test_rank_of_srun(monkeypatch):
     rank = place(monkeypatch, **SRUN)
     assert (rank.rank, rank.world_size, rank.local_rank, rank.local_world_size) == (9, 12, 1, 2)
     assert rank.meets_at == ("gpu07", 20005, False)
@@ -297,7 +296,7 @@ def test_rank_of_srun(monkeypatch) -> None:
     assert place(monkeypatch, **{**SRUN, "SLURM_PROCID": "0"}).meets_at == ("gpu07", 20005, True)
 
 
-def test_srun_says_which_ranks_share_a_machine_where_a_script_does_not(monkeypatch) -> None:
+def test_srun_says_which_ranks_share_a_machine_where_a_script_does_not(monkeypatch):
     script = {"RANK": "9", "WORLD_SIZE": "12", "MASTER_ADDR": "x", "MASTER_PORT": "7"}
     rank = place(monkeypatch, **SRUN, **script)
     assert (rank.rank, rank.world_size, rank.local_rank, rank.local_world_size) == (9, 12, 1, 2)
@@ -306,13 +305,13 @@ def test_srun_says_which_ranks_share_a_machine_where_a_script_does_not(monkeypat
 
 
 @pytest.mark.parametrize("more", [{}, {"LOCAL_RANK": "1"}])
-def test_ranks_without_a_place_on_their_machine_are_refused(monkeypatch, more) -> None:
+def test_ranks_without_a_place_on_their_machine_are_refused(monkeypatch, more):
     with pytest.raises(ConfigError, match=r"WORLD_SIZE \(16\) must come with LOCAL_RANK"):
         place(monkeypatch, RANK="9", WORLD_SIZE="16", **more)
     assert place(monkeypatch, RANK="0", WORLD_SIZE="1", **more).local_world_size == 1
 
 
-def test_shell_in_an_allocation_is_no_rank(monkeypatch) -> None:
+def test_shell_in_an_allocation_is_no_rank(monkeypatch):
     assert not place(monkeypatch, **{**SRUN, "SLURM_STEP_NUM_TASKS": "1"}).is_launched
     assert not place(monkeypatch, SLURM_PROCID="0", SLURM_NTASKS="8").is_launched
     assert not place(monkeypatch).is_launched
@@ -328,7 +327,7 @@ def test_shell_in_an_allocation_is_no_rank(monkeypatch) -> None:
         ("n[1-2]", "n1"),
     ],
 )
-def test_first_host(nodes: str, first: str) -> None:
+def test_first_host(nodes, first):
     assert first_host(nodes) == first
 
 
@@ -341,19 +340,19 @@ def test_first_host(nodes: str, first: str) -> None:
         ("[fd00::2]", ("fd00::2", 29500)),
     ],
 )
-def test_endpoint(text: str, expected: tuple[str, int]) -> None:
+def test_endpoint(text, expected):
     assert parse_endpoint(text) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["", ":80", "a:", "a:b", "a:0", "a:65536", "a:1:2", "[a]b", "[]:1"]
 )
-def test_wrong_endpoint(text: str) -> None:
+def test_wrong_endpoint(text):
     with pytest.raises(ValueError, match="must be HOST or HOST:PORT"):
         parse_endpoint(text)
 
 
-def test_address_and_interface_are_those_of_the_route() -> None:
+def test_address_and_interface_are_those_of_the_route():
     machines = Nodes(2, 0, "127.0.0.1")
     assert machines.local_address() == "127.0.0.1"
     name = machines.interface()
@@ -374,7 +373,7 @@ def test_address_and_interface_are_those_of_the_route() -> None:
         ("::1", "::1", "::1"),
     ],
 )
-def test_own_name_does_not_lead_back_here(monkeypatch, host: str, towards_host: str, expected: str):
+def test_own_name_does_not_lead_back_here(monkeypatch, host, towards_host, expected):
     addresses = {"192.0.2.1": "10.0.0.7", host: towards_host}
     monkeypatch.setattr(nodes, "_address_towards", lambda host, port: addresses[host])
     assert Nodes(2, 0, host).local_address() == expected
@@ -388,7 +387,7 @@ def test_own_name_does_not_lead_back_here(monkeypatch, host: str, towards_host: 
     ],
     ids=["only IPv6", "no other machine"],
 )
-def test_own_name_where_routes_are_missing(monkeypatch, addresses, expected: str) -> None:
+def test_own_name_where_routes_are_missing(monkeypatch, addresses, expected):
     def towards(host: str, port: int) -> str:
         if host not in addresses:
             raise OSError("Network is unreachable")
@@ -398,7 +397,7 @@ def test_own_name_where_routes_are_missing(monkeypatch, addresses, expected: str
     assert Nodes(2, 0, "node1").local_address() == expected
 
 
-def test_torchrun_is_told_who_hosts_the_meeting() -> None:
+def test_torchrun_is_told_who_hosts_the_meeting():
     first, second = (
         Nodes(2, rank, "127.0.0.1", 80, "job", 60).torchrun_options() for rank in range(2)
     )
@@ -416,23 +415,23 @@ def test_torchrun_is_told_who_hosts_the_meeting() -> None:
         ({"RANK": "", "WORLD_SIZE": ""}, r"RANK \(''\) in the environment must be a whole"),
     ],
 )
-def test_variables_that_are_no_numbers(monkeypatch, variables: dict[str, str], says: str) -> None:
+def test_variables_that_are_no_numbers(monkeypatch, variables, says):
     with pytest.raises(ConfigError, match=says):
         place(monkeypatch, **SRUN, **variables)
 
 
-def test_port_that_is_set_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_that_is_set_to_nothing(monkeypatch):
     unset = place(monkeypatch, **SRUN)
     assert place(monkeypatch, **SRUN, MASTER_PORT="") == unset
 
 
-def test_ranks_of_one_machine_need_no_name_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_one_machine_need_no_name_of_it(monkeypatch):
     one = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "12", "SLURM_NODEID": "0"}
     meets_at = place(monkeypatch, **one).meets_at
     assert meets_at[0] == "127.0.0.1"
 
 
-def test_nproc_of_ranks_that_srun_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nproc_of_ranks_that_srun_has_started(monkeypatch):
     rank = place(monkeypatch, **SRUN)
     for nproc in (1, rank.local_world_size):
         rank.check_nproc(nproc)
@@ -441,7 +440,7 @@ def test_nproc_of_ranks_that_srun_has_started(monkeypatch: pytest.MonkeyPatch) -
     RankEnvironment().check_nproc(3)
 
 
-def test_first_machine_without_an_address_is_named_at_once() -> None:
+def test_first_machine_without_an_address_is_named_at_once():
     rank = RankEnvironment(world_size=2, meets_at=("gpu07.invalid", 20000, False))
     with pytest.raises(UnfitError, match=r"first machine \(gpu07.invalid\) must have an address"):
         distributed.start(rank)
