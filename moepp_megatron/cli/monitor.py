@@ -80,8 +80,7 @@ def monitor(
 
 def _serve(folders: list[Path], port: int, bind: str) -> bool:
     """Begins to serve; returns whether there is one run, which can be shown too."""
-    from moepp_megatron.tools.report.live.prometheus import is_open, serve
-    from moepp_megatron.tools.report.live.runs import LiveRuns
+    from moepp_megatron.tools.report.live.prometheus import LiveRuns, is_open, serve
 
     runs = LiveRuns(folders)
     address = serve(runs, port, bind)

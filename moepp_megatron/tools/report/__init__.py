@@ -4,8 +4,7 @@ alerts.py              A run's alerts on its page: a table, and marks where they
 bench.py               results of `moepp bench`: tables and JSON
 blocks.py              a page as a list of plots, tables and texts, which one template draws
 cards.py               the headline numbers of a run, and what it cost its machines
-comparison.py          several runs: how far each has come, and the settings that differ
-comparison_page.py     the page of several runs, with their curves over each other
+comparison.py          the page of several runs: curves over each other, settings that differ
 curves.py              plots over the course of training
 drawing.py             the look that all plots share, and turning a figure into text for the page
 expert_plots.py        plots of who gets the selections: by expert, by kind, by MoE layer
@@ -17,14 +16,12 @@ lines.py               the plot of lines that most curves are
 measured.py            `moepp plan --measured` on the terminal and as JSON
 page.py                the page itself: numbers, plots and configuration put into the template
 plan.py                `moepp plan` on the terminal, as JSON, and as a plot of where the time goes
-plan_models.py         the models of a plan compared: speed, days and money
 profile.py             `moepp profile` on the terminal
 progress.py            how far a measurement is
 run_data.py            what a report is made of
 savings.py             what the zero-computation experts saved against a vanilla layer
 series.py              the one way to a run's numbers over its steps
 summary.py             the numbers of a run that the page shows, computed from its records
-template.py            the templates of this room's pages
 terminal.py            tables on a terminal that are whole wherever they are printed
 token_groups.py        sources, classes of tokens and tasks: a table, and plots over steps
 """

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import unescape
 from pathlib import Path
 from typing import Literal
 
-from moepp_megatron.tools.report.template import render_template, write_page
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from moepp_megatron.runtime.atomic import write_result
+from moepp_megatron.tools.report.run_data import ReportError
 from moepp_megatron.version import __version__
+
+# A page with fewer sections is seen as a whole.
+_FEWEST_HEADINGS = 3
 
 
 @dataclass(frozen=True)
@@ -143,12 +151,22 @@ class Page:
 
 def render_page(page: Page) -> str:
     """The page's HTML, which needs no other file and no network."""
+    environment = Environment(
+        loader=PackageLoader("moepp_megatron.tools.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     kinds = {Plot: "plot", Table: "table", Text: "text", ColouredText: "coloured"}
-    return render_template("page.html.j2", page=page, version=__version__, block_kinds=kinds)
+    template = environment.get_template("page.html.j2")
+    return _with_contents(template.render(page=page, version=__version__, block_kinds=kinds))
 
 
 def write_blocks(path: Path, page: Page) -> Path:
-    """Write the page as ASCII, whole or not at all; the same content gives the same bytes.
+    """Write the page as ASCII, whole or not at all; folders that are missing are made.
+
+    The same content gives the same bytes.
 
     Returns:
         `path`.
@@ -156,5 +174,27 @@ def write_blocks(path: Path, page: Page) -> Path:
     Raises:
         ReportError: It cannot be written.
     """
-    write_page(path, render_page(page))
+    try:
+        write_result(path, render_page(page).encode("ascii", "xmlcharrefreplace"))
+    except OSError as error:
+        raise ReportError(
+            f"{path}: cannot be written ({error.strerror}); make room, or the folder writable"
+        ) from error
     return path
+
+
+def _with_contents(html: str) -> str:
+    """Add a table of contents below the page's header: a link to each second-level heading."""
+    links: list[str] = []
+
+    def heading(match: re.Match[str]) -> str:
+        title = match[1]
+        name = re.sub(r"[^a-z0-9]+", "-", unescape(title).lower()).strip("-")
+        links.append(f'<li><a href="#{name}">{title}</a></li>')
+        return f'<h2 id="{name}">{title}</h2>'
+
+    linked = re.sub(r"<h2>([^<]*)</h2>", heading, html)
+    if len(links) < _FEWEST_HEADINGS:
+        return html
+    contents = f'<nav aria-label="Contents"><ul class="contents">{"".join(links)}</ul></nav>'
+    return linked.replace("</header>\n", f"</header>\n{contents}\n", 1)

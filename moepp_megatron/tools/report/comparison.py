@@ -1,17 +1,17 @@
-"""Several runs on one page: results, curves over each other, and the settings that differ."""
+"""`comparison.html`: several runs over each other, and the settings that differ."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
+from matplotlib.axes import Axes
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.flops import training_flops_per_token
@@ -19,21 +19,42 @@ from moepp_megatron.config.load import parse_config
 from moepp_megatron.config.origins import leaves
 from moepp_megatron.config.yaml_file import parse_yaml
 from moepp_megatron.file_names import CONFIG_FILE
+from moepp_megatron.tools.report import formatting
+from moepp_megatron.tools.report.blocks import (
+    Block,
+    Cell,
+    Page,
+    PageSection,
+    Plot,
+    Table,
+    Text,
+    number,
+    write_blocks,
+)
+from moepp_megatron.tools.report.drawing import LINE_COLOURS, envelope, plot_style, short_name
+from moepp_megatron.tools.report.lines import Dashes, Frame, PlotLine, line_plot
 from moepp_megatron.tools.report.run_data import ReportError, RunData, load_run, name_below
+from moepp_megatron.tools.report.series import Series, finite
 from moepp_megatron.tools.report.summary import RunSummary, finite_mean, step_weights, summarize
 
+DEFAULT_OUT = Path("comparison.html")
 # Beyond these a plot's lines can no longer be distinguished.
 _MOST_RUNS = 24
 # Share of a common range, at its end, over which a loss is averaged.
 _END = 0.1
 # The folder is the run's name on the page.
 _NOT_COMPARED = ("run.dir",)
+# A configuration that somebody has made up may have thousands.
+_MOST_SETTINGS = 300
 _LONGEST_VALUE = 120
 # Where one of these differs, so does what the loss is a mean of.
 _DECIDE_THE_LOSS = (
     *("model.vocab_size", "model.seq_length"),
     *("data.path", "data.blend", "data.stages", "data.tokenizer"),
 )
+_DASHES: tuple[Dashes, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
+# Colours first, then the next dashes.
+_LOOKS = [(colour, dashes) for dashes in _DASHES for colour in LINE_COLOURS]
 
 
 @dataclass(frozen=True)
@@ -42,28 +63,28 @@ class ComparedRun:
 
     Attributes:
         settings: Its configuration, `section.key` to a value as text.
-        tokens: Tokens trained on at each record, [n] float64.
-        seconds: Time in training steps until each record, [n] float64; NaN from a record on that
-            has no step time.
-        flops: Model FLOPs until each record, [n] float64, counted as for the MFU; None where this
-            version does not read the configuration.
+        axes: At each record, [n] float64: `tokens` trained on; `seconds` in training steps (NaN
+            from a record on that has no step time); `flops`, model FLOPs as for the MFU, which are
+            missing where this version does not read the configuration.
     """
 
     name: str
     data: RunData
     summary: RunSummary
     settings: dict[str, str]
-    tokens: np.ndarray
-    seconds: np.ndarray
-    flops: np.ndarray | None
+    axes: Mapping[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class ComparedSetting:
-    """A setting that differs."""
+def build_comparison(folders: Sequence[Path], out: Path = DEFAULT_OUT) -> Path:
+    """Write a page that lays runs over each other.
 
-    name: str
-    values: list[str]
+    Returns:
+        `out`.
+
+    Raises:
+        ReportError: A run is missing, incomplete or inconsistent, or the page cannot be written.
+    """
+    return write_blocks(out, _page(load_runs(folders)))
 
 
 def load_runs(folders: Sequence[Path]) -> list[ComparedRun]:
@@ -91,52 +112,43 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _compared(run: RunData, name: str) -> ComparedRun:
-    times = run.numbers.values("step_time_s")
-    times[~np.isfinite(times)] = math.nan
-    return ComparedRun(
-        name=name,
-        data=run,
-        summary=summarize(run),
-        settings=_flat(parse_yaml(run.config_text, str(run.folder / CONFIG_FILE))),
-        tokens=run.numbers.values("tokens"),
-        seconds=np.cumsum(step_weights(run.records.steps) * times),
-        flops=_flops(run),
-    )
-
-
-def _flops(run: RunData) -> np.ndarray | None:
-    """Model FLOPs until each record; None where this version does not read the configuration."""
+    content = parse_yaml(run.config_text, str(run.folder / CONFIG_FILE))
+    times, tokens = (_known(run, key) for key in ("step_time_s", "tokens"))
+    axes = {"tokens": tokens, "seconds": np.cumsum(step_weights(run.records.steps) * times)}
     try:
-        config = parse_config(parse_yaml(run.config_text, CONFIG_FILE))
+        config = parse_config(content)
     except ConfigError:
-        return None
-    # Linear in the FFN share, so that two points give all.
-    none, whole = (training_flops_per_token(config, share) for share in (0.0, 1.0))
-    tokens = np.diff(run.numbers.values("tokens"), prepend=0.0)
-    shares = run.numbers.values("ffn_fraction")
-    shares[~np.isfinite(shares)] = math.nan
-    return np.cumsum(tokens * (none + (whole - none) * shares))
+        pass
+    else:
+        # Linear in the FFN share, so that two points give all.
+        none, whole = (training_flops_per_token(config, share) for share in (0.0, 1.0))
+        per_token = none + (whole - none) * _known(run, "ffn_fraction")
+        axes["flops"] = np.cumsum(np.diff(tokens, prepend=0.0) * per_token)
+    settings = {".".join(map(str, names)): _line(value) for names, value in leaves(content)}
+    return ComparedRun(name, run, summarize(run), settings, axes)
 
 
-def _flat(content: Mapping[str, Any]) -> dict[str, str]:
-    """`section.key` to a value as one line of YAML."""
-    return {".".join(map(str, names)): _line(value) for names, value in leaves(content)}
+def _known(run: RunData, key: str) -> np.ndarray:
+    values = run.numbers.values(key)
+    values[~np.isfinite(values)] = math.nan
+    return values
 
 
 def _line(value: object) -> str:
+    """A value as one line of YAML."""
     text: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
     return text.strip().removesuffix("...").strip()
 
 
-def differing_settings(runs: Sequence[ComparedRun]) -> list[ComparedSetting]:
-    """The settings that are not equal in all runs, in the order of the configuration."""
+def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
+    """The values of settings that are not equal in all runs, in the order of the configuration."""
     names = dict.fromkeys(itertools.chain.from_iterable(run.settings for run in runs))
-    differing = []
-    for name in names:
-        values = [run.settings.get(name, "-") for run in runs]
-        if name not in _NOT_COMPARED and len(set(values)) > 1:
-            differing.append(ComparedSetting(name, [_cut(value) for value in values]))
-    return differing
+    rows = {name: [run.settings.get(name, "-") for run in runs] for name in names}
+    return {
+        name: [_cut(value) for value in values]
+        for name, values in rows.items()
+        if name not in _NOT_COMPARED and len(set(values)) > 1
+    }
 
 
 def _cut(value: str) -> str:
@@ -145,28 +157,204 @@ def _cut(value: str) -> str:
     return f"{value[:_LONGEST_VALUE]} ... ({len(value):,} characters)"
 
 
-def losses_differ_in_meaning(settings: Sequence[ComparedSetting]) -> list[str]:
-    """Names of differing settings with which losses do not compare."""
-    return [setting.name for setting in settings if setting.name in _DECIDE_THE_LOSS]
-
-
-def common_end(axes: Sequence[np.ndarray | None]) -> float | None:
-    """Return the end all runs reach on an axis; None where one is not known.
-
-    Args:
-        axes: Tokens, seconds or FLOPs of each run, [n] each.
-    """
-    ends = [math.nan if a is None else float(np.nanmax(a, initial=-math.inf)) for a in axes]
+def common_end(runs: Sequence[ComparedRun], axis: str) -> float | None:
+    """The end that all runs reach on an axis; None where that of one is not known."""
+    ends = [
+        float(np.nanmax(run.axes[axis], initial=-math.inf)) if axis in run.axes else math.nan
+        for run in runs
+    ]
     return min(ends) if all(math.isfinite(end) for end in ends) else None
 
 
-def loss_at(run: ComparedRun, axis: np.ndarray, end: float) -> float:
+def loss_at(run: ComparedRun, axis: str, end: float) -> float:
     """Mean training loss over the last tenth of an axis before `end`, nats; NaN without one."""
-    reached = np.flatnonzero(axis <= end * (1 + 1e-9))
+    places = run.axes[axis]
+    reached = np.flatnonzero(places <= end * (1 + 1e-9))
     if not len(reached):
         return math.nan
     losses = run.data.numbers.values("loss")[reached]
     # At least the last record that every run has reached.
-    near = axis[reached] > end * (1 - _END)
+    near = places[reached] > end * (1 - _END)
     near[-1] = True
     return finite_mean(losses[near])
+
+
+def _page(runs: Sequence[ComparedRun]) -> Page:
+    settings = differing_settings(runs)
+    names = [run.name for run in runs]
+    results = [[Cell(run.name), *(number(show(run)) for show in _RESULTS.values())] for run in runs]
+    caption = (
+        "Loss and FFN share: means over the last tenth of a run's records. Validation: the newest, "
+        "with its step. Step time and tokens/s: medians. Model FLOP: forward and backward pass, "
+        "without experts that tokens did not take."
+    )
+    with plot_style():
+        plots = _plots(runs)
+    sections: dict[str, Sequence[Block]] = {
+        "Results": [Table(("Run", *_RESULTS), results, caption)],
+        "Loss where all have come equally far": _losses(runs),
+        "Curves": plots,
+        "Settings that differ": [_settings(settings, names)],
+    }
+    named = len(settings.keys() - {"run.name"})
+    differ = "1 setting differs" if named == 1 else f"{named} settings differ"
+    return Page(
+        kind="MoE++ runs compared",
+        title=", ".join(names),
+        lead=f"{len(runs)} runs; {differ} besides their folders and names.",
+        warnings=_warnings(runs, settings),
+        sections=[PageSection(title, blocks) for title, blocks in sections.items() if blocks],
+        sources="config.yaml and metrics.jsonl of each run",
+        command="moepp report RUN RUN...",
+    )
+
+
+def _settings(settings: Mapping[str, Sequence[str]], names: Sequence[str]) -> Block:
+    if not settings:
+        return Text(["All settings are equal but for the folders."], "nothing")
+    rows = [[Cell(name, "code"), *map(Cell, values)] for name, values in settings.items()]
+    caption = "From each run's config.yaml; a dash: the run has no such setting."
+    if len(rows) > _MOST_SETTINGS:
+        caption += f" {len(rows) - _MOST_SETTINGS} more are not shown."
+    return Table(("Setting", *names), rows[:_MOST_SETTINGS], caption)
+
+
+def _warnings(runs: Sequence[ComparedRun], settings: Mapping[str, Sequence[str]]) -> list[str]:
+    warnings = []
+    names = [name for name in settings if name in _DECIDE_THE_LOSS]
+    if names:
+        warnings.append(f"Losses may not be comparable: {', '.join(names)} differ.")
+    short = [
+        f"{run.name} ({run.summary.last_step:,} of {run.data.config.training.train_iters:,})"
+        for run in runs
+        if run.summary.last_step < run.data.config.training.train_iters
+    ]
+    if short:
+        warnings.append(
+            f"Not all planned steps are done: {', '.join(short)}. A learning rate that has not "
+            "fallen to its end keeps a loss up."
+        )
+    return warnings
+
+
+def _shown(value: float, show: Callable[[float], str] = formatting.number) -> str:
+    return show(value) if math.isfinite(value) else "-"
+
+
+def _validation(run: ComparedRun) -> str:
+    loss = run.summary.valid_loss
+    return "none" if loss is None else f"{formatting.number(loss)} at {run.summary.valid_step:,}"
+
+
+def _step_time(run: ComparedRun) -> str:
+    times = run.data.numbers.series("step_time_s").y
+    return f"{formatting.significant(float(np.median(times)))} s" if len(times) else "-"
+
+
+# Columns: a heading, and a run's text below it.
+_RESULTS: dict[str, Callable[[ComparedRun], str]] = {
+    "Steps": lambda r: f"{r.summary.last_step:,} of {r.data.config.training.train_iters:,}",
+    "Tokens": lambda run: formatting.big_count(run.summary.tokens),
+    "Loss": lambda run: _shown(run.summary.settled_loss),
+    "Validation": _validation,
+    "FFN share": lambda run: formatting.percent(run.summary.settled_ffn_fraction),
+    "Step time": _step_time,
+    "Tokens/s": lambda run: formatting.count(run.summary.tokens_per_s),
+    "Training time": lambda run: formatting.duration(run.summary.train_seconds),
+    "Model FLOP": lambda run: _shown(run.axes.get("flops", [math.nan])[-1], formatting.flops),
+}
+# How the end of each axis is written.
+_ENDS: dict[str, Callable[[float], str]] = {
+    "tokens": lambda end: f"{formatting.big_count(end)} tokens",
+    "seconds": formatting.duration,
+    "flops": formatting.flops,
+}
+
+
+def _losses(runs: Sequence[ComparedRun]) -> list[Table]:
+    """The runs' losses where each has come equally far, by tokens, time and FLOPs."""
+    ends = {axis: end for axis in _ENDS if (end := common_end(runs, axis)) is not None}
+    if not ends:
+        return []
+    head = ("Training loss (nats) after", *(_ENDS[axis](end) for axis, end in ends.items()))
+    rows = [
+        [Cell(run.name), *(number(_shown(loss_at(run, *end))) for end in ends.items())]
+        for run in runs
+    ]
+    caption = "As far as the shortest run reaches; means over the last tenth before it."
+    return [Table(head, rows, caption)]
+
+
+def _plots(runs: Sequence[ComparedRun]) -> list[Plot]:
+    """Loss over tokens, time and FLOPs; FFN share and step time over tokens."""
+
+    def validation(axes: Axes) -> None:
+        for run, (colour, _) in zip(runs, _LOOKS, strict=False):
+            x, y = finite(run.axes["tokens"], run.data.numbers.values("valid_loss"))
+            axes.plot(*envelope(x, y), "D", color=colour, markersize=4.5)
+
+    loss, share = "loss (nats)", formatting.percent
+    return [
+        _plot(
+            runs,
+            "Loss over tokens",
+            ("tokens", "loss"),
+            "Token mean over the global batch. Diamonds: validation loss.",
+            Frame(loss, x="tokens", wide=True, height=4.0, change=validation),
+        ),
+        _plot(
+            runs,
+            "Loss over time",
+            ("seconds", "loss"),
+            "Time in training steps, without start, evaluation and checkpoints. It compares "
+            "machines and layouts as well as models.",
+            Frame(loss, x="training time (s)", height=3.6),
+        ),
+        _plot(
+            runs,
+            "Loss over FLOPs",
+            ("flops", "loss"),
+            "Forward and backward pass; experts that tokens did not take do not count.",
+            Frame(loss, x="model FLOP", height=3.6),
+        ),
+        _plot(
+            runs,
+            "FFN share of all selections",
+            ("tokens", "ffn_fraction"),
+            "What lies below 100% is expert work that was not done.",
+            Frame("FFN share", share, "tokens", 0, 1.02, height=3.6),
+        ),
+        _plot(
+            runs,
+            "Step time",
+            ("tokens", "step_time_s"),
+            "Wall time of a step. Single slow steps, as the first, may lie above the picture.",
+            Frame("seconds", x="tokens", height=3.6, change=_without_peaks),
+        ),
+    ]
+
+
+def _without_peaks(axes: Axes) -> None:
+    """Cut the axis where the first step, which warms up, would flatten all others."""
+    medians = [np.median(np.asarray(line.get_ydata(), np.float64)) for line in axes.get_lines()]
+    axes.set_ylim(0, min(axes.get_ylim()[1], 3 * max(medians)))
+
+
+def _plot(
+    runs: Sequence[ComparedRun], title: str, over: tuple[str, str], caption: str, frame: Frame
+) -> Plot:
+    """One number of all runs over one axis; runs without two points are named instead."""
+    lines, absent, (axis, key) = [], [], over
+    for run, (colour, dashes) in zip(runs, _LOOKS, strict=False):
+        points = Series(np.empty(0), np.empty(0))
+        if axis in run.axes:
+            points = finite(run.axes[axis], run.data.numbers.values(key))
+        if len(points.x) < 2:
+            absent.append(run.name)
+        else:
+            lines.append(PlotLine(short_name(run.name), points, colour, dashes))
+    if absent:
+        caption += f" Fewer than two points: {', '.join(absent)}."
+    if not lines:
+        return Plot(title, caption, None, f"No run has two finite points ({', '.join(absent)}).")
+    return line_plot(title, caption, lines, frame)

@@ -13,10 +13,10 @@ from moepp_megatron.tools.report.blocks import (
     Table,
     Text,
     number,
-    render_page,
+    write_blocks,
 )
 from moepp_megatron.tools.report.cards import hardware_cards, headline_cards
-from moepp_megatron.tools.report.comparison_page import DEFAULT_OUT, build_comparison
+from moepp_megatron.tools.report.comparison import DEFAULT_OUT, build_comparison
 from moepp_megatron.tools.report.curves import curve_plots, section_plots
 from moepp_megatron.tools.report.drawing import plot_style
 from moepp_megatron.tools.report.expert_plots import expert_plots
@@ -25,7 +25,6 @@ from moepp_megatron.tools.report.router_health_plots import health_plots
 from moepp_megatron.tools.report.run_data import RunData, load_run
 from moepp_megatron.tools.report.savings import Savings, compute_savings, savings_table
 from moepp_megatron.tools.report.summary import RunSummary, summarize
-from moepp_megatron.tools.report.template import write_page
 from moepp_megatron.tools.report.token_groups import source_table, token_plots
 
 
@@ -52,18 +51,15 @@ def build_report(folder: str | Path, *others: str | Path, out: str | Path | None
 
 def write_run_page(run: RunData, out: str | Path | None = None) -> Path:
     """As `build_report`, of one run that has been read."""
-    path = Path(out or run.folder / REPORT_PAGE)
-    write_page(path, render(run))
-    return path
+    return write_blocks(Path(out or run.folder / REPORT_PAGE), _page(run))
 
 
-def render(run: RunData) -> str:
-    """The page's HTML."""
+def _page(run: RunData) -> Page:
     summary = summarize(run)
     savings = compute_savings(run.config, summary)
     with plot_style():
         sections = _sections(run, summary, savings)
-    page = Page(
+    return Page(
         kind="MoE++ run report",
         title=run.config.run.name,
         lead=_sentence(run, summary),
@@ -73,7 +69,6 @@ def render(run: RunData) -> str:
         sources="config.yaml, metrics.jsonl and alerts.jsonl",
         command="moepp report RUN",
     )
-    return render_page(page)
 
 
 def _sections(run: RunData, summary: RunSummary, savings: Savings) -> list[PageSection]:

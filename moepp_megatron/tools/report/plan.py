@@ -12,20 +12,12 @@ from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_result
 from moepp_megatron.tools.planning.coster import GIB
-from moepp_megatron.tools.planning.measured.compare import error_range, published
+from moepp_megatron.tools.planning.measured.compare import Range, error_range, published
 from moepp_megatron.tools.planning.plan import Plan
 from moepp_megatron.tools.planning.planned import Planned
 from moepp_megatron.tools.planning.traffic import placement
+from moepp_megatron.tools.report import formatting
 from moepp_megatron.tools.report.drawing import BLUE, GREEN, INK, MUTED, VERMILION, png_figure
-from moepp_megatron.tools.report.plan_models import (
-    extras,
-    how_well,
-    model_name,
-    models,
-    models_table,
-    short_name,
-    size_words,
-)
 from moepp_megatron.tools.report.terminal import print_uncut, titled_table
 
 # Bars: the legend's names and colours, and the names in `StepTime.seconds` that they add up.
@@ -67,20 +59,20 @@ def print_plan(plan: Plan, tokens: float, price: float | None) -> None:
     )
     print_uncut(_layouts(plan))
     for number, planned in enumerate(plan.layouts, start=1):
-        print_uncut(f"{number}  {explain(plan, planned)}")
+        print_uncut(f"{number}  {_explain(plan, planned)}")
     print_uncut("")
     for line in _losses(plan):
         print_uncut(line)
     if plan.best is None:
         return
     errors = error_range(plan.config, plan.machine)
-    print_uncut(models_table(plan, tokens, price, errors))
+    print_uncut(_models_table(plan, tokens, price, errors))
     if load is not None and load.mean > 1:
         print_uncut(
             f"fullest rank over mean, in a layer: {load.mean:.2f} on average (half of the layers "
             f"below {load.median:.2f}, nine in ten below {load.p90:.2f}); times hold the average"
         )
-    print_uncut(how_well(errors))
+    print_uncut(_how_well(errors))
     for run in published(plan.config, plan.machine, plan.world)[:_PUBLISHED]:
         print_uncut(
             f"published, vanilla: {run.tokens_per_s_per_gpu:,.0f} tok/s/GPU on {run.row.gpus:,} "
@@ -97,7 +89,7 @@ def _layouts(plan: Plan) -> Table:
     for number, planned in enumerate(plan.layouts, start=1):
         grid = planned.grid
         degrees = (grid.tp, grid.cp, grid.pp, grid.vpp, grid.ep, grid.etp, grid.dp)
-        others = extras(planned)
+        others = _extras(planned)
         if grid.ep > 1 and grid.dispatcher is not None:
             others.append(grid.dispatcher)
         table.add_row(
@@ -110,12 +102,12 @@ def _layouts(plan: Plan) -> Table:
             f"{planned.tokens_per_s_per_gpu:,.0f}",
             f"{planned.tflops_per_gpu:.0f}",
             f"{planned.mfu:.1%}",
-            size_words(planned.step.exchange_bytes),
+            _size_words(planned.step.exchange_bytes),
         )
     return table
 
 
-def explain(plan: Plan, planned: Planned) -> str:
+def _explain(plan: Plan, planned: Planned) -> str:
     """One line on a layout: its time by parts, the links of its exchange, its losses."""
     if not planned.fits:
         over = planned.memory_gib - plan.machine.usable_bytes / GIB
@@ -194,10 +186,10 @@ def write_json(path: Path, plan: Plan, tokens: float, price: float | None) -> No
 def plot(path: Path, plan: Plan) -> None:
     """Plot stacked bars: the first layouts, and each model in its best layout."""
     entries: list[tuple[str, Planned]] = []
-    for planned in models(plan):
-        entries.append((f"{model_name(planned)}\n{short_name(planned)}", planned))
+    for planned in _models(plan):
+        entries.append((f"{_model_name(planned)}\n{_short_name(planned)}", planned))
     for number, planned in enumerate(plan.layouts[1:], start=2):
-        entries.append((f"layout {number}\n{short_name(planned)}", planned))
+        entries.append((f"layout {number}\n{_short_name(planned)}", planned))
     with png_figure(path, 10.5, 1.9 + 0.46 * len(entries)) as figure:
         axis = figure.subplots()
         _draw(axis, entries)
@@ -230,3 +222,84 @@ def _draw(axis: Axes, entries: Sequence[tuple[str, Planned]]) -> None:
     axis.set_xlim(0, 1.28 * max(left))
     axis.set_xlabel("seconds per step")
     axis.grid(axis="y", visible=False)
+
+
+def _models_table(plan: Plan, tokens: float, price: float | None, errors: Range | None) -> Table:
+    """Speed of each model in its fastest layout and in vanilla's, and days and money of its run."""
+    title = "MoE++ and vanilla, each in its fastest layout, and in vanilla's"
+    run = f"days for {formatting.big_count(tokens)} tokens"
+    names = ["phi", "step s", "range", "speed-up", "in vanilla's", "tok/s/GPU", "a2a", run]
+    names += [] if price is None else ["money"]
+    table = titled_table(title, "model", *names, words=1)
+    table.add_column("layout")
+    shown = _models(plan)
+    base = next((planned for planned in shown if planned.kind == "vanilla"), shown[0])
+    for planned in shown:
+        days, shared_s = planned.run_seconds(tokens) / 86400, planned.shared_step_s
+        table.add_row(
+            _model_name(planned),
+            f"{planned.ffn_share:.3f}",
+            f"{planned.step.total:.3f}",
+            _step_range(planned, errors),
+            f"{base.step.total / planned.step.total:.2f}",
+            "-" if shared_s is None else f"{base.step.total / shared_s:.2f}",
+            f"{planned.tokens_per_s_per_gpu:,.0f}",
+            _size_words(planned.step.exchange_bytes),
+            f"{days:,.1f}",
+            *([] if price is None else [f"{24 * days * plan.world * price:,.0f}"]),
+            ", ".join([_short_name(planned), *_extras(planned)]),
+        )
+    return table
+
+
+def _extras(planned: Planned) -> list[str]:
+    """List a layout's choices besides degrees: recomputation, bf16 states and overlap."""
+    grid = planned.grid
+    found = [*grid.recompute, *(f"{state} bf16" for state in grid.states)]
+    return found + (["a2a overlap"] if grid.expert_overlap else [])
+
+
+def _step_range(planned: Planned, errors: Range | None) -> str:
+    if errors is None:
+        return "-"
+    low, high = errors.of(planned.step.total)
+    return f"{low:.3f} to {high:.3f}"
+
+
+def _model_name(planned: Planned) -> str:
+    """The model in words."""
+    name = "vanilla" if planned.tau is None else f"MoE++ tau {planned.tau:g}"
+    return name if planned.fits else f"{name} (does not fit)"
+
+
+def _how_well(errors: Range | None) -> str:
+    """Say how far estimates were off."""
+    if errors is None:
+        return "estimates: docs/planning.md says how well they hold"
+    found = errors.errors
+    whose = f"{found.rows} published runs ({errors.family}) that set no number of the model"
+    other = "" if errors.is_own else "; there are too few of this GPU"
+    return (
+        f"estimates, off by {found.median:.0%} in the median of {whose}{other}. Ranges hold eight "
+        "in ten of them; days are those of steps"
+    )
+
+
+def _size_words(count: float) -> str:
+    """Format bytes as GB or TB."""
+    if count >= 10e12:
+        return f"{count / 1e12:,.0f} TB"
+    return f"{count / 1e9:,.0f} GB" if count else "0"
+
+
+def _models(plan: Plan) -> list[Planned]:
+    """Each model in its fastest layout: vanilla first, then by tau."""
+    fastest = [plan.fastest] if plan.fastest else []
+    return sorted([*plan.baselines, *fastest], key=lambda m: (m.tau is not None, -(m.tau or 0)))
+
+
+def _short_name(planned: Planned) -> str:
+    """A layout's degrees above 1, such as TP2 PP8 EP64 MBS1."""
+    grid = planned.grid
+    replicas = [f"DP{grid.dp}"] if grid.dp > 1 else []
+    return " ".join([*grid.splits, *replicas, f"MBS{grid.micro_batch}"])

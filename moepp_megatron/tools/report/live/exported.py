@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from moepp_megatron.catalogue import IN_LAYERS, OF_RECORD, Metric
 from moepp_megatron.experts import FFN
-from moepp_megatron.tools.report.live.liveness import STATES
-from moepp_megatron.tools.report.live.run import LiveRun
+from moepp_megatron.tools.report.live.run import STATES, LiveRun
 from moepp_megatron.tools.report.series import min_over_mean
 
 # Values of the metric's labels, and the number.

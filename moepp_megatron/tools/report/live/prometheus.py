@@ -1,13 +1,17 @@
-"""Serves the newest numbers of runs to Prometheus, by default only on this machine."""
+"""Watches all runs in folders, and serves their newest numbers to Prometheus."""
 
 from __future__ import annotations
 
 import contextlib
 import ipaddress
+import itertools
+import os
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -15,14 +19,63 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from moepp_megatron.config import ConfigError
+from moepp_megatron.file_names import RUN_FILES
 from moepp_megatron.runtime.printable import printable
 from moepp_megatron.tools.report.live.exported import Exported, samples_of
-from moepp_megatron.tools.report.live.runs import LiveRuns
+from moepp_megatron.tools.report.live.run import LiveRun, check_folder
+from moepp_megatron.tools.report.run_data import ReportError, name_below, runs_inside
 
 ADDRESS = "127.0.0.1"
 # A scraper sends its request at once, and asks every few seconds.
 REQUEST_S = 5.0
 MAX_THREADS = 8
+
+
+class LiveRuns:
+    """The runs of some folders; `look` updates them.
+
+    A folder is a run's, or holds folders of runs directly: then each of them counts, also one that
+    comes later.
+
+    Raises:
+        ReportError: If a path is not a folder, or has nothing to do with a run.
+    """
+
+    def __init__(self, folders: Sequence[Path], clock: Callable[[], float] = time.time) -> None:
+        self._folders = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
+        for folder in folders:
+            if _runs_in(folder) == [folder]:
+                check_folder(folder)
+        self._base = Path(os.path.commonpath(self._folders))
+        self._clock = clock
+        self._runs: dict[Path, LiveRun] = {}
+
+    @property
+    def has_one_run(self) -> bool:
+        """True if there is one folder, and it is a run's or empty."""
+        return len(self._folders) == 1 and _runs_in(self._folders[0]) == self._folders
+
+    def look(self) -> dict[str, LiveRun]:
+        """Read new records; a run that cannot be read stays as it was.
+
+        Returns:
+            Every run by its name: the path below the folder that all have in common. It depends on
+            the folders that were given, not on which runs there are.
+        """
+        known, self._runs = self._runs, {}
+        for folder in itertools.chain.from_iterable(map(_runs_in, self._folders)):
+            # Gone, or a file that is being replaced.
+            with contextlib.suppress(ReportError):
+                self._runs[folder] = known.get(folder) or LiveRun(folder, self._clock)
+                self._runs[folder].poll()
+        return {name_below(self._base, folder): run for folder, run in self._runs.items()}
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The folders of runs in a folder; the folder itself if it is a run's, or holds none."""
+    if any((folder / name).exists() for name in RUN_FILES):
+        return [folder]
+    return runs_inside(folder) or [folder]
 
 
 class _RunsCollector(Collector):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
@@ -16,8 +20,6 @@ from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.numbers import Labels, numbers
 from moepp_megatron.observe.status import RunStatus, read_status
 from moepp_megatron.observe.tail import Tail
-from moepp_megatron.tools.report.live.history import History
-from moepp_megatron.tools.report.live.liveness import RunHealth, judge
 from moepp_megatron.tools.report.run_data import (
     ReportError,
     RunConfig,
@@ -25,8 +27,170 @@ from moepp_megatron.tools.report.run_data import (
     refuse_folder_of_runs,
 )
 
+State = Literal["waiting", "starting", "running", "silent", "finished", "stopped", "died"]
+STATES: tuple[State, ...] = get_args(State)
+
+# Evaluation and saving lie between records too, and a short step says little about them.
+_SILENT_INTERVALS = 10
+_SILENT_AT_LEAST_S = 60.0
+# Enough steps that one slow one (a checkpoint, an evaluation) does not move the estimate.
+_RECENT = 20
 # Alerts that are remembered; the file has all.
 _KEPT_ALERTS = 200
+
+
+class History:
+    """The records so far; a record of an earlier step undoes those from that step on.
+
+    Attributes:
+        recent: The last records, steps strictly increasing.
+        latest: The newest value under each key; not every record has every key.
+        rolled_back: The steps from and to which the run last went back; None if it never did.
+        first_bad_step: First step of the present sequence of losses that are not finite; None if
+            the newest is finite.
+    """
+
+    def __init__(self) -> None:
+        self._clear()
+        self.rolled_back: tuple[int, int] | None = None
+        self._step_before_rewrite: int | None = None
+
+    def _clear(self) -> None:
+        self.recent: deque[StepMetrics] = deque(maxlen=_RECENT)
+        self.latest: dict[str, Any] = {}
+        self.first_bad_step: int | None = None
+
+    @property
+    def newest(self) -> StepMetrics | None:
+        """The last record; None before the first."""
+        return self.recent[-1] if self.recent else None
+
+    def start_over(self) -> None:
+        """Discard all records, because their file has been replaced."""
+        self._step_before_rewrite = self.newest.step if self.newest is not None else None
+        self._clear()
+
+    def finish_rewrite(self) -> None:
+        """Note, after the new file is read, whether it ends earlier than the old one did."""
+        before = self._step_before_rewrite
+        now = self.newest.step if self.newest is not None else 0
+        if before is not None and now <= before:
+            self.rolled_back = (before, now)
+
+    def add(self, record: StepMetrics) -> None:
+        """Take the next record of the file."""
+        if self.newest is not None and record.step <= self.newest.step:
+            self.rolled_back = (self.newest.step, record.step - 1)
+            while self.recent and self.recent[-1].step >= record.step:
+                self.recent.pop()
+        self.recent.append(record)
+        self.latest.update((key, value) for key, value in record if value is not None)
+        if math.isfinite(record.loss):
+            self.first_bad_step = None
+        elif self.first_bad_step is None:
+            self.first_bad_step = record.step
+
+    @property
+    def step_time_s(self) -> float:
+        """Median time of a step over the last records; NaN before the first."""
+        return median(r.step_time_s for r in self.recent) if self.recent else math.nan
+
+    @property
+    def record_interval_s(self) -> float:
+        """Training time between two of the last records; NaN before the first."""
+        if not self.recent:
+            return math.nan
+        gaps = max(1, len(self.recent) - 1)
+        return self.step_time_s * max(1.0, (self.recent[-1].step - self.recent[0].step) / gaps)
+
+
+@dataclass(frozen=True)
+class RunHealth:
+    """The state of a run.
+
+    Attributes:
+        state: ``waiting`` (nothing of it is there), ``starting`` (no record yet), ``running``,
+            ``silent`` (no record for long), ``finished``, ``stopped`` (on request, or before its
+            last step), ``died`` (its process is gone without a report).
+        resume_command: The command that its folder names to resume a stopped run; None without one.
+    """
+
+    state: State
+    text: str
+    resume_command: str | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """True if the run will write no more records by itself."""
+        return self.state in ("finished", "stopped", "died")
+
+
+def judge(
+    history: History,
+    total_steps: int | None,
+    record_age_s: float | None,
+    status: RunStatus | None,
+    now: float,
+) -> RunHealth:
+    """The state of a run.
+
+    Args:
+        total_steps: ``training.train_iters``; None without a configuration.
+        status: Content of `status.json`; None if there is none.
+        now: Seconds since 1970.
+    """
+    newest = history.newest
+    step = newest.step if newest is not None else 0
+    if newest is not None and total_steps is not None and step >= total_steps:
+        return RunHealth("finished", f"finished {_ago(record_age_s)}")
+    if status is not None and status.state == "ended":
+        since = f"{_short_time(max(0.0, now - status.time))} ago"
+        return RunHealth("stopped", f"stopped {since}", status.resume_command_here())
+    gone = status is not None and status.is_gone()
+    if newest is None or record_age_s is None:
+        if gone:
+            return RunHealth("died", "its process is gone; it had no record yet")
+        if total_steps is None:
+            return RunHealth("waiting", "not started: no config.yaml yet")
+        return RunHealth("starting", "starting: no record yet")
+    if gone:
+        return RunHealth("died", f"its process is gone; last record {_ago(record_age_s)}")
+    interval = history.record_interval_s
+    if record_age_s > _silent_after_s(history):
+        usual = f"; one came every {_short_time(interval)}" if math.isfinite(interval) else ""
+        return RunHealth("silent", f"no record for {_short_time(record_age_s)}{usual}")
+    return RunHealth("running", f"running, last record {_ago(record_age_s)}")
+
+
+def _silent_after_s(history: History) -> float:
+    """Seconds without a record after which a run counts as silent."""
+    interval = history.record_interval_s
+    if not math.isfinite(interval):
+        return _SILENT_AT_LEAST_S
+    return max(_SILENT_AT_LEAST_S, _SILENT_INTERVALS * interval)
+
+
+def _short_time(seconds: float) -> str:
+    """A time in its largest unit or two: 5 s, 3 min, 2 h 10 min, 3 days."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} days"
+
+
+def _ago(seconds: float | None) -> str:
+    return "at an unknown time" if seconds is None else f"{_short_time(seconds)} ago"
 
 
 class LiveRun:

@@ -20,8 +20,7 @@ from moepp_megatron.observe.numbers import Labels, name_of
 from moepp_megatron.runtime.printable import printable
 from moepp_megatron.runtime.terminal import Console
 from moepp_megatron.tools.report import formatting
-from moepp_megatron.tools.report.live.liveness import State
-from moepp_megatron.tools.report.live.run import LiveRun
+from moepp_megatron.tools.report.live.run import LiveRun, State
 
 _MOST_ALERTS = 4
 _MOST_ENTRIES = 4

@@ -11,7 +11,7 @@ import yaml
 from moepp_megatron.config.guard_rules import DEFAULT_RULES
 from moepp_megatron.config.schema import ResilienceSection
 from moepp_megatron.tools.report.live import exported
-from moepp_megatron.tools.report.live.liveness import STATES
+from moepp_megatron.tools.report.live.run import STATES
 
 FILE = Path(__file__).parents[4] / "docs" / "grafana" / "alerts.yaml"
 LABELS = {

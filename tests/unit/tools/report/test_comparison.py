@@ -61,7 +61,7 @@ def test_every_run_is_named_and_its_numbers_are_shown(page: Reader) -> None:
 
 
 def test_settings_that_differ_are_a_table(runs: list[Path], page: Reader) -> None:
-    found = {s.name: s.values for s in differing_settings(load_runs(runs))}
+    found = differing_settings(load_runs(runs))
     assert found["moe.tau"] == ["0.75", "0.1", "0.75"]
     assert found["moe.num_zero_experts"] == ["1", "1", "0"]
     assert found["training.train_iters"] == ["60", "300", "60"]
@@ -92,22 +92,21 @@ def test_flops_are_those_of_the_mfu(runs: list[Path]) -> None:
         training_flops_per_token(config, record.ffn_fraction) * 16 * 128
         for record in run.data.records
     ]
-    assert run.flops is not None
-    np.testing.assert_allclose(run.flops, np.cumsum(each), rtol=1e-12)
+    np.testing.assert_allclose(run.axes["flops"], np.cumsum(each), rtol=1e-12)
     times = np.cumsum([record.step_time_s for record in run.data.records])
-    np.testing.assert_allclose(run.seconds, times, rtol=1e-12)
+    np.testing.assert_allclose(run.axes["seconds"], times, rtol=1e-12)
 
 
 def test_losses_are_taken_where_all_have_come(runs: list[Path]) -> None:
     first, second, _ = load_runs(runs)
-    end = common_end([first.tokens, second.tokens])
+    end = common_end([first, second], "tokens")
     assert end == 30 * 16 * 128
     # Beyond 90% of 30 steps: steps 28, 29 and 30 of both.
     for run in (first, second):
         expected = np.mean([record.loss for record in run.data.records[27:30]])
-        assert loss_at(run, run.tokens, end) == pytest.approx(expected, rel=1e-12)
+        assert loss_at(run, "tokens", end) == pytest.approx(expected, rel=1e-12)
     # One record that reaches farther than the end counts for nothing.
-    assert np.isnan(loss_at(first, first.tokens, 1.0))
+    assert np.isnan(loss_at(first, "tokens", 1.0))
 
 
 def test_a_run_that_is_named_twice_is_one(runs: list[Path], tmp_path: Path) -> None:
@@ -167,8 +166,8 @@ def test_names_and_values_are_escaped(tmp_path: Path) -> None:
 def test_a_long_value_is_cut_and_still_differs(tmp_path: Path) -> None:
     long = "x" * 500
     runs = [made(tmp_path / end, 2, data={"path": long + end}) for end in ("a", "b")]
-    (setting,) = [s for s in differing_settings(load_runs(runs)) if s.name == "data.path"]
-    assert all(value.endswith("... (501 characters)") for value in setting.values)
+    values = differing_settings(load_runs(runs))["data.path"]
+    assert all(value.endswith("... (501 characters)") for value in values)
 
 
 def test_the_command(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

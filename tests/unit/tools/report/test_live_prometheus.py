@@ -21,8 +21,7 @@ from moepp_megatron.observe.alerts import Alert, AlertFile
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.tools.report.live import prometheus
 from moepp_megatron.tools.report.live.exported import MIN_FFN_LOAD, OF_RECORDS, OF_RUN, OTHER
-from moepp_megatron.tools.report.live.prometheus import is_open, serve
-from moepp_megatron.tools.report.live.runs import LiveRuns
+from moepp_megatron.tools.report.live.prometheus import LiveRuns, is_open, serve
 
 EXPORTED = {metric.name for metric in (*OF_RECORDS.values(), *OF_RUN, OTHER, MIN_FFN_LOAD)}
 

@@ -12,8 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moepp_megatron.tools.report.live import prometheus
-from moepp_megatron.tools.report.live.prometheus import serve
-from moepp_megatron.tools.report.live.runs import LiveRuns
+from moepp_megatron.tools.report.live.prometheus import LiveRuns, serve
 from moepp_megatron.tools.report.run_data import ReportError
 
 # By metric and run.

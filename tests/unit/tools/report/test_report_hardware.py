@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from moepp_megatron.tools.report.blocks import render_page
 from moepp_megatron.tools.report.cards import hardware_cards
 from moepp_megatron.tools.report.curves import section_plots
-from moepp_megatron.tools.report.page import render
+from moepp_megatron.tools.report.page import _page
 from moepp_megatron.tools.report.run_data import load_run
 
 
@@ -38,7 +39,7 @@ def test_plots_are_those_that_the_records_have(make_run):
         "Energy per token",
         "Power of a GPU",
     ]
-    page = render(run)
+    page = render_page(_page(run))
     assert ">Hardware</h2>" in page
 
 

@@ -13,8 +13,9 @@ import pytest
 from moepp_megatron.cli.run_end import print_end
 from moepp_megatron.config import load_config
 from moepp_megatron.tools.report import formatting, run_data
+from moepp_megatron.tools.report.blocks import render_page
 from moepp_megatron.tools.report.drawing import MAX_POINTS, envelope, smooth, thin
-from moepp_megatron.tools.report.page import render
+from moepp_megatron.tools.report.page import _page
 from moepp_megatron.tools.report.run_data import ReportError, load_run
 from moepp_megatron.tools.report.savings import (
     compute_savings,
@@ -125,7 +126,7 @@ def test_every_share_and_saving_is_of_the_last_tenth_of_the_records(make_run):
     assert shares["FFN experts a token takes"] == "50.0%"
     assert shares["FFN expert work"] == "50.0%"
     assert shares["All-to-all bytes per step"] == "50.0%"
-    page = re.sub(r"<[^>]+>", " ", render(run))
+    page = re.sub(r"<[^>]+>", " ", render_page(_page(run)))
     assert "86.0%" not in page
     assert "14.0%" not in page
     assert page.count("steps 46 to 50") >= 5

@@ -1,6 +1,6 @@
 """What all pages share: a table of contents that the headings make."""
 
-from moepp_megatron.tools.report.template import _with_contents
+from moepp_megatron.tools.report.blocks import _with_contents
 
 _PAGE = "<header></header>\n<h2>One &amp; two</h2>\n<h2>Three</h2>\n"
 
