@@ -20,8 +20,8 @@ from benchmarks.markdown import table
 from moepp_megatron.catalogue import IN_LAYERS, METRICS, OF_RECORD, Metric
 from moepp_megatron.cli.main import app
 from moepp_megatron.config import megatron_flags as flags
-from moepp_megatron.config.guard_rules import COUNTED, GUARD_METRICS, MEASURED
 from moepp_megatron.config.reference import SectionReference, section_references
+from moepp_megatron.features.guard.settings import COUNTED, GUARD_METRICS, MEASURED
 from moepp_megatron.observe.tensorboard import tag_of
 from moepp_megatron.tools.report.live import exported
 

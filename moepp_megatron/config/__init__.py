@@ -9,10 +9,9 @@ exit_codes.py     exit statuses of commands and ranks
 field_errors.py   turns pydantic's errors into problems with name, value, rule and remedy
 flops.py          floating-point operations of training, counted from the configuration
 from_megatron.py  turns a Megatron-LM command line into a configuration
-guard_rules.py    the rules of a run's routing guard, and the metrics that they may use
 hardware.py       rated numbers of a kind of GPU, and the limits of a healthy one
 json_file.py      reads JSON that somebody else may have written: in bounds
-known_keys.py     refuses unknown sections and keys, and names the nearest known one
+known_keys.py     names of sections and keys: words, earlier names, and the nearest of unknown ones
 layout.py         the rank grid
 load.py           loads a checked Config from a YAML file
 megatron_file.py  reads the arguments of a Megatron-LM run from its script or YAML
@@ -23,11 +22,9 @@ paths.py          refuses texts that cannot be a path of this machine
 plugins.py        what a setting may name besides: entry points of installed packages
 problem.py        one problem of a configuration, in the form that every message has
 reference.py      every setting with type, default, unit, range and meaning, from the schema
-removed.py        settings that earlier versions had, which resolved configurations still name
 regular_file.py   reads regular files that somebody else may have made, up to a limit
 rows.py           rules as rows: what is wrong where, what must hold, what to write instead
 sections.py       the sections by name, and what they declare of themselves
-shorthand.py      sections that one word stands for, such as `routing_guard: safe`
 split.py          the data split: weights of the train, validation and test parts
 stages.py         which transformer layers each pipeline stage holds
 vanilla.py        the vanilla model that a MoE++ configuration is compared with

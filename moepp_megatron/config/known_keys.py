@@ -1,4 +1,4 @@
-"""Refuses unknown sections and keys, and names the nearest known one."""
+"""Names of sections and keys: words, names of earlier versions, and unknown ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.megatron_flags import counterpart_of
 from moepp_megatron.config.problem import show
-from moepp_megatron.config.removed import REMOVED
 from moepp_megatron.config.schema import Section
 from moepp_megatron.config.schema.parallel import DEGREES
 from moepp_megatron.config.sections import all_sections, section_models, subsection
@@ -20,6 +19,39 @@ _WITHOUT_MEANING = frozenset(
     ("decay", "dir", "enabled", "keep", "load", "memory", "mode", "name", "options", "path")
     + ("share", "size", "time", "tokens", "type")
 )
+
+
+def has_shorthand(section: str) -> bool:
+    """True if words stand for a section, such as `routing_guard: safe`."""
+    return section in section_models() and bool(section_models()[section].shorthand)
+
+
+def as_current(content: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A mapping of sections as this version has them: no words, no removed settings without effect.
+
+    Raises:
+        ConfigError: A word that stands for nothing, in a section that knows some.
+    """
+    result = dict(content)
+    for section, model in section_models().items():
+        value = result.get(section)
+        # `off` without quotes is false in YAML.
+        word = "off" if value is False else value
+        if model.shorthand and isinstance(word, str):
+            value = _keys_of(section, word, model.shorthand)
+        if isinstance(value, Mapping):
+            result[section] = model.current(value)
+    return result
+
+
+def _keys_of(section: str, word: str, words: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    if word not in words:
+        near = get_close_matches(word, words, n=1) or list(words)
+        raise ConfigError(
+            f"{section} ({show(word)}) must be a mapping of keys or one of {', '.join(words)}; "
+            f"use {near[0]}"
+        )
+    return words[word]
 
 
 def refuse_unknown_keys(content: Mapping[Any, Any], source: str) -> None:
@@ -55,9 +87,9 @@ def _unknown_keys(path: str, model: type[Section], keys: Any) -> Iterator[str]:
         )
         return
     for key, value in keys.items():
-        if f"{path}.{key}" in REMOVED:
+        if key in model.removed:
             given = "" if value is None else f" ({show(value)})"
-            yield f"{path}.{key}{given} has been removed; {REMOVED[f'{path}.{key}'][1]}"
+            yield f"{path}.{key}{given} has been removed; {model.removed[key][1]}"
         elif key not in model.model_fields:
             yield _unknown_key(path, model, _one_line(key))
         elif (inner := subsection(model, key)) is not None:

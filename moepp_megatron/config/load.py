@@ -14,12 +14,10 @@ from pydantic import ValidationError
 from moepp_megatron.config.checks import check_config
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.config.field_errors import field_problems
-from moepp_megatron.config.known_keys import refuse_unknown_keys
+from moepp_megatron.config.known_keys import as_current, has_shorthand, refuse_unknown_keys
 from moepp_megatron.config.problem import raise_problems
-from moepp_megatron.config.removed import without_removed
 from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.config.sections import is_optional, section_models, subsection
-from moepp_megatron.config.shorthand import WORDS, expanded
 from moepp_megatron.config.yaml_file import parse_yaml, read_mapping
 
 Content = dict[str, Any]
@@ -87,7 +85,7 @@ def validated(content: Mapping[str, Any], source: str = "the configuration") -> 
     Raises:
         ConfigError: Unknown keys or wrong values, one line each.
     """
-    content = without_removed(expanded(content))
+    content = as_current(content)
     refuse_unknown_keys(content, source)
     # Absent sections are added empty, so that a missing field is reported by its own name.
     filled = {
@@ -192,7 +190,7 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> list[tuple[str, Cont
         raise ConfigError(f"base: goes in a circle: {names}; remove one of these base: lines")
     content = read_mapping(path)
     base = content.pop("base", None)
-    content = without_removed(expanded(content))
+    content = as_current(content)
     refuse_unknown_keys(content, str(path))
     own: Content = {section: keys or {} for section, keys in content.items()}
     if base is None:
@@ -213,8 +211,8 @@ def _read_with_bases(path: Path, chain: tuple[str, ...]) -> list[tuple[str, Cont
 def _overriding(override: str) -> Content:
     """The content of an override: one key, or a section by its shorthand (`routing_guard=safe`)."""
     name, equals, text = override.partition("=")
-    if equals and name.strip() in WORDS:
-        return expanded({name.strip(): parse_yaml(text, f"override {override!r}")})
+    if equals and has_shorthand(name.strip()):
+        return as_current({name.strip(): parse_yaml(text, f"override {override!r}")})
     return _nested(*parse_override(override))
 
 

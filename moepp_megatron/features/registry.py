@@ -13,6 +13,7 @@ from moepp_megatron.config.schema.config import EngineConfig
 from moepp_megatron.config.schema.observe import EngineObserveSection
 from moepp_megatron.config.schema.training import EngineTrainingSection
 from moepp_megatron.features.distillation.settings import DistillationSection
+from moepp_megatron.features.guard.settings import RoutingGuardSection
 from moepp_megatron.features.profile.settings import ProfileSettings
 from moepp_megatron.features.router_health.settings import RouterHealthSettings
 from moepp_megatron.features.routes.settings import RoutesSection
@@ -43,6 +44,8 @@ class Config(EngineConfig):
     """Batches, length, logging"""
     observe: ObserveSection = ObserveSection()
     """W&B, and where alerts are sent"""
+    routing_guard: RoutingGuardSection = RoutingGuardSection()
+    """Rules over the routers, and what is done where one holds"""
     distillation: DistillationSection = DistillationSection()
     """A teacher besides the text"""
     telemetry: TelemetrySection = TelemetrySection()

@@ -10,14 +10,56 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from moepp_megatron.config.guard_rules import CompleteRule
+from typing import Any, Literal
 
 # The place of a rule that is not of one layer.
 WHOLE_MODEL = 0
 # A metric's value, or one for each MoE layer.
 Values = Mapping[str, float | Sequence[float]]
+
+
+@dataclass(frozen=True)
+class CompleteRule:
+    """A complete rule, its defaults resolved.
+
+    Attributes:
+        name: Its name in alerts.
+        metric: One of `GUARD_METRICS`.
+        limit: The value beyond which the rule holds; `is_above` gives the side.
+        is_above: Whether it holds above the limit, or below.
+        clear: The value beyond which the metric is healthy again.
+        for_steps: Steps in a row that it must hold before the action, and be healthy after it.
+        severity: Severity of its alerts.
+        action: The guard's action.
+    """
+
+    name: str
+    metric: str
+    limit: float
+    is_above: bool
+    clear: float
+    for_steps: int = 1
+    severity: Literal["info", "warning", "critical"] = "warning"
+    action: str = "warn"
+
+    def holds(self, value: float) -> bool:
+        """True if the metric is beyond the limit."""
+        return value > self.limit if self.is_above else value < self.limit
+
+    def is_healthy(self, value: float) -> bool:
+        """True if the metric is within `clear`."""
+        return value <= self.clear if self.is_above else value >= self.clear
+
+    @property
+    def condition(self) -> str:
+        """The rule's condition in words, such as `< 0.25 for 20 steps`."""
+        sign = ">" if self.is_above else "<"
+        return f"{sign} {self.limit:g}{lasting(self.for_steps)}"
+
+
+def lasting(for_steps: int | None) -> str:
+    """Format how long a rule must hold: ` for 20 steps`, or empty for one step."""
+    return "" if for_steps is None or for_steps == 1 else f" for {for_steps} steps"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from moepp_megatron.config.guard_rules import DEFAULT_RULES
+from moepp_megatron.features.guard.settings import DEFAULT_RULES
 from moepp_megatron.observe.alerts import Alert, read_alerts
 from moepp_megatron.observe.metrics import StepMetrics, read_metrics
 from tests.parallel.checkpoint_runs import logged

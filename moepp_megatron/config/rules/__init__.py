@@ -3,5 +3,4 @@
 budget.py         `moe.budget`
 ignored.py        settings without effect
 multi_token.py    `model.mtp_num_layers`
-routing_guard.py  the section `routing_guard`
 """

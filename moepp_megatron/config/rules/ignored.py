@@ -84,10 +84,4 @@ RULES: tuple[Rule, ...] = (
         "set training.eval_iters above 0",
     ),
     _stages_behind_the_end,
-    no_effect_where(
-        lambda c: c.routing_guard.enabled is False,
-        "with routing_guard.enabled false",
-        "routing_guard.dry_run routing_guard.rules",
-        "leave enabled out",
-    ),
 )

@@ -13,7 +13,6 @@ optimizer.py         section `optimizer`: the optimizer, its schedule, and group
 parallel.py          section `parallel`: how the model is laid out over ranks
 precision.py         section `precision`: number formats, and how FP8 numbers are scaled
 resilience.py        section `resilience`: the checks of a running run, and when they act
-routing_guard.py     section `routing_guard`: rules over the routers, and what is done
 run.py               section `run`: folder, name, callbacks
 section.py           what every section of the configuration shares
 slurm.py             section `slurm`: what `moepp slurm` asks the scheduler for
@@ -31,7 +30,6 @@ from moepp_megatron.config.schema.optimizer import OptimizerSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
-from moepp_megatron.config.schema.routing_guard import GuardRule, RoutingGuardSection
 from moepp_megatron.config.schema.run import RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
@@ -46,14 +44,12 @@ __all__ = [
     "DataStage",
     "LatentAttentionSection",
     "ModelSection",
-    "GuardRule",
     "MoESection",
     "ObserveSection",
     "OptimizerSection",
     "ParallelSection",
     "PrecisionSection",
     "ResilienceSection",
-    "RoutingGuardSection",
     "RunSection",
     "Section",
     "SlurmSection",

@@ -16,7 +16,6 @@ from moepp_megatron.config.schema.optimizer import OptimizerSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
-from moepp_megatron.config.schema.routing_guard import RoutingGuardSection
 from moepp_megatron.config.schema.run import RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
@@ -52,8 +51,6 @@ class EngineConfig(Section):
     """The job of this run on a Slurm cluster"""
     observe: EngineObserveSection = EngineObserveSection()
     """W&B, and where alerts are sent"""
-    routing_guard: RoutingGuardSection = RoutingGuardSection()
-    """Rules over the routers, and what is done where one holds"""
 
     @property
     def expert_ffn_hidden_size(self) -> int:

@@ -120,6 +120,7 @@ class ModelSection(Section):
             "use 'head', or set model.qk_layernorm to true",
         ),
     )
+    removed = {"implementation": ("gpt", "leave it out: the weights are those of a GPTModel")}
     excludes = (
         (
             "moe.constants_shared",

@@ -66,6 +66,7 @@ class ResilienceSection(Section):
             "use {resilience.hang_timeout_s} or more, or lower resilience.hang_timeout_s",
         ),
     )
+    removed = {"guard_window": (128, "leave it out: losses are compared with their course")}
     no_effect = (
         no_effect_with(
             "resilience.guard",

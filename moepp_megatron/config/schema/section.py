@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -120,6 +120,9 @@ class Section(BaseModel):
         no_effect: Warnings of settings that have none.
         uses: Settings that name a second model, a GPU or a folder that is written, with the kind.
         megatron_flags: Megatron-LM's arguments by name, and the settings that they are.
+        shorthand: Words that stand for the whole section, each with its keys.
+        removed: Keys of earlier versions: the value that changes nothing, which resolved
+            configurations still name, and what to do about another one.
         of_one_run: Settings of one run alone, which others of its configuration do without, as do
             models that only run forward.
     """
@@ -131,6 +134,8 @@ class Section(BaseModel):
     no_effect: ClassVar[tuple[Rule, ...]] = ()
     uses: ClassVar[tuple[tuple[str, Use], ...]] = ()
     megatron_flags: ClassVar[tuple[tuple[str, str], ...]] = ()
+    shorthand: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    removed: ClassVar[Mapping[str, tuple[Any, str]]] = {}
     of_one_run: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(
@@ -148,6 +153,12 @@ class Section(BaseModel):
             if type(number) is int and number < -LARGEST_OF_ALL:
                 raise PydanticKnownError("greater_than_equal", {"ge": -LARGEST_OF_ALL})
         return value
+
+    @classmethod
+    def current(cls, keys: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The keys without removed ones that have the value that changes nothing."""
+        removed = cls.removed
+        return {k: v for k, v in keys.items() if k not in removed or v != removed[k][0]}
 
     def is_set(self, name: str) -> bool:
         """True if the user gave field `name` a value other than its default.

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from moepp_megatron.config import Config, Layout
-from moepp_megatron.config.guard_rules import CompleteRule
 from moepp_megatron.model.megatron_config import moepp_config
 from moepp_megatron.moe.budget import Budget, BudgetController, add_to_biases, set_taus
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.observe.guard_judge import RuleJudge
+from moepp_megatron.observe.guard_judge import CompleteRule, RuleJudge
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why
 from moepp_megatron.training.parts.routing_counts import RoutingCounts
 from moepp_megatron.training.setup import TrainingModel

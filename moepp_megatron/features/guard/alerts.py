@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from moepp_megatron.config.guard_rules import REMEDIES
+from moepp_megatron.features.guard.rules import REMEDIES
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
 from moepp_megatron.observe.shift.monitor import Cause, ShiftEvent

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from moepp_megatron.config import Layout
-from moepp_megatron.config.guard_rules import MEASURED, CompleteRule, effective_rules, is_watched
 from moepp_megatron.features.guard.alerts import alert_of
 from moepp_megatron.features.guard.copies import RouterCopies
 from moepp_megatron.features.guard.readings import counted
+from moepp_megatron.features.guard.rules import effective_rules
+from moepp_megatron.features.guard.settings import MEASURED, is_watched
 from moepp_megatron.features.guard.shift import ShiftPart
 from moepp_megatron.features.router_health.part import RouterHealthPart
 from moepp_megatron.observe.alerts import Alert
-from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event, RuleJudge, Values
+from moepp_megatron.observe.guard_judge import WHOLE_MODEL, CompleteRule, Event, RuleJudge, Values
 from moepp_megatron.runtime.agreement import Agreement
 from moepp_megatron.training.checkpoint.files import checkpoint_step
 from moepp_megatron.training.part import (

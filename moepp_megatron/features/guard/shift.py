@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moepp_megatron.config import Layout
-from moepp_megatron.config.guard_rules import is_watched
+from moepp_megatron.features.guard.settings import is_watched
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.shift.monitor import GROUPS, Observed, ShiftMonitor, group_of
 from moepp_megatron.training.part import Part, PartContext, State, Step, Why

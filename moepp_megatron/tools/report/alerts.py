@@ -6,10 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from pydantic import ValidationError
 
-from moepp_megatron.config.guard_rules import merged_rules
-from moepp_megatron.config.schema import RoutingGuardSection
 from moepp_megatron.observe.alerts import Alert, Severity
-from moepp_megatron.tools.report import formatting
+from moepp_megatron.tools.report import formatting, healthy
 from moepp_megatron.tools.report.blocks import Block, Cell, Table, Text, number
 from moepp_megatron.tools.report.drawing import MUTED, VERMILION
 from moepp_megatron.tools.report.run_data import RunData
@@ -45,13 +43,15 @@ def alert_blocks(run: RunData) -> list[Block]:
 
 def watched(run: RunData) -> str:
     """Say what was watched; empty where nothing was, or another version did."""
+    if healthy.GUARD is None:
+        return ""
     try:
-        section = RoutingGuardSection.model_validate(run.config.routing_guard)
+        section = healthy.GUARD.model_validate(run.config.routing_guard)
     except ValidationError:
         return ""
     if section.enabled is False or run.config.is_vanilla:
         return "The routing guard was off."
-    merged = merged_rules(section).values()
+    merged = section.merged_rules().values()
     rules = ", ".join(rule.name for rule in merged if rule.action != "none")
     does = "acts on them" if section.acts else "only reports what they find"
     return f"The routing guard judged these rules after every step and {does}: {rules}."

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from moepp_megatron import catalogue
-from moepp_megatron.config.guard_rules import DEFAULT_RULES, lasting
-from moepp_megatron.config.schema.routing_guard import GuardRule
+from moepp_megatron.config.sections import section_models
+from moepp_megatron.observe.guard_judge import lasting
+
+# The section of the routing guard; None where that feature has been removed.
+GUARD: Any = section_models().get("routing_guard")
 
 # A test holds the ranges to the page.
 METRICS = {name: row for name, row in catalogue.METRICS.items() if row.wrong}
@@ -28,12 +33,12 @@ def wrong_text(wrong: str) -> str:
     return wrong if rule is None else _condition(rule)
 
 
-def guard_rule(name: str) -> GuardRule | None:
-    """A default rule of the routing guard."""
-    return next((rule for rule in DEFAULT_RULES if rule.name == name), None)
+def guard_rule(name: str) -> Any:
+    """A default rule of the routing guard; None for another name."""
+    return None if GUARD is None else GUARD().merged_rules().get(name)
 
 
-def _condition(rule: GuardRule) -> str:
+def _condition(rule: Any) -> str:
     """A rule's condition, such as "above 100 for 20 steps (logit_explosion)"."""
     side, limit = ("above", rule.above) if rule.above is not None else ("below", rule.below)
     what = {"mean_ffn_to_target": "of the wanted share", "min_ffn_load": ""}.get(

@@ -15,10 +15,9 @@ from moepp_megatron.config import (
     parse_config,
     with_overrides,
 )
-from moepp_megatron.config.removed import REMOVED
 from moepp_megatron.config.schema import Section
 from moepp_megatron.config.schema.section import Unit, meaning_of
-from moepp_megatron.config.sections import subsection
+from moepp_megatron.config.sections import section_models, subsection
 from moepp_megatron.experts import Setting
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -111,8 +110,10 @@ def test_a_resolved_configuration_of_an_older_version_loads(minimal: Path, tmp_p
     """It names every setting, so those that are gone too."""
     resolved = load_config(minimal).model_dump(mode="json")
     current = parse_config(resolved)
-    for name, (value, remedy) in REMOVED.items():
-        section, _, key = name.partition(".")
+    removed = [(s, *row) for s, model in section_models().items() for row in model.removed.items()]
+    assert len(removed) > 5
+    for section, key, (value, remedy) in removed:
+        name = f"{section}.{key}"
         old = {**resolved, section: {**resolved[section], key: value}}
         assert parse_config(old) == current
         path = tmp_path / "old.yaml"

@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.config.guard_rules import (
+from moepp_megatron.features.guard.rules import REMEDIES, complete, effective_rules
+from moepp_megatron.features.guard.settings import (
     DEFAULT_RULES,
     GUARD_METRICS,
-    REMEDIES,
-    CompleteRule,
-    complete,
-    effective_rules,
+    GuardRule,
+    RoutingGuardSection,
 )
-from moepp_megatron.config.schema.routing_guard import GuardRule, RoutingGuardSection
-from moepp_megatron.observe.guard_judge import WHOLE_MODEL, RuleJudge
+from moepp_megatron.observe.guard_judge import WHOLE_MODEL, CompleteRule, RuleJudge
 
 LAYERS = [2, 4]
 LOW = CompleteRule("low", "share", limit=0.25, is_above=False, clear=0.5, for_steps=3)

@@ -9,11 +9,11 @@ from typing import get_args
 import pytest
 import torch
 
-from moepp_megatron.config.guard_rules import COUNTED, CompleteRule, effective_rules
-from moepp_megatron.config.schema.routing_guard import RoutingGuardSection
 from moepp_megatron.features.guard.alerts import alert_of
 from moepp_megatron.features.guard.readings import counted
-from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
+from moepp_megatron.features.guard.rules import effective_rules
+from moepp_megatron.features.guard.settings import COUNTED, RoutingGuardSection
+from moepp_megatron.observe.guard_judge import WHOLE_MODEL, CompleteRule, Event
 from moepp_megatron.observe.shift.monitor import Cause, ShiftEvent
 
 RULES = {rule.name: rule for rule in effective_rules(RoutingGuardSection())}

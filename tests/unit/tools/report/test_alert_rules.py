@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moepp_megatron.config.guard_rules import DEFAULT_RULES
 from moepp_megatron.config.schema import ResilienceSection
+from moepp_megatron.features.guard.settings import DEFAULT_RULES
 from moepp_megatron.tools.report.live import exported
 from moepp_megatron.tools.report.live.run import STATES
 
