@@ -114,11 +114,19 @@ def load_tensors(folder: Path) -> dict[str, Any]:
     return tensors
 
 
-def convert(source: Path, target: Path) -> None:
+# Imported where they are called: functions of tests' modules run in a process of transformers too.
+def hf_to_mcore(*args: Any, **options: Any) -> None:
     """`moepp convert hf-to-mcore`."""
     from moepp_megatron.interop.to_mcore import hf_to_mcore
 
-    hf_to_mcore(source, target)
+    hf_to_mcore(*args, **options)
+
+
+def mcore_to_hf(*args: Any, **options: Any) -> list[str]:
+    """`moepp convert mcore-to-hf`; its warnings."""
+    from moepp_megatron.interop.to_hf import mcore_to_hf
+
+    return mcore_to_hf(*args, **options)
 
 
 def score(checkpoint: Path, tokens: Path, overrides: list[str]) -> Any:
@@ -140,6 +148,6 @@ def convert_and_score(source: Path, target: Path, tokens: Path, overrides: list[
     import torch.distributed as dist
 
     if dist.get_rank() == 0:
-        convert(source, target)
+        hf_to_mcore(source, target)
     dist.barrier()
     return score(target, tokens, overrides)

@@ -11,7 +11,7 @@ from moepp_megatron.config import ConfigError
 from moepp_megatron.interop.score_request import ScoreRequest
 from tests.commands import cold, moepp
 from tests.full_disk import fill
-from tests.interop.checkpoints import GOLDEN, convert, convert_and_score
+from tests.interop.checkpoints import GOLDEN, convert_and_score, hf_to_mcore
 
 CASE = GOLDEN / "two_layer_gate"
 TP2 = "parallel.tensor_model_parallel_size=2"
@@ -46,7 +46,7 @@ def test_refusals_are_one_line_and_exit_code_2(tmp_path):
 
 
 def test_a_full_disk_is_one_line(small_disk, tmp_path):
-    convert(CASE, tmp_path / "mcore")
+    hf_to_mcore(CASE, tmp_path / "mcore")
     fill(small_disk, leave=100_000)
     for direction, source in (("hf-to-mcore", CASE), ("mcore-to-hf", tmp_path / "mcore")):
         done = moepp("convert", direction, source, small_disk / "out")
@@ -63,7 +63,7 @@ def test_a_tokenizer_that_is_none_is_not_taken_over(tmp_path):
     (source / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     message = r"hf/tokenizer.json\) must be a Hugging Face tokenizer.json .*; fetch it again"
     with pytest.raises(ConfigError, match=message):
-        convert(source, tmp_path / "mcore")
+        hf_to_mcore(source, tmp_path / "mcore")
     assert not (tmp_path / "mcore").exists()
 
 
@@ -88,7 +88,7 @@ def test_fillers_change_nothing(ranks, tmp_path, overrides):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden") / "mcore"
-    convert(CASE, folder)
+    hf_to_mcore(CASE, folder)
     return folder
 
 

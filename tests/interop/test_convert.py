@@ -18,9 +18,10 @@ from moepp_megatron.config import ConfigError
 from tests.interop.checkpoints import (
     CASES,
     GOLDEN,
-    convert,
     convert_and_score,
+    hf_to_mcore,
     load_tensors,
+    mcore_to_hf,
     write_released,
 )
 from tests.interop.models import build, settings
@@ -84,9 +85,6 @@ def test_names_are_those_of_the_model(ranks, model):
 
 
 def round_trip(source: Path, work: Path, layout: str) -> Path:
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-    from moepp_megatron.interop.to_mcore import hf_to_mcore
-
     hf_to_mcore(source, work / "mcore")
     mcore_to_hf(work / "mcore", work / "hf", layout, max_shard_bytes=100_000)
     return work / "hf"
@@ -126,9 +124,6 @@ def test_bf16_round_trip_keeps_fp32_gates(tmp_path):
 
 @pytest.mark.parametrize("interval", [1, 2])
 def test_released_layout_warns_of_what_the_released_code_cannot_run(tmp_path, interval):
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-    from moepp_megatron.interop.to_mcore import hf_to_mcore
-
     hf_to_mcore(write_released(tmp_path / "hf", moe_expert_interval=interval), tmp_path / "mcore")
     warnings = mcore_to_hf(tmp_path / "mcore", tmp_path / "back", "released")
     assert len(warnings) == interval - 1, warnings
@@ -234,7 +229,7 @@ def test_damaged_checkpoints_are_refused(tmp_path, how, named):
     source = write_released(tmp_path / "hf")
     break_checkpoint(source, how)
     with pytest.raises(ConfigError, match=named):
-        convert(source, tmp_path / "mcore")
+        hf_to_mcore(source, tmp_path / "mcore")
     assert not (tmp_path / "mcore").exists()
 
 
@@ -247,7 +242,7 @@ def test_index_that_contradicts_its_shards_is_refused(tmp_path):
     def refuse(changed: dict[str, Any], match: str) -> None:
         index.write_text(json.dumps(changed))
         with pytest.raises(ConfigError, match=match):
-            convert(source, tmp_path / "mcore")
+            hf_to_mcore(source, tmp_path / "mcore")
 
     names = content["weight_map"]
     refuse({**content, "metadata": {"total_size": 5}}, "total_size")
@@ -267,8 +262,6 @@ class Malicious:
 def test_pickled_weights_need_a_flag_and_run_nothing(tmp_path, monkeypatch):
     import torch
 
-    from moepp_megatron.interop.to_mcore import hf_to_mcore
-
     monkeypatch.setenv("MALICIOUS_FOLDER", str(tmp_path / "ran"))
     source = write_released(tmp_path / "hf")
     tensors = load_tensors(source)
@@ -285,10 +278,8 @@ def test_pickled_weights_need_a_flag_and_run_nothing(tmp_path, monkeypatch):
 
 
 def test_checkpoint_index_runs_nothing(tmp_path, monkeypatch):
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-
     monkeypatch.setenv("MALICIOUS_FOLDER", str(tmp_path / "ran"))
-    convert(write_released(tmp_path / "hf"), tmp_path / "mcore")
+    hf_to_mcore(write_released(tmp_path / "hf"), tmp_path / "mcore")
     index = tmp_path / "mcore" / ".metadata"
     good = index.read_bytes()
     index.write_bytes(pickle.dumps(Malicious()))
@@ -308,7 +299,7 @@ def test_a_taken_folder_is_left_alone(tmp_path):
     target.mkdir()
     (target / "mine").write_text("kept")
     with pytest.raises(ConfigError, match="must not exist or be empty"):
-        convert(write_released(tmp_path / "hf"), target)
+        hf_to_mcore(write_released(tmp_path / "hf"), target)
     assert [path.name for path in target.iterdir()] == ["mine"]
 
 
@@ -344,7 +335,7 @@ def start_training_from(folder: Path, dtype: str) -> None:
     from moepp_megatron.training.setup import build_training_model
 
     source = write_released(folder / "hf")
-    convert(source, folder / "mcore")
+    hf_to_mcore(source, folder / "mcore")
     config = config_from_hf(HFSource(source).config, "x")
     raw = config.model_dump(mode="json")
     raw["precision"]["dtype"] = dtype
@@ -391,7 +382,7 @@ def test_hostile_json_is_refused_in_one_line(tmp_path, name, content):
     with pytest.raises(
         ConfigError, match=rf"{name} (must be JSON|has a header that cannot be read)"
     ) as caught:
-        convert(source, tmp_path / "mcore")
+        hf_to_mcore(source, tmp_path / "mcore")
     assert "\n" not in str(caught.value)
 
 
@@ -400,7 +391,7 @@ def test_a_tensor_that_no_rule_reads_is_not_left_out_silently(tmp_path, monkeypa
     from moepp_megatron.interop import to_hf
     from moepp_megatron.interop.checkpoint_reader import TensorReader
 
-    convert(write_released(tmp_path / "hf"), tmp_path / "mcore")
+    hf_to_mcore(write_released(tmp_path / "hf"), tmp_path / "mcore")
     rules = to_hf._FORMATS["moepp"].rules
     key = next(k for k in TensorReader(tmp_path / "mcore").tensors if "constants" in k)
     forgetful = dataclasses.replace(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
-from tests.interop.checkpoints import CASES, GOLDEN
+from tests.interop.checkpoints import CASES, GOLDEN, hf_to_mcore, mcore_to_hf
 from tests.interop.models import build, settings
 from tests.parallel.checkpoint_runs import save_checkpoint
 
@@ -143,8 +143,6 @@ def hf_logits(folder: Path, ids: Any, layout: str) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_trained_models_in_transformers(ranks, plain, tmp_path, name):
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-
     raw = settings(**MODELS[name])
     (ours,) = ranks(1).run(save_and_compute, raw, tmp_path / "checkpoints")
     assert mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf") == []
@@ -153,8 +151,6 @@ def test_trained_models_in_transformers(ranks, plain, tmp_path, name):
 
 
 def test_layers_of_multi_token_prediction_are_left_out(ranks, plain, tmp_path):
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-
     raw = settings(model={"mtp_num_layers": 1})
     (ours,) = ranks(1).run(save_and_compute, raw, tmp_path / "checkpoints")
     warnings = mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf")
@@ -166,9 +162,6 @@ def test_layers_of_multi_token_prediction_are_left_out(ranks, plain, tmp_path):
 @pytest.mark.parametrize("layout", ["moepp", "released"])
 @pytest.mark.parametrize("case", CASES)
 def test_golden_in_transformers(plain, tmp_path, case, layout):
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-    from moepp_megatron.interop.to_mcore import hf_to_mcore
-
     hf_to_mcore(GOLDEN / case, tmp_path / "mcore")
     mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", layout)
     expected = np.load(GOLDEN / case / "expected.npz")

@@ -51,9 +51,9 @@ def routing_of_golden(case: str, folder: Path) -> list[tuple[Any, ...]]:
     """Router logits, selections and gates [tokens, experts] of every layer."""
     from moepp_megatron.interop import scoring
     from moepp_megatron.moe.layer import MoEPPLayer
-    from tests.interop.checkpoints import convert, score
+    from tests.interop.checkpoints import hf_to_mcore, score
 
-    convert(GOLDEN / case, folder)
+    hf_to_mcore(GOLDEN / case, folder)
     routed: list[tuple[Any, ...]] = []
     build = scoring.build_model
 

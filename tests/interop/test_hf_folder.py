@@ -13,7 +13,7 @@ from moepp_megatron.config import ConfigError
 from moepp_megatron.data.chat_template import ChatTemplate
 from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.training.checkpoint.publish import tokenizer_files
-from tests.interop.checkpoints import GOLDEN, convert, load_tensors, write_released
+from tests.interop.checkpoints import GOLDEN, hf_to_mcore, load_tensors, mcore_to_hf, write_released
 from tests.interop.models import settings
 from tests.interop.test_export import TOKENS, save_and_compute, write_tokenizer
 from tests.parallel.ranks import RankPools
@@ -54,8 +54,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, ranks: RankPools) -> Path:
 
 
 def export(source: Path, target: Path, **options: Any) -> dict[str, Any]:
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-
     mcore_to_hf(source, target, **options)
     fields: dict[str, Any] = json.loads((target / "config.json").read_text())
     return fields
@@ -88,14 +86,14 @@ def test_special_tokens_and_settings(run, tmp_path):
 
 
 def test_a_model_without_a_tokenizer_has_no_special_tokens(tmp_path):
-    convert(GOLDEN / "two_layer_gate", tmp_path / "mcore")
+    hf_to_mcore(GOLDEN / "two_layer_gate", tmp_path / "mcore")
     (tmp_path / "mcore" / "hf_config.json").unlink()
     fields = export(tmp_path / "mcore", tmp_path / "hf")
     assert [fields[f"{key}_token_id"] for key in ("bos", "eos", "pad")] == [None] * 3
 
 
 def test_a_model_of_hugging_face_keeps_its_tokens(tmp_path):
-    convert(GOLDEN / "two_layer_gate", tmp_path / "mcore")
+    hf_to_mcore(GOLDEN / "two_layer_gate", tmp_path / "mcore")
     write_tokenizer(tmp_path / "mcore" / "tokenizer.json")
     (tmp_path / "mcore" / "tokenizer_config.json").write_text('{"eos_token": "b", "own": 1}')
     before = json.loads((GOLDEN / "two_layer_gate" / "config.json").read_text())
@@ -166,7 +164,7 @@ def test_the_card_of_a_chat_model_can_be_followed(
     tokenizer_folder,  # noqa: F811
     tmp_path,
 ):
-    convert(write_released(tmp_path / "released", vocab_size=320), tmp_path / "mcore")
+    hf_to_mcore(write_released(tmp_path / "released", vocab_size=320), tmp_path / "mcore")
     export(tmp_path / "mcore", tmp_path / "plain")
     card = (tmp_path / "plain" / "README.md").read_text()
     assert "tokenizer" not in card.split("## Use")[1], "there is none"
@@ -189,7 +187,6 @@ def test_the_card_of_a_chat_model_can_be_followed(
 
 
 def test_a_licence_that_is_none_is_refused(tmp_path, monkeypatch):
-    from moepp_megatron.interop.to_hf import mcore_to_hf
     from moepp_megatron.training.checkpoint import find
 
     monkeypatch.setattr(find, "find_checkpoint", lambda source: source)

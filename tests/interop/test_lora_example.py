@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
-from tests.interop.checkpoints import load_tensors
+from tests.interop.checkpoints import load_tensors, mcore_to_hf
 from tests.interop.models import settings
 from tests.interop.test_export import save_and_compute
 from tests.interop.test_finetuning import needs_peft
@@ -34,8 +34,6 @@ def write_word_tokenizer(path: Path) -> None:
 
 @needs_peft
 def test_adapters_learn_a_text(ranks, plain, tmp_path):
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-
     ranks(1).run(save_and_compute, settings(moe={"two_layer_gate": True}), tmp_path / "checkpoints")
     mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf")
     write_word_tokenizer(tmp_path / "hf" / "tokenizer.json")

@@ -12,7 +12,7 @@ from moepp_megatron.data.tokenizer import train_tokenizer
 from moepp_megatron.interop.score_request import ScoreRequest
 from moepp_megatron.interop.score_text import TextWindows
 from tests.commands import cold, moepp
-from tests.interop.checkpoints import GOLDEN, convert, score
+from tests.interop.checkpoints import GOLDEN, hf_to_mcore, score
 from tests.interop.test_cli import TP2
 
 TEXT = "one two three four\nf\u00fcnf sechs \u20ac\r\n" * 9
@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("golden") / "mcore"
-    convert(GOLDEN / "two_layer_gate", folder)
+    hf_to_mcore(GOLDEN / "two_layer_gate", folder)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:255]
     vocabulary = {letter: index for index, letter in enumerate(letters)}
     backend = Tokenizer(models.BPE(vocab=vocabulary | {"<|endoftext|>": 255}, merges=[]))
@@ -112,7 +112,7 @@ def test_what_is_refused(checkpoint, tmp_path, tokens, text, out, logits, named)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_reported(tmp_path):
-    convert(GOLDEN / "two_layer_gate", tmp_path / "mcore")
+    hf_to_mcore(GOLDEN / "two_layer_gate", tmp_path / "mcore")
     (tmp_path / "text.txt").write_text("abc")
     with pytest.raises(ConfigError, match=r"must hold tokenizer\.json to turn text into tokens"):
         ScoreRequest.read(tmp_path / "mcore", None, None, [], 1, False, tmp_path / "text.txt")

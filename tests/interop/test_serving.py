@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from tests.interop.checkpoints import CASES, GOLDEN
+from tests.interop.checkpoints import CASES, GOLDEN, hf_to_mcore, mcore_to_hf
 from tests.interop.conftest import RunPlain
 from tests.interop.models import settings
 from tests.interop.test_export import MODELS, save_and_compute, save_model
@@ -216,8 +216,6 @@ def save_as_it_begins(raw: dict[str, Any], folder: Path) -> list[list[int]]:
 
 
 def test_training_repeats_the_routes_that_transformers_took(ranks, plain, tmp_path):
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-
     sections: dict[str, Any] = {"optimizer": {"weight_decay": 0.0}, "moe": {"layer_freq": [0, 1]}}
     (tokens,) = ranks(1).run(save_as_it_begins, short(**sections), tmp_path / "checkpoints")
     mcore_to_hf(tmp_path / "checkpoints", tmp_path / "hf")
@@ -259,9 +257,6 @@ def decoder_of(folder: Path, ids: Any) -> Any:
 
 @pytest.mark.parametrize("layout", ["moepp", "released"])
 def test_the_decoder_by_itself(plain, tmp_path, layout):
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-    from moepp_megatron.interop.to_mcore import hf_to_mcore
-
     case = GOLDEN / CASES[0]
     hf_to_mcore(case, tmp_path / "mcore")
     mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", layout)
@@ -310,8 +305,6 @@ def assert_vllm_agrees(plain: RunPlain, export: Path, *changes: str) -> None:
 @needs_vllm
 @pytest.mark.parametrize("name", ["paper", "everything else"])
 def test_vllm_computes_the_same(ranks, plain, tmp_path, name):
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-
     # vLLM's attention on a CPU has heads of 32 and more.
     model = {"num_layers": 3, "kv_channels": 32, "seq_length": 32}
     changes = {"model": MODELS[name].get("model", {}) | model, "moe": MODELS[name]["moe"]}

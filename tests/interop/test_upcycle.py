@@ -9,7 +9,7 @@ import pytest
 
 from moepp_megatron.config import ConfigError
 from moepp_megatron.experts import FFN_ONLY
-from tests.interop.checkpoints import score
+from tests.interop.checkpoints import hf_to_mcore, mcore_to_hf, score
 from tests.parallel.training_runs import join
 
 # The tolerance for the function at step 0.
@@ -373,8 +373,6 @@ def test_what_olmoe_models_cannot_bring_is_refused():
 
 def test_olmoes_norms_come_back_from_an_export(plain, tmp_path):
     from moepp_megatron.config import load_config
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-    from moepp_megatron.interop.to_mcore import hf_to_mcore
     from moepp_megatron.interop.upcycle import upcycle
     from tests.interop.checkpoints import load_tensors
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
+from tests.interop.checkpoints import mcore_to_hf
 from tests.interop.models import settings
 from tests.interop.test_export import LOGITS, TOKENS, save_and_compute
 from tests.interop.test_serving import greedy
@@ -47,8 +48,6 @@ LLAMA_CPP, PYTHON = (os.environ.get(f"MOEPP_LLAMA_CPP{name}", "") for name in ("
 
 def export(ranks: RankPools, folder: Path, case: str) -> Any:
     """Export a random model to folder/vanilla and folder/moepp; our logits."""
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-
     name, model, moe = CASES[case]
     raw = settings(model=MODEL | model, moe=MOE | moe)
     (ours,) = ranks(1).run(save_and_compute, raw, folder / "checkpoints")

@@ -11,7 +11,7 @@ import pytest
 
 from moepp_megatron.config import ConfigError, parse_config
 from moepp_megatron.interop.zeda import zeda_config, zeda_hf_config, zeda_warnings
-from tests.interop.checkpoints import convert_and_score, load_tensors
+from tests.interop.checkpoints import convert_and_score, hf_to_mcore, load_tensors, mcore_to_hf
 from tests.interop.models import settings
 from tests.interop.test_export import LOGITS, TOKENS, save_and_compute
 
@@ -101,8 +101,6 @@ def save_with_reader(source: Path, target: Path, ids: Any) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_both_ways(ranks, plain, tmp_path, case):
     from moepp_megatron.interop.checkpoint_reader import TensorReader
-    from moepp_megatron.interop.to_hf import mcore_to_hf
-    from moepp_megatron.interop.to_mcore import hf_to_mcore
 
     raw = settings(**CASES[case])
     (ours,) = ranks(1).run(save_and_compute, raw, tmp_path / "run")
