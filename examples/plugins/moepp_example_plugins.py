@@ -3,7 +3,7 @@
 pip install ./examples/plugins
 moepp train configs/quickstart.yaml run.dir=runs/plugins data.dataset=one_batch \
     optimizer.kind=adam_l2 optimizer.decay_style=inverse_root \
-    'observe.sinks=[csv]' 'run.callbacks=[patience]'
+    'observe.sinks=[csv]' 'run.callbacks=[patience]' 'run.parts=[mean_loss]'
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from moepp_megatron.config import Config
 from moepp_megatron.data.datasets import DATASETS
 from moepp_megatron.observe.metrics import StepMetrics
 from moepp_megatron.observe.sinks import SinkSettings
+from moepp_megatron.training.part import Part, PartContext, Step
 
 
 class Patience(Callback):
@@ -28,13 +29,49 @@ class Patience(Callback):
     def __init__(self) -> None:
         self.best, self.waited = math.inf, 0
 
-    def on_evaluation(self, run: Any, results: Mapping[str, float]) -> None:
-        """Compare with the best before. The results are the same on every rank."""
-        loss = results.get("valid_loss", math.inf)
-        self.waited = 0 if loss < self.best else self.waited + 1
-        self.best = min(self.best, loss)
+    def after_step(self, run: Any, record: StepMetrics | None) -> None:
+        """Compare with the best before. The record is the same on every rank."""
+        if record is None or record.valid_loss is None:
+            return
+        self.waited = 0 if record.valid_loss < self.best else self.waited + 1
+        self.best = min(self.best, record.valid_loss)
         if self.waited == 3:
             run.stop()
+
+
+class MeanLoss(Part):
+    """Records the mean loss of the newest steps, weighted exponentially."""
+
+    key = "mean_loss"
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+        self.steps = 0
+
+    @classmethod
+    def of(cls, run: PartContext) -> MeanLoss:
+        """The part of any run."""
+        return cls()
+
+    def end_step(self, step: Step) -> tuple[()]:
+        """Add the loss of a step that was taken; it is the same on every rank."""
+        if step.updated:
+            self.steps += 1
+            self.mean += (step.result.sums.loss - self.mean) / min(self.steps, 20)
+        return ()
+
+    def record(self, step: Step, fields: Mapping[str, Any]) -> dict[str, float]:
+        """The mean."""
+        return {"mean_loss": self.mean}
+
+    def state(self) -> dict[str, float]:
+        """Mean and number of steps, for a checkpoint."""
+        return {"mean": self.mean, "steps": self.steps}
+
+    def load(self, state: Mapping[str, Any], why: str, step: int) -> tuple[()]:
+        """Continue from a checkpoint; empty where it has none."""
+        self.mean, self.steps = state.get("mean", 0.0), state.get("steps", 0)
+        return ()
 
 
 class CsvSink:

@@ -1,6 +1,7 @@
 """Plugins: entry points of installed packages, which a setting may name.
 
-A package offers an object of kind K (`callbacks`, `datasets`, `optimizers`, `schedules`, `sinks`)
+A package offers an object of kind K (`callbacks`, `datasets`, `optimizers`, `parts`, `schedules`,
+`sinks`)
 in its entry-point group `moepp_megatron.K`. A setting names it as `plugin:NAME`. The bare name is
 accepted where the package is installed, and is written as `plugin:NAME` from then on, so that a
 run's configuration can be read where it is not. Looking for a name imports nothing; only

@@ -150,8 +150,8 @@ class Part(StepHooks):
         """Decide what follows from a step, or a refused batch, after its record is written."""
         return ()
 
-    def step_stays(self, step: Step, record: StepMetrics | None) -> None:
-        """A step was taken and will not be undone; its record if logged."""
+    def after_step(self, step: Step, record: StepMetrics | None) -> None:
+        """A step was taken and judged, and is not undone; with its record if it is logged."""
 
     def state(self) -> State:
         """The part's state for a checkpoint, the same on every rank; later steps do not change it.

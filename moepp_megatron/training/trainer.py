@@ -134,7 +134,7 @@ class Trainer:
                 stays = self._judge(step)
                 if stays:
                     for part in parts:
-                        part.step_stays(step, record if logs else None)
+                        part.after_step(step, record if logs else None)
                 # A request may have come while the host was busy after the step's read. Elsewhere
                 # it has only queued the optimizer's work, and the next step's read comes at once.
                 asked = stop.seen if stays and not logs else stop.agreed()

@@ -23,16 +23,16 @@ from moepp_megatron import Callback
 
 
 class Failing(Callback):
-    def on_step(self, run, metrics):
+    def after_step(self, run, record):
         if run.step == 3 and run.rank == 0:
             raise OSError("no room\\nleft")
 
-    def on_exception(self, run, error):
+    def failed(self, run, error):
         (run.folder / f"told{run.rank}").write_text(f"{run.step} {type(error).__name__}")
 
 
 class AlsoFailing(Callback):
-    def on_exception(self, run, error):
+    def failed(self, run, error):
         raise KeyError("in the handler")
 
 
@@ -97,21 +97,20 @@ class Recorder(Callback):
         random.random(), np.random.rand(), torch.rand(3)
         self.told.append((run.step, *what))
 
-    def on_start(self, run: Any) -> None:
+    def begin(self, run: Any) -> None:
         self.note(run, "start", run.world_size, len(run.models))
 
-    def on_step(self, run: Any, metrics: Any) -> None:
-        self.note(run, "step", None if metrics is None else metrics.loss)
+    def after_step(self, run: Any, record: Any) -> None:
+        if record is not None and record.valid_loss is not None:
+            self.note(run, "evaluation")
+        self.note(run, "step", None if record is None else record.loss)
         if run.step == self.stops and run.rank == 1:
             run.stop()
 
-    def on_evaluation(self, run: Any, results: Any) -> None:
-        self.note(run, "evaluation", *results)
-
-    def on_save(self, run: Any, checkpoint: Path) -> None:
+    def saved(self, run: Any, checkpoint: Path) -> None:
         self.note(run, "save", checkpoint.name, (checkpoint / "integrity.json").is_file())
 
-    def on_end(self, run: Any) -> None:
+    def end(self, run: Any) -> None:
         self.note(run, "end")
 
 
@@ -135,7 +134,7 @@ def test_what_callbacks_are_told(ranks: RankPools, config: Path, tmp_path: Path)
         (2, "step", expected[0]),
         (2, "save", "step_00000002", True),
         (3, "step", None),
-        (4, "evaluation", "valid_loss"),
+        (4, "evaluation"),
         (4, "step", expected[1]),
         (4, "save", "step_00000004", True),
         (4, "end"),
@@ -155,10 +154,10 @@ def test_a_callback_that_raises(config: Path, plugins: Path, tmp_path: Path) -> 
     failed = moepp("train", config, names, "--nproc", 2)
     assert failed.returncode == 1
     assert (
-        "CallbackError: callback failing failed in on_step after step 3: OSError: no room"
+        "CallbackError: callback failing failed in after_step after step 3: OSError: no room"
         in failed.stderr
     )
-    assert "callback also_failing failed in on_exception" in failed.stderr
+    assert "callback also_failing failed in failed" in failed.stderr
     assert (tmp_path / "run" / "told0").read_text() == "3 CallbackError"
     went_on = moepp("train", config, "--resume", ONE)
     assert went_on.returncode == 0, went_on.stderr
@@ -169,13 +168,8 @@ def test_a_callback_that_raises(config: Path, plugins: Path, tmp_path: Path) -> 
 class Leaving(Callback):
     """Ends the process as a script does."""
 
-    def on_start(self, run: Any) -> None:
+    def begin(self, run: Any) -> None:
         raise SystemExit(0)
-
-
-class Misspelt(Callback):
-    def on_steps(self, run: Any) -> None:
-        pass
 
 
 class Demanding(Callback):
@@ -186,31 +180,45 @@ class Demanding(Callback):
 def refusals(raw: dict[str, Any]) -> list[str]:
     """What is said of callbacks that cannot be called, or would end a rank without a word."""
     from moepp_megatron.features.callbacks import part as callbacks
-    from moepp_megatron.features.callbacks.part import CallbackError, CallbacksPart
+    from moepp_megatron.features.callbacks.part import _RENAMED, CallbackError, CallbacksPart
 
     trainer = trainer_of(raw, [Leaving()])
     with pytest.raises(CallbackError) as left:
         trainer.run()
     config = trainer.config
-    with pytest.raises(ConfigError) as misspelt:
-        CallbacksPart(config, trainer.model, trainer.supervisor, [Misspelt()])
+    renamed = []
+    for method in _RENAMED:
+        old = type("Old", (Callback,), {method: print})()
+        with pytest.raises(ConfigError) as refused:
+            CallbacksPart(config, trainer.model, trainer.supervisor, [old])
+        renamed.append(str(refused.value))
     named = config.model_copy(update={"run": config.run.model_copy(update={"callbacks": ["x"]})})
     with (
         mock.patch.object(callbacks, "load_plugin", return_value=Demanding),
         pytest.raises(CallbackError) as demanding,
     ):
         CallbacksPart(named, trainer.model, trainer.supervisor)
-    return [str(raised.value) for raised in (left, misspelt, demanding)]
+    return [str(left.value), str(demanding.value), *renamed]
 
 
 def test_what_a_callback_may_not_be(ranks: RankPools, config: Path, tmp_path: Path) -> None:
     raw = settings_of(config, tmp_path / "run")
-    ((left, misspelt, demanding),) = ranks(1).run(refusals, raw | {"parallel": {}})
-    assert left == "callback Leaving failed in on_start after step 0: SystemExit: 0"
-    assert misspelt == (
-        "callback Misspelt (Misspelt) must have no method on_steps, which nothing calls; use "
-        "on_start, on_step, on_evaluation, on_save, on_exception, on_end, or another name"
+    ((left, demanding, *renamed),) = ranks(1).run(refusals, raw | {"parallel": {}})
+    assert left == "callback Leaving failed in begin after step 0: SystemExit: 0"
+    nothing_calls = (
+        "callback Old (Old) must have no method {}, which nothing calls any more; use {}"
     )
+    assert renamed == [
+        nothing_calls.format(*names)
+        for names in (
+            ("on_start", "begin"),
+            ("on_step", "after_step"),
+            ("on_evaluation", "after_step, whose record has valid_loss and task_score"),
+            ("on_save", "saved"),
+            ("on_exception", "failed"),
+            ("on_end", "end"),
+        )
+    ]
     assert demanding.startswith("callback x could not be made: TypeError: Demanding.__init__()")
 
 
@@ -233,6 +241,7 @@ def test_the_example_package(config: Path, plugins: Path, tmp_path: Path) -> Non
         "data.dataset=one_batch",
         "observe.sinks=[csv]",
         "run.callbacks=[patience]",
+        "run.parts=[mean_loss]",
     )
     steps = ("training.eval_interval=1", "training.log_interval=1")
     done = moepp("train", config, ONE, *names, *steps, "optimizer.warmup_iters=2")
@@ -245,6 +254,9 @@ def test_the_example_package(config: Path, plugins: Path, tmp_path: Path) -> Non
     assert [(int(step), float(loss)) for step, loss in rows] == [
         (record["step"], record["loss"]) for record in records
     ]
+    assert [record["mean_loss"] for record in records] == pytest.approx(
+        [np.mean([other["loss"] for other in records[: n + 1]]) for n in range(len(records))]
+    )
     written = yaml.safe_load((run / "config.yaml").read_text())
     assert written["optimizer"]["kind"] == "plugin:adam_l2"
     from moepp_megatron.tools.report.page import build_report
@@ -253,13 +265,64 @@ def test_the_example_package(config: Path, plugins: Path, tmp_path: Path) -> Non
     build_report(run)
 
 
+def given(raw: dict[str, Any], folder: Path) -> list[tuple[Any, ...]]:
+    """What a plugin's part is given, and the steps that it has counted; goes back after step 3."""
+    import sys
+
+    from moepp_megatron.training.part import Rollback
+
+    sys.path.insert(0, str(folder))
+    import moepp_example_plugins as plugins
+
+    found: list[tuple[Any, ...]] = []
+
+    class Restless(plugins.MeanLoss):
+        def load(self, state: Any, why: str, step: int) -> tuple[()]:
+            found.append((why, step, state.get("steps")))
+            return super().load(state, why, step)
+
+        def judge(self, step: Any) -> Any:
+            found.append((step.number, self.steps))
+            if step.number == 3 and sum(each[0] == "rollback" for each in found) == 0:
+                yield Rollback(None, lambda _: ())
+
+    raw["run"]["parts"] = ["mean_loss"]
+    with mock.patch.object(plugins, "MeanLoss", Restless):
+        trainer_of(raw).run()
+    return found
+
+
+def test_a_plugin_brings_a_part(ranks: RankPools, config: Path, tmp_path: Path) -> None:
+    """With a state that a rollback and a resume restore."""
+    folder = tmp_path / "installed"
+    folder.mkdir()
+    install(folder)
+    raw = settings_of(config, tmp_path / "run") | {"parallel": {}}
+    (found,) = ranks(1).run(given, raw, folder)
+    back = ("rollback", 3, 2)
+    assert found == [("resume", 0, None), (1, 1), (2, 2), (3, 3), back, (3, 3), (4, 4)]
+    raw["checkpoint"]["load"] = "auto"
+    raw["training"]["train_iters"] = 5
+    assert ranks(1).run(given, raw, folder) == [[("resume", 4, 4), (5, 5)]]
+
+
+def test_what_is_no_part(config: Path, plugins: Path) -> None:
+    write_entry_points(plugins, {"moepp_megatron.parts": {"none": NAMES["nothing"]}}, "none")
+    done = moepp("train", config, ONE, "run.parts=[none]")
+    assert done.returncode == 2
+    assert (
+        "error: run.parts (plugin:none) must be a class derived from moepp_megatron.training.part."
+        "Part, and is <function nothing" in done.stderr
+    )
+
+
 def test_callbacks_of_a_program(config: Path, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import sys\n"
         "import moepp_megatron as moepp\n"
         "class Steps(moepp.Callback):\n"
-        "    def on_step(self, run, metrics):\n"
+        "    def after_step(self, run, record):\n"
         "        print('told', run.rank, run.step, flush=True)\n"
         "moepp.train(sys.argv[1], 'training.train_iters=1', callbacks=[Steps()])\n"
     )

@@ -192,7 +192,7 @@ def lose_checkpoints(raw: dict[str, Any], lost: int) -> tuple[str | None, int]:
     from moepp_megatron.features.callbacks.part import Callback
 
     class Thief(Callback):
-        def on_save(self, run: Any, checkpoint: Path) -> None:
+        def saved(self, run: Any, checkpoint: Path) -> None:
             if checkpoint.name == f"step_{lost:08d}":
                 shutil.rmtree(checkpoint)
 
@@ -221,11 +221,11 @@ def lose_folder(raw: dict[str, Any], step: int, event: str) -> str | None:
     from moepp_megatron.features.callbacks.part import Callback
 
     class Thief(Callback):
-        def on_step(self, run: Any, metrics: Any) -> None:
+        def after_step(self, run: Any, record: Any) -> None:
             if event == "step" and run.step == step:
                 shutil.rmtree(raw["run"]["dir"])
 
-        def on_save(self, run: Any, checkpoint: Path) -> None:
+        def saved(self, run: Any, checkpoint: Path) -> None:
             if event == "save" and run.step == step:
                 shutil.rmtree(raw["run"]["dir"])
 

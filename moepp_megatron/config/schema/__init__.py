@@ -13,7 +13,7 @@ optimizer.py         section `optimizer`: the optimizer, its schedule, and group
 parallel.py          section `parallel`: how the model is laid out over ranks
 precision.py         section `precision`: number formats, and how FP8 numbers are scaled
 resilience.py        section `resilience`: the checks of a running run, and when they act
-run.py               section `run`: folder, name, callbacks
+run.py               section `run`: folder, name, callbacks, parts
 section.py           what every section of the configuration shares
 slurm.py             section `slurm`: what `moepp slurm` asks the scheduler for
 training.py          section `training`: batches, length, recomputation and logging

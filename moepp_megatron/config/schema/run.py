@@ -1,4 +1,4 @@
-"""Section `run`: the folder of a run, its name and its callbacks."""
+"""Section `run`: the folder of a run, its name, callbacks and further parts."""
 
 from __future__ import annotations
 
@@ -19,5 +19,7 @@ class RunSection(Section):
     """Name shown in reports and logs"""
     callbacks: list[Annotated[str, Plugin("callbacks")]] = []
     """Callbacks of installed packages that get the events of the run"""
+    parts: list[Annotated[str, Plugin("parts")]] = []
+    """Parts of installed packages, called after the package's own"""
     numa_binding: bool = True
     """Keep each rank on the CPU cores of its GPU's NUMA node that it may use"""

@@ -1,9 +1,9 @@
-"""Callbacks: a user's objects that get the events of a run; the public half of parts."""
+"""Callbacks: a user's objects that get the events of a run, called as parts are."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,54 +54,56 @@ class RunState:
 class Callback:
     """Base class of callbacks; a method that is not overridden does nothing.
 
-    Every rank has its own object of each callback, and calls its methods at the same moments of the
-    run in the same order. What a method draws from the random number generators, or changes in the
-    model's buffers, is put back when it returns. An exception ends the run (`CallbackError`).
+    Its methods are those of the same names of a part (`training.part.Part`), with the run's state
+    first. Every rank has its own object of each callback, and calls its methods at the same moments
+    of the run in the same order. What a method draws from the random number generators, or changes
+    in the model's buffers, is put back when it returns. An exception ends the run
+    (`CallbackError`).
 
-    A method must do the same collectives on every rank. It must not do any in `on_exception`. It
-    must not change parameters.
+    A method must do the same collectives on every rank, and none in `failed`. It must not change
+    parameters.
     """
 
-    def on_start(self, run: RunState) -> None:
+    def begin(self, run: RunState) -> None:
         """The first step of this start comes next; `run.step` is above 0 after a resume."""
 
-    def on_step(self, run: RunState, metrics: StepMetrics | None) -> None:
+    def after_step(self, run: RunState, record: StepMetrics | None) -> None:
         """A step has been taken and judged.
 
-        Not called for a batch that was refused, or a step that was undone by going back.
+        Not called for a batch that was refused, or a step that was undone by a rollback.
 
         Args:
             run: The run's state after the step.
-            metrics: The record of a logged step (`training.log_interval`), global and the same on
-                every rank; None for the others.
+            record: The record of a logged step, global and the same on every rank; None for others.
+                Steps after which the model is evaluated are logged, with `valid_loss` and
+                `task_score`.
         """
 
-    def on_evaluation(self, run: RunState, results: Mapping[str, float]) -> None:
-        """The model has been evaluated, before `on_step` of the same step.
-
-        Args:
-            run: The run's state.
-            results: `valid_loss`, and the scores of tasks by `TASK/METRIC`; the same on every rank.
-        """
-
-    def on_save(self, run: RunState, checkpoint: Path) -> None:
+    def saved(self, run: RunState, checkpoint: Path) -> None:
         """A checkpoint is complete on disk.
 
         With `checkpoint.async_save` that is some steps after its own, which is in its name.
-
-        Args:
-            run: The run's state.
-            checkpoint: The checkpoint's folder.
         """
 
-    def on_exception(self, run: RunState, error: Exception) -> None:
+    def failed(self, run: RunState, error: Exception) -> None:
         """An exception ends the run on this rank; other ranks may be waiting in a collective.
 
         An exception of this method is logged and changes nothing.
         """
 
-    def on_end(self, run: RunState) -> None:
+    def end(self, run: RunState) -> None:
         """The run ends as it should, or because it was asked to stop; its checkpoint is written."""
+
+
+# Methods that earlier versions called.
+_RENAMED = {
+    "on_start": "begin",
+    "on_step": "after_step",
+    "on_evaluation": "after_step, whose record has valid_loss and task_score",
+    "on_save": "saved",
+    "on_exception": "failed",
+    "on_end": "end",
+}
 
 
 class CallbackError(RuntimeError):
@@ -146,28 +148,32 @@ class CallbacksPart(Part):
         return cls(run.config, run.model, run.supervisor, run.callbacks)
 
     def begin(self, progress: Callable[[], Progress], stop: StopRequest) -> None:
-        """Call `on_start`; `RunState.stop` asks `stop`."""
+        """Call `begin`; `RunState.stop` asks `stop`."""
         self._progress, self._stop = progress, stop
-        self.tell("on_start")
+        self._call("begin")
+
+    def after_step(self, step: Step, record: StepMetrics | None) -> None:
+        """Call `after_step`."""
+        self._call("after_step", record)
+
+    def saved(self, checkpoint: Path) -> None:
+        """Call `saved`."""
+        self._call("saved", checkpoint)
 
     def end(self) -> None:
-        """Call `on_end`."""
-        self.tell("on_end")
+        """Call `end`."""
+        self._call("end")
 
     def failed(self, error: Exception) -> None:
-        """Call `on_exception`, whose own exceptions are logged."""
+        """Call `failed`, whose own exceptions are logged."""
         for name, callback in self._named:
             try:
-                callback.on_exception(self._state(), error)
+                callback.failed(self._state(), error)
             except (Exception, SystemExit):
-                logger.exception("callback %s failed in on_exception", name)
+                logger.exception("callback %s failed in failed", name)
 
-    def tell(self, method: str, *arguments: Any) -> None:
-        """Call a method of every callback.
-
-        Raises:
-            CallbackError: One has raised.
-        """
+    def _call(self, method: str, *arguments: Any) -> None:
+        """Call a method of every callback; `CallbackError` if one raises."""
         for name, callback in self._named:
             what = f"callback {name} failed in {method} after step {self._progress().step}"
             with (
@@ -176,21 +182,6 @@ class CallbacksPart(Part):
                 self._supervisor.during(f"callback {name}"),
             ):
                 getattr(callback, method)(self._state(), *arguments)
-
-    def step_stays(self, step: Step, record: StepMetrics | None) -> None:
-        """Call `on_step`, and `on_evaluation` before it if the step was evaluated."""
-        results = {}
-        if record is not None:
-            results = dict(record.task_score or {})
-            if record.valid_loss is not None:
-                results["valid_loss"] = record.valid_loss
-        if results:
-            self.tell("on_evaluation", results)
-        self.tell("on_step", record)
-
-    def saved(self, checkpoint: Path) -> None:
-        """Call `on_save`."""
-        self.tell("on_save", checkpoint)
 
     def _state(self) -> RunState:
         progress = self._progress()
@@ -207,18 +198,17 @@ class CallbacksPart(Part):
 
 
 def _check(name: str, callback: object) -> None:
-    """Refuse methods that would never be called."""
+    """Refuse what is no callback, and methods that earlier versions called."""
     if not isinstance(callback, Callback):
         raise ConfigError(
             f"callback {name} ({type(callback).__name__}) must be a Callback; give an object of a "
             "class derived from moepp_megatron.Callback, or such a class as the entry point"
         )
-    moments = [method for method in vars(Callback) if method.startswith("on_")]
-    for method in dir(callback):
-        if method.startswith("on_") and method not in moments:
+    for method, new in _RENAMED.items():
+        if hasattr(callback, method):
             raise ConfigError(
                 f"callback {name} ({type(callback).__name__}) must have no method {method}, which "
-                f"nothing calls; use {', '.join(moments)}, or another name"
+                f"nothing calls any more; use {new}"
             )
 
 

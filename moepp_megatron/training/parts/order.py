@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from moepp_megatron.config import ConfigError
+from moepp_megatron.config.plugins import load_plugin
 from moepp_megatron.features.registry import PARTS, named
 from moepp_megatron.training.part import Part, PartContext, State
 
@@ -23,11 +25,19 @@ _EARLIER = {
 }
 
 
-def part_kinds() -> Iterator[type[Part]]:
-    """The class of each part, in order."""
-    for kind in named(PARTS):
-        assert isinstance(kind, type), f"{kind} is no class"
-        assert issubclass(kind, Part), f"{kind} is no part"
+def part_kinds(plugins: Sequence[str] = ()) -> Iterator[type[Part]]:
+    """The class of each part, in order: the package's own, then those of `run.parts`.
+
+    Raises:
+        ConfigError: A plugin cannot be imported, or is no class of parts.
+    """
+    found = [*named(PARTS), *(load_plugin("parts", "run.parts", name) for name in plugins)]
+    for kind, name in zip(found, (*PARTS, *plugins), strict=True):
+        if not (isinstance(kind, type) and issubclass(kind, Part)):
+            raise ConfigError(
+                f"run.parts ({name}) must be a class derived from {Part.__module__}.Part, and is "
+                f"{kind!r}; name such a class as the entry point"
+            )
         yield kind
 
 
@@ -36,9 +46,9 @@ def build_parts(run: PartContext, kinds: Iterable[type[Part]] | None = None) -> 
 
     Args:
         run: What they are made from.
-        kinds: Their classes; None for all of `features.registry`.
+        kinds: Their classes; None for all of `features.registry` and `run.parts`.
     """
-    for kind in part_kinds() if kinds is None else kinds:
+    for kind in part_kinds(run.config.run.parts) if kinds is None else kinds:
         part = kind.of(run)
         if part is not None:
             run.parts.append(part)

@@ -17,7 +17,7 @@ SETTINGS = {
     "optimizer": {"kind": "adam_l2", "decay_style": "inverse_root"},
     "data": {"dataset": "one_batch"},
     "observe": {"sinks": ["csv"]},
-    "run": {"callbacks": ["patience"]},
+    "run": {"callbacks": ["patience"], "parts": ["mean_loss"]},
 }
 
 
@@ -43,8 +43,9 @@ def test_a_bare_name_is_written_with_its_prefix(installed: Path) -> None:
         settings.data.dataset,
         *settings.observe.sinks,
         *settings.run.callbacks,
+        *settings.run.parts,
     }
-    names = ("adam_l2", "inverse_root", "one_batch", "csv", "patience")
+    names = ("adam_l2", "inverse_root", "one_batch", "csv", "patience", "mean_loss")
     assert named == {f"plugin:{name}" for name in names}
     check_plugins(settings)
     assert parse_config(settings.model_dump(mode="json")) == settings
