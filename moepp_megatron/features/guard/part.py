@@ -14,7 +14,6 @@ from moepp_megatron.features.guard.readings import counted
 from moepp_megatron.features.guard.rules import effective_rules
 from moepp_megatron.features.guard.settings import MEASURED, is_watched
 from moepp_megatron.features.guard.shift import ShiftPart
-from moepp_megatron.features.router_health.part import RouterHealthPart
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, CompleteRule, Event, RuleJudge, Values
 from moepp_megatron.runtime.agreement import Agreement
@@ -59,7 +58,7 @@ class RoutingGuardPart(Part):
     def __init__(self, run: PartContext) -> None:
         self._config, self._settings = run.config, run.config.routing_guard
         self._counts = run.require(RoutingCounts)
-        self._health, self._budget = run.require(RouterHealthPart), run.feature("budget")
+        self._health, self._budget = run.feature("router_health"), run.feature("budget")
         self._shift, self._model = run.require(ShiftPart), run.model
         has_budget = run.config.moe.budget.held_by != "none"
         self._rules = effective_rules(self._settings, has_budget)
@@ -223,7 +222,7 @@ class RoutingGuardPart(Part):
         moe, monitor = self._config.moe, self._shift.monitor
         selected_LE = self._counts.selections()
         values = dict(counted(selected_LE, moe.num_ffn_experts, self._wanted_share))
-        if self._metrics & MEASURED.keys():
+        if self._health is not None and self._metrics & MEASURED.keys():
             health = self._health.collect().get("router_health", {})
             values |= {name: health[name] for name in MEASURED if name in health}
         # Those of a refused batch are not the model's: the numerical guard has judged them.

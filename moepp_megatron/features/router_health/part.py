@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core import parallel_state
@@ -29,6 +29,8 @@ class RouterHealthPart(Part):
         layer_numbers: Global numbers of all MoE layers of the model.
         interval: Steps from one measured step to the next; 0 measures nothing.
     """
+
+    key: ClassVar[str] = "router_health"
 
     def __init__(
         self, config: Config, model: TrainingModel, layer_numbers: Sequence[int], interval: int
