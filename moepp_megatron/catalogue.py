@@ -235,7 +235,8 @@ class Record(BaseModel):
     max_ffn_load: Annotated[
         Number,
         Metric(
-            "busiest FFN expert's selections over the FFN experts' mean; all ranks wait for it",
+            "busiest FFN expert's selections over the FFN experts' mean, of the layer where it is "
+            "largest; all ranks wait for it; MaxVio (arXiv 2408.15664) is this less 1",
             "",
             "router",
             "moepp_max_ffn_load_ratio",
@@ -343,29 +344,6 @@ class Record(BaseModel):
             "moepp_layer_share_ratio",
             "layer,expert,kind",
             panel=("Share of each kind, by layer", "layer {{layer}} {{kind}}"),
-        ),
-    ] = None
-    max_vio: Annotated[
-        MaybeFloat,
-        Metric(
-            "MaxVio (arXiv 2408.15664) of the step: the busiest FFN expert's selections over the "
-            "FFN "
-            "experts' mean, less 1; mean over MoE layers",
-            "",
-            "router",
-            "moepp_max_vio",
-            drawn=Drawn("MaxVio", "load / mean load - 1", 3),
-        ),
-    ] = None
-    layer_max_vio: Annotated[
-        list[Number] | None,
-        Metric(
-            "MaxVio of a layer",
-            "",
-            "layer_max_vio",
-            "moepp_layer_max_vio",
-            "layer",
-            panel=("MaxVio of each MoE layer", "layer {{layer}}"),
         ),
     ] = None
     layer_ffn_fraction: Annotated[

@@ -182,12 +182,10 @@ class RoutingCounts(Part):
             "ffn_per_token": float((selected[:, :ffn].sum(dim=1) / tokens).mean()),
             "expert_share": share.mean(dim=0).tolist(),
             "max_ffn_load": float(ffn_load.max()),
-            "max_vio": float(ffn_load.mean()) - 1.0,
             "dropped_fraction": float(dropped.sum() / selections.sum()),
             "a2a_bytes": int(num_bytes.sum()),
             "layer_expert_share": share.tolist(),
             "layer_ffn_fraction": ffn_share.tolist(),
-            "layer_max_vio": (ffn_load - 1.0).tolist(),
         }
         if self._config.moe.z_loss_coeff is not None:
             metrics["z_loss"] = float(z_loss.mean())
