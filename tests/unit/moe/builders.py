@@ -38,6 +38,19 @@ DEFINED_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def of_kinds(experts: tuple[int, int, int, int], topk: int, **changes: Any) -> MoEPPConfig:
+    """Settings with so many FFN, zero, copy and constant experts."""
+    ffn, zero, copy, constant = experts
+    return MoEPPConfig(
+        num_ffn_experts=ffn,
+        num_zero_experts=zero,
+        num_copy_experts=copy,
+        num_constant_experts=constant,
+        router_topk=topk,
+        **changes,
+    )
+
+
 def megatron_config(moepp: MoEPPConfig, **changes: Any) -> TransformerConfig:
     """megatron-core's settings around `moepp`, smallest sizes, everything else as in training."""
     settings: dict[str, Any] = {

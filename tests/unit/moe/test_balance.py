@@ -18,7 +18,7 @@ from moepp_megatron.moe.balance import (
 )
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.reference import balance_loss
-from tests.unit.moe.builders import DEFINED_SCORES, HIDDEN, build_layer
+from tests.unit.moe.builders import DEFINED_SCORES, HIDDEN, build_layer, of_kinds
 
 
 def loss_of(scores, selected, weights, num_sequences=1, config=None):
@@ -44,8 +44,7 @@ def test_grouped_by_hand():
     # 2 FFN and 2 copy experts, K = 2, w = 2. f_F = 3/2, f_Z = 1/2, P_F = 0.65, P_Z = 0.35.
     scores = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.3, 0.2, 0.3, 0.2]])
     selected = torch.tensor([[True, True, False, False], [True, False, True, False]])
-    others = {"num_constant_experts": 0, "num_copy_experts": 2, "num_zero_experts": 0}
-    config = MoEPPConfig(2, **others, tau=0.5, balance_loss="grouped")
+    config = of_kinds((2, 0, 2, 0), 2, tau=0.5, balance_loss="grouped")
     # ZEDA's formula as it is published: (N + w N_Z) / K (f P / N + f_Z P_Z / (w N_Z)).
     expected = pytest.approx(6 / 2 * (1.5 * 0.65 / 2 + 0.5 * 0.35 / 4), rel=1e-6)
     weights = torch.tensor(config.balance_weights())
@@ -169,18 +168,6 @@ def test_global_counts_begin_anew_in_every_step():
     assert losses(steps[0]) == first != second
 
 
-def share_config(**changes):
-    settings = {
-        "num_ffn_experts": 3,
-        "num_zero_experts": 1,
-        "num_copy_experts": 1,
-        "num_constant_experts": 0,
-        "router_topk": 1,
-        "tau": 0.5,
-    }
-    return MoEPPConfig(**(settings | changes))
-
-
 def loss_of_allocation(counts, config):
     """L_b where counts[i] of all tokens select expert i, with probabilities in proportion."""
     total = sum(counts)
@@ -195,7 +182,7 @@ def loss_of_allocation(counts, config):
 def test_least_loss_is_at_the_ffn_share_phi():
     # Selections follow the probabilities, f_i = K P_i. Among all ways to give 7 tokens to 5
     # experts, the least sum eta_i f_i P_i gives each zero-computation expert 1 / tau FFN loads.
-    config = share_config()
+    config = of_kinds((3, 1, 1, 0), 1, tau=0.5)
     allocations = [
         (*counts, 7 - sum(counts))
         for counts in itertools.product(range(8), repeat=4)

@@ -7,6 +7,7 @@ from moepp_megatron.moe.capacity import capacities, within_capacity
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.reference import select_experts
 from moepp_megatron.moe.reference import within_capacity as reference_within_capacity
+from tests.unit.moe.builders import of_kinds
 
 
 @pytest.mark.parametrize(
@@ -24,12 +25,9 @@ from moepp_megatron.moe.reference import within_capacity as reference_within_cap
     ],
 )
 def test_limits(ffn, zero_computation, tau, gamma, topk, tokens, expected):
-    config = MoEPPConfig(
-        num_ffn_experts=ffn,
-        num_zero_experts=zero_computation,
-        num_copy_experts=0,
-        num_constant_experts=0,
-        router_topk=topk,
+    config = of_kinds(
+        (ffn, zero_computation, 0, 0),
+        topk,
         tau=tau,
         capacity_factor=gamma,
     )
@@ -61,12 +59,9 @@ def test_keeps_what_the_reference_keeps(seed, normalization):
 
 def test_a_selected_gate_of_zero_comes_before_what_was_not_selected():
     # "nonzero" gives zero experts the gate 0: their selections still fill their capacity.
-    config = MoEPPConfig(
-        num_ffn_experts=1,
-        num_zero_experts=1,
-        num_copy_experts=0,
-        num_constant_experts=0,
-        router_topk=1,
+    config = of_kinds(
+        (1, 1, 0, 0),
+        1,
         tau=1.0,
         capacity_factor=0.5,
     )

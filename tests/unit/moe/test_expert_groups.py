@@ -19,6 +19,7 @@ from tests.unit.moe.builders import (
     assert_close,
     build_layer,
     gradient_pairs,
+    of_kinds,
     reference_of,
 )
 
@@ -35,12 +36,9 @@ SETTINGS: list[tuple[int, int, int, dict[str, Any]]] = [
 
 
 def config_of(topk: int, groups: int, kept: int, changes: dict[str, Any]) -> MoEPPConfig:
-    return MoEPPConfig(
-        num_ffn_experts=8,
-        num_zero_experts=2,
-        num_copy_experts=2,
-        num_constant_experts=1,
-        router_topk=topk,
+    return of_kinds(
+        (8, 2, 2, 1),
+        topk,
         num_groups=groups,
         group_topk=kept,
         **changes,

@@ -20,7 +20,7 @@ from moepp_megatron.moe.copies import Copies, rows_of_tokens
 from moepp_megatron.moe.scores import SCORES
 from moepp_megatron.moe.token_tags import SOURCE, TagCounts, count_by_tags
 from moepp_megatron.moe.zero_computation import Ingredients
-from tests.unit.moe.builders import HIDDEN, assert_close, build_layer
+from tests.unit.moe.builders import HIDDEN, assert_close, build_layer, of_kinds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -89,18 +89,6 @@ SELECTIONS = [
 ]
 
 
-def settings(experts: tuple[int, int, int, int], topk: int, **changes: Any) -> MoEPPConfig:
-    ffn, zero, copy, constant = experts
-    return MoEPPConfig(
-        num_ffn_experts=ffn,
-        num_zero_experts=zero,
-        num_copy_experts=copy,
-        num_constant_experts=constant,
-        router_topk=topk,
-        **changes,
-    )
-
-
 def assert_same_selection(
     actual: selection.Routing, expected: selection.Routing, tolerance: float = FP32
 ) -> None:
@@ -116,7 +104,7 @@ def assert_same_selection(
 @pytest.mark.parametrize("case", SELECTIONS)
 def test_selection(compiled, case, pads):
     experts, topk, function, normalization, scale, has_bias, tokens, sequences = case
-    config = settings(
+    config = of_kinds(
         experts, topk, score_function=function, gate_normalization=normalization, gate_scale=scale
     )
     num_experts = config.num_experts
@@ -157,7 +145,7 @@ GROUPS = [
 @pytest.mark.parametrize("case", GROUPS)
 def test_selection_within_groups(compiled, case):
     groups, kept, topk, function, has_bias = case
-    config = settings(
+    config = of_kinds(
         E20,
         topk,
         score_function=function,
@@ -189,7 +177,7 @@ def test_selection_of_several_tiles_by_a_program(compiled, monkeypatch):
 
     monkeypatch.setattr(router, "_TILE", 128)
     monkeypatch.setattr(router, "_PROGRAMS", 6)
-    config = settings(E12, 2, score_function="sigmoid")
+    config = of_kinds(E12, 2, score_function="sigmoid")
     logits = torch.randn(3 * 33, 12, device=DEVICE)
     expected = selection.select(logits, None, config, 3)
     assert_same_selection(compiled.select(logits, None, config, 3), expected)
@@ -197,7 +185,7 @@ def test_selection_of_several_tiles_by_a_program(compiled, monkeypatch):
 
 @pytest.mark.parametrize("used", ["gates", "sums"])
 def test_selection_with_one_gradient(compiled, used):
-    config = settings(E12, 2, score_function="sigmoid", gate_normalization="selected")
+    config = of_kinds(E12, 2, score_function="sigmoid", gate_normalization="selected")
     logits = torch.randn(20, 12, device=DEVICE)
     weights = torch.randn(20, 12, device=DEVICE)
 
@@ -223,7 +211,7 @@ def test_ties(compiled, function, largest_bias):
     if largest_bias is not None:
         bias = torch.randint(-4, largest_bias, (20,), device=DEVICE) * 0.75
     for topk in (1, 2, 4):
-        config = settings(E20, topk, score_function=function)
+        config = of_kinds(E20, topk, score_function=function)
         expected = selection.select(logits, bias, config, 1)
         assert_same_selection(compiled.select(logits, bias, config, 1), expected)
     assert (logits.sort(dim=1).values.diff(dim=1) == 0).any(dim=1).all()
@@ -233,7 +221,7 @@ def test_ties(compiled, function, largest_bias):
 @pytest.mark.parametrize("normalization", ["selected", "nonzero"])
 def test_gates_of_scores_that_underflow(compiled, function, normalization):
     # Scores of -300 are 0 in fp32; their shares are not, and there is no NaN.
-    config = settings(E5, 2, score_function=function, gate_normalization=normalization)
+    config = of_kinds(E5, 2, score_function=function, gate_normalization=normalization)
     logits = torch.full((3, 5), -300.0, device=DEVICE)
     logits[1] = torch.tensor([-300.0, -300.0, -300.0, -300.0, 1.0])
     leaf = logits.clone().requires_grad_()
@@ -253,7 +241,7 @@ def test_nan_is_selected_and_seen(compiled):
         ("softmax", "selected"),
         ("sqrtsoftplus", "nonzero"),
     ):
-        config = settings(E12, 2, score_function=function, gate_normalization=normalization)
+        config = of_kinds(E12, 2, score_function=function, gate_normalization=normalization)
         actual = compiled.select(broken, None, config, None)
         expected = selection.select(logits, None, config, None)
         assert (actual.routing_map.sum(dim=1) == 2).all()
@@ -266,7 +254,7 @@ def test_nan_is_selected_and_seen(compiled):
 
 
 def test_no_tokens(compiled):
-    config = settings(E12, 2)
+    config = of_kinds(E12, 2)
     chosen = compiled.select(torch.zeros(0, 12, device=DEVICE), None, config, 1)
     assert chosen.gates.shape == (0, 12)
     assert chosen.counts.tolist() == [[0.0] * 12]
@@ -424,7 +412,7 @@ COMBINATIONS = [
 @pytest.mark.parametrize("case", COMBINATIONS)
 def test_combine(compiled, case, dtype):
     tokens, hidden, experts, topk, scale, has_addend = case
-    config = settings(experts, topk, expert_input_scale=scale)
+    config = of_kinds(experts, topk, expert_input_scale=scale)
     parts = make_parts(random_map(tokens, config), hidden, config, has_addend, dtype)
     check_combine(compiled.combine, parts)
 
@@ -432,7 +420,7 @@ def test_combine(compiled, case, dtype):
 @pytest.mark.parametrize("expert", [None, 2, 8])
 def test_combine_where_all_select_the_same(compiled, expert):
     # No FFN token; all tokens to one FFN expert; all to one zero-computation expert.
-    config = settings(E12, 2)
+    config = of_kinds(E12, 2)
     routing_map = torch.zeros(21, 12, dtype=torch.bool, device=DEVICE)
     if expert is not None:
         routing_map[:, expert] = True
@@ -444,7 +432,7 @@ def test_combine_with_long_sums(compiled, monkeypatch):
     from moepp_megatron.moe.kernels import combine
 
     monkeypatch.setattr(combine, "_PROGRAMS", 1)
-    config = settings(E12, 2)
+    config = of_kinds(E12, 2)
     check_combine(compiled.combine, make_parts(random_map(150, config), 20, config))
 
 
@@ -489,7 +477,7 @@ def test_products_of_the_combine_lose_nothing(compiled, narrow):
 
 
 def test_combine_of_no_tokens(compiled):
-    config = settings(E12, 2)
+    config = of_kinds(E12, 2)
     parts = make_parts(torch.zeros(0, 12, dtype=torch.bool, device=DEVICE), 24, config, True)
     table = rows_of_tokens(parts.ffn_map, 2)
     output = compiled.combine(parts.rows, table, parts.zero, parts.addend, config)

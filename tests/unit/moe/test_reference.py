@@ -10,7 +10,7 @@ from moepp_megatron.experts import CONSTANT, COPY, ZERO
 from moepp_megatron.moe.config import MoEPPConfig
 from moepp_megatron.moe.reference import ReferenceMoEPP, balance_loss, select_experts
 from moepp_megatron.moe.reference import within_capacity as reference_within_capacity
-from tests.unit.moe.builders import DEFINED_SCORES, assert_close
+from tests.unit.moe.builders import DEFINED_SCORES, assert_close, of_kinds
 
 D, H = 6, 5
 # Experts of HAND: FFN 0, FFN 1, constant 2, copy 3, zero 4.
@@ -214,12 +214,9 @@ def test_equals_the_dense_evaluation(normalization, score_function, capacity_fac
 
 def test_capacity_by_hand_with_ties():
     # Limits with T = 4, K = 1, tau = 1, gamma = 1, F = Z = 1: ceil(4 / 2) = 2 each.
-    config = MoEPPConfig(
-        num_ffn_experts=1,
-        num_zero_experts=0,
-        num_copy_experts=1,
-        num_constant_experts=0,
-        router_topk=1,
+    config = of_kinds(
+        (1, 0, 1, 0),
+        1,
         tau=1.0,
         capacity_factor=1.0,
     )
@@ -229,12 +226,9 @@ def test_capacity_by_hand_with_ties():
 
 
 def test_dropped_selections_return_nothing_and_gates_are_not_renormalised():
-    config = MoEPPConfig(
-        num_ffn_experts=1,
-        num_zero_experts=0,
-        num_copy_experts=1,
-        num_constant_experts=0,
-        router_topk=2,
+    config = of_kinds(
+        (1, 0, 1, 0),
+        2,
         tau=1.0,
         capacity_factor=0.5,
         gate_normalization="selected",

@@ -27,7 +27,7 @@ from moepp_megatron.moe.upstream_settings import (
     undecided,
 )
 from moepp_megatron.moe.upstream_versions import GONE_FIELDS, NEW_FIELDS, version
-from tests.unit.moe.builders import HIDDEN, megatron_config, randomize
+from tests.unit.moe.builders import HIDDEN, megatron_config, of_kinds, randomize
 
 MOEPP = MoEPPConfig(num_ffn_experts=4)
 FIELDS = {field.name: field for field in dataclasses.fields(MLATransformerConfig)}
@@ -160,13 +160,7 @@ def test_normalised_gates_contradict_scores_before_the_selection():
 
 
 def test_megatrons_own_layer_keeps_its_settings():
-    vanilla = MoEPPConfig(
-        num_ffn_experts=4,
-        num_zero_experts=0,
-        num_copy_experts=0,
-        num_constant_experts=0,
-        gating_residual=False,
-    )
+    vanilla = of_kinds((4, 0, 0, 0), 2, gating_residual=False)
     config = megatron_config(vanilla, moe_router_num_groups=2, moe_router_group_topk=1)
     get_moepp_layer_spec(config, vanilla, use_transformer_engine=False)
 

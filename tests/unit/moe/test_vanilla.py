@@ -22,6 +22,7 @@ from tests.unit.moe.builders import (
     VOCAB,
     build_model,
     megatron_config,
+    of_kinds,
     randomize,
     token_losses,
 )
@@ -43,12 +44,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def vanilla(topk: int = 2) -> MoEPPConfig:
-    return MoEPPConfig(
-        num_ffn_experts=6,
-        num_zero_experts=0,
-        num_copy_experts=0,
-        num_constant_experts=0,
-        router_topk=topk,
+    return of_kinds(
+        (6, 0, 0, 0),
+        topk,
         gating_residual=False,
     )
 
