@@ -65,7 +65,6 @@ PARTS = (
     "features.tokens.sources:SourcesPart",
     "features.tokens.part:TokenClassesPart",
     "features.budget.part:BudgetPart",
-    "features.guard.shift:ShiftPart",
     "features.guard.part:RoutingGuardPart",
     "training.parts.refused_batches:RefusedBatches",
     "features.distillation.part:DistillationPart",

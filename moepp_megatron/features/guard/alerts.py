@@ -1,4 +1,4 @@
-"""Alerts of the routing guard."""
+"""Alerts of rules that begin or end, and of shifts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
 from moepp_megatron.observe.shift.monitor import Cause, ShiftEvent
 
-PAGE = "docs/guard.md"
+_PAGE = "docs/guard.md"
+# Meaning and remedy of each cause.
 _CAUSES: dict[Cause, tuple[str, str]] = {
     "unknown": (
         "loss or routing have left their course, and the token ids do not say why",
@@ -26,35 +27,27 @@ _CAUSES: dict[Cause, tuple[str, str]] = {
         "set routing_guard: safe, or resume from a checkpoint before it",
     ),
 }
-"""The meaning of each cause, and the remedy."""
 
 
 def alert_of(
     event: Event, step: int, action: str, note: str = "", shift: ShiftEvent | None = None
 ) -> Alert:
-    """The alert of a rule that begins or ends, or of a shift whose cause has become known.
-
-    Args:
-        event: The event.
-        step: The step that was judged.
-        action: What is done, such as `warn`, `put_back (dry run)` or `accepted as usual`.
-        note: Further text.
-        shift: What the rule is about, if it is about a shift.
-    """
+    """Make the alert of a rule that begins or ends; `shift` is what the rule is about."""
     rule = event.rule
-    parts = [rule.condition if event.begins else ""]
-    remedy = f"{REMEDIES[rule.name]} ({PAGE}#{rule.name})" if rule.name in REMEDIES else None
+    remedy = f"{REMEDIES[rule.name]} ({_PAGE}#{rule.name})" if rule.name in REMEDIES else None
+    parts, value = [rule.condition if event.begins else ""], event.value
     if shift is not None and event.begins:
-        meaning, what = _CAUSES[shift.cause]
+        meaning, own_remedy = _CAUSES[shift.cause]
         parts += [meaning, f"since step {shift.since}", *shift.moved]
+        value = shift.evidence
         if rule.name not in REMEDIES or "put_back" not in action:
-            remedy = f"{what} ({PAGE}#{shift.cause.replace(' ', '-')})"
+            remedy = f"{own_remedy} ({_PAGE}#{shift.cause})"
     return Alert(
         step=step,
         time=time.time(),
         rule=rule.name,
         metric=rule.metric,
-        value=shift.evidence if shift is not None and event.begins else event.value,
+        value=value,
         condition="; ".join(filter(None, [*parts, note])),
         severity=rule.severity if event.begins else "info",
         action=action,

@@ -24,11 +24,8 @@ class RouterCopies:
     """Copies of all routers, each rank those of its own layers.
 
     Weights are copied before a step and kept after it, because the step shows how these weights
-    route; those that its optimizer leaves are seen in the next.
-
-    Args:
-        model: The wrapped model.
-        state: Result of an earlier `state()`, which may be of another layout.
+    route; those that its optimizer leaves are seen in the next. `state`, of an earlier run, may be
+    of another layout.
 
     Attributes:
         step: The step before which the copies were made, the same on every rank; None without.
@@ -58,7 +55,7 @@ class RouterCopies:
         return [[layer, self.step, values[layer]] for layer in sorted(values)]
 
     def take(self, step: int) -> None:
-        """Copy the routers before `step`, if they are due: every few steps, or if none are kept."""
+        """Copy the routers before `step` if a copy is due, or none is kept."""
         self._taken, self._taken_at = {}, None
         if step % COPY_INTERVAL == 0 or self.step is None:
             self._taken_at = step
@@ -69,13 +66,13 @@ class RouterCopies:
                 }
 
     def keep(self) -> None:
-        """Keep what has been copied: the step was healthy."""
+        """Keep the newest copies: their step was healthy."""
         if self._taken_at is not None:
             self.step, self._kept = self._taken_at, self._taken
         self._taken, self._taken_at = {}, None
 
     def put_back(self) -> bool:
-        """Give all routers the weights that were kept; whether there are any."""
+        """Give all routers the weights that were kept; False without any."""
         if self.step is None:
             return False
         with self._model.gathered_parameters(), torch.no_grad():
@@ -88,13 +85,12 @@ class RouterCopies:
 
 
 def _weights(router: MoEPPRouter) -> list[Tensor]:
-    """All that decides how a router routes."""
     biases = [] if router.expert_bias is None else [router.expert_bias]
     return [*router.parameters(), *biases]
 
 
 def _overwrite(optimizer: MegatronOptimizer, weight: Tensor, value: Tensor) -> None:
-    """Put a value into a weight, and into what this rank has of its fp32 copy in the optimizer."""
+    """Overwrite a weight, and this rank's part of its fp32 copy in the optimizer."""
     weight.copy_(value)
     main: Tensor | None = getattr(weight, "main_param", None)
     for chained in getattr(optimizer, "chained_optimizers", [optimizer]):

@@ -22,6 +22,7 @@ _EARLIER = {
     "recent_samples": ("numerical_guard", "recent_samples"),
     "refused_batches": ("numerical_guard", "refused_batches"),
     "verdicts": ("numerical_guard", "verdicts"),
+    "shift": ("guard", "shift"),
 }
 
 
@@ -65,5 +66,5 @@ def states_of(extra: Mapping[str, Any]) -> dict[str, State]:
             key, name = _EARLIER[entry]
             states.setdefault(key, {})[name] = value
         elif value is not None:
-            states[entry] = value
+            states[entry] = {**value, **states.get(entry, {})}
     return dict(states)

@@ -19,8 +19,8 @@ EARLIER = [
     ({"corpus": None}, {"data_stages": {"corpus": None}}),
     ({"token_bands": "0123"}, {"token_classes": {"bands": "0123"}}),
     ({"budget": BUDGET}, {"budget": BUDGET}),
-    ({"shift": SHIFT}, {"shift": SHIFT}),
-    ({"guard": GUARD}, {"guard": GUARD}),
+    ({"guard": GUARD, "shift": SHIFT}, {"guard": {**GUARD, "shift": SHIFT}}),
+    ({"shift": SHIFT, "guard": GUARD}, {"guard": {**GUARD, "shift": SHIFT}}),
     ({"guard": None}, {}),
     ({"teacher": "ab" * 32}, {"distillation": {"teacher": "ab" * 32}}),
     (
@@ -57,7 +57,7 @@ def test_all_that_an_earlier_checkpoint_has() -> None:
         whole |= extra
         expected |= states
     # The row without a guard took the place of the one with it.
-    expected.pop("guard")
+    expected["guard"] = {"shift": SHIFT}
     assert states_of(whole) == expected
 
 

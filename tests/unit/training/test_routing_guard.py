@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moepp_megatron.features.guard.alerts import alert_of
-from moepp_megatron.features.guard.readings import counted
+from moepp_megatron.features.guard.part import counted
 from moepp_megatron.features.guard.rules import effective_rules
 from moepp_megatron.features.guard.settings import COUNTED, RoutingGuardSection
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, CompleteRule, Event
@@ -52,7 +52,7 @@ def test_an_alert_of_a_shift_says_since_when_why_and_what_to_do(cause: Cause) ->
     assert (alert.cause, alert.since, alert.moved) == (cause, 68, SHIFT.moved)
     assert "since step 68; loss 3.10 -> 4.20" in alert.condition
     assert alert.remedy is not None
-    assert f"(docs/guard.md#{cause.replace(' ', '-')})" in alert.remedy
+    assert f"(docs/guard.md#{cause})" in alert.remedy
     assert alert.text().endswith(f"action: warn; {alert.remedy}")
 
 
