@@ -30,7 +30,7 @@ _STDOUT = Path("-")
 # Kept in memory where that is possible: a doctor's patient may have a full disk.
 _IN_MEMORY = "/dev/shm"
 # Options that name a file to write, where their metavar is a file.
-_WRITTEN = ("--out", "--json", "--plot")
+_WRITTEN = ("--out", "--json")
 # What people edit is never replaced, and a result by its own kind only.
 _EDITED = ".yaml"
 

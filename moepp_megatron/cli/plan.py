@@ -55,10 +55,6 @@ def plan(
     ] = None,
     top: Annotated[int, typer.Option(min=1, max=50, help="Show this many layouts.")] = 5,
     json_file: JsonOption = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="Draw where the time goes, to this file.", metavar="FILE.png"),
-    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -111,9 +107,6 @@ def plan(
     if json_file is not None:
         report.write_json(json_file, result, tokens, price)
         echo(f"layouts      {json_file}")
-    if plot is not None:
-        report.plot(plot, result)
-        echo(f"plot         {plot}")
     _require_fit(result)
     if out is not None:
         _write_layout(out, result, config, overrides or [])

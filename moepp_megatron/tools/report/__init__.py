@@ -15,7 +15,7 @@ inspection.py          the page of `moepp inspect`
 lines.py               the plot of lines that most curves are
 measured.py            `moepp plan --measured` on the terminal and as JSON
 page.py                the page itself: numbers, plots and configuration put into the template
-plan.py                `moepp plan` on the terminal, as JSON, and as a plot of where the time goes
+plan.py                `moepp plan` on the terminal and as JSON
 profile.py             `moepp profile` on the terminal
 progress.py            how far a measurement is
 run_data.py            what a report is made of

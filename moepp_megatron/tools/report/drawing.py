@@ -3,9 +3,8 @@
 import base64
 import io
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib as mpl
@@ -13,8 +12,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-
-from moepp_megatron.runtime.atomic import write_result
 
 INK = "#1f2933"
 MUTED = "#7b8794"
@@ -153,17 +150,6 @@ def draw_level(axes: Axes, level: tuple[str, float]) -> None:
 def plot_style() -> AbstractContextManager[None]:
     """A context in which figures have the common style."""
     return mpl.rc_context(STYLE)
-
-
-@contextmanager
-def png_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of this size in inches, in the common style; what is drawn is written to `path`."""
-    with plot_style():
-        figure = new_figure(width, height)
-        yield figure
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=150)
-    write_result(path, content.getvalue())
 
 
 def step_axis(axes: Axes) -> None:

@@ -2,7 +2,6 @@
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from moepp_megatron.experts import KIND_NAMES
@@ -11,7 +10,6 @@ from moepp_megatron.tools.report import formatting
 from moepp_megatron.tools.report.blocks import Plot
 from moepp_megatron.tools.report.drawing import (
     CELL_INK,
-    INK,
     KIND_COLOURS,
     KIND_INKS,
     name_layers,
@@ -31,7 +29,7 @@ _MAX_NUMBERED_CELLS = 500
 
 def expert_plots(run: RunData) -> list[Plot]:
     """All plots over experts, in the order of the page."""
-    return [_layer_heat_map(run), _expert_bars(run), _kinds_over_time(run)]
+    return [_layer_heat_map(run), _kinds_over_time(run)]
 
 
 def _settled_shares(run: RunData) -> np.ndarray | None:
@@ -95,34 +93,6 @@ def _layer_heat_map(run: RunData) -> Plot:
     )
 
 
-def _expert_bars(run: RunData) -> Plot:
-    """Share of every expert over all layers, against perfect balance."""
-    title = "Expert share, all MoE layers"
-    shares = _settled_shares(run)
-    if shares is None or not np.isfinite(shares).all():
-        return Plot(title, "", None, "The shares of the experts were not recorded in this run.")
-    config = run.config
-    kinds = config.experts.kinds
-    figure = new_figure()
-    axes = figure.subplots()
-    positions = np.arange(len(kinds))
-    axes.bar(positions, shares, color=[KIND_COLOURS[kind] for kind in kinds], width=0.75)
-    levels = [_balanced_share(config, kind) for kind in kinds]
-    axes.hlines(levels, positions - 0.45, positions + 0.45, color=INK, linewidth=1.3)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
-    axes.grid(visible=False, axis="x")
-    _name_experts(axes, config)
-    _kind_legend(axes, config)
-    by_kind = _kinds_in_words(run, shares)
-    caption = (
-        f"Mean over the last tenth of the records ({window(run)}). Ticks: the "
-        "share under perfect balance"
-    )
-    if config.experts.num_zero_computation_experts:
-        caption += f"; for an FFN expert it is tau = {config.moe.tau:g} times that of the others"
-    return Plot(title, f"{caption}.", svg_data_uri(figure), f"By kind: {by_kind}.")
-
-
 def _kinds_over_time(run: RunData) -> Plot:
     """Share of each kind of expert over steps, stacked."""
     title = "Expert share by kind"
@@ -165,14 +135,6 @@ def _kinds_in_words(run: RunData, shares: np.ndarray) -> str:
     present = [kind for kind in KIND_NAMES if (kinds == kind).any()]
     sums = formatting.shares([float(shares[kinds == kind].sum()) for kind in present])
     return ", ".join(f"{kind} {share}" for kind, share in zip(present, sums, strict=True))
-
-
-def _kind_legend(axes: Axes, config: RunConfig) -> None:
-    present = [k for k, n in zip(KIND_NAMES, config.experts.by_kind, strict=True) if n]
-    handles = [Patch(color=KIND_COLOURS[kind], label=kind) for kind in present]
-    figure = axes.get_figure()
-    assert figure is not None, "axes of a figure"
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(present))
 
 
 def _name_experts(axes: Axes, config: RunConfig) -> None:

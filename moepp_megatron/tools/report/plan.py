@@ -1,13 +1,12 @@
-"""`moepp plan` on the terminal, as JSON, and as a plot of where the time goes."""
+"""`moepp plan` on the terminal and as JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-from matplotlib.axes import Axes
 from rich.table import Table
 
 from moepp_megatron.runtime.atomic import write_result
@@ -17,26 +16,23 @@ from moepp_megatron.tools.planning.plan import Plan
 from moepp_megatron.tools.planning.planned import Planned
 from moepp_megatron.tools.planning.traffic import placement
 from moepp_megatron.tools.report import formatting
-from moepp_megatron.tools.report.drawing import BLUE, GREEN, INK, MUTED, VERMILION, png_figure
 from moepp_megatron.tools.report.terminal import print_uncut, titled_table
 
-# Bars: the legend's names and colours, and the names in `StepTime.seconds` that they add up.
-_BARS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("FFN experts", BLUE, ("experts", "shared_expert", "dense_ffn")),
-    ("attention", "#56b4e9", ("attention",)),
-    (
-        "router, permutation, zero-computation, norms",
-        "#9aa5b1",
-        ("router", "permutation", "zero_computation", "norms"),
+# Parts of a step's time, and the names in `StepTime.seconds` that each adds up.
+_PARTS = {
+    "FFN experts": ("experts", "shared_expert", "dense_ffn"),
+    "attention": ("attention",),
+    "router, permutation, zero-computation, norms": (
+        *("router", "permutation", "zero_computation", "norms"),
     ),
-    ("embedding, output layer, loss", "#52606d", ("output",)),
-    ("recomputation", "#f0e442", ("recomputation",)),
-    ("expert exchange, exposed", VERMILION, ("expert exchange", "sizes of the exchange")),
-    ("tensor and context parallel", "#e69f00", ("tensor parallel", "context parallel")),
-    ("waiting for the host", "#000000", ("waiting for the host",)),
-    ("pipeline: bubble and transfers", "#cc79a7", ("pipeline bubble", "pipeline transfers")),
-    ("data parallel, optimizer", GREEN, ("data parallel", "optimizer")),
-)
+    "embedding, output layer, loss": ("output",),
+    "recomputation": ("recomputation",),
+    "expert exchange, exposed": ("expert exchange", "sizes of the exchange"),
+    "tensor and context parallel": ("tensor parallel", "context parallel"),
+    "waiting for the host": ("waiting for the host",),
+    "pipeline: bubble and transfers": ("pipeline bubble", "pipeline transfers"),
+    "data parallel, optimizer": ("data parallel", "optimizer"),
+}
 
 _PUBLISHED = 2  # runs that are named
 _WHY = {
@@ -113,7 +109,7 @@ def _explain(plan: Plan, planned: Planned) -> str:
         over = planned.memory_gib - plan.machine.usable_bytes / GIB
         return f"does not fit: {over:.1f} GiB too many on the fullest rank"
     step = planned.step
-    shares = {name: seconds / step.total for name, seconds in _bars(step.seconds).items()}
+    shares = {name: seconds / step.total for name, seconds in _parts(step.seconds).items()}
     largest = sorted(shares.items(), key=lambda item: -item[1])[:3]
     text = ", ".join(f"{name} {share:.0%}" for name, share in largest)
     place = placement(planned.grid, "ep", plan.machine.per_node)
@@ -129,7 +125,7 @@ def _explain(plan: Plan, planned: Planned) -> str:
     slower = step.total / best.step.total - 1
     if slower < 0:
         return f"{slower:.1%}, within the model's error, and less simple than 1; {text}"
-    ours, theirs = _bars(step.seconds), _bars(best.step.seconds)
+    ours, theirs = _parts(step.seconds), _parts(best.step.seconds)
     name = max(ours, key=lambda key: ours[key] - theirs[key])
     more = (ours[name] - theirs[name]) / best.step.total
     return f"+{slower:.1%} ({name} +{more:.1%}); {text}"
@@ -153,11 +149,11 @@ def _losses(plan: Plan) -> list[str]:
     return lines
 
 
-def _bars(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by the plot's names, which cover the whole time."""
-    known = {part for _, _, parts in _BARS for part in parts}
-    assert known >= seconds.keys(), f"no bar for {seconds.keys() - known}"
-    return {name: sum(seconds.get(part, 0.0) for part in parts) for name, _, parts in _BARS}
+def _parts(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by `_PARTS`, which cover the whole time."""
+    known = {name for names in _PARTS.values() for name in names}
+    assert known >= seconds.keys(), f"no part for {seconds.keys() - known}"
+    return {part: sum(seconds.get(name, 0.0) for name in names) for part, names in _PARTS.items()}
 
 
 def write_json(path: Path, plan: Plan, tokens: float, price: float | None) -> None:
@@ -181,47 +177,6 @@ def write_json(path: Path, plan: Plan, tokens: float, price: float | None) -> No
         records.append(record)
     text = json.dumps(records, indent=1)
     write_result(path, (text + "\n").encode())
-
-
-def plot(path: Path, plan: Plan) -> None:
-    """Plot stacked bars: the first layouts, and each model in its best layout."""
-    entries: list[tuple[str, Planned]] = []
-    for planned in _models(plan):
-        entries.append((f"{_model_name(planned)}\n{_short_name(planned)}", planned))
-    for number, planned in enumerate(plan.layouts[1:], start=2):
-        entries.append((f"layout {number}\n{_short_name(planned)}", planned))
-    with png_figure(path, 10.5, 1.9 + 0.46 * len(entries)) as figure:
-        axis = figure.subplots()
-        _draw(axis, entries)
-        hardware = plan.machine.hardware.name
-        axis.set_title(
-            f"Where a step's time goes: {plan.config.run.name or 'model'} on "
-            f"{plan.world:,} {hardware} (estimate)",
-            loc="left",
-            color=INK,
-        )
-        figure.legend(
-            *axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.5
-        )
-
-
-def _draw(axis: Axes, entries: Sequence[tuple[str, Planned]]) -> None:
-    places = range(len(entries))
-    left = [0.0] * len(entries)
-    columns = [_bars(planned.step.seconds) for _, planned in entries]
-    for name, colour, _ in _BARS:
-        values = [column[name] for column in columns]
-        if any(values):
-            axis.barh(places, values, left=left, color=colour, label=name, height=0.68)
-        left = [start + value for start, value in zip(left, values, strict=True)]
-    for place, total, (_, planned) in zip(places, left, entries, strict=True):
-        text = f" {total:.2f} s, {planned.tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
-        axis.text(total, place, text, va="center", fontsize=8.5, color=MUTED)
-    axis.set_yticks(list(places), [name for name, _ in entries], fontsize=8.5)
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1.28 * max(left))
-    axis.set_xlabel("seconds per step")
-    axis.grid(axis="y", visible=False)
 
 
 def _models_table(plan: Plan, tokens: float, price: float | None, errors: Range | None) -> Table:

@@ -159,7 +159,6 @@ def test_a_path_that_looks_alike_is_one(tmp_path, moepp):
         # Nothing that may have been edited, and no result of another kind.
         ("config from-megatron x.txt --out x.yaml", "(x.yaml) must not exist yet; use another"),
         ("plan x.yaml --out gpu.yaml", "--out (gpu.yaml) must not exist yet"),
-        ("plan x.yaml --plot gpu.yaml", "--plot (gpu.yaml) must not exist yet"),
         ("plan x.yaml --json x.txt", "--json (x.txt) must not exist yet"),
         ("doctor x.yaml --out gpu.yaml", "--out (gpu.yaml) must not exist yet"),
         ("report run --out gpu.yaml", "--out (gpu.yaml) must not exist yet"),
@@ -199,5 +198,5 @@ def test_results_of_before_are_replaced(tmp_path, monkeypatch, moepp):
 def test_each_file_that_is_written_has_a_kind():
     for path, parameter, _ in PLACES:
         metavar = (parameter.metavar or "").strip("[]")
-        if {"--out", "--json", "--plot"} & {*parameter.opts} and "FILE" in metavar:
+        if {"--out", "--json"} & {*parameter.opts} and "FILE" in metavar:
             assert Path(metavar).suffix, (path, parameter.opts)

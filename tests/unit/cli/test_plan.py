@@ -52,9 +52,9 @@ def plan(wide, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
     return partial(wide, config)
 
 
-def test_table_json_plot_and_layout(plan, tmp_path: Path) -> None:
-    out, data, picture = (tmp_path / name for name in ("best.yaml", "plan.json", "plan.png"))
-    files = ("--json", str(data), "--plot", str(picture), "--out", str(out))
+def test_table_json_and_layout(plan, tmp_path: Path) -> None:
+    out, data = tmp_path / "best.yaml", tmp_path / "plan.json"
+    files = ("--json", str(data), "--out", str(out))
     prices = ("--price", "2.5", "--tokens", "1e9")
     code, printed, _ = plan("moe.tau=0.5", "--gpus", "16", "--gpu", "h100", *files, *prices)
     assert code == 0
@@ -76,7 +76,6 @@ def test_table_json_plot_and_layout(plan, tmp_path: Path) -> None:
         ("moepp", 0.25),
         ("vanilla", None),
     }
-    assert picture.read_bytes().startswith(b"\x89PNG")
     written = load_config(out)
     assert written.moe.tau == 0.5
     assert Layout.from_config(written, 16).world_size == 16

@@ -81,7 +81,7 @@ def test_data_is_not_read(read_only: Path, refused: Command, tmp_path: Path, mon
     assert said.startswith(f"error: --out ({read_only / 'data'}) cannot be written (Read-only")
 
 
-@pytest.mark.parametrize("option", ["--json", "--plot", "--out"])
+@pytest.mark.parametrize("option", ["--json", "--out"])
 @pytest.mark.parametrize(
     ("place", "reason"),
     [
