@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,13 +17,13 @@ from moepp_megatron.cli.options import (
     RdzvIdOption,
 )
 from moepp_megatron.cli.ranks import machines
-from moepp_megatron.config import Config, ConfigError, check_config, load_config
+from moepp_megatron.config import ConfigError, check_config, load_config
 from moepp_megatron.config.exit_codes import FAILED
 
 if TYPE_CHECKING:
-    from moepp_megatron.runtime.nodes import Nodes
-    from moepp_megatron.tools.experiments.scaling.grid import ScalingGrid
-    from moepp_megatron.tools.experiments.scaling.trials import Measuring, PointTrial
+    from moepp_megatron.tools.experiments.runner import RunFailed
+    from moepp_megatron.tools.experiments.scaling.points import Point
+    from moepp_megatron.tools.experiments.timed_step import TimedStepTrial
 
 
 def scale(
@@ -60,23 +58,9 @@ def scale(
             metavar="SPEC",
         ),
     ] = None,
-    kinds: Annotated[
-        str,
-        typer.Option(
-            help="Measure these models. Two are in memory at once; a single one needs half of it.",
-            metavar="KIND,...",
-        ),
-    ] = "moepp,vanilla",
-    repeats: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Repeat this many times; the models take turns, and medians count."
-        ),
-    ] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Time this many steps per repetition.")] = 3,
-    warmup: Annotated[
-        int, typer.Option(min=1, help="Run this many steps of each model before timing starts.")
-    ] = 3,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Time this many steps per model; the models take turns.")
+    ] = 20,
     plan: Annotated[
         bool,
         typer.Option(
@@ -113,12 +97,10 @@ def scale(
     from moepp_megatron.config.choices import parse_choices, parse_counts
     from moepp_megatron.config.vanilla import refuse_vanilla
     from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.tools.experiments.runner import Interrupted, missing
-    from moepp_megatron.tools.experiments.scaling.grid import KINDS, MODES, build_grid
-    from moepp_megatron.tools.experiments.scaling.trials import Measuring, PointTrial, claim
+    from moepp_megatron.tools.experiments.runner import Interrupted, RunFailed, missing, run_trial
+    from moepp_megatron.tools.experiments.scaling.points import MODES, build_points, claim
 
     modes = parse_choices("--mode", mode, MODES)
-    chosen = parse_choices("--kinds", kinds, KINDS)
     nprocs = parse_counts("--nproc", nproc)
     nodes = machines(nnodes, node_rank, rdzv_endpoint, rdzv_id)
     if nodes is not None and point is None:
@@ -126,116 +108,78 @@ def scale(
             f"--nnodes ({nnodes}) must come with --point, since machines meet for one point; name "
             "one that --plan prints"
         )
-    rank = RankEnvironment.read() if nodes is None else RankEnvironment()
+    started = RankEnvironment.read().world_size
+    if started > 1 and nodes is None:
+        raise ConfigError(
+            f"moepp scale must start its ranks itself, and is one of {started}; start it once on "
+            "each machine, with --nnodes and --rdzv-endpoint"
+        )
     settings = load_config(config, overrides or [])
     refuse_vanilla(settings)
-    grid = build_grid(settings, nprocs, layout or ["auto"], modes)
+    points, impossible = build_points(settings, nprocs, layout or ["auto"], modes)
+    if point is not None and point not in points:
+        raise ConfigError(f"--point ({point}) must be one of {', '.join(points)}")
     from moepp_megatron.runtime.fit import check_fit
 
     check_fit(settings)
-    measuring = Measuring(tuple(chosen), warmup, steps, repeats)
-    command = ["scale", str(config), *(overrides or []), "--out", str(out), "--nproc", nproc]
-    command += ["--mode", mode, "--kinds", kinds, "--repeats", str(repeats)]
-    command += ["--steps", str(steps), "--warmup", str(warmup)]
-    command += [word for spec in layout or [] for word in ("--layout", spec)]
-    if rank.rank == 0:
-        claim(out, settings, measuring)
-    trials = [PointTrial.of(out, each, command) for each in grid.points]
-    if rank.is_launched:
-        chosen_point = grid.point_of_ranks(point, rank.world_size)
-        _measure_on_rank(settings, trials[grid.points.index(chosen_point)], measuring)
-        return
+    claim(out, settings, rounds)
+    words = [str(config), *(overrides or [])]
+    trials = {name: each.trial(out, words, rounds) for name, each in points.items()}
     if plan:
-        for each in missing(trials):
-            echo(f"{each.name} {each.nproc}")
+        for trial in missing([*trials.values()]):
+            echo(f"{trial.name} {trial.nproc}")
         return
-    failed = False
+    failures: list[RunFailed] = []
     try:
         if point is not None:
-            _run_one(trials[grid.points.index(grid.named(point))], nodes)
+            run_trial(trials[point], nodes)
             return
         if not collect:
-            failed = _run_all(settings, grid, trials)
+            warn(*check_config(settings))
+            failures = _run_all([*trials.values()], impossible)
     except Interrupted as stop:
         echo(str(stop), err=True)
         raise typer.Exit(stop.status) from None
-    _collect(settings, grid, measuring, trials)
-    if failed:
+    except RunFailed as failure:
+        echo(str(failure), err=True)
+        raise typer.Exit(FAILED) from None
+    _collect(out, settings.run.name, {points[name]: trial for name, trial in trials.items()})
+    if failures:
         raise typer.Exit(FAILED)
 
 
-def _run_one(trial: PointTrial, nodes: Nodes | None) -> None:
-    """Measure one point on this machine and the others that do the same."""
-    from moepp_megatron.tools.experiments.runner import run_trial
-
-    reason = run_trial(trial, nodes)
-    if reason is not None:
-        echo(f"failed: {trial.name}: {reason}", err=True)
-        raise typer.Exit(FAILED)
-
-
-def _run_all(config: Config, grid: ScalingGrid, trials: list[PointTrial]) -> bool:
-    """Measure everything that is missing, on this machine; returns whether a point failed."""
+def _run_all(trials: list[TimedStepTrial], impossible: dict[str, str]) -> list[RunFailed]:
+    """Measure everything that is missing, on this machine; return what has failed."""
     from moepp_megatron.tools.experiments.runner import missing, run_missing
     from moepp_megatron.tools.report.progress import progress
 
-    warn(*check_config(config))
-    for what, reason in grid.impossible.items():
+    for what, reason in impossible.items():
         echo(f"left out: {what}: {reason}", err=True)
     total, todo = len(trials), len(missing(trials))
     if todo < total:
         echo(f"{total - todo} of {total} points are there already", err=True)
+    failures: list[RunFailed] = []
     with progress(todo) as advance:
-        failures = run_missing(trials, advance)
-    for name, reason in failures.items():
-        echo(f"failed: {name}: {reason}", err=True)
+        run_missing(trials, advance, failures)
+    for failure in failures:
+        echo(str(failure), err=True)
     if failures:
         echo(f"{len(failures)} of {total} points failed; run again to retry them", err=True)
-    return bool(failures)
+    return failures
 
 
-def _measure_on_rank(config: Config, trial: PointTrial, measuring: Measuring) -> None:
-    """Be one rank of one point; rank 0 writes the result."""
-    from moepp_megatron.runtime.optional import quiet
-    from moepp_megatron.runtime.rank import RankEnvironment
-    from moepp_megatron.runtime.stop_signals import die_with_parent
+def _collect(out: Path, name: str, trials: dict[Point, TimedStepTrial]) -> None:
+    """Write and print what was measured."""
+    from moepp_megatron.tools.experiments.scaling import page
 
-    quiet()
-    die_with_parent(os.getppid())
-    rank = RankEnvironment.read()
-    try:
-        from moepp_megatron.tools.experiments.scaling.measure import measure_on_rank
-
-        measure_on_rank(config, trial, measuring, rank)
-    except Exception as error:
-        from moepp_megatron.tools.experiments.runner import FAILURE_MARK
-
-        traceback.print_exc()
-        first_line = (str(error).splitlines() or [""])[0]
-        echo(f"{FAILURE_MARK} {rank.rank}: {type(error).__name__}: {first_line}", err=True)
-        raise typer.Exit(FAILED) from None
-
-
-def _collect(
-    config: Config, grid: ScalingGrid, measuring: Measuring, trials: list[PointTrial]
-) -> None:
-    from moepp_megatron.tools.experiments.scaling.page import build_scaling_page, print_records
-    from moepp_megatron.tools.experiments.scaling.records import scale_records, write_records
-
-    files = [(trial, trial.read()) for trial in trials]
-    records = scale_records({t.point: f.result for t, f in files if f and f.result})
+    results = {point: trial.result() for point, trial in trials.items()}
+    records = page.scale_records({point: both for point, both in results.items() if both})
     if not records:
         echo("no point is measured yet", err=True)
         return
-    gaps = {
-        trial.name: f"failed: {file.error}" if file else "not measured yet"
-        for trial, file in files
-        if file is None or file.result is None
-    }
-    gaps |= {what: f"does not fit: {reason}" for what, reason in grid.impossible.items()}
-    print_records(records)
-    out = trials[0].folder
-    results = write_records(out / "scale.json", records)
-    page = build_scaling_page(out / "scaling.html", config, measuring, records, gaps)
-    echo(f"results      {results}")
-    echo(f"page         {page}")
+    page.print_records(records)
+    page.write_records(out / "scale.json", records)
+    missing = [point.name for point, both in results.items() if both is None]
+    page.write_scaling_page(out / "scaling.html", name, records, missing)
+    echo(f"results      {out / 'scale.json'}")
+    echo(f"page         {out / 'scaling.html'}")

@@ -1,4 +1,4 @@
-"""One point of a scaling test on gloo ranks: what is counted there, and the clock itself."""
+"""Timed steps of MoE++ and vanilla on gloo ranks, of which scaling tests are made."""
 
 from typing import Any
 
@@ -16,26 +16,18 @@ CONFIG = settings(
 )
 
 
-def measure(raw: dict[str, Any]) -> dict[str, Any]:
-    import torch
+def measure(raw: dict[str, Any]) -> Any:
+    from moepp_megatron.tools.bench.step import run_step_benchmark
 
-    from moepp_megatron.tools.experiments.scaling.measure import measure_point
-    from moepp_megatron.tools.experiments.scaling.trials import Measuring
-
-    config, layout = begin(raw)
-    measuring = Measuring(("moepp", "vanilla"), warmup=1, steps=1, repeats=2)
-    return measure_point(config, layout, measuring, torch.device("cpu")).model_dump()
+    return run_step_benchmark(*begin(raw), rounds=2)
 
 
-def test_point_counts_the_bytes_that_its_routing_asks_for(ranks: RankPools) -> None:
+def test_bytes_are_those_that_the_routing_asks_for(ranks: RankPools) -> None:
     first, second = ranks(2).run(measure, CONFIG)
-    assert first == second, "all ranks agree"
-    assert (first["tokens"], first["backend"], first["hosts"]) == (80, "gloo", 1)
-    moepp, vanilla = first["kinds"]["moepp"], first["kinds"]["vanilla"]
-    assert moepp["ffn_fraction"] == pytest.approx(0.5, abs=0.02)  # 40 picks, rounded an expert
-    assert vanilla["ffn_fraction"] == 1.0
-    for kind in (moepp, vanilla):
-        assert len(kind["step_times_s"]) == 2
+    assert (first.ranks, first.tokens) == (2, 80)
+    assert first.measured_ffn_fraction == pytest.approx(
+        0.5, abs=0.02
+    )  # 40 picks, rounded an expert
     # No more than every pick away from home, there and back, each of 32 floats, 2 layers.
-    assert vanilla["a2a_bytes"] < 80 * 2 * 2 * 2 * 32 * 4
-    assert moepp["a2a_bytes"] < vanilla["a2a_bytes"]
+    assert first.vanilla_a2a_bytes == second.vanilla_a2a_bytes < 80 * 2 * 2 * 2 * 32 * 4
+    assert first.moepp_a2a_bytes == second.moepp_a2a_bytes < first.vanilla_a2a_bytes

@@ -1,6 +1,7 @@
 """Experiments: arms x seeds, each pair a trial that is measured once, and what follows from them.
 
-runner.py    does the trials of a folder that have no result; stops on request
-pilot/       does MoE++ pay on the user's data? Runs of MoE++ and vanilla with the same seeds
-scaling/     step time and efficiency of MoE++ and vanilla over rank counts
+runner.py      does the trials of a folder that have no result; stops on request
+timed_step.py  the trial that both have: MoE++ and vanilla timed in turn by `moepp bench step`
+pilot/         does MoE++ pay on the user's data? Runs of MoE++ and vanilla with the same seeds
+scaling/       step time and efficiency of MoE++ and vanilla over rank counts
 """

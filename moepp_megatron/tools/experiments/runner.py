@@ -28,9 +28,6 @@ from moepp_megatron.runtime.launch import LaunchOptions, run_ranks
 from moepp_megatron.runtime.nodes import Nodes
 from moepp_megatron.runtime.stop_signals import heeded_signals
 
-# How a rank says why it fails; `failure_reason` looks for it in the log.
-FAILURE_MARK = "moepp: point failed on rank"
-
 
 class Interrupted(Exception):
     """Somebody has asked to stop; finished trials are kept.
@@ -46,7 +43,7 @@ class Interrupted(Exception):
 
 
 class RunFailed(Exception):
-    """A trial has ended without a result; the message names it and what to read."""
+    """A trial has ended without a result of use; the message names it and what to read."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +81,6 @@ class Trial[Result](ABC):
         """Make what its ranks need, and remove what an interrupted attempt has left."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
 
-    def fail(self, reason: str) -> None:
-        """Deal with a failure; if this returns, the other trials are done all the same.
-
-        Raises:
-            RunFailed: The others are of no use without it.
-        """
-        see = "" if str(self.log) in reason else f"; see {self.log}"
-        raise RunFailed(f"{self.name} failed: {reason}{see}")
-
 
 def missing[T: Trial[Any]](trials: Sequence[T]) -> list[T]:
     """The trials that have no result."""
@@ -100,47 +88,46 @@ def missing[T: Trial[Any]](trials: Sequence[T]) -> list[T]:
 
 
 def run_missing(
-    trials: Sequence[Trial[Any]], progress: Callable[[str], object] = lambda title: None
-) -> dict[str, str]:
+    trials: Sequence[Trial[Any]],
+    progress: Callable[[str], object] = lambda title: None,
+    failures: list[RunFailed] | None = None,
+) -> None:
     """Do what has no result, in order.
 
     Args:
         trials: All trials of a folder.
         progress: Called with the title of each of them before it is begun.
-
-    Returns:
-        Why trials failed, by name.
+        failures: Takes failures, after which the next trial is begun; None to raise the first.
 
     Raises:
         Interrupted: Stopped from outside; between two trials, too.
-        RunFailed: Same as for `Trial.fail`; the later trials are not begun.
+        RunFailed: A trial has failed.
         ConfigError: Another command is doing trials of this folder.
     """
-    left, failures = missing(trials), {}
+    left = missing(trials)
     if not left:
-        return {}
+        return
     with _exclusive(left[0], left[0].folder), _interruptible():
         # Another command may have finished some just now.
         for trial in missing(left):
             progress(trial.title)
-            reason = run_trial(trial)
-            if reason is not None:
-                failures[trial.name] = reason
-    return failures
+            try:
+                run_trial(trial)
+            except RunFailed as failure:
+                if failures is None:
+                    raise
+                failures.append(failure)
 
 
-def run_trial(trial: Trial[Any], nodes: Nodes | None = None) -> str | None:
+def run_trial(trial: Trial[Any], nodes: Nodes | None = None) -> None:
     """Do one trial, again if it was interrupted or has failed.
 
     Args:
         nodes: The machines, each of which makes this call; None for this one only.
 
-    Returns:
-        Why it failed, on one line, where the others are to be done all the same; or None.
-
     Raises:
         Interrupted: Stopped from outside.
-        RunFailed: Same as for `Trial.fail`.
+        RunFailed: Its ranks have failed, or left no result.
         ConfigError: Another command is doing it, or its ranks cannot be shared out over machines.
     """
     count, node = (nodes.count, nodes.rank or 0) if nodes is not None else (1, 0)
@@ -156,13 +143,10 @@ def run_trial(trial: Trial[Any], nodes: Nodes | None = None) -> str | None:
         status = run_ranks(options, "moepp_megatron.cli.main", trial.command)
     if status == STOPPED or status > SIGNALLED:
         raise Interrupted(trial.name, status)
-    reason = None if status == 0 else failure_reason(log, status)
-    if node == 0:
-        if reason is None and trial.result() is None:
-            reason = "it has left no result"
-        if reason is not None:
-            trial.fail(reason)
-    return reason
+    if status != 0:
+        raise RunFailed(f"{trial.name} failed: {_reason(log, status)}")
+    if node == 0 and trial.result() is None:
+        raise RunFailed(f"{trial.name} failed: it has left no result; see {log}")
 
 
 @contextmanager
@@ -241,19 +225,18 @@ def check_settings(
     )
 
 
-def failure_reason(log: Path, status: int) -> str:
+def _reason(log: Path, status: int) -> str:
     """Why the ranks with this `log` ended with `status`, on one line."""
     try:
         text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
     # The first rank to fail is the cause of the others' failures.
-    for pattern in (rf"{FAILURE_MARK} (.*)", r"^error: (.*)", r"(Signal \d+ \(SIG\w+\))"):
-        found = re.search(pattern, text, re.MULTILINE)
+    for pattern in (r"error: (.*)", r".*(Signal \d+ \(SIG\w+\))", r"(\w+Error: .*)"):
+        found = re.search(rf"^(?:\[\w+\]: ?)*{pattern}", text, re.MULTILINE)
         if found is not None:
-            said = found.group(1).strip()
-            return f"rank {said}" if pattern.startswith(FAILURE_MARK) else said
-    return f"exit status {status}; {log} may say more"
+            return f"{found[1].strip()}; see {log}"
+    return f"exit status {status}; see {log}"
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
@@ -20,8 +19,7 @@ from moepp_megatron.tools.experiments.pilot.page import print_pilot
 from moepp_megatron.tools.experiments.pilot.pilot import ArmOutcome, PilotResult
 from moepp_megatron.tools.experiments.pilot.statistics import Interval
 from moepp_megatron.tools.experiments.pilot.verdict import Verdict
-from moepp_megatron.tools.experiments.scaling.page import print_records
-from moepp_megatron.tools.experiments.scaling.records import ScaleRecord
+from moepp_megatron.tools.experiments.scaling.page import ScaleRecord, print_records
 from moepp_megatron.tools.profiling.summary import ProfileSummary, SummaryRow
 from moepp_megatron.tools.report.profile import print_summary
 from tests.unit.tools.report.conftest import synthetic_config, synthetic_records, write_run
@@ -118,10 +116,8 @@ def test_pilot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 def test_scaling(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("moepp_megatron.tools.report.terminal.LOG_WIDTH", 400)
     # A layout is parts of a name and a number.
-    hostile = HOSTILE.replace("=", "")
-    values: dict[str, Any] = dict.fromkeys(ScaleRecord.model_fields, 1)
-    values |= {"layout": f"ep={hostile}", "kind": "moepp", "mode": "weak", "step_times_s": [1.0]}
-    print_records([ScaleRecord.model_construct(**values)])
+    layout = f"ep={HOSTILE.replace('=', '')}"
+    print_records([ScaleRecord(1, layout, "moepp", "weak", 1, 1.0, 1.0, 1.0, 1, 1.0, 1, 1.0)])
     assert f"EP{SHOWN[:20]}" in harmless(capsys.readouterr().out)
 
 

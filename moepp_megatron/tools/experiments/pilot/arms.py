@@ -6,12 +6,11 @@ follow: MoE++ trained for vanilla's time, and vanilla narrowed to MoE++'s comput
 
 DIR/configs/NAME.yaml  the resolved configuration of a run, for `moepp train` or `moepp slurm`
 DIR/runs/NAME/         the run's own folder
-DIR/speed/NAME.json    what `moepp bench step` has measured in one session
+DIR/speed/NAME.json    what one session has measured
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -36,6 +35,7 @@ from moepp_megatron.tools.experiments.runner import (
     check_settings,
     writing,
 )
+from moepp_megatron.tools.experiments.timed_step import TimedStepTrial
 from moepp_megatron.tools.report.series import Numbers, Series, finite
 from moepp_megatron.training.run_folder import refuse_running
 
@@ -272,37 +272,12 @@ def claim(folder: Path, runs: Sequence[PilotRun]) -> None:
             write_atomic(run.file, run.config.to_yaml(run.title).encode())
 
 
-@dataclass(frozen=True)
-class Session(Trial[float]):
-    """A session that times MoE++ against vanilla: both models in one process, in turn.
-
-    A machine is faster or slower from one process to the next, by a few per cent. Arms that run
-    one after the other take that for a difference between them. Here both see the same machine,
-    and the interval is over sessions.
-
-    Attributes:
-        file: The file of its result.
-    """
-
-    file: Path
-
-    @staticmethod
-    def of(run: PilotRun, share: float, number: int) -> Session:
-        """Session `number`, from 1, of a run's model, whose routing is held at this FFN share."""
-        name = _run_name(run.arm, number).replace("-seed-", "-session-")
-        file = run.folder / "speed" / f"{name}.json"
-        options = ["--rounds", str(_ROUNDS), "--json", str(file)]
-        command = ["bench", "step", str(run.file), *_held_at(run.config, share), *options]
-        return Session(run.folder, name, f"speed, session {number}", run.nproc, command, file)
-
-    def result(self) -> float | None:
-        """Logarithm of MoE++'s step time over vanilla's."""
-        try:
-            speedup = json.loads(self.file.read_bytes())["speedup"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        is_number = isinstance(speedup, float) and 0 < speedup < math.inf
-        return -math.log(speedup) if is_number else None
+def session(run: PilotRun, share: float, number: int) -> TimedStepTrial:
+    """Session `number`, from 1, of a run's model, whose routing is held at this FFN share."""
+    name = _run_name(run.arm, number).replace("-seed-", "-session-")
+    file = run.folder / "speed" / f"{name}.json"
+    words = [str(run.file), *_held_at(run.config, share)]
+    return TimedStepTrial.of(file, f"speed, session {number}", run.nproc, words, _ROUNDS)
 
 
 def _run_name(arm: Arm, seed: int) -> str:

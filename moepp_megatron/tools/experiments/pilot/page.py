@@ -11,6 +11,7 @@ from moepp_megatron.tools.experiments.pilot.pilot import Outcomes, PilotResult
 from moepp_megatron.tools.experiments.pilot.statistics import Interval
 from moepp_megatron.tools.report import formatting
 from moepp_megatron.tools.report.blocks import (
+    Block,
     Cell,
     Page,
     PageSection,
@@ -48,7 +49,7 @@ def write_pilot_page(result: PilotResult, runs: Outcomes, out: Path) -> Path:
     """
     with plot_style():
         plot = _difference_plot(result, runs)
-    blocks = [plot, _arm_table(result), Text(_LIMITS, "note")]
+    blocks: list[Block] = [plot, _arm_table(result), Text(_LIMITS, "note")]
     page = Page(
         kind="MoE++ pilot",
         title=result.sentence,

@@ -27,15 +27,16 @@ from moepp_megatron.tools.experiments.pilot.arms import (
     ArmKind,
     PilotRun,
     RunOutcome,
-    Session,
     claim,
     first_arms,
     matched_arms,
     narrow_width,
+    session,
 )
 from moepp_megatron.tools.experiments.pilot.statistics import Estimate, Interval, PooledLosses
 from moepp_megatron.tools.experiments.pilot.verdict import Verdict, judge, level_of, sentence
 from moepp_megatron.tools.experiments.runner import run_missing
+from moepp_megatron.tools.experiments.timed_step import TimedStepTrial
 
 PLAN_FILE = "plan.json"
 SESSIONS = 5
@@ -138,20 +139,23 @@ class Pilot:
         shares = [outcome.ffn_share for outcome in runs if outcome is not None]
         return statistics.fmean(shares) if len(shares) == len(runs) else None
 
-    def sessions(self) -> list[Session]:
+    def sessions(self) -> list[TimedStepTrial]:
         """The sessions; none before the runs of the first look, or once they were used."""
         share = self._share()
         if share is None or self.plan.match is not None:
             return []
         run = next(run for run in self.runs if run.arm.kind == "moepp")
-        return [Session.of(run, share, n + 1) for n in range(SESSIONS)]
+        return [session(run, share, n + 1) for n in range(SESSIONS)]
 
     def matching(self) -> Pilot:
         """The pilot with its matching arms, if MoE++ was timed in full; writes the plan."""
-        ratios = [found for each in self.sessions() if (found := each.result()) is not None]
-        share, ratio = self._share(), Estimate.of(ratios) if len(ratios) == SESSIONS else None
-        if share is None or ratio is None or ratio.error is None:
+        found = [trial.result() for trial in self.sessions()]
+        ratios = [-math.log(both.speedup) for both in found if both is not None]
+        share = self._share()
+        if share is None or len(ratios) < SESSIONS:
             return self
+        ratio = Estimate.of(ratios)
+        assert ratio.error is not None, "several sessions"
         match = Match(
             ffn_share=share,
             log_time_ratio=ratio.mean,

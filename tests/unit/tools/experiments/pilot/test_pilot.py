@@ -12,7 +12,7 @@ import pytest
 
 from moepp_megatron.config import ConfigError, load_config, with_overrides
 from moepp_megatron.runtime.launch import LaunchOptions
-from moepp_megatron.tools.experiments.pilot.arms import ArmKind, Session, claim, first_arms
+from moepp_megatron.tools.experiments.pilot.arms import ArmKind, claim, first_arms, session
 from moepp_megatron.tools.experiments.pilot.page import print_pilot, write_pilot_page
 from moepp_megatron.tools.experiments.pilot.pilot import (
     PLAN_FILE,
@@ -22,6 +22,7 @@ from moepp_megatron.tools.experiments.pilot.pilot import (
     result_of,
 )
 from moepp_megatron.tools.experiments.runner import run_missing
+from moepp_megatron.tools.experiments.timed_step import BothSteps
 from tests.unit.tools.experiments.pilot.synthetic import config_of, run_in, write_run
 
 SPEEDUPS = (1.248, 1.249, 1.25, 1.251, 1.252)
@@ -40,7 +41,7 @@ KINDS: dict[str, ArmKind] = {
 
 
 def pilot_in(path: Path, seeds: int) -> Pilot:
-    plan = PilotPlan(first=3)
+    plan = PilotPlan(first=2)
     pilot = Pilot(path, 1, config_of(), 8, range(7, 7 + seeds), plan, "moepp pilot")
     claim(path, pilot.runs)
     return replace(pilot, plan=plan.claim(path))
@@ -63,7 +64,8 @@ class Ranks:
     def __call__(self, options: LaunchOptions, module: str, arguments: list[str]) -> int:
         if arguments[0] == "bench":
             file = Path(arguments[arguments.index("--json") + 1])
-            file.write_text(json.dumps({"speedup": SPEEDUPS[int(file.stem[-1]) - 1]}))
+            numbers = dict.fromkeys(BothSteps.model_fields, 1.0)
+            file.write_text(json.dumps(numbers | {"speedup": SPEEDUPS[int(file.stem[-1]) - 1]}))
             self.started.append(file.stem)
             return 0
         config = load_config(arguments[-1])
@@ -83,19 +85,19 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
 
 
 def test_arms_then_speed_then_matching_arms(tmp_path: Path, ranks: Ranks) -> None:
-    found = result(tmp_path, 3)
+    found = result(tmp_path, 2)
     kinds = [
         "session" if "session" in name else name.rpartition("-seed")[0] for name in ranks.started
     ]
-    assert kinds[9:14] == ["session"] * 5
-    assert set(kinds[14:]) == {"moepp-vanillas-time", "vanilla-32-wide"}
-    assert len(kinds) == 3 * 3 + 5 + 2 * 3
-    match = pilot_in(tmp_path, 3).plan.match
+    assert kinds[6:11] == ["session"] * 5
+    assert set(kinds[11:]) == {"moepp-vanillas-time", "vanilla-32-wide"}
+    assert len(kinds) == 2 * 3 + 5 + 2 * 2
+    match = pilot_in(tmp_path, 2).plan.match
     assert match.log_time_ratio == pytest.approx(-math.log(SPEEDUP))
     assert match.steps == round(8 * SPEEDUP)
     # The records' share of 0.6, of 48 channels in units of 16.
     assert (match.ffn_share, match.width) == (pytest.approx(0.6), 32)
-    assert (found.look, found.next_seeds) == (1, 6)
+    assert (found.look, found.next_seeds) == (1, 4)
     assert [arm.kind for arm in found.arms] == [
         *("vanilla", "moepp", "short", "equal_time", "narrow")
     ]
@@ -110,13 +112,13 @@ def test_arms_then_speed_then_matching_arms(tmp_path: Path, ranks: Ranks) -> Non
 
 def test_nothing_is_decided_where_the_runs_show_another_speed_than_the_sessions(tmp_path, ranks):
     ranks.step_s *= 1.015
-    found = result(tmp_path, 3)
+    found = result(tmp_path, 2)
     assert (found.verdict.answer, found.verdict.speeds_agree) == ("undecided", False)
     assert found.sentence.startswith("Undecided: a MoE++ step takes 0.812 of vanilla's time")
 
 
 def test_nothing_is_known_before_moepp_was_timed(tmp_path: Path, ranks: Ranks) -> None:
-    pilot = pilot_in(tmp_path, 3)
+    pilot = pilot_in(tmp_path, 2)
     assert pilot.sessions() == []
     run_missing(pilot.runs)
     assert len(pilot.sessions()) == 5
@@ -124,21 +126,21 @@ def test_nothing_is_known_before_moepp_was_timed(tmp_path: Path, ranks: Ranks) -
 
 
 def test_more_seeds_keep_what_was_fixed_and_wait_for_the_next_look(tmp_path, ranks) -> None:
-    result(tmp_path, 3)
+    result(tmp_path, 2)
     before = (tmp_path / PLAN_FILE).read_bytes()
     ranks.started.clear()
-    # The fourth seed counts at the look of six.
-    assert result(tmp_path, 4).seeds == [7, 8, 9]
+    # The third seed counts at the look of four.
+    assert result(tmp_path, 3).seeds == [7, 8]
     assert len(ranks.started) == 5, "every arm with the new seed; no session"
     assert (tmp_path / PLAN_FILE).read_bytes() == before
-    found = result(tmp_path, 6)
-    assert found.seeds == [7, 8, 9, 10, 11, 12]
+    found = result(tmp_path, 4)
+    assert found.seeds == [7, 8, 9, 10]
     assert (found.look, found.level) == (2, pytest.approx(0.025 / 4))
 
 
 def test_the_plan_is_that_of_the_beginning(tmp_path: Path) -> None:
     pilot_in(tmp_path, 1)
-    assert PilotPlan(first=9).claim(tmp_path).first == 3
+    assert PilotPlan(first=9).claim(tmp_path).first == 2
     (tmp_path / PLAN_FILE).write_text("{")
     with pytest.raises(ConfigError, match="must hold a readable plan.json"):
         PilotPlan(first=3).claim(tmp_path)
@@ -148,7 +150,7 @@ def test_the_plan_is_that_of_the_beginning(tmp_path: Path) -> None:
 def test_sessions_hold_the_share_that_the_runs_had(tmp_path: Path, budget: dict[str, Any]) -> None:
     config = config_of(budget={**budget, "ramp_steps": 5} if budget else {})
     run = run_in(tmp_path, first_arms(config, 8)[1])
-    words = Session.of(run, 0.6, 1).command
+    words = session(run, 0.6, 1).command
     held = with_overrides(run.config, words[3 : words.index("--rounds")]).moe
     assert held.ffn_share == pytest.approx(0.6, rel=1e-4)
     assert not held.budget.acts
@@ -158,7 +160,7 @@ EVIL = "<script>alert('1')</script> & $\\frac{1}$ [red]\u00e9"
 
 
 def test_numbers_are_on_the_page_and_in_the_terminal(tmp_path, ranks, capsys) -> None:
-    found, runs = result_of(pilot_in(tmp_path, 3).run(lambda title: None))
+    found, runs = result_of(pilot_in(tmp_path, 2).run(lambda title: None))
     arm = replace(found.arms[1], name=EVIL)
     found = replace(found, command=EVIL, arms=[found.arms[0], arm, *found.arms[2:]])
     page = write_pilot_page(found, runs, tmp_path / "pilot.html").read_text(encoding="ascii")

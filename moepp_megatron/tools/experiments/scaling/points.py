@@ -3,19 +3,36 @@
 Strong scaling keeps the global batch of the configuration at every rank count. Weak scaling keeps
 the batch of a rank: `global_batch_size * nproc / smallest nproc`. Where both want the same batch,
 as at the smallest count, they are one point.
+
+DIR/settings.json      what all points have in common
+DIR/points/NAME.json   what `moepp bench step` has measured at a point
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from moepp_megatron.config import Config, ConfigError, Layout, with_overrides
+from moepp_megatron.config.json_file import read_json
 from moepp_megatron.config.schema.parallel import DEGREES
+from moepp_megatron.runtime.atomic import write_atomic
+from moepp_megatron.tools.experiments.runner import check_settings, writing
+from moepp_megatron.tools.experiments.timed_step import TimedStepTrial
 
 MODES = ("strong", "weak")
-KINDS = ("moepp", "vanilla")
+# Sections that say nothing about speed: two runs that differ here are the same test.
+_ELSEWHERE = {"run", "data", "checkpoint", "slurm", "telemetry", "observe"}
+# Settings that a point's name holds.
+_IN_NAME = {
+    # The last one follows from the first.
+    "parallel": {*DEGREES.values(), "sequence_parallel"},
+    "training": {"global_batch_size", "train_iters"},
+}
 
 
 @dataclass(frozen=True)
@@ -40,71 +57,24 @@ class Point:
         degrees = self.layout.replace("=", "").replace(",", "-")
         return f"n{self.nproc}_{degrees}_b{self.global_batch_size}"
 
-    def config(self, config: Config) -> Config:
-        """`config` in this point's layout and batch.
-
-        Raises:
-            ConfigError: If they do not fit.
-        """
+    @property
+    def overrides(self) -> list[str]:
+        """Settings of this point's layout and batch."""
         degrees = parse_layout(self.layout)
-        overrides = [f"parallel.{DEGREES[key]}={n}" for key, n in degrees.items()]
-        overrides += [f"training.global_batch_size={self.global_batch_size}"]
+        settings = [f"parallel.{DEGREES[key]}={n}" for key, n in degrees.items()]
         # Steps of one size are compared.
-        overrides += ["training.batch_ramp=null"]
+        settings += [
+            f"training.global_batch_size={self.global_batch_size}",
+            "training.batch_ramp=null",
+        ]
         # MoE layers need it with tensor parallelism, and it has no effect without.
-        if degrees["tp"] > 1:
-            overrides.append("parallel.sequence_parallel=true")
-        return with_overrides(config, overrides)
+        return settings + ["parallel.sequence_parallel=true"] * (degrees["tp"] > 1)
 
-
-@dataclass(frozen=True)
-class ScalingGrid:
-    """Everything that a scaling test asks for.
-
-    Attributes:
-        points: Points to measure, by rank count.
-        impossible: Requested combinations that do not fit, with the reason in one line.
-    """
-
-    points: tuple[Point, ...]
-    impossible: dict[str, str]
-
-    def named(self, name: str) -> Point:
-        """The point of a name.
-
-        Raises:
-            ConfigError: No point has it.
-        """
-        points = {point.name: point for point in self.points}
-        if name not in points:
-            raise ConfigError(f"--point ({name}) must be one of {', '.join(points)}")
-        return points[name]
-
-    def point_of_ranks(self, name: str | None, world_size: int) -> Point:
-        """The point that ranks of an external launcher measure.
-
-        Args:
-            name: Its name; None where only one point has as many ranks.
-            world_size: How many ranks were started.
-
-        Raises:
-            ConfigError: The named point has another number of ranks, or a name is needed.
-        """
-        if name is not None:
-            point = self.named(name)
-            if point.nproc != world_size:
-                raise ConfigError(
-                    f"--point ({name}) must have as many ranks as were started ({world_size}); "
-                    f"start {point.nproc}"
-                )
-            return point
-        fitting = [point for point in self.points if point.nproc == world_size]
-        if len(fitting) != 1:
-            names = ", ".join(point.name for point in fitting) or "none"
-            raise ConfigError(
-                f"--point (null) must name one of the points of {world_size} ranks: {names}"
-            )
-        return fitting[0]
+    def trial(self, folder: Path, words: Sequence[str], rounds: int) -> TimedStepTrial:
+        """The trial of this point; `words` are the configuration and its overrides."""
+        file = folder / "points" / f"{self.name}.json"
+        words = [*words, *self.overrides]
+        return TimedStepTrial.of(file, self.name, self.nproc, words, rounds)
 
 
 def parse_layout(text: str) -> dict[str, int]:
@@ -128,10 +98,10 @@ def parse_layout(text: str) -> dict[str, int]:
     return degrees
 
 
-def build_grid(
+def build_points(
     config: Config, nprocs: Sequence[int], layouts: Sequence[str], modes: Sequence[str]
-) -> ScalingGrid:
-    """The points of all combinations that fit.
+) -> tuple[dict[str, Point], dict[str, str]]:
+    """The points of all combinations that fit, by name, and why the others do not.
 
     Degrees that a layout does not name are the configuration's; expert parallelism is then as wide
     as divides both the experts and the ranks.
@@ -156,15 +126,14 @@ def build_grid(
             impossible[f"{nproc} ranks, {text}, {mode}"] = reason
             continue
         known = points.get(point.name, point)
-        both = tuple(dict.fromkeys([*known.modes, mode]))
-        points[point.name] = replace(point, modes=both)
+        points[point.name] = replace(point, modes=tuple(dict.fromkeys([*known.modes, mode])))
     if not points:
         first, reason = next(iter(impossible.items()))
         raise ConfigError(
             f"--nproc ({', '.join(map(str, nprocs))}) must fit the configuration at one count at "
             f"least; with {first}: {reason}"
         )
-    return ScalingGrid(tuple(points.values()), impossible)
+    return points, impossible
 
 
 def _batch(config: Config, nproc: int, smallest: int, mode: str) -> int:
@@ -180,19 +149,36 @@ def _batch(config: Config, nproc: int, smallest: int, mode: str) -> int:
 
 
 def _point(config: Config, nproc: int, degrees: Mapping[str, int], batch: int) -> Point:
-    parallel = config.parallel
+    parallel, experts = config.parallel, config.moe.num_ffn_experts
     full = {key: getattr(parallel, name) or 1 for key, name in DEGREES.items()} | dict(degrees)
     if "ep" not in degrees:
-        full["ep"] = _widest(config.moe.num_ffn_experts, nproc, full["etp"] * full["pp"])
-    layout = ",".join(f"{key}={full[key]}" for key in DEGREES)
-    point = Point(nproc, layout, batch)
-    Layout.from_config(point.config(config), nproc)
+        others = full["etp"] * full["pp"]
+        fitting = [ep for ep in range(1, experts + 1) if experts % ep == nproc % (ep * others) == 0]
+        # Where even 1 does not fit, that is found now.
+        full["ep"] = max(fitting, default=1)
+    point = Point(nproc, ",".join(f"{key}={full[key]}" for key in DEGREES), batch)
+    Layout.from_config(with_overrides(config, point.overrides), nproc)
     return point
 
 
-def _widest(experts: int, nproc: int, others: int) -> int:
-    """The largest expert-parallel size; 1 where even that does not fit, which is found later."""
-    return max(
-        (ep for ep in range(1, experts + 1) if experts % ep == 0 and nproc % (ep * others) == 0),
-        default=1,
-    )
+def claim(folder: Path, config: Config, rounds: int) -> None:
+    """Make the folder, or make sure that its points belong to the same test.
+
+    Raises:
+        ConfigError: If they do not, or the folder cannot be written.
+    """
+    wanted: dict[str, Any] = {
+        section: {k: v for k, v in keys.items() if k not in _IN_NAME.get(section, ())}
+        for section, keys in config.model_dump(mode="json").items()
+        if section not in _ELSEWHERE
+    }
+    wanted["measuring"] = {"rounds": rounds}
+    file = folder / "settings.json"
+    with writing(folder, "points", "logs"):
+        if not file.exists():
+            write_atomic(file, (json.dumps(wanted, indent=1) + "\n").encode())
+        try:
+            found = read_json(file)
+        except ValueError:
+            found = None
+    check_settings(folder, file, found if isinstance(found, dict) else {}, wanted)

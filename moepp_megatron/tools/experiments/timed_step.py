@@ -1,0 +1,61 @@
+"""A trial that times MoE++ against vanilla: both models in one process, in turn.
+
+A machine is faster or slower from one process to the next, by a few per cent. Models that run one
+after the other take that for a difference between them; here both see the same machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, PositiveFloat, ValidationError
+
+from moepp_megatron.tools.experiments.runner import Trial
+
+
+class BothSteps(BaseModel, frozen=True, allow_inf_nan=False):
+    """Both models' steps, fields of `tools.bench.step.TimedStep`."""
+
+    phi: float
+    tokens: int
+    vanilla_ms: PositiveFloat
+    moepp_ms: PositiveFloat
+    speedup: PositiveFloat
+    vanilla_a2a_bytes: int
+    moepp_a2a_bytes: int
+
+
+@dataclass(frozen=True)
+class TimedStepTrial(Trial[BothSteps]):
+    """One start of `moepp bench step`.
+
+    Attributes:
+        file: The file of its result.
+    """
+
+    file: Path
+
+    @classmethod
+    def of(
+        cls, file: Path, title: str, nproc: int, words: Sequence[str], rounds: int
+    ) -> TimedStepTrial:
+        """The trial.
+
+        Args:
+            file: The file of its result, in a folder of DIR.
+            title: What people read while it is measured.
+            nproc: Ranks, over all machines.
+            words: A configuration and overrides.
+            rounds: Steps of each model that count.
+        """
+        command = ["bench", "step", *words, "--rounds", str(rounds), "--json", str(file)]
+        return cls(file.parents[1], file.stem, title, nproc, command, file)
+
+    def result(self) -> BothSteps | None:
+        """Return the result."""
+        try:
+            return BothSteps.model_validate_json(self.file.read_bytes())
+        except (OSError, ValidationError):
+            return None
