@@ -292,13 +292,37 @@ ENGINE: dict[str, dict[str, Any]] = {
     ),
     "FP8, offloading": _fp8("blockwise", _OFFLOADING, _OFFLOADED),
 }
+# What others of `ENGINE` and `LOCAL` have by parts, or with more: with the slow tests.
+COVERED = (
+    "guards, health, evaluation, save",
+    "first stage, expert parallel",
+    "capacity, context parallel",
+    "deduplicated",
+    "DeepEP",
+    "HybridEP",
+    "FP8, delayed",
+    "FP8, tensorwise, weights",
+    "FP8, full width",
+    "recompute moe_act",
+    "recompute core_attn",
+    "recompute layernorm, moe",
+    "combined schedule",
+    "without kernels",
+    "offloading, pipeline",
+    "FP8, offloading",
+    "MXFP8, expert parallel",
+    "MXFP8, combined schedule, offloading",
+    "MXFP8, full width",
+)
 # On a Blackwell GPU.
 MXFP8: dict[str, dict[str, Any]] = {
-    "evaluation, save": _fp8("mxfp8", parts=["evaluation", "save"]),
-    "expert parallel": _fp8("mxfp8", _TWO_EXPERT_RANKS, world_size=2),
-    "DeepEP": _fp8("mxfp8", _TWO_EXPERT_RANKS, _FLEX, world_size=2),
-    "HybridEP": _fp8("mxfp8", _TWO_EXPERT_RANKS, _FLEX, "moe.flex_backend=hybridep", world_size=2),
-    "tensor parallel, recompute": _fp8(
+    "MXFP8, evaluation, save": _fp8("mxfp8", parts=["evaluation", "save"]),
+    "MXFP8, expert parallel": _fp8("mxfp8", _TWO_EXPERT_RANKS, world_size=2),
+    "MXFP8, DeepEP": _fp8("mxfp8", _TWO_EXPERT_RANKS, _FLEX, world_size=2),
+    "MXFP8, HybridEP": _fp8(
+        "mxfp8", _TWO_EXPERT_RANKS, _FLEX, "moe.flex_backend=hybridep", world_size=2
+    ),
+    "MXFP8, tensor parallel, recompute": _fp8(
         "mxfp8",
         *_TENSOR_AND_CONTEXT,
         _SELECTIVE,
@@ -306,7 +330,7 @@ MXFP8: dict[str, dict[str, Any]] = {
         world_size=4,
         sequences=1,
     ),
-    "combined schedule, offloading": _fp8(
+    "MXFP8, combined schedule, offloading": _fp8(
         "mxfp8",
         _TWO_EXPERT_RANKS,
         "parallel.overlap_moe_expert_parallel_comm=true",
@@ -315,7 +339,7 @@ MXFP8: dict[str, dict[str, Any]] = {
         world_size=2,
         sequences=4,
     ),
-    "full width": shipped(
+    "MXFP8, full width": shipped(
         ROOT / "configs/models/moepp_7b_16_4_fp8.yaml", 2, "precision.fp8_recipe=mxfp8"
     ),
 }

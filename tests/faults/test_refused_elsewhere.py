@@ -14,6 +14,7 @@ from moepp_megatron.observe.status import CLAIM
 from moepp_megatron.training.run_folder import RunFolder, Start
 from tests.commands import MODULE, Begun, program
 from tests.faults.harness import prepare_data, write_config
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 # Far below the 15 minutes that the others would wait; nothing is timed.
@@ -70,9 +71,7 @@ class Starts:
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder, self.run = folder, folder / "run"
         self.config = write_config(folder / "run.yaml", data, self.run, 2, train_iters=3)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.started: list[Begun] = []
 
     def machine(self, number: int, *words: str, nnodes: int = 2, numbered: bool = True) -> None:

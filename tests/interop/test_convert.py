@@ -25,7 +25,7 @@ from tests.interop.checkpoints import (
     write_released,
 )
 from tests.interop.models import build, settings
-from tests.parallel.training_runs import VANILLA
+from tests.parallel.training_runs import VANILLA, begin_training
 
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
@@ -325,23 +325,16 @@ def test_released_layout_refuses_what_it_cannot_say(moe, named):
 def start_training_from(folder: Path, dtype: str) -> None:
     """Weights alone are read, the optimizer's copies too, and training starts at step 0."""
     import torch
-    import torch.distributed as dist
 
-    from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.interop.hf_config import config_from_hf
     from moepp_megatron.interop.hf_source import HFSource
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.checkpoint import read_checkpoint
-    from moepp_megatron.training.setup import build_training_model
 
     source = write_released(folder / "hf")
     hf_to_mcore(source, folder / "mcore")
-    config = config_from_hf(HFSource(source).config, "x")
-    raw = config.model_dump(mode="json")
+    raw = config_from_hf(HFSource(source).config, "x").model_dump(mode="json")
     raw["precision"]["dtype"] = dtype
-    config = parse_config(raw)
-    build_groups(config, Layout.from_config(config, dist.get_world_size()))
-    model = build_training_model(config)
+    config, _, model = begin_training(raw)
     progress = read_checkpoint(folder / "mcore", model, config).progress
     assert progress.step == 0
     wanted = load_tensors(source)["model.embed_tokens.weight"].to(

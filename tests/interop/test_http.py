@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from moepp_megatron.data.tokenizer import Tokenizer
 from tests.commands import TIMEOUT_S, moepp, slowdown
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 PROMPT, NEW_TOKENS = "def read(self", 24
@@ -55,10 +55,7 @@ def answered(folder: Path) -> str:
     wanted = install.removeprefix("pip install '").removesuffix("'")
     assert f'"{wanted}",' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert len(commands) == 4
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    script = "trap 'kill $!' EXIT\n" + "\n".join(commands).replace("8000", port)
+    script = "trap 'kill $!' EXIT\n" + "\n".join(commands).replace("8000", str(free_port()))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euc", script],

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import SyntheticDataset, settings
+from tests.parallel.training_runs import SyntheticDataset, begin, begin_training, settings
 
 # Wide enough for every run of these tests.
 NUM_STEPS = 12
@@ -35,16 +35,9 @@ class Messages(logging.Handler):
 
 def trainer_of(raw: dict[str, Any], callbacks: Sequence[Any] = ()) -> Any:
     """A `Trainer` on this rank."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.trainer import Trainer
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
-    return Trainer(config, layout, callbacks)
+    return Trainer(*begin(raw), callbacks)
 
 
 def run_trainer(raw: dict[str, Any]) -> list[str]:
@@ -88,21 +81,12 @@ def train_between(
     raw: dict[str, Any], folder: Path, last: int, start: Path | None = None
 ) -> list[float]:
     """Losses from a checkpoint (or step 0) to step `last`, which is saved into `folder`."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.checkpoint import Progress, read_checkpoint
     from moepp_megatron.training.collect import mean_loss
-    from moepp_megatron.training.setup import build_training_model
     from moepp_megatron.training.step import training_step
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
-    model = build_training_model(config)
-    model.set_training(True)
+    config, layout, model = begin_training(raw)
     progress = Progress() if start is None else read_checkpoint(start, model, config).progress
     dataset = SyntheticDataset(config, NUM_STEPS)
     batches = rank_batches(dataset, progress.consumed_samples, config, len(model.chunks))

@@ -186,17 +186,13 @@ def padded_to_capacity(dispatcher: str) -> dict[str, Any]:
     from megatron.core.transformer.moe import moe_layer
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.model.megatron_config import transformer_config
     from moepp_megatron.moe.dispatcher import FFNAlltoAllTokenDispatcher
     from moepp_megatron.moe.spec import get_gpt_layer_local_spec
-    from moepp_megatron.runtime.distributed import build_groups
-    from tests.parallel.training_runs import settings
+    from tests.parallel.training_runs import begin, settings
 
-    size = dist.get_world_size()
-    raw = settings(parallel={"expert_model_parallel_size": size})
-    build_groups(parse_config(raw), Layout.from_config(parse_config(raw), size))
-    config = transformer_config(parse_config(raw))
+    ranks = {"expert_model_parallel_size": dist.get_world_size()}
+    config = transformer_config(begin(settings(parallel=ranks))[0])
     config.moe_expert_capacity_factor = 1.0
     config.moe_pad_expert_input_to_capacity = True
     ours = {"upstream": MoEAlltoAllTokenDispatcher, "ours": FFNAlltoAllTokenDispatcher}

@@ -63,6 +63,32 @@ def duplicate_router_rows(models: list[Any]) -> None:
                     ffn[1::2] = ffn[0::2]
 
 
+def vary_norms(chunks: list[Any]) -> None:
+    """Weights of which each is different: at 1, as they begin, another head's would do as well."""
+    import torch
+
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if "q_layernorm" in name or "k_layernorm" in name:
+                steps = torch.arange(parameter.numel(), dtype=parameter.dtype)
+                parameter.data.copy_(1.0 + 0.5 * torch.sin(1.0 + steps))
+
+
+def pad_some(models: list[Any]) -> None:
+    """Give every forward pass a mask that follows from its tokens, unevenly over ranks."""
+    for model in models:
+        model.forward = _with_mask(model.forward)
+        if hasattr(model, "build_schedule_plan"):
+            model.build_schedule_plan = _with_mask(model.build_schedule_plan)
+
+
+def _with_mask(function: Any) -> Any:
+    def inner(input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(input_ids, *args, padding_mask=input_ids % 5 < 2, **kwargs)
+
+    return inner
+
+
 def _zero_experts(moepp: Any) -> list[int]:
     return list(range(moepp.columns(ZERO).start, moepp.columns(ZERO).stop))
 

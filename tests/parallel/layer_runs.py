@@ -75,14 +75,11 @@ def run_reference(raw: dict[str, Any], data_parallel_size: int) -> dict[str, Any
     """The same on one process with reference.py; each data-parallel share is one micro-batch."""
     import torch
 
-    from moepp_megatron.config import Layout, parse_config
     from moepp_megatron.model.build import build_model
     from moepp_megatron.model.megatron_config import moepp_config
     from moepp_megatron.moe.reference import ReferenceMoEPP
-    from moepp_megatron.runtime.distributed import build_groups
 
-    config = parse_config(raw)
-    build_groups(config, Layout.from_config(config, 1))
+    config, _ = begin(raw)
     (model,) = build_model(config)
     reference = ReferenceMoEPP(
         moepp_config(config), config.model.hidden_size, config.model.ffn_hidden_size

@@ -126,20 +126,6 @@ def test_failed_saves_on_one_rank(ranks: RankPools, tmp_path: Path, is_async: bo
         assert (tmp_path / fault / "latest").read_text() == "step_00000003\n"
 
 
-def save_every_step(folder: Path, steps: int) -> int:
-    run = Run(folder, async_save=True, keep=2)
-    for _ in range(steps):
-        run.step()
-        run.save(wait=False)
-    run.writer.finish()
-    return run.writer.failed_saves
-
-
-def test_forked_writers_among_gloo_threads(ranks: RankPools, tmp_path: Path) -> None:
-    assert ranks(2).run(save_every_step, tmp_path, 6) == [0, 0]
-    assert names(tmp_path) == ["latest", "step_00000005", "step_00000006"]
-
-
 def save_with_another_clock(folder: Path) -> list[list[str]]:
     """Checkpoints, newest first, after a save by a node whose clock is behind, and one more."""
     from unittest import mock

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Begun, Heard, program
+from tests.commands import program
 
 STARTER = """
 import os, signal, subprocess, sys, tempfile, threading
@@ -77,19 +77,3 @@ def test_ends_are_those_of_an_interpreter(tmp_path: Path, end: str, status: int,
     done = program(path)
     assert done.returncode == status
     assert (done.stdout + done.stderr).endswith(says)
-
-
-def test_a_process_in_the_background(tmp_path: Path) -> None:
-    path = tmp_path / "program.py"
-    path.write_text("import time\nprint('here', flush=True)\ntime.sleep(200)\n")
-    heard = Heard([str(path)], tmp_path)
-    assert heard.stdout.readline() == "here\n"
-    assert heard.poll() is None
-    heard.send_signal(signal.SIGTERM)
-    assert heard.communicate(60) == ("", None)
-    assert heard.returncode == -signal.SIGTERM
-    sleeping = Begun([str(path)], tmp_path / "log")
-    with pytest.raises(subprocess.TimeoutExpired):
-        sleeping.wait(0.01)
-    sleeping.kill()
-    assert sleeping.wait() == -signal.SIGKILL

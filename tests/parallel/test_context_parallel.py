@@ -4,7 +4,7 @@ from itertools import permutations
 
 import pytest
 
-from tests.parallel.training_runs import CP2, EP2, FULL, PP2, TP2, begin, compare, settings, short
+from tests.parallel.training_runs import begin, settings
 
 # Two orders of summation of the same fp32 terms: some hundred roundings of 2^-24 each.
 FP32_TOLERANCE = 1e-5
@@ -278,30 +278,3 @@ def test_ranks_read_their_samples_and_their_chunks_of_them(ranks, cp):
                 for sample in range(first, first + micro_batch)
             ]
             assert batch == {"tokens": numbers, "loss_mask": numbers}
-
-
-LAYOUTS = {
-    "cp2_ep2": (2, CP2 | EP2),
-    "cp2_tp2_ep4": (4, CP2 | TP2 | {"expert_model_parallel_size": 4}),
-    "cp2_pp2": (4, CP2 | PP2),
-    "cp4_ep2": (4, EP2 | {"context_parallel_size": 4}),
-}
-RECOMPUTE = {
-    "full": FULL,
-    "core_attn": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_training_equals_one_process(trained, alone, name):
-    world_size, parallel = LAYOUTS[name]
-    raw = short(model=MODEL, parallel=parallel)
-    run = trained(world_size, raw)
-    compare(run, alone(short(model=MODEL)), FP32_TOLERANCE)
-
-
-@pytest.mark.parametrize("name", RECOMPUTE)
-def test_training_with_recomputed_attention_equals_one_process(trained, alone, name):
-    raw = short(model=MODEL, parallel=CP2, training=RECOMPUTE[name])
-    run = trained(2, raw)
-    compare(run, alone(short(model=MODEL)), FP32_TOLERANCE)

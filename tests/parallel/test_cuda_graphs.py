@@ -5,8 +5,17 @@ from typing import Any
 import pytest
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.test_latent_attention import MODEL as LATENT
-from tests.parallel.training_runs import EP2, PP2, STEPS, Run, assemble, compare, short, train
+from tests.parallel.training_runs import (
+    EP2,
+    LATENT,
+    PP2,
+    STEPS,
+    Run,
+    assemble,
+    compare,
+    short,
+    train,
+)
 
 
 def train_with_graphs(raw: dict[str, Any], steps: int) -> Any:

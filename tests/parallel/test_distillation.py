@@ -29,6 +29,7 @@ from tests.parallel.training_runs import (
     VANILLA,
     Run,
     assemble,
+    begin,
     compare,
     difference,
     part_of,
@@ -189,17 +190,6 @@ def test_weight_0_changes_no_bit(ranks: RankPools, teachers: dict[str, Path], si
     assert min(measured.divergences) > 0.01
 
 
-def test_a_teacher_equal_to_the_student_says_nothing(ranks: RankPools, tmp_path: Path) -> None:
-    ranks(1).run(train_between, short(), tmp_path, 0)
-    alone = assemble(ranks(1).run(train, short(), 1))
-    for size in (1, 2):
-        parallel = TP2 if size == 2 else {}
-        raw = short(parallel=parallel, distillation={"teacher": str(tmp_path), "weight": 5.0})
-        run = assemble(ranks(size).run(train, raw, 1))
-        assert run.divergences == [0.0]
-        compare(run, alone, LAYOUT)
-
-
 def test_the_gradient_is_that_of_the_sum(alone: Callable[..., Run], teachers: dict[str, Path]):
     """Of three runs that differ in the two weights alone, one's gradient is the others' sum."""
     name = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
@@ -288,15 +278,11 @@ def estimated_and_held(raw: dict[str, Any]) -> tuple[float, int]:
     """Bytes that the planner says of this rank's teacher, and those of its parameters."""
     import torch.distributed as dist
 
-    from moepp_megatron.config import Layout
     from moepp_megatron.features.distillation.part import DistillationPart
     from moepp_megatron.features.distillation.teacher import TeacherModel
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.tools.planning.memory import rank_memory
 
-    config = parse_config(raw)
-    layout = Layout.from_config(config, dist.get_world_size())
-    build_groups(config, layout)
+    config, layout = begin(raw)
     teacher = TeacherModel.of(config)
     assert teacher is not None
     parameters = DistillationPart(config, teacher).parameters()

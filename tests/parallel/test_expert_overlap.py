@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from tests.parallel.flex_stand_ins import train_with_deepep, train_with_hybridep
-from tests.parallel.forced_routing import only_zero_experts, second_half_without_ffn
+from tests.parallel.forced_routing import only_zero_experts, pad_some, second_half_without_ffn
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, PP2, STEPS, assemble, compare, short, train
+from tests.parallel.training_runs import EP2, LATENT, PP2, STEPS, assemble, compare, short, train
 
 STAGES = {**PP2, **EP2, "virtual_pipeline_model_parallel_size": 2}
 
@@ -62,6 +62,9 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
     "no residual": {"moe": {"gating_residual": False}},
+    "documents": {"data": {"reset_attention_mask": True}},
+    "padding": {"prepare": pad_some},
+    "latent attention": {"model": LATENT},
 }
 
 
@@ -78,12 +81,13 @@ def test_overlapped_reduction_and_gathering(ranks: RankPools) -> None:
     compare(run, reference, 0.0)
 
 
-@pytest.mark.parametrize("layout", ["even", "embedding and loss alone"])
-def test_interleaved_pipeline(ranks: RankPools, layout: str) -> None:
-    parallel = dict(STAGES)
-    if layout != "even":
-        parallel["pipeline_model_parallel_layout"] = "E|tt|tt|L"
-    run, reference = both(ranks, 4, train, parallel=parallel)
+@pytest.mark.parametrize(
+    ("stages", "model"),
+    [({}, {}), ({"pipeline_model_parallel_layout": "E|tt|tt|L"}, {}), ({}, LATENT)],
+    ids=["even", "embedding and loss alone", "latent attention"],
+)
+def test_interleaved_pipeline(ranks: RankPools, stages: Any, model: dict[str, Any]) -> None:
+    run, reference = both(ranks, 4, train, model=model, parallel=STAGES | stages)
     compare(run, reference, 0.0)
 
 

@@ -1,7 +1,7 @@
 """Each feature can be deleted: its folder, and its lines in the list."""
 
 import ast
-import datetime
+import os
 import shutil
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from tests.unit.data.letters import prepare_letters
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "moepp_megatron"
 FEATURES = sorted(path.parent.name for path in PACKAGE.glob("features/*/__init__.py"))
-# Another one every day.
-DRAWN = FEATURES[datetime.date.today().toordinal() % len(FEATURES)]
+# Another one in every run, the same in all workers of it.
+DRAWN = FEATURES[int(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0"), 16) % len(FEATURES)]
 
 
 class WithoutFeature(ast.NodeTransformer):

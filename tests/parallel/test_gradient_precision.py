@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, STEPS, assemble, short, train
+from tests.parallel.training_runs import EP2, STEPS, assemble, begin_training, short, train
 
 # Each gradient is summed over 2 micro-batches and 2 ranks; bf16 keeps 8 bits, so each of the four
 # sums rounds by at most 2^-9, and the norm of many of them by much less than their sum.
@@ -13,15 +13,7 @@ BF16 = 4 * 2.0**-9
 
 
 def buffer_types(raw: dict[str, Any]) -> set[str]:
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
-    from moepp_megatron.training.setup import build_training_model
-
-    config = parse_config(raw)
-    build_groups(config, Layout.from_config(config, dist.get_world_size()))
-    model = build_training_model(config)
+    _, _, model = begin_training(raw)
     return {str(p.main_grad.dtype) for chunk in model.models for p in chunk.parameters()}
 
 

@@ -9,7 +9,7 @@ import pytest
 from moepp_megatron.training.checkpoint.files import checkpoint_name
 from tests.parallel.checkpoint_runs import logged, run_trainer, train_between, trainer_settings
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, PP2, TP2, Run, compare, short
+from tests.parallel.training_runs import EP2, PP2, TP2, Run, begin_training, compare, short
 
 pytest.importorskip("emerging_optimizers", reason="needs moepp-megatron[emerging]")
 MUON = {"kind": "muon", "muon_fp32_matmul_prec": "highest", "muon_extra_scale_factor": 0.2}
@@ -20,16 +20,9 @@ BF16 = {"precision": {"dtype": "bf16"}}
 
 def kinds_of(raw: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Each parameter's kind, and the class of the optimizer that trains it."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.optimizers import parameter_kind
-    from moepp_megatron.training.setup import build_training_model
 
-    config = parse_config(raw)
-    build_groups(config, Layout.from_config(config, dist.get_world_size()))
-    model = build_training_model(config)
+    _, _, model = begin_training(raw)
     owners = {
         parameter: type(part.optimizer).__name__
         for part in model.optimizer.chained_optimizers
@@ -140,16 +133,9 @@ GROUPS = {
 
 def rates_of(raw: dict[str, Any]) -> tuple[float, dict[str, set[tuple[float, float]]]]:
     """The run's rate, and rate and weight decay of each kind of parameters in the second step."""
-    import torch.distributed as dist
-
-    from moepp_megatron.config import Layout, parse_config
-    from moepp_megatron.runtime.distributed import build_groups
     from moepp_megatron.training.optimizers import parameter_kind
-    from moepp_megatron.training.setup import build_training_model
 
-    config = parse_config(raw)
-    build_groups(config, Layout.from_config(config, dist.get_world_size()))
-    model = build_training_model(config)
+    _, _, model = begin_training(raw)
     model.scheduler.step(increment=2)
     names = {parameter: name for name, parameter in model.chunks[0].named_parameters()}
     found: dict[str, set[tuple[float, float]]] = {}

@@ -1,113 +1,27 @@
-"""Padding masks in every layout: training equals one process with the same padding."""
+"""Padding masks: what a model computes of padded batches, and what is recorded of them."""
 
-import functools
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.parallel.forced_routing import pad_some
 from tests.parallel.ranks import RankPools
-from tests.parallel.test_expert_overlap import both
 from tests.parallel.training_runs import (
-    CP2,
     EP2,
     FULL,
-    PP2,
-    TP2,
     VANILLA,
-    Run,
     SyntheticDataset,
     begin_training,
-    compare,
     difference,
     losses_and_gradients,
     short,
-    train,
 )
 
 STEPS = 2
 # fp32 sums in another order: a few units in the last place (6e-8) of the largest summand.
 RELATIVE = 1e-5
-
-
-def pad_some(models: list[Any]) -> None:
-    """Give every forward pass a mask that follows from its tokens, unevenly over ranks."""
-    for model in models:
-        model.forward = _with_mask(model.forward)
-        if hasattr(model, "build_schedule_plan"):
-            model.build_schedule_plan = _with_mask(model.build_schedule_plan)
-
-
-def _with_mask(function: Any) -> Any:
-    def inner(input_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        return function(input_ids, *args, padding_mask=input_ids % 5 < 2, **kwargs)
-
-    return inner
-
-
-SHARED = {"shared_expert_ffn_hidden_size": 16}
-# World size, layout, and settings of the layer: its own, and those of one process too.
-LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "dp2 ep2": (2, EP2, {}, {}),
-    "dp2 ep2 dedup": (2, EP2, {"dispatcher": "alltoall_dedup"}, {}),
-    "tp2 ep2": (2, TP2 | EP2, {}, SHARED),
-    "tp2 ep2 allgather": (2, TP2 | EP2, {"dispatcher": "allgather"}, SHARED),
-    "cp2 capacity": (2, CP2, {}, {"capacity_factor": 1.0}),
-    "cp2 tp2 sequence": (
-        4,
-        CP2 | TP2,
-        {},
-        {"balance_scope": "sequence", "balance_loss": "grouped", "capacity_factor": 0.8},
-    ),
-    "pp2 tp2": (4, PP2 | TP2, {}, {"z_loss_coeff": 1e-2}),
-}
-MOE = {"num_ffn_experts": 8, "z_loss_coeff": 1e-3}
-
-
-@pytest.fixture(scope="module")
-def one_process(trained) -> Callable[..., Run]:
-    """By the settings of its MoE layers, a padded run."""
-
-    @functools.cache
-    def run(**moe: Any) -> Run:
-        return trained(1, short(moe=MOE | moe), prepare=pad_some)
-
-    return run
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_training_equals_one_process(trained, one_process: Callable[..., Run], name: str) -> None:
-    world, parallel, own, moe = LAYOUTS[name]
-    raw = short(moe=MOE | moe | own, parallel=parallel)
-    found = trained(world, raw, prepare=pad_some)
-    compare(found, one_process(**moe), RELATIVE)
-    if name == "dp2 ep2":
-        without = trained(1, short(moe=MOE))
-        assert without.losses != one_process().losses
-
-
-MTP = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("world", "parallel", "moe"),
-    [
-        (2, TP2 | EP2, {}),
-        (2, CP2, {"capacity_factor": 1.0}),
-        (4, CP2 | TP2, {"balance_scope": "sequence", "capacity_factor": 0.8}),
-        (4, PP2 | EP2, {"balance_scope": "sequence"}),
-        (2, EP2, {"gating_residual": False}),
-    ],
-    ids=["tp2 ep2", "cp2 capacity", "cp2 tp2 sequence", "pp2 ep2", "no residual"],
-)
-def test_multi_token_prediction_equals_one_process(trained, world, parallel, moe):
-    """The mask moves over the halves of a sequence that context-parallel ranks hold, too."""
-    raw = short(moe=MOE | moe, model=MTP)
-    one = trained(1, raw, prepare=pad_some)
-    raw = short(moe=MOE | moe, model=MTP, parallel=parallel)
-    compare(trained(world, raw, prepare=pad_some), one, RELATIVE)
 
 
 def test_global_balance_equals_one_process_with_the_same_batches(trained) -> None:
@@ -120,11 +34,6 @@ def test_global_balance_equals_one_process_with_the_same_batches(trained) -> Non
     # The balance losses themselves are means over other micro-batches.
     assert max(found.loss, found.grad_norm, found.gradient) <= RELATIVE, found
     assert found.selections < 1e-12, found
-
-
-def test_combined_schedule(ranks: RankPools) -> None:
-    run, reference = both(ranks, 2, train, prepare=pad_some, parallel=EP2)
-    compare(run, reference, 0.0)
 
 
 KEPT = 11

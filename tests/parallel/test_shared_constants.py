@@ -1,33 +1,16 @@
 """One V for all MoE layers (`moe.constants_shared`): gradients, layouts, checkpoints."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
-from moepp_megatron.config import ConfigError, parse_config
-from tests.parallel.checkpoint_runs import continue_in_another_layout
-from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, FULL, TP2, Run, compare, short
+from tests.parallel.training_runs import Run, short
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
 SHARED = {"num_ffn_experts": 8, "constants_shared": True}
 CONSTANTS = "zero_computation.constants"
-OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
-LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
-    "tp2, recompute": (2, {"parallel": TP2, "training": FULL}),
-    "dp2 overlapped": (2, {"parallel": OVERLAPPED}),
-    # Each layer's backward pass adds its part by itself; megatron-core counts them in the first
-    # step and reduces the gradient after as many in the others.
-    "dp2 overlapped, recompute": (2, {"parallel": OVERLAPPED, "training": FULL}),
-    "ep2 tp2, plain optimizer": (
-        4,
-        {"parallel": {**EP2, **TP2, "use_distributed_optimizer": False}},
-    ),
-}
 
 
 def shared(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -64,18 +47,3 @@ def test_gradient_is_the_sum_over_layers(trained, alone: Callable[..., Run]) -> 
         np.testing.assert_allclose(
             one_process.gradients[name], expected, rtol=0, atol=limit, err_msg=name
         )
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(trained, alone: Callable[..., Run], layout: str) -> None:
-    world_size, sections = LAYOUTS[layout]
-    run = trained(world_size, shared(**sections))
-    compare(run, alone(shared()), FP32)
-
-
-def test_checkpoint_of_another_layout(ranks: RankPools, tmp_path: Path) -> None:
-    from moepp_megatron.training.checkpoint.compatible import check_compatible
-
-    start = continue_in_another_layout(ranks, tmp_path, shared, EP2, TP2)
-    with pytest.raises(ConfigError, match=r"moe\.constants_shared \(false\) must be that of"):
-        check_compatible(start, parse_config(short(model={"num_layers": 3})))

@@ -39,6 +39,18 @@ TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+LATENT_WIDTHS = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 6,
+}
+LATENT: dict[str, Any] = {
+    "num_query_groups": None,
+    "qk_layernorm": True,
+    "latent_attention": LATENT_WIDTHS,
+}
 VANILLA = {
     "num_zero_experts": 0,
     "num_copy_experts": 0,

@@ -9,12 +9,13 @@ import itertools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 import psutil
+
+from tests.ports import free_port
 
 NODES = ("n1", "n2")
 _STARTED = itertools.count()
@@ -73,7 +74,7 @@ class Cluster:
         (folder / "state").mkdir(parents=True)
         for node in NODES:
             (folder / f"spool.{node}").mkdir()
-        ports = _free_ports(3)
+        ports = [free_port() for _ in range(3)]
         self.config.write_text(
             _CONFIG.format(
                 folder=folder,
@@ -208,14 +209,3 @@ class Cluster:
 def _program(name: str) -> str | None:
     path = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin" + os.pathsep + "/sbin"
     return shutil.which(name, path=path)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()

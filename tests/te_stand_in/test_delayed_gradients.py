@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from moepp_megatron.training.setup import compile_extension
-from tests.parallel.training_runs import EP2, assemble, compare, settings
+from tests.parallel.training_runs import EP2, LATENT_WIDTHS, assemble, compare, settings
 from tests.te_stand_in.rank_runs import train_in_nodes
-from tests.te_stand_in.test_latent_attention import LATENT
 
 STAGES = {**EP2, "pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 SHARED = {"layer_freq": [0, 1, 0, 1], "shared_expert_ffn_hidden_size": 16}
@@ -23,7 +22,7 @@ CASES: dict[str, tuple[int, dict[str, Any], int]] = {
     "gradients reduced, parameters gathered meanwhile": (2, {"parallel": OVERLAPPED}, 4 * 4),
     "latent attention": (
         2,
-        {"model": {"latent_attention": LATENT, "num_query_groups": None}},
+        {"model": {"latent_attention": LATENT_WIDTHS, "num_query_groups": None}},
         4 * 7,
     ),
     "moe_act recomputed": (

@@ -9,8 +9,9 @@ from transformer_engine.pytorch import DotProductAttention
 from moepp_megatron.config import UnfitError
 from moepp_megatron.model.document_attention import dense_mask, document_ends
 from moepp_megatron.runtime import fit
+from tests.parallel.training_runs import LATENT_WIDTHS
 from tests.te_stand_in.models import BATCH, SEQUENCE, VOCAB, config_of, model_of
-from tests.te_stand_in.test_latent_attention import LATENT, local_model
+from tests.te_stand_in.test_latent_attention import local_model
 
 DATA = {"reset_attention_mask": True}
 
@@ -67,7 +68,7 @@ def test_packed_sequences_are_the_mask(changes, monkeypatch: pytest.MonkeyPatch)
 
 REFUSED = {
     "context_parallel_size .2. must be 1": {"parallel": {"context_parallel_size": 2}},
-    "latent_attention must be null": {"model": {"latent_attention": LATENT}},
+    "latent_attention must be null": {"model": {"latent_attention": LATENT_WIDTHS}},
 }
 
 

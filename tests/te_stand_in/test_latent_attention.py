@@ -12,23 +12,17 @@ from transformer_engine.pytorch.record import CALLS
 from moepp_megatron.config import Config, ConfigError
 from moepp_megatron.model import build, megatron_config
 from moepp_megatron.model.initialize import sharded_tensors
+from tests.parallel.training_runs import LATENT_WIDTHS
 from tests.te_stand_in.models import RECIPES, config_of, losses, model_of
 from tests.te_stand_in.test_model import ALL_HEADS
 
-LATENT = {
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_head_dim": 8,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 6,
-}
 # The model, and its parameters that are compared with how many there are.
 PROJECTIONS = r"\.self_attention\.(?!.*norm)"
 MODELS = {
-    "compressed": ({"qk_layernorm": True, "latent_attention": LATENT}, PROJECTIONS, 4 * 5),
-    "no norms": ({"latent_attention": LATENT}, PROJECTIONS, 4 * 5),
+    "compressed": ({"qk_layernorm": True, "latent_attention": LATENT_WIDTHS}, PROJECTIONS, 4 * 5),
+    "no norms": ({"latent_attention": LATENT_WIDTHS}, PROJECTIONS, 4 * 5),
     "queries from the input": (
-        {"latent_attention": LATENT | {"q_lora_rank": None}},
+        {"latent_attention": LATENT_WIDTHS | {"q_lora_rank": None}},
         PROJECTIONS,
         4 * 4,
     ),
