@@ -11,7 +11,15 @@ pytestmark = pytest.mark.timeout(2400)
 KILL_WAIT_S = 5
 
 
-def test_lost_node_and_two_preemptions_leave_the_loss_curve_unbroken(jobs, undisturbed):
+# To the batch script alone, as before a time limit, and to every process of the step at once, as
+# the scheduler preempts. Slurm takes half a minute for each start after one.
+SIGNALS = (("--batch", "--signal=USR1"), ("--signal=TERM",))
+
+
+@pytest.mark.parametrize(
+    "signals", [SIGNALS[:1], pytest.param(SIGNALS, marks=pytest.mark.slow)], ids=["one", "two"]
+)
+def test_lost_node_and_preemptions_leave_the_loss_curve_unbroken(jobs, undisturbed, signals):
     job = jobs.submit(run={"name": NASTY})
     job.wait_for_step(6)
     nodes = {rank: each.environ()["SLURMD_NODENAME"] for rank, each in job.ranks().items()}
@@ -25,20 +33,16 @@ def test_lost_node_and_two_preemptions_leave_the_loss_curve_unbroken(jobs, undis
     assert job.restarts == 1
     reached = job.step
     jobs.cluster.start_node("n2")
-    job.wait_for_step(reached + 1)
-    # To the batch script alone, as before a time limit.
-    job.signal("--batch", "--signal=USR1")
-    job.wait_for_restart(2)
-    reached = job.step
-    assert (job.run / "checkpoints" / "latest").read_text().strip() == f"step_{reached:08d}"
-    job.wait_for_step(reached + 1)
-    # To every process of the step at once, as the scheduler preempts.
-    job.signal("--signal=TERM")
-    job.wait_for_restart(3)
+    for restarts, options in enumerate(signals, 2):
+        job.wait_for_step(reached + 1)
+        job.signal(*options)
+        job.wait_for_restart(restarts)
+        reached = job.step
+        assert (job.run / "checkpoints" / "latest").read_text().strip() == f"step_{reached:08d}"
     job.wait_for_end("COMPLETED")
     assert losses(job.run) == undisturbed, "the same layout continues to the bit"
     assert sorted(undisturbed) == list(range(1, STEPS + 1))
-    assert "requeued (3 of at most 20 times)" in job.output
+    assert f"requeued ({1 + len(signals)} of at most 20 times)" in job.output
     assert not list(jobs.folder.rglob("pwned"))
 
 

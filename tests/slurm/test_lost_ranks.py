@@ -16,14 +16,13 @@ STEP_WAIT_S = 30
 def test_dead_ranks_start_again_and_crashed_ones_once(jobs: Jobs) -> None:
     """First everything on a node dies, but its daemon answers: Slurm sees nothing wrong."""
     # Nodes must also meet within it at the start, which takes them 4 s on idle cores.
-    timeout_s = max(30, round(5 * slowdown()))
+    timeout_s = max(20, round(6 * slowdown()))
     job = jobs.submit(
         slurm={"max_restarts": 1, "restart_timeout_s": timeout_s}, training={"train_iters": 100000}
     )
     job.wait_for_step(6)
     jobs.cluster.kill_steps("n2")
     job.wait_for_state("PENDING")
-    assert f"did not come back within {timeout_s} s after a failure" in job.output
     assert (
         f"a node did not come back within {timeout_s} s after a failure; requeued (1 of at"
         in job.output

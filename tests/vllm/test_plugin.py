@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from tests.interop.models import settings
 from tests.interop.test_export import MODELS, save_and_compute
 from tests.interop.test_serving import VLLM, greedy, needs_vllm, routes
 from tests.parallel.ranks import RankPools
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 METADATA = "from setuptools.build_meta import prepare_metadata_for_build_wheel as p; p(r'{}')"
@@ -201,9 +201,7 @@ def test_it_answers_over_http(
     exported(ranks, tmp_path, "paper")
     page = (ROOT / "docs" / "how_to" / "serve.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^python (-m vllm.*) --model EXPORT (.*)$", page, re.M)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = f"{command[0]} --model hf {command[1]} --port {port} --max-model-len 32".split()
     few = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
     asked = {"model": "hf", "prompt": [3, 1, 4], "max_tokens": 8, "temperature": 0}
