@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tests.parallel.training_runs import EP2, SyntheticDataset, settings
+from tests.parallel.training_runs import EP2, SyntheticDataset, begin_training, settings
 
 
 class Run:
@@ -14,10 +14,7 @@ class Run:
     ) -> None:
         import torch.distributed as dist
 
-        from moepp_megatron.config import Layout, parse_config
-        from moepp_megatron.runtime.distributed import build_groups
         from moepp_megatron.training.batches import rank_batches
-        from moepp_megatron.training.setup import build_training_model
 
         ranks = dist.get_world_size()
         raw = settings(
@@ -26,11 +23,7 @@ class Run:
             training={"global_batch_size": 4, "micro_batch_size": 4 // ranks},
             checkpoint={"save_interval": 1, **checkpoint},
         )
-        self.config = parse_config(raw)
-        self.layout = Layout.from_config(self.config, dist.get_world_size())
-        build_groups(self.config, self.layout)
-        self.model = build_training_model(self.config)
-        self.model.set_training(True)
+        self.config, self.layout, self.model = begin_training(raw)
         dataset = SyntheticDataset(self.config, 40)
         self.batches = rank_batches(dataset, 0, self.config, len(self.model.chunks))
         self.begin_in(folder)

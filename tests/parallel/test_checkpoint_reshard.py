@@ -16,33 +16,26 @@ from tests.parallel.training_runs import CP2, EP2, PP2, TP2, assemble, settings,
 FP32 = 1e-5
 STEPS, CHANGE_AT = 4, 2
 
+WHOLE = {"use_distributed_optimizer": False}
+ETP2 = {"expert_tensor_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "dp2": (2, {}),
-    "dp2 whole optimizer": (2, {"use_distributed_optimizer": False}),
+    "dp2 whole optimizer": (2, WHOLE),
     "dp2 overlapped": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
-    "ep2": (2, {"expert_model_parallel_size": 2}),
-    "ep2 whole optimizer": (
-        2,
-        {"expert_model_parallel_size": 2, "use_distributed_optimizer": False},
-    ),
-    "tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "etp2": (2, {"expert_tensor_parallel_size": 2}),
-    "cp2": (2, {"context_parallel_size": 2}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "pp2 interleaved": (
-        2,
-        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-    ),
-    "pp2 uneven": (
-        2,
-        {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tttL"},
-    ),
+    "ep2": (2, EP2),
+    "ep2 whole optimizer": (2, EP2 | WHOLE),
+    "tp2": (2, TP2),
+    "etp2": (2, ETP2),
+    "cp2": (2, CP2),
+    "pp2": (2, PP2),
+    "pp2 interleaved": (2, PP2 | {"virtual_pipeline_model_parallel_size": 2}),
+    "pp2 uneven": (2, PP2 | {"pipeline_model_parallel_layout": "Et|tttL"}),
     "ep4": (4, {"expert_model_parallel_size": 4}),
     "tp2 pp2 ep2": (4, TP2 | PP2 | EP2),
-    "tp2 etp2 ep2": (4, {**TP2, **EP2, "expert_tensor_parallel_size": 2}),
-    "pp2 ep2 ends apart": (4, {**PP2, **EP2, "pipeline_model_parallel_layout": "Etttt|L"}),
-    "cp2 pp2 ep2 whole optimizer": (4, {**PP2, **EP2, **CP2, "use_distributed_optimizer": False}),
+    "tp2 etp2 ep2": (4, TP2 | EP2 | ETP2),
+    "pp2 ep2 ends apart": (4, PP2 | EP2 | {"pipeline_model_parallel_layout": "Etttt|L"}),
+    "cp2 pp2 ep2 whole optimizer": (4, PP2 | EP2 | CP2 | WHOLE),
 }
 PAIRS = [
     ("one", "ep2"),
@@ -96,15 +89,11 @@ def check(ranks: RankPools, folder: Path, writer: str, reader: str, **sections: 
     return losses + rest
 
 
-@pytest.mark.parametrize(("writer", "reader"), PAIRS)
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.matrix) for pair in MORE_PAIRS)],
+)
 def test_run_goes_on_in_another_layout(ranks, tmp_path, writer: str, reader: str) -> None:
-    losses = check(ranks, tmp_path, writer, reader)
-    np.testing.assert_allclose(losses, unbroken(ranks), rtol=FP32)
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize(("writer", "reader"), MORE_PAIRS)
-def test_run_goes_on_in_another_layout_more(ranks, tmp_path, writer: str, reader: str) -> None:
     losses = check(ranks, tmp_path, writer, reader)
     np.testing.assert_allclose(losses, unbroken(ranks), rtol=FP32)
 

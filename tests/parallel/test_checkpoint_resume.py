@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_of, trainer_settings
+from tests.parallel.training_runs import EP2, TP2
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
-    "ep2": (2, {"expert_model_parallel_size": 2}),
-    "tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "ep2": (2, EP2),
+    "tp2": (2, TP2),
     "dp2 overlapped": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
 }
 # Noise on the router's input: equal losses prove that the random states were restored.

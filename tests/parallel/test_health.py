@@ -8,7 +8,9 @@ import pytest
 from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
     CP2,
+    EP2,
     FULL,
+    PP2,
     TP2,
     SyntheticDataset,
     begin_training,
@@ -40,8 +42,8 @@ def measure(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], float]
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "ep2": (2, {"expert_model_parallel_size": 2}, {}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}, {}),
+    "ep2": (2, EP2, {}),
+    "pp2": (2, PP2, {}),
     "tp2 cp2": (4, TP2 | CP2, {}),
     "recompute": (1, {}, FULL),
     "gathered late": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, {}),

@@ -6,7 +6,7 @@ import pytest
 
 from tests.parallel.layouts import Cell, parse_cells, run_settings
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import begin, settings
+from tests.parallel.training_runs import EP2, begin, settings
 
 CELLS = parse_cells("""
     1 tied
@@ -63,10 +63,11 @@ def test_ranks_hold_what_is_printed(ranks: RankPools, cell: Cell) -> None:
 
 def test_muon_keeps_one_moment_of_a_matrix(ranks: RankPools) -> None:
     pytest.importorskip("emerging_optimizers", reason="needs moepp-megatron[emerging]")
-    parallel = {"expert_model_parallel_size": 2}
-    moe = {"num_ffn_experts": 8, "shared_expert_ffn_hidden_size": 16}
     raw = settings(
-        optimizer={"kind": "muon"}, precision={"dtype": "bf16"}, parallel=parallel, moe=moe
+        optimizer={"kind": "muon"},
+        precision={"dtype": "bf16"},
+        parallel=EP2,
+        moe={"shared_expert_ffn_hidden_size": 16},
     )
     results = ranks(2).run(held, raw)
     # Whole matrices are shared out, so only the sum over ranks is exact.

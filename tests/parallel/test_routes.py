@@ -122,11 +122,8 @@ def test_routes_of_one_layout_serve_another(ranks: RankPools, tmp_path: Path) ->
     run(ranks, 4, {"replay": str(tmp_path / "one"), "record": str(tmp_path / "four")}, **layout)
     for one, four in zip(recorded(tmp_path / "one"), recorded(tmp_path / "four"), strict=True):
         np.testing.assert_array_equal(one, four)
-
-
-def test_only_the_first_steps_are_written(ranks: RankPools, tmp_path: Path) -> None:
-    run(ranks, 1, {"record": str(tmp_path), "steps": 1})
-    assert [path.name for path in tmp_path.iterdir()] == ["from_sample_00000000.npz"]
+    run(ranks, 1, {"record": str(tmp_path / "first"), "steps": 1})
+    assert [path.name for path in (tmp_path / "first").iterdir()] == ["from_sample_00000000.npz"]
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
@@ -149,46 +146,42 @@ def test_other_routes_are_repeated_too(ranks: RankPools, tmp_path: Path, layout:
         assert "router" not in name or np.abs(gradient).max() > 0, name
 
 
-def test_what_is_no_file_of_the_step_is_refused(ranks: RankPools, tmp_path: Path) -> None:
-    raw = short(routes={"replay": str(tmp_path)})
-    path, found = of_step(tmp_path, 1), []
-    found += ranks(1).run(refusal, raw)
-    np.savez(path, tokens=np.zeros(3))
-    found += ranks(1).run(refusal, raw)
-    np.savez(path, routed_experts=np.array([1, None], dtype=object))
-    found += ranks(1).run(refusal, raw)
-    np.savez(path, routed_experts=np.zeros((63, 2, 2), dtype=int))
-    found += ranks(1).run(refusal, raw)
+def damaged(path: Path) -> None:
+    np.savez_compressed(path, routed_experts=np.zeros((64, 2, 2), dtype=int))
+    content = bytearray(path.read_bytes())
+    content[60:80] = b"\xff" * 20
+    path.write_bytes(content)
+
+
+def one_array(path: Path) -> None:
     with path.open("wb") as stream:
         np.save(stream, np.zeros(3))
-    found += ranks(1).run(refusal, raw)
-    path.write_text("routes")
-    found += ranks(1).run(refusal, raw)
-    np.savez_compressed(path, routed_experts=np.zeros((64, 2, 2), dtype=int))
-    damaged = bytearray(path.read_bytes())
-    damaged[60:80] = b"\xff" * 20
-    path.write_bytes(damaged)
-    found += ranks(1).run(refusal, raw)
+
+
+OBJECTS, SHORT = np.array([1, None], dtype=object), np.zeros((63, 2, 2), dtype=int)
+NO_FILES: dict[str, Any] = {
+    "No such file": Path,
+    "it has no array routed_experts": lambda path: np.savez(path, tokens=np.zeros(3)),
+    "Object arrays": lambda path: np.savez(path, routed_experts=OBJECTS),
+    "64 tokens": lambda path: np.savez(path, routed_experts=SHORT),
+    "not named": one_array,
+    "not a zip file": lambda path: path.write_text("routes"),
+    "decompressing": damaged,
+}
+
+
+def test_what_is_no_file_of_the_step_is_refused(ranks: RankPools, tmp_path: Path) -> None:
+    raw, path = short(routes={"replay": str(tmp_path)}), of_step(tmp_path, 1)
+    for reason, write in NO_FILES.items():
+        write(path)
+        (line,) = ranks(1).run(refusal, raw)
+        assert line.startswith(f"routes.replay ({path}) must be an npz file with this batch's")
+        assert reason in line
+        assert "\n" not in line
     routes = np.tile(np.array([0, 1]), (64, 2, 1))
     np.savez(path, routed_experts=routes, tokens_sha256="of another run")
     (line,) = ranks(1).run(refusal, raw)
     assert line.startswith(f"routes.replay ({path}) must be of this batch's tokens")
-    for line, reason in zip(
-        found,
-        [
-            "No such file",
-            "it has no array routed_experts",
-            "Object arrays",
-            "64 tokens",
-            "not named",
-            "not a zip file",
-            "decompressing",
-        ],
-        strict=True,
-    ):
-        assert line.startswith(f"routes.replay ({path}) must be an npz file with this batch's")
-        assert reason in line
-        assert "\n" not in line
 
 
 def test_a_folder_that_cannot_be_one_is_refused(ranks: RankPools, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.commands import moepp
 from tests.lm_eval_tasks import LAST, SQUARE, write_task
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, PP2, TP2
+from tests.parallel.training_runs import EP2, PP2, TP2, VANILLA
 
 # To import it takes seconds, which the ranks spend already.
 if importlib.util.find_spec("lm_eval") is None:
@@ -188,8 +188,7 @@ def test_the_scores_are_those_of_the_export(ranks, tasks, corpus, tmp_path, layo
 
 
 def test_the_vanilla_layer_has_no_limit_either(ranks, tasks: Path, corpus: Path, tmp_path) -> None:
-    none = dict.fromkeys(("num_zero_experts", "num_copy_experts", "num_constant_experts"), 0)
-    vanilla = {**none, **LIMIT, "gating_residual": False, "balance_coeff": 0.0}
+    vanilla = VANILLA | LIMIT | {"balance_coeff": 0.0}
     scores = trained(ranks, tasks, corpus, tmp_path, parallel=EP2, moe=vanilla)
     tokenizer = Tokenizer.load(corpus)
     rows, counts = [], []
