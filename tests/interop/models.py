@@ -5,7 +5,7 @@ from typing import Any
 from tests.parallel import training_runs
 
 BASE = training_runs.settings(
-    model={"num_layers": 2},
+    model={"num_layers": 2, "num_query_groups": None},
     moe={"num_ffn_experts": 4},
     optimizer={"warmup_iters": 0},
     training={"train_iters": 1, "global_batch_size": 4, "micro_batch_size": 1},

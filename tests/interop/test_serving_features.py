@@ -241,35 +241,3 @@ def continued_in_turns() -> tuple[list[list[int]], list[list[int]]]:
 def test_continuous_batching_gives_the_same_tokens(plain):
     together, alone = plain(continued_in_turns)
     assert together == alone
-
-
-def rounded_to_int8(folder: Path) -> tuple[Any, Any, str]:
-    """Logits of int8 weights, of the same weights in fp32, and the kind of an FFN weight."""
-    import torch
-    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
-
-    from moepp_megatron.interop.hf_files.modeling_moepp import MoEPPForCausalLM
-
-    kinds = FqnToConfig({r"re:.*\.ffn\.(gate_up|down)_proj": Int8WeightOnlyConfig()})
-    model = MoEPPForCausalLM.from_pretrained(
-        folder, quantization_config=TorchAoConfig(kinds), experts_implementation="eager"
-    ).eval()
-    kind = type(model.model.layers[0].mlp.moe.experts.ffn.gate_up_proj).__name__
-    whole = MoEPPForCausalLM.from_pretrained(folder).eval()
-    rounded = {
-        name: value.dequantize() if type(value).__name__ == kind else value
-        for name, value in model.state_dict().items()
-    }
-    whole.load_state_dict(rounded)
-    with torch.no_grad():
-        return model(**batch()).logits.numpy(), whole(**batch()).logits.numpy(), kind
-
-
-def test_ffn_experts_in_int8(plain, tmp_path):
-    pytest.importorskip("torchao")
-    plain(saved, tmp_path / "hf", {})
-    logits, expected, kind = plain(rounded_to_int8, tmp_path / "hf")
-    assert kind == "Int8Tensor"
-    # Scales behind the products in one, in the weights in the other.
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
