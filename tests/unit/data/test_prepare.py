@@ -24,6 +24,16 @@ SMALL = PrepareSettings(vocab_size=VOCAB_SIZE, workers=1)
 FORCE = PrepareSettings(vocab_size=VOCAB_SIZE, workers=1, force=True)
 
 
+@pytest.fixture
+def make(corpus_file: Path, console: Console):
+    """Prepares a folder."""
+
+    def prepared(out: Path, settings: PrepareSettings = SMALL, source: Path = corpus_file):
+        return prepare([str(source)], out, settings, console)
+
+    return prepared
+
+
 def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
@@ -95,45 +105,43 @@ def test_sources_of_all_kinds_are_counted_apart(tmp_path, console):
     assert sorted(stored_texts(tmp_path / "out")) == ["# a heading", "a line", "a row", "another"]
 
 
-def test_bytes_do_not_depend_on_the_number_of_workers(
-    corpus_file, prepared, tmp_path, console, monkeypatch
-):
+def test_bytes_do_not_depend_on_the_number_of_workers(make, prepared, tmp_path, monkeypatch):
     out = {}
     monkeypatch.setattr(documents, "PIECE_BYTES", 500)
     for workers in (1, 2):
         out[workers] = tmp_path / str(workers)
         settings = PrepareSettings(vocab_size=VOCAB_SIZE, workers=workers)
-        prepare([str(corpus_file)], out[workers], settings, console)
+        make(out[workers], settings)
     assert digests(out[1]) == digests(out[2])
 
 
-def test_same_inputs_are_not_prepared_again(corpus_file, tmp_path, console):
+def test_same_inputs_are_not_prepared_again(make, corpus_file, tmp_path):
     out = tmp_path / "out"
     source = tmp_path / "corpus.jsonl"
     shutil.copy(corpus_file, source)
-    assert not prepare([str(source)], out, SMALL, console).up_to_date
+    assert not make(out, source=source).up_to_date
     before = mtimes(out)
-    again = prepare([str(source)], out, PrepareSettings(VOCAB_SIZE, workers=2), console)
+    again = make(out, PrepareSettings(VOCAB_SIZE, workers=2), source)
     assert again.up_to_date
     assert again.manifest == Manifest.read(out)
     source.touch()
-    assert prepare([str(source)], out, SMALL, console).up_to_date, "only the time changed"
+    assert make(out, source=source).up_to_date, "only the time changed"
     assert mtimes(out) == before
 
 
-def test_other_inputs_are_refused_without_force(corpus_file, tmp_path, console):
+def test_other_inputs_are_refused_without_force(make, corpus_file, tmp_path):
     out = tmp_path / "out"
     source = tmp_path / "corpus.jsonl"
     shutil.copy(corpus_file, source)
-    prepare([str(source)], out, SMALL, console)
+    make(out, source=source)
     before = digests(out)
     with pytest.raises(ConfigError, match=r"seed is 1234, not 5\); pass --force"):
-        prepare([str(source)], out, PrepareSettings(VOCAB_SIZE, seed=5), console)
+        make(out, PrepareSettings(VOCAB_SIZE, seed=5), source)
     source.write_text('{"text": "something else"}\n')
     with pytest.raises(ConfigError, match=r"the sources differ\); pass --force"):
-        prepare([str(source)], out, SMALL, console)
+        make(out, source=source)
     assert digests(out) == before
-    prepare([str(source)], out, FORCE, console)
+    make(out, FORCE, source)
     assert stored_texts(out) == ["something else"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "out"]
 
@@ -154,79 +162,79 @@ def test_files_without_a_checksum_are_named(tmp_path):
     assert f"files without a checksum (1, such as {path}): damage in them" in told.getvalue()
 
 
-def test_damaged_folder_is_noticed(corpus_file, tmp_path, console):
+def test_damaged_folder_is_noticed(make, tmp_path):
     out = tmp_path / "out"
-    prepare([str(corpus_file)], out, SMALL, console)
+    make(out)
     (out / "corpus.bin").write_bytes(b"short")
     with pytest.raises(ConfigError, match=r"damaged.*; pass --force"):
-        prepare([str(corpus_file)], out, SMALL, console)
+        make(out)
     (out / "manifest.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"manifest is unusable.*; pass --force"):
-        prepare([str(corpus_file)], out, SMALL, console)
-    prepare([str(corpus_file)], out, FORCE, console)
-    assert prepare([str(corpus_file)], out, SMALL, console).up_to_date
+        make(out)
+    make(out, FORCE)
+    assert make(out).up_to_date
 
 
 @pytest.mark.parametrize("settings", [SMALL, FORCE], ids=["plain", "force"])
 @pytest.mark.parametrize("with_manifest", [False, True])
-def test_foreign_files_are_never_removed(corpus_file, tmp_path, console, settings, with_manifest):
+def test_foreign_files_are_never_removed(make, tmp_path, settings, with_manifest):
     out = tmp_path / "home"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     if with_manifest:
         (out / "manifest.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"holds thesis\.tex; choose another"):
-        prepare([str(corpus_file)], out, settings, console)
+        make(out, settings)
     assert (out / "thesis.tex").read_text() == "years of work"
     with pytest.raises(ConfigError, match="must be a folder, but is a file"):
-        prepare([str(corpus_file)], out / "thesis.tex", settings, console)
+        make(out / "thesis.tex", settings)
 
 
 @pytest.mark.parametrize("step", ["_make_tokenizer", "write_indexed_dataset", "publish"])
-def test_interrupted_run_leaves_nothing_behind(corpus_file, tmp_path, console, monkeypatch, step):
+def test_interrupted_run_leaves_nothing_behind(make, tmp_path, monkeypatch, step):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     old = tmp_path / "old"
-    prepare([str(corpus_file)], old, SMALL, console)
+    make(old)
     before = digests(old)
     monkeypatch.setattr(prepare_module, step, interrupt)
     for out in (old, tmp_path / "new"):
         with pytest.raises(KeyboardInterrupt):
-            prepare([str(corpus_file)], out, FORCE, console)
+            make(out, FORCE)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert digests(old) == before
 
 
-def test_leftovers_of_a_killed_run_do_no_harm(corpus_file, prepared, tmp_path, console):
+def test_leftovers_of_a_killed_run_do_no_harm(make, prepared, tmp_path):
     (tmp_path / ".out.partial" / "junk").mkdir(parents=True)
     (tmp_path / ".out.partial" / "corpus.bin").write_text("half")
-    prepare([str(corpus_file)], tmp_path / "out", SMALL, console)
+    make(tmp_path / "out")
     assert digests(tmp_path / "out") == {
         name: value for name, value in digests(prepared).items() if name != "manifest.json"
     } | {"manifest.json": digests(tmp_path / "out")["manifest.json"]}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_two_runs_do_not_write_one_folder(corpus_file, tmp_path, console):
+def test_two_runs_do_not_write_one_folder(make, tmp_path):
     out = tmp_path / "out"
     with partial_folder(out), pytest.raises(ConfigError, match="being written by another process"):
-        prepare([str(corpus_file)], out, SMALL, console)
-    assert not prepare([str(corpus_file)], out, SMALL, console).up_to_date
+        make(out)
+    assert not make(out).up_to_date
 
 
-def test_existing_tokenizer_is_used(corpus_file, prepared, tmp_path, console):
+def test_existing_tokenizer_is_used(make, prepared, tmp_path):
     file = prepared / "tokenizer.json"
     out = tmp_path / "out"
-    manifest = prepare([str(corpus_file)], out, PrepareSettings(tokenizer=file), console).manifest
+    manifest = make(out, PrepareSettings(tokenizer=file)).manifest
     assert (out / "tokenizer.json").read_bytes() == file.read_bytes()
     assert (out / "corpus.bin").read_bytes() == (prepared / "corpus.bin").read_bytes()
     assert manifest.inputs.settings["tokenizer"] == manifest.tokenizer_sha256
     with pytest.raises(ConfigError, match="already holds another dataset"):
-        prepare([str(corpus_file)], out, SMALL, console)
+        make(out)
 
 
-def test_chosen_end_of_document_token_is_remembered(tmp_path, console):
+def test_chosen_end_of_document_token_is_remembered(make, tmp_path):
     import tokenizers
 
     vocab = {"a": 0, "</s>": 1, "<stop>": 2}
@@ -236,7 +244,7 @@ def test_chosen_end_of_document_token_is_remembered(tmp_path, console):
     (tmp_path / "a.txt").write_text("aa")
     out = tmp_path / "out"
     settings = PrepareSettings(tokenizer=tmp_path / "other.json", eod_token="<stop>")
-    manifest = prepare([str(tmp_path / "a.txt")], out, settings, console).manifest
+    manifest = make(out, settings, tmp_path / "a.txt").manifest
     assert (manifest.eod_id, manifest.tokens) == (2, 3)
     assert Tokenizer.load(out).eod == Tokenizer.load(out / "tokenizer.json").eod == 2
     assert Tokenizer.load(tmp_path / "other.json").eod == 1
@@ -258,7 +266,7 @@ def test_wrong_settings_are_refused(values, message):
         PrepareSettings(**values)
 
 
-def test_wide_vocabulary_is_stored_in_32_bits(tmp_path, console):
+def test_wide_vocabulary_is_stored_in_32_bits(make, tmp_path):
     import tokenizers
 
     vocab = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
@@ -268,7 +276,7 @@ def test_wide_vocabulary_is_stored_in_32_bits(tmp_path, console):
     (tmp_path / "a.txt").write_text("w1 w69999")
     out = tmp_path / "out"
     settings = PrepareSettings(tokenizer=tmp_path / "wide.json")
-    prepare([str(tmp_path / "a.txt")], out, settings, console)
+    make(out, settings, tmp_path / "a.txt")
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     # Kept in a name: its arrays are views of a file mapping that ends with it.
@@ -278,16 +286,16 @@ def test_wide_vocabulary_is_stored_in_32_bits(tmp_path, console):
 
 # The tokenizer, the spooled tokens, the dataset, its index: whatever is being written.
 @pytest.mark.parametrize("room", [0, 4096, 12288, 16384, 20480])
-def test_a_full_disk_is_one_line(corpus_file, small_disk, console, room):
+def test_a_full_disk_is_one_line(make, small_disk, room):
     fill(small_disk, leave=room)
     with pytest.raises(UnfitError, match=r"out cannot be written: No space left on device"):
-        prepare([str(corpus_file)], small_disk / "out", SMALL, console)
+        make(small_disk / "out")
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
     (small_disk / "ballast").unlink()
-    assert not prepare([str(corpus_file)], small_disk / "out", SMALL, console).up_to_date
+    assert not make(small_disk / "out").up_to_date
 
 
-def test_what_is_too_long_to_be_tokenized_whole_is_left_out(tmp_path, monkeypatch):
+def test_what_is_too_long_to_be_tokenized_whole_is_left_out(make, tmp_path, monkeypatch):
     """Whatever it is packed in, since a text of one letter packs to a thousandth."""
     import tokenizers
 
@@ -303,13 +311,13 @@ def test_what_is_too_long_to_be_tokenized_whole_is_left_out(tmp_path, monkeypatc
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigError, match="cannot be cut: 1.; cut it into several documents"):
-            prepare([str(tmp_path / name)], tmp_path / "out", whole, Console(quiet=True))
+            make(tmp_path / "out", whole, tmp_path / name)
     (tmp_path / "d.jsonl").write_bytes(line + json.dumps({"text": "a" * 1000}).encode())
     manifest = prepare([str(tmp_path / "d.jsonl")], tmp_path / "out", whole).manifest
     assert (manifest.documents, manifest.skipped, manifest.tokens) == (1, 1, 1001)
 
 
-def test_a_worker_without_memory_is_one_line(tmp_path, monkeypatch):
+def test_a_worker_without_memory_is_one_line(make, tmp_path, monkeypatch):
     """The kernel ends a process that has taken all memory, and there is no exception."""
     import os
 
@@ -324,5 +332,5 @@ def test_a_worker_without_memory_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding.ProcessPoolExecutor, "submit", killed)
     settings = PrepareSettings(vocab_size=VOCAB_SIZE, workers=2)
     with pytest.raises(UnfitError, match=r"a.jsonl was ended .* use fewer --workers"):
-        prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", settings, Console(quiet=True))
+        make(tmp_path / "out", settings, tmp_path / "a.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
