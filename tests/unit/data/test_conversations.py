@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import tokenizers
 import torch
+from pyarrow import parquet
 from rich.console import Console
 
 from moepp_megatron.config import ConfigError, parse_config
@@ -83,6 +85,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> 
     source = write(base / "chats.jsonl", [{"messages": chat(n)} for n in range(60)])
     prepared(source, tokenizer_folder, base / "out")
     return base / "out"
+
+
+@pytest.fixture
+def make(tokenizer_folder: Path, tmp_path: Path):
+    """Prepares records."""
+
+    def of(records: list[Any], **changes: Any) -> Prepared:
+        source = write(tmp_path / "chats.jsonl", records)
+        return prepared(source, tokenizer_folder, tmp_path / "out", **changes)
+
+    return of
 
 
 def samples(folder: Path, count: int = 8, **changes: Any) -> tuple[Any, Tokenizer]:
@@ -177,10 +190,9 @@ BAD: dict[str, tuple[Any, str]] = {
 }
 
 
-def test_what_is_left_out_is_counted_by_reason(tokenizer_folder, tmp_path):
+def test_what_is_left_out_is_counted_by_reason(make):
     records = [record for record, _ in BAD.values()]
-    source = write(tmp_path / "chats.jsonl", [*records, {"messages": chat(2)}, records[0]])
-    manifest = prepared(source, tokenizer_folder, tmp_path / "out").manifest
+    manifest = make([*records, {"messages": chat(2)}, records[0]]).manifest
     assert manifest.skipped == len(BAD) + 1
     for _, reason in BAD.values():
         assert any(each.startswith(reason) for each in manifest.skipped_reasons), reason
@@ -190,11 +202,10 @@ def test_what_is_left_out_is_counted_by_reason(tokenizer_folder, tmp_path):
     assert manifest.documents == 1
 
 
-def test_a_source_with_nothing_usable_is_refused(tokenizer_folder, tmp_path):
+def test_a_source_with_nothing_usable_is_refused(make, tmp_path):
     record, reason = BAD["no answer"]
-    source = write(tmp_path / "chats.jsonl", [record])
     with pytest.raises(ConfigError, match="has no usable conversation") as caught:
-        prepared(source, tokenizer_folder, tmp_path / "out")
+        make([record])
     assert reason in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -211,7 +222,7 @@ def test_another_template_is_another_folder(folder, tokenizer_folder, tmp_path):
         prepare(source, folder, text, Console(quiet=True))
 
 
-def test_reasons_stay_few(tokenizer_folder, tmp_path):
+def test_reasons_stay_few(make, tmp_path):
     """A template may tell each conversation another one."""
     file = tmp_path / "template.jinja"
     refusal = "{% if messages[0].content[-1] == '1' %}"
@@ -220,8 +231,7 @@ def test_reasons_stay_few(tokenizer_folder, tmp_path):
     records = [
         {"messages": [turn("user", f"{n} {n % 2}"), turn("assistant", "yes")]} for n in range(120)
     ]
-    source = write(tmp_path / "chats.jsonl", records)
-    manifest = prepared(source, tokenizer_folder, tmp_path / "out", template=file).manifest
+    manifest = make(records, template=file).manifest
     assert manifest.skipped_reasons["the template refuses it: no 1 1"] == 1
     assert manifest.skipped_reasons["another reason"] == 10
     assert len(manifest.skipped_reasons) == 51
@@ -295,9 +305,6 @@ def test_forms_of_records(name, tokenizer_folder, tmp_path):
 
 
 def test_rows_of_parquet_are_conversations(tokenizer_folder, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     for name, (record, messages) in FORMS.items():
         table = pyarrow.Table.from_pylist([record, {**record, "id": "other"}])
         parquet.write_table(table, tmp_path / "a.parquet")
@@ -398,13 +405,12 @@ TEMPLATES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_that_cannot_be_used(name, tokenizer_folder, tmp_path):
+def test_templates_that_cannot_be_used(name, make, tmp_path):
     text, message = TEMPLATES[name]
     file = tmp_path / "template.jinja"
     file.write_text(text)
-    source = write(tmp_path / "chats.jsonl", [{"messages": chat(2)}])
     with pytest.raises(ConfigError, match=message):
-        prepared(source, tokenizer_folder, tmp_path / "out", template=file)
+        make([{"messages": chat(2)}], template=file)
 
 
 def test_a_template_may_mark_answers_and_be_one_of_several(tokenizer_folder, tmp_path):
@@ -464,11 +470,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_options_that_do_not_fit(name, tokenizer_folder, tmp_path):
+def test_options_that_do_not_fit(name, make):
     changes, message = SETTINGS[name]
-    source = write(tmp_path / "chats.jsonl", [{"messages": chat(2)}])
     with pytest.raises(ConfigError, match=message):
-        prepared(source, tokenizer_folder, tmp_path / "out", **changes)
+        make([{"messages": chat(2)}], **changes)
 
 
 def test_sources_and_tokenizers_that_do_not_fit(tokenizer_folder, tmp_path):

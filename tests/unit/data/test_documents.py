@@ -4,7 +4,9 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data import compressed, documents
@@ -91,7 +93,6 @@ def test_jsonl_cut_anywhere_gives_every_record_once(tmp_path, monkeypatch, piece
 
 
 def zstd_file(path: Path, *frames: bytes) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
     path.write_bytes(b"".join(pyarrow.compress(frame, "zstd", asbytes=True) for frame in frames))
 
 
@@ -145,9 +146,6 @@ def test_compressed_parquet_is_refused(tmp_path):
 
 
 def test_parquet_rows(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     path = tmp_path / "a.parquet"
     texts = ["one", None, "", "zwei", "three"]
     parquet.write_table(pyarrow.table({"id": range(5), "body": texts}), path, row_group_size=2)
@@ -158,9 +156,6 @@ def test_parquet_rows(tmp_path):
 
 
 def test_a_column_that_is_there_twice_is_named(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     path = tmp_path / "a.parquet"
     table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     parquet.write_table(table, path)
@@ -170,7 +165,6 @@ def test_a_column_that_is_there_twice_is_named(tmp_path):
 
 
 def test_damaged_parquet_is_named(tmp_path):
-    pytest.importorskip("pyarrow")
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 this is not one")
     with pytest.raises(ConfigError, match=r"a\.parquet is no readable parquet file"):
@@ -223,9 +217,6 @@ def test_a_small_file_that_unpacks_to_much_is_refused(tmp_path, monkeypatch, nam
 
 
 def test_a_small_table_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     monkeypatch.setattr(compressed, "_SMALL_BYTES", 1000)
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"text": ["a" * 300_000], "id": [1]})
@@ -238,9 +229,6 @@ def test_a_small_table_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_a_text_that_a_table_repeats_counts_each_time(kind, tmp_path, monkeypatch):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     path = tmp_path / f"a.{kind}"
     texts = pyarrow.array(["words " * 1000] * 99)
     if kind == "parquet":
@@ -279,9 +267,6 @@ def test_conversations_without_chat_are_recognized(tmp_path, record, name):
         path.write_text(json.dumps([record, record], indent=2))
         match = f"is an array of records; write one in each line: jq -c '.[]' {path} > FILE.jsonl"
     elif name == "a.parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
-
         parquet.write_table(pyarrow.Table.from_pylist([record, record]), path)
         match = "is of conversations; prepare them with --chat, --tokenizer and --seq-length"
     sources = resolve_sources([str(path)])

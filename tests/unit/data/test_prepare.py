@@ -6,7 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from rich.console import Console
 
 from moepp_megatron.config.errors import ConfigError, UnfitError
@@ -82,9 +84,6 @@ def test_manifest_tells_the_truth(prepared, texts, tokenizer):
 
 
 def test_sources_of_all_kinds_are_counted_apart(tmp_path, console):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a.md").write_text("# a heading")
@@ -154,7 +153,6 @@ def test_another_split_is_another_corpus(prepared):
 
 
 def test_files_without_a_checksum_are_named(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
     path = tmp_path / "a.txt.zst"
     path.write_bytes(pyarrow.compress(b"words and lines " * 99, "zstd", asbytes=True))
     told = io.StringIO()
