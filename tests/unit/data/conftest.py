@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
@@ -18,6 +20,12 @@ def make_texts(count: int) -> list[str]:
         f"Document {i}: " + f"na\u00efve \u2116 {i} w\u00f6rds and\n\tlines; " * (i % 7 + 1)
         for i in range(count)
     ]
+
+
+def write_arrow(path: Path, table: pa.Table, new: Any = pa.ipc.new_stream, **options: Any) -> None:
+    """An Arrow stream or file; `options` are those of `write_table`."""
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table, **options)
 
 
 @pytest.fixture

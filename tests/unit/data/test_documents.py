@@ -13,6 +13,7 @@ from moepp_megatron.data import compressed, documents
 from moepp_megatron.data.compressed import lacks_checksum
 from moepp_megatron.data.documents import Skipped, check_usable, plan_pieces, read_piece
 from moepp_megatron.data.sources import resolve_sources
+from tests.unit.data.conftest import write_arrow
 
 
 def read_all(path: Path, text_key: str = "text") -> list[str | Skipped]:
@@ -234,12 +235,7 @@ def test_a_text_that_a_table_repeats_counts_each_time(kind, tmp_path, monkeypatc
     if kind == "parquet":
         parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=33)
     else:
-        table = pyarrow.table({"text": texts.dictionary_encode()})
-        with (
-            pyarrow.OSFile(str(path), "wb") as file,
-            pyarrow.ipc.new_stream(file, table.schema) as to,
-        ):
-            to.write_table(table)
+        write_arrow(path, pyarrow.table({"text": texts.dictionary_encode()}))
     assert path.stat().st_size < 30_000
     monkeypatch.setattr(compressed, "_MOST_TIMES", 1)
     monkeypatch.setattr(compressed, "_SMALL_BYTES", 600_000)

@@ -10,6 +10,7 @@ from pyarrow import parquet
 from moepp_megatron.config.errors import ConfigError
 from moepp_megatron.data.documents import Skipped, plan_pieces, read_piece
 from moepp_megatron.data.sources import resolve_sources
+from tests.unit.data.conftest import write_arrow
 
 TEXTS = [f"text {number} " * 5 for number in range(25)]
 
@@ -28,9 +29,7 @@ def save_to_disk(folder: Path, texts: list[str], rows: int = 4) -> Path:
     shards = {"data-00000-of-00002.arrow": texts[:10], "data-00001-of-00002.arrow": texts[10:]}
     for name, part in shards.items():
         table = pa.table({"text": part, "id": list(range(len(part)))})
-        path = str(folder / name)
-        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table, max_chunksize=rows)
+        write_arrow(folder / name, table, max_chunksize=rows)
     state = {"_data_files": [{"filename": name} for name in shards], "_fingerprint": "x"}
     (folder / "state.json").write_text(json.dumps(state))
     (folder / "dataset_info.json").write_text("{}")
@@ -70,8 +69,7 @@ def test_a_text_that_is_not_utf8_is_left_out(tmp_path, kind):
     if kind == "parquet":
         parquet.write_table(table, path)
     else:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
+        write_arrow(path, table)
     assert read_all(path) == ["good", "\u2116"]
 
 
@@ -91,9 +89,7 @@ def test_datasets_own_files(tmp_path):
 
 def test_arrow_s_file_format(tmp_path):
     table = pa.table({"body": TEXTS})
-    path = str(tmp_path / "a.arrow")
-    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=3)
+    write_arrow(tmp_path / "a.arrow", table, pa.ipc.new_file, max_chunksize=3)
     assert read_all(tmp_path / "a.arrow", "body") == TEXTS
     with pytest.raises(ConfigError, match=r"has no column text; set --text-key to one of: body"):
         read_all(tmp_path / "a.arrow")
@@ -121,9 +117,7 @@ def test_arrow_that_unpacks_to_far_more_is_refused(tmp_path, compression, new, d
 
 
 def test_arrow_s_file_format_without_its_end(tmp_path):
-    table = pa.table({"text": TEXTS})
-    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
-        writer.write_table(table)
+    write_arrow(tmp_path / "a.arrow", pa.table({"text": TEXTS}), pa.ipc.new_file)
     content = (tmp_path / "a.arrow").read_bytes()
     (tmp_path / "a.arrow").write_bytes(content[: content.rindex(b"\xff\xff\xff\xff")])
     with pytest.raises(ConfigError, match=r"a\.arrow is no readable Arrow file .*end is missing"):
