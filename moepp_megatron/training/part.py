@@ -13,9 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from moepp_megatron.config import Config, ConfigError, Layout
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.metrics import StepMetrics
@@ -23,8 +20,7 @@ from moepp_megatron.training.checkpoint.files import Progress
 from moepp_megatron.training.resilience.supervisor import Supervisor
 from moepp_megatron.training.setup import TrainingModel
 from moepp_megatron.training.signals import StopRequest
-from moepp_megatron.training.step import Batch, StepHooks, StepResult
-from moepp_megatron.training.step_sums import StepSums, Summand
+from moepp_megatron.training.step import StepHooks, StepResult
 
 
 @dataclass(frozen=True)
@@ -225,15 +221,11 @@ class PartContext:
         """The part of a feature that comes before; None if this run has none, or it is deleted."""
         return next((part for part in self.parts if part.key == key), None)
 
-    def find[P: Part](self, kind: type[P]) -> P | None:
-        """The part of a kind that comes before; None if this run has none."""
-        return next((part for part in self.parts if isinstance(part, kind)), None)
-
     def require[P: Part](self, kind: type[P]) -> P:
         """The part of a kind that comes before and is always there."""
-        part = self.find(kind)
-        assert part is not None, f"{kind.__name__} must come before"
-        return part
+        found = [part for part in self.parts if isinstance(part, kind)]
+        assert found, f"{kind.__name__} must come before"
+        return found[0]
 
     def is_due(self, step: int, interval: int) -> bool:
         """True if an event of every `interval` steps, and of the end, is due at `step`."""
@@ -241,30 +233,18 @@ class PartContext:
         return interval > 0 and (step % interval == 0 or is_last)
 
 
-class Parts(StepHooks):
-    """The parts of a run, called in order.
+class Parts(tuple[Part, ...]):
+    """The parts of a run, in order.
 
     Raises:
         ConfigError: Two have one key, or one has a state and no key.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        _check_keys(parts)
-        self._parts = tuple(parts)
-        self.may_refuse = any(part.may_refuse for part in parts)
-        # Called for each micro-batch: parts that do not override the method are left out.
-        self._watchers = self._with("see")
-        self._arguing = self._with("arguments")
-        self._losing = self._with("loss")
-
-    def _with(self, method: str) -> tuple[Part, ...]:
-        return tuple(
-            p for p in self._parts if getattr(type(p), method) is not getattr(Part, method)
-        )
-
-    def __iter__(self) -> Iterator[Part]:
-        """The parts, in order."""
-        return iter(self._parts)
+    def __new__(cls, parts: Iterable[Part]) -> Parts:
+        """Check that states can be told apart."""
+        self = super().__new__(cls, parts)
+        _check_keys(self)
+        return self
 
     @contextmanager
     def running(self, progress: Callable[[], Progress], stop: StopRequest) -> Iterator[None]:
@@ -280,47 +260,13 @@ class Parts(StepHooks):
                 part.failed(error)
             raise
         finally:
-            for part in reversed(self._parts):
+            for part in reversed(self):
                 part.close()
 
     def begin_step(self, step: int, layout: Layout) -> None:
         """Training step `step` begins."""
         for part in self:
             part.begin_step(step, layout)
-
-    def batches(
-        self, batches: list[Iterator[Batch]], num_microbatches: int
-    ) -> list[Iterator[Batch]]:
-        """Same as `StepHooks.batches`."""
-        for part in self:
-            batches = part.batches(batches, num_microbatches)
-        return batches
-
-    def arguments(self, batch: Batch) -> dict[str, Any]:
-        """Same as `StepHooks.arguments`."""
-        return {
-            key: value for part in self._arguing for key, value in part.arguments(batch).items()
-        }
-
-    def see(self, chunk: torch.nn.Module, batch: Batch, token_losses: Tensor) -> None:
-        """Same as `StepHooks.see`."""
-        for part in self._watchers:
-            part.see(chunk, batch, token_losses)
-
-    def loss(self, loss: Tensor, output: Tensor, loss_mask: Tensor, num_tokens: Tensor) -> Tensor:
-        """Same as `StepHooks.loss`."""
-        for part in self._losing:
-            loss = part.loss(loss, output, loss_mask, num_tokens)
-        return loss
-
-    def summands(self) -> list[Summand]:
-        """Same as `StepHooks.summands`."""
-        return [summand for part in self for summand in part.summands()]
-
-    def refuses(self, sums: StepSums, losses: Tensor) -> bool:
-        """Same as `StepHooks.refuses`; every part judges."""
-        verdicts = [part.refuses(sums, losses) for part in self if part.may_refuse]
-        return any(verdicts)
 
     def end_step(self, step: Step) -> list[Alert]:
         """Let all learn from a step."""
@@ -335,18 +281,22 @@ class Parts(StepHooks):
 
     def state(self) -> dict[str, State]:
         """The states for a checkpoint by the parts' keys."""
-        return {part.key: part.state() for part in self._with("state")}
+        return {part.key: part.state() for part in self if _has_state(part)}
 
     def load(self, states: Mapping[str, State], why: Why, step: int) -> list[Alert]:
         """Let each part continue from its own of the states, as `Part.load`."""
         return [alert for part in self for alert in part.load(states.get(part.key, {}), why, step)]
 
 
+def _has_state(part: Part) -> bool:
+    return type(part).state is not Part.state
+
+
 def _check_keys(parts: Sequence[Part]) -> None:
     owners: dict[str, str] = {}
     for part in parts:
         name = type(part).__name__
-        if not part.key and type(part).state is not Part.state:
+        if not part.key and _has_state(part):
             raise ConfigError(f"part {name} must have a key, since it has a state; give it one")
         if part.key in owners:
             raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,9 +68,6 @@ class StepHooks:
         return False
 
 
-NO_HOOKS = StepHooks()
-
-
 @dataclass
 class StepResult:
     """Result of one step on this rank.
@@ -99,7 +96,7 @@ def training_step(
     batches: list[Iterator[Batch]],
     config: Config,
     layout: Layout,
-    hooks: StepHooks = NO_HOOKS,
+    hooks: Sequence[StepHooks] = (),
     summands: Sequence[Summand] = (),
 ) -> StepResult:
     """Run one optimizer step.
@@ -109,13 +106,15 @@ def training_step(
         batches: One iterator over micro-batches per model chunk, all in the same order.
         config: The run's configuration.
         layout: The rank grid.
-        hooks: What else the step does. Where they refuse the batch, it is read and nothing else has
-            changed.
+        hooks: What else the step does, in order. All of them judge the batch; where one refuses it,
+            it is read and nothing else has changed.
         summands: What is summed over all ranks besides what the hooks sum.
     """
-    before = _StepState(model.models) if hooks.may_refuse else None
+    judges = [hook for hook in hooks if hook.may_refuse]
+    before = _StepState(model.models) if judges else None
     result = compute_gradients(model, batches, config, layout, hooks, summands)
-    if before is not None and hooks.refuses(result.sums, result.losses):
+    verdicts = [judge.refuses(result.sums, result.losses) for judge in judges]
+    if before is not None and any(verdicts):
         before.restore()
         return replace(result, is_finite=math.isfinite(result.sums.loss))
     # The schedule counts the step that is being taken: the first step already learns.
@@ -130,7 +129,7 @@ def compute_gradients(
     batches: list[Iterator[Batch]],
     config: Config,
     layout: Layout,
-    hooks: StepHooks = NO_HOOKS,
+    hooks: Sequence[StepHooks] = (),
     summands: Sequence[Summand] = (),
 ) -> StepResult:
     """First half of `training_step`, which takes the same arguments: all but the optimizer."""
@@ -138,10 +137,12 @@ def compute_gradients(
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
     num_microbatches = layout.num_microbatches
-    batches = hooks.batches(batches, num_microbatches)
+    for hook in hooks:
+        batches = hook.batches(batches, num_microbatches)
     losses = run_schedule(model, batches, config, num_microbatches, False, hooks)
     squares, found_inf = prepare_gradients(model.optimizer)
-    sums = read_step(losses, squares, found_inf, [*summands, *hooks.summands()])
+    summands = [*summands, *(each for hook in hooks for each in hook.summands())]
+    sums = read_step(losses, squares, found_inf, summands)
     return StepResult(losses, sums, updated=False)
 
 
@@ -161,7 +162,7 @@ def run_schedule(
     config: Config,
     num_microbatches: int,
     forward_only: bool,
-    hooks: StepHooks = NO_HOOKS,
+    hooks: Sequence[StepHooks] = (),
 ) -> Tensor:
     """Megatron's pipeline schedule over `num_microbatches` micro-batches.
 
@@ -196,33 +197,32 @@ def forward_step(
     iterator: Iterator[Batch],
     model: Any,
     return_schedule_plan: bool = False,
-    hooks: StepHooks = NO_HOOKS,
+    hooks: Sequence[StepHooks] = (),
 ) -> tuple[Any, Any]:
     """One micro-batch's output, or its plan for the combined schedule, and its loss function."""
     batch = next(iterator)
     forward = model.build_schedule_plan if return_schedule_plan else model
     extra: dict[str, Any] = {key: batch[key] for key in {PADDING, "loss_mask"} & batch.keys()}
-    extra |= hooks.arguments(batch)
+    for hook in hooks:
+        extra |= hook.arguments(batch)
     mask = batch.get("attention_mask")
     output = forward(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], **extra)
-    see = partial(hooks.see, model, batch)
-    return output, partial(loss_function, batch["loss_mask"], see, hooks)
+    return output, partial(loss_function, model, batch, hooks)
 
 
 def loss_function(
-    loss_mask: Tensor, see: Callable[[Tensor], None], hooks: StepHooks, output: Tensor
+    chunk: torch.nn.Module, batch: Batch, hooks: Sequence[StepHooks], output: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of token losses, number of tokens, and both for the log."""
-    # loss_mask: [b, s] fp32.
-    # see: Called with the token losses.
-    # hooks: What they add to the loss is not in the log's sum.
-    # output: Same as in `StepHooks.loss`.
+    """Sum of token losses, number of tokens, and both for the log, without what hooks add."""
     token_losses = output if output.dim() == 2 else output[0]
-    see(token_losses)
+    for hook in hooks:
+        hook.see(chunk, batch, token_losses)
+    loss_mask = batch["loss_mask"]
     loss = (token_losses.float() * loss_mask).sum()
     num_tokens = loss_mask.sum()
     report = torch.stack([loss.detach().double(), num_tokens.double()])
-    loss = hooks.loss(loss, output, loss_mask, num_tokens)
+    for hook in hooks:
+        loss = hook.loss(loss, output, loss_mask, num_tokens)
     return loss, num_tokens.to(torch.int), {"loss": report}
 
 

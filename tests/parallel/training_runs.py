@@ -226,7 +226,7 @@ def watching(see: Callable[..., None], *summands: Any) -> Any:
         def summands(self) -> Any:
             return summands
 
-    return Watching()
+    return [Watching()]
 
 
 def counting_parts(
