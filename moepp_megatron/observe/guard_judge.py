@@ -20,25 +20,14 @@ Values = Mapping[str, float | Sequence[float]]
 
 @dataclass(frozen=True)
 class CompleteRule:
-    """A complete rule, its defaults resolved.
-
-    Attributes:
-        name: Its name in alerts.
-        metric: One of `GUARD_METRICS`.
-        limit: The value beyond which the rule holds; `is_above` gives the side.
-        is_above: Whether it holds above the limit, or below.
-        clear: The value beyond which the metric is healthy again.
-        for_steps: Steps in a row that it must hold before the action, and be healthy after it.
-        severity: Severity of its alerts.
-        action: The guard's action.
-    """
+    """A rule, its defaults resolved."""
 
     name: str
     metric: str
     limit: float
-    is_above: bool
-    clear: float
-    for_steps: int = 1
+    is_above: bool  # holds above the limit, not below
+    clear: float  # healthy again beyond this
+    for_steps: int = 1  # to hold in a row before the action, and to be healthy after it
     severity: Literal["info", "warning", "critical"] = "warning"
     action: str = "warn"
 
@@ -52,7 +41,7 @@ class CompleteRule:
 
     @property
     def condition(self) -> str:
-        """The rule's condition in words, such as `< 0.25 for 20 steps`."""
+        """Format the condition, such as `< 0.25 for 20 steps`."""
         sign = ">" if self.is_above else "<"
         return f"{sign} {self.limit:g}{lasting(self.for_steps)}"
 
@@ -64,31 +53,19 @@ def lasting(for_steps: int | None) -> str:
 
 @dataclass(frozen=True)
 class Event:
-    """A rule begins or ends.
-
-    Attributes:
-        rule: The rule.
-        layer: Global number of the MoE layer, or `WHOLE_MODEL`.
-        begins: Whether it begins.
-        value: The metric's value; NaN where nothing was measured.
-        steps: Steps in a row that have led to it.
-    """
+    """A rule begins or ends."""
 
     rule: CompleteRule
-    layer: int
+    layer: int  # global number of the MoE layer, or `WHOLE_MODEL`
     begins: bool
-    value: float
-    steps: int = 0
+    value: float  # of the metric; NaN if not measured
+    steps: int = 0  # in a row that have led to it
 
 
 class RuleJudge:
-    """Holds the rules' states.
+    """Judges rules of different names, step after step.
 
-    Args:
-        rules: Complete rules, their names all different.
-        layer_numbers: Global numbers of the MoE layers, in the order of the metrics' lists.
-        state: Result of an earlier `state()`, to continue from it. Rules and layers that do not
-            exist any more are ignored.
+    `state`, of an earlier run, may have rules and layers that do not exist any more.
     """
 
     def __init__(
@@ -105,18 +82,13 @@ class RuleJudge:
         }
 
     def state(self) -> list[list[Any]]:
-        """The state for a checkpoint: plain numbers and names, which later steps do not change."""
+        """State for a checkpoint, of plain numbers and names."""
         return [[*place, *phase] for place, phase in self._places.items()]
 
     def judge(self, values: Values) -> list[Event]:
-        """Judge one step's numbers.
+        """Judge one step's numbers: beginnings and ends, in the order of rules and layers.
 
-        Args:
-            values: Values by metric. A missing value or NaN was not measured: the steps in a row
-                continue, in each layer.
-
-        Returns:
-            The beginnings and ends, in the order of the rules and layers.
+        A missing value or NaN was not measured: the steps in a row continue, in each layer.
         """
         events: list[Event] = []
         for rule in self.rules:
@@ -145,8 +117,7 @@ class RuleJudge:
 
     def is_quiet(self, rule: str) -> bool:
         """True if the rule of this name neither holds nor has begun anywhere."""
-        states = [state for (name, _), state in self._places.items() if name == rule]
-        return not any(begun or steps for begun, steps in states)
+        return not any(any(state) for (name, _), state in self._places.items() if name == rule)
 
     def forget(self) -> list[Event]:
         """Reset all rules after a rollback; the ends of those that had begun."""

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 
-from moepp_megatron.features.guard.rules import REMEDIES
 from moepp_megatron.observe.alerts import Alert
 from moepp_megatron.observe.guard_judge import WHOLE_MODEL, Event
 from moepp_megatron.observe.shift.monitor import Cause, ShiftEvent
 
+# Remedy by default rule; a shift's follows from its cause.
+REMEDIES = {
+    "router_fault": "find out what damaged the weights before they were put back",
+    "few_ffn_experts": "set moe.budget.target_ffn_per_token, or raise moe.balance_coeff",
+    "logit_explosion": "set moe.z_loss_coeff, and lower optimizer.lr",
+}
 _PAGE = "docs/guard.md"
 # Meaning and remedy of each cause.
 _CAUSES: dict[Cause, tuple[str, str]] = {

@@ -1,27 +1,15 @@
-"""The rules of a run: complete, with the remedy of each default one."""
+"""The rules of a run, complete."""
 
 from __future__ import annotations
 
 from moepp_megatron.features.guard.settings import GuardRule, RoutingGuardSection
 from moepp_megatron.observe.guard_judge import CompleteRule
 
-REMEDIES = {
-    "router_fault": "find out what damaged the weights before they were put back",
-    "few_ffn_experts": "set moe.budget.target_ffn_per_token, or raise moe.balance_coeff",
-    "logit_explosion": "set moe.z_loss_coeff, and lower optimizer.lr",
-}
-"""Remedy by default rule; a shift's remedy follows from its cause."""
-
 
 def effective_rules(
     section: RoutingGuardSection, has_budget: bool = False
 ) -> tuple[CompleteRule, ...]:
-    """The complete rules of a checked configuration, in order.
-
-    Args:
-        section: The settings.
-        has_budget: Whether a controller holds the FFN share (`moe.budget.held_by`).
-    """
+    """Complete the rules of a checked configuration, in order."""
     # Where a budget holds the FFN share, it is the one that reports a missed target.
     owned = "few_ffn_experts" if has_budget else None
     rules = [rule for rule in section.merged_rules().values() if rule.action != "none"]

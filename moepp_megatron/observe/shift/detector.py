@@ -44,22 +44,15 @@ _UNJUDGED = 10
 class ChartSettings:
     """Settings of the chart of one kind of series."""
 
-    # Of the newest step in the weighted mean: smaller finds smaller changes, later.
-    weight: float
-    # By which the level follows a step, and part of that by which the slope follows.
-    level_rate: float
-    slope_rate: float
-    # Steps that spreads look back on.
-    memory: int
-    # Least spread, in units of the step's own (`Detector.add`).
-    floor: float
-    # Factor on the limit of the evidence.
-    limit: float = 1.0
-    # An alarm needs one step so far out by itself, over the most that one counts for: what moves
-    # in smaller steps is training.
+    weight: float  # of the newest step in the mean: smaller finds smaller changes, later
+    level_rate: float  # by which the level follows a step
+    slope_rate: float  # part of that by which the slope follows
+    memory: int  # steps that spreads look back on
+    floor: float  # least spread, in units of the step's own (`Detector.add`)
+    limit: float = 1.0  # factor on the limit of the evidence
+    # How far out a step must be by itself for an alarm: what moves in smaller steps is training.
     sudden: float = 0.0
-    # Steps before a step is judged.
-    warmup: int = 80
+    warmup: int = 80  # steps before one is judged
     # Steps that spreads are worth after a restart. What the model makes of other data goes on
     # changing: it is judged later than token ids, by spreads of its own.
     kept: int = 20
@@ -98,13 +91,9 @@ class Detector:
         self._deviations = [NormalDist().inv_cdf(rate) for rate in rates]
         self._steps = 0
         self._level: Numbers | None = None
+        self._slope, self._learnt = np.zeros(0), 1
         self._moments = [_Moments(settings.memory) for _ in range(3)]
         self._squares, self._lengths, self._charts = self._moments
-        self._restart(np.zeros(0))
-
-    def _restart(self, values: Numbers) -> None:
-        self._level = values if len(values) else None
-        self._slope, self._learnt = np.zeros(len(values)), 1
         self.clear()
 
     def clear(self) -> None:
@@ -115,7 +104,9 @@ class Detector:
 
     def reset_baseline(self, values: Numbers) -> None:
         """Restart the trend at this step; keep the spreads until new ones are known."""
-        self._restart(np.atleast_1d(values))
+        self._level = np.atleast_1d(values)
+        self._slope, self._learnt = np.zeros(len(self._level)), 1
+        self.clear()
         for moments in self._moments:
             moments.count = min(moments.count, self._settings.kept)
 
@@ -155,7 +146,7 @@ class Detector:
         self._steps += 1
         values = np.atleast_1d(values)
         if self._level is None:
-            self._restart(values)
+            self.reset_baseline(values)
             return self.evidence
         away = (values - self.expected()) / unit
         before = self._outlier

@@ -108,10 +108,9 @@ class ShiftMonitor:
         }
         self.event: ShiftEvent | None = None
         self.ended: ShiftEvent | None = None
-        # Evidence of token ids, None where they were not judged, and the step's number, when
-        # nothing was suspect last.
-        self._calm: float | None = None
-        self._calm_step = 0
+        # The newest step in which nothing was suspect, and its evidence of token ids, NaN if not
+        # judged.
+        self._calm, self._calm_step = math.nan, 0
         # Step and evidence of each series in the newest steps.
         self._past: dict[str, list[list[float]]] = {}
         self._confirmed = 0
@@ -170,7 +169,7 @@ class ShiftMonitor:
             self.event, self._confirmed = ShiftEvent(before + 1, step, step), 0
         if self.event is None:
             if self.is_calm:
-                self._calm, self._calm_step = self._token_evidence(), step
+                self._calm, self._calm_step = self._evidence("tokens"), step
             return
         event = self.event
         if alarmed:
@@ -204,19 +203,15 @@ class ShiftMonitor:
         # about half as many steps as after.
         return max(step - (step - low) * 3 // 2, 0)
 
-    def _token_evidence(self) -> float | None:
-        """Evidence of token ids; None where they are not judged, which says nothing."""
-        evidence = self._detectors["tokens"].evidence
-        return None if math.isnan(evidence) else evidence
-
     def _cause(self, event: ShiftEvent) -> Cause:
         """Infer the cause from the series; token ids do not depend on the model."""
         if "tokens" in event.series or event.cause == "data":
             return "data"
         if event.is_fault:
             return event.cause
-        tokens = self._token_evidence()
-        if tokens is None or self._calm is None:
+        tokens = self._evidence("tokens")
+        # Token ids that are not judged say nothing.
+        if math.isnan(tokens + self._calm):
             return "unknown"
         if tokens > self._calm + _QUIET:
             return "data"
@@ -270,10 +265,11 @@ class ShiftMonitor:
 
     def state(self) -> dict[str, Any]:
         """State for a checkpoint, of plain numbers and names, the same on every rank."""
+        counts = (self._calm_step, self._confirmed)
         return {
             "layers": list(self._layers),
             "detectors": {name: each.state() for name, each in self._detectors.items()},
-            "calm": [self._calm, self._calm_step, self._confirmed],
+            "calm": [None if math.isnan(self._calm) else self._calm, *counts],
             "past": dict(self._past),
             "event": None if self.event is None else asdict(self.event),
         }
@@ -284,7 +280,8 @@ class ShiftMonitor:
         for name, detector in self._detectors.items():
             if name in state["detectors"] and (same or name not in _OF_ROUTERS):
                 detector.load(state["detectors"][name])
-        self._calm, self._calm_step, self._confirmed = state["calm"]
+        calm, self._calm_step, self._confirmed = state["calm"]
+        self._calm = math.nan if calm is None else calm
         self._past = dict(state.get("past", {}))
         if state["event"] is not None:
             event = ShiftEvent(**state["event"])

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from moepp_megatron.features.guard.rules import REMEDIES, complete, effective_rules
+from moepp_megatron.features.guard.alerts import REMEDIES
+from moepp_megatron.features.guard.rules import complete, effective_rules
 from moepp_megatron.features.guard.settings import (
     DEFAULT_RULES,
     GUARD_METRICS,
