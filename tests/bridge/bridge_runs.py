@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tests.parallel.megatron_lm_runs import Observer, child_processes
 from tests.parallel.training_runs import Run, SyntheticDataset, begin
 
 
-def train_in_bridge(raw: dict[str, Any], steps: int, way: str) -> tuple[Run, list[Any]]:
+def train_in_bridge(raw, steps: int, way: str):
     """Returns what `training_runs.train` returns, of a model that Bridge builds and wraps."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import (
@@ -79,7 +78,7 @@ def train_in_bridge(raw: dict[str, Any], steps: int, way: str) -> tuple[Run, lis
     return run, observer.pieces
 
 
-def _provider(config: Any, way: str) -> Any:
+def _provider(config, way: str):
     from megatron.bridge.models.gpt_provider import GPTModelProvider
 
     from moepp_megatron.interop.bridge import MoEPPModelProvider, moepp_layer_spec
@@ -93,30 +92,28 @@ def _provider(config: Any, way: str) -> Any:
     return GPTModelProvider(**same | {"transformer_layer_spec": spec})
 
 
-def _forward_step(batches: Any, model: Any) -> tuple[Any, Any]:
+def _forward_step(batches, model):
     batch = next(batches)
     mask = batch["loss_mask"]
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(_token_loss, mask=mask)
 
 
-def _token_loss(losses: Any, mask: Any) -> tuple[Any, Any, dict[str, Any]]:
+def _token_loss(losses, mask):
     import torch
 
     total, count = (losses.float() * mask).sum(), mask.sum().int()
     return total, count, {"losses": torch.stack([total.detach().double(), count.double()])}
 
 
-def _sum(losses: list[Any]) -> Any:
+def _sum(losses):
     """[2] sum and count; stages before the last have none."""
     import torch
 
     return sum(losses, torch.zeros(2, dtype=torch.float64))
 
 
-def pretrain_in_bridge(
-    raw: dict[str, Any], steps: int, save: Path, source: Path, target: Path, begin_at: int = 0
-) -> tuple[Run, list[Any]]:
+def pretrain_in_bridge(raw, steps: int, save: Path, source: Path, target: Path, begin_at: int = 0):
     """Bridge's own loop, `pretrain`, which saves every second step, from a start or a checkpoint.
 
     The model at the end is written to `target` as the Hugging Face folder `source` is.
@@ -147,7 +144,7 @@ def pretrain_in_bridge(
     provider.calculate_per_token_loss = True
     provider.use_cpu_initialization = True
 
-    def as_ours(models: list[Any]) -> list[Any]:
+    def as_ours(models):
         initialize_weights(models, config.training.seed)
         observer.models += models
         return models
@@ -155,18 +152,18 @@ def pretrain_in_bridge(
     provider.register_pre_wrap_hook(as_ours)
 
     class Synthetic(DatasetProvider):
-        def build_datasets(self, context: Any) -> tuple[Any, None, None]:
+        def build_datasets(self, context):
             return SyntheticDataset(config, steps), None, None
 
     class Reader(Callback):
-        def on_train_step_end(self, context: Any) -> None:
+        def on_train_step_end(self, context):
             # Only the last stage has it.
             loss = torch.as_tensor(context.loss_dict.get("lm loss", 0.0)).float().clone().view(1)
             torch.distributed.all_reduce(loss, torch.distributed.ReduceOp.MAX)
             run.losses.append(loss.item())
             run.grad_norms.append(float(context.grad_norm))
 
-        def on_train_end(self, context: Any) -> None:
+        def on_train_end(self, context):
             # Behind it, the loop ends its process groups.
             written = AutoBridge.from_hf_pretrained(source)
             written.save_hf_pretrained(observer.models, target, show_progress=False)
@@ -224,7 +221,7 @@ def pretrain_in_bridge(
     return run, observer.pieces
 
 
-def through_bridge(source: Path, target: Path, layout: dict[str, Any], ids: Any) -> Any:
+def through_bridge(source: Path, target: Path, layout, ids):
     """Read a folder into a model of this layout, and write it back.
 
     Logits where there is a whole, else this rank's embeddings.
@@ -252,7 +249,7 @@ def through_bridge(source: Path, target: Path, layout: dict[str, Any], ids: Any)
         return model.eval()(torch.from_numpy(ids), positions, None).float().numpy()
 
 
-def run_config(raw: dict[str, Any]) -> dict[str, Any]:
+def run_config(raw):
     """What a stage exchanges, and what Bridge's `run_config.yaml` makes of its configuration."""
     import yaml
     from megatron.bridge.training.utils.config_utils import _ConfigContainerBase

@@ -1,7 +1,6 @@
 """Folders as they are written go through Megatron-Bridge unchanged, and compute the same in it."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from tests.interop.checkpoints import load_tensors
 from tests.interop.models import settings
 from tests.interop.test_export import LOGITS, TOKENS, save_and_compute
 from tests.interop.test_zeda import CASES
-from tests.parallel.ranks import RankError, RankPools
+from tests.parallel.ranks import RankError
 from tests.parallel.training_runs import EP2, PP2, TP2
 
 RELEASED: dict[str, Any] = {
@@ -44,7 +43,7 @@ FORMATS = {"released": RELEASED, "moepp": OWN, "zeda": CASES["Qwen3, all kinds, 
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-def test_comes_back_bitwise(ranks: RankPools, tmp_path: Path, layout: str) -> None:
+def test_comes_back_bitwise(ranks, tmp_path, layout):
     (ours,) = ranks(1).run(save_and_compute, settings(**FORMATS[layout]), tmp_path / "run")
     source = tmp_path / "hf"
     mcore_to_hf(tmp_path / "run", source, layout)
@@ -65,7 +64,7 @@ def test_comes_back_bitwise(ranks: RankPools, tmp_path: Path, layout: str) -> No
         assert first == second
 
 
-def test_a_folder_that_lacks_a_tensor_is_refused(ranks: RankPools, tmp_path: Path) -> None:
+def test_a_folder_that_lacks_a_tensor_is_refused(ranks, tmp_path):
     """Bridge by itself warns, and leaves the parameter as it was initialised."""
     from safetensors.torch import save_file
 
@@ -79,7 +78,7 @@ def test_a_folder_that_lacks_a_tensor_is_refused(ranks: RankPools, tmp_path: Pat
     assert "tensor model.norm.weight is missing" in error.value.reasons[0]
 
 
-def test_latent_attention_is_refused() -> None:
+def test_latent_attention_is_refused():
     from moepp_megatron.interop.bridge.provider import MoEPPModelProvider
 
     latent = {"kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8}

@@ -1,9 +1,5 @@
 """Models that Megatron-Bridge builds and wraps train to the result of our trainer."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from moepp_megatron.interop.to_hf import mcore_to_hf
@@ -11,8 +7,8 @@ from tests.bridge.bridge_runs import pretrain_in_bridge, run_config, train_in_br
 from tests.interop.checkpoints import load_tensors
 from tests.interop.test_export import save_and_compute
 from tests.parallel.megatron_lm_runs import SETTINGS
-from tests.parallel.ranks import RankError, RankPools
-from tests.parallel.training_runs import EP2, PP2, TP2, Run, assemble, compare
+from tests.parallel.ranks import RankError
+from tests.parallel.training_runs import EP2, PP2, TP2, assemble, compare
 
 # fp32; the same bound as in the layout matrix and in Megatron-LM's loop.
 RELATIVE = 1e-5
@@ -30,9 +26,7 @@ NO_RESIDUAL = SETTINGS | {"moe": SETTINGS["moe"] | {"gating_residual": False}}
         pytest.param(NO_RESIDUAL, PP2, "spec", id="plain GPTModel, pp 2"),
     ],
 )
-def test_equals_our_trainer(
-    ranks: RankPools, alone: Callable[..., Run], raw: Any, layout: Any, way: str
-) -> None:
+def test_equals_our_trainer(ranks, alone, raw, layout, way):
     results = ranks(2).run(train_in_bridge, raw | {"parallel": layout}, STEPS, way)
     compare(assemble(results), alone(raw, steps=STEPS), RELATIVE)
 
@@ -40,8 +34,8 @@ def test_equals_our_trainer(
 @pytest.mark.parallel
 @pytest.mark.parametrize("layout", [EP2, PP2], ids=["ep 2", "pp 2"])
 def test_bridges_own_loop_equals_our_trainer_and_goes_on_from_its_checkpoint(
-    ranks: RankPools, alone: Callable[..., Run], tmp_path: Path, layout: Any
-) -> None:
+    ranks, alone, tmp_path, layout
+):
     ranks(1).run(save_and_compute, SETTINGS, tmp_path / "run")
     source, raw = tmp_path / "hf", SETTINGS | {"parallel": layout}
     mcore_to_hf(tmp_path / "run", source)
@@ -60,7 +54,7 @@ def test_bridges_own_loop_equals_our_trainer_and_goes_on_from_its_checkpoint(
 
 
 @pytest.mark.parallel
-def test_a_plain_model_refuses_a_gating_residual_across_stages(ranks: RankPools) -> None:
+def test_a_plain_model_refuses_a_gating_residual_across_stages(ranks):
     with pytest.raises(RankError) as error:
         ranks(2).run(train_in_bridge, SETTINGS | {"parallel": PP2}, 1, "spec")
     message = r"pipeline_model_parallel_size (2) must be 1 for a GPTModelProvider"
@@ -68,7 +62,7 @@ def test_a_plain_model_refuses_a_gating_residual_across_stages(ranks: RankPools)
 
 
 @pytest.mark.parallel
-def test_a_checkpoint_names_the_layers_width_and_settings(ranks: RankPools) -> None:
+def test_a_checkpoint_names_the_layers_width_and_settings(ranks):
     expected = {
         # 12 fp32 logits.
         "exchanged": 32 + 12,

@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -19,7 +18,7 @@ from tests.fake_gpu.record import RECORD, ROUTING
 _NODE = 8
 
 
-def answer_checks() -> None:
+def answer_checks():
     """Nothing is compiled here, and DeepEP's functions are answered."""
     from moepp_megatron.runtime import fit, optional
 
@@ -27,7 +26,7 @@ def answer_checks() -> None:
     fit.flex_backends = optional.flex_backends = lambda: ("deepep", "hybridep")
 
 
-def answer_megatron() -> None:
+def answer_megatron():
     """Answer what megatron-core and the dispatchers read; after they have been imported."""
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
@@ -35,7 +34,7 @@ def answer_megatron() -> None:
 
     _answer_offloading()
 
-    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    def move(tensor, as_numpy: bool = False, record_stream: bool = False):
         if not (isinstance(tensor, torch.Tensor) and tensor.is_cuda):
             return tensor
         rows = ROUTING.rows
@@ -61,8 +60,8 @@ def answer_megatron() -> None:
     exchange_counts = dispatcher.exchange_counts
     dispatcher.counts_of_this_rank = lambda self, rows: None
 
-    def counted(self: Any, *maps: Any) -> Any:
-        def exchanged(rows: int) -> Any:
+    def counted(self, *maps):
+        def exchanged(rows: int):
             each = [rows] * self.ep_size
             return dedup.ExchangedRows(each, each, [rows * self.ep_size] * self.tp_size)
 
@@ -76,7 +75,7 @@ def answer_megatron() -> None:
     _answer_flex(token_dispatcher)
 
 
-def _answer_offloading() -> None:
+def _answer_offloading():
     """A played tensor is one of the device's, and its copy on the host is pinned."""
     from megatron.core.pipeline_parallel import fine_grained_activation_offload as offload
 
@@ -86,14 +85,14 @@ def _answer_offloading() -> None:
     )
     copy = handler.reload
 
-    def reload(self: Any, state: Any, non_blocking: bool | None = None) -> torch.Tensor:
+    def reload(self, state, non_blocking: bool | None = None) -> torch.Tensor:
         return copy(self, state, True)
 
     if copy.__module__ == offload.__name__:
         handler.reload = reload
 
 
-def _answer_flex(token_dispatcher: Any) -> None:
+def _answer_flex(token_dispatcher):
     """DeepEP's and HybridEP's functions, by their shapes; each waits for its counts on the host.
 
     DeepEP's check what its C++ checks of what it is given (deep_ep.cpp).
@@ -109,7 +108,7 @@ def _answer_flex(token_dispatcher: Any) -> None:
         with unset_fake_temporarily():
             return torch.full((ROUTING.local_experts,), rows_of_expert(multiple), dtype=torch.long)
 
-    def sent(x: torch.Tensor, group: Any) -> None:
+    def sent(x: torch.Tensor, group):
         assert group.size() in (2, 4, 8) or group.size() % _NODE == 0, group.size()
         assert x.dtype is torch.bfloat16, f"rows in {x.dtype}"
         assert x.dim() == 2
@@ -117,9 +116,7 @@ def _answer_flex(token_dispatcher: Any) -> None:
         assert x.is_cuda
         assert x.is_contiguous()
 
-    def dispatch(
-        x: Any, indices: Any, probs: Any, num_experts: int, group: Any, **options: Any
-    ) -> Any:
+    def dispatch(x, indices, probs, num_experts: int, group, **options):
         sent(x, group)
         assert num_experts % group.size() == 0
         for tensor, dtype in ((indices, torch.int64), (probs, torch.float32)):
@@ -130,13 +127,11 @@ def _answer_flex(token_dispatcher: Any) -> None:
         rows = ROUTING.copies * group.size()
         return arrived(x, rows), arrived(indices, rows), arrived(probs, rows), counts(), x.shape
 
-    def combine(x: Any, group: Any, handle: Any, **options: Any) -> Any:
+    def combine(x, group, handle, **options):
         sent(x, group)
         return arrived(x, handle[0]), None
 
-    def permuting_dispatch(
-        x: Any, routing_map: Any, probs: Any, pad_multiple: int | None = None, **_: Any
-    ) -> Any:
+    def permuting_dispatch(x, routing_map, probs, pad_multiple: int | None = None, **_):
         assert routing_map.dtype is torch.bool
         assert probs.dtype is torch.float32
         RECORD.read("HybridEP")
@@ -145,7 +140,7 @@ def _answer_flex(token_dispatcher: Any) -> None:
         gates = arrived(probs.reshape(-1, 1), rows).squeeze(1)
         return arrived(x, rows), gates, None, counts(multiple), x.shape
 
-    def unpermuting_combine(x: Any, handle: Any, **_: Any) -> Any:
+    def unpermuting_combine(x, handle, **_):
         return arrived(x, handle[0])
 
     token_dispatcher.fused_dispatch = dispatch
@@ -155,7 +150,7 @@ def _answer_flex(token_dispatcher: Any) -> None:
     token_dispatcher.hybrid_ep_combine = unpermuting_combine
 
 
-def restore_orders(models: list[torch.nn.Module]) -> None:
+def restore_orders(models: list[torch.nn.Module]):
     """Give dispatchers the orders of chunks that they keep on the host, which were built fake."""
     for module in (layer for model in models for layer in model.modules()):
         dispatcher = getattr(module, "token_dispatcher", None)
@@ -169,7 +164,7 @@ def restore_orders(models: list[torch.nn.Module]) -> None:
             dispatcher.restore_output_by_local_experts = chunks.reshape(local, -1).T.ravel()
 
 
-def _replayed(graph: Any) -> None:
+def _replayed(graph):
     RECORD.launches["a graph"] += 1
 
 
@@ -186,7 +181,7 @@ def graphs() -> Iterator[None]:
 
     describe = cuda_graphs.ArgMetadata.__init__
 
-    def described(self: Any, value: Any) -> None:
+    def described(self, value):
         describe(self, value)
         if isinstance(value, FakeTensor):
             # It knows tensors by their exact type.

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def _headers() -> Path | None:
     return folder if (folder / "driver_types.h").exists() else None
 
 
-def build(folder: Path) -> None:
+def build(folder: Path):
     """Compile both libraries into `folder`."""
     for source, target in (
         ("runtime_stub.c", "libcudart_stub.so"),
@@ -50,9 +49,7 @@ def build(folder: Path) -> None:
         subprocess.run([*command, str(HERE / source)], check=True)
 
 
-def play(
-    folder: Path, cases: Sequence[dict[str, Any]], engine: Engine | None = None, capability: int = 9
-) -> list[dict[str, Any]]:
+def play(folder: Path, cases, engine: Engine | None = None, capability: int = 9):
     """Play `cases` (`play.Case`) one after another in a process that has the GPU.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 from moepp_megatron.config import Config, Layout, load_config
 from moepp_megatron.tools.planning.grid import Grid
-from moepp_megatron.tools.planning.memory import RankMemory, rank_memory
+from moepp_megatron.tools.planning.memory import rank_memory
 from moepp_megatron.tools.planning.parts import Layer, layer_parts
 from moepp_megatron.tools.planning.workload import Workload
 
@@ -49,9 +49,7 @@ def stage_layers_of(path: Path) -> int | None:
     return config.model.num_layers // stages
 
 
-def whole(
-    path: Path, *changes: str, layers: int | None = None
-) -> tuple[dict[str, Any], RankMemory]:
+def whole(path: Path, *changes: str, layers: int | None = None):
     """A shipped configuration at full width, on its fullest rank; and the estimate of all of it.
 
     As many micro-batches as fill the pipeline: further ones take no more memory. The combined
@@ -83,7 +81,7 @@ def whole(
     return case, stages[fullest]
 
 
-def shipped(path: Path, layers: int = 2, *changes: str) -> dict[str, Any]:
+def shipped(path: Path, layers: int = 2, *changes: str):
     """A shipped configuration on as many ranks as it is meant for, `layers` a pipeline chunk."""
     config, world = _loaded(path), ranks_of(path)
     parallel = config.parallel
@@ -110,9 +108,7 @@ def planned_launches(path: Path, *changes: str) -> int:
     return sum(part.forward.kernels + part.backward.kernels for part in parts)
 
 
-def smallest(
-    *overrides: str, world_size: int = 1, sequences: int = 0, **fields: Any
-) -> dict[str, Any]:
+def smallest(*overrides: str, world_size: int = 1, sequences: int = 0, **fields):
     """The smallest of the paper's models; as many sequences a step as ranks unless given."""
     batch = f"training.global_batch_size={sequences or world_size}"
     return {
@@ -177,7 +173,7 @@ _OFFLOADING = "megatron.fine_grained_activation_offloading=true"
 _OFFLOADED = "megatron.offload_modules=[qkv_linear,core_attn,attn_proj,mlp_norm,expert_fc1,moe_act]"
 
 
-def _fp8(recipe: str, *overrides: str, **fields: Any) -> dict[str, Any]:
+def _fp8(recipe: str, *overrides: str, **fields):
     return smallest(_FP8, f"precision.fp8_recipe={recipe}", *overrides, **fields)
 
 

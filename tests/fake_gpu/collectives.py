@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,14 +11,14 @@ from tests.fake_gpu.record import RECORD, place
 
 
 class _Work:
-    def wait(self, *args: Any, **kwargs: Any) -> bool:
+    def wait(self, *args, **kwargs) -> bool:
         return True
 
     def is_completed(self) -> bool:
         return True
 
 
-def install() -> None:
+def install():
     names = (
         "all_gather",
         "all_gather_into_tensor",
@@ -42,23 +41,21 @@ def install() -> None:
         _replace(name, _collective(name))
 
     @contextlib.contextmanager
-    def coalescing(*args: Any, **kwargs: Any) -> Any:
+    def coalescing(*args, **kwargs):
         yield _Work()
 
-    def gather_objects(into: list[Any], value: Any, group: Any = None) -> None:
+    def gather_objects(into, value, group=None):
         into[:] = [value] * len(into)
 
-    def gather_object(
-        obj: Any = None, object_gather_list: list[Any] | None = None, *_: Any, **__: Any
-    ) -> None:
+    def gather_object(obj=None, object_gather_list=None, *_, **__):
         if object_gather_list is not None:
             gather_objects(object_gather_list, obj)
 
-    def scatter_objects(into: list[Any], values: list[Any] | None = None, **_: Any) -> None:
+    def scatter_objects(into, values=None, **_):
         into[0] = (values or [None])[0]
 
     class P2POp:
-        def __init__(self, op: Any, tensor: torch.Tensor, peer: int = 0, group: Any = None) -> None:
+        def __init__(self, op, tensor: torch.Tensor, peer: int = 0, group=None):
             self.op, self.tensor = op, tensor
 
     def batch(operations: list[P2POp]) -> list[_Work]:
@@ -75,13 +72,13 @@ def install() -> None:
     _replace("batch_isend_irecv", batch)
 
 
-def _replace(name: str, value: Any) -> None:
+def _replace(name: str, value):
     setattr(dist, name, value)
     setattr(dist.distributed_c10d, name, value)
 
 
-def _collective(name: str) -> Any:
-    def collective(*args: Any, async_op: bool = False, **kwargs: Any) -> _Work | None:
+def _collective(name: str):
+    def collective(*args, async_op: bool = False, **kwargs) -> _Work | None:
         RECORD.collectives[name] += 1
         for value in (*args, *kwargs.values()):
             for tensor in value if isinstance(value, list) else [value]:

@@ -21,7 +21,7 @@ def stub(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def play(stub: Path) -> Play:
+def play(stub) -> Play:
     return functools.partial(build.play, stub)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from math import lcm
-from typing import Any
 
 from moepp_megatron.config import ConfigError, Layout, load_config
 from tests.fake_gpu import cases
@@ -125,7 +124,7 @@ _OF_MEGATRON: tuple[tuple[str, ...], ...] = (
 _PARTS: tuple[list[str], ...] = ([], ["evaluation"], ["save"], ["guard", "health"])
 
 
-def drawn(seed: int) -> dict[str, Any]:
+def drawn(seed: int):
     """A layout, then a value of each axis in turn, those that are legal with what is there."""
     generator = random.Random(seed)
     layout, world = _layout(generator)
@@ -143,7 +142,7 @@ def drawn(seed: int) -> dict[str, Any]:
 
 def _add(
     overrides: list[str], axes: Sequence[tuple[str, ...]], world: int, generator: random.Random
-) -> None:
+):
     for first, *others in axes:
         value = first if generator.random() < 0.4 else generator.choice(others)
         # A section in braces is one setting.

@@ -12,7 +12,6 @@ shapes or devices do not fit.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +66,7 @@ _NO_KERNEL = (
 class Device(TorchDispatchMode):
     """Sees every operation; stands above `FakeTensorMode`."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         first = next((each for each in args if isinstance(each, torch.Tensor)), None)
         on_gpu = first is not None and first.device.type == "cuda"
@@ -95,13 +94,13 @@ class Device(TorchDispatchMode):
         return result
 
 
-def _is_on_gpu(result: Any) -> bool:
+def _is_on_gpu(result) -> bool:
     """Of what an operation without a tensor before its other arguments has made or changed."""
     first = next((each for each in tree_leaves(result) if isinstance(each, torch.Tensor)), None)
     return first is not None and first.device.type == "cuda"
 
 
-def _note_copy(source: Any, target: Any, non_blocking: bool) -> None:
+def _note_copy(source, target, non_blocking: bool):
     kinds = (source.device.type, target.device.type)
     if non_blocking or kinds[0] == kinds[1]:
         return
@@ -111,17 +110,17 @@ def _note_copy(source: Any, target: Any, non_blocking: bool) -> None:
         RECORD.read("copy to the device")
 
 
-def _is_mask(index: Any) -> bool:
+def _is_mask(index) -> bool:
     return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
-def _number(tensor: Any) -> float | int | bool:
+def _number(tensor) -> float | int | bool:
     if tensor.dtype == torch.bool:
         return True
     return 1.0 if tensor.is_floating_point() else ROUTING.counted
 
 
-def _sized(func: Any, first: torch.Tensor, args: Any, kwargs: Any) -> Any:
+def _sized(func, first: torch.Tensor, args, kwargs):
     if func is aten.bincount.default:
         least = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
         return first.new_zeros(least)
@@ -141,13 +140,13 @@ def _indexed(values: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.
     return values.new_zeros(max(1, mask.numel() // 2), *values.shape[mask.dim() :])
 
 
-def install() -> None:
+def install():
     """Replace what would need a device, peers or numbers; for the whole process."""
     _install_reads()
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    def run(self: Any, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
+    def run(self, *args, grid=None, warmup: bool = False, **kwargs):
         name = self.fn.__name__
         RECORD.launches[name] += 1
         RECORD.owners[owner()] += 1
@@ -169,7 +168,7 @@ def install() -> None:
     torch.UntypedStorage.resize_ = resized
     dispatch = FakeTensor.__torch_dispatch__
 
-    def dispatched(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def dispatched(cls, func, types, args=(), kwargs=None):
         # Transformer Engine's tensors hand on what is to be done with the data that they hold.
         if set(types) - {type(each) for each in tree_leaves((args, kwargs))}:
             return func(*args, **kwargs or {})
@@ -178,7 +177,7 @@ def install() -> None:
     FakeTensor.__torch_dispatch__ = classmethod(dispatched)
     save = torch.save
 
-    def saved(value: Any, *args: Any, **kwargs: Any) -> None:
+    def saved(value, *args, **kwargs):
         with unset_fake_temporarily():
             save(tree_map_only(FakeTensor, _zeros, value), *args, **kwargs)
 
@@ -188,7 +187,7 @@ def install() -> None:
         kind.record_stream = lambda self, stream: None
 
 
-def keep_dtypes() -> None:
+def keep_dtypes():
     """megatron-core makes a model bf16 by this, and Transformer Engine has its own; parameters are.
 
     After Transformer Engine has been imported.
@@ -200,11 +199,11 @@ def _zeros(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
-def _install_reads() -> None:
+def _install_reads():
     """Reads that never become an operation, or whose copy torch makes below Python."""
     to_list = torch.Tensor.tolist
 
-    def tolist(self: torch.Tensor) -> Any:
+    def tolist(self: torch.Tensor):
         if not isinstance(self, FakeTensor):
             return to_list(self)
         if self.is_cuda:
@@ -217,7 +216,7 @@ def _install_reads() -> None:
     torch.Tensor.__index__ = lambda self: int(self)
     to_numpy = torch.Tensor.numpy
 
-    def numpy(self: torch.Tensor, **kwargs: Any) -> Any:
+    def numpy(self: torch.Tensor, **kwargs):
         """Of a tensor on the host; what has brought it there was the read."""
         if not isinstance(self, FakeTensor):
             return to_numpy(self, **kwargs)
@@ -236,7 +235,7 @@ def _install_reads() -> None:
     torch.equal = equal
     make, make_new = torch.tensor, torch.Tensor.new_tensor
 
-    def tensor(data: Any, **kwargs: Any) -> torch.Tensor:
+    def tensor(data, **kwargs) -> torch.Tensor:
         kwargs.pop("pin_memory", None)
         result = make(_plain(data), **kwargs)
         if str(kwargs.get("device", "cpu")) != "cpu":
@@ -246,7 +245,7 @@ def _install_reads() -> None:
             result.made_of = data
         return result
 
-    def new_tensor(self: torch.Tensor, data: Any, **kwargs: Any) -> torch.Tensor:
+    def new_tensor(self: torch.Tensor, data, **kwargs) -> torch.Tensor:
         if self.is_cuda:
             RECORD.read("copy to the device")
         return make_new(self, data, **kwargs)
@@ -256,24 +255,24 @@ def _install_reads() -> None:
         _count_synchronize(waits)
 
 
-def _plain(data: Any) -> Any:
+def _plain(data):
     """Lists of tensors, each of which torch would read."""
     if isinstance(data, list | tuple):
         return [_plain(each) for each in data]
     return float(data) if isinstance(data, torch.Tensor) else data
 
 
-def _count_synchronize(owner: Any) -> None:
+def _count_synchronize(owner):
     original = owner.synchronize
 
-    def synchronize(*args: Any, **kwargs: Any) -> Any:
+    def synchronize(*args, **kwargs):
         RECORD.read("synchronize")
         return original(*args, **kwargs)
 
     owner.synchronize = synchronize
 
 
-def _listed(shape: tuple[int, ...], is_float: bool) -> Any:
+def _listed(shape: tuple[int, ...], is_float: bool):
     if not shape:
         return 1.0 if is_float else ROUTING.counted
     if len(shape) > 1:
@@ -288,7 +287,7 @@ def _listed(shape: tuple[int, ...], is_float: bool) -> Any:
     return [ROUTING.rows] * shape[0]
 
 
-def fake_mode() -> contextlib.AbstractContextManager[Any]:
+def fake_mode():
     """The modes of a played run."""
     stack = contextlib.ExitStack()
     stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -26,22 +26,22 @@ class Memory:
         parts: The largest tensors at about the peak: bytes by shape and dtype.
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.forget()
 
-    def forget(self) -> None:
+    def forget(self):
         """Count what is made from now on."""
         # Of each storage by its id: a reference, bytes, shape and dtype.
         self._known: dict[int, tuple[Any, int, str]] = {}
         self.live = 0
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self):
         """Measure the peak from now on."""
         self.peak, self._written = self.live, 0.0
         self.parts: dict[str, int] = {}
 
-    def see(self, result: Any) -> None:
+    def see(self, result):
         """Count the storages of tensors that an operation has made or returned."""
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
@@ -51,7 +51,7 @@ class Memory:
             if self.peak > self._written * _NEWS:
                 self._write()
 
-    def resized(self, storage: torch.UntypedStorage) -> None:
+    def resized(self, storage: torch.UntypedStorage):
         """Count what a storage that was freed or made again below its tensors has now."""
         known = self._known.get(id(storage))
         if known is not None:
@@ -59,20 +59,20 @@ class Memory:
             self._known[id(storage)] = reference, storage.nbytes(), name
             self.live += storage.nbytes() - before
 
-    def _add(self, tensor: torch.Tensor) -> None:
+    def _add(self, tensor: torch.Tensor):
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._known:
             return
 
-        def gone(_: Any) -> None:
+        def gone(_):
             self.live -= self._known.pop(key)[1]
 
         name = f"{tuple(tensor.shape)} {tensor.dtype}"
         self._known[key] = weakref.ref(storage, gone), storage.nbytes(), name
         self.live += storage.nbytes()
 
-    def _write(self) -> None:
+    def _write(self):
         self._written = self.peak
         found: Counter[str] = Counter()
         for _, size, name in self._known.values():

@@ -11,7 +11,7 @@ Outcomes = list[dict[str, Any]]
 Play = Callable[..., Outcomes]
 
 
-def sound(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def sound(outcomes):
     for outcome in outcomes:
         assert outcome["error"] + outcome["refused"] == "", outcome["error"] + outcome["refused"]
         assert outcome["faults"] == []
@@ -19,7 +19,7 @@ def sound(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return outcomes
 
 
-def excess(outcome: dict[str, Any], layer: tuple[dict[str, int], ...]) -> dict[str, int]:
+def excess(outcome, layer: tuple[dict[str, int], ...]) -> dict[str, int]:
     """Reads that the tables do not allow."""
     allowed = dict(reads.STEP)
     for table in layer:

@@ -120,7 +120,7 @@ def launches(folder: Path, path: Path, engine: Engine | None, *changes: str) -> 
     }
 
 
-def main() -> None:
+def main():
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
@@ -136,7 +136,7 @@ def main() -> None:
             _print_peaks(Path(folder), paths)
 
 
-def _print_launches(folder: Path, paths: list[Path]) -> None:
+def _print_launches(folder: Path, paths: list[Path]):
     print(f"| configuration | modules | kernels | {' | '.join(OWNERS)} |")
     print("|---|---|---" + "|---" * len(OWNERS) + "|")
     for path in paths:
@@ -151,7 +151,7 @@ def _print_launches(folder: Path, paths: list[Path]) -> None:
                 print(row, flush=True)
 
 
-def _print_peaks(folder: Path, paths: list[Path]) -> None:
+def _print_peaks(folder: Path, paths: list[Path]):
     print("| configuration | rank | played | planned | ratio | played without TE |")
     print("|---|---|---|---|---|---|")
     for path in paths:

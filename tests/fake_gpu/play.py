@@ -16,10 +16,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -89,7 +88,7 @@ class Outcome:
     parameters: int = 0
 
 
-def main() -> None:
+def main():
     machine.install()
     collectives.install()
     if len(sys.argv) > 1:
@@ -121,7 +120,7 @@ def _played(case: Case) -> Outcome:
     return outcome
 
 
-def _leave() -> None:
+def _leave():
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
@@ -150,7 +149,7 @@ def _leave() -> None:
     extension.forget_tensors()
 
 
-def _play(case: Case, outcome: Outcome) -> None:
+def _play(case: Case, outcome: Outcome):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from moepp_megatron.config import Layout, load_config
@@ -184,7 +183,7 @@ def _play(case: Case, outcome: Outcome) -> None:
 class _Run:
     """One configuration, built and played inside the modes."""
 
-    def __init__(self, config: Any, layout: Any, case: Case, outcome: Outcome) -> None:
+    def __init__(self, config, layout, case: Case, outcome: Outcome):
         from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS
 
         from moepp_megatron.model.build import build_chunks
@@ -216,7 +215,7 @@ class _Run:
             }
         )
 
-    def batches(self, *args: Any) -> list[Iterator[dict[str, torch.Tensor]]]:
+    def batches(self, *args) -> list[Iterator[dict[str, torch.Tensor]]]:
         """One iterator a chunk over micro-batches of this rank's part of the sequences."""
         from moepp_megatron.runtime import optional
 
@@ -234,13 +233,13 @@ class _Run:
 
         return [endless() for _ in self.model.chunks]
 
-    def _planted(self, fault: str) -> AbstractContextManager[Any]:
+    def _planted(self, fault: str):
         """Every router leaves a tensor on the host, or reads one from the device."""
         from moepp_megatron.moe.router import MoEPPRouter
 
         forward = MoEPPRouter.forward
 
-        def faulty(router: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def faulty(router, hidden: torch.Tensor, *args, **kwargs):
             if fault == "plant":
                 hidden = hidden + torch.ones(hidden.shape[-1])
             else:
@@ -249,14 +248,14 @@ class _Run:
 
         return mock.patch.object(MoEPPRouter, "forward", faulty)
 
-    def play(self) -> None:
+    def play(self):
         with ExitStack() as stack:
             for part in self.case.parts:
                 if part.startswith("plant"):
                     stack.enter_context(self._planted(part))
             self._steps()
 
-    def _steps(self) -> None:
+    def _steps(self):
         import numpy as np
 
         from moepp_megatron.features.guard import part as routing_guard
@@ -278,7 +277,7 @@ class _Run:
         stop = StopRequest()
         prepare = step_module.prepare_gradients
 
-        def prepared(optimizer: Any) -> Any:
+        def prepared(optimizer):
             self.outcome.kernels = RECORD.kernels
             self.outcome.owners = dict(RECORD.owners)
             return prepare(optimizer)
@@ -309,7 +308,7 @@ class _Run:
         if "save" in parts:
             self._plan_save()
 
-    def _plan_save(self) -> None:
+    def _plan_save(self):
         """A save as far as all that it writes is in host memory."""
         from moepp_megatron.training.checkpoint.plan import Planner
         from moepp_megatron.training.checkpoint.state import saved_state
@@ -319,7 +318,7 @@ class _Run:
             plan.load()
             self.outcome.saved = plan.num_bytes
 
-    def _evaluate(self) -> None:
+    def _evaluate(self):
         from moepp_megatron.features.validation import part as evaluate
 
         evaluate.rank_batches = self.batches

@@ -50,7 +50,7 @@ def transformer_engine(version: str) -> Engine:
     folder = _CACHE / f"transformer_engine-{version}"
     names = f"transformer_engine=={version}", f"transformer_engine_torch=={version}"
 
-    def fetch(target: Path) -> None:
+    def fetch(target: Path):
         _pip("install", "--target", str(target / "python"), names[0])
         # Its metadata are made with the torch that is here.
         _pip("download", "--no-build-isolation", "--no-binary=:all:", "-d", str(target), names[1])
@@ -82,7 +82,7 @@ def pinned_engine() -> Engine:
     return transformer_engine(pinned("transformer_engine"))
 
 
-def _once(folder: Path, fetch: Callable[[Path], None]) -> None:
+def _once(folder: Path, fetch: Callable[[Path], None]):
     """Fill a folder, by one of the processes that want it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
@@ -96,7 +96,7 @@ def _once(folder: Path, fetch: Callable[[Path], None]) -> None:
         unfinished.rename(folder)
 
 
-def _pip(*arguments: str) -> None:
+def _pip(*arguments: str):
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input", "--retries=0", "--timeout=15"]
     command = [sys.executable, "-m", "pip", arguments[0], *quiet, "--no-deps", *arguments[1:]]
     done = subprocess.run(

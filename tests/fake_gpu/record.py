@@ -28,7 +28,7 @@ class Record:
     owners: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
-    def clear(self) -> None:
+    def clear(self):
         """Forget everything but faults."""
         for value in vars(self).values():
             if isinstance(value, Counter):
@@ -39,7 +39,7 @@ class Record:
         """Kernels of Triton, and one for each operation of torch."""
         return self.operations.total() + self.launches.total()
 
-    def read(self, kind: str) -> None:
+    def read(self, kind: str):
         self.reads[f"{kind} {place()}"] += 1
 
 

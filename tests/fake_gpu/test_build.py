@@ -38,7 +38,7 @@ def headers() -> dict[str, str]:
     return environment | {"CPLUS_INCLUDE_PATH": folders}
 
 
-def compile_only(source: Path, engine: Engine, environment: dict[str, str]) -> None:
+def compile_only(source: Path, engine: Engine, environment: dict[str, str]):
     common = engine.source / "common_headers"
     places = [common, common / "common", common / "common/include", engine.source / "csrc"]
     places += [*include_paths(), sysconfig.get_path("include")]
@@ -49,14 +49,12 @@ def compile_only(source: Path, engine: Engine, environment: dict[str, str]) -> N
     assert done.returncode == 0, f"{source.name}: {done.stderr[:2000]}"
 
 
-def test_the_file_with_the_most_headers(
-    transformer_engine: Engine, headers: dict[str, str]
-) -> None:
+def test_the_file_with_the_most_headers(transformer_engine, headers):
     compile_only(transformer_engine.source / "csrc/extensions/ep.cpp", transformer_engine, headers)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_every_file(transformer_engine: Engine, headers: dict[str, str]) -> None:
+def test_every_file(transformer_engine, headers):
     for source in sorted(transformer_engine.source.glob("csrc/**/*.cpp")):
         compile_only(source, transformer_engine, headers)

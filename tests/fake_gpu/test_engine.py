@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from tests.fake_gpu import cases, reads
@@ -32,9 +28,7 @@ TABLES = {
 }
 
 
-def played(
-    play: Play, cases_by_name: dict[str, Any], is_covered: bool, *args: Any, **kwargs: Any
-) -> dict[str, Any]:
+def played(play: Play, cases_by_name, is_covered: bool, *args, **kwargs):
     """Outcomes by name, of those that others cover or of the others, with no read that is new."""
     names = [name for name in cases_by_name if (name in cases.COVERED) == is_covered]
     steps = sound(play([cases_by_name[name] for name in names], *args, **kwargs))
@@ -49,7 +43,7 @@ def played(
 
 
 @IS_COVERED
-def test_features(play: Play, transformer_engine: Engine, is_covered: bool) -> None:
+def test_features(play, transformer_engine, is_covered):
     outcomes = played(play, cases.ENGINE, is_covered, transformer_engine)
     for outcome in outcomes.values():
         assert outcome["modules"][-1] == "TEGroupedMLP"
@@ -68,11 +62,11 @@ def test_features(play: Play, transformer_engine: Engine, is_covered: bool) -> N
 
 
 @IS_COVERED
-def test_mxfp8_on_a_blackwell_gpu(play: Play, transformer_engine: Engine, is_covered: bool) -> None:
+def test_mxfp8_on_a_blackwell_gpu(play, transformer_engine, is_covered):
     played(play, cases.MXFP8, is_covered, transformer_engine, capability=10)
 
 
-def every_shipped() -> Iterator[Any]:
+def every_shipped():
     """Each shipped configuration with the modules that it can run with."""
     for path in (*cases.MODELS, *cases.PLANNED):
         for engine in (False, True):
@@ -83,9 +77,7 @@ def every_shipped() -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "engine"), list(every_shipped()))
-def test_every_shipped_configuration(
-    play: Play, path: Path, engine: bool, request: pytest.FixtureRequest
-) -> None:
+def test_every_shipped_configuration(play, path, engine, request):
     package = request.getfixturevalue("transformer_engine") if engine else None
     (outcome,) = play([cases.shipped(path)], package)
     assert outcome["error"] == "", outcome["error"]
@@ -98,7 +90,7 @@ LAUNCHES = {"moepp_0.6b_8_4": (105, 107), "moepp_7b_16_4": (116, 113)}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_the_planner_counts_the_launches(stub: Path, transformer_engine: Engine, name: str) -> None:
+def test_the_planner_counts_the_launches(stub, transformer_engine, name):
     """As many more than vanilla as are played; its vanilla counts are those of published runs."""
     path = cases.ROOT / f"configs/models/{name}.yaml"
     played, planned = [], []
@@ -110,7 +102,7 @@ def test_the_planner_counts_the_launches(stub: Path, transformer_engine: Engine,
     assert planned[0] - planned[1] == pytest.approx(played[0] - played[1], abs=1)
 
 
-def test_arguments_that_pybind_does_not_name(transformer_engine: Engine) -> None:
+def test_arguments_that_pybind_does_not_name(transformer_engine):
     """As the compiled extension shows them: `fused_rope_backward(arg0: object, ...)`."""
     found = functions(transformer_engine.source)
     assert {(each.named, each.default) for each in found["fused_rope_backward"]} == {
@@ -134,12 +126,12 @@ def _no_drawn_one_fails(play: Play, engine: Engine, seeds: range) -> int:
     return count
 
 
-def test_drawn_configurations(play: Play, transformer_engine: Engine) -> None:
+def test_drawn_configurations(play, transformer_engine):
     assert _no_drawn_one_fails(play, transformer_engine, range(FEW)) > 0
 
 
 @pytest.mark.slow
-def test_sixty_drawn_configurations(play: Play, transformer_engine: Engine) -> None:
+def test_sixty_drawn_configurations(play, transformer_engine):
     parts = [range(first, first + 22) for first in range(0, DRAWN, 22)]
     assert sum(_no_drawn_one_fails(play, transformer_engine, part) for part in parts) >= 60
 
@@ -148,7 +140,7 @@ def test_sixty_drawn_configurations(play: Play, transformer_engine: Engine) -> N
 OLDEST = "2.6.0.post1"
 
 
-def test_the_oldest_version(play: Play) -> None:
+def test_the_oldest_version(play):
     names = ["one rank", "FP8, blockwise, expert parallel", "FP8, delayed, weights", "graphs"]
     try:
         engine = transformer_engine(OLDEST)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from tests.fake_gpu import cases, reads
-from tests.fake_gpu.outcomes import Play, excess, sound
+from tests.fake_gpu.outcomes import excess, sound
 from tests.fake_gpu.peaks import peaks, played_bytes
-from tests.fake_gpu.real_packages import Engine
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -20,7 +16,7 @@ SMALL = cases.ROOT / cases.SMALLEST
 
 
 @pytest.fixture(scope="module")
-def engine(play: Play, transformer_engine: Engine) -> dict[str, Any]:
+def engine(play, transformer_engine):
     """Outcomes, each with its planned memory."""
     changes = "model.num_layers=3", "training.micro_batch_size=4"
     (qwen3,) = (path for path in cases.PLANNED if path.stem == "qwen3_30b_a3b_32_64")
@@ -41,13 +37,13 @@ def engine(play: Play, transformer_engine: Engine) -> dict[str, Any]:
     return {name: [(next(played), plan) for _, plan in each] for name, each in wanted.items()}
 
 
-def test_peak_memory_is_the_planned_one(engine: dict[str, Any]) -> None:
+def test_peak_memory_is_the_planned_one(engine):
     for outcome, memory in engine["peaks"]:
         sound([outcome])
         assert memory.total == pytest.approx(outcome["peak"], rel=TOLERANCE)
 
 
-def test_a_layer_keeps_what_is_planned(engine: dict[str, Any]) -> None:
+def test_a_layer_keeps_what_is_planned(engine):
     """What one more layer adds."""
     (few, less), (more, most) = engine["layers"]
     sound([few, more])
@@ -56,9 +52,7 @@ def test_a_layer_keeps_what_is_planned(engine: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_two_layers_and_a_difference_are_the_whole(
-    play: Play, stub: Path, transformer_engine: Engine
-) -> None:
+def test_two_layers_and_a_difference_are_the_whole(play, stub, transformer_engine):
     (path,) = (path for path in cases.PLANNED if path.stem == "moepp_0.6b_8_4_8")
     (outcome,) = sound(play([cases.whole(path)[0]], transformer_engine))
     played = played_bytes(stub, [path], transformer_engine)
@@ -66,7 +60,7 @@ def test_two_layers_and_a_difference_are_the_whole(
 
 
 @pytest.mark.slow
-def test_peak_memory_of_every_planned_configuration(stub: Path, transformer_engine: Engine) -> None:
+def test_peak_memory_of_every_planned_configuration(stub, transformer_engine):
     """The table is in docs/gpu.md."""
     for peak in peaks(stub, cases.PLANNED):
         assert peak.ratio == pytest.approx(1.0, abs=TOLERANCE), peak

@@ -28,7 +28,7 @@ with Nvml() as nvml:
 
 
 @pytest.fixture(scope="module")
-def read(tmp_path_factory) -> dict[str, Any]:
+def read(tmp_path_factory):
     if shutil.which("gcc") is None:
         pytest.skip("compiling the stub of NVML needs gcc")
     folder: Path = tmp_path_factory.mktemp("nvml")
@@ -47,7 +47,7 @@ def read(tmp_path_factory) -> dict[str, Any]:
     return found
 
 
-def test_a_card(read: dict[str, Any]) -> None:
+def test_a_card(read):
     assert read["driver"] == {"version": "580.95.05", "cuda": [13, 2]}
     assert (read["count"], read["visible"]) == (1, [0])
     assert read["none"]["faults"] != ()
@@ -90,7 +90,7 @@ def test_a_card(read: dict[str, Any]) -> None:
     }
 
 
-def test_a_sample(read: dict[str, Any]) -> None:
+def test_a_sample(read):
     assert read["energies"] == [5e9]
     assert read["sample"] == {
         "power": pytest.approx(69.432),
@@ -106,6 +106,6 @@ def test_a_sample(read: dict[str, Any]) -> None:
     }
 
 
-def test_errors_are_told_once(read: dict[str, Any]) -> None:
+def test_errors_are_told_once(read):
     assert read["events"] == [[0, 79], [0, 94]]
     assert read["later"] == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.fake_gpu import cases, reads
-from tests.fake_gpu.outcomes import Outcomes, Play, excess, sound, token_id_kernels
+from tests.fake_gpu.outcomes import Outcomes, excess, sound, token_id_kernels
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -13,13 +13,13 @@ FAULTY = [cases.smallest("model.num_layers=1", parts=[part]) for part in ("plant
 
 
 @pytest.fixture(scope="module")
-def local(play: Play) -> tuple[Outcomes, Outcomes]:
+def local(play) -> tuple[Outcomes, Outcomes]:
     """What is played without Transformer Engine, in one process: `cases.LOCAL` and `FAULTY`."""
     outcomes = play([*cases.LOCAL.values(), *FAULTY])
     return outcomes[: -len(FAULTY)], outcomes[-len(FAULTY) :]
 
 
-def test_local_modules(local: tuple[Outcomes, Outcomes]) -> None:
+def test_local_modules(local):
     outcomes = dict(zip(cases.LOCAL, sound(local[0]), strict=True))
     modules = {name: outcome["modules"] for name, outcome in outcomes.items()}
     for name in ("one rank", "vanilla"):
@@ -55,7 +55,7 @@ def test_local_modules(local: tuple[Outcomes, Outcomes]) -> None:
     assert outcomes["one rank"]["kernels"] <= 194 * layers + token_id_kernels(layers)
 
 
-def test_what_would_fail_on_a_gpu_fails_here(local: tuple[Outcomes, Outcomes]) -> None:
+def test_what_would_fail_on_a_gpu_fails_here(local):
     """A tensor that is left on the host, and a read that nobody knows of."""
     on_host, read = local[1]
     assert "found at least two devices, cuda:0 and cpu" in on_host["error"], on_host["error"]

@@ -42,7 +42,7 @@ def prepare_data(folder: Path) -> Path:
 
 
 def write_config(
-    path: Path, data: Path, run: Path, num_ranks: int, save_interval: int = 5, **training: Any
+    path: Path, data: Path, run: Path, num_ranks: int, save_interval: int = 5, **training
 ) -> Path:
     """A tiny expert-parallel model that takes some hundredths of a second a step."""
     config: dict[str, Any] = {

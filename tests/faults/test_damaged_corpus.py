@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory) -> Path:
     return prepare_data(tmp_path_factory.mktemp("corpus"))
 
 
@@ -26,7 +26,7 @@ def errors_of(folder: Path, data: Path, num_ranks: int) -> tuple[int, list[str],
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_tokens_outside_of_the_vocabulary(tmp_path: Path, data: Path, num_ranks: int):
+def test_tokens_outside_of_the_vocabulary(tmp_path, data, num_ranks):
     folder = Path(shutil.copytree(data, tmp_path / "data"))
     size = (folder / "corpus.bin").stat().st_size
     (folder / "corpus.bin").write_bytes(random.Random(0).randbytes(size))
@@ -41,7 +41,7 @@ def test_tokens_outside_of_the_vocabulary(tmp_path: Path, data: Path, num_ranks:
     assert losses(tmp_path / "run") == {}
 
 
-def test_damaged_index_is_refused_before_ranks_start(tmp_path: Path, data: Path):
+def test_damaged_index_is_refused_before_ranks_start(tmp_path, data):
     folder = Path(shutil.copytree(data, tmp_path / "data"))
     index = bytearray((folder / "corpus.idx").read_bytes())
     index[34:200] = random.Random(0).randbytes(166)

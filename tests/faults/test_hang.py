@@ -21,11 +21,11 @@ END_TIMEOUT_S = SURE_TIMEOUT_S + 30.0 + 120.0
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory) -> Path:
     return prepare_data(tmp_path_factory.mktemp("corpus"))
 
 
-def start(folder: Path, data: Path, **settings: object) -> Path:
+def start(folder: Path, data: Path, **settings) -> Path:
     path = write_config(folder / "run.yaml", data, folder / "run", 2, train_iters=100000)
     config = yaml.safe_load(path.read_text())
     config["checkpoint"] = {}
@@ -34,14 +34,14 @@ def start(folder: Path, data: Path, **settings: object) -> Path:
     return path
 
 
-def wait_for_steps(run: Path, count: int) -> None:
+def wait_for_steps(run: Path, count: int):
     deadline = time.monotonic() + 240
     while len(losses(run)) < count:
         assert time.monotonic() < deadline, "the run does not start"
         time.sleep(0.1)
 
 
-def test_stopped_rank_is_named_and_the_run_ends(tmp_path: Path, data: Path) -> None:
+def test_stopped_rank_is_named_and_the_run_ends(tmp_path, data):
     config = start(tmp_path, data, hang_timeout_s=SURE_TIMEOUT_S)
     run = tmp_path / "run"
     with training(config, 2, is_cold=True) as process:
@@ -74,7 +74,7 @@ def test_stopped_rank_is_named_and_the_run_ends(tmp_path: Path, data: Path) -> N
     assert "in no collective" not in report
 
 
-def test_slow_phases_are_no_hangs(tmp_path: Path, data: Path) -> None:
+def test_slow_phases_are_no_hangs(tmp_path, data):
     """With a timeout far below what the first step takes, a healthy run reaches its end."""
     path = start(tmp_path, data, hang_slow_phase_timeout_s=300.0)
     config = yaml.safe_load(path.read_text())

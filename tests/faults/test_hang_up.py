@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,14 +39,14 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory) -> Path:
     return prepare_data(tmp_path_factory.mktemp("corpus"))
 
 
 class Hung:
     """A run in a session of its own, as a terminal's foreground is."""
 
-    def __init__(self, folder: Path, data: Path, num_ranks: int, steps: int) -> None:
+    def __init__(self, folder: Path, data: Path, num_ranks: int, steps: int):
         self.run = folder / "run"
         self.log = folder / "log"
         sizes = short_steps(num_ranks)
@@ -64,7 +63,7 @@ class Hung:
         self.process = Begun(words, self.log, **options)  # type: ignore[arg-type]
         return self.process
 
-    def wait_for_step(self, step: int) -> None:
+    def wait_for_step(self, step: int):
         deadline = time.monotonic() + 120
         while max(losses(self.run), default=0) < step:
             assert self.process.poll() is None, self.text()
@@ -79,14 +78,14 @@ class Hung:
         latest = (self.run / "checkpoints" / "latest").read_text().strip()
         return max(losses(self.run)) - int(latest.removeprefix("step_"))
 
-    def end(self) -> None:
+    def end(self):
         """Kill what is left: the session's leader takes the others with it."""
         self.process.kill()
         self.process.wait()
 
 
 @pytest.fixture
-def begin(tmp_path: Path, data: Path):
+def begin(tmp_path, data):
     begun: list[Hung] = []
 
     def make(num_ranks: int, steps: int = LONG) -> Hung:
@@ -99,7 +98,7 @@ def begin(tmp_path: Path, data: Path):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_closed_terminal_costs_nothing(begin: Callable[..., Hung], tmp_path, num_ranks: int):
+def test_a_closed_terminal_costs_nothing(begin, tmp_path, num_ranks):
     hung = begin(num_ranks)
     program = tmp_path / "terminal_of_test.py"
     program.write_text(IN_TERMINAL)
@@ -139,7 +138,7 @@ def test_a_hang_up_of_all_processes_stops_as_ctrl_c_does(begin, num_ranks):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_with_nohup_it_trains_on(begin: Callable[..., Hung], tmp_path, num_ranks: int) -> None:
+def test_with_nohup_it_trains_on(begin, tmp_path, num_ranks):
     hung = begin(num_ranks, SHORT)
     program = tmp_path / "nohup_of_test.py"
     program.write_text(NOHUP)
@@ -151,7 +150,7 @@ def test_with_nohup_it_trains_on(begin: Callable[..., Hung], tmp_path, num_ranks
     assert sorted(losses(hung.run)) == list(range(1, SHORT + 1))
 
 
-def test_under_a_foreign_torchrun_ranks_save(begin: Callable[..., Hung]) -> None:
+def test_under_a_foreign_torchrun_ranks_save(begin):
     hung = begin(2)
     process = hung.start("-m", *TORCHRUN, "train", str(hung.config))
     hung.wait_for_step(3)

@@ -25,7 +25,7 @@ STEPS = 40
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory) -> Path:
     return prepare_data(tmp_path_factory.mktemp("corpus"))
 
 
@@ -65,7 +65,7 @@ def summed_up(done: Kills) -> str:
 
 @pytest.mark.faults
 @pytest.mark.timeout(900)
-def test_two_kills(tmp_path: Path, data: Path) -> None:
+def test_two_kills(tmp_path, data):
     expected = undisturbed(tmp_path, data, 2, STEPS)
     actual, done = survive(tmp_path, data, 2, STEPS, kills=2)
     assert done.hit == 2
@@ -91,7 +91,7 @@ def test_twenty_kills(tmp_path, data, num_ranks, record_property):
 
 @pytest.mark.faults
 @pytest.mark.timeout(900)
-def test_stop_on_request_and_go_on_as_printed(tmp_path: Path, data: Path) -> None:
+def test_stop_on_request_and_go_on_as_printed(tmp_path, data):
     """Each request saves, loses nothing and prints the command that resumes the one run."""
     run = tmp_path / "run of mine"
     config = write_config(tmp_path / "run.yaml", data, run, 2, train_iters=20000, **short_steps(2))

@@ -85,7 +85,7 @@ time.sleep(200)
 
 
 @pytest.fixture
-def start(tmp_path: Path):
+def start(tmp_path):
     (tmp_path / "rank_of_test.py").write_text(RANK)
     root = str(Path(__file__).parents[2])
     # An empty entry would be the working directory.
@@ -124,7 +124,7 @@ def start(tmp_path: Path):
         process.stdout.close()
 
 
-def wait_until(happened: Callable[[], object]) -> None:
+def wait_until(happened: Callable[[], object]):
     deadline = time.monotonic() + 120
     while not happened():
         assert time.monotonic() < deadline
@@ -150,7 +150,7 @@ def gone(numbers: list[int]) -> bool:
 @pytest.mark.parametrize(
     ("what", "status"), [("end", 0), ("stop", 75), ("hang", 70), ("refuse together", 2)]
 )
-def test_what_ranks_end_with_reaches_the_caller(start, tmp_path, what: str, status: int) -> None:
+def test_what_ranks_end_with_reaches_the_caller(start, tmp_path, what, status):
     process = start(what)
     output, _ = process.communicate()
     assert process.returncode == status, output
@@ -160,7 +160,7 @@ def test_what_ranks_end_with_reaches_the_caller(start, tmp_path, what: str, stat
         assert f"rank {rank} says hello" in output
 
 
-def ask_to_stop(process: Heard | subprocess.Popen[str], number: int, folder: Path) -> None:
+def ask_to_stop(process: Heard | subprocess.Popen[str], number: int, folder: Path):
     """Send a request that comes while ranks start, to torchrun as well, as Slurm does."""
     pids(folder)
     process.send_signal(number)
@@ -169,14 +169,14 @@ def ask_to_stop(process: Heard | subprocess.Popen[str], number: int, folder: Pat
     (folder / "asked").touch()
 
 
-def test_request_to_a_rank_that_still_starts_waits_for_it(start, tmp_path: Path) -> None:
+def test_request_to_a_rank_that_still_starts_waits_for_it(start, tmp_path):
     process = start("late listener")
     ask_to_stop(process, signal.SIGTERM, tmp_path)
     output, _ = process.communicate()
     assert process.returncode == 75, output
 
 
-def test_processes_that_a_shell_starts(start, tmp_path: Path) -> None:
+def test_processes_that_a_shell_starts(start, tmp_path):
     """The mask of signals outlasts a start; nothing is imported from the working directory."""
     planted = tmp_path / "planted"
     planted.mkdir()
@@ -192,7 +192,7 @@ def test_processes_that_a_shell_starts(start, tmp_path: Path) -> None:
     assert "rank 1 says hello" in output
 
 
-def test_ranks_that_cannot_stop_are_ended(start, tmp_path: Path) -> None:
+def test_ranks_that_cannot_stop_are_ended(start, tmp_path):
     process = start("sleep", "other")
     ranks = pids(tmp_path)
     process.send_signal(signal.SIGTERM)
@@ -201,7 +201,7 @@ def test_ranks_that_cannot_stop_are_ended(start, tmp_path: Path) -> None:
     assert gone(ranks)
 
 
-def test_killed_launcher_leaves_no_orphans(start, tmp_path: Path) -> None:
+def test_killed_launcher_leaves_no_orphans(start, tmp_path):
     process = start("sleep")
     ranks = pids(tmp_path)
     (agent,) = psutil.Process(process.pid).children()
@@ -209,7 +209,7 @@ def test_killed_launcher_leaves_no_orphans(start, tmp_path: Path) -> None:
     wait_until(lambda: gone([agent.pid, *ranks]))
 
 
-def test_second_ctrl_c_ends_at_once(start, tmp_path: Path) -> None:
+def test_second_ctrl_c_ends_at_once(start, tmp_path):
     process = start("sleep")
     ranks = pids(tmp_path)
     os.killpg(process.pid, signal.SIGINT)
@@ -225,7 +225,7 @@ def test_second_ctrl_c_ends_at_once(start, tmp_path: Path) -> None:
     assert gone(ranks)
 
 
-def test_one_ctrl_c_that_arrives_twice_is_one(start, tmp_path: Path) -> None:
+def test_one_ctrl_c_that_arrives_twice_is_one(start, tmp_path):
     """`timeout -s INT` signals its child and then the whole group, as a terminal does."""
     process = start("late listener")
     pids(tmp_path)
@@ -238,7 +238,7 @@ def test_one_ctrl_c_that_arrives_twice_is_one(start, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to_group", [True, False])
-def test_ctrl_c_ends_ranks_that_cannot_stop(start, tmp_path: Path, to_group: bool) -> None:
+def test_ctrl_c_ends_ranks_that_cannot_stop(start, tmp_path, to_group):
     process = start("sleep", "other")
     ranks = pids(tmp_path)
     (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
@@ -248,7 +248,7 @@ def test_ctrl_c_ends_ranks_that_cannot_stop(start, tmp_path: Path, to_group: boo
     assert gone(ranks)
 
 
-def test_killed_torchrun_is_reported_as_a_shell_does(start, tmp_path: Path) -> None:
+def test_killed_torchrun_is_reported_as_a_shell_does(start, tmp_path):
     process = start("sleep")
     ranks = pids(tmp_path)
     (agent,) = psutil.Process(process.pid).children()
@@ -258,7 +258,7 @@ def test_killed_torchrun_is_reported_as_a_shell_does(start, tmp_path: Path) -> N
     wait_until(lambda: gone(ranks))
 
 
-def test_a_failed_rank_is_one_line(start, tmp_path: Path) -> None:
+def test_a_failed_rank_is_one_line(start, tmp_path):
     """Here in the file that all output goes to."""
     process = start("crash", "quiet")
     output, _ = process.communicate(timeout=120)
@@ -272,7 +272,7 @@ def test_a_failed_rank_is_one_line(start, tmp_path: Path) -> None:
     assert "ChildFailedError" not in text
 
 
-def test_a_users_error_is_not_tried_again(start, tmp_path: Path) -> None:
+def test_a_users_error_is_not_tried_again(start, tmp_path):
     process = start("refuse", "restarting")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
@@ -281,7 +281,7 @@ def test_a_users_error_is_not_tried_again(start, tmp_path: Path) -> None:
     assert (tmp_path / "attempts").read_text() == "0"
 
 
-def test_who_fails_because_another_refused_is_not_named(start) -> None:
+def test_who_fails_because_another_refused_is_not_named(start):
     process = start("refuse and fail")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2

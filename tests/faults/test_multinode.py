@@ -46,7 +46,7 @@ class Hosts:
 
     addresses = ("10.97.0.1", "10.97.0.2")
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path):
         self.folder = folder
         self.names = [f"moepp-{os.getpid()}-{index}" for index in range(2)]
         self.wires = [f"mp{os.getpid() % 100000}-{index}" for index in range(2)]
@@ -59,7 +59,7 @@ class Hosts:
         }
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def build(self) -> None:
+    def build(self):
         """Make them; raises CalledProcessError where that is not allowed."""
         for name in self.names:
             _ip("netns", "add", name)
@@ -70,7 +70,7 @@ class Hosts:
             _ip("-n", name, "link", "set", wire, "up")
             _ip("-n", name, "link", "set", "lo", "up")
 
-    def remove(self) -> None:
+    def remove(self):
         for process in self._started:
             for each in _family(process.pid):
                 each.kill()
@@ -79,11 +79,11 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
         subprocess.run(["ip", "link", "del", self.wires[0]], capture_output=True)
 
-    def cut(self) -> None:
+    def cut(self):
         """Pull the plug of host 1: no packet comes through, and nobody is told."""
         _ip("-n", self.names[1], "link", "set", self.wires[1], "down")
 
-    def mend(self) -> None:
+    def mend(self):
         _ip("-n", self.names[1], "link", "set", self.wires[1], "up")
 
     def start(self, host: int, config: Path) -> subprocess.Popen[bytes]:
@@ -104,7 +104,7 @@ class Hosts:
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
+def hosts(tmp_path) -> Iterator[Hosts]:
     if shutil.which("ip") is None:
         pytest.skip("no ip command here (package iproute2)")
     hosts = Hosts(tmp_path)
@@ -119,7 +119,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         hosts.remove()
 
 
-def test_host_that_is_cut_off_and_comes_back(hosts: Hosts, tmp_path, monkeypatch) -> None:
+def test_host_that_is_cut_off_and_comes_back(hosts, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", _THREADS)
     data = prepare_data(tmp_path)
     alone = write_config(tmp_path / "alone.yaml", data, tmp_path / "alone", 2, train_iters=STEPS)
@@ -136,7 +136,7 @@ def test_host_that_is_cut_off_and_comes_back(hosts: Hosts, tmp_path, monkeypatch
 
     processes = [hosts.start(host, config) for host in range(2)]
 
-    def wait_until(happened: Callable[[], object], what: str, timeout: float = _TIMEOUT_S) -> None:
+    def wait_until(happened: Callable[[], object], what: str, timeout: float = _TIMEOUT_S):
         deadline = time.monotonic() + timeout
         while not happened():
             assert time.monotonic() < deadline, f"not {what}:\n{hosts.logs()}"
@@ -160,7 +160,7 @@ def test_host_that_is_cut_off_and_comes_back(hosts: Hosts, tmp_path, monkeypatch
     )
 
 
-def _ip(*arguments: str) -> None:
+def _ip(*arguments: str):
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 

@@ -61,26 +61,26 @@ os._exit(0)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory) -> Path:
     return prepare_data(tmp_path_factory.mktemp("corpus"))
 
 
 class Starts:
     """Starts of one run as its machines, all on this one."""
 
-    def __init__(self, folder: Path, data: Path) -> None:
+    def __init__(self, folder: Path, data: Path):
         self.folder, self.run = folder, folder / "run"
         self.config = write_config(folder / "run.yaml", data, self.run, 2, train_iters=3)
         self.port = free_port()
         self.started: list[Begun] = []
 
-    def machine(self, number: int, *words: str, nnodes: int = 2, numbered: bool = True) -> None:
+    def machine(self, number: int, *words: str, nnodes: int = 2, numbered: bool = True):
         options = ["--nnodes", str(nnodes), "--rdzv-endpoint", f"127.0.0.1:{self.port}"]
         options += ["--node-rank", str(number)] if numbered else []
         words = ("train", str(self.config), *words, *options, "--resume", "--max-restarts", "3")
         self.begin(["-m", MODULE, *words])
 
-    def begin(self, words: list[str]) -> None:
+    def begin(self, words: list[str]):
         output = self.folder / f"{len(self.started)}.log"
         environment = {name: value for name, value in os.environ.items() if name != CLAIM}
         paths = [str(self.folder), os.environ.get("PYTHONPATH", "")]
@@ -96,7 +96,7 @@ class Starts:
 
 
 @pytest.fixture
-def starts(tmp_path: Path, data: Path) -> Iterator[Starts]:
+def starts(tmp_path, data) -> Iterator[Starts]:
     starts = Starts(tmp_path, data)
     yield starts
     for process in starts.started:
@@ -105,7 +105,7 @@ def starts(tmp_path: Path, data: Path) -> Iterator[Starts]:
 
 
 @pytest.mark.parametrize("refusing", [0, 1])
-def test_a_launcher_that_refuses_ends_the_other_machine(starts: Starts, refusing: int) -> None:
+def test_a_launcher_that_refuses_ends_the_other_machine(starts, refusing):
     starts.machine(refusing, "moe.tau=-1")
     starts.machine(1 - refusing)
     (status, said), (other_status, other_said) = starts.ended()
@@ -114,7 +114,7 @@ def test_a_launcher_that_refuses_ends_the_other_machine(starts: Starts, refusing
     assert said.count("error:") == other_said.count("error:") == 1
 
 
-def test_a_rank_that_refuses_ends_the_other_machine(starts: Starts) -> None:
+def test_a_rank_that_refuses_ends_the_other_machine(starts):
     """Where torchrun numbers the machines, a rank claims the folder, which another run holds."""
     with RunFolder(load_config(starts.config)).claim(Start(name="another")):
         for number in range(2):
@@ -130,9 +130,7 @@ def test_a_rank_that_refuses_ends_the_other_machine(starts: Starts) -> None:
     ("words", "nnodes", "says"),
     [(["training.seed=5"], 2, "training.seed ("), ([], 4, "--nnodes (")],
 )
-def test_machines_that_are_not_alike(
-    starts: Starts, words: list[str], nnodes: int, says: str
-) -> None:
+def test_machines_that_are_not_alike(starts, words, nnodes, says):
     starts.machine(0)
     starts.machine(1, *words, nnodes=nnodes)
     ended = starts.ended()
@@ -140,13 +138,13 @@ def test_machines_that_are_not_alike(
     assert all(says in said and "must be the same on all machines" in said for _, said in ended)
 
 
-def test_machines_meet_when_all_have_compared(tmp_path: Path) -> None:
+def test_machines_meet_when_all_have_compared(tmp_path):
     """Ranks of a machine with another number of machines must not join before all have compared."""
     (tmp_path / "second.py").write_text(SECOND)
     assert program(tmp_path / "second.py").stdout == "2 have compared\n"
 
 
-def test_a_machine_whose_ranks_fail_for_good_ends_the_other(starts: Starts) -> None:
+def test_a_machine_whose_ranks_fail_for_good_ends_the_other(starts):
     """The other's rank would wait for longer than a test: it has not met the first one yet."""
     (starts.folder / "rank_of_test.py").write_text(RANK)
     (starts.folder / "machine.py").write_text(MACHINE)

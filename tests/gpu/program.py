@@ -10,7 +10,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,13 @@ class Call:
 
 def on_ranks(
     folder: Path,
-    function: Callable[..., Any],
-    *args: Any,
+    function,
+    *args,
     nproc: int = 1,
     transformer_engine: bool = False,
     timeout: float = 280.0,
-    **kwargs: Any,
-) -> list[Any]:
+    **kwargs,
+):
     """What `function(*args, **kwargs)` returns on each of `nproc` ranks, one a card."""
     call = Call(function.__module__, function.__qualname__, args, kwargs, transformer_engine)
     (folder / "call").write_bytes(pickle.dumps(call))
@@ -59,7 +58,7 @@ def on_ranks(
     return [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(nproc)]
 
 
-def main() -> None:
+def main():
     # Called by its name in the package: this module is __main__, and the pickle knows tests.gpu.
     from moepp_megatron.runtime import cpu_support, optional
 

@@ -5,11 +5,11 @@ from typing import Any
 from tests.parallel.training_runs import train
 
 
-def train_on_device(raw: dict[str, Any], steps: int) -> tuple[Any, Any, str]:
+def train_on_device(raw, steps: int):
     """As `train`, and the device of the model's parameters."""
     devices: list[str] = []
 
-    def look(models: list[Any]) -> None:
+    def look(models):
         devices.extend(p.device.type for model in models for p in model.parameters())
 
     run, pieces = train(raw, steps, look)
@@ -17,14 +17,14 @@ def train_on_device(raw: dict[str, Any], steps: int) -> tuple[Any, Any, str]:
     return run, pieces, device
 
 
-def train_on_one_half(raw: dict[str, Any], steps: int) -> tuple[Any, Any]:
+def train_on_one_half(raw, steps: int):
     """As `train`, all tokens to the first half of the FFN experts: half of the ranks get none."""
     from tests.parallel.forced_routing import first_half_of_ffn_experts
 
     return train(raw, steps, first_half_of_ffn_experts)
 
 
-def train_with_graphs(raw: dict[str, Any], steps: int) -> tuple[Any, Any, int]:
+def train_with_graphs(raw, steps: int):
     """As `train`, and the number of captured forward graphs; all must have been captured."""
     from tests.graph_recorder import graphs_of
 

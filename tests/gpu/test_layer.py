@@ -82,7 +82,7 @@ def relative_l2(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return (difference / size.clamp_min(1e-30)).item()
 
 
-def check_bf16(run: Run) -> None:
+def check_bf16(run: Run):
     """All in bf16 but router, gates and sums, which are fp32; the reference is fp32 throughout.
 
     A value is rounded to bf16 seven times on its way forward (unit roundoff 2^-9) and as often on

@@ -35,7 +35,7 @@ RELEASED: dict[str, Any] = {
 }
 
 
-def write_released(folder: Path, dtype: str = "float32", **changes: Any) -> Path:
+def write_released(folder: Path, dtype: str = "float32", **changes) -> Path:
     """A checkpoint of random weights in the released format; its tensor names are spelled here."""
     import torch
     from safetensors.torch import save_file
@@ -56,7 +56,7 @@ def write_released(folder: Path, dtype: str = "float32", **changes: Any) -> Path
     return folder
 
 
-def released_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def released_tensors(config) -> dict[str, tuple[int, ...]]:
     """Names and shapes, from the released code's modules (modeling_moe_plus_plus.py)."""
     width, inner, experts = config["hidden_size"], config["intermediate_size"], 0
     (experts,) = config["num_experts"]
@@ -102,7 +102,7 @@ def released_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_tensors(folder: Path) -> dict[str, Any]:
+def load_tensors(folder: Path):
     """All tensors of a folder of safetensors shards, read by the safetensors library."""
     from safetensors.torch import load_file
 
@@ -115,21 +115,21 @@ def load_tensors(folder: Path) -> dict[str, Any]:
 
 
 # Imported where they are called: functions of tests' modules run in a process of transformers too.
-def hf_to_mcore(*args: Any, **options: Any) -> None:
+def hf_to_mcore(*args, **options):
     """`moepp convert hf-to-mcore`."""
     from moepp_megatron.interop.to_mcore import hf_to_mcore
 
     hf_to_mcore(*args, **options)
 
 
-def mcore_to_hf(*args: Any, **options: Any) -> list[str]:
+def mcore_to_hf(*args, **options) -> list[str]:
     """`moepp convert mcore-to-hf`; its warnings."""
     from moepp_megatron.interop.to_hf import mcore_to_hf
 
     return mcore_to_hf(*args, **options)
 
 
-def score(checkpoint: Path, tokens: Path, overrides: list[str]) -> Any:
+def score(checkpoint: Path, tokens: Path, overrides: list[str]):
     """`moepp score --logits` on the ranks that call; rank 0 returns the scores."""
     import torch.distributed as dist
 
@@ -143,7 +143,7 @@ def score(checkpoint: Path, tokens: Path, overrides: list[str]) -> Any:
     return score_tokens(request)
 
 
-def convert_and_score(source: Path, target: Path, tokens: Path, overrides: list[str]) -> Any:
+def convert_and_score(source: Path, target: Path, tokens: Path, overrides: list[str]):
     """Rank 0 converts, all score."""
     import torch.distributed as dist
 

@@ -1,7 +1,5 @@
 """Small models on this rank. Nothing heavy is imported at the top: tests import it by name."""
 
-from typing import Any
-
 from tests.parallel import training_runs
 
 BASE = training_runs.settings(
@@ -12,19 +10,19 @@ BASE = training_runs.settings(
 )
 
 
-def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def settings(**sections):
     """`BASE` with some settings changed, such as `settings(moe={"tau": 0.5})`."""
     return training_runs.merged(BASE, sections)
 
 
-def build(raw: dict[str, dict[str, Any]]) -> list[Any]:
+def build(raw):
     """This rank's chunks of the model that `raw` describes, in its layout."""
     from moepp_megatron.model.build import build_model
 
     return build_model(training_runs.begin(raw)[0])
 
 
-def layer_weights(layer: Any) -> tuple[Any, Any]:
+def layer_weights(layer):
     """FFN experts' weights of a MoE layer: [F, 2H, D] and [F, D, H]."""
     import torch
 

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +66,7 @@ def test_a_tokenizer_that_is_none_is_not_taken_over(tmp_path):
     assert not (tmp_path / "mcore").exists()
 
 
-def odd_lengths(folder: Path, overrides: list[str]) -> Any:
+def odd_lengths(folder: Path, overrides: list[str]):
     """Scores of sequences of 29 tokens: 3 of them, so that data-parallel ranks differ too."""
     ids = np.load(CASE / "expected.npz")["input_ids"]
     tokens = folder / f"{len(overrides)}.npz"
@@ -86,7 +85,7 @@ def test_fillers_change_nothing(ranks, tmp_path, overrides):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("golden") / "mcore"
     hf_to_mcore(CASE, folder)
     return folder

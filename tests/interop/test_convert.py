@@ -54,7 +54,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def names_of_model(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def names_of_model(raw):
     """Shapes and objects by checkpoint name: of a real model, and as the rules have them."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -90,7 +90,7 @@ def round_trip(source: Path, work: Path, layout: str) -> Path:
     return work / "hf"
 
 
-def assert_same_bits(first: dict[str, Any], second: dict[str, Any]) -> None:
+def assert_same_bits(first, second):
     import torch
 
     assert first.keys() == second.keys()
@@ -147,7 +147,7 @@ GATES: dict[str, dict[str, Any]] = {
 }
 
 
-def released_logits(source: Path, tokens: Path) -> Any:
+def released_logits(source: Path, tokens: Path):
     """What our modelling file computes from the released format."""
     import torch
 
@@ -173,7 +173,7 @@ def write_tokens(folder: Path) -> Path:
     return tokens
 
 
-def break_checkpoint(folder: Path, how: str) -> None:
+def break_checkpoint(folder: Path, how: str):
     """Damage `folder`, a released checkpoint in one file."""
     from safetensors.torch import save_file
 
@@ -239,7 +239,7 @@ def test_index_that_contradicts_its_shards_is_refused(tmp_path):
     index = source / "model.safetensors.index.json"
     content = json.loads(index.read_text())
 
-    def refuse(changed: dict[str, Any], match: str) -> None:
+    def refuse(changed, match: str):
         index.write_text(json.dumps(changed))
         with pytest.raises(ConfigError, match=match):
             hf_to_mcore(source, tmp_path / "mcore")
@@ -255,7 +255,7 @@ def test_index_that_contradicts_its_shards_is_refused(tmp_path):
 
 
 class Malicious:
-    def __reduce__(self) -> Any:
+    def __reduce__(self):
         return (os.mkdir, (os.environ["MALICIOUS_FOLDER"],))
 
 
@@ -322,7 +322,7 @@ def test_released_layout_refuses_what_it_cannot_say(moe, named):
         released_hf_config(parse_config(settings(moe=released | moe)))
 
 
-def start_training_from(folder: Path, dtype: str) -> None:
+def start_training_from(folder: Path, dtype: str):
     """Weights alone are read, the optimizer's copies too, and training starts at step 0."""
     import torch
 

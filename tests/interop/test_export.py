@@ -71,7 +71,7 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 16))
 
 
-def save_and_compute(raw: dict[str, Any], folder: Path) -> Any:
+def save_and_compute(raw, folder: Path):
     """Save a random model as training does; returns its logits."""
     import torch
 
@@ -101,7 +101,7 @@ def save_and_compute(raw: dict[str, Any], folder: Path) -> Any:
     return logits.numpy()
 
 
-def save_model(folder: Path, model: Any, config: Any) -> None:
+def save_model(folder: Path, model, config):
     """Save a model, of step 3, with a tokenizer."""
     import multiprocessing
 
@@ -114,14 +114,14 @@ def save_model(folder: Path, model: Any, config: Any) -> None:
     save_checkpoint(folder, model, Progress(step=3), config, tokenizer)
 
 
-def write_tokenizer(path: Path) -> None:
+def write_tokenizer(path: Path):
     from tokenizers import Tokenizer, models
 
     vocabulary = {"<|endoftext|>": 5} | {chr(97 + i): i for i in range(5)}
     Tokenizer(models.WordLevel(vocabulary, unk_token="a")).save(str(path))
 
 
-def hf_logits(folder: Path, ids: Any, layout: str) -> Any:
+def hf_logits(folder: Path, ids, layout: str):
     """Logits through AutoModelForCausalLM, and whether the key/value cache changes greedy text."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -35,7 +35,7 @@ needs_peft = pytest.mark.skipif(
 )
 
 
-def random_model(**changes: Any) -> Any:
+def random_model(**changes):
     """A model of our modelling file whose gating residuals and biases say something."""
     import torch
 
@@ -50,7 +50,7 @@ def random_model(**changes: Any) -> Any:
     return model
 
 
-def batch(padded: bool = False) -> dict[str, Any]:
+def batch(padded: bool = False):
     """Two sequences; the second ends in padding where asked for."""
     import torch
 
@@ -61,7 +61,7 @@ def batch(padded: bool = False) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def gradients(checkpointing: bool) -> dict[str, Any]:
+def gradients(checkpointing: bool):
     model = random_model(output_router_logits=True).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -196,7 +196,7 @@ def test_balance_loss_trains_routers(plain):
     assert last_expert == 0.0
 
 
-def adapter_run() -> dict[str, Any]:
+def adapter_run():
     """LoRA on every weight matrix: outputs before training, after a step, and merged."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -245,7 +245,7 @@ def test_adapters_on_every_weight_matrix(plain):
     np.testing.assert_allclose(run["merged"], run["trained"], rtol=0, atol=1e-4)
 
 
-def half_precision_gates() -> tuple[Any, Any]:
+def half_precision_gates():
     """Router logits of bf16 weights, by themselves and under autocast, and in fp32."""
     import torch
 

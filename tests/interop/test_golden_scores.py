@@ -47,7 +47,7 @@ def test_scores(ranks, tmp_path, case, layout):
         np.testing.assert_allclose(scores[0][name], expected[name], rtol=0, atol=LOGITS)
 
 
-def routing_of_golden(case: str, folder: Path) -> list[tuple[Any, ...]]:
+def routing_of_golden(case: str, folder: Path):
     """Router logits, selections and gates [tokens, experts] of every layer."""
     from moepp_megatron.interop import scoring
     from moepp_megatron.moe.layer import MoEPPLayer
@@ -57,7 +57,7 @@ def routing_of_golden(case: str, folder: Path) -> list[tuple[Any, ...]]:
     routed: list[tuple[Any, ...]] = []
     build = scoring.build_model
 
-    def build_watched(config: Any) -> Any:
+    def build_watched(config):
         models = build(config)
         layers = [m for model in models for m in model.modules() if isinstance(m, MoEPPLayer)]
         for layer in layers:

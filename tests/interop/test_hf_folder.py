@@ -16,7 +16,6 @@ from moepp_megatron.training.checkpoint.publish import tokenizer_files
 from tests.interop.checkpoints import GOLDEN, hf_to_mcore, load_tensors, mcore_to_hf, write_released
 from tests.interop.models import settings
 from tests.interop.test_export import TOKENS, save_and_compute, write_tokenizer
-from tests.parallel.ranks import RankPools
 from tests.unit.data.test_conversations import chat, prepared, tokenizer_folder, write  # noqa: F401
 
 RAW = settings(
@@ -38,7 +37,7 @@ RECORD: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, ranks: RankPools) -> Path:
+def run(tmp_path_factory, ranks) -> Path:
     """A run of 3 steps, with records of 4."""
     folder = tmp_path_factory.mktemp("run")
     ranks(1).run(save_and_compute, RAW, folder / "checkpoints")
@@ -53,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, ranks: RankPools) -> Path:
     return folder
 
 
-def export(source: Path, target: Path, **options: Any) -> dict[str, Any]:
+def export(source: Path, target: Path, **options):
     mcore_to_hf(source, target, **options)
     fields: dict[str, Any] = json.loads((target / "config.json").read_text())
     return fields
@@ -105,7 +104,7 @@ def test_a_model_of_hugging_face_keeps_its_tokens(tmp_path):
     assert "pad_token" not in tokenizer
 
 
-def loaded(folder: Path, ids: Any) -> dict[str, Any]:
+def loaded(folder: Path, ids):
     """What transformers makes of the folder, and how it ends and pads a batch of texts."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig

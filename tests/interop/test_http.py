@@ -25,7 +25,7 @@ LACKING = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """Where runs/quickstart is, of a model and a text that are smaller."""
     folder = tmp_path_factory.mktemp("served")
     line = json.dumps({"text": "def read(self, lines):\n    return sorted(lines)\n" * 20})
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answered(folder: Path) -> str:
+def answered(folder) -> str:
     """What the server wrote behind the prompt."""
     if LACKING:
         pytest.skip(f"needs the packages {', '.join(LACKING)}")

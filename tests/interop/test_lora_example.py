@@ -3,7 +3,6 @@
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
@@ -15,7 +14,7 @@ from tests.interop.test_finetuning import needs_peft
 EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_lora.py"
 
 
-def run_example(export: Path, out: Path) -> Any:
+def run_example(export: Path, out: Path):
     """The losses of the example."""
     spec = importlib.util.spec_from_file_location("finetune_lora", EXAMPLE)
     assert spec is not None, EXAMPLE
@@ -25,7 +24,7 @@ def run_example(export: Path, out: Path) -> Any:
     return example.finetune(export, "a b c d e c b a " * 40, out, steps=25)
 
 
-def write_word_tokenizer(path: Path) -> None:
+def write_word_tokenizer(path: Path):
     """The tokenizer of the export, which takes a text apart at its spaces."""
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -19,7 +19,7 @@ def parsed(*words: str) -> argparse.Namespace:
     return add_moepp_arguments(argparse.ArgumentParser()).parse_args(words)
 
 
-def transformer(**changes: Any) -> TransformerConfig:
+def transformer(**changes) -> TransformerConfig:
     """What Megatron's arguments give: its own defaults, but for a coefficient of the loss."""
     settings: dict[str, Any] = {
         "num_layers": 2,

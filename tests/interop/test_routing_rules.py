@@ -26,7 +26,7 @@ needs_transformers = pytest.mark.skipif(
 )
 
 
-def longcat_layers() -> tuple[Any, Any]:
+def longcat_layers():
     """Outputs of our layer and of transformers' own, for the same weights and tokens."""
     import torch
     from transformers import LongcatFlashConfig
@@ -64,7 +64,7 @@ def test_longcat_flash_layer(ranks):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=FP32 * np.abs(theirs).max())
 
 
-def bias_in_bf16_model() -> Any:
+def bias_in_bf16_model():
     """The bias after a bf16 model has been wrapped, saved and loaded."""
     import torch
     from megatron.core.transformer.module import Float16Module

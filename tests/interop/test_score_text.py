@@ -19,7 +19,7 @@ TEXT = "one two three four\nf\u00fcnf sechs \u20ac\r\n" * 9
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory) -> Path:
     """A model of 256 tokens and sequences of 64, with a tokenizer that has fewer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 

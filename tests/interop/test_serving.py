@@ -47,7 +47,7 @@ def ignored_keys(layers: list[int]) -> tuple[list[str], list[str]]:
     return dropped[0], dropped[1]
 
 
-def matches(patterns: Any, key: str) -> bool:
+def matches(patterns, key: str) -> bool:
     return any(re.search(pattern, key) for pattern in patterns)
 
 
@@ -77,11 +77,11 @@ def test_a_pipeline_stage_that_lacks_router_logits_is_refused(plain):
     assert "run all layers in one stage" in plain(second_stage)
 
 
-def packed_products() -> tuple[Any, Any]:
+def packed_products():
     """Logits in bf16, also where linear modules are packed, as vLLM does on a CPU."""
     import torch
 
-    def pack(module: Any) -> Any:
+    def pack(module):
         weight, bias = module.weight, module.bias
         packed = torch.nn.Module()
         # The weight is empty, and the product takes its own dtype only.
@@ -123,7 +123,7 @@ def test_selection_biases_are_fp32_however_the_model_is_built(plain):
     assert plain(bias_of_a_half_precision_model) == "torch.float32"
 
 
-def loaded_in_vllm(change: str, is_plugin: bool) -> tuple[str, list[Any]]:
+def loaded_in_vllm(change: str, is_plugin: bool):
     """What loading says, of all tensors with one changed; the plug-in on a stand-in for vLLM."""
     import torch
     from transformers.core_model_loading import revert_weight_conversion
@@ -185,7 +185,7 @@ def test_tensors_that_are_not_the_models_are_refused_or_named(plain, change, tol
     assert warnings == expected
 
 
-def routes(folder: Path, *prompts: list[int]) -> Any:
+def routes(folder: Path, *prompts: list[int]):
     """The picks of transformers' model, [tokens of all prompts, MoE layers, K]."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -203,7 +203,7 @@ def routes(folder: Path, *prompts: list[int]) -> Any:
     return torch.cat(picks).numpy()
 
 
-def save_as_it_begins(raw: dict[str, Any], folder: Path) -> list[list[int]]:
+def save_as_it_begins(raw, folder: Path) -> list[list[int]]:
     """Save the model as training begins with it; the tokens of the first batch."""
     config, _, model = begin_training(raw)
     for wrapped in model.chunks:
@@ -233,7 +233,7 @@ def test_training_repeats_the_routes_that_transformers_took(ranks, plain, tmp_pa
     assert again.grad_norms == run.grad_norms
 
 
-def decoder_of(folder: Path, ids: Any) -> Any:
+def decoder_of(folder: Path, ids):
     """The decoder's hidden states of tokens without padding, as vLLM builds and calls it."""
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -265,7 +265,7 @@ def test_the_decoder_by_itself(plain, tmp_path, layout):
     np.testing.assert_allclose(logits, expected["logits"][:1], rtol=0, atol=1e-4)
 
 
-def greedy(folder: Path, prompts: list[list[int]]) -> list[dict[str, list[Any]]]:
+def greedy(folder: Path, prompts: list[list[int]]):
     """Greedy answers of transformers, in the form of `vllm_answers.py`."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -286,7 +286,7 @@ def greedy(folder: Path, prompts: list[list[int]]) -> list[dict[str, list[Any]]]
     return answers
 
 
-def assert_vllm_agrees(plain: RunPlain, export: Path, *changes: str) -> None:
+def assert_vllm_agrees(plain: RunPlain, export: Path, *changes: str):
     """Text and log-probabilities of vLLM, in one batch, are those of transformers."""
     random = np.random.default_rng(0)
     prompts = [random.integers(0, 64, length).tolist() for length in LENGTHS]

@@ -12,7 +12,7 @@ from tests.interop.test_finetuning import batch, random_model
 PATHS = ("eager", "grouped_mm", "batched_mm")
 
 
-def experts_by(path: str) -> tuple[Any, int, int]:
+def experts_by(path: str):
     """Logits, rows that FFN experts multiplied, and FFN experts that routers picked."""
     import torch
     from torch.nn import functional
@@ -22,8 +22,8 @@ def experts_by(path: str) -> tuple[Any, int, int]:
     model.set_experts_implementation(path)
     rows, picks = [], []
 
-    def counted(function: Any) -> Any:
-        def call(x: Any, weight: Any, offsets: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def counted(function):
+        def call(x, weight, offsets=None, *args, **kwargs):
             # The first of an expert's two products; the grouped one ends at the last offset.
             if weight.shape[-2:] == (96, 32) and (offsets is not None or x.dim() == 2):
                 rows.append(len(x) if offsets is None else int(offsets[-1]))
@@ -58,7 +58,7 @@ def test_experts_multiply_the_rows_that_routers_pick(plain):
         assert picks < 2 * 24 * 3, "no zero-computation expert was picked"
 
 
-def decoded_without_breaks(path: str) -> tuple[Any, Any]:
+def decoded_without_breaks(path: str):
     """The logits of a compiled decoding step with a static cache, and of the whole text."""
     import torch
     from transformers import StaticCache
@@ -104,7 +104,7 @@ def test_every_way_to_generate_gives_the_same_text(plain):
     assert len(set(map(tuple, texts.values()))) == 1, texts
 
 
-def packed() -> tuple[Any, Any]:
+def packed():
     """Logits of two texts in one row without padding, and of each by itself."""
     import torch
 
@@ -133,7 +133,7 @@ def test_attentions_are_returned(plain, qk_norm):
     assert plain(attentions, qk_norm) == [(2, 4, 12, 12)] * 4
 
 
-def saved(folder: Path, changes: dict[str, Any]) -> Any:
+def saved(folder: Path, changes):
     """Save a model; its logits."""
     import torch
 
@@ -143,7 +143,7 @@ def saved(folder: Path, changes: dict[str, Any]) -> Any:
         return model(**batch()).logits.numpy()
 
 
-def divided(folder: Path) -> tuple[Any, tuple[int, ...], list[str]]:
+def divided(folder: Path):
     """Logits of this rank's part of the model, its FFN weights' shape, and what the plan lacks."""
     import torch
 
@@ -179,7 +179,7 @@ def test_tensor_parallel_ranks_compute_the_same(ranks, plain, tmp_path, changes)
         assert absent == []
 
 
-def spread(folder: Path) -> tuple[Any, int]:
+def spread(folder: Path):
     """Logits of a model with layers in memory and on disk, and how many layers gave their own."""
     import torch
 
@@ -205,7 +205,7 @@ def test_layers_on_several_devices_compute_the_same(plain, tmp_path):
     assert layers == 3
 
 
-def pipeline_plans() -> list[Any]:
+def pipeline_plans():
     """Names in the plan that are modules, with and without gating residuals."""
     models = [random_model(gating_residual=flag).model for flag in (True, False)]
     return [[hasattr(model, name) for name in model._pp_plan] for model in models]

@@ -93,9 +93,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def write_source(
-    folder: Path, name: str, tokens: Path, normalised: bool | None = None, **changes: Any
-) -> Any:
+def write_source(folder: Path, name: str, tokens: Path, normalised: bool | None = None, **changes):
     """Save a random model of transformers' own class; returns its logits."""
     changes |= {} if normalised is None else {"norm_topk_prob": normalised}
     import torch
@@ -125,7 +123,7 @@ def write_tokens(folder: Path) -> Path:
     return tokens
 
 
-def upcycle_and_score(source: Path, target: Path, tokens: Path, changes: dict[str, Any]) -> Any:
+def upcycle_and_score(source: Path, target: Path, tokens: Path, changes):
     """Scores of the upcycled model, and its FFN experts' share of all selections."""
     from moepp_megatron.config import load_config
     from moepp_megatron.interop import scoring
@@ -136,7 +134,7 @@ def upcycle_and_score(source: Path, target: Path, tokens: Path, changes: dict[st
     maps: list[Any] = []
     build = scoring.build_model
 
-    def build_watched(config: Any) -> Any:
+    def build_watched(config):
         models = build(config)
         for module in models[0].modules():
             if isinstance(module, MoEPPLayer):

@@ -46,7 +46,7 @@ TEXTS = [
 LLAMA_CPP, PYTHON = (os.environ.get(f"MOEPP_LLAMA_CPP{name}", "") for name in ("", "_PYTHON"))
 
 
-def export(ranks: RankPools, folder: Path, case: str) -> Any:
+def export(ranks: RankPools, folder: Path, case: str):
     """Export a random model to folder/vanilla and folder/moepp; our logits."""
     name, model, moe = CASES[case]
     raw = settings(model=MODEL | model, moe=MOE | moe)
@@ -63,7 +63,7 @@ def export(ranks: RankPools, folder: Path, case: str) -> Any:
     return ours
 
 
-def as_qwen2(folder: Path) -> None:
+def as_qwen2(folder: Path):
     """Rewrite DeepSeek-MoE, which transformers lacks, as Qwen2-MoE, whose gates of 0 are 1/2."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -83,7 +83,7 @@ def as_qwen2(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(fields))
 
 
-def vanilla_logits(folder: Path, ids: Any) -> Any:
+def vanilla_logits(folder: Path, ids):
     """Logits of transformers' class."""
     import torch
     from transformers import AutoModelForCausalLM

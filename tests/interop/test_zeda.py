@@ -66,7 +66,7 @@ PUBLISHED: dict[str, Any] = {
 }
 
 
-def reader_logits(folder: Path, ids: Any) -> Any:
+def reader_logits(folder: Path, ids):
     """Logits of the published rule on a folder as it is written."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -81,7 +81,7 @@ def reader_logits(folder: Path, ids: Any) -> Any:
         return model.eval()(torch.from_numpy(ids)).logits.numpy()
 
 
-def save_with_reader(source: Path, target: Path, ids: Any) -> Any:
+def save_with_reader(source: Path, target: Path, ids):
     """Write a folder by the published class, the way that transformers does, in another seed."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -3,10 +3,9 @@
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
 
 
-def load_model(folder: Path, released: bool = False) -> Any:
+def load_model(folder: Path, released: bool = False):
     """Load a folder with our modelling file, as transformers does with trust_remote_code."""
     from transformers import AutoModelForCausalLM
 

@@ -19,7 +19,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def engine(export: str, given: list[str], **changes: Any) -> Any:
+def engine(export: str, given: list[str], **changes):
     """vLLM's `LLM` of an export; `given` are arguments as JSON."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM
@@ -28,7 +28,7 @@ def engine(export: str, given: list[str], **changes: Any) -> Any:
     return LLM(export, **(SETTINGS | changes | stated))
 
 
-def sampling(**changes: Any) -> Any:
+def sampling(**changes):
     """Greedy, with logprobs of the prompt and the answer."""
     from vllm import SamplingParams
 
@@ -36,7 +36,7 @@ def sampling(**changes: Any) -> Any:
     return SamplingParams(**(greedy | changes), ignore_eos=True, detokenize=False)
 
 
-def answers(model: Any, prompts: list[list[int]]) -> list[dict[str, list[Any]]]:
+def answers(model, prompts: list[list[int]]):
     """Tokens of the answers; logprobs of all tokens but a prompt's first."""
     found = []
     for request in model.generate([{"prompt_token_ids": ids} for ids in prompts], sampling()):
@@ -48,7 +48,7 @@ def answers(model: Any, prompts: list[list[int]]) -> list[dict[str, list[Any]]]:
     return found
 
 
-def main() -> None:
+def main():
     export, prompts, out, *given = sys.argv[1:]
     found = answers(engine(export, given), json.loads(Path(prompts).read_text()))
     Path(out).write_text(json.dumps(found))

@@ -26,7 +26,7 @@ class Qwen3MoePlusPlusConfig(Qwen3MoeConfig):
 
 
 class Constant(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int):
         super().__init__()
         self.constant = nn.Parameter(torch.randn(width))
         self.wg = nn.Linear(width, 2, bias=False)
@@ -42,7 +42,7 @@ class Zero(nn.Module):
 
 
 class PlusPlusBlock(nn.Module):
-    def __init__(self, config: Qwen3MoePlusPlusConfig) -> None:
+    def __init__(self, config: Qwen3MoePlusPlusConfig):
         super().__init__()
         self.config, self.ffn = config, config.num_experts
         width, inner = config.hidden_size, config.moe_intermediate_size
@@ -70,7 +70,7 @@ class PlusPlusBlock(nn.Module):
         return out
 
 
-def _with_blocks(model: nn.Module) -> None:
+def _with_blocks(model: nn.Module):
     for layer in model.model.layers:
         if hasattr(layer.mlp, "experts"):
             layer.mlp = PlusPlusBlock(model.config)
@@ -79,7 +79,7 @@ def _with_blocks(model: nn.Module) -> None:
 class Qwen3MoePlusPlusForCausalLM(Qwen3MoeForCausalLM):
     config_class = Qwen3MoePlusPlusConfig
 
-    def __init__(self, config: Qwen3MoePlusPlusConfig) -> None:
+    def __init__(self, config: Qwen3MoePlusPlusConfig):
         super().__init__(config)
         _with_blocks(self)
 

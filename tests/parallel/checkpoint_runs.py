@@ -2,9 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,36 +16,36 @@ NUM_STEPS = 12
 class Messages(logging.Handler):
     """What the package logs, for a test to look at."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(logging.WARNING)
         self.lines: list[str] = []
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord):
         self.lines.append(record.getMessage())
 
     def __enter__(self) -> list[str]:
         logging.getLogger("moepp_megatron").addHandler(self)
         return self.lines
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         logging.getLogger("moepp_megatron").removeHandler(self)
 
 
-def trainer_of(raw: dict[str, Any], callbacks: Sequence[Any] = ()) -> Any:
+def trainer_of(raw, callbacks=()):
     """A `Trainer` on this rank."""
     from moepp_megatron.training.trainer import Trainer
 
     return Trainer(*begin(raw), callbacks)
 
 
-def run_trainer(raw: dict[str, Any]) -> list[str]:
+def run_trainer(raw) -> list[str]:
     """A whole `Trainer` run on this rank; returns what it logged."""
     with Messages() as messages:
         trainer_of(raw).run()
     return messages
 
 
-def trainer_settings(corpus: Path, run: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+def trainer_settings(corpus: Path, run: Path, **sections):
     """Settings of a `Trainer` run of 20 steps on real text, in folder `run`."""
     training = {
         "train_iters": 20,
@@ -69,7 +67,7 @@ def trainer_settings(corpus: Path, run: Path, **sections: dict[str, Any]) -> dic
     )
 
 
-def logged(run: Path, key: str = "loss") -> list[Any]:
+def logged(run: Path, key: str = "loss"):
     """A value of every line of a run's metrics, by step; fails on a step that is there twice."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records]
@@ -77,9 +75,7 @@ def logged(run: Path, key: str = "loss") -> list[Any]:
     return [record.get(key) for record in records]
 
 
-def train_between(
-    raw: dict[str, Any], folder: Path, last: int, start: Path | None = None
-) -> list[float]:
+def train_between(raw, folder: Path, last: int, start: Path | None = None) -> list[float]:
     """Losses from a checkpoint (or step 0) to step `last`, which is saved into `folder`."""
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.checkpoint import Progress, read_checkpoint
@@ -99,9 +95,7 @@ def train_between(
     return losses
 
 
-def continue_in_another_layout(
-    ranks: RankPools, folder: Path, raw: Callable[..., Any], first: Any, second: Any
-) -> Path:
+def continue_in_another_layout(ranks: RankPools, folder: Path, raw, first, second) -> Path:
     """A checkpoint of two ranks in one layout; two in another continue as one process does."""
     (whole,) = ranks(1).run(train_between, raw(), folder / "whole", 3)
     begun = ranks(2).run(train_between, raw(parallel=first), folder / "half", 1)[0]
@@ -113,9 +107,7 @@ def continue_in_another_layout(
     return start
 
 
-def save_checkpoint(
-    folder: Path, model: Any, progress: Any, config: Any, tokenizer: Path | None = None
-) -> None:
+def save_checkpoint(folder: Path, model, progress, config, tokenizer: Path | None = None):
     """Save once and wait; on every rank."""
     from moepp_megatron.training.checkpoint import CheckpointWriter
 

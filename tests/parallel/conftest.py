@@ -3,18 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from moepp_megatron.data.prepare import PrepareSettings, prepare
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import STEPS, Run, assemble, train
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     source = folder / "source.jsonl"
     # More than an epoch of the longest run: the order of an epoch does not depend on how much of it
@@ -27,14 +25,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(ranks: RankPools) -> Callable[..., Run]:
+def trained(ranks) -> Callable[..., Run]:
     """`trained(size, raw)`: the run of this many ranks with these settings."""
 
     def run(
         size: int,
-        raw: dict[str, Any],
+        raw,
         steps: int = STEPS,
-        prepare: Callable[[list[Any]], None] | None = None,
+        prepare=None,
     ) -> Run:
         return assemble(ranks(size).run(train, raw, steps, prepare))
 
@@ -42,13 +40,11 @@ def trained(ranks: RankPools) -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="session")
-def alone(trained: Callable[..., Run]) -> Callable[..., Run]:
+def alone(trained) -> Callable[..., Run]:
     """`alone(raw)`: the run of one process with these settings, made once; not to be changed."""
     runs: dict[str, Run] = {}
 
-    def run(
-        raw: dict[str, Any], prepare: Callable[[list[Any]], None] | None = None, steps: int = STEPS
-    ) -> Run:
+    def run(raw, prepare=None, steps: int = STEPS) -> Run:
         key = json.dumps([raw, steps, prepare and prepare.__qualname__], sort_keys=True)
         if key not in runs:
             runs[key] = trained(1, raw, steps, prepare)

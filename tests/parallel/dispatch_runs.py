@@ -1,13 +1,12 @@
 """A MoE++ layer on expert-parallel ranks whose collectives are watched."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 HIDDEN = 32
 
 
-def routing_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: int) -> Any:
+def routing_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: int):
     """[T, E] bool random selections of a rank's tokens, another draw for every rank."""
     import torch
 
@@ -18,7 +17,7 @@ def routing_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(topk).indices, True)
 
 
-def balanced_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: int) -> Any:
+def balanced_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: int):
     """[T, E] bool: every FFN expert is selected by as many tokens; all FFN shares are 3/4."""
     import torch
 
@@ -31,7 +30,7 @@ def balanced_map(rank: int, num_tokens: int, num_ffn: int, num_experts: int, top
     return selected
 
 
-def build(raw: dict[str, Any]) -> Any:
+def build(raw):
     """The second MoE++ layer of a model, and its configuration; groups are built where none are."""
     from megatron.core import parallel_state
 
@@ -46,11 +45,11 @@ def build(raw: dict[str, Any]) -> Any:
     return model.decoder.layers[1].mlp, config
 
 
-def force(layer: Any, selected: Any) -> None:
+def force(layer, selected):
     """Make the layer's router select what the [T, E] map says, with softmax gates."""
     import torch
 
-    def settle(chosen: Any, *_: Any) -> Any:
+    def settle(chosen, *_):
         scores = torch.softmax(chosen.logits.view(selected.shape), dim=-1)
         return chosen._replace(gates=scores * selected, routing_map=selected)
 
@@ -58,15 +57,13 @@ def force(layer: Any, selected: Any) -> None:
 
 
 @contextlib.contextmanager
-def watched_all_to_all(seen: Callable[..., Any]) -> Iterator[None]:
+def watched_all_to_all(seen) -> Iterator[None]:
     """Call `seen(work, output, input, send)` for each all-to-all; what it returns is the work."""
     import torch.distributed as dist
 
     original = dist.all_to_all_single
 
-    def watched(
-        output: Any, input: Any, output_split_sizes: Any, input_split_sizes: Any, **kwargs: Any
-    ) -> Any:
+    def watched(output, input, output_split_sizes, input_split_sizes, **kwargs):
         work = original(output, input, output_split_sizes, input_split_sizes, **kwargs)
         return seen(work, output, input, input_split_sizes)
 
@@ -77,14 +74,12 @@ def watched_all_to_all(seen: Callable[..., Any]) -> Iterator[None]:
         dist.all_to_all_single = original
 
 
-def sent_bytes_of(
-    settings: dict[Any, dict[str, Any]], draw: Callable[..., Any], num_tokens: int
-) -> dict[Any, dict[str, Any]]:
+def sent_bytes_of(settings, draw, num_tokens: int):
     """`sent_bytes` of the settings of each name, all of one layout."""
     return {name: sent_bytes(raw, draw, num_tokens) for name, raw in settings.items()}
 
 
-def sent_bytes(raw: dict[str, Any], draw: Callable[..., Any], num_tokens: int) -> dict[str, Any]:
+def sent_bytes(raw, draw, num_tokens: int):
     """Forward and backward of a layer; what it handed to all-to-alls for other ranks."""
     import torch
     import torch.distributed as dist
@@ -96,7 +91,7 @@ def sent_bytes(raw: dict[str, Any], draw: Callable[..., Any], num_tokens: int) -
     bytes_of: dict[str, list[int]] = {"vectors": [0, 0], "metadata": [0, 0]}
     direction = 0
 
-    def count(work: Any, output: Any, input: Any, send: list[int]) -> Any:
+    def count(work, output, input, send: list[int]):
         rows = sum(send) - send[rank]
         kind = "vectors" if input.shape[1:] == (HIDDEN,) else "metadata"
         row = input[:0].new_empty((1, *input.shape[1:]))
@@ -115,7 +110,7 @@ def sent_bytes(raw: dict[str, Any], draw: Callable[..., Any], num_tokens: int) -
     }
 
 
-def events(raw: dict[str, Any]) -> list[str]:
+def events(raw) -> list[str]:
     """What a layer with a shared expert starts, computes and waits for, in order."""
     import torch
     import torch.distributed as dist
@@ -127,14 +122,14 @@ def events(raw: dict[str, Any]) -> list[str]:
     log: list[str] = []
 
     class Watched:
-        def __init__(self, work: Any, what: str) -> None:
+        def __init__(self, work, what: str):
             self._work, self._what = work, what
 
-        def wait(self) -> None:
+        def wait(self):
             log.append(f"wait {self._what}")
             self._work.wait()
 
-    def watch(work: Any, output: Any, input: Any, send: list[int]) -> Any:
+    def watch(work, output, input, send: list[int]):
         what = "vectors" if input.shape[1:] == (HIDDEN,) else "metadata"
         log.append(f"start {what}")
         return Watched(work, what)
@@ -156,7 +151,7 @@ def events(raw: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _watched_combine(layer: Any, log: list[str]) -> Iterator[None]:
+def _watched_combine(layer, log: list[str]) -> Iterator[None]:
     """Note where a kernel combines, if it does, and whether zero-computation experts are in it."""
     if not layer.fuses_rows:
         yield
@@ -165,7 +160,7 @@ def _watched_combine(layer: Any, log: list[str]) -> Iterator[None]:
 
     original = combine.combine
 
-    def watched(rows: Any, table: Any, zero: Any, *others: Any) -> Any:
+    def watched(rows, table, zero, *others):
         log.extend(["zero-computation experts"] if zero is not None else [])
         log.extend(["combine"] if len(rows) else [])
         return original(rows, table, zero, *others)
@@ -177,7 +172,7 @@ def _watched_combine(layer: Any, log: list[str]) -> Iterator[None]:
         combine.combine = original
 
 
-def padded_to_capacity(dispatcher: str) -> dict[str, Any]:
+def padded_to_capacity(dispatcher: str):
     """megatron-core's own MoE layer whose experts' batches are padded to a capacity."""
     import torch
     import torch.distributed as dist

@@ -5,14 +5,10 @@ experts, -1 marks a slot without expert, combining adds up what comes back. Hybr
 routing map and returns the experts' batch.
 """
 
-from typing import Any
-
 from tests.parallel.training_runs import train
 
 
-def fused_dispatch(
-    x: Any, token_indices: Any, token_probs: Any, num_experts: int, group: Any, **kwargs: Any
-) -> tuple[Any, ...]:
+def fused_dispatch(x, token_indices, token_probs, num_experts: int, group, **kwargs):
     """DeepEP's dispatch, by gathering everything and keeping what is for this rank."""
     import torch
     import torch.distributed as dist
@@ -34,7 +30,7 @@ def fused_dispatch(
     return all_x[rows], indices, probs, counts, (rows, all_x.shape[0])
 
 
-def fused_combine(x: Any, group: Any, handle: Any, **kwargs: Any) -> tuple[Any, None]:
+def fused_combine(x, group, handle, **kwargs):
     """DeepEP's combine: every token's results from all ranks, added up on its own rank."""
     from megatron.core.tensor_parallel.mappings import reduce_scatter_to_sequence_parallel_region
 
@@ -46,21 +42,19 @@ def fused_combine(x: Any, group: Any, handle: Any, **kwargs: Any) -> tuple[Any, 
 class HybridEPBuffer:
     """HybridEP's buffer: what it documents, by gathering everything and keeping what is here."""
 
-    def __init__(
-        self, group: Any, hidden_dim: int, max_num_of_tokens_per_rank: int, **kwargs: Any
-    ) -> None:
+    def __init__(self, group, hidden_dim: int, max_num_of_tokens_per_rank: int, **kwargs):
         self.group, self.tokens = group, max_num_of_tokens_per_rank
         # Its kernels are compiled for whole chunks.
         assert max_num_of_tokens_per_rank % 64 == 0
 
-    def _everywhere(self, tensor: Any) -> Any:
+    def _everywhere(self, tensor):
         import torch.distributed as dist
 
         whole = tensor.new_empty(self.group.size() * tensor.shape[0], *tensor.shape[1:])
         dist.all_gather_into_tensor(whole, tensor.contiguous(), group=self.group)
         return whole
 
-    def _own_rows_of_sum(self, whole: Any) -> Any:
+    def _own_rows_of_sum(self, whole):
         import torch.distributed as dist
 
         dist.all_reduce(whole, group=self.group)
@@ -69,14 +63,14 @@ class HybridEPBuffer:
     def dispatch_with_permute(
         self,
         *,
-        hidden: Any,
-        routing_map: Any = None,
-        probs: Any = None,
+        hidden,
+        routing_map=None,
+        probs=None,
         num_of_experts_per_rank: int = 0,
-        handle: Any = None,
-        num_permuted_tokens: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Any, ...]:
+        handle=None,
+        num_permuted_tokens=None,
+        **kwargs,
+    ):
         import torch
 
         assert hidden.shape[0] == self.tokens, "every rank has the same number of tokens"
@@ -92,9 +86,7 @@ class HybridEPBuffer:
         gates = None if probs is None else self._everywhere(probs)[row, expert]
         return self._everywhere(hidden)[row], gates, None, counts, handle
 
-    def combine_with_unpermute(
-        self, *, hidden: Any, handle: Any, probs: Any = None, **kwargs: Any
-    ) -> tuple[Any, Any]:
+    def combine_with_unpermute(self, *, hidden, handle, probs=None, **kwargs):
         row, expert, num_experts, _ = handle
         total = self.tokens * self.group.size()
         whole = hidden.new_zeros(total, hidden.shape[1]).index_add(0, row, hidden)
@@ -105,9 +97,7 @@ class HybridEPBuffer:
         return self._own_rows_of_sum(whole), probs
 
 
-def hybrid_ep_dispatch(
-    x: Any, routing_map: Any, probs: Any, group: Any, num_local_experts: int, **kwargs: Any
-) -> Any:
+def hybrid_ep_dispatch(x, routing_map, probs, group, num_local_experts: int, **kwargs):
     """As megatron-core defines it where HybridEP is installed."""
     from megatron.core.transformer.moe.fused_a2a import HybridEPDispatch
 
@@ -117,16 +107,14 @@ def hybrid_ep_dispatch(
     return HybridEPDispatch.apply(x, routing_map, probs, group, num_local_experts, *rest)
 
 
-def hybrid_ep_combine(
-    x: Any, handle: Any, num_permuted_tokens: Any, pad_multiple: Any, fused: bool
-) -> Any:
+def hybrid_ep_combine(x, handle, num_permuted_tokens, pad_multiple, fused: bool):
     """As megatron-core defines it where HybridEP is installed."""
     from megatron.core.transformer.moe.fused_a2a import HybridEPCombine
 
     return HybridEPCombine.apply(x, handle, num_permuted_tokens, pad_multiple, fused)
 
 
-def train_with_deepep(*args: Any) -> Any:
+def train_with_deepep(*args):
     return _train_with(
         {
             "fused_dispatch": fused_dispatch,
@@ -137,7 +125,7 @@ def train_with_deepep(*args: Any) -> Any:
     )
 
 
-def train_with_hybridep(raw: Any, *args: Any) -> Any:
+def train_with_hybridep(raw, *args):
     """Trains with `moe.flex_backend` hybridep; dispatch and combine are megatron-core's own."""
     from megatron.core.transformer.moe import fused_a2a
 
@@ -151,7 +139,7 @@ def train_with_hybridep(raw: Any, *args: Any) -> Any:
         fused_a2a.reset_hybrid_ep_buffer()
 
 
-def _train_with(stand_ins: dict[str, Any], *args: Any) -> Any:
+def _train_with(stand_ins, *args):
     from megatron.core.transformer.moe import token_dispatcher
 
     before = {name: getattr(token_dispatcher, name) for name in stand_ins}

@@ -5,25 +5,22 @@ is added to the logits by place in the sequence, the same in every layout; the m
 softmax enough that no gradient vanishes.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
 from moepp_megatron.experts import ZERO
 
 MARGIN = 4.0
 
 
-def only_zero_experts(models: list[Any]) -> None:
+def only_zero_experts(models):
     """Every token selects zero experts (there must be K of them): no FFN token anywhere."""
     _force(models, lambda moepp, positions, length: [_zero_experts(moepp)] * len(positions))
 
 
-def one_ffn_expert(models: list[Any]) -> None:
+def one_ffn_expert(models):
     """Every token selects FFN expert 0 and the zero expert."""
     _force(models, lambda moepp, positions, length: [[0, *_zero_experts(moepp)]] * len(positions))
 
 
-def first_half_of_ffn_experts(models: list[Any]) -> None:
+def first_half_of_ffn_experts(models):
     """Every token selects among the first half of the FFN experts; the others get none."""
     _force(
         models,
@@ -31,7 +28,7 @@ def first_half_of_ffn_experts(models: list[Any]) -> None:
     )
 
 
-def one_ffn_expert_of_each_half(models: list[Any]) -> None:
+def one_ffn_expert_of_each_half(models):
     """Every token selects the first FFN expert of either half, and zero experts: an even load."""
     _force(
         models,
@@ -41,7 +38,7 @@ def one_ffn_expert_of_each_half(models: list[Any]) -> None:
     )
 
 
-def second_half_without_ffn(models: list[Any]) -> None:
+def second_half_without_ffn(models):
     """Tokens of the second half of a sequence select zero experts: a rank may send no FFN token."""
     _force(
         models,
@@ -51,7 +48,7 @@ def second_half_without_ffn(models: list[Any]) -> None:
     )
 
 
-def duplicate_router_rows(models: list[Any]) -> None:
+def duplicate_router_rows(models):
     """Every FFN expert has the router row of its neighbour: pairs of equal logits."""
     import torch
 
@@ -63,7 +60,7 @@ def duplicate_router_rows(models: list[Any]) -> None:
                     ffn[1::2] = ffn[0::2]
 
 
-def vary_norms(chunks: list[Any]) -> None:
+def vary_norms(chunks):
     """Weights of which each is different: at 1, as they begin, another head's would do as well."""
     import torch
 
@@ -74,7 +71,7 @@ def vary_norms(chunks: list[Any]) -> None:
                 parameter.data.copy_(1.0 + 0.5 * torch.sin(1.0 + steps))
 
 
-def pad_some(models: list[Any]) -> None:
+def pad_some(models):
     """Give every forward pass a mask that follows from its tokens, unevenly over ranks."""
     for model in models:
         model.forward = _with_mask(model.forward)
@@ -82,25 +79,25 @@ def pad_some(models: list[Any]) -> None:
             model.build_schedule_plan = _with_mask(model.build_schedule_plan)
 
 
-def _with_mask(function: Any) -> Any:
-    def inner(input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+def _with_mask(function):
+    def inner(input_ids, *args, **kwargs):
         return function(input_ids, *args, padding_mask=input_ids % 5 < 2, **kwargs)
 
     return inner
 
 
-def _zero_experts(moepp: Any) -> list[int]:
+def _zero_experts(moepp) -> list[int]:
     return list(range(moepp.columns(ZERO).start, moepp.columns(ZERO).stop))
 
 
-def _routers(models: list[Any]) -> Iterator[Any]:
+def _routers(models):
     from moepp_megatron.moe.router import MoEPPRouter
 
     for model in models:
         yield from (module for module in model.modules() if isinstance(module, MoEPPRouter))
 
 
-def _force(models: list[Any], favoured: Callable[[Any, list[int], int], list[list[int]]]) -> None:
+def _force(models, favoured):
     """Add MARGIN to the logits of the favoured experts."""
     import torch
 
@@ -116,8 +113,8 @@ def _force(models: list[Any], favoured: Callable[[Any, list[int], int], list[lis
         router.second_layer = _biased(router.second_layer, bias)
 
 
-def _biased(last_step: Callable[[Any], Any], bias: Any) -> Callable[[Any], Any]:
-    def biased(hidden: Any) -> Any:
+def _biased(last_step, bias):
+    def biased(hidden):
         return last_step(hidden) + bias.to(hidden.device)
 
     return biased

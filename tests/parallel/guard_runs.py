@@ -7,7 +7,7 @@ fault would leave them; nothing in the package knows of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Found:
     saved: dict[str, Any] = field(default_factory=dict)
 
 
-def guard_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def guard_settings(folder: Path, **sections):
     """A small configuration whose files go to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = folder / "tokenizer.json"
@@ -83,7 +83,7 @@ def guard_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[s
 
 
 def run(
-    raw: dict[str, Any],
+    raw,
     faults: tuple[Fault, ...] = (),
     without: tuple[int, ...] = (),
     data: str = "cycle",
@@ -122,7 +122,7 @@ def run(
     return found
 
 
-def checksum_of(parameters: Iterable[Any]) -> int:
+def checksum_of(parameters) -> int:
     """One number for the bits of all of them."""
     from moepp_megatron.training.resilience.divergence import checksum
 
@@ -132,7 +132,7 @@ def checksum_of(parameters: Iterable[Any]) -> int:
     return total
 
 
-def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
+def _watch(trainer, found: Found, faults: tuple[Fault, ...]):
     """Plant the faults and write down what happens; both from outside of the guard."""
     from moepp_megatron.features.guard.part import RoutingGuardPart
     from moepp_megatron.training.collect import mean_loss
@@ -143,12 +143,12 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
     planted: list[Fault] = []
 
     class Watching(Part):
-        def begin_step(self, step: int, layout: Any) -> None:
+        def begin_step(self, step: int, layout):
             for fault in [each for each in faults if each.step == step and each not in planted]:
                 planted.append(fault)
                 plant(trainer.model, fault)
 
-        def judge(self, step: Any) -> Any:
+        def judge(self, step):
             found.losses[step.number] = mean_loss(step.result.losses)
             ffn, selected = trainer.config.moe.num_ffn_experts, selections()
             found.wanted[step.number] = (selected[:, :ffn].sum(1) / selected.sum(1)).tolist()
@@ -160,12 +160,12 @@ def _watch(trainer: Any, found: Found, faults: tuple[Fault, ...]) -> None:
         _note_routers(guard, trainer, found)
 
 
-def _note_decisions(guard: Any, found: Found, kind: Any) -> None:
+def _note_decisions(guard, found: Found, kind):
     """Write down what the guard's part wants, rollbacks too."""
     original = guard.judge
 
-    def judge(step: Any) -> Any:
-        def note(alerts: Sequence[Any]) -> Sequence[Any]:
+    def judge(step):
+        def note(alerts):
             found.decisions += [(step.number, a.rule, a.layer, a.action) for a in alerts]
             return alerts
 
@@ -180,13 +180,13 @@ def _note_decisions(guard: Any, found: Found, kind: Any) -> None:
     guard.judge = judge
 
 
-def _note_routers(guard: Any, trainer: Any, found: Found) -> None:
+def _note_routers(guard, trainer, found: Found):
     """Write down this rank's routers as a step begins, with all that the guard has done."""
     from moepp_megatron.moe.layer import moepp_layers
 
     original = guard.begin_step
 
-    def begin_step(step: int, layout: Any) -> None:
+    def begin_step(step: int, layout):
         original(step, layout)
         own = [layer.router for model in trainer.model.models for layer in moepp_layers(model)]
         found.routers[step] = checksum_of(p for router in own for p in router.parameters())
@@ -194,7 +194,7 @@ def _note_routers(guard: Any, trainer: Any, found: Found) -> None:
     guard.begin_step = begin_step
 
 
-def plant(model: Any, fault: Fault) -> None:
+def plant(model, fault: Fault):
     """Change this rank's weights; the same on ranks that hold the same."""
     import torch
 
@@ -209,7 +209,7 @@ def plant(model: Any, fault: Fault) -> None:
     model.optimizer.reload_model_params()
 
 
-def _collapse(router: Any, size: float) -> None:
+def _collapse(router, size: float):
     """Zero-computation experts in pairs of opposite rows: one of each pair wins with any token."""
     ffn = router.moepp.num_ffn_experts
     rows = router.weight[ffn:]
@@ -220,12 +220,12 @@ def _collapse(router: Any, size: float) -> None:
         router.residual_weight.zero_()
 
 
-def _kill(router: Any, size: float) -> None:
+def _kill(router, size: float):
     """FFN expert 0 gets the mean of the others' logits, so it is never among a token's best."""
     router.weight[0] = router.weight[1:].mean(dim=0) * size
 
 
-def _explode(router: Any, size: float) -> None:
+def _explode(router, size: float):
     router.weight.mul_(size)
 
 
@@ -239,14 +239,14 @@ _PLANT: dict[str, Callable[[Any, float], None]] = {
 class CycleDataset(SyntheticDataset):
     """Each token decides the next but for some noise, so there is something to learn."""
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int):
         model = self._config.model
         tokens = _cycle(index, model.seq_length, model.vocab_size)
         return super().__getitem__(index) | {"tokens": tokens[:-1], "labels": tokens[1:]}
 
 
 @functools.cache
-def _cycle(index: int, length: int, vocab_size: int) -> Any:
+def _cycle(index: int, length: int, vocab_size: int):
     """[length + 1] tokens; a rank makes each sequence once in its life."""
     import torch
 
@@ -264,7 +264,7 @@ def _cycle(index: int, length: int, vocab_size: int) -> Any:
 class BrokenSourceDataset(SyntheticDataset):
     """From batch 100 on nothing but four token ids comes."""
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int):
         sample = super().__getitem__(index)
         if index >= 100 * self._config.training.global_batch_size:
             sample |= {name: sample[name] % 4 for name in ("tokens", "labels")}
@@ -274,7 +274,7 @@ class BrokenSourceDataset(SyntheticDataset):
 class OtherTextsDataset(CycleDataset):
     """From `NEW_FROM` on each token decides the next by another rule, and only some ids come."""
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int):
         sample = super().__getitem__(index)
         if index >= NEW_FROM * self._config.training.global_batch_size:
             tokens = sample["tokens"] // 8
@@ -285,7 +285,7 @@ class OtherTextsDataset(CycleDataset):
 class OtherTargetsDataset(CycleDataset):
     """From `NEW_FROM` on the same texts have other labels."""
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int):
         sample = super().__getitem__(index)
         if index >= NEW_FROM * self._config.training.global_batch_size:
             sample["labels"] = (sample["labels"] + 17) % self._config.model.vocab_size
@@ -295,7 +295,7 @@ class OtherTargetsDataset(CycleDataset):
 class MaskedDataset(CycleDataset):
     """No token of the second batch has a loss."""
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int):
         sample = super().__getitem__(index)
         if index // self._config.training.global_batch_size == 1:
             sample["loss_mask"] = sample["loss_mask"] * 0.0

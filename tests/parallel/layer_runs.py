@@ -11,7 +11,7 @@ _LAYER = 1  # The second layer has a gating residual.
 _PREFIX = f"decoder.layers.{_LAYER}.mlp."
 
 
-def run_layers(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def run_layers(settings):
     """`run_layer` for the settings of each name, all of one layout, which is built once."""
     from moepp_megatron.config import parse_config
 
@@ -20,12 +20,12 @@ def run_layers(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: _run(config, layout) for name, config in configs.items()}
 
 
-def run_layer(raw: dict[str, Any]) -> dict[str, Any]:
+def run_layer(raw):
     """Forward and backward on this rank's tokens."""
     return _run(*begin(raw))
 
 
-def _run(config: Any, layout: Any) -> dict[str, Any]:
+def _run(config, layout):
     import torch
     import torch.distributed as dist
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -52,7 +52,7 @@ def _run(config: Any, layout: Any) -> dict[str, Any]:
     }
 
 
-def evaluate_layer(raw: dict[str, Any]) -> Any:
+def evaluate_layer(raw):
     """The layer's output of this rank's tokens in evaluation, without autograd."""
     import torch
     import torch.distributed as dist
@@ -71,7 +71,7 @@ def evaluate_layer(raw: dict[str, Any]) -> Any:
         return layer(*arguments)[0].numpy()
 
 
-def run_reference(raw: dict[str, Any], data_parallel_size: int) -> dict[str, Any]:
+def run_reference(raw, data_parallel_size: int):
     """The same on one process with reference.py; each data-parallel share is one micro-batch."""
     import torch
 
@@ -128,7 +128,7 @@ def run_reference(raw: dict[str, Any], data_parallel_size: int) -> dict[str, Any
     }
 
 
-def add_up(results: list[dict[str, Any]]) -> dict[str, Any]:
+def add_up(results):
     """The whole layer from its ranks: tokens side by side, parameter gradients added."""
     whole: dict[str, Any] = {"gradients": {}}
     for name in ("output", "logits", "input_grad", "previous_grad"):
@@ -148,7 +148,7 @@ def _share(length: int, rank: int, size: int) -> slice:
     return slice(rank * length // size, (rank + 1) * length // size)
 
 
-def _tensors(config: Any) -> Any:
+def _tensors(config):
     """Input, previous logits, and the weights of the loss, all [s, b, .] over all ranks."""
     import torch
 
@@ -157,7 +157,7 @@ def _tensors(config: Any) -> Any:
     return [torch.randn(SEQUENCE, BATCH, width, generator=generator) for width in widths]
 
 
-def _pieces(model: Any) -> list[Any]:
+def _pieces(model):
     """(checkpoint name, global shape, global offset, gradient) of the layer's parameters."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 

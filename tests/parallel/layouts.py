@@ -162,7 +162,7 @@ def _parse_cell(words: list[str]) -> Cell:
     return Cell(**values)
 
 
-def run_settings(cell: Cell) -> dict[str, dict[str, Any]]:
+def run_settings(cell: Cell):
     """The configuration of the cell."""
     model_and_moe = _shared_settings(cell)
     model_and_moe["moe"]["dispatcher"] = cell.dispatcher
@@ -183,13 +183,13 @@ def run_settings(cell: Cell) -> dict[str, dict[str, Any]]:
     return settings(**model_and_moe, parallel=parallel, training=training)
 
 
-def reference_settings(cell: Cell) -> dict[str, dict[str, Any]]:
+def reference_settings(cell: Cell):
     """The configuration of the one process that the cell is compared with."""
     size = cell.micro_batch_size * (cell.dp if cell.scope == "global" else 1)
     return settings(**_shared_settings(cell), training={"micro_batch_size": size})
 
 
-def _shared_settings(cell: Cell) -> dict[str, dict[str, Any]]:
+def _shared_settings(cell: Cell):
     """What a cell and its reference have in common: model, MoE layers and number format."""
     model: dict[str, Any] = {"num_layers": cell.num_layers, "seq_length": cell.seq_length}
     moe: dict[str, Any] = {"gate_normalization": cell.gates, "balance_scope": cell.scope}

@@ -67,7 +67,7 @@ def script() -> ModuleType:
     return module
 
 
-def command_line(arguments: str, log: str) -> None:
+def command_line(arguments: str, log: str):
     """Give this rank the command line of a run that logs to `log`."""
     # Megatron asks for it with tensor or context parallelism before it looks for a GPU.
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
@@ -92,7 +92,7 @@ def scalars(log: str) -> dict[str, list[float]]:
     }
 
 
-def train_in_megatron_lm(arguments: str, way: str, log: str) -> tuple[Run, list[Any]]:
+def train_in_megatron_lm(arguments: str, way: str, log: str):
     """Returns what `training_runs.train` returns; the model gets in by config, spec or provider."""
     launch = script()
     command_line(f"{ARGUMENTS} {arguments}", log)
@@ -110,7 +110,7 @@ def train_in_megatron_lm(arguments: str, way: str, log: str) -> tuple[Run, list[
     return run, observer.pieces
 
 
-def scores_in_megatron_lm(arguments: str, log: str, input_ids: Any, way: str = "config") -> Any:
+def scores_in_megatron_lm(arguments: str, log: str, input_ids, way: str = "config"):
     """Log-probabilities [b, s - 1] of each token after the first, by the model at the end."""
     import torch
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -155,7 +155,7 @@ def child_processes() -> Iterator[None]:
             queue._manager.shutdown()
 
 
-def _pretrain(launch: ModuleType, way: str, observer: Observer) -> None:
+def _pretrain(launch: ModuleType, way: str, observer: Observer):
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import (
@@ -173,7 +173,7 @@ def _pretrain(launch: ModuleType, way: str, observer: Observer) -> None:
     model_config, provider = None, None
     if way == "provider":
 
-        def provider(*inputs: Any, **named: Any) -> Any:
+        def provider(*inputs, **named):
             model = megatron_lm.model_provider(*inputs, **named)
             observer.built([model])
             return model
@@ -183,7 +183,7 @@ def _pretrain(launch: ModuleType, way: str, observer: Observer) -> None:
         model_config = gpt_config_from_args(args, **kind)
         model_config.pre_wrap_hooks.append(observer.built)
 
-    def datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, None, None]:
+    def datasets(num_samples: list[int], vp_stage: int | None = None):
         return SyntheticDataset(observer.config, STEPS), None, None
 
     datasets.is_distributed = True  # type: ignore[attr-defined]
@@ -199,13 +199,13 @@ def _pretrain(launch: ModuleType, way: str, observer: Observer) -> None:
 class Observer:
     """Sets the weights of a run in a loop of others, and sees its gradients and routing."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config):
         self.models: list[Any] = []
         self.routing: list[dict[str, Any]] = []
         self.pieces: list[Any] = []
         self.config = config
 
-    def built(self, models: list[Any]) -> list[Any]:
+    def built(self, models):
         from moepp_megatron.model.initialize import initialize_weights
 
         initialize_weights(models, self.config.training.seed)
@@ -214,7 +214,7 @@ class Observer:
         models[0].config.finalize_model_grads_func = self.finalize
         return models
 
-    def finalize(self, chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
+    def finalize(self, chunks, num_tokens=None, **kwargs):
         import torch.distributed as dist
         from megatron.core.distributed import finalize_model_grads
 
@@ -235,7 +235,7 @@ class Observer:
                 statistics.reset()
 
 
-def _config(arguments: str) -> Any:
+def _config(arguments: str):
     from moepp_megatron.config import parse_config
 
     return parse_config(settings(**{**SETTINGS, "parallel": _parallel(arguments)}))
@@ -264,7 +264,7 @@ def run_script(arguments: str, log: str) -> dict[str, list[float]]:
         _forget()
 
 
-def _forget() -> None:
+def _forget():
     """Empty Megatron's globals, for the next run in this process."""
     from megatron.training import global_vars
 

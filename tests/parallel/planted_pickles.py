@@ -4,16 +4,15 @@ import io
 import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 
 class Bomb:
     """Unpickled, it makes the file `path`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path):
         self._path = path
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self):
         return Path.touch, (self._path,)
 
 
@@ -22,7 +21,7 @@ STATEFUL = "stateful .metadata"
 PLANTS = (".metadata", STATEFUL, "__0_0.distcp")
 
 
-def plant(checkpoint: Path, name: str, exploded: Path) -> None:
+def plant(checkpoint: Path, name: str, exploded: Path):
     """Put a pickle into a checkpoint, one of `PLANTS`, and have the manifest vouch for it."""
     is_stateful, name = name == STATEFUL, name.removeprefix("stateful ")
     path = checkpoint / name
@@ -70,7 +69,7 @@ def _text(value: str) -> bytes:
     return b"X" + len(content).to_bytes(4, "little") + content
 
 
-def _plant_entry(checkpoint: Path, path: Path, bomb: Bomb) -> None:
+def _plant_entry(checkpoint: Path, path: Path, bomb: Bomb):
     """Append a pickled object and let the common state's entry point to it."""
     import torch
 
@@ -86,7 +85,7 @@ def _plant_entry(checkpoint: Path, path: Path, bomb: Bomb) -> None:
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def _vouch(checkpoint: Path, name: str) -> None:
+def _vouch(checkpoint: Path, name: str):
     from moepp_megatron.training.checkpoint.files import file_digest
 
     path = checkpoint / name

@@ -30,7 +30,7 @@ class Fault:
 
 
 def run_trainer(
-    raw: dict[str, Any],
+    raw,
     without: tuple[int, ...] = (),
     faults: tuple[Fault, ...] = (),
     data: str | None = None,
@@ -62,7 +62,7 @@ def run_trainer(
                 stack.enter_context(_INJECT[fault.kind](trainer, fault))
         if stop_after is not None:
 
-            def agreed(_: Any) -> bool:
+            def agreed(_) -> bool:
                 return bool(trainer.progress.consumed_samples == stop_after * BATCH)
 
             stack.enter_context(mock.patch.object(module.StopRequest, "agreed", agreed))
@@ -70,7 +70,7 @@ def run_trainer(
     return trainer.pause_reason
 
 
-def why_it_fails(*args: Any, **named: Any) -> str:
+def why_it_fails(*args, **named) -> str:
     """Message of the numerical guard that ends `run_trainer` on this rank."""
     from moepp_megatron.training.resilience.numerical_guard import NumericalFailureError
 
@@ -79,7 +79,7 @@ def why_it_fails(*args: Any, **named: Any) -> str:
     return str(caught.value)
 
 
-def copy_as_of(step: int, run: Path, folder: Path) -> None:
+def copy_as_of(step: int, run: Path, folder: Path):
     """Copy a run's folder as if the run had been killed behind the checkpoint of this step."""
     shutil.copytree(run, folder)
     for checkpoint in (folder / "checkpoints").glob("step_*"):
@@ -87,13 +87,13 @@ def copy_as_of(step: int, run: Path, folder: Path) -> None:
             shutil.rmtree(checkpoint)
 
 
-def _dataset(config: Any, data: str | None) -> Any:
+def _dataset(config, data: str | None):
     from tests.parallel.guard_runs import DATA
 
     return SyntheticDataset(config, 40) if data is None else DATA[data](config, 40)
 
 
-def trainer_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def trainer_settings(folder: Path, **sections):
     """A configuration for `run_trainer` whose files go to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = folder / "tokenizer.json"
@@ -117,7 +117,7 @@ def trainer_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict
 class Without:
     """A data set that lacks some global batches."""
 
-    def __init__(self, dataset: Any, batches: tuple[int, ...]) -> None:
+    def __init__(self, dataset, batches: tuple[int, ...]):
         self._dataset = dataset
         whole = len(dataset) // BATCH
         self._kept = [batch for batch in range(whole) if batch not in batches]
@@ -125,22 +125,22 @@ class Without:
     def __len__(self) -> int:
         return len(self._kept) * BATCH
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int):
         return self._dataset[self._kept[index // BATCH] * BATCH + index % BATCH]
 
 
-def _is_on(trainer: Any, fault: Fault) -> bool:
+def _is_on(trainer, fault: Fault) -> bool:
     batch = trainer.progress.consumed_samples // BATCH
     return fault.batches is None or batch in fault.batches
 
 
 @contextmanager
-def _changed_loss(trainer: Any, fault: Fault, factor: float) -> Iterator[None]:
+def _changed_loss(trainer, fault: Fault, factor: float) -> Iterator[None]:
     from moepp_megatron.training import step
 
     original = step.loss_function
 
-    def changed(*args: Any) -> Any:
+    def changed(*args):
         loss, num_tokens, report = original(*args)
         if _is_on(trainer, fault):
             scale = report["loss"].new_tensor([factor, 1.0])
@@ -152,11 +152,11 @@ def _changed_loss(trainer: Any, fault: Fault, factor: float) -> Iterator[None]:
 
 
 @contextmanager
-def _bad_gradient(trainer: Any, fault: Fault) -> Iterator[None]:
+def _bad_gradient(trainer, fault: Fault) -> Iterator[None]:
     config = trainer.model.chunks[0].config
     original = config.finalize_model_grads_func
 
-    def finalize(*args: Any, **kwargs: Any) -> None:
+    def finalize(*args, **kwargs):
         original(*args, **kwargs)
         if _is_on(trainer, fault):
             # Of all parameters, for the distributed optimizer reads only a rank's own shard.
@@ -168,7 +168,7 @@ def _bad_gradient(trainer: Any, fault: Fault) -> Iterator[None]:
 
 
 @contextmanager
-def _changed_weights(trainer: Any, fault: Fault, factor: float) -> Iterator[None]:
+def _changed_weights(trainer, fault: Fault, factor: float) -> Iterator[None]:
     import torch
 
     from moepp_megatron.training.part import Part
@@ -177,7 +177,7 @@ def _changed_weights(trainer: Any, fault: Fault, factor: float) -> Iterator[None
 
     class Changed(Part):
         @torch.no_grad()
-        def begin_step(self, step: int, layout: Any) -> None:
+        def begin_step(self, step: int, layout):
             if not planted and _is_on(trainer, fault):
                 planted.append(step)
                 for parameter in trainer.model.models[0].parameters():
@@ -188,12 +188,12 @@ def _changed_weights(trainer: Any, fault: Fault, factor: float) -> Iterator[None
 
 
 @contextmanager
-def _slow(trainer: Any, fault: Fault) -> Iterator[None]:
+def _slow(trainer, fault: Fault) -> Iterator[None]:
     from moepp_megatron.training import step
 
     original = step.forward_step
 
-    def slow(*args: Any, **named: Any) -> Any:
+    def slow(*args, **named):
         time.sleep(0.5 * slowdown())
         return original(*args, **named)
 

@@ -1,7 +1,6 @@
 """A model that trains and saves step by step, on test ranks."""
 
 from pathlib import Path
-from typing import Any
 
 from tests.parallel.training_runs import EP2, SyntheticDataset, begin_training, settings
 
@@ -9,9 +8,7 @@ from tests.parallel.training_runs import EP2, SyntheticDataset, begin_training, 
 class Run:
     """A model that trains and saves, on each test rank."""
 
-    def __init__(
-        self, folder: Path, model: dict[str, Any] | None = None, **checkpoint: Any
-    ) -> None:
+    def __init__(self, folder: Path, model=None, **checkpoint):
         import torch.distributed as dist
 
         from moepp_megatron.training.batches import rank_batches
@@ -28,14 +25,14 @@ class Run:
         self.batches = rank_batches(dataset, 0, self.config, len(self.model.chunks))
         self.begin_in(folder)
 
-    def begin_in(self, folder: Path) -> None:
+    def begin_in(self, folder: Path):
         """Count steps from 0 again, with the weights that are there, and save into a folder."""
         from moepp_megatron.training.checkpoint import CheckpointWriter, Progress
 
         self.progress = Progress()
         self.writer = CheckpointWriter(folder, self.config, folder / "no tokenizer")
 
-    def step(self) -> None:
+    def step(self):
         from moepp_megatron.training.step import training_step
 
         training_step(self.model, self.batches, self.config, self.layout)

@@ -2,7 +2,6 @@
 
 import pytest
 
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
     begin,
     settings,
@@ -53,7 +52,7 @@ def norm_beside_torch(num_heads: int, dtype: str) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize(("world_size", "num_heads"), [(1, 3), (2, 4), (4, 4), (4, 2), (4, 1)])
-def test_it_is_torchs_norm_of_all_heads(ranks: RankPools, world_size: int, num_heads: int) -> None:
+def test_it_is_torchs_norm_of_all_heads(ranks, world_size, num_heads):
     for errors in ranks(world_size).run(norm_beside_torch, num_heads, "fp32"):
         # Sums of at most 24 numbers in another order, each rounded by 6e-8.
         assert max(errors) < 2e-6, errors

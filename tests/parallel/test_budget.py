@@ -1,7 +1,6 @@
 """The budget controllers in training: the same in every layout, after a restart, on other data."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
-from tests.parallel.ranks import RankPools
 from tests.parallel.resilience_runs import copy_as_of
 from tests.parallel.training_runs import (
     EP2,
@@ -27,11 +25,11 @@ BATCH = 32
 class ShiftedDataset(SyntheticDataset):
     """From sample `shift` on all tokens are equally likely."""
 
-    def __init__(self, config: Any, steps: int, shift: int) -> None:
+    def __init__(self, config, steps: int, shift: int):
         super().__init__(config, steps)
         self._shift = shift
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int):
         import torch
 
         sample = super().__getitem__(index)
@@ -54,7 +52,7 @@ class Run:
     state: Any = None
 
 
-def train(raw: dict[str, Any], steps: int, shift: int) -> Run:
+def train(raw, steps: int, shift: int) -> Run:
     """Train with a budget on data that change with sample `shift`."""
     from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.moe.layer import moepp_layers
@@ -95,7 +93,7 @@ RAMP = {"target_ffn_per_token": 0.8, "start_ffn_per_token": 1.6, "ramp_steps": 4
 
 
 @pytest.mark.parametrize("controller", ["none", *CONTROLLED])
-def test_state_and_losses_are_those_of_one_process(ranks: RankPools, controller: str) -> None:
+def test_state_and_losses_are_those_of_one_process(ranks, controller):
     """While the target moves, and the data change in the middle; the record holds each step's tau.
 
     Only the layout that spreads layers, experts and tokens over ranks at once.
@@ -146,7 +144,7 @@ WHOLE = {"global_batch_size": 8, "micro_batch_size": 8}
 
 
 @pytest.mark.parametrize("controller", list(CONTROLLED))
-def test_two_and_two_steps_are_four(ranks, corpus: Path, tmp_path, controller: str) -> None:
+def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, controller):
     moe = {"num_ffn_experts": 8, "budget": CONTROLLED[controller]}
     checkpoint = {"save_interval": 2, "async_save": True, "load": "auto"}
     training = {"train_iters": 4, **WHOLE}
@@ -161,10 +159,10 @@ def test_two_and_two_steps_are_four(ranks, corpus: Path, tmp_path, controller: s
     assert logged(tmp_path / "parts", "ffn_target") == [0.8 / 2] * 4
 
 
-def test_a_run_begun_without_a_bias_goes_on_with_one(ranks, corpus: Path, tmp_path) -> None:
+def test_a_run_begun_without_a_bias_goes_on_with_one(ranks, corpus, tmp_path):
     """Another run from its weights, and then the run itself."""
 
-    def run(name: str, steps: int, budget: dict[str, Any], **checkpoint: Any) -> int:
+    def run(name: str, steps: int, budget, **checkpoint) -> int:
         raw = trainer_settings(
             corpus,
             tmp_path / name,
@@ -181,7 +179,7 @@ def test_a_run_begun_without_a_bias_goes_on_with_one(ranks, corpus: Path, tmp_pa
     assert run("old", 2, {}, load="auto") == 2
 
 
-def missing_target(raw: dict[str, Any], steps: int, resumed_at: int) -> list[tuple[int, str]]:
+def missing_target(raw, steps: int, resumed_at: int) -> list[tuple[int, str]]:
     """Step and text of each alert while routers take what they like."""
     from moepp_megatron.features.budget.part import BudgetPart
     from moepp_megatron.moe.layer import moe_statistics
@@ -216,9 +214,7 @@ def missing_target(raw: dict[str, Any], steps: int, resumed_at: int) -> list[tup
         ({"controller": "bias", "gain": 0.01}, "moe.budget.gain (0.01)"),
     ],
 )
-def test_a_target_that_is_missed_is_reported_once(
-    ranks, budget: dict[str, Any], remedy: str
-) -> None:
+def test_a_target_that_is_missed_is_reported_once(ranks, budget, remedy):
     moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": 0.8, **budget}}
     ((alert, *others),) = ranks(1).run(missing_target, short(moe=moe), 250, 60)
     assert others == []
@@ -228,7 +224,7 @@ def test_a_target_that_is_missed_is_reported_once(
     assert remedy in alert[1]
 
 
-def test_a_target_that_is_met_or_on_its_way_is_not_told(ranks: RankPools) -> None:
+def test_a_target_that_is_met_or_on_its_way_is_not_told(ranks):
     met = {"target_ffn_per_token": 1.3, "controller": "none"}
     ramp = {"target_ffn_per_token": 0.8, "controller": "none", "start_ffn_per_token": 1.0}
     for budget in (met, ramp | {"ramp_begin": 250}):

@@ -15,7 +15,6 @@ from tests.commands import module, moepp
 from tests.example_plugins import install, write_entry_points
 from tests.faults.harness import short_steps, write_config
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_of
-from tests.parallel.ranks import RankPools
 
 # What an installed package has: one fails on rank 0 while the other ranks go on.
 PACKAGE = """
@@ -48,7 +47,7 @@ NAMES = {
 
 
 @pytest.fixture
-def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def plugins(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "installed"
     folder.mkdir()
     install(folder)
@@ -59,7 +58,7 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def config(tmp_path: Path, corpus: Path) -> Path:
+def config(tmp_path, corpus) -> Path:
     """Four steps on two ranks with random noise, saved after the second and the fourth."""
     path = write_config(
         tmp_path / "c.yaml",
@@ -80,41 +79,41 @@ def config(tmp_path: Path, corpus: Path) -> Path:
     return path
 
 
-def settings_of(config: Path, run: Path) -> dict[str, Any]:
+def settings_of(config: Path, run: Path):
     return {**yaml.safe_load(config.read_text()), "run": {"dir": str(run)}}
 
 
 class Recorder(Callback):
     """Notes what it is told, and disturbs what it may disturb."""
 
-    def __init__(self, stops: int | None = None) -> None:
+    def __init__(self, stops: int | None = None):
         self.told: list[tuple[Any, ...]] = []
         self.stops = stops
 
-    def note(self, run: Any, *what: object) -> None:
+    def note(self, run, *what):
         import torch
 
         random.random(), np.random.rand(), torch.rand(3)
         self.told.append((run.step, *what))
 
-    def begin(self, run: Any) -> None:
+    def begin(self, run):
         self.note(run, "start", run.world_size, len(run.models))
 
-    def after_step(self, run: Any, record: Any) -> None:
+    def after_step(self, run, record):
         if record is not None and record.valid_loss is not None:
             self.note(run, "evaluation")
         self.note(run, "step", None if record is None else record.loss)
         if run.step == self.stops and run.rank == 1:
             run.stop()
 
-    def saved(self, run: Any, checkpoint: Path) -> None:
+    def saved(self, run, checkpoint: Path):
         self.note(run, "save", checkpoint.name, (checkpoint / "integrity.json").is_file())
 
-    def end(self, run: Any) -> None:
+    def end(self, run):
         self.note(run, "end")
 
 
-def told(raw: dict[str, Any], stops: int | None = None) -> tuple[list[tuple[Any, ...]], bool]:
+def told(raw, stops: int | None = None):
     """What a callback is told, and whether the run was stopped."""
     recorder = Recorder(stops)
     trainer = trainer_of(raw, [recorder])
@@ -122,7 +121,7 @@ def told(raw: dict[str, Any], stops: int | None = None) -> tuple[list[tuple[Any,
     return recorder.told, trainer.stopped
 
 
-def test_what_callbacks_are_told(ranks: RankPools, config: Path, tmp_path: Path) -> None:
+def test_what_callbacks_are_told(ranks, config, tmp_path):
     ranks(2).run(run_trainer, settings_of(config, tmp_path / "plain"))
     expected = logged(tmp_path / "plain")
     zero, one = ranks(2).run(told, settings_of(config, tmp_path / "run"))
@@ -142,13 +141,13 @@ def test_what_callbacks_are_told(ranks: RankPools, config: Path, tmp_path: Path)
     assert zero == one == (lines, False)
 
 
-def test_one_rank_may_ask_to_stop(ranks: RankPools, config: Path, tmp_path: Path) -> None:
+def test_one_rank_may_ask_to_stop(ranks, config, tmp_path):
     for lines, stopped in ranks(2).run(told, settings_of(config, tmp_path / "run"), stops=2):
         assert lines[-2:] == [(2, "save", "step_00000002", True), (2, "end")]
         assert stopped
 
 
-def test_a_callback_that_raises(config: Path, plugins: Path, tmp_path: Path) -> None:
+def test_a_callback_that_raises(config, plugins, tmp_path):
     """On one rank, while the other moves on to the next step and waits there."""
     names = "run.callbacks=[also_failing, failing]"
     failed = moepp("train", config, names, "--nproc", 2)
@@ -168,16 +167,16 @@ def test_a_callback_that_raises(config: Path, plugins: Path, tmp_path: Path) -> 
 class Leaving(Callback):
     """Ends the process as a script does."""
 
-    def begin(self, run: Any) -> None:
+    def begin(self, run):
         raise SystemExit(0)
 
 
 class Demanding(Callback):
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path):
         pass
 
 
-def refusals(raw: dict[str, Any]) -> list[str]:
+def refusals(raw) -> list[str]:
     """What is said of callbacks that cannot be called, or would end a rank without a word."""
     from moepp_megatron.features.callbacks import part as callbacks
     from moepp_megatron.features.callbacks.part import _RENAMED, CallbackError, CallbacksPart
@@ -201,7 +200,7 @@ def refusals(raw: dict[str, Any]) -> list[str]:
     return [str(left.value), str(demanding.value), *renamed]
 
 
-def test_what_a_callback_may_not_be(ranks: RankPools, config: Path, tmp_path: Path) -> None:
+def test_what_a_callback_may_not_be(ranks, config, tmp_path):
     raw = settings_of(config, tmp_path / "run")
     ((left, demanding, *renamed),) = ranks(1).run(refusals, raw | {"parallel": {}})
     assert left == "callback Leaving failed in begin after step 0: SystemExit: 0"
@@ -222,7 +221,7 @@ def test_what_a_callback_may_not_be(ranks: RankPools, config: Path, tmp_path: Pa
     assert demanding.startswith("callback x could not be made: TypeError: Demanding.__init__()")
 
 
-def test_what_is_no_callback(config: Path, plugins: Path) -> None:
+def test_what_is_no_callback(config, plugins):
     done = moepp("train", config, ONE, "run.callbacks=[nothing]")
     assert done.returncode == 2
     assert (
@@ -234,7 +233,7 @@ def test_what_is_no_callback(config: Path, plugins: Path) -> None:
     assert done.stderr.endswith("use nothing\n")
 
 
-def test_the_example_package(config: Path, plugins: Path, tmp_path: Path) -> None:
+def test_the_example_package(config, plugins, tmp_path):
     names = (
         "optimizer.kind=adam_l2",
         "optimizer.decay_style=inverse_root",
@@ -265,7 +264,7 @@ def test_the_example_package(config: Path, plugins: Path, tmp_path: Path) -> Non
     build_report(run)
 
 
-def given(raw: dict[str, Any], folder: Path) -> list[tuple[Any, ...]]:
+def given(raw, folder: Path):
     """What a plugin's part is given, and the steps that it has counted; goes back after step 3."""
     import sys
 
@@ -277,11 +276,11 @@ def given(raw: dict[str, Any], folder: Path) -> list[tuple[Any, ...]]:
     found: list[tuple[Any, ...]] = []
 
     class Restless(plugins.MeanLoss):
-        def load(self, state: Any, why: str, step: int) -> tuple[()]:
+        def load(self, state, why: str, step: int) -> tuple[()]:
             found.append((why, step, state.get("steps")))
             return super().load(state, why, step)
 
-        def judge(self, step: Any) -> Any:
+        def judge(self, step):
             found.append((step.number, self.steps))
             if step.number == 3 and sum(each[0] == "rollback" for each in found) == 0:
                 yield Rollback(None, lambda _: ())
@@ -292,7 +291,7 @@ def given(raw: dict[str, Any], folder: Path) -> list[tuple[Any, ...]]:
     return found
 
 
-def test_a_plugin_brings_a_part(ranks: RankPools, config: Path, tmp_path: Path) -> None:
+def test_a_plugin_brings_a_part(ranks, config, tmp_path):
     """With a state that a rollback and a resume restore."""
     folder = tmp_path / "installed"
     folder.mkdir()
@@ -306,7 +305,7 @@ def test_a_plugin_brings_a_part(ranks: RankPools, config: Path, tmp_path: Path) 
     assert ranks(1).run(given, raw, folder) == [[("resume", 4, 4), (5, 5)]]
 
 
-def test_what_is_no_part(config: Path, plugins: Path) -> None:
+def test_what_is_no_part(config, plugins):
     write_entry_points(plugins, {"moepp_megatron.parts": {"none": NAMES["nothing"]}}, "none")
     done = moepp("train", config, ONE, "run.parts=[none]")
     assert done.returncode == 2
@@ -316,7 +315,7 @@ def test_what_is_no_part(config: Path, plugins: Path) -> None:
     )
 
 
-def test_callbacks_of_a_program(config: Path, tmp_path: Path) -> None:
+def test_callbacks_of_a_program(config, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import sys\n"
@@ -334,6 +333,6 @@ def test_callbacks_of_a_program(config: Path, tmp_path: Path) -> None:
     assert sorted(said) == ["told 0 1", "told 1 1"]
 
 
-def test_objects_are_not_handed_to_other_processes(config: Path) -> None:
+def test_objects_are_not_handed_to_other_processes(config):
     with pytest.raises(ConfigError, match=r"^nproc \(2\) must be 1 with callbacks"):
         train(config, nproc=2, callbacks=[Callback()])

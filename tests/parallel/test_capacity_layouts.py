@@ -1,12 +1,9 @@
 """Which selections a capacity limit drops is the same however the micro-batch is shared out."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 
 from tests.parallel.forced_routing import places_of_this_rank
-from tests.parallel.ranks import RankPools
 
 LENGTH, SEQUENCES, EXPERTS = 16, 3, 6
 
@@ -15,7 +12,7 @@ LENGTH, SEQUENCES, EXPERTS = 16, 3, 6
 DISTINCT = (1, 3, 1000)
 
 
-def kept_by_this_rank(tp: int, cp: int) -> tuple[list[int], list[Any]]:
+def kept_by_this_rank(tp: int, cp: int):
     """Places in the sequence of this rank's tokens, and [places, sequences, E] what they keep."""
     from megatron.core import parallel_state
 
@@ -24,7 +21,7 @@ def kept_by_this_rank(tp: int, cp: int) -> tuple[list[int], list[Any]]:
     return places, [_kept(places, cp, distinct) for distinct in DISTINCT]
 
 
-def _kept(places: list[int], cp: int, distinct: int) -> Any:
+def _kept(places: list[int], cp: int, distinct: int):
     import torch
     from megatron.core import parallel_state
 
@@ -48,7 +45,7 @@ def _kept(places: list[int], cp: int, distinct: int) -> Any:
 
 
 @pytest.mark.parametrize(("tp", "cp"), [(2, 1), (1, 2), (2, 2), (1, 4), (4, 1)])
-def test_the_same_selections_are_dropped(ranks: RankPools, tp: int, cp: int) -> None:
+def test_the_same_selections_are_dropped(ranks, tp, cp):
     ((places, expected),) = ranks(1).run(kept_by_this_rank, 1, 1)
     assert places == list(range(LENGTH))
     assert all(0 < each.sum() < each.size for each in expected)

@@ -2,15 +2,13 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.parallel.ranks import RankPools
 from tests.parallel.saving_runs import Run
 
 
-def save_and_load(folder: Path) -> dict[str, Any]:
+def save_and_load(folder: Path):
     """Counts of this rank of a data- and expert-parallel pair."""
     import torch.distributed as dist
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -22,10 +20,10 @@ def save_and_load(folder: Path) -> dict[str, Any]:
 
     read: list[tuple[str, tuple[int, ...]]] = []
 
-    def refuse(*_: Any, **__: Any) -> None:
+    def refuse(*_, **__):
         raise AssertionError("a save gathers tensors")
 
-    def read_data(reader: Any, plan: Any, planner: Any) -> Any:
+    def read_data(reader, plan, planner):
         indexes = [item.storage_index for item in plan.items]
         read.extend((index.fqn, tuple(index.offset or ())) for index in indexes)
         return read_as_usual(reader, plan, planner)
@@ -71,17 +69,17 @@ def save_and_load(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def counts(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def counts(ranks, tmp_path_factory):
     return ranks(2).run(save_and_load, tmp_path_factory.mktemp("bytes") / "checkpoints")
 
 
-def test_a_save_gathers_and_copies_nothing(counts: list[dict[str, Any]]) -> None:
+def test_a_save_gathers_and_copies_nothing(counts):
     assert [rank["copied"] for rank in counts] == [[], []]
     # Numbers of 4 bytes: no element is on two ranks, and none is missing.
     assert sum(rank["moments"] for rank in counts) == 4 * counts[0]["elements"]
 
 
-def test_a_load_reads_every_byte_once_and_copies_nothing(counts: list[dict[str, Any]]) -> None:
+def test_a_load_reads_every_byte_once_and_copies_nothing(counts):
     assert [rank["copied when loading"] for rank in counts] == [0, 0]
     read = Counter(name for rank in counts for name in rank["read"])
     assert read == Counter(counts[0]["stored"])

@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,7 +22,6 @@ from tests.parallel.checkpoint_runs import (
     trainer_of,
     trainer_settings,
 )
-from tests.parallel.ranks import RankPools
 from tests.parallel.saving_runs import Run, names
 
 
@@ -50,7 +48,7 @@ def full_disk(fault: str) -> Iterator[None]:
         pass
     original = getattr(owner, name)
 
-    def fails(*args: Any, **_: Any) -> Any:
+    def fails(*args, **_):
         if fault == "torch":
             return args[1], torch_error()
         if fault in ("state", "memory"):
@@ -73,15 +71,13 @@ def full_disk(fault: str) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def save_with_faults(
-    folder: Path, faults: list[tuple[str, int]], is_async: bool
-) -> list[dict[str, Any]]:
+def save_with_faults(folder: Path, faults: list[tuple[str, int]], is_async: bool):
     """Of each fault: a good save, one with the fault on one rank, another good one."""
     run = Run(folder, async_save=is_async)
     return [save_with_fault(run, folder / fault, fault, bad_rank) for fault, bad_rank in faults]
 
 
-def save_with_fault(run: Run, folder: Path, fault: str, bad_rank: int) -> dict[str, Any]:
+def save_with_fault(run: Run, folder: Path, fault: str, bad_rank: int):
     import torch.distributed as dist
 
     run.begin_in(folder)
@@ -108,7 +104,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_failed_saves_on_one_rank(ranks: RankPools, tmp_path: Path, is_async: bool) -> None:
+def test_failed_saves_on_one_rank(ranks, tmp_path, is_async):
     by_rank = ranks(2).run(save_with_faults, tmp_path, FAULTS[is_async], is_async)
     for (fault, _), *results in zip(FAULTS[is_async], *by_rank, strict=True):
         for result in results:
@@ -143,7 +139,7 @@ def save_with_another_clock(folder: Path) -> list[list[str]]:
     return found
 
 
-def test_the_newest_checkpoint_is_the_last_one_whatever_the_clock_says(ranks, tmp_path) -> None:
+def test_the_newest_checkpoint_is_the_last_one_whatever_the_clock_says(ranks, tmp_path):
     (found,) = ranks(1).run(save_with_another_clock, tmp_path)
     steps = [f"step_{step:08d}" for step in (1, 2, 3)]
     assert found == [[steps[1], steps[0]], [steps[2], steps[1]]]
@@ -166,19 +162,19 @@ def save_after_dates_ahead(folder: Path) -> list[list[str]]:
     return found
 
 
-def test_a_new_checkpoint_stays_though_others_are_dated_ahead(ranks, tmp_path) -> None:
+def test_a_new_checkpoint_stays_though_others_are_dated_ahead(ranks, tmp_path):
     (found,) = ranks(1).run(save_after_dates_ahead, tmp_path)
     assert found == [["latest", f"step_{step:08d}"] for step in (2, 3)]
     dates = [json.loads(path.read_text())["saved_at"] for path in tmp_path.glob("*/state.json")]
     assert all(date > time.time() + 80000.0 for date in dates)
 
 
-def lose_checkpoints(raw: dict[str, Any], lost: int) -> tuple[str | None, int]:
+def lose_checkpoints(raw, lost: int) -> tuple[str | None, int]:
     """What a run calls missing at its end, and its failed saves, if a checkpoint is removed."""
     from moepp_megatron.features.callbacks.part import Callback
 
     class Thief(Callback):
-        def saved(self, run: Any, checkpoint: Path) -> None:
+        def saved(self, run, checkpoint: Path):
             if checkpoint.name == f"step_{lost:08d}":
                 shutil.rmtree(checkpoint)
 
@@ -188,7 +184,7 @@ def lose_checkpoints(raw: dict[str, Any], lost: int) -> tuple[str | None, int]:
 
 
 @pytest.mark.parametrize("lost", [2, 3])
-def test_a_checkpoint_that_is_lost_after_its_save(ranks, corpus: Path, tmp_path, lost: int) -> None:
+def test_a_checkpoint_that_is_lost_after_its_save(ranks, corpus, tmp_path, lost):
     """Is told, and is the run's failure if it was the last one."""
     raw = trainer_settings(
         corpus, tmp_path, training={"train_iters": 3}, checkpoint={"save_interval": 1}
@@ -202,16 +198,16 @@ def test_a_checkpoint_that_is_lost_after_its_save(ranks, corpus: Path, tmp_path,
     assert gone in json.loads(alert)["condition"]
 
 
-def lose_folder(raw: dict[str, Any], step: int, event: str) -> str | None:
+def lose_folder(raw, step: int, event: str) -> str | None:
     """What a run calls missing at its end, if its folder is removed in a step or after its save."""
     from moepp_megatron.features.callbacks.part import Callback
 
     class Thief(Callback):
-        def after_step(self, run: Any, record: Any) -> None:
+        def after_step(self, run, record):
             if event == "step" and run.step == step:
                 shutil.rmtree(raw["run"]["dir"])
 
-        def saved(self, run: Any, checkpoint: Path) -> None:
+        def saved(self, run, checkpoint: Path):
             if event == "save" and run.step == step:
                 shutil.rmtree(raw["run"]["dir"])
 
@@ -220,7 +216,7 @@ def lose_folder(raw: dict[str, Any], step: int, event: str) -> str | None:
     return trainer.failure
 
 
-def test_a_run_whose_folder_is_removed(ranks: RankPools, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_whose_folder_is_removed(ranks, corpus, tmp_path):
     run = tmp_path / "run"
     steps = {"train_iters": 4}
     raw = trainer_settings(corpus, run, training=steps, checkpoint={"save_interval": 1})
@@ -232,7 +228,7 @@ def test_a_run_whose_folder_is_removed(ranks: RankPools, corpus: Path, tmp_path:
     assert {"config.yaml", "status.json", "tensorboard"} <= set(names(run))
 
 
-def test_a_run_whose_folder_is_removed_at_its_end(ranks, corpus: Path, tmp_path) -> None:
+def test_a_run_whose_folder_is_removed_at_its_end(ranks, corpus, tmp_path):
     run = tmp_path / "run"
     steps = {"train_iters": 3}
     raw = trainer_settings(corpus, run, training=steps, checkpoint={"save_interval": 3})
@@ -249,7 +245,7 @@ def step_while_writing(folder: Path) -> bool:
 
     write, ready = plan.SavePlan.write, folder.with_suffix(".ready")
 
-    def slow(self: Any) -> Any:
+    def slow(self):
         while not ready.exists():
             time.sleep(0.01)
         return write(self)
@@ -266,7 +262,7 @@ def step_while_writing(folder: Path) -> bool:
     return waits
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(ranks: RankPools, tmp_path: Path) -> None:
+def test_training_goes_on_while_a_checkpoint_is_written(ranks, tmp_path):
     # A snapshot, though the parameters have changed twice before they are written.
     assert ranks(1).run(step_while_writing, tmp_path / "slow") == [True]
     (_,) = ranks(1).run(save_first_step, tmp_path / "fast")
@@ -280,7 +276,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(ranks: RankPools, tmp_pa
         assert record["progress"]["step"] == 1
 
 
-def save_first_step(folder: Path) -> None:
+def save_first_step(folder: Path):
     run = Run(folder)
     run.step()
     assert run.save() is None
@@ -329,7 +325,7 @@ def save_twice(folder: Path, change: str) -> tuple[list[str | None], list[str]]:
     ("change", "error"),
     [("full", "No space left on device"), ("read-only", "Read-only file system")],
 )
-def test_full_and_read_only_disks(ranks, small_disk: Path, change: str, error: str) -> None:
+def test_full_and_read_only_disks(ranks, small_disk, change, error):
     errors, left = ranks(1).run(save_twice, small_disk, change)[0]
     assert errors[0] is None
     assert errors[1] is not None
@@ -337,7 +333,7 @@ def test_full_and_read_only_disks(ranks, small_disk: Path, change: str, error: s
     assert left == ["latest", "step_00000001"]
 
 
-def test_trainer_goes_on_without_its_folder(ranks: RankPools, corpus: Path, tmp_path: Path) -> None:
+def test_trainer_goes_on_without_its_folder(ranks, corpus, tmp_path):
     # Works as root too, for whom no folder is read-only: a file stands in the folder's place.
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("not a folder")

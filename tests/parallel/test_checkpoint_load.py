@@ -3,7 +3,6 @@
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -12,14 +11,13 @@ from moepp_megatron.config import ConfigError
 from tests.commands import moepp
 from tests.parallel.checkpoint_runs import Messages, logged, run_trainer, trainer_settings
 from tests.parallel.planted_pickles import STATEFUL, plant
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import EP2
 
 AUTO = {"save_interval": 2, "load": "auto"}
 
 
 @pytest.fixture(scope="module")
-def trained(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(ranks, corpus, tmp_path_factory) -> Path:
     """A run of four steps with checkpoints of steps 2 and 4, on two ranks."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     ranks(2).run(run_trainer, _settings(corpus, folder, 4, {"save_interval": 2}))
@@ -27,14 +25,12 @@ def trained(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
+def run(trained, tmp_path) -> Path:
     """A copy of it, to do harm to."""
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def _settings(
-    corpus: Path, run: Path, steps: int, checkpoint: dict[str, Any], **sections: Any
-) -> dict[str, Any]:
+def _settings(corpus: Path, run: Path, steps: int, checkpoint, **sections):
     training = {"train_iters": steps}
     # So fast that two steps show.
     optimizer = {"lr": 0.01, "warmup_iters": 0}
@@ -49,7 +45,7 @@ def _settings(
     )
 
 
-def found(raw: dict[str, Any]) -> tuple[Path | None, list[str]]:
+def found(raw) -> tuple[Path | None, list[str]]:
     """Where a trainer on this rank would start, and what it would log."""
     from moepp_megatron.config import parse_config
     from moepp_megatron.training.checkpoint import find_start
@@ -60,20 +56,20 @@ def found(raw: dict[str, Any]) -> tuple[Path | None, list[str]]:
         return find_start(config, checkpoint_folder(config)), messages
 
 
-def refusal(raw: dict[str, Any]) -> str:
+def refusal(raw) -> str:
     """Why a trainer on this rank does not start."""
     with pytest.raises(ConfigError) as refused:
         run_trainer(raw)
     return str(refused.value)
 
 
-def _flip(path: Path) -> None:
+def _flip(path: Path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def _truncate(path: Path) -> None:
+def _truncate(path: Path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
@@ -91,7 +87,7 @@ def _truncate(path: Path) -> None:
         ("config.yaml", _truncate, "config.yaml has "),
     ],
 )
-def test_auto_skips_what_is_damaged(ranks, corpus: Path, run: Path, name: str, harm: Any, why: str):
+def test_auto_skips_what_is_damaged(ranks, corpus, run, name, harm, why):
     newest = run / "checkpoints" / "step_00000004"
     harm(newest / name)
     left = sorted(path.name for path in newest.iterdir())
@@ -103,7 +99,7 @@ def test_auto_skips_what_is_damaged(ranks, corpus: Path, run: Path, name: str, h
     assert sorted(path.name for path in newest.iterdir()) == left
 
 
-def test_a_run_goes_on_from_the_newest_valid_checkpoint(ranks, corpus: Path, run: Path) -> None:
+def test_a_run_goes_on_from_the_newest_valid_checkpoint(ranks, corpus, run):
     newest = run / "checkpoints" / "step_00000004"
     _flip(newest / "__1_0.distcp")
     expected = logged(run)
@@ -114,7 +110,7 @@ def test_a_run_goes_on_from_the_newest_valid_checkpoint(ranks, corpus: Path, run
     assert not messages[1]
 
 
-def test_auto_ignores_what_a_killed_save_left(ranks: RankPools, corpus: Path, run: Path) -> None:
+def test_auto_ignores_what_a_killed_save_left(ranks, corpus, run):
     checkpoints = run / "checkpoints"
     shutil.copytree(checkpoints / "step_00000004", checkpoints / ".step_00000006.incomplete-ab")
     (checkpoints / "step_00000008").mkdir()
@@ -132,7 +128,7 @@ def test_auto_ignores_what_a_killed_save_left(ranks: RankPools, corpus: Path, ru
     ]
 
 
-def test_unreadable_checkpoint_of_the_same_step_is_put_aside(ranks, corpus: Path, run: Path):
+def test_unreadable_checkpoint_of_the_same_step_is_put_aside(ranks, corpus, run):
     checkpoints = run / "checkpoints"
     _flip(checkpoints / "step_00000004" / "__1_0.distcp")
     damaged = (checkpoints / "step_00000004" / "__1_0.distcp").read_bytes()
@@ -143,13 +139,13 @@ def test_unreadable_checkpoint_of_the_same_step_is_put_aside(ranks, corpus: Path
     assert not (checkpoints / "step_00000002").exists(), "keep deletes what is valid and old"
 
 
-def test_auto_starts_from_scratch_where_there_is_nothing(ranks, corpus: Path, tmp_path) -> None:
+def test_auto_starts_from_scratch_where_there_is_nothing(ranks, corpus, tmp_path):
     messages = ranks(2).run(run_trainer, _settings(corpus, tmp_path / "new", 1, {"load": "auto"}))
     assert logged(tmp_path / "new", "step") == [1]
     assert any("starts from scratch" in line for line in messages[0])
 
 
-def test_all_damaged_is_no_start_from_scratch(ranks: RankPools, corpus: Path, run: Path) -> None:
+def test_all_damaged_is_no_start_from_scratch(ranks, corpus, run):
     # Beneath what is looked at before ranks start.
     for step in (2, 4):
         _flip(run / "checkpoints" / f"step_{step:08d}" / "__1_0.distcp")
@@ -176,20 +172,20 @@ def test_resume_without_a_sound_checkpoint_is_exit_code_2(corpus, run, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["run", "{tmp}/run", "{tmp}/run/checkpoints/step_00000004"])
-def test_names_of_another_run(ranks, corpus: Path, run: Path, tmp_path, name: str) -> None:
+def test_names_of_another_run(ranks, corpus, run, tmp_path, name):
     raw = _settings(corpus, tmp_path / "second", 5, {"load": name.format(tmp=tmp_path)})
     newest = run / "checkpoints" / "step_00000004"
     assert ranks(2).run(found, raw) == [(newest, [])] * 2
 
 
-def test_another_run_goes_on_from_a_checkpoint(ranks, corpus: Path, run: Path, tmp_path) -> None:
+def test_another_run_goes_on_from_a_checkpoint(ranks, corpus, run, tmp_path):
     load = {"load": str(run / "checkpoints" / "step_00000002")}
     ranks(2).run(run_trainer, _settings(corpus, tmp_path / "second", 5, load))
     assert logged(tmp_path / "second", "step") == [3, 4, 5]
     assert logged(tmp_path / "second")[:2] == logged(run)[2:]
 
 
-def test_weights_alone_start_at_step_0(ranks, corpus: Path, run: Path, tmp_path) -> None:
+def test_weights_alone_start_at_step_0(ranks, corpus, run, tmp_path):
     load = {"load": str(run), "load_optimizer": False}
     ranks(2).run(run_trainer, _settings(corpus, tmp_path / "tuned", 2, load))
     assert logged(tmp_path / "tuned", "step") == [1, 2]
@@ -197,13 +193,13 @@ def test_weights_alone_start_at_step_0(ranks, corpus: Path, run: Path, tmp_path)
     assert logged(tmp_path / "tuned")[0] < logged(run)[0] - 0.1
 
 
-def test_missing_name_is_refused(ranks: RankPools, corpus: Path, tmp_path: Path) -> None:
+def test_missing_name_is_refused(ranks, corpus, tmp_path):
     raw = _settings(corpus, tmp_path / "new", 1, {"load": "nowhere"})
     for line in ranks(2).run(refusal, raw):
         assert line.startswith("checkpoint.load (nowhere) must be a checkpoint")
 
 
-def test_other_shapes_are_refused(ranks: RankPools, corpus: Path, run: Path) -> None:
+def test_other_shapes_are_refused(ranks, corpus, run):
     raw = _settings(corpus, run, 5, {"load": "auto"}, model={"hidden_size": 64})
     for line in ranks(2).run(refusal, raw):
         assert re.search(r"model.hidden_size \(64\) must be .* \(32\); use 32", line)
@@ -230,7 +226,7 @@ def test_planted_pickle_is_not_executed(ranks, corpus, run, tmp_path, name, why)
     assert not exploded.exists()
 
 
-def test_planted_legacy_file_is_refused(ranks: RankPools, corpus: Path, run: Path) -> None:
+def test_planted_legacy_file_is_refused(ranks, corpus, run):
     newest = run / "checkpoints" / "step_00000004"
     (newest / "common.pt").write_bytes(b"anything")
     start, messages = ranks(2).run(found, _settings(corpus, run, 4, {"load": "auto"}))[0]

@@ -65,7 +65,7 @@ MORE_PAIRS = [
 ]
 
 
-def run_settings(**sections: Any) -> dict[str, Any]:
+def run_settings(**sections):
     """Four layers, for pipelines; micro-batches, which have balance losses, as four ranks need."""
     model = {"num_layers": 4, **sections.pop("model", {})}
     training = {"global_batch_size": 4, "micro_batch_size": 1}
@@ -77,7 +77,7 @@ def unbroken(ranks: RankPools) -> list[float]:
     return assemble(ranks(1).run(train, run_settings(), STEPS)).losses
 
 
-def check(ranks: RankPools, folder: Path, writer: str, reader: str, **sections: Any) -> list[float]:
+def check(ranks: RankPools, folder: Path, writer: str, reader: str, **sections) -> list[float]:
     """Losses of a run that changes its layout in the middle."""
     world_size, parallel = LAYOUTS[writer]
     raw = run_settings(parallel=parallel, **sections)
@@ -93,7 +93,7 @@ def check(ranks: RankPools, folder: Path, writer: str, reader: str, **sections: 
     ("writer", "reader"),
     [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.matrix) for pair in MORE_PAIRS)],
 )
-def test_run_goes_on_in_another_layout(ranks, tmp_path, writer: str, reader: str) -> None:
+def test_run_goes_on_in_another_layout(ranks, tmp_path, writer, reader):
     losses = check(ranks, tmp_path, writer, reader)
     np.testing.assert_allclose(losses, unbroken(ranks), rtol=FP32)
 
@@ -104,7 +104,7 @@ def test_run_goes_on_in_another_layout(ranks, tmp_path, writer: str, reader: str
     [{"model": {"tie_embeddings": True}}, {"moe": {"num_ffn_experts": 8, "layer_freq": 2}}],
     ids=["tied", "mixed"],
 )
-def test_other_models(ranks: RankPools, tmp_path: Path, sections: dict[str, Any]) -> None:
+def test_other_models(ranks, tmp_path, sections):
     losses = check(ranks, tmp_path, "pp2", "ep2", **sections)
     expected = assemble(ranks(1).run(train, run_settings(**sections), STEPS)).losses
     np.testing.assert_allclose(losses, expected, rtol=FP32)

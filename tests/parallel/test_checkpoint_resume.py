@@ -30,10 +30,10 @@ OTHER_WAYS = {"one": [True], "tp2": [False], "dp2 overlapped": [False]}
         *(pytest.param(*case, marks=pytest.mark.matrix) for case in OTHER_WAYS.items()),
     ],
 )
-def test_two_and_two_steps_are_four(ranks, corpus: Path, tmp_path, layout: str, ways: list[bool]):
+def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, layout, ways):
     world_size, parallel = LAYOUTS[layout]
 
-    def run(name: str, steps: int, **sections: Any) -> list[str]:
+    def run(name: str, steps: int, **sections) -> list[str]:
         training = {"train_iters": steps, "micro_batch_size": 8 // world_size}
         sections |= {"moe": NOISE, "parallel": parallel, "training": training}
         raw = trainer_settings(corpus, tmp_path / name, optimizer={"warmup_iters": 1}, **sections)
@@ -57,7 +57,7 @@ def test_two_and_two_steps_are_four(ranks, corpus: Path, tmp_path, layout: str, 
         assert (folder / "latest").read_text() == "step_00000004\n"
 
 
-def draw_in_every_step(raw: dict[str, Any]) -> list[tuple[float, float]]:
+def draw_in_every_step(raw) -> list[tuple[float, float]]:
     """What Python's and NumPy's generators give in each step of a run, as a library would draw."""
     import random
     from unittest import mock
@@ -69,7 +69,7 @@ def draw_in_every_step(raw: dict[str, Any]) -> list[tuple[float, float]]:
     drawn: list[tuple[float, float]] = []
     step = trainer.training_step
 
-    def draw(*args: Any) -> Any:
+    def draw(*args):
         drawn.append((random.random(), float(np.random.random())))
         return step(*args)
 
@@ -78,10 +78,10 @@ def draw_in_every_step(raw: dict[str, Any]) -> list[tuple[float, float]]:
     return drawn
 
 
-def test_python_and_numpy_draw_the_same_again(ranks, corpus: Path, tmp_path) -> None:
+def test_python_and_numpy_draw_the_same_again(ranks, corpus, tmp_path):
     checkpoint = {"save_interval": 2, "load": "auto"}
 
-    def drawn(run: str, steps: int, **sections: Any) -> list[tuple[float, float]]:
+    def drawn(run: str, steps: int, **sections) -> list[tuple[float, float]]:
         training = {"train_iters": steps, "micro_batch_size": 8, **sections.pop("training", {})}
         sections["training"] = training
         raw = trainer_settings(corpus, tmp_path / run, optimizer={"warmup_iters": 0}, **sections)
@@ -95,7 +95,7 @@ def test_python_and_numpy_draw_the_same_again(ranks, corpus: Path, tmp_path) -> 
     assert parts == [whole[:2], whole[2:]]
 
 
-def judge_while_pruning(raw: dict[str, Any]) -> list[tuple[str, str, int]]:
+def judge_while_pruning(raw) -> list[tuple[str, str, int]]:
     """Phase, checkpoint and part of each look into one, on this rank."""
     from unittest import mock
 
@@ -115,11 +115,11 @@ def judge_while_pruning(raw: dict[str, Any]) -> list[tuple[str, str, int]]:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_all_ranks_look_into_checkpoints_of_before(ranks, corpus: Path, tmp_path, is_async: bool):
+def test_all_ranks_look_into_checkpoints_of_before(ranks, corpus, tmp_path, is_async):
     """Hashing takes minutes: for one rank alone the others would wait in their next step."""
     checkpoint: dict[str, Any] = {"save_interval": 1, "keep": 2, "load": "auto"}
 
-    def raw(steps: int, **more: Any) -> dict[str, Any]:
+    def raw(steps: int, **more):
         sections: dict[str, dict[str, Any]] = {"training": {"train_iters": steps}}
         sections["checkpoint"] = checkpoint | more
         return trainer_settings(corpus, tmp_path / "run", optimizer={"warmup_iters": 0}, **sections)

@@ -41,7 +41,7 @@ sys.exit(7)
 
 
 @pytest.fixture
-def starter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def starter(tmp_path, monkeypatch) -> Path:
     (tmp_path / "started.py").write_text(STARTED)
     path = tmp_path / "starter.py"
     path.write_text(STARTER)
@@ -49,7 +49,7 @@ def starter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_fork_is_to_its_parent_what_a_start_is(starter: Path) -> None:
+def test_a_fork_is_to_its_parent_what_a_start_is(starter):
     forked = program(starter)
     command = [sys.executable, str(starter)]
     cold = subprocess.run(command, capture_output=True, text=True, cwd=starter.parent)
@@ -71,7 +71,7 @@ def test_a_fork_is_to_its_parent_what_a_start_is(starter: Path) -> None:
         ("import atexit; atexit.register(print, 'last')", 0, "last\n"),
     ],
 )
-def test_ends_are_those_of_an_interpreter(tmp_path: Path, end: str, status: int, says: str) -> None:
+def test_ends_are_those_of_an_interpreter(tmp_path, end, status, says):
     path = tmp_path / "program.py"
     path.write_text(f"import os, signal, sys\n{end}\n")
     done = program(path)

@@ -6,7 +6,6 @@ import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +54,7 @@ def vocabulary(corpus: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def saved(ranks, corpus: Path, tmp_path_factory) -> tuple[Path, np.ndarray]:
+def saved(ranks, corpus, tmp_path_factory) -> tuple[Path, np.ndarray]:
     """A `--save` folder of Megatron's loop, and the scores of the model that it ended with."""
     folder = tmp_path_factory.mktemp("megatron-lm")
     arguments = (
@@ -67,7 +66,7 @@ def saved(ranks, corpus: Path, tmp_path_factory) -> tuple[Path, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def converted(saved: tuple[Path, np.ndarray], corpus: Path) -> Path:
+def converted(saved, corpus) -> Path:
     target = saved[0].parent / "ours"
     from_megatron_lm(saved[0], target, tokenizer=corpus / "tokenizer.json")
     return target
@@ -88,7 +87,7 @@ def test_the_converted_model_scores_as_megatrons(ranks, saved, converted, tmp_pa
     assert (moe.tau, moe.num_zero_experts, moe.gate_normalization) == (0.5, 2, "nonzero")
 
 
-def test_weights_are_not_copied(saved: tuple[Path, np.ndarray], converted: Path) -> None:
+def test_weights_are_not_copied(saved, converted):
     source = saved[0] / f"iter_{STEPS:07d}"
     for file in source.glob("*.distcp"):
         assert (converted / file.name).samefile(file)
@@ -101,8 +100,8 @@ def test_weights_are_not_copied(saved: tuple[Path, np.ndarray], converted: Path)
     assert torch.load(stored, weights_only=True) == [{}]
 
 
-def test_without_hard_links_files_are_copied(saved: tuple[Path, np.ndarray], tmp_path, monkeypatch):
-    def no_links(*paths: Any) -> None:
+def test_without_hard_links_files_are_copied(saved, tmp_path, monkeypatch):
+    def no_links(*paths):
         raise OSError("Invalid cross-device link")
 
     monkeypatch.setattr("os.link", no_links)
@@ -111,7 +110,7 @@ def test_without_hard_links_files_are_copied(saved: tuple[Path, np.ndarray], tmp
     assert all(path.stat().st_nlink == 1 for path in (tmp_path / "ours").iterdir())
 
 
-def test_it_generates_inspects_and_exports(ranks, converted: Path, tmp_path) -> None:
+def test_it_generates_inspects_and_exports(ranks, converted, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Document 7: words 49 and lines.\n")
     (traced,) = ranks(1).run(trace, converted, text, [])
@@ -138,7 +137,7 @@ def test_the_way_back(ranks, saved, converted, corpus, tmp_path):
 # ---- what is read of the arguments -----------------------------------------------------------
 
 
-def test_settings_of_the_environment_are_kept(ranks, saved: tuple[Path, np.ndarray], monkeypatch):
+def test_settings_of_the_environment_are_kept(ranks, saved, monkeypatch):
     folder = find_megatron_checkpoint(saved[0])
     arguments = read_arguments(TensorReader(folder))
     expected = config_from_arguments(arguments, None, "save")
@@ -157,7 +156,7 @@ _IN_CODE = {"kv_lora_rank", "rope_type", "rotary_scaling_factor", "bias_update_r
 _FREE = {"num_workers"}
 
 
-def test_absent_arguments_have_megatrons_defaults(ranks) -> None:
+def test_absent_arguments_have_megatrons_defaults(ranks):
     """Held to the parser of megatron-core's wheel: a new default shows here."""
     defaults = ranks(1).run(_megatrons_defaults)[0]
     ours = {one.name: one.default for section in section_references() for one in section.settings}
@@ -174,14 +173,14 @@ def test_absent_arguments_have_megatrons_defaults(ranks) -> None:
     assert other == {"num-query-groups": (1, "null")}
 
 
-def _number(value: object) -> float | None:
+def _number(value) -> float | None:
     try:
         return float(str(value))
     except ValueError:
         return None
 
 
-def _megatrons_defaults() -> dict[str, Any]:
+def _megatrons_defaults():
     import argparse
 
     from megatron.training.arguments import add_megatron_arguments
@@ -192,7 +191,7 @@ def _megatrons_defaults() -> dict[str, Any]:
     return {name: action.default for name, action in names.items() if action is not None}
 
 
-def test_groups_of_experts_go_both_ways(saved: tuple[Path, np.ndarray]) -> None:
+def test_groups_of_experts_go_both_ways(saved):
     arguments = read_arguments(TensorReader(find_megatron_checkpoint(saved[0])))
     arguments.moe_router_num_groups, arguments.moe_router_group_topk = 4, 2
     config = config_from_arguments(arguments, None, "save")
@@ -231,12 +230,12 @@ def test_a_model_that_is_not_this_one_is_refused(saved, tmp_path, monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_code_of_the_checkpoint_runs(saved: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+def test_no_code_of_the_checkpoint_runs(saved, tmp_path):
     """What the arguments ask for by name is neither imported nor called."""
     ran = tmp_path / "ran"
 
     class Planted:
-        def __reduce__(self) -> Any:
+        def __reduce__(self):
             return eval, (f"open({str(ran)!r}, 'w').close()",)
 
     folder = tmp_path / "crafted"
@@ -265,12 +264,12 @@ def test_arguments_that_cannot_be_read_are_an_error(saved, tmp_path, common):
         from_megatron_lm(folder, tmp_path / "ours")
 
 
-def test_what_is_no_checkpoint_of_megatrons_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_of_megatrons_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"must be a checkpoint of Megatron-LM in the format"):
         from_megatron_lm(tmp_path, tmp_path / "ours")
 
 
-def test_the_target_is_not_overwritten(saved: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+def test_the_target_is_not_overwritten(saved, tmp_path):
     (tmp_path / "mine").write_text("kept")
     with pytest.raises(ConfigError, match="must not exist or be empty"):
         from_megatron_lm(saved[0], tmp_path)
@@ -301,13 +300,13 @@ def test_gates_of_megatrons_own_layer_go_both_ways(saved, given, gates):
     assert ("--moe-router-pre-softmax" in megatron_arguments(config)) == given
 
 
-def test_norms_over_all_heads_are_refused(converted: Path) -> None:
+def test_norms_over_all_heads_are_refused(converted):
     both = ["model.qk_layernorm=true", "model.qk_layernorm_scope=all_heads"]
     with pytest.raises(ConfigError, match=r"qk_layernorm_scope \('all_heads'\) must be 'head' for"):
         megatron_arguments(load_config(converted / "config.yaml", both))
 
 
-def test_model_arguments_are_those_that_the_model_was_made_with(converted: Path) -> None:
+def test_model_arguments_are_those_that_the_model_was_made_with(converted):
     """Every argument of these tests' models comes back with its value, others beside."""
     words = megatron_arguments(load_config(converted / "config.yaml"))
     made = dict(zip(words, [*words[1:], ""], strict=True))

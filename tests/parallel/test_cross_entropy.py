@@ -1,7 +1,5 @@
 """The fused cross entropy over a shared vocabulary, alone and in training."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -15,7 +13,7 @@ FP32 = 5e-6
 LAYOUT = 1e-5
 
 
-def losses_of_shares(spread: float) -> dict[str, Any]:
+def losses_of_shares(spread: float):
     """Loss and gradient of this rank's columns: the kernels', megatron-core's, and in fp64."""
     import torch
     import torch.distributed as dist
@@ -59,7 +57,7 @@ def losses_of_shares(spread: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize("spread", [3.0, 1e4])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_shares_of_the_vocabulary(ranks: RankPools, size: int, spread: float) -> None:
+def test_shares_of_the_vocabulary(ranks, size, spread):
     results = ranks(size).run(losses_of_shares, spread)
     for result in results:
         for name in ("fused", "megatron-core"):
@@ -70,7 +68,7 @@ def test_shares_of_the_vocabulary(ranks: RankPools, size: int, spread: float) ->
     assert np.abs(results[0]["fp64"][1]).max() > 0
 
 
-def run(ranks: RankPools, size: int, kind: str, **sections: dict[str, Any]) -> Any:
+def run(ranks: RankPools, size: int, kind: str, **sections):
     precision = {"cross_entropy": kind, **sections.pop("precision", {})}
     raw = short(**sections, precision=precision)
     return assemble(ranks(size).run(train, raw, STEPS))
@@ -81,7 +79,7 @@ def run(ranks: RankPools, size: int, kind: str, **sections: dict[str, Any]) -> A
     [(2, {"model": {"tie_embeddings": True}, "parallel": TP2}), (2, {"parallel": PP2})],
     ids=["tp2 tied", "pp2"],
 )
-def test_training(ranks: RankPools, size: int, sections: dict[str, Any]) -> None:
+def test_training(ranks, size, sections):
     """Losses, gradients and routing are those of megatron-core's cross entropy in the layout."""
     unfused, fused = (run(ranks, size, kind, **sections) for kind in ("unfused", "fused"))
     compare(fused, unfused, LAYOUT)
@@ -91,13 +89,13 @@ def test_training(ranks: RankPools, size: int, sections: dict[str, Any]) -> None
     ), "the kernels did not run"
 
 
-def test_the_native_fusion_is_exact_where_logits_are_bf16(ranks: RankPools) -> None:
+def test_the_native_fusion_is_exact_where_logits_are_bf16(ranks):
     """It rounds the gradient to bf16, which autograd does with megatron-core's other one too."""
     bf16 = {"dtype": "bf16"}
     unfused, native = (run(ranks, 1, kind, precision=bf16) for kind in ("unfused", "native"))
     compare(native, unfused, 0.0)
 
 
-def test_a_cpu_keeps_what_it_computed(ranks: RankPools) -> None:
+def test_a_cpu_keeps_what_it_computed(ranks):
     unfused, auto = (run(ranks, 1, kind) for kind in ("unfused", "auto"))
     compare(auto, unfused, 0.0)

@@ -18,7 +18,7 @@ from tests.parallel.training_runs import (
 )
 
 
-def train_with_graphs(raw: dict[str, Any], steps: int) -> Any:
+def train_with_graphs(raw, steps: int):
     """As `train`; fails unless every graph was replayed in all steps but the first."""
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
@@ -35,7 +35,7 @@ def train_with_graphs(raw: dict[str, Any], steps: int) -> Any:
     return result
 
 
-def with_and_without(ranks: RankPools, sections: dict[str, Any]) -> tuple[Run, Run]:
+def with_and_without(ranks: RankPools, sections) -> tuple[Run, Run]:
     """A run with graphs, which the second step replays in both directions, and one without."""
     plain = assemble(ranks(2).run(train, short(**sections), STEPS))
     graphs = {"cuda_graphs": ["attn", "moe_router"]}
@@ -58,7 +58,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     ("layout", "dtype"),
     [("expert parallel, overlapped", "fp32"), ("interleaved", "fp32"), ("pipeline", "bf16")],
 )
-def test_training_equals_that_without_graphs(ranks: RankPools, layout: str, dtype: str) -> None:
+def test_training_equals_that_without_graphs(ranks, layout, dtype):
     """To a few units in the last place: a graph sums gradients that meet in it in its own order."""
     sections: dict[str, Any] = {
         "parallel": LAYOUTS[layout],
@@ -70,6 +70,6 @@ def test_training_equals_that_without_graphs(ranks: RankPools, layout: str, dtyp
 
 
 @pytest.mark.parametrize("layout", ["expert parallel, overlapped", "pipeline"])
-def test_latent_attention_is_captured(ranks: RankPools, layout: str) -> None:
+def test_latent_attention_is_captured(ranks, layout):
     sections: dict[str, Any] = {"parallel": LAYOUTS[layout], "model": LATENT}
     compare(*with_and_without(ranks, sections), 1e-6)

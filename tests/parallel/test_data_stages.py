@@ -2,9 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -20,7 +18,7 @@ KILLED_AT = 4
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def data(tmp_path_factory):
     """Section `data`: three folders, three stages."""
     folder = tmp_path_factory.mktemp("letters")
     web, code, math = (
@@ -45,7 +43,7 @@ class Killed(Exception):
     """Stands for a kill: nothing is saved."""
 
 
-def run_and_read(raw: dict[str, Any], killed_at: int | None = None) -> list[list[list[int]]]:
+def run_and_read(raw, killed_at: int | None = None) -> list[list[list[int]]]:
     """Train; the tokens of each micro-batch that this rank has trained on, in order."""
     from moepp_megatron.training import trainer
 
@@ -53,12 +51,12 @@ def run_and_read(raw: dict[str, Any], killed_at: int | None = None) -> list[list
     make, step = trainer.rank_batches, trainer.training_step
     steps = 0
 
-    def recorded(iterator: Any) -> Any:
+    def recorded(iterator):
         for batch in iterator:
             read.append(batch["tokens"].tolist())
             yield batch
 
-    def counted(*args: Any) -> Any:
+    def counted(*args):
         nonlocal steps
         steps += 1
         if steps == killed_at:
@@ -76,7 +74,7 @@ def run_and_read(raw: dict[str, Any], killed_at: int | None = None) -> list[list
     return read
 
 
-def raw_of(data: dict[str, Any], run: Path, **sections: Any) -> dict[str, Any]:
+def raw_of(data, run: Path, **sections):
     training = {"train_iters": STEPS, "eval_iters": 1, "eval_interval": 3, "micro_batch_size": 4}
     raw = trainer_settings(Path("unused"), run, training=training, **sections)
     return raw | {"data": data}
@@ -88,11 +86,11 @@ def stages_of(run: Path) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(ranks, data, tmp_path_factory) -> Callable[[int], tuple[list[Any], Path]]:
+def unbroken(ranks, data, tmp_path_factory):
     """What each of so many ranks reads in a run that nothing ends, and the run's folder."""
 
     @functools.cache
-    def run(ranks_of_run: int) -> tuple[list[Any], Path]:
+    def run(ranks_of_run: int):
         folder = tmp_path_factory.mktemp("unbroken")
         return ranks(ranks_of_run).run(run_and_read, raw_of(data, folder)), folder
 
@@ -123,7 +121,7 @@ def test_killed_and_resumed_is_unbroken(ranks, data, unbroken, tmp_path, ranks_o
     assert stages_of(tmp_path / "run") == [told[0], told[0], told[1]]
 
 
-def test_losses_by_source_and_by_set(unbroken: Callable[[int], tuple[list[Any], Path]]) -> None:
+def test_losses_by_source_and_by_set(unbroken):
     _, folder = unbroken(1)
     losses = logged(folder, "source_loss")
     assert [sorted(each) for each in losses[:2]] == [["code", "web"]] * 2
@@ -142,7 +140,7 @@ def test_losses_by_source_and_by_set(unbroken: Callable[[int], tuple[list[Any], 
     assert whole != sets[-1]["seen"]
 
 
-def test_a_rollback_over_a_stage_begins_it_again() -> None:
+def test_a_rollback_over_a_stage_begins_it_again():
     """A checkpoint of the stage before restores its baselines, while the data have gone on."""
     from moepp_megatron.config import parse_config
     from moepp_megatron.features.data_stages.part import DataStagesPart

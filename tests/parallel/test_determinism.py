@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 
 from tests.parallel.forced_routing import duplicate_router_rows
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
     CP2,
     EP2,
@@ -29,7 +28,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, int]] = {
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_repeated_runs_are_bitwise_equal(ranks: RankPools, layout: str, dtype: str) -> None:
+def test_repeated_runs_are_bitwise_equal(ranks, layout, dtype):
     world_size, parallel, num_layers, micro_batch_size = LAYOUTS[layout]
     raw = short(
         model={"num_layers": num_layers},
@@ -45,7 +44,7 @@ def test_repeated_runs_are_bitwise_equal(ranks: RankPools, layout: str, dtype: s
     assert found.gradient == found.selections == found.balance_loss == 0
 
 
-def ties() -> None:
+def ties():
     """`top_experts` against the definition, on scores with many equal values."""
     import torch
 
@@ -62,7 +61,7 @@ def ties() -> None:
             assert torch.equal(top_experts(scores, topk), expected), (experts, topk)
 
 
-def test_between_equal_scores_the_first_expert_wins(ranks: RankPools) -> None:
+def test_between_equal_scores_the_first_expert_wins(ranks):
     ranks(1).run(ties)
 
 

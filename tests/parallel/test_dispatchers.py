@@ -1,9 +1,7 @@
 """What the two all-to-all dispatchers send, in which order they work, and that they agree."""
 
 import functools
-from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from tests.parallel.dispatch_runs import (
     sent_bytes_of,
 )
 from tests.parallel.layer_runs import run_layer
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import settings
 
 TOKENS, FFN = 96, 8
@@ -27,7 +24,7 @@ MODEL = {"num_layers": 2}
 DISPATCHERS = ("alltoall", "alltoall_dedup")
 
 
-def layer_settings(dispatcher: str, ep: int, dtype: str = "fp32", **moe: Any) -> dict[str, Any]:
+def layer_settings(dispatcher: str, ep: int, dtype: str = "fp32", **moe):
     return settings(
         model=MODEL,
         moe={"dispatcher": dispatcher, "num_zero_experts": 2, **moe},
@@ -40,11 +37,11 @@ def layer_settings(dispatcher: str, ep: int, dtype: str = "fp32", **moe: Any) ->
 
 
 @pytest.fixture(scope="module")
-def sent(ranks: RankPools) -> Callable[[int], list[Any]]:
+def sent(ranks):
     """What the ranks send, by rank and by dispatcher, selections and number format."""
 
     @functools.cache
-    def by_rank(ep: int) -> list[Any]:
+    def by_rank(ep: int):
         variants = {
             (dispatcher, topk, dtype): layer_settings(dispatcher, ep, dtype, router_topk=topk)
             for dispatcher, topk, dtype in product(DISPATCHERS, (2, 4), WIDTH)
@@ -84,7 +81,7 @@ def _others(rows: np.ndarray, rank: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("ep", [2, 4])
-def test_bytes_of_balanced_routing_are_the_formula(ranks: RankPools, ep: int) -> None:
+def test_bytes_of_balanced_routing_are_the_formula(ranks, ep):
     """Dispatch sends T K phi D w (1 - 1/ep) from every rank, and so does combine."""
     variants = {
         **{topk: layer_settings("alltoall", ep, router_topk=topk) for topk in (1, 2)},
@@ -104,7 +101,7 @@ def test_bytes_of_balanced_routing_are_the_formula(ranks: RankPools, ep: int) ->
 
 
 @pytest.mark.parametrize(("world", "ep", "tp"), [(2, 2, 1), (4, 4, 1), (4, 2, 2)])
-def test_two_selections_give_the_bits_of_the_plain_dispatcher(ranks, world: int, ep: int, tp: int):
+def test_two_selections_give_the_bits_of_the_plain_dispatcher(ranks, world, ep, tp):
     parallel = {
         "expert_model_parallel_size": ep,
         "tensor_model_parallel_size": tp,
@@ -119,14 +116,14 @@ def test_two_selections_give_the_bits_of_the_plain_dispatcher(ranks, world: int,
     _assert_same_bits(plain, dedup)
 
 
-def test_many_selections_are_added_in_one_order(ranks: RankPools) -> None:
+def test_many_selections_are_added_in_one_order(ranks):
     raw = layer_settings("alltoall_dedup", 2, router_topk=6)
     first, second = (ranks(2).run(run_layer, raw) for _ in range(2))
     _assert_same_bits(first, second)
 
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
-def test_kernels_change_rounding_only(ranks: RankPools, dispatcher: str) -> None:
+def test_kernels_change_rounding_only(ranks, dispatcher):
     moe = {"router_topk": 4, "shared_expert_ffn_hidden_size": 16}
     plain, fused = (
         ranks(2).run(run_layer, layer_settings(dispatcher, 2, fused=fused, **moe))
@@ -143,7 +140,7 @@ def test_kernels_change_rounding_only(ranks: RankPools, dispatcher: str) -> None
     assert differs, "the kernels did not run"
 
 
-def _assert_same_bits(ones: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+def _assert_same_bits(ones, others):
     for one, other in zip(ones, others, strict=True):
         for name in ("output", "logits", "input_grad", "previous_grad"):
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
@@ -156,7 +153,7 @@ def _assert_same_bits(ones: list[dict[str, Any]], others: list[dict[str, Any]]) 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "kernels"])
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
-def test_local_work_runs_while_tokens_travel(ranks, dispatcher: str, fused: bool) -> None:
+def test_local_work_runs_while_tokens_travel(ranks, dispatcher, fused):
     raw = layer_settings(dispatcher, 2, shared_expert_ffn_hidden_size=16, fused=fused)
     is_dedup = dispatcher == "alltoall_dedup"
     num_metadata = 2 if is_dedup else 1
@@ -196,7 +193,7 @@ def test_local_work_runs_while_tokens_travel(ranks, dispatcher: str, fused: bool
 
 
 @pytest.mark.parallel
-def test_batches_padded_to_a_capacity_travel_as_with_megatrons_dispatcher(ranks: RankPools) -> None:
+def test_batches_padded_to_a_capacity_travel_as_with_megatrons_dispatcher(ranks):
     ours, theirs = (ranks(2).run(padded_to_capacity, name) for name in ("ours", "upstream"))
     for mine, other in zip(ours, theirs, strict=True):
         for name, values in other.items():

@@ -1,6 +1,5 @@
 """A teacher beside the text: the same loss and gradients in every layout, and what is refused."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,7 +42,7 @@ TOKENS, COLUMNS = 6, 20
 FP32, LAYOUT = 5e-6, 1e-5
 
 
-def divergence_of_shares(temperature: float, top_k: int | None, reverse: bool) -> dict[str, Any]:
+def divergence_of_shares(temperature: float, top_k: int | None, reverse: bool):
     """Divergence and gradient of this rank's columns, ours and torch's in fp64."""
     import torch
     import torch.distributed as dist
@@ -82,7 +81,7 @@ def divergence_of_shares(temperature: float, top_k: int | None, reverse: bool) -
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (2.5, 3), (2.5, 20)])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_shares_of_the_vocabulary(ranks, size, temperature, top_k, reverse: bool) -> None:
+def test_shares_of_the_vocabulary(ranks, size, temperature, top_k, reverse):
     for result in ranks(size).run(divergence_of_shares, temperature, top_k, reverse):
         for actual, expected in zip(result["ours"], result["fp64"], strict=True):
             np.testing.assert_allclose(actual, expected, rtol=FP32, atol=FP32)
@@ -94,7 +93,7 @@ def test_shares_of_the_vocabulary(ranks, size, temperature, top_k, reverse: bool
 
 
 @pytest.fixture(scope="module")
-def teachers(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def teachers(ranks, tmp_path_factory) -> dict[str, Path]:
     """Checkpoints: the students' own shape, other depths, and one without new experts."""
     folder = tmp_path_factory.mktemp("teachers")
     shapes: dict[str, dict[str, Any]] = {
@@ -109,14 +108,12 @@ def teachers(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> dict
     return {name: folder / name for name in shapes}
 
 
-def taught(
-    teacher: Path, kind: dict[str, Any] | None = None, **sections: dict[str, Any]
-) -> dict[str, Any]:
+def taught(teacher: Path, kind=None, **sections):
     """Settings of a run with a teacher."""
     return short(**sections, distillation={"teacher": str(teacher), "weight": 0.7, **(kind or {})})
 
 
-def distilled(ranks: RankPools, size: int, *args: Any, **sections: Any) -> Run:
+def distilled(ranks: RankPools, size: int, *args, **sections) -> Run:
     return assemble(ranks(size).run(train, taught(*args, **sections), STEPS))
 
 
@@ -148,7 +145,7 @@ def test_every_layout_is_one_process(ranks, alone, teachers, layout):
     assert min(reference.divergences) > 0.01
 
 
-def test_micro_batches_add_up(ranks: RankPools, teachers: dict[str, Path]) -> None:
+def test_micro_batches_add_up(ranks, teachers):
     # The balance loss is one of each micro-batch, by its definition.
     moe = {"balance_coeff": 0.0}
     whole = distilled(ranks, 1, teachers["deeper"], moe=moe, training={"micro_batch_size": 4})
@@ -178,7 +175,7 @@ def test_each_kind_of_loss_is_one_process(ranks, alone, teachers, kind):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_weight_0_changes_no_bit(ranks: RankPools, teachers: dict[str, Path], size: int) -> None:
+def test_weight_0_changes_no_bit(ranks, teachers, size):
     sections: dict[str, Any] = {"parallel": PP2} if size == 2 else {}
     without = assemble(ranks(size).run(train, short(**sections), STEPS))
     measured = distilled(ranks, size, teachers["deeper"], {"weight": 0.0}, **sections)
@@ -190,7 +187,7 @@ def test_weight_0_changes_no_bit(ranks: RankPools, teachers: dict[str, Path], si
     assert min(measured.divergences) > 0.01
 
 
-def test_the_gradient_is_that_of_the_sum(alone: Callable[..., Run], teachers: dict[str, Path]):
+def test_the_gradient_is_that_of_the_sum(alone, teachers):
     """Of three runs that differ in the two weights alone, one's gradient is the others' sum."""
     name = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
     text, both, divergence = (
@@ -204,7 +201,7 @@ def test_the_gradient_is_that_of_the_sum(alone: Callable[..., Run], teachers: di
     assert np.abs(divergence.gradients[name]).max() > 0
 
 
-def test_a_teacher_teaches_the_next_token_alone(ranks, teachers: dict[str, Path]) -> None:
+def test_a_teacher_teaches_the_next_token_alone(ranks, teachers):
     """Its layers of further tokens have no place in the run's stages, and need none."""
     model = {"num_layers": 3}
     one = distilled(ranks, 1, teachers["further"], model=model)
@@ -214,7 +211,7 @@ def test_a_teacher_teaches_the_next_token_alone(ranks, teachers: dict[str, Path]
     assert two.divergences == pytest.approx(one.divergences, rel=LAYOUT)
 
 
-def teacher_of_all(raw: dict[str, Any], seen: list[Path]) -> str:
+def teacher_of_all(raw, seen: list[Path]) -> str:
     """Which one teaches where each rank sees another checkpoint of a run as its newest."""
     import torch.distributed as dist
 
@@ -225,13 +222,13 @@ def teacher_of_all(raw: dict[str, Any], seen: list[Path]) -> str:
     return identity
 
 
-def refusal_of(raw: dict[str, Any]) -> str:
+def refusal_of(raw) -> str:
     with pytest.raises(ConfigError) as refused:
         trainer_of(raw)
     return str(refused.value)
 
 
-def test_resuming_takes_the_same_teacher_alone(ranks, corpus: Path, tmp_path) -> None:
+def test_resuming_takes_the_same_teacher_alone(ranks, corpus, tmp_path):
     at_once = {"warmup_iters": 0}
     saves = {"save_interval": 1}
     small = {"global_batch_size": 4, "micro_batch_size": 2}
@@ -240,7 +237,7 @@ def test_resuming_takes_the_same_teacher_alone(ranks, corpus: Path, tmp_path) ->
     ranks(1).run(run_trainer, first)
     (older, newer) = sorted((tmp_path / "teacher/checkpoints").glob("step_*"))
 
-    def student(run: str, teacher: Path, iters: int, load: str | None = None) -> dict[str, Any]:
+    def student(run: str, teacher: Path, iters: int, load: str | None = None):
         raw = trainer_settings(
             corpus,
             tmp_path / run,
@@ -265,7 +262,7 @@ def test_resuming_takes_the_same_teacher_alone(ranks, corpus: Path, tmp_path) ->
 
 
 @pytest.mark.parametrize("stages", ["plain", "interleaved"])
-def test_the_combined_schedule_trains_the_same(ranks, teachers: dict[str, Path], stages: str):
+def test_the_combined_schedule_trains_the_same(ranks, teachers, stages):
     size, parallel = (2, EP2) if stages == "plain" else (4, STAGES)
     distillation = {"teacher": str(teachers["vanilla"]), "weight": 0.7}
     run, reference = both(ranks, size, train, parallel=parallel, distillation=distillation)
@@ -274,7 +271,7 @@ def test_the_combined_schedule_trains_the_same(ranks, teachers: dict[str, Path],
     assert min(run.divergences) > 0.01
 
 
-def estimated_and_held(raw: dict[str, Any]) -> tuple[float, int]:
+def estimated_and_held(raw) -> tuple[float, int]:
     """Bytes that the planner says of this rank's teacher, and those of its parameters."""
     import torch.distributed as dist
 
@@ -291,7 +288,7 @@ def estimated_and_held(raw: dict[str, Any]) -> tuple[float, int]:
     return rank_memory(config, layout, stage).teacher, held
 
 
-def test_the_planner_counts_the_teacher(ranks: RankPools, teachers: dict[str, Path]) -> None:
+def test_the_planner_counts_the_teacher(ranks, teachers):
     distillation = {"teacher": str(teachers["deeper"])}
     first, last = ranks(2).run(
         estimated_and_held, settings(distillation=distillation, parallel=PP2)
@@ -302,14 +299,14 @@ def test_the_planner_counts_the_teacher(ranks: RankPools, teachers: dict[str, Pa
     assert last[0] == last[1] + 4 * tokens * 32 * 4 + tokens * 64 * 4 * 4
 
 
-def test_what_is_refused(teachers: dict[str, Path], tmp_path: Path) -> None:
+def test_what_is_refused(teachers, tmp_path):
     from moepp_megatron.config.hardware import load_hardware
     from moepp_megatron.features.distillation.teacher import TeacherModel
     from moepp_megatron.tools.planning.imbalance import FORCED_BALANCE
     from moepp_megatron.tools.planning.machine import machine_of
     from moepp_megatron.tools.planning.plan import make_plan
 
-    def refused(match: str, **sections: dict[str, Any]) -> None:
+    def refused(match: str, **sections):
         with pytest.raises(ConfigError, match=match):
             TeacherModel.of(parse_config(settings(**sections)))
 

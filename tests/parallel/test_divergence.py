@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import CP2, EP2, PP2, TP2, SyntheticDataset, begin_training, short
 
 pytestmark = pytest.mark.parallel
@@ -30,7 +29,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-def train_and_flip(raw: dict[str, Any], parts: tuple[str, ...]) -> list[tuple[str, str]]:
+def train_and_flip(raw, parts: tuple[str, ...]) -> list[tuple[str, str]]:
     """Compare after each of two steps; then again and again with one bit flipped on rank 1."""
     import torch.distributed as dist
 
@@ -57,7 +56,7 @@ def train_and_flip(raw: dict[str, Any], parts: tuple[str, ...]) -> list[tuple[st
     return found
 
 
-def _flip_one_bit(model: Any, part: str) -> str:
+def _flip_one_bit(model, part: str) -> str:
     import torch
 
     names = [name for name, _ in model.named_parameters() if part in name]
@@ -69,7 +68,7 @@ def _flip_one_bit(model: Any, part: str) -> str:
     return names[-1]
 
 
-def test_expert_is_compared_with_its_copies_alone(ranks: RankPools) -> None:
+def test_expert_is_compared_with_its_copies_alone(ranks):
     """Ranks 1 and 3 of two times two expert-parallel ranks have the same experts."""
     watch = {"divergence_interval": 1, "hang_timeout_s": 0.0, "straggler_interval": 0}
     raw = short(parallel=EP2, training={"micro_batch_size": 1}, resilience=watch)
@@ -83,7 +82,7 @@ def test_expert_is_compared_with_its_copies_alone(ranks: RankPools) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_flipped_bit_ends_every_rank(ranks: RankPools, case: str) -> None:
+def test_one_flipped_bit_ends_every_rank(ranks, case):
     """Healthy copies agree before and after; a rank that saw no difference would not return."""
     sections, parts = CASES[case]
     watch = {"divergence_interval": 1, "hang_timeout_s": 0.0, "straggler_interval": 0}

@@ -15,7 +15,7 @@ def _doctor(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return moepp("doctor", *arguments, cwd=folder)
 
 
-def test_two_ranks_answer_once_and_measure_together(tmp_path: Path) -> None:
+def test_two_ranks_answer_once_and_measure_together(tmp_path):
     """A GPU count that no machine of this kind has makes it an error, which must come through."""
     out = tmp_path / "doctor.json"
     done = _doctor(

@@ -1,12 +1,10 @@
 """Documents that share sequences, with padding, are as each by itself."""
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
     LATENT,
     STEPS,
@@ -25,7 +23,7 @@ LENGTHS = (20, 25)
 LENGTH = 48
 
 
-def two_documents(config: Any, is_packed: bool) -> tuple[dict[str, Any], Any]:
+def two_documents(config, is_packed: bool):
     """In one sequence or in one each, with padding behind."""
     import torch
 
@@ -48,7 +46,7 @@ def two_documents(config: Any, is_packed: bool) -> tuple[dict[str, Any], Any]:
 
 
 @pytest.mark.parametrize("model", [{}, LATENT | {"qk_layernorm": False}], ids=["plain", "latent"])
-def test_documents_of_a_sequence_are_as_each_by_itself(ranks, model: dict[str, Any]) -> None:
+def test_documents_of_a_sequence_are_as_each_by_itself(ranks, model):
     """Losses and gradients, those of balance loss and z-loss included."""
     moe = {"balance_coeff": 0.1, "z_loss_coeff": 0.1}
     raw = settings(moe=moe, model={"seq_length": LENGTH, **model})
@@ -64,14 +62,14 @@ def test_documents_of_a_sequence_are_as_each_by_itself(ranks, model: dict[str, A
         assert expected.any() or ".local_experts." in name, f"{name} compares nothing"
 
 
-def masks_of_text(raw: dict[str, Any], eod: int | None) -> tuple[Any, Any]:
+def masks_of_text(raw, eod: int | None):
     """Tokens and mask of the first micro-batch of plain text, where a tokenizer ends documents."""
     from types import SimpleNamespace
 
     from moepp_megatron.training.batches import rank_batches
 
     class Text(SyntheticDataset):
-        def __getitem__(self, index: int) -> dict[str, Any]:
+        def __getitem__(self, index: int):
             sample = super().__getitem__(index)
             return {key: value for key, value in sample.items() if key != "documents"}
 
@@ -84,7 +82,7 @@ def masks_of_text(raw: dict[str, Any], eod: int | None) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("eod", [None, 10])
-def test_text_is_masked_as_by_megatron_cores_dataset(ranks: RankPools, eod: int | None) -> None:
+def test_text_is_masked_as_by_megatron_cores_dataset(ranks, eod):
     import torch
     from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 

@@ -1,17 +1,15 @@
 """The all-to-all in two halves: rows, gradients, and what it refuses."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 
-from tests.parallel.ranks import RankError, RankPools
+from tests.parallel.ranks import RankError
 
 # Rows from rank (first index) to rank; rank 1 of two sends nothing to rank 0, rank 3 gets nothing.
 ROWS = {2: [[1, 3], [0, 2]], 4: [[2, 0, 1, 0], [0, 0, 4, 0], [1, 1, 1, 0], [3, 2, 0, 0]]}
 
 
-def exchange_both_ways(dtype: str) -> dict[str, Any]:
+def exchange_both_ways(dtype: str):
     """Send rows that name their way, weigh what arrives, and take gradients."""
     import torch
     import torch.distributed as dist
@@ -38,7 +36,7 @@ def exchange_both_ways(dtype: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("world", "dtype"), [(2, "float32"), (2, "bfloat16"), (2, "uint8"), (4, "float32")]
 )
-def test_rows_and_gradients(ranks: RankPools, world: int, dtype: str) -> None:
+def test_rows_and_gradients(ranks, world, dtype):
     table = ROWS[world]
     for rank, result in enumerate(ranks(world).run(exchange_both_ways, dtype)):
         expected = [
@@ -50,7 +48,7 @@ def test_rows_and_gradients(ranks: RankPools, world: int, dtype: str) -> None:
         )
 
 
-def end_before_begin() -> None:
+def end_before_begin():
     import torch
     import torch.distributed as dist
 
@@ -59,7 +57,7 @@ def end_before_begin() -> None:
     Exchange(dist.group.WORLD, [1, 1], [1, 1]).end(torch.zeros(0))
 
 
-def test_end_before_begin_is_an_error(ranks: RankPools) -> None:
+def test_end_before_begin_is_an_error(ranks):
     with pytest.raises(RankError, match="an exchange ends that has not begun"):
         ranks(2).run(end_before_begin)
 
@@ -75,5 +73,5 @@ def begin_and_end_alone() -> bool:
     return exchange.end(exchange.begin(rows)) is rows
 
 
-def test_one_rank_exchanges_nothing(ranks: RankPools) -> None:
+def test_one_rank_exchanges_nothing(ranks):
     assert ranks(1).run(begin_and_end_alone) == [True]

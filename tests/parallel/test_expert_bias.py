@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import CP2, EP2, FULL, PP2, TP2, VANILLA, begin_training, short
 
 STEPS = 3
@@ -31,7 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def biases_of(raw: dict[str, Any]) -> tuple[dict[int, list[Any]], dict[int, list[Any]]]:
+def biases_of(raw):
     """Biases of this rank's layers after each step, and those that its own tokens would give."""
     import torch
 
@@ -71,7 +70,7 @@ def biases_of(raw: dict[str, Any]) -> tuple[dict[int, list[Any]], dict[int, list
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_process_moves_the_bias_as_the_reference(ranks: RankPools, kind: str) -> None:
+def test_one_process_moves_the_bias_as_the_reference(ranks, kind):
     ((found, expected),) = ranks(1).run(biases_of, short(moe=KINDS[kind]))
     assert found == expected
     assert len(found) == 2
@@ -86,7 +85,7 @@ def test_one_process_moves_the_bias_as_the_reference(ranks: RankPools, kind: str
     ("kind", "layout"),
     [("moepp", each) for each in LAYOUTS] + [("vanilla", each) for each in ("tp2 ep2", "pp2")],
 )
-def test_layouts_move_it_alike(ranks: RankPools, layout: str, kind: str) -> None:
+def test_layouts_move_it_alike(ranks, layout, kind):
     world_size, sections = LAYOUTS[layout]
     alone = {name: value for name, value in sections.items() if name == "precision"}
     ((expected, _),) = ranks(1).run(biases_of, short(moe=KINDS[kind], **alone))

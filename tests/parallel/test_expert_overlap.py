@@ -12,14 +12,14 @@ from tests.parallel.training_runs import EP2, LATENT, PP2, STEPS, assemble, comp
 STAGES = {**PP2, **EP2, "virtual_pipeline_model_parallel_size": 2}
 
 
-def counted(function: Any, *args: Any) -> Any:
+def counted(function, *args):
     """Run `function`; returns its result and how many plans of the combined schedule were made."""
     from moepp_megatron.moe.overlap import MoEPPChunkPlan
 
     made = []
     original = MoEPPChunkPlan.__init__
 
-    def counting(self: Any, *args: Any, **kwargs: Any) -> None:
+    def counting(self, *args, **kwargs):
         made.append(self)
         original(self, *args, **kwargs)
 
@@ -30,9 +30,7 @@ def counted(function: Any, *args: Any) -> Any:
         MoEPPChunkPlan.__init__ = original  # type: ignore[method-assign]
 
 
-def both(
-    ranks: RankPools, world_size: int, function: Any, prepare: Any = None, **sections: Any
-) -> tuple[Any, Any]:
+def both(ranks: RankPools, world_size: int, function, prepare=None, **sections):
     """The overlapped run and the ordinary one; virtual stages have four layers and micro-batches.
 
     Of two micro-batches one's backward pass meets the other's forward pass. Between virtual stages
@@ -69,12 +67,12 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_without_pipeline(ranks: RankPools, name: str) -> None:
+def test_without_pipeline(ranks, name):
     run, reference = both(ranks, 2, train, **MODELS[name], parallel=EP2)
     compare(run, reference, 0.0)
 
 
-def test_overlapped_reduction_and_gathering(ranks: RankPools) -> None:
+def test_overlapped_reduction_and_gathering(ranks):
     """Parameters are gathered by hooks of the modules, which the nodes must still call."""
     parallel = {**EP2, "overlap_grad_reduce": True, "overlap_param_gather": True}
     run, reference = both(ranks, 2, train, model={"num_layers": 3}, parallel=parallel)
@@ -86,19 +84,19 @@ def test_overlapped_reduction_and_gathering(ranks: RankPools) -> None:
     [({}, {}), ({"pipeline_model_parallel_layout": "E|tt|tt|L"}, {}), ({}, LATENT)],
     ids=["even", "embedding and loss alone", "latent attention"],
 )
-def test_interleaved_pipeline(ranks: RankPools, stages: Any, model: dict[str, Any]) -> None:
+def test_interleaved_pipeline(ranks, stages, model):
     run, reference = both(ranks, 4, train, model=model, parallel=STAGES | stages)
     compare(run, reference, 0.0)
 
 
 @pytest.mark.parametrize("prepare", [only_zero_experts, second_half_without_ffn])
-def test_ranks_without_ffn_tokens(ranks: RankPools, prepare: Any) -> None:
+def test_ranks_without_ffn_tokens(ranks, prepare):
     moe = {"num_zero_experts": 2}
     run, reference = both(ranks, 2, train, prepare, moe=moe, parallel=EP2)
     compare(run, reference, 0.0)
 
 
 @pytest.mark.parametrize("function", [train_with_deepep, train_with_hybridep])
-def test_flex(ranks: RankPools, function: Any) -> None:
+def test_flex(ranks, function):
     run, reference = both(ranks, 2, function, moe={"dispatcher": "flex"}, parallel=EP2)
     compare(run, reference, 0.0)

@@ -1,6 +1,5 @@
 """Features of the model train in every layout what they train on one process."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from tests.parallel.training_runs import (
     PP2,
     TP2,
     VANILLA,
-    Run,
     compare,
     merged,
     short,
@@ -36,7 +34,7 @@ CHUNKS = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 STAGES_OF_THREE = PP2 | {"pipeline_model_parallel_layout": "Ett|tL"}
 
 
-def again(*modules: str) -> dict[str, Any]:
+def again(*modules: str):
     """Computed again in the backward pass."""
     return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
@@ -65,7 +63,7 @@ ALL_HEADS = {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"}
 DOCUMENTS: Sections = {"data": {"reset_attention_mask": True}, "moe": Z_LOSS}
 
 
-def documents(**sections: dict[str, Any]) -> Sections:
+def documents(**sections) -> Sections:
     return merged(DOCUMENTS, sections)
 
 
@@ -283,7 +281,7 @@ PREPARED = {"norms over all heads": vary_norms, "padding": pad_some}
     ("feature", "layout"),
     [(feature, layout) for feature, (_, layouts) in FEATURES.items() for layout in layouts],
 )
-def test_training_equals_one_process(trained, alone: Callable[..., Run], feature, layout) -> None:
+def test_training_equals_one_process(trained, alone, feature, layout):
     both, layouts = FEATURES[feature]
     world_size, own = layouts[layout]
     prepare = PREPARED.get(feature.partition(",")[0])
@@ -302,13 +300,13 @@ def test_training_equals_one_process(trained, alone: Callable[..., Run], feature
         ("documents", {"moe": Z_LOSS}),
     ],
 )
-def test_the_feature_changes_the_model(alone: Callable[..., Run], feature, without) -> None:
+def test_the_feature_changes_the_model(alone, feature, without):
     """Otherwise layouts would have agreed on a model without it."""
     run = alone(short(**FEATURES[feature][0]), PREPARED.get(feature))
     assert run.losses != alone(short(**without)).losses
 
 
-def test_further_layers_are_measured_as_the_decoders_next(alone: Callable[..., Run]) -> None:
+def test_further_layers_are_measured_as_the_decoders_next(alone):
     run = alone(short(**COUNTED))
     shares = run.routing[0]["layer_expert_share"]
     assert len(shares) == 2 + 2
@@ -356,7 +354,7 @@ def test_checkpoint_of_another_layout(ranks, tmp_path, feature, first, second, o
 
     sections = FEATURES[feature][0]
 
-    def raw(**more: dict[str, Any]) -> Sections:
+    def raw(**more) -> Sections:
         return short(**merged(sections, more))
 
     start = continue_in_another_layout(ranks, tmp_path, raw, first, second)

@@ -23,7 +23,7 @@ DRAWN = FEATURES[int(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0"), 16) % len(F
 class WithoutFeature(ast.NodeTransformer):
     """Removes what the list of features has of one."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str):
         self.module = f"features.{name}."
         self.names: set[str] = set()
         self.removed = 0
@@ -55,7 +55,7 @@ class WithoutFeature(ast.NodeTransformer):
         return node
 
 
-def delete(name: str, root: Path) -> None:
+def delete(name: str, root: Path):
     """Remove a feature from a copy of the package."""
     shutil.rmtree(root / "features" / name)
     registry = root / "features" / "registry.py"
@@ -69,7 +69,7 @@ def delete(name: str, root: Path) -> None:
     "name",
     [pytest.param(n, marks=() if n == DRAWN else pytest.mark.slow) for n in FEATURES],
 )
-def test_a_run_trains_without(name: str, tmp_path: Path) -> None:
+def test_a_run_trains_without(name, tmp_path):
     shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     delete(name, tmp_path / PACKAGE.name)
     corpus = prepare_letters(tmp_path, "corpus", all="a")

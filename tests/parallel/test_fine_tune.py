@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from moepp_megatron.file_names import CHAT_TEMPLATE_FILE
 from tests.commands import moepp
 
@@ -34,13 +32,13 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines]
 
 
-def run(*words: object) -> str:
+def run(*words) -> str:
     done = moepp(*words)
     assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
-def test_the_example(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example(tmp_path, corpus, monkeypatch):
     for name in ("configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "data").mkdir()

@@ -1,6 +1,5 @@
 """The flex dispatcher over stand-ins for its packages: what it trains equals one process."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +10,7 @@ from tests.parallel.forced_routing import (
     one_ffn_expert,
     only_zero_experts,
 )
-from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, STEPS, TP2, Run, assemble, compare, short
+from tests.parallel.training_runs import EP2, STEPS, TP2, assemble, compare, short
 
 FP32 = 1e-5
 
@@ -28,14 +26,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_training_equals_one_process(ranks, alone: Callable[..., Run], backend: str, layout: str):
+def test_training_equals_one_process(ranks, alone, backend, layout):
     world_size, parallel = LAYOUTS[layout]
     raw = short(parallel=parallel, **FLEX)
     run = assemble(ranks(world_size).run(BACKENDS[backend], raw, STEPS))
     compare(run, alone(short()), FP32)
 
 
-def test_bytes_are_those_of_one_vector_per_token_and_rank(ranks: RankPools, trained) -> None:
+def test_bytes_are_those_of_one_vector_per_token_and_rank(ranks, trained):
     """With one expert a rank no two selections share a vector: as many as the all-to-all sends."""
     moe = {"num_ffn_experts": 2}
     alltoall = trained(2, short(parallel=EP2, moe=moe), 1)
@@ -60,7 +58,7 @@ def test_ranks_and_experts_without_tokens(ranks, alone, backend, prepare):
     compare(run, alone(short(moe=moe), prepare, steps=1), FP32)
 
 
-def metadata(routing_map: list[list[bool]], gates: list[list[float]]) -> tuple[Any, Any, Any]:
+def metadata(routing_map: list[list[bool]], gates: list[list[float]]):
     """Indices, weights, gradient of the sum of weights, for F = 4 experts on 2 ranks, K = 2."""
     from types import SimpleNamespace
 
@@ -76,7 +74,7 @@ def metadata(routing_map: list[list[bool]], gates: list[list[float]]) -> tuple[A
     return manager.token_indices.tolist(), manager.token_probs.tolist(), probs.grad.tolist()
 
 
-def test_unused_slots_hold_the_sentinel(ranks: RankPools) -> None:
+def test_unused_slots_hold_the_sentinel(ranks):
     routing_map = [[False] * 4, [False, True, False, False], [True, False, False, True]]
     gates = [[0.0] * 4, [0.0, 0.5, 0.0, 0.0], [0.25, 0.0, 0.0, 0.0]]
     ((indices, weights, gradient),) = ranks(1).run(metadata, routing_map, gates)
@@ -96,6 +94,6 @@ def refusal(backend: str) -> str:
     return str(caught.value)
 
 
-def test_nccl_ep_is_refused(ranks: RankPools) -> None:
+def test_nccl_ep_is_refused(ranks):
     (message,) = ranks(1).run(refusal, "ncclep")
     assert message.startswith("moe_flex_dispatcher_backend (ncclep) must be deepep or hybridep")

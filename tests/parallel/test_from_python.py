@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def config(tmp_path: Path, corpus: Path) -> Path:
+def config(tmp_path, corpus) -> Path:
     """The smallest configuration, three steps of it; its run goes to `tmp_path / "run"`."""
     path = write_config(
         tmp_path / "c.yaml", corpus, tmp_path / "run", 1, train_iters=3, **short_steps(2)
@@ -33,7 +33,7 @@ def written(code: str, folder: Path) -> Path:
     return path
 
 
-def test_a_run_from_data_to_export(config: Path, tmp_path: Path) -> None:
+def test_a_run_from_data_to_export(config, tmp_path):
     (tmp_path / "text.txt").write_text("A document of words and lines.\n" * 40)
     code = """
 import numpy as np
@@ -83,7 +83,7 @@ assert plan.best.grid.world == 2
     assert all(is_of_run(path.name) for path in (tmp_path / "run").iterdir())
 
 
-def test_every_rank_of_torchrun_gets_the_result(config: Path, tmp_path: Path) -> None:
+def test_every_rank_of_torchrun_gets_the_result(config, tmp_path):
     code = """
 import os
 import moepp_megatron as moepp
@@ -102,7 +102,7 @@ with open(f"rank{os.environ['RANK']}", "w") as file:
     assert (tmp_path / "rank1").read_text() == told
 
 
-def test_the_lines_of_the_readme(config: Path, tmp_path: Path) -> None:
+def test_the_lines_of_the_readme(config, tmp_path):
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     lines = re.search(r"## From Python.*?```python\n(.*?)```", readme, re.DOTALL)[1]
     (tmp_path / "configs").mkdir()
@@ -119,7 +119,7 @@ def test_the_lines_of_the_readme(config: Path, tmp_path: Path) -> None:
     assert (tmp_path / "exported" / "config.json").is_file()
 
 
-def test_no_instrument_is_imported_before_the_run_has_ended(config: Path, tmp_path: Path) -> None:
+def test_no_instrument_is_imported_before_the_run_has_ended(config, tmp_path):
     """A fault in a page, a plan or a plot must not keep a run from training."""
     code = """
 import json

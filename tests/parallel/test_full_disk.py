@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +10,6 @@ import yaml
 from tests.commands import moepp
 from tests.full_disk import fill
 from tests.parallel.checkpoint_runs import logged, trainer_settings
-from tests.parallel.ranks import RankPools
 from tests.parallel.saving_runs import Run, names
 from tests.parallel.training_runs import begin
 
@@ -45,7 +43,7 @@ def save_before_in_and_after_a_full_disk(
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_saves_go_on_with_room(ranks: RankPools, small_disk: Path, is_async: bool) -> None:
+def test_saves_go_on_with_room(ranks, small_disk, is_async):
     results = ranks(2).run(save_before_in_and_after_a_full_disk, small_disk, is_async)
     for (before, full, after), left in results:
         assert before is None
@@ -56,7 +54,7 @@ def test_saves_go_on_with_room(ranks: RankPools, small_disk: Path, is_async: boo
     assert names(small_disk / "checkpoints") == ["latest", "step_00000003"]
 
 
-def test_train_command(corpus: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_train_command(corpus, small_disk, tmp_path):
     run = small_disk / "run"
     checkpoints = run / "checkpoints"
     raw = trainer_settings(
@@ -95,7 +93,7 @@ def test_train_command(corpus: Path, small_disk: Path, tmp_path: Path) -> None:
     assert names(checkpoints) == ["latest", "step_00000004"]
 
 
-def train_on_a_disk_that_stays_full(raw: dict[str, Any], disk: Path) -> str | None:
+def train_on_a_disk_that_stays_full(raw, disk: Path) -> str | None:
     """What the trainer calls missing at the end, where the disk is full from step 3 on."""
     from unittest import mock
 
@@ -103,7 +101,7 @@ def train_on_a_disk_that_stays_full(raw: dict[str, Any], disk: Path) -> str | No
 
     step = module.training_step
 
-    def fill_before_step_3(*args: Any) -> Any:
+    def fill_before_step_3(*args):
         if trainer.progress.step == 2:
             fill(disk)
         return step(*args)
@@ -116,7 +114,7 @@ def train_on_a_disk_that_stays_full(raw: dict[str, Any], disk: Path) -> str | No
     return trainer.failure
 
 
-def test_a_disk_that_stays_full(ranks: RankPools, corpus: Path, small_disk: Path) -> None:
+def test_a_disk_that_stays_full(ranks, corpus, small_disk):
     run = small_disk / "run"
     training = {"train_iters": 4, **BATCH}
     raw = trainer_settings(

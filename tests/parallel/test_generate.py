@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import VANILLA, join, settings
 
 NEW_TOKENS = 6
@@ -40,11 +39,11 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def model_settings(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def model_settings(sections):
     return settings(**sections | {"model": {"seq_length": 48, "num_layers": 4}})
 
 
-def build(raw: dict[str, Any], overrides: list[str]) -> tuple[Any, list[Any]]:
+def build(raw, overrides: list[str]):
     """The request to score with room for new tokens, and a model with the seed's weights."""
     import torch.distributed as dist
 
@@ -59,9 +58,7 @@ def build(raw: dict[str, Any], overrides: list[str]) -> tuple[Any, list[Any]]:
     return scoring, build_model(scoring.config)
 
 
-def generated(
-    raw: dict[str, Any], overrides: list[str], sampling: dict[str, Any], eod: int = NO_EOD
-) -> list[list[int]]:
+def generated(raw, overrides: list[str], sampling, eod: int = NO_EOD) -> list[list[int]]:
     from moepp_megatron.interop.decoding import continue_prompts
     from moepp_megatron.interop.generate_request import Sampling
     from moepp_megatron.model.stage import evaluation_stages
@@ -72,9 +69,7 @@ def generated(
     return continue_prompts(stages, scoring, PROMPTS, NEW_TOKENS, how, eod=eod, vocab_size=60)
 
 
-def scored_again(
-    raw: dict[str, Any], sampling: dict[str, Any], eod: int = NO_EOD
-) -> list[list[int]]:
+def scored_again(raw, sampling, eod: int = NO_EOD) -> list[list[int]]:
     import torch
 
     from moepp_megatron.interop.decoding import sample
@@ -101,7 +96,7 @@ def scored_again(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_equals_scoring_again(ranks: RankPools, layout: str, sampling: dict[str, Any]) -> None:
+def test_equals_scoring_again(ranks, layout, sampling):
     raw, (size, overrides) = model_settings({}), LAYOUTS[layout]
     (expected,) = ranks(1).run(scored_again, raw, sampling)
     assert ranks(size).run(generated, raw, overrides, sampling) == [expected] * size
@@ -111,13 +106,13 @@ def test_equals_scoring_again(ranks: RankPools, layout: str, sampling: dict[str,
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_only_training_wants_is_off(ranks: RankPools, name: str) -> None:
+def test_what_only_training_wants_is_off(ranks, name):
     trained, plain = (model_settings({"moe": moe}) for moe in MODELS[name])
     (expected,) = ranks(1).run(scored_again, plain, SAMPLED)
     assert ranks(2).run(generated, trained, [PP2], SAMPLED) == [expected] * 2
 
 
-def test_ends_at_end_of_document(ranks: RankPools) -> None:
+def test_ends_at_end_of_document(ranks):
     raw = model_settings({})
     (endless,) = ranks(1).run(generated, raw, [], SAMPLED)
     eod = endless[1][NEW_TOKENS - 2]
@@ -127,7 +122,7 @@ def test_ends_at_end_of_document(ranks: RankPools) -> None:
         assert ranks(size).run(generated, raw, overrides, SAMPLED, eod) == [expected] * size
 
 
-def generate_from_nan(raw: dict[str, Any], overrides: list[str]) -> str:
+def generate_from_nan(raw, overrides: list[str]) -> str:
     import torch
 
     from moepp_megatron.model import build as model_building
@@ -135,7 +130,7 @@ def generate_from_nan(raw: dict[str, Any], overrides: list[str]) -> str:
 
     made = model_building.build_model
 
-    def build_from_nan(config: Any) -> Any:
+    def build_from_nan(config):
         models = made(config)
         with torch.no_grad():
             for parameter in models[0].parameters():
@@ -150,6 +145,6 @@ def generate_from_nan(raw: dict[str, Any], overrides: list[str]) -> str:
     return "no error"
 
 
-def test_logits_that_are_no_numbers_are_an_error_on_every_rank(ranks: RankPools) -> None:
+def test_logits_that_are_no_numbers_are_an_error_on_every_rank(ranks):
     ends = ranks(2).run(generate_from_nan, model_settings({}), [PP2])
     assert all("not finite" in end for end in ends)

@@ -15,14 +15,13 @@ from tests.commands import moepp
 from tests.interop.checkpoints import score
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
 from tests.parallel.planted_pickles import STATEFUL, plant
-from tests.parallel.ranks import RankPools
 
 EOD = "<end of it>"
 LENGTH = 64
 
 
 @pytest.fixture(scope="module")
-def checkpoint(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(ranks, corpus, tmp_path_factory) -> Path:
     """Of a run on data whose end-of-document token nobody else has, and that are gone since."""
     folder = tmp_path_factory.mktemp("own-eod")
     text = (corpus / "tokenizer.json").read_text()
@@ -46,7 +45,7 @@ def checkpoint(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPath
     return folder / "run" / "checkpoints" / "step_00000002"
 
 
-def test_same_text_in_every_layout(checkpoint: Path) -> None:
+def test_same_text_in_every_layout(checkpoint):
     prompts = ["--prompt", "Document 7", "--prompt", "-- words"]
     drawn = ["--seed", 5, "--temperature", 1.5, "--top-p", 0.9, "--max-new-tokens", 12]
     alone = moepp("generate", checkpoint.parent.parent, *prompts, *drawn)
@@ -62,7 +61,7 @@ def test_same_text_in_every_layout(checkpoint: Path) -> None:
     assert len(second) > 0
 
 
-def test_end_of_document_is_that_of_the_run(checkpoint: Path) -> None:
+def test_end_of_document_is_that_of_the_run(checkpoint):
     request = GenerateRequest.read(checkpoint, ["Document"])
     assert request.tokenizer.eod_token == EOD
     config = json.loads((checkpoint / "tokenizer_config.json").read_text())
@@ -115,17 +114,17 @@ def test_planted_pickle_is_refused_and_not_executed(checkpoint, tmp_path, comman
         ({"overrides": ["parallel.tensor_model_parallel_size=2"]}, r"world size \(1\) must be"),
     ],
 )
-def test_wrong_requests_are_refused(checkpoint: Path, arguments: dict[str, object], named: str):
+def test_wrong_requests_are_refused(checkpoint, arguments, named):
     with pytest.raises(ConfigError, match=named):
         GenerateRequest.read(checkpoint, **{"prompts": ["Document"], **arguments})  # type: ignore[arg-type]
 
 
-def test_room_decides_how_many_tokens_unless_told(checkpoint: Path) -> None:
+def test_room_decides_how_many_tokens_unless_told(checkpoint):
     request = GenerateRequest.read(checkpoint, ["Document"])
     assert len(request.prompts[0]) + request.max_new_tokens == LENGTH
 
 
-def test_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "other")
     config = tmp_path / "other" / "config.yaml"
     config.write_text(config.read_text().replace("vocab_size: 320", "vocab_size: 200"))
@@ -158,7 +157,7 @@ def greedy(checkpoint: Path, overrides: list[str], tokens: Path) -> list[int]:
     return new
 
 
-def test_scores_of_the_checkpoint_lead_to_the_same_tokens(ranks, checkpoint: Path, tmp_path):
+def test_scores_of_the_checkpoint_lead_to_the_same_tokens(ranks, checkpoint, tmp_path):
     ep2 = ["parallel.expert_model_parallel_size=2"]
     new, same = ranks(2).run(greedy, checkpoint, ep2, tmp_path / "tokens.npz")
     assert new == same

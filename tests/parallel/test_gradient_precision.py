@@ -1,10 +1,7 @@
 """`precision.grad_reduce_in_fp32: false`: gradients are summed in bf16, with what that costs."""
 
-from typing import Any
-
 import numpy as np
 
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import EP2, STEPS, assemble, begin_training, short, train
 
 # Each gradient is summed over 2 micro-batches and 2 ranks; bf16 keeps 8 bits, so each of the four
@@ -12,18 +9,18 @@ from tests.parallel.training_runs import EP2, STEPS, assemble, begin_training, s
 BF16 = 4 * 2.0**-9
 
 
-def buffer_types(raw: dict[str, Any]) -> set[str]:
+def buffer_types(raw) -> set[str]:
     _, _, model = begin_training(raw)
     return {str(p.main_grad.dtype) for chunk in model.models for p in chunk.parameters()}
 
 
-def raw(in_fp32: bool) -> dict[str, Any]:
+def raw(in_fp32: bool):
     precision = {"dtype": "bf16", "grad_reduce_in_fp32": in_fp32}
     # Two micro-batches on either rank.
     return short(precision=precision, parallel=EP2, training={"micro_batch_size": 1})
 
 
-def test_gradients_are_summed_in_bf16(ranks: RankPools) -> None:
+def test_gradients_are_summed_in_bf16(ranks):
     pool = ranks(2)
     assert pool.run(buffer_types, raw(True)) == [{"torch.float32"}] * 2
     assert pool.run(buffer_types, raw(False)) == [{"torch.bfloat16"}] * 2

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
     CP2,
     EP2,
@@ -19,7 +18,7 @@ from tests.parallel.training_runs import (
 )
 
 
-def measure(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], float]:
+def measure(raw):
     """Fields of a measured step, of one that is not, and the measured step's loss."""
     from moepp_megatron.features.router_health.part import RouterHealthPart
     from moepp_megatron.training.batches import rank_batches
@@ -52,11 +51,11 @@ MOE = {"num_ffn_experts": 8, "balance_coeff": 0.1}
 
 
 @pytest.fixture(scope="module")
-def whole(ranks: RankPools) -> tuple[dict[str, Any], dict[str, Any], float]:
+def whole(ranks):
     return ranks(1).run(measure, short(moe=MOE))[0]
 
 
-def test_one_process(whole: tuple[dict[str, Any], dict[str, Any], float]) -> None:
+def test_one_process(whole):
     fields, unmeasured, loss = whole
     assert unmeasured == {}
     for values in fields["router_health"].values():
@@ -72,7 +71,7 @@ def test_one_process(whole: tuple[dict[str, Any], dict[str, Any], float]) -> Non
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_layouts_agree(ranks, whole: tuple[dict[str, Any], dict[str, Any], float], layout: str):
+def test_layouts_agree(ranks, whole, layout):
     world_size, parallel, training = LAYOUTS[layout]
     raw = short(moe=MOE, parallel=parallel, training=training)
     results = ranks(world_size).run(measure, raw)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +12,13 @@ from moepp_megatron.data.tokenizer import Tokenizer
 from moepp_megatron.tools.inspection.request import InspectRequest
 from tests.commands import moepp
 from tests.parallel.checkpoint_runs import run_trainer, trainer_settings
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import VANILLA
 
 WINDOW = 16
 
 
 @pytest.fixture(scope="module")
-def run(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(ranks, corpus, tmp_path_factory) -> Path:
     """A run with a checkpoint after two steps, and dense layers between MoE layers."""
     folder = tmp_path_factory.mktemp("inspected") / "run"
     raw = trainer_settings(
@@ -37,7 +35,7 @@ def run(ranks: RankPools, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     # Several windows, the last one not full; some data-parallel ranks get a filler.
     path.write_text("Document 7: words 49 and lines; more words, \u00e4ndere W\u00f6rter.\n" * 2)
@@ -63,11 +61,11 @@ def trace(checkpoint: Path, text: Path, overrides: list[str]) -> dict[str, np.nd
 
 
 @pytest.fixture(scope="module")
-def alone(ranks: RankPools, run: Path, text: Path) -> dict[str, np.ndarray]:
+def alone(ranks, run, text) -> dict[str, np.ndarray]:
     return ranks(1).run(trace, checkpoint(run), text, [])[0]
 
 
-def test_one_process_records_every_token(alone: dict[str, np.ndarray], run: Path, text: Path):
+def test_one_process_records_every_token(alone, run, text):
     count = len(Tokenizer.load(checkpoint(run)).encode(text.read_text()))
     assert count > 2 * WINDOW
     assert count % WINDOW != 0
@@ -112,14 +110,14 @@ def test_the_command(run, text, alone, tmp_path):
     assert content["tokens"]["class"].count("number") > 0
 
 
-def refused(checkpoint: Path, text: Path, **options: Any) -> str:
+def refused(checkpoint: Path, text: Path, **options) -> str:
     with pytest.raises(ConfigError) as caught:
         InspectRequest.read(checkpoint, text, text.parent / "o.html", **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_wrong_requests_are_refused(run: Path, text: Path, tmp_path: Path) -> None:
+def test_wrong_requests_are_refused(run, text, tmp_path):
     folder = checkpoint(run)
     assert "moe.tau must be in section parallel" in refused(folder, text, overrides=["moe.tau=1"])
     assert "must be a checkpoint folder or a run" in refused(tmp_path, text)
@@ -127,7 +125,7 @@ def test_wrong_requests_are_refused(run: Path, text: Path, tmp_path: Path) -> No
     assert "must hold some text, and is empty" in refused(folder, tmp_path / "empty")
 
 
-def test_a_vanilla_checkpoint_is_refused_with_the_reason(run: Path, text: Path, tmp_path) -> None:
+def test_a_vanilla_checkpoint_is_refused_with_the_reason(run, text, tmp_path):
     config = (checkpoint(run) / "config.yaml").read_text()
     vanilla = tmp_path / "vanilla"
     shutil.copytree(checkpoint(run), vanilla)

@@ -1,14 +1,12 @@
 """The layer on expert- and tensor-parallel ranks against reference.py."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.parallel.layer_runs import add_up, run_layers, run_reference
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import settings
 
 # fp32 sums in another order: a few units in the last place (6e-8) of the largest summand.
@@ -40,11 +38,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def reference(ranks: RankPools) -> Callable[[str, int], dict[str, Any]]:
+def reference(ranks):
     """What reference.py computes for a variant, once for all layouts."""
 
     @functools.cache
-    def computed(variant: str, data_parallel_size: int) -> dict[str, Any]:
+    def computed(variant: str, data_parallel_size: int):
         raw = settings(model=MODEL, moe=VARIANTS[variant])
         (result,) = ranks(1).run(run_reference, raw, data_parallel_size)
         return result
@@ -53,11 +51,11 @@ def reference(ranks: RankPools) -> Callable[[str, int], dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def layers(ranks: RankPools) -> Callable[..., list[dict[str, Any]]]:
+def layers(ranks):
     """What the ranks of a layout compute: by rank and variant, once for all variants."""
 
     @functools.cache
-    def computed(world: int, ep: int, tp: int, etp: int) -> list[dict[str, Any]]:
+    def computed(world: int, ep: int, tp: int, etp: int):
         parallel = {
             "expert_model_parallel_size": ep,
             "tensor_model_parallel_size": tp,
@@ -86,6 +84,6 @@ def test_layer_equals_reference(layers, reference, world, ep, tp, etp, variant):
         _assert_close(layer["gradients"][name], gradient, name)
 
 
-def _assert_close(actual: np.ndarray, expected: np.ndarray, name: str) -> None:
+def _assert_close(actual: np.ndarray, expected: np.ndarray, name: str):
     scale = np.abs(expected).max()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=RELATIVE * scale, err_msg=name)

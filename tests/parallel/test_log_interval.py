@@ -2,21 +2,18 @@
 
 import contextlib
 import io
-from pathlib import Path
-from typing import Any
 
 from tests.parallel.checkpoint_runs import logged, run_trainer, trainer_settings
-from tests.parallel.ranks import RankPools
 
 
-def printed_by_trainer(raw: dict[str, Any]) -> list[str]:
+def printed_by_trainer(raw) -> list[str]:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         run_trainer(raw)
     return out.getvalue().splitlines()
 
 
-def test_every_third_step_and_the_last(ranks: RankPools, corpus: Path, tmp_path: Path) -> None:
+def test_every_third_step_and_the_last(ranks, corpus, tmp_path):
     training = {"train_iters": 7, "log_interval": 3, "global_batch_size": 4}
     raw = trainer_settings(corpus, tmp_path / "run", training=training)
     (lines,) = ranks(1).run(printed_by_trainer, raw)

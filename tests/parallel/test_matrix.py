@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from itertools import combinations, product
-from typing import Any
 
 import pytest
 
@@ -42,19 +41,19 @@ BF16_LOSS = 2**-7
 
 
 @pytest.mark.parametrize("cell", FAST, ids=str)
-def test_fast_layout(cell: Cell, ranks, alone: Callable[..., Run], record_property: Callable):
+def test_fast_layout(cell, ranks, alone, record_property):
     check(cell, STEPS, ranks, alone, record_property)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("cell", [*PAIRS, *CORNERS, *DEDUP], ids=str)
-def test_layout(cell: Cell, ranks, alone: Callable[..., Run], record_property: Callable) -> None:
+def test_layout(cell, ranks, alone, record_property):
     check(cell, LONG, ranks, alone, record_property)
 
 
 def check(
     cell: Cell, steps: int, ranks: RankPools, alone: Callable[..., Run], record_property: Callable
-) -> None:
+):
     """Train the cell and its reference; `--junitxml` holds the differences."""
 
     def pair(cell: Cell) -> tuple[Run, Run]:
@@ -78,12 +77,12 @@ def check(
     check_routing(cell, run)
 
 
-def learning(raw: dict[str, dict[str, Any]], steps: int) -> dict[str, dict[str, Any]]:
+def learning(raw, steps: int):
     """Without warm-up where the first of few steps has to change weights."""
     return raw if steps == LONG else {**raw, "optimizer": {**raw["optimizer"], "warmup_iters": 0}}
 
 
-def check_bf16(found: Difference, rounding: Difference) -> None:
+def check_bf16(found: Difference, rounding: Difference):
     """Hold the differences of a bf16 run against what rounding alone does."""
     assert found.loss < max(BF16_LOSS, BF16_DISTANCES * rounding.loss), (found, rounding)
     assert found.all_gradients < BF16_DISTANCES * rounding.all_gradients, (found, rounding)
@@ -92,7 +91,7 @@ def check_bf16(found: Difference, rounding: Difference) -> None:
     assert found.selections <= BF16_DISTANCES * rounding.selections, (found, rounding)
 
 
-def check_routing(cell: Cell, run: Run) -> None:
+def check_routing(cell: Cell, run: Run):
     """The routing that a corner case is named after is the one that happened."""
     for metrics in run.routing:
         if cell.routing == "no FFN token":
@@ -129,7 +128,7 @@ OPTIONS = {
 }
 
 
-def is_impossible(one: str, value: object, other: str, other_value: object) -> bool:
+def is_impossible(one: str, value, other: str, other_value) -> bool:
     """Whether two option values cannot meet on 8 ranks with a global batch of 8 sequences."""
     pair = {one: value, other: other_value}
     divided = ("uneven", "ends apart", "interleaved", "uneven interleaved")
@@ -159,7 +158,7 @@ def is_impossible(one: str, value: object, other: str, other_value: object) -> b
     )
 
 
-def test_every_pair_of_options_is_in_the_matrix() -> None:
+def test_every_pair_of_options_is_in_the_matrix():
     missing = [
         (one, value, other, other_value)
         for one, other in combinations(OPTIONS, 2)
@@ -170,16 +169,16 @@ def test_every_pair_of_options_is_in_the_matrix() -> None:
     assert not missing
 
 
-def test_cells_read_as_they_are_written() -> None:
+def test_cells_read_as_they_are_written():
     cells = [*PAIRS, *CORNERS, *DEDUP, *FAST]
     assert parse_cells("\n".join(map(str, cells))) == cells
 
 
-def test_the_matrix_is_large_and_without_repetition() -> None:
+def test_the_matrix_is_large_and_without_repetition():
     cells = [*PAIRS, *CORNERS, *DEDUP]
     assert len(cells) == len(set(cells)) >= 40
 
 
 @pytest.mark.parametrize("option", [name for name in OPTIONS if name != "dp"])
-def test_the_fast_subset_has_every_option(option: str) -> None:
+def test_the_fast_subset_has_every_option(option):
     assert {getattr(cell, option) for cell in FAST} >= set(OPTIONS[option]) - {1}

@@ -1,8 +1,5 @@
 """MoE++ in Megatron-LM's own loop trains to the result of our trainer on one process."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
 from tests.parallel.megatron_lm_runs import (
@@ -12,8 +9,8 @@ from tests.parallel.megatron_lm_runs import (
     run_script,
     train_in_megatron_lm,
 )
-from tests.parallel.ranks import RankError, RankPools
-from tests.parallel.training_runs import Run, assemble, compare
+from tests.parallel.ranks import RankError
+from tests.parallel.training_runs import assemble, compare
 
 # fp32; the same bound as in the layout matrix, whose largest difference is 2.3e-6.
 RELATIVE = 1e-5
@@ -43,13 +40,13 @@ SPEC = "--spec moepp_megatron.interop.megatron_lm moepp_spec"
         ),
     ],
 )
-def test_equals_our_trainer(ranks, alone: Callable[..., Run], tmp_path, way: str, arguments: str):
+def test_equals_our_trainer(ranks, alone, tmp_path, way, arguments):
     results = ranks(2).run(train_in_megatron_lm, arguments, way, str(tmp_path))
     compare(assemble(results), alone(SETTINGS, steps=STEPS), RELATIVE)
 
 
 @pytest.mark.parallel
-def test_bf16_crosses_stages(ranks: RankPools, tmp_path: Path) -> None:
+def test_bf16_crosses_stages(ranks, tmp_path):
     alone, staged = (
         assemble(ranks(n).run(train_in_megatron_lm, arguments, "config", str(tmp_path / str(n))))
         for n, arguments in ((1, "--bf16"), (2, "--bf16 --pipeline-model-parallel-size 2"))
@@ -60,7 +57,7 @@ def test_bf16_crosses_stages(ranks: RankPools, tmp_path: Path) -> None:
 
 
 @pytest.mark.parallel
-def test_spec_refuses_a_gating_residual_across_stages(ranks: RankPools, tmp_path: Path) -> None:
+def test_spec_refuses_a_gating_residual_across_stages(ranks, tmp_path):
     arguments = f"--pipeline-model-parallel-size 2 {SPEC}"
     with pytest.raises(RankError) as error:
         ranks(2).run(train_in_megatron_lm, arguments, "spec", str(tmp_path))
@@ -68,7 +65,7 @@ def test_spec_refuses_a_gating_residual_across_stages(ranks: RankPools, tmp_path
 
 
 @pytest.mark.parallel
-def test_example_script_trains_on_mock_data(ranks: RankPools, tmp_path: Path) -> None:
+def test_example_script_trains_on_mock_data(ranks, tmp_path):
     steps = 4
     arguments = (
         f"{ARGUMENTS} --mock-data --expert-model-parallel-size 2 --moepp-tau 0.5 "

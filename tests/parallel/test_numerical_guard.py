@@ -42,14 +42,12 @@ GUARD = {"guard_max_consecutive_skips": 3, "guard_threshold": 5.0}
 SKIPPED = ["skip_batch"] * 3
 
 
-def _train(
-    ranks: RankPools, world_size: int, raw: dict[str, Any], *args: Any, **named: Any
-) -> list[StepMetrics]:
+def _train(ranks: RankPools, world_size: int, raw, *args, **named) -> list[StepMetrics]:
     ranks(world_size).run(run_trainer, raw, *args, **named)
     return list(read_metrics(Path(raw["run"]["dir"]) / "metrics.jsonl"))
 
 
-def _assert_same(run: list[StepMetrics], other: list[StepMetrics]) -> None:
+def _assert_same(run: list[StepMetrics], other: list[StepMetrics]):
     """Every recorded number but times is equal, to the bit."""
     fields = ("step", "tokens", "loss", "lr", "grad_norm", "balance_loss", "layer_expert_share")
     for name in fields:
@@ -61,9 +59,7 @@ def _told(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("guard", [True, False])
-def test_a_batch_without_tokens_to_learn_from(
-    ranks: RankPools, tmp_path: Path, guard: bool
-) -> None:
+def test_a_batch_without_tokens_to_learn_from(ranks, tmp_path, guard):
     sections = {"resilience": {"guard": guard}, "training": {"train_iters": 3}}
     run = _train(ranks, 1, trainer_settings(tmp_path, **sections), data="masked")
     assert [record.loss == record.loss for record in run] == [True, guard, True]
@@ -73,7 +69,7 @@ def test_a_batch_without_tokens_to_learn_from(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_refused_batches_leave_no_trace(ranks: RankPools, tmp_path: Path, layout: str) -> None:
+def test_refused_batches_leave_no_trace(ranks, tmp_path, layout):
     """A run with every fault is one without a guard whose data lack what was refused or undone.
 
     Checkpoints are of every second step. Batches 3 (a spike) and 10 (NaN) are skipped. The model is
@@ -114,7 +110,7 @@ def test_refused_batches_leave_no_trace(ranks: RankPools, tmp_path: Path, layout
     ]
 
 
-def test_without_the_guard_the_fault_is_fatal(ranks: RankPools, tmp_path: Path) -> None:
+def test_without_the_guard_the_fault_is_fatal(ranks, tmp_path):
     """The faults of this file do harm: NaN reaches the parameters where nothing refuses it."""
     sections = {"resilience": {"guard": False}, "training": {"train_iters": 3}}
     faults = (Fault("loss", 0, (1,)),)
@@ -132,9 +128,7 @@ OTHER_TEXTS = {"data": "other texts", "corpus": "prose"}
 Continued = Callable[..., tuple[int, dict[str, Any]]]
 
 
-def _learning(
-    folder: Path, layout: str, steps: int, resilience: dict[str, Any]
-) -> tuple[int, dict[str, Any]]:
+def _learning(folder: Path, layout: str, steps: int, resilience):
     one_rank: tuple[int, Sections] = (1, {"training": {"micro_batch_size": 8}})
     world_size, sections = LAYOUTS.get(layout, one_rank)
     raw = trainer_settings(folder, **sections, **LEARNS, resilience=resilience)
@@ -143,7 +137,7 @@ def _learning(
 
 
 @pytest.fixture(scope="module")
-def learnt(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def learnt(ranks, tmp_path_factory) -> Callable[[str], Path]:
     """By layout, the folder of a run that was saved one step before its data change."""
 
     @functools.cache
@@ -158,10 +152,10 @@ def learnt(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 @pytest.fixture
-def goes_on(learnt: Callable[[str], Path], tmp_path: Path) -> Continued:
+def goes_on(learnt, tmp_path) -> Continued:
     """Copies a run that has learnt, to go on to its fourth step with new data."""
 
-    def continued(layout: str, **resilience: Any) -> tuple[int, dict[str, Any]]:
+    def continued(layout: str, **resilience):
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         shutil.copytree(learnt(layout), folder)
         return _learning(folder, layout, NEW_FROM + 4, {**GUARD, **resilience})
@@ -169,7 +163,7 @@ def goes_on(learnt: Callable[[str], Path], tmp_path: Path) -> Continued:
     return continued
 
 
-def run_with_another_cause(raw: dict[str, Any], **named: Any) -> str | None:
+def run_with_another_cause(raw, **named) -> str | None:
     """A run in which rank 1's processor comes to another cause."""
     import torch.distributed as dist
 
@@ -177,7 +171,7 @@ def run_with_another_cause(raw: dict[str, Any], **named: Any) -> str | None:
 
     original = refused_batches.find_cause
 
-    def find_cause(*args: Any) -> Any:
+    def find_cause(*args):
         found = original(*args)
         return replace(found, cause="targets") if dist.get_rank() == 1 else found
 
@@ -186,7 +180,7 @@ def run_with_another_cause(raw: dict[str, Any], **named: Any) -> str | None:
 
 
 @pytest.mark.parametrize("layout", ["one rank", "ep2 bf16", "pp2"])
-def test_new_data_are_taken(ranks: RankPools, goes_on: Continued, layout: str) -> None:
+def test_new_data_are_taken(ranks, goes_on, layout):
     """Three batches are refused, and the rest is a run whose data lack these three.
 
     So is one that pauses, whether or not it was stopped among the refused batches. Rank 0 decides.
@@ -219,16 +213,14 @@ def test_new_data_are_taken(ranks: RankPools, goes_on: Continued, layout: str) -
         ("other targets", "accept", "the texts are as before, but not the labels"),
     ],
 )
-def test_what_is_not_taken_ends_the_run(
-    ranks: RankPools, goes_on: Continued, data: str, policy: str, says: str
-) -> None:
+def test_what_is_not_taken_ends_the_run(ranks, goes_on, data, policy, says):
     _, raw = goes_on("one rank", guard_new_data=policy)
     (message,) = ranks(1).run(why_it_fails, raw, data=data, corpus="prose")
     assert re.search(says.format(NEW_FROM), message)
     assert (Path(raw["run"]["dir"]) / "checkpoints" / f"step_{NEW_FROM:08}").is_dir()
 
 
-def test_another_corpus_is_announced(ranks: RankPools, goes_on: Continued) -> None:
+def test_another_corpus_is_announced(ranks, goes_on):
     """Resumed with it no batch is refused; with the same one nothing is said."""
     _, raw = goes_on("one rank")
     folder = Path(raw["run"]["dir"])
@@ -241,14 +233,14 @@ def test_another_corpus_is_announced(ranks: RankPools, goes_on: Continued) -> No
     assert _told(folder) == ["both guards start again"]
 
 
-def test_no_checkpoint_to_go_back_to(ranks: RankPools, tmp_path: Path) -> None:
+def test_no_checkpoint_to_go_back_to(ranks, tmp_path):
     raw = trainer_settings(tmp_path, resilience=GUARD, training={"train_iters": 6})
     faults = (Fault("loss", 1, tuple(range(2, 40))),)
     for message in ranks(2).run(why_it_fails, raw, (), faults):
         assert re.search("3 batches in a row after step 2 .*loss is nan on rank 1", message)
 
 
-def test_rollbacks_that_do_not_help_end_the_run(ranks: RankPools, tmp_path: Path) -> None:
+def test_rollbacks_that_do_not_help_end_the_run(ranks, tmp_path):
     raw = trainer_settings(
         tmp_path,
         resilience={**GUARD, "guard_max_rollbacks": 2},
@@ -260,7 +252,7 @@ def test_rollbacks_that_do_not_help_end_the_run(ranks: RankPools, tmp_path: Path
     assert re.search(r"2 rollbacks .* got no further", message)
 
 
-def test_a_resumed_run_remembers_the_losses_before(ranks: RankPools, tmp_path: Path) -> None:
+def test_a_resumed_run_remembers_the_losses_before(ranks, tmp_path):
     """Batch 5 is a spike; the resumed run has seen one loss of its own, too few to tell."""
     sections: Sections = {
         **NOISY,

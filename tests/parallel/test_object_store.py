@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,12 +16,11 @@ from moepp_megatron.training.checkpoint.find import find_checkpoint
 from tests.commands import moepp
 from tests.object_store import SECRET, Store
 from tests.parallel.checkpoint_runs import logged, train_between, trainer_settings
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import EP2, TP2, settings
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def store(monkeypatch) -> Iterator[Store]:
     made = Store()
     for name, value in made.environment.items():
         monkeypatch.setenv(name, value)
@@ -30,13 +28,13 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     made.stop()
 
 
-def in_store(environment: dict[str, str], function: Any, *arguments: Any) -> Any:
+def in_store(environment: dict[str, str], function, *arguments):
     """Call a function on a rank that finds the store."""
     with mock.patch.dict(os.environ, environment):
         return function(*arguments)
 
 
-def run_settings(folder: Path, parallel: dict[str, int], **checkpoint: Any) -> dict[str, Any]:
+def run_settings(folder: Path, parallel: dict[str, int], **checkpoint):
     return settings(
         run={"dir": str(folder)},
         model={"num_layers": 2},
@@ -46,7 +44,7 @@ def run_settings(folder: Path, parallel: dict[str, int], **checkpoint: Any) -> d
     )
 
 
-def test_the_same_training_goes_on(ranks: RankPools, store: Store, tmp_path: Path) -> None:
+def test_the_same_training_goes_on(ranks, store, tmp_path):
     """In the layout that saved, and in another one, bit for bit what a local checkpoint gives."""
     near = tmp_path / "near"
     ranks(2).run(train_between, run_settings(tmp_path, EP2), near, 2)
@@ -73,9 +71,7 @@ def test_the_same_training_goes_on(ranks: RankPools, store: Store, tmp_path: Pat
         assert losses[0] == losses[1]
 
 
-def written_run(
-    corpus: Path, tmp_path: Path, store: Store, **checkpoint: Any
-) -> tuple[Path, Path, str]:
+def written_run(corpus: Path, tmp_path: Path, store: Store, **checkpoint) -> tuple[Path, Path, str]:
     """A configuration of 6 steps on one rank, the run's folder, and its checkpoints' address."""
     address = f"s3://{store.bucket}/runs/one"
     raw = trainer_settings(
@@ -89,7 +85,7 @@ def written_run(
     return config, tmp_path / "run", address
 
 
-def test_train_resume_and_use(corpus: Path, tmp_path: Path, store: Store) -> None:
+def test_train_resume_and_use(corpus, tmp_path, store):
     config, run, address = written_run(corpus, tmp_path, store)
     first = moepp("train", config)
     assert first.returncode == 0, first.stderr
@@ -135,7 +131,7 @@ def test_train_resume_and_use(corpus: Path, tmp_path: Path, store: Store) -> Non
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_connection_that_is_lost_in_a_save(corpus: Path, tmp_path, store: Store, is_async: bool):
+def test_a_connection_that_is_lost_in_a_save(corpus, tmp_path, store, is_async):
     config, run, address = written_run(corpus, tmp_path, store, async_save=is_async)
     # The tensors of step 4 are there; then nothing answers any more.
     store.stop_at("PUT", "step_00000004/", number=2)

@@ -1,15 +1,12 @@
 """Optimizers and groups of parameters: the same in every layout, resumed bit for bit."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moepp_megatron.training.checkpoint.files import checkpoint_name
 from tests.parallel.checkpoint_runs import logged, run_trainer, train_between, trainer_settings
-from tests.parallel.ranks import RankPools
-from tests.parallel.training_runs import EP2, PP2, TP2, Run, begin_training, compare, short
+from tests.parallel.training_runs import EP2, PP2, TP2, begin_training, compare, short
 
 pytest.importorskip("emerging_optimizers", reason="needs moepp-megatron[emerging]")
 MUON = {"kind": "muon", "muon_fp32_matmul_prec": "highest", "muon_extra_scale_factor": 0.2}
@@ -18,7 +15,7 @@ PLAIN = {"use_distributed_optimizer": False}
 BF16 = {"precision": {"dtype": "bf16"}}
 
 
-def kinds_of(raw: dict[str, Any]) -> dict[str, tuple[str, str]]:
+def kinds_of(raw) -> dict[str, tuple[str, str]]:
     """Each parameter's kind, and the class of the optimizer that trains it."""
     from moepp_megatron.training.optimizers import parameter_kind
 
@@ -36,7 +33,7 @@ def kinds_of(raw: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize("kind", ["muon", "lion"])
-def test_matrices_alone_go_to_the_optimizer_that_was_named(ranks: RankPools, kind: str) -> None:
+def test_matrices_alone_go_to_the_optimizer_that_was_named(ranks, kind):
     optimizer = {"kind": kind}
     model = {"qk_layernorm": True, "qkv_bias": True}
     moe = {"shared_expert_ffn_hidden_size": 16, "shared_expert_gate": True}
@@ -70,7 +67,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_muon_is_the_same_in_every_layout(trained, alone: Callable[..., Run], layout: str) -> None:
+def test_muon_is_the_same_in_every_layout(trained, alone, layout):
     world_size, parallel, changes = LAYOUTS[layout]
     optimizer = MUON | {"lr": 1.0e-3}
     raw = short(optimizer=optimizer | changes, parallel=PLAIN | parallel)
@@ -91,7 +88,7 @@ def test_muon_is_the_same_in_every_layout(trained, alone: Callable[..., Run], la
 def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, kind, world_size, sections):
     checkpoint = {"save_interval": 2, "load": "auto"}
 
-    def run(name: str, steps: int, **more: Any) -> None:
+    def run(name: str, steps: int, **more):
         training = {"train_iters": steps, "global_batch_size": 4, "micro_batch_size": 2}
         optimizer = kind | {"warmup_iters": 0}
         raw = trainer_settings(
@@ -106,7 +103,7 @@ def test_two_and_two_steps_are_four(ranks, corpus, tmp_path, kind, world_size, s
         assert logged(tmp_path / "run", key) == logged(tmp_path / "whole", key)
 
 
-def test_matrices_shared_out_are_those_that_are_not(ranks: RankPools, tmp_path: Path) -> None:
+def test_matrices_shared_out_are_those_that_are_not(ranks, tmp_path):
     """bf16 on two ranks: layer-wise, every rank a copy, and one resumed as the other."""
     shared = short(optimizer=MUON, **BF16)
     copies = short(optimizer=MUON, parallel=PLAIN, **BF16)
@@ -131,7 +128,7 @@ GROUPS = {
 }
 
 
-def rates_of(raw: dict[str, Any]) -> tuple[float, dict[str, set[tuple[float, float]]]]:
+def rates_of(raw) -> tuple[float, dict[str, set[tuple[float, float]]]]:
     """The run's rate, and rate and weight decay of each kind of parameters in the second step."""
     from moepp_megatron.training.optimizers import parameter_kind
 
@@ -148,7 +145,7 @@ def rates_of(raw: dict[str, Any]) -> tuple[float, dict[str, set[tuple[float, flo
 
 
 @pytest.mark.parametrize("kind", ["adam", "muon"])
-def test_kinds_of_parameters_have_their_own_rates(ranks: RankPools, kind: str) -> None:
+def test_kinds_of_parameters_have_their_own_rates(ranks, kind):
     optimizer = {"kind": kind, "lr": 1.0e-3, "weight_decay": 0.1, "decay_style": "constant"}
     model = {"qk_layernorm": True}
     plain = short(optimizer=optimizer, parallel=PLAIN, model=model)
@@ -184,7 +181,7 @@ def test_groups_are_the_same_in_every_layout(trained, alone, parallel):
     compare(trained(2, raw), expected, 1e-5)
 
 
-def test_groups_are_resumed(ranks: RankPools, tmp_path: Path) -> None:
+def test_groups_are_resumed(ranks, tmp_path):
     raw = short(optimizer={"groups": GROUPS}, parallel=EP2)
     whole = ranks(2).run(train_between, raw, tmp_path / "whole", 3)[0]
     first = ranks(2).run(train_between, raw, tmp_path / "first", 1)[0]

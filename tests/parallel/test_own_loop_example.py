@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.ranks import RankPools
-
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "own_megatron_loop.py"
 STEPS = 5
@@ -29,7 +27,7 @@ def run_example() -> list[tuple[float, float]]:
 
 
 @pytest.mark.parallel
-def test_losses_are_those_of_one_process(ranks: RankPools) -> None:
+def test_losses_are_those_of_one_process(ranks):
     (alone,) = ranks(1).run(run_example)
     both = ranks(2).run(run_example)
     assert both[0] == both[1]
@@ -42,7 +40,7 @@ def test_losses_are_those_of_one_process(ranks: RankPools) -> None:
     assert all(0.0 < share < 1.0 for _, share in alone)
 
 
-def base_packages(folder: Path) -> None:
+def base_packages(folder: Path):
     """Links to torch, megatron-core and what they require without any extra."""
     waiting, seen = ["torch", "megatron-core"], set()
     while waiting:
@@ -61,7 +59,7 @@ def base_packages(folder: Path) -> None:
                 (folder / top).symlink_to(Path(str(found.locate_file(top))))
 
 
-def test_page_and_example_need_torch_and_megatron_core_only(tmp_path: Path) -> None:
+def test_page_and_example_need_torch_and_megatron_core_only(tmp_path):
     """As torchrun starts one rank, without a GPU; a port of 0 lets the store choose."""
     base_packages(tmp_path)
     (tmp_path / "moepp_megatron").symlink_to(ROOT / "moepp_megatron")

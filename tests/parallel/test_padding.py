@@ -1,13 +1,11 @@
 """Padding masks: what a model computes of padded batches, and what is recorded of them."""
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.parallel.forced_routing import pad_some
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import (
     EP2,
     FULL,
@@ -24,7 +22,7 @@ STEPS = 2
 RELATIVE = 1e-5
 
 
-def test_global_balance_equals_one_process_with_the_same_batches(trained) -> None:
+def test_global_balance_equals_one_process_with_the_same_batches(trained):
     """One process whose micro-batches are as large as those of all data-parallel ranks."""
     moe = {"num_ffn_experts": 8, "balance_scope": "global"}
     raw = short(moe=moe, training={"micro_batch_size": 2})
@@ -39,7 +37,7 @@ def test_global_balance_equals_one_process_with_the_same_batches(trained) -> Non
 KEPT = 11
 
 
-def first_tokens(config: Any, is_padded: bool) -> tuple[dict[str, Any], Any]:
+def first_tokens(config, is_padded: bool):
     """Of three sequences; the others are padding, or are not there."""
     import torch
 
@@ -53,7 +51,7 @@ def first_tokens(config: Any, is_padded: bool) -> tuple[dict[str, Any], Any]:
 
 
 @pytest.mark.parametrize("training", [{}, FULL], ids=["kept", "recomputed"])
-def test_a_model_is_as_without_the_padded_tokens(ranks, training: dict[str, Any]) -> None:
+def test_a_model_is_as_without_the_padded_tokens(ranks, training):
     moe = {"num_ffn_experts": 8, "balance_coeff": 0.1, "z_loss_coeff": 0.1, "capacity_factor": 1.0}
     raw = short(moe=moe, training=training)
     padded, without = (
@@ -67,7 +65,7 @@ def test_a_model_is_as_without_the_padded_tokens(ranks, training: dict[str, Any]
         assert expected.any(), f"{name} compares nothing"
 
 
-def recorded_and_trained(raw: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+def recorded_and_trained(raw) -> tuple[dict[str, float], dict[str, float]]:
     """Losses of a step's record, and the means over its micro-batches as training weighs them."""
     from unittest import mock
 
@@ -87,11 +85,11 @@ def recorded_and_trained(raw: dict[str, Any]) -> tuple[dict[str, float], dict[st
     trained: list[float] = []
     record, attach = MoEMetricsTracker.record, MoEAuxLossAutoScaler.apply
 
-    def recording(self: Any, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    def recording(self, name: str, value, *args, **kwargs):
         values.setdefault("z_loss" if name == "z_loss" else "balance_loss", []).append(value.item())
         record(self, name, value, *args, **kwargs)
 
-    def attaching(activation: Any, loss: Any) -> Any:
+    def attaching(activation, loss):
         trained.append(loss.item())
         return attach(activation, loss)
 
@@ -127,7 +125,7 @@ def recorded_and_trained(raw: dict[str, Any]) -> tuple[dict[str, float], dict[st
     ],
     ids=["microbatch", "sequence", "vanilla"],
 )
-def test_recorded_losses_are_the_trained_ones(ranks: RankPools, moe: dict[str, Any]) -> None:
+def test_recorded_losses_are_the_trained_ones(ranks, moe):
     """Micro-batches of unequal padding weigh as much as they have tokens."""
     ((recorded, trained),) = ranks(1).run(recorded_and_trained, short(moe=moe))
     assert recorded == pytest.approx(trained, rel=RELATIVE)

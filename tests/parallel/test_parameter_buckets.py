@@ -1,12 +1,11 @@
 """Parameters that are gathered in many small buckets while the forward pass begins to use them."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.parallel.training_runs import EP2, STEPS, Run, assemble, compare, short, train
+from tests.parallel.training_runs import EP2, STEPS, assemble, compare, short, train
 
 # fp32 rounds by 6e-8; sums in another order, carried on by a step of Adam (see test_matrix).
 FP32 = 1e-5
@@ -19,7 +18,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 TRAINING = {"micro_batch_size": 1}
 
 
-def train_in_small_buckets(raw: dict[str, Any], steps: int) -> tuple[Run, list[Any]]:
+def train_in_small_buckets(raw, steps: int):
     """`train` with a bucket for each parameter."""
     from moepp_megatron.runtime.patches import replaced
     from moepp_megatron.training import setup
@@ -30,7 +29,7 @@ def train_in_small_buckets(raw: dict[str, Any], steps: int) -> tuple[Run, list[A
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_parameter_is_read_before_it_is_gathered(ranks, alone: Callable[..., Run], layout: str):
+def test_no_parameter_is_read_before_it_is_gathered(ranks, alone, layout):
     world_size, parallel = LAYOUTS[layout]
     raw = short(parallel=parallel, training=TRAINING)
     run = assemble(ranks(world_size).run(train_in_small_buckets, raw, STEPS))

@@ -27,7 +27,7 @@ training: {{train_iters: 8, global_batch_size: 2, micro_batch_size: 1}}
 """
 
 
-def train(path: str) -> None:
+def train(path: str):
 
     from moepp_megatron.config import load_config
     from moepp_megatron.training.trainer import Trainer
@@ -37,7 +37,7 @@ def train(path: str) -> None:
     Trainer(config, layout).run()
 
 
-def bench(path: str, overrides: list[str], out: str) -> None:
+def bench(path: str, overrides: list[str], out: str):
 
     from moepp_megatron.config import load_config
     from moepp_megatron.tools.bench.step import run_step_benchmark
@@ -48,7 +48,7 @@ def bench(path: str, overrides: list[str], out: str) -> None:
     write_records(Path(out), run_step_benchmark(config, layout, rounds=2))
 
 
-def test_pilot_from_runs_to_answer(ranks, corpus: Path, tmp_path, monkeypatch, capsys) -> None:
+def test_pilot_from_runs_to_answer(ranks, corpus, tmp_path, monkeypatch, capsys):
     config, out = tmp_path / "tiny.yaml", tmp_path / "pilot"
     config.write_text(CONFIG.format(data=corpus))
     trained: list[str] = []

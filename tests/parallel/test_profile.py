@@ -33,9 +33,7 @@ LAYERS = 2
 BATCH = 4
 
 
-def record(
-    raw: dict[str, Any], prepare: Callable[[list[Any]], None] | None = None
-) -> tuple[list[float], bool]:
+def record(raw, prepare=None) -> tuple[list[float], bool]:
     """Train and record some steps; returns losses, and whether all methods are back."""
     import torch.distributed as dist
     from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -53,13 +51,13 @@ def record(
         model.optimizer.reload_model_params()
     model.set_training(True)
 
-    def owners() -> list[Any]:
+    def owners():
         layers = [one for chunk in model.models for one in chunk.modules()]
         experts = [one for one in layers if isinstance(one, MoELayer)]
         dispatchers = [one.token_dispatcher for one in experts]
         return [dist.ProcessGroup, dist.Work, model.optimizer, *model.chunks, *layers, *dispatchers]
 
-    def methods() -> list[dict[str, Any]]:
+    def methods():
         return [
             {name: value for name, value in vars(one).items() if callable(value)}
             for one in owners()
@@ -79,7 +77,7 @@ def record(
     return losses, methods() == before
 
 
-def run_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def run_settings(folder: Path, **sections):
     """Two steps, of which the second is recorded."""
     training = {"train_iters": 2, "profile_steps": [2], **sections.pop("training", {})}
     return short(run={"dir": str(folder)}, training=training, **sections)
@@ -88,8 +86,8 @@ def run_settings(folder: Path, **sections: dict[str, Any]) -> dict[str, dict[str
 def profile(
     ranks: RankPools,
     folder: Path,
-    prepare: Callable[[list[Any]], None] | None = None,
-    **sections: dict[str, Any],
+    prepare=None,
+    **sections,
 ) -> Profile:
     results = ranks(2).run(record, run_settings(folder, **sections), prepare)
     assert all(restored for _, restored in results)
@@ -157,7 +155,7 @@ def test_bytes_equal_the_routing_in_every_layer_direction_and_pass(recorded, nam
         assert sum(one.even_load for one in moved) == sum(one.vanilla for one in moved)
 
 
-def test_formula_with_an_even_load(ranks: RankPools, tmp_path: Path) -> None:
+def test_formula_with_an_even_load(ranks, tmp_path):
     """T K phi D b (EP - 1) / EP in numbers that nothing of the profile knows."""
     moe = {"num_ffn_experts": 8, "router_topk": 3}
     found = profile(
@@ -174,7 +172,7 @@ def test_formula_with_an_even_load(ranks: RankPools, tmp_path: Path) -> None:
     assert found.load.rows == {(2, rank): rows / 2 for rank in (0, 1)}
 
 
-def test_every_call_is_placed_and_matched(recorded: Callable[[str], Recorded]) -> None:
+def test_every_call_is_placed_and_matched(recorded):
     found = recorded("plain").profile
     microbatches = 2
     for trace in found.traces:
@@ -208,7 +206,7 @@ def test_every_call_is_placed_and_matched(recorded: Callable[[str], Recorded]) -
         assert {(f"layer2/{part}", "forward"), (f"layer2/{part}", "backward")} <= parts
 
 
-def test_pipeline_and_tensor_parallel(ranks: RankPools, tmp_path: Path) -> None:
+def test_pipeline_and_tensor_parallel(ranks, tmp_path):
     pipeline = profile(ranks, tmp_path / "pp", parallel=PP2)
     ends = (Operation.SEND, Operation.RECEIVE)
     sends = [one for one in pipeline.classes if one.name.operation in ends]
@@ -220,7 +218,7 @@ def test_pipeline_and_tensor_parallel(ranks: RankPools, tmp_path: Path) -> None:
     assert {("tensor parallel", "forward"), ("tensor parallel", "backward")} <= purposes
 
 
-def test_some_ranks(ranks: RankPools, tmp_path: Path) -> None:
+def test_some_ranks(ranks, tmp_path):
     """Bytes of one rank are held against its own routing; waiting stays unknown."""
     found = profile(ranks, tmp_path, parallel=EP2, training={"profile_ranks": [1]})
     assert [trace.rank for trace in found.traces] == [1]
@@ -229,7 +227,7 @@ def test_some_ranks(ranks: RankPools, tmp_path: Path) -> None:
     assert document(found)["collectives"][0]["wait_ms"] is None
 
 
-def test_recording_changes_no_loss(ranks, recorded: Callable[[str], Recorded], tmp_path) -> None:
+def test_recording_changes_no_loss(ranks, recorded, tmp_path):
     raw = run_settings(tmp_path, parallel=EP2, **RUNS["plain"])
     raw["training"]["profile_steps"] = []
     assert ranks(2).run(record, raw)[0][0] == recorded("plain").losses

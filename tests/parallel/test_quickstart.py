@@ -8,8 +8,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from tests.commands import moepp
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +40,7 @@ def _commands(folder: Path, gpus: int, *arguments: str) -> list[list[str]]:
     return [shlex.split(line) for line in (folder / "calls").read_text().splitlines()]
 
 
-def test_the_docs_show_what_the_script_runs(tmp_path: Path) -> None:
+def test_the_docs_show_what_the_script_runs(tmp_path):
     page = (ROOT / "docs" / "tutorials" / "first_run.md").read_text(encoding="utf-8")
     block = re.search(r"## What it does.*?```bash\n(.*?)```", page, re.DOTALL)
     assert block, "first_run.md has no commands"
@@ -51,7 +49,7 @@ def test_the_docs_show_what_the_script_runs(tmp_path: Path) -> None:
     assert shown == [["moepp", *words] for words in _commands(tmp_path, gpus=0)]
 
 
-def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_run(tmp_path, monkeypatch):
     """One rank, as on a machine with one GPU, on a small text instead of the built-in corpus."""
     short = ("training.train_iters=2", "training.eval_iters=1", "optimizer.warmup_iters=1")
     small = ("training.global_batch_size=4", "model.num_layers=2", "model.seq_length=64")

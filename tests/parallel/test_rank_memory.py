@@ -1,11 +1,8 @@
 """Parameters that `--dry-run` prints are those that ranks hold."""
 
-from typing import Any
-
 import pytest
 
-from tests.parallel.layouts import Cell, parse_cells, run_settings
-from tests.parallel.ranks import RankPools
+from tests.parallel.layouts import parse_cells, run_settings
 from tests.parallel.training_runs import EP2, begin, settings
 
 CELLS = parse_cells("""
@@ -18,7 +15,7 @@ CELLS = parse_cells("""
 """)
 
 
-def held(raw: dict[str, Any]) -> tuple[Any, tuple[int, int], int]:
+def held(raw):
     """What is said of this rank; parameters outside and in FFN experts, optimizer bytes."""
     import torch
     import torch.distributed as dist
@@ -51,7 +48,7 @@ def held(raw: dict[str, Any]) -> tuple[Any, tuple[int, int], int]:
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_ranks_hold_what_is_printed(ranks: RankPools, cell: Cell) -> None:
+def test_ranks_hold_what_is_printed(ranks, cell):
     results = ranks(cell.ranks).run(held, run_settings(cell))
     for said, (dense, experts), _ in results:
         assert (said.dense, said.experts) == (dense, experts)
@@ -61,7 +58,7 @@ def test_ranks_hold_what_is_printed(ranks: RankPools, cell: Cell) -> None:
     assert optimizer == pytest.approx(sum(said.optimizer for said, *_ in results), rel=0.01)
 
 
-def test_muon_keeps_one_moment_of_a_matrix(ranks: RankPools) -> None:
+def test_muon_keeps_one_moment_of_a_matrix(ranks):
     pytest.importorskip("emerging_optimizers", reason="needs moepp-megatron[emerging]")
     raw = settings(
         optimizer={"kind": "muon"},

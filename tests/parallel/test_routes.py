@@ -49,11 +49,11 @@ def of_step(folder: Path, step: int, samples: int = 4) -> Path:
     return folder / f"from_sample_{samples * (step - 1):08d}.npz"
 
 
-def run(ranks: RankPools, size: int, routes: dict[str, Any], **sections: dict[str, Any]) -> Run:
+def run(ranks: RankPools, size: int, routes, **sections) -> Run:
     return assemble(ranks(size).run(train, short(**sections, routes=routes), STEPS))
 
 
-def assert_same(found: Run, expected: Run) -> None:
+def assert_same(found: Run, expected: Run):
     assert found.losses == expected.losses
     assert found.grad_norms == expected.grad_norms
     assert found.routing == expected.routing
@@ -70,7 +70,7 @@ def recorded(folder: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_replay_is_the_recorded_run(ranks: RankPools, tmp_path: Path, layout: str) -> None:
+def test_a_replay_is_the_recorded_run(ranks, tmp_path, layout):
     size, sections = LAYOUTS[layout]
     plain = run(ranks, size, {}, **sections)
     written = {"record": str(tmp_path / "routes"), "trace": str(tmp_path / "trace")}
@@ -90,12 +90,12 @@ def test_a_replay_is_the_recorded_run(ranks: RankPools, tmp_path: Path, layout: 
     assert_trace_holds(tmp_path, size, sections)
 
 
-def plain_layers(sections: dict[str, Any]) -> int:
+def plain_layers(sections) -> int:
     layers: int = sections.get("model", {}).get("num_layers", 2)
     return layers
 
 
-def assert_trace_holds(folder: Path, size: int, sections: dict[str, Any]) -> None:
+def assert_trace_holds(folder: Path, size: int, sections):
     """Each rank's lines are Megatron's; together they name every selection once."""
     counts: dict[tuple[int, int], np.ndarray] = {}
     for rank in range(size):
@@ -116,7 +116,7 @@ def assert_trace_holds(folder: Path, size: int, sections: dict[str, Any]) -> Non
             np.testing.assert_array_equal(counts[step, number], expected)
 
 
-def test_routes_of_one_layout_serve_another(ranks: RankPools, tmp_path: Path) -> None:
+def test_routes_of_one_layout_serve_another(ranks, tmp_path):
     run(ranks, 1, {"record": str(tmp_path / "one")})
     layout = {"parallel": TP2 | PP2 | EP2, "training": FULL}
     run(ranks, 4, {"replay": str(tmp_path / "one"), "record": str(tmp_path / "four")}, **layout)
@@ -127,7 +127,7 @@ def test_routes_of_one_layout_serve_another(ranks: RankPools, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
-def test_other_routes_are_repeated_too(ranks: RankPools, tmp_path: Path, layout: str) -> None:
+def test_other_routes_are_repeated_too(ranks, tmp_path, layout):
     """Routes that no router selects: as in one process, where layers are not computed again."""
     size, sections = LAYOUTS[layout]
     alone = {name: sections[name] for name in ("model", "moe") if name in sections}
@@ -146,14 +146,14 @@ def test_other_routes_are_repeated_too(ranks: RankPools, tmp_path: Path, layout:
         assert "router" not in name or np.abs(gradient).max() > 0, name
 
 
-def damaged(path: Path) -> None:
+def damaged(path: Path):
     np.savez_compressed(path, routed_experts=np.zeros((64, 2, 2), dtype=int))
     content = bytearray(path.read_bytes())
     content[60:80] = b"\xff" * 20
     path.write_bytes(content)
 
 
-def one_array(path: Path) -> None:
+def one_array(path: Path):
     with path.open("wb") as stream:
         np.save(stream, np.zeros(3))
 
@@ -170,7 +170,7 @@ NO_FILES: dict[str, Any] = {
 }
 
 
-def test_what_is_no_file_of_the_step_is_refused(ranks: RankPools, tmp_path: Path) -> None:
+def test_what_is_no_file_of_the_step_is_refused(ranks, tmp_path):
     raw, path = short(routes={"replay": str(tmp_path)}), of_step(tmp_path, 1)
     for reason, write in NO_FILES.items():
         write(path)
@@ -184,18 +184,18 @@ def test_what_is_no_file_of_the_step_is_refused(ranks: RankPools, tmp_path: Path
     assert line.startswith(f"routes.replay ({path}) must be of this batch's tokens")
 
 
-def test_a_folder_that_cannot_be_one_is_refused(ranks: RankPools, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_one_is_refused(ranks, tmp_path):
     (tmp_path / "file").touch()
     for name in ("record", "trace"):
         (line,) = ranks(1).run(refusal, short(routes={name: str(tmp_path / "file")}))
         assert line.startswith(f"routes.{name} ({tmp_path}/file) must leave")
 
 
-def test_files_stay_with_their_batches(ranks: RankPools, tmp_path: Path) -> None:
+def test_files_stay_with_their_batches(ranks, tmp_path):
     """Batch 2 is refused; the model is damaged before batch 5, which undoes step 3."""
     faults = (Fault("loss", 0, (1,)), Fault("large weights", 0, (4,)))
 
-    def train_in(name: str, **routes: Any) -> list[StepMetrics]:
+    def train_in(name: str, **routes) -> list[StepMetrics]:
         raw = trainer_settings(
             tmp_path / name,
             training={"train_iters": 5},
@@ -235,8 +235,8 @@ def test_files_stay_with_their_batches(ranks: RankPools, tmp_path: Path) -> None
     assert [json.loads(line)["step"] for line in trace.read_bytes().splitlines()] == steps
 
 
-def test_what_cannot_be_written_ends_no_run_unsaved(ranks: RankPools, tmp_path: Path) -> None:
-    def train_in(name: str) -> None:
+def test_what_cannot_be_written_ends_no_run_unsaved(ranks, tmp_path):
+    def train_in(name: str):
         raw = trainer_settings(
             tmp_path / f"{name}-run",
             training={"train_iters": 3},
@@ -256,7 +256,7 @@ def test_what_cannot_be_written_ends_no_run_unsaved(ranks: RankPools, tmp_path: 
     assert (tmp_path / "record-run/checkpoints/step_00000002").is_dir()
 
 
-def refusal(raw: dict[str, Any]) -> str:
+def refusal(raw) -> str:
     with pytest.raises(ConfigError) as refused:
         train(raw, 1)
     return str(refused.value)

@@ -47,7 +47,7 @@ FALLEN = {
 OFTEN = 4
 
 
-def guard(*rules: dict[str, Any], **settings: Any) -> dict[str, Any]:
+def guard(*rules, **settings):
     """The section, with these rules alone (defaults by their name)."""
     names = {rule["name"] for rule in rules}
     dropped = [{"name": r.name, "action": "none"} for r in DEFAULT_RULES if r.name not in names]
@@ -55,7 +55,7 @@ def guard(*rules: dict[str, Any], **settings: Any) -> dict[str, Any]:
 
 
 def train(
-    ranks: RankPools, folder: Path, steps: int, *args: Any, layout: str = "one rank", **named: Any
+    ranks: RankPools, folder: Path, steps: int, *args, layout: str = "one rank", **named
 ) -> Found:
     """What rank 0 saw; fails where another rank decided otherwise."""
     world_size, sections, size = LAYOUTS[layout]
@@ -82,7 +82,7 @@ def records(folder: Path) -> list[StepMetrics]:
 
 
 @pytest.mark.parametrize("layout", ["ep2 bf16", "tp2 sp", "pp2"])
-def test_routers_are_put_back(ranks: RankPools, tmp_path: Path, layout: str) -> None:
+def test_routers_are_put_back(ranks, tmp_path, layout):
     """To the bit, in the optimizer's copies too; alike in every layout."""
     fault = 10
     found = train(
@@ -106,14 +106,14 @@ def test_routers_are_put_back(ranks: RankPools, tmp_path: Path, layout: str) -> 
     assert records(tmp_path)[-1].guard_actions == 1
 
 
-def test_without_a_healthy_copy_it_is_reported(ranks: RankPools, tmp_path: Path) -> None:
+def test_without_a_healthy_copy_it_is_reported(ranks, tmp_path):
     """No step behind the fault proves its routers healthy."""
     faults = (Fault(1, "collapse", None, 2.0),)
     found = train(ranks, tmp_path, 6, faults, routing_guard=guard(FALLEN))
     assert found.decisions[0] == (2, "fallen", None, "warn")
 
 
-def test_copies_of_routers_are_in_checkpoints(ranks: RankPools, tmp_path: Path) -> None:
+def test_copies_of_routers_are_in_checkpoints(ranks, tmp_path):
     """The fault comes after the run has been resumed, on both pipeline stages.
 
     So are the states of all rules and detectors: the resumed run is the same to the bit.
@@ -134,7 +134,7 @@ def test_copies_of_routers_are_in_checkpoints(ranks: RankPools, tmp_path: Path) 
     assert parts.weights == whole.weights
 
 
-def test_copies_exist_where_the_guard_only_looks_on(ranks: RankPools, tmp_path: Path) -> None:
+def test_copies_exist_where_the_guard_only_looks_on(ranks, tmp_path):
     """From the first step on, so that a run that is resumed with `safe` can use them."""
     sections: dict[str, Any] = {"checkpoint": {"save_interval": 2, "load": "auto"}}
     off = train(ranks, tmp_path / "a", 2, routing_guard={"enabled": None}, **sections)
@@ -146,7 +146,7 @@ def test_copies_exist_where_the_guard_only_looks_on(ranks: RankPools, tmp_path: 
     assert found.routers[5] == off.routers[1]
 
 
-def test_putting_routers_back_keeps_the_loss(ranks: RankPools, tmp_path: Path) -> None:
+def test_putting_routers_back_keeps_the_loss(ranks, tmp_path):
     """Against the same fault without a guard, and without the fault."""
     fault = (Fault(20, "collapse", None, 2.0),)
     checkpoint = {"save_interval": 19, "load": "auto"}
@@ -182,9 +182,7 @@ DEAD = {
     ("layout", "fault", "rule"),
     [("ep2", Fault(5, "explosion", 2, 50.0), EXPLODE), ("pp2", Fault(5, "dead", 1), DEAD)],
 )
-def test_rollback(
-    ranks: RankPools, tmp_path: Path, layout: str, fault: Fault, rule: dict[str, Any]
-) -> None:
+def test_rollback(ranks, tmp_path, layout, fault, rule):
     """Back to before the fault, not to the newest checkpoint; bit for bit a run without it.
 
     Steps 5, 6 and 7 show it; checkpoints are of steps 2, 4 and, too late, 6.
@@ -207,7 +205,7 @@ def test_rollback(
     assert [json.loads(line)["step"] for line in undone] == [5, 6, 7]
 
 
-def test_without_an_old_enough_checkpoint_it_is_reported(ranks: RankPools, tmp_path: Path) -> None:
+def test_without_an_old_enough_checkpoint_it_is_reported(ranks, tmp_path):
     found = train(
         ranks,
         tmp_path,
@@ -231,7 +229,7 @@ TWO_FAULTS: dict[str, Any] = {
 }
 
 
-def run_with_high_loss(raw: dict[str, Any], *args: Any, **options: Any) -> Found:
+def run_with_high_loss(raw, *args, **options) -> Found:
     """A run in which the loss is above its limit whenever somebody asks."""
     from moepp_megatron.observe.shift.monitor import ShiftMonitor
 
@@ -243,8 +241,8 @@ def run_with_high_loss(raw: dict[str, Any], *args: Any, **options: Any) -> Found
     ("how", "action"), [(run_with_high_loss, "rollback"), (run, "put_back of step 90")]
 )
 def test_where_routers_do_not_help_and_the_loss_is_high_it_goes_back_to_a_checkpoint(
-    ranks: RankPools, tmp_path: Path, how: Any, action: str
-) -> None:
+    ranks, tmp_path, how, action
+):
     """The second fault comes before the first is over; checkpoints are of step 40 and 80."""
     found = train(ranks, tmp_path, 102, checkpoint={"save_interval": 40}, how=how, **TWO_FAULTS)
     faults = [(step, action) for step, rule, _, action in found.decisions if rule == "router_fault"]
@@ -262,9 +260,7 @@ def test_where_routers_do_not_help_and_the_loss_is_high_it_goes_back_to_a_checkp
     assert found.saved["returns"] == is_back
 
 
-def test_a_rollback_for_a_shift_counts_where_routers_are_put_back_as_well(
-    ranks: RankPools, tmp_path: Path
-) -> None:
+def test_a_rollback_for_a_shift_counts_where_routers_are_put_back_as_well(ranks, tmp_path):
     rule = {"name": "loud", "metric": "logit_shift", "above": 1.0, "for_steps": 2}
     settings = TWO_FAULTS | {
         "faults": TWO_FAULTS["faults"][:1],
@@ -277,7 +273,7 @@ def test_a_rollback_for_a_shift_counts_where_routers_are_put_back_as_well(
     assert found.saved["returns"] == 1
 
 
-def test_what_nothing_helps_against_is_accepted(ranks: RankPools, tmp_path: Path) -> None:
+def test_what_nothing_helps_against_is_accepted(ranks, tmp_path):
     """There is no checkpoint: no action is counted, and the end is no recovery."""
     found = train(ranks, tmp_path, 125, how=run_with_high_loss, **TWO_FAULTS)
     alerts = [alert for alert in told(tmp_path) if alert.rule in ("shift", "router_fault")]
@@ -289,9 +285,7 @@ def test_what_nothing_helps_against_is_accepted(ranks: RankPools, tmp_path: Path
     assert len(found.losses) == 125
 
 
-def test_a_rule_that_ends_late_leaves_other_faults_to_copies(
-    ranks: RankPools, tmp_path: Path
-) -> None:
+def test_a_rule_that_ends_late_leaves_other_faults_to_copies(ranks, tmp_path):
     """Routers that it has put back are healthy, though it ends only after six such steps."""
     loud = {"name": "loud", "metric": "logit_variance", "above": 30.0, "for_steps": 6}
     found = train(
@@ -312,7 +306,7 @@ def test_a_rule_that_ends_late_leaves_other_faults_to_copies(
     assert found.saved["actions"] == 2
 
 
-def test_a_dry_run_changes_no_bit(ranks: RankPools, tmp_path: Path) -> None:
+def test_a_dry_run_changes_no_bit(ranks, tmp_path):
     rules = (
         FALLEN,
         {"name": "back", "metric": "max_expert_share", "above": 0.2, "action": "rollback"},
@@ -335,7 +329,7 @@ def test_a_dry_run_changes_no_bit(ranks: RankPools, tmp_path: Path) -> None:
     assert {"put_back (dry run)", "rollback (dry run)", "stop (dry run)"} <= actions
 
 
-def stopped(raw: dict[str, Any]) -> str:
+def stopped(raw) -> str:
     """Message with which the guard ends a run on this rank."""
     from moepp_megatron.features.guard.part import GuardStopError
 
@@ -344,7 +338,7 @@ def stopped(raw: dict[str, Any]) -> str:
     return str(error.value)
 
 
-def test_a_rule_may_end_the_run(ranks: RankPools, tmp_path: Path) -> None:
+def test_a_rule_may_end_the_run(ranks, tmp_path):
     """The model is saved, and an alert says why."""
     rule = {"name": "end", "metric": "loss", "above": 0.1, "for_steps": 2, "action": "stop"}
     raw = guard_settings(
@@ -360,7 +354,7 @@ def test_a_rule_may_end_the_run(ranks: RankPools, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "step_00000002").is_dir()
 
 
-def test_a_budget_owns_the_ffn_share(ranks: RankPools, tmp_path: Path) -> None:
+def test_a_budget_owns_the_ffn_share(ranks, tmp_path):
     """The guard never forces the share: with all its default rules the numbers are the same."""
     moe = {"num_ffn_experts": 8, "budget": {"target_ffn_per_token": 0.3}}
     alone = train(ranks, tmp_path / "a", 40, moe=moe, layout="dp2")
@@ -370,7 +364,7 @@ def test_a_budget_owns_the_ffn_share(ranks: RankPools, tmp_path: Path) -> None:
     assert [a.rule for a in told(tmp_path / "b") if a.metric == "mean_ffn_to_target"] == []
 
 
-def test_a_shift_of_the_data(ranks: RankPools, tmp_path: Path) -> None:
+def test_a_shift_of_the_data(ranks, tmp_path):
     """A source breaks in step 101: told alike on all ranks, and nothing is done about it."""
     found = train(
         ranks,
@@ -394,7 +388,7 @@ def test_a_shift_of_the_data(ranks: RankPools, tmp_path: Path) -> None:
     assert max(r.token_shift or 0.0 for r in judged if r.step <= 100) < 1.0
 
 
-def run_with_other_numbers(raw: dict[str, Any], **options: Any) -> Found:
+def run_with_other_numbers(raw, **options) -> Found:
     """A run in which rank 1's processor comes to other numbers about shifts."""
     import torch.distributed as dist
 
@@ -402,7 +396,7 @@ def run_with_other_numbers(raw: dict[str, Any], **options: Any) -> Found:
 
     original = ShiftMonitor.add
 
-    def add(self: ShiftMonitor, step: int, observed: Any, **named: Any) -> None:
+    def add(self: ShiftMonitor, step: int, observed, **named):
         original(self, step, observed, **named)
         if self.event is not None and dist.get_rank() == 1:
             self.event.since = 20
@@ -422,8 +416,8 @@ def run_with_other_numbers(raw: dict[str, Any], **options: Any) -> Found:
     ],
 )
 def test_a_rollback_for_a_shift_goes_to_before_its_first_step(
-    ranks: RankPools, tmp_path: Path, save_interval: int, actions: list[str]
-) -> None:
+    ranks, tmp_path, save_interval, actions
+):
     """On all ranks alike, by rank 0's numbers."""
     training = {"train_iters": 122, "global_batch_size": 16, "micro_batch_size": 8}
     raw = guard_settings(
@@ -443,7 +437,7 @@ def test_a_rollback_for_a_shift_goes_to_before_its_first_step(
     assert where[save_interval] in alerts[0].condition
 
 
-def test_the_numerical_guard_may_go_back_too(ranks: RankPools, tmp_path: Path) -> None:
+def test_the_numerical_guard_may_go_back_too(ranks, tmp_path):
     """A damaged model goes back to step 2; a rule that had begun ends with it and is told."""
     rule = {"name": "force", "metric": "loss", "above": 0.1, "for_steps": 3}
     settings = trainer_settings(
@@ -475,9 +469,7 @@ def test_the_numerical_guard_may_go_back_too(ranks: RankPools, tmp_path: Path) -
         ("loss", ["numerical_guard", "numerical_guard", "routed", "lossy"]),
     ],
 )
-def test_refused_batches_are_judged_by_their_routing(
-    ranks: RankPools, tmp_path: Path, kind: str, rules: list[str]
-) -> None:
+def test_refused_batches_are_judged_by_their_routing(ranks, tmp_path, kind, rules):
     """Where their numbers are finite; their loss is not the model's."""
     own = (
         {"name": "routed", "metric": "mean_ffn_to_target", "above": 0.0, "for_steps": 4},
@@ -493,7 +485,7 @@ def test_refused_batches_are_judged_by_their_routing(
     assert {alert.step for alert in alerts if alert.rule in ("routed", "lossy")} == {4}
 
 
-def test_a_budget_holds_after_routers_were_put_back(ranks: RankPools, tmp_path: Path) -> None:
+def test_a_budget_holds_after_routers_were_put_back(ranks, tmp_path):
     """Its controller forgets what it has measured of the damaged ones."""
     rule = {"name": "loud", "metric": "logit_variance", "above": 100.0, "action": "put_back"}
     found = train(

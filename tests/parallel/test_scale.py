@@ -1,10 +1,7 @@
 """Timed steps of MoE++ and vanilla on gloo ranks, of which scaling tests are made."""
 
-from typing import Any
-
 import pytest
 
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import EP2, begin, settings
 
 CONFIG = settings(
@@ -16,13 +13,13 @@ CONFIG = settings(
 )
 
 
-def measure(raw: dict[str, Any]) -> Any:
+def measure(raw):
     from moepp_megatron.tools.bench.step import run_step_benchmark
 
     return run_step_benchmark(*begin(raw), rounds=2)
 
 
-def test_bytes_are_those_that_the_routing_asks_for(ranks: RankPools) -> None:
+def test_bytes_are_those_that_the_routing_asks_for(ranks):
     first, second = ranks(2).run(measure, CONFIG)
     assert (first.ranks, first.tokens) == (2, 80)
     assert first.measured_ffn_fraction == pytest.approx(

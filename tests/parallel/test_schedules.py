@@ -1,8 +1,5 @@
 """Schedules of learning rate and batch size in whole runs: resumed, branched, on more ranks."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from moepp_megatron.config import parse_config
@@ -17,8 +14,8 @@ SIZES = [2, 4, 4, 6, 6]
 SAME = 1e-5
 
 
-def test_a_branch_decays_as_a_run_that_was_to_end_there(ranks, corpus: Path, tmp_path) -> None:
-    def run(name: str, steps: int, **checkpoint: Any) -> dict[str, Any]:
+def test_a_branch_decays_as_a_run_that_was_to_end_there(ranks, corpus, tmp_path):
+    def run(name: str, steps: int, **checkpoint):
         training = {"train_iters": steps, "global_batch_size": 4}
         sections = {"training": training, "optimizer": WSD, "checkpoint": checkpoint}
         raw = trainer_settings(corpus, tmp_path / name, **sections)
@@ -43,10 +40,10 @@ def test_a_branch_decays_as_a_run_that_was_to_end_there(ranks, corpus: Path, tmp
 
 
 @pytest.mark.parametrize("parallel", [{}, {"overlap_grad_reduce": True}], ids=["one", "dp2"])
-def test_a_ramp_goes_on_where_it_was(ranks, corpus: Path, tmp_path, parallel: dict[str, Any]):
+def test_a_ramp_goes_on_where_it_was(ranks, corpus, tmp_path, parallel):
     world_size = 2 if parallel else 1
 
-    def run(name: str, steps: int, ranks_of_it: int = world_size, **sections: Any) -> None:
+    def run(name: str, steps: int, ranks_of_it: int = world_size, **sections):
         training = {
             "train_iters": steps,
             "micro_batch_size": 1,

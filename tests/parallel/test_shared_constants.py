@@ -1,11 +1,8 @@
 """One V for all MoE layers (`moe.constants_shared`): gradients, layouts, checkpoints."""
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
-from tests.parallel.training_runs import Run, short
+from tests.parallel.training_runs import short
 
 # fp32 rounds by 6e-8; sums in another order, carried on by steps of Adam (see test_matrix).
 FP32 = 1e-5
@@ -13,12 +10,12 @@ SHARED = {"num_ffn_experts": 8, "constants_shared": True}
 CONSTANTS = "zero_computation.constants"
 
 
-def shared(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def shared(**sections):
     """Settings of a run of three layers: one both takes V from the first and hands it on."""
     return short(model={"num_layers": 3}, moe=SHARED, **sections)
 
 
-def first_layers_vectors(models: list[Any]) -> None:
+def first_layers_vectors(models):
     """Every layer's own V starts from the first layer's."""
     import torch
 
@@ -29,7 +26,7 @@ def first_layers_vectors(models: list[Any]) -> None:
             layer.mlp.zero_computation.constants.copy_(first.constants)
 
 
-def test_gradient_is_the_sum_over_layers(trained, alone: Callable[..., Run]) -> None:
+def test_gradient_is_the_sum_over_layers(trained, alone):
     one_process = alone(shared())
     raw = short(model={"num_layers": 3})
     apart = trained(1, raw, 1, first_layers_vectors)

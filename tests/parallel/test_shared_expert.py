@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from tests.parallel.layer_runs import evaluate_layer
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import TP2, VANILLA, short
 
 # fp32 sums in another order: a few units in the last place (6e-8) of the largest summand.
@@ -16,7 +15,7 @@ PARALLEL = TP2 | {"expert_model_parallel_size": 4}
 
 
 @pytest.mark.parametrize("kind", ["moepp", "vanilla"])
-def test_evaluation_reads_its_own_tokens(ranks: RankPools, kind: str) -> None:
+def test_evaluation_reads_its_own_tokens(ranks, kind):
     """Without autograd, on ranks whose tokens are of two data-parallel shares."""
     # megatron-core's layer runs the shared expert before it gathers.
     moe = SHARED if kind == "moepp" else VANILLA | SHARED

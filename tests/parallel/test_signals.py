@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tests.parallel.ranks import RankError, RankPools
+from tests.parallel.ranks import RankError
 
 
 def asked_at(step_of_signal: int, rank_of_signal: int, steps: int) -> list[bool]:
@@ -58,27 +58,27 @@ def asked_before_listening() -> bool:
     return asked
 
 
-def test_all_ranks_stop_after_the_same_step(ranks: RankPools) -> None:
+def test_all_ranks_stop_after_the_same_step(ranks):
     expected = [False, False, True, True]
     assert ranks(2).run(asked_at, 2, 1, 4) == [expected, expected]
 
 
-def test_without_a_signal_nobody_stops(ranks: RankPools) -> None:
+def test_without_a_signal_nobody_stops(ranks):
     assert ranks(2).run(asked_at, -1, 0, 3) == [[False] * 3] * 2
 
 
-def test_handlers_are_put_back(ranks: RankPools) -> None:
+def test_handlers_are_put_back(ranks):
     assert ranks(1).run(handlers_before_and_after) == [True]
 
 
-def test_request_from_before_is_taken_up(ranks: RankPools) -> None:
+def test_request_from_before_is_taken_up(ranks):
     assert ranks(1).run(asked_before_listening) == [True]
 
 
-def test_one_request_may_come_several_ways(ranks: RankPools) -> None:
+def test_one_request_may_come_several_ways(ranks):
     assert ranks(1).run(asked_twice, 3600.0) == [True]
 
 
-def test_second_request_ends_the_process_at_once(ranks: RankPools) -> None:
+def test_second_request_ends_the_process_at_once(ranks):
     with pytest.raises(RankError, match=str(128 + signal.SIGTERM)):
         ranks(1).run(asked_twice, -1.0)

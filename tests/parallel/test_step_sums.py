@@ -2,8 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,14 +9,14 @@ from tests.parallel.checkpoint_runs import trainer_settings
 from tests.parallel.training_runs import EP2, begin, short, with_first_part
 
 
-def norms(raw: dict[str, Any], steps: int) -> list[tuple[float, float]]:
+def norms(raw, steps: int) -> list[tuple[float, float]]:
     """The gradient norm as read with all else, and by megatron-core's own function."""
     from moepp_megatron.training import step as step_module
     from tests.parallel.training_runs import train
 
     found, prepare = [], step_module.prepare_gradients
 
-    def prepared(optimizer: Any) -> Any:
+    def prepared(optimizer):
         result = prepare(optimizer)
         found.append(float(optimizer.get_grad_norm()))
         return result
@@ -32,7 +30,7 @@ def norms(raw: dict[str, Any], steps: int) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("is_distributed", [True, False])
-def test_gradient_norm_has_the_bits_of_megatron_core(ranks, is_distributed: bool) -> None:
+def test_gradient_norm_has_the_bits_of_megatron_core(ranks, is_distributed):
     """One norm over all ranks, or, not distributed, one of experts and one of the rest."""
     parallel = {**EP2, "use_distributed_optimizer": is_distributed, "overlap_param_gather": False}
     for pairs in ranks(2).run(norms, short(parallel=parallel), 2):
@@ -40,7 +38,7 @@ def test_gradient_norm_has_the_bits_of_megatron_core(ranks, is_distributed: bool
         assert all(ours == theirs > 0 for ours, theirs in pairs)
 
 
-def stopped_at(raw: dict[str, Any], step_of_signal: int) -> int:
+def stopped_at(raw, step_of_signal: int) -> int:
     """The step after which a run ends whose rank 1 gets a signal within `step_of_signal`."""
     import torch.distributed as dist
 
@@ -51,7 +49,7 @@ def stopped_at(raw: dict[str, Any], step_of_signal: int) -> int:
     trainer = Trainer(config, layout)
 
     class Signal(Part):
-        def begin_step(self, step: int, layout: Any) -> None:
+        def begin_step(self, step: int, layout):
             if step == step_of_signal and dist.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -61,6 +59,6 @@ def stopped_at(raw: dict[str, Any], step_of_signal: int) -> int:
     return trainer.progress.step
 
 
-def test_request_stops_a_step_that_is_not_logged(ranks, corpus: Path, tmp_path) -> None:
+def test_request_stops_a_step_that_is_not_logged(ranks, corpus, tmp_path):
     raw = trainer_settings(corpus, tmp_path / "run", training={"log_interval": 10})
     assert ranks(2).run(stopped_at, raw, 2) == [2, 2]

@@ -1,12 +1,10 @@
 """The rank that is slow by itself is named, though every rank's step takes as long."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moepp_megatron.observe.metrics import read_metrics
-from tests.parallel.ranks import RankPools
 from tests.parallel.resilience_runs import Fault, run_trainer, trainer_settings
 from tests.parallel.training_runs import EP2, PP2, TP2
 
@@ -23,7 +21,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_slow_rank_is_named(ranks: RankPools, tmp_path: Path, layout: str) -> None:
+def test_slow_rank_is_named(ranks, tmp_path, layout):
     """Rank 1 sleeps in each forward pass: far longer than everything else together takes."""
     world_size, parallel, batch = LAYOUTS[layout]
     raw = trainer_settings(

@@ -5,7 +5,6 @@ import json
 import math
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -39,7 +38,7 @@ LIMIT = {"capacity_factor": 1.0}
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tasks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     for task in (SQUARE, LAST):
         write_task(folder, task, DOCUMENTS[task["task"]])
@@ -47,7 +46,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings_of(corpus: Path, run: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+def settings_of(corpus: Path, run: Path, **sections):
     """Two steps with noise and the guard, saved and logged after the second."""
     training = {"train_iters": 2, "log_interval": 2}
     moe = {"num_ffn_experts": 4, "input_jitter_eps": 0.1, **sections.pop("moe", {})}
@@ -63,7 +62,7 @@ def settings_of(corpus: Path, run: Path, **sections: dict[str, Any]) -> dict[str
     )
 
 
-def records(run: Path) -> list[dict[str, Any]]:
+def records(run: Path):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -71,12 +70,12 @@ def records(run: Path) -> list[dict[str, Any]]:
 CLOCKS = ("step_time_s", "tokens_per_s", "mfu", "model_tflops", "cpu_utilization")
 
 
-def course(run: Path) -> list[dict[str, Any]]:
+def course(run: Path):
     clocks = (*CLOCKS, "host_memory_bytes", "task_score")
     return [{k: v for k, v in record.items() if k not in clocks} for record in records(run)]
 
 
-def evaluated(raw: dict[str, Any]) -> tuple[list[int], int]:
+def evaluated(raw) -> tuple[list[int], int]:
     """A run whose ranks score one micro-batch at a time; rows at once, and signs of progress."""
     from moepp_megatron.features.tasks import part as task_evaluation
     from moepp_megatron.training.resilience.watchdog import Activity
@@ -84,11 +83,11 @@ def evaluated(raw: dict[str, Any]) -> tuple[list[int], int]:
     rows, phases = [], []
     score, enter = task_evaluation.score_sequences, Activity.enter
 
-    def noted(stages: Any, sequences: Any) -> Any:
+    def noted(stages, sequences):
         rows.append(len(sequences.input_ids))
         return score(stages, sequences)
 
-    def entered(self: Activity, phase: str, step: int | None = None) -> None:
+    def entered(self: Activity, phase: str, step: int | None = None):
         phases.append(phase)
         enter(self, phase, step)
 
@@ -104,7 +103,7 @@ def evaluated(raw: dict[str, Any]) -> tuple[list[int], int]:
 
 
 def trained(
-    ranks: RankPools, tasks: Path, corpus: Path, folder: Path, **sections: dict[str, Any]
+    ranks: RankPools, tasks: Path, corpus: Path, folder: Path, **sections
 ) -> dict[str, float]:
     """The last scores of a run on two ranks, whose course is that of one without tasks."""
     ranks(2).run(run_trainer, settings_of(corpus, folder / "plain", **sections))
@@ -127,7 +126,7 @@ def trained(
     return last
 
 
-def loglikelihood(model: Any, tokens: list[int], count: int) -> float:
+def loglikelihood(model, tokens: list[int], count: int) -> float:
     """Of the last `count` tokens, by transformers."""
     import torch
 
@@ -163,7 +162,7 @@ def offline(exported: Path) -> dict[str, float]:
     }
 
 
-def export(run: str, target: str) -> None:
+def export(run: str, target: str):
     from moepp_megatron.interop.convert import convert
 
     convert("mcore-to-hf", run, target)
@@ -187,7 +186,7 @@ def test_the_scores_are_those_of_the_export(ranks, tasks, corpus, tmp_path, layo
     assert scores["last/perplexity"] == pytest.approx(expected["last/perplexity"], rel=1e-4)
 
 
-def test_the_vanilla_layer_has_no_limit_either(ranks, tasks: Path, corpus: Path, tmp_path) -> None:
+def test_the_vanilla_layer_has_no_limit_either(ranks, tasks, corpus, tmp_path):
     vanilla = VANILLA | LIMIT | {"balance_coeff": 0.0}
     scores = trained(ranks, tasks, corpus, tmp_path, parallel=EP2, moe=vanilla)
     tokenizer = Tokenizer.load(corpus)
@@ -212,7 +211,7 @@ def test_the_vanilla_layer_has_no_limit_either(ranks, tasks: Path, corpus: Path,
     assert scores["last/perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_command(corpus: Path, tmp_path: Path) -> None:
+def test_the_command(corpus, tmp_path):
     """One task that works and one that fails only with the model's own numbers."""
     write_task(tmp_path / "tasks", LAST, DOCUMENTS["last"])
     endless = {
@@ -244,18 +243,18 @@ def test_the_command(corpus: Path, tmp_path: Path) -> None:
     ]
 
 
-def failing_model(raw: dict[str, Any]) -> tuple[str, list[str]]:
+def failing_model(raw) -> tuple[str, list[str]]:
     """What a run ends with whose model cannot be evaluated, and what other ranks are sent."""
     from moepp_megatron.features.tasks import part as task_evaluation
 
     sent: list[str] = []
     send = task_evaluation.Agreement.from_first
 
-    def noted(self: Any, value: Any) -> Any:
+    def noted(self, value):
         sent.append(type(value).__name__)
         return send(self, value)
 
-    def out_of_memory(*_: Any) -> None:
+    def out_of_memory(*_):
         sent.clear()
         raise MemoryError("no room for logits")
 
@@ -268,7 +267,7 @@ def failing_model(raw: dict[str, Any]) -> tuple[str, list[str]]:
     return str(raised.value), sent
 
 
-def test_a_model_that_fails_ends_the_run_at_once(ranks, tasks: Path, corpus: Path, tmp_path):
+def test_a_model_that_fails_ends_the_run_at_once(ranks, tasks, corpus, tmp_path):
     """Other ranks are in its collectives, where a message would wait for them."""
     raw = settings_of(corpus, tmp_path, evaluation={"tasks": [str(tasks)], "limit": 1})
     assert ranks(1).run(failing_model, raw) == [("no room for logits", [])]

@@ -1,19 +1,16 @@
 """Records of a run on several ranks carry telemetry; each node is sampled once."""
 
-from pathlib import Path
-
 import pytest
 
 from moepp_megatron.config import parse_config
 from moepp_megatron.config.flops import training_flops_per_token
 from moepp_megatron.observe.metrics import read_metrics
-from tests.parallel.ranks import RankPools
 from tests.parallel.resilience_runs import run_trainer, trainer_settings
 
 pytestmark = pytest.mark.parallel
 
 
-def test_telemetry_stands_beside_every_step(ranks: RankPools, tmp_path: Path) -> None:
+def test_telemetry_stands_beside_every_step(ranks, tmp_path):
     card = tmp_path / "card.yaml"
     card.write_text("name: card\nkind: cpu\nfp32_tflops: 0.5\n")
     raw = trainer_settings(
@@ -38,7 +35,7 @@ def test_telemetry_stands_beside_every_step(ranks: RankPools, tmp_path: Path) ->
         assert record.host_memory_bytes > 2**20
 
 
-def test_telemetry_can_be_off(ranks: RankPools, tmp_path: Path) -> None:
+def test_telemetry_can_be_off(ranks, tmp_path):
     raw = trainer_settings(
         tmp_path,
         training={"train_iters": 2, "global_batch_size": 2, "micro_batch_size": 1},

@@ -44,7 +44,7 @@ exit "$status"
 
 
 @pytest.fixture
-def thin(corpus: Path, tmp_path: Path) -> Callable[..., tuple[int, str, list[str]]]:
+def thin(corpus, tmp_path) -> Callable[..., tuple[int, str, list[str]]]:
     """The script on a Mixtral with so many experts per token: status, errors, commands."""
     import torch
     import transformers
@@ -105,7 +105,7 @@ def thin(corpus: Path, tmp_path: Path) -> Callable[..., tuple[int, str, list[str
     return run
 
 
-def test_from_a_model_to_its_export(thin, tmp_path: Path) -> None:
+def test_from_a_model_to_its_export(thin, tmp_path):
     from tests.interop.transformers_models import load_model
 
     status, said, commands = thin(2, RECIPE="budget")
@@ -129,7 +129,7 @@ def test_from_a_model_to_its_export(thin, tmp_path: Path) -> None:
     assert (status, [command.split()[0] for command in commands]) == (0, ["train", "report"])
 
 
-def test_other_recipes(thin, tmp_path: Path) -> None:
+def test_other_recipes(thin, tmp_path):
     from moepp_megatron.config import load_config
 
     assert thin(4, "training.global_batch_size=4", RECIPE="zeda")[0] == 0
@@ -158,7 +158,7 @@ def test_other_recipes(thin, tmp_path: Path) -> None:
         (2, {"RECIPE": "budget", "SHARE": "1"}, "SHARE (1) must be above 0 and below 1"),
     ],
 )
-def test_refused_before_anything_is_made(thin, tmp_path, topk, environment, says) -> None:
+def test_refused_before_anything_is_made(thin, tmp_path, topk, environment, says):
     status, said, commands = thin(topk, **environment)
     assert (status, commands, len(said.splitlines())) == (2, [], 1)
     assert says in said

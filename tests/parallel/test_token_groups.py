@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from moepp_megatron.data.token_groups import BANDS
-from tests.parallel.ranks import RankPools
 from tests.parallel.test_health import LAYOUTS
 from tests.parallel.training_runs import (
     VANILLA,
@@ -27,7 +26,7 @@ class SourcedTokens(SyntheticDataset):
 
     source_names = NAMES
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int):
         import torch
 
         sample = super().__getitem__(index)
@@ -35,7 +34,7 @@ class SourcedTokens(SyntheticDataset):
         return sample | {"sources": (positions >= 2 + index % 7).to(torch.int32)}
 
 
-def measure(raw: dict[str, Any], recounts: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(raw, recounts: bool = False):
     """Fields of a step's record, and the same counted by hooks if asked for (in one process)."""
     from moepp_megatron.features.tokens.part import TokenClassesPart
     from moepp_megatron.moe.layer import moepp_layers
@@ -48,7 +47,7 @@ def measure(raw: dict[str, Any], recounts: bool = False) -> tuple[dict[str, Any]
     losses: list[Any] = []
 
     class Losses(Part):
-        def see(self, chunk: Any, batch: Any, token_losses: Any) -> None:
+        def see(self, chunk, batch, token_losses):
             losses.append((batch, token_losses.detach()))
 
     parts = counting_parts(config, layout, model, dataset, Losses())
@@ -71,11 +70,11 @@ def measure(raw: dict[str, Any], recounts: bool = False) -> tuple[dict[str, Any]
     return kept, recounted(maps, losses, groups)
 
 
-def recounted(maps: list[Any], losses: list[Any], groups: Any) -> dict[str, Any]:
+def recounted(maps, losses, groups):
     """The fields from routing maps [T, E] of micro-batches and layers, and batches with losses."""
     import torch
 
-    def flat(values: list[Any]) -> np.ndarray:
+    def flat(values) -> np.ndarray:
         return torch.cat([each.T.reshape(-1) for each in values]).double().numpy()
 
     ids, of, mask = (
@@ -105,11 +104,11 @@ MOE = {"num_ffn_experts": NUM_FFN}
 
 
 @pytest.fixture(scope="module")
-def whole(ranks: RankPools) -> tuple[dict[str, Any], dict[str, Any]]:
+def whole(ranks):
     return ranks(1).run(measure, short(moe=MOE), True)[0]
 
 
-def flat(values: dict[str, Any]) -> dict[str, float]:
+def flat(values) -> dict[str, float]:
     """Numbers by their way through a record."""
     found: dict[str, float] = {}
     for key, value in values.items():
@@ -120,7 +119,7 @@ def flat(values: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def test_counted_by_hand(whole: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_counted_by_hand(whole):
     fields, recount = whole
     for key, expected in recount.items():
         # Sums in another order.
@@ -135,7 +134,7 @@ def test_counted_by_hand(whole: tuple[dict[str, Any], dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_layouts_agree(ranks, whole: tuple[dict[str, Any], dict[str, Any]], layout: str) -> None:
+def test_layouts_agree(ranks, whole, layout):
     world_size, parallel, training = LAYOUTS[layout]
     raw = short(moe=MOE, parallel=parallel, training=training)
     results = ranks(world_size).run(measure, raw)
@@ -155,6 +154,6 @@ def test_layouts_agree(ranks, whole: tuple[dict[str, Any], dict[str, Any]], layo
         ({"observe": {"token_groups": False}}, set()),
     ],
 )
-def test_what_is_not_counted(ranks: RankPools, section: dict[str, Any], left: set[str]) -> None:
+def test_what_is_not_counted(ranks, section, left):
     fields, _ = ranks(1).run(measure, short(**{"moe": MOE, **section}))[0]
     assert set(fields) == left

@@ -23,7 +23,7 @@ def refusal(runs: list[Path], checkpoints: list[Path | str]) -> str | None:
 
 
 @pytest.mark.parametrize(("blind", "setting"), [(0, "run.dir"), (1, "checkpoint.dir")])
-def test_every_rank_refuses(ranks, tmp_path: Path, blind: int, setting: str) -> None:
+def test_every_rank_refuses(ranks, tmp_path, blind, setting):
     """Each rank stands for a machine; of one folder they mean two of their own."""
     pairs = [[tmp_path / name, tmp_path / name] for name in ("run", "elsewhere")]
     for folder in (tmp_path / "run", tmp_path / "elsewhere", tmp_path / "local"):

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from tests.parallel.layouts import OPTIMIZER, RECOMPUTE, VANILLA
-from tests.parallel.ranks import RankPools
 from tests.parallel.training_runs import EP2, PP2, STEPS, TP2, SyntheticDataset, begin, short, train
 
 
-def upstream_model(config: Any) -> list[Any]:
+def upstream_model(config):
     """This rank's chunks of megatron-core's model, with the weights of ours."""
     import torch
     from megatron.core import parallel_state
@@ -62,7 +61,7 @@ def _norms_with_sequence_parallelism(needed: bool) -> Iterator[None]:
 
     original = WrappedTorchNorm.__new__
 
-    def build(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> Any:
+    def build(cls, config, hidden_size: int, eps: float = 1e-5, **unused):
         return SequenceParallelRMSNorm(config, hidden_size, eps)
 
     if needed:
@@ -73,7 +72,7 @@ def _norms_with_sequence_parallelism(needed: bool) -> Iterator[None]:
         WrappedTorchNorm.__new__ = original
 
 
-def train_upstream(raw: dict[str, Any]) -> tuple[list[float], list[float]]:
+def train_upstream(raw) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of megatron-core's model."""
     from moepp_megatron.training import setup
     from moepp_megatron.training.batches import rank_batches
@@ -135,7 +134,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_are_those_of_megatron_core(ranks: RankPools, layout: str) -> None:
+def test_losses_are_those_of_megatron_core(ranks, layout):
     world_size, sections = LAYOUTS[layout]
     raw = short(**{**sections, "moe": {**VANILLA, **sections.get("moe", {})}})
     run, _ = ranks(world_size).run(train, raw, STEPS)[0]

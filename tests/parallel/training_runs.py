@@ -71,19 +71,17 @@ class Run:
     mtp_losses: list[float] = field(default_factory=list)
 
 
-def settings(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def settings(**sections):
     """`BASE` with some settings changed, such as `settings(moe={"tau": 0.5})`."""
     return merged(BASE, sections)
 
 
-def merged(
-    base: dict[str, dict[str, Any]], sections: dict[str, dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
+def merged(base, sections):
     """Sections of a configuration, with some settings changed."""
     return {n: base.get(n, {}) | sections.get(n, {}) for n in base | sections}
 
 
-def short(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def short(**sections):
     """As `settings`, for two steps of two layers and two micro-batches of two sequences."""
     small: dict[str, dict[str, Any]] = {
         "model": {"num_layers": 2},
@@ -93,7 +91,7 @@ def short(**sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return settings(**merged(small, sections))
 
 
-def join(config: Any) -> Any:
+def join(config):
     """The layout of a configuration on the ranks that call; its process groups are there."""
     import torch.distributed as dist
 
@@ -105,7 +103,7 @@ def join(config: Any) -> Any:
     return layout
 
 
-def begin(raw: dict[str, Any]) -> tuple[Any, Any]:
+def begin(raw):
     """Configuration and layout on this rank."""
     from moepp_megatron.config import parse_config
 
@@ -113,7 +111,7 @@ def begin(raw: dict[str, Any]) -> tuple[Any, Any]:
     return config, join(config)
 
 
-def begin_training(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
+def begin_training(raw):
     """Configuration, layout and a model in training on this rank."""
     from moepp_megatron.training.setup import build_training_model
 
@@ -123,7 +121,7 @@ def begin_training(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
     return config, layout, model
 
 
-def losses_and_gradients(raw: dict[str, Any], inputs: Callable[[Any], Any]) -> dict[str, Any]:
+def losses_and_gradients(raw, inputs):
     """On one rank, with weights of a seed: `losses`, and the gradients of their sum.
 
     `inputs(config)` gives the model's inputs by name, and which [b, s] of the losses count.
@@ -149,9 +147,7 @@ def losses_and_gradients(raw: dict[str, Any], inputs: Callable[[Any], Any]) -> d
     return {name: value.numpy().copy() for name, value in values.items()}
 
 
-def train(
-    raw: dict[str, Any], steps: int, prepare: Callable[[list[Any]], None] | None = None
-) -> tuple[Run, list[Any]]:
+def train(raw, steps: int, prepare=None):
     """Train on this rank's layout."""
     from moepp_megatron.training.batches import rank_batches
     from moepp_megatron.training.checkpoint.files import Progress
@@ -193,7 +189,7 @@ def train(
     return run, pieces
 
 
-def _made(kinds: Iterable[Any], config: Any, layout: Any, model: Any, dataset: Any) -> Any:
+def _made(kinds, config, layout, model, dataset):
     """What the trainer makes parts from, with those of some kinds."""
     from moepp_megatron.training.checkpoint.files import Progress
     from moepp_megatron.training.part import PartContext, Parts
@@ -215,23 +211,21 @@ def _made(kinds: Iterable[Any], config: Any, layout: Any, model: Any, dataset: A
     return run
 
 
-def watching(see: Callable[..., None], *summands: Any) -> Any:
+def watching(see: Callable[..., None], *summands):
     """Hooks of a step that only look at each micro-batch, and join its read."""
     from moepp_megatron.training.step import StepHooks
 
     class Watching(StepHooks):
-        def see(self, *args: Any) -> None:
+        def see(self, *args):
             see(*args)
 
-        def summands(self) -> Any:
+        def summands(self):
             return summands
 
     return [Watching()]
 
 
-def counting_parts(
-    config: Any, layout: Any, model: Any, dataset: Any, *more: Any, guarded: bool = False
-) -> Any:
+def counting_parts(config, layout, model, dataset, *more, guarded: bool = False):
     """The parts that count and watch routers, as the trainer makes them, and others."""
     from moepp_megatron.training.part import Parts
     from moepp_megatron.training.parts.order import part_kinds
@@ -246,19 +240,19 @@ def counting_parts(
     return Parts([*run.parts, *more])
 
 
-def part_of(trainer: Any, kind: Any) -> Any:
+def part_of(trainer, kind):
     """The trainer's part of a kind."""
     return next(part for part in trainer.parts if isinstance(part, kind))
 
 
-def with_first_part(trainer: Any, part: Any) -> None:
+def with_first_part(trainer, part):
     """Give the trainer a part that comes before all others."""
     from moepp_megatron.training.part import Parts
 
     trainer.parts = Parts([part, *trainer.parts])
 
 
-def assemble(results: list[tuple[Run, list[Any]]]) -> Run:
+def assemble(results) -> Run:
     """One run from what every rank returned; fails where ranks disagree."""
     first = results[0][0]
     for rank, (run, _) in enumerate(results):
@@ -347,14 +341,14 @@ def _relative_to_largest(values: np.ndarray, expected: np.ndarray) -> float:
 class SyntheticDataset:
     """Sequences that depend on their index alone; some tokens are masked out of the loss."""
 
-    def __init__(self, config: Any, steps: int) -> None:
+    def __init__(self, config, steps: int):
         self._config = config
         self._length = steps * config.training.global_batch_size
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int):
         import torch
 
         model = self._config.model
@@ -382,13 +376,13 @@ class SyntheticDataset:
         return sample
 
 
-def _capture_gradients(model: Any) -> list[Any]:
+def _capture_gradients(model):
     """A list that fills with this rank's pieces of the first step's final gradients."""
     from megatron.core.distributed import finalize_model_grads
 
     pieces: list[Any] = []
 
-    def finalize(chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
+    def finalize(chunks, num_tokens=None, **kwargs):
         finalize_model_grads(chunks, num_tokens, **kwargs)
         if not pieces:
             for chunk, inner in zip(model.chunks, model.models, strict=True):
@@ -399,7 +393,7 @@ def _capture_gradients(model: Any) -> list[Any]:
     return pieces
 
 
-def complete_shards(chunk: Any) -> None:
+def complete_shards(chunk):
     """The distributed optimizer leaves each rank its shard of the gradients: gather the others."""
     import torch.distributed as dist
 
@@ -412,7 +406,7 @@ def complete_shards(chunk: Any) -> None:
             dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
-def gradient_pieces(model: Any) -> list[Any]:
+def gradient_pieces(model):
     """(name, global shape, global offset, values) of every local parameter's gradient."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
@@ -437,7 +431,7 @@ def gradient_pieces(model: Any) -> list[Any]:
     return pieces
 
 
-def view_of_gradient(data: Any, candidates: list[Any]) -> Any:
+def view_of_gradient(data, candidates):
     """The part of a parameter's gradient that `data` is of the parameter, or None."""
     for _, parameter in candidates:
         start = data.storage_offset() - parameter.storage_offset()

@@ -68,7 +68,7 @@ def missing_programs() -> list[str]:
 class Cluster:
     """A running cluster."""
 
-    def __init__(self, folder: Path, kill_wait_s: int = 30) -> None:
+    def __init__(self, folder: Path, kill_wait_s: int = 30):
         self.folder = folder
         self.config = folder / "slurm.conf"
         (folder / "state").mkdir(parents=True)
@@ -89,22 +89,22 @@ class Cluster:
         self.environment = {**os.environ, "SLURM_CONF": str(self.config)}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self) -> None:
+    def start(self):
         """Start the controller and both nodes, and wait until the nodes are idle."""
         self._start("slurmctld", "-c")
         for node in NODES:
             self.start_node(node)
         self.wait_for_nodes("idle")
 
-    def start_node(self, node: str) -> None:
+    def start_node(self, node: str):
         """Start a node's daemon."""
         self._start("slurmd", "-N", node)
 
-    def kill_node(self, node: str) -> None:
+    def kill_node(self, node: str):
         """A node dies: its daemon, and everything that runs on it, at the same moment."""
         self._kill([self._daemons.pop(node).pid, *self._on_node(node)])
 
-    def kill_steps(self, node: str) -> None:
+    def kill_steps(self, node: str):
         """Everything that runs on a node dies; its daemon keeps running and reports nothing."""
         self._kill(self._on_node(node))
 
@@ -124,20 +124,20 @@ class Cluster:
         return doomed
 
     @staticmethod
-    def _kill(doomed: list[int]) -> None:
+    def _kill(doomed: list[int]):
         for pid in doomed:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
 
-    def heal(self) -> None:
+    def heal(self):
         """Start what a test has killed."""
         for node in NODES:
             if node not in self._daemons:
                 self.start_node(node)
 
-    def stop(self) -> None:
+    def stop(self):
         """Cancel everything and end the daemons."""
         self.run("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}")
         self.run("scancel", f"--user={getpass.getuser()}")
@@ -170,7 +170,7 @@ class Cluster:
         text = self.run("scontrol", "show", "job", "--oneliner", job, check=True)
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
 
-    def wait_for_nodes(self, state: str, nodes: tuple[str, ...] = NODES) -> None:
+    def wait_for_nodes(self, state: str, nodes: tuple[str, ...] = NODES):
         deadline = time.monotonic() + 240
         while True:
             shown = self.run("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%T").split()
@@ -188,7 +188,7 @@ class Cluster:
             for path in sorted(self.folder.glob("*.log"))
         )
 
-    def _start(self, program: str, *arguments: str) -> None:
+    def _start(self, program: str, *arguments: str):
         name = arguments[-1] if program == "slurmd" else program
         # In the foreground (-D), so that the daemon is this process's child and dies with it.
         command = [_program(program) or program, "-D", "-f", str(self.config), *arguments]

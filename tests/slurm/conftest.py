@@ -16,7 +16,7 @@ from tests.slurm.jobs import STEPS, Jobs
 NASTY = 'it\'s "a" $(touch pwned) `touch pwned`; # & * %j \u00e9'
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]):
     missing = missing_programs()
     here = Path(__file__).parent
     for item in items:
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+def cluster(request) -> Iterator[Cluster]:
     # Not pytest's folder: the path of a socket may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="moepp-slurm-"))
     cluster = Cluster(folder, getattr(request.module, "KILL_WAIT_S", 30))
@@ -41,12 +41,12 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory) -> Path:
     return prepare_data(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture
-def jobs(request, cluster: Cluster, data: Path, tmp_path) -> Iterator[Jobs]:
+def jobs(request, cluster, data, tmp_path) -> Iterator[Jobs]:
     """Submits jobs from a folder whose name no shell may read; none is left afterwards."""
     folder = tmp_path / NASTY
     folder.mkdir()
@@ -60,7 +60,7 @@ def jobs(request, cluster: Cluster, data: Path, tmp_path) -> Iterator[Jobs]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, data: Path, tmp_path_factory) -> dict[int, float]:
+def undisturbed(cluster, data, tmp_path_factory) -> dict[int, float]:
     """Losses by step of the expert-parallel run that nobody disturbs: two ranks, without Slurm."""
     jobs = Jobs(cluster, data, tmp_path_factory.mktemp("undisturbed"))
     config = jobs.config({})

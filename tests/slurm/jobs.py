@@ -5,7 +5,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import yaml
@@ -26,7 +25,7 @@ _ASK_EVERY_S = 0.3
 class Job:
     """A submitted job."""
 
-    def __init__(self, cluster: Cluster, number: str, run: Path) -> None:
+    def __init__(self, cluster: Cluster, number: str, run: Path):
         self.cluster, self.number, self.run = cluster, number, run
 
     @property
@@ -52,16 +51,16 @@ class Job:
         shown = self.cluster.run("scontrol", "show", "job", self.number)
         return f"{shown}\n{self.output[-6000:]}\n{self.cluster.logs()}"
 
-    def wait_until(self, happened: Callable[[], bool], what: str) -> None:
+    def wait_until(self, happened: Callable[[], bool], what: str):
         deadline = time.monotonic() + _TIMEOUT_S
         while not happened():
             assert time.monotonic() < deadline, f"not {what}:\n{self.report()}"
             time.sleep(_POLL_S)
 
-    def wait_for_state(self, *states: str) -> None:
+    def wait_for_state(self, *states: str):
         self._ask_until(lambda: self.state in states, f"in state {' or '.join(states)}")
 
-    def wait_for_step(self, step: int) -> None:
+    def wait_for_step(self, step: int):
         asked = 0.0
 
         def reached() -> bool:
@@ -75,14 +74,14 @@ class Job:
 
         self.wait_until(reached, f"at step {step}")
 
-    def wait_for_end(self, state: str) -> None:
+    def wait_for_end(self, state: str):
         self.wait_for_state("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         assert self.state == state, self.report()
 
-    def wait_for_restart(self, count: int) -> None:
+    def wait_for_restart(self, count: int):
         self._ask_until(lambda: self.restarts >= count, f"restarted {count} times")
 
-    def _ask_until(self, answered: Callable[[], bool], what: str) -> None:
+    def _ask_until(self, answered: Callable[[], bool], what: str):
         """As `wait_until`, for what the controller is asked for."""
 
         def happened() -> bool:
@@ -93,7 +92,7 @@ class Job:
 
         self.wait_until(happened, what)
 
-    def signal(self, *options: str) -> None:
+    def signal(self, *options: str):
         self.cluster.run("scancel", *options, self.number, check=True)
 
     def processes(self) -> list[psutil.Process]:
@@ -125,12 +124,12 @@ class Job:
 class Jobs:
     """Writes configurations and submits them."""
 
-    def __init__(self, cluster: Cluster, data: Path, folder: Path, step_wait_s: int = 60) -> None:
+    def __init__(self, cluster: Cluster, data: Path, folder: Path, step_wait_s: int = 60):
         self.cluster, self.data, self.folder = cluster, data, folder
         self._step_wait_s = step_wait_s
         self._submitted: list[Job] = []
 
-    def config(self, sections: dict[str, dict[str, Any]]) -> Path:
+    def config(self, sections) -> Path:
         """A configuration for two nodes with one CPU rank each; `sections` are merged into it."""
         path = self.folder / "run.yaml"
         training = {"train_iters": STEPS, "micro_batch_size": 2}
@@ -166,7 +165,7 @@ class Jobs:
         """A `moepp` command in the folder of the jobs."""
         return forked(["-m", MODULE, *arguments], self.folder, self.environment)
 
-    def submit(self, *overrides: str, **sections: dict[str, Any]) -> Job:
+    def submit(self, *overrides: str, **sections) -> Job:
         config = self.config(sections)
         done = self.moepp("slurm", config.name, *overrides, "--submit")
         assert done.returncode == 0, done.stderr
@@ -177,7 +176,7 @@ class Jobs:
         self._submitted.append(Job(self.cluster, number, self.folder / "run"))
         return self._submitted[-1]
 
-    def cancel_all(self) -> None:
+    def cancel_all(self):
         for job in self._submitted:
             self.cluster.run("scancel", "--full", "--signal=KILL", job.number)
             self.cluster.run("scancel", job.number)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.faults.harness import losses
 from tests.slurm.conftest import NASTY
-from tests.slurm.jobs import STEPS, Jobs
+from tests.slurm.jobs import STEPS
 
 pytestmark = pytest.mark.timeout(2400)
 # A lost node's step never answers, for which Slurm waits this long.
@@ -47,7 +47,7 @@ def test_lost_node_and_preemptions_leave_the_loss_curve_unbroken(jobs, undisturb
 
 
 @pytest.mark.slow
-def test_job_goes_on_with_the_nodes_that_are_left(jobs: Jobs) -> None:
+def test_job_goes_on_with_the_nodes_that_are_left(jobs):
     job = jobs.submit(slurm={"min_nodes": 1}, parallel={"expert_model_parallel_size": 1})
     job.wait_for_step(10)
     assert len(job.ranks()) == 2

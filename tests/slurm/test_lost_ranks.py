@@ -4,7 +4,6 @@ import pytest
 
 from tests.commands import slowdown
 from tests.faults.harness import losses
-from tests.slurm.jobs import Jobs
 
 pytestmark = pytest.mark.timeout(2400)
 # A node whose processes are gone never answers, for which Slurm waits this long.
@@ -13,7 +12,7 @@ KILL_WAIT_S = 5
 STEP_WAIT_S = 30
 
 
-def test_dead_ranks_start_again_and_crashed_ones_once(jobs: Jobs) -> None:
+def test_dead_ranks_start_again_and_crashed_ones_once(jobs):
     """First everything on a node dies, but its daemon answers: Slurm sees nothing wrong."""
     # Nodes must also meet within it at the start, which takes them 4 s on idle cores.
     timeout_s = max(20, round(6 * slowdown()))

@@ -58,7 +58,7 @@ def sbatch(jobs: Jobs, *arguments: str) -> Job:
     return jobs.taken(done.stdout.split()[-1])
 
 
-def test_preflight_names_the_sick_node(jobs: Jobs) -> None:
+def test_preflight_names_the_sick_node(jobs):
     script = str(ROOT / "slurm/preflight.sbatch")
     check = "[[ $SLURMD_NODENAME == n1 ]] || { echo too hot; exit 5; }"
     job = sbatch(jobs, script, "bash", "-c", check)
@@ -71,7 +71,7 @@ def test_preflight_names_the_sick_node(jobs: Jobs) -> None:
     assert "preflight: all 2 nodes passed" in healthy.output
 
 
-def test_node_that_fails_preflight_is_named_and_avoided(jobs: Jobs) -> None:
+def test_node_that_fails_preflight_is_named_and_avoided(jobs):
     check = 'if [[ $SLURMD_NODENAME == n2 ]]; then echo "GPU 3: ECC errors (12)"; exit 1; fi'
     job = jobs.submit(
         slurm={"min_nodes": 1, "preflight": True, "preflight_command": ["bash", "-c", check]},
@@ -88,7 +88,7 @@ def test_node_that_fails_preflight_is_named_and_avoided(jobs: Jobs) -> None:
     assert "step 1/5" in second
 
 
-def test_job_does_not_start_where_every_node_fails_preflight(jobs: Jobs) -> None:
+def test_job_does_not_start_where_every_node_fails_preflight(jobs):
     job = jobs.submit(slurm={"preflight": True, "preflight_command": ["bash", "-c", "exit 1"]})
     job.wait_for_end("FAILED")
     assert job.cluster.job(job.number)["ExitCode"] == "3:0"
@@ -97,7 +97,7 @@ def test_job_does_not_start_where_every_node_fails_preflight(jobs: Jobs) -> None
     assert not (job.run / "metrics.jsonl").exists()
 
 
-def test_wrong_preflight_command_excludes_nobody(jobs: Jobs) -> None:
+def test_wrong_preflight_command_excludes_nobody(jobs):
     job = jobs.submit(slurm={"preflight": True, "preflight_command": ["no-such-command"]})
     job.wait_for_end("FAILED")
     assert "the preflight command itself is wrong (exit 127 on n1)" in job.output
@@ -105,7 +105,7 @@ def test_wrong_preflight_command_excludes_nobody(jobs: Jobs) -> None:
 
 
 @pytest.mark.slow
-def test_scaling_over_node_counts(jobs: Jobs) -> None:
+def test_scaling_over_node_counts(jobs):
     """One rank a node, 1 and 2 nodes; a second submission measures only what is missing."""
     config = jobs.config({"parallel": {"expert_model_parallel_size": 1}})
     folder = jobs.folder / "scaling"
@@ -128,7 +128,7 @@ def test_scaling_over_node_counts(jobs: Jobs) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_that_srun_starts(jobs: Jobs, undisturbed: dict[int, float]) -> None:
+def test_ranks_that_srun_starts(jobs, undisturbed):
     config = jobs.config({})
     command = ["moepp", "train", str(config)]
     job = sbatch(jobs, "--ntasks-per-node=1", f"--wrap=srun {shlex.join(command)}")
@@ -137,7 +137,7 @@ def test_ranks_that_srun_starts(jobs: Jobs, undisturbed: dict[int, float]) -> No
     assert len(undisturbed) == STEPS
 
 
-def test_interrupted_srun_saves_and_its_last_line_goes_on(jobs: Jobs) -> None:
+def test_interrupted_srun_saves_and_its_last_line_goes_on(jobs):
     config = jobs.config({"training": {"train_iters": 100000}})
     output = output_folder(jobs) / "srun.out"
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", "moepp", "train", str(config)]

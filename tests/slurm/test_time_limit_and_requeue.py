@@ -3,13 +3,12 @@
 import pytest
 
 from tests.faults.harness import losses
-from tests.slurm.jobs import Jobs
 
 pytestmark = pytest.mark.timeout(2400)
 
 
 @pytest.mark.slow
-def test_cancelled_job_stays_cancelled(jobs: Jobs) -> None:
+def test_cancelled_job_stays_cancelled(jobs):
     job = jobs.submit(training={"train_iters": 100000})
     job.wait_for_step(3)
     job.signal()
@@ -21,7 +20,7 @@ def test_cancelled_job_stays_cancelled(jobs: Jobs) -> None:
 
 
 @pytest.mark.slow
-def test_time_limit(jobs: Jobs) -> None:
+def test_time_limit(jobs):
     """Slurm asks before the limit; the job is requeued as often as it may be, then it fails."""
     job = jobs.submit(
         training={"train_iters": 100000},

@@ -1,7 +1,6 @@
 """One layer of the tiny model, its routing given, in FP8 or not."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from megatron.core.fp8_utils import get_fp8_context
@@ -13,7 +12,7 @@ from tests.te_stand_in.models import config_of, model_of
 TOKENS, HIDDEN, FFN, TOPK = 32, 32, 4, 2
 
 
-def layer_of(recipe: str | None, dispatcher: str = "alltoall", **sections: Any) -> MoEPPLayer:
+def layer_of(recipe: str | None, dispatcher: str = "alltoall", **sections) -> MoEPPLayer:
     """The second layer of the tiny model; the same weights with any recipe."""
     config = config_of(recipe, **{**sections, "moe": {"dispatcher": dispatcher}})
     return model_of(config).decoder.layers[1].mlp
@@ -51,7 +50,7 @@ def run(layer: MoEPPLayer, routing: Routing, hidden: torch.Tensor) -> SimpleName
     """The layer's output for this routing, and the rows that came to its experts."""
     seen = SimpleNamespace()
 
-    def look(experts: Any, arguments: Any) -> None:
+    def look(experts, arguments):
         seen.rows, seen.by_expert = arguments[0].shape[0], arguments[1].tolist()
 
     hook = layer.experts.register_forward_pre_hook(look)

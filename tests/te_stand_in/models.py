@@ -20,7 +20,7 @@ RECIPES = {
 SEQUENCE, BATCH, VOCAB = 16, 2, 64
 
 
-def config_of(recipe: str | None, **sections: dict[str, Any]) -> Config:
+def config_of(recipe: str | None, **sections) -> Config:
     """Four layers of hidden size 32 with 4 FFN experts; FP8 where a recipe is given."""
     precision: dict[str, Any] = {"dtype": "bf16"}
     if recipe is not None:
@@ -60,14 +60,14 @@ def losses(model: torch.nn.Module, seed: int = 3) -> Tensor:
     return model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
 
 
-def calls_of(module: str) -> list[Any]:
+def calls_of(module: str):
     """What was recorded of a class of modules, by the name that megatron-core's has."""
     from transformer_engine.pytorch.record import CALLS
 
     return [call for call in CALLS if call.module == module]
 
 
-def count_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def count_stand_in(monkeypatch: pytest.MonkeyPatch):
     """Have the stand-in count as Transformer Engine, with nothing recorded."""
     from transformer_engine.pytorch.record import CALLS
 

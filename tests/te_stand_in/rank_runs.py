@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from transformer_engine.common.recipe import Float8BlockScaling
@@ -28,7 +27,7 @@ def starved(rank: int, num_tokens: int, num_ffn: int, num_experts: int, topk: in
     return selected
 
 
-def dispatch(raw: dict[str, Any], draw: Any, in_fp8: bool) -> dict[str, Any]:
+def dispatch(raw, draw, in_fp8: bool):
     """`dispatch_runs.sent_bytes` of a layer with Transformer Engine's experts, in FP8 or not.
 
     Returns:
@@ -41,7 +40,7 @@ def dispatch(raw: dict[str, Any], draw: Any, in_fp8: bool) -> dict[str, Any]:
     return result | {"rows": [call.rows for call in CALLS]}
 
 
-def _count_stand_in() -> None:
+def _count_stand_in():
     """The pool that runs this is for these tests alone, so nothing has to be put back."""
     from moepp_megatron.model import build, megatron_config
 
@@ -49,7 +48,7 @@ def _count_stand_in() -> None:
     megatron_config.have_transformer_engine = lambda: True
 
 
-def train_in_nodes(raw: dict[str, Any], steps: int) -> tuple[Any, int]:
+def train_in_nodes(raw, steps: int):
     """`training_runs.train`, and how often gradients of weights were computed on their own."""
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
@@ -59,7 +58,7 @@ def train_in_nodes(raw: dict[str, Any], steps: int) -> tuple[Any, int]:
     delayed = []
     original = TransformerEngineBaseModule.backward_dw
 
-    def counting(module: TransformerEngineBaseModule) -> None:
+    def counting(module: TransformerEngineBaseModule):
         delayed.append(type(module).__name__)
         original(module)
 

@@ -45,13 +45,13 @@ def promised() -> dict[str, list[str]]:
     return found
 
 
-def _is_torch_module(thing: Any) -> bool:
+def _is_torch_module(thing) -> bool:
     import torch
 
     return inspect.isclass(thing) and issubclass(thing, torch.nn.Module)
 
 
-def parameters(function: Any) -> list[str]:
+def parameters(function) -> list[str]:
     """Names in order, without `self`."""
     return [name for name in inspect.signature(function).parameters if name != "self"]
 

@@ -30,14 +30,14 @@ def histories(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def save_and_load(path, saved: TrainingModel, loaded: TrainingModel) -> None:
+def save_and_load(path, saved: TrainingModel, loaded: TrainingModel):
     """All of a checkpoint, as a run writes and reads it."""
     dist_checkpointing.save(saved_state(saved), str(path))
     assert unsafe_pickle(path) is None
     apply_state(loaded, load_data(state_to_load(loaded), path))
 
 
-def read_weights(path, model: torch.nn.Module) -> None:
+def read_weights(path, model: torch.nn.Module):
     apply_model_state([model], load_data(model_state([model]), path))
 
 
@@ -125,7 +125,7 @@ def test_weights_are_read_in_any_precision(tmp_path, trained, recipe, fp8_param)
     assert losses(second).isfinite().all()
 
 
-def crafted(content: object) -> torch.Tensor:
+def crafted(content) -> torch.Tensor:
     return torch.frombuffer(bytearray(pickle.dumps(content)), dtype=torch.uint8)
 
 

@@ -34,7 +34,7 @@ def losses(model: torch.nn.Module, mask: torch.Tensor | None) -> torch.Tensor:
     ],
     ids=["plain", "grouped queries", "recomputed"],
 )
-def test_packed_sequences_are_the_mask(changes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_sequences_are_the_mask(changes, monkeypatch):
     formats = []
     forward = DotProductAttention.forward
 
@@ -73,7 +73,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_packed_sequences_cannot_carry(message, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_packed_sequences_cannot_carry(message, monkeypatch):
     monkeypatch.setattr(fit, "have_transformer_engine", lambda: True)
     fit.check_fit(config_of(None, data=DATA))
     with pytest.raises(UnfitError, match=message):

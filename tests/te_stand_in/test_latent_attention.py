@@ -83,7 +83,7 @@ WIDE = {
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("norms", [True, False])
-def test_every_projection_runs_in_fp8(recipe: str, norms: bool) -> None:
+def test_every_projection_runs_in_fp8(recipe, norms):
     model = {"qk_layernorm": norms, "latent_attention": WIDE}
     in_bf16 = losses(model_of(config_of(None, model=model)))
     CALLS.clear()
@@ -105,7 +105,7 @@ def test_every_projection_runs_in_fp8(recipe: str, norms: bool) -> None:
     "changes",
     [{"q_lora_rank": 24}, {"kv_lora_rank": 24}, {"qk_pos_emb_head_dim": 8}, {"v_head_dim": 4}],
 )
-def test_widths_that_fp8_cannot_have(changes: dict[str, int]) -> None:
+def test_widths_that_fp8_cannot_have(changes):
     (name,) = changes
     with pytest.raises(ConfigError, match=rf"model\.latent_attention\.{name} .* multiple of 16"):
         config_of("tensorwise", model={"latent_attention": WIDE | changes})

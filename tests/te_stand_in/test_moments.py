@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -30,7 +28,7 @@ from tests.te_stand_in.test_checkpoint import BF16_MOMENTS, REMAINDERS, save_and
 NAMES = {"param", "exp_avg", "exp_avg_sq"}
 
 
-def trained(steps: int, **sections: Any) -> TrainingModel:
+def trained(steps: int, **sections) -> TrainingModel:
     model = build_training_model(config_of(None, **sections))
     for _ in range(steps):
         step(model)
@@ -49,7 +47,7 @@ def states(model: TrainingModel) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def test_the_stand_in_is_adamw() -> None:
+def test_the_stand_in_is_adamw():
     weights = [torch.nn.Parameter(torch.randn(5, 3, generator=torch.manual_seed(1)))]
     weights.append(torch.nn.Parameter(weights[0].detach().clone()))
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -63,7 +61,7 @@ def test_the_stand_in_is_adamw() -> None:
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=1e-7)
 
 
-def test_a_step_moves_weights_by_moments_before_they_are_rounded() -> None:
+def test_a_step_moves_weights_by_moments_before_they_are_rounded():
     """After the first step alone both runs have seen the same moments: all of it is equal."""
     plain, bf16 = states(trained(1)), states(trained(1, optimizer=BF16_MOMENTS))
     for name, expected in plain.items():
@@ -76,7 +74,7 @@ def test_a_step_moves_weights_by_moments_before_they_are_rounded() -> None:
             assert torch.equal(bf16[name][moment], expected[moment].bfloat16()), name
 
 
-def test_remainders_are_the_fp32_weights() -> None:
+def test_remainders_are_the_fp32_weights():
     """Bit for bit: of every number, and of a run's weights, which it trains as without."""
     bits = torch.randint(-(2**31), 2**31 - 1, (10_000,), generator=torch.manual_seed(1))
     whole = bits.int().view(torch.float32)
@@ -102,7 +100,7 @@ def test_remainders_are_the_fp32_weights() -> None:
     assert said.optimizer == 10 * (said.dense + said.experts)
 
 
-def test_the_planner_counts_what_is_kept() -> None:
+def test_the_planner_counts_what_is_kept():
     for optimizer in ({}, BF16_MOMENTS, {"exp_avg_sq_dtype": "bf16"}):
         config = config_of(None, optimizer=optimizer)
         kept = [
@@ -115,7 +113,7 @@ def test_the_planner_counts_what_is_kept() -> None:
         assert said.optimizer == (12 - 2 * len(optimizer)) * (said.dense + said.experts)
 
 
-def test_a_checkpoint_before_the_first_step_holds_the_weights(tmp_path) -> None:
+def test_a_checkpoint_before_the_first_step_holds_the_weights(tmp_path):
     first = trained(0, optimizer=BF16_MOMENTS)
     second = trained(1, optimizer=BF16_MOMENTS, training={"seed": 5})
     save_and_load(tmp_path, first, second)
@@ -129,7 +127,7 @@ def test_a_checkpoint_before_the_first_step_holds_the_weights(tmp_path) -> None:
     ("saved", "loaded"),
     [({}, BF16_MOMENTS), (BF16_MOMENTS, {}), ({}, REMAINDERS), (REMAINDERS, BF16_MOMENTS)],
 )
-def test_a_run_goes_on_with_the_other_type(tmp_path, saved, loaded) -> None:
+def test_a_run_goes_on_with_the_other_type(tmp_path, saved, loaded):
     first, second = trained(2, optimizer=saved), trained(0, optimizer=loaded)
     save_and_load(tmp_path, first, second)
     found = states(second)
@@ -139,13 +137,13 @@ def test_a_run_goes_on_with_the_other_type(tmp_path, saved, loaded) -> None:
     assert step(second).isfinite()
 
 
-def run_of(ranks: RankPools, world_size: int, **sections: Any) -> Run:
+def run_of(ranks: RankPools, world_size: int, **sections) -> Run:
     results = ranks(world_size).run(train_in_nodes, settings(**sections), 5)
     return assemble([run for run, _ in results])
 
 
 @pytest.fixture(scope="module")
-def alone(ranks: RankPools) -> dict[str, Run]:
+def alone(ranks) -> dict[str, Run]:
     """One rank: moments in bf16 and in fp32, and all in fp32."""
     bf16 = {"precision": {"dtype": "bf16"}}
     return {
@@ -156,7 +154,7 @@ def alone(ranks: RankPools) -> dict[str, Run]:
 
 
 @pytest.mark.parametrize("parallel", [{}, EP2, TP2, PP2], ids=["data", "ep", "tp", "pp"])
-def test_two_ranks_train_as_one(ranks: RankPools, alone: dict[str, Run], parallel: Any) -> None:
+def test_two_ranks_train_as_one(ranks, alone, parallel):
     # The test can fail: moments in fp32 are another run.
     assert alone["moments"].losses != alone["bf16"].losses
     sections = {"precision": {"dtype": "bf16"}, "optimizer": BF16_MOMENTS, "parallel": parallel}

@@ -12,7 +12,7 @@ from typing import Any
 from tests.interop.vllm_answers import answers, engine, sampling
 
 
-def watch(worker: Any) -> str:
+def watch(worker) -> str:
     """Count the rows that vLLM's kernel multiplies, and let its capturer have the model's picks."""
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
     from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
@@ -24,7 +24,7 @@ def watch(worker: Any) -> str:
     worker.rows, worker.capturer = 0, RoutedExpertsCapturer(64, worker.vllm_config)
     bind_routed_experts_capturer(model, worker.capturer)
 
-    def counted(out: Any, rows: Any, *rest: Any) -> None:
+    def counted(out, rows, *rest):
         picks = rest[5]
         assert picks.shape == (len(rows), 1)
         assert 0 <= picks.min() <= picks.max() < len(rest[0])
@@ -35,12 +35,12 @@ def watch(worker: Any) -> str:
     return type(model).__module__
 
 
-def watched(worker: Any, tokens: int) -> tuple[int, Any]:
+def watched(worker, tokens: int):
     """The rows since `watch`, and the picks of the last step, [tokens, layers, K]."""
     return worker.rows, worker.capturer.snapshot_routing_data(tokens).tolist()
 
 
-def main() -> None:
+def main():
     # Functions are sent to workers; one worker runs here, several are spawned.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

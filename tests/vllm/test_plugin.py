@@ -56,7 +56,7 @@ RUNS = [
 ]
 
 
-def exported(ranks: RankPools, folder: Path, name: str) -> Any:
+def exported(ranks: RankPools, folder: Path, name: str):
     """Write an export of this form to `folder` / hf; the settings."""
     from moepp_megatron.interop.to_hf import mcore_to_hf
 
@@ -76,7 +76,7 @@ def installed(folder: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
 
 
-def run(folder: Path, **arguments: Any) -> Any:
+def run(folder: Path, **arguments):
     """The ended process of plugin_answers.py, which reads prompts.json and writes found.json."""
     program = Path(__file__).with_name("plugin_answers.py")
     return subprocess.run(
@@ -89,7 +89,7 @@ def run(folder: Path, **arguments: Any) -> Any:
     )
 
 
-def answers(folder: Path, **arguments: Any) -> tuple[list[list[int]], Any]:
+def answers(folder: Path, **arguments):
     """50 prompts, and what plugin_answers.py found."""
     random = np.random.default_rng(0)
     prompts = [random.integers(0, 64, random.integers(1, 25)).tolist() for _ in range(50)]
@@ -103,12 +103,12 @@ def answers(folder: Path, **arguments: Any) -> tuple[list[list[int]], Any]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("name", "mode"), RUNS)
 def test_it_computes_what_transformers_computes(
-    ranks: RankPools,
-    plain: RunPlain,  # noqa: F811
-    tmp_path: Path,
-    name: str,
-    mode: str,
-) -> None:
+    ranks,
+    plain,  # noqa: F811
+    tmp_path,
+    name,
+    mode,
+):
     from moepp_megatron.moe.replay import checked_routes
 
     raw = exported(ranks, tmp_path, name)
@@ -135,7 +135,7 @@ def test_it_computes_what_transformers_computes(
     assert (rows[0] if mode == "tensor parallel" else sum(rows)) == multiplied > 0
 
 
-def logprobs(folder: Path, texts: list[list[int]], dtype: str) -> Any:
+def logprobs(folder: Path, texts: list[list[int]], dtype: str):
     """Log-probabilities by transformers of all tokens but each text's first, [n]."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -155,10 +155,10 @@ def logprobs(folder: Path, texts: list[list[int]], dtype: str) -> Any:
 @needs_vllm
 @pytest.mark.timeout(900)
 def test_it_rounds_to_bf16_as_transformers_does(
-    ranks: RankPools,
-    plain: RunPlain,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+    ranks,
+    plain,  # noqa: F811
+    tmp_path,
+):
     exported(ranks, tmp_path, "everything else")
     prompts, found = answers(tmp_path, dtype="bfloat16")
     texts = [a + b["tokens"] for a, b in zip(prompts, found["answers"], strict=True)]
@@ -172,7 +172,7 @@ def test_it_rounds_to_bf16_as_transformers_does(
 
 @needs_vllm
 @pytest.mark.timeout(900)
-def test_a_checkpoint_must_have_the_tensors_of_the_model(ranks: RankPools, tmp_path: Path) -> None:
+def test_a_checkpoint_must_have_the_tensors_of_the_model(ranks, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     exported(ranks, tmp_path, "paper")
@@ -194,10 +194,10 @@ def test_a_checkpoint_must_have_the_tensors_of_the_model(ranks: RankPools, tmp_p
 @needs_vllm
 @pytest.mark.timeout(900)
 def test_it_answers_over_http(
-    ranks: RankPools,
-    plain: RunPlain,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+    ranks,
+    plain,  # noqa: F811
+    tmp_path,
+):
     exported(ranks, tmp_path, "paper")
     page = (ROOT / "docs" / "how_to" / "serve.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^python (-m vllm.*) --model EXPORT (.*)$", page, re.M)
@@ -230,7 +230,7 @@ def test_it_answers_over_http(
     assert answer["choices"][0]["token_ids"] == wanted["tokens"]
 
 
-def asked(**changes: Any) -> Any:
+def asked(**changes):
     """vLLM's configuration as far as the model looks at it."""
     hf = {"qk_norm": True, "qk_norm_scope": "head", "hidden_size": 64, "total_experts": 12}
     parallel: dict[str, Any] = dict.fromkeys(
@@ -264,9 +264,7 @@ def asked(**changes: Any) -> Any:
         ("cuda", {"enable_expert_parallel": True}, "enable_expert_parallel (True) must be False"),
     ],
 )
-def test_what_it_does_not_compute_is_refused(
-    monkeypatch: pytest.MonkeyPatch, platform: str, changes: dict[str, Any], problem: str | None
-) -> None:
+def test_what_it_does_not_compute_is_refused(monkeypatch, platform, changes, problem):
     module = ModuleType("vllm.platforms")
     module.current_platform = SimpleNamespace(is_cpu=lambda: platform == "cpu")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
@@ -283,5 +281,5 @@ def test_what_it_does_not_compute_is_refused(
     assert "\n" not in str(refused.value)
 
 
-def test_the_extra_names_the_version_that_the_model_is_written_for() -> None:
+def test_the_extra_names_the_version_that_the_model_is_written_for():
     assert f'vllm = ["vllm=={VERSION}.*"]' in (ROOT / "pyproject.toml").read_text()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tests.fake_gpu.engine.functions import HOST, function, new
 
 
 @function
-def get_fused_attn_backend(fused_attn_params: Any = None) -> Any:
+def get_fused_attn_backend(fused_attn_params=None):
     import transformer_engine_torch as extension
 
     backend = extension.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
@@ -30,7 +28,7 @@ def fused_attn_fwd(
     K: torch.Tensor,
     V: torch.Tensor,
     fake_dtype: torch.dtype,
-) -> list[Any]:
+):
     _check_attention(cu_seqlens_q, cu_seqlens_kv, Q, K, V)
     output = new([*Q.shape[:-1], V.shape[-1]], fake_dtype)
     sequences = cu_seqlens_q.shape[0] - 1
@@ -40,7 +38,7 @@ def fused_attn_fwd(
 
 def _check_attention(
     cu_seqlens_q: torch.Tensor, cu_seqlens_kv: torch.Tensor, *layers: torch.Tensor
-) -> None:
+):
     for lengths in (cu_seqlens_q, cu_seqlens_kv):
         assert lengths.dtype == torch.int32, f"sequence lengths in {lengths.dtype}"
     query, key, value = layers
@@ -53,17 +51,17 @@ def _check_attention(
 
 @function
 def fused_attn_bwd(
-    cu_seqlens_q: Any,
-    cu_seqlens_kv: Any,
+    cu_seqlens_q,
+    cu_seqlens_kv,
     Q: torch.Tensor,
     K: torch.Tensor,
     V: torch.Tensor,
     O: torch.Tensor,  # noqa: E741
     dO: torch.Tensor,
     fake_dtype: torch.dtype,
-    dqkv_layout: Any = None,
-    qkv_layout: Any = None,
-) -> list[Any]:
+    dqkv_layout=None,
+    qkv_layout=None,
+):
     _check_attention(cu_seqlens_q, cu_seqlens_kv, Q, K, V)
     assert O.numel() == dO.numel()
     # Older versions give gradients the layout of their tensors.
@@ -90,7 +88,7 @@ def fused_rope_backward(output_grads: torch.Tensor) -> torch.Tensor:
 
 @function
 def fused_qkv_rope_forward(
-    qkv_input: torch.Tensor, q_freqs: Any, k_freqs: Any, qkv_split_arg_list: list[int]
+    qkv_input: torch.Tensor, q_freqs, k_freqs, qkv_split_arg_list: list[int]
 ) -> tuple[torch.Tensor, ...]:
     for freqs in (q_freqs, k_freqs):
         assert freqs.dtype == torch.float32, f"frequencies in {freqs.dtype}"
@@ -106,7 +104,7 @@ def fused_qkv_rope_forward(
 
 @function
 def fused_qkv_rope_backward(
-    q_grad_out: Any, k_grad_out: Any, v_grad_out: Any, qkv_split_arg_list: list[int]
+    q_grad_out, k_grad_out, v_grad_out, qkv_split_arg_list: list[int]
 ) -> torch.Tensor:
     heads = sum(each.shape[2] for each in (q_grad_out, k_grad_out, v_grad_out))
     total = sum(qkv_split_arg_list)

@@ -110,7 +110,7 @@ def _declared(header: str, function: str) -> list[Parameter]:
     return found
 
 
-def _value(text: str) -> Any:
+def _value(text: str):
     """A default; its number, truth value or None."""
     text = text.strip().rstrip(")").strip() if text.count(")") > text.count("(") else text.strip()
     if text in _LITERALS:
@@ -162,7 +162,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def takes(kind: str, value: Any, enum_types: dict[str, type[IntEnum]]) -> bool:
+def takes(kind: str, value, enum_types: dict[str, type[IntEnum]]) -> bool:
     """Whether pybind turns a value into an argument of this C++ type."""
     kind = {"MaybeTensor": "optional<Tensor>"}.get(kind, kind)
     if kind.startswith("optional<"):

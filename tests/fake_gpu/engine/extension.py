@@ -11,12 +11,10 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
 from enum import IntEnum
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 from unittest.mock import MagicMock
 
 import torch
@@ -32,7 +30,7 @@ NAME = "transformer_engine_torch"
 _NOT_PLAYED = ("einops", "onnx", "onnxscript")
 
 
-def install(source: Path) -> None:
+def install(source: Path):
     """Import Transformer Engine from the path, over a stub made from its unpacked source."""
     sys.modules[NAME] = _extension(source)
     for name in _NOT_PLAYED:
@@ -51,7 +49,7 @@ def install(source: Path) -> None:
     _know_fake_tensors()
 
 
-def _know_fake_tensors() -> None:
+def _know_fake_tensors():
     """What is asked for the exact type of a tensor: attention, and offloading."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
@@ -61,7 +59,7 @@ def _know_fake_tensors() -> None:
         offload_v1 = importlib.import_module("transformer_engine.pytorch.cpu_offload")
     mark = offload_v1.mark_activation_offload
 
-    def marked(*tensors: Any, offload: bool = True) -> None:
+    def marked(*tensors, offload: bool = True):
         for tensor in tensors:
             if type(tensor) is not FakeTensor:
                 mark(tensor, offload=offload)
@@ -72,7 +70,7 @@ def _know_fake_tensors() -> None:
 
     describe = utils.AttentionParams.__init__
 
-    def described(self: Any, *args: Any, **kwargs: Any) -> None:
+    def described(self, *args, **kwargs):
         describe(self, *args, **kwargs)
         if self.qkv_type is FakeTensor:
             self.qkv_type = torch.Tensor
@@ -80,7 +78,7 @@ def _know_fake_tensors() -> None:
     utils.AttentionParams.__init__ = described
 
 
-def forget_tensors() -> None:
+def forget_tensors():
     """Empty Transformer Engine's caches of tensors, which are another case's."""
     for name in [name for name in sys.modules if name.startswith("transformer_engine.pytorch")]:
         for value in vars(sys.modules[name]).values():
@@ -95,12 +93,12 @@ def forget_tensors() -> None:
 class _Absent(ModuleType):
     """A package that is not installed and whose names are asked for on import."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str):
         super().__init__(name)
         # torch looks for packages by it.
         self.__spec__ = ModuleSpec(name, None)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
         return MagicMock()
@@ -120,9 +118,7 @@ def _extension(source: Path) -> ModuleType:
     return module
 
 
-def _checked(
-    name: str, parameters: list[Parameter], kinds: dict[str, type[IntEnum]]
-) -> Callable[..., Any]:
+def _checked(name: str, parameters: list[Parameter], kinds: dict[str, type[IntEnum]]):
     function = FUNCTIONS.get(name)
     wanted = [] if function is None else list(inspect.signature(function).parameters.values())
     names = {parameter.name for parameter in parameters}
@@ -130,7 +126,7 @@ def _checked(
         # Of another version, whose function takes other arguments.
         function = None
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args, **kwargs):
         given = _bound(name, parameters, args, kwargs, kinds)
         if function is None:
             raise NotImplementedError(f"the stub of Transformer Engine's extension has no {name}")
@@ -142,9 +138,7 @@ def _checked(
     return call
 
 
-def _bound(
-    name: str, parameters: list[Parameter], args: Any, kwargs: Any, kinds: dict[str, type[IntEnum]]
-) -> dict[str, Any]:
+def _bound(name: str, parameters: list[Parameter], args, kwargs, kinds: dict[str, type[IntEnum]]):
     """Arguments by name, as pybind finds them."""
     if len(args) > len(parameters):
         raise TypeError(f"{name}: {len(args)} arguments for {len(parameters)}")

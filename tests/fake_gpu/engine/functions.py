@@ -20,13 +20,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {}
 HOST: set[str] = set()
 
 
-def function(implementation: Callable[..., Any]) -> Callable[..., Any]:
+def function(implementation):
     """Answers the extension's function of that name."""
     FUNCTIONS[implementation.__name__] = implementation
     return implementation
 
 
-def _on_host(name: str, value: Any) -> None:
+def _on_host(name: str, value):
     FUNCTIONS[name] = lambda: value
     HOST.add(name)
 
@@ -44,7 +44,7 @@ def new(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device="cuda")
 
 
-def _made(shape: Sequence[int], dtype: torch.dtype, quantizer: Any) -> Any:
+def _made(shape: Sequence[int], dtype: torch.dtype, quantizer):
     if quantizer is None:
         return new(shape, dtype)
     return quantizer.make_empty(list(shape), dtype=dtype, device=torch.device("cuda"))
@@ -52,19 +52,19 @@ def _made(shape: Sequence[int], dtype: torch.dtype, quantizer: Any) -> Any:
 
 @function
 def generic_gemm(
-    A: Any,
+    A,
     transA: bool,
-    B: Any,
+    B,
     transB: bool,
-    D: Any,
-    quantizer: Any,
-    output_dtype: Any,
-    bias: Any,
+    D,
+    quantizer,
+    output_dtype,
+    bias,
     grad: bool,
     accumulate: bool,
-    extra_output: Any = None,
-    beta: Any = None,
-) -> list[Any]:
+    extra_output=None,
+    beta=None,
+):
     shape = gemm.output_shape(A, transA, B, transB)
     assert accumulate or not beta, "beta without accumulation"
     dtype = gemm.output_dtype(A, output_dtype)
@@ -78,12 +78,12 @@ def generic_gemm(
 
 @function
 def te_general_grouped_gemm(
-    A: list[Any],
+    A,
     transa: bool,
-    B: list[Any],
+    B,
     transb: bool,
     D: list[torch.Tensor] | None,
-    D_type: Any,
+    D_type,
     m_splits: list[int],
     bias: list[torch.Tensor],
     single_output: bool,
@@ -109,9 +109,7 @@ def te_general_grouped_gemm(
     return bias
 
 
-def _norm(
-    input: torch.Tensor, weight: torch.Tensor, ln_out: Any, quantizer: Any, otype: Any
-) -> list[Any]:
+def _norm(input: torch.Tensor, weight: torch.Tensor, ln_out, quantizer, otype):
     assert weight.shape == input.shape[-1:], f"{tuple(weight.shape)} for {tuple(input.shape)}"
     if ln_out is None:
         ln_out = _made(input.shape, gemm.torch_dtype(otype), quantizer)
@@ -120,39 +118,39 @@ def _norm(
 
 
 @function
-def layernorm_fwd(input: Any, weight: Any, ln_out: Any, quantizer: Any, otype: Any) -> list[Any]:
+def layernorm_fwd(input, weight, ln_out, quantizer, otype):
     return _norm(input, weight, ln_out, quantizer, otype)
 
 
 @function
-def rmsnorm_fwd(input: Any, weight: Any, ln_out: Any, quantizer: Any, otype: Any) -> list[Any]:
+def rmsnorm_fwd(input, weight, ln_out, quantizer, otype):
     output, _, rsigma = _norm(input, weight, ln_out, quantizer, otype)
     return [output, None, rsigma]
 
 
-def _norm_gradients(dz: torch.Tensor, x: torch.Tensor, *parameters: torch.Tensor) -> list[Any]:
+def _norm_gradients(dz: torch.Tensor, x: torch.Tensor, *parameters: torch.Tensor):
     assert dz.shape == x.shape, f"{tuple(dz.shape)} for {tuple(x.shape)}"
     return [new(x.shape, x.dtype), *(new(each.shape, each.dtype) for each in parameters)]
 
 
 @function
-def rmsnorm_bwd(dz: Any, x: Any, gamma: Any) -> list[Any]:
+def rmsnorm_bwd(dz, x, gamma):
     return _norm_gradients(dz, x, gamma)
 
 
 @function
-def rmsnorm_bwd_add(dz: Any, x: Any, add: Any, gamma: Any) -> list[Any]:
+def rmsnorm_bwd_add(dz, x, add, gamma):
     assert add.shape == x.shape
     return _norm_gradients(dz, x, gamma)
 
 
 @function
-def layernorm_bwd(dz: Any, x: Any, gamma: Any) -> list[Any]:
+def layernorm_bwd(dz, x, gamma):
     return _norm_gradients(dz, x, gamma, gamma)
 
 
 @function
-def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None) -> Any:
+def quantize(tensor: torch.Tensor, quantizer, output=None):
     if output is None:
         return _made(tensor.shape, tensor.dtype, quantizer)
     assert math.prod(gemm.size(output)) == tensor.numel()
@@ -160,26 +158,24 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None) -> Any:
 
 
 @function
-def dequantize(input: Any, otype: Any) -> torch.Tensor:
+def dequantize(input, otype) -> torch.Tensor:
     return new(gemm.size(input), gemm.torch_dtype(otype))
 
 
 @function
-def bgrad_quantize(input: torch.Tensor, quantizer: Any) -> list[Any]:
+def bgrad_quantize(input: torch.Tensor, quantizer):
     return [new(input.shape[-1:], input.dtype), _made(input.shape, input.dtype, quantizer)]
 
 
 @function
-def split_quantize(
-    tensor: torch.Tensor, split_sections: list[int], quantizer_list: list[Any]
-) -> list[Any]:
+def split_quantize(tensor: torch.Tensor, split_sections: list[int], quantizer_list):
     assert sum(split_sections) == tensor.shape[0], f"{split_sections} of {tuple(tensor.shape)}"
     pairs = zip(split_sections, quantizer_list, strict=True)
     return [_made([rows, *tensor.shape[1:]], tensor.dtype, each) for rows, each in pairs]
 
 
 @function
-def multi_tensor_quantize(tensor_list: list[torch.Tensor], quantizer_list: list[Any]) -> list[Any]:
+def multi_tensor_quantize(tensor_list: list[torch.Tensor], quantizer_list):
     pairs = zip(tensor_list, quantizer_list, strict=True)
     return [_made(tensor.shape, tensor.dtype, each) for tensor, each in pairs]
 
@@ -189,7 +185,7 @@ HOST.update(("create_empty_quantized_tensor", "bulk_allocate"))
 
 
 @function
-def create_empty_quantized_tensor(quantizer: Any, shape: Sequence[int], dtype: Any) -> Any:
+def create_empty_quantized_tensor(quantizer, shape: Sequence[int], dtype):
     if type(quantizer).__name__ == "Float8Quantizer":
         return _empty_float8(quantizer, list(shape), dtype)
     whole = tuple(shape)
@@ -202,7 +198,7 @@ def create_empty_quantized_tensor(quantizer: Any, shape: Sequence[int], dtype: A
     return description["cls"].__tensor_unflatten__(inner, description, torch.Size(whole), None)
 
 
-def _empty_float8(quantizer: Any, shape: list[int], dtype: torch.dtype) -> Any:
+def _empty_float8(quantizer, shape: list[int], dtype: torch.dtype):
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
@@ -220,7 +216,7 @@ def _empty_float8(quantizer: Any, shape: list[int], dtype: torch.dtype) -> Any:
 
 
 @function
-def bulk_allocate(shapes: list[Any], dtypes: list[torch.dtype]) -> list[torch.Tensor]:
+def bulk_allocate(shapes, dtypes: list[torch.dtype]) -> list[torch.Tensor]:
     return [new(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 
@@ -240,7 +236,7 @@ def swap_first_dims(tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Ten
     return new([second, first, *rest], tensor.dtype) if out is None else out
 
 
-def _pad(input: torch.Tensor, output: torch.Tensor, few: list[int], many: list[int]) -> None:
+def _pad(input: torch.Tensor, output: torch.Tensor, few: list[int], many: list[int]):
     assert sum(few) == input.shape[0], f"{few} rows of {tuple(input.shape)}"
     assert sum(many) == output.shape[0], f"{many} rows of {tuple(output.shape)}"
     assert input.shape[1:] == output.shape[1:]
@@ -250,30 +246,30 @@ def _pad(input: torch.Tensor, output: torch.Tensor, few: list[int], many: list[i
 
 @function
 def fused_multi_row_padding(
-    input: Any, output: Any, input_row_list: list[int], padded_input_row_list: list[int]
-) -> None:
+    input, output, input_row_list: list[int], padded_input_row_list: list[int]
+):
     _pad(input, output, input_row_list, padded_input_row_list)
 
 
 @function
 def fused_multi_row_unpadding(
-    input: Any, output: Any, input_row_list: list[int], unpadded_input_row_list: list[int]
-) -> None:
+    input, output, input_row_list: list[int], unpadded_input_row_list: list[int]
+):
     _pad(input, output, input_row_list, unpadded_input_row_list)
 
 
 @function
-def swiglu(input: torch.Tensor, quantizer: Any) -> Any:
+def swiglu(input: torch.Tensor, quantizer):
     return _made([*input.shape[:-1], input.shape[-1] // 2], input.dtype, quantizer)
 
 
 @function
-def dswiglu(grad: torch.Tensor, fwd_input: torch.Tensor, quantizer: Any) -> Any:
+def dswiglu(grad: torch.Tensor, fwd_input: torch.Tensor, quantizer):
     assert 2 * grad.shape[-1] == fwd_input.shape[-1]
     return _made(fwd_input.shape, fwd_input.dtype, quantizer)
 
 
-def _same_lengths(tensor_lists: list[list[torch.Tensor]]) -> None:
+def _same_lengths(tensor_lists: list[list[torch.Tensor]]):
     first, *others = tensor_lists
     for other in others:
         assert [each.numel() for each in other] == [each.numel() for each in first]

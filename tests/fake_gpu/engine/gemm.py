@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -21,22 +20,22 @@ _TORCH = {
 _MULTIPLE = 16
 
 
-def torch_dtype(dtype: Any) -> torch.dtype:
+def torch_dtype(dtype) -> torch.dtype:
     """Of the extension's enum."""
     return _TORCH[int(dtype)]
 
 
-def size(tensor: Any) -> tuple[int, ...]:
+def size(tensor) -> tuple[int, ...]:
     """The shape of a tensor or of one of Transformer Engine's storages."""
     return tuple(tensor.shape if isinstance(tensor, torch.Tensor) else tensor.size())
 
 
-def is_quantized(tensor: Any) -> bool:
+def is_quantized(tensor) -> bool:
     """Whether it holds FP8."""
     return hasattr(tensor, "_quantizer")
 
 
-def output_dtype(a: Any, wanted: Any) -> torch.dtype:
+def output_dtype(a, wanted) -> torch.dtype:
     """Of a product whose output is not given."""
     if wanted is not None:
         return torch_dtype(wanted)
@@ -44,7 +43,7 @@ def output_dtype(a: Any, wanted: Any) -> torch.dtype:
     return a.dtype  # type: ignore[no-any-return]
 
 
-def output_shape(a: Any, trans_a: bool, b: Any, trans_b: bool) -> list[int]:
+def output_shape(a, trans_a: bool, b, trans_b: bool) -> list[int]:
     """The shape of a product, whose operands are checked (gemm.cpp, `getGemmOutputShape`)."""
     (a_rows, a_columns), (b_rows, b_columns) = _flat(a), _flat(b)
     depth = a_columns if trans_a else a_rows
@@ -55,7 +54,7 @@ def output_shape(a: Any, trans_a: bool, b: Any, trans_b: bool) -> list[int]:
     return [*shape, a_rows if trans_a else a_columns]
 
 
-def check_output(output: Any, shape: list[int], dtype: Any) -> None:
+def check_output(output, shape: list[int], dtype):
     """The output that a product is written to."""
     assert list(size(output)) == shape, f"output has {size(output)}, the product {shape}"
     if isinstance(output, torch.Tensor) and not is_quantized(output):
@@ -63,12 +62,12 @@ def check_output(output: Any, shape: list[int], dtype: Any) -> None:
         assert dtype is None or output.dtype == torch_dtype(dtype), f"{output.dtype}, not {dtype}"
 
 
-def _flat(tensor: Any) -> tuple[int, int]:
+def _flat(tensor) -> tuple[int, int]:
     shape = size(tensor)
     return math.prod(shape[:-1]), shape[-1]
 
 
-def _check_operands(a: Any, trans_a: bool, b: Any, trans_b: bool, depth: int, text: str) -> None:
+def _check_operands(a, trans_a: bool, b, trans_b: bool, depth: int, text: str):
     assert is_quantized(a) == is_quantized(b), f"one operand is FP8: {text}"
     if not is_quantized(a):
         assert a.dtype == b.dtype, f"operands in {a.dtype} and {b.dtype}: {text}"
@@ -87,7 +86,7 @@ def _check_operands(a: Any, trans_a: bool, b: Any, trans_b: bool, depth: int, te
     assert not all(both_2d), f"FP8 blocks of two dimensions on both sides: {text}"
 
 
-def _check_usage(tensor: Any, along_rows: bool, text: str) -> None:
+def _check_usage(tensor, along_rows: bool, text: str):
     if along_rows:
         names = ("_rowwise_data", "_data")
     else:

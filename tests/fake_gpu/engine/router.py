@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tests.fake_gpu.engine.functions import FUNCTIONS, function, new
 
 
-def _tokens_and_experts(tensor: torch.Tensor, topk: int) -> None:
+def _tokens_and_experts(tensor: torch.Tensor, topk: int):
     assert tensor.is_contiguous(), "must be contiguous"
     assert tensor.numel() > 0, f"no tokens: {tuple(tensor.shape)}"
     assert 0 < topk <= tensor.shape[-1], f"topk {topk} of {tensor.shape[-1]}"
@@ -17,7 +15,7 @@ def _tokens_and_experts(tensor: torch.Tensor, topk: int) -> None:
 
 @function
 def fused_topk_with_score_function_fwd(
-    logits: torch.Tensor, topk: int, score_function: str, expert_bias: Any
+    logits: torch.Tensor, topk: int, score_function: str, expert_bias
 ) -> tuple[torch.Tensor, ...]:
     _tokens_and_experts(logits, topk)
     assert score_function in ("softmax", "sigmoid", "sqrtsoftplus"), score_function
@@ -31,7 +29,7 @@ def fused_topk_with_score_function_fwd(
 @function
 def fused_topk_with_score_function_bwd(
     grad_probs: torch.Tensor, grad_logits: torch.Tensor, topk: int
-) -> None:
+):
     _tokens_and_experts(grad_probs, topk)
     assert grad_logits.is_contiguous()
 
@@ -46,13 +44,13 @@ def fused_score_for_moe_aux_loss_fwd(logits: torch.Tensor, topk: int) -> tuple[t
 @function
 def fused_score_for_moe_aux_loss_bwd(
     grad_scores: torch.Tensor, grad_logits: torch.Tensor, topk: int
-) -> None:
+):
     _tokens_and_experts(grad_scores, topk)
     assert grad_logits.is_contiguous()
 
 
 @function
-def fused_moe_aux_loss_fwd(probs: torch.Tensor, total_num_tokens: Any) -> tuple[torch.Tensor, ...]:
+def fused_moe_aux_loss_fwd(probs: torch.Tensor, total_num_tokens) -> tuple[torch.Tensor, ...]:
     if isinstance(total_num_tokens, torch.Tensor):
         assert total_num_tokens.is_cuda
         assert total_num_tokens.dtype == torch.int64
