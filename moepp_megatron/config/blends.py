@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moepp_megatron.config.schema import BlendPart, Config, DataSection, DataStage
+    from moepp_megatron.config.schema import BlendPart, Config, DataSection
+    from moepp_megatron.features.data_stages.settings import DataStage
 
 
 @dataclass(frozen=True)

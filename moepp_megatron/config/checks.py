@@ -12,7 +12,6 @@ from typing import Any
 
 from moepp_megatron.config.problem import Problem, raise_problems, show
 from moepp_megatron.config.rows import Rule, WorldSizeRule
-from moepp_megatron.config.rules import budget, ignored, multi_token
 from moepp_megatron.config.schema import Config, Section
 from moepp_megatron.config.sections import declared
 from moepp_megatron.config.world_size import without_effect
@@ -55,11 +54,9 @@ def _exclude(refused: str, other: str, reason: str) -> Rule:
 RULES: tuple[Rule, ...] = (
     *declared("own_rules"),
     *(_exclude(*row) for row in declared("excludes")),
-    *multi_token.RULES,
-    *budget.RULES,
 )
 WORLD_SIZE_RULES: tuple[WorldSizeRule, ...] = declared("world_size_rules")
-IGNORED: tuple[Rule, ...] = (*declared("no_effect"), *ignored.RULES)
+IGNORED: tuple[Rule, ...] = declared("no_effect")
 
 
 def check_config(config: Config) -> list[str]:

@@ -10,36 +10,62 @@ from importlib import import_module
 from typing import Any
 
 from moepp_megatron.config.schema.config import EngineConfig
+from moepp_megatron.config.schema.data import EngineDataSection
+from moepp_megatron.config.schema.model import EngineModelSection
+from moepp_megatron.config.schema.moe import EngineMoESection
 from moepp_megatron.config.schema.observe import EngineObserveSection
+from moepp_megatron.config.schema.run import EngineRunSection
 from moepp_megatron.config.schema.training import EngineTrainingSection
+from moepp_megatron.features.budget.settings import BudgetSettings
+from moepp_megatron.features.callbacks.settings import CallbackSettings
+from moepp_megatron.features.data_stages.settings import DataStageSettings
 from moepp_megatron.features.distillation.settings import DistillationSection
 from moepp_megatron.features.guard.settings import RoutingGuardSection
+from moepp_megatron.features.mtp.settings import MultiTokenPredictionSettings
 from moepp_megatron.features.profile.settings import ProfileSettings
 from moepp_megatron.features.router_health.settings import RouterHealthSettings
 from moepp_megatron.features.routes.settings import RoutesSection
 from moepp_megatron.features.tasks.settings import EvaluationSection
 from moepp_megatron.features.telemetry.settings import TelemetrySection
 from moepp_megatron.features.tokens.settings import TokenSettings
+from moepp_megatron.features.validation.settings import ValidationSets, ValidationSettings
 
 
-class TrainingSection(
-    ProfileSettings,
-    EngineTrainingSection,
-):
+class RunSection(CallbackSettings, EngineRunSection):
+    """Settings of a run's folder and name."""
+
+
+class ModelSection(MultiTokenPredictionSettings, EngineModelSection):
+    """Shape of the transformer; names follow megatron-core's TransformerConfig."""
+
+
+class MoESection(BudgetSettings, EngineMoESection):  # type: ignore[misc]  # as EngineMoESection
+    """Experts, router, balance: the layer's settings, and what surrounds the layer."""
+
+
+class DataSection(ValidationSets, DataStageSettings, EngineDataSection):
+    """The prepared corpus."""
+
+
+class TrainingSection(ProfileSettings, ValidationSettings, EngineTrainingSection):
     """Settings of batches, length, recomputation and logging."""
 
 
-class ObserveSection(
-    EngineObserveSection,
-    TokenSettings,
-    RouterHealthSettings,
-):
+class ObserveSection(EngineObserveSection, TokenSettings, RouterHealthSettings):
     """Router measurements, and sinks outside of the run's folder."""
 
 
 class Config(EngineConfig):
     """A resolved configuration. Build one with `load_config` or `parse_config`."""
 
+    run: RunSection
+    """Where a run's files go"""
+    model: ModelSection
+    """Shape of the transformer"""
+    moe: MoESection = MoESection()
+    """Experts and routing"""
+    data: DataSection = DataSection()
+    """The prepared corpus"""
     training: TrainingSection
     """Batches, length, logging"""
     observe: ObserveSection = ObserveSection()

@@ -90,8 +90,6 @@ def transformer_fields(config: Config) -> dict[str, Any]:
         if training.recompute_granularity == "selective"
         else None,
         deterministic_mode=training.deterministic,
-        mtp_num_layers=model.mtp_num_layers or None,
-        mtp_loss_scaling_factor=model.mtp_loss_scaling_factor,
         # The first MoE layer has no gating residual, so layers cannot be stacked in a checkpoint.
         hetereogenous_dist_checkpoint=True,
         **_parallel_fields(config),

@@ -1,6 +1,5 @@
 """The sections of the configuration as pydantic models, each with its rules below its settings.
 
-budget.py            section `moe.budget`: how many FFN experts a token gets
 checkpoint.py        section `checkpoint`: saving and loading
 config.py            the sections of the engine; `features.registry` adds those of features
 data.py              section `data`: the corpus, blends and stages
@@ -19,29 +18,31 @@ slurm.py             section `slurm`: what `moepp slurm` asks the scheduler for
 training.py          section `training`: batches, length, recomputation and logging
 """
 
-from moepp_megatron.config.schema.budget import BudgetSection
 from moepp_megatron.config.schema.checkpoint import CheckpointSection
-from moepp_megatron.config.schema.data import BlendPart, DataSection, DataStage
+from moepp_megatron.config.schema.data import BlendPart
 from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
-from moepp_megatron.config.schema.model import ModelSection
-from moepp_megatron.config.schema.moe import MoESection
 from moepp_megatron.config.schema.observe import WandbSection
 from moepp_megatron.config.schema.optimizer import OptimizerSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
-from moepp_megatron.config.schema.run import RunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
-from moepp_megatron.features.registry import Config, ObserveSection, TrainingSection
+from moepp_megatron.features.registry import (
+    Config,
+    DataSection,
+    ModelSection,
+    MoESection,
+    ObserveSection,
+    RunSection,
+    TrainingSection,
+)
 
 __all__ = [
     "BlendPart",
-    "BudgetSection",
     "CheckpointSection",
     "Config",
     "DataSection",
-    "DataStage",
     "LatentAttentionSection",
     "ModelSection",
     "MoESection",

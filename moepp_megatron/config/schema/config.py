@@ -7,16 +7,16 @@ from typing import Any
 import yaml
 
 from moepp_megatron.config.schema.checkpoint import CheckpointSection
-from moepp_megatron.config.schema.data import DataSection
+from moepp_megatron.config.schema.data import EngineDataSection
 from moepp_megatron.config.schema.megatron import MegatronSection
-from moepp_megatron.config.schema.model import ModelSection
-from moepp_megatron.config.schema.moe import MoESection
+from moepp_megatron.config.schema.model import EngineModelSection
+from moepp_megatron.config.schema.moe import EngineMoESection
 from moepp_megatron.config.schema.observe import EngineObserveSection
 from moepp_megatron.config.schema.optimizer import OptimizerSection
 from moepp_megatron.config.schema.parallel import ParallelSection
 from moepp_megatron.config.schema.precision import PrecisionSection
 from moepp_megatron.config.schema.resilience import ResilienceSection
-from moepp_megatron.config.schema.run import RunSection
+from moepp_megatron.config.schema.run import EngineRunSection
 from moepp_megatron.config.schema.section import Section
 from moepp_megatron.config.schema.slurm import SlurmSection
 from moepp_megatron.config.schema.training import EngineTrainingSection
@@ -25,11 +25,11 @@ from moepp_megatron.config.schema.training import EngineTrainingSection
 class EngineConfig(Section):
     """The sections of what no run can do without; `features.registry.Config` adds the others."""
 
-    run: RunSection
+    run: EngineRunSection
     """Where a run's files go"""
-    model: ModelSection
+    model: EngineModelSection
     """Shape of the transformer"""
-    moe: MoESection = MoESection()
+    moe: EngineMoESection = EngineMoESection()
     """Experts and routing"""
     parallel: ParallelSection = ParallelSection()
     """Layout over ranks"""
@@ -37,7 +37,7 @@ class EngineConfig(Section):
     """Number formats"""
     megatron: MegatronSection = MegatronSection()
     """Further settings of megatron-core"""
-    data: DataSection = DataSection()
+    data: EngineDataSection = EngineDataSection()
     """The prepared corpus"""
     optimizer: OptimizerSection
     """The optimizer and its schedule"""
@@ -64,7 +64,8 @@ class EngineConfig(Section):
         The latter follow the decoder's and are of the kind of its last one.
         """
         pattern = self.moe.moe_layer_pattern(self.model.num_layers)
-        return pattern + pattern[-1:] * self.model.mtp_num_layers
+        depths: int = self.model.mtp_num_layers  # type: ignore[attr-defined]  # of a feature
+        return pattern + pattern[-1:] * depths
 
     @property
     def warmup_iters(self) -> int:

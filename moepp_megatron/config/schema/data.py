@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from moepp_megatron.config.blends import first_step
 from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rows import each, entries, group, no_effect_where, refuse
+from moepp_megatron.config.rows import Rule, each, no_effect_where, refuse
 from moepp_megatron.config.schema.section import ConfigPath, Section, Unit
 from moepp_megatron.config.split import parse_split
 
@@ -26,17 +25,6 @@ class BlendPart(Section):
     """Folder or prefix, as data.path"""
     weight: Annotated[float, Unit("1"), Field(ge=0)]
     """Share of the samples, before division by the sum of the blend's weights"""
-
-
-class DataStage(Section):
-    """One stage: a blend, and where it begins. A folder continues where it was left."""
-
-    from_step: Annotated[int | None, Unit("steps"), Field(ge=1)] = None
-    """Steps that the run has taken when the stage begins, refused batches included"""
-    from_tokens: Annotated[float | None, Unit("tokens"), Field(gt=0)] = None
-    """The same in tokens, rounded up to a whole step; instead of from_step"""
-    blend: list[BlendPart]
-    """Folders that are trained on together"""
 
 
 def _blends(config: Config) -> Iterator[tuple[str, Sequence[BlendPart]]]:
@@ -62,24 +50,6 @@ def _blends_name_a_folder_once(config: Config) -> Iterator[Problem]:
                 yield Problem(f"{name}[{index}].path", str(parts[index].path), rule, remedy)
 
 
-def _begins(config: Config) -> Iterator[tuple[str, dict[str, float | None]]]:
-    for index, stage in enumerate(config.data.stages):
-        begins = {"from_step": stage.from_step, "from_tokens": stage.from_tokens}
-        yield f"data.stages[{index}]", begins
-
-
-def _stages_follow_each_other(config: Config) -> Iterator[Problem]:
-    """Each stage has steps of its own; a stage that never begins is not wrong, but ignored."""
-    before = 0
-    for index, stage in enumerate(config.data.stages):
-        key = "from_step" if stage.from_step is not None else "from_tokens"
-        value, begins = getattr(stage, key), first_step(config, stage)
-        if value is not None and begins <= before:
-            rule = f"must begin after step {before}, where the blend before it does"
-            yield Problem(f"data.stages[{index}].{key}", value, rule, "put the stages in order")
-        before = begins
-
-
 def _split_has_three_parts(config: Config) -> Iterator[Problem]:
     """Three weights, something to train on, and something to validate on if that is asked for."""
     text, evaluated = config.data.split, config.training.eval_iters
@@ -97,7 +67,7 @@ def _split_has_three_parts(config: Config) -> Iterator[Problem]:
     yield Problem("data.split", text, rule, remedy)
 
 
-class DataSection(Section):
+class EngineDataSection(Section):
     """The prepared corpus."""
 
     path: ConfigPath | None = None
@@ -105,11 +75,6 @@ class DataSection(Section):
     data.blend names several, or no data is read"""
     blend: list[BlendPart] = []
     """Folders that are trained on together, instead of data.path"""
-    stages: list[DataStage] = []
-    """Blends that replace the one before at a step or a number of tokens, in order"""
-    validation: dict[str, ConfigPath] = {}
-    """Further validation sets, {name: folder}, each with its own loss: the validation part of a
-    folder that is trained on, all documents of any other"""
     cache: ConfigPath | None = None
     """Folder for the order of samples, which all ranks must see; null: cache/ in the data folder"""
     tokenizer: ConfigPath | None = None
@@ -131,7 +96,8 @@ class DataSection(Section):
     num_workers: Annotated[int, Unit("processes"), Field(ge=0)] = 0
     """Data loader processes per rank; 0 loads in the training process"""
 
-    own_rules = (
+    engine_defaults = {"stages": (), "validation": {}}
+    own_rules: ClassVar[tuple[Rule, ...]] = (
         _split_has_three_parts,
         refuse(
             "data.blend",
@@ -140,13 +106,6 @@ class DataSection(Section):
             "set data.path to null, or data.blend to []",
             value=lambda c: [str(part.path) for part in c.data.blend],
         ),
-        refuse(
-            "data.stages",
-            lambda c: c.data.stages and c.data.path is None and not c.data.blend,
-            "must come with the data of the steps before the first of them",
-            "set data.path or data.blend",
-            value=lambda c: f"{len(c.data.stages)} stages",
-        ),
         each(
             _weights,
             lambda weights: sum(weights) <= 0,
@@ -154,39 +113,15 @@ class DataSection(Section):
             "use [{{path: DIR, weight: 1}}]",
         ),
         _blends_name_a_folder_once,
-        each(
-            _begins,
-            lambda begins: (begins["from_step"] is None) == (begins["from_tokens"] is None),
-            "must have one of from_step and from_tokens",
-            "give one of them",
-        ),
-        # Where a stage begins is counted in batches.
-        group(
-            lambda c: c.data.stages,
-            refuse(
-                "training.batch_ramp",
-                lambda c: c.training.batch_ramp is not None,
-                "must be null with data.stages, which begin after a number of equal batches",
-                "leave out one of the two",
-            ),
-        ),
-        _stages_follow_each_other,
-        # They name metrics, in records and in what others read.
-        each(
-            entries("data.validation"),
-            lambda name: not name.strip() or not name.isprintable(),
-            "must have names of printable characters",
-            "use a word, such as {{law: DIR}}",
-        ),
     )
-    excludes = (
+    excludes: ClassVar[tuple[tuple[str, str, str], ...]] = (
         (
             "data.reset_attention_mask",
             "training.cuda_graphs",
             "a graph's inputs are of fixed sizes, without documents or padding",
         ),
     )
-    no_effect = (
+    no_effect: ClassVar[tuple[Rule, ...]] = (
         no_effect_where(
             lambda c: not c.data.reset_attention_mask,
             "on attention, which depends only on distances; only metrics by position change",

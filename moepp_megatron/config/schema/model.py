@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from moepp_megatron.config.divisibility import divisible
-from moepp_megatron.config.rows import first, group, refuse
+from moepp_megatron.config.rows import Rule, first, group, refuse
 from moepp_megatron.config.schema.latent_attention import LatentAttentionSection
 from moepp_megatron.config.schema.section import Section, Unit
 
@@ -27,7 +27,7 @@ def _wider_heads(config: Config) -> str:
     return f"use {width} or set model.kv_channels to an even number"
 
 
-class ModelSection(Section):
+class EngineModelSection(Section):
     """Shape of the transformer; names follow megatron-core's TransformerConfig."""
 
     num_layers: Annotated[int, Unit("layers"), Field(ge=1)]
@@ -64,11 +64,6 @@ class ModelSection(Section):
     init_method_std: Annotated[float, Unit("1"), Field(gt=0.0, le=1.0)] = 0.02
     """Standard deviation of the initial weights"""
 
-    mtp_num_layers: Annotated[int, Unit("layers"), Field(ge=0, le=16)] = 0
-    """Layers of multi-token prediction, each of which predicts one token further; 0: off"""
-    mtp_loss_scaling_factor: Annotated[float, Unit("1"), Field(gt=0.0, le=10.0)] = 0.1
-    """Weight of the loss of these layers, of all together"""
-
     @property
     def query_groups(self) -> int:
         """Key/value heads, the default resolved."""
@@ -79,7 +74,8 @@ class ModelSection(Section):
         """Width of one attention head, the default resolved; without latent attention."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
-    own_rules = (
+    engine_defaults = {"mtp_num_layers": 0}
+    own_rules: ClassVar[tuple[Rule, ...]] = (
         group(
             lambda c: c.model.latent_attention is None and c.model.kv_channels is None,
             first(
@@ -121,25 +117,3 @@ class ModelSection(Section):
         ),
     )
     removed = {"implementation": ("gpt", "leave it out: the weights are those of a GPTModel")}
-    excludes = (
-        (
-            "moe.constants_shared",
-            "model.mtp_num_layers",
-            "constants that are shared with these layers have not been tested",
-        ),
-        (
-            "parallel.overlap_moe_expert_parallel_comm",
-            "model.mtp_num_layers",
-            "its schedule has no nodes for these layers that carry router logits",
-        ),
-        (
-            "training.cuda_graphs",
-            "model.mtp_num_layers",
-            "graphs of these layers have not been tested",
-        ),
-        (
-            "precision.fp8_param",
-            "model.mtp_num_layers",
-            "these layers have not been tested with weights in FP8",
-        ),
-    )

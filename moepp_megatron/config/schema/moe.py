@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from moepp_megatron.config.divisibility import divisible
 from moepp_megatron.config.problem import Problem
-from moepp_megatron.config.rows import first, group, no_effect_where, no_effect_with, refuse
-from moepp_megatron.config.schema.budget import BudgetSection
+from moepp_megatron.config.rows import Rule, first, group, no_effect_where, no_effect_with, refuse
 from moepp_megatron.config.schema.section import Section, Unit
 from moepp_megatron.experts import CONSTANT, LOCAL_KINDS, ExpertKind
 from moepp_megatron.layer_settings import LayerSettings, settings_of
@@ -18,6 +17,8 @@ from moepp_megatron.layer_settings import LayerSettings, settings_of
 if TYPE_CHECKING:
     from moepp_megatron.config.schema import Config
 
+
+Controller = Literal["none", "bias", "tau"]
 
 # megatron-core's own layer lacks these settings, which would change the model.
 _VANILLA = (
@@ -59,7 +60,7 @@ def _of_kind(kind: ExpertKind) -> str:
 
 
 # mypy does not see that a section is frozen.
-class MoESection(Section, LayerSettings):  # type: ignore[misc]
+class EngineMoESection(Section, LayerSettings):  # type: ignore[misc]
     """Experts, router, balance: the layer's settings, and what surrounds the layer."""
 
     z_loss_coeff: Annotated[float | None, Unit("1"), Field(ge=0.0)] = None
@@ -90,34 +91,23 @@ class MoESection(Section, LayerSettings):  # type: ignore[misc]
     shared_expert_gate: bool = False
     """Weigh what the shared expert returns by sigmoid(w x) with a learned w (Qwen2)"""
 
-    budget: BudgetSection = BudgetSection()
-    """FFN experts per token, held during training"""
-
-    @model_validator(mode="after")
-    def _bias_of_its_controller(self) -> MoESection:
-        """Switch on the selection bias that the budget's controller moves."""
-        # It does not count as given by the user, so that it goes with the controller.
-        if self.budget.held_by == "bias" and self.num_zero_computation_experts > 0:
-            object.__setattr__(self, "selection_bias", True)
-        return self
-
     @property
     def ffn_share(self) -> float:
-        """Fraction of selections that go to FFN experts: the budget's, or else phi.
+        """Fraction of selections that go to FFN experts: phi, what perfect balance under tau gives.
 
-        Phi is what perfect balance under `tau` gives (arXiv 2410.07348).
+        Source: arXiv 2410.07348.
         """
-        if self.budget.target_ffn_per_token is not None:
-            return self.budget.target_ffn_per_token / self.router_topk
         return self.phi(self.tau)
 
     @property
     def balanced_tau(self) -> float:
         """The tau under which perfect balance gives `ffn_share`."""
-        share = self.ffn_share
-        if self.budget.target_ffn_per_token is None or share >= 1.0:
-            return self.tau
-        return self.tau_for(share)
+        return self.tau
+
+    @property
+    def share_controller(self) -> Controller:
+        """The controller of the FFN share."""
+        return "none"
 
     def moe_layer_pattern(self, num_layers: int) -> list[bool]:
         """For each of `num_layers` layers, whether it is an MoE layer.
@@ -129,7 +119,7 @@ class MoESection(Section, LayerSettings):  # type: ignore[misc]
             return [layer % self.layer_freq == 0 for layer in range(num_layers)]
         return [bool(flag) for flag in self.layer_freq]
 
-    own_rules = (
+    own_rules: ClassVar[tuple[Rule, ...]] = (
         refuse(
             "moe.router_topk",
             lambda c: c.moe.router_topk > c.moe.num_experts,
@@ -222,7 +212,7 @@ class MoESection(Section, LayerSettings):  # type: ignore[misc]
             ),
             refuse(
                 "moe.bias_update_rate",
-                lambda c: c.moe.bias_update_rate > 0 and c.moe.budget.held_by == "bias",
+                lambda c: c.moe.bias_update_rate > 0 and c.moe.share_controller == "bias",
                 "must be 0 with moe.budget.controller bias, which moves the same bias",
                 "use 0, or moe.budget.controller tau",
             ),
@@ -288,14 +278,14 @@ class MoESection(Section, LayerSettings):  # type: ignore[misc]
             ),
         ),
     )
-    excludes = (
+    excludes: ClassVar[tuple[tuple[str, str, str], ...]] = (
         (
             "moe.constants_shared",
             "parallel.overlap_moe_expert_parallel_comm",
             "each layer's backward pass runs by itself, which is not tested with it",
         ),
     )
-    no_effect = (
+    no_effect: ClassVar[tuple[Rule, ...]] = (
         no_effect_where(
             lambda c: c.moe.num_zero_computation_experts == 0,
             "without zero-computation experts",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from moepp_megatron.config.plugins import Plugin
-from moepp_megatron.config.rows import no_effect_where, refuse
+from moepp_megatron.config.rows import Rule, no_effect_where, refuse
 from moepp_megatron.config.schema.section import Section
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class EngineObserveSection(Section):
     """Environment variable that holds the address alerts are posted to (https, or localhost), so
     that the address is in no file; null is off"""
 
-    own_rules = (
+    own_rules: ClassVar[tuple[Rule, ...]] = (
         # The address is a secret: it is read from the environment and never part of a message.
         refuse(
             "observe.webhook_url_env",
@@ -52,7 +52,7 @@ class EngineObserveSection(Section):
             value=lambda c: "...",
         ),
     )
-    no_effect = (
+    no_effect: ClassVar[tuple[Rule, ...]] = (
         no_effect_where(
             lambda c: c.observe.wandb.project is None,
             "without observe.wandb.project",

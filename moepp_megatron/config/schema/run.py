@@ -1,4 +1,4 @@
-"""Section `run`: the folder of a run, its name, callbacks and further parts."""
+"""Section `run`: the folder of a run, its name and further parts."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.schema.section import ConfigPath, Section
 
 
-class RunSection(Section):
+class EngineRunSection(Section):
     """Settings of a run's folder and name."""
 
     dir: ConfigPath
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints, report"""
     name: Annotated[str, Field(min_length=1)] = "moepp"
     """Name shown in reports and logs"""
-    callbacks: list[Annotated[str, Plugin("callbacks")]] = []
-    """Callbacks of installed packages that get the events of the run"""
     parts: list[Annotated[str, Plugin("parts")]] = []
     """Parts of installed packages, called after the package's own"""
     numa_binding: bool = True

@@ -120,6 +120,8 @@ class Section(BaseModel):
         no_effect: Warnings of settings that have none.
         uses: Settings that name a second model, a GPU or a folder that is written, with the kind.
         megatron_flags: Megatron-LM's arguments by name, and the settings that they are.
+        engine_defaults: Settings of features that the engine reads, with the value of a run without
+            the feature.
         shorthand: Words that stand for the whole section, each with its keys.
         removed: Keys of earlier versions: the value that changes nothing, which resolved
             configurations still name, and what to do about another one.
@@ -134,6 +136,7 @@ class Section(BaseModel):
     no_effect: ClassVar[tuple[Rule, ...]] = ()
     uses: ClassVar[tuple[tuple[str, Use], ...]] = ()
     megatron_flags: ClassVar[tuple[tuple[str, str], ...]] = ()
+    engine_defaults: ClassVar[Mapping[str, Any]] = {}
     shorthand: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     removed: ClassVar[Mapping[str, tuple[Any, str]]] = {}
     of_one_run: ClassVar[tuple[str, ...]] = ()
@@ -153,6 +156,13 @@ class Section(BaseModel):
             if type(number) is int and number < -LARGEST_OF_ALL:
                 raise PydanticKnownError("greater_than_equal", {"ge": -LARGEST_OF_ALL})
         return value
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The value of a setting whose feature has been removed."""
+            defaults = type(self).engine_defaults
+            return defaults[name] if name in defaults else super().__getattr__(name)
 
     @classmethod
     def current(cls, keys: Mapping[Any, Any]) -> dict[Any, Any]:

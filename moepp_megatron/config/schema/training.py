@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from moepp_megatron.config.divisibility import batch_sizes, must_divide
 from moepp_megatron.config.problem import Problem
 from moepp_megatron.config.rows import (
+    Rule,
     each,
     first,
     group,
@@ -140,10 +141,6 @@ class EngineTrainingSection(Section):
     """Parts of each layer that run as CUDA graphs: attn, moe_router"""
     log_interval: Annotated[int, Unit("steps"), Field(ge=1)] = 1
     """Steps between log lines"""
-    eval_interval: Annotated[int, Unit("steps"), Field(ge=0)] = 0
-    """Steps between validations; 0 validates only at the end"""
-    eval_iters: Annotated[int, Unit("steps"), Field(ge=0)] = 4
-    """Global batches per validation; 0 never validates"""
     deterministic: bool = False
     """Only deterministic kernels, at some cost in speed"""
 
@@ -155,7 +152,8 @@ class EngineTrainingSection(Section):
         # A pair of another length is refused by a rule.
         return [pair[1] for pair in self.batch_ramp if len(pair) == 2]
 
-    own_rules = (
+    engine_defaults = {"eval_iters": 0}
+    own_rules: ClassVar[tuple[Rule, ...]] = (
         _batch_ramp_rises_to_the_batch,
         _micro_batches_divide_global_batch,
         group(
@@ -220,7 +218,7 @@ class EngineTrainingSection(Section):
             ),
         ),
     )
-    excludes = (
+    excludes: ClassVar[tuple[tuple[str, str, str], ...]] = (
         (
             "training.cuda_graphs",
             "training.recompute_granularity",
@@ -237,7 +235,7 @@ class EngineTrainingSection(Section):
             "megatron-core keeps a layer's FP8 state with each graph and updates it twice",
         ),
     )
-    no_effect = (
+    no_effect: ClassVar[tuple[Rule, ...]] = (
         no_effect_without(
             "training.recompute_granularity",
             "training.recompute_method training.recompute_num_layers training.recompute_modules",

@@ -1,4 +1,5 @@
 """A user's objects that get the events of a run (`run.callbacks`).
 
-part.py  their protocol, and the part that calls them
+settings.py  `run.callbacks`
+part.py      their protocol, and the part that calls them
 """

@@ -1,4 +1,5 @@
 """Training data in stages (`data.stages`).
 
-part.py  the current stage of the data, and when the next begins
+settings.py  `data.stages`
+part.py      the current stage of the data, and when the next begins
 """

@@ -74,8 +74,7 @@ class RoutingGuardPart(Part):
         # Sum of the sequences' mean losses, of their squares, number of sequences (with context
         # parallelism of the parts that ranks have); then tokens of each group of ids.
         self._sums = StepCounts(3 + GROUPS)
-        has_budget = run.config.moe.budget.held_by != "none"
-        self._rules = effective_rules(self._settings, has_budget)
+        self._rules = effective_rules(self._settings, run.config.moe.share_controller != "none")
         self._metrics = {rule.metric for rule in self._rules}
         self._agreement = Agreement()
         self.load({}, "resume", run.progress.step)

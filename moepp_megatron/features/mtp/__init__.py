@@ -1,4 +1,5 @@
 """Multi-token prediction, MTP (`model.mtp_num_layers`).
 
-part.py  its loss in the record of a step
+settings.py  `model.mtp_num_layers`, `model.mtp_loss_scaling_factor`
+part.py      its loss in the record of a step
 """

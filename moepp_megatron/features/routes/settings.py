@@ -45,7 +45,7 @@ class RoutesSection(Section):
             ),
             refuse(
                 "routes.replay",
-                lambda c: c.moe.budget.held_by != "none" or c.moe.bias_update_rate > 0,
+                lambda c: c.moe.share_controller != "none" or c.moe.bias_update_rate > 0,
                 "must be null with a controller of selections (moe.budget.controller, "
                 "moe.bias_update_rate): given routes do not follow it",
                 "leave it out, or use moe.budget.controller=none and moe.bias_update_rate=0",

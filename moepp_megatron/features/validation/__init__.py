@@ -1,4 +1,5 @@
 """Validation losses (`training.eval_interval`, `data.validation`).
 
-part.py  evaluates the model on the validation sets
+settings.py  `training.eval_interval`, `training.eval_iters`, `data.validation`
+part.py      evaluates the model on the validation sets
 """
