@@ -22,7 +22,9 @@ _EFFECTS = {"moe.constants_shared": "moe.shares_constants"}
 
 def _off(config: Config, name: str) -> Any:
     section, _, key = name.rpartition(".")
-    return type(attrgetter(section)(config)).model_fields[key].get_default()
+    model = type(attrgetter(section)(config))
+    field = model.model_fields.get(key)
+    return model.engine_defaults[key] if field is None else field.get_default()
 
 
 def _is_on(config: Config, name: str) -> bool:

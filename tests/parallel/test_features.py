@@ -75,6 +75,8 @@ def test_a_run_trains_without(name, tmp_path):
     corpus = prepare_letters(tmp_path, "corpus", all="a")
     raw = trainer_settings(corpus, tmp_path / "run")
     raw["training"]["train_iters"] = 2
+    if name == "validation":
+        del raw["training"]["eval_iters"]
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(raw), encoding="utf-8")
     script = ROOT / "tests" / "deleted.py"
