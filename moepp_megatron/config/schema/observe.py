@@ -42,6 +42,7 @@ class EngineObserveSection(Section):
     """Environment variable that holds the address alerts are posted to (https, or localhost), so
     that the address is in no file; null is off"""
 
+    engine_defaults = {"health_interval": 0}
     own_rules: ClassVar[tuple[Rule, ...]] = (
         # The address is a secret: it is read from the environment and never part of a message.
         refuse(

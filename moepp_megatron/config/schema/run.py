@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from moepp_megatron.config.plugins import Plugin
 from moepp_megatron.config.schema.section import ConfigPath, Section
 
 

@@ -120,12 +120,6 @@ def _current_rules(rules: Iterable[Any]) -> Iterator[Any]:
             yield {name: gone[name] for name in names} | own
 
 
-def _health_interval(config: Config) -> int:
-    """Steps between measurements of router health, a feature; 0 for none."""
-    interval: int = getattr(config.observe, "health_interval", 0)
-    return interval
-
-
 # What switches off router health.
 _HEALTH = ("observe.health_interval", "training.cuda_graphs")
 
@@ -183,7 +177,7 @@ def _clear_on_the_healthy_side(config: Config) -> Iterator[Problem]:
 def _metrics_are_measured(config: Config) -> Iterator[Problem]:
     """A rule needs its metric: router health can be switched off."""
     is_off = {
-        "observe.health_interval": _health_interval(config) == 0,
+        "observe.health_interval": config.observe.health_interval == 0,
         "training.cuda_graphs": "moe_router" in config.training.cuda_graphs,
     }
     for name, rule in _own(config):
@@ -208,7 +202,7 @@ def _checkpoints_reach_back(config: Config) -> Iterator[Problem]:
             return
         # The newest may be that of the last step but one in which it held. The first and the last
         # were measured.
-        every = (rule.metric in MEASURED and _health_interval(config)) or 1
+        every = (rule.metric in MEASURED and config.observe.health_interval) or 1
         steps = 1 + every * math.ceil(((rule.for_steps or 1) - 1) / every)
         needed = 1 + math.ceil((steps - 1) / interval)
         if keep is not None and keep < needed:
